@@ -93,8 +93,7 @@ def _train(recipe: Recipe, steps: int, evaluates: bool) -> None:
     from karat_scale.training.run import build_parts
     from karat_scale.training.run_directory import RunDirectory
     from karat_scale.training.signals import StopSignals
-    from karat_scale.training.tasks.classification.evaluate import TrainState
-    from karat_scale.training.tasks.classification.task import ClassificationTask
+    from karat_scale.training.tasks.classification.task import ClassificationTask, TrainState
 
     world = distributed.start("cpu")
     try:

@@ -23,9 +23,15 @@ import torch
 import torchvision
 from PIL import Image
 
-from karat_scale.commands.bench.data import Contender, decode_whole, decode_whole_by_simplejpeg, each_of
+from karat_scale.commands.bench.data import (
+    CLASSES,
+    Contender,
+    decode_whole,
+    decode_whole_by_simplejpeg,
+    each_of,
+    prepare_images,
+)
 from karat_scale.commands.bench.measuring import interleaved_seconds, median_ratio, processor_seconds
-from karat_scale.commands.bench.sample_images import CLASSES, prepare_images
 from karat_scale.data.decoders.decode import decode_rgb
 from karat_scale.data.decoders.recoder import result_size
 from karat_scale.data.prepare.make_webdataset import main as make_webdataset

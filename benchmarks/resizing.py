@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from karat_scale.commands.bench.data import AUGMENTS, SIZE, Contender
+from karat_scale.commands.bench.data import AUGMENTS, SIZE, Contender, prepare_images
 from karat_scale.commands.bench.measuring import interleaved_seconds, median_ratio, processor_seconds
-from karat_scale.commands.bench.sample_images import prepare_images
 from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
 from karat_scale.data.decoders import Decoder, make_decoder
+from karat_scale.data.decoders.decode import View
 from karat_scale.data.decoders.jpeg_header import read_frame
-from karat_scale.data.decoders.view import View
 from karat_scale.data.order import sample_seed
-from karat_scale.data.prepare.resizing import choose_encoder, resized_jpeg
+from karat_scale.data.prepare.images import choose_encoder, resized_jpeg
 from karat_scale.foundation.arguments import OneLineParser, count, new_file
 from karat_scale.foundation.console import print_table, write_json
 from karat_scale.foundation.errors import run_script

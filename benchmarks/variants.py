@@ -15,7 +15,7 @@ from karat_scale.commands.bench.measuring import interleaved_seconds, median_rat
 from karat_scale.foundation.arguments import OneLineParser, count, new_file
 from karat_scale.foundation.console import print_table, write_json
 from karat_scale.foundation.errors import run_script
-from karat_scale.models.make_operator import operator_maker
+from karat_scale.models.operators import operator_maker
 from karat_scale.recipe.loading import load_recipe
 
 SOFTMAX = "softmax"

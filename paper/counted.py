@@ -38,7 +38,7 @@ def count(row: PaperRow) -> Counted:
     """Count a row's model."""
     import torch
 
-    from karat_scale.attention.heads import AttentionHeads
+    from karat_scale.attention.operator import AttentionHeads
     from karat_scale.models.factory import create_model
     from karat_scale.models.flops import forward_flops
 

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterable, Sequence
 
-from karat_scale.commands.evaluate.kept import Evaluation
+from karat_scale.commands.evaluate.predictions import Evaluation
 from paper.counted import counted
 from paper.match import budget_mark, by_recipe, command_of_record, command_of_row, repeats
 from paper.paper import PaperGroup, PaperRow, PaperTable, paper_groups

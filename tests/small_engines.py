@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from karat_scale.checkpoint.checkpoints import Checkpoints
-from karat_scale.checkpoint.saved_state import falsehood
+from karat_scale.checkpoint.restore import falsehood
 from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.engine.deepspeed_config import config_directory
 from karat_scale.engine.distributed import World
@@ -18,13 +18,12 @@ from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.training.parts import Parts
+from karat_scale.training.loop import Parts
 from karat_scale.training.run import build_parts
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.signals import StopSignals
 from karat_scale.training.task import Task
-from karat_scale.training.tasks.classification.evaluate import TrainState
-from karat_scale.training.tasks.classification.task import ClassificationTask
+from karat_scale.training.tasks.classification.task import ClassificationTask, TrainState
 from tests.conftest import SMALL
 
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_offload_params")

@@ -9,10 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from karat_scale.data.augmentation.augment import TrainTransform
-from karat_scale.data.augmentation.randaugment import RandAugment
-from karat_scale.engine.optimizers import build_optimizer
-from karat_scale.engine.schedule import build_schedule
+from karat_scale.data.augmentation.augment import RandAugment, TrainTransform
+from karat_scale.engine.optimizers import build_optimizer, build_schedule
 from karat_scale.models import create_model
 from karat_scale.recipe import AugmentConfig
 from karat_scale.recipe.loading import differing_keys, load_recipe

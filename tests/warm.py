@@ -21,7 +21,7 @@ PROCESSES.set_forkserver_preload(
     [
         "karat_scale.training.run",
         "karat_scale.training.tasks.classification.task",
-        "karat_scale.commands.evaluate.own_split",
+        "karat_scale.commands.evaluate.command",
     ]
 )
 # What ranks get to end in after one of them has failed.

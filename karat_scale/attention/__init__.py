@@ -3,8 +3,7 @@
 from karat_scale.attention.bases import BASES, ElementwiseBasis, FeatureBasis, Wavelet, make_basis
 from karat_scale.attention.forms import karat_attention, karat_scores
 from karat_scale.attention.functional import fourier_karat_attention, fourier_karat_scores
-from karat_scale.attention.hybrid import HybridHeads, ResidualHeads
-from karat_scale.attention.operator import FourierKaratOperator, KaratOperator
+from karat_scale.attention.operator import FourierKaratOperator, HybridHeads, KaratOperator, ResidualHeads
 
 __all__ = [
     "BASES",

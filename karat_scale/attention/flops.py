@@ -3,7 +3,7 @@
 import torch
 
 from karat_scale.attention.bases import Basis, FeatureBasis
-from karat_scale.attention.form_parameters import Simplex
+from karat_scale.attention.forms import Simplex
 
 
 def karat_flops(

@@ -1,10 +1,21 @@
-"""The modules that own the parameters of KArAt: those of every unit, and the projector W of every head."""
+"""The modules that own the parameters of KArAt: those of every unit, and the projector W of every head.
+
+What replaces softmax in an attention layer, and what the rest of the project asks it.
+
+Softmax beside KArAt, in other heads or in the same.
+
+Hybrid heads: softmax on a block's first heads, KArAt on the others (arXiv 2503.10632).
+
+Residual heads: softmax with a learned correction, S = softmax(A) + g S_learned, where each head's gate g starts at 0.
+Ours, not the paper's: it applies to attention what ReZero (arXiv 2003.04887) applies to a layer.
+"""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from karat_scale.attention import functional
 from karat_scale.attention.bases import (
     BASE_ACTIVATIONS,
     INITIALISATIONS,
@@ -16,10 +27,102 @@ from karat_scale.attention.bases import (
 )
 from karat_scale.attention.call import FourierCall, check_choice
 from karat_scale.attention.flops import karat_flops
-from karat_scale.attention.form_parameters import FORMS, SECOND, Simplex, check_simplex, has_projector, parameter_shapes
-from karat_scale.attention.forms import check_implementation, has_kernels, karat_attention, karat_scores
-from karat_scale.attention.heads import FourierHeads
-from karat_scale.attention.softmax_start import start_like_softmax
+from karat_scale.attention.forms import (
+    FORMS,
+    SECOND,
+    Simplex,
+    check_implementation,
+    check_simplex,
+    has_kernels,
+    has_projector,
+    karat_attention,
+    karat_scores,
+    parameter_shapes,
+)
+from karat_scale.attention.softmax import softmax_attention, softmax_scores, start_like_softmax
+
+
+class AttentionHeads(nn.Module):
+    """Computes O = S V from query, key and value [B, h, N, d] of `num_heads` heads, with the optional bias and mask.
+
+    `forward(query, key, value, bias, mask)` is every subclass's own.
+    """
+
+    num_heads: int
+
+    def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Return the learned attention S [B, h, N, N], for analysis."""
+        raise NotImplementedError
+
+    def function_of_score(self, scores: Tensor) -> Tensor | None:
+        """Return what each head makes of each score alone [..., h, n, N], of scores [..., h, n, N]; None by default."""
+        return None
+
+    def flops(self, tokens: int, width: int, masked: bool = False) -> int:
+        """Return the operations of a forward pass on one item of N tokens and heads of width d, as the equations need.
+
+        A multiply-add is two. Elementwise work does not count, as is usual for MFU; a function with K coefficients
+        counts as K multiply-adds per evaluation. masked: pairs are masked, so that S is needed.
+        """
+        raise NotImplementedError
+
+    def refusal(self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False) -> str | None:
+        """Return why the requested implementation cannot run on a device with heads of this width; None if it can.
+
+        biased, masked: whether the layer gives a bias and a mask.
+        """
+        return None
+
+    def chosen(
+        self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False
+    ) -> tuple[str, str | None]:
+        """Return the implementation that runs, and why "auto" did not choose the device's own kernels, or None.
+
+        The arguments are those of `refusal`, which must have returned None. Those that have no choice run by "PyTorch".
+        """
+        return "PyTorch", None
+
+
+class FourierHeads(AttentionHeads):
+    """Heads that call the modular Fourier operator, which has kernels. Subclasses set these sizes and choices."""
+
+    num_tokens: int
+    rank: int
+    grid: int
+    base = "zero"
+    implementation: str
+
+    def flops(self, tokens: int, width: int, masked: bool = False) -> int:
+        """See `AttentionHeads`."""
+        sizes = self.num_heads, self.rank, tokens, width
+        return karat_flops(Fourier(self.grid), "modular", *sizes, masked=masked)
+
+    def refusal(self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False) -> str | None:
+        """See `AttentionHeads`."""
+        return functional.refusal(self.implementation, self._call(width, device, biased, masked))
+
+    def chosen(
+        self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False
+    ) -> tuple[str, str | None]:
+        """See `AttentionHeads`."""
+        if self.implementation != "auto":
+            return self.implementation, None
+        call = self._call(width, device, biased, masked)
+        return functional.automatic(call), functional.refusal(functional.KERNELS_OF.get(device.type, "auto"), call)
+
+    def _call(self, width: int, device: torch.device, biased: bool, masked: bool) -> FourierCall:
+        """A call of the shapes that the layer makes."""
+
+        def room(*shape: int) -> Tensor:
+            return torch.empty(shape, device=device)
+
+        head = room(1, self.num_heads, self.num_tokens, width)
+        coef = room(self.num_heads, self.rank, self.num_tokens, self.grid)
+        proj = room(self.num_heads, self.num_tokens, self.rank)
+        pairs = room(self.num_tokens, self.num_tokens)
+        bias, mask = pairs if biased else None, pairs == 0 if masked else None
+        return FourierCall(head, head, head, coef, coef, proj, self.base, bias, mask)
+
 
 SOFTMAX_LIKE, VARIANCE_PRESERVING, FOURIER_KAN = "softmax_like", "variance_preserving", "fourier_kan"
 
@@ -267,3 +370,77 @@ def _check_counts(**counts: int) -> None:
     for name, count in counts.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ValueError(f"{name} = {count!r}: expected an integer of at least 1")
+
+
+class ResidualHeads(nn.Module):
+    """Heads that equal softmax exactly at the start. Their `gate` [h] learns how much `operator` adds.
+
+    At g = 0 only the gate has a gradient; the operator's own parameters have one from the second step on. The cost is
+    that of softmax attention and of the operator.
+    """
+
+    def __init__(self, operator: AttentionHeads) -> None:
+        super().__init__()
+        self.operator, self.num_heads = operator, operator.num_heads
+        like = next(operator.parameters())
+        self.gate = nn.Parameter(torch.zeros(operator.num_heads, device=like.device, dtype=like.dtype))
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Return O [B, h, N, d] for query, key and value [B, h, N, d]; bias and mask as in `karat_attention`."""
+        learned: Tensor = self.operator(query, key, value, bias, mask)
+        return softmax_attention(query, key, value, bias, mask) + self._gate(learned) * learned
+
+    def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Return S [B, h, N, N], both parts together."""
+        learned = self.operator.scores(query, key, bias, mask)
+        return softmax_scores(query, key, bias, mask).to(learned.dtype) + self._gate(learned) * learned
+
+    def _gate(self, like: Tensor) -> Tensor:
+        return self.gate.to(like.dtype)[:, None, None]
+
+
+class HybridHeads(nn.Module):
+    """Attention whose first `softmax_heads` heads use softmax and have no parameters; `operator` computes the others.
+
+    Raises ValueError when `softmax_heads` is not a positive integer.
+    """
+
+    def __init__(self, operator: AttentionHeads | ResidualHeads, softmax_heads: int) -> None:
+        super().__init__()
+        if not isinstance(softmax_heads, int) or isinstance(softmax_heads, bool) or softmax_heads < 1:
+            raise ValueError(f"softmax_heads = {softmax_heads!r}: expected an integer of at least 1")
+        self.operator, self.softmax_heads = operator, softmax_heads
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Return O [B, h, N, d] for query, key and value [B, h, N, d]; bias and mask as in `karat_attention`."""
+        self._check(query)
+        alone, others = zip(*map(self._split, (query, key, value, bias, mask)), strict=True)
+        return torch.cat((softmax_attention(*alone), self.operator(*others)), 1)
+
+    def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Return softmax(A) of the first heads and S of the others, [B, h, N, N]."""
+        self._check(query)
+        alone, others = zip(*map(self._split, (query, key, bias, mask)), strict=True)
+        learned = self.operator.scores(*others)
+        return torch.cat((softmax_scores(*alone).to(learned.dtype), learned), 1)
+
+    def extra_repr(self) -> str:
+        """Return the settings, with the constructor's names."""
+        return f"softmax_heads={self.softmax_heads}"
+
+    def _split(self, tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Return the parts of softmax's heads and of the others, of a tensor [..., h or 1, N, d or N]."""
+        if tensor is None or tensor.dim() < 3 or tensor.shape[-3] == 1:
+            return tensor, tensor
+        # Its backward pass writes each gradient once, where slices would fill and add a whole tensor each.
+        alone, others = tensor.split((self.softmax_heads, self.operator.num_heads), -3)
+        return alone, others
+
+    def _check(self, query: Tensor) -> None:
+        heads = self.softmax_heads + self.operator.num_heads
+        if query.dim() != 4 or query.shape[1] != heads:
+            raise ValueError(f"query has shape {list(query.shape)}: expected [B, h, N, d] with h = {heads}")

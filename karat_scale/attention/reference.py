@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from karat_scale.attention import simplex
+from karat_scale.attention import call as simplex
 from karat_scale.attention.bases import BASE_ACTIVATIONS, Basis, ElementwiseBasis, FeatureBasis
 from karat_scale.attention.call import FourierCall, compute_dtype, full_precision
 

@@ -16,8 +16,7 @@ from torch.nn import functional
 
 from karat_scale.attention.bases import BASE_ACTIVATIONS, Basis, FeatureBasis, Fourier, basis_of, key_of
 from karat_scale.attention.call import FourierCall, as_4d, compute_dtype, full_precision, refuse_second_derivative
-from karat_scale.attention.routes import Head, HeadGradients, choose_route
-from karat_scale.attention.tiles import Workspace, pick_broadcast
+from karat_scale.attention.routes import Head, HeadGradients, Workspace, choose_route, pick_broadcast
 
 # BLAS multiplies by a matrix of 16 columns about as fast as by one of 12.
 RANK_MULTIPLE = 16

@@ -13,12 +13,11 @@ from typing import Any, Generic, TypeVar
 from torch import nn
 
 from karat_scale.checkpoint.records import FORMAT, Sidecar, read_record, restore_generators, seed_generators
-from karat_scale.checkpoint.resize import fit_state
-from karat_scale.checkpoint.restore import check_teacher, restore
-from karat_scale.checkpoint.saved_state import falsehood, read_state, saved_layout, sidecar_name
+from karat_scale.checkpoint.restore import check_teacher, falsehood, read_state, restore, saved_layout, sidecar_name
 from karat_scale.checkpoint.saver import Saver
 from karat_scale.checkpoint.store import STATE, CheckpointStore, checkpoint_name
 from karat_scale.checkpoint.tensor_storage import describe
+from karat_scale.checkpoint.weights import fit_state
 from karat_scale.engine.deepspeed_internals import shard_layout
 from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema

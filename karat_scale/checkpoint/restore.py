@@ -1,12 +1,27 @@
-"""A saved state into an engine, of any world size and ZeRO stage."""
+"""A saved state into an engine, of any world size and ZeRO stage.
 
-from collections.abc import Mapping
+A checkpoint's training state by parameter name, whatever world size and ZeRO stage wrote it.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from karat_scale.checkpoint.saved_state import SavedState
+from karat_scale.checkpoint.records import (
+    ModelFile,
+    OptimizerStates,
+    Partition,
+    PartitionFile,
+    Sidecar,
+    read_record,
+    read_state_record,
+)
+from karat_scale.checkpoint.store import CHECKPOINT_NAME, STATE, checkpoint_name
 from karat_scale.engine.deepspeed_internals import (
     load_loss_scaler,
     load_optimizer_states,
@@ -18,10 +33,178 @@ from karat_scale.engine.deepspeed_internals import (
 from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
-from karat_scale.engine.shards import Fragment
+from karat_scale.engine.shards import Fragment, Layout, Pieces
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.foundation.tables import OPTIMIZERS
 from karat_scale.models.transfer import teacher_of
+
+
+@dataclass
+class SavedState:
+    """Masters, optimizer states and averages, read as they are needed from memory-mapped files."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Of all parameters, frozen ones too."""
+    masters: Pieces = field(default_factory=Pieces)
+    elementwise: dict[str, Pieces] = field(default_factory=dict)
+    """Optimizer states of the parameter's size, such as exp_avg and exp_avg_sq."""
+    scalars: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Optimizer states that are one number, such as step: by key, then by parameter name."""
+    ema: Pieces | None = None
+    frozen: frozenset[str] = frozenset()
+    """Parameters that do not learn: in `masters` and `ema` like the others, but without optimizer states."""
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    counters: dict[str, int] = field(default_factory=dict)
+    """DeepSpeed's own counts of steps and samples."""
+    loss_scaler: Any = None
+    """DeepSpeed's, the same on all ranks; of meaning in fp16."""
+
+
+def sidecar_name(rank: int) -> str:
+    """The file that holds what DeepSpeed's files do not: a rank's random generators, layout and averages."""
+    return f"rank-{rank:05d}.pt"
+
+
+def saved_layout(sidecar: Sidecar) -> Layout:
+    """The layout in a rank's sidecar."""
+    return [[Fragment(*fragment) for fragment in fragments] for fragments in sidecar.layout or []]
+
+
+def falsehood(checkpoint: Path) -> str | None:
+    """What a checkpoint's files say that cannot be true, in a few words; None if they fit each other.
+
+    Its hashes are right: it was written so. All files are opened, and no tensor is read.
+    """
+    try:
+        saved = read_state_record(checkpoint)
+        if CHECKPOINT_NAME.fullmatch(checkpoint.name) and checkpoint.name != checkpoint_name(saved.step):
+            return f"{STATE}: its step is {saved.step}"
+        if saved.samples % max(saved.step, 1) or (saved.samples > 0) != (saved.step > 0):
+            return f"{STATE}: {saved.samples} samples in {saved.step} steps"
+        ranks = sorted(path.name for path in checkpoint.glob("rank-*.pt"))
+        if len(ranks) != saved.world_size or ranks != [sidecar_name(rank) for rank in range(len(ranks))]:
+            return f"{STATE}: its world size is {saved.world_size}, and there are {len(ranks)} files rank-*.pt"
+        for rank in ranks:
+            read_record(checkpoint / rank, Sidecar)
+        state = read_state(checkpoint, saved.model_dump())
+        _check_whole(state, saved.has_ema)
+    except (RunDirectoryError, OSError) as error:
+        return str(error)
+    return None
+
+
+def read_state(checkpoint: Path, saved: Mapping[str, Any], ranks: Iterable[int] | None = None) -> SavedState:
+    """Open a checkpoint.
+
+    Args:
+        checkpoint: its directory, verified.
+        saved: its `state.json`.
+        ranks: the ranks whose files to open; all that hold something of their own when None.
+
+    Raises:
+        RunDirectoryError: a file does not say what it must.
+    """
+    stage = saved["zero_stage"]
+    model_file = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+    model = read_record(checkpoint / model_file, ModelFile)
+    first = read_record(checkpoint / sidecar_name(0), Sidecar)
+    if first.shapes is None or first.layout is None:
+        raise RunDirectoryError(f"{sidecar_name(0)}: no shapes or no layout")
+    frozen = first.frozen or {}
+    state = SavedState({**first.shapes, **{name: tuple(value.shape) for name, value in frozen.items()}})
+    state.frozen = frozenset(frozen)
+    state.buffers = {name: value for name, value in model.module.items() if name not in state.shapes}
+    state.counters = {key: getattr(model, key) for key in ("global_steps", "global_samples", "skipped_steps")}
+    here = {name: tuple(value.shape) for name, value in model.module.items()}
+    if stage == 3:  # the module's own tensors are empty
+        here.update({name: tuple(shape) for group in model.param_shapes or [] for name, shape in group.items()})
+        here.update({name: shape for name, shape in state.shapes.items() if name in frozen})
+    for name, shape in state.shapes.items():
+        if here.get(name) != tuple(shape):
+            raise RunDirectoryError(f"{model_file}: {name} is not of the shape that {sidecar_name(0)} says")
+    if stage == 0:  # every rank had the whole of it
+        layout = saved_layout(first)
+        if not all(len(fragments) == 1 and fragments[0].name in first.shapes for fragments in layout):
+            raise RunDirectoryError(f"{sidecar_name(0)}: a layout that is not of stage 0")
+        if model.optimizer is None:
+            raise RunDirectoryError(f"{model_file}: no optimizer")
+        masters = [model.module[fragments[0].name] for fragments in layout]
+        _add_rank(state, 0, first, masters, model.optimizer)
+        ranks = ()
+    for rank in range(saved["world_size"]) if ranks is None else ranks:
+        sidecar = read_record(checkpoint / sidecar_name(rank), Sidecar)
+        partition = _read_partition(checkpoint, rank, stage)
+        state.loss_scaler = partition.loss_scaler
+        _add_rank(state, rank, sidecar, partition.masters, partition.states)
+    for name, value in frozen.items():
+        for pieces in (state.masters, state.ema):
+            if pieces is not None:
+                pieces.add([Fragment(name, 0, 0, value.numel())], value)
+    return state
+
+
+def _read_partition(checkpoint: Path, rank: int, stage: int) -> Partition:
+    # DeepSpeed puts "bf16_" before the name in bf16.
+    paths = list(checkpoint.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
+    if len(paths) != 1:
+        raise RunDirectoryError(f"{len(paths)} files of rank {rank}'s part of the optimizer")
+    partition = read_record(paths[0], PartitionFile).optimizer_state_dict
+    if partition.zero_stage not in (None, stage):
+        raise RunDirectoryError(f"{paths[0].name}: is of stage {int(partition.zero_stage)}, and {STATE} says {stage}")
+    return partition
+
+
+def _add_rank(
+    state: SavedState, rank: int, sidecar: Sidecar, masters: list[torch.Tensor], states: OptimizerStates
+) -> None:
+    layout, averages = saved_layout(sidecar), sidecar.ema
+    if not len(layout) == len(masters) == (len(masters) if averages is None else len(averages)):
+        raise RunDirectoryError(f"{sidecar_name(rank)}: layout, averages and weights are not of as many tensors")
+    for number, (fragments, master) in enumerate(zip(layout, masters, strict=True)):
+        end = 0
+        for name, param_start, master_start, length in sorted(fragments, key=lambda fragment: fragment.master_start):
+            if master_start < end:
+                raise RunDirectoryError(f"{sidecar_name(rank)}: a layout in which {name} lies on another parameter")
+            end = master_start + length
+            size = math.prod(state.shapes.get(name, (0,)))
+            if param_start + length > size or master_start + length > master.numel():
+                raise RunDirectoryError(f"{sidecar_name(rank)}: a layout with more of {name} than there is")
+        average = None if averages is None else averages[number]
+        for other in (average, *(x for x in states.state.get(number, {}).values() if isinstance(x, torch.Tensor))):
+            # ZeRO 1 and 2 pad the last rank's part: DeepSpeed cuts the padding off the weights, not off the states.
+            if other is not None and other.numel() < end:
+                raise RunDirectoryError(f"{sidecar_name(rank)}: averages or optimizer states shorter than the weights")
+        _add(state, fragments, master, states, number, average)
+
+
+def _add(
+    state: SavedState,
+    fragments: Sequence[Fragment],
+    master: torch.Tensor,
+    states: OptimizerStates,
+    number: int,
+    average: torch.Tensor | None,
+) -> None:
+    state.masters.add(fragments, master)
+    for key, value in states.state.get(number, {}).items():
+        if isinstance(value, torch.Tensor):
+            state.elementwise.setdefault(key, Pieces()).add(fragments, value)
+        else:
+            state.scalars.setdefault(key, {}).update({fragment.name: value for fragment in fragments})
+    if average is not None:
+        state.ema = state.ema or Pieces()
+        state.ema.add(fragments, average)
+
+
+def _check_whole(state: SavedState, has_ema: bool) -> None:
+    if has_ema != (state.ema is not None):
+        raise RunDirectoryError(f"{STATE}: averages {'missing' if has_ema else 'that it does not know of'}")
+    for name, shape in state.shapes.items():
+        size = math.prod(shape)
+        if not all(pieces.covers(name, size) for pieces in (state.masters, state.ema) if pieces is not None):
+            raise RunDirectoryError(f"{name} is not whole in it")
+        if not all(pieces.covers(name, size) for pieces in state.elementwise.values() if name in pieces):
+            raise RunDirectoryError(f"the optimizer's states of {name} are not whole in it")
 
 
 def restore(engine: Engine, ema: Ema | None, saved: SavedState, world: World) -> None:

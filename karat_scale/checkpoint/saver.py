@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from karat_scale.checkpoint.records import generator_states
-from karat_scale.checkpoint.saved_state import sidecar_name
+from karat_scale.checkpoint.restore import sidecar_name
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
 from karat_scale.checkpoint.tensor_storage import DurableStorage, checkpoint_bytes, describe
 from karat_scale.engine.deepspeed_internals import shard_layout, use_storage
@@ -26,7 +26,7 @@ from karat_scale.engine.reporting.progress import Reporter
 from karat_scale.engine.run_state import RunState
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.foundation.files import Fingerprint
-from karat_scale.recipe.keep import SaveConfig
+from karat_scale.recipe.base import SaveConfig
 
 _BEAT_SECONDS = 1.0
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from karat_scale.engine.deepspeed_internals import checkpoint_globals
-from karat_scale.engine.precision import PRECISIONS
+from karat_scale.engine.engine import PRECISIONS
 from karat_scale.foundation.errors import RunDirectoryError, one_line
 from karat_scale.foundation.files import Fingerprint, FingerprintedFile, commit_file, open_regular, temporary_file
 from karat_scale.recipe import RunRecipe

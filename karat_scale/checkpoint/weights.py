@@ -1,21 +1,103 @@
-"""Whole fp32 weights out of a checkpoint, raw or averaged, whatever number of ranks wrote it."""
+"""Whole fp32 weights out of a checkpoint, raw or averaged, whatever number of ranks wrote it.
+
+A saved state for the same model at another image size: weights, averages and the optimizer's states.
+
+Snapshots of the whole fp32 weights through training, for the analyses; no retention removes them.
+
+snapshots/
+  step-00000000.safetensors   the initial weights
+  step-00012500.safetensors   those after the first of `checkpoint.snapshots` equal parts of training, and so on
+"""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from karat_scale import __version__
-from karat_scale.checkpoint.resize import fit_state
-from karat_scale.checkpoint.restore import check_buffers, check_shapes, check_teacher, copy_buffers
-from karat_scale.checkpoint.saved_state import read_state
-from karat_scale.engine.shards import Fragment
+from karat_scale.checkpoint.restore import (
+    SavedState,
+    check_buffers,
+    check_shapes,
+    check_teacher,
+    copy_buffers,
+    read_state,
+)
+from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
+from karat_scale.checkpoint.tensor_storage import describe, save_safetensors
+from karat_scale.engine.deepspeed_internals import master_weights, shard_layout
+from karat_scale.engine.distributed import World
+from karat_scale.engine.engine import Engine
+from karat_scale.engine.reporting.progress import Reporter
+from karat_scale.engine.shards import Fragment, Pieces
 from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.models.init_from import take_weights
+from karat_scale.models.transfer import teacher_of
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.loading import portable_recipe, text_digest
+
+_SQUARES = "exp_avg_sq"
+
+
+def fit_state(saved: SavedState, model: nn.Module) -> SavedState:
+    """Return `saved` for the image size of `model`, unchanged if it is the same.
+
+    Everything is interpolated as `karat_scale.models.init_from` does it with weights. Second moments are interpolated
+    by their square roots: so they stay positive, and the ratio of the moments, which is the size of an update, is
+    interpolated with them.
+
+    Args:
+        model: of the wanted size, whole, not used otherwise: its values are changed.
+
+    Raises:
+        RecipeError: the state is of another model.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if shapes == saved.shapes:
+        return saved
+    fitted = SavedState(
+        shapes,
+        scalars=saved.scalars,
+        frozen=saved.frozen,
+        counters=saved.counters,
+        loss_scaler=saved.loss_scaler,
+    )
+    for key, pieces in saved.elementwise.items():
+        power = 0.5 if key == _SQUARES else 1.0
+        fitted.elementwise[key] = _fit(pieces, saved, model, power)
+    if saved.ema is not None:
+        fitted.ema = _fit(saved.ema, saved, model)
+    fitted.masters = _fit(saved.masters, saved, model)
+    fitted.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return fitted
+
+
+def _fit(pieces: Pieces, saved: SavedState, model: nn.Module, power: float = 1.0) -> Pieces:
+    """Return values by parameter name for the model's size; each is raised to `power` while it is interpolated."""
+    values = {name: _whole(pieces, name, shape) ** power for name, shape in saved.shapes.items()}
+    # Also named as buffers are the parameters of an operator that blocks share, once for each further block.
+    own = dict(model.named_buffers())
+    buffers = _floats({name: buffer for name, buffer in saved.buffers.items() if name in own})
+    take_weights(model, {**values, **buffers}, new_head=False)
+    fitted = Pieces()
+    for name, parameter in model.named_parameters():
+        if name in pieces:  # an optimizer has no states of frozen parameters, or other ones for some
+            value = parameter.detach().float().clone() ** (1 / power)
+            fitted.add([Fragment(name, 0, 0, value.numel())], value)
+    return fitted
+
+
+def _whole(pieces: Pieces, name: str, shape: tuple[int, ...]) -> Tensor:
+    value = torch.zeros(shape)
+    pieces.copy_into(name, value.view(-1))
+    return value
+
+
+def _floats(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: buffer.float() if buffer.is_floating_point() else buffer for name, buffer in buffers.items()}
 
 
 def wants_ema(weights: str, recipe: RunRecipe, saved: Mapping[str, Any]) -> bool:
@@ -110,3 +192,95 @@ def _accuracy(recipe: Recipe, saved: Mapping[str, Any], kind: str) -> dict[str, 
     if saved.get("evaluated_step") != saved["step"] or wants_ema("auto", recipe, saved) != (kind == "ema"):
         return {}
     return {"top1": str(saved["last_top1"]), "top5": str(saved["last_top5"])}
+
+
+_SUFFIX = ".safetensors"
+
+
+def snapshot_steps(total_steps: int, parts: int) -> frozenset[int]:
+    """Step 0 and the last step of each of `parts` equal parts of training; none for 0 parts."""
+    return frozenset(round(total_steps * part / parts) for part in range(parts + 1)) if parts else frozenset()
+
+
+class Snapshots:
+    """Takes snapshots of one run, after each step of `steps`."""
+
+    def __init__(
+        self,
+        directory: Path,
+        store: CheckpointStore,
+        steps: Collection[int],
+        engine: Engine,
+        world: World,
+        recipe: Recipe,
+        reporter: Reporter,
+    ) -> None:
+        self._directory = directory
+        self._store = store
+        self._steps = steps
+        self._engine = engine
+        self._world = world
+        self._recipe = recipe
+        self._reporter = reporter
+
+    def due(self, step: int) -> bool:
+        """Whether there is a snapshot to take after `step` finished steps."""
+        return step in self._steps
+
+    def write(self, step: int) -> None:
+        """Write the weights after `step` steps unless they are there already; a failure is a warning. Collective.
+
+        The first ones replace those of an earlier start that has left no checkpoint: it may have had another recipe.
+        Rank 0 holds them whole on the host, the other ranks one parameter at a time.
+        """
+        self._reporter.beat("snapshot")
+        path = self._directory / f"{checkpoint_name(step)}{_SUFFIX}"
+        is_kept = path.is_file() and (step > 0 or bool(self._store.names()))
+        if self._world.broadcast(is_kept):
+            return
+        whole = {}
+        for name, parameter in whole_masters(self._engine, self._world):
+            if self._world.is_main:
+                whole[name] = parameter.cpu()
+        if not self._world.is_main:
+            return
+        try:
+            self._directory.mkdir(exist_ok=True)
+            save_safetensors(self._state(whole), path, self._metadata(path.stem, step))
+        except OSError as error:
+            self._reporter.warn(f"snapshot {path.name} not saved: {describe(error)}")
+
+    def _metadata(self, name: str, step: int) -> dict[str, str]:
+        teacher = teacher_of(self._engine.module)
+        saved = {"step": step, "teacher": teacher.digest if teacher else None}
+        return describe_weights(self._recipe, saved, name, "raw")
+
+    def _state(self, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """As the plain model's `state_dict`: a module that blocks share is there once for each."""
+        names = {parameter: name for name, parameter in self._engine.module.named_parameters()}
+        fp32 = {**whole, **self._engine.frozen}
+        state, taken = {}, set()
+        for key, value in self._engine.module.state_dict(keep_vars=True).items():
+            name = names.get(value)
+            if name is None:
+                state[key] = value.detach().cpu().contiguous()
+            else:
+                state[key] = fp32[name].clone() if name in taken else fp32[name]
+                taken.add(name)
+        return state
+
+
+def whole_masters(engine: Engine, world: World) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each trainable parameter's fp32 master, one at a time; whole on rank 0 alone. Collective from stage 1 on.
+
+    No rank may leave off before the end.
+    """
+    mine = Pieces()
+    for fragments, master in zip(shard_layout(engine.deepspeed), master_weights(engine.deepspeed), strict=True):
+        mine.add(fragments, master)
+    for name, shape in engine.shapes.items():
+        flat = torch.zeros(torch.Size(shape).numel(), device=world.device)
+        mine.copy_into(name, flat)
+        if engine.stage > 0:
+            world.add_up_on_main(flat)
+        yield name, flat.view(shape)

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-import karat_scale.foundation.launcher  # noqa: F401  # it looks for its parent now, before torch is imported
+import karat_scale.foundation.machine  # noqa: F401  # it looks for its parent now, before torch is imported
 from karat_scale import __version__
 from karat_scale.commands.bench.commands import add_benches
 from karat_scale.commands.launch import say_to_launcher

@@ -20,8 +20,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from karat_scale.foundation.files import write_atomically
-from karat_scale.foundation.launcher import LAUNCHED, LAUNCHER
-from karat_scale.foundation.machine import usable_cores
+from karat_scale.foundation.machine import LAUNCHED, LAUNCHER, usable_cores
 
 ERRORS = "KARAT_ERRORS"
 """In the environment of each rank: the directory that takes its last error, instead of standard error."""

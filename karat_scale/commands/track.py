@@ -10,8 +10,8 @@ from karat_scale.foundation.console import printable
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError, UserError
 from karat_scale.foundation.tables import TRACKERS
 from karat_scale.foundation.trust import require_trust_in
+from karat_scale.recipe.base import LogConfig
 from karat_scale.recipe.files import read_run_recipe
-from karat_scale.recipe.keep import LogConfig
 from karat_scale.recipe.loading import without_retired_keys
 
 

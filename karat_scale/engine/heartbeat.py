@@ -4,6 +4,15 @@ RUN/heartbeats/rank-00003.json      {"rank": 3, "host": "node2", "beats": 812, "
 
 `beats` counts the places in the program that a rank has passed. Ranks train in step. So if no rank makes progress, the
 others wait for the one with the fewest beats. This module needs only the standard library.
+
+How long a rank may do the same before it counts as stalled: one limit for all phases, or one for each.
+
+KARAT_STALL_SECONDS is `900`, or `900,compile=3600,save=1800`: the first number holds for the phases that are not named.
+0 turns the alarm off. This module needs only the standard library.
+
+Find slow ranks. Ranks train in step: one slow rank makes all others wait, so whole steps take equally long on each.
+
+Only a rank's own time differs: waiting for its data, and its forward pass, in which it waits for no other rank.
 """
 
 import faulthandler
@@ -11,15 +20,69 @@ import json
 import math
 import os
 import socket
+import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from karat_scale.engine.stall_limits import StallLimits
 from karat_scale.foundation.files import parse_json, read_text
+
+PHASES = ("start", "compile", "data", "step", "save")
+# What heartbeats say, by phase; everything else is part of a step.
+_PHASE_OF = {
+    "starting": "start",
+    "fetching": "start",
+    "compiling": "compile",
+    "waiting for data": "data",
+    "saving": "save",
+    "snapshot": "save",
+    "copying": "save",
+}
+
+
+@dataclass(frozen=True)
+class StallLimits:
+    """Seconds for each phase; 0 or infinity means that a phase has no limit."""
+
+    general: float = 0.0
+    by_phase: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> "StallLimits":
+        """Read KARAT_STALL_SECONDS. Raises ValueError with a line that names the mistake."""
+        general, by_phase = 0.0, {}
+        for number, part in enumerate(text.split(",") if text else ()):
+            phase, equals, seconds = part.strip().rpartition("=")
+            if equals and phase not in PHASES:
+                raise ValueError(f"{phase!r} is no phase; use {', '.join(PHASES)}")
+            try:
+                value = float(seconds)
+            except ValueError:
+                value = -1.0
+            if not (value >= 0 and math.isfinite(value)) or (not equals and number):
+                raise ValueError(f"{part.strip()!r} should be seconds, or PHASE=seconds after the first")
+            if equals:
+                by_phase[phase] = value
+            else:
+                general = value
+        return cls(general, by_phase)
+
+    def of(self, doing: str) -> float:
+        """Return the limit while a rank does what its heartbeat says; infinity if it has none."""
+        seconds = self.by_phase.get(_PHASE_OF.get(doing, "step"), self.general)
+        return seconds or math.inf
+
+    def plus(self, grace: float) -> "StallLimits":
+        """Return limits that are longer by `grace` seconds, where there are any."""
+        longer = {phase: seconds + grace if seconds else 0.0 for phase, seconds in self.by_phase.items()}
+        return StallLimits(self.general + grace if self.general else 0.0, longer)
+
+    def __bool__(self) -> bool:
+        return bool(self.general or any(self.by_phase.values()))
+
 
 WRITE_SECONDS = 2.0
 # Moving the alarm costs a thread, so do not move it at each beat of a fast step.
@@ -143,3 +206,53 @@ def read_signs(directory: Path) -> list[Sign]:
         except (OSError, ValueError, TypeError):
             continue
     return signs
+
+
+# A factor on the median of the other ranks, and the least extra seconds per step; a smaller excess is noise.
+SLOW, LEAST_SECONDS = 1.5, 0.01
+
+
+def slow_ranks(signs: Sequence[Sign]) -> list[str]:
+    """Yield a line for each rank whose own time per step is far above that of the others."""
+    return [line for sign, line in _judged(signs) if line]
+
+
+class Stragglers:
+    """Reports each rank once that is slow in two reports in a row, since one may be chance."""
+
+    def __init__(self) -> None:
+        self._reported: dict[int, float] = {}
+        self._slow_before: set[int] = set()
+        self._reported_slow: set[int] = set()
+
+    def look(self, signs: Sequence[Sign]) -> list[str]:
+        """Add the ranks' heartbeats; return lines about ranks that are slow now."""
+        lines = []
+        for sign, line in _judged(signs):
+            if self._reported.get(sign.rank) == sign.own_seconds:
+                continue
+            self._reported[sign.rank] = sign.own_seconds
+            if line is None:
+                self._slow_before.discard(sign.rank)
+                continue
+            if sign.rank in self._slow_before and sign.rank not in self._reported_slow:
+                self._reported_slow.add(sign.rank)
+                lines.append(line)
+            self._slow_before.add(sign.rank)
+        return lines
+
+
+def _judged(signs: Sequence[Sign]) -> list[tuple[Sign, str | None]]:
+    known = [sign for sign in signs if sign.own_seconds > 0]
+    if len(known) < 2:
+        return []
+    return [(sign, _line(sign, statistics.median(o.own_seconds for o in known if o is not sign))) for sign in known]
+
+
+def _line(sign: Sign, others: float) -> str | None:
+    if sign.own_seconds < SLOW * others or sign.own_seconds - others < LEAST_SECONDS:
+        return None
+    return (
+        f"rank {sign.rank} on {sign.host} takes {sign.own_seconds:.3g} s of its own per step (data and forward pass), "
+        f"{sign.own_seconds / others:.1f} times the others"
+    )

@@ -2,6 +2,8 @@
 
 For training on a CPU the C library keeps the memory of freed tensors. By default glibc gives large blocks back to the
 kernel. Each step then gets them again, page by page and filled with zeros. docs/benchmarks.md has what that costs.
+
+The recipe's activation checkpointing, applied to the model that an engine is about to take.
 """
 
 import contextlib
@@ -11,9 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from karat_scale.engine.deepspeed_internals import deepspeed_checkpoint
 from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import UserError, is_out_of_memory, one_line
+from karat_scale.models.layers import blocks_of
+from karat_scale.models.recompute import choices_by_rule, recompute, torch_checkpoint
+from karat_scale.recipe import RunRecipe
 
 _REMEMBERED = 100_000
 
@@ -76,3 +83,17 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
         return all(any(mallopt(name, value) for value in values) for name, values in _SETTINGS)
     return False
+
+
+def apply_recompute(model: nn.Module, recipe: RunRecipe) -> str:
+    """Let `model` recompute what the recipe's `train.recompute` says; returns what that is, in words, or "".
+
+    Raises RecipeError where the policy does not suit the model.
+    """
+    config = recipe.train.recompute
+    if config.policy == "none":
+        return ""
+    choices = choices_by_rule(config, len(blocks_of(model)))
+    recompute(model, choices, torch_checkpoint if config.method == "torch" else deepspeed_checkpoint())
+    blocks, attentions = choices.count("block"), choices.count("attention")
+    return f"recomputes {blocks} of {len(choices)} blocks, and the attention of {attentions} more"

@@ -3,14 +3,18 @@
 Trainable parameters are in groups of one weight decay and one share of the learning rate. The optimizers are torch's
 AdamW, fused on a GPU; torch's Muon for the linear layers inside blocks, with AdamW for all other parameters; and
 DeepSpeed's AdamW for CPUs, which is compiled when it is first used.
+
+The learning rate as a pure function of the step.
 """
 
 import fcntl
+import math
 import shlex
 import shutil
 import time
 from collections.abc import Collection
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ from karat_scale.foundation.errors import RecipeError
 from karat_scale.foundation.tables import load
 from karat_scale.models import no_weight_decay_names
 from karat_scale.models.layers import blocks_of
-from karat_scale.recipe import OptimConfig
+from karat_scale.recipe import OptimConfig, Recipe
 
 Groups = list[dict[str, Any]]
 """Optimizer groups: `params`, `weight_decay`, and `lr_scale`, by which the schedule's rate is multiplied."""
@@ -209,3 +213,54 @@ def remove_stale_mark(directory: Path) -> None:
     newest = max((file.stat().st_mtime for file in directory.iterdir() if file.name != "karat.lock"), default=0.0)
     if time.time() - newest > QUIET_SECONDS:
         (directory / "lock").unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class CosineSchedule:
+    """Linear warm-up from `warmup_lr` to `peak_lr`, then half a cosine down to `min_lr` at `total_steps`.
+
+    The half cosine begins at step `cosine_from`.
+    """
+
+    peak_lr: float
+    min_lr: float
+    warmup_lr: float
+    warmup_steps: int
+    total_steps: int
+    cosine_from: int = 0
+
+    def lr(self, step: int) -> float:
+        """The rate for the update that follows `step` finished updates."""
+        if step < self.warmup_steps:
+            return self.warmup_lr + (self.peak_lr - self.warmup_lr) * step / self.warmup_steps
+        if step >= self.total_steps:
+            return self.min_lr
+        done = (step - self.cosine_from) / (self.total_steps - self.cosine_from)
+        return self.min_lr + 0.5 * (self.peak_lr - self.min_lr) * (1 + math.cos(math.pi * done))
+
+
+def build_schedule(recipe: Recipe, steps_per_epoch: int) -> CosineSchedule:
+    """The recipe's schedule in steps (paper, training recipe: lr * batch / 512, cosine per step).
+
+    Raises:
+        RecipeError: the warm-up has more steps than training.
+    """
+    batches = recipe.train.global_batch / recipe.optim.lr_batch if recipe.optim.lr_batch else 1.0
+    schedule = recipe.schedule
+    total_steps = recipe.train.epochs * steps_per_epoch
+    warmup_steps = schedule.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = round(schedule.warmup_epochs * steps_per_epoch)
+    elif warmup_steps > total_steps:
+        raise RecipeError(
+            f"schedule.warmup_steps = {warmup_steps} are more than the {total_steps} steps of train.epochs = "
+            f"{recipe.train.epochs}; shorten the warm-up"
+        )
+    return CosineSchedule(
+        peak_lr=recipe.optim.lr * batches,
+        min_lr=schedule.min_lr,
+        warmup_lr=schedule.warmup_lr,
+        warmup_steps=warmup_steps,
+        total_steps=total_steps,
+        cosine_from=warmup_steps if schedule.cosine_after_warmup else 0,
+    )

@@ -21,7 +21,7 @@ import psutil
 import torch.distributed as dist
 
 from karat_scale.foundation.errors import PeerError, UserError, of_the_machine, one_line, say_in_one_write
-from karat_scale.foundation.launcher import LAUNCHER
+from karat_scale.foundation.machine import LAUNCHER
 
 _POLL_SECONDS = 1.0
 _SIGN_SECONDS = 5.0

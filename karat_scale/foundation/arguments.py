@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from karat_scale.foundation.errors import nearest, on_one_line
-from karat_scale.foundation.stores.urls import is_url
+from karat_scale.foundation.stores.connection import is_url
 from karat_scale.foundation.tables import TRACKERS
 
 

@@ -100,7 +100,7 @@ BACKENDS = {
     "webdataset": BackendRow(
         "karat_scale.data.backends.images:open_webdataset",
         Files.SHARDS,
-        streams="karat_scale.data.streams.backend:StreamBackend",
+        streams="karat_scale.data.streams.assemble:StreamBackend",
     ),
     "ffcv": BackendRow("karat_scale.data.backends.images:open_ffcv", Files.BETONS, "ffcv", own_decoder=True),
     "dali": BackendRow(
@@ -119,7 +119,7 @@ BACKENDS = {
 # Classes that take (interpolation, max_pixels). `data.decoder = auto` tries them in this order; the last always runs.
 DECODERS = {
     "native": "karat_scale.data.decoders.native:NativeDecoder",
-    "torchvision": "karat_scale.data.decoders.torchvision:TorchvisionDecoder",
+    "torchvision": "karat_scale.data.decoders.pillow:TorchvisionDecoder",
     "pillow": "karat_scale.data.decoders.pillow:PillowDecoder",
 }
 
@@ -201,10 +201,10 @@ class FormatRow:
 
 
 EXPORT_FORMATS = {
-    "safetensors": FormatRow("karat_scale.commands.export.source:write_safetensors", ".safetensors"),
+    "safetensors": FormatRow("karat_scale.commands.export.folders:write_safetensors", ".safetensors"),
     "timm": FormatRow("karat_scale.commands.export.folders:write_timm_folder"),
-    "onnx": FormatRow("karat_scale.commands.export.onnx_file:write_onnx", ".onnx"),
-    "torch-export": FormatRow("karat_scale.commands.export.torch_export:write_torch_export", ".pt2"),
+    "onnx": FormatRow("karat_scale.commands.export.formats:write_onnx", ".onnx"),
+    "torch-export": FormatRow("karat_scale.commands.export.formats:write_torch_export", ".pt2"),
     "hub-folder": FormatRow("karat_scale.commands.export.folders:write_hub_folder"),
 }
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.models.host import Host, build_timm
 from karat_scale.models.layers import LayerSize, attention_layers
-from karat_scale.models.make_operator import learn
+from karat_scale.models.operators import learn
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 # timm's models have 12 blocks, of which 10 are gated.

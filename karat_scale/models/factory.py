@@ -1,20 +1,95 @@
-"""Build a model from the recipe's `model` and `attention` sections."""
+"""Build a model from the recipe's `model` and `attention` sections.
 
+Give KArAt to a timm model that is already built, and perhaps trained.
+
+Other timm models that use timm's own attention, such as PiT or MobileViT, at timm's own sizes.
+"""
+
+import copy
+import inspect
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import timm
-from torch import nn
+import torch
+from timm.layers import Attention
+from timm.models.convit import MHSA
+from timm.models.swin_transformer import WindowAttention
+from torch import Tensor, nn
 
-from karat_scale.foundation.errors import RecipeError, nearest
+from karat_scale.foundation.errors import RecipeError, nearest, one_line
 from karat_scale.models import swin, vit
-from karat_scale.models.convit import CONVIT
-from karat_scale.models.host import Host, refuse_fields, shapes_alone
-from karat_scale.models.layers import LayerSize, freeze
-from karat_scale.models.other import OTHER
-from karat_scale.models.swin import SWIN
+from karat_scale.models.convit import CONVIT, KaratMHSA
+from karat_scale.models.host import Host, build_timm, check_attention, refuse_fields, shapes_alone
+from karat_scale.models.layers import LayerSize, freeze, measure_layers
+from karat_scale.models.operators import learn
+from karat_scale.models.swin import SWIN, KaratWindowAttention
 from karat_scale.models.transfer import TransferredAttention
-from karat_scale.models.vit import VIT, build_vit
+from karat_scale.models.vit import VIT, KaratAttention, build_vit
 from karat_scale.recipe import AttentionConfig, ModelConfig, Recipe
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    Attention: KaratAttention,
+    MHSA: KaratMHSA,
+    WindowAttention: KaratWindowAttention,
+}
+
+
+def swap_attention(network: Any, attention: AttentionConfig, image_size: int = 224) -> None:
+    """Replace softmax in a timm model's attention layers, in place. All weights stay; operators are added.
+
+    With `residual=True`, the model computes what it computed before, until it is trained.
+
+    Args:
+        network: a timm ViT, ConViT (its last blocks), Swin, or another model with timm's attention.
+        attention: the kind of attention, as in a recipe.
+        image_size: side of the images in pixels; the operators are made for this number of tokens.
+
+    Raises:
+        RecipeError: the section names softmax, the model has none of these attention layers,
+            it does not take images of this size, or as `learn`.
+    """
+    if attention.kind == "softmax":  # the default
+        raise RecipeError("attention.kind = softmax is what the model has; use karat, or another kind that learns")
+    name = type(network).__name__
+    check_attention(network, ModelConfig(name=name, image_size=image_size))
+    if not any(type(module) in _CLASSES for module in network.modules()):
+        raise RecipeError(f"this {name} has learned attention already")
+    try:
+        sizes = measure_layers(copy.deepcopy(network).to("meta", torch.float32).eval(), image_size)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise RecipeError(
+            f"image_size = {image_size} does not fit {name}: {one_line(error)}; pass image_size="
+        ) from error
+    learn(network, ModelConfig(name=name, image_size=image_size), attention, sizes, _CLASSES)
+    parameter = next(network.parameters())
+    network.to(parameter.device, parameter.dtype)
+
+
+def _build(model: ModelConfig, **options: Any) -> nn.Module:
+    refuse_fields(model, "patch_size", "embed_dim", "depth", "num_heads", why="which is built at timm's own sizes")
+    with torch.device("meta"):
+        taken = inspect.signature(type(timm.create_model(model.name))).parameters
+    settings: dict[str, Any] = {"img_size": model.image_size} if "img_size" in taken else {}
+    for field, name in (("drop_path", "drop_path_rate"), ("proj_drop", "proj_drop_rate")):
+        value = getattr(model, field)
+        if name in taken:
+            settings[name] = value
+        elif value:
+            raise RecipeError(f"model.{field} = {value:g} is not supported by {model.name}, which has no {name}; use 0")
+    return build_timm(model, model.name, **settings, **options)
+
+
+def _learn(model: ModelConfig, attention: AttentionConfig, sizes: tuple[LayerSize, ...], **options: Any) -> nn.Module:
+    return learn(_build(model, **options), model, attention, sizes, {Attention: KaratAttention})
+
+
+def _fit(weights: Mapping[str, Tensor], _: nn.Module) -> dict[str, Tensor]:
+    return dict(weights)
+
+
+OTHER = Host(_build, _learn, _fit)
+
 
 # By the names of timm's modules.
 HOSTS = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from karat_scale.attention.heads import AttentionHeads
+from karat_scale.attention.operator import AttentionHeads
 from karat_scale.models.factory import create_model
 from karat_scale.models.layers import attention_layers, freeze
 from karat_scale.models.transfer import TransferredAttention

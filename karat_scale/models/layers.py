@@ -1,7 +1,14 @@
-"""The attention layers of a model of any architecture, in the order of the forward pass; which are frozen."""
+"""The attention layers of a model of any architecture, in the order of the forward pass; which are frozen.
+
+Convert the class, distillation and register tokens, which come before the patches, between models.
+
+A token is a vector and usually a position, and both are added before the first block. So if only one of two models
+has positions for such tokens, the sum is kept. Some position embeddings are computed, not learned.
+"""
 
 import fnmatch
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any, NamedTuple
 
@@ -127,3 +134,121 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> str:
     if frozen == total:
         raise RecipeError(f"train.freeze = [{', '.join(patterns)}] leaves no parameter to train; freeze fewer")
     return f"{frozen:,} of {total:,} parameters are frozen"
+
+
+# timm's parameters [1, n, D], in timm's order before the patches, and their names in messages.
+_TOKENS = {"cls_token": "class token", "dist_token": "distillation token", "reg_token": "register tokens"}
+# The distillation token has its own classifier.
+_HEAD_DIST = "head_dist."
+
+
+def prefix_tokens(state: Mapping[str, Tensor]) -> list[str]:
+    """Return every prefix token of a state dict as its parameter and number, such as `reg_token.3`."""
+    return [f"{name}.{number}" for name in _TOKENS if name in state for number in range(state[name].shape[1])]
+
+
+def places_of(tokens: Sequence[str], there: Sequence[str]) -> list[int | None]:
+    """Return the position of each of `tokens` in `there`; None if it is not there."""
+    return [there.index(token) if token in there else None for token in tokens]
+
+
+def fit_prefix(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return a state dict with a model's prefix tokens and their positions; the operators do not change.
+
+    Tokens that only the model has keep their values; those that only the weights have are left out.
+
+    Args:
+        model: one whose positions are [1, tokens, D]; for any other, the weights do not change.
+        weights: by timm's names.
+
+    Returns:
+        The weights, and what was left out or is new.
+
+    Raises:
+        RecipeError: the positions are not those of a square of patches, or are of another width.
+    """
+    own = model.state_dict()
+    there, here = prefix_tokens(weights), prefix_tokens(own)
+    positions = own.get("pos_embed")
+    is_converted_by_timm = "register_tokens" in weights  # DINOv2's names
+    if positions is None or positions.dim() != 3 or "pos_embed" not in weights or is_converted_by_timm:
+        return dict(weights), []
+    if there == here and weights["pos_embed"].shape == positions.shape:
+        return dict(weights), []
+    for name in ("pos_embed", *_TOKENS):
+        if name in weights and weights[name].shape[2] != positions.shape[2]:
+            width = f"a width of {weights[name].shape[2]} in the weights and {positions.shape[2]} in the model"
+            raise RecipeError(f"{name} has {width}; use the model section it was trained with")
+    embedded_there, embedded_here = (_embedded(state, len(tokens)) for state, tokens in ((weights, there), (own, here)))
+    vectors: dict[str, list[Tensor]] = {}
+    prefix = []
+    for place, token in enumerate(here):
+        is_taken = token in there
+        state, embedded = (weights, embedded_there) if is_taken else (own, embedded_here)
+        name, number = token.split(".")
+        vector = state[name][:, int(number), None]
+        at = there.index(token) if is_taken else place
+        position = state["pos_embed"][:, at, None] if embedded else torch.zeros_like(vector)
+        vectors.setdefault(name, []).append(vector if embedded_here else vector + position)
+        prefix += [position] if embedded_here else []
+    patches = weights["pos_embed"][:, embedded_there:]
+    fitted = {name: x for name, x in weights.items() if name not in _TOKENS}
+    fitted |= {name: torch.cat(parts, 1) for name, parts in vectors.items()}
+    fitted["pos_embed"] = torch.cat((*prefix, patches), 1)
+    return _with_heads_of(own, fitted), _notes(there, here)
+
+
+def _embedded(state: Mapping[str, Tensor], tokens: int) -> int:
+    """Return the number of prefix tokens with a position: all, or none as with timm's `no_embed_class`."""
+    positions = state["pos_embed"].shape[1]
+    for count in (tokens, 0):
+        if positions > count and math.isqrt(positions - count) ** 2 == positions - count:
+            return count
+    raise RecipeError(
+        f"pos_embed in the weights has {positions} positions: not {tokens} prefix tokens and a square of "
+        "patches; use the model it was trained with"
+    )
+
+
+def _with_heads_of(own: Mapping[str, Tensor], fitted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Yield the distillation token's classifier, if the model has one."""
+    kept = {name: x for name, x in fitted.items() if not name.startswith(_HEAD_DIST) or name in own}
+    new = {name: x for name, x in own.items() if name.startswith(_HEAD_DIST) and name not in fitted}
+    return {**kept, **new}
+
+
+def _notes(there: Sequence[str], here: Sequence[str]) -> list[str]:
+    left_out, new = (_named(tokens) for tokens in (set(there) - set(here), set(here) - set(there)))
+    return [f"without its {name}" for name in left_out] + [f"with a new {name}" for name in new]
+
+
+def _named(tokens: set[str]) -> list[str]:
+    return [text for name, text in _TOKENS.items() if any(token.startswith(name) for token in tokens)]
+
+
+def sincos_2d(height: int, width: int, dim: int, temperature: float = 10_000.0) -> Tensor:
+    """Return sines and cosines of a grid's coordinates, float32 [height * width, dim], row by row.
+
+    Of column x and row y: sin(x w_k), cos(x w_k), sin(y w_k), cos(y w_k) with w_k = temperature^(-k / (K - 1)),
+    k = 0 .. K - 1, K = dim / 4 (MoCo v3, arXiv 2104.02057; so in arXiv 2205.01580). Raises ValueError unless dim is a
+    multiple of 4 and at least 8.
+    """
+    if dim % 4 or dim < 8:
+        raise ValueError(f"pos_embed = sincos2d needs a width of 8, 12, 16, ..., not {dim}")
+    quarter = dim // 4
+    # In float64, so that they do not depend on device or precision.
+    exponent = torch.arange(quarter, dtype=torch.float64, device="cpu") / (quarter - 1)
+    frequencies = temperature**-exponent
+    rows = torch.arange(height, dtype=torch.float64, device="cpu").repeat_interleave(width)
+    columns = torch.arange(width, dtype=torch.float64, device="cpu").repeat(height)
+    x, y = torch.outer(columns, frequencies), torch.outer(rows, frequencies)
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()
+
+
+def is_sincos_2d(positions: Tensor) -> bool:
+    """True if the last positions of [1, N, D], those of a square of patches, are these, also if rounded to bfloat16."""
+    side, dim = math.isqrt(positions.shape[1]), positions.shape[2]
+    if dim % 4 or dim < 8:
+        return False
+    patches = positions[0, -side * side :].float()
+    return torch.allclose(patches, sincos_2d(side, side, dim).to(patches.device), atol=1e-2)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from karat_scale.models.host import Host, build_timm, refuse_fields
 from karat_scale.models.layers import LayerSize
-from karat_scale.models.make_operator import learn
+from karat_scale.models.operators import learn
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 # Our own small models, by name: their changes to timm's Swin-Tiny.

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from karat_scale.foundation.trust import require_trust
 from karat_scale.models import create_model
-from karat_scale.models.init_from import take_weights
-from karat_scale.models.init_operators import spread_operator
+from karat_scale.models.init_from import spread_operator, take_weights
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 _FEATURE_MAPS = 3

@@ -12,9 +12,8 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from karat_scale.models.host import Host, build_timm, cannot_be_built
-from karat_scale.models.layers import LayerSize, refuse_dropout
-from karat_scale.models.make_operator import operator_maker
-from karat_scale.models.prefix_tokens import sincos_2d
+from karat_scale.models.layers import LayerSize, refuse_dropout, sincos_2d
+from karat_scale.models.operators import operator_maker
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 # Our own small models, by name: their changes to timm's ViT-Tiny.

@@ -12,10 +12,19 @@ from pydantic import Field, field_validator, model_validator
 
 from karat_scale.foundation.stores import is_url
 from karat_scale.recipe.attention import AttentionConfig
-from karat_scale.recipe.base import Count, Effect, Fraction, Positive, Section
+from karat_scale.recipe.base import (
+    CheckpointConfig,
+    Count,
+    Effect,
+    Fraction,
+    LogConfig,
+    Positive,
+    ResumeConfig,
+    SaveConfig,
+    Section,
+)
 from karat_scale.recipe.data import AugmentConfig, DataConfig
 from karat_scale.recipe.files import RECIPES
-from karat_scale.recipe.keep import CheckpointConfig, LogConfig, ResumeConfig, SaveConfig
 from karat_scale.recipe.train import DeepSpeedConfig, DistillConfig, OptimConfig, ScheduleConfig, TrainConfig
 
 

@@ -11,28 +11,56 @@ a step's end. What changes before is put back, and the resumed run takes the ste
 are not kept in a checkpoint.
 
 Steps that were skipped, as their gradients are not finite, and losses that jump are found, noted, and ended at.
+
+What one rank's training loop is made of.
 """
 
 import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 from torch import nn
 
+from karat_scale.checkpoint.checkpoints import Checkpoints
 from karat_scale.data.loading.device_feed import DeviceFeed
+from karat_scale.data.plan import TrainPlan
 from karat_scale.engine.distributed import World
-from karat_scale.engine.reporting.interval import Interval, OwnTime, peak_memory_mb, resident_memory_mb
+from karat_scale.engine.ema import Ema
+from karat_scale.engine.engine import Engine
+from karat_scale.engine.reporting.interval import Interval, OwnTime, StepProfiler, peak_memory_mb, resident_memory_mb
+from karat_scale.engine.reporting.progress import Reporter
 from karat_scale.engine.run_state import RunState
 from karat_scale.foundation.errors import DivergedError
+from karat_scale.recipe import RunRecipe
 from karat_scale.training.agreement import Agreement, SavePoints
-from karat_scale.training.incidents import Spikes
-from karat_scale.training.parts import Parts
-from karat_scale.training.signals import StoppedError
-from karat_scale.training.task import OnBatch, Scores, Task, Waiting
+from karat_scale.training.outcome import Incidents, Spikes
+from karat_scale.training.signals import StoppedError, StopSignals
+from karat_scale.training.task import AfterStep, OnBatch, Schedule, Scores, Task, Waiting
+
+
+@dataclass
+class Parts:
+    """What one rank's loop is made of. `build_parts` in `run.py` builds it."""
+
+    recipe: RunRecipe
+    world: World
+    task: Task
+    plan: TrainPlan
+    total_steps: int
+    engine: Engine
+    ema: Ema | None
+    schedule: Schedule
+    checkpoints: Checkpoints[Any]
+    after_step: list[AfterStep]
+    profiler: StepProfiler
+    reporter: Reporter
+    signals: StopSignals
+    incidents: Incidents
 
 
 class UnfinishedStep:

@@ -17,14 +17,16 @@ from karat_scale.engine import distributed
 from karat_scale.engine.devices import device_name
 from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
-from karat_scale.engine.engine import Engine
-from karat_scale.engine.memory import keep_freed_memory, memory_snapshot, one_line_out_of_memory, record_memory
-from karat_scale.engine.precision import slow_precision
-from karat_scale.engine.recompute import apply_recompute
-from karat_scale.engine.reporting.histograms import HeadHistograms
-from karat_scale.engine.reporting.metrics import MetricsLog
-from karat_scale.engine.reporting.profiler import StepProfiler
-from karat_scale.engine.reporting.progress import Reporter, choose_display
+from karat_scale.engine.engine import Engine, slow_precision
+from karat_scale.engine.memory import (
+    apply_recompute,
+    keep_freed_memory,
+    memory_snapshot,
+    one_line_out_of_memory,
+    record_memory,
+)
+from karat_scale.engine.reporting.interval import HeadHistograms, StepProfiler
+from karat_scale.engine.reporting.progress import MetricsLog, Reporter, choose_display
 from karat_scale.engine.run_state import RunState
 from karat_scale.engine.tracking.follow import check_trackers
 from karat_scale.foundation.console import plural
@@ -34,11 +36,9 @@ from karat_scale.models.operators import check_implementation, describe_implemen
 from karat_scale.recipe import RunRecipe
 from karat_scale.training.from_url import open_copy
 from karat_scale.training.heartbeats import start_heartbeat
-from karat_scale.training.incidents import Incidents
 from karat_scale.training.initial_weights import initialise
-from karat_scale.training.loop import Loop
-from karat_scale.training.outcome import Outcome, concluded
-from karat_scale.training.parts import Parts
+from karat_scale.training.loop import Loop, Parts
+from karat_scale.training.outcome import Incidents, Outcome, concluded
 from karat_scale.training.run_copy import RunCopy
 from karat_scale.training.run_directory import RunDirectory, refuse_another_model
 from karat_scale.training.signals import StoppedError, StopSignals

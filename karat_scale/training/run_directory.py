@@ -27,9 +27,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar, overload
 
-from karat_scale.checkpoint.saved_state import falsehood
+from karat_scale.checkpoint.restore import falsehood
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
-from karat_scale.data.loading.digest import class_order_digest
+from karat_scale.data.loading.loader import class_order_digest
 from karat_scale.engine.heartbeat import heartbeat_file
 from karat_scale.engine.run_state import RunState
 from karat_scale.foundation.errors import RunDirectoryError, not_written

@@ -13,7 +13,7 @@ import threading
 import time
 from types import FrameType
 
-from karat_scale.foundation.launcher import LAUNCHER
+from karat_scale.foundation.machine import LAUNCHER
 
 _POLL_SECONDS = 1.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)

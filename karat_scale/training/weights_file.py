@@ -20,7 +20,7 @@ from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.foundation.files import open_regular, parse_json
 from karat_scale.foundation.trust import require_trust
 from karat_scale.models import create_model
-from karat_scale.models.init_operators import spread_operator
+from karat_scale.models.init_from import spread_operator
 from karat_scale.models.transfer import weights_digest
 from karat_scale.recipe import AttentionConfig, ModelConfig, Recipe
 from karat_scale.recipe.files import parse

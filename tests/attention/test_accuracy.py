@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from karat_scale.attention import BASES, tiles
-from karat_scale.attention.form_parameters import FORMS
+from karat_scale.attention import BASES, routes
+from karat_scale.attention.forms import FORMS
 from tests.attention.test_forms import Case, assert_agree, make_case, upstream_of
 
 # How fast a basis's functions vary where G does not say: the slope, over the size, of what `make_case` draws.
@@ -64,8 +64,8 @@ def test_float32_matches_the_oracle(name, form, batch, heads, tokens, width, ran
     case = drawn(name, form, grid, **shape)
     upstream = upstream_of(case).float().double()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "workspace_budget", lambda _: budget)
-        patch.setattr(tiles, "MIN_ROWS", 5)
+        patch.setattr(routes, "workspace_budget", lambda _: budget)
+        patch.setattr(routes, "MIN_ROWS", 5)
         actual = case.results(upstream, torch.float32, implementation="streaming")
     expected = case.results(upstream, implementation="reference")
     assert_agree(actual, expected, tolerance(case, STEEPNESS.get(name, grid)))
@@ -106,8 +106,8 @@ def test_gradcheck(name, form, masked):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_full_rank_with_narrow_heads(name, dtype, monkeypatch):
     """Where the values are spread over the keys and no row of S is formed."""
-    monkeypatch.setattr(tiles, "workspace_budget", lambda _: 1)
-    monkeypatch.setattr(tiles, "MIN_ROWS", 4)
+    monkeypatch.setattr(routes, "workspace_budget", lambda _: 1)
+    monkeypatch.setattr(routes, "MIN_ROWS", 4)
     case = make_case(name, "full_rank", batch=3, tokens=11, width=4)
     case = case._replace(tensors=tuple(x.to(dtype).double() for x in case.tensors))
     upstream = upstream_of(case).to(dtype).double()

@@ -10,16 +10,16 @@ from torch import Tensor
 from karat_scale.attention import (
     BASES,
     KaratOperator,
+    call,
     karat_attention,
     karat_scores,
     make_basis,
     reference,
-    simplex,
+    routes,
     streaming,
-    tiles,
 )
 from karat_scale.attention.bases import Basis
-from karat_scale.attention.form_parameters import FORMS, has_projector, parameter_shapes
+from karat_scale.attention.forms import FORMS, has_projector, parameter_shapes
 from tests.attention.calls import LargestTensor, relative_error
 
 SETTINGS = {"bspline": {"grid": 4, "range": 2.0}, "chebyshev": {"grid": 4}, "rational": {"orders": (3, 2)}}
@@ -79,8 +79,8 @@ def upstream_of(case: Case) -> Tensor:
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(tiles, "workspace_budget", lambda _: 1)
-    monkeypatch.setattr(tiles, "MIN_ROWS", 3)
+    monkeypatch.setattr(routes, "workspace_budget", lambda _: 1)
+    monkeypatch.setattr(routes, "MIN_ROWS", 3)
 
 
 @pytest.mark.parametrize("simplex", [False, True])
@@ -163,7 +163,7 @@ def test_hidden_units_on_the_simplex(name, masked, small_tiles):
     query, key, value, *rest, proj = leaves = [x.requires_grad_() for x in case.tensors]
     raw = query @ key.mT / query.shape[-1] ** 0.5
     coef = case.basis.pack(dict(zip(case.names, rest, strict=True)))
-    hidden = simplex.project(reference._units(raw, kept.expand_as(raw), coef, case.basis))
+    hidden = call.project(reference._units(raw, kept.expand_as(raw), coef, case.basis))
     learned = hidden @ proj.mT * kept
     expected = learned @ value
     upstream = upstream_of(case)

@@ -10,7 +10,7 @@ from karat_scale.attention import (
     fourier_karat_scores,
 )
 from karat_scale.attention.bases import BASES, Chebyshev, Fourier
-from karat_scale.attention.form_parameters import FORMS
+from karat_scale.attention.forms import FORMS
 
 
 def draw(batch, heads, tokens, width, seed=0):

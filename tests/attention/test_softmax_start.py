@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from karat_scale.attention import KaratOperator
-from karat_scale.attention.softmax_start import REACH, fourier_fits, smooth_modes
+from karat_scale.attention.softmax import REACH, fourier_fits, smooth_modes
 from karat_scale.models import create_model
 from karat_scale.models.attention_matrices import watched
 from karat_scale.recipe import AttentionConfig, ModelConfig

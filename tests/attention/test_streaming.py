@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from karat_scale.attention import fourier_karat_attention, streaming, tiles
+from karat_scale.attention import fourier_karat_attention, routes, streaming
 from tests.attention.calls import LargestTensor, assert_close, make_call, output_and_gradients
 
 BASES = ("zero", "identity", "silu", "gelu")
@@ -38,8 +38,8 @@ def test_float32_matches_the_oracle(batch, heads, tokens, width, rank, grid, log
     call = make_call(batch, heads, tokens, width, rank, grid, logits=logits, seed=seed).to(torch.float32)
     upstream = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "workspace_budget", lambda _: budget)
-        patch.setattr(tiles, "MIN_ROWS", 1)
+        patch.setattr(routes, "workspace_budget", lambda _: budget)
+        patch.setattr(routes, "MIN_ROWS", 1)
         actual = streamed(call, upstream, base=base)
     expected = oracle(call.to(torch.float64), upstream.double(), base=base)
     assert_close(actual, expected, max(2e-6, 5e-8 * grid * call.largest_score))
@@ -95,8 +95,8 @@ def test_bias_of_any_broadcast_shape(shape, masked, base):
 
 @pytest.mark.parametrize("shape", BIAS_SHAPES, ids=str)
 def test_mask_of_any_broadcast_shape(shape, monkeypatch):
-    monkeypatch.setattr(tiles, "workspace_budget", lambda _: 1)
-    monkeypatch.setattr(tiles, "MIN_ROWS", 3)
+    monkeypatch.setattr(routes, "workspace_budget", lambda _: 1)
+    monkeypatch.setattr(routes, "MIN_ROWS", 3)
     call = make_call(3, 2, 7, 8, 4, 3)
     generator = torch.Generator().manual_seed(3)
     mask = torch.rand(shape, generator=generator) > 0.4

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from karat_scale.attention.tiles import MIN_ROWS, plan_tiles, split
+from karat_scale.attention.routes import MIN_ROWS, plan_tiles, split
 
 
 @given(total=st.integers(0, 500), largest=st.integers(1, 60))

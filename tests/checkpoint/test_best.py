@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.tasks.classification.task import TrainState
 from tests.training.harm import POINTERS, point
 
 

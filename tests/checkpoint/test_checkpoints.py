@@ -10,7 +10,7 @@ from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine.deepspeed_internals import master_weights
 from karat_scale.foundation.errors import RunDirectoryError
-from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.tasks.classification.task import TrainState
 from tests.small_engines import CONFIGS, VARIANTS, equal, train_once, train_steps, weights
 
 

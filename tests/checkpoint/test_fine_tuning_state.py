@@ -16,7 +16,7 @@ from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.models import create_model
 from karat_scale.models.layers import freeze
 from karat_scale.recipe import Recipe
-from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.tasks.classification.task import TrainState
 from tests.small_engines import CONFIGS, train_once, weights
 
 TUNED = ("optim.layer_decay=0.5", "train.freeze=[patch_embed.*, blocks.0.attn.operator.*]", "optim.weight_decay=0")

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from karat_scale.checkpoint.saved_state import falsehood
+from karat_scale.checkpoint.restore import falsehood
 from karat_scale.checkpoint.store import MANIFEST, STATE, CheckpointStore
 from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.foundation.errors import RunDirectoryError
-from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.tasks.classification.task import TrainState
 from tests.checkpoint.lies import LOST, rehash, tell
 from tests.small_engines import train_steps
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from karat_scale.checkpoint import saver, tensor_storage
 from karat_scale.checkpoint.checkpoints import Checkpoints
 from karat_scale.checkpoint.tensor_storage import load_tensors
-from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.tasks.classification.task import TrainState
 from tests.small_engines import CONFIGS, equal, train_steps
 
 

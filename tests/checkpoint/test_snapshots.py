@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from karat_scale.checkpoint.snapshots import snapshot_steps
+from karat_scale.checkpoint.weights import snapshot_steps
 from karat_scale.models import create_model
 from karat_scale.training.loop import Loop
 from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.tasks.classification.task import TrainState
 from karat_scale.training.weights_file import load_exported
 from tests.small_engines import make_parts, weights
 

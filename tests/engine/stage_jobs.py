@@ -19,11 +19,11 @@ from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
-from karat_scale.engine.recompute import apply_recompute
+from karat_scale.engine.memory import apply_recompute
 from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
 from karat_scale.models import create_model
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.tasks.classification.task import TrainState
 from tests.conftest import ROOT, SMALL, rank_environments
 from tests.small_engines import weights
 from tests.warm import run_program

@@ -9,7 +9,7 @@ import torch
 from karat_scale.engine.deepspeed_config import load_ds_config
 from karat_scale.engine.deepspeed_internals import master_weights
 from karat_scale.foundation.errors import RecipeError
-from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.tasks.classification.task import TrainState
 from tests.engine.fp16_on_cpu import allow_fp16
 from tests.small_engines import CONFIGS, equal, train_once, train_steps, weights
 

@@ -9,7 +9,7 @@ from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
-from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.tasks.classification.task import TrainState
 from tests.small_engines import equal, train_once, weights
 
 MUON = "optim.name=muon"

@@ -1,7 +1,6 @@
 """Which ranks are called slow."""
 
-from karat_scale.engine.heartbeat import Sign
-from karat_scale.engine.pace import Stragglers, slow_ranks
+from karat_scale.engine.heartbeat import Sign, Stragglers, slow_ranks
 
 
 def signs(*own_seconds: float) -> list[Sign]:

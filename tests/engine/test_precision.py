@@ -10,12 +10,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from karat_scale.engine.deepspeed_internals import master_weights, shard_layout
-from karat_scale.engine.precision import PRECISIONS, allow_tf32, pixel_dtype
+from karat_scale.engine.engine import PRECISIONS, allow_tf32, pixel_dtype
 from karat_scale.models import create_model
 from karat_scale.recipe import TrainConfig
 from karat_scale.recipe.files import RECIPES
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.tasks.classification.task import TrainState
 from tests.small_engines import train_once, train_steps
 
 FULL, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16

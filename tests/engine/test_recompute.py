@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from karat_scale.engine.engine import Engine
-from karat_scale.engine.recompute import apply_recompute
+from karat_scale.engine.memory import apply_recompute
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from tests.engine.stage_jobs import Job, launch_jobs

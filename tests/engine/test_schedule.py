@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.scheduler import CosineLRScheduler
 
-from karat_scale.engine.schedule import CosineSchedule, build_schedule
+from karat_scale.engine.optimizers import CosineSchedule, build_schedule
 from karat_scale.foundation.errors import RecipeError
 
 

@@ -8,8 +8,7 @@ import pytest
 from karat_scale.commands.cli import main
 from karat_scale.commands.status.watch import Watch
 from karat_scale.commands.status.watch import main as watch
-from karat_scale.engine.heartbeat import Sign
-from karat_scale.engine.stall_limits import StallLimits
+from karat_scale.engine.heartbeat import Sign, StallLimits
 from tests.conftest import SMALL
 
 

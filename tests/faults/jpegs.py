@@ -13,10 +13,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from karat_scale.data.decoders.decode import UndecodableImageError
+from karat_scale.data.decoders.decode import UndecodableImageError, View, centre_view, crop_view
 from karat_scale.data.decoders.native import NativeDecoder
 from karat_scale.data.decoders.recoder import NativeRecoder
-from karat_scale.data.decoders.view import View, centre_view, crop_view
 from tests.data.decoders.conftest import encode_photo
 
 MAX_PIXELS = 200_000

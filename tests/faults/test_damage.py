@@ -7,7 +7,7 @@ import pytest
 
 from karat_scale.checkpoint.checkpoints import agree_on_checkpoint
 from karat_scale.checkpoint.store import CheckpointStore
-from karat_scale.commands.status.standing import read_events, read_standing
+from karat_scale.commands.status.status import read_events, read_standing
 from karat_scale.data.shards.shard_format import DatasetRecord, write_dataset_record
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.engine.reporting.progress import PlainDisplay, Reporter

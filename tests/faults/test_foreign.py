@@ -16,7 +16,7 @@ import yaml
 
 from karat_scale.commands.cli import build_parser
 from karat_scale.data.shards.streamed import StreamShards
-from karat_scale.data.streams.tar import read_tar
+from karat_scale.data.streams.samples import read_tar
 from karat_scale.foundation.errors import DataError, UserError
 from karat_scale.foundation.trust import VARIABLE
 from karat_scale.recipe import DataConfig

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.commands.evaluate.real_labels import OtherLabels
+from karat_scale.commands.evaluate.test_set import OtherLabels
 from karat_scale.commands.sweep.local import last_step
-from karat_scale.data.indexing.tars import open_tar
+from karat_scale.data.indexing.samples import open_tar
 from karat_scale.foundation.errors import DataError, UserError
 from tests.conftest import karat_here, made_once
 from tests.faults.runs import tiny_recipe

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from karat_scale.engine.precision import slow_precision
+from karat_scale.engine.engine import slow_precision
 from karat_scale.foundation.errors import UserError
 from karat_scale.foundation.machine import cpu_quota, known_gpu, memory_limit
 

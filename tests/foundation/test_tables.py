@@ -34,7 +34,7 @@ ROWS = [(kind, name) for kind, table in TABLES.items() for name in table]
 ELSEWHERE = {
     "recipe/attention.py": {"fourier"},
     "recipe/data.py": {"webdataset"},
-    "recipe/keep.py": {"tensorboard"},
+    "recipe/base.py": {"tensorboard"},
     "recipe/loading.py": {"tensorboard"},  # the key that became log.trackers
     "recipe/train.py": {"adamw"},
     "attention/operator.py": {"fourier"},
@@ -42,9 +42,9 @@ ELSEWHERE = {
     "data/decoders/ffcv.py": {"ffcv"},  # the decoder that the backend has of its own
     "data/prepare/make_webdataset.py": {"native", "pillow"},  # encoders
     "data/prepare/preparing.py": {"pillow"},
-    "data/prepare/resizing.py": {"native", "pillow"},
-    "commands/doctor/software.py": {"timm", "torchvision", "pillow", "webdataset", "tensorboard"},  # distributions
-    "commands/doctor/verdict.py": {"native"},  # the advice
+    "data/prepare/images.py": {"native", "pillow"},
+    "commands/doctor/device_speed.py": {"timm", "torchvision", "pillow", "webdataset", "tensorboard"},  # distributions
+    "commands/doctor/report.py": {"native"},  # the advice
     "engine/deepspeed_config.py": {"tensorboard", "wandb"},  # sections of DeepSpeed's file
     "recipe/synonyms.py": {"wandb"},  # a key of other tools
     "commands/parsers/data.py": {"webdataset", "ffcv"},  # scripts

@@ -8,13 +8,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from karat_scale.commands.analyze.trained_run import open_run
-from karat_scale.commands.analyze.validation_images import ValidationImages
+from karat_scale.commands.analyze.trained_run import ValidationImages, open_run
 from karat_scale.commands.cli import main
 from karat_scale.foundation import native_build
 from karat_scale.models import create_model
-from karat_scale.models.attention_matrices import watched
-from karat_scale.models.content import Content, content_of
+from karat_scale.models.attention_matrices import Content, content_of, watched
 from karat_scale.models.transfer import Teacher, give_teacher
 from karat_scale.recipe import AttentionConfig, ModelConfig
 from tests.conftest import SMALL, events

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from karat_scale.attention import KaratOperator
 from karat_scale.attention.bases import BASES, make_basis
-from karat_scale.attention.form_parameters import FORMS, SECOND
-from karat_scale.attention.heads import AttentionHeads
+from karat_scale.attention.forms import FORMS, SECOND
+from karat_scale.attention.operator import AttentionHeads
 from karat_scale.attention.variants import SmoothOperator, StaticHeads
-from karat_scale.models.interpolate import TokenGrid, resize_operator, resize_tokens, square_grid, tokens_of
+from karat_scale.models.init_from import TokenGrid, resize_operator, resize_tokens, square_grid, tokens_of
 
 HEADS, DIM, RANK = 2, 4, 3
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from karat_scale.models.prefix_tokens import sincos_2d
+from karat_scale.models.layers import sincos_2d
 
 
 def formula(height: int, width: int, dim: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.models.factory import no_weight_decay_names, parameter_count
-from karat_scale.models.prefix_tokens import sincos_2d
+from karat_scale.models.layers import sincos_2d
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 SIZES = {"image_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}

@@ -13,8 +13,8 @@ from timm.data import ImageNetInfo
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from karat_scale.commands.cli import main
-from karat_scale.data.loading.digest import classes_digest
-from karat_scale.data.prepare.sources.svhn import DIGITS
+from karat_scale.data.loading.loader import classes_digest
+from karat_scale.data.prepare.sources.small import DIGITS
 from karat_scale.foundation.errors import UserError
 from karat_scale.recipe.loading import load_recipe
 from paper.__main__ import keep_ledger

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from karat_scale.commands.status.standing import read_standing
+from karat_scale.commands.status.status import read_standing
 from karat_scale.data.shards.shard_format import read_dataset_record
 from tests.conftest import SMALL, events, summary
 from tests.slurm.cluster import Cluster, wait_until

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 
 from karat_scale.checkpoint.checkpoints import Checkpoints
-from karat_scale.checkpoint.snapshots import whole_masters
 from karat_scale.checkpoint.store import MANIFEST, STATE
-from karat_scale.checkpoint.weights import load_weights
+from karat_scale.checkpoint.weights import load_weights, whole_masters
 from karat_scale.engine import distributed
 from karat_scale.engine.deepspeed_internals import master_weights
 from karat_scale.engine.distributed import World
@@ -34,7 +33,7 @@ from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.agreement import Decision, SavePoints
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.signals import StopSignals
-from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.tasks.classification.task import TrainState
 from karat_scale.training.weights_file import load_exported
 from tests.clock import Clock
 from tests.conftest import SMALL

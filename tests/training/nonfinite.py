@@ -7,9 +7,8 @@ import torch
 
 from karat_scale.data.augmentation.mixing import MixParams
 from karat_scale.data.batch import Batch
-from karat_scale.training.loop import Loop
-from karat_scale.training.parts import Parts
-from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.loop import Loop, Parts
+from karat_scale.training.tasks.classification.task import TrainState
 
 # "offset": the loss is infinite and its gradients are as finite as ever.
 KINDS = ("data", "loss", "offset", "gradient")

@@ -13,7 +13,7 @@ from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import Recipe
 from karat_scale.training.loop import Loop
 from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.tasks.classification.task import TrainState
 from tests.small_engines import equal, make_parts
 from tests.streams import Streams, streams
 from tests.training.fed_ahead import feed_ahead

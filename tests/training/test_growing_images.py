@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from karat_scale.checkpoint.resize import fit_state
-from karat_scale.checkpoint.saved_state import read_state
+from karat_scale.checkpoint.restore import read_state
 from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.checkpoint.tensor_storage import load_tensors
+from karat_scale.checkpoint.weights import fit_state
 from karat_scale.models import create_model
 from karat_scale.recipe.loading import load_recipe
 from tests.conftest import SMALL, events, karat, karat_here, summary

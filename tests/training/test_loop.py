@@ -11,9 +11,8 @@ import torch
 from karat_scale.engine.deepspeed_internals import master_weights
 from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import DivergedError
-from karat_scale.training.loop import Loop
-from karat_scale.training.parts import Parts
-from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.loop import Loop, Parts
+from karat_scale.training.tasks.classification.task import TrainState
 from tests.small_engines import CONFIGS, equal, make_parts
 from tests.training.nonfinite import KINDS, NonfiniteLoop
 

@@ -8,7 +8,7 @@ import pytest
 from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.training.loop import Loop
-from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.tasks.classification.task import TrainState
 from tests.conftest import events, karat, karat_here, summary
 from tests.small_engines import make_parts
 

@@ -10,10 +10,10 @@ import pytest
 
 from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.data.shards.folder import FolderSplit
-from karat_scale.engine.schedule import build_schedule
+from karat_scale.engine.optimizers import build_schedule
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.tasks.classification.task import TrainState
 from tests.checkpoint.lies import tell
 from tests.conftest import events, karat, karat_here, summary
 from tests.small_engines import equal

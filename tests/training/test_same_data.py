@@ -10,7 +10,7 @@ import pytest
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.recipe import Recipe
 from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.tasks.classification.task import TrainState
 from tests.conftest import karat, summary
 
 

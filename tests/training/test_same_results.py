@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 
 from karat_scale.engine.distributed import World
-from karat_scale.engine.reporting.metrics import MetricsLog
-from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
+from karat_scale.engine.reporting.progress import MetricsLog, PlainDisplay, Reporter
 from karat_scale.training.loop import Loop
 from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.tasks.classification.task import TrainState
 from tests.conftest import events
 from tests.small_engines import make_parts
 

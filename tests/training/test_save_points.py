@@ -15,7 +15,7 @@ from karat_scale.recipe import Recipe
 from karat_scale.training.loop import Loop
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.signals import StoppedError
-from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.tasks.classification.task import TrainState
 from tests.small_engines import CONFIGS, equal, make_parts
 
 STEPS_PER_EPOCH = 4  # 32 samples in batches of 8; two epochs

@@ -18,7 +18,7 @@ from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.run import resume
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.signals import StoppedError
-from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.tasks.classification.task import TrainState
 from tests.conftest import SMALL, events, karat, karat_here, summary
 from tests.data.tars import sample, write_stream, write_tar
 from tests.small_engines import equal, make_parts

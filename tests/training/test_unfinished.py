@@ -9,10 +9,9 @@ import pytest
 
 from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.engine.distributed import World
-from karat_scale.training.loop import Loop
-from karat_scale.training.parts import Parts
+from karat_scale.training.loop import Loop, Parts
 from karat_scale.training.signals import StoppedError
-from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.tasks.classification.task import TrainState
 from tests.small_engines import equal, make_parts
 
 STEPS = 8

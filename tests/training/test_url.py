@@ -15,7 +15,7 @@ import pytest
 from karat_scale.checkpoint.remote import RemoteCheckpoints
 from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.engine.distributed import ALONE
-from karat_scale.engine.reporting.metrics import MetricsLog
+from karat_scale.engine.reporting.progress import MetricsLog
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.foundation.stores import WritableStore
 from karat_scale.recipe import Recipe

@@ -15,9 +15,8 @@ from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import lerp_by_foreach, lerp_where
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
-from karat_scale.training.loop import Loop
-from karat_scale.training.parts import Parts
-from karat_scale.training.tasks.classification.evaluate import TrainState, evaluate
+from karat_scale.training.loop import Loop, Parts
+from karat_scale.training.tasks.classification.task import TrainState, evaluate
 from tests.engine.counting import Counting, as_on_a_gpu
 from tests.small_engines import make_parts
 
@@ -114,7 +113,7 @@ def test_an_evaluation_stays_on_the_device_until_its_end(
     parts = _emulated(recipe, world)
     batches = [_batch(number) for number in range(4)]
     monkeypatch.setattr(parts.task.backend, "eval_batches", lambda slices: batches)
-    monkeypatch.setattr("karat_scale.training.tasks.classification.evaluate.DeviceFeed", Plain)
+    monkeypatch.setattr("karat_scale.training.tasks.classification.task.DeviceFeed", Plain)
     done: list[int] = []
     forward, counts = parts.engine.forward, Counting()
     parts.engine.counts = counts  # type: ignore[attr-defined]

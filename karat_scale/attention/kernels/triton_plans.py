@@ -14,10 +14,8 @@ from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
 from karat_scale.attention.kernels.triton_backward import grad_key_kernel, grad_query_kernel
-from karat_scale.attention.kernels.triton_forward import forward_kernel
-from karat_scale.attention.kernels.triton_prepare import prepare_kernel
-from karat_scale.attention.kernels.triton_readout import readout_kernel
-from karat_scale.attention.kernels.triton_reduce import reduce_kernel
+from karat_scale.attention.kernels.triton_forward import forward_kernel, readout_kernel
+from karat_scale.attention.kernels.triton_psi import prepare_kernel, reduce_kernel
 from karat_scale.attention.kernels.triton_tiles import (
     LARGEST_HALF,
     LARGEST_UNROLLED,

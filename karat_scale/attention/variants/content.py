@@ -5,11 +5,10 @@ from torch import Tensor, nn
 
 from karat_scale.attention.call import FourierCall, output_dtype
 from karat_scale.attention.functional import attend_call, content_kernel
-from karat_scale.attention.heads import AttentionHeads
 from karat_scale.attention.kernels import cpu, triton_content
-from karat_scale.attention.operator import FourierKaratOperator
-from karat_scale.attention.softmax_start import fourier_fit_of_exp
-from karat_scale.attention.variants.rows import Rule, attend_rows, rows_of_scores
+from karat_scale.attention.operator import AttentionHeads, FourierKaratOperator
+from karat_scale.attention.softmax import fourier_fit_of_exp
+from karat_scale.attention.variants.controls import Rule, attend_rows, rows_of_scores
 
 
 class ContentOperator(AttentionHeads):

@@ -5,9 +5,8 @@ from torch import Tensor, nn
 
 from karat_scale.attention.call import compute_dtype, full_precision
 from karat_scale.attention.functional import fourier_karat_attention, fourier_karat_scores
-from karat_scale.attention.heads import FourierHeads
-from karat_scale.attention.operator import FourierKaratOperator, plain_operator
-from karat_scale.attention.softmax_start import smooth_modes
+from karat_scale.attention.operator import FourierHeads, FourierKaratOperator, plain_operator
+from karat_scale.attention.softmax import smooth_modes
 
 
 def mode_columns(tokens: int, count: int) -> Tensor:

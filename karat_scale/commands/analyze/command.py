@@ -11,24 +11,18 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from karat_scale.commands.analyze.accuracy import analyze_accuracy
-from karat_scale.commands.analyze.calibration import analyze_calibration
-from karat_scale.commands.analyze.content import analyze_content
-from karat_scale.commands.analyze.distributions import analyze_distributions
-from karat_scale.commands.analyze.figures import share_axes
-from karat_scale.commands.analyze.functions import analyze_functions
-from karat_scale.commands.analyze.history import achieved, described
+from karat_scale.commands.analyze.curvature import analyze_sharpness
+from karat_scale.commands.analyze.functions import analyze_distributions, analyze_functions
+from karat_scale.commands.analyze.history import achieved, analyze_training, described
 from karat_scale.commands.analyze.landscape import analyze_landscape
 from karat_scale.commands.analyze.maps import analyze_maps
-from karat_scale.commands.analyze.mistakes import analyze_mistakes
-from karat_scale.commands.analyze.output import Written, read_written, safe_name, write_result
+from karat_scale.commands.analyze.matrices import analyze_content, analyze_spectrum
+from karat_scale.commands.analyze.output import Written, read_written, safe_name, share_axes, write_result
+from karat_scale.commands.analyze.predictions import analyze_accuracy, analyze_calibration, analyze_mistakes
 from karat_scale.commands.analyze.report import TITLES, Problem, RunSummary, write_report
 from karat_scale.commands.analyze.result import NothingToShowError, Result, Settings
 from karat_scale.commands.analyze.robustness import analyze_robustness
-from karat_scale.commands.analyze.sharpness import analyze_sharpness
-from karat_scale.commands.analyze.spectrum import analyze_spectrum
 from karat_scale.commands.analyze.trained_run import TrainedRun, open_run
-from karat_scale.commands.analyze.training import analyze_training
 from karat_scale.engine import distributed
 from karat_scale.foundation.console import printable, work_display
 from karat_scale.foundation.errors import RunDirectoryError, UserError

@@ -1,13 +1,84 @@
-"""Sharpness: the top eigenvalues of the loss's Hessian, and its trace, from Hessian-vector products."""
+"""Sharpness: the top eigenvalues of the loss's Hessian, and its trace, from Hessian-vector products.
 
-from collections.abc import Callable, Sequence
+The eigenvalues of a symmetric operator that are largest in size, from products with vectors: scipy's Lanczos.
+
+Sharpness of a checkpoint: eigenvalues and trace of the Hessian of the held-out loss (paper, section 5.2).
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
 
-from karat_scale.commands.analyze.eigenvalues import Eigenvalue, Vector, largest_eigenvalues
+from karat_scale.commands.analyze.result import Result, Settings, Table, note_bad_images, say_cost
+from karat_scale.commands.analyze.trained_run import TrainedRun
+from karat_scale.models.factory import layer_sizes
+
+TOLERANCE = 1e-3
+ROWS = 4
+"""Size of the basis, as a multiple of the number of eigenvalues."""
+Vector = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Eigenvalue:
+    """`converged`: True if ||H v - value v|| is at most TOLERANCE |value| for its unit vector v."""
+
+    value: float
+    converged: bool
+
+
+def basis_size(count: int, length: int) -> int:
+    """Return how many vectors of the operator's length are held in memory."""
+    return min(ROWS * (count + 1), length)
+
+
+def largest_eigenvalues(
+    times: Callable[[Vector], Vector], length: int, count: int, products: int, seed: int
+) -> list[Eigenvalue]:
+    """Return the `count` eigenvalues largest in size, with sign, largest first; all of them if there are fewer.
+
+    One more is computed: of two equal eigenvalues, the last would often be missed. If not all have converged, the
+    values that were found are marked, since a larger one may be missing; those that were not found are NaN.
+
+    Args:
+        times: returns H v for v [length].
+        products: most products.
+    """
+    count, rows = min(count, length), basis_size(count, length)
+
+    def product(vector: Vector) -> Vector:
+        found = times(vector.ravel())
+        if not np.isfinite(found).all():
+            raise FloatingPointError
+        return found
+
+    values, converged = np.zeros(0), False
+    restarts = (products - 1 - rows) // max(rows - count - 1, 1)  # ARPACK begins with a product more than rows
+    try:
+        if rows == length <= products:  # the whole matrix takes no more products
+            matrix = np.stack([product(row) for row in np.eye(length, dtype=np.float32)])
+            values, converged = np.linalg.eigvalsh((matrix + matrix.T) / 2), True
+        elif rows < length and restarts > 0:
+            start = np.random.default_rng(seed).standard_normal(length, dtype=np.float32)
+            operator = LinearOperator((length, length), matvec=product, dtype=np.float32)
+            more = {"v0": start, "ncv": rows, "maxiter": restarts, "tol": TOLERANCE, "return_eigenvectors": False}
+            values, converged = eigsh(operator, count + 1, which="LM", **more), True
+    except ArpackNoConvergence as error:
+        values = error.eigenvalues
+    except (ArpackError, FloatingPointError):
+        pass
+    ordered = [*sorted(map(float, values), key=abs, reverse=True), *[float("nan")] * count]
+    return [Eigenvalue(value, converged) for value in ordered[:count]]
+
 
 Vectors = list[Tensor]
 
@@ -71,3 +142,62 @@ class Hessian:
 
 def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     return float(sum((a * b).sum(dtype=torch.float64) for a, b in zip(left, right, strict=True)))
+
+
+PRODUCTS = 40
+PROBES = 8
+# Memory of the graph of a Hessian-vector product, in N x N matrices per head and block; measured up to G = 3.
+GRAPH_MATRICES = 80
+GRAPH_BYTES = 1 << 30
+
+
+def analyze_sharpness(run: TrainedRun, settings: Settings) -> Result:
+    """Compute the eigenvalues that are largest in size and the trace, for the chosen checkpoint and weights.
+
+    Raises:
+        UserError: the run has no checkpoint, or its data cannot be read.
+    """
+    result = Result()
+    model = run.model(implementation="reference")
+    chosen = run.images(settings.hessian_samples)
+    images = chosen.in_memory(_images_of_a_graph(run), run.device)
+    note_bad_images(result, chosen.bad)
+    most, products = PRODUCTS * settings.eigenvalues + PROBES, 0
+
+    def losses() -> Iterator[Tensor]:
+        nonlocal products
+        products += 1
+        settings.progress("sharpness", min(products, most), most)
+        for x, y in images:
+            yield cross_entropy(model(x), y, reduction="sum") / len(images)
+
+    hessian = Hessian(list(model.parameters()), losses)
+    started = time.perf_counter()
+    hessian.times([torch.zeros_like(parameter) for parameter in model.parameters() if parameter.requires_grad])
+    say_cost(settings, "sharpness", most, time.perf_counter() - started, "--hessian-samples makes it shorter")
+    values = hessian.top_eigenvalues(settings.eigenvalues, PRODUCTS * settings.eigenvalues, settings.seed)
+    trace, error = hessian.trace(PROBES, settings.seed)
+    result.numbers = {
+        "checkpoint": run.chosen,
+        "weights": run.weights_kind,
+        "images": len(images),
+        "products": products,
+        "top_eigenvalues": [found.value for found in values],
+        "converged": [found.converged for found in values],
+        "trace": trace,
+        "trace_error": error,
+    }
+    rows: list[list[object]] = [
+        [f"eigenvalue {i}{'' if found.converged else ', not converged'}", found.value]
+        for i, found in enumerate(values, start=1)
+    ]
+    rows += [["trace", trace], ["standard error of the trace", error]]
+    title = f"Hessian of the held-out loss on {len(images)} images, {run.chosen} ({run.weights_kind} weights)"
+    result.tables.append(Table(title, ["figure", "value"], rows))
+    return result
+
+
+def _images_of_a_graph(run: TrainedRun) -> int:
+    """Return the number of images whose graphs fit in GRAPH_BYTES; at least one."""
+    scores = sum(size.heads * size.scores for size in layer_sizes(run.recipe.model))
+    return max(1, GRAPH_BYTES // (4 * GRAPH_MATRICES * scores))

@@ -1,12 +1,28 @@
-"""What a run's own files say of its training: the curves in `metrics.jsonl`, and what it achieved."""
+"""What a run's own files say of its training: the curves in `metrics.jsonl`, and what it achieved.
+
+The functions phi_pq of one head as curves, and the scores on which they are used.
+
+The curves of training, all runs in one figure: losses, accuracy, learning rate, gradient norm and speed.
+"""
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from karat_scale.attention import KaratOperator
+from karat_scale.attention.bases import BASE_ACTIVATIONS, ElementwiseBasis, FeatureBasis, Fourier
+from karat_scale.commands.analyze.output import COLOURS, new_figure
+from karat_scale.commands.analyze.result import NothingToShowError, Result, Table
 from karat_scale.commands.analyze.trained_run import TrainedRun
-from karat_scale.commands.status.standing import read_events
+from karat_scale.commands.status.status import read_events
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import UserError
 from karat_scale.models.factory import parameter_count
@@ -106,3 +122,134 @@ def _budget(run: TrainedRun, history: History, summary: dict[str, Any]) -> str:
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+LIMIT, BINS = 64.0, 2048
+Counts = npt.NDArray[np.int64]
+
+
+@torch.no_grad()
+def unit_curves(operator: KaratOperator, head: int, x: Tensor) -> Tensor:
+    """Return phi_pq(x) of the first (or only) set of functions, including b(x): x [n] to [n, p, q], in x's dtype."""
+    parameters = {k: v.to(x) for k, v in operator.basis_parameters().items() if not k.startswith("second_")}
+    coef = operator.basis.pack(parameters)[head]
+    basis = operator.basis
+    if isinstance(basis, FeatureBasis):
+        curves = torch.einsum("fx,fpq->xpq", torch.stack(list(basis.value(x))), coef)
+    else:
+        assert isinstance(basis, ElementwiseBasis)
+        curves = basis.value(x[:, None, None], *coef.unbind(0))
+    base = BASE_ACTIVATIONS[operator.base]
+    return curves if base is None else curves + base.value(x)[:, None, None]
+
+
+@torch.no_grad()
+def energy_per_frequency(operator: KaratOperator) -> npt.NDArray[np.float64] | None:
+    """Return the share of each harmonic m in sum_pq a_pqm^2 + b_pqm^2, [h, G]; None if the basis is not Fourier."""
+    if not isinstance(operator.basis, Fourier):
+        return None
+    cos, sin = operator.basis.series(operator.basis_parameters())
+    energy = cos.double().square().sum((1, 2)) + sin.double().square().sum((1, 2))
+    return (energy / energy.sum(-1, keepdim=True)).cpu().numpy()
+
+
+class ScoreHistogram:
+    """A histogram of the scores, per block and head; scores beyond +-64 count in the outermost bins.
+
+    Scores of exactly 0 are not counted: those are masked pairs.
+    """
+
+    edges = np.linspace(-LIMIT, LIMIT, BINS + 1)
+
+    def __init__(self, blocks: int, heads: int) -> None:
+        self.counts: Counts = np.zeros((blocks, heads, BINS), dtype=np.int64)
+
+    def add(self, block: int, scores: Tensor) -> None:
+        """Add scores [B, h, rows, columns]."""
+        for head, values in enumerate(scores.transpose(0, 1).flatten(1).float().cpu()):
+            counted = torch.histc(values[values != 0].clamp(-LIMIT, LIMIT), BINS, -LIMIT, LIMIT)
+            self.counts[block, head] += counted.to(torch.int64).numpy()
+
+    def span(self, block: int, head: int, share: float = 0.998) -> tuple[float, float]:
+        """Return the range that holds the middle `share` of the scores."""
+        below = self.counts[block, head].cumsum() / max(self.counts[block, head].sum(), 1)
+        low = int(np.searchsorted(below, (1 - share) / 2))
+        high = int(np.searchsorted(below, 1 - (1 - share) / 2))
+        return float(self.edges[low]), float(self.edges[min(high, BINS - 1) + 1])
+
+
+_COURSE = {"lr": "learning rate", "grad_norm": "gradient norm", "images_per_second": "images a second"}
+_STYLES = ("-", "--", ":", "-.")  # tell runs apart whose colours are the same
+
+
+def analyze_training(runs: Mapping[str, TrainedRun]) -> Result:
+    """Plot what `metrics.jsonl` of each run holds.
+
+    Raises:
+        NothingToShowError: none of the runs has logged anything.
+    """
+    histories = {label: read_history(run) for label, run in runs.items()}
+    result = Result()
+    for label, history in histories.items():
+        if history.damaged_lines:
+            what = plural(history.damaged_lines, "damaged line")
+            result.notes.append(f"{label}: {what} of metrics.jsonl skipped")
+    histories = {label: history for label, history in histories.items() if history.train or history.evaluations}
+    if not histories:
+        raise NothingToShowError("no run has logged a step yet")
+    captions = {
+        "loss": "Loss of training (thin; mixing and smoothing raise it) and of the validation split (with marks).",
+        "accuracy": "Validation accuracy: top-1 (solid) and top-5 (faint).",
+        **{name: f"{title[0].upper()}{title[1:]} in training." for name, title in _COURSE.items()},
+    }
+    result.figures = {name: (_draw(name, histories), caption) for name, caption in captions.items()}
+    for number, (label, history) in enumerate(histories.items()):
+        for name in ("samples", "loss", "lr", "grad_norm", "images_per_second"):
+            result.arrays[f"train{number}_{name}"] = _column(history.train, name)
+        for name in ("samples", "loss", "top1", "top5"):
+            result.arrays[f"eval{number}_{name}"] = _column(history.evaluations, name)
+        result.numbers[label] = {"arrays": number, "train": len(history.train), "eval": len(history.evaluations)}
+    result.tables.append(_table(histories))
+    return result
+
+
+def _table(histories: Mapping[str, History]) -> Table:
+    columns = ["run", "step", "images seen", "top-1, %", "top-5, %", "validation loss"]
+    rows = [
+        [label, int(point["step"]), int(np.nan_to_num(point["samples"])), point["top1"], point["top5"], point["loss"]]
+        for label, history in histories.items()
+        for point in history.evaluations
+    ]
+    return Table("Evaluations in training", columns, rows)
+
+
+def _column(points: Sequence[Point], name: str) -> Any:
+    return np.array([point[name] for point in points], np.float64)
+
+
+def _style(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": _STYLES[number // len(COLOURS) % len(_STYLES)]}
+
+
+def _draw(name: str, histories: Mapping[str, History]) -> Figure:
+    figure = new_figure(5, 3 + 0.16 * len(histories))
+    axes = figure.subplots()
+    for number, (label, history) in enumerate(histories.items()):
+        style = _style(number)
+        marked = {"marker": "o", "markersize": 3.5, "linewidth": 1.8, **style}
+        named: dict[str, Any] = {"label": label.replace("$", r"\$")}
+        tested, trained = _column(history.evaluations, "samples"), _column(history.train, "samples")
+        if name == "accuracy":
+            axes.plot(tested, _column(history.evaluations, "top1"), **marked, **named)
+            axes.plot(tested, _column(history.evaluations, "top5"), alpha=0.35, **marked)
+        else:
+            axes.plot(trained, _column(history.train, name), linewidth=1, **style, **named)
+        if name == "loss":
+            axes.plot(tested, _column(history.evaluations, "loss"), **marked)
+    axes.set(xlabel="images seen", ylabel={"loss": "loss", "accuracy": "accuracy, %", **_COURSE}[name])
+    if name in _COURSE:
+        axes.set_ylim(0)
+    axes.set_xlim(left=0)  # also of one point, which matplotlib shows in a window of its own
+    if len(histories) > 1:
+        figure.legend(loc="outside lower center", ncols=2)
+    return figure

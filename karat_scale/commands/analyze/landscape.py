@@ -1,26 +1,273 @@
-"""The loss landscape and the optimizer's path over it (paper, sections 5.1 and 5.2)."""
+"""The loss landscape and the optimizer's path over it (paper, sections 5.1 and 5.2).
 
+The path of the weights through training: PCA of their changes over checkpoints (paper, sections 5.1 and 5.2).
+
+Losses on a grid of points in a plane of weight space. Ranks share the points; results are saved in between.
+"""
+
+import hashlib
+import io
+import os
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from karat_scale.commands.analyze.figures import OWN_LIMITS, new_figure
-from karat_scale.commands.analyze.loss_grid import filter_normalised, loss_grid
+from karat_scale.attention import KaratOperator
+from karat_scale.attention.forms import SECOND
+from karat_scale.commands.analyze.output import OWN_LIMITS, new_figure
 from karat_scale.commands.analyze.result import Result, Settings, note_bad_images, say_cost
-from karat_scale.commands.analyze.trained_run import TrainedRun
-from karat_scale.commands.analyze.trajectory import Plane, plane_of_run
-from karat_scale.commands.analyze.validation_images import ImagesInMemory
+from karat_scale.commands.analyze.trained_run import ImagesInMemory, TrainedRun
+from karat_scale.engine.distributed import ALONE, World
 from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.foundation.files import open_regular, replace_file
+
+CHUNK = 1 << 20
+NEEDED = 3
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Two orthonormal directions through a point of weight space.
+
+    names: the checkpoints, oldest first; the last is the origin. coordinates: [n, 2], their positions in the plane.
+    shares: [2], the share along each of the squared distances from the last checkpoint (the changes are not centred, so
+    this is not variance). directions: [2, P], float32.
+    """
+
+    names: list[str]
+    coordinates: npt.NDArray[np.float64]
+    shares: npt.NDArray[np.float64]
+    directions: npt.NDArray[np.float32]
+
+
+def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that make up a point of weight space, in the order of its coordinates."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def flatten(model: nn.Module) -> Tensor:
+    """Return all trainable weights as one vector [P], float32, on the CPU."""
+    return torch.cat([parameter.detach().flatten().float().cpu() for _, parameter in trainable(model)])
+
+
+class _OnDisk:
+    """Float32 [n, P] in a file. Each piece is a new mapping, since the pages of one mapping would add up in memory."""
+
+    def __init__(self, path: Path, shape: tuple[int, int]) -> None:
+        self._path, self.shape = path, shape
+
+    def __getitem__(self, where: tuple[slice, slice]) -> npt.NDArray[np.float32]:
+        return np.array(np.memmap(self._path, dtype=np.float32, mode="r", shape=self.shape)[where])
+
+
+def principal_plane(changes: "npt.NDArray[np.float32] | _OnDisk", names: list[str]) -> Plane:
+    """Return the PCA of changes [n, P] from the last checkpoint, not centred, so that the plane contains the origin.
+
+    Only the n x n matrix of inner products is decomposed, and P is processed in pieces.
+    """
+    gram = np.zeros((changes.shape[0], changes.shape[0]))
+    for start in range(0, changes.shape[1], CHUNK):
+        piece = changes[:, start : start + CHUNK].astype(np.float64)
+        gram += piece @ piece.T
+    values, vectors = np.linalg.eigh(gram)
+    values, vectors = values[::-1][:2].clip(min=1e-30), vectors[:, ::-1][:, :2]
+    # Signs that do not depend on the machine: all ranks need the same plane.
+    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), [0, 1]])
+    directions = np.empty((2, changes.shape[1]), dtype=np.float32)
+    for start in range(0, changes.shape[1], CHUNK):
+        piece = changes[:, start : start + CHUNK].astype(np.float64)
+        directions[:, start : start + CHUNK] = (vectors / np.sqrt(values)).T @ piece
+    coordinates = vectors * np.sqrt(values)
+    return Plane(names, coordinates, values / max(float(np.trace(gram)), 1e-30), directions)
+
+
+def plane_of_run(
+    run: TrainedRun, notes: list[str], progress: Callable[[int, int], None] = lambda done, total: None
+) -> Plane:
+    """Return the plane of a run's raw weights. Raises RunDirectoryError if too few checkpoints can be loaded.
+
+    Args:
+        notes: receives a line for each damaged checkpoint that is left out.
+        progress: hears how many checkpoints are read, and of how many.
+    """
+    names = []
+    model = run.new_model()
+    run.load_newest(model)
+    last = flatten(model).numpy()
+    # On disk, since all checkpoints' weights together may not fit in memory.
+    with tempfile.TemporaryDirectory(prefix="karat-analysis-") as directory:
+        path = Path(directory) / "changes"
+        with path.open("wb") as file:
+            for number, name in enumerate(run.in_order, start=1):
+                progress(number, len(run.in_order))
+                try:
+                    run.load(model, name, "raw")
+                except RunDirectoryError as error:
+                    notes.append(f"left out: {error}")
+                    continue
+                file.write((flatten(model).numpy() - last).data)
+                names.append(name)
+        if len(names) < NEEDED:
+            raise RunDirectoryError(
+                f"{run.path}: {len(names)} checkpoints and snapshots, but PCA of the path needs {NEEDED}; "
+                "train with checkpoint.snapshots=10"
+            )
+        return principal_plane(_OnDisk(path, (len(names), len(last))), names)
+
+
+Array = npt.NDArray[np.float64]
+Directions = npt.NDArray[np.float32]
+
+
+@dataclass
+class _Known:
+    """The losses [len(second), len(first)] so far, and a mask of those that are done, for the inputs with `key`."""
+
+    key: str
+    losses: Array
+    done: npt.NDArray[np.bool_]
+
+
+def loss_grid(
+    model: nn.Module,
+    loss: Callable[[], float],
+    directions: Directions,
+    first: Array,
+    second: Array,
+    partial: Path,
+    identity: str,
+    progress: Callable[[int, int], None],
+    world: World = ALONE,
+) -> Array:
+    """Return loss() at weights + a d1 + b d2 for a in `first`, b in `second`: [len(second), len(first)]. Collective.
+
+    The ranks share the points. Each saves its results after every row's worth of points, so a command that was stopped
+    resumes from there, on any number of ranks.
+
+    Args:
+        model: its weights are the origin; they are restored afterwards.
+        loss: the loss of the model with its current weights.
+        directions: d1 and d2, [2, P].
+        partial: path prefix of files of finished points, removed at the end. Files of other inputs are ignored.
+        identity: everything else that the losses depend on, such as checkpoint and images.
+    """
+    origin = flatten(model)
+    known: Any = None
+    with world.together():
+        if world.is_main:
+            key = _fingerprint(identity, origin.numpy(), directions, first, second)
+            known = _read(partial, _Known(key, *_nothing((len(second), len(first)))))
+    known = world.broadcast(known)
+    mine = np.flatnonzero(~known.done)[world.rank :: world.size]
+    with world.together():
+        try:
+            for number, point in enumerate(mine, start=1):
+                row, column = divmod(int(point), len(first))
+                _move(model, origin, directions, float(first[column]), float(second[row]))
+                known.losses[row, column], known.done[row, column] = loss(), True
+                progress(number, len(mine))
+                if number % len(first) == 0:
+                    _write(partial, world.rank, known)
+        finally:
+            _move(model, origin, directions, 0.0, 0.0)
+    for points, values in world.gather((mine, known.losses.flat[mine])):
+        known.losses.flat[points] = values
+    if world.is_main:
+        for path in _files(partial):
+            path.unlink()
+    return np.asarray(known.losses)
+
+
+def filter_normalised(model: nn.Module, seed: int) -> Directions:
+    """Return two random directions [2, P] whose filters have the norms of the model's own (Li et al., 2018).
+
+    A filter is the weights of one output. In KArAt's parameters an output is a unit p of a head, whose filter is all
+    its functions phi_pq, or the token of a row of W. Biases and norms do not move.
+    """
+    units = _unit_axes(model)
+    generator = torch.Generator().manual_seed(seed)
+    directions = np.empty((2, len(flatten(model))), dtype=np.float32)
+    for direction in torch.from_numpy(directions):
+        start = 0
+        for name, parameter in trainable(model):
+            weights = parameter.detach().float().cpu()
+            noise = direction[start : start + weights.numel()].view_as(weights)
+            torch.randn(weights.shape, generator=generator, out=noise)
+            start += weights.numel()
+            if weights.dim() < 2:
+                noise.zero_()
+            else:
+                outputs = {0} if weights.shape[0] > 1 and ".operator." not in name else {0, units.get(name, 1)}
+                over = tuple(axis for axis in range(weights.dim()) if axis not in outputs) or (1,)
+                size = noise.square().sum(over, keepdim=True).sqrt().clamp(min=1e-12)
+                noise *= weights.square().sum(over, keepdim=True).sqrt() / size
+    return directions
+
+
+def _unit_axes(model: nn.Module) -> dict[str, int]:
+    """Return the axis of the units p of each parameter of the operators' functions, by the parameter's name."""
+    axes: dict[str, int] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, KaratOperator):
+            own = {name: shape.index(-1) for name, shape in module.basis.shapes(1, -1, 1).items()}
+            axes |= {f"{prefix}.{before}{name}": axis for name, axis in own.items() for before in ("", SECOND)}
+    return axes
+
+
+@torch.no_grad()
+def _move(model: nn.Module, origin: Tensor, directions: Directions, a: float, b: float) -> None:
+    """Set the weights to origin + a d1 + b d2, one parameter at a time."""
+    start = 0
+    for _, parameter in trainable(model):
+        part = slice(start, start + parameter.numel())
+        one, two = torch.from_numpy(directions[:, part])
+        parameter.copy_((origin[part] + a * one + b * two).view_as(parameter))
+        start = part.stop
+
+
+def _fingerprint(identity: str, *arrays: npt.NDArray[np.floating]) -> str:
+    digest = hashlib.sha256(identity.encode())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _nothing(shape: tuple[int, int]) -> tuple[Array, npt.NDArray[np.bool_]]:
+    return np.full(shape, np.nan), np.zeros(shape, dtype=bool)
+
+
+def _files(partial: Path) -> list[Path]:
+    return sorted(partial.parent.glob(f"{partial.name}-*.npz"))
+
+
+def _read(partial: Path, known: _Known) -> _Known:
+    """Load what the ranks of an earlier command saved."""
+    for path in _files(partial):
+        with os.fdopen(open_regular(path), "rb") as file, np.load(file) as content:
+            if str(content["key"]) == known.key:
+                known.losses[content["done"]] = content["losses"][content["done"]]
+                known.done |= content["done"]
+    return known
+
+
+def _write(partial: Path, rank: int, known: _Known) -> None:
+    content = io.BytesIO()
+    np.savez(content, key=known.key, losses=known.losses, done=known.done)
+    replace_file(partial.with_name(f"{partial.name}-{rank}.npz"), content.getvalue())
+
 
 MARGIN = 0.25
-Array = npt.NDArray[np.float64]
 
 
 def analyze_landscape(run: TrainedRun, settings: Settings, out: Path) -> Result:

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from karat_scale.commands.analyze.figures import themed
-from karat_scale.commands.analyze.output import Written, WrittenFigure
+from karat_scale.commands.analyze.output import Written, WrittenFigure, themed
 from karat_scale.commands.analyze.result import Table, Tile
 from karat_scale.foundation.files import replace_file
 from karat_scale.foundation.html_page import render_page

@@ -1,15 +1,22 @@
-"""The result of an analysis: figures, their numbers, and tables for the report."""
+"""The result of an analysis: figures, their numbers, and tables for the report.
+
+Images of a run through its model, with the attention matrices of each block in view.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy.typing as npt
+import torch
 from matplotlib.figure import Figure
+from torch import nn
 
+from karat_scale.commands.analyze.trained_run import TrainedRun, ValidationImages
 from karat_scale.engine.distributed import ALONE, World
 from karat_scale.foundation.console import duration
 from karat_scale.foundation.errors import UserError
+from karat_scale.models.attention_matrices import Visit, watched
 
 
 class NothingToShowError(UserError):
@@ -100,3 +107,17 @@ def note_bad_images(result: Result, bad: int) -> None:
     """Note how many of the chosen images are missing in the figures."""
     if bad:
         result.notes.append(f"{bad} of the chosen images cannot be read and are left out")
+
+
+@torch.no_grad()
+def visit_images(
+    model: nn.Module, run: TrainedRun, images: ValidationImages, settings: Settings, what: str, visit: Visit
+) -> int:
+    """Call `visit` for each block on each batch of images, and show the progress as `what`; return their number."""
+    done = 0
+    with watched(model, visit):
+        for batch, _ in images.batches(settings.batch, run.device):
+            model(batch)
+            done += len(batch)
+            settings.progress(what, done, len(images))
+    return done

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.figure import Figure
 
-from karat_scale.commands.analyze.figures import new_figure
+from karat_scale.commands.analyze.output import new_figure
 from karat_scale.commands.analyze.result import NothingToShowError, Result, Table
 from karat_scale.commands.analyze.trained_run import TrainedRun
-from karat_scale.commands.evaluate.kept import SEVERITIES, Evaluation, read_evaluations
+from karat_scale.commands.evaluate.predictions import SEVERITIES, Evaluation, read_evaluations
 
 Corrupted = Mapping[str, Mapping[str, Mapping[int, float]]]
 

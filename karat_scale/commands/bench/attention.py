@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from karat_scale.attention import FourierKaratOperator, KaratOperator, make_basis
-from karat_scale.attention.heads import AttentionHeads
+from karat_scale.attention.operator import AttentionHeads
 from karat_scale.attention.variants import ContentOperator
 from karat_scale.commands.bench.measuring import interleaved_seconds, median_ratio, peak_memory_of
 from karat_scale.engine.devices import wait_for

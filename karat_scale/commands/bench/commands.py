@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from karat_scale.commands.bench.gpu.sections import add_options as add_gpu_options
+from karat_scale.commands.bench.gpu.report import add_options as add_gpu_options
 from karat_scale.foundation.arguments import count, new_file, whole
 
 if TYPE_CHECKING:

@@ -18,24 +18,22 @@ import torch
 from timm.loss import SoftTargetCrossEntropy
 
 from karat_scale.commands.bench.measuring import interleaved_seconds, median_ratio
+from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.augmentation.mixing import Mixer
-from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.batch import Batch
-from karat_scale.data.loading.digest import with_digest
+from karat_scale.data.loading.loader import with_digest
 from karat_scale.data.plan import TrainPlan
 from karat_scale.engine import distributed
 from karat_scale.engine.devices import wait_for
-from karat_scale.engine.optimizers import build_optimizer
+from karat_scale.engine.optimizers import build_optimizer, build_schedule
 from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
-from karat_scale.engine.schedule import build_schedule
 from karat_scale.foundation.console import print_table, write_json
 from karat_scale.foundation.errors import UserError, on_one_line
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
-from karat_scale.training.loop import Loop
-from karat_scale.training.parts import Parts
+from karat_scale.training.loop import Loop, Parts
 from karat_scale.training.run import build_parts, resume
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.signals import StopSignals

@@ -1,13 +1,21 @@
-"""`karat compare RUN...`: reads the runs, prints the tables, and writes the files that were asked for."""
+"""`karat compare RUN...`: reads the runs, prints the tables, and writes the files that were asked for.
 
+The files of `karat compare --out`: Markdown, CSV, figures, and one HTML page that opens offline.
+"""
+
+import csv
+import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from karat_scale.commands.compare.comparison import compare_groups
-from karat_scale.commands.compare.finished import FinishedRun, read_run
-from karat_scale.foundation.console import print_table, write_json
+from karat_scale.commands.compare.comparison import Comparison, Table, compare_groups
+from karat_scale.commands.compare.finished import MEASURES, SCORES, FinishedRun, read_run
+from karat_scale.commands.compare.grouping import draw_curves
+from karat_scale.foundation.console import print_table, printable, write_json
 from karat_scale.foundation.errors import UserError, on_one_line
+from karat_scale.foundation.files import write_atomically
+from karat_scale.foundation.html_page import render_page
 
 _SHOWN_KEYS = 3  # of those that differ, on a terminal
 
@@ -41,8 +49,6 @@ def compare_runs(paths: Sequence[str], score: str | None, out: str | None, json_
         print(f"\nwarning: budgets differ: {on_one_line(line)}", file=sys.stderr)
     write_json(json_file, {**comparison.to_json(), "notes": notes})
     if out:
-        from karat_scale.commands.compare.page import write_files
-
         print()
         for path in write_files(Path(out), comparison, notes):
             print(path)
@@ -72,3 +78,79 @@ def _none_of(notes: Sequence[str]) -> str:
     for line in notes:
         print(on_one_line(line), file=sys.stderr)
     return f"no run to compare: none of the {len(notes)} is finished and whole; the lines above say why"
+
+
+def write_files(directory: Path, comparison: Comparison, notes: Sequence[str]) -> list[Path]:
+    """Write all files and return their paths. Raises UserError if the directory cannot be written."""
+    pictures = draw_curves(comparison.groups, comparison.score)
+    contents: dict[str, bytes | str] = {f"curve_{axis}.png": picture for axis, picture in pictures.items()}
+    contents |= {
+        "compare.md": markdown(comparison, notes, list(contents)),
+        "compare.csv": run_lines(comparison),
+        "compare.html": page(comparison, notes, pictures),
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            write_atomically(directory / name, content)
+    except OSError as error:
+        raise UserError(f"--out {directory}: {error.strerror}; choose another directory") from error
+    return [directory / name for name in contents]
+
+
+def markdown(comparison: Comparison, notes: Sequence[str], pictures: Sequence[str]) -> str:
+    """Return the comparison as Markdown that shows the pictures of these names."""
+    parts = [f"# {title(comparison)}", *(_markdown_table(table) for table in comparison.tables())]
+    lines = [*(f"Budgets differ: {line}" for line in comparison.warnings), *notes]
+    parts += ["\n".join(f"- {_escaped(line)}" for line in lines)] if lines else []
+    parts += [f"![{SCORES[comparison.score].title} over the run]({name})" for name in pictures]
+    return "\n\n".join(parts) + "\n"
+
+
+def run_lines(comparison: Comparison) -> str:
+    """Return a line of CSV for each run, with its group, seed, figures and budget."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    used = [name for name in MEASURES if any(group.by_seed(name) for group in comparison.groups)]
+    budget = [field for field in comparison.groups[0].budget._fields if field != "classes_sha256"]
+    writer.writerow(["group", "run", "seed", *used, *budget])
+    for group in comparison.groups:
+        for run in group.runs:
+            figures = [run.values.get(name, "") for name in used]
+            writer.writerow(
+                [group.label, printable(str(run.path)), run.seed, *figures, *(getattr(run.budget, f) for f in budget)]
+            )
+    return text.getvalue()
+
+
+def page(comparison: Comparison, notes: Sequence[str], pictures: Mapping[str, bytes]) -> str:
+    """Return the HTML page; every text is escaped, and the pictures are inside."""
+    return render_page(
+        "karat_scale.commands.compare",
+        "compare.html.j2",
+        title=title(comparison),
+        tables=comparison.tables(),
+        warnings=comparison.warnings,
+        notes=notes,
+        score=SCORES[comparison.score].title,
+        pictures=pictures,
+    )
+
+
+def title(comparison: Comparison) -> str:
+    """Return the heading of the page."""
+    labels = [group.label for group in comparison.groups]
+    return f"{labels[0]} over its seeds" if len(labels) == 1 else f"Runs compared with {labels[0]}"
+
+
+def _markdown_table(table: Table) -> str:
+    rule = ["---" if column in table.texts else "---:" for column in range(len(table.header))]
+    lines = [[*table.header], rule, *([_escaped(cell) for cell in row] for row in table.rows)]
+    return f"## {_escaped(table.title)}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    text = printable(text).replace("\\", "\\\\").replace("\n", " ")
+    for sign in "|<*`[":
+        text = text.replace(sign, f"\\{sign}")
+    return text

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from karat_scale.commands.compare.summary import Count, Figures, Number, Percent, read_summary
-from karat_scale.commands.status.standing import read_events
+from karat_scale.commands.status.status import read_events
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.foundation.files import file_sha256, sealed

@@ -1,17 +1,27 @@
-"""The part of the report about the recipe: does it fit, what limits its speed, what to change first."""
+"""The part of the report about the recipe: does it fit, what limits its speed, what to change first.
 
+Find what runs on this machine: each implementation of KArAt attends over a few tokens, each decoder reads a JPEG.
+
+`karat doctor`: check the machine and, with a recipe, time the stages of its training.
+"""
+
+import os
 import tempfile
-from collections.abc import Callable, Iterable
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from karat_scale.commands.doctor import fit
+from karat_scale.commands.doctor.device_speed import examine_extras, examine_gpus, examine_libraries, examine_python
 from karat_scale.commands.doctor.fit import Subject
-from karat_scale.commands.doctor.report import Finding, Report, Row, examine, found
+from karat_scale.commands.doctor.report import Finding, Printer, Report, Row, Verdict, examine, found, judge
+from karat_scale.commands.doctor.storage import examine_resources
 from karat_scale.commands.doctor.timed_run import Figures, setting_of, time_recipe
-from karat_scale.commands.doctor.verdict import Verdict, judge
 from karat_scale.data.backends import Backend, ImageSpec, open_backend
 from karat_scale.data.plan import micro_batch_of
 from karat_scale.engine import distributed
@@ -19,9 +29,11 @@ from karat_scale.engine.deepspeed_config import load_ds_config
 from karat_scale.engine.distributed import World
 from karat_scale.engine.memory import one_line_out_of_memory
 from karat_scale.foundation.console import plural
+from karat_scale.foundation.errors import UserError
+from karat_scale.foundation.tables import DECODERS
 from karat_scale.models import parameter_count
 from karat_scale.recipe import Recipe
-from karat_scale.training.tasks.classification.teacher import build_model, keep_teacher
+from karat_scale.training.tasks.classification.distillation_teacher import build_model, keep_teacher
 
 MB = 1e6
 # If the loop is slower than its slower side by this factor, the two sides hinder each other.
@@ -168,3 +180,149 @@ def _decoder_name(recipe: Recipe) -> str:
     from karat_scale.data.decoders import make_decoder
 
     return make_decoder(recipe.data, recipe.augment.interpolation).name
+
+
+SIDE = 32
+BATCH, HEADS, TOKENS, WIDTH, RANK, GRID = 1, 1, 16, 16, 4, 2
+
+
+def examine_attention() -> Iterator[Finding]:
+    """Yield one finding per implementation: it runs, or the reason why not."""
+    import torch
+
+    from karat_scale.attention.functional import AUTOMATIC, IMPLEMENTATIONS
+
+    cuda = torch.cuda.is_available()
+    runs = []
+    for name in IMPLEMENTATIONS:
+        device = "cuda" if cuda and name != "cpu" else "cpu"
+        begun = time.perf_counter()
+        refusal = _attention_refusal(name, device)
+        seconds = time.perf_counter() - begun
+        if refusal is None:
+            runs.append(name)
+            yield found(f"attention {name}", f"runs on {device}", runs=True, device=device, seconds=round(seconds, 3))
+        else:
+            fix = "" if name == "triton" and not cuda else "auto uses another one; if a recipe names it, it is refused"
+            yield Finding(
+                f"attention {name}",
+                "note",
+                f"cannot run: {refusal}",
+                fix,
+                {"runs": False, "device": device, "seconds": round(seconds, 3)},
+            )
+    chosen = next(name for name in AUTOMATIC if name in runs and (name != "cpu" or not cuda))
+    yield found("attention auto", f"uses {chosen}", chosen=chosen)
+
+
+def _attention_refusal(implementation: str, device: str) -> str | None:
+    """Return the reason why the implementation cannot attend, or None if it can, including its gradient."""
+    import torch
+
+    from karat_scale.attention import fourier_karat_attention
+
+    def random(*shape: int) -> Any:
+        return torch.randn(*shape, device=device, requires_grad=True)
+
+    query, key, value = (random(BATCH, HEADS, TOKENS, WIDTH) for _ in range(3))
+    cos_coef, sin_coef = (random(HEADS, RANK, TOKENS, GRID) for _ in range(2))
+    proj = random(HEADS, TOKENS, RANK)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a failed build warns, and then raises the same as an error
+            output = fourier_karat_attention(query, key, value, cos_coef, sin_coef, proj, implementation=implementation)
+            output.sum().backward()
+    except ValueError as error:
+        return str(error).partition("cannot take this call: ")[2] or str(error)
+    except Exception as error:  # a kernel that does not compile or launch
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
+
+
+def examine_decoders() -> Iterator[Finding]:
+    """Yield one finding per decoder of the folder and webdataset backends: it runs, or the reason why not."""
+    runs = []
+    for name in DECODERS:
+        refusal = _decoder_refusal(name)
+        if refusal is None:
+            runs.append(name)
+            yield found(f"decoder {name}", "runs", runs=True)
+        else:
+            yield found(f"decoder {name}", "cannot run", refusal, runs=False)
+    if runs:
+        yield found("decoder auto", f"uses {runs[0]}", chosen=runs[0])
+
+
+def _decoder_refusal(name: str) -> str | None:
+    """Return the reason why the decoder cannot read a JPEG, or None if it can."""
+    from karat_scale.data.decoders import make_decoder
+    from karat_scale.data.decoders.decode import blank_jpeg, crop_view
+    from karat_scale.recipe import DataConfig
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a failed build warns, and then raises the same as an error
+            decoder = make_decoder(DataConfig.model_validate({"path": "-", "decoder": name}), "bicubic")
+        decoder.read(blank_jpeg(SIDE), lambda width, height: crop_view((0, 0, width, height), SIDE // 2))
+    except Exception as error:  # any error of a broken library
+        return " ".join(str(error).split()).removeprefix(f"data.decoder = {name} cannot run: ")
+    return None
+
+
+def doctor(recipe: str | None, overrides: Sequence[str], seconds: float, json_file: str | None) -> int:
+    """Report on this machine, and on the recipe if one is given; returns 0, or 1 if there is a problem.
+
+    `seconds` is about how long the stages of a recipe are timed. Under torchrun or srun, every rank takes part, and
+    rank 0 reports on its own node.
+
+    Raises:
+        UserError: the recipe is wrong, or the JSON file cannot be written.
+    """
+    if recipe is not None and "=" in recipe:
+        raise UserError(f"{recipe!r} is an override; name the recipe before it: karat doctor RECIPE {recipe}")
+    is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    report = Report(Printer(is_main))
+    try:
+        if recipe is None:
+            _machine(report, is_main)
+        else:
+            _with_recipe(recipe, overrides, seconds, report, is_main)
+    except KeyboardInterrupt:
+        report.printer.line("\ninterrupted")
+        return 1
+    report.conclude()
+    if json_file and is_main:
+        report.write(json_file)
+    return report.exit_code
+
+
+def _machine(report: Report, is_main: bool) -> None:
+    if is_main:
+        report.add("machine", "machine", examine_machine())
+
+
+def _with_recipe(recipe: str, overrides: Sequence[str], seconds: float, report: Report, is_main: bool) -> None:
+    try:  # without a recipe, none of these is needed
+        from karat_scale.recipe.loading import load_recipe
+
+        loaded = load_recipe(recipe, overrides)
+    except ImportError as error:
+        _machine(report, is_main)
+        reason = f"cannot be examined while a library is missing: {error}"
+        report.add("recipe", f"recipe {recipe}", [Finding("recipe", "problem", reason)])
+        return
+    check_up(loaded, seconds, report, lambda: _machine(report, is_main))
+
+
+def examine_machine() -> list[Finding]:
+    """Yield the findings about software, GPUs and resources. Raises nothing, whatever is missing."""
+    examinations = {
+        "python": examine_python,
+        "libraries": examine_libraries,
+        "extras": examine_extras,
+        "decoders": examine_decoders,
+        "attention": examine_attention,
+        "GPU": examine_gpus,
+        "resources": examine_resources,
+    }
+    return [finding for name, examination in examinations.items() for finding in examine(name, examination)]

@@ -1,6 +1,10 @@
-"""What the doctor found, and its output: tables on a terminal, plain lines elsewhere, and JSON. Needs no library."""
+"""What the doctor found, and its output: tables on a terminal, plain lines elsewhere, and JSON. Needs no library.
 
-from collections.abc import Callable, Iterable, Sequence
+Find the stage that limits training, and the first thing to change.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -8,6 +12,8 @@ from typing import Any, Literal
 from karat_scale import __version__
 from karat_scale.foundation.console import make_table, plural, print_table, printable, terminal, write_json
 from karat_scale.foundation.errors import DataError, UserError
+from karat_scale.foundation.native_build import PACKAGES
+from karat_scale.foundation.tables import BACKENDS
 
 Level = Literal["ok", "note", "problem"]
 COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
@@ -141,3 +147,173 @@ class Report:
             write_json(file, content)
         except OSError as error:
             raise UserError(f"--json {file}: {error.strerror}; name a file in an existing directory") from None
+
+
+Stage = Literal["storage", "decode", "augmentation", "transfer", "model", "optimizer", "communication"]
+DATA_STAGES: tuple[Stage, ...] = ("storage", "decode", "augmentation")
+DEVICE_STAGES: tuple[Stage, ...] = ("transfer", "model", "optimizer", "communication")
+# A data path that is faster than the device by this factor feeds it in spite of uneven batches.
+HEADROOM = 1.1
+# Without workers: if data takes this share of the time, add a worker.
+WORTH_A_WORKER = 0.15
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The settings on which the advice depends.
+
+    workers: `data.workers`. worker_rate: images a second of one worker process on a core of its own. cores: that one
+    rank may use. has_bf16: whether the processor has bf16 instructions.
+    stays_cached: whether all data stays in the page cache after the first epoch.
+    """
+
+    workers: int
+    worker_rate: float
+    cores: int
+    world_size: int
+    backend: str
+    decoder: str
+    order: str
+    device: str
+    precision: str
+    has_bf16: bool
+    implementation: str
+    global_batch: int
+    accumulation: int
+    stays_cached: bool
+
+    @property
+    def is_generated(self) -> bool:
+        """True if there are no files of images."""
+        return BACKENDS[self.backend].files is None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """bound: the stage for which training waits. data_rate and device_rate: images per second of the two sides."""
+
+    bound: Stage
+    data_rate: float
+    device_rate: float
+    reason: str
+    advice: str
+
+
+def judge(rates: Mapping[Stage, float], setting: Setting) -> Verdict:
+    """Decide from the images per second of each stage by itself, over all ranks.
+
+    Reading runs at the same time as decoding and, if there are workers, as the device. A worker decodes and augments in
+    turn, and the device's stages run in turn. Without workers, all of them run in turn.
+    """
+    cost = {stage: 1 / rate for stage, rate in rates.items() if rate > 0}
+    # Data that stays in the page cache is read from the disk only in the first epoch.
+    storage = 0.0 if setting.stays_cached else cost.get("storage", 0.0)
+    workers = cost.get("decode", 0.0) + cost.get("augmentation", 0.0)
+    device = sum(cost.get(stage, 0.0) for stage in DEVICE_STAGES)
+    data = max(storage, workers) if setting.workers else storage + workers
+    data_rate, device_rate = _rate(data), _rate(device)
+    counted: dict[Stage, float] = {**cost, "storage": storage}
+    if setting.workers == 0:
+        candidates: tuple[Stage, ...] = (*DATA_STAGES, *DEVICE_STAGES)
+    elif data <= device:
+        candidates = DEVICE_STAGES
+    else:
+        candidates = ("storage",) if storage >= workers else ("decode", "augmentation")
+    bound = max(candidates, key=lambda stage: counted.get(stage, 0.0))
+    reason = _reason(bound, data_rate, device_rate, setting)
+    advice = _advice(bound, device_rate, setting)
+    turns = setting.workers == 0 and not setting.is_generated
+    if turns and bound in DEVICE_STAGES and data > WORTH_A_WORKER * (data + device):
+        advice = f"{_more_workers(device_rate, setting)}, so that they no longer take turns; then {advice}"
+    return Verdict(bound, data_rate, device_rate, reason, advice)
+
+
+def _rate(seconds_per_image: float) -> float:
+    return 1 / seconds_per_image if seconds_per_image else math.inf
+
+
+def _reason(bound: Stage, data_rate: float, device_rate: float, setting: Setting) -> str:
+    trainer = f"the trainer takes {device_rate:,.0f} img/s"
+    if setting.is_generated:
+        return f"{trainer}, images are made at {data_rate:,.0f} img/s in the same process"
+    if setting.workers == 0:
+        return f"data.workers = 0, so {data_rate:,.0f} img/s of data and {device_rate:,.0f} of the trainer take turns"
+    if bound == "storage":
+        return f"the disk gives {data_rate:,.0f} img/s, {trainer}"
+    if bound in DATA_STAGES:
+        return f"{_sustain(setting)} {data_rate:,.0f} img/s, {trainer}"
+    return f"{trainer}, the data path gives {data_rate:,.0f}"
+
+
+def _sustain(setting: Setting) -> str:
+    each = " on each rank" if setting.world_size > 1 else ""
+    return f"1 worker{each} sustains" if setting.workers == 1 else f"{setting.workers} workers{each} sustain"
+
+
+def _advice(bound: Stage, device_rate: float, setting: Setting) -> str:
+    if bound == "storage":
+        block = "" if setting.order == "block" else "set data.order=block to read in sequence, or "
+        return (
+            f"copy the data to a local disk (data_prep/stage.py), or {block}"
+            "make smaller files (data_prep/make_webdataset.py --resize 256)"
+        )
+    if setting.is_generated and bound in DATA_STAGES:
+        return "synthetic images are only for measuring the other stages"
+    if bound in ("decode", "augmentation"):
+        return _advise_workers(bound, device_rate, setting)
+    if bound == "model":
+        return _advise_model(setting)
+    if bound == "transfer" and setting.device == "cpu":
+        return "on a CPU this is normalising and mixing: use a smaller model.image_size, or augment.mix_prob=0"
+    if bound == "transfer":
+        return "check whether another process uses the bus (nvidia-smi dmon -s t)"
+    if bound == "optimizer":
+        return (
+            f"a step runs once per global batch of {setting.global_batch}: raise train.global_batch, "
+            "or share the step between ranks with deepspeed.config=zero1"
+        )
+    return (
+        "gradients are exchanged once per global batch: raise train.global_batch, and check by NCCL_DEBUG=INFO that "
+        "NCCL uses the fast network"
+    )
+
+
+def _advise_workers(bound: Stage, device_rate: float, setting: Setting) -> str:
+    pieces = [_more_workers(device_rate, setting)]
+    if bound == "decode" and setting.decoder not in ("native", ""):
+        pieces.append(f"use data.decoder=native (apt-get install {PACKAGES})")
+    if bound == "decode":
+        pieces.append("re-encode the images smaller (data_prep/make_webdataset.py --resize 256)")
+    if bound == "augmentation":
+        pieces.append("use a weaker augment.randaugment or augment.color_jitter")
+    return ", or ".join(filter(None, pieces)) or "give the job more cores"
+
+
+def _more_workers(device_rate: float, setting: Setting) -> str:
+    """Advise as many workers as feed the device, up to the cores; empty if there are as many already."""
+    wanted = math.ceil(HEADROOM * device_rate / setting.world_size / setting.worker_rate)
+    spare = setting.cores - 1 if setting.device == "cuda" else setting.cores
+    reachable = min(wanted, max(1, spare))
+    if reachable <= setting.workers:
+        return ""
+    enough = "" if reachable == wanted else f" (all cores; {wanted} would be needed)"
+    return f"raise data.workers to {reachable}{enough}"
+
+
+def _advise_model(setting: Setting) -> str:
+    pieces = []
+    if setting.implementation != "auto":
+        pieces.append(f"set attention.implementation=auto instead of {setting.implementation}")
+    if setting.device == "cpu" and setting.precision.startswith("bf16") and not setting.has_bf16:
+        return (
+            "set train.precision=fp32: bf16 is several times slower on this processor, which has no bf16 instructions"
+        )
+    if setting.device == "cpu":
+        pieces.append("train on a GPU; on a CPU, only a smaller model or image helps")
+    else:
+        if setting.precision == "fp32":
+            pieces.append("set train.precision=bf16")
+        if setting.accumulation > 1:
+            pieces.append("raise train.micro_batch as far as memory allows")
+        pieces.append(f"add GPUs, over which the global batch of {setting.global_batch} is divided")
+    return ", or ".join(pieces)

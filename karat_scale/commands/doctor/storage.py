@@ -1,16 +1,42 @@
-"""The speed of the data's disk, in sequence and at random, without the page cache."""
+"""The speed of the data's disk, in sequence and at random, without the page cache.
+
+The files of a recipe's data: their number and size, and the size of an image in them.
+
+The speed of the recipe's data path in images per second, as a whole and in parts.
+
+Cores, memory, limits and directories that this process may use.
+"""
 
 import contextlib
 import os
 import random
+import resource
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
+from karat_scale.commands.doctor.report import Finding, found
+from karat_scale.data.backends.row_reader import images_per_second
+from karat_scale.data.order import epoch_order
+from karat_scale.data.shards.cache import RemoteUse
+from karat_scale.data.shards.folder import FolderSplit
+from karat_scale.data.shards.shard_format import dataset_directory, read_dataset_record
+from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.engine.distributed import World
+from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import open_regular
+from karat_scale.foundation.machine import cpu_quota, usable_cores, usable_memory
+from karat_scale.foundation.native_build import cache_directory
+from karat_scale.foundation.tables import Files
+from karat_scale.recipe import DataConfig, Recipe
 
 PAGE = 4096
 CHUNK = 4 << 20
@@ -129,3 +155,217 @@ def _random_speed(spans: list[Span], readers: int, seconds: float) -> tuple[floa
         results = list(pool.map(read, [spans[number::readers] for number in range(readers)]))
     elapsed = time.perf_counter() - begun
     return sum(total for total, _ in results) / elapsed, [span for _, done in results for span in done]
+
+
+SAMPLED_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """paths: some files that hold training images; none for data at a URL. total_bytes: of both splits.
+
+    image_bytes: of a training image.
+    """
+
+    paths: tuple[Path, ...]
+    total_bytes: int
+    image_bytes: float
+
+
+def sampled_ids(num_train: int, seed: int) -> npt.NDArray[np.int64]:
+    """Return some random training samples, int64 [at most SAMPLED_IMAGES]."""
+    return epoch_order(seed, 0, num_train)[:SAMPLED_IMAGES]
+
+
+def find_data_files(recipe: Recipe, num_train: int) -> DataFiles | None:
+    """Return the files of the recipe's data, or None if it has none or a stream. No image is read. Raises DataError."""
+    data = recipe.data
+    if data.row.files is None or data.is_stream:
+        return None
+    if data.row.files is Files.BETONS:
+        return _betons(data, num_train)
+    with closing(_open_split(recipe)) as split:
+        files = dict.fromkeys(split.file_of(int(i)) for i in sampled_ids(num_train, recipe.run.seed))
+        paths = () if isinstance(split, ShardSplit) and split.ahead else tuple(map(Path, files))
+        if isinstance(split, FolderSplit):
+            size = sum(path.stat().st_size for path in paths) / len(paths)
+            val = FolderSplit(data.path, data.val_split, recipe.model.num_classes, split.classes)
+            return DataFiles(paths, round(size * (num_train + len(val))), size)
+    splits = read_dataset_record(dataset_directory(data.path), data.timeout).splits
+    bytes_of = {name: sum(shard.bytes for shard in split.shards) for name, split in splits.items()}
+    total = sum(bytes_of[name] for name in {data.train_split, data.val_split})
+    return DataFiles(paths, total, bytes_of[data.train_split] / num_train)
+
+
+def read_into_page_cache(recipe: Recipe, ids: npt.NDArray[np.int64]) -> None:
+    """Read these training images, so that timing the decoder does not time the disk. Raises DataError."""
+    if recipe.data.row.files in (Files.IMAGES, Files.SHARDS) and not recipe.data.is_stream:
+        with closing(_open_split(recipe)) as split:
+            if isinstance(split, ShardSplit):
+                split.prepare(ids.tolist())
+            for sample_id in ids:
+                split.read(int(sample_id))
+
+
+def _open_split(recipe: Recipe) -> ShardSplit | FolderSplit:
+    data, num_classes = recipe.data, recipe.model.num_classes
+    if data.row.files is Files.IMAGES:
+        return FolderSplit(data.path, data.train_split, num_classes)
+    return ShardSplit(data.path, data.train_split, num_classes, remote=RemoteUse.of(data, training=True))
+
+
+def _betons(data: DataConfig, num_train: int) -> DataFiles:
+    directory = Path(data.path).expanduser()
+    train, val = (directory / f"{split}.beton" for split in (data.train_split, data.val_split))
+    for path in (train, val):
+        if not path.is_file():
+            raise DataError(f"{path} is missing; make it with data_prep/make_ffcv.py")
+    size = train.stat().st_size
+    return DataFiles((train,), size + val.stat().st_size, size / num_train)
+
+
+LARGEST_BATCH = 16
+
+
+@dataclass(frozen=True)
+class DataSpeed:
+    """Images per second of one rank, the slowest. Bytes come from the page cache.
+
+    one_core: reading, decoding and the recipe's augmentation on one core. decode_one_core: the same without
+    RandAugment and colour jitter. workers: with the recipe's workers.
+    """
+
+    one_core: float
+    decode_one_core: float
+    workers: float
+
+    @property
+    def decode_share(self) -> float:
+        """The share of the work that is not augmentation."""
+        return min(1.0, self.one_core / self.decode_one_core)
+
+
+def measure_data(recipe: Recipe, ids: np.ndarray, batch: int, seconds: float, world: World) -> DataSpeed:
+    """Time the backend for about `seconds`. Raises DataError."""
+    bare = recipe.changed(augment__randaugment="", augment__color_jitter=0.0)
+    is_generated = recipe.data.row.files is None
+    in_process = recipe.data.fewest_workers
+    batch = min(batch, LARGEST_BATCH)
+    augments = not is_generated and bare != recipe
+    share = seconds / (2 + augments)
+    one_core = _slowest_rate(recipe, in_process, ids, batch, share, world)
+    decode = _slowest_rate(bare, in_process, ids, batch, share, world) if augments else one_core
+    with_workers = one_core
+    if recipe.data.workers != in_process and not is_generated:
+        with_workers = _slowest_rate(recipe, recipe.data.workers, ids, batch, share, world)
+    return DataSpeed(one_core, decode, with_workers)
+
+
+def _slowest_rate(recipe: Recipe, workers: int, ids: np.ndarray, batch: int, seconds: float, world: World) -> float:
+    """Return images per second once all workers have started; all ranks measure at the same time."""
+    rate = images_per_second(recipe, workers, batch, seconds, ids, ready=lambda: world.any(False))
+    return min(world.gather(rate))
+
+
+GIB = 2**30
+SHM = Path("/dev/shm")
+SMALL_SHM = GIB
+# For open shards, tensors sent by workers, and sockets of the ranks.
+FEW_FILES = 1024
+CACHE_ROOM = 64 * 2**20
+
+
+def cache_memory() -> int:
+    """Return the bytes that can hold data now: free memory, and the page cache."""
+    import psutil  # here, so that a missing psutil is a finding and not a crash
+
+    return min(int(psutil.virtual_memory().available), usable_memory())
+
+
+def examine_resources() -> Iterator[Finding]:
+    """Yield cores, load, RAM, /dev/shm, limits, and the cache of compiled kernels."""
+    yield _examine_cores()
+    yield _examine_load()
+    yield _examine_memory()
+    yield _examine_shm()
+    yield from _examine_limits()
+    yield examine_cache(cache_directory())
+
+
+def _examine_cores() -> Finding:
+    total, usable, quota = os.cpu_count() or 1, usable_cores(), cpu_quota()
+    pieces = [f"{usable} of {total} usable"]
+    if quota is not None:
+        pieces.append(f"a control group allows {quota:g}")
+    allocation = {key: os.environ[key] for key in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE") if key in os.environ}
+    pieces += [f"{key}={value}" for key, value in allocation.items()]
+    fix = ""
+    asked = allocation.get("SLURM_CPUS_PER_TASK", "")
+    if asked.isdigit() and int(asked) > usable:
+        fix = "the step has fewer cores than the job: start it with srun --cpus-per-task=$SLURM_CPUS_PER_TASK"
+    elif usable < total and "OMP_NUM_THREADS" not in os.environ and quota is not None:
+        fix = f"math libraries do not see a quota: set OMP_NUM_THREADS={usable} when training on the CPU"
+    return found("cores", ", ".join(pieces), fix, usable=usable, total=total, quota=quota, slurm=allocation)
+
+
+def _examine_load() -> Finding:
+    load, cores = os.getloadavg()[0], usable_cores()
+    fix = "other processes are running and distort the timings: try again later" if load >= cores else ""
+    return found("load", f"{load:.1f} in the last minute", fix, minute=load)
+
+
+def _examine_memory() -> Finding:
+    import psutil
+
+    memory, usable, available = psutil.virtual_memory(), usable_memory(), cache_memory()
+    text = f"{usable / GIB:.1f} GiB usable, {available / GIB:.1f} GiB available"
+    if usable < memory.total:
+        text += f" (the machine has {memory.total / GIB:.1f}; a control group limits it)"
+    fix = "less than 2 GiB: another process may be using it" if available < 2 * GIB else ""
+    return found("RAM", text, fix, usable_bytes=usable, available_bytes=available, total_bytes=int(memory.total))
+
+
+def _examine_shm() -> Finding:
+    if not SHM.is_dir():
+        return found("/dev/shm", "missing", "data workers and NCCL need it: mount a tmpfs", wrong=True)
+    size, _, free = shutil.disk_usage(SHM)
+    text = f"{size / GIB:.2f} GiB, {free / GIB:.2f} free"
+    fix = "NCCL uses it: docker run --shm-size=8g (or --ipc=host)" if free < SMALL_SHM else ""
+    return found("/dev/shm", text, fix, total_bytes=size, free_bytes=free)
+
+
+def _examine_limits() -> Iterator[Finding]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fix = f"few: ulimit -n {hard if 0 < hard < 65536 else 65536}" if soft < FEW_FILES else ""
+    yield found("open files", f"{_limit(soft)} (ulimit -n; up to {_limit(hard)})", fix, soft=soft, hard=hard)
+    space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if space != resource.RLIM_INFINITY:
+        fix = "CUDA and memory maps need many more addresses than memory: ulimit -v unlimited"
+        yield found("address space", f"{space / GIB:.1f} GiB (ulimit -v)", fix, soft=space)
+
+
+def _limit(value: int) -> str:
+    return "unlimited" if value == resource.RLIM_INFINITY else str(value)
+
+
+def examine_cache(directory: Path) -> Finding:
+    """Check that compiled kernels can be stored there."""
+    fix = "compiled kernels cannot be stored: set KARAT_CACHE_DIR to a writable directory"
+    if not is_writable(directory):
+        return found("cache", f"{directory} cannot be written", fix, path=str(directory), writable=False)
+    free = shutil.disk_usage(nearest_existing(directory)).free
+    if free < CACHE_ROOM:
+        return found("cache", f"{directory}: only {free / 2**20:.0f} MiB free", fix, path=str(directory), writable=True)
+    return found("cache", f"{directory} can be written", path=str(directory), writable=True)
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return the path itself or the first existing directory above it."""
+    path = path.expanduser().absolute()
+    return next(part for part in (path, *path.parents) if part.exists())
+
+
+def is_writable(directory: Path) -> bool:
+    """True if files can be made in a directory, or the directory in the nearest existing one."""
+    existing = nearest_existing(directory)
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)

@@ -1,6 +1,10 @@
-"""A short timed run of all stages of a training step, each by itself and then all together."""
+"""A short timed run of all stages of a training step, each by itself and then all together.
+
+Time the real training loop, end to end.
+"""
 
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -10,28 +14,86 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from karat_scale.commands.doctor.data_files import DataFiles, find_data_files, read_into_page_cache, sampled_ids
-from karat_scale.commands.doctor.data_speed import DataSpeed, measure_data
 from karat_scale.commands.doctor.device_speed import (
     BareModel,
     Communication,
     communication,
     optimizer_seconds,
+    slowest,
     transfer_seconds,
 )
 from karat_scale.commands.doctor.fit import Subject, stays_cached
-from karat_scale.commands.doctor.loop_speed import LoopSpeed, measure_loop
-from karat_scale.commands.doctor.report import Printer
-from karat_scale.commands.doctor.storage import StorageSpeed, measure_storage
-from karat_scale.commands.doctor.verdict import Setting, Stage
+from karat_scale.commands.doctor.report import Printer, Setting, Stage
+from karat_scale.commands.doctor.storage import (
+    DataFiles,
+    DataSpeed,
+    StorageSpeed,
+    find_data_files,
+    measure_data,
+    measure_storage,
+    read_into_page_cache,
+    sampled_ids,
+)
+from karat_scale.data.batch import Batch
+from karat_scale.engine.devices import wait_for
 from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
 from karat_scale.foundation.machine import cpu_has_bf16
 from karat_scale.recipe import Recipe
-from karat_scale.training.parts import Parts
+from karat_scale.training.loop import Loop, Parts
 from karat_scale.training.run import build_parts
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.signals import StopSignals
-from karat_scale.training.tasks.classification.task import ClassificationTask
+from karat_scale.training.tasks.classification.task import ClassificationTask, TrainState
+
+MANY_STEPS = 1_000_000_000
+FEWEST_STEPS = 2
+
+
+@dataclass(frozen=True)
+class LoopSpeed:
+    """images_per_second: over all ranks. waiting_share: the share of time spent waiting for data, on the slowest rank.
+    steps: the number of timed steps. unreadable: samples of rank 0 that could not be decoded.
+    """
+
+    images_per_second: float
+    waiting_share: float
+    steps: int
+    unreadable: int
+
+
+def measure_loop(parts: Parts, seconds: float) -> LoopSpeed:
+    """Train for about `seconds`, after a first step that does not count. Nothing is evaluated or saved."""
+    loop = Loop(parts, TrainState())
+    waited = 0.0
+
+    @contextmanager
+    def waiting() -> Iterator[None]:
+        nonlocal waited
+        before = time.perf_counter()
+        yield
+        waited += time.perf_counter() - before
+
+    unreadable = 0
+    batches = loop.feed(MANY_STEPS, waiting)
+
+    def counted() -> Iterator[Batch]:
+        nonlocal unreadable
+        for batch in loop.micro_batches(batches):
+            unreadable += len(batch.bad)
+            yield batch
+
+    loop.step(counted())
+    wait_for(parts.world.device)
+    begun, waited = time.perf_counter(), 0.0
+    steps = unreadable = 0
+    while steps < FEWEST_STEPS or not parts.world.any(time.perf_counter() - begun > seconds):
+        loop.step(counted())
+        steps += 1
+    wait_for(parts.world.device)
+    elapsed = slowest(time.perf_counter() - begun, parts.world)
+    rate = steps * parts.plan.global_batch / elapsed
+    return LoopSpeed(rate, slowest(waited / elapsed, parts.world), steps, unreadable)
+
 
 # Shares of the available seconds.
 SHARES = {"storage": 0.1, "data": 0.35, "model": 0.15, "transfer": 0.05, "communication": 0.05, "optimizer": 0.1}

@@ -1,48 +1,138 @@
-"""`karat eval RUN --on DIR`, `--labels FILE` and `--corrupt`: a checkpoint on other test sets, kept with the run."""
+"""`karat eval RUN --on DIR`, `--labels FILE` and `--corrupt`: a checkpoint on other test sets, kept with the run.
+
+Predictions of a whole set of images, each image once on any number of ranks.
+
+A checkpoint of a run on its validation split, whatever its task, on any number of processes.
+"""
 
 import hashlib
+import itertools
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from karat_scale.checkpoint.store import MANIFEST
 from karat_scale.checkpoint.weights import wants_ema
-from karat_scale.commands.evaluate.collect import collect
-from karat_scale.commands.evaluate.corruptions import Corruption, check_corruptible, chosen_corruptions
-from karat_scale.commands.evaluate.kept import (
+from karat_scale.commands.evaluate.predictions import (
+    KEPT,
     SEVERITIES,
     Evaluation,
+    Predictions,
     evaluation_file,
     is_complete,
     keep_evaluation,
     mean_over,
     read_evaluation,
 )
-from karat_scale.commands.evaluate.predictions import Predictions
-from karat_scale.commands.evaluate.real_labels import OtherLabels, with_other_labels
-from karat_scale.commands.evaluate.test_set import SPLITS, Change, TestSet, load_test_set, open_test_set
-from karat_scale.data.augmentation.normalize import Normalize
-from karat_scale.data.batch import BadSample
+from karat_scale.commands.evaluate.test_set import (
+    SPLITS,
+    Change,
+    Corruption,
+    OtherLabels,
+    TestSet,
+    check_corruptible,
+    chosen_corruptions,
+    load_test_set,
+    open_test_set,
+    with_other_labels,
+)
+from karat_scale.data.augmentation.device_augment import Normalize
+from karat_scale.data.batch import BadSample, Batch
+from karat_scale.data.loading.device_feed import DeviceFeed
+from karat_scale.data.plan import BatchSlice, EvalPlan
+from karat_scale.data.shards.cache import RemoteUse
 from karat_scale.data.shards.shard_format import dataset_directory
-from karat_scale.data.shards.use import RemoteUse
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
-from karat_scale.engine.precision import forward_for_evaluation
-from karat_scale.engine.reporting.progress import PlainDisplay, Reporter, SilentDisplay
+from karat_scale.engine.engine import forward_for_evaluation
+from karat_scale.engine.memory import one_line_out_of_memory
+from karat_scale.engine.reporting.progress import PlainDisplay, Reporter, SilentDisplay, choose_display
 from karat_scale.foundation.console import duration, printable, work_display, write_json
-from karat_scale.foundation.errors import RunDirectoryError, UserError
-from karat_scale.foundation.files import file_sha256, json_sha256
+from karat_scale.foundation.errors import DataError, RunDirectoryError, UserError
+from karat_scale.foundation.files import file_sha256, json_sha256, write_atomically
 from karat_scale.foundation.trust import require_trust
-from karat_scale.models.operators import check_implementation
+from karat_scale.models.operators import check_implementation, describe_implementation
 from karat_scale.recipe import Recipe
+from karat_scale.recipe.loading import flatten
 from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.tasks.classification.teacher import trained_classifier
+from karat_scale.training.task import Scores, Task
+from karat_scale.training.tasks.classification.distillation_teacher import trained_classifier
+
+OnBatch = Callable[[int, int, tuple[BadSample, ...]], None]
+"""Hears how many batches are done, of how many, and what could not be read."""
+
+
+@torch.no_grad()
+def collect(
+    forward: Callable[[Tensor], Tensor],
+    load: Callable[[Iterable[BatchSlice]], Iterator[Batch]],
+    images: int,
+    batch_size: int,
+    normalize: Normalize,
+    world: World,
+    on_batch: OnBatch,
+    among: Tensor | None = None,
+) -> Predictions:
+    """Return the predictions for `images` images, the same on every rank. Collective.
+
+    Args:
+        forward: from normalised images [b, 3, H, W] to logits [b, classes].
+        load: from slices of the ids 0 to images - 1 to batches, as a backend's `eval_batches`.
+        on_batch: called equally often on every rank; it may raise to stop.
+        among: the labels between which the model may choose; None for all.
+
+    Raises:
+        DataError: no image can be read.
+        UserError: memory ran out.
+    """
+    plan = EvalPlan(images, batch_size, world.rank, world.size)
+    batches = DeviceFeed(load(plan.slices()), world.device)
+    parts: list[dict[str, Any]] = []
+    bad = 0
+    for done in itertools.count(1):
+        with one_line_out_of_memory(lambda: f"lower train.eval_batch (now {batch_size})"):
+            batch = next(batches, None)
+            if batch is None:
+                break
+            logits = forward(normalize(batch.images)).float()
+            batches.fetch_ahead()
+            parts.append(_of_batch(logits, batch, among))
+        bad += len(batch.bad)
+        on_batch(done, plan.num_batches, batch.bad)
+    gathered = world.gather({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    whole: dict[str, Any] = {name: np.concatenate([one[name] for one in gathered]) for name in gathered[0]}
+    order = np.argsort(whole["ids"], kind="stable")
+    total_bad = int(world.sum(torch.tensor(bad)))
+    ordered: dict[str, Any] = {name: values[order] for name, values in whole.items()}
+    return Predictions(**ordered, bad=total_bad, classes=())
+
+
+def _of_batch(logits: Tensor, batch: Batch, among: Tensor | None) -> dict[str, Any]:
+    """Return the arrays of `Predictions` of the images that could be read."""
+    if among is not None:
+        masked = torch.full_like(logits, -torch.inf)
+        masked[:, among] = logits[:, among]
+        logits = masked
+    count = min(KEPT, logits.shape[1] if among is None else len(among))
+    probabilities, labels = logits.softmax(-1).topk(count)
+    losses = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+    keep = batch.valid.cpu().numpy()
+    return {
+        "ids": batch.sample_ids.numpy()[keep],
+        "labels": batch.labels.cpu().numpy()[keep],
+        "top_labels": labels.cpu().numpy()[keep],
+        "top_probabilities": probabilities.cpu().numpy()[keep],
+        "losses": losses.cpu().numpy()[keep],
+    }
 
 
 @dataclass(frozen=True)
@@ -269,3 +359,58 @@ def _refuse_another(run: Path, evaluation: Evaluation) -> None:
         raise UserError(
             f"{evaluation_file(run, evaluation.name)} holds the result on {earlier.source}; choose another --name"
         )
+
+
+def evaluate_run(
+    task_type: type[Task], run_dir: str, overrides: Sequence[str], checkpoint: str, weights: str, json_file: str | None
+) -> int:
+    """Evaluate a checkpoint (best, latest, or a name) and print its scores; returns the exit code.
+
+    Raises:
+        UserError: no such run or checkpoint, a damaged one, or data that does not fit.
+    """
+    directory = RunDirectory(run_dir)
+    trained = directory.recipe(task_type.recipe_type)
+    recipe = directory.recipe(task_type.recipe_type, overrides)
+    require_trust(recipe.attention.basis, directory.recipe_file)
+    with distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world:
+        reporter = Reporter(choose_display(world.is_main, "evaluate"), None, world.rank)
+        task: Task | None = None
+        try:
+            with world.together():
+                name = directory.store.find_intact(checkpoint) if world.is_main else ""
+            name = world.broadcast(name)
+            use_ema = wants_ema(weights, recipe, directory.store.state(name))
+            task = task_type(recipe, world, reporter)
+            _check_classes(directory, task)
+            model = task.trained_model(trained, directory, name, use_ema)
+            check_implementation(model, world.device)
+            if chosen := describe_implementation(model, world.device):
+                reporter.info(chosen)
+            forward = forward_for_evaluation(model, recipe.train, world.device)
+            scores = task.evaluate(forward, reporter.display.evaluate)
+        finally:
+            if task is not None:
+                task.close()
+            reporter.close()
+    if world.is_main:
+        _report(directory, name, "ema" if use_ema else "raw", scores, json_file)
+    return 0
+
+
+def _check_classes(run: RunDirectory, task: Task) -> None:
+    """Refuse data whose labels number other classes than the run's, if it recorded those. Raises DataError."""
+    classes = run.classes()
+    if classes and classes != task.classes:
+        by_name = f"use `karat eval {run.path} --on DIR`, which matches classes by name"
+        raise DataError(
+            f"data.path = {flatten(task.recipe)['data.path']} has other classes than the run; "
+            + (by_name if task.kind == "classification" else "put data.path right")
+        )
+
+
+def _report(run: RunDirectory, name: str, weights: str, scores: Scores, json_file: str | None) -> None:
+    print(f"{run.path} {name}{run.store.beside(name)} ({weights} weights): {scores}")
+    if json_file:
+        figures = {"run": str(run.path), "checkpoint": name, "weights": weights, **scores.to_json()}
+        write_atomically(Path(json_file), json.dumps(figures, indent=2) + "\n")

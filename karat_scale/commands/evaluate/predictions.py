@@ -1,17 +1,26 @@
-"""The predictions for each image of a set, kept as one npz file: all that scores and reports need of them."""
+"""The predictions for each image of a set, kept as one npz file: all that scores and reports need of them.
+
+What was measured of a run on other test sets, kept in the run's directory as evaluations/NAME.json.
+
+It imports nothing heavy, since `karat status` reads these files, too.
+"""
 
 import io
 import json
 import os
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from karat_scale.foundation.errors import DataError
-from karat_scale.foundation.files import open_regular, replace_file
+from karat_scale.foundation.errors import DataError, RunDirectoryError, not_written
+from karat_scale.foundation.files import make_folder, open_regular, parse_json, read_text, replace_file
+from karat_scale.foundation.tables import CORRUPTIONS
 
 KEPT = 10
 """The most probable classes of an image that are kept."""
@@ -94,3 +103,108 @@ def read_predictions(path: Path, identity: str) -> Predictions | None:
         return Predictions(**arrays, bad=facts["bad"], classes=tuple(facts["classes"]), identity=identity)
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, DataError):
         return None
+
+
+FOLDER = "evaluations"
+SEVERITIES = (1, 2, 3, 4, 5)
+
+
+class Evaluation(BaseModel):
+    """The scores of one checkpoint on one test set.
+
+    Args:
+        name: of the set; its file has this name.
+        source: the directory, and the file of other labels if there is one.
+        identity: of the weights, the preprocessing and the data; equal texts mean equal scores.
+        images: counted, each once. unreadable: could not be read. unmatched: classes that the run does not have, and
+            left_out: their images.
+        among: the number of classes between which the model chose, of classes.
+        top1: percent; of corrupted copies the mean over all corruptions and severities, and None while one is missing.
+        corruptions: top-1 by corruption and severity.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str
+    source: str
+    checkpoint: str
+    weights: str
+    identity: str
+    date: str
+    images: int
+    unreadable: int = 0
+    unmatched: list[str] = []
+    left_out: int = 0
+    among: int
+    classes: int
+    top1: float | None = None
+    top5: float | None = None
+    loss: float | None = None
+    corruptions: dict[str, dict[int, float]] = {}
+
+    def portable(self) -> dict[str, Any]:
+        """Return plain data without this machine's directories."""
+        return self.model_dump(mode="json", exclude={"source", "identity"}, exclude_none=True)
+
+    @property
+    def text(self) -> str:
+        """The result in a line."""
+        if self.corruptions:
+            done, of = sum(map(len, self.corruptions.values())), len(CORRUPTIONS) * len(SEVERITIES)
+            mean = f"top-1 {mean_over(self.corruptions):.2f} %, mean of {done} kinds and severities"
+            return f"{mean}{f' of {of}' if done < of else ''} on {self.images:,} images each"
+        scores = f"top-1 {self.top1:.2f} %" if self.top1 is not None else "not complete"
+        scores += f" top-5 {self.top5:.2f} %" if self.top5 is not None and self.top5 < 100 else ""
+        scores += f" loss {self.loss:.4f}" if self.loss is not None else ""
+        among = f", among {self.among} of {self.classes:,} classes" if self.among < self.classes else ""
+        return f"{scores} on {self.images:,} images{among}, {self.unreadable} unreadable"
+
+
+def mean_over(corruptions: Mapping[str, Mapping[int, float]]) -> float:
+    """Return the mean over all corruptions and severities that there are."""
+    values = [top1 for by_severity in corruptions.values() for top1 in by_severity.values()]
+    return sum(values) / len(values)
+
+
+def is_complete(corruptions: Mapping[str, Mapping[int, float]]) -> bool:
+    """Whether each corruption has each severity."""
+    return all(severity in corruptions.get(name, {}) for name in CORRUPTIONS for severity in SEVERITIES)
+
+
+def evaluation_file(run: Path, name: str) -> Path:
+    """Return the place of an evaluation."""
+    return run / FOLDER / f"{name}.json"
+
+
+def keep_evaluation(run: Path, evaluation: Evaluation) -> None:
+    """Write an evaluation into the run's directory, atomically. Raises RunDirectoryError if the disk refuses it."""
+    path = evaluation_file(run, evaluation.name)
+    try:
+        make_folder(path.parent)
+        replace_file(path, evaluation.model_dump_json(indent=2) + "\n")
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def read_evaluation(path: Path) -> Evaluation | None:
+    """Read an evaluation; None if there is none.
+
+    Raises:
+        RunDirectoryError: the file is damaged.
+    """
+    try:
+        content: Mapping[str, Any] = parse_json(read_text(path))
+        return Evaluation.model_validate(content)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise RunDirectoryError(
+            f"{path}: not an evaluation of karat eval: {reason}; remove it and evaluate again"
+        ) from None
+
+
+def read_evaluations(run: Path) -> list[Evaluation]:
+    """Return a run's evaluations by name. Raises RunDirectoryError if a file is damaged."""
+    found = (read_evaluation(path) for path in sorted((run / FOLDER).glob("*.json")))
+    return [evaluation for evaluation in found if evaluation is not None]

@@ -1,30 +1,106 @@
-"""Labelled images as a test set of a run: shards, also at a URL, betons, or folders of classes."""
+"""Labelled images as a test set of a run: shards, also at a URL, betons, or folders of classes.
 
+Which class of a run a class of another test set is: by its name, by its WordNet id, or by its number.
+
+Other labels for a test set's images, from a JSON file: ReaL's for ImageNet, or your own by the image's name.
+
+Corrupted copies of images as in ImageNet-C (arXiv 1903.12261): 15 corruptions at five severities.
+
+`imagecorruptions` computes them on what the model sees, after the crop. An image is corrupted in the same way on any
+number of ranks and in each run: its random numbers depend on the image, the corruption and the severity.
+"""
+
+import functools
+import inspect
+import re
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from karat_scale.commands.evaluate.class_names import match_classes
+from karat_scale.commands.evaluate.predictions import Predictions
 from karat_scale.data.batch import Batch
 from karat_scale.data.decoders import Decoder, make_decoder
 from karat_scale.data.decoders.orientation import turned_by_default, upright
-from karat_scale.data.loading.assemble import EvalAssembler, ImageSource, Pixels
-from karat_scale.data.loading.base import ImageSpec
+from karat_scale.data.loading.assemble import EvalAssembler, ImageSource, ImageSpec, Pixels
 from karat_scale.data.loading.loader import OrderedLoader
 from karat_scale.data.plan import BatchSlice
 from karat_scale.data.shards.beton import BetonSplit
-from karat_scale.data.shards.checks import must_answer
+from karat_scale.data.shards.cache import RemoteUse
 from karat_scale.data.shards.folder import FolderSplit
-from karat_scale.data.shards.shard_format import DATASET_FILE, read_dataset_record
+from karat_scale.data.shards.shard_format import DATASET_FILE, must_answer, read_dataset_record
 from karat_scale.data.shards.shards import ShardSplit
-from karat_scale.data.shards.use import RemoteUse
 from karat_scale.foundation.console import plural
-from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.errors import DataError, RecipeError, UserError
+from karat_scale.foundation.files import LARGEST_TEXT, parse_json, read_bytes
+from karat_scale.foundation.tables import CORRUPTIONS, how_to_install
 from karat_scale.recipe import Recipe
+
+_WNID = re.compile(r"n\d{8}")
+
+
+def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None]:
+    """Return the label of each of their classes among ours; None of one that is not there.
+
+    Equal names match first. Others are compared without case, and an underscore is a space, where that names one class
+    alone on both sides. WordNet ids and the names of ImageNet-1K's classes stand for each other. Where all of their
+    names are numbers, as in ImageNet-V2, they are the labels themselves, unless ours are numbers, too.
+    """
+    if list(theirs) == list(ours):
+        return list(range(len(ours)))
+    equal, plain = _labels(ours), _labels([_plain(name) for name in ours])
+    alone = _labels([_plain(name) for name in theirs])
+    found = [equal.get(name, plain.get(_plain(name)) if _plain(name) in alone else None) for name in theirs]
+    if all(label is not None for label in found):
+        return found
+    if all(name.isdecimal() for name in theirs) and not any(name.isdecimal() for name in ours):
+        return [int(name) if int(name) < len(ours) else None for name in theirs]
+    by_wnid = {wnid: label for label, name in enumerate(ours) if (wnid := wnid_of(name))}
+    return [by_wnid.get(wnid_of(name)) if label is None else label for label, name in zip(found, theirs, strict=True)]
+
+
+def wnid_of(name: str) -> str:
+    """Return the WordNet id of a class of ImageNet-1K, given that id or a name; "" of another class."""
+    return name if _WNID.fullmatch(name) else _wnids_by_name().get(_plain(name), "")
+
+
+def imagenet_wnids() -> list[str]:
+    """Return the WordNet ids of ImageNet-1K's classes in the order of its labels."""
+    from timm.data import ImageNetInfo
+
+    return list(ImageNetInfo("imagenet-1k").label_names())
+
+
+@functools.cache
+def _wnids_by_name() -> dict[str, str]:
+    """Return the ids by whole descriptions and by each of their names, without the names that two classes have."""
+    from timm.data import ImageNetInfo
+
+    named: list[tuple[str, str]] = []
+    info = ImageNetInfo("imagenet-1k")
+    for wnid in info.label_names():
+        description = info.label_name_to_description(wnid)
+        names = {_plain(description), *map(_plain, description.split(","))}
+        named += [(name, wnid) for name in names]
+    counts = Counter(name for name, _ in named)
+    return {name: wnid for name, wnid in named if counts[name] == 1}
+
+
+def _labels(names: Sequence[str]) -> dict[str, int]:
+    """Return the label of each name that only one class has."""
+    counts = Counter(names)
+    return {name: label for label, name in enumerate(names) if counts[name] == 1}
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").casefold().split())
+
 
 _MOST_CLASSES = 10**9
 SPLITS = ("val", "test", "validation", "valid", "train")
@@ -185,3 +261,124 @@ class _Changed(EvalAssembler):
                 changed = self._change(np.ascontiguousarray(pixels[row].transpose(1, 2, 0)), int(part.sample_ids[row]))
                 pixels[row] = changed.transpose(2, 0, 1)
         return batch
+
+
+_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})")
+Accepted = frozenset[int]
+
+
+class OtherLabels:
+    """For each image a set of labels that count as right. An image without any does not count.
+
+    The file is a JSON list, as ReaL's: the labels of ILSVRC2012_val_00000001 first, numbered as in ImageNet-1K. Or it
+    is an object from an image's name, without its suffix, to a class or a list of classes: names, WordNet ids or
+    numbers of the run's labels.
+
+    Raises:
+        DataError: the file is not like that.
+    """
+
+    def __init__(self, file: Path, classes: Sequence[str]) -> None:
+        self._file, self._classes = file, classes
+        try:
+            content = parse_json(read_bytes(file, LARGEST_TEXT))
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no JSON"
+            raise DataError(f"--labels {file}: {reason}; name a JSON file such as ReaL's real.json") from None
+        if not isinstance(content, list | dict) or not content:
+            raise DataError(f"--labels {file}: should be a JSON list or object of labels")
+        self._by_number = self._of_list(content) if isinstance(content, list) else {}
+        self._by_name = self._of_object(content) if isinstance(content, dict) else {}
+
+    def of(self, key: str) -> Accepted | None:
+        """Return the labels of an image by its key or path; None if the file does not have the image."""
+        name = key.rpartition("/")[2]
+        if self._by_number:
+            found = _NUMBER.search(name)
+            return self._by_number.get(int(found[1])) if found else None
+        for candidate in (key, name, name.rpartition(".")[0]):
+            if candidate in self._by_name:
+                return self._by_name[candidate]
+        return None
+
+    def _of_list(self, content: list[Any]) -> dict[int, Accepted]:
+        labels = self._as_run_labels([*range(1000)], imagenet_wnids())
+        return {number: self._accepted(entry, labels) for number, entry in enumerate(content, start=1)}
+
+    def _of_object(self, content: dict[str, Any]) -> dict[str, Accepted]:
+        entries = {key: entry if isinstance(entry, list) else [entry] for key, entry in content.items()}
+        names = sorted({one for entry in entries.values() for one in entry if isinstance(one, str)})
+        labels = self._as_run_labels(names, names) | {label: label for label in range(len(self._classes))}
+        return {key: self._accepted(entry, labels) for key, entry in entries.items()}
+
+    def _as_run_labels(self, keys: Sequence[Any], names: Sequence[str]) -> dict[Any, int]:
+        matched = match_classes(names, self._classes)
+        return {key: label for key, label in zip(keys, matched, strict=True) if label is not None}
+
+    def _accepted(self, entry: Any, labels: dict[Any, int]) -> Accepted:
+        if not isinstance(entry, list) or not all(isinstance(one, int | str) for one in entry):
+            raise DataError(f"--labels {self._file}: {str(entry)[:60]!r} should be a list of labels")
+        return frozenset(labels[one] for one in entry if one in labels)
+
+
+def with_other_labels(predictions: Predictions, keys: Sequence[str], labels: OtherLabels) -> tuple[float, int, str]:
+    """Return top-1 in percent by other labels, on how many images, and a line about the images that do not count.
+
+    Raises:
+        DataError: the file has labels for none of them.
+    """
+    accepted = [labels.of(key) for key in keys]
+    counted = np.array([bool(one) for one in accepted])
+    unknown = sum(one is None for one in accepted)
+    if not counted.any():
+        raise DataError(f"--labels has labels for none of the {plural(len(keys), 'image')}, such as {keys[0]!r}")
+    right = [label in one for label, one in zip(predictions.predicted.tolist(), accepted, strict=True) if one]
+    without = len(keys) - int(counted.sum()) - unknown
+    left_out = [f"{plural(without, 'image')} without a label"] if without else []
+    left_out += [f"{plural(unknown, 'image')} that the file does not have"] if unknown else []
+    return 100 * sum(right) / len(right), len(right), " and ".join(left_out)
+
+
+LEAST_PIXELS = 32
+
+
+def chosen_corruptions(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the corruptions of these names; all of them for no name, or for `all`."""
+    return CORRUPTIONS if not names or "all" in names else tuple(name for name in CORRUPTIONS if name in names)
+
+
+def check_corruptible(image_size: int) -> None:
+    """Raise UserError if the library is not installed, or the images are too small for it."""
+    _library()
+    if image_size < LEAST_PIXELS:
+        raise UserError(f"--corrupt needs images of at least {LEAST_PIXELS} px, and the run's have {image_size}")
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """One corruption at one severity, from 1 to 5."""
+
+    name: str
+    severity: int
+
+    def __call__(self, pixels: Pixels, sample_id: int) -> Pixels:
+        """Return the corrupted pixels [H, W, 3] of a sample."""
+        library = _library()
+        seed = zlib.crc32(f"{self.name} {self.severity} {sample_id}".encode())
+        before = np.random.get_state()  # the library draws from it, where it takes no seed
+        np.random.seed(seed)
+        try:
+            corruption = library.corruption_dict[self.name]
+            seeded = {"seed": seed} if "seed" in inspect.signature(corruption).parameters else {}
+            changed: Pixels = library.corrupt(pixels, self.severity, self.name, **seeded)
+        finally:
+            np.random.set_state(before)
+        return changed
+
+
+def _library() -> Any:
+    try:
+        import imagecorruptions
+    except ImportError:
+        raise RecipeError(f"--corrupt needs the library imagecorruptions: {how_to_install('corruptions')}") from None
+    return imagecorruptions

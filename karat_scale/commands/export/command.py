@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from karat_scale.commands.export.folders import check_push, push_folder
-from karat_scale.commands.export.source import Source
+from karat_scale.commands.export.folders import Source, check_push, push_folder
 from karat_scale.foundation.console import work_display
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.foundation.files import temporary_folder

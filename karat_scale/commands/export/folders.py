@@ -2,25 +2,109 @@
 
 The README.md says what the model is, how it was trained, and how to load and check it. The folder is uploaded to the
 Hugging Face hub, or to the server that HF_ENDPOINT names.
+
+The source of an export: one kind of weights of one checkpoint of a run.
+
+Check that an exported model computes the same logits as its source.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
-from karat_scale.checkpoint.weights import preprocessing
-from karat_scale.commands.export.source import Source
+from karat_scale.checkpoint.weights import describe_weights, load_weights, preprocessing
 from karat_scale.foundation.errors import RunDirectoryError, UserError, one_line
 from karat_scale.foundation.files import file_sha256, flush_to_disk, temporary_folder, write_atomically
-from karat_scale.models import parameter_count
-from karat_scale.recipe import AttentionConfig
+from karat_scale.models import create_model, parameter_count
+from karat_scale.models.transfer import teacher_of, weights_digest
+from karat_scale.recipe import AttentionConfig, Recipe
 from karat_scale.recipe.attention import KARAT, describe_attention
+from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.tasks.classification.distillation_teacher import build_model
+from karat_scale.training.weights_file import write_weights
+
+TRACEABLE = "reference"
+"""The implementation of KArAt's operator with plain tensor operations, which a tracer can record."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Raw or averaged weights of an intact checkpoint.
+
+    Args:
+        run: the run's directory.
+        recipe: the run's.
+        checkpoint: its name.
+        kind: "raw" or "ema".
+
+    Each method raises UserError if the checkpoint has no such weights or holds another model.
+    """
+
+    run: RunDirectory
+    recipe: Recipe
+    checkpoint: str
+    kind: str
+
+    @cached_property
+    def model(self) -> Any:
+        """Return the model with its weights, fp32, in evaluation mode; of a student, without its teacher."""
+        return self._with_weights(create_model(self.recipe.model, self.recipe.attention))
+
+    @cached_property
+    def facts(self) -> dict[str, str]:
+        """Return the metadata of the model that every format holds; see `describe_weights`."""
+        facts = describe_weights(self.recipe, self._saved, self.checkpoint, self.kind, self.run.classes())
+        return {**facts, "weights_sha256": weights_digest(self.model)}
+
+    def traceable_model(self) -> nn.Module:
+        """Return the model with operations that a tracer can record; a student includes its teacher."""
+        model = build_model(self.recipe.changed(attention__implementation=TRACEABLE), self.run.path)
+        teacher = teacher_of(self._with_weights(model))
+        return _WithTeacher(model, teacher.model) if teacher else model
+
+    def refuse_student(self) -> None:
+        """Raise RunDirectoryError if the model needs its teacher."""
+        if self.recipe.attention.transfer_from:
+            raise RunDirectoryError(
+                f"{self.run.path}: it uses its teacher's attention matrices, and this format cannot hold a teacher; "
+                "use --format onnx or torch-export"
+            )
+
+    @property
+    def _saved(self) -> dict[str, Any]:
+        return self.run.store.state(self.checkpoint)
+
+    def _with_weights(self, model: nn.Module) -> nn.Module:
+        load_weights(model, self.run.store.root / self.checkpoint, self._saved, ema=self.kind == "ema")
+        return model.eval()
+
+
+def write_safetensors(source: Source, path: Path) -> str:
+    """Write the weights as one safetensors file of timm's names. Raises UserError as the methods of Source."""
+    write_weights(source.run, source.recipe, source.checkpoint, source.kind, path)
+    return ""
+
+
+class _WithTeacher(nn.Module):
+    """A student together with its teacher, so that a tracer records the teacher's weights too."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().__init__()
+        self.student, self.teacher = student, teacher
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits of normalised images."""
+        logits: Tensor = self.student(images)
+        return logits
 
 
 def check_push(repository: str) -> None:
@@ -191,3 +275,38 @@ def _write(path: Path, files: dict[str, bytes], sums: bool = False) -> str:
         unfinished.replace(path)
         flush_to_disk(path.parent)
     return f"{len(files) + sums} files"
+
+
+TOLERANCE = 1e-4
+BATCHES = (1, 3)
+_FIX = "it is not written; use --format safetensors, and please report this recipe"
+
+
+def example_images(image_size: int, batch: int) -> Tensor:
+    """Return normal noise [batch, 3, S, S], which resembles normalised images; always the same."""
+    return torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(batch))
+
+
+def check_likeness(model: nn.Module, exported: Callable[[Tensor], Tensor], image_size: int) -> float:
+    """Return the largest difference of a logit over batches of several sizes.
+
+    Raises:
+        RunDirectoryError: the model fails, or the difference exceeds 1e-4 of max(largest logit, 1).
+    """
+    worst = 0.0
+    for batch in BATCHES:
+        images = example_images(image_size, batch)
+        with torch.no_grad():
+            expected = model(images)
+            try:
+                got = exported(images)
+            except Exception as error:  # of the runtime
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                raise RunDirectoryError(f"the exported model fails on a batch of {batch}: {reason}; {_FIX}") from error
+        difference = float((got - expected).abs().max())
+        if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
+            raise RunDirectoryError(
+                f"the exported model's logits differ by {difference:.1e} from the trained model's; {_FIX}"
+            )
+        worst = max(worst, difference)
+    return worst

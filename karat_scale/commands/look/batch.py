@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from karat_scale.commands.analyze.figures import new_figure, rendered, show_map
+from karat_scale.commands.analyze.output import new_figure, rendered, show_map
 from karat_scale.data.batch import Batch
 from karat_scale.data.plan import micro_batch_of
 from karat_scale.engine import distributed

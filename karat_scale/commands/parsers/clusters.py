@@ -80,7 +80,7 @@ def _sbatch_choices(options: argparse.Namespace) -> tuple[dict[str, str], dict[s
 
 def _sweep(options: argparse.Namespace) -> int:
     from karat_scale.commands.sweep.command import sweep
-    from karat_scale.commands.sweep.slurm import Submission
+    from karat_scale.commands.sweep.local import Submission
 
     chosen, variables = _sbatch_choices(options)
     if not options.slurm and (chosen or variables or options.at_once or options.yes):

@@ -9,7 +9,7 @@ from typing import Any
 
 from karat_scale.foundation.arguments import count, new_file
 from karat_scale.foundation.errors import DataError
-from karat_scale.foundation.stores.urls import is_url
+from karat_scale.foundation.stores.connection import is_url
 
 SCRIPTS = {
     "webdataset": "make_webdataset",
@@ -93,7 +93,7 @@ def _index(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from karat_scale.data.shards.checks import check_data_path
+    from karat_scale.data.shards.shard_format import check_data_path
     from karat_scale.recipe.loading import load_recipe
 
     check_data_path(load_recipe(options.recipe, options.overrides).data)

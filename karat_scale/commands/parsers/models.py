@@ -82,7 +82,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     _check_model(options.model)
-    from karat_scale.commands.predict.page import serve
+    from karat_scale.commands.predict.command import serve
 
     return serve(options.model, options.checkpoint, options.weights, options.port)
 

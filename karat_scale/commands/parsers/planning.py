@@ -95,7 +95,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from karat_scale.commands.doctor.run import doctor
+    from karat_scale.commands.doctor.checkup import doctor
 
     if options.seconds and options.recipe is None:
         raise UserError("--seconds is the length of a recipe's timed run; name a RECIPE, or remove it")

@@ -7,7 +7,7 @@ from typing import Any
 from karat_scale.commands.launch import default_ranks, launch
 from karat_scale.foundation.arguments import add_trust, count, new_file, run_directory
 from karat_scale.foundation.errors import DataError, UserError
-from karat_scale.foundation.stores.urls import is_url
+from karat_scale.foundation.stores.connection import is_url
 from karat_scale.foundation.tables import CORRUPTIONS
 
 _SEE_ALSO = (
@@ -96,7 +96,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from karat_scale.data.shards.checks import check_data_path
+    from karat_scale.data.shards.shard_format import check_data_path
     from karat_scale.recipe.loading import dump_recipe, load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
@@ -129,7 +129,7 @@ def _eval(options: argparse.Namespace) -> int:
         raise UserError("--severity is of --corrupt; add it, or leave out --severity")
     if options.on is not None or options.labels or options.corrupt is not None or options.split or options.name:
         from karat_scale.commands.evaluate.command import Request, evaluate_on
-        from karat_scale.commands.evaluate.kept import SEVERITIES
+        from karat_scale.commands.evaluate.predictions import SEVERITIES
 
         request = Request(
             on=options.on,
@@ -140,7 +140,7 @@ def _eval(options: argparse.Namespace) -> int:
             name=options.name,
         )
         return evaluate_on(*what, request, options.json)
-    from karat_scale.commands.evaluate.own_split import evaluate_run
+    from karat_scale.commands.evaluate.command import evaluate_run
     from karat_scale.training.tasks.classification.task import ClassificationTask
 
     return evaluate_run(ClassificationTask, *what, options.json)
@@ -168,7 +168,7 @@ def _detect(options: argparse.Namespace) -> int:
 
     if options.eval:
         require_pycocotools()
-        from karat_scale.commands.evaluate.own_split import evaluate_run
+        from karat_scale.commands.evaluate.command import evaluate_run
         from karat_scale.training.tasks.detection.task import DetectionTask
 
         what = (

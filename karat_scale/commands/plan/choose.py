@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from karat_scale.commands.plan.attention_tiles import attention_workspace
-from karat_scale.commands.plan.memory import Batch, Peak, evaluation, peak
+from karat_scale.commands.plan.memory import Batch, Peak, attention_workspace, evaluation, peak
 from karat_scale.commands.plan.subject import Subject
 from karat_scale.commands.plan.zero import kept
 from karat_scale.data.plan import micro_batch_of
 from karat_scale.engine.deepspeed_config import load_ds_config, stage_refusal, zero_stage
-from karat_scale.engine.precision import PRECISIONS
+from karat_scale.engine.engine import PRECISIONS
 from karat_scale.recipe import Recipe
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")

@@ -17,17 +17,23 @@ from karat_scale.commands.plan.choose import (
     refused_stages,
     usable,
 )
-from karat_scale.commands.plan.communication import links_of, traffic
-from karat_scale.commands.plan.curve import Node, curve
-from karat_scale.commands.plan.data_rate import data_need
 from karat_scale.commands.plan.dry_run import dry_run
-from karat_scale.commands.plan.measured import Measured, find_measured
 from karat_scale.commands.plan.report import Plan, show
-from karat_scale.commands.plan.samples import count_samples
 from karat_scale.commands.plan.subject import Subject
-from karat_scale.commands.plan.time import ComputeTime, estimate
+from karat_scale.commands.plan.time import (
+    ComputeTime,
+    Measured,
+    Node,
+    curve,
+    data_need,
+    estimate,
+    find_measured,
+    links_of,
+    traffic,
+)
+from karat_scale.commands.plan.tracing import count_samples
 from karat_scale.engine.deepspeed_config import load_ds_config
-from karat_scale.engine.precision import matrix_peak
+from karat_scale.engine.engine import matrix_peak
 from karat_scale.foundation.console import work_display, write_json
 from karat_scale.foundation.errors import UserError
 from karat_scale.foundation.machine import Gpu, known_gpu, usable_memory

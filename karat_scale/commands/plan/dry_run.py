@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from karat_scale.data.augmentation.normalize import Normalize
+from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.backends import Backend, ImageSpec, open_backend
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan, micro_batch_of, total_steps
-from karat_scale.data.shards.checks import unused_classes
+from karat_scale.data.shards.shard_format import unused_classes
 from karat_scale.engine.deepspeed_config import load_ds_config, zero_stage
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import DataError, RecipeError

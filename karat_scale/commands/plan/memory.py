@@ -1,12 +1,104 @@
-"""A rank's memory at the worst moment of training or of an evaluation, by parts."""
+"""A rank's memory at the worst moment of training or of an evaluation, by parts.
 
+What a micro batch of any size allocates and launches: traces of two sizes, and a straight line through each.
+
+Memory and traffic of attention's tiles, which a trace does not see.
+
+The tiles of `streaming` stay within an operation. Those of query rows (`attend_rows`) are not traced, as their number
+follows from the batch.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
-from karat_scale.commands.plan.footprint import Footprint
-from karat_scale.commands.plan.tracing import OUTSIDE
-from karat_scale.commands.plan.zero import Kept
+from karat_scale.attention.kernels.triton_fourier import LARGEST_WIDTH
+from karat_scale.attention.routes import MIN_ROWS, workspace_budget
+from karat_scale.attention.variants.controls import HELD
+from karat_scale.commands.plan.launches import Launches
+from karat_scale.commands.plan.tracing import OUTSIDE, Trace
+from karat_scale.commands.plan.zero import FP32, Kept
+from karat_scale.models.factory import layer_sizes
+from karat_scale.models.layers import LayerSize
+from karat_scale.recipe import Recipe
+
+Bytes = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """The allocations of one forward and backward pass for b images: `constant` + b `slope` bytes each, in order.
+
+    All [n]: died: int64, n for what stays; part: int64, as in `Allocation`; gradient: bool. The first `forward` are the
+    forward pass's. An event is the birth of one of them. launches: the kernels, as many for every b.
+    """
+
+    constant: Bytes
+    slope: Bytes
+    died: npt.NDArray[np.int64]
+    part: npt.NDArray[np.int64]
+    gradient: npt.NDArray[np.bool_]
+    forward: int
+    launches: Launches
+
+    @classmethod
+    def through(cls, traces: Mapping[int, Trace]) -> "Footprint":
+        """The line through traces of two batch sizes. Raises ValueError where they do not correspond."""
+        (small, first), (large, second) = sorted(traces.items())
+        a, b = first.allocations, second.allocations
+        if [(x.died, x.part) for x in a] != [(x.died, x.part) for x in b]:
+            raise ValueError("the model does other things for another batch size")
+        sizes = np.array([[x.bytes for x in a], [x.bytes for x in b]], dtype=np.float64)
+        slope = (sizes[1] - sizes[0]) / (large - small)
+        return cls(
+            constant=sizes[0] - small * slope,
+            slope=slope,
+            died=np.array([len(a) if x.died is None else x.died for x in a]),
+            part=np.array([x.part for x in a]),
+            gradient=np.array([x.gradient for x in a]),
+            forward=first.forward,
+            launches=Launches.of(first.launching),
+        )
+
+    def live(self, batch: int) -> Bytes:
+        """Bytes alive after each event, parameters' gradients left out."""
+        constant, slope = self._live
+        return constant + batch * slope
+
+    @cached_property
+    def gradients_made(self) -> Bytes:
+        """Bytes of parameters' gradients that have been made up to each event, its own included."""
+        return np.cumsum(self.gradient_in_hand)
+
+    @cached_property
+    def gradient_in_hand(self) -> Bytes:
+        """Bytes of the gradient that is made at each event, if one is."""
+        return np.where(self.gradient, self.constant, 0.0)
+
+    def saved_by_part(self, batch: int, event: int) -> dict[int, int]:
+        """Bytes from the forward pass alive after `event`, by part."""
+        born = np.arange(len(self.died))
+        alive = (born < self.forward) & (born <= event) & (self.died > event)
+        bytes_ = self.constant + batch * self.slope
+        parts = range(OUTSIDE, int(self.part.max(initial=OUTSIDE)) + 1)
+        return {part: round(bytes_[alive & (self.part == part)].sum()) for part in parts}
+
+    def written(self, batch: int) -> float:
+        """Bytes of all that is ever allocated: what a step writes, at least."""
+        return float(np.sum(self.constant + batch * self.slope))
+
+    @cached_property
+    def _live(self) -> tuple[Bytes, Bytes]:
+        return self._accumulated(self.constant), self._accumulated(self.slope)
+
+    def _accumulated(self, bytes_: Bytes) -> Bytes:
+        changes = np.append(np.where(self.gradient, 0.0, bytes_), 0.0)
+        np.add.at(changes, self.died[~self.gradient], -bytes_[~self.gradient])
+        return np.cumsum(changes)[:-1]
 
 
 @dataclass(frozen=True)
@@ -104,3 +196,63 @@ def _backward(state: Kept, footprint: Footprint, batch: Batch) -> Peak:
         "images": batch.held,
     }
     return Peak("backward", parts, {part: size for part, size in saved.items() if size or part != OUTSIDE})
+
+
+# Beside a tile's features, its scores and their gradients, and products of them that live for a moment.
+ARRAYS_OF_A_TILE = 3
+# Of a tile of query rows, in arrays of the size of its scores: what is alive at the worst moment of its backward pass,
+# and all that is ever allocated. Of each harmonic, and beside them; counted on traces of one tile.
+HELD_BY_A_HARMONIC, HELD_BY_ROWS = 3, 6
+WRITTEN_BY_A_HARMONIC, WRITTEN_BY_ROWS = 28, 14
+
+
+def attention_workspace(recipe: Recipe, images: int, on_gpu: bool) -> int:
+    """Bytes of the tiles of a batch; 0 where attention makes none.
+
+    The Triton kernels keep tiles in registers, the CPU kernel some hundred KB a thread outside torch's allocator.
+    """
+    sizes, grid = layer_sizes(recipe.model), recipe.attention.grid
+    budget = workspace_budget(torch.device("cuda" if on_gpu else "cpu"))
+    streaming = rows = 0
+    if _streams(recipe, on_gpu):
+        features = max(1, 2 * grid)
+        tile = min(budget // features, images * max(size.scores for size in sizes))
+        streaming = tile * (features + ARRAYS_OF_A_TILE)
+    if _tiles_rows(recipe, on_gpu):
+        rows = max(_rows(size, images, budget) for size in sizes) * (HELD_BY_A_HARMONIC * grid + HELD_BY_ROWS)
+    return FP32 * max(streaming, rows)
+
+
+def written_by_rows(recipe: Recipe, on_gpu: bool) -> int:
+    """Bytes that tiles of query rows write in a training step, for an image; those of `streaming` do not count."""
+    if not _tiles_rows(recipe, on_gpu):
+        return 0
+    scores = sum(size.heads * size.scores for size in layer_sizes(recipe.model))
+    return FP32 * scores * (WRITTEN_BY_A_HARMONIC * recipe.attention.grid + WRITTEN_BY_ROWS)
+
+
+def _rows(size: LayerSize, images: int, budget: int) -> int:
+    """Scores in a tile of query rows."""
+    return min(max(budget // HELD, MIN_ROWS * size.heads * size.tokens), images * size.heads * size.scores)
+
+
+def _tiles_rows(recipe: Recipe, on_gpu: bool) -> bool:
+    attention = recipe.attention
+    if attention.form != "content" or attention.implementation == "reference":
+        return False
+    # With a bias, psi goes row by row whatever computes H.
+    return _streams(recipe, on_gpu) or any(size.biased for size in layer_sizes(recipe.model))
+
+
+def _streams(recipe: Recipe, on_gpu: bool) -> bool:
+    """Whether `streaming` runs.
+
+    With `auto`, a GPU takes Triton for the modular Fourier form with any base, up to a head's largest width, and a CPU
+    takes its kernel without a base.
+    """
+    attention = recipe.attention
+    if attention.kind != "karat" or attention.implementation not in ("auto", "streaming"):
+        return False
+    has_kernel = attention.is_modular_series and (on_gpu or attention.base == "zero")
+    has_kernel &= not (on_gpu and any(size.width > LARGEST_WIDTH for size in layer_sizes(recipe.model)))
+    return attention.implementation == "streaming" or not has_kernel

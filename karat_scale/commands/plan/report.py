@@ -5,10 +5,7 @@ from typing import Any
 
 from karat_scale.checkpoint.tensor_storage import planned_bytes
 from karat_scale.commands.plan.choose import Choice, Machine
-from karat_scale.commands.plan.communication import Traffic, seconds, step_seconds
-from karat_scale.commands.plan.curve import Node, Point
-from karat_scale.commands.plan.data_rate import DataNeed
-from karat_scale.commands.plan.time import ComputeTime
+from karat_scale.commands.plan.time import ComputeTime, DataNeed, Node, Point, Traffic, seconds, step_seconds
 from karat_scale.foundation.console import duration, gigabytes, print_table
 from karat_scale.foundation.machine import Gpu
 from karat_scale.recipe import Recipe

@@ -5,11 +5,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from karat_scale.attention.functional import choosing_as_on_a_gpu
-from karat_scale.attention.variants.rows import planning
-from karat_scale.commands.plan.footprint import Footprint
+from karat_scale.attention.variants.controls import planning
+from karat_scale.commands.plan.memory import Footprint
 from karat_scale.commands.plan.tracing import fake_copy, trace_evaluation, trace_step
 from karat_scale.commands.plan.zero import ParameterSizes
-from karat_scale.engine.precision import PRECISIONS
+from karat_scale.engine.engine import PRECISIONS
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.models.factory import outline
 from karat_scale.models.layers import blocks_of

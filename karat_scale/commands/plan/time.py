@@ -1,17 +1,42 @@
-"""How long one GPU and its host work on a step, estimated from operations, bytes and kernels."""
+"""How long one GPU and its host work on a step, estimated from operations, bytes and kernels.
+
+How fast GPUs exchange data, what a step sends, and how long that takes.
+
+Bandwidths are bytes a second in one direction. Data sheets print NVLink in both directions together: half of that is
+here.
+
+Ring all-reduce: each rank sends 2 (W - 1) / W of the bytes in 2 (W - 1) steps; an all-gather or a reduce-scatter half.
+A tree sends as much in 2 log2(W) steps (Thakur et al., "Optimization of Collective Communication Operations in MPICH",
+2005; NCCL takes the faster). Between nodes all GPUs of a node send at once, each through its share of the network.
+
+Throughput from 1 to 1,024 GPUs, on paper: docs/scaling.md explains the model and what it misses.
+
+Whether the data path keeps up with the GPUs of a plan: one core of this machine is timed, others are counted.
+
+How long one GPU computes on an image, by what a run has logged: of the same recipe, where speed is concerned.
+"""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from karat_scale.commands.plan.attention_tiles import written_by_rows
-from karat_scale.commands.plan.footprint import Footprint
 from karat_scale.commands.plan.launches import StepLaunches
-from karat_scale.engine.precision import matrix_peak
-from karat_scale.foundation.machine import Gpu
+from karat_scale.commands.plan.memory import Footprint, written_by_rows
+from karat_scale.commands.plan.zero import ALL_REDUCE, BUCKET
+from karat_scale.commands.status.status import read_events
+from karat_scale.data.backends.row_reader import images_per_second
+from karat_scale.data.plan import micro_batch_of
+from karat_scale.engine.deepspeed_config import load_ds_config, zero_stage
+from karat_scale.engine.engine import PRECISIONS, matrix_peak
+from karat_scale.foundation.errors import RecipeError, UserError
+from karat_scale.foundation.machine import Gpu, find_gpu
 from karat_scale.models.flops import flops_by_block, flops_per_image
 from karat_scale.recipe import Recipe
+from karat_scale.recipe.loading import flatten
+from karat_scale.training.run_directory import RunDirectory
 
 # Fitted to three measured models on one card, and tested on others: docs/scaling.md.
 MATRIX_EFFICIENCY = 0.75
@@ -81,3 +106,324 @@ def estimate(
         source="estimated from operations, bytes and launches",
         launches=StepLaunches.of(footprint.launches, recipe.train, config, parameters, blocks),
     )
+
+
+GB = 1e9
+# Bytes a second of PCIe 4.0 and 5.0 with 16 lanes, in one direction.
+PCIE_4, PCIE_5 = 32 * GB, 64 * GB
+
+
+@dataclass(frozen=True)
+class Links:
+    """`within`: a GPU's bandwidth to its node's others. `between`: its share of the node's network, one direction."""
+
+    within: float
+    between: float
+
+
+# The share of the peak that NCCL reaches by rings: its maintainers state 370 of an H100's 450 GB/s (NVIDIA/nccl-tests
+# issue 212). All-reduce through the switches themselves (NVLink SHARP) is faster, about 480, and is not counted on.
+REACHED = 0.8
+# Seconds a step of a ring or a tree takes however little it carries; NCCL's tuning tables (src/graph/tuning.cc) have
+# 3.4 us a step of its simple protocol within a node, and 14 us across a network.
+LATENCY_WITHIN, LATENCY_BETWEEN = 3.4e-6, 14e-6
+
+# By the first word of a GPU's key. Data sheets: HGX B200 (NVLink 1.8 TB/s), H100 and H200 (900 GB/s), A100 (600 GB/s);
+# DGX B200, H100 (8 x 400 Gb/s) and A100 (8 x 200 Gb/s) user guides for their networks.
+_BY_FAMILY = {
+    "b200": Links(900 * GB, 50 * GB),
+    "gh200": Links(450 * GB, 50 * GB),
+    "h200": Links(450 * GB, 50 * GB),
+    "h100": Links(450 * GB, 50 * GB),
+    "h100-pcie": Links(PCIE_5, 25 * GB),
+    "h100-nvl": Links(PCIE_5, 25 * GB),
+    "a100": Links(300 * GB, 25 * GB),
+    "a100-pcie": Links(PCIE_4, 12.5 * GB),
+    "v100": Links(150 * GB, 3.1 * GB),  # DGX-1: four ports of 100 Gb/s for eight
+}
+# No NVLink: PCIe, and a node of four or eight with two ports of 100 Gb/s.
+_PLAIN = Links(PCIE_4, 3.1 * GB)
+
+
+def links_of(key: str) -> Links:
+    """The links of the GPU whose key this is, in the servers it is usually sold in."""
+    return _BY_FAMILY.get(key.rpartition("-")[0], _PLAIN)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that go through collectives in a step, and in how many calls.
+
+    all_reduced: gradients. gathered: weights, each rank its share. scattered: gradients, to each rank its share.
+    hidden: the share that runs beside backward passes (DeepSpeed's `overlap_comm`). passes: the share of these.
+    """
+
+    all_reduced: float
+    gathered: float
+    scattered: float
+    calls: int
+    hidden: float = 0.0
+    passes: float = 1.0
+
+    def sent(self, world: int) -> float:
+        """Bytes that each of `world` ranks sends."""
+        return (2 * self.all_reduced + self.gathered + self.scattered) * (world - 1) / world
+
+
+def traffic(parameters: int, config: Mapping[str, Any], accumulation: int, precision: str) -> Traffic:
+    """What DeepSpeed 0.19 sends in a step of `accumulation` micro batches, under a filled config.
+
+    Gradients and weights travel in the dtype of the weights: fp32, but for `bf16_weights` and `fp16`. Stages 0 and 1
+    all-reduce gradients once a step. Stage 2 all-reduces
+    each micro batch's (its `reduce_scatter` is an all-reduce of whole buckets), stage 3 scatters them and gathers the
+    weights once for each micro batch. Stages 1 and 2 gather the stepped weights once, after the step.
+    """
+    stage, zero = zero_stage(config), config.get("zero_optimization", {})
+    size = PRECISIONS[precision].weights.itemsize * parameters
+    overlaps = zero.get("overlap_comm")
+    if overlaps is None:
+        overlaps = stage == 3
+    bucket = int(zero.get("reduce_bucket_size", BUCKET))
+    if stage == 0:
+        return Traffic(size, 0, 0, math.ceil(parameters / ALL_REDUCE))
+    calls = math.ceil(parameters / bucket)
+    if stage == 3:
+        return Traffic(0, accumulation * size, accumulation * size, 2 * accumulation * calls, float(overlaps))
+    reductions = accumulation if stage == 2 else 1
+    overlaps = overlaps and not (stage == 1 and precision == "bf16_weights")
+    return Traffic(
+        all_reduced=reductions * size,
+        gathered=size,
+        scattered=0,
+        calls=reductions * calls + 1,
+        hidden=2 * reductions / (2 * reductions + 1) if overlaps else 0.0,
+        passes=reductions / accumulation,
+    )
+
+
+def seconds(load: Traffic, world: int, per_node: int, links: Links) -> float:
+    """How long a step's collectives take on `world` GPUs, `per_node` on a node, if nothing else runs."""
+    if world == 1:
+        return 0.0
+    across = world > per_node
+    # The ring of each network port goes through the whole node: what leaves it is the sum of all ports.
+    bandwidth = min(links.within, per_node * links.between) if across else links.within
+    latency = LATENCY_BETWEEN if across else LATENCY_WITHIN
+    nodes = math.ceil(world / per_node)
+    in_ring = 2 * (world - 1)
+    in_tree = 2 * (math.ceil(math.log2(nodes)) + min(world, per_node) - 1)
+    return load.sent(world) / (REACHED * bandwidth) + load.calls * min(in_ring, in_tree) * latency
+
+
+def step_seconds(compute: float, load: Traffic, communication: float) -> float:
+    """A step: its computation, of which two thirds are backward passes, and the collectives that these do not hide."""
+    return compute + max((1 - load.hidden) * communication, communication - 2 / 3 * load.passes * compute)
+
+
+def compute_seconds(step: float, load: Traffic, communication: float) -> float:
+    """The computation in a step of so many seconds: `step_seconds` undone, and not below 0."""
+    compute = step - (1 - load.hidden) * communication  # all that can be is hidden
+    if load.hidden * communication > 2 / 3 * load.passes * compute:
+        compute = (step - communication) / (1 - 2 / 3 * load.passes)
+    return max(0.0, compute)
+
+
+GPUS = tuple(2**power for power in range(11))
+
+
+@dataclass(frozen=True)
+class Node:
+    """How many GPUs a node has, and the links between GPUs."""
+
+    gpus: int
+    links: Links
+
+
+@dataclass(frozen=True)
+class Point:
+    """A number of GPUs, and images a second.
+
+    weak: each GPU has the same micro batch, and so the global batch grows. efficiency: of that, over as many times one
+    GPU. strong: the recipe's global batch is shared by all; None where it does not divide.
+    """
+
+    gpus: int
+    weak: float
+    efficiency: float
+    strong: float | None
+
+
+def curve(
+    recipe: Recipe, parameters: int, config: Mapping[str, Any], micro_batch: int, time: ComputeTime, node: Node
+) -> list[Point]:
+    """A point for each of GPUS. config: DeepSpeed's, filled. time: of one GPU, on a micro batch."""
+
+    def rate(gpus: int, images: int, accumulation: int) -> float:
+        load = traffic(parameters, config, accumulation, recipe.train.precision)
+        communication = seconds(load, gpus, node.gpus, node.links)
+        return gpus * images * accumulation / step_seconds(time.seconds(images, accumulation), load, communication)
+
+    def strong(gpus: int) -> float | None:
+        try:
+            part = micro_batch_of(recipe.changed(train__micro_batch=None), gpus)
+        except RecipeError:
+            return None
+        even = recipe.augment.mixes
+        sizes = (m for m in range(1, min(part, micro_batch) + 1) if part % m == 0 and not (even and m % 2))
+        images = max(sizes, default=part)
+        return rate(gpus, images, part // images)
+
+    one = rate(1, micro_batch, 1)
+    points = []
+    for gpus in GPUS:
+        weak = rate(gpus, micro_batch, 1)
+        points.append(Point(gpus, weak, weak / (gpus * one), strong(gpus)))
+    return points
+
+
+# One core reads, decodes and augments batches of so many images for about so long.
+_BATCH, _SECONDS = 16, 2.0
+# Cores that trainers, their loaders and the system use themselves, for each GPU.
+_OTHER_CORES = 1
+
+
+@dataclass(frozen=True)
+class DataNeed:
+    """What the GPUs take and what cores give, in images a second.
+
+    Attributes:
+        needed: by all GPUs together.
+        per_core: of one core of this machine; None if it could not be timed.
+        cores: of all GPUs together, without those that are busy otherwise.
+        why: the reason where nothing was timed.
+        on_device: the GPU augments already.
+    """
+
+    needed: float
+    per_core: float | None
+    cores: int
+    why: str = ""
+    on_device: bool = False
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the GPUs would wait for data."""
+        return self.per_core is not None and self.needed > self.per_core * self.cores
+
+    def lines(self) -> list[str]:
+        """Return what to print."""
+        if self.per_core is None:
+            return ["data: not timed here; karat doctor times it on the machine that trains"]
+        need = f"the GPUs take {self.needed:,.0f} images a second, a core of this machine makes {self.per_core:,.0f},"
+        if not self.is_bound:
+            busy = self.needed / self.per_core
+            return [
+                f"data: {need}",
+                f"  so {busy:,.1f} of {self.cores} cores are busy: training does not wait for data",
+            ]
+        advice = ["more cores (--cores-per-gpu)", "smaller images (make_webdataset.py --resize)"]
+        if not self.on_device:
+            advice.insert(0, "augment.run_on=device")
+        return [
+            f"BOUND BY DATA: {need}",
+            f"  and {self.cores} cores make {self.per_core * self.cores:,.0f};",
+            f"  use {', '.join(advice[:-1])} or {advice[-1]}",
+        ]
+
+
+def data_need(recipe: Recipe, needed: float, gpus: int, cores_per_gpu: int) -> DataNeed:
+    """Time one core on the recipe's training data, if they are here, and compare."""
+    cores = gpus * max(cores_per_gpu - _OTHER_CORES, 1)
+    on_device = recipe.augment.run_on == "device"
+    if recipe.data.row.files is None:
+        return DataNeed(needed, None, cores, "synthetic images are not read")
+    try:
+        rate = images_per_second(recipe, recipe.data.fewest_workers, _BATCH, _SECONDS)
+    except UserError as error:
+        return DataNeed(needed, None, cores, f"{str(error).partition(';')[0]}", on_device)
+    return DataNeed(needed, rate, cores, on_device=on_device)
+
+
+# What sets the speed of a rank: keys, or sections that stand for all their keys.
+SPEED_KEYS = (
+    "model",
+    "attention",
+    "optim.name",
+    "train.precision",
+    "train.compile",
+    "train.freeze",
+    "train.recompute",
+    "augment.run_on",
+    "distill.from",
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run of `recipe` by `world` ranks: its DeepSpeed config, filled, and images a second, collectives included."""
+
+    recipe: Recipe
+    world: int
+    config: Mapping[str, Any]
+    rate: float
+    source: str
+
+    def compute_time(self, parameters: int, node: Node) -> ComputeTime:
+        """Seconds of an image without the collectives that the run's own world took, as the plan counts them.
+
+        A plan for that world adds them again, and comes to what was measured; one for another adds its own.
+        """
+        train = self.recipe.train
+        load = traffic(parameters, self.config, self.config["gradient_accumulation_steps"], train.precision)
+        communication = seconds(load, self.world, node.gpus, node.links)
+        step = compute_seconds(train.global_batch / self.rate, load, communication)
+        return ComputeTime(step / (train.global_batch // self.world), self.source)
+
+
+def find_measured(recipe: Recipe, gpu: Gpu | None) -> Measured | str | None:
+    """The rate of the run in the recipe's own directory on this GPU (None: a CPU): the median of its last hundred.
+
+    None where there is no such run; where there is one that says nothing about this recipe, why, in a line.
+    """
+    directory = RunDirectory(recipe.run.dir)
+    rates = _rates(directory.metrics_file)
+    if not rates:
+        return None
+    refused = f"what {directory.path} measured is not used: "
+    summary = directory.summary() or {}
+    device, world = str(summary.get("device", "")), summary.get("world_size")
+    if not world:
+        return f"{refused}it has no summary.json, which says on what it ran"
+    if find_gpu(device) is not gpu if gpu else not device.startswith("CPU"):
+        return f"{refused}it ran on {device}"
+    try:
+        old = directory.recipe()
+        if old.deepspeed.config == recipe.deepspeed.config:  # the user names the file too, so it may be read
+            old = old.changed(deepspeed=recipe.deepspeed)
+        if differing := _differing(old, recipe):
+            return f"{refused}it ran with {differing}"
+        config = load_ds_config(old, int(world), micro_batch_of(old, int(world)))
+        source = f"measured in {directory.path} on {device}"
+        return Measured(old, int(world), config, statistics.median(rates[-100:]), source)
+    except UserError as error:
+        return f"{refused}{error}"
+
+
+def _differing(old: Recipe, new: Recipe) -> str:
+    """The first key of SPEED_KEYS that differs, with its old value, and how many more do; "" if none."""
+    before, after = flatten(old), flatten(new)
+    keys = [
+        key
+        for key in after
+        if before.get(key) != after[key] and any(key == speed or key.startswith(f"{speed}.") for speed in SPEED_KEYS)
+    ]
+    more = f", and {len(keys) - 1} more" if keys[1:] else ""
+    if not keys:
+        return ""
+    value = before.get(keys[0])
+    return f"{keys[0]} = {value if value != '' else '(empty)'}{more}"
+
+
+def _rates(metrics: Path) -> list[float]:
+    rates = (event.get("images_per_second") for event in read_events(metrics) if event.get("event") == "train")
+    return [float(rate) for rate in rates if rate]

@@ -3,9 +3,12 @@
 Fake tensors have shapes, dtypes and storages but no memory (`torch._subclasses.fake_tensor`), so a trace takes about a
 second for any model and batch, and what a GPU would run is traced on a machine that has none. Memory that an operation
 takes and gives back within itself is not seen; `workspace` counts it.
+
+How many training images a recipe's data has, read from its records alone: no image, decoder or hash is touched.
 """
 
 import gc
+import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,7 +22,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from karat_scale.data.shards.beton import beton_path, read_record
+from karat_scale.data.shards.folder import FolderSplit
+from karat_scale.data.shards.shard_format import (
+    chosen_splits,
+    dataset_directory,
+    must_answer,
+    read_dataset_record,
+    staged_copy,
+)
+from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.tables import Files
 from karat_scale.models.layers import blocks_of
+from karat_scale.recipe import DataConfig
 
 OUTSIDE = -1
 """The part of a model that is no block: patch embedding, last norm, head, loss."""
@@ -197,3 +212,36 @@ class _Tracker(TorchDispatchMode):
 def _key(tensor: Tensor) -> int:
     place: int = tensor.untyped_storage()._cdata
     return place
+
+
+IMAGENET = 1_281_167
+# Seconds for data at a URL, which this machine may not reach.
+_PATIENCE = 10.0
+
+
+def count_samples(data: DataConfig) -> tuple[int, str]:
+    """Training images, and where the number comes from; ImageNet-1K's where the recipe's data is not here."""
+    try:
+        return _recorded(data), "of the recipe's data"
+    except DataError:
+        return IMAGENET, "ImageNet-1K's, since the recipe's data is not here"
+
+
+def _recorded(data: DataConfig) -> int:
+    """The number in the records of the data's format; a folder of images is listed. Raises DataError."""
+    if data.row.files is None:
+        return data.synthetic_samples
+    if data.stream_samples is not None:
+        return data.stream_samples
+    directory = dataset_directory(staged_copy(data.path) or data.path)
+    if isinstance(directory, str):
+        record = read_dataset_record(directory, min(data.timeout, _PATIENCE))
+        (split,) = chosen_splits(directory, record, data.train_split).values()
+        return split.samples
+    must_answer(directory, data.timeout)
+    if data.row.files is Files.IMAGES:
+        return len(FolderSplit(directory, data.train_split, num_classes=sys.maxsize))
+    if data.row.files is Files.BETONS:
+        return read_record(beton_path(directory, data.train_split)).samples
+    (split,) = chosen_splits(directory, read_dataset_record(directory), data.train_split).values()
+    return split.samples

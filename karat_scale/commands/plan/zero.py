@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from karat_scale.engine.deepspeed_config import offloads_optimizer, zero_stage
+from karat_scale.engine.engine import PRECISIONS
 from karat_scale.engine.optimizers import own_matrices, parameter_groups
-from karat_scale.engine.precision import PRECISIONS
 from karat_scale.foundation.tables import OptimizerRow
 from karat_scale.models import parameter_count
 from karat_scale.recipe import OptimConfig, Recipe

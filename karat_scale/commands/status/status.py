@@ -1,7 +1,16 @@
-"""`karat status`: a run at a glance, live on a terminal, once elsewhere."""
+"""`karat status`: a run at a glance, live on a terminal, once elsewhere.
 
+The state of a run, read only from its files: it works without a server, on any machine that sees the directory.
+"""
+
+import math
+import shutil
+import subprocess
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -9,9 +18,199 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from karat_scale.commands.status.standing import Standing, read_standing
-from karat_scale.engine.pace import slow_ranks
+from karat_scale.commands.evaluate.predictions import read_evaluations
+from karat_scale.engine.heartbeat import Sign, read_signs, slow_ranks
 from karat_scale.foundation.console import duration, plural, printable
+from karat_scale.foundation.errors import EXIT_STOPPED, RunDirectoryError
+from karat_scale.foundation.files import parse_json, read_text
+
+SQUEUE_SECONDS = 5
+# Heartbeats are written every two seconds.
+SILENT_SECONDS = 30.0
+_NUMBERS = (
+    *("step", "samples", "total_steps", "epoch", "loss", "images_per_second", "peak_memory_mb", "top1", "restarts"),
+    "exit",
+)
+_FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+
+
+@dataclass
+class Standing:
+    """The known values. One that the run has not written yet is None or an empty list."""
+
+    name: str
+    job: str | None = None
+    job_state: str | None = None
+    step: int = 0
+    total_steps: int | None = None
+    epoch: int | None = None
+    losses: list[float] = field(default_factory=list)
+    last_top1: float | None = None
+    best_top1: float | None = None
+    images_per_second: float | None = None
+    seconds_left: float | None = None
+    peak_memory_mb: float | None = None
+    restarts: int = 0
+    checkpoint: str | None = None
+    checkpoint_age: float | None = None
+    copied: str | None = None
+    """The newest checkpoint at `checkpoint.url`, and what prevents a newer one."""
+    signs: list[Sign] = field(default_factory=list)
+    silent_seconds: float | None = None
+    ended: str | None = None
+    exit_code: int | None = None
+    evaluations: list[str] = field(default_factory=list)
+    """A line for each test set of `karat eval --on`."""
+    damaged_lines: int = 0
+    """Of `metrics.jsonl`: what a disk that was full has cut off, and what is no event."""
+
+    def count_damaged(self) -> None:
+        """One more line says nothing."""
+        self.damaged_lines += 1
+
+    @property
+    def is_silent(self) -> bool:
+        """True if the run says nothing any more and has not ended: it was killed, or all its nodes are gone."""
+        return self.ended is None and self.silent_seconds is not None and self.silent_seconds > SILENT_SECONDS
+
+    @property
+    def is_over(self) -> bool:
+        """True if nothing more will come. A job that saved on a signal comes back, unless SLURM has closed it."""
+        comes_back = self.exit_code == EXIT_STOPPED and self.job is not None and self.job_state not in _FINAL_STATES
+        return self.ended is not None and not comes_back
+
+
+def read_standing(run: Path, now: float | None = None) -> Standing:
+    """Read the run's files at time `now` (seconds since the epoch).
+
+    Raises:
+        RunDirectoryError: `run` is neither a run nor the logs of a run that is about to start.
+    """
+    if not any((run / name).exists() for name in ("recipe.yaml", "metrics.jsonl", "logs")):
+        raise RunDirectoryError(f"{run}: not a run's directory (it has no recipe.yaml)")
+    standing = Standing(run.name if run.name != "run" else run.resolve().parent.name)
+    now = time.time() if now is None else now
+    for event in read_events(run / "metrics.jsonl", damaged=lambda _: standing.count_damaged()):
+        try:
+            _apply_event(standing, event)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
+            standing.count_damaged()
+    _read_checkpoints(standing, run / "checkpoints", now)
+    standing.copied = _copied(run / "copy.json")
+    standing.evaluations = _evaluations(run)
+    standing.signs = _of_newest_start(read_signs(run))
+    if standing.signs:
+        standing.silent_seconds = max(now - max(sign.written for sign in standing.signs), 0.0)
+    standing.job = _newest_job(run / "logs")
+    standing.job_state = job_state(standing.job) if standing.job else None
+    return standing
+
+
+def read_events(path: Path, damaged: Callable[[str], None] = lambda line: None) -> Iterator[dict[str, Any]]:
+    """Yield the events of a run's `metrics.jsonl`. Other lines are skipped, and `damaged` is called with each.
+
+    A last line without its end may be one that is being written: it is skipped, and it is not damaged.
+    """
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                event = parse_json(line)
+            except ValueError:
+                event = None
+            if isinstance(event, dict):
+                yield event
+            elif line.strip() and line.endswith("\n"):
+                damaged(line)
+
+
+def _apply_event(standing: Standing, event: dict[str, Any]) -> None:
+    """Take in an event. Raises ValueError, TypeError, KeyError or OverflowError for one that is none."""
+    kind = event.get("event")
+    for key in _NUMBERS:  # the trainer writes null for what is not finite
+        number = event.get(key)
+        if number is not None and not (isinstance(number, int | float) and math.isfinite(number)):
+            raise ValueError(key)
+    if kind == "train":
+        standing.step, standing.ended = event["step"], None
+        standing.epoch = event.get("epoch")
+        standing.total_steps = event.get("total_steps")
+        standing.peak_memory_mb = event.get("peak_memory_mb") or standing.peak_memory_mb
+        if event.get("loss") is not None:
+            standing.losses.append(event["loss"])
+        rate = event.get("images_per_second")
+        if rate:
+            standing.images_per_second = rate
+            batch = event["samples"] / event["step"]
+            if standing.total_steps:
+                standing.seconds_left = (standing.total_steps - event["step"]) * batch / rate
+    elif kind == "eval" and "top1" in event:
+        standing.last_top1 = event["top1"]
+        standing.best_top1 = max(event["top1"], standing.best_top1 or 0.0)
+    elif kind == "resume":
+        standing.restarts, standing.step, standing.ended = event["restarts"], event["step"], None
+    elif kind == "end":
+        standing.exit_code = event.get("exit")
+        standing.ended = f"{event.get('reason')} (exit {standing.exit_code})"
+        if standing.exit_code == 0:
+            standing.seconds_left = 0.0
+
+
+def _read_checkpoints(standing: Standing, root: Path, now: float) -> None:
+    try:
+        name = read_text(root / "latest", 4096).strip()
+        manifest = (root / name / "manifest.json").stat()
+        state = parse_json(read_text(root / name / "state.json"))
+    except (OSError, ValueError):
+        return
+    standing.checkpoint, standing.checkpoint_age = name, max(now - manifest.st_mtime, 0.0)
+    if isinstance(state, dict):
+        if isinstance(step := state.get("step"), int):  # which may not have been logged yet
+            standing.step = max(standing.step, step)
+        standing.peak_memory_mb = standing.peak_memory_mb or state.get("peak_memory_mb") or None
+
+
+def _copied(file: Path) -> str | None:
+    try:
+        found = parse_json(read_text(file, 65536))
+        problem = f"; {found['problem']}" if found["problem"] else ""
+        return f"{found['checkpoint'] or 'none yet'} at {found['url']}{problem}"
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _evaluations(run: Path) -> list[str]:
+    try:
+        return [f"{one.name}: {one.text} ({one.checkpoint}, {one.weights})" for one in read_evaluations(run)]
+    except RunDirectoryError as error:
+        return [str(error)]
+
+
+def _of_newest_start(signs: list[Sign]) -> list[Sign]:
+    """Ignore heartbeats of an earlier start that had more ranks."""
+    newest = max(signs, key=lambda sign: sign.written, default=None)
+    return [sign for sign in signs if newest and sign.start == newest.start]
+
+
+def _newest_job(logs: Path) -> str | None:
+    """Return the start's directory: the launch wrapper names it JOB-RESTART; JOB of an array is ARRAY_ELEMENT."""
+    starts = [path for path in logs.glob("*-*") if path.is_dir()] if logs.is_dir() else []
+    newest = max(starts, key=lambda path: path.stat().st_mtime, default=None)
+    return newest.name.rpartition("-")[0] if newest else None
+
+
+def job_state(job: str) -> str | None:
+    """Return squeue's state of a job, such as RUNNING; None if squeue does not know the job or is not installed."""
+    if shutil.which("squeue") is None:
+        return None
+    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return next(iter(done.stdout.split()), None) if done.returncode == 0 else None
+
 
 REFRESH_SECONDS = 2.0
 _BARS = "▁▂▃▄▅▆▇█"

@@ -13,9 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from karat_scale.engine.heartbeat import WRITE_SECONDS, Sign, read_signs, this_start
-from karat_scale.engine.pace import Stragglers
-from karat_scale.engine.stall_limits import StallLimits
+from karat_scale.engine.heartbeat import WRITE_SECONDS, Sign, StallLimits, Stragglers, read_signs, this_start
 
 EXIT_STALLED = 3
 # A rank dumps its stacks at `stall`. The verdict comes a little later, so that they are in its log by then.

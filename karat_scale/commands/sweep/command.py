@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from karat_scale.commands.compare.command import compare_runs
-from karat_scale.commands.sweep.local import StoppedSweepError, last_step, run_sweep
-from karat_scale.commands.sweep.plan import PlannedRun, State, Sweep, plan_sweep
-from karat_scale.commands.sweep.slurm import Submission, submit_sweep
+from karat_scale.commands.sweep.grid import PlannedRun, State, Sweep, plan_sweep
+from karat_scale.commands.sweep.local import StoppedSweepError, Submission, last_step, run_sweep, submit_sweep
 from karat_scale.foundation.console import plural, print_table
 from karat_scale.foundation.errors import EXIT_STOPPED, UserError, on_one_line
 

@@ -3,20 +3,218 @@
 A training transform first draws what it will do, then does it. The record of draws is what two backends must
 agree on. Every draw comes from the sample's own seed, through `random.Random`, whose stream Python keeps
 stable.
+
+RandAugment's affine operations in C++, with the bits of Pillow, which needs several times as long for them.
+
+timm's RandAugment, with every choice drawn before anything is done.
 """
 
+import ctypes
+import importlib.util
 import math
 import random
+import threading
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import functional
 
-from karat_scale.data.augmentation.draw import Draw
-from karat_scale.data.augmentation.randaugment import RandAugment
-from karat_scale.data.decoders.view import View, centre_view, crop_view
+from karat_scale.data.augmentation.draw import Draw, Operation
+from karat_scale.data.decoders.decode import View, centre_view, crop_view
+from karat_scale.data.decoders.pillow import RESAMPLE
+from karat_scale.foundation.errors import RecipeError
+from karat_scale.foundation.native_build import LoadError, load
 from karat_scale.recipe import AugmentConfig
+
+SOURCE = Path(__file__).parent / "cpp" / "warp.cpp"
+# Without contraction, so that the pixels have the same bits on any instruction set.
+_COMPILER_ARGUMENTS = ("-ffp-contract=off",)
+_BICUBIC = {"bilinear": 0, "bicubic": 1}
+Matrix = tuple[float, float, float, float, float, float]
+Pixels = npt.NDArray[np.uint8]
+
+
+class Warp:
+    """Affine warps of RGB images by one filter. The interpreter's lock is released during the work."""
+
+    def __init__(self, interpolation: str, fill: Sequence[int]) -> None:
+        library = load(SOURCE, "RandAugment in C++", _COMPILER_ARGUMENTS, portable=True)
+        pointer, integer = ctypes.c_void_p, ctypes.c_int
+        library.karat_warp.restype = integer
+        library.karat_warp.argtypes = pointer, integer, integer, pointer, pointer, integer, pointer
+        self._warp: Any = library.karat_warp
+        self._bicubic = _BICUBIC[interpolation]
+        self._fill = np.array(fill, dtype=np.uint8)
+
+    def __call__(self, image: Image.Image, matrix: Matrix) -> Image.Image:
+        """Return the image whose pixel (x, y) comes from a x + b y + c, d x + e y + f, as `Image.transform` does it."""
+        pixels = np.asarray(image)
+        numbers, out = np.array(matrix, dtype=np.float64), np.empty_like(pixels)
+        places = pixels.ctypes.data, image.width, image.height, numbers.ctypes.data, self._fill.ctypes.data
+        if self._warp(*places, self._bicubic, out.ctypes.data):
+            raise MemoryError("out of memory while an image was warped")
+        return Image.fromarray(out)
+
+
+@cache
+def find_warp(interpolation: str, fill: tuple[int, ...]) -> Warp | None:
+    """Return the warp for a filter; None if it cannot be compiled, or if this machine's Pillow has other bits."""
+    try:
+        warp = Warp(interpolation, fill)
+    except LoadError:
+        return None
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (19, 23, 3), dtype=np.uint8))
+    matrices: tuple[Matrix, ...] = (
+        (1, 0.3, 0, 0, 1, 0),
+        (1, 0, 0, -0.2, 1, 0),
+        (1, 0, 3.7, 0, 1, 0),
+        rotation(17.0, *noise.size),
+    )
+    for matrix in matrices:
+        theirs = noise.transform(noise.size, Image.Transform.AFFINE, matrix, RESAMPLE[interpolation], fillcolor=fill)
+        if not np.array_equal(np.asarray(warp(noise, matrix)), np.asarray(theirs)):
+            return None
+    return warp
+
+
+def matrix_of(name: str, arguments: Sequence[float], width: int, height: int) -> Matrix | None:
+    """Return the matrix of one of timm's operations; None if it is no warp, or one that Pillow does without filter."""
+    if name == "Rotate":
+        return rotation(arguments[0], width, height) if arguments[0] % 90 else None
+    if name in ("ShearX", "ShearY"):
+        slope = arguments[0]
+        return (1, slope, 0, 0, 1, 0) if name[-1] == "X" else (1, 0, 0, slope, 1, 0)
+    if name in ("TranslateX", "TranslateXRel"):
+        return 1, 0, arguments[0] * (width if name.endswith("Rel") else 1), 0, 1, 0
+    if name in ("TranslateY", "TranslateYRel"):
+        return 1, 0, 0, 0, 1, arguments[0] * (height if name.endswith("Rel") else 1)
+    return None
+
+
+def rotation(degrees: float, width: int, height: int) -> Matrix:
+    """Return the matrix of `Image.rotate`, about the centre, with its rounding."""
+    radians = -math.radians(degrees % 360.0)
+    cosine, sine = round(math.cos(radians), 15), round(math.sin(radians), 15)
+    minus_sine = round(-math.sin(radians), 15)
+    x, y = width / 2, height / 2
+    return (
+        cosine,
+        sine,
+        cosine * -x + sine * -y + 0.0 + x,
+        minus_sine,
+        cosine,
+        minus_sine * -x + cosine * -y + 0.0 + y,
+    )
+
+
+class _OwnRandom(threading.local):
+    """Python's `random`, with a generator for each thread."""
+
+    def __init__(self) -> None:
+        self._generator = random.Random()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._generator, name)
+
+
+def _timm_with(generator: _OwnRandom) -> Any:
+    """Return a copy of timm's module that draws from `generator`: Python's own belongs to all threads and libraries."""
+    spec = importlib.util.find_spec("timm.data.auto_augment")
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.random = generator
+    return module
+
+
+_RANDOM = _OwnRandom()
+_TIMM = _timm_with(_RANDOM)
+
+
+class RandAugment:
+    """The policy of `augment.randaugment` (arXiv 1909.13719, as timm reads its string).
+
+    Raises RecipeError for a string that timm cannot read.
+    """
+
+    def __init__(self, augment: AugmentConfig, image_size: int) -> None:
+        hparams: dict[str, Any] = {
+            "translate_const": int(image_size * 0.45),
+            "img_mean": tuple(min(255, round(255 * value)) for value in augment.mean),
+            "interpolation": RESAMPLE[augment.interpolation],
+        }
+        try:
+            policy = _TIMM.rand_augment_transform(augment.randaugment, hparams)
+        except (AssertionError, ValueError, KeyError) as error:
+            raise RecipeError(
+                f"augment.randaugment = {augment.randaugment!r} is not a policy timm reads; "
+                "use one such as rand-m9-mstd0.5-inc1, or an empty string"
+            ) from error
+        for op in policy.ops:
+            if op.name.startswith("Posterize"):
+                op.aug_fn = _posterize
+        self.fill: tuple[int, ...] = hparams["img_mean"]
+        self._warp = find_warp(augment.interpolation, self.fill)
+        self._count = policy.num_layers
+        self._ops: dict[str, Any] = {op.name: op for op in policy.ops}
+        self._weights = None if policy.choice_weights is None else list(policy.choice_weights)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """timm's names of the operations that may be drawn."""
+        return tuple(self._ops)
+
+    def draw(self, rng: random.Random) -> tuple[Operation, ...]:
+        """The operations that one image gets, in order, with their strengths."""
+        seed = rng.getrandbits(64)
+        names = self._draw_names(rng)
+        _RANDOM.seed(seed)
+        return tuple((name, arguments) for name in names if (arguments := self._arguments(name)) is not None)
+
+    def apply(self, image: Image.Image, operation: Operation) -> Image.Image:
+        """Do a drawn operation to an RGB image."""
+        name, arguments = operation
+        if self._warp is not None and (matrix := matrix_of(name, arguments, *image.size)) is not None:
+            return self._warp(image, matrix)
+        op = self._ops[name]
+        result: Image.Image = op.aug_fn(image, *arguments, **op.kwargs)
+        return result
+
+    def _draw_names(self, rng: random.Random) -> list[str]:
+        # timm's own choice uses numpy's global generator; a weighted choice never takes an operation twice.
+        names = list(self._ops)
+        if self._weights is None:
+            return [names[int(rng.random() * len(names))] for _ in range(self._count)]
+        keys = [rng.random() ** (1 / w) if w > 0 else -1.0 for w in self._weights]
+        best = sorted(range(len(names)), key=keys.__getitem__, reverse=True)[: self._count]
+        return [names[i] for i in best]
+
+    def _arguments(self, name: str) -> tuple[float, ...] | None:
+        """The arguments of one use of an operation, or None where it is left out this time."""
+        op = self._ops[name]
+        if op.prob < 1 and _RANDOM.random() > op.prob:
+            return None
+        magnitude = float(op.magnitude)
+        if op.magnitude_std == float("inf"):
+            magnitude = _RANDOM.uniform(0, magnitude)
+        elif op.magnitude_std > 0:
+            magnitude = _RANDOM.gauss(magnitude, op.magnitude_std)
+        magnitude = max(0.0, min(magnitude, op.magnitude_max or 10))
+        return () if op.level_fn is None else tuple(op.level_fn(magnitude, op.hparams))
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    # At full magnitude timm keeps no bits. Pillow 13 refuses that; before, the image came out black.
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return ImageOps.posterize(image, bits_to_keep)
+
 
 JITTERS = {
     "brightness": functional.adjust_brightness,

@@ -14,7 +14,7 @@ from torch import Tensor
 from karat_scale.attention.kernels.triton_toolchain import launch_problem
 from karat_scale.data.augmentation.device_program import pack_views
 from karat_scale.data.augmentation.mixing import MixParams
-from karat_scale.data.decoders.view import View
+from karat_scale.data.decoders.decode import View
 
 # Pixels that a program works on at a time; more would not fit the registers of the kernel that interpolates.
 TURN_BLOCK, TABLE_BLOCK, INPUT_BLOCK = 256, 1024, 1024

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from karat_scale.data.augmentation.draw import Draw, Operation
-from karat_scale.data.decoders.view import View
+from karat_scale.data.decoders.decode import View
 
 JITTERS = {"brightness": "Brightness", "contrast": "Contrast", "saturation": "Color"}
 ERASE = "Erase"

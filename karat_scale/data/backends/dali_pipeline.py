@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from karat_scale.data.backends.batch_decoding import (
+from karat_scale.data.backends.images import (
     BatchDecodingBackend,
     Pixels,
     Request,
     for_training,
     gpu_in_use,
     on_stream,
+    open_shards,
 )
-from karat_scale.data.backends.images import open_shards
-from karat_scale.data.loading.base import ImageSpec
+from karat_scale.data.loading.assemble import ImageSpec
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.foundation.tables import EXTRAS, how_to_install
 

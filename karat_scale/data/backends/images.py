@@ -2,24 +2,44 @@
 
 Samples are read by their place, since a reader that streams (webdataset's own, FFCV's Loader) keeps no exact order.
 Images are decoded and augmented by torch's DataLoader workers.
+
+Batches from shards whose images a library decodes together, such as DALI or nvJPEG.
+
+Such a library gets our bytes, our order and our crops. It decodes; the rest is the code of the other backends. On a GPU
+where only a flip follows the crop, the library resizes and flips too, and the batches are on the GPU.
 """
 
+import copy
 import weakref
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
+from karat_scale.data.augmentation.draw import Draw
+from karat_scale.data.backends.row_reader import Row, RowReader
 from karat_scale.data.batch import Batch
 from karat_scale.data.decoders import Decoder, make_decoder
+from karat_scale.data.decoders.decode import View, blank_jpeg
 from karat_scale.data.decoders.ffcv import FfcvDecoder
-from karat_scale.data.loading.assemble import EvalAssembler, ImageSource, TrainAssembler
-from karat_scale.data.loading.base import ImageSpec
+from karat_scale.data.decoders.pillow import TorchvisionDecoder, resize_region
+from karat_scale.data.loading.assemble import EvalAssembler, ImageSource, ImageSpec, TrainAssembler
+from karat_scale.data.loading.device_feed import RunAhead
 from karat_scale.data.loading.fetcher import FetchedAhead
 from karat_scale.data.loading.loader import MakesBatches, OrderedLoader
-from karat_scale.data.plan import BatchSlice
+from karat_scale.data.order import sample_seed
+from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.data.shards.beton import BetonSplit
+from karat_scale.data.shards.cache import RemoteUse
 from karat_scale.data.shards.folder import FolderSplit
 from karat_scale.data.shards.shards import ShardSplit
-from karat_scale.data.shards.use import RemoteUse
 from karat_scale.foundation.errors import DataError
 
 
@@ -135,3 +155,231 @@ def open_ffcv(spec: ImageSpec) -> ImageBackend:
     if train.classes != val.classes:
         raise DataError(f"{train.path} and {val.path} have different classes; make both from one source")
     return ImageBackend(train, val, spec, decoder)
+
+
+Pixels = npt.NDArray[np.uint8]
+# What the library is given in place of a row that it need not decode: every batch goes through it, to keep their order.
+BLANK, BLANK_VIEW = np.frombuffer(blank_jpeg(8), dtype=np.uint8), View((0, 0, 1, 1), (0, 0, 1, 1), (1, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """JPEGs and the view of each that is wanted, mirrored where `flips` says so."""
+
+    data: list[npt.NDArray[np.uint8]]
+    views: list[View]
+    flips: list[bool]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+class BatchDecoder(Protocol):
+    """A library that decodes batches."""
+
+    def decoded(self, requests: Iterable[Request]) -> Generator[torch.Tensor | list[Pixels] | None, None, None]:
+        """Yield the result of each request, in order.
+
+        The result is the finished views, uint8 [b, 3, size, size]; or the regions of the views, uint8 [h, w, 3] each,
+        which may be overwritten when the next result is asked for; or None if one of the images cannot be decoded.
+
+        Raises:
+            DataError: the library does not start.
+            RuntimeError: it fails for another reason than an image.
+        """
+
+
+class Pass(Protocol):
+    """What training and evaluation do differently."""
+
+    def choose(self, epoch: int, sample_id: int, width: int, height: int) -> tuple[View, Draw | None]:
+        """What is looked at, and what was drawn."""
+
+    def finish(self, pixels: Pixels, draw: Draw | None) -> Pixels:
+        """The view, uint8 [size, size, 3], as it goes into the batch, uint8 [3, size, size]."""
+
+    def assembler(self, source: ImageSource) -> TrainAssembler | EvalAssembler:
+        """What makes a batch that the library cannot make, and finds the bad sample in it."""
+
+
+class TrainPass:
+    """See Pass."""
+
+    def __init__(self, spec: ImageSpec, decoder: Decoder) -> None:
+        self._spec, self._decoder = spec, decoder
+        self._transform = TrainTransform(spec.augment, spec.image_size)
+
+    def choose(self, epoch: int, sample_id: int, width: int, height: int) -> tuple[View, Draw]:
+        draw = self._transform.draw(sample_seed(self._spec.seed, epoch, sample_id), width, height)
+        return self._transform.view(draw), draw
+
+    def finish(self, pixels: Pixels, draw: Draw | None) -> Pixels:
+        assert draw is not None
+        return self._transform.finish(pixels, draw)
+
+    def assembler(self, source: ImageSource) -> TrainAssembler:
+        return TrainAssembler(source, self._spec, self._decoder)
+
+
+class EvalPass:
+    """See Pass."""
+
+    def __init__(self, spec: ImageSpec, decoder: Decoder) -> None:
+        self._spec, self._decoder = spec, decoder
+        self._transform = EvalTransform(spec.augment, spec.image_size)
+
+    def choose(self, epoch: int, sample_id: int, width: int, height: int) -> tuple[View, None]:
+        return self._transform.view(width, height), None
+
+    def finish(self, pixels: Pixels, draw: Draw | None) -> Pixels:
+        planes: Pixels = pixels.transpose(2, 0, 1)
+        return planes
+
+    def assembler(self, source: ImageSource) -> EvalAssembler:
+        return EvalAssembler(source, self._spec, self._decoder)
+
+
+class BatchDecodingBackend(SplitBackend):
+    """See Backend. `data.workers` is the number of threads that read, and again of those that resize and augment.
+
+    gpu: the number of the GPU that the process uses, or None. stream: what the library works on there. make_decoder:
+    returns the library for batches of which only crop and flip are wanted (True), or for others.
+    """
+
+    def __init__(
+        self,
+        splits: tuple[ImageSource, ImageSource],
+        spec: ImageSpec,
+        make_decoder: Callable[[bool], BatchDecoder],
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        super().__init__(*splits)
+        self._data = spec.data
+        self._interpolation, self._image_size = spec.augment.interpolation, spec.image_size
+        # Its pixels are those of the library and resize_region, so a batch is the same whichever makes it.
+        self._decoder = TorchvisionDecoder(self._interpolation, spec.data.max_pixels)
+        self._train_pass, self._eval_pass = TrainPass(spec, self._decoder), EvalPass(spec, self._decoder)
+        self._only_flips = spec.augment.workers_only_flip
+        self._threads = max(1, spec.data.workers)
+        self._make_decoder, self._stream = make_decoder, stream
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="karat-augment")
+
+    def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
+        return self._run_ahead(slices, self._train, self._train_pass, self._only_flips)
+
+    def eval_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
+        return self._run_ahead(slices, self._val, self._eval_pass, True)
+
+    def _run_ahead(self, slices: Iterable[BatchSlice], split: ImageSource, way: Pass, only_flips: bool) -> RunAhead:
+        # A source of its own for each iterator, since each has a thread.
+        source = copy.copy(split)
+        reader = RowReader(source, self._decoder, way.choose, self._data.max_pixels, self._threads)
+        library = self._make_decoder(only_flips)
+        batches = self._batches(self._fetched_ahead(split, slices), reader, library, way, source)
+        return self._handing_out(RunAhead(batches, self._data.prefetch, self._data.timeout, reader.whereabouts))
+
+    def _batches(
+        self, slices: Iterable[BatchSlice], reader: RowReader, library: BatchDecoder, way: Pass, source: ImageSource
+    ) -> Generator[Batch, None, None]:
+        if self._stream is not None:
+            torch.cuda.set_device(self._stream.device)  # of this thread, which else opens a context on GPU 0, too
+        assembler = way.assembler(source)
+        under_way: deque[tuple[BatchSlice, list[Row | None] | None]] = deque()
+
+        def requests() -> Iterator[Request]:
+            for part in slices:
+                rows = reader.read(part)
+                under_way.append((part, rows))
+                yield _request(rows or [None] * len(part.sample_ids))
+
+        try:
+            for decoded in library.decoded(requests()):
+                part, rows = under_way.popleft()
+                if rows is None or decoded is None:
+                    yield assembler[part]
+                else:
+                    yield self._batch(part, rows, self._images(rows, decoded, way), source)
+        finally:
+            reader.close()
+            source.close()
+
+    def _images(self, rows: list[Row | None], decoded: torch.Tensor | list[Pixels], way: Pass) -> torch.Tensor:
+        if isinstance(decoded, torch.Tensor):
+            with on_stream(self._stream):
+                return _patched(decoded, rows, way)
+        images = torch.zeros(len(rows), 3, self._image_size, self._image_size, dtype=torch.uint8)
+        pixels = images.numpy()
+
+        def one(number: int) -> None:
+            row = rows[number]
+            if row is not None:
+                view = (
+                    resize_region(decoded[number], row.view, self._interpolation) if row.pixels is None else row.pixels
+                )
+                pixels[number] = way.finish(view, row.draw)
+
+        for _ in self._pool.map(one, range(len(rows))):
+            pass
+        return images
+
+    def _batch(self, part: BatchSlice, rows: list[Row | None], images: torch.Tensor, source: ImageSource) -> Batch:
+        valid = part.sample_ids != PADDING
+        labels = np.where(valid, source.labels[part.sample_ids], 0).astype(np.int64)
+        batch = Batch(
+            images=images,
+            labels=torch.from_numpy(labels),
+            sample_ids=torch.from_numpy(part.sample_ids.copy()),
+            valid=torch.from_numpy(valid),
+            draws=tuple(row.draw for row in rows if row is not None and row.draw is not None),
+            epoch=part.epoch,
+            batch=part.batch,
+        )
+        return batch if self._stream is None or images.is_cuda else batch.pin_memory()
+
+    def close(self) -> None:
+        super().close()
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _request(rows: list[Row | None]) -> Request:
+    blank = BLANK, BLANK_VIEW, False
+    asked = [
+        blank if row is None or row.data is None else (row.data, row.view, row.draw is not None and row.draw.flip)
+        for row in rows
+    ]
+    return Request(*(list(column) for column in zip(*asked, strict=True)))
+
+
+def _patched(images: torch.Tensor, rows: list[Row | None], way: Pass) -> torch.Tensor:
+    """Return the library's finished images with those of the rows that it was not asked for."""
+    for number, row in enumerate(rows):
+        if row is None:
+            images[number] = 0
+        elif row.pixels is not None:
+            images[number] = torch.from_numpy(np.ascontiguousarray(way.finish(row.pixels, row.draw)))
+    return images
+
+
+@contextmanager
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Work on a stream of its own, which does not wait for training; done on the device at the end of the block.
+
+    Only the calling thread waits. Then other streams may read the results, and the library may have its memory back.
+    Without a stream the block is run as it is.
+    """
+    with torch.cuda.stream(stream):  # type: ignore[no-untyped-call, unused-ignore]
+        yield
+        if stream is not None:
+            stream.record_event().synchronize()
+
+
+def for_training(images: torch.Tensor) -> torch.Tensor:
+    """Return finished images; on a GPU, their memory is not used again before training has read them."""
+    if images.is_cuda:
+        images.record_stream(torch.cuda.default_stream(images.device))
+    return images
+
+
+def gpu_in_use() -> int | None:
+    """Return the number of the GPU that this process uses. A run on the CPU of a machine with GPUs uses none."""
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None

@@ -6,12 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
-from karat_scale.data.augmentation.device_resize import resize_views
-from karat_scale.data.backends.batch_decoding import BatchDecodingBackend, Request, for_training, gpu_in_use, on_stream
-from karat_scale.data.backends.images import open_shards
+from karat_scale.data.augmentation.device_augment import resize_views
+from karat_scale.data.backends.images import (
+    BatchDecodingBackend,
+    Request,
+    for_training,
+    gpu_in_use,
+    on_stream,
+    open_shards,
+)
 from karat_scale.data.decoders.jpeg_header import hide_exif
-from karat_scale.data.decoders.torchvision import JpegDecoder, find_jpeg_decoder
-from karat_scale.data.loading.base import ImageSpec
+from karat_scale.data.decoders.pillow import JpegDecoder, find_jpeg_decoder
+from karat_scale.data.loading.assemble import ImageSpec
 from karat_scale.foundation.errors import RecipeError
 
 # The last word of the libraries' messages is nvJPEG's status: 2, 3, 4 and 9 are said of an image that it cannot decode.

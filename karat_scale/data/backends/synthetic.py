@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from karat_scale.data.batch import Batch
-from karat_scale.data.loading.base import ImageSpec
+from karat_scale.data.loading.assemble import ImageSpec
 from karat_scale.data.order import sample_seed
 from karat_scale.data.plan import PADDING, BatchSlice
 

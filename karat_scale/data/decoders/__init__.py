@@ -1,6 +1,6 @@
 """Decoders, from encoded images to pixels: one interface, one row each in `karat_scale.foundation.tables.DECODERS`."""
 
-from karat_scale.data.decoders.base import ChooseView, Decoder
+from karat_scale.data.decoders.decode import ChooseView, Decoder
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.foundation.tables import DECODERS, load
 from karat_scale.recipe import DataConfig

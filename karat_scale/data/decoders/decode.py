@@ -2,14 +2,22 @@
 
 As in torchvision's ImageFolder, EXIF orientation is ignored and alpha is dropped. Unlike there, 16-bit grey
 is scaled to 8 bits instead of clipped.
+
+The part of an image that a decoder returns, and its size.
+
+The interface of all decoders: the pixels of a view of an encoded image.
 """
 
 import functools
 import io
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 # Pillow knows more, and starts Ghostscript for an EPS file, whatever its name.
@@ -81,3 +89,80 @@ def blank_jpeg(side: int) -> bytes:
     encoded = io.BytesIO()
     Image.new("RGB", (side, side)).save(encoded, "JPEG")
     return encoded.getvalue()
+
+
+# Pixels on either side that a bicubic filter for downscaling may use, per step of the output.
+FILTER_REACH = 2
+
+
+@dataclass(frozen=True)
+class View:
+    """A box of an image, resized.
+
+    box: left, top, right, bottom in source pixels, resized to `size` (width, height). region: the whole pixels the
+    filter may use, as integers; for a crop that is resized by itself, it is the box.
+    """
+
+    region: tuple[int, int, int, int]
+    box: tuple[float, float, float, float]
+    size: tuple[int, int]
+
+    @property
+    def box_in_region(self) -> tuple[float, float, float, float]:
+        """The box relative to the region's corner."""
+        left, top = self.region[:2]
+        return self.box[0] - left, self.box[1] - top, self.box[2] - left, self.box[3] - top
+
+
+def crop_view(box: tuple[int, int, int, int], size: int) -> View:
+    """Return a crop (left, top, width, height) resized to size x size, as cropping and then resizing does."""
+    left, top, width, height = box
+    edges = (left, top, left + width, top + height)
+    return View(edges, edges, (size, size))
+
+
+def centre_view(width: int, height: int, short_side: int, size: int) -> View:
+    """Return the centre size x size of the image resized to this short side, as torchvision resizes and crops.
+
+    The resized image is never smaller than the crop, since short_side >= size.
+    """
+    scaled_width, scaled_height = short_side, short_side
+    if width < height:
+        scaled_height = int(short_side * height / width)
+    else:
+        scaled_width = int(short_side * width / height)
+    left, right, first, last = _centre(width, scaled_width, size)
+    top, bottom, highest, lowest = _centre(height, scaled_height, size)
+    return View((first, highest, last, lowest), (left, top, right, bottom), (size, size))
+
+
+def _centre(length: int, scaled: int, size: int) -> tuple[float, float, int, int]:
+    """Along one axis: the box's ends, and those of the pixels that the filter uses."""
+    step = length / scaled
+    start = round((scaled - size) / 2.0)
+    low, high = start * step, (start + size) * step
+    reach = FILTER_REACH * max(step, 1.0) + 1
+    return low, high, max(0, math.floor(low - reach)), min(length, math.ceil(high + reach))
+
+
+ChooseView = Callable[[int, int], View]
+
+
+class Decoder(Protocol):
+    """Decodes the pixels of a part of an encoded image. Used by one thread at a time."""
+
+    @property
+    def name(self) -> str:
+        """Its name in `data.decoder`."""
+
+    def read(self, data: bytes, choose: ChooseView) -> npt.NDArray[np.uint8]:
+        """Return the view that `choose(width, height)` asks for, uint8 [height, width, 3], RGB.
+
+        Raises UndecodableImageError for damaged bytes and for more pixels than `data.max_pixels`.
+        """
+
+
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Refuse an image of more than `max_pixels`. Raises UndecodableImageError."""
+    if width * height > max_pixels:
+        raise UndecodableImageError(f"it has {width} x {height} pixels, more than data.max_pixels = {max_pixels}")

@@ -10,7 +10,7 @@ import re
 import numpy as np
 import numpy.typing as npt
 
-from karat_scale.data.decoders.base import ChooseView, check_pixels
+from karat_scale.data.decoders.decode import ChooseView, check_pixels
 from karat_scale.data.decoders.jpeg_header import Frame, read_frame
 from karat_scale.data.decoders.pillow import PillowDecoder, resize_region
 from karat_scale.foundation.errors import RecipeError

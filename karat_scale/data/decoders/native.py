@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from karat_scale.data.decoders.base import ChooseView, check_pixels
-from karat_scale.data.decoders.decode import blank_jpeg
+from karat_scale.data.decoders.decode import ChooseView, blank_jpeg, check_pixels, crop_view
 from karat_scale.data.decoders.pillow import PillowDecoder
-from karat_scale.data.decoders.view import crop_view
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.foundation.native_build import PACKAGES, LoadError, PerThread, load
 

@@ -1,22 +1,33 @@
-"""Index tars: read the headers of all, number the classes, write an index for each tar and dataset.json."""
+"""Index tars: read the headers of all, number the classes, write an index for each tar and dataset.json.
+
+The tars of a directory, and the split that each belongs to.
+"""
 
 import hashlib
 import multiprocessing
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 
-from karat_scale.data.indexing.labels import Label, LabelRule, number_of
-from karat_scale.data.indexing.samples import TarSamples, guess_label_rule, read_samples
-from karat_scale.data.indexing.splits import find_tars, into_splits
-from karat_scale.data.indexing.tars import Tar, open_tar
+from karat_scale.data.indexing.samples import (
+    Label,
+    LabelRule,
+    Tar,
+    TarSamples,
+    guess_label_rule,
+    number_of,
+    open_tar,
+    read_samples,
+)
 from karat_scale.data.shards.shard_format import (
     DATASET_FILE,
     DatasetRecord,
@@ -32,6 +43,69 @@ from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import read_text, write_atomically
 from karat_scale.foundation.machine import usable_cores
 from karat_scale.foundation.stores import Store
+
+_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_WORD = re.compile(rf"(?<![a-z])({'|'.join(_NAMES)})(?![a-z])", re.IGNORECASE)
+_NAME_IN_RECORD = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
+
+
+def find_tars(source: Path | Store) -> list[str]:
+    """Return the tars in a directory or at a URL and below it, as sorted paths relative to it. Raises DataError."""
+    if isinstance(source, Store):
+        where, files = source.url, list(source.files())
+    elif source.is_dir():
+        where, files = str(source), [str(path.relative_to(source)) for path in source.rglob("*.tar*") if path.is_file()]
+    else:
+        raise DataError(f"{source} is not a directory; name the one that holds the tars")
+    names = sorted(name for name in files if name.endswith(".tar"))
+    if not names:
+        packed = next((name for name in files if ".tar." in name), None)
+        found = f"only such as {packed}; unpack their compression first" if packed else "and nothing to index"
+        raise DataError(f"{where} has no *.tar, {found}")
+    for name in names:
+        if not _NAME_IN_RECORD.fullmatch(name):
+            raise DataError(
+                f"{where}/{name}: the name has other characters than letters, digits, _, . and -; rename it"
+            )
+    return names
+
+
+def into_splits(names: Sequence[str], rules: Sequence[str]) -> dict[str, list[str]]:
+    """Return the tars of each split.
+
+    Args:
+        names: paths of tars.
+        rules: `SPLIT=PATTERN` each, such as `train=shard-0*.tar`; without any, the word train, val, validation or
+            test in a path decides, and tars without such a word are for training.
+
+    Raises:
+        DataError: a rule fits no tar, or a tar fits none.
+    """
+    if not rules:
+        return _by_word(names)
+    splits: dict[str, list[str]] = {}
+    left = list(names)
+    for rule in rules:
+        split, equals, pattern = rule.partition("=")
+        if not equals or not re.fullmatch(r"\w+", split):
+            raise DataError(f"--split {rule}: should be SPLIT=PATTERN, such as train=train-*.tar")
+        fitting = [name for name in left if fnmatchcase(name, pattern)]
+        if not fitting:
+            raise DataError(f"--split {rule}: no tar that is left has such a path; the first is {names[0]}")
+        splits.setdefault(split, []).extend(fitting)
+        left = [name for name in left if name not in set(fitting)]
+    if left:
+        raise DataError(f"{left[0]} and {len(left) - 1} more tars are in no split; add --split SPLIT=PATTERN for them")
+    return splits
+
+
+def _by_word(names: Sequence[str]) -> dict[str, list[str]]:
+    splits: dict[str, list[str]] = {}
+    for name in names:
+        words = _WORD.findall(name)
+        splits.setdefault(_NAMES[words[-1].lower()] if words else "train", []).append(name)
+    return splits
+
 
 MADE_BY = "karat index"
 _MOST_CLASSES = 1_000_000

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from karat_scale.data.loading.workers import prepare_worker
+from karat_scale.data.loading.assemble import prepare_worker
 from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.foundation.errors import DataError
 

@@ -1,30 +1,152 @@
-"""Batches, or other results, in plan order from parallel worker processes."""
+"""Batches, or other results, in plan order from parallel worker processes.
+
+Memory in which forked workers leave the images of their batches, and which is reused.
+
+torch would give each tensor a new file in /dev/shm, whose pages must be mapped again in both processes. For an image of
+224 px that costs 0.2 ms, up to a fifth of its decoding, and containers often have a small /dev/shm.
+
+Digests of data: of the training samples, and of a data set's classes.
+
+The first is one number for the training samples and the augmentation of each. It is a sum over samples,
+so it is the same for any world size, micro batch, number of workers and backend, and for a run that was stopped and
+resumed. Two runs with the same digest trained on the same data.
+"""
 
 import errno
 import faulthandler
 import itertools
+import json
+import math
+import mmap
 import os
 import signal
 import threading
 import time
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
+from hashlib import blake2b, sha256
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from karat_scale.data.batch import Batch
-from karat_scale.data.loading.digest import with_digest
-from karat_scale.data.loading.slots import ImageSlots, Sent, Shape
-from karat_scale.data.loading.workers import check_worker_count, prepare_worker
+from karat_scale.data.augmentation.draw import Draw
+from karat_scale.data.batch import BadSample, Batch, Streamed
+from karat_scale.data.loading.assemble import check_worker_count, prepare_worker
 from karat_scale.data.plan import BatchSlice
 from karat_scale.foundation.errors import DataError, UserError
+
+Shape = tuple[int, ...]
+Small = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
+Rest = tuple[tuple[BadSample, ...], tuple[Draw, ...], int, int, int | None, Streamed | None]
+
+
+class ImageSlots:
+    """Memory for `count` batches of images, uint8 of `shape`, for each worker. Create it before the workers are forked.
+
+    A worker fills its slots in turn. The images are copied when a batch is received, so a worker may be up to
+    `count` batches ahead. Raises DataError if there is not enough memory.
+    """
+
+    def __init__(self, workers: int, count: int, shape: Shape) -> None:
+        self._count, self._room = count, math.prod(shape)
+        size = workers * count * self._room
+        try:
+            memory = mmap.mmap(-1, max(1, size))
+        except (OSError, OverflowError) as error:
+            raise DataError(
+                f"no {size / 2**30:.1f} GiB of memory for prefetched batches; lower data.prefetch or data.workers"
+            ) from error
+        self._slots = torch.frombuffer(memory, dtype=torch.uint8)
+        self._filled = 0
+        self._key = next(_KEYS)
+        _IN_USE[self._key] = self
+
+    def next(self, shape: Shape) -> torch.Tensor:
+        """Return the calling worker's next slot. Raises ValueError for more images than fit."""
+        worker = get_worker_info()
+        assert worker is not None
+        if math.prod(shape) > self._room:
+            raise ValueError("a loader's first batch must be its largest")
+        slot = worker.id * self._count + self._filled % self._count
+        self._filled += 1
+        return self._at(slot * self._room, shape)
+
+    def send(self, batch: Batch) -> "Sent":
+        """Return a batch with images in a slot, as an object that is small when pickled and becomes a Batch again."""
+        return Sent(self._key, int(batch.images.storage_offset()), batch)
+
+    def take(self, offset: int, shape: Shape) -> torch.Tensor:
+        """Return a copy of a slot, page-locked if this process uses a GPU."""
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized()).copy_(
+            self._at(offset, shape)
+        )
+
+    def _at(self, offset: int, shape: Shape) -> torch.Tensor:
+        return self._slots[offset : offset + math.prod(shape)].view(shape)
+
+
+class Sent:
+    """See ImageSlots.send."""
+
+    def __init__(self, key: int, offset: int, batch: Batch) -> None:
+        self._key, self._offset, self._batch = key, offset, batch
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        batch = self._batch
+        # As arrays, since torch would also pass each small tensor as a file.
+        small = batch.labels.numpy(), batch.sample_ids.numpy(), batch.valid.numpy()
+        rest = batch.bad, batch.draws, batch.epoch, batch.batch, batch.digest, batch.streamed
+        return _received, (self._key, self._offset, tuple(batch.images.shape), small, rest)
+
+
+def _received(key: int, offset: int, shape: Shape, small: Small, rest: Rest) -> Batch:
+    labels, sample_ids, valid = (torch.from_numpy(column) for column in small)
+    return Batch(_IN_USE[key].take(offset, shape), labels, sample_ids, valid, *rest)
+
+
+_KEYS = itertools.count()
+_IN_USE: "weakref.WeakValueDictionary[int, ImageSlots]" = weakref.WeakValueDictionary()
+
+
+BITS = 40  # sums over thousands of ranks stay exact in float64
+
+
+def batch_digest(batch: Batch) -> int:
+    """Return the batch's part of the sum, below 2^40: global batch, id, label and draw of each sample."""
+    if batch.digest is not None:
+        return batch.digest
+    total = 0
+    draws = batch.draws or (None,) * len(batch.labels)
+    for sample_id, label, draw in zip(batch.sample_ids.tolist(), batch.labels.tolist(), draws, strict=True):
+        text = repr((batch.epoch, batch.batch, sample_id, label, draw))
+        total += int.from_bytes(blake2b(text.encode(), digest_size=BITS // 8).digest(), "little")
+    digest: int = total % 2**BITS
+    return digest
+
+
+def with_digest(batch: Batch) -> Batch:
+    """Return the batch with its digest. It takes about 10 us a sample, so the maker of the batch should call this."""
+    return batch if batch.digest is not None else replace(batch, digest=batch_digest(batch))
+
+
+def class_order_digest(names: Sequence[str]) -> str:
+    """Return the SHA-256, as hex, of the names of classes in the order of their labels."""
+    return sha256(json.dumps(list(names)).encode()).hexdigest()
+
+
+def classes_digest(names: Iterable[str]) -> str:
+    """Return the SHA-256, as hex, of the names of classes, in any order."""
+    return sha256(json.dumps(sorted(names)).encode()).hexdigest()
+
 
 # How often a wait for a batch checks whether the workers are alive.
 POLL_SECONDS = 2.0

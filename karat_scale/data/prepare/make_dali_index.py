@@ -10,7 +10,7 @@ format is v1.2 of DALI's wds2idx: a line `v1.2 <samples>`, then a line per sampl
 import tarfile
 from pathlib import Path
 
-from karat_scale.data.prepare.script_options import add_shard_options, make_parser
+from karat_scale.data.prepare.job import add_shard_options, make_parser
 from karat_scale.data.shards.shard_format import ShardRecord, chosen_splits, read_dataset_record
 from karat_scale.data.shards.shards import check_file
 from karat_scale.foundation.console import progress

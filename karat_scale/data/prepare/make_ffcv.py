@@ -16,17 +16,21 @@ import argparse
 import numpy as np
 
 from karat_scale.data.decoders.ffcv import require_ffcv
-from karat_scale.data.prepare.beton_job import BetonJob, write_beton
-from karat_scale.data.prepare.beton_packing import Packing
-from karat_scale.data.prepare.holdout import open_chosen
-from karat_scale.data.prepare.job import made_by, shuffled
+from karat_scale.data.prepare.beton_job import BetonJob, Packing, write_beton
+from karat_scale.data.prepare.job import (
+    add_source_options,
+    check_source_options,
+    made_by,
+    make_parser,
+    settle_check,
+    shuffled,
+)
+from karat_scale.data.prepare.join_splits import open_chosen
 from karat_scale.data.prepare.make_webdataset import class_names
 from karat_scale.data.prepare.preparing import Preparation
-from karat_scale.data.prepare.script_options import add_source_options, check_source_options, make_parser, settle_check
 from karat_scale.data.prepare.sources import Source, default_exif
-from karat_scale.data.prepare.sources.shards import has_shards, open_shards
-from karat_scale.data.shards.beton import BetonRecord, check_file, read_record, record_path
-from karat_scale.data.shards.beton_writer import page_bytes
+from karat_scale.data.prepare.sources.tars import has_shards, open_shards
+from karat_scale.data.shards.beton import BetonRecord, check_file, page_bytes, read_record, record_path
 from karat_scale.foundation.arguments import count
 from karat_scale.foundation.errors import DataError, run_script
 

@@ -27,11 +27,18 @@ from pathlib import Path
 
 import numpy as np
 
-from karat_scale.data.prepare.holdout import open_chosen
-from karat_scale.data.prepare.job import Notes, made_by, shuffled
+from karat_scale.data.prepare.images import choose_encoder
+from karat_scale.data.prepare.job import (
+    Notes,
+    add_source_options,
+    check_source_options,
+    made_by,
+    make_parser,
+    settle_check,
+    shuffled,
+)
+from karat_scale.data.prepare.join_splits import open_chosen
 from karat_scale.data.prepare.preparing import DEFAULT_QUALITY, Preparation
-from karat_scale.data.prepare.resizing import choose_encoder
-from karat_scale.data.prepare.script_options import add_source_options, check_source_options, make_parser, settle_check
 from karat_scale.data.prepare.shard_job import (
     DEFAULT_SHARD_SAMPLES,
     MadeShard,
@@ -44,7 +51,7 @@ from karat_scale.data.prepare.shard_job import (
     split_order,
 )
 from karat_scale.data.prepare.sources import Source, default_exif
-from karat_scale.data.prepare.sources.val_labels import NAME_FILES, find_file, read_synset_names
+from karat_scale.data.prepare.sources.imagefolder import NAME_FILES, find_file, read_synset_names
 from karat_scale.data.prepare.threads import run_in_threads
 from karat_scale.data.shards.shard_format import (
     DATASET_FILE,

@@ -5,8 +5,15 @@ from typing import Literal
 
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.decoders.orientation import CONVERT_QUALITY, to_jpeg, upright_jpeg
-from karat_scale.data.prepare.odd_images import TURNS, ImageFacts, decoding_failure, inspect_image, without_exif
-from karat_scale.data.prepare.resizing import Encoder, resized_jpeg
+from karat_scale.data.prepare.images import (
+    TURNS,
+    Encoder,
+    ImageFacts,
+    decoding_failure,
+    inspect_image,
+    resized_jpeg,
+    without_exif,
+)
 from karat_scale.data.prepare.sources import UnreadableSampleError
 from karat_scale.foundation.errors import DataError
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from karat_scale.data.prepare.script_options import add_shard_options, make_parser
+from karat_scale.data.prepare.job import add_shard_options, make_parser
 from karat_scale.data.shards.shard_format import (
     DATASET_FILE,
     TIMM_FILE,

@@ -19,18 +19,18 @@ import numpy as np
 
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.indexing.command import is_indexed
-from karat_scale.data.indexing.labels import LabelRule, number_of
-from karat_scale.data.indexing.samples import read_samples
-from karat_scale.data.indexing.tars import open_tar
-from karat_scale.data.prepare.script_options import add_shard_options, make_parser
+from karat_scale.data.indexing.samples import LabelRule, number_of, open_tar, read_samples
+from karat_scale.data.prepare.job import add_shard_options, make_parser
 from karat_scale.data.prepare.stage import copy_checked
-from karat_scale.data.shards.index import KEY, read_column, read_columns
 from karat_scale.data.shards.shard_format import (
     INDEX_FIELDS,
+    KEY,
     DatasetRecord,
     ShardRecord,
     SplitRecord,
     chosen_splits,
+    read_column,
+    read_columns,
     read_dataset_record,
 )
 from karat_scale.data.shards.shards import check_file

@@ -6,6 +6,8 @@
 
 An entry's modification time is that of its last use. When the total is over the limit, the entries that were not used
 for the longest are removed. A process that has an entry open can still read it then.
+
+How a recipe uses samples at a URL: what is fetched together, how far ahead, and what the cache must hold.
 """
 
 import errno
@@ -14,13 +16,16 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.machine import is_local, local_directory
 from karat_scale.foundation.native_build import cache_directory
+from karat_scale.foundation.stores import DEFAULT_TIMEOUT
+from karat_scale.recipe import DataConfig
 
 VARIABLE = "KARAT_DATA_CACHE"
 # How far below its limit the cache is emptied, so that this is not done for each new entry.
@@ -271,3 +276,47 @@ def _remove_if_left(part: Path) -> None:
 
 def _overwrite(handle: int, text: bytes) -> None:
     os.pwrite(handle, text, 0)
+
+
+# Samples that are fetched together, and ahead, where the order does not say it.
+_TOGETHER, _AHEAD = 64, 1024
+# Of each rank, in `order: full`: those ahead, those that workers were given, and as many that were used lately.
+_HELD = 8 * _AHEAD
+
+
+@dataclass(frozen=True)
+class RemoteUse:
+    """How the samples at a URL are used.
+
+    Attributes:
+        timeout: data.timeout.
+        cache_gb: data.cache_gb.
+        together: the consecutive samples that are fetched by one request.
+        ahead: the samples of a rank that may be fetched before its workers are given them.
+        working_set: the samples that the node's cache must hold at a time.
+    """
+
+    timeout: float = DEFAULT_TIMEOUT
+    cache_gb: float = 20.0
+    together: int = 1
+    ahead: int = _AHEAD
+    working_set: int = 0
+
+    @classmethod
+    def of(cls, data: DataConfig, training: bool) -> "RemoteUse":
+        """Return how a recipe uses a split, on each of the ranks that the environment tells of."""
+        ranks, on_this_node = _ranks(os.environ)
+        if training and data.order == "block":
+            # All ranks use one window at a time, while the next is fetched.
+            window = data.block_samples * data.window_blocks
+            return cls(data.timeout, data.cache_gb, data.block_samples, -(-window // ranks), 2 * window)
+        return cls(data.timeout, data.cache_gb, 1 if training else _TOGETHER, _AHEAD, _HELD * on_this_node)
+
+
+def _ranks(environ: Mapping[str, str]) -> tuple[int, int]:
+    """Return the ranks of the run and those of this node, as torchrun or srun tells them."""
+    if "WORLD_SIZE" in environ:
+        ranks = int(environ["WORLD_SIZE"])
+        return ranks, int(environ.get("LOCAL_WORLD_SIZE", ranks))
+    ranks = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    return ranks, -(-ranks // int(environ.get("SLURM_STEP_NUM_NODES", "1")))

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from karat_scale.data.order import epoch_order
-from karat_scale.data.shards.checks import check_class_count, split_fix
+from karat_scale.data.shards.shard_format import check_class_count, split_fix
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import read_image
 

@@ -5,11 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from karat_scale.data.shards import beton
-from karat_scale.data.shards.checks import hash_file
-from karat_scale.data.shards.place import WORDING
-from karat_scale.data.shards.shard_format import dataset_directory, read_dataset_record, staged_copy
-from karat_scale.data.shards.shards import open_place
-from karat_scale.data.shards.use import RemoteUse
+from karat_scale.data.shards.cache import RemoteUse
+from karat_scale.data.shards.shard_format import dataset_directory, hash_file, read_dataset_record, staged_copy
+from karat_scale.data.shards.shards import WORDING, open_place
 from karat_scale.foundation.tables import Files
 from karat_scale.recipe import DataConfig
 

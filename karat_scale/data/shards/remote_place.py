@@ -5,12 +5,10 @@ import os
 from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 
-from karat_scale.data.shards.cache import NodeCache, Part, data_cache_directory
+from karat_scale.data.shards.cache import NodeCache, Part, RemoteUse, data_cache_directory
 from karat_scale.data.shards.extents import DAMAGED_ON_THE_WAY, RemoteShardFiles
-from karat_scale.data.shards.readahead import Blocks
-from karat_scale.data.shards.shard_files import SamplePlaces
+from karat_scale.data.shards.shard_files import Blocks, SamplePlaces
 from karat_scale.data.shards.shard_format import DATASET_FILE, FileRecord, ShardRecord
-from karat_scale.data.shards.use import RemoteUse
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.stores import Store
 

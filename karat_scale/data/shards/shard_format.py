@@ -9,21 +9,38 @@
 A sample's id is its position in the split: shard after shard, in the order of dataset.json.
 
 The launch wrapper may have made a copy of the shards on a local disk of this node.
+
+Indexes of shards and betons: columns of numbers, and the samples' keys, in an npz file.
+
+An index whose hash is right may still lie: another program wrote it. So its columns are checked once, when a split is
+opened.
+
+Checks for shards, betons and folders: files against their records, classes against the model.
 """
 
+import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
+import stat
+import threading
+import zipfile
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import read_text, write_atomically
 from karat_scale.foundation.stores import DEFAULT_TIMEOUT, Store, is_url
+from karat_scale.foundation.tables import Files
+from karat_scale.recipe import DataConfig
 
 _FIX = "make it with data_prep/make_webdataset.py"
 DATASET_FILE, TIMM_FILE = "dataset.json", "info.json"
@@ -228,3 +245,192 @@ def staged_copy(path: str, environ: Mapping[str, str] = os.environ) -> str | Non
     if not copy or environ.get("KARAT_SHARDS") != path:
         return None
     return copy if (Path(copy) / DATASET_FILE).is_file() else None  # stage.py writes it last
+
+
+Column = npt.NDArray[Any]
+KEY = "key"
+
+
+def read_columns(data: bytes, kinds: Mapping[str, Any], samples: int, file_bytes: int) -> dict[str, Column]:
+    """Return the columns of an index's bytes, as numbers of these kinds.
+
+    Args:
+        kinds: the dtype of each column; `offset` and `size` are among them.
+        samples: how many samples there must be.
+        file_bytes: the size of the file that holds them.
+
+    Raises:
+        ValueError: it is no index of such a file; the message says why, in a few words.
+    """
+    columns = {name: _numbers(read_column(data, name), name, kind) for name, kind in kinds.items()}
+    keys = read_column(data, KEY)
+    if keys.dtype.kind != "S":
+        raise ValueError(f"column {KEY} holds no names")
+    for name, column in (*columns.items(), (KEY, keys)):
+        if column.shape != (samples,):
+            raise ValueError(f"column {name} has the shape {column.shape}, and there are {samples} samples")
+    outside = (columns["size"] < 0) | (columns["offset"] < 0) | (columns["offset"] > file_bytes - columns["size"])
+    if outside.any():
+        raise ValueError(f"sample {outside.argmax()} lies outside of the file's {file_bytes} bytes")
+    return columns
+
+
+def read_column(data: bytes, name: str) -> Column:
+    """Return one column of an index's bytes, as it is.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    try:
+        archive = np.load(io.BytesIO(data), allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is no npz file")
+        with archive:
+            return np.asarray(archive[name])
+    except KeyError:
+        raise ValueError(f"it has no column {name}") from None
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError, NotImplementedError, SyntaxError) as error:
+        raise ValueError(f"it is no npz file: {str(error)[:100] or type(error).__name__}") from None
+
+
+def key_of(data: bytes, sample: int) -> str:
+    """Return the key of a sample, for messages. Bytes that are not UTF-8 become \\xNN."""
+    key: bytes = read_column(data, KEY)[sample]
+    return key.decode(errors="backslashreplace")
+
+
+def keys_of(data: bytes) -> list[str]:
+    """Return the keys of all samples, as `key_of`."""
+    return [key.decode(errors="backslashreplace") for key in read_column(data, KEY).tolist()]
+
+
+def _numbers(column: Column, name: str, kind: Any) -> Column:
+    if column.dtype.kind not in "iu":
+        raise ValueError(f"column {name} holds no whole numbers")
+    limits = np.iinfo(kind)
+    if column.size and (int(column.min()) < limits.min or int(column.max()) > limits.max):
+        raise ValueError(f"column {name} has numbers that are out of range")
+    return column.astype(kind, copy=False)
+
+
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Wording:
+    """Words for messages about a kind of file: where its record is, how to fix it, and that it is missing."""
+
+    said_by: str
+    fix: str
+    missing: str = "is missing"
+
+
+def must_answer(path: Path, timeout: float) -> None:
+    """Wait until a path can be opened or is found missing. Raises DataError after `timeout` seconds.
+
+    A dead server's file system blocks the caller and lets no signal through, so a thread opens the path.
+    """
+
+    def ask() -> None:
+        with suppress(OSError):
+            os.close(os.open(path, os.O_RDONLY))
+
+    asking = threading.Thread(target=ask, name="karat-ask", daemon=True)
+    asking.start()
+    asking.join(timeout)
+    if asking.is_alive():
+        raise DataError(
+            f"data.path = {path} did not answer for data.timeout = {timeout:g} s; check its file system, or raise "
+            "data.timeout if it is only slow"
+        )
+
+
+def check_data_path(data: DataConfig) -> None:
+    """Refuse a `data.path` where there is nothing. It costs nothing, so that commands ask before they import torch.
+
+    Raises:
+        DataError: it does not exist, has no dataset.json though it should, or does not answer.
+    """
+    if data.row.files is None or is_url(data.path) or staged_copy(data.path):
+        return
+    directory = Path(data.path).expanduser()
+    must_answer(directory, data.timeout)
+    if data.row.files is Files.SHARDS:
+        check_has_record(directory)
+    elif not directory.is_dir():
+        raise DataError(f"data.path = {directory} is not a directory; set it to {data.row.files.value}")
+
+
+def split_fix(split: str, there: Collection[str]) -> str:
+    """Return what to do where a data set lacks a split and has others; an empty text if it has none."""
+    if not there:
+        return ""
+    if split == "train":
+        return "; set data.train_split to one of them"
+    others = [name for name in ("val", "validation", "valid", "test") if name in there]
+    if others:
+        return f"; set data.val_split={others[0]}"
+    return "; set data.val_split to one of them, or make one by data_prep/make_webdataset.py --val-fraction 0.1"
+
+
+def check_class_count(place: Path | str, classes: int, num_classes: int) -> None:
+    """Refuse data with more classes than the model. Raises DataError."""
+    if classes > num_classes:
+        raise DataError(
+            f"{place} has {classes} classes, but model.num_classes = {num_classes}; set model.num_classes={classes}"
+        )
+
+
+def unused_classes(classes: int, num_classes: int) -> str:
+    """Return a notice if the model has more classes than the data; else an empty text."""
+    if classes >= num_classes:
+        return ""
+    return (
+        f"the data has {classes} classes, but model.num_classes = {num_classes}: the others do not occur; "
+        f"set model.num_classes={classes} unless that is intended"
+    )
+
+
+def check_file(path: Path, record: FileRecord, by_hash: bool, wording: Wording) -> None:
+    """Compare a file with its record by size or by SHA-256. Raises DataError."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"{path} {wording.missing}; {wording.fix}") from error
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+        raise DataError(f"{path} is not a regular file; {wording.fix}")
+    size = status.st_size
+    if size != record.bytes:
+        how = "is cut short" if size < record.bytes else "has changed since it was written"
+        raise DataError(f"{path} {how}: {size} bytes, {wording.said_by} says {record.bytes}; {wording.fix}")
+    if by_hash:
+        for _ in hash_file(path, record, wording):
+            pass
+
+
+def hash_file(path: Path, record: FileRecord, wording: Wording) -> Iterator[None]:
+    """Compare a file's SHA-256 with its record; yields after each piece that is read. Raises DataError."""
+    if not record.sha256:
+        raise DataError(f"{path} was indexed without its SHA-256; use data.verify=size, or index it again with --hash")
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+                yield
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; {wording.fix}") from error
+    if digest.hexdigest() != record.sha256:
+        raise DataError(f"{path} has changed since it was written: its SHA-256 differs; {wording.fix}")
+
+
+def read_checked(path: Path, record: FileRecord, wording: Wording) -> bytes:
+    """Return the bytes of a small file after comparing it with its record. Raises DataError."""
+    check_file(path, record, False, wording)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; {wording.fix}") from error
+    if hashlib.sha256(data).hexdigest() != record.sha256:
+        raise DataError(f"{path} has changed since it was written; {wording.fix}")
+    return data

@@ -1,19 +1,27 @@
-"""Random access into the shards of one split, checked against dataset.json and the indexes."""
+"""Random access into the shards of one split, checked against dataset.json and the indexes.
+
+Where the files of a data set are: a directory, or a URL. Both are asked for the same.
+"""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from karat_scale.data.shards import checks
+from karat_scale.data.shards import shard_format
+from karat_scale.data.shards.cache import RemoteUse
 from karat_scale.data.shards.extents import RemoteShardFiles
-from karat_scale.data.shards.index import key_of, keys_of, read_columns
-from karat_scale.data.shards.place import FIX, WORDING, LocalPlace, Place
-from karat_scale.data.shards.readahead import NO_BLOCKS, Blocks
 from karat_scale.data.shards.remote_place import RemotePlace
-from karat_scale.data.shards.shard_files import ChangedSampleError, SamplePlaces
+from karat_scale.data.shards.shard_files import (
+    NO_BLOCKS,
+    Blocks,
+    ChangedSampleError,
+    LocalShardFiles,
+    SamplePlaces,
+    ShardFiles,
+)
 from karat_scale.data.shards.shard_format import (
     DATASET_FILE,
     INDEX_FIELDS,
@@ -21,10 +29,67 @@ from karat_scale.data.shards.shard_format import (
     FileRecord,
     ShardRecord,
     dataset_directory,
+    key_of,
+    keys_of,
+    read_columns,
     read_dataset_record,
 )
-from karat_scale.data.shards.use import RemoteUse
 from karat_scale.foundation.errors import DataError
+
+FIX = "copy the shards again or make them again with data_prep/make_webdataset.py"
+WORDING = shard_format.Wording(DATASET_FILE, FIX, f"is missing, though {DATASET_FILE} lists it")
+
+
+class Place(Protocol):
+    """The files of a data set. All methods raise DataError."""
+
+    fix: str
+    """What to do if a file is not as it was."""
+
+    def where(self, name: str) -> str:
+        """Return the path or the URL of a file."""
+
+    def check(self, shards: Sequence[ShardRecord], by_hash: bool) -> None:
+        """Compare shards with their records: by their sizes, or also by their hashes."""
+
+    def read_checked(self, record: FileRecord) -> bytes:
+        """Return a small file after comparing it with its record."""
+
+    def read_all_checked(self, records: Sequence[FileRecord]) -> Iterator[bytes]:
+        """Yield small files, in order, after comparing each with its record."""
+
+    def files(self, places: SamplePlaces, readahead: Blocks) -> ShardFiles:
+        """Return what reads samples. readahead: the blocks that a file system reads ahead."""
+
+
+class LocalPlace:
+    """A directory. See Place."""
+
+    fix = FIX
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def where(self, name: str) -> str:
+        """See Place."""
+        return str(self._directory / name)
+
+    def check(self, shards: Sequence[ShardRecord], by_hash: bool) -> None:
+        """See Place."""
+        for shard in shards:
+            shard_format.check_file(self._directory / shard.name, shard, by_hash, WORDING)
+
+    def read_checked(self, record: FileRecord) -> bytes:
+        """See Place."""
+        return shard_format.read_checked(self._directory / record.name, record, WORDING)
+
+    def read_all_checked(self, records: Sequence[FileRecord]) -> Iterator[bytes]:
+        """See Place."""
+        return map(self.read_checked, records)
+
+    def files(self, places: SamplePlaces, readahead: Blocks) -> ShardFiles:
+        """See Place."""
+        return LocalShardFiles(self._directory, places, readahead)
 
 
 class ShardSplit:
@@ -51,7 +116,7 @@ class ShardSplit:
         record = read_dataset_record(self.directory, remote.timeout)
         self.classes = tuple(record.classes)
         self._shards = self._split_record(record, split)
-        checks.check_class_count(self.directory, len(self.classes), num_classes)
+        shard_format.check_class_count(self.directory, len(self.classes), num_classes)
         self._indexes = open_place(self.directory, remote)
         self._tars = open_place(record.tars_of(self.directory), remote) if record.root else self._indexes
         self._tars.check(self._shards, by_hash=verify == "hash")
@@ -75,7 +140,7 @@ class ShardSplit:
             there = [name for name, found in record.splits.items() if found.samples]
             raise DataError(
                 f"{self.directory} has no samples of split {split!r}; the splits there: {', '.join(there) or 'none'}"
-                + checks.split_fix(split, there)
+                + shard_format.split_fix(split, there)
             )
         found = record.splits[split]
         if found.samples != sum(shard.samples for shard in found.shards):
@@ -163,4 +228,4 @@ def open_place(directory: Path | str, remote: RemoteUse) -> Place:
 
 def check_file(directory: Path, record: FileRecord, by_hash: bool) -> None:
     """Compare a file with its record by size or by SHA-256. Raises DataError."""
-    checks.check_file(directory / record.name, record, by_hash, WORDING)
+    shard_format.check_file(directory / record.name, record, by_hash, WORDING)

@@ -1,21 +1,31 @@
-"""Make a batch from the next samples of a lane: decode, transform, collect."""
+"""Make a batch from the next samples of a lane: decode, transform, collect.
 
-from collections.abc import Generator, Iterator
+The `webdataset` backend with `data.order: stream`: training batches of tars without an index.
+
+Where the lanes of one rank stand after the last batch that was trained on, and how a checkpoint says it.
+"""
+
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from karat_scale.data.augmentation.augment import TrainTransform
 from karat_scale.data.augmentation.draw import Draw
+from karat_scale.data.backends.images import ImageBackend
 from karat_scale.data.batch import BadSample, Batch, Streamed
-from karat_scale.data.decoders import Decoder
-from karat_scale.data.decoders.decode import UndecodableImageError
-from karat_scale.data.decoders.view import View
-from karat_scale.data.loading.assemble import MAX_REPLACEMENTS, Pixels
-from karat_scale.data.loading.base import ImageSpec
-from karat_scale.data.loading.workers import Whereabouts, lead_own_commands
+from karat_scale.data.decoders import Decoder, make_decoder
+from karat_scale.data.decoders.decode import UndecodableImageError, View
+from karat_scale.data.loading.assemble import MAX_REPLACEMENTS, ImageSpec, Pixels, Whereabouts, lead_own_commands
 from karat_scale.data.order import sample_seed
 from karat_scale.data.plan import BatchSlice, LanePlace
+from karat_scale.data.shards.cache import RemoteUse
+from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.data.streams.samples import InLane, StreamSource
+from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import DataError
 
 
@@ -102,3 +112,90 @@ class StreamAssembler:
         lanes, self._lanes = self._lanes, {}
         for lane in lanes.values():
             lane.close()
+
+
+class StreamBackend(ImageBackend):
+    """Trains on a stream, and evaluates on an indexed split, which also names the classes. See Backend."""
+
+    def __init__(self, spec: ImageSpec) -> None:
+        data = spec.data
+        remote = RemoteUse.of(data, training=False)
+        val = ShardSplit(data.path, data.val_split, spec.num_classes, data.verify, remote=remote)
+        super().__init__(val, val, spec)
+        self._spec = spec
+
+    @property
+    def num_train(self) -> int:
+        return self._data.stream_samples or 0
+
+    @cached_property
+    def _make_stream(self) -> StreamAssembler:  # not before it is used: an evaluation needs none of it
+        source = StreamSource(self._data, self._spec.seed, self.classes)
+        decoder = make_decoder(self._data, self._spec.augment.interpolation)
+        return StreamAssembler(source, self._spec, decoder)
+
+    def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
+        return self._load(self._make_stream, slices)
+
+    def close(self) -> None:
+        super().close()
+        if "_make_stream" in self.__dict__:
+            self._make_stream.close()
+
+
+Count = Annotated[int, Field(ge=0, lt=2**40)]
+
+
+@dataclass
+class StreamState:
+    """What a checkpoint says of a stream. shards: their number. lanes: of all ranks, the entry and the used samples."""
+
+    shards: Annotated[int, Field(ge=1)]
+    lanes: Annotated[list[tuple[Count, Count]], Field(min_length=1)]
+
+
+class StreamProgress:
+    """The places of this rank's lanes.
+
+    lanes: of each rank. shards: the number of the stream's shards.
+    """
+
+    def __init__(self, rank: int, ranks: int, lanes: int, shards: int) -> None:
+        self._mine = range(rank * lanes, (rank + 1) * lanes)
+        self._all, self._shards = ranks * lanes, shards
+        self.places = {lane: LanePlace(lane) for lane in self._mine}
+
+    def from_here(self, slices: Iterable[BatchSlice]) -> Iterator[BatchSlice]:
+        """Yield the slices; the first one of each lane says where it stands."""
+        waiting = dict(self.places)
+        for part in slices:
+            yield replace(part, place=waiting.pop(part.lane, None))
+
+    def note(self, batch: Batch) -> None:
+        """A batch was trained on."""
+        if batch.streamed is not None:
+            self.places[batch.streamed.lane] = batch.streamed.place
+
+    def mine(self) -> list[LanePlace]:
+        """Return the places of this rank's lanes in order."""
+        return [self.places[lane] for lane in self._mine]
+
+    def state(self, places: Iterable[LanePlace]) -> StreamState:
+        """Return what a checkpoint says, given the places of all ranks."""
+        return StreamState(self._shards, [(place.entry, place.used) for place in places])
+
+    def resume(self, saved: StreamState | None) -> str:
+        """Go on where a checkpoint stands; returns why that cannot be done exactly, and what happens instead."""
+        if saved is None:
+            return ""
+        if (saved.shards, len(saved.lanes)) == (self._shards, self._all):
+            self.places = {lane: LanePlace(*saved.lanes[lane]) for lane in self._mine}
+            return ""
+        cycle = max(entry for entry, _ in saved.lanes) // saved.shards + 1
+        self.places = {lane: LanePlace(cycle * self._shards + lane) for lane in self._mine}
+        now, then = _described(self._shards, self._all), _described(saved.shards, len(saved.lanes))
+        return f"the stream now has {now}, and {then} in the checkpoint: each lane begins at cycle {cycle}"
+
+
+def _described(shards: int, lanes: int) -> str:
+    return f"{plural(shards, 'tar')} and {plural(lanes, 'lane')} (ranks x data workers)"

@@ -1,4 +1,7 @@
-"""The samples of a lane, shuffled, from a place on and without end."""
+"""The samples of a lane, shuffled, from a place on and without end.
+
+The samples of one shard, as the webdataset library reads and groups them.
+"""
 
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -7,16 +10,65 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from webdataset.filters import shuffle
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from karat_scale.data.indexing.labels import LabelRule, NoLabelError, number_of
-from karat_scale.data.indexing.samples import IMAGES
+from karat_scale.data.indexing.samples import IMAGES, LabelRule, NoLabelError, number_of
 from karat_scale.data.order import shuffle_seed
 from karat_scale.data.plan import LanePlace
 from karat_scale.data.shards.streamed import StreamShards
-from karat_scale.data.streams.tar import DOUBLED, read_tar
+from karat_scale.data.streams.shard_bytes import ShardBytes, ShardError, opened
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import DataConfig
+
+DOUBLED = "__doubled__"
+
+
+def read_tar(url: str, name: str) -> Iterator[dict[str, Any]]:
+    """Yield the samples of a shard as the library makes them, in the shard's order.
+
+    A sample in which a suffix occurs twice has DOUBLED, and the first of the two.
+
+    Args:
+        url: what to open.
+        name: what messages call it.
+
+    Raises:
+        DataError: the shard cannot be opened, is damaged or ends early, or its command fails.
+    """
+    count = 0
+    try:
+        with opened(url) as shard:
+            for sample in _samples(shard):
+                count += 1
+                yield sample
+            shard.check_end()
+    except ShardError as error:
+        after = f" after {plural(count, 'sample')}" if count else ""
+        text = f"data.stream: {name} {error.reason}{after}; put it right, or take it out of data.stream"
+        raise DataError(text) from None
+
+
+def _samples(shard: ShardBytes) -> Iterator[dict[str, Any]]:
+    doubled = False
+
+    def note(error: Exception) -> bool:
+        nonlocal doubled
+        if not isinstance(error, ValueError):
+            raise error
+        doubled = True
+        return True  # go on
+
+    try:
+        for sample in group_by_keys(tar_file_expander([{"url": "", "stream": shard}]), handler=note):
+            yield {**sample, DOUBLED: True} if doubled else sample
+            doubled = False
+    except ShardError:
+        raise
+    except Exception as error:  # of tarfile, or of a header's text
+        reason = str(error.args[0]).partition(" @ ")[0] if error.args else type(error).__name__
+        raise shard.explained("is empty" if shard.is_empty else f"is damaged or ends early ({reason})") from error
+
 
 # Samples that the buffer must have before one is taken from it.
 _INITIAL = 100

@@ -3,6 +3,14 @@
 A rank's own time is the part of a step in which it waits for no other: for its data, and in its forward pass.
 Efficiency is how much of a device's arithmetic training uses: FLOP/s of the model's equations, and MFU where the peak
 is known.
+
+Histograms, for the trackers, of what each head has learned so far: its coefficients and its projector W.
+
+A trace of chosen steps by torch's profiler, for Perfetto, chrome://tracing or TensorBoard.
+
+profile/
+  rank-00000-steps-3-5.pt.trace.json   what ran when, on the CPU and the GPU
+  rank-00000-steps-3-5.txt             operations by the time they took themselves, the longest first
 """
 
 import resource
@@ -10,14 +18,22 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
-from karat_scale.engine.precision import matrix_peak
+from karat_scale.engine.deepspeed_internals import whole_parameters
+from karat_scale.engine.distributed import World
+from karat_scale.engine.engine import Engine, matrix_peak
+from karat_scale.engine.reporting.progress import Reporter
+from karat_scale.foundation.files import commit_file, replace_file, temporary_folder
 from karat_scale.foundation.machine import find_gpu
 from karat_scale.models.flops import flops_per_image
-from karat_scale.recipe import Recipe, TrainConfig
+from karat_scale.models.operators import head_parameters
+from karat_scale.recipe import LogConfig, Recipe, TrainConfig
 
 
 class Interval:
@@ -226,3 +242,93 @@ class Efficiency:
     def _flops(self) -> int:
         # Counted at the first report: a start need not wait for it.
         return flops_per_image(self._recipe.model, self._recipe.attention, self._recipe.train.freeze).training
+
+
+_BINS = 64
+
+
+class HeadHistograms:
+    """Written each `log.histogram_every_steps`; rank 0 writes, and at stage 3 all ranks bring their parts."""
+
+    def __init__(self, engine: Engine, log: LogConfig, reporter: Reporter) -> None:
+        self._engine, self._reporter = engine, reporter
+        self._every = log.histogram_every_steps if log.trackers else None
+        self._parameters = list(head_parameters(engine.module))
+
+    def due(self, step: int) -> bool:
+        """Whether there is something to write after `step` finished steps; the same on every rank."""
+        return bool(self._every and self._parameters) and step > 0 and step % (self._every or 1) == 0
+
+    def write(self, step: int) -> None:
+        """Write one histogram of each parameter of each head. Collective at stage 3."""
+        with whole_parameters(self._engine.deepspeed, [parameter for *_, parameter in self._parameters]):
+            if self._reporter.is_recording:
+                histograms = {
+                    f"block {block}, {name}/head {head}": _histogram(values)
+                    for name, block, parameter in self._parameters
+                    for head, values in enumerate(parameter.detach())
+                }
+                self._reporter.histograms(step, histograms)
+
+
+def _histogram(values: torch.Tensor) -> dict[str, Any]:
+    """Count the finite values in bins of equal width."""
+    numbers = values.double().flatten().cpu().numpy()
+    numbers = numbers[np.isfinite(numbers)]
+    counts, edges = np.histogram(numbers, _BINS)
+    return {
+        "counts": counts.tolist(),
+        "edges": [float(f"{edge:.7g}") for edge in edges],
+        "sum": float(numbers.sum()),
+        "sum_squares": float(np.square(numbers).sum()),
+    }
+
+
+TABLE_ROWS = 40
+
+
+class StepProfiler:
+    """Traces steps `steps[0]` to `steps[1]`, both included, on each rank; the results are the same with and without.
+
+    A run that stops in between leaves no trace.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, directory: Path, world: World, reporter: Reporter) -> None:
+        self._first, self._last = steps or (0, -1)
+        self._directory, self._world, self._reporter = directory, world, reporter
+        self._profile: Any = None
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Step `number`, counted from 1, is done inside."""
+        inside = self._first <= number <= self._last
+        if inside and self._profile is None:
+            self._first = number  # a resumed run may begin in the middle
+            self._profile = torch.profiler.profile()
+            self._profile.start()
+        yield
+        if inside and number == self._last:
+            self._profile.stop()
+            self._write()
+            self._profile = None
+
+    def _write(self) -> None:
+        name = f"rank-{self._world.rank:05d}-steps-{self._first}-{self._last}"
+        trace = self._directory / f"{name}.pt.trace.json"
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with temporary_folder(trace) as scratch:
+                # The exporter wants a name that ends in .json.
+                unfinished = scratch / trace.name
+                self._profile.export_chrome_trace(str(unfinished))
+                commit_file(unfinished, trace)
+            replace_file(self._directory / f"{name}.txt", self._table() + "\n")
+        except OSError as error:  # training is worth more than its profile
+            self._reporter.warn(f"profile of steps {self._first} to {self._last} not written: {error}")
+            return
+        self._reporter.info(f"profiled steps {self._first} to {self._last}: {trace}")
+
+    def _table(self) -> str:
+        on = "cuda" if self._world.device.type == "cuda" else "cpu"
+        table: str = self._profile.key_averages().table(sort_by=f"self_{on}_time_total", row_limit=TABLE_ROWS)
+        return table

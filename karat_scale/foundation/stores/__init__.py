@@ -4,10 +4,9 @@ Credentials and endpoints come from the usual places of the library of each prot
 message repeats what a library says, since that may hold a signed URL.
 """
 
-from karat_scale.foundation.stores.connection import FileFacts, Sink
+from karat_scale.foundation.stores.connection import FileFacts, Sink, check_url, check_writable, is_url
 from karat_scale.foundation.stores.failures import DEFAULT_TIMEOUT, ChangedFileError, MissingFileError, StoreError
 from karat_scale.foundation.stores.store import Store, WritableStore
-from karat_scale.foundation.stores.urls import check_url, check_writable, is_url
 
 __all__ = [
     "DEFAULT_TIMEOUT",

@@ -10,7 +10,16 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.parse import unquote
 
-from karat_scale.foundation.stores.connection import Connection, FileFacts, InMemory, OneTry, Sink, facts_of
+from karat_scale.foundation.stores.connection import (
+    Connection,
+    FileFacts,
+    InMemory,
+    OneTry,
+    Sink,
+    check_url,
+    check_writable,
+    facts_of,
+)
 from karat_scale.foundation.stores.failures import (
     DEFAULT_TIMEOUT,
     ChangedFileError,
@@ -18,7 +27,6 @@ from karat_scale.foundation.stores.failures import (
     Retries,
     StoreError,
 )
-from karat_scale.foundation.stores.urls import check_url, check_writable
 
 _THREADS = 16
 _PIECE = 16 << 20

@@ -91,22 +91,15 @@ class FakeDriver:
 @contextmanager
 def fake_driver(architecture: int) -> Iterator[FakeDriver]:
     """Lets Triton believe in a GPU of a compute capability, 90 for 9.0."""
-    from karat_scale.attention.kernels import (
-        triton_backward,
-        triton_forward,
-        triton_launch,
-        triton_prepare,
-        triton_readout,
-        triton_reduce,
-    )
+    from karat_scale.attention.kernels import triton_backward, triton_forward, triton_launch, triton_psi
 
     kernels = [
-        triton_prepare.prepare_kernel,
+        triton_psi.prepare_kernel,
         triton_forward.forward_kernel,
-        triton_readout.readout_kernel,
+        triton_forward.readout_kernel,
         triton_backward.grad_query_kernel,
         triton_backward.grad_key_kernel,
-        triton_reduce.reduce_kernel,
+        triton_psi.reduce_kernel,
         *triton_launch.PSI_KERNELS.values(),
     ]
 

@@ -13,7 +13,7 @@ from karat_scale.attention.variants import (
     SmoothOperator,
     StaticHeads,
 )
-from karat_scale.attention.variants import rows as rows_module
+from karat_scale.attention.variants import controls as rows_module
 
 BATCH, HEADS, TOKENS, WIDTH, RANK, GRID, MODES = 2, 3, 10, 4, 3, 2, 5
 
@@ -113,7 +113,7 @@ def test_tiles_make_no_difference(monkeypatch):
     results = []
     for budget in (2**24, 1):
         monkeypatch.setattr(rows_module, "workspace_budget", lambda _, budget=budget: budget)
-        monkeypatch.setattr("karat_scale.attention.tiles.MIN_ROWS", 3)
+        monkeypatch.setattr("karat_scale.attention.routes.MIN_ROWS", 3)
         tensors = [x.requires_grad_() for x in heads()]
         bias = torch.linspace(-1, 1, BATCH * TOKENS * TOKENS, dtype=torch.float64).view(BATCH, 1, TOKENS, TOKENS)
         output = module(*tensors, bias=bias, mask=bias < 0.9)

@@ -7,10 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from karat_scale.commands.analyze.accuracy import analyze_accuracy, class_figures, confusion
-from karat_scale.commands.analyze.calibration import analyze_calibration, reliability
-from karat_scale.commands.analyze.mistakes import analyze_mistakes, least_certain_hits, most_confident_mistakes
-from karat_scale.commands.analyze.own_predictions import FILE
+from karat_scale.commands.analyze.predictions import (
+    FILE,
+    analyze_accuracy,
+    analyze_calibration,
+    analyze_mistakes,
+    class_figures,
+    confusion,
+    least_certain_hits,
+    most_confident_mistakes,
+    reliability,
+)
 from karat_scale.commands.analyze.result import Settings
 from karat_scale.commands.analyze.trained_run import TrainedRun, open_run
 from karat_scale.commands.evaluate.predictions import Predictions, read_predictions, write_predictions

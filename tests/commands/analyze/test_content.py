@@ -1,4 +1,4 @@
-from karat_scale.commands.analyze.content import analyze_content
+from karat_scale.commands.analyze.matrices import analyze_content
 from karat_scale.commands.analyze.result import Settings
 from karat_scale.commands.analyze.trained_run import TrainedRun
 

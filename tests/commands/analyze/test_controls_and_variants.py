@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 from karat_scale.attention.variants import SmoothOperator
-from karat_scale.commands.analyze.content import analyze_content
 from karat_scale.commands.analyze.functions import analyze_functions
 from karat_scale.commands.analyze.maps import analyze_maps
+from karat_scale.commands.analyze.matrices import analyze_content, analyze_spectrum
 from karat_scale.commands.analyze.result import NothingToShowError, Result, Settings
-from karat_scale.commands.analyze.spectrum import analyze_spectrum
 from karat_scale.commands.analyze.trained_run import TrainedRun
 from karat_scale.recipe import ModelConfig
 

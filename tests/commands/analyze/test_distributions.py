@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from karat_scale.commands.analyze.distributions import analyze_distributions, describe, hill_index, moments
+from karat_scale.commands.analyze.functions import analyze_distributions, describe, hill_index, moments
 from karat_scale.commands.analyze.result import Settings
 from karat_scale.commands.analyze.trained_run import TrainedRun
 from karat_scale.foundation.errors import RunDirectoryError

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from karat_scale.commands.analyze.eigenvalues import TOLERANCE, Eigenvalue, Vector, largest_eigenvalues
+from karat_scale.commands.analyze.curvature import TOLERANCE, Eigenvalue, Vector, largest_eigenvalues
 
 MIXED = [10, -9.5, 1, 0.5, 0.1]
 CLUSTERED = [10, 9, -9.8, 8.5, -8]

@@ -9,8 +9,8 @@ import torch
 
 from karat_scale.commands.analyze.functions import analyze_functions
 from karat_scale.commands.analyze.maps import analyze_maps
+from karat_scale.commands.analyze.matrices import analyze_spectrum
 from karat_scale.commands.analyze.result import Settings
-from karat_scale.commands.analyze.spectrum import analyze_spectrum
 from karat_scale.commands.analyze.trained_run import TrainedRun
 
 SEEN = {0: 7, 1: 3}

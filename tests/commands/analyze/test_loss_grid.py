@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from karat_scale.commands.analyze.loss_grid import filter_normalised, loss_grid
+from karat_scale.commands.analyze.landscape import filter_normalised, loss_grid
 from karat_scale.models import create_model
 from karat_scale.recipe import AttentionConfig
 from tests.models.test_attention_matrices import SIZE

@@ -22,7 +22,7 @@ log: {trackers: []}
 # Six products an eigenvalue need what forty need: the basis is full by then.
 MEASURE = """
 import json, resource, sys
-from karat_scale.commands.analyze import sharpness
+from karat_scale.commands.analyze import curvature as sharpness
 from karat_scale.commands.cli import main
 sharpness.PRODUCTS, sharpness.PROBES = 6, 2
 code = main(sys.argv[1:])

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.commands.analyze.figures import new_figure
-from karat_scale.commands.analyze.output import read_written, write_result
+from karat_scale.commands.analyze.output import new_figure, read_written, write_result
 from karat_scale.commands.analyze.report import Problem, RunSummary, write_report
 from karat_scale.commands.analyze.result import Result, Table, Tile
 

@@ -6,7 +6,7 @@ import pytest
 from karat_scale.commands.analyze.result import NothingToShowError
 from karat_scale.commands.analyze.robustness import analyze_robustness
 from karat_scale.commands.analyze.trained_run import TrainedRun
-from karat_scale.commands.evaluate.kept import Evaluation, is_complete, keep_evaluation
+from karat_scale.commands.evaluate.predictions import Evaluation, is_complete, keep_evaluation
 
 
 def corrupted(run: TrainedRun, directory: Path, corruptions: dict[str, dict[int, float]]) -> TrainedRun:

@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
+from karat_scale.commands.analyze.curvature import analyze_sharpness
 from karat_scale.commands.analyze.result import Settings
-from karat_scale.commands.analyze.sharpness import analyze_sharpness
 from karat_scale.commands.analyze.trained_run import TrainedRun
 
 QUICK = Settings(hessian_samples=4, eigenvalues=1)

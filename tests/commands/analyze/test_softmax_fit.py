@@ -3,7 +3,7 @@ import torch
 
 from karat_scale.attention import KaratOperator
 from karat_scale.attention.bases import Fourier
-from karat_scale.commands.analyze.softmax_fit import SoftmaxFit, can_fit
+from karat_scale.commands.analyze.matrices import SoftmaxFit, can_fit
 
 TOKENS = 6
 

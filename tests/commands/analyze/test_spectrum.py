@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from karat_scale.commands.analyze.matrices import Spectrum, analyze_spectrum, effective_rank, scree_rank, stable_rank
 from karat_scale.commands.analyze.result import Settings
-from karat_scale.commands.analyze.spectrum import Spectrum, analyze_spectrum, effective_rank, scree_rank, stable_rank
 from karat_scale.commands.analyze.trained_run import TrainedRun
 from karat_scale.models import create_model
 from karat_scale.models.attention_matrices import watched

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from karat_scale.commands.analyze.history import achieved, described, read_history
+from karat_scale.commands.analyze.history import achieved, analyze_training, described, read_history
 from karat_scale.commands.analyze.result import NothingToShowError
 from karat_scale.commands.analyze.trained_run import TrainedRun
-from karat_scale.commands.analyze.training import analyze_training
 
 
 def with_events(run: TrainedRun, path: Path, *events: dict[str, object]) -> TrainedRun:

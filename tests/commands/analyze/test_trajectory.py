@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from karat_scale.commands.analyze.landscape import plane_of_run, principal_plane
 from karat_scale.commands.analyze.trained_run import TrainedRun
-from karat_scale.commands.analyze.trajectory import plane_of_run, principal_plane
 from karat_scale.foundation.errors import RunDirectoryError
 
 
 def test_a_path_in_a_plane_is_found_with_its_coordinates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("karat_scale.commands.analyze.trajectory.CHUNK", 7)
+    monkeypatch.setattr("karat_scale.commands.analyze.landscape.CHUNK", 7)
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(100, 2)))[0].T
     path = np.array([[8.0, 0.0], [-8.0, 1.0], [4.0, -2.0], [0.0, 0.0]])

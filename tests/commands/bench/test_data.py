@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from karat_scale.commands.bench.data import torchs_decoder
-from karat_scale.commands.bench.sample_images import photo_like, prepare_images
+from karat_scale.commands.bench.data import photo_like, prepare_images, torchs_decoder
 from karat_scale.commands.cli import main
 
 

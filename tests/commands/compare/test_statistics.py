@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from karat_scale.commands.compare.statistics import compare, holm, spread
+from karat_scale.commands.compare.comparison import compare, holm, spread
 
 
 def test_the_spread_of_three_values_is_that_of_a_table() -> None:

@@ -71,7 +71,7 @@ def test_shards_give_every_figure(doctor: Doctor, recipe_file: Path, tmp_path: P
 @pytest.mark.slow
 def test_nothing_is_left_behind(recipe_file: Path, tmp_path: Path) -> None:
     code = (
-        "import psutil; from karat_scale.commands.doctor.run import doctor\n"
+        "import psutil; from karat_scale.commands.doctor.checkup import doctor\n"
         f"code = doctor({str(recipe_file)!r}, ['data.workers=2'], 0.5, None)\n"
         "print('left:', code, psutil.Process().children(recursive=True))"
     )

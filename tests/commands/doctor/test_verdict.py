@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from karat_scale.commands.doctor.verdict import Setting, Stage, judge
+from karat_scale.commands.doctor.report import Setting, Stage, judge
 
 SETTING = Setting(
     workers=2,

@@ -1,6 +1,6 @@
 """Classes of another test set are found by name, WordNet id or number."""
 
-from karat_scale.commands.evaluate.class_names import imagenet_wnids, match_classes, wnid_of
+from karat_scale.commands.evaluate.test_set import imagenet_wnids, match_classes, wnid_of
 
 
 def test_names_match_without_case_and_with_underscores() -> None:

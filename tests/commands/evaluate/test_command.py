@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from karat_scale.commands.evaluate.kept import SEVERITIES, is_complete, read_evaluations
+from karat_scale.commands.evaluate.predictions import SEVERITIES, is_complete, read_evaluations
 from karat_scale.commands.evaluate.test_set import SPLITS
-from karat_scale.commands.status.standing import read_standing
+from karat_scale.commands.status.status import read_standing
 from karat_scale.data.shards.shard_format import read_dataset_record, write_dataset_record
 from karat_scale.foundation.tables import CORRUPTIONS
 from tests.conftest import CLASSES, VAL_PER_CLASS, karat, karat_here

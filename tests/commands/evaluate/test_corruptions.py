@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from karat_scale.commands.evaluate.corruptions import Corruption, chosen_corruptions
+from karat_scale.commands.evaluate.test_set import Corruption, chosen_corruptions
 from karat_scale.foundation.tables import CORRUPTIONS
 
 pytest.importorskip("imagecorruptions", reason="needs the extra corruptions")
@@ -51,7 +51,7 @@ def test_severity_makes_it_worse(picture: np.ndarray) -> None:
 @pytest.mark.slow
 def test_another_process_makes_the_same(picture: np.ndarray) -> None:
     code = (
-        "import numpy as np\nfrom karat_scale.commands.evaluate.corruptions import Corruption\n"
+        "import numpy as np\nfrom karat_scale.commands.evaluate.test_set import Corruption\n"
         "y, x = np.mgrid[0:64, 0:64]\np = np.stack([4 * x, 4 * y, 2 * (x + y)], axis=-1).astype(np.uint8)\n"
         "print(sum(int(Corruption(n, 2)(p, 5).astype(int).sum()) for n in ('snow', 'glass_blur', 'shot_noise')))"
     )

@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from karat_scale.commands.evaluate.class_names import imagenet_wnids
 from karat_scale.commands.evaluate.predictions import Predictions
-from karat_scale.commands.evaluate.real_labels import OtherLabels, with_other_labels
+from karat_scale.commands.evaluate.test_set import OtherLabels, imagenet_wnids, with_other_labels
 from karat_scale.foundation.errors import DataError
 
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from karat_scale.commands.evaluate.test_set import open_test_set
-from karat_scale.data.shards import index
-from karat_scale.data.shards.use import RemoteUse
+from karat_scale.data.shards import shard_format
+from karat_scale.data.shards.cache import RemoteUse
 from karat_scale.foundation.errors import DataError
 from tests.conftest import CLASSES, VAL_PER_CLASS, karat_here, make_image_folder
 from tests.data.betons import need_ffcv
@@ -117,8 +117,8 @@ def test_the_keys_of_betons_are_those_of_the_shards_and_need_one_reading(
     make_betons(image_folder, tmp_path / "betons", "--split", "val")
     make_shards(image_folder, tmp_path / "shards", "--split", "val", "--workers", "1")
     betons, shards = (open_test_set(tmp_path / name, "", OURS, RemoteUse()) for name in ("betons", "shards"))
-    read, real = [], index.read_column
-    monkeypatch.setattr(index, "read_column", lambda *arguments: read.append(1) or real(*arguments))
+    read, real = [], shard_format.read_column
+    monkeypatch.setattr(shard_format, "read_column", lambda *arguments: read.append(1) or real(*arguments))
     keys = betons.keys()
     assert len(read) == 1
     assert keys == shards.keys() == [betons.locate(sample_id)[0] for sample_id in range(len(betons))]

@@ -7,7 +7,7 @@ from karat_scale.engine.ema import Ema
 from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
 from karat_scale.recipe import Recipe
 from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.tasks.classification.evaluate import TrainState
+from karat_scale.training.tasks.classification.task import TrainState
 from tests.small_engines import make_engine, small_recipe, train_once
 
 __all__ = ["make_engine", "make_run", "small_recipe"]

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 import karat_scale.timm_models  # noqa: F401
 from karat_scale.commands.cli import main
-from karat_scale.commands.export.source import Source
+from karat_scale.commands.export.folders import Source
 from karat_scale.recipe.loading import text_digest
 from karat_scale.training.run_directory import RunDirectory
 from tests.commands.export.conftest import CLASSES
@@ -158,7 +158,7 @@ def test_torch_export_needs_nothing_of_ours(exported, model: str, tmp_path: Path
 @pytest.mark.parametrize("model", mostly_slow("universal"))
 def test_onnxruntime_gives_the_logits(exported, model: str, capsys) -> None:
     onnx = pytest.importorskip("onnx", reason="needs the extra `export`")
-    from karat_scale.commands.export.onnx_file import onnx_session
+    from karat_scale.commands.export.formats import onnx_session
 
     file, source, expected, _ = exported("onnx", "owls.onnx", *MODELS[model])
     assert "logits within" in capsys.readouterr().out

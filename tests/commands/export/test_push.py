@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from karat_scale.commands.cli import main
-from karat_scale.commands.export.source import Source
+from karat_scale.commands.export.folders import Source
 from karat_scale.training.run_directory import RunDirectory
 from tests.commands.export.hub import TOKEN, Hub, serve
 from tests.conftest import karat_environment

@@ -8,7 +8,7 @@ import torch
 from karat_scale.checkpoint.weights import load_weights
 from karat_scale.commands.cli import main
 from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.tasks.classification.teacher import build_model
+from karat_scale.training.tasks.classification.distillation_teacher import build_model
 from tests.conftest import SMALL, karat
 
 QUICK = ("train.max_steps=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null", "data.backend=synthetic")
@@ -34,7 +34,7 @@ def test_a_student_takes_its_teacher_along(tmp_path: Path, capsys) -> None:
     assert main([*options, "torch-export", "--out", str(tmp_path / "own.pt2")]) == 0
     torch.testing.assert_close(torch.export.load(tmp_path / "own.pt2").module()(images), expected)
     pytest.importorskip("onnx", reason="needs the extra `export`")
-    from karat_scale.commands.export.onnx_file import onnx_session
+    from karat_scale.commands.export.formats import onnx_session
 
     assert main([*options, "onnx", "--out", str(tmp_path / "own.onnx")]) == 0
     torch.testing.assert_close(onnx_session(str(tmp_path / "own.onnx"))(images), expected)

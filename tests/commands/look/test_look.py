@@ -11,7 +11,7 @@ from PIL import Image
 
 from karat_scale.commands.cli import main
 from karat_scale.commands.look.batch import ShownBatch, read_batch
-from karat_scale.data.shards import index
+from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
 from karat_scale.recipe.loading import load_recipe
@@ -159,8 +159,8 @@ def test_the_odd_images_of_betons_are_named_by_one_reading_of_the_index(
     for number in range(5):
         write(tmp_path / "src/train/ant" / f"{number}.jpg", jpeg(number))  # of 24 x 20 pixels, which is small
     make_betons(tmp_path / "src", tmp_path / "betons")
-    read, real = [], index.read_column
-    monkeypatch.setattr(index, "read_column", lambda *arguments: read.append(arguments[1]) or real(*arguments))
+    read, real = [], shard_format.read_column
+    monkeypatch.setattr(shard_format, "read_column", lambda *arguments: read.append(arguments[1]) or real(*arguments))
     out = tmp_path / "d.json"
     assert main(["data", str(tmp_path / "betons"), "--json", str(out), "--out", str(tmp_path / "p.html")]) == 0
     odd = json.loads(out.read_text())["train"]["odd"]

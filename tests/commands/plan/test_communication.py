@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from karat_scale.commands.plan.communication import (
+from karat_scale.commands.plan.time import (
     LATENCY_BETWEEN,
     LATENCY_WITHIN,
     REACHED,

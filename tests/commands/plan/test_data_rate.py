@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.commands.cli import main
-from karat_scale.commands.plan.data_rate import DataNeed
+from karat_scale.commands.plan.time import DataNeed
 from tests.conftest import SMALL
 
 

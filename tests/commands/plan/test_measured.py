@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from karat_scale.commands.plan.command import Request, make_plan
-from karat_scale.commands.plan.measured import Measured, find_measured
 from karat_scale.commands.plan.report import show
+from karat_scale.commands.plan.time import Measured, find_measured
 from karat_scale.foundation.machine import find_gpu
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import dump_recipe

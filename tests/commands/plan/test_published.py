@@ -4,10 +4,9 @@ from functools import cache
 
 import pytest
 
-from karat_scale.commands.plan.communication import links_of, seconds, step_seconds, traffic
-from karat_scale.commands.plan.footprint import Footprint
+from karat_scale.commands.plan.memory import Footprint
 from karat_scale.commands.plan.subject import Subject
-from karat_scale.commands.plan.time import ComputeTime, estimate
+from karat_scale.commands.plan.time import ComputeTime, estimate, links_of, seconds, step_seconds, traffic
 from karat_scale.foundation.machine import find_gpu
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe

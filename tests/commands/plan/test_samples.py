@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.commands.plan.samples import IMAGENET, count_samples
+from karat_scale.commands.plan.tracing import IMAGENET, count_samples
 from karat_scale.recipe.loading import load_recipe
 
 
@@ -15,7 +15,7 @@ def test_the_count_is_that_of_the_record(recipe_file: Path) -> None:
 
 def test_no_decoder_is_made_and_no_shard_hashed(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load_recipe(recipe_file, ["data.verify=hash", "data.decoder=native"]).data
-    for place in ("karat_scale.data.decoders.make_decoder", "karat_scale.data.shards.checks.check_file"):
+    for place in ("karat_scale.data.decoders.make_decoder", "karat_scale.data.shards.shard_format.check_file"):
         monkeypatch.setattr(place, lambda *_, place=place: pytest.fail(f"{place} was called"))
     assert count_samples(data)[0] == 64
 

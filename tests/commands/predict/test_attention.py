@@ -8,10 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from karat_scale.commands.analyze.last_block import LastBlock, NoMapError
-from karat_scale.commands.predict.classifier import open_classifier
+from karat_scale.commands.analyze.maps import LastBlock, NoMapError
+from karat_scale.commands.predict.classifier import find_images, open_classifier
 from karat_scale.commands.predict.command import logits_of
-from karat_scale.commands.predict.images import find_images
 from karat_scale.models import create_model
 from karat_scale.models.attention_matrices import watched
 from tests.conftest import karat_here

@@ -84,6 +84,6 @@ def test_the_page_answers_its_own_address_alone_and_keeps_no_upload(
 def test_without_gradio_the_way_to_add_it_is_said(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("karat_scale.commands.predict.page.is_installed", lambda module: False)
+    monkeypatch.setattr("karat_scale.commands.predict.command.is_installed", lambda module: False)
     assert karat_here("demo", str(run)) == 2
     assert "pip install -e '.[demo]'" in capsys.readouterr().err

@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 
 from karat_scale.checkpoint.weights import wants_ema
-from karat_scale.commands.predict.classifier import open_classifier
+from karat_scale.commands.predict.classifier import find_images, open_classifier
 from karat_scale.commands.predict.command import Request, logits_of, predict_files
-from karat_scale.commands.predict.images import find_images
-from karat_scale.engine.precision import forward_for_evaluation
+from karat_scale.engine.engine import forward_for_evaluation
 from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.run_directory import RunDirectory

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import nn
 
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
-from karat_scale.commands.replay.inspect import not_finite, watched
+from karat_scale.commands.replay.command import not_finite, watched
 from karat_scale.data.plan import TrainPlan
 from karat_scale.foundation.trust import VARIABLE
-from karat_scale.training.incidents import KEPT_CHECKPOINTS, LEAST, MOST, Incidents, Spikes
+from karat_scale.training.outcome import KEPT_CHECKPOINTS, LEAST, MOST, Incidents, Spikes
 from tests.conftest import SMALL, events, karat, karat_here
 
 QUICK = ("schedule.warmup_epochs=0", "data.workers=0", "train.ema_decay=0", "log.every_steps=1")

@@ -10,8 +10,7 @@ import pytest
 from rich.console import Console
 
 from karat_scale.commands.cli import main
-from karat_scale.commands.status.standing import Standing, read_standing
-from karat_scale.commands.status.status import render, show_status, sparkline
+from karat_scale.commands.status.status import Standing, read_standing, render, show_status, sparkline
 from karat_scale.engine.heartbeat import Sign
 from tests.commands.status.terminal import on_a_terminal
 from tests.conftest import SMALL, karat

@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from karat_scale.commands.status.watch import Watch
-from karat_scale.engine.heartbeat import Sign
-from karat_scale.engine.stall_limits import StallLimits
+from karat_scale.engine.heartbeat import Sign, StallLimits
 
 STALL = StallLimits(60.0)
 

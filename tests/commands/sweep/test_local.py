@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from karat_scale.commands.sweep.plan import PlannedRun, State, plan_sweep
+from karat_scale.commands.sweep.grid import PlannedRun, State, plan_sweep
 from karat_scale.foundation.errors import UserError
 from karat_scale.recipe.loading import dump_recipe
 from tests.conftest import SMALL, karat_environment, karat_here, summary

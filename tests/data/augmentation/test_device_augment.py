@@ -7,14 +7,12 @@ import pytest
 import torch
 from timm.data.auto_augment import _RAND_INCREASING_TRANSFORMS, _RAND_TRANSFORMS
 
-from karat_scale.data.augmentation.augment import TrainTransform
-from karat_scale.data.augmentation.device_augment import DeviceAugment
-from karat_scale.data.augmentation.device_ops import BATCHED
+from karat_scale.data.augmentation.augment import RandAugment, TrainTransform
+from karat_scale.data.augmentation.device_augment import BATCHED, DeviceAugment
 from karat_scale.data.augmentation.device_program import KINDS, Kind
 from karat_scale.data.augmentation.draw import Draw
-from karat_scale.data.augmentation.randaugment import RandAugment
 from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.data.loading.digest import BITS, batch_digest
+from karat_scale.data.loading.loader import BITS, batch_digest
 from karat_scale.data.plan import TrainPlan
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import AugmentConfig

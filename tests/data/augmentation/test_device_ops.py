@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 from timm.data.auto_augment import NAME_TO_OP
 
-from karat_scale.data.augmentation.device_ops import BATCHED, transformed
+from karat_scale.data.augmentation.augment import _posterize
+from karat_scale.data.augmentation.device_augment import BATCHED, transformed
 from karat_scale.data.augmentation.device_program import KINDS, MATRICES, Kind
-from karat_scale.data.augmentation.randaugment import _posterize
 from tests.data.conftest import photo
 
 SIDE = 40

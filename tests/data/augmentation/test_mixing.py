@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.data.mixup import mixup_target
 
+from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.augmentation.mixing import Mixer, mixed
-from karat_scale.data.augmentation.normalize import Normalize
 from karat_scale.recipe import AugmentConfig
 
 CLASSES = 5

@@ -1,6 +1,6 @@
 import torch
 
-from karat_scale.data.augmentation.normalize import Normalize
+from karat_scale.data.augmentation.device_augment import Normalize
 
 
 def test_normalize_is_torchvisions():

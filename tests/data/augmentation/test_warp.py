@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from karat_scale.data.augmentation.randaugment import RandAugment
-from karat_scale.data.augmentation.warp import find_warp, matrix_of, rotation
+from karat_scale.data.augmentation.augment import RandAugment, find_warp, matrix_of, rotation
 from karat_scale.data.decoders.pillow import RESAMPLE
 from karat_scale.foundation.native_build import _available_instruction_sets
 from karat_scale.recipe.loading import load_recipe

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 from karat_scale.data.backends import dali_pipeline
-from karat_scale.data.backends.batch_decoding import Request
 from karat_scale.data.backends.dali_pipeline import DaliDecoder
+from karat_scale.data.backends.images import Request
+from karat_scale.data.decoders.decode import View, centre_view, crop_view
 from karat_scale.data.decoders.pillow import RESAMPLE, resized
-from karat_scale.data.decoders.view import View, centre_view, crop_view
 from karat_scale.foundation.errors import DataError
 from tests.data.conftest import encode, photo
 

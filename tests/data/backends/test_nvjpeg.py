@@ -5,14 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from karat_scale.data.augmentation.device_resize import resize_on_device
+from karat_scale.data.augmentation.device_augment import resize_on_device
 from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.data.backends.batch_decoding import BatchDecodingBackend
-from karat_scale.data.backends.images import open_shards
+from karat_scale.data.backends.images import BatchDecodingBackend, open_shards
 from karat_scale.data.backends.nvjpeg import NvjpegDecoder, _is_of_an_image
-from karat_scale.data.decoders.pillow import RESAMPLE, resized
-from karat_scale.data.decoders.torchvision import find_jpeg_decoder
-from karat_scale.data.decoders.view import centre_view, crop_view
+from karat_scale.data.decoders.decode import centre_view, crop_view
+from karat_scale.data.decoders.pillow import RESAMPLE, find_jpeg_decoder, resized
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.recipe import AugmentConfig

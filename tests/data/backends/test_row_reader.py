@@ -7,8 +7,8 @@ import psutil
 import pytest
 
 from karat_scale.data.backends.row_reader import RowReader, _readers_with_files
+from karat_scale.data.decoders.decode import crop_view
 from karat_scale.data.decoders.pillow import PillowDecoder
-from karat_scale.data.decoders.view import crop_view
 from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.data.shards.shard_writer import EncodedSample
 from karat_scale.data.shards.shards import ShardSplit

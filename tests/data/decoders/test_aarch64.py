@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from karat_scale.data.augmentation import warp
+from karat_scale.data.augmentation import augment
 from karat_scale.data.decoders import native, recoder
+from karat_scale.data.decoders.decode import View, centre_view, crop_view
 from karat_scale.data.decoders.pillow import RESAMPLE
-from karat_scale.data.decoders.view import View, centre_view, crop_view
 from karat_scale.foundation.native_build import FLAGS
 from tests.data.conftest import encode, photo
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-SOURCES = (Path(__file__).parent / "portable.cpp", native.SOURCE, recoder.SOURCE, warp.SOURCE)
+SOURCES = (Path(__file__).parent / "portable.cpp", native.SOURCE, recoder.SOURCE, augment.SOURCE)
 FILL = (124, 116, 104)
 
 pytestmark = [
@@ -109,7 +109,7 @@ def test_the_warps_give_pillows_bits(program: Path, interpolation: str) -> None:
     rng = np.random.default_rng(5)
     for width, height in ((1, 1), (31, 7), (57, 90)):
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        matrices = [warp.rotation(31.0, width, height), (1, 0.3, 2.5, -0.2, 1, 0), tuple(rng.uniform(-2, 2, 6))]
+        matrices = [augment.rotation(31.0, width, height), (1, 0.3, 2.5, -0.2, 1, 0), tuple(rng.uniform(-2, 2, 6))]
         for matrix in matrices:
             asked = struct.pack("<6d3i", *matrix, width, height, int(interpolation == "bicubic"))
             requests.append(b"w" + sized(image.tobytes()) + sized(bytes(FILL)) + asked)

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from karat_scale.data.decoders import make_decoder, torchvision
-from karat_scale.data.decoders.decode import UndecodableImageError
+from karat_scale.data.decoders import make_decoder
+from karat_scale.data.decoders import pillow as torchvision
+from karat_scale.data.decoders.decode import UndecodableImageError, View, centre_view, crop_view
 from karat_scale.data.decoders.jpeg_header import hide_exif
-from karat_scale.data.decoders.view import View, centre_view, crop_view
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import DataConfig
 

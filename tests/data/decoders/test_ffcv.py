@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from karat_scale.data.decoders.decode import UndecodableImageError
+from karat_scale.data.decoders.decode import UndecodableImageError, View, centre_view, crop_view
 from karat_scale.data.decoders.pillow import PillowDecoder
-from karat_scale.data.decoders.view import View, centre_view, crop_view
 from karat_scale.data.shards.beton import RAW
 from tests.data.betons import need_ffcv
 from tests.data.conftest import encode, photo

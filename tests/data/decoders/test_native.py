@@ -10,9 +10,8 @@ import psutil
 import pytest
 
 from karat_scale.data.decoders import make_decoder
-from karat_scale.data.decoders.decode import UndecodableImageError
+from karat_scale.data.decoders.decode import UndecodableImageError, View, crop_view
 from karat_scale.data.decoders.native import NativeDecoder
-from karat_scale.data.decoders.view import View, crop_view
 from karat_scale.foundation import native_build
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import DataConfig

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from karat_scale.data.decoders.decode import centre_view, crop_view
 from karat_scale.data.decoders.pillow import RESAMPLE, resize_region, resized
-from karat_scale.data.decoders.view import centre_view, crop_view
 
 
 @settings(max_examples=30, deadline=None)

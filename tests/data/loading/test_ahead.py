@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from karat_scale.data.batch import Batch
-from karat_scale.data.loading.ahead import RunAhead
+from karat_scale.data.loading.device_feed import RunAhead
 from karat_scale.foundation.errors import DataError
 
 
@@ -79,7 +79,9 @@ def test_closing_and_forgetting_end_the_thread():
 
 @pytest.mark.timeout(60)
 def test_a_batch_that_does_not_come_is_an_error_that_says_what_is_waited_for(monkeypatch):
-    monkeypatch.setattr("karat_scale.data.loading.ahead.CLOSE_SECONDS", None)  # who waits for the thread waits for ever
+    monkeypatch.setattr(
+        "karat_scale.data.loading.device_feed.CLOSE_SECONDS", None
+    )  # who waits for the thread waits for ever
     held = threading.Event()
 
     def batches():

@@ -6,9 +6,8 @@ import torch
 
 from karat_scale.data.augmentation.draw import Draw
 from karat_scale.data.batch import Batch
-from karat_scale.data.loading.ahead import RunAhead
-from karat_scale.data.loading.digest import batch_digest, with_digest
-from karat_scale.data.loading.loader import OrderedLoader
+from karat_scale.data.loading.device_feed import RunAhead
+from karat_scale.data.loading.loader import OrderedLoader, batch_digest, with_digest
 from karat_scale.data.plan import BatchSlice
 from tests.data.loading.test_slots import Numbered
 

@@ -8,8 +8,7 @@ import torch
 
 from karat_scale.data.augmentation.draw import Draw
 from karat_scale.data.batch import Batch
-from karat_scale.data.loading.loader import OrderedLoader
-from karat_scale.data.loading.slots import ImageSlots
+from karat_scale.data.loading.loader import ImageSlots, OrderedLoader
 from karat_scale.data.plan import BatchSlice
 from karat_scale.foundation.errors import DataError
 

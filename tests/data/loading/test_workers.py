@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.data.loading import workers
+from karat_scale.data.loading import assemble
+from karat_scale.data.loading.assemble import prepare_worker
 from karat_scale.data.loading.loader import OrderedResults
-from karat_scale.data.loading.workers import prepare_worker
 from karat_scale.data.plan import BatchSlice, TrainPlan
 from karat_scale.foundation.errors import DataError, RecipeError
 from tests.data.backends.helpers import SIZE, children, wait_until
@@ -90,10 +90,10 @@ def test_far_more_workers_than_cores_are_refused_before_one_is_forked(make_shard
 
 
 def test_workers_are_counted_against_the_cores_of_the_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "usable_cores", lambda: 1)  # as under a quota of one core
-    workers.check_worker_count(36)
+    monkeypatch.setattr(assemble, "usable_cores", lambda: 1)  # as under a quota of one core
+    assemble.check_worker_count(36)
     with pytest.raises(RecipeError, match=r"data.workers = 37 processes .* here are 1; use about 1, at most 36"):
-        workers.check_worker_count(37)
+        assemble.check_worker_count(37)
 
 
 WORKER_SCRIPT = """

@@ -9,7 +9,7 @@ import pytest
 from torchvision.datasets import FashionMNIST
 
 from karat_scale.data.prepare import fetch as script
-from karat_scale.data.prepare.downloading import RemoteFile, download
+from karat_scale.data.prepare.fetch import RemoteFile, download
 from karat_scale.data.prepare.make_webdataset import main as make_webdataset
 from karat_scale.data.shards.shard_format import read_dataset_record
 from karat_scale.foundation.errors import DataError

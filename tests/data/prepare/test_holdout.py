@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from karat_scale.data.prepare.holdout import held_out
+from karat_scale.data.prepare.join_splits import held_out
 from karat_scale.data.prepare.make_webdataset import main
 from karat_scale.data.shards.shard_format import read_dataset_record
 from karat_scale.data.shards.shards import ShardSplit

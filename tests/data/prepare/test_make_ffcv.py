@@ -65,8 +65,8 @@ def test_ffcvs_own_reader_finds_the_samples(folder, tmp_path):
 def test_ffcvs_own_loader_gives_the_same_pixels(folder, tmp_path, mode):
     from ffcv.loader import Loader, OrderOption
 
+    from karat_scale.data.decoders.decode import crop_view
     from karat_scale.data.decoders.ffcv import FfcvDecoder
-    from karat_scale.data.decoders.view import crop_view
 
     make_betons(folder, tmp_path / "out", "--write-mode", mode)
     loader = Loader(
@@ -85,7 +85,7 @@ def test_ffcvs_own_loader_gives_the_same_pixels(folder, tmp_path, mode):
 
 
 def _whole(width: int, height: int):
-    from karat_scale.data.decoders.view import View
+    from karat_scale.data.decoders.decode import View
 
     return View((0, 0, width, height), (0, 0, width, height), (width, height))
 
@@ -198,7 +198,7 @@ def test_a_beton_of_shards_has_as_many_grey_images(folder, tmp_path):
 KILLED = """
 import os, signal, sys
 from karat_scale.data.prepare.make_ffcv import main
-from karat_scale.data.shards.beton_writer import BetonWriter
+from karat_scale.data.shards.beton import BetonWriter
 
 add, done = BetonWriter.add, []
 def die_at_ten(*arguments):

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from timm.data import create_dataset
 
+from karat_scale.data.prepare.images import choose_encoder
 from karat_scale.data.prepare.make_webdataset import main
-from karat_scale.data.prepare.resizing import choose_encoder
 from karat_scale.data.shards.shard_format import read_dataset_record
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError, run_script
@@ -114,7 +114,7 @@ def test_another_encoder_is_refused(folder, tmp_path):
 
 
 def test_without_a_compiler_pillow_encodes_and_native_is_an_error(tmp_path):
-    code = "from karat_scale.data.prepare.resizing import choose_encoder as c; print(c('auto')); c('native')"
+    code = "from karat_scale.data.prepare.images import choose_encoder as c; print(c('auto')); c('native')"
     environment = {"PATH": "/nowhere", "PYTHONPATH": str(SCRIPTS.parent), "KARAT_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "pillow"

@@ -6,12 +6,11 @@ import pytest
 from PIL import Image, ImageOps, JpegImagePlugin
 
 from karat_scale.data.decoders.decode import decode_rgb
+from karat_scale.data.prepare.images import choose_encoder, inspect_image, resized_jpeg, scan_jpeg, without_exif
 from karat_scale.data.prepare.make_webdataset import main
-from karat_scale.data.prepare.odd_images import inspect_image, scan_jpeg, without_exif
 from karat_scale.data.prepare.preparing import OddImageSkippedError, Preparation
-from karat_scale.data.prepare.resizing import choose_encoder, resized_jpeg
 from karat_scale.data.prepare.sources import UnreadableSampleError
-from karat_scale.data.shards.shard_format import read_dataset_record, write_dataset_record
+from karat_scale.data.shards.shard_format import read_dataset_record
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError
 from tests.data.prepare.images import jpeg, sample_file, tar_bytes, write
@@ -118,19 +117,6 @@ def test_the_choice_is_said_and_recorded_and_imagenet_keeps_its_bytes(tmp_path, 
         main(["--src", str(tmp_path / "cat/src"), "--out", str(tmp_path / "cat/out"), "--exif", "keep"])
 
 
-def test_shards_from_before_the_choice_were_kept(tmp_path, capsys):
-    write(tmp_path / "src/cat/9.jpg", jpeg(3))
-    options = ["--src", str(tmp_path / "src"), "--out", str(tmp_path / "out"), "--exif", "keep"]
-    main(options)
-    record = read_dataset_record(tmp_path / "out")
-    del record.splits["train"].made["exif"]
-    write_dataset_record(tmp_path / "out", record)
-    main(options)
-    assert "complete and correct" in capsys.readouterr().out
-    with pytest.raises(DataError, match="made with exif = keep, now turn"):
-        main([*options[:-1], "turn"])
-
-
 @pytest.mark.parametrize("what", ["EXIF orientation 6", "corrupt EXIF", "CMYK", "PNG named JPEG"])
 def test_conversion_gives_ordinary_jpegs_of_the_same_pixels(what):
     done = Preparation(on_odd="convert", exif="keep").prepare(ODD[what], "a.JPEG")
@@ -158,7 +144,7 @@ def test_all_images_of_a_small_source_are_decoded_and_of_a_large_one_the_headers
     assert "skipped ant/b.bmp: image file is truncated" in capsys.readouterr().out
     record = read_dataset_record(tmp_path / "small").splits["train"]
     assert (record.samples, record.made["check"]) == (1, "decode")
-    monkeypatch.setattr("karat_scale.data.prepare.script_options.DECODED_BELOW", 2)
+    monkeypatch.setattr("karat_scale.data.prepare.job.DECODED_BELOW", 2)
     main(["--src", str(tmp_path / "src"), "--out", str(tmp_path / "large")])
     record = read_dataset_record(tmp_path / "large").splits["train"]
     assert (record.samples, record.made["check"]) == (2, "header")

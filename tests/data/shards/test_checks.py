@@ -4,7 +4,7 @@ import threading
 import pytest
 
 from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.data.shards.checks import unused_classes
+from karat_scale.data.shards.shard_format import unused_classes
 from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import AugmentConfig
 

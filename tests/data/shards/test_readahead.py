@@ -7,7 +7,7 @@ import pytest
 
 from karat_scale.data.order import epoch_order
 from karat_scale.data.shards.beton import BetonSplit
-from karat_scale.data.shards.readahead import Blocks
+from karat_scale.data.shards.shard_files import Blocks
 from karat_scale.data.shards.shards import ShardSplit
 from tests.data.betons import make_betons
 

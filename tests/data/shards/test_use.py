@@ -2,7 +2,7 @@
 
 import pytest
 
-from karat_scale.data.shards.use import RemoteUse
+from karat_scale.data.shards.cache import RemoteUse
 from karat_scale.recipe import DataConfig
 
 

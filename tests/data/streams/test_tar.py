@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from karat_scale.data.streams.tar import DOUBLED, read_tar
+from karat_scale.data.streams.samples import DOUBLED, read_tar
 from karat_scale.foundation.errors import DataError
 from tests.data.backends.helpers import wait_until
 from tests.data.tars import image, sample, write_tar

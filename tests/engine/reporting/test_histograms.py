@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from karat_scale.engine.reporting.histograms import HeadHistograms
-from karat_scale.engine.reporting.metrics import MetricsLog
-from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
+from karat_scale.engine.reporting.interval import HeadHistograms
+from karat_scale.engine.reporting.progress import MetricsLog, PlainDisplay, Reporter
 from tests.conftest import karat
 from tests.small_engines import CONFIGS, weights
 

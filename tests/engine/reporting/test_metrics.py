@@ -1,8 +1,7 @@
 import json
 from pathlib import Path
 
-from karat_scale.engine.reporting.metrics import MetricsLog
-from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
+from karat_scale.engine.reporting.progress import MetricsLog, PlainDisplay, Reporter
 from karat_scale.engine.run_state import RunState
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from karat_scale.engine.reporting.profiler import StepProfiler
+from karat_scale.engine.reporting.interval import StepProfiler
 from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
 from tests.small_engines import equal, train_once, weights
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from karat_scale.engine.reporting.metrics import MetricsLog
+from karat_scale.engine.reporting.progress import MetricsLog
 from karat_scale.engine.tracking.follow import Trackers
 from karat_scale.recipe.loading import dump_recipe, load_recipe
 from tests.conftest import SMALL

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from karat_scale.engine.reporting.histograms import _histogram
-from karat_scale.engine.reporting.metrics import MetricsLog
+from karat_scale.engine.reporting.interval import _histogram
+from karat_scale.engine.reporting.progress import MetricsLog
 from karat_scale.engine.tracking.follow import Follower
 from tests.engine.tracking.conftest import WrittenRun
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.engine.reporting.metrics import MetricsLog
+from karat_scale.engine.reporting.progress import MetricsLog
 from karat_scale.engine.tracking.follow import cursor_file
 from tests.engine.tracking.conftest import WrittenRun
 

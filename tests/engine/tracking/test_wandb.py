@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from karat_scale.engine.reporting.metrics import MetricsLog
+from karat_scale.engine.reporting.progress import MetricsLog
 from tests.engine.tracking.conftest import WrittenRun
 
 pytestmark = pytest.mark.slow

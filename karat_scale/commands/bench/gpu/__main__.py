@@ -1,7 +1,7 @@
 """`python -m karat_scale.commands.bench.gpu`: the command where only torch and triton are installed."""
 
 from karat_scale.commands.bench.gpu.command import bench_gpu
-from karat_scale.commands.bench.gpu.sections import add_options
+from karat_scale.commands.bench.gpu.report import add_options
 from karat_scale.foundation.arguments import OneLineParser, new_file
 from karat_scale.foundation.errors import run_script
 

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from karat_scale.commands.bench.attention import SDPA, TOKENS, Case, Contender, make_contender, passes
 from karat_scale.commands.bench.gpu.kernels import tf32
 from karat_scale.commands.bench.gpu.process import one_line
-from karat_scale.commands.bench.gpu.task import CompilerThreads, Task, is_fatal
+from karat_scale.commands.bench.gpu.worker import CompilerThreads, Task, is_fatal
 from karat_scale.commands.bench.measuring import (
     calls_for,
     cuda_peak,

@@ -1,4 +1,9 @@
-"""The calls whose values and gradients are checked, in every dtype: shapes, strides, large scores, and the options."""
+"""The calls whose values and gradients are checked, in every dtype: shapes, strides, large scores, and the options.
+
+KArAt's equations in plain PyTorch, with autograd's derivatives: an oracle that shares no line with the package.
+
+FlexAttention cannot be one: it changes scores one by one before a softmax, and here there is none.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -6,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 FP32, TF32, BF16, FP16 = "fp32", "tf32", "bf16", "fp16"
 TORCH_DTYPES = {FP32: torch.float32, TF32: torch.float32, BF16: torch.bfloat16, FP16: torch.float16}
@@ -186,3 +192,50 @@ GRADIENT_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "unaligned": _unaligned,
     "same for the batch": lambda x: x[:1, :1, :1, :1].expand(x.shape),
 }
+
+
+BASE_FUNCTIONS = {"identity": lambda x: x, "silu": functional.silu, "gelu": functional.gelu}
+
+
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos_coef: Tensor,
+    sin_coef: Tensor,
+    proj: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    base: str = "zero",
+    psi_constant: Tensor | None = None,
+    psi_cos: Tensor | None = None,
+    psi_sin: Tensor | None = None,
+) -> Tensor:
+    """O = H (W^T V) with H[k, p] = sum_q phi_pq(A[k, q]) (arXiv 2503.10632, section 4), as matrix products.
+
+    Shapes and meanings are those of `fourier_karat_attention`; the dtype is that of the arguments, float64 here.
+    With psi, a constant and coefficients for each head, psi(A) V / N is added: the content form.
+    """
+    scores = torch.einsum("bhkd,bhqd->bhkq", query, key) / query.shape[-1] ** 0.5
+    if bias is not None:
+        scores = scores + bias
+    hidden = scores.new_zeros(())
+    for order in range(1, cos_coef.shape[-1] + 1):
+        rotation = torch.polar(torch.ones_like(scores), order * scores)
+        # Re((a - ib) e^(imx)) = a cos(mx) + b sin(mx)
+        coef = torch.complex(cos_coef[..., order - 1], -sin_coef[..., order - 1])
+        rotation = rotation if mask is None else rotation * mask
+        hidden = hidden + (rotation @ coef.mT).real
+    if base != "zero":
+        activated = BASE_FUNCTIONS[base](scores)
+        activated = activated if mask is None else activated * mask
+        hidden = hidden + activated.sum(-1, keepdim=True)
+    output: Tensor = hidden @ (proj.mT @ value) if mask is None else ((hidden @ proj.mT) * mask) @ value
+    if psi_constant is None or psi_cos is None or psi_sin is None:
+        return output
+    learned = psi_constant[:, None, None].expand_as(scores)
+    for order in range(1, psi_cos.shape[-1] + 1):
+        cos, sin = (coef[:, order - 1, None, None] for coef in (psi_cos, psi_sin))
+        learned = learned + cos * torch.cos(order * scores) + sin * torch.sin(order * scores)
+    return output + learned @ value / key.shape[-2]

@@ -26,12 +26,12 @@ from karat_scale.commands.bench.gpu.calls import (
     core_calls,
     make_inputs,
     more_calls,
+    plain_attention,
     psi_shapes,
     toy,
 )
-from karat_scale.commands.bench.gpu.formula import plain_attention
 from karat_scale.commands.bench.gpu.process import one_line
-from karat_scale.commands.bench.gpu.task import CompilerThreads, Task, is_fatal
+from karat_scale.commands.bench.gpu.worker import CompilerThreads, Task, is_fatal
 
 # What a refusal of `fourier_karat_attention` says.
 REFUSAL = "cannot take this call: "

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from karat_scale.commands.bench.data import AUGMENTS, SIZE, lacking_library
+from karat_scale.commands.bench.data import AUGMENTS, CLASSES, SIZE, SampleImages, lacking_library, prepare_images
 from karat_scale.commands.bench.gpu.process import one_line
-from karat_scale.commands.bench.gpu.task import Task
-from karat_scale.commands.bench.sample_images import CLASSES, SampleImages, prepare_images
+from karat_scale.commands.bench.gpu.worker import Task
 from karat_scale.data.augmentation.device_augment import DeviceAugment
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.plan import TrainPlan

@@ -19,24 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from karat_scale.attention import KaratOperator
-from karat_scale.checkpoint.saved_state import read_state
+from karat_scale.checkpoint.restore import read_state
 from karat_scale.checkpoint.store import checkpoint_name
 from karat_scale.commands.bench.gpu.process import one_line
-from karat_scale.commands.bench.gpu.task import Task, is_fatal
+from karat_scale.commands.bench.gpu.worker import Task, is_fatal
 from karat_scale.commands.bench.step import silent_trainer
 from karat_scale.data.batch import Batch
-from karat_scale.data.loading.workers import be_killed_with_parent
+from karat_scale.data.loading.assemble import be_killed_with_parent
 from karat_scale.engine import distributed
 from karat_scale.engine.deepspeed_config import config_directory
 from karat_scale.engine.distributed import World
-from karat_scale.engine.precision import PRECISIONS
+from karat_scale.engine.engine import PRECISIONS
 from karat_scale.foundation.files import write_atomically
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.task import OnBatch
-from karat_scale.training.tasks.classification.evaluate import EvalResult, TrainState
-from karat_scale.training.tasks.classification.task import ClassificationTask
+from karat_scale.training.tasks.classification.task import ClassificationTask, EvalResult, TrainState
 
 Losses = dict[int | str, float]
 # The losses of STEPS steps are compared. That of step NAN_STEP is NaN on one rank, and training goes on to step LAST.

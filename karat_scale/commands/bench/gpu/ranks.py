@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from karat_scale.commands.bench.gpu.losses import ALLOWED
-from karat_scale.commands.bench.gpu.task import Task
+from karat_scale.commands.bench.gpu.worker import Task
 from karat_scale.commands.bench.measuring import interleaved_seconds, median_ratio
 from karat_scale.engine import distributed
 from karat_scale.engine.devices import wait_for

@@ -11,13 +11,13 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from karat_scale.commands.bench.gpu.process import one_line
-from karat_scale.commands.bench.gpu.task import Task, is_fatal
+from karat_scale.commands.bench.gpu.worker import Task, is_fatal
 from karat_scale.commands.bench.measuring import cuda_peak, interleaved_seconds, median_ratio
 from karat_scale.commands.bench.step import silent_trainer
 from karat_scale.data.backends import ImageSpec
 from karat_scale.data.backends.synthetic import TRAIN_STREAM, SyntheticBackend
 from karat_scale.data.batch import Batch
-from karat_scale.data.loading.digest import with_digest
+from karat_scale.data.loading.loader import with_digest
 from karat_scale.data.plan import BatchSlice
 from karat_scale.engine import distributed
 from karat_scale.engine.devices import wait_for

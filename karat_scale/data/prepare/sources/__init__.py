@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Literal
 
 from karat_scale.data.decoders.orientation import turned_by_default
-from karat_scale.data.prepare.sources.base import Openers, Source, SourceOptions, UnreadableSampleError
-from karat_scale.data.prepare.sources.cifar import cifar_splits
-from karat_scale.data.prepare.sources.flowers102 import flowers_splits
-from karat_scale.data.prepare.sources.folder_tar import folder_tar_splits
-from karat_scale.data.prepare.sources.idx import idx_splits
+from karat_scale.data.prepare.sources.base import (
+    Openers,
+    Source,
+    SourceOptions,
+    UnreadableSampleError,
+    choose_splits,
+    names_of_classes,
+)
 from karat_scale.data.prepare.sources.imagefolder import ImageFolderSource, class_folders, flat_folders, split_folders
-from karat_scale.data.prepare.sources.imagenet import has_imagenet_tars, imagenet_splits
 from karat_scale.data.prepare.sources.parquet import parquet_files, parquet_splits
-from karat_scale.data.prepare.sources.splits import choose_splits, names_of_classes
-from karat_scale.data.prepare.sources.stl10 import stl10_splits
-from karat_scale.data.prepare.sources.svhn import svhn_splits
+from karat_scale.data.prepare.sources.small import cifar_splits, flowers_splits, idx_splits, stl10_splits, svhn_splits
+from karat_scale.data.prepare.sources.tars import folder_tar_splits, has_imagenet_tars, imagenet_splits
 from karat_scale.foundation.errors import DataError
 
 __all__ = ["Source", "SourceOptions", "UnreadableSampleError", "default_exif", "open_splits"]

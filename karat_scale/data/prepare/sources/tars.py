@@ -1,17 +1,54 @@
-"""Images inside an uncompressed tar, read in place: headers are scanned once, nothing is unpacked."""
+"""Images inside an uncompressed tar, read in place: headers are scanned once, nothing is unpacked.
 
+An ImageFolder in one uncompressed tar: its splits and classes, by the paths of its members.
+
+ImageNet's official tars as sources, read in place.
+
+ILSVRC2012_img_train.tar    one tar per class: n01440764.tar, ...
+ILSVRC2012_img_val.tar      ILSVRC2012_val_00000001.JPEG, ...; the labels come from a file beside it (val_labels.py)
+
+Finished shards as a source: samples in the shards' own order, with the shards' keys and labels.
+"""
+
+import hashlib
 import os
 import posixpath
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from karat_scale.data.prepare.sources.base import ListedSource, cannot_read
-from karat_scale.data.prepare.sources.imagefolder import NO_IMAGE_NAME, is_image_name
+from karat_scale.data.prepare.sources.base import (
+    ListedSource,
+    Openers,
+    Source,
+    SourceOptions,
+    cannot_read,
+    names_of_classes,
+)
+from karat_scale.data.prepare.sources.imagefolder import (
+    LABEL_FILES,
+    NO_IMAGE_NAME,
+    SPLIT_FOLDERS,
+    find_file,
+    is_image_name,
+    read_val_labels,
+    require_utf8,
+)
+from karat_scale.data.shards.shard_format import (
+    DATASET_FILE,
+    KEY,
+    DatasetRecord,
+    chosen_splits,
+    read_column,
+    read_dataset_record,
+)
 from karat_scale.data.shards.shard_writer import TAR_BLOCK
+from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import open_regular
 
@@ -119,3 +156,209 @@ class TarSource(ListedSource):
     def __del__(self) -> None:
         if getattr(self, "_file", None) is not None:
             os.close(self._file)  # type: ignore[arg-type]
+
+
+_FORM = "[<folder>/][train|val/]<class>/<image>"
+
+
+class _Place(NamedTuple):
+    """A path in a tar: the folders above its split, the split, "" for none, and the parts inside it."""
+
+    above: list[str]
+    split: str
+    inside: list[str]
+
+    @property
+    def hidden(self) -> bool:
+        """True if the class, or a folder above it, is hidden."""
+        return any(part[0] == "." for part in [*self.above, *self.inside[:1]])
+
+    @property
+    def is_image(self) -> bool:
+        """True for an image's name that is in no hidden folder."""
+        return bool(self.inside) and is_image_name(self.inside[-1]) and not self.hidden
+
+
+_Placed = list[tuple[_Place, Member]]
+
+
+def folder_tar_splits(path: Path, split: str | None) -> tuple[Openers, list[str]]:
+    """Return splits and classes of a tar of an ImageFolder: [<anything>/][train|val/]<class>/<image>.
+
+    split: the requested one, or None for all; the name of the only split of a tar that names none.
+
+    What is in hidden folders or beside the classes is among what a source skipped. Raises DataError if an image is in
+    no class folder, or if the paths do not tell which folders are the classes.
+    """
+    names: list[str] = []
+    members = [(_place(member.name, 2), member) for member in scan_tar(path, folders=names)]
+    folders = [_place(name, 1) for name in names]
+    split_there = any(place.split and not place.hidden for place, _ in members)
+    if not split_there and _are_in_a_folder(path, members, folders):
+        members = [(_below(place), member) for place, member in members]
+        folders = [_below(place) for place in folders]
+    by_split: dict[str, list[tuple[str, str, Member]]] = {}
+    others: list[tuple[str, tuple[str, str, Member]]] = []
+    for place, member in members:
+        inside = "/".join(place.inside)
+        if place.hidden:
+            hidden = replace(member, unusable="it is in a hidden folder, or hidden")
+            others.append((place.split, ("", member.name, hidden)))
+        elif len(place.inside) > 1 and bool(place.split) == split_there:
+            by_split.setdefault(place.split, []).append((place.inside[0], inside, member))
+        elif place.is_image:
+            raise _in_no_class(path, member, split_there)
+        else:
+            others.append((place.split, ("", inside or member.name, member)))
+    if not by_split:
+        raise DataError(f"{path} has no images; expected {_FORM}")
+    classes = {name: {member_class for member_class, _, _ in items} for name, items in by_split.items()}
+    for place in folders:  # a class without files is one too, as in a folder
+        if place.split in by_split and place.inside and not place.hidden:
+            classes[place.split].add(place.inside[0])
+    for name, other in others:
+        by_split.get(name, next(iter(by_split.values()))).append(other)
+    openers: Openers = {name or split or "train": partial(TarSource, path, items) for name, items in by_split.items()}
+    names = names_of_classes(path, dict(zip(openers, classes.values(), strict=True)), split)
+    require_utf8(names, path)
+    return openers, names
+
+
+def _place(name: str, own: int) -> _Place:
+    """Return the place of a path, of which the last `own` parts cannot be the split."""
+    parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+    at = next((i for i, part in enumerate(parts[: max(0, len(parts) - own)]) if part in SPLIT_FOLDERS), None)
+    return _Place([], "", parts) if at is None else _Place(parts[:at], parts[at], parts[at + 1 :])
+
+
+def _below(place: _Place) -> _Place:
+    return place if place.split else _Place(place.inside[:1], "", place.inside[1:])
+
+
+def _are_in_a_folder(path: Path, members: _Placed, folders: list[_Place]) -> bool:
+    """Return whether the classes of a tar without splits are in one folder. Raises DataError if that leaves one class.
+
+    One class by paths that are longer than <class>/<image> is probably no class.
+    """
+    images = [(place, member) for place, member in members if place.is_image]
+    if not images or any(len(place.inside) < 3 for place, _ in images):
+        return False
+    tops = {place.inside[0] for place, _ in images}
+    is_one = len(tops | {place.inside[0] for place in folders if place.inside and not place.hidden}) == 1
+    classes = {place.inside[1] for place, _ in images} if is_one else tops
+    if len(classes) == 1:
+        raise DataError(
+            f"{path}: by paths such as {images[0][1].name}, all images would be of one class, {classes.pop()!r}; "
+            f"expected {_FORM}"
+        )
+    return is_one
+
+
+def _in_no_class(path: Path, member: Member, split_there: bool) -> DataError:
+    if not split_there:
+        return DataError(f"{path}: {member.name} is in no class folder; expected <class>/<image>")
+    return DataError(
+        f"{path}: {member.name} is in no class folder of a split, as other images are; sort such images into "
+        "<split>/<class>/<image>, or remove them"
+    )
+
+
+TRAIN_TAR = "ILSVRC2012_img_train.tar"
+VAL_TAR = "ILSVRC2012_img_val.tar"
+
+
+def has_imagenet_tars(src: Path) -> bool:
+    """True if an official tar is in `src`."""
+    return (src / TRAIN_TAR).is_file() or (src / VAL_TAR).is_file()
+
+
+def imagenet_splits(
+    src: Path, split: str | None, options: SourceOptions, known_classes: list[str] | None
+) -> tuple[Openers, list[str]]:
+    """Return the splits whose tars are in `src`, and their classes: the sorted wnids. Raises DataError."""
+    found: Openers = {}
+    wnids: set[str] = set()
+    if (src / TRAIN_TAR).is_file():
+        inner = [member for member in scan_tar(src / TRAIN_TAR) if member.name.endswith(".tar")]
+        if not inner:
+            raise DataError(f"{src / TRAIN_TAR} holds no tars of classes; it is not the official one")
+        wnids |= {_wnid(member) for member in inner}
+        found["train"] = partial(TarSource, src / TRAIN_TAR, _train_images(src / TRAIN_TAR, inner))
+    if (src / VAL_TAR).is_file() and split != "train":
+        members = list(scan_tar(src / VAL_TAR))
+        labels = _val_labels(src, members, options, sorted(wnids) or known_classes)
+        wnids |= set(labels.values())
+        found["val"] = partial(TarSource, src / VAL_TAR, _val_images(members, labels))
+    return found, sorted(wnids)
+
+
+def _wnid(member: Member) -> str:
+    return member.name.rpartition("/")[2].removesuffix(".tar")
+
+
+def _stem(member: Member) -> str:
+    return _file(member).rpartition(".")[0]
+
+
+def _file(member: Member) -> str:
+    return member.name.rpartition("/")[2]
+
+
+def _train_images(path: Path, inner: list[Member]) -> Iterator[tuple[str, str, Member]]:
+    for tar in inner:
+        for member in scan_tar(path, within=tar):
+            yield _wnid(tar), f"{_wnid(tar)}/{member.name}", member
+
+
+def _val_images(members: list[Member], labels: dict[str, str]) -> Iterator[tuple[str, str, Member]]:
+    for member in members:
+        wnid = labels.get(_stem(member), "")
+        yield wnid, f"{wnid}/{_file(member)}" if wnid else member.name, member
+
+
+def _val_labels(src: Path, members: list[Member], options: SourceOptions, wnids: list[str] | None) -> dict[str, str]:
+    path = options.val_labels or find_file(src, LABEL_FILES)
+    if path is None:
+        raise DataError(
+            f"{src / VAL_TAR} has no labels beside it; put LOC_val_solution.csv there or use --val-labels FILE, "
+            f"or make only --split train"
+        )
+    stems = [_stem(member) for member in members if is_image_name(_file(member))]
+    return read_val_labels(path, stems, wnids, options.synsets)
+
+
+class ShardSource(Source):
+    """One split of a directory of shards. See Source. Raises DataError if the shards are not right."""
+
+    def __init__(self, directory: Path, split: str, record: DatasetRecord) -> None:
+        self._split = ShardSplit(directory, split, len(record.classes))
+        indexes = [(directory / shard.index.name).read_bytes() for shard in record.splits[split].shards]
+        sizes = np.concatenate([read_column(index, "size") for index in indexes])
+        super().__init__(record.classes, self._split.labels, sizes)
+        self.grey = record.splits[split].grey
+        self._keys = np.concatenate([read_column(index, KEY) for index in indexes])
+        self._hashes = [shard.sha256 for shard in record.splits[split].shards]
+
+    def name(self, index: int) -> str:
+        return self.key(index)
+
+    def key(self, index: int) -> str:
+        return bytes(self._keys[index]).decode(errors="backslashreplace")
+
+    def read(self, index: int) -> bytes:
+        return self._split.read(index)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("\n".join(self._hashes).encode()).hexdigest()
+
+
+def has_shards(src: Path) -> bool:
+    """True if this is a directory of finished shards."""
+    return (src / DATASET_FILE).is_file()
+
+
+def open_shards(src: Path, split: str | None) -> tuple[dict[str, ShardSource], list[str]]:
+    """Return the requested splits of a directory of shards, and its classes' readable names. Raises DataError."""
+    record = read_dataset_record(src)
+    chosen = chosen_splits(src, record, split)
+    return {name: ShardSource(src, name, record) for name, found in chosen.items() if found.samples}, record.names

@@ -1,26 +1,41 @@
 """The trained classifier that a run's student learns from, kept in the run, so that the run needs no other.
 
 RUN/distill.safetensors holds its weights and what builds its network. Checkpoints name it by the digest of the weights.
+
+The loss of a student that learns from a teacher's outputs, and the frozen teacher.
+
+Soft: Hinton, Vinyals and Dean, arXiv 1503.02531. Hard, and the distillation token: DeiT (Touvron et al., arXiv
+2012.12877).
+
+The trained model that a run's attention is transferred from, kept in the run, so that the run needs no other.
+
+RUN/teacher.safetensors is a file of `karat export`: weights, and the sections that build their model. A checkpoint
+names its teacher by the weights' digest, and resumes with no other.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from karat_scale.checkpoint.tensor_storage import read_metadata
-from karat_scale.checkpoint.weights import wants_ema
+from karat_scale.checkpoint.weights import load_weights, wants_ema
+from karat_scale.engine.engine import forward_for_evaluation
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError, UserError
 from karat_scale.foundation.trust import require_trust
 from karat_scale.models import create_model
+from karat_scale.models.factory import check_transfers
 from karat_scale.models.flops import forward_flops
-from karat_scale.models.transfer import weights_digest
+from karat_scale.models.init_from import take_weights
+from karat_scale.models.transfer import Teacher, give_teacher, weights_digest
 from karat_scale.recipe import AttentionConfig, Recipe
+from karat_scale.recipe.train import DistillConfig
 from karat_scale.training.initial_weights import TIMM, export_facts, locate, timm_model
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.weights_file import (
@@ -198,3 +213,135 @@ def _check_classes(recipe: Recipe, network: nn.Module, classes: Sequence[str], t
                 f"distill.from = {source}: its class {number} is {other!r}, but this data's is {here!r}; the teacher "
                 "must have learned the same classes in the same order"
             )
+
+
+ClassLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Distillation:
+    """Adds a teacher to the classification loss of a recipe; the teacher is moved to the device."""
+
+    def __init__(self, recipe: Recipe, teacher: DistillationTeacher, device: torch.device) -> None:
+        self._config = recipe.distill
+        self.teacher = teacher
+        self._forward = forward_for_evaluation(teacher.network, recipe.train, device)
+        # From the student's normalised pixels to the teacher's: x * scale + shift.
+        mean, std = (torch.tensor(values, device=device) for values in (recipe.augment.mean, recipe.augment.std))
+        their_mean, their_std = (torch.tensor(values, device=device) for values in (teacher.mean, teacher.std))
+        self._scale = (std / their_std).view(1, 3, 1, 1)
+        self._shift = ((mean - their_mean) / their_std).view(1, 3, 1, 1)
+
+    def losses(self, output: Any, images: Tensor, targets: Tensor, of_labels: ClassLoss) -> dict[str, Tensor]:
+        """Return the loss of a micro batch as `loss`, and its parts `label_loss` and `teacher_loss`.
+
+        Args:
+            output: the student's logits [b, classes], or those of the class token and of the distillation token.
+            images: float [b, 3, H, W], as the student sees them.
+            targets: float [b, classes], of the labels.
+            of_labels: the loss of logits and targets.
+        """
+        logits, distilled = (part.float() for part in (output if isinstance(output, tuple) else (output, output)))
+        label_loss = of_labels(logits, targets)
+        teacher_loss = distillation_loss(distilled, self.teacher_logits(images), self._config)
+        weight = self._config.weight
+        loss = (1 - weight) * label_loss + weight * teacher_loss
+        return {"loss": loss, "label_loss": label_loss, "teacher_loss": teacher_loss}
+
+    def teacher_logits(self, images: Tensor) -> Tensor:
+        """Return the teacher's logits [b, classes] for the student's images, resized to the teacher's size."""
+        views = images.float() * self._scale + self._shift
+        size = self.teacher.image_size
+        if views.shape[-1] != size:
+            views = functional.interpolate(views, (size, size), mode="bilinear", antialias=True)
+        logits: Tensor = self._forward(views)
+        return logits
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, config: DistillConfig) -> Tensor:
+    """Return the mean loss of logits [b, classes] against a teacher's, computed in float32 at least.
+
+    Soft: T^2 KL(softmax(teacher / T) || softmax(student / T)). Hard: the cross-entropy with the teacher's argmax.
+    """
+    student, teacher = (logits if logits.dtype == torch.float64 else logits.float() for logits in (student, teacher))
+    if config.kind == "hard":
+        return functional.cross_entropy(student, teacher.argmax(-1))
+    temperature = config.temperature
+    ours, theirs = (functional.log_softmax(logits / temperature, -1) for logits in (student, teacher))
+    return temperature**2 * functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+def use_distillation_token(model: nn.Module) -> bool:
+    """Let a model with DeiT's distillation token return both tokens' logits in training; return whether it has one."""
+    learn_apart = getattr(model, "set_distilled_training", None)
+    if learn_apart is None:
+        return False
+    learn_apart()
+    return True
+
+
+TEACHER_FILE = "teacher.safetensors"
+
+
+def keep_teacher(recipe: Recipe, run: Path) -> None:
+    """Copy the weights of `attention.transfer_from`, if any, into a run: those that `karat eval` would take.
+
+    A run keeps the teacher that it began with.
+
+    Raises:
+        RecipeError: no such run, none of its checkpoints will do, or it sees images otherwise than this recipe.
+    """
+    source = recipe.attention.transfer_from
+    if not source or ((run / TEACHER_FILE).is_file() and not RunDirectory(run).begins_anew(recipe)):
+        return
+    try:
+        directory = RunDirectory(source)
+        theirs = directory.recipe()
+        require_trust(theirs.attention.basis, directory.recipe_file)
+        _check_fits(theirs, recipe)
+        name = directory.store.find_intact("best")
+        kind = "ema" if wants_ema("auto", theirs, directory.store.state(name)) else "raw"
+        write_weights(directory, theirs, name, kind, run / TEACHER_FILE)
+    except UserError as error:
+        raise RecipeError(f"attention.transfer_from = {source}: {error}") from error
+
+
+def build_model(recipe: Recipe, run: Path) -> nn.Module:
+    """The recipe's model, freshly initialised, with the teacher that the run keeps, if it needs one.
+
+    Raises:
+        RecipeError: the model cannot be built, or the teacher's matrices are not of its shape.
+        RunDirectoryError: the teacher's file is missing or damaged.
+    """
+    model = create_model(recipe.model, recipe.attention)
+    if recipe.attention.transfer_from:
+        teacher = Teacher(read_exported(run / TEACHER_FILE, recipe.attention.implementation))
+        give_teacher(model, teacher, recipe.attention.transfer_from, recipe.attention.transfer_heads)
+    return model
+
+
+def _check_fits(theirs: Recipe, ours: Recipe) -> None:
+    check_transfers(theirs.model.name)
+    if theirs.attention.transfer_from:
+        raise RecipeError(f"it has its matrices from {theirs.attention.transfer_from}; name that run")
+    for key in ("mean", "std"):
+        there, here = getattr(theirs.augment, key), getattr(ours.augment, key)
+        if there != here:
+            raise RecipeError(f"it was trained with augment.{key} = {list(there)}; use the same, not {list(here)}")
+
+
+def trained_classifier(trained: Recipe, recipe: Recipe, directory: RunDirectory, name: str, use_ema: bool) -> nn.Module:
+    """Return a checkpoint's model; interpolated if `recipe` has another image size than it was trained at.
+
+    Args:
+        trained: the recipe that the run was trained with.
+        recipe: with what the evaluation overrides.
+        name: the checkpoint's, which is intact.
+    """
+    as_trained = recipe.changed(model__image_size=trained.model.image_size)
+    model = build_model(as_trained, directory.path)
+    load_weights(model, directory.store.root / name, directory.store.state(name), use_ema)
+    if as_trained.model == recipe.model:
+        return model
+    resized = build_model(recipe, directory.path)
+    take_weights(resized, model.state_dict(), new_head=False)
+    return resized

@@ -1,51 +1,216 @@
-"""Training a classifier of images: soft-target cross-entropy, top-1 and top-5."""
+"""Training a classifier of images: soft-target cross-entropy, top-1 and top-5.
 
-from collections.abc import Callable, Iterable, Mapping
+Opens the images of a recipe on all ranks. With `data.verify: hash`, the ranks of a node share the hashing.
+
+Top-1, top-5 and loss over an evaluation split, each sample counted once on any world size.
+
+The state of a classifier's training has these scores: a checkpoint's `state.json` says them.
+"""
+
+import itertools
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from karat_scale.checkpoint.snapshots import Snapshots, snapshot_steps
-from karat_scale.data.augmentation.device_augment import DeviceAugment
+from karat_scale.checkpoint.weights import Snapshots, snapshot_steps
+from karat_scale.data.augmentation.device_augment import DeviceAugment, Normalize
 from karat_scale.data.augmentation.mixing import Mixer
-from karat_scale.data.augmentation.normalize import Normalize
+from karat_scale.data.backends import Backend, ImageSpec, open_backend
 from karat_scale.data.batch import BadSample, Batch
 from karat_scale.data.loading.device_feed import DeviceFeed
-from karat_scale.data.loading.digest import BITS, batch_digest, with_digest
-from karat_scale.data.plan import BatchSlice, TrainPlan, micro_batch_of
+from karat_scale.data.loading.loader import BITS, batch_digest, with_digest
+from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan, micro_batch_of
+from karat_scale.data.shards.hashing import hash_files, is_hashed
+from karat_scale.data.shards.shard_format import staged_copy, unused_classes
 from karat_scale.data.shards.streamed import StreamShards
-from karat_scale.data.streams.progress import StreamProgress
+from karat_scale.data.streams.assemble import StreamProgress, StreamState
 from karat_scale.engine.deepspeed_internals import whole_parameters
 from karat_scale.engine.distributed import World
-from karat_scale.engine.engine import Engine
-from karat_scale.engine.precision import pixel_dtype
+from karat_scale.engine.engine import Engine, pixel_dtype
+from karat_scale.engine.memory import one_line_out_of_memory
+from karat_scale.engine.optimizers import CosineSchedule, build_schedule
 from karat_scale.engine.reporting.interval import Efficiency, device_peak
 from karat_scale.engine.reporting.progress import Reporter
-from karat_scale.engine.schedule import CosineSchedule, build_schedule
-from karat_scale.foundation.errors import RunDirectoryError, UserError
-from karat_scale.models.attention_matrices import can_be_watched
-from karat_scale.models.content import content_of
+from karat_scale.engine.run_state import RunState
+from karat_scale.foundation.errors import DataError, RunDirectoryError, UserError
+from karat_scale.models.attention_matrices import can_be_watched, content_of
 from karat_scale.models.factory import layer_sizes
 from karat_scale.models.init_from import take_weights
 from karat_scale.models.layers import attention_layers
-from karat_scale.recipe import Recipe
+from karat_scale.recipe import DataConfig, Recipe
 from karat_scale.training.initial_weights import run_behind
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.task import AfterStep, OnBatch, Task, Waiting
-from karat_scale.training.tasks.classification.distillation import Distillation, use_distillation_token
 from karat_scale.training.tasks.classification.distillation_teacher import FILE as DISTILL_FILE
+from karat_scale.training.tasks.classification.distillation_teacher import TEACHER_FILE as FILE
 from karat_scale.training.tasks.classification.distillation_teacher import (
+    Distillation,
+    build_model,
     describe_teacher,
     keep_distillation_teacher,
+    keep_teacher,
     read_distillation_teacher,
+    trained_classifier,
+    use_distillation_token,
 )
-from karat_scale.training.tasks.classification.evaluate import EvalResult, TrainState, evaluate
-from karat_scale.training.tasks.classification.opening import open_images
-from karat_scale.training.tasks.classification.teacher import FILE, build_model, keep_teacher, trained_classifier
+
+# How long a rank reads before it meets the others: far less than any of them waits for a hang.
+_TURN_SECONDS = 2.0
+
+
+def open_images(recipe: Recipe, world: World, reporter: Reporter, is_verified: bool) -> Backend:
+    """Return the backend of a recipe. Collective.
+
+    Args:
+        is_verified: this run has compared the files with their hashes before, so their sizes are enough.
+
+    Raises:
+        DataError, RecipeError: as `open_backend`.
+    """
+    spec = ImageSpec.of(recipe)
+    shares = is_hashed(spec.data)
+    backend = open_backend(replace(spec, data=spec.data.changed(verify="size")) if shares else spec)
+    if shares and not is_verified:
+        try:
+            hash_together(spec.data, world, lambda: reporter.beat("starting"))
+        except BaseException:
+            backend.close()
+            raise
+    if copy := staged_copy(recipe.data.path):
+        reporter.info(f"the images are read from {copy}, this node's copy")
+    if notice := unused_classes(backend.num_classes, recipe.model.num_classes):
+        reporter.info(f"notice: {notice}")
+    return backend
+
+
+def hash_together(data: DataConfig, world: World, beat: Callable[[], object]) -> None:
+    """Compare the files of a data set that can be opened with their hashes. Collective.
+
+    The ranks of a node share its files, not all ranks: each node may have a copy of its own. Each rank calls `beat`
+    while all get on.
+
+    Raises:
+        DataError: on all ranks, if a file differs on one.
+    """
+    nodes = world.gather(_this_node())
+    here = [rank for rank, node in enumerate(nodes) if node == nodes[world.rank]]
+    with world.together():
+        pieces = hash_files(data, here.index(world.rank), len(here))
+    left = True
+    while world.any(left):
+        beat()
+        with world.together():
+            left = left and _read_for_a_turn(pieces)
+
+
+def _this_node() -> str:
+    """Return what differs between nodes, also if they have the same name."""
+    kernel = Path("/proc/sys/kernel/random/boot_id")
+    return socket.gethostname() + (kernel.read_text() if kernel.exists() else "")
+
+
+def _read_for_a_turn(pieces: Iterator[None]) -> bool:
+    """Read for some seconds; returns False at the end."""
+    end = time.monotonic() + _TURN_SECONDS
+    return any(time.monotonic() > end for _ in pieces)
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Percentages over `images` samples; `bad` samples could not be read and are not among them."""
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+    bad: int
+
+    def __str__(self) -> str:
+        five = f" top-5 {self.top5:.2f} %" if self.top5 < 100 else ""  # as of a model with five classes
+        scores = f"top-1 {self.top1:.2f} %{five} loss {self.loss:.4f}"
+        return f"{scores} on {self.images:,} images, {self.bad} unreadable"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for an event."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    backend: Backend,
+    normalize: Normalize,
+    batch_size: int,
+    world: World,
+    on_batch: Callable[[int, int, Any], None],
+) -> EvalResult:
+    """Evaluate `forward` (normalised images [b, 3, H, W] to logits [b, classes]) on the validation split.
+
+    `on_batch(done, total, bad)` is called after each batch, the same number of times on every rank, with
+    the samples that could not be read; it may raise to stop.
+
+    Raises:
+        DataError: no sample of the split can be read.
+        UserError: memory ran out.
+    """
+    plan = EvalPlan(backend.num_val, batch_size, world.rank, world.size)
+    batches = DeviceFeed(backend.eval_batches(plan.slices()), world.device)
+    totals = torch.zeros(4, dtype=torch.float64, device=world.device)
+    bad = 0
+    for done in itertools.count(1):
+        with one_line_out_of_memory(lambda: f"lower train.eval_batch (now {batch_size})"):
+            batch = next(batches, None)
+            if batch is None:
+                break
+            totals += _count(forward(normalize(batch.images)).float(), batch.labels, batch.valid)
+            batches.fetch_ahead()
+        bad += len(batch.bad)
+        on_batch(done, plan.num_batches, batch.bad)
+    top1, top5, loss, images = world.sum(totals).tolist()
+    bad = int(world.sum(torch.tensor(bad)))
+    if not images:
+        raise DataError(f"none of the {backend.num_val} validation samples can be read")
+    return EvalResult(100 * top1 / images, 100 * top5 / images, loss / images, int(images), bad)
+
+
+def _count(logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """[top-1 hits, top-5 hits, summed loss, samples] in float64, on the device of the logits."""
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = (ranked == labels[:, None]) & valid[:, None]
+    loss = F.cross_entropy(logits, labels.clamp(min=0), reduction="none").double()
+    counts = (hits[:, 0].sum(), hits.sum(), torch.where(valid, loss, 0.0).sum(), valid.sum())
+    return torch.stack([count.double() for count in counts])
+
+
+@dataclass
+class TrainState(RunState):
+    """Of a run that trains a classifier. Scores are in percent."""
+
+    scores = ("top1", "top5")
+
+    best_top1: float | None = None
+    best_top5: float | None = None
+    last_top1: float | None = None
+    last_top5: float | None = None
+    data_digest: int = 0
+    bad_samples: int = 0
+    distilled_from: str = ""
+    """The digest of the weights of `distill.from`."""
+    image_size: int = 0
+    """Of the model in the checkpoint, in a run with `schedule.image_sizes`."""
+    stream: StreamState | None = None
+    """Where the lanes stand, in a run with `data.order: stream`."""
+
 
 # Of an evaluation, to measure what S depends on: as many images as keep a block's matrices below this many entries.
 IMAGES_TO_LOOK_AT, ENTRIES_TO_LOOK_AT = 16, 2**24

@@ -1,23 +1,34 @@
-"""One split of a detection data set in COCO's format: images, categories, and the objects in an image."""
+"""One split of a detection data set in COCO's format: images, categories, and the objects in an image.
+
+Large-scale jitter (Ghiasi et al., arXiv 2012.07177), as in ViTDet: drawn first, then applied in one resize.
+
+Make images and targets from the ids of a batch, in data workers.
+"""
 
 import contextlib
 import io
 import json
 import pickle
-from collections.abc import Sequence
+import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
+from karat_scale.data.loading.assemble import Whereabouts
+from karat_scale.data.loading.loader import OrderedResults
+from karat_scale.data.order import sample_seed
+from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.foundation.files import read_image
 from karat_scale.foundation.tables import how_to_install
-from karat_scale.training.tasks.detection.recipe import DetectionRecipe
+from karat_scale.training.tasks.detection.recipe import CocoConfig, DetectionRecipe, JitterConfig
 
 FIX = "correct data.path or the names below it"
 _IMAGE_FIELDS = {"file_name": (str, "a name"), "width": (int, "pixels"), "height": (int, "pixels")}
@@ -240,3 +251,143 @@ def open_split(recipe: DetectionRecipe, name: str) -> CocoSplit:
     split = CocoSplit(data.path, *names, for_training=name == "train")
     check_classes(split, recipe.model.num_classes)
     return split
+
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """The jitter of one sample: `box` (left, top, right, bottom) of the image becomes `size` (width, height)."""
+
+    box: Box
+    size: tuple[int, int]
+    flip: bool
+
+
+def draw_jitter(seed: int, width: int, height: int, image_size: int, config: JitterConfig) -> Jitter:
+    """Draw a scale, relative to that at which the longer side fits `image_size`, a place for the crop, and a flip.
+
+    The result has sides of at most `image_size`.
+    """
+    rng = random.Random(seed)
+    scale = rng.uniform(*config.scale) * image_size / max(width, height)
+    size = [min(max(round(side * scale), 1), image_size) for side in (width, height)]
+    taken = [min(part / scale, side) for part, side in zip(size, (width, height), strict=True)]
+    left, top = ((side - part) * rng.random() for part, side in zip(taken, (width, height), strict=True))
+    return Jitter((left, top, left + taken[0], top + taken[1]), (size[0], size[1]), rng.random() < config.hflip)
+
+
+def jitter_image(image: Image.Image, jitter: Jitter) -> npt.NDArray[np.uint8]:
+    """Return the pixels [3, h, w] of an image, jittered; bilinear, averaged when it shrinks."""
+    pixels = np.asarray(image.resize(jitter.size, Image.Resampling.BILINEAR, box=jitter.box))
+    return np.ascontiguousarray(_flipped(pixels, jitter, axis=1).transpose(2, 0, 1))
+
+
+def jitter_masks(masks: npt.NDArray[np.uint8], jitter: Jitter) -> npt.NDArray[np.uint8]:
+    """Return masks [n, H, W] as [n, h, w], jittered like their image, with the nearest pixel."""
+    width, height = jitter.size
+    resized = [
+        np.asarray(Image.fromarray(mask).resize(jitter.size, Image.Resampling.NEAREST, box=jitter.box))
+        for mask in masks
+    ]
+    return _flipped(np.stack(resized) if resized else np.zeros((0, height, width), np.uint8), jitter, axis=2)
+
+
+def boxes_of(masks: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Return the tight boxes [n, 4] (left, top, right, bottom) of masks [n, h, w], none of them empty."""
+    boxes = np.zeros((len(masks), 4), np.float32)
+    for box, mask in zip(boxes, masks, strict=True):
+        columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+        box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return boxes
+
+
+def _flipped(array: npt.NDArray[np.uint8], jitter: Jitter, axis: int) -> npt.NDArray[np.uint8]:
+    return np.flip(array, axis).copy() if jitter.flip else array
+
+
+Target = dict[str, npt.NDArray[np.float32] | npt.NDArray[np.int64] | npt.NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class DetectionBatch:
+    """Images of different sizes, as arrays, since workers pickle these without /dev/shm.
+
+    images: uint8 [3, h, w] each. targets: only in training, `boxes` float32 [n, 4] in pixels, `labels` int64 [n] from
+    1, `masks` uint8 [n, h, w]. samples: their numbers in the split.
+    """
+
+    images: list[npt.NDArray[np.uint8]]
+    targets: list[Target]
+    samples: list[int]
+
+    def to(self, device: torch.device) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+        """Return (images float32 in 0 .. 1, targets) on a device, as torchvision's detectors expect them."""
+        images = [torch.from_numpy(image).to(device).float() / 255 for image in self.images]
+        targets = [{key: torch.from_numpy(x).to(device) for key, x in target.items()} for target in self.targets]
+        return images, targets
+
+
+class TrainMaker:
+    """Makes training batches: a sample's jitter depends only on the seed, the epoch and the sample."""
+
+    def __init__(self, split: CocoSplit, recipe: DetectionRecipe) -> None:
+        self._split, self._recipe = split, recipe
+        self._whereabouts = Whereabouts()
+
+    def __call__(self, part: BatchSlice) -> DetectionBatch:
+        """Return the batch of a slice. Raises DataError for an image that cannot be read."""
+        samples = [int(sample) for sample in part.sample_ids]
+        made = [self._make(sample, part.epoch) for sample in samples]
+        return DetectionBatch([image for image, _ in made], [target for _, target in made], samples)
+
+    def _make(self, sample: int, epoch: int) -> tuple[npt.NDArray[np.uint8], Target]:
+        self._whereabouts.tell(sample)
+        image = self._split.read(sample)
+        labels, masks = self._split.objects(sample)
+        recipe = self._recipe
+        seed = sample_seed(recipe.run.seed, epoch, sample)
+        jitter = draw_jitter(seed, image.width, image.height, recipe.model.image_size, recipe.augment)
+        masks = jitter_masks(masks, jitter)
+        seen = masks.any(axis=(1, 2))
+        masks, labels = masks[seen], labels[seen]
+        return jitter_image(image, jitter), {"boxes": boxes_of(masks), "labels": labels, "masks": masks}
+
+    def whereabouts(self, workers: int) -> str:
+        """Return the last sample of each worker."""
+        return _whereabouts(self._whereabouts, self._split, workers)
+
+
+class EvalMaker:
+    """Makes evaluation batches: whole images, without the padding of the last slice."""
+
+    def __init__(self, split: CocoSplit) -> None:
+        self._split = split
+        self._whereabouts = Whereabouts()
+
+    def __call__(self, part: BatchSlice) -> DetectionBatch:
+        """Return the batch of a slice. Raises DataError for an image that cannot be read."""
+        samples = [int(sample) for sample in part.sample_ids if sample != PADDING]
+        images = []
+        for sample in samples:
+            self._whereabouts.tell(sample)
+            images.append(np.ascontiguousarray(np.asarray(self._split.read(sample)).transpose(2, 0, 1)))
+        return DetectionBatch(images, [], samples)
+
+    def whereabouts(self, workers: int) -> str:
+        """Return the last sample of each worker."""
+        return _whereabouts(self._whereabouts, self._split, workers)
+
+
+def load_batches(
+    make: TrainMaker | EvalMaker, slices: Iterable[BatchSlice], data: CocoConfig
+) -> OrderedResults[DetectionBatch]:
+    """Return the batches of `slices`, in order, from workers."""
+    return OrderedResults(make, slices, data.workers, data.prefetch, data.timeout, make.whereabouts)
+
+
+def _whereabouts(whereabouts: Whereabouts, split: CocoSplit, workers: int) -> str:
+    at = [(worker, whereabouts.of(worker)) for worker in range(workers)]
+    told = [f"worker {worker} at {split.file_of(sample)}" for worker, sample in at if sample is not None]
+    return ", ".join(told) or "no worker had started"

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from karat_scale.data.plan import EvalPlan
 from karat_scale.engine.distributed import World
-from karat_scale.training.tasks.detection.batches import DetectionBatch, EvalMaker, load_batches
-from karat_scale.training.tasks.detection.coco import CocoSplit
+from karat_scale.training.tasks.detection.coco import CocoSplit, DetectionBatch, EvalMaker, load_batches
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 
 _KINDS = {"box": "bbox", "mask": "segm"}

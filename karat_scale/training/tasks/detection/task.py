@@ -21,15 +21,14 @@ from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.task import OnBatch, Task, Waiting
 from karat_scale.training.tasks.detection.backbone import (
     StepSchedule,
+    build_detector,
     build_schedule,
     build_vit,
     detector_groups,
     take_backbone_weights,
 )
-from karat_scale.training.tasks.detection.batches import DetectionBatch, TrainMaker, load_batches
-from karat_scale.training.tasks.detection.coco import CocoSplit, open_split
+from karat_scale.training.tasks.detection.coco import CocoSplit, DetectionBatch, TrainMaker, load_batches, open_split
 from karat_scale.training.tasks.detection.evaluate import DetectionScores, evaluate
-from karat_scale.training.tasks.detection.mask_rcnn import build_detector
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 
 

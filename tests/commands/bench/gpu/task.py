@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from karat_scale.commands.bench.gpu.process import Channel
-from karat_scale.commands.bench.gpu.task import Budget, Task
+from karat_scale.commands.bench.gpu.worker import Budget, Task
 
 
 @dataclass

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from karat_scale.commands.bench.gpu.process import Channel, late
-from karat_scale.commands.bench.gpu.report import Report, cell
-from karat_scale.commands.bench.gpu.sections import ATTENTION, KERNELS, LOSSES, RANKS, Section
+from karat_scale.commands.bench.gpu.report import ATTENTION, KERNELS, LOSSES, RANKS, Report, Section, cell
 
 CALL = {"call": "bf16: G 3", "dtype": "bf16", "topic": "ViT", "error": 1e-3, "worst": "query", "tolerance": 5e-3}
 

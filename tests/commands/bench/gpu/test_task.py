@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from karat_scale.commands.bench.gpu.task import Budget
+from karat_scale.commands.bench.gpu.worker import Budget
 from tests.commands.bench.gpu.task import make_task
 
 

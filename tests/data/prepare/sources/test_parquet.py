@@ -10,8 +10,8 @@ pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
 import pyarrow as arrow
 from pyarrow.parquet import write_table
 
-from karat_scale.data.prepare.holdout import held_out
 from karat_scale.data.prepare.job import shuffled
+from karat_scale.data.prepare.join_splits import held_out
 from karat_scale.data.prepare.sources import SourceOptions, open_splits
 from karat_scale.data.shards.shard_format import read_dataset_record
 from karat_scale.data.shards.shards import ShardSplit

@@ -13,7 +13,7 @@ from karat_scale.data.shards import hashing
 from karat_scale.engine import distributed
 from karat_scale.foundation.errors import DataError
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.training.tasks.classification import opening
+from karat_scale.training.tasks.classification import task
 
 
 def main(path: str, nodes: str) -> None:
@@ -27,14 +27,14 @@ def main(path: str, nodes: str) -> None:
             yield
 
     hashing.hash_file = noted
-    opening._TURN_SECONDS = 0.0  # the ranks meet after each piece
+    task._TURN_SECONDS = 0.0  # the ranks meet after each piece
     world = distributed.start("cpu")
     if nodes == "each":
-        opening._this_node = lambda: str(world.rank)
+        task._this_node = lambda: str(world.rank)
     error = ""
     try:
         data = load_recipe("fashion_mnist_demo", [f"data.path={path}", "data.backend=webdataset"]).data
-        opening.hash_together(data, world, lambda: beats.append(1))
+        task.hash_together(data, world, lambda: beats.append(1))
     except DataError as met:
         error = str(met)
     print(json.dumps({"files": sorted(set(files)), "beats": len(beats), "error": error}))

@@ -21,16 +21,14 @@ from karat_scale.models.flops import flops_per_image, forward_flops
 from karat_scale.models.transfer import weights_digest
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.recipe.train import DistillConfig
-from karat_scale.training.tasks.classification.distillation import (
-    Distillation,
-    distillation_loss,
-    use_distillation_token,
-)
 from karat_scale.training.tasks.classification.distillation_teacher import (
     FILE,
+    Distillation,
     DistillationTeacher,
+    distillation_loss,
     keep_distillation_teacher,
     read_distillation_teacher,
+    use_distillation_token,
 )
 from tests.conftest import SMALL, events, karat, karat_here, summary
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from karat_scale.data.augmentation.normalize import Normalize
+from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import UserError
-from karat_scale.training.tasks.classification.evaluate import EvalResult, evaluate
+from karat_scale.training.tasks.classification.task import EvalResult, evaluate
 from tests.conftest import CLASSES
 
 

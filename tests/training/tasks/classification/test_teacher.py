@@ -16,7 +16,8 @@ from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.models.transfer import Teacher
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.tasks.classification.teacher import FILE, keep_teacher
+from karat_scale.training.tasks.classification.distillation_teacher import TEACHER_FILE as FILE
+from karat_scale.training.tasks.classification.distillation_teacher import keep_teacher
 from karat_scale.training.weights_file import read_exported
 from tests.conftest import SMALL, events, karat, summary
 from tests.small_engines import make_parts, weights

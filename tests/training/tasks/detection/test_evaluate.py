@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from karat_scale.engine.distributed import ALONE
-from karat_scale.training.tasks.detection.batches import DetectionBatch
-from karat_scale.training.tasks.detection.coco import CocoSplit
+from karat_scale.training.tasks.detection.coco import CocoSplit, DetectionBatch, boxes_of
 from karat_scale.training.tasks.detection.evaluate import describe, evaluate, score
-from karat_scale.training.tasks.detection.jitter import boxes_of
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from karat_scale.training.tasks.detection.jitter import boxes_of, draw_jitter, jitter_image, jitter_masks
+from karat_scale.training.tasks.detection.coco import boxes_of, draw_jitter, jitter_image, jitter_masks
 from karat_scale.training.tasks.detection.recipe import JitterConfig
 
 SIDES = st.integers(5, 90)

@@ -3,8 +3,7 @@ import math
 import pytest
 import torch
 
-from karat_scale.training.tasks.detection.backbone import build_vit
-from karat_scale.training.tasks.detection.mask_rcnn import build_detector
+from karat_scale.training.tasks.detection.backbone import build_detector, build_vit
 
 TARGET = {
     "boxes": torch.tensor([[4.0, 4.0, 40.0, 30.0]]),

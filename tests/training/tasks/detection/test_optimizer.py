@@ -1,7 +1,6 @@
 import pytest
 
-from karat_scale.training.tasks.detection.backbone import build_schedule, build_vit, detector_groups
-from karat_scale.training.tasks.detection.mask_rcnn import build_detector
+from karat_scale.training.tasks.detection.backbone import build_detector, build_schedule, build_vit, detector_groups
 
 
 def test_rates_fall_block_by_block_below_the_pyramid_as_in_vitdet(small) -> None:

@@ -12,8 +12,7 @@ from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import DivergedError, RunDirectoryError
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.training.loop import Loop
-from karat_scale.training.parts import Parts
+from karat_scale.training.loop import Loop, Parts
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 from karat_scale.training.tasks.detection.task import DetectionState, DetectionTask

@@ -7,10 +7,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign, nms
 
-from karat_scale.training.tasks.detection.backbone import build_vit
-from karat_scale.training.tasks.detection.jitter import Jitter, jitter_image
-from karat_scale.training.tasks.detection.mask_rcnn import build_detector
-from karat_scale.training.tasks.detection.torchvision_parts import Anchors, RoIAlign, Transform
+from karat_scale.training.tasks.detection.backbone import Anchors, RoIAlign, Transform, build_detector, build_vit
+from karat_scale.training.tasks.detection.coco import Jitter, jitter_image
 
 NAMES, STRIDES = ("0", "1", "2", "3"), (4.0, 8.0, 16.0, 32.0)
 

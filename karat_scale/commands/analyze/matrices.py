@@ -1,0 +1,352 @@
+"""What S of a trained run depends on, block by block.
+
+The distance of a head from the best fit of softmax by an operator of the same kind.
+
+On the scores that occur, S is linear in the features f(A[k, q]) of a row: S = X Theta, where a row of X holds all F N
+features and Theta = coefficients x W. The best fit of softmax is the Theta of rank r that is nearest to softmax(A) in
+least squares. It follows from X^T X and X^T softmax(A), so the rows need not be kept.
+
+Spectral behaviour: singular values of the attention matrices before and after the operator (paper, section 5.5).
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from karat_scale.attention import KaratOperator
+from karat_scale.attention.bases import FeatureBasis
+from karat_scale.commands.analyze.output import new_figure
+from karat_scale.commands.analyze.result import Result, Settings, Table, note_bad_images, visit_images
+from karat_scale.commands.analyze.trained_run import TrainedRun, ValidationImages
+from karat_scale.models.attention_matrices import FIGURES, Content, can_be_replaced, mean_over_queries, replaced
+from karat_scale.models.factory import layer_sizes
+
+
+def analyze_content(run: TrainedRun, settings: Settings) -> Result:
+    """Measure what S depends on, for every block.
+
+    Raises:
+        UserError: the run has no checkpoint, or its data cannot be read.
+    """
+    model, images = run.model(), run.images(settings.images)
+    sizes = layer_sizes(run.recipe.model)
+    content = Content(len(sizes))
+
+    def add(block: int, raw: Tensor, learned: Tensor) -> None:
+        content.add(block, raw, learned, len(learned) // sizes[block].sets)
+
+    done = visit_images(model, run, images, settings, "content", add)
+    figures = content.figures()
+    result = Result()
+    blocks = [dict(zip(FIGURES, own, strict=True)) for own in figures.tolist()]
+    result.numbers = {"images": done, "blocks": blocks}
+    result.arrays = {"shares": figures[:, :3], "frobenius_norm": figures[:, 3]}
+    result.figures["shares"] = (
+        _draw(figures),
+        "Share of the energy of S that depends on the query and on the image, and share of scores beyond pi.",
+    )
+    _add_accuracy(result, run, settings, model, images, content)
+    columns = ["block", "S depends on the query", "S depends on the image", "scores beyond pi", "Frobenius norm of S"]
+    rows = [[block, *own] for block, own in enumerate(figures.tolist())]
+    result.tables.append(Table("What S depends on", columns, rows))
+    note_bad_images(result, images.bad)
+    return result
+
+
+@torch.no_grad()
+def _add_accuracy(
+    result: Result,
+    run: TrainedRun,
+    settings: Settings,
+    model: nn.Module,
+    images: ValidationImages,
+    content: Content,
+) -> None:
+    """Add top-1 as trained, and with each S replaced by its mean over queries or over images."""
+    means = [torch.as_tensor(mean) for mean in content.means()]
+    # A mean of several sets of tokens is one for each: windows, or the patch sets of a MobileViT.
+    if not can_be_replaced(model) or any(len(mean) > 1 for mean in means):
+        result.notes.append("top-1 with averaged S: only for plain ViTs without attention transfer")
+        return
+    changes: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        "S": nullcontext,
+        "mean over queries": lambda: replaced(model, mean_over_queries),
+        "mean over images": lambda: replaced(model, lambda block, learned: means[block].to(learned)),
+    }
+    right, done = dict.fromkeys(changes, 0), 0
+    for batch, labels in images.batches(settings.batch, run.device):
+        for name, change in changes.items():
+            with change():
+                right[name] += int((model(batch).argmax(-1) == labels).sum())
+        done += len(batch)
+        settings.progress("top-1 with averaged S", done, len(images))
+    top1 = {name: 100 * count / done for name, count in right.items()}
+    result.numbers["top1"] = top1
+    title = f"Top-1 of {done} images with each S replaced"
+    result.tables.append(Table(title, ["by", "top-1, %"], [[name, value] for name, value in top1.items()]))
+
+
+def _draw(figures: npt.NDArray[np.float64]) -> Figure:
+    figure = new_figure(6, 3.2)
+    axes = figure.subplots()
+    blocks = np.arange(len(figures))
+    for number, label in enumerate(("depends on the query", "depends on the image", "scores beyond pi")):
+        axes.plot(blocks, figures[:, number], marker="o", label=label)
+    axes.set(xlabel="block", ylabel="share", xticks=blocks, ylim=(0, 1))
+    axes.legend()
+    return figure
+
+
+MAX_FEATURES = 4096
+RIDGE = 1e-8
+
+
+@dataclass(frozen=True)
+class Distance:
+    """`fit_error` is |softmax - fit| / |softmax|: how well the operator can fit softmax. `to_fit` and `to_softmax` are
+    |S - c fit| / |S| and |S - c softmax| / |S| at the best factor c, between 0 (the same) and 1 (nothing in common).
+    """
+
+    fit_error: float
+    to_fit: float
+    to_softmax: float
+
+
+def can_fit(operator: KaratOperator) -> bool:
+    """True if S is linear in few enough features for a solution."""
+    basis = operator.basis
+    return (
+        isinstance(basis, FeatureBasis)
+        and operator.form in ("modular", "full_rank")
+        and operator.base == "zero"
+        and not operator.simplex
+        and basis.num_features * operator.num_tokens <= MAX_FEATURES
+    )
+
+
+class SoftmaxFit:
+    """One head's sums: X^T X [F N, F N], X^T Y [F N, N] and |Y|^2, with Y = softmax(A); float64."""
+
+    def __init__(self, operator: KaratOperator, head: int) -> None:
+        assert isinstance(operator.basis, FeatureBasis)
+        self._operator, self._head, self._basis = operator, head, operator.basis
+        tokens = operator.num_tokens
+        size = self._basis.num_features * tokens
+        device = next(operator.parameters()).device
+        self._xx = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self._xy = torch.zeros(size, tokens, dtype=torch.float64, device=device)
+        self._yy = 0.0
+
+    @staticmethod
+    def bytes_of(operator: KaratOperator) -> int:
+        """Bytes that the sums of one head take."""
+        assert isinstance(operator.basis, FeatureBasis)
+        size = operator.basis.num_features * operator.num_tokens
+        return 8 * size * (size + operator.num_tokens)
+
+    def add(self, scores: Tensor) -> None:
+        """Add rows of A [rows, N]."""
+        scores = scores.double()
+        features = torch.cat(list(self._basis.value(scores)), 1)
+        target = scores.softmax(-1)
+        self._xx += features.mT @ features
+        self._xy += features.mT @ target
+        self._yy += float(target.square().sum())
+
+    @torch.no_grad()
+    def best(self) -> Tensor:
+        """Return Theta [F N, N] of the operator's rank that is nearest to softmax."""
+        ridge = RIDGE * self._xx.diagonal().mean() * torch.eye(len(self._xx), dtype=self._xx.dtype).to(self._xx)
+        theta: Tensor = torch.linalg.solve(self._xx + ridge, self._xy)
+        if self._operator.proj is None:
+            return theta
+        # Reduced-rank regression: the fit's rows onto their main directions.
+        _, directions = torch.linalg.eigh(theta.mT @ self._xx @ theta)
+        main = directions[:, -self._operator.rank :]
+        projected: Tensor = theta @ main @ main.mT
+        return projected
+
+    @torch.no_grad()
+    def learned(self) -> Tensor:
+        """Return Theta [F N, N] of the learned head."""
+        coef = self._operator.basis.pack({k: v.double() for k, v in self._operator.basis_parameters().items()})
+        theta = coef[self._head].transpose(1, 2).flatten(0, 1)
+        return theta if self._operator.proj is None else theta @ self._operator.proj[self._head].double().mT
+
+    def distance(self) -> Distance:
+        """Return the three figures for the rows so far."""
+        best, learned = self.best(), self.learned()
+        size = float((learned * (self._xx @ learned)).sum())
+        fit = float((best * (self._xx @ best)).sum())
+        error = self._yy - 2 * float((best * self._xy).sum()) + fit
+        return Distance(
+            fit_error=(max(error, 0.0) / self._yy) ** 0.5,
+            to_fit=_apart(float((learned * (self._xx @ best)).sum()), size, fit),
+            to_softmax=_apart(float((learned * self._xy).sum()), size, self._yy),
+        )
+
+
+def _apart(inner: float, first: float, second: float) -> float:
+    """Return the sine of the angle between two vectors from their inner product and squared lengths."""
+    if not first or not second:
+        return 1.0
+    sine: float = max(1 - inner**2 / (first * second), 0.0) ** 0.5
+    return sine
+
+
+STAGES = ("before", "after")
+Array = npt.NDArray[np.float64]
+FLOOR = 1e-12
+ROUNDING = float(torch.finfo(torch.float32).eps)
+
+
+class Spectrum:
+    """Running minimum, mean and maximum over heads and images; no matrix is kept.
+
+    `log_low`, `log_mean` and `log_high` are [L, 2, N]: the natural logarithms of the smallest, the mean and the largest
+    singular value at each index, by block and before / after, as in the paper. N is the largest of all blocks. nan
+    where a block has fewer values, or where they are 0, which has no logarithm. Values within the rounding error of
+    float32, sqrt(N) eps times the largest of a matrix, count as 0.
+    """
+
+    def __init__(self, blocks: int, tokens: int) -> None:
+        self._low = np.full((blocks, 2, tokens), np.nan)
+        self._high = np.full((blocks, 2, tokens), np.nan)
+        self._sum = np.zeros((blocks, 2, tokens))
+        self._ranks = np.zeros((blocks, 2, 3))
+        self._count = np.zeros((blocks, 1, 1))
+
+    def add(self, block: int, raw: Tensor, learned: Tensor) -> None:
+        """Add A and S [B, h, N, N] of one block."""
+        for stage, matrices in enumerate((raw, learned)):
+            values = torch.linalg.svdvals(matrices.flatten(0, 1).float())
+            values = values * (values > values.shape[1] ** 0.5 * ROUNDING * values.amax(-1, keepdim=True))
+            known = values.double().cpu().numpy()
+            own = block, stage, slice(known.shape[1])
+            self._low[own] = np.fmin(self._low[own], known.min(0))
+            self._high[own] = np.fmax(self._high[own], known.max(0))
+            self._sum[own] += known.sum(0)
+            ranks = torch.stack((effective_rank(values), stable_rank(values), scree_rank(values)), 1)
+            self._ranks[block, stage] += ranks.double().sum(0).cpu().numpy()
+        self._count[block] += len(values)
+
+    @property
+    def log_low(self) -> Array:
+        """See the class."""
+        return _log(self._low)
+
+    @property
+    def log_mean(self) -> Array:
+        """See the class."""
+        return _log(np.where(np.isnan(self._low), np.nan, self._sum / self._count))
+
+    @property
+    def log_high(self) -> Array:
+        """See the class."""
+        return _log(self._high)
+
+    @property
+    def ranks(self) -> Array:
+        """Return [L, 2, 3]: the mean effective, stable and scree rank."""
+        return self._ranks / self._count
+
+
+def effective_rank(values: Tensor) -> Tensor:
+    """exp of the entropy of the singular values' shares (Roy and Vetterli, 2007); values [..., N] to [...]."""
+    shares = values / values.sum(-1, keepdim=True).clamp(min=FLOOR)
+    ranks: Tensor = torch.special.entr(shares).sum(-1).exp()
+    return ranks
+
+
+def stable_rank(values: Tensor) -> Tensor:
+    """Sum of squares over the largest square; values [..., N] to [...]."""
+    squares = values.square()
+    return squares.sum(-1) / squares.amax(-1).clamp(min=FLOOR**2)
+
+
+def scree_rank(values: Tensor) -> Tensor:
+    """Return the number of singular values [..., N], largest first, before the elbow of the scree plot, [...].
+
+    The elbow is the point farthest below the straight line from the first value to the last. Values on or above that
+    line have no elbow, so all that are not 0 count.
+    """
+    count = values.shape[-1]
+    first, last = values[..., :1], values[..., -1:]
+    line = first + (last - first) * torch.linspace(0, 1, count, dtype=values.dtype, device=values.device)
+    below, elbow = (line - values).max(-1)
+    return torch.where(below > 1e-6 * first[..., 0], elbow, (values > 0).sum(-1))
+
+
+def _log(values: Array) -> Array:
+    """ln, or nan where a value is 0 or nan."""
+    return np.log(values, out=np.full_like(values, np.nan), where=values > 0)
+
+
+def analyze_spectrum(run: TrainedRun, settings: Settings) -> Result:
+    """Compute singular values of A and S (or softmax) over heads and images, for every block.
+
+    Raises:
+        UserError: the run has no checkpoint, or its data cannot be read.
+    """
+    model, images = run.model(), run.images(settings.images)
+    sizes = layer_sizes(run.recipe.model)
+    spectrum = Spectrum(len(sizes), max(size.tokens for size in sizes))
+    done = visit_images(model, run, images, settings, "spectrum", spectrum.add)
+    result = Result()
+    names = ("effective_rank", "stable_rank", "scree_rank")
+    result.numbers = {
+        "images": done,
+        "blocks": [
+            {stage: dict(zip(names, ranks[s].tolist(), strict=True)) for s, stage in enumerate(STAGES)}
+            for ranks in spectrum.ranks
+        ],
+    }
+    result.arrays = {"ln_min": spectrum.log_low, "ln_mean": spectrum.log_mean, "ln_max": spectrum.log_high}
+    what = run.matrix_name
+    result.figures["last_block"] = (
+        _draw_block(spectrum, len(sizes) - 1, what),
+        "Singular values of the last block's attention matrices: natural logarithms of the mean (line), the smallest "
+        "and the largest over all heads and images. Values within the rounding error of float32 are left out.",
+    )
+    result.figures["ranks"] = (
+        _draw_ranks(spectrum, what),
+        "Mean rank of each block's matrices, before and after the operator.",
+    )
+    rows = [
+        [block, *(float(x) for pair in zip(*spectrum.ranks[block].tolist(), strict=True) for x in pair)]
+        for block in range(len(sizes))
+    ]
+    columns = ["block", *(f"{name.split('_')[0]} rank, {of}" for name in names for of in ("A", what))]
+    result.tables.append(Table("Ranks of the attention matrices", columns, rows))
+    note_bad_images(result, images.bad)
+    return result
+
+
+def _draw_block(spectrum: Spectrum, block: int, what: str) -> Figure:
+    figure = new_figure(6, 3.6)
+    axes = figure.subplots()
+    index = np.arange(1, spectrum.log_low.shape[-1] + 1)
+    for stage, name in enumerate((f"before: A, block {block}", f"after: {what}, block {block}")):
+        (line,) = axes.plot(index, spectrum.log_mean[block, stage], label=name)
+        low, high = spectrum.log_low[block, stage], spectrum.log_high[block, stage]
+        axes.fill_between(index, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+    axes.set(xlabel="index of the singular value", ylabel="ln of the singular value")
+    axes.legend()
+    return figure
+
+
+def _draw_ranks(spectrum: Spectrum, what: str) -> Figure:
+    figure = new_figure(9, 3.2)
+    blocks = np.arange(len(spectrum.ranks))
+    for number, (axes, name) in enumerate(zip(figure.subplots(1, 3), ("effective", "stable", "scree"), strict=True)):
+        for stage, label in enumerate(("before: A", f"after: {what}")):
+            axes.plot(blocks, spectrum.ranks[:, stage, number], marker="o", label=label)
+        axes.set(xlabel="block", title=f"{name} rank", xticks=blocks, ylim=(0, None))
+        axes.legend()
+    return figure

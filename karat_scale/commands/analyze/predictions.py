@@ -1,0 +1,397 @@
+"""Accuracy on the whole validation split: in total, of each class, and which classes are taken for which.
+
+The predictions of a run for its whole validation split: computed once, and kept in RUN/predictions.npz.
+
+Calibration: whether the model is right as often as its probabilities say.
+
+The most confident mistakes and the least certain hits, as pictures, with the attention of the last block on them.
+"""
+
+import io
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from karat_scale.checkpoint.store import MANIFEST
+from karat_scale.commands.analyze.maps import LastBlock, NoMapError
+from karat_scale.commands.analyze.output import INK, new_figure, show_map
+from karat_scale.commands.analyze.result import Result, Settings, Table, Tile, say_cost
+from karat_scale.commands.analyze.trained_run import TrainedRun
+from karat_scale.commands.evaluate.command import collect
+from karat_scale.commands.evaluate.predictions import Predictions, read_predictions, write_predictions
+from karat_scale.data.augmentation.device_augment import Normalize
+from karat_scale.data.backends import ImageSpec, open_backend
+from karat_scale.engine.distributed import World
+from karat_scale.engine.engine import forward_for_evaluation
+from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.files import file_sha256, json_sha256
+
+FILE = "predictions.npz"
+
+
+def predictions_of(run: TrainedRun, settings: Settings, result: Result) -> Predictions:
+    """Return the predictions of the analysed weights, as `karat eval` computes them.
+
+    If the run's directory cannot be written, a note in `result` says so, and another command computes them again.
+
+    Raises:
+        UserError: the run has no checkpoint, or its data cannot be read.
+    """
+    identity = _identity(run)
+    path = run.path / FILE
+    known: Predictions | None = run.shared.get(FILE) or read_predictions(path, identity)
+    if known is None:
+        known = _compute(run, settings, identity)
+        try:
+            write_predictions(path, known)
+        except OSError as error:
+            result.notes.append(f"the predictions are not kept: {path}: {error.strerror}")
+    run.shared[FILE] = known
+    return known
+
+
+def _compute(run: TrainedRun, settings: Settings, identity: str) -> Predictions:
+    recipe = run.recipe
+    backend = open_backend(ImageSpec.of(recipe))
+    started = time.perf_counter()
+
+    def told(done: int, total: int, _: object) -> None:
+        if done == 1:
+            seconds, hint = time.perf_counter() - started, "--only leaves out accuracy, calibration and mistakes"
+            say_cost(settings, "predicting the validation split", total, seconds, hint)
+        settings.progress("predict the validation split", done, total)
+
+    try:
+        run.refuse_other_classes(backend.classes)
+        forward = forward_for_evaluation(run.model(), recipe.train, run.device)
+        predictions = collect(
+            forward,
+            backend.eval_batches,
+            backend.num_val,
+            recipe.train.eval_batch,
+            Normalize(recipe.augment.mean, recipe.augment.std),
+            World(0, 1, 0, run.device),
+            told,
+        )
+        return replace(predictions, classes=backend.classes, identity=identity)
+    finally:
+        backend.close()
+
+
+def _identity(run: TrainedRun) -> str:
+    recipe = run.recipe
+    return json_sha256(
+        {
+            "manifest": file_sha256(run.store.root / run.chosen / MANIFEST),
+            "weights": run.weights_kind,
+            "model": recipe.model.model_dump(mode="json"),
+            "augment": [recipe.augment.interpolation, recipe.augment.eval_crop],
+            "precision": recipe.train.precision,
+            "data": run.data_identity,
+        }
+    )
+
+
+MOST_NAMED = 30
+"""Classes up to which the confusion matrix names each class and shows its numbers."""
+MOST_PAIRS = 20
+Counts = npt.NDArray[np.int64]
+
+
+def analyze_accuracy(run: TrainedRun, settings: Settings) -> Result:
+    """Compute scores, the accuracy of each class and the confusion matrix.
+
+    Raises:
+        UserError: the run has no checkpoint, or its data cannot be read.
+    """
+    result = Result()
+    predictions = predictions_of(run, settings, result)
+    scores = predictions.scores
+    matrix = confusion(predictions)
+    per_class = class_figures(predictions, matrix)
+    result.numbers = {"images": len(predictions), "unreadable": predictions.bad, **scores}
+    result.numbers["classes"] = [
+        dict(zip(("class", "images", "accuracy", "precision", "taken_for"), row, strict=True)) for row in per_class
+    ]
+    result.arrays = {"confusion": matrix}
+    result.figures["confusion"] = (
+        _draw_confusion(predictions, matrix),
+        "Rows: the images of a class. Columns: the class that the model says, in percent of the row.",
+    )
+    columns = ["class", "images", "accuracy, %", "precision, %", "most often taken for"]
+    result.tables.append(Table("Accuracy of each class", columns, per_class))
+    result.tables.append(_confused_pairs(predictions, matrix))
+    if predictions.bad:
+        result.notes.append(f"{predictions.bad} images of the split cannot be read and are left out")
+    return result
+
+
+def confusion(predictions: Predictions) -> Counts:
+    """Return the number of images by label and by predicted class, [classes, classes]."""
+    from sklearn.metrics import confusion_matrix  # 1 s of import
+
+    classes = max(len(predictions.classes), int(predictions.predicted.max()) + 1)
+    counts: Counts = confusion_matrix(predictions.labels, predictions.predicted, labels=np.arange(classes))
+    return counts
+
+
+def class_figures(predictions: Predictions, matrix: Counts) -> list[list[object]]:
+    """Return name, images, accuracy and precision in percent (None if undefined) and the commonest error by class."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    labels = np.arange(len(matrix))
+    precision, recall, _, support = precision_recall_fscore_support(
+        predictions.labels, predictions.predicted, labels=labels, zero_division=np.nan
+    )
+    wrong = matrix - np.diag(np.diag(matrix))
+    rows: list[list[object]] = []
+    for label in labels.tolist():
+        worst = int(wrong[label].argmax())
+        taken_for = f"{predictions.class_name(worst)} ({wrong[label, worst]})" if wrong[label, worst] else ""
+        accuracy, own = (None if np.isnan(x) else 100 * float(x) for x in (recall[label], precision[label]))
+        rows.append([predictions.class_name(label), int(support[label]), accuracy, own, taken_for])
+    return rows
+
+
+def _confused_pairs(predictions: Predictions, matrix: Counts) -> Table:
+    wrong = matrix - np.diag(np.diag(matrix))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_PAIRS]
+    pairs = [divmod(int(place), len(matrix)) for place in order]
+    totals = matrix.sum(1)
+    rows: list[list[object]] = []
+    for true, said in pairs:
+        if count := int(wrong[true, said]):
+            share = 100 * count / int(totals[true])
+            rows.append([predictions.class_name(true), predictions.class_name(said), count, share])
+    return Table("Classes that are confused most often", ["class", "taken for", "images", "% of the class"], rows)
+
+
+def _draw_confusion(predictions: Predictions, matrix: Counts) -> Figure:
+    shares = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    count = len(matrix)
+    named = count <= MOST_NAMED
+    side = min(2.6 + 0.26 * count, 8.5) if named else 6.5
+    figure = new_figure(side + 1, side)
+    axes = figure.subplots()
+    image = show_map(axes, shares, vmin=0, vmax=100, cmap="viridis")
+    figure.colorbar(image, label="% of the row", shrink=0.8)
+    axes.set(xlabel="the model says", ylabel="class")
+    if named:
+        names = [predictions.class_name(label)[:20].replace("$", r"\$") for label in range(count)]
+        axes.set_xticks(range(count), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7.5)
+        axes.set_yticks(range(count), names, fontsize=7.5)
+        for true, said in np.argwhere(matrix > 0):
+            share = shares[true, said]
+            dark = "#ffffff" if share < 60 else "#000000"
+            axes.text(said, true, f"{share:.0f}", ha="center", va="center", fontsize=6.5, color=dark)
+    return figure
+
+
+BINS = 15
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """The images in bins of equal width by the probability of their most probable class.
+
+    counts, confidence and accuracy: [bins]; the means of a bin without images are nan.
+    """
+
+    edges: Floats
+    counts: Floats
+    confidence: Floats
+    accuracy: Floats
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error, from 0 to 1 (Guo et al., 2017): the mean gap, weighted by images."""
+        gaps = np.nan_to_num(np.abs(self.accuracy - self.confidence))
+        return float((gaps * self.counts).sum() / self.counts.sum())
+
+    @property
+    def largest_gap(self) -> float:
+        """The largest gap of a bin."""
+        return float(np.nanmax(np.abs(self.accuracy - self.confidence)))
+
+
+def reliability(predictions: Predictions, bins: int = BINS) -> Reliability:
+    """Sort the images into bins."""
+    edges = np.linspace(0, 1, bins + 1)
+    confidence = predictions.confidence.astype(np.float64)
+    places = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    counts, sums, hits = (
+        np.bincount(places, weights=weights, minlength=bins).astype(np.float64)
+        for weights in (np.ones(len(places)), confidence, predictions.correct.astype(np.float64))
+    )
+    with np.errstate(invalid="ignore"):
+        return Reliability(edges, counts, sums / counts, hits / counts)
+
+
+def analyze_calibration(run: TrainedRun, settings: Settings) -> Result:
+    """Compute the expected calibration error and draw the reliability diagram.
+
+    Raises:
+        UserError: the run has no checkpoint, or its data cannot be read.
+    """
+    result = Result()
+    predictions = predictions_of(run, settings, result)
+    found = reliability(predictions)
+    confidence, accuracy = float(predictions.confidence.mean()), float(predictions.correct.mean())
+    result.numbers = {
+        "expected_calibration_error": found.error,
+        "largest_gap": found.largest_gap,
+        "mean_confidence": confidence,
+        "accuracy": accuracy,
+        "loss": predictions.scores["loss"],
+        "bins": BINS,
+    }
+    result.arrays = {"edges": found.edges, "counts": found.counts}
+    result.arrays |= {"confidence": found.confidence, "accuracy": found.accuracy}
+    result.figures["reliability"] = (
+        _draw(found),
+        "Top: how often the model is right, by the probability that it gives; on the dashed line it is calibrated, and "
+        "below it too sure. Bottom: the share of images with such a probability.",
+    )
+    rows: list[list[object]] = [
+        ["expected calibration error, %", 100 * found.error],
+        [f"largest gap of {BINS} bins, %", 100 * found.largest_gap],
+        ["mean probability of the prediction, %", 100 * confidence],
+        ["accuracy, %", 100 * accuracy],
+        ["mean loss (negative log-likelihood)", predictions.scores["loss"]],
+    ]
+    result.tables.append(Table("Calibration", ["figure", "value"], rows))
+    return result
+
+
+def _draw(found: Reliability) -> Figure:
+    figure = new_figure(4.6, 4.6)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    width = found.edges[1] - found.edges[0]
+    upper.bar(found.edges[:-1], np.nan_to_num(found.accuracy), width, align="edge", color="C0", alpha=0.75)
+    upper.plot(found.confidence, found.accuracy, "o", color="C1", markersize=4)
+    upper.plot([0, 1], [0, 1], "--", color=INK, linewidth=0.9)
+    upper.set(ylabel="share of correct predictions", ylim=(0, 1.03), title=f"ECE {100 * found.error:.2f} %")
+    lower.bar(found.edges[:-1], found.counts / found.counts.sum(), width, align="edge", color="C0", alpha=0.75)
+    lower.set(xlabel="probability of the prediction", ylabel="share of images", xlim=(0, 1), ylim=(0, None))
+    return figure
+
+
+SHOWN = 12
+STRENGTH = 0.55
+"""Of the attention over the picture."""
+
+
+def analyze_mistakes(run: TrainedRun, settings: Settings) -> Result:
+    """Show pictures of the images of `mistakes` and `close_calls`.
+
+    Raises:
+        UserError: the run has no checkpoint, or its data cannot be read.
+    """
+    result = Result()
+    predictions = predictions_of(run, settings, result)
+    chosen = {
+        "The most confident mistakes": most_confident_mistakes(predictions),
+        "Hits with the lowest probability": least_certain_hits(predictions),
+    }
+    places = np.concatenate(list(chosen.values()))
+    pictures: dict[int, bytes] = {}
+    for sample_id, png in _pictures(run, settings, result, predictions.ids[places].tolist()):
+        pictures[sample_id] = png
+    for title, own in chosen.items():
+        shown = [place for place in own.tolist() if int(predictions.ids[place]) in pictures]
+        if shown:
+            result.galleries[title] = [_tile(predictions, place, pictures) for place in shown]
+        else:
+            result.notes.append(f"{title.lower()}: none")
+    names = dict(zip(("mistakes", "close_calls"), chosen.values(), strict=True))
+    result.numbers = {name: [_described(predictions, place) for place in own.tolist()] for name, own in names.items()}
+    return result
+
+
+def most_confident_mistakes(predictions: Predictions, count: int = SHOWN) -> Any:
+    """Return the places of the wrong predictions with the highest probability, the highest first."""
+    wrong = np.flatnonzero(~predictions.correct)
+    return wrong[np.argsort(-predictions.confidence[wrong], kind="stable")[:count]]
+
+
+def least_certain_hits(predictions: Predictions, count: int = SHOWN) -> Any:
+    """Return the places of the correct predictions with the lowest probability, the lowest first."""
+    right = np.flatnonzero(predictions.correct)
+    return right[np.argsort(predictions.confidence[right], kind="stable")[:count]]
+
+
+def _described(predictions: Predictions, place: int) -> dict[str, Any]:
+    return {
+        "image": int(predictions.ids[place]),
+        "class": predictions.class_name(int(predictions.labels[place])),
+        "predicted": [
+            {"class": predictions.class_name(int(label)), "probability": float(probability)}
+            for label, probability in zip(
+                predictions.top_labels[place, :2], predictions.top_probabilities[place, :2], strict=True
+            )
+        ],
+    }
+
+
+def _tile(predictions: Predictions, place: int, pictures: dict[int, bytes]) -> Tile:
+    one = _described(predictions, place)
+    first, *second = one["predicted"]
+    lines = [f"{first['class']} {first['probability']:.0%}"]
+    if first["class"] != one["class"]:
+        lines.append(f"is {one['class']} ({np.exp(-float(predictions.losses[place])):.1%})")
+    else:
+        lines += [f"or {other['class']} {other['probability']:.0%}" for other in second]
+    lines.append(f"image {one['image']}")
+    return Tile(f"image_{one['image']}", lines, pictures[one["image"]])
+
+
+@torch.no_grad()
+def _pictures(run: TrainedRun, settings: Settings, result: Result, ids: list[int]) -> Iterator[tuple[int, bytes]]:
+    """Yield the id and the picture of each image: as the model sees it, and the same with the attention on it."""
+    if not ids:
+        return
+    model = run.model()
+    maps: LastBlock | None = None
+    try:
+        maps = LastBlock.of(model, run.recipe.model)
+    except NoMapError as reason:
+        result.notes.append(f"no attention on the pictures: {reason}")
+    try:
+        images = run.images(len(ids), tuple(ids))
+        raw = list(images.raw(settings.batch))
+    except DataError as error:
+        result.notes.append(f"no pictures: {error}")
+        return
+    done = 0
+    with maps.watching(model) if maps else nullcontext():
+        for batch in raw:
+            if maps:
+                model(images.normalized(batch, run.device))
+            for row, sample_id in enumerate(batch.sample_ids.tolist()):
+                size = batch.images.shape[2], batch.images.shape[3]
+                yield sample_id, _png(batch.images[row], maps.overlay(row, size)[1] if maps else None)
+            done += len(batch.sample_ids)
+            settings.progress("pictures", done, len(ids))
+
+
+def _png(picture: Tensor, weights: Tensor | None) -> bytes:
+    pixels = picture.permute(1, 2, 0).numpy()
+    sides = [pixels]
+    if weights is not None:
+        scale = weights / weights.max().clamp(min=1e-12)
+        colours = 255 * matplotlib.colormaps["magma"](scale.numpy())[..., :3]
+        sides.append(((1 - STRENGTH) * pixels + STRENGTH * colours).round().astype(np.uint8))
+    content = io.BytesIO()
+    Image.fromarray(np.concatenate(sides, axis=1)).save(content, "png")
+    return content.getvalue()
