@@ -11,7 +11,7 @@ def test_the_page_is_what_the_records_say():
     assert attention_results.PAGE.read_text() == attention_results.render()
 
 
-@pytest.mark.parametrize("arm", [*({*ARMS} - {*GONE}), *STARTS])
+@pytest.mark.parametrize("arm", [*(arm for arm in ARMS if arm not in GONE), *STARTS])
 def test_each_arm_is_a_valid_recipe(arm):
     recipe = load_recipe(attention_trials.RECIPE, [*{**ARMS, **STARTS}[arm], "optim.lr=2e-3"])
     assert (recipe.model.embed_dim, recipe.train.global_batch) == (96, 64)
