@@ -181,7 +181,8 @@ def _backward(state: Kept, footprint: Footprint, batch: Batch) -> Peak:
         gradients = gradients + footprint.gradient_in_hand
     share_left = 1 - made / max(made[-1], 1)
     in_backward = np.arange(len(live)) >= footprint.forward
-    gathered = state.gathered * share_left
+    # DeepSpeed keeps the flat buffer of weights that it gathers together until the last of them is used.
+    gathered = state.gathered * share_left + state.fetched / 2 * ~in_backward
     bucket = state.bucket * in_backward
     event = int(np.argmax(live + gradients + gathered + bucket))
     saved = footprint.saved_by_part(batch.images, event)

@@ -33,7 +33,7 @@ class Kept:
     where it is widened to fp32, 0 where it is copied away at once, a rank's share where the others' are freed.
     passing: at most so many bytes of those are there at once, until they are freed.
     bucket: DeepSpeed's buffers while gradients come. gathered: stage 3's whole weights between forward and backward.
-    fetched: stage 3's weights that an evaluation has fetched ahead, in one buffer and each by itself.
+    fetched: stage 3's weights that have been fetched ahead, in one buffer and each by itself.
     partition: allocated for gradients when `flush_after` bytes of them have come, once or again and again.
     final_gradients: alive when the step begins. reducing: more than that, at its most, between backward and step.
     resting: gradients and their buffers that are kept when no step is under way.
