@@ -1,8 +1,7 @@
-"""A call of KArAt attention: its arguments, the dtypes in which it computes and returns, and its checks.
+"""One call of KArAt attention: its arguments and their checks, its dtypes, and the simplex projection of its rows.
 
-Each error names the argument, its shape and what is expected.
-
-The projection of each row onto the probability simplex {x >= 0, sum x = 1}, and its derivative.
+Each error names the argument, its shape and what is expected. The projection takes each row to the nearest point of
+the probability simplex {x >= 0, sum x = 1}; its derivative is here too.
 """
 
 from collections.abc import Collection

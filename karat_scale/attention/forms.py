@@ -1,10 +1,8 @@
-"""KArAt attention of any basis and form, as functions of tensors.
+"""KArAt attention of any basis and form as functions of tensors, with the parameters of each form and their checks.
 
-All forms are one operation, O = Phi(A) V' on the scores A of queries and keys, which `streaming` and `reference`
-implement. Modular: V' = W^T V. Full rank: V' = V. Project first: the r keys W^T K or, with a mask, the
-rows of A W, tile by tile, as scores. Two operators: the H of the first are the scores of the second.
-
-The forms of the operator, and the parameters of each: names, shapes and the checks of these.
+All forms are one operation, O = Phi(A) V', on the scores A of queries and keys. `streaming` and `reference` implement
+it. Modular: V' = W^T V. Full rank: V' = V. Project first: the scores are those of the r keys W^T K or, with a mask, the
+rows of A W, tile by tile. Two operators: the H of the first are the scores of the second.
 """
 
 from collections.abc import Callable, Collection, Mapping

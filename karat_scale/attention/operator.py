@@ -1,13 +1,12 @@
-"""The modules that own the parameters of KArAt: those of every unit, and the projector W of every head.
+"""The modules that replace softmax in an attention layer: KArAt's operator, alone or beside softmax.
 
-What replaces softmax in an attention layer, and what the rest of the project asks it.
-
-Softmax beside KArAt, in other heads or in the same.
+They own KArAt's parameters: those of every unit, and the projector W of every head. `AttentionHeads` is what the rest
+of the project asks any of them.
 
 Hybrid heads: softmax on a block's first heads, KArAt on the others (arXiv 2503.10632).
 
-Residual heads: softmax with a learned correction, S = softmax(A) + g S_learned, where each head's gate g starts at 0.
-Ours, not the paper's: it applies to attention what ReZero (arXiv 2003.04887) applies to a layer.
+Residual heads: softmax with a learned correction, S = softmax(A) + g S_learned. The gate g of each head starts at 0.
+This is ours, not the paper's: it applies to attention what ReZero (arXiv 2003.04887) applies to a layer.
 """
 
 from collections.abc import Callable

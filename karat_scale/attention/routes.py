@@ -1,13 +1,13 @@
-"""From a head's tiles to its output O = S V, and back: three routes, of which the cheapest that can go is taken.
+"""How a head's scores become its output O = S V, and back, tile by tile in bounded memory.
+
+A tile is a slice of the batch and of the query rows of one head: scores [b, rows, M] over M keys. M is N, except in
+forms whose scores are no matrix of token pairs.
+
+There are three routes. The cheapest that is possible is taken.
 
 - Narrow: with a W, O = H (W^T V), and the r x dv matrix W^T V stands for all keys.
 - Rows: what acts on entries or rows of S (a mask, the simplex) needs these, formed one tile at a time.
 - Spread: without a W, O = sum_f f(A) (C_f^T V). Where heads are narrow, C_f^T V [M, dv] is less work than S.
-
-Cuts the score matrices of a head into tiles, and computes a tile's scores and units in bounded memory.
-
-A tile is a slice of the batch and of the query rows of one head: scores [b, rows, M] over M keys. M is N but where
-the scores of a form are no matrix of token pairs.
 """
 
 import itertools

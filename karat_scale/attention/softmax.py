@@ -1,16 +1,15 @@
-"""Softmax attention with the arguments of KArAt's, for heads that keep it.
+"""Softmax attention with the arguments of KArAt's, and initial values with which KArAt's S is near softmax(A).
 
-Initial values for which the learned S is near softmax(A): the Fourier operator, modular or of full rank.
-
+The attention is for heads that keep softmax. The initial values are for the Fourier operator, modular or of full rank.
 At the start of a ViT scores are small, and there
 
     softmax(A) ~ (1 / N) (1 1^T + exp(A) P),  P = I - 1 1^T / N,
 
 up to the spread of the rows' sums, which is of second order in A. A Fourier series of G harmonics fits exp(x), except
-for a constant that P removes, and another one, of cosines, fits 1. So the full-rank form is softmax up to these fits.
+for a constant that P removes. Another one, of cosines, fits 1. So the full-rank form is softmax up to these fits.
 The modular form has r - 1 units in addition to that of the constant: P becomes U U^T, where the columns of U
-[N, r - 1] are orthonormal and sum to zero, unit j is phi_jq(x) = U_qj exp(x), and W_j = U_j / N. Ours, not the
-paper's.
+[N, r - 1] are orthonormal and sum to zero. Unit j is phi_jq(x) = U_qj exp(x), and W_j = U_j / N. This is ours, not
+the paper's.
 """
 
 import math

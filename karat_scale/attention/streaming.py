@@ -1,7 +1,7 @@
 """Memory-lean KArAt attention in plain PyTorch, for any device, basis and form.
 
-Scores and features are computed tile by tile, and again in the backward pass. In addition to inputs and outputs,
-only H and the features of one tile are kept; the N x N matrix S is never formed (see `routes`).
+It computes scores and features tile by tile, and again in the backward pass. In addition to inputs and outputs, it
+keeps only H and the features of one tile. It never forms the N x N matrix S (see `routes`).
 
 Forward and backward are registered with torch.library: torch.compile takes each as one opaque operation, and
 autograd uses the second as the derivative of the first.

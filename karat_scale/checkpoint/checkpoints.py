@@ -1,9 +1,7 @@
-"""Saving and loading one training state on all ranks together.
+"""Save and load one training state on all ranks together, and keep the pointers `best` and `latest` right.
 
-Every outcome is agreed: a checkpoint that one rank could not write exists for none, and all ranks load
-the same one.
-
-After a kill, a full disk or damage, too, the pointers `best` and `latest` name what the state says.
+All ranks agree on every outcome: a checkpoint that one rank could not write exists for none, and all ranks load the
+same one. The pointers name what the state says, even after a kill, a full disk or damage.
 """
 
 from collections.abc import Callable

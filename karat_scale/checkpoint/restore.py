@@ -1,6 +1,6 @@
-"""A saved state into an engine, of any world size and ZeRO stage.
+"""Read a checkpoint's training state by parameter name, and put it into an engine.
 
-A checkpoint's training state by parameter name, whatever world size and ZeRO stage wrote it.
+The world size and ZeRO stage of the engine may differ from those that wrote the checkpoint.
 """
 
 import math

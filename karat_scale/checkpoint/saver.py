@@ -1,8 +1,8 @@
-"""Saving one training state on all ranks together, beside training.
+"""Save one training state on all ranks together while training goes on.
 
-Training stands still while each rank copies its state to host memory. A thread of each rank writes the copy; at the
-first agreement at which all are done, rank 0's thread gives the checkpoint its manifest and its name; at the first one
-after that, all ranks hear of it. A checkpoint that one rank could not write exists for none.
+Training stands still only while each rank copies its state to host memory. A thread of each rank writes the copy. At
+the first agreement at which all are done, rank 0's thread gives the checkpoint its manifest and its name. At the next
+agreement all ranks hear of it. A checkpoint that one rank could not write exists for none.
 """
 
 import shutil

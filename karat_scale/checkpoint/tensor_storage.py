@@ -1,6 +1,6 @@
-"""How tensors reach the disk and come back: flushed to it, and read as data, never as code.
+"""Tensors on disk: how they are written, how they are read, and how many bytes a checkpoint of them takes.
 
-A checkpoint's size is known before it is written.
+What is written is flushed to the disk. What is read is data, never code. The size is known before anything is written.
 """
 
 import copy

@@ -1,8 +1,9 @@
-"""Whole fp32 weights out of a checkpoint, raw or averaged, whatever number of ranks wrote it.
+"""Whole fp32 weights of a model: read from a checkpoint, fitted to another image size, and kept as snapshots.
 
-A saved state for the same model at another image size: weights, averages and the optimizer's states.
+Weights from a checkpoint are raw or averaged, whatever number of ranks wrote it. A saved state for another image size
+has weights, averages and the optimizer's states.
 
-Snapshots of the whole fp32 weights through training, for the analyses; no retention removes them.
+Snapshots keep the weights through training, for the analyses. No retention removes them.
 
 snapshots/
   step-00000000.safetensors   the initial weights

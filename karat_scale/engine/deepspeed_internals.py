@@ -1,6 +1,6 @@
-"""The private corners of DeepSpeed that we touch, here and in `waiting`; a test fails when a release moves one.
+"""The private corners of DeepSpeed that we touch; a test fails when a release moves one.
 
-Where DeepSpeed makes the host wait for the device, and what we put in its place.
+Among them are the places where DeepSpeed makes the host wait for the device, and what we put there instead.
 """
 
 import contextlib

@@ -1,18 +1,18 @@
-"""The heartbeat of each rank: a small file with its current work, rewritten while the process lives.
+"""The heartbeat of each rank, and what it tells: which rank has stalled, and which is slow.
 
 RUN/heartbeats/rank-00003.json      {"rank": 3, "host": "node2", "beats": 812, "doing": "backward", "step": 203, ...}
 
-`beats` counts the places in the program that a rank has passed. Ranks train in step. So if no rank makes progress, the
-others wait for the one with the fewest beats. This module needs only the standard library.
+This small file has a rank's current work, and is rewritten while the process lives. `beats` counts the places in the
+program that a rank has passed. Ranks train in step. So if no rank makes progress, the others wait for the one with the
+fewest beats.
 
-How long a rank may do the same before it counts as stalled: one limit for all phases, or one for each.
+KARAT_STALL_SECONDS says how long a rank may do the same before it counts as stalled: `900`, or
+`900,compile=3600,save=1800`. The first number holds for the phases that are not named. 0 turns the alarm off.
 
-KARAT_STALL_SECONDS is `900`, or `900,compile=3600,save=1800`: the first number holds for the phases that are not named.
-0 turns the alarm off. This module needs only the standard library.
+A slow rank makes all others wait, so whole steps take equally long on each. Only a rank's own time differs: waiting for
+its data, and its forward pass, in which it waits for no other rank.
 
-Find slow ranks. Ranks train in step: one slow rank makes all others wait, so whole steps take equally long on each.
-
-Only a rank's own time differs: waiting for its data, and its forward pass, in which it waits for no other rank.
+This module needs only the standard library.
 """
 
 import faulthandler

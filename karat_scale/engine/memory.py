@@ -1,9 +1,9 @@
-"""Running out of memory, on the CPU or a GPU, as one line that says what to change; and keeping what is freed.
+"""The memory of training: keeping what is freed, recomputing what the recipe says, and one line where memory runs out.
+
+That line says what to change, on the CPU or a GPU.
 
 For training on a CPU the C library keeps the memory of freed tensors. By default glibc gives large blocks back to the
 kernel. Each step then gets them again, page by page and filled with zeros. docs/benchmarks.md has what that costs.
-
-The recipe's activation checkpointing, applied to the model that an engine is about to take.
 """
 
 import contextlib

@@ -1,10 +1,9 @@
-"""The recipe's optimizer over a model's parameters: one row each in `karat_scale.foundation.tables.OPTIMIZERS`.
+"""The recipe's optimizer over a model's parameters, and the learning rate of each step.
 
 Trainable parameters are in groups of one weight decay and one share of the learning rate. The optimizers are torch's
 AdamW, fused on a GPU; torch's Muon for the linear layers inside blocks, with AdamW for all other parameters; and
-DeepSpeed's AdamW for CPUs, which is compiled when it is first used.
-
-The learning rate as a pure function of the step.
+DeepSpeed's AdamW for CPUs, which is compiled when it is first used. Each is one row in
+`karat_scale.foundation.tables.OPTIMIZERS`. The learning rate is a pure function of the step.
 """
 
 import fcntl

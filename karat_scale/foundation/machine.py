@@ -1,4 +1,4 @@
-"""The limits of this machine, and of the GPUs we know: asked by doctor, plan and data workers alike.
+"""This machine: its limits, the GPUs we know, its local disk for caches, and the launcher that started this process.
 
 Cores and memory are those that this process may use, within the limits of control groups (versions 1 and 2).
 
@@ -6,7 +6,7 @@ Triton and TorchInductor keep what they compile on a disk of the node. Triton's 
 cluster that is a network file system, where all ranks of a job look for, write and rename hundreds of small files at
 the same moment.
 
-torchrun, `karat launch` or `karat sweep`, where it started this process: a run must not go on without it.
+A launcher is torchrun, `karat launch` or `karat sweep`. A run must not go on without it.
 """
 
 import math

@@ -1,9 +1,9 @@
-"""The attention matrices of a model, block by block, while it runs: scores before the operator and weights after it.
+"""The attention matrices of a model, block by block, while it runs: how to watch, replace and measure them.
 
-A plain ViT also runs with other attention matrices than its own: what it loses is what it used them for.
+Watching shows the scores before the operator and the weights after it. A plain ViT also runs with other attention
+matrices than its own: what it loses is what it used them for.
 
-What S depends on: how much of it changes with the query and with the image, and how large it is.
-
+The measures say what S depends on: how much of it changes with the query and with the image, and how large it is.
 Attention that gives each query the same row, or each image the same matrix, mixes positions as a constant would. So
 these shares say how far a comparison with softmax is about learned functions of the scores at all.
 """

@@ -1,6 +1,7 @@
-"""ConViT: its last blocks, plain self-attention, become KArAt. The gated positional blocks do not change (paper, 4).
+"""ConViT with KArAt in its last blocks, which are plain self-attention.
 
-The class token joins the patches after the gated blocks, so the two kinds see P and P + 1 tokens.
+The gated positional blocks do not change (paper, 4). The class token joins the patches after the gated blocks, so the
+two kinds see P and P + 1 tokens.
 """
 
 from collections.abc import Mapping

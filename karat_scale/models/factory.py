@@ -1,8 +1,7 @@
-"""Build a model from the recipe's `model` and `attention` sections.
+"""Build a recipe's model, and give KArAt to a timm model that is already built.
 
-Give KArAt to a timm model that is already built, and perhaps trained.
-
-Other timm models that use timm's own attention, such as PiT or MobileViT, at timm's own sizes.
+A model that is already built may be trained. Timm models without a module here, such as PiT or MobileViT, use timm's
+own attention at timm's own sizes; their host is here too.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """Floating-point operations of a model, as its equations require, whatever implementation computes them.
 
-A multiply-add is two operations. As is usual for MFU, matrix products count and elementwise work (norms, softmax, base
-activations, the simplex) does not, nor does anything computed a second time. A learnable function with K coefficients
+A multiply-add is two operations. As is usual for MFU, matrix products count. Elementwise work (norms, softmax, base
+activations, the simplex) and whatever is computed a second time do not. A learnable function with K coefficients
 counts as K multiply-adds per evaluation, so that KArAt's sums over keys count like the matrix products they are. With
 attention transfer, S V counts, and the teacher's own pass does not.
 """

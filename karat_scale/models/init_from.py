@@ -2,17 +2,14 @@
 
 Some differences between models do not show in weights, only in recipes: heads, and functions without parameters.
 
-Convert learned attention to another number of tokens.
-
-KArAt's parameters belong to token positions. Attention sums over every axis of tokens: H[k, p] =
-sum_q phi_pq(A[k, q]) over keys, O = sum_j S[k, j] V[j] over values, whose weights are W[j, p] or, without a W,
-phi_jp. Over P patches such a sum is P times the mean of a function on the image, of which the patches are samples. So
-on another grid of P' patches the same function is resampled bicubically, and its factors are scaled by
-P / P': the sums, and with them the variance of H and O, stay as they were, as far as images are smooth on the scale
-of a patch. Class and register tokens are one term each, and stay as they are. A learned constant S has a sum over its
-second axis of tokens only. Coefficients of modes of the grid are fitted to the resampled functions.
-
-Adapt the learned operators in other weights to a model's grid and prefix tokens.
+Learned operators are adapted to the model's grid and prefix tokens, because KArAt's parameters belong to token
+positions. Attention sums over every axis of tokens: H[k, p] = sum_q phi_pq(A[k, q]) over keys, O = sum_j S[k, j] V[j]
+over values, whose weights are W[j, p] or, without a W, phi_jp. Over P patches such a sum is P times the mean of a
+function on the image, of which the patches are samples. So on another grid of P' patches the same function is
+resampled bicubically, and its factors are scaled by P / P'. The sums, and with them the variance of H and O, stay as
+they were, as far as images are smooth on the scale of a patch. Class and register tokens are one term each, and stay
+as they are. A learned constant S has a sum over its second axis of tokens only. Coefficients of modes of the grid are
+fitted to the resampled functions.
 """
 
 import math

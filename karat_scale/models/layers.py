@@ -1,9 +1,10 @@
-"""The attention layers of a model of any architecture, in the order of the forward pass; which are frozen.
+"""The attention layers of a model of any architecture, and the prefix tokens that come before its patches.
 
-Convert the class, distillation and register tokens, which come before the patches, between models.
+The layers are in the order of the forward pass. Some of a model's parameters may be frozen.
 
-A token is a vector and usually a position, and both are added before the first block. So if only one of two models
-has positions for such tokens, the sum is kept. Some position embeddings are computed, not learned.
+Class, distillation and register tokens are converted between models. A token is a vector and usually a position, and
+both are added before the first block. So if only one of two models has positions for such tokens, the sum is kept. Some
+position embeddings are computed, not learned.
 """
 
 import fnmatch

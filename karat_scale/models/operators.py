@@ -1,8 +1,7 @@
-"""The learned operators of a model, and their parameters by block.
+"""The learned operators of a model: how they are made from the recipe, put into layers, and found again.
 
-Make the module that replaces softmax in a layer, from the recipe's `attention` section.
-
-Layers of a built model are converted to KArAt where the model's constructor in timm takes no attention class.
+The recipe's `attention` section says what replaces softmax in a layer. Where the constructor of a model in timm takes
+no attention class, the layers of the built model are converted. Parameters are listed by block.
 """
 
 import functools

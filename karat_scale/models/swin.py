@@ -1,6 +1,6 @@
-"""Swin: window attention becomes KArAt in every block; each window is a set of N tokens (paper, 4).
+"""Swin with KArAt in the window attention of every block; each window is a set of N tokens (paper, 4).
 
-Scores include the relative position bias. A shifted window can hold patches from two sides of the image; these do not
+Scores include the relative position bias. A shifted window can hold patches from two sides of the image, which do not
 see each other: a masked pair (k, q) adds nothing to H[k, :] and has S[k, q] = 0. If a stage's grid is smaller than
 the window, the window shrinks to it, so N can differ between blocks.
 """

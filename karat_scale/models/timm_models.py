@@ -1,12 +1,12 @@
-"""Import this and timm knows `karat`: any model of a recipe, and what `karat export` wrote as a folder.
+"""timm's entry `karat`: any model of a recipe, and what `karat export` wrote as a folder.
 
     import karat_scale.timm_models
     import timm
 
     model = timm.create_model("local-dir:FOLDER", pretrained=True)
 
-A new head (`num_classes=`), another image size (`img_size=`), other channels (`in_chans=`), another pooling
-(`global_pool=`) and `features_only=True` work as for timm's own.
+The import makes timm know the entry. A new head (`num_classes=`), another image size (`img_size=`), other channels
+(`in_chans=`), another pooling (`global_pool=`) and `features_only=True` work as for timm's own models.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
-"""The base class of recipe sections, the kinds of numbers in them, and what a key may change.
+"""The base of a recipe: the class of its sections, kinds of numbers, what a key may change, and sections of every run.
 
-The sections `checkpoint`, `resume` and `log`: what a run saves, resumes from and reports.
+The sections are `checkpoint`, `resume` and `log`: what a run saves, resumes from and reports.
 """
 
 import typing

@@ -1,18 +1,15 @@
-"""The training loop: global batches in order, evaluation, saving, and stopping when asked.
+"""The training loop of one rank: global batches in order, evaluation, saving, and stopping when asked.
 
 Training is a function of the state: `run` may stop after any step and resume from its checkpoint, and the
 weights come out the same.
 
 The host launches a step's work and does not wait for it. Loss and gradient norms stay on the device until a log line,
-an evaluation, a save, or an agreement of the ranks, about once a second.
+an evaluation, a save, or an agreement of the ranks, about once a second. Steps that were skipped, as their gradients
+are not finite, and losses that jump are then found and noted; the recipe says when the run ends at them.
 
 On a CPU a step is given up between two micro batches, so that a stop need not wait for minutes. Weights change only at
 a step's end. What changes before is put back, and the resumed run takes the step again, with the same bits. Gradients
 are not kept in a checkpoint.
-
-Steps that were skipped, as their gradients are not finite, and losses that jump are found, noted, and ended at.
-
-What one rank's training loop is made of.
 """
 
 import math

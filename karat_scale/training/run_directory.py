@@ -8,13 +8,13 @@ run_id           names the run at `checkpoint.url`
 copy.json        how far it is copied there
 histograms.jsonl distributions for the trackers
 predictions.npz  for each validation image, of the weights that were analysed last
-evaluations/     results on other test sets, see evaluation/kept.py
+evaluations/     results on other test sets, see commands/evaluate/predictions.py
 tensorboard/     event files
 trackers/        how far each tracker has got
-profile/         see profiler
-incidents/       see incidents
+profile/         see engine/reporting/interval.py
+incidents/       see outcome.py
 checkpoints/     see checkpoint/store.py
-snapshots/       see snapshots
+snapshots/       see checkpoint/weights.py
 """
 
 import fcntl

@@ -1,6 +1,7 @@
-"""The forward kernel: H = sum_f f(A) C_f^T, key tile by key tile, and O = H U or, under a mask, O = S V.
+"""The Triton kernels of H = sum_f f(A) C_f^T and its output O, forward, and of the way back from O to H, V and W.
 
-The backward pass of O = H U with U = W^T V, or of O = S V under a mask, in one launch: dH, dV and parts of dW.
+The forward kernel goes through the keys tile by tile. O = H U with U = W^T V or, under a mask, O = S V. The readout
+kernel is the backward pass of this last step: one launch gives dH, dV and parts of dW.
 """
 
 import triton

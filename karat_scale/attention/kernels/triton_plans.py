@@ -1,7 +1,7 @@
-"""The launches of a forward and of a backward pass, with everything but their tensors.
+"""The launches of the modular operator's forward and backward passes, complete except for their tensors.
 
-All else follows from shapes, strides, dtypes and the device. It is worked out once for each such signature and kept
-with the compiled kernel: Triton's own launch takes longer than these kernels do.
+Everything but the tensors follows from shapes, strides, dtypes and the device. It is worked out once for each such
+signature and kept with the compiled kernel: Triton's own launch takes longer than these kernels do.
 """
 
 import math

@@ -1,12 +1,12 @@
-"""The kernels of O = psi(A) V with psi(x) = c + sum_m a_m cos(m x) + b_m sin(m x), a function of each score alone.
+"""The Triton kernels of O = psi(A) V, and the first and the last kernel of the modular operator's passes.
 
-They walk along tiles as FlashAttention-2 does (arXiv 2307.08691), without its softmax: nothing of N x N is stored, and
-the backward pass computes scores and harmonics again. No sum runs across programs.
+psi(x) = c + sum_m a_m cos(m x) + b_m sin(m x) is a function of each score alone. Its kernels walk along tiles as
+FlashAttention-2 does (arXiv 2307.08691), without its softmax. They store nothing of N x N, and the backward pass
+computes scores and harmonics again. No sum runs across programs.
 
-What the forward pass needs first, in one launch: coefficients as tensor cores read them, and U = W^T V or a mask's
-bits.
-
-The last launch of the backward pass: it adds the partial sums of dC and dW, always in the same order.
+The first kernel of the modular operator makes in one launch what its forward pass needs: coefficients as tensor cores
+read them, and U = W^T V or the bits of a mask. The last kernel of its backward pass adds the partial sums of dC and dW,
+always in the same order.
 """
 
 import triton

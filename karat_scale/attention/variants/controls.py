@@ -1,9 +1,9 @@
-"""The controls of all comparisons.
+"""The controls of all comparisons: attention that lacks one part of what KArAt has.
 
-Attention that sees neither queries nor keys, KArAt whose scores are all 0, so that S is a learned constant, and softmax
-with the size of KArAt's S.
+Static heads see neither queries nor keys. `WithoutScores` is KArAt whose scores are all 0, so that S is a learned
+constant. `ScaledSoftmax` is softmax with the size of KArAt's S.
 
-O = S V for any rule that computes rows of S from rows of scores, in bounded memory.
+`attend_rows` computes O = S V in bounded memory, for any rule that makes rows of S from rows of scores.
 """
 
 from collections.abc import Callable, Iterator

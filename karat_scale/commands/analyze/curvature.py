@@ -1,8 +1,6 @@
-"""Sharpness: the top eigenvalues of the loss's Hessian, and its trace, from Hessian-vector products.
+"""The sharpness of a checkpoint: eigenvalues and trace of the Hessian of its held-out loss (paper, section 5.2).
 
-The eigenvalues of a symmetric operator that are largest in size, from products with vectors: scipy's Lanczos.
-
-Sharpness of a checkpoint: eigenvalues and trace of the Hessian of the held-out loss (paper, section 5.2).
+The Hessian is known only by its products with vectors. scipy's Lanczos finds the eigenvalues that are largest in size.
 """
 
 import time

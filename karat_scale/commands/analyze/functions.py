@@ -1,8 +1,7 @@
-"""The learned functions phi_pq over the scores that occur, their energy per frequency, and distance from softmax.
+"""What a run has learned: the functions of its heads over the scores that occur, and how its weights are distributed.
 
-The functions of each score alone over the scores that occur: psi of `form: content`.
-
-Weight distributions at the first, middle and last checkpoint, and tail indexes (paper, section 5.3).
+The functions are phi_pq, or psi of `form: content`. With them come the energy per frequency and the distance from
+softmax. Distributions are those of the first, middle and last checkpoint, with tail indexes (paper, section 5.3).
 """
 
 from collections.abc import Callable, Mapping

@@ -1,8 +1,7 @@
-"""What a run's own files say of its training: the curves in `metrics.jsonl`, and what it achieved.
+"""What a run's own files say of its training: its curves in `metrics.jsonl`, and what it achieved.
 
-The functions phi_pq of one head as curves, and the scores on which they are used.
-
-The curves of training, all runs in one figure: losses, accuracy, learning rate, gradient norm and speed.
+The curves are losses, accuracy, learning rate, gradient norm and speed, of all runs in one figure. Also here are the
+functions phi_pq of one head as curves, and a histogram of the scores on which they are used.
 """
 
 import math

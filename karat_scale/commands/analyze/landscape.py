@@ -1,8 +1,7 @@
 """The loss landscape and the optimizer's path over it (paper, sections 5.1 and 5.2).
 
-The path of the weights through training: PCA of their changes over checkpoints (paper, sections 5.1 and 5.2).
-
-Losses on a grid of points in a plane of weight space. Ranks share the points; results are saved in between.
+The path is the PCA of the weights' changes over the checkpoints. The landscape is the loss on a grid of points in a
+plane of weight space. Ranks share the points; results are saved in between.
 """
 
 import hashlib

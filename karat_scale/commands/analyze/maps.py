@@ -1,6 +1,7 @@
-"""Attention maps of the class token, the regions of the dominant head, and attention rollout (paper, section 5.4).
+"""Where a model looks in an image: attention maps, the regions of the dominant head, and rollout (paper, section 5.4).
 
-Where a model looks in each image of a batch: what the patches of the last block get, in the dominant head.
+Maps and rollout are those of the class token. `LastBlock` watches a batch: it holds what the patches of the last block
+get, in the dominant head.
 """
 
 import math

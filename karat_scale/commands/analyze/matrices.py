@@ -1,12 +1,11 @@
-"""What S of a trained run depends on, block by block.
+"""The attention matrices S of a trained run: what they depend on, how near they are to softmax, and their spectra.
 
-The distance of a head from the best fit of softmax by an operator of the same kind.
+Spectra are the singular values before and after the operator (paper, section 5.5).
 
-On the scores that occur, S is linear in the features f(A[k, q]) of a row: S = X Theta, where a row of X holds all F N
-features and Theta = coefficients x W. The best fit of softmax is the Theta of rank r that is nearest to softmax(A) in
-least squares. It follows from X^T X and X^T softmax(A), so the rows need not be kept.
-
-Spectral behaviour: singular values of the attention matrices before and after the operator (paper, section 5.5).
+The distance from softmax is that of a head from the best fit of softmax by an operator of the same kind. On the scores
+that occur, S is linear in the features f(A[k, q]) of a row: S = X Theta, where a row of X holds all F N features and
+Theta = coefficients x W. The best fit of softmax is the Theta of rank r that is nearest to softmax(A) in least squares.
+It follows from X^T X and X^T softmax(A), so the rows need not be kept.
 """
 
 from collections.abc import Callable

@@ -1,10 +1,8 @@
 """An analysis's files: figures as PNG and SVG, numbers as JSON, arrays as npz. Each is written atomically.
 
-`shown.json` holds the other contents of the report, so that a later report can show them again.
-
-The style of the figures. They are drawn without a window and without pyplot's global state.
-
-An SVG has no background of its own. `themed` makes its ink follow the reader's dark mode.
+`shown.json` holds the other contents of the report, so that a later report can show them again. Figures are drawn
+without a window and without pyplot's global state. An SVG has no background of its own: `themed` makes its ink follow
+the reader's dark mode.
 """
 
 import io

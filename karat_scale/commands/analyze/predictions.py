@@ -1,10 +1,8 @@
-"""Accuracy on the whole validation split: in total, of each class, and which classes are taken for which.
+"""How well a run predicts its whole validation split: accuracy, calibration, and pictures of mistakes and close calls.
 
-The predictions of a run for its whole validation split: computed once, and kept in RUN/predictions.npz.
-
-Calibration: whether the model is right as often as its probabilities say.
-
-The most confident mistakes and the least certain hits, as pictures, with the attention of the last block on them.
+Accuracy is in total and of each class, with the classes that are taken for others. Calibration says whether the model
+is right as often as its probabilities say. The pictures are the most confident mistakes and the least certain hits,
+with the attention of the last block on them. Predictions are computed once, and kept in RUN/predictions.npz.
 """
 
 import io

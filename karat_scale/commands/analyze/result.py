@@ -1,7 +1,4 @@
-"""The result of an analysis: figures, their numbers, and tables for the report.
-
-Images of a run through its model, with the attention matrices of each block in view.
-"""
+"""What every analysis takes and returns: settings, a visit of images by the model, and figures, numbers and tables."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,6 +1,6 @@
-"""Access to a run directory for the analyses: recipe, checkpoints in order, and the model at any of them.
+"""A trained run as the analyses read it: recipe, checkpoints in order, the model at any of them, and its images.
 
-Chosen images of a run's validation split, through the run's own backend.
+Images are chosen ones of the run's validation split, read through the run's own backend.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,10 +1,9 @@
 """`karat bench data`: images per second and core from each backend and decoder, next to whole decodes.
 
 A core's second is a second of processor time, of this process and its workers, so other processes on the machine do not
-count. Contenders run in turn over the same images; 1.0 is a whole decode by libjpeg-turbo, with no crop, resize or
-batch. `python -m benchmarks.data_peers` adds the loaders of other libraries.
-
-The images that `karat bench data` reads: some of yours, or photo-like ones made here, in each backend's layout.
+count. Contenders run in turn over the same images: some of yours, or photo-like ones made here, in each backend's
+layout. 1.0 is a whole decode by libjpeg-turbo, with no crop, resize or batch. `python -m benchmarks.data_peers` adds
+the loaders of other libraries.
 """
 
 import io

@@ -1,6 +1,6 @@
-"""`karat compare RUN...`: reads the runs, prints the tables, and writes the files that were asked for.
+"""`karat compare RUN...`: reads the runs, prints the tables, and writes the files of `--out`.
 
-The files of `karat compare --out`: Markdown, CSV, figures, and one HTML page that opens offline.
+The files are Markdown, CSV, figures, and one HTML page that opens offline.
 """
 
 import csv

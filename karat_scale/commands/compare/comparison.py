@@ -1,6 +1,6 @@
-"""A whole comparison: groups, their spreads, and each group against the first; as tables and as plain data.
+"""The statistics of a comparison: each group's spread over seeds, and its differences from the first group.
 
-Mean and spread over seeds, paired differences, and what may be said of them.
+Differences are paired by seed, and come with what may be said of them; all as tables and as plain data.
 """
 
 from collections.abc import Mapping, Sequence

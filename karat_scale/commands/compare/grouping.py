@@ -1,6 +1,6 @@
-"""Groups of runs that differ by their seed alone, and what separates two groups.
+"""Groups of runs that differ by their seed alone: what separates two groups, and the curves of each.
 
-Curves of a score over steps, samples and hours: the mean of each group, and its spread as a band.
+A curve is a score over steps, samples or hours: the mean of a group, and its spread as a band.
 """
 
 import json

@@ -1,8 +1,7 @@
-"""The part of the report about the recipe: does it fit, what limits its speed, what to change first.
+"""`karat doctor`: checks the machine and, with a recipe, whether that fits, what limits its speed, and what to change.
 
-Find what runs on this machine: each implementation of KArAt attends over a few tokens, each decoder reads a JPEG.
-
-`karat doctor`: check the machine and, with a recipe, time the stages of its training.
+The check of the machine includes a trial of each part: each implementation of KArAt attends over a few tokens, and each
+decoder reads a JPEG.
 """
 
 import os

@@ -1,8 +1,7 @@
-"""The time of the device's stages of a step: transfer, model, optimizer, communication. All ranks measure together.
+"""The device and the software that drives it: what is installed, and how fast it runs the stages of a step.
 
-The GPUs and the software that drives them.
-
-Versions of the libraries, the optional parts, and how to install what is missing.
+The stages are transfer, model, optimizer and communication. All ranks measure together. The checks of GPUs, libraries
+and optional parts say how to install what is missing.
 """
 
 import importlib

@@ -1,6 +1,6 @@
-"""What the doctor found, and its output: tables on a terminal, plain lines elsewhere, and JSON. Needs no library.
+"""The doctor's report: findings, the stage that limits training, and the first thing to change.
 
-Find the stage that limits training, and the first thing to change.
+It is tables on a terminal, plain lines elsewhere, and JSON. This module needs no library.
 """
 
 import math

@@ -1,10 +1,7 @@
-"""The speed of the data's disk, in sequence and at random, without the page cache.
+"""What feeds the device: the disk, the recipe's data files, its data path, and this machine's cores, memory and limits.
 
-The files of a recipe's data: their number and size, and the size of an image in them.
-
-The speed of the recipe's data path in images per second, as a whole and in parts.
-
-Cores, memory, limits and directories that this process may use.
+The disk is read without the page cache, at random and in sequence. The data path is timed in images per second, as a
+whole and in parts. Resources are those that this process may use.
 """
 
 import contextlib

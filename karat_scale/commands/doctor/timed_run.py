@@ -1,7 +1,4 @@
-"""A short timed run of all stages of a training step, each by itself and then all together.
-
-Time the real training loop, end to end.
-"""
+"""A short timed run of a recipe: each stage of a training step by itself, then the real training loop, end to end."""
 
 import tempfile
 import time

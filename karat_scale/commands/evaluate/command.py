@@ -1,8 +1,7 @@
-"""`karat eval RUN --on DIR`, `--labels FILE` and `--corrupt`: a checkpoint on other test sets, kept with the run.
+"""`karat eval`: a checkpoint on its run's validation split or on another test set, on any number of processes.
 
-Predictions of a whole set of images, each image once on any number of ranks.
-
-A checkpoint of a run on its validation split, whatever its task, on any number of processes.
+`--on DIR`, `--labels FILE` and `--corrupt` name other test sets; their results are kept with the run. Each image counts
+once on any number of ranks. The validation split is evaluated whatever the run's task is.
 """
 
 import hashlib

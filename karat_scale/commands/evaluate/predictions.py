@@ -1,8 +1,7 @@
-"""The predictions for each image of a set, kept as one npz file: all that scores and reports need of them.
+"""What evaluations leave on disk: the predictions for each image of a set, and the results on other test sets.
 
-What was measured of a run on other test sets, kept in the run's directory as evaluations/NAME.json.
-
-It imports nothing heavy, since `karat status` reads these files, too.
+Predictions are one npz file, with all that scores and reports need of them. Results are in the run's directory, as
+evaluations/NAME.json. `karat status` reads these, too, so this module imports nothing heavy.
 """
 
 import io

@@ -1,13 +1,11 @@
-"""Labelled images as a test set of a run: shards, also at a URL, betons, or folders of classes.
+"""A test set for a run: labelled images from shards, also at a URL, from betons, or from folders of classes.
 
-Which class of a run a class of another test set is: by its name, by its WordNet id, or by its number.
+Its classes are matched to the run's by name, by WordNet id or by number. A JSON file can give it other labels: ReaL's
+for ImageNet, or your own by the image's name.
 
-Other labels for a test set's images, from a JSON file: ReaL's for ImageNet, or your own by the image's name.
-
-Corrupted copies of images as in ImageNet-C (arXiv 1903.12261): 15 corruptions at five severities.
-
-`imagecorruptions` computes them on what the model sees, after the crop. An image is corrupted in the same way on any
-number of ranks and in each run: its random numbers depend on the image, the corruption and the severity.
+Its images can be corrupted as in ImageNet-C (arXiv 1903.12261): 15 corruptions at five severities. `imagecorruptions`
+computes them on what the model sees, after the crop. An image is corrupted in the same way on any number of ranks and
+in each run: its random numbers depend on the image, the corruption and the severity.
 """
 
 import functools

@@ -1,11 +1,9 @@
-"""Folders that timm loads: a minimal one, and one for a model hub, with its README.md.
+"""An export of a run: its source, the folders that timm loads, and the check of an exported model.
 
-The README.md says what the model is, how it was trained, and how to load and check it. The folder is uploaded to the
-Hugging Face hub, or to the server that HF_ENDPOINT names.
-
-The source of an export: one kind of weights of one checkpoint of a run.
-
-Check that an exported model computes the same logits as its source.
+The source is one kind of weights of one checkpoint. One folder is minimal; the other is for a model hub, with a
+README.md that says what the model is, how it was trained, and how to load and check it. That folder is uploaded to the
+Hugging Face hub, or to the server that HF_ENDPOINT names. The check is that an exported model computes the same logits
+as its source.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""ONNX: one file that onnxruntime and others run without Python.
+"""Graphs of a model that run without this package and timm: ONNX, and torch.export.
 
-torch.export: a graph in a `.pt2` file that `torch.export.load` runs without this package or timm.
+onnxruntime and others run the ONNX file without Python. `torch.export.load` runs the `.pt2` file.
 """
 
 import importlib.util

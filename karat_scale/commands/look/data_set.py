@@ -1,8 +1,6 @@
-"""`karat data PATH`: what a data set holds. Counts are of all images; sizes and colours of a sample of them.
+"""`karat data PATH`: what each split of a data set holds, as text and as one HTML page that opens offline.
 
-Its page is one HTML file that opens offline, with every text escaped.
-
-What a split of a data set holds: counts, and the sizes, kinds and oddities of sampled images.
+Counts are of all images; sizes, kinds, colours and oddities are of a sample of them. The page escapes every text.
 """
 
 import io

@@ -1,11 +1,9 @@
 """A rank's memory at the worst moment of training or of an evaluation, by parts.
 
-What a micro batch of any size allocates and launches: traces of two sizes, and a straight line through each.
-
-Memory and traffic of attention's tiles, which a trace does not see.
-
-The tiles of `streaming` stay within an operation. Those of query rows (`attend_rows`) are not traced, as their number
-follows from the batch.
+What a micro batch of any size allocates and launches follows from traces of two sizes, by a straight line through each
+pair of figures. A trace does not see the tiles of attention, so their memory and traffic are counted here. The tiles of
+`streaming` stay within an operation. Those of query rows (`attend_rows`) are not traced, as their number follows from
+the batch.
 """
 
 from collections.abc import Mapping

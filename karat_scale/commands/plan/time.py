@@ -1,6 +1,8 @@
-"""How long one GPU and its host work on a step, estimated from operations, bytes and kernels.
+"""How long a step takes on 1 to 1,024 GPUs, on paper: docs/scaling.md explains the model and what it misses.
 
-How fast GPUs exchange data, what a step sends, and how long that takes.
+The time of one GPU and its host is estimated from operations, bytes and kernels. Or it is taken from the log of a run
+whose recipe is the same where speed is concerned. Traffic between GPUs is what a step sends at their bandwidths. For
+the data path one core of this machine is timed, and the others are counted.
 
 Bandwidths are bytes a second in one direction. Data sheets print NVLink in both directions together: half of that is
 here.
@@ -8,12 +10,6 @@ here.
 Ring all-reduce: each rank sends 2 (W - 1) / W of the bytes in 2 (W - 1) steps; an all-gather or a reduce-scatter half.
 A tree sends as much in 2 log2(W) steps (Thakur et al., "Optimization of Collective Communication Operations in MPICH",
 2005; NCCL takes the faster). Between nodes all GPUs of a node send at once, each through its share of the network.
-
-Throughput from 1 to 1,024 GPUs, on paper: docs/scaling.md explains the model and what it misses.
-
-Whether the data path keeps up with the GPUs of a plan: one core of this machine is timed, others are counted.
-
-How long one GPU computes on an image, by what a run has logged: of the same recipe, where speed is concerned.
 """
 
 import math

@@ -1,10 +1,11 @@
-"""Every allocation and kernel of a forward and backward pass, without doing it: the model runs on fake tensors.
+"""What a plan reads from a recipe before training: allocations and kernels of its passes, and the number of images.
 
-Fake tensors have shapes, dtypes and storages but no memory (`torch._subclasses.fake_tensor`), so a trace takes about a
-second for any model and batch, and what a GPU would run is traced on a machine that has none. Memory that an operation
-takes and gives back within itself is not seen; `workspace` counts it.
+The model runs forward and backward on fake tensors, which have shapes, dtypes and storages but no memory
+(`torch._subclasses.fake_tensor`). So a trace takes about a second for any model and batch, and what a GPU would run is
+traced on a machine that has none. A trace does not see memory that an operation takes and gives back within itself;
+`memory.attention_workspace` counts that of attention.
 
-How many training images a recipe's data has, read from its records alone: no image, decoder or hash is touched.
+Images are counted from the data's records alone: no image, decoder or hash is touched.
 """
 
 import gc

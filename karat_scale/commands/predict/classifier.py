@@ -1,10 +1,8 @@
-"""A trained classifier with what its predictions need: from a run, or from what `karat export` wrote.
+"""A trained classifier on image files: the model, the files that the user named, and the output of its predictions.
 
-The image files that the user named, as a source for the evaluation's own reading, decoding and cropping.
-
-What was predicted for each image, as a table, JSON lines and CSV, and where the classifier looked.
-
-That is the attention of the last block, laid over what the model saw.
+The model comes from a run, or from what `karat export` wrote. Files are read, decoded and cropped as in an evaluation.
+Predictions are written as a table, JSON lines and CSV. An overlay shows where the classifier looked: the attention of
+the last block, laid over what the model saw.
 """
 
 import csv

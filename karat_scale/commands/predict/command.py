@@ -1,6 +1,7 @@
-"""`karat predict`: the most probable classes of images, with evaluation's own preprocessing and precision.
+"""`karat predict` and `karat demo RUN`: the most probable classes of images, as text or on a page.
 
-`karat demo RUN`: a page that classifies a picture dropped into it, and shows where the model looks.
+Both use evaluation's own preprocessing and precision. The page classifies a picture dropped into it, and shows where
+the model looks.
 """
 
 import os

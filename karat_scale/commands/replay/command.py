@@ -1,6 +1,6 @@
-"""Take one step of a run again, bit for bit as the run did, and say what in it is not finite, with its images.
+"""`karat replay`: takes one step of a run again, bit for bit, and says what in it is not finite, with its images.
 
-Finds the first module and tensor of a step that is not finite: in the forward pass, then in the backward pass.
+It finds the first module and tensor that is not finite: in the forward pass, then in the backward pass.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""`karat status`: a run at a glance, live on a terminal, once elsewhere.
+"""`karat status`: the state of a run at a glance, live on a terminal, once elsewhere.
 
-The state of a run, read only from its files: it works without a server, on any machine that sees the directory.
+It reads only the run's files: it works without a server, on any machine that sees the directory.
 """
 
 import math

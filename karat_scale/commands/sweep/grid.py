@@ -1,6 +1,6 @@
-"""The grid of a sweep: `key=a,b,c` and `run.seed=0..4`, and the runs that it names.
+"""A sweep before it runs: its grid, `key=a,b,c` and `run.seed=0..4`, and the runs that it names.
 
-A sweep before it runs: its recipes, checked, its directories, and what stands in them already.
+Each run's recipe is checked. Its directory says how far the run is already.
 """
 
 import itertools

@@ -1,9 +1,9 @@
-"""A sweep on this machine: one run after the other, each in a process of its own.
+"""How the runs of a sweep are started: one after the other on this machine, or as a SLURM job array.
 
-A run that fails is named, and the rest goes on. Stop signals are passed on: the run saves, and the sweep ends. If the
-sweep is killed, the run saves and stops, too.
+On this machine each run has a process of its own. A run that fails is named, and the rest goes on. Stop signals are
+passed on: the run saves, and the sweep ends. If the sweep is killed, the run saves and stops, too.
 
-A sweep as a SLURM job array: one element for each run that has not finished.
+A job array has one element for each run that has not finished.
 """
 
 import os

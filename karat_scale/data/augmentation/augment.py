@@ -1,12 +1,10 @@
-"""Training and evaluation transforms: what is drawn for a sample, which view of the image, what is done to it.
+"""The transforms of training and evaluation: what is drawn for a sample, which view of the image, what is done to it.
 
-A training transform first draws what it will do, then does it. The record of draws is what two backends must
-agree on. Every draw comes from the sample's own seed, through `random.Random`, whose stream Python keeps
-stable.
+A training transform first draws what it will do, then does it. Two backends must agree on the record of draws. Every
+draw comes from the sample's own seed, through `random.Random`, whose stream Python keeps stable.
 
-RandAugment's affine operations in C++, with the bits of Pillow, which needs several times as long for them.
-
-timm's RandAugment, with every choice drawn before anything is done.
+RandAugment is timm's, with every choice drawn before anything is done. Its affine operations are in C++: they give
+the bits of Pillow, which needs several times as long.
 """
 
 import ctypes

@@ -1,16 +1,13 @@
-"""RandAugment, colour jitter and erasing of a whole batch on its device, from the draws that came with it.
+"""What a device does to a whole batch of images: resize, RandAugment, colour jitter, erasing, and the model's input.
 
-What a sample gets is drawn with its crop, so it is what the workers would do to it, to within a grey level here and
-there. Where Triton runs, a turn is at most two kernels for all images (`device_fused`). Elsewhere each operation is
-done to all images at once that get it at the same turn. Only the noise of erased boxes is the device's own.
+What a sample gets is drawn with its crop. So it is what the workers would do to it, except that some pixels differ by a
+grey level. Where Triton runs, a turn is at most two kernels for all images (`device_fused`). Elsewhere each
+operation is done at once to all images that get it at the same turn. Only the noise of erased boxes is the device's
+own.
 
-Pillow's operations on batches of uint8 images on any device: what RandAugment and jitter are made of.
-
-All integers are Pillow's, and its floats are float32 or better, so that results differ by a level here and there.
-
-Resize a part of an image on its device, as Pillow does: antialiased, with a box whose ends may lie within pixels.
-
-Bytes to what the model sees, on whatever device the batch is: normalised, mixed, and in the dtype it computes in.
+The operations are Pillow's, on batches of uint8 images. All integers are Pillow's, and floats are float32 or better.
+The resize of a part of an image is Pillow's too: antialiased, with a box whose ends may lie within pixels. At the
+end bytes are normalised, mixed, and given the dtype that the model computes in.
 """
 
 from collections import defaultdict

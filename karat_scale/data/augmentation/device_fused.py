@@ -1,6 +1,7 @@
-"""A batch in few kernels of `device_triton`: one for all crops, at most two for each turn, one for the model's input.
+"""Augment a batch on its device in few kernels of `device_triton`.
 
-The launches are operations of torch.library, so that the same code runs on `meta` tensors, where kernels are counted.
+One kernel makes all crops, at most two do each turn, and one makes the model's input. The launches are operations of
+torch.library, so that the same code runs on `meta` tensors, where kernels are counted.
 """
 
 import importlib.util

@@ -1,12 +1,12 @@
 """The shards of the `webdataset` backend, decoded by DALI.
 
-Whole batches of JPEGs go through DALI, in the order they are given, past those that it cannot decode. DALI's readers
+Whole batches of JPEGs go through DALI in the order they are given, except those that it cannot decode. DALI's readers
 keep no exact order, its random crops draw from a stream of their own, and its epochs vary in length. So it only
 decodes.
 
-Worked round here: a JPEG that cannot be decoded invalidates DALI's pipeline, and what was under way in it is lost, as
-does an error of the GPU, which has the same type; EXIF orientation is applied unless it is switched off; outputs are
-views of DALI's memory.
+The code works round three properties of DALI. A JPEG that cannot be decoded invalidates DALI's pipeline, and what was
+under way in it is lost; an error of the GPU does the same, with the same type. EXIF orientation is applied unless it
+is switched off. Outputs are views of DALI's memory.
 """
 
 import importlib

@@ -1,12 +1,11 @@
-"""Batches of encoded images from files: folders, indexed WebDataset shards, and FFCV's betons.
+"""The backends of images in files: folders, indexed WebDataset shards, and FFCV's betons.
 
 Samples are read by their place, since a reader that streams (webdataset's own, FFCV's Loader) keeps no exact order.
-Images are decoded and augmented by torch's DataLoader workers.
 
-Batches from shards whose images a library decodes together, such as DALI or nvJPEG.
-
-Such a library gets our bytes, our order and our crops. It decodes; the rest is the code of the other backends. On a GPU
-where only a flip follows the crop, the library resizes and flips too, and the batches are on the GPU.
+`ImageBackend` decodes and augments in the workers of torch's DataLoader. `BatchDecodingBackend` is for a library that
+decodes images together, such as DALI or nvJPEG. Such a library gets our bytes, our order and our crops. It decodes; the
+rest is the code of the other backends. On a GPU where only a flip follows the crop, the library also resizes and
+flips, and the batches are on the GPU.
 """
 
 import copy

@@ -1,6 +1,6 @@
-"""The encoded images of a batch, read by threads, with the operations to apply to each.
+"""Read the encoded images of a batch by threads, with the operations to apply to each, and time a data path.
 
-The speed of a recipe's data path in images a second, as one process sees it.
+The speed is that of a recipe's data path, in images a second, as one process sees it.
 """
 
 import copy

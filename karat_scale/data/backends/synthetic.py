@@ -1,7 +1,7 @@
-"""Images generated from their sample id, without files: for tests, and to measure everything except the data.
+"""The `synthetic` backend: images generated from their sample id, without files.
 
-Each class has its own coarse pattern under noise, so a model can learn the classes. The recipe's
-augmentation does not apply.
+It is for tests, and to measure everything except the data. Each class has its own coarse pattern under noise, so a
+model can learn the classes. The recipe's augmentation does not apply.
 """
 
 from collections.abc import Iterable, Iterator

@@ -1,11 +1,7 @@
-"""Decode an image to RGB with Pillow.
+"""The interface of all decoders, the view of an image that they return, and decoding to RGB with Pillow.
 
 As in torchvision's ImageFolder, EXIF orientation is ignored and alpha is dropped. Unlike there, 16-bit grey
 is scaled to 8 bits instead of clipped.
-
-The part of an image that a decoder returns, and its size.
-
-The interface of all decoders: the pixels of a view of an encoded image.
 """
 
 import functools

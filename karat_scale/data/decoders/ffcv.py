@@ -1,8 +1,8 @@
-"""Decoding with FFCV's compiled library, without the rest of FFCV.
+"""Decoders from FFCV's compiled library, without the rest of FFCV.
 
 FFCV's Loader cannot be seeded, returns views of a ring buffer, shows damaged JPEGs as black pixels, changes torch's
-thread count, compiles for seconds, and can hang or crash in several ways. Its decoder is one C function, called here
-directly; the order, the draws, the processes and the errors are those of the other backends.
+thread count, compiles for seconds, and can hang or crash in several ways. Its decoder is one C function, which is
+called here directly. The order, the draws, the processes and the errors are those of the other backends.
 """
 
 import re

@@ -1,11 +1,11 @@
-"""Decode and resize with Pillow, as ImageFolder does. Its pixels are the reference for the other decoders.
+"""The decoders of Pillow and of torch's image libraries, and the resize of decoded pixels.
 
-Also the resize of a decoded region, which is the same for every decoder that returns whole pixels.
+Pillow decodes and resizes as ImageFolder does, and its pixels are the reference for the other decoders. The resize of
+a decoded region is the same for every decoder that returns whole pixels.
 
-Decode whole JPEGs with torch's image libraries and resize in uint8 with torch: fast, with nothing to compile.
-
-torchcodec takes the place of torchvision's decoder, which is deprecated since torchvision 0.29. On a CPU both decode
-with libjpeg-turbo, as Pillow does, so the pixels do not depend on which of the three is there.
+torch's libraries decode whole JPEGs and resize in uint8 with torch: fast, with nothing to compile. torchcodec takes
+the place of torchvision's decoder, which is deprecated since torchvision 0.29. On a CPU both decode with
+libjpeg-turbo, as Pillow does, so the pixels do not depend on which of the three is there.
 """
 
 import warnings

@@ -1,6 +1,6 @@
-"""Index tars: read the headers of all, number the classes, write an index for each tar and dataset.json.
+"""The command `karat index`: finds tars and their splits, numbers the classes, and writes the indexes.
 
-The tars of a directory, and the split that each belongs to.
+It reads the headers of all tars, and writes an index for each tar and dataset.json.
 """
 
 import hashlib

@@ -1,11 +1,8 @@
-"""The samples of one tar: which member is the image, and which tells the class.
+"""The samples of one tar: its bytes, which member is the image, and where the class is written.
 
-A key is a member's path up to the first dot of its last part, as in WebDataset. Members with one key are a sample,
-also if others stand between them.
-
-Where a sample's class is written: in `.cls`, in a field of `.json`, in `.txt`, or in the path of the image.
-
-The bytes of a tar that is indexed, on a file system or at a URL.
+The tar is on a file system or at a URL. A key is a member's path up to the first dot of its last part, as in
+WebDataset. Members with one key are a sample, even if others stand between them. The class is written in `.cls`, in a
+field of `.json`, in `.txt`, or in the path of the image.
 """
 
 import json

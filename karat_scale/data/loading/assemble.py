@@ -1,8 +1,7 @@
-"""Make a batch from its ids, with any source of images: read, decode, transform, collect.
+"""The interface of all backends, and how their workers start and make a batch from its ids.
 
-Set-up of a data worker process: it ignores the signals that the trainer handles, and ends when the trainer ends.
-
-The interface of all backends, and what they are asked for.
+A worker reads, decodes, transforms and collects the images of a batch, from any source. It ignores the signals that the
+trainer handles, and ends when the trainer ends.
 """
 
 import contextlib

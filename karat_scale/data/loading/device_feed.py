@@ -1,8 +1,7 @@
-"""Batches on the device a little before they are needed, copied beside what the device computes.
+"""Make batches ahead of their reader, and copy them to the device before they are needed.
 
-The copy runs on a stream of its own, from page-locked memory. Events order the two streams; the host waits for neither.
-
-A thread that makes a limited number of batches ahead of their reader.
+A thread makes a limited number of batches ahead. The copy runs beside what the device computes: on a stream of its
+own, from page-locked memory. Events order the two streams; the host waits for neither.
 """
 
 import queue

@@ -1,6 +1,6 @@
 """A process that fetches samples into the node's cache before the data workers need them.
 
-It only hints: training does not wait for it and does not notice its errors, since a worker fetches what is not there.
+It is only a hint: training does not wait for it or notice its errors, since a worker fetches what is not there.
 """
 
 import contextlib

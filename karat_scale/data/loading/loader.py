@@ -1,15 +1,12 @@
-"""Batches, or other results, in plan order from parallel worker processes.
+"""Batches, or other results, in plan order from parallel worker processes, with digests of the data.
 
-Memory in which forked workers leave the images of their batches, and which is reused.
+Forked workers leave the images of their batches in shared memory that is reused. torch would give each tensor a new
+file in /dev/shm, whose pages must be mapped again in both processes. For an image of 224 px that costs 0.2 ms, up to a
+fifth of its decoding, and containers often have a small /dev/shm.
 
-torch would give each tensor a new file in /dev/shm, whose pages must be mapped again in both processes. For an image of
-224 px that costs 0.2 ms, up to a fifth of its decoding, and containers often have a small /dev/shm.
-
-Digests of data: of the training samples, and of a data set's classes.
-
-The first is one number for the training samples and the augmentation of each. It is a sum over samples,
-so it is the same for any world size, micro batch, number of workers and backend, and for a run that was stopped and
-resumed. Two runs with the same digest trained on the same data.
+One digest is of a data set's classes. The other is one number for the training samples and the augmentation of each. It
+is a sum over samples, so it is the same for any world size, micro batch, number of workers and backend, and for a run
+that was stopped and resumed. Two runs with the same digest trained on the same data.
 """
 
 import errno

@@ -1,9 +1,8 @@
 """Make one beton: images are read, checked and packed in parallel, and one process writes them in order.
 
-Convert an image file to its form in a beton, so that every reader gets the same pixels as from the shards.
-
-A JPEG that FFCV's decoder reads is stored byte for byte. An image it cannot read (PNG, CMYK, ...) is stored as raw RGB
-pixels. A file that nothing reads is stored unchanged, and every reader of this project then treats it as a bad sample.
+Images are packed so that every reader gets the same pixels as from the shards. A JPEG that FFCV's decoder reads is
+stored byte for byte. An image it cannot read (PNG, CMYK, ...) is stored as raw RGB pixels. A file that nothing reads is
+stored unchanged, and every reader of this project then treats it as a bad sample.
 """
 
 import functools

@@ -2,11 +2,9 @@
 
     python data_prep/fetch.py cifar10 --out DIR
 
-Addresses and hashes are torchvision's. A download that was stopped resumes, and complete files are kept.
-Fashion-MNIST can also come from Debian's package dataset-fashion-mnist, and gets
-classes.txt with the names of its classes.
-
-Download a file, check its hash, and resume where an earlier run stopped.
+Addresses and hashes are torchvision's. Each file's hash is checked. A download that was stopped resumes, and complete
+files are kept. Fashion-MNIST can also come from Debian's package dataset-fashion-mnist, and gets classes.txt with the
+names of its classes.
 """
 
 import http.client

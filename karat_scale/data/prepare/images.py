@@ -1,6 +1,7 @@
-"""Find what is unusual about an image file, from its header: the reasons why decoders disagree or fail.
+"""Inspect one image file, and shrink it to a JPEG.
 
-Shrink images to JPEGs: with the native recoder if it runs and the image is ordinary, else with Pillow.
+The header shows what is unusual about a file: the reasons why decoders disagree or fail. The native recoder shrinks
+ordinary images if it runs; Pillow shrinks the others.
 """
 
 import functools

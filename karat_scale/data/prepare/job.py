@@ -1,7 +1,4 @@
-"""What making shards and making betons share: the images of one split, the notes about them, and worker processes.
-
-The options that several scripts share.
-"""
+"""What the scripts that make shards and betons share: the images of a split, notes, worker processes and options."""
 
 import argparse
 import ctypes

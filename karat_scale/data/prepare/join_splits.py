@@ -1,11 +1,12 @@
-"""Join splits that were made separately, for example by the tasks of a job array, into one data set.
+"""Join splits that were made separately into one data set, and divide a source into train and val.
 
     python data_prep/join_splits.py --src DIR --out DIR
 
-Moves the shards of --src into --out, on the same file system, and adds its splits to dataset.json there. A run that was
-stopped resumes. Several runs may join into one --out: one works and the others wait.
+The script joins splits such as those of a job array's tasks. It moves the shards of --src into --out, on the same file
+system, and adds its splits to dataset.json there. A run that was stopped resumes. Several runs may join into one
+--out: one works and the others wait.
 
-Divide a source with one split into train and val: by class, and by a seed.
+A source with one split is divided by class, and by a seed.
 """
 
 import argparse

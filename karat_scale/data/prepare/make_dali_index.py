@@ -2,8 +2,8 @@
 
     python data_prep/make_dali_index.py --src DIR --out DIR
 
-One text file per shard, train-000000.idx, in the same folder below DIR as the shard below its own. Its
-format is v1.2 of DALI's wds2idx: a line `v1.2 <samples>`, then a line per sample with `<suffix> <offset> <bytes>
+Each shard gets one text file, such as train-000000.idx, in the same folder below --out as the shard's own below --src.
+Its format is v1.2 of DALI's wds2idx: a line `v1.2 <samples>`, then a line per sample with `<suffix> <offset> <bytes>
 <name>` of each of its members.
 """
 

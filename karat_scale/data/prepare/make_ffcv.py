@@ -6,9 +6,9 @@ The source is a directory of shards made by make_webdataset.py, or any source of
 beton with a JSON file and an index beside it (karat_scale/data/shards/beton.py). Sample ids are those of the shards
 that the same options make. JPEGs are copied byte for byte, unless --write-mode or --max-resolution re-encodes them.
 
-The same source and options give the same bytes. Run on a finished output, it checks every byte and makes damaged betons
-again. A run that was killed leaves a hidden file, or a record without its beton; the next run starts that beton again
-and says so. Needs FFCV: in the clone, pip install -e '.[ffcv]'.
+The same source and options give the same bytes. Run on a finished output, the script checks every byte and makes
+damaged betons again. A run that was killed leaves a hidden file, or a record without its beton; the next run starts
+that beton again and says so. The script needs FFCV: in the clone, pip install -e '.[ffcv]'.
 """
 
 import argparse

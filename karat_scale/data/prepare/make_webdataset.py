@@ -6,18 +6,18 @@ The source is one of
 
     an ImageFolder, with or without train/ and val/ or test/, as a directory or as one uncompressed tar
     ImageNet's official tars, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar with the validation labels
-    (sources/val_labels.py lists their formats); they are read in place, nothing is unpacked
-    the official files of CIFAR-10, CIFAR-100, SVHN, STL-10 or Oxford Flowers-102 (sources/ has a module for each),
+    (sources/imagefolder.py lists their formats); they are read in place, nothing is unpacked
+    the official files of CIFAR-10, CIFAR-100, SVHN, STL-10 or Oxford Flowers-102 (see sources/small.py),
     whose published hashes are checked
     IDX files such as MNIST's
     Parquet files as the Hugging Face hub has them (sources/parquet.py)
 
 Samples are shuffled over the shards by a seed. The bytes of image files are copied, unless --resize re-encodes them.
 The same source and options give the same shards. A run that was killed resumes with the shard it was writing. Run on a
-finished output, it checks every byte and makes damaged shards again. Odd files are listed in dataset.json with what
-was done about them (--on-odd, --exif). Of fewer than 100,000 images each is decoded (--check), and those that cannot
-be, such as truncated photographs, are skipped. --val-fraction or --val-count divides a source without a validation
-split.
+finished output, the script checks every byte and makes damaged shards again. dataset.json lists odd files with what
+was done about them (--on-odd, --exif). If there are fewer than 100,000 images, each is decoded (--check), and those
+that cannot be, such as truncated photographs, are skipped. --val-fraction or --val-count divides a source without a
+validation split.
 """
 
 import argparse

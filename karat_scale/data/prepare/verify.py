@@ -2,7 +2,8 @@
 
     python data_prep/verify.py --src DIR [--imagenet]        # DIR is a directory, or a URL
 
-Prints every problem. If there is one, the exit code is 2 and one line on stderr has the first problem and their number.
+It prints every problem. If there is one, the exit code is 2, and one line on stderr has the first problem and their
+number.
 """
 
 import multiprocessing

@@ -1,4 +1,4 @@
-"""FFCV's files, .beton, with the facts that FFCV does not store: hashes, keys, class names, settings.
+"""FFCV's files, .beton: their format, their writer, and the facts beside them that FFCV does not store.
 
     train.beton             FFCV's format, readable by FFCV's own Loader: fields `image` (RGBImageField) and `label`
     train.beton.json        classes, counts, SHA-256, settings, the skipped images with reasons
@@ -8,11 +8,9 @@
 A sample's id is its position in the beton. It is the id of the same sample in shards that were made with the same
 settings.
 
-Write betons in FFCV's format, without FFCV's processes.
-
-FFCV's DatasetWriter waits for ever if one of its workers dies or a sample raises an error, re-encodes JPEGs, and writes
-samples in the order in which its workers finish. Here one process writes the samples in order, so the same samples
-give the same bytes, and an error is raised.
+The writer does without FFCV's processes. FFCV's DatasetWriter waits forever if one of its workers dies or a sample
+raises an error, re-encodes JPEGs, and writes samples in the order in which its workers finish. Here one process
+writes the samples in order, so the same samples give the same bytes, and an error is raised.
 """
 
 import errno

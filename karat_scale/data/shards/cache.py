@@ -1,4 +1,6 @@
-"""The node's cache of remote data: entries in files, shared by all processes of the node, bounded, kept over restarts.
+"""The node's cache of remote data, and how a recipe uses samples at a URL through it.
+
+All processes of the node share the cache. Its entries are files, its size is bounded, and it is kept over restarts.
 
     <directory>/ab/abcdef...        an entry; it gets this name when it is complete
     <directory>/ab/abcdef....part   an entry in the making; its lock says whether a process still makes it
@@ -7,7 +9,7 @@
 An entry's modification time is that of its last use. When the total is over the limit, the entries that were not used
 for the longest are removed. A process that has an entry open can still read it then.
 
-How a recipe uses samples at a URL: what is fetched together, how far ahead, and what the cache must hold.
+A recipe's use says what is fetched together, how far ahead, and what the cache must hold.
 """
 
 import errno

@@ -1,6 +1,6 @@
-"""Where the bytes of samples come from: one interface, for tars on a file system and for tars at a URL.
+"""The bytes of samples by their id: the interface for tars anywhere, and its version for tars on a file system.
 
-Read whole blocks of samples ahead, for an order that uses few blocks at a time.
+Tars at a URL have the same interface. If the order uses few blocks of samples at a time, whole blocks are read ahead.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The files in a directory of shards, besides the tars.
+"""The files in a directory of shards besides the tars: records and indexes, and the checks of both.
 
     dataset.json              classes in order; per split: shards, settings, the skipped images with reasons
     train-000000.tar          WebDataset tar: <key>.cls, <key>.jpg, <key>.cls, ...
@@ -6,16 +6,13 @@
     ...
     val-000000.tar, ...
 
-A sample's id is its position in the split: shard after shard, in the order of dataset.json.
+A sample's id is its position in the split: shard after shard, in the order of dataset.json. The launch wrapper may have
+made a copy of the shards on a local disk of this node.
 
-The launch wrapper may have made a copy of the shards on a local disk of this node.
+An index has columns of numbers and the samples' keys, for shards and for betons. Another program may have written it,
+so even an index with the right hash may be wrong. Its columns are checked once, when a split is opened.
 
-Indexes of shards and betons: columns of numbers, and the samples' keys, in an npz file.
-
-An index whose hash is right may still lie: another program wrote it. So its columns are checked once, when a split is
-opened.
-
-Checks for shards, betons and folders: files against their records, classes against the model.
+The checks of files against their records, and of classes against the model, serve shards, betons and folders.
 """
 
 import hashlib

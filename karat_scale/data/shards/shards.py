@@ -1,6 +1,6 @@
-"""Random access into the shards of one split, checked against dataset.json and the indexes.
+"""The samples of one split of shards by their id, and the place of a data set's files: a directory or a URL.
 
-Where the files of a data set are: a directory, or a URL. Both are asked for the same.
+A split is checked against dataset.json and the indexes. Both places answer the same questions.
 """
 
 import copy

@@ -1,8 +1,7 @@
-"""Make a batch from the next samples of a lane: decode, transform, collect.
+"""The `webdataset` backend with `data.order: stream`: training batches of tars without an index.
 
-The `webdataset` backend with `data.order: stream`: training batches of tars without an index.
-
-Where the lanes of one rank stand after the last batch that was trained on, and how a checkpoint says it.
+A batch is made from the next samples of a lane: they are decoded, transformed and collected. The progress of a rank is
+where its lanes stand after the last batch that was trained on. A checkpoint holds it.
 """
 
 from collections.abc import Generator, Iterable, Iterator

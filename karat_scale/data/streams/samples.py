@@ -1,6 +1,6 @@
-"""The samples of a lane, shuffled, from a place on and without end.
+"""The samples of a lane from a given place on, shuffled and without end.
 
-The samples of one shard, as the webdataset library reads and groups them.
+The webdataset library reads the samples of each shard and groups them.
 """
 
 import random

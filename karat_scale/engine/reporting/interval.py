@@ -1,12 +1,10 @@
-"""What is measured between two reports of a run.
+"""What is measured of a run while it trains: figures between two reports, histograms of heads, and traces of steps.
 
 A rank's own time is the part of a step in which it waits for no other: for its data, and in its forward pass.
 Efficiency is how much of a device's arithmetic training uses: FLOP/s of the model's equations, and MFU where the peak
-is known.
+is known. Histograms are for the trackers: of each head's coefficients and its projector W.
 
-Histograms, for the trackers, of what each head has learned so far: its coefficients and its projector W.
-
-A trace of chosen steps by torch's profiler, for Perfetto, chrome://tracing or TensorBoard.
+Traces are by torch's profiler, for Perfetto, chrome://tracing or TensorBoard:
 
 profile/
   rank-00000-steps-3-5.pt.trace.json   what ran when, on the CPU and the GPU

@@ -1,6 +1,7 @@
-"""The progress that a person sees: a live bar on a terminal, plain lines elsewhere.
+"""Where a run's progress goes: to the person, as a live bar or plain lines, and to files that the trackers follow.
 
-Where figures go: `metrics.jsonl`, one event a line, and `histograms.jsonl`. The trackers follow these files.
+The bar is for a terminal, the lines are for elsewhere. The files are `metrics.jsonl`, one event a line, and
+`histograms.jsonl`.
 """
 
 import json

@@ -1,8 +1,7 @@
-"""fsspec's file system of a URL, in each process its own, and its calls within a time limit.
+"""The connection to a URL: fsspec's file system, in each process its own, with a time limit on its calls.
 
-Also what a store says of a file, and what takes the bytes of a part of a file while they come.
-
-Which URLs can be used.
+Also here: which URLs can be used, what a store says of a file, and what takes the bytes of a part of a file while they
+come.
 """
 
 import functools

@@ -20,8 +20,9 @@ def test_interpreted_kernels_agree_with_the_oracle_at_a_few_sizes():
 
 
 @pytest.mark.slow
-def test_interpreted_kernels_agree_with_the_oracle():
-    run_interpreted("interpreted_triton.py", "-m", "slow", "--slow=all")
+@pytest.mark.parametrize("share", ["masked_calls", "mask and not masked_calls", "not mask"])  # minutes each
+def test_interpreted_kernels_agree_with_the_oracle(share):
+    run_interpreted("interpreted_triton.py", "-m", "slow", "--slow=all", "-k", share)
 
 
 def test_tensors_off_the_gpu_are_refused_by_name_and_left_to_others_by_auto():

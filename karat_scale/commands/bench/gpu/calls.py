@@ -1,8 +1,8 @@
-"""The calls whose values and gradients are checked, in every dtype: shapes, strides, large scores, and the options.
+"""The calls whose values and gradients are checked in every dtype, and the plain formula that they are checked against.
 
-KArAt's equations in plain PyTorch, with autograd's derivatives: an oracle that shares no line with the package.
-
-FlexAttention cannot be one: it changes scores one by one before a softmax, and here there is none.
+The calls differ in shapes, strides, size of the scores, and options. The formula is KArAt's equations in plain PyTorch,
+with autograd's derivatives: an oracle that shares no line with the package. FlexAttention cannot be one: it changes
+scores one by one before a softmax, and here there is none.
 """
 
 from collections.abc import Callable, Iterable, Iterator

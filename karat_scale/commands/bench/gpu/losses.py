@@ -1,4 +1,4 @@
-"""Is training right here? The losses of each mode of the trainer against those of fp32 on the CPU.
+"""Whether training is right on this machine: the losses of each mode of the trainer against those of fp32 on the CPU.
 
 A small KArAt ViT trains from one seed on the same images in every mode, by the parts, the loop and the checkpoints of
 `karat train`. Nothing reads the device between the steps, so a missing wait shows as it would in a run.

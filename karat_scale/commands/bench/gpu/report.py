@@ -1,8 +1,7 @@
-"""What the sections found: on the terminal, as JSON, and as a section of docs/benchmarks.md.
+"""The report of `karat bench gpu`: its sections, and what they found, on the terminal, as JSON and as Markdown.
 
-The sections of `karat bench gpu`: their order, share of the time, needs and tables; and the command's options.
-
-Imports no torch.
+A section has a place in the order, a share of the time, needs and tables. The Markdown is a section of
+docs/benchmarks.md. The command's options are here, too. This module imports no torch.
 """
 
 import argparse

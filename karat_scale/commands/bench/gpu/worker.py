@@ -1,8 +1,8 @@
-"""A section's own process, alone or a rank of torchrun's.
+"""A section's own process, alone or a rank of torchrun's, and what the section works with.
 
-python -m karat_scale.commands.bench.gpu.worker SECTION SETTINGS
+    python -m karat_scale.commands.bench.gpu.worker SECTION SETTINGS
 
-What a section works with: the device, its time, the channel to the command, and threads that compile.
+A section has the device, its time, the channel to the command, and threads that compile.
 """
 
 import gc

@@ -1,6 +1,6 @@
-"""The interface of a source of images, its options, and the names of samples.
+"""The interface of a source of images, its options, the names of samples, and the choice of splits.
 
-Which splits of a source are made, and which of them say what the classes are.
+Some of the chosen splits say what the classes are.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def cannot_read(path: Path, error: OSError) -> DataError:
 class SourceOptions:
     """Options for reading a source.
 
-    val_labels, synsets: files with ImageNet's validation labels, as in val_labels.py. encoding: of images that a
+    val_labels, synsets: files with ImageNet's validation labels, as in imagefolder.py. encoding: of images that a
     source holds as raw pixels; None uses the source's own. any_hash: accept files of a published data set with
     another hash than the published one, or without some files. image_column, label_column: of Parquet files.
     """

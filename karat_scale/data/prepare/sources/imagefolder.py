@@ -1,6 +1,7 @@
-"""An ImageFolder as a source: one folder per class, original bytes kept.
+"""An ImageFolder as a source, and the published labels of ImageNet's validation images.
 
-The class of each ImageNet validation image, from any of the published forms of the labels.
+An ImageFolder has one folder per class. The original bytes are kept. The class of each ImageNet validation image comes
+from one of these files:
 
     LOC_val_solution.csv                          Kaggle: `ILSVRC2012_val_00048981,n03995372 85 1 499 272`
     any text or CSV file                          lines `filename wnid`, separated by blank or comma, suffix optional

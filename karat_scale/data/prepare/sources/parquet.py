@@ -3,11 +3,9 @@
 train-00000-of-00294.parquet    in `src` or `src`/data; the file's name says the split
 0000.parquet                    in `src`/train, `src`/validation, ...; the folder's name says it
 
-A column holds images, as bytes or as a struct of `bytes` and `path`; another holds labels: names, or numbers that the
-schema's metadata or nothing names. Rows are stored in groups, which can only be read whole. So the samples of a few
+One column holds images, as bytes or as a struct of `bytes` and `path`. Another holds labels: names, or numbers. The
+schema's metadata may name the numbers. Rows are stored in groups, which can only be read whole. So the samples of a few
 groups are shuffled together, and the groups are drawn from all files.
-
-Which columns of Parquet files hold images and labels, and the names of the classes.
 """
 
 import json

@@ -1,28 +1,29 @@
-"""CIFAR-10 and CIFAR-100 as sources: their Python version, packed or unpacked.
+"""The official files of small data sets as sources: CIFAR, Flowers-102, IDX files such as MNIST's, STL-10 and SVHN.
+
+Images that a file holds as raw pixels are encoded when they are read.
+
+CIFAR-10 and CIFAR-100, their Python version, packed or unpacked:
 
 cifar-10-python.tar.gz     cifar-10-batches-py/data_batch_1, ..., data_batch_5, test_batch, batches.meta
 cifar-100-python.tar.gz    cifar-100-python/train, test, meta; the classes are the 100 fine ones
 
-Images that a source holds as raw pixels: each is encoded when it is read.
-
-Oxford Flowers-102 as a source: its official files.
+Oxford Flowers-102:
 
 102flowers.tgz     jpg/image_00001.jpg, ...
 imagelabels.mat    the class of each image, from 1
 setid.mat          which images train, validate and test
 
 As in the transfer experiments of DeiT and others, the split train is the official training and validation images
-together, 2,040; the split test, 6,149, is val to recipes.
+together, 2,040. The split test, 6,149, is val to recipes.
 
-IDX files, the format of MNIST and Fashion-MNIST, as a source of grey images.
+IDX files, the format of MNIST and Fashion-MNIST, hold grey images.
 
-STL-10 as a source: its binary version, packed or unpacked, without the unlabelled images.
+STL-10, its binary version, packed or unpacked, without the unlabelled images:
 
 stl10_binary.tar.gz    stl10_binary/train_X.bin, train_y.bin, test_X.bin, test_y.bin, class_names.txt
 
-SVHN's cropped digits as a source: train_32x32.mat, test_32x32.mat and, as a separate split, extra_32x32.mat.
-
-The files give the digit 0 the label 10; here the class of every digit is its number.
+SVHN's cropped digits are in train_32x32.mat, test_32x32.mat and, as a separate split, extra_32x32.mat. The files give
+the digit 0 the label 10; here the class of every digit is its number.
 """
 
 import gzip

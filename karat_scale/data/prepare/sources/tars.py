@@ -1,13 +1,10 @@
-"""Images inside an uncompressed tar, read in place: headers are scanned once, nothing is unpacked.
+"""Sources in uncompressed tars, read in place: an ImageFolder in one tar, ImageNet's official tars, finished shards.
 
-An ImageFolder in one uncompressed tar: its splits and classes, by the paths of its members.
-
-ImageNet's official tars as sources, read in place.
+Headers are scanned once, and nothing is unpacked. The paths of an ImageFolder's members say its splits and classes.
+Shards keep the order, keys and labels of their samples. ImageNet's tars are
 
 ILSVRC2012_img_train.tar    one tar per class: n01440764.tar, ...
-ILSVRC2012_img_val.tar      ILSVRC2012_val_00000001.JPEG, ...; the labels come from a file beside it (val_labels.py)
-
-Finished shards as a source: samples in the shards' own order, with the shards' keys and labels.
+ILSVRC2012_img_val.tar      ILSVRC2012_val_00000001.JPEG, ...; the labels come from a file beside it (imagefolder.py)
 """
 
 import hashlib

@@ -1,16 +1,13 @@
-"""The trained classifier that a run's student learns from, kept in the run, so that the run needs no other.
+"""The trained models that a run learns from: the teacher of its outputs, and the one that its attention comes from.
 
-RUN/distill.safetensors holds its weights and what builds its network. Checkpoints name it by the digest of the weights.
+The run keeps both, so that it needs no other run. A checkpoint names each by the digest of its weights.
 
-The loss of a student that learns from a teacher's outputs, and the frozen teacher.
+RUN/distill.safetensors is the classifier that a student learns from: its weights and what builds its network. The loss
+is soft (Hinton, Vinyals and Dean, arXiv 1503.02531) or hard, also with the distillation token (DeiT: Touvron et al.,
+arXiv 2012.12877). The teacher is frozen.
 
-Soft: Hinton, Vinyals and Dean, arXiv 1503.02531. Hard, and the distillation token: DeiT (Touvron et al., arXiv
-2012.12877).
-
-The trained model that a run's attention is transferred from, kept in the run, so that the run needs no other.
-
-RUN/teacher.safetensors is a file of `karat export`: weights, and the sections that build their model. A checkpoint
-names its teacher by the weights' digest, and resumes with no other.
+RUN/teacher.safetensors is the model that the run's attention is transferred from. It is a file of `karat export`:
+weights, and the sections that build their model. A checkpoint resumes with no other.
 """
 
 import json

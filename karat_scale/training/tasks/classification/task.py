@@ -1,10 +1,7 @@
-"""Training a classifier of images: soft-target cross-entropy, top-1 and top-5.
+"""Training a classifier of images: its data, soft-target cross-entropy, and its scores, top-1 and top-5.
 
-Opens the images of a recipe on all ranks. With `data.verify: hash`, the ranks of a node share the hashing.
-
-Top-1, top-5 and loss over an evaluation split, each sample counted once on any world size.
-
-The state of a classifier's training has these scores: a checkpoint's `state.json` says them.
+The images of a recipe are opened on all ranks. With `data.verify: hash`, the ranks of a node share the hashing. An
+evaluation counts each sample once on any world size. A checkpoint's `state.json` has the scores.
 """
 
 import itertools

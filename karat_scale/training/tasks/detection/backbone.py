@@ -1,18 +1,14 @@
-"""A plain ViT, with KArAt or softmax, as a detector's backbone (ViTDet, arXiv 2203.16527).
+"""The detector: torchvision's Mask R-CNN (He et al., arXiv 1703.06870) on a plain ViT, with KArAt or softmax.
 
-KArAt's N is fixed, so tokens attend within windows of the size of the operators. At 224 px the 14 x 14
-patches are one window: N = 196 and no class token. In a larger image, some blocks see all of it, by softmax.
+Backbone and heads are ViTDet's (arXiv 2203.16527). In its simple feature pyramid every level is made only of the last
+map. KArAt's N is fixed, so tokens attend within windows of the size of the operators. At 224 px the 14 x 14 patches are
+one window: N = 196 and no class token. In a larger image, some blocks see all of it, by softmax. The optimizer's groups
+have layer-wise learning rates in the backbone, and a schedule of their own.
 
-In its simple feature pyramid every level is made only of the last map. The optimizer's groups have layer-wise learning
-rates in the backbone, and a schedule of their own.
-
-torchvision's parts of Mask R-CNN, where a plain ViT at low precision needs them to differ.
-
-Their strides come from the patch size. torchvision infers them from the first batch and from rounded quotients, which
-an image that does not fill the padded input, or a patch of 14 px, makes wrong. Boxes are float32 whatever the
-precision: bfloat16 has steps of 2 px from 256 px on.
-
-torchvision's Mask R-CNN (He et al., arXiv 1703.06870) on a plain ViT, with ViTDet's heads.
+Some of torchvision's parts differ here, as a plain ViT at low precision needs. Their strides come from the patch size.
+torchvision infers them from the first batch and from rounded quotients, which an image that does not fill the padded
+input, or a patch of 14 px, makes wrong. Boxes are float32 whatever the precision: bfloat16 has steps of 2 px from
+256 px on.
 """
 
 from collections import OrderedDict

@@ -1,8 +1,6 @@
-"""One split of a detection data set in COCO's format: images, categories, and the objects in an image.
+"""Detection data in COCO's format: the images and objects of a split, their jitter, and batches made in data workers.
 
-Large-scale jitter (Ghiasi et al., arXiv 2012.07177), as in ViTDet: drawn first, then applied in one resize.
-
-Make images and targets from the ids of a batch, in data workers.
+Jitter is large-scale (Ghiasi et al., arXiv 2012.07177), as in ViTDet: drawn first, then applied in one resize.
 """
 
 import contextlib
