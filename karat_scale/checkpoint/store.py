@@ -32,6 +32,7 @@ from karat_scale.foundation.files import (
     file_sha256,
     flush_to_disk,
     open_regular,
+    open_to_read,
     parse_json,
     read_text,
     remove_leftovers,
@@ -121,7 +122,7 @@ def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
 def hold(checkpoint: Path) -> BinaryIO | None:
     """Keep a checkpoint from being removed as long as the returned file is open; None if it is not there."""
     try:
-        handle = os.fdopen(open_regular(checkpoint / MANIFEST), "rb")
+        handle = open_to_read(checkpoint / MANIFEST)
     except OSError:
         return None
     _lock(handle, fcntl.LOCK_SH)

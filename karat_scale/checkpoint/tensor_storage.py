@@ -18,7 +18,14 @@ from safetensors.torch import save_file
 from karat_scale.engine.deepspeed_internals import checkpoint_globals
 from karat_scale.engine.engine import PRECISIONS
 from karat_scale.foundation.errors import RunDirectoryError, one_line
-from karat_scale.foundation.files import Fingerprint, FingerprintedFile, commit_file, open_regular, temporary_file
+from karat_scale.foundation.files import (
+    Fingerprint,
+    FingerprintedFile,
+    commit_file,
+    open_regular,
+    open_to_read,
+    temporary_file,
+)
 from karat_scale.recipe import RunRecipe
 
 
@@ -68,7 +75,7 @@ def load_tensors(path: Path, map_location: Any = "cpu", mmap: bool = False) -> A
             as `save_tensors` writes it.
         OSError: it cannot be read.
     """
-    with os.fdopen(open_regular(path), "rb") as file:
+    with open_to_read(path) as file:
         if file.read(2) != b"PK":
             raise RunDirectoryError(f"{path}: not a file of tensors")
     with torch.serialization.safe_globals(checkpoint_globals()), warnings.catch_warnings():

@@ -1,11 +1,29 @@
-"""The batch that a backend gives to the trainer."""
+"""The batch that a backend gives to the trainer, and the record of what was drawn for each of its samples."""
 
 from dataclasses import dataclass, replace
 
 import torch
 
-from karat_scale.data.augmentation.draw import Draw
 from karat_scale.data.plan import LanePlace
+
+# A RandAugment operation's name and the arguments of its function: degrees, factors, pixels.
+Operation = tuple[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one sample's augmentation does: what two backends must agree on.
+
+    box: left, top, width, height in source pixels. ops: RandAugment's operations with their arguments. jitter:
+    (name, factor) in the order applied. erase: left, top, width, height in pixels of the result, and the seed of the
+    noise that fills it.
+    """
+
+    box: tuple[int, int, int, int]
+    flip: bool = False
+    ops: tuple[Operation, ...] = ()
+    jitter: tuple[tuple[str, float], ...] = ()
+    erase: tuple[int, int, int, int, int] | None = None
 
 
 @dataclass(frozen=True)

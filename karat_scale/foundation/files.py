@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 _SUFFIX = ".unfinished"
 _NAME = re.compile(r"\.(?P<of>.+)\.[a-z0-9_]{8}\.unfinished", re.DOTALL)
@@ -211,6 +211,11 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     return descriptor
 
 
+def open_to_read(path: Path, buffering: int = -1) -> BinaryIO:
+    """Open a regular file for its bytes. Raises OSError as `open_regular` does."""
+    return os.fdopen(open_regular(path), "rb", buffering)
+
+
 def append_to(path: Path) -> IO[str]:
     """Open a text file of ours for lines at its end. Raises OSError, also where it is a link or no regular file."""
     return os.fdopen(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW), "a", encoding="utf-8")
@@ -222,7 +227,7 @@ def read_bytes(path: Path, most: int) -> bytes:
     Raises:
         OSError: there is no such file, it is a device, pipe or directory, or it is larger.
     """
-    with os.fdopen(open_regular(path), "rb") as file:
+    with open_to_read(path) as file:
         size = os.fstat(file.fileno()).st_size
         content = b"" if size > most else file.read(min(max(size, _LEAST_READ), most) + 1)
     if max(size, len(content)) > most:
@@ -293,7 +298,7 @@ def flush_to_disk(path: Path) -> None:
 def file_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
     """Return the SHA-256 of a file as hex. `on_bytes` is called with the size of each piece that has been read."""
     digest = hashlib.sha256()
-    with os.fdopen(open_regular(path), "rb") as file:
+    with open_to_read(path) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
             if on_bytes is not None:

@@ -6,13 +6,17 @@ Triton and TorchInductor keep what they compile on a disk of the node. Triton's 
 cluster that is a network file system, where all ranks of a job look for, write and rename hundreds of small files at
 the same moment.
 
-A launcher is torchrun, `karat launch` or `karat sweep`. A run must not go on without it.
+A launcher is torchrun, `karat launch` or `karat sweep`. A run ends with it, and a process of ours ends with the one
+that started it.
 """
 
+import contextlib
+import ctypes
 import math
 import os
 import platform
 import re
+import signal
 import stat
 import tempfile
 from collections.abc import Iterator, MutableMapping
@@ -26,6 +30,13 @@ ROOT = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 # Version 1 writes the largest multiple of a page for "no limit".
 UNLIMITED = 1 << 60
+_PR_SET_PDEATHSIG = 1
+
+
+def be_killed_with_parent() -> None:
+    """Let the kernel end this process with the thread that started it, even while it is stopped (SIGSTOP)."""
+    with contextlib.suppress(OSError, AttributeError):  # no Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def usable_cores() -> int:

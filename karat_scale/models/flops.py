@@ -8,7 +8,7 @@ attention transfer, S V counts, and the teacher's own pass does not.
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from karat_scale.attention.operator import AttentionHeads
 from karat_scale.models.factory import create_model
-from karat_scale.models.layers import attention_layers, freeze
+from karat_scale.models.layers import freeze
 from karat_scale.models.transfer import TransferredAttention
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
@@ -62,22 +62,6 @@ def forward_flops(network: nn.Module, image_size: int) -> int:
     return total + counted.learned
 
 
-class BlockFlops(NamedTuple):
-    """Operations of a block's forward pass for one image: of its attention, and of the whole block."""
-
-    attention: int
-    block: int
-
-
-def flops_by_block(model: ModelConfig, attention: AttentionConfig) -> tuple[BlockFlops, ...]:
-    """Return the forward part of `flops_per_image` of each block. Raises the same errors."""
-    with torch.device("meta"), torch.no_grad():
-        counted = _Counted(create_model(model, attention))
-        image = torch.empty(1, 3, model.image_size, model.image_size)
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            return counted.by_block(image, counter)
-
-
 class _Counted:
     """A model on the meta device whose operators are counted instead of computed."""
 
@@ -98,21 +82,6 @@ class _Counted:
 
     def _passed(self) -> Iterator["_PassedOperator"]:
         return (module for module in self.network.modules() if isinstance(module, _PassedOperator))
-
-    def by_block(self, image: Tensor, counter: FlopCounterMode) -> tuple[BlockFlops, ...]:
-        """Run the image through the model, inside the counter."""
-        so_far: list[int] = []
-
-        def note(*_: Any) -> None:
-            so_far.append(counter.get_total_flops() + self.learned)
-
-        layers = attention_layers(self.network)
-        for part in (part for layer in layers for part in (layer.block, layer.attention)):
-            part.register_forward_pre_hook(note)
-            part.register_forward_hook(note)
-        self.network(image)
-        begins, enters, leaves, ends = (so_far[place::4] for place in range(4))
-        return tuple(BlockFlops(d - b, e - a) for a, b, d, e in zip(begins, enters, leaves, ends, strict=True))
 
 
 class _PassedOperator(nn.Module):

@@ -2,7 +2,6 @@
 
 import difflib
 import logging
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from karat_scale.checkpoint.tensor_storage import read_metadata
 from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import RecipeError, UserError, one_line
-from karat_scale.foundation.files import open_regular
+from karat_scale.foundation.files import open_to_read
 from karat_scale.foundation.trust import require_trust
 from karat_scale.models import create_model
 from karat_scale.models.init_from import check_heads, differences, take_weights
@@ -162,7 +161,7 @@ def _check_kind(path: Path) -> None:
     """Raises RecipeError for a file that no weights are in, by its first bytes, and for a program."""
     if path.suffix == ".safetensors":
         return
-    with os.fdopen(open_regular(path), "rb") as file:
+    with open_to_read(path) as file:
         start = file.read(2)
     if start != b"PK" and start[:1] != b"\x80":  # what torch.save writes, now and in old times
         raise RecipeError("not a file of weights; expected .safetensors, or .pth as torch.save writes it")

@@ -5,11 +5,9 @@ without a name service. All files lie below one directory with a short path, sin
 """
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -18,11 +16,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from karat_scale.foundation.machine import be_killed_with_parent
 from tests.conftest import ROOT
 from tests.slurm.janitor import kill_processes
 from tests.slurm.packages import find
 
-PR_SET_PDEATHSIG = 1
 CPUS, GPUS = 64, 4
 FIRST_PORT, PORTS, PLACES = 11_000, 300, 26
 # A requeued job waits until its old credentials are void: two minutes by default.
@@ -227,13 +225,9 @@ class Cluster:
                 stdout=log,
                 stderr=log,
                 cwd="/",
-                preexec_fn=_die_with_parent,
+                preexec_fn=be_killed_with_parent,
                 start_new_session=True,
             )
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _claim_place() -> tuple[int, int]:

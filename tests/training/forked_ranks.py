@@ -1,6 +1,5 @@
 """Ranks of a training run as forks of a process that has imported everything: real processes, started in moments."""
 
-import ctypes
 import faulthandler
 import os
 import signal
@@ -9,9 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from karat_scale.commands.cli import main
+from karat_scale.foundation.machine import be_killed_with_parent
 from tests.conftest import free_port
-
-PR_SET_PDEATHSIG = 1
 
 
 class ForkedRanks:
@@ -78,7 +76,7 @@ def _be_a_rank(
 ) -> None:
     code = 1
     try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # when a test's time is over, nothing stays
+        be_killed_with_parent()  # when a test's time is over, nothing stays
         os.setpgid(0, 0)
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)

@@ -6,7 +6,6 @@ plane of weight space. Ranks share the points; results are saved in between.
 
 import hashlib
 import io
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from karat_scale.commands.analyze.result import Result, Settings, note_bad_image
 from karat_scale.commands.analyze.trained_run import ImagesInMemory, TrainedRun
 from karat_scale.engine.distributed import ALONE, World
 from karat_scale.foundation.errors import RunDirectoryError
-from karat_scale.foundation.files import open_regular, replace_file
+from karat_scale.foundation.files import open_to_read, replace_file
 
 CHUNK = 1 << 20
 NEEDED = 3
@@ -253,7 +252,7 @@ def _files(partial: Path) -> list[Path]:
 def _read(partial: Path, known: _Known) -> _Known:
     """Load what the ranks of an earlier command saved."""
     for path in _files(partial):
-        with os.fdopen(open_regular(path), "rb") as file, np.load(file) as content:
+        with open_to_read(path) as file, np.load(file) as content:
             if str(content["key"]) == known.key:
                 known.losses[content["done"]] = content["losses"][content["done"]]
                 known.done |= content["done"]

@@ -29,7 +29,7 @@ from karat_scale.data.shards.shard_format import dataset_directory, read_dataset
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import DataError
-from karat_scale.foundation.files import open_regular
+from karat_scale.foundation.files import open_to_read
 from karat_scale.foundation.machine import cpu_quota, usable_cores, usable_memory
 from karat_scale.foundation.native_build import cache_directory
 from karat_scale.foundation.tables import Files
@@ -68,7 +68,7 @@ def measure_storage(paths: Sequence[Path], block: int, readers: int, seconds: fl
     The pages are dropped from the cache first, as in the first epoch. Each rank reads other places. Raises OSError.
     """
     with contextlib.ExitStack() as stack:
-        descriptors = [stack.enter_context(os.fdopen(open_regular(path), "rb", 0)).fileno() for path in paths]
+        descriptors = [stack.enter_context(open_to_read(path, 0)).fileno() for path in paths]
         spans = _random_spans(descriptors, block, rank)
         cached_share = _cached_share(spans)
         _give_up(spans)

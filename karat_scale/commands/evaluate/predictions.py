@@ -6,7 +6,6 @@ evaluations/NAME.json. `karat status` reads these, too, so this module imports n
 
 import io
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from karat_scale.foundation.errors import DataError, RunDirectoryError, not_written
-from karat_scale.foundation.files import make_folder, open_regular, parse_json, read_text, replace_file
+from karat_scale.foundation.files import make_folder, open_to_read, parse_json, read_text, replace_file
 from karat_scale.foundation.tables import CORRUPTIONS
 
 KEPT = 10
@@ -94,7 +93,7 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
 def read_predictions(path: Path, identity: str) -> Predictions | None:
     """Read what was kept with this identity. None if it is missing, damaged or of another identity."""
     try:
-        with os.fdopen(open_regular(path), "rb") as file, np.load(file, allow_pickle=False) as content:
+        with open_to_read(path) as file, np.load(file, allow_pickle=False) as content:
             facts = json.loads(str(content["facts"]))
             if facts["identity"] != identity:
                 return None

@@ -13,7 +13,7 @@ from karat_scale.engine.engine import PRECISIONS
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.models.factory import outline
 from karat_scale.models.layers import blocks_of
-from karat_scale.models.recompute import Choice, choices_by_rule, recompute
+from karat_scale.models.recompute import choices_by_rule, recompute
 from karat_scale.recipe import Recipe
 from karat_scale.training.tasks.classification.distillation_teacher import planned_cost
 
@@ -34,7 +34,6 @@ class Subject:
         self.teacher = planned_cost(recipe)
         model = outline(self.recipe)
         self.sizes = ParameterSizes.of(model, recipe.optim)
-        self._choices = choices_by_rule(recipe.train.recompute, len(blocks_of(model)))
         precision = PRECISIONS[recipe.train.precision]
         # What the model is cast to, if it is, and whether autocast casts.
         self._dtype = None if precision.weights == torch.float32 else precision.weights
@@ -42,31 +41,30 @@ class Subject:
         # As `pixel_dtype` and the task choose it.
         made_for_gpu = on_gpu and not recipe.distill.from_
         self.pixels = precision.compute if made_for_gpu else torch.float32
-        self._footprints: dict[tuple[Choice, ...] | None, Footprint] = {}
+        self._footprints: dict[bool, Footprint] = {}
 
     def footprint(self) -> Footprint:
         """What a micro batch allocates and launches, at every ZeRO stage.
 
         Raises RecipeError where the model cannot run as the recipe says.
         """
-        return self._traced(self._choices)
+        return self._traced(trains=True)
 
     def evaluation(self) -> Footprint:
         """As `footprint`, of a batch of an evaluation, which recomputes nothing."""
-        return self._traced(None)
+        return self._traced(trains=False)
 
-    def _traced(self, choices: tuple[Choice, ...] | None) -> Footprint:
-        if choices not in self._footprints:
-            self._footprints[choices] = self._trace(choices)
-        return self._footprints[choices]
+    def _traced(self, trains: bool) -> Footprint:
+        if trains not in self._footprints:
+            self._footprints[trains] = self._trace(trains)
+        return self._footprints[trains]
 
-    def _trace(self, choices: tuple[Choice, ...] | None) -> Footprint:
-        """Of a training step that recomputes `choices`, or for None of an evaluation."""
+    def _trace(self, trains: bool) -> Footprint:
         model = outline(self.recipe)
         mode = fake_copy(model, self._dtype)
-        trace = trace_evaluation if choices is None else trace_step
-        if choices is not None:
-            recompute(model, choices)
+        trace = trace_step if trains else trace_evaluation
+        if trains:
+            recompute(model, choices_by_rule(self.recipe.train.recompute, len(blocks_of(model))))
         size = self.recipe.model.image_size
         pixels = self.pixels if self._autocasts else None
         try:

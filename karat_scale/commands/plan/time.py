@@ -29,7 +29,8 @@ from karat_scale.engine.deepspeed_config import load_ds_config, zero_stage
 from karat_scale.engine.engine import PRECISIONS, matrix_peak
 from karat_scale.foundation.errors import RecipeError, UserError
 from karat_scale.foundation.machine import Gpu, find_gpu
-from karat_scale.models.flops import flops_by_block, flops_per_image
+from karat_scale.models.factory import layer_sizes
+from karat_scale.models.flops import flops_per_image
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import flatten
 from karat_scale.training.run_directory import RunDirectory
@@ -94,7 +95,7 @@ def estimate(
         return None
     flops = flops_per_image(recipe.model, recipe.attention, recipe.train.freeze).training + teacher_flops
     products = flops / (MATRIX_EFFICIENCY * peak)
-    blocks = len(flops_by_block(recipe.model, recipe.attention))
+    blocks = len(layer_sizes(recipe.model))
     written = footprint.written(2) - footprint.written(1) + written_by_rows(recipe, on_gpu=True)
     bytes_ = TRAFFIC_PER_BYTE * written
     return ComputeTime(

@@ -23,7 +23,7 @@ from karat_scale.commands.sweep.grid import PlannedRun, State, Sweep
 from karat_scale.data.shards.shard_format import absolute_path
 from karat_scale.foundation.console import ProgressBars, duration, plural, printable, terminal
 from karat_scale.foundation.errors import EXIT_STOPPED, UserError
-from karat_scale.foundation.files import open_regular, parse_json, write_atomically
+from karat_scale.foundation.files import open_to_read, parse_json, write_atomically
 from karat_scale.foundation.machine import LAUNCHED
 from karat_scale.recipe.loading import text_digest
 from karat_scale.training.signals import STOP_SIGNALS
@@ -185,7 +185,7 @@ class _Shown:
 def last_step(directory: Path) -> tuple[int, int] | None:
     """Return the last step that a run has logged and the number of its steps, from the end of its metrics.jsonl."""
     try:
-        with os.fdopen(open_regular(directory / "metrics.jsonl"), "rb") as file:
+        with open_to_read(directory / "metrics.jsonl") as file:
             file.seek(max(file.seek(0, 2) - _TAIL_BYTES, 0))
             lines = file.read().splitlines()
     except OSError:

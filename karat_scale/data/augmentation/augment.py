@@ -22,7 +22,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 from torchvision.transforms import functional
 
-from karat_scale.data.augmentation.draw import Draw, Operation
+from karat_scale.data.batch import Draw, Operation
 from karat_scale.data.decoders.decode import View, centre_view, crop_view
 from karat_scale.data.decoders.pillow import RESAMPLE
 from karat_scale.foundation.errors import RecipeError

@@ -21,8 +21,8 @@ from torch.nn import functional
 from karat_scale.data.augmentation import device_fused
 from karat_scale.data.augmentation.augment import RandAugment
 from karat_scale.data.augmentation.device_program import KINDS, Kind, Turn, pack, turns
-from karat_scale.data.augmentation.draw import Draw, Operation
 from karat_scale.data.augmentation.mixing import MixParams, mixed
+from karat_scale.data.batch import Draw, Operation
 from karat_scale.data.decoders.decode import View
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import AugmentConfig

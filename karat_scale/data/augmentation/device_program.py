@@ -8,7 +8,7 @@ from itertools import zip_longest
 import numpy as np
 import torch
 
-from karat_scale.data.augmentation.draw import Draw, Operation
+from karat_scale.data.batch import Draw, Operation
 from karat_scale.data.decoders.decode import View
 
 JITTERS = {"brightness": "Brightness", "contrast": "Contrast", "saturation": "Color"}

@@ -22,9 +22,8 @@ import numpy.typing as npt
 import torch
 
 from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
-from karat_scale.data.augmentation.draw import Draw
 from karat_scale.data.backends.row_reader import Row, RowReader
-from karat_scale.data.batch import Batch
+from karat_scale.data.batch import Batch, Draw
 from karat_scale.data.decoders import Decoder, make_decoder
 from karat_scale.data.decoders.decode import View, blank_jpeg
 from karat_scale.data.decoders.ffcv import FfcvDecoder

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from karat_scale.data.augmentation.draw import Draw
 from karat_scale.data.backends import ImageSpec, open_backend
+from karat_scale.data.batch import Draw
 from karat_scale.data.decoders.decode import Decoder, UndecodableImageError, View, check_pixels
 from karat_scale.data.decoders.jpeg_header import read_frame
 from karat_scale.data.loading.assemble import ImageSource, prepare

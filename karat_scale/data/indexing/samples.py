@@ -19,7 +19,7 @@ from typing import Any
 from karat_scale.data.shards.shard_format import index_bytes
 from karat_scale.data.shards.tar_headers import Member, scan_members
 from karat_scale.foundation.errors import DataError
-from karat_scale.foundation.files import open_regular
+from karat_scale.foundation.files import open_to_read
 from karat_scale.foundation.stores import Store
 
 Label = int | str
@@ -180,7 +180,7 @@ def open_tar(place: Path | Store, name: str) -> Iterator[Tar]:
         return
     path = place / name
     try:
-        with os.fdopen(open_regular(path), "rb", buffering=0) as file:
+        with open_to_read(path, 0) as file:
             handle = file.fileno()
             yield Tar(str(path), os.fstat(handle).st_size, lambda at, size: os.pread(handle, size, at))
     except OSError as error:

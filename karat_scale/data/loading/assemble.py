@@ -4,8 +4,6 @@ A worker reads, decodes, transforms and collects the images of a batch, from any
 trainer handles, and ends when the trainer ends.
 """
 
-import contextlib
-import ctypes
 import mmap
 import os
 import signal
@@ -21,20 +19,18 @@ import torch
 from torch.utils.data import get_worker_info
 
 from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
-from karat_scale.data.augmentation.draw import Draw
-from karat_scale.data.batch import BadSample, Batch
+from karat_scale.data.batch import BadSample, Batch, Draw
 from karat_scale.data.decoders import ChooseView, Decoder
 from karat_scale.data.decoders.decode import UndecodableImageError, View
 from karat_scale.data.order import sample_seed
 from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.data.shards.shard_files import NO_BLOCKS, Blocks
 from karat_scale.foundation.errors import DataError, RecipeError
-from karat_scale.foundation.machine import usable_cores
+from karat_scale.foundation.machine import be_killed_with_parent, usable_cores
 from karat_scale.recipe import AugmentConfig, DataConfig, Recipe
 
 POLL_SECONDS = 1.0
 MAX_WORKERS = 1024
-_PR_SET_PDEATHSIG = 1
 # More would wait for each other, and each takes memory. The extra ones are for slow file systems.
 _WORKERS_PER_CORE, _MORE_WORKERS = 4, 32
 
@@ -70,12 +66,6 @@ def prepare_worker(parent: int, is_of_main_thread: bool, worker_id: int) -> None
     # The parent's id is an argument. If it were read here, a parent that was killed before this line would be mistaken
     # for the process that adopts orphans, and its connections would stay open in a worker that never ends.
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-
-
-def be_killed_with_parent() -> None:
-    """Let the kernel end this process with the thread that started it, even while it is stopped (SIGSTOP)."""
-    with contextlib.suppress(OSError, AttributeError):  # no Linux
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _leave_with(parent: int) -> None:

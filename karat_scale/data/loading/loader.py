@@ -35,8 +35,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from karat_scale.data.augmentation.draw import Draw
-from karat_scale.data.batch import BadSample, Batch, Streamed
+from karat_scale.data.batch import BadSample, Batch, Draw, Streamed
 from karat_scale.data.loading.assemble import check_worker_count, prepare_worker
 from karat_scale.data.plan import BatchSlice
 from karat_scale.foundation.errors import DataError, UserError

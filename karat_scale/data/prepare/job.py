@@ -1,7 +1,6 @@
 """What the scripts that make shards and betons share: the images of a split, notes, worker processes and options."""
 
 import argparse
-import ctypes
 import multiprocessing
 import re
 import signal
@@ -25,7 +24,7 @@ from karat_scale.data.shards.beton import BetonRecord
 from karat_scale.data.shards.shard_format import OddRecord, SkippedRecord, SplitRecord, dataset_directory
 from karat_scale.foundation.arguments import OneLineParser, count
 from karat_scale.foundation.errors import DataError
-from karat_scale.foundation.machine import usable_cores
+from karat_scale.foundation.machine import be_killed_with_parent, usable_cores
 
 # These may differ between two runs that make the same bytes.
 FREE_SETTINGS = ("version", "source")
@@ -33,7 +32,6 @@ FREE_SETTINGS = ("version", "source")
 PREPARING = ("check", "on_odd", "exif")
 LISTED = 5
 ITEMS_AHEAD = 4
-PR_SET_PDEATHSIG = 1
 
 T = TypeVar("T")
 
@@ -208,7 +206,7 @@ def _start_worker(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    be_killed_with_parent()
 
 
 def _do(item: Any) -> Any:

@@ -7,7 +7,6 @@ is not a data set. A run that was stopped resumes: existing files with the right
 one after another with --split: complete ones stay in dataset.json.
 """
 
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,7 @@ from karat_scale.data.shards.shard_format import (
 from karat_scale.data.shards.shards import check_file
 from karat_scale.foundation.console import progress
 from karat_scale.foundation.errors import DataError, run_script
-from karat_scale.foundation.files import FingerprintedFile, commit_file, open_regular, temporary_file
+from karat_scale.foundation.files import FingerprintedFile, commit_file, open_to_read, temporary_file
 from karat_scale.foundation.stores import Store
 
 BLOCK = 1 << 22
@@ -58,7 +57,7 @@ def copy_checked(src: Path | str, out: Path, record: FileRecord, advance: Callab
                 for piece in Store(src).pieces(record.name, record.bytes, etag):
                     copy.write(piece)
             else:
-                with os.fdopen(open_regular(src / record.name), "rb") as source:
+                with open_to_read(src / record.name) as source:
                     shutil.copyfileobj(source, copy, BLOCK)
         found = copy.fingerprint()
         if found.bytes != record.bytes or record.sha256 not in ("", found.sha256):

@@ -23,7 +23,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.shard_files import NO_BLOCKS, Blocks, Readahead
@@ -99,13 +99,7 @@ def read_record(beton: Path) -> BetonRecord:
     path = record_path(beton)
     fix = "make the beton with data_prep/make_ffcv.py, or correct data.path"
     try:
-        return BetonRecord.model_validate_json(read_record_text(path))
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is damaged: it is not UTF-8; {fix}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "JSON"
-        raise DataError(f"{path} is damaged or of another version ({where}: {first['msg']}); {fix}") from error
+        return shard_format.validated(BetonRecord, path, lambda: read_record_text(path), fix)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; {fix}") from error
 

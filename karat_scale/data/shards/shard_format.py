@@ -23,11 +23,11 @@ import stat
 import threading
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,9 @@ LARGEST_RECORD = 2**30
 FileName = Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$")
 # A file name may be any bytes; in a report, bytes that are not UTF-8 become \xNN.
 ReportedPath = Annotated[str, BeforeValidator(lambda path: os.fsencode(path).decode(errors="backslashreplace"))]
+
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class FileRecord(BaseModel):
@@ -154,15 +157,21 @@ def read_dataset_record(directory: Path | str, timeout: float = DEFAULT_TIMEOUT)
     """
     path = f"{directory}/{DATASET_FILE}"
     try:
-        return DatasetRecord.model_validate_json(_record_text(directory, timeout))
+        return validated(DatasetRecord, path, lambda: _record_text(directory, timeout), _FIX)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def validated(kind: type[M], path: object, read: Callable[[], str], fix: str) -> M:
+    """Return a record from the JSON that `read` returns. Raises DataError, which names `path`, if it is damaged."""
+    try:
+        return kind.model_validate_json(read())
     except UnicodeDecodeError:
-        raise DataError(f"{path} is damaged: it is not UTF-8; {_FIX}") from None
+        raise DataError(f"{path} is damaged: it is not UTF-8; {fix}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "JSON"
-        raise DataError(f"{path} is damaged or of another version ({where}: {first['msg']}); {_FIX}") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(f"{path} is damaged or of another version ({where}: {first['msg']}); {fix}") from error
 
 
 def _record_text(directory: Path | str, timeout: float) -> str:

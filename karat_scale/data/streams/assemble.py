@@ -13,9 +13,8 @@ import torch
 from pydantic import Field
 
 from karat_scale.data.augmentation.augment import TrainTransform
-from karat_scale.data.augmentation.draw import Draw
 from karat_scale.data.backends.images import ImageBackend
-from karat_scale.data.batch import BadSample, Batch, Streamed
+from karat_scale.data.batch import BadSample, Batch, Draw, Streamed
 from karat_scale.data.decoders import Decoder, make_decoder
 from karat_scale.data.decoders.decode import UndecodableImageError, View
 from karat_scale.data.loading.assemble import MAX_REPLACEMENTS, ImageSpec, Pixels, Whereabouts, lead_own_commands

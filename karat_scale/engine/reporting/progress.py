@@ -6,7 +6,6 @@ The bar is for a terminal, the lines are for elsewhere. The files are `metrics.j
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +20,7 @@ from karat_scale.engine.run_state import RunState
 from karat_scale.engine.tracking.follow import Trackers
 from karat_scale.foundation.console import ProgressBars, printable, terminal
 from karat_scale.foundation.errors import not_written, one_line, say_in_one_write
-from karat_scale.foundation.files import append_to, open_regular
+from karat_scale.foundation.files import append_to, open_to_read
 
 
 class MetricsLog:
@@ -74,7 +73,7 @@ def _line(event: str, step: int, figures: Mapping[str, Any]) -> str:
 
 
 def _ends_with_newline(file: Path) -> bool:
-    with os.fdopen(open_regular(file), "rb") as content:
+    with open_to_read(file) as content:
         content.seek(0, 2)
         if content.tell() == 0:
             return True

@@ -32,7 +32,7 @@ from typing import Any
 
 from karat_scale.engine.tracking.tracker import KINDS, Event, TrackedRun, Tracker
 from karat_scale.foundation.errors import UserError, on_one_line, one_line
-from karat_scale.foundation.files import append_to, make_folder, open_regular, parse_json, read_text, replace_file
+from karat_scale.foundation.files import append_to, make_folder, open_to_read, parse_json, read_text, replace_file
 from karat_scale.foundation.tables import EXTRAS, TRACKERS, how_to_install, is_installed, load
 from karat_scale.foundation.versions import library_versions
 from karat_scale.recipe.files import read_run_recipe
@@ -131,7 +131,7 @@ def begin_anew(run: Path, name: str) -> None:
 def _next_lines(file: Path, offset: int) -> tuple[Sequence[bytes], int]:
     if not file.is_file():
         return [], 0
-    with os.fdopen(open_regular(file), "rb") as content:
+    with open_to_read(file) as content:
         if content.seek(0, 2) < offset:  # another file of this name
             offset = 0
         content.seek(offset)

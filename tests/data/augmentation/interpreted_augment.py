@@ -17,8 +17,8 @@ from karat_scale.data.augmentation import device_fused
 from karat_scale.data.augmentation.augment import TrainTransform
 from karat_scale.data.augmentation.device_augment import DeviceAugment, Normalize, resize_views
 from karat_scale.data.augmentation.device_program import KINDS, MATRICES
-from karat_scale.data.augmentation.draw import Draw
 from karat_scale.data.augmentation.mixing import MixParams
+from karat_scale.data.batch import Draw
 from karat_scale.data.decoders.decode import centre_view, crop_view
 from karat_scale.data.decoders.pillow import RESAMPLE, resized
 from karat_scale.recipe import AugmentConfig

@@ -10,8 +10,8 @@ from timm.data.auto_augment import _RAND_INCREASING_TRANSFORMS, _RAND_TRANSFORMS
 from karat_scale.data.augmentation.augment import RandAugment, TrainTransform
 from karat_scale.data.augmentation.device_augment import BATCHED, DeviceAugment
 from karat_scale.data.augmentation.device_program import KINDS, Kind
-from karat_scale.data.augmentation.draw import Draw
 from karat_scale.data.backends import ImageSpec, open_backend
+from karat_scale.data.batch import Draw
 from karat_scale.data.loading.loader import BITS, batch_digest
 from karat_scale.data.plan import TrainPlan
 from karat_scale.foundation.errors import RecipeError

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from karat_scale.data.augmentation.draw import Draw
-from karat_scale.data.batch import Batch
+from karat_scale.data.batch import Batch, Draw
 from karat_scale.data.loading.device_feed import RunAhead
 from karat_scale.data.loading.loader import OrderedLoader, batch_digest, with_digest
 from karat_scale.data.plan import BatchSlice

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from karat_scale.data.augmentation.draw import Draw
-from karat_scale.data.batch import Batch
+from karat_scale.data.batch import Batch, Draw
 from karat_scale.data.loading.loader import ImageSlots, OrderedLoader
 from karat_scale.data.plan import BatchSlice
 from karat_scale.foundation.errors import DataError

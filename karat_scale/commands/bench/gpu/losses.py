@@ -25,12 +25,12 @@ from karat_scale.commands.bench.gpu.process import one_line
 from karat_scale.commands.bench.gpu.worker import Task, is_fatal
 from karat_scale.commands.bench.step import silent_trainer
 from karat_scale.data.batch import Batch
-from karat_scale.data.loading.assemble import be_killed_with_parent
 from karat_scale.engine import distributed
 from karat_scale.engine.deepspeed_config import config_directory
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import PRECISIONS
 from karat_scale.foundation.files import write_atomically
+from karat_scale.foundation.machine import be_killed_with_parent
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
 from karat_scale.training.run_directory import RunDirectory

@@ -10,9 +10,10 @@ import os
 import sys
 import threading
 import time
-from pathlib import Path
+from contextlib import suppress
 from types import FrameType
 
+import psutil
 import torch
 
 from karat_scale.commands.bench.gpu.process import HUNG_SECONDS, Channel
@@ -64,12 +65,10 @@ def _lines(frame: FrameType | None) -> tuple[tuple[int, int], ...]:
 
 def _seconds_of_group(device: str) -> float:
     """Return the processor time of this group of processes; on CUDA without this one's."""
-    ticks, group = 0, os.getpgrp()
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (process / "stat").read_text().rpartition(") ")[2].split()
-        except OSError:  # it has ended
-            continue
-        if int(fields[2]) == group and (device == "cpu" or int(process.name) != os.getpid()):
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    seconds, group = 0.0, os.getpgrp()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, ProcessLookupError):  # it has ended
+            if os.getpgid(process.pid) == group and (device == "cpu" or process.pid != os.getpid()):
+                times = process.cpu_times()
+                seconds += times.user + times.system
+    return seconds

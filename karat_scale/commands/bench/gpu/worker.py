@@ -25,9 +25,8 @@ from karat_scale.commands.bench.gpu.process import Channel, one_line
 from karat_scale.commands.bench.gpu.report import SECTIONS
 from karat_scale.commands.bench.gpu.watch import watch
 from karat_scale.commands.doctor.device_speed import driver_version, installed_version
-from karat_scale.data.loading.assemble import be_killed_with_parent
 from karat_scale.foundation.errors import is_out_of_memory
-from karat_scale.foundation.machine import usable_cores
+from karat_scale.foundation.machine import be_killed_with_parent, usable_cores
 
 
 class Budget:

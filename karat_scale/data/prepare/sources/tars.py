@@ -47,7 +47,7 @@ from karat_scale.data.shards.shard_format import (
 from karat_scale.data.shards.shard_writer import TAR_BLOCK
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError
-from karat_scale.foundation.files import open_regular
+from karat_scale.foundation.files import open_to_read
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def scan_tar(path: Path, within: Member | None = None, folders: list[str] | None
     files: dict[str, Member] = {}
     what = f"{path}: {within.name}" if within else f"{path}"
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
+        with open_to_read(path) as file:
             end = within.offset + within.size if within else path.stat().st_size
             file.seek(within.offset if within else 0)
             # Offsets count from the start of the outer file, since tarfile reads that.
