@@ -43,7 +43,7 @@ ELSEWHERE = {
     "data/prepare/make_webdataset.py": {"native", "pillow"},  # encoders
     "data/prepare/preparing.py": {"pillow"},
     "data/prepare/images.py": {"native", "pillow"},
-    "commands/doctor/device_speed.py": {"timm", "torchvision", "pillow", "webdataset", "tensorboard"},  # distributions
+    "commands/doctor/machine.py": {"timm", "torchvision", "pillow", "webdataset", "tensorboard"},  # distributions
     "commands/doctor/report.py": {"native"},  # the advice
     "engine/deepspeed_config.py": {"tensorboard", "wandb"},  # sections of DeepSpeed's file
     "recipe/synonyms.py": {"wandb"},  # a key of other tools

@@ -40,7 +40,7 @@ def test_an_exception_has_the_last_word(train: Train, tmp_path: Path) -> None:
         "            raise ZeroDivisionError('a mistake in a basis')\n"
         "        return super().value(x)\n"
     )
-    job = train("attention.basis=own_basis:Broken", PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    job = train("attention.basis=own_basis:Broken", PYTHONPATH=path_with(tmp_path))
     assert job.wait() == "FAILED 1", job.log
     last = "rank 0 on 127.0.0.1 failed first, exit code 1: ZeroDivisionError: a mistake in a basis"
     assert job.log.splitlines()[-1] == last
@@ -73,18 +73,27 @@ def test_a_rank_that_hangs_is_named_and_ends_the_job(train: Train) -> None:
     assert 'training/loop.py", line' in job.log
 
 
-def test_a_rank_that_hangs_in_a_read_is_named_with_its_stacks(train: Train, image_folder: Path, tmp_path: Path) -> None:
-    images = shutil.copytree(image_folder, tmp_path / "images")
-    stuck = images / "train" / "class1" / "000.jpg"
-    stuck.unlink()
-    os.mkfifo(stuck)  # who reads it waits for a writer, as for a file system that does not answer
-    job = train("data.backend=folder", "data.workers=0", options=("--nodes=2",), SHARDS=images, STALL_SECONDS="15")
+def test_a_rank_that_hangs_in_a_read_is_named_with_its_stacks(train: Train, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)  # who reads it waits for a writer, as for a file system that does not answer
+    (tmp_path / "stuck_basis.py").write_text(
+        "import os\n"
+        "from karat_scale.attention.bases.polynomials import Chebyshev\n\n\n"
+        "class Stuck(Chebyshev):\n"
+        "    def value(self, x):\n"
+        "        if x.dim() > 1 and os.environ['SLURM_PROCID'] == '1':  # in training, not when the recipe is checked\n"
+        f"            open({str(pipe)!r}).read()\n"
+        "        return super().value(x)\n"
+    )
+    job = train(
+        "attention.basis=stuck_basis:Stuck", options=("--nodes=2",), STALL_SECONDS="15", PYTHONPATH=path_with(tmp_path)
+    )
     assert job.wait() == "FAILED 1", job.log
-    found = re.match(r"error: rank (\d) on 127.0.0.. .* has made no progress for", job.log.splitlines()[-1])
-    assert found, job.log
-    assert "(its stacks are in its log); 1 of 2 ranks wait for it" in job.log.splitlines()[-1]
-    (log,) = run_of(job).glob(f"logs/*/rank-0000{found[1]}.log")
-    assert 'data/shards/folder.py", line' in log.read_text()
+    last = job.log.splitlines()[-1]
+    assert re.match(r"error: rank 1 on 127.0.0.2 .* has made no progress for", last), job.log
+    assert "(its stacks are in its log); 1 of 2 ranks wait for it" in last
+    (log,) = run_of(job).glob("logs/*/rank-00001.log")
+    assert 'stuck_basis.py", line' in log.read_text()
 
 
 def test_a_rank_that_is_slow_is_named_while_the_job_continues(train: Train) -> None:
@@ -110,3 +119,8 @@ def hold_up(process: psutil.Process, ended: threading.Event) -> None:
         process.suspend()
         ended.wait(0.06)
         process.resume()
+
+
+def path_with(folder: Path) -> str:
+    """The import path with a folder of modules before all others."""
+    return f"{folder}:{os.environ.get('PYTHONPATH', '')}"

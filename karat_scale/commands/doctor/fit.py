@@ -9,7 +9,7 @@ from secrets import token_bytes, token_hex
 import torch
 
 from karat_scale.checkpoint.tensor_storage import planned_bytes
-from karat_scale.commands.doctor import storage
+from karat_scale.commands.doctor import machine
 from karat_scale.commands.doctor.report import Finding, found
 from karat_scale.commands.doctor.storage import DataFiles, find_data_files
 from karat_scale.data.backends import Backend
@@ -66,11 +66,11 @@ def examine_data(subject: Subject, backend: Backend) -> Iterator[Finding]:
 
 def stays_cached(files: DataFiles | None) -> bool:
     """Report whether the available memory holds all the data."""
-    return files is None or files.total_bytes < storage.cache_memory()
+    return files is None or files.total_bytes < machine.cache_memory()
 
 
 def _page_cache(files: DataFiles, cache_gb: float) -> Finding:
-    room = storage.cache_memory()
+    room = machine.cache_memory()
     if not files.paths:
         text = f"{gigabytes(files.total_bytes)} of data at a URL, data.cache_gb = {cache_gb:g}"
         stays = files.total_bytes < 1e9 * cache_gb
@@ -124,7 +124,7 @@ def examine_workers(subject: Subject) -> Iterator[Finding]:
     side = subject.recipe.model.image_size
     under_way = data.workers * data.prefetch
     needed = ranks * under_way * subject.micro_batch * 3 * side * side
-    free = storage.cache_memory()
+    free = machine.cache_memory()
     fix = "set a smaller data.prefetch or fewer data.workers" if needed > free else ""
     text = f"prefetched batches take up to {gigabytes(needed)} of {gigabytes(free)} available"
     yield found("memory for batches", text, fix, wrong=needed > free, needed_bytes=needed)
@@ -134,14 +134,14 @@ def examine_run_directory(subject: Subject) -> Iterator[Finding]:
     """Check that the run directory can be written, and that there is space for checkpoints."""
     recipe = subject.recipe
     directory = RunDirectory(recipe.run.dir)
-    if not storage.is_writable(directory.path):
+    if not machine.is_writable(directory.path):
         yield found("run.dir", f"{directory.path} cannot be written", "choose another run.dir", wrong=True)
         return
     yield _occupied(recipe, directory)
     checkpoint = recipe.checkpoint
     kept = checkpoint.keep_last + checkpoint.keep_best + 1 + bool(checkpoint.url)  # one that is copied may stay longer
     one = subject.checkpoint_bytes
-    free = shutil.disk_usage(storage.nearest_existing(directory.path)).free
+    free = shutil.disk_usage(machine.nearest_existing(directory.path)).free
     text = f"{kept} checkpoints of {gigabytes(one)} (one of them while it is written), {gigabytes(free)} free"
     short = kept * one > free
     fix = "free space, choose another run.dir, or lower checkpoint.keep_last" if short else ""

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from karat_scale.commands.doctor.device_speed import no_gpu
+from karat_scale.commands.doctor.machine import no_gpu
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver"
 

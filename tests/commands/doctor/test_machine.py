@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.commands.doctor import device_speed
+from karat_scale.commands.doctor import machine as machine_checks
 from karat_scale.commands.doctor.checkup import examine_machine
+from karat_scale.commands.doctor.machine import examine_cache, nearest_existing, usable_cores
 from karat_scale.commands.doctor.report import Finding, examine
-from karat_scale.commands.doctor.storage import examine_cache, nearest_existing, usable_cores
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.foundation.tables import EXTRAS
 from tests.conftest import ROOT, karat, karat_environment, karat_here
@@ -23,7 +23,7 @@ def machine() -> dict[str, Finding]:
 
 def test_this_machine_can_train(machine: dict[str, Finding]) -> None:
     assert not [finding for finding in machine.values() if finding.level == "problem"]
-    assert machine["torch"].figures["version"] == device_speed.installed_version("torch")
+    assert machine["torch"].figures["version"] == machine_checks.installed_version("torch")
     assert machine["cores"].figures["usable"] == usable_cores() >= 1
     assert machine["RAM"].figures["usable_bytes"] > 0
     assert {"python", "driver", "GPU", "/dev/shm", "open files", "cache", "C++ compiler"} <= machine.keys()
@@ -67,24 +67,24 @@ def test_the_pages_name_the_packages_that_ffcv_is_compiled_with(page: str) -> No
 
 def test_without_a_compiler_the_fix_names_the_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    compiler = list(device_speed.examine_extras())[-1]
+    compiler = list(machine_checks.examine_extras())[-1]
     assert compiler.level == "note"
     assert "g++ libjpeg-dev" in compiler.fix
 
 
 def test_a_library_that_is_missing_or_of_the_wrong_version_is_a_problem() -> None:
-    missing = device_speed.examine_library("karat-no-such-library", ">=1")
+    missing = machine_checks.examine_library("karat-no-such-library", ">=1")
     assert (missing.level, missing.fix) == ("problem", "pip install 'karat-no-such-library>=1'")
-    old = device_speed.examine_library("numpy", ">=999")
+    old = machine_checks.examine_library("numpy", ">=999")
     assert old.level == "problem"
     assert ">=999" in old.value
 
 
 def test_the_wanted_versions_are_those_of_the_package() -> None:
-    wanted = device_speed.wanted_versions()
+    wanted = machine_checks.wanted_versions()
     assert wanted["timm"]
-    assert set(device_speed.LIBRARIES) <= wanted.keys()
-    assert {finding.name for finding in device_speed.examine_libraries()} == {*wanted, "triton"}
+    assert set(machine_checks.LIBRARIES) <= wanted.keys()
+    assert {finding.name for finding in machine_checks.examine_libraries()} == {*wanted, "triton"}
 
 
 @pytest.mark.slow

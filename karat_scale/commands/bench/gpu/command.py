@@ -14,7 +14,7 @@ import torch
 
 from karat_scale.commands.bench.gpu.process import HungError, late, run_process
 from karat_scale.commands.bench.gpu.report import DEFAULT_FILE, SECTIONS, Report, Section
-from karat_scale.commands.doctor.device_speed import driver_version, no_gpu
+from karat_scale.commands.doctor.machine import driver_version, no_gpu
 from karat_scale.foundation.errors import UserError
 
 # Seconds that a section may overrun: what it has begun is to end.

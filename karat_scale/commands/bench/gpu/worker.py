@@ -24,7 +24,7 @@ import torch
 from karat_scale.commands.bench.gpu.process import Channel, one_line
 from karat_scale.commands.bench.gpu.report import SECTIONS
 from karat_scale.commands.bench.gpu.watch import watch
-from karat_scale.commands.doctor.device_speed import driver_version, installed_version
+from karat_scale.commands.doctor.machine import driver_version, installed_version
 from karat_scale.foundation.errors import is_out_of_memory
 from karat_scale.foundation.machine import be_killed_with_parent, usable_cores
 

@@ -15,7 +15,7 @@ import torch
 from karat_scale.commands.bench.gpu import command
 from karat_scale.commands.bench.gpu.process import run_process
 from karat_scale.commands.bench.gpu.report import SECTIONS
-from karat_scale.commands.doctor.device_speed import driver_version, no_gpu
+from karat_scale.commands.doctor.machine import driver_version, no_gpu
 from karat_scale.foundation.errors import UserError
 from tests.conftest import ROOT, karat, karat_command, karat_environment, karat_here
 from tests.data.backends.helpers import wait_until
