@@ -140,10 +140,8 @@ def test_a_dry_run_by_example(image_folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_each_shipped_recipe_is_in_one_line_of_the_table() -> None:
+def test_the_recipes_of_the_table_exist() -> None:
     section = README.split("## Recipes")[1].split("\n##")[0]
     rows = [re.findall(r"`(.*?)`", line.split("|")[1]) for line in section.splitlines() if line.startswith("| `")]
-    for name in shipped_recipes():
-        assert sum(any(fnmatchcase(name, pattern) for pattern in row) for row in rows) == 1, name
     for pattern in itertools.chain(*rows):
         assert any(fnmatchcase(name, pattern) for name in shipped_recipes()), pattern

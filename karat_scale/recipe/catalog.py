@@ -1,20 +1,29 @@
-"""`karat recipes`: the shipped recipes, what each trains, needs and gave, from the headers of their files."""
+"""`karat recipes`: what a shipped recipe trains, by the headers of its files, and gave, by the tables in `paper/`."""
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from karat_scale.foundation.console import print_table, write_json
 from karat_scale.foundation.errors import RecipeError, nearest
-from karat_scale.recipe.files import COMMANDS, shipped_recipes
+from karat_scale.foundation.files import shipped_directory
+from karat_scale.recipe.files import COMMANDS, RECIPES, Shipped, part_names, read_recipe, shipped_recipes
 
 _NOT_RUN = "not yet run"
+_DATA = {
+    "train": "shards made by data_prep/make_webdataset.py",
+    "detect": "train2017/, val2017/ and annotations/ as COCO has them",
+}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A shipped recipe, from its header: the command that trains it, what it trains, the paper's result and ours."""
+    """A shipped recipe: its command, what it trains, the paper's result, ours, and the headers of its files."""
 
     name: str
     command: str
@@ -26,51 +35,115 @@ class Entry:
 
 def catalog() -> list[Entry]:
     """Return all shipped recipes, those of `karat train` first."""
-    return [_entry(path, command) for folder, command in COMMANDS.items() for path in shipped_recipes(folder).values()]
+    return [
+        _entry(name, shipped, command)
+        for folder, command in COMMANDS.items()
+        for name, shipped in shipped_recipes(folder).items()
+    ]
 
 
 def list_recipes(words: Sequence[str], json_file: str | None) -> int:
-    """Print the recipes whose name or header has all words; the whole header if one is named. Returns the exit code.
+    """Print recipes, and return the exit code.
+
+    One that is named is shown whole. Otherwise it is those that have a result, of the paper or ours, and all words in
+    their name or header; if there are none, those without a result that have the words.
 
     Raises:
         RecipeError: no recipe has these words.
     """
     entries = catalog()
-    named = [entry for entry in entries if [entry.name] == list(words)]
-    found = named or [entry for entry in entries if all(_has(entry, word) for word in words)]
-    if not found:
+    if named := [entry for entry in entries if [entry.name] == list(words)]:
+        write_json(json_file, [asdict(entry) for entry in named])
+        _show(named[0])
+        return 0
+    having = [entry for entry in entries if all(_has(entry, word) for word in words)]
+    if not having:
         close = nearest(words[0], [entry.name for entry in entries])
         hint = f"did you mean {close[0]}?" if close else "`karat recipes` lists all"
         raise RecipeError(f"karat recipes {' '.join(words)}: no shipped recipe has these words; {hint}")
+    found = [entry for entry in having if entry.paper or entry.result != _NOT_RUN] or having
     write_json(json_file, [asdict(entry) for entry in found])
-    if named:
-        print(f"{named[0].name}\n\n{named[0].header}")
-        return 0
-    rows = [[entry.name, entry.paper, entry.result, entry.trains] for entry in found]
     print_table(
-        f"{len(found)} recipes. `karat recipes NAME` shows how to start one.",
-        ["recipe", "paper's result", "our result", "what it trains"],
-        rows,
-        (0, 1, 2, 3),
+        f"{len(found)} recipes. `karat recipes NAME` shows what one trains and how to start it.",
+        ["recipe", "paper's result", "our result"],
+        [[entry.name, entry.paper, entry.result] for entry in found],
+        (0, 1, 2),
     )
+    print("\nA name is DATA_MODEL. _ATTENTION replaces the model's own, and _CHANGE comes last. All go together:")
+    for title, kinds in (
+        ("data", ["data"]),
+        ("model", ["model"]),
+        ("attention", ["attention", "taught"]),
+        ("change", ["change"]),
+    ):
+        print(f"  {title:<9}  {'  '.join(word for kind in kinds for word in part_names(kind))}")
     return 0
 
 
 def _has(entry: Entry, word: str) -> bool:
-    return word.lower() in f"{entry.name} {entry.header}".lower()
+    return word.lower() in f"{entry.name} {entry.trains}".lower()
 
 
-def _entry(path: Path, command: str) -> Entry:
+def _show(entry: Entry) -> None:
+    start = f"karat {entry.command} {entry.name} data.path=DIR"
+    print(f"{entry.name}\n\n{entry.header}\n")
+    print(f"paper's result: {entry.paper or 'none'}\nour result: {entry.result}\n")
+    for earlier in _earlier_runs(entry):
+        print(f"{f'karat train {earlier} data.path=DIR':<{len(start)}}    first, the run that it starts from")
+    print(f"{start}    DIR: {_DATA[entry.command]}")
+
+
+def _earlier_runs(entry: Entry) -> Iterator[str]:
+    """Yield the shipped recipes whose runs this one starts from."""
+    folder = next(folder for folder, command in COMMANDS.items() if command == entry.command)
+    _, tree = read_recipe(entry.name, folder)
+    for run in (tree.get("init_from"), tree["attention"].get("transfer_from")):
+        if run and Path(run).name in shipped_recipes(RECIPES):
+            yield Path(run).name
+
+
+def _entry(name: str, shipped: Shipped, command: str) -> Entry:
+    headers = [_header(path) for path in shipped.files]
+    trains = " ".join(re.split(r"(?<=[.:])\s", header, maxsplit=1)[0] for header in headers)
+    ours = _our_results().get(name)
+    result = f"{ours['result']}" if ours else _NOT_RUN
+    header = "\n\n".join(headers) + (f"\n\nOur run: {ours['about']}" if ours else "")
+    return Entry(name, command, trains, _paper_results().get(name, ""), result, header)
+
+
+@functools.cache
+def _header(path: Path) -> str:
+    """Return the comment at the beginning of a file."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    comment = [line.removeprefix("#").removeprefix(" ") for line in _leading_comments(lines)]
-    prose = " ".join(line for line in comment if not line.startswith("  "))
-    trains = re.split(r" Recipe: | Results?\b.*?: ", prose)[0]
-    paper = re.search(r"The paper (?:\(.*?\) )?reports (.+?)\.(?: |$)", prose)
-    result = re.search(r"Results?\b[^:]*: (.+?)\.?(?: For |$)", prose)
-    ours = result[1] if result else ""
-    return Entry(path.stem, command, trains, paper[1] if paper else "", ours or _NOT_RUN, "\n".join(comment))
-
-
-def _leading_comments(lines: Sequence[str]) -> list[str]:
     end = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    return list(lines[:end])
+    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:end])
+
+
+@functools.cache
+def _our_results() -> Mapping[str, Mapping[str, str]]:
+    results: dict[str, dict[str, str]] = _table("ours.yaml")
+    return results
+
+
+@functools.cache
+def _paper_results() -> Mapping[str, str]:
+    """Return the accuracy or precision that the paper reports for each recipe as it is."""
+    tables = [table for group in _table("paper.yaml") for table in group["tables"] if table.get("measure") != "memory"]
+    results: dict[str, str] = {}
+    for table in tables:
+        for row in table["rows"]:
+            if not row.get("overrides") and not table.get("overrides"):
+                results.setdefault(row["recipe"], _paper_result(row))
+    return results
+
+
+def _paper_result(row: Mapping[str, Any]) -> str:
+    if "box" in row:
+        return f"{row['box'][0]:.2f} box AP, {row['mask'][0]:.2f} mask AP"
+    if "top5" in row:
+        return f"{row['top1']:.2f} / {row['top5']:.2f} % top-1 / top-5"
+    return f"{row['top1']:.2f} % top-1"
+
+
+def _table(name: str) -> Any:
+    return yaml.load((shipped_directory("paper") / name).read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)

@@ -1,14 +1,21 @@
-"""Recipe files: where they are, how they are read, and how they extend other files.
+"""Recipe files: what the names of shipped recipes stand for, how files are read, and how they extend others.
+
+A shipped recipe's name is BASE[_ATTENTION][_CHANGE]. BASE is a file in the folder of recipes, or DATA_MODEL. The words
+are files in the folder `parts`: `cifar10_vit_tiny_g3b` is parts/model/vit_tiny, parts/attention/g3b and
+parts/data/cifar10. A later one overrides an earlier one. Attention that is taken from another run is in parts/taught.
 
 `extends: NAME`, or a list of names, includes all keys of those recipes. The file's own keys override them, and a
-later name in a list overrides an earlier one. NAME is a shipped recipe or part, such as `parts/cifar10`, or a path
+later name in a list overrides an earlier one. NAME is a shipped recipe, a part such as `parts/paper`, or a path
 relative to the file.
 
 It is YAML with plain values, each key once, and never more than a recipe can need.
 """
 
 import difflib
+import functools
+import itertools
 from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,20 +91,69 @@ EXTENDS = "extends"
 _LARGEST = 2**20  # bytes of a recipe
 
 
-def shipped_recipes(folder: Path = RECIPES) -> dict[str, Path]:
-    """Return the recipes in the package, by name. Each kind has its own folder."""
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+@dataclass(frozen=True)
+class Shipped:
+    """What the name of a shipped recipe stands for.
+
+    Args:
+        files: that it is made of. A later one overrides the keys of an earlier one.
+        words: of the name. The files may use them in their values, as in `runs/imagenet_{model}{attention}`.
+    """
+
+    files: tuple[Path, ...]
+    words: Mapping[str, str]
 
 
-def find_recipe(source: str, folder: Path = RECIPES) -> Path:
-    """Return the file of a recipe that is shipped in `folder`, or given by its path. Raises RecipeError."""
-    shipped = shipped_recipes(folder)
-    if source in shipped:
-        return shipped[source]
+@functools.cache
+def shipped_recipes(folder: Path = RECIPES) -> Mapping[str, Shipped]:
+    """Return all shipped recipes of a kind by name, those that are one file first. Each kind has its own folder."""
+    bases: dict[str, Shipped] = {}
+    for path in sorted(folder.glob("*.yaml")):
+        bases[path.stem] = Shipped((path,), {"base": path.stem})
+    for (data, data_file), (model, model_file) in itertools.product(
+        _parts(folder, "data").items(), _parts(folder, "model").items()
+    ):
+        bases[f"{data}_{model}"] = Shipped((model_file, data_file), {"base": f"{data}_{model}", "model": model})
+    attentions = _parts(RECIPES, "attention") | _parts(folder, "taught")
+    changes = _parts(RECIPES, "change") | _parts(folder, "change")
+    shipped = {}
+    for name, base in bases.items():
+        others = {} if _is_named_after_attention(name) else attentions
+        for attention, change in itertools.product(["", *others], ["", *changes]):
+            words = [f"_{word}" if word else "" for word in (attention, change)]
+            own = [others[attention]] if attention else []
+            last = [changes[change]] if change else []
+            files = (base.files[0], *own, *base.files[1:], *last)
+            shipped["".join((name, *words))] = Shipped(files, {**base.words, "attention": words[0]})
+    return shipped
+
+
+def _parts(folder: Path, kind: str) -> dict[str, Path]:
+    return {path.stem: path for path in sorted((folder / "parts" / kind).glob("*.yaml"))}
+
+
+def part_names(kind: str) -> list[str]:
+    """Return the words of one kind, a folder in `parts`, that the name of a recipe of `karat train` may have."""
+    return [word for word in _parts(RECIPES, kind) if not _is_named_after_attention(word)]
+
+
+def _is_named_after_attention(name: str) -> bool:
+    """True for a base that already has an attention, such as the model `swin_tiny_g3b`, which sets more than that."""
+    return name.endswith(tuple(f"_{attention}" for attention in _parts(RECIPES, "attention")))
+
+
+def read_recipe(source: str, folder: Path = RECIPES) -> tuple[str, dict[str, Any]]:
+    """Return the name and the keys of a recipe that is shipped in `folder`, or a file given by its path.
+
+    Raises:
+        RecipeError: one line.
+    """
+    if source in shipped_recipes(folder):
+        return source, _read_shipped(source, folder, ())
     path = Path(source)
     try:
         if path.is_file():
-            return path
+            return path.stem, _read_recipe_file(path, folder, ())
     except OSError as error:
         raise RecipeError(f"recipe {source[:100]!r}: {error.strerror}; name a recipe's YAML file") from None
     raise RecipeError(f"recipe {source!r}: {_why_missing(source, folder)}")
@@ -126,10 +182,10 @@ def _why_missing(source: str, folder: Path) -> str:
     if near := nearest(source, shipped, likeness=0.8):
         return f"neither a file nor a shipped recipe; did you mean {near[0]}?"
     few = difflib.get_close_matches(source, shipped, n=3, cutoff=0.0)
-    return f"neither a file nor a shipped recipe; some are {', '.join(few)}; all: ls {folder}"
+    return f"neither a file nor a shipped recipe; some are {', '.join(few)}; `karat recipes` lists them"
 
 
-def read_recipe_file(path: Path, folder: Path = RECIPES, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read_recipe_file(path: Path, folder: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     """Read a file with all that it extends, in `folder` or beside it. Raises RecipeError with one line."""
     if path.resolve() in extended_by:
         circle = " -> ".join(file.stem for file in (*extended_by, path))
@@ -141,10 +197,35 @@ def read_recipe_file(path: Path, folder: Path = RECIPES, extended_by: tuple[Path
         raise RecipeError(f"{path}: extends = {names!r}: should be a recipe's name or a list of names")
     tree: dict[str, Any] = {}
     for name in names:
-        extended = _find_extended(path, name, folder)
-        _lay_over(tree, read_recipe_file(extended, folder, (*extended_by, path.resolve())))
+        _lay_over(tree, _read_extended(path, name, folder, (*extended_by, path.resolve())))
     _lay_over(tree, own)
     return tree
+
+
+def _read_extended(path: Path, name: str, folder: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
+    if name in shipped_recipes(folder):
+        return _read_shipped(name, folder, extended_by)
+    parts = {str(file.relative_to(folder).with_suffix("")): file for file in sorted((folder / "parts").rglob("*.yaml"))}
+    if name in parts:
+        return _read_recipe_file(parts[name], folder, extended_by)
+    if (path.parent / name).is_file():
+        return _read_recipe_file(path.parent / name, folder, extended_by)
+    close = difflib.get_close_matches(name, [*shipped_recipes(folder), *parts], n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise RecipeError(f"{path}: extends = {name!r}: neither a shipped recipe nor a file beside this one{hint}")
+
+
+def _read_shipped(name: str, folder: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
+    shipped, tree = shipped_recipes(folder)[name], dict[str, Any]()
+    for file in shipped.files:
+        _lay_over(tree, _read_recipe_file(file, folder, extended_by))
+    return _filled(tree, shipped.words)
+
+
+def _filled(value: Any, words: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _filled(part, words) for key, part in value.items()}
+    return value.format(**words) if isinstance(value, str) and "{" in value else value
 
 
 def read_run_recipe(path: Path) -> dict[str, Any]:
@@ -153,17 +234,6 @@ def read_run_recipe(path: Path) -> dict[str, Any]:
     if EXTENDS in tree:
         raise RecipeError(f"{path}: extends: the recipe of a run is whole; put back the one that training wrote")
     return tree
-
-
-def _find_extended(path: Path, name: str, folder: Path) -> Path:
-    shipped = {str(file.relative_to(folder).with_suffix("")): file for file in sorted(folder.rglob("*.yaml"))}
-    if name in shipped:
-        return shipped[name]
-    if (path.parent / name).is_file():
-        return path.parent / name
-    close = difflib.get_close_matches(name, shipped, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    raise RecipeError(f"{path}: extends = {name!r}: neither a shipped recipe nor a file beside this one{hint}")
 
 
 def _lay_over(tree: dict[str, Any], upper: Mapping[str, Any]) -> None:

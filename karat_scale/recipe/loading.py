@@ -22,7 +22,7 @@ from karat_scale.foundation.console import printable
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import Effect
-from karat_scale.recipe.files import find_recipe, parse, read_recipe_file, read_run_recipe
+from karat_scale.recipe.files import parse, read_recipe, read_run_recipe
 from karat_scale.recipe.synonyms import elsewhere, keys_called
 
 
@@ -108,8 +108,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), schema: Schem
     Raises:
         RecipeError: one line that names the field, the value and the fix.
     """
-    path = find_recipe(str(source), schema.shipped)
-    return _whole(read_recipe_file(path, schema.shipped), path, str(source), overrides, schema)
+    name, tree = read_recipe(str(source), schema.shipped)
+    return _whole(tree, name, str(source), overrides, schema)
 
 
 def load_run_recipe(path: Path, overrides: Sequence[str], schema: type[R]) -> R:
@@ -122,16 +122,16 @@ def load_run_recipe(path: Path, overrides: Sequence[str], schema: type[R]) -> R:
     Raises:
         RecipeError: it is damaged, or an override does not fit it.
     """
-    recipe: R = _whole(read_run_recipe(path), path, str(path), overrides, schema)
+    recipe: R = _whole(read_run_recipe(path), path.stem, str(path), overrides, schema)
     return recipe.changed(data=recipe.data.of(path), deepspeed=recipe.deepspeed.of(path))
 
 
-def _whole(tree: dict[str, Any], path: Path, source: str, overrides: Sequence[str], schema: Schema) -> Any:
+def _whole(tree: dict[str, Any], name: str, source: str, overrides: Sequence[str], schema: Schema) -> Any:
     for override in overrides:
         _apply_override(tree, override, schema)
     run = tree.setdefault("run", {})
     if isinstance(run, dict):
-        run["name"] = run.get("name") or path.stem
+        run["name"] = run.get("name") or name
         run["dir"] = run.get("dir") or f"runs/{run['name']}"
     return validate_recipe(tree, source, schema, [override.partition("=")[0] for override in overrides])
 

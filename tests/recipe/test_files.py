@@ -1,13 +1,17 @@
 """What a recipe file takes from others by `extends`."""
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from karat_scale.foundation.errors import RecipeError
+from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.files import RECIPES, shipped_recipes
 from karat_scale.recipe.loading import dump_recipe, flatten, load_recipe
+from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 from tests.conftest import ROOT, karat, karat_here
 
 
@@ -28,7 +32,7 @@ def test_own_keys_go_before_and_of_two_in_a_list_the_later(tmp_path: Path) -> No
 
 
 def test_a_recipe_is_whole_once_it_is_read(tmp_path: Path) -> None:
-    own = write(tmp_path / "own.yaml", "extends: [imagenet_vit_small_g3b, parts/cifar10]\n")
+    own = write(tmp_path / "own.yaml", "extends: [imagenet_vit_small_g3b, parts/data/cifar10]\n")
     recipe = load_recipe(own, ["run.name=cifar10_vit_small_g3b", "run.dir=runs/cifar10_vit_small_g3b"])
     assert recipe == load_recipe("cifar10_vit_small_g3b")
     assert load_recipe(write(tmp_path / "whole.yaml", dump_recipe(recipe))) == recipe
@@ -42,7 +46,7 @@ def test_a_recipe_is_whole_once_it_is_read(tmp_path: Path) -> None:
     ("body", "parts"),
     [
         ("extends: imagenet_vit_tny\n", ["extends = 'imagenet_vit_tny'", "did you mean imagenet_vit_tiny?"]),
-        ("extends: [parts/cifar1]\n", ["extends = 'parts/cifar1'", "did you mean parts/cifar10?"]),
+        ("extends: [parts/data/cifar1]\n", ["extends = 'parts/data/cifar1'", "did you mean parts/data/cifar10?"]),
         ("extends: 3\n", ["extends = 3", "a recipe's name or a list of names"]),
         ("extends: [[x]]\n", ["extends = [['x']]", "a list of names"]),
         ("extends: other.yaml\n", ["extends goes in a circle: own -> other -> own"]),
@@ -64,9 +68,10 @@ def test_a_mistake_is_one_line(tmp_path: Path, body: str, parts: list[str]) -> N
 
 def test_parts_are_no_recipes_and_are_all_used() -> None:
     texts = "".join(path.read_text() for path in RECIPES.rglob("*.yaml"))
-    for part in sorted((RECIPES / "parts").glob("*.yaml")):
+    used = {file for shipped in shipped_recipes().values() for file in shipped.files}
+    for part in sorted((RECIPES / "parts").rglob("*.yaml")):
         assert part.stem not in shipped_recipes()
-        assert f"parts/{part.stem}" in texts
+        assert f"parts/{part.stem}" in texts or part in used
 
 
 @pytest.mark.parametrize("data_set", ["svhn", "flowers102", "stl10"])
@@ -84,7 +89,7 @@ def test_fine_tuning_differs_from_training_where_its_parts_say(data_set: str) ->
 def test_shipped_files_are_read_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_recipe("cifar100_vit_base_g1b").model.num_classes == 100
-    assert load_recipe(ROOT / "karat_scale/recipes/cifar100_vit_base.yaml").train.global_batch == 32
+    assert load_recipe(ROOT / "karat_scale/recipes/cifar10_vit_mini_32px.yaml").train.global_batch == 64
 
 
 @pytest.mark.parametrize(
@@ -107,11 +112,34 @@ def test_a_name_that_is_no_recipe_is_one_short_line(source: str, part: str) -> N
     assert len(text) < 250 + len(str(RECIPES))
 
 
-def test_the_names_of_all_recipes_are_where_the_line_says() -> None:
-    with pytest.raises(RecipeError, match="all: ls ") as caught:
-        load_recipe("zzz")
-    listed = Path(str(caught.value).partition("all: ls ")[2])
-    assert {path.stem for path in listed.glob("*.yaml")} == set(shipped_recipes())
+def test_a_name_is_data_model_attention_and_change() -> None:
+    recipe = load_recipe("cifar100_swin_tiny_g3b_1024")  # nobody wrote this one down
+    assert (recipe.model.name, recipe.model.num_classes) == ("swin_tiny_patch4_window7_224", 100)
+    assert (recipe.attention.kind, recipe.attention.grid, recipe.train.global_batch) == ("karat", 3, 1024)
+    assert recipe.run.dir == "runs/cifar100_swin_tiny_g3b_1024"
+    assert load_recipe("svhn_convit_tiny_g3u").init_from == "runs/imagenet_convit_tiny_g3u"
+    assert load_recipe("cifar10_vit_base_transfer").attention.transfer_from == "runs/cifar10_vit_base_g3b"
+    assert "imagenet_swin_tiny_g3b_g1b" not in shipped_recipes()
+
+
+@pytest.mark.parametrize("schema", [Recipe, DetectionRecipe])
+def test_every_name_is_a_valid_recipe(schema: type[RunRecipe]) -> None:
+    for name in shipped_recipes(schema.shipped):
+        recipe = load_recipe(name, (), schema)
+        assert (recipe.run.name, recipe.run.dir) == (name, f"runs/{name}")
+        assert recipe.deepspeed.config == "zero0"
+
+
+def test_a_name_means_what_it_meant_when_each_had_a_file() -> None:
+    """`meaning.json` has a digest of the keys that a recipe of 0.2.0 sets to another value than the default."""
+    meaning = json.loads((Path(__file__).parent / "meaning.json").read_text())
+    assert len(meaning) == 90
+    found = {}
+    for name in meaning:
+        schema = DetectionRecipe if name.startswith("coco_") else Recipe
+        keys = load_recipe(name, (), schema).model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        found[name] = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
+    assert found == meaning
 
 
 def test_a_directory_is_told_from_a_file_that_is_missing(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Recipes: what is accepted, and that each mistake is one line that names the field, the value and the fix."""
 
-import re
-from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,6 @@ import yaml
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.base import Effect
-from karat_scale.recipe.files import shipped_recipes
 from karat_scale.recipe.loading import (
     differing_keys,
     dump_recipe,
@@ -25,25 +22,6 @@ VARIANTS = [
     *(f"vit_{size}{kind}" for size in ("tiny", "small") for kind in ("", "_g3b", "_g3u")),
     *(f"vit_base{kind}" for kind in ("", "_g1b", "_g1u")),
 ]
-SHIPPED = {
-    "fashion_mnist_demo",
-    "cifar10_vit_mini_32px",
-    "cifar10_vit_mini_32px_g3b",
-    "cifar10_vit_nano_32px",
-    "cifar10_vit_tiny_full_rank",
-    "cifar10_vit_tiny_transfer",
-    "cifar100_vit_tiny_transfer",
-    "imagenet_vit_small_bv",
-    "imagenet_vit_small_bv_g3b",
-    *(f"imagenet_{variant}_1024" for variant in VARIANTS),
-    *(
-        f"{data_set}_{variant}"
-        for data_set in ("imagenet", "cifar10", "cifar100", "svhn", "flowers102", "stl10")
-        for variant in VARIANTS
-    ),
-    *(f"{data}_convit_tiny{kind}" for data in ("cifar10", "imagenet") for kind in ("", "_g3b", "_g3u")),
-    *(f"{data}_swin_tiny{kind}" for data in ("cifar10", "imagenet") for kind in ("", "_g3b")),
-}
 
 
 @pytest.fixture
@@ -207,27 +185,6 @@ def test_the_keys_of_distill_go_with_a_teacher_and_defaults_without(recipe: Path
 
 def test_numbers_yaml_reads_as_text_are_numbers(recipe: Path) -> None:
     assert load_recipe(recipe, ["optim.lr=5e-4"]).optim.lr == 5e-4
-
-
-def test_shipped_recipes_are_all_there_and_valid() -> None:
-    assert set(shipped_recipes()) == SHIPPED
-    for name in SHIPPED:
-        recipe = load_recipe(name)
-        assert recipe.run.name == name
-        assert recipe.run.dir == f"runs/{name}"
-        is_papers = recipe.model.image_size == 224 and "_bv" not in name
-        assert recipe.checkpoint.snapshots == (10 if is_papers else 0), name
-
-
-@pytest.mark.parametrize("name", sorted(SHIPPED))
-def test_a_shipped_recipe_begins_with_what_it_trains_and_costs(name: str) -> None:
-    lines = shipped_recipes()[name].read_text().splitlines()
-    text = " ".join(line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
-    assert f"karat train {name}" in text or "`make demo`" in text
-    # A percentage, or that there is none yet.
-    assert re.search(
-        r"\bResult\b[^:]*: (seeds [^:]*: )?(not yet run\.|\d\d\.\d\d (% top-1|/ \d\d\.\d\d % top-1 / top-5))", text
-    )
 
 
 def test_imagenet_recipes_have_the_papers_settings() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from karat_scale.commands.status.status import SILENT_SECONDS, read_standing
 from karat_scale.foundation.errors import RecipeError, UserError
 from karat_scale.recipe import Recipe, RunRecipe
-from karat_scale.recipe.files import COMMANDS, find_recipe, read_recipe_file, shipped_recipes
+from karat_scale.recipe.files import COMMANDS, read_recipe, shipped_recipes
 from karat_scale.recipe.loading import differing_keys, load_recipe, text_digest
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
@@ -225,9 +225,8 @@ def _schema(recipe: str) -> type[RunRecipe]:
         return Recipe
     if recipe in shipped_recipes(DetectionRecipe.shipped):
         return DetectionRecipe
-    path = find_recipe(recipe)
     try:
-        tree = read_recipe_file(path, DetectionRecipe.shipped)
+        _, tree = read_recipe(recipe, DetectionRecipe.shipped)
     except RecipeError:
         return Recipe  # which says what is wrong, if something is
     return DetectionRecipe if "detector" in tree else Recipe
