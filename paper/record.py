@@ -53,7 +53,12 @@ class Record(BaseModel):
     @cached_property
     def resolved(self) -> RunRecipe:
         """The recipe, with today's defaults for keys that did not exist then."""
-        return validate_recipe(yaml.safe_load(self.recipe), "the recipe", self.kind.recipe)
+        tree = yaml.safe_load(self.recipe)
+        # Keys that recipes had when these runs were made. None of the runs asked for what they did.
+        for key in ("budget_gb", "partition", "cpu"):
+            tree["train"].get("recompute", {}).pop(key, None)
+        tree["log"].pop("tensorboard", None)
+        return validate_recipe(tree, "the recipe", self.kind.recipe)
 
     @cached_property
     def figures(self) -> ClassifierSummary | DetectorSummary:

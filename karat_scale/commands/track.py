@@ -12,7 +12,6 @@ from karat_scale.foundation.tables import TRACKERS
 from karat_scale.foundation.trust import require_trust_in
 from karat_scale.recipe.base import LogConfig
 from karat_scale.recipe.files import read_run_recipe
-from karat_scale.recipe.loading import without_retired_keys
 
 
 def track_runs(paths: Sequence[str], names: Sequence[str] | None) -> int:
@@ -36,7 +35,7 @@ def track_runs(paths: Sequence[str], names: Sequence[str] | None) -> int:
 
 
 def _trackers_in_recipe(file: Path) -> Sequence[str]:
-    tree, _ = without_retired_keys(read_run_recipe(file), str(file))
+    tree = read_run_recipe(file)
     try:
         trackers = LogConfig.model_validate(tree.get("log", {})).trackers
     except ValidationError as error:

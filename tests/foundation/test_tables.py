@@ -35,7 +35,6 @@ ELSEWHERE = {
     "recipe/attention.py": {"fourier"},
     "recipe/data.py": {"webdataset"},
     "recipe/base.py": {"tensorboard"},
-    "recipe/loading.py": {"tensorboard"},  # the key that became log.trackers
     "recipe/train.py": {"adamw"},
     "attention/operator.py": {"fourier"},
     "data/backends/dali_pipeline.py": {"dali"},  # the extra

@@ -86,7 +86,6 @@ def message(path: Path | str, *overrides: str) -> str:
         ("train.recompute.every=0", ["train.recompute.every = 0", "1", "(default: 2)"]),
         ("train.recompute.policy=budget", ["train.recompute.policy = 'budget'", "'every' or 'all'"]),
         ("train.recompute.budget_gb=2", ["train.recompute.budget_gb: unknown key"]),
-        ("log.tensorboard=maybe", ["log.tensorboard = 'maybe'", "true or false", "log.trackers"]),
         ("log.trackers=paper", ["log.trackers.0 = 'paper'", "'tensorboard'"]),
         ("distill.weight=0.25", ["distill.weight = 0.25", "no effect", "set distill.from, or distill.weight=0.5"]),
         ("distill.kind=hard", ["distill.kind = hard", "no effect without distill.from"]),
