@@ -15,16 +15,15 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from karat_scale.checkpoint.tensor_storage import read_metadata
-from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import RecipeError, UserError, one_line
 from karat_scale.foundation.files import open_to_read
-from karat_scale.foundation.trust import require_trust
 from karat_scale.models import create_model
 from karat_scale.models.init_from import check_heads, differences, take_weights
-from karat_scale.recipe import AttentionConfig, ModelConfig, RunRecipe
+from karat_scale.recipe import AttentionConfig, ModelConfig, Recipe, RunRecipe
 from karat_scale.recipe.base import Triple
 from karat_scale.recipe.loading import portable_recipe, text_digest
+from karat_scale.training.open_run import OpenRun
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.weights_file import ExportFacts, read_facts
 
@@ -126,14 +125,11 @@ def locate(source: str) -> tuple[Path, str]:
     raise RecipeError("neither a run's directory, nor a checkpoint in one, nor a file, nor timm:NAME")
 
 
-def _weights_of_run(run: Path, checkpoint: str) -> SourceWeights:
-    directory = RunDirectory(run)
-    recipe = directory.recipe()
-    require_trust(recipe.attention.basis, directory.recipe_file)
-    name = directory.store.find_intact(checkpoint)
-    saved = directory.store.state(name)
+def _weights_of_run(path: Path, checkpoint: str) -> SourceWeights:
+    run = OpenRun.at(path, Recipe, checkpoint=checkpoint)
+    recipe = run.recipe
     model = create_model(recipe.model, recipe.attention)
-    load_weights(model, directory.store.root / name, saved, ema=saved["has_ema"])
+    run.load(model, weights="ema" if run.saved["has_ema"] else "raw")
     normalised = recipe.augment.mean, recipe.augment.std
     return SourceWeights(model.state_dict(), Origin(recipe.model, recipe.attention), normalised)
 

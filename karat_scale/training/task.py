@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from karat_scale.checkpoint.weights import load_weights
 from karat_scale.data.loading.device_feed import DeviceFeed
 from karat_scale.data.plan import BatchSlice, TrainPlan
 from karat_scale.engine.distributed import World
@@ -21,6 +20,7 @@ from karat_scale.engine.reporting.progress import Reporter
 from karat_scale.engine.run_state import RunState
 from karat_scale.recipe import RunRecipe
 from karat_scale.training.initial_weights import run_behind
+from karat_scale.training.open_run import OpenRun
 from karat_scale.training.run_directory import RunDirectory
 
 Waiting = Callable[[], AbstractContextManager[None]]
@@ -107,16 +107,10 @@ class Task(ABC):
         """Return a whole model like the one that is trained."""
         return self.build_model(self.build_backbone(directory))
 
-    def trained_model(self, trained: Any, directory: RunDirectory, name: str, use_ema: bool) -> nn.Module:
-        """Return the model with the weights of an intact checkpoint, raw or averaged.
-
-        Args:
-            trained: the recipe that the run was trained with.
-            directory: the run's.
-            name: the checkpoint's.
-        """
-        model = self.build_fresh(directory)
-        load_weights(model, directory.store.root / name, directory.store.state(name), use_ema)
+    def trained_model(self, run: OpenRun[Any]) -> nn.Module:
+        """Return the model with the weights of a run of this task's recipe."""
+        model = self.build_fresh(run.directory)
+        run.load(model)
         return model
 
     def groups(self, model: nn.Module) -> Groups | None:

@@ -15,7 +15,7 @@ from torch import nn
 from karat_scale.checkpoint.records import Count, Record, validated
 from karat_scale.checkpoint.restore import check_shapes
 from karat_scale.checkpoint.tensor_storage import read_metadata, save_safetensors
-from karat_scale.checkpoint.weights import describe_weights, load_weights
+from karat_scale.checkpoint.weights import describe_weights
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.foundation.files import open_regular, parse_json
 from karat_scale.foundation.trust import require_trust
@@ -24,7 +24,7 @@ from karat_scale.models.init_from import spread_operator
 from karat_scale.models.transfer import weights_digest
 from karat_scale.recipe import AttentionConfig, ModelConfig, Recipe
 from karat_scale.recipe.files import parse
-from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.open_run import OpenRun
 
 
 def _parse_recipe(text: Any) -> Any:
@@ -112,16 +112,15 @@ def read_facts(path: Path) -> ExportFacts:
     return validated(str(path), lambda: ExportFacts.model_validate(about))
 
 
-def write_weights(directory: RunDirectory, recipe: Recipe, name: str, kind: str, path: Path) -> None:
-    """Write one kind of weights, "raw" or "ema", of a run's intact checkpoint `name`.
+def write_weights(run: OpenRun[Recipe], kind: str, path: Path) -> None:
+    """Write one kind of weights, "raw" or "ema", of a run's checkpoint.
 
     Raises:
         UserError: the checkpoint has no EMA or holds another model, or `path` cannot be written.
     """
-    model = create_model(recipe.model, recipe.attention)
-    saved = directory.store.state(name)
-    load_weights(model, directory.store.root / name, saved, ema=kind == "ema")
-    facts = describe_weights(recipe, saved, name, kind, directory.classes())
+    model = create_model(run.recipe.model, run.recipe.attention)
+    run.load(model, weights=kind)
+    facts = describe_weights(run.recipe, run.saved, run.chosen, kind, run.directory.classes())
     write_model(model, path, {**facts, "weights_sha256": weights_digest(model)})
 
 
@@ -150,7 +149,6 @@ def read_exported(path: Path, implementation: str = "auto") -> nn.Module:
         RunDirectoryError: the file is missing or damaged, or holds something else.
     """
     sizes, attention = exported_sections(path)
-    require_trust(attention.basis, path)
     with _one_line(path):
         model = create_model(sizes, attention.changed(implementation=implementation))
     load_exported(model, path)
@@ -164,12 +162,15 @@ def exported_sections(path: Path) -> tuple[ModelConfig, AttentionConfig]:
 
     Raises:
         RunDirectoryError: the file is missing or damaged, or holds something else.
+        UntrustedError: it names a class.
     """
     facts = read_facts(path)
     with _one_line(path):
         if facts.model is None or facts.attention is None:
             raise ValueError("it does not say what its model is")
-        return ModelConfig.model_validate(facts.model), AttentionConfig.model_validate(facts.attention)
+        model, attention = ModelConfig.model_validate(facts.model), AttentionConfig.model_validate(facts.attention)
+    require_trust(attention.basis, path)
+    return model, attention
 
 
 def load_exported(model: nn.Module, path: Path) -> None:

@@ -14,19 +14,16 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from karat_scale.checkpoint.restore import falsehood
-from karat_scale.checkpoint.store import MANIFEST, CheckpointStore
-from karat_scale.checkpoint.weights import load_weights, wants_ema
+from karat_scale.checkpoint.store import MANIFEST
 from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.backends import Backend, ImageSpec, open_backend
 from karat_scale.data.batch import Batch
 from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.foundation.errors import DataError, RunDirectoryError, UserError
 from karat_scale.foundation.files import file_sha256
-from karat_scale.foundation.trust import require_trust
 from karat_scale.models.layers import freeze
 from karat_scale.recipe import AttentionConfig, Recipe
-from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.open_run import OpenRun
 from karat_scale.training.tasks.classification.distillation_teacher import build_model
 from karat_scale.training.weights_file import load_exported
 
@@ -118,26 +115,9 @@ def _padded(ids: tuple[int, ...], size: int) -> npt.NDArray[np.int64]:
 SNAPSHOT = ".safetensors"
 
 
-@dataclass(frozen=True)
-class TrainedRun:
-    """One run, softmax or KArAt. Its directory is never changed, except that its predictions are kept there.
-
-    Args:
-        path: the run's directory.
-        recipe: its recipe, with `data.path` replaced if the data has moved.
-        weights: "raw", "ema", or "auto", which is the choice of `karat eval`.
-        checkpoint: "best", "latest" or a name, of the model to analyse. Without a best one, "best" means "latest".
-    """
-
-    path: Path
-    recipe: Recipe
-    weights: str = "auto"
-    checkpoint: str = "best"
-
-    @cached_property
-    def store(self) -> CheckpointStore:
-        """The run's checkpoints."""
-        return CheckpointStore(self.path / "checkpoints", falsehood)
+@dataclass
+class TrainedRun(OpenRun[Recipe]):
+    """One run, softmax or KArAt. Its directory is never changed, except that its predictions are kept there."""
 
     @cached_property
     def shared(self) -> dict[str, Any]:
@@ -148,18 +128,6 @@ class TrainedRun:
     def label(self) -> str:
         """The directory's name."""
         return self.path.resolve().name
-
-    @cached_property
-    def chosen(self) -> str:
-        """The checkpoint to analyse, chosen as `karat eval` does. Raises RunDirectoryError if there is none."""
-        if not self.store.names():
-            raise RunDirectoryError(f"{self.store.root}: no checkpoint; train the run first")
-        return self.store.find_intact(self.checkpoint)
-
-    @property
-    def weights_kind(self) -> str:
-        """Return "raw" or "ema", the weights of the checkpoint to analyse."""
-        return "ema" if wants_ema(self.weights, self.recipe, self.store.state(self.chosen)) else "raw"
 
     @cached_property
     def in_order(self) -> list[str]:
@@ -208,7 +176,7 @@ class TrainedRun:
             RunDirectoryError: the checkpoint is missing, damaged, of another model, without averages or not finite.
         """
         model = self.new_model(implementation)
-        self.load(model, name or self.chosen, weights)
+        self.load(model, name, weights)
         return model
 
     def new_model(self, implementation: str = "auto") -> nn.Module:
@@ -220,14 +188,18 @@ class TrainedRun:
 
     def refuse_other_classes(self, classes: Sequence[str]) -> None:
         """Raise DataError for data whose labels number other classes than the run's, if it recorded those."""
-        own = RunDirectory(self.path).classes()
+        own = self.directory.classes()
         if own and own != tuple(classes):
             raise DataError(
                 f"data.path = {self.recipe.data.path} has other classes than the run; name its own by --data"
             )
 
-    def load(self, model: nn.Module, name: str, weights: str | None = None) -> None:
-        """Load the weights of a checkpoint, or the raw weights of a snapshot. Raises the same errors as `model`."""
+    def load(self, model: nn.Module, name: str | None = None, weights: str | None = None) -> None:
+        """Load the weights of a checkpoint (default: the chosen one), or the raw weights of a snapshot.
+
+        Raises the same errors as `model`.
+        """
+        name = name or self.chosen
         if name.endswith(SNAPSHOT):
             directory = self.snapshots / name
             load_exported(model, directory)
@@ -236,8 +208,7 @@ class TrainedRun:
             damage = self.store.damage(name)
             if damage:
                 raise RunDirectoryError(f"checkpoint {directory} is damaged: {damage}; choose another")
-            saved = self.store.state(name)
-            load_weights(model, directory, saved, wants_ema(weights or self.weights, self.recipe, saved))
+            super().load(model, name, weights)
         bad = next((n for n, parameter in model.named_parameters() if not parameter.isfinite().all()), None)
         if bad is not None:
             raise RunDirectoryError(f"checkpoint {directory}: {bad} is not finite: the run diverged; choose another")
@@ -290,13 +261,9 @@ def open_run(path: str | Path, data: str | None = None, weights: str = "auto", c
         RecipeError: its recipe cannot be read.
         UntrustedError: its recipe names a class.
     """
-    path = Path(path)
-    directory = RunDirectory(path)
-    recipe = directory.recipe(overrides=[] if data is None else [f"data.path={data}"])
-    require_trust(recipe.attention.basis, directory.recipe_file)
-    run = TrainedRun(path, recipe, weights, checkpoint)
+    run = TrainedRun.at(path, Recipe, [] if data is None else [f"data.path={data}"], weights, checkpoint)
     if run.device.type == "cpu":
-        return replace(run, recipe=recipe.changed(data=recipe.data.on_a_cpu()))
-    if recipe.data.row.without_gpu:
+        return replace(run, recipe=run.recipe.changed(data=run.recipe.data.on_a_cpu()))
+    if run.recipe.data.row.without_gpu:
         torch.cuda.init()  # nvJPEG decodes on the GPU that the process uses
     return run

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from karat_scale.checkpoint.store import MANIFEST
-from karat_scale.checkpoint.weights import wants_ema
 from karat_scale.commands.evaluate.predictions import (
     KEPT,
     SEVERITIES,
@@ -58,12 +57,11 @@ from karat_scale.engine.reporting.progress import PlainDisplay, Reporter, Silent
 from karat_scale.foundation.console import duration, printable, work_display, write_json
 from karat_scale.foundation.errors import DataError, RunDirectoryError, UserError
 from karat_scale.foundation.files import file_sha256, json_sha256, write_atomically
-from karat_scale.foundation.trust import require_trust
 from karat_scale.models.operators import check_implementation, describe_implementation
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import flatten
-from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.task import Scores, Task
+from karat_scale.training.open_run import OpenRun
+from karat_scale.training.task import Task
 from karat_scale.training.tasks.classification.distillation_teacher import trained_classifier
 
 OnBatch = Callable[[int, int, tuple[BadSample, ...]], None]
@@ -162,47 +160,42 @@ def evaluate_on(
     Raises:
         UserError: no such run, checkpoint or test set, or one that does not fit the run.
     """
-    directory = RunDirectory(run_dir)
-    trained = directory.recipe()
-    recipe = directory.recipe(overrides=overrides)
-    require_trust(recipe.attention.basis, directory.recipe_file)
+    run = OpenRun.at(run_dir, Recipe, overrides, weights, checkpoint)
+    recipe, classes = run.recipe, run.directory.classes()
     if request.corrupt is not None and request.labels:
         raise UserError("--labels and --corrupt exclude each other; give one of them")
     if request.corrupt is not None:
         check_corruptible(recipe.model.image_size)
-    if not directory.classes():
-        raise RunDirectoryError(f"{directory.path}: this run did not record the names of its classes; train it again")
+    if not classes:
+        raise RunDirectoryError(f"{run.path}: this run did not record the names of its classes; train it again")
     with (
         distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world,
         work_display() if world.is_main else nullcontext(_nothing) as show,
     ):
         reporter = Reporter(PlainDisplay() if world.is_main else SilentDisplay(), None, world.rank)
-        with world.together():
-            name = directory.store.find_intact(checkpoint) if world.is_main else ""
-        name = world.broadcast(name)
-        use_ema = wants_ema(weights, recipe, directory.store.state(name))
+        run.choose(world)
         with world.together():
             use = RemoteUse.of(recipe.data, training=False)
             as_stored = request.on is None  # as plain `karat eval` sees them
-            test_set = open_test_set(*_where(recipe, request), directory.classes(), use, as_stored)
+            test_set = open_test_set(*_where(recipe, request), classes, use, as_stored)
         with closing(test_set):
             if test_set.notice:
                 reporter.info(f"note: {test_set.notice}")
-            empty = _begun(directory, recipe, request, name, use_ema, test_set)
-            world.on_main(partial(_refuse_another, directory.path, empty))
-            model = trained_classifier(trained, recipe, directory, name, use_ema)
+            empty = _begun(run, request, test_set)
+            world.on_main(partial(_refuse_another, run.path, empty))
+            model = trained_classifier(run)
             check_implementation(model, world.device)
             forward = forward_for_evaluation(model, recipe.train, world.device)
             work = _Work(recipe, forward, test_set, world, reporter, show)
             if request.corrupt is not None:
-                done = _corrupted(work, directory.path, empty, request)
+                done = _corrupted(work, run.path, empty, request)
             else:
                 done = _plain(work, empty, request.labels)
     if world.is_main:
-        keep_evaluation(directory.path, done)
-        print(printable(f"{directory.path} {name} ({done.weights} weights) on {done.name}: {done.text}"))
-        print(f"kept in {evaluation_file(directory.path, done.name)}")
-        write_json(json_file, {"run": str(directory.path), **done.model_dump()})
+        keep_evaluation(run.path, done)
+        print(printable(f"{run.path} {run.chosen} ({done.weights} weights) on {done.name}: {done.text}"))
+        print(f"kept in {evaluation_file(run.path, done.name)}")
+        write_json(json_file, {"run": str(run.path), **done.model_dump()})
     return 0
 
 
@@ -298,13 +291,12 @@ def _where(recipe: Recipe, request: Request) -> tuple[Path | str, str]:
     return dataset_directory(recipe.data.path), request.split or recipe.data.val_split
 
 
-def _begun(
-    directory: RunDirectory, recipe: Recipe, request: Request, checkpoint: str, use_ema: bool, test_set: TestSet
-) -> Evaluation:
+def _begun(run: OpenRun[Recipe], request: Request, test_set: TestSet) -> Evaluation:
     """Return what is known of an evaluation before it has a score."""
+    recipe = run.recipe
     where, split = _where(recipe, request)
     asked = request.split
-    if request.on is None and split != directory.recipe().data.val_split:  # by an override
+    if request.on is None and split != run.trained.data.val_split:  # by an override
         asked = split
     place = where if isinstance(where, str) else str(where.resolve())
     name = request.name or _name_of(place if request.on is not None else "", request, asked)
@@ -312,8 +304,8 @@ def _begun(
     source += f", labels of {Path(request.labels).resolve()}" if request.labels else ""
     source += ", corrupted" if request.corrupt is not None else ""
     identity = {
-        "manifest": file_sha256(directory.store.root / checkpoint / MANIFEST),
-        "ema": use_ema,
+        "manifest": file_sha256(run.store.root / run.chosen / MANIFEST),
+        "ema": run.weights_kind == "ema",
         "model": recipe.model.model_dump(mode="json"),
         "decoder": recipe.data.decoder,
         "augment": [getattr(recipe.augment, key) for key in ("interpolation", "eval_crop", "mean", "std")],
@@ -326,8 +318,8 @@ def _begun(
     return Evaluation(
         name=name,
         source=source,
-        checkpoint=checkpoint,
-        weights="ema" if use_ema else "raw",
+        checkpoint=run.chosen,
+        weights=run.weights_kind,
         identity=json_sha256(identity),
         date=time.strftime("%Y-%m-%d %H:%M"),
         images=len(test_set),
@@ -368,21 +360,16 @@ def evaluate_run(
     Raises:
         UserError: no such run or checkpoint, a damaged one, or data that does not fit.
     """
-    directory = RunDirectory(run_dir)
-    trained = directory.recipe(task_type.recipe_type)
-    recipe = directory.recipe(task_type.recipe_type, overrides)
-    require_trust(recipe.attention.basis, directory.recipe_file)
+    run = OpenRun.at(run_dir, task_type.recipe_type, overrides, weights, checkpoint)
+    recipe = run.recipe
     with distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world:
         reporter = Reporter(choose_display(world.is_main, "evaluate"), None, world.rank)
         task: Task | None = None
         try:
-            with world.together():
-                name = directory.store.find_intact(checkpoint) if world.is_main else ""
-            name = world.broadcast(name)
-            use_ema = wants_ema(weights, recipe, directory.store.state(name))
+            run.choose(world)
             task = task_type(recipe, world, reporter)
-            _check_classes(directory, task)
-            model = task.trained_model(trained, directory, name, use_ema)
+            _check_classes(run, task)
+            model = task.trained_model(run)
             check_implementation(model, world.device)
             if chosen := describe_implementation(model, world.device):
                 reporter.info(chosen)
@@ -393,23 +380,19 @@ def evaluate_run(
                 task.close()
             reporter.close()
     if world.is_main:
-        _report(directory, name, "ema" if use_ema else "raw", scores, json_file)
+        print(f"{run.path} {run.chosen}{run.store.beside(run.chosen)} ({run.weights_kind} weights): {scores}")
+        if json_file:
+            figures = {"run": str(run.path), "checkpoint": run.chosen, "weights": run.weights_kind, **scores.to_json()}
+            write_atomically(Path(json_file), json.dumps(figures, indent=2) + "\n")
     return 0
 
 
-def _check_classes(run: RunDirectory, task: Task) -> None:
+def _check_classes(run: OpenRun[Any], task: Task) -> None:
     """Refuse data whose labels number other classes than the run's, if it recorded those. Raises DataError."""
-    classes = run.classes()
+    classes = run.directory.classes()
     if classes and classes != task.classes:
         by_name = f"use `karat eval {run.path} --on DIR`, which matches classes by name"
         raise DataError(
             f"data.path = {flatten(task.recipe)['data.path']} has other classes than the run; "
             + (by_name if task.kind == "classification" else "put data.path right")
         )
-
-
-def _report(run: RunDirectory, name: str, weights: str, scores: Scores, json_file: str | None) -> None:
-    print(f"{run.path} {name}{run.store.beside(name)} ({weights} weights): {scores}")
-    if json_file:
-        figures = {"run": str(run.path), "checkpoint": name, "weights": weights, **scores.to_json()}
-        write_atomically(Path(json_file), json.dumps(figures, indent=2) + "\n")

@@ -8,8 +8,8 @@ from karat_scale.foundation.console import work_display
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.foundation.files import temporary_folder
 from karat_scale.foundation.tables import EXPORT_FORMATS, FormatRow, load
-from karat_scale.foundation.trust import require_trust
-from karat_scale.training.run_directory import RunDirectory
+from karat_scale.recipe import Recipe
+from karat_scale.training.open_run import OpenRun
 
 HUB = "hub-folder"
 
@@ -40,25 +40,21 @@ def export_run(
     """
     if push is not None:
         check_push(push)
-    directory = RunDirectory(run_dir)
-    recipe = directory.recipe()
-    require_trust(recipe.attention.basis, directory.recipe_file)
-    name = directory.store.find_intact(checkpoint)
-    saved = directory.store.state(name)
-    kinds: Sequence[str] = [weights] if weights != "both" else ["raw", "ema"] if saved["has_ema"] else ["raw"]
+    run = OpenRun.at(run_dir, Recipe, checkpoint=checkpoint)
+    kinds: Sequence[str] = [weights] if weights != "both" else ["raw", "ema"] if run.saved["has_ema"] else ["raw"]
     row = EXPORT_FORMATS[format_name]
     if push is not None:
-        return _push(Source(directory, recipe, name, _only(kinds)), out, push, private)
+        return _push(Source(run, _only(kinds)), out, push, private)
     for kind in kinds:
-        path = _target(out, directory.path, f"{name}-{kind}", row, alone=len(kinds) == 1)
+        path = _target(out, run.path, f"{run.chosen}-{kind}", row, alone=len(kinds) == 1)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with work_display() as show:
-                show(f"{kind} weights of {name}", 0, 1)
-                note = load(row.place)(Source(directory, recipe, name, kind), path)
+                show(f"{kind} weights of {run.chosen}", 0, 1)
+                note = load(row.place)(Source(run, kind), path)
         except OSError as error:
             raise RunDirectoryError(f"{path}: {error.strerror or error}; choose another --out") from None
-        which = f"{kind} weights of {name}{directory.store.beside(name)}"
+        which = f"{kind} weights of {run.chosen}{run.store.beside(run.chosen)}"
         print(f"{path}: {which}, {_size(path) / 1e6:.1f} MB{note and f', {note}'}")
     return 0
 
@@ -77,7 +73,7 @@ def _push(source: Source, out: str | None, repository: str, private: bool) -> in
         except OSError as error:
             raise RunDirectoryError(f"{folder}: {error.strerror or error}; choose another --out") from None
         size = _size(folder)
-        print(f"uploading {source.kind} weights of {source.checkpoint}, {note}, {size / 1e6:.1f} MB", flush=True)
+        print(f"uploading {source.kind} weights of {source.run.chosen}, {note}, {size / 1e6:.1f} MB", flush=True)
         print(push_folder(folder, repository, private))
     return 0
 

@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from karat_scale.checkpoint.weights import describe_weights, load_weights, preprocessing
+from karat_scale.checkpoint.weights import describe_weights, preprocessing
 from karat_scale.foundation.errors import RunDirectoryError, UserError, one_line
 from karat_scale.foundation.files import file_sha256, flush_to_disk, temporary_folder, write_atomically
 from karat_scale.models import create_model, parameter_count
 from karat_scale.models.transfer import teacher_of, weights_digest
 from karat_scale.recipe import AttentionConfig, Recipe
 from karat_scale.recipe.attention import KARAT, describe_attention
-from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.open_run import OpenRun
 from karat_scale.training.tasks.classification.distillation_teacher import build_model
 from karat_scale.training.weights_file import write_weights
 
@@ -35,59 +35,48 @@ TRACEABLE = "reference"
 
 @dataclass(frozen=True)
 class Source:
-    """Raw or averaged weights of an intact checkpoint.
-
-    Args:
-        run: the run's directory.
-        recipe: the run's.
-        checkpoint: its name.
-        kind: "raw" or "ema".
+    """The "raw" or "ema" weights of a run's checkpoint.
 
     Each method raises UserError if the checkpoint has no such weights or holds another model.
     """
 
-    run: RunDirectory
-    recipe: Recipe
-    checkpoint: str
+    run: OpenRun[Recipe]
     kind: str
 
     @cached_property
     def model(self) -> Any:
         """Return the model with its weights, fp32, in evaluation mode; of a student, without its teacher."""
-        return self._with_weights(create_model(self.recipe.model, self.recipe.attention))
+        return self._with_weights(create_model(self.run.recipe.model, self.run.recipe.attention))
 
     @cached_property
     def facts(self) -> dict[str, str]:
         """Return the metadata of the model that every format holds; see `describe_weights`."""
-        facts = describe_weights(self.recipe, self._saved, self.checkpoint, self.kind, self.run.classes())
+        run = self.run
+        facts = describe_weights(run.recipe, run.saved, run.chosen, self.kind, run.directory.classes())
         return {**facts, "weights_sha256": weights_digest(self.model)}
 
     def traceable_model(self) -> nn.Module:
         """Return the model with operations that a tracer can record; a student includes its teacher."""
-        model = build_model(self.recipe.changed(attention__implementation=TRACEABLE), self.run.path)
+        model = build_model(self.run.recipe.changed(attention__implementation=TRACEABLE), self.run.path)
         teacher = teacher_of(self._with_weights(model))
         return _WithTeacher(model, teacher.model) if teacher else model
 
     def refuse_student(self) -> None:
         """Raise RunDirectoryError if the model needs its teacher."""
-        if self.recipe.attention.transfer_from:
+        if self.run.recipe.attention.transfer_from:
             raise RunDirectoryError(
                 f"{self.run.path}: it uses its teacher's attention matrices, and this format cannot hold a teacher; "
                 "use --format onnx or torch-export"
             )
 
-    @property
-    def _saved(self) -> dict[str, Any]:
-        return self.run.store.state(self.checkpoint)
-
     def _with_weights(self, model: nn.Module) -> nn.Module:
-        load_weights(model, self.run.store.root / self.checkpoint, self._saved, ema=self.kind == "ema")
+        self.run.load(model, weights=self.kind)
         return model.eval()
 
 
 def write_safetensors(source: Source, path: Path) -> str:
     """Write the weights as one safetensors file of timm's names. Raises UserError as the methods of Source."""
-    write_weights(source.run, source.recipe, source.checkpoint, source.kind, path)
+    write_weights(source.run, source.kind, path)
     return ""
 
 
@@ -218,7 +207,7 @@ def write_timm_folder(source: Source, path: Path) -> str:
 
 def write_hub_folder(source: Source, path: Path) -> str:
     """Write the same with the recipe, a model card and every file's SHA-256. Raises the same as `write_timm_folder`."""
-    card = model_card(source.facts, source.model, source.recipe.run.name)
+    card = model_card(source.facts, source.model, source.run.recipe.run.name)
     return _write(
         path, {**_timm_files(source), RECIPE: source.facts["recipe"].encode(), CARD: card.encode()}, sums=True
     )
@@ -243,7 +232,7 @@ def timm_config(source: Source) -> dict[str, Any]:
         "num_features": model.num_features,
         "model_args": {"model": json.loads(facts["model"]), "attention": attention},
         "pretrained_cfg": {
-            **preprocessing(source.recipe),
+            **preprocessing(source.run.recipe),
             "fixed_input_size": True,
             "num_classes": model.num_classes,
             **{key: model.pretrained_cfg[key] for key in ("first_conv", "classifier")},

@@ -34,7 +34,7 @@ def write_onnx(source: Source, path: Path) -> str:
     """
     _check_packages()
     model, facts = source.traceable_model(), source.facts
-    size = source.recipe.model.image_size
+    size = source.run.recipe.model.image_size
     try:
         proto = _convert(model, example_images(size, 2))
         for key, value in facts.items():
@@ -95,7 +95,7 @@ def write_torch_export(source: Source, path: Path) -> str:
         OSError: `path` cannot be written.
     """
     model = source.traceable_model()
-    size = source.recipe.model.image_size
+    size = source.run.recipe.model.image_size
     buffer = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from karat_scale.checkpoint.weights import wants_ema
 from karat_scale.commands.analyze.maps import LastBlock
 from karat_scale.commands.analyze.output import new_figure, rendered, show_map
 from karat_scale.commands.analyze.trained_run import open_run
@@ -40,7 +39,6 @@ from karat_scale.foundation.machine import usable_cores
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
 from karat_scale.training.initial_weights import locate
-from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.weights_file import read_exported, read_facts
 
 
@@ -86,8 +84,7 @@ def open_classifier(source: str, checkpoint: str, weights: str) -> Classifier:
 
 def _of_run(path: Path, checkpoint: str, weights: str) -> Classifier:
     run = open_run(path, weights=weights, checkpoint=checkpoint)
-    kind = "ema" if wants_ema(weights, run.recipe, run.store.state(run.chosen)) else "raw"
-    return Classifier(run.model(), run.recipe, RunDirectory(path).classes(), run.chosen, kind)
+    return Classifier(run.model(), run.recipe, run.directory.classes(), run.chosen, run.weights_kind)
 
 
 def _of_export(path: Path, checkpoint: str, weights: str) -> Classifier:

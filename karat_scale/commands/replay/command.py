@@ -26,9 +26,10 @@ from karat_scale.engine.reporting.progress import PlainDisplay, Reporter, Silent
 from karat_scale.foundation.console import print_table, printable, progress, write_json
 from karat_scale.foundation.errors import RunDirectoryError, UserError
 from karat_scale.foundation.files import write_atomically
-from karat_scale.foundation.trust import refuse_untrusted, require_trust
+from karat_scale.foundation.trust import refuse_untrusted
 from karat_scale.recipe import Recipe
 from karat_scale.training.loop import Loop
+from karat_scale.training.open_run import OpenRun
 from karat_scale.training.outcome import checkpoints_before
 from karat_scale.training.run import build_parts, resume
 from karat_scale.training.run_directory import RunDirectory
@@ -166,9 +167,8 @@ def replay(run: str, step: int, count: int, out: str | None, json_file: str | No
     Raises:
         UserError: no such run, no intact checkpoint before the step, or data that do not fit.
     """
-    directory = RunDirectory(run)
-    recipe = directory.recipe()
-    require_trust(recipe.attention.basis, directory.recipe_file)
+    opened = OpenRun.at(run, Recipe)
+    directory, recipe = opened.directory, opened.recipe
     with distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world:
         with world.together():
             begin = _checkpoint(directory.store, step) if world.is_main else ""

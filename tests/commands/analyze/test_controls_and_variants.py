@@ -27,7 +27,6 @@ BY_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
 class RandomRun(TrainedRun):
     """A run's recipe and images, with the weights of another kind of attention far from their start."""
 

@@ -16,6 +16,7 @@ import karat_scale.timm_models  # noqa: F401
 from karat_scale.commands.cli import main
 from karat_scale.commands.export.folders import Source
 from karat_scale.recipe.loading import text_digest
+from karat_scale.training.open_run import OpenRun
 from karat_scale.training.run_directory import RunDirectory
 from tests.commands.export.conftest import CLASSES
 from tests.small_engines import VARIANTS
@@ -57,7 +58,7 @@ def exported(small_recipe, make_run, tmp_path: Path):
         out = tmp_path / path
         assert main(["export", str(run), "--format", name, "--weights", "ema", "--out", str(out)]) == 0
         recipe = RunDirectory(run).recipe()
-        source = Source(RunDirectory(run), recipe, "step-00000003", "ema")
+        source = Source(OpenRun(run, recipe, checkpoint="step-00000003"), "ema")
         with torch.no_grad():
             return out, source, source.model(images(source)), source.traceable_model()(images(source))
 
@@ -65,7 +66,7 @@ def exported(small_recipe, make_run, tmp_path: Path):
 
 
 def images(source: Source, batch: int = 5) -> torch.Tensor:
-    size = source.recipe.model.image_size
+    size = source.run.recipe.model.image_size
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
@@ -79,7 +80,7 @@ def check_facts(facts: dict[str, str], source: Source) -> None:
     assert json.loads(facts["classes"]) == list(CLASSES)
     assert facts["recipe_sha256"] == text_digest(facts["recipe"])
     assert (facts["weights"], facts["step"], facts["top1"]) == ("ema", "3", "62.5")
-    assert json.loads(facts["preprocessing"])["crop_pct"] == source.recipe.augment.eval_crop
+    assert json.loads(facts["preprocessing"])["crop_pct"] == source.run.recipe.augment.eval_crop
     assert str(source.run.path.parent) not in json.dumps(facts)  # of this machine
 
 
@@ -100,7 +101,7 @@ def test_timm_loads_a_folder(exported, model: str) -> None:
     data = timm.data.resolve_model_data_config(loaded)
     assert (list(data["input_size"]), data["crop_pct"]) == (
         list(images(source).shape[1:]),
-        source.recipe.augment.eval_crop,
+        source.run.recipe.augment.eval_crop,
     )
     assert (folder / "recipe.yaml").read_text() == source.facts["recipe"]
     sums = dict(line.split()[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())

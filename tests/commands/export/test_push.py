@@ -10,7 +10,8 @@ import torch
 
 from karat_scale.commands.cli import main
 from karat_scale.commands.export.folders import Source
-from karat_scale.training.run_directory import RunDirectory
+from karat_scale.recipe import Recipe
+from karat_scale.training.open_run import OpenRun
 from tests.commands.export.hub import TOKEN, Hub, serve
 from tests.conftest import karat_environment
 
@@ -54,7 +55,7 @@ def test_timm_loads_what_was_pushed(small_recipe, make_run, hub: Hub, tmp_path: 
 
     done = here(hub, tmp_path, "-c", LOAD, str(tmp_path / "logits.pt"))
     assert done.returncode == 0, done.stderr
-    source = Source(RunDirectory(run), RunDirectory(run).recipe(), "step-00000003", "ema")
+    source = Source(OpenRun.at(run, Recipe, checkpoint="step-00000003"), "ema")
     images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "logits.pt"), source.model(images))

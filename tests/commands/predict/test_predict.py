@@ -10,13 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from karat_scale.checkpoint.weights import wants_ema
 from karat_scale.commands.predict.classifier import find_images, open_classifier
 from karat_scale.commands.predict.command import Request, logits_of, predict_files
 from karat_scale.engine.engine import forward_for_evaluation
 from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
-from karat_scale.recipe.loading import load_recipe
-from karat_scale.training.run_directory import RunDirectory
+from karat_scale.recipe import Recipe
+from karat_scale.training.open_run import OpenRun
 from karat_scale.training.tasks.classification.task import ClassificationTask
 from tests.conftest import CLASSES, SMALL, VAL_PER_CLASS, karat, karat_here
 from tests.data.prepare.making import prepared
@@ -31,16 +30,12 @@ def lines_of(file: Path) -> list[dict]:
 
 def evaluated_logits(run: Path, weights: str, batch: int, world) -> tuple[list[str], torch.Tensor]:
     """The validation images and their logits, as `karat eval` computes them."""
-    directory = RunDirectory(run)
-    recipe = load_recipe(directory.recipe_file, [f"train.eval_batch={batch}", "data.workers=0"])
-    name = directory.store.find_intact("best")
-    use_ema = wants_ema(weights, recipe, directory.store.state(name))
+    opened = OpenRun.at(run, Recipe, [f"train.eval_batch={batch}", "data.workers=0"], weights)
+    recipe = opened.recipe
     task = ClassificationTask(recipe, world, Reporter(SilentDisplay(), None))
     seen = []
     try:
-        forward = forward_for_evaluation(
-            task.trained_model(directory.recipe(), directory, name, use_ema), recipe.train, world.device
-        )
+        forward = forward_for_evaluation(task.trained_model(opened), recipe.train, world.device)
 
         def noted(images: torch.Tensor) -> torch.Tensor:
             seen.append(forward(images).float().cpu())

@@ -22,10 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from karat_scale.checkpoint.tensor_storage import read_metadata
-from karat_scale.checkpoint.weights import load_weights, wants_ema
 from karat_scale.engine.engine import forward_for_evaluation
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError, UserError
-from karat_scale.foundation.trust import require_trust
 from karat_scale.models import create_model
 from karat_scale.models.factory import check_transfers
 from karat_scale.models.flops import forward_flops
@@ -34,6 +32,7 @@ from karat_scale.models.transfer import Teacher, give_teacher, weights_digest
 from karat_scale.recipe import AttentionConfig, Recipe
 from karat_scale.recipe.train import DistillConfig
 from karat_scale.training.initial_weights import TIMM, export_facts, locate, timm_model
+from karat_scale.training.open_run import OpenRun
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.weights_file import (
     TimmNetwork,
@@ -66,7 +65,7 @@ class DistillationTeacher:
     digest: str
 
 
-def keep_distillation_teacher(recipe: Recipe, run: Path) -> None:
+def keep_distillation_teacher(recipe: Recipe, into: Path) -> None:
     """Copy the weights of `distill.from`, if any, into a run: those that `karat eval` would take.
 
     A run keeps the teacher that it began with.
@@ -74,8 +73,8 @@ def keep_distillation_teacher(recipe: Recipe, run: Path) -> None:
     Raises:
         RecipeError: there is no such classifier, or none that a student can learn from.
     """
-    source, kept = recipe.distill.from_, run / FILE
-    if not source or (kept.is_file() and not RunDirectory(run).begins_anew(recipe)):
+    source, kept = recipe.distill.from_, into / FILE
+    if not source or (kept.is_file() and not RunDirectory(into).begins_anew(recipe)):
         return
     try:
         if source.startswith(TIMM):
@@ -83,7 +82,9 @@ def keep_distillation_teacher(recipe: Recipe, run: Path) -> None:
             return
         path, checkpoint = locate(source)
         if checkpoint:
-            _keep_checkpoint(path, checkpoint, kept)
+            run = OpenRun.at(path, Recipe, checkpoint=checkpoint)
+            _refuse_student(run.recipe.attention)
+            write_weights(run, run.weights_kind, kept)
         else:
             _keep_export(path, kept)
     except UserError as error:
@@ -140,9 +141,8 @@ def planned_cost(recipe: Recipe) -> TeacherCost:
                 network: Any = timm.create_model(source.removeprefix(TIMM))
                 return cost_of(network, network.pretrained_cfg["input_size"][-1])
             path, checkpoint = locate(source)
-            theirs = RunDirectory(path).recipe() if checkpoint else None
+            theirs = OpenRun.at(path, Recipe).recipe if checkpoint else None
             model, attention = (theirs.model, theirs.attention) if theirs else exported_sections(path)
-            require_trust(attention.basis, RunDirectory(path).recipe_file if theirs else path)
             _refuse_student(attention)
             return cost_of(create_model(model, attention), model.image_size)
     except (UserError, RuntimeError) as error:
@@ -156,16 +156,6 @@ def describe_teacher(recipe: Recipe, teacher: DistillationTeacher) -> str:
         f"learns from {recipe.distill.from_} ({cost.parameters:,} parameters): its forward pass adds "
         f"{cost.flops / 1e9:.3g} GFLOPs to each training image"
     )
-
-
-def _keep_checkpoint(run: Path, checkpoint: str, kept: Path) -> None:
-    directory = RunDirectory(run)
-    theirs = directory.recipe()
-    require_trust(theirs.attention.basis, directory.recipe_file)
-    _refuse_student(theirs.attention)
-    name = directory.store.find_intact(checkpoint)
-    kind = "ema" if wants_ema("auto", theirs, directory.store.state(name)) else "raw"
-    write_weights(directory, theirs, name, kind, kept)
 
 
 def _keep_export(path: Path, kept: Path) -> None:
@@ -279,7 +269,7 @@ def use_distillation_token(model: nn.Module) -> bool:
 TEACHER_FILE = "teacher.safetensors"
 
 
-def keep_teacher(recipe: Recipe, run: Path) -> None:
+def keep_teacher(recipe: Recipe, into: Path) -> None:
     """Copy the weights of `attention.transfer_from`, if any, into a run: those that `karat eval` would take.
 
     A run keeps the teacher that it began with.
@@ -287,17 +277,13 @@ def keep_teacher(recipe: Recipe, run: Path) -> None:
     Raises:
         RecipeError: no such run, none of its checkpoints will do, or it sees images otherwise than this recipe.
     """
-    source = recipe.attention.transfer_from
-    if not source or ((run / TEACHER_FILE).is_file() and not RunDirectory(run).begins_anew(recipe)):
+    source, kept = recipe.attention.transfer_from, into / TEACHER_FILE
+    if not source or (kept.is_file() and not RunDirectory(into).begins_anew(recipe)):
         return
     try:
-        directory = RunDirectory(source)
-        theirs = directory.recipe()
-        require_trust(theirs.attention.basis, directory.recipe_file)
-        _check_fits(theirs, recipe)
-        name = directory.store.find_intact("best")
-        kind = "ema" if wants_ema("auto", theirs, directory.store.state(name)) else "raw"
-        write_weights(directory, theirs, name, kind, run / TEACHER_FILE)
+        run = OpenRun.at(source, Recipe)
+        _check_fits(run.recipe, recipe)
+        write_weights(run, run.weights_kind, kept)
     except UserError as error:
         raise RecipeError(f"attention.transfer_from = {source}: {error}") from error
 
@@ -326,19 +312,13 @@ def _check_fits(theirs: Recipe, ours: Recipe) -> None:
             raise RecipeError(f"it was trained with augment.{key} = {list(there)}; use the same, not {list(here)}")
 
 
-def trained_classifier(trained: Recipe, recipe: Recipe, directory: RunDirectory, name: str, use_ema: bool) -> nn.Module:
-    """Return a checkpoint's model; interpolated if `recipe` has another image size than it was trained at.
-
-    Args:
-        trained: the recipe that the run was trained with.
-        recipe: with what the evaluation overrides.
-        name: the checkpoint's, which is intact.
-    """
-    as_trained = recipe.changed(model__image_size=trained.model.image_size)
-    model = build_model(as_trained, directory.path)
-    load_weights(model, directory.store.root / name, directory.store.state(name), use_ema)
-    if as_trained.model == recipe.model:
+def trained_classifier(run: OpenRun[Recipe]) -> nn.Module:
+    """Return a run's model; interpolated if an override gives it another image size than it was trained at."""
+    as_trained = run.recipe.changed(model__image_size=run.trained.model.image_size)
+    model = build_model(as_trained, run.path)
+    run.load(model)
+    if as_trained.model == run.recipe.model:
         return model
-    resized = build_model(recipe, directory.path)
+    resized = build_model(run.recipe, run.path)
     take_weights(resized, model.state_dict(), new_head=False)
     return resized

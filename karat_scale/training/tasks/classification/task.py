@@ -46,6 +46,7 @@ from karat_scale.models.init_from import take_weights
 from karat_scale.models.layers import attention_layers
 from karat_scale.recipe import DataConfig, Recipe
 from karat_scale.training.initial_weights import run_behind
+from karat_scale.training.open_run import OpenRun
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.task import AfterStep, OnBatch, Task, Waiting
 from karat_scale.training.tasks.classification.distillation_teacher import FILE as DISTILL_FILE
@@ -313,9 +314,9 @@ class ClassificationTask(Task):
         """Copy the weights of `init_from` into the classifier; returns what was not simply copied."""
         return take_weights(backbone, weights)
 
-    def trained_model(self, trained: Recipe, directory: RunDirectory, name: str, use_ema: bool) -> nn.Module:
+    def trained_model(self, run: OpenRun[Recipe]) -> nn.Module:
         """Return a checkpoint's model; interpolated if the recipe has another image size than it was trained at."""
-        return trained_classifier(trained, self.recipe, directory, name, use_ema)
+        return trained_classifier(run)
 
     def after_step(self, engine: Engine, directory: RunDirectory, total_steps: int) -> list[AfterStep]:
         """Return the snapshots of `checkpoint.snapshots`."""
