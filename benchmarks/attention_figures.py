@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.attention_trials import ARMS, RECORDS, ROOT, STAGES, chosen_rates
-from karat_scale.commands.analyze.output import new_figure, rendered
+from karat_scale.commands.figures import new_figure, rendered
 from karat_scale.foundation.files import write_atomically
 
 PICTURE = ROOT / "docs/figures/what_s_depends_on.png"

@@ -11,7 +11,7 @@ import karat_scale.foundation.machine  # noqa: F401  # it looks for its parent n
 from karat_scale import __version__
 from karat_scale.commands.bench.commands import add_benches
 from karat_scale.commands.launch import say_to_launcher
-from karat_scale.commands.parsers import clusters, data, models, planning, results, training
+from karat_scale.commands.parsers import preparing, results, training
 from karat_scale.foundation.arguments import OneLineParser
 from karat_scale.foundation.errors import PeerError, UserError, of_the_machine, on_one_line, say_in_one_write
 from karat_scale.foundation.machine import may_have_gpu, use_local_caches
@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="karat", description="Train Kolmogorov-Arnold Attention ViTs.")
     parser.add_argument("--version", action="version", version=f"karat_scale {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in (data, planning, training, clusters, results, models):
+    for group in (preparing, training, results):
         group.add_commands(commands)
     bench = commands.add_parser("bench", help="measure against the usual alternatives")
     add_benches(bench.add_subparsers(dest="bench", required=True, metavar="BENCH"))

@@ -15,9 +15,10 @@ def complete(parser: argparse.ArgumentParser) -> None:
     autocomplete(parser)
 
 
-def shell_code(shell: str) -> str:
-    """Return the lines that make a shell complete `karat`."""
-    return shellcode(["karat"], shell=shell)
+def print_shell_code(shell: str) -> int:
+    """Print the lines that make a shell complete `karat`; returns the exit code."""
+    print(shellcode(["karat"], shell=shell))
+    return 0
 
 
 def _give_completers(parser: argparse.ArgumentParser, command: str) -> None:

@@ -12,57 +12,57 @@ from karat_scale.training.run_directory import RunDirectory
 POINTERS = ("best", "latest")
 
 
-def fetch_run(where: str, to: str, wanted: Sequence[str]) -> int:
+def fetch_run(url: str, directory: str, checkpoint: Sequence[str]) -> int:
     """Copy a run from a URL to a directory, which is new or has this run; returns the exit code.
 
     Args:
-        wanted: checkpoints: best, latest, all, or names.
+        checkpoint: best, latest, all, or names.
 
     Raises:
         StoreError: the store does not answer.
         RunDirectoryError: there is no run, the directory is another's, or a wanted checkpoint is missing or damaged.
     """
-    url, directory = RunUrl(where), RunDirectory(to)
-    owner, remote = url.owner(), url.checkpoints
+    copy, run = RunUrl(url), RunDirectory(directory)
+    owner, remote = copy.owner(), copy.checkpoints
     if owner is None:
-        raise RunDirectoryError(f"{url.url} has no run (it has no owner.json); name the checkpoint.url of one")
+        raise RunDirectoryError(f"{copy.url} has no run (it has no owner.json); name the checkpoint.url of one")
     remote.look()
-    names = _chosen(remote, wanted, url.url)
-    directory.claim()
-    mine = run_id(directory.path)
-    if mine != owner.run and (mine or directory.recipe_file.is_file() or directory.store.names()):
-        raise RunDirectoryError(f"{to} has another run than {url.url}; name a new directory")
-    is_behind = max(directory.store.names(), default="") > max(remote.names(), default="")
+    names = _chosen(remote, checkpoint, copy.url)
+    run.claim()
+    mine = run_id(run.path)
+    if mine != owner.run and (mine or run.recipe_file.is_file() or run.store.names()):
+        raise RunDirectoryError(f"{directory} has another run than {copy.url}; name a new directory")
+    is_behind = max(run.store.names(), default="") > max(remote.names(), default="")
     if is_behind:
-        newest = directory.store.names()[0]
-        print(f"note: {to} has {newest}, which {url.url} does not have yet; its log and its `latest` stay as they are")
+        more = f"{run.store.names()[0]}, which {copy.url} does not have yet"
+        print(f"note: {directory} has {more}; its log and its `latest` stay as they are")
     damaged = {}
     with work_display() as show:
         if not is_behind:
-            url.download_files(directory.path, lambda size: None)
-        keep_run_id(directory.path, owner.run)
+            copy.download_files(run.path, lambda size: None)
+        keep_run_id(run.path, owner.run)
         for number, name in enumerate(names):
             show("fetch checkpoints", number, len(names))
-            if (damage := _fetch(remote, name, directory)) is not None:
+            if (damage := _fetch(remote, name, run)) is not None:
                 damaged[name] = damage
         show("fetch checkpoints", len(names), len(names))
     for pointer in () if is_behind else POINTERS:
         pointed = remote.pointed(pointer)
-        if pointed is not None and pointed in directory.store.names():
-            directory.store.point(pointer, pointed)
+        if pointed is not None and pointed in run.store.names():
+            run.store.point(pointer, pointed)
     good = [name for name in names if name not in damaged]
     listed = f"{plural(len(good), 'checkpoint')}: {', '.join(good) or 'none'}"
-    print(printable(f"{to} has run {owner.name} with {listed}"))
+    print(printable(f"{directory} has run {owner.name} with {listed}"))
     if damaged:
         name, damage = next(iter(damaged.items()))
         remote.look()
         if name not in remote.names():
             raise RunDirectoryError(
-                f"{url.url}: the run removed checkpoint {name} meanwhile; run the same command again"
+                f"{copy.url}: the run removed checkpoint {name} meanwhile; run the same command again"
             )
         others = ", ".join(other for other in remote.names() if other not in damaged)
         there = f"--checkpoint NAME takes another one: {others}" if others else "there is no other"
-        raise RunDirectoryError(f"{url.url}: checkpoint {name} is damaged: {damage}; {there}")
+        raise RunDirectoryError(f"{copy.url}: checkpoint {name} is damaged: {damage}; {there}")
     return 0
 
 

@@ -14,20 +14,20 @@ from karat_scale.recipe.base import LogConfig
 from karat_scale.recipe.files import read_run_recipe
 
 
-def track_runs(paths: Sequence[str], names: Sequence[str] | None) -> int:
+def track_runs(runs: Sequence[str], to: Sequence[str] | None) -> int:
     """Bring the trackers of runs up to date, one run after the other; returns the exit code.
 
     Args:
-        paths: directories of runs.
-        names: the trackers, in place of those in the runs' recipes.
+        runs: their directories.
+        to: the trackers, in place of those in the runs' recipes.
 
     Raises:
         UserError: a path is no run, or a tracker is not installed, unknown or not trusted.
     """
-    for path in paths:
+    for path in runs:
         if not (Path(path) / "recipe.yaml").is_file():
             raise RunDirectoryError(f"{path}: not a run directory (it has no recipe.yaml)")
-    chosen = {path: names or _trackers_in_recipe(Path(path) / "recipe.yaml") for path in paths}
+    chosen = {path: to or _trackers_in_recipe(Path(path) / "recipe.yaml") for path in runs}
     for trackers in chosen.values():
         check_trackers(trackers)
     late = [path for path, trackers in chosen.items() if not _send(Path(path), trackers)]

@@ -1,16 +1,19 @@
 """Argument parsing that all our commands share: one-line errors, numbers with bounds, overrides between options."""
 
 import argparse
+import inspect
 import math
 import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from karat_scale.foundation.errors import nearest, on_one_line
 from karat_scale.foundation.stores.connection import is_url
-from karat_scale.foundation.tables import TRACKERS
+from karat_scale.foundation.tables import TRACKERS, load
+
+T = TypeVar("T")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -139,6 +142,61 @@ def virtual_environment(text: str) -> str:
     if not (path / "bin" / "activate").is_file():
         raise argparse.ArgumentTypeError(f"{text!r} is not a virtual environment: bin/activate is missing")
     return str(path)
+
+
+def call(function: Callable[..., T], options: argparse.Namespace) -> T:
+    """Call a function with those of the options that its parameters are named after.
+
+    A parameter that is no option keeps its default. Without one, it is a dataclass, made from the options alike.
+    """
+    given = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if hasattr(options, name):
+            given[name] = getattr(options, name)
+        elif parameter.default is parameter.empty:
+            given[name] = call(parameter.annotation, options)
+    return function(**given)
+
+
+def command(place: str, check: Callable[[argparse.Namespace], None] | None = None) -> Callable[[Any], int]:
+    """Return what runs the command at `module:function`, which is imported only then.
+
+    check: called before. What it refuses is said at once, and not after seconds of imports.
+    """
+
+    def run(options: argparse.Namespace) -> int:
+        if check is not None:
+            check(options)
+        return int(call(load(place), options))
+
+    return run
+
+
+def add_recipe(parser: argparse.ArgumentParser, such_as: str, what: str = "", nargs: str | None = None) -> None:
+    """Add RECIPE and the overrides."""
+    what = what or "a shipped recipe's name or a YAML file"
+    parser.add_argument("recipe", metavar="RECIPE", nargs=nargs, help=what)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=f"such as {such_as}")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add RUN."""
+    parser.add_argument("run_dir", metavar="RUN", type=run_directory, help="the run's directory")
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of a checkpoint."""
+    parser.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of a checkpoint's weights."""
+    parser.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
+
+
+def add_json(parser: argparse.ArgumentParser, what: str = "write all figures to this file") -> None:
+    """Add `--json`."""
+    parser.add_argument("--json", dest="json_file", type=new_file, metavar="FILE", help=f"also {what}")
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:

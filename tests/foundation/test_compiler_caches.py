@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.commands import cli
-from karat_scale.commands.parsers import planning
+from karat_scale.commands.parsers import preparing
 from karat_scale.foundation.machine import is_local, use_local_caches
 
 BOTH = {"TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"}
@@ -83,6 +83,6 @@ def test_the_deepest_and_latest_mount_counts(tmp_path):
 def test_every_command_sets_them_before_it_imports_anything(monkeypatch):
     called = []
     monkeypatch.setattr(cli, "use_local_caches", lambda: called.append("caches"))
-    monkeypatch.setattr(planning, "_plan", lambda _: called.append("plan") or 0)
+    monkeypatch.setattr(preparing, "_plan", lambda _: called.append("plan") or 0)
     assert cli.main(["plan", "imagenet_vit_tiny_g3b"]) == 0
     assert called == ["caches", "plan"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.commands.parsers.data import SCRIPTS
+from karat_scale.commands.parsers.preparing import SCRIPTS
 from karat_scale.commands.plan.subject import Subject
 from karat_scale.commands.plan.zero import kept
 from karat_scale.engine.deepspeed_config import load_ds_config
@@ -46,10 +46,9 @@ ELSEWHERE = {
     "commands/doctor/report.py": {"native"},  # the advice
     "engine/deepspeed_config.py": {"tensorboard", "wandb"},  # sections of DeepSpeed's file
     "recipe/synonyms.py": {"wandb"},  # a key of other tools
-    "commands/parsers/data.py": {"webdataset", "ffcv"},  # scripts
+    "commands/parsers/preparing.py": {"webdataset", "ffcv"},  # scripts
     "foundation/versions.py": {"timm"},  # the library
-    "commands/parsers/models.py": {"safetensors"},
-    "commands/export/command.py": {"hub-folder"},  # what --push uploads
+    "commands/export/command.py": {"hub-folder", "safetensors"},  # what --push uploads, and the default
     "training/tasks/classification/distillation_teacher.py": {"timm"},  # the library
     "training/tasks/detection/recipe.py": {"adamw"},  # the only optimizer of a detector
 }

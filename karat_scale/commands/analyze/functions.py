@@ -14,10 +14,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from karat_scale.attention import KaratOperator
+from karat_scale.attention.bases import BASE_ACTIVATIONS, ElementwiseBasis, FeatureBasis, Fourier
 from karat_scale.attention.operator import AttentionHeads
-from karat_scale.commands.analyze.history import ScoreHistogram, energy_per_frequency, unit_curves
-from karat_scale.commands.analyze.matrices import Distance, SoftmaxFit, can_fit
-from karat_scale.commands.analyze.output import GRID, OWN_LIMITS, OWN_X, new_figure, show_map
+from karat_scale.commands.analyze.matrices import SoftmaxFit, can_fit
 from karat_scale.commands.analyze.result import (
     NothingToShowError,
     Result,
@@ -27,54 +26,70 @@ from karat_scale.commands.analyze.result import (
     visit_images,
 )
 from karat_scale.commands.analyze.trained_run import TrainedRun, ValidationImages
+from karat_scale.commands.figures import GRID, OWN_LIMITS, OWN_X, new_figure, show_map
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.models.factory import layer_sizes
 from karat_scale.models.layers import attention_layers
 from karat_scale.models.operators import gates, head_parameters, heads_of, operators
 
 POINTS = 200
+LIMIT, SCORE_BINS = 64.0, 2048
+Counts = npt.NDArray[np.int64]
 
 
 @torch.no_grad()
-def add_score_functions(result: Result, heads: Mapping[int, AttentionHeads], histogram: ScoreHistogram) -> None:
-    """Add a figure and the curves of each block whose heads have such a function."""
-    for block, own in heads.items():
-        figure = new_figure(max(2.2 * own.num_heads, 3.2), 2.6)
-        for head, axes in enumerate(figure.subplots(1, own.num_heads, squeeze=False)[0]):
-            low, high = histogram.span(block, head)
-            x = torch.linspace(low, high, POINTS, device=next(own.parameters()).device)
-            curves = own.function_of_score(x.expand(own.num_heads, 1, -1))
-            if curves is None:
-                break
-            curve = curves[head, 0].cpu().numpy()
-            axes.plot(x.cpu().numpy(), curve)
-            draw_scores(axes, histogram, block, head, (low, high))
-            axes.set(title=f"head {head}", xlabel="score", xlim=(low, high), label=OWN_X)
-            result.arrays[f"block{block}_head{head}_of_score_x"] = x.cpu().numpy()
-            result.arrays[f"block{block}_head{head}_of_score"] = curve
-        else:
-            caption = f"Block {block}: the function of each score alone, over the scores that occur (grey: how often)."
-            result.figures[f"of_score_block_{block}"] = figure, caption
+def unit_curves(operator: KaratOperator, head: int, x: Tensor) -> Tensor:
+    """Return phi_pq(x) of the first (or only) set of functions, including b(x): x [n] to [n, p, q], in x's dtype."""
+    parameters = {k: v.to(x) for k, v in operator.basis_parameters().items() if not k.startswith("second_")}
+    coef = operator.basis.pack(parameters)[head]
+    basis = operator.basis
+    if isinstance(basis, FeatureBasis):
+        curves = torch.einsum("fx,fpq->xpq", torch.stack(list(basis.value(x))), coef)
+    else:
+        assert isinstance(basis, ElementwiseBasis)
+        curves = basis.value(x[:, None, None], *coef.unbind(0))
+    base = BASE_ACTIVATIONS[operator.base]
+    return curves if base is None else curves + base.value(x)[:, None, None]
 
 
-def draw_scores(axes: Any, histogram: ScoreHistogram, block: int, head: int, span: tuple[float, float]) -> None:
-    """Draw how often the scores of a head occur, behind its curves."""
-    behind = axes.twinx()
-    behind.set_label(OWN_LIMITS)
-    middles = (histogram.edges[1:] + histogram.edges[:-1]) / 2
-    inside = (middles >= span[0]) & (middles <= span[1])
-    behind.fill_between(
-        middles[inside], histogram.counts[block, head][inside], color=GRID, alpha=0.35, linewidth=0, step="mid"
-    )
-    behind.set(yticks=[], ylim=(0, None))
-    axes.set_zorder(behind.get_zorder() + 1)
-    axes.patch.set_visible(False)
+@torch.no_grad()
+def energy_per_frequency(operator: KaratOperator) -> npt.NDArray[np.float64] | None:
+    """Return the share of each harmonic m in sum_pq a_pqm^2 + b_pqm^2, [h, G]; None if the basis is not Fourier."""
+    if not isinstance(operator.basis, Fourier):
+        return None
+    cos, sin = operator.basis.series(operator.basis_parameters())
+    energy = cos.double().square().sum((1, 2)) + sin.double().square().sum((1, 2))
+    return (energy / energy.sum(-1, keepdim=True)).cpu().numpy()
+
+
+class ScoreHistogram:
+    """A histogram of the scores, per block and head; scores beyond +-64 count in the outermost bins.
+
+    Scores of exactly 0 are not counted: those are masked pairs.
+    """
+
+    edges = np.linspace(-LIMIT, LIMIT, SCORE_BINS + 1)
+
+    def __init__(self, blocks: int, heads: int) -> None:
+        self.counts: Counts = np.zeros((blocks, heads, SCORE_BINS), dtype=np.int64)
+
+    def add(self, block: int, scores: Tensor) -> None:
+        """Add scores [B, h, rows, columns]."""
+        for head, values in enumerate(scores.transpose(0, 1).flatten(1).float().cpu()):
+            counted = torch.histc(values[values != 0].clamp(-LIMIT, LIMIT), SCORE_BINS, -LIMIT, LIMIT)
+            self.counts[block, head] += counted.to(torch.int64).numpy()
+
+    def span(self, block: int, head: int, share: float = 0.998) -> tuple[float, float]:
+        """Return the range that holds the middle `share` of the scores."""
+        below = self.counts[block, head].cumsum() / max(self.counts[block, head].sum(), 1)
+        low = int(np.searchsorted(below, (1 - share) / 2))
+        high = int(np.searchsorted(below, 1 - (1 - share) / 2))
+        return float(self.edges[low]), float(self.edges[min(high, SCORE_BINS - 1) + 1])
 
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SHOWN_UNITS = 4
 FIT_BYTES = 1 << 30
-Heads = dict[tuple[int, int], Distance]
 Learned = dict[int, KaratOperator]
 
 
@@ -103,8 +118,16 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
 
     visit_images(model, run, images, settings, "scores", visit)
     result = Result()
-    add_score_functions(result, heads, histogram)
-    _add_curves(result, learned, histogram)
+    seen = "over the scores that occur (grey: how often)."
+    _draw_heads_of_blocks(
+        result, "of_score", heads, histogram, _draw_score_function, f"the function of each score alone, {seen}"
+    )
+    caption = (
+        f"phi {seen} Blue: median, quartiles and 5 to 95 % over all (p, q). "
+        f"Thin lines: the {SHOWN_UNITS} functions that vary most."
+    )
+    _draw_heads_of_blocks(result, "functions", learned, histogram, _draw_curves, caption)
+    result.arrays["score_counts"], result.arrays["score_edges"] = histogram.counts, histogram.edges
     _add_gates(result, model)
     note_bad_images(result, images.bad)
     _add_energy(result, learned)
@@ -127,44 +150,63 @@ def _arguments(operator: KaratOperator, scores: Tensor) -> Tensor:
     return scores @ operator.proj if operator.form == "project_first" and operator.proj is not None else scores
 
 
-def _add_curves(result: Result, learned: Learned, histogram: ScoreHistogram) -> None:
-    for block, operator in learned.items():
-        heads = operator.num_heads
-        figure = new_figure(max(2.2 * heads, 3.2), 2.6)
-        for head, axes in enumerate(figure.subplots(1, heads, squeeze=False)[0]):
+Draw = Callable[[Any, Any, int, Tensor], dict[str, Any] | None]
+"""Draws the curves of one head over scores [n] into axes; returns them, or None where it has none."""
+
+
+def _draw_heads_of_blocks(
+    result: Result, name: str, heads: Mapping[int, Any], histogram: ScoreHistogram, draw: Draw, caption: str
+) -> None:
+    """Add a figure of each block with curves over the scores that occur, and how often these do, for each head."""
+    for block, own in heads.items():
+        figure = new_figure(max(2.2 * own.num_heads, 3.2), 2.6)
+        for head, axes in enumerate(figure.subplots(1, own.num_heads, squeeze=False)[0]):
             low, high = histogram.span(block, head)
-            x = torch.linspace(low, high, POINTS, dtype=torch.float64, device=next(operator.parameters()).device)
-            curves = unit_curves(operator, head, x).flatten(1).cpu()
-            bands = curves.quantile(torch.tensor(QUANTILES, dtype=curves.dtype), dim=1).numpy()
-            lively = curves.var(0).topk(min(SHOWN_UNITS, curves.shape[1])).indices
-            _draw_curves(axes, x.cpu().numpy(), bands, curves[:, lively].numpy())
-            draw_scores(axes, histogram, block, head, (low, high))
+            x = torch.linspace(low, high, POINTS, dtype=torch.float64, device=next(own.parameters()).device)
+            if (drawn := draw(axes, own, head, x)) is None:
+                break
+            behind = axes.twinx()
+            behind.set_label(OWN_LIMITS)
+            middles = (histogram.edges[1:] + histogram.edges[:-1]) / 2
+            inside = (middles >= low) & (middles <= high)
+            counts = histogram.counts[block, head][inside]
+            behind.fill_between(middles[inside], counts, color=GRID, alpha=0.35, linewidth=0, step="mid")
+            behind.set(yticks=[], ylim=(0, None))
+            axes.set_zorder(behind.get_zorder() + 1)
+            axes.patch.set_visible(False)
             axes.set(title=f"head {head}", xlabel="score", xlim=(low, high), label=OWN_X)
-            result.arrays[f"block{block}_head{head}_x"] = x.cpu().numpy()
-            result.arrays[f"block{block}_head{head}_quantiles"] = bands
-        result.figures[f"functions_block_{block}"] = (
-            figure,
-            f"Block {block}: phi over the scores that occur (grey: how often). Blue: median, quartiles and 5 to 95 % "
-            f"over all (p, q). Thin lines: the {SHOWN_UNITS} functions that vary most.",
-        )
-    result.arrays["score_counts"] = histogram.counts
-    result.arrays["score_edges"] = histogram.edges
+            result.arrays |= {f"block{block}_head{head}_{key}": values for key, values in drawn.items()}
+        else:
+            result.figures[f"{name}_block_{block}"] = figure, f"Block {block}: {caption}"
 
 
-def _draw_curves(axes: Any, x: Any, bands: Any, lively: Any) -> None:
-    axes.fill_between(x, bands[0], bands[4], alpha=0.2, linewidth=0, color="C0")
-    axes.fill_between(x, bands[1], bands[3], alpha=0.35, linewidth=0, color="C0")
-    axes.plot(x, bands[2], color="C0")
-    axes.plot(x, lively, color="C1", linewidth=0.7, alpha=0.8)
+@torch.no_grad()
+def _draw_score_function(axes: Any, heads: AttentionHeads, head: int, x: Tensor) -> dict[str, Any] | None:
+    curves = heads.function_of_score(x.float().expand(heads.num_heads, 1, -1))
+    if curves is None:
+        return None
+    scores, curve = x.float().cpu().numpy(), curves[head, 0].cpu().numpy()
+    axes.plot(scores, curve)
+    return {"of_score_x": scores, "of_score": curve}
+
+
+def _draw_curves(axes: Any, operator: KaratOperator, head: int, x: Tensor) -> dict[str, Any]:
+    curves = unit_curves(operator, head, x).flatten(1).cpu()
+    bands = curves.quantile(torch.tensor(QUANTILES, dtype=curves.dtype), dim=1).numpy()
+    lively = curves.var(0).topk(min(SHOWN_UNITS, curves.shape[1])).indices
+    scores = x.cpu().numpy()
+    axes.fill_between(scores, bands[0], bands[4], alpha=0.2, linewidth=0, color="C0")
+    axes.fill_between(scores, bands[1], bands[3], alpha=0.35, linewidth=0, color="C0")
+    axes.plot(scores, bands[2], color="C0")
+    axes.plot(scores, curves[:, lively].numpy(), color="C1", linewidth=0.7, alpha=0.8)
+    return {"x": scores, "quantiles": bands}
 
 
 def _add_gates(result: Result, model: nn.Module) -> None:
     found = [(block, gate.detach().tolist()) for block, gate in enumerate(gates(model)) if gate is not None]
-    rows = [[block, head, value] for block, values in found for head, value in enumerate(values)]
-    if rows:
-        result.numbers["gates"] = [dict(zip(("block", "head", "gate"), row, strict=True)) for row in rows]
+    if rows := [[block, head, value] for block, values in found for head, value in enumerate(values)]:
         title = "Gates: S = softmax + gate x learned, and all figures here show the learned part"
-        result.tables.append(Table(title, ["block", "head", "gate"], rows))
+        result.add_records("gates", rows, title, {"block": "block", "head": "head", "gate": "gate"})
 
 
 def _add_energy(result: Result, learned: Learned) -> None:
@@ -205,7 +247,7 @@ def _add_distances(
     if not can_fit(first):
         result.notes.append("distance from softmax: only for base zero and modular or full-rank form with few features")
         return
-    distances: Heads = {}
+    rows: list[list[Any]] = []
     everyone = _places(learned)
     at_once = max(1, FIT_BYTES // SoftmaxFit.bytes_of(first))
     for start in range(0, len(everyone), at_once):
@@ -217,19 +259,13 @@ def _add_distances(
                     fit.add(raw[:, raw.shape[1] - learned[block].num_heads + head].flatten(0, 1))
 
         visit_images(model, run, images, settings, "distance from softmax", visit)
-        distances |= {place: fit.distance() for place, fit in fits.items()}
-    _show_distances(result, distances)
-
-
-def _show_distances(result: Result, distances: Heads) -> None:
-    rows = [[b, h, d.to_fit, d.to_softmax, d.fit_error] for (b, h), d in distances.items()]
-    columns = ["block", "head", "S to best fit", "S to softmax", "error of the fit"]
-    result.tables.append(
-        Table("Distance from the best fit of softmax (0 the same, 1 nothing in common)", columns, rows)
-    )
-    result.numbers["softmax"] = [
-        dict(zip(("block", "head", "to_fit", "to_softmax", "fit_error"), r, strict=True)) for r in rows
-    ]
+        for place, fit in fits.items():
+            distance = fit.distance()
+            rows.append([*place, distance.to_fit, distance.to_softmax, distance.fit_error])
+    title = "Distance from the best fit of softmax (0 the same, 1 nothing in common)"
+    columns = {"block": "block", "head": "head", "to_fit": "S to best fit"}
+    columns |= {"to_softmax": "S to softmax", "fit_error": "error of the fit"}
+    result.add_records("softmax", rows, title, columns)
     figure = new_figure(max(4.0, 0.3 * len(rows) + 1), 2.8)
     axes = figure.subplots()
     where = np.arange(len(rows))
@@ -307,15 +343,15 @@ def analyze_distributions(run: TrainedRun, settings: Settings) -> Result:
         )
     whole = {step: values for step, (values, _) in weights.items()}
     groups = {step: parts for step, (_, parts) in weights.items()}
-    result.numbers = {
-        "model": [{"step": step, **describe(values)} for step, values in whole.items()],
-        "heads": [
-            {"step": step, "what": what, "block": block, "head": head, **describe(values)}
-            for step, parts in groups.items()
-            for (what, block, head), values in parts.items()
-        ],
-    }
-    _add_tables(result)
+    figures = {"mean": "mean", "std": "std", "kurtosis": "excess kurtosis", "tail_index": "tail index"}
+    places = {"what": "what", "block": "block", "head": "head"}
+    of_model, of_heads = {"step": "step", **figures}, {**places, "step": "step", **figures}
+    rows = [[step, *describe(values).values()] for step, values in whole.items()]
+    result.add_records("model", rows, "All weights except biases and norms", of_model)
+    rows = [
+        [*place, step, *describe(values).values()] for step, parts in groups.items() for place, values in parts.items()
+    ]
+    result.add_records("heads", rows, "Coefficients and W by head", of_heads)
     result.figures["model"] = (
         _draw_whole(whole, result),
         "All weights of the model except biases and norms, on a logarithmic scale.",
@@ -362,20 +398,6 @@ def by_head(model: nn.Module) -> Groups:
         for name, block, parameter in head_parameters(model)
         for head, values in enumerate(parameter.detach().float().cpu())
     }
-
-
-def _add_tables(result: Result) -> None:
-    columns = ["step", "mean", "std", "excess kurtosis", "tail index"]
-    figures = ("mean", "std", "kurtosis", "tail_index")
-    rows = [[row["step"], *(row[name] for name in figures)] for row in result.numbers["model"]]
-    result.tables.append(Table("All weights except biases and norms", columns, rows))
-    if result.numbers["heads"]:
-        places = ("what", "block", "head")
-        rows = [
-            [*(row[name] for name in places), row["step"], *(row[name] for name in figures)]
-            for row in result.numbers["heads"]
-        ]
-        result.tables.append(Table("Coefficients and W by head", [*places, *columns], rows))
 
 
 def _draw_whole(whole: dict[int, Values], result: Result) -> Figure:

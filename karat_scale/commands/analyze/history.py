@@ -1,7 +1,7 @@
-"""What a run's own files say of its training: its curves in `metrics.jsonl`, and what it achieved.
+"""What runs' own files say: the curves of training, what was achieved, and the results on other test sets.
 
-The curves are losses, accuracy, learning rate, gradient norm and speed, of all runs in one figure. Also here are the
-functions phi_pq of one head as curves, and a histogram of the scores on which they are used.
+The curves are losses, accuracy, learning rate, gradient norm and speed of `metrics.jsonl`, of all runs in one figure.
+The results are those of `karat eval --on`, `--labels` and `--corrupt`, of all runs in one table.
 """
 
 import math
@@ -11,16 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from karat_scale.attention import KaratOperator
-from karat_scale.attention.bases import BASE_ACTIVATIONS, ElementwiseBasis, FeatureBasis, Fourier
-from karat_scale.commands.analyze.output import COLOURS, new_figure
 from karat_scale.commands.analyze.result import NothingToShowError, Result, Table
 from karat_scale.commands.analyze.trained_run import TrainedRun
+from karat_scale.commands.evaluate.predictions import SEVERITIES, Evaluation, read_evaluations
+from karat_scale.commands.figures import COLOURS, new_figure
 from karat_scale.commands.status.status import read_events
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import UserError
@@ -123,60 +119,6 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
-LIMIT, BINS = 64.0, 2048
-Counts = npt.NDArray[np.int64]
-
-
-@torch.no_grad()
-def unit_curves(operator: KaratOperator, head: int, x: Tensor) -> Tensor:
-    """Return phi_pq(x) of the first (or only) set of functions, including b(x): x [n] to [n, p, q], in x's dtype."""
-    parameters = {k: v.to(x) for k, v in operator.basis_parameters().items() if not k.startswith("second_")}
-    coef = operator.basis.pack(parameters)[head]
-    basis = operator.basis
-    if isinstance(basis, FeatureBasis):
-        curves = torch.einsum("fx,fpq->xpq", torch.stack(list(basis.value(x))), coef)
-    else:
-        assert isinstance(basis, ElementwiseBasis)
-        curves = basis.value(x[:, None, None], *coef.unbind(0))
-    base = BASE_ACTIVATIONS[operator.base]
-    return curves if base is None else curves + base.value(x)[:, None, None]
-
-
-@torch.no_grad()
-def energy_per_frequency(operator: KaratOperator) -> npt.NDArray[np.float64] | None:
-    """Return the share of each harmonic m in sum_pq a_pqm^2 + b_pqm^2, [h, G]; None if the basis is not Fourier."""
-    if not isinstance(operator.basis, Fourier):
-        return None
-    cos, sin = operator.basis.series(operator.basis_parameters())
-    energy = cos.double().square().sum((1, 2)) + sin.double().square().sum((1, 2))
-    return (energy / energy.sum(-1, keepdim=True)).cpu().numpy()
-
-
-class ScoreHistogram:
-    """A histogram of the scores, per block and head; scores beyond +-64 count in the outermost bins.
-
-    Scores of exactly 0 are not counted: those are masked pairs.
-    """
-
-    edges = np.linspace(-LIMIT, LIMIT, BINS + 1)
-
-    def __init__(self, blocks: int, heads: int) -> None:
-        self.counts: Counts = np.zeros((blocks, heads, BINS), dtype=np.int64)
-
-    def add(self, block: int, scores: Tensor) -> None:
-        """Add scores [B, h, rows, columns]."""
-        for head, values in enumerate(scores.transpose(0, 1).flatten(1).float().cpu()):
-            counted = torch.histc(values[values != 0].clamp(-LIMIT, LIMIT), BINS, -LIMIT, LIMIT)
-            self.counts[block, head] += counted.to(torch.int64).numpy()
-
-    def span(self, block: int, head: int, share: float = 0.998) -> tuple[float, float]:
-        """Return the range that holds the middle `share` of the scores."""
-        below = self.counts[block, head].cumsum() / max(self.counts[block, head].sum(), 1)
-        low = int(np.searchsorted(below, (1 - share) / 2))
-        high = int(np.searchsorted(below, 1 - (1 - share) / 2))
-        return float(self.edges[low]), float(self.edges[min(high, BINS - 1) + 1])
-
-
 _COURSE = {"lr": "learning rate", "grad_norm": "gradient norm", "images_per_second": "images a second"}
 _STYLES = ("-", "--", ":", "-.")  # tell runs apart whose colours are the same
 
@@ -252,3 +194,113 @@ def _draw(name: str, histories: Mapping[str, History]) -> Figure:
     if len(histories) > 1:
         figure.legend(loc="outside lower center", ncols=2)
     return figure
+
+
+Corrupted = Mapping[str, Mapping[str, Mapping[int, float]]]
+
+
+def analyze_robustness(runs: Mapping[str, TrainedRun]) -> Result:
+    """Compare the runs on the other test sets on which they were evaluated.
+
+    Raises:
+        NothingToShowError: none was.
+        UserError: the file of an evaluation is damaged.
+    """
+    found = {label: read_evaluations(run.path) for label, run in runs.items()}
+    if not any(found.values()):
+        raise NothingToShowError(
+            "not measured; `karat eval RUN --on DIR` evaluates on another test set, and `--corrupt` on corrupted images"
+        )
+    result = Result()
+    rows = [_row(label, one) for label, evaluations in found.items() for one in evaluations]
+    columns = ["test set", "run", "top-1, %", "top-5, %", "loss", "images", "among classes", "checkpoint"]
+    result.tables.append(Table("Other test sets", columns, sorted(rows, key=lambda row: (str(row[0]), str(row[1])))))
+    result.numbers = {label: [one.model_dump() for one in evaluations] for label, evaluations in found.items()}
+    for name in sorted({one.name for evaluations in found.values() for one in evaluations if one.corruptions}):
+        of_runs = {
+            label: one.corruptions
+            for label, own in found.items()
+            for one in own
+            if one.name == name and one.corruptions
+        }
+        _add_corruptions(result, name, of_runs)
+    for label, evaluations in found.items():
+        for one in evaluations:
+            if one.corruptions and one.top1 is None:
+                result.notes.append(f"{label} on {one.name}: {one.text}; evaluate the others for a top-1")
+            if one.unmatched:
+                what = f"{len(one.unmatched)} classes that the run does not have and their {one.left_out} images"
+                result.notes.append(f"{label} on {one.name}: {what} are left out")
+    return result
+
+
+def _row(label: str, one: Evaluation) -> list[object]:
+    step = f"{one.checkpoint}, {one.weights}"
+    return [one.name, label, one.top1, one.top5, one.loss, one.images, f"{one.among} of {one.classes}", step]
+
+
+def _add_corruptions(result: Result, name: str, of_runs: Corrupted) -> None:
+    kinds = list(dict.fromkeys(kind for corruptions in of_runs.values() for kind in corruptions))
+    if shared := _shared(of_runs):
+        result.figures[f"severities_{name}"] = (
+            _draw_severities(shared),
+            f"{name}: accuracy by severity, the mean over corruptions.",
+        )
+        result.figures[f"corruptions_{name}"] = (
+            _draw_kinds(shared),
+            f"{name}: accuracy by corruption, the mean over severities.",
+        )
+    for label, corruptions in of_runs.items():
+        rows: list[list[object]] = [
+            [kind.replace("_", " "), *(corruptions[kind].get(severity) for severity in SEVERITIES)]
+            for kind in kinds
+            if kind in corruptions
+        ]
+        of = f" of {label}" if len(of_runs) > 1 else ""
+        columns = ["corruption", *(f"severity {severity}" for severity in SEVERITIES)]
+        result.tables.append(Table(f"{name}: top-1 in percent{of}", columns, rows))
+
+
+def _shared(of_runs: Corrupted) -> Corrupted:
+    """Return what all runs have, so that their means are over the same corruptions; empty if that is nothing."""
+    first, *others = of_runs.values()
+    cells = [(kind, s) for kind in first for s in first[kind] if all(s in other.get(kind, {}) for other in others)]
+    shared: dict[str, dict[str, dict[int, float]]] = {}
+    for label, own in of_runs.items():
+        for kind, severity in cells:
+            shared.setdefault(label, {}).setdefault(kind, {})[severity] = own[kind][severity]
+    return shared
+
+
+def _draw_severities(of_runs: Corrupted) -> Figure:
+    figure = new_figure(5, 3 + 0.16 * len(of_runs))
+    axes = figure.subplots()
+    for label, corruptions in of_runs.items():
+        done = [severity for severity in SEVERITIES if any(severity in by for by in corruptions.values())]
+        means = [_mean([by[severity] for by in corruptions.values() if severity in by]) for severity in done]
+        axes.plot(done, means, marker="o", label=label.replace("$", r"\$"))
+    axes.set(xlabel="severity", ylabel="top-1, %", xticks=SEVERITIES, ylim=(0, 1.08 * axes.get_ylim()[1]))
+    if len(of_runs) > 1:
+        figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def _draw_kinds(of_runs: Corrupted) -> Figure:
+    kinds = list(next(iter(of_runs.values())))
+    figure = new_figure(6, 3.6 + 0.16 * len(of_runs))
+    axes = figure.subplots()
+    width = 0.8 / len(of_runs)
+    for number, (label, corruptions) in enumerate(of_runs.items()):
+        own = [_mean([*corruptions[kind].values()]) for kind in kinds]
+        places = np.arange(len(kinds)) + (number + 0.5) * width - 0.4
+        axes.bar(places, own, width, label=label.replace("$", r"\$"))
+    names = [kind.replace("_", " ") for kind in kinds]
+    axes.set_xticks(range(len(kinds)), names, rotation=55, ha="right", rotation_mode="anchor", fontsize=7.5)
+    axes.set(ylabel="top-1, %", ylim=(0, None))
+    if len(of_runs) > 1:
+        figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

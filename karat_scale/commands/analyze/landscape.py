@@ -10,22 +10,22 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from karat_scale.attention import KaratOperator
 from karat_scale.attention.forms import SECOND
-from karat_scale.commands.analyze.output import OWN_LIMITS, new_figure
 from karat_scale.commands.analyze.result import Result, Settings, note_bad_images, say_cost
 from karat_scale.commands.analyze.trained_run import ImagesInMemory, TrainedRun
+from karat_scale.commands.figures import OWN_LIMITS, new_figure
 from karat_scale.engine.distributed import ALONE, World
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.foundation.files import open_to_read, replace_file
@@ -143,7 +143,7 @@ def loss_grid(
     directions: Directions,
     first: Array,
     second: Array,
-    partial: Path,
+    unfinished: Path,
     identity: str,
     progress: Callable[[int, int], None],
     world: World = ALONE,
@@ -157,15 +157,18 @@ def loss_grid(
         model: its weights are the origin; they are restored afterwards.
         loss: the loss of the model with its current weights.
         directions: d1 and d2, [2, P].
-        partial: path prefix of files of finished points, removed at the end. Files of other inputs are ignored.
+        unfinished: path prefix of files of finished points, removed at the end. Files of other inputs are ignored.
         identity: everything else that the losses depend on, such as checkpoint and images.
     """
     origin = flatten(model)
     known: Any = None
     with world.together():
         if world.is_main:
-            key = _fingerprint(identity, origin.numpy(), directions, first, second)
-            known = _read(partial, _Known(key, *_nothing((len(second), len(first)))))
+            digest = hashlib.sha256(identity.encode())
+            for array in (origin.numpy(), directions, first, second):
+                digest.update(np.ascontiguousarray(array).tobytes())
+            key, shape = digest.hexdigest(), (len(second), len(first))
+            known = _read(unfinished, _Known(key, np.full(shape, np.nan), np.zeros(shape, dtype=bool)))
     known = world.broadcast(known)
     mine = np.flatnonzero(~known.done)[world.rank :: world.size]
     with world.together():
@@ -176,13 +179,13 @@ def loss_grid(
                 known.losses[row, column], known.done[row, column] = loss(), True
                 progress(number, len(mine))
                 if number % len(first) == 0:
-                    _write(partial, world.rank, known)
+                    _write(unfinished, world.rank, known)
         finally:
             _move(model, origin, directions, 0.0, 0.0)
     for points, values in world.gather((mine, known.losses.flat[mine])):
         known.losses.flat[points] = values
     if world.is_main:
-        for path in _files(partial):
+        for path in _files(unfinished):
             path.unlink()
     return np.asarray(known.losses)
 
@@ -234,24 +237,13 @@ def _move(model: nn.Module, origin: Tensor, directions: Directions, a: float, b:
         start = part.stop
 
 
-def _fingerprint(identity: str, *arrays: npt.NDArray[np.floating]) -> str:
-    digest = hashlib.sha256(identity.encode())
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+def _files(unfinished: Path) -> list[Path]:
+    return sorted(unfinished.parent.glob(f"{unfinished.name}-*.npz"))
 
 
-def _nothing(shape: tuple[int, int]) -> tuple[Array, npt.NDArray[np.bool_]]:
-    return np.full(shape, np.nan), np.zeros(shape, dtype=bool)
-
-
-def _files(partial: Path) -> list[Path]:
-    return sorted(partial.parent.glob(f"{partial.name}-*.npz"))
-
-
-def _read(partial: Path, known: _Known) -> _Known:
+def _read(unfinished: Path, known: _Known) -> _Known:
     """Load what the ranks of an earlier command saved."""
-    for path in _files(partial):
+    for path in _files(unfinished):
         with open_to_read(path) as file, np.load(file) as content:
             if str(content["key"]) == known.key:
                 known.losses[content["done"]] = content["losses"][content["done"]]
@@ -259,101 +251,68 @@ def _read(partial: Path, known: _Known) -> _Known:
     return known
 
 
-def _write(partial: Path, rank: int, known: _Known) -> None:
+def _write(unfinished: Path, rank: int, known: _Known) -> None:
     content = io.BytesIO()
     np.savez(content, key=known.key, losses=known.losses, done=known.done)
-    replace_file(partial.with_name(f"{partial.name}-{rank}.npz"), content.getvalue())
+    replace_file(unfinished.with_name(f"{unfinished.name}-{rank}.npz"), content.getvalue())
 
 
 MARGIN = 0.25
 
 
-def analyze_landscape(run: TrainedRun, settings: Settings, out: Path) -> Result:
+def analyze_landscape(run: TrainedRun, settings: Settings) -> Result:
     """Compute losses around the raw weights of the last intact checkpoint, in the plane of the path and a random one.
 
     Collective: the ranks share the points of the grids.
-
-    Args:
-        out: the directory of unfinished grids.
 
     Raises:
         UserError: no checkpoint can be loaded, or the data cannot be read. Too few checkpoints for the path are a note.
     """
     result = Result()
+    plane = None
     with settings.world.together():
         model = run.new_model()
         last = run.load_newest(model)
         images = run.images(settings.samples)
         held_out = images.in_memory(max(settings.batch, 32), run.device)
         note_bad_images(result, images.bad)
-        plane = _plane(run, result, settings)
-    _say_cost(model, held_out, 1 if plane is None else 2, settings)
+        try:
+            plane = plane_of_run(run, result.notes, partial(settings.progress, "read the path"))
+        except RunDirectoryError as error:
+            result.notes.append(str(error))
+    mean_loss(model, held_out)  # warms up
+    started = time.perf_counter()
+    mean_loss(model, held_out)
+    points = -(-(1 if plane is None else 2) * settings.grid**2 // settings.world.size)
+    say_cost(settings, "landscape", points, time.perf_counter() - started, "--grid and --samples make it shorter")
     identity = f"{last} {images.ids} {run.data_identity}"
     result.numbers["checkpoint"], result.numbers["images"] = last, len(held_out)
+
+    def losses(name: str, directions: Directions, first: Array, second: Array) -> tuple[Array, Array, Array]:
+        unfinished, progress = (
+            settings.directory / f".landscape-{name}",
+            partial(settings.progress, f"landscape, {name}"),
+        )
+        loss = partial(mean_loss, model, held_out)
+        found = loss_grid(model, loss, directions, first, second, unfinished, identity, progress, settings.world)
+        return first, second, found
+
     if plane is not None:
-        first, second = (_axis(plane.coordinates[:, i], settings) for i in range(2))
-        losses = _grid(model, held_out, plane.directions, first, second, out, "path", identity, settings)
-        _add_path(result, run, plane, (first, second, losses), last)
+        low, high = plane.coordinates.min(0), plane.coordinates.max(0)
+        margin = settings.range * MARGIN * np.maximum(high - low, 1e-6)
+        axes = np.linspace(low - margin, high + margin, settings.grid).T
+        _add_path(result, run, plane, losses("path", plane.directions, *axes), last)
         del plane  # two directions take twice the memory of the model
     around = np.linspace(-settings.range, settings.range, settings.grid)
-    directions = filter_normalised(model, settings.seed)
-    losses = _grid(model, held_out, directions, around, around, out, "random", identity, settings)
-    _add_surface(result, "random", (around, around, losses), "two random filter-normalised directions", last)
+    grid = losses("random", filter_normalised(model, settings.seed), around, around)
+    _add_surface(result, "random", grid, "two random filter-normalised directions", last)
     return result
-
-
-def _say_cost(model: nn.Module, images: ImagesInMemory, grids: int, settings: Settings) -> None:
-    """Measure the loss at one point, and tell what all points take."""
-    mean_loss(model, images)  # warms up
-    started = time.perf_counter()
-    mean_loss(model, images)
-    points = -(-grids * settings.grid**2 // settings.world.size)
-    say_cost(settings, "landscape", points, time.perf_counter() - started, "--grid and --samples make it shorter")
 
 
 def mean_loss(model: nn.Module, images: ImagesInMemory) -> float:
     """Return the mean cross-entropy over the images."""
     with torch.no_grad():
         return sum(float(cross_entropy(model(x), y, reduction="sum")) for x, y in images) / len(images)
-
-
-def _plane(run: TrainedRun, result: Result, settings: Settings) -> Plane | None:
-    try:
-        return plane_of_run(run, result.notes, lambda done, of: settings.progress("read the path", done, of))
-    except RunDirectoryError as error:
-        result.notes.append(str(error))
-        return None
-
-
-def _axis(coordinates: Array, settings: Settings) -> Array:
-    """Return the path's extent with a margin on both sides."""
-    low, high = float(coordinates.min()), float(coordinates.max())
-    margin = settings.range * MARGIN * max(high - low, 1e-6)
-    return np.linspace(low - margin, high + margin, settings.grid)
-
-
-def _grid(
-    model: nn.Module,
-    images: ImagesInMemory,
-    directions: npt.NDArray[np.float32],
-    first: Array,
-    second: Array,
-    out: Path,
-    name: str,
-    identity: str,
-    settings: Settings,
-) -> Array:
-    return loss_grid(
-        model,
-        lambda: mean_loss(model, images),
-        directions,
-        first,
-        second,
-        out / f".landscape-{name}",
-        identity,
-        lambda done, total: settings.progress(f"landscape, {name}", done, total),
-        settings.world,
-    )
 
 
 def _add_path(result: Result, run: TrainedRun, plane: Plane, grid: tuple[Array, Array, Array], last: str) -> None:
@@ -389,15 +348,11 @@ def _add_surface(result: Result, name: str, grid: tuple[Array, Array, Array], wh
     first, second, losses = grid
     result.arrays |= {f"{name}_first": first, f"{name}_second": second, f"{name}_loss": losses}
     result.numbers[f"{name}_loss"] = {"least": float(np.nanmin(losses)), "greatest": float(np.nanmax(losses))}
-    figure = _draw_surface(first, second, losses, own_plane=name == "path")
     caption = f"Held-out loss over {where}. The star is the last checkpoint ({last}), its raw weights."
-    result.figures[f"{name}_surface"] = figure, caption
-
-
-def _draw_surface(first: Array, second: Array, losses: Array, own_plane: bool) -> Figure:
     figure = new_figure(9, 4)
-    grid = figure.add_gridspec(1, 2, width_ratios=(1.2, 1))
-    surface = figure.add_subplot(grid[0, 0], projection="3d")
+    result.figures[f"{name}_surface"] = figure, caption
+    halves = figure.add_gridspec(1, 2, width_ratios=(1.2, 1))
+    surface = figure.add_subplot(halves[0, 0], projection="3d")
     x, y = np.meshgrid(first, second)
     z = np.log10(losses)
     surface.plot_surface(x, y, z, cmap="viridis", linewidth=0, antialiased=True)
@@ -405,13 +360,12 @@ def _draw_surface(first: Array, second: Array, losses: Array, own_plane: bool) -
     for axis in (surface.xaxis, surface.yaxis, surface.zaxis):
         axis.set_pane_color((0.5, 0.5, 0.5, 0.08))
         axis.set_major_locator(MaxNLocator(4))
-    flat = figure.add_subplot(grid[0, 1])
+    flat = figure.add_subplot(halves[0, 1])
     shown = flat.contourf(first, second, z, levels=20, cmap="viridis")
     shown.set_edgecolor("face")  # else the page shows between the bands
     figure.colorbar(shown, label="log10 of the loss")
     flat.plot(0, 0, "*", color="C1", markersize=10)
     flat.set(xlabel="direction 1", ylabel="direction 2")
-    if own_plane:
+    if name == "path":  # each run has its own plane
         for axes in (surface, flat):
             axes.set_label(OWN_LIMITS)
-    return figure

@@ -17,9 +17,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from karat_scale.commands.analyze.output import new_figure, show_map
 from karat_scale.commands.analyze.result import NothingToShowError, Result, Settings, Table, note_bad_images
 from karat_scale.commands.analyze.trained_run import TrainedRun
+from karat_scale.commands.figures import new_figure, show_map
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.models.attention_matrices import can_be_watched, watched
 from karat_scale.models.factory import layer_sizes

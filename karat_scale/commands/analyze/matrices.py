@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from karat_scale.attention import KaratOperator
 from karat_scale.attention.bases import FeatureBasis
-from karat_scale.commands.analyze.output import new_figure
 from karat_scale.commands.analyze.result import Result, Settings, Table, note_bad_images, visit_images
 from karat_scale.commands.analyze.trained_run import TrainedRun, ValidationImages
+from karat_scale.commands.figures import new_figure
 from karat_scale.models.attention_matrices import FIGURES, Content, can_be_replaced, mean_over_queries, replaced
 from karat_scale.models.factory import layer_sizes
 

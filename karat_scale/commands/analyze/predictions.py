@@ -22,11 +22,11 @@ from torch import Tensor
 
 from karat_scale.checkpoint.store import MANIFEST
 from karat_scale.commands.analyze.maps import LastBlock, NoMapError
-from karat_scale.commands.analyze.output import INK, new_figure, show_map
 from karat_scale.commands.analyze.result import Result, Settings, Table, Tile, say_cost
 from karat_scale.commands.analyze.trained_run import TrainedRun
 from karat_scale.commands.evaluate.command import collect
 from karat_scale.commands.evaluate.predictions import Predictions, read_predictions, write_predictions
+from karat_scale.commands.figures import INK, new_figure, show_map
 from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.engine.distributed import World

@@ -3,35 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from karat_scale.commands.analyze.output import Written, WrittenFigure, themed
-from karat_scale.commands.analyze.result import Table, Tile
+from karat_scale.commands.analyze.analyses import ANALYSES
+from karat_scale.commands.analyze.result import Written
+from karat_scale.commands.figures import themed
 from karat_scale.foundation.files import replace_file
 from karat_scale.foundation.html_page import render_page
 
-TITLES = {
-    "training": "Training",
-    "accuracy": "Accuracy",
-    "calibration": "Calibration",
-    "mistakes": "Mistakes and close calls",
-    "robustness": "Other test sets",
-    "spectrum": "Spectral behaviour",
-    "content": "What S depends on",
-    "maps": "Attention maps",
-    "functions": "Learned functions",
-    "distributions": "Weight distributions",
-    "landscape": "Loss landscape and optimizer path",
-    "sharpness": "Sharpness",
-}
-INTRODUCTIONS = {
-    "accuracy": "Every validation image counts once.",
-    "calibration": "A calibrated model that says 80 % is right in 80 of 100 cases.",
-    "mistakes": "Each picture is shown as the model sees it, and beside it with the last block's attention on it.",
-    "spectrum": "A is the matrix of scores of queries and keys. S is what the operator, or softmax, makes of it.",
-    "content": "A is the matrix of scores of queries and keys. S is what the operator, or softmax, makes of it.",
-    "maps": "A is the matrix of scores of queries and keys. S is what the operator, or softmax, makes of it.",
-    "distributions": "A smaller tail index means a heavier tail.",
-}
+_KINDS = ("figure", "gallery", "table")
+_EMPTY = dict.fromkeys(_KINDS)
 
 
 @dataclass(frozen=True)
@@ -53,42 +34,6 @@ class Problem:
     harmless: bool = False
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What one run (or, without a label, all runs together) has of a row of the report."""
-
-    label: str
-    figure: WrittenFigure | None = None
-    table: Table | None = None
-    tiles: Sequence[Tile] = ()
-
-
-@dataclass(frozen=True)
-class Row:
-    """The same figure, table or gallery of several runs, which stand side by side."""
-
-    kind: str
-    title: str
-    cells: Sequence[Cell]
-
-    @property
-    def caption(self) -> str:
-        """The figures' caption if they all have the same one."""
-        captions = {cell.figure.caption for cell in self.cells if cell.figure}
-        return captions.pop() if len(captions) == 1 else ""
-
-
-@dataclass(frozen=True)
-class Section:
-    """One analysis of all runs."""
-
-    name: str
-    title: str
-    introduction: str
-    notes: Sequence[tuple[str, str]]
-    rows: Sequence[Row]
-
-
 def write_report(
     path: Path,
     runs: Sequence[RunSummary],
@@ -107,33 +52,38 @@ def write_report(
         sections=[_section(name, by_run) for name, by_run in written.items()],
         problems=[problem for problem in problems if not problem.harmless],
         harmless=[problem for problem in problems if problem.harmless],
-        titles=TITLES,
         themed=themed,
     )
     replace_file(path, page)
 
 
-def _section(name: str, by_run: Mapping[str, Written]) -> Section:
+def _section(name: str, by_run: Mapping[str, Written]) -> dict[str, Any]:
+    """Return one analysis of all runs, for the template."""
     notes = [(label, note) for label, made in by_run.items() for note in made.notes]
     early = "made by an earlier command, whose options may have been others"
     notes += [(label, early) for label, made in by_run.items() if made.earlier]
-    return Section(name, TITLES[name], INTRODUCTIONS.get(name, ""), notes, _rows(by_run))
+    title, _, introduction, _ = ANALYSES[name]
+    return {"name": name, "title": title, "introduction": introduction, "notes": notes, "rows": _rows(by_run)}
 
 
-def _rows(by_run: Mapping[str, Written]) -> list[Row]:
-    """Return what the runs have, by name, in the order of the run that has most."""
-    found: dict[tuple[str, str], list[Cell]] = {}
+def _rows(by_run: Mapping[str, Written]) -> list[dict[str, Any]]:
+    """Return rows of the same figure, table or gallery of several runs, in the order of the run that has most."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for label, made in sorted(by_run.items(), key=lambda item: -len(item[1].figures)):
-        for figure in made.figures:
-            found.setdefault(("figure", figure.name), []).append(Cell(label, figure=figure))
-        for table in made.tables:
-            found.setdefault(("table", table.title), []).append(Cell(label, table=table))
-        for title, tiles in made.galleries.items():
-            found.setdefault(("gallery", title), []).append(Cell(label, tiles=tiles))
+        for kind, parts in {
+            "figure": {figure.name: figure for figure in made.figures},
+            "gallery": made.galleries,
+            "table": {table.title: table for table in made.tables},
+        }.items():
+            for title, part in parts.items():
+                found.setdefault((kind, title), []).append({**_EMPTY, "label": label, kind: part})
     if "" in by_run:  # one figure has all runs, so different figures stand side by side
         figures = [cells[0] for (kind, _), cells in found.items() if kind == "figure"]
         found = {key: cells for key, cells in found.items() if key[0] != "figure"} | {("figure", ""): figures}
-    places = {label: number for number, label in enumerate(by_run)}
-    kinds = ("figure", "gallery", "table")
-    rows = [Row(kind, title, sorted(c, key=lambda cell: places[cell.label])) for (kind, title), c in found.items()]
-    return sorted(rows, key=lambda row: kinds.index(row.kind))
+    rows = []
+    for (kind, title), cells in sorted(found.items(), key=lambda item: _KINDS.index(item[0][0])):
+        captions = {cell["figure"].caption for cell in cells if kind == "figure"}
+        caption = captions.pop() if len(captions) == 1 else ""
+        cells = sorted(cells, key=lambda cell: [*by_run].index(cell["label"]))
+        rows.append({"kind": kind, "title": title, "caption": caption, "cells": cells})
+    return rows

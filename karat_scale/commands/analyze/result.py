@@ -1,18 +1,32 @@
-"""What every analysis takes and returns: settings, a visit of images by the model, and figures, numbers and tables."""
+"""What every analysis takes and returns: settings, a visit of images by the model, and figures, numbers and tables.
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+The files of a result are figures as PNG and SVG, numbers as JSON, and arrays as npz. Each is written atomically.
+`shown.json` holds the other contents of the report, so that a later report can show them again.
+"""
+
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
 from torch import nn
 
+from karat_scale.commands.analyze.analyses import Options
 from karat_scale.commands.analyze.trained_run import TrainedRun, ValidationImages
+from karat_scale.commands.figures import rendered
 from karat_scale.engine.distributed import ALONE, World
 from karat_scale.foundation.console import duration
 from karat_scale.foundation.errors import UserError
+from karat_scale.foundation.files import make_folder, parse_json, read_image, read_text, replace_file
 from karat_scale.models.attention_matrices import Visit, watched
 
 
@@ -25,27 +39,12 @@ WORTH_TELLING = 5.0
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The size of each analysis. Counts are of validation images."""
+class Settings(Options):
+    """The options of `karat analyze`, and where an analysis works."""
 
-    images: int = 64
-    """Images for spectrum and functions."""
-    image_ids: tuple[int, ...] | None = None
-    """The images of the attention maps; None spreads four over the split."""
-    block: int = -1
-    """The block of the attention maps; negative counts from the last."""
-    batch: int = 8
-    """Images per batch, which limits memory."""
-    grid: int = 15
-    """Points per side of the loss landscape."""
-    range: float = 1.0
-    """Extent of the landscape: the random grid is +- this, in filter norms; it scales the path's margin."""
-    samples: int = 128
-    """Images for each loss of the landscape."""
-    hessian_samples: int = 32
-    """Images of the sharpness."""
+    directory: Path = Path()
+    """The directory of the analysis, for what is not finished."""
     eigenvalues: int = 3
-    seed: int = 0
     world: World = ALONE
     """The ranks that share the points of the landscape."""
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
@@ -89,6 +88,15 @@ class Result:
     galleries: dict[str, list[Tile]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def add_records(self, name: str, rows: list[list[Any]], title: str, columns: Mapping[str, str]) -> None:
+        """Add numbers, an object for each row, and a table of the same if there are rows.
+
+        columns: the names of the objects' fields, each with the head of its column.
+        """
+        self.numbers[name] = [dict(zip(columns, row, strict=True)) for row in rows]
+        if rows:
+            self.tables.append(Table(title, list(columns.values()), rows))
+
 
 def say_cost(settings: Settings, what: str, count: int, seconds: float, shorter: str) -> None:
     """Tell what work of `count` equal units costs, from the measured time of one, if it is long enough to wonder.
@@ -118,3 +126,101 @@ def visit_images(
             done += len(batch)
             settings.progress(what, done, len(images))
     return done
+
+
+SHOWN = "shown.json"
+
+
+@dataclass(frozen=True)
+class WrittenFigure:
+    """One figure on disk. `svg` is its bytes, for the report."""
+
+    name: str
+    caption: str
+    svg: bytes
+    path: Path
+
+
+@dataclass(frozen=True)
+class Written:
+    """One analysis of one run, on disk. `earlier` is True if an earlier command wrote it."""
+
+    figures: list[WrittenFigure]
+    tables: list[Table]
+    notes: list[str]
+    galleries: dict[str, list[Tile]] = field(default_factory=dict)
+    earlier: bool = False
+
+
+def write_result(result: Result, fingerprint: str, settings: Settings) -> Written:
+    """Write NAME.png, NAME.svg, numbers.json, arrays.npz and shown.json into the directory of the settings.
+
+    fingerprint: of the analysed run; `read_written` requires the same one.
+    """
+    directory = settings.directory
+    make_folder(directory)
+    (directory / SHOWN).unlink(missing_ok=True)  # until all files that it lists exist
+    figures = []
+    for number, (name, (figure, caption)) in enumerate(result.figures.items(), start=1):
+        figure = figure if isinstance(figure, Figure) else figure()
+        path, svg = directory / f"{safe_name(name)}.png", rendered(figure, "svg")
+        replace_file(path, rendered(figure, "png"))
+        replace_file(path.with_suffix(".svg"), svg)
+        figures.append(WrittenFigure(name, caption, svg, path))
+        settings.progress("draw figures", number, len(result.figures))
+    if result.galleries:
+        make_folder(directory / "pictures")
+    for tiles in result.galleries.values():
+        for tile in tiles:
+            replace_file(_picture(directory, tile.name), tile.png)
+    numbers = {**result.numbers, "notes": result.notes}
+    replace_file(directory / "numbers.json", json.dumps(_plain(numbers), indent=2) + "\n")
+    content = io.BytesIO()
+    np.savez_compressed(content, **result.arrays)  # type: ignore[arg-type]
+    replace_file(directory / "arrays.npz", content.getvalue())
+    shown = {
+        "fingerprint": fingerprint,
+        "figures": [[figure.name, figure.caption] for figure in figures],
+        "tables": [asdict(table) for table in result.tables],
+        "galleries": {title: [[tile.name, tile.lines] for tile in tiles] for title, tiles in result.galleries.items()},
+        "notes": result.notes,
+    }
+    replace_file(directory / SHOWN, json.dumps(_plain(shown)) + "\n")
+    return Written(figures, result.tables, result.notes, result.galleries)
+
+
+def read_written(directory: Path, fingerprint: str) -> Written | None:
+    """Read what `write_result` wrote to `directory`. None if it is missing, incomplete or of another fingerprint."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        shown = parse_json(read_text(directory / SHOWN))
+        if shown["fingerprint"] == fingerprint:
+            paths = [directory / f"{safe_name(name)}.png" for name, _ in shown["figures"]]
+            figures = [
+                WrittenFigure(name, caption, read_image(path.with_suffix(".svg")), path)
+                for (name, caption), path in zip(shown["figures"], paths, strict=True)
+            ]
+            galleries = {
+                title: [Tile(name, lines, read_image(_picture(directory, name))) for name, lines in tiles]
+                for title, tiles in shown["galleries"].items()
+            }
+            tables = [Table(**table) for table in shown["tables"]]
+            return Written(figures, tables, shown["notes"], galleries, earlier=True)
+    return None
+
+
+def safe_name(text: str) -> str:
+    """Return a name that any file system accepts."""
+    return re.sub(r"[^\w.-]+", "_", text).strip(".") or "unnamed"
+
+
+def _picture(directory: Path, name: str) -> Path:
+    return directory / "pictures" / f"{safe_name(name)}.png"
+
+
+def _plain(value: Any) -> Any:
+    """Replace nan and infinity by None, since JSON has neither."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

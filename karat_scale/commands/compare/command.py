@@ -20,24 +20,26 @@ from karat_scale.foundation.html_page import render_page
 _SHOWN_KEYS = 3  # of those that differ, on a terminal
 
 
-def compare_runs(paths: Sequence[str], score: str | None, out: str | None, json_file: str | None) -> int:
+def compare_runs(
+    runs: Sequence[str], metric: str | None = None, out: str | None = None, json_file: str | None = None
+) -> int:
     """Compare runs over their seeds; returns the exit code.
 
     Args:
-        paths: directories of runs. The group of the first usable one is what the others are compared with.
-        score: what the groups are compared by; None is top-1, or box AP of detectors.
+        runs: their directories. The group of the first usable one is what the others are compared with.
+        metric: what the groups are compared by; None is top-1, or box AP of detectors.
         out: a directory for Markdown, CSV, HTML and figures.
         json_file: a file for all figures.
 
     Raises:
         UserError: no run is usable, the runs cannot be compared, or a file cannot be written.
     """
-    runs, notes = _read(paths)
-    if not runs:
+    usable, notes = _read(runs)
+    if not usable:
         raise UserError(f"no run to compare: {notes[0]}" if len(notes) == 1 else _none_of(notes))
-    comparison, repeated = compare_groups(runs, score)
+    comparison, repeated = compare_groups(usable, metric)
     notes += [f"left out: {line}" for line in repeated]
-    machines = dict.fromkeys(run.machine for run in runs)
+    machines = dict.fromkeys(run.machine for run in usable)
     if len(machines) > 1:
         notes.append(f"note: images a second and hours are of different machines: {'; '.join(machines)}")
     notes = [on_one_line(line) for line in notes]

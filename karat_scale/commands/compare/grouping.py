@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from karat_scale.commands.analyze.output import COLOURS, new_figure, rendered
 from karat_scale.commands.compare.finished import SCORES, Budget, FinishedRun
+from karat_scale.commands.figures import COLOURS, new_figure, rendered
 from karat_scale.foundation.console import printable
 from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.base import Effect

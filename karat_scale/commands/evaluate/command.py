@@ -140,16 +140,16 @@ class Request:
         on: a directory or a URL; None is the run's own validation split.
         split: of the directory; "" chooses.
         labels: a file of other labels.
-        corrupt: names of corruptions, "all", or None.
+        corrupt: names of corruptions, "all", or None. severity: of them; None for all.
         name: under which the result is kept; "" takes the directory's.
     """
 
-    on: str | None = None
-    split: str = ""
-    labels: str | None = None
-    corrupt: Sequence[str] | None = None
-    severities: Sequence[int] = SEVERITIES
-    name: str = ""
+    on: str | None
+    split: str
+    labels: str | None
+    corrupt: Sequence[str] | None
+    severity: Sequence[int] | None
+    name: str
 
 
 def evaluate_on(
@@ -258,9 +258,8 @@ def _corrupted(work: _Work, run: Path, empty: Evaluation, request: Request) -> E
     names = chosen_corruptions(request.corrupt or ())
     earlier = work.world.broadcast(read_evaluation(evaluation_file(run, empty.name)) if work.world.is_main else None)
     found = dict(earlier.corruptions) if earlier and earlier.identity == empty.identity else {}
-    left = [
-        (name, severity) for name in names for severity in request.severities if severity not in found.get(name, {})
-    ]
+    severities = sorted(set(request.severity or SEVERITIES))
+    left = [(name, severity) for name in names for severity in severities if severity not in found.get(name, {})]
     done = empty
     for number, (name, severity) in enumerate(left):
         started = time.monotonic()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from karat_scale.commands.export.folders import Source, check_push, push_folder
 from karat_scale.foundation.console import work_display
-from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.foundation.errors import RunDirectoryError, UserError
 from karat_scale.foundation.files import temporary_folder
 from karat_scale.foundation.tables import EXPORT_FORMATS, FormatRow, load
 from karat_scale.recipe import Recipe
@@ -16,7 +16,7 @@ HUB = "hub-folder"
 
 def export_run(
     run_dir: str,
-    format_name: str,
+    format: str | None,
     checkpoint: str,
     weights: str,
     out: str | None,
@@ -26,8 +26,7 @@ def export_run(
     """Export, and print the path; returns the exit code.
 
     Args:
-        run_dir: the run's directory.
-        format_name: one of EXPORT_FORMATS.
+        format: one of EXPORT_FORMATS; None is safetensors.
         checkpoint: best, latest, or a name.
         weights: raw, ema, or both. For both, a run without EMA exports only raw.
         out: for one kind of weights, the file with its format's suffix, or the folder; else a directory. A directory
@@ -39,10 +38,12 @@ def export_run(
         UserError: the run or checkpoint is missing or damaged, has no EMA, or the output cannot be written.
     """
     if push is not None:
+        if format not in (None, HUB):
+            raise UserError(f"--format {format}: --push uploads a {HUB}; remove --format")
         check_push(push)
     run = OpenRun.at(run_dir, Recipe, checkpoint=checkpoint)
     kinds: Sequence[str] = [weights] if weights != "both" else ["raw", "ema"] if run.saved["has_ema"] else ["raw"]
-    row = EXPORT_FORMATS[format_name]
+    row = EXPORT_FORMATS[format or "safetensors"]
     if push is not None:
         return _push(Source(run, _only(kinds)), out, push, private)
     for kind in kinds:

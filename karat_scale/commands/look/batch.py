@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from karat_scale.commands.analyze.output import new_figure, rendered, show_map
+from karat_scale.commands.figures import new_figure, rendered, show_map
 from karat_scale.data.batch import Batch
 from karat_scale.data.plan import micro_batch_of
 from karat_scale.engine import distributed
@@ -62,20 +62,20 @@ def least_target(recipe: Recipe) -> float:
     return recipe.augment.label_smoothing / recipe.model.num_classes
 
 
-def show_batch(source: str, overrides: Sequence[str], step: int, count: int, out: str | None) -> int:
+def show_batch(recipe: str, overrides: Sequence[str], step: int, images: int, out: str | None) -> int:
     """Draw the images of a training step into a PNG, and list them; returns the exit code.
 
     Args:
         step: counted from 1; what `karat train` logs as this step.
-        count: at most this many images.
+        images: at most this many.
         out: the PNG; beside the run's directory if None.
 
     Raises:
         UserError: the recipe, its data or the step is not right, or the file cannot be written.
     """
-    recipe = load_recipe(source, overrides)
-    shown = read_batch(recipe, step, count)
-    path = Path(out or f"{Path(recipe.run.dir).expanduser()}-step-{step}.png")
+    loaded = load_recipe(recipe, overrides)
+    shown = read_batch(loaded, step, images)
+    path = Path(out or f"{Path(loaded.run.dir).expanduser()}-step-{step}.png")
     try:
         if not out:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def show_batch(source: str, overrides: Sequence[str], step: int, count: int, out
     except OSError as error:
         raise UserError(f"--out {path} cannot be written: {error.strerror}") from error
     rows = [[str(number), shown.label(number), place] for number, place in enumerate(shown.places)]
-    print_table(f"{recipe.run.name}, step {step}: {len(rows)} images", ["", "target", "from"], rows, (1, 2))
+    print_table(f"{loaded.run.name}, step {step}: {len(rows)} images", ["", "target", "from"], rows, (1, 2))
     for bad in shown.bad:
         print(printable(f"replaced: {bad}"))
     print(f"\n{path}")

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from karat_scale.commands.analyze.output import new_figure, rendered
+from karat_scale.commands.figures import new_figure, rendered
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb, opened
 from karat_scale.data.loading.assemble import PreparesSamples
 from karat_scale.data.shards.beton import BetonSplit
@@ -157,12 +157,12 @@ _MOST_CLASSES = 10**9
 _FOLDERS = ("train", "val", "test", "valid", "validation")
 
 
-def look_at_data(path: str, sampled: int, classes_shown: int, out: str | None, json_file: str | None) -> int:
+def look_at_data(path: str, images: int, classes: int, out: str | None, json_file: str | None) -> int:
     """Print what a data set holds and write an HTML page; returns the exit code.
 
     Args:
-        sampled: images of each split whose sizes are read.
-        classes_shown: classes of which the page has pictures.
+        images: of each split whose sizes are read.
+        classes: of which the page has pictures.
 
     Raises:
         DataError: there is no data set at the path, or it is damaged.
@@ -172,9 +172,9 @@ def look_at_data(path: str, sampled: int, classes_shown: int, out: str | None, j
     for name, open_split in open_splits(directory).items():
         split = open_split()
         try:
-            ids = np.linspace(0, len(split) - 1, min(sampled, len(split))).round().astype(int)
+            ids = np.linspace(0, len(split) - 1, min(images, len(split))).round().astype(int)
             facts.append(examine(name, split, ids))
-            pictures[name] = _pictures(split, classes_shown)
+            pictures[name] = _pictures(split, classes)
         finally:
             split.close()
     write_json(json_file, {one.name: one.numbers() for one in facts})

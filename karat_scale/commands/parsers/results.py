@@ -1,90 +1,131 @@
-"""The commands that look at finished runs and compare them. Each imports what it needs when it runs."""
+"""The parsers of the commands that look at finished runs, compare them, and use a trained model."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from karat_scale.foundation.arguments import add_trust, count, new_file, positive, run_directory, tracker, whole
-from karat_scale.foundation.tables import TRACKERS
+from karat_scale.commands.analyze.analyses import ANALYSES, Options
+from karat_scale.commands.parsers.training import check_run
+from karat_scale.foundation.arguments import (
+    add_checkpoint,
+    add_json,
+    add_run,
+    add_trust,
+    add_weights,
+    command,
+    count,
+    new_file,
+    positive,
+    run_directory,
+    tracker,
+    whole,
+)
+from karat_scale.foundation.errors import RunDirectoryError, UserError
+from karat_scale.foundation.tables import EXPORT_FORMATS, TRACKERS
 
 SCORES = ("top1", "top5", "loss", "box_ap", "mask_ap")
-ANALYSES = (
-    *("training", "accuracy", "calibration", "mistakes", "robustness", "spectrum", "content", "maps", "functions"),
-    *("distributions", "landscape", "sharpness"),
-)
 
 
 def add_commands(commands: Any) -> None:
     """Add the parsers of these commands."""
     analyze = commands.add_parser("analyze", help="analyse what attention learned: figures, numbers, a report")
+    _add_runs(analyze, "a run's directory; several are shown side by side")
     analyze.add_argument(
-        "runs", metavar="RUN", type=run_directory, nargs="+", help="a run's directory; several are shown side by side"
+        "--only", nargs="+", choices=tuple(ANALYSES), default=tuple(ANALYSES), help="run only these analyses"
     )
-    analyze.add_argument("--only", nargs="+", choices=ANALYSES, default=ANALYSES, help="run only these analyses")
     analyze.add_argument("--out", metavar="DIR", help="output (default: `analysis` in the first run's directory)")
     analyze.add_argument("--data", metavar="DIR", help="the data, instead of the runs' data.path")
-    analyze.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
-    analyze.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
-    analyze.add_argument(
-        "--images", type=count, default=64, help="for spectrum, content, functions (default: %(default)s)"
-    )
-    analyze.add_argument("--image", type=int, nargs="+", metavar="N", help="images for the maps (default: four)")
-    analyze.add_argument(
-        "--block", type=int, default=-1, help="block of the maps; -1 is the last (default: %(default)s)"
-    )
-    analyze.add_argument("--grid", type=whole(2), default=15, help="landscape points per side (default: %(default)s)")
-    analyze.add_argument("--range", type=positive, default=1.0, help="factor on the landscape's extent (default: 1)")
-    analyze.add_argument("--samples", type=count, default=128, help="images per point (default: %(default)s)")
-    analyze.add_argument(
-        "--hessian-samples", type=count, default=32, metavar="N", help="images of the sharpness (default: %(default)s)"
-    )
-    analyze.add_argument("--batch", type=count, default=8, help="images per batch (default: %(default)s)")
-    analyze.add_argument(
-        "--seed", type=whole(0), default=0, help="seed of directions and probes (default: %(default)s)"
-    )
-    analyze.set_defaults(run=_analyze)
+    add_checkpoint(analyze)
+    add_weights(analyze)
+    images = "for spectrum, content, functions (default: %(default)s)"
+    analyze.add_argument("--images", type=count, default=Options.images, help=images)
+    maps = "images for the maps (default: four)"
+    analyze.add_argument("--image", dest="image_ids", type=int, nargs="+", metavar="N", help=maps)
+    block = "block of the maps; -1 is the last (default: %(default)s)"
+    analyze.add_argument("--block", type=int, default=Options.block, help=block)
+    grid = "landscape points per side (default: %(default)s)"
+    analyze.add_argument("--grid", type=whole(2), default=Options.grid, help=grid)
+    reach = "factor on the landscape's extent (default: %(default)g)"
+    analyze.add_argument("--range", type=positive, default=Options.range, help=reach)
+    samples = "images per point (default: %(default)s)"
+    analyze.add_argument("--samples", type=count, default=Options.samples, help=samples)
+    hessian = "images of the sharpness (default: %(default)s)"
+    analyze.add_argument("--hessian-samples", type=count, default=Options.hessian_samples, metavar="N", help=hessian)
+    batch = "images per batch (default: %(default)s)"
+    analyze.add_argument("--batch", type=count, default=Options.batch, help=batch)
+    seed = "seed of directions and probes (default: %(default)s)"
+    analyze.add_argument("--seed", type=whole(0), default=Options.seed, help=seed)
+    analyze.set_defaults(run=command("karat_scale.commands.analyze.command:analyze_paths"))
     add_trust(analyze)
 
     compare = commands.add_parser("compare", help="compare finished runs over their seeds: spread, differences, curves")
-    compare.add_argument(
-        "runs",
-        metavar="RUN",
-        type=run_directory,
-        nargs="+",
-        help="a run's directory; the first one's group is the base",
-    )
-    compare.add_argument(
-        "--metric", choices=SCORES, help="what the groups are compared by (default: top1; box_ap of detectors)"
-    )
+    _add_runs(compare, "a run's directory; the first one's group is the base")
+    metric = "what the groups are compared by (default: top1; box_ap of detectors)"
+    compare.add_argument("--metric", choices=SCORES, help=metric)
     compare.add_argument("--out", metavar="DIR", help="write compare.md, compare.csv, compare.html and the curves here")
-    compare.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
-    compare.set_defaults(run=_compare)
+    add_json(compare)
+    compare.set_defaults(run=command("karat_scale.commands.compare.command:compare_runs"))
 
     track = commands.add_parser("track", help="send to trackers what they have not got of a run")
-    track.add_argument("runs", metavar="RUN", type=run_directory, nargs="+", help="a run's directory")
-    track.add_argument(
-        "--to",
-        action="append",
-        type=tracker,
-        metavar="TRACKER",
-        help=f"{', '.join(TRACKERS)} or package.module:Class, in place of log.trackers; may be repeated",
-    )
-    track.set_defaults(run=_track)
+    _add_runs(track, "a run's directory")
+    instead = f"{', '.join(TRACKERS)} or package.module:Class, in place of log.trackers; may be repeated"
+    track.add_argument("--to", action="append", type=tracker, metavar="TRACKER", help=instead)
+    track.set_defaults(run=command("karat_scale.commands.track:track_runs"))
     add_trust(track)
 
+    export = commands.add_parser("export", help="write a run's model for timm, torch.export, ONNX or a model hub")
+    add_run(export)
+    export.add_argument("--format", choices=EXPORT_FORMATS, help="(default: safetensors)")
+    add_checkpoint(export)
+    export.add_argument("--weights", choices=("raw", "ema", "both"), default="both")
+    export.add_argument(
+        "--out", metavar="PATH", help="a file with the format's suffix, or a directory (default: the run's)"
+    )
+    export.add_argument("--push", metavar="USER/NAME", help="upload a hub-folder to the Hugging Face hub")
+    export.add_argument("--private", action="store_true", help="with --push: a new repository is not public")
+    export.set_defaults(run=command("karat_scale.commands.export.command:export_run", _check_export))
+    add_trust(export)
 
-def _analyze(options: argparse.Namespace) -> int:
-    from karat_scale.commands.analyze.command import analyze_paths
+    predict = commands.add_parser("predict", help="classify images with a run or an exported folder")
+    _add_model(predict)
+    predict.add_argument("images", metavar="IMAGES", nargs="+", help="files, folders (with all below) and quoted globs")
+    predict.add_argument("--top", type=count, default=5, help="classes of each image (default: %(default)s)")
+    predict.add_argument("--batch", type=count, default=32, help="images per batch (default: %(default)s)")
+    add_checkpoint(predict)
+    add_weights(predict)
+    add_json(predict, "write a line of JSON for each image")
+    predict.add_argument(
+        "--csv", dest="csv_file", type=new_file, metavar="FILE", help="also write a row of CSV for each class"
+    )
+    predict.add_argument("--attention", metavar="DIR", help="also draw where the model looks: a PNG for each image")
+    predict.set_defaults(run=command("karat_scale.commands.predict.command:predict", _check_model))
+    add_trust(predict)
 
-    return analyze_paths(options)
+    demo = commands.add_parser("demo", help="serve a page on this machine that classifies pictures dropped into it")
+    _add_model(demo)
+    demo.add_argument("--port", type=whole(0), default=7860, help="0 takes any that is free (default: %(default)s)")
+    add_checkpoint(demo)
+    add_weights(demo)
+    demo.set_defaults(run=command("karat_scale.commands.predict.command:serve", _check_model))
+    add_trust(demo)
 
 
-def _compare(options: argparse.Namespace) -> int:
-    from karat_scale.commands.compare.command import compare_runs
-
-    return compare_runs(options.runs, options.metric, options.out, options.json)
+def _add_runs(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("runs", metavar="RUN", type=run_directory, nargs="+", help=what)
 
 
-def _track(options: argparse.Namespace) -> int:
-    from karat_scale.commands.track import track_runs
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    what = "a run's directory, or what `karat export` wrote"
+    parser.add_argument("model", metavar="RUN|FOLDER", type=run_directory, help=what)
 
-    return track_runs(options.runs, options.to)
+
+def _check_export(options: argparse.Namespace) -> None:
+    if options.private and not options.push:
+        raise UserError("--private is of --push; add it, or leave out --private")
+    check_run(options)
+
+
+def _check_model(options: argparse.Namespace) -> None:
+    path = Path(options.model).expanduser()
+    if not path.exists() and path.parent.name != "checkpoints":
+        raise RunDirectoryError(f"{options.model}: neither a run's directory nor a folder of karat export; name one")

@@ -1,30 +1,53 @@
-"""The commands that train, evaluate and replay. Each imports what it needs when it runs."""
+"""The parsers of the commands that train, here or as jobs, and that look at a run's progress and its steps."""
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from karat_scale.commands.launch import default_ranks, launch
-from karat_scale.foundation.arguments import add_trust, count, new_file, run_directory
+from karat_scale.foundation.arguments import (
+    add_checkpoint,
+    add_json,
+    add_recipe,
+    add_run,
+    add_trust,
+    add_weights,
+    call,
+    command,
+    count,
+    time_limit,
+    virtual_environment,
+    whole,
+)
 from karat_scale.foundation.errors import DataError, UserError
+from karat_scale.foundation.machine import known_gpu
 from karat_scale.foundation.stores.connection import is_url
 from karat_scale.foundation.tables import CORRUPTIONS
+
+if TYPE_CHECKING:
+    from karat_scale.commands.submit.sbatch import Job
 
 _SEE_ALSO = (
     "`karat recipes WORD` filters the recipes, `karat explain KEY` says what a key means, and `karat completion SHELL` "
     "completes both in bash, zsh and fish."
 )
+_SBATCH = {
+    **dict.fromkeys(("account", "partition", "qos", "constraint", "mem", "dependency", "mail-type", "mail-user"), str),
+    "time": time_limit,
+    "nodes": whole(1),
+    "gpus-per-node": whole(0),
+    "cpus-per-task": whole(1),
+}
+"""The options of sbatch, with the types of their values."""
+_SETTINGS = {"venv": virtual_environment, **dict.fromkeys(("conda-env", "modules", "container", "stage"), str)}
+"""The variables of the scripts in slurm/."""
 
 
 def add_commands(commands: Any) -> None:
     """Add the parsers of these commands."""
     train = commands.add_parser("train", help="train a recipe, or resume its run", epilog=_SEE_ALSO)
-    train.add_argument(
-        "recipe", metavar="RECIPE", help="a shipped recipe's name, which `karat recipes` lists, or a YAML file"
-    )
-    train.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="such as optim.lr=1e-3; `karat explain` lists all"
-    )
+    what = "a shipped recipe's name, which `karat recipes` lists, or a YAML file"
+    add_recipe(train, "optim.lr=1e-3; `karat explain` lists all", what)
     train.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
     train.set_defaults(run=_train)
     add_trust(train)
@@ -37,62 +60,94 @@ def add_commands(commands: Any) -> None:
     evaluate = commands.add_parser(
         "eval", help="evaluate a run's checkpoint, on its validation split or another test set"
     )
-    evaluate.add_argument("run_dir", metavar="RUN", type=run_directory, help="the run's directory")
+    add_run(evaluate)
     evaluate.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
-    evaluate.add_argument("--checkpoint", default="best", help="best, latest, or a name (default: %(default)s)")
-    evaluate.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
+    add_checkpoint(evaluate)
+    add_weights(evaluate)
     evaluate.add_argument("--on", metavar="DIR", help="another test set: shards, or a folder of classes")
-    evaluate.add_argument(
-        "--split",
-        default="",
-        metavar="NAME",
-        help="split of DIR (default: the first of val, test, validation, valid, train)",
-    )
+    split = "split of DIR (default: the first of val, test, validation, valid, train)"
+    evaluate.add_argument("--split", default="", metavar="NAME", help=split)
     evaluate.add_argument("--labels", metavar="FILE", help="count other labels as right, such as ReaL's real.json")
-    evaluate.add_argument(
-        "--corrupt", nargs="*", choices=(*CORRUPTIONS, "all"), metavar="NAME", help="images corrupted as in ImageNet-C"
-    )
-    evaluate.add_argument(
-        "--severity", type=int, nargs="+", choices=range(1, 6), metavar="N", help="of --corrupt, 1 to 5 (default: all)"
-    )
+    corrupt = "images corrupted as in ImageNet-C"
+    evaluate.add_argument("--corrupt", nargs="*", choices=(*CORRUPTIONS, "all"), metavar="NAME", help=corrupt)
+    severity = "of --corrupt, 1 to 5 (default: all)"
+    evaluate.add_argument("--severity", type=int, nargs="+", choices=range(1, 6), metavar="N", help=severity)
     evaluate.add_argument("--name", default="", help="keep the result under this name (default: the directory's)")
-    evaluate.add_argument("--json", type=new_file, metavar="FILE", help="also write the result to this file")
+    add_json(evaluate, "write the result to this file")
     evaluate.set_defaults(run=_eval)
     add_trust(evaluate)
 
     replay = commands.add_parser("replay", help="take one step of a run again, and find what in it is not finite")
-    replay.add_argument("run_dir", metavar="RUN", type=run_directory, help="the run's directory")
+    add_run(replay)
     replay.add_argument("step", metavar="STEP", type=count, help="as the run logs it, counted from 1")
     replay.add_argument("--images", type=count, default=16, help="with the largest losses (default: %(default)s)")
     replay.add_argument("--out", metavar="FILE", help="a PNG (default: RUN-replay-STEP.png)")
-    replay.add_argument("--json", type=new_file, metavar="FILE", help="also write what was found to this file")
-    replay.set_defaults(run=_replay)
+    add_json(replay, "write what was found to this file")
+    replay.set_defaults(run=command("karat_scale.commands.replay.command:replay", check_run))
     add_trust(replay)
 
     fetch = commands.add_parser("fetch", help="make the directory of a run from its copy at checkpoint.url")
     fetch.add_argument("url", metavar="URL", help="the run's checkpoint.url")
     fetch.add_argument("directory", metavar="DIR", help="a new directory, or one of this run")
-    fetch.add_argument(
-        "--checkpoint",
-        nargs="+",
-        default=("best", "latest"),
-        metavar="NAME",
-        help="best, latest, all, or names (default: best latest)",
-    )
-    fetch.set_defaults(run=_fetch)
+    names = "best, latest, all, or names (default: best latest)"
+    fetch.add_argument("--checkpoint", nargs="+", default=("best", "latest"), metavar="NAME", help=names)
+    fetch.set_defaults(run=command("karat_scale.commands.fetch:fetch_run"))
 
     detect = commands.add_parser("detect", help="train or evaluate Mask R-CNN on a ViT, with data in COCO's format")
-    detect.add_argument("recipe", metavar="RECIPE", help="a detection recipe's name or a YAML file; with --eval, a run")
-    detect.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
+    add_recipe(detect, "data.path=DIR", "a detection recipe's name or a YAML file; with --eval, a run")
     detect.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
     detect.add_argument("--eval", action="store_true", help="evaluate a checkpoint of a run by COCO's mAP")
     detect.add_argument(
         "--checkpoint", metavar="NAME", help="that --eval uses: best, latest, or a name (default: best)"
     )
     detect.add_argument("--weights", choices=("auto", "ema", "raw"), help="weights that --eval uses (default: auto)")
-    detect.add_argument("--json", type=new_file, metavar="FILE", help="also write the result of --eval to this file")
+    add_json(detect, "write the result of --eval to this file")
     detect.set_defaults(run=_detect)
     add_trust(detect)
+
+    submit = commands.add_parser("submit", help="write a recipe's sbatch script, show it, and submit it")
+    add_recipe(submit, "data.path=DIR")
+    _add_sbatch_options(submit)
+    submit.add_argument("--gpu", metavar="NAME", help="plan ZeRO stage and micro batch for this GPU, such as h100-80")
+    how = submit.add_mutually_exclusive_group()
+    how.add_argument("--yes", action="store_true", help="submit without asking")
+    how.add_argument("--print", action="store_true", help="show the script, and neither write nor submit it")
+    submit.set_defaults(run=_submit)
+    add_trust(submit)
+
+    sweep = commands.add_parser("sweep", help="train every point of a grid of settings, and compare the runs")
+    add_recipe(sweep, "optim.lr=1e-3,2e-3 run.seed=0..4")
+    sweep.add_argument("--out", metavar="DIR", help="around the runs' directories (default: runs/sweep_RECIPE)")
+    sweep.add_argument("--print", action="store_true", help="show the runs and how far they are, and stop")
+    sweep.add_argument("--ranks", type=count, help="of each run on this machine (default: one for each GPU)")
+    sweep.add_argument("--slurm", action="store_true", help="submit a job array, with the options below")
+    sweep.add_argument("--at-once", type=count, metavar="N", help="at most so many jobs of the array run at a time")
+    sweep.add_argument("--yes", action="store_true", help="submit without asking")
+    _add_sbatch_options(sweep)
+    sweep.set_defaults(run=_sweep)
+    add_trust(sweep)
+
+    status = commands.add_parser("status", help="show a run's progress, from its files")
+    add_run(status)
+    status.add_argument("--once", action="store_true", help="do not follow the run")
+    status.set_defaults(run=command("karat_scale.commands.status.status:show_status"))
+
+
+def _add_sbatch_options(parser: argparse.ArgumentParser) -> None:
+    for name, kind in _SBATCH.items():
+        more = ", such as 12:00:00 or 1-12" if name == "time" else ""
+        parser.add_argument(f"--{name}", type=kind, help=f"the option --{name} of sbatch{more}")
+    parser.add_argument("--venv", type=_SETTINGS["venv"], metavar="DIR", help="a virtual environment for the nodes")
+    for name in [*_SETTINGS][1:]:
+        variable = name.upper().replace("-", "_")
+        parser.add_argument(f"--{name}", help=f"{variable} of the scripts in slurm/")
+
+
+def check_run(options: argparse.Namespace) -> None:
+    """Refuse what is no run. Raises RunDirectoryError or RecipeError."""
+    from karat_scale.recipe.files import recipe_of_run
+
+    recipe_of_run(Path(options.run_dir))
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -119,46 +174,19 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from karat_scale.recipe.files import recipe_of_run
-
-    recipe_of_run(Path(options.run_dir))
+    check_run(options)
     if options.on is not None and not is_url(options.on) and not Path(options.on).expanduser().exists():
         raise DataError(f"{options.on} is no test set: there is no such directory")
-    what = (options.run_dir, options.overrides, options.checkpoint, options.weights)
     if options.severity and options.corrupt is None:
         raise UserError("--severity is of --corrupt; add it, or leave out --severity")
-    if options.on is not None or options.labels or options.corrupt is not None or options.split or options.name:
-        from karat_scale.commands.evaluate.command import Request, evaluate_on
-        from karat_scale.commands.evaluate.predictions import SEVERITIES
+    from karat_scale.commands.evaluate.command import evaluate_on, evaluate_run
 
-        request = Request(
-            on=options.on,
-            split=options.split,
-            labels=options.labels,
-            corrupt=options.corrupt,
-            severities=sorted(set(options.severity or SEVERITIES)),
-            name=options.name,
-        )
-        return evaluate_on(*what, request, options.json)
-    from karat_scale.commands.evaluate.command import evaluate_run
+    if options.on is not None or options.labels or options.corrupt is not None or options.split or options.name:
+        return call(evaluate_on, options)
     from karat_scale.training.tasks.classification.task import ClassificationTask
 
-    return evaluate_run(ClassificationTask, *what, options.json)
-
-
-def _replay(options: argparse.Namespace) -> int:
-    from karat_scale.recipe.files import recipe_of_run
-
-    recipe_of_run(Path(options.run_dir))
-    from karat_scale.commands.replay.command import replay
-
-    return replay(options.run_dir, options.step, options.images, options.out, options.json)
-
-
-def _fetch(options: argparse.Namespace) -> int:
-    from karat_scale.commands.fetch import fetch_run
-
-    return fetch_run(options.url, options.directory, options.checkpoint)
+    options.task_type = ClassificationTask
+    return call(evaluate_run, options)
 
 
 def _detect(options: argparse.Namespace) -> int:
@@ -171,16 +199,14 @@ def _detect(options: argparse.Namespace) -> int:
         from karat_scale.commands.evaluate.command import evaluate_run
         from karat_scale.training.tasks.detection.task import DetectionTask
 
-        what = (
-            options.recipe,
-            options.overrides,
-            options.checkpoint or "best",
-            options.weights or "auto",
-            options.json,
-        )
-        return evaluate_run(DetectionTask, *what)
-    for name in ("checkpoint", "weights", "json"):
-        if getattr(options, name):
+        checkpoint, weights = options.checkpoint or "best", options.weights or "auto"
+        return evaluate_run(DetectionTask, options.recipe, options.overrides, checkpoint, weights, options.json_file)
+    for name, value in {
+        "checkpoint": options.checkpoint,
+        "weights": options.weights,
+        "json": options.json_file,
+    }.items():
+        if value:
             raise UserError(f"--{name} is of --eval; add it, or leave out --{name}")
     recipe = load_recipe(options.recipe, options.overrides, DetectionRecipe)
     if options.print:
@@ -191,3 +217,37 @@ def _detect(options: argparse.Namespace) -> int:
     from karat_scale.training.tasks.detection.task import DetectionTask
 
     return train(DetectionTask, recipe)
+
+
+def _submit(options: argparse.Namespace) -> int:
+    if options.gpu:
+        known_gpu(options.gpu)
+    from karat_scale.commands.submit.sbatch import submit
+
+    options.job = _job(options)
+    return call(submit, options)
+
+
+def _job(options: argparse.Namespace) -> "Job":
+    """Return how the options of a command line submit a job."""
+    from karat_scale.commands.submit.sbatch import Job
+
+    given = {name: getattr(options, name.replace("-", "_")) for name in (*_SBATCH, *_SETTINGS)}
+    chosen = {name: str(value) for name, value in given.items() if value is not None and name in _SBATCH}
+    if "gpus-per-node" in chosen:  # one task for each GPU; one on a node without GPUs
+        chosen["ntasks-per-node"] = str(max(options.gpus_per_node, 1))
+    settings = {name.upper().replace("-", "_"): given[name] for name in _SETTINGS if given[name] is not None}
+    return Job(chosen, settings, "print" if options.print else "yes" if options.yes else "ask")
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from karat_scale.commands.sweep.command import sweep
+
+    job = _job(options)
+    if not options.slurm and (job.options or job.settings or options.at_once or options.yes):
+        raise UserError("options of SLURM have no effect without --slurm; add it, or remove them")
+    if options.slurm and options.ranks:
+        raise UserError(f"--ranks {options.ranks} is for this machine; with --slurm use --nodes and --gpus-per-node")
+    options.only_print, options.job = options.print, job if options.slurm else None
+    options.ranks = options.ranks or default_ranks()
+    return call(sweep, options)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from karat_scale.commands.analyze.maps import LastBlock
-from karat_scale.commands.analyze.output import new_figure, rendered, show_map
 from karat_scale.commands.analyze.trained_run import open_run
+from karat_scale.commands.figures import new_figure, rendered, show_map
 from karat_scale.data.batch import Batch
 from karat_scale.data.decoders import Decoder, make_decoder
 from karat_scale.data.decoders.decode import UndecodableImageError

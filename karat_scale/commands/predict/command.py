@@ -10,10 +10,10 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from karat_scale.commands.analyze.maps import LastBlock, NoMapError
@@ -41,42 +41,41 @@ from karat_scale.foundation.errors import RunDirectoryError, UserError
 from karat_scale.foundation.tables import EXTRAS, how_to_install, is_installed
 
 
-@dataclass(frozen=True)
-class Request:
-    """The options of `karat predict`."""
-
-    checkpoint: str = "best"
-    weights: str = "auto"
-    top: int = 5
-    batch: int = 32
-    json_file: str | None = None
-    csv_file: str | None = None
-    attention: str | None = None
-
-
-def predict(source: str, arguments: Sequence[str], request: Request) -> int:
+def predict(
+    model: str,
+    images: Sequence[str],
+    top: int,
+    batch: int,
+    checkpoint: str,
+    weights: str,
+    json_file: str | None,
+    csv_file: str | None,
+    attention: str | None,
+) -> int:
     """Predict and print; returns the exit code, 0 if at least one image was predicted, else 2.
 
     Args:
-        source: a run's directory or what `karat export` wrote.
-        arguments: files, folders and globs.
+        model: a run's directory or what `karat export` wrote.
+        images: files, folders and globs.
+        top: classes of each image.
+        attention: a directory for overlays.
 
     Raises:
         UserError: no such model, no such weights, or memory ran out.
     """
-    classifier = open_classifier(source, request.checkpoint, request.weights)
-    found = find_images(arguments)
+    classifier = open_classifier(model, checkpoint, weights)
+    found = find_images(images)
     if notice := left_out(found):
         print(f"note: {notice}", file=sys.stderr)
-    predictions = list(predict_files(classifier, found.files, request)) if found.files else []
+    predictions = list(predict_files(classifier, found.files, top, batch, attention)) if found.files else []
     predictions += [Prediction(name, error=reason) for name, reason in found.bad]
     bad = [one for one in predictions if one.error]
     good = len(predictions) - len(bad)
     if good:
-        weights = f"{source} {classifier.checkpoint} ({classifier.weights} weights)"
-        print_predictions(printable(f"{weights} on {device_name(classifier.device)}"), predictions)
-    write_json_lines(request.json_file, predictions)
-    write_csv(request.csv_file, predictions)
+        which = f"{model} {classifier.checkpoint} ({classifier.weights} weights)"
+        print_predictions(printable(f"{which} on {device_name(classifier.device)}"), predictions)
+    write_json_lines(json_file, predictions)
+    write_csv(csv_file, predictions)
     for one in bad:
         print(printable(f"{one.image}: {one.error}"), file=sys.stderr)
     print(f"{plural(good, 'image')} predicted, {len(bad)} failed")
@@ -104,24 +103,33 @@ def logits_of(
         batches.close()
 
 
-def predict_files(classifier: Classifier, files: Sequence[str], request: Request) -> Iterator[Prediction]:
+def predict_files(
+    classifier: Classifier, files: Sequence[str], top: int, batch_size: int = 32, attention: str | None = None
+) -> Iterator[Prediction]:
     """Yield the prediction of each file, in order. Raises UserError if memory runs out or no overlay can be written."""
-    maps = _maps(classifier) if request.attention else None
-    folder = _made(Path(request.attention).expanduser()) if maps and request.attention else None
+    maps, folder = None, Path(attention or "").expanduser()
+    if attention:
+        try:
+            maps = LastBlock.of(classifier.model, classifier.recipe.model)
+            folder.mkdir(parents=True, exist_ok=True)
+        except NoMapError as reason:
+            print(f"note: no attention overlays: {reason}", file=sys.stderr)
+        except OSError as error:
+            raise RunDirectoryError(f"--attention {folder}: {error.strerror}; name another directory") from None
     digits = len(str(len(files)))
     with progress("predict", len(files), "images") as advance:
-        for batch, logits in logits_of(classifier, files, request.batch, maps):
+        for batch, logits in logits_of(classifier, files, batch_size, maps):
             finite = logits.isfinite().all(1)
             reasons = dict.fromkeys(batch.sample_ids[~finite].tolist(), "the model's output is not finite")
             reasons |= bad_of(batch)
             for row, (number, guesses) in enumerate(
-                zip(batch.sample_ids.tolist(), _guesses(classifier, logits, request.top), strict=True)
+                zip(batch.sample_ids.tolist(), _guesses(classifier, logits, top), strict=True)
             ):
                 if number in reasons:
                     yield Prediction(files[number], error=reasons[number])
                     continue
                 overlay = ""
-                if maps and folder:
+                if maps:
                     path = folder / f"{number + 1:0{digits}}-{_shortened(Path(files[number]).stem)}.png"
                     title = f"{guesses[0].name} {guesses[0].probability:.1%}"
                     try:
@@ -140,36 +148,20 @@ def _guesses(classifier: Classifier, logits: Tensor, top: int) -> Iterator[tuple
         yield tuple(Guess(label, classifier.class_name(label), p) for label, p in zip(row, chances, strict=True))
 
 
-def _maps(classifier: Classifier) -> LastBlock | None:
-    try:
-        return LastBlock.of(classifier.model, classifier.recipe.model)
-    except NoMapError as reason:
-        print(f"note: no attention overlays: {reason}", file=sys.stderr)
-        return None
-
-
 def _shortened(stem: str) -> str:
     """Return at most 150 bytes of a name, of which a file system takes 255 with number, suffix and temporary name."""
     return os.fsencode(stem)[:150].decode(errors="ignore")
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunDirectoryError(f"--attention {folder}: {error.strerror}; name another directory") from None
-    return folder
 
 
 _EXTRA = "demo"
 _SHOWN = 5
 
 
-def serve(source: str, checkpoint: str, weights: str, port: int) -> int:
+def serve(model: str, checkpoint: str, weights: str, port: int) -> int:
     """Serve the page on the loopback interface until Ctrl-C; returns the exit code.
 
     Args:
-        source: a run's directory or what `karat export` wrote.
+        model: a run's directory or what `karat export` wrote.
         port: 0 for any free one.
 
     Raises:
@@ -177,18 +169,19 @@ def serve(source: str, checkpoint: str, weights: str, port: int) -> int:
     """
     if not is_installed(EXTRAS[_EXTRA].module):
         raise UserError(f"karat demo needs gradio; {how_to_install(_EXTRA)}")
-    classifier = open_classifier(source, checkpoint, weights)
+    classifier = open_classifier(model, checkpoint, weights)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, so that no upload stays
     with _uploads():
-        page = build_page(classifier, f"{source}, {classifier.checkpoint} ({classifier.weights} weights)")
+        page = build_page(classifier, f"{model}, {classifier.checkpoint} ({classifier.weights} weights)")
         url = open_page(page, port)
-        print(f"{url} classifies pictures with {source}; Ctrl-C ends it", flush=True)
+        print(f"{url} classifies pictures with {model}; Ctrl-C ends it", flush=True)
         page.block_thread()
     return 0
 
 
 def open_page(page: Any, port: int) -> str:
     """Serve a page to this machine's browsers; returns its address. Raises UserError if the port is taken."""
+    import gradio
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -198,7 +191,8 @@ def open_page(page: Any, port: int) -> str:
         _, url, _ = page.launch(
             server_name="127.0.0.1",
             server_port=port or None,
-            theme=_theme(),
+            # Its own fonts come from another server.
+            theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             app_kwargs={"middleware": [only_here]},
             quiet=True,
             show_error=True,  # such as that a file is no picture
@@ -222,17 +216,24 @@ def build_page(classifier: Classifier, title: str) -> Any:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio
 
-    shows_attention = _has_map(classifier)
+    shows_attention = True
+    try:
+        LastBlock.of(classifier.model, classifier.recipe.model)
+    except NoMapError:
+        shows_attention = False
 
     def classify(path: str | None) -> tuple[dict[str, float], Any]:
         if path is None:
             return {}, None
         with tempfile.TemporaryDirectory() as folder:
-            request = Request(top=_SHOWN, attention=folder if shows_attention else None)
-            (prediction,) = predict_files(classifier, [path], request)
+            overlays = folder if shows_attention else None
+            (prediction,) = predict_files(classifier, [path], _SHOWN, attention=overlays)
             if prediction.error:
                 raise gradio.Error(f"{Path(path).name}: {prediction.error}", print_exception=False)
-            overlay = _kept(prediction.overlay)
+            overlay = None
+            if prediction.overlay:
+                with Image.open(prediction.overlay) as image:  # whose file is about to be removed
+                    overlay = image.convert("RGB").copy()
         return {guess.name: guess.probability for guess in prediction.guesses}, overlay
 
     with gradio.Blocks(title=f"karat demo: {title}", analytics_enabled=False) as page:
@@ -245,28 +246,3 @@ def build_page(classifier: Classifier, title: str) -> Any:
         overlay = gradio.Image(label="where the last block looks", elem_id="overlay", visible=shows_attention)
         picture.change(classify, picture, [answers, overlay], api_name="classify")
     return page
-
-
-def _theme() -> Any:
-    """Return gradio's theme with the fonts of this machine; its own come from another server."""
-    import gradio
-
-    return gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-
-
-def _has_map(classifier: Classifier) -> bool:
-    try:
-        LastBlock.of(classifier.model, classifier.recipe.model)
-    except NoMapError:
-        return False
-    return True
-
-
-def _kept(overlay: str) -> Any:
-    """Return the pixels of an overlay, whose file is about to be removed."""
-    if not overlay:
-        return None
-    from PIL import Image
-
-    with Image.open(overlay) as image:
-        return image.convert("RGB").copy()

@@ -157,17 +157,17 @@ class Replayed:
     shown: ShownBatch
 
 
-def replay(run: str, step: int, count: int, out: str | None, json_file: str | None) -> int:
+def replay(run_dir: str, step: int, images: int, out: str | None, json_file: str | None) -> int:
     """Take a step again and print what was found; returns the exit code.
 
     Args:
         step: counted from 1, as `karat train` logs it.
-        count: at most this many images are drawn.
+        images: at most this many are drawn.
 
     Raises:
         UserError: no such run, no intact checkpoint before the step, or data that do not fit.
     """
-    opened = OpenRun.at(run, Recipe)
+    opened = OpenRun.at(run_dir, Recipe)
     directory, recipe = opened.directory, opened.recipe
     with distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world:
         with world.together():
@@ -175,13 +175,12 @@ def replay(run: str, step: int, count: int, out: str | None, json_file: str | No
         begin = world.broadcast(begin)
         _refuse_other_files(directory, recipe, step if not begin else 0)
         with _scratch(directory, recipe, begin, world) as again:
-            taken = _take(again, step, world, count)
+            taken = _take(again, step, world, images)
     if world.is_main:
         ranks = f"{len(taken.ranks)} x {taken.accumulation} micro batches"
         figures = _report(f"{directory.path}, step {step:,}, from {begin or 'the start'}, {ranks}", taken)
-        _show(taken.ranks, count, Path(out or f"{directory.path}-replay-{step}.png"))
-        if json_file:
-            write_json(json_file, {"run": run, "step": step, "checkpoint": begin or None, **figures})
+        _show(taken.ranks, images, Path(out or f"{directory.path}-replay-{step}.png"))
+        write_json(json_file, {"run": run_dir, "step": step, "checkpoint": begin or None, **figures})
     return 0
 
 

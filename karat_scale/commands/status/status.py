@@ -217,13 +217,13 @@ _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 48
 
 
-def show_status(run: str, once: bool = False) -> int:
-    """Show the state of the run in directory `run`; on a terminal until it ends or Ctrl-C. Returns the exit code.
+def show_status(run_dir: str, once: bool) -> int:
+    """Show the state of the run in directory `run_dir`; on a terminal until it ends or Ctrl-C. Returns the exit code.
 
     Raises:
         RunDirectoryError: this is not a run.
     """
-    console, path = Console(), Path(run)
+    console, path = Console(), Path(run_dir)
     standing = read_standing(path)
     if once or not console.is_terminal or standing.is_over:
         console.print(render(standing))

@@ -1,11 +1,11 @@
 """`karat submit`: fill in a recipe's sbatch script, show it, and submit it after confirmation."""
 
-import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,22 +26,67 @@ def slurm_home() -> Path:
     return shipped_directory("slurm").parent
 
 
-def submit(
-    recipe: str,
-    overrides: Sequence[str],
-    options: Mapping[str, str],
-    settings: Mapping[str, str],
-    decision: Literal["ask", "yes", "print"],
-    gpu: str | None = None,
-) -> int:
+@dataclass(frozen=True)
+class Job:
+    """How a job is submitted.
+
+    options: of sbatch, by their long names. settings: variables of the script, such as VENV.
+    """
+
+    options: Mapping[str, str]
+    settings: Mapping[str, str]
+    decision: Literal["ask", "yes", "print"]
+
+    def script(
+        self, name: str, options: Mapping[str, str], settings: Mapping[str, str], overrides: Sequence[str]
+    ) -> str:
+        """Return a script that runs one of slurm/ with these settings and overrides. The job's own come before them.
+
+        What it does not name is as in that script, or as in the environment.
+        """
+        directives = {**_directives(name), **options, **self.options}
+        environment = {} if {"VENV", "CONDA_ENV", "CONTAINER"} & self.settings.keys() else _this_environment()
+        filled = {"KARAT_HOME": str(slurm_home()), **settings, **environment, **self.settings}
+        lines = ["#!/usr/bin/env bash", "# Written by karat. To resume after a failure, submit it again.", ""]
+        for key, value in directives.items():
+            quoted = f'"{value}"' if " " in value else value  # sbatch splits a line at other blanks
+            lines.append(f"#SBATCH --{key}={quoted}" if value else f"#SBATCH --{key}")
+        if not {"account", "partition"} <= self.options.keys():
+            lines += ["# Many sites need these two options. Remove one # from each line to set them:"]
+            lines += [f"##SBATCH --{key}=" for key in ("account", "partition") if key not in self.options]
+        lines += ["", *(f"{key}={shlex.quote(value)}" for key, value in filled.items())]
+        lines += [f"set -- {shlex.join(overrides)}".rstrip(), f'source "$KARAT_HOME/slurm/{name}"']
+        return "\n".join(lines) + "\n"
+
+    def submit(self, script: Path, text: str, files: Mapping[Path, str], refused: str) -> str | None:
+        """Show the script and, unless it is only shown, write it and other files, and submit it if the user agrees.
+
+        refused: names what says where, if it cannot be written. Returns the number of the job if it was submitted.
+        """
+        print(text, end="" if self.decision == "print" else "\n")
+        if self.decision == "print":
+            return None
+        try:
+            for path, content in {**files, script: text}.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, content)
+        except OSError as error:
+            raise UserError(f"{refused}: {error.strerror}; choose another {refused.partition(' ')[0]}") from None
+        has_terminal = sys.stdin.isatty()
+        if self.decision == "ask" and not (
+            has_terminal and input("submit this? [y/N] ").strip().lower() in ("y", "yes")
+        ):
+            print(f"not submitted; when you want to: sbatch {script}")
+            return None
+        return sbatch(script)
+
+
+def submit(recipe: str, overrides: Sequence[str], job: Job, gpu: str | None) -> int:
     """Write RUN/submit.sh, show it, and submit it if the user has said yes or agrees on the terminal.
 
     Args:
         recipe: a shipped recipe's name or the path of a YAML file.
         overrides: `key=value` of the recipe.
-        options: of sbatch, by their long names.
-        settings: variables at the top of the script, such as VENV.
-        decision: ask, do not ask, or only show the script and write nothing.
         gpu: the kind of GPU to plan for. Stage and micro batch are then the plan's, unless `overrides` set them.
 
     Raises:
@@ -50,49 +95,34 @@ def submit(
     resolved = load_recipe(recipe, overrides)
     check_ds_config(resolved)
     run = Path(resolved.run.dir).expanduser().absolute()
-    named = recipe if recipe in shipped_recipes() else str(Path(recipe).resolve())
-    own, directory = ("run.dir=", "data.path="), dataset_directory(resolved.data.path)
-    kept = [override for override in overrides if not override.startswith(own)]
+    directory = dataset_directory(resolved.data.path)
+    kept = [override for override in overrides if not override.startswith(("run.dir=", "data.path="))]
     filled = {
-        "KARAT_HOME": str(slurm_home()),
-        "RECIPE": named,
+        "RECIPE": recipe if recipe in shipped_recipes() else str(Path(recipe).resolve()),
         "SHARDS": absolute_path(resolved.data.path),
         "RUN": str(run),
-        **with_environment(settings),
     }
-    template = (slurm_home() / "slurm" / SCRIPT).read_text(encoding="utf-8")
-    with redirect_stdout(sys.stderr if decision == "print" else sys.stdout):
-        kept += planned_overrides(resolved, overrides, _ranks(template, options), gpu)
-    script = run / "submit.sh"
+    asked = {**_directives(SCRIPT), **job.options}
+    ranks = int(asked["nodes"]) * int(asked["ntasks-per-node"])
+    with redirect_stdout(sys.stderr if job.decision == "print" else sys.stdout):
+        kept += planned_overrides(resolved, overrides, ranks, gpu)
     output = {"job-name": resolved.run.name, "output": str(run / "%x-%j.out")}
-    text = fill(template, {**output, **options}, filled, kept)
-    print(text, end="" if decision == "print" else "\n")
+    text = job.script(SCRIPT, output, filled, kept)
     if resolved.data.row.files is not None and isinstance(directory, Path) and not directory.exists():
         print(f"note: data.path = {resolved.data.path} is not on this machine; the job needs it", file=sys.stderr)
-    if decision == "print":
-        if not run.is_dir():
-            print(
-                f"note: without this, SLURM cannot write the job's output: mkdir -p {shlex.quote(str(run))}",
-                file=sys.stderr,
-            )
-        return 0
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        write_atomically(script, text)
-    except OSError as error:
-        raise UserError(f"run.dir = {run}: {error.strerror}; choose another run.dir") from None
-    if not (decision == "yes" or agrees()):
-        print(f"not submitted; when you want to: sbatch {script}")
-        return 0
-    print(f"job {sbatch(script)} is submitted; see it with: karat status {run}")
+    if job.decision == "print" and not run.is_dir():
+        needed = f"mkdir -p {shlex.quote(str(run))}"
+        print(f"note: without this, SLURM cannot write the job's output: {needed}", file=sys.stderr)
+    if number := job.submit(run / "submit.sh", text, {}, f"run.dir = {run}"):
+        print(f"job {number} is submitted; see it with: karat status {run}")
     return 0
 
 
-def with_environment(settings: Mapping[str, str]) -> dict[str, str]:
-    """Return a script's settings with the environment that karat runs in, unless they name another one."""
-    if {"VENV", "CONDA_ENV", "CONTAINER"} & settings.keys():
-        return dict(settings)
-    return {**_this_environment(), **settings}
+def _directives(name: str) -> dict[str, str]:
+    """Return the options of sbatch that a script of slurm/ has."""
+    lines = (slurm_home() / "slurm" / name).read_text(encoding="utf-8").splitlines()
+    options = [line.removeprefix("#SBATCH --").partition("=") for line in lines if line.startswith("#SBATCH --")]
+    return {key: value for key, _, value in options}
 
 
 def _this_environment() -> dict[str, str]:
@@ -100,50 +130,6 @@ def _this_environment() -> dict[str, str]:
     if (Path(sys.prefix) / "bin" / "activate").is_file() and sys.prefix != sys.base_prefix:
         return {"VENV": sys.prefix}
     return {"CONDA_ENV": sys.prefix} if (Path(sys.prefix) / "conda-meta").is_dir() else {}
-
-
-def fill(template: str, options: Mapping[str, str], settings: Mapping[str, str], overrides: Sequence[str]) -> str:
-    """Return a shipped script with its #SBATCH lines, settings and overrides replaced, and without advice on them."""
-    shebang, *written = template.splitlines()
-    lines = [shebang, "# Written by karat. To resume after a failure, submit it again."]
-    left = dict(options)
-    advice = [number for number, line in enumerate(written) if line.startswith("# ")]
-    sites = next(number for number in advice if "Many sites need" in written[number])
-    dropped = {number for number in advice if number < written.index("")}
-    dropped |= {sites} if {"account", "partition"} <= options.keys() else set()
-    for line in (line for number, line in enumerate(written) if number not in dropped and line != "#"):
-        option = re.match(r"##?SBATCH --([a-z-]+)=", line)
-        setting = re.match(r"([A-Z_]+)=\$\{\1:-.*?\}(\s+#.*)?$", line)
-        if option and option[1] in left:
-            lines.append(_directive(option[1], left.pop(option[1])))
-        elif setting and setting[1] in settings:
-            lines.append(f"{setting[1]}={shlex.quote(settings[setting[1]])}")
-        elif re.match(r"KARAT_HOME=", line) and "KARAT_HOME" in settings:
-            lines.append(f"KARAT_HOME={shlex.quote(settings['KARAT_HOME'])}")
-        else:
-            lines.append(line.replace('"$@"', " ".join(map(shlex.quote, overrides))).rstrip())
-    last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
-    lines[last + 1 : last + 1] = [_directive(name, value) for name, value in left.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _ranks(template: str, options: Mapping[str, str]) -> int:
-    """Return the number of ranks of a job with these options of sbatch; the script has the defaults."""
-    of_script = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\d+)$", template, flags=re.MULTILINE))
-    asked = {**of_script, **options}
-    return int(asked["nodes"]) * int(asked["ntasks-per-node"])
-
-
-def _directive(name: str, value: str) -> str:
-    """Quote an option: sbatch splits a line at blanks, except within double quotes."""
-    return f'#SBATCH --{name}="{value}"' if " " in value else f"#SBATCH --{name}={value}"
-
-
-def agrees() -> bool:
-    """Ask on the terminal; False where there is none."""
-    if not sys.stdin.isatty():
-        return False
-    return input("submit this? [y/N] ").strip().lower() in ("y", "yes")
 
 
 def sbatch(script: Path) -> str:

@@ -11,19 +11,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from karat_scale.commands.submit.sbatch import agrees, fill, sbatch, slurm_home, with_environment
+from karat_scale.commands.submit.sbatch import Job
 from karat_scale.commands.sweep.grid import PlannedRun, State, Sweep
 from karat_scale.data.shards.shard_format import absolute_path
 from karat_scale.foundation.console import ProgressBars, duration, plural, printable, terminal
 from karat_scale.foundation.errors import EXIT_STOPPED, UserError
-from karat_scale.foundation.files import open_to_read, parse_json, write_atomically
+from karat_scale.foundation.files import open_to_read, parse_json
 from karat_scale.foundation.machine import LAUNCHED
 from karat_scale.recipe.loading import text_digest
 from karat_scale.training.signals import STOP_SIGNALS
@@ -40,11 +39,7 @@ def run_sweep(sweep: Sweep, ranks: int = 1) -> dict[str, str]:
         StoppedSweepError: a signal stopped it.
     """
     waiting = [run for run in sweep.runs if run.state in (State.NEW, State.UNFINISHED)]
-    logs = sweep.out / "logs"
-    try:
-        logs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {sweep.out}: {error.strerror}; choose another directory") from None
+    logs = make_logs(sweep)
     failures = {}
     with _Shown(len(waiting), len(sweep.runs) - len(waiting)) as shown, _Child() as child:
         for number, run in enumerate(waiting):
@@ -59,6 +54,16 @@ def run_sweep(sweep: Sweep, ranks: int = 1) -> dict[str, str]:
                 failures[run.point.name] = _why(code, log)
             shown.end(run, failures.get(run.point.name))
     return failures
+
+
+def make_logs(sweep: Sweep) -> Path:
+    """Make OUT/logs, and return it. Raises UserError."""
+    logs = sweep.out / "logs"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {sweep.out}: {error.strerror}; choose another directory") from None
+    return logs
 
 
 class StoppedSweepError(Exception):
@@ -219,80 +224,44 @@ def _why(code: int, log: Path) -> str:
 SCRIPT = "sweep_grid.sh"
 
 
-@dataclass(frozen=True)
-class Submission:
-    """How a job array is submitted.
-
-    Attributes:
-        options: of sbatch, by their long names.
-        settings: variables at the top of the script, such as VENV.
-        at_once: at most so many elements run at a time.
-        is_agreed: do not ask.
-    """
-
-    options: Mapping[str, str]
-    settings: Mapping[str, str]
-    at_once: int | None = None
-    is_agreed: bool = False
-
-
-def submit_sweep(sweep: Sweep, how: Submission, only_print: bool) -> None:
+def submit_sweep(sweep: Sweep, job: Job, at_once: int | None) -> None:
     """Write OUT/sweep.sh and a folder in OUT/points, show the script, and submit it if the user agrees.
 
-    With `only_print`, only show the script.
+    at_once: at most so many elements run at a time.
 
     Raises:
         UserError: a file cannot be written, or sbatch refuses the script.
     """
     elements = [number for number, run in enumerate(sweep.runs) if run.state in (State.NEW, State.UNFINISHED)]
     out = sweep.out.absolute()
+    script = out / "sweep.sh"
     points = [_point(run) for run in sweep.runs]
     # A folder for each grid: elements of earlier arrays may be waiting, or come back, and read theirs.
     folder = out / "points" / text_digest("".join(points))[:12]
+    places = {absolute_path(run.recipe.data.path) for run in sweep.runs}  # type: ignore[attr-defined]
+    if len(places) > 1 and "STAGE" in job.settings:
+        raise UserError(f"--stage {job.settings['STAGE']} copies one data set, but data.path varies; leave --stage out")
     filled = {
-        "KARAT_HOME": str(slurm_home()),
         "TASK": sweep.command,
         "RECIPE": sweep.recipe,
-        "SHARDS": _shards(sweep, how),
+        "SHARDS": places.pop() if len(places) == 1 else "",  # else each point has its own
         "POINTS": str(folder),
-        **with_environment(how.settings),
     }
-    array = ranges(elements) + (f"%{how.at_once}" if how.at_once else "")
+    array = ranges(elements) + (f"%{at_once}" if at_once else "")
     output = {"job-name": out.name, "output": str(out / "logs" / "%A_%a.out"), "array": array}
-    template = (slurm_home() / "slurm" / SCRIPT).read_text(encoding="utf-8")
     kept = [setting for setting in sweep.shared if not setting.startswith("data.path=")]
-    text = fill(template, {**output, **how.options}, filled, kept)
-    print(text, end="" if only_print else "\n")
-    script = out / "sweep.sh"
-    if only_print:
+    text = job.script(SCRIPT, output, filled, kept)
+    if job.decision != "print":
+        make_logs(sweep)
+    files = {folder / str(number): point for number, point in enumerate(points)}
+    if number := job.submit(script, text, files, f"--out {sweep.out}"):
+        print(f"job {number} is submitted: {plural(len(elements), 'run')}")
+    if job.decision == "print":
         print(
             "note: --print writes nothing, and the job reads files beside this script; to submit it yourself, leave "
             f"--print out, answer n, and run: sbatch {script}",
             file=sys.stderr,
         )
-        return
-    try:
-        for directory in (folder, out / "logs"):
-            directory.mkdir(parents=True, exist_ok=True)
-        for number, point in enumerate(points):
-            write_atomically(folder / str(number), point)
-        write_atomically(script, text)
-    except OSError as error:
-        raise UserError(f"--out {sweep.out}: {error.strerror}; choose another directory") from None
-    if not (how.is_agreed or agrees()):
-        print(f"not submitted; when you want to: sbatch {script}")
-        return
-    print(f"job {sbatch(script)} is submitted: {plural(len(elements), 'run')}")
-
-
-def _shards(sweep: Sweep, how: Submission) -> str:
-    """Return the script's SHARDS: the data of all runs. It is empty if data.path varies, for each point has its own."""
-    places = {absolute_path(run.recipe.data.path) for run in sweep.runs}  # type: ignore[attr-defined]
-    if len(places) == 1:
-        return places.pop()
-    if "STAGE" in how.settings:
-        raise UserError(f"--stage {how.settings['STAGE']} copies one data set, but data.path varies; leave --stage out")
-    return ""
 
 
 def _point(run: PlannedRun) -> str:

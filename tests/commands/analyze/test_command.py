@@ -6,19 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from karat_scale.commands.analyze.command import ANALYSES, JOINT, OWN, unique_labels
+from karat_scale.commands.analyze.analyses import ANALYSES
+from karat_scale.commands.analyze.command import unique_labels
 from karat_scale.commands.analyze.trained_run import TrainedRun
 from karat_scale.commands.cli import main
-from karat_scale.commands.parsers.results import ANALYSES as NAMES
 from tests.commands.analyze.browser import Browser
 from tests.conftest import karat
 
 QUICK = ("--images", "4", "--grid", "3", "--samples", "8", "--hessian-samples", "4", "--image", "0", "5")
-
-
-def test_the_parser_names_the_analyses_there_are() -> None:
-    assert tuple(ANALYSES) == NAMES
-    assert {*JOINT, *OWN} == {*ANALYSES}
 
 
 @pytest.mark.slow
@@ -31,7 +26,7 @@ def test_two_runs_side_by_side(
     assert not [line for line in printed if line.startswith("error:")]
     assert "note: functions of softmax: attention.kind = softmax has no learned functions" in printed
     assert any(line.startswith("note: robustness: not measured") for line in printed)
-    for name in OWN:
+    for name in (name for name, analysis in ANALYSES.items() if not analysis.of_all):
         for label in ("karat", "softmax"):
             if (name, label) != ("functions", "softmax"):
                 assert json.loads((out / name / label / "numbers.json").read_text()), (name, label)

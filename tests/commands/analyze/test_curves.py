@@ -6,7 +6,7 @@ import torch
 
 from karat_scale.attention import KaratOperator
 from karat_scale.attention.bases import BASES, make_basis
-from karat_scale.commands.analyze.history import ScoreHistogram, energy_per_frequency, unit_curves
+from karat_scale.commands.analyze.functions import ScoreHistogram, energy_per_frequency, unit_curves
 
 
 @torch.no_grad()

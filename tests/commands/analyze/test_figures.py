@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 from matplotlib.figure import Figure
 
-from karat_scale.commands.analyze.output import INK, OWN_LIMITS, new_figure, rendered, share_axes, show_map, themed
+from karat_scale.commands.figures import INK, OWN_LIMITS, new_figure, rendered, share_axes, show_map, themed
 
 
 def line(values: list[float], label: str = "") -> Figure:

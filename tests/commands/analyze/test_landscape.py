@@ -5,11 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from karat_scale.commands.analyze.landscape import analyze_landscape
-from karat_scale.commands.analyze.result import Settings
+from karat_scale.commands.analyze import landscape
+from karat_scale.commands.analyze.result import Result, Settings
 from karat_scale.commands.analyze.trained_run import TrainedRun
 
 QUICK = Settings(grid=3, samples=8)
+
+
+def analyze_landscape(run: TrainedRun, settings: Settings, directory: Path) -> Result:
+    return landscape.analyze_landscape(run, dataclasses.replace(settings, directory=directory))
 
 
 def test_of_a_real_run(any_run: TrainedRun, tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.commands.analyze.output import new_figure, read_written, write_result
 from karat_scale.commands.analyze.report import Problem, RunSummary, write_report
-from karat_scale.commands.analyze.result import Result, Table, Tile
+from karat_scale.commands.analyze.result import Result, Settings, Table, Tile, read_written, write_result
+from karat_scale.commands.figures import new_figure
 
 PICTURE = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -40,7 +40,7 @@ def make_page(tmp_path: Path) -> Path:
     result.figures[NASTY] = figure, NASTY
     result.tables.append(Table(NASTY, ["class", NASTY], [[NASTY, 1.23456], ["b", None], ["c", -30]]))
     result.galleries[NASTY] = [Tile(NASTY, [NASTY, "50 %"], PICTURE)]
-    written = write_result(result, tmp_path / "spectrum", "run")
+    written = write_result(result, "run", Settings(directory=tmp_path / "spectrum"))
     runs = [RunSummary(NASTY, {"directory": NASTY}, NASTY), RunSummary("other", {}, "12.5 % top-1")]
     path = tmp_path / "report.html"
     problems = [Problem(("Attention maps", "Accuracy"), "other", NASTY), Problem(("Sharpness",), "other", NASTY, True)]

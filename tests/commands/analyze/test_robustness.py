@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from karat_scale.commands.analyze.history import analyze_robustness
 from karat_scale.commands.analyze.result import NothingToShowError
-from karat_scale.commands.analyze.robustness import analyze_robustness
 from karat_scale.commands.analyze.trained_run import TrainedRun
 from karat_scale.commands.evaluate.predictions import Evaluation, is_complete, keep_evaluation
 

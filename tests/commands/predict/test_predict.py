@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from karat_scale.commands.predict.classifier import find_images, open_classifier
-from karat_scale.commands.predict.command import Request, logits_of, predict_files
+from karat_scale.commands.predict.command import logits_of, predict_files
 from karat_scale.engine.engine import forward_for_evaluation
 from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
 from karat_scale.recipe import Recipe
@@ -163,7 +163,7 @@ def test_an_output_that_is_not_finite_is_no_prediction(run: Path, image_folder: 
     classifier = open_classifier(str(run), "best", "raw")
     classifier.model.head.bias.data[2] = torch.nan
     files = find_images([str(image_folder / "val" / "class0")]).files
-    predictions = list(predict_files(classifier, files, Request()))
+    predictions = list(predict_files(classifier, files, 5))
     assert [one.error for one in predictions] == ["the model's output is not finite"] * VAL_PER_CLASS
 
 

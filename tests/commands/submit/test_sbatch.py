@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.commands.cli import main
-from karat_scale.commands.submit.sbatch import SCRIPT, fill, slurm_home
+from karat_scale.commands.submit.sbatch import SCRIPT, Job
 from tests.commands.status.terminal import on_a_terminal
 from tests.conftest import karat
 
@@ -31,8 +31,8 @@ def test_the_script_has_everything_filled_in(tmp_path: Path) -> None:
     assert f"VENV={venv}" in lines
     assert f"RUN='{run}'" in lines
     assert "RECIPE=imagenet_vit_tiny_g3b" in lines
-    assert '"$@"' not in text
-    assert text.count("optim.lr=1e-3") == 2
+    assert "set -- optim.lr=1e-3" in lines
+    assert lines[-1] == f'source "$KARAT_HOME/slurm/{SCRIPT}"'
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
 
 
@@ -97,10 +97,12 @@ def test_another_environment_replaces_the_one_that_karat_runs_in(tmp_path: Path,
 
 
 def test_an_option_the_script_does_not_have_is_added_to_the_others() -> None:
-    template = (slurm_home() / "slurm" / SCRIPT).read_text()
-    lines = fill(template, {"qos": "debug"}, {}, []).splitlines()
-    sbatch = [line for line in lines if line.startswith("#SBATCH")]
-    assert sbatch[-1] == "#SBATCH --qos=debug"
+    lines = Job({"qos": "debug", "nodes": "3"}, {}, "print").script(SCRIPT, {}, {}, []).splitlines()
+    directives = [line for line in lines if line.startswith("#SBATCH")]
+    assert directives[-1] == "#SBATCH --qos=debug"
+    assert [line for line in directives if "nodes" in line] == ["#SBATCH --nodes=3"]
+    assert "#SBATCH --requeue" in directives
+    assert "set --" in lines  # sourced, a script would get the arguments of a caller
 
 
 def test_a_bad_recipe_writes_nothing(tmp_path: Path, capsys) -> None:
