@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from karat_scale.commands.compare.summary import Count, Figures, Number, Percent
+from karat_scale.commands.compare.finished import Count, Figures, Number, Percent
 
 Line = Annotated[str, Field(pattern=r"^[^|\x00-\x1f]*$")]  # a cell of a table
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from karat_scale.commands.compare.summary import read_summary
+from karat_scale.commands.compare.finished import read_summary
 from karat_scale.commands.evaluate.predictions import read_evaluations
 from karat_scale.foundation.errors import RunDirectoryError, UserError
 from karat_scale.foundation.files import parse_json, sealed

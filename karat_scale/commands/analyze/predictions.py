@@ -8,7 +8,7 @@ with the attention of the last block on them. Predictions are computed once, and
 import io
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,19 +20,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from karat_scale.checkpoint.store import MANIFEST
 from karat_scale.commands.analyze.maps import LastBlock, NoMapError
 from karat_scale.commands.analyze.result import Result, Settings, Table, Tile, say_cost
 from karat_scale.commands.analyze.trained_run import TrainedRun
-from karat_scale.commands.evaluate.command import collect
+from karat_scale.commands.evaluate.command import collect, identity_of
 from karat_scale.commands.evaluate.predictions import Predictions, read_predictions, write_predictions
 from karat_scale.commands.figures import INK, new_figure, show_map
-from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import forward_for_evaluation
 from karat_scale.foundation.errors import DataError
-from karat_scale.foundation.files import file_sha256, json_sha256
 
 FILE = "predictions.npz"
 
@@ -45,11 +42,11 @@ def predictions_of(run: TrainedRun, settings: Settings, result: Result) -> Predi
     Raises:
         UserError: the run has no checkpoint, or its data cannot be read.
     """
-    identity = _identity(run)
+    identity = identity_of(run, **run.data_identity)
     path = run.path / FILE
     known: Predictions | None = run.shared.get(FILE) or read_predictions(path, identity)
     if known is None:
-        known = _compute(run, settings, identity)
+        known = replace(_computed(run, settings), identity=identity)
         try:
             write_predictions(path, known)
         except OSError as error:
@@ -58,9 +55,7 @@ def predictions_of(run: TrainedRun, settings: Settings, result: Result) -> Predi
     return known
 
 
-def _compute(run: TrainedRun, settings: Settings, identity: str) -> Predictions:
-    recipe = run.recipe
-    backend = open_backend(ImageSpec.of(recipe))
+def _computed(run: TrainedRun, settings: Settings) -> Predictions:
     started = time.perf_counter()
 
     def told(done: int, total: int, _: object) -> None:
@@ -69,35 +64,12 @@ def _compute(run: TrainedRun, settings: Settings, identity: str) -> Predictions:
             say_cost(settings, "predicting the validation split", total, seconds, hint)
         settings.progress("predict the validation split", done, total)
 
-    try:
+    with closing(open_backend(ImageSpec.of(run.recipe))) as backend:
         run.refuse_other_classes(backend.classes)
-        forward = forward_for_evaluation(run.model(), recipe.train, run.device)
-        predictions = collect(
-            forward,
-            backend.eval_batches,
-            backend.num_val,
-            recipe.train.eval_batch,
-            Normalize(recipe.augment.mean, recipe.augment.std),
-            World(0, 1, 0, run.device),
-            told,
-        )
-        return replace(predictions, classes=backend.classes, identity=identity)
-    finally:
-        backend.close()
-
-
-def _identity(run: TrainedRun) -> str:
-    recipe = run.recipe
-    return json_sha256(
-        {
-            "manifest": file_sha256(run.store.root / run.chosen / MANIFEST),
-            "weights": run.weights_kind,
-            "model": recipe.model.model_dump(mode="json"),
-            "augment": [recipe.augment.interpolation, recipe.augment.eval_crop],
-            "precision": recipe.train.precision,
-            "data": run.data_identity,
-        }
-    )
+        forward = forward_for_evaluation(run.model(), run.recipe.train, run.device)
+        alone = World(0, 1, 0, run.device)
+        found = collect(forward, backend.eval_batches, backend.num_val, run.recipe, alone, told)
+        return replace(found, classes=backend.classes)
 
 
 MOST_NAMED = 30
@@ -116,18 +88,15 @@ def analyze_accuracy(run: TrainedRun, settings: Settings) -> Result:
     predictions = predictions_of(run, settings, result)
     scores = predictions.scores
     matrix = confusion(predictions)
-    per_class = class_figures(predictions, matrix)
     result.numbers = {"images": len(predictions), "unreadable": predictions.bad, **scores}
-    result.numbers["classes"] = [
-        dict(zip(("class", "images", "accuracy", "precision", "taken_for"), row, strict=True)) for row in per_class
-    ]
+    columns = {"class": "class", "images": "images", "accuracy": "accuracy, %"}
+    columns |= {"precision": "precision, %", "taken_for": "most often taken for"}
+    result.add_records("classes", class_figures(predictions, matrix), "Accuracy of each class", columns)
     result.arrays = {"confusion": matrix}
     result.figures["confusion"] = (
         _draw_confusion(predictions, matrix),
         "Rows: the images of a class. Columns: the class that the model says, in percent of the row.",
     )
-    columns = ["class", "images", "accuracy, %", "precision, %", "most often taken for"]
-    result.tables.append(Table("Accuracy of each class", columns, per_class))
     result.tables.append(_confused_pairs(predictions, matrix))
     if predictions.bad:
         result.notes.append(f"{predictions.bad} images of the split cannot be read and are left out")
@@ -299,21 +268,18 @@ def analyze_mistakes(run: TrainedRun, settings: Settings) -> Result:
     result = Result()
     predictions = predictions_of(run, settings, result)
     chosen = {
-        "The most confident mistakes": most_confident_mistakes(predictions),
-        "Hits with the lowest probability": least_certain_hits(predictions),
+        "mistakes": ("The most confident mistakes", most_confident_mistakes(predictions).tolist()),
+        "close_calls": ("Hits with the lowest probability", least_certain_hits(predictions).tolist()),
     }
-    places = np.concatenate(list(chosen.values()))
-    pictures: dict[int, bytes] = {}
-    for sample_id, png in _pictures(run, settings, result, predictions.ids[places].tolist()):
-        pictures[sample_id] = png
-    for title, own in chosen.items():
-        shown = [place for place in own.tolist() if int(predictions.ids[place]) in pictures]
+    ids = [int(predictions.ids[place]) for _, places in chosen.values() for place in places]
+    pictures = dict(_pictures(run, settings, result, ids))
+    for name, (title, places) in chosen.items():
+        shown = [place for place in places if int(predictions.ids[place]) in pictures]
         if shown:
             result.galleries[title] = [_tile(predictions, place, pictures) for place in shown]
         else:
             result.notes.append(f"{title.lower()}: none")
-    names = dict(zip(("mistakes", "close_calls"), chosen.values(), strict=True))
-    result.numbers = {name: [_described(predictions, place) for place in own.tolist()] for name, own in names.items()}
+        result.numbers[name] = [_described(predictions, place) for place in places]
     return result
 
 

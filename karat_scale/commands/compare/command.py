@@ -1,6 +1,7 @@
 """`karat compare RUN...`: reads the runs, prints the tables, and writes the files of `--out`.
 
-The files are Markdown, CSV, figures, and one HTML page that opens offline.
+The files are Markdown, CSV, figures, and one HTML page that opens offline. A curve is a score over steps, samples or
+hours: the mean of a group, and its spread as a band.
 """
 
 import csv
@@ -9,14 +10,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from karat_scale.commands.compare.comparison import Comparison, Table, compare_groups
+import numpy as np
+import numpy.typing as npt
+
+from karat_scale.commands.compare.comparison import Comparison, Group, Table, compare_groups
 from karat_scale.commands.compare.finished import MEASURES, SCORES, FinishedRun, read_run
-from karat_scale.commands.compare.grouping import draw_curves
+from karat_scale.commands.figures import COLOURS, new_figure, rendered
 from karat_scale.foundation.console import print_table, printable, write_json
 from karat_scale.foundation.errors import UserError, on_one_line
 from karat_scale.foundation.files import write_atomically
 from karat_scale.foundation.html_page import render_page
 
+AXES = ("steps", "samples", "hours")
+_STYLES = ("-", "--", ":")  # tell groups apart whose colours are the same
+_LONGEST = 60  # characters of a label in a legend
+Array = npt.NDArray[np.float64]
 _SHOWN_KEYS = 3  # of those that differ, on a terminal
 
 
@@ -36,7 +44,12 @@ def compare_runs(
     """
     usable, notes = _read(runs)
     if not usable:
-        raise UserError(f"no run to compare: {notes[0]}" if len(notes) == 1 else _none_of(notes))
+        for line in notes if len(notes) > 1 else ():
+            print(on_one_line(line), file=sys.stderr)
+        why = (
+            notes[0] if len(notes) == 1 else f"none of the {len(notes)} is finished and whole; the lines above say why"
+        )
+        raise UserError(f"no run to compare: {why}")
     comparison, repeated = compare_groups(usable, metric)
     notes += [f"left out: {line}" for line in repeated]
     machines = dict.fromkeys(run.machine for run in usable)
@@ -74,12 +87,6 @@ def _read(paths: Sequence[str]) -> tuple[list[FinishedRun], list[str]]:
         if note := runs[place].damage:
             notes.append(f"note: {note}")
     return list(runs.values()), notes
-
-
-def _none_of(notes: Sequence[str]) -> str:
-    for line in notes:
-        print(on_one_line(line), file=sys.stderr)
-    return f"no run to compare: none of the {len(notes)} is finished and whole; the lines above say why"
 
 
 def write_files(directory: Path, comparison: Comparison, notes: Sequence[str]) -> list[Path]:
@@ -156,3 +163,48 @@ def _escaped(text: str) -> str:
     for sign in "|<*`[":
         text = text.replace(sign, f"\\{sign}")
     return text
+
+
+def draw_curves(groups: Sequence[Group], score: str) -> dict[str, bytes]:
+    """Return a PNG for each axis. A group whose runs share no range of steps is not in it."""
+    pictures = {}
+    for axis in AXES:
+        figure = new_figure(6, 3.6 + 0.2 * len(groups))
+        axes = figure.subplots()
+        for number, group in enumerate(groups):
+            if (band := mean_and_spread(group, score, axis)) is None:
+                continue
+            x, mean, deviation = band
+            label = f"{group.label[:_LONGEST]}, n = {len(group.runs)}".replace("$", r"\$")
+            style = _STYLES[number // len(COLOURS) % len(_STYLES)]
+            (line,) = axes.plot(x, mean, style, marker="o", markersize=3, label=label)
+            axes.fill_between(x, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.set(xlabel=axis, ylabel=SCORES[score].title)
+        if axes.lines:
+            figure.legend(loc="outside lower center")
+        pictures[axis] = rendered(figure)
+    return pictures
+
+
+def mean_and_spread(group: Group, score: str, axis: str) -> tuple[Array, Array, Array] | None:
+    """Return x, mean and standard deviation (0 of a single run); None if the runs share no range of steps.
+
+    Runs are compared at equal steps, over all steps at which one of them was evaluated; a run that was not is
+    interpolated. Over hours, x is the mean of the runs' hours at those steps.
+    """
+    curves = []
+    for run in group.runs:
+        if rows := [(p.step, p.samples, p.hours, p.scores[score]) for p in run.curve if score in p.scores]:
+            curves.append(np.array(rows, np.float64))
+    if not curves:
+        return None
+    low, high = max(curve[0, 0] for curve in curves), min(curve[-1, 0] for curve in curves)
+    steps = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
+    steps = steps[(steps >= low) & (steps <= high)]
+    if not len(steps):
+        return None
+    column = AXES.index(axis)
+    x = np.mean([np.interp(steps, curve[:, 0], curve[:, column]) for curve in curves], axis=0)
+    values = np.array([np.interp(steps, curve[:, 0], curve[:, -1]) for curve in curves])
+    deviation = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(len(steps))
+    return x, values.mean(axis=0), deviation

@@ -1,8 +1,11 @@
-"""The statistics of a comparison: each group's spread over seeds, and its differences from the first group.
+"""The comparison of groups of runs that differ by their seed alone, as tables and as plain data.
 
-Differences are paired by seed, and come with what may be said of them; all as tables and as plain data.
+Each group has a spread over seeds, and differences from the first group. These are paired by seed, and come with the
+keys in which the groups differ and with what may be said.
 """
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -10,15 +13,128 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from karat_scale.commands.compare.finished import MEASURES, SCORES, FinishedRun
-from karat_scale.commands.compare.grouping import (
-    Group,
-    budget_differences,
-    changes_text,
-    differing_settings,
-    group_runs,
-)
+from karat_scale.commands.compare.finished import MEASURES, SCORES, Budget, FinishedRun
+from karat_scale.foundation.console import printable
 from karat_scale.foundation.errors import UserError
+from karat_scale.recipe import RunRecipe
+from karat_scale.recipe.base import Effect
+from karat_scale.recipe.loading import effects, flatten
+
+_MOST_KEYS = 3  # in a label
+_SEED = re.compile(r"[-_.]?seed[-_=]?\d+$")  # at the end of a directory's name
+_SAME_RESULT = (Effect.NOTHING, Effect.SPEED)
+_BUDGET_NAMES = {
+    "steps": "steps",
+    "epochs": "epochs",
+    "train_images": "training images",
+    "test_images": "test images",
+    "classes": "classes",
+    "classes_sha256": "names of the classes",
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one recipe with different seeds.
+
+    Attributes:
+        label: a name that no other group has.
+        settings: the keys of the recipe that may change the result, without the seed.
+    """
+
+    label: str
+    runs: tuple[FinishedRun, ...]
+    settings: Mapping[str, Any]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of the runs."""
+        return tuple(run.seed for run in self.runs)
+
+    @property
+    def budget(self) -> Budget:
+        """The budget, which is the same in all runs of a group."""
+        return self.runs[0].budget
+
+    def by_seed(self, measure: str) -> dict[int, float]:
+        """Return a figure of each run that has it."""
+        return {run.seed: run.values[measure] for run in self.runs if measure in run.values}
+
+
+def group_runs(runs: Sequence[FinishedRun]) -> tuple[list[Group], list[str]]:
+    """Return the groups in the order of their first runs, and a line for each run that repeats another's seed.
+
+    Runs with one recipe but another budget, such as another `train.max_steps` or other data, are other groups.
+    """
+    found: dict[str, list[FinishedRun]] = {}
+    repeated = []
+    for run in runs:
+        members = found.setdefault(json.dumps([separating(run.recipe), run.budget]), [])
+        twin = next((member for member in members if member.seed == run.seed), None)
+        if twin is None:
+            members.append(run)
+        else:
+            repeated.append(f"{run.path}: has the recipe and the seed of {twin.path}; it says nothing new about seeds")
+    ordered = [tuple(sorted(members, key=lambda run: run.seed)) for members in found.values()]
+    groups = [Group("", members, separating(members[0].recipe)) for members in ordered]
+    return [replace(group, label=label) for group, label in zip(groups, _labels(groups), strict=True)], repeated
+
+
+def separating(recipe: RunRecipe) -> dict[str, Any]:
+    """Return the keys of a recipe that put runs into different groups."""
+    known = effects(type(recipe))
+    return {
+        key: value for key, value in flatten(recipe).items() if key != "run.seed" and known[key] not in _SAME_RESULT
+    }
+
+
+def differing_settings(first: Group, other: Group) -> dict[str, tuple[Any, Any]]:
+    """Return both values of each key in which two groups differ, in the order of the recipe."""
+    keys = dict.fromkeys((*first.settings, *other.settings))
+    pairs = {key: (first.settings.get(key), other.settings.get(key)) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def budget_differences(first: Group, other: Group) -> list[str]:
+    """Return a line for each part of the budget in which two groups differ."""
+    lines = []
+    for (field, ours), theirs in zip(first.budget._asdict().items(), other.budget, strict=True):
+        if ours != theirs:
+            values = "" if field == "classes_sha256" else f": {_number(ours)} and {_number(theirs)}"
+            lines.append(f"{_BUDGET_NAMES[field]} differ{values}")
+    return lines
+
+
+def _number(value: Any) -> str:
+    return "unknown" if value is None else f"{value:,}".removesuffix(".0")
+
+
+def _labels(groups: Sequence[Group]) -> list[str]:
+    """Return a name for each group: the first that differs in all groups, of those that its first run offers."""
+    keys = dict.fromkeys(key for group in groups for key in differing_settings(groups[0], group))
+    names = [group.runs[0].recipe.run.name for group in groups]
+    settings = [", ".join(f"{key}={setting_text(group.settings.get(key))}" for key in keys) for group in groups]
+    offers = [names]
+    if len(keys) <= _MOST_KEYS:
+        named = [f"{name} ({text})" for name, text in zip(names, settings, strict=True)]
+        offers.append(named if len(set(names)) > 1 else settings)
+    offers.append([_SEED.sub("", printable(group.runs[0].path.resolve().name)) for group in groups])
+    offers.append([f"{name} #{number}" for number, name in enumerate(names, 1)])
+    return next(offer for offer in offers if len(set(offer)) == len(offer))
+
+
+def setting_text(value: Any) -> str:
+    """Return the value of a key as a recipe has it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def changes_text(changes: Mapping[str, tuple[Any, Any]], most: int | None = None) -> str:
+    """Return keys with both values in one line, at most `most` of them."""
+    parts = [f"{key}: {setting_text(old)} -> {setting_text(new)}" for key, (old, new) in changes.items()]
+    shown = parts[:most]
+    rest = len(parts) - len(shown)
+    return "; ".join([*shown, f"{rest} more"] if rest else shown)
+
 
 LEVEL = 0.95
 _SAME = 1e-9  # differences of figures with a few decimal places are equal within this
@@ -89,19 +205,14 @@ def _difference(first: Mapping[int, float], other: Mapping[int, float]) -> Diffe
     changes = np.subtract(theirs, ours)
     mean = float(changes.mean()) if seeds else None
     if len(seeds) < 2:
-        return Difference(seeds, mean, verdict=_too_few(seeds, first, other))
+        few = "one run each" if len(first) == len(other) == 1 else "one common seed" if seeds else "no common seed"
+        return Difference(seeds, mean, verdict=f"{few}: no statement")
     if np.ptp(changes) <= _SAME:
         is_zero = abs(changes[0]) <= _SAME
         return Difference(seeds, mean, verdict="not shown" if is_zero else "no spread over seeds: no statement")
     test = stats.ttest_rel(theirs, ours)
     interval = test.confidence_interval(LEVEL)
     return Difference(seeds, mean, float(interval.low), float(interval.high), float(test.pvalue))
-
-
-def _too_few(seeds: tuple[int, ...], first: Mapping[int, float], other: Mapping[int, float]) -> str:
-    if len(first) == len(other) == 1:
-        return "one run each: no statement"
-    return f"{'one common seed' if seeds else 'no common seed'}: no statement"
 
 
 def _judged(difference: Difference, adjusted: float) -> Difference:
@@ -175,7 +286,8 @@ class Comparison:
                     one = spread(list(figures.values()))
                     if title.endswith("%") and one.low is not None and one.high is not None:
                         one = replace(one, low=max(one.low, 0.0), high=min(one.high, 100.0))
-                    cells = _spread_cells(one, digits)
+                    cells = [f"{one.mean:,.{digits}f}", "" if one.deviation is None else f"{one.deviation:,.{digits}f}"]
+                    cells.append(_interval(one.low, one.high, digits))
                     rows.append([head, group.label, ", ".join(map(str, figures)), *cells])
                     head = ""
         return Table("Runs over seeds", ("", "group", "seeds", "mean", "sd", "95 % interval"), rows, (0, 1, 2))
@@ -186,7 +298,7 @@ class Comparison:
         for pair in self.pairs:
             one = pair.difference
             seeds = ", ".join(map(str, one.seeds)) or "none"
-            figures = [_signed(one.mean, digits), _interval(one.low, one.high, digits)]
+            figures = ["" if one.mean is None else f"{one.mean:+,.{digits}f}", _interval(one.low, one.high, digits)]
             chances = [_chance(one.p), _chance(one.adjusted)]
             changes = changes_text(pair.settings, keys) or "none"
             rows.append([pair.group.label, seeds, *figures, *chances, pair.verdict, changes])
@@ -203,7 +315,11 @@ class Comparison:
                     "label": group.label,
                     "budget": group.budget._asdict(),
                     "runs": [{"path": str(run.path), "seed": run.seed, **run.values} for run in group.runs],
-                    "measures": _spreads(group),
+                    "measures": {
+                        name: asdict(spread(list(values.values())))
+                        for name in MEASURES
+                        if (values := group.by_seed(name))
+                    },
                 }
                 for group in self.groups
             ],
@@ -248,22 +364,8 @@ def compare_groups(runs: Sequence[FinishedRun], score: str | None) -> tuple[Comp
     return Comparison(score, groups, pairs), repeated
 
 
-def _spreads(group: Group) -> dict[str, Any]:
-    figures = {name: list(group.by_seed(name).values()) for name in MEASURES}
-    return {name: asdict(spread(values)) for name, values in figures.items() if values}
-
-
-def _spread_cells(one: Spread, digits: int) -> list[str]:
-    deviation = "" if one.deviation is None else f"{one.deviation:,.{digits}f}"
-    return [f"{one.mean:,.{digits}f}", deviation, _interval(one.low, one.high, digits)]
-
-
 def _interval(low: float | None, high: float | None, digits: int) -> str:
     return "" if low is None or high is None else f"{low:,.{digits}f} to {high:,.{digits}f}"
-
-
-def _signed(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:+,.{digits}f}"
 
 
 def _chance(p: float | None) -> str:

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
-from karat_scale.commands.compare.summary import Count, Figures, Number, Percent, read_summary
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from karat_scale.commands.status.status import read_events
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import RunDirectoryError
@@ -17,6 +18,45 @@ from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 # A checkpoint's event may come after those of later steps.
 _KINDS = ("train", "eval", "resume")
 CLASSIFICATION, DETECTION = ("top1", "top5", "loss"), ("box_ap", "mask_ap")
+
+
+Percent = Annotated[float, Field(ge=0.0, le=100.0)]
+Count = Annotated[int, Field(ge=1)]
+Number = Annotated[int, Field(ge=0)]
+M = TypeVar("M", bound="Figures")
+
+
+class Figures(BaseModel):
+    """Some fields of a JSON object. Types are strict: a number in quotes is not a number."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+    @classmethod
+    def of(cls: type[M], content: Any, where: str) -> M:
+        """Validate `content`. Raises RunDirectoryError, which begins with `where` and names the first wrong field."""
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "its content"
+            value = "" if first["type"] == "missing" else f" = {str(first['input'])[:40]!r}"
+            what = first["msg"].removeprefix("Input ")
+            raise RunDirectoryError(f"{where}: damaged: {field}{value}: {what}; put back what the run wrote") from None
+
+
+def read_summary(directory: RunDirectory) -> dict[str, Any]:
+    """Return the summary of a finished run. Raises RunDirectoryError if there is none."""
+    if directory.is_summary_damaged:
+        raise RunDirectoryError(
+            f"{directory.summary_file}: damaged, it is not a JSON object; put back the files that the run wrote"
+        )
+    summary = directory.summary()
+    if summary is None:
+        raise RunDirectoryError(f"{directory.path}: has no summary.json, so it has not finished; finish it first")
+    if summary.get("exit") != 0:
+        reason = summary.get("reason", "no reason given")
+        raise RunDirectoryError(f"{directory.path}: has not finished ({reason}); finish it first")
+    return summary
 
 
 class Measure(NamedTuple):
@@ -145,7 +185,17 @@ def read_run(path: str) -> FinishedRun:
     changed = summary.sha256 is not None and content != sealed(content)
     if changed or summary.recipe_sha256 not in (None, file_sha256(directory.recipe_file)):
         raise RunDirectoryError(f"{path}: recipe.yaml or summary.json was changed after the run; put the files back")
-    events, damaged = _read_events(directory.metrics_file)
+    events: list[_Event] = []
+    damaged: list[str] = []
+    try:
+        for event in read_events(directory.metrics_file, damaged.append):
+            if event.get("event") in _KINDS:
+                try:
+                    events.append(_Event.of(event, str(directory.metrics_file)))
+                except RunDirectoryError:
+                    damaged.append("")
+    except OSError as error:
+        raise RunDirectoryError(f"{directory.metrics_file}: {error.strerror}; make it readable") from error
     curve = _curve(events, DETECTION if is_detector else CLASSIFICATION)
     if summary.best_step is None:
         raise RunDirectoryError(f"{path}: was never evaluated, so there is nothing to compare")
@@ -157,7 +207,7 @@ def read_run(path: str) -> FinishedRun:
     epochs = round(summary.samples / summary.train_images, 2) if summary.train_images else None
     budget = Budget(summary.steps, epochs, summary.train_images, tested[-1], summary.classes, summary.classes_sha256)
     machine = f"{summary.world_size} x {summary.device} ({summary.processor})"
-    return FinishedRun(Path(path), recipe, budget, values, curve, machine, damaged)
+    return FinishedRun(Path(path), recipe, budget, values, curve, machine, len(damaged))
 
 
 def _last_and_best(path: str, curve: tuple[Point, ...], best_step: int, summary: dict[str, Any]) -> dict[str, float]:
@@ -180,22 +230,6 @@ def _last_and_best(path: str, curve: tuple[Point, ...], best_step: int, summary:
     return values | {name: float(value) for name, value in kept.items() if isinstance(value, int | float)}
 
 
-def _read_events(file: Path) -> tuple[list[_Event], int]:
-    """Return the events that place evaluations in time, and how many damaged lines were skipped."""
-    events: list[_Event] = []
-    damaged: list[str] = []
-    try:
-        found = [event for event in read_events(file, damaged.append) if event.get("event") in _KINDS]
-    except OSError as error:
-        raise RunDirectoryError(f"{file}: {error.strerror}; make it readable") from error
-    for event in found:
-        try:
-            events.append(_Event.of(event, str(file)))
-        except RunDirectoryError:
-            damaged.append("")
-    return events, len(damaged)
-
-
 def _curve(events: list[_Event], scores: tuple[str, ...]) -> tuple[Point, ...]:
     """Return the evaluations. A start that went back to an earlier step takes back what came after that step."""
     points: dict[int, Point] = {}
@@ -203,28 +237,22 @@ def _curve(events: list[_Event], scores: tuple[str, ...]) -> tuple[Point, ...]:
         while points and next(reversed(points)) > event.step:
             points.popitem()
         if event.event == "eval":
-            found = {name: getattr(event, name) for name in scores}
-            kept = {name: value for name, value in found.items() if value is not None}
-            points[event.step] = Point(event.step, event.samples or 0, hours, kept)
+            found = {name: value for name in scores if (value := getattr(event, name)) is not None}
+            points[event.step] = Point(event.step, event.samples or 0, hours, found)
     return tuple(points.values())
-
-
-def _begins_anew(event: _Event, before: _Event) -> bool:
-    """Return whether a start from the beginning came between two events. An evaluation may follow its training step."""
-    return event.event != "resume" and (
-        event.step < before.step or (event.event == before.event == "train" and event.step == before.step)
-    )
 
 
 def _clock(events: list[_Event]) -> list[float]:
     """Return the hours of work until each event: without the time between two starts, with steps that were repeated."""
     hours, seconds = [], 0.0
-    before: _Event | None = None
-    for event in events:
-        if before is None or _begins_anew(event, before):
+    for before, event in zip([None, *events], events, strict=False):
+        # An evaluation may follow its training step.
+        is_start = before is None or (
+            event.step < before.step or (event.event == before.event == "train" and event.step == before.step)
+        )
+        if before is None or (is_start and event.event != "resume"):
             seconds += (event.samples or 0) / event.images_per_second if event.images_per_second else 0.0
         elif event.event != "resume":
             seconds += max(event.time - before.time, 0.0)
         hours.append(seconds / 3600)
-        before = event
     return hours

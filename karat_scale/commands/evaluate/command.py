@@ -73,8 +73,7 @@ def collect(
     forward: Callable[[Tensor], Tensor],
     load: Callable[[Iterable[BatchSlice]], Iterator[Batch]],
     images: int,
-    batch_size: int,
-    normalize: Normalize,
+    recipe: Recipe,
     world: World,
     on_batch: OnBatch,
     among: Tensor | None = None,
@@ -91,6 +90,7 @@ def collect(
         DataError: no image can be read.
         UserError: memory ran out.
     """
+    batch_size, normalize = recipe.train.eval_batch, Normalize(recipe.augment.mean, recipe.augment.std)
     plan = EvalPlan(images, batch_size, world.rank, world.size)
     batches = DeviceFeed(load(plan.slices()), world.device)
     parts: list[dict[str, Any]] = []
@@ -170,18 +170,19 @@ def evaluate_on(
         raise RunDirectoryError(f"{run.path}: this run did not record the names of its classes; train it again")
     with (
         distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world,
-        work_display() if world.is_main else nullcontext(_nothing) as show,
+        work_display() if world.is_main else nullcontext(lambda what, done, total: None) as show,
     ):
         reporter = Reporter(PlainDisplay() if world.is_main else SilentDisplay(), None, world.rank)
         run.choose(world)
         with world.together():
             use = RemoteUse.of(recipe.data, training=False)
             as_stored = request.on is None  # as plain `karat eval` sees them
-            test_set = open_test_set(*_where(recipe, request), classes, use, as_stored)
+            where, split = _where(recipe, request)
+            test_set = open_test_set(where, split, classes, use, as_stored)
         with closing(test_set):
             if test_set.notice:
                 reporter.info(f"note: {test_set.notice}")
-            empty = _begun(run, request, test_set)
+            empty = _begun(run, request, where, split, test_set)
             world.on_main(partial(_refuse_another, run.path, empty))
             model = trained_classifier(run)
             check_implementation(model, world.device)
@@ -217,12 +218,9 @@ class _Work:
             what: names the progress.
             passes: of how many passes this is the first; what all take is told after its first batches.
         """
-        recipe, among = self.recipe, self.test_set.among
-        normalize = Normalize(recipe.augment.mean, recipe.augment.std)
-        load = load_test_set(self.test_set, recipe, change)
+        among, images = self.test_set.among, len(self.test_set)
+        load = load_test_set(self.test_set, self.recipe, change)
         narrowed = None if len(among) == len(self.test_set.classes) else torch.from_numpy(among).to(self.world.device)
-        batch, images = recipe.train.eval_batch, len(self.test_set)
-
         started = time.monotonic()
 
         def told(done: int, total: int, bad: tuple[BadSample, ...]) -> None:
@@ -233,11 +231,7 @@ class _Work:
                 self.reporter.bad_sample(sample)
             self.show(what, done, total)
 
-        return collect(self.forward, load, images, batch, normalize, self.world, told, narrowed)
-
-
-def _nothing(what: str, done: int, total: int) -> None:
-    """Show no progress, on ranks other than 0."""
+        return collect(self.forward, load, images, self.recipe, self.world, told, narrowed)
 
 
 def _plain(work: _Work, empty: Evaluation, labels_file: str | None) -> Evaluation:
@@ -290,36 +284,36 @@ def _where(recipe: Recipe, request: Request) -> tuple[Path | str, str]:
     return dataset_directory(recipe.data.path), request.split or recipe.data.val_split
 
 
-def _begun(run: OpenRun[Recipe], request: Request, test_set: TestSet) -> Evaluation:
-    """Return what is known of an evaluation before it has a score."""
+def identity_of(run: OpenRun[Recipe], **data: Any) -> str:
+    """Return a digest of the weights, the preprocessing and the data; equal ones mean equal predictions."""
     recipe = run.recipe
-    where, split = _where(recipe, request)
+    weights = {
+        "manifest": file_sha256(run.store.root / run.chosen / MANIFEST),
+        "weights": run.weights_kind,
+        "model": recipe.model.model_dump(mode="json"),
+        "augment": [getattr(recipe.augment, key) for key in ("interpolation", "eval_crop", "mean", "std")],
+        "precision": recipe.train.precision,
+    }
+    return json_sha256({**weights, **data})
+
+
+def _begun(run: OpenRun[Recipe], request: Request, where: Path | str, split: str, test_set: TestSet) -> Evaluation:
+    """Return what is known of an evaluation before it has a score."""
     asked = request.split
     if request.on is None and split != run.trained.data.val_split:  # by an override
         asked = split
     place = where if isinstance(where, str) else str(where.resolve())
-    name = request.name or _name_of(place if request.on is not None else "", request, asked)
     source = place + (f", split {asked}" if asked else "")
     source += f", labels of {Path(request.labels).resolve()}" if request.labels else ""
     source += ", corrupted" if request.corrupt is not None else ""
-    identity = {
-        "manifest": file_sha256(run.store.root / run.chosen / MANIFEST),
-        "ema": run.weights_kind == "ema",
-        "model": recipe.model.model_dump(mode="json"),
-        "decoder": recipe.data.decoder,
-        "augment": [getattr(recipe.augment, key) for key in ("interpolation", "eval_crop", "mean", "std")],
-        "precision": recipe.train.precision,
-        "source": source,
-        "images": len(test_set),
-        "labels": hashlib.sha256(test_set.labels.tobytes()).hexdigest(),
-        **({"turned": True} if test_set.turns else {}),
-    }
+    labels = hashlib.sha256(test_set.labels.tobytes()).hexdigest()
+    data = {"decoder": run.recipe.data.decoder, "source": source, "labels": labels, "turned": test_set.turns}
     return Evaluation(
-        name=name,
+        name=request.name or _name_of(place if request.on is not None else "", request, asked),
         source=source,
         checkpoint=run.chosen,
         weights=run.weights_kind,
-        identity=json_sha256(identity),
+        identity=identity_of(run, **data),
         date=time.strftime("%Y-%m-%d %H:%M"),
         images=len(test_set),
         unmatched=list(test_set.unmatched),
@@ -367,7 +361,12 @@ def evaluate_run(
         try:
             run.choose(world)
             task = task_type(recipe, world, reporter)
-            _check_classes(run, task)
+            if (classes := run.directory.classes()) and classes != task.classes:
+                by_name = f"use `karat eval {run.path} --on DIR`, which matches classes by name"
+                raise DataError(
+                    f"data.path = {flatten(recipe)['data.path']} has other classes than the run; "
+                    + (by_name if task.kind == "classification" else "put data.path right")
+                )
             model = task.trained_model(run)
             check_implementation(model, world.device)
             if chosen := describe_implementation(model, world.device):
@@ -384,14 +383,3 @@ def evaluate_run(
             figures = {"run": str(run.path), "checkpoint": run.chosen, "weights": run.weights_kind, **scores.to_json()}
             write_atomically(Path(json_file), json.dumps(figures, indent=2) + "\n")
     return 0
-
-
-def _check_classes(run: OpenRun[Any], task: Task) -> None:
-    """Refuse data whose labels number other classes than the run's, if it recorded those. Raises DataError."""
-    classes = run.directory.classes()
-    if classes and classes != task.classes:
-        by_name = f"use `karat eval {run.path} --on DIR`, which matches classes by name"
-        raise DataError(
-            f"data.path = {flatten(task.recipe)['data.path']} has other classes than the run; "
-            + (by_name if task.kind == "classification" else "put data.path right")
-        )

@@ -11,9 +11,10 @@ import pytest
 from scipy import stats
 
 from karat_scale.commands.cli import main
+from karat_scale.commands.compare.command import mean_and_spread
+from karat_scale.commands.compare.comparison import group_runs
 from karat_scale.commands.compare.finished import SCORES as KNOWN
 from karat_scale.commands.compare.finished import read_run
-from karat_scale.commands.compare.grouping import group_runs, mean_and_spread
 from karat_scale.commands.parsers.results import SCORES
 from tests.commands.analyze.browser import open_browser
 from tests.commands.compare.conftest import Copy

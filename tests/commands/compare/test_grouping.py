@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from karat_scale.commands.compare.finished import FinishedRun, read_run
-from karat_scale.commands.compare.grouping import (
+from karat_scale.commands.compare.comparison import (
     budget_differences,
     changes_text,
     differing_settings,
     group_runs,
     separating,
 )
+from karat_scale.commands.compare.finished import FinishedRun, read_run
 from karat_scale.recipe.loading import load_recipe
 from tests.commands.compare.conftest import Copy
 
