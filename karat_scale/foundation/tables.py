@@ -201,11 +201,11 @@ class FormatRow:
 
 
 EXPORT_FORMATS = {
-    "safetensors": FormatRow("karat_scale.commands.export.folders:write_safetensors", ".safetensors"),
-    "timm": FormatRow("karat_scale.commands.export.folders:write_timm_folder"),
+    "safetensors": FormatRow("karat_scale.commands.export.command:write_safetensors", ".safetensors"),
+    "timm": FormatRow("karat_scale.commands.export.command:write_timm_folder"),
     "onnx": FormatRow("karat_scale.commands.export.formats:write_onnx", ".onnx"),
     "torch-export": FormatRow("karat_scale.commands.export.formats:write_torch_export", ".pt2"),
-    "hub-folder": FormatRow("karat_scale.commands.export.folders:write_hub_folder"),
+    "hub-folder": FormatRow("karat_scale.commands.export.command:write_hub_folder"),
 }
 
 

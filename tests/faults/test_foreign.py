@@ -33,7 +33,7 @@ PLAIN = ("data.backend=synthetic", "data.synthetic_samples=16", "data.workers=0"
 
 def demo(run: Path, here: Path) -> int:
     """What `karat demo` does before it waits for pictures."""
-    from karat_scale.commands.predict.classifier import open_classifier
+    from karat_scale.commands.predict.command import open_classifier
 
     try:
         open_classifier(str(run), "best", "auto")

@@ -1,15 +1,292 @@
-"""`karat export`: choose the weights, the format and the output path."""
+"""`karat export`: choose the weights, the format and the output path, and write the folders that timm loads.
 
-from collections.abc import Sequence
+One folder is minimal; the other is for a model hub, with a README.md that says what the model is, how it was trained,
+and how to load and check it. That folder is uploaded to the Hugging Face hub, or to the server that HF_ENDPOINT names.
+An exported model must compute the same logits as its source.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from karat_scale.commands.export.folders import Source, check_push, push_folder
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from karat_scale.checkpoint.weights import describe_weights, preprocessing
 from karat_scale.foundation.console import work_display
-from karat_scale.foundation.errors import RunDirectoryError, UserError
-from karat_scale.foundation.files import temporary_folder
+from karat_scale.foundation.errors import RunDirectoryError, UserError, one_line
+from karat_scale.foundation.files import file_sha256, flush_to_disk, temporary_folder, write_atomically
 from karat_scale.foundation.tables import EXPORT_FORMATS, FormatRow, load
-from karat_scale.recipe import Recipe
+from karat_scale.models import create_model, parameter_count
+from karat_scale.models.transfer import teacher_of, weights_digest
+from karat_scale.recipe import AttentionConfig, Recipe
+from karat_scale.recipe.attention import KARAT, describe_attention
 from karat_scale.training.open_run import OpenRun
+from karat_scale.training.tasks.classification.distillation_teacher import build_model
+from karat_scale.training.weights_file import write_weights
+
+TRACEABLE = "reference"
+"""The implementation of KArAt's operator with plain tensor operations, which a tracer can record."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The "raw" or "ema" weights of a run's checkpoint.
+
+    Each method raises UserError if the checkpoint has no such weights or holds another model.
+    """
+
+    run: OpenRun[Recipe]
+    kind: str
+
+    @cached_property
+    def model(self) -> Any:
+        """Return the model with its weights, fp32, in evaluation mode; of a student, without its teacher."""
+        return self._with_weights(create_model(self.run.recipe.model, self.run.recipe.attention))
+
+    @cached_property
+    def facts(self) -> dict[str, str]:
+        """Return the metadata of the model that every format holds; see `describe_weights`."""
+        run = self.run
+        facts = describe_weights(run.recipe, run.saved, run.chosen, self.kind, run.directory.classes())
+        return {**facts, "weights_sha256": weights_digest(self.model)}
+
+    def traceable_model(self) -> nn.Module:
+        """Return the model with operations that a tracer can record; a student includes its teacher."""
+        model = build_model(self.run.recipe.changed(attention__implementation=TRACEABLE), self.run.path)
+        teacher = teacher_of(self._with_weights(model))
+        return _WithTeacher(model, teacher.model) if teacher else model
+
+    def _with_weights(self, model: nn.Module) -> nn.Module:
+        self.run.load(model, weights=self.kind)
+        return model.eval()
+
+
+def write_safetensors(source: Source, path: Path) -> str:
+    """Write the weights as one safetensors file of timm's names. Raises UserError as the methods of Source."""
+    write_weights(source.run, source.kind, path)
+    return ""
+
+
+class _WithTeacher(nn.Module):
+    """A student together with its teacher, so that a tracer records the teacher's weights too."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().__init__()
+        self.student, self.teacher = student, teacher
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits of normalised images."""
+        logits: Tensor = self.student(images)
+        return logits
+
+
+def check_push(repository: str) -> None:
+    """Raise UserError if the name is no USER/NAME, or nobody is logged in; before anything is exported."""
+    from huggingface_hub import get_token
+
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repository):
+        raise UserError(f"--push {repository}: should be USER/NAME, such as jane/owls")
+    if get_token() is None:
+        raise UserError(f"--push {repository}: not logged in to the hub; run `hf auth login`, or set HF_TOKEN")
+
+
+def push_folder(folder: Path, repository: str, private: bool) -> str:
+    """Upload all files in one commit. Returns the repository's address.
+
+    Args:
+        private: make it private if there is none yet; else it is as its owner's are.
+
+    Raises:
+        UserError: the hub refuses it or cannot be reached; the same command tries again.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        url = api.create_repo(repository, private=private or None, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by karat export")
+    except Exception as error:  # of the hub's client, and of the HTTP library below it
+        raise UserError(f"--push {repository}: {one_line(error)}; nothing else is lost, try again") from error
+    return str(url)
+
+
+_CARD = """---
+library_name: timm
+pipeline_tag: image-classification
+tags:
+- image-classification
+- timm
+- karat_scale
+---
+# {title}
+
+A {name} with {attention}, {parameters:,} parameters, for images of {size} px and {classes} classes. Trained by
+karat_scale {version}; these are the {kind} weights after step {step}.
+
+| | |
+|---|---|
+{rows}
+
+## Use
+
+```python
+import karat_scale.timm_models  # from an installed clone of karat_scale
+import timm
+from PIL import Image, ImageOps
+
+model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()  # in a hub: "hf-hub:OWNER/NAME"
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")  # upright, as viewers show it
+logits = model(transform(image).unsqueeze(0))
+```
+
+`model.pretrained_cfg["label_names"]` has the names of the classes, if they are known. `recipe.yaml` is the whole
+recipe. `sha256sum -c SHA256SUMS` checks that no file has changed.
+"""
+
+
+def model_card(facts: Mapping[str, str], model: nn.Module, title: str) -> str:
+    """Return the card, made only from the metadata."""
+    config, attention, preprocessing = (json.loads(facts[key]) for key in ("model", "attention", "preprocessing"))
+    has_top5 = config["num_classes"] > 5
+    scores = [f"{float(facts[key]):.2f} %" for key in ("top1", *(["top5"] if has_top5 else [])) if key in facts]
+    rows = {
+        "Resize, short side": f"{int(preprocessing['input_size'][-1] / preprocessing['crop_pct'])} px, "
+        f"{preprocessing['interpolation']}",
+        "Centre crop": f"{preprocessing['input_size'][-1]} px",
+        "Mean, standard deviation": f"{preprocessing['mean']}, {preprocessing['std']}, of RGB in [0, 1]",
+        f"{'Top-1, top-5' if has_top5 else 'Top-1'} on its validation split": ", ".join(scores)
+        or "not evaluated at this step",
+        "Recipe, SHA-256": facts["recipe_sha256"],
+        "Weights, SHA-256": facts["weights_sha256"],
+    }
+    described = describe_attention(AttentionConfig(**attention))
+    return _CARD.format(
+        title=title,
+        name=config["name"],
+        attention=described.replace(KARAT, f"[{KARAT}](https://arxiv.org/abs/2503.10632)"),
+        parameters=parameter_count(model),
+        size=config["image_size"],
+        classes=config["num_classes"],
+        version=facts["karat_scale"],
+        kind="averaged (EMA)" if facts["weights"] == "ema" else "raw",
+        step=f"{int(facts['step']):,}",
+        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+    )
+
+
+CONFIG, WEIGHTS, RECIPE, CARD, SUMS = "config.json", "model.safetensors", "recipe.yaml", "README.md", "SHA256SUMS"
+
+
+def write_timm_folder(source: Source, path: Path) -> str:
+    """Write config.json in timm's form and model.safetensors, for `timm.create_model("local-dir:...")`.
+
+    Raises:
+        UserError: the model needs a teacher, or `path` is a folder that is not empty.
+        OSError: `path` cannot be written.
+    """
+    return _write(path, _timm_files(source))
+
+
+def write_hub_folder(source: Source, path: Path) -> str:
+    """Write the same with the recipe, a model card and every file's SHA-256. Raises the same as `write_timm_folder`."""
+    card = model_card(source.facts, source.model, source.run.recipe.run.name)
+    return _write(
+        path, {**_timm_files(source), RECIPE: source.facts["recipe"].encode(), CARD: card.encode()}, sums=True
+    )
+
+
+def _timm_files(source: Source) -> dict[str, bytes]:
+    if source.run.recipe.attention.transfer_from:
+        raise RunDirectoryError(
+            f"{source.run.path}: it uses its teacher's attention matrices, and this format cannot hold a teacher; "
+            "use --format onnx or torch-export"
+        )
+    model = source.model
+    names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    # Shared parameters once; `karat_scale.timm_models` shares them again.
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in names}
+    return {CONFIG: (json.dumps(timm_config(source), indent=2) + "\n").encode(), WEIGHTS: save(state, source.facts)}
+
+
+def timm_config(source: Source) -> dict[str, Any]:
+    """Return what timm reads for `local-dir:` and `hf-hub:`: the entry point, its arguments, and the pretrained_cfg."""
+    facts, model = source.facts, source.model
+    attention = {**json.loads(facts["attention"]), "implementation": "auto"}  # for the reader's machine
+    classes = json.loads(facts.get("classes", "[]"))
+    return {
+        "architecture": "karat",
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "model_args": {"model": json.loads(facts["model"]), "attention": attention},
+        "pretrained_cfg": {
+            **preprocessing(source.run.recipe),
+            "fixed_input_size": True,
+            "num_classes": model.num_classes,
+            **{key: model.pretrained_cfg[key] for key in ("first_conv", "classifier")},
+            **({"label_names": classes} if classes else {}),
+        },
+        "karat_scale": facts,
+    }
+
+
+def _write(path: Path, files: dict[str, bytes], sums: bool = False) -> str:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunDirectoryError(f"{path} exists already; remove it or choose another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(path) as unfinished:
+        for name, content in files.items():
+            write_atomically(unfinished / name, content)
+        if sums:
+            lines = [f"{file_sha256(unfinished / name)}  {name}\n" for name in sorted(files)]
+            write_atomically(unfinished / SUMS, "".join(lines))
+        unfinished.chmod(0o755)
+        unfinished.replace(path)
+        flush_to_disk(path.parent)
+    return f"{len(files) + sums} files"
+
+
+TOLERANCE = 1e-4
+BATCHES = (1, 3)
+_FIX = "it is not written; use --format safetensors, and please report this recipe"
+
+
+def example_images(image_size: int, batch: int) -> Tensor:
+    """Return normal noise [batch, 3, S, S], which resembles normalised images; always the same."""
+    return torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(batch))
+
+
+def check_likeness(model: nn.Module, exported: Callable[[Tensor], Tensor], image_size: int) -> float:
+    """Return the largest difference of a logit over batches of several sizes.
+
+    Raises:
+        RunDirectoryError: the model fails, or the difference exceeds 1e-4 of max(largest logit, 1).
+    """
+    worst = 0.0
+    for batch in BATCHES:
+        images = example_images(image_size, batch)
+        with torch.no_grad():
+            expected = model(images)
+            try:
+                got = exported(images)
+            except Exception as error:  # of the runtime
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                raise RunDirectoryError(f"the exported model fails on a batch of {batch}: {reason}; {_FIX}") from error
+        difference = float((got - expected).abs().max())
+        if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
+            raise RunDirectoryError(
+                f"the exported model's logits differ by {difference:.1e} from the trained model's; {_FIX}"
+            )
+        worst = max(worst, difference)
+    return worst
+
 
 HUB = "hub-folder"
 
@@ -45,7 +322,9 @@ def export_run(
     kinds: Sequence[str] = [weights] if weights != "both" else ["raw", "ema"] if run.saved["has_ema"] else ["raw"]
     row = EXPORT_FORMATS[format or "safetensors"]
     if push is not None:
-        return _push(Source(run, _only(kinds)), out, push, private)
+        if len(kinds) > 1:
+            raise RunDirectoryError("--push takes one kind of weights; add --weights ema or raw")
+        return _push(Source(run, kinds[0]), out, push, private)
     for kind in kinds:
         path = _target(out, run.path, f"{run.chosen}-{kind}", row, alone=len(kinds) == 1)
         try:
@@ -58,12 +337,6 @@ def export_run(
         which = f"{kind} weights of {run.chosen}{run.store.beside(run.chosen)}"
         print(f"{path}: {which}, {_size(path) / 1e6:.1f} MB{note and f', {note}'}")
     return 0
-
-
-def _only(kinds: Sequence[str]) -> str:
-    if len(kinds) > 1:
-        raise RunDirectoryError("--push takes one kind of weights; add --weights ema or raw")
-    return kinds[0]
 
 
 def _push(source: Source, out: str | None, repository: str, private: bool) -> int:

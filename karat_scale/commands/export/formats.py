@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from karat_scale.commands.export.folders import Source, check_likeness, example_images
+from karat_scale.commands.export.command import Source, check_likeness, example_images
 from karat_scale.foundation.errors import UserError, one_line
 from karat_scale.foundation.files import replace_file
 from karat_scale.foundation.tables import how_to_install
@@ -32,7 +32,8 @@ def write_onnx(source: Source, path: Path) -> str:
         UserError: a package is missing, or the model's logits differ.
         OSError: `path` cannot be written.
     """
-    _check_packages()
+    if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
+        raise UserError(f"--format onnx needs {', '.join(missing)}; {how_to_install('export')}")
     model, facts = source.traceable_model(), source.facts
     size = source.run.recipe.model.image_size
     try:
@@ -75,12 +76,6 @@ def _convert(model: nn.Module, images: Tensor) -> Any:
         )
     assert program is not None
     return program.model_proto
-
-
-def _check_packages() -> None:
-    missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"--format onnx needs {', '.join(missing)}; {how_to_install('export')}")
 
 
 FACTS = "karat_scale.json"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +45,7 @@ class SplitFacts:
     odd: list[tuple[str, str]] = field(default_factory=list)
     """Keys of sampled images that are unusual, with the reason."""
 
-    def numbers(self) -> dict[str, object]:
+    def numbers(self) -> dict[str, Any]:
         """Return plain data."""
         ratios = self.sizes[:, 0] / self.sizes[:, 1]
         counts = np.array(list(self.per_class.values()))
@@ -129,12 +130,14 @@ Pictures = Mapping[str, Mapping[str, Sequence[bytes]]]
 
 def write_page(path: Path, place: str, splits: Sequence[SplitFacts], pictures: Pictures) -> None:
     """Write the page. Raises DataError if the file cannot be written."""
-    charts = {one.name: _charts(one) for one in splits}
-    page = render_page(
-        "karat_scale.commands.look", "data.html.j2", place=place, splits=splits, pictures=pictures, charts=charts
-    )
+    values = {
+        "place": place,
+        "splits": splits,
+        "pictures": pictures,
+        "charts": {one.name: _charts(one) for one in splits},
+    }
     try:
-        write_atomically(path, page)
+        write_atomically(path, render_page("karat_scale.commands.look", "data.html.j2", **values))
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
 
@@ -223,8 +226,7 @@ def _pictures(split: Split, classes_shown: int, each: int = 6) -> dict[str, list
 
 def _print_split(facts: SplitFacts) -> None:
     numbers = facts.numbers()
-    empty: object = numbers["empty_classes"]
-    assert isinstance(empty, list)
+    empty = numbers["empty_classes"]
     counts = (
         f"\n{facts.name}: {facts.images:,} images of {numbers['classes']} classes, {numbers['smallest_class']} to "
         f"{numbers['largest_class']} each"
@@ -232,7 +234,7 @@ def _print_split(facts: SplitFacts) -> None:
     print(printable(counts + (f"; without images: {', '.join(empty[:5])}" if empty else "")))
     names = ("width", "height", "aspect_ratio", "bytes")
     rows = [
-        [name.replace("_", " "), *(f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in _as_dict(numbers[name]).values())]
+        [name.replace("_", " "), *(f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in numbers[name].values())]
         for name in names
     ]
     rows = [row for row in rows if len(row) > 1]
@@ -242,8 +244,3 @@ def _print_split(facts: SplitFacts) -> None:
         print(printable(f"  odd: {key}: {what}"))
     if len(facts.odd) > 10:
         print(f"  and {len(facts.odd) - 10} more odd images; the page lists them")
-
-
-def _as_dict(value: object) -> dict[str, float]:
-    assert isinstance(value, dict)
-    return value

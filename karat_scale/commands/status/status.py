@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,19 @@ def read_standing(run: Path, now: float | None = None) -> Standing:
         except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
             standing.count_damaged()
     _read_checkpoints(standing, run / "checkpoints", now)
-    standing.copied = _copied(run / "copy.json")
-    standing.evaluations = _evaluations(run)
-    standing.signs = _of_newest_start(read_signs(run))
-    if standing.signs:
-        standing.silent_seconds = max(now - max(sign.written for sign in standing.signs), 0.0)
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        copy = parse_json(read_text(run / "copy.json", 65536))
+        problem = f"; {copy['problem']}" if copy["problem"] else ""
+        standing.copied = f"{copy['checkpoint'] or 'none yet'} at {copy['url']}{problem}"
+    try:
+        known = read_evaluations(run)
+        standing.evaluations = [f"{one.name}: {one.text} ({one.checkpoint}, {one.weights})" for one in known]
+    except RunDirectoryError as error:
+        standing.evaluations = [str(error)]
+    if signs := read_signs(run):
+        newest = max(signs, key=lambda sign: sign.written)
+        standing.signs = [sign for sign in signs if sign.start == newest.start]  # an earlier start had more ranks
+        standing.silent_seconds = max(now - newest.written, 0.0)
     standing.job = _newest_job(run / "logs")
     standing.job_state = job_state(standing.job) if standing.job else None
     return standing
@@ -169,28 +178,6 @@ def _read_checkpoints(standing: Standing, root: Path, now: float) -> None:
         if isinstance(step := state.get("step"), int):  # which may not have been logged yet
             standing.step = max(standing.step, step)
         standing.peak_memory_mb = standing.peak_memory_mb or state.get("peak_memory_mb") or None
-
-
-def _copied(file: Path) -> str | None:
-    try:
-        found = parse_json(read_text(file, 65536))
-        problem = f"; {found['problem']}" if found["problem"] else ""
-        return f"{found['checkpoint'] or 'none yet'} at {found['url']}{problem}"
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def _evaluations(run: Path) -> list[str]:
-    try:
-        return [f"{one.name}: {one.text} ({one.checkpoint}, {one.weights})" for one in read_evaluations(run)]
-    except RunDirectoryError as error:
-        return [str(error)]
-
-
-def _of_newest_start(signs: list[Sign]) -> list[Sign]:
-    """Ignore heartbeats of an earlier start that had more ranks."""
-    newest = max(signs, key=lambda sign: sign.written, default=None)
-    return [sign for sign in signs if newest and sign.start == newest.start]
 
 
 def _newest_job(logs: Path) -> str | None:
@@ -269,50 +256,38 @@ def render(standing: Standing) -> Group:
 def _rows(standing: Standing) -> list[tuple[str, str]]:
     state = standing.job_state or (standing.ended and "ended") or ("unknown to squeue" if standing.job else None)
     steps = f"{standing.step:,}" + (f" of {standing.total_steps:,}" if standing.total_steps else "")
+    silent = top1 = left = None
+    if standing.is_silent and standing.silent_seconds is not None:
+        since = f"no sign of life for {duration(standing.silent_seconds)}"
+        silent = f"not running: {since}; run the same command again to resume"
+    if standing.last_top1 is not None:
+        top1 = f"{standing.last_top1:.2f} %, best {standing.best_top1:.2f} %"
+    if not (standing.ended or standing.is_silent or standing.seconds_left is None):
+        left = f"about {duration(standing.seconds_left)}"
+    on_gpu = any(sign.device and not sign.device.startswith("CPU") for sign in standing.signs)
+    age = duration(standing.checkpoint_age or 0)
+    damaged = plural(standing.damaged_lines, "damaged line") if standing.damaged_lines else None
     rows = [
         ("job", f"{standing.job} {state}" if standing.job else state),
-        ("outcome", standing.ended or _silent(standing)),
+        ("outcome", standing.ended or silent),
         ("step", steps + (f", epoch {standing.epoch}" if standing.epoch is not None else "")),
         ("loss", f"{standing.losses[-1]:.4f}  {sparkline(standing.losses)}" if standing.losses else "none logged yet"),
-        ("top-1", _top1(standing)),
+        ("top-1", top1),
         *(("tested on", line) for line in standing.evaluations),
         ("images/s", f"{standing.images_per_second:,.0f}" if standing.images_per_second else None),
-        (_memory_kind(standing), f"peak {standing.peak_memory_mb:,.0f} MB" if standing.peak_memory_mb else None),
-        ("restarts", str(standing.restarts)),
-        ("time left", _left(standing)),
         (
-            "checkpoint",
-            f"{standing.checkpoint}, {duration(standing.checkpoint_age or 0)} old"
-            if standing.checkpoint
-            else "none yet",
+            "GPU memory" if on_gpu else "memory",
+            f"peak {standing.peak_memory_mb:,.0f} MB" if standing.peak_memory_mb else None,
         ),
+        ("restarts", str(standing.restarts)),
+        ("time left", left),
+        ("checkpoint", f"{standing.checkpoint}, {age} old" if standing.checkpoint else "none yet"),
         ("copied", standing.copied),
         ("ranks", _ranks(standing)),
-        ("note", _damaged(standing.damaged_lines)),
+        ("note", damaged and f"{damaged} of metrics.jsonl skipped"),
         *(("slow", line) for line in ([] if standing.ended else slow_ranks(standing.signs))),
     ]
     return [(label, value) for label, value in rows if value]
-
-
-def _top1(standing: Standing) -> str | None:
-    if standing.last_top1 is None:
-        return None
-    return f"{standing.last_top1:.2f} %, best {standing.best_top1:.2f} %"
-
-
-def _damaged(lines: int) -> str | None:
-    return f"{plural(lines, 'damaged line')} of metrics.jsonl skipped" if lines else None
-
-
-def _memory_kind(standing: Standing) -> str:
-    on_gpu = any(sign.device and not sign.device.startswith("CPU") for sign in standing.signs)
-    return "GPU memory" if on_gpu else "memory"
-
-
-def _left(standing: Standing) -> str | None:
-    if standing.ended or standing.is_silent or standing.seconds_left is None:
-        return None
-    return f"about {duration(standing.seconds_left)}"
 
 
 def _ranks(standing: Standing) -> str | None:
@@ -323,9 +298,3 @@ def _ranks(standing: Standing) -> str | None:
     hosts = len({sign.host for sign in standing.signs})
     verb = "was" if standing.is_silent else "is"
     return f"{len(standing.signs)} on {hosts} nodes; rank {last.rank} on {last.host} {verb} at {last.doing!r}"
-
-
-def _silent(standing: Standing) -> str | None:
-    if not standing.is_silent or standing.silent_seconds is None:
-        return None
-    return f"not running: no sign of life for {duration(standing.silent_seconds)}; run the same command again to resume"

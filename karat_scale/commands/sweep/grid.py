@@ -159,14 +159,12 @@ class PlannedRun:
             return State.RUNNING
         summary = directory.summary() or {}
         # Without the second, the run was killed after it began again, and the summary is of its earlier end.
-        is_done = summary.get("exit") == 0 and standing.ended is not None
-        return State.FINISHED if is_done and self._is_of(directory) else State.UNFINISHED
-
-    def _is_of(self, directory: RunDirectory) -> bool:
-        """Whether the recipe in the directory is this one and as long; if not, karat train goes on or says why not."""
+        if summary.get("exit") != 0 or standing.ended is None:
+            return State.UNFINISHED
+        # Of another recipe, or a shorter one, karat train goes on or says why not.
         recorded = directory.recipe(type(self.recipe))
         is_as_long = recorded.train.max_steps == self.recipe.train.max_steps  # which changes nothing that is learned
-        return is_as_long and not differing_keys(recorded, self.recipe)
+        return State.FINISHED if is_as_long and not differing_keys(recorded, self.recipe) else State.UNFINISHED
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from karat_scale.commands.analyze.command import ANALYSES
-from karat_scale.commands.analyze.report import TITLES
+from karat_scale.commands.analyze.command import ANALYSES, TITLES
 from tests.conftest import karat, run_script
 from tests.data.prepare.images import sample_file
 

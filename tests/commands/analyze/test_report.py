@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.commands.analyze.report import Problem, RunSummary, write_report
+from karat_scale.commands.analyze.command import Problem, RunSummary, write_report
 from karat_scale.commands.analyze.result import Result, Settings, Table, Tile, read_written, write_result
 from karat_scale.commands.figures import new_figure
 

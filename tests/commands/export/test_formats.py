@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 import karat_scale.timm_models  # noqa: F401
 from karat_scale.commands.cli import main
-from karat_scale.commands.export.folders import Source
+from karat_scale.commands.export.command import Source
 from karat_scale.recipe.loading import text_digest
 from karat_scale.training.open_run import OpenRun
 from karat_scale.training.run_directory import RunDirectory

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from karat_scale.commands.export.folders import check_likeness
+from karat_scale.commands.export.command import check_likeness
 from karat_scale.foundation.errors import RunDirectoryError
 
 

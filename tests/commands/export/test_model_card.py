@@ -5,7 +5,7 @@ import json
 import pytest
 from torch import nn
 
-from karat_scale.commands.export.folders import model_card
+from karat_scale.commands.export.command import model_card
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 FACTS = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from karat_scale.commands.cli import main
-from karat_scale.commands.export.folders import Source
+from karat_scale.commands.export.command import Source
 from karat_scale.recipe import Recipe
 from karat_scale.training.open_run import OpenRun
 from tests.commands.export.hub import TOKEN, Hub, serve

@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from karat_scale.commands.analyze.maps import LastBlock, NoMapError
-from karat_scale.commands.predict.classifier import find_images, open_classifier
-from karat_scale.commands.predict.command import logits_of
+from karat_scale.commands.predict.command import find_images, logits_of, open_classifier
 from karat_scale.models import create_model
 from karat_scale.models.attention_matrices import watched
 from tests.conftest import karat_here

@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from karat_scale.commands.predict.classifier import find_images, open_classifier
-from karat_scale.commands.predict.command import logits_of, predict_files
+from karat_scale.commands.predict.command import find_images, logits_of, open_classifier, predict_files
 from karat_scale.engine.engine import forward_for_evaluation
 from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
 from karat_scale.recipe import Recipe
