@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
 
@@ -63,25 +63,16 @@ def say_to_launcher(text: str, rank: str) -> bool:
 
 def default_ranks() -> int:
     """Return one rank for each GPU that this process may use; one if there is none. Does not import torch."""
-    lists = [os.environ[name] for name in _VISIBLE if name in os.environ]
-    if lists:
-        return max(1, min(map(_named, lists)))
+    lists = [os.environ[name].split(",") for name in _VISIBLE if name in os.environ]
+    if lists:  # CUDA and ROCm stop at the first name that is empty or negative
+        named = [takewhile(lambda name: name.strip() and not name.strip().startswith("-"), names) for names in lists]
+        return max(1, min(len([*names]) for names in named))
     nvidia = sum(1 for path in _NVIDIA.glob("nvidia*") if path.name.removeprefix("nvidia").isdecimal())
-    return max(1, nvidia or sum(map(_is_gpu, _AMD.glob("*/gpu_id"))))
-
-
-def _named(visible: str) -> int:
-    """Return how many GPUs a list names. CUDA and ROCm stop at the first name that is empty or negative."""
-    names = [name.strip() for name in visible.split(",")]
-    return sum(1 for _ in takewhile(lambda name: name and not name.startswith("-"), names))
-
-
-def _is_gpu(gpu_id: Path) -> bool:
-    """Whether a node of AMD's driver is a GPU for this process. Processors have id 0; a job reads only its own GPUs."""
-    try:
-        return int(gpu_id.read_text()) != 0
-    except (OSError, ValueError):
-        return False
+    amd = 0
+    for path in _AMD.glob("*/gpu_id"):  # processors have id 0; a job reads only its own GPUs
+        with suppress(OSError, ValueError):
+            amd += int(path.read_text()) != 0
+    return max(1, nvidia or amd)
 
 
 def _environments(ranks: int, errors: str) -> Iterator[dict[str, str]]:

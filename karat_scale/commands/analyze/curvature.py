@@ -104,12 +104,7 @@ class Hessian:
                 assert isinstance(inner, Tensor)
                 parts = torch.autograd.grad(inner, self._parameters, materialize_grads=True)
                 torch._foreach_add_(total, list(parts))
-                del (
-                    loss,
-                    grads,
-                    inner,
-                    parts,
-                )  # as large as the model, beside the next part's graph
+                del loss, grads, inner, parts  # as large as the model, beside the next part's graph
         return total
 
     def top_eigenvalues(self, count: int, products: int, seed: int) -> list[Eigenvalue]:
@@ -128,18 +123,13 @@ class Hessian:
         generator = torch.Generator().manual_seed(seed)
         samples = []
         for _ in range(probes):
-            signs = [torch.where(x < 0, -1.0, 1.0).to(x.dtype) for x in self._draw(generator, torch.randn)]
-            samples.append(_inner(self.times(signs), signs))
+            noise = [torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in self._parameters]
+            signs = [torch.where(x < 0, -1.0, 1.0).to(x.dtype) for x in noise]
+            pairs = zip(self.times(signs), signs, strict=True)
+            samples.append(float(sum((a * b).sum(dtype=torch.float64) for a, b in pairs)))
         values = torch.tensor(samples, dtype=torch.float64)
         error = values.std().item() / probes**0.5 if probes > 1 else float("nan")
         return values.mean().item(), error
-
-    def _draw(self, generator: torch.Generator, draw: Callable[..., Tensor]) -> Vectors:
-        return [draw(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in self._parameters]
-
-
-def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    return float(sum((a * b).sum(dtype=torch.float64) for a, b in zip(left, right, strict=True)))
 
 
 PRODUCTS = 40
@@ -158,7 +148,9 @@ def analyze_sharpness(run: TrainedRun, settings: Settings) -> Result:
     result = Result()
     model = run.model(implementation="reference")
     chosen = run.images(settings.hessian_samples)
-    images = chosen.in_memory(_images_of_a_graph(run), run.device)
+    scores = sum(size.heads * size.scores for size in layer_sizes(run.recipe.model))
+    in_a_graph = max(1, GRAPH_BYTES // (4 * GRAPH_MATRICES * scores))
+    images = chosen.in_memory(in_a_graph, run.device)
     note_bad_images(result, chosen.bad)
     most, products = PRODUCTS * settings.eigenvalues + PROBES, 0
 
@@ -193,9 +185,3 @@ def analyze_sharpness(run: TrainedRun, settings: Settings) -> Result:
     title = f"Hessian of the held-out loss on {len(images)} images, {run.chosen} ({run.weights_kind} weights)"
     result.tables.append(Table(title, ["figure", "value"], rows))
     return result
-
-
-def _images_of_a_graph(run: TrainedRun) -> int:
-    """Return the number of images whose graphs fit in GRAPH_BYTES; at least one."""
-    scores = sum(size.heads * size.scores for size in layer_sizes(run.recipe.model))
-    return max(1, GRAPH_BYTES // (4 * GRAPH_MATRICES * scores))

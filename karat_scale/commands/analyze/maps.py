@@ -125,13 +125,12 @@ def analyze_maps(run: TrainedRun, settings: Settings) -> Result:
         )
     maps = ClassTokenMaps(block, prefix)
     pictures, labels, ids = [], [], []
-    for batch in images.raw(settings.batch):
-        pictures.append(batch.images)
-        labels += batch.labels.tolist()
-        ids += batch.sample_ids.tolist()
     with watched(model, maps.add):
-        for batch_images, _ in images.batches(settings.batch, run.device):
-            model(batch_images)
+        for batch in images.raw(settings.batch):
+            pictures.append(batch.images)
+            labels += batch.labels.tolist()
+            ids += batch.sample_ids.tolist()
+            model(images.normalized(batch, run.device))
             maps.end_of_batch()
             settings.progress("maps", sum(map(len, maps.rollout)), len(images))
     raw, learned, rollout = (torch.cat(parts) for parts in (maps.raw, maps.learned, maps.rollout))

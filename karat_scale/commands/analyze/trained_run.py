@@ -4,25 +4,25 @@ Images are chosen ones of the run's validation split, read through the run's own
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from karat_scale.checkpoint.store import MANIFEST
 from karat_scale.data.augmentation.device_augment import Normalize
-from karat_scale.data.backends import Backend, ImageSpec, open_backend
+from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.batch import Batch
 from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.foundation.errors import DataError, RunDirectoryError, UserError
 from karat_scale.foundation.files import file_sha256
 from karat_scale.models.layers import freeze
-from karat_scale.recipe import AttentionConfig, Recipe
+from karat_scale.recipe import Recipe
 from karat_scale.training.open_run import OpenRun
 from karat_scale.training.tasks.classification.distillation_teacher import build_model
 from karat_scale.training.weights_file import load_exported
@@ -34,38 +34,34 @@ class ValidationImages:
     `bad` counts the images that could not be read, in the last pass.
     """
 
-    def __init__(self, recipe: Recipe, count: int, ids: tuple[int, ...] | None = None) -> None:
+    def __init__(self, recipe: Recipe, count: int, ids: Sequence[int] | None = None) -> None:
         # Few images need no workers, and analyses of several runs should not need more processes.
         self._spec = ImageSpec.of(recipe.changed(data__workers=0))
         self._normalize = Normalize(recipe.augment.mean, recipe.augment.std)
         self.bad = 0
-        backend = self._open()
-        try:
+        with closing(open_backend(self._spec)) as backend:
             self.classes, total = backend.classes, backend.num_val
-        finally:
-            backend.close()
         if ids is None:
-            ids = tuple(np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist())
+            ids = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
         outside = [i for i in ids if not 0 <= i < total]
         if outside or not ids:
             raise DataError(
                 f"image {outside[0] if outside else 'list'}: the validation split has images 0 to {total - 1}"
             )
-        self.ids = ids
+        self.ids = tuple(ids)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def raw(self, batch_size: int) -> Iterator[Batch]:
         """Yield batches of bytes, without the images that could not be read."""
-        self.bad = 0
-        slices = [
-            BatchSlice(0, number, _padded(self.ids[start : start + batch_size], batch_size))
-            for number, start in enumerate(range(0, len(self.ids), batch_size))
-        ]
-        backend = self._open()
-        try:
-            read = 0
+        self.bad, read = 0, 0
+        slices = []
+        for number, start in enumerate(range(0, len(self.ids), batch_size)):
+            own = self.ids[start : start + batch_size]
+            padded = np.array([*own, *[PADDING] * (batch_size - len(own))], dtype=np.int64)
+            slices.append(BatchSlice(0, number, padded))
+        with closing(open_backend(self._spec)) as backend:
             for batch in backend.eval_batches(slices):
                 self.bad += len(batch.bad)
                 keep = batch.valid
@@ -74,8 +70,6 @@ class ValidationImages:
                     yield Batch(batch.images[keep], batch.labels[keep], batch.sample_ids[keep], batch.valid[keep])
             if not read:
                 raise DataError(f"none of the {len(self.ids)} chosen validation images can be read")
-        finally:
-            backend.close()
 
     def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield normalised float32 images [b, 3, H, W] and labels [b]."""
@@ -88,28 +82,23 @@ class ValidationImages:
 
     def in_memory(self, batch_size: int, device: torch.device) -> "ImagesInMemory":
         """The batches of `batches` for many passes: decoded once and kept as bytes."""
-        return ImagesInMemory(list(self.raw(batch_size)), self._normalize, device)
-
-    def _open(self) -> Backend:
-        return open_backend(self._spec)
+        return ImagesInMemory(self, list(self.raw(batch_size)), device)
 
 
+@dataclass(frozen=True)
 class ImagesInMemory:
     """Yield normalised float32 images [b, 3, H, W] and labels [b], converted from the bytes in each pass."""
 
-    def __init__(self, kept: list[Batch], normalize: Normalize, device: torch.device) -> None:
-        self._kept, self._normalize, self._device = kept, normalize, device
+    images: ValidationImages
+    kept: list[Batch]
+    device: torch.device
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for batch in self._kept:
-            yield self._normalize(batch.images.to(self._device)), batch.labels.to(self._device)
+        for batch in self.kept:
+            yield self.images.normalized(batch, self.device), batch.labels.to(self.device)
 
     def __len__(self) -> int:
-        return sum(len(batch.labels) for batch in self._kept)
-
-
-def _padded(ids: tuple[int, ...], size: int) -> npt.NDArray[np.int64]:
-    return np.array([*ids, *[PADDING] * (size - len(ids))], dtype=np.int64)
+        return sum(len(batch.labels) for batch in self.kept)
 
 
 SNAPSHOT = ".safetensors"
@@ -181,7 +170,7 @@ class TrainedRun(OpenRun[Recipe]):
 
     def new_model(self, implementation: str = "auto") -> nn.Module:
         """Return a model like `model`, with the same frozen parameters, but without the weights, which `load` adds."""
-        recipe = self.recipe.model_copy(update={"attention": self._attention(implementation)})
+        recipe = self.recipe.changed(attention__implementation=implementation)
         model = build_model(recipe, self.path).to(self.device).eval()
         freeze(model, recipe.train.freeze)
         return model
@@ -240,14 +229,11 @@ class TrainedRun(OpenRun[Recipe]):
         attention = self.recipe.attention
         return "softmax" if attention.kind == "softmax" and not attention.transfer_from else "S"
 
-    def images(self, count: int, ids: tuple[int, ...] | None = None) -> ValidationImages:
+    def images(self, count: int, ids: Sequence[int] | None = None) -> ValidationImages:
         """Return `count` validation images spread over the split, or `ids`. Raises DataError if there are none."""
         found = ValidationImages(self.recipe, count, ids)
         self.refuse_other_classes(found.classes)
         return found
-
-    def _attention(self, implementation: str) -> AttentionConfig:
-        return self.recipe.attention.model_copy(update={"implementation": implementation})
 
 
 def open_run(path: str | Path, data: str | None = None, weights: str = "auto", checkpoint: str = "best") -> TrainedRun:

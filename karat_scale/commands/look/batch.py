@@ -1,13 +1,13 @@
 """`karat show RECIPE`: one global batch as training sees it, augmented and mixed, as a picture and as text."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from karat_scale.commands.figures import new_figure, rendered, show_map
 from karat_scale.data.batch import Batch
@@ -27,7 +27,7 @@ _COLUMNS = 8
 
 @dataclass(frozen=True)
 class ShownBatch:
-    """A global batch, or its first images.
+    """A global batch, or some of its images.
 
     Attributes:
         images: uint8 [b, H, W, 3], as the model sees them, without normalisation.
@@ -44,22 +44,40 @@ class ShownBatch:
     bad: list[str]
     least: float
 
+    @classmethod
+    def of(cls, task: ClassificationTask, micro_batches: Iterable[tuple[Batch, Tensor, Tensor]]) -> "ShownBatch":
+        """Return micro batches, each with its normalised images [b, 3, H, W] and its targets."""
+        augment = task.recipe.augment
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (augment.mean, augment.std))
+        locate = getattr(task.backend, "locate", None)
+        images, targets, places, bad = [], [], [], []
+        for batch, seen, soft in micro_batches:
+            scaled = (seen.float() * std + mean).mul(255).round().clamp(0, 255)
+            images.append(scaled.to(torch.uint8).permute(0, 2, 3, 1).numpy())
+            targets.append(soft.numpy())
+            if batch.streamed is not None:
+                places += [" in ".join(source) for source in batch.streamed.sources]
+            else:
+                ids = batch.sample_ids.tolist()
+                places += [" in ".join(locate(number)) if locate else f"sample {number}" for number in ids]
+            bad += [str(one) for one in batch.bad]
+        least = augment.label_smoothing / task.recipe.model.num_classes
+        return cls(np.concatenate(images), np.concatenate(targets), places, task.classes, bad, least)
+
+    def chosen(self, numbers: Sequence[int]) -> "ShownBatch":
+        """Return these images of the batch."""
+        places = [self.places[number] for number in numbers]
+        return replace(self, images=self.images[numbers], targets=self.targets[numbers], places=places)
+
     def label(self, number: int) -> str:
         """Return the classes of an image, with their weights where it is mixed."""
         row = self.targets[number]
         shares = (row - self.least) / max(float((row - self.least).sum()), 1e-9)
         order = [int(index) for index in np.argsort(-shares)[:2] if shares[index] > _LEAST_WEIGHT]
+        names = [printable(self.classes[i]) if i < len(self.classes) else f"class {i}" for i in order]
         if len(order) == 1:
-            return self._name(order[0])
-        return " + ".join(f"{shares[index]:.2f} {self._name(index)}" for index in order)
-
-    def _name(self, index: int) -> str:
-        return printable(self.classes[index]) if index < len(self.classes) else f"class {index}"
-
-
-def least_target(recipe: Recipe) -> float:
-    """Return what label smoothing gives to every class."""
-    return recipe.augment.label_smoothing / recipe.model.num_classes
+            return names[0]
+        return " + ".join(f"{shares[index]:.2f} {name}" for index, name in zip(order, names, strict=True))
 
 
 def show_batch(recipe: str, overrides: Sequence[str], step: int, images: int, out: str | None) -> int:
@@ -105,40 +123,13 @@ def read_batch(recipe: Recipe, step: int, count: int) -> ShownBatch:
             raise UserError(f"--step {step}: the recipe has steps 1 to {last:,}")
         wanted = -(-min(count, recipe.train.global_batch) // micro_batch_of(recipe, world.size))
         slices = [one for one, _ in zip(plan.slices(step - 1, step), range(wanted), strict=False)]
-        images, targets, places, bad = [], [], [], []
-        for batch in task.backend.train_batches(slices):
-            seen, soft = task.as_trained(batch)
-            images.append(as_bytes(seen, recipe))
-            targets.append(soft.numpy())
-            places += places_of(task.backend, batch)
-            bad += [str(one) for one in batch.bad]
-        return ShownBatch(
-            np.concatenate(images)[:count],
-            np.concatenate(targets)[:count],
-            places[:count],
-            task.classes,
-            bad,
-            least_target(recipe),
-        )
+        taken = ((batch, *task.as_trained(batch)) for batch in task.backend.train_batches(slices))
+        shown = ShownBatch.of(task, taken)
+        return shown.chosen(range(min(count, len(shown.images))))
     finally:
         if task is not None:
             task.close()
         distributed.stop()
-
-
-def as_bytes(images: torch.Tensor, recipe: Recipe) -> npt.NDArray[np.uint8]:
-    """Return normalised images [b, 3, H, W] as uint8 [b, H, W, 3]."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (recipe.augment.mean, recipe.augment.std))
-    scaled = (images.float() * std + mean).mul(255).round().clamp(0, 255)
-    return scaled.to(torch.uint8).permute(0, 2, 3, 1).numpy()
-
-
-def places_of(backend: Any, batch: Batch) -> list[str]:
-    """Return where each image of a batch is stored."""
-    if batch.streamed is not None:
-        return [" in ".join(source) for source in batch.streamed.sources]
-    locate = getattr(backend, "locate", None)
-    return [" in ".join(locate(number)) if locate else f"sample {number}" for number in batch.sample_ids.tolist()]
 
 
 def draw(shown: ShownBatch) -> bytes:

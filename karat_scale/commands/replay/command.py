@@ -9,7 +9,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from karat_scale.checkpoint.store import CheckpointStore
-from karat_scale.commands.look.batch import ShownBatch, as_bytes, draw, least_target, places_of
+from karat_scale.commands.look.batch import ShownBatch, draw
 from karat_scale.data.batch import Batch
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
@@ -37,6 +38,9 @@ from karat_scale.training.signals import StopSignals
 from karat_scale.training.tasks.classification.distillation_teacher import FILE as DISTILL_FILE
 from karat_scale.training.tasks.classification.distillation_teacher import TEACHER_FILE
 from karat_scale.training.tasks.classification.task import ClassificationTask
+
+_NEVER = 10**9
+_PASSES = ("forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -69,16 +73,39 @@ class Findings:
     """The images of each micro batch."""
     returned: list[Tensor] = field(default_factory=list)
     """The logits of each micro batch."""
+    _before: dict[str, str] = field(default_factory=lambda: dict.fromkeys(_PASSES, ""))
+
+    def look(self, which: str, what: str, values: Tensor) -> None:
+        """Look at what a pass has computed, unless it has found something before."""
+        if getattr(self, which) is None:
+            setattr(self, which, _finding(what, values, self._before[which]))
+            finite = values.detach().float()
+            finite = finite[torch.isfinite(finite)]
+            largest = float(finite.abs().max()) if finite.numel() else 0.0
+            self._before[which] = f"{what} within {largest:.3g}"
 
 
 @contextmanager
 def watched(network: nn.Module) -> Iterator[Findings]:
     """Watch the passes of a network inside the context. Each module's output is read, so a step is slower."""
-    watch = _Watch(network)
+    findings = Findings()
+
+    def after(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        parts = output if isinstance(output, tuple | list) else (output,)
+        if module is network:
+            findings.seen.append(inputs[0].detach().float().cpu())
+            findings.returned.append(parts[0].detach().float().cpu())
+        what = f"output of {name or 'the network'} ({type(module).__name__})"
+        for tensor in parts:
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                findings.look("forward", what, tensor)
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(findings.look, "backward", f"gradient of the {what}"))
+
     with ExitStack() as handles:
         for name, module in network.named_modules():
-            handles.callback(module.register_forward_hook(watch.after(name)).remove)
-        yield watch.findings
+            handles.callback(module.register_forward_hook(partial(after, name)).remove)
+        yield findings
 
 
 def not_finite(parameters: Iterator[tuple[str, Tensor]]) -> Finding | None:
@@ -86,59 +113,9 @@ def not_finite(parameters: Iterator[tuple[str, Tensor]]) -> Finding | None:
     return next((found for name, values in parameters if (found := _finding(f"weight {name}", values, ""))), None)
 
 
-class _Watch:
-    def __init__(self, network: nn.Module) -> None:
-        self.findings = Findings()
-        self._network = network
-        self._largest = self._before_gradient = ""
-
-    def after(self, name: str) -> Any:
-        """The forward hook of one module."""
-
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            title = f"{name or 'the network'} ({type(module).__name__})"
-            if module is self._network:
-                self._keep(inputs, output)
-            for tensor in _floats(output):
-                self._look_forward(title, tensor)
-                if tensor.requires_grad:
-                    tensor.register_hook(lambda gradient: self._look_backward(title, gradient))
-
-        return hook
-
-    def _keep(self, inputs: tuple[Any, ...], output: Any) -> None:
-        logits = output[0] if isinstance(output, tuple) else output
-        self.findings.seen.append(inputs[0].detach().float().cpu())
-        self.findings.returned.append(logits.detach().float().cpu())
-
-    def _look_forward(self, title: str, output: Tensor) -> None:
-        if self.findings.forward is None:
-            self.findings.forward = _finding(f"output of {title}", output, self._largest)
-            self._largest = f"output of {title} within {_largest(output):.3g}"
-
-    def _look_backward(self, title: str, gradient: Tensor) -> None:
-        if self.findings.backward is None:
-            self.findings.backward = _finding(f"gradient of the output of {title}", gradient, self._before_gradient)
-            self._before_gradient = f"gradient of the output of {title} within {_largest(gradient):.3g}"
-
-
 def _finding(what: str, values: Tensor, before: str) -> Finding | None:
     bad = int((~torch.isfinite(values.detach())).sum())
     return Finding(what, bad, values.numel(), before) if bad else None
-
-
-def _largest(values: Tensor) -> float:
-    finite = values.detach().float()
-    finite = finite[torch.isfinite(finite)]
-    return float(finite.abs().max()) if finite.numel() else 0.0
-
-
-def _floats(output: Any) -> list[Tensor]:
-    parts = output if isinstance(output, tuple | list) else (output,)
-    return [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
-
-
-_NEVER = 10**9
 
 
 @dataclass(frozen=True)
@@ -148,7 +125,7 @@ class Replayed:
     Attributes:
         losses: of each of its samples.
         weights: what was not finite before the step; None if all were.
-        shown: the images, those with the largest losses first.
+        shown: the images with the largest losses, of which the first one has the largest.
     """
 
     findings: dict[str, str]
@@ -291,20 +268,11 @@ def _replayed(
 ) -> Replayed:
     """Return what one rank found, with its images of the largest losses."""
     losses: list[float] = []
-    targets: list[Any] = []
-    places: list[str] = []
-    for batch, logits in zip(taken, findings.returned, strict=True):
-        soft = task.as_trained(batch)[1].float().cpu()
+    targets = [task.as_trained(batch)[1].float().cpu() for batch in taken]
+    for soft, logits in zip(targets, findings.returned, strict=True):
         losses += (-(soft * torch.log_softmax(logits, -1)).sum(-1)).tolist()
-        targets.append(soft.numpy())
-        places += places_of(task.backend, batch)
-    order = _worst(losses, count)
-    images, least = np.concatenate([as_bytes(seen, task.recipe) for seen in findings.seen]), least_target(task.recipe)
-    shown = ShownBatch(
-        images[order], np.concatenate(targets)[order], [places[i] for i in order], task.classes, [], least
-    )
-    passes = {"forward": findings.forward, "backward": findings.backward}
-    found = {name: str(finding) for name, finding in passes.items() if finding is not None}
+    shown = ShownBatch.of(task, zip(taken, findings.seen, targets, strict=True)).chosen(_worst(losses, count))
+    found = {name: str(finding) for name in _PASSES if (finding := getattr(findings, name)) is not None}
     return Replayed(found, losses, weights, shown)
 
 
@@ -338,18 +306,12 @@ def _report(title: str, step: _Step) -> dict[str, Any]:
 
 def _show(ranks: list[Replayed], count: int, path: Path) -> None:
     """Draw and list the images of the largest losses over all ranks."""
-    losses = [loss for rank in ranks for loss in _losses_shown(rank)]
-    order = _worst(losses, count)
+    losses = [rank.losses[i] for rank in ranks for i in _worst(rank.losses, len(rank.shown.places))]
     images, targets = (np.concatenate([getattr(rank.shown, name) for rank in ranks]) for name in ("images", "targets"))
     places = [place for rank in ranks for place in rank.shown.places]
-    first = ranks[0].shown
-    shown = ShownBatch(images[order], targets[order], [places[i] for i in order], first.classes, [], first.least)
+    order = _worst(losses, count)
+    shown = replace(ranks[0].shown, images=images, targets=targets, places=places).chosen(order)
     rows = [[f"{losses[i]:.4g}", shown.label(row), shown.places[row]] for row, i in enumerate(order)]
     print_table("images of the largest losses", ["loss", "target", "from"], rows, (1, 2))
     write_atomically(path, draw(shown))
     print(f"\n{path}")
-
-
-def _losses_shown(rank: Replayed) -> list[float]:
-    """Return the losses of the images that a rank shows, in their order."""
-    return [rank.losses[i] for i in _worst(rank.losses, len(rank.shown.places))]
