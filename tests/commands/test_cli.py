@@ -134,24 +134,18 @@ def test_a_bad_recipe_is_one_line(recipe_file: Path, capsys) -> None:
     assert "attention.grid" in line
 
 
-def test_an_unknown_model_is_one_line(train_recipe: Train) -> None:
-    refused(train_recipe("model.name=vit_tinny_patch16_224"), "model.name", "vit_tiny_patch16_224")
-
-
-def test_missing_data_is_one_line(train_recipe: Train, tmp_path: Path) -> None:
-    refused(train_recipe(f"data.path={tmp_path / 'nowhere'}"), "nowhere")
-
-
-def test_labels_beyond_the_models_classes_are_one_line(train_recipe: Train) -> None:
-    refused(train_recipe("model.num_classes=3"), "3")
-
-
-def test_a_global_batch_larger_than_the_data_is_one_line(train_recipe: Train) -> None:
-    refused(train_recipe("train.global_batch=128"), "train.global_batch")
-
-
-def test_an_unknown_deepspeed_configuration_is_one_line(train_recipe: Train) -> None:
-    refused(train_recipe("deepspeed.config=zero9"), "zero9", "zero0, zero1")
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("model.name=vit_tinny_patch16_224", ("model.name", "vit_tiny_patch16_224")),
+        ("data.path=/nowhere", ("nowhere",)),
+        ("model.num_classes=3", ("3",)),
+        ("train.global_batch=128", ("train.global_batch",)),
+        ("deepspeed.config=zero9", ("zero9", "zero0, zero1")),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(train_recipe: Train, override: str, parts: tuple[str, ...]) -> None:
+    refused(train_recipe(override), *parts)
 
 
 @pytest.mark.multiprocess

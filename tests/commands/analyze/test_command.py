@@ -1,6 +1,8 @@
 import dataclasses
 import json
+import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,31 +13,10 @@ from karat_scale.commands.analyze.command import unique_labels
 from karat_scale.commands.analyze.trained_run import TrainedRun
 from karat_scale.commands.cli import main
 from tests.commands.analyze.browser import Browser
-from tests.conftest import karat
+from tests.conftest import karat, run_script
+from tests.data.prepare.images import sample_file
 
 QUICK = ("--images", "4", "--grid", "3", "--samples", "8", "--hessian-samples", "4", "--image", "0", "5")
-
-
-@pytest.mark.slow
-def test_two_runs_side_by_side(
-    karat_run: TrainedRun, softmax_run: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    assert main(["analyze", str(karat_run.path), str(softmax_run.path), *QUICK, "--out", str(out)]) == 0
-    printed = capsys.readouterr().err.splitlines()
-    assert not [line for line in printed if line.startswith("error:")]
-    assert "note: functions of softmax: attention.kind = softmax has no learned functions" in printed
-    assert any(line.startswith("note: robustness: not measured") for line in printed)
-    for name in (name for name, analysis in ANALYSES.items() if not analysis.of_all):
-        for label in ("karat", "softmax"):
-            if (name, label) != ("functions", "softmax"):
-                assert json.loads((out / name / label / "numbers.json").read_text()), (name, label)
-                assert (out / name / label / "arrays.npz").stat().st_size
-    assert json.loads((out / "training" / "numbers.json").read_text())
-    page = (out / "report.html").read_text()
-    figures = {path.relative_to(out) for path in out.rglob("*.png") if path.parent.name != "pictures"}
-    assert len(figures) == page.count("data-figure=")
-    assert {path.with_suffix(".svg") for path in figures} == {p.relative_to(out) for p in out.rglob("*.svg")}
 
 
 @pytest.mark.slow
@@ -69,7 +50,9 @@ def test_missing_images_leave_what_needs_none(
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count('class="problem"') == 1
     assert "missing for it: Accuracy, Calibration, Spectral behaviour, Attention maps" in page
+    (tmp_path / "out" / "report.html").unlink()
     assert main([*arguments, "--only", "maps"]) == 2
+    assert not (tmp_path / "out" / "report.html").exists()
 
 
 def test_a_later_command_keeps_what_an_earlier_one_made(
@@ -92,12 +75,6 @@ def test_a_later_command_keeps_what_an_earlier_one_made(
     assert 'data-figure="maps/' not in (tmp_path / "report.html").read_text()
 
 
-def test_nothing_made_writes_no_report(karat_run: TrainedRun, tmp_path: Path) -> None:
-    arguments = ["analyze", str(karat_run.path), *QUICK, "--out", str(tmp_path), "--data", str(tmp_path / "nowhere")]
-    assert main([*arguments, "--only", "maps"]) == 2
-    assert not (tmp_path / "report.html").exists()
-
-
 def test_a_checkpoint_of_another_model_leaves_the_other_run(
     karat_run: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,12 +88,6 @@ def test_a_checkpoint_of_another_model_leaves_the_other_run(
     assert [line.split(":")[1] for line in lines] == [f" {name} of other" for name in names]
     assert all("holds another model: blocks.2" in line for line in lines)
     assert {path.parent.name for path in out.rglob("numbers.json")} == {"karat"}
-
-
-def test_what_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["analyze", str(tmp_path)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "not a run directory" in line
 
 
 def test_runs_of_one_name_are_told_apart(karat_run: TrainedRun) -> None:
@@ -167,3 +138,92 @@ def test_a_run_that_has_only_begun_has_its_curves(
     page = (out / "report.html").read_text()
     assert page.count('class="problem"') == 1
     assert "not finished" in page
+
+
+PER_CLASS = {"train": 64, "test": 16}
+# As the CIFAR-10 recipes have it, but smaller and short.
+TINY = (
+    "model.embed_dim=32",
+    "model.depth=2",
+    "model.num_heads=2",
+    "attention.grid=2",
+    "attention.rank=6",
+    "train.global_batch=32",
+    "train.micro_batch=32",
+    "train.eval_batch=32",
+    "train.epochs=1",
+    "data.workers=1",
+    "checkpoint.snapshots=4",
+    "log.trackers=[]",
+)
+OF_ALL = {f"training/{name}" for name in ("loss", "accuracy", "lr", "grad_norm", "images_per_second")}
+FIGURES = {
+    "accuracy": {"confusion"},
+    "calibration": {"reliability"},
+    "spectrum": {"last_block", "ranks"},
+    "content": {"shares"},
+    "maps": {"image_0", "image_7"},
+    "functions": {"energy", "distance", "functions_block_0", "functions_block_1"},
+    "distributions": {"model", "heads"},
+    "landscape": {"optimizer_path", "path_surface", "random_surface"},
+}
+HAS_NAN = {"calibration", "spectrum"}  # of bins without an image; of singular values that are 0
+ONLY_KARAT = {("functions", figure) for figure in FIGURES["functions"]} | {("distributions", "heads")}
+
+
+@pytest.fixture(scope="module")
+def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of the first images of each class of CIFAR-10."""
+    root = tmp_path_factory.mktemp("images")
+    with tarfile.open(sample_file("cifar10_imagefolder.tar.gz")) as tar:
+        wanted = []
+        for member in tar:
+            found = re.fullmatch(r"(train|test)/\w+/(\d+)\.\w+", member.name)
+            if found and int(found[2]) < PER_CLASS[found[1]]:
+                wanted.append(member)
+        tar.extractall(root / "images", wanted, filter="data")
+    run_script("data_prep/make_webdataset.py", "--src", str(root / "images"), "--out", str(root / "shards"))
+    return root / "shards"
+
+
+@pytest.mark.slow
+def test_every_figure_number_and_section_of_two_runs(cifar10: Path, tmp_path: Path) -> None:
+    runs = {kind: tmp_path / kind for kind in ("karat", "softmax")}
+    for kind, recipe in (("karat", "cifar10_vit_mini_32px_g3b"), ("softmax", "cifar10_vit_mini_32px")):
+        done = karat("train", recipe, *TINY, f"data.path={cifar10}", f"run.dir={runs[kind]}")
+        assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    quick = ("--images", "4", "--grid", "3", "--samples", "8", "--image", "0", "7")
+    done = karat("analyze", *map(str, runs.values()), *quick, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert not [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "note: functions of softmax: attention.kind = softmax has no learned functions" in done.stderr
+
+    expected = {
+        f"{analysis}/{kind}/{figure}"
+        for analysis, figures in FIGURES.items()
+        for figure in figures
+        for kind in runs
+        if kind == "karat" or (analysis, figure) not in ONLY_KARAT
+    }
+    for ending in (".png", ".svg"):
+        files = [path for path in out.rglob(f"*{ending}") if path.parent.name != "pictures"]
+        assert {path.relative_to(out).with_suffix("").as_posix() for path in files} == expected | OF_ALL, ending
+    for place in {name.rpartition("/")[0] for name in expected}:
+        assert json.loads((out / place / "numbers.json").read_text())
+        with np.load(out / place / "arrays.npz") as arrays:
+            assert arrays.files
+            finite = all(np.isfinite(arrays[name]).all() for name in arrays.files)
+            assert finite or place.partition("/")[0] in HAS_NAN, place
+
+    page = (out / "report.html").read_text()
+    assert set(re.findall(r'data-figure="([^"]+)"', page)) == expected | OF_ALL
+    shown = [analysis for analysis in ANALYSES if analysis != "robustness"]
+    assert re.findall(r'<section id="(\w+)">', page) == [*shown, "absent"]
+    assert all(f"<h2>{ANALYSES[analysis].title}</h2>" in page for analysis in shown)
+    for section in page.split("<section")[2:-1]:
+        assert "<h3>karat</h3>" in section
+        assert ("<h3>softmax</h3>" in section) == ('id="functions"' not in section)
+    for kind in runs:
+        path = json.loads((out / "landscape" / kind / "numbers.json").read_text())["path"]
+        assert path["steps"] == [0, 5, 10, 15, 20]

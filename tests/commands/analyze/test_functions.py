@@ -1,15 +1,31 @@
 import dataclasses
+import math
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from karat_scale.commands.analyze.functions import analyze_functions
+from karat_scale.attention import KaratOperator
+from karat_scale.attention.bases import BASES, make_basis
+from karat_scale.commands.analyze.functions import (
+    ScoreHistogram,
+    analyze_distributions,
+    analyze_functions,
+    describe,
+    energy_per_frequency,
+    hill_index,
+    moments,
+    unit_curves,
+)
 from karat_scale.commands.analyze.result import NothingToShowError, Settings
 from karat_scale.commands.analyze.trained_run import TrainedRun
+from karat_scale.foundation.errors import RunDirectoryError
 
 
-def test_of_a_real_run_whatever_the_batch(karat_run: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_functions_of_a_real_run_whatever_the_batch(karat_run: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     once = analyze_functions(karat_run, Settings(images=6, batch=6))
     monkeypatch.setattr("karat_scale.commands.analyze.functions.FIT_BYTES", 1)  # one head a pass
     again = analyze_functions(karat_run, Settings(images=6, batch=4))
@@ -47,3 +63,113 @@ def test_images_that_cannot_be_read_are_counted(karat_run: TrainedRun, tmp_path:
     result = analyze_functions(run, Settings(images=8, batch=3))
     assert result.notes == ["1 of the chosen images cannot be read and are left out"]
     assert result.arrays["score_counts"].sum() == 2 * 2 * 7 * 17 * 17
+
+
+@torch.no_grad()
+def planted() -> KaratOperator:
+    operator = KaratOperator(5, 2, rank=3)
+    operator.cos_coef.zero_()
+    operator.sin_coef.zero_()
+    operator.cos_coef[1, 2, 4, 1] = 3.0
+    operator.sin_coef[1, 0, 0, 0] = 1.0
+    return operator
+
+
+def test_a_planted_cosine_is_drawn_as_that_cosine() -> None:
+    x = torch.linspace(-4, 4, 50, dtype=torch.float64)
+    curves = unit_curves(planted(), 1, x)
+    torch.testing.assert_close(curves[:, 2, 4], 3 * torch.cos(2 * x))
+    torch.testing.assert_close(curves[:, 0, 0], torch.sin(x))
+    assert curves.abs().sum((0,)).count_nonzero() == 2
+    assert not unit_curves(planted(), 0, x).any()
+
+
+def test_a_planted_cosine_has_its_share_of_energy() -> None:
+    np.testing.assert_allclose(energy_per_frequency(planted())[1], [0.1, 0.9, 0.0])
+    assert energy_per_frequency(KaratOperator(5, 2, "chebyshev")) is None
+
+
+@pytest.mark.parametrize("name", sorted(BASES))
+@pytest.mark.parametrize("base", ["zero", "silu"])
+def test_curves_summed_over_keys_are_the_operators_own_hidden_rows(name: str, base: str) -> None:
+    """With W the identity, S[k, p] = sum_q phi_pq(A[k, q]); here all scores of a row are equal."""
+    torch.manual_seed(0)
+    operator = KaratOperator(4, 1, make_basis(name), rank=4, base=base).double()
+    with torch.no_grad():
+        operator.proj.copy_(torch.eye(4).expand(1, 4, 4))
+    query = torch.linspace(-2, 2, 4, dtype=torch.float64).view(1, 1, 4, 1)
+    learned = operator.scores(query, torch.ones_like(query))[0, 0]
+    torch.testing.assert_close(unit_curves(operator, 0, query.flatten()).sum(-1), learned)
+
+
+def test_the_histogram_counts_every_score_and_spans_most() -> None:
+    histogram = ScoreHistogram(1, 2)
+    scores = torch.randn(3, 2, 50, 50, generator=torch.Generator().manual_seed(0))
+    scores[0, 0, 0, 0] = 500.0
+    for part in scores.split(2):
+        histogram.add(0, part)
+    assert histogram.counts.sum(-1).tolist() == [[7500, 7500]]
+    low, high = histogram.span(0, 1)
+    assert -4 < low < -2.5
+    assert 2.5 < high < 4
+    assert not math.isinf(histogram.span(0, 0)[1])
+
+
+@pytest.mark.parametrize("alpha", [1.5, 3.0])
+def test_the_tail_index_of_a_pareto_sample_is_its_exponent(alpha: float) -> None:
+    rng = np.random.default_rng(0)
+    sample = (1 + rng.pareto(alpha, 200_000)) * rng.choice([-1, 1], 200_000)
+    assert hill_index(sample) == pytest.approx(alpha, rel=0.1)
+
+
+def test_a_gaussian_is_described_as_one() -> None:
+    figures = describe(np.random.default_rng(0).normal(2.0, 3.0, 100_000))
+    assert figures["mean"] == pytest.approx(2, abs=0.05)
+    assert figures["std"] == pytest.approx(3, rel=0.02)
+    assert figures["kurtosis"] == pytest.approx(0, abs=0.1)
+
+
+def test_constants_and_few_values_have_no_tail() -> None:
+    assert describe(np.ones(1000, np.float32))["kurtosis"] is None
+    assert describe(np.zeros(1000))["tail_index"] is None
+    assert describe(np.arange(9.0))["tail_index"] is None
+
+
+def test_first_middle_and_last_of_what_there_is() -> None:
+    assert moments(["0", "10", "45", "100"], int) == ["0", "45", "100"]
+    assert moments(["0", "50", "60", "90", "95", "100"], int) == ["0", "50", "100"]
+    assert moments(["3", "7"], int) == ["3", "7"]
+    assert moments(["3"], int) == ["3"]
+
+
+def test_distributions_of_real_runs(any_run: TrainedRun) -> None:
+    result = analyze_distributions(any_run, Settings())
+    assert [row["step"] for row in result.numbers["model"]] == [0, 8, 16]
+    heads = [(row["what"], row["block"], row["head"]) for row in result.numbers["heads"] if row["step"] == 16]
+    names = ("cos_coef", "sin_coef", "W") if any_run.recipe.attention.kind == "karat" else ()
+    assert sorted(heads) == sorted((name, block, head) for name in names for block in (0, 1) for head in (0, 1))
+    total = sum(p.numel() for p in any_run.model().parameters() if p.dim() > 1)
+    assert 0.99 * total < result.arrays["model_step16"].sum() <= total
+
+
+def test_what_is_damaged_is_named_and_the_next_one_taken(karat_run: TrainedRun, tmp_path: Path) -> None:
+    shutil.copytree(karat_run.path, tmp_path / "run")
+    run = dataclasses.replace(karat_run, path=tmp_path / "run")
+    first, middle = run.in_order[0], run.in_order[2]
+    (run.snapshots / first).write_bytes(b"torn")
+    (run.store.root / middle / "state.json").write_text("{}")
+    result = analyze_distributions(run, Settings())
+    assert [row["step"] for row in result.numbers["model"]] == [4, 12, 16]
+    assert len(result.notes) == 2
+    assert f"{first}: not a whole file" in result.notes[0]
+    assert f"{middle} is damaged" in result.notes[1]
+
+
+def test_only_damaged_ones_are_an_error(karat_run: TrainedRun, tmp_path: Path) -> None:
+    shutil.copytree(karat_run.path, tmp_path / "run")
+    run = dataclasses.replace(karat_run, path=tmp_path / "run")
+    (run.snapshots / run.in_order[0]).write_bytes(b"torn")
+    for name in run.store.names():
+        (run.store.root / name / "state.json").write_text("{}")
+    with pytest.raises(RunDirectoryError, match="is damaged"):
+        analyze_distributions(run, Settings())

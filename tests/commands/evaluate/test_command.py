@@ -61,27 +61,17 @@ def test_a_subset_is_scored_among_its_own_classes(
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_ranks_count_each_image_once(run: Path, image_folder: Path) -> None:
+@pytest.mark.parametrize("corrupt", [(), ("--corrupt", "shot_noise", "snow", "--severity", "3")], ids=["", "corrupt"])
+def test_two_ranks_count_each_image_once_and_corrupt_it_as_one_does(run: Path, corrupt: tuple[str, ...]) -> None:
+    if corrupt:
+        pytest.importorskip("imagecorruptions", reason="needs the extra corruptions")
     for name, processes in (("one", 1), ("two", 2)):
-        done = karat("eval", str(run), "--on", str(image_folder), "--name", name, processes=processes)
+        done = karat("eval", str(run), *corrupt, "--name", name, processes=processes)
         assert done.returncode == 0, done.stderr
     one, two = read_evaluations(run)
     assert one.images == two.images == IMAGES
-    assert (one.top1, one.top5) == (two.top1, two.top5)
-    assert one.loss == pytest.approx(two.loss, rel=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.multiprocess
-def test_two_ranks_corrupt_as_one_does(run: Path) -> None:
-    pytest.importorskip("imagecorruptions", reason="needs the extra corruptions")
-    for name, processes in (("one", 1), ("two", 2)):
-        arguments = ("--corrupt", "shot_noise", "snow", "--severity", "3", "--name", name)
-        done = karat("eval", str(run), *arguments, processes=processes)
-        assert done.returncode == 0, done.stderr
-    one, two = read_evaluations(run)
-    assert one.images == two.images == IMAGES
-    assert one.corruptions == two.corruptions
+    assert (one.top1, one.top5, one.corruptions) == (two.top1, two.top5, two.corruptions)
+    assert corrupt or one.loss == pytest.approx(two.loss, rel=1e-5)
 
 
 def test_an_image_that_cannot_be_read_is_counted_as_such(run: Path, image_folder: Path, tmp_path: Path) -> None:

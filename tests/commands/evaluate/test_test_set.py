@@ -1,5 +1,6 @@
 """Any layout of labelled images is a test set of a run."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from karat_scale.commands.evaluate.test_set import open_test_set
+from karat_scale.commands.evaluate.predictions import Predictions
+from karat_scale.commands.evaluate.test_set import (
+    OtherLabels,
+    imagenet_wnids,
+    match_classes,
+    open_test_set,
+    with_other_labels,
+    wnid_of,
+)
 from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.cache import RemoteUse
 from karat_scale.foundation.errors import DataError
@@ -122,3 +131,84 @@ def test_the_keys_of_betons_are_those_of_the_shards_and_need_one_reading(
     keys = betons.keys()
     assert len(read) == 1
     assert keys == shards.keys() == [betons.locate(sample_id)[0] for sample_id in range(len(betons))]
+
+
+def test_names_match_without_case_and_with_underscores() -> None:
+    assert match_classes(["Tree_Frog", "cat", "zebu"], ["cat", "tree frog", "dog"]) == [1, 0, None]
+
+
+def test_equal_names_match_before_similar_ones() -> None:
+    assert match_classes(["A", "a", "b"], ["A", "a", "b"]) == [0, 1, 2]
+    assert match_classes(["crane", "crane"], ["crane", "crane"]) == [0, 1]
+    assert match_classes(["a", "A"], ["A", "a", "b"]) == [1, 0]
+    assert match_classes(["A", "a", "b"], ["a", "b"]) == [None, 0, 1]
+    assert match_classes(["x_1", "b"], ["x 1", "X 1", "b"]) == [None, 2]
+
+
+def test_wordnet_ids_and_names_of_imagenet_stand_for_each_other() -> None:
+    assert wnid_of("tench") == wnid_of("tench, Tinca tinca") == "n01440764"
+    assert match_classes(["n01440764", "n01443537"], ["goldfish", "tench"]) == [1, 0]
+    assert match_classes(["goldfish, Carassius auratus", "wagon"], ["n01440764", "n01443537"]) == [1, None]
+
+
+def test_a_name_that_two_classes_have_is_nobodys() -> None:
+    assert wnid_of("crane") == ""  # a bird and a machine
+    assert match_classes(["crane"], imagenet_wnids()) == [None]
+
+
+def test_numbers_are_labels_only_if_all_names_are_numbers_and_ours_are_not() -> None:
+    assert match_classes(["0", "10", "2"], ["a", "b", "c"]) == [0, None, 2]
+    assert match_classes(["0", "ten"], ["a", "b", "c"]) == [None, None]
+    assert match_classes(["10", "2", "3"], ["2", "10"]) == [1, 0, None]
+
+
+def test_imagenets_labels_are_in_the_order_of_the_ids() -> None:
+    wnids = imagenet_wnids()
+    assert len(wnids) == 1000
+    assert wnids == sorted(wnids)
+
+
+def predicted(*labels: int) -> Predictions:
+    count = len(labels)
+    top = np.array(labels, dtype=np.int64)[:, None]
+    ones = np.ones((count, 1), np.float32)
+    return Predictions(np.arange(count), np.zeros(count, np.int64), top, ones, ones[:, 0], 0, ())
+
+
+def write(path: Path, content: object) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_real_counts_any_of_its_labels_and_skips_images_without_one(tmp_path: Path) -> None:
+    labels = OtherLabels(write(tmp_path / "real.json", [[5], [0, 7], [], [1]]), imagenet_wnids())
+    keys = [f"n01440764/ILSVRC2012_val_{number:08}.JPEG" for number in (1, 2, 3, 4, 5)]
+    assert [labels.of(key) for key in keys] == [{5}, {0, 7}, set(), {1}, None]
+    top1, images, left_out = with_other_labels(predicted(5, 7, 3, 0, 1), keys, labels)
+    assert (top1, images) == (pytest.approx(200 / 3), 3)
+    assert left_out == "1 image without a label and 1 image that the file does not have"
+
+
+def test_reals_numbers_mean_imagenets_classes_in_any_order_of_the_runs(tmp_path: Path) -> None:
+    wnids = imagenet_wnids()
+    labels = OtherLabels(write(tmp_path / "real.json", [[1, 900]]), ("goldfish", wnids[0]))
+    assert labels.of("ILSVRC2012_val_00000001") == {0}  # 1 is the goldfish; 900 is no class of the run
+
+
+def test_an_object_names_classes_or_numbers(tmp_path: Path) -> None:
+    content = {"a": "cat", "b": ["dog", "cat"], "x/c": 1, "d": []}
+    labels = OtherLabels(write(tmp_path / "own.json", content), ("cat", "dog"))
+    assert [labels.of(key) for key in ("a", "dog/b.png", "x/c", "d", "e")] == [{0}, {0, 1}, {1}, set(), None]
+
+
+def test_a_wrong_file_is_one_line(tmp_path: Path) -> None:
+    for content, words in (("[", "it is no JSON"), ("{}", "JSON list or object"), ("[3]", "'3' should be a list")):
+        file = tmp_path / "labels.json"
+        file.write_text(content)
+        with pytest.raises(DataError, match=words):
+            OtherLabels(file, ("cat",))
+    with pytest.raises(DataError, match="No such file"):
+        OtherLabels(tmp_path / "none.json", ("cat",))
+    labels = OtherLabels(write(tmp_path / "labels.json", {"a": "cat"}), ("cat",))
+    with pytest.raises(DataError, match="has labels for none of the 1 image, such as 'z'"):
+        with_other_labels(predicted(0), ["z"], labels)

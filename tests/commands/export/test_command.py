@@ -80,12 +80,6 @@ def test_two_kinds_do_not_go_into_one_file(small_recipe, make_run, tmp_path: Pat
     assert "add --weights raw or ema" in capsys.readouterr().err
 
 
-def test_a_format_that_left_is_refused_with_the_one_to_use(capsys) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(["export", "nowhere", "--format", "torchscript"])
-    assert "unknown value 'torchscript'; did you mean torch-export?" in capsys.readouterr().err
-
-
 def test_a_file_of_another_suffix_is_no_directory(make_run, small_recipe, tmp_path, capsys) -> None:
     run, *_ = make_run(small_recipe(), keep_ema=False)
     path, meant = tmp_path / "v1.bin", "v1.safetensors"

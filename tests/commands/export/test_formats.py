@@ -11,14 +11,20 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
+from torch import nn
 
 import karat_scale.timm_models  # noqa: F401
+from karat_scale.checkpoint.weights import load_weights
 from karat_scale.commands.cli import main
-from karat_scale.commands.export.command import Source
+from karat_scale.commands.export.command import Source, check_likeness, model_card
+from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.recipe import AttentionConfig, ModelConfig
 from karat_scale.recipe.loading import text_digest
 from karat_scale.training.open_run import OpenRun
 from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.tasks.classification.distillation_teacher import build_model
 from tests.commands.export.conftest import CLASSES
+from tests.conftest import SMALL, karat
 from tests.small_engines import VARIANTS
 
 SWIN = (
@@ -169,3 +175,89 @@ def test_onnxruntime_gives_the_logits(exported, model: str, capsys) -> None:
     onnx.checker.check_model(proto, full_check=True)
     own = sum(torch.Size(tensor.dims).numel() for tensor in proto.graph.initializer)
     assert own < 1.1 * scalars(source.model) + 1000  # what blocks share is there once
+
+
+def test_a_difference_or_a_failure_is_one_line() -> None:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    assert check_likeness(model, model, 2) == 0
+    assert 0 < check_likeness(model, lambda images: model(images) + 1e-5, 2) < 2e-5
+    for wrong in (lambda images: model(images) + 1e-2, lambda images: model(images) * float("nan")):
+        with pytest.raises(RunDirectoryError, match=r"logits differ by .*; it is not written"):
+            check_likeness(model, wrong, 2)
+    with pytest.raises(RunDirectoryError, match=r"fails on a batch of 3: .*; it is not written"):
+        check_likeness(model, lambda images: model(images.view(1, 12).view(1, 3, 2, 2)), 2)
+
+
+FACTS = {
+    "model": ModelConfig().model_dump_json(),
+    "preprocessing": json.dumps(
+        {"input_size": [3, 16, 16], "crop_pct": 1, "interpolation": "bicubic", "mean": 0, "std": 1}
+    ),
+    "recipe_sha256": "0",
+    "weights_sha256": "1",
+    "karat_scale": "2",
+    "weights": "ema",
+    "step": "3",
+}
+KARAT = "[Kolmogorov-Arnold attention](https://arxiv.org/abs/2503.10632)"
+
+
+@pytest.mark.parametrize(
+    ("attention", "said"),
+    [
+        ({}, "softmax attention"),
+        ({"kind": "karat"}, f"{KARAT} (fourier, modular, blockwise, grid 3, rank 12)"),
+        (
+            {"kind": "karat", "simplex": True, "residual": True, "softmax_heads": 2},
+            f"{KARAT} (fourier, modular, blockwise, grid 3, rank 12, on the simplex, residual, 2 softmax heads)",
+        ),
+        (
+            {"kind": "karat", "scores": False},
+            f"a variant of {KARAT} (fourier, modular, blockwise, grid 3, rank 12, without scores)",
+        ),
+        ({"kind": "karat", "form": "content"}, f"a variant of {KARAT} (fourier, content, blockwise, grid 3, rank 12)"),
+        ({"kind": "static", "mode": "universal"}, "a learned constant matrix as attention (universal)"),
+        ({"kind": "static_softmax"}, "softmax attention plus a learned constant matrix (blockwise)"),
+        ({"kind": "scaled_softmax"}, "softmax attention times a learned gain (blockwise)"),
+    ],
+)
+def test_the_attention_is_that_of_the_recipe(attention: dict[str, object], said: str) -> None:
+    facts = {**FACTS, "attention": AttentionConfig(**attention).model_dump_json()}
+    assert f"A vit_tiny_patch16_224 with {said}, 6 parameters, " in model_card(facts, nn.Linear(2, 2), "owls")
+
+
+def test_its_snippet_turns_photographs_as_predict_does() -> None:
+    card = model_card({**FACTS, "attention": AttentionConfig().model_dump_json()}, nn.Linear(2, 2), "owls")
+    assert 'image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")' in card
+
+
+QUICK = ("train.max_steps=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null", "data.backend=synthetic")
+
+
+@pytest.mark.slow
+def test_a_student_takes_its_teacher_along(tmp_path: Path, capsys) -> None:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text("{}")
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    kinds = {teacher: "attention.kind=karat", student: f"attention.transfer_from={teacher}"}
+    for run, kind in kinds.items():
+        done = karat("train", str(recipe), *SMALL, *QUICK, kind, f"run.dir={run}")
+        assert done.returncode == 0, done.stderr
+    directory = RunDirectory(student)
+    name = directory.store.names()[0]
+    model = build_model(directory.recipe(), student)
+    load_weights(model, directory.store.root / name, directory.store.state(name), ema=True)
+    images = torch.randn(5, 3, 16, 16)
+    with torch.no_grad():
+        expected = model.eval()(images)
+    options = ["export", str(student), "--checkpoint", "latest", "--weights", "ema", "--format"]
+    assert main([*options, "torch-export", "--out", str(tmp_path / "own.pt2")]) == 0
+    torch.testing.assert_close(torch.export.load(tmp_path / "own.pt2").module()(images), expected)
+    pytest.importorskip("onnx", reason="needs the extra `export`")
+    from karat_scale.commands.export.formats import onnx_session
+
+    assert main([*options, "onnx", "--out", str(tmp_path / "own.onnx")]) == 0
+    torch.testing.assert_close(onnx_session(str(tmp_path / "own.onnx"))(images), expected)
+    assert main([*options, "hub-folder", "--out", str(tmp_path / "own")]) == 2
+    assert "it uses its teacher's attention matrices" in capsys.readouterr().err
+    assert not (tmp_path / "own").exists()

@@ -1,5 +1,6 @@
 """`karat submit` writes a script that sbatch takes as it is."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from karat_scale.commands.cli import main
+from karat_scale.commands.submit.nodes import most_nodes
 from karat_scale.commands.submit.sbatch import SCRIPT, Job
+from karat_scale.recipe.loading import load_recipe
 from tests.commands.status.terminal import on_a_terminal
-from tests.conftest import karat
+from tests.conftest import karat, karat_environment
 
 
 def test_the_script_has_everything_filled_in(tmp_path: Path) -> None:
@@ -118,3 +121,102 @@ def test_a_deepspeed_file_that_is_wrong_writes_nothing(tmp_path: Path, capsys) -
     (line,) = capsys.readouterr().err.splitlines()
     assert "gradient_cliping: unknown key; did you mean gradient_clipping?" in line
     assert not run.exists()
+
+
+Capture = pytest.CaptureFixture[str]
+SHAPE = ("model.depth=1", "model.image_size=64", "train.global_batch=256", "--nodes=2", "--gpus-per-node=4")
+
+
+def script_of(tmp_path: Path, *arguments: str, recipe: str = "imagenet_vit_tiny_g3b") -> str:
+    run = tmp_path / "run"
+    places = (f"run.dir={run}", f"data.path={tmp_path}")
+    assert main(["submit", recipe, *places, *arguments]) == 0
+    return (run / "submit.sh").read_text()
+
+
+def partitioned(tmp_path: Path) -> str:
+    """A recipe that says ZeRO stage 1."""
+    recipe = tmp_path / "partitioned.yaml"
+    recipe.write_text("extends: imagenet_vit_tiny_g3b\ndeepspeed: {config: zero1}\n")
+    return str(recipe)
+
+
+def test_stage_and_micro_batch_come_from_the_plan(tmp_path: Path, capsys: Capture) -> None:
+    script = script_of(tmp_path, *SHAPE, "--gpu=a100-40", recipe=partitioned(tmp_path))
+    assert "recommended: deepspeed.config=zero0 train.micro_batch=32" in capsys.readouterr().out
+    assert script.count("train.micro_batch=32") == 1
+    assert script.count("deepspeed.config=zero0") == 1  # the recipe has zero1
+
+
+@pytest.mark.slow
+def test_what_the_user_names_is_left_alone(tmp_path: Path, capsys: Capture) -> None:
+    script = script_of(tmp_path, "train.micro_batch=8", "deepspeed.config=zero2", *SHAPE, "--gpu=a100-40")
+    assert "recommended: deepspeed.config=zero2 train.micro_batch=8" in capsys.readouterr().out
+    assert script.count("train.micro_batch=8") == 1
+    assert script.count("deepspeed.config=zero2") == 1
+
+
+@pytest.mark.slow
+def test_a_stage_that_the_recipe_cannot_use_is_passed_over(tmp_path: Path, capsys: Capture) -> None:
+    script = script_of(tmp_path, "train.precision=fp16", *SHAPE, "--gpu=v100-32", recipe=partitioned(tmp_path))
+    assert script.count("train.micro_batch=32") == 1
+    assert "recommended: deepspeed.config=zero1" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_would_not_fit_gets_a_smaller_batch(tmp_path: Path, capsys: Capture) -> None:
+    recipe = tmp_path / "large.yaml"
+    recipe.write_text("extends: imagenet_vit_tiny_g3b\ntrain: {eval_batch: 1024000}\n")
+    script = script_of(tmp_path, *SHAPE, "--gpu=a100-40", recipe=str(recipe))
+    (batch,) = set(re.findall(r"train\.eval_batch=(\d+)", script))
+    assert f"train.eval_batch = 1024000 does not fit; {batch} does" in capsys.readouterr().out
+
+
+def test_without_a_gpu_it_says_that_it_did_not_plan(tmp_path: Path, capsys: Capture) -> None:
+    assert "train.micro_batch" not in script_of(tmp_path, *SHAPE)
+    assert "not planned: " in capsys.readouterr().out
+
+
+def test_an_unknown_gpu_is_refused_before_anything_is_written(tmp_path: Path, capsys: Capture) -> None:
+    run = tmp_path / "run"
+    assert main(["submit", "imagenet_vit_tiny_g3b", f"run.dir={run}", *SHAPE, "--gpu=h1000"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--gpu h1000: not in the table" in line
+    assert not run.exists()
+
+
+def test_a_world_that_does_not_divide_the_batch_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    arguments = ("submit", "imagenet_vit_tiny_g3b", f"run.dir={tmp_path / 'run'}", "--nodes=3", "--gpu=a100-40")
+    assert main(list(arguments)) == 2
+    assert "does not divide over 12 ranks" in capsys.readouterr().err
+
+
+def test_submitting_without_a_plan_does_not_import_torch() -> None:
+    code = "import sys, karat_scale.commands.submit.sbatch; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+RECIPE = ("imagenet_vit_tiny_g3b", "data.path=/shards")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "nodes", "taken"),
+    [
+        ((), 4, 4),
+        ((), 3, 2),  # 12 ranks do not divide 128
+        ((), 31, 16),  # mixup wants pairs, so 32 nodes would be too many
+        (("augment.mixup=0", "augment.cutmix=0"), 33, 32),
+        (("train.global_batch=130",), 3, 3),  # no number of nodes fixes that
+    ],
+)
+def test_the_largest_number_of_nodes_that_the_batch_divides(overrides: tuple[str, ...], nodes: int, taken: int) -> None:
+    name, *rest = RECIPE
+    assert most_nodes(load_recipe(name, [*rest, *overrides]), nodes, ranks_per_node=4) == taken
+
+
+@pytest.mark.parametrize("recipe", [("train", *RECIPE), ("detect", "coco_mask_rcnn_vit_base", "data.path=/coco")])
+def test_the_launch_wrapper_gets_a_number(recipe: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "karat_scale.commands.submit.nodes", "3", "4", *recipe, "train.global_batch=96"]
+    done = subprocess.run(command, env=karat_environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr

@@ -78,8 +78,15 @@ def own_run(karat_run: TrainedRun, tmp_path: Path) -> TrainedRun:
     return open_run(tmp_path / "karat")
 
 
-def test_a_real_run_is_predicted_once_as_karat_eval_scores_it(own_run: TrainedRun) -> None:
-    result = analyze_accuracy(own_run, Settings())
+def test_a_real_run_is_predicted_once_as_karat_eval_scores_it(
+    own_run: TrainedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("karat_scale.commands.analyze.result.WORTH_TELLING", 0.0)
+    settings = Settings(tell=told.append, progress=lambda what, done, total: told.append(f"{done}/{total}"))
+    result = analyze_accuracy(own_run, settings)
+    assert told[0].startswith("predicting the validation split takes at most about ")
+    assert told[1:] == ["1/4", "2/4", "3/4", "4/4"]
     events = [json.loads(line) for line in (own_run.path / "metrics.jsonl").read_text().splitlines()]
     best = max((event for event in events if event["event"] == "eval"), key=lambda event: event["top1"])
     assert result.numbers["images"] == CLASSES * VAL_PER_CLASS
@@ -108,12 +115,3 @@ def test_without_the_data_what_was_kept_is_still_shown(own_run: TrainedRun, shar
     result = analyze_mistakes(run, Settings())
     assert not result.galleries
     assert any(note.startswith("no pictures: ") and str(tmp_path / "data") in note for note in result.notes)
-
-
-def test_a_long_pass_is_announced(own_run: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("karat_scale.commands.analyze.result.WORTH_TELLING", 0.0)
-    told: list[str] = []
-    settings = Settings(tell=told.append, progress=lambda what, done, total: told.append(f"{done}/{total}"))
-    analyze_accuracy(own_run, settings)
-    assert told[0].startswith("predicting the validation split takes at most about ")
-    assert told[1:] == ["1/4", "2/4", "3/4", "4/4"]
