@@ -1,13 +1,15 @@
 """Two short real runs, one of each kind, on the shared shards."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from karat_scale.commands.analyze.predictions import FILE
 from karat_scale.commands.analyze.trained_run import TrainedRun, open_run
 from tests.commands.analyze.browser import Browser, open_browser
-from tests.conftest import SMALL, karat, made_once
+from tests.commands.conftest import TrainOnce
 
 
 @pytest.fixture(scope="session")
@@ -25,19 +27,12 @@ KEEP_ALL = (
 
 
 @pytest.fixture(scope="session")
-def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def trained(shards: Path, train_once: TrainOnce) -> Callable[[str], Path]:
     """The directory of a run of 16 steps with a checkpoint each 4, and snapshots of the weights at the start and end.
 
     By kind of attention; trained at first use.
     """
-
-    def train(kind: str, root: Path) -> None:
-        recipe = root / f"{kind}.yaml"
-        recipe.write_text(f"data: {{path: {shards}}}\nschedule: {{warmup_epochs: 0.5}}\n")
-        done = karat("train", str(recipe), *SMALL, *KEEP_ALL, f"attention.kind={kind}", f"run.dir={root / kind}")
-        assert done.returncode == 0, done.stderr
-
-    return lambda kind: made_once(tmp_path_factory, f"run-{kind}", lambda root: train(kind, root)) / kind
+    return lambda kind: train_once(kind, f"path: {shards}", *KEEP_ALL, f"attention.kind={kind}")
 
 
 @pytest.fixture(params=["karat", "softmax"])
@@ -53,3 +48,10 @@ def karat_run(trained: Callable[[str], Path]) -> TrainedRun:
 @pytest.fixture
 def softmax_run(trained: Callable[[str], Path]) -> TrainedRun:
     return open_run(trained("softmax"))
+
+
+@pytest.fixture
+def own_run(karat_run: TrainedRun, tmp_path: Path) -> TrainedRun:
+    """A copy of the KArAt run, which a test may change."""
+    shutil.copytree(karat_run.path, tmp_path / "karat", ignore=shutil.ignore_patterns(FILE, "analysis"))
+    return open_run(tmp_path / "karat")

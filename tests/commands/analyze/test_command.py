@@ -76,10 +76,9 @@ def test_a_later_command_keeps_what_an_earlier_one_made(
 
 
 def test_a_checkpoint_of_another_model_leaves_the_other_run(
-    karat_run: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    karat_run: TrainedRun, own_run: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(karat_run.path, other)
+    other = own_run.path.rename(tmp_path / "other")
     recipe = other / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("depth: 2", "depth: 3"))
     out, names = tmp_path / "out", ("maps", "distributions")

@@ -10,7 +10,7 @@ from torch import nn
 from karat_scale.commands.analyze import landscape
 from karat_scale.commands.analyze.landscape import filter_normalised, loss_grid, plane_of_run, principal_plane
 from karat_scale.commands.analyze.result import Result, Settings
-from karat_scale.commands.analyze.trained_run import TrainedRun
+from karat_scale.commands.analyze.trained_run import TrainedRun, open_run
 from karat_scale.models import create_model
 from karat_scale.recipe import AttentionConfig
 from tests.models.test_attention_matrices import SIZE
@@ -76,23 +76,22 @@ def test_a_stopped_grid_of_another_range_or_other_data_is_not_resumed(karat_run:
     assert set(points) == {9}
 
 
-def test_too_few_checkpoints_leave_the_other_figures(karat_run: TrainedRun, tmp_path: Path) -> None:
-    shutil.copytree(karat_run.path, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "snapshots")
-    for name in karat_run.in_order[1:-1]:
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / name)
-    result = analyze_landscape(dataclasses.replace(karat_run, path=tmp_path / "run"), QUICK, tmp_path)
+def test_too_few_checkpoints_leave_the_other_figures(own_run: TrainedRun, tmp_path: Path) -> None:
+    names = own_run.in_order[1:-1]
+    shutil.rmtree(own_run.snapshots)
+    for name in names:
+        shutil.rmtree(own_run.store.root / name)
+    result = analyze_landscape(open_run(own_run.path), QUICK, tmp_path)
     assert set(result.figures) == {"random_surface"}
     assert "PCA of the path needs 3" in result.notes[0]
 
 
 def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_takes_its_place(
-    karat_run: TrainedRun, tmp_path: Path
+    own_run: TrainedRun, tmp_path: Path
 ) -> None:
-    shutil.copytree(karat_run.path, tmp_path / "run")
-    *_, before, last = karat_run.in_order
-    (tmp_path / "run" / "checkpoints" / last / "state.json").write_text("{}")
-    result = analyze_landscape(dataclasses.replace(karat_run, path=tmp_path / "run"), QUICK, tmp_path)
+    *_, before, last = own_run.in_order
+    (own_run.store.root / last / "state.json").write_text("{}")
+    result = analyze_landscape(own_run, QUICK, tmp_path)
     assert result.numbers["checkpoint"] == before
     assert result.numbers["path"]["steps"] == [0, 4, 8, 12]
     assert f"({before})" in result.figures["random_surface"][1]

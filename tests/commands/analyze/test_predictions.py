@@ -72,12 +72,6 @@ def test_predictions_are_kept_whole_or_not_read(tmp_path: Path) -> None:
     assert read_predictions(tmp_path / "none", "x") is None
 
 
-@pytest.fixture
-def own_run(karat_run: TrainedRun, tmp_path: Path) -> TrainedRun:
-    shutil.copytree(karat_run.path, tmp_path / "karat", ignore=shutil.ignore_patterns(FILE, "analysis"))
-    return open_run(tmp_path / "karat")
-
-
 def test_a_real_run_is_predicted_once_as_karat_eval_scores_it(
     own_run: TrainedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,4 @@
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -52,13 +51,11 @@ def test_images_outside_the_split_are_named(karat_run: TrainedRun) -> None:
         karat_run.images(1, (3, 1000))
 
 
-def test_data_of_other_classes_are_refused(karat_run: TrainedRun, tmp_path: Path) -> None:
-    copy = tmp_path / "run"
-    shutil.copytree(karat_run.path, copy)
-    names = json.loads((copy / "classes.json").read_text())
-    (copy / "classes.json").write_text(json.dumps(names[::-1]))
+def test_data_of_other_classes_are_refused(own_run: TrainedRun) -> None:
+    file = own_run.path / "classes.json"
+    file.write_text(json.dumps(json.loads(file.read_text())[::-1]))
     with pytest.raises(DataError, match="has other classes than the run"):
-        TrainedRun(copy, karat_run.recipe).images(3)
+        own_run.images(3)
 
 
 def test_what_was_frozen_is_frozen(karat_run: TrainedRun) -> None:
@@ -73,28 +70,24 @@ def test_auto_has_the_fingerprint_of_the_weights_that_it_means(karat_run: Traine
     assert prints["auto"] == prints["ema"] != prints["raw"]
 
 
-def test_no_run_no_checkpoint_and_a_damaged_one(karat_run: TrainedRun, tmp_path: Path) -> None:
+def test_no_run_no_checkpoint_and_a_damaged_one(own_run: TrainedRun, tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="not a run directory"):
         open_run(tmp_path)
-    copy = tmp_path / "run"
-    shutil.copytree(karat_run.path, copy)
     with pytest.raises(RunDirectoryError, match="no checkpoint 'step-9'; there are: step-00000016"):
-        open_run(copy, checkpoint="step-9").model()
-    (copy / "checkpoints" / karat_run.in_order[1] / "state.json").write_text("{}")
+        open_run(own_run.path, checkpoint="step-9").model()
+    (own_run.store.root / own_run.in_order[1] / "state.json").write_text("{}")
     with pytest.raises(RunDirectoryError, match=r"is damaged: state\.json"):
-        open_run(copy).model(karat_run.in_order[1])
+        own_run.model(own_run.in_order[1])
 
 
-def test_a_snapshot_is_the_raw_weights_of_its_step(any_run: TrainedRun, tmp_path: Path) -> None:
-    copy = tmp_path / "run"
-    shutil.copytree(any_run.path, copy)
-    first, *_, last = any_run.in_order
-    snapshot, whole = (any_run.model(name, "raw").state_dict() for name in (f"{last}.safetensors", last))
+def test_a_snapshot_is_the_raw_weights_of_its_step(own_run: TrainedRun) -> None:
+    first, *_, last = own_run.in_order
+    snapshot, whole = (own_run.model(name, "raw").state_dict() for name in (f"{last}.safetensors", last))
     assert all(torch.equal(snapshot[key], whole[key]) for key in whole)
-    assert any_run.model(first).state_dict()["head.weight"].std() == pytest.approx(0.02, rel=0.5)
-    (copy / "snapshots" / first).write_bytes(b"torn")
+    assert own_run.model(first).state_dict()["head.weight"].std() == pytest.approx(0.02, rel=0.5)
+    (own_run.snapshots / first).write_bytes(b"torn")
     with pytest.raises(RunDirectoryError, match=f"{first}: not a whole file of karat export"):
-        open_run(copy).model(first)
+        own_run.model(first)
 
 
 def test_missing_data_is_one_line(karat_run: TrainedRun, tmp_path: Path) -> None:
