@@ -160,6 +160,10 @@ def loss_grid(
         unfinished: path prefix of files of finished points, removed at the end. Files of other inputs are ignored.
         identity: everything else that the losses depend on, such as checkpoint and images.
     """
+
+    def files() -> list[Path]:
+        return sorted(unfinished.parent.glob(f"{unfinished.name}-*.npz"))
+
     origin = flatten(model)
     known: Any = None
     with world.together():
@@ -168,7 +172,12 @@ def loss_grid(
             for array in (origin.numpy(), directions, first, second):
                 digest.update(np.ascontiguousarray(array).tobytes())
             key, shape = digest.hexdigest(), (len(second), len(first))
-            known = _read(unfinished, _Known(key, np.full(shape, np.nan), np.zeros(shape, dtype=bool)))
+            known = _Known(key, np.full(shape, np.nan), np.zeros(shape, dtype=bool))
+            for path in files():  # which the ranks of an earlier command saved
+                with open_to_read(path) as file, np.load(file) as content:
+                    if str(content["key"]) == known.key:
+                        known.losses[content["done"]] = content["losses"][content["done"]]
+                        known.done |= content["done"]
     known = world.broadcast(known)
     mine = np.flatnonzero(~known.done)[world.rank :: world.size]
     with world.together():
@@ -179,13 +188,15 @@ def loss_grid(
                 known.losses[row, column], known.done[row, column] = loss(), True
                 progress(number, len(mine))
                 if number % len(first) == 0:
-                    _write(unfinished, world.rank, known)
+                    content = io.BytesIO()
+                    np.savez(content, key=known.key, losses=known.losses, done=known.done)
+                    replace_file(unfinished.with_name(f"{unfinished.name}-{world.rank}.npz"), content.getvalue())
         finally:
             _move(model, origin, directions, 0.0, 0.0)
     for points, values in world.gather((mine, known.losses.flat[mine])):
         known.losses.flat[points] = values
     if world.is_main:
-        for path in _files(unfinished):
+        for path in files():
             path.unlink()
     return np.asarray(known.losses)
 
@@ -235,26 +246,6 @@ def _move(model: nn.Module, origin: Tensor, directions: Directions, a: float, b:
         one, two = torch.from_numpy(directions[:, part])
         parameter.copy_((origin[part] + a * one + b * two).view_as(parameter))
         start = part.stop
-
-
-def _files(unfinished: Path) -> list[Path]:
-    return sorted(unfinished.parent.glob(f"{unfinished.name}-*.npz"))
-
-
-def _read(unfinished: Path, known: _Known) -> _Known:
-    """Load what the ranks of an earlier command saved."""
-    for path in _files(unfinished):
-        with open_to_read(path) as file, np.load(file) as content:
-            if str(content["key"]) == known.key:
-                known.losses[content["done"]] = content["losses"][content["done"]]
-                known.done |= content["done"]
-    return known
-
-
-def _write(unfinished: Path, rank: int, known: _Known) -> None:
-    content = io.BytesIO()
-    np.savez(content, key=known.key, losses=known.losses, done=known.done)
-    replace_file(unfinished.with_name(f"{unfinished.name}-{rank}.npz"), content.getvalue())
 
 
 MARGIN = 0.25
