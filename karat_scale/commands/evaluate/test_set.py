@@ -15,6 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def _plain(name: str) -> str:
     return " ".join(name.replace("_", " ").casefold().split())
 
 
-_MOST_CLASSES = 10**9
+MOST_CLASSES = 10**9
+Split = ShardSplit | BetonSplit | FolderSplit
 SPLITS = ("val", "test", "validation", "valid", "train")
 """The names of splits, in the order in which one is chosen."""
 _MOST_NAMED = 8
@@ -118,7 +120,7 @@ class TestSet:
 
     __test__ = False  # pytest would take the class for tests
 
-    source: ShardSplit | FolderSplit | BetonSplit
+    source: Split
     kept: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int32]
     classes: tuple[str, ...]
@@ -202,34 +204,34 @@ def open_test_set(
     return TestSet(source, kept, labels[kept], tuple(classes), present, unmatched, left_out, turns)
 
 
-def _open(directory: Path | str, split: str, use: RemoteUse) -> ShardSplit | FolderSplit | BetonSplit:
+def packed_splits(directory: Path | str, use: RemoteUse) -> dict[str, Callable[[], Split]] | None:
+    """Return what opens each split of shards or of betons; None where neither is. Raises DataError."""
+    if isinstance(directory, str) or (directory / DATASET_FILE).is_file():
+        splits = read_dataset_record(directory, use.timeout).splits
+        names = [name for name, split in splits.items() if split.samples]
+        return {name: partial(ShardSplit, directory, name, MOST_CLASSES, remote=use) for name in names}
+    betons = sorted(path.stem for path in directory.glob("*.beton"))
+    return {name: partial(BetonSplit, directory, name, MOST_CLASSES) for name in betons} or None
+
+
+def _open(directory: Path | str, split: str, use: RemoteUse) -> Split:
     if isinstance(directory, Path):
         must_answer(directory, use.timeout)
-    if isinstance(directory, str) or (directory / DATASET_FILE).is_file():
-        found = read_dataset_record(directory, use.timeout)
-        there = [name for name, record in found.splits.items() if record.samples]
-        return ShardSplit(directory, _chosen(directory, split, there), _MOST_CLASSES, remote=use)
-    if betons := [path.stem for path in directory.glob("*.beton")]:
-        return BetonSplit(directory, _chosen(directory, split, betons), _MOST_CLASSES)
-    folders = [path.name for path in directory.iterdir() if path.is_dir()] if directory.is_dir() else []
-    if not folders:
-        raise DataError(f"{directory} is no test set: it has no {DATASET_FILE}, no *.beton and no folders of classes")
-    if split or any(name in SPLITS and _has_folders(directory / name) for name in folders):
-        splits = [name for name in folders if _has_folders(directory / name)]
-        return FolderSplit(directory, _chosen(directory, split, splits), _MOST_CLASSES)
-    whole = directory.resolve()
-    return FolderSplit(whole.parent, whole.name, _MOST_CLASSES)
-
-
-def _chosen(directory: Path | str, split: str, there: Sequence[str]) -> str:
-    wanted = [split] if split else [name for name in (*SPLITS, *there[:1]) if name in there]
-    if not wanted or wanted[0] not in there:
-        raise DataError(f"{directory} has no split {split!r}; the splits there: {', '.join(sorted(there)) or 'none'}")
-    return wanted[0]
-
-
-def _has_folders(path: Path) -> bool:
-    return any(entry.is_dir() for entry in path.iterdir())
+    splits = packed_splits(directory, use)
+    if splits is None:
+        directory = Path(directory)
+        folders = [path for path in directory.iterdir() if path.is_dir()] if directory.is_dir() else []
+        if not folders:
+            raise DataError(f"{directory} is no test set: no {DATASET_FILE}, no *.beton and no folders of classes")
+        around = [path.name for path in folders if any(entry.is_dir() for entry in path.iterdir())]
+        if not split and not {*around} & {*SPLITS}:
+            whole = directory.resolve()
+            return FolderSplit(whole.parent, whole.name, MOST_CLASSES)
+        splits = {name: partial(FolderSplit, directory, name, MOST_CLASSES) for name in around}
+    wanted = [split] if split else [name for name in (*SPLITS, *[*splits][:1]) if name in splits]
+    if not wanted or wanted[0] not in splits:
+        raise DataError(f"{directory} has no split {split!r}; the splits there: {', '.join(sorted(splits)) or 'none'}")
+    return splits[wanted[0]]()
 
 
 def load_test_set(

@@ -16,20 +16,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from karat_scale.commands.evaluate.test_set import MOST_CLASSES, Split, packed_splits
 from karat_scale.commands.figures import new_figure, rendered
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb, opened
 from karat_scale.data.loading.assemble import PreparesSamples
-from karat_scale.data.shards.beton import BetonSplit
+from karat_scale.data.shards.cache import RemoteUse
 from karat_scale.data.shards.folder import FolderSplit
-from karat_scale.data.shards.shard_format import DATASET_FILE, dataset_directory, read_dataset_record
-from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.data.shards.shard_format import DATASET_FILE, dataset_directory
 from karat_scale.foundation.console import print_table, printable, progress, write_json
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import write_atomically
 from karat_scale.foundation.html_page import render_page
 
 _ORIENTATION = 274  # the EXIF tag
-Split = ShardSplit | BetonSplit | FolderSplit
 
 
 @dataclass
@@ -156,7 +155,6 @@ def _charts(facts: SplitFacts) -> bytes:
     return rendered(figure, dpi=110)
 
 
-_MOST_CLASSES = 10**9
 _FOLDERS = ("train", "val", "test", "valid", "validation")
 
 
@@ -191,16 +189,12 @@ def look_at_data(path: str, images: int, classes: int, out: str | None, json_fil
 
 def open_splits(directory: Path | str) -> dict[str, Callable[[], Split]]:
     """Return what opens each split of shards, betons or an image folder. Raises DataError."""
-    if isinstance(directory, str) or (directory / DATASET_FILE).is_file():
-        record = read_dataset_record(directory)
-        names = [name for name, split in record.splits.items() if split.samples]
-        return {name: partial(ShardSplit, directory, name, _MOST_CLASSES) for name in names}
-    if betons := sorted(path.stem for path in directory.glob("*.beton")):
-        return {name: partial(BetonSplit, directory, name, _MOST_CLASSES) for name in betons}
-    folders = [name for name in _FOLDERS if (directory / name).is_dir()]
+    if (packed := packed_splits(directory, RemoteUse())) is not None:
+        return packed
+    folders = [name for name in _FOLDERS if (Path(directory) / name).is_dir()]
     if not folders:
         raise DataError(f"{directory} is no data set: no {DATASET_FILE}, no *.beton, no folder {' or '.join(_FOLDERS)}")
-    return {name: partial(FolderSplit, directory, name, _MOST_CLASSES) for name in folders}
+    return {name: partial(FolderSplit, directory, name, MOST_CLASSES) for name in folders}
 
 
 def _pictures(split: Split, classes_shown: int, each: int = 6) -> dict[str, list[bytes]]:
