@@ -95,28 +95,6 @@ def test_runs_of_one_name_are_told_apart(karat_run: TrainedRun) -> None:
     assert unique_labels([numbered, karat_run, karat_run]) == ["karat (2)", "karat", "karat (3)"]
 
 
-@pytest.mark.slow
-def test_the_report_of_two_runs_in_a_browser(
-    karat_run: TrainedRun, softmax_run: TrainedRun, tmp_path: Path, browser: Browser
-) -> None:
-    arguments = ["analyze", str(karat_run.path), str(softmax_run.path), *QUICK, "--out", str(tmp_path)]
-    assert main(arguments) == 0
-    browser.open(tmp_path / "report.html")
-    assert browser.messages() == []
-    figures = [path for path in tmp_path.rglob("*.png") if path.parent.name != "pictures"]
-    expected = {path.relative_to(tmp_path).with_suffix("").as_posix() for path in figures}
-    loaded = browser.run(
-        "return [...document.querySelectorAll('figure img')].filter(i => i.complete && i.naturalWidth > 100)"
-        ".map(i => i.dataset.figure).filter(name => name)"
-    )
-    assert set(loaded) == expected
-    tiles = browser.run("return [...document.querySelectorAll('.tiles img')].map(i => i.complete && i.naturalWidth)")
-    assert len(tiles) > 0
-    assert all(tiles)
-    assert browser.run("return document.querySelector('main section').id") == "training"
-    assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
-
-
 def test_off_a_terminal_it_prints_what_it_does_and_nothing_of_others(karat_run: TrainedRun, tmp_path: Path) -> None:
     done = karat("analyze", str(karat_run.path), *QUICK, "--only", "accuracy", "--out", str(tmp_path))
     assert done.returncode == 0
@@ -186,7 +164,7 @@ def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_every_figure_number_and_section_of_two_runs(cifar10: Path, tmp_path: Path) -> None:
+def test_every_figure_number_and_section_of_two_runs(cifar10: Path, tmp_path: Path, browser: Browser) -> None:
     runs = {kind: tmp_path / kind for kind in ("karat", "softmax")}
     for kind, recipe in (("karat", "cifar10_vit_mini_32px_g3b"), ("softmax", "cifar10_vit_mini_32px")):
         done = karat("train", recipe, *TINY, f"data.path={cifar10}", f"run.dir={runs[kind]}")
@@ -226,3 +204,15 @@ def test_every_figure_number_and_section_of_two_runs(cifar10: Path, tmp_path: Pa
     for kind in runs:
         path = json.loads((out / "landscape" / kind / "numbers.json").read_text())["path"]
         assert path["steps"] == [0, 5, 10, 15, 20]
+
+    browser.open(out / "report.html")
+    assert browser.messages() == []
+    loaded = browser.run(
+        "return [...document.querySelectorAll('figure img')].filter(i => i.complete && i.naturalWidth > 100)"
+        ".map(i => i.dataset.figure).filter(name => name)"
+    )
+    assert set(loaded) == expected | OF_ALL
+    tiles = browser.run("return [...document.querySelectorAll('.tiles img')].map(i => i.complete && i.naturalWidth)")
+    assert tiles
+    assert all(tiles)
+    assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
