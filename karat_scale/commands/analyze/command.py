@@ -92,13 +92,11 @@ def _rows(by_run: Mapping[str, Written]) -> list[dict[str, Any]]:
     """Return rows of the same figure, table or gallery of several runs, in the order of the run that has most."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for label, made in sorted(by_run.items(), key=lambda item: -len(item[1].figures)):
-        for kind, parts in {
-            "figure": {figure.name: figure for figure in made.figures},
-            "gallery": made.galleries,
-            "table": {table.title: table for table in made.tables},
-        }.items():
-            for title, part in parts.items():
-                found.setdefault((kind, title), []).append({**_EMPTY, "label": label, kind: part})
+        parts: list[tuple[str, str, Any]] = [("figure", figure.name, figure) for figure in made.figures]
+        parts += [("table", table.title, table) for table in made.tables]
+        parts += [("gallery", title, tiles) for title, tiles in made.galleries.items()]
+        for kind, title, part in parts:
+            found.setdefault((kind, title), []).append({**_EMPTY, "label": label, kind: part})
     if "" in by_run:  # one figure has all runs, so different figures stand side by side
         figures = [cells[0] for (kind, _), cells in found.items() if kind == "figure"]
         found = {key: cells for key, cells in found.items() if key[0] != "figure"} | {("figure", ""): figures}
@@ -231,11 +229,11 @@ class _Work:
         return [""] if ANALYSES[name].of_all else [*self.runs]
 
     def _made(self, name: str, label: str) -> Result:
-        if not label:
-            return ANALYSES[name](self.runs)
         settings = self._settings_of(name, label)
-        make_folder(settings.directory)
-        return ANALYSES[name](self.runs[label], settings)
+        if label:
+            make_folder(settings.directory)
+        found: Result = ANALYSES[name](self.runs[label], settings) if label else ANALYSES[name](self.runs)
+        return found
 
     @contextmanager
     def _told_if_impossible(self, name: str, label: str) -> Iterator[None]:

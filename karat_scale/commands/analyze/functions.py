@@ -346,7 +346,7 @@ def analyze_distributions(run: TrainedRun, settings: Settings) -> Result:
     figures = {"mean": "mean", "std": "std", "kurtosis": "excess kurtosis", "tail_index": "tail index"}
     places = {"what": "what", "block": "block", "head": "head"}
     of_model, of_heads = {"step": "step", **figures}, {**places, "step": "step", **figures}
-    rows = [[step, *describe(values).values()] for step, values in whole.items()]
+    rows: list[list[Any]] = [[step, *describe(values).values()] for step, values in whole.items()]
     result.add_records("model", rows, "All weights except biases and norms", of_model)
     rows = [
         [*place, step, *describe(values).values()] for step, parts in groups.items() for place, values in parts.items()

@@ -1,6 +1,7 @@
 """The parsers of the commands that train, here or as jobs, and that look at a run's progress and its steps."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ _SEE_ALSO = (
     "`karat recipes WORD` filters the recipes, `karat explain KEY` says what a key means, and `karat completion SHELL` "
     "completes both in bash, zsh and fish."
 )
-_SBATCH = {
+_SBATCH: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("account", "partition", "qos", "constraint", "mem", "dependency", "mail-type", "mail-user"), str),
     "time": time_limit,
     "nodes": whole(1),
@@ -39,7 +40,10 @@ _SBATCH = {
     "cpus-per-task": whole(1),
 }
 """The options of sbatch, with the types of their values."""
-_SETTINGS = {"venv": virtual_environment, **dict.fromkeys(("conda-env", "modules", "container", "stage"), str)}
+_SETTINGS: dict[str, Callable[[str], Any]] = {
+    "venv": virtual_environment,
+    **dict.fromkeys(("conda-env", "modules", "container", "stage"), str),
+}
 """The variables of the scripts in slurm/."""
 
 
