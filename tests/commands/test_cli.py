@@ -191,22 +191,6 @@ def test_another_recipe_in_the_same_directory_is_refused_with_the_keys(train_rec
     refused(train_recipe("train.global_batch=16", "resume.allow=[optim.lr, train.global_batch]"), "train.global_batch")
 
 
-def test_resume_never_refuses_to_overwrite(train_recipe: Train) -> None:
-    train_recipe("train.max_steps=1")
-    refused(train_recipe("resume.mode=never"), "resume.mode", "choose another run.dir")
-
-
-def test_a_run_in_use_is_refused(recipe_file: Path, train_recipe: Train, tmp_path: Path) -> None:
-    import fcntl
-
-    (tmp_path / "run").mkdir()
-    with (tmp_path / "run" / ".lock").open("w") as lock:
-        lock.write("process 1 on elsewhere")
-        lock.flush()
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        refused(train_recipe(), "in use by process 1 on elsewhere")
-
-
 def test_eval_repeats_the_runs_own_figure(train_recipe: Train, tmp_path: Path) -> None:
     train_recipe()
     run, out = tmp_path / "run", tmp_path / "eval.json"

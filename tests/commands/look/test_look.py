@@ -71,39 +71,38 @@ def test_two_classes_are_both_named() -> None:
     assert label(1.0, 0.1) == "cat"
 
 
-def test_show_writes_a_picture_and_lists_the_samples(recipe_file: Path, tmp_path: Path, capsys) -> None:
-    out = tmp_path / "batch.png"
-    assert main(["show", str(recipe_file), *SMALL, "--step", "2", "--images", "5", "--out", str(out)]) == 0
-    with Image.open(out) as picture:
-        assert picture.format == "PNG"
-        assert picture.width > 5 * 100
-    listed = capsys.readouterr().out
-    assert "step 2: 5 images" in listed
-    assert "in train-" in listed
-
-
 def test_the_picture_is_beside_the_run_and_not_in_the_working_directory(
     recipe_file: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     run = tmp_path / "runs" / "first"
-    assert main(["show", str(recipe_file), *SMALL, f"run.dir={run}", "--images", "2"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"{run}-step-1.png"
-    assert [path.name for path in run.parent.iterdir()] == ["first-step-1.png"]
+    assert main(["show", str(recipe_file), *SMALL, f"run.dir={run}", "--step", "2", "--images", "5"]) == 0
+    listed = capsys.readouterr().out
+    assert "step 2: 5 images" in listed
+    assert "in train-" in listed
+    assert listed.splitlines()[-1] == f"{run}-step-2.png"
+    assert [path.name for path in run.parent.iterdir()] == ["first-step-2.png"]
     assert not list(Path.cwd().iterdir())
+    with Image.open(f"{run}-step-2.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.width > 5 * 100
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("arguments", "said"),
     [
-        (["--step", "999999"], "the recipe has steps 1 to"),
-        (["--out", "/nowhere/x.png"], "cannot be written"),
-        (["data.path=/nowhere"], "is not a directory"),
+        (("show", "r.yaml", *SMALL, "--step", "999999"), "the recipe has steps 1 to"),
+        (("show", "r.yaml", *SMALL, "--out", "/nowhere/x.png"), "cannot be written"),
+        (("show", "r.yaml", *SMALL, "data.path=/nowhere"), "is not a directory"),
+        (("data", "."), "is no data set"),
     ],
 )
-def test_what_cannot_be_shown_is_one_line(options: list[str], said: str, recipe_file: Path, capsys) -> None:
-    assert main(["show", str(recipe_file), *SMALL, *options]) == 2
+def test_what_cannot_be_shown_is_one_line(
+    arguments: tuple[str, ...], said: str, recipe_file: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(recipe_file.parent)
+    assert main([*arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
 
@@ -166,9 +165,3 @@ def test_the_odd_images_of_betons_are_named_by_one_reading_of_the_index(
     odd = json.loads(out.read_text())["train"]["odd"]
     assert {one["image"] for one in odd} == {f"ant/{number}" for number in range(5)}
     assert read.count("key") == 2  # when it is opened, and for the names
-
-
-def test_no_data_is_one_line(tmp_path: Path, capsys) -> None:
-    assert main(["data", str(tmp_path)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "is no data set" in line
