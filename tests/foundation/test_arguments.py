@@ -1,12 +1,14 @@
 """What every command line of ours takes and refuses."""
 
 import os
+from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from karat_scale.commands.cli import build_parser, main
-from karat_scale.foundation.arguments import OneLineParser
+from karat_scale.foundation.arguments import OneLineParser, call
 
 Capture = pytest.CaptureFixture[str]
 COMMANDS = ("train", "eval", "detect", "plan", "submit", "doctor")
@@ -153,3 +155,17 @@ def test_an_option_without_effect_is_refused(
     (tmp_path / "r").write_text("data: {path: x}\nmodel: {patch_size: 16}\n")
     assert main([part.format(run=tmp_path) for part in arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class Size:
+    images: int
+    block: int = 3
+
+
+def test_a_command_gets_the_options_that_its_parameters_name() -> None:
+    def command(run_dir: str, size: Size, world: int = 1) -> tuple[str, Size, int]:
+        return run_dir, size, world
+
+    assert call(command, Namespace(run_dir="r", images=5, other=9)) == ("r", Size(5), 1)
+    assert call(command, Namespace(run_dir="r", images=5, block=0, world=2)) == ("r", Size(5, 0), 2)
