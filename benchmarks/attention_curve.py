@@ -6,20 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
-
-from karat_scale.commands.bench.attention import (
-    SDPA,
-    Case,
-    check_case,
-    clock_for,
-    device_name,
-    forward_backward,
-    forward_backward_once,
-)
-from karat_scale.commands.bench.commands import add_attention_options, attention_case
-from karat_scale.commands.bench.measuring import interleaved_seconds, median_ratio, peak_memory_of
-from karat_scale.foundation.arguments import OneLineParser, count, new_file
+from karat_scale.commands.bench.commands import add_attention_options
+from karat_scale.commands.bench.model import case_of
+from karat_scale.commands.measure.attention import SDPA, Case, clock_for, forward_backward, forward_backward_once
+from karat_scale.commands.measure.interleaved import interleaved_seconds, peak_memory_of
+from karat_scale.foundation.arguments import OneLineParser, count
 from karat_scale.foundation.console import print_table, write_json
 from karat_scale.foundation.errors import run_script
 
@@ -31,18 +22,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m benchmarks.attention_curve", description=__doc__)
     parser.add_argument("tokens", type=count, nargs="+", metavar="N", help="numbers of tokens")
     add_attention_options(parser)
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
     options = parser.parse_args(arguments)
-    tokens, case = options.tokens, attention_case(options, options.tokens[0])
-    check_case(case)
-    if case.device == "cpu":
-        torch.set_num_threads(options.threads)
+    tokens, case = options.tokens, case_of(options, options.tokens[0])
+    case.check()
     points = [curve_point(replace(case, tokens=n), options.rounds, options.threads) for n in tokens]
     exponents = {
         "time": growth(tokens, [point["forward_backward_ms"] for point in points]),
         "memory": growth(tokens, [point["peak_mb"] for point in points]),
     }
-    result = {**asdict(case), "tokens": tokens, "device_name": device_name(case.device), "threads": options.threads}
+    result = {**asdict(case), "tokens": tokens, "device_name": case.device_name, "threads": options.threads}
     result |= {"rows": points, "exponents": exponents}
     _print(result)
     write_json(options.json, result)
@@ -57,9 +45,9 @@ def curve_point(case: Case, rounds: int, threads: int) -> dict[str, Any]:
     memory = {name: peak_memory_of(forward_backward_once, (name, case), case.device) for name in contenders}
     return {
         "tokens": case.tokens,
-        "forward_backward_ms": round(1e3 * statistics.median(both[AUTO]), 3),
+        "forward_backward_ms": round(1e3 * both.median(AUTO), 3),
         "peak_mb": round(memory[AUTO], 2),
-        "ratio_forward_backward": round(median_ratio(both, AUTO, SDPA), 3),
+        "ratio_forward_backward": round(both.ratio(AUTO, SDPA), 3),
         "ratio_memory": round(memory[AUTO] / memory[SDPA], 3),
     }
 

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
-from karat_scale.commands.bench.commands import add_data_options, data_plan
-from karat_scale.commands.bench.data import SIZE, Contender, Contenders, bench_data, decode_whole
+from karat_scale.commands.bench.commands import add_data_options
+from karat_scale.commands.bench.data import Contender, Contenders, bench_data, decode_whole
+from karat_scale.commands.measure.loader import SIZE
 from karat_scale.data.shards.beton import beton_path, read_record
 from karat_scale.foundation.arguments import OneLineParser
 from karat_scale.foundation.errors import run_script
@@ -28,8 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure our backends and the peers, print a table, and write the file of `--json`."""
     parser = OneLineParser(prog="python -m benchmarks.data_peers", description=__doc__)
     add_data_options(parser)
-    options = parser.parse_args(arguments)
-    return bench_data(data_plan(options), options.json, peers)
+    return bench_data(parser.parse_args(arguments), peers)
 
 
 def peers(ours: Contenders) -> dict[str, Contender]:

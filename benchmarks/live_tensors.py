@@ -87,19 +87,13 @@ def _outwait_gloo() -> None:
 
 
 def _train(recipe: Recipe, steps: int, evaluates: bool) -> None:
+    from karat_scale.commands.measure.step import silent_trainer
     from karat_scale.engine import distributed
-    from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
-    from karat_scale.training.loop import Loop, evaluate_in_training
-    from karat_scale.training.run import build_parts
-    from karat_scale.training.run_directory import RunDirectory
-    from karat_scale.training.signals import StopSignals
-    from karat_scale.training.tasks.classification.task import ClassificationTask, TrainState
+    from karat_scale.training.loop import evaluate_in_training
 
     world = distributed.start("cpu")
     try:
-        reporter = Reporter(SilentDisplay(), None)
-        parts = build_parts(ClassificationTask(recipe, world, reporter), RunDirectory(recipe.run.dir), StopSignals())
-        loop = Loop(parts, TrainState())
+        _, parts, loop = silent_trainer(recipe, world)
         batches = loop.feed(steps)
         for _ in range(steps):
             loop.step([next(batches) for _ in range(parts.plan.accumulation)])

@@ -23,15 +23,9 @@ import torch
 import torchvision
 from PIL import Image
 
-from karat_scale.commands.bench.data import (
-    CLASSES,
-    Contender,
-    decode_whole,
-    decode_whole_by_simplejpeg,
-    each_of,
-    prepare_images,
-)
-from karat_scale.commands.bench.measuring import interleaved_seconds, median_ratio, processor_seconds
+from karat_scale.commands.bench.data import Contender, decode_whole, decode_whole_by_simplejpeg, each_of
+from karat_scale.commands.measure.interleaved import interleaved_seconds, processor_seconds
+from karat_scale.commands.measure.loader import CLASSES, prepare_images
 from karat_scale.data.decoders.decode import decode_rgb
 from karat_scale.data.decoders.recoder import result_size
 from karat_scale.data.prepare.make_webdataset import main as make_webdataset
@@ -105,12 +99,12 @@ def measure(plan: PreparePlan) -> dict[str, Any]:
             OURS_CHECK: made("--check", "decode"),
         }
         seconds = interleaved_seconds(contenders, plan.rounds, processor_seconds)
-    base = min(bases, key=lambda found: statistics.median(seconds[found]))
+    base = min(bases, key=seconds.median)
     count = len(images.encoded)
     return {
         "source": images.source,
         "images": count,
-        "mean_kb": round(1e3 * images.megabytes / count, 1),
+        "mean_kb": images.mean_kb,
         "resize": plan.resize,
         "quality": plan.quality,
         "encoder": plan.encoder,
@@ -120,9 +114,9 @@ def measure(plan: PreparePlan) -> dict[str, Any]:
         "milliseconds_an_image": {
             name: round(1e3 * statistics.median(times) / count, 3) for name, times in seconds.items()
         },
-        "resize_ratio": round(1 / median_ratio(seconds, OURS, base), 3),
-        "copy_ratio": round(1 / median_ratio(seconds, OURS_COPY, COPY), 3),
-        "check_ratio": round(1 / median_ratio(seconds, OURS_CHECK, DECODE), 3),
+        "resize_ratio": round(1 / seconds.ratio(OURS, base), 3),
+        "copy_ratio": round(1 / seconds.ratio(OURS_COPY, COPY), 3),
+        "check_ratio": round(1 / seconds.ratio(OURS_CHECK, DECODE), 3),
     }
 
 

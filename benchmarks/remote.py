@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from karat_scale.commands.bench.measuring import interleaved, median_ratio, processor_seconds
+from karat_scale.commands.measure.interleaved import Rounds, interleaved, processor_seconds
+from karat_scale.commands.measure.loader import AUGMENTS, BATCH, SIZE
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.order import BLOCK_SAMPLES, WINDOW_BLOCKS
 from karat_scale.data.plan import TrainPlan
@@ -33,10 +34,8 @@ from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.arguments import OneLineParser, count, new_file, positive
 from karat_scale.foundation.console import print_table, write_json
 from karat_scale.foundation.errors import run_script
-from karat_scale.recipe import AugmentConfig, DataConfig
+from karat_scale.recipe import DataConfig
 
-SIZE, BATCH = 224, 64
-CROP_AND_FLIP = AugmentConfig(ratio=(3 / 4, 4 / 3), color_jitter=0, randaugment="", interpolation="bilinear")
 DISK, URL = "disk", "URL"
 
 
@@ -71,7 +70,7 @@ class Setting:
         Returns:
             The seconds, those of processors, and those to the first batch.
         """
-        backend = open_backend(ImageSpec(self.config(path), CROP_AND_FLIP, SIZE, 1 << 30, 0))
+        backend = open_backend(ImageSpec(self.config(path), AUGMENTS["crop"], SIZE, 1 << 30, 0))
         plan = TrainPlan(0, backend.num_train, BATCH, BATCH, 0, 1, self.order, self.block, self.window)
         steps = min(plan.steps_per_epoch, self.samples // BATCH)
         begun, used = time.perf_counter(), processor_seconds()
@@ -157,8 +156,8 @@ def measure(setting: Setting, scratch: Path, latency: float, rounds: int) -> dic
     with served(setting.directory, latency) as (url, counts):
         seconds = interleaved({DISK: lambda: run(DISK, str(setting.directory)), URL: lambda: run(URL, url)}, rounds)
     passes = rounds + 1  # one to warm up
-    processors, firsts = ({name: taken[1:] for name, taken in of.items()} for of in (processors, firsts))
-    after = {name: [a - b for a, b in zip(seconds[name], firsts[name], strict=True)] for name in seconds}
+    processors, firsts = (Rounds({name: taken[1:] for name, taken in of.items()}) for of in (processors, firsts))
+    after = Rounds({name: [a - b for a, b in zip(seconds[name], firsts[name], strict=True)] for name in seconds})
     images, requests, ideal_bytes = ideal(setting)
     return {
         "images": images,
@@ -166,9 +165,9 @@ def measure(setting: Setting, scratch: Path, latency: float, rounds: int) -> dic
         "seconds": seconds,
         "processor_seconds": processors,
         "seconds_to_first_batch": firsts,
-        "ratio_after_first_batch": 1 / median_ratio(after, URL, DISK),
-        "ratio": 1 / median_ratio(seconds, URL, DISK),
-        "ratio_of_processor_time": 1 / median_ratio(processors, URL, DISK),
+        "ratio_after_first_batch": 1 / after.ratio(URL, DISK),
+        "ratio": 1 / seconds.ratio(URL, DISK),
+        "ratio_of_processor_time": 1 / processors.ratio(URL, DISK),
         "requests": round(int(counts[0]) / passes),
         "ideal_requests": requests,
         "bytes": round(int(counts[1]) / passes),

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from karat_scale.commands.bench.data import AUGMENTS, SIZE, Contender, prepare_images
-from karat_scale.commands.bench.measuring import interleaved_seconds, median_ratio, processor_seconds
+from karat_scale.commands.bench.data import Contender
+from karat_scale.commands.measure.interleaved import interleaved_seconds, processor_seconds
+from karat_scale.commands.measure.loader import AUGMENTS, SIZE, prepare_images
 from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
 from karat_scale.data.decoders import Decoder, make_decoder
 from karat_scale.data.decoders.decode import View
@@ -52,8 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
         {
             "short_side": name,
             "mean_kb": round(statistics.mean(map(len, encoded)) / 1e3, 1),
-            "speed": round(1 / median_ratio(seconds, name, AS_IT_WAS), 2),
-            "images_per_core_second": round(len(encoded) / statistics.median(seconds[name]), 1),
+            "speed": round(1 / seconds.ratio(name, AS_IT_WAS), 2),
+            "images_per_core_second": round(len(encoded) / seconds.median(name), 1),
             **_differences(images.encoded, encoded, decoder),
         }
         for name, encoded in sets.items()

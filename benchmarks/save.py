@@ -8,19 +8,19 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from karat_scale.commands.bench.step import silent_trainer
+from karat_scale.commands.measure.interleaved import wall_seconds
+from karat_scale.commands.measure.step import MANY, silent_trainer, synthetic_recipe
 from karat_scale.engine import distributed
-from karat_scale.engine.devices import wait_for
 from karat_scale.foundation.arguments import OneLineParser, count, new_file
 from karat_scale.foundation.console import print_table, write_json
 from karat_scale.foundation.errors import run_script
-from karat_scale.recipe.loading import validate_recipe
 
 DEEPSPEED, BLOCKING, BESIDE = "DeepSpeed's save_checkpoint", "karat, blocking", "karat, beside training"
 
@@ -64,19 +64,17 @@ class _Bench:
     """An engine that has taken a step, and its loop."""
 
     def __init__(self, plan: SavePlan, world: distributed.World, scratch: str) -> None:
-        tree = {
-            "run": {"name": "bench-save", "dir": f"{scratch}/run"},
-            "model": {"name": plan.model, "image_size": plan.image_size},
-            "data": {"backend": "synthetic", "synthetic_samples": 4 * plan.batch, "workers": 0},
-            "train": {"global_batch": plan.batch, "epochs": 1000},
-            "deepspeed": {"config": plan.config},
-            "checkpoint": {"every_minutes": None},
-            "log": {"trackers": [], "every_steps": 1000},
-        }
-        recipe = validate_recipe(tree, "bench save")
+        recipe = synthetic_recipe(
+            f"{scratch}/run",
+            "bench save",
+            model={"name": plan.model, "image_size": plan.image_size},
+            data={"synthetic_samples": 4 * plan.batch, "workers": 0},
+            train={"global_batch": plan.batch, "epochs": 1000},
+            deepspeed={"config": plan.config},
+        )
         self._plan, self._theirs = plan, Path(scratch) / "deepspeed"
         _, self._parts, self._loop = silent_trainer(recipe, world)
-        self._batches = self._loop.feed(10**6)
+        self._batches = self._loop.feed(MANY)
 
     def measure(self) -> dict[str, Any]:
         """Medians over the rounds, of which the first is not counted."""
@@ -128,11 +126,8 @@ class _Bench:
             engine.checkpoint_engine = ours
             shutil.rmtree(self._theirs)
 
-    def _timed(self, work: Any) -> float:
-        begun = time.perf_counter()
-        work()
-        wait_for(self._parts.world.device)
-        return time.perf_counter() - begun
+    def _timed(self, work: Callable[[], object]) -> float:
+        return wall_seconds(work, 1, self._parts.world.device)
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -4,14 +4,12 @@ Forward and backward of the operator alone, in fp32 on one thread, against scale
 processor time. The sizes are those of ViT-Tiny at 224 px. Each kind runs as a recipe runs it (`implementation: auto`).
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.attention_trials import ARMS, GONE, RECIPE
-from karat_scale.commands.bench.measuring import interleaved_seconds, median_ratio, processor_seconds
+from karat_scale.commands.measure.attention import Attend, passes
+from karat_scale.commands.measure.interleaved import interleaved_seconds, processor_seconds
 from karat_scale.foundation.arguments import OneLineParser, count, new_file
 from karat_scale.foundation.console import print_table, write_json
 from karat_scale.foundation.errors import run_script
@@ -34,32 +32,18 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     shape = options.batch, HEADS, options.tokens, WIDTH
-    passes = {SOFTMAX: _pass(scaled_dot_product_attention, shape)}
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    kinds: dict[str, Attend] = {SOFTMAX: scaled_dot_product_attention}
     for arm in options.only or KINDS:
-        passes[arm] = _pass(_operator(arm, options.tokens), shape)
-    seconds = interleaved_seconds(passes, options.rounds, processor_seconds)
-    ratios = {arm: round(median_ratio(seconds, arm, SOFTMAX), 2) for arm in passes}
+        attention = load_recipe(RECIPE, ["data.path=.", *ARMS[arm]]).attention
+        kinds[arm] = operator_maker(attention)(options.tokens, HEADS)
+    both = {arm: passes(attend, inputs)[1] for arm, attend in kinds.items()}
+    seconds = interleaved_seconds(both, options.rounds, processor_seconds)
+    ratios = {arm: round(seconds.ratio(arm, SOFTMAX), 2) for arm in kinds}
     title = f"forward and backward at {list(shape)}, over scaled_dot_product_attention"
     print_table(title, ("kind of attention", "time"), [(arm, f"{ratio:.2f}") for arm, ratio in ratios.items()])
     write_json(options.json, {"shape": shape, "rounds": options.rounds, "ratios": ratios})
-
-
-def _operator(arm: str, tokens: int) -> torch.nn.Module:
-    attention = load_recipe(RECIPE, ["data.path=.", *ARMS[arm]]).attention
-    return operator_maker(attention)(tokens, HEADS)
-
-
-def _pass(attend: Callable[..., Any], shape: tuple[int, ...]) -> Callable[[], None]:
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(shape, requires_grad=True) for _ in range(3))
-    upstream = torch.randn(shape)
-    parameters = list(attend.parameters()) if isinstance(attend, torch.nn.Module) else []
-
-    def run() -> None:
-        # A constant matrix has no use for query and key.
-        torch.autograd.grad(attend(query, key, value), (query, key, value, *parameters), upstream, allow_unused=True)
-
-    return run
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from karat_scale.commands.plan.launches import Launches, StepLaunches
+from karat_scale.commands.plan.time import StepLaunches
+from karat_scale.commands.plan.tracing import Launches
 from karat_scale.engine.deepspeed_config import load_ds_config
 from karat_scale.engine.deepspeed_internals import master_weights, refresh_module
 from karat_scale.engine.ema import Ema

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.commands.plan.choose import Machine, consider
-from karat_scale.commands.plan.subject import Subject
+from karat_scale.commands.plan.memory import Subject
 from karat_scale.recipe.loading import load_recipe
 from tests.conftest import SMALL, events, karat_command, karat_environment, summary
 

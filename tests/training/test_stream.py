@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from karat_scale.checkpoint.store import CheckpointStore
-from karat_scale.commands.plan.dry_run import dry_run
+from karat_scale.commands.plan.command import dry_run
 from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import Recipe

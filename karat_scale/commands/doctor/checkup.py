@@ -17,7 +17,7 @@ from karat_scale.commands.doctor.machine import (
     examine_python,
     examine_resources,
 )
-from karat_scale.commands.doctor.report import Finding, Printer, Report, examine, found
+from karat_scale.commands.doctor.report import Finding, Report, examine, found
 from karat_scale.foundation.errors import UserError
 from karat_scale.foundation.tables import DECODERS
 
@@ -26,86 +26,62 @@ BATCH, HEADS, TOKENS, WIDTH, RANK, GRID = 1, 1, 16, 16, 4, 2
 
 
 def examine_attention() -> Iterator[Finding]:
-    """Yield one finding per implementation: it runs, or the reason why not."""
+    """Yield one finding per implementation: it runs, gradient included, or the reason why not."""
     import torch
 
+    from karat_scale.attention import fourier_karat_attention
     from karat_scale.attention.functional import AUTOMATIC, IMPLEMENTATIONS
 
-    cuda = torch.cuda.is_available()
-    runs = []
+    cuda, runs = torch.cuda.is_available(), []
     for name in IMPLEMENTATIONS:
         device = "cuda" if cuda and name != "cpu" else "cpu"
-        begun = time.perf_counter()
-        refusal = _attention_refusal(name, device)
-        seconds = time.perf_counter() - begun
-        if refusal is None:
+        shapes = [(BATCH, HEADS, TOKENS, WIDTH)] * 3 + [(HEADS, RANK, TOKENS, GRID)] * 2 + [(HEADS, TOKENS, RANK)]
+        begun, refusal = time.perf_counter(), ""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a failed build warns, and then raises the same as an error
+                tensors = [torch.randn(*shape, device=device, requires_grad=True) for shape in shapes]
+                fourier_karat_attention(*tensors, implementation=name).sum().backward()
             runs.append(name)
-            yield found(f"attention {name}", f"runs on {device}", runs=True, device=device, seconds=round(seconds, 3))
+        except ValueError as error:
+            refusal = str(error).partition("cannot take this call: ")[2] or str(error)
+        except Exception as error:  # a kernel that does not compile or launch
+            refusal = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        figures: dict[str, Any] = {
+            "runs": not refusal,
+            "device": device,
+            "seconds": round(time.perf_counter() - begun, 3),
+        }
+        if not refusal:
+            yield found(f"attention {name}", f"runs on {device}", **figures)
         else:
             fix = "" if name == "triton" and not cuda else "auto uses another one; if a recipe names it, it is refused"
-            yield Finding(
-                f"attention {name}",
-                "note",
-                f"cannot run: {refusal}",
-                fix,
-                {"runs": False, "device": device, "seconds": round(seconds, 3)},
-            )
+            yield Finding(f"attention {name}", "note", f"cannot run: {refusal}", fix, figures)
     chosen = next(name for name in AUTOMATIC if name in runs and (name != "cpu" or not cuda))
     yield found("attention auto", f"uses {chosen}", chosen=chosen)
 
 
-def _attention_refusal(implementation: str, device: str) -> str | None:
-    """Return the reason why the implementation cannot attend, or None if it can, including its gradient."""
-    import torch
-
-    from karat_scale.attention import fourier_karat_attention
-
-    def random(*shape: int) -> Any:
-        return torch.randn(*shape, device=device, requires_grad=True)
-
-    query, key, value = (random(BATCH, HEADS, TOKENS, WIDTH) for _ in range(3))
-    cos_coef, sin_coef = (random(HEADS, RANK, TOKENS, GRID) for _ in range(2))
-    proj = random(HEADS, TOKENS, RANK)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a failed build warns, and then raises the same as an error
-            output = fourier_karat_attention(query, key, value, cos_coef, sin_coef, proj, implementation=implementation)
-            output.sum().backward()
-    except ValueError as error:
-        return str(error).partition("cannot take this call: ")[2] or str(error)
-    except Exception as error:  # a kernel that does not compile or launch
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return None
-
-
 def examine_decoders() -> Iterator[Finding]:
-    """Yield one finding per decoder of the folder and webdataset backends: it runs, or the reason why not."""
-    runs = []
-    for name in DECODERS:
-        refusal = _decoder_refusal(name)
-        if refusal is None:
-            runs.append(name)
-            yield found(f"decoder {name}", "runs", runs=True)
-        else:
-            yield found(f"decoder {name}", "cannot run", refusal, runs=False)
-    if runs:
-        yield found("decoder auto", f"uses {runs[0]}", chosen=runs[0])
-
-
-def _decoder_refusal(name: str) -> str | None:
-    """Return the reason why the decoder cannot read a JPEG, or None if it can."""
+    """Yield one finding per decoder of the folder and webdataset backends: it reads a JPEG, or the reason why not."""
     from karat_scale.data.decoders import make_decoder
     from karat_scale.data.decoders.decode import blank_jpeg, crop_view
     from karat_scale.recipe import DataConfig
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a failed build warns, and then raises the same as an error
-            decoder = make_decoder(DataConfig.model_validate({"path": "-", "decoder": name}), "bicubic")
-        decoder.read(blank_jpeg(SIDE), lambda width, height: crop_view((0, 0, width, height), SIDE // 2))
-    except Exception as error:  # any error of a broken library
-        return " ".join(str(error).split()).removeprefix(f"data.decoder = {name} cannot run: ")
-    return None
+    runs = []
+    for name in DECODERS:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a failed build warns, and then raises the same as an error
+                decoder = make_decoder(DataConfig.model_validate({"path": "-", "decoder": name}), "bicubic")
+            decoder.read(blank_jpeg(SIDE), lambda width, height: crop_view((0, 0, width, height), SIDE // 2))
+        except Exception as error:  # any error of a broken library
+            reason = " ".join(str(error).split()).removeprefix(f"data.decoder = {name} cannot run: ")
+            yield found(f"decoder {name}", "cannot run", reason, runs=False)
+        else:
+            runs.append(name)
+            yield found(f"decoder {name}", "runs", runs=True)
+    if runs:
+        yield found("decoder auto", f"uses {runs[0]}", chosen=runs[0])
 
 
 def doctor(recipe: str | None, overrides: Sequence[str], seconds: float, json_file: str | None) -> int:
@@ -120,38 +96,34 @@ def doctor(recipe: str | None, overrides: Sequence[str], seconds: float, json_fi
     if recipe is not None and "=" in recipe:
         raise UserError(f"{recipe!r} is an override; name the recipe before it: karat doctor RECIPE {recipe}")
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    report = Report(Printer(is_main))
+    report = Report(is_main)
+
+    def examine_this_machine() -> None:
+        if is_main:
+            report.add("machine", "machine", examine_machine())
+
     try:
         if recipe is None:
-            _machine(report, is_main)
+            examine_this_machine()
         else:
-            _with_recipe(recipe, overrides, seconds, report, is_main)
+            try:  # without a recipe, none of these is needed
+                from karat_scale.commands.doctor.timed_run import check_up
+                from karat_scale.recipe.loading import load_recipe
+
+                loaded = load_recipe(recipe, overrides)
+            except ImportError as error:
+                examine_this_machine()
+                reason = f"cannot be examined while a library is missing: {error}"
+                report.add("recipe", f"recipe {recipe}", [Finding("recipe", "problem", reason)])
+            else:
+                check_up(loaded, seconds, report, examine_this_machine)
     except KeyboardInterrupt:
-        report.printer.line("\ninterrupted")
+        report.line("\ninterrupted")
         return 1
     report.conclude()
     if json_file and is_main:
         report.write(json_file)
     return report.exit_code
-
-
-def _machine(report: Report, is_main: bool) -> None:
-    if is_main:
-        report.add("machine", "machine", examine_machine())
-
-
-def _with_recipe(recipe: str, overrides: Sequence[str], seconds: float, report: Report, is_main: bool) -> None:
-    try:  # without a recipe, none of these is needed
-        from karat_scale.commands.doctor.timed_run import check_up
-        from karat_scale.recipe.loading import load_recipe
-
-        loaded = load_recipe(recipe, overrides)
-    except ImportError as error:
-        _machine(report, is_main)
-        reason = f"cannot be examined while a library is missing: {error}"
-        report.add("recipe", f"recipe {recipe}", [Finding("recipe", "problem", reason)])
-        return
-    check_up(loaded, seconds, report, lambda: _machine(report, is_main))
 
 
 def examine_machine() -> list[Finding]:

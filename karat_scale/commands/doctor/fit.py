@@ -11,7 +11,7 @@ import torch
 from karat_scale.checkpoint.tensor_storage import planned_bytes
 from karat_scale.commands.doctor import machine
 from karat_scale.commands.doctor.report import Finding, found
-from karat_scale.commands.doctor.storage import DataFiles, find_data_files
+from karat_scale.commands.measure.storage import DataFiles, find_data_files
 from karat_scale.data.backends import Backend
 from karat_scale.data.plan import TrainPlan, micro_batch_of
 from karat_scale.engine.deepspeed_config import load_ds_config, zero_stage

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Any
 
 from karat_scale.commands.doctor.report import Finding, found
 from karat_scale.foundation.errors import one_line
@@ -42,7 +43,18 @@ def examine_gpus() -> Iterator[Finding]:
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     yield found("NCCL", nccl, version=nccl)
     for number in range(torch.cuda.device_count()):
-        yield _examine_gpu(number)
+        properties = torch.cuda.get_device_properties(number)
+        model, capability = properties.name, (properties.major, properties.minor)
+        free, total = torch.cuda.mem_get_info(number)
+        text = f"{model}, {total / GIB:.0f} GiB ({free / GIB:.0f} free), "
+        text += f"compute capability {properties.major}.{properties.minor}"
+        fix = ""
+        if capability < OLDEST_CAPABILITY:
+            fix = "below 8.0 there are no Triton kernels and bf16 is slow; use train.precision=fp32"
+        elif free < 0.9 * total:
+            fix = "another process uses a part of its memory; see nvidia-smi"
+        figures: dict[str, Any] = {"model": model, "total_bytes": total, "free_bytes": free, "capability": capability}
+        yield found(f"GPU {number}", text, fix, **figures)
 
 
 def driver_version() -> str | None:
@@ -68,7 +80,14 @@ def no_gpu(driver: str | None, cuda: str | None) -> Finding:
     """
     if not driver:
         return found("GPU", "there is no NVIDIA driver, so training runs on the CPU", count=0)
-    why, shown = _refusal_of_cuda() if cuda else "", os.environ.get("CUDA_VISIBLE_DEVICES")
+    shown, why = os.environ.get("CUDA_VISIBLE_DEVICES"), "it does not say why"
+    if cuda:
+        import torch
+
+        try:
+            torch.cuda.init()
+        except RuntimeError as error:
+            why = one_line(error)
     if cuda is None:
         text = "there is a driver, but this torch is for CPUs only"
         fix = "install torch for CUDA as https://pytorch.org/get-started says"
@@ -81,35 +100,6 @@ def no_gpu(driver: str | None, cuda: str | None) -> Finding:
     else:
         text, fix = f"there is a driver, but torch sees no GPU: {why}", "check nvidia-smi"
     return found("GPU", text, fix, wrong=True, count=0)
-
-
-def _refusal_of_cuda() -> str:
-    import torch
-
-    try:
-        torch.cuda.init()
-    except RuntimeError as error:
-        return one_line(error)
-    return "it does not say why"
-
-
-def _examine_gpu(number: int) -> Finding:
-    import torch
-
-    properties = torch.cuda.get_device_properties(number)
-    capability = (properties.major, properties.minor)
-    free, total = torch.cuda.mem_get_info(number)
-    text = (
-        f"{properties.name}, {total / GIB:.0f} GiB ({free / GIB:.0f} free), "
-        f"compute capability {properties.major}.{properties.minor}"
-    )
-    fix = ""
-    if capability < OLDEST_CAPABILITY:
-        fix = "below 8.0 there are no Triton kernels and bf16 is slow; use train.precision=fp32"
-    elif free < 0.9 * total:
-        fix = "another process uses a part of its memory; see nvidia-smi"
-    model, name = properties.name, f"GPU {number}"
-    return found(name, text, fix, model=model, total_bytes=total, free_bytes=free, capability=capability)
 
 
 DISTRIBUTION = "karat-scale"
@@ -129,7 +119,9 @@ def examine_libraries() -> Iterator[Finding]:
     """Yield the required libraries and triton, against the versions that the package requires."""
     for name, wanted in (wanted_versions() or dict.fromkeys(LIBRARIES, "")).items():
         yield examine_library(name, wanted)
-    yield _examine_triton()
+    triton = installed_version("triton")
+    fix = "" if triton else "only the GPU kernels need it: pip install 'triton>=3.3,<4'"
+    yield found("triton", triton or "not installed", fix, version=triton)
 
 
 def wanted_versions() -> dict[str, str]:
@@ -164,42 +156,27 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def _examine_triton() -> Finding:
-    installed = installed_version("triton")
-    if installed is None:
-        fix = "only the GPU kernels need it: pip install 'triton>=3.3,<4'"
-        return found("triton", "not installed", fix, version=None)
-    return found("triton", installed, version=installed)
-
-
 def examine_extras() -> Iterator[Finding]:
     """Yield the optional libraries, and the compiler that the native parts need."""
     for name, extra in EXTRAS.items():
-        distribution = next(filter(installed_version, extra.distributions), extra.distributions[0])
-        hint = f"for {extra.needed_for}: {how_to_install(name)}"
-        yield _examine_extra(name, extra.module, distribution, hint)
-    yield _examine_compiler()
-
-
-def _examine_extra(name: str, module: str, distribution: str, install: str) -> Finding:
-    label = f"extra {name}"
-    if not is_installed(module):
-        return found(label, "not installed", install, present=False)
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # a missing system library can raise anything
-        reason = f"installed, but cannot be imported: {type(error).__name__}: {error}"
-        return found(label, " ".join(reason.split()), install, present=False)
-    return found(label, installed_version(distribution) or "installed", present=True)
-
-
-def _examine_compiler() -> Finding:
+        label, fix = f"extra {name}", f"for {extra.needed_for}: {how_to_install(name)}"
+        if not is_installed(extra.module):
+            yield found(label, "not installed", fix, present=False)
+            continue
+        try:
+            importlib.import_module(extra.module)
+        except Exception as error:  # a missing system library can raise anything
+            reason = f"installed, but cannot be imported: {type(error).__name__}: {error}"
+            yield found(label, " ".join(reason.split()), fix, present=False)
+        else:
+            installed = next(filter(None, map(installed_version, extra.distributions)), "installed")
+            yield found(label, installed, present=True)
     try:
         compiler = find_compiler()
+        yield found("C++ compiler", compiler, path=compiler)
     except LoadError as error:
         fix = f"the CPU attention kernel and the native JPEG decoder need it: apt-get install {PACKAGES}"
-        return found("C++ compiler", str(error).partition(";")[0], fix, path=None)
-    return found("C++ compiler", compiler, path=compiler)
+        yield found("C++ compiler", str(error).partition(";")[0], fix, path=None)
 
 
 SHM = Path("/dev/shm")
@@ -219,9 +196,17 @@ def cache_memory() -> int:
 def examine_resources() -> Iterator[Finding]:
     """Yield cores, load, RAM, /dev/shm, limits, and the cache of compiled kernels."""
     yield _examine_cores()
-    yield _examine_load()
+    load, cores = os.getloadavg()[0], usable_cores()
+    fix = "other processes are running and distort the timings: try again later" if load >= cores else ""
+    yield found("load", f"{load:.1f} in the last minute", fix, minute=load)
     yield _examine_memory()
-    yield _examine_shm()
+    if SHM.is_dir():
+        size, _, free = shutil.disk_usage(SHM)
+        fix = "NCCL uses it: docker run --shm-size=8g (or --ipc=host)" if free < SMALL_SHM else ""
+        text = f"{size / GIB:.2f} GiB, {free / GIB:.2f} free"
+        yield found("/dev/shm", text, fix, total_bytes=size, free_bytes=free)
+    else:
+        yield found("/dev/shm", "missing", "data workers and NCCL need it: mount a tmpfs", wrong=True)
     yield from _examine_limits()
     yield examine_cache(cache_directory())
 
@@ -242,12 +227,6 @@ def _examine_cores() -> Finding:
     return found("cores", ", ".join(pieces), fix, usable=usable, total=total, quota=quota, slurm=allocation)
 
 
-def _examine_load() -> Finding:
-    load, cores = os.getloadavg()[0], usable_cores()
-    fix = "other processes are running and distort the timings: try again later" if load >= cores else ""
-    return found("load", f"{load:.1f} in the last minute", fix, minute=load)
-
-
 def _examine_memory() -> Finding:
     import psutil
 
@@ -259,27 +238,15 @@ def _examine_memory() -> Finding:
     return found("RAM", text, fix, usable_bytes=usable, available_bytes=available, total_bytes=int(memory.total))
 
 
-def _examine_shm() -> Finding:
-    if not SHM.is_dir():
-        return found("/dev/shm", "missing", "data workers and NCCL need it: mount a tmpfs", wrong=True)
-    size, _, free = shutil.disk_usage(SHM)
-    text = f"{size / GIB:.2f} GiB, {free / GIB:.2f} free"
-    fix = "NCCL uses it: docker run --shm-size=8g (or --ipc=host)" if free < SMALL_SHM else ""
-    return found("/dev/shm", text, fix, total_bytes=size, free_bytes=free)
-
-
 def _examine_limits() -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     fix = f"few: ulimit -n {hard if 0 < hard < 65536 else 65536}" if soft < FEW_FILES else ""
-    yield found("open files", f"{_limit(soft)} (ulimit -n; up to {_limit(hard)})", fix, soft=soft, hard=hard)
+    now, most = ("unlimited" if value == resource.RLIM_INFINITY else str(value) for value in (soft, hard))
+    yield found("open files", f"{now} (ulimit -n; up to {most})", fix, soft=soft, hard=hard)
     space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if space != resource.RLIM_INFINITY:
         fix = "CUDA and memory maps need many more addresses than memory: ulimit -v unlimited"
         yield found("address space", f"{space / GIB:.1f} GiB (ulimit -v)", fix, soft=space)
-
-
-def _limit(value: int) -> str:
-    return "unlimited" if value == resource.RLIM_INFINITY else str(value)
 
 
 def examine_cache(directory: Path) -> Finding:

@@ -7,13 +7,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from karat_scale import __version__
 from karat_scale.foundation.console import make_table, plural, print_table, printable, terminal, write_json
 from karat_scale.foundation.errors import DataError, UserError
 from karat_scale.foundation.native_build import PACKAGES
-from karat_scale.foundation.tables import BACKENDS
+
+if TYPE_CHECKING:
+    from karat_scale.recipe import Recipe
 
 Level = Literal["ok", "note", "problem"]
 COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
@@ -60,15 +62,17 @@ def examine(name: str, examination: Callable[[], Iterable[Finding]]) -> list[Fin
         return [Finding(name, "problem", f"cannot be examined: {type(error).__name__}: {reason}")]
 
 
-class Printer:
-    """Prints the report on rank 0, and nothing on other ranks."""
+class Report:
+    """Collects the findings, prints each at once on rank 0, and knows the exit code."""
 
     def __init__(self, is_main: bool = True) -> None:
-        self._is_main = is_main
-        self._console = terminal() if is_main else None
+        self._is_main, self._console = is_main, terminal() if is_main else None
+        self.figures: dict[str, Any] = {}
+        self._sections: dict[str, list[Finding]] = {}
 
-    def findings(self, title: str, findings: Iterable[Finding]) -> None:
-        """Print the findings of one part: a table on a terminal, else a line per finding."""
+    def add(self, key: str, title: str, findings: list[Finding]) -> None:
+        """Add and print the findings of one part: a table on a terminal, else a line per finding."""
+        self._sections.setdefault(key, []).extend(findings)
         if self._console is None:
             self.line(f"\n{title}")
             for finding in findings:
@@ -103,20 +107,6 @@ class Printer:
         self.line(f"  {text} ...")
         return nullcontext()
 
-
-class Report:
-    """Collects the findings, prints each at once, and knows the exit code."""
-
-    def __init__(self, printer: Printer) -> None:
-        self.printer = printer
-        self.figures: dict[str, Any] = {}
-        self._sections: dict[str, list[Finding]] = {}
-
-    def add(self, key: str, title: str, findings: list[Finding]) -> None:
-        """Add and print the findings of one part."""
-        self._sections.setdefault(key, []).extend(findings)
-        self.printer.findings(title, findings)
-
     @property
     def problems(self) -> list[Finding]:
         """The findings that keep training from working."""
@@ -130,9 +120,9 @@ class Report:
     def conclude(self) -> None:
         """Print the last line."""
         notes = sum(finding.level == "note" for section in self._sections.values() for finding in section)
-        problems = len(self.problems)
-        names = f" ({', '.join(finding.name for finding in self.problems)})" if problems else ""
-        self.printer.line(f"\n{plural(problems, 'problem')}{names}, {plural(notes, 'note')}")
+        problems = [finding.name for finding in self.problems]
+        names = f" ({', '.join(problems)})" if problems else ""
+        self.line(f"\n{plural(len(problems), 'problem')}{names}, {plural(notes, 'note')}")
 
     def write(self, file: str) -> None:
         """Write everything as JSON. Raises UserError if the file cannot be written."""
@@ -162,30 +152,26 @@ WORTH_A_WORKER = 0.15
 class Setting:
     """The settings on which the advice depends.
 
-    workers: `data.workers`. worker_rate: images a second of one worker process on a core of its own. cores: that one
-    rank may use. has_bf16: whether the processor has bf16 instructions.
+    workers: that make the images, none of generated ones. worker_rate: images a second of one worker process on a core
+    of its own. cores: that one rank may use. has_bf16: whether the processor has bf16 instructions.
     stays_cached: whether all data stays in the page cache after the first epoch.
     """
 
+    recipe: "Recipe"
     workers: int
     worker_rate: float
     cores: int
     world_size: int
-    backend: str
     decoder: str
-    order: str
     device: str
-    precision: str
     has_bf16: bool
-    implementation: str
-    global_batch: int
     accumulation: int
     stays_cached: bool
 
     @property
     def is_generated(self) -> bool:
         """True if there are no files of images."""
-        return BACKENDS[self.backend].files is None
+        return self.recipe.data.row.files is None
 
 
 @dataclass(frozen=True)
@@ -252,7 +238,7 @@ def _sustain(setting: Setting) -> str:
 
 def _advice(bound: Stage, device_rate: float, setting: Setting) -> str:
     if bound == "storage":
-        block = "" if setting.order == "block" else "set data.order=block to read in sequence, or "
+        block = "" if setting.recipe.data.order == "block" else "set data.order=block to read in sequence, or "
         return (
             f"copy the data to a local disk (data_prep/stage.py), or {block}"
             "make smaller files (data_prep/make_webdataset.py --resize 256)"
@@ -269,7 +255,7 @@ def _advice(bound: Stage, device_rate: float, setting: Setting) -> str:
         return "check whether another process uses the bus (nvidia-smi dmon -s t)"
     if bound == "optimizer":
         return (
-            f"a step runs once per global batch of {setting.global_batch}: raise train.global_batch, "
+            f"a step runs once per global batch of {setting.recipe.train.global_batch}: raise train.global_batch, "
             "or share the step between ranks with deepspeed.config=zero1"
         )
     return (
@@ -302,18 +288,18 @@ def _more_workers(device_rate: float, setting: Setting) -> str:
 
 def _advise_model(setting: Setting) -> str:
     pieces = []
-    if setting.implementation != "auto":
-        pieces.append(f"set attention.implementation=auto instead of {setting.implementation}")
-    if setting.device == "cpu" and setting.precision.startswith("bf16") and not setting.has_bf16:
+    if setting.recipe.attention.implementation != "auto":
+        pieces.append(f"set attention.implementation=auto instead of {setting.recipe.attention.implementation}")
+    if setting.device == "cpu" and setting.recipe.train.precision.startswith("bf16") and not setting.has_bf16:
         return (
             "set train.precision=fp32: bf16 is several times slower on this processor, which has no bf16 instructions"
         )
     if setting.device == "cpu":
         pieces.append("train on a GPU; on a CPU, only a smaller model or image helps")
     else:
-        if setting.precision == "fp32":
+        if setting.recipe.train.precision == "fp32":
             pieces.append("set train.precision=bf16")
         if setting.accumulation > 1:
             pieces.append("raise train.micro_batch as far as memory allows")
-        pieces.append(f"add GPUs, over which the global batch of {setting.global_batch} is divided")
+        pieces.append(f"add GPUs, over which the global batch of {setting.recipe.train.global_batch} is divided")
     return ", or ".join(pieces)

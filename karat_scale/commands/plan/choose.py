@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from karat_scale.commands.plan.memory import Batch, Peak, attention_workspace, evaluation, peak
-from karat_scale.commands.plan.subject import Subject
+from karat_scale.commands.plan.memory import Batch, Peak, Subject, attention_workspace, evaluation, peak
 from karat_scale.commands.plan.zero import kept
 from karat_scale.data.plan import micro_batch_of
 from karat_scale.engine.deepspeed_config import load_ds_config, stage_refusal, zero_stage
@@ -69,11 +68,11 @@ def choose(recipe: Recipe, machine: Machine, configs: Sequence[str] = STAGES) ->
     Raises:
         RecipeError: the global batch does not divide over the ranks, or the model cannot be built.
     """
-    configs = usable(recipe, configs)
+    own, configs = recipe.train.recompute.policy, usable(recipe, configs)
     return recommended(
         best(subject, machine, config)
-        for variant in variants(recipe)
-        for subject in (Subject(variant, machine.on_gpu),)
+        for policy in ((own, "attention", "all") if own == "none" else (own,))  # the cheapest first
+        for subject in (Subject(recipe.changed(train__recompute__policy=policy), machine.on_gpu),)
         for config in configs
     )
 
@@ -88,14 +87,6 @@ def refused_stages(recipe: Recipe) -> dict[str, str]:
     """Those of STAGES that cannot train the recipe, and why."""
     refusals = {config: stage_refusal(recipe, stage) for stage, config in enumerate(STAGES)}
     return {config: refusal for config, refusal in refusals.items() if refusal}
-
-
-def variants(recipe: Recipe) -> Iterator[Recipe]:
-    """The recipe as it is, and if it recomputes nothing, with what makes it smaller, the cheapest first."""
-    yield recipe
-    if recipe.train.recompute.policy == "none":
-        for policy in ("attention", "all"):
-            yield recipe.changed(train__recompute__policy=policy)
 
 
 def recommended(candidates: Iterable[Choice]) -> Choice:
@@ -166,19 +157,15 @@ def consider(subject: Subject, machine: Machine, config: str, micro_batch: int) 
         )
 
     step = _batch(subject, micro_batch, accumulation)
-    training = choice(peak(state, subject.footprint(), step), recipe.train.eval_batch, loaded)
-    for images in _halved(recipe.train.eval_batch):
-        rest = evaluation(state, subject.evaluation(), _batch(subject, images, 1))
+    training = choice(peak(state, subject.footprint, step), recipe.train.eval_batch, loaded)
+    images = recipe.train.eval_batch
+    while True:
+        rest = evaluation(state, subject.evaluation, _batch(subject, images, 1))
         evaluating = choice(rest, images, loaded + _loader(recipe, images))
-        if evaluating.needed <= max(machine.memory, training.needed):
+        if images == 1 or evaluating.needed <= max(machine.memory, training.needed):
             break
+        images //= 2
     return max(replace(training, eval_batch=images), evaluating, key=lambda choice: choice.needed)
-
-
-def _halved(batch: int) -> Iterator[int]:
-    while batch:
-        yield batch
-        batch //= 2
 
 
 def _batch(subject: Subject, images: int, accumulation: int) -> Batch:

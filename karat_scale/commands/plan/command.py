@@ -1,9 +1,15 @@
-"""`karat plan`: will it fit, on which stage, how long will it take, and what is wrong with it."""
+"""`karat plan`: will it fit, on which stage, how long will it take, and what is wrong with it.
+
+A dry run finds what would stop a run of any world size, in one process, before the queue.
+"""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
+
+import numpy as np
+import torch
 
 from karat_scale.commands.plan.choose import (
     STAGES,
@@ -17,9 +23,8 @@ from karat_scale.commands.plan.choose import (
     refused_stages,
     usable,
 )
-from karat_scale.commands.plan.dry_run import dry_run
+from karat_scale.commands.plan.memory import Subject
 from karat_scale.commands.plan.report import Plan, show
-from karat_scale.commands.plan.subject import Subject
 from karat_scale.commands.plan.time import (
     ComputeTime,
     Measured,
@@ -32,11 +37,16 @@ from karat_scale.commands.plan.time import (
     traffic,
 )
 from karat_scale.commands.plan.tracing import count_samples
-from karat_scale.engine.deepspeed_config import load_ds_config
+from karat_scale.data.augmentation.device_augment import Normalize
+from karat_scale.data.backends import Backend, ImageSpec, open_backend
+from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan, micro_batch_of, total_steps
+from karat_scale.data.shards.shard_format import unused_classes
+from karat_scale.engine.deepspeed_config import load_ds_config, zero_stage
 from karat_scale.engine.engine import matrix_peak
-from karat_scale.foundation.console import work_display, write_json
-from karat_scale.foundation.errors import UserError
+from karat_scale.foundation.console import plural, work_display, write_json
+from karat_scale.foundation.errors import DataError, RecipeError, UserError
 from karat_scale.foundation.machine import Gpu, known_gpu, usable_memory
+from karat_scale.models import create_model, parameter_count
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
 
@@ -80,61 +90,51 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
     has_time = gpu is not None or request.step_time is not None or isinstance(find_measured(recipe, None), Measured)
     if request.with_curve and not has_time:
         raise UserError("--curve needs --gpu with a name that the table has, or --step-time")
-    subject = Subject(recipe, machine.on_gpu)
-    own = recipe.deepspeed.config
+    subject, own = Subject(recipe, machine.on_gpu), recipe.deepspeed.config
     configs = usable(recipe, STAGES if own in STAGES else [own])
     sizes = list(micro_batches(recipe, machine.world))
-    grid = _consider_all(subject, machine, configs, sizes)
+    grid: dict[str, list[Choice]] = {config: [] for config in configs}
+    with work_display() as show_work:
+        for number, (name, size) in enumerate(itertools.product(configs, sizes)):
+            show_work("plan each stage and micro batch", number, len(configs) * len(sizes))
+            grid[name].append(consider(subject, machine, name, size))
     choice = recommended(map(preferred, grid.values()))
     if not choice.fits:
         choice = choose(recipe, machine, configs)
-    node = Node(
-        min(request.gpus_per_node, request.gpus) if not request.with_curve else request.gpus_per_node,
-        links_of(gpu.key if gpu else ""),
-    )
+    a_node = request.gpus_per_node
+    node = Node(a_node if request.with_curve else min(a_node, request.gpus), links_of(gpu.key if gpu else ""))
     chosen = recipe.changed(deepspeed__config=choice.config, train__recompute__policy=choice.recompute)
     config = load_ds_config(chosen, machine.world, choice.micro_batch)
+    parameters, time = subject.sizes.total, None
     found = None if request.step_time is not None else find_measured(chosen, gpu)
     if isinstance(found, Measured):
-        time: ComputeTime | None = found.compute_time(subject.sizes.total, Node(request.gpus_per_node, node.links))
-    else:
-        time = _compute_time(request, gpu, subject, choice, config)
-    points = []
-    if request.with_curve and time is not None:
-        points = curve(recipe, subject.sizes.total, config, choice.micro_batch, time, node)
+        time = found.compute_time(parameters, Node(a_node, node.links))
+    elif request.step_time is not None:
+        source = f"from --step-time, of {choice.micro_batch} images"
+        time = ComputeTime(request.step_time / choice.micro_batch, source)
+    elif gpu is not None:
+        time = estimate(recipe, gpu, subject.footprint, config, subject.sizes.each, subject.teacher.flops)
     samples, samples_from = count_samples(recipe.data)
     plan = Plan(
         recipe=recipe,
-        parameters=subject.sizes.total,
+        parameters=parameters,
         machine=machine,
         gpu=gpu,
         node=node,
         grid=grid,
         refused={} if own not in STAGES else refused_stages(recipe),
         choice=choice,
-        load=traffic(subject.sizes.total, config, choice.accumulation, recipe.train.precision),
+        load=traffic(parameters, config, choice.accumulation, recipe.train.precision),
         time=time,
         not_measured=found if isinstance(found, str) else "",
         samples=samples,
         samples_from=samples_from,
-        curve=points,
+        curve=curve(recipe, parameters, config, choice.micro_batch, time, node) if request.with_curve and time else [],
     )
     if gpu is None or plan.step is None:
         return plan
     rate = recipe.train.global_batch / plan.step
     return replace(plan, data=data_need(recipe, rate, request.gpus, request.cores_per_gpu))
-
-
-def _consider_all(
-    subject: Subject, machine: Machine, configs: Sequence[str], sizes: Sequence[int]
-) -> dict[str, list[Choice]]:
-    """Return the choices of each configuration, by micro batch."""
-    grid: dict[str, list[Choice]] = {config: [] for config in configs}
-    with work_display() as show_work:
-        for number, (config, size) in enumerate(itertools.product(configs, sizes)):
-            show_work("plan each stage and micro batch", number, len(configs) * len(sizes))
-            grid[config].append(consider(subject, machine, config, size))
-    return grid
 
 
 def _machine(recipe: Recipe, request: Request, gpu: Gpu | None) -> Machine:
@@ -152,11 +152,77 @@ def _machine(recipe: Recipe, request: Request, gpu: Gpu | None) -> Machine:
     return Machine(request.gpus, memory, on_gpu)
 
 
-def _compute_time(
-    request: Request, gpu: Gpu | None, subject: Subject, choice: Choice, config: Mapping[str, Any]
-) -> ComputeTime | None:
-    if request.step_time is not None:
-        return ComputeTime(request.step_time / choice.micro_batch, f"from --step-time, of {choice.micro_batch} images")
-    if gpu is None:
-        return None
-    return estimate(subject.recipe, gpu, subject.footprint(), config, subject.sizes.each, subject.teacher.flops)
+PROBED = 2  # images, a pair for mixup
+
+
+def dry_run(recipe: Recipe, world: int) -> Iterator[str]:
+    """Build what a run of `world` ranks is made of, and check it; yields a line on each part that is right.
+
+    Every rank's part of the first and the last global batch is cut and put together again, two images are read, and
+    one goes through the model on the CPU.
+
+    Raises:
+        UserError: the first mistake, as the run would report it.
+    """
+    stage = zero_stage(load_ds_config(recipe, world, micro_batch_of(recipe, world)))
+    yield f"deepspeed.config = {recipe.deepspeed.config}: ZeRO stage {stage}, right for {plural(world, 'rank')}"
+    data = recipe.data.on_a_cpu().changed(workers=int(recipe.data.is_stream))
+    with closing(open_backend(ImageSpec.of(recipe.changed(data=data)))) as backend:
+        yield f"data: {backend.num_train:,} training and {backend.num_val:,} validation images"
+        notice = unused_classes(backend.num_classes, recipe.model.num_classes)
+        counts = f"{backend.num_classes} in the data, {recipe.model.num_classes} in the model"
+        yield f"classes: {notice or counts}"
+        yield _check_batches(recipe, world, backend)
+        images = _read(recipe, backend)
+    yield f"images: {PROBED} read, 3 x {recipe.model.image_size} x {recipe.model.image_size}"
+    yield _check_model(recipe, images)
+
+
+def _check_batches(recipe: Recipe, world: int, backend: Backend) -> str:
+    """The first and the last global batch, cut by every rank."""
+    plan = TrainPlan.of(recipe, backend.num_train, 0, world)
+    total = total_steps(plan.steps_per_epoch, recipe.train.epochs, recipe.train.max_steps)
+    for step in () if plan.lanes else {0, total - 1}:
+        epoch, batch = divmod(step, plan.steps_per_epoch)
+        order = plan.epoch_order(epoch)
+        cut = [part.sample_ids for rank in range(world) for part in replace(plan, rank=rank).cut(order, epoch, batch)]
+        whole = order[batch * plan.global_batch : (batch + 1) * plan.global_batch]
+        if not np.array_equal(np.concatenate(cut), whole):
+            raise RecipeError(f"train.global_batch = {plan.global_batch}: {world} ranks do not cut it into its parts")
+    evaluation = EvalPlan(backend.num_val, recipe.train.eval_batch, 0, world).num_batches
+    return (
+        f"batches: {plural(total, 'step')} of {plan.global_batch} = {world} x {plan.accumulation} x "
+        f"{plan.micro_batch}; an evaluation takes {evaluation:,} of {recipe.train.eval_batch} a rank"
+    )
+
+
+def _read(recipe: Recipe, backend: Backend) -> torch.Tensor:
+    """uint8 [2, 3, H, W] of the first samples. Raises DataError where they are not what the model takes."""
+    ids = np.arange(min(PROBED, backend.num_train), dtype=np.int64)
+    batch = next(iter(backend.train_batches([BatchSlice(0, 0, ids)])))
+    size = recipe.model.image_size
+    if tuple(batch.images.shape[1:]) != (3, size, size):
+        shape = " x ".join(map(str, batch.images.shape[1:]))
+        raise DataError(f"{recipe.data.path}: images come as {shape}, but the model takes 3 x {size} x {size}")
+    if int(batch.labels.max()) >= recipe.model.num_classes:
+        raise DataError(f"{recipe.data.path}: a label is {int(batch.labels.max())}, beyond model.num_classes")
+    return batch.images
+
+
+def _check_model(recipe: Recipe, images: torch.Tensor) -> str:
+    """A forward pass on the CPU; what only a GPU can run is replaced by `streaming`, which computes the same."""
+    attention = recipe.attention
+    if attention.implementation == "triton":
+        attention = attention.changed(implementation="streaming")
+    torch.manual_seed(recipe.run.seed)
+    model = create_model(recipe.model, attention).eval()
+    with torch.no_grad():
+        try:
+            logits = model(Normalize(recipe.augment.mean, recipe.augment.std)(images[:1]))
+        except ValueError as error:
+            raise RecipeError(f"attention.implementation = {attention.implementation!r}: {error}") from None
+    if not torch.isfinite(logits).all():
+        raise RecipeError("model: the first image's logits are not finite; use attention.init=variance_preserving")
+    return (
+        f"model: {parameter_count(model):,} parameters; one image through it on the CPU gives {logits.shape[1]} logits"
+    )

@@ -7,6 +7,7 @@ the batch.
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,15 +15,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from karat_scale.attention.functional import choosing_as_on_a_gpu
 from karat_scale.attention.kernels.triton_fourier import LARGEST_WIDTH
 from karat_scale.attention.routes import MIN_ROWS, workspace_budget
-from karat_scale.attention.variants.controls import HELD
-from karat_scale.commands.plan.launches import Launches
-from karat_scale.commands.plan.tracing import OUTSIDE, Trace
-from karat_scale.commands.plan.zero import FP32, Kept
-from karat_scale.models.factory import layer_sizes
-from karat_scale.models.layers import LayerSize
+from karat_scale.attention.variants.controls import HELD, planning
+from karat_scale.commands.plan.tracing import OUTSIDE, Launches, Trace, fake_copy, trace_step
+from karat_scale.commands.plan.zero import FP32, Kept, ParameterSizes
+from karat_scale.engine.engine import PRECISIONS
+from karat_scale.foundation.errors import RecipeError
+from karat_scale.models.factory import layer_sizes, outline
+from karat_scale.models.layers import LayerSize, blocks_of
+from karat_scale.models.recompute import choices_by_rule, recompute
 from karat_scale.recipe import Recipe
+from karat_scale.training.tasks.classification.distillation_teacher import planned_cost
 
 Bytes = npt.NDArray[np.float64]
 
@@ -97,6 +102,55 @@ class Footprint:
         changes = np.append(np.where(self.gradient, 0.0, bytes_), 0.0)
         np.add.at(changes, self.died[~self.gradient], -bytes_[~self.gradient])
         return np.cumsum(changes)[:-1]
+
+
+# Two sizes that mixup's pairs allow.
+TRACED_BATCHES = (2, 4)
+
+
+class Subject:
+    """What is planned: a recipe's model as it would run on a GPU, or on this machine's CPU, on fake tensors.
+
+    Raises RecipeError where the model cannot be built.
+    """
+
+    def __init__(self, recipe: Recipe, on_gpu: bool) -> None:
+        if recipe.attention.transfer_from:
+            raise RecipeError("attention.transfer_from: a teacher's memory is not known; plan without it, and add it")
+        self.recipe, self.on_gpu = recipe, on_gpu
+        self.teacher = planned_cost(recipe)
+        self.sizes = ParameterSizes.of(outline(recipe), recipe.optim)
+        self._precision = PRECISIONS[recipe.train.precision]
+        # As `pixel_dtype` and the task choose it.
+        self.pixels = self._precision.compute if on_gpu and not recipe.distill.from_ else torch.float32
+
+    @cached_property
+    def footprint(self) -> Footprint:
+        """What a micro batch allocates and launches, at every ZeRO stage.
+
+        Raises RecipeError where the model cannot run as the recipe says.
+        """
+        return self._trace(trains=True)
+
+    @cached_property
+    def evaluation(self) -> Footprint:
+        """As `footprint`, of a batch of an evaluation, which recomputes nothing."""
+        return self._trace(trains=False)
+
+    def _trace(self, trains: bool) -> Footprint:
+        model, autocasts, weights = outline(self.recipe), self._precision.autocasts, self._precision.weights
+        mode = fake_copy(model, None if weights == torch.float32 else weights)
+        if trains:
+            recompute(model, choices_by_rule(self.recipe.train.recompute, len(blocks_of(model))))
+        size, pixels = self.recipe.model.image_size, self.pixels if autocasts else None
+        try:
+            with choosing_as_on_a_gpu() if self.on_gpu else nullcontext(), planning():
+                traces = {
+                    batch: trace_step(model, mode, batch, size, autocasts, pixels, trains) for batch in TRACED_BATCHES
+                }
+        except ValueError as error:
+            raise RecipeError(f"attention.implementation = {self.recipe.attention.implementation!r}: {error}") from None
+        return Footprint.through(traces)
 
 
 @dataclass(frozen=True)

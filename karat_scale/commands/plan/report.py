@@ -71,10 +71,10 @@ class Plan:
             "candidates": [_to_json(choice) for choices in self.grid.values() for choice in choices],
             "communication": {**asdict(self.load), "sent_bytes": self.load.sent(self.machine.world)},
             "seconds": {
-                "image": self.time.image if self.time else None,
+                "image": self.time and self.time.image,
                 "device": self.time and self.time.device(self.choice.micro_batch, self.choice.accumulation),
                 "host": self.time and self.time.host(self.choice.accumulation),
-                "from": self.time.source if self.time else None,
+                "from": self.time and self.time.source,
                 "communication": self.communication,
                 "step": self.step,
                 "epoch": self.step and self.step * self.steps_per_epoch,
@@ -93,15 +93,42 @@ def _to_json(choice: Choice) -> dict[str, Any]:
 
 def show(plan: Plan) -> None:
     """Print the plan's tables, at most a hundred columns wide."""
-    _show_grid(plan)
-    print(f"\n{line(plan.choice, plan.recipe)}")
-    _show_parts(plan.choice)
-    _show_blocks(plan.choice)
+    choice, recipe, world = plan.choice, plan.recipe, plan.machine.world
+    shown = _shown(plan)
+    sizes = [str(choice.micro_batch) for choice in next(iter(plan.grid.values()))[shown]]
+    rows = [
+        [config, *(f"{choice.needed / 1e9:.2f}{'' if choice.fits else ' -'}" for choice in choices[shown])]
+        for config, choices in plan.grid.items()
+    ]
+    kind = plan.gpu.key if plan.gpu else ("GPU" if plan.machine.on_gpu else "CPU")
+    title = f"GB needed by a rank of {world}, on {kind} with {gigabytes(plan.machine.memory)}"
+    print_table(f"{title}, by micro batch (- does not fit)", ["", *sizes], rows)
+    for config, refusal in plan.refused.items():
+        print(f"  {config} passed over: {refusal}")
+    print(f"\n{line(choice, recipe)}")
+    parts = {**choice.peak.parts, "context, loader, fragmentation": choice.margin}
+    rows = [[name, gigabytes(size)] for name, size in parts.items() if size]
+    if choice.host:
+        rows.append(["of it in the CPU's memory", f"-{gigabytes(choice.host)}"])
+    print_table(f"at its worst moment ({choice.peak.moment})", ["part", "a rank"], rows)
+    blocks = list(choice.peak.blocks.items())
+    rows = [
+        ["outside blocks" if block < 0 else f"block {block}", gigabytes(size)]
+        for number, (block, size) in enumerate(blocks)
+        if not number or size != blocks[number - 1][1]  # of several alike the first alone
+    ]
+    if rows:
+        print_table("activations at that moment", ["", "each"], rows)
     _show_time(plan)
-    if plan.recipe.checkpoint.url:
+    if recipe.checkpoint.url:
         print(f"checkpoint.url: each checkpoint copies about {gigabytes(plan.checkpoint_bytes)} there")
     if plan.curve:
-        _show_curve(plan)
+        rows = []
+        for point in plan.curve:
+            strong = "-" if point.strong is None else f"{point.strong:,.0f}"
+            rows.append([f"{point.gpus:,}", f"{point.weak:,.0f}", f"{100 * point.efficiency:.1f} %", strong])
+        header = ["GPUs", f"{choice.micro_batch} a GPU", "efficiency", f"global batch {recipe.train.global_batch}"]
+        print_table(f"predicted images a second, {plan.node.gpus} GPUs a node", header, rows)
 
 
 def line(choice: Choice, recipe: Recipe) -> str:
@@ -109,30 +136,13 @@ def line(choice: Choice, recipe: Recipe) -> str:
     how = f"deepspeed.config={choice.config} train.micro_batch={choice.micro_batch}"
     if choice.recompute != "none":
         how += f" train.recompute.policy={choice.recompute}"
-    needs = f"{gigabytes(choice.needed)} of {gigabytes(choice.available)}"
-    if choice.fits and choice.eval_batch < recipe.train.eval_batch:
+    needs, asked, note = f"{gigabytes(choice.needed)} of {gigabytes(choice.available)}", recipe.train.eval_batch, ""
+    if not choice.fits:
+        return f"nothing fits; {how} needs least: {needs}"
+    if choice.eval_batch < asked:
         how += f" train.eval_batch={choice.eval_batch}"
-        asked = recipe.train.eval_batch
-        note = f"an evaluation with train.eval_batch = {asked} does not fit; {choice.eval_batch} does"
-        return f"recommended: {how} ({choice.accumulation} a step): {needs}\n{note}"
-    if choice.fits:
-        return f"recommended: {how} ({choice.accumulation} a step): {needs}"
-    return f"nothing fits; {how} needs least: {needs}"
-
-
-def _show_grid(plan: Plan) -> None:
-    shown = _shown(plan)
-    sizes = [choice.micro_batch for choice in next(iter(plan.grid.values()))[shown]]
-    rows = [
-        [config, *(f"{choice.needed / 1e9:.2f}{'' if choice.fits else ' -'}" for choice in choices[shown])]
-        for config, choices in plan.grid.items()
-    ]
-    kind = plan.gpu.key if plan.gpu else ("GPU" if plan.machine.on_gpu else "CPU")
-    world, memory = plan.machine.world, gigabytes(plan.machine.memory)
-    title = f"GB needed by a rank of {world}, on {kind} with {memory}, by micro batch (- does not fit)"
-    print_table(title, ["", *map(str, sizes)], rows)
-    for config, refusal in plan.refused.items():
-        print(f"  {config} passed over: {refusal}")
+        note = f"\nan evaluation with train.eval_batch = {asked} does not fit; {choice.eval_batch} does"
+    return f"recommended: {how} ({choice.accumulation} a step): {needs}{note}"
 
 
 def _shown(plan: Plan) -> slice:
@@ -141,30 +151,6 @@ def _shown(plan: Plan) -> slice:
     fitting = [number for choices in plan.grid.values() for number, choice in enumerate(choices) if choice.fits]
     first = max(0, min(min(fitting, default=count) - 1, count - SHOWN_MICRO_BATCHES))
     return slice(first, first + SHOWN_MICRO_BATCHES)
-
-
-def _show_parts(choice: Choice) -> None:
-    parts = [(name, size) for name, size in choice.peak.parts.items() if size]
-    parts.append(("context, loader, fragmentation", choice.margin))
-    if choice.host:
-        parts.append(("of it in the CPU's memory", -choice.host))
-    rows = [[name, gigabytes(size) if size > 0 else f"-{gigabytes(-size)}"] for name, size in parts]
-    print_table(f"at its worst moment ({choice.peak.moment})", ["part", "a rank"], rows)
-
-
-def _show_blocks(choice: Choice) -> None:
-    rows = [["outside blocks" if block < 0 else f"block {block}", gigabytes(size)] for block, size in _runs(choice)]
-    if rows:
-        print_table("activations at that moment", ["", "each"], rows)
-
-
-def _runs(choice: Choice) -> list[tuple[int, int]]:
-    """Blocks and their bytes; of several alike the first alone."""
-    kept: list[tuple[int, int]] = []
-    for block, size in choice.peak.blocks.items():
-        if not kept or kept[-1][1] != size:
-            kept.append((block, size))
-    return kept
 
 
 def _show_time(plan: Plan) -> None:
@@ -207,18 +193,3 @@ def launch_note(plan: Plan) -> str:
         f"bound by launches: the host takes {duration(host)} to launch {kernels:,} kernels, the GPU {duration(device)} "
         f"to run them;\n  it would not be with {fix}"
     )
-
-
-def _show_curve(plan: Plan) -> None:
-    rows = [
-        [
-            f"{point.gpus:,}",
-            f"{point.weak:,.0f}",
-            f"{100 * point.efficiency:.1f} %",
-            "-" if point.strong is None else f"{point.strong:,.0f}",
-        ]
-        for point in plan.curve
-    ]
-    micro, batch = plan.choice.micro_batch, plan.recipe.train.global_batch
-    title = f"predicted images a second, {plan.node.gpus} GPUs a node"
-    print_table(title, ["GPUs", f"{micro} a GPU", "efficiency", f"global batch {batch}"], rows)

@@ -16,22 +16,21 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from karat_scale.commands.plan.launches import StepLaunches
+from karat_scale.commands.measure.loader import images_per_second
 from karat_scale.commands.plan.memory import Footprint, written_by_rows
-from karat_scale.commands.plan.zero import ALL_REDUCE, BUCKET
+from karat_scale.commands.plan.tracing import Launches
+from karat_scale.commands.plan.zero import ALL_REDUCE, BUCKET, PERSISTENT
 from karat_scale.commands.status.status import read_events
-from karat_scale.data.backends.row_reader import images_per_second
 from karat_scale.data.plan import micro_batch_of
-from karat_scale.engine.deepspeed_config import load_ds_config, zero_stage
+from karat_scale.engine.deepspeed_config import load_ds_config, offloads_optimizer, zero_stage
 from karat_scale.engine.engine import PRECISIONS, matrix_peak
 from karat_scale.foundation.errors import RecipeError, UserError
 from karat_scale.foundation.machine import Gpu, find_gpu
 from karat_scale.models.factory import layer_sizes
 from karat_scale.models.flops import flops_per_image
-from karat_scale.recipe import Recipe
+from karat_scale.recipe import Recipe, TrainConfig
 from karat_scale.recipe.loading import flatten
 from karat_scale.training.run_directory import RunDirectory
 
@@ -39,6 +38,70 @@ from karat_scale.training.run_directory import RunDirectory
 MATRIX_EFFICIENCY = 0.75
 TRAFFIC_PER_BYTE = 3.0
 BANDWIDTH_EFFICIENCY = 0.75
+
+# Seconds of one Python thread for an operation of eager torch that launches a kernel: the operation itself (about 6 us
+# with autograd: pytorch/pytorch issues 41383 and 122029), the views and autocast's look-ups around it, the modules' own
+# Python, and the driver's launch (1.3 us: meta-pytorch/tritonbench pull request 1016). Public accounts of the whole
+# range from 5 to 25 us; a slow or busy CPU is at the upper end.
+EAGER_LAUNCH = 10e-6
+# Of a kernel in torch.compile's code, and of entering one of its graphs: the same pull request.
+COMPILED_LAUNCH, GRAPH_ENTRY = 6.5e-6, 33e-6
+# Seconds between the end of one kernel and the work of the next on the GPU, launched ahead or in a CUDA graph. NVIDIA's
+# introduction to CUDA graphs has 3.4 to 3.8 us a kernel of 2.9 us; the rest is filling and draining the GPU.
+KERNEL_GAP = 1.5e-6
+# Kernels of a step beside the model's, as counted on our engine: clipping, the fused AdamW, the EMA; at stage 0 that is
+# all. From stage 1 on there are DeepSpeed's casts of masters and its clipping of each parameter group too, and each
+# bucket is put together, divided and taken apart.
+STEP_KERNELS, STEP_KERNELS_FROM_STAGE_1, PER_BUCKET = 40, 50, 3
+# With `contiguous_gradients`, DeepSpeed copies each gradient into a bucket, and where it is kept once more; 16-bit ones
+# of stages 1 and 2 it widens one by one. With offload it also takes norms one by one. At stage 3 it puts each weight
+# together that it gathers.
+PER_GRADIENT, PER_OFFLOADED, PER_GATHERED = 1.5, 4.5, 1.0
+
+
+@dataclass(frozen=True)
+class StepLaunches:
+    """Kernels of a micro batch and, beside those, of a step; and the host's seconds for each."""
+
+    micro_batch: int
+    step: int
+    host_micro_batch: float
+    host_step: float
+
+    @classmethod
+    def of(
+        cls, launches: Launches, train: TrainConfig, config: Mapping[str, Any], sizes: Sequence[int], blocks: int
+    ) -> "StepLaunches":
+        """Under `train.compile` and a DeepSpeed config, of parameter tensors of so many elements and so many blocks."""
+        model = launches.kernels(bool(train.compile))
+        stage, zero = zero_stage(config), config.get("zero_optimization", {})
+        reductions = gathers = 0.0
+        if stage > 0:
+            reductions = PER_BUCKET * math.ceil(sum(sizes) / int(zero.get("reduce_bucket_size", BUCKET)))
+            if offloads_optimizer(config):
+                reductions += PER_OFFLOADED * len(sizes)
+            elif zero.get("contiguous_gradients", True) or (train.holds_16_bits and stage < 3):
+                reductions += PER_GRADIENT * len(sizes)
+        if stage == 3:
+            kept_whole = int(zero.get("stage3_param_persistence_threshold", PERSISTENT))
+            gathers = PER_GATHERED * sum(size > kept_whole for size in sizes)
+        around = round(gathers + (reductions if stage > 1 else 0))
+        step = round((STEP_KERNELS_FROM_STAGE_1 if stage else STEP_KERNELS) + (reductions if stage == 1 else 0))
+        if train.records_graphs:  # one each for forward and backward
+            host = 2 * GRAPH_ENTRY
+        elif train.compile:  # each block by itself
+            host = 2 * blocks * GRAPH_ENTRY + model * COMPILED_LAUNCH
+        else:
+            host = model * EAGER_LAUNCH
+        return cls(model + around, step, host + around * EAGER_LAUNCH, step * EAGER_LAUNCH)
+
+    def gaps(self, accumulation: int) -> float:
+        """Seconds of a step that the GPU spends between kernels."""
+        return KERNEL_GAP * (accumulation * self.micro_batch + self.step)
+
+    def host(self, accumulation: int) -> float:
+        """Seconds that the host takes to launch a step."""
+        return accumulation * self.host_micro_batch + self.host_step
 
 
 @dataclass(frozen=True)
@@ -383,7 +446,8 @@ def find_measured(recipe: Recipe, gpu: Gpu | None) -> Measured | str | None:
     None where there is no such run; where there is one that says nothing about this recipe, why, in a line.
     """
     directory = RunDirectory(recipe.run.dir)
-    rates = _rates(directory.metrics_file)
+    events = (event for event in read_events(directory.metrics_file) if event.get("event") == "train")
+    rates = [float(rate) for event in events if (rate := event.get("images_per_second"))]
     if not rates:
         return None
     refused = f"what {directory.path} measured is not used: "
@@ -419,8 +483,3 @@ def _differing(old: Recipe, new: Recipe) -> str:
         return ""
     value = before.get(keys[0])
     return f"{keys[0]} = {value if value != '' else '(empty)'}{more}"
-
-
-def _rates(metrics: Path) -> list[float]:
-    rates = (event.get("images_per_second") for event in read_events(metrics) if event.get("event") == "train")
-    return [float(rate) for rate in rates if rate]

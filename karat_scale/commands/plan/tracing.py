@@ -44,6 +44,50 @@ _aten = torch.ops.aten
 # Operations that make a tensor and write nothing.
 _ALLOCATE = (_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided)
 
+# Kernels of an operation, where they are not one. A norm's backward pass reduces its weights' gradients apart;
+# attention's multiplies O by its gradient before, and rounds the query's gradient after.
+_KERNELS = {
+    "native_layer_norm_backward": 2,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": 3,
+    "convolution_backward": 3,
+}
+# Of KArAt's own operations, which have one name each for the forward and the backward pass. The backward pass of
+# psi(A) V, of the content form, ends with a sum.
+OPERATOR_FORWARD, OPERATOR_BACKWARD = 2, 5
+PSI_FORWARD, PSI_BACKWARD = 1, 3
+# What torch.compile leaves as kernels of their own.
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+_ATTENTION = "_scaled_dot_product"
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Kernels of a forward and backward pass: products (attention included), and all others, mostly elementwise."""
+
+    products: int
+    others: int
+
+    @classmethod
+    def of(cls, operations: Iterable[Any]) -> "Launches":
+        """Of operations of the dispatcher (`OpOverload`) that each launch something."""
+        products = others = 0
+        for operation in operations:
+            name = operation._schema.name.partition("::")[2]
+            if operation.namespace == "karat_scale":
+                forward, backward = (
+                    (PSI_FORWARD, PSI_BACKWARD) if "psi" in name else (OPERATOR_FORWARD, OPERATOR_BACKWARD)
+                )
+                products += backward if "backward" in name else forward
+            elif name in _PRODUCTS or name.startswith(_ATTENTION):
+                products += _KERNELS.get(name, 1)
+            else:
+                others += _KERNELS.get(name, 1)
+        return cls(products, others)
+
+    def kernels(self, compiled: bool) -> int:
+        """How many run: compiled, what lies between two products becomes one kernel."""
+        return self.products + (min(self.others, self.products) if compiled else self.others)
+
 
 @dataclass
 class Allocation:
@@ -75,66 +119,62 @@ def fake_copy(model: nn.Module, dtype: torch.dtype | None = None) -> FakeTensorM
     """Give `model` parameters and buffers that are fake, in `dtype` if given; returns the mode they live in."""
     mode = FakeTensorMode()
     made: dict[Tensor, nn.Parameter] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        with mode:
+            return torch.empty(tensor.shape, dtype=dtype if dtype and tensor.is_floating_point() else tensor.dtype)
+
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 if parameter not in made:
-                    made[parameter] = nn.Parameter(_fake(mode, parameter, dtype), parameter.requires_grad)
+                    made[parameter] = nn.Parameter(fake(parameter), parameter.requires_grad)
                 module._parameters[name] = made[parameter]
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = _fake(mode, buffer, dtype)
+                module._buffers[name] = fake(buffer)
     return mode
 
 
-def _fake(mode: FakeTensorMode, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    with mode:
-        return torch.empty(tensor.shape, dtype=dtype if dtype and tensor.is_floating_point() else tensor.dtype)
-
-
 def trace_step(
-    model: Any, mode: FakeTensorMode, batch: int, size: int, autocast: bool, pixels: torch.dtype | None = None
+    model: Any,
+    mode: FakeTensorMode,
+    batch: int,
+    size: int,
+    autocast: bool,
+    pixels: torch.dtype | None = None,
+    trains: bool = True,
 ) -> Trace:
     """Forward, soft-target cross-entropy and backward of `batch` images [3, size, size] on a `fake_copy`.
 
     The images are in the dtype `pixels`, or that of the weights. They and the targets are there before and do not
-    count. Parameters have no gradients before.
+    count. Parameters have no gradients before. Without `trains` it is the forward pass of an evaluation.
     """
     parameters = list(model.parameters())
-    with _no_collection(), mode:
+    model.train(trains)
+    with _no_collection(), torch.set_grad_enabled(trains), mode:
         images = torch.empty(batch, 3, size, size, dtype=pixels or parameters[0].dtype)
         targets = torch.empty(batch, model.num_classes)
         tracker = _Tracker([*parameters, *model.buffers(), images, targets])
-        hooks = [hook for number, block in enumerate(blocks_of(model)) for hook in tracker.follow(number, block)]
+        followed = enumerate(blocks_of(model)) if trains else ()
+        hooks = [hook for number, block in followed for hook in tracker.follow(number, block)]
         with tracker, torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
             logits = model(images)
         with tracker:
-            loss = torch.sum(-targets * torch.log_softmax(logits.float(), dim=-1), dim=-1).mean()
-            del logits
+            if trains:
+                loss = torch.sum(-targets * torch.log_softmax(logits.float(), dim=-1), dim=-1).mean()
+                del logits
+            else:
+                logits = logits.float()
             forward = tracker.births
-            loss.backward()
+            if trains:
+                loss.backward()
         trace = tracker.trace(forward, [p.grad for p in parameters if p.grad is not None])
     for hook in hooks:
         hook.remove()
     for parameter in parameters:
         parameter.grad = None
     return trace
-
-
-def trace_evaluation(
-    model: Any, mode: FakeTensorMode, batch: int, size: int, autocast: bool, pixels: torch.dtype | None = None
-) -> Trace:
-    """As `trace_step`, of the forward pass of an evaluation, which saves nothing."""
-    parameters = list(model.parameters())
-    model.eval()
-    with _no_collection(), torch.no_grad(), mode:
-        images = torch.empty(batch, 3, size, size, dtype=pixels or parameters[0].dtype)
-        tracker = _Tracker([*parameters, *model.buffers(), images])
-        with tracker, torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-            logits = model(images)
-        with tracker:
-            logits = logits.float()
-        return tracker.trace(tracker.births, ())
 
 
 @contextmanager

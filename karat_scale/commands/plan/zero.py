@@ -14,7 +14,6 @@ from torch import nn
 from karat_scale.engine.deepspeed_config import offloads_optimizer, zero_stage
 from karat_scale.engine.engine import PRECISIONS
 from karat_scale.engine.optimizers import own_matrices, parameter_groups
-from karat_scale.foundation.tables import OptimizerRow
 from karat_scale.models import parameter_count
 from karat_scale.recipe import OptimConfig, Recipe
 
@@ -94,99 +93,64 @@ def kept(
     sizes: ParameterSizes, config: Mapping[str, Any], recipe: Recipe, world: int, accumulation: int, on_gpu: bool
 ) -> Kept:
     """What a rank of `world` keeps under a filled DeepSpeed `config`, with `accumulation` micro batches a step."""
-    stage = zero_stage(config)
-    ema = FP32 * sizes.total if recipe.train.ema_decay else 0
-    width = PRECISIONS[recipe.train.precision].weights.itemsize
-    case = _Case(sizes, config, recipe.optim.row, world, accumulation > 1, on_gpu, width, ema)
+    case = _Case(sizes, config, recipe, world, accumulation, on_gpu)
     stage_1 = _bf16_stage_1 if recipe.train.precision == "bf16_weights" else _stages_1_and_2
-    return {0: _stage_0, 1: stage_1, 2: _stages_1_and_2, 3: _stage_3}[stage](case)
+    return {0: _stage_0, 1: stage_1, 2: _stages_1_and_2, 3: _stage_3}[case.stage](case)
 
 
-@dataclass(frozen=True)
 class _Case:
-    sizes: ParameterSizes
-    config: Mapping[str, Any]
-    optimizer: OptimizerRow
-    world: int
-    accumulates: bool
-    on_gpu: bool
-    width: int
-    """Bytes of a parameter that the module holds."""
-    whole_ema: int
+    """What the stages count with, in bytes."""
 
-    @property
-    def whole(self) -> int:
-        """fp32 bytes of all parameters."""
-        return FP32 * self.sizes.total
-
-    @property
-    def shard(self) -> int:
-        """fp32 bytes of a rank's share."""
-        return -(-self.whole // self.world)
-
-    @property
-    def ema(self) -> int:
-        return -(-self.whole_ema // self.world)
-
-    @property
-    def is_16_bit(self) -> bool:
-        """Whether fp32 masters stand beside weights of 16 bits."""
-        return self.width < FP32
-
-    @property
-    def largest_group(self) -> int:
-        """fp32 bytes of the larger optimizer group's share."""
-        return -(-FP32 * max(self.sizes.groups) // self.world)
-
-    @property
-    def frozen(self) -> int:
-        """Bytes of what does not learn: with the weights, and beside a CPU's in fp32, as the engine's copy."""
-        return self.sizes.frozen * (self.width + (0 if self.on_gpu else FP32))
-
-    @property
-    def stage(self) -> int:
-        return zero_stage(self.config)
-
-    @property
-    def moments(self) -> int:
-        """Bytes of the optimizer's states of a rank's share."""
-        return len(self.optimizer.states) * self.shard
+    def __init__(
+        self,
+        sizes: ParameterSizes,
+        config: Mapping[str, Any],
+        recipe: Recipe,
+        world: int,
+        accumulation: int,
+        on_gpu: bool,
+    ) -> None:
+        self.sizes, self.world, self.on_gpu, self.optimizer = sizes, world, on_gpu, recipe.optim.row
+        self.stage, self.zero = zero_stage(config), config.get("zero_optimization", {})
+        self.accumulates = accumulation > 1
+        self.offloads = on_gpu and offloads_optimizer(config)
+        # Of a parameter that the module holds. Beside one of 16 bits there is an fp32 master.
+        self.width = PRECISIONS[recipe.train.precision].weights.itemsize
+        self.is_16_bit = self.width < FP32
+        self.low = self.width * sizes.total
+        # fp32 of all parameters, of a rank's share, and of its share of the larger optimizer group.
+        self.whole = FP32 * sizes.total
+        self.shard = -(-self.whole // world)
+        self.largest_group = -(-FP32 * max(sizes.groups) // world)
+        self.whole_ema = self.whole if recipe.train.ema_decay else 0
+        # What does not learn: with the weights, and beside a CPU's in fp32, as the engine's copy.
+        self.frozen = sizes.frozen * (self.width + (0 if on_gpu else FP32))
+        self.shared = {
+            "masters": self.shard,
+            "moments": len(self.optimizer.states) * self.shard,
+            "ema": -(-self.whole_ema // world),
+        }
+        self.on_host = self.shard + sum(self.shared.values()) if self.offloads else 0
+        self.bucket = (FP32 if self.stage == 1 else self.width) * int(self.zero.get("reduce_bucket_size", BUCKET))
+        # A bucket is reduced while the next one is filled: by default at stage 3.
+        overlaps = self.zero.get("overlap_comm")
+        self.overlaps = self.stage == 3 if overlaps is None else bool(overlaps)
+        # Gradients are copied into a buffer as they come: stages 1 and 2 do so with offload in any case.
+        is_forced = self.stage < 3 and offloads_optimizer(config)
+        self.is_contiguous = is_forced or bool(self.zero.get("contiguous_gradients", True))
 
     def temporaries(self, tensor_bytes: int, more: int = 0) -> int:
         """Bytes of a step on a tensor. Fused optimizers, of CUDA and DeepSpeed's for CPUs, have none."""
         return 0 if self.on_gpu else (self.optimizer.temporaries + more) * tensor_bytes
 
-    def zero(self, key: str, default: int) -> int:
-        """A number of the `zero_optimization` section."""
-        return int(self.config["zero_optimization"].get(key, default))
-
-    @property
-    def bucket(self) -> int:
-        """Bytes of a full one."""
-        return (FP32 if self.stage == 1 else self.width) * self.zero("reduce_bucket_size", BUCKET)
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether a bucket is reduced while the next one is filled: by default at stage 3."""
-        overlaps = self.config["zero_optimization"].get("overlap_comm")
-        return self.stage == 3 if overlaps is None else bool(overlaps)
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether gradients are copied into a buffer as they come: stages 1 and 2 do so with offload in any case."""
-        is_forced = self.stage < 3 and offloads_optimizer(self.config)
-        return is_forced or bool(self.config["zero_optimization"].get("contiguous_gradients", True))
-
-    @property
-    def offloads(self) -> bool:
-        return self.on_gpu and offloads_optimizer(self.config)
-
 
 def _stage_0(case: _Case) -> Kept:
     """fp32 weights, also under autocast; several ranks all-reduce gradients after backward in a flat copy."""
+    row, matrices = case.optimizer, FP32 * sum(case.sizes.matrices)
+    of_matrices = len(row.states if row.matrix_states is None else row.matrix_states) * matrices
     return Kept(
         weights=case.whole + case.frozen,
-        moments=_whole_moments(case),
+        moments=len(row.states) * (case.whole - matrices) + of_matrices,
         ema=case.whole_ema,
         held_gradients=case.whole if case.accumulates else 0,
         keeps_gradients=0 if case.accumulates else 1,
@@ -194,26 +158,18 @@ def _stage_0(case: _Case) -> Kept:
         reducing=min(case.whole, FP32 * ALL_REDUCE) if case.world > 1 else 0,
         stepping=max(
             case.temporaries(FP32 * max(case.sizes.each), more=1),  # of the clipping
-            case.optimizer.matrix_temporaries * max(case.sizes.matrices, default=0),
+            row.matrix_temporaries * max(case.sizes.matrices, default=0),
         ),
         starting=case.whole * (1 if case.on_gpu else 2),
     )
 
 
-def _whole_moments(case: _Case) -> int:
-    row, matrices = case.optimizer, FP32 * sum(case.sizes.matrices)
-    of_matrices = len(row.states if row.matrix_states is None else row.matrix_states) * matrices
-    return len(row.states) * (case.whole - matrices) + of_matrices
-
-
 def _bf16_stage_1(case: _Case) -> Kept:
     """bf16 weights and gradients, fp32 gradients of all parameters from the start, masters of a share."""
-    low = case.width * case.sizes.total
+    low = case.low
     return Kept(
+        **case.shared,
         weights=low + case.frozen,
-        masters=case.shard,
-        moments=case.moments,
-        ema=case.ema,
         held_gradients=case.whole + (low if case.accumulates else 0),
         keeps_gradients=0 if case.accumulates else 1,
         final_gradients=case.whole + low + (low if case.world > 1 else 0),
@@ -231,7 +187,7 @@ def _stages_1_and_2(case: _Case) -> Kept:
     a flat copy of those of a bucket is made when it is full, and what stage 2 does not keep is freed then, or with
     `overlap_comm` when the next one is full.
     """
-    weights = case.width * case.sizes.total
+    weights = case.low
     is_2 = case.stage == 2
     buckets = (2 if case.overlaps else 1) * case.bucket
     held = (case.shard if is_2 else case.whole) if case.accumulates else 0
@@ -239,12 +195,9 @@ def _stages_1_and_2(case: _Case) -> Kept:
     unflushed = 0 if is_2 else case.whole if widened else max(case.whole - buckets, 0)
     second = held if is_2 and not case.is_16_bit else 0
     cast = min(weights, case.bucket // 2) if widened else 0
-    on_host = 2 * case.shard + case.moments + case.ema if case.offloads else 0
     state = Kept(
+        **case.shared,
         weights=weights + case.frozen,
-        masters=case.shard,
-        moments=case.moments,
-        ema=case.ema,
         held_gradients=held,
         keeps_gradients=0 if is_2 or case.accumulates else FP32 // case.width,
         bucket=buckets,
@@ -254,7 +207,7 @@ def _stages_1_and_2(case: _Case) -> Kept:
         reducing=buckets + unflushed + second + cast,
         stepping=case.temporaries(case.largest_group) + (0 if case.is_16_bit else case.largest_group),
         starting=weights + 2 * case.shard + (weights if case.on_gpu else case.whole),
-        host=on_host,
+        host=case.on_host,
     )
     if case.is_contiguous:
         return state
@@ -281,21 +234,17 @@ def _stage_3(case: _Case) -> Kept:
     DeepSpeed keeps what is used again within `stage3_max_reuse_distance` elements, so a model of less than 1e9
     parameters is whole on each rank between forward and backward.
     """
-    share = -(-case.width * case.sizes.total // case.world)
-    live = min(case.sizes.total, case.zero("stage3_max_live_parameters", MAX_LIVE))
-    threshold = case.zero("stage3_param_persistence_threshold", PERSISTENT)
+    share = -(-case.low // case.world)
+    live = min(case.sizes.total, int(case.zero.get("stage3_max_live_parameters", MAX_LIVE)))
+    threshold = int(case.zero.get("stage3_param_persistence_threshold", PERSISTENT))
     persistent = case.width * sum(size for size in case.sizes.each if size <= threshold)
     several = case.world > 1
     gathered = max(case.width * live - persistent, 0) if several else 0
-    ahead = case.zero("stage3_prefetch_bucket_size", PREFETCH)
-    offload_weights = (case.config["zero_optimization"].get("offload_param") or {}).get("device", "none") != "none"
-    on_host = 2 * case.shard + case.moments + case.ema if case.offloads else 0
-    on_host += share if case.on_gpu and offload_weights else 0
+    ahead = int(case.zero.get("stage3_prefetch_bucket_size", PREFETCH))
+    offload_weights = (case.zero.get("offload_param") or {}).get("device", "none") != "none"
     state = Kept(
+        **case.shared,
         weights=share + case.frozen + (persistent if several else 0),
-        masters=case.shard,
-        moments=case.moments,
-        ema=case.ema,
         held_gradients=case.shard + case.bucket,
         gathered=gathered,
         fetched=2 * min(case.width * max(ahead, *case.sizes.each), gathered),
@@ -303,11 +252,11 @@ def _stage_3(case: _Case) -> Kept:
         resting=case.shard + case.bucket,
         stepping=case.temporaries(case.largest_group) + case.largest_group,
         starting=case.whole + share + 2 * case.shard + case.bucket + (0 if case.on_gpu else case.whole),
-        host=on_host,
+        host=case.on_host + (share if case.on_gpu and offload_weights else 0),
     )
     if case.is_contiguous:
         return state
-    made = case.width * case.sizes.total
+    made = case.low
     passing = (2 if case.overlaps and case.on_gpu else 1) * case.bucket
     return replace(
         state,

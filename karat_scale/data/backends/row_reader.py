@@ -1,23 +1,16 @@
-"""Read the encoded images of a batch by threads, with the operations to apply to each, and time a data path.
-
-The speed is that of a recipe's data path, in images a second, as one process sees it.
-"""
+"""Read the encoded images of a batch by threads, with the operations to apply to each."""
 
 import copy
-import itertools
 import resource
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.batch import Draw
 from karat_scale.data.decoders.decode import Decoder, UndecodableImageError, View, check_pixels
 from karat_scale.data.decoders.jpeg_header import read_frame
@@ -25,7 +18,6 @@ from karat_scale.data.loading.assemble import ImageSource, prepare
 from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.data.shards.shard_files import MAX_OPEN_SHARDS
 from karat_scale.foundation.errors import DataError
-from karat_scale.recipe import Recipe
 
 # The second bytes of markers: 0 means a plain 0xff, those of restarts differ in their last three bits.
 START_OF_SCAN, END_OF_IMAGE, STUFFED, RESTART, FILL = 0xDA, 0xD9, 0x00, 0xD0, 0xFF
@@ -144,46 +136,3 @@ def _readers_with_files(wanted: int) -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
             soft = more
     return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft // MAX_OPEN_SHARDS - 1))
-
-
-def images_per_second(
-    recipe: Recipe,
-    workers: int,
-    batch: int,
-    seconds: float,
-    ids: npt.NDArray[np.int64] | None = None,
-    ready: Callable[[], object] = tuple,
-) -> float:
-    """Time training batches for about `seconds`, once all workers have started. Raises UserError as the backend does.
-
-    Args:
-        workers: instead of `data.workers`; 0 reads, decodes and augments in this process, on one core.
-        ids: of the samples, again and again; all of them in random order if None.
-        ready: called before the time runs.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        backend = open_backend(ImageSpec.of(recipe.changed(data__workers=workers, data__verify="size")))
-        try:
-            if recipe.data.is_stream:  # its samples have no ids before they are read
-                ids = np.full(batch, PADDING)
-            order = np.random.default_rng(0).permutation(backend.num_train) if ids is None else ids
-            batches = backend.train_batches(_endless_slices(order, batch, max(1, workers)))
-            for _ in range(max(1, workers)):
-                next(batches)
-            ready()
-            images, begun = 0, time.perf_counter()
-            while images == 0 or time.perf_counter() - begun < seconds:
-                images += len(next(batches).labels)
-            return images / (time.perf_counter() - begun)
-        finally:
-            backend.close()
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _endless_slices(ids: npt.NDArray[np.int64], batch: int, lanes: int) -> Iterator[BatchSlice]:
-    for number in itertools.count():
-        places = np.arange(number * batch, (number + 1) * batch) % len(ids)
-        yield BatchSlice(0, number, ids[places].astype(np.int64), number % lanes, lanes)

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from karat_scale.attention import FourierKaratOperator, fourier_karat_attention, fourier_karat_scores
-from karat_scale.commands.bench.attention import Case, forward_backward_once
-from karat_scale.commands.bench.measuring import peak_memory_of
+from karat_scale.commands.measure.attention import Case, forward_backward_once
+from karat_scale.commands.measure.interleaved import peak_memory_of
 from karat_scale.foundation import native_build
 from tests.attention.calls import assert_close, make_call, output_and_gradients, relative_error
 

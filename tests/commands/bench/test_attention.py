@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from karat_scale.attention import BASES
-from karat_scale.commands.bench.attention import Case, attention_rows, make_contender, make_inputs
 from karat_scale.commands.cli import main
+from karat_scale.commands.measure.attention import Case, attention_rows
 from tests.conftest import karat
 
 ROW = {
@@ -50,7 +50,7 @@ def case_of(**changes: Any) -> Case:
 
 
 def output(name: str, case: Case) -> torch.Tensor:
-    return make_contender(name, case).attend(*make_inputs(case))
+    return case.attend_by(name)(*case.inputs())
 
 
 @pytest.mark.parametrize("form", ["modular", "full_rank"])

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from karat_scale.commands.bench.data import photo_like, prepare_images, torchs_decoder
+from karat_scale.commands.bench.data import torchs_decoder
 from karat_scale.commands.cli import main
+from karat_scale.commands.measure.loader import photo_like, prepare_images
 
 
 @pytest.mark.parametrize(

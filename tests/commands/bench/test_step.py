@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.commands.bench.step import _seconds_to_first_step
+from karat_scale.commands.bench.model import seconds_to_first_step
 from karat_scale.foundation.errors import UserError
 from tests.conftest import karat
 
@@ -11,9 +11,9 @@ from tests.conftest import karat
 @pytest.mark.slow
 def test_a_large_batch_has_a_first_step(tmp_path: Path) -> None:
     tiny = {"name": "vit_mini_patch4_28", "image_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 1}
-    assert _seconds_to_first_step(tiny, 130, tmp_path / "run") > 0
+    assert seconds_to_first_step(tiny, 130, tmp_path / "run") > 0
     with pytest.raises(UserError, match=r"karat train ended with exit code 2: error: .*num_heads"):
-        _seconds_to_first_step({**tiny, "num_heads": 3}, 2, tmp_path / "other")
+        seconds_to_first_step({**tiny, "num_heads": 3}, 2, tmp_path / "other")
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from karat_scale.commands.doctor import machine as machine_checks
 from karat_scale.commands.doctor.checkup import examine_machine
@@ -143,3 +144,42 @@ def test_a_wrong_call_is_one_line(tmp_path: Path, capsys) -> None:
         assert karat_here(*arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert part in line
+
+
+TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver"
+NONE = "No CUDA GPUs are available"
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "error", "shown", "value", "fix"),
+    [
+        (None, "13.0", "", None, "there is no NVIDIA driver", ""),
+        ("580.65", None, "", None, "this torch is for CPUs only", "install torch for CUDA"),
+        ("470.82", "13.0", TOO_OLD, None, "the driver 470.82 is too old for this torch", "update the driver"),
+        ("470.82", "13.0", TOO_OLD, "0", "the driver 470.82 is too old for this torch", "update the driver"),
+        ("580.65", "13.0", NONE, "", "CUDA_VISIBLE_DEVICES='' shows torch no GPU", "unset it"),
+        ("580.65", "13.0", NONE, "7", "CUDA_VISIBLE_DEVICES='7' shows", "unset it"),
+        ("580.65", "13.0", f"{NONE}\nmore", None, f"no GPU: {NONE}", "nvidia-smi"),
+    ],
+)
+def test_each_reason_why_torch_sees_no_gpu_has_its_own_words(
+    monkeypatch: pytest.MonkeyPatch,
+    driver: str | None,
+    cuda: str | None,
+    error: str,
+    shown: str | None,
+    value: str,
+    fix: str,
+) -> None:
+    def refuse() -> None:
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    finding = machine_checks.no_gpu(driver, cuda)
+    assert value in finding.value
+    assert fix in finding.fix
+    assert (finding.level == "problem") == bool(driver)
+    assert len(f"{finding.value}{finding.fix}".splitlines()) == 1

@@ -5,20 +5,18 @@ import dataclasses
 import pytest
 
 from karat_scale.commands.doctor.report import Setting, Stage, judge
+from karat_scale.recipe.loading import load_recipe
 
+COMMON = ("data.path=.", "data.order=full", "train.precision=bf16")
 SETTING = Setting(
+    recipe=load_recipe("imagenet_vit_tiny", COMMON),
     workers=2,
     worker_rate=105,
     cores=16,
     world_size=1,
-    backend="webdataset",
     decoder="torchvision",
-    order="full",
     device="cuda",
-    precision="bf16",
     has_bf16=True,
-    implementation="auto",
-    global_batch=256,
     accumulation=1,
     stays_cached=False,
 )
@@ -33,8 +31,9 @@ FAST: dict[Stage, float] = {
 }
 
 
-def setting(**changes: object) -> Setting:
-    return dataclasses.replace(SETTING, **changes)
+def setting(*overrides: str, **changes: object) -> Setting:
+    recipe = load_recipe("imagenet_vit_tiny", [*COMMON, *overrides])
+    return dataclasses.replace(SETTING, recipe=recipe, **changes)
 
 
 @pytest.mark.parametrize("stage", list(FAST))
@@ -74,7 +73,7 @@ def test_a_disk_that_is_read_once_does_not_bound() -> None:
     rates = {**FAST, "storage": 100, "model": 500}
     assert judge(rates, SETTING).bound == "storage"
     assert "data.order=block" in judge(rates, SETTING).advice
-    assert "data.order=block" not in judge(rates, setting(order="block")).advice
+    assert "data.order=block" not in judge(rates, setting("data.order=block")).advice
     assert judge(rates, setting(stays_cached=True)).bound == "model"
 
 
@@ -85,15 +84,17 @@ def test_without_workers_everything_takes_turns() -> None:
     assert "take turns" in verdict.reason
     assert verdict.advice.startswith("raise data.workers to 4, so that they no longer take turns; then ")
     assert "data.workers" not in judge({"decode": 9000, "model": 290}, setting(workers=0)).advice
-    assert "data.workers" not in judge({"decode": 300, "model": 290}, setting(workers=0, backend="synthetic")).advice
+    assert (
+        "data.workers" not in judge({"decode": 300, "model": 290}, setting("data.backend=synthetic", workers=0)).advice
+    )
 
 
 def test_the_advice_for_a_model_depends_on_what_is_not_used_yet() -> None:
     rates = {**FAST, "model": 100}
-    assert "bf16" in judge(rates, setting(precision="fp32")).advice
+    assert "bf16" in judge(rates, setting("train.precision=fp32")).advice
     assert "bf16" not in judge(rates, SETTING).advice
     assert "micro_batch" in judge(rates, setting(accumulation=4)).advice
-    assert "attention.implementation=auto" in judge(rates, setting(implementation="reference")).advice
+    assert "attention.implementation=auto" in judge(rates, setting("attention.implementation=reference")).advice
     assert "GPU" in judge(rates, setting(device="cpu")).advice
 
 

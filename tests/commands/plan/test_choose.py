@@ -5,36 +5,50 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from karat_scale.commands.plan.choose import STAGES, Choice, Machine, best, choose, consider, micro_batches
+from karat_scale.commands.plan.memory import Subject
 from karat_scale.commands.plan.report import line
-from karat_scale.commands.plan.subject import Subject
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import Recipe
 
 Load = Callable[..., Recipe]
 PLENTY = 10**12
+SLOW = pytest.mark.slow
+GRAPHS = ("train.compile=reduce-overhead", "train.global_batch=64")
 
 
 def on_gpus(recipe: Recipe, gpus: int, memory: int) -> Choice:
     return choose(recipe, Machine(gpus, memory, True))
 
 
-@pytest.mark.slow
-def test_with_plenty_of_memory_the_lowest_stage_takes_the_whole_part(small_recipe: Load) -> None:
-    choice = on_gpus(small_recipe(), 2, PLENTY)
-    assert (choice.config, choice.micro_batch, choice.accumulation) == ("zero0", 4, 1)
-    assert choice.fits
-
-
-def test_a_micro_batch_of_the_recipe_is_kept(small_recipe: Load) -> None:
-    assert on_gpus(small_recipe("train.micro_batch=2"), 2, PLENTY).micro_batch == 2
-
-
-@pytest.mark.slow
-def test_cuda_graphs_are_planned_without_accumulation(small_recipe: Load) -> None:
-    recipe = small_recipe("train.compile=reduce-overhead", "train.global_batch=64")
-    assert list(micro_batches(recipe, 2)) == [32]
-    choice = on_gpus(recipe, 2, 1000)
-    assert (choice.accumulation, choice.fits) == (1, False)
+@pytest.mark.parametrize(
+    ("keys", "gpus", "memory", "config", "micro_batch", "fits"),
+    [
+        pytest.param((), 2, PLENTY, "zero0", 4, True, marks=SLOW, id="the lowest stage takes the whole part"),
+        pytest.param(("train.micro_batch=2",), 2, PLENTY, "zero0", 2, True, id="the recipe's own is kept"),
+        pytest.param(GRAPHS, 2, 1000, None, 32, False, marks=SLOW, id="CUDA graphs do not accumulate"),
+        pytest.param((), 2, 1000, None, None, False, marks=SLOW, id="nothing fits, so what needs least"),
+        *(
+            pytest.param((key, "deepspeed.config=zero2"), 2, PLENTY, config, None, True, marks=SLOW, id=key)
+            for key, config in (("train.precision=fp16", "zero1"), ("optim.name=muon", "zero0"))  # others are refused
+        ),
+    ],
+)
+def test_the_choice(
+    small_recipe: Load,
+    keys: tuple[str, ...],
+    gpus: int,
+    memory: int,
+    config: str | None,
+    micro_batch: int | None,
+    fits: bool,
+) -> None:
+    recipe = small_recipe(*keys)
+    choice = on_gpus(recipe, gpus, memory)
+    assert choice.config == (config or choice.config)
+    assert choice.micro_batch == (micro_batch or choice.micro_batch)
+    assert choice.accumulation == recipe.train.global_batch // gpus // choice.micro_batch
+    assert choice.fits == fits == (choice.needed <= memory)
+    assert keys != GRAPHS or list(micro_batches(recipe, gpus)) == [32]
 
 
 @pytest.mark.slow
@@ -56,23 +70,9 @@ def test_where_no_micro_batch_fits_the_next_stage_is_taken(small_recipe: Load) -
     assert on_gpus(recipe, 4, needed[2]).config == "zero2"
 
 
-@pytest.mark.slow
-def test_what_fits_nowhere_says_so_and_names_what_needs_least(small_recipe: Load) -> None:
-    choice = on_gpus(small_recipe(), 2, 1000)
-    assert not choice.fits
-    assert choice.needed > 1000
-
-
 def test_a_global_batch_that_does_not_divide_is_refused(small_recipe: Load) -> None:
     with pytest.raises(RecipeError, match="does not divide over 3 ranks"):
         on_gpus(small_recipe(), 3, PLENTY)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("key", "config"), [("train.precision=fp16", "zero1"), ("optim.name=muon", "zero0")])
-def test_a_stage_that_the_recipe_cannot_use_is_passed_over(small_recipe: Load, key: str, config: str) -> None:
-    choice = on_gpus(small_recipe(key, "deepspeed.config=zero2"), 2, PLENTY)
-    assert (choice.config, choice.fits) == (config, True)
 
 
 @pytest.mark.slow
@@ -153,7 +153,7 @@ def test_bf16_keeps_fp32_weights_at_every_stage_and_bf16_weights_has_masters(sma
 @pytest.mark.slow
 def test_triton_is_planned_without_a_gpu(small_recipe: Load) -> None:
     by_implementation = {
-        name: Subject(small_recipe(f"attention.implementation={name}"), on_gpu=True).footprint()
+        name: Subject(small_recipe(f"attention.implementation={name}"), on_gpu=True).footprint
         for name in ("auto", "triton", "streaming")
     }
     assert (by_implementation["auto"].live(8) == by_implementation["triton"].live(8)).all()
@@ -162,7 +162,7 @@ def test_triton_is_planned_without_a_gpu(small_recipe: Load) -> None:
 
 def test_an_implementation_that_a_gpu_lacks_is_one_line(small_recipe: Load) -> None:
     with pytest.raises(RecipeError, match=r"attention.implementation = 'cpu'.*on a GPU"):
-        Subject(small_recipe("attention.implementation=cpu"), on_gpu=True).footprint()
+        _ = Subject(small_recipe("attention.implementation=cpu"), on_gpu=True).footprint
 
 
 @pytest.mark.slow

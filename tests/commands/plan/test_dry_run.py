@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.commands.cli import main
-from karat_scale.commands.plan.dry_run import dry_run
+from karat_scale.commands.plan.command import dry_run
 from karat_scale.foundation.errors import UserError
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe

@@ -9,17 +9,10 @@ import pytest
 import torch
 
 from karat_scale.commands.plan.command import Request, make_plan
-from karat_scale.commands.plan.launches import (
-    OPERATOR_BACKWARD,
-    OPERATOR_FORWARD,
-    PSI_BACKWARD,
-    PSI_FORWARD,
-    Launches,
-    StepLaunches,
-)
+from karat_scale.commands.plan.memory import Subject
 from karat_scale.commands.plan.report import launch_note
-from karat_scale.commands.plan.subject import Subject
-from karat_scale.commands.plan.time import ComputeTime
+from karat_scale.commands.plan.time import ComputeTime, StepLaunches
+from karat_scale.commands.plan.tracing import OPERATOR_BACKWARD, OPERATOR_FORWARD, PSI_BACKWARD, PSI_FORWARD, Launches
 from karat_scale.recipe import Recipe, TrainConfig
 
 Load = Callable[..., Recipe]
@@ -29,7 +22,7 @@ SIZES = [20] * 100 + [80] * 50
 
 
 def launches_of(recipe: Recipe) -> Launches:
-    return Subject(recipe, on_gpu=True).footprint().launches
+    return Subject(recipe, on_gpu=True).footprint.launches
 
 
 def test_each_operation_counts_its_kernels() -> None:

@@ -4,8 +4,7 @@ from functools import cache
 
 import pytest
 
-from karat_scale.commands.plan.memory import Footprint
-from karat_scale.commands.plan.subject import Subject
+from karat_scale.commands.plan.memory import Footprint, Subject
 from karat_scale.commands.plan.time import ComputeTime, estimate, links_of, seconds, step_seconds, traffic
 from karat_scale.foundation.machine import find_gpu
 from karat_scale.recipe import Recipe
@@ -31,7 +30,7 @@ def test_scaling_is_within_an_eighth_of_nemos(gpu: str) -> None:
 
 @cache
 def footprint_of(model: str, precision: str) -> Footprint:
-    return Subject(recipe_of(model, f"train.precision={precision}"), on_gpu=True).footprint()
+    return Subject(recipe_of(model, f"train.precision={precision}"), on_gpu=True).footprint
 
 
 def recipe_of(model: str, *keys: str) -> Recipe:

@@ -9,8 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from karat_scale.attention import routes
 from karat_scale.attention.variants import controls
 from karat_scale.commands.plan import memory
-from karat_scale.commands.plan.memory import Footprint, attention_workspace, written_by_rows
-from karat_scale.commands.plan.subject import Subject
+from karat_scale.commands.plan.memory import Footprint, Subject, attention_workspace, written_by_rows
 from karat_scale.commands.plan.tracing import Trace, fake_copy, trace_step
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
@@ -55,7 +54,7 @@ def test_a_trace_is_what_the_pass_allocates(small_recipe: Load, implementation: 
 
 def test_a_trace_of_an_evaluation_is_what_it_allocates(small_recipe: Load) -> None:
     recipe = small_recipe("attention.implementation=reference", "train.recompute.policy=all")
-    footprint = Subject(recipe, on_gpu=False).evaluation()
+    footprint = Subject(recipe, on_gpu=False).evaluation
     model, images = create_model(recipe.model, recipe.attention).eval(), torch.randn(8, 3, SIZE, SIZE)
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model(images)
@@ -94,7 +93,7 @@ def test_rows_are_planned_however_many_tiles_a_batch_has(
 ) -> None:
     monkeypatch.setattr(controls, "workspace_budget", lambda _: 1)  # a tile for each item
     subject = Subject(small_recipe(*keys), on_gpu=True)
-    for footprint in (subject.footprint(), subject.evaluation()):
+    for footprint in (subject.footprint, subject.evaluation):
         assert 0 < footprint.live(2).max() < footprint.live(4).max()
 
 
@@ -108,7 +107,7 @@ def test_tiles_of_rows_hold_what_is_planned(small_recipe: Load, monkeypatch: pyt
     recipe = small_recipe(*CONTENT, "model.embed_dim=8", "model.patch_size=2")
     for module in (controls, routes, memory):  # a tile holds two of the eight images
         monkeypatch.setattr(module, "workspace_budget", lambda _: 2 * controls.HELD * 2 * 65**2)
-    footprint = Subject(recipe, on_gpu=False).footprint()
+    footprint = Subject(recipe, on_gpu=False).footprint
     planned = (footprint.live(8) + footprint.gradients_made).max() + attention_workspace(recipe, 8, on_gpu=False)
     # The worst moments of tiles and of all else need not be the same.
     assert 1 <= planned / really_allocated(recipe, 8)[1] <= 1.2
@@ -126,7 +125,7 @@ def test_tiles_of_rows_write_what_is_planned(small_recipe: Load, keys: tuple[str
     model = create_model(recipe.model, recipe.attention)
     size = recipe.model.image_size
     traces = {batch: trace_step(model, fake_copy(model), batch, size, False) for batch in (2, 4)}  # of one tile each
-    planned, traced = Subject(recipe, on_gpu=False).footprint(), Footprint.through(traces)
+    planned, traced = Subject(recipe, on_gpu=False).footprint, Footprint.through(traces)
     tiles = (traced.written(4) - traced.written(2) - planned.written(4) + planned.written(2)) / 2
     assert written_by_rows(recipe, on_gpu=False) == pytest.approx(tiles, rel=0.15)
 

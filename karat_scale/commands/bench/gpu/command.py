@@ -1,19 +1,26 @@
-"""The command itself: starts the sections' processes in turn, and never takes the card up itself."""
+"""The command itself: starts the sections' processes in turn, hears them, and never takes the card up itself."""
 
+import argparse
 import json
+import math
+import os
+import select
 import shlex
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from karat_scale.commands.bench.gpu.process import HungError, late, run_process
 from karat_scale.commands.bench.gpu.report import DEFAULT_FILE, SECTIONS, Report, Section
+from karat_scale.commands.bench.gpu.worker import HUNG_SECONDS, late
 from karat_scale.commands.doctor.machine import driver_version, no_gpu
 from karat_scale.foundation.errors import UserError
 
@@ -21,16 +28,18 @@ from karat_scale.foundation.errors import UserError
 LONGEST_OVERRUN = 60.0
 RANKS_ON_A_CPU = 2
 WORKER = "karat_scale.commands.bench.gpu.worker"
+# torchrun ends its ranks on SIGTERM, which are in sessions of their own.
+GRACE = 10.0
+LINES_OF_LOG = 12
+_POLL_SECONDS = 0.2
+_STACK = "(most recent call first):"
 
 
-def bench_gpu(device: str, only: Sequence[str], minutes: float, json_file: str | None) -> int:
+def bench_gpu(options: argparse.Namespace) -> int:
     """Run the sections, print each figure as it comes, and keep JSON and Markdown up to date.
 
-    Args:
-        device: "cuda", or "cpu" to try the command at toy sizes.
-        only: names of sections, in any order.
-        minutes: for everything. A section stops when its share is used, and is ended when it overruns that.
-        json_file: where the figures go; the Markdown goes beside it, with the suffix `.md`.
+    A section stops when its share of `--minutes` is used, and is ended when it overruns that. The Markdown goes beside
+    the JSON, with the suffix `.md`.
 
     Returns:
         0, or 1 where something is wrong or failed. What the time did not suffice for is neither.
@@ -38,14 +47,19 @@ def bench_gpu(device: str, only: Sequence[str], minutes: float, json_file: str |
     Raises:
         UserError: there is no CUDA device, or the files cannot be written.
     """
+    device, minutes = options.device, options.minutes
     if device == "cuda" and not torch.cuda.is_available():
         reason = no_gpu(driver_version(), torch.version.cuda)
         raise UserError(f"karat bench gpu: {reason.value}; {reason.fix or 'run it on a machine with an NVIDIA GPU'}")
-    chosen = [section for name, section in SECTIONS.items() if name in only]
+    chosen = [section for name, section in SECTIONS.items() if name in options.only]
     named = [] if len(chosen) == len(SECTIONS) else ["--only", *(section.name for section in chosen)]
     command = shlex.join(["karat", "bench", "gpu", "--device", device, "--minutes", f"{minutes:g}", *named])
-    path = Path(json_file or DEFAULT_FILE)
-    report = _open_report(path, command)
+    path = Path(options.json or DEFAULT_FILE)
+    report = Report(path, command)
+    try:
+        report.write()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; name another file by --json") from None
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, and a section's process too
     try:
         _run_all(chosen, device, minutes, report)
@@ -61,10 +75,16 @@ def _run_all(chosen: Sequence[Section], device: str, minutes: float, report: Rep
     ends = time.monotonic() + 60 * minutes
     overrun = min(LONGEST_OVERRUN, 6 * minutes)
     ranks = torch.cuda.device_count() if device == "cuda" else RANKS_ON_A_CPU
-    shares = {section.name: 0.0 if _lack(section, ranks) else section.share for section in chosen}
+
+    def lack(section: Section) -> str:
+        if lacking := section.lacks():
+            return f"it needs {', '.join(lacking)}"
+        return "there is one card" if section.ranks and ranks < 2 else ""
+
+    shares = {section.name: 0.0 if lack(section) else section.share for section in chosen}
     for section in chosen:
         report.begin(section)
-        if why := _lack(section, ranks):
+        if why := lack(section):
             report.receive("left_out", {"what": "the section", "why": why})
         else:
             left = ends - time.monotonic()
@@ -74,59 +94,113 @@ def _run_all(chosen: Sequence[Section], device: str, minutes: float, report: Rep
         report.end()
 
 
-def _lack(section: Section, ranks: int) -> str:
-    """Return why a section cannot run here, or nothing."""
-    if lacking := section.lacks():
-        return f"it needs {', '.join(lacking)}"
-    return "there is one card" if section.ranks and ranks < 2 else ""
-
-
-def _open_report(path: Path, command: str) -> Report:
-    report = Report(path, command)
-    try:
-        report.write()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; name another file by --json") from None
-    return report
-
-
 def _run(section: Section, device: str, ranks: int, seconds: float, limit: float, report: Report) -> None:
+    """Run a section in a process; again with a smaller batch, as long as it asks for that."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if section.ranks else []
     ends, batch = time.monotonic() + limit, None
     while True:
         left = ends - time.monotonic()
+        heard: dict[str, Any] = {}
+
+        def receive(kind: str, content: Any, heard: dict[str, Any] = heard) -> None:
+            if kind in ("again", "ended"):
+                heard.setdefault(kind, content)  # of several ranks, the first to end knows why
+            else:
+                report.receive(kind, content)
+
+        trouble: str | None = None
         with tempfile.TemporaryDirectory(prefix="karat-bench-") as scratch:
             settings = {"device": device, "seconds": min(seconds, left), "batch": batch, "scratch": scratch}
-            batch = _run_once(_worker(section, settings, ranks), left, report)
-        if batch is None:
+            command = [sys.executable, *launcher, "-m", WORKER, section.name, json.dumps(settings)]
+            try:
+                trouble = run_process(command, receive, left)
+            except TimeoutError as error:
+                if not heard:
+                    report.receive("left_out", late(report.running, str(error)))
+            except HungError as error:
+                trouble = str(error)
+        if "again" not in heard:
+            if why := heard.get("ended", trouble):
+                report.receive("failed", {"what": report.running, "why": why})
             return
+        batch = int(heard["again"])
         report.receive("notice", f"out of memory, so the batch is {batch}")
 
 
-def _run_once(command: Sequence[str], limit: float, report: Report) -> int | None:
-    """Returns the batch to try again with, where the process asks for that."""
-    heard: dict[str, Any] = {}
+class HungError(Exception):
+    """A process did not move any more."""
 
-    def receive(kind: str, content: Any) -> None:
-        if kind in ("again", "ended"):
-            heard.setdefault(kind, content)  # of several ranks, the first to end knows why
-        else:
-            report.receive(kind, content)
 
-    trouble: str | None = None
+def run_process(
+    command: Sequence[str], receive: Callable[[str, Any], None], seconds: float, hung: float = HUNG_SECONDS
+) -> str | None:
+    """Run `command` for at most `seconds`; `receive` gets the kind and the content of each event as it comes.
+
+    Returns why it ended badly, with the last lines of its standard error; None where it ended well.
+
+    Raises:
+        TimeoutError: it was ended, as the time was up.
+        HungError: it was ended, as it said once that it moves, and for `hung` seconds not again; with its stack.
+    """
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
+        assert process.stdout is not None
+        pipe, ends, moved, told = process.stdout.fileno(), time.monotonic() + seconds, math.inf, b""
+        is_late = is_hung = False
+        try:
+            while not (is_late or is_hung):
+                if select.select([pipe], [], [], _POLL_SECONDS)[0]:
+                    if not (more := os.read(pipe, 1 << 16)):
+                        break
+                    *lines, told = (told + more).split(b"\n")
+                    for kind, content in (event for line in lines for event in _events(line)):
+                        if kind == "moved":
+                            moved = time.monotonic()
+                        else:
+                            receive(kind, content)
+                is_hung, is_late = time.monotonic() - moved > hung, time.monotonic() > ends
+            else:
+                _end(process)
+            code = process.wait()
+        finally:
+            _end(process)
+            process.stdout.close()
+        if code == 0:
+            return None
+        if is_hung:
+            raise HungError(f"hung: it has not moved for {hung:.0f} s\n{_stack(log)}".strip())
+        if is_late:
+            raise TimeoutError(f"it was stopped after {seconds:.0f} s")
+        ending = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return "\n".join([ending, *_lines(log)[-LINES_OF_LOG:]])
+
+
+def _events(line: bytes) -> Iterable[tuple[str, Any]]:
+    """Return what a line tells; nothing where a library wrote it."""
     try:
-        trouble = run_process(command, receive, limit)
-    except TimeoutError as error:
-        if not heard:
-            report.receive("left_out", late(report.running, str(error)))
-    except HungError as error:
-        trouble = str(error)
-    if "again" in heard:
-        return int(heard["again"])
-    if why := heard.get("ended", trouble):
-        report.receive("failed", {"what": report.running, "why": why})
-    return None
+        event = json.loads(line)
+    except ValueError:
+        return ()
+    return event.items() if isinstance(event, dict) else ()
 
 
-def _worker(section: Section, settings: dict[str, Any], ranks: int) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if section.ranks else []
-    return [sys.executable, *launcher, "-m", WORKER, section.name, json.dumps(settings)]
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+            return
+
+
+def _stack(log: IO[bytes]) -> str:
+    """Return the last stack that faulthandler wrote, which is that of a main thread, with its last call at the end."""
+    lines = _lines(log)
+    begins = max((number for number, line in enumerate(lines) if line.endswith(_STACK)), default=len(lines))
+    calls = list(takewhile(lambda line: line.startswith("  File "), lines[begins + 1 :]))
+    return "\n".join(call.strip() for call in calls[:LINES_OF_LOG][::-1])
+
+
+def _lines(log: IO[bytes]) -> list[str]:
+    log.seek(0)
+    return [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]

@@ -8,10 +8,10 @@ import json
 import math
 import multiprocessing
 import os
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from karat_scale.attention import KaratOperator
 from karat_scale.checkpoint.restore import read_state
 from karat_scale.checkpoint.store import checkpoint_name
-from karat_scale.commands.bench.gpu.process import one_line
-from karat_scale.commands.bench.gpu.worker import Task, is_fatal
-from karat_scale.commands.bench.step import silent_trainer
+from karat_scale.commands.bench.gpu.worker import Task, is_fatal, one_line
+from karat_scale.commands.measure.step import silent_trainer, synthetic_recipe
 from karat_scale.data.batch import Batch
 from karat_scale.engine import distributed
 from karat_scale.engine.deepspeed_config import config_directory
@@ -32,7 +31,6 @@ from karat_scale.engine.engine import PRECISIONS
 from karat_scale.foundation.files import write_atomically
 from karat_scale.foundation.machine import be_killed_with_parent
 from karat_scale.recipe import Recipe
-from karat_scale.recipe.loading import validate_recipe
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.task import OnBatch
 from karat_scale.training.tasks.classification.task import ClassificationTask, EvalResult, TrainState
@@ -161,7 +159,9 @@ def measure(task: Task) -> None:
     world = distributed.start(task.device)
     expected = world.broadcast(_losses_on_the_cpu(task, world.size) if world.is_main else {})
     for mode in EAGER if world.size > 1 else EAGER + COMPILED:
-        _check(task, world, mode, expected)
+        kind = "compiled" if mode.compile else "eager"
+        what = f"{mode}, {world.size} ranks" if world.size > 1 else str(mode)
+        task.part(what, kind, GUESSES[kind], partial(_check, task, world, mode, expected, what), world=world)
     distributed.stop()
 
 
@@ -179,29 +179,18 @@ def _train_alone(recipe: Recipe) -> Losses:
     return train(recipe, distributed.start("cpu")).losses
 
 
-def _check(task: Task, world: World, mode: Mode, expected: Losses) -> None:
-    kind = "compiled" if mode.compile else "eager"
-    what = f"{mode}, {world.size} ranks" if world.size > 1 else str(mode)
-    if world.any(not task.budget.allows(kind, GUESSES[kind])):
-        if world.is_main:
-            task.channel.late(what)
-        return
-    begun = time.monotonic()
-    if world.is_main:
-        task.channel.begin(what)
+def _check(task: Task, world: World, mode: Mode, expected: Losses, what: str) -> None:
     try:
         row, wrong = compare(task, world, mode, expected)
     except Exception as error:
         if world.size > 1 or is_fatal(error):  # other ranks may wait for this one
             raise
         task.channel.failed(what, one_line(error))
-    else:
-        if world.is_main:
-            task.channel.row(mode=what, **row, right=not wrong)
-            for sentence in wrong:
-                task.channel.failed(what, sentence)
-    task.free()
-    task.budget.note(kind, begun)
+        return
+    if world.is_main:
+        task.channel.row(mode=what, **row, right=not wrong)
+        for sentence in wrong:
+            task.channel.failed(what, sentence)
 
 
 def compare(task: Task, world: World, mode: Mode, expected: Losses) -> tuple[dict[str, Any], list[str]]:
@@ -297,14 +286,22 @@ def recipe_of(
 ) -> Recipe:
     """Return a recipe without random numbers of the device, which a CPU and a GPU draw differently."""
     images = ranks * max(4, 16 // (2 * ranks) * 2)  # an even number on each rank, which mixing asks for
-    tree = {
-        "run": {"name": "losses", "dir": str(directory), "device": device},
-        "model": {**model, "num_classes": CLASSES},
-        "attention": {"kind": "karat", "implementation": implementation},
-        "data": {"backend": "synthetic", "synthetic_samples": STEPS_AN_EPOCH * images},
-        "optim": {"lr": 1e-3, "lr_batch": None},
-        "schedule": {"warmup_steps": 2},
-        "train": {
+    content = json.loads((config_directory() / f"zero{mode.stage}.json").read_text())
+    zero = content["zero_optimization"]
+    zero |= {key: value for key, value in SMALL.items() if key in zero}
+    deepspeed = directory.parent / f"zero{mode.stage}.json"
+    deepspeed.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(deepspeed, json.dumps(content))  # all ranks write it
+    return synthetic_recipe(
+        directory,
+        "bench gpu",
+        run={"device": device},
+        model={**model, "num_classes": CLASSES},
+        attention={"kind": "karat", "implementation": implementation},
+        data={"synthetic_samples": STEPS_AN_EPOCH * images},
+        optim={"lr": 1e-3, "lr_batch": None},
+        schedule={"warmup_steps": 2},
+        train={
             "global_batch": images,
             "eval_batch": images,
             "precision": mode.precision,
@@ -314,18 +311,7 @@ def recipe_of(
             "eval_every_epochs": LAST,
             "ema_decay": 0.9,
         },
-        "deepspeed": {"config": str(_deepspeed_file(mode.stage, directory.parent))},
-        "checkpoint": {"every_minutes": None, "every_steps": STOP, "keep_last": LAST},
-        "log": {"every_steps": LAST, "trackers": []},
-    }
-    return validate_recipe(tree, "bench gpu")
-
-
-def _deepspeed_file(stage: int, directory: Path) -> Path:
-    content = json.loads((config_directory() / f"zero{stage}.json").read_text())
-    zero = content["zero_optimization"]
-    zero |= {key: value for key, value in SMALL.items() if key in zero}
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"zero{stage}.json"
-    write_atomically(path, json.dumps(content))  # all ranks write it
-    return path
+        deepspeed={"config": str(deepspeed)},
+        checkpoint={"every_steps": STOP, "keep_last": LAST},
+        log={"every_steps": LAST},
+    )

@@ -4,10 +4,10 @@ Ranks of one machine train the same model from the same weights on the same imag
 too. The contenders take turns in the same processes, and ratios are medians over rounds.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from karat_scale.commands.bench.gpu.losses import ALLOWED
 from karat_scale.commands.bench.gpu.worker import Task
-from karat_scale.commands.bench.measuring import interleaved_seconds, median_ratio
+from karat_scale.commands.measure.interleaved import interleaved_seconds, timed
+from karat_scale.commands.measure.step import synthetic_recipe
 from karat_scale.engine import distributed
 from karat_scale.engine.devices import wait_for
 from karat_scale.engine.distributed import World
@@ -26,7 +27,6 @@ from karat_scale.engine.optimizers import build_optimizer
 from karat_scale.foundation.errors import is_out_of_memory
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
-from karat_scale.recipe.loading import validate_recipe
 
 DDP = "DistributedDataParallel"
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -54,6 +54,17 @@ class StagesCase:
     precision: str = "fp32"
     depth: int | None = None
 
+    def recipe(self, stage: str) -> Recipe:
+        """Return the recipe at a ZeRO stage."""
+        return synthetic_recipe(
+            "unused",
+            "ZeRO stages",
+            model={"name": self.model, "image_size": self.image_size, "depth": self.depth},
+            attention={"kind": self.attention},
+            train={"global_batch": self.batch * self.ranks, "epochs": 100, "precision": self.precision},
+            deepspeed={"config": stage},
+        )
+
 
 def measure(task: Task) -> None:
     """Rows for each case that the time allows, all of them agreed by all ranks.
@@ -66,32 +77,23 @@ def measure(task: Task) -> None:
     batch = 2 if task.toy else task.largest_batch or BATCH
     try:
         for model, attention in (TOY_CASE,) if task.toy else CASES:
-            _measure_case(task, world, model, attention, batch)
+            what = f"{'toy' if task.toy else f'ViT-{model.capitalize()}'}, {attention}, bf16, {world.size} x {batch}"
+            case = StagesCase(f"vit_{model}_patch16_224", 224, batch, attention, world.size, 3, 5, "bf16")
+            if task.toy:
+                case = replace(case, image_size=32, depth=1, steps=1, rounds=1)
+            task.part(what, "case", GUESS, partial(_tell, task, world, what, case), world=world)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error) and batch > 1:
-            task.channel.again(batch // 2)
+            task.channel.send("again", batch // 2)
         raise
     distributed.stop()
 
 
-def _measure_case(task: Task, world: World, model: str, attention: str, batch: int) -> None:
-    what = f"{'toy' if task.toy else f'ViT-{model.capitalize()}'}, {attention}, bf16, {world.size} x {batch}"
-    if world.any(not task.budget.allows("case", GUESS)):
-        if world.is_main:
-            task.channel.late(what)
-        return
-    if world.is_main:
-        task.channel.begin(what)
-    begun = time.monotonic()
-    case = StagesCase(f"vit_{model}_patch16_224", 224, batch, attention, world.size, 3, 5, "bf16")
-    if task.toy:
-        case = replace(case, image_size=32, depth=1, steps=1, rounds=1)
+def _tell(task: Task, world: World, what: str, case: StagesCase) -> None:
     for row in compare(case, world):
         if world.is_main:
-            rate = 1e3 * world.size * batch / row["milliseconds_a_step"]
+            rate = 1e3 * world.size * case.batch / row["milliseconds_a_step"]
             task.channel.row(case=what, **row, images_per_second=round(rate, 1))
-    task.free()
-    task.budget.note("case", begun)
 
 
 def compare(case: StagesCase, world: World) -> list[dict[str, Any]]:
@@ -100,21 +102,35 @@ def compare(case: StagesCase, world: World) -> list[dict[str, Any]]:
         case.batch, 3, case.image_size, case.image_size, generator=torch.Generator().manual_seed(world.rank)
     ).to(world.device)
     labels = torch.arange(case.batch, device=world.device)
-    steps = {DDP: _ddp(case, world, images, labels)}
-    steps |= {stage: _engine(case, stage, world, images, labels) for stage in STAGES}
-    losses: dict[str, list[Tensor]] = {name: [] for name in steps}
-    contenders = {name: _repeated(step, case.steps, world, losses[name]) for name, step in steps.items()}
+    losses: dict[str, list[Tensor]] = {name: [] for name in (DDP, *STAGES)}
+
+    def repeated(name: str) -> Callable[[], None]:
+        step = _ddp(case, world) if name == DDP else _engine(case, name, world)
+        # Building a stage 3 engine replaces it for the whole process: each contender has its own.
+        linear = nn.functional.linear
+
+        def run() -> None:
+            nn.functional.linear = linear
+            dist.barrier()
+            for _ in range(case.steps):
+                losses[name].append(step(images, labels))
+            wait_for(world.device)
+
+        return run
+
+    contenders = {name: repeated(name) for name in losses}
     seconds = interleaved_seconds(contenders, case.rounds)
-    processor = {name: _processor_seconds(run) for name, run in contenders.items()}
+    # This rank's over all threads: a step without the waits for other ranks.
+    processor = {name: timed(run, time.process_time) for name, run in contenders.items()}
     means = {name: world.sum(torch.stack(of[:COMPARED])) / world.size for name, of in losses.items()}
     differences = {name: float((of / means[DDP] - 1).abs().max()) for name, of in means.items()}
     allowed = ALLOWED[case.precision]
     return [
         {
             "contender": name,
-            "milliseconds_a_step": round(1e3 * statistics.median(seconds[name]) / case.steps, 2),
+            "milliseconds_a_step": round(1e3 * seconds.median(name) / case.steps, 2),
             "processor_milliseconds_a_step": round(1e3 * processor[name] / case.steps, 2),
-            "ratio_to_ddp": round(median_ratio(seconds, name, DDP), 3),
+            "ratio_to_ddp": round(seconds.ratio(name, DDP), 3),
             "difference": differences[name],
             "allowed": allowed,
             "right": differences[name] <= allowed,
@@ -123,30 +139,18 @@ def compare(case: StagesCase, world: World) -> list[dict[str, Any]]:
     ]
 
 
-def _recipe(case: StagesCase, stage: str) -> Recipe:
-    tree = {
-        "run": {"name": "bench-ranks", "dir": "unused"},
-        "model": {"name": case.model, "image_size": case.image_size, "depth": case.depth},
-        "attention": {"kind": case.attention},
-        "data": {"backend": "synthetic"},
-        "train": {"global_batch": case.batch * case.ranks, "epochs": 100, "precision": case.precision},
-        "deepspeed": {"config": stage},
-    }
-    return validate_recipe(tree, "ZeRO stages")
-
-
 def _model(recipe: Recipe) -> Any:
     torch.manual_seed(0)
     return create_model(recipe.model, recipe.attention)
 
 
-def _ddp(case: StagesCase, world: World, images: Tensor, labels: Tensor) -> Callable[[], Tensor]:
-    recipe = _recipe(case, "zero0")
+def _ddp(case: StagesCase, world: World) -> Callable[[Tensor, Tensor], Tensor]:
+    recipe = case.recipe("zero0")
     model = _model(recipe).to(world.device)
     optimizer = build_optimizer(model, recipe.optim, world.device)
     wrapped = DistributedDataParallel(model)
 
-    def step() -> Tensor:
+    def step(images: Tensor, labels: Tensor) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=case.precision == "bf16"):
             logits = wrapped(images)
@@ -159,35 +163,14 @@ def _ddp(case: StagesCase, world: World, images: Tensor, labels: Tensor) -> Call
     return step
 
 
-def _engine(case: StagesCase, stage: str, world: World, images: Tensor, labels: Tensor) -> Callable[[], Tensor]:
-    recipe = _recipe(case, stage)
+def _engine(case: StagesCase, stage: str, world: World) -> Callable[[Tensor, Tensor], Tensor]:
+    recipe = case.recipe(stage)
     engine = Engine(_model(recipe), recipe, world, case.batch)
 
-    def step() -> Tensor:
+    def step(images: Tensor, labels: Tensor) -> Tensor:
         loss = nn.functional.cross_entropy(engine.forward(images), labels)
         engine.backward(loss)
         engine.step()
         return loss.detach()
 
     return step
-
-
-def _repeated(step: Callable[[], Tensor], steps: int, world: World, losses: list[Tensor]) -> Callable[[], None]:
-    # Building a stage 3 engine replaces it for the whole process: each contender has its own.
-    linear = nn.functional.linear
-
-    def run() -> None:
-        nn.functional.linear = linear
-        dist.barrier()
-        for _ in range(steps):
-            losses.append(step())
-        wait_for(world.device)
-
-    return run
-
-
-def _processor_seconds(run: Callable[[], None]) -> float:
-    """Return this rank's processor time over all threads: a step without the waits for other ranks."""
-    begun = time.process_time()
-    run()
-    return time.process_time() - begun

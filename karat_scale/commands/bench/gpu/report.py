@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from karat_scale import __version__
-from karat_scale.foundation.arguments import positive
+from karat_scale.foundation.arguments import new_file, positive
 from karat_scale.foundation.console import write_json
 from karat_scale.foundation.files import write_atomically
 
@@ -26,26 +26,27 @@ class Section:
     Args:
         title: of its table.
         share: of the time that is left, beside those of the later sections that can run.
-        columns: key of a row and heading of its column.
+        table: the columns, each as the key of a row, and its heading where that is another.
         packages: what has to be installed beside torch.
         ranks: whether a process runs on each card.
-        of: the module, where it has not the section's name.
+        module: of this package.
         decides: whether it answers if training is right.
     """
 
     name: str
     title: str
     share: float
-    columns: tuple[tuple[str, str], ...]
+    table: str
+    module: str
     packages: tuple[str, ...] = ()
     ranks: bool = False
-    of: str = ""
     decides: bool = False
 
     @property
-    def module(self) -> str:
-        """The module of this package."""
-        return self.of or self.name
+    def columns(self) -> list[tuple[str, str]]:
+        """The key of a row and the heading of each column."""
+        parts = (column.partition("=") for column in self.table.split("|"))
+        return [(key.strip(), heading.strip() or key.strip()) for key, _, heading in parts]
 
     def lacks(self) -> list[str]:
         """The packages that are not installed."""
@@ -53,120 +54,79 @@ class Section:
 
 
 _TRAINER = ("timm", "deepspeed", "pydantic", "torchvision", "rich", "psutil", "yaml")
-
 LOSSES = Section(
     "losses",
     "Losses of 20 steps against fp32 on the CPU",
-    share=6.0,
-    columns=(
-        ("mode", "mode"),
-        ("difference", "largest difference"),
-        ("allowed", "allowed"),
-        ("losses", "same losses"),
-        ("skips", "skips a NaN"),
-        ("twice", "same bits twice"),
-        ("resumes", "and resumed"),
-        ("linear_dtype", "linear layers in"),
-        ("operator_dtype", "operator in"),
-        ("right", "right"),
-    ),
+    6.0,
+    "mode | difference = largest difference | allowed | losses = same losses | skips = skips a NaN | "
+    "twice = same bits twice | resumes = and resumed | linear_dtype = linear layers in | "
+    "operator_dtype = operator in | right",
+    module="losses",
     packages=_TRAINER,
     decides=True,
-)
-RANK_LOSSES = replace(
-    LOSSES, name="rank_losses", title=f"{LOSSES.title}, a rank a card", share=4.0, ranks=True, of="losses"
 )
 KERNELS = Section(
     "kernels",
     "Kernels against the float64 reference and a plain formula",
-    share=1.5,
-    columns=(
-        ("call", "call"),
-        ("error", "relative error"),
-        ("worst", "of"),
-        ("formula_error", "against the formula"),
-        ("tolerance", "allowed"),
-        ("right", "right"),
-    ),
+    1.5,
+    "call | error = relative error | worst = of | formula_error = against the formula | tolerance = allowed | right",
+    module="kernels",
     decides=True,
 )
 ATTENTION = Section(
     "attention",
     "Attention against every backend of SDPA",
-    share=2.0,
-    columns=(
-        ("case", "case"),
-        ("attention", "attention"),
-        ("forward_ms", "forward, ms"),
-        ("both_ms", "and backward, ms"),
-        ("ratio_forward", "forward to SDPA"),
-        ("ratio_both", "and backward to SDPA"),
-        ("ratio_best", "to the fastest SDPA"),
-        ("forward_wall_ms", "forward by the clock, ms"),
-        ("both_wall_ms", "and backward by the clock, ms"),
-        ("peak_mb", "peak, MB"),
-    ),
-)
-TRAINING = Section(
-    "training",
-    "Training steps through our loop and DeepSpeed",
-    share=4.0,
-    columns=(
-        ("model", "model"),
-        ("mode", "mode"),
-        ("attention", "attention"),
-        ("batch", "batch"),
-        ("images_per_second", "images/s"),
-        ("ratio_to_softmax", "to softmax"),
-        ("mfu", "MFU"),
-        ("peak_mb", "peak, MB"),
-        ("launches", "launches a step"),
-        ("kernels", "kernels a step"),
-        ("waits", "waits for the device"),
-    ),
-    packages=_TRAINER,
-)
-LOADER = Section(
-    "loader",
-    "Loading JPEGs",
-    share=1.0,
-    columns=(
-        ("loader", "loader"),
-        ("images_per_second", "images/s"),
-        ("ratio", "to the first"),
-    ),
-    packages=_TRAINER,
+    2.0,
+    "case | attention | forward_ms = forward, ms | both_ms = and backward, ms | ratio_forward = forward to SDPA | "
+    "ratio_both = and backward to SDPA | ratio_best = to the fastest SDPA | "
+    "forward_wall_ms = forward by the clock, ms | both_wall_ms = and backward by the clock, ms | peak_mb = peak, MB",
+    module="attention",
 )
 RANKS = Section(
     "ranks",
     "ZeRO stages against DistributedDataParallel",
-    share=1.5,
-    columns=(
-        ("case", "case"),
-        ("contender", "contender"),
-        ("milliseconds_a_step", "ms a step"),
-        ("images_per_second", "images/s"),
-        ("ratio_to_ddp", "to DDP"),
-        ("difference", "losses differ from DDP's by"),
-        ("allowed", "allowed"),
-        ("right", "right"),
-    ),
+    1.5,
+    "case | contender | milliseconds_a_step = ms a step | images_per_second = images/s | ratio_to_ddp = to DDP | "
+    "difference = losses differ from DDP's by | allowed | right",
+    module="ranks",
     packages=_TRAINER,
     ranks=True,
 )
 # What decides whether to trust the card comes first, then what decides how fast it is.
-_ORDER = (LOSSES, RANK_LOSSES, KERNELS, ATTENTION, TRAINING, LOADER, RANKS)
+_ORDER = (
+    LOSSES,
+    replace(LOSSES, name="rank_losses", title=f"{LOSSES.title}, a rank a card", share=4.0, ranks=True),
+    KERNELS,
+    ATTENTION,
+    Section(
+        "training",
+        "Training steps through our loop and DeepSpeed",
+        4.0,
+        "model | mode | attention | batch | images_per_second = images/s | ratio_to_softmax = to softmax | mfu = MFU | "
+        "peak_mb = peak, MB | launches = launches a step | kernels = kernels a step | waits = waits for the device",
+        module="training",
+        packages=_TRAINER,
+    ),
+    Section(
+        "loader",
+        "Loading JPEGs",
+        1.0,
+        "loader | images_per_second = images/s | ratio = to the first",
+        module="loader",
+        packages=_TRAINER,
+    ),
+    RANKS,
+)
 SECTIONS = {section.name: section for section in _ORDER}
-
-
 DEFAULT_FILE = "karat_bench_gpu.json"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """All but `--json`, which every bench has."""
+    """Add the options of the command."""
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: toy sizes, to try the command")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="run only these sections")
     parser.add_argument("--minutes", type=positive, default=10.0, help="for all sections (default: 10)")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
 
 
 TOPIC = "topic"
@@ -180,8 +140,13 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines = [f"### {machine.get('card', 'no card yet')}: {report['verdict']}", "", _about(report, machine), ""]
     for name, found in report["sections"].items():
         lines += [f"#### {SECTIONS[name].title}", ""]
-        if found["rows"]:
-            lines += [*_section_table(SECTIONS[name], found["rows"]), ""]
+        if found["rows"] and name == KERNELS.name:
+            wrong = [row for row in found["rows"] if not row["right"]]
+            lines += ["Calls that are right, and the largest of their errors over what is allowed:", ""]
+            lines += [*_summary(found["rows"]), ""]
+            lines += ["Wrong:", "", *_table(KERNELS.columns, wrong), ""] if wrong else []
+        elif found["rows"]:
+            lines += [*_table(SECTIONS[name].columns, found["rows"]), ""]
         lines += [f"- {line}" for line in _remarks(found)]
         lines += [""] if lines[-1] else []
     return "\n".join(lines)
@@ -236,14 +201,6 @@ def _about(report: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
     return "; ".join(parts) + "."
 
 
-def _section_table(section: Section, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    if section is not KERNELS:
-        return _table(section.columns, rows)
-    lines = ["Calls that are right, and the largest of their errors over what is allowed:", "", *_summary(rows)]
-    wrong = [row for row in rows if not row["right"]]
-    return [*lines, "", "Wrong:", "", *_table(section.columns, wrong)] if wrong else lines
-
-
 def _summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a line for each topic and a column for each dtype; the JSON has the figures of each call."""
     groups: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
@@ -282,7 +239,7 @@ class Report:
         self._path = path
         self._begun = time.monotonic()
         self._section: Section
-        self._running = ""
+        self._now: dict[str, Any]
         self._data: dict[str, Any] = {
             "verdict": "",
             "right": None,
@@ -294,11 +251,6 @@ class Report:
             "sections": {},
         }
 
-    @property
-    def running(self) -> str:
-        """What the section's process does now, as far as it said."""
-        return self._running or "the section"
-
     def write(self) -> None:
         """Write both files."""
         self._data["right"], self._data["verdict"] = verdict_of(self._data["sections"])
@@ -307,9 +259,10 @@ class Report:
 
     def begin(self, section: Section) -> None:
         """Start a section; the events that follow belong to it."""
-        self._section, self._running = section, ""
-        self._section_begun = time.monotonic()
-        self._data["sections"][section.name] = {"rows": [], "notices": [], "left_out": [], "failed": []}
+        self._section, self._section_begun = section, time.monotonic()
+        self.running = "the section"  # what its process does now, as far as it said
+        self._now = {"rows": [], "notices": [], "left_out": [], "failed": []}
+        self._data["sections"][section.name] = self._now
 
     def end(self) -> None:
         """End the section."""
@@ -318,17 +271,21 @@ class Report:
 
     def receive(self, kind: str, content: Any) -> None:
         """Add an event of a worker."""
-        if kind == "machine":
-            self._receive_machine(content)
+        if kind == "machine" and not self._data["machine"]:
+            self._data["machine"] = content
+            versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+            print(f"{content['card']}, {versions}", flush=True)
         elif kind == "begin":
-            self._running = content
+            self.running = content
         elif kind == "row":
             self._now["rows"].append(content)
-            self._print(", ".join(self._figures(content)))
+            (first, _), *others = self._section.columns
+            figures = [f"{heading} {cell(content[key])}" for key, heading in others if key in content]
+            self._print(", ".join([cell(content.get(first)), *figures]))
         elif kind == "notice":
             self._now["notices"].append(content)
             self._print(content)
-        else:
+        elif kind in ("left_out", "failed"):
             self._now[kind].append(content)
             self._print(f"{kind.replace('_', ' ')}: {content['what']}: {content['why']}")
         self.write()
@@ -344,21 +301,6 @@ class Report:
         print(f"{self._data['verdict']}; {failures} failures", flush=True)
         print(f"{self._path} and {self._path.with_suffix('.md')}", flush=True)
         return code
-
-    @property
-    def _now(self) -> dict[str, Any]:
-        section: dict[str, Any] = self._data["sections"][self._section.name]
-        return section
-
-    def _receive_machine(self, facts: dict[str, Any]) -> None:
-        if not self._data["machine"]:
-            self._data["machine"] = facts
-            versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-            print(f"{facts['card']}, {versions}", flush=True)
-
-    def _figures(self, row: dict[str, Any]) -> list[str]:
-        (first, _), *others = self._section.columns
-        return [cell(row.get(first))] + [f"{heading} {cell(row[key])}" for key, heading in others if key in row]
 
     def _print(self, text: str) -> None:
         print(f"[{time.monotonic() - self._begun:4.0f} s] {self._section.name}: {text}", flush=True)

@@ -3,30 +3,123 @@
     python -m karat_scale.commands.bench.gpu.worker SECTION SETTINGS
 
 A section has the device, its time, the channel to the command, and threads that compile.
+
+One that waits for ever must not look like one that is slow, so a worker tells about once a second if it moves: one of
+its threads is elsewhere in Python than before, tensors are allocated on the device, or a processor works for it. A
+thread that waits for a device may keep its core busy, so on CUDA only the other processes of its group count there. A
+worker that does not move has its stacks printed.
 """
 
+import faulthandler
 import gc
 import json
+import math
 import os
 import platform
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from karat_scale.commands.bench.gpu.process import Channel, one_line
 from karat_scale.commands.bench.gpu.report import SECTIONS
-from karat_scale.commands.bench.gpu.watch import watch
 from karat_scale.commands.doctor.machine import driver_version, installed_version
 from karat_scale.foundation.errors import is_out_of_memory
 from karat_scale.foundation.machine import be_killed_with_parent, usable_cores
+
+if TYPE_CHECKING:
+    from karat_scale.engine.distributed import World
+
+# Nothing that ends takes so long without moving. What overruns may take more.
+HUNG_SECONDS = 45.0
+_TICK = 1.0
+# Of the seconds after which the command ends the process.
+_SHOWN_AFTER = 0.8
+# Of a core, more than the watch takes.
+_BUSY = 0.05
+T = TypeVar("T")
+MOST_THREADS = 16
+PACKAGES = ("torch", "triton", "deepspeed", "timm", "torchvision", "nvidia-dali-cuda130", "torchcodec")
+
+
+class Channel:
+    """Tells the command what happens, one JSON object a line, through a file descriptor.
+
+    "machine" is about card and software; "begin" says what runs from here on, which is left out if the time ends, and
+    failed if the process does; "notice" is about the figures; "again" asks to run the section again with at most this
+    batch; "moved" says that the process still moves, which counts as hung when that is long ago; "ended" says why it
+    ends before its section does.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def send(self, kind: str, content: Any = None) -> None:
+        """Tell one thing. Figures that are not finite become None, which JSON can hold."""
+        os.write(self._descriptor, (json.dumps({kind: _finite(content)}) + "\n").encode())
+
+    def row(self, **figures: Any) -> None:
+        """Send a row of the section's table."""
+        self.send("row", figures)
+
+    def left_out(self, what: str, why: str) -> None:
+        """Report what was not measured although nothing is wrong."""
+        self.send("left_out", {"what": what, "why": why})
+
+    def late(self, what: str) -> None:
+        """Report what was left out as there was no time for it."""
+        self.send("left_out", late(what, "there was no time for it"))
+
+    def failed(self, what: str, why: str) -> None:
+        """Report what should have run and did not."""
+        self.send("failed", {"what": what, "why": why})
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def late(what: str, why: str) -> dict[str, Any]:
+    """Return the content of an event on what the time did not suffice for."""
+    return {"what": what, "why": f"{why}; give more by --minutes", "late": True}
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's class and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+class CompilerThreads(ThreadPoolExecutor):
+    """As many threads as cores, up to a limit, if no number is given."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        super().__init__(threads or min(MOST_THREADS, max(2, usable_cores())))
+
+    def begin(self, run: Callable[[], T]) -> "Future[T]":
+        """Call `run` in a thread, backward passes within it included."""
+
+        def with_own_backward() -> T:
+            # Else the backward passes of all threads share the device's one thread, and compile one after another.
+            with torch.autograd.set_multithreading_enabled(False):
+                return run()
+
+        return self.submit(with_own_backward)
+
+
+def is_fatal(error: BaseException) -> bool:
+    """True if a kernel has crashed: nothing runs on the device any more in this process."""
+    return "CUDA error" in str(error) and not is_out_of_memory(error)
 
 
 class Budget:
@@ -48,32 +141,6 @@ class Budget:
     def note(self, kind: str, begun: float, count: int = 1) -> None:
         """Remember work on `count` of a kind that began at `begun` of `time.monotonic` and ends now."""
         self._took[kind] = (time.monotonic() - begun) / count
-
-
-T = TypeVar("T")
-MOST_THREADS = 16
-
-
-class CompilerThreads(ThreadPoolExecutor):
-    """As many threads as cores, up to a limit, if no number is given."""
-
-    def __init__(self, threads: int | None = None) -> None:
-        super().__init__(threads or min(MOST_THREADS, max(2, usable_cores())))
-
-    def begin(self, run: Callable[[], T]) -> "Future[T]":
-        """Call `run` in a thread, backward passes within it included."""
-        return self.submit(_with_own_backward, run)
-
-
-def _with_own_backward(run: Callable[[], T]) -> T:
-    # Else the backward passes of all threads share the device's one thread, and compile one after another.
-    with torch.autograd.set_multithreading_enabled(False):
-        return run()
-
-
-def is_fatal(error: BaseException) -> bool:
-    """True if a kernel has crashed: nothing runs on the device any more in this process."""
-    return "CUDA error" in str(error) and not is_out_of_memory(error)
 
 
 @dataclass(frozen=True)
@@ -99,6 +166,28 @@ class Task:
         """The operator's implementation."""
         return "streaming" if self.toy else "triton"
 
+    def part(
+        self,
+        what: str,
+        kind: str,
+        guess: float,
+        run: Callable[[], None],
+        count: int = 1,
+        world: "World | None" = None,
+    ) -> None:
+        """Run a part of the section if there is time for `count` of its kind. The ranks of a world decide together."""
+        too_late = not self.budget.allows(kind, guess, count)
+        if world.any(too_late) if world else too_late:
+            if world is None or world.is_main:
+                self.channel.late(what)
+            return
+        if world is None or world.is_main:
+            self.channel.send("begin", what)
+        begun = time.monotonic()
+        run()
+        self.free()
+        self.budget.note(kind, begun, count)
+
     def halving(self, what: str, batch: int, attempt: Callable[[int], None], least: int = 1) -> None:
         """Call `attempt(batch)`, with half of it when memory runs out. Report a failure and let the section continue.
 
@@ -118,16 +207,13 @@ class Task:
                     return
             self.free()  # after the exception is gone, which held what it had built
             batch //= 2
-            self.channel.notice(f"{what}: out of memory with a batch of {2 * batch}, so it is {batch}")
+            self.channel.send("notice", f"{what}: out of memory with a batch of {2 * batch}, so it is {batch}")
 
     def free(self) -> None:
         """Free unused memory."""
         gc.collect()
         if not self.toy:
             torch.cuda.empty_cache()
-
-
-PACKAGES = ("torch", "triton", "deepspeed", "timm", "torchvision", "nvidia-dali-cuda130", "torchcodec")
 
 
 def machine_facts(device: str) -> dict[str, Any]:
@@ -153,6 +239,51 @@ def machine_facts(device: str) -> dict[str, Any]:
     }
 
 
+def watch(channel: Channel, device: str, hung: float = HUNG_SECONDS) -> None:
+    """Tell about once a second if this process moves, from a thread; print its stacks before it counts as hung."""
+
+    def run() -> None:
+        places, has_moved = _places(), True
+        used: tuple[float, float] | None = None
+        while True:
+            if has_moved:
+                channel.send("moved")
+                faulthandler.dump_traceback_later(_SHOWN_AFTER * hung)  # by a thread that needs no lock of Python's
+            time.sleep(_TICK)
+            before, places = places, _places()
+            has_moved = places != before
+            if has_moved:
+                used = None
+            else:  # only then, since it reads a file of each process of the machine
+                used_before, used = used, (_seconds_of_group(device), time.monotonic())
+                has_moved = used_before is not None and used[0] - used_before[0] > _BUSY * (used[1] - used_before[1])
+
+    threading.Thread(target=run, daemon=True, name="karat-watch").start()
+
+
+def _places() -> tuple[object, ...]:
+    """Return where all threads but this one are, and how many tensors the device has been asked for."""
+    frames: dict[int, list[tuple[int, int]]] = {}
+    for thread, innermost in sys._current_frames().items():
+        frame = None if thread == threading.get_ident() else innermost
+        while frame is not None:
+            frames.setdefault(thread, []).append((id(frame.f_code), frame.f_lasti))
+            frame = frame.f_back
+    return frames, torch.cuda.memory_stats().get("allocation.all.allocated") if torch.cuda.is_initialized() else 0
+
+
+def _seconds_of_group(device: str) -> float:
+    """Return the processor time of this group of processes; on CUDA without this one's."""
+    ticks, group = 0, os.getpgrp()
+    for directory in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            # After the name, which may hold spaces: state, parent, group, ...; user and system time are the 12th, 13th.
+            fields = (directory / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group and (device == "cpu" or int(directory.name) != os.getpid()):
+                ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def main(section: str, settings: str) -> None:
     """Measure; on a failure, report it and exit with code 1."""
     be_killed_with_parent()
@@ -163,11 +294,11 @@ def main(section: str, settings: str) -> None:
     watch(channel, task.device)
     try:
         if os.environ.get("RANK", "0") == "0":
-            channel.machine(machine_facts(task.device))
+            channel.send("machine", machine_facts(task.device))
         import_module(f"karat_scale.commands.bench.gpu.{SECTIONS[section].module}").measure(task)
     except Exception as error:
         traceback.print_exc()
-        channel.ended(one_line(error))
+        channel.send("ended", one_line(error))
         sys.stderr.flush()
         os._exit(1)  # what CUDA and NCCL do on the way out may wait for ever
 

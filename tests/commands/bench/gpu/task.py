@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from karat_scale.commands.bench.gpu.process import Channel
-from karat_scale.commands.bench.gpu.worker import Budget, Task
+from karat_scale.commands.bench.gpu.worker import Budget, Channel, Task
 
 
 @dataclass
@@ -14,7 +13,7 @@ class Kept(Channel):
 
     events: dict[str, list[Any]] = field(default_factory=dict)
 
-    def _send(self, kind: str, content: Any) -> None:
+    def send(self, kind: str, content: Any = None) -> None:
         self.events.setdefault(kind, []).append(content)
 
 

@@ -5,15 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
 from karat_scale.commands.bench.gpu import command
-from karat_scale.commands.bench.gpu.process import run_process
 from karat_scale.commands.bench.gpu.report import SECTIONS
 from karat_scale.commands.doctor.machine import driver_version, no_gpu
 from karat_scale.foundation.errors import UserError
@@ -21,6 +23,10 @@ from tests.conftest import ROOT, karat, karat_command, karat_environment, karat_
 from tests.data.backends.helpers import wait_until
 
 HEAVY = ("timm", "rich", "deepspeed", "torchvision", "pydantic", "yaml", "psutil", "webdataset")
+
+
+def bench(only: list[str], minutes: float, out: Path) -> int:
+    return command.bench_gpu(Namespace(device="cpu", only=only, minutes=minutes, json=str(out)))
 
 
 @pytest.mark.night
@@ -101,69 +107,98 @@ def test_torch_alone_is_enough_for_the_first_sections(tmp_path: Path) -> None:
     assert "it needs timm, deepspeed" in sections["loader"]["left_out"][0]["why"]
 
 
-def test_a_section_that_crashes_is_told_and_the_others_still_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "crashing_worker.py").write_text(
-        "import os, signal, sys\n"
-        "if sys.argv[1] == 'kernels':\n"
-        "    print('an illegal memory access', file=sys.stderr, flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGSEGV)\n"
-        'print(\'{"row": {"case": "ViT-Tiny", "attention": "SDPA"}}\')\n'
-    )
+Run = Callable[..., tuple[int, dict[str, Any]]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs sections whose worker is another program; returns the exit code and the report."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(command, "WORKER", "crashing_worker")
-    out = tmp_path / "gpu.json"
-    assert command.bench_gpu("cpu", ["kernels", "attention"], 1.0, str(out)) == 1
-    sections = json.loads(out.read_text())["sections"]
-    assert sections["kernels"]["failed"][0]["why"] == "ended by SIGSEGV\nan illegal memory access"
-    assert sections["attention"]["rows"] == [{"case": "ViT-Tiny", "attention": "SDPA"}]
+    monkeypatch.setattr(command, "WORKER", "other_worker")
+
+    def run(worker: str, *only: str, minutes: float = 1.0) -> tuple[int, dict[str, Any]]:
+        (tmp_path / "other_worker.py").write_text(f"import json, os, signal, sys, time\n{TELL}{worker}")
+        code = bench(list(only), minutes, tmp_path / "gpu.json")
+        return code, json.loads((tmp_path / "gpu.json").read_text())
+
+    return run
+
+
+TELL = """
+def tell(**event):
+    print(json.dumps(event), flush=True)
+
+"""
+CRASH = """
+if sys.argv[1] == 'kernels':
+    print('an illegal memory access', file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGSEGV)
+tell(row={'case': 'ViT-Tiny', 'attention': 'SDPA'})
+"""
+RANKS = "tell(begin='zero2'); tell(ended='ValueError: rank 1'); tell(ended='connection closed'); sys.exit(1)"
+HUNGRY = """
+batch = json.loads(sys.argv[2])['batch'] or 128
+tell(**({'again': batch // 2} if batch > 32 else {'row': {'case': batch}}))
+if batch > 32:
+    tell(ended='OutOfMemoryError')
+sys.exit(batch > 32)
+"""
+
+
+def test_a_section_that_crashes_is_told_and_the_others_still_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    code, report = run(CRASH, "kernels", "attention")
+    assert code == 1
+    assert report["sections"]["kernels"]["failed"][0]["why"] == "ended by SIGSEGV\nan illegal memory access"
+    assert report["sections"]["attention"]["rows"] == [{"case": "ViT-Tiny", "attention": "SDPA"}]
     assert "1 failures" in capsys.readouterr().out
 
 
-def test_a_section_that_cannot_run_takes_no_time_from_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "telling_worker.py").write_text(
-        "import json, sys\nprint(json.dumps({'row': {'case': json.loads(sys.argv[2])['seconds']}}))\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(command, "WORKER", "telling_worker")
+def test_a_section_that_cannot_run_takes_no_time_from_the_others(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "RANKS_ON_A_CPU", 1)
-    out = tmp_path / "gpu.json"
-    assert command.bench_gpu("cpu", ["attention", "ranks"], 10.0, str(out)) == 0
-    sections = json.loads(out.read_text())["sections"]
-    assert sections["attention"]["rows"][0]["case"] == pytest.approx(540, abs=30)
-    assert sections["ranks"]["left_out"] == [{"what": "the section", "why": "there is one card"}]
+    worker = "tell(row={'case': json.loads(sys.argv[2])['seconds']})"
+    code, report = run(worker, "attention", "ranks", minutes=10.0)
+    assert code == 0
+    assert report["sections"]["attention"]["rows"][0]["case"] == pytest.approx(540, abs=30)
+    assert report["sections"]["ranks"]["left_out"] == [{"what": "the section", "why": "there is one card"}]
 
 
-def test_what_overruns_is_left_out_and_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "slow_worker.py").write_text(
-        'import time\nprint(\'{"begin": "ViT-Small, graphs"}\', flush=True)\ntime.sleep(100)\n'
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(command, "WORKER", "slow_worker")
-    out = tmp_path / "gpu.json"
-    assert command.bench_gpu("cpu", ["attention"], 0.05, str(out)) == 0
-    section = json.loads(out.read_text())["sections"]["attention"]
-    assert not section["failed"]
-    assert section["left_out"] == [
-        {"what": "ViT-Small, graphs", "why": "it was stopped after 3 s; give more by --minutes", "late": True}
-    ]
+def test_what_overruns_is_left_out_and_no_failure(run: Run) -> None:
+    code, report = run("tell(begin='ViT-Small, graphs'); time.sleep(100)", "attention", minutes=0.05)
+    why = "it was stopped after 3 s; give more by --minutes"
+    section = report["sections"]["attention"]
+    assert (code, section["failed"]) == (0, [])
+    assert section["left_out"] == [{"what": "ViT-Small, graphs", "why": why, "late": True}]
 
 
-def test_what_hangs_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "hanging_worker.py").write_text(
-        'import time\nprint(\'{"begin": "ZeRO 3"}\\n{"moved": null}\', flush=True)\ntime.sleep(100)\n'
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(command, "WORKER", "hanging_worker")
-    monkeypatch.setattr(command, "run_process", partial(run_process, hung=0.5))
-    out = tmp_path / "gpu.json"
-    assert command.bench_gpu("cpu", ["kernels"], 1.0, str(out)) == 1
-    report = json.loads(out.read_text())
+def test_what_hangs_is_a_failure(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "run_process", partial(command.run_process, hung=0.5))
+    code, report = run("tell(begin='ZeRO 3'); tell(moved=None); time.sleep(100)", "kernels")
+    assert (code, report["right"]) == (1, False)
     assert report["sections"]["kernels"]["failed"] == [{"what": "ZeRO 3", "why": "hung: it has not moved for 0 s"}]
-    assert report["right"] is False
+
+
+@pytest.mark.parametrize(
+    ("worker", "failed"),
+    [
+        (
+            "for what in ('first', 'second'): tell(failed={'what': what, 'why': 'it'})",
+            [("first", "it"), ("second", "it")],
+        ),
+        (RANKS, [("zero2", "ValueError: rank 1")]),  # of several ranks, the first to fail says why
+        ("print('reason', file=sys.stderr); sys.exit(3)", [("the section", "exit code 3\nreason")]),
+    ],
+)
+def test_every_failure_of_a_section_is_reported(run: Run, worker: str, failed: list[tuple[str, str]]) -> None:
+    code, report = run(worker, "kernels")
+    assert code == 1
+    assert [(one["what"], one["why"]) for one in report["sections"]["kernels"]["failed"]] == failed
+
+
+def test_a_section_that_runs_out_of_memory_runs_again_with_half_the_batch(run: Run) -> None:
+    code, report = run(HUNGRY, "attention")
+    section = report["sections"]["attention"]
+    assert (code, section["rows"]) == (0, [{"case": 32}])
+    assert section["notices"] == [f"out of memory, so the batch is {batch}" for batch in (64, 32)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
@@ -182,55 +217,47 @@ def test_no_process_is_left_by_a_command_that_is_ended(number: signal.Signals, t
     assert number == signal.SIGKILL or said.splitlines()[-1].startswith("interrupted; ")
 
 
-def test_every_failure_of_a_section_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "two_failures.py").write_text(
-        "import json\n"
-        "for what in ('first', 'second'):\n"
-        "    print(json.dumps({'failed': {'what': what, 'why': 'ValueError'}}))\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(command, "WORKER", "two_failures")
-    out = tmp_path / "gpu.json"
-    assert command.bench_gpu("cpu", ["kernels"], 1.0, str(out)) == 1
-    failed = json.loads(out.read_text())["sections"]["kernels"]["failed"]
-    assert [one["what"] for one in failed] == ["first", "second"]
-
-
-def test_of_several_ranks_the_first_to_fail_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "failing_worker.py").write_text(
-        "import json, sys\n"
-        "for event in ({'begin': 'zero2'}, {'ended': 'ValueError: rank 1'}, {'ended': 'connection closed'}):\n"
-        "    print(json.dumps(event), flush=True)\n"
-        "sys.exit(1)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(command, "WORKER", "failing_worker")
-    out = tmp_path / "gpu.json"
-    assert command.bench_gpu("cpu", ["attention"], 1.0, str(out)) == 1
-    (failed,) = json.loads(out.read_text())["sections"]["attention"]["failed"]
-    assert failed == {"what": "zero2", "why": "ValueError: rank 1"}
-
-
-def test_a_section_that_runs_out_of_memory_runs_again_with_half_the_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "hungry_worker.py").write_text(
-        "import json, sys\n"
-        "batch = json.loads(sys.argv[2])['batch'] or 128\n"
-        "print(json.dumps({'again': batch // 2} if batch > 32 else {'row': {'case': batch}}))\n"
-        "if batch > 32:\n"
-        "    print(json.dumps({'ended': 'OutOfMemoryError'}))\n"
-        "sys.exit(batch > 32)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(command, "WORKER", "hungry_worker")
-    out = tmp_path / "gpu.json"
-    assert command.bench_gpu("cpu", ["attention"], 1.0, str(out)) == 0
-    section = json.loads(out.read_text())["sections"]["attention"]
-    assert section["rows"] == [{"case": 32}]
-    assert section["notices"] == [f"out of memory, so the batch is {batch}" for batch in (64, 32)]
-
-
 def test_a_file_that_cannot_be_written_is_told_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="name another file by --json"):
-        command.bench_gpu("cpu", ["kernels"], 1.0, str(tmp_path / "missing" / "gpu.json"))
+        bench(["kernels"], 1.0, tmp_path / "missing" / "gpu.json")
+
+
+def test_events_are_heard_among_other_lines() -> None:
+    heard: list[tuple[str, Any]] = []
+    code = """print('{"row": {"a": 1}}\\nchatter\\n12\\n{"notice": "half the batch"}')"""
+    assert command.run_process([sys.executable, "-c", code], lambda *event: heard.append(event), 60) is None
+    assert heard == [("row", {"a": 1}), ("notice", "half the batch")]
+
+
+WATCHED = """
+import threading, time
+from karat_scale.commands.bench.gpu.worker import Channel, watch
+
+def lock_twice():
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+
+def compute():
+    ends = time.monotonic() + 8
+    while time.monotonic() < ends:
+        sum(range(10**5))
+
+watch(Channel(1), "cpu", 5)
+"""
+
+
+def test_a_process_that_waits_for_ever_is_hung_and_its_stack_is_told() -> None:
+    with pytest.raises(command.HungError) as error:
+        command.run_process([sys.executable, "-c", WATCHED + "lock_twice()"], lambda kind, content: None, 60, hung=5)
+    first, *stack = str(error.value).splitlines()
+    assert first == "hung: it has not moved for 5 s"
+    assert stack[-1].endswith("in lock_twice")
+
+
+@pytest.mark.slow
+def test_a_process_that_works_is_not_hung() -> None:
+    assert (
+        command.run_process([sys.executable, "-c", WATCHED + "compute()"], lambda kind, content: None, 60, hung=5)
+        is None
+    )

@@ -10,7 +10,7 @@ import torch
 from karat_scale.attention import functional, streaming
 from karat_scale.attention.call import FourierCall
 from karat_scale.commands.bench.gpu import kernels
-from karat_scale.commands.bench.gpu.calls import (
+from karat_scale.commands.bench.gpu.kernels import (
     BF16,
     FP16,
     FP32,

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,7 +220,8 @@ def test_two_ranks_are_right_unless_one_has_a_corrupted_gradient(
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     monkeypatch.setattr(command, "WORKER", "harmed_worker")
     out = tmp_path / "gpu.json"
-    assert command.bench_gpu("cpu", ["rank_losses"], 8.0, str(out)) == 1
+    options = Namespace(device="cpu", only=["rank_losses"], minutes=8.0, json=str(out))
+    assert command.bench_gpu(options) == 1
     result = json.loads(out.read_text())
     harmed, right = result["sections"]["rank_losses"]["rows"]
     assert (harmed["mode"], harmed["losses"], harmed["right"]) == ("fp32, ZeRO 0, eager, 2 ranks", False, False)

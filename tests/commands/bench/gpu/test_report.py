@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from karat_scale.commands.bench.gpu.process import Channel, late
 from karat_scale.commands.bench.gpu.report import ATTENTION, KERNELS, LOSSES, RANKS, Report, Section, cell
+from karat_scale.commands.bench.gpu.worker import Channel, late
 
 CALL = {"call": "bf16: G 3", "dtype": "bf16", "topic": "ViT", "error": 1e-3, "worst": "query", "tolerance": 5e-3}
 

@@ -1,11 +1,22 @@
-"""Timing by the device's events, with a device that is only written down: there is none here."""
+"""Times in turn, and by a device's events; the device is only written down, as there is none here."""
 
 from typing import Any
 
 import pytest
 import torch
 
-from karat_scale.commands.bench.measuring import calls_for, device_seconds
+from karat_scale.commands.measure.interleaved import Rounds, calls_for, device_seconds, interleaved_seconds
+
+
+def test_each_contender_is_timed_once_a_round_after_a_warm_up() -> None:
+    calls: list[str] = []
+    seconds = interleaved_seconds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+    assert calls == ["b", "a", "a", "b", "b", "a", "a", "b"]
+
+
+def test_the_ratio_is_the_median_of_paired_rounds() -> None:
+    assert Rounds({"a": [2.0, 9.0, 3.0], "b": [1.0, 3.0, 1.0]}).ratio("a", "b") == 3.0
 
 
 def test_events_enclose_the_calls_while_the_device_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,15 +22,25 @@ CYCLES_PER_SECOND = 3e9
 LONGEST_HOLD = 0.2
 
 
-def interleaved(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+class Rounds(dict[str, list[float]]):
+    """What each contender measured of itself in each round, by name."""
+
+    def median(self, name: str) -> float:
+        return statistics.median(self[name])
+
+    def ratio(self, name: str, base: str) -> float:
+        """Return the median over rounds of `name`'s figure over `base`'s in the same round."""
+        return statistics.median(a / b for a, b in zip(self[name], self[base], strict=True))
+
+
+def interleaved(measures: Mapping[str, Callable[[], float]], rounds: int) -> Rounds:
     """Return what each contender measures of itself in each of `rounds` rounds, after a warm-up round.
 
     Every other round runs in reverse order, so that it does not matter which contender follows which.
     """
-    found: dict[str, list[float]] = {name: [] for name in measures}
+    found = Rounds({name: [] for name in measures})
     for number in range(rounds + 1):
-        names = list(measures) if number % 2 else list(measures)[::-1]
-        for name in names:
+        for name in list(measures) if number % 2 else list(measures)[::-1]:
             figure = measures[name]()
             if number:
                 found[name].append(figure)
@@ -39,20 +49,16 @@ def interleaved(measures: Mapping[str, Callable[[], float]], rounds: int) -> dic
 
 def interleaved_seconds(
     contenders: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
+) -> Rounds:
     """Return the seconds of each contender in each of `rounds` rounds of `interleaved`."""
-
-    def timed(run: Callable[[], object]) -> float:
-        begun = clock()
-        run()
-        return clock() - begun
-
-    return interleaved({name: functools.partial(timed, run) for name, run in contenders.items()}, rounds)
+    return interleaved({name: functools.partial(timed, run, clock) for name, run in contenders.items()}, rounds)
 
 
-def median_ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:
-    """Return the median over rounds of `name`'s seconds over `base`'s in the same round."""
-    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
+def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Return the seconds of a call."""
+    begun = clock()
+    run()
+    return clock() - begun
 
 
 def calls_for(run: Callable[[], object], device: str) -> int:
@@ -62,7 +68,7 @@ def calls_for(run: Callable[[], object], device: str) -> int:
     return max(1, min(MOST_CALLS, round(SECONDS / max(wall_seconds(run, 1, device), 1e-6))))
 
 
-def wall_seconds(run: Callable[[], object], calls: int, device: str) -> float:
+def wall_seconds(run: Callable[[], object], calls: int, device: str | torch.device) -> float:
     """Return the seconds of a call by the clock, from a device that is idle to one that is idle again."""
     wait_for(device)
     begun = time.perf_counter()
@@ -87,7 +93,8 @@ def device_seconds(run: Callable[[], object], calls: int, device: str) -> float:
     launching = time.perf_counter() - begun
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    _hold(1.5 * launching)
+    if spin := getattr(torch.cuda, "_sleep", None):  # what torch's own tests use
+        spin(int(min(1.5 * launching, LONGEST_HOLD) * CYCLES_PER_SECOND))
     start.record()
     for _ in range(calls):
         run()
@@ -95,13 +102,6 @@ def device_seconds(run: Callable[[], object], calls: int, device: str) -> float:
     end.synchronize()
     milliseconds: float = start.elapsed_time(end)
     return milliseconds / 1e3 / calls
-
-
-def _hold(seconds: float) -> None:
-    """Keep the device busy for about this time."""
-    spin = getattr(torch.cuda, "_sleep", None)  # what torch's own tests use
-    if spin is not None:
-        spin(int(min(seconds, LONGEST_HOLD) * CYCLES_PER_SECOND))
 
 
 def processor_seconds() -> float:
@@ -139,10 +139,8 @@ def _measure(make: Callable[..., Callable[[], None]], arguments: tuple[Any, ...]
     torch.set_num_threads(1)
     make(*arguments, True)()
     run = make(*arguments, False)
-    return cuda_peak(run) if device == "cuda" else _resident_peak(run)
-
-
-def _resident_peak(run: Callable[[], None]) -> float:
+    if device == "cuda":
+        return cuda_peak(run)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark

@@ -1,8 +1,4 @@
-"""What feeds the device: the disk, the recipe's data files and its data path.
-
-The disk is read without the page cache, at random and in sequence. The data path is timed in images per second, as a
-whole and in parts.
-"""
+"""The disk that feeds a recipe: its data files, and their reads without the page cache, at random and in sequence."""
 
 import contextlib
 import os
@@ -18,17 +14,15 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from karat_scale.data.backends.row_reader import images_per_second
 from karat_scale.data.order import epoch_order
 from karat_scale.data.shards.cache import RemoteUse
 from karat_scale.data.shards.folder import FolderSplit
 from karat_scale.data.shards.shard_format import dataset_directory, read_dataset_record
 from karat_scale.data.shards.shards import ShardSplit
-from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import open_to_read
 from karat_scale.foundation.tables import Files
-from karat_scale.recipe import DataConfig, Recipe
+from karat_scale.recipe import Recipe
 
 PAGE = 4096
 CHUNK = 4 << 20
@@ -37,6 +31,7 @@ RANDOM_READS = 512
 # The kernel caches pages in blocks of up to this size, aligned to it, and drops only whole blocks.
 FOLIO = 2 << 20
 
+State = Literal["cold", "warm", "unknown"]
 Span = tuple[int, int, int]  # descriptor, offset, length
 
 
@@ -52,7 +47,7 @@ class StorageSpeed:
     sequential: float
     random: float
     random_again: float
-    state: Literal["cold", "warm", "unknown"]
+    state: State
     cached_share: float | None
     readers: int
 
@@ -67,12 +62,13 @@ def measure_storage(paths: Sequence[Path], block: int, readers: int, seconds: fl
         spans = _random_spans(descriptors, block, rank)
         cached_share = _cached_share(spans)
         _give_up(spans)
-        state = _state(spans)
+        left = _cached_share(spans)
         at_random, read = _random_speed(spans, readers, seconds / 3)
         again, _ = _random_speed(read, readers, seconds / 3)
         sequence = _sequential_spans(descriptors, rank)
         _give_up(sequence)
         sequential, _ = _random_speed(sequence, 1, seconds / 3)
+    state: State = "unknown" if left is None else "warm" if left > 0.5 else "cold"
     return StorageSpeed(sequential, at_random, again, state, cached_share, readers)
 
 
@@ -107,27 +103,19 @@ def _give_up(spans: list[Span]) -> None:
 
 
 def _cached_share(spans: list[Span]) -> float | None:
-    answers = [_is_cached(descriptor, offset) for descriptor, offset, _ in spans]
-    known = [answer for answer in answers if answer is not None]
+    """Return the share whose first page is in memory: only then does a read that may not wait succeed.
+
+    None if the file system does not support that.
+    """
+    known = []
+    for descriptor, offset, _ in spans:
+        with contextlib.suppress(OSError):
+            try:
+                os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
+                known.append(True)
+            except BlockingIOError:
+                known.append(False)
     return sum(known) / len(known) if known else None
-
-
-def _state(spans: list[Span]) -> Literal["cold", "warm", "unknown"]:
-    share = _cached_share(spans)
-    if share is None:
-        return "unknown"
-    return "warm" if share > 0.5 else "cold"
-
-
-def _is_cached(descriptor: int, offset: int) -> bool | None:
-    """True if a page is in memory: only then does a read that may not wait succeed. None if this is not supported."""
-    try:
-        os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
 
 
 def _random_speed(spans: list[Span], readers: int, seconds: float) -> tuple[float, list[Span]]:
@@ -175,14 +163,20 @@ def find_data_files(recipe: Recipe, num_train: int) -> DataFiles | None:
     if data.row.files is None or data.is_stream:
         return None
     if data.row.files is Files.BETONS:
-        return _betons(data, num_train)
+        directory = Path(data.path).expanduser()
+        betons = [directory / f"{split}.beton" for split in (data.train_split, data.val_split)]
+        for path in betons:
+            if not path.is_file():
+                raise DataError(f"{path} is missing; make it with data_prep/make_ffcv.py")
+        train, val_bytes = (path.stat().st_size for path in betons)
+        return DataFiles((betons[0],), train + val_bytes, train / num_train)
     with closing(_open_split(recipe)) as split:
         files = dict.fromkeys(split.file_of(int(i)) for i in sampled_ids(num_train, recipe.run.seed))
         paths = () if isinstance(split, ShardSplit) and split.ahead else tuple(map(Path, files))
         if isinstance(split, FolderSplit):
-            size = sum(path.stat().st_size for path in paths) / len(paths)
+            image = sum(path.stat().st_size for path in paths) / len(paths)
             val = FolderSplit(data.path, data.val_split, recipe.model.num_classes, split.classes)
-            return DataFiles(paths, round(size * (num_train + len(val))), size)
+            return DataFiles(paths, round(image * (num_train + len(val))), image)
     splits = read_dataset_record(dataset_directory(data.path), data.timeout).splits
     bytes_of = {name: sum(shard.bytes for shard in split.shards) for name, split in splits.items()}
     total = sum(bytes_of[name] for name in {data.train_split, data.val_split})
@@ -204,56 +198,3 @@ def _open_split(recipe: Recipe) -> ShardSplit | FolderSplit:
     if data.row.files is Files.IMAGES:
         return FolderSplit(data.path, data.train_split, num_classes)
     return ShardSplit(data.path, data.train_split, num_classes, remote=RemoteUse.of(data, training=True))
-
-
-def _betons(data: DataConfig, num_train: int) -> DataFiles:
-    directory = Path(data.path).expanduser()
-    train, val = (directory / f"{split}.beton" for split in (data.train_split, data.val_split))
-    for path in (train, val):
-        if not path.is_file():
-            raise DataError(f"{path} is missing; make it with data_prep/make_ffcv.py")
-    size = train.stat().st_size
-    return DataFiles((train,), size + val.stat().st_size, size / num_train)
-
-
-LARGEST_BATCH = 16
-
-
-@dataclass(frozen=True)
-class DataSpeed:
-    """Images per second of one rank, the slowest. Bytes come from the page cache.
-
-    one_core: reading, decoding and the recipe's augmentation on one core. decode_one_core: the same without
-    RandAugment and colour jitter. workers: with the recipe's workers.
-    """
-
-    one_core: float
-    decode_one_core: float
-    workers: float
-
-    @property
-    def decode_share(self) -> float:
-        """The share of the work that is not augmentation."""
-        return min(1.0, self.one_core / self.decode_one_core)
-
-
-def measure_data(recipe: Recipe, ids: np.ndarray, batch: int, seconds: float, world: World) -> DataSpeed:
-    """Time the backend for about `seconds`. Raises DataError."""
-    bare = recipe.changed(augment__randaugment="", augment__color_jitter=0.0)
-    is_generated = recipe.data.row.files is None
-    in_process = recipe.data.fewest_workers
-    batch = min(batch, LARGEST_BATCH)
-    augments = not is_generated and bare != recipe
-    share = seconds / (2 + augments)
-    one_core = _slowest_rate(recipe, in_process, ids, batch, share, world)
-    decode = _slowest_rate(bare, in_process, ids, batch, share, world) if augments else one_core
-    with_workers = one_core
-    if recipe.data.workers != in_process and not is_generated:
-        with_workers = _slowest_rate(recipe, recipe.data.workers, ids, batch, share, world)
-    return DataSpeed(one_core, decode, with_workers)
-
-
-def _slowest_rate(recipe: Recipe, workers: int, ids: np.ndarray, batch: int, seconds: float, world: World) -> float:
-    """Return images per second once all workers have started; all ranks measure at the same time."""
-    rate = images_per_second(recipe, workers, batch, seconds, ids, ready=lambda: world.any(False))
-    return min(world.gather(rate))

@@ -1,0 +1,226 @@
+"""How fast data come: images to load, photo-like or the user's, in each backend's layout, and the rate of a loader."""
+
+import io
+import itertools
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from karat_scale.data.backends import ImageSpec, open_backend
+from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
+from karat_scale.data.decoders.jpeg_header import read_frame
+from karat_scale.data.plan import PADDING, BatchSlice
+from karat_scale.data.shards.shard_format import DatasetRecord, SplitRecord, write_dataset_record
+from karat_scale.data.shards.shard_writer import EncodedSample, shard_name, write_shard
+from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.engine.distributed import World
+from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.tables import BACKENDS, EXTRAS, how_to_install, is_installed
+from karat_scale.recipe import AugmentConfig, Recipe
+
+CLASSES, PER_SHARD = 10, 100
+# As ImageNet's files are: a median of 500 x 375 pixels, and about 110 KB.
+LONG_SIDE, SHORT_SIDE, QUALITY = 500, 375, 93
+OCTAVES, NOISE = 7, 12.0
+JPEG_ENDINGS = (".jpg", ".jpeg")
+SIZE, BATCH = 224, 64
+AUGMENTS = {
+    # What every peer has too, as torchvision's reference recipe draws it.
+    "crop": AugmentConfig(ratio=(3 / 4, 4 / 3), color_jitter=0, randaugment="", interpolation="bilinear"),
+    "paper": AugmentConfig(),
+    "device": AugmentConfig(run_on="device"),
+}
+
+
+def images_per_second(
+    recipe: Recipe,
+    workers: int,
+    batch: int,
+    seconds: float,
+    ids: npt.NDArray[np.int64] | None = None,
+    ready: Callable[[], object] = tuple,
+) -> float:
+    """Time training batches for about `seconds`, once all workers have started. Raises UserError as the backend does.
+
+    Args:
+        workers: instead of `data.workers`; 0 reads, decodes and augments in this process, on one core.
+        ids: of the samples, again and again; all of them in random order if None.
+        ready: called before the time runs.
+    """
+    lanes, threads = max(1, workers), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with closing(open_backend(ImageSpec.of(recipe.changed(data__workers=workers, data__verify="size")))) as backend:
+            if recipe.data.is_stream:  # its samples have no ids before they are read
+                ids = np.full(batch, PADDING)
+            order = np.random.default_rng(0).permutation(backend.num_train) if ids is None else ids
+
+            def slices() -> Iterator[BatchSlice]:
+                for number in itertools.count():
+                    places = np.arange(number * batch, (number + 1) * batch) % len(order)
+                    yield BatchSlice(0, number, order[places].astype(np.int64), number % lanes, lanes)
+
+            return rate((len(made.labels) for made in backend.train_batches(slices())), seconds, lanes, ready)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def rate(batches: Iterator[int], seconds: float, warm_up: int, ready: Callable[[], object] = tuple) -> float:
+    """Return images a second of a loader that yields how many each batch holds, after so many batches.
+
+    `ready` is called before the time runs.
+    """
+    for _ in range(warm_up):
+        next(batches)
+    ready()
+    images, begun = 0, time.perf_counter()
+    while images == 0 or time.perf_counter() - begun < seconds:
+        images += next(batches)
+    return images / (time.perf_counter() - begun)
+
+
+LARGEST_BATCH = 16
+
+
+@dataclass(frozen=True)
+class DataSpeed:
+    """Images per second of one rank, the slowest. Bytes come from the page cache.
+
+    one_core: reading, decoding and the recipe's augmentation on one core. decode_one_core: the same without
+    RandAugment and colour jitter. workers: with the recipe's workers.
+    """
+
+    one_core: float
+    decode_one_core: float
+    workers: float
+
+    @property
+    def decode_share(self) -> float:
+        """The share of the work that is not augmentation."""
+        return min(1.0, self.one_core / self.decode_one_core)
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, ids: npt.NDArray[np.int64], micro_batch: int, seconds: float, world: World
+    ) -> "DataSpeed":
+        """Time the backend for about `seconds`; all ranks measure at the same time. Raises DataError."""
+        bare = recipe.changed(augment__randaugment="", augment__color_jitter=0.0)
+        is_generated = recipe.data.row.files is None
+        in_process = recipe.data.fewest_workers
+        batch = min(micro_batch, LARGEST_BATCH)
+        augments = not is_generated and bare != recipe
+
+        def slowest_rate(recipe: Recipe, workers: int) -> float:
+            share = seconds / (2 + augments)
+            own = images_per_second(recipe, workers, batch, share, ids, ready=lambda: world.any(False))
+            return min(world.gather(own))
+
+        one_core = with_workers = slowest_rate(recipe, in_process)
+        decode = slowest_rate(bare, in_process) if augments else one_core
+        if recipe.data.workers != in_process and not is_generated:
+            with_workers = slowest_rate(recipe, recipe.data.workers)
+        return cls(one_core, decode, with_workers)
+
+
+def lacking_library(backend: str) -> str:
+    """Return what to type to install a backend's library; empty if it is installed or none is needed."""
+    extra = BACKENDS[backend].extra
+    return "" if not extra or is_installed(EXTRAS[extra].module) else how_to_install(extra)
+
+
+@dataclass(frozen=True)
+class SampleImages:
+    """Encoded images in memory, as shards, and as an ImageFolder. Each split holds the same images."""
+
+    encoded: tuple[bytes, ...]
+    shards: Path
+    folder: Path
+    source: str
+
+    @property
+    def mean_kb(self) -> float:
+        """The size of an image."""
+        return round(sum(map(len, self.encoded)) / len(self.encoded) / 1e3, 1)
+
+
+def prepare_images(scratch: Path, count: int, shards: str | None, tar: str | None) -> SampleImages:
+    """Up to `count` images of a directory of shards, of a tar, or made here, laid out under `scratch`.
+
+    Only grey and colour JPEGs that are whole, which every contender can read. Raises DataError where there are none.
+    """
+    if shards:
+        found, source = _from_shards(shards), shards
+    elif tar:
+        found, source = _from_tar(tar), tar
+    else:
+        found, source = (photo_like(seed) for seed in itertools.count()), "made here"
+    encoded = list(itertools.islice(filter(_is_ordinary, found), count))
+    if not encoded:
+        raise DataError(f"{source} holds no JPEG; name another by --path or --tar")
+    classes = [f"class-{label:02d}" for label in range(min(CLASSES, len(encoded)))]
+    images = SampleImages(tuple(encoded), scratch / "shards", scratch / "folder", source)
+    images.shards.mkdir()
+    samples = [EncodedSample(f"{i:06d}", "jpg", data, i % CLASSES) for i, data in enumerate(encoded)]
+    written = [
+        write_shard(images.shards, shard_name("train", number), samples[start : start + PER_SHARD])
+        for number, start in enumerate(range(0, len(samples), PER_SHARD))
+    ]
+    split = SplitRecord(samples=len(samples), bytes=sum(shard.bytes for shard in written), shards=written)
+    write_dataset_record(images.shards, DatasetRecord(classes=classes, splits={"train": split, "val": split}))
+    for sample in samples:
+        path = images.folder / "train" / classes[sample.label] / f"{sample.key}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(sample.data)
+    (images.folder / "val").symlink_to("train")
+    return images
+
+
+def photo_like(seed: int) -> bytes:
+    """A JPEG with detail at every scale, as photographs have; the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    size = (LONG_SIDE, SHORT_SIDE) if seed % 4 else (SHORT_SIDE, LONG_SIDE)
+    pixels = np.full((size[1], size[0], 3), 128.0)
+    for octave in range(1, OCTAVES + 1):
+        cells = rng.uniform(-1, 1, (2**octave, 2**octave, 3))
+        # Brightness varies more than colour.
+        cells = 0.7 * cells.mean(axis=2, keepdims=True) + 0.3 * cells
+        as_image = Image.fromarray((127.5 + 127.5 * cells).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        pixels += (np.asarray(as_image) - 127.5) * 2.6 / 1.45**octave
+    pixels += rng.normal(0, NOISE, pixels.shape[:2])[..., None]
+    buffer = io.BytesIO()
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=QUALITY)
+    return buffer.getvalue()
+
+
+def _is_ordinary(data: bytes) -> bool:
+    frame = read_frame(data)
+    if frame is None or not frame.is_grey_or_colour:
+        return False
+    try:
+        decode_rgb(data)
+    except UndecodableImageError:
+        return False
+    return True
+
+
+def _from_shards(directory: str) -> Iterator[bytes]:
+    with closing(ShardSplit(directory, "train", num_classes=1 << 30)) as split:
+        yield from map(split.read, range(len(split)))
+
+
+def _from_tar(path: str) -> Iterator[bytes]:
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.lower().endswith(JPEG_ENDINGS) and (file := tar.extractfile(member)):
+                    yield file.read()
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"--tar {path} cannot be read: {error}") from error

@@ -1,0 +1,348 @@
+"""A training step: by our loop, as `karat train` takes it, by a bare PyTorch loop, and each of its stages by itself.
+
+The stages are transfer, model, optimizer and communication. All ranks measure together.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from karat_scale.commands.measure.interleaved import cuda_peak, wall_seconds
+from karat_scale.data.augmentation.augment import TrainTransform
+from karat_scale.data.augmentation.device_augment import DeviceAugment, Normalize
+from karat_scale.data.augmentation.mixing import Mixer
+from karat_scale.data.backends import ImageSpec, open_backend
+from karat_scale.data.backends.synthetic import TRAIN_STREAM, SyntheticBackend
+from karat_scale.data.batch import Batch
+from karat_scale.data.loading.loader import with_digest
+from karat_scale.data.plan import BatchSlice, TrainPlan
+from karat_scale.engine.devices import wait_for
+from karat_scale.engine.distributed import World
+from karat_scale.engine.engine import PRECISIONS, cast_images, pixel_dtype
+from karat_scale.engine.optimizers import build_optimizer, build_schedule
+from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
+from karat_scale.models import create_model, parameter_count
+from karat_scale.recipe import Recipe
+from karat_scale.recipe.loading import validate_recipe
+from karat_scale.training.loop import Loop, Parts
+from karat_scale.training.run import build_parts, resume
+from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.signals import StopSignals
+from karat_scale.training.tasks.classification.task import ClassificationTask
+
+MANY = 10**6
+FEWEST = 2  # steps, or measurements of a stage
+STEP = "karat step"
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
+WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
+
+
+def synthetic_recipe(directory: str | Path, source: str, **sections: dict[str, Any]) -> Recipe:
+    """Return a recipe of these sections on synthetic images, which saves and tells nothing unless they say so."""
+    tree: dict[str, dict[str, Any]] = {
+        "run": {"name": "bench", "dir": str(directory)},
+        "data": {"backend": "synthetic"},
+        "checkpoint": {"every_minutes": None},
+        "log": {"every_steps": 1000, "trackers": []},
+    }
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section}
+    return validate_recipe(tree, source)
+
+
+def silent_trainer(
+    recipe: Recipe, world: World, task_type: type[ClassificationTask] = ClassificationTask, resumes: bool = True
+) -> tuple[ClassificationTask, Parts, Loop]:
+    """Return the task, parts and loop of `karat train`, which print nothing here. A run that has begun is resumed."""
+    directory = RunDirectory(recipe.run.dir)
+    world.on_main(lambda: directory.store.root.mkdir(parents=True, exist_ok=True))
+    task = task_type(recipe, world, Reporter(SilentDisplay(), None))
+    try:
+        parts = build_parts(task, directory, StopSignals())
+        return task, parts, Loop(parts, resume(parts, directory) if resumes else task.begin())
+    except BaseException:
+        task.close()
+        raise
+
+
+class HeldBatches(SyntheticBackend):
+    """The synthetic backend with its first batch again and again: to make one takes longer than a step may."""
+
+    def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
+        """Yield one batch again and again, in page-locked memory if there is a GPU."""
+        held: Batch | None = None
+        for part in slices:
+            if held is None:
+                held = with_digest(self._batch(part, TRAIN_STREAM))
+                held = held.pin_memory() if torch.cuda.is_initialized() else held
+            yield held
+
+
+class OurLoop:
+    """A run's task, parts and loop, fed with one batch again and again. On a card it counts what steps take there."""
+
+    def __init__(self, recipe: Recipe, world: World, on_card: bool, warm_up: int) -> None:
+        self._device, self._on_card = world.device, on_card
+        before = torch.cuda.memory_allocated() if on_card else 0
+        self.task, self.parts, self._loop = silent_trainer(recipe, world)
+        self.task.backend = HeldBatches(ImageSpec.of(recipe))
+        self._batches = self._loop.feed(MANY)
+        self.run(warm_up)
+        self._memory = torch.cuda.memory_allocated() - before if on_card else 0
+
+    def launch(self, steps: int) -> None:
+        """Steps as `Loop.run` takes them, without waiting for the device."""
+        for _ in range(steps):
+            self._loop.step(self._loop.micro_batches(self._batches))
+            self._loop.save_or_stop()
+
+    def run(self, steps: int) -> None:
+        """Take steps, and wait for the device."""
+        self.launch(steps)
+        wait_for(self._device)
+
+    def work(self) -> dict[str, float | None]:
+        """Return the most memory that training needs on a card, without what other loops keep there.
+
+        With it, from torch's profiler, one step's kernels and launches, and how often the host waits for the device.
+        """
+        if not self._on_card:
+            return {"peak_mb": None}
+        peak = round(cuda_peak(lambda: self.run(1)) + self._memory / 1e6, 1)
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler, record_function(STEP):
+            self.launch(1)
+        self.run(0)
+        events = list(profiler.events() or ())
+        on_host = [event for event in events if event.device_type == DeviceType.CPU]
+        end = next(event.time_range.end for event in on_host if event.name == STEP)  # then the profiler itself waits
+        return {
+            "peak_mb": peak,
+            "kernels": sum(event.device_type == DeviceType.CUDA and not event.is_user_annotation for event in events),
+            "launches": sum(event.name.startswith(LAUNCHES) for event in events),
+            "waits": sum(event.name.startswith(WAITS) and event.time_range.start < end for event in on_host),
+        }
+
+
+def batches_on(device: torch.device, recipe: Recipe) -> list[Batch]:
+    """Return an epoch's batches of a recipe on synthetic images."""
+    backend, batch = open_backend(ImageSpec.of(recipe)), recipe.train.global_batch
+    plan = TrainPlan(0, backend.num_train, batch, batch, 0, 1)
+    return [with_digest(one).to(device) for one in backend.train_batches(plan.slices(0, plan.steps_per_epoch))]
+
+
+def our_loop(recipe: Recipe, steps: int, world: World) -> Callable[[], None]:
+    """Return so many steps of our loop over the recipe's batches, which are on the device."""
+    _, _, loop = silent_trainer(recipe, world)
+    batches = batches_on(world.device, recipe)
+
+    def run() -> None:
+        for number in range(steps):
+            loop.step([batches[number % len(batches)]])
+            loop.save_or_stop()
+        wait_for(world.device)
+
+    return run
+
+
+def bare_loop(recipe: Recipe, steps: int, world: World) -> Callable[[], None]:
+    """Return the same steps in plain PyTorch."""
+    torch.manual_seed(recipe.run.seed)
+    model: Any = create_model(recipe.model, recipe.attention).to(world.device)
+    optimizer = build_optimizer(model, recipe.optim, world.device)
+    criterion, prepare = SoftTargetCrossEntropy(), Preparation(recipe, world.device)
+    batches = batches_on(world.device, recipe)
+    schedule = build_schedule(recipe, len(batches))
+    done = 0
+
+    def run() -> None:
+        nonlocal done
+        for number in range(steps):
+            images, targets = prepare(batches[number % len(batches)])
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.lr(done)
+            criterion(model(images), targets).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad or math.inf)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            done += 1
+        wait_for(world.device)
+
+    return run
+
+
+@dataclass(frozen=True)
+class LoopSpeed:
+    """images_per_second: over all ranks. waiting_share: the share of time spent waiting for data, on the slowest rank.
+    steps: the number of timed steps. unreadable: samples of rank 0 that could not be decoded.
+    """
+
+    images_per_second: float
+    waiting_share: float
+    steps: int
+    unreadable: int
+
+    @classmethod
+    def of(cls, loop: Loop, seconds: float) -> "LoopSpeed":
+        """Train for about `seconds`, after a first step that does not count. Nothing is evaluated or saved."""
+        world, waited, unreadable = loop.parts.world, 0.0, 0
+
+        @contextmanager
+        def waiting() -> Iterator[None]:
+            nonlocal waited
+            before = time.perf_counter()
+            yield
+            waited += time.perf_counter() - before
+
+        batches = loop.feed(MANY, waiting)
+
+        def counted() -> Iterator[Batch]:
+            nonlocal unreadable
+            for batch in loop.micro_batches(batches):
+                unreadable += len(batch.bad)
+                yield batch
+
+        loop.step(counted())
+        wait_for(world.device)
+        begun, waited = time.perf_counter(), 0.0
+        steps = unreadable = 0
+        while steps < FEWEST or not world.any(time.perf_counter() - begun > seconds):
+            loop.step(counted())
+            steps += 1
+        wait_for(world.device)
+        elapsed = slowest(time.perf_counter() - begun, world)
+        rate = steps * loop.parts.plan.global_batch / elapsed
+        return cls(rate, slowest(waited / elapsed, world), steps, unreadable)
+
+
+def repeated(measure: Callable[[], float], seconds: float, world: World) -> float:
+    """Return the median of `measure` over about `seconds`; of the slowest rank, with the same count on each.
+
+    The first call is the warm-up and does not count.
+    """
+    measure()
+    begun = time.perf_counter()
+    measured: list[float] = []
+    while len(measured) < FEWEST or not world.any(time.perf_counter() - begun > seconds):
+        measured.append(measure())
+    return slowest(statistics.median(measured), world)
+
+
+def slowest(value: float, world: World) -> float:
+    """Return the largest of all ranks' values."""
+    return max(world.gather(value))
+
+
+def random_batch(recipe: Recipe, size: int) -> Batch:
+    """Return a batch of noise, in page-locked memory if there is a GPU, as from the loader."""
+    side = recipe.model.image_size
+    transform = TrainTransform(recipe.augment, side)
+    batch = Batch(
+        images=torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8),
+        labels=torch.randint(0, recipe.model.num_classes, (size,)),
+        sample_ids=torch.arange(size),
+        valid=torch.ones(size, dtype=torch.bool),
+        draws=tuple(transform.draw(seed, side, side) for seed in range(size)),
+    )
+    return batch.pin_memory() if torch.cuda.is_available() else batch
+
+
+class Preparation:
+    """Convert a batch in RAM to the model's input: transfer, augment, normalise, mix."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self._augment = DeviceAugment(recipe.augment, recipe.model.image_size)
+        self._normalize = Normalize(recipe.augment.mean, recipe.augment.std, pixel_dtype(recipe.train, device))
+        self._mixer = Mixer(recipe.augment, recipe.model.num_classes, recipe.run.seed)
+        self._device = device
+
+    def __call__(self, cpu_batch: Batch) -> tuple[Tensor, Tensor]:
+        batch = cpu_batch.to(self._device)
+        mix = self._mixer.params(batch.epoch, batch.batch, *batch.images.shape[-2:])
+        images = self._normalize(self._augment(batch.images, batch.draws), mix)
+        return images, self._mixer.targets(batch.labels, mix)
+
+
+@dataclass(frozen=True)
+class Communication:
+    """The all-reduce of all gradients at once: seconds, and bytes that each rank sends."""
+
+    seconds: float
+    bytes: int
+
+
+class Stages:
+    """The stages of a recipe's step on a model that is not DeepSpeed's: each measures for about `seconds`."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, world: World) -> None:
+        self._precision = PRECISIONS[recipe.train.precision]
+        self._model = model.to(world.device, self._precision.weights).train()
+        self._recipe, self._world = recipe, world
+        self._prepare = Preparation(recipe, world.device)
+
+    def leave_device(self) -> None:
+        """Free the device's memory."""
+        self._model.to("cpu")
+
+    def transfer_seconds(self, micro_batch: int, seconds: float) -> float:
+        """Return the seconds to transfer one micro batch and to augment (if asked), normalise and mix it there."""
+        batch = random_batch(self._recipe, micro_batch)
+        return self._repeated(lambda: self._prepare(batch), seconds)
+
+    def model_seconds(self, micro_batch: int, seconds: float) -> float:
+        """Return the seconds of one forward and backward over a micro batch."""
+        images, targets = self._prepare(random_batch(self._recipe, micro_batch))
+        images, objective = cast_images(images, self._precision), SoftTargetCrossEntropy()
+
+        def pass_through() -> None:
+            with self._precision.autocast(self._world.device.type):
+                logits = self._model(images)
+            objective(logits.float(), targets).backward()
+            self._model.zero_grad(set_to_none=True)
+
+        return self._repeated(pass_through, seconds)
+
+    def communication(self, seconds: float) -> Communication | None:
+        """Time an all-reduce of the size of the gradients, or return None for a single rank."""
+        if self._world.size == 1:
+            return None
+        gradients = torch.zeros(parameter_count(self._model), dtype=self._precision.weights, device=self._world.device)
+        one = self._repeated(lambda: dist.all_reduce(gradients), seconds)
+        return Communication(one, gradients.numel() * gradients.element_size())
+
+    def _repeated(self, run: Callable[[], object], seconds: float) -> float:
+        return repeated(partial(wall_seconds, run, 1, self._world.device), seconds, self._world)
+
+
+def optimizer_seconds(parts: Parts, recipe: Recipe, micro_batch: int, seconds: float) -> float:
+    """Return the seconds of the engine's step on existing gradients, with clipping and the EMA."""
+    images, targets = Preparation(recipe, parts.world.device)(random_batch(recipe, micro_batch))
+    objective, steps = SoftTargetCrossEntropy(), 0
+
+    def finish() -> None:
+        nonlocal steps
+        steps += 1
+        parts.engine.step()
+        if parts.ema is not None:
+            parts.ema.update(steps)
+
+    def step() -> float:
+        for micro in range(parts.plan.accumulation):
+            if micro:
+                parts.engine.step()
+            parts.engine.backward(objective(parts.engine.forward(images), targets))
+        return wall_seconds(finish, 1, parts.world.device)
+
+    return repeated(step, seconds, parts.world)
