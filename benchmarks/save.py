@@ -90,7 +90,7 @@ class _Bench:
             steps.append(self._step())
             begun = time.perf_counter()
             seconds[BESIDE].append(self._timed(lambda: self._parts.checkpoints.save(self._loop.state, wait=False)))
-            while self._parts.checkpoints.saver.is_under_way:
+            while self._parts.checkpoints.is_under_way:
                 steps_beside.append(self._step())
                 self._loop.save_or_stop()
             complete.append(time.perf_counter() - begun)

@@ -1,89 +1,108 @@
-"""Save and load one training state on all ranks together, and keep the pointers `best` and `latest` right.
+"""Save and load one training state on all ranks together.
 
 All ranks agree on every outcome: a checkpoint that one rank could not write exists for none, and all ranks load the
-same one. The pointers name what the state says, even after a kill, a full disk or damage.
+same one.
+
+A save goes on beside training, which stands still only while each rank copies its state to host memory. A thread of
+each rank writes the copy. At the first agreement at which all are done, rank 0's thread gives the checkpoint its
+manifest and its name. At the next agreement all ranks hear of it.
 """
 
-from collections.abc import Callable
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from karat_scale.checkpoint.records import FORMAT, Sidecar, read_record, restore_generators, seed_generators
-from karat_scale.checkpoint.restore import check_teacher, falsehood, read_state, restore, saved_layout, sidecar_name
-from karat_scale.checkpoint.saver import Saver
+from karat_scale.checkpoint.records import (
+    FORMAT,
+    Sidecar,
+    generator_states,
+    read_record,
+    restore_generators,
+    seed_generators,
+)
+from karat_scale.checkpoint.restore import check_teacher, read_state, restore, saved_layout, sidecar_name
+from karat_scale.checkpoint.resume_point import agree_on_checkpoint, repair_best, repair_latest
 from karat_scale.checkpoint.store import STATE, CheckpointStore, checkpoint_name
-from karat_scale.checkpoint.tensor_storage import describe
+from karat_scale.checkpoint.tensor_storage import DurableStorage, checkpoint_bytes, describe
 from karat_scale.checkpoint.weights import fit_state
-from karat_scale.engine.deepspeed_internals import shard_layout
+from karat_scale.engine.deepspeed_internals import shard_layout, use_storage
+from karat_scale.engine.devices import wait_for
 from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.reporting.progress import Reporter
 from karat_scale.engine.run_state import RunState
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError
+from karat_scale.foundation.files import Fingerprint
 from karat_scale.models.transfer import teacher_of
 from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.loading import dump_recipe, text_digest
 
-
-def repair_latest(store: CheckpointStore, name: str, reporter: Reporter) -> None:
-    """Let `latest` name the checkpoint that a run resumes from, if it names none; rank 0 calls it."""
-    if store.pointed("latest") is not None:
-        return
-    try:
-        store.point("latest", name)
-    except OSError as error:
-        reporter.warn(f"{store.root / 'latest'} cannot be repaired: {describe(error)}; remove it")
-    else:
-        reporter.warn(f"latest names {name} again: it named no checkpoint")
-
-
-def repair_best(store: CheckpointStore, state: RunState, reporter: Reporter) -> dict[str, Any]:
-    """Let `best` name the checkpoint that `state` says is the best; rank 0 calls it when a run resumes.
-
-    Returns:
-        The fields of `state` to set, for a best checkpoint that does not exist any more: those of the one that `best`
-        names, or none at all, so that the next evaluation is the best.
-    """
-    if state.best_step is None:
-        return {}
-    name, pointed = checkpoint_name(state.best_step), store.pointed("best")
-    if pointed == name or (pointed is not None and pointed > checkpoint_name(state.step)):
-        return {}  # a later one is evaluated again when training comes to it
-    try:
-        if name in store.names() and store.damage(name) is None:
-            store.point("best", name)
-            reporter.warn(f"best names {name} again: the run ended before it did")
-            return {}
-        kept = _scores(store, pointed, type(state)) if pointed is not None else None
-    except (OSError, ValueError) as error:
-        reporter.warn(f"best cannot be repaired: {error}")
-        return {}
-    if kept is not None:
-        reporter.warn(f"the best checkpoint, {name}, is gone; the best one is {pointed}")
-        return kept
-    reporter.warn(f"the best checkpoint, {name}, is gone; the next evaluation is the best")
-    return state.without_best()
-
-
-def _scores(store: CheckpointStore, name: str, state_type: type[RunState]) -> dict[str, Any] | None:
-    """What a state must say for a checkpoint to be its best; None where that one is damaged or was not evaluated."""
-    if store.damage(name) is not None:
-        return None
-    saved = state_type.from_json(store.state(name))
-    if saved.evaluated_step != saved.step:
-        return None
-    scores = {f"best_{score}": getattr(saved, f"last_{score}") for score in saved.scores}
-    return {**scores, "best_step": saved.step}
-
-
+_BEAT_SECONDS = 1.0
 S = TypeVar("S", bound=RunState)
+T = TypeVar("T")
+
+
+class Background(Generic[T]):
+    """Work beside training, in a thread that does not outlive the process."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = work
+        self._value: T
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="background", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._value = self._work()
+        except BaseException as error:
+            self._error = error
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for its end; whether it has come."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def result(self) -> T:
+        """What the finished work returned; raises what it raised."""
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+@dataclass
+class _Written:
+    """How writing, or committing, ended: what is wrong, and the files by name."""
+
+    problem: str | None = None
+    files: dict[str, Fingerprint] | None = None
+    warning: str | None = None
+
+
+@dataclass
+class _Save:
+    """One save under way; all ranks have it at the same time."""
+
+    state: RunState
+    directory: Path
+    content: dict[str, Any]
+    is_best: bool
+    begun: float
+    task: Background[_Written] | None
+    stall: float | None
+    """Seconds that training stood still for it; all of them when None."""
+    is_committing: bool = False
 
 
 class Checkpoints(Generic[S]):
-    """Collective save and load for one engine.
+    """Collective save and load for one engine; at most one save is under way.
 
     Args:
         kind: the kind of run. A checkpoint of another kind is refused.
@@ -109,12 +128,174 @@ class Checkpoints(Generic[S]):
         self._reporter = reporter
         self._kind = kind
         self._state_type = state_type
-        self.saver = Saver(store, engine, ema, world, recipe.checkpoint, reporter)
+        self._storage = DurableStorage()
+        use_storage(engine.deepspeed, self._storage)
+        self._under_way: _Save | None = None
+        self._saved: tuple[int, int] | None = None
+        self.problem = ""
+        """Why the last save came to nothing, if it did; the same on all ranks."""
+        self._told_of = -1
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a save has begun whose outcome the ranks do not know yet; the same on all."""
+        return self._under_way is not None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether this rank still works on the save under way."""
+        task = self._under_way.task if self._under_way else None
+        return task is not None and not task.wait(0)
+
+    @property
+    def has_only_failed(self) -> bool:
+        """Whether a save has failed and the run has no checkpoint: to go on might be for nothing. The same on all."""
+        return bool(self.problem) and self._saved is None and self._under_way is None
+
+    def check_room(self) -> None:
+        """Raise RunDirectoryError on all ranks, if a run without a checkpoint has no room for one. Collective."""
+        with self._world.together():
+            if self._world.is_main and self._saved is None and (lack := self._lack()):
+                raise RunDirectoryError(
+                    f"run.dir = {self.store.root.parent}: there is no room for a checkpoint: {lack}; make room, or "
+                    "choose another run.dir"
+                )
+
+    def holds(self, state: RunState) -> bool:
+        """Whether `state` is saved, or being saved; the same on all ranks."""
+        under_way = self._under_way is not None and _identity(self._under_way.state) == _identity(state)
+        return under_way or self._saved == _identity(state)
 
     def save(self, state: S, is_best: bool = False, wait: bool = True) -> bool:
-        """Write a checkpoint of `state`, as `Saver.save` says. False when any rank failed: nothing has changed then."""
+        """Save `state` unless that is done; collective. A save of another state that is under way is waited for first.
+
+        Args:
+            is_best: let `best` name the checkpoint, too.
+            wait: until it is complete; else return after the copy.
+
+        Returns: whether it is saved, or without `wait` begun. Where not, nothing has changed.
+        """
+        begun = time.monotonic()
+        wait = wait or not self._recipe.checkpoint.asynchronous
+        if self.holds(state) and not wait:
+            return True
+        self.finish()
+        if self._saved == _identity(state):
+            return True
+        self.problem = ""
+        directory, problem = self._world.broadcast(self._begin(state.step))
+        if directory is None:
+            self._void(state.step, problem)
+            return False
+        problem = _first(self._world.gather(self._collect(directory, copies=not wait)))
+        if problem is not None:
+            self._void(state.step, problem)
+            return False
+        stall = None if wait else time.monotonic() - begun
+        self._under_way = _Save(
+            replace(state), directory, self._content(state), is_best, begun, Background(self._write), stall
+        )
+        return self.finish() if wait else True
+
+    def finish(self) -> bool:
+        """Wait for the save under way, if there is one, and agree on its outcome; whether it is good. Collective."""
+        good = True
+        while self._under_way is not None:
+            seen = -1
+            while self._under_way.task is not None and not self._under_way.task.wait(_BEAT_SECONDS):
+                if self._storage.written != seen:  # a disk that is slow is no hang
+                    seen = self._storage.written
+                    self._reporter.beat("saving")
+            good = self.advance()
+        return good
+
+    def advance(self) -> bool:
+        """Take the save under way, on which no rank is busy, to its next stage; False when it came to nothing.
+
+        Collective.
+        """
+        save = self._under_way
+        if save is None:
+            return True
+        done = save.task.result() if save.task is not None else _Written()
+        if save.is_committing:
+            done = self._world.broadcast(done)
+            self._under_way = None
+            if done.problem is not None:
+                self._void(save.state.step, done.problem)
+                return False
+            self._saved = _identity(save.state)
+            if done.warning is not None and self._world.is_main:
+                self._reporter.warn(done.warning)
+            seconds = time.monotonic() - save.begun
+            stall = seconds if save.stall is None else save.stall
+            self._reporter.checkpoint(save.state, checkpoint_name(save.state.step), seconds, stall)
+            return True
+        everyone = self._world.gather(done)
+        problem = _first(one.problem for one in everyone)
+        if problem is not None:
+            self._under_way = None
+            self._void(save.state.step, problem)
+            return False
+        files = {name: written for one in everyone for name, written in (one.files or {}).items()}
+        save.is_committing = True
+        save.task = Background(lambda: self._commit(save, files)) if self._world.is_main else None
+        return True
+
+    def _void(self, step: int, problem: str | None) -> None:
+        self.problem = problem or ""
+        self._storage.begin(copies=False)  # lets go of what was not written
+        if self._world.is_main:
+            self.store.discard_unfinished()
+            kept = self.store.pointed("latest")
+            good = f"the last good one is {kept}" if kept else "there is no good one yet"
+            if step != self._told_of:  # a run may try the same step again at an evaluation and at its end
+                self._reporter.warn(f"checkpoint {checkpoint_name(step)} not saved: {problem}; {good}")
+            self._told_of = step
+
+    def _begin(self, step: int) -> tuple[Path | None, str | None]:
+        if not self._world.is_main:
+            return None, None
+        try:
+            self.store.root.mkdir(parents=True, exist_ok=True)
+            self.store.discard_unfinished()
+            self.store.retain(self._recipe.checkpoint.keep_last)  # the recipe may keep fewer than before
+            lack = self._lack()
+            return (self.store.begin(step), None) if lack is None else (None, lack)
+        except OSError as error:
+            return None, describe(error)
+
+    def _lack(self) -> str | None:
+        """What the disk lacks for the next checkpoint, in a few words."""
+        weight_bytes = next(self._engine.module.parameters()).element_size()
+        sizes = self._engine.parameters, self._engine.stage, self._ema is not None, weight_bytes
+        needed = self.store.newest_bytes() or checkpoint_bytes(*sizes)
+        free = shutil.disk_usage(self.store.root).free
+        is_enough = free >= needed
+        return None if is_enough else f"it needs {_megabytes(needed)} and {self.store.root} has {_megabytes(free)} free"
+
+    def _collect(self, directory: Path, copies: bool) -> str | None:
+        """Hand all that this rank will write to the storage. Returns what went wrong, in a few words."""
+        self._storage.begin(copies)
+        self._engine.deepspeed.save_checkpoint(str(self.store.root), tag=directory.name, save_latest=False)
+        # At stage 0 all ranks hold the same, and rank 0 keeps it.
+        owns = self._engine.stage > 0 or self._world.is_main
+        sidecar = {
+            **generator_states(self._world.device),
+            "shapes": self._engine.shapes if owns else None,
+            "layout": [list(map(tuple, one)) for one in shard_layout(self._engine.deepspeed)] if owns else None,
+            "ema": self._ema.shards if self._ema and owns else None,
+            "frozen": self._engine.frozen if self._world.is_main else None,
+        }
+        self._storage.save(sidecar, str(directory / sidecar_name(self._world.rank)))
+        if copies:
+            wait_for(self._world.device)  # once, for all copies
+        return describe(self._storage.error) if self._storage.error is not None else None
+
+    def _content(self, state: S) -> dict[str, Any]:
+        """What `state.json` will hold."""
         teacher = teacher_of(self._engine.module)
-        content = {
+        return {
             "format": FORMAT,
             "kind": self._kind,
             **state.to_json(),
@@ -124,7 +305,19 @@ class Checkpoints(Generic[S]):
             "teacher": teacher.digest if teacher else None,
             "recipe_sha256": text_digest(dump_recipe(self._recipe)),
         }
-        return self.saver.save(state, content, is_best, wait)
+
+    def _write(self) -> _Written:
+        try:
+            return _Written(files={path.name: written for path, written in self._storage.write().items()})
+        except OSError as error:
+            return _Written(describe(error))
+
+    def _commit(self, save: _Save, files: dict[str, Fingerprint]) -> _Written:
+        try:
+            self.store.commit(save.directory, save.content, files, save.is_best)
+        except OSError as error:
+            return _Written(describe(error))
+        return _Written(warning="; ".join(self.store.retain(self._recipe.checkpoint.keep_last)) or None)
 
     def load(self, state_of: str = "", fresh: Callable[[], nn.Module] | None = None, is_start: bool = True) -> S | None:
         """Load the newest intact checkpoint, or the one in directory `state_of`. None when there is none.
@@ -162,7 +355,7 @@ class Checkpoints(Generic[S]):
         if root != self.store.root:
             changes = state.without_best()  # the other run's; this one has no such checkpoint
         else:
-            self.saver.note_saved(state)
+            self._saved = _identity(state)
             if self._world.is_main:
                 repair_latest(self.store, name, self._reporter)
             if self._recipe.checkpoint.keep_best:
@@ -220,68 +413,14 @@ class Checkpoints(Generic[S]):
             seed_generators(self._recipe.run.seed, saved["step"], self._world.rank)
 
 
-Check = Callable[[Path, dict[str, Any]], object]
-"""Looks at the state in a checkpoint's directory; raises RunDirectoryError where it will not do."""
+def _identity(state: RunState) -> tuple[int, int]:
+    """An evaluation makes another state of the same step."""
+    return state.step, state.evaluated_step
 
 
-def agree_on_checkpoint(
-    store: CheckpointStore, state_of: str, world: World, reporter: Reporter, check: Check = lambda path, state: None
-) -> tuple[Path, str] | None:
-    """The newest intact checkpoint of a run, or the one in `state_of`: its store's root and its name. Collective.
-
-    Args:
-        state_of: a run's directory or a checkpoint in one, for a run that branches from it; empty for `store`'s own.
-
-    Returns:
-        None where there is none yet.
-
-    Raises:
-        RunDirectoryError: on all ranks alike, where no checkpoint is intact.
-    """
-    with world.together():
-        found = _choose(store, state_of, reporter, check) if world.is_main else None
-    return world.broadcast(found)
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
-def _choose(store: CheckpointStore, state_of: str, reporter: Reporter, check: Check) -> tuple[Path, str] | None:
-    if not state_of:
-        return _newest_intact(store, reporter, check)
-    path = Path(state_of).expanduser()
-    if not path.is_dir():
-        raise RunDirectoryError(f"resume.from = {state_of} is no directory; name a checkpoint's or a run's")
-    if (path / "checkpoints").is_dir():
-        found = _newest_intact(CheckpointStore(path / "checkpoints", falsehood), reporter, check)
-        if found is None:
-            raise RunDirectoryError(f"resume.from = {state_of}: this run has no checkpoints yet")
-        return found
-    damage = _damage(CheckpointStore(path.parent, falsehood), path.name, reporter, check)
-    if damage:
-        raise RunDirectoryError(f"resume.from = {state_of}: {damage}; name a complete checkpoint or a run's directory")
-    return path.parent, path.name
-
-
-def _newest_intact(store: CheckpointStore, reporter: Reporter, check: Check) -> tuple[Path, str] | None:
-    names = store.names()
-    latest = store.pointed("latest")
-    damage = None
-    for name in sorted(names, key=lambda n: n != latest):
-        damage = _damage(store, name, reporter, check)
-        if damage is None:
-            return store.root, name
-        reporter.warn(f"checkpoint {name} is damaged: {damage}; trying the one before")
-    if names:
-        raise RunDirectoryError(
-            f"{store.root}: none of {len(names)} checkpoints is intact ({damage}); "
-            "remove the directory to start from the beginning, or restore one from a copy"
-        )
-    return None
-
-
-def _damage(store: CheckpointStore, name: str, reporter: Reporter, check: Check) -> str | None:
-    damage = store.damage(name, reporter.display.verify)
-    if damage is None:
-        try:
-            check(store.root / name, store.state(name))
-        except RunDirectoryError as error:
-            return str(error)
-    return damage
+def _first(problems: Iterable[str | None]) -> str | None:
+    return next((problem for problem in problems if problem is not None), None)

@@ -5,8 +5,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from karat_scale.checkpoint.checkpoints import Background
 from karat_scale.checkpoint.remote import OnBytes
-from karat_scale.checkpoint.saver import Background
 from karat_scale.checkpoint.store import checkpoint_name
 from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError

@@ -137,7 +137,7 @@ class StepHealth:
             if self._parts.world.is_main:
                 self._parts.reporter.warn(f"{what}; skipped{advice}")
             return
-        self._parts.checkpoints.saver.finish()
+        self._parts.checkpoints.finish()
         rule = "train.on_nonfinite = stop" if stop else f"the last of train.max_skipped_steps = {state.skipped_in_row}"
         last = self._parts.checkpoints.store.pointed("latest") or "none"
         raise DivergedError(
@@ -198,13 +198,13 @@ class Loop:
                 self._write_if_due()
                 self._evaluate_if_due()
                 self.save_or_stop()
-                if checkpoints.saver.has_only_failed:
-                    raise checkpoints.store.not_saved(checkpoints.saver.problem)
+                if checkpoints.has_only_failed:
+                    raise checkpoints.store.not_saved(checkpoints.problem)
         except StoppedError as stopped:
             stopped.saved = self._save(wait=True)
             raise
         if not self._save(wait=True):
-            raise checkpoints.store.not_saved(checkpoints.saver.problem)
+            raise checkpoints.store.not_saved(checkpoints.problem)
         return stop_step < self.total_steps
 
     def feed(self, stop_step: int, waiting: Waiting | None = None) -> DeviceFeed[Any]:
@@ -339,12 +339,12 @@ class Loop:
 
     def save_or_stop(self) -> None:
         """What the ranks agree to do after a step."""
-        step, saver = self.state.step, self.parts.checkpoints.saver
+        step, checkpoints = self.state.step, self.parts.checkpoints
         if self._save_points.is_agreement_due(step):
             self._health.look()
-        decision = self._save_points.decide(step, saver.is_busy)
-        if decision.is_idle and saver.is_under_way:
-            saver.advance()
+        decision = self._save_points.decide(step, checkpoints.is_busy)
+        if decision.is_idle and checkpoints.is_under_way:
+            checkpoints.advance()
         if decision.stop and step < self.total_steps:
             raise StoppedError
         if decision.save:
@@ -355,7 +355,7 @@ class Loop:
         self.parts.reporter.beat("saving")
         self._health.look()
         with self._interval.paused():
-            if not self.parts.checkpoints.saver.holds(self.state):
+            if not self.parts.checkpoints.holds(self.state):
                 self._fold_interval()
             self._save_points.note_save()
             # Asked of the state, as the save at the evaluation may have failed.

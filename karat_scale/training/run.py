@@ -80,7 +80,7 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             first = world.broadcast(directory.store.newest_step())
             phase = begin_phase(task, directory, signals, outcome, first)
             parts = phase.parts
-            parts.checkpoints.saver.check_room()
+            parts.checkpoints.check_room()
             outcome.begun = True
             is_anew = world.is_main and directory.begins_anew(recipe)
             world.on_main(lambda: directory.begin(recipe, task.classes))

@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from karat_scale.checkpoint.saver import Background
+from karat_scale.checkpoint.checkpoints import Background
 
 
 def test_work_in_the_background_returns_its_result() -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from karat_scale.checkpoint import saver, tensor_storage
+from karat_scale.checkpoint import checkpoints as saving
+from karat_scale.checkpoint import tensor_storage
 from karat_scale.checkpoint.checkpoints import Checkpoints
 from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.training.tasks.classification.task import TrainState
@@ -43,9 +44,9 @@ def _tensors(checkpoints: Checkpoints, step: int) -> dict[str, object]:
 def _to_the_end(checkpoints: Checkpoints) -> bool:
     """As a loop's step boundaries do."""
     good = True
-    while checkpoints.saver.is_under_way:
-        if not checkpoints.saver.is_busy:
-            good = checkpoints.saver.advance()
+    while checkpoints.is_under_way:
+        if not checkpoints.is_busy:
+            good = checkpoints.advance()
     return good
 
 
@@ -63,7 +64,7 @@ def test_what_is_written_beside_training_is_the_state_of_its_step(
     assert beside.save(state, wait=False)
     train_steps(beside, 3, 4)
     state.step = 4  # the loop's state goes on, too
-    assert beside.saver.is_busy
+    assert beside.is_busy
     assert beside.store.names() == []
     slow_disk.set()
     assert _to_the_end(beside)
@@ -110,15 +111,15 @@ def test_on_a_gpu_all_copies_are_begun_before_one_wait(
 ) -> None:
     recipe = small_recipe(f"deepspeed.config={config}")
     beside, blocking = (make_checkpoints(recipe, tmp_path / name) for name in ("beside", "blocking"))
-    gpu, collect = CopiesOfAGpu(), beside.saver._collect
+    gpu, collect = CopiesOfAGpu(), beside._collect
 
     def collect_as_on_a_gpu(directory: Path, copies: bool) -> str | None:
         with gpu, pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "is_cuda", True)
             return collect(directory, copies)
 
-    monkeypatch.setattr(saver, "wait_for", gpu.wait)
-    monkeypatch.setattr(beside.saver, "_collect", collect_as_on_a_gpu)
+    monkeypatch.setattr(saving, "wait_for", gpu.wait)
+    monkeypatch.setattr(beside, "_collect", collect_as_on_a_gpu)
     for checkpoints in (beside, blocking):
         train_steps(checkpoints, 1, 2)
     torch.manual_seed(7)
@@ -140,7 +141,7 @@ def test_a_second_save_waits_for_the_first_and_none_is_made_twice(
     assert checkpoints.save(TrainState(step=2, samples=16), wait=False)
     assert checkpoints.store.names() == ["step-00000001"]
     assert checkpoints.save(TrainState(step=2, samples=16))  # waits for the one under way
-    assert not checkpoints.saver.is_under_way
+    assert not checkpoints.is_under_way
     assert checkpoints.save(TrainState(step=2, samples=16, evaluated_step=2), is_best=True)
     assert checkpoints.store.pointed("best") == "step-00000002"
     assert capsys.readouterr().out.count("saved step-") == 3
@@ -153,7 +154,7 @@ def test_the_same_state_is_not_waited_for(
     checkpoints = make_checkpoints(small_recipe(), tmp_path / "c")
     for _ in range(2):
         assert checkpoints.save(TrainState(step=1, samples=8), is_best=True, wait=False)
-    assert checkpoints.saver.is_busy
+    assert checkpoints.is_busy
     assert not slow_disk.is_set()
 
 
@@ -241,5 +242,5 @@ def test_a_directory_that_goes_while_it_is_written_to_voids_the_save(
 def test_a_recipe_may_ask_for_blocking_saves(small_recipe, make_checkpoints, tmp_path: Path) -> None:
     checkpoints = make_checkpoints(small_recipe("checkpoint.asynchronous=false"), tmp_path / "c")
     assert checkpoints.save(TrainState(step=1, samples=8), wait=False)
-    assert not checkpoints.saver.is_under_way
+    assert not checkpoints.is_under_way
     assert checkpoints.store.names() == ["step-00000001"]

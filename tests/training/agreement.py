@@ -123,7 +123,7 @@ def failing_rank(world: World, scratch: Path) -> dict[str, Any]:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, unlimited[1]))
             with redirect_stdout(StringIO()) as said:
                 checkpoints.save(TrainState(step=2, samples=16), wait=wait)
-                voided = not checkpoints.saver.finish() or wait
+                voided = not checkpoints.finish() or wait
             resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
             outcomes[f"{config} {'blocking' if wait else 'beside'}"] = {
                 "good": good,

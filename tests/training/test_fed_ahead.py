@@ -76,7 +76,7 @@ def test_an_error_ends_the_run_after_the_steps_before_it(
     loop = Loop(parts, TrainState())
     with pytest.raises(DataError, match="that shard is gone"):
         loop.run()
-    parts.checkpoints.saver.finish()
+    parts.checkpoints.finish()
     assert loop.state.step == 2  # of two micro batches each
     assert directory.store.pointed("latest") == "step-00000002"
     assert loop.state.bad_samples == 4

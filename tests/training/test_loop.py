@@ -116,8 +116,8 @@ def test_a_clock_that_jumps_neither_hastens_nor_stops_saving(
     monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
     loop = Loop(parts, TrainState())
     loop.run()
-    saver, store = parts.checkpoints.saver, parts.checkpoints.store
-    assert not saver.is_under_way
+    checkpoints, store = parts.checkpoints, parts.checkpoints.store
+    assert not checkpoints.is_under_way
     assert store.names()[:2] == ["step-00000008", "step-00000006"]
     assert all(store.damage(name) is None for name in store.names())
     assert math.isfinite(loop.state.images_per_second or math.nan)

@@ -34,7 +34,7 @@ def test_a_run_whose_first_save_fails_ends_there_and_a_later_failure_is_told_onc
 ) -> None:
     own = ("checkpoint.every_steps=2", "data.workers=0", f"run.dir={small_disk / 'run'}")
     parts = make_parts(small_recipe(*own), world)
-    parts.checkpoints.saver.check_room()
+    parts.checkpoints.check_room()
     _fill(small_disk, but=200_000)
     loop = Loop(parts, TrainState())
     with pytest.raises(RunDirectoryError, match=r"no checkpoint could be saved: .* starts from the beginning$"):

@@ -54,10 +54,10 @@ def test_a_save_beside_training_holds_the_state_of_its_step(small: Small, begin)
     take_steps(loop, 2)
     saved = learned(parts)
     assert parts.checkpoints.save(loop.state, wait=False)
-    assert parts.checkpoints.saver.is_under_way
+    assert parts.checkpoints.is_under_way
     take_steps(loop, 1)
     assert not equal(learned(parts), saved)
-    assert parts.checkpoints.saver.finish()
+    assert parts.checkpoints.finish()
     assert parts.checkpoints.store.pointed("latest") == "step-00000002"
     resumed = begin(small(train={"epochs": 1}))
     assert resumed.checkpoints.load().step == 2
