@@ -126,17 +126,17 @@ def _keep_own_parts(optimizer: Any, params: list[Any], parts: list[torch.Tensor]
         param.grad = None
 
 
+_judge: list[Callable[[torch.Tensor], bool]] = []
+"""Of the step under way: one, or none between steps."""
+
+
 @contextlib.contextmanager
 def step_judged_by(is_invalid: Callable[[torch.Tensor], bool]) -> Iterator[None]:
     """Stages 1 to 3: inside the block DeepSpeed asks `is_invalid` once a step about the gradients' norm.
 
     `is_invalid` gets the norm of the scaled gradients, not read yet, not finite where a gradient is not. DeepSpeed
-    itself would read it once a parameter group, and once more to put -1 in its place. It skips the step where the
-    answer is true.
+    skips the step where the answer is true.
     """
-    from deepspeed.runtime import bf16_optimizer, utils
-    from deepspeed.runtime.zero import stage3, stage_1_and_2
-
     answers: list[bool] = []
 
     def judge(norm: torch.Tensor) -> bool:
@@ -144,20 +144,31 @@ def step_judged_by(is_invalid: Callable[[torch.Tensor], bool]) -> Iterator[None]
             answers.append(is_invalid(norm))
         return answers[0]
 
-    modules = (bf16_optimizer, stage_1_and_2, stage3)
-    replaced: list[tuple[Any, str, Any]] = [(module, "is_invalid_grad_norm", judge) for module in modules]
-    replaced += [(module, "mask_nan_or_inf_with_val_inplace", _leave_as_it_is) for module in (utils, stage_1_and_2)]
-    replaced.append((bf16_optimizer, "clip_tensors_by_global_norm", _clip_by_norm))
-    replaced.append((bf16_optimizer, "get_global_norm_of_tensors", _norm_of_whole_gradients))
-    replaced.append((stage3, "combine_grad_norm_groups", functools.partial(_combined, stage3.combine_grad_norm_groups)))
-    kept = [(module, name, getattr(module, name)) for module, name, _ in replaced]
-    for module, name, ours in replaced:
-        setattr(module, name, ours)
+    _judge.append(judge)
     try:
         yield
     finally:
-        for module, name, theirs in kept:
-            setattr(module, name, theirs)
+        _judge.clear()
+
+
+@functools.cache
+def patch_modules() -> None:
+    """Let DeepSpeed's modules, for the rest of this process, ask the judge of the step, and otherwise not read norms.
+
+    DeepSpeed itself would read the norm once a parameter group, and once more to put -1 in its place.
+    """
+    from deepspeed.runtime import bf16_optimizer, utils
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    for module in (bf16_optimizer, stage_1_and_2, stage3):
+        module.is_invalid_grad_norm = lambda norm: _judge[0](norm)
+    for module in (utils, stage_1_and_2):
+        module.mask_nan_or_inf_with_val_inplace = _leave_as_it_is
+    bf16_optimizer.clip_tensors_by_global_norm = _clip_by_norm
+    bf16_optimizer.get_global_norm_of_tensors = _norm_of_whole_gradients
+    stage3.combine_grad_norm_groups = functools.partial(_combined, stage3.combine_grad_norm_groups)
+    # It would print the machine's memory, after a garbage collection each time.
+    bf16_optimizer.see_memory_usage = _leave_as_it_is
 
 
 def _leave_as_it_is(*_: Any, **__: Any) -> None:
@@ -251,19 +262,6 @@ def forget_groups() -> None:
 
     groups._WORLD_GROUP = None
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
-
-
-@contextlib.contextmanager
-def quiet_initialization() -> Iterator[None]:
-    """Keep DeepSpeed's bf16 optimizer from printing the machine's memory, a garbage collection each time."""
-    from deepspeed.runtime import bf16_optimizer
-
-    report = bf16_optimizer.see_memory_usage
-    bf16_optimizer.see_memory_usage = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        bf16_optimizer.see_memory_usage = report
 
 
 def use_torchs_own_linear() -> None:

@@ -28,7 +28,7 @@ from karat_scale.engine.deepspeed_internals import (
     keep_least_loss_scale,
     loss_scale,
     master_weights,
-    quiet_initialization,
+    patch_modules,
     quieten_and_skip_builds,
     reduce_in_few_operations,
     shard_layout,
@@ -238,8 +238,8 @@ class Engine:
         optimizer = build_optimizer(model, recipe.optim, world.device, cpu_adam, groups)
         with world.making_a_group():
             share_world_group(world.size, world.patience)
-        with quiet_initialization():
-            self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        patch_modules()
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         if self.stage > 0:  # DeepSpeed's masters begin at what 16 bits have left of the weights
             for fragments, master in zip(shard_layout(self.deepspeed), master_weights(self.deepspeed), strict=True):
                 initial.fill(fragments, master)
