@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,17 +84,6 @@ def _is_of(record: Record, data: DataSet) -> bool:
 def _ancestor(record: Record, key: str) -> str:
     """Return the name of the run in `key` of the recipe, if the weights recorded it."""
     return record.figures.lineage.get(key, {}).get("name", "")
-
-
-def command_of_row(row: PaperRow, table: PaperTable) -> str:
-    """Return the command that repeats a row. No two rows of different recipes share a run directory."""
-    settings = [*row.overrides, f"run.dir={_directory(row, table)}"] if row.overrides else []
-    return " ".join([f"karat {_kind(row).command}", row.recipe, *settings, "data.path=DIR"])
-
-
-def _directory(row: PaperRow, table: PaperTable) -> str:
-    words = [row.recipe.partition("_")[0], row.model.lower(), *(["memory"] if table.measure == "memory" else [])]
-    return "runs/" + re.sub("[^a-z0-9]+", "_", "_".join(words))
 
 
 def command_of_record(record: Record, seed: bool = True) -> str:

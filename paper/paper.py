@@ -48,14 +48,13 @@ class PaperRow(_Facts):
 
 
 class PaperTable(_Facts):
-    """Rows on one data set.
+    """Rows on one data set, which is the title.
 
     Args:
         overrides: of every row, before the row's own.
     """
 
     title: str
-    note: str = ""
     measure: Literal["accuracy", "memory", "detection"] = "accuracy"
     data: DataSet
     overrides: tuple[str, ...] = ()
@@ -69,16 +68,17 @@ class PaperTable(_Facts):
 
 
 class PaperGroup(BaseModel):
-    """Tables of one kind of experiment."""
+    """A table of the paper: the same models on some data sets."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
+    note: str = ""
     tables: tuple[PaperTable, ...]
 
 
 def paper_groups() -> tuple[PaperGroup, ...]:
-    """Return all tables, in groups."""
+    """Return all tables of the paper."""
     known = data_sets()
     groups = [
         {**group, "tables": [{**table, "data": known[table["data"]]} for table in group["tables"]]}

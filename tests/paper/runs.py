@@ -56,4 +56,4 @@ def pretend(run: Path, name: str, data: str, images: int, *overrides: str, **fie
 
 
 def rows(docs: Path, cell: str) -> list[str]:
-    return [line for line in (docs / "reproduction.md").read_text().splitlines() if f"| {cell} |" in line]
+    return [line for line in (docs / "reproduction.md").read_text().splitlines() if f"{cell}|" in line]

@@ -42,7 +42,7 @@ def test_a_detector_has_the_averages_of_its_last_evaluation(run: Path, docs: Pat
     assert kept["summary"] == summary(run)
     (scores,) = events(run, "eval")
     assert kept["averages"] == {name: scores[name] for name in AVERAGES}
-    (row,) = rows(docs, "small")
+    (row,) = rows(docs, "|small")
     assert f"](ledger/{file.name})" in row
     assert "0.08333 x 48 images" in row
 
@@ -52,22 +52,22 @@ def test_a_detector_of_the_papers_recipe_is_its_row(run: Path, docs: Path, ledge
     scores = {"last_box_ap": 11.0, "last_mask_ap": 9.5}
     behind = {"init_from": {"name": "imagenet_vit_base"}}
     for recipe, cell, lineage in (
-        ("coco_paper_vit_base_g1u_random", "ViTDet-Base + G1U, random start", {}),
+        ("coco_paper_vit_base_g1u_random", "ViTDet-Base+G1U, random start", {}),
         ("coco_paper_vit_base", "ViTDet-Base, ImageNet-1K start", behind),
     ):
         pretend(run, recipe, "coco", 117_266, **scores, lineage=lineage)
         assert ledger(run) == 0
-        (row,) = rows(docs, cell)
-        assert "| [11.00 / 20.00 / 10.50; 9.50 / 18.00 / 9.00](" in row
+        (row,) = rows(docs, f"COCO 2017: {cell}")
+        assert "|[11.00/20.00/10.50; 9.50/18.00/9.00](" in row
         assert f"`karat detect {recipe} data.path=DIR`" in row
     pretend(run, "coco_paper_vit_base_g1b_random", "coco", 117_266, "train.max_steps=100", **scores, lineage={})
     assert ledger(run) == 0
-    (row,) = rows(docs, "ViTDet-Base + G1B, random start")
-    assert "| *short:* [" in row
+    (row,) = rows(docs, "COCO 2017: ViTDet-Base+G1B, random start")
+    assert "|*short:* [" in row
     assert "train.max_steps=100" in row
     pretend(run, "coco_paper_vit_base_g1b", "coco", 117_266, **scores, lineage={})  # nobody knows what it began with
     assert ledger(run) == 0
-    assert "not yet run" in rows(docs, "ViTDet-Base + G1B, ImageNet-1K start")[0]
+    assert not rows(docs, "COCO 2017: ViTDet-Base+G1B, ImageNet-1K start")
 
 
 def test_an_edit_of_a_detectors_file_is_noticed(
