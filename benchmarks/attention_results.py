@@ -212,7 +212,7 @@ def longer(records: Records) -> str:
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Return a Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    return "".join(f"|{'|'.join(map(str, line))}|\n" for line in lines)
 
 
 if __name__ == "__main__":
