@@ -60,10 +60,9 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 def generated_pages() -> dict[str, str]:
     """Return the Markdown of each generated page by its path."""
+    texts = {page: (ROOT / name).read_text(encoding="utf-8") for name, page in _PAGES_OF_ROOT.items()}
     pages = {
-        "index.md": page_of_root((ROOT / "README.md").read_text(encoding="utf-8")),
-        "contributing.md": page_of_root((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")),
-        "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+        **{page: page_of_root(text) for page, text in texts.items()},
         "recipe.md": recipe_page(Recipe, "Recipe keys", "karat train"),
         "recipe_detection.md": recipe_page(DetectionRecipe, "Detection recipe keys", "karat detect"),
     }
