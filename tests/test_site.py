@@ -67,7 +67,7 @@ def test_the_site_shows_every_key_and_every_command(site: Path, browser: Browser
 @pytest.mark.slow
 def test_the_start_page_leads_to_the_guides(site: Path, browser: Browser) -> None:
     browser.open(site / "index.html")
-    assert browser.run("return document.querySelector('img[src=\"demo.svg\"]').naturalWidth > 0")
+    assert browser.run("return document.querySelector('img[src=\"figures/functions.png\"]').naturalWidth > 0")
     assert browser.run("return document.querySelector('.md-content a[href=\"contributing.html\"]') !== null")
     assert 'href="../attention.html"' in (site / "api" / "attention.html").read_text()
     browser.click(".md-content a[href='data.html']")
