@@ -87,17 +87,17 @@ def _outwait_gloo() -> None:
 
 
 def _train(recipe: Recipe, steps: int, evaluates: bool) -> None:
-    from karat_scale.commands.measure.step import silent_trainer
     from karat_scale.engine import distributed
-    from karat_scale.training.loop import evaluate_in_training
+    from karat_scale.training.tasks.classification.task import ClassificationTask
+    from karat_scale.training.trainer import silent_trainer
 
     world = distributed.start("cpu")
     try:
-        _, parts, loop = silent_trainer(recipe, world)
-        batches = loop.feed(steps)
+        trainer = silent_trainer(recipe, world, ClassificationTask)
+        batches = trainer.feed(steps)
         for _ in range(steps):
-            loop.step([next(batches) for _ in range(parts.plan.accumulation)])
+            trainer.step([next(batches) for _ in range(trainer.plan.accumulation)])
         if evaluates:
-            evaluate_in_training(parts, lambda *_: None)
+            trainer.evaluate(lambda *_: None)
     finally:
         distributed.stop()

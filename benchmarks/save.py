@@ -16,11 +16,13 @@ from typing import Any
 import torch
 
 from karat_scale.commands.measure.interleaved import wall_seconds
-from karat_scale.commands.measure.step import MANY, silent_trainer, synthetic_recipe
+from karat_scale.commands.measure.step import MANY, synthetic_recipe
 from karat_scale.engine import distributed
 from karat_scale.foundation.arguments import OneLineParser, count, new_file
 from karat_scale.foundation.console import print_table, write_json
 from karat_scale.foundation.errors import run_script
+from karat_scale.training.tasks.classification.task import ClassificationTask
+from karat_scale.training.trainer import silent_trainer
 
 DEEPSPEED, BLOCKING, BESIDE = "DeepSpeed's save_checkpoint", "karat, blocking", "karat, beside training"
 
@@ -61,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 class _Bench:
-    """An engine that has taken a step, and its loop."""
+    """A trainer that has taken a step."""
 
     def __init__(self, plan: SavePlan, world: distributed.World, scratch: str) -> None:
         recipe = synthetic_recipe(
@@ -73,8 +75,9 @@ class _Bench:
             deepspeed={"config": plan.config},
         )
         self._plan, self._theirs = plan, Path(scratch) / "deepspeed"
-        _, self._parts, self._loop = silent_trainer(recipe, world)
-        self._batches = self._loop.feed(MANY)
+        self._trainer = silent_trainer(recipe, world, ClassificationTask)
+        self._trainer.resume()
+        self._batches = self._trainer.feed(MANY)
 
     def measure(self) -> dict[str, Any]:
         """Medians over the rounds, of which the first is not counted."""
@@ -86,22 +89,22 @@ class _Bench:
             steps.append(self._step())
             seconds[DEEPSPEED].append(self._save_as_deepspeed())
             steps.append(self._step())
-            seconds[BLOCKING].append(self._timed(lambda: self._parts.checkpoints.save(self._loop.state)))
+            seconds[BLOCKING].append(self._timed(lambda: self._trainer.checkpoints.save(self._trainer.state)))
             steps.append(self._step())
             begun = time.perf_counter()
-            seconds[BESIDE].append(self._timed(lambda: self._parts.checkpoints.save(self._loop.state, wait=False)))
-            while self._parts.checkpoints.is_under_way:
+            seconds[BESIDE].append(self._timed(lambda: self._trainer.checkpoints.save(self._trainer.state, wait=False)))
+            while self._trainer.checkpoints.is_under_way:
                 steps_beside.append(self._step())
-                self._loop.save_or_stop()
+                self._trainer.save_or_stop()
             complete.append(time.perf_counter() - begun)
             if number == 0:
                 for uncounted in (*seconds.values(), complete, steps, steps_beside):
                     uncounted.clear()
-        store = self._parts.checkpoints.store
+        store = self._trainer.checkpoints.store
         return {
             "model": self._plan.model,
             "deepspeed": self._plan.config,
-            "device": str(self._parts.world.device),
+            "device": str(self._trainer.world.device),
             "threads": torch.get_num_threads(),
             "rounds": self._plan.rounds,
             "checkpoint_mb": round(store.newest_bytes() / 1e6, 1),
@@ -109,16 +112,18 @@ class _Bench:
             "seconds_until_complete_beside": round(statistics.median(complete), 3),
             "step_seconds": round(statistics.median(steps), 3),
             "step_seconds_while_writing": round(statistics.median(steps_beside), 3),
-            "resume_seconds": round(statistics.median(self._timed(self._parts.checkpoints.load) for _ in range(3)), 3),
+            "resume_seconds": round(
+                statistics.median(self._timed(self._trainer.checkpoints.load) for _ in range(3)), 3
+            ),
         }
 
     def _step(self) -> float:
-        return self._timed(lambda: self._loop.step([next(self._batches)]))
+        return self._timed(lambda: self._trainer.step([next(self._batches)]))
 
     def _save_as_deepspeed(self) -> float:
         from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
-        engine = self._parts.engine.deepspeed
+        engine = self._trainer.engine.deepspeed
         ours, engine.checkpoint_engine = engine.checkpoint_engine, TorchCheckpointEngine()
         try:
             return self._timed(lambda: engine.save_checkpoint(str(self._theirs), tag="saved"))
@@ -127,7 +132,7 @@ class _Bench:
             shutil.rmtree(self._theirs)
 
     def _timed(self, work: Callable[[], object]) -> float:
-        return wall_seconds(work, 1, self._parts.world.device)
+        return wall_seconds(work, 1, self._trainer.world.device)
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -18,12 +19,10 @@ from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.training.loop import Parts
-from karat_scale.training.run import build_parts
 from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.signals import StopSignals
 from karat_scale.training.task import Task
 from karat_scale.training.tasks.classification.task import ClassificationTask, TrainState
+from karat_scale.training.trainer import Trainer
 from tests.conftest import SMALL
 
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_offload_params")
@@ -51,14 +50,21 @@ def small_recipe(tmp_path: Path) -> Callable[..., Recipe]:
     return load
 
 
-def make_parts(
-    recipe: RunRecipe, world: World, reporter: Reporter | None = None, task_type: type[Task] = ClassificationTask
-) -> Parts:
-    """The parts of a run, in the directory of the recipe."""
+T = TypeVar("T", bound=Trainer)
+
+
+def make_trainer(
+    recipe: RunRecipe,
+    world: World,
+    reporter: Reporter | None = None,
+    task_type: type[Task] = ClassificationTask,
+    kind: Callable[..., T] = Trainer,
+) -> T:
+    """The trainer of a run, in the directory of the recipe."""
     directory = RunDirectory(recipe.run.dir)
     directory.store.root.mkdir(parents=True, exist_ok=True)
     task = task_type(recipe, world, reporter or Reporter(PlainDisplay(), None))
-    return build_parts(task, directory, StopSignals())
+    return kind(task, directory)
 
 
 @pytest.fixture

@@ -66,6 +66,8 @@ class Task(ABC):
     recipe: RunRecipe
     classes: tuple[str, ...]
     """Class names in the order of the labels."""
+    stop_step: int | None = None
+    """Where another task follows this one, see `at`; None for the end of training."""
 
     def __init__(self, recipe: Any, world: World, reporter: Reporter) -> None:
         self.recipe, self.world, self.reporter = recipe, world, reporter
@@ -165,12 +167,9 @@ class Task(ABC):
         """Return the state of a run that starts from the beginning."""
         return self.state_type(begun_with=run_behind(self.recipe.init_from))
 
-    def phase(self, step: int) -> "tuple[Task, int | None]":
-        """Return the task that trains from `step` on, and the step at which another one follows; None for the end.
-
-        If it is not this one, this one is closed. Collective.
-        """
-        return self, None
+    def at(self, step: int) -> "Task":
+        """Return the task that trains from `step` on; if it is not this one, this one is closed. Collective."""
+        return self
 
     def check_resumed(self, state: Any) -> None:  # noqa: B027
         """Check that this is the task that a checkpoint's state is of. Raises UserError."""

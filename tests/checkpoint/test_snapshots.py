@@ -3,11 +3,9 @@ import torch
 
 from karat_scale.checkpoint.weights import snapshot_steps
 from karat_scale.models import create_model
-from karat_scale.training.loop import Loop
 from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.tasks.classification.task import TrainState
 from karat_scale.training.weights_file import load_exported
-from tests.small_engines import make_parts, weights
+from tests.small_engines import make_trainer, weights
 
 
 def test_the_parts_of_training_are_equal_and_hold_both_ends() -> None:
@@ -26,12 +24,12 @@ def test_a_run_keeps_its_weights_and_a_resumed_one_takes_none_twice(small_recipe
     directory.snapshots.mkdir()
     (directory.snapshots / "step-00000000.safetensors").write_bytes(b"of a start that left no checkpoint")
     for _ in range(2):  # the second time all is there already
-        parts = make_parts(recipe, world)
-        first = weights(parts.engine)
-        parts.checkpoints.load()
+        trainer = make_trainer(recipe, world)
+        first = weights(trainer.engine)
+        trainer.checkpoints.load()
         before = {path: path.stat().st_mtime_ns for path in directory.snapshots.glob("*")}
-        Loop(parts, TrainState()).run()
-        parts.task.close()
+        trainer.run()
+        trainer.task.close()
     files = sorted(directory.snapshots.iterdir())
     assert [path.name for path in files] == [f"step-{step:08d}.safetensors" for step in (0, 2, 4, 6, 8)]
     assert before == {path: path.stat().st_mtime_ns for path in files}
@@ -47,7 +45,7 @@ def test_a_snapshot_that_cannot_be_written_is_a_warning(
     directory = RunDirectory(recipe.run.dir)
     directory.store.root.mkdir(parents=True)
     directory.snapshots.write_text("in the way")
-    parts = make_parts(recipe, world)
-    Loop(parts, TrainState()).run()
-    parts.task.close()
+    trainer = make_trainer(recipe, world)
+    trainer.run()
+    trainer.task.close()
     assert "warning: snapshot step-00000000.safetensors not saved: File exists" in capsys.readouterr().out

@@ -70,7 +70,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_job(train: Train) -> None:
     assert "stopped or gone, no stacks" in last
     # The rank that waited shows where it did.
     assert "Timeout (0:00:20)!" in job.log
-    assert 'training/loop.py", line' in job.log
+    assert 'training/trainer.py", line' in job.log
 
 
 def test_a_rank_that_hangs_in_a_read_is_named_with_its_stacks(train: Train, tmp_path: Path) -> None:

@@ -37,9 +37,9 @@ from karat_scale.training.tasks.classification.task import TrainState
 from karat_scale.training.weights_file import load_exported
 from tests.clock import Clock
 from tests.conftest import SMALL
-from tests.small_engines import CONFIGS, make_parts
+from tests.small_engines import CONFIGS, make_trainer
 from tests.training.harm import HARMS, POINTERS, point
-from tests.training.nonfinite import KINDS, NonfiniteLoop
+from tests.training.nonfinite import KINDS, NonfiniteTrainer
 
 
 def _recipe(world: World, scratch: Path, name: str, *overrides: str) -> Recipe:
@@ -63,8 +63,8 @@ def _loaded(checkpoints: Checkpoints) -> int | str:
 
 def damage(world: World, scratch: Path) -> dict[str, Any]:
     """A harm to each file of the newest checkpoint: the steps that the ranks go on from, and what is said."""
-    parts = make_parts(_recipe(world, scratch, "damage", "deepspeed.config=zero2"), world)
-    checkpoints, root = parts.checkpoints, parts.checkpoints.store.root
+    trainer = make_trainer(_recipe(world, scratch, "damage", "deepspeed.config=zero2"), world)
+    checkpoints, root = trainer.checkpoints, trainer.checkpoints.store.root
     for step in (1, 2):
         checkpoints.save(TrainState(step=step, samples=8 * step))
     outcomes: dict[str, Any] = {}
@@ -114,8 +114,8 @@ def failing_rank(world: World, scratch: Path) -> dict[str, Any]:
     """Rank 1 alone may not write large files: what becomes of a save, by stage and way of saving."""
     outcomes = {}
     for config in ("zero1", "zero3"):
-        parts = make_parts(_recipe(world, scratch, f"failing-{config}", f"deepspeed.config={config}"), world)
-        checkpoints = parts.checkpoints
+        trainer = make_trainer(_recipe(world, scratch, f"failing-{config}", f"deepspeed.config={config}"), world)
+        checkpoints = trainer.checkpoints
         good = checkpoints.save(TrainState(step=1, samples=8))
         unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
         for wait in (True, False):
@@ -141,24 +141,23 @@ def nonfinite_rank(world: World, scratch: Path) -> dict[str, Any]:
     for config in CONFIGS:
         for precision in ("fp32", "bf16"):
             own = (f"deepspeed.config={config}", f"train.precision={precision}")
-            parts = make_parts(_recipe(world, scratch, "nonfinite", *own), world)
-            loop = NonfiniteLoop(parts, TrainState())
-            batches = parts.task.backend.train_batches(parts.plan.slices(0, 1 + 2 * len(KINDS)))
-            loop.step([next(batches)])
+            trainer = make_trainer(_recipe(world, scratch, "nonfinite", *own), world, kind=NonfiniteTrainer)
+            batches = trainer.task.backend.train_batches(trainer.plan.slices(0, 1 + 2 * len(KINDS)))
+            trainer.step([next(batches)])
             for kind in KINDS:
-                masters = master_weights(parts.engine.deepspeed)
+                masters = master_weights(trainer.engine.deepspeed)
                 before = [master.detach().clone() for master in masters]
-                averages = [shard.clone() for shard in parts.ema.shards] if parts.ema else []
-                loop.inject = kind if world.rank == 1 else ""
-                loop.step([next(batches)])
-                loop.inject = ""
-                skipped = loop.state.skipped_in_row == 1
+                averages = [shard.clone() for shard in trainer.ema.shards] if trainer.ema else []
+                trainer.inject = kind if world.rank == 1 else ""
+                trainer.step([next(batches)])
+                trainer.inject = ""
+                skipped = trainer.state.skipped_in_row == 1
                 untouched = all(map(torch.equal, before, masters))
-                untouched &= parts.ema is not None and all(map(torch.equal, averages, parts.ema.shards))
-                loop.step([next(batches)])
-                went_on = loop.state.skipped_in_row == 0 and not all(map(torch.equal, before, masters))
+                untouched &= trainer.ema is not None and all(map(torch.equal, averages, trainer.ema.shards))
+                trainer.step([next(batches)])
+                went_on = trainer.state.skipped_in_row == 0 and not all(map(torch.equal, before, masters))
                 outcomes[f"{config} {precision} {kind}"] = world.gather((skipped, untouched, went_on))
-            parts.task.close()
+            trainer.task.close()
     return outcomes
 
 
@@ -168,20 +167,19 @@ def snapshots(world: World, scratch: Path) -> dict[str, Any]:
     for config in CONFIGS:
         own = (f"deepspeed.config={config}", "attention.mode=universal", "train.precision=bf16")
         recipe = _recipe(world, scratch, f"snapshots-{config}", *own)
-        parts = make_parts(recipe, world)
-        loop = NonfiniteLoop(parts, TrainState())
-        loop.step([next(parts.task.backend.train_batches(parts.plan.slices(0, 1)))])
-        parts.after_step[1].write(1)
-        parts.checkpoints.save(loop.state)
-        sizes = [parameter.numel() for _, parameter in whole_masters(parts.engine, world)]
+        trainer = make_trainer(recipe, world)
+        trainer.step([next(trainer.task.backend.train_batches(trainer.plan.slices(0, 1)))])
+        trainer.after_step[1].write(1)
+        trainer.checkpoints.save(trainer.state)
+        sizes = [parameter.numel() for _, parameter in whole_masters(trainer.engine, world)]
         if world.is_main:
-            store = parts.checkpoints.store
+            store = trainer.checkpoints.store
             ours, saved = (create_model(recipe.model, recipe.attention) for _ in range(2))
             load_exported(ours, Path(recipe.run.dir) / "snapshots" / "step-00000001.safetensors")
             load_weights(saved, store.root / "step-00000001", store.state("step-00000001"), ema=False)
             pairs = zip(ours.state_dict().values(), saved.state_dict().values(), strict=True)
-            outcomes[config] = all(torch.equal(a, b) for a, b in pairs) and sum(sizes) == parts.engine.parameters
-        parts.task.close()
+            outcomes[config] = all(torch.equal(a, b) for a, b in pairs) and sum(sizes) == trainer.engine.parameters
+        trainer.task.close()
     return outcomes
 
 

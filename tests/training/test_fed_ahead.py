@@ -11,10 +11,8 @@ from karat_scale.data.batch import BadSample, Batch
 from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import Recipe
-from karat_scale.training.loop import Loop
 from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.tasks.classification.task import TrainState
-from tests.small_engines import equal, make_parts
+from tests.small_engines import equal, make_trainer
 from tests.streams import Streams, streams
 from tests.training.fed_ahead import feed_ahead
 from tests.training.test_save_points import train_to_the_end
@@ -71,13 +69,12 @@ def test_an_error_ends_the_run_after_the_steps_before_it(
     recipe = run("broken", "checkpoint.every_steps=1")
     directory = RunDirectory(recipe.run.dir)
     directory.store.root.mkdir(parents=True)
-    parts = make_parts(recipe, world)
-    parts.task.backend = BadBackend(ImageSpec.of(recipe))
-    loop = Loop(parts, TrainState())
+    trainer = make_trainer(recipe, world)
+    trainer.task.backend = BadBackend(ImageSpec.of(recipe))
     with pytest.raises(DataError, match="that shard is gone"):
-        loop.run()
-    parts.checkpoints.finish()
-    assert loop.state.step == 2  # of two micro batches each
+        trainer.run()
+    trainer.checkpoints.finish()
+    assert trainer.state.step == 2  # of two micro batches each
     assert directory.store.pointed("latest") == "step-00000002"
-    assert loop.state.bad_samples == 4
+    assert trainer.state.bad_samples == 4
     assert capsys.readouterr().out.count("unreadable image key in shard: torn") == 5  # the last of a step not finished

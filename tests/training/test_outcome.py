@@ -7,10 +7,8 @@ import pytest
 
 from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import RunDirectoryError
-from karat_scale.training.loop import Loop
-from karat_scale.training.tasks.classification.task import TrainState
 from tests.conftest import events, karat, karat_here, summary
-from tests.small_engines import make_parts
+from tests.small_engines import make_trainer
 
 
 def _fill(disk: Path, but: int) -> None:
@@ -33,26 +31,24 @@ def test_a_run_whose_first_save_fails_ends_there_and_a_later_failure_is_told_onc
     small_recipe, world: World, small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = ("checkpoint.every_steps=2", "data.workers=0", f"run.dir={small_disk / 'run'}")
-    parts = make_parts(small_recipe(*own), world)
-    parts.checkpoints.check_room()
+    trainer = make_trainer(small_recipe(*own), world)
+    trainer.checkpoints.check_room()
     _fill(small_disk, but=200_000)
-    loop = Loop(parts, TrainState())
     with pytest.raises(RunDirectoryError, match=r"no checkpoint could be saved: .* starts from the beginning$"):
-        loop.run()
-    parts.task.close()
-    assert loop.state.step == 2
+        trainer.run()
+    trainer.task.close()
+    assert trainer.state.step == 2
 
     (small_disk / "filler").unlink()
-    parts = make_parts(small_recipe(*own), world)
-    loop = Loop(parts, TrainState())
-    assert loop.run(stop_step=4)
+    trainer = make_trainer(small_recipe(*own), world)
+    assert trainer.run(stop_step=4)
     capsys.readouterr()
     _fill(small_disk, but=200_000)
     with pytest.raises(RunDirectoryError, match=r"the last checkpoint could not be saved: .* from step-00000004$"):
-        loop.run()
+        trainer.run()
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert [line.split()[3] for line in warnings] == ["step-00000006", "step-00000008"]
-    parts.task.close()
+    trainer.task.close()
 
 
 def test_a_disk_that_takes_not_even_the_figures_is_one_line(train_recipe, small_disk: Path) -> None:

@@ -6,11 +6,9 @@ import pytest
 
 from karat_scale.engine.distributed import World
 from karat_scale.engine.reporting.progress import MetricsLog, PlainDisplay, Reporter
-from karat_scale.training.loop import Loop
 from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.tasks.classification.task import TrainState
 from tests.conftest import events
-from tests.small_engines import make_parts
+from tests.small_engines import make_trainer
 
 # Step: loss, gradient norm, digest of the data so far.
 RECORDED = {
@@ -32,11 +30,11 @@ def _train(recipe, world: World) -> Path:
     directory = RunDirectory(recipe.run.dir)
     directory.store.root.mkdir(parents=True)
     reporter = Reporter(PlainDisplay(), MetricsLog(directory.metrics_file))
-    parts = make_parts(recipe, world, reporter)
+    trainer = make_trainer(recipe, world, reporter)
     try:
-        Loop(parts, TrainState()).run()
+        trainer.run()
     finally:
-        parts.task.close()
+        trainer.task.close()
         reporter.close()
     return directory.path
 

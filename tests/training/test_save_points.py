@@ -4,6 +4,7 @@ A sample runs by default, the whole matrix by `pytest --slow=all tests/training/
 """
 
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,11 @@ from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.data.batch import Batch
 from karat_scale.engine.distributed import World
 from karat_scale.recipe import Recipe
-from karat_scale.training.loop import Loop
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.signals import StoppedError
 from karat_scale.training.tasks.classification.task import TrainState
-from tests.small_engines import CONFIGS, equal, make_parts
+from karat_scale.training.trainer import Trainer
+from tests.small_engines import CONFIGS, equal, make_trainer
 
 STEPS_PER_EPOCH = 4  # 32 samples in batches of 8; two epochs
 
@@ -45,16 +46,14 @@ MATRIX = [
 ]
 
 
-class StoppingLoop(Loop):
-    """A loop that gets a signal at one point of its training."""
+class StoppingTrainer(Trainer):
+    """A trainer that gets a signal at one point of its training, a step and a moment."""
 
-    def __init__(self, parts, state: TrainState, step: int, moment: str) -> None:
-        super().__init__(parts, state)
-        self._step, self._moment = step, moment
+    stop: tuple[int, str] | None = None
 
     def _signal(self, moment: str) -> None:
-        if (self.state.step, moment) == (self._step, self._moment):
-            self.parts.signals.received = signal.SIGTERM
+        if (self.state.step, moment) == self.stop:
+            self.signals.received = signal.SIGTERM
 
     def step(self, micro_batches: list[Batch]) -> None:
         super().step(micro_batches)
@@ -73,16 +72,11 @@ def train_to_the_end(recipe: Recipe, world: World, stop: tuple[int, str] | None 
     """Train, or go on, in the recipe's directory; returns all that its last checkpoint holds."""
     directory = RunDirectory(recipe.run.dir)
     directory.store.root.mkdir(parents=True, exist_ok=True)
-    parts = make_parts(recipe, world)
-    try:
-        state = parts.checkpoints.load() or TrainState()
-        if stop is None:
-            Loop(parts, state).run()
-        else:
-            with pytest.raises(StoppedError):
-                StoppingLoop(parts, state, *stop).run()
-    finally:
-        parts.task.close()
+    with make_trainer(recipe, world, kind=StoppingTrainer) as trainer:
+        trainer.stop = stop
+        trainer.begin(trainer.checkpoints.load() or TrainState())
+        with nullcontext() if stop is None else pytest.raises(StoppedError):
+            trainer.run()
     name = directory.store.pointed("latest")
     assert name is not None
     tensors = {path.name: load_tensors(path) for path in sorted((directory.store.root / name).glob("*.pt"))}

@@ -15,13 +15,11 @@ from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.training.run import resume
-from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.signals import StoppedError
 from karat_scale.training.tasks.classification.task import TrainState
 from tests.conftest import SMALL, events, karat, karat_here, summary
 from tests.data.tars import sample, write_stream, write_tar
-from tests.small_engines import equal, make_parts
+from tests.small_engines import equal, make_trainer
 from tests.training.runs import final_tensors, kill_all, losses, start, wait_for_checkpoint, wait_for_step
 from tests.training.test_unfinished import SignalInside
 
@@ -161,14 +159,11 @@ def test_a_step_that_is_given_up_is_taken_again_with_the_same_samples(
     command: Command, tmp_path: Path, world: World
 ) -> None:
     def run(recipe: Recipe, at: int) -> TrainState:
-        parts = make_parts(recipe, world)
-        loop = SignalInside(parts, resume(parts, RunDirectory(recipe.run.dir)))
-        loop.at = at
-        try:
-            loop.run()
-        finally:
-            parts.task.close()
-        return loop.state
+        with make_trainer(recipe, world, kind=SignalInside) as trainer:
+            trainer.resume()
+            trainer.at = at
+            trainer.run()
+        return trainer.state
 
     whole, cut = (
         load_recipe(path, overrides)

@@ -9,10 +9,9 @@ import pytest
 
 from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.engine.distributed import World
-from karat_scale.training.loop import Loop, Parts
 from karat_scale.training.signals import StoppedError
-from karat_scale.training.tasks.classification.task import TrainState
-from tests.small_engines import equal, make_parts
+from karat_scale.training.trainer import Trainer
+from tests.small_engines import equal, make_trainer
 
 STEPS = 8
 
@@ -25,7 +24,7 @@ def final_tensors(run: Path) -> dict[str, object]:
     return {path.name: load_tensors(path) for path in sorted(last.glob("*.pt"))}
 
 
-class SignalInside(Loop):
+class SignalInside(Trainer):
     """A signal comes during the second micro batch of a step."""
 
     at = -1
@@ -33,15 +32,8 @@ class SignalInside(Loop):
     def micro_batches(self, batches: Any) -> Iterator[Any]:
         for number, batch in enumerate(super().micro_batches(batches)):
             if (self.state.step, number) == (self.at, 1):
-                self.parts.signals.received = signal.SIGINT
+                self.signals.received = signal.SIGINT
             yield batch
-
-
-def run(parts: Parts, loop: Loop) -> None:
-    try:
-        loop.run()
-    finally:
-        parts.task.close()
 
 
 CASES = [
@@ -57,34 +49,30 @@ def test_the_resumed_run_equals_an_uninterrupted_one(
 ) -> None:
     own = (*OWN, f"deepspeed.config={config}")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    parts = make_parts(small_recipe(*own, f"run.dir={whole}"), world)
-    uninterrupted = Loop(parts, TrainState())
-    run(parts, uninterrupted)
+    with make_trainer(small_recipe(*own, f"run.dir={whole}"), world) as uninterrupted:
+        uninterrupted.run()
 
-    parts = make_parts(small_recipe(*own, f"run.dir={cut}"), world)
-    stopped = SignalInside(parts, TrainState())
-    stopped.at = at
-    with pytest.raises(StoppedError) as error:
-        run(parts, stopped)
+    with make_trainer(small_recipe(*own, f"run.dir={cut}"), world, kind=SignalInside) as stopped:
+        stopped.at = at
+        with pytest.raises(StoppedError) as error:
+            stopped.run()
     assert (error.value.saved, stopped.state.step) == (True, at)
-    assert parts.checkpoints.store.pointed("latest") == f"step-{at:08d}"
+    assert stopped.checkpoints.store.pointed("latest") == f"step-{at:08d}"
     timed = stopped.state.timed_samples, stopped.state.timed_seconds
 
-    parts = make_parts(small_recipe(*own, f"run.dir={cut}"), world)
-    state = parts.checkpoints.load("")
-    assert state is not None
-    assert (state.timed_samples, state.timed_seconds) == timed
-    run(parts, Loop(parts, state))
+    with make_trainer(small_recipe(*own, f"run.dir={cut}"), world) as resumed:
+        state = resumed.resume()
+        assert (state.timed_samples, state.timed_seconds) == timed
+        resumed.run()
     assert state.step == STEPS
     assert equal(final_tensors(cut), final_tensors(whole))
     assert state.data_digest == uninterrupted.state.data_digest != 0
 
 
 def test_where_a_step_has_one_micro_batch_the_stop_is_after_it(small_recipe, world: World) -> None:
-    parts = make_parts(small_recipe("data.workers=0"), world)
-    loop = SignalInside(parts, TrainState())
-    assert not loop._can_give_up
-    parts.signals.received = signal.SIGTERM
-    with pytest.raises(StoppedError):
-        run(parts, loop)
-    assert loop.state.step == 1
+    with make_trainer(small_recipe("data.workers=0"), world) as trainer:
+        assert not trainer._can_give_up
+        trainer.signals.received = signal.SIGTERM
+        with pytest.raises(StoppedError):
+            trainer.run()
+    assert trainer.state.step == 1

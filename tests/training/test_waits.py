@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,10 +14,10 @@ from karat_scale.engine.distributed import World
 from karat_scale.engine.ema import lerp_by_foreach, lerp_where
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
-from karat_scale.training.loop import Loop, Parts
 from karat_scale.training.tasks.classification.task import TrainState, evaluate
+from karat_scale.training.trainer import Trainer
 from tests.engine.counting import Counting, as_on_a_gpu
-from tests.small_engines import make_parts
+from tests.small_engines import make_trainer
 
 __all__ = ["as_on_a_gpu"]
 
@@ -31,19 +30,18 @@ KERNELS = 40
 def test_a_step_reads_nothing(
     small_recipe: Callable[..., Recipe], world: World, as_on_a_gpu: None, precision: str
 ) -> None:
-    parts = make_parts(small_recipe(*QUIET, f"train.precision={precision}", "deepspeed.config=zero0"), world)
-    loop = Loop(parts, TrainState())
-    batches = loop.feed(100)
+    trainer = make_trainer(small_recipe(*QUIET, f"train.precision={precision}", "deepspeed.config=zero0"), world)
+    batches = trainer.feed(100)
     for _ in range(20):  # now the ranks have agreed on when to agree next
-        loop.step(loop.micro_batches(batches))
-        loop.save_or_stop()
-    loop._save_points._agreement._next = 1000
+        trainer.step(trainer.micro_batches(batches))
+        trainer.save_or_stop()
+    trainer._save_points._agreement._next = 1000
     for _ in range(5):
         with Counting() as counts:
-            loop.step(loop.micro_batches(batches))
-            loop.save_or_stop()
+            trainer.step(trainer.micro_batches(batches))
+            trainer.save_or_stop()
         assert counts.reads == 0
-    assert loop.state.step == 25
+    assert trainer.state.step == 25
 
 
 class EmulatedEngine:
@@ -73,11 +71,12 @@ class EmulatedEngine:
         return norm
 
 
-def _emulated(recipe: Recipe, world: World) -> Parts:
-    parts = make_parts(recipe, world)
+def _emulated(recipe: Recipe, world: World) -> Trainer:
+    trainer = make_trainer(recipe, world)
     model = create_model(recipe.model, recipe.attention)
     engine: Any = EmulatedEngine(model)
-    return replace(parts, world=World(0, 1, 0, EMULATED), engine=engine, ema=None)
+    trainer.world, trainer.engine, trainer.ema = World(0, 1, 0, EMULATED), engine, None
+    return trainer
 
 
 def _batch(number: int) -> Batch:
@@ -89,36 +88,37 @@ def _batch(number: int) -> Batch:
 
 def test_what_the_loop_does_with_a_batch_stays_on_the_device(small_recipe: Callable[..., Recipe], world: World) -> None:
     recipe = small_recipe(*QUIET, "attention.kind=softmax", "augment.mixup=0.8", "augment.cutmix=1.0")
-    parts = _emulated(recipe, world)
-    loop = Loop(parts, TrainState(step=1))  # the first step is logged
+    trainer = _emulated(recipe, world)
+    trainer.begin(TrainState(step=1))  # the first step is logged
     kinds = set()
     for number in range(8):
         batch = _batch(number)
         kinds.add(Mixer(recipe.augment, 4, recipe.run.seed).params(0, number, 16, 16).kind)
         with Counting() as counts:
-            parts.engine.counts = counts  # type: ignore[attr-defined]
-            loop.step([batch])
+            trainer.engine.counts = counts  # type: ignore[attr-defined]
+            trainer.step([batch])
         assert counts.copies == 0
         assert counts.kernels.total() < KERNELS, counts.kernels
     assert kinds == {"mixup", "cutmix"}
-    assert len(loop._interval._norms) == 8
+    assert len(trainer._interval._norms) == 8
     with pytest.raises((NotImplementedError, RuntimeError)):  # so nothing has been read before
-        loop._health.look()
+        trainer.look()
 
 
 def test_an_evaluation_stays_on_the_device_until_its_end(
     small_recipe: Callable[..., Recipe], world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = small_recipe(*QUIET, "attention.kind=softmax")
-    parts = _emulated(recipe, world)
+    trainer = _emulated(recipe, world)
     batches = [_batch(number) for number in range(4)]
-    monkeypatch.setattr(parts.task.backend, "eval_batches", lambda slices: batches)
+    monkeypatch.setattr(trainer.task.backend, "eval_batches", lambda slices: batches)
     monkeypatch.setattr("karat_scale.training.tasks.classification.task.DeviceFeed", Plain)
     done: list[int] = []
-    forward, counts = parts.engine.forward, Counting()
-    parts.engine.counts = counts  # type: ignore[attr-defined]
+    task: Any = trainer.task
+    forward, counts = trainer.engine.forward, Counting()
+    trainer.engine.counts = counts  # type: ignore[attr-defined]
     with counts, pytest.raises(NotImplementedError, match="meta"):  # the sums are read at the end
-        evaluate(forward, parts.task.backend, parts.task.normalize, 8, parts.world, lambda *told: done.append(told[0]))
+        evaluate(forward, task.backend, task.normalize, 8, trainer.world, lambda *told: done.append(told[0]))
     assert done == [1, 2, 3, 4]
     assert counts.reads == 0
     assert counts.copies == 0

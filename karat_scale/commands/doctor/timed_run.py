@@ -29,7 +29,7 @@ from karat_scale.commands.doctor.report import (
     judge,
 )
 from karat_scale.commands.measure.loader import DataSpeed
-from karat_scale.commands.measure.step import Communication, LoopSpeed, Stages, optimizer_seconds, silent_trainer
+from karat_scale.commands.measure.step import Communication, LoopSpeed, Stages, optimizer_seconds
 from karat_scale.commands.measure.storage import (
     DataFiles,
     StorageSpeed,
@@ -50,6 +50,8 @@ from karat_scale.foundation.machine import cpu_has_bf16
 from karat_scale.models import parameter_count
 from karat_scale.recipe import Recipe
 from karat_scale.training.tasks.classification.distillation_teacher import build_model, keep_teacher
+from karat_scale.training.tasks.classification.task import ClassificationTask
+from karat_scale.training.trainer import silent_trainer
 
 # Shares of the available seconds.
 SHARES = {"storage": 0.1, "data": 0.35, "model": 0.15, "transfer": 0.05, "communication": 0.05, "optimizer": 0.1}
@@ -151,10 +153,9 @@ def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: flo
     with report.busy("timing the whole loop"), tempfile.TemporaryDirectory(prefix="karat-doctor-") as scratch:
         # Few prefetched batches: a short run must not profit from those made before it began.
         own = timed.changed(data__prefetch=1, data__verify="size", run__dir=f"{scratch}/run")
-        task, parts, loop = silent_trainer(own, world, resumes=False)
-        with closing(task):
-            optimizer = optimizer_seconds(parts, timed, micro_batch, budget["optimizer"])
-            speed = LoopSpeed.of(loop, LOOP_SHARE * seconds)
+        with silent_trainer(own, world, ClassificationTask) as trainer:
+            optimizer = optimizer_seconds(trainer, timed, micro_batch, budget["optimizer"])
+            speed = LoopSpeed.of(trainer, LOOP_SHARE * seconds)
     batches = (micro_batch, global_batch)
     return Figures(subject, *batches, files, storage, data, transfer, model_seconds, optimizer, communication, speed)
 

@@ -116,7 +116,7 @@ def read_batch(recipe: Recipe, step: int, count: int) -> ShownBatch:
     world = distributed.start("cpu")
     task: ClassificationTask | None = None
     try:
-        task, _ = ClassificationTask(recipe, world, Reporter(SilentDisplay(), None)).phase(step - 1)
+        task = ClassificationTask(recipe, world, Reporter(SilentDisplay(), None)).at(step - 1)
         plan = task.plan()
         last = plan.steps_per_epoch * recipe.train.epochs
         if not 1 <= step <= last:

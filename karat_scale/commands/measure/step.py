@@ -33,15 +33,11 @@ from karat_scale.engine.devices import wait_for
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import PRECISIONS, cast_images, pixel_dtype
 from karat_scale.engine.optimizers import build_optimizer, build_schedule
-from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
 from karat_scale.models import create_model, parameter_count
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
-from karat_scale.training.loop import Loop, Parts
-from karat_scale.training.run import build_parts, resume
-from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.signals import StopSignals
 from karat_scale.training.tasks.classification.task import ClassificationTask
+from karat_scale.training.trainer import Trainer, silent_trainer
 
 MANY = 10**6
 FEWEST = 2  # steps, or measurements of a stage
@@ -63,21 +59,6 @@ def synthetic_recipe(directory: str | Path, source: str, **sections: dict[str, A
     return validate_recipe(tree, source)
 
 
-def silent_trainer(
-    recipe: Recipe, world: World, task_type: type[ClassificationTask] = ClassificationTask, resumes: bool = True
-) -> tuple[ClassificationTask, Parts, Loop]:
-    """Return the task, parts and loop of `karat train`, which print nothing here. A run that has begun is resumed."""
-    directory = RunDirectory(recipe.run.dir)
-    world.on_main(lambda: directory.store.root.mkdir(parents=True, exist_ok=True))
-    task = task_type(recipe, world, Reporter(SilentDisplay(), None))
-    try:
-        parts = build_parts(task, directory, StopSignals())
-        return task, parts, Loop(parts, resume(parts, directory) if resumes else task.begin())
-    except BaseException:
-        task.close()
-        raise
-
-
 class HeldBatches(SyntheticBackend):
     """The synthetic backend with its first batch again and again: to make one takes longer than a step may."""
 
@@ -92,22 +73,26 @@ class HeldBatches(SyntheticBackend):
 
 
 class OurLoop:
-    """A run's task, parts and loop, fed with one batch again and again. On a card it counts what steps take there."""
+    """A run's trainer, fed with one batch again and again. On a card it counts what steps take there."""
 
     def __init__(self, recipe: Recipe, world: World, on_card: bool, warm_up: int) -> None:
         self._device, self._on_card = world.device, on_card
         before = torch.cuda.memory_allocated() if on_card else 0
-        self.task, self.parts, self._loop = silent_trainer(recipe, world)
+        self.trainer = silent_trainer(recipe, world, ClassificationTask)
+        self.trainer.resume()
+        task = self.trainer.task
+        assert isinstance(task, ClassificationTask)
+        self.task = task
         self.task.backend = HeldBatches(ImageSpec.of(recipe))
-        self._batches = self._loop.feed(MANY)
+        self._batches = self.trainer.feed(MANY)
         self.run(warm_up)
         self._memory = torch.cuda.memory_allocated() - before if on_card else 0
 
     def launch(self, steps: int) -> None:
-        """Steps as `Loop.run` takes them, without waiting for the device."""
+        """Steps as `Trainer.run` takes them, without waiting for the device."""
         for _ in range(steps):
-            self._loop.step(self._loop.micro_batches(self._batches))
-            self._loop.save_or_stop()
+            self.trainer.step(self.trainer.micro_batches(self._batches))
+            self.trainer.save_or_stop()
 
     def run(self, steps: int) -> None:
         """Take steps, and wait for the device."""
@@ -145,13 +130,14 @@ def batches_on(device: torch.device, recipe: Recipe) -> list[Batch]:
 
 def our_loop(recipe: Recipe, steps: int, world: World) -> Callable[[], None]:
     """Return so many steps of our loop over the recipe's batches, which are on the device."""
-    _, _, loop = silent_trainer(recipe, world)
+    trainer = silent_trainer(recipe, world, ClassificationTask)
+    trainer.resume()
     batches = batches_on(world.device, recipe)
 
     def run() -> None:
         for number in range(steps):
-            loop.step([batches[number % len(batches)]])
-            loop.save_or_stop()
+            trainer.step([batches[number % len(batches)]])
+            trainer.save_or_stop()
         wait_for(world.device)
 
     return run
@@ -195,9 +181,9 @@ class LoopSpeed:
     unreadable: int
 
     @classmethod
-    def of(cls, loop: Loop, seconds: float) -> "LoopSpeed":
+    def of(cls, trainer: Trainer, seconds: float) -> "LoopSpeed":
         """Train for about `seconds`, after a first step that does not count. Nothing is evaluated or saved."""
-        world, waited, unreadable = loop.parts.world, 0.0, 0
+        world, waited, unreadable = trainer.world, 0.0, 0
 
         @contextmanager
         def waiting() -> Iterator[None]:
@@ -206,24 +192,24 @@ class LoopSpeed:
             yield
             waited += time.perf_counter() - before
 
-        batches = loop.feed(MANY, waiting)
+        batches = trainer.feed(MANY, waiting)
 
         def counted() -> Iterator[Batch]:
             nonlocal unreadable
-            for batch in loop.micro_batches(batches):
+            for batch in trainer.micro_batches(batches):
                 unreadable += len(batch.bad)
                 yield batch
 
-        loop.step(counted())
+        trainer.step(counted())
         wait_for(world.device)
         begun, waited = time.perf_counter(), 0.0
         steps = unreadable = 0
         while steps < FEWEST or not world.any(time.perf_counter() - begun > seconds):
-            loop.step(counted())
+            trainer.step(counted())
             steps += 1
         wait_for(world.device)
         elapsed = slowest(time.perf_counter() - begun, world)
-        rate = steps * loop.parts.plan.global_batch / elapsed
+        rate = steps * trainer.plan.global_batch / elapsed
         return cls(rate, slowest(waited / elapsed, world), steps, unreadable)
 
 
@@ -326,23 +312,23 @@ class Stages:
         return repeated(partial(wall_seconds, run, 1, self._world.device), seconds, self._world)
 
 
-def optimizer_seconds(parts: Parts, recipe: Recipe, micro_batch: int, seconds: float) -> float:
+def optimizer_seconds(trainer: Trainer, recipe: Recipe, micro_batch: int, seconds: float) -> float:
     """Return the seconds of the engine's step on existing gradients, with clipping and the EMA."""
-    images, targets = Preparation(recipe, parts.world.device)(random_batch(recipe, micro_batch))
+    images, targets = Preparation(recipe, trainer.world.device)(random_batch(recipe, micro_batch))
     objective, steps = SoftTargetCrossEntropy(), 0
 
     def finish() -> None:
         nonlocal steps
         steps += 1
-        parts.engine.step()
-        if parts.ema is not None:
-            parts.ema.update(steps)
+        trainer.engine.step()
+        if trainer.ema is not None:
+            trainer.ema.update(steps)
 
     def step() -> float:
-        for micro in range(parts.plan.accumulation):
+        for micro in range(trainer.plan.accumulation):
             if micro:
-                parts.engine.step()
-            parts.engine.backward(objective(parts.engine.forward(images), targets))
-        return wall_seconds(finish, 1, parts.world.device)
+                trainer.engine.step()
+            trainer.engine.backward(objective(trainer.engine.forward(images), targets))
+        return wall_seconds(finish, 1, trainer.world.device)
 
-    return repeated(step, seconds, parts.world)
+    return repeated(step, seconds, trainer.world)

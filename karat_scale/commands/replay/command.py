@@ -29,15 +29,13 @@ from karat_scale.foundation.errors import RunDirectoryError, UserError
 from karat_scale.foundation.files import write_atomically
 from karat_scale.foundation.trust import refuse_untrusted
 from karat_scale.recipe import Recipe
-from karat_scale.training.loop import Loop
 from karat_scale.training.open_run import OpenRun
 from karat_scale.training.outcome import checkpoints_before
-from karat_scale.training.run import build_parts, resume
 from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.signals import StopSignals
 from karat_scale.training.tasks.classification.distillation_teacher import FILE as DISTILL_FILE
 from karat_scale.training.tasks.classification.distillation_teacher import TEACHER_FILE
 from karat_scale.training.tasks.classification.task import ClassificationTask
+from karat_scale.training.trainer import Trainer
 
 _NEVER = 10**9
 _PASSES = ("forward", "backward")
@@ -222,27 +220,26 @@ def _take(recipe: Recipe, step: int, world: World, count: int) -> "_Step":
     task: ClassificationTask | None = None
     reporter = Reporter(PlainDisplay() if world.is_main else SilentDisplay(), None, world.rank)
     try:
-        task, _ = ClassificationTask(recipe, world, reporter).phase(step - 1)
-        directory = RunDirectory(recipe.run.dir)
-        parts = build_parts(task, directory, StopSignals())
-        loop = Loop(parts, resume(parts, directory))
+        task = ClassificationTask(recipe, world, reporter).at(step - 1)
+        trainer = Trainer(task, RunDirectory(recipe.run.dir))
+        state = trainer.resume()
         if task.stream_differs:
             raise UserError(f"step {step}: {task.stream_differs}; replay it on as many ranks as the run had")
-        if not loop.state.step < step <= parts.total_steps:
-            raise UserError(f"step {step}: the run has steps 1 to {parts.total_steps:,}")
-        if task.size_at(loop.state.step) != task.size_at(step - 1):
+        if not state.step < step <= trainer.total_steps:
+            raise UserError(f"step {step}: the run has steps 1 to {trainer.total_steps:,}")
+        if task.size_at(state.step) != task.size_at(step - 1):
             raise UserError(f"step {step}: no checkpoint with the same image size before it is left")
-        batches = loop.feed(step)
-        with progress("training up to the step", step - 1 - loop.state.step, "steps") as advance:
-            while loop.state.step < step - 1:
-                loop.step(loop.micro_batches(batches))
+        batches = trainer.feed(step)
+        with progress("training up to the step", step - 1 - state.step, "steps") as advance:
+            while state.step < step - 1:
+                trainer.step(trainer.micro_batches(batches))
                 advance(1)
-        weights = not_finite(parts.engine.module.named_parameters())
-        taken = list(loop.micro_batches(batches))
-        with watched(parts.engine.module) as findings:
-            norm = loop.step(taken)
+        weights = not_finite(trainer.engine.module.named_parameters())
+        taken = list(trainer.micro_batches(batches))
+        with watched(trainer.engine.module) as findings:
+            norm = trainer.step(taken)
         mine = _replayed(task, taken, findings, str(weights) if weights else None, count)
-        return _Step(world.gather(mine), float(norm), parts.plan.accumulation)
+        return _Step(world.gather(mine), float(norm), trainer.plan.accumulation)
     finally:
         if task is not None:
             task.close()

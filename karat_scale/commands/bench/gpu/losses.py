@@ -1,6 +1,6 @@
 """Whether training is right on this machine: the losses of each mode of the trainer against those of fp32 on the CPU.
 
-A small KArAt ViT trains from one seed on the same images in every mode, by the parts, the loop and the checkpoints of
+A small KArAt ViT trains from one seed on the same images in every mode, by the trainer and the checkpoints of
 `karat train`. Nothing reads the device between the steps, so a missing wait shows as it would in a run.
 """
 
@@ -22,7 +22,7 @@ from karat_scale.attention import KaratOperator
 from karat_scale.checkpoint.restore import read_state
 from karat_scale.checkpoint.store import checkpoint_name
 from karat_scale.commands.bench.gpu.worker import Task, is_fatal, one_line
-from karat_scale.commands.measure.step import silent_trainer, synthetic_recipe
+from karat_scale.commands.measure.step import synthetic_recipe
 from karat_scale.data.batch import Batch
 from karat_scale.engine import distributed
 from karat_scale.engine.deepspeed_config import config_directory
@@ -34,6 +34,7 @@ from karat_scale.recipe import Recipe
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.task import OnBatch
 from karat_scale.training.tasks.classification.task import ClassificationTask, EvalResult, TrainState
+from karat_scale.training.trainer import silent_trainer
 
 Losses = dict[int | str, float]
 # The losses of STEPS steps are compared. That of step NAN_STEP is NaN on one rank, and training goes on to step LAST.
@@ -271,14 +272,11 @@ def _tensors_of(recipe: Recipe, step: int) -> dict[str, Tensor]:
 
 def train(recipe: Recipe, world: World, stop: int | None = None) -> Seen:
     """Train as `karat train` does, from the newest checkpoint in the run's directory on, to the end or to `stop`."""
-    task, parts, loop = silent_trainer(recipe, world, WatchedTask)
-    try:
-        loop.run(stop)
-    finally:
-        task.close()
-        parts.engine.release()
-    assert isinstance(task, WatchedTask)
-    return task.seen
+    with silent_trainer(recipe, world, WatchedTask) as trainer:
+        trainer.resume()
+        trainer.run(stop)
+    assert isinstance(trainer.task, WatchedTask)
+    return trainer.task.seen
 
 
 def recipe_of(

@@ -270,15 +270,17 @@ class ClassificationTask(Task):
         """Return the recipe's schedule in steps."""
         return build_schedule(self.recipe, steps_per_epoch)
 
-    def phase(self, step: int) -> "tuple[ClassificationTask, int | None]":
-        """Return the task of the image size that `schedule.image_sizes` has from `step` on, and the end of that."""
+    def at(self, step: int) -> "ClassificationTask":
+        """Return the task of the image size that `schedule.image_sizes` has from `step` on; it opens the images."""
         size, stop = self.size_at(step)
-        if size == self.recipe.model.image_size:
-            return self, stop
-        self.close()
-        self.reporter.info(f"images of {size} x {size} pixels from step {step} on")
-        of_size = self.recipe.changed(model__image_size=size)
-        return ClassificationTask(of_size, self.world, self.reporter, is_verified=True), stop
+        task = self
+        if size != self.recipe.model.image_size:
+            self.close()
+            self.reporter.info(f"images of {size} x {size} pixels from step {step} on")
+            of_size = self.recipe.changed(model__image_size=size)
+            task = ClassificationTask(of_size, self.world, self.reporter, is_verified=True)
+        task.stop_step = stop
+        return task
 
     def size_at(self, step: int) -> tuple[int, int | None]:
         """Return the image size from `step` on, and the step at which another one follows; None for the end."""

@@ -70,9 +70,9 @@ def test_the_files_are_hashed_at_the_start_and_not_for_each_image_size(
     reporter = Reporter(SilentDisplay(), None)
     task = ClassificationTask(recipe_of(copy, tmp_path), world, reporter)
     flip_a_byte(copy / "train-000001.tar")
-    smaller, _ = task.phase(0)
+    smaller = task.at(0)
     assert smaller.recipe.model.image_size == 8
-    larger, _ = smaller.phase(8)
+    larger = smaller.at(8)
     larger.close()
     with pytest.raises(DataError, match=r"train-000001.tar has changed since it was written: its SHA-256 differs"):
         ClassificationTask(recipe_of(copy, tmp_path), world, reporter)

@@ -20,7 +20,7 @@ from karat_scale.training.tasks.classification.distillation_teacher import TEACH
 from karat_scale.training.tasks.classification.distillation_teacher import keep_teacher
 from karat_scale.training.weights_file import read_exported
 from tests.conftest import SMALL, events, karat, summary
-from tests.small_engines import make_parts, weights
+from tests.small_engines import make_trainer, weights
 
 QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null")
 
@@ -191,9 +191,9 @@ def test_copying_the_teacher_does_not_change_the_initial_weights(
 ) -> None:
     own = (f"attention.transfer_from={teacher}", f"run.dir={tmp_path / 'run'}", "data.workers=0")
     student = load_recipe(recipe, [*SMALL, *QUICK, *own])
-    first = make_parts(student, world)
+    first = make_trainer(student, world)
     RunDirectory(student.run.dir).begin(student, first.task.classes)
-    second = make_parts(student, world)  # the teacher is there already
+    second = make_trainer(student, world)  # the teacher is there already
     assert all(map(torch.equal, weights(first.engine), weights(second.engine)))
     first.task.close()
     second.task.close()

@@ -12,53 +12,52 @@ from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import DivergedError, RunDirectoryError
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.training.loop import Loop, Parts
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 from karat_scale.training.tasks.detection.task import DetectionState, DetectionTask
-from tests.small_engines import equal, make_parts
+from karat_scale.training.trainer import Trainer
+from tests.small_engines import equal, make_trainer
 
 Small = Callable[..., DetectionRecipe]
 
 
 @pytest.fixture
-def begin(world: World) -> Iterator[Callable[[DetectionRecipe], Parts]]:
+def begin(world: World) -> Iterator[Callable[[DetectionRecipe], Trainer]]:
     """Parts of a recipe's run, closed after the test."""
-    made: list[Parts] = []
+    made: list[Trainer] = []
 
-    def make(recipe: DetectionRecipe) -> Parts:
-        made.append(make_parts(recipe, world, task_type=DetectionTask))
+    def make(recipe: DetectionRecipe) -> Trainer:
+        made.append(make_trainer(recipe, world, task_type=DetectionTask))
         return made[-1]
 
     yield make
-    for parts in made:
-        parts.task.close()
+    for trainer in made:
+        trainer.task.close()
 
 
-def learned(parts: Parts) -> tuple[dict[str, Any], dict[str, Any]]:
+def learned(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
     """Copies of the weights and of AdamW's states."""
-    engine = parts.engine.deepspeed
+    engine = trainer.engine.deepspeed
     both = engine.module.state_dict(), engine.basic_optimizer.state_dict()["state"]
     return torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), both)
 
 
-def take_steps(loop: Loop, count: int) -> None:
-    batches = loop.feed(loop.state.step + count)
+def take_steps(trainer: Trainer, count: int) -> None:
+    batches = trainer.feed(trainer.state.step + count)
     for _ in range(count):
-        loop.step(loop.micro_batches(batches))
+        trainer.step(trainer.micro_batches(batches))
 
 
 def test_a_save_beside_training_holds_the_state_of_its_step(small: Small, begin) -> None:
-    parts = begin(small(train={"epochs": 1}))
-    loop = Loop(parts, DetectionState())
-    take_steps(loop, 2)
-    saved = learned(parts)
-    assert parts.checkpoints.save(loop.state, wait=False)
-    assert parts.checkpoints.is_under_way
-    take_steps(loop, 1)
-    assert not equal(learned(parts), saved)
-    assert parts.checkpoints.finish()
-    assert parts.checkpoints.store.pointed("latest") == "step-00000002"
+    trainer = begin(small(train={"epochs": 1}))
+    take_steps(trainer, 2)
+    saved = learned(trainer)
+    assert trainer.checkpoints.save(trainer.state, wait=False)
+    assert trainer.checkpoints.is_under_way
+    take_steps(trainer, 1)
+    assert not equal(learned(trainer), saved)
+    assert trainer.checkpoints.finish()
+    assert trainer.checkpoints.store.pointed("latest") == "step-00000002"
     resumed = begin(small(train={"epochs": 1}))
     assert resumed.checkpoints.load().step == 2
     assert equal(learned(resumed), saved)
@@ -67,26 +66,25 @@ def test_a_save_beside_training_holds_the_state_of_its_step(small: Small, begin)
 def test_a_step_that_is_not_finite_is_skipped_and_ends_the_run_when_the_recipe_says_so(
     small: Small, begin, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parts = begin(small(train={"max_skipped_steps": 3}))
-    loop = Loop(parts, DetectionState())
-    take_steps(loop, 1)
-    losses = parts.task.losses
+    trainer = begin(small(train={"max_skipped_steps": 3}))
+    take_steps(trainer, 1)
+    losses = trainer.task.losses
     bad = {2, 4, 5, 6}
 
     def spoiled(forward: Any, batch: Any) -> dict[str, torch.Tensor]:
         found = losses(forward, batch)
-        return {**found, "loss": found["loss"] + (math.nan if loop.state.step + 1 in bad else 0.0)}
+        return {**found, "loss": found["loss"] + (math.nan if trainer.state.step + 1 in bad else 0.0)}
 
-    monkeypatch.setattr(parts.task, "losses", spoiled)
-    before = learned(parts)
-    take_steps(loop, 1)
-    assert equal(learned(parts), before)
+    monkeypatch.setattr(trainer.task, "losses", spoiled)
+    before = learned(trainer)
+    take_steps(trainer, 1)
+    assert equal(learned(trainer), before)
     assert "warning: step 2 has a loss or gradients that are not finite; skipped" in capsys.readouterr().out
-    take_steps(loop, 1)
-    assert not equal(learned(parts), before)
+    take_steps(trainer, 1)
+    assert not equal(learned(trainer), before)
     with pytest.raises(DivergedError, match=r"step 6 .*the last of train\.max_skipped_steps = 3; .* is none"):
-        take_steps(loop, 3)
-    assert loop.state.skipped_in_row == 3
+        take_steps(trainer, 3)
+    assert trainer.state.skipped_in_row == 3
 
 
 def test_checkpoints_of_the_other_kind_are_refused(
@@ -94,7 +92,7 @@ def test_checkpoints_of_the_other_kind_are_refused(
 ) -> None:
     detector = begin(small())
     assert detector.checkpoints.save(DetectionState(step=1, samples=4))
-    classifier = make_parts(small_recipe("data.workers=0", f"run.dir={tmp_path / 'classifier'}"), world)
+    classifier = make_trainer(small_recipe("data.workers=0", f"run.dir={tmp_path / 'classifier'}"), world)
     with pytest.raises(RunDirectoryError, match=r"is of a run that trains detection, this one trains classification"):
         classifier.checkpoints.load(str(tmp_path / "run"))
     classifier.task.close()
@@ -113,16 +111,16 @@ def test_checkpoints_of_the_other_kind_are_refused(
 def test_losses_are_the_same_at_each_stage_and_recomputed(small: Small, begin, tmp_path: Path, sections: dict) -> None:
     def losses(name: str, **changes: dict[str, object]) -> list[float]:
         recipe = small(run={"dir": str(tmp_path / name)}, **changes)
-        parts, found = begin(recipe), []
-        task_losses = parts.task.losses
+        trainer, found = begin(recipe), []
+        task_losses = trainer.task.losses
 
         def noted(forward: Any, batch: Any) -> dict[str, torch.Tensor]:
             made = task_losses(forward, batch)
             found.append(float(made["loss"].detach()))
             return made
 
-        parts.task.losses = noted
-        take_steps(Loop(parts, DetectionState()), 3)
+        trainer.task.losses = noted
+        take_steps(trainer, 3)
         return found
 
     assert losses("other", **sections) == pytest.approx(losses("plain"), rel=1e-5)

@@ -1,0 +1,403 @@
+"""The trainer of one rank: model, engine and data of a recipe, and the loop over its steps.
+
+A trainer is built in the order in which mistakes show soonest: plan, model, engine. It goes on from a checkpoint, takes
+global batches in order, evaluates, saves, and stops when asked. Training is a function of the state: `run` may stop
+after any step and resume from its checkpoint, and the weights come out the same.
+
+The host launches a step's work and does not wait for it. Loss and gradient norms stay on the device until a log line,
+an evaluation, a save, or an agreement of the ranks, about once a second. Steps that were skipped, as their gradients
+are not finite, and losses that jump are then found and noted; the recipe says when the run ends at them.
+
+On a CPU a step is given up between two micro batches, so that a stop need not wait for minutes. Weights change only at
+a step's end. What changes before is put back, and the resumed run takes the step again, with the same bits. Gradients
+are not kept in a checkpoint.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from typing_extensions import Self
+
+from karat_scale.checkpoint.checkpoints import Checkpoints
+from karat_scale.data.loading.device_feed import DeviceFeed
+from karat_scale.data.plan import total_steps
+from karat_scale.engine.distributed import World
+from karat_scale.engine.ema import Ema
+from karat_scale.engine.engine import Engine
+from karat_scale.engine.memory import apply_recompute
+from karat_scale.engine.reporting.interval import (
+    HeadHistograms,
+    Interval,
+    OwnTime,
+    StepProfiler,
+    peak_memory_mb,
+    resident_memory_mb,
+)
+from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
+from karat_scale.engine.run_state import RunState
+from karat_scale.foundation.errors import DivergedError
+from karat_scale.models.layers import freeze
+from karat_scale.models.operators import check_implementation, describe_implementation
+from karat_scale.recipe import RunRecipe
+from karat_scale.training.agreement import Agreement, SavePoints
+from karat_scale.training.initial_weights import initialise
+from karat_scale.training.outcome import Incidents, Spikes
+from karat_scale.training.run_directory import RunDirectory, refuse_another_model
+from karat_scale.training.signals import StoppedError, StopSignals
+from karat_scale.training.task import AfterStep, OnBatch, Scores, Task, Waiting
+
+
+class Trainer:
+    """Trains a task's recipe in a run's directory. As a context, it closes the task and lets go of the engine.
+
+    Raises:
+        UserError: the recipe does not fit the data or the world.
+    """
+
+    def __init__(self, task: Task, directory: RunDirectory, signals: StopSignals | None = None) -> None:
+        recipe, world, reporter = task.recipe, task.world, task.reporter
+        self.task, self.recipe, self.world, self.reporter = task, recipe, world, reporter
+        self.directory = directory
+        self.signals = signals or StopSignals()
+        self.plan = plan = task.plan()
+        self.total_steps = total_steps(plan.steps_per_epoch, recipe.train.epochs, recipe.train.max_steps)
+        self.schedule = task.schedule(plan.steps_per_epoch)
+        task.prepare(directory)
+        torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank and at every world size
+        backbone = task.build_backbone(directory)
+        check_implementation(backbone, world.device)
+        if chosen := describe_implementation(backbone, world.device):
+            reporter.info(chosen)
+        if recipe.init_from and not directory.store.names():
+            reporter.info(initialise(backbone, recipe, world, task.take_weights))
+        model = task.build_model(backbone)
+        if recipe.train.freeze:
+            reporter.info(freeze(model, recipe.train.freeze))
+        torch.manual_seed(recipe.run.seed + 1 + world.rank)  # but random numbers of its own on each rank in training
+        if recomputed := apply_recompute(backbone, recipe):
+            reporter.info(recomputed)
+        self.engine = engine = Engine(model, recipe, world, plan.micro_batch, task.groups(model))
+        if recipe.train.compile:
+            engine.compile(recipe.train.compile)
+            reporter.info(f"the first step compiles the model (train.compile = {recipe.train.compile})")
+        self.ema = Ema(engine.deepspeed, recipe.train) if recipe.train.ema_decay else None
+        self.checkpoints: Checkpoints[Any] = Checkpoints(
+            directory.store, engine, self.ema, world, recipe, reporter, task.kind, task.state_type
+        )
+        histograms = HeadHistograms(engine, recipe.log, reporter)
+        self.after_step: list[AfterStep] = [histograms, *task.after_step(engine, directory, self.total_steps)]
+        self._profiler = StepProfiler(recipe.log.profile_steps, directory.profile, world, reporter)
+        self._incidents = Incidents(directory.path / "incidents", directory.store, plan)
+        self.begin(task.state_type())
+
+    def begin(self, state: RunState) -> None:
+        """Train from `state` on, which the weights are of."""
+        recipe, world = self.recipe, self.world
+        self.state = state
+        self.grad_norm: float | None = None
+        """Of the last step that was looked at."""
+        deviations = recipe.train.detect_spikes
+        self._spikes = Spikes(deviations) if deviations is not None else None
+        self._interval, self._own_time = Interval(world.device), OwnTime(world.device)
+        minutes = recipe.checkpoint.every_minutes
+        self._save_points = SavePoints(world, self.signals, recipe.checkpoint.every_steps, minutes)
+        self._evaluating = Agreement(world)
+        self._compiles = self._compiles_evaluation = bool(recipe.train.compile)
+        # A step can be given up where this rank is alone, on a CPU, and a forward pass changes no statistics.
+        has_norms = any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in self.engine.module.modules())
+        is_alone = world.size == 1 and world.device.type == "cpu"
+        self._can_give_up = self.plan.accumulation > 1 and is_alone and not has_norms
+        if state.step > 0:  # so that a checkpoint of this very step has the rate that an undisturbed run has there
+            self.engine.set_lr(self.schedule.lr(state.step - 1))
+
+    def resume(self, is_start: bool = True) -> RunState:
+        """Go on from the newest intact checkpoint; begin a new run if there is none. Returns the state.
+
+        `resume.from` counts at a run's first start only: after that the run has checkpoints of its own.
+
+        Args:
+            is_start: false if the run only continues with another model.
+
+        Raises:
+            RunDirectoryError: no checkpoint is intact, or it is of another model, or of other data.
+        """
+        recipe, task, directory = self.recipe, self.task, self.directory
+        branch = "" if directory.store.names() else recipe.resume.from_
+        if branch:
+            refuse_another_model(Path(branch).expanduser(), recipe)
+        fresh = partial(task.build_fresh, directory)
+        state: RunState = self.checkpoints.load(branch, fresh, is_start) or task.begin()
+        task.check_resumed(state)
+        other = directory.keep_data(state, task.num_train, task.classes, recipe, is_branch=bool(branch))
+        if other:
+            self.reporter.info(f"it continues with other data: {other}")
+        self.begin(state)
+        return state
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.task.close()
+        self.engine.release()
+
+    def run(self, stop_step: int | None = None) -> bool:
+        """Train to the end, or to `stop_step`; evaluate if that is due, and save. Returns whether training goes on.
+
+        Raises:
+            DivergedError: the loss or the gradients are not finite, and the recipe says to end there.
+            StoppedError: a signal asked to stop; the state is saved, or `saved` of the error says it is not.
+            RunDirectoryError: the last checkpoint could not be saved, or the first, or the disk does not take the
+                metrics.
+        """
+        state, checkpoints = self.state, self.checkpoints
+        stop_step = self.total_steps if stop_step is None else min(stop_step, self.total_steps)
+        try:
+            self._write_if_due()
+            self._evaluate_if_due()
+            batches = self.feed(stop_step)
+            while state.step < stop_step:
+                with self._profiler.step(state.step + 1):
+                    self.step(self.micro_batches(batches))
+                self._write_if_due()
+                self._evaluate_if_due()
+                self.save_or_stop()
+                if checkpoints.has_only_failed:
+                    raise checkpoints.store.not_saved(checkpoints.problem)
+        except StoppedError as stopped:
+            stopped.saved = self._save(wait=True)
+            raise
+        if not self._save(wait=True):
+            raise checkpoints.store.not_saved(checkpoints.problem)
+        return stop_step < self.total_steps
+
+    def feed(self, stop_step: int, waiting: Waiting | None = None) -> DeviceFeed[Any]:
+        """This rank's micro batches from the next step to `stop_step`, on its device; `waiting` as for DeviceFeed."""
+        slices = self.plan.slices(self.state.step, stop_step)
+        return self.task.train_batches(slices, waiting or self._waiting_for_data)
+
+    @contextmanager
+    def _waiting_for_data(self) -> Iterator[None]:
+        self.reporter.beat("waiting for data", self.state.step + 1)
+        with self._own_time.data():
+            yield
+
+    def micro_batches(self, batches: DeviceFeed[Any]) -> Iterator[Any]:
+        """Those of one step. The next batch is fetched when a step's work is launched, while the device does it.
+
+        Raises StoppedError between them if a signal asks to stop and the step can be given up.
+        """
+        if self._can_give_up:  # what a step changes before its last micro batch
+            rng, counts, seconds = torch.get_rng_state(), self.task.counts, self._interval.seconds
+        for number in range(self.plan.accumulation):
+            if number and self._can_give_up and self.signals.received is not None:
+                torch.set_rng_state(rng)
+                self.task.counts, self._interval.seconds = counts, seconds
+                raise StoppedError
+            yield next(batches)
+            batches.fetch_ahead()
+
+    def step(self, micro_batches: Iterable[Any]) -> torch.Tensor:
+        """Train on this rank's part of one global batch, on the device; returns the gradient norm, 0-dim."""
+        state = self.state
+        lr = self.schedule.lr(state.step)
+        self.engine.set_lr(lr)
+        *_, norm = [self._pass_through(batch) for batch in micro_batches]
+        assert norm is not None  # the last micro batch ends the step
+        self._compiles = False
+        state.step += 1
+        state.samples += self.recipe.train.global_batch
+        self._interval.add_norm(norm)
+        if self.ema is not None:
+            self.ema.update(state.step, was_taken=norm < math.inf)
+        self._interval.finish_step()
+        if state.seconds_to_first_step is None:
+            state.seconds_to_first_step = round(time.time() - psutil.Process().create_time(), 2)
+        self.reporter.display.advance(state.step, self.total_steps)
+        # The first step, too: people look whether a loss is there.
+        if state.step % self.recipe.log.every_steps == 0 or state.step in (1, self.total_steps):
+            self._report(lr)
+        return norm
+
+    def _pass_through(self, batch: Any) -> torch.Tensor | None:
+        """Forward and backward; after the last micro batch of a step the step, whose gradient norm is returned."""
+        accumulation = self.plan.accumulation
+        self.reporter.beat("compiling" if self._compiles else "forward")
+        with self._own_time.forward():
+            losses = self.task.losses(self.engine.forward, batch)
+        self.reporter.beat("compiling" if self._compiles else "backward")
+        self.engine.backward(losses["loss"])
+        self.reporter.beat("compiling" if self._compiles else "optimizer")
+        norm = self.engine.step()
+        self._interval.add_losses({name: loss.detach() / accumulation for name, loss in losses.items()})
+        if self._spikes is not None:
+            self._interval.add_to_step(losses["loss"].detach() / accumulation)
+        return norm
+
+    def _report(self, lr: float) -> None:
+        state, world = self.state, self.world
+        self.look()
+        losses, steps = self._interval.take_losses()
+        sums = world.sum(torch.stack(list(losses.values()))) / (steps * world.size)
+        self.reporter.pace(self._own_time.take() / steps)
+        rate = self._fold_interval()
+        with self._interval.paused():  # the first report may count FLOPs
+            more = self.task.figures(state, rate)
+        figures = {
+            "epoch": (state.step - 1) // self.plan.steps_per_epoch,
+            "samples": state.samples,
+            "total_steps": self.total_steps,
+            **dict(zip(losses, sums.tolist(), strict=True)),
+            "lr": lr,
+            "grad_norm": self.grad_norm,
+            **({"loss_scale": scale} if (scale := self.engine.loss_scale) is not None else {}),
+            "images_per_second": rate,
+            **more,
+            "skipped_steps": state.skipped_steps,
+            "peak_memory_mb": state.peak_memory_mb,
+            "resident_memory_mb": round(resident_memory_mb(), 1),
+        }
+        self.reporter.train(state.step, self.total_steps, figures)
+
+    def _fold_interval(self) -> float | None:
+        """Add what the interval counted to the state, on all ranks; returns images a second in it."""
+        world, state = self.world, self.state
+        steps, seconds = self._interval.take_time()
+        samples = steps * self.recipe.train.global_batch
+        state.timed_samples += samples
+        state.timed_seconds += seconds
+        state.skipped_steps += self.engine.take_skipped_steps()
+        state.peak_memory_mb = max(state.peak_memory_mb, world.max(int(peak_memory_mb(world.device))))
+        self.task.fold(state)
+        return samples / seconds if samples else None
+
+    def _evaluate_if_due(self) -> None:
+        state = self.state
+        every = self.recipe.train.eval_every_epochs * self.plan.steps_per_epoch
+        due = state.step > 0 and (state.step % every == 0 or state.step == self.total_steps)
+        if not due or state.evaluated_step == state.step:
+            return
+        self.look()
+        self._evaluating = Agreement(self.world)
+        self.reporter.beat("compiling" if self._compiles_evaluation else "evaluating")
+        with self._interval.paused():
+            scores, more = self.evaluate(self._during_evaluation)
+            self._compiles_evaluation = False
+            figures = {"samples": state.samples, **scores.to_json(), **more}
+            is_best = state.record(figures)
+            self.reporter.evaluated(state.step, f"{scores} ({figures['weights']} weights)", figures)
+            if is_best and self.recipe.checkpoint.keep_best:
+                self._save()
+
+    def _during_evaluation(self, done: int, total: int) -> None:
+        self.reporter.beat("evaluating")
+        self.reporter.display.evaluate(done, total)
+        agreed = self._evaluating.maxima(done, self.signals.received is not None)
+        if agreed is not None and agreed[0]:
+            raise StoppedError
+
+    def _write_if_due(self) -> None:
+        for one in self.after_step:
+            if one.due(self.state.step):
+                with self._interval.paused():
+                    one.write(self.state.step)
+
+    def save_or_stop(self) -> None:
+        """What the ranks agree to do after a step."""
+        step, checkpoints = self.state.step, self.checkpoints
+        if self._save_points.is_agreement_due(step):
+            self.look()
+        decision = self._save_points.decide(step, checkpoints.is_busy)
+        if decision.is_idle and checkpoints.is_under_way:
+            checkpoints.advance()
+        if decision.stop and step < self.total_steps:
+            raise StoppedError
+        if decision.save:
+            self._save()
+
+    def _save(self, wait: bool = False) -> bool:
+        """Save this state unless that is done; whether it is, or without `wait` will be unless a rank fails."""
+        self.reporter.beat("saving")
+        self.look()
+        with self._interval.paused():
+            if not self.checkpoints.holds(self.state):
+                self._fold_interval()
+            self._save_points.note_save()
+            # Asked of the state, as the save at the evaluation may have failed.
+            is_best = self.state.best_step == self.state.step and self.recipe.checkpoint.keep_best
+            return self.checkpoints.save(self.state, is_best, wait)
+
+    def evaluate(self, on_batch: OnBatch) -> tuple[Scores, dict[str, Any]]:
+        """Evaluate the weights that the recipe names; returns the scores, and what else the event says of the model."""
+        use_ema = self.ema is not None and self.recipe.train.eval_weights != "raw"
+        weights = self.ema.in_place_of_weights() if use_ema and self.ema else nullcontext()
+        self.engine.module.eval()
+        try:
+            with weights:
+                scores = self.task.evaluate(self.engine.forward, on_batch)
+                more = self.task.look_inside(self.engine)
+        finally:
+            self.engine.module.train()
+        return scores, {"weights": "ema" if use_ema else "raw", **more}
+
+    def look(self) -> None:
+        """Look which steps were skipped since the last look, and which losses jumped; the same on all ranks.
+
+        Raises:
+            DivergedError: the recipe says to stop at such a step, or as many in a row were skipped as it allows.
+        """
+        state = self.state
+        norms = self._interval.take_norms()
+        for step, norm in enumerate(norms, start=state.step - len(norms) + 1):
+            self.grad_norm = norm
+            state.skipped_in_row = 0 if math.isfinite(norm) else state.skipped_in_row + 1
+            if state.skipped_in_row:
+                self._note_skipped(step, norm)
+        if self._spikes is None:
+            return
+        losses = self._interval.take_step_losses()
+        if not len(losses):
+            return
+        means = (self.world.sum(losses) / self.world.size).tolist()
+        for place, loss, limit in self._spikes.find(means):
+            if self.world.is_main:
+                step = state.step - len(losses) + 1 + place
+                advice = self._incidents.note(step, "spike", loss=loss, limit=limit)
+                self.reporter.spike(step, loss, limit, advice)
+
+    def _note_skipped(self, step: int, norm: float) -> None:
+        state, train = self.state, self.recipe.train
+        stop = train.on_nonfinite == "stop"
+        what, advice = f"step {step} has a loss or gradients that are not finite", ""
+        if self.world.is_main and train.precision != "fp16":  # where the loss scale overflows now and then
+            advice = f"; {self._incidents.note(step, 'not finite', grad_norm=norm)}"
+        if not stop and state.skipped_in_row < train.max_skipped_steps:
+            if self.world.is_main:
+                self.reporter.warn(f"{what}; skipped{advice}")
+            return
+        self.checkpoints.finish()
+        rule = "train.on_nonfinite = stop" if stop else f"the last of train.max_skipped_steps = {state.skipped_in_row}"
+        last = self.checkpoints.store.pointed("latest") or "none"
+        raise DivergedError(
+            f"{what}, {rule}; the last checkpoint is {last}; lower optim.lr or look into the data{advice}"
+        )
+
+
+def silent_trainer(recipe: RunRecipe, world: World, task_type: type[Task]) -> Trainer:
+    """Return the trainer of `karat train`, which prints nothing here; `resume` lets it go on with what is there."""
+    directory = RunDirectory(recipe.run.dir)
+    world.on_main(lambda: directory.store.root.mkdir(parents=True, exist_ok=True))
+    task = task_type(recipe, world, Reporter(SilentDisplay(), None))
+    try:
+        return Trainer(task, directory)
+    except BaseException:
+        task.close()
+        raise
