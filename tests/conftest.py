@@ -205,7 +205,7 @@ def karat_here(*arguments: str) -> int:
 @contextmanager
 def signals_restored() -> Iterator[None]:
     """Undo what a run does to this process's signals, which data workers of later tests would inherit."""
-    from karat_scale.training.signals import STOP_SIGNALS
+    from karat_scale.training.agreement import STOP_SIGNALS
 
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}

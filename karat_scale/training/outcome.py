@@ -28,9 +28,9 @@ from karat_scale.foundation.machine import processor_name
 from karat_scale.foundation.versions import library_versions
 from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.loading import dump_recipe, text_digest
+from karat_scale.training.agreement import StoppedError, StopSignals
 from karat_scale.training.run_copy import RunCopy, finish_copy
 from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.signals import StoppedError, StopSignals
 from karat_scale.training.task import Task
 
 

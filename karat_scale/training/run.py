@@ -22,12 +22,10 @@ from karat_scale.engine.tracking.follow import check_trackers
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import EXIT_STOPPED
 from karat_scale.recipe import RunRecipe
-from karat_scale.training.from_url import open_copy
-from karat_scale.training.heartbeats import start_heartbeat
+from karat_scale.training.agreement import StoppedError, StopSignals
 from karat_scale.training.outcome import Outcome, concluded
-from karat_scale.training.run_copy import RunCopy
+from karat_scale.training.run_copy import RunCopy, open_copy
 from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.signals import StoppedError, StopSignals
 from karat_scale.training.task import Task
 from karat_scale.training.trainer import Trainer
 
@@ -130,7 +128,7 @@ def open_reporter(recipe: RunRecipe, world: World, directory: RunDirectory) -> R
         if world.is_main:
             check_trackers(recipe.log.trackers)
             log = MetricsLog(directory.metrics_file)
-    heartbeat = start_heartbeat(directory.path, world)
+    heartbeat = directory.start_heartbeat(world)
     if recipe.log.memory_history:
         record_memory(world.device)
     reporter = Reporter(choose_display(world.is_main, recipe.run.name), log, world.rank, heartbeat)

@@ -30,9 +30,11 @@ from typing import IO, Any, TypeVar, overload
 from karat_scale.checkpoint.restore import falsehood
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
 from karat_scale.data.loading.loader import class_order_digest
-from karat_scale.engine.heartbeat import heartbeat_file
+from karat_scale.engine.devices import device_name, write_flight_record
+from karat_scale.engine.distributed import World
+from karat_scale.engine.heartbeat import Heartbeat, heartbeat_file
 from karat_scale.engine.run_state import RunState
-from karat_scale.foundation.errors import RunDirectoryError, not_written
+from karat_scale.foundation.errors import RunDirectoryError, UserError, not_written
 from karat_scale.foundation.files import open_regular, parse_json, read_text, remove_leftovers, replace_file
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import NEVER_ALLOWED, Effect
@@ -126,6 +128,14 @@ class RunDirectory:
             with suppress(OSError):
                 path.unlink()
         return problems
+
+    def start_heartbeat(self, world: World) -> Heartbeat:
+        """Start this rank's heartbeat. Raises UserError if KARAT_STALL_SECONDS cannot be read."""
+        try:
+            heartbeat = Heartbeat(self.path, world.rank, device_name(world.device), write_flight_record)
+        except ValueError as error:
+            raise UserError(f"STALL_SECONDS: {error}") from None
+        return heartbeat.start()
 
     def begin(self, recipe: RunRecipe, classes: Sequence[str] = ()) -> None:
         """Record the names of the classes and the recipe: from here on the directory is this run's.

@@ -47,11 +47,10 @@ from karat_scale.foundation.errors import DivergedError
 from karat_scale.models.layers import freeze
 from karat_scale.models.operators import check_implementation, describe_implementation
 from karat_scale.recipe import RunRecipe
-from karat_scale.training.agreement import Agreement, SavePoints
+from karat_scale.training.agreement import Agreement, SavePoints, StoppedError, StopSignals
 from karat_scale.training.initial_weights import initialise
 from karat_scale.training.outcome import Incidents, Spikes
 from karat_scale.training.run_directory import RunDirectory, refuse_another_model
-from karat_scale.training.signals import StoppedError, StopSignals
 from karat_scale.training.task import AfterStep, OnBatch, Scores, Task, Waiting
 
 

@@ -30,9 +30,8 @@ from karat_scale.foundation.files import Fingerprint, file_sha256
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.training.agreement import Decision, SavePoints
+from karat_scale.training.agreement import Decision, SavePoints, StopSignals
 from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.signals import StopSignals
 from karat_scale.training.tasks.classification.task import TrainState
 from karat_scale.training.weights_file import load_exported
 from tests.clock import Clock

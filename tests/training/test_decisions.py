@@ -6,8 +6,7 @@ import signal
 import pytest
 
 from karat_scale.engine.distributed import ALONE
-from karat_scale.training.agreement import Agreement, SavePoints
-from karat_scale.training.signals import StopSignals
+from karat_scale.training.agreement import Agreement, SavePoints, StopSignals
 from tests.clock import Clock
 
 

@@ -13,8 +13,8 @@ from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.data.batch import Batch
 from karat_scale.engine.distributed import World
 from karat_scale.recipe import Recipe
+from karat_scale.training.agreement import StoppedError
 from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.signals import StoppedError
 from karat_scale.training.tasks.classification.task import TrainState
 from karat_scale.training.trainer import Trainer
 from tests.small_engines import CONFIGS, equal, make_trainer

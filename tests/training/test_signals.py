@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from karat_scale.training.signals import STOP_SIGNALS
+from karat_scale.training.agreement import STOP_SIGNALS
 
 WAIT = """
 import signal, sys, time
-from karat_scale.training.signals import StopSignals
+from karat_scale.training.agreement import StopSignals
 signals = StopSignals().install()
 print("ready", flush=True)
 while True:
@@ -42,7 +42,7 @@ def test_a_signal_is_remembered_and_a_second_ctrl_c_quits_at_once(number: signal
 
 COMPILE = """
 import os, signal, subprocess, sys
-from karat_scale.training.signals import StopSignals
+from karat_scale.training.agreement import StopSignals
 signals = StopSignals().install()
 compiler = subprocess.Popen([sys.executable, "-c", "import sys; print('at work', flush=True); sys.stdin.read()"])
 print("ready", flush=True)

@@ -15,7 +15,7 @@ from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.training.signals import StoppedError
+from karat_scale.training.agreement import StoppedError
 from karat_scale.training.tasks.classification.task import TrainState
 from tests.conftest import SMALL, events, karat, karat_here, summary
 from tests.data.tars import sample, write_stream, write_tar

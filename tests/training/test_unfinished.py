@@ -9,7 +9,7 @@ import pytest
 
 from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.engine.distributed import World
-from karat_scale.training.signals import StoppedError
+from karat_scale.training.agreement import StoppedError
 from karat_scale.training.trainer import Trainer
 from tests.small_engines import equal, make_trainer
 

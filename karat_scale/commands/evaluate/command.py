@@ -5,7 +5,6 @@ once on any number of ranks. The validation split is evaluated whatever the run'
 """
 
 import hashlib
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,14 +44,12 @@ from karat_scale.commands.evaluate.test_set import (
 )
 from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.batch import BadSample, Batch
-from karat_scale.data.loading.device_feed import DeviceFeed
-from karat_scale.data.plan import BatchSlice, EvalPlan
+from karat_scale.data.plan import BatchSlice
 from karat_scale.data.shards.cache import RemoteUse
 from karat_scale.data.shards.shard_format import dataset_directory
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import forward_for_evaluation
-from karat_scale.engine.memory import one_line_out_of_memory
 from karat_scale.engine.reporting.progress import PlainDisplay, Reporter, SilentDisplay, choose_display
 from karat_scale.foundation.console import duration, printable, work_display, write_json
 from karat_scale.foundation.errors import DataError, RunDirectoryError, UserError
@@ -63,27 +60,21 @@ from karat_scale.recipe.loading import flatten
 from karat_scale.training.open_run import OpenRun
 from karat_scale.training.task import Task
 from karat_scale.training.tasks.classification.distillation_teacher import trained_classifier
-
-OnBatch = Callable[[int, int, tuple[BadSample, ...]], None]
-"""Hears how many batches are done, of how many, and what could not be read."""
+from karat_scale.training.tasks.classification.task import OnEvalBatch, evaluate_batches
 
 
-@torch.no_grad()
 def collect(
     forward: Callable[[Tensor], Tensor],
     load: Callable[[Iterable[BatchSlice]], Iterator[Batch]],
     images: int,
     recipe: Recipe,
     world: World,
-    on_batch: OnBatch,
+    on_batch: OnEvalBatch,
     among: Tensor | None = None,
 ) -> Predictions:
-    """Return the predictions for `images` images, the same on every rank. Collective.
+    """Return the predictions for `images` images, the same on every rank, by `evaluate_batches`. Collective.
 
     Args:
-        forward: from normalised images [b, 3, H, W] to logits [b, classes].
-        load: from slices of the ids 0 to images - 1 to batches, as a backend's `eval_batches`.
-        on_batch: called equally often on every rank; it may raise to stop.
         among: the labels between which the model may choose; None for all.
 
     Raises:
@@ -91,26 +82,17 @@ def collect(
         UserError: memory ran out.
     """
     batch_size, normalize = recipe.train.eval_batch, Normalize(recipe.augment.mean, recipe.augment.std)
-    plan = EvalPlan(images, batch_size, world.rank, world.size)
-    batches = DeviceFeed(load(plan.slices()), world.device)
     parts: list[dict[str, Any]] = []
-    bad = 0
-    for done in itertools.count(1):
-        with one_line_out_of_memory(lambda: f"lower train.eval_batch (now {batch_size})"):
-            batch = next(batches, None)
-            if batch is None:
-                break
-            logits = forward(normalize(batch.images)).float()
-            batches.fetch_ahead()
-            parts.append(_of_batch(logits, batch, among))
-        bad += len(batch.bad)
-        on_batch(done, plan.num_batches, batch.bad)
+
+    def take(logits: Tensor, batch: Batch) -> None:
+        parts.append(_of_batch(logits, batch, among))
+
+    bad = evaluate_batches(forward, load, images, batch_size, normalize, world, take, on_batch)
     gathered = world.gather({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
     whole: dict[str, Any] = {name: np.concatenate([one[name] for one in gathered]) for name in gathered[0]}
     order = np.argsort(whole["ids"], kind="stable")
-    total_bad = int(world.sum(torch.tensor(bad)))
     ordered: dict[str, Any] = {name: values[order] for name, values in whole.items()}
-    return Predictions(**ordered, bad=total_bad, classes=())
+    return Predictions(**ordered, bad=int(world.sum(torch.tensor(bad))), classes=())
 
 
 def _of_batch(logits: Tensor, batch: Batch, among: Tensor | None) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from karat_scale.foundation.errors import EXIT_STOPPED, UserError, on_one_line
 from karat_scale.foundation.files import open_to_read, parse_json
 from karat_scale.foundation.machine import LAUNCHED
 from karat_scale.recipe.loading import text_digest
-from karat_scale.training.signals import STOP_SIGNALS
+from karat_scale.training.agreement import STOP_SIGNALS
 
 _POLL_SECONDS = 1.0
 _LINE_SECONDS = 60.0

@@ -143,51 +143,80 @@ class EvalResult:
         return asdict(self)
 
 
-@torch.no_grad()
-def evaluate(
-    forward: Callable[[torch.Tensor], torch.Tensor],
-    backend: Backend,
-    normalize: Normalize,
-    batch_size: int,
-    world: World,
-    on_batch: Callable[[int, int, Any], None],
-) -> EvalResult:
-    """Evaluate `forward` (normalised images [b, 3, H, W] to logits [b, classes]) on the validation split.
+OnEvalBatch = Callable[[int, int, tuple[BadSample, ...]], None]
+"""Hears how many batches of an evaluation are done, of how many, and what could not be read in the last one."""
 
-    `on_batch(done, total, bad)` is called after each batch, the same number of times on every rank, with
-    the samples that could not be read; it may raise to stop.
+
+@torch.no_grad()
+def evaluate_batches(
+    forward: Callable[[Tensor], Tensor],
+    load: Callable[[Iterable[BatchSlice]], Iterator[Batch]],
+    images: int,
+    batch_size: int,
+    normalize: Normalize,
+    world: World,
+    take: Callable[[Tensor, Batch], None],
+    on_batch: OnEvalBatch,
+) -> int:
+    """Compute the logits of `images` images, each on one rank; returns how many could not be read on this one.
+
+    Args:
+        forward: from normalised images [b, 3, H, W] to logits [b, classes].
+        load: from slices of the ids 0 to images - 1 to batches, as a backend's `eval_batches`.
+        take: gets the logits of each batch, float32, and the batch.
+        on_batch: called after each batch, equally often on every rank; it may raise to stop.
 
     Raises:
-        DataError: no sample of the split can be read.
         UserError: memory ran out.
     """
-    plan = EvalPlan(backend.num_val, batch_size, world.rank, world.size)
-    batches = DeviceFeed(backend.eval_batches(plan.slices()), world.device)
-    totals = torch.zeros(4, dtype=torch.float64, device=world.device)
+    plan = EvalPlan(images, batch_size, world.rank, world.size)
+    batches = DeviceFeed(load(plan.slices()), world.device)
     bad = 0
     for done in itertools.count(1):
         with one_line_out_of_memory(lambda: f"lower train.eval_batch (now {batch_size})"):
             batch = next(batches, None)
             if batch is None:
                 break
-            totals += _count(forward(normalize(batch.images)).float(), batch.labels, batch.valid)
+            logits = forward(normalize(batch.images)).float()
             batches.fetch_ahead()
+            take(logits, batch)
         bad += len(batch.bad)
         on_batch(done, plan.num_batches, batch.bad)
+    return bad
+
+
+def evaluate(
+    forward: Callable[[Tensor], Tensor],
+    backend: Backend,
+    normalize: Normalize,
+    batch_size: int,
+    world: World,
+    on_batch: OnEvalBatch,
+) -> EvalResult:
+    """Return the scores on the validation split; the arguments are those of `evaluate_batches`.
+
+    Raises:
+        DataError: no sample of the split can be read.
+        UserError: memory ran out.
+    """
+    totals = torch.zeros(4, dtype=torch.float64, device=world.device)
+
+    def count(logits: Tensor, batch: Batch) -> None:
+        """[top-1 hits, top-5 hits, summed loss, samples]"""
+        labels, valid = batch.labels, batch.valid
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = (ranked == labels[:, None]) & valid[:, None]
+        loss = F.cross_entropy(logits, labels.clamp(min=0), reduction="none").double()
+        counts = (hits[:, 0].sum(), hits.sum(), torch.where(valid, loss, 0.0).sum(), valid.sum())
+        totals.add_(torch.stack([one.double() for one in counts]))
+
+    number = backend.num_val
+    bad = evaluate_batches(forward, backend.eval_batches, number, batch_size, normalize, world, count, on_batch)
     top1, top5, loss, images = world.sum(totals).tolist()
     bad = int(world.sum(torch.tensor(bad)))
     if not images:
-        raise DataError(f"none of the {backend.num_val} validation samples can be read")
+        raise DataError(f"none of the {number} validation samples can be read")
     return EvalResult(100 * top1 / images, 100 * top5 / images, loss / images, int(images), bad)
-
-
-def _count(logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """[top-1 hits, top-5 hits, summed loss, samples] in float64, on the device of the logits."""
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    hits = (ranked == labels[:, None]) & valid[:, None]
-    loss = F.cross_entropy(logits, labels.clamp(min=0), reduction="none").double()
-    counts = (hits[:, 0].sum(), hits.sum(), torch.where(valid, loss, 0.0).sum(), valid.sum())
-    return torch.stack([count.double() for count in counts])
 
 
 @dataclass

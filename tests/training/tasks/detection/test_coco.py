@@ -11,7 +11,7 @@ from PIL import Image
 
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.training.tasks.detection.coco import CocoSplit, DetectionBatch, boxes_of, check_classes
-from karat_scale.training.tasks.detection.evaluate import describe, score
+from karat_scale.training.tasks.detection.task import describe, score
 
 SQUARE = [10.0, 10.0, 20.0, 10.0, 20.0, 20.0, 10.0, 20.0]
 

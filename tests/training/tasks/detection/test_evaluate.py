@@ -5,7 +5,7 @@ import torch
 
 from karat_scale.engine.distributed import ALONE
 from karat_scale.training.tasks.detection.coco import CocoSplit, DetectionBatch, boxes_of
-from karat_scale.training.tasks.detection.evaluate import describe, evaluate, score
+from karat_scale.training.tasks.detection.task import describe, evaluate, score
 
 
 @pytest.fixture(scope="module")
