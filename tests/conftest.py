@@ -191,6 +191,13 @@ def karat(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[st
     return run_program("karat_scale", arguments, environments, timeout=300, directory=Path.cwd())
 
 
+def karat_done(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """The same, where it must end well."""
+    done = karat(*arguments, processes=processes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
 def karat_here(*arguments: str) -> int:
     """Run `karat` in this process, for what needs no process of its own, such as a one-line error; its exit code."""
     from karat_scale.commands.cli import main

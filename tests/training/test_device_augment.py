@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.conftest import karat, summary
+from tests.conftest import karat_done, summary
 from tests.training.runs import losses
 
 
@@ -12,8 +12,7 @@ def test_it_is_the_same_data_and_stops_and_resumes_as_any_run(recipe_file):
     def train(name: str, *overrides: str, processes: int = 1):
         run = recipe_file.parent / name
         options = (f"run.dir={run}", "augment.erasing=0.5", *overrides)
-        done = karat("train", str(recipe_file), *options, processes=processes)
-        assert done.returncode == 0, done.stdout + done.stderr
+        karat_done("train", str(recipe_file), *options, processes=processes)
         return run
 
     workers = train("workers")

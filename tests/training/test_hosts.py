@@ -9,7 +9,7 @@ import torch
 
 from karat_scale.engine.engine import Engine
 from karat_scale.recipe import Recipe
-from tests.conftest import karat, summary
+from tests.conftest import karat_done, summary
 from tests.small_engines import equal
 from tests.training.runs import STEPS, final_tensors, losses
 
@@ -36,12 +36,10 @@ def test_a_run_that_lost_its_end_resumes_to_the_same_bits(
 ) -> None:
     overrides = (*host, *more, "model.drop_path=0.1", "checkpoint.every_steps=8")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    done = karat("train", str(recipe_file), f"run.dir={whole}", *overrides)
-    assert done.returncode == 0, done.stdout + done.stderr
+    karat_done("train", str(recipe_file), f"run.dir={whole}", *overrides)
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "checkpoints" / f"step-{STEPS:08d}")
-    resumed = karat("train", str(recipe_file), f"run.dir={cut}", *overrides)
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    karat_done("train", str(recipe_file), f"run.dir={cut}", *overrides)
     assert summary(cut)["restarts"] == 1
     assert losses(cut) == losses(whole)
     assert equal(final_tensors(cut), final_tensors(whole))

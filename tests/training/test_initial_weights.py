@@ -20,7 +20,7 @@ from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.initial_weights import initialise, read_weights
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.classification.distillation_teacher import read_distillation_teacher
-from tests.conftest import SMALL, events, karat, karat_here, summary
+from tests.conftest import SMALL, events, karat, karat_done, karat_here, summary
 from tests.training.test_save_points import train_to_the_end
 
 NAME = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -180,17 +180,14 @@ def test_a_run_trained_at_one_size_is_evaluated_and_tuned_at_another(recipe_file
     base, tuned = tmp_path / "base", tmp_path / "tuned"
     recipe = str(recipe_file)
     karat("train", recipe, f"run.dir={base}", "train.epochs=1")
-    larger = karat("eval", str(base), "model.image_size=24", "--json", str(tmp_path / "eval.json"))
-    assert larger.returncode == 0, larger.stderr
+    karat_done("eval", str(base), "model.image_size=24", "--json", str(tmp_path / "eval.json"))
     assert json.loads((tmp_path / "eval.json").read_text())["images"] == 28
     command = ("train", recipe, f"run.dir={tuned}", f"init_from={base}", "model.image_size=24", "train.max_steps=3")
-    done = karat(*command)
-    assert done.returncode == 0, done.stderr
+    done = karat_done(*command)
     assert f"begins with the weights of {base}; interpolated from 4 x 4 patches" in done.stdout
     assert summary(tuned)["steps"] == 3
     shutil.rmtree(base)  # a run that goes on needs it no more
-    again = karat(*command[:-1], "train.max_steps=5")
-    assert again.returncode == 0, again.stderr
+    karat_done(*command[:-1], "train.max_steps=5")
     assert events(tuned, "resume")[0]["step"] == 3
 
 

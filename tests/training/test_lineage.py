@@ -9,7 +9,7 @@ from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.initial_weights import run_behind
 from karat_scale.training.run_directory import RunDirectory
 from paper.record import take_record
-from tests.conftest import SMALL, karat, summary
+from tests.conftest import SMALL, karat_done, summary
 
 QUICK = ("train.epochs=1", "train.max_steps=2", "schedule.warmup_epochs=0", "data.backend=synthetic")
 
@@ -18,8 +18,7 @@ def train(root: Path, name: str, *overrides: str) -> Path:
     recipe = root / "base.yaml"
     recipe.write_text("data: {synthetic_samples: 32}\nattention: {kind: karat}\n")
     run = root / name
-    done = karat("train", str(recipe), *SMALL, *QUICK, f"run.name={name}", f"run.dir={run}", *overrides)
-    assert done.returncode == 0, done.stderr
+    karat_done("train", str(recipe), *SMALL, *QUICK, f"run.name={name}", f"run.dir={run}", *overrides)
     return run
 
 
@@ -32,7 +31,7 @@ def test_the_run_behind_the_weights_is_remembered(tmp_path: Path) -> None:
     tuned = train(tmp_path, "tuned", f"init_from={base}")
     assert summary(tuned)["lineage"] == {"init_from": known}
     exported = tmp_path / "weights.safetensors"
-    assert karat("export", str(base), "--out", str(exported), "--weights", "raw").returncode == 0
+    karat_done("export", str(base), "--out", str(exported), "--weights", "raw")
     for source in (exported, base / "checkpoints" / "best", base / "checkpoints" / "step-00000002"):
         assert run_behind(str(source)) == known
     base.rename(tmp_path / "elsewhere")

@@ -15,7 +15,7 @@ from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.classification.task import TrainState
 from tests.checkpoint.lies import tell
-from tests.conftest import events, karat, karat_here, summary
+from tests.conftest import events, karat, karat_done, karat_here, summary
 from tests.small_engines import equal
 from tests.training.runs import STEPS, final_tensors, kill_all, losses, start, wait_for_checkpoint
 
@@ -36,14 +36,12 @@ def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(
 ) -> None:
     overrides = (f"deepspeed.config={config}", "model.proj_drop=0.1", *EVERY_STEP)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    done = karat("train", str(recipe_file), f"run.dir={whole}", *overrides, processes=processes)
-    assert done.returncode == 0, done.stdout + done.stderr
+    karat_done("train", str(recipe_file), f"run.dir={whole}", *overrides, processes=processes)
 
     killed = start(recipe_file, cut, *overrides, processes=processes)
     wait_for_checkpoint(cut, 3, killed)
     kill_all(killed)
-    resumed = karat("train", str(recipe_file), f"run.dir={cut}", *overrides, processes=processes)
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    karat_done("train", str(recipe_file), f"run.dir={cut}", *overrides, processes=processes)
 
     (resume,) = events(cut, "resume")
     assert 3 <= resume["step"] < STEPS
@@ -114,12 +112,11 @@ def test_a_signal_during_evaluation_evaluates_after_the_resume(
     assert events(run, "eval") == []
     held.unlink()
     held.write_bytes(encoded)
-    again = karat("train", str(recipe_file), f"run.dir={run}", *folder)
-    assert again.returncode == 0, again.stdout + again.stderr
+    karat_done("train", str(recipe_file), f"run.dir={run}", *folder)
     assert [event["step"] for event in events(run, "eval")] == [8]
     assert summary(run)["last_top1"] is not None
     whole = tmp_path / "whole"
-    assert karat("train", str(recipe_file), f"run.dir={whole}", *folder).returncode == 0
+    karat_done("train", str(recipe_file), f"run.dir={whole}", *folder)
     assert equal(final_tensors(run, 8), final_tensors(whole, 8))  # the learning rate of the last step, too
 
 
@@ -128,8 +125,7 @@ def test_a_signal_during_evaluation_evaluates_after_the_resume(
 def test_one_and_two_processes_see_the_same_loss(recipe_file: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for run, processes in ((one, 1), (two, 2)):
-        done = karat("train", str(recipe_file), f"run.dir={run}", processes=processes)
-        assert done.returncode == 0, done.stdout + done.stderr
+        karat_done("train", str(recipe_file), f"run.dir={run}", processes=processes)
     first, second = losses(one), losses(two)
     assert first.keys() == second.keys() == set(range(1, STEPS + 1))
     assert second[1] == pytest.approx(first[1], rel=1e-6)
@@ -150,8 +146,7 @@ def test_a_finished_run_stays_finished(recipe_file: Path, tmp_path: Path) -> Non
     run = tmp_path / "run"
     karat("train", str(recipe_file), f"run.dir={run}", "train.epochs=1")
     before = summary(run)
-    again = karat("train", str(recipe_file), f"run.dir={run}", "train.epochs=1")
-    assert again.returncode == 0
+    again = karat_done("train", str(recipe_file), f"run.dir={run}", "train.epochs=1")
     assert "nothing is left to do: the run has trained its train.epochs = 1" in again.stdout
     after = summary(run)
     assert len(events(run, "eval")) == 1
@@ -173,8 +168,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(recipe_file: P
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
-    again = karat("train", str(recipe_file), f"run.dir={run}", *overrides)
-    assert again.returncode == 0, again.stdout + again.stderr
+    again = karat_done("train", str(recipe_file), f"run.dir={run}", *overrides)
     assert "step-00000006 is damaged: mp_rank_00_model_states.pt has changed" in again.stdout
     assert events(run, "resume")[0]["step"] == 4
     assert CheckpointStore(run / "checkpoints").damage("step-00000006") is None  # written anew
@@ -196,8 +190,7 @@ def test_a_branch_starts_from_another_runs_checkpoint(recipe_file: Path, tmp_pat
     trunk, branch = tmp_path / "trunk", tmp_path / "branch"
     karat("train", str(recipe_file), f"run.dir={trunk}", "train.max_steps=8")
     source = trunk / "checkpoints" / "step-00000008"
-    done = karat("train", str(recipe_file), f"run.dir={branch}", f"resume.from={source}", "optim.lr=1e-4")
-    assert done.returncode == 0, done.stdout + done.stderr
+    karat_done("train", str(recipe_file), f"run.dir={branch}", f"resume.from={source}", "optim.lr=1e-4")
     assert json.loads((source / "state.json").read_text())["step"] == events(branch, "resume")[0]["step"] == 8
     assert summary(branch)["steps"] == STEPS
     again = karat("train", str(recipe_file), f"run.dir={branch}", f"resume.from={trunk}", "optim.lr=1e-4")
@@ -238,8 +231,7 @@ def test_a_branch_from_nowhere_is_one_line(recipe_file: Path, tmp_path: Path, mo
 def test_a_finished_run_is_extended_on_the_longer_runs_schedule(recipe_file: Path, tmp_path: Path) -> None:
     run, branch = tmp_path / "run", tmp_path / "branch"
     karat("train", str(recipe_file), f"run.dir={run}", "train.epochs=1")
-    longer = karat("train", str(recipe_file), f"run.dir={run}", "train.epochs=3")
-    assert longer.returncode == 0, longer.stdout + longer.stderr
+    longer = karat_done("train", str(recipe_file), f"run.dir={run}", "train.epochs=3")
     assert "differs from that of the earlier start: train.epochs (1 -> 3)" in longer.stdout
     recipe = load_recipe(run / "recipe.yaml")
     assert recipe.train.epochs == 3
@@ -257,7 +249,7 @@ def test_a_finished_run_is_extended_on_the_longer_runs_schedule(recipe_file: Pat
 def test_the_same_command_resumes_at_another_world_size_and_stage(recipe_file: Path, tmp_path: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     one_epoch = ("train.epochs=1", "train.eval_every_epochs=1")
-    first = karat(
+    karat_done(
         "train",
         str(recipe_file),
         f"run.dir={run}",
@@ -266,17 +258,14 @@ def test_the_same_command_resumes_at_another_world_size_and_stage(recipe_file: P
         "train.max_steps=4",
         processes=2,
     )
-    assert first.returncode == 0, first.stdout + first.stderr
-    second = karat("train", str(recipe_file), f"run.dir={run}", *one_epoch, "deepspeed.config=zero3")
-    assert second.returncode == 0, second.stdout + second.stderr
+    karat_done("train", str(recipe_file), f"run.dir={run}", *one_epoch, "deepspeed.config=zero3")
     assert events(run, "resume")[0]["step"] == 4
     karat("train", str(recipe_file), f"run.dir={whole}", *one_epoch)
     assert losses(run).keys() == losses(whole).keys() == set(range(1, 9))
     assert list(losses(run).values()) == pytest.approx(list(losses(whole).values()), rel=1e-5)
     assert summary(run)["data_digest"] == summary(whole)["data_digest"]
     # What was written at stage 3 is evaluated like any other.
-    evaluated = karat("eval", str(run), "--checkpoint", "latest")
-    assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
+    evaluated = karat_done("eval", str(run), "--checkpoint", "latest")
     assert f"top-1 {events(run, 'eval')[-1]['top1']:.2f} %" in evaluated.stdout
 
 
@@ -285,15 +274,12 @@ def test_the_same_command_resumes_at_another_world_size_and_stage(recipe_file: P
 def test_a_checkpoint_that_lies_is_named_and_the_one_before_is_used(recipe_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     overrides = ("train.max_steps=4", "checkpoint.every_steps=2", "deepspeed.config=zero2")
-    done = karat("train", str(recipe_file), f"run.dir={run}", *overrides, processes=2)
-    assert done.returncode == 0, done.stdout + done.stderr
+    karat_done("train", str(recipe_file), f"run.dir={run}", *overrides, processes=2)
     last = run / "checkpoints" / "step-00000004"
     tell(last, "rank-00001.pt", "layout.0.0", ("nothing", 0, 0, 1))
-    read = karat("eval", str(run))
-    assert read.returncode == 0, read.stdout + read.stderr
+    read = karat_done("eval", str(run))
     assert "step-00000002 is taken instead" in read.stderr
-    again = karat("train", str(recipe_file), f"run.dir={run}", *overrides, processes=2)
-    assert again.returncode == 0, again.stdout + again.stderr
+    again = karat_done("train", str(recipe_file), f"run.dir={run}", *overrides, processes=2)
     assert "step-00000004 is damaged: rank-00001.pt: a layout with more of nothing" in again.stdout
     assert events(run, "resume")[0]["step"] == 2
     assert RunDirectory(run).store.damage("step-00000004") is None  # written anew

@@ -63,36 +63,49 @@ def test_a_place_that_cannot_be_written_is_one_line(small_recipe, tmp_path: Path
         RunDirectory(tmp_path / "file" / "run").open(small_recipe())
 
 
-def test_keys_that_do_not_matter_may_change(small_recipe, tmp_path: Path) -> None:
+@pytest.fixture
+def begun(small_recipe, tmp_path: Path) -> RunDirectory:
+    """The directory of a run that has begun, with a checkpoint."""
     directory = RunDirectory(tmp_path / "run")
-    directory.path.mkdir()
+    (directory.store.root / "step-00000008").mkdir(parents=True)
     directory.begin(small_recipe())
-    directory.open(small_recipe("data.workers=0", "log.every_steps=3", "train.micro_batch=2"))
+    return directory
 
 
-def test_the_fix_for_a_differing_key_is_named(small_recipe, tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path / "run")
-    directory.path.mkdir()
-    directory.begin(small_recipe())
-    (directory.store.root / "step-00000001").mkdir(parents=True)
-    with pytest.raises(RunDirectoryError, match=r"optim.lr \(0.0005 -> 1.0\); add 'resume.allow=\[optim.lr\]'"):
-        RunDirectory(directory.path).open(small_recipe("optim.lr=1"))
-    with pytest.raises(RunDirectoryError, match=r"global_batch \(8 -> 16\); use train.global_batch=8, or choose"):
-        RunDirectory(directory.path).open(small_recipe("train.global_batch=16", "resume.allow=train.global_batch"))
-    changes = RunDirectory(directory.path).open(small_recipe("optim.lr=1", "resume.allow=optim.lr"))
-    assert changes == "optim.lr (0.0005 -> 1.0)"
+def test_keys_that_do_not_matter_may_change(begun: RunDirectory, small_recipe) -> None:
+    same = ("data.workers=0", "log.every_steps=3", "train.micro_batch=2", "data.on_bad_sample=skip")
+    assert begun.open(small_recipe(*same)) == "train.micro_batch (None -> 2)"
 
 
-def test_no_leave_helps_another_model_or_teacher(small_recipe, tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path / "run")
-    directory.path.mkdir()
-    directory.begin(small_recipe())
-    (directory.store.root / "step-00000001").mkdir(parents=True)
-    others = {"model.num_heads": "4", "attention.basis": "morlet", "distill.from": "runs/other"}
-    for key, value in others.items():
-        for longer in ((), ("train.epochs=200",)):
-            with pytest.raises(RunDirectoryError, match=key):
-                RunDirectory(directory.path).open(small_recipe(f"{key}={value}", f"resume.allow={key}", *longer))
+AUGMENT = [f"augment.{key}=0" for key in ("hflip", "mixup", "cutmix", "mix_prob", "label_smoothing")]
+REFUSED = [
+    (["optim.lr=1"], r"optim.lr \(0.0005 -> 1.0\); add 'resume.allow=\[optim.lr\]'"),
+    (["train.global_batch=16", "resume.allow=train.global_batch"], r"\(8 -> 16\); use train.global_batch=8, or choose"),
+    ([*AUGMENT, "augment.color_jitter=0.1", "optim.lr=1"], "and 1 more"),
+    # No leave is advised for another model, and none helps.
+    *(
+        ([change, "optim.lr=1"], r"another model cannot .*: choose another run.dir$")
+        for change in ("attention.rank=3", "model.depth=3", "attention.basis=bspline")
+    ),
+    (["model.num_classes=5"], r"choose another run.dir, with init_from=.*/run to start"),
+    *(
+        ([f"{key}={value}", f"resume.allow={key}", *longer], key)
+        for key, value in {"model.num_heads": 4, "attention.basis": "morlet", "distill.from": "runs/other"}.items()
+        for longer in ([], ["train.epochs=200"])
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "line"), REFUSED)
+def test_another_recipe_is_refused_with_the_fix(
+    begun: RunDirectory, small_recipe, overrides: list[str], line: str
+) -> None:
+    with pytest.raises(RunDirectoryError, match=line):
+        begun.open(small_recipe(*overrides))
+
+
+def test_what_is_allowed_is_told(begun: RunDirectory, small_recipe) -> None:
+    assert begun.open(small_recipe("optim.lr=1", "resume.allow=optim.lr")) == "optim.lr (0.0005 -> 1.0)"
 
 
 def test_a_branch_is_of_the_same_model(small_recipe, tmp_path: Path) -> None:
@@ -105,18 +118,6 @@ def test_a_branch_is_of_the_same_model(small_recipe, tmp_path: Path) -> None:
         refuse_another_model(source, small_recipe(*same))
         with pytest.raises(RunDirectoryError, match=r"attention.basis \(mexican_hat -> morlet\)"):
             refuse_another_model(source, small_recipe("attention.basis=morlet"))
-
-
-@pytest.mark.parametrize("change", ["attention.rank=3", "model.depth=3", "attention.basis=bspline"])
-def test_no_leave_is_advised_for_another_model(small_recipe, tmp_path: Path, change: str) -> None:
-    directory = RunDirectory(tmp_path / "run")
-    directory.path.mkdir()
-    directory.begin(small_recipe())
-    (directory.store.root / "step-00000001").mkdir(parents=True)
-    with pytest.raises(RunDirectoryError, match=r"another model cannot .*: choose another run.dir$"):
-        RunDirectory(directory.path).open(small_recipe(change, "optim.lr=1"))
-    with pytest.raises(RunDirectoryError, match=r"choose another run.dir, with init_from=.*/run to start"):
-        RunDirectory(directory.path).open(small_recipe("model.num_classes=5"))
 
 
 def test_a_run_that_never_saved_may_start_anew(small_recipe, tmp_path: Path) -> None:
@@ -141,19 +142,8 @@ def test_a_start_that_left_no_checkpoint_does_not_hold_the_directory(small_recip
         RunDirectory(directory.path).admit(other)
 
 
-def test_bad_samples_may_be_skipped_from_the_first_one_on(small_recipe, tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path / "run")
-    directory.path.mkdir()
-    directory.begin(small_recipe())
-    (directory.store.root / "step-00000001").mkdir(parents=True)
-    assert directory.open(small_recipe("data.on_bad_sample=skip")) == ""
-
-
-def test_only_a_finished_run_is_extended_without_leave(small_recipe, tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path / "run")
-    directory.path.mkdir()
-    directory.begin(small_recipe())
-    (directory.store.root / "step-00000008").mkdir(parents=True)
+def test_only_a_finished_run_is_extended_without_leave(begun: RunDirectory, small_recipe) -> None:
+    directory = begun
     directory.store.point("latest", "step-00000008")
     longer = small_recipe("train.epochs=3")
     for summary in ({"exit": 75, "steps": 8}, {"exit": 0, "steps": 7}):
@@ -173,17 +163,6 @@ def test_a_damaged_summary_is_none(tmp_path: Path, text: str) -> None:
     directory.summary_file.write_text(text)
     assert directory.summary() is None
     assert directory.is_summary_damaged
-
-
-def test_many_differing_keys_are_counted(small_recipe, tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path / "run")
-    directory.path.mkdir()
-    directory.begin(small_recipe())
-    (directory.store.root / "step-00000001").mkdir(parents=True)
-    changes = [f"augment.{key}=0" for key in ("hflip", "mixup", "cutmix", "mix_prob", "label_smoothing")]
-    changes.append("augment.color_jitter=0.1")
-    with pytest.raises(RunDirectoryError, match="and 1 more"):
-        directory.open(small_recipe(*changes, "optim.lr=1"))
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "classes.json", "metrics.jsonl", ".lock"])

@@ -11,7 +11,7 @@ from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.recipe import Recipe
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.classification.task import TrainState
-from tests.conftest import karat, summary
+from tests.conftest import karat, karat_done, summary
 
 
 def test_a_state_resumes_only_with_its_own_data(small_recipe: Callable[..., Recipe]) -> None:
@@ -34,8 +34,7 @@ def test_a_state_resumes_only_with_its_own_data(small_recipe: Callable[..., Reci
 @pytest.mark.slow
 def test_a_run_does_not_resume_with_another_data_set(recipe_file: Path, image_folder: Path, tmp_path: Path) -> None:
     run, renamed = tmp_path / "run", tmp_path / "renamed"
-    first = karat("train", str(recipe_file), f"run.dir={run}", "train.max_steps=3")
-    assert first.returncode == 0, first.stdout + first.stderr
+    karat_done("train", str(recipe_file), f"run.dir={run}", "train.max_steps=3")
     before = summary(run)
 
     shutil.copytree(image_folder, renamed)
@@ -48,5 +47,4 @@ def test_a_run_does_not_resume_with_another_data_set(recipe_file: Path, image_fo
     assert summary(run) == before
     assert "zebra" not in (run / "classes.json").read_text()
 
-    same = karat(*go_on, f"data.path={image_folder}")  # the images of the shards
-    assert same.returncode == 0, same.stdout + same.stderr
+    karat_done(*go_on, f"data.path={image_folder}")  # the images of the shards

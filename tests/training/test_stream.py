@@ -17,7 +17,7 @@ from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.agreement import StoppedError
 from karat_scale.training.tasks.classification.task import TrainState
-from tests.conftest import SMALL, events, karat, karat_here, summary
+from tests.conftest import SMALL, events, karat, karat_done, karat_here, summary
 from tests.data.tars import sample, write_stream, write_tar
 from tests.small_engines import equal, make_trainer
 from tests.training.runs import final_tensors, kill_all, losses, start, wait_for_checkpoint, wait_for_step
@@ -52,20 +52,6 @@ def stopped_and_resumed(command: Command, run: Path, steps: int, *overrides: str
 
 
 @pytest.mark.slow
-def test_a_stopped_run_resumes_to_the_bits_of_an_uninterrupted_one(command: Command, tmp_path: Path) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    workers = ("data.workers=2", "train.ema_decay=0", "train.epochs=1")
-    assert karat_here(*command(whole, *workers)) == 0
-    stopped_and_resumed(command, cut, 5, *workers)
-    assert losses(cut) == losses(whole)
-    assert summary(cut)["data_digest"] == summary(whole)["data_digest"] != 0
-    assert equal(final_tensors(cut, 8), final_tensors(whole, 8))
-    lanes = CheckpointStore(cut / "checkpoints").state("step-00000008")["stream"]["lanes"]
-    assert [entry % 2 for entry, _ in lanes] == [0, 1]
-    assert [event["images"] for event in events(whole, "eval")] == [28]
-
-
-@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(
@@ -73,17 +59,18 @@ def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     own = (*SMALL, *QUICK, "data.workers=2", "checkpoint.every_steps=1")
-    done = karat(*command(whole, *own), processes=processes)
-    assert done.returncode == 0, done.stdout + done.stderr
+    karat_done(*command(whole, *own), processes=processes)
     killed = start(recipe, cut, *own, processes=processes)
     wait_for_checkpoint(cut, 5, killed)
     kill_all(killed)
-    resumed = karat(*command(cut, *own), processes=processes)
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    karat_done(*command(cut, *own), processes=processes)
     assert losses(cut) == losses(whole)
     assert summary(cut)["data_digest"] == summary(whole)["data_digest"] != 0
     assert equal(final_tensors(cut), final_tensors(whole))
     assert sorted(losses(whole)) == list(range(1, 17))
+    lanes = CheckpointStore(cut / "checkpoints").state("step-00000016")["stream"]["lanes"]
+    assert sorted(entry % (2 * processes) for entry, _ in lanes) == list(range(2 * processes))
+    assert [event["images"] for event in events(whole, "eval")] == [28, 28]
 
 
 @pytest.mark.slow
@@ -120,24 +107,15 @@ def test_other_workers_begin_at_the_next_cycle_and_say_so(
 
 
 @pytest.mark.slow
-def test_growing_images_go_on_in_the_stream(command: Command, tmp_path: Path) -> None:
-    whole, cut, constant = tmp_path / "whole", tmp_path / "cut", tmp_path / "constant"
-    grows = "schedule.image_sizes=[[0, 8], [1, 16]]"
-    assert karat_here(*command(whole, grows)) == 0
-    stopped_and_resumed(command, cut, 11, grows)
-    assert karat_here(*command(constant)) == 0
-    digests = [summary(run)["data_digest"] for run in (whole, cut, constant)]
+@pytest.mark.parametrize("what", ["growing images", "a student"])
+def test_what_changes_with_the_step_goes_on_in_the_stream(command: Command, tmp_path: Path, what: str) -> None:
+    whole, cut, plain = tmp_path / "whole", tmp_path / "cut", tmp_path / "plain"
+    assert karat_here(*command(plain)) == 0
+    own = {"growing images": "schedule.image_sizes=[[0, 8], [1, 16]]", "a student": f"distill.from={plain}"}[what]
+    assert karat_here(*command(whole, own)) == 0
+    stopped_and_resumed(command, cut, 11, own)
+    digests = [summary(run)["data_digest"] for run in (whole, cut, plain)]
     assert digests[0] == digests[1] == digests[2] != 0
-    assert losses(cut) == losses(whole)
-
-
-@pytest.mark.slow
-def test_a_student_learns_from_a_stream(command: Command, tmp_path: Path) -> None:
-    assert karat_here(*command(tmp_path / "teacher", "train.epochs=1")) == 0
-    taught = f"distill.from={tmp_path / 'teacher'}"
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert karat_here(*command(whole, taught)) == 0
-    stopped_and_resumed(command, cut, 5, taught)
     assert losses(cut) == losses(whole)
 
 
@@ -228,10 +206,7 @@ def test_replay_takes_a_step_again_if_its_commands_are_trusted(
 @pytest.mark.slow
 def test_the_doctor_times_a_stream(recipe: Path, tmp_path: Path) -> None:
     file = tmp_path / "doctor.json"
-    done = karat(
-        "doctor", str(recipe), *SMALL, *QUICK, f"run.dir={tmp_path / 'run'}", "--seconds=0.5", f"--json={file}"
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    karat_done("doctor", str(recipe), *SMALL, *QUICK, f"run.dir={tmp_path / 'run'}", "--seconds=0.5", f"--json={file}")
     report = json.loads(file.read_text())
     assert report["storage"] is None
     assert report["data_images_per_second"] > 0

@@ -21,7 +21,7 @@ from karat_scale.foundation.stores import WritableStore
 from karat_scale.recipe import Recipe
 from karat_scale.training.run_copy import RunCopy, RunUrl, follow
 from karat_scale.training.run_directory import RunDirectory
-from tests.conftest import events, karat, karat_here, summary
+from tests.conftest import events, karat, karat_done, karat_here, summary
 from tests.proxy import Asked, Fault, FaultyProxy
 from tests.servers import s3, s3_port
 from tests.small_engines import equal
@@ -118,7 +118,7 @@ def test_a_signal_while_a_checkpoint_is_fetched_ends_the_start(
 ) -> None:
     url, run = s3(tmp_path / "nothing"), tmp_path / "run"
     overrides = ("train.max_steps=2", f"checkpoint.url={url}")
-    assert karat("train", str(recipe_file), f"run.dir={run}", *overrides).returncode == 0
+    karat_done("train", str(recipe_file), f"run.dir={run}", *overrides)
     shutil.rmtree(run)
     asked = threading.Event()
 
@@ -138,8 +138,7 @@ def test_a_signal_while_a_checkpoint_is_fetched_ends_the_start(
     assert "stopped before the checkpoint was fetched; run the same command to resume" in output
     assert CheckpointStore(run / "checkpoints").names() == []
     os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{s3_port}"
-    done = karat("train", str(recipe_file), f"run.dir={run}", *overrides)
-    assert done.returncode == 0, done.stderr
+    done = karat_done("train", str(recipe_file), f"run.dir={run}", *overrides)
     assert "resumed from step-00000002" in done.stdout
 
 
@@ -183,8 +182,7 @@ def test_no_checkpoint_at_the_url_is_newer_than_the_log_there(
 @pytest.mark.slow
 def test_a_run_is_copied_and_fetched(recipe_file: Path, url: str, tmp_path: Path) -> None:
     run, again = tmp_path / "run", tmp_path / "again"
-    done = karat("train", str(recipe_file), f"run.dir={run}", f"checkpoint.url={url}", "checkpoint.every_steps=3")
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = karat_done("train", str(recipe_file), f"run.dir={run}", f"checkpoint.url={url}", "checkpoint.every_steps=3")
     assert "warning" not in done.stdout
     store = CheckpointStore(run / "checkpoints")
     assert names(url) == store.names()
@@ -195,8 +193,7 @@ def test_a_run_is_copied_and_fetched(recipe_file: Path, url: str, tmp_path: Path
     status = karat("status", str(run), "--once")
     assert f"{store.pointed('latest')} at {url}" in status.stdout.replace("\n", "")
 
-    done = karat("fetch", url, str(again), "--checkpoint", "all")
-    assert done.returncode == 0, done.stderr
+    karat_done("fetch", url, str(again), "--checkpoint", "all")
     fetched = CheckpointStore(again / "checkpoints")
     for name in store.names():
         assert fetched.damage(name) is None
@@ -208,14 +205,13 @@ def test_a_run_is_copied_and_fetched(recipe_file: Path, url: str, tmp_path: Path
     assert here == there
     assert "top-1" in there
     # A directory that has this run keeps what it has; another run's is refused.
-    assert karat("fetch", url, str(again)).returncode == 0
+    karat_done("fetch", url, str(again))
     # What it has beyond the copy stays, its log and pointer too.
     newer = again / "checkpoints" / "step-99999999"
     shutil.copytree(again / "checkpoints" / fetched.names()[0], newer)
     (again / "checkpoints" / "latest").write_text(f"{newer.name}\n")
     (again / "metrics.jsonl").write_text("newer\n")
-    behind = karat("fetch", url, str(again))
-    assert behind.returncode == 0, behind.stderr
+    behind = karat_done("fetch", url, str(again))
     assert f"{again} has {newer.name}, which {url} does not have yet" in behind.stdout
     assert (again / "metrics.jsonl").read_text() == "newer\n"
     assert fetched.pointed("latest") == newer.name
@@ -233,8 +229,7 @@ def test_a_run_goes_on_elsewhere_with_the_same_bits(
 ) -> None:
     whole, cut, elsewhere = tmp_path / "whole", tmp_path / "cut", tmp_path / "elsewhere"
     overrides = (*EVERY_STEP, "model.proj_drop=0.1")
-    done = karat("train", str(recipe_file), f"run.dir={whole}", *overrides, processes=processes)
-    assert done.returncode == 0, done.stdout + done.stderr
+    karat_done("train", str(recipe_file), f"run.dir={whole}", *overrides, processes=processes)
 
     killed = start(recipe_file, cut, *overrides, f"checkpoint.url={url}", processes=processes)
     wait_for_checkpoint(cut, 3, killed)
@@ -246,8 +241,7 @@ def test_a_run_goes_on_elsewhere_with_the_same_bits(
     shutil.rmtree(cut)
 
     arguments = (str(recipe_file), f"run.dir={elsewhere}", *overrides, f"checkpoint.url={url}")
-    resumed = karat("train", *arguments, processes=processes)
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    resumed = karat_done("train", *arguments, processes=processes)
     (resume,) = events(elsewhere, "resume")
     assert resume["name"] == there[0]
     assert f"{there[0]} and the log were fetched from {url}" in resumed.stdout
@@ -261,12 +255,11 @@ def test_a_run_goes_on_elsewhere_with_the_same_bits(
 def test_the_best_checkpoint_comes_along(recipe_file: Path, url: str, tmp_path: Path) -> None:
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     overrides = (f"checkpoint.url={url}", "checkpoint.every_steps=2", "train.epochs=2")
-    assert karat("train", str(recipe_file), f"run.dir={run}", *overrides).returncode == 0
+    karat_done("train", str(recipe_file), f"run.dir={run}", *overrides)
     best = f"step-{summary(run)['best_step']:08d}"
     WritableStore(f"{url}/checkpoints").remove(["best"])  # as if a kill had been before it
     shutil.rmtree(run)
-    done = karat("train", str(recipe_file), f"run.dir={elsewhere}", *overrides)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = karat_done("train", str(recipe_file), f"run.dir={elsewhere}", *overrides)
     store = CheckpointStore(elsewhere / "checkpoints")
     assert set(store.names()) == {best, f"step-{STEPS:08d}"}
     assert store.pointed("best") == best
@@ -274,8 +267,7 @@ def test_the_best_checkpoint_comes_along(recipe_file: Path, url: str, tmp_path: 
     # A start that is cut off after the newest one, before the best.
     shutil.rmtree(store.root / best)
     (store.root / "best").unlink()
-    done = karat("train", str(recipe_file), f"run.dir={elsewhere}", *overrides)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = karat_done("train", str(recipe_file), f"run.dir={elsewhere}", *overrides)
     assert store.pointed("best") == best
     assert "is gone" not in done.stdout
 
@@ -284,18 +276,16 @@ def test_the_best_checkpoint_comes_along(recipe_file: Path, url: str, tmp_path: 
 def test_damage_at_the_url_is_named_and_the_one_before_is_taken(recipe_file: Path, url: str, tmp_path: Path) -> None:
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     overrides = (f"checkpoint.url={url}", "checkpoint.every_steps=3")
-    assert karat("train", str(recipe_file), f"run.dir={run}", *overrides).returncode == 0
+    karat_done("train", str(recipe_file), f"run.dir={run}", *overrides)
     newest, before = names(url)[:2]
     raw = WritableStore(f"{url}/checkpoints/{newest}")
     raw.write("rank-00000.pt", b"damaged")
     shutil.rmtree(run)
-    done = karat("train", str(recipe_file), f"run.dir={elsewhere}", *overrides)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = karat_done("train", str(recipe_file), f"run.dir={elsewhere}", *overrides)
     assert f"warning: checkpoint {newest} at {url} is damaged: " in done.stdout
     assert f"resumed from {before}" in done.stdout
     # The run has written it anew.
-    fetched = karat("fetch", url, str(tmp_path / "fetched"), "--checkpoint", "latest")
-    assert fetched.returncode == 0, fetched.stderr
+    karat_done("fetch", url, str(tmp_path / "fetched"), "--checkpoint", "latest")
 
     for name in names(url):
         WritableStore(f"{url}/checkpoints/{name}").write("state.json", b"{}")
@@ -308,7 +298,7 @@ def test_damage_at_the_url_is_named_and_the_one_before_is_taken(recipe_file: Pat
 @pytest.mark.slow
 def test_two_runs_do_not_mix(recipe_file: Path, url: str, tmp_path: Path) -> None:
     arguments = ("train", str(recipe_file), f"checkpoint.url={url}", "train.max_steps=2", "checkpoint.keep_best=false")
-    assert karat(*arguments, f"run.dir={tmp_path / 'first'}").returncode == 0
+    karat_done(*arguments, f"run.dir={tmp_path / 'first'}")
     cases = {
         "run.seed": ("run.seed=1",),
         "run.name = other": ("run.name=other",),
@@ -324,7 +314,7 @@ def test_two_runs_do_not_mix(recipe_file: Path, url: str, tmp_path: Path) -> Non
     assert "has checkpoints and resume.mode = never" in never.stderr
     # Another run's directory, with an id and without.
     plain = ("train", str(recipe_file), "train.max_steps=2", f"run.dir={tmp_path / 'plain'}")
-    assert karat(*plain).returncode == 0
+    karat_done(*plain)
     refused = karat(*plain, f"checkpoint.url={url}")
     assert "has checkpoints that were never copied there" in refused.stderr
     (tmp_path / "plain" / "run_id").write_text("0123\n")
@@ -372,8 +362,7 @@ def test_a_store_that_fails_meanwhile_does_not_end_the_run(
     assert re.search(r"copied\s+none yet at s3://", status)
     os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{s3_port}"
     assert names(url) == []
-    again = karat(*arguments)  # nothing is left to train
-    assert again.returncode == 0, again.stdout + again.stderr
+    karat_done(*arguments)  # nothing is left to train
     assert names(url) == CheckpointStore(run / "checkpoints").names()
 
 
@@ -409,8 +398,7 @@ def test_kills_at_many_moments_of_the_copy(
             kill_all(process)
             seen = names(url)[0]
             fetched = tmp_path / f"fetched-{number}"
-            done = karat("fetch", url, str(fetched), "--checkpoint", "all")
-            assert done.returncode == 0, done.stderr
+            karat_done("fetch", url, str(fetched), "--checkpoint", "all")
             shutil.rmtree(run)
 
 

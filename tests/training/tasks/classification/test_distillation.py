@@ -30,7 +30,7 @@ from karat_scale.training.tasks.classification.distillation_teacher import (
     read_distillation_teacher,
     use_distillation_token,
 )
-from tests.conftest import SMALL, events, karat, karat_here, summary
+from tests.conftest import SMALL, events, karat_done, karat_here, summary
 
 QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null")
 Command = Callable[..., list[str]]
@@ -174,11 +174,10 @@ def test_an_exported_file_and_a_timm_model_are_teachers(
 @pytest.mark.parametrize("stage", [1, 3])
 def test_every_stage_and_world_gives_the_same_losses(command: Command, tmp_path: Path, stage: int) -> None:
     alone, ranks = tmp_path / "alone", tmp_path / "ranks"
-    assert karat(*command(alone)).returncode == 0
+    karat_done(*command(alone))
     for steps in ("4", "null"):  # stopped and resumed
         own = (f"deepspeed.config=zero{stage}", f"train.max_steps={steps}")
-        done = karat(*command(ranks, *own), processes=2)
-        assert done.returncode == 0, done.stderr
+        karat_done(*command(ranks, *own), processes=2)
     assert np.allclose(losses(ranks), losses(alone), rtol=1e-4)
 
 

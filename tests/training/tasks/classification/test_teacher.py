@@ -19,7 +19,7 @@ from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.classification.distillation_teacher import TEACHER_FILE as FILE
 from karat_scale.training.tasks.classification.distillation_teacher import keep_teacher
 from karat_scale.training.weights_file import read_exported
-from tests.conftest import SMALL, events, karat, summary
+from tests.conftest import SMALL, events, karat, karat_done, summary
 from tests.small_engines import make_trainer, weights
 
 QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null")
@@ -29,8 +29,7 @@ QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes
 def teacher(recipe: Path) -> Path:
     """A KArAt run of 8 steps."""
     run = recipe.parent / "teacher"
-    done = karat("train", str(recipe), *SMALL, *QUICK, "attention.kind=karat", f"run.dir={run}")
-    assert done.returncode == 0, done.stderr
+    karat_done("train", str(recipe), *SMALL, *QUICK, "attention.kind=karat", f"run.dir={run}")
     return run
 
 
@@ -49,8 +48,7 @@ def student_command(recipe: Path, teacher: Path) -> Callable[..., list[str]]:
 def stopped(student_command: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student's run after 3 of its 8 steps; to be copied."""
     run = tmp_path_factory.mktemp("students") / "stopped"
-    done = karat(*student_command(run, "train.max_steps=3"))
-    assert done.returncode == 0, done.stderr
+    karat_done(*student_command(run, "train.max_steps=3"))
     return run
 
 
@@ -62,12 +60,12 @@ def test_a_student_trains_stops_resumes_and_is_evaluated_without_the_teachers_ru
     teacher: Path, stopped: Path, student_command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     whole, parts, gone = tmp_path / "whole", tmp_path / "parts", tmp_path / "gone"
-    assert karat(*student_command(whole)).returncode == 0
+    karat_done(*student_command(whole))
     shutil.copytree(stopped, parts)
     teacher.rename(gone)  # the run keeps all it needs
     try:
-        assert karat(*student_command(parts)).returncode == 0
-        assert karat("eval", str(parts), "--json", str(tmp_path / "eval.json")).returncode == 0
+        karat_done(*student_command(parts))
+        karat_done("eval", str(parts), "--json", str(tmp_path / "eval.json"))
         assert main(["export", str(parts), "--weights", "raw", "--checkpoint", "latest", "--out", str(tmp_path)]) == 0
     finally:
         gone.rename(teacher)
@@ -91,8 +89,7 @@ def test_a_larger_student_trains_and_is_evaluated(
     larger = ("model.embed_dim=64", "model.num_heads=4")
     assert main(student_command(run, *larger)) == 2
     assert "use attention.transfer_heads=repeat, cycle or interpolate" in capsys.readouterr().err
-    done = karat(*student_command(run, *larger, "attention.transfer_heads=interpolate"))
-    assert done.returncode == 0, done.stderr
+    karat_done(*student_command(run, *larger, "attention.transfer_heads=interpolate"))
     assert losses(run)[0] != losses(run)[-1]
     assert main(["eval", str(run), "--json", str(tmp_path / "eval.json")]) == 0
     assert json.loads((tmp_path / "eval.json").read_text())["top1"] == summary(run)["best_top1"]
@@ -107,14 +104,13 @@ def test_every_stage_and_world_gives_the_same_losses(
 ) -> None:
     alone, ranks, bf16 = tmp_path / "alone", tmp_path / "ranks", tmp_path / "bf16"
     own = f"deepspeed.config=zero{stage}"
-    assert karat(*student_command(alone)).returncode == 0
+    karat_done(*student_command(alone))
     for steps in ("4", "null"):  # stopped and gone on
-        done = karat(*student_command(ranks, own, f"train.max_steps={steps}"), processes=2)
-        assert done.returncode == 0, done.stderr
+        karat_done(*student_command(ranks, own, f"train.max_steps={steps}"), processes=2)
     assert losses(ranks) == pytest.approx(losses(alone), rel=1e-5)
-    assert karat(*student_command(bf16, own, "train.precision=bf16")).returncode == 0
+    karat_done(*student_command(bf16, own, "train.precision=bf16"))
     assert losses(bf16) == pytest.approx(losses(alone), rel=0.05)
-    assert karat("eval", str(bf16)).returncode == 0
+    karat_done("eval", str(bf16))
 
 
 @pytest.mark.slow
@@ -140,7 +136,7 @@ def test_another_teacher_is_noticed_whoever_reads_the_checkpoint(
     evaluated = karat("eval", str(run))
     assert evaluated.returncode == 2
     assert f"{run / FILE} is missing" in evaluated.stderr
-    assert karat(*student_command(run)).returncode == 0  # from the teacher's run, which is still the same
+    karat_done(*student_command(run))
 
 
 def test_what_cannot_be_transferred_is_one_line(

@@ -17,7 +17,7 @@ from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.initial_weights import read_weights
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
-from tests.conftest import events, karat, karat_command, karat_environment, summary
+from tests.conftest import events, karat, karat_command, karat_done, karat_environment, summary
 from tests.small_engines import equal
 from tests.training.runs import wait_for_step
 from tests.training.tasks.detection.conftest import write_small
@@ -35,8 +35,7 @@ def newest(run: Path) -> tuple[dict, dict]:
 def whole(coco_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing stopped."""
     root = tmp_path_factory.mktemp("whole")
-    done = karat("detect", str(write_small(root / "small.yaml", coco_set)), f"run.dir={root / 'run'}")
-    assert done.returncode == 0, done.stderr
+    karat_done("detect", str(write_small(root / "small.yaml", coco_set)), f"run.dir={root / 'run'}")
     return root / "run"
 
 
@@ -58,8 +57,7 @@ def test_a_stopped_run_ends_in_the_same_bits(
     assert process.wait(60) == (75 if number == signal.SIGTERM else -signal.SIGKILL), process.stdout.read()
     at = newest(run)[0]["step"]
     assert (7 if number == signal.SIGTERM else 3) <= at < 24
-    done = karat(*arguments)
-    assert done.returncode == 0, done.stderr
+    karat_done(*arguments)
     assert [event["step"] for event in events(run, "resume")] == [at]
     assert {event["step"]: event["loss"] for event in events(run, "train")} == losses
     assert equal(newest(whole)[1], newest(run)[1])
@@ -84,8 +82,7 @@ def test_a_recipe_of_the_paper_trains_at_a_small_size(recipe: str, coco_set: Pat
         *("train.max_steps=3", "train.global_batch=4", "train.precision=fp32", "log.every_steps=1"),
     ]
     run = tmp_path / "run"
-    done = karat("detect", recipe, f"data.path={coco_set}", f"run.dir={run}", *overrides)
-    assert done.returncode == 0, done.stderr
+    karat_done("detect", recipe, f"data.path={coco_set}", f"run.dir={run}", *overrides)
     lines = events(run, "train")
     assert [event["step"] for event in lines] == [1, 2, 3]
     assert lines[0]["lr"] == pytest.approx(1e-4 * 0.001)
@@ -137,15 +134,11 @@ def test_a_run_of_another_kind_is_called_so(
 def test_two_ranks_score_each_image_once_and_one_rank_resumes_from_them(small_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ("train.max_steps=3", "train.micro_batch=2", "train.precision=bf16")
-    done = karat("detect", str(small_file), f"run.dir={run}", *options, processes=2)
-    assert done.returncode == 0, done.stderr
+    karat_done("detect", str(small_file), f"run.dir={run}", *options, processes=2)
     (scores,) = events(run, "eval")
     assert scores["images"] == 12
     # Another world, at another ZeRO stage, resumes from it.
-    done = karat(
-        "detect", str(small_file), f"run.dir={run}", *options[1:], "train.max_steps=5", "deepspeed.config=zero2"
-    )
-    assert done.returncode == 0, done.stderr
+    karat_done("detect", str(small_file), f"run.dir={run}", *options[1:], "train.max_steps=5", "deepspeed.config=zero2")
     assert events(run, "resume")[0]["step"] == 3
 
 
@@ -157,8 +150,7 @@ def test_a_rank_without_an_image_evaluates_with_the_others_at_stage_3(
     """Each forward pass gathers the weights from all ranks: the second of 4 + 4 + 4 images has no fourth batch."""
     run = tmp_path / "run"
     options = ("train.max_steps=1", "train.micro_batch=2", "train.eval_batch=4", "run.peer_timeout_minutes=2")
-    done = karat("detect", str(small_file), f"run.dir={run}", *options, f"deepspeed.config={whole_zero3}", processes=2)
-    assert done.returncode == 0, done.stderr
+    karat_done("detect", str(small_file), f"run.dir={run}", *options, f"deepspeed.config={whole_zero3}", processes=2)
     (scores,) = events(run, "eval")
     assert scores["images"] == 12
 
@@ -169,8 +161,7 @@ def test_it_learns_to_find_objects_in_images_it_has_not_seen(kind: str, small_fi
     data = make_set(tmp_path / "set", {"train": 64, "val": 24}, seed=1)
     run = tmp_path / "run"
     options = (f"attention.kind={kind}", f"data.path={data}", "train.global_batch=8", "train.epochs=40")
-    done = karat("detect", str(small_file), f"run.dir={run}", *options)
-    assert done.returncode == 0, done.stderr
+    karat_done("detect", str(small_file), f"run.dir={run}", *options)
     (scores,) = events(run, "eval")
     # One box drawn at random around one of three categories has an AP below 1.
     assert scores["box_ap50"] > 50
