@@ -4,7 +4,7 @@ import difflib
 import logging
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -103,7 +103,14 @@ def read_weights(source: str) -> SourceWeights:
         about = model.pretrained_cfg
         return SourceWeights(model.state_dict(), None, (tuple(about["mean"]), tuple(about["std"])))
     path, checkpoint = locate(source)
-    return _weights_of_run(path, checkpoint) if checkpoint else _weights_of_file(path)
+    if not checkpoint:
+        return _weights_of_file(path)
+    run = OpenRun.at(path, Recipe, checkpoint=checkpoint)
+    recipe = run.recipe
+    trained = create_model(recipe.model, recipe.attention)
+    run.load(trained, weights="ema" if run.saved["has_ema"] else "raw")
+    normalised = recipe.augment.mean, recipe.augment.std
+    return SourceWeights(trained.state_dict(), Origin(recipe.model, recipe.attention), normalised)
 
 
 def locate(source: str) -> tuple[Path, str]:
@@ -125,15 +132,6 @@ def locate(source: str) -> tuple[Path, str]:
     raise RecipeError("neither a run's directory, nor a checkpoint in one, nor a file, nor timm:NAME")
 
 
-def _weights_of_run(path: Path, checkpoint: str) -> SourceWeights:
-    run = OpenRun.at(path, Recipe, checkpoint=checkpoint)
-    recipe = run.recipe
-    model = create_model(recipe.model, recipe.attention)
-    run.load(model, weights="ema" if run.saved["has_ema"] else "raw")
-    normalised = recipe.augment.mean, recipe.augment.std
-    return SourceWeights(model.state_dict(), Origin(recipe.model, recipe.attention), normalised)
-
-
 def _weights_of_file(path: Path) -> SourceWeights:
     try:
         _check_kind(path)
@@ -150,7 +148,11 @@ def _weights_of_file(path: Path) -> SourceWeights:
         raise RecipeError(f"{_UNSAFE}: {reason}") from error
     if not (isinstance(weights, dict) and all(isinstance(x, Tensor) for x in weights.values())):
         raise RecipeError(_NO_STATE)
-    return SourceWeights(weights, _origin(facts), _normalised(facts))
+    origin = None
+    with suppress(ValueError):  # of another version; the weights tell what they are
+        origin = Origin(ModelConfig.model_validate(facts.model), AttentionConfig.model_validate(facts.attention))
+    augment = facts.recipe and facts.recipe["augment"]
+    return SourceWeights(weights, origin, (tuple(augment["mean"]), tuple(augment["std"])) if augment else None)
 
 
 def _check_kind(path: Path) -> None:
@@ -163,20 +165,6 @@ def _check_kind(path: Path) -> None:
         raise RecipeError("not a file of weights; expected .safetensors, or .pth as torch.save writes it")
     if start == b"PK" and any(Path(name).name == "constants.pkl" for name in zipfile.ZipFile(path).namelist()):
         raise RecipeError("a TorchScript program, not a file of weights; use the run, or --format safetensors of it")
-
-
-def _origin(facts: ExportFacts) -> Origin | None:
-    """The recipe's sections that `karat export` keeps beside the weights."""
-    try:
-        return Origin(ModelConfig.model_validate(facts.model), AttentionConfig.model_validate(facts.attention))
-    except ValueError:
-        return None  # another version's; the weights tell what they are
-
-
-def _normalised(facts: ExportFacts) -> tuple[Triple, Triple] | None:
-    """Mean and std of the images, by the recipe that `karat export` keeps beside the weights."""
-    augment = facts.recipe and facts.recipe["augment"]
-    return (tuple(augment["mean"]), tuple(augment["std"])) if augment else None
 
 
 def export_facts(path: Path) -> ExportFacts:

@@ -4,21 +4,35 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from karat_scale.data.backends import ImageSpec
 from karat_scale.data.backends.synthetic import SyntheticBackend
 from karat_scale.data.batch import BadSample, Batch
+from karat_scale.data.loading import device_feed
 from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import Recipe
 from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.tasks.classification import task
 from tests.small_engines import equal, make_trainer
 from tests.streams import Streams, streams
-from tests.training.fed_ahead import feed_ahead
 from tests.training.test_save_points import train_to_the_end
 
 __all__ = ["streams"]
 OWN = ("data.workers=0", "train.micro_batch=4", "model.proj_drop=0.1")
+
+
+class FeedAhead(device_feed.DeviceFeed):
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self._copies = device_feed._Copies(torch.device("cpu"))
+
+
+def feed_ahead(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the test ends."""
+    del streams  # only to say that they must be there
+    monkeypatch.setattr(task, "DeviceFeed", FeedAhead)
 
 
 @pytest.fixture

@@ -108,19 +108,14 @@ def hash_together(data: DataConfig, world: World, beat: Callable[[], object]) ->
     while world.any(left):
         beat()
         with world.together():
-            left = left and _read_for_a_turn(pieces)
+            end = time.monotonic() + _TURN_SECONDS
+            left = left and any(time.monotonic() > end for _ in pieces)  # False at the end of the pieces
 
 
 def _this_node() -> str:
     """Return what differs between nodes, also if they have the same name."""
     kernel = Path("/proc/sys/kernel/random/boot_id")
     return socket.gethostname() + (kernel.read_text() if kernel.exists() else "")
-
-
-def _read_for_a_turn(pieces: Iterator[None]) -> bool:
-    """Read for some seconds; returns False at the end."""
-    end = time.monotonic() + _TURN_SECONDS
-    return any(time.monotonic() > end for _ in pieces)
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,9 @@ class ViTBackbone(nn.Module):
         self.global_blocks: frozenset[int] = frozenset()
         if self.side > self.window:
             _check_global_blocks(recipe, len(vit.blocks))
-            self.global_blocks = _evenly_spread(recipe.detector.global_blocks, len(vit.blocks))
+            count, depth = recipe.detector.global_blocks, len(vit.blocks)
+            # The last block of each of `count` equal parts, as in ViTDet.
+            self.global_blocks = frozenset((part + 1) * depth // count - 1 for part in range(count))
             _let_attend_by_softmax(vit, recipe, self.global_blocks)
             vit.set_input_size((recipe.model.image_size, recipe.model.image_size))
         self.vit = vit
@@ -174,11 +176,6 @@ def _check_global_blocks(recipe: DetectionRecipe, depth: int) -> None:
         raise RecipeError(
             f"detector.global_blocks = {count}, but the model has {depth} blocks{why}; use {most} at most"
         )
-
-
-def _evenly_spread(count: int, depth: int) -> frozenset[int]:
-    """Return the last block of each of `count` equal parts, as in ViTDet."""
-    return frozenset((part + 1) * depth // count - 1 for part in range(count))
 
 
 def _let_attend_by_softmax(vit: VisionTransformer, recipe: DetectionRecipe, blocks: frozenset[int]) -> None:

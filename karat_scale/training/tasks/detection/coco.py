@@ -327,36 +327,6 @@ class DetectionBatch:
         return images, targets
 
 
-class TrainMaker:
-    """Makes training batches: a sample's jitter depends only on the seed, the epoch and the sample."""
-
-    def __init__(self, split: CocoSplit, recipe: DetectionRecipe) -> None:
-        self._split, self._recipe = split, recipe
-        self._whereabouts = Whereabouts()
-
-    def __call__(self, part: BatchSlice) -> DetectionBatch:
-        """Return the batch of a slice. Raises DataError for an image that cannot be read."""
-        samples = [int(sample) for sample in part.sample_ids]
-        made = [self._make(sample, part.epoch) for sample in samples]
-        return DetectionBatch([image for image, _ in made], [target for _, target in made], samples)
-
-    def _make(self, sample: int, epoch: int) -> tuple[npt.NDArray[np.uint8], Target]:
-        self._whereabouts.tell(sample)
-        image = self._split.read(sample)
-        labels, masks = self._split.objects(sample)
-        recipe = self._recipe
-        seed = sample_seed(recipe.run.seed, epoch, sample)
-        jitter = draw_jitter(seed, image.width, image.height, recipe.model.image_size, recipe.augment)
-        masks = jitter_masks(masks, jitter)
-        seen = masks.any(axis=(1, 2))
-        masks, labels = masks[seen], labels[seen]
-        return jitter_image(image, jitter), {"boxes": boxes_of(masks), "labels": labels, "masks": masks}
-
-    def whereabouts(self, workers: int) -> str:
-        """Return the last sample of each worker."""
-        return _whereabouts(self._whereabouts, self._split, workers)
-
-
 class EvalMaker:
     """Makes evaluation batches: whole images, without the padding of the last slice."""
 
@@ -367,25 +337,45 @@ class EvalMaker:
     def __call__(self, part: BatchSlice) -> DetectionBatch:
         """Return the batch of a slice. Raises DataError for an image that cannot be read."""
         samples = [int(sample) for sample in part.sample_ids if sample != PADDING]
-        images = []
-        for sample in samples:
-            self._whereabouts.tell(sample)
-            images.append(np.ascontiguousarray(np.asarray(self._split.read(sample)).transpose(2, 0, 1)))
+        images = [np.ascontiguousarray(np.asarray(self._read(sample)).transpose(2, 0, 1)) for sample in samples]
         return DetectionBatch(images, [], samples)
+
+    def _read(self, sample: int) -> Image.Image:
+        self._whereabouts.tell(sample)
+        return self._split.read(sample)
 
     def whereabouts(self, workers: int) -> str:
         """Return the last sample of each worker."""
-        return _whereabouts(self._whereabouts, self._split, workers)
+        at = [(worker, self._whereabouts.of(worker)) for worker in range(workers)]
+        told = [f"worker {worker} at {self._split.file_of(sample)}" for worker, sample in at if sample is not None]
+        return ", ".join(told) or "no worker had started"
 
 
-def load_batches(
-    make: TrainMaker | EvalMaker, slices: Iterable[BatchSlice], data: CocoConfig
-) -> OrderedResults[DetectionBatch]:
+class TrainMaker(EvalMaker):
+    """Makes training batches: a sample's jitter depends only on the seed, the epoch and the sample."""
+
+    def __init__(self, split: CocoSplit, recipe: DetectionRecipe) -> None:
+        super().__init__(split)
+        self._recipe = recipe
+
+    def __call__(self, part: BatchSlice) -> DetectionBatch:
+        """Return the batch of a slice. Raises DataError for an image that cannot be read."""
+        samples = [int(sample) for sample in part.sample_ids]
+        made = [self._make(sample, part.epoch) for sample in samples]
+        return DetectionBatch([image for image, _ in made], [target for _, target in made], samples)
+
+    def _make(self, sample: int, epoch: int) -> tuple[npt.NDArray[np.uint8], Target]:
+        image = self._read(sample)
+        labels, masks = self._split.objects(sample)
+        recipe = self._recipe
+        seed = sample_seed(recipe.run.seed, epoch, sample)
+        jitter = draw_jitter(seed, image.width, image.height, recipe.model.image_size, recipe.augment)
+        masks = jitter_masks(masks, jitter)
+        seen = masks.any(axis=(1, 2))
+        masks, labels = masks[seen], labels[seen]
+        return jitter_image(image, jitter), {"boxes": boxes_of(masks), "labels": labels, "masks": masks}
+
+
+def load_batches(make: EvalMaker, slices: Iterable[BatchSlice], data: CocoConfig) -> OrderedResults[DetectionBatch]:
     """Return the batches of `slices`, in order, from workers."""
     return OrderedResults(make, slices, data.workers, data.prefetch, data.timeout, make.whereabouts)
-
-
-def _whereabouts(whereabouts: Whereabouts, split: CocoSplit, workers: int) -> str:
-    at = [(worker, whereabouts.of(worker)) for worker in range(workers)]
-    told = [f"worker {worker} at {split.file_of(sample)}" for worker, sample in at if sample is not None]
-    return ", ".join(told) or "no worker had started"
