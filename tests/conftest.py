@@ -13,6 +13,7 @@ Which tests run (tests/selection.py):
 
 import errno
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,14 @@ def karat_here(*arguments: str) -> int:
             return main(list(arguments))
         except SystemExit as end:  # argparse's, for a mistake in the call
             return int(end.code or 0)
+
+
+def karat_refuses(*arguments: str) -> str:
+    """The one line with which `karat`, in this process, refuses what it is given."""
+    with redirect_stderr(io.StringIO()) as said:
+        assert karat_here(*arguments) == 2
+    (line,) = said.getvalue().splitlines()
+    return line
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.initial_weights import read_weights
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
-from tests.conftest import events, karat, karat_command, karat_done, karat_environment, summary
+from tests.conftest import events, karat, karat_command, karat_done, karat_environment, karat_refuses, summary
 from tests.small_engines import equal
 from tests.training.runs import wait_for_step
 from tests.training.tasks.detection.conftest import write_small
@@ -89,15 +89,9 @@ def test_a_recipe_of_the_paper_trains_at_a_small_size(recipe: str, coco_set: Pat
     assert summary(run)["last_mask_ap"] is not None
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, capsys) -> None:
-    def refused(*arguments: str) -> str:
-        assert main(["detect", *arguments]) == 2
-        text = capsys.readouterr().err
-        assert text.count("\n") == 1
-        return text
-
-    assert "did you mean coco_mask_rcnn_vit_base?" in refused("coco_mask_rcnn_vit_bse")
-    assert "not a run directory" in refused("--eval", str(tmp_path / "nothing"))
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    assert "did you mean coco_mask_rcnn_vit_base?" in karat_refuses("detect", "coco_mask_rcnn_vit_bse")
+    assert "not a run directory" in karat_refuses("detect", "--eval", str(tmp_path / "nothing"))
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused_at_the_start(small_file: Path, small_disk: Path) -> None:
@@ -110,23 +104,19 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_at_the_start(small_file
     assert summary(run)["exit"] == 2
 
 
-def test_a_run_of_another_kind_is_called_so(
-    small: Callable[..., DetectionRecipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_of_another_kind_is_called_so(small: Callable[..., DetectionRecipe], tmp_path: Path) -> None:
     detector, classifier = tmp_path / "detector", tmp_path / "classifier"
     detector.mkdir()
     classifier.mkdir()
     RunDirectory(detector).begin(small(), ("a", "b", "c"))
     RunDirectory(classifier).begin(load_recipe("cifar10_vit_tiny", ["data.path=images"]))
     for command in ("export", "eval", "analyze"):
-        assert main([command, str(detector)]) == 2
-        error = f"{detector}: a run of karat detect, not of karat train; karat detect --eval reads it\n"
-        assert capsys.readouterr().err.removeprefix("error: ") == error
+        error = f"error: {detector}: a run of karat detect, not of karat train; karat detect --eval reads it"
+        assert karat_refuses(command, str(detector)) == error
     with pytest.raises(RunDirectoryError, match="a run of karat detect, not of karat train"):
         read_weights(str(detector))
-    assert main(["detect", "--eval", str(classifier)]) == 2
-    error = f"{classifier}: a run of karat train, not of karat detect; karat eval reads it\n"
-    assert capsys.readouterr().err.removeprefix("error: ") == error
+    error = f"error: {classifier}: a run of karat train, not of karat detect; karat eval reads it"
+    assert karat_refuses("detect", "--eval", str(classifier)) == error
 
 
 @pytest.mark.slow
