@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from karat_scale.data.plan import LanePlace
+from karat_scale.data.plan import BatchSlice, LanePlace
 
 # A RandAugment operation's name and the arguments of its function: degrees, factors, pixels.
 Operation = tuple[str, tuple[float, ...]]
@@ -70,6 +72,31 @@ class Batch:
     batch: int = 0
     digest: int | None = None
     streamed: Streamed | None = None
+
+    @classmethod
+    def of(
+        cls,
+        part: BatchSlice,
+        images: torch.Tensor,
+        labels: npt.NDArray[np.int64],
+        valid: npt.NDArray[np.bool_],
+        sample_ids: npt.NDArray[np.int64] | None = None,
+        bad: tuple[BadSample, ...] = (),
+        draws: tuple[Draw, ...] = (),
+        streamed: Streamed | None = None,
+    ) -> "Batch":
+        """Return the batch of a slice. sample_ids: instead of the slice's own."""
+        return cls(
+            images,
+            torch.from_numpy(labels),
+            torch.from_numpy(part.sample_ids.copy() if sample_ids is None else sample_ids),
+            torch.from_numpy(valid),
+            bad,
+            draws,
+            part.epoch,
+            part.batch,
+            streamed=streamed,
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
         """Return the same batch on `device`; the copy overlaps with other work if the memory is pinned.

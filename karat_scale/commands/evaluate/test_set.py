@@ -27,7 +27,7 @@ from karat_scale.commands.evaluate.predictions import Predictions
 from karat_scale.data.batch import Batch
 from karat_scale.data.decoders import Decoder, make_decoder
 from karat_scale.data.decoders.orientation import turned_by_default, upright
-from karat_scale.data.loading.assemble import EvalAssembler, ImageSource, ImageSpec, Pixels
+from karat_scale.data.loading.assemble import ImageAssembler, ImageSource, ImageSpec, Pixels
 from karat_scale.data.loading.loader import OrderedLoader
 from karat_scale.data.plan import BatchSlice
 from karat_scale.data.shards.beton import BetonSplit
@@ -246,11 +246,11 @@ def load_test_set(
     return lambda slices: OrderedLoader(make, slices, data.workers, data.prefetch, data.timeout)
 
 
-class _Changed(EvalAssembler):
-    """Evaluation batches whose images are changed after the crop. See EvalAssembler."""
+class _Changed(ImageAssembler):
+    """Evaluation batches whose images are changed after the crop."""
 
     def __init__(self, source: ImageSource, spec: ImageSpec, decoder: Decoder, change: Change | None) -> None:
-        super().__init__(source, spec, decoder)
+        super().__init__(source, spec, decoder, training=False)
         self._change = change
 
     def fill(self, part: BatchSlice, images: torch.Tensor) -> Batch:

@@ -34,7 +34,7 @@ from karat_scale.data.batch import Batch
 from karat_scale.data.decoders import Decoder, make_decoder
 from karat_scale.data.decoders.decode import UndecodableImageError
 from karat_scale.data.decoders.orientation import upright
-from karat_scale.data.loading.assemble import EvalAssembler, ImageSpec
+from karat_scale.data.loading.assemble import ImageAssembler, ImageSpec
 from karat_scale.data.loading.loader import OrderedLoader
 from karat_scale.data.plan import BatchSlice
 from karat_scale.engine.devices import device_name
@@ -195,7 +195,7 @@ class FileSource:
 def evaluation_batches(files: Sequence[str], recipe: Recipe, batch_size: int) -> OrderedLoader:
     """Return batches of the files in order, decoded, resized and cropped as `karat eval` does."""
     spec = ImageSpec.of(recipe.changed(data__on_bad_sample="skip"))
-    make = EvalAssembler(FileSource(files), spec, _decoder(recipe))
+    make = ImageAssembler(FileSource(files), spec, _decoder(recipe), training=False)
     ids = np.arange(len(files), dtype=np.int64)
     slices = [
         BatchSlice(0, number, ids[start : start + batch_size])

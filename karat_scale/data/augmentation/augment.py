@@ -283,11 +283,17 @@ class TrainTransform:
         """The part of the image that the draw asks for."""
         return crop_view(draw.box, self._size)
 
-    def finish(self, pixels: npt.NDArray[np.uint8], draw: Draw) -> npt.NDArray[np.uint8]:
+    def choose(self, seed: int, width: int, height: int) -> tuple[View, Draw]:
+        """Return the view of a sample of this seed and these dimensions in pixels, and what was drawn."""
+        draw = self.draw(seed, width, height)
+        return self.view(draw), draw
+
+    def finish(self, pixels: Pixels, draw: Draw | None) -> Pixels:
         """Do to the view, uint8 [size, size, 3], what workers do of the draw; returns uint8 [3, size, size].
 
         The view is left as it is.
         """
+        assert draw is not None
         if draw.flip:
             pixels = pixels[:, ::-1]
         if not self._only_flips and (draw.ops or draw.jitter):
@@ -300,14 +306,14 @@ class TrainTransform:
             pixels = np.asarray(image)
         if not self._only_flips and draw.erase is not None:
             pixels = self._erased(pixels, draw.erase)
-        planes: npt.NDArray[np.uint8] = pixels.transpose(2, 0, 1)
+        planes: Pixels = pixels.transpose(2, 0, 1)
         return planes
 
-    def _erased(self, pixels: npt.NDArray[np.uint8], erase: tuple[int, int, int, int, int]) -> npt.NDArray[np.uint8]:
+    def _erased(self, pixels: Pixels, erase: tuple[int, int, int, int, int]) -> Pixels:
         left, top, width, height, seed = erase
         # RandomState is the numpy generator whose stream is frozen for good.
         noise = np.random.RandomState(seed).standard_normal((height, width, 3)).astype(np.float32)
-        erased: npt.NDArray[np.uint8] = pixels.copy()
+        erased: Pixels = pixels.copy()
         erased[top : top + height, left : left + width] = np.clip(noise * self._std + self._mean, 0, 255)
         return erased
 
@@ -322,6 +328,15 @@ class EvalTransform:
     def view(self, width: int, height: int) -> View:
         """The part of an image of these dimensions that is evaluated."""
         return centre_view(width, height, self._short_side, self._size)
+
+    def choose(self, _seed: int, width: int, height: int) -> tuple[View, None]:
+        """Return the view; nothing is drawn."""
+        return self.view(width, height), None
+
+    def finish(self, pixels: Pixels, _draw: Draw | None) -> Pixels:
+        """Return the view, uint8 [size, size, 3], as uint8 [3, size, size]."""
+        planes: Pixels = pixels.transpose(2, 0, 1)
+        return planes
 
 
 def _draw_sides(

@@ -21,18 +21,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
 from karat_scale.data.backends.row_reader import Row, RowReader
-from karat_scale.data.batch import Batch, Draw
+from karat_scale.data.batch import Batch
 from karat_scale.data.decoders import Decoder, make_decoder
 from karat_scale.data.decoders.decode import View, blank_jpeg
 from karat_scale.data.decoders.ffcv import FfcvDecoder
 from karat_scale.data.decoders.pillow import TorchvisionDecoder, resize_region
-from karat_scale.data.loading.assemble import EvalAssembler, ImageSource, ImageSpec, TrainAssembler
+from karat_scale.data.loading.assemble import ImageAssembler, ImageSource, ImageSpec
 from karat_scale.data.loading.device_feed import RunAhead
 from karat_scale.data.loading.fetcher import FetchedAhead
 from karat_scale.data.loading.loader import MakesBatches, OrderedLoader
-from karat_scale.data.order import sample_seed
 from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.data.shards.beton import BetonSplit
 from karat_scale.data.shards.cache import RemoteUse
@@ -102,7 +100,8 @@ class ImageBackend(SplitBackend):
         super().__init__(train, val)
         self._data = spec.data
         decoder = decoder or make_decoder(spec.data, spec.augment.interpolation)
-        self._make_train, self._make_val = TrainAssembler(train, spec, decoder), EvalAssembler(val, spec, decoder)
+        self._make_train = ImageAssembler(train, spec, decoder, training=True)
+        self._make_val = ImageAssembler(val, spec, decoder, training=False)
 
     def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
         return self._load(self._make_train, self._fetched_ahead(self._train, slices))
@@ -187,56 +186,6 @@ class BatchDecoder(Protocol):
         """
 
 
-class Pass(Protocol):
-    """What training and evaluation do differently."""
-
-    def choose(self, epoch: int, sample_id: int, width: int, height: int) -> tuple[View, Draw | None]:
-        """What is looked at, and what was drawn."""
-
-    def finish(self, pixels: Pixels, draw: Draw | None) -> Pixels:
-        """The view, uint8 [size, size, 3], as it goes into the batch, uint8 [3, size, size]."""
-
-    def assembler(self, source: ImageSource) -> TrainAssembler | EvalAssembler:
-        """What makes a batch that the library cannot make, and finds the bad sample in it."""
-
-
-class TrainPass:
-    """See Pass."""
-
-    def __init__(self, spec: ImageSpec, decoder: Decoder) -> None:
-        self._spec, self._decoder = spec, decoder
-        self._transform = TrainTransform(spec.augment, spec.image_size)
-
-    def choose(self, epoch: int, sample_id: int, width: int, height: int) -> tuple[View, Draw]:
-        draw = self._transform.draw(sample_seed(self._spec.seed, epoch, sample_id), width, height)
-        return self._transform.view(draw), draw
-
-    def finish(self, pixels: Pixels, draw: Draw | None) -> Pixels:
-        assert draw is not None
-        return self._transform.finish(pixels, draw)
-
-    def assembler(self, source: ImageSource) -> TrainAssembler:
-        return TrainAssembler(source, self._spec, self._decoder)
-
-
-class EvalPass:
-    """See Pass."""
-
-    def __init__(self, spec: ImageSpec, decoder: Decoder) -> None:
-        self._spec, self._decoder = spec, decoder
-        self._transform = EvalTransform(spec.augment, spec.image_size)
-
-    def choose(self, epoch: int, sample_id: int, width: int, height: int) -> tuple[View, None]:
-        return self._transform.view(width, height), None
-
-    def finish(self, pixels: Pixels, draw: Draw | None) -> Pixels:
-        planes: Pixels = pixels.transpose(2, 0, 1)
-        return planes
-
-    def assembler(self, source: ImageSource) -> EvalAssembler:
-        return EvalAssembler(source, self._spec, self._decoder)
-
-
 class BatchDecodingBackend(SplitBackend):
     """See Backend. `data.workers` is the number of threads that read, and again of those that resize and augment.
 
@@ -252,36 +201,38 @@ class BatchDecodingBackend(SplitBackend):
         stream: torch.cuda.Stream | None = None,
     ) -> None:
         super().__init__(*splits)
-        self._data = spec.data
-        self._interpolation, self._image_size = spec.augment.interpolation, spec.image_size
+        self._spec, self._data = spec, spec.data
         # Its pixels are those of the library and resize_region, so a batch is the same whichever makes it.
-        self._decoder = TorchvisionDecoder(self._interpolation, spec.data.max_pixels)
-        self._train_pass, self._eval_pass = TrainPass(spec, self._decoder), EvalPass(spec, self._decoder)
-        self._only_flips = spec.augment.workers_only_flip
+        self._decoder = TorchvisionDecoder(spec.augment.interpolation, spec.data.max_pixels)
         self._threads = max(1, spec.data.workers)
         self._make_decoder, self._stream = make_decoder, stream
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="karat-augment")
 
     def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
-        return self._run_ahead(slices, self._train, self._train_pass, self._only_flips)
+        return self._run_ahead(slices, self._train, training=True)
 
     def eval_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
-        return self._run_ahead(slices, self._val, self._eval_pass, True)
+        return self._run_ahead(slices, self._val, training=False)
 
-    def _run_ahead(self, slices: Iterable[BatchSlice], split: ImageSource, way: Pass, only_flips: bool) -> RunAhead:
+    def _run_ahead(self, slices: Iterable[BatchSlice], split: ImageSource, training: bool) -> RunAhead:
         # A source of its own for each iterator, since each has a thread.
         source = copy.copy(split)
-        reader = RowReader(source, self._decoder, way.choose, self._data.max_pixels, self._threads)
-        library = self._make_decoder(only_flips)
-        batches = self._batches(self._fetched_ahead(split, slices), reader, library, way, source)
+        make = ImageAssembler(source, self._spec, self._decoder, training)
+        reader = RowReader(source, self._decoder, make.choose, self._data.max_pixels, self._threads)
+        library = self._make_decoder(self._spec.augment.workers_only_flip or not training)
+        batches = self._batches(self._fetched_ahead(split, slices), reader, library, make, source)
         return self._handing_out(RunAhead(batches, self._data.prefetch, self._data.timeout, reader.whereabouts))
 
     def _batches(
-        self, slices: Iterable[BatchSlice], reader: RowReader, library: BatchDecoder, way: Pass, source: ImageSource
+        self,
+        slices: Iterable[BatchSlice],
+        reader: RowReader,
+        library: BatchDecoder,
+        make: ImageAssembler,
+        source: ImageSource,
     ) -> Generator[Batch, None, None]:
         if self._stream is not None:
             torch.cuda.set_device(self._stream.device)  # of this thread, which else opens a context on GPU 0, too
-        assembler = way.assembler(source)
         under_way: deque[tuple[BatchSlice, list[Row | None] | None]] = deque()
 
         def requests() -> Iterator[Request]:
@@ -293,46 +244,44 @@ class BatchDecodingBackend(SplitBackend):
         try:
             for decoded in library.decoded(requests()):
                 part, rows = under_way.popleft()
-                if rows is None or decoded is None:
-                    yield assembler[part]
-                else:
-                    yield self._batch(part, rows, self._images(rows, decoded, way), source)
+                if rows is None or decoded is None:  # it finds the bad sample, too
+                    yield make[part]
+                    continue
+                images = self._images(rows, decoded, make)
+                valid = part.sample_ids != PADDING
+                labels = np.where(valid, source.labels[part.sample_ids], 0).astype(np.int64)
+                draws = tuple(row.draw for row in rows if row is not None and row.draw is not None)
+                batch = Batch.of(part, images, labels, valid, draws=draws)
+                yield batch if self._stream is None or images.is_cuda else batch.pin_memory()
         finally:
             reader.close()
             source.close()
 
-    def _images(self, rows: list[Row | None], decoded: torch.Tensor | list[Pixels], way: Pass) -> torch.Tensor:
-        if isinstance(decoded, torch.Tensor):
+    def _images(
+        self, rows: list[Row | None], decoded: torch.Tensor | list[Pixels], make: ImageAssembler
+    ) -> torch.Tensor:
+        finish = make.transform.finish
+        if isinstance(decoded, torch.Tensor):  # finished, but for the rows that the library was not asked for
             with on_stream(self._stream):
-                return _patched(decoded, rows, way)
-        images = torch.zeros(len(rows), 3, self._image_size, self._image_size, dtype=torch.uint8)
+                for number, row in enumerate(rows):
+                    if row is None:
+                        decoded[number] = 0
+                    elif row.pixels is not None:
+                        decoded[number] = torch.from_numpy(np.ascontiguousarray(finish(row.pixels, row.draw)))
+            return decoded
+        images = torch.zeros(len(rows), 3, self._spec.image_size, self._spec.image_size, dtype=torch.uint8)
         pixels = images.numpy()
 
-        def one(number: int) -> None:
-            row = rows[number]
+        def one(number: int, row: Row | None) -> None:
             if row is not None:
-                view = (
-                    resize_region(decoded[number], row.view, self._interpolation) if row.pixels is None else row.pixels
-                )
-                pixels[number] = way.finish(view, row.draw)
+                view = row.pixels
+                if view is None:
+                    view = resize_region(decoded[number], row.view, self._spec.augment.interpolation)
+                pixels[number] = finish(view, row.draw)
 
-        for _ in self._pool.map(one, range(len(rows))):
+        for _ in self._pool.map(one, range(len(rows)), rows):
             pass
         return images
-
-    def _batch(self, part: BatchSlice, rows: list[Row | None], images: torch.Tensor, source: ImageSource) -> Batch:
-        valid = part.sample_ids != PADDING
-        labels = np.where(valid, source.labels[part.sample_ids], 0).astype(np.int64)
-        batch = Batch(
-            images=images,
-            labels=torch.from_numpy(labels),
-            sample_ids=torch.from_numpy(part.sample_ids.copy()),
-            valid=torch.from_numpy(valid),
-            draws=tuple(row.draw for row in rows if row is not None and row.draw is not None),
-            epoch=part.epoch,
-            batch=part.batch,
-        )
-        return batch if self._stream is None or images.is_cuda else batch.pin_memory()
 
     def close(self) -> None:
         super().close()
@@ -346,16 +295,6 @@ def _request(rows: list[Row | None]) -> Request:
         for row in rows
     ]
     return Request(*(list(column) for column in zip(*asked, strict=True)))
-
-
-def _patched(images: torch.Tensor, rows: list[Row | None], way: Pass) -> torch.Tensor:
-    """Return the library's finished images with those of the rows that it was not asked for."""
-    for number, row in enumerate(rows):
-        if row is None:
-            images[number] = 0
-        elif row.pixels is not None:
-            images[number] = torch.from_numpy(np.ascontiguousarray(way.finish(row.pixels, row.draw)))
-    return images
 
 
 @contextmanager

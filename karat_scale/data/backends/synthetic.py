@@ -68,14 +68,7 @@ class SyntheticBackend:
         pixels = images.numpy()
         for row in np.flatnonzero(valid):
             pixels[row] = self._image(int(part.sample_ids[row]), int(labels[row]), stream)
-        return Batch(
-            images=images,
-            labels=torch.from_numpy(labels),
-            sample_ids=torch.from_numpy(part.sample_ids.copy()),
-            valid=torch.from_numpy(valid),
-            epoch=part.epoch,
-            batch=part.batch,
-        )
+        return Batch.of(part, images, labels, valid)
 
     def _image(self, sample_id: int, label: int, stream: int) -> npt.NDArray[np.uint8]:
         start = sample_seed(self._seed, stream, sample_id) % NOISE_STARTS

@@ -21,7 +21,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "AVIF", "JPEG2000
 
 
 class UndecodableImageError(Exception):
-    """The bytes are not a complete image; the message is the reason."""
+    """The bytes are not a complete image; the message is the reason. done: what cannot be done with the sample."""
+
+    done = "decoded"
 
 
 def open_image(data: bytes) -> Image.Image:

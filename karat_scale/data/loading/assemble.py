@@ -9,9 +9,10 @@ import os
 import signal
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from functools import partial
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,8 @@ import torch
 from torch.utils.data import get_worker_info
 
 from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
-from karat_scale.data.batch import BadSample, Batch, Draw
-from karat_scale.data.decoders import ChooseView, Decoder
+from karat_scale.data.batch import BadSample, Batch, Draw, Streamed
+from karat_scale.data.decoders import Decoder
 from karat_scale.data.decoders.decode import UndecodableImageError, View
 from karat_scale.data.order import sample_seed
 from karat_scale.data.plan import PADDING, BatchSlice
@@ -100,10 +101,10 @@ class Whereabouts:
         # Counted from one: the memory starts as zeros.
         self._samples[worker.id if worker else 0] = sample_id + 1
 
-    def of(self, worker: int) -> int | None:
-        """The sample that a worker told of last."""
-        sample = int(self._samples[worker])
-        return sample - 1 if sample else None
+    def told(self, workers: int, describe: Callable[[int], str]) -> str:
+        """Return where each worker was last, `describe(sample)`, for the message of a loader that gets no batch."""
+        at = enumerate(self._samples[:workers].tolist())
+        return ", ".join(f"worker {worker} {describe(i - 1)}" for worker, i in at if i) or "no worker had started"
 
 
 @dataclass(frozen=True)
@@ -203,12 +204,28 @@ def prepare(source: ImageSource, part: BatchSlice) -> None:
         source.prepare(part.sample_ids[part.sample_ids != PADDING].tolist())
 
 
-class Assembler(ABC):
-    """Makes a Batch from a BatchSlice, in new memory or in given memory."""
+class Sample(NamedTuple):
+    """A sample that may fill a row of a batch. epoch: whose seed its augmentation is drawn from."""
 
-    def __init__(self, source: ImageSource, spec: ImageSpec, decoder: Decoder) -> None:
-        self._source = source
-        self._image_size = spec.image_size
+    id: int
+    label: int
+    epoch: int
+    read: Callable[[], bytes]
+    locate: Callable[[], tuple[str, str]]
+
+
+class Assembler(ABC):
+    """Makes a Batch from a BatchSlice: samples are drawn for, decoded, viewed, and finished.
+
+    If the recipe says skip, the next candidate replaces a training sample that cannot be used. It is augmented by its
+    own seed, so it looks as it does at its own place. In an evaluation, padding and unreadable samples are zeros with
+    valid = False.
+    """
+
+    def __init__(self, spec: ImageSpec, decoder: Decoder, training: bool) -> None:
+        transform = TrainTransform if training else EvalTransform
+        self.transform: TrainTransform | EvalTransform = transform(spec.augment, spec.image_size)
+        self._seed, self._image_size, self._training = spec.seed, spec.image_size, training
         self._stop = spec.data.on_bad_sample == "stop"
         self._decoder = decoder
         self._whereabouts = Whereabouts()
@@ -221,113 +238,84 @@ class Assembler(ABC):
         return self.fill(part, torch.empty(self.shape(part), dtype=torch.uint8))
 
     @abstractmethod
-    def fill(self, part: BatchSlice, images: torch.Tensor) -> Batch:
-        """Return the batch; its pixels are written to `images`."""
+    def _candidates(self, part: BatchSlice) -> Iterator[Iterator[Sample]]:
+        """For each row the samples that may fill it, the best first; none for padding. Raises DataError."""
 
-    def _prepare(self, part: BatchSlice) -> None:
-        if part.sample_ids.size and part.sample_ids[0] != PADDING:
-            self._whereabouts.tell(int(part.sample_ids[0]))
-        prepare(self._source, part)
-
-    def _decode(self, sample_id: int, choose: ChooseView) -> Pixels | BadSample:
-        self._whereabouts.tell(sample_id)
-        try:
-            return self._decoder.read(self._source.read(sample_id), choose)
-        except UndecodableImageError as error:
-            bad = BadSample(sample_id, *self._source.locate(sample_id), str(error))
-            if self._stop:
-                raise DataError(
-                    f"{bad}; remove it from the data set, or skip such images: add data.on_bad_sample=skip "
-                    "'resume.allow=[data.on_bad_sample]'"
-                ) from error
-            return bad
-
+    @abstractmethod
     def whereabouts(self, workers: int) -> str:
-        """Return each worker's last sample, for the message of a loader that gets no batch."""
-        at = [(worker, self._whereabouts.of(worker)) for worker in range(workers)]
-        told = [f"worker {worker} at sample {i} in {self._source.file_of(i)}" for worker, i in at if i is not None]
-        return ", ".join(told) or "no worker had started"
+        """Return where each worker was last, for the message of a loader that gets no batch."""
 
-
-class TrainAssembler(Assembler):
-    """Training batches. If the recipe says skip, an unreadable sample is replaced by the next id that decodes.
-
-    The replacement is augmented by its own seed, so it looks as it does at its own place.
-    """
-
-    def __init__(self, source: ImageSource, spec: ImageSpec, decoder: Decoder) -> None:
-        super().__init__(source, spec, decoder)
-        self._transform = TrainTransform(spec.augment, spec.image_size)
-        self._seed = spec.seed
+    def _streamed(self, part: BatchSlice) -> Streamed | None:
+        """Return what the batch that was just filled says of its stream."""
+        return None
 
     def fill(self, part: BatchSlice, images: torch.Tensor) -> Batch:
-        self._prepare(part)
-        pixels = images.numpy()
-        ids = part.sample_ids.copy()
+        """Return the batch; its pixels are written to `images`. Raises DataError."""
+        pixels, ids = images.numpy(), part.sample_ids.copy()
+        labels, valid = np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=bool)
         bad: list[BadSample] = []
         draws: list[Draw] = []
-        for row, sample_id in enumerate(part.sample_ids.tolist()):
-            used, draw, view = self._first_readable(part.epoch, sample_id, bad)
-            pixels[row] = self._transform.finish(view, draw)
-            ids[row] = used
-            draws.append(draw)
-        labels = self._source.labels[ids].astype(np.int64)
-        return Batch(
-            images=images,
-            labels=torch.from_numpy(labels),
-            sample_ids=torch.from_numpy(ids),
-            valid=torch.ones(len(ids), dtype=torch.bool),
-            bad=tuple(bad),
-            draws=tuple(draws),
-            epoch=part.epoch,
-            batch=part.batch,
-        )
+        for row, candidates in enumerate(self._candidates(part)):
+            for sample in candidates:
+                ids[row], labels[row] = sample.id, sample.label
+                try:
+                    view, draw = self._decoded(sample)
+                except UndecodableImageError as error:
+                    bad.append(BadSample(sample.id, *sample.locate(), str(error), error.done))
+                    if self._stop:
+                        raise DataError(
+                            f"{bad[-1]}; remove it from the data set, or skip such images: add data.on_bad_sample=skip "
+                            "'resume.allow=[data.on_bad_sample]'"
+                        ) from error
+                    continue
+                pixels[row], valid[row] = self.transform.finish(view, draw), True
+                if draw is not None:
+                    draws.append(draw)
+                break
+            if not valid[row] and self._training:
+                raise DataError(f"{bad[-1]}, nor can any that may replace it be used; put the data set right")
+        pixels[~valid] = 0
+        return Batch.of(part, images, labels, valid, ids, tuple(bad), tuple(draws), self._streamed(part))
 
-    def _first_readable(self, epoch: int, sample_id: int, bad: list[BadSample]) -> tuple[int, Draw, Pixels]:
-        draws: list[Draw] = []
+    def choose(self, epoch: int, sample_id: int, width: int, height: int) -> tuple[View, Draw | None]:
+        """What is looked at of a sample of these dimensions in pixels, and what was drawn."""
+        return self.transform.choose(sample_seed(self._seed, epoch, sample_id), width, height)
+
+    def _decoded(self, sample: Sample) -> tuple[Pixels, Draw | None]:
+        draws: list[Draw | None] = []
 
         def choose(width: int, height: int) -> View:
-            draws.append(self._transform.draw(sample_seed(self._seed, epoch, used), width, height))
-            return self._transform.view(draws[-1])
+            view, draw = self.choose(sample.epoch, sample.id, width, height)
+            draws.append(draw)
+            return view
 
-        for candidate in range(sample_id, sample_id + min(MAX_REPLACEMENTS, len(self._source))):
-            used = candidate % len(self._source)
-            pixels = self._decode(used, choose)
-            if not isinstance(pixels, BadSample):
-                return used, draws[-1], pixels
-            bad.append(pixels)
-        raise DataError(f"{bad[-1]}; no sample near it can be decoded either, so make the data set again")
+        view = self._decoder.read(sample.read(), choose)
+        return view, draws[-1]
 
 
-class EvalAssembler(Assembler):
-    """Evaluation batches: padding and unreadable samples are zeros with valid = False."""
+class ImageAssembler(Assembler):
+    """Makes batches of samples that have ids. A sample that cannot be used is replaced by the ids that follow it."""
 
-    def __init__(self, source: ImageSource, spec: ImageSpec, decoder: Decoder) -> None:
-        super().__init__(source, spec, decoder)
-        self._transform = EvalTransform(spec.augment, spec.image_size)
+    def __init__(self, source: ImageSource, spec: ImageSpec, decoder: Decoder, training: bool) -> None:
+        super().__init__(spec, decoder, training)
+        self._source = source
+        self._tries = min(MAX_REPLACEMENTS, len(source)) if training else 1
 
-    def fill(self, part: BatchSlice, images: torch.Tensor) -> Batch:
-        self._prepare(part)
-        pixels = images.numpy()
-        labels = np.zeros(len(part.sample_ids), dtype=np.int64)
-        valid = part.sample_ids != PADDING
-        bad: list[BadSample] = []
-        for row in np.flatnonzero(valid).tolist():
-            sample_id = int(part.sample_ids[row])
-            labels[row] = self._source.labels[sample_id]
-            view = self._decode(sample_id, self._transform.view)
-            if isinstance(view, BadSample):
-                valid[row] = False
-                bad.append(view)
-            else:
-                pixels[row] = view.transpose(2, 0, 1)
-        pixels[~valid] = 0
-        return Batch(
-            images=images,
-            labels=torch.from_numpy(labels),
-            sample_ids=torch.from_numpy(part.sample_ids.copy()),
-            valid=torch.from_numpy(valid),
-            bad=tuple(bad),
-            epoch=part.epoch,
-            batch=part.batch,
-        )
+    def _candidates(self, part: BatchSlice) -> Iterator[Iterator[Sample]]:
+        ids = part.sample_ids.tolist()
+        if ids and ids[0] != PADDING:
+            self._whereabouts.tell(ids[0])
+        prepare(self._source, part)
+        return (self._from(sample_id, part.epoch) for sample_id in ids)
+
+    def _from(self, first: int, epoch: int) -> Iterator[Sample]:
+        source = self._source
+        for number in range(first, first + self._tries) if first != PADDING else ():
+            used = number % len(source)
+            self._whereabouts.tell(used)
+            yield Sample(
+                used, int(source.labels[used]), epoch, partial(source.read, used), partial(source.locate, used)
+            )
+
+    def whereabouts(self, workers: int) -> str:
+        return self._whereabouts.told(workers, lambda i: f"at sample {i} in {self._source.file_of(i)}")

@@ -6,110 +6,72 @@ where its lanes stand after the last batch that was trained on. A checkpoint hol
 
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from typing import Annotated
 
-import torch
 from pydantic import Field
 
-from karat_scale.data.augmentation.augment import TrainTransform
 from karat_scale.data.backends.images import ImageBackend
-from karat_scale.data.batch import BadSample, Batch, Draw, Streamed
+from karat_scale.data.batch import Batch, Streamed
 from karat_scale.data.decoders import Decoder, make_decoder
-from karat_scale.data.decoders.decode import UndecodableImageError, View
-from karat_scale.data.loading.assemble import MAX_REPLACEMENTS, ImageSpec, Pixels, Whereabouts, lead_own_commands
-from karat_scale.data.order import sample_seed
+from karat_scale.data.decoders.decode import UndecodableImageError
+from karat_scale.data.loading.assemble import MAX_REPLACEMENTS, Assembler, ImageSpec, Sample, lead_own_commands
 from karat_scale.data.plan import BatchSlice, LanePlace
 from karat_scale.data.shards.cache import RemoteUse
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.data.streams.samples import InLane, StreamSource
 from karat_scale.foundation.console import plural
-from karat_scale.foundation.errors import DataError
 
 
-class StreamAssembler:
-    """Training batches of a stream, see MakesBatches. Each worker reads its own lane.
+class UnusableSampleError(UndecodableImageError):
+    """A sample of a stream lacks an image or a right label; the message is the reason."""
 
-    If the recipe says skip, the next sample of the lane replaces one that cannot be used.
-    """
+    done = "used"
+
+
+class StreamAssembler(Assembler):
+    """Makes training batches of a stream. Each worker reads its own lane; its next sample replaces a bad one."""
 
     def __init__(self, source: StreamSource, spec: ImageSpec, decoder: Decoder) -> None:
-        self._source, self._decoder = source, decoder
-        self._image_size, self._seed = spec.image_size, spec.seed
-        self._stop = spec.data.on_bad_sample == "stop"
-        self._transform = TrainTransform(spec.augment, spec.image_size)
-        self._whereabouts = Whereabouts()
+        super().__init__(spec, decoder, training=True)
+        self._source = source
         self._lanes: dict[int, Generator[InLane, None, None]] = {}
+        self._used: list[InLane] = []  # the last candidate of each row of the batch
 
-    def shape(self, part: BatchSlice) -> tuple[int, ...]:
-        """Return the shape of the slice's images."""
-        return len(part.sample_ids), 3, self._image_size, self._image_size
-
-    def fill(self, part: BatchSlice, images: torch.Tensor) -> Batch:
-        """Return the batch; its pixels are written to `images`."""
-        lane = self._lane(part)
-        pixels = images.numpy()
-        bad: list[BadSample] = []
-        found: list[InLane] = []
-        draws: list[Draw] = []
-        for row in range(len(part.sample_ids)):
-            one, draw, view = self._next_readable(lane, bad)
-            pixels[row] = self._transform.finish(view, draw)
-            found.append(one)
-            draws.append(draw)
-        names = self._source.shards.names
-        return Batch(
-            images=images,
-            labels=torch.tensor([one.sample.label for one in found], dtype=torch.int64),
-            sample_ids=torch.tensor([one.sample.id for one in found], dtype=torch.int64),
-            valid=torch.ones(len(found), dtype=torch.bool),
-            bad=tuple(bad),
-            draws=tuple(draws),
-            epoch=part.epoch,
-            batch=part.batch,
-            streamed=Streamed(part.lane, found[-1].place, tuple((one.sample.key, names[one.shard]) for one in found)),
-        )
-
-    def _lane(self, part: BatchSlice) -> Iterator[InLane]:
+    def _candidates(self, part: BatchSlice) -> Iterator[Iterator[Sample]]:
         if part.place is not None or part.lane not in self._lanes:
             lead_own_commands()
             place = part.place or LanePlace(part.lane)
             self._lanes[part.lane] = self._source.lane(place, part.lanes, self._whereabouts.tell)
-        return self._lanes[part.lane]
+        return (self._next_of(self._lanes[part.lane], row) for row in range(len(part.sample_ids)))
 
-    def _next_readable(self, lane: Iterator[InLane], bad: list[BadSample]) -> tuple[InLane, Draw, Pixels]:
-        draws: list[Draw] = []
-        for _ in range(MAX_REPLACEMENTS):
-            one = next(lane)
+    def _next_of(self, lane: Iterator[InLane], row: int) -> Iterator[Sample]:
+        for one in islice(lane, MAX_REPLACEMENTS):
+            self._used[row:] = [one]
+            locate = partial(self._locate, one)
+            yield Sample(one.sample.id, one.sample.label, one.cycle, partial(_image_of, one), locate)
 
-            def choose(width: int, height: int, one: InLane = one) -> View:
-                draws.append(self._transform.draw(sample_seed(self._seed, one.cycle, one.sample.id), width, height))
-                return self._transform.view(draws[-1])
+    def _locate(self, one: InLane) -> tuple[str, str]:
+        return one.sample.key, self._source.shards.names[one.shard]
 
-            sample, shard = one.sample, self._source.shards.names[one.shard]
-            if sample.problem:
-                bad.append(BadSample(sample.id, sample.key, shard, sample.problem, "used"))
-            else:
-                try:
-                    pixels = self._decoder.read(sample.image, choose)
-                    return one, draws[-1], pixels
-                except UndecodableImageError as error:
-                    bad.append(BadSample(sample.id, sample.key, shard, str(error)))
-            if self._stop:
-                raise DataError(f"{bad[-1]}; set data.on_bad_sample=skip, or remove the sample from the tar")
-        raise DataError(f"{bad[-1]}, nor can the {MAX_REPLACEMENTS - 1} before it in its lane; look into data.stream")
+    def _streamed(self, part: BatchSlice) -> Streamed:
+        return Streamed(part.lane, self._used[-1].place, tuple(map(self._locate, self._used)))
 
     def whereabouts(self, workers: int) -> str:
-        """Return each worker's shard, for the message of a loader that gets no batch."""
-        at = [(worker, self._whereabouts.of(worker)) for worker in range(workers)]
-        told = [f"worker {worker} reads {self._source.shards.names[i]}" for worker, i in at if i is not None]
-        return ", ".join(told) or "no worker had started"
+        return self._whereabouts.told(workers, lambda i: f"reads {self._source.shards.names[i]}")
 
     def close(self) -> None:
         """Stop the commands of lanes that this process itself reads."""
         lanes, self._lanes = self._lanes, {}
         for lane in lanes.values():
             lane.close()
+
+
+def _image_of(one: InLane) -> bytes:
+    if one.sample.problem:
+        raise UnusableSampleError(one.sample.problem)
+    return one.sample.image
 
 
 class StreamBackend(ImageBackend):

@@ -346,9 +346,7 @@ class EvalMaker:
 
     def whereabouts(self, workers: int) -> str:
         """Return the last sample of each worker."""
-        at = [(worker, self._whereabouts.of(worker)) for worker in range(workers)]
-        told = [f"worker {worker} at {self._split.file_of(sample)}" for worker, sample in at if sample is not None]
-        return ", ".join(told) or "no worker had started"
+        return self._whereabouts.told(workers, lambda sample: f"at {self._split.file_of(sample)}")
 
 
 class TrainMaker(EvalMaker):
