@@ -111,7 +111,7 @@ class Batch:
         )
 
     def pin_memory(self) -> "Batch":
-        """Return the same batch in page-locked memory, except what is on a device; the DataLoader calls this."""
+        """Return the same batch in page-locked memory, except what is on a device."""
         return replace(self, images=_pinned(self.images), labels=_pinned(self.labels), valid=_pinned(self.valid))
 
 

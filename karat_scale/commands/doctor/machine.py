@@ -206,7 +206,7 @@ def examine_resources() -> Iterator[Finding]:
         text = f"{size / GIB:.2f} GiB, {free / GIB:.2f} free"
         yield found("/dev/shm", text, fix, total_bytes=size, free_bytes=free)
     else:
-        yield found("/dev/shm", "missing", "data workers and NCCL need it: mount a tmpfs", wrong=True)
+        yield found("/dev/shm", "missing", "NCCL needs it: mount a tmpfs", wrong=True)
     yield from _examine_limits()
     yield examine_cache(cache_directory())
 

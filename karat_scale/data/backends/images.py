@@ -2,7 +2,7 @@
 
 Samples are read by their place, since a reader that streams (webdataset's own, FFCV's Loader) keeps no exact order.
 
-`ImageBackend` decodes and augments in the workers of torch's DataLoader. `BatchDecodingBackend` is for a library that
+`ImageBackend` decodes and augments in data workers. `BatchDecodingBackend` is for a library that
 decodes images together, such as DALI or nvJPEG. Such a library gets our bytes, our order and our crops. It decodes; the
 rest is the code of the other backends. On a GPU where only a flip follows the crop, the library also resizes and
 flips, and the batches are on the GPU.
@@ -29,8 +29,8 @@ from karat_scale.data.decoders.ffcv import FfcvDecoder
 from karat_scale.data.decoders.pillow import TorchvisionDecoder, resize_region
 from karat_scale.data.loading.assemble import ImageAssembler, ImageSource, ImageSpec
 from karat_scale.data.loading.device_feed import RunAhead
-from karat_scale.data.loading.fetcher import FetchedAhead
 from karat_scale.data.loading.loader import MakesBatches, OrderedLoader
+from karat_scale.data.loading.workers import FetchedAhead
 from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.data.shards.beton import BetonSplit
 from karat_scale.data.shards.cache import RemoteUse

@@ -16,7 +16,8 @@ from karat_scale.data.backends.images import ImageBackend
 from karat_scale.data.batch import Batch, Streamed
 from karat_scale.data.decoders import Decoder, make_decoder
 from karat_scale.data.decoders.decode import UndecodableImageError
-from karat_scale.data.loading.assemble import MAX_REPLACEMENTS, Assembler, ImageSpec, Sample, lead_own_commands
+from karat_scale.data.loading.assemble import MAX_REPLACEMENTS, Assembler, ImageSpec, Sample
+from karat_scale.data.loading.workers import lead_own_commands
 from karat_scale.data.plan import BatchSlice, LanePlace
 from karat_scale.data.shards.cache import RemoteUse
 from karat_scale.data.shards.shards import ShardSplit

@@ -45,9 +45,3 @@ def betons(make_shards, data_config):
         return directory, lambda **fields: data_config(directory, backend="ffcv", **fields)
 
     return make
-
-
-@pytest.fixture
-def stuck_workers_end_soon(monkeypatch):
-    """torch waits five seconds for a worker to end by itself before it sends it a signal."""
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)

@@ -104,7 +104,6 @@ def test_betons_that_are_not_right_are_refused_when_opened(betons):
     refuses(r"train.beton.json cannot be read: No such file .*; make the beton with data_prep/make_ffcv.py")
 
 
-@pytest.mark.usefixtures("stuck_workers_end_soon")
 def test_a_file_system_that_stalls_is_an_error_in_time(betons):
     directory, config = betons()
     backend = open_backend(ImageSpec(config(workers=1, timeout=1), CROP_AND_FLIP, SIZE, 3, 0))

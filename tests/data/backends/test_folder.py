@@ -34,7 +34,6 @@ def test_folder_and_shards_train_alike(image_folder, shards, data_config, order)
     assert all(len(batch.draws) == 6 for batch in from_folder[:12])
 
 
-@pytest.mark.usefixtures("stuck_workers_end_soon")
 def test_a_file_system_that_stalls_is_an_error_that_names_the_file(tmp_path, data_config, capfd, monkeypatch):
     for split in ("train", "val"):
         (tmp_path / split / "ant").mkdir(parents=True)

@@ -164,12 +164,13 @@ def test_bad_samples_are_replaced_and_told_of(opened, tmp_path: Path) -> None:
 
 def test_a_bad_sample_stops_the_run(opened, tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"sample u in .*bad.tar cannot be used: no label: .cls is missing; remove it .* data.on_bad_sample=skip"
+        DataError,
+        match=r"sample u in .*bad.tar cannot be used: no label: .cls is missing; remove it .* data.on_bad_sample=skip",
     ):
         train(opened(bad_tar(tmp_path), stream_buffer=1), 2)
 
 
 def test_labels_that_are_all_wrong_end_the_run(opened, tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [member for number in range(7) for member in sample(number, 77)])
-    with pytest.raises(DataError, match=r"its label is 77, but data.path has 3 classes, nor can any that may replace it"):
+    with pytest.raises(DataError, match=r"its label is 77, but data.path has 3 classes, nor can any that may"):
         train(opened(tmp_path / "a.tar", on_bad_sample="skip"), 1)

@@ -152,7 +152,6 @@ def test_a_changed_shard_is_an_error_even_when_skipping(make_shards, data_config
         list(backend.train_batches(TrainPlan(0, 40, 40, 20, 0, 1).slices(0, 1)))
 
 
-@pytest.mark.usefixtures("stuck_workers_end_soon")
 def test_a_file_system_that_stalls_is_an_error_that_names_the_shard(make_shards, data_config, cheap_augment):
     directory = make_shards()
     before = children()

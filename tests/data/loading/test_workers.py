@@ -1,5 +1,6 @@
 """What workers do when they, their trainer or all of them are signalled or killed."""
 
+import itertools
 import multiprocessing
 import os
 import re
@@ -7,15 +8,15 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.data.loading import assemble
-from karat_scale.data.loading.assemble import prepare_worker
-from karat_scale.data.loading.loader import OrderedResults
+from karat_scale.data.loading import workers as loading
+from karat_scale.data.loading.workers import OrderedResults
 from karat_scale.data.plan import BatchSlice, TrainPlan
 from karat_scale.foundation.errors import DataError, RecipeError
 from tests.data.backends.helpers import SIZE, children, wait_until
@@ -57,28 +58,56 @@ def test_a_killed_worker_is_one_clear_error(make_shards, data_config, cheap_augm
             pass
 
 
-def die_with_the_lock_of_the_last_event(part: BatchSlice) -> None:
-    """As a worker that is killed while it asks whether the data have ended."""
-    frame = sys._getframe()
-    while "done_event" not in frame.f_locals:
-        frame = frame.f_back
-    frame.f_locals["done_event"]._cond.acquire()
+def die(part: BatchSlice) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("is_closed", [True, False])
-def test_a_worker_that_was_killed_with_a_lock_does_not_hang_the_trainer(is_closed: bool):
-    """Found by signals to data workers: the other rank then waited for this one."""
+def test_a_worker_that_dies_at_work_does_not_hang_the_trainer(is_closed: bool):
     before = children()
     slices = TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 10)
-    results = OrderedResults(die_with_the_lock_of_the_last_event, slices, 1, 2, 60.0, lambda workers: "nowhere")
+    results = OrderedResults(die, slices, 1, 2, 60.0, lambda workers: "nowhere")
     if is_closed:
-        with pytest.raises(DataError, match="a data worker died"):
+        with pytest.raises(DataError, match=r"a data worker died \(exit code -9\)"):
             next(results)
     else:
         wait_until(lambda: any(psutil.Process(child).status() == "zombie" for child in children() - before))
         del results
     wait_until(lambda: not children() - before)
+
+
+class UnsendableError(Exception):
+    def __init__(self, reason: str, number: int) -> None:
+        super().__init__(f"{reason} {number}")
+
+
+@pytest.mark.parametrize(("error", "type_"), [(KeyError("a"), KeyError), (UnsendableError("odd", 3), RuntimeError)])
+def test_an_error_in_a_worker_is_raised_with_its_stack_after_the_results_before_it(error: Exception, type_: type):
+    def work(number: int) -> int:
+        if number == 3:
+            raise error
+        return number
+
+    results = OrderedResults(work, range(9), 2, 2, 60.0, str)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(type_, match=r"odd 3|a") as caught:
+        next(results)
+    assert "in work" in str(caught.value.__cause__)
+    assert next(results, None) is None
+
+
+@pytest.mark.timeout(60)
+def test_neither_long_slices_nor_long_results_keep_a_worker_from_working_ahead(tmp_path: Path) -> None:
+    """Each is longer than what a pipe holds."""
+
+    def work(part: bytes) -> bytes:
+        with (tmp_path / "made").open("ab") as made:
+            made.write(b"1")
+        return part
+
+    results = OrderedResults(work, itertools.repeat(bytes(10**6)), 1, 4, 60.0, str)
+    wait_until(lambda: (tmp_path / "made").exists() and (tmp_path / "made").stat().st_size == 4)
+    assert [len(part) for part in itertools.islice(results, 9)] == [10**6] * 9
 
 
 def test_far_more_workers_than_cores_are_refused_before_one_is_forked(make_shards, data_config, cheap_augment):
@@ -90,10 +119,10 @@ def test_far_more_workers_than_cores_are_refused_before_one_is_forked(make_shard
 
 
 def test_workers_are_counted_against_the_cores_of_the_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assemble, "usable_cores", lambda: 1)  # as under a quota of one core
-    assemble.check_worker_count(36)
+    monkeypatch.setattr(loading, "usable_cores", lambda: 1)  # as under a quota of one core
+    loading.check_worker_count(36)
     with pytest.raises(RecipeError, match=r"data.workers = 37 processes .* here are 1; use about 1, at most 36"):
-        assemble.check_worker_count(37)
+        loading.check_worker_count(37)
 
 
 WORKER_SCRIPT = """
@@ -168,59 +197,31 @@ def test_a_stopped_worker_does_not_outlive_a_trainer_that_is_killed(make_shards)
     wait_until(lambda: not any(running(pid) for pid in workers))
 
 
-def _work(parent: int) -> None:
-    prepare_worker(parent, True, 0)
-    multiprocessing.Event().wait(60)
-
-
 def test_a_worker_whose_trainer_died_before_it_looked_leaves() -> None:
     gone = multiprocessing.get_context("fork").Process(target=int)
     gone.start()
     gone.join()
     assert gone.pid is not None
-    worker = multiprocessing.get_context("fork").Process(target=_work, args=(gone.pid,))
+    worker = multiprocessing.get_context("fork").Process(target=loading._run, args=(gone.pid, True, 0, time.sleep, 60))
     worker.start()
     worker.join(30)
     assert worker.exitcode == 0
 
 
-READ_ONLY = """
-    import sys
-    from karat_scale.data.backends import ImageSpec, open_backend
-    from karat_scale.data.plan import TrainPlan
-    from karat_scale.foundation.errors import DataError
-    from karat_scale.recipe import AugmentConfig, DataConfig
+FOUR = """
+    from karat_scale.data.loading.workers import OrderedResults
+    from karat_scale.foundation.machine import usable_cores
 
-    config = DataConfig(path=sys.argv[1], workers=1)
-    try:
-        open_backend(ImageSpec(config, AugmentConfig(), 16, 3, 0)).train_batches(
-            TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 400)
-        )
-    except DataError as error:
-        print(error)
+    print(list(OrderedResults(abs, [-1, -2, -3, -4], usable_cores() + 1, 1, 30.0, str)))
 """
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another view of /dev/shm needs root")
-@pytest.mark.parametrize("option", [pytest.param("ro", marks=pytest.mark.slow), "size=4k"])
-def test_a_read_only_or_small_dev_shm_is_one_line(make_shards, option):
-    mount = f'mount -t tmpfs -o {option} tmpfs /dev/shm && exec "$0" -c "$1" "$2"'
-    script = textwrap.dedent(READ_ONLY)
-    command = ["unshare", "-m", "sh", "-c", mount, sys.executable, script, str(make_shards())]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_workers_need_no_dev_shm_and_say_nothing_of_their_number() -> None:
+    """`karat doctor` says in one line that there are more workers than cores."""
+    mount = 'mount -t tmpfs -o ro tmpfs /dev/shm && exec "$0" -c "$1"'
+    command = ["unshare", "-m", "sh", "-c", mount, sys.executable, textwrap.dedent(FOUR)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "unshare" in done.stderr or "mount" in done.stderr:
         pytest.skip("this machine allows no mount of one's own")
-    assert done.stdout.startswith("data.workers = 1: worker processes need semaphores in /dev/shm"), done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_torch_does_not_repeat_that_there_are_more_workers_than_cores() -> None:
-    """`karat doctor` says it in one line. A process of its own, since pytest sets the filters of warnings."""
-    code = (
-        "from karat_scale.data.loading.loader import OrderedResults\n"
-        "from karat_scale.foundation.machine import usable_cores\n"
-        "loader = OrderedResults(abs, [-1, -2], usable_cores() + 1, 1, 30.0, str)\n"
-        "print(list(loader))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("[1, 2]\n", "")
+    assert (done.stdout, done.stderr) == ("[1, 2, 3, 4]\n", "")

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.data.loading.fetcher import FetchedAhead
+from karat_scale.data.loading.workers import FetchedAhead
 from karat_scale.data.plan import EvalPlan, TrainPlan
 from karat_scale.data.shards.hashing import hash_files
 from karat_scale.data.shards.shard_format import read_dataset_record, write_dataset_record

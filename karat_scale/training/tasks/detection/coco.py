@@ -19,8 +19,7 @@ import torch
 from PIL import Image
 
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
-from karat_scale.data.loading.assemble import Whereabouts
-from karat_scale.data.loading.loader import OrderedResults
+from karat_scale.data.loading.workers import OrderedResults, Whereabouts
 from karat_scale.data.order import sample_seed
 from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.foundation.errors import DataError, RecipeError

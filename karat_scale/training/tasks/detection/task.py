@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
 
 from karat_scale.data.loading.device_feed import DeviceFeed
-from karat_scale.data.loading.loader import OrderedResults
+from karat_scale.data.loading.workers import OrderedResults
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan, micro_batch_of
 from karat_scale.engine.distributed import World
 from karat_scale.engine.optimizers import Groups
