@@ -14,8 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from karat_scale.data.decoders.decode import UndecodableImageError, View, centre_view, crop_view
-from karat_scale.data.decoders.native import NativeDecoder
-from karat_scale.data.decoders.recoder import NativeRecoder
+from karat_scale.data.decoders.native import NativeDecoder, NativeRecoder
 from tests.data.decoders.conftest import encode_photo
 
 MAX_PIXELS = 200_000

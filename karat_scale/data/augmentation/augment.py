@@ -12,7 +12,7 @@ import importlib.util
 import math
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -80,20 +80,6 @@ def find_warp(interpolation: str, fill: tuple[int, ...]) -> Warp | None:
     return warp
 
 
-def matrix_of(name: str, arguments: Sequence[float], width: int, height: int) -> Matrix | None:
-    """Return the matrix of one of timm's operations; None if it is no warp, or one that Pillow does without filter."""
-    if name == "Rotate":
-        return rotation(arguments[0], width, height) if arguments[0] % 90 else None
-    if name in ("ShearX", "ShearY"):
-        slope = arguments[0]
-        return (1, slope, 0, 0, 1, 0) if name[-1] == "X" else (1, 0, 0, slope, 1, 0)
-    if name in ("TranslateX", "TranslateXRel"):
-        return 1, 0, arguments[0] * (width if name.endswith("Rel") else 1), 0, 1, 0
-    if name in ("TranslateY", "TranslateYRel"):
-        return 1, 0, 0, 0, 1, arguments[0] * (height if name.endswith("Rel") else 1)
-    return None
-
-
 def rotation(degrees: float, width: int, height: int) -> Matrix:
     """Return the matrix of `Image.rotate`, about the centre, with its rounding."""
     radians = -math.radians(degrees % 360.0)
@@ -108,6 +94,18 @@ def rotation(degrees: float, width: int, height: int) -> Matrix:
         cosine,
         minus_sine * -x + cosine * -y + 0.0 + y,
     )
+
+
+# By timm's names, from an argument and the image's width and height.
+MATRICES: dict[str, Callable[[float, int, int], Matrix]] = {
+    "Rotate": rotation,
+    "ShearX": lambda factor, _w, _h: (1, factor, 0, 0, 1, 0),
+    "ShearY": lambda factor, _w, _h: (1, 0, 0, factor, 1, 0),
+    "TranslateX": lambda pixels, _w, _h: (1, 0, pixels, 0, 1, 0),
+    "TranslateY": lambda pixels, _w, _h: (1, 0, 0, 0, 1, pixels),
+    "TranslateXRel": lambda share, width, _h: (1, 0, share * width, 0, 1, 0),
+    "TranslateYRel": lambda share, _w, height: (1, 0, 0, 0, 1, share * height),
+}
 
 
 class _OwnRandom(threading.local):
@@ -178,8 +176,9 @@ class RandAugment:
     def apply(self, image: Image.Image, operation: Operation) -> Image.Image:
         """Do a drawn operation to an RGB image."""
         name, arguments = operation
-        if self._warp is not None and (matrix := matrix_of(name, arguments, *image.size)) is not None:
-            return self._warp(image, matrix)
+        # Pillow turns by right angles without a filter.
+        if self._warp is not None and name in MATRICES and not (name == "Rotate" and arguments[0] % 90 == 0):
+            return self._warp(image, MATRICES[name](arguments[0], *image.size))
         op = self._ops[name]
         result: Image.Image = op.aug_fn(image, *arguments, **op.kwargs)
         return result

@@ -27,9 +27,9 @@ from karat_scale.data.decoders import Decoder, make_decoder
 from karat_scale.data.decoders.decode import View, blank_jpeg
 from karat_scale.data.decoders.ffcv import FfcvDecoder
 from karat_scale.data.decoders.pillow import TorchvisionDecoder, resize_region
-from karat_scale.data.loading.assemble import ImageAssembler, ImageSource, ImageSpec
+from karat_scale.data.loading.assemble import Assembler, ImageAssembler, ImageSource, ImageSpec
 from karat_scale.data.loading.device_feed import RunAhead
-from karat_scale.data.loading.loader import MakesBatches, OrderedLoader
+from karat_scale.data.loading.loader import OrderedLoader
 from karat_scale.data.loading.workers import FetchedAhead
 from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.data.shards.beton import BetonSplit
@@ -38,15 +38,7 @@ from karat_scale.data.shards.folder import FolderSplit
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError
 
-
-class Closable(Protocol):
-    """Batches that are made ahead, by a thread or process that must be stopped."""
-
-    def close(self) -> None:
-        """Stop making batches."""
-
-
-Batches = TypeVar("Batches", bound=Closable)
+Batches = TypeVar("Batches", OrderedLoader, RunAhead, FetchedAhead)
 
 
 class SplitBackend:
@@ -54,7 +46,7 @@ class SplitBackend:
 
     def __init__(self, train: ImageSource, val: ImageSource) -> None:
         self._train, self._val = train, val
-        self._handed_out: weakref.WeakSet[Closable] = weakref.WeakSet()
+        self._handed_out: weakref.WeakSet[OrderedLoader | RunAhead | FetchedAhead] = weakref.WeakSet()
 
     @property
     def num_train(self) -> int:
@@ -113,7 +105,7 @@ class ImageBackend(SplitBackend):
     def eval_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
         return self._load(self._make_val, self._fetched_ahead(self._val, slices))
 
-    def _load(self, make: MakesBatches, slices: Iterable[BatchSlice]) -> OrderedLoader:
+    def _load(self, make: Assembler, slices: Iterable[BatchSlice]) -> OrderedLoader:
         loader = OrderedLoader(make, slices, self._data.workers, self._data.prefetch, self._data.timeout)
         return self._handing_out(loader)
 

@@ -6,13 +6,14 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import numpy.typing as npt
 
 from karat_scale.data.batch import Draw
-from karat_scale.data.decoders.decode import Decoder, UndecodableImageError, View, check_pixels
+from karat_scale.data.decoders.decode import Decoder, UndecodableImageError, View, check_pixels, read_chosen
 from karat_scale.data.decoders.jpeg_header import read_frame
 from karat_scale.data.loading.assemble import ImageSource, prepare
 from karat_scale.data.plan import PADDING, BatchSlice
@@ -81,22 +82,13 @@ class RowReader:
             data = self._own.source.read(sample_id)
         finally:
             del self._at[thread]
+        choose = partial(self._choose, epoch, sample_id)
         frame, encoded = read_frame(data), np.frombuffer(data, dtype=np.uint8)
         if frame is None or not frame.is_grey_or_colour or not _ends_as_it_should(encoded):
-            return self._decoded(epoch, sample_id, data)
+            pixels, view, draw = read_chosen(self._decoder, data, choose)
+            return Row(view, draw, pixels=pixels)
         check_pixels(frame.width, frame.height, self._max_pixels)
-        view, draw = self._choose(epoch, sample_id, frame.width, frame.height)
-        return Row(view, draw, data=encoded)
-
-    def _decoded(self, epoch: int, sample_id: int, data: bytes) -> Row:
-        chosen: list[tuple[View, Draw | None]] = []
-
-        def choose(width: int, height: int) -> View:
-            chosen.append(self._choose(epoch, sample_id, width, height))
-            return chosen[-1][0]
-
-        pixels = self._decoder.read(data, choose)
-        return Row(*chosen[-1], pixels=pixels)
+        return Row(*choose(frame.width, frame.height), data=encoded)
 
     def whereabouts(self) -> str:
         """Return what is being read now, for the message of a loader that gets no batch."""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -144,6 +144,7 @@ def _centre(length: int, scaled: int, size: int) -> tuple[float, float, int, int
 
 
 ChooseView = Callable[[int, int], View]
+Drawn = TypeVar("Drawn")
 
 
 class Decoder(Protocol):
@@ -158,6 +159,22 @@ class Decoder(Protocol):
 
         Raises UndecodableImageError for damaged bytes and for more pixels than `data.max_pixels`.
         """
+
+
+def read_chosen(
+    decoder: Decoder, data: bytes, choose: Callable[[int, int], tuple[View, Drawn]]
+) -> tuple[npt.NDArray[np.uint8], View, Drawn]:
+    """Return the pixels of the view that `choose(width, height)` asks for, and what it returned.
+
+    Raises UndecodableImageError.
+    """
+    chosen: list[tuple[View, Drawn]] = []
+
+    def note(width: int, height: int) -> View:
+        chosen.append(choose(width, height))
+        return chosen[-1][0]
+
+    return decoder.read(data, note), *chosen[-1]
 
 
 def check_pixels(width: int, height: int, max_pixels: int) -> None:

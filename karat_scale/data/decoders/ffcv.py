@@ -10,9 +10,9 @@ import re
 import numpy as np
 import numpy.typing as npt
 
-from karat_scale.data.decoders.decode import ChooseView, check_pixels
-from karat_scale.data.decoders.jpeg_header import Frame, read_frame
-from karat_scale.data.decoders.pillow import PillowDecoder, resize_region
+from karat_scale.data.decoders.decode import check_pixels
+from karat_scale.data.decoders.jpeg_header import Frame
+from karat_scale.data.decoders.pillow import WholeDecoder
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.foundation.tables import how_to_install
 
@@ -33,42 +33,30 @@ def require_ffcv() -> None:
         raise RecipeError(f"FFCV cannot be imported ({reason}); {how_to_install('ffcv')}") from error
 
 
-class FfcvDecoder:
-    """Reads grey and colour JPEGs with FFCV's library, and PPM, the form of raw pixels; passes all others to Pillow.
+class FfcvDecoder(WholeDecoder):
+    """Decodes with FFCV's library, and PPM, the form of raw pixels.
 
-    The resize is that of the other decoders, antialiased with the recipe's interpolation. OpenCV's INTER_AREA, FFCV's
-    only method, is slower and repeats pixels when a crop is enlarged. If FFCV's library reports a problem with a JPEG,
-    Pillow reads it and decides whether it is readable. See Decoder. Raises RecipeError if FFCV is not installed.
+    FFCV's only resize, OpenCV's INTER_AREA, is slower and repeats pixels when a crop is enlarged; it is not used. If
+    the library reports a problem with a JPEG, Pillow reads it. Raises RecipeError if FFCV is not installed.
     """
 
     name = "ffcv"
 
     def __init__(self, interpolation: str, max_pixels: int) -> None:
         require_ffcv()
-        self._interpolation = interpolation
-        self._max_pixels = max_pixels
-        self._pillow = PillowDecoder(interpolation, max_pixels)
+        super().__init__(interpolation, max_pixels)
         self._decode = JpegDecoder()
 
-    def read(self, data: bytes, choose: ChooseView) -> Pixels:
-        pixels = self._pixels(data)
-        if pixels is None:
-            return self._pillow.read(data, choose)
-        view = choose(pixels.shape[1], pixels.shape[0])
-        left, top, right, bottom = view.region
-        return resize_region(pixels[top:bottom, left:right], view, self._interpolation)
-
     def _pixels(self, data: bytes) -> Pixels | None:
-        """Return the whole image, in a buffer that the next call may reuse; None if Pillow must read it."""
-        if header := PPM_HEADER.match(data):
-            width, height = int(header[1]), int(header[2])
-            check_pixels(width, height, self._max_pixels)
-            whole = len(data) == header.end() + 3 * width * height
-            return np.frombuffer(data, np.uint8, offset=header.end()).reshape(height, width, 3) if whole else None
-        frame = read_frame(data)
-        if frame is None or not frame.is_grey_or_colour:
-            return None
-        check_pixels(frame.width, frame.height, self._max_pixels)
+        header = PPM_HEADER.match(data)
+        if header is None:
+            return super()._pixels(data)
+        width, height = int(header[1]), int(header[2])
+        check_pixels(width, height, self._max_pixels)
+        whole = len(data) == header.end() + 3 * width * height
+        return np.frombuffer(data, np.uint8, offset=header.end()).reshape(height, width, 3) if whole else None
+
+    def _decoded(self, data: bytes, frame: Frame) -> Pixels | None:
         return self._decode(data, frame)
 
 

@@ -1,4 +1,4 @@
-"""Decode only the wanted part of a JPEG, and resize it in the same call: C++ on libjpeg, compiled on first use."""
+"""JPEGs by C++ on libjpeg, compiled on first use: a part decoded and resized in one call, or a whole one shrunk."""
 
 import ctypes
 import warnings
@@ -13,7 +13,7 @@ from karat_scale.data.decoders.pillow import PillowDecoder
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.foundation.native_build import PACKAGES, LoadError, PerThread, load
 
-SOURCE = Path(__file__).parent / "cpp" / "native.cpp"
+DECODER, RECODER = (Path(__file__).parent / "cpp" / name for name in ("native.cpp", "recode.cpp"))
 # Without contraction, so that the resize's weights have the same bits on any instruction set.
 COMPILER_ARGUMENTS = ("-ljpeg", "-ffp-contract=off")
 INTERPOLATIONS = {"bilinear": 0, "bicubic": 1}
@@ -29,12 +29,19 @@ class NativeDecoder:
 
     def __init__(self, interpolation: str, max_pixels: int) -> None:
         try:
-            library = load(SOURCE, "the native JPEG decoder", COMPILER_ARGUMENTS, portable=True)
+            library = load(DECODER, "the native JPEG decoder", COMPILER_ARGUMENTS, portable=True)
         except LoadError as error:
             raise RecipeError(
                 f"data.decoder = native cannot run: {error}; run `apt-get install {PACKAGES}`, or set data.decoder=auto"
             ) from error
-        self._library = _declared(library)
+        pointer, integer = ctypes.c_void_p, ctypes.c_int
+        self._library = _declared(
+            library,
+            karat_decoder_new=(pointer,),
+            karat_decoder_free=(None, pointer),
+            karat_decoder_open=(integer, pointer, ctypes.c_char_p, ctypes.c_size_t, pointer, pointer),
+            karat_decoder_read=(integer, pointer, pointer, pointer),
+        )
         self._interpolation = INTERPOLATIONS[interpolation]
         self._max_pixels = max_pixels
         self._pillow = PillowDecoder(interpolation, max_pixels)
@@ -76,12 +83,58 @@ class _View(ctypes.Structure):
     )
 
 
-def _declared(library: Any) -> Any:
-    pointer, integer = ctypes.c_void_p, ctypes.c_int
-    library.karat_decoder_new.restype, library.karat_decoder_new.argtypes = pointer, ()
-    library.karat_decoder_free.restype, library.karat_decoder_free.argtypes = None, (pointer,)
-    library.karat_decoder_open.restype = integer
-    library.karat_decoder_open.argtypes = pointer, ctypes.c_char_p, ctypes.c_size_t, pointer, pointer
-    library.karat_decoder_read.restype = integer
-    library.karat_decoder_read.argtypes = pointer, pointer, pointer
+# The scales at which libjpeg decodes with a smaller DCT.
+SHRINKS = (8, 4, 2, 1)
+
+
+def result_size(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """Return width and height with a short side of at most this many pixels, in proportion."""
+    scale = short_side / min(width, height)
+    if scale >= 1:
+        return width, height
+    return max(short_side, round(width * scale)), max(short_side, round(height * scale))
+
+
+class NativeRecoder:
+    """Re-encodes grey and YCbCr JPEGs without converting their colour planes, as Pillow's encoder does with 4:2:0.
+
+    The bytes do not depend on the instruction set. Several threads may share it. Raises LoadError if it cannot
+    be compiled.
+    """
+
+    def __init__(self) -> None:
+        pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+        self._library = _declared(
+            load(RECODER, "the native JPEG encoder", COMPILER_ARGUMENTS, portable=True),
+            karat_recoder_new=(pointer,),
+            karat_recoder_free=(None, pointer),
+            karat_recoder_open=(integer, pointer, ctypes.c_char_p, size, pointer, pointer),
+            karat_recoder_shrink=(size, pointer, integer, integer, integer, integer, pointer),
+        )
+        self._recoders = PerThread(self._library.karat_recoder_new, self._library.karat_recoder_free)
+        if self.shrink(blank_jpeg(1), 1, 90, 1) is None:
+            raise LoadError("it reads no JPEG: the loaded libjpeg does not match the header it was compiled with")
+
+    def shrink(self, data: bytes, short_side: int, quality: int, margin: int) -> bytes | None:
+        """Return a JPEG of at most this short side in pixels; None if the image is doubtful or not for libjpeg.
+
+        The DCT may scale a large image while it stays `margin` times larger than the result.
+        """
+        handle = self._recoders.handle()
+        width, height = ctypes.c_int32(), ctypes.c_int32()
+        if not self._library.karat_recoder_open(handle, data, len(data), ctypes.byref(width), ctypes.byref(height)):
+            return None
+        enough = margin * short_side
+        shrink = next((part for part in SHRINKS if min(width.value, height.value) >= part * enough), 1)
+        size = result_size(width.value, height.value, short_side)
+        found = ctypes.c_void_p()
+        length = self._library.karat_recoder_shrink(handle, 8 // shrink, *size, quality, ctypes.byref(found))
+        return ctypes.string_at(found, length) if length else None
+
+
+def _declared(library: Any, **functions: tuple[Any, ...]) -> Any:
+    """Return the library, whose functions have these types: of the result, and of the arguments."""
+    for name, (result, *arguments) in functions.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     return library

@@ -9,6 +9,7 @@ libjpeg-turbo, as Pillow does, so the pixels do not depend on which of the three
 """
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from PIL import Image
 from torch.nn import functional
 
 from karat_scale.data.decoders.decode import ChooseView, View, blank_jpeg, check_pixels, decode_rgb, opened, to_rgb
-from karat_scale.data.decoders.jpeg_header import hide_exif, read_frame
+from karat_scale.data.decoders.jpeg_header import Frame, hide_exif, read_frame
 from karat_scale.foundation.errors import RecipeError
 
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -71,47 +72,61 @@ def resize_region(region: npt.NDArray[np.uint8], view: View, interpolation: str)
 LIBRARIES = {"torchcodec": "torchcodec.decoders", "torchvision": "torchvision.io"}
 
 
-class TorchvisionDecoder:
-    """Reads grey and colour JPEGs; passes all others to Pillow, which decides whether they are readable. See Decoder.
+class WholeDecoder(ABC):
+    """Decodes whole grey and colour JPEGs, and passes all else to Pillow, which decides whether it is readable.
 
-    Where neither library decodes, Pillow decodes these, too, and torch still resizes.
+    The resize is that of all decoders, antialiased with the recipe's interpolation. See Decoder.
     """
+
+    def __init__(self, interpolation: str, max_pixels: int) -> None:
+        self._interpolation, self._max_pixels = interpolation, max_pixels
+        self._pillow = PillowDecoder(interpolation, max_pixels)
+
+    def read(self, data: bytes, choose: ChooseView) -> npt.NDArray[np.uint8]:
+        pixels = self._pixels(data)
+        if pixels is None:
+            return self._pillow.read(data, choose)
+        view = choose(pixels.shape[1], pixels.shape[0])
+        left, top, right, bottom = view.region
+        return resize_region(pixels[top:bottom, left:right], view, self._interpolation)
+
+    def _pixels(self, data: bytes) -> npt.NDArray[np.uint8] | None:
+        """Return the whole image, uint8 [h, w, 3]; None if Pillow must read it. Raises UndecodableImageError."""
+        frame = read_frame(data)
+        if frame is None or not frame.is_grey_or_colour:
+            return None
+        check_pixels(frame.width, frame.height, self._max_pixels)
+        return self._decoded(data, frame)
+
+    @abstractmethod
+    def _decoded(self, data: bytes, frame: Frame) -> npt.NDArray[np.uint8] | None:
+        """Return a whole JPEG, in memory that the next call may reuse; None if Pillow must read it."""
+
+
+class TorchvisionDecoder(WholeDecoder):
+    """Decodes with one of LIBRARIES. Where neither decodes, Pillow does, and torch still resizes."""
 
     name = "torchvision"
 
     def __init__(self, interpolation: str, max_pixels: int) -> None:
+        super().__init__(interpolation, max_pixels)
         try:
             self._decode: JpegDecoder | None = find_jpeg_decoder(torch.device("cpu"))
         except RecipeError:
             self._decode = None
-        self._interpolation = interpolation
-        self._max_pixels = max_pixels
-        self._pillow = PillowDecoder(interpolation, max_pixels)
 
-    def read(self, data: bytes, choose: ChooseView) -> npt.NDArray[np.uint8]:
-        frame = read_frame(data)
-        if frame is None or not frame.is_grey_or_colour:
-            return self._pillow.read(data, choose)
-        check_pixels(frame.width, frame.height, self._max_pixels)
-        pixels = np.array(decode_rgb(data)) if self._decode is None else _whole(self._decode, data)
-        if pixels is None or pixels.shape != (frame.height, frame.width, 3):
-            return self._pillow.read(data, choose)
-        view = choose(frame.width, frame.height)
-        left, top, right, bottom = view.region
-        return resize_region(pixels[top:bottom, left:right], view, self._interpolation)
-
-
-def _whole(decode: "JpegDecoder", data: bytes) -> npt.NDArray[np.uint8] | None:
-    """Return the image, uint8 [h, w, 3]; None if the library does not read it as Pillow would."""
-    copy = bytearray(data)
-    if not hide_exif(copy):
-        return None
-    try:
-        (pixels,) = decode([copy])
-    except RuntimeError:
-        return None
-    rows: npt.NDArray[np.uint8] = pixels.permute(1, 2, 0).numpy()
-    return rows
+    def _decoded(self, data: bytes, frame: Frame) -> npt.NDArray[np.uint8] | None:
+        if self._decode is None:
+            pixels = np.array(decode_rgb(data))
+        else:
+            copy = bytearray(data)
+            if not hide_exif(copy):
+                return None
+            try:
+                pixels = self._decode([copy])[0].permute(1, 2, 0).numpy()
+            except RuntimeError:
+                return None
+        return pixels if pixels.shape == (frame.height, frame.width, 3) else None
 
 
 @dataclass(frozen=True)

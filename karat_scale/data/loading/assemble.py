@@ -13,7 +13,7 @@ import torch
 from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
 from karat_scale.data.batch import BadSample, Batch, Draw, Streamed
 from karat_scale.data.decoders import Decoder
-from karat_scale.data.decoders.decode import UndecodableImageError, View
+from karat_scale.data.decoders.decode import UndecodableImageError, View, read_chosen
 from karat_scale.data.loading.workers import Whereabouts
 from karat_scale.data.order import sample_seed
 from karat_scale.data.plan import PADDING, BatchSlice
@@ -174,7 +174,8 @@ class Assembler(ABC):
             for sample in candidates:
                 ids[row], labels[row] = sample.id, sample.label
                 try:
-                    view, draw = self._decoded(sample)
+                    choose = partial(self.choose, sample.epoch, sample.id)
+                    view, _, draw = read_chosen(self._decoder, sample.read(), choose)
                 except UndecodableImageError as error:
                     bad.append(BadSample(sample.id, *sample.locate(), str(error), error.done))
                     if self._stop:
@@ -195,17 +196,6 @@ class Assembler(ABC):
     def choose(self, epoch: int, sample_id: int, width: int, height: int) -> tuple[View, Draw | None]:
         """What is looked at of a sample of these dimensions in pixels, and what was drawn."""
         return self.transform.choose(sample_seed(self._seed, epoch, sample_id), width, height)
-
-    def _decoded(self, sample: Sample) -> tuple[Pixels, Draw | None]:
-        draws: list[Draw | None] = []
-
-        def choose(width: int, height: int) -> View:
-            view, draw = self.choose(sample.epoch, sample.id, width, height)
-            draws.append(draw)
-            return view
-
-        view = self._decoder.read(sample.read(), choose)
-        return view, draws[-1]
 
 
 class ImageAssembler(Assembler):

@@ -13,24 +13,22 @@ import itertools
 import json
 import math
 import mmap
-import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from hashlib import blake2b, sha256
-from typing import Any, Protocol
+from typing import Any
 
-import numpy.typing as npt
 import torch
 
-from karat_scale.data.batch import BadSample, Batch, Draw, Streamed
+from karat_scale.data.batch import Batch
+from karat_scale.data.loading.assemble import Assembler
 from karat_scale.data.loading.workers import OrderedResults, worker_number
 from karat_scale.data.plan import BatchSlice
 from karat_scale.foundation.errors import DataError
 
 Shape = tuple[int, ...]
-Small = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
-Rest = tuple[tuple[BadSample, ...], tuple[Draw, ...], int, int, int | None, Streamed | None]
+Packed = tuple[int, Shape, Batch]
 
 
 class ImageSlots:
@@ -51,8 +49,6 @@ class ImageSlots:
             ) from error
         self._slots = torch.frombuffer(memory, dtype=torch.uint8)
         self._filled = 0
-        self._key = next(_KEYS)
-        _IN_USE[self._key] = self
 
     def next(self, shape: Shape) -> torch.Tensor:
         """Return the calling worker's next slot. Raises ValueError for more images than fit."""
@@ -64,41 +60,19 @@ class ImageSlots:
         self._filled += 1
         return self._at(slot * self._room, shape)
 
-    def send(self, batch: Batch) -> "Sent":
-        """Return a batch with images in a slot, as an object that is small when pickled and becomes a Batch again."""
-        return Sent(self._key, int(batch.images.storage_offset()), batch)
+    def pack(self, batch: Batch) -> Packed:
+        """Return a batch with images in a slot as something that is small when it is pickled."""
+        images = batch.images
+        return int(images.storage_offset()), tuple(images.shape), replace(batch, images=torch.empty(0))
 
-    def take(self, offset: int, shape: Shape) -> torch.Tensor:
-        """Return a copy of a slot, page-locked if this process uses a GPU."""
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized()).copy_(
-            self._at(offset, shape)
-        )
+    def unpack(self, packed: Packed) -> Batch:
+        """Return the batch with a copy of its images, page-locked if this process uses a GPU."""
+        offset, shape, batch = packed
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized())
+        return replace(batch, images=images.copy_(self._at(offset, shape)))
 
     def _at(self, offset: int, shape: Shape) -> torch.Tensor:
         return self._slots[offset : offset + math.prod(shape)].view(shape)
-
-
-class Sent:
-    """See ImageSlots.send."""
-
-    def __init__(self, key: int, offset: int, batch: Batch) -> None:
-        self._key, self._offset, self._batch = key, offset, batch
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        batch = self._batch
-        # As arrays, since torch would also pass each small tensor as a file.
-        small = batch.labels.numpy(), batch.sample_ids.numpy(), batch.valid.numpy()
-        rest = batch.bad, batch.draws, batch.epoch, batch.batch, batch.digest, batch.streamed
-        return _received, (self._key, self._offset, tuple(batch.images.shape), small, rest)
-
-
-def _received(key: int, offset: int, shape: Shape, small: Small, rest: Rest) -> Batch:
-    labels, sample_ids, valid = (torch.from_numpy(column) for column in small)
-    return Batch(_IN_USE[key].take(offset, shape), labels, sample_ids, valid, *rest)
-
-
-_KEYS = itertools.count()
-_IN_USE: "weakref.WeakValueDictionary[int, ImageSlots]" = weakref.WeakValueDictionary()
 
 
 BITS = 40  # sums over thousands of ranks stay exact in float64
@@ -132,35 +106,25 @@ def classes_digest(names: Iterable[str]) -> str:
     return sha256(json.dumps(sorted(names)).encode()).hexdigest()
 
 
-class MakesBatches(Protocol):
-    """An object that turns a slice into its batch."""
-
-    def shape(self, part: BatchSlice) -> Shape:
-        """Return the shape of the images, [b, 3, H, W]."""
-
-    def fill(self, part: BatchSlice, images: torch.Tensor) -> Batch:
-        """Return the batch; its pixels are written to `images`, uint8 of that shape."""
-
-    def whereabouts(self, workers: int) -> str:
-        """Return the last sample of each worker."""
-
-
 class OrderedLoader(OrderedResults[Batch]):
     """Return the batches of `slices`, none of which is larger than the first. See OrderedResults."""
 
     def __init__(
-        self, make: MakesBatches, slices: Iterable[BatchSlice], workers: int, prefetch: int, timeout: float
+        self, make: Assembler, slices: Iterable[BatchSlice], workers: int, prefetch: int, timeout: float
     ) -> None:
-        self._slices = slices  # kept until the last batch: a process may fetch ahead for them
+        self._given = slices  # kept until the last batch: a process may fetch ahead for them
         parts = iter(slices)
         first = list(itertools.islice(parts, 1))
-        slots = ImageSlots(workers, prefetch, make.shape(first[0])) if workers and first else None
-        work = partial(_fill, make, slots)
+        self._slots = ImageSlots(workers, prefetch, make.shape(first[0])) if workers and first else None
+        work = partial(_fill, make, self._slots)
         super().__init__(work, itertools.chain(first, parts), workers, prefetch, timeout, make.whereabouts)
 
+    def _received(self, answer: Any) -> Batch:
+        assert self._slots is not None
+        return self._slots.unpack(answer)
 
-def _fill(make: MakesBatches, slots: ImageSlots | None, part: BatchSlice) -> Batch | Sent:
-    shape = make.shape(part)
+
+def _fill(make: Assembler, slots: ImageSlots | None, part: BatchSlice) -> Batch | Packed:
     if slots is None:
-        return with_digest(make.fill(part, torch.empty(shape, dtype=torch.uint8)))
-    return slots.send(with_digest(make.fill(part, slots.next(shape))))
+        return with_digest(make[part])
+    return slots.pack(with_digest(make.fill(part, slots.next(make.shape(part)))))

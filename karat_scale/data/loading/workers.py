@@ -21,13 +21,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection, get_context
 from multiprocessing.context import ForkProcess
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from karat_scale.data.plan import PADDING, BatchSlice
+from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.foundation.machine import be_killed_with_parent, usable_cores
 
@@ -231,9 +232,14 @@ class OrderedResults(Iterator[T], Generic[T]):
                 f"a data worker died (exit code {process.exitcode}); if memory is short, lower data.workers or "
                 "data.prefetch"
             ) from error
-        self._ask(worker)
         if isinstance(answer, _Failure):
             raise answer.error from RuntimeError(f"in data worker {worker}:\n{answer.stack}")
+        result = self._received(answer)
+        self._ask(worker)
+        return result
+
+    def _received(self, answer: Any) -> T:
+        """Return the result, given what a worker sent; it is asked for more after this."""
         result: T = answer
         return result
 
@@ -278,13 +284,6 @@ def _answer(work: Callable[[BatchSlice], Any], part: BatchSlice) -> bytes:
 _LOOK_SECONDS, _PAUSE_AFTER_ERROR = 0.05, 1.0
 
 
-class Fetches(Protocol):
-    """A source whose samples can be fetched."""
-
-    def hint(self, sample_ids: Iterable[int]) -> None:
-        """Fetch samples into the cache, except those that another process fetches. Raises DataError."""
-
-
 class FetchedAhead(Iterator[BatchSlice]):
     """Yields `slices` unchanged, while a process fetches the samples of the next ones into the node's cache.
 
@@ -293,7 +292,7 @@ class FetchedAhead(Iterator[BatchSlice]):
     fetches what is not there.
     """
 
-    def __init__(self, source: Fetches, slices: Iterable[BatchSlice], ahead: int) -> None:
+    def __init__(self, source: ShardSplit, slices: Iterable[BatchSlice], ahead: int) -> None:
         self._slices = iter(slices)
         self._taken = np.frombuffer(mmap.mmap(-1, 8), dtype=np.int64)
         processes: list[ForkProcess] = []
@@ -308,7 +307,7 @@ class FetchedAhead(Iterator[BatchSlice]):
         return part
 
 
-def _fetch(source: Fetches, slices: Iterator[BatchSlice], taken: npt.NDArray[np.int64], ahead: int) -> None:
+def _fetch(source: ShardSplit, slices: Iterator[BatchSlice], taken: npt.NDArray[np.int64], ahead: int) -> None:
     fetched = 0
     for part in slices:
         while fetched >= int(taken[0]) + ahead:

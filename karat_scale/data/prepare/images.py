@@ -12,6 +12,7 @@ from typing import Literal
 from PIL import Image
 
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb, open_image, undecodable_reason
+from karat_scale.data.decoders.native import NativeRecoder, result_size
 from karat_scale.data.decoders.orientation import (
     TRANSPOSES,
     UPRIGHT,
@@ -20,7 +21,6 @@ from karat_scale.data.decoders.orientation import (
     scan_jpeg,
     to_jpeg,
 )
-from karat_scale.data.decoders.recoder import NativeRecoder, result_size
 from karat_scale.data.prepare.sources.base import UnreadableSampleError
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.native_build import PACKAGES, LoadError

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from karat_scale.data.augmentation.augment import RandAugment, find_warp, matrix_of, rotation
+from karat_scale.data.augmentation.augment import RandAugment, find_warp, rotation
 from karat_scale.data.decoders.pillow import RESAMPLE
 from karat_scale.foundation.native_build import _available_instruction_sets
 from karat_scale.recipe.loading import load_recipe
@@ -68,7 +68,9 @@ def test_every_operation_of_a_policy_is_timms(policy: str, interpolation: str) -
     assert {"Rotate", "ShearX", "ShearY"} <= seen
 
 
-def test_turns_that_pillow_does_without_a_filter_stay_with_pillow() -> None:
-    assert matrix_of("Rotate", (90.0,), 8, 8) is None
-    assert matrix_of("Rotate", (-180.0,), 8, 8) is None
-    assert matrix_of("Invert", (), 8, 8) is None
+@pytest.mark.parametrize("degrees", [0.0, 90.0, -180.0])
+def test_turns_that_pillow_does_without_a_filter_stay_with_pillow(degrees: float) -> None:
+    recipe = load_recipe("cifar10_vit_tiny", ["data.path=x", "augment.randaugment=rand-m9"])
+    (image,) = pictures()[3:4]
+    turned = RandAugment(recipe.augment, 48).apply(image, ("Rotate", (degrees,)))
+    assert np.array_equal(np.asarray(turned), np.asarray(image.rotate(degrees)))

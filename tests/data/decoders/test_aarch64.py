@@ -14,14 +14,14 @@ import pytest
 from PIL import Image
 
 from karat_scale.data.augmentation import augment
-from karat_scale.data.decoders import native, recoder
+from karat_scale.data.decoders import native
 from karat_scale.data.decoders.decode import View, centre_view, crop_view
 from karat_scale.data.decoders.pillow import RESAMPLE
 from karat_scale.foundation.native_build import FLAGS
 from tests.data.conftest import encode, photo
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-SOURCES = (Path(__file__).parent / "portable.cpp", native.SOURCE, recoder.SOURCE, augment.SOURCE)
+SOURCES = (Path(__file__).parent / "portable.cpp", native.DECODER, native.RECODER, augment.SOURCE)
 FILL = (124, 116, 104)
 
 pytestmark = [
@@ -91,11 +91,11 @@ def test_the_decoder_gives_the_same_pixels(program: Path, interpolation: str) ->
 
 
 def test_the_recoder_gives_the_same_bytes(program: Path) -> None:
-    here, requests, expected = recoder.NativeRecoder(), [], []
+    here, requests, expected = native.NativeRecoder(), [], []
     for data, width, height in jpegs():
         for side in (32, 100):
-            size = recoder.result_size(width, height, side)
-            shrink = next((part for part in recoder.SHRINKS if min(width, height) >= part * 2 * side), 1)
+            size = native.result_size(width, height, side)
+            shrink = next((part for part in native.SHRINKS if min(width, height) >= part * 2 * side), 1)
             requests.append(b"s" + sized(data) + struct.pack("<4i", 8 // shrink, *size, 90))
             expected.append(here.shrink(data, side, 90, 2))
     assert all(expected)

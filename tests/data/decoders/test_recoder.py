@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from karat_scale.data.decoders.recoder import NativeRecoder, result_size
+from karat_scale.data.decoders.native import NativeRecoder, result_size
 from karat_scale.foundation import native_build
 
 pytestmark = pytest.mark.usefixtures("native_runs")
