@@ -16,9 +16,9 @@ from karat_scale.recipe import AugmentConfig, DataConfig
 CLASSES = ["ant", "bee", "cat"]
 
 
-def encode(pixels: np.ndarray, kind: str = "JPEG", **options: object) -> bytes:
+def encode(image: np.ndarray | Image.Image, kind: str = "JPEG", **options: object) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind, **options)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
     return buffer.getvalue()
 
 

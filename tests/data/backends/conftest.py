@@ -1,4 +1,6 @@
-"""The backends that need a library of their own, opened over shards of these samples."""
+"""Backends, opened over shards or betons of these samples and closed at the end."""
+
+from functools import partial
 
 import pytest
 
@@ -9,39 +11,34 @@ from tests.data.betons import make_betons, need_ffcv
 
 
 @pytest.fixture
-def dali(data_config):
-    """Opens the backend over a directory, by default with one thread; closes it at the end."""
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install -e '.[dali]'")
-    opened = []
+def opened(data_config):
+    """Opens a backend over a directory, by default with the paper's augmentation."""
+    backends = []
 
-    def make(directory, augment=None, seed=5, size=SIZE, **fields):
-        config = data_config(directory, **{"backend": "dali", "workers": 1, **fields})
-        opened.append(open_backend(ImageSpec(config, augment or AugmentConfig(), size, 3, seed)))
-        return opened[-1]
+    def make(directory, augment=None, seed=5, size=SIZE, classes=3, **fields):
+        spec = ImageSpec(data_config(directory, **fields), augment or AugmentConfig(), size, classes, seed)
+        backends.append(open_backend(spec))
+        return backends[-1]
 
     yield make
-    for backend in opened:
+    for backend in backends:
         backend.close()
 
 
 @pytest.fixture
-def webdataset(data_config):
-    """What DALI's batches are compared with: the same shards, decoded by torchvision."""
-
-    def make(directory, augment=None, seed=5, size=SIZE, **fields):
-        config = data_config(directory, **{"decoder": "torchvision", **fields})
-        return open_backend(ImageSpec(config, augment or AugmentConfig(), size, 3, seed))
-
-    return make
+def dali(opened):
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install -e '.[dali]'")
+    return partial(opened, backend="dali", workers=1)
 
 
 @pytest.fixture
-def betons(make_shards, data_config):
-    """Betons of the shards of these samples, and a function that makes a recipe's data section for them."""
+def webdataset(opened):
+    """What DALI's batches are compared with: the same shards, decoded by torchvision."""
+    return partial(opened, decoder="torchvision")
+
+
+@pytest.fixture
+def betons(make_shards):
+    """Makes betons of the shards of these samples; returns their directory."""
     need_ffcv()
-
-    def make(train=None, val=None, options=()):
-        directory = make_betons(make_shards(train, val), *options)
-        return directory, lambda **fields: data_config(directory, backend="ffcv", **fields)
-
-    return make
+    return lambda train=None, val=None, options=(): make_betons(make_shards(train, val), *options)

@@ -1,6 +1,5 @@
 """What the backends' tests have in common."""
 
-import io
 import os
 import time
 from collections.abc import Iterator
@@ -18,10 +17,7 @@ CROP_AND_FLIP = AugmentConfig(color_jitter=0, randaugment="")
 
 
 def broken(number: int) -> EncodedSample:
-    noise = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, "JPEG")
-    return EncodedSample(f"broken-{number}", "jpg", buffer.getvalue()[:-400], number % 3)
+    return EncodedSample(f"broken-{number}", "jpg", encode(noise(number, 32))[:-400], number % 3)
 
 
 def contents(batches):
@@ -67,11 +63,11 @@ def odd_samples() -> Iterator[EncodedSample]:
     variants = {
         "rotated": encode(pixels, quality=95, exif=exif),
         "grey": encode(np.asarray(image.convert("L")), quality=95),
-        "cmyk": encode_image(image.convert("CMYK"), "JPEG"),
+        "cmyk": encode(image.convert("CMYK")),
         "progressive": encode(pixels, progressive=True),
         "png": encode(pixels, "PNG"),
-        "palette": encode_image(image.convert("P"), "PNG"),
-        "alpha": encode_image(image.convert("RGBA"), "PNG"),
+        "palette": encode(image.convert("P"), "PNG"),
+        "alpha": encode(image.convert("RGBA"), "PNG"),
         "trailing": trailing,
         "thin": encode(pixels[:1]),
         "one pixel": encode(pixels[:1, :1]),
@@ -79,12 +75,6 @@ def odd_samples() -> Iterator[EncodedSample]:
     }
     for name, data in variants.items():
         yield EncodedSample(name, "jpg", data, 0)
-
-
-def encode_image(image: Image.Image, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
 
 
 def hollow(number: int) -> EncodedSample:

@@ -39,7 +39,7 @@ def without(*paths) -> list[str]:
 
 
 def test_the_error_says_what_to_install_and_another_decoder_reads_betons(betons):
-    directory, _ = betons()
+    directory = betons()
     dali, ffcv, counted = without(directory, directory)
     assert dali.startswith("data.backend = dali needs DALI (")
     assert dali.endswith(": pip install -e '.[dali]'")

@@ -1,47 +1,27 @@
-"""Betons and images in them that are damaged, missing or do not answer."""
+"""Betons and images in them that are damaged or missing."""
 
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.data.plan import BatchSlice, TrainPlan
+from karat_scale.data.plan import BatchSlice
 from karat_scale.data.shards.beton import read_record
 from karat_scale.data.shards.hashing import hash_files
 from karat_scale.data.shards.shard_format import SkippedRecord
 from karat_scale.foundation.errors import DataError
-from tests.data.backends.helpers import CROP_AND_FLIP, SIZE, broken
+from tests.data.backends.helpers import CROP_AND_FLIP, broken
 
 
-def test_a_bad_sample_stops_with_its_name(betons, make_sample):
-    """FFCV shows it as black pixels."""
-    samples = [make_sample(i) for i in range(10)]
+def test_skipping_takes_the_next_sample_that_decodes_among_raw_pixels(betons, opened, make_sample):
+    samples = [make_sample(i) for i in range(6)]
     samples[4] = broken(4)
-    _, config = betons(train=samples)
-    backend = open_backend(ImageSpec(config(workers=1), CROP_AND_FLIP, SIZE, 3, 0))
-    with pytest.raises(DataError, match=r"^sample broken-4 in train.beton cannot be decoded: .*truncated"):
-        list(backend.train_batches(TrainPlan(0, 10, 10, 5, 0, 1).slices(0, 1)))
-
-
-@pytest.mark.parametrize("mode", ["jpg", "raw"])
-def test_skipping_takes_the_next_sample_that_decodes(betons, make_sample, mode):
-    samples = [make_sample(i) for i in range(10)]
-    samples[4], samples[9] = broken(4), broken(9)
-    _, config = betons(train=samples, val=samples[:6], options=("--write-mode", mode))
-    backend = open_backend(ImageSpec(config(on_bad_sample="skip"), CROP_AND_FLIP, SIZE, 3, 0))
-    (batch,) = backend.train_batches([BatchSlice(0, 0, np.arange(10))])
-    assert batch.sample_ids.tolist() == [0, 1, 2, 3, 5, 5, 6, 7, 8, 0]
-    assert torch.equal(batch.images[4], batch.images[5])
-    assert [(bad.sample_id, bad.key, bad.shard) for bad in batch.bad] == [
-        (4, "broken-4", "train.beton"),
-        (9, "broken-9", "train.beton"),
-    ]
-    (batch,) = backend.eval_batches([BatchSlice(0, 0, np.arange(6))])
-    assert batch.valid.tolist() == [True, True, True, True, False, True]
+    directory = betons(train=samples, options=("--write-mode", "raw"))
+    backend = opened(directory, CROP_AND_FLIP, backend="ffcv", on_bad_sample="skip")
+    (batch,) = backend.train_batches([BatchSlice(0, 0, np.arange(6))])
+    assert batch.sample_ids.tolist() == [0, 1, 2, 3, 5, 5]
+    assert [(bad.key, bad.shard) for bad in batch.bad] == [("broken-4", "train.beton")]
 
 
 def change_a_byte(path: Path, split_file: str) -> None:
@@ -54,38 +34,39 @@ def change_a_byte(path: Path, split_file: str) -> None:
 
 
 def test_a_record_that_lists_very_many_files_can_be_read(betons):
-    directory, _ = betons()
+    directory = betons()
     record = read_record(directory / "train.beton")
     record.skipped = [SkippedRecord(path=f"{n}.txt", reason="x" * 2**20) for n in range(70)]
     (directory / "train.beton.json").write_text(record.model_dump_json(indent=1))
     assert read_record(directory / "train.beton") == record
 
 
-def test_the_hashes_of_betons_can_be_shared(betons):
-    directory, config = betons()
-    list(hash_files(config(verify="hash"), 0, 1))
+def test_the_hashes_of_betons_can_be_shared(betons, data_config):
+    directory = betons()
+    config = data_config(directory, backend="ffcv", verify="hash")
+    list(hash_files(config, 0, 1))
     change_a_byte(directory, "val.beton")
-    list(hash_files(config(verify="hash"), 0, 2))
+    list(hash_files(config, 0, 2))
     with pytest.raises(DataError, match=r"val.beton has changed since it was written: its SHA-256 differs; copy"):
-        list(hash_files(config(verify="hash"), 1, 2))
+        list(hash_files(config, 1, 2))
 
 
-def test_a_changed_beton_is_found_by_its_hash_and_when_read(betons):
-    directory, config = betons()
+def test_a_changed_beton_is_found_by_its_hash_and_when_read(betons, opened):
+    directory = betons()
     change_a_byte(directory, "train.beton")
     with pytest.raises(DataError, match=r"train.beton has changed since it was written: its SHA-256 differs; copy"):
-        open_backend(ImageSpec(config(verify="hash"), CROP_AND_FLIP, SIZE, 3, 0))
-    backend = open_backend(ImageSpec(config(on_bad_sample="skip"), CROP_AND_FLIP, SIZE, 3, 0))
+        opened(directory, backend="ffcv", verify="hash")
+    backend = opened(directory, backend="ffcv", on_bad_sample="skip")
     with pytest.raises(DataError, match=r"train.beton has changed since it was written: sample \d+ differs"):
         list(backend.train_batches([BatchSlice(0, 0, np.arange(8))]))
 
 
-def test_betons_that_are_not_right_are_refused_when_opened(betons):
-    directory, config = betons()
+def test_betons_that_are_not_right_are_refused_when_opened(betons, opened):
+    directory = betons()
 
     def refuses(match: str, classes: int = 3) -> None:
         with pytest.raises(DataError, match=match) as caught:
-            open_backend(ImageSpec(config(), CROP_AND_FLIP, SIZE, classes, 0))
+            opened(directory, backend="ffcv", classes=classes)
         assert "\n" not in str(caught.value)
 
     refuses(r"train.beton has 3 classes, but model.num_classes = 2; set model.num_classes=3", classes=2)
@@ -102,16 +83,3 @@ def test_betons_that_are_not_right_are_refused_when_opened(betons):
     refuses("train.beton.json is damaged or of another version")
     shutil.rmtree(directory)
     refuses(r"train.beton.json cannot be read: No such file .*; make the beton with data_prep/make_ffcv.py")
-
-
-def test_a_file_system_that_stalls_is_an_error_in_time(betons):
-    directory, config = betons()
-    backend = open_backend(ImageSpec(config(workers=1, timeout=1), CROP_AND_FLIP, SIZE, 3, 0))
-    path = directory / "train.beton"
-    path.unlink()
-    os.mkfifo(path)  # opening it waits, as a dead server's file does
-    batches = backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 2))
-    with pytest.raises(DataError) as caught:
-        next(batches)
-    assert "no batch came for data.timeout = 1 s: worker 0 at sample" in str(caught.value)
-    assert str(path) in str(caught.value)

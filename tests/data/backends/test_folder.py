@@ -48,5 +48,5 @@ def test_a_file_system_that_stalls_is_an_error_that_names_the_file(tmp_path, dat
     assert f"no batch came for data.timeout = 1 s: worker 0 at sample 0 in {path};" in str(caught.value)
     stack = capfd.readouterr().err  # of the worker
     assert "(most recent call first)" in stack
-    assert "in _worker_loop" in stack
+    assert "in _serve" in stack
     assert not [p for p in psutil.Process().children() if p not in before and p.status() != psutil.STATUS_ZOMBIE]

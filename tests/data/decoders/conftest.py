@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from karat_scale.data.decoders import Decoder, make_decoder
+from karat_scale.data.decoders.ffcv import FfcvDecoder
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import DataConfig
+from tests.data.betons import need_ffcv
 
 EncodeJpeg = Callable[..., bytes]
 
@@ -54,6 +56,9 @@ def decoder_of(request) -> Callable[..., Decoder]:
     def make(name: str, interpolation: str = "bicubic", max_pixels: int = 80_000_000) -> Decoder:
         if name == "native":
             request.getfixturevalue("native_runs")
+        if name == "ffcv":  # no name in a recipe: its backend uses it
+            need_ffcv()
+            return FfcvDecoder(interpolation, max_pixels)
         return make_decoder(DataConfig(path="-", decoder=name, max_pixels=max_pixels), interpolation)
 
     return make

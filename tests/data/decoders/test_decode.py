@@ -1,4 +1,3 @@
-import io
 import os
 import tarfile
 import warnings
@@ -9,13 +8,7 @@ from PIL import EpsImagePlugin, Image
 from torchvision.datasets.folder import pil_loader
 
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
-
-
-def encode(image: Image.Image, kind: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
+from tests.data.conftest import encode
 
 RAMP = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
 

@@ -18,8 +18,12 @@ from karat_scale.data.decoders.decode import UndecodableImageError, View, centre
 from karat_scale.data.decoders.jpeg_header import hide_exif
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import DataConfig
+from tests.data.conftest import encode
 
 FAST = ["native", "torchvision"]
+# FFCV's DCT is fast and less exact.
+OTHERS = [*FAST, "ffcv"]
+MEAN = {"native": 1, "torchvision": 1, "ffcv": 3}
 # Where bicubic weights overshoot, an 8-bit pass clips, and Pillow may resize down before across.
 LARGEST = {"bilinear": 2, "bicubic": 24}
 
@@ -39,12 +43,6 @@ def difference(one, other):
     assert one.shape == other.shape
     assert one.dtype == other.dtype == np.uint8
     return np.abs(one.astype(int) - other.astype(int))
-
-
-def encode(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 @st.composite
@@ -110,7 +108,7 @@ def test_an_unscaled_view_is_the_image(encode_jpeg, decoder_of, name):
     assert difference(ours, reference).max() <= 2
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", OTHERS)
 def test_odd_files_are_read_or_refused_as_pillow_does(odd_images, decoder_of, name):
     decoder, pillow = decoder_of(name), decoder_of("pillow")
     for file, data in odd_images:
@@ -118,10 +116,10 @@ def test_odd_files_are_read_or_refused_as_pillow_does(odd_images, decoder_of, na
         if isinstance(reference, str):
             assert ours == reference, file
         else:
-            assert difference(ours, reference).mean() <= 1, file
+            assert difference(ours, reference).mean() <= MEAN[name], file
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize(
     ("mode", "kind"), [("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("LA", "PNG"), ("I;16", "PNG"), ("RGB", "WEBP")]
 )
@@ -132,7 +130,7 @@ def test_other_formats_are_exactly_those_of_pillow(decoder_of, name, mode, kind)
     assert np.array_equal(decoder_of(name).read(data, whole), decoder_of("pillow").read(data, whole))
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", OTHERS)
 def test_truncated_files_are_refused_with_pillows_reason(encode_jpeg, decoder_of, name):
     encoded = encode_jpeg(100, 80)
     decoder, pillow = decoder_of(name), decoder_of("pillow")
@@ -150,7 +148,7 @@ def bomb(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("name", ["pillow", *FAST])
+@pytest.mark.parametrize("name", ["pillow", *OTHERS])
 def test_bombs_are_refused_before_they_are_decoded(encode_jpeg, decoder_of, name):
     jpeg = encode_jpeg(64, 64)
     frame = jpeg.index(b"\xff\xc0") + 5

@@ -1,9 +1,7 @@
-import io
-
 import pytest
-from PIL import Image
 
 from karat_scale.data.decoders.jpeg_header import Frame, read_frame
+from tests.data.conftest import encode, photo
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"comment": b"x" * 3000}])
@@ -14,11 +12,9 @@ def test_dimensions_and_components(encode_jpeg, options):
 
 
 def test_what_is_no_ordinary_jpeg_has_no_frame(encode_jpeg):
-    png = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(png, "PNG")
     whole = encode_jpeg(20, 20)
     junk = whole[:2] + b"junk" + whole[2:]
-    assert [read_frame(data) for data in (png.getvalue(), b"", junk)] == [None, None, None]
+    assert [read_frame(data) for data in (encode(photo(1), "PNG"), b"", junk)] == [None, None, None]
 
 
 def test_a_header_cut_anywhere_has_a_frame_or_none(encode_jpeg):

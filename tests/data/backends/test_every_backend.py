@@ -1,0 +1,204 @@
+"""What each backend does alike, whatever library reads and decodes.
+
+The libraries' own readers pad with duplicates (FFCV), vary an epoch's length (DALI), give each rank the same shards in
+each epoch, epochs of other lengths to other ranks and none to workers without a shard (webdataset), and refuse another
+order under several ranks (FFCV, webdataset). FFCV's batches are views of a ring buffer. Its Loader changes torch's
+threads and draws from global generators.
+"""
+
+import contextlib
+import os
+import random
+import threading
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from karat_scale.data.plan import PADDING, BatchSlice, EvalPlan, TrainPlan
+from karat_scale.foundation.errors import DataError
+from tests.data.backends.helpers import SIZE, broken, children, contents, wait_until
+from tests.data.betons import make_betons
+
+SAMPLES, SHARDS = 43, 6  # whose last holds three
+WORLD, EPOCHS, WORKERS = 3, 2, 7  # more workers than shards, and than cores
+
+
+@pytest.fixture(params=["webdataset", "ffcv", "dali"])
+def backend(request) -> str:
+    if request.param == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install -e '.[dali]'")
+    return request.param
+
+
+@pytest.fixture
+def lay_out(backend, make_shards, opened):
+    """Writes samples as the backend reads them; returns their directory, and what opens the backend over it."""
+
+    def make(train=None, val=None):
+        directory = make_shards(train, val)
+        if backend == "ffcv":
+            directory = make_betons(directory)
+        return directory, partial(opened, directory, backend=backend)
+
+    return make
+
+
+@pytest.mark.parametrize("order", ["full", "block"])
+def test_each_epoch_is_every_sample_once_in_equal_parts(lay_out, make_sample, order):
+    policy = {"order": order, "block_samples": 4, "window_blocks": 2}
+    _, open_it = lay_out(train=[make_sample(i) for i in range(SAMPLES)])
+
+    def epochs(backend, rank: int, world: int):
+        plan = TrainPlan(5, SAMPLES, 12, 12 // world, rank, world, **policy)
+        batches = list(backend.train_batches(plan.slices(0, EPOCHS * plan.steps_per_epoch)))
+        return plan, [[batch for batch in batches if batch.epoch == epoch] for epoch in range(EPOCHS)]
+
+    plan, whole = epochs(open_it(workers=WORKERS, **policy), 0, 1)
+    backend = open_it(**policy)
+    ranks = [epochs(backend, rank, WORLD)[1] for rank in range(WORLD)]
+    for epoch in range(EPOCHS):
+        assert [len(rank[epoch]) for rank in ranks] == [len(whole[epoch])] * WORLD == [3] * WORLD
+        seen = torch.cat([batch.sample_ids for batch in whole[epoch]]).tolist()
+        assert len(set(seen)) == 36
+        assert seen == plan.epoch_order(epoch)[:36].tolist()
+        for step, together in enumerate(whole[epoch]):
+            parts = [rank[epoch][step] for rank in ranks]
+            assert torch.equal(torch.cat([part.sample_ids for part in parts]), together.sample_ids)
+            assert torch.equal(torch.cat([part.labels for part in parts]), together.labels)
+            assert torch.equal(torch.cat([part.images for part in parts]), together.images)
+            assert tuple(draw for part in parts for draw in part.draws) == together.draws
+    for rank in ranks:
+        first, second = ({int(i) for batch in epoch for i in batch.sample_ids} for epoch in rank)
+        assert first != second
+        # More shards than a rank's share of them.
+        assert len({i // 8 for i in first | second}) > SHARDS // WORLD
+    assert contents(backend.train_batches(plan.slices(2, 6))) == contents([*whole[0], *whole[1]][2:])
+
+
+def test_evaluation_has_equal_parts_and_counts_each_image_once(lay_out):
+    _, open_it = lay_out()
+    ids, backend = [], open_it(workers=1)
+    for rank in range(WORLD):
+        batches = list(backend.eval_batches(EvalPlan(11, 3, rank, WORLD).slices()))
+        assert len(batches) == 2
+        for batch in batches:
+            ids += batch.sample_ids[batch.valid].tolist()
+            assert not batch.images[~batch.valid].any()
+            assert not batch.labels[~batch.valid].any()
+    assert sorted(ids) == list(range(11))
+
+
+def test_batches_hold_what_they_say_and_stay_as_they_are(lay_out, make_sample):
+    _, open_it = lay_out()
+    backend = open_it(workers=1)
+    assert (backend.num_train, backend.num_val, backend.num_classes) == (40, 11, 3)
+    assert backend.classes == ("ant", "bee", "cat")
+    batches, copies = [], []
+    for batch in backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 20)):
+        batches.append(batch)
+        copies.append(batch.images.clone())
+    assert all(torch.equal(batch.images, copy) for batch, copy in zip(batches, copies, strict=True))
+    for batch in batches[:2]:
+        assert (batch.images.shape, batch.images.dtype) == ((8, 3, SIZE, SIZE), torch.uint8)
+        assert batch.images.is_contiguous()
+        assert batch.labels.dtype == batch.sample_ids.dtype == torch.int64
+        assert batch.labels.tolist() == [make_sample(i).label for i in batch.sample_ids.tolist()]
+        assert batch.valid.all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_trainer_process_stays_as_it_is(lay_out, workers):
+    _, open_it = lay_out()
+
+    def state():
+        threads = torch.get_num_threads(), threading.active_count()
+        return threads, random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    before = state()
+    backends = [open_it(workers=workers) for _ in range(2)]
+    readers = [backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 5)) for backend in backends]
+    for one, two in zip(*readers, strict=True):
+        assert torch.equal(one.images, two.images)
+    for backend in backends:
+        backend.close()
+    wait_until(lambda: state() == before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_sample_stops_with_its_place_after_the_batches_before_it(backend, lay_out, make_sample, workers):
+    samples = [make_sample(i) for i in range(10)]
+    samples[6] = broken(6)
+    _, open_it = lay_out(train=samples)
+    slices = [BatchSlice(0, t, np.arange(2 * t, 2 * t + 2)) for t in range(5)]
+    batches = open_it(workers=workers).train_batches(slices)
+    assert [next(batches).batch for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(DataError) as caught:
+        next(batches)
+    shard = "train.beton" if backend == "ffcv" else "train-000000.tar"
+    message = str(caught.value)
+    assert message.startswith(f"sample broken-6 in {shard} cannot be decoded: ")
+    assert "truncated" in message
+    assert message.endswith("such images: add data.on_bad_sample=skip 'resume.allow=[data.on_bad_sample]'")
+    assert "\n" not in message
+    assert next(batches, None) is None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_skipping_takes_the_next_sample_that_decodes(backend, lay_out, make_sample, workers):
+    samples = [make_sample(i) for i in range(10)]
+    samples[4], samples[8], samples[9] = broken(4), broken(8), broken(9)
+    _, open_it = lay_out(samples, samples)
+    backend_ = open_it(workers=workers, on_bad_sample="skip")
+    (batch,) = backend_.train_batches([BatchSlice(0, 0, np.arange(10))])
+    assert batch.sample_ids.tolist() == [0, 1, 2, 3, 5, 5, 6, 7, 0, 0]
+    assert batch.valid.all()
+    assert torch.equal(batch.images[4], batch.images[5])
+    assert torch.equal(batch.images[8], batch.images[0])
+    assert batch.labels[4] == make_sample(5).label
+    assert [bad.sample_id for bad in batch.bad] == [4, 8, 9, 9]
+    shards = ["train.beton"] * 2 if backend == "ffcv" else ["train-000000.tar", "train-000001.tar"]
+    assert [(bad.key, bad.shard) for bad in batch.bad[:2]] == list(zip(["broken-4", "broken-8"], shards, strict=True))
+    (batch,) = backend_.eval_batches([BatchSlice(0, 0, np.array([*range(10), PADDING]))])
+    assert batch.sample_ids.tolist() == [*range(10), PADDING]
+    assert [i for i in range(11) if not batch.valid[i]] == [4, 8, 9, 10]
+    assert [bad.key for bad in batch.bad] == ["broken-4", "broken-8", "broken-9"]
+
+
+def test_skipping_ends_when_nothing_decodes(lay_out):
+    _, open_it = lay_out(train=[broken(i) for i in range(4)])
+    with pytest.raises(DataError, match="nor can any that may replace it be used"):
+        next(open_it(on_bad_sample="skip").train_batches([BatchSlice(0, 0, np.arange(2))]))
+
+
+@pytest.mark.parametrize("backend", ["webdataset", "dali"], indirect=True)
+def test_a_changed_shard_is_an_error_even_when_skipping(lay_out):
+    directory, open_it = lay_out()
+    backend = open_it(workers=1, on_bad_sample="skip")
+    path = directory / "train-000003.tar"
+    data = bytearray(path.read_bytes())
+    data[1700] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"train-000003.tar has changed since its index"):
+        list(backend.train_batches(TrainPlan(0, 40, 40, 20, 0, 1).slices(0, 1)))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_system_that_stalls_is_an_error_that_names_the_file(backend, lay_out, workers):
+    directory, open_it = lay_out()
+    before = children()
+    opened = open_it(workers=workers, timeout=1)
+    path = directory / ("train.beton" if backend == "ffcv" else "train-000000.tar")
+    path.unlink()
+    os.mkfifo(path)  # opening it waits, as a dead server's file does
+    batches = opened.train_batches(BatchSlice(0, t, np.arange(8 * t, 8 * t + 8)) for t in range(5))
+    with pytest.raises(DataError) as caught:
+        next(batches)
+    reader = "reading" if backend == "dali" else "worker 0 at"
+    assert str(caught.value).startswith(f"no batch came for data.timeout = 1 s: {reader} sample 0 in {path}")
+    assert next(batches, None) is None
+    opened.close()
+    wait_until(lambda: not children() - before)
+    with contextlib.suppress(OSError):  # let go of threads that wait
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
