@@ -12,7 +12,6 @@ checkpoints/
 Who reads a checkpoint locks its manifest, so that nobody removes it meanwhile. Some file systems have no locks.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -38,6 +37,7 @@ from karat_scale.foundation.files import (
     remove_leftovers,
     replace_file,
 )
+from karat_scale.foundation.locks import lock, unlock
 from karat_scale.foundation.machine import usable_cores
 
 MANIFEST = "manifest.json"
@@ -125,7 +125,7 @@ def hold(checkpoint: Path) -> BinaryIO | None:
         handle = open_to_read(checkpoint / MANIFEST)
     except OSError:
         return None
-    _lock(handle, fcntl.LOCK_SH)
+    lock(handle, shared=True)
     if not (checkpoint / MANIFEST).exists():
         handle.close()
         return None
@@ -143,7 +143,7 @@ def holding(checkpoint: Path) -> Iterator[bool]:
         try:
             yield True
         finally:
-            _lock(handle, fcntl.LOCK_UN)  # closing would leave it to processes that were forked meanwhile
+            unlock(handle)
 
 
 @contextmanager
@@ -155,18 +155,9 @@ def alone(checkpoint: Path) -> Iterator[None]:
             # NFS gives such a lock only on what is open for writing.
             descriptor = open_regular(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
             handle = stack.enter_context(os.fdopen(descriptor, "rb"))
-            _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock(handle, wait=False):
+                raise BlockingIOError(f"{checkpoint} is being read")
         yield
-
-
-def _lock(handle: BinaryIO, kind: int) -> None:
-    """Lock a file, where its file system has locks. Raises BlockingIOError if it is locked and `kind` does not wait."""
-    try:
-        fcntl.flock(handle, kind)
-    except BlockingIOError:
-        raise
-    except OSError:
-        pass
 
 
 PINNED = "pinned"

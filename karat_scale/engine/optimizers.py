@@ -6,13 +6,11 @@ DeepSpeed's AdamW for CPUs, which is compiled when it is first used. Each is one
 `karat_scale.foundation.tables.OPTIMIZERS`. The learning rate is a pure function of the step.
 """
 
-import fcntl
 import math
 import shlex
 import shutil
 import time
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from karat_scale.foundation.errors import RecipeError
+from karat_scale.foundation.locks import locked
 from karat_scale.foundation.tables import load
 from karat_scale.models import no_weight_decay_names
 from karat_scale.models.layers import blocks_of
@@ -200,9 +199,7 @@ def build_cpu_adam() -> None:
 
     builder = CPUAdamBuilder()
     directory = Path(_get_build_directory(builder.name, verbose=False))
-    with (directory / "karat.lock").open("w") as lock:
-        with suppress(OSError):  # some file systems have no locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(directory / "karat.lock"):
         remove_stale_mark(directory)
         builder.load(verbose=False)
 

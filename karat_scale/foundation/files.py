@@ -6,7 +6,6 @@ the next start of the run, removes it.
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
+
+from karat_scale.foundation.locks import lock
 
 _SUFFIX = ".unfinished"
 _NAME = re.compile(r"\.(?P<of>.+)\.[a-z0-9_]{8}\.unfinished", re.DOTALL)
@@ -59,7 +60,7 @@ def _held(path: Path, make: Callable[[str, Path], Path]) -> Iterator[Path]:
         except FileNotFoundError:  # another writer took it for a leftover
             continue
         try:
-            _lock(handle)
+            lock(handle, wait=False)
             if temporary.exists():
                 yield temporary
                 return
@@ -86,7 +87,7 @@ def remove_leftovers(directory: Path, of: str | None = None) -> list[str]:
             problems.append(_line(path, error))
             continue
         try:
-            if _lock(handle):
+            if lock(handle, wait=False, without=False):  # without locks, nothing is known to be a leftover
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         except OSError as error:
             problems.append(_line(path, error))
@@ -105,15 +106,6 @@ def _unfinished(directory: Path, of: str | None) -> list[Path]:
         found = [(path, _NAME.fullmatch(path.name)) for path in directory.iterdir()]
         return [path for path, match in found if match and of in (None, match["of"])]
     return []
-
-
-def _lock(handle: int) -> bool:
-    """Take the lock; False where another process has it. Where there are no locks, nothing is a leftover."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def _line(path: Path, error: OSError) -> str:

@@ -4,7 +4,6 @@ The cache is keyed by all that the result depends on, so nodes of different kind
 library is built under a file lock into a temporary name and renamed, so ranks that start together build it once.
 """
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -18,7 +17,7 @@ import tempfile
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c")
@@ -125,6 +124,8 @@ def _load(source: Path, isa: str, link: tuple[str, ...]) -> ctypes.CDLL:
     ours = (path.read_text() for path in (source, *sorted(source.parent.glob("*.h"))))
     import torch
 
+    from karat_scale.foundation.locks import locked  # not on every system, and this module is imported on all
+
     ingredients = (*ours, version, torch.__version__, *flags, *link)
     key = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:20]
     directory = cache_directory()
@@ -132,7 +133,7 @@ def _load(source: Path, isa: str, link: tuple[str, ...]) -> ctypes.CDLL:
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     _keep_others_out(directory)
     if not _is_ours(library):
-        with _locked(directory / f"{library.name}.lock"):
+        with locked(directory / f"{library.name}.lock"):
             if not _is_ours(library):
                 _build([compiler, *flags, str(source), *link], library)
     loaded = ctypes.CDLL(str(library))
@@ -169,21 +170,6 @@ def find_compiler() -> str:
         if found := shutil.which(candidate):
             return found
     raise LoadError(f"no C++ compiler ({', '.join(candidates)}) is on PATH; install g++")
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    import fcntl  # Not on every system, and this module is imported on all.
-
-    # Neither follows a link nor waits for the reader of a pipe, and truncates nothing.
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
-    try:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise LoadError(f"{path} is not a regular file; remove it")
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _keep_others_out(directory: Path) -> None:

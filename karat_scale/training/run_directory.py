@@ -17,7 +17,6 @@ checkpoints/     see checkpoint/store.py
 snapshots/       see checkpoint/weights.py
 """
 
-import fcntl
 import json
 import os
 import socket
@@ -36,6 +35,7 @@ from karat_scale.engine.heartbeat import Heartbeat, heartbeat_file
 from karat_scale.engine.run_state import RunState
 from karat_scale.foundation.errors import RunDirectoryError, UserError, not_written
 from karat_scale.foundation.files import open_regular, parse_json, read_text, remove_leftovers, replace_file
+from karat_scale.foundation.locks import lock
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import NEVER_ALLOWED, Effect
 from karat_scale.recipe.files import COMMANDS, read_run_recipe, recipe_of_run
@@ -204,23 +204,19 @@ class RunDirectory:
 
     def _claim(self) -> None:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-        lock = os.fdopen(open_regular(self.path / ".lock", flags), "a+", encoding="utf-8")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
+        file = os.fdopen(open_regular(self.path / ".lock", flags), "a+", encoding="utf-8")
+        if not lock(file, wait=False):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
             raise RunDirectoryError(
                 f"run.dir = {self.path} is in use by {holder}; wait for it or choose another run.dir"
-            ) from None
-        except OSError:
-            return  # a file system without locks; nothing is lost but this check
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-        self._lock = lock  # held until the process ends
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        self._lock = file  # held until the process ends
         # Data workers outlive a killed trainer by a second; with the lock, they would refuse its next start.
-        mine = weakref.ref(lock)
+        mine = weakref.ref(file)
         os.register_at_fork(after_in_child=lambda: _close(mine()))
 
     def changes(self, recipe: RunRecipe) -> str:

@@ -13,7 +13,6 @@ A recipe's use says what is fetched together, how far ahead, and what the cache 
 """
 
 import errno
-import fcntl
 import hashlib
 import os
 import stat
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.locks import lock, locked
 from karat_scale.foundation.machine import is_local, local_directory
 from karat_scale.foundation.native_build import cache_directory
 from karat_scale.foundation.stores import DEFAULT_TIMEOUT
@@ -183,21 +183,15 @@ class NodeCache:
     @contextmanager
     def _total(self) -> Iterator[tuple[int, Callable[[int], None]]]:
         """The bytes of all entries, with what writes another number; one process at a time."""
-        handle = os.open(self.directory / "total", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with locked(self.directory / "total") as handle:
+            assert handle is not None
             text = os.pread(handle, 32, 0)
             yield int(text) if text.strip().isdigit() else 0, lambda number: _overwrite(handle, b"%-32d" % number)
-        finally:
-            os.close(handle)
 
     def _make_room(self) -> None:
         """Remove the entries that were not used for the longest. One process does so at a time; the others go on."""
-        handle = os.open(self.directory / "making_room", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with locked(self.directory / "making_room", wait=False) as held:
+            if held is None:
                 return
             with self._total() as (before, _):
                 pass
@@ -211,8 +205,6 @@ class NodeCache:
                 left -= size
             with self._total() as (now, write):
                 write(left + max(0, now - before))
-        finally:
-            os.close(handle)
 
     def _entries(self) -> Iterator[tuple[int, int, str]]:
         """Yield the time of the last use, the bytes and the path of each entry; parts without a maker are removed."""
@@ -261,9 +253,9 @@ def _whole(path: Path, size: int) -> int | None:
 def _lock(handle: int, path: Path) -> bool:
     """Lock a file that still has its name; False where another process has the lock, or has renamed or removed it."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(handle), path.lstat())
-    except (BlockingIOError, FileNotFoundError):
+        is_mine = lock(handle, wait=False, without=None)
+        return is_mine and os.path.samestat(os.fstat(handle), path.lstat())
+    except FileNotFoundError:
         return False
 
 

@@ -11,7 +11,6 @@ the process ends. Lines on its standard output are for the person. What librarie
 tracker has everything. 1: it has not. The last line is `FAREWELL`: a library may end the process, too.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -33,6 +32,7 @@ from typing import Any
 from karat_scale.engine.tracking.tracker import KINDS, Event, TrackedRun, Tracker
 from karat_scale.foundation.errors import UserError, on_one_line, one_line
 from karat_scale.foundation.files import append_to, make_folder, open_to_read, parse_json, read_text, replace_file
+from karat_scale.foundation.locks import lock
 from karat_scale.foundation.tables import EXTRAS, TRACKERS, how_to_install, is_installed, load
 from karat_scale.foundation.versions import library_versions
 from karat_scale.recipe.files import read_run_recipe
@@ -320,20 +320,10 @@ def alone(run: Path, name: str, ended: threading.Event) -> Iterator[bool]:
     """Hold the tracker's lock, so that two processes never send the same. False: another one has it, and we ended."""
     file = cursor_file(run, name).with_suffix(".lock")
     make_folder(file.parent)
-    with append_to(file) as lock:
-        while not (held := _lock(lock.fileno())) and not ended.wait(POLL_SECONDS):
+    with append_to(file) as handle:
+        while not (held := lock(handle, wait=False)) and not ended.wait(POLL_SECONDS):
             pass
         yield held
-
-
-def _lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # a file system without locks
-    return True
 
 
 def _wait_for_trainer(ended: threading.Event, seconds: float) -> None:
