@@ -201,7 +201,7 @@ def as_os_error(error: Exception) -> OSError:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    return cause if isinstance(cause, OSError) else OSError((str(error) or type(error).__name__).splitlines()[0])
+    return cause if isinstance(cause, OSError) else OSError(one_line(error))
 
 
 def checkpoint_bytes(parameters: int, stage: int, has_ema: bool, weight_bytes: int) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from karat_scale.foundation.errors import RecipeError, nearest
+from karat_scale.foundation.errors import RecipeError, did_you_mean
 from karat_scale.foundation.files import read_text, shipped_directory
 from karat_scale.foundation.trust import refuse_untrusted
 from karat_scale.recipe import RunRecipe
@@ -57,8 +57,9 @@ def _check(config: Mapping[str, Any], values: Mapping[str, Any], source: str) ->
     for key in config:
         if key in _REFUSED:
             raise RecipeError(f"{source}: {key}: {_REFUSED[key]}; remove it")
-        if key not in known and (close := nearest(key, known, likeness=0.85)):  # DeepSpeed would pass over it
-            raise RecipeError(f"{source}: {key}: unknown key; did you mean {close[0]}?")
+        # DeepSpeed would pass over it.
+        if key not in known and (hint := did_you_mean(key, known, likeness=0.85)):
+            raise RecipeError(f"{source}: {key}: unknown key; {hint}")
     for key in _SECTIONS:
         if not isinstance(config.get(key, {}), Mapping):
             raise RecipeError(f"{source}: {key} = {config[key]!r}: should be an object")

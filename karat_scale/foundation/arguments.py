@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from karat_scale.foundation.errors import nearest, on_one_line
+from karat_scale.foundation.errors import did_you_mean, on_one_line
 from karat_scale.foundation.stores.connection import is_url
 from karat_scale.foundation.tables import TRACKERS, load
 
@@ -38,8 +38,8 @@ class OneLineParser(argparse.ArgumentParser):
         """Check `choices` like argparse, and suggest the nearest one."""
         if action.choices is not None and value not in action.choices:
             names = [str(choice) for choice in action.choices]
-            close = nearest(str(value), names, likeness=0.5)  # options are short
-            hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names)}"
+            choices = f"choose from {', '.join(names)}"
+            hint = did_you_mean(str(value), names, choices, likeness=0.5)  # options are short
             if action.dest == "command":
                 hint = _instead_of_command(str(value)) or hint
             raise argparse.ArgumentError(action, f"unknown value {value!r}; {hint}")
@@ -130,8 +130,8 @@ def time_limit(text: str) -> str:
 def tracker(text: str) -> str:
     """Check the name of a tracker, or the place of a class. Raises argparse.ArgumentTypeError."""
     if text not in TRACKERS and ":" not in text:
-        close = nearest(text, TRACKERS, likeness=0.5)
-        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(TRACKERS)} or package.module:Class"
+        choices = f"choose from {', '.join(TRACKERS)} or package.module:Class"
+        hint = did_you_mean(text, TRACKERS, choices, likeness=0.5)
         raise argparse.ArgumentTypeError(f"unknown tracker {text!r}; {hint}")
     return text
 

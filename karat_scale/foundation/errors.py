@@ -154,5 +154,11 @@ def nearest(name: str, names: Iterable[str], count: int = 1, likeness: float = 0
     return sorted(alike, key=lambda other: scores[other], reverse=True)[:count]
 
 
+def did_you_mean(name: str, names: Iterable[str], otherwise: str = "", likeness: float = 0.6) -> str:
+    """Return a hint for an unknown name: the nearest of `names`, or `otherwise` if none is similar enough."""
+    close = nearest(name, names, likeness=likeness)
+    return f"did you mean {close[0]}?" if close else otherwise
+
+
 def _ratio(one: str, other: str) -> float:
     return SequenceMatcher(None, one, other).ratio()

@@ -229,7 +229,9 @@ def _run(command: list[str]) -> str:
         said = (error.stderr or error.stdout).strip().splitlines() or [f"code {error.returncode}"]
         # A header's errors come after lines that say who includes it.
         reason = next((line for line in said if "error" in line), said[0])
-        raise LoadError(f"{command[0]} failed with {_printable(reason)}") from error
+        from karat_scale.foundation.errors import on_one_line  # a compiler may print anything
+
+        raise LoadError(f"{command[0]} failed with {on_one_line(reason)}") from error
     except subprocess.TimeoutExpired as error:
         raise LoadError(f"{command[0]} took more than {BUILD_SECONDS} s") from error
     return done.stdout
@@ -262,8 +264,3 @@ class _Held:
         self.pointer = pointer
         # Not at the end of the process, when other threads may be inside a call.
         weakref.finalize(self, free, pointer).atexit = False
-
-
-def _printable(text: str) -> str:
-    """Return text whose control characters are written out: a compiler may print anything."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,6 +1,5 @@
 """`init_from`: the weights a new run begins with, of a run, a file, a folder of `karat export`, or timm."""
 
-import difflib
 import logging
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from karat_scale.checkpoint.tensor_storage import read_metadata
 from karat_scale.engine.distributed import World
-from karat_scale.foundation.errors import RecipeError, UserError, one_line
+from karat_scale.foundation.errors import RecipeError, UserError, nearest, one_line
 from karat_scale.foundation.files import open_to_read
 from karat_scale.models import create_model
 from karat_scale.models.init_from import check_heads, differences, take_weights
@@ -206,7 +205,7 @@ def timm_model(name: str) -> nn.Module:
     """
     if not timm.is_model_pretrained(name):
         known = dict.fromkeys(found.partition(".")[0] for found in timm.list_pretrained())
-        close = difflib.get_close_matches(name, known, n=1)
+        close = nearest(name, known)
         hint = f"did you mean {TIMM}{close[0]}?" if close else "`timm.list_pretrained('vit*')` lists them"
         raise RecipeError(f"timm has no weights of that name; {hint}")
     try:

@@ -29,7 +29,7 @@ from karat_scale.data.backends.images import (
     open_shards,
 )
 from karat_scale.data.loading.assemble import ImageSpec
-from karat_scale.foundation.errors import DataError, RecipeError
+from karat_scale.foundation.errors import DataError, RecipeError, one_line
 from karat_scale.foundation.tables import EXTRAS, how_to_install
 
 # Batches that DALI works on at a time: one is decoded while the next is read.
@@ -46,8 +46,7 @@ def require_dali() -> None:
     try:
         importlib.import_module(EXTRAS["dali"].module)
     except (ImportError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RecipeError(f"data.backend = dali needs DALI ({reason}); {how_to_install('dali')}") from error
+        raise RecipeError(f"data.backend = dali needs DALI ({one_line(error)}); {how_to_install('dali')}") from error
 
 
 @dataclass(frozen=True)

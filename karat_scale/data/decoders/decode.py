@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from karat_scale.foundation.errors import one_line
+
 # Pillow knows more, and starts Ghostscript for an EPS file, whatever its name.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "AVIF", "JPEG2000")
 
@@ -65,8 +67,7 @@ def undecodable_reason(error: Exception) -> str:
     """Return the reason why Pillow refused an image, on one line."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image in a supported format"
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return one_line(error)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

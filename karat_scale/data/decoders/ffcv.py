@@ -13,7 +13,7 @@ import numpy.typing as npt
 from karat_scale.data.decoders.decode import check_pixels
 from karat_scale.data.decoders.jpeg_header import Frame
 from karat_scale.data.decoders.pillow import WholeDecoder
-from karat_scale.foundation.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError, one_line
 from karat_scale.foundation.tables import how_to_install
 
 # A buffer for larger images is freed after use.
@@ -29,8 +29,7 @@ def require_ffcv() -> None:
     try:
         import ffcv.libffcv  # noqa: F401
     except (ImportError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RecipeError(f"FFCV cannot be imported ({reason}); {how_to_install('ffcv')}") from error
+        raise RecipeError(f"FFCV cannot be imported ({one_line(error)}); {how_to_install('ffcv')}") from error
 
 
 class FfcvDecoder(WholeDecoder):
