@@ -1,16 +1,38 @@
+"""How ranks meet, which GPU each takes, and what it had entered when it stalled."""
+
+import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from karat_scale.engine.distributed import World, _first_slurm_host, default_port, launch_environment, start
+from karat_scale.engine import distributed
+from karat_scale.engine.devices import _newest_record, gpu_index, refuse_shared, tell_deepspeed
+from karat_scale.engine.distributed import (
+    World,
+    _first_slurm_host,
+    default_port,
+    have_a_gpu_each,
+    launch_environment,
+    start,
+)
 from karat_scale.foundation.errors import UserError
-from tests.conftest import free_port, karat_environment
+from tests.conftest import ROOT, free_port, karat_environment, rank_environments
 
 
 def started(script: str, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
@@ -135,3 +157,172 @@ def test_a_port_that_is_none_is_refused(port: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(dist, "is_initialized", lambda: False)  # another test's group may still be there
     with pytest.raises(UserError, match=f"MASTER_PORT = {port}: should be a number"):
         start("cpu")
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "shown", "index"),
+    [(0, 1, 0), (3, 4, 3), (3, 1, 0)],
+    ids=["alone", "all shown", "its own shown"],
+)
+def test_a_rank_takes_its_own_gpu(local_rank: int, shown: int, index: int) -> None:
+    assert gpu_index(local_rank, shown) == index
+
+
+def test_more_ranks_than_gpus_are_refused() -> None:
+    with pytest.raises(UserError, match="local rank 2 has no GPU: this node shows 2; start one task per GPU"):
+        gpu_index(2, 2)
+    refuse_shared(["node1 A100 GPU-1", "node1 A100 GPU-2", "node2 A100 GPU-3"])
+    with pytest.raises(UserError, match="ranks 1 and 2 have one GPU, node1 A100 GPU-2; start one task per GPU"):
+        refuse_shared(["node1 A100 GPU-1", "node1 A100 GPU-2", "node1 A100 GPU-2"])
+
+
+def test_every_rank_hears_that_two_have_one_gpu() -> None:
+    port = free_port()
+
+    def rank_hears(rank: int) -> None:
+        store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
+        try:
+            if rank == 2:
+                time.sleep(0.5)  # rank 0, which keeps the store, must not leave before
+            have_a_gpu_each(dist.PrefixStore("cards", store), rank, 3, f"A100 GPU-{rank % 2}")
+        finally:
+            del store
+
+    with ThreadPoolExecutor(3) as ranks:
+        told = [ranks.submit(rank_hears, rank) for rank in range(3)]
+    for one in told:
+        with pytest.raises(UserError, match="ranks 0 and 2 have one GPU, A100 GPU-0"):
+            one.result()
+
+
+ON_THE_CPU = """
+import sys
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
+from karat_scale.engine import distributed
+from karat_scale.training import run  # all that `karat train` imports
+from karat_scale.training.tasks.classification import task  # and this
+assert "deepspeed" not in sys.modules
+distributed.start("cpu")
+from deepspeed.accelerator import get_accelerator
+print(get_accelerator().device_name())
+distributed.stop()
+"""
+
+
+@pytest.mark.slow
+def test_run_device_cpu_holds_for_deepspeed_too_where_there_is_a_gpu() -> None:
+    given = {key: value for key, value in karat_environment().items() if key != "DS_ACCELERATOR"}
+    done = subprocess.run([sys.executable, "-c", ON_THE_CPU], env=given, capture_output=True, text=True, timeout=200)
+    assert done.stdout == "cpu\n", done.stderr
+
+
+def test_another_device_than_deepspeed_was_imported_for_is_one_line(world) -> None:
+    import deepspeed  # noqa: F401
+
+    try:
+        with pytest.raises(UserError, match=r"run\.device = cuda, but DeepSpeed was imported for cpu in this process;"):
+            tell_deepspeed("cuda")
+    finally:
+        tell_deepspeed("cpu")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_nccl_is_told_its_gpu_if_it_has_peers(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Alone it connects to nobody; bound to its GPU, it would split its communicator for each group of DeepSpeed's."""
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: told.append({"backend": backend, **how}))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(distributed, "meet", lambda place: dist.HashStore())  # of ranks that do not exist here
+    monkeypatch.setattr(distributed, "Peers", lambda place: Mock(telling=nullcontext, making_a_group=nullcontext))
+    monkeypatch.setattr(dist, "new_group", lambda **how: None)
+    monkeypatch.setattr(distributed, "card", str)
+    monkeypatch.setattr(distributed, "have_a_gpu_each", lambda *ranks: None)
+    for device in (torch.device("cuda", 1), torch.device("cpu")):
+        distributed._join(0, size, device, timedelta(minutes=1))
+    bound = torch.device("cuda", 1) if size > 1 else None
+    assert [(how["backend"], how.get("device_id")) for how in told] == [("nccl", bound), ("gloo", None)]
+
+
+@pytest.mark.parametrize(("nccl", "gloo", "newer"), [(5, 3, "nccl"), (3, 5, "fr"), (None, 3, "fr"), (3, None, "nccl")])
+def test_of_two_records_the_newer_is_written(nccl: int | None, gloo: int | None, newer: str) -> None:
+    """What torch for CUDA has; the one for CPUs has no record of NCCL's."""
+
+    def record(last: int | None) -> bytes:
+        times = [] if last is None else [0, last]
+        return json.dumps({"entries": [{"time_created_ns": time} for time in times]}).encode()
+
+    torch_c = SimpleNamespace(
+        _dump_nccl_trace_json=lambda: record(nccl),
+        _dump_fr_trace_json=lambda: record(gloo),
+        _dump_nccl_trace=lambda: b"nccl",
+        _dump_fr_trace=lambda: b"fr",
+    )
+    assert _newest_record(torch_c)[1] == newer.encode()
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_the_rank_that_is_missing_from_a_collective_is_named(tmp_path: Path) -> None:
+    program = textwrap.dedent(
+        f"""
+        import os, time
+        from pathlib import Path
+        import torch
+        from karat_scale.engine.heartbeat import Heartbeat
+        from karat_scale.engine import distributed
+        from karat_scale.engine.devices import write_flight_record
+
+        world = distributed.start("cpu")
+        heartbeat = Heartbeat(Path({str(tmp_path)!r}), world.rank, "", write_flight_record).start()
+        world.sum(torch.ones(2))
+        heartbeat.beat("forward", 1)
+        written = Path({str(tmp_path)!r}) / "diagnostics" / f"flight-{{1 - world.rank}}"
+        if world.rank == 0:
+            world.sum(torch.ones(3))  # rank 1 comes late: after both have written
+        else:
+            while not written.is_file() or not written.with_name("flight-1").is_file():
+                time.sleep(0.05)
+            world.sum(torch.ones(3))
+        heartbeat.stop()
+        distributed.stop()
+        """
+    )
+    environments = [{**each, "KARAT_STALL_SECONDS": "900,step=0.5"} for each in rank_environments(2)]
+    command = [sys.executable, "-c", program]
+    ranks = [subprocess.Popen(command, env=each, stderr=subprocess.PIPE, text=True) for each in environments]
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    last = [
+        int(re.search(rf"rank {number}: its last collective is number (\d+), gloo:all_reduce", text)[1])
+        for number, text in enumerate(said)
+    ]
+    assert last[0] == last[1] + 1  # rank 1 has not entered the one that rank 0 waits in
+    assert all((tmp_path / "diagnostics" / f"flight-{rank}").stat().st_size for rank in range(2))
+
+
+# Root has no such limit. Another user has, who may read all that the tests read.
+AS_ANOTHER = (
+    *("setpriv", "--reuid=12345", "--regid=12345", "--clear-groups"),
+    *("--inh-caps=+dac_override,+dac_read_search", "--ambient-caps=+dac_override,+dac_read_search"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [2, 4, 8, 12])
+def test_too_few_threads_are_one_line_and_no_hang(limit: int, tmp_path: Path) -> None:
+    if os.getuid() != 0 or subprocess.run([*AS_ANOTHER, "true"], capture_output=True).returncode:
+        pytest.skip("changing the user needs root and setpriv")
+    tmp_path.chmod(0o777)
+    train = (
+        *(sys.executable, "-m", "karat_scale", "train", "fashion_mnist_demo", "data.backend=synthetic"),
+        *("data.synthetic_samples=64", "train.global_batch=32", "train.max_steps=2", f"run.dir={tmp_path / 'run'}"),
+    )
+    command = [*AS_ANOTHER, "bash", "-c", f'ulimit -u {limit}; exec "$@"', "bash", *train]
+    environment = {**karat_environment(), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if "OpenBLAS" not in line]
+    assert line.startswith("error: no more processes or threads; raise `ulimit -u`")

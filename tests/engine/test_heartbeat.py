@@ -1,6 +1,7 @@
-"""A rank's sign of life, in real processes."""
+"""A rank's sign of life, and what it tells: who stalls, by the limits of each phase, and who is slow."""
 
 import itertools
+import math
 import subprocess
 import sys
 import textwrap
@@ -8,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.engine.heartbeat import Heartbeat, read_signs
-from tests.conftest import karat_environment
+from karat_scale.commands.cli import main
+from karat_scale.commands.status.watch import Watch
+from karat_scale.commands.status.watch import main as watch
+from karat_scale.engine.heartbeat import Heartbeat, Sign, StallLimits, Stragglers, read_signs, slow_ranks
+from tests.conftest import SMALL, karat_environment
 
 
 def test_the_last_sign_says_where_the_rank_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,3 +56,90 @@ def test_a_rank_that_stalls_shows_its_stack(tmp_path: Path) -> None:
         process.stdin.close()  # ends the wait, after the stack was shown
     assert process.returncode == 0
     assert any("Timeout" in line for line in shown)
+
+
+def signs(*own_seconds: float) -> list[Sign]:
+    """Signs of ranks 0, 1, ..., each on a node of its own."""
+    return [Sign(rank, f"node{rank}", 1, "", own_seconds=s) for rank, s in enumerate(own_seconds)]
+
+
+def test_a_rank_far_above_the_others_is_named_with_its_host() -> None:
+    (line,) = slow_ranks(signs(0.2, 0.21, 0.5, 0.19))
+    assert line == "rank 2 on node2 takes 0.5 s of its own per step (data and forward pass), 2.5 times the others"
+
+
+def test_of_two_ranks_the_other_is_the_measure() -> None:
+    assert [line[:6] for line in slow_ranks(signs(0.4, 0.2))] == ["rank 0"]
+
+
+def test_alike_alone_unknown_or_tiny_is_not_slow() -> None:
+    for own_seconds in ([0.2, 0.29], [0.5], [0.5, 0.0], [0.001, 0.009]):
+        assert slow_ranks(signs(*own_seconds)) == []
+
+
+def test_one_slow_report_may_be_chance_and_two_are_told_once() -> None:
+    stragglers = Stragglers()
+    assert stragglers.look(signs(0.2, 0.5)) == []
+    assert stragglers.look(signs(0.2, 0.5)) == []  # the same report, seen again
+    (line,) = stragglers.look(signs(0.2, 0.51))
+    assert line.startswith("rank 1 on node1")
+    assert stragglers.look(signs(0.2, 0.52)) == []
+
+
+def test_a_rank_that_was_slow_between_is_not_told() -> None:
+    stragglers = Stragglers()
+    for own_seconds in (0.5, 0.21, 0.51, 0.22):
+        assert stragglers.look(signs(0.2, own_seconds)) == []
+
+
+def test_one_number_holds_for_all_phases_that_are_not_named() -> None:
+    limits = StallLimits.parse("900, compile=3600,save=0")
+    assert [limits.of(doing) for doing in ("forward", "waiting for data", "compiling")] == [900, 900, 3600]
+    assert limits.of("saving") == limits.of("snapshot") == math.inf
+    assert limits.plus(6).of("forward") == 906
+    assert limits.plus(6).of("saving") == math.inf
+    assert limits
+
+
+@pytest.mark.parametrize("text", ["", "0"])
+def test_no_limit_is_infinite(text: str) -> None:
+    limits = StallLimits.parse(text)
+    assert not limits
+    assert limits.of("forward") == limits.plus(6).of("forward") == math.inf
+
+
+def test_only_a_phase_may_have_a_limit() -> None:
+    limits = StallLimits.parse("data=60")
+    assert limits
+    assert limits.of("waiting for data") == 60
+    assert limits.of("backward") == math.inf
+
+
+@pytest.mark.parametrize("text", ["x", "900,800", "900,compil=3", "-1", "900,save=", "nan", "inf"])
+def test_a_mistake_is_named(text: str) -> None:
+    with pytest.raises(ValueError, match=r"should be seconds|is no phase"):
+        StallLimits.parse(text)
+
+
+def test_a_compilation_may_take_longer_than_a_step() -> None:
+    watch = Watch(1, StallLimits.parse("60,compile=600"), 0.0)
+
+    def verdict(doing: str, second: int, beats: int) -> str | None:
+        return watch.look([Sign(0, "node0", 1, "", beats, doing, 1, float(second))], float(second))
+
+    assert all(verdict("compiling", second, 1) is None for second in range(500))
+    assert all(verdict("forward", 500 + second, 2) is None for second in range(60))
+    assert verdict("forward", 561, 2) is not None
+
+
+def test_a_mistake_ends_the_run_and_the_watch_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KARAT_STALL_SECONDS", "15m")
+    overrides = (*SMALL, "data.backend=synthetic", "schedule.warmup_epochs=0", f"run.dir={tmp_path}")
+    assert main(["train", "imagenet_vit_tiny_g3b", *overrides]) == 2
+    line = "'15m' should be seconds, or PHASE=seconds after the first"
+    assert capsys.readouterr().err == f"error: STALL_SECONDS: {line}\n"
+    with pytest.raises(SystemExit):
+        watch([str(tmp_path), "--ranks", "1", "--stall", "15m"])
+    assert line in capsys.readouterr().err

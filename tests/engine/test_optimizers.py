@@ -1,15 +1,40 @@
+"""Optimizers, their groups of parameters, and the learning rate of each step."""
+
+import math
+import os
+import sys
+import time
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from timm.models import VisionTransformer
+from timm.optim import param_groups_layer_decay
+from timm.scheduler import CosineLRScheduler
+from torch.utils.cpp_extension import is_ninja_available
 
 from karat_scale.checkpoint.checkpoints import Checkpoints
 from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.engine.ema import Ema
-from karat_scale.engine.optimizers import build_optimizer, hidden_matrices
+from karat_scale.engine.optimizers import (
+    QUIET_SECONDS,
+    CosineSchedule,
+    build_cpu_adam,
+    build_optimizer,
+    build_schedule,
+    cpu_adam_can_be_built,
+    hidden_matrices,
+    layer_scales,
+    parameter_groups,
+    remove_stale_mark,
+)
 from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError
-from karat_scale.models import create_model
-from karat_scale.recipe import Recipe
+from karat_scale.models import create_model, no_weight_decay_names
+from karat_scale.recipe import OptimConfig, Recipe
 from karat_scale.training.tasks.classification.task import TrainState
+from tests.models.test_init_from import model
 from tests.small_engines import equal, train_once, weights
 
 MUON = "optim.name=muon"
@@ -100,3 +125,111 @@ def test_a_torch_without_muon_is_one_line(small_recipe, make_engine, monkeypatch
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(RecipeError, match=r"has no Muon; install torch 2\.9"):
         make_engine(small_recipe(MUON))
+
+
+def settings(vit: VisionTransformer, groups: list[dict]) -> dict[str, tuple[float, float]]:
+    names = {parameter: name for name, parameter in vit.named_parameters()}
+    return {names[p]: (g["weight_decay"], pytest.approx(g["lr_scale"])) for g in groups for p in g["params"]}
+
+
+def test_without_layer_decay_there_are_two_groups_of_one_rate() -> None:
+    groups = parameter_groups(model(0), OptimConfig())
+    assert [(group["weight_decay"], group["lr_scale"]) for group in groups] == [(0.05, 1.0), (0.0, 1.0)]
+
+
+def test_layers_and_scales_are_timms() -> None:
+    vit = model(0)
+    ours = parameter_groups(vit, OptimConfig(layer_decay=0.5))
+    exempt = no_weight_decay_names(vit, False)
+    timms = param_groups_layer_decay(vit, 0.05, exempt, layer_decay=0.5)
+    assert settings(vit, ours) == settings(vit, timms)
+
+
+def test_an_operator_learns_with_its_block_and_a_shared_one_with_the_last() -> None:
+    scales = layer_scales(model(0), 0.5)
+    assert scales["blocks.0.attn.operator.proj"] == scales["blocks.0.mlp.fc1.weight"]
+    assert scales["blocks.0.mlp.fc1.weight"] == scales["blocks.1.mlp.fc1.weight"] / 2
+    shared = layer_scales(model(0, mode="universal"), 0.5)
+    assert shared["blocks.0.attn.operator.proj"] == shared["blocks.1.mlp.fc1.weight"]
+    assert shared["blocks.0.mlp.fc1.weight"] == scales["blocks.0.mlp.fc1.weight"]
+
+
+def test_what_is_frozen_or_apart_is_in_no_group() -> None:
+    vit = model(0)
+    vit.cls_token.requires_grad_(False)
+    groups = parameter_groups(vit, OptimConfig(), apart={"head.weight"})
+    assert {"cls_token", "head.weight"}.isdisjoint(settings(vit, groups))
+
+
+@given(warmup=st.integers(0, 30), total=st.integers(31, 200), step=st.integers(0, 199))
+def test_equals_timms_scheduler_at_every_step(warmup: int, total: int, step: int) -> None:
+    ours = CosineSchedule(peak_lr=1e-3, min_lr=1e-5, warmup_lr=1e-6, warmup_steps=warmup, total_steps=total)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    theirs = CosineLRScheduler(optimizer, total, lr_min=1e-5, warmup_t=warmup, warmup_lr_init=1e-6, t_in_epochs=False)
+    theirs.step_update(step)
+    assert ours.lr(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+
+
+def test_the_papers_rates_for_a_batch_of_128(small_recipe) -> None:
+    recipe = small_recipe("train.global_batch=128", "train.epochs=100", "schedule.warmup_epochs=5")
+    schedule = build_schedule(recipe, steps_per_epoch=10_009)
+    assert schedule.peak_lr == pytest.approx(1.25e-4)
+    assert schedule.warmup_steps == 50_045
+    assert schedule.total_steps == 1_000_900
+    assert schedule.lr(0) == 1e-6
+    assert schedule.lr(1_000_900) == 1e-5
+
+
+@given(warmup=st.integers(0, 50), total=st.integers(51, 300), step=st.integers(0, 299))
+def test_a_cosine_after_the_warm_up_is_big_visions(warmup: int, total: int, step: int) -> None:
+    ours = CosineSchedule(1e-3, 0.0, 0.0, warmup_steps=warmup, total_steps=total, cosine_from=warmup)
+    progress = min(max((step - warmup) / (total - warmup), 0.0), 1.0)
+    rate = 1e-3 * 0.5 * (1 + math.cos(math.pi * progress)) * (min(1.0, step / warmup) if warmup else 1.0)
+    assert ours.lr(step) == pytest.approx(rate, rel=1e-12, abs=1e-18)
+
+
+def test_a_warm_up_counted_in_steps(small_recipe) -> None:
+    recipe = small_recipe("schedule.warmup_steps=30", "schedule.warmup_epochs=99", "schedule.cosine_after_warmup=true")
+    schedule = build_schedule(recipe, steps_per_epoch=20)
+    assert (schedule.warmup_steps, schedule.cosine_from, schedule.total_steps) == (30, 30, 40)
+    with pytest.raises(RecipeError, match=r"schedule.warmup_steps = 30 are more than the 20 steps of train.epochs = 2"):
+        build_schedule(recipe, steps_per_epoch=10)
+
+
+def test_lr_batch_null_means_lr_as_it_is(small_recipe) -> None:
+    assert build_schedule(small_recipe("optim.lr_batch=null", "optim.lr=0.5"), 10).peak_lr == 0.5
+
+
+def test_without_a_compiler_it_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", f"{sys.executable} g++")  # as with ccache
+    assert cpu_adam_can_be_built() == is_ninja_available()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not cpu_adam_can_be_built()
+
+
+@pytest.mark.parametrize(("age", "stays"), [(QUIET_SECONDS - 30, True), (QUIET_SECONDS + 30, False)])
+def test_the_mark_of_a_build_goes_when_nothing_has_changed_for_a_while(tmp_path, age: float, stays: bool) -> None:
+    then = time.time() - age
+    for name, time_of_change in {"lock": then - 1000, "cpu_adam.o": then}.items():
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time_of_change, time_of_change))
+    (tmp_path / "karat.lock").touch()
+    remove_stale_mark(tmp_path)
+    assert (tmp_path / "lock").exists() == stays
+
+
+@pytest.mark.slow
+def test_a_build_goes_on_after_one_that_was_killed(tmp_path, monkeypatch) -> None:
+    from deepspeed.ops.op_builder import CPUAdamBuilder, builder
+
+    if not cpu_adam_can_be_built():
+        pytest.skip("no compiler")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(builder.OpBuilder, "_loaded_ops", {})
+    mark = tmp_path / CPUAdamBuilder().name / "lock"
+    mark.parent.mkdir()
+    mark.touch()
+    os.utime(mark, (0, 0))
+    build_cpu_adam()
+    assert not mark.exists()
+    assert list(mark.parent.glob("*.so"))

@@ -1,4 +1,4 @@
-"""What a machine lacks, or its file system refuses, is one line and an exit code."""
+"""What a machine lacks, or its file system refuses, is one line and an exit code; which name is suggested."""
 
 import io
 import os
@@ -11,7 +11,7 @@ import pytest
 
 from karat_scale.commands.cli import main
 from karat_scale.foundation import native_build
-from karat_scale.foundation.errors import of_the_machine
+from karat_scale.foundation.errors import nearest, of_the_machine
 from tests.conftest import ROOT, karat_environment, karat_here
 
 
@@ -88,3 +88,27 @@ def test_a_ranks_error_is_one_write_where_python_does_not_buffer(monkeypatch: py
     assert os.read(reader, 4096).endswith(b"\n")
     assert os.read(reader, 4096) == b""
     os.close(reader)
+
+
+NAMES = ("gcvit_tiny", "vit_small_patch16_224", "vit_tiny_patch16_224", "vit_tiny_patch16_384", "swin_tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("vit_tinny", "vit_tiny_patch16_224"),
+        ("vit_tny_patch16_384", "vit_tiny_patch16_384"),
+        ("vit_smal", "vit_small_patch16_224"),
+        ("gcvit_tinny", "gcvit_tiny"),
+    ],
+)
+def test_the_beginning_goes_before_the_whole(name: str, meant: str) -> None:
+    assert nearest(name, NAMES) == [meant]
+
+
+def test_nothing_alike_is_none() -> None:
+    assert nearest("resnet", NAMES) == []
+
+
+def test_as_many_as_asked_for_and_the_nearest_first() -> None:
+    assert nearest("vit_tiny", NAMES, count=2) == ["vit_tiny_patch16_224", "vit_tiny_patch16_384"]

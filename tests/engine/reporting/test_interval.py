@@ -1,11 +1,30 @@
+"""What is measured while a run trains: times, losses, efficiency, histograms and traces."""
+
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from karat_scale.engine.reporting.interval import Interval, peak_memory_mb
+from karat_scale.engine.reporting.interval import (
+    MOST_WAITING,
+    Efficiency,
+    HeadHistograms,
+    Interval,
+    OwnTime,
+    StepProfiler,
+    device_peak,
+    peak_memory_mb,
+)
+from karat_scale.engine.reporting.progress import MetricsLog, PlainDisplay, Reporter
+from karat_scale.models.flops import flops_per_image
+from karat_scale.recipe import TrainConfig
 from tests.clock import Clock
+from tests.conftest import karat
+from tests.small_engines import CONFIGS, equal, train_once, weights
+from tests.streams import Streams, streams
 
 CPU = torch.device("cpu")
 
@@ -74,3 +93,175 @@ def test_peak_memory_is_this_processs() -> None:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     kibibytes = int(status["VmHWM"].split()[0])  # threads hold back some pages that they have not counted yet
     assert peak_memory_mb(CPU) >= 0.99 * kibibytes * 1024 / 1e6
+
+
+__all__ = ["streams"]
+
+
+def test_data_and_forward_passes_add_up_until_they_are_taken() -> None:
+    clock = Clock()
+    own_time = OwnTime(torch.device("cpu"), clock)
+    with own_time.data():
+        clock.go(2.0)
+    clock.go(5.0)  # waiting for others is not its own
+    with own_time.forward():
+        clock.go(1.0)
+    assert own_time.take() == 3.0
+    assert own_time.take() == 0.0
+
+
+def test_a_gpus_forward_passes_are_read_when_they_are_taken(streams: Streams) -> None:
+    clock = Clock()
+    own_time = OwnTime(torch.device("cuda"), clock)
+    for _ in range(3):
+        with own_time.forward():
+            clock.go(7.0)  # the host's clock does not matter
+            streams.notes.append("work")
+    assert not any("waits" in note for note in streams.notes)
+    assert own_time.take() == pytest.approx(3 * 2 / 1e3)  # the events are two notes apart, in milliseconds
+    assert streams.notes.count("host waits for compute") == 3
+    assert own_time.take() == 0.0
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_passes_that_are_done_do_not_pile_up(streams: Streams, is_done: bool) -> None:
+    own_time = OwnTime(torch.device("cuda"), Clock())
+    streams.is_done = is_done
+    passes = 10 * MOST_WAITING
+    for _ in range(passes):
+        with own_time.forward():
+            pass
+    assert (len(own_time._waiting) <= MOST_WAITING) == is_done
+    assert not any("waits" in note for note in streams.notes)
+    assert own_time.take() == pytest.approx(passes / 1e3)
+
+
+def test_mfu_is_the_models_own_flops_over_the_peak_of_all_devices(small_recipe) -> None:
+    recipe = small_recipe()
+    flops = flops_per_image(recipe.model, recipe.attention).training
+    figures = Efficiency(recipe, devices=4, peak=8.0 * flops).figures(images_per_second=16.0)
+    assert figures == {"tflops": pytest.approx(4 * flops / 1e12), "mfu": pytest.approx(0.5)}
+
+
+def test_a_cpus_peak_is_unknown_so_there_is_no_mfu(small_recipe) -> None:
+    assert device_peak(torch.device("cpu"), small_recipe().train) is None
+    figures = Efficiency(small_recipe(), devices=1, peak=None).figures(images_per_second=16.0)
+    assert figures.keys() == {"tflops"}
+
+
+def test_no_rate_is_no_figure(small_recipe) -> None:
+    assert Efficiency(small_recipe(), devices=1, peak=1.0).figures(None) == {"tflops": None, "mfu": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tf32", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", True, 989.4),
+        ("NVIDIA H100 80GB HBM3", "bf16_weights", True, 989.4),
+        ("NVIDIA H100 80GB HBM3", "fp32", False, 66.9),
+        ("NVIDIA H100 80GB HBM3", "fp32", True, 494.7),
+        ("Tesla T4", "bf16", True, None),
+        ("Tesla T4", "fp32", True, 8.1),
+        ("Tesla T4", "fp16", True, 65.0),
+        ("Some Accelerator", "bf16", True, None),
+    ],
+)
+def test_the_peak_is_that_of_the_precision_at_work(monkeypatch, name, precision, tf32, teraflops) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    peak = device_peak(torch.device("cuda"), TrainConfig(precision=precision, tf32=tf32))
+    assert peak == (None if teraflops is None else pytest.approx(teraflops * 1e12))
+
+
+HEADS = [
+    f"block {block}, {name}/head {head}"
+    for block in (0, 1)
+    for name in ("cos_coef", "sin_coef", "W")
+    for head in (0, 1)
+]
+
+
+def board_of(directory: Path) -> EventAccumulator:
+    board = EventAccumulator(str(directory), size_guidance={"histograms": 0})
+    board.Reload()
+    return board
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_each_head_at_each_stage(small_recipe, make_engine, tmp_path: Path, config: str) -> None:
+    recipe = small_recipe(f"deepspeed.config={config}", "log.trackers=tensorboard", "log.histogram_every_steps=5")
+    engine = make_engine(recipe)
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    histograms = HeadHistograms(engine, recipe.log, Reporter(PlainDisplay(), log))
+    assert [step for step in range(1, 12) if histograms.due(step)] == [5, 10]
+    histograms.write(5)
+    log.close()
+    (line,) = (tmp_path / "histograms.jsonl").read_text().splitlines()
+    event = json.loads(line)
+    assert (event["step"], sorted(event["histograms"])) == (5, sorted(HEADS))
+    found = event["histograms"]["block 1, cos_coef/head 1"]
+    names = [name for name, _ in engine.module.named_parameters()]
+    coefficients = weights(engine)[names.index("blocks.1.attn.operator.cos_coef")][1]
+    assert sum(found["counts"]) == coefficients.numel()
+    ends = (coefficients.min().item(), coefficients.max().item())
+    assert (found["edges"][0], found["edges"][-1]) == pytest.approx(ends)
+
+
+def test_none_without_tensorboard_without_a_rate_and_without_operators(small_recipe, make_engine) -> None:
+    reporter = Reporter(PlainDisplay(), None)
+    for overrides in ((), ("log.trackers=tensorboard", "log.histogram_every_steps=null")):
+        recipe = small_recipe(*overrides)
+        assert not HeadHistograms(make_engine(recipe), recipe.log, reporter).due(1000)
+    recipe = small_recipe("log.trackers=tensorboard", "attention.kind=softmax")
+    assert not HeadHistograms(make_engine(recipe), recipe.log, reporter).due(1000)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_ranks_at_stage_3(recipe_file: Path, tmp_path: Path) -> None:
+    own = ("deepspeed.config=zero3", "log.trackers=tensorboard", "log.histogram_every_steps=4", "train.epochs=1")
+    done = karat("train", str(recipe_file), *own, processes=2)
+    assert done.returncode == 0, done.stderr
+    board = board_of(tmp_path / "run" / "tensorboard")
+    assert sorted(board.Tags()["histograms"]) == sorted(HEADS)
+    assert [event.step for event in board.Histograms(HEADS[0])] == [4, 8]
+
+
+@pytest.fixture
+def train_three(make_engine, small_recipe, world):
+    """Weights after three steps, in each of which a profiler may look on."""
+
+    def train(profiler: StepProfiler, first: int = 1):
+        engine = make_engine(small_recipe())
+        for number in range(first, 4):
+            with profiler.step(number):
+                train_once(engine, seed=number)
+        return weights(engine)
+
+    return train
+
+
+def test_the_chosen_steps_are_traced_and_change_nothing(train_three, world, tmp_path, capsys) -> None:
+    reporter = Reporter(PlainDisplay(), None)
+    plain = train_three(StepProfiler(None, tmp_path / "none", world, reporter))
+    traced = train_three(StepProfiler((2, 3), tmp_path / "profile", world, reporter))
+    assert equal(plain, traced)
+    assert not (tmp_path / "none").exists()
+    trace, table = sorted((tmp_path / "profile").iterdir())
+    assert (trace.name, table.name) == ("rank-00000-steps-2-3.pt.trace.json", "rank-00000-steps-2-3.txt")
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert "aten::addmm" in names
+    assert "aten::addmm" in table.read_text()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "profiled" in line]
+    assert len(lines) == 1
+    assert "profiled steps 2 to 3" in lines[0]
+
+
+def test_a_run_that_resumes_in_the_middle_traces_the_rest(train_three, world, tmp_path) -> None:
+    train_three(StepProfiler((1, 3), tmp_path, world, Reporter(PlainDisplay(), None)), first=3)
+    assert (tmp_path / "rank-00000-steps-3-3.txt").is_file()
+
+
+def test_a_trace_that_cannot_be_written_is_a_warning(train_three, world, tmp_path, capsys) -> None:
+    (tmp_path / "profile").write_text("in the way")
+    train_three(StepProfiler((1, 1), tmp_path / "profile", world, Reporter(PlainDisplay(), None)))
+    assert "warning: profile of steps 1 to 1 not written" in capsys.readouterr().out
