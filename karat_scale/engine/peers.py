@@ -31,6 +31,7 @@ _FIRST_NOTICE_AT_MEETING = 10.0
 _HEAR_SECONDS, END_SECONDS = 5.0, 30.0
 _CALL = timedelta(seconds=10)
 _MEETING_POLL_SECONDS = 0.2
+# Keys of the store, beside sign-RANK, process-RANK, heard-RANK and done-RANK.
 _FAILURE, _ARRIVED = "failure", "arrived"
 _BOOT, _PROCESS_IDS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 
@@ -122,8 +123,8 @@ def meet(place: Place) -> dist.Store:
             wait(lambda: f"rank 0 at {at}")
             time.sleep(_MEETING_POLL_SECONDS)
     try:
-        store.set(_process_of(place.rank), json.dumps(Process.this()))
-        store.set(_sign_of(place.rank), "0")
+        store.set(f"process-{place.rank}", json.dumps(Process.this()))
+        store.set(f"sign-{place.rank}", "0")
         store.add(_ARRIVED, 1)
         while store.add(_ARRIVED, 0) < place.size:
             wait(lambda: f"rank {_absent(store, place.size)} of {place.size} at {at}")
@@ -140,7 +141,7 @@ def _lost(place: Place, error: Exception) -> PeerError:
 
 
 def _absent(store: dist.Store, size: int) -> str:
-    absent = [str(rank) for rank in range(size) if not store.check([_process_of(rank)])]
+    absent = [str(rank) for rank in range(size) if not store.check([f"process-{rank}"])]
     return ", ".join(absent[:8]) + (" and others" if len(absent) > 8 else "")
 
 
@@ -159,7 +160,7 @@ class Peers:
         self._others = [rank for rank in range(place.size) if rank != place.rank]
         try:
             self._store = place.connect(_CALL)
-            found = self._store.multi_get([_process_of(rank) for rank in range(place.size)])
+            found = self._store.multi_get([f"process-{rank}" for rank in range(place.size)])
         except (RuntimeError, OSError) as error:
             raise _lost(place, error) from None
         self._processes = [Process(*json.loads(process)) for process in found]
@@ -203,7 +204,7 @@ class Peers:
     def say_that_it_is_done(self) -> None:
         """From here on this rank may end without a word."""
         with suppress(RuntimeError, OSError):
-            self._place.connect(_CALL).set(_done_by(self._place.rank), "")
+            self._place.connect(_CALL).set(f"done-{self._place.rank}", "")
 
     def stop(self) -> None:
         """They are needed no more."""
@@ -217,8 +218,8 @@ class Peers:
         with suppress(RuntimeError, OSError):
             store = self._place.connect(_CALL)
             self._put_failure(store, code, text)
-            store.set(_heard_by(self._place.rank), "")
-            store.wait([_heard_by(rank) for rank in self._others], timedelta(seconds=_HEAR_SECONDS))
+            store.set(f"heard-{self._place.rank}", "")
+            store.wait([f"heard-{rank}" for rank in self._others], timedelta(seconds=_HEAR_SECONDS))
 
     def _put_failure(self, store: dist.Store, code: int, text: str) -> None:
         store.compare_set(_FAILURE, "", json.dumps({"rank": self._place.rank, "code": code, "text": text}))
@@ -247,7 +248,7 @@ class Peers:
 
     def _reaches_the_store(self) -> bool:
         with suppress(RuntimeError, OSError):
-            return self._place.connect(_CALL).check([_process_of(0)])
+            return self._place.connect(_CALL).check(["process-0"])
         return False
 
     def _look_after(self) -> None:
@@ -258,11 +259,11 @@ class Peers:
             try:
                 if self._store.check([_FAILURE]):
                     self._hear(self._store.get(_FAILURE))
-                elif gone := [rank for rank in self._gone() if not self._store.check([_done_by(rank)])]:
+                elif gone := [rank for rank in self._gone() if not self._store.check([f"done-{rank}"])]:
                     failure = f"{self._named(gone[0])} has ended without a word"
                 elif now - beat >= _SIGN_SECONDS:
                     signs, beat = signs + 1, now
-                    self._store.set(_sign_of(self._place.rank), str(signs))
+                    self._store.set(f"sign-{self._place.rank}", str(signs))
                     failure = seen.look(self._store, now) if self._place.rank == 0 else ""
                 if failure:
                     self._heard = PeerError(failure)
@@ -287,7 +288,7 @@ class Peers:
 
     def _hear(self, content: bytes) -> None:
         failure = json.loads(content)
-        self._store.set(_heard_by(self._place.rank), "")
+        self._store.set(f"heard-{self._place.rank}", "")
         if failure["rank"] == self._place.rank:
             self._ended.set()
             return
@@ -306,7 +307,7 @@ class _Seen:
     def look(self, store: dist.Store, now: float) -> str:
         """Read all signs; returns what to say of a rank that has been silent for too long, mostly nothing."""
         ranks = range(1, self._place.size)
-        for rank, sign in zip(ranks, store.multi_get([_sign_of(rank) for rank in ranks]), strict=True):
+        for rank, sign in zip(ranks, store.multi_get([f"sign-{rank}" for rank in ranks]), strict=True):
             text = sign.decode()
             if rank not in self._last or self._last[rank][0] != text:
                 self._last[rank] = (text, now)
@@ -316,22 +317,6 @@ class _Seen:
             if self._notices[rank].waited(now - self._last[rank][1], lambda whom=whom: whom):  # type: ignore[misc]
                 return f"gave up after {now - self._last[rank][1]:.0f} s without {whom}"
         return ""
-
-
-def _sign_of(rank: int) -> str:
-    return f"sign-{rank}"
-
-
-def _heard_by(rank: int) -> str:
-    return f"heard-{rank}"
-
-
-def _process_of(rank: int) -> str:
-    return f"process-{rank}"
-
-
-def _done_by(rank: int) -> str:
-    return f"done-{rank}"
 
 
 def _lives(process: int) -> bool:

@@ -6,6 +6,8 @@ Triton and TorchInductor keep what they compile on a disk of the node. Triton's 
 cluster that is a network file system, where all ranks of a job look for, write and rename hundreds of small files at
 the same moment.
 
+The versions are those of the libraries that decide what a run computes.
+
 A launcher is torchrun, `karat launch` or `karat sweep`. A run ends with it, and a process of ours ends with the one
 that started it.
 """
@@ -21,8 +23,10 @@ import stat
 import tempfile
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from karat_scale import __version__
 from karat_scale.foundation.errors import UserError, nearest
 from karat_scale.foundation.native_build import cpu_flags, home
 
@@ -31,6 +35,20 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 # Version 1 writes the largest multiple of a page for "no limit".
 UNLIMITED = 1 << 60
 _PR_SET_PDEATHSIG = 1
+_LIBRARIES = ("torch", "timm", "deepspeed")
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of this package and of the libraries, without importing these."""
+    return {"karat_scale": __version__, **{name: _version(name) for name in _LIBRARIES}}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        os.close(os.open(os.devnull, os.O_RDONLY))  # raises where no descriptor is left to read a package's record
+        raise
 
 
 def be_killed_with_parent() -> None:

@@ -24,8 +24,7 @@ from karat_scale.engine.run_state import RunState
 from karat_scale.engine.tracking.follow import END_SECONDS, STOP_SECONDS
 from karat_scale.foundation.errors import EXIT_STOPPED, PeerError, RunDirectoryError, UserError
 from karat_scale.foundation.files import replace_file, sealed
-from karat_scale.foundation.machine import processor_name
-from karat_scale.foundation.versions import library_versions
+from karat_scale.foundation.machine import library_versions, processor_name
 from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.loading import dump_recipe, text_digest
 from karat_scale.training.agreement import StoppedError, StopSignals

@@ -1,7 +1,9 @@
 """How many faults these tests try: a few that differ by CI run, or with `--faults=all` (`make faults`) all of them."""
 
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,26 @@ class Share:
     def of(self, few: int, full: int) -> int:
         """How many to try."""
         return full if self.is_all else few
+
+
+class TooLongError(BaseException):
+    """Raised in what takes too long; not an error that code would handle."""
+
+
+@contextmanager
+def no_longer_than(seconds: float) -> Iterator[None]:
+    """Raise TooLongError in what is still at work, or waits at a pipe."""
+
+    def give_up(*_: object) -> None:
+        raise TooLongError(f"it still works or waits after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="session")

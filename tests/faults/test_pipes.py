@@ -3,9 +3,8 @@
 import io
 import os
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -15,25 +14,10 @@ from karat_scale.commands.sweep.command import last_step
 from karat_scale.data.indexing.samples import open_tar
 from karat_scale.foundation.errors import DataError, UserError
 from tests.conftest import karat_here, made_once
+from tests.faults.conftest import TooLongError, no_longer_than
 from tests.faults.runs import tiny_recipe
 
 SECONDS = 30  # far more than any of these commands takes
-
-
-@contextmanager
-def no_longer_than(seconds: int) -> Iterator[None]:
-    """Raise TimeoutError in what waits at a pipe."""
-
-    def give_up(number: int, frame: object) -> None:
-        raise TimeoutError(f"it still waits after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def replaced(file: Path) -> None:
@@ -157,7 +141,7 @@ def test_no_command_waits_at_a_pipe_in_place_of_any_file(name: str, made: Path, 
     for file in files_of(name, made):
         try:
             code, lines = with_pipe(made, tmp_path / "work", file, name)
-        except TimeoutError as error:
+        except TooLongError as error:
             problems[str(file)] = str(error)
             continue
         is_said = any("not a regular file" in line or file.name in line for line in lines)

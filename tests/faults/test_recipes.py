@@ -3,10 +3,8 @@
 import io
 import random
 import re
-import signal
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import pytest
 from karat_scale.recipe import Recipe
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 from tests.conftest import karat_here
+from tests.faults.conftest import TooLongError, no_longer_than
 from tests.faults.grammar import Grammar
 
 SECONDS = 20.0  # most take milliseconds; a large one on a busy machine takes more
@@ -22,34 +21,16 @@ COMMANDS = {"train": Recipe, "detect": DetectionRecipe}
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
-class TooLong(BaseException):
-    """Raised in what takes too long; not an error that code would handle."""
-
-
-@contextmanager
-def _limited() -> Iterator[None]:
-    def over(*_: object) -> None:
-        raise TooLong
-
-    previous = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-
-
 def tried(command: str, recipe: Path, overrides: list[str]) -> tuple[int, str]:
     """The exit code of `karat COMMAND RECIPE OVERRIDES --print`, and what is wrong with how it ended."""
     # As Python opens them: an error can always be printed, output may fail.
     out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
     try:
-        with _limited(), redirect_stdout(out), redirect_stderr(err):
+        with no_longer_than(SECONDS), redirect_stdout(out), redirect_stderr(err):
             code = karat_here(command, str(recipe), "--print", *overrides)
             out.flush()
-    except TooLong:
-        return -1, f"more than {SECONDS} s"
+    except TooLongError as error:
+        return -1, str(error)
     except BaseException:
         return -1, traceback.format_exc(limit=-3)
     err.flush()

@@ -156,7 +156,7 @@ def test_every_command_sets_them_before_it_imports_anything(monkeypatch):
 
 PROGRAM = """
 import errno, os, resource
-from karat_scale.foundation.versions import library_versions
+from karat_scale.foundation.machine import library_versions
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
 try:

@@ -44,10 +44,9 @@ ELSEWHERE = {
     "data/prepare/images.py": {"native", "pillow"},
     "commands/doctor/machine.py": {"timm", "torchvision", "pillow", "webdataset", "tensorboard"},  # distributions
     "commands/doctor/report.py": {"native"},  # the advice
-    "engine/deepspeed_config.py": {"tensorboard", "wandb"},  # sections of DeepSpeed's file
     "recipe/synonyms.py": {"wandb"},  # a key of other tools
     "commands/parsers/preparing.py": {"webdataset", "ffcv"},  # scripts
-    "foundation/versions.py": {"timm"},  # the library
+    "foundation/machine.py": {"timm"},  # the library
     "commands/export/command.py": {"hub-folder", "safetensors"},  # what --push uploads, and the default
     "training/tasks/classification/distillation_teacher.py": {"timm"},  # the library
     "training/tasks/detection/recipe.py": {"adamw"},  # the only optimizer of a detector

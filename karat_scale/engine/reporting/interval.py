@@ -172,14 +172,15 @@ class OwnTime:
     @contextmanager
     def data(self) -> Iterator[None]:
         """What is inside waits for data."""
-        with self._by_host_clock():
-            yield
+        begun = self._clock()
+        yield
+        self._seconds += self._clock() - begun
 
     @contextmanager
     def forward(self) -> Iterator[None]:
         """What is inside is a forward pass."""
         if not self._on_gpu:
-            with self._by_host_clock():
+            with self.data():  # by the host's clock, too
                 yield
             return
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -189,12 +190,6 @@ class OwnTime:
         self._waiting.append((begin, end))
         if len(self._waiting) > MOST_WAITING:
             self._add_up([one for one in self._waiting if one[1].query()])
-
-    @contextmanager
-    def _by_host_clock(self) -> Iterator[None]:
-        begun = self._clock()
-        yield
-        self._seconds += self._clock() - begun
 
     def take(self) -> float:
         """The seconds since they were last taken."""

@@ -71,6 +71,11 @@ class WrittenRun:
         log.write(kind, step, **figures)
         log.close()
 
+    def histogram(self, step: int) -> None:
+        log = MetricsLog(self.path / "metrics.jsonl")
+        log.histograms(step, {"W": {"counts": [1, 2], "edges": [0.0, 1.0, 2.0], "sum": 3.0, "sum_squares": 5.0}})
+        log.close()
+
     def finish(self, code: int = 0) -> None:
         (self.path / "summary.json").write_text(json.dumps({"exit": code, "best_top1": 61.5}))
 

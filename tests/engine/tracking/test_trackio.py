@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.engine.reporting.progress import MetricsLog
 from karat_scale.engine.tracking.follow import cursor_file
 from tests.engine.tracking.conftest import WrittenRun
 
@@ -34,9 +33,7 @@ def runs() -> list[list[dict]]:
 
 def test_two_starts_are_one_run_without_gap_or_repetition(written: WrittenRun, tmp_path: Path) -> None:
     written.train(1, 2, 3, evaluate=(3,))
-    log = MetricsLog(written.path / "metrics.jsonl")
-    log.histograms(3, {"W": {"counts": [1, 2], "edges": [0.0, 1.0, 2.0], "sum": 3.0, "sum_squares": 5.0}})
-    log.close()
+    written.histogram(3)
     assert written.send("trackio") == ([], [])
     written.event("resume", 2)
     written.train(3, 4)
