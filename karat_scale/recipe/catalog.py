@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from karat_scale.foundation.console import print_table, write_json
-from karat_scale.foundation.errors import RecipeError, nearest
+from karat_scale.foundation.errors import RecipeError, did_you_mean
 from karat_scale.foundation.files import shipped_directory
 from karat_scale.recipe.files import COMMANDS, RECIPES, Shipped, part_names, read_recipe, shipped_recipes
 
@@ -58,8 +58,7 @@ def list_recipes(words: Sequence[str], json_file: str | None) -> int:
         return 0
     having = [entry for entry in entries if all(_has(entry, word) for word in words)]
     if not having:
-        close = nearest(words[0], [entry.name for entry in entries])
-        hint = f"did you mean {close[0]}?" if close else "`karat recipes` lists all"
+        hint = did_you_mean(words[0], [entry.name for entry in entries], "`karat recipes` lists all")
         raise RecipeError(f"karat recipes {' '.join(words)}: no shipped recipe has these words; {hint}")
     found = [entry for entry in having if entry.paper or entry.result != _NOT_RUN] or having
     write_json(json_file, [asdict(entry) for entry in found])

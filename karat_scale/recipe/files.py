@@ -11,7 +11,6 @@ relative to the file.
 It is YAML with plain values, each key once, and never more than a recipe can need.
 """
 
-import difflib
 import functools
 import itertools
 from collections.abc import Hashable, Mapping
@@ -21,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from karat_scale.foundation.errors import RecipeError, RunDirectoryError, nearest
+from karat_scale.foundation.errors import RecipeError, RunDirectoryError, did_you_mean, nearest
 from karat_scale.foundation.files import read_text
 
 _MOST_NODES = 10_000  # values in a recipe
@@ -179,10 +178,9 @@ def _why_missing(source: str, folder: Path) -> str:
         if source in shipped_recipes(other):
             return f"not a recipe of this command; train it with: karat {command} {source}"
     shipped = shipped_recipes(folder)
-    if near := nearest(source, shipped, likeness=0.8):
-        return f"neither a file nor a shipped recipe; did you mean {near[0]}?"
-    few = difflib.get_close_matches(source, shipped, n=3, cutoff=0.0)
-    return f"neither a file nor a shipped recipe; some are {', '.join(few)}; `karat recipes` lists them"
+    few = ", ".join(nearest(source, shipped, count=3, likeness=0.0))
+    hint = did_you_mean(source, shipped, f"some are {few}; `karat recipes` lists them", likeness=0.8)
+    return f"neither a file nor a shipped recipe; {hint}"
 
 
 def _read_recipe_file(path: Path, folder: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
@@ -210,9 +208,8 @@ def _read_extended(path: Path, name: str, folder: Path, extended_by: tuple[Path,
         return _read_recipe_file(parts[name], folder, extended_by)
     if (path.parent / name).is_file():
         return _read_recipe_file(path.parent / name, folder, extended_by)
-    close = difflib.get_close_matches(name, [*shipped_recipes(folder), *parts], n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    raise RecipeError(f"{path}: extends = {name!r}: neither a shipped recipe nor a file beside this one{hint}")
+    hint = did_you_mean(name, [*shipped_recipes(folder), *parts], "`karat recipes` lists the shipped ones")
+    raise RecipeError(f"{path}: extends = {name!r}: neither a shipped recipe nor a file beside this one; {hint}")
 
 
 def _read_shipped(name: str, folder: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
