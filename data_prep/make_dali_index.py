@@ -1,7 +1,7 @@
-"""Runs karat_scale/data/prepare/make_dali_index.py, as `karat prepare dali-index` does."""
+"""Runs make_dali_index of karat_scale/data/prepare/finished.py, as `karat prepare dali-index` does."""
 
-from karat_scale.data.prepare.make_dali_index import main
+from karat_scale.data.prepare.finished import make_dali_index
 from karat_scale.foundation.errors import run_script
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(make_dali_index)

@@ -1,4 +1,4 @@
-"""Runs karat_scale/data/prepare/make_webdataset.py, as `karat prepare webdataset` does."""
+"""Runs main of karat_scale/data/prepare/make_webdataset.py, as `karat prepare webdataset` does."""
 
 from karat_scale.data.prepare.make_webdataset import main
 from karat_scale.foundation.errors import run_script

@@ -1,5 +1,7 @@
-"""Servers on loopback, as fixtures: nginx, moto's S3 server, an emulator of Google's."""
+"""Servers on loopback: one that answers as a test says, a proxy that spoils answers; as fixtures nginx, S3, Google."""
 
+import http.client
+import json
 import os
 import shutil
 import socket
@@ -7,13 +9,168 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, Literal
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 import pytest
 
 from tests.conftest import free_port
+
+
+class Answering(BaseHTTPRequestHandler):
+    """The base of a handler, with a method `get`, `put`, ... for each that it answers, and nothing printed."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        getattr(self, self.command.lower())()
+
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
+
+    def head(self) -> None:
+        self.get()
+
+    def get(self) -> None:
+        raise NotImplementedError
+
+    def _answer(self, content: Any, status: int = 200, **headers: str) -> None:
+        """Answer with bytes, or with anything else as JSON."""
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except (ConnectionError, TimeoutError):  # the client gave up
+            self.close_connection = True
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@contextmanager
+def serving(handler: type[Answering], **attributes: Any) -> Iterator[str]:
+    """Run a server, whose handlers have these attributes; yields its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler,), attributes))
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+Fault = Literal["503", "cut", "short", "slow", "stall", "403", "flip"]
+HOP_BY_HOP = ("connection", "transfer-encoding", "keep-alive")
+
+
+@dataclass
+class Asked:
+    """One request: its method, path and Range."""
+
+    method: str
+    path: str
+    range: str
+
+
+@dataclass
+class FaultyProxy:
+    """Passes requests on to a server on this machine.
+
+    spoil: from the request's number and itself to what is done to its answer. latency: seconds before each answer.
+    """
+
+    upstream: int
+    latency: float = 0.0
+    spoil: Callable[[int, Asked], Fault | None] = lambda number, asked: None
+    requests: list[Asked] = field(default_factory=list)
+    sent: int = 0
+
+    def __enter__(self) -> "FaultyProxy":
+        self._ending = threading.Event()
+        self._running = serving(_PassingOn, proxy=self)
+        self.url = self._running.__enter__()
+        self.port = int(self.url.rpartition(":")[2])
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ending.set()
+        self._running.__exit__(None, None, None)
+
+    def gets(self, suffix: str = ".tar") -> list[Asked]:
+        """The requests for parts of files with this suffix."""
+        return [asked for asked in self.requests if asked.method == "GET" and asked.path.endswith(suffix)]
+
+    def answer(self, client: Answering) -> None:
+        asked = Asked(client.command, client.path.partition("?")[0], client.headers.get("Range", ""))
+        self.requests.append(asked)
+        fault = self.spoil(len(self.requests) - 1, asked)
+        body = client._body()
+        time.sleep(self.latency)
+        if fault == "stall":
+            self._ending.wait()
+            client.close_connection = True
+            return
+        if fault == "slow":
+            self._ending.wait(1.0)
+        if fault in ("503", "403"):
+            client._answer(b"", int(fault))
+            return
+        upstream = http.client.HTTPConnection("127.0.0.1", self.upstream)
+        try:
+            kept = {name: value for name, value in client.headers.items() if name.lower() not in HOP_BY_HOP}
+            upstream.request(client.command, client.path, body, kept)
+            self._relay(upstream.getresponse(), client, fault)
+        finally:
+            upstream.close()
+
+    def _relay(self, response: http.client.HTTPResponse, client: Answering, fault: Fault | None) -> None:
+        data = response.read()
+        length = response.headers.get("Content-Length", str(len(data)))
+        if fault == "short" and data:
+            data = data[: len(data) // 2]
+            length = str(len(data))
+        if fault == "flip":  # in another way each time
+            flipped = len(self.requests) % 255 + 1
+            data = bytes(byte ^ flipped if place % 50 == 0 else byte for place, byte in enumerate(data))
+        client.send_response(response.status)
+        for name, value in response.headers.items():
+            if name.lower() not in (*HOP_BY_HOP, "content-length", "date", "server"):
+                client.send_header(name, value)
+        client.send_header("Content-Length", length)
+        client.end_headers()
+        if fault == "cut":
+            data = data[: len(data) // 2]
+            client.close_connection = True
+        client.wfile.write(data)
+        client.wfile.flush()
+        self.sent += len(data)
+
+
+class _PassingOn(Answering):
+    proxy: FaultyProxy
+
+    def get(self) -> None:
+        self.proxy.answer(self)
+
+    head = put = post = delete = get
+
 
 BUCKET = "images"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from karat_scale.foundation.errors import did_you_mean, on_one_line
-from karat_scale.foundation.stores.connection import is_url
+from karat_scale.foundation.stores import is_url
 from karat_scale.foundation.tables import TRACKERS, load
 
 T = TypeVar("T")

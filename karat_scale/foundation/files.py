@@ -137,14 +137,14 @@ class FingerprintedFile:
     def __init__(self, file: IO[bytes], on_bytes: Callable[[int], None] | None = None) -> None:
         self._file = file
         self._on_bytes = on_bytes
-        self._bytes = 0
+        self.bytes = 0
         self._digest = hashlib.sha256()
 
     def write(self, data: bytes) -> int:
         """Append all of `data`."""
         self._digest.update(data)
         written = self._file.write(data)
-        self._bytes += written
+        self.bytes += written
         if self._on_bytes is not None:
             self._on_bytes(written)
         return written
@@ -155,7 +155,7 @@ class FingerprintedFile:
 
     def fingerprint(self) -> Fingerprint:
         """The fingerprint of everything written so far."""
-        return Fingerprint(self._bytes, self._digest.hexdigest())
+        return Fingerprint(self.bytes, self._digest.hexdigest())
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

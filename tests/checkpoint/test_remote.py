@@ -17,8 +17,7 @@ from karat_scale.checkpoint.store import MANIFEST, CheckpointStore, checkpoint_n
 from karat_scale.foundation.files import Fingerprint
 from karat_scale.foundation.stores import StoreError, WritableStore
 from tests.conftest import ROOT, karat_environment
-from tests.proxy import FaultyProxy
-from tests.servers import gs, s3, s3_port
+from tests.servers import FaultyProxy, gs, s3, s3_port
 
 __all__ = ["gs", "s3", "s3_port"]
 FILES = {"a.pt": bytes(range(256)) * 10, "b.pt": b"b" * 5000, "empty.pt": b""}

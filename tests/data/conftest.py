@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from karat_scale.data.shards.shard_format import DatasetRecord, SplitRecord, write_dataset_record
-from karat_scale.data.shards.shard_writer import EncodedSample, shard_name, write_shard
+from karat_scale.data.shards.tars import EncodedSample, shard_name, write_shard
 from karat_scale.recipe import AugmentConfig, DataConfig
 
 CLASSES = ["ant", "bee", "cat"]

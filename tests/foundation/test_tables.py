@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.commands.parsers.preparing import SCRIPTS
 from karat_scale.commands.plan.memory import Subject
 from karat_scale.commands.plan.zero import kept
+from karat_scale.data.prepare import SCRIPTS
 from karat_scale.engine.deepspeed_config import load_ds_config
 from karat_scale.foundation import tables
 from karat_scale.recipe.loading import load_recipe
@@ -40,7 +40,6 @@ ELSEWHERE = {
     "data/backends/dali_pipeline.py": {"dali"},  # the extra
     "data/decoders/ffcv.py": {"ffcv"},  # the decoder that the backend has of its own
     "data/prepare/make_webdataset.py": {"native", "pillow"},  # encoders
-    "data/prepare/preparing.py": {"pillow"},
     "data/prepare/images.py": {"native", "pillow"},
     "commands/doctor/machine.py": {"timm", "torchvision", "pillow", "webdataset", "tensorboard"},  # distributions
     "commands/doctor/report.py": {"native"},  # the advice

@@ -22,8 +22,7 @@ from karat_scale.recipe import Recipe
 from karat_scale.training.run_copy import RunCopy, RunUrl, follow
 from karat_scale.training.run_directory import RunDirectory
 from tests.conftest import events, karat, karat_done, karat_refuses, summary
-from tests.proxy import Asked, Fault, FaultyProxy
-from tests.servers import s3, s3_port
+from tests.servers import Asked, Fault, FaultyProxy, s3, s3_port
 from tests.small_engines import equal
 from tests.training.runs import STEPS, final_tensors, kill_all, losses, start, wait_for_checkpoint
 

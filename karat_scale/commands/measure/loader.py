@@ -19,8 +19,8 @@ from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.decoders.jpeg_header import read_frame
 from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.data.shards.shard_format import DatasetRecord, SplitRecord, write_dataset_record
-from karat_scale.data.shards.shard_writer import EncodedSample, shard_name, write_shard
 from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.data.shards.tars import EncodedSample, shard_name, write_shard
 from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.tables import BACKENDS, EXTRAS, how_to_install, is_installed

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from karat_scale.data.prepare import SCRIPTS
 from karat_scale.foundation.arguments import (
     add_json,
     add_recipe,
@@ -18,18 +19,8 @@ from karat_scale.foundation.arguments import (
 )
 from karat_scale.foundation.errors import DataError, UserError
 from karat_scale.foundation.machine import known_gpu
-from karat_scale.foundation.stores.connection import is_url
+from karat_scale.foundation.stores import is_url
 
-SCRIPTS = {
-    "webdataset": "make_webdataset",
-    "ffcv": "make_ffcv",
-    "verify": "verify",
-    "stage": "stage",
-    "dali-index": "make_dali_index",
-    "join": "join_splits",
-    "fetch": "fetch",
-}
-"""The modules of `data/prepare` by the names that `karat prepare` has for them."""
 SECONDS = 20.0  # of the timed run of karat doctor
 
 
@@ -114,9 +105,8 @@ def _prepare(options: argparse.Namespace) -> int:
         # The script would say so, too, after seconds of imports.
         if option == "--src" and not is_url(value) and not Path(value).expanduser().exists():
             raise DataError(f"--src {value}: there is no such file or directory")
-    module = f"karat_scale.data.prepare.{SCRIPTS[options.script]}"
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", module, *options.arguments])
+    os.execv(sys.executable, [sys.executable, "-m", "karat_scale.data.prepare", options.script, *options.arguments])
 
 
 def _index(options: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ from karat_scale.foundation.arguments import (
 )
 from karat_scale.foundation.errors import DataError, UserError
 from karat_scale.foundation.machine import known_gpu
-from karat_scale.foundation.stores.connection import is_url
+from karat_scale.foundation.stores import is_url
 from karat_scale.foundation.tables import CORRUPTIONS
 
 if TYPE_CHECKING:

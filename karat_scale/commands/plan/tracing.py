@@ -23,13 +23,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from karat_scale.data.shards.beton import beton_path, read_record
 from karat_scale.data.shards.folder import FolderSplit
 from karat_scale.data.shards.shard_format import (
+    beton_path,
     chosen_splits,
     dataset_directory,
     must_answer,
     read_dataset_record,
+    read_record,
     staged_copy,
 )
 from karat_scale.foundation.errors import DataError

@@ -21,7 +21,6 @@ import numpy as np
 from karat_scale.data.indexing.samples import (
     Label,
     LabelRule,
-    Tar,
     TarSamples,
     guess_label_rule,
     number_of,
@@ -152,9 +151,15 @@ def index_tars(request: IndexRequest) -> int:
     out = _output(source, request.out)
     names = find_tars(source)
     splits = into_splits(names, request.splits)
-    rule = _guessed_rule(source, names[0]) if request.label == "auto" else LabelRule.parse(request.label)
+    if request.label == "auto":
+        with open_tar(source, names[0]) as tar:
+            rule = guess_label_rule(tar)
+    else:
+        rule = LabelRule.parse(request.label)
     tars = _read_all(source, names, rule, request.with_hashes)
-    usual = [] if request.classes else _usual_names(source)
+    usual: list[str] = []
+    if not request.classes and isinstance(source, Path) and (source / "classnames.txt").exists():
+        usual = _lines(source / "classnames.txt", "{} cannot be read: {}; give the names by --classes FILE")
     classes = _classes(tars, rule, request.classes, usual)
     numbers = {name: number for number, name in enumerate(classes)}
     root = source.url if isinstance(source, Store) else "" if out == source else str(source)
@@ -162,14 +167,19 @@ def index_tars(request: IndexRequest) -> int:
     for split, members in splits.items():
         record.splits[split] = _write_split(out, members, tars, numbers, {"by": MADE_BY, "label": str(rule)})
     write_dataset_record(out, record)
-    write_json(request.json_file, {name: _counts(record, split) for name, split in record.splits.items()})
+    counts = {
+        name: {
+            "tars": len(split.shards),
+            "samples": split.samples,
+            "classes": len(classes),
+            "classes_without_samples": len(split.empty_classes),
+            "skipped": len(split.skipped),
+        }
+        for name, split in record.splits.items()
+    }
+    write_json(request.json_file, counts)
     _print_result(record, out, rule, sum((tar.samples.notes for tar in tars.values()), Counter()))
     return 0
-
-
-def _guessed_rule(source: Path | Store, name: str) -> LabelRule:
-    with open_tar(source, name) as tar:
-        return guess_label_rule(tar)
 
 
 def _output(source: Path | Store, out: Path | None) -> Path:
@@ -224,14 +234,10 @@ def _in_parallel(source: Path | Store, tars: int) -> Iterator[Callable[..., Iter
 
 def _read_one(source: Path | Store, rule: LabelRule, with_hashes: bool, name: str) -> _Tar:
     with open_tar(source, name) as tar:
-        return _Tar(read_samples(tar, rule, with_crc=with_hashes), _sha256(tar) if with_hashes else "")
-
-
-def _sha256(tar: Tar) -> str:
-    digest = hashlib.sha256()
-    for start in range(0, tar.size, _BLOCK):
-        digest.update(tar.read(start, _BLOCK))
-    return digest.hexdigest()
+        samples, digest = read_samples(tar, rule, with_crc=with_hashes), hashlib.sha256()
+        for start in range(0, tar.size if with_hashes else 0, _BLOCK):
+            digest.update(tar.read(start, _BLOCK))
+        return _Tar(samples, digest.hexdigest() if with_hashes else "")
 
 
 def _classes(tars: dict[str, _Tar], rule: LabelRule, file: Path | None, usual: list[str]) -> list[str]:
@@ -239,7 +245,7 @@ def _classes(tars: dict[str, _Tar], rule: LabelRule, file: Path | None, usual: l
 
     Args:
         file: given by the user, with the names.
-        usual: the names in the file that usually has them; empty if there is none.
+        usual: the names in the file that open_clip's data sets have beside their tars; empty if there is none.
 
     Raises:
         DataError: labels are of both kinds, or not of classes.
@@ -253,11 +259,15 @@ def _classes(tars: dict[str, _Tar], rule: LabelRule, file: Path | None, usual: l
     numbers = sorted(label for label in labels if not isinstance(label, str))
     if names and numbers:
         raise DataError(f"labels are names, such as {names[0]!r}, and numbers, such as {numbers[0]}; choose --label")
-    known = _class_names(file) if file else None
+    known = _lines(file, "--classes {} cannot be read: {}") if file else None
+    if known is not None and (not known or len(set(known)) < len(known) or not all(known)):
+        raise DataError(f"--classes {file}: should have one name on each line, and no name twice")
     if rule.kind == "txt" and known is None and len(names) > sum(len(tar.samples.labels) for tar in tars.values()) / 2:
         raise DataError(f".txt has {len(names)} different texts, such as {names[0][:60]!r}, no classes; choose --label")
     if names:
-        return _checked_names(names, known, file)
+        if known is not None and (unknown := sorted(set(names) - set(known))):
+            raise DataError(f"--classes {file} does not list {unknown[0]!r}")
+        return known or names
     classes = _checked_numbers(numbers, known, tars, file)
     if known:
         return classes
@@ -270,19 +280,11 @@ def _classes(tars: dict[str, _Tar], rule: LabelRule, file: Path | None, usual: l
     return classes
 
 
-def _usual_names(source: Path | Store) -> list[str]:
-    """Return the lines of the file that open_clip's data sets have beside their tars; nothing if there is none."""
-    path = None if isinstance(source, Store) else source / "classnames.txt"
+def _lines(path: Path, otherwise: str) -> list[str]:
     try:
-        return read_text(path).splitlines() if path and path.exists() else []
+        return read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}; give the names by --classes FILE") from error
-
-
-def _checked_names(names: list[str], known: list[str] | None, file: Path | None) -> list[str]:
-    if known is not None and (unknown := sorted(set(names) - set(known))):
-        raise DataError(f"--classes {file} does not list {unknown[0]!r}")
-    return known or names
+        raise DataError(otherwise.format(path, error)) from error
 
 
 def _checked_numbers(
@@ -292,25 +294,10 @@ def _checked_numbers(
     wrong = numbers[0] if numbers[0] < 0 else numbers[-1]
     if not 0 <= wrong < most:
         which = f"--classes {file} lists {most} classes" if known else f"classes are numbered from 0 to {most - 1}"
-        raise DataError(f"{_place_of(wrong, tars)} has label {wrong}, but {which}")
+        name, tar = next((name, tar) for name, tar in tars.items() if wrong in tar.samples.labels)
+        key = tar.samples.keys[tar.samples.labels.index(wrong)]
+        raise DataError(f"{name}: sample {key} has label {wrong}, but {which}")
     return known or [str(number) for number in range(numbers[-1] + 1)]
-
-
-def _place_of(label: Label, tars: dict[str, _Tar]) -> str:
-    for name, tar in tars.items():
-        if label in tar.samples.labels:
-            return f"{name}: sample {tar.samples.keys[tar.samples.labels.index(label)]}"
-    return "a sample"
-
-
-def _class_names(file: Path) -> list[str]:
-    try:
-        names = read_text(file).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--classes {file} cannot be read: {error}") from error
-    if not names or len(set(names)) < len(names) or not all(names):
-        raise DataError(f"--classes {file}: should have one name on each line, and no name twice")
-    return names
 
 
 def _write_split(
@@ -347,16 +334,6 @@ def _write_split(
     split.per_class = per_class.tolist()
     split.empty_classes = [name for name, count in zip(numbers, split.per_class, strict=True) if not count]
     return split
-
-
-def _counts(record: DatasetRecord, split: SplitRecord) -> dict[str, int]:
-    return {
-        "tars": len(split.shards),
-        "samples": split.samples,
-        "classes": len(record.classes),
-        "classes_without_samples": len(split.empty_classes),
-        "skipped": len(split.skipped),
-    }
 
 
 def _print_result(record: DatasetRecord, out: Path, rule: LabelRule, notes: Counter[str]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from karat_scale.data.shards.shard_format import index_bytes
-from karat_scale.data.shards.tar_headers import Member, scan_members
+from karat_scale.data.shards.tars import Member, scan_members
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import open_to_read
 from karat_scale.foundation.stores import Store
@@ -116,40 +116,6 @@ def number_of(label: Label, numbers: dict[str, int]) -> int:
     return numbers[label] if isinstance(label, str) else label
 
 
-def class_name_in(content: bytes) -> str:
-    """Return what a sample's .json says as class_name; an empty text if it says nothing."""
-    try:
-        name = json.loads(content).get("class_name")
-    except (ValueError, AttributeError, RecursionError):
-        return ""
-    return name.strip() if isinstance(name, str) else ""
-
-
-def guess_rule(suffixes: Mapping[str, int], first_json: bytes | None, where: str) -> LabelRule:
-    """Return the rule that fits a tar.
-
-    Args:
-        suffixes: the number of members with each suffix.
-        first_json: the content of one `.json`, if there is any.
-        where: the tar's name, for errors.
-
-    Raises:
-        DataError: nothing in it is a class for certain.
-    """
-    if "cls" in suffixes:
-        return LabelRule("cls")
-    if first_json is not None:
-        try:
-            fields = [key for key, value in json.loads(first_json).items() if isinstance(value, int | str)]
-        except (ValueError, AttributeError, RecursionError):
-            fields = []
-        for field in _USUAL_FIELDS:
-            if field in fields:
-                return LabelRule("json", field)
-        raise DataError(f"{where}: choose the class by --label json:FIELD; .json has the fields {', '.join(fields)}")
-    return LabelRule("txt") if "txt" in suffixes else LabelRule("path")
-
-
 # What is fetched at once. At 20 ms for a request and 100 MB/s, skipping an image of less than 2 MB would gain nothing.
 _WINDOW = 8 << 20
 
@@ -240,33 +206,38 @@ class TarSamples:
         return index_bytes(list(rows), self.keys)
 
 
-@dataclass
-class _Sample:
-    key: str
-    members: dict[str, Member] = field(default_factory=dict)
-
-
-def read_samples(tar: Tar, rule: LabelRule, with_crc: bool = False) -> TarSamples:
+def read_samples(tar: Tar, rule: LabelRule, with_crc: bool = False, any_image: bool = False) -> TarSamples:
     """Return the samples of a tar.
 
     Args:
         with_crc: also read each image, for its CRC-32.
+        any_image: as in shards of ours, every member but the label is an image.
 
     Raises:
         DataError: the tar cannot be read, or is damaged.
     """
     found = TarSamples(tar_bytes=tar.size, etag=tar.etag)
-    for sample in _group(scan_members(tar.read, tar.size, tar.name), rule, found):
-        _add(sample, tar, rule, with_crc, found)
+    for key, members in _group(scan_members(tar.read, tar.size, tar.name), rule, found):
+        images = [
+            member for suffix, member in members.items() if suffix in IMAGES or (any_image and suffix != rule.kind)
+        ]
+        if not images:
+            found.skipped.append((key, f"no image ({', '.join(IMAGES)}), only {', '.join(members)}"))
+        elif not images[0].size:
+            found.skipped.append((key, "the image is empty"))
+        else:
+            _add(key, members, images, tar, rule, with_crc, found)
     return found
 
 
-def _group(members: Iterator[Member], rule: LabelRule, found: TarSamples) -> list[_Sample]:
-    """Return the samples in the order of their first members; members that belong to none are skipped."""
-    samples: list[_Sample] = []
-    latest: dict[str, _Sample] = {}
+def _group(members: Iterator[Member], rule: LabelRule, found: TarSamples) -> list[tuple[str, dict[str, Member]]]:
+    """Return keys and members by suffix of the samples, in the order of their first members; others are skipped."""
+    samples: list[tuple[str, dict[str, Member]]] = []
+    latest: dict[str, dict[str, Member]] = {}
     for member in members:
         key, suffix = rule.split_name(member.name)
+        if member.kind == "folder":
+            continue
         if member.kind != "file":
             found.skipped.append((member.name, f"it is no plain file but a {member.kind} member"))
         elif not key:
@@ -275,36 +246,37 @@ def _group(members: Iterator[Member], rule: LabelRule, found: TarSamples) -> lis
             found.skipped.append((member.name, "a tar inside the tar; index it by itself"))
         else:
             sample = latest.get(key)
-            if sample is None or suffix in sample.members:
+            if sample is None or suffix in sample:
                 found.notes["keys that repeat"] += sample is not None
-                sample = latest[key] = _Sample(key)
-                samples.append(sample)
-            sample.members[suffix] = member
+                sample = latest[key] = {}
+                samples.append((key, sample))
+            sample[suffix] = member
     return samples
 
 
-def _add(sample: _Sample, tar: Tar, rule: LabelRule, with_crc: bool, found: TarSamples) -> None:
-    images = [member for suffix, member in sample.members.items() if suffix in IMAGES]
-    if not images:
-        found.skipped.append((sample.key, f"no image ({', '.join(IMAGES)}), only {', '.join(sample.members)}"))
-        return
+def _add(
+    key: str,
+    members: dict[str, Member],
+    images: list[Member],
+    tar: Tar,
+    rule: LabelRule,
+    with_crc: bool,
+    found: TarSamples,
+) -> None:
+    """Add a sample by its first image, or note why it has no label."""
     image = images[0]
-    if not image.size:
-        found.skipped.append((sample.key, "the image is empty"))
-        return
     try:
-        source = rule.source(sample.members)
-        content = b"" if source is None else tar.read(source.offset, min(source.size, _LARGEST_LABEL))
-        label = rule.label(image.name, content)
+        source = rule.source(members)
+        label = rule.label(image.name, b"" if source is None else _small(tar, source))
     except NoLabelError as error:
-        found.skipped.append((sample.key, str(error)))
+        found.skipped.append((key, str(error)))
         return
     if isinstance(label, int) and label not in found.names:
-        beside = sample.members.get("json")
-        text = b"" if beside is None else tar.read(beside.offset, min(beside.size, _LARGEST_LABEL))
-        found.names[label] = class_name_in(text)
+        # What timm's tars say there.
+        name = _json_object(_small(tar, members["json"])).get("class_name") if "json" in members else ""
+        found.names[label] = name.strip() if isinstance(name, str) else ""
     found.notes["samples with several images, of which the first is used"] += len(images) > 1
-    found.keys.append(sample.key)
+    found.keys.append(key)
     found.offsets.append(image.offset)
     found.sizes.append(image.size)
     found.labels.append(label)
@@ -312,13 +284,40 @@ def _add(sample: _Sample, tar: Tar, rule: LabelRule, with_crc: bool, found: TarS
         found.crcs.append(zlib.crc32(tar.read(image.offset, image.size)))
 
 
+def _small(tar: Tar, member: Member) -> bytes:
+    return tar.read(member.offset, min(member.size, _LARGEST_LABEL))
+
+
 def guess_label_rule(tar: Tar) -> LabelRule:
-    """Return where the samples of a tar have their class, judged by its members. Raises DataError."""
+    """Return where the samples of a tar have their class, judged by its members.
+
+    Raises:
+        DataError: nothing in it is a class for certain.
+    """
     content: bytes | None = None
-    suffixes: Counter[str] = Counter()
+    suffixes: set[str] = set()
     for member in scan_members(tar.read, tar.size, tar.name):
+        if member.kind == "folder":
+            continue
         suffix = LabelRule("cls").split_name(member.name)[1]
-        suffixes[suffix] += 1
+        suffixes.add(suffix)
         if suffix == "json" and content is None:
-            content = tar.read(member.offset, min(member.size, _LARGEST_LABEL))
-    return guess_rule(suffixes, content, tar.name)
+            content = _small(tar, member)
+    if "cls" in suffixes:
+        return LabelRule("cls")
+    if content is not None:
+        fields = [key for key, value in _json_object(content).items() if isinstance(value, int | str)]
+        for field in _USUAL_FIELDS:
+            if field in fields:
+                return LabelRule("json", field)
+        raise DataError(f"{tar.name}: choose the class by --label json:FIELD; .json has the fields {', '.join(fields)}")
+    return LabelRule("txt") if "txt" in suffixes else LabelRule("path")
+
+
+def _json_object(content: bytes) -> dict[str, Any]:
+    """Return what a .json holds; nothing if it is damaged or no object."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -8,6 +8,9 @@ names of its classes.
 """
 
 import http.client
+import shutil
+import subprocess
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -17,11 +20,10 @@ from pathlib import Path
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN, FashionMNIST, Flowers102
 from torchvision.datasets.utils import calculate_md5, check_integrity
 
-from karat_scale.data.prepare.debian_package import take_files
 from karat_scale.data.prepare.job import make_parser
 from karat_scale.data.prepare.sources.small import CLASSES_FILE, read_idx
 from karat_scale.foundation.console import progress
-from karat_scale.foundation.errors import DataError, run_script
+from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import commit_file, write_atomically
 
 TIMEOUT_SECONDS = 20
@@ -31,11 +33,25 @@ _RANGE_NOT_SATISFIABLE = 416
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file, its published MD5, and its addresses, in the order to try."""
+    """A file, its published MD5, and its addresses, in the order to try.
+
+    shape: of the array in an IDX file that Debian has packed again, so that its hash differs.
+    """
 
     name: str
     md5: str
     urls: tuple[str, ...]
+    shape: tuple[int, ...] | None = None
+
+    def is_in(self, folder: Path) -> bool:
+        """True if the file is there, as published or, with a shape, complete; gzip's checksum protects its content."""
+        path = folder / self.name
+        if self.shape is None or not path.is_file():
+            return bool(check_integrity(path, self.md5))
+        try:
+            return read_idx(path).shape == self.shape
+        except DataError:
+            return False
 
 
 def download(remote: RemoteFile, out: Path) -> None:
@@ -84,11 +100,65 @@ def _append(url: str, part: Path) -> None:
         raise DataError(f"the connection ended after {have} of {size} bytes; run the same command again to resume")
 
 
+# Enough for a slow mirror; a hang takes longer.
+APT_TIMEOUT_SECONDS = 180
+APT_OPTIONS = (
+    "-oAcquire::http::Timeout=10",
+    "-oAcquire::https::Timeout=10",
+    "-oAcquire::Retries=1",
+    "-oAPT::Sandbox::User=",
+)
+
+
+def take_files(package: str, names: list[str], out: Path) -> None:
+    """Download a package and write the files of these names into `out`. Raises DataError."""
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        raise DataError("this system has no apt-get and dpkg-deb")
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        _download(package, work)
+        file = next(work.glob(f"{package}_*.deb"))
+        _command(["dpkg-deb", "-x", str(file), "files"], work)
+        for name in names:
+            found = next((work / "files").rglob(name), None)
+            if found is None:
+                raise DataError(f"{file.name} has no {name}")
+            write_atomically(out / name, found.read_bytes())
+
+
+def _download(package: str, work: Path) -> None:
+    print(f"downloading {package} with apt-get")
+    download = ["apt-get", "download", package, *APT_OPTIONS]
+    try:
+        _command(download, work)
+        return
+    except DataError:
+        print("apt-get does not know the package; updating a private package list")
+    for name in ("lists/partial", "archives/partial"):
+        (work / name).mkdir(parents=True)
+    private = [
+        f"-oDir::State::Lists={work / 'lists'}",
+        f"-oDir::Cache={work}",
+        f"-oDir::Cache::Archives={work / 'archives'}",
+    ]
+    _command(["apt-get", "update", *APT_OPTIONS, *private], work)
+    _command([*download, *private], work)
+
+
+def _command(words: list[str], cwd: Path) -> None:
+    try:
+        subprocess.run(words, cwd=cwd, check=True, capture_output=True, text=True, timeout=APT_TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise DataError(f"{words[0]} {words[1]} took over {APT_TIMEOUT_SECONDS} s") from error
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines() or ["no message"]
+        raise DataError(f"{words[0]} {words[1]}: {lines[-1]}") from error
+
+
 FASHION_MNIST, PACKAGE = "fashion_mnist", "dataset-fashion-mnist"
 SIDE = 28
 
 Way = Callable[[list[RemoteFile]], None]
-Check = Callable[[Path, RemoteFile], bool]
 
 
 def data_sets() -> dict[str, list[RemoteFile]]:
@@ -103,30 +173,10 @@ def data_sets() -> dict[str, list[RemoteFile]]:
         "stl10": [RemoteFile(STL10.filename, STL10.tgz_md5, (STL10.url,))],
         "flowers102": [RemoteFile(name, md5, (flowers + name,)) for name, md5 in Flowers102._file_dict.values()],
         FASHION_MNIST: [
-            RemoteFile(name, md5, tuple(mirror + name for mirror in FashionMNIST.mirrors))
+            RemoteFile(name, md5, tuple(mirror + name for mirror in FashionMNIST.mirrors), _fashion_shape(name))
             for name, md5 in FashionMNIST.resources
         ],
     }
-
-
-def has_right_hash(path: Path, remote: RemoteFile) -> bool:
-    """True if a file exists as published."""
-    return bool(check_integrity(path, remote.md5))
-
-
-def has_right_shape(path: Path, _: RemoteFile) -> bool:
-    """True if a file exists, is complete and has Fashion-MNIST's shape; gzip's checksum protects the content.
-
-    Debian packs the files again, so their hashes differ.
-    """
-    if not path.is_file():
-        return False
-    try:
-        shape = read_idx(path).shape
-    except DataError:
-        return False
-    count = 60000 if path.name.startswith("train") else 10000
-    return shape == ((count, SIDE, SIDE) if "images" in path.name else (count,))
 
 
 def from_web(wanted: list[RemoteFile], out: Path) -> None:
@@ -135,17 +185,22 @@ def from_web(wanted: list[RemoteFile], out: Path) -> None:
         download(remote, out)
 
 
-def fetch(missing: list[RemoteFile], out: Path, ways: dict[str, Way], is_right: Check) -> str:
+def _fashion_shape(name: str) -> tuple[int, ...]:
+    count = 60000 if name.startswith("train") else 10000
+    return (count, SIDE, SIDE) if "images" in name else (count,)
+
+
+def fetch(missing: list[RemoteFile], out: Path, ways: dict[str, Way]) -> str:
     """Try the sources in turn until every file is right; returns the one that succeeded. Raises DataError."""
     failures = []
     for name, way in ways.items():
         try:
-            way([remote for remote in missing if not is_right(out / remote.name, remote)])
+            way([remote for remote in missing if not remote.is_in(out)])
         except DataError as error:
             failures.append(f"{name}: {error}")
             print(f"not from {name}: {error}")
             continue
-        wrong = [remote.name for remote in missing if not is_right(out / remote.name, remote)]
+        wrong = [remote.name for remote in missing if not remote.is_in(out)]
         if not wrong:
             return name
         failures.append(f"{name}: {wrong[0]} has the wrong content")
@@ -155,13 +210,12 @@ def fetch(missing: list[RemoteFile], out: Path, ways: dict[str, Way], is_right: 
 
 def main(arguments: list[str] | None = None) -> None:
     known = data_sets()
-    parser = make_parser("Download a data set's official files.")
+    parser = make_parser("fetch.py", "Download a data set's official files.")
     parser.add_argument("data_set", choices=list(known), help="which")
     parser.add_argument("--source", choices=("web", "debian"), help="use only this source")
     options = parser.parse_args(arguments)
     out: Path = options.out
     fashion = options.data_set == FASHION_MNIST
-    is_right = has_right_shape if fashion else has_right_hash
     ways: dict[str, Way] = {"web": lambda wanted: from_web(wanted, out)}
     if fashion:
         ways["debian"] = lambda wanted: take_files(PACKAGE, [remote.name for remote in wanted], out)
@@ -169,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.source not in ways:
             raise DataError(f"--source {options.source} has only {FASHION_MNIST}; remove it")
         ways = {options.source: ways[options.source]}
-    missing = [remote for remote in known[options.data_set] if not is_right(out / remote.name, remote)]
+    missing = [remote for remote in known[options.data_set] if not remote.is_in(out)]
     if not missing and (not fashion or (out / CLASSES_FILE).is_file()):
         print(f"{options.data_set} is complete and correct in {out}")
         return
@@ -181,8 +235,4 @@ def main(arguments: list[str] | None = None) -> None:
         # The order of the classes is that of the labels; without this file their names would be 0 to 9.
         write_atomically(out / CLASSES_FILE, "".join(f"{name}\n" for name in FashionMNIST.classes).encode())
     if missing:
-        print(f"{options.data_set} is in {out}, from {fetch(missing, out, ways, is_right)}")
-
-
-if __name__ == "__main__":
-    run_script(main)
+        print(f"{options.data_set} is in {out}, from {fetch(missing, out, ways)}")

@@ -1,4 +1,4 @@
-"""Inspect one image file, and shrink it to a JPEG.
+"""Convert a source's image file to its form in a shard: checks, the policy for odd files, and re-encoding.
 
 The header shows what is unusual about a file: the reasons why decoders disagree or fail. The native recoder shrinks
 ordinary images if it runs; Pillow shrinks the others.
@@ -14,12 +14,14 @@ from PIL import Image
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb, open_image, undecodable_reason
 from karat_scale.data.decoders.native import NativeRecoder, result_size
 from karat_scale.data.decoders.orientation import (
+    CONVERT_QUALITY,
     TRANSPOSES,
     UPRIGHT,
     image_orientation,
     jpeg_orientation,
     scan_jpeg,
     to_jpeg,
+    upright_jpeg,
 )
 from karat_scale.data.prepare.sources.base import UnreadableSampleError
 from karat_scale.foundation.errors import DataError
@@ -160,3 +162,100 @@ def resized_jpeg(
         image = image.transpose(TRANSPOSES[orientation])
     size = result_size(*image.size, short_side)
     return to_jpeg(image if size == image.size else image.resize(size, Image.Resampling.BICUBIC), quality)
+
+
+Check = Literal["header", "decode"]
+OnOdd = Literal["convert", "keep", "skip", "stop"]
+Exif = Literal["turn", "keep"]
+DEFAULT_QUALITY = 90
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image in a shard. `odd` is empty for an ordinary one; else `done` is what was done with it."""
+
+    data: bytes
+    extension: str
+    grey: bool
+    odd: str = ""
+    done: Literal["kept", "converted", "turned"] = "kept"
+
+
+class OddImageSkippedError(UnreadableSampleError):
+    """An odd image that the policy skips; the message is what is odd."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The processing of images.
+
+    check: read only headers, or decode everything. exif: `turn` stores a picture with an EXIF orientation upright, as
+    viewers show it; `keep` makes it an odd image. on_odd: what to do with images that are CMYK, in another format than
+    their name says, with corrupt EXIF, or junk in the header. `convert` makes RGB JPEGs, and removes an EXIF block
+    without changing the pixels, so that every decoder sees what torchvision's ImageFolder sees. `keep` keeps the
+    bytes, `skip` leaves the image out, `stop` ends the run. An image that cannot be decoded, such as a truncated one,
+    would stop a training: all but `stop` leave it out. resize, quality: re-encode every image as RGB JPEG with at most
+    this short side in pixels. encoder: the encoder for that.
+    """
+
+    check: Check = "header"
+    on_odd: OnOdd = "keep"
+    resize: int | None = None
+    quality: int = DEFAULT_QUALITY
+    encoder: Encoder = "pillow"
+    exif: Exif = "turn"
+
+    def prepare(self, data: bytes, name: str) -> Prepared:
+        """Return the image to store. Raises UnreadableSampleError to leave it out, DataError to stop."""
+        try:
+            facts = inspect_image(data, name)
+        except UnreadableSampleError as error:
+            self.check_left_out(name, error)
+            raise
+        failure, encoded = facts.undecodable, b""
+        orientation = facts.orientation if self.exif == "turn" and facts.orientation in TURNS else None
+        if not failure and self.check == "decode" and self.resize is None:
+            failure = decoding_failure(data)
+        if not failure:
+            try:
+                if self.resize is not None:
+                    encoded = resized_jpeg(data, self.resize, self.quality, self.encoder, orientation)
+                elif orientation is not None:
+                    encoded = upright_jpeg(data, orientation)
+            except UndecodableImageError as error:
+                failure = str(error)
+        turned = bool(encoded) and orientation is not None
+        odd = _oddities(facts, turned, failure)
+        if odd and self.on_odd == "stop":
+            raise DataError(f"{name}: {odd}; choose --on-odd convert, keep or skip")
+        if failure or (odd and self.on_odd == "skip"):
+            raise OddImageSkippedError(odd)
+        if encoded:
+            done = f"{TURNS[facts.orientation]}, as its EXIF orientation {facts.orientation} asks" if turned else ""
+            what = "; ".join(filter(None, (done, odd)))
+            return Prepared(encoded, "jpg", facts.grey, what, "turned" if turned else "converted")
+        if odd and self.on_odd == "convert":
+            if not facts.odd:
+                return Prepared(without_exif(data), facts.extension, facts.grey, odd, "converted")
+            try:
+                encoded = to_jpeg(decode_rgb(data), CONVERT_QUALITY)
+            except UndecodableImageError as error:
+                raise OddImageSkippedError(f"{odd}; {error}") from error
+            return Prepared(encoded, "jpg", facts.grey, odd, "converted")
+        return Prepared(data, facts.extension, facts.grey, odd)
+
+    def check_left_out(self, name: str, error: UnreadableSampleError) -> None:
+        """Raise DataError if the policy is to stop at an image that cannot be used."""
+        if self.on_odd == "stop":
+            raise DataError(f"{name}: {error}; remove it, or choose another --on-odd than stop") from error
+
+
+def _oddities(facts: ImageFacts, turned: bool, failure: str) -> str:
+    found = list(facts.odd)
+    if facts.corrupt_exif:
+        found.append("corrupt EXIF")
+    if facts.orientation in TURNS and not turned:
+        found.append(
+            f"EXIF orientation {facts.orientation}: viewers show it {TURNS[facts.orientation]}, training does not"
+        )
+    return "; ".join([*found, failure] if failure else found)

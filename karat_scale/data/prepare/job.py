@@ -1,4 +1,7 @@
-"""What the scripts that make shards and betons share: the images of a split, notes, worker processes and options."""
+"""What the scripts that make shards and betons share.
+
+The images of a split and the notes about them, worker processes, the division of a source into train and val, options.
+"""
 
 import argparse
 import multiprocessing
@@ -18,10 +21,10 @@ from pydantic import BaseModel
 
 from karat_scale import __version__
 from karat_scale.data.order import epoch_order
-from karat_scale.data.prepare.preparing import OddImageSkippedError, Preparation, Prepared
-from karat_scale.data.prepare.sources import Source, UnreadableSampleError
-from karat_scale.data.shards.beton import BetonRecord
-from karat_scale.data.shards.shard_format import OddRecord, SkippedRecord, SplitRecord, dataset_directory
+from karat_scale.data.prepare.images import OddImageSkippedError, Preparation, Prepared
+from karat_scale.data.prepare.sources import Source, SourceOptions, UnreadableSampleError, open_splits
+from karat_scale.data.prepare.sources.imagefolder import NAME_FILES, find_file, read_synset_names
+from karat_scale.data.shards.shard_format import BetonRecord, OddRecord, SkippedRecord, SplitRecord, dataset_directory
 from karat_scale.foundation.arguments import OneLineParser, count
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.machine import be_killed_with_parent, usable_cores
@@ -144,9 +147,6 @@ class Job:
                 f"{self.split}: {len(record.empty_classes)} of {len(self.source.classes)} classes have no image: "
                 f"{names}{more}"
             )
-        self._print_orientations(record)
-
-    def _print_orientations(self, record: SplitRecord | BetonRecord) -> None:
         turned = sum(item.done == "turned" for item in record.odd)
         if turned:
             print(
@@ -198,6 +198,77 @@ def rank_in_class(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
     return ranks
 
 
+class PartOfSource(Source):
+    """The samples `indices` of another source, in this order. See Source."""
+
+    def __init__(self, whole: Source, indices: npt.NDArray[np.int64]) -> None:
+        super().__init__(whole.classes, whole.labels[indices], whole.sizes[indices], whole.facts)
+        self._whole, self._indices, self.exact_sizes = whole, indices, whole.exact_sizes
+        self.blocks, self.window = None if whole.blocks is None else whole.blocks[indices], whole.window
+
+    def name(self, index: int) -> str:
+        return self._whole.name(int(self._indices[index]))
+
+    def key(self, index: int) -> str:
+        return self._whole.key(int(self._indices[index]))
+
+    def read(self, index: int) -> bytes:
+        return self._whole.read(int(self._indices[index]))
+
+    def fingerprint(self) -> str:
+        return self._whole.fingerprint()
+
+
+def open_chosen(options: argparse.Namespace, known_classes: list[str] | None) -> dict[str, Source]:
+    """Return the splits that the command line asks for. Raises DataError."""
+    sources = open_splits(options.src, options.split, known_classes, SourceOptions.of(options))
+    if options.val_fraction is None and options.val_count is None:
+        return sources
+    option = "--val-fraction" if options.val_count is None else "--val-count"
+    if "val" in sources:
+        raise DataError(f"{options.src} already has a validation split; remove {option}")
+    if len(sources) > 1:
+        raise DataError(f"{options.src} has the splits {', '.join(sources)}; give the folder of one as --src")
+    (whole,) = sources.values()
+    held = held_out(whole.labels, options.val_fraction, options.val_count, options.seed)
+    train, val = PartOfSource(whole, np.flatnonzero(~held)), PartOfSource(whole, np.flatnonzero(held))
+    train.skipped = whole.skipped
+    return {"train": train, "val": val}
+
+
+def held_out(
+    labels: npt.NDArray[np.int32], fraction: float | None, count: int | None, seed: int
+) -> npt.NDArray[np.bool_]:
+    """Return which samples are for validation: so many, each class in proportion, drawn by the seed.
+
+    Each class keeps an image for training. Raises DataError if no image or too many are asked for.
+    """
+    total = round((fraction or 0) * len(labels)) if count is None else count
+    asked = f"--val-fraction {fraction}" if count is None else f"--val-count {count}"
+    order = epoch_order(seed, 0, len(labels))
+    ranks, sizes = rank_in_class(labels[order]), np.bincount(labels)[labels[order]]
+    spare = ranks < sizes - 1
+    if not 1 <= total <= spare.sum():
+        raise DataError(
+            f"{asked} is {total} of {len(labels)} images; choose 1 to {spare.sum()}, so that each class keeps one to "
+            "train on"
+        )
+    # Webster's rule of proportion. Among equals, the order that the seed draws decides.
+    turns = np.where(spare, (ranks + 0.5) / sizes, np.inf)
+    held = np.zeros(len(labels), dtype=bool)
+    held[order[np.argsort(turns, kind="stable")[:total]]] = True
+    return held
+
+
+def class_names(options: argparse.Namespace, classes: list[str]) -> list[str]:
+    """Return readable names of the classes, from --names or a known file beside the images; empty if there is none."""
+    path = options.names or find_file(options.src, NAME_FILES)
+    if path is None:
+        return []
+    names = read_synset_names(path)
+    return [names.get(name, name) for name in classes]
+
+
 _work: Callable[[Any], Any] | None = None
 
 
@@ -239,9 +310,9 @@ DECODED_BELOW = 100_000
 """Images of a source that are all decoded by default: it takes a minute, and finds a truncated photograph."""
 
 
-def make_parser(description: str, writes: bool = True) -> OneLineParser:
+def make_parser(script: str, description: str, writes: bool = True) -> OneLineParser:
     """Return a parser with the options of every script, or of every script that writes."""
-    parser = OneLineParser(description=description, allow_abbrev=False)
+    parser = OneLineParser(script, description=description, allow_abbrev=False)
     if not writes:
         return parser
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write to")

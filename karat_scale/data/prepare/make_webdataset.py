@@ -14,55 +14,164 @@ The source is one of
 
 Samples are shuffled over the shards by a seed. The bytes of image files are copied, unless --resize re-encodes them.
 The same source and options give the same shards. A run that was killed resumes with the shard it was writing. Run on a
-finished output, the script checks every byte and makes damaged shards again. dataset.json lists odd files with what
+finished output, the script checks every byte and makes damaged shards again. A shard that is finished has a hidden file
+beside it, `.train-000000.made.json`, with its record and the settings it was made with; dataset.json replaces it when
+the split is complete. dataset.json lists odd files with what
 was done about them (--on-odd, --exif). If there are fewer than 100,000 images, each is decoded (--check), and those
 that cannot be, such as truncated photographs, are skipped. --val-fraction or --val-count divides a source without a
 validation split.
 """
 
 import argparse
+import json
+import re
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+from pydantic import ValidationError
 
-from karat_scale.data.prepare.images import choose_encoder
+from karat_scale.data.prepare.images import DEFAULT_QUALITY, Preparation, choose_encoder
 from karat_scale.data.prepare.job import (
+    Job,
     Notes,
     add_source_options,
     check_source_options,
+    class_names,
     made_by,
     make_parser,
+    open_chosen,
+    run_in_processes,
     settle_check,
     shuffled,
 )
-from karat_scale.data.prepare.join_splits import open_chosen
-from karat_scale.data.prepare.preparing import DEFAULT_QUALITY, Preparation
-from karat_scale.data.prepare.shard_job import (
-    DEFAULT_SHARD_SAMPLES,
-    MadeShard,
-    ShardJob,
-    damage_of,
-    finished_shards,
-    make_shards,
-    remove_leftovers,
-    remove_marks,
-    split_order,
-)
 from karat_scale.data.prepare.sources import Source, default_exif
-from karat_scale.data.prepare.sources.imagefolder import NAME_FILES, find_file, read_synset_names
-from karat_scale.data.prepare.threads import run_in_threads
 from karat_scale.data.shards.shard_format import (
     DATASET_FILE,
     DatasetRecord,
+    ShardRecord,
     SplitRecord,
+    check_file,
     read_dataset_record,
     write_dataset_record,
 )
+from karat_scale.data.shards.tars import EncodedSample, shard_name, write_shard
 from karat_scale.foundation.arguments import count
 from karat_scale.foundation.console import progress
-from karat_scale.foundation.errors import DataError, run_script
+from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.files import write_atomically
+
+DEFAULT_SHARD_SAMPLES = 5000
+
+
+class MadeShard(Notes):
+    """A shard that was written, and the notes about its images."""
+
+    number: int
+    record: ShardRecord
+
+
+@dataclass(frozen=True)
+class ShardJob(Job):
+    """One split to make; `shards` holds the samples of each shard."""
+
+    shards: list[npt.NDArray[np.int64]]
+
+
+def split_order(
+    order: npt.NDArray[np.int64], source: Source, shard_samples: int | None, shard_bytes: int | None
+) -> list[npt.NDArray[np.int64]]:
+    """Divide an order of samples over shards of about equal size."""
+    if shard_bytes is not None:
+        ends = np.cumsum(source.sizes[order])
+        count = max(1, round(int(ends[-1]) / shard_bytes))
+        cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count)
+        return [shard for shard in np.split(order, cuts) if len(shard)]
+    return np.array_split(order, -(-len(order) // (shard_samples or DEFAULT_SHARD_SAMPLES)))
+
+
+def make_shard(job: ShardJob, number: int) -> MadeShard:
+    """Write one shard of a job, and then the file that marks it as finished."""
+    notes = Notes()
+
+    def samples() -> Iterator[EncodedSample]:
+        for index in job.shards[number].tolist():
+            image = job.prepare(index, notes)
+            if image is not None:
+                label = int(job.source.labels[index])
+                notes.stored(job.source.name(index), image, label, image.odd)
+                yield EncodedSample(job.source.key(index), image.extension, image.data, label)
+
+    record = write_shard(job.out, shard_name(job.split, number), samples())
+    made = MadeShard(number=number, record=record, **dict(notes))
+    content = {"made": job.made_with(), "shard": made.model_dump()}
+    write_atomically(_mark_path(job, number), json.dumps(content, ensure_ascii=False))
+    return made
+
+
+def make_shards(job: ShardJob, numbers: Sequence[int], workers: int) -> Generator[MadeShard, None, None]:
+    """Write these shards of a job in parallel, and yield them. Raises DataError if a process dies."""
+    return run_in_processes(partial(make_shard, job), numbers, min(workers, len(numbers)))
+
+
+def _mark_path(job: ShardJob, number: int) -> Path:
+    return job.out / f".{shard_name(job.split, number)}.made.json"
+
+
+def finished_shards(job: ShardJob, workers: int, advance: Callable[[int], None]) -> list[MadeShard]:
+    """Return the shards of this job that an earlier run finished and that still have their hash."""
+    found = []
+    with ThreadPoolExecutor(workers) as pool:
+        for made in pool.map(partial(_finished_shard, job), range(len(job.shards))):
+            if made is not None:
+                found.append(made)
+                advance(len(job.shards[made.number]))
+    return found
+
+
+def _finished_shard(job: ShardJob, number: int) -> MadeShard | None:
+    try:
+        mark = json.loads(_mark_path(job, number).read_bytes())
+        made = MadeShard.model_validate(mark["shard"])
+        if mark["made"] != job.made_with() or made.number != number:
+            return None
+        return made if damage_of(job.out, made.record) is None else None
+    except (OSError, ValueError, KeyError, TypeError, ValidationError):
+        return None
+
+
+def damage_of(out: Path, shard: ShardRecord) -> DataError | None:
+    """Return what is wrong with a shard or its index, by their hashes; None if they are as they were written."""
+    try:
+        for file in (shard, shard.index):
+            check_file(out / file.name, file, by_hash=True)
+    except DataError as error:
+        return error
+    return None
+
+
+def remove_leftovers(job: ShardJob, kept: list[MadeShard]) -> None:
+    """Remove what an unfinished run left beside the kept shards, so that no reader mistakes it for a shard.
+
+    A shard's index exists before its tar, so a tar without an index is not ours: DataError.
+    """
+    # A hidden file's temporary name has two dots.
+    ours = re.compile(rf"\.{{0,2}}{job.split}-\d{{6}}\.(tar|index\.npz|made\.json)(\..+)?")
+    safe = {shard_name(job.split, shard.number) for shard in kept}
+    whole = {f"{name}{end}" for name in safe for end in (".tar", ".index.npz")} | {
+        f".{name}.made.json" for name in safe
+    }
+    found = [path for path in sorted(job.out.iterdir()) if ours.fullmatch(path.name) and path.name not in whole]
+    for path in found:
+        if path.suffix == ".tar" and path.name[0] != "." and not path.with_suffix(".index.npz").exists():
+            raise DataError(f"{path} exists and was not made by this script; use another --out")
+    for path in found:
+        path.unlink()
 
 
 def plan_job(split: str, source: Source, options: argparse.Namespace) -> ShardJob:
@@ -101,12 +210,8 @@ def make_split(job: ShardJob, workers: int) -> SplitRecord:
             for shard in shards:
                 done.append(shard)
                 advance(len(job.shards[shard.number]))
-    return _split_record(job, sorted(done, key=lambda shard: shard.number))
-
-
-def _split_record(job: ShardJob, done: list[MadeShard]) -> SplitRecord:
-    records = [shard.record for shard in done]
-    notes = Notes()
+    done.sort(key=lambda shard: shard.number)
+    records, notes = [shard.record for shard in done], Notes()
     for shard in done:
         notes.add(shard)
     return SplitRecord(
@@ -121,8 +226,11 @@ def check_split(job: ShardJob, found: SplitRecord, workers: int) -> None:
     """Check a finished split byte for byte and make damaged shards again. Raises DataError for other settings."""
     job.check_settings(found.made, f"{job.out} holds split {job.split}", str(job.out / DATASET_FILE))
     damaged = []
-    with progress(f"{job.split}: checking", len(found.shards), "shards") as advance:
-        for number, error in enumerate(run_in_threads(partial(damage_of, job.out), found.shards, workers)):
+    with (
+        progress(f"{job.split}: checking", len(found.shards), "shards") as advance,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        for number, error in enumerate(pool.map(partial(damage_of, job.out), found.shards)):
             if error is not None:
                 print(f"{error.args[0].split(';')[0]}; making it again")
                 damaged.append(number)
@@ -138,7 +246,9 @@ def check_split(job: ShardJob, found: SplitRecord, workers: int) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line. Raises DataError for options that exclude each other."""
-    parser = make_parser("Convert an ImageFolder, or a data set's official files, to indexed WebDataset shards.")
+    parser = make_parser(
+        "make_webdataset.py", "Convert an ImageFolder, or a data set's official files, to indexed WebDataset shards."
+    )
     add_source_options(parser)
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
@@ -164,15 +274,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def class_names(options: argparse.Namespace, classes: list[str]) -> list[str]:
-    """Return readable names of the classes, from --names or a known file beside the images; empty if there is none."""
-    path = options.names or find_file(options.src, NAME_FILES)
-    if path is None:
-        return []
-    names = read_synset_names(path)
-    return [names.get(name, name) for name in classes]
-
-
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     out: Path = options.out
@@ -196,8 +297,5 @@ def main(arguments: list[str] | None = None) -> None:
             write_dataset_record(out, dataset)
             made = dataset.splits[job.split]
             job.print_result(made, f"in {len(made.shards)} shards", DATASET_FILE)
-        remove_marks(job)
-
-
-if __name__ == "__main__":
-    run_script(main)
+        for mark in out.glob(f".{job.split}-*.made.json"):  # dataset.json has their content
+            mark.unlink()

@@ -23,24 +23,19 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict, Field
 
 from karat_scale.data.shards import shard_format
-from karat_scale.data.shards.shard_files import NO_BLOCKS, Blocks, Readahead
-from karat_scale.data.shards.shard_format import (
-    FileRecord,
-    OddRecord,
-    ShardRecord,
-    SkippedRecord,
-    key_of,
-    keys_of,
-    read_columns,
-    read_record_text,
+from karat_scale.data.shards.shard_files import (
+    CUT_SHORT,
+    NO_BLOCKS,
+    Blocks,
+    ChangedSampleError,
+    LocalShardFiles,
+    SamplePlaces,
 )
-from karat_scale.foundation.errors import DataError
+from karat_scale.data.shards.shard_format import BETON_WORDING, beton_path, index_path, read_record, record_path
+from karat_scale.data.shards.shards import IndexedSplit, LocalPlace
 
-FIX = "copy it again or make it again with data_prep/make_ffcv.py"
-WORDING = shard_format.Wording("its record", FIX)
 # As FFCV numbers the ways in which it stores an image.
 MODES = {"jpg": 0, "raw": 1}
 RAW = MODES["raw"]
@@ -56,54 +51,6 @@ COLUMNS = {
 Column = npt.NDArray[Any]
 
 
-class BetonRecord(ShardRecord):
-    """The content of a beton's JSON file.
-
-    made: the source and the settings. modes: samples by their storage mode. odd: images on which decoders
-    disagree, and those that no decoder reads.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    format: Literal["karat-beton"] = "karat-beton"
-    version: Literal[1] = 1
-    split: str
-    classes: list[str]
-    names: list[str] = Field(default_factory=list)
-    made: dict[str, Any] = Field(default_factory=dict)
-    modes: dict[str, int] = Field(default_factory=dict)
-    skipped: list[SkippedRecord] = Field(default_factory=list)
-    odd: list[OddRecord] = Field(default_factory=list)
-    grey: int = 0
-    per_class: list[int] = Field(default_factory=list)
-    empty_classes: list[str] = Field(default_factory=list)
-
-
-def beton_path(directory: Path, split: str) -> Path:
-    """Return the beton of a split."""
-    return directory / f"{split}.beton"
-
-
-def record_path(beton: Path) -> Path:
-    """Return the JSON file beside a beton."""
-    return beton.with_name(f"{beton.name}.json")
-
-
-def index_path(beton: Path) -> Path:
-    """Return the index beside a beton."""
-    return beton.with_name(f"{beton.name}.index.npz")
-
-
-def read_record(beton: Path) -> BetonRecord:
-    """Read the JSON file beside a beton. Raises DataError if it is missing or damaged."""
-    path = record_path(beton)
-    fix = "make the beton with data_prep/make_ffcv.py, or correct data.path"
-    try:
-        return shard_format.validated(BetonRecord, path, lambda: read_record_text(path), fix)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; {fix}") from error
-
-
 def index_bytes(columns: dict[str, Column], keys: list[str]) -> bytes:
     """Return the index file of these columns and keys."""
     buffer = io.BytesIO()
@@ -112,33 +59,40 @@ def index_bytes(columns: dict[str, Column], keys: list[str]) -> bytes:
     return buffer.getvalue()
 
 
-def check_file(directory: Path, record: FileRecord, by_hash: bool) -> None:
-    """Compare a file with its record by size or by SHA-256. Raises DataError."""
-    shard_format.check_file(directory / record.name, record, by_hash, WORDING)
+class BetonFiles(LocalShardFiles):
+    """The images of one beton. See ShardFiles.
 
-
-def _check_images(columns: dict[str, Column]) -> None:
-    """Raise ValueError for an image without pixels, of an unknown mode, or of another size than its pixels."""
-    width, height, mode = columns["width"], columns["height"], columns["mode"]
-    pixels = 3 * width.astype(np.int64) * height
-    wrong = (width < 1) | (height < 1) | (mode > RAW) | ((mode == RAW) & (columns["size"] != pixels))
-    if wrong.any():
-        number = int(wrong.argmax())
-        raise ValueError(
-            f"sample {number} is stored in mode {mode[number]} with {width[number]} x {height[number]} pixels in "
-            f"{columns['size'][number]} bytes"
-        )
-
-
-class BetonSplit:
-    """The images of one beton; see ImageSource. `labels` is int32 [len].
-
-    Opening checks the file's size, or with verify="hash" its SHA-256. `read` compares a JPEG with its checksum; raw
-    pixels are read as a PPM image and rely on verify="hash", since a checksum would cost a third of their reading.
-    readahead: the blocks that the system reads ahead when one of their samples is read.
+    `read` compares a JPEG with its checksum. Raw pixels are read as a PPM image and rely on verify="hash", since a
+    checksum would cost a third of their reading.
     lends: raw pixels are read into one buffer, which the next read reuses; for a decoder that keeps no bytes.
-    Raises DataError, one line, if anything is missing, cut short, changed or out of range.
     """
+
+    def __init__(
+        self, directory: Path, places: SamplePlaces, readahead: Blocks, columns: dict[str, Column], lends: bool
+    ) -> None:
+        super().__init__(directory, places, readahead)
+        self._modes, self._widths, self._heights = columns["mode"], columns["width"], columns["height"]
+        self._lends, self._buffer = lends, bytearray()
+
+    def read(self, sample_id: int) -> bytes:
+        """See ShardFiles."""
+        if self._modes[sample_id] != RAW:
+            return super().read(sample_id)
+        _, file = self._opened(sample_id)
+        size, offset = int(self._places.sizes[sample_id]), int(self._places.offsets[sample_id])
+        header = b"P6 %d %d 255\n" % (self._widths[sample_id], self._heights[sample_id])
+        end = len(header) + size
+        if len(self._buffer) < end:
+            self._buffer = bytearray(end)
+        lent = memoryview(self._buffer)[:end]
+        lent[: len(header)] = header
+        if os.preadv(file, [lent[len(header) :]], offset) != size:
+            raise ChangedSampleError(CUT_SHORT)
+        return cast(bytes, lent) if self._lends else bytes(lent)
+
+
+class BetonSplit(IndexedSplit):
+    """The images of one beton. See IndexedSplit and BetonFiles."""
 
     def __init__(
         self,
@@ -150,92 +104,29 @@ class BetonSplit:
         lends: bool = False,
     ) -> None:
         self.path = beton_path(Path(directory).expanduser(), split)
+        self._lends = lends
         record = read_record(self.path)
-        self.classes = tuple(record.classes)
-        shard_format.check_class_count(self.path, len(self.classes), num_classes)
-        check_file(self.path.parent, record, by_hash=verify == "hash")
-        columns = self._read_index(record)
-        self._index = record.index
-        self.labels: npt.NDArray[np.int32] = columns["label"]
-        self._offsets, self._sizes, self._crcs = columns["offset"], columns["size"], columns["crc32"]
-        self._modes, self._widths, self._heights = columns["mode"], columns["width"], columns["height"]
-        self._readahead = Readahead(readahead, self._offsets, self._sizes)
-        self._file: int | None = None
-        self._lends, self._buffer = lends, bytearray()
+        record.name, record.index.name = self.path.name, index_path(self.path).name  # they may have been renamed
+        shard_format.check_class_count(self.path, len(record.classes), num_classes)
+        place = LocalPlace(self.path.parent, BETON_WORDING)
+        super().__init__(
+            record.classes, [record], place, place, verify, COLUMNS, record_path(self.path).name, readahead
+        )
 
-    def _read_index(self, record: BetonRecord) -> dict[str, Column]:
-        path = index_path(self.path)
-        data = shard_format.read_checked(path, record.index, WORDING)
-        try:
-            columns = read_columns(data, COLUMNS, record.samples, record.bytes)
-            _check_images(columns)
-        except ValueError as error:
-            raise DataError(f"{path} does not fit {self.path.name}: {error}; {FIX}") from None
-        wrong = np.flatnonzero((columns["label"] < 0) | (columns["label"] >= len(self.classes)))
-        if len(wrong):
-            raise DataError(
-                f"{self.path}: sample {wrong[0]} has label {columns['label'][wrong[0]]}, but {record_path(self.path)} "
-                f"lists {len(self.classes)} classes; {FIX}"
+    def _check_columns(self, columns: dict[str, Column]) -> None:
+        """Raise ValueError for an image without pixels, of an unknown mode, or of another size than its pixels."""
+        width, height, mode = columns["width"], columns["height"], columns["mode"]
+        pixels = 3 * width.astype(np.int64) * height
+        wrong = (width < 1) | (height < 1) | (mode > RAW) | ((mode == RAW) & (columns["size"] != pixels))
+        if wrong.any():
+            number = int(wrong.argmax())
+            raise ValueError(
+                f"sample {number} is stored in mode {mode[number]} with {width[number]} x {height[number]} pixels in "
+                f"{columns['size'][number]} bytes"
             )
-        return columns
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, sample_id: int) -> bytes:
-        """Return the encoded image, or raw pixels as a PPM image. Raises DataError if the beton has changed."""
-        size, offset = int(self._sizes[sample_id]), int(self._offsets[sample_id])
-        try:
-            if self._file is None:
-                self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            self._readahead.ask(self._file, sample_id, 0, len(self))
-            raw = self._modes[sample_id] == RAW
-            data = self._read_ppm(self._file, sample_id) if raw else os.pread(self._file, size, offset)
-        except OSError as error:
-            raise DataError(f"{self.path} cannot be read: {error.strerror}; {FIX}") from error
-        if not raw and (len(data) != size or zlib.crc32(data) != self._crcs[sample_id]):
-            raise self._changed(sample_id, "is cut short" if len(data) != size else "has changed since it was written")
-        return data
-
-    def _read_ppm(self, file: int, sample_id: int) -> bytes:
-        size, offset = int(self._sizes[sample_id]), int(self._offsets[sample_id])
-        header = b"P6 %d %d 255\n" % (self._widths[sample_id], self._heights[sample_id])
-        end = len(header) + size
-        if len(self._buffer) < end:
-            self._buffer = bytearray(end)
-        lent = memoryview(self._buffer)[:end]
-        lent[: len(header)] = header
-        if os.preadv(file, [lent[len(header) :]], offset) != size:
-            raise self._changed(sample_id, "is cut short")
-        return cast(bytes, lent) if self._lends else bytes(lent)
-
-    def _changed(self, sample_id: int, what: str) -> DataError:
-        return DataError(f"{self.path} {what}: sample {self.locate(sample_id)[0]} differs; {FIX}")
-
-    def locate(self, sample_id: int) -> tuple[str, str]:
-        """Return the key of a sample and the name of the beton, for messages."""
-        try:
-            return key_of(index_path(self.path).read_bytes(), sample_id), self.path.name
-        except (OSError, ValueError, IndexError):  # the index has changed: the place is all that is known
-            return f"number {sample_id}", self.path.name
-
-    def keys(self) -> list[str]:
-        """Return the key of each sample. Raises DataError if the index has changed."""
-        return keys_of(shard_format.read_checked(index_path(self.path), self._index, WORDING))
-
-    def file_of(self, sample_id: int) -> str:
-        """Return the path of the beton."""
-        return str(self.path)
-
-    def close(self) -> None:
-        """Close the beton; a later read opens it again."""
-        file, self._file = self._file, None
-        if file is not None:
-            os.close(file)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A descriptor has no meaning in a process that was not forked.
-        return {**self.__dict__, "_file": None}
+    def _open_files(self, columns: dict[str, Column], readahead: Blocks) -> BetonFiles:
+        return BetonFiles(self.path.parent, self.places, readahead, columns, self._lends)
 
 
 MIN_PAGE_BYTES = 8 << 20

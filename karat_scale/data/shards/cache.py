@@ -137,6 +137,10 @@ class NodeCache:
         with suppress(OSError):
             self._path(key).unlink()
 
+    def keeps_nothing(self) -> DataError:
+        """Return the error where an entry that was made twice is wrong each time."""
+        return DataError(f"the cache {self.directory} does not keep what is written to it; check its disk")
+
     def _path(self, key: str) -> Path:
         name = hashlib.sha256(key.encode()).hexdigest()[:_NAME_LENGTH]
         return self.directory / name[:2] / name
@@ -171,22 +175,19 @@ class NodeCache:
         finally:
             os.close(part)
         with suppress(OSError):  # the entry is there, whatever becomes of the count
-            self._count(size)
+            with self._total() as (total, write):
+                write(total + size)
+            if total + size > self._limit:
+                self._make_room()
         return entry
 
-    def _count(self, added: int) -> None:
-        with self._total() as (total, write):
-            write(total + added)
-        if total + added > self._limit:
-            self._make_room()
-
     @contextmanager
-    def _total(self) -> Iterator[tuple[int, Callable[[int], None]]]:
+    def _total(self) -> Iterator[tuple[int, Callable[[int], object]]]:
         """The bytes of all entries, with what writes another number; one process at a time."""
         with locked(self.directory / "total") as handle:
             assert handle is not None
             text = os.pread(handle, 32, 0)
-            yield int(text) if text.strip().isdigit() else 0, lambda number: _overwrite(handle, b"%-32d" % number)
+            yield int(text) if text.strip().isdigit() else 0, lambda number: os.pwrite(handle, b"%-32d" % number, 0)
 
     def _make_room(self) -> None:
         """Remove the entries that were not used for the longest. One process does so at a time; the others go on."""
@@ -266,10 +267,6 @@ def _remove_if_left(part: Path) -> None:
             part.unlink()
     finally:
         os.close(handle)
-
-
-def _overwrite(handle: int, text: bytes) -> None:
-    os.pwrite(handle, text, 0)
 
 
 # Samples that are fetched together, and ahead, where the order does not say it.

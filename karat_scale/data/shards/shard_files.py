@@ -6,10 +6,10 @@ Tars at a URL have the same interface. If the order uses few blocks of samples a
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -88,8 +88,10 @@ class ChangedSampleError(Exception):
 CUT_SHORT, CHANGED = "is cut short", "has changed since its index was written"
 
 
-class ShardFiles(Protocol):
+class ShardFiles:
     """The bytes of samples by their id. A copy has its own open files."""
+
+    is_remote = False
 
     def read(self, sample_id: int) -> bytes:
         """Return a sample's bytes, checked against their CRC if that is known.
@@ -99,12 +101,20 @@ class ShardFiles(Protocol):
             ChangedSampleError: they are others than when they were indexed, or fewer.
             DataError: the store or the cache fails.
         """
+        raise NotImplementedError
+
+    def prepare(self, sample_ids: Iterable[int]) -> None:
+        """Fetch what is needed for some samples at a URL, several at a time. Raises DataError."""
+
+    def hint(self, sample_ids: Iterable[int]) -> None:
+        """Fetch samples at a URL into the node's cache, except those that another process fetches. Raises DataError."""
 
     def close(self) -> None:
         """Close open files; a later read opens them again."""
+        raise NotImplementedError
 
 
-class LocalShardFiles:
+class LocalShardFiles(ShardFiles):
     """Samples in tars on a file system. See ShardFiles.
 
     readahead: the blocks that the system reads ahead when one of their samples is read.
@@ -117,10 +127,8 @@ class LocalShardFiles:
 
     def read(self, sample_id: int) -> bytes:
         """See ShardFiles."""
-        places = self._places
-        number, size = places.shard_of(sample_id), int(places.sizes[sample_id])
-        file = self._file(number)
-        self._readahead.ask(file, sample_id, int(places.starts[number]), int(places.starts[number + 1]))
+        places, size = self._places, int(self._places.sizes[sample_id])
+        number, file = self._opened(sample_id)
         data = os.pread(file, size, int(places.offsets[sample_id]))
         if len(data) != size:
             raise ChangedSampleError(CUT_SHORT)
@@ -128,15 +136,19 @@ class LocalShardFiles:
             raise ChangedSampleError(CHANGED)
         return data
 
-    def _file(self, number: int) -> int:
+    def _opened(self, sample_id: int) -> tuple[int, int]:
+        """Return the number and a descriptor of the shard that holds a sample; its block is read ahead."""
+        places, number = self._places, self._places.shard_of(sample_id)
         if number in self._files:
             self._files.move_to_end(number)
-            return self._files[number]
-        if len(self._files) >= MAX_OPEN_SHARDS:
-            os.close(self._files.popitem(last=False)[1])
-        path = self._directory / self._places.shards[number].name
-        self._files[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._files[number]
+        else:
+            if len(self._files) >= MAX_OPEN_SHARDS:
+                os.close(self._files.popitem(last=False)[1])
+            path = self._directory / places.shards[number].name
+            self._files[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = self._files[number]
+        self._readahead.ask(file, sample_id, int(places.starts[number]), int(places.starts[number + 1]))
+        return number, file
 
     def close(self) -> None:
         """See ShardFiles."""

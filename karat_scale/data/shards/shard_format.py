@@ -127,13 +127,6 @@ class DatasetRecord(BaseModel):
         """Return the directory or the URL of the tars, given that of dataset.json."""
         return dataset_directory(self.root) if self.root else directory
 
-    def local_tars_of(self, directory: Path | str) -> Path:
-        """Return the directory of the tars, given that of dataset.json. Raises DataError if they are at a URL."""
-        tars = self.tars_of(directory)
-        if isinstance(tars, str):
-            raise DataError(f"the tars are at {tars}; this needs them on a file system")
-        return tars
-
 
 def dataset_directory(path: Path | str) -> Path | str:
     """Return a data set's directory, or its URL as it is."""
@@ -155,17 +148,15 @@ def read_dataset_record(directory: Path | str, timeout: float = DEFAULT_TIMEOUT)
     Raises:
         DataError: the directory or the file is missing, empty or damaged.
     """
-    path = f"{directory}/{DATASET_FILE}"
-    try:
-        return validated(DatasetRecord, path, lambda: _record_text(directory, timeout), _FIX)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    return _validated(DatasetRecord, f"{directory}/{DATASET_FILE}", lambda: _record_text(directory, timeout), _FIX)
 
 
-def validated(kind: type[M], path: object, read: Callable[[], str], fix: str) -> M:
-    """Return a record from the JSON that `read` returns. Raises DataError, which names `path`, if it is damaged."""
+def _validated(kind: type[M], path: object, read: Callable[[], str], fix: str) -> M:
+    """Return a record from the JSON that `read` returns. Raises DataError, which names `path`, if that fails."""
     try:
         return kind.model_validate_json(read())
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; {fix}") from error
     except UnicodeDecodeError:
         raise DataError(f"{path} is damaged: it is not UTF-8; {fix}") from None
     except ValidationError as error:
@@ -226,6 +217,51 @@ def write_dataset_record(directory: Path, record: DatasetRecord) -> None:
         write_atomically(directory / TIMM_FILE, json.dumps({"splits": splits}, indent=1) + "\n")
     text = json.dumps(record.model_dump(exclude_none=True), indent=1, ensure_ascii=False) + "\n"
     write_atomically(directory / DATASET_FILE, text)
+
+
+class BetonRecord(ShardRecord):
+    """The content of a beton's JSON file.
+
+    made: the source and the settings. modes: samples by their storage mode. odd: images on which decoders
+    disagree, and those that no decoder reads.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal["karat-beton"] = "karat-beton"
+    version: Literal[1] = 1
+    split: str
+    classes: list[str]
+    names: list[str] = Field(default_factory=list)
+    made: dict[str, Any] = Field(default_factory=dict)
+    modes: dict[str, int] = Field(default_factory=dict)
+    skipped: list[SkippedRecord] = Field(default_factory=list)
+    odd: list[OddRecord] = Field(default_factory=list)
+    grey: int = 0
+    per_class: list[int] = Field(default_factory=list)
+    empty_classes: list[str] = Field(default_factory=list)
+
+
+def beton_path(directory: Path, split: str) -> Path:
+    """Return the beton of a split."""
+    return directory / f"{split}.beton"
+
+
+def record_path(beton: Path) -> Path:
+    """Return the JSON file beside a beton."""
+    return beton.with_name(f"{beton.name}.json")
+
+
+def index_path(beton: Path) -> Path:
+    """Return the index beside a beton."""
+    return beton.with_name(f"{beton.name}.index.npz")
+
+
+def read_record(beton: Path) -> BetonRecord:
+    """Read the JSON file beside a beton. Raises DataError if it is missing or damaged."""
+    path = record_path(beton)
+    fix = "make the beton with data_prep/make_ffcv.py, or correct data.path"
+    return _validated(BetonRecord, path, lambda: read_record_text(path), fix)
 
 
 INDEX_FIELDS = {"offset": np.int64, "size": np.int64, "label": np.int32, "crc32": np.uint32}
@@ -331,6 +367,14 @@ class Wording:
     missing: str = "is missing"
 
 
+SHARD_WORDING = Wording(
+    DATASET_FILE,
+    "copy the shards again or make them again with data_prep/make_webdataset.py",
+    f"is missing, though {DATASET_FILE} lists it",
+)
+BETON_WORDING = Wording("its record", "copy it again or make it again with data_prep/make_ffcv.py")
+
+
 def must_answer(path: Path, timeout: float) -> None:
     """Wait until a path can be opened or is found missing. Raises DataError after `timeout` seconds.
 
@@ -397,7 +441,7 @@ def unused_classes(classes: int, num_classes: int) -> str:
     )
 
 
-def check_file(path: Path, record: FileRecord, by_hash: bool, wording: Wording) -> None:
+def check_file(path: Path, record: FileRecord, by_hash: bool, wording: Wording = SHARD_WORDING) -> None:
     """Compare a file with its record by size or by SHA-256. Raises DataError."""
     try:
         status = path.stat()

@@ -15,8 +15,7 @@ from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.engine.distributed import World
 from karat_scale.foundation.stores import Store
 from karat_scale.recipe.loading import dump_recipe, load_recipe
-from tests.proxy import FaultyProxy
-from tests.servers import s3, s3_port
+from tests.servers import FaultyProxy, s3, s3_port
 
 __all__ = ["s3", "s3_port"]
 MakeSubject = Callable[..., Subject]

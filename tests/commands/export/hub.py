@@ -5,11 +5,10 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tests.answering import Answering, serving
+from tests.servers import Answering, serving
 
 TOKEN = "hf_owls"
 
@@ -33,7 +32,7 @@ class Hub:
         self.url = ""
 
 
-class _Handler(Answering, BaseHTTPRequestHandler):
+class _Handler(Answering):
     hub: Hub
 
     def _is_refused(self) -> bool:
@@ -45,7 +44,7 @@ class _Handler(Answering, BaseHTTPRequestHandler):
             return False
         return True
 
-    def do_POST(self) -> None:
+    def post(self) -> None:
         path, body = urlsplit(self.path).path, self._body()
         if self._is_refused():
             return
@@ -82,13 +81,13 @@ class _Handler(Answering, BaseHTTPRequestHandler):
                 self.hub.files[f"{repository}/{value['path']}"] = self.hub.objects[value["oid"]]
         self._answer({"commitUrl": f"{self.hub.url}/{repository}/commit/{'1' * 40}", "commitOid": "1" * 40})
 
-    def do_PUT(self) -> None:
+    def put(self) -> None:
         body = self._body()
         assert hashlib.sha256(body).hexdigest() == self.path.rpartition("/")[2]
         self.hub.objects[self.path.rpartition("/")[2]] = body
         self._answer({})
 
-    def do_GET(self) -> None:
+    def get(self) -> None:
         if self._is_refused():
             return
         path = unquote(urlsplit(self.path).path)
@@ -104,12 +103,10 @@ class _Handler(Answering, BaseHTTPRequestHandler):
         else:
             self._answer({"name": "jane", "type": "user"})
 
-    do_HEAD = do_GET
-
 
 @contextmanager
 def serve() -> Iterator[Hub]:
     """Run the server on a port of this machine."""
     hub = Hub()
-    with serving(type("Handler", (_Handler,), {"hub": hub})) as hub.url:
+    with serving(_Handler, hub=hub) as hub.url:
         yield hub

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from karat_scale.data.shards.shard_writer import EncodedSample
+from karat_scale.data.shards.tars import EncodedSample
 from karat_scale.recipe import AugmentConfig
 from tests.data.conftest import encode, photo
 

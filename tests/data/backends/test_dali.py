@@ -6,7 +6,7 @@ from karat_scale.data.backends import ImageSpec
 from karat_scale.data.backends.dali_pipeline import DaliDecoder
 from karat_scale.data.backends.images import BatchDecodingBackend, open_shards
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
-from karat_scale.data.shards.shard_writer import EncodedSample
+from karat_scale.data.shards.tars import EncodedSample
 from karat_scale.recipe import AugmentConfig
 from tests.data.backends.helpers import SIZE, contents, odd_samples
 from tests.data.conftest import encode, photo

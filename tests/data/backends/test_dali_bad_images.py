@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from karat_scale.data.plan import BatchSlice
-from karat_scale.data.shards.shard_writer import EncodedSample
+from karat_scale.data.shards.tars import EncodedSample
 from karat_scale.foundation.errors import DataError
 from tests.data.backends.helpers import contents, hollow, noise, odd_samples
 from tests.data.conftest import encode

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from karat_scale.data.plan import BatchSlice
-from karat_scale.data.shards.beton import read_record
-from karat_scale.data.shards.hashing import hash_files
-from karat_scale.data.shards.shard_format import SkippedRecord
+from karat_scale.data.shards.shard_format import SkippedRecord, read_record
+from karat_scale.data.shards.shards import hash_files
 from karat_scale.foundation.errors import DataError
 from tests.data.backends.helpers import CROP_AND_FLIP, broken
 
@@ -57,7 +56,7 @@ def test_a_changed_beton_is_found_by_its_hash_and_when_read(betons, opened):
     with pytest.raises(DataError, match=r"train.beton has changed since it was written: its SHA-256 differs; copy"):
         opened(directory, backend="ffcv", verify="hash")
     backend = opened(directory, backend="ffcv", on_bad_sample="skip")
-    with pytest.raises(DataError, match=r"train.beton has changed since it was written: sample \d+ differs"):
+    with pytest.raises(DataError, match=r"train.beton has changed since its index was written: sample \d+ differs"):
         list(backend.train_batches([BatchSlice(0, 0, np.arange(8))]))
 
 

@@ -10,8 +10,8 @@ from karat_scale.data.backends.row_reader import RowReader, _readers_with_files
 from karat_scale.data.decoders.decode import crop_view
 from karat_scale.data.decoders.pillow import PillowDecoder
 from karat_scale.data.plan import PADDING, BatchSlice
-from karat_scale.data.shards.shard_writer import EncodedSample
 from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.data.shards.tars import EncodedSample
 from tests.data.conftest import encode, photo
 
 

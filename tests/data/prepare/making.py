@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from karat_scale.data.prepare import make_ffcv, make_webdataset
-from karat_scale.data.prepare.preparing import Preparation
+from karat_scale.data.prepare.images import Preparation
 from karat_scale.data.shards.beton import BetonSplit
 
 

@@ -1,8 +1,7 @@
 import hashlib
-import http.server
 import re
 import shutil
-import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,48 +12,41 @@ from karat_scale.data.prepare.fetch import RemoteFile, download
 from karat_scale.data.prepare.make_webdataset import main as make_webdataset
 from karat_scale.data.shards.shard_format import read_dataset_record
 from karat_scale.foundation.errors import DataError
+from tests.servers import Answering, serving
 
 NAMES = [name for name, _ in FashionMNIST.resources]
 BIG = bytes(range(256)) * 10_000
 
 
-class Server(http.server.SimpleHTTPRequestHandler):
+class Files(Answering):
     """Serves a folder, from the middle where asked; /cut/ ends the connection half way."""
 
-    def do_GET(self):
-        path = Path(self.directory) / self.path.rpartition("/")[2]
+    folder: Path
+    asked: list
+
+    def get(self):
+        path = self.folder / self.path.rpartition("/")[2]
         if not path.is_file():
-            return self.send_error(404)
+            return self._answer(b"", 404)
         data = path.read_bytes()
         begin = int(m[1]) if (m := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))) else 0
         if self.path.startswith("/whole/"):
             begin = 0
         if begin >= len(data):
-            return self.send_error(416)
-        self.server.asked.append((self.path, begin))
-        self.send_response(206 if begin else 200)
-        self.send_header("Content-Length", str(len(data) - begin))
-        self.end_headers()
-        end = len(data) // 2 if self.path.startswith("/cut/") else len(data)
-        self.wfile.write(data[begin:end])
-
-    def log_message(self, *args):
-        pass
+            return self._answer(b"", 416)
+        self.asked.append((self.path, begin))
+        sent = data[begin : len(data) // 2] if self.path.startswith("/cut/") else data[begin:]
+        self.close_connection = True
+        self._answer(sent, 206 if begin else 200, **{"Content-Length": str(len(data) - begin)})
 
 
 @pytest.fixture
 def served(tmp_path):
-    """A web server on this machine: itself, its address and its folder."""
-    folder = tmp_path / "served"
+    """A web server on this machine: what it was asked for, its address and its folder."""
+    folder, asked = tmp_path / "served", []
     folder.mkdir()
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), lambda *args, **kwargs: Server(*args, directory=str(folder), **kwargs)
-    )
-    server.asked = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server, f"http://127.0.0.1:{server.server_port}", folder
-    server.shutdown()
-    server.server_close()
+    with serving(Files, folder=folder, asked=asked) as address:
+        yield asked, address, folder
 
 
 def remote(folder: Path, name: str, *addresses: str) -> RemoteFile:
@@ -62,14 +54,14 @@ def remote(folder: Path, name: str, *addresses: str) -> RemoteFile:
 
 
 def test_a_stopped_download_resumes(served, tmp_path):
-    server, address, folder = served
+    asked, address, folder = served
     (folder / "big.tar").write_bytes(BIG)
     with pytest.raises(DataError, match=rf"ended after {len(BIG) // 2} of {len(BIG)} bytes; run the same command"):
         download(remote(folder, "big.tar", f"{address}/cut/big.tar"), tmp_path)
     assert not (tmp_path / "big.tar").exists()
     download(remote(folder, "big.tar", f"{address}/big.tar"), tmp_path)
     assert (tmp_path / "big.tar").read_bytes() == BIG
-    assert server.asked[-1] == ("/big.tar", len(BIG) // 2)
+    assert asked[-1] == ("/big.tar", len(BIG) // 2)
     assert not (tmp_path / ".big.tar.part").exists()
     # What is whole but has not its name yet is not fetched again; a server without ranges sends all of it.
     (tmp_path / ".big.tar.part").write_bytes(BIG)
@@ -96,10 +88,11 @@ def test_fashion_mnist_becomes_shards(served, tmp_path, write_idx, monkeypatch):
     write_idx(folder, "train", 30)
     write_idx(folder, "t10k", 10)
     files = [remote(folder, name, f"{address}/{name}") for name in NAMES]
+    published = script.data_sets()["fashion_mnist"]
+    real = [replace(file, shape=known.shape) for file, known in zip(files, published, strict=True)]
     with pytest.raises(DataError, match=r"web: train-images-idx3-ubyte.gz has the wrong content"):
-        script.fetch(files, tmp_path, {"web": lambda wanted: script.from_web(wanted, tmp_path)}, script.has_right_shape)
+        script.fetch(real, tmp_path, {"web": lambda wanted: script.from_web(wanted, tmp_path)})
     monkeypatch.setattr(script, "data_sets", lambda: {"fashion_mnist": files})
-    monkeypatch.setattr(script, "has_right_shape", script.has_right_hash)
     out = tmp_path / "out"
     script.main(["fashion_mnist", "--out", str(out)])
     make_webdataset(["--src", str(out), "--out", str(tmp_path / "shards")])
@@ -113,7 +106,7 @@ def test_when_every_way_fails_one_line_says_what_to_do(tmp_path):
         raise DataError("no network")
 
     with pytest.raises(DataError) as caught:
-        script.fetch(script.data_sets()["svhn"], tmp_path, {"web": way, "debian": way}, script.has_right_hash)
+        script.fetch(script.data_sets()["svhn"], tmp_path, {"web": way, "debian": way})
     assert "web: no network; debian: no network" in str(caught.value)
     assert f"put train_32x32.mat, test_32x32.mat into {tmp_path} yourself" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -138,10 +131,10 @@ def test_debian_gives_the_real_files(tmp_path, capsys):
     except DataError as error:
         pytest.skip(f"Debian's package cannot be fetched here: {error}")
     files = script.data_sets()["fashion_mnist"]
-    assert all(script.has_right_shape(tmp_path / file.name, file) for file in files)
+    assert all(file.is_in(tmp_path) for file in files)
     assert (tmp_path / "classes.txt").read_text().splitlines() == FashionMNIST.classes
     capsys.readouterr()
     script.main(["fashion_mnist", "--out", str(tmp_path)])
     assert "is complete and correct" in capsys.readouterr().out
     (tmp_path / NAMES[3]).write_bytes(b"damage")
-    assert not script.has_right_shape(tmp_path / NAMES[3], files[3])
+    assert not files[3].is_in(tmp_path)

@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from karat_scale.data.shards.beton import BetonSplit, read_record
+from karat_scale.data.shards.beton import BetonSplit
+from karat_scale.data.shards.shard_format import read_record
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError
 from tests.data.betons import need_ffcv
@@ -90,75 +91,6 @@ def _whole(width: int, height: int):
     return View((0, 0, width, height), (0, 0, width, height), (width, height))
 
 
-def test_the_same_source_gives_the_same_bytes_whatever_the_workers(folder, tmp_path):
-    make_betons(folder, tmp_path / "one", "--workers", "1")
-    make_betons(folder, tmp_path / "two", "--workers", "3")
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    assert sorted(contents(tmp_path / "one")) == [
-        f"{split}.beton{end}" for split in ("train", "val") for end in ("", ".index.npz", ".json")
-    ]
-
-
-def test_running_again_verifies_and_fixes(folder, tmp_path, capsys):
-    out = tmp_path / "out"
-    make_betons(folder, out)
-    before = contents(out)
-    capsys.readouterr()
-    make_betons(folder, out)
-    assert "train: 18 samples in train.beton are complete and correct" in capsys.readouterr().out
-    damaged = bytearray(before["train.beton"])
-    damaged[-1000] ^= 1
-    (out / "train.beton").write_bytes(damaged)
-    (out / "val.beton.index.npz").unlink()
-    make_betons(folder, out)
-    said = capsys.readouterr().out
-    assert "train.beton has changed since it was written: its SHA-256 differs; making it again" in said
-    assert "val.beton.index.npz is missing; making it again" in said
-    assert contents(out) == before
-
-
-def test_other_settings_or_another_source_are_refused(folder, tmp_path):
-    out = tmp_path / "out"
-    make_betons(folder, out)
-    with pytest.raises(DataError, match=r"train.beton was made with seed = 0, now 3; use another --out"):
-        make_betons(folder, out, "--seed", "3")
-    with pytest.raises(DataError, match="made with write_mode = jpg, now raw"):
-        make_betons(folder, out, "--write-mode", "raw")
-    write(folder / "train" / WNIDS[0] / "new.jpg", jpeg(77))
-    with pytest.raises(DataError, match="made with source_sha256"):
-        make_betons(folder, out)
-
-
-def test_a_beton_of_unknown_origin_stays(folder, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/train.beton").write_text("precious")
-    with pytest.raises(DataError, match=r"train.beton exists and was not finished by this script"):
-        make_betons(folder, tmp_path / "out")
-    assert (tmp_path / "out/train.beton").read_text() == "precious"
-
-
-def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
-    make_betons(folder, tmp_path / "out", "--dry-run")
-    assert "train: 18 images of 3 classes" in capsys.readouterr().out
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        (("--write-mode", "smart"), "smart needs --smart-threshold BYTES"),
-        (("--smart-threshold", "9"), "--smart-threshold needs --write-mode smart"),
-        (("--compress-probability", "0.5"), "--compress-probability needs --write-mode proportion"),
-        (("--write-mode", "proportion", "--compress-probability", "2"), "not between 0 and 1"),
-        (("--quality", "101"), "more than 100"),
-        (("--split", "../x"), "is not a name"),
-    ],
-)
-def test_options_that_do_not_go_together(folder, tmp_path, options, match):
-    with pytest.raises(DataError, match=match):
-        make_betons(folder, tmp_path / "out", *options)
-
-
 def test_options_that_would_do_nothing_with_shards_are_refused(folder, tmp_path):
     shards, out = tmp_path / "shards", tmp_path / "out"
     make_shards(folder, shards, "--workers", "1")
@@ -227,7 +159,7 @@ def test_a_killed_run_leaves_nothing_that_reads_as_whole(folder, tmp_path, capsy
 
 def make_and_die(folder, out, step):
     """Make a beton, and be killed after this one of the steps that give it its files."""
-    from karat_scale.data.prepare import beton_job
+    from karat_scale.data.prepare import make_ffcv
 
     steps = []
 
@@ -241,7 +173,7 @@ def make_and_die(folder, out, step):
         return step_and_die
 
     for name in ("commit_file", "write_atomically"):
-        setattr(beton_job, name, then_die(getattr(beton_job, name)))
+        setattr(make_ffcv, name, then_die(getattr(make_ffcv, name)))
     make_betons(folder, out, "--split", "train")
 
 
@@ -255,18 +187,3 @@ def test_the_next_run_finishes_a_beton_whose_run_was_killed_between_its_files(fo
     make_betons(folder, out, "--split", "train")
     make_betons(folder, tmp_path / "whole", "--split", "train")
     assert contents(out) == contents(tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_the_script_ends_as_promised(folder, tmp_path):
-    def script(*options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(SCRIPTS / "make_ffcv.py"), *options, "--out", str(tmp_path / "out")]
-        environment = {"PYTHONPATH": str(SCRIPTS.parent), "PATH": ""}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-    done = script("--src", str(folder), "--workers", "2")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "train: writing: 18 of 18 images" in done.stdout
-    failed = script("--src", "nowhere")
-    assert failed.returncode == 2
-    assert failed.stderr == "error: --src nowhere is not a directory, a tar or a Parquet file\n"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from karat_scale.data.shards.beton import read_record
+from karat_scale.data.shards.shard_format import read_record
 from karat_scale.foundation.errors import DataError
 from tests.data.betons import need_ffcv
 from tests.data.prepare.images import WNIDS, jpeg, sample_file, write, write_folders

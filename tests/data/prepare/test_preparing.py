@@ -6,9 +6,16 @@ import pytest
 from PIL import Image, ImageOps, JpegImagePlugin
 
 from karat_scale.data.decoders.decode import decode_rgb
-from karat_scale.data.prepare.images import choose_encoder, inspect_image, resized_jpeg, scan_jpeg, without_exif
+from karat_scale.data.prepare.images import (
+    OddImageSkippedError,
+    Preparation,
+    choose_encoder,
+    inspect_image,
+    resized_jpeg,
+    scan_jpeg,
+    without_exif,
+)
 from karat_scale.data.prepare.make_webdataset import main
-from karat_scale.data.prepare.preparing import OddImageSkippedError, Preparation
 from karat_scale.data.prepare.sources import UnreadableSampleError
 from karat_scale.data.shards.shard_format import read_dataset_record
 from karat_scale.data.shards.shards import ShardSplit
@@ -127,13 +134,17 @@ def test_conversion_gives_ordinary_jpegs_of_the_same_pixels(what):
     assert difference == 0 if "EXIF" in what else difference < 3
 
 
-def test_truncated_images_are_left_out_or_stop():
+def test_what_cannot_be_decoded_is_left_out_or_stops():
     """Training stops at one, hours later."""
     for preparation in (Preparation(), Preparation(on_odd="convert"), Preparation(resize=16), AUTO):
         with pytest.raises(OddImageSkippedError, match="truncated"):
             preparation.prepare(TRUNCATED, "a.JPEG")
-    with pytest.raises(DataError, match="truncated"):
-        Preparation(on_odd="stop").prepare(TRUNCATED, "a.JPEG")
+        for data in (b"", b"text", b"\xff\xd8\xff", jpeg(1)[:40]):
+            with pytest.raises(UnreadableSampleError):
+                preparation.prepare(data, "a.JPEG")
+    for data, match in ((TRUNCATED, "truncated"), (b"text", "choose another --on-odd than stop")):
+        with pytest.raises(DataError, match=match):
+            Preparation(on_odd="stop").prepare(data, "a.JPEG")
 
 
 def test_all_images_of_a_small_source_are_decoded_and_of_a_large_one_the_headers(tmp_path, monkeypatch, capsys):
@@ -156,14 +167,6 @@ def test_ordinary_images_pass_every_policy():
             done = Preparation("decode", policy).prepare(data, name)
             assert (done.data, done.odd) == (data, "")
     assert Preparation().prepare(jpeg(1, mode="L"), "a.jpg").grey
-
-
-def test_no_image_at_all_is_left_out_or_stops():
-    for data in (b"", b"text", b"\xff\xd8\xff", jpeg(1)[:40]):
-        with pytest.raises(UnreadableSampleError):
-            Preparation().prepare(data, "a.JPEG")
-        with pytest.raises(DataError, match="choose another --on-odd than stop"):
-            Preparation(on_odd="stop").prepare(data, "a.JPEG")
 
 
 def test_damage_behind_the_header_is_found_by_decoding():
@@ -239,11 +242,3 @@ def test_the_odd_collection(tmp_path, policy):
     assert (record.samples, len(record.skipped), record.grey) == (left, 21 - left, 3 if policy != "skip" else 2)
     shards = ShardSplit(tmp_path / "out", "train", 1)
     assert all(decode_rgb(shards.read(number)).mode == "RGB" for number in range(len(shards)))
-
-
-def test_stop_names_the_file_and_writes_no_data_set(tmp_path):
-    write(tmp_path / "src/ant/a.jpg", jpeg(1))
-    write(tmp_path / "src/ant/b.jpg", CMYK)
-    with pytest.raises(DataError, match=r"ant/b.jpg: CMYK"):
-        main(["--src", str(tmp_path / "src"), "--out", str(tmp_path / "out"), "--on-odd", "stop"])
-    assert not list((tmp_path / "out").iterdir())

@@ -68,9 +68,9 @@ def test_a_killed_run_resumes_at_the_same_shard(folders, tmp_path, workers):
 
 def interrupted(folders, out, monkeypatch, after=3):
     """A run that ends after some shards."""
-    from karat_scale.data.prepare import shard_job
+    from karat_scale.data.prepare import make_webdataset
 
-    real, counter = shard_job.write_shard, itertools.count()
+    real, counter = make_webdataset.write_shard, itertools.count()
 
     def write(*arguments):
         if next(counter) == after:
@@ -78,7 +78,7 @@ def interrupted(folders, out, monkeypatch, after=3):
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_job, "write_shard", write)
+        patch.setattr(make_webdataset, "write_shard", write)
         with pytest.raises(KeyboardInterrupt):
             make(folders, out, "--shard-samples", "20", "--workers", "1")
 
@@ -102,18 +102,18 @@ def test_a_finished_shard_that_was_damaged_since_is_made_again(folders, tmp_path
 @pytest.fixture
 def hashed_together(monkeypatch):
     """Waits at each tar until two are hashed at the same time; False if only one ever is."""
-    from karat_scale.data.prepare import shard_job
+    from karat_scale.data.prepare import make_webdataset
 
-    real, both, met = shard_job.check_file, threading.Barrier(2), []
+    real, both, met = make_webdataset.check_file, threading.Barrier(2), []
 
-    def check(directory, record, by_hash):
+    def check(path, record, by_hash):
         if record.name.endswith(".tar"):
             with contextlib.suppress(threading.BrokenBarrierError):
                 both.wait(timeout=20)
                 met.append(record.name)
-        real(directory, record, by_hash)
+        real(path, record, by_hash)
 
-    monkeypatch.setattr(shard_job, "check_file", check)
+    monkeypatch.setattr(make_webdataset, "check_file", check)
     return met
 
 
@@ -150,11 +150,6 @@ def test_subset_takes_so_many_of_each_class(folders, tmp_path):
     assert keys[0] != keys[1]
     with pytest.raises(DataError, match="made with subset = 5, now 6"):
         make(folders, tmp_path / "out", "--subset", "6")
-
-
-def test_quality_needs_resize(folders, tmp_path):
-    with pytest.raises(DataError, match="--quality 80 needs --resize"):
-        make(folders, tmp_path / "out", "--quality", "80")
 
 
 def test_resized_shards(folders, tmp_path):

@@ -3,19 +3,17 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.answering import Answering, serving
+from tests.servers import Answering, serving
 
 NAME, REVISION = "jane/birds", "main"
 
 
-class _Handler(Answering, BaseHTTPRequestHandler):
+class _Handler(Answering):
     directory: Path
 
     def _entry(self, path: Path) -> dict[str, Any]:
@@ -25,7 +23,7 @@ class _Handler(Answering, BaseHTTPRequestHandler):
         content = path.read_bytes()
         return {"type": "file", "oid": hashlib.sha1(content).hexdigest(), "size": len(content), "path": name}
 
-    def do_GET(self) -> None:
+    def get(self) -> None:
         url = urlsplit(self.path)
         path, api = unquote(url.path), f"/api/datasets/{NAME}"
         if path.startswith(f"{api}/tree/{REVISION}"):
@@ -42,8 +40,6 @@ class _Handler(Answering, BaseHTTPRequestHandler):
         else:
             self._answer(b"{}", 404, X_Error_Code="RepoNotFound")
 
-    do_HEAD = do_GET
-
     def _send(self, file: Path) -> None:
         if not file.is_file():
             self._answer(b"{}", 404, X_Error_Code="EntryNotFound")
@@ -56,15 +52,13 @@ class _Handler(Answering, BaseHTTPRequestHandler):
         part = content[int(asked[1]) : int(asked[2]) + 1]
         self._answer(part, 206, Content_Range=f"bytes {asked[1]}-{int(asked[1]) + len(part) - 1}/{len(content)}")
 
-    def do_POST(self) -> None:
+    def post(self) -> None:
         body = self._body().decode()
         paths = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
         found = [self.directory / name for name in ([paths] if isinstance(paths, str) else paths)]
         self._answer([self._entry(path) for path in found if path.exists()])
 
 
-@contextmanager
-def serve(directory: Path) -> Iterator[str]:
-    """Run the server on a port of this machine; yields its endpoint."""
-    with serving(type("Handler", (_Handler,), {"directory": directory})) as endpoint:
-        yield endpoint
+def serve(directory: Path) -> AbstractContextManager[str]:
+    """Run the server on a port of this machine; it has its address as value."""
+    return serving(_Handler, directory=directory)

@@ -12,12 +12,12 @@ import pytest
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.loading.workers import FetchedAhead
 from karat_scale.data.plan import EvalPlan, TrainPlan
-from karat_scale.data.shards.hashing import hash_files
 from karat_scale.data.shards.shard_format import read_dataset_record, write_dataset_record
+from karat_scale.data.shards.shards import hash_files
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.stores import Store
 from tests.data.backends.helpers import CROP_AND_FLIP, SIZE, children, contents, wait_until
-from tests.proxy import FaultyProxy
+from tests.servers import FaultyProxy
 
 pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install -e '.[remote]'")
 
@@ -260,7 +260,7 @@ def test_ranks_of_a_node_fetch_each_block_once(make_shards, opened, nginx):
 
 
 def test_a_small_cache_stays_small_and_changes_nothing(make_shards, opened, nginx, own_cache, monkeypatch):
-    monkeypatch.setattr("karat_scale.data.shards.extents._MAX_OPEN", 2)
+    monkeypatch.setattr("karat_scale.data.shards.remote._MAX_OPEN", 2)
     directory = make_shards()
     expected = epochs(opened(directory, **BLOCKS), **BLOCKS)
     limit = 70_000  # of 154 kB

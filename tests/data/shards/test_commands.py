@@ -11,7 +11,7 @@ from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe.loading import load_recipe
 from tests.conftest import karat, karat_command, karat_environment, run_script, summary
-from tests.proxy import FaultyProxy
+from tests.servers import FaultyProxy
 from tests.training.runs import kill_all, start, wait_for_checkpoint
 
 pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install -e '.[remote]'")

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from karat_scale.data.shards.beton import COLUMNS, BetonRecord, BetonSplit, index_bytes
-from karat_scale.data.shards.shard_format import DATASET_FILE, FileRecord
+from karat_scale.data.shards.beton import COLUMNS, BetonSplit, index_bytes
+from karat_scale.data.shards.shard_format import DATASET_FILE, BetonRecord, FileRecord
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError
 

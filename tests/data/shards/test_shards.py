@@ -1,5 +1,4 @@
 import io
-import json
 import os
 import shutil
 import time
@@ -17,8 +16,8 @@ from karat_scale.data.shards.shard_format import (
     read_dataset_record,
     write_dataset_record,
 )
-from karat_scale.data.shards.shard_writer import EncodedSample, write_shard
 from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.data.shards.tars import EncodedSample, write_shard
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import LARGEST_TEXT
 
@@ -105,58 +104,50 @@ def refusal(directory: Path, split: str = "train", num_classes: int = 3, verify:
     return message
 
 
-def test_missing_empty_and_foreign_directories(tmp_path):
+def test_what_is_no_data_set_is_one_line(tmp_path):
     assert "nowhere is not a directory" in refusal(tmp_path / "nowhere")
     assert "is empty; make it with data_prep/make_webdataset.py" in refusal(tmp_path)
     (tmp_path / "file").touch()
     assert "has no dataset.json" in refusal(tmp_path)
+    for text in ("", "{", '{"classes": 3}', '{"classes": [], "version": 9}'):
+        (tmp_path / "dataset.json").write_text(text)
+        assert "dataset.json is damaged or of another version" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"classes": 3}', '{"classes": [], "version": 9}'])
-def test_damaged_dataset_file(tmp_path, text):
-    (tmp_path / "dataset.json").write_text(text)
-    assert "dataset.json is damaged or of another version" in refusal(tmp_path)
+def leading_out(directory: Path) -> None:
+    record = (directory / "dataset.json").read_text()
+    (directory / "dataset.json").write_text(record.replace('"train-000000.tar"', '"../train-000000.tar"'))
 
 
-def test_a_name_that_leads_out_of_the_directory_is_refused(make_shards):
+def grown(directory: Path) -> None:
+    with (directory / "train-000002.tar").open("ab") as file:
+        file.write(b"more")
+
+
+DAMAGE = {
+    "train-000002.tar is missing": lambda directory: (directory / "train-000002.tar").unlink(),
+    "train-000002.index.npz is missing": lambda directory: (directory / "train-000002.index.npz").unlink(),
+    "train-000002.tar is cut short: 1000 bytes": lambda directory: os.truncate(directory / "train-000002.tar", 1000),
+    "000002.index.npz is cut short: 9 bytes": lambda directory: os.truncate(directory / "train-000002.index.npz", 9),
+    "train-000002.tar has changed since it was written": grown,
+    "index.npz has changed since it was written": lambda directory: flip_byte(
+        directory / "train-000002.index.npz", 200
+    ),
+    "splits.train.shards.0.name": leading_out,
+}
+
+
+@pytest.mark.parametrize("said", DAMAGE)
+def test_a_file_that_is_not_as_it_was_is_one_line(make_shards, said):
     directory = make_shards()
-    record = json.loads((directory / "dataset.json").read_text())
-    record["splits"]["train"]["shards"][0]["name"] = "../train-000000.tar"
-    (directory / "dataset.json").write_text(json.dumps(record))
-    assert "splits.train.shards.0.name" in refusal(directory)
+    DAMAGE[said](directory)
+    assert said in refusal(directory)
 
 
 def test_absent_split(make_shards):
     assert "no samples of split 'test'; the splits there: train, val; set data.val_split=val" in refusal(
         make_shards(), split="test"
     )
-
-
-@pytest.mark.parametrize("name", ["train-000002.tar", "train-000002.index.npz"])
-def test_missing_shard_or_index(make_shards, name):
-    directory = make_shards()
-    (directory / name).unlink()
-    assert f"{name} is missing" in refusal(directory)
-
-
-@pytest.mark.parametrize("name", ["train-000002.tar", "train-000002.index.npz"])
-def test_truncated_shard_or_index(make_shards, name):
-    directory = make_shards()
-    os.truncate(directory / name, 1000)
-    assert f"{name} is cut short: 1000 bytes" in refusal(directory)
-
-
-def test_grown_shard(make_shards):
-    directory = make_shards()
-    with (directory / "train-000002.tar").open("ab") as file:
-        file.write(b"more")
-    assert "train-000002.tar has changed since it was written" in refusal(directory)
-
-
-def test_index_changed_in_place(make_shards):
-    directory = make_shards()
-    flip_byte(directory / "train-000002.index.npz", 200)
-    assert "train-000002.index.npz has changed since it was written" in refusal(directory)
 
 
 def test_shard_changed_in_place_is_found_by_hash_or_when_read(make_shards):
@@ -169,17 +160,12 @@ def test_shard_changed_in_place_is_found_by_hash_or_when_read(make_shards):
         split.read(16)
 
 
-def test_shard_truncated_after_opening(make_shards):
+def test_a_shard_that_is_cut_or_gone_after_opening_is_named(make_shards):
     directory = make_shards()
     split = ShardSplit(directory, "train", 3)
     os.truncate(directory / "train-000001.tar", 700)
     with pytest.raises(DataError, match=r"train-000001.tar is cut short: sample 0008"):
         split.read(8)
-
-
-def test_shard_gone_after_opening(make_shards):
-    directory = make_shards()
-    split = ShardSplit(directory, "train", 3)
     shutil.rmtree(directory)
     with pytest.raises(DataError, match=r"train-000000.tar cannot be read: No such file"):
         split.read(0)
@@ -203,14 +189,6 @@ def test_more_classes_than_the_model(make_shards):
     assert len(ShardSplit(directory, "train", 10)) == 40
 
 
-def test_dataset_record_round_trip(make_shards):
-    directory = make_shards()
-    record = read_dataset_record(directory)
-    write_dataset_record(directory, record)
-    assert read_dataset_record(directory) == record
-    assert record.splits["train"].bytes == sum(path.stat().st_size for path in directory.glob("train-*.tar"))
-
-
 def test_headers_are_those_of_webdatasets_own_writer(tmp_path):
     names = ["a", "n01/x" * 19, "é/b", "n01/" + "y" * 120]
     samples = [EncodedSample(name, "jpg", bytes(997 * i), i) for i, name in enumerate(names)]
@@ -230,4 +208,5 @@ def test_a_record_that_lists_very_many_files_can_be_read(make_shards):
     write_dataset_record(directory, record)
     assert (directory / "dataset.json").stat().st_size > LARGEST_TEXT
     assert read_dataset_record(directory) == record
+    assert record.splits["train"].bytes == sum(path.stat().st_size for path in directory.glob("train-*.tar"))
     assert len(ShardSplit(directory, "train", 3)) == 40

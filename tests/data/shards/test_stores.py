@@ -1,17 +1,15 @@
 """Files by URL: what servers answer, and what they do not."""
 
 import gc
-import http.server
 import os
 import re
-import threading
 import time
 
 import pytest
 
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.stores import ChangedFileError, Store, StoreError, check_url, is_url
-from tests.proxy import FaultyProxy
+from tests.servers import Answering, FaultyProxy, serving
 
 pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install -e '.[remote]'")
 
@@ -147,19 +145,12 @@ def test_no_server():
 
 
 def test_a_server_without_ranges_is_refused(files):
-    class Plain(http.server.SimpleHTTPRequestHandler):  # answers each request with the whole file
-        def log_message(self, format, *arguments):
-            pass
+    class Whole(Answering):
+        def get(self):
+            self._answer((files / "a.tar").read_bytes())
 
-    def handler(*arguments):
-        return Plain(*arguments, directory=str(files))
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    with pytest.raises(StoreError, match="does not answer requests for a part of a file"):
-        Store(f"http://127.0.0.1:{server.server_address[1]}").read("a.tar", 0, 10)
-    server.shutdown()
-    server.server_close()
+    with serving(Whole) as url, pytest.raises(StoreError, match="does not answer requests for a part of a file"):
+        Store(url).read("a.tar", 0, 10)
 
 
 def test_another_process_has_its_own_connections(files, nginx):

@@ -2,11 +2,11 @@
 
 import gzip
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.servers import Answering, serving
 
 
 class Account:
@@ -34,30 +34,22 @@ class Account:
         return [rows[line] for line in sorted(rows) if f"{kind}/step" in rows[line]]
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Answering):
     account: Account
 
-    def _answer(self, content: Any, status: int = 200) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
     def _body(self) -> bytes:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = super()._body()
         return gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
 
-    def do_GET(self) -> None:
+    def get(self) -> None:
         self._answer({})
 
-    def do_PUT(self) -> None:
+    def put(self) -> None:
         self._body()
         self.account.files.add(self.path.partition("/upload/")[2])
         self._answer({})
 
-    def do_POST(self) -> None:
+    def post(self) -> None:
         body = self._body()
         if self.path.endswith("/graphql"):
             asked = json.loads(body)
@@ -121,21 +113,10 @@ class _Handler(BaseHTTPRequestHandler):
         files = [{"name": name, "uploadUrl": f"{self.account.url}/upload/{name}"} for name in variables["files"]]
         return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
 
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
 
 @contextmanager
 def serve() -> Iterator[Account]:
     """Run the server on a port of this machine."""
     account = Account()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"account": account}))
-    account.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with serving(_Handler, account=account) as account.url:
         yield account
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -14,7 +14,7 @@ from karat_scale.data.prepare.sources.base import (
     choose_splits,
     names_of_classes,
 )
-from karat_scale.data.prepare.sources.imagefolder import ImageFolderSource, class_folders, flat_folders, split_folders
+from karat_scale.data.prepare.sources.imagefolder import ImageFolderSource, class_folders, split_folders
 from karat_scale.data.prepare.sources.parquet import parquet_files, parquet_splits
 from karat_scale.data.prepare.sources.small import cifar_splits, flowers_splits, idx_splits, stl10_splits, svhn_splits
 from karat_scale.data.prepare.sources.tars import folder_tar_splits, has_imagenet_tars, imagenet_splits
@@ -79,9 +79,9 @@ def _find(
             _refuse_unheeded(src, options, "a data set's official files", heeded)
             return known, names
     _refuse_unheeded(src, options, "folders of image files", set())
-    folders = split_folders(src)
+    folders, flat = split_folders(src)
     if folders:
-        _refuse_flat(src, folders, split)
+        _refuse_flat(src, folders, flat, split)
     else:
         folders = {split or "train": src}
     names = names_of_classes(src, {name: class_folders(folder) for name, folder in folders.items()}, split)
@@ -95,9 +95,8 @@ def _refuse_unheeded(src: Path, options: SourceOptions, kind: str, heeded: set[s
             raise DataError(f"--{field.name.replace('_', '-')} has no effect on {kind}, as in {src}; remove it")
 
 
-def _refuse_flat(src: Path, folders: dict[str, Path], split: str | None) -> None:
+def _refuse_flat(src: Path, folders: dict[str, Path], flat: dict[str, Path], split: str | None) -> None:
     """Raise DataError if a requested split has images but no class folders, like val of Kaggle's ImageNet."""
-    flat = flat_folders(src)
     for name in choose_splits(src, [*folders, *flat], split).values():
         if name in flat:
             raise DataError(

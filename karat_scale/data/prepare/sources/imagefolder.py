@@ -15,12 +15,12 @@ wnid per line in that order, as in meta.mat.
 
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from karat_scale.data.prepare.sources.base import ListedSource, UnreadableSampleError, cannot_read, is_of_the_file
-from karat_scale.data.prepare.threads import run_in_threads
 from karat_scale.foundation.console import progress
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import read_image
@@ -36,24 +36,15 @@ def is_image_name(file: str) -> bool:
     return file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")
 
 
-def split_folders(src: Path) -> dict[str, Path]:
-    """Return the folders of `src` that are splits with class folders; empty if `src` holds the classes itself."""
-    return {name: src / name for name in SPLIT_FOLDERS if (src / name).is_dir() and _has_folders(src / name)}
-
-
-def flat_folders(src: Path) -> dict[str, Path]:
-    """Return the folders of `src` with a split's name that hold images and no class folders."""
-    return {
-        name: src / name
-        for name in SPLIT_FOLDERS
-        if (src / name).is_dir()
-        and not _has_folders(src / name)
-        and any(is_image_name(entry.name) for entry in (src / name).iterdir())
-    }
-
-
-def _has_folders(folder: Path) -> bool:
-    return any(entry.is_dir() and entry.name[0] != "." for entry in folder.iterdir())
+def split_folders(src: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Return the folders of `src` with a split's name that have class folders, and those that have only images."""
+    splits, flat = {}, {}
+    for folder in (src / name for name in SPLIT_FOLDERS if (src / name).is_dir()):
+        if any(entry.is_dir() and entry.name[0] != "." for entry in folder.iterdir()):
+            splits[folder.name] = folder
+        elif any(is_image_name(entry.name) for entry in folder.iterdir()):
+            flat[folder.name] = folder
+    return splits, flat
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -113,8 +104,8 @@ def _sizes(folder: Path, paths: list[str]) -> list[int]:
     """Return the bytes of each file. Raises DataError."""
     parts = [paths[start : start + _FILES] for start in range(0, len(paths), _FILES)]
     sizes: list[int] = []
-    with progress(f"{folder.name}: listing", len(paths), "files") as advance:
-        for found in run_in_threads(lambda part: [_size(folder / path) for path in part], parts, _ASKING):
+    with progress(f"{folder.name}: listing", len(paths), "files") as advance, ThreadPoolExecutor(_ASKING) as pool:
+        for found in pool.map(lambda part: [_size(folder / path) for path in part], parts):
             sizes += found
             advance(len(found))
     return sizes
@@ -244,7 +235,9 @@ def _from_devkit(path: Path, numbers: dict[str, str], synsets: Path | None) -> d
         order = {number: row[0] for number, row in enumerate(rows, 1)}
         if list(order.values()) == sorted(order.values()):
             raise DataError(f"{synsets} is sorted by wnid, which is not the devkit's order; use lines `number wnid`")
-    return {stem: _pick(path, order, int(number)) for stem, number in numbers.items()}
+    if (wrong := next((number for number in map(int, numbers.values()) if number not in order), None)) is not None:
+        raise DataError(f"{path} has the class number {wrong}, but the mapping has {len(order)} classes")
+    return {stem: order[int(number)] for stem, number in numbers.items()}
 
 
 def _from_sorted(path: Path, numbers: dict[str, str], wnids: list[str] | None) -> dict[str, str]:
@@ -257,9 +250,3 @@ def _from_sorted(path: Path, numbers: dict[str, str], wnids: list[str] | None) -
             f"{len(order)} sorted wnids they end at {len(order) - 1}"
         )
     return {stem: order[int(number)] for stem, number in numbers.items()}
-
-
-def _pick(path: Path, order: dict[int, str], number: int) -> str:
-    if number not in order:
-        raise DataError(f"{path} has the class number {number}, but the mapping has {len(order)} classes")
-    return order[number]

@@ -138,10 +138,21 @@ def parquet_splits(
         raise DataError(
             f"{src} has no {missing[0]}, and lacks {len(missing)} files in all; fetch them, or go without by --any-hash"
         )
-    columns = find_columns(src, [read_schema(path) for path in files], options)
-    labels = {path: _labels(path, columns) for path in files}
-    labelling = labelling_splits(src, by_split, split)
-    own = columns.classes or _classes_of(labels[path] for name in labelling for path in by_split[name])
+    schemas: list[Any] = []
+    for path in files:
+        with _opened(path) as file:
+            schemas.append(file.schema_arrow)
+    columns = find_columns(src, schemas, options)
+    labels = {path: _column(path, columns.label) for path in files}
+    for path, found in labels.items():
+        if None in found:
+            raise DataError(f"{path}: row {found.index(None)} has no {columns.label}; label it, or remove the row")
+    own = columns.classes
+    if not own:  # the sorted names, or the numbers up to the largest
+        labelling = labelling_splits(src, by_split, split)
+        values = {label for name in labelling for path in by_split[name] for label in labels[path]}
+        named = all(isinstance(value, str) for value in values)
+        own = sorted(values) if named else [str(number) for number in range(max(values) + 1)]
     facts = {"image_column": columns.image, "label_column": columns.label, "not_as_published": missing}
     return {
         name: partial(ParquetSource, paths, [labels[path] for path in paths], columns, own, facts)
@@ -221,12 +232,6 @@ def _opened(path: Path) -> Iterator[Any]:
         raise DataError(f"{path} is not a complete Parquet file ({error}); fetch it again") from error
 
 
-def read_schema(path: Path) -> Any:
-    """Return the Arrow schema of a file. Raises DataError."""
-    with _opened(path) as file:
-        return file.schema_arrow
-
-
 def _split_of(path: Path, src: Path) -> str:
     match = _NAME.fullmatch(path.name)
     if match:
@@ -255,20 +260,10 @@ def _missing(src: Path, paths: list[Path]) -> list[str]:
     ]
 
 
-def _labels(path: Path, columns: Columns) -> list[Any]:
+def _column(path: Path, name: str) -> list[Any]:
     with _opened(path) as file:
-        labels: list[Any] = file.read(columns=[columns.label], use_threads=False).column(0).to_pylist()
-    if None in labels:
-        raise DataError(f"{path}: row {labels.index(None)} has no {columns.label}; label it, or remove the row")
-    return labels
-
-
-def _classes_of(labels: Any) -> list[str]:
-    """Return the sorted names, or the numbers up to the largest."""
-    values = {label for found in labels for label in found}
-    if all(isinstance(value, str) for value in values):
-        return sorted(values)
-    return [str(number) for number in range(max(values) + 1)]
+        values: list[Any] = file.read(columns=[name], use_threads=False).column(0).to_pylist()
+    return values
 
 
 def _paths(path: Path, columns: Columns, rows: int) -> list[str]:
@@ -276,8 +271,7 @@ def _paths(path: Path, columns: Columns, rows: int) -> list[str]:
     numbered = [f"{path.stem}/{row:06d}" for row in range(rows)]
     if columns.image_path is None:
         return numbered
-    with _opened(path) as file:
-        found = file.read(columns=[columns.image_path], use_threads=False).column(0).to_pylist()
+    found = _column(path, columns.image_path)
     return [(row or {}).get("path") or number for row, number in zip(found, numbered, strict=True)]
 
 

@@ -10,7 +10,6 @@ ILSVRC2012_img_val.tar      ILSVRC2012_val_00000001.JPEG, ...; the labels come f
 import hashlib
 import os
 import posixpath
-import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,8 +43,8 @@ from karat_scale.data.shards.shard_format import (
     read_column,
     read_dataset_record,
 )
-from karat_scale.data.shards.shard_writer import TAR_BLOCK
 from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.data.shards.tars import scan_members
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import open_to_read
 
@@ -67,47 +66,29 @@ def scan_tar(path: Path, within: Member | None = None, folders: list[str] | None
     folders: the names of its folders are added to it.
     """
     files: dict[str, Member] = {}
-    what = f"{path}: {within.name}" if within else f"{path}"
-    try:
-        with open_to_read(path) as file:
-            end = within.offset + within.size if within else path.stat().st_size
-            file.seek(within.offset if within else 0)
-            # Offsets count from the start of the outer file, since tarfile reads that.
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                while (info := archive.next()) is not None and info.offset < end:
-                    archive.members.clear()  # type: ignore[attr-defined]
-                    # The size of a sparse file counts its holes, which the tar does not have.
-                    if info.offset_data + (info.size if info.isreg() and not info.issparse() else 0) > end:
-                        raise DataError(f"{what} is cut short at {info.name!r}; fetch it again")
-                    if info.isdir() and folders is not None:
-                        folders.append(info.name)
-                    if (member := _member(info, files)) is not None:
-                        yield member
-                # A tar ends with blocks of zeros; a tar that was cut between two members does not.
-                file.seek(archive.offset)
-                if file.read(max(0, min(TAR_BLOCK, end - archive.offset))) != bytes(TAR_BLOCK):
-                    raise DataError(f"{what} is cut short: it has no end mark; fetch it again")
-    except tarfile.TarError as error:
-        packed = path.suffix in (".gz", ".tgz", ".xz", ".bz2", ".zst")
-        fix = "unpack its compression first" if packed else "fetch it again"
-        raise DataError(f"{what} is not a complete tar ({error}); {fix}") from error
+    with open_to_read(path) as file:
+        begin, size = (within.offset, within.size) if within else (0, path.stat().st_size)
 
+        def read(offset: int, most: int) -> bytes:
+            file.seek(begin + offset)
+            return file.read(max(0, min(most, size - offset)))
 
-def _member(info: tarfile.TarInfo, files: dict[str, Member]) -> Member | None:
-    """Return a file, which is added to `files` by its path, or an image that is unusable; None for anything else."""
-    path = posixpath.normpath(info.name)
-    if info.isreg() and not info.issparse():
-        files[path] = Member(info.name, info.offset_data, info.size)
-        return files[path]
-    if info.islnk() and (target := files.get(posixpath.normpath(info.linkname))) is not None:
-        files[path] = replace(target, name=info.name)
-        return files[path]
-    if not is_image_name(posixpath.basename(path)):
-        return None
-    if info.islnk():
-        return Member(info.name, 0, 0, f"a hard link to {info.linkname!r}, which is not before it in the tar")
-    kind = "link" if info.issym() else "sparse" if info.issparse() else "special"
-    return Member(info.name, 0, 0, f"it is no plain file but a {kind} member")
+        for found in scan_members(read, size, f"{path}: {within.name}" if within else f"{path}"):
+            place, target = posixpath.normpath(found.name), files.get(posixpath.normpath(found.target))
+            if found.kind == "folder":
+                if folders is not None:
+                    folders.append(found.name)
+            elif found.kind == "file":
+                files[place] = Member(found.name, begin + found.offset, found.size)
+                yield files[place]
+            elif found.target and target:
+                files[place] = replace(target, name=found.name)
+                yield files[place]
+            elif is_image_name(posixpath.basename(place)):
+                why = f"it is no plain file but a {found.kind} member"
+                if found.target:
+                    why = f"a hard link to {found.target!r}, which is not before it in the tar"
+                yield Member(found.name, 0, 0, why)
 
 
 class TarSource(ListedSource):
@@ -290,7 +271,7 @@ def imagenet_splits(
 
 
 def _wnid(member: Member) -> str:
-    return member.name.rpartition("/")[2].removesuffix(".tar")
+    return _file(member).removesuffix(".tar")
 
 
 def _stem(member: Member) -> str:

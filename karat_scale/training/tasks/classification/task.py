@@ -27,8 +27,8 @@ from karat_scale.data.batch import BadSample, Batch
 from karat_scale.data.loading.device_feed import DeviceFeed
 from karat_scale.data.loading.loader import BITS, batch_digest, with_digest
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan, micro_batch_of
-from karat_scale.data.shards.hashing import hash_files, is_hashed
 from karat_scale.data.shards.shard_format import staged_copy, unused_classes
+from karat_scale.data.shards.shards import hash_files, is_hashed
 from karat_scale.data.shards.streamed import StreamShards
 from karat_scale.data.streams.assemble import StreamProgress, StreamState
 from karat_scale.engine.deepspeed_internals import whole_parameters

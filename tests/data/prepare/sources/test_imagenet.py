@@ -41,17 +41,6 @@ def test_official_tars_give_the_shards_of_the_same_images_in_folders(official, t
     assert record.splits["val"].per_class == [3, 3, 3]
 
 
-def test_every_image_has_its_label(official, tmp_path):
-    make(official, tmp_path / "out")
-    expected = {data: WNIDS.index(wnid) for wnid, files in train_files().items() for data in files.values()}
-    for split, labels in (
-        ("train", expected),
-        ("val", {data: WNIDS.index(wnid) for wnid, data in val_files().values()}),
-    ):
-        shards = ShardSplit(tmp_path / "out", split, 3, "hash")
-        assert {shards.read(i): int(shards.labels[i]) for i in range(len(shards))} == labels
-
-
 def devkit_forms():
     val = val_files()
     devkit = (WNIDS[2], WNIDS[0], WNIDS[1])
@@ -160,17 +149,6 @@ def test_names_in_archives_cannot_lead_out_of_the_output(official, tmp_path):
     assert [item.path for item in read_dataset_record(tmp_path / "deep/out").splits["train"].skipped] == [
         f"{WNIDS[0]}/._x.JPEG"
     ]
-
-
-def test_a_tar_of_an_imagefolder(tmp_path):
-    write_folders(tmp_path / "folders")
-    files = {
-        str(path.relative_to(tmp_path)): path.read_bytes() for path in sorted((tmp_path / "folders").rglob("*.JPEG"))
-    }
-    (tmp_path / "images.tar").write_bytes(tar_bytes(files))
-    make(tmp_path / "images.tar", tmp_path / "a")
-    make(tmp_path / "folders", tmp_path / "b")
-    assert contents(tmp_path / "a", "*-0*") == contents(tmp_path / "b", "*-0*")
 
 
 def test_a_compressed_tar_is_refused(tmp_path):

@@ -10,8 +10,7 @@ pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
 import pyarrow as arrow
 from pyarrow.parquet import write_table
 
-from karat_scale.data.prepare.job import shuffled
-from karat_scale.data.prepare.join_splits import held_out
+from karat_scale.data.prepare.job import held_out, shuffled
 from karat_scale.data.prepare.sources import SourceOptions, open_splits
 from karat_scale.data.shards.shard_format import read_dataset_record
 from karat_scale.data.shards.shards import ShardSplit
@@ -196,11 +195,6 @@ def test_files_of_two_data_sets_are_not_mixed(images, tmp_path):
     path.rename(path.with_name("train-00001-of-00003.parquet"))
     with pytest.raises(DataError, match="are of one split but of two data sets; keep one"):
         make_shards(images[0], tmp_path / "out")
-
-
-def test_options_of_other_sources_are_refused(images, tmp_path):
-    with pytest.raises(DataError, match="--encoding has no effect on Parquet files"):
-        make_shards(images[0], tmp_path / "out", "--encoding", "png")
 
 
 @pytest.mark.parametrize("options", [(), ("--val-count", "1")])

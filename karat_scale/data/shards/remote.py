@@ -1,21 +1,23 @@
-"""Samples of remote shards, fetched in extents: consecutive samples, by one request, kept in the node's cache.
+"""A data set at a URL: its records and indexes, and its samples, which are fetched in extents.
 
-An entry of the cache is an extent's bytes. If the index does not know the CRC-32 of its samples, these follow, as
-uint32. So each sample is checked when it is read from the cache.
+An extent is consecutive samples, fetched by one request and kept in the node's cache. Its entry there is its bytes. If
+the index does not know the CRC-32 of its samples, these follow, as uint32. So each sample is checked when it is read
+from the cache.
 """
 
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable
-from hashlib import blake2b
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b, sha256
 from multiprocessing.pool import ThreadPool
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from karat_scale.data.shards.cache import NodeCache, Part
-from karat_scale.data.shards.shard_files import CHANGED, ChangedSampleError, SamplePlaces
+from karat_scale.data.shards.cache import NodeCache, Part, RemoteUse, data_cache_directory
+from karat_scale.data.shards.shard_files import CHANGED, Blocks, ChangedSampleError, SamplePlaces, ShardFiles
+from karat_scale.data.shards.shard_format import DATASET_FILE, FileRecord, ShardRecord
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.stores import Store
 
@@ -44,11 +46,13 @@ class Extent(NamedTuple):
         return self.end - self.begin + self.has_crcs * _CRC_BYTES * (self.last - self.first)
 
 
-class RemoteShardFiles:
+class RemoteShardFiles(ShardFiles):
     """Samples in tars at a URL. See ShardFiles.
 
     together: the samples of an extent, which the order should use at about the same time.
     """
+
+    is_remote = True
 
     def __init__(self, store: Store, cache: NodeCache, places: SamplePlaces, together: int) -> None:
         self._store, self._cache, self._places, self._together = store, cache, places, together
@@ -72,7 +76,7 @@ class RemoteShardFiles:
             if seen[0] != seen[1]:
                 raise DataError(f"{self._store.where(places.shards[extent.shard].name)} {DAMAGED_ON_THE_WAY}")
             raise ChangedSampleError(CHANGED)
-        raise DataError(f"the cache {self._cache.directory} does not keep what is written to it; check its disk")
+        raise self._cache.keeps_nothing()
 
     def _crc(self, extent: Extent, entry: int, sample_id: int) -> int:
         if not extent.has_crcs:
@@ -81,8 +85,8 @@ class RemoteShardFiles:
         return int.from_bytes(os.pread(entry, _CRC_BYTES, place), "little")
 
     def prepare(self, sample_ids: Iterable[int]) -> None:
-        """Fetch all extents of some samples that are not in the cache, several at a time. Raises DataError."""
-        deadline, missing = self._store.deadline(), []
+        """See ShardFiles."""
+        missing = []
         for extent in self.extents_of(sample_ids):
             if extent in self._open:
                 continue
@@ -90,25 +94,12 @@ class RemoteShardFiles:
                 self._keep(extent, entry)
             else:
                 missing.append(extent)
-
-        def fetch(extent: Extent) -> None:
-            entry = self._fetched(extent, deadline)
-            assert entry is not None
-            os.close(entry)  # a large batch has more extents than a process may open
-
-        self._each(fetch, missing)
+        self._fetch_all(missing, waits=True)
 
     def hint(self, sample_ids: Iterable[int]) -> None:
-        """Fetch extents of some samples into the cache, except those that another process fetches. Raises DataError."""
-        deadline = self._store.deadline()
+        """See ShardFiles."""
         missing = [extent for extent in self.extents_of(sample_ids) if not self._cache.touch(self._key(extent))]
-
-        def fetch(extent: Extent) -> None:
-            entry = self._fetched(extent, deadline, waits=False)
-            if entry is not None:
-                os.close(entry)
-
-        self._each(fetch, missing)
+        self._fetch_all(missing, waits=False)
 
     def extents_of(self, sample_ids: Iterable[int]) -> list[Extent]:
         """Return the extents of some samples, each once, in the order of the samples."""
@@ -135,7 +126,7 @@ class RemoteShardFiles:
         if extent in self._open:
             self._open.move_to_end(extent)
             return self._open[extent]
-        entry = self._fetched(extent, self._store.deadline())
+        entry = self._fetched(extent, self._store.deadline(), waits=True)
         assert entry is not None
         return self._keep(extent, entry)
 
@@ -145,7 +136,7 @@ class RemoteShardFiles:
         self._open[extent] = entry
         return entry
 
-    def _fetched(self, extent: Extent, deadline: float, waits: bool = True) -> int | None:
+    def _fetched(self, extent: Extent, deadline: float, waits: bool) -> int | None:
         """Return a descriptor of an extent; None if another process fetches it and this one must not wait."""
         return self._cache.open(
             self._key(extent), extent.entry_bytes, lambda part: self._fetch(extent, part, deadline), deadline, waits
@@ -169,11 +160,108 @@ class RemoteShardFiles:
         content = shard.sha256 or shard.etag or str(shard.bytes)
         return f"{self._store.where(shard.name)} {content} {blake2b(places, digest_size=16).hexdigest()}"
 
-    def _each(self, fetch: Any, extents: list[Extent]) -> list[Any]:
-        """Call a function for all extents, in threads if there are several; raises the first of their errors."""
-        if len(extents) < 2:
-            return [fetch(extent) for extent in extents]
-        largest = max(extent.entry_bytes for extent in extents)
-        threads = min(_MOST_REQUESTS, max(_FEWEST_REQUESTS, _BYTES_UNDER_WAY // largest), len(extents))
-        with ThreadPool(threads) as pool:  # its threads are daemons: one that waits keeps no process alive
-            return pool.map(fetch, extents, chunksize=1)
+    def _fetch_all(self, extents: list[Extent], waits: bool) -> None:
+        """Fetch extents into the cache, in threads if there are several; raises the first of their errors."""
+        deadline = self._store.deadline()
+
+        def fetch(extent: Extent) -> None:
+            entry = self._fetched(extent, deadline, waits)
+            if entry is not None:
+                os.close(entry)  # a large batch has more extents than a process may open
+
+        if len(extents) == 1:
+            fetch(extents[0])
+        elif extents:
+            largest = max(extent.entry_bytes for extent in extents)
+            threads = min(_MOST_REQUESTS, max(_FEWEST_REQUESTS, _BYTES_UNDER_WAY // largest), len(extents))
+            with ThreadPool(threads) as pool:  # its threads are daemons: one that waits keeps no process alive
+                pool.map(fetch, extents, chunksize=1)
+
+
+_THREADS = 16
+# The cache is emptied to a tenth below its limit.
+_SPARE = 1.12
+_CHANGED = "has changed since it was indexed"
+
+
+class RemotePlace:
+    """The files below a URL. See Place."""
+
+    fix = "upload the shards again, or run karat index again"
+
+    def __init__(self, url: str, use: RemoteUse) -> None:
+        self._store, self._use = Store(url, use.timeout), use
+        self._cache = NodeCache(data_cache_directory(), 1e9 * use.cache_gb)
+
+    def where(self, name: str) -> str:
+        """See Place."""
+        return self._store.where(name)
+
+    def check(self, shards: Sequence[ShardRecord], by_hash: bool) -> None:
+        """See Place."""
+        if by_hash:
+            raise DataError(
+                f"data.verify = hash would fetch all of {self._store.url} at each start; use data.verify=size, which "
+                "checks each image when it is fetched"
+            )
+        facts = self._store.facts_of([shard.name for shard in shards])
+        for shard in shards:
+            found = facts[shard.name]
+            if found.bytes != shard.bytes:
+                raise DataError(
+                    f"{self.where(shard.name)} {_CHANGED}: {found.bytes} bytes, {DATASET_FILE} says {shard.bytes}; "
+                    f"{self.fix}"
+                )
+            # With a hash, the CRC of each image is known, and is checked when it is read.
+            if shard.etag and not shard.sha256 and found.etag != shard.etag:
+                raise DataError(f"{self.where(shard.name)} {_CHANGED}: its ETag differs; {self.fix}")
+
+    def read_checked(self, record: FileRecord) -> bytes:
+        """See Place."""
+        deadline = self._store.deadline()
+
+        def fetch(part: Part) -> None:
+            seen: list[bytes] = []
+            while len(seen) < 2:
+                seen.append(self._store.read(record.name, 0, record.bytes, deadline=deadline))
+                if sha256(seen[-1]).hexdigest() == record.sha256:
+                    part.write(seen[-1])
+                    return
+            if seen[0] != seen[1]:
+                raise DataError(f"{self.where(record.name)} {DAMAGED_ON_THE_WAY}")
+            raise DataError(f"{self.where(record.name)} has changed since it was written; {self.fix}")
+
+        key = f"{self.where(record.name)} {record.sha256}"
+        for _ in range(2):
+            entry = self._cache.open(key, record.bytes, fetch, deadline)
+            assert entry is not None
+            try:
+                data = os.pread(entry, record.bytes, 0)
+            finally:
+                os.close(entry)
+            if sha256(data).hexdigest() == record.sha256:
+                return data
+            self._cache.remove(key)
+        raise self._cache.keeps_nothing()
+
+    def read_all_checked(self, records: Sequence[FileRecord]) -> Iterator[bytes]:
+        """See Place."""
+        with ThreadPool(min(_THREADS, max(1, len(records)))) as pool:
+            yield from pool.imap(self.read_checked, records)
+
+    def files(self, places: SamplePlaces, readahead: Blocks) -> RemoteShardFiles:
+        """See Place. The use says what is fetched together."""
+        self._check_cache(places)
+        return RemoteShardFiles(self._store, self._cache, places, self._use.together)
+
+    def _check_cache(self, places: SamplePlaces) -> None:
+        """Refuse a cache in which the samples that the order needs at a time have no place."""
+        samples = len(places.sizes)
+        span = sum(shard.bytes for shard in places.shards)
+        needed = _SPARE * span * min(1.0, self._use.working_set / max(1, samples)) / 1e9
+        if needed > self._use.cache_gb:
+            raise DataError(
+                f"data.cache_gb = {self._use.cache_gb:g} is too small for the order of the samples of "
+                f"{self._store.url}: it needs {needed:.3g} GB at a time; set data.cache_gb={needed:.3g} or more"
+                + (", or lower data.window_blocks or data.block_samples" if self._use.together > 1 else "")
+            )

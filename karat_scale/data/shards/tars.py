@@ -1,13 +1,30 @@
-"""The members of an uncompressed tar, from its headers alone: no file in it is read.
+"""Uncompressed tars: the members of any, from its headers alone, and the writer of shards.
 
 ustar, GNU tar and pax headers are understood, as POSIX.1-2017 (pax) and GNU tar's manual describe them.
+
+Shards are written one tar and its index at a time, with the same bytes as webdataset's own writer. That one streams
+through buffers of a few kilobytes and copies an image a dozen times. Here the headers come from tarfile, and the images
+go to the file directly. The same samples give the same bytes. Every file is written atomically; the caller writes
+dataset.json last.
 """
 
+import hashlib
+import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
+from karat_scale.data.shards.shard_format import FileRecord, ShardRecord, index_bytes
 from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.files import (
+    FingerprintedFile,
+    commit_file,
+    name_in_errors,
+    temporary_file,
+    write_atomically,
+)
 
 BLOCK = 512
 # What is read at once: a header, and the small file or the header that often follows.
@@ -18,22 +35,26 @@ _SEARCHED_AFTER_END = 1 << 20
 
 Read = Callable[[int, int], bytes]
 """Returns `size` bytes from `offset`; fewer only at the end."""
-Kind = Literal["file", "sparse", "link", "special"]
+Kind = Literal["file", "sparse", "link", "special", "folder"]
 # Type flags.
-_FILES, _LINKS, _FOLDER, _SPARSE = b"\x0007", b"12", ord("5"), ord("S")
+_FILES, _LINKS, _HARD_LINK, _FOLDER, _SPARSE = b"\x0007", b"12", ord("1"), ord("5"), ord("S")
 _WITHOUT_DATA = b"123456"
 _EXTENDED, _GLOBAL, _LONG_NAME, _LONG_LINK = b"xgLK", ord("g"), ord("L"), ord("K")
 # The keys of extended headers that matter; most headers have none of them.
-_USED_KEYS = (b"path=", b"size=", b"GNU.sparse.")
+_USED_KEYS = (b"path=", b"size=", b"GNU.sparse.")  # linkpath= among them
 
 
 class Member(NamedTuple):
-    """A member of a tar that is no folder: its bytes are `size` from `offset`. Names are decoded like file names."""
+    """A member of a tar: its bytes are `size` from `offset`. Names are decoded like file names.
+
+    target: of a hard link, the name of a member before it, whose bytes it has.
+    """
 
     name: str
     offset: int
     size: int
     kind: Kind
+    target: str = ""
 
 
 def scan_members(read: Read, size: int, what: str) -> Iterator[Member]:
@@ -69,15 +90,21 @@ def scan_members(read: Read, size: int, what: str) -> Iterator[Member]:
             changes |= _extended(kind, text if len(text) == length else read(offset, length), everywhere)
         else:
             changes = {**everywhere, **changes} if everywhere else changes
-            name = _name(header)
+            name, target = _name(header), _text(header[157:257]) if kind == _HARD_LINK else ""
             if changes:
                 length = _number(changes["size"]) if changes.get("size", "").isdecimal() else length
-                name = changes.get("path", name)
+                name, target = changes.get("path", name), changes.get("linkpath", target)
             length = 0 if kind in _WITHOUT_DATA else length
             if offset + length > size:
                 raise DataError(f"{what} is cut short at {name!r}; fetch it again")
-            if kind != _FOLDER and name[-1:] != "/":
-                yield Member(name, offset, length, _kind(kind, changes))
+            is_folder = kind == _FOLDER or name[-1:] == "/"
+            yield Member(
+                name,
+                offset,
+                length,
+                "folder" if is_folder else _kind(kind, changes),
+                target if kind == _HARD_LINK else "",
+            )
             changes = {}
         offset += -(-length // BLOCK) * BLOCK
 
@@ -116,17 +143,20 @@ def _no_header(header: bytes, offset: int, what: str) -> DataError:
 
 
 def _name(header: bytes) -> str:
-    name = header[:100].partition(b"\0")[0]
     if header[345] and header[257:263] == b"ustar\0":
-        name = header[345:500].partition(b"\0")[0] + b"/" + name
-    return name.decode("utf-8", "surrogateescape")
+        return f"{_text(header[345:500])}/{_text(header[:100])}"
+    return _text(header[:100])
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
 def _extended(kind: int, data: bytes, everywhere: dict[str, str]) -> dict[str, str]:
     """Return what an extended header changes in the next member; a global one changes `everywhere`."""
-    if kind == _LONG_NAME:
-        return {"path": data.partition(b"\0")[0].decode("utf-8", "surrogateescape")}
-    if kind == _LONG_LINK or not any(key in data for key in _USED_KEYS):
+    if kind in (_LONG_NAME, _LONG_LINK):
+        return {"path" if kind == _LONG_NAME else "linkpath": _text(data)}
+    if not any(key in data for key in _USED_KEYS):
         return {}
     found: dict[str, str] = {}
     while data[:1].isdigit():
@@ -154,3 +184,82 @@ def _check_nothing_follows(read: Read, offset: int, size: int, what: str) -> Non
     rest = read(offset, min(size - offset, _SEARCHED_AFTER_END))
     if rest.count(0) != len(rest):
         raise DataError(f"{what} holds more after its end mark, as tars joined by cat do; split it into tars")
+
+
+# Owner and mode of the members, as webdataset sets them.
+OWNER, MODE = "bigdata", 0o444
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """An image file in a shard. `extension` is jpg, png, ...; `key` has no dot in its name."""
+
+    key: str
+    extension: str
+    data: bytes
+    label: int
+
+
+def shard_name(split: str, number: int) -> str:
+    """Return the name of a shard without its suffix."""
+    return f"{split}-{number:06d}"
+
+
+def write_shard(directory: Path, name: str, samples: Iterable[EncodedSample]) -> ShardRecord:
+    """Write `name`.tar and `name`.index.npz into `directory`; returns their record in dataset.json."""
+    rows: list[tuple[int, int, int, int]] = []
+    keys: list[str] = []
+    path = directory / f"{name}.tar"
+    with temporary_file(path) as temporary:
+        with name_in_errors(path), temporary.open("wb") as file:
+            stream = FingerprintedFile(file)
+            for sample in samples:
+                _add_member(stream, f"{sample.key}.cls", str(sample.label).encode())
+                offset = _add_member(stream, f"{sample.key}.{sample.extension}", sample.data)
+                rows.append((offset, len(sample.data), sample.label, zlib.crc32(sample.data)))
+                keys.append(sample.key)
+            stream.write(bytes(2 * BLOCK))
+            stream.write(bytes(-stream.bytes % tarfile.RECORDSIZE))
+        index = index_bytes(rows, keys)
+        index_name = f"{name}.index.npz"
+        # The index is renamed first, so a tar under its final name always has one.
+        write_atomically(directory / index_name, index)
+        commit_file(temporary, path)
+    return ShardRecord(
+        name=path.name,
+        **stream.fingerprint()._asdict(),
+        samples=len(rows),
+        index=FileRecord(name=index_name, bytes=len(index), sha256=hashlib.sha256(index).hexdigest()),
+    )
+
+
+def _add_member(stream: FingerprintedFile, name: str, data: bytes) -> int:
+    """Append a file to a tar; returns the offset of its bytes."""
+    stream.write(_header(name, len(data)))
+    offset = stream.bytes
+    stream.write(data)
+    stream.write(bytes(-len(data) % BLOCK))
+    return offset
+
+
+def _tarfile_header(name: str, size: int) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.uname, member.gname = size, MODE, OWNER, OWNER
+    return member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+def _header(name: str, size: int) -> bytes:
+    """Return the header that tarfile makes, from a template if the name is plain: tarfile is slow for small images."""
+    if len(name) > tarfile.LENGTH_NAME or not name.isascii() or size > LARGEST_IN_FORM:
+        return _tarfile_header(name, size)
+    in_header = name.encode()
+    total = FORM_SUM + sum(in_header) + sum(b"%011o" % size)
+    header = in_header.ljust(tarfile.LENGTH_NAME, b"\0") + FORM_OWNER + b"%011o" % size
+    return header + FORM_TIME + b"%06o\0" % total + FORM_REST
+
+
+LARGEST_IN_FORM = 8**11 - 1
+# A header without name, size and checksum, split at these; the checksum counts itself as blanks.
+_FORM = _tarfile_header("", 0)
+FORM_OWNER, FORM_TIME, FORM_REST = _FORM[100:124], _FORM[135:148], _FORM[155:]
+FORM_SUM = sum(_FORM[:148]) + 8 * ord(" ") + sum(_FORM[156:]) - sum(b"%011o" % 0)

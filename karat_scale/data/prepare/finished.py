@@ -1,0 +1,439 @@
+"""What is done with finished shards: copied to a local disk, verified, joined, and indexed for DALI.
+
+    python data_prep/stage.py --src DIR --out LOCAL_DIR      # DIR is a directory, or a URL
+    python data_prep/verify.py --src DIR [--imagenet]        # DIR is a directory, or a URL
+    python data_prep/join_splits.py --src DIR --out DIR
+    python data_prep/make_dali_index.py --src DIR --out DIR
+
+Run `stage` once per node before training, then train from LOCAL_DIR. dataset.json is written last, so an unfinished
+copy is not a data set. A run that was stopped resumes: existing files with the right hash are kept. Splits may be
+staged one after another with --split: complete ones stay in dataset.json.
+
+`verify` prints every problem of files and hashes, labels, counts, and images that do not decode. If there is one, the
+exit code is 2, and one line on stderr has the first problem and their number.
+
+`join` joins splits such as those of a job array's tasks into one data set. It moves the shards of --src into --out, on
+the same file system, and adds its splits to dataset.json there. A run that was stopped resumes. Several runs may join
+into one --out: one works and the others wait.
+
+`make_dali_index` writes the index files that DALI's webdataset reader needs (`index_paths`), for your own pipelines.
+Each shard gets one text file, such as train-000000.idx, in the same folder below --out as the shard's own below --src.
+Its format is v1.2 of DALI's wds2idx: a line `v1.2 <samples>`, then a line per sample with
+`<suffix> <offset> <bytes> <name>` of each of its members.
+"""
+
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
+from karat_scale.data.indexing.command import is_indexed
+from karat_scale.data.indexing.samples import LabelRule, open_tar, read_samples
+from karat_scale.data.prepare.job import add_shard_options, make_parser
+from karat_scale.data.shards.shard_format import (
+    DATASET_FILE,
+    INDEX_FIELDS,
+    TIMM_FILE,
+    DatasetRecord,
+    FileRecord,
+    ShardRecord,
+    SplitRecord,
+    check_file,
+    chosen_splits,
+    keys_of,
+    read_columns,
+    read_dataset_record,
+    write_dataset_record,
+)
+from karat_scale.data.shards.tars import scan_members
+from karat_scale.foundation.console import progress
+from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.files import (
+    FingerprintedFile,
+    commit_file,
+    flush_to_disk,
+    open_to_read,
+    temporary_file,
+    write_atomically,
+)
+from karat_scale.foundation.stores import Store
+
+BLOCK = 1 << 22
+# Space to leave free on the local disk for other programs.
+SPARE_BYTES = 64 << 20
+
+Splits = dict[str, SplitRecord]
+
+
+def is_staged(out: Path, record: FileRecord) -> bool:
+    """True if a file exists, byte for byte; by its size alone if `karat index` left out its hash."""
+    try:
+        check_file(out / record.name, record, by_hash=bool(record.sha256))
+    except (DataError, OSError):
+        return False
+    return True
+
+
+def copy_checked(src: Path | str, out: Path, record: FileRecord, advance: Callable[[int], None]) -> None:
+    """Copy a file; it gets its name once its size, and its SHA-256 if that is known, are right. Raises DataError."""
+    (out / record.name).parent.mkdir(parents=True, exist_ok=True)
+    with temporary_file(out / record.name) as temporary:
+        with temporary.open("wb") as target:
+            copy = FingerprintedFile(target, advance)
+            if isinstance(src, str):
+                etag = (record.etag or "") if isinstance(record, ShardRecord) else ""
+                for piece in Store(src).pieces(record.name, record.bytes, etag):
+                    copy.write(piece)
+            else:
+                with open_to_read(src / record.name) as source:
+                    shutil.copyfileobj(source, copy, BLOCK)
+        found = copy.fingerprint()
+        if found.bytes != record.bytes or record.sha256 not in ("", found.sha256):
+            raise DataError(f"{src}/{record.name} has changed since it was written: its size or its SHA-256 differs")
+        commit_file(temporary, out / record.name)
+
+
+def files_of(splits: Splits) -> list[FileRecord]:
+    """Return shards and indexes."""
+    return [file for split in splits.values() for shard in split.shards for file in (shard, shard.index)]
+
+
+def missing_files(out: Path, splits: Splits, workers: int) -> list[FileRecord]:
+    """Return the files of these splits that are missing or damaged in `out`."""
+    files, missing = files_of(splits), []
+    with (
+        progress(f"checking the existing files of {', '.join(splits)}", len(files), "files") as advance,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        for file, there in zip(files, pool.map(partial(is_staged, out), files), strict=True):
+            missing += [] if there else [file]
+            advance(1)
+    return missing
+
+
+def staged_before(out: Path, source: DatasetRecord, wanted: Splits) -> Splits:
+    """Return the other splits in dataset.json of `out` that do not contradict the source's."""
+    try:
+        found = read_dataset_record(out)
+    except DataError:
+        return {}
+    return {
+        name: split
+        for name, split in found.splits.items()
+        if name not in wanted
+        and found.classes == source.classes
+        and split.shards == source.splits.get(name, split).shards
+    }
+
+
+def list_splits(out: Path, source: DatasetRecord, splits: Splits) -> None:
+    """Write dataset.json with only these splits; without any, remove it."""
+    if splits:
+        write_dataset_record(out, source.model_copy(update={"splits": splits, "root": ""}))
+    else:
+        for name in (DATASET_FILE, TIMM_FILE):
+            (out / name).unlink(missing_ok=True)
+
+
+def copy_all(src: Path | str, tars: Path | str, out: Path, missing: list[FileRecord], workers: int) -> None:
+    """Copy these files if there is space for them. Raises DataError."""
+    needed, free = sum(file.bytes for file in missing), shutil.disk_usage(out).free
+    if needed + SPARE_BYTES > free:
+        raise DataError(
+            f"{out} needs {needed / 1e9:.2f} GB and has {free / 1e9:.2f} GB free; train from data.path={src} instead"
+        )
+    with progress("copying", needed, "bytes") as advance, ThreadPoolExecutor(workers) as pool:
+
+        def copy(file: FileRecord) -> None:
+            copy_checked(tars if isinstance(file, ShardRecord) else src, out, file, advance)
+
+        list(pool.map(copy, missing))
+
+
+def stage(arguments: list[str] | None = None) -> None:
+    parser = make_parser("stage.py", "Copy shards to a local disk, and verify every byte.")
+    add_shard_options(parser)
+    options = parser.parse_args(arguments)
+    src, out = options.src, options.out
+    if isinstance(src, Path) and src.resolve() == out.resolve():
+        raise DataError(f"--out {out} is --src; use a directory on the local disk")
+    record = read_dataset_record(src)
+    wanted = chosen_splits(src, record, options.split)
+    files = files_of(wanted)
+    if options.dry_run:
+        print(f"would copy {len(files)} files, {sum(file.bytes for file in files) / 1e6:,.1f} MB, to {out}")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    before = staged_before(out, record, wanted)
+    kept = {name: split for name, split in before.items() if not missing_files(out, {name: split}, options.workers)}
+    missing = missing_files(out, wanted, options.workers)
+    if missing:  # until all are copied, the directory must not look complete
+        list_splits(out, record, kept)
+        copy_all(src, record.tars_of(src), out, missing, options.workers)
+    list_splits(out, record, kept | wanted)
+    absent = ", ".join(name for name in record.splits if name not in kept | wanted)
+    then = f"Stage {absent} too before you train from it" if absent else f"Train with data.path={out}"
+    print(f"{len(files)} files in {out} are complete and correct; {len(missing)} were copied. {then}")
+
+
+# ImageNet-1K as published: images, and the smallest and largest class.
+IMAGENET_CLASSES = 1000
+IMAGENET = {"train": (1_281_167, 732, 1300), "val": (50_000, 50, 50)}
+
+
+def verify_shard(
+    directory: Path | str, record: DatasetRecord, rule: LabelRule | None, shard: ShardRecord
+) -> tuple[list[str], list[int]]:
+    """Return the problems of one shard, and its number of samples of each class. One at a URL is fetched first.
+
+    rule: where the labels are in a tar that `karat index` has indexed; None for our own shards.
+    """
+    tars = record.tars_of(directory)
+    if isinstance(directory, Path) and isinstance(tars, Path):
+        return _verify_files(directory, tars, record, rule, shard)
+    with tempfile.TemporaryDirectory(prefix="karat-verify-") as scratch:
+        local = Path(scratch)
+        try:
+            for place, file in ((directory, shard.index), (tars, shard)):
+                copy_checked(place, local, file, lambda _: None)
+        except DataError as error:
+            return [str(error)], []
+        problems, per_class = _verify_files(local, local, record, rule, shard)
+    return [problem.replace(scratch, str(tars)) for problem in problems], per_class
+
+
+def _verify_files(
+    directory: Path, tars: Path, record: DatasetRecord, rule: LabelRule | None, shard: ShardRecord
+) -> tuple[list[str], list[int]]:
+    path, classes = tars / shard.name, len(record.classes)
+    problems = []
+    for place, file in ((directory, shard.index), (tars, shard)):
+        try:
+            check_file(place / file.name, file, by_hash=bool(file.sha256))
+        except DataError as error:
+            problems.append(str(error).split("; ")[0])
+    if problems:
+        return problems, []
+    data = (directory / shard.index.name).read_bytes()
+    try:
+        columns = read_columns(data, INDEX_FIELDS, shard.samples, shard.bytes)
+    except ValueError as error:
+        return [f"{path}: its index does not fit it: {error}"], []
+    keys = keys_of(data)
+    labels = columns["label"]
+    for number in np.flatnonzero((labels < 0) | (labels >= classes)):
+        problems.append(f"{path}: sample {keys[number]} has label {labels[number]} of {classes} classes")
+    expected = list(zip(keys, *(columns[name].tolist() for name in INDEX_FIELDS), strict=True))
+    problems += [f"{path}: {problem}" for problem in _sample_problems(path, expected, rule, record.classes)]
+    inside = labels[(labels >= 0) & (labels < classes)]
+    return problems, np.bincount(inside, minlength=classes).tolist()
+
+
+def _sample_problems(
+    path: Path, expected: list[tuple[str, int, int, int, int]], rule: LabelRule | None, classes: list[str]
+) -> Iterator[str]:
+    """Compare the samples of a tar with its index, and decode the images."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    with open_tar(path.parent, path.name) as tar:
+        with_crc = any(crc for *_, crc in expected)
+        found = read_samples(tar, rule or LabelRule("cls"), with_crc, any_image=rule is None)
+        if len(found.keys) != len(expected):
+            why = f": {found.skipped[0][0]}: {found.skipped[0][1]}" if found.skipped else ""
+            yield f"the tar has {len(found.keys)} samples, its index {len(expected)}{why}"
+            return
+        rows = zip(found.keys, found.labels, found.offsets, found.sizes, found.crcs or [0] * len(expected), strict=True)
+        for (key, offset, size, label, crc), (in_tar, label_in_tar, *place) in zip(expected, rows, strict=True):
+            if os.fsencode(in_tar).decode(errors="backslashreplace") != key:
+                yield f"sample {key} is {in_tar} in the tar"
+            if (numbers.get(label_in_tar) if isinstance(label_in_tar, str) else label_in_tar) != label:
+                yield f"sample {key} has another label in the tar than in the index"
+            if place != [offset, size, crc]:
+                yield f"sample {key} differs from the index in place or content"
+            try:
+                decode_rgb(tar.read(offset, size))
+            except UndecodableImageError as error:
+                yield f"sample {key} cannot be decoded: {error}"
+
+
+def count_problems(name: str, split: SplitRecord, per_class: list[int], imagenet: bool) -> list[str]:
+    """Return the problems of a split's counts, against dataset.json and, if requested, against ImageNet's."""
+    total = sum(per_class)
+    problems = []
+    if total != split.samples:
+        problems.append(f"split {name} has {total} samples, dataset.json says {split.samples}")
+    for label, (found, listed) in enumerate(zip(per_class, split.per_class, strict=False)):
+        if found != listed:
+            problems.append(f"split {name} has {found} samples of class {label}, dataset.json says {listed}")
+    if imagenet and name in IMAGENET:
+        samples, fewest, most = IMAGENET[name]
+        if total != samples:
+            problems.append(f"split {name} has {total} samples, ImageNet has {samples}")
+        for label, found in enumerate(per_class):
+            if not fewest <= found <= most:
+                problems.append(f"split {name} has {found} samples of class {label}, ImageNet {fewest} to {most}")
+    return problems
+
+
+def verify_split(
+    directory: Path | str, name: str, split: SplitRecord, record: DatasetRecord, workers: int
+) -> tuple[list[str], list[int]]:
+    """Return the problems of a split's shards, and its samples per class; shards are read in parallel."""
+    problems: list[str] = []
+    per_class = np.zeros(len(record.classes), dtype=np.int64)
+    rule = LabelRule.parse(split.made["label"]) if is_indexed(record) else None
+    check = partial(verify_shard, directory, record, rule)
+    with (
+        progress(f"{name}: verifying", split.samples, "images") as advance,
+        ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool,
+    ):
+        for shard, (found, counts) in zip(split.shards, pool.map(check, split.shards), strict=True):
+            problems += found
+            if counts:
+                per_class += counts
+            advance(shard.samples)
+    return problems, per_class.tolist()
+
+
+def verify(arguments: list[str] | None = None) -> None:
+    parser = make_parser(
+        "verify.py", "Check shards: hashes, labels, counts, and that every image decodes.", writes=False
+    )
+    add_shard_options(parser)
+    parser.add_argument("--imagenet", action="store_true", help="expect ImageNet-1K's classes and counts")
+    options = parser.parse_args(arguments)
+    record = read_dataset_record(options.src)
+    splits = chosen_splits(options.src, record, options.split)
+    problems = []
+    if options.imagenet and len(record.classes) != IMAGENET_CLASSES:
+        problems.append(f"dataset.json lists {len(record.classes)} classes, ImageNet has {IMAGENET_CLASSES}")
+    for name, split in splits.items():
+        found, per_class = verify_split(options.src, name, split, record, options.workers)
+        problems += found
+        # Counts of shards that could not be read would be reported twice.
+        problems += [] if found else count_problems(name, split, per_class, options.imagenet)
+    for problem in problems:
+        print(f"problem: {problem}")
+    if problems:
+        raise DataError(f"{problems[0]} ({len(problems)} problems in total)")
+    for name, split in splits.items():
+        print(
+            f"{name}: {split.samples} samples of {len(record.classes)} classes in {len(split.shards)} shards are right"
+        )
+
+
+TURN = ".joining"
+"""In --out: a link to the --src that is being joined."""
+_POLL_SECONDS = 1.0
+
+
+@contextmanager
+def _turn(src: Path, out: Path) -> Iterator[None]:
+    """Let no other run join into `out` inside the block, since each writes dataset.json there.
+
+    A link and not a lock: some shared file systems have no locks, or only between processes of one node. A run that was
+    killed leaves its link behind, so the link names its source, and the next run of that source takes it over.
+    """
+    link, mine, waited = out / TURN, src.resolve(), False
+    while True:
+        other: Path | None = None
+        try:
+            link.symlink_to(mine)
+            break
+        except FileExistsError:
+            with suppress(FileNotFoundError):  # it has just been removed
+                other = link.readlink()
+        if other == mine:
+            break
+        if other is not None and not waited:
+            print(f"waiting until {other} is joined; if no run does that any more, remove {link}", flush=True)
+            waited = True
+        time.sleep(_POLL_SECONDS)
+    try:
+        yield
+    finally:
+        link.unlink(missing_ok=True)
+
+
+def join(src: Path, out: Path) -> list[str]:
+    """Move the splits of `src` into `out`; returns their names. Raises DataError if the two do not fit together."""
+    record = read_dataset_record(src)
+    out.mkdir(parents=True, exist_ok=True)
+    with _turn(src, out):
+        _join(src, record, out)
+    return list(record.splits)
+
+
+def _join(src: Path, record: DatasetRecord, out: Path) -> None:
+    joined = read_dataset_record(out) if (out / DATASET_FILE).exists() else record.model_copy(update={"splits": {}})
+    if record.root or joined.root:
+        raise DataError(f"{src} and {out}: one lists tars that are elsewhere; run `karat index` on all tars at once")
+    if joined.classes != record.classes:
+        raise DataError(f"{src} has different classes than {out}; make both splits from the same images")
+    if both := sorted(joined.splits.keys() & record.splits.keys()):
+        raise DataError(f"{out} has a split {both[0]} already; use another --out")
+    for split in record.splits.values():
+        for file in (file for shard in split.shards for file in (shard, shard.index)):
+            if (src / file.name).exists():  # else an earlier run moved it
+                (src / file.name).rename(out / file.name)
+    flush_to_disk(out)
+    joined.splits.update(record.splits)
+    write_dataset_record(out, joined)
+    (src / TIMM_FILE).unlink(missing_ok=True)
+    (src / DATASET_FILE).unlink()
+    src.rmdir()
+
+
+def join_splits(arguments: list[str] | None = None) -> None:
+    parser = make_parser("join_splits.py", "Join splits that were made separately into one data set.", writes=False)
+    parser.add_argument("--src", type=Path, required=True, metavar="DIR", help="the directory of the splits to add")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the data set to add them to")
+    options = parser.parse_args(arguments)
+    print(f"{options.out} has {', '.join(join(options.src, options.out))} now")
+
+
+def dali_index(tar_path: Path) -> str:
+    """Return the index of a shard. Raises DataError if a name has a blank, which the format cannot hold."""
+    samples: dict[str, list[str]] = {}
+    with open_tar(tar_path.parent, tar_path.name) as tar:
+        for member in scan_members(tar.read, tar.size, tar.name):
+            if member.kind not in ("file", "sparse"):
+                continue
+            if any(letter.isspace() for letter in member.name):
+                raise DataError(f"{tar_path}: the name {member.name!r} has a blank; make the shards again")
+            folder, slash, file = member.name.rpartition("/")
+            stem, _, ending = file.partition(".")
+            part = f"{ending} {member.offset} {member.size} {member.name}"
+            samples.setdefault(folder + slash + stem, []).append(part)
+    return "\n".join([f"v1.2 {len(samples)}", *(" ".join(parts) for parts in samples.values())]) + "\n"
+
+
+def make_dali_index(arguments: list[str] | None = None) -> None:
+    parser = make_parser("make_dali_index.py", "Write index files for DALI's webdataset reader.")
+    add_shard_options(parser)
+    options = parser.parse_args(arguments)
+    record = read_dataset_record(options.src)
+    tars, splits = record.tars_of(options.src), chosen_splits(options.src, record, options.split)
+    if isinstance(tars, str):
+        raise DataError(f"the tars are at {tars}; this needs them on a file system")
+    shards: list[ShardRecord] = [shard for split in splits.values() for shard in split.shards]
+    if options.dry_run:
+        print(f"would write {len(shards)} index files to {options.out}")
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    with progress("indexing", len(shards), "shards") as advance:
+        for shard in shards:
+            check_file(tars / shard.name, shard, by_hash=False)
+            path = options.out / Path(shard.name).with_suffix(".idx")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, dali_index(tars / shard.name))
+            advance(1)
+    print(f"{len(shards)} index files are in {options.out}")

@@ -1,0 +1,567 @@
+"""Files by URL, in object stores and on web servers: listings, ranged reads, and writes, all retried. By fsspec.
+
+Credentials and endpoints come from the usual places of the library of each protocol. They are in no URL of ours, and no
+message repeats what a library says, since that may hold a signed URL. An error that may pass is tried again, with
+longer and longer pauses, until a deadline. A file that is written is whole, or as it was before.
+"""
+
+import functools
+import importlib
+import io
+import os
+import random
+import re
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+from urllib.parse import quote, unquote, urlsplit
+
+from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.tables import how_to_install, load
+
+T = TypeVar("T")
+# Answers of a server that may be other ones later; all others from 400 to 499 are final.
+_PASSING = (408, 425, 429)
+# Libraries' errors that no second try changes, by name, since these libraries may not be installed.
+_FINAL = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError", "NoSuchBucket")
+
+
+class StoreError(DataError):
+    """A file at a URL cannot be read or written; the message names it."""
+
+
+class MissingFileError(StoreError):
+    """There is no such file."""
+
+
+class ChangedFileError(StoreError):
+    """A file at a URL is no longer the one that was indexed."""
+
+
+class FinalError(Exception):
+    """The reason of an error that another try would not change."""
+
+
+_MISSING = "it is missing"
+
+
+def judged(error: BaseException) -> tuple[str, bool]:
+    """Return what an error means, and whether it is final."""
+    causes = list(_causes(error))
+    for cause in causes:
+        if isinstance(cause, FinalError):
+            return str(cause), True
+        if (status := _status(cause)) is not None:
+            what = {403: "access is refused", 401: "access is refused", 404: _MISSING}.get(status, "it failed")
+            hint = "; check the credentials that the store's library finds" if status in (401, 403) else ""
+            return f"{what} (HTTP {status}){hint}", status < 500 and status not in _PASSING
+        if type(cause).__name__ in _FINAL or isinstance(cause, ssl.SSLCertVerificationError):
+            return f"{type(cause).__name__}; check the credentials, the endpoint and the certificates", True
+    if isinstance(error, FileNotFoundError):
+        return _MISSING, True
+    if isinstance(error, PermissionError):
+        return "access is refused; check the credentials that the store's library finds", True
+    if any(isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__ for cause in causes):
+        return "no answer came in time", False
+    if isinstance(error, EOFError):
+        return f"the answer was cut short: {error}", False
+    words = next((cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror), "")
+    return f"the connection failed ({words or type(error).__name__})", False
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        seen.append(cause)
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _status(error: BaseException) -> int | None:
+    """Return the HTTP status in the answer that an error of any of the libraries tells of."""
+    if type(error).__module__.startswith("aiohttp.http_"):  # of aiohttp's parser: the code is its own, of a cut answer
+        return None
+    response = getattr(error, "response", None)
+    if isinstance(response, Mapping):
+        found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:
+        holders = ((error, "status"), (response, "status_code"), (error, "status_code"), (error, "code"))
+        found = next((getattr(holder, name) for holder, name in holders if hasattr(holder, name)), None)
+    return found if isinstance(found, int) and 400 <= found < 600 else None
+
+
+DEFAULT_TIMEOUT = 300.0
+# The share of the timeout after which a store has failed, so that its error comes before that of a waiting loader.
+_PATIENCE = 0.8
+# The share of that time that one try may take.
+_TRY = 1 / 3
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0
+
+
+class Retries:
+    """How long to try: for most of `timeout` seconds, a request with all its tries. `setting` is the recipe's key."""
+
+    def __init__(self, timeout: float, setting: str) -> None:
+        self._setting, self._timeout, self._patience = setting, timeout, _PATIENCE * timeout
+
+    def deadline(self) -> float:
+        """Return the time, of time.monotonic, at which a request that begins now is given up."""
+        return time.monotonic() + self._patience
+
+    def persist(self, where: str, ask: Callable[[float], T], deadline: float | None = None) -> T:
+        """Return what `ask`, given the seconds of one try, returns; tries again until the deadline.
+
+        Args:
+            where: the URL that errors name.
+
+        Raises:
+            StoreError: no try was good, or one met an error that is final.
+        """
+        begun = time.monotonic()
+        deadline = begun + self._patience if deadline is None else deadline
+        pause, tries, jitter = _FIRST_PAUSE, 0, random.Random()  # its own, for training's must not change
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                return ask(max(0.01, min(left, _TRY * self._patience)))
+            except DataError:  # final, or of the sink
+                raise
+            except Exception as error:
+                tries += 1
+                reason, is_final = judged(error)
+            if is_final:
+                kind = MissingFileError if reason.startswith(_MISSING) else StoreError
+                raise kind(f"{where}: {reason}")
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            wait = pause * (0.5 + jitter.random())
+            if time.monotonic() + wait >= deadline:
+                spent = time.monotonic() - begun
+                raise StoreError(
+                    f"{where}: {reason}, {tries} times in {spent:.0f} s; check the store, or raise "
+                    f"{self._setting} (now {self._timeout:g} s) if it is only slow"
+                )
+            time.sleep(wait)
+
+
+# What fsspec needs for each protocol.
+PROTOCOLS = {"s3": "s3fs", "gs": "gcsfs", "https": "aiohttp", "http": "aiohttp", "hf": "huggingface_hub"}
+_WRITABLE = ("s3", "gs")
+
+
+def is_url(text: object) -> bool:
+    """True for a text such as s3://bucket/folder, with any protocol."""
+    return isinstance(text, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
+
+
+def check_url(url: str) -> str:
+    """Return a URL without a slash at its end.
+
+    Raises:
+        ValueError: the protocol is unknown, there is no place in it, or it holds a credential. The message does not
+            repeat that.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in PROTOCOLS:
+        raise ValueError(f"{parts.scheme}:// is not supported; use {', '.join(f'{name}://' for name in PROTOCOLS)}")
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(
+            f"{shown} has a user, a query or a fragment, which may be a credential; leave these out, and give "
+            "credentials to the store's library (docs/data.md)"
+        )
+    if not parts.netloc:
+        raise ValueError(f"{shown} names no bucket or server")
+    return url.rstrip("/")
+
+
+def check_writable(url: str) -> None:
+    """Raise ValueError if files at a URL cannot be written."""
+    if urlsplit(url).scheme not in _WRITABLE:
+        raise ValueError(f"{url} cannot be written; use {' or '.join(f'{name}://' for name in _WRITABLE)}")
+
+
+class FileFacts(NamedTuple):
+    """The size of a file, and what its server says of its content: an ETag, a hash or a time; empty if nothing."""
+
+    bytes: int
+    etag: str
+
+
+def facts_of(info: Mapping[str, Any]) -> FileFacts:
+    """Return what one of fsspec's answers says of a file. The size is -1 where it is not said."""
+    size = info.get("size")
+    return FileFacts(-1 if size is None else int(size), tag_of(info))
+
+
+def tag_of(info: Mapping[str, Any]) -> str:
+    """Return what tells one content of a file from another."""
+    lfs = info.get("lfs")
+    values = [info.get(name) for name in ("ETag", "etag", "md5Hash", "blob_id")]
+    values = [lfs.get("sha256") if isinstance(lfs, Mapping) else None, *values, info.get("Last-Modified")]
+    return next((str(value).strip('"') for value in values if value), "")
+
+
+class Sink(Protocol):
+    """What takes the bytes of a part of a file, piece by piece. Its own errors are DataErrors."""
+
+    def restart(self) -> None:
+        """Forget what was written: the part comes from its start, for the first time or again."""
+
+    def write(self, data: bytes, /) -> object:
+        """Take the next piece."""
+
+
+class InMemory(io.BytesIO):
+    """See Sink."""
+
+    def restart(self) -> None:
+        """See Sink."""
+        self.seek(0)
+        self.truncate()
+
+
+class OneTry:
+    """Passes the pieces of one try on to a sink, until it is over: the library may go on with one that was given up."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink, self._lock, self._is_over = sink, threading.Lock(), False
+        self.size = 0
+        sink.restart()
+
+    def write(self, data: bytes) -> None:
+        """Pass on a piece."""
+        with self._lock:
+            if self._is_over:
+                raise FinalError("this try was given up")
+            self._sink.write(data)
+            self.size += len(data)
+
+    def end(self) -> None:
+        """Pass nothing on from here."""
+        with self._lock:
+            self._is_over = True
+
+
+_POLL_SECONDS = 0.5
+# All file systems of this process, and of those that it was forked from. What frees one closes its connections: in a
+# forked process those of the parent, whose sockets its event loop would then no longer watch, as both share the epoll.
+_KEPT: dict[int, Any] = {}
+
+
+class _Progress:
+    """Hears how many bytes of a file were taken; remembers when the last of them were."""
+
+    def __init__(self, on_bytes: Callable[[int], None]) -> None:
+        self._on_bytes, self._taken, self.at = on_bytes, 0, time.monotonic()
+
+    def __call__(self, size: int, value: int, **_: Any) -> None:
+        if value > self._taken:
+            self._on_bytes(value - self._taken)
+            self._taken, self.at = value, time.monotonic()
+
+
+class Connection:
+    """What a store asks of fsspec. It may be used by any process and thread.
+
+    Raises:
+        StoreError: the library of the protocol is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._protocol = urlsplit(url).scheme
+        self.is_web = self._protocol in ("http", "https")
+        self._opened: tuple[int, Any] | None = None
+        self._system()
+
+    def path(self, name: str) -> str:
+        """Return the path of a file for fsspec, which keeps whole URLs for web servers."""
+        if self.is_web:
+            return f"{self.url}/{quote(name)}" if name else self.url
+        path: str = self._system()._strip_protocol(f"{self.url}/{name}" if name else self.url)
+        return path
+
+    def call(self, method: str, seconds: float, *args: Any, **options: Any) -> Any:
+        """Call a method of the file system, and raise TimeoutError if it takes longer."""
+        system = self._system()
+        if getattr(system, "async_impl", False):
+            from fsspec.asyn import sync
+
+            return sync(system.loop, getattr(system, f"_{method}"), *args, timeout=seconds, **options)
+        return _in_time(functools.partial(getattr(system, method), *args, **options), seconds)
+
+    def web_range(self, name: str, start: int, stop: int, sink: OneTry, seconds: float) -> str:
+        """Write a range of a file on a web server to a sink, piece by piece; return its ETag."""
+        from fsspec.asyn import sync
+
+        system = self._system()
+        tag: str = sync(system.loop, _web_range, system, self.path(name), start, stop, sink, timeout=seconds)
+        return tag
+
+    def object_range(self, name: str, start: int, stop: int, seconds: float) -> bytes:
+        """Return a range of a file in an object store."""
+        # Libraries that are not asynchronous open the file, and would read ahead.
+        options = {} if getattr(self._system(), "async_impl", False) else {"cache_type": "none"}
+        data: bytes = self.call("cat_file", seconds, self.path(name), start=start, end=stop, **options)
+        return data
+
+    def put_file(self, file: Path, name: str, part: int, on_bytes: Callable[[int], None], seconds: float) -> None:
+        """Write a local file in parts of `part` bytes. Raises TimeoutError if for so many seconds none is taken."""
+        import asyncio
+        import concurrent.futures
+
+        from fsspec.callbacks import Callback
+
+        progress, system = _Progress(on_bytes), self._system()
+        put = system._put_file(str(file), self.path(name), callback=Callback(hooks={"": progress}), chunksize=part)
+        task = asyncio.run_coroutine_threadsafe(put, system.loop)
+        while not concurrent.futures.wait([task], _POLL_SECONDS).done:
+            if time.monotonic() - progress.at > seconds:
+                task.cancel()
+                raise TimeoutError
+        task.result()
+
+    def _system(self) -> Any:
+        """Return this process's file system. Connections of a parent process cannot be used after a fork."""
+        opened = self._opened
+        if opened is None or opened[0] != os.getpid():
+            opened = self._opened = os.getpid(), _file_system(self._protocol)
+            _KEPT[id(opened[1])] = opened[1]
+        return opened[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+
+def _file_system(protocol: str) -> Any:
+    try:
+        importlib.import_module(PROTOCOLS[protocol])
+        import fsspec
+
+        # gcsfs's other class uses gRPC, whose threads do not survive the fork of data workers.
+        kind = load("gcsfs.core:GCSFileSystem") if protocol == "gs" else fsspec.get_filesystem_class(protocol)
+    except ImportError:
+        needed = PROTOCOLS[protocol]
+        raise StoreError(f"{protocol}:// needs {needed}, which is not installed; {how_to_install('remote')}") from None
+    # A cached listing would hide that a file has changed.
+    return kind(use_listings_cache=False)
+
+
+async def _web_range(system: Any, url: str, start: int, stop: int, sink: OneTry) -> str:
+    """See Connection.web_range. A server that sends all of the file is refused."""
+    session = await system.set_session()
+    options = dict(system.kwargs)
+    headers = {**options.pop("headers", {}), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    async with session.get(system.encode_url(url), headers=headers, **options) as answer:
+        answer.raise_for_status()
+        if answer.status != 206:
+            raise FinalError("the server does not answer requests for a part of a file; use one that does")
+        async for piece in answer.content.iter_any():  # as it comes: parts are large, and several are under way
+            sink.write(piece)
+        return tag_of(answer.headers)
+
+
+def _in_time(call: Callable[[], T], seconds: float) -> T:
+    """Return what a call returns that knows no time limit. Raises TimeoutError; the call may then go on in a thread."""
+    result: list[T] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            result.append(call())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="karat-store", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failure:
+        raise failure[0]
+    if not result:
+        raise TimeoutError
+    return result[0]
+
+
+_THREADS = 16
+_PIECE = 16 << 20
+
+
+class Store:
+    """The files below a URL. It may be used by any process and thread; each process has its own connections.
+
+    timeout: a file that cannot be read for most of these seconds is given up. `setting` is the recipe's key for it.
+
+    Raises:
+        StoreError: the URL cannot be used, or a file cannot be read.
+    """
+
+    def __init__(self, url: str, timeout: float = DEFAULT_TIMEOUT, setting: str = "data.timeout") -> None:
+        try:
+            self.url = check_url(url)
+        except ValueError as error:
+            raise StoreError(str(error)) from None
+        self._connection, self._retries = Connection(self.url), Retries(timeout, setting)
+
+    def where(self, name: str) -> str:
+        """Return the URL of a file."""
+        return f"{self.url}/{name}" if name else self.url
+
+    def deadline(self) -> float:
+        """Return the time, of time.monotonic, at which a read that begins now is given up."""
+        return self._retries.deadline()
+
+    def read(self, name: str, start: int, stop: int, etag: str = "", deadline: float | None = None) -> bytes:
+        """Return exactly the bytes start .. stop - 1 of a file; see `copy`. Raises StoreError."""
+        memory = InMemory()
+        self.copy(name, start, stop, memory, etag, deadline)
+        return memory.getvalue()
+
+    def copy(self, name: str, start: int, stop: int, sink: Sink, etag: str = "", deadline: float | None = None) -> None:
+        """Write exactly the bytes start .. stop - 1 of a file to a sink.
+
+        Args:
+            etag: what the file had when it was indexed, if that is to be checked.
+            deadline: when to give up; see `deadline`.
+
+        Raises:
+            ChangedFileError: it has another ETag.
+            StoreError: it cannot be read.
+        """
+
+        def ask(seconds: float) -> None:
+            one_try = OneTry(sink)
+            try:
+                self._range(name, start, stop, one_try, etag, seconds)
+            finally:
+                one_try.end()
+            if one_try.size == stop - start:
+                return
+            # Of a file that is shorter now, servers send what there is.
+            if 0 <= self._facts(name, seconds).bytes < stop:
+                raise ChangedFileError(f"{self.where(name)} is cut short, or has changed since it was indexed")
+            raise EOFError(f"{one_try.size} of {stop - start} bytes came")
+
+        if stop > start:
+            self._retries.persist(self.where(name), ask, deadline)
+
+    def read_small(self, name: str, most: int, deadline: float | None = None) -> bytes:
+        """Return a whole file of at most `most` bytes. Raises StoreError."""
+        facts = self.facts(name, deadline)
+        if facts.bytes > most:
+            raise StoreError(f"{self.where(name)} has {facts.bytes} bytes; it should have at most {most}")
+        return self.read(name, 0, facts.bytes, deadline=deadline)
+
+    def pieces(self, name: str, size: int, etag: str = "") -> Iterator[bytes]:
+        """Yield a whole file of `size` bytes, piece by piece; see `read`. Raises StoreError."""
+        for start in range(0, size, _PIECE):
+            yield self.read(name, start, min(start + _PIECE, size), etag)
+
+    def facts(self, name: str, deadline: float | None = None) -> FileFacts:
+        """Return the facts of a file. Raises StoreError."""
+        return self._retries.persist(self.where(name), functools.partial(self._facts, name), deadline)
+
+    def facts_of(self, names: list[str]) -> dict[str, FileFacts]:
+        """Return the facts of many files: by one listing if the store's listings have them. Raises StoreError."""
+        if self._connection.is_web:
+            ask = functools.partial(self.facts, deadline=self.deadline())
+            with ThreadPool(min(_THREADS, max(1, len(names)))) as pool:
+                return dict(zip(names, pool.imap(ask, names), strict=True))
+        found = self.files()
+        missing = next((name for name in names if name not in found), None)
+        if missing is not None:
+            raise StoreError(f"{self.where(missing)} is missing")
+        return {name: found[name] for name in names}
+
+    def files(self) -> dict[str, FileFacts]:
+        """Return all files below the URL, by their names relative to it. Raises StoreError.
+
+        A web server must list its folders as pages with links. Such pages have no sizes: these are -1.
+        """
+        if self._connection.is_web:
+            return dict(self._linked(f"{self.url}/"))
+        path = self._connection.path("")
+        ask = functools.partial(self._connection.call, "find")
+        listed = self._retries.persist(self.url, lambda seconds: ask(seconds, path, detail=True))
+        return {name[len(path) :].lstrip("/"): facts_of(info) for name, info in listed.items()}
+
+    def _linked(self, folder: str) -> Iterator[tuple[str, FileFacts]]:
+        """Yield the files to which the page of a folder links, and those of the folders in it.
+
+        fsspec's own walk leaves out a folder that it cannot read.
+        """
+        ask = functools.partial(self._connection.call, "ls")
+        listed = self._retries.persist(self.url, lambda seconds: ask(seconds, folder, detail=True))
+        for link in sorted(info["name"] for info in listed):
+            if not link.startswith(folder) or link == folder or "?" in link:  # back, or the same page in another order
+                continue
+            if link.endswith("/"):
+                yield from self._linked(link)
+            else:
+                yield unquote(link[len(self.url) + 1 :]), FileFacts(-1, "")
+
+    def _facts(self, name: str, seconds: float) -> FileFacts:
+        return facts_of(self._connection.call("info", seconds, self._connection.path(name)))
+
+    def _range(self, name: str, start: int, stop: int, sink: OneTry, etag: str, seconds: float) -> None:
+        """Write a part of a file to a sink. Raises ChangedFileError, and what the library raises."""
+        if self._connection.is_web:
+            found = self._connection.web_range(name, start, stop, sink, seconds)
+        else:
+            sink.write(self._connection.object_range(name, start, stop, seconds))
+            found = self._facts(name, seconds).etag if etag else ""
+        if etag and found != etag:
+            raise ChangedFileError(f"{self.where(name)} has changed since it was indexed; run karat index again")
+
+
+# A library holds about ten parts of a file in memory at a time. An object has at most 10,000.
+_PART, _MOST_PARTS = 8 << 20, 9_000
+
+
+class WritableStore(Store):
+    """A Store that is written, too. An object appears when all its parts have come: a killed writer leaves none."""
+
+    def __init__(self, url: str, timeout: float = DEFAULT_TIMEOUT) -> None:
+        super().__init__(url, timeout, "checkpoint.timeout")
+        try:
+            check_writable(self.url)
+        except ValueError as error:
+            raise StoreError(str(error)) from None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file. Raises StoreError."""
+        path = self._connection.path(name)
+        self._send(name, lambda seconds: self._connection.call("pipe_file", seconds, path, data))
+
+    def put(self, name: str, file: Path, on_bytes: Callable[[int], None]) -> None:
+        """Write a local file. That may take long, as long as the store takes parts of it.
+
+        Args:
+            on_bytes: is called with the size of each part that the store has taken, by another thread.
+
+        Raises:
+            StoreError: the store does not take it.
+            OSError: there is no such file.
+        """
+        part = max(_PART, -(-file.stat().st_size // _MOST_PARTS // _PART) * _PART)
+        self._send(name, functools.partial(self._connection.put_file, file, name, part, on_bytes))
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files, one after another. Raises StoreError."""
+        for name in names:
+            self._retries.persist(self.where(name), functools.partial(self._remove, self._connection.path(name)))
+
+    def _send(self, name: str, ask: Callable[[float], object]) -> None:
+        try:
+            self._retries.persist(self.where(name), ask)
+        except MissingFileError:
+            raise StoreError(f"{self.where(name)} cannot be written: there is no such bucket") from None
+
+    def _remove(self, path: str, seconds: float) -> None:
+        with suppress(FileNotFoundError):
+            self._connection.call("rm_file", seconds, path)

@@ -1,0 +1,154 @@
+"""What make_webdataset.py and make_ffcv.py share: the same bytes, checks of what is there, mistakes as one line."""
+
+import subprocess
+import sys
+
+import pytest
+
+from karat_scale.data.prepare import make_ffcv, make_webdataset
+from karat_scale.foundation.errors import DataError, run_script
+from tests.data.betons import need_ffcv
+from tests.data.prepare.conftest import SCRIPTS
+from tests.data.prepare.images import WNIDS, contents, jpeg, write, write_folders
+
+FILES = {"shards": ("train-000001.tar", "val-000000.index.npz"), "betons": ("train.beton", "val.beton.index.npz")}
+RIGHT = {"shards": "train: 18 samples in 3 shards", "betons": "train: 18 samples in train.beton"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_folders(tmp_path / "src")
+    return tmp_path / "src"
+
+
+@pytest.fixture(params=["shards", "betons"])
+def kind(request):
+    if request.param == "betons":
+        need_ffcv()
+    return request.param
+
+
+def make(kind, src, out, *options):
+    options = ("--src", str(src), "--out", str(out), "--workers", "1", *options)  # the last of two --workers counts
+    if kind == "shards":
+        make_webdataset.main(["--shard-samples", "6", *options])
+    else:
+        make_ffcv.main([*options])
+
+
+def test_the_same_source_gives_the_same_bytes_whatever_the_workers(kind, folder, tmp_path):
+    for name, options in {"one": (), "two": ("--workers", "3"), "other": ("--seed", "1")}.items():
+        make(kind, folder, tmp_path / name, *options)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    first = {"shards": "train-000000.tar", "betons": "train.beton"}[kind]
+    assert contents(tmp_path / "one")[first] != contents(tmp_path / "other")[first]
+
+
+def test_running_again_verifies_and_fixes(kind, folder, tmp_path, capsys):
+    out, (damaged, lost) = tmp_path / "out", FILES[kind]
+    make(kind, folder, out)
+    before = contents(out)
+    capsys.readouterr()
+    make(kind, folder, out)
+    assert f"{RIGHT[kind]} are complete and correct" in capsys.readouterr().out
+    assert contents(out) == before
+    data = bytearray(before[damaged])
+    data[-1000] ^= 1
+    (out / damaged).write_bytes(data)
+    (out / lost).unlink()
+    make(kind, folder, out)
+    said = capsys.readouterr().out
+    assert f"{damaged} has changed since it was written: its SHA-256 differs; making it again" in said
+    assert f"{lost} is missing" in said
+    assert contents(out) == before
+
+
+def test_other_settings_or_another_source_are_refused(kind, folder, tmp_path):
+    out = tmp_path / "out"
+    make(kind, folder, out)
+    with pytest.raises(DataError, match=r"made with seed = 0, now 3; use another --out"):
+        make(kind, folder, out, "--seed", "3")
+    write(folder / "train" / WNIDS[0] / "new.jpg", jpeg(77))
+    with pytest.raises(DataError, match="made with source_sha256"):
+        make(kind, folder, out)
+
+
+def test_a_file_of_unknown_origin_stays(kind, folder, tmp_path):
+    file = tmp_path / "out" / {"shards": "train-000000.tar", "betons": "train.beton"}[kind]
+    write(file, b"precious")
+    with pytest.raises(DataError, match=rf"{file} exists and was not (made|finished) by this script"):
+        make(kind, folder, tmp_path / "out")
+    assert file.read_bytes() == b"precious"
+
+
+def test_a_dry_run_writes_nothing(kind, folder, tmp_path, capsys):
+    make(kind, folder, tmp_path / "out", "--dry-run")
+    assert "train: 18 images of 3 classes" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+MISTAKES = {
+    "--synsets nofile": r"--synsets nofile: the file does not exist",
+    "--val-labels nofile": r"--val-labels nofile: the file does not exist",
+    "--names nofile --dry-run": r"--names nofile: the file does not exist",
+    f"--val-labels {__file__}": r"--val-labels has no effect on folders of image files, as in .*; remove it",
+    "--encoding jpeg": r"--encoding has no effect on folders of image files",
+    "--any-hash": r"--any-hash has no effect on folders of image files",
+    "--split ../x": "is not a name",
+    "--split extra": "has no split 'extra'; it has train, val",
+    "--val-fraction 1": r"^--val-fraction 1.0 is not between 0 and 1$",
+    "--val-fraction nan": r"^--val-fraction nan is not between 0 and 1$",
+    "--val-count 3 --split train": r"remove --split, or give that split's folder as --src$",
+    "--src SRC/train --val-fraction 0.01": r"^--val-fraction 0.01 is 0 of 18 images; choose 1 to 15, so that each",
+    "--src SRC/train --val-count 16": r"^--val-count 16 is 16 of 18 images; choose 1 to 15",
+    "--src SRC/nowhere": r"--src .*/nowhere is not a directory, a tar or a Parquet file",
+    "--src SRC/bare": "has no class folders",
+    "--src SRC/empty": "has no images in its class folders",
+    "--src SRC/text": r"no image of split train is usable; first: ant/a.jpg",
+}
+OF_SHARDS = {
+    "--encoder pillow": r"--encoder pillow needs --resize",
+    "--quality 80": "--quality 80 needs --resize",
+}
+OF_BETONS = {
+    "--write-mode smart": "smart needs --smart-threshold BYTES",
+    "--smart-threshold 9": "--smart-threshold needs --write-mode smart",
+    "--compress-probability 0.5": "--compress-probability needs --write-mode proportion",
+    "--write-mode proportion --compress-probability 2": "not between 0 and 1",
+    "--quality 101": "more than 100",
+}
+
+
+def test_each_mistake_is_one_line_and_no_data_set(kind, folder, tmp_path):
+    (folder / "bare").mkdir()
+    (folder / "empty/ant").mkdir(parents=True)
+    write(folder / "text/ant/a.jpg", b"text")
+    for options, message in (MISTAKES | {"shards": OF_SHARDS, "betons": OF_BETONS}[kind]).items():
+        with pytest.raises(DataError, match=message) as caught:
+            make(kind, folder, tmp_path / "out", *options.replace("SRC", str(folder)).split())
+        assert "\n" not in str(caught.value)
+        assert not list((tmp_path / "out").glob("[!.]*.json"))
+
+
+@pytest.mark.parametrize("options", [("--src", "nowhere"), ("--src", ".", "--workers", "0"), ()])
+def test_a_mistake_ends_the_script_with_one_line(tmp_path, capsys, options):
+    with pytest.raises(SystemExit, match="2"):
+        run_script(lambda: make_webdataset.main([*options, "--out", str(tmp_path / "out")]))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+
+
+@pytest.mark.slow
+def test_the_script_ends_as_promised(kind, folder, tmp_path):
+    script = {"shards": "make_webdataset.py", "betons": "make_ffcv.py"}[kind]
+    for src, code, said in ((folder, 0, "train: writing: 18 of 18 images"), ("nowhere", 2, "")):
+        done = subprocess.run(
+            [sys.executable, str(SCRIPTS / script), "--src", str(src), "--out", str(tmp_path / "out")],
+            cwd=SCRIPTS.parent,
+            env={"PYTHONPATH": str(SCRIPTS.parent), "PATH": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, said in done.stdout) == (code, True)
+        assert done.stderr == ("error: --src nowhere is not a directory, a tar or a Parquet file\n" if code else "")
