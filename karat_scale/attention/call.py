@@ -4,38 +4,73 @@ Each error names the argument, its shape and what is expected. The projection ta
 the probability simplex {x >= 0, sum x = 1}; its derivative is here too.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from karat_scale.attention.bases import BASE_ACTIVATIONS, Basis
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    cos_coef: Tensor,
-    sin_coef: Tensor,
-    proj: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-) -> None:
-    """Raises ValueError for shapes, dtypes or devices the modular Fourier operator cannot take."""
-    heads, tokens = check_tokens(query, key, value)
+class FourierCall(NamedTuple):
+    """The arguments of `fourier_karat_attention`, in the order of the registered operations."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    cos_coef: Tensor
+    sin_coef: Tensor
+    proj: Tensor
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    base: str = "zero"
+
+
+class UnitsCall(NamedTuple):
+    """A call of any basis: O = S V, where S = H W^T, or H itself where there is no W.
+
+    Attributes:
+        query, key, value: [B, h, N, d], [B, h, M, d] and [B, h, P, dv].
+        coef: the packed coefficients, [h, K, r, M]; without `proj`, r = P.
+        proj: W [h, P, r].
+        bias: added to the scores; broadcastable to [B, h, N, M].
+        mask: boolean, broadcastable to [B, h, N, M]; a false pair adds nothing to H.
+        cut: boolean, broadcastable to [B, h, N, P]; where false, S is 0.
+        basis, base: phi_pq(x) less b(x), and b(x) by name.
+        on_simplex: projects each row of S onto the simplex.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    coef: Tensor
+    proj: Tensor | None
+    bias: Tensor | None
+    mask: Tensor | None
+    cut: Tensor | None
+    basis: Basis
+    base: str
+    on_simplex: bool = False
+
+
+def check_call(call: FourierCall) -> None:
+    """Raises ValueError for shapes, dtypes, devices or a base the modular Fourier operator cannot take."""
+    heads, tokens = check_tokens(call.query, call.key, call.value)
+    cos_coef = call.cos_coef
     _check_float("cos_coef", cos_coef, "[h, r, N, G]")
     shape = cos_coef.shape
     if cos_coef.dim() != 4 or 0 in shape or (shape[0], shape[2]) != (heads, tokens):
         expected = f"[h, r, N, G] = [{heads}, r, {tokens}, G] with r and G of at least 1"
         raise _wrong_shape("cos_coef", cos_coef, expected)
-    _check_like("sin_coef", sin_coef, "cos_coef", cos_coef)
-    check_shape("proj", proj, "[h, N, r]", (heads, tokens, shape[1]))
-    check_scores("bias", bias, query)
-    check_scores("mask", mask, query)
-    check_devices(query, key=key, value=value, cos_coef=cos_coef, sin_coef=sin_coef, proj=proj, bias=bias, mask=mask)
+    _check_like("sin_coef", call.sin_coef, "cos_coef", cos_coef)
+    check_shape("proj", call.proj, "[h, N, r]", (heads, tokens, shape[1]))
+    check_pairs(call.query, call.bias, call.mask)
+    check_devices(call.query, zip(call._fields, call, strict=True))
+    check_choice("base", call.base, BASE_ACTIVATIONS)
 
 
 def check_tokens(query: Tensor, key: Tensor, value: Tensor | None) -> tuple[int, int]:
@@ -56,21 +91,25 @@ def check_shape(name: str, tensor: Any, layout: str, shape: tuple[int, ...]) -> 
         raise _wrong_shape(name, tensor, f"{layout} = {list(shape)}")
 
 
-def check_scores(name: str, tensor: Tensor | None, query: Tensor) -> None:
-    """Raises ValueError unless a bias, or a mask, fits scores of `query`."""
-    if tensor is None:
-        return
-    if name == "bias":
-        _check_float(name, tensor, "broadcastable to [B, h, N, N]; a boolean tensor belongs in mask")
-    elif not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:
-        raise _wrong_shape(name, tensor, "torch.bool, true where a pair takes part; scores are added by bias")
-    _check_broadcasts(name, tensor, (*query.shape[:3], query.shape[2]))
+def check_pairs(query: Tensor, bias: Tensor | None, mask: Tensor | None) -> None:
+    """Raises ValueError unless a bias and a mask fit scores of `query`."""
+    if bias is not None:
+        _check_float("bias", bias, "broadcastable to [B, h, N, N]; a boolean tensor belongs in mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
+        raise _wrong_shape("mask", mask, "torch.bool, true where a pair takes part; scores are added by bias")
+    for name, pairs in (("bias", bias), ("mask", mask)):
+        if pairs is None:
+            continue
+        target = (*query.shape[:3], query.shape[2])
+        shape = (1,) * (4 - pairs.dim()) + tuple(pairs.shape)
+        if pairs.dim() > 4 or any(size not in (1, whole) for size, whole in zip(shape, target, strict=True)):
+            raise _wrong_shape(name, pairs, f"broadcastable to [B, h, N, N] = {list(target)}")
 
 
-def check_devices(query: Tensor, **tensors: Tensor | None) -> None:
-    """Raise ValueError unless all tensors are on query's device."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != query.device:
+def check_devices(query: Tensor, arguments: Iterable[tuple[str, object]]) -> None:
+    """Raise ValueError unless the tensors among the arguments, by name, are on query's device."""
+    for name, tensor in arguments:
+        if isinstance(tensor, Tensor) and tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}: expected query's device, {query.device}")
 
 
@@ -91,12 +130,6 @@ def _check_like(name: str, tensor: Tensor, model_name: str, model: Tensor) -> No
         raise _wrong_shape(name, tensor, f"{model_name}'s shape, {list(model.shape)}")
 
 
-def _check_broadcasts(name: str, tensor: Tensor, target: tuple[int, ...]) -> None:
-    shape = (1,) * (len(target) - tensor.dim()) + tuple(tensor.shape)
-    if tensor.dim() > 4 or any(size != 1 and size != whole for size, whole in zip(shape, target, strict=True)):
-        raise _wrong_shape(name, tensor, f"broadcastable to [B, h, N, N] = {list(target)}")
-
-
 def _wrong_shape(name: str, tensor: object, expected: str) -> ValueError:
     if not isinstance(tensor, Tensor):
         return ValueError(f"{name} is a {type(tensor).__name__}: expected a tensor, {expected}")
@@ -112,23 +145,15 @@ def refuse_second_derivative(implementation: str) -> None:
         )
 
 
-class FourierCall(NamedTuple):
-    """The arguments of `fourier_karat_attention`, checked, of any float dtypes and strides."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    cos_coef: Tensor
-    sin_coef: Tensor
-    proj: Tensor
-    base: str
-    bias: Tensor | None
-    mask: Tensor | None
-
-
 def as_4d(tensor: Tensor | None) -> Tensor | None:
     """Return a bias or a mask with the four dimensions that it broadcasts to."""
     return None if tensor is None else tensor[(None,) * (4 - tensor.dim())]
+
+
+def empty_output(query: Tensor, value: Tensor) -> Tensor:
+    """Room for O [B, h, N, dv] stored token by token, as the layers that merge the heads want it."""
+    batch, heads, tokens, _ = query.shape
+    return value.new_empty((batch, tokens, heads, value.shape[3])).transpose(1, 2)
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

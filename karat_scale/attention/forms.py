@@ -1,19 +1,19 @@
-"""KArAt attention of any basis and form as functions of tensors, with the parameters of each form and their checks.
+"""KArAt attention of any basis and form as functions of tensors; the parameters of each form, and its operations.
 
 All forms are one operation, O = Phi(A) V', on the scores A of queries and keys. `streaming` and `reference` implement
 it. Modular: V' = W^T V. Full rank: V' = V. Project first: the scores are those of the r keys W^T K or, with a mask, the
 rows of A W, tile by tile. Two operators: the H of the first are the scores of the second.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from karat_scale.attention import call, functional, reference, streaming
-from karat_scale.attention.bases import BASE_ACTIVATIONS, Basis, Fourier, Linear, key_of, make_basis
-from karat_scale.attention.call import compute_dtype, full_precision, output_dtype, project
+from karat_scale.attention.bases import BASE_ACTIVATIONS, Basis, FeatureBasis, Fourier, Linear, key_of, make_basis
+from karat_scale.attention.call import FourierCall, UnitsCall, compute_dtype, full_precision, output_dtype, project
 
 FORMS = ("modular", "project_first", "two_operators", "full_rank")
 # What is projected onto the simplex: nothing, the N entries of each row of S, or the r of each row of H, before W.
@@ -47,18 +47,25 @@ def has_projector(form: str) -> bool:
     return form in ("modular", "project_first")
 
 
-def check_parameters(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    basis: Basis,
-    parameters: Mapping[str, Tensor],
-    proj: Tensor | None,
-    form: str,
-    bias: Tensor | None,
-    mask: Tensor | None,
-) -> None:
+class FormCall(NamedTuple):
+    """The arguments of `karat_attention`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    basis: Basis
+    parameters: Mapping[str, Tensor]
+    proj: Tensor | None
+    form: str
+    base: str
+    bias: Tensor | None
+    mask: Tensor | None
+    simplex: Simplex
+
+
+def check_parameters(given: FormCall) -> None:
     """Raises ValueError for shapes, names, dtypes or devices that the form in this basis cannot take."""
+    query, key, value, basis, parameters, proj, form, _, bias, mask, _ = given
     heads, tokens = call.check_tokens(query, key, value)
     rank = 1
     if has_projector(form):
@@ -75,9 +82,8 @@ def check_parameters(
     check_names(parameters, expected)
     for name, shape in expected.items():
         call.check_shape(name, parameters[name], "the basis's", shape)
-    call.check_scores("bias", bias, query)
-    call.check_scores("mask", mask, query)
-    call.check_devices(query, key=key, value=value, proj=proj, bias=bias, mask=mask, **parameters)
+    call.check_pairs(query, bias, mask)
+    call.check_devices(query, [*zip(given._fields, given, strict=True), *parameters.items()])
 
 
 def check_names(parameters: Mapping[str, Tensor], expected: Collection[str]) -> None:
@@ -95,9 +101,10 @@ def _first_rank(basis: Basis, parameters: Mapping[str, Tensor], heads: int, toke
     return 1
 
 
-_IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+_IMPLEMENTATIONS: dict[str, Callable[[UnitsCall], Tensor]] = {
     "reference": reference.attend_units,
     "streaming": streaming.attend_units,
+    "auto": streaming.attend_units,
 }
 
 
@@ -145,21 +152,16 @@ def karat_attention(
         ValueError: a shape, dtype, device or name does not fit; the message says what was expected.
     """
     basis = make_basis(basis) if isinstance(basis, str) else basis
-    call.check_choice("form", form, FORMS)
-    call.check_choice("base", base, BASE_ACTIVATIONS)
-    check_simplex(simplex, form)
-    check_implementation(implementation, basis, form, simplex)
-    if has_kernels(basis, form, simplex) and proj is not None:
-        assert isinstance(basis, Fourier)
-        check_names(parameters, basis.shapes(1, 1, 1))
-        coefficients = basis.series(parameters)
-        return functional.fourier_karat_attention(
-            query, key, value, *coefficients, proj, base=base, bias=bias, mask=mask, implementation=implementation
-        )
-    check_parameters(query, key, value, basis, parameters, proj, form, bias, mask)
-    attend = _IMPLEMENTATIONS["streaming" if implementation == "auto" else implementation]
-    output = _attend(attend, query, key, value, basis, parameters, proj, form, base, bias, mask, simplex)
-    return output.to(output_dtype(value))
+    given = FormCall(query, key, value, basis, parameters, proj, form, base, bias, mask, simplex)
+    return attend_form(given, implementation)
+
+
+def attend_form(given: FormCall, implementation: str) -> Tensor:
+    """Return O of a call. See `karat_attention`."""
+    fourier = _check(given, implementation)
+    if fourier is not None:
+        return functional.attend_call(fourier, implementation)
+    return _attend(_IMPLEMENTATIONS[implementation], given).to(output_dtype(given.value))
 
 
 def karat_scores(
@@ -182,24 +184,39 @@ def karat_scores(
     `value` is not used and may be None. The dtype is the query's or, under autocast, autocast's.
     """
     basis = make_basis(basis) if isinstance(basis, str) else basis
-    call.check_choice("form", form, FORMS)
-    call.check_choice("base", base, BASE_ACTIVATIONS)
-    check_simplex(simplex, form)
-    check_implementation(implementation, basis, form, simplex)
-    if has_kernels(basis, form, simplex) and proj is not None:
-        assert isinstance(basis, Fourier)
-        check_names(parameters, basis.shapes(1, 1, 1))
-        coefficients = basis.series(parameters)
-        return functional.fourier_karat_scores(
-            query, key, value, *coefficients, proj, base=base, bias=bias, mask=mask, implementation=implementation
-        )
-    check_parameters(query, key, value, basis, parameters, proj, form, bias, mask)
-    attend = _IMPLEMENTATIONS.get(implementation, streaming.attend_units)
-    batch, heads, tokens, _ = query.shape
-    # S = S I.
-    identity = torch.eye(tokens, dtype=query.dtype, device=query.device).expand(batch, heads, -1, -1)
-    learned = _attend(attend, query, key, identity, basis, parameters, proj, form, base, bias, mask, simplex)
-    return learned.to(output_dtype(query))
+    value = query if value is None else value
+    given = FormCall(query, key, value, basis, parameters, proj, form, base, bias, mask, simplex)
+    return form_scores(given, implementation)
+
+
+def form_scores(given: FormCall, implementation: str) -> Tensor:
+    """Return S of a call. See `karat_scores`."""
+    fourier = _check(given, implementation)
+    if fourier is not None:
+        return functional.call_scores(fourier, implementation)
+    given = given._replace(value=functional.identity(given.query))
+    return _attend(_IMPLEMENTATIONS[implementation], given).to(output_dtype(given.query))
+
+
+def _check(given: FormCall, implementation: str) -> FourierCall | None:
+    """Check a call; return the same call of the modular Fourier operator, or None where it is another operator's."""
+    call.check_choice("form", given.form, FORMS)
+    call.check_choice("base", given.base, BASE_ACTIVATIONS)
+    check_simplex(given.simplex, given.form)
+    check_implementation(implementation, given.basis, given.form, given.simplex)
+    if has_kernels(given.basis, given.form, given.simplex) and given.proj is not None:
+        check_names(given.parameters, given.basis.shapes(1, 1, 1))
+        return fourier_call(given)
+    check_parameters(given)
+    return None
+
+
+def fourier_call(given: FormCall) -> FourierCall:
+    """Return the call of `fourier_karat_attention` that is the same."""
+    assert isinstance(given.basis, Fourier)
+    assert given.proj is not None
+    coefficients = given.basis.series(given.parameters)
+    return FourierCall(*given[:3], *coefficients, given.proj, given.bias, given.mask, given.base)
 
 
 def has_kernels(basis: Basis, form: str, simplex: Simplex) -> bool:
@@ -210,7 +227,7 @@ def has_kernels(basis: Basis, form: str, simplex: Simplex) -> bool:
 def check_implementation(implementation: str, basis: Basis, form: str, simplex: Simplex) -> None:
     """Raise ValueError for an unknown implementation, or one that does not support this operator."""
     call.check_choice("implementation", implementation, ("auto", *functional.IMPLEMENTATIONS))
-    if implementation in ("auto", *_IMPLEMENTATIONS) or has_kernels(basis, form, simplex):
+    if implementation in _IMPLEMENTATIONS or has_kernels(basis, form, simplex):
         return
     raise ValueError(
         f"implementation = {implementation!r}: it has the modular Fourier operator only, without simplex; "
@@ -218,66 +235,44 @@ def check_implementation(implementation: str, basis: Basis, form: str, simplex: 
     )
 
 
-def _attend(
-    attend: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    basis: Basis,
-    parameters: Mapping[str, Tensor],
-    proj: Tensor | None,
-    form: str,
-    base: str,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    simplex: Simplex,
-) -> Tensor:
+def _attend(attend: Callable[[UnitsCall], Tensor], given: FormCall) -> Tensor:
+    query, key, value, basis, parameters, proj, form, base, bias, mask, simplex = given
     dtype = compute_dtype(query, key, value, proj, bias, *parameters.values())
     wide = {name: parameter.to(dtype) for name, parameter in parameters.items()}
+    w = None if proj is None else proj.to(dtype)
     with full_precision(query.device):
         coef = basis.pack({name: x for name, x in wide.items() if not name.startswith(SECOND)})
+        first = UnitsCall(query, key, value, coef, proj, bias, mask, mask, basis, base, simplex is True)
         if simplex == "hidden":
-            assert proj is not None
-            hidden = project(_hidden(attend, query, key, coef, basis, base, bias, mask))
-            v, w = value.to(dtype), proj.to(dtype)
+            assert w is not None
+            hidden = project(_hidden(attend, first))
+            v = value.to(dtype)
             return hidden @ (w.mT @ v) if mask is None else (hidden @ w.mT * mask) @ v
         if form in ("modular", "full_rank"):
-            return attend(query, key, value, coef, proj, basis, base, bias, mask, mask, simplex)
+            return attend(first)
         if form == "project_first" and mask is None:
-            assert proj is not None
-            projector = proj.to(dtype)
+            assert w is not None
             if bias is not None:
                 tokens = query.shape[2]
-                bias = bias.to(dtype).expand(*bias.shape[:-2], tokens, tokens) @ projector
-            pseudo_keys = projector.mT @ key.to(dtype)
-            return attend(query, pseudo_keys, value, coef, None, basis, base, bias, None, None, simplex)
+                bias = bias.to(dtype).expand(*bias.shape[:-2], tokens, tokens) @ w
+            return attend(first._replace(key=w.mT @ key.to(dtype), proj=None, bias=bias))
         if form == "project_first":
-            assert proj is not None
-            hidden = _hidden(attend, query, key, proj.to(dtype).mT.unsqueeze(1), _LINEAR, "zero", bias, mask)
+            assert w is not None
+            hidden = _hidden(attend, first._replace(coef=w.mT.unsqueeze(1), basis=_LINEAR, base="zero"))
         else:
-            hidden = _hidden(attend, query, key, coef, basis, base, bias, mask)
+            hidden = _hidden(attend, first)
             coef = basis.pack({name.removeprefix(SECOND): x for name, x in wide.items() if name.startswith(SECOND)})
         # As scores of sqrt(r) H against the rows of the identity.
         rank = hidden.shape[-1]
-        units = _identity(hidden, rank)
-        return attend(hidden * rank**0.5, units, value, coef, None, basis, base, None, None, mask, simplex)
+        units = _identity(hidden, query.shape[:2], rank)
+        return attend(first._replace(query=hidden * rank**0.5, key=units, coef=coef, proj=None, bias=None, mask=None))
 
 
-def _hidden(
-    attend: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    coef: Tensor,
-    basis: Basis,
-    base: str,
-    bias: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
+def _hidden(attend: Callable[[UnitsCall], Tensor], units: UnitsCall) -> Tensor:
     """H [B, h, N, r]: attention with the identity as W and as values."""
-    rank = coef.shape[2]
-    values = torch.eye(rank, dtype=coef.dtype, device=coef.device).expand(*query.shape[:2], -1, -1)
-    proj = torch.eye(rank, dtype=coef.dtype, device=coef.device).expand(query.shape[1], -1, -1)
-    return attend(query, key, values, coef, proj, basis, base, bias, mask)
+    rank, heads = units.coef.shape[2], units.query.shape[:2]
+    values, proj = _identity(units.coef, heads, rank), _identity(units.coef, heads[1:], rank)
+    return attend(units._replace(value=values, proj=proj, cut=None, on_simplex=False))
 
 
 # By which a masked W A is an H.
@@ -285,5 +280,47 @@ _LINEAR = Linear()
 key_of(_LINEAR)  # a compiled call may not be the first to name it
 
 
-def _identity(like: Tensor, size: int) -> Tensor:
-    return torch.eye(size, dtype=like.dtype, device=like.device).expand(*like.shape[:2], -1, -1)
+def _identity(like: Tensor, heads: Sequence[int], size: int) -> Tensor:
+    return torch.eye(size, dtype=like.dtype, device=like.device).expand(*heads, -1, -1)
+
+
+def karat_flops(
+    basis: Basis,
+    form: str,
+    heads: int,
+    rank: int,
+    tokens: int,
+    width: int,
+    *,
+    simplex: Simplex = False,
+    masked: bool = False,
+) -> int:
+    """Return the forward operations on one item of N tokens and heads of width d; a multiply-add is two.
+
+    Modular, per head: 2 N^2 d for the scores, 2 K N^2 r for H, 4 N r d for O = H (W^T V); in the Fourier basis K = 2 G.
+    A mask or the simplex needs the rows of S = H W^T.
+    """
+    n, d, r = tokens, width, rank
+    function = 2 * coefficients_of(basis)
+    scores = values = 2 * n * n * d
+    if form == "modular":
+        output = 2 * n * n * r + values if simplex is True or masked else 4 * n * r * d
+        head = scores + function * n * n * r + output
+    elif form == "project_first":
+        head = 4 * n * r * d + function * n * n * r + values
+    elif form == "two_operators":
+        head = scores + 2 * function * n * n * r + values
+    else:
+        rows = function * n**3 + values
+        # Without a W, O = sum_f f(A) (C_f^T V) can take fewer operations than forming S.
+        spread = 2 * function * n * n * d
+        can_spread = isinstance(basis, FeatureBasis) and not (simplex or masked)
+        head = scores + (min(rows, spread) if can_spread else rows)
+    return head * heads
+
+
+def coefficients_of(basis: Basis) -> int:
+    """Return K: multiply-adds per evaluation of one learnable function."""
+    if isinstance(basis, FeatureBasis):
+        return basis.num_features
+    return sum(torch.Size(shape).numel() for shape in basis.shapes(1, 1, 1).values())

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from karat_scale.attention import reference, streaming
-from karat_scale.attention.bases import BASE_ACTIVATIONS
 from karat_scale.attention.call import FourierCall, check_call, check_choice, output_dtype
 from karat_scale.attention.kernels import cpu, triton_fourier
 
@@ -65,7 +64,7 @@ def fourier_karat_attention(
         ValueError: a shape, dtype, device or name does not fit, or the implementation asked for by name cannot take
             the call; the message says what was expected.
     """
-    return attend_call(FourierCall(query, key, value, cos_coef, sin_coef, proj, base, bias, mask), implementation)
+    return attend_call(FourierCall(query, key, value, cos_coef, sin_coef, proj, bias, mask, base), implementation)
 
 
 def attend_call(call: FourierCall, implementation: str) -> Tensor:
@@ -94,17 +93,24 @@ def fourier_karat_scores(
     autocast's. Rows need not sum to one, and entries may be negative. An implementation that can attend but cannot
     give S leaves it to "auto". Raises ValueError like `fourier_karat_attention`.
     """
-    check_call(query, key, value, cos_coef, sin_coef, proj, bias, mask)
-    check_choice("base", base, BASE_ACTIVATIONS)
-    batch, heads, tokens, _ = query.shape
-    # S = S I: the identity as value gives S by whichever implementation attends.
-    identity = torch.eye(tokens, dtype=query.dtype, device=query.device).expand(batch, heads, -1, -1)
-    call = FourierCall(query, key, query, cos_coef, sin_coef, proj, base, bias, mask)
-    _choose(implementation, call)  # refuses what attention refuses
-    call = call._replace(value=identity)
+    value = query if value is None else value
+    return call_scores(FourierCall(query, key, value, cos_coef, sin_coef, proj, bias, mask, base), implementation)
+
+
+def call_scores(call: FourierCall, implementation: str) -> Tensor:
+    """Return S of a call. See `fourier_karat_scores`."""
+    check_call(call)
+    _choose(implementation, call._replace(value=call.query))  # refuses what attention refuses
+    call = call._replace(value=identity(call.query))
     # A kernel may take no values that are wider than the queries.
     able = implementation if refusal(implementation, call) is None else "auto"
-    return _choose(able, call)(call).to(output_dtype(query))
+    return _choose(able, call)(call).to(output_dtype(call.query))
+
+
+def identity(query: Tensor) -> Tensor:
+    """I [B, h, N, N] as values: S = S I, by whichever implementation attends."""
+    batch, heads, tokens, _ = query.shape
+    return torch.eye(tokens, dtype=query.dtype, device=query.device).expand(batch, heads, -1, -1)
 
 
 def content_kernel(call: FourierCall, implementation: str) -> str | None:
@@ -152,8 +158,7 @@ def _describe(argument: Tensor | str | None) -> object:
 
 
 def _check_and_choose_anew(implementation: str, call: FourierCall) -> Callable[[FourierCall], Tensor]:
-    check_call(*call[:6], call.bias, call.mask)
-    check_choice("base", call.base, BASE_ACTIVATIONS)
+    check_call(call)
     return _choose(implementation, call)
 
 

@@ -10,6 +10,7 @@ This is ours, not the paper's: it applies to attention what ReZero (arXiv 2003.0
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,20 +26,31 @@ from karat_scale.attention.bases import (
     make_basis,
 )
 from karat_scale.attention.call import FourierCall, check_choice
-from karat_scale.attention.flops import karat_flops
 from karat_scale.attention.forms import (
     FORMS,
     SECOND,
+    FormCall,
     Simplex,
+    attend_form,
     check_implementation,
     check_simplex,
+    form_scores,
+    fourier_call,
     has_kernels,
     has_projector,
-    karat_attention,
-    karat_scores,
+    karat_flops,
     parameter_shapes,
 )
 from karat_scale.attention.softmax import softmax_attention, softmax_scores, start_like_softmax
+
+
+class LayerCall(NamedTuple):
+    """What a layer gives its heads: their width d, the device, and whether there are a bias and a mask."""
+
+    width: int
+    device: torch.device
+    biased: bool = False
+    masked: bool = False
 
 
 class AttentionHeads(nn.Module):
@@ -48,6 +60,9 @@ class AttentionHeads(nn.Module):
     """
 
     num_heads: int
+    implementation = "auto"
+    without_kernels = "PyTorch"
+    """What runs if `implementation` is "auto" and the heads have no kernels."""
 
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Return the learned attention S [B, h, N, N], for analysis."""
@@ -65,21 +80,47 @@ class AttentionHeads(nn.Module):
         """
         raise NotImplementedError
 
-    def refusal(self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False) -> str | None:
-        """Return why the requested implementation cannot run on a device with heads of this width; None if it can.
-
-        biased, masked: whether the layer gives a bias and a mask.
-        """
+    def example(self, layer: LayerCall) -> FourierCall | None:
+        """Return a call of the shapes that the layer makes; None if these heads have no kernels."""
         return None
 
-    def chosen(
-        self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False
-    ) -> tuple[str, str | None]:
+    def refusal(self, layer: LayerCall) -> str | None:
+        """Return why the requested implementation cannot run what the layer gives; None if it can."""
+        call = self.example(layer)
+        return None if call is None else functional.refusal(self.implementation, call)
+
+    def chosen(self, layer: LayerCall) -> tuple[str, str | None]:
         """Return the implementation that runs, and why "auto" did not choose the device's own kernels, or None.
 
-        The arguments are those of `refusal`, which must have returned None. Those that have no choice run by "PyTorch".
+        `refusal` must have returned None.
         """
-        return "PyTorch", None
+        if self.implementation != "auto":
+            return self.implementation, None
+        call = self.example(layer)
+        if call is None:
+            return self.without_kernels, None
+        own = functional.KERNELS_OF.get(layer.device.type, "auto")
+        return functional.automatic(call), functional.refusal(own, call)
+
+
+class WrappedHeads(AttentionHeads):
+    """Heads that change or add to what `operator` computes. Implementation and operations are the operator's."""
+
+    def __init__(self, operator: AttentionHeads) -> None:
+        super().__init__()
+        self.operator, self.num_heads, self.implementation = operator, operator.num_heads, operator.implementation
+
+    def flops(self, tokens: int, width: int, masked: bool = False) -> int:
+        """See `AttentionHeads`."""
+        return self.operator.flops(tokens, width, masked)
+
+    def refusal(self, layer: LayerCall) -> str | None:
+        """See `AttentionHeads`."""
+        return self.operator.refusal(layer)
+
+    def chosen(self, layer: LayerCall) -> tuple[str, str | None]:
+        """See `AttentionHeads`."""
+        return self.operator.chosen(layer)
 
 
 class FourierHeads(AttentionHeads):
@@ -89,38 +130,24 @@ class FourierHeads(AttentionHeads):
     rank: int
     grid: int
     base = "zero"
-    implementation: str
 
     def flops(self, tokens: int, width: int, masked: bool = False) -> int:
         """See `AttentionHeads`."""
         sizes = self.num_heads, self.rank, tokens, width
         return karat_flops(Fourier(self.grid), "modular", *sizes, masked=masked)
 
-    def refusal(self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False) -> str | None:
+    def example(self, layer: LayerCall) -> FourierCall | None:
         """See `AttentionHeads`."""
-        return functional.refusal(self.implementation, self._call(width, device, biased, masked))
-
-    def chosen(
-        self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False
-    ) -> tuple[str, str | None]:
-        """See `AttentionHeads`."""
-        if self.implementation != "auto":
-            return self.implementation, None
-        call = self._call(width, device, biased, masked)
-        return functional.automatic(call), functional.refusal(functional.KERNELS_OF.get(device.type, "auto"), call)
-
-    def _call(self, width: int, device: torch.device, biased: bool, masked: bool) -> FourierCall:
-        """A call of the shapes that the layer makes."""
 
         def room(*shape: int) -> Tensor:
-            return torch.empty(shape, device=device)
+            return torch.empty(shape, device=layer.device)
 
-        head = room(1, self.num_heads, self.num_tokens, width)
+        head = room(1, self.num_heads, self.num_tokens, layer.width)
         coef = room(self.num_heads, self.rank, self.num_tokens, self.grid)
         proj = room(self.num_heads, self.num_tokens, self.rank)
         pairs = room(self.num_tokens, self.num_tokens)
-        bias, mask = pairs if biased else None, pairs == 0 if masked else None
-        return FourierCall(head, head, head, coef, coef, proj, self.base, bias, mask)
+        on_scores = pairs if layer.biased else None, pairs == 0 if layer.masked else None
+        return FourierCall(head, head, head, coef, coef, proj, *on_scores, self.base)
 
 
 SOFTMAX_LIKE, VARIANCE_PRESERVING, FOURIER_KAN = "softmax_like", "variance_preserving", "fourier_kan"
@@ -148,6 +175,11 @@ class KaratOperator(FourierHeads):
 
     Raises ValueError when a count is not a positive integer or a name is unknown.
     """
+
+    without_kernels = "streaming"
+    _shown: tuple[str, ...] = (
+        *("num_tokens", "num_heads", "basis", "rank", "form", "base", "init", "simplex", "implementation"),
+    )
 
     def __init__(
         self,
@@ -217,64 +249,30 @@ class KaratOperator(FourierHeads):
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """Return O [B, h, N, d] for query, key and value [B, h, N, d]; see `karat_attention`."""
-        return karat_attention(
-            query,
-            key,
-            value,
-            self.basis,
-            self.basis_parameters(),
-            self.proj,
-            form=self.form,
-            base=self.base,
-            bias=bias,
-            mask=mask,
-            simplex=self.simplex,
-            implementation=self.implementation,
-        )
+        return attend_form(self._call(query, key, value, bias, mask), self.implementation)
 
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Return the learned attention S [B, h, N, N]; see `karat_scores`."""
-        return karat_scores(
-            query,
-            key,
-            None,
-            self.basis,
-            self.basis_parameters(),
-            self.proj,
-            form=self.form,
-            base=self.base,
-            bias=bias,
-            mask=mask,
-            simplex=self.simplex,
-            implementation=self.implementation,
-        )
+        return form_scores(self._call(query, key, query, bias, mask), self.implementation)
+
+    def _call(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
+    ) -> FormCall:
+        settings = self.form, self.base, bias, mask, self.simplex
+        return FormCall(query, key, value, self.basis, self.basis_parameters(), self.proj, *settings)
 
     def flops(self, tokens: int, width: int, masked: bool = False) -> int:
         """See `AttentionHeads`."""
         sizes = self.num_heads, self.rank, tokens, width
         return karat_flops(self.basis, self.form, *sizes, simplex=self.simplex, masked=masked)
 
-    def refusal(self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False) -> str | None:
+    def example(self, layer: LayerCall) -> FourierCall | None:
         """See `AttentionHeads`."""
-        if not has_kernels(self.basis, self.form, self.simplex):
-            return None
-        return super().refusal(width, device, biased=biased, masked=masked)
-
-    def chosen(
-        self, width: int, device: torch.device, *, biased: bool = False, masked: bool = False
-    ) -> tuple[str, str | None]:
-        """See `AttentionHeads`."""
-        if self.implementation == "auto" and not has_kernels(self.basis, self.form, self.simplex):
-            return "streaming", None
-        return super().chosen(width, device, biased=biased, masked=masked)
+        return super().example(layer) if has_kernels(self.basis, self.form, self.simplex) else None
 
     def extra_repr(self) -> str:
         """Return the settings, with the constructor's names."""
-        return (
-            f"num_tokens={self.num_tokens}, num_heads={self.num_heads}, basis={self.basis}, rank={self.rank}, "
-            f"form={self.form!r}, base={self.base!r}, init={self.init!r}, simplex={self.simplex!r}, "
-            f"implementation={self.implementation!r}"
-        )
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._shown)
 
 
 class FourierKaratOperator(KaratOperator):
@@ -284,6 +282,8 @@ class FourierKaratOperator(KaratOperator):
         grid: G, the number of harmonics.
         gains: adds KAN's two gains of each function, see `Fourier`. The others are those of `KaratOperator`.
     """
+
+    _shown = ("num_tokens", "num_heads", "rank", "grid", "base", "init", "implementation")
 
     def __init__(
         self,
@@ -312,13 +312,6 @@ class FourierKaratOperator(KaratOperator):
             dtype=dtype,
         )
 
-    def extra_repr(self) -> str:
-        """Return the settings, with the constructor's names."""
-        return (
-            f"num_tokens={self.num_tokens}, num_heads={self.num_heads}, rank={self.rank}, grid={self.grid}, "
-            f"base={self.base!r}, init={self.init!r}, implementation={self.implementation!r}"
-        )
-
     def forward(
         self,
         query: Tensor,
@@ -334,15 +327,7 @@ class FourierKaratOperator(KaratOperator):
         """
         if attend is None:
             return super().forward(query, key, value, bias, mask)
-        return attend(self._call_of(query, key, value, bias, mask))
-
-    def _call_of(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None
-    ) -> FourierCall:
-        assert isinstance(self.basis, Fourier)
-        assert self.proj is not None
-        coefficients = self.basis.series(self.basis_parameters())
-        return FourierCall(query, key, value, *coefficients, self.proj, self.base, bias, mask)
+        return attend(fourier_call(self._call(query, key, value, bias, mask)))
 
 
 def plain_operator(cos_coef: Tensor, sin_coef: Tensor, proj: Tensor) -> FourierKaratOperator:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from karat_scale.attention import call as simplex
 from karat_scale.attention.bases import BASE_ACTIVATIONS, Basis, ElementwiseBasis, FeatureBasis
-from karat_scale.attention.call import FourierCall, compute_dtype, full_precision
+from karat_scale.attention.call import FourierCall, UnitsCall, compute_dtype, full_precision
 
 
 def attend(call: FourierCall) -> Tensor:
@@ -21,7 +21,7 @@ def scores(call: FourierCall) -> Tensor:
 
     Holds the B h N N G features at once. float32 or, with any float64 input but the value, float64.
     """
-    query, key, _, cos_coef, sin_coef, proj, base, bias, mask = call
+    query, key, _, cos_coef, sin_coef, proj, bias, mask, base = call
     dtype = compute_dtype(query, key, cos_coef, sin_coef, proj, bias)
     query, key, cos_coef, sin_coef, proj = (x.to(dtype) for x in (query, key, cos_coef, sin_coef, proj))
     with full_precision(query.device):
@@ -41,25 +41,14 @@ def scores(call: FourierCall) -> Tensor:
         return (hidden @ proj.mT) * keep
 
 
-def attend_units(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    coef: Tensor,
-    proj: Tensor | None,
-    basis: Basis,
-    base: str,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    cut: Tensor | None = None,
-    on_simplex: bool = False,
-) -> Tensor:
-    """O = S V of any basis, with the arguments of `streaming.attend_units`; derivatives are autograd's.
+def attend_units(call: UnitsCall) -> Tensor:
+    """O = S V of any basis; derivatives are autograd's.
 
     Holds every phi_pq(A[k, q]) at once. float32 or, with any float64 input, float64.
     """
-    dtype = compute_dtype(query, key, value, coef, proj, bias)
-    query, key, value, coef = (x.to(dtype) for x in (query, key, value, coef))
+    proj, bias, mask, cut, basis, base, on_simplex = call[4:]
+    dtype = compute_dtype(*call[:6])
+    query, key, value, coef = (x.to(dtype) for x in call[:4])
     with full_precision(query.device):
         raw = query @ key.mT / query.shape[-1] ** 0.5
         if bias is not None:

@@ -20,8 +20,9 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
-from karat_scale.attention import call
-from karat_scale.attention.bases import BaseActivation, Basis, ElementwiseBasis, FeatureBasis
+from karat_scale.attention import call as simplex
+from karat_scale.attention.bases import BaseActivation, ElementwiseBasis, FeatureBasis
+from karat_scale.attention.call import UnitsCall
 
 # Matrix products over fewer rows than this are slow, so very long sequences take more room instead.
 MIN_ROWS = 32
@@ -176,24 +177,19 @@ class ElementwiseTile(Tile):
 
 
 class Workspace:
-    """The plan of a call's tiles and the memory they share.
+    """The plan of a call's tiles and the memory they share."""
 
-    `learned` is the length of the rows of S, where these may be formed.
-    """
-
-    def __init__(
-        self, query: Tensor, coef: Tensor, bias: Tensor | None, mask: Tensor | None, basis: Basis, learned: int = 0
-    ) -> None:
-        batch, _, queries, width = query.shape
-        keys = coef.shape[3]
+    def __init__(self, call: UnitsCall) -> None:
+        batch, _, queries, width = call.query.shape
+        basis, coef, keys = call.basis, call.coef, call.coef.shape[3]
         # An elementwise basis holds a few arrays of a tile's shape while it works.
         self.has_features = isinstance(basis, FeatureBasis)
         self._num_features = coef.shape[1] if self.has_features else 4
         self.scale = width**-0.5
-        # S and its gradient are two rows.
-        row = max(self._num_features * keys, 2 * learned)
-        self.tiling = plan_tiles(batch, queries, row, workspace_budget(query.device))
-        self._bias, self._mask, self._basis = bias, mask, basis
+        # Without a W the rows of S may be formed; S and its gradient are two rows.
+        row = max(self._num_features * keys, 2 * call.value.shape[2] if call.proj is None else 0)
+        self.tiling = plan_tiles(batch, queries, row, workspace_budget(coef.device))
+        self._call = call
         pairs = [(b.stop - b.start) * (r.stop - r.start) for b, r in self.tiling.tiles()]
         self._room = coef.new_empty(self._num_features * max(pairs, default=0) * keys if self.has_features else 0)
         self._tiles: dict[tuple[int, ...], Tile] = {}
@@ -202,24 +198,28 @@ class Workspace:
         """The tile at (batch, rows) of a head's query [B, N, d] and key [B, M, d]."""
         query, key = query[batch, rows], key[batch]
         tile = self._tile((*query.shape[:2], key.shape[1]))
-        bias, keep = (pick_broadcast(x, head, batch, rows) for x in (self._bias, self._mask))
+        bias, keep = (pick_broadcast(x, head, batch, rows) for x in (self._call.bias, self._call.mask))
         tile.load(query, key, self.scale, bias, keep)
         return tile
 
     def _tile(self, shape: tuple[int, ...]) -> Tile:
         if shape not in self._tiles:
-            if isinstance(self._basis, FeatureBasis):
-                self._tiles[shape] = FeatureTile(shape, self._basis, self._num_features, self._room)
-            elif isinstance(self._basis, ElementwiseBasis):
-                self._tiles[shape] = ElementwiseTile(shape, self._basis, self._room)
+            basis = self._call.basis
+            if isinstance(basis, FeatureBasis):
+                self._tiles[shape] = FeatureTile(shape, basis, self._num_features, self._room)
+            elif isinstance(basis, ElementwiseBasis):
+                self._tiles[shape] = ElementwiseTile(shape, basis, self._room)
             else:
-                raise TypeError(f"{self._basis}: neither a FeatureBasis nor an ElementwiseBasis")
+                raise TypeError(f"{basis}: neither a FeatureBasis nor an ElementwiseBasis")
         return self._tiles[shape]
 
 
 @dataclass(frozen=True)
 class Head:
-    """One head's share of a call: V [B, P, dv], C [K, r, M], W [P, r] and, where there is a W, H [B, N, r]."""
+    """One head's share of a call: V [B, P, dv], C [K, r, M], W [P, r] and, where there is a W, H [B, N, r].
+
+    is_cut: some entries of S are 0.
+    """
 
     value: Tensor
     coef: Tensor
@@ -227,6 +227,7 @@ class Head:
     hidden: Tensor
     activation: BaseActivation | None
     on_simplex: bool
+    is_cut: bool
 
 
 @dataclass(frozen=True)
@@ -310,7 +311,7 @@ class Rows(Route):
         learned = self._learned(hidden, cut)
         grad_rows = torch.bmm(grad_output, head.value[batch].mT)
         if head.on_simplex:
-            grad_rows = call.pull_back(learned, grad_rows)
+            grad_rows = simplex.pull_back(learned, grad_rows)
         elif cut is not None:
             grad_rows *= cut
         grads.value[batch].baddbmm_(learned.mT, grad_output)
@@ -323,7 +324,7 @@ class Rows(Route):
         """S [b, rows, P] of H [b, rows, r]; may be H itself."""
         rows = hidden if self._head.proj is None else hidden @ self._head.proj.mT
         if self._head.on_simplex:
-            return call.project(rows, cut)
+            return simplex.project(rows, cut)
         return rows if cut is None else rows * cut
 
 
@@ -363,9 +364,9 @@ class Spread(Route):
             self._spread = torch.bmm(_expand(self._head.value[item].mT, self._head.coef), self._head.coef)
 
 
-def choose_route(head: Head, work: Workspace, has_cut: bool) -> Route:
+def choose_route(head: Head, work: Workspace) -> Route:
     """The cheapest route that gives the head's O."""
-    plain = not (has_cut or head.on_simplex)
+    plain = not (head.is_cut or head.on_simplex)
     if head.proj is not None:
         return Narrow(head) if plain else Rows(head)
     spreads = plain and head.activation is None and work.has_features and work.tiling.one_item

@@ -134,7 +134,7 @@ class BasisRow:
 
 BASES = {
     "fourier": BasisRow("karat_scale.attention.bases.fourier:Fourier", is_series=True),
-    "bspline": BasisRow("karat_scale.attention.bases.splines:BSpline"),
+    "bspline": BasisRow("karat_scale.attention.bases.polynomials:BSpline"),
     "chebyshev": BasisRow("karat_scale.attention.bases.polynomials:Chebyshev"),
     "rational": BasisRow("karat_scale.attention.bases.polynomials:Rational"),
     "mexican_hat": BasisRow("karat_scale.attention.bases.wavelets:MexicanHat"),

@@ -23,10 +23,9 @@ from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
 from karat_scale.foundation.errors import UserError
-from karat_scale.models import convit, swin
+from karat_scale.models import hosts
 from karat_scale.models.layers import attention_layers
 from karat_scale.models.transfer import Teacher, TransferredAttention
-from karat_scale.models.vit import join_heads
 
 Visit = Callable[[int, Tensor, Tensor], None]
 """A function that receives the block's index, A [B, h, N, N] before the operator, and S (or softmax(A)) after it.
@@ -82,7 +81,7 @@ def _of_plain(attention: Any, x: Tensor, _: None) -> Matrices:
 
 
 def _of_mhsa(attention: Any, x: Tensor, _: None) -> Matrices:
-    query, key = convit.query_key_value(attention, x)[:2]
+    query, key = hosts.query_key_value(attention, x)[:2]
     return scores_and_matrix(query, key, getattr(attention, "operator", None))
 
 
@@ -93,7 +92,7 @@ def _of_gated(attention: Any, x: Tensor, _: None) -> Matrices:
 
 
 def _of_window(attention: Any, x: Tensor, mask: Tensor | None) -> Matrices:
-    query, key, _, bias, keep = swin.parts_of(attention, x, mask)
+    query, key, _, bias, keep = hosts.parts_of(attention, x, mask)
     operator = getattr(attention, "operator", None)
     raw = query @ key.mT / query.shape[-1] ** 0.5 + bias
     if operator is not None:
@@ -153,7 +152,7 @@ def _replacing(number: int, replace: Replace) -> Callable[[Any, tuple[Tensor, ..
     def after(attention: Any, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
         query, key, value = query_key_value(attention, inputs[0])
         learned = scores_and_matrix(query, key, getattr(attention, "operator", None))[1]
-        return join_heads(attention, inputs[0], replace(number, learned).to(value.dtype) @ value)
+        return hosts.join_heads(attention, inputs[0], replace(number, learned).to(value.dtype) @ value)
 
     return after
 

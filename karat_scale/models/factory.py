@@ -1,37 +1,28 @@
-"""Build a recipe's model, and give KArAt to a timm model that is already built.
-
-A model that is already built may be trained. Timm models without a module here, such as PiT or MobileViT, use timm's
-own attention at timm's own sizes; their host is here too.
-"""
+"""Build a recipe's model, and give KArAt to a timm model that is already built, which may be trained."""
 
 import copy
-import inspect
-from collections.abc import Mapping
 from typing import Any, Literal
 
-import timm
 import torch
-from timm.layers import Attention
-from timm.models.convit import MHSA
-from timm.models.swin_transformer import WindowAttention
-from torch import Tensor, nn
+from torch import nn
 
-from karat_scale.foundation.errors import RecipeError, nearest, one_line
-from karat_scale.models import swin, vit
-from karat_scale.models.convit import CONVIT, KaratMHSA
-from karat_scale.models.host import Host, build_timm, check_attention, refuse_fields, shapes_alone
+from karat_scale.foundation.errors import RecipeError, one_line
+from karat_scale.models.hosts import (
+    HOSTS,
+    OTHER,
+    VIT,
+    build_vit,
+    check_attention,
+    host_of_name,
+    refuse_fields,
+    shapes_alone,
+)
 from karat_scale.models.layers import LayerSize, freeze, measure_layers
 from karat_scale.models.operators import learn
-from karat_scale.models.swin import SWIN, KaratWindowAttention
 from karat_scale.models.transfer import TransferredAttention
-from karat_scale.models.vit import VIT, KaratAttention, build_vit
 from karat_scale.recipe import AttentionConfig, ModelConfig, Recipe
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    Attention: KaratAttention,
-    MHSA: KaratMHSA,
-    WindowAttention: KaratWindowAttention,
-}
+_CLASSES = {own: ours for host in (OTHER, *HOSTS.values()) for own, ours in host.classes.items()}
 
 
 def swap_attention(network: Any, attention: AttentionConfig, image_size: int = 224) -> None:
@@ -63,43 +54,6 @@ def swap_attention(network: Any, attention: AttentionConfig, image_size: int = 2
     learn(network, ModelConfig(name=name, image_size=image_size), attention, sizes, _CLASSES)
     parameter = next(network.parameters())
     network.to(parameter.device, parameter.dtype)
-
-
-def _build(model: ModelConfig, **options: Any) -> nn.Module:
-    refuse_fields(model, "patch_size", "embed_dim", "depth", "num_heads", why="which is built at timm's own sizes")
-    with torch.device("meta"):
-        taken = inspect.signature(type(timm.create_model(model.name))).parameters
-    settings: dict[str, Any] = {"img_size": model.image_size} if "img_size" in taken else {}
-    for field, name in (("drop_path", "drop_path_rate"), ("proj_drop", "proj_drop_rate")):
-        value = getattr(model, field)
-        if name in taken:
-            settings[name] = value
-        elif value:
-            raise RecipeError(f"model.{field} = {value:g} is not supported by {model.name}, which has no {name}; use 0")
-    return build_timm(model, model.name, **settings, **options)
-
-
-def _learn(model: ModelConfig, attention: AttentionConfig, sizes: tuple[LayerSize, ...], **options: Any) -> nn.Module:
-    return learn(_build(model, **options), model, attention, sizes, {Attention: KaratAttention})
-
-
-def _fit(weights: Mapping[str, Tensor], _: nn.Module) -> dict[str, Tensor]:
-    return dict(weights)
-
-
-OTHER = Host(_build, _learn, _fit)
-
-
-# By the names of timm's modules.
-HOSTS = {
-    "vision_transformer": VIT,
-    "vision_transformer_hybrid": VIT,
-    "deit": VIT,
-    "convit": CONVIT,
-    "swin_transformer": SWIN,
-}
-# Names of our own small models, and the timm models that they are sizes of.
-OWN = {**dict.fromkeys(vit.OWN_SIZES, vit.BASE), **dict.fromkeys(swin.OWN_SIZES, swin.BASE)}
 
 
 def create_model(model: ModelConfig, attention: AttentionConfig, **options: Any) -> nn.Module:
@@ -134,21 +88,6 @@ def outline(recipe: Recipe) -> nn.Module:
     return model
 
 
-def host_of_name(name: str) -> Host:
-    """Return the host that builds the model of a name. Raises RecipeError if timm does not have the model."""
-    base = OWN.get(name, name.partition(".")[0])
-    if not timm.is_model(base):
-        close = nearest(base, [*OWN, *timm.list_models()])
-        hint = f"did you mean {close[0]}?" if close else "`timm.list_models('vit_*')` lists some of them"
-        raise RecipeError(f"model.name = {name!r}: timm has no such model; {hint}")
-    return _host_of_module(timm.model_entrypoint(base).__module__)
-
-
-def host_of(network: nn.Module) -> Host:
-    """Return the host of a model that was built."""
-    return _host_of_module(type(network).__module__)
-
-
 def layer_sizes(model: ModelConfig) -> tuple[LayerSize, ...]:
     """Return the sizes of the attention layers of a recipe's model, in order. Raises like `create_model`."""
     return host_of_name(model.name).sizes(model)
@@ -179,7 +118,3 @@ def no_weight_decay_names(model: nn.Module, decay_karat: bool | Literal["all"]) 
         if (is_karat and not decay_karat) or (parameter.ndim <= 1 and not (is_karat and decay_karat == "all")):
             exempt.add(name)
     return exempt
-
-
-def _host_of_module(module: str) -> Host:
-    return HOSTS.get(module.rpartition(".")[2], OTHER)

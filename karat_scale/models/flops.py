@@ -7,7 +7,7 @@ attention transfer, S V counts, and the teacher's own pass does not.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,46 +42,26 @@ def flops_per_image(model: ModelConfig, attention: AttentionConfig, frozen: Sequ
     with torch.device("meta"):
         network = create_model(model, attention)
         freeze(network, frozen)
-        counted = _Counted(network)
+        passed = _let_operators_pass(network)
         image = torch.empty(1, 3, model.image_size, model.image_size)
         # SDPA's fused backward passes would count the scores twice, since they compute them again.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            logits = counted.network(image)
+            logits = network(image)
             forward = counter.get_total_flops()
             logits.sum().backward()
-    return Flops(forward + counted.learned, counter.get_total_flops() + counted.learned + counted.learned_backward)
+    learned = sum(operator.flops for operator in passed)
+    backward = sum(operator.backward_flops for operator in passed)
+    return Flops(forward + learned, counter.get_total_flops() + learned + backward)
 
 
 def forward_flops(network: nn.Module, image_size: int) -> int:
     """Count the operations of any network's forward pass for one image, on a copy without memory."""
-    counted = _Counted(copy.deepcopy(network).to("meta").eval())
-    image = torch.empty(1, 3, image_size, image_size, device="meta")
+    counted = copy.deepcopy(network).to("meta").eval()
+    passed = _let_operators_pass(counted)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        counted.network(image)
+        counted(torch.empty(1, 3, image_size, image_size, device="meta"))
     total: int = counter.get_total_flops()
-    return total + counted.learned
-
-
-class _Counted:
-    """A model on the meta device whose operators are counted instead of computed."""
-
-    def __init__(self, network: nn.Module) -> None:
-        _let_operators_pass(network)
-        _let_matrices_come_from_nowhere(network)
-        self.network = network
-
-    @property
-    def learned(self) -> int:
-        """Operations of the operators so far."""
-        return sum(module.flops for module in self._passed())
-
-    @property
-    def learned_backward(self) -> int:
-        """Operations of their backward passes, if all outputs have a gradient."""
-        return sum(module.backward_flops for module in self._passed())
-
-    def _passed(self) -> Iterator["_PassedOperator"]:
-        return (module for module in self.network.modules() if isinstance(module, _PassedOperator))
+    return total + sum(operator.flops for operator in passed)
 
 
 class _PassedOperator(nn.Module):
@@ -106,20 +86,6 @@ class _PassedOperator(nn.Module):
         return passed + sum(0 * parameter.sum() for parameter in self._learns)
 
 
-def _let_operators_pass(network: nn.Module) -> None:
-    """Replace each operator, also one that all blocks share; an operator within another counts with that one."""
-    passed: dict[nn.Module, _PassedOperator] = {}
-
-    def replace_in(module: nn.Module) -> None:
-        for name, child in list(module.named_children()):
-            if isinstance(child, AttentionHeads):
-                setattr(module, name, passed.setdefault(child, _PassedOperator(child)))
-            else:
-                replace_in(child)
-
-    replace_in(network)
-
-
 class _AnyMatrices:
     """Replaces a student's teacher: returns S V without computing it."""
 
@@ -128,7 +94,21 @@ class _AnyMatrices:
         return value.new_empty(*value.shape[:3], value.shape[2]) @ value
 
 
-def _let_matrices_come_from_nowhere(network: nn.Module) -> None:
-    for module in network.modules():
+def _let_operators_pass(network: nn.Module) -> Collection[_PassedOperator]:
+    """Let operators and teachers be counted instead of computed; return what stands for the operators.
+
+    An operator that all blocks share is replaced once; an operator within another counts with that one.
+    """
+    passed: dict[nn.Module, _PassedOperator] = {}
+
+    def replace_in(module: nn.Module) -> None:
         if isinstance(module, TransferredAttention):
             module.teacher = _AnyMatrices()
+        for name, child in list(module.named_children()):
+            if isinstance(child, AttentionHeads):
+                setattr(module, name, passed.setdefault(child, _PassedOperator(child)))
+            else:
+                replace_in(child)
+
+    replace_in(network)
+    return passed.values()

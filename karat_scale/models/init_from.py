@@ -24,10 +24,10 @@ from torch.nn import functional
 
 from karat_scale.attention import KaratOperator
 from karat_scale.attention.forms import SECOND, parameter_shapes
-from karat_scale.attention.variants import SmoothOperator, StaticHeads
-from karat_scale.attention.variants.smooth import mode_columns
+from karat_scale.attention.variants import SmoothOperator, StaticHeads, mode_columns
 from karat_scale.foundation.errors import RecipeError, one_line
-from karat_scale.models.factory import host_of, layer_sizes
+from karat_scale.models.factory import layer_sizes
+from karat_scale.models.hosts import host_of
 from karat_scale.models.layers import attention_layers, fit_prefix, is_sincos_2d, places_of, prefix_tokens
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
@@ -356,9 +356,13 @@ def take_weights(model: nn.Module, weights: Mapping[str, Tensor], new_head: bool
     _check_axes(weights, own)
     _check_values(weights, own)
     there = prefix_tokens(weights)
-    keeps_positions = new_head and _has_fixed_positions(model) and not _are_fixed(weights)
+    positions = getattr(model, _POSITIONS, None)
+    is_fixed = isinstance(positions, nn.Parameter) and not positions.requires_grad
+    keeps_positions = new_head and is_fixed and not (_POSITIONS in weights and is_sincos_2d(weights[_POSITIONS]))
     weights, notes = fit_prefix(model, weights)
-    notes += _patch_note(weights, own)
+    if _PATCHES in weights and _PATCHES in own:
+        sides, ours = (" x ".join(map(str, state[_PATCHES].shape[2:])) for state in (weights, own))
+        notes += [f"the patch embedding is resampled from {sides} pixels"] if sides and sides != ours else []
     weights = _fit(model, weights)
     _check_depth(weights, own)
     if keeps_positions:
@@ -402,13 +406,6 @@ def _classifiers(model: Any) -> list[str]:
     return [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
 
 
-def _patch_note(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    if _PATCHES not in weights or _PATCHES not in own:
-        return []
-    there, here = (" x ".join(map(str, state[_PATCHES].shape[2:])) for state in (weights, own))
-    return [f"the patch embedding is resampled from {there} pixels"] if there and there != here else []
-
-
 def _check_axes(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     """Check that tensors to adapt have the expected axes; timm's old patch embeddings are matrices."""
     for name, tensor in own.items():
@@ -423,15 +420,6 @@ def _check_values(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> N
             raise RecipeError(f"{name} in the weights is {tensor.dtype}, not floating point; use other weights")
         if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise RecipeError(f"{name} in the weights has numbers that are not finite; use other weights")
-
-
-def _has_fixed_positions(model: Any) -> bool:
-    positions = getattr(model, _POSITIONS, None)
-    return isinstance(positions, nn.Parameter) and not positions.requires_grad
-
-
-def _are_fixed(weights: Mapping[str, Tensor]) -> bool:
-    return _POSITIONS in weights and is_sincos_2d(weights[_POSITIONS])
 
 
 def _check_depth(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

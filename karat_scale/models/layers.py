@@ -20,6 +20,7 @@ from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
 from karat_scale.foundation.errors import RecipeError
+from karat_scale.recipe import ModelConfig
 
 # Every class of attention in timm that this project supports.
 KNOWN: tuple[type[nn.Module], ...] = (Attention, GPSA, MHSA, WindowAttention)
@@ -66,6 +67,12 @@ def refuse_dropout(attention: Any) -> None:
         raise ValueError("attn_drop has no meaning for KArAt: the attention matrix is never formed")
 
 
+def cannot_be_built(model: ModelConfig, error: Exception) -> RecipeError:
+    """Return one line about an error of timm or of the model."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return RecipeError(f"model.name = {model.name!r} cannot be built with these sizes: {reason}")
+
+
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Return the block of each attention layer, in order."""
     return [layer.block for layer in attention_layers(model)]
@@ -85,12 +92,11 @@ def measure_layers(model: nn.Module, image_size: int) -> tuple[LayerSize, ...]:
     model(torch.empty(1, channels, image_size, image_size, device="meta"))
     for hook in hooks:
         hook.remove()
-    return tuple(_size(layer.attention, *shape) for layer, shape in zip(layers, shapes, strict=True))
-
-
-def _size(attention: Any, sets: int, tokens: int, width: int) -> LayerSize:
-    heads = attention.num_heads
-    return LayerSize(sets, tokens, heads, width // heads, isinstance(attention, BIASED))
+    sizes = []
+    for layer, (sets, tokens, width) in zip(layers, shapes, strict=True):
+        heads = layer.attention.num_heads
+        sizes.append(LayerSize(sets, tokens, heads, width // heads, isinstance(layer.attention, BIASED)))
+    return tuple(sizes)
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -139,7 +145,6 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> str:
 
 # timm's parameters [1, n, D], in timm's order before the patches, and their names in messages.
 _TOKENS = {"cls_token": "class token", "dist_token": "distillation token", "reg_token": "register tokens"}
-# The distillation token has its own classifier.
 _HEAD_DIST = "head_dist."
 
 
@@ -196,7 +201,11 @@ def fit_prefix(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[st
     fitted = {name: x for name, x in weights.items() if name not in _TOKENS}
     fitted |= {name: torch.cat(parts, 1) for name, parts in vectors.items()}
     fitted["pos_embed"] = torch.cat((*prefix, patches), 1)
-    return _with_heads_of(own, fitted), _notes(there, here)
+    # The distillation token has a classifier of its own, where the model has one.
+    fitted = {name: x for name, x in fitted.items() if not name.startswith(_HEAD_DIST) or name in own}
+    fitted |= {name: x for name, x in own.items() if name.startswith(_HEAD_DIST) and name not in fitted}
+    notes = [f"without its {name}" for name in _named(set(there) - set(here))]
+    return fitted, notes + [f"with a new {name}" for name in _named(set(here) - set(there))]
 
 
 def _embedded(state: Mapping[str, Tensor], tokens: int) -> int:
@@ -209,18 +218,6 @@ def _embedded(state: Mapping[str, Tensor], tokens: int) -> int:
         f"pos_embed in the weights has {positions} positions: not {tokens} prefix tokens and a square of "
         "patches; use the model it was trained with"
     )
-
-
-def _with_heads_of(own: Mapping[str, Tensor], fitted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Yield the distillation token's classifier, if the model has one."""
-    kept = {name: x for name, x in fitted.items() if not name.startswith(_HEAD_DIST) or name in own}
-    new = {name: x for name, x in own.items() if name.startswith(_HEAD_DIST) and name not in fitted}
-    return {**kept, **new}
-
-
-def _notes(there: Sequence[str], here: Sequence[str]) -> list[str]:
-    left_out, new = (_named(tokens) for tokens in (set(there) - set(here), set(here) - set(there)))
-    return [f"without its {name}" for name in left_out] + [f"with a new {name}" for name in new]
 
 
 def _named(tokens: set[str]) -> list[str]:

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from karat_scale.attention import FourierKaratOperator, HybridHeads, KaratOperator, ResidualHeads, make_basis
+from karat_scale.attention.bases import Basis
 from karat_scale.attention.functional import KERNELS_OF
-from karat_scale.attention.operator import AttentionHeads
+from karat_scale.attention.operator import AttentionHeads, LayerCall
 from karat_scale.attention.variants import (
     ContentOperator,
     ScaledSoftmax,
@@ -23,8 +24,7 @@ from karat_scale.attention.variants import (
     WithoutScores,
 )
 from karat_scale.foundation.errors import RecipeError
-from karat_scale.models.host import cannot_be_built
-from karat_scale.models.layers import BIASED, LayerSize, attention_layers, refuse_dropout
+from karat_scale.models.layers import BIASED, LayerSize, attention_layers, cannot_be_built, refuse_dropout
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 
@@ -56,11 +56,11 @@ def heads_of(attention: nn.Module) -> AttentionHeads | None:
 
 def check_implementation(model: nn.Module, device: torch.device) -> None:
     """Raise RecipeError if the recipe's implementation of attention cannot run on a device."""
-    for operator, sizes in _operators_and_sizes(model):
-        why = operator.refusal(device=device, **sizes)
+    for operator, layer in _operators_and_layers(model, device):
+        why = operator.refusal(layer)
         if why is not None:
             raise RecipeError(
-                f"attention.implementation = {getattr(operator, 'implementation', 'auto')} cannot run here: {why}; "
+                f"attention.implementation = {operator.implementation} cannot run here: {why}; "
                 "use attention.implementation=auto"
             )
 
@@ -70,7 +70,7 @@ def describe_implementation(model: nn.Module, device: torch.device) -> str | Non
 
     None where no layer is learned. `check_implementation` must have passed.
     """
-    layers = Counter(operator.chosen(device=device, **sizes) for operator, sizes in _operators_and_sizes(model))
+    layers = Counter(operator.chosen(layer) for operator, layer in _operators_and_layers(model, device))
     if not layers:
         return None
     parts = [
@@ -80,19 +80,14 @@ def describe_implementation(model: nn.Module, device: torch.device) -> str | Non
     return f"learned attention runs by {', '.join(parts)}"
 
 
-def _operators_and_sizes(model: nn.Module) -> Iterator[tuple[AttentionHeads, dict[str, Any]]]:
+def _operators_and_layers(model: nn.Module, device: torch.device) -> Iterator[tuple[AttentionHeads, LayerCall]]:
     """What learns in each attention layer where something does, and what the layer gives it."""
     for layer in attention_layers(model):
         operator = heads_of(layer.attention)
         if operator is not None:
-            yield (
-                operator,
-                {
-                    "width": round(layer.attention.scale**-2),  # d: timm scales scores by d^-1/2
-                    "biased": isinstance(layer.attention, BIASED),
-                    "masked": getattr(layer.block, "attn_mask", None) is not None,
-                },
-            )
+            width = round(layer.attention.scale**-2)  # d: timm scales scores by d^-1/2
+            biased, masked = isinstance(layer.attention, BIASED), getattr(layer.block, "attn_mask", None) is not None
+            yield operator, LayerCall(width, device, biased, masked)
 
 
 def gates(model: nn.Module) -> list[nn.Parameter | None]:
@@ -127,14 +122,18 @@ def operator_maker(attention: AttentionConfig) -> Callable[[int, int], nn.Module
     Raises:
         RecipeError: the basis cannot be built, or by the returned function, the operator.
     """
-    _check_basis(attention)
+    settings = {name: getattr(attention, name) for name in ("grid", "degree", "range", "orders", "gains")}
+    try:
+        basis = make_basis(attention.basis, **settings)
+    except ValueError as error:
+        raise RecipeError(f"attention.{error}") from error
 
     def make(num_tokens: int, num_heads: int) -> nn.Module:
         softmax_heads = attention.softmax_heads
         if softmax_heads >= num_heads:
             raise ValueError(f"attention.softmax_heads = {softmax_heads} leaves none of {num_heads} heads for KArAt")
         try:
-            operator = _make_heads(attention, num_tokens, num_heads - softmax_heads)
+            operator = _make_heads(attention, basis, num_tokens, num_heads - softmax_heads)
         except ValueError as error:
             raise RecipeError(f"attention.{error}") from error
         learned = ResidualHeads(operator) if attention.residual or attention.kind == "static_softmax" else operator
@@ -143,27 +142,16 @@ def operator_maker(attention: AttentionConfig) -> Callable[[int, int], nn.Module
     return functools.cache(make) if attention.mode == "universal" else make
 
 
-def _check_basis(attention: AttentionConfig) -> None:
-    try:
-        make_basis(attention.basis, **_basis_settings(attention))
-    except ValueError as error:
-        raise RecipeError(f"attention.{error}") from error
-
-
-def _basis_settings(attention: AttentionConfig) -> dict[str, Any]:
-    return {name: getattr(attention, name) for name in ("grid", "degree", "range", "orders", "gains")}
-
-
-def _make_heads(attention: AttentionConfig, num_tokens: int, num_heads: int) -> AttentionHeads:
+def _make_heads(attention: AttentionConfig, basis: Basis, num_tokens: int, num_heads: int) -> AttentionHeads:
     if attention.kind in ("static", "static_softmax"):
         return StaticHeads(num_tokens, num_heads)
     if attention.kind == "scaled_softmax":
         return ScaledSoftmax(num_tokens, num_heads)
-    operator = _make_operator(attention, num_tokens, num_heads)
+    operator = _make_operator(attention, basis, num_tokens, num_heads)
     return operator if attention.scores else WithoutScores(operator)
 
 
-def _make_operator(attention: AttentionConfig, num_tokens: int, num_heads: int) -> AttentionHeads:
+def _make_operator(attention: AttentionConfig, basis: Basis, num_tokens: int, num_heads: int) -> AttentionHeads:
     sizes: dict[str, Any] = {"num_tokens": num_tokens, "num_heads": num_heads, "rank": attention.rank}
     if attention.form == "smooth":
         more: dict[str, Any] = {"modes": attention.modes, "implementation": attention.implementation}
@@ -172,7 +160,6 @@ def _make_operator(attention: AttentionConfig, num_tokens: int, num_heads: int) 
     if attention.is_modular_series:
         operator = FourierKaratOperator(**sizes, **named, grid=attention.grid, gains=attention.gains)
         return ContentOperator(operator) if attention.form == "content" else operator
-    basis = make_basis(attention.basis, **_basis_settings(attention))
     return KaratOperator(**sizes, **named, basis=basis, form=attention.form, simplex=attention.simplex)
 
 

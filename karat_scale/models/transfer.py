@@ -7,7 +7,6 @@ with more heads uses each of the teacher's several times.
 
 import functools
 import hashlib
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from karat_scale.foundation.errors import RecipeError
+from karat_scale.models.hosts import join_heads, num_tokens
 from karat_scale.models.layers import attention_layers
-from karat_scale.models.vit import join_heads, num_tokens
 
 
 class Matrices(Protocol):
@@ -45,8 +44,8 @@ class Teacher:
         self._keys: dict[int, Tensor] = {}
         self._attentions = [layer.attention for layer in attention_layers(model)]
         for number, attention in enumerate(self._attentions):
-            attention.q_norm.register_forward_hook(_keep_in(self._queries, number))
-            attention.k_norm.register_forward_hook(_keep_in(self._keys, number))
+            attention.q_norm.register_forward_hook(functools.partial(_keep, self._queries, number))
+            attention.k_norm.register_forward_hook(functools.partial(_keep, self._keys, number))
 
     @torch.no_grad()
     def look(self, images: Tensor) -> None:
@@ -204,10 +203,6 @@ def _shape(model: Any) -> tuple[Any, ...]:
 
 def _look(teacher: Teacher, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     teacher.look(inputs[0])
-
-
-def _keep_in(kept: dict[int, Tensor], number: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-    return functools.partial(_keep, kept, number)
 
 
 def _keep(kept: dict[int, Tensor], number: int, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:

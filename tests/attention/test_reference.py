@@ -23,7 +23,7 @@ def test_scores_are_the_papers_sums(base):
     bias = torch.randn(2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     mask = torch.ones(4, 4, dtype=torch.bool)
     mask[1, 2] = mask[3, 0] = False
-    learned = reference.scores(FourierCall(*call, base, bias, mask))
+    learned = reference.scores(FourierCall(*call, bias, mask, base))
     for head in range(2):
         scores = call.query[0, head] @ call.key[0, head].T / math.sqrt(3) + bias[head]
         for k in range(4):

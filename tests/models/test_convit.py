@@ -7,8 +7,8 @@ from timm.models.convit import GPSA
 from karat_scale.engine.optimizers import layer_scales
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model, no_weight_decay_names, parameter_count
-from karat_scale.models.convit import KaratMHSA
 from karat_scale.models.factory import layer_sizes
+from karat_scale.models.hosts import KaratMHSA
 from karat_scale.models.init_from import take_weights
 from karat_scale.models.layers import attention_layers
 from karat_scale.models.operators import head_parameters, operators

@@ -7,10 +7,10 @@ from timm.models.swin_transformer import WindowAttention
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model, parameter_count
 from karat_scale.models.factory import layer_sizes
+from karat_scale.models.hosts import KaratWindowAttention
 from karat_scale.models.init_from import take_weights
 from karat_scale.models.layers import attention_layers
 from karat_scale.models.operators import operators
-from karat_scale.models.swin import KaratWindowAttention
 from karat_scale.recipe import AttentionConfig, ModelConfig
 from tests.models.plain import learned_attention
 

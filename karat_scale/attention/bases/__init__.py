@@ -8,13 +8,18 @@ from karat_scale.attention.bases.base import (
     BoundFeatures,
     ElementwiseBasis,
     FeatureBasis,
+    basis_class,
+    basis_of,
     initialise_projector,
+    key_of,
+    make_basis,
 )
 from karat_scale.attention.bases.fourier import Fourier
-from karat_scale.attention.bases.polynomials import Chebyshev, Linear, Rational
-from karat_scale.attention.bases.registry import BASES, basis_class, basis_of, key_of, make_basis
-from karat_scale.attention.bases.splines import BSpline
+from karat_scale.attention.bases.polynomials import BSpline, Chebyshev, Linear, Rational
 from karat_scale.attention.bases.wavelets import DerivativeOfGaussian, MexicanHat, Meyer, Morlet, Shannon, Wavelet
+from karat_scale.foundation import tables
+
+BASES: dict[str, type[Basis]] = {name: tables.load(row.place) for name, row in tables.BASES.items()}
 
 __all__ = [
     "BASES",

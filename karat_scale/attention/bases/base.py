@@ -6,15 +6,19 @@ the function, so every pair of a score and a unit costs an evaluation. Your own 
 adds a base activation b(x) to its learnable part.
 """
 
+import importlib
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from karat_scale.foundation import tables
 
 INITIALISATIONS = ("paper", "variance_preserving")
 Shape = tuple[int, ...]
@@ -205,3 +209,62 @@ BASE_ACTIVATIONS: dict[str, BaseActivation | None] = {
     "silu": BaseActivation(functional.silu, silu_derivative),
     "gelu": BaseActivation(functional.gelu, _gelu_derivative),
 }
+
+
+# By their keys: registered operations take strings, not objects.
+_KNOWN: dict[str, Basis] = {}
+
+
+def basis_class(name: str) -> type[Basis]:
+    """Return the class of a name in the table, or the one at `package.module:Class`.
+
+    Raises ValueError if there is none, or if it is not a basis that can be built.
+    """
+    if name in tables.BASES:
+        listed: type[Basis] = tables.load(tables.BASES[name].place)
+        return listed
+    module_name, colon, class_name = name.partition(":")
+    if not (colon and module_name and class_name):
+        raise ValueError(f"basis = {name!r}: expected one of {', '.join(tables.BASES)}, or package.module:Class")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except AttributeError:
+        raise ValueError(f"basis = {name!r}: module {module_name} has no {class_name}") from None
+    except ModuleNotFoundError as error:
+        raise ValueError(f"basis = {name!r}: {error}; put its directory on PYTHONPATH") from error
+    except Exception as error:  # a module of others may raise anything
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"basis = {name!r}: {module_name} cannot be imported: {reason}") from error
+    if not (inspect.isclass(found) and issubclass(found, (FeatureBasis, ElementwiseBasis))):
+        raise ValueError(f"basis = {name!r}: expected a subclass of FeatureBasis or ElementwiseBasis")
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(found.__abstractmethods__))
+        raise ValueError(f"basis = {name!r}: the class lacks {missing}")
+    return found
+
+
+def make_basis(name: str, **settings: Any) -> Basis:
+    """Return a basis by name, built with those of the settings that its constructor takes.
+
+    Raises ValueError like `basis_class`, and if the constructor refuses the settings.
+    """
+    found = basis_class(name)
+    taken = inspect.signature(found).parameters
+    try:
+        basis = found(**{key: value for key, value in settings.items() if key in taken})
+    except TypeError as error:
+        raise ValueError(f"basis = {name!r}: cannot be built from {', '.join(settings)}: {error}") from error
+    key_of(basis)
+    return basis
+
+
+def key_of(basis: Basis) -> str:
+    """Return the basis's name for registered operations; `basis_of` finds it under this name."""
+    key = basis.key
+    _KNOWN.setdefault(key, basis)
+    return key
+
+
+def basis_of(key: str) -> Basis:
+    """Return the basis that `key_of` named."""
+    return _KNOWN[key]

@@ -8,6 +8,7 @@ and backward are registered with torch.library: torch.compile takes each as one 
 """
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from karat_scale.attention.call import FourierCall, as_4d, refuse_second_derivative
+from karat_scale.attention.call import FourierCall, as_4d, empty_output, refuse_second_derivative
 from karat_scale.foundation import native_build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -25,10 +26,10 @@ SOURCE = Path(__file__).parent / "cpu" / "attention.cpp"
 
 def refusal(call: FourierCall) -> str | None:
     """Why this implementation cannot take the call, or None where it can. Builds the kernel at first use."""
-    query, key, value, cos_coef, sin_coef, proj, base, bias, _ = call
+    query, _, value, cos_coef, _, proj, _, _, base = call
     if query.device.type != "cpu":
         return f"the tensors are on {query.device}"
-    if any(x is not None and x.dtype not in DTYPES for x in (query, key, value, cos_coef, sin_coef, proj, bias)):
+    if any(x is not None and x.dtype not in DTYPES for x in call[:7]):
         return 'it computes in float32 and takes no float64; use implementation = "streaming"'
     if value.shape[:-1] != query.shape[:-1] or value.shape[-1] > query.shape[-1]:
         return f"value has shape {list(value.shape)}, not query's"
@@ -64,7 +65,7 @@ def attend(call: FourierCall, psi: Tensor | None = None) -> Tensor:
         psi: adds psi(A) V to O, for a function of each head: its constant, its G cosines and its G sines [h, 2 G + 1].
             Only for calls without bias and mask.
     """
-    query, key, value, cos_coef, sin_coef, proj, _, bias, mask = call
+    query, key, value, cos_coef, sin_coef, proj, bias, mask, _ = call
     columns, width = value.shape[-1], query.shape[-1]
     if columns < width:  # the kernel reads values as wide as queries
         value = functional.pad(value, (0, width - columns))
@@ -126,13 +127,15 @@ class _Call(ctypes.Structure):
     ]
 
 
-def _run(function: str, cosines: Tensor, **tensors: Tensor | None) -> None:
-    query = tensors["query"]
+def _run(function: str, inputs: Sequence[Tensor | None], **others: Tensor | None) -> None:
+    given = dict(zip(_NAMES, inputs, strict=False), mask=inputs[-1])
+    query, cosines = given["query"], given["cosines"]
     assert query is not None
+    assert cosines is not None
+    heads = {name: _unit_stride(x) for name, x in given.items() if name in _HEADS and x is not None}  # kept alive
     _, rank, _, grid = cosines.shape
-    sizes = (*query.shape, rank, grid, DTYPES[query.dtype], torch.get_num_threads())
-    call = _Call(*sizes, cosines=cosines.data_ptr())
-    for name, tensor in tensors.items():
+    call = _Call(*query.shape, rank, grid, DTYPES[query.dtype], torch.get_num_threads())
+    for name, tensor in {**given, **heads, **others}.items():
         if tensor is None:
             continue
         if name in _HEADS:
@@ -148,25 +151,20 @@ def _unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _token_major(like: Tensor) -> Tensor:
-    """Room for [B, h, N, d] stored token by token, as the layers around attention hold it."""
-    batch, heads, tokens, width = like.shape
-    return like.new_empty(batch, tokens, heads, width).transpose(1, 2)
-
-
-# Below, `inputs` are query, key, value, cosines, sines, W, and psi, bias and mask or None.
+# Below, `inputs` are query, key, value, cosines, sines, W, and psi, bias and mask or None. All but the mask have
+# gradients.
+_NAMES = ("query", "key", "value", "cosines", "sines", "projector", "psi", "bias")
 
 
 def _fake_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     query, _, value, _, _, projector, *_ = inputs
-    batch, heads, tokens, _ = query.shape
-    return _token_major(value), projector.new_empty(batch, heads, tokens, projector.shape[2])
+    return empty_output(query, value), projector.new_empty(*query.shape[:3], projector.shape[2])
 
 
 def _fake_backward(grad_output: Tensor, hidden: Tensor, *inputs_and_choice: Any) -> tuple[Tensor, ...]:
     query, key, value, cosines, sines, projector, psi, bias, _, needs_bias = inputs_and_choice
     batch, heads, _, _ = query.shape
-    like_heads = (_token_major(x) for x in (query, key, value))
+    like_heads = (empty_output(x, x) for x in (query, key, value))
     grad_psi = projector.new_empty(0) if psi is None else psi.new_empty(batch, *psi.shape)
     # Threads work on different heads, so that each has its own.
     has_bias = needs_bias and bias is not None
@@ -176,27 +174,20 @@ def _fake_backward(grad_output: Tensor, hidden: Tensor, *inputs_and_choice: Any)
 
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     """O [B, h, N, d] and H [B, h, N, r]."""
-    query, key, value, cosines, sines, projector, psi, bias, mask = inputs
     output, hidden = _fake_forward(*inputs)
-    query, key, value = map(_unit_stride, (query, key, value))
-    heads = {"query": query, "key": key, "value": value, "output": output}
-    others = {"sines": sines, "projector": projector, "hidden": hidden, "psi": psi, "bias": bias, "mask": mask}
-    _run("karat_forward", cosines, **others, **heads)
+    _run("karat_forward", inputs, output=output, hidden=hidden)
     return output, hidden
 
 
 def _backward(grad_output: Tensor, hidden: Tensor, *inputs_and_choice: Any) -> tuple[Tensor, ...]:
     """The gradients of query, key, value, cosines, sines and W, of psi for each item, and of the bias for each head."""
-    query, key, value, cosines, sines, projector, psi, bias, mask, needs_bias = inputs_and_choice
-    *grads, grad_bias = _fake_backward(grad_output, hidden, *inputs_and_choice)
-    grad_output, query, key, value = map(_unit_stride, (grad_output, query, key, value))
-    heads = {"query": query, "key": key, "value": value, "output": grad_output}
-    names = ("query", "key", "value", "cosines", "sines", "projector", "psi")
-    written: dict[str, Tensor | None] = {f"grad_{name}": grad for name, grad in zip(names, grads, strict=True)}
-    written["grad_bias"] = grad_bias if needs_bias and bias is not None else None
-    others = {"sines": sines, "projector": projector, "hidden": hidden, "psi": psi, "bias": bias, "mask": mask}
-    _run("karat_backward", cosines, **others, **heads, **written)
-    return *grads, grad_bias
+    *inputs, needs_bias = inputs_and_choice
+    grads = _fake_backward(grad_output, hidden, *inputs_and_choice)
+    written: dict[str, Tensor | None] = {f"grad_{name}": x for name, x in zip(_NAMES, grads, strict=False)}
+    if not needs_bias:
+        written["grad_bias"] = None
+    _run("karat_backward", inputs, output=_unit_stride(grad_output), hidden=hidden, **written)
+    return grads
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

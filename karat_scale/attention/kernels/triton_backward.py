@@ -16,6 +16,7 @@ from karat_scale.attention.kernels.triton_features import (
     load_rows,
     next_half_harmonic,
     pair_scores,
+    place,
     rotate,
     scaled,
     sine_cosine,
@@ -24,7 +25,9 @@ from karat_scale.attention.kernels.triton_features import (
 
 
 @triton.jit
-def _add_order(real, imag, order, dh, by_cos, by_sin, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+def _add_order(real, imag, order, dh, pointers, apart, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    at = pointers + 2 * (order - 1) * apart
+    by_cos, by_sin = tl.load(at), tl.load(at + apart)
     upstream = (dh * order).to(dh.dtype)
     if KEYS_FIRST:
         upstream = tl.trans(upstream)
@@ -38,16 +41,9 @@ def _add_order(real, imag, order, dh, by_cos, by_sin, KEYS_FIRST: tl.constexpr, 
 
 @triton.jit
 def _grad_scores(
-    dh,
-    pointers,
-    apart,
-    sin,
-    cos,
-    KEYS_FIRST: tl.constexpr,
-    GRID: tl.constexpr,
-    UNROLL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    dh, pointers, apart, sin, cos,
+    KEYS_FIRST: tl.constexpr, GRID: tl.constexpr, UNROLL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """dA of a tile of dH and of the coefficients at `pointers`, `apart` from feature to feature, for sin(A) and cos(A)
     of keys and queries if KEYS_FIRST, else of queries and keys. A pair with zeros for both has zero.
 
@@ -57,72 +53,29 @@ def _grad_scores(
     imag = tl.zeros(sin.shape, tl.float32)
     if UNROLL:
         for step in tl.static_range(GRID):
-            at = pointers + 2 * (GRID - 1 - step) * apart
             if step > 0:
                 real, imag = real * cos - imag * sin, real * sin + imag * cos
-            real, imag = _add_order(
-                real, imag, GRID - step, dh, tl.load(at), tl.load(at + apart), KEYS_FIRST, PRECISION
-            )
+            real, imag = _add_order(real, imag, GRID - step, dh, pointers, apart, KEYS_FIRST, PRECISION)
     else:
         for step in tl.range(0, GRID):
-            at = pointers + 2 * (GRID - 1 - step) * apart
             real, imag = real * cos - imag * sin, real * sin + imag * cos
-            real, imag = _add_order(
-                real, imag, GRID - step, dh, tl.load(at), tl.load(at + apart), KEYS_FIRST, PRECISION
-            )
+            real, imag = _add_order(real, imag, GRID - step, dh, pointers, apart, KEYS_FIRST, PRECISION)
     return real * cos - imag * sin
 
 
 @triton.jit
 def grad_query_kernel(
-    query,
-    key,
-    bias,
-    bits,
-    coef,
-    coef_scale,
-    grad_hidden,
-    grad_scale,
-    grad_base,
-    grad_query,
-    heads,
-    tokens,
-    padded_tokens,
-    scale,
-    query_b,
-    query_h,
-    query_n,
-    key_b,
-    key_h,
-    key_n,
-    bias_b,
-    bias_h,
-    bias_n,
-    bias_m,
-    bits_b,
-    bits_h,
-    grad_b,
-    grad_h,
-    grad_n,
-    GRID: tl.constexpr,
-    UNROLL: tl.constexpr,
-    BASE: tl.constexpr,
-    RANK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-    BLOCK_QUERY: tl.constexpr,
-    BLOCK_KEY: tl.constexpr,
-    SCALED_FIRST: tl.constexpr,
-    FAST: tl.constexpr,
-    SCORES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    query, key, bias, bits, coef, coef_scale, grad_hidden, grad_scale, grad_base, grad_query,
+    heads, tokens, padded_tokens, scale,
+    query_b, query_h, query_n, key_b, key_h, key_n, bias_b, bias_h, bias_n, bias_m, bits_b, bits_h,
+    grad_b, grad_h, grad_n,
+    GRID: tl.constexpr, UNROLL: tl.constexpr, BASE: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr, SCALED_FIRST: tl.constexpr,
+    FAST: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """dQ of one query tile of one head of one image; the arguments are those of `forward_kernel` and
     `readout_kernel`."""
-    tiles = tl.cdiv(tokens, BLOCK_QUERY)
-    tile = tl.program_id(0) % tiles
-    item = (tl.program_id(0) // tiles).to(tl.int64)
-    batch, head = item // heads, item % heads
+    tile, _, item, batch, head = place(tokens, heads, BLOCK_QUERY)
     dtype = query.dtype.element_ty
     query += batch * query_b + head * query_h
     key += batch * key_b + head * key_h
@@ -170,56 +123,16 @@ def grad_query_kernel(
 
 @triton.jit
 def grad_key_kernel(
-    query,
-    key,
-    bias,
-    bits,
-    coef,
-    coef_scale,
-    grad_hidden,
-    grad_scale,
-    grad_base,
-    grad_key,
-    grad_bias,
+    query, key, bias, bits, coef, coef_scale, grad_hidden, grad_scale, grad_base, grad_key, grad_bias,
     partial,
-    batches,
-    batches_per_part,
-    heads,
-    tokens,
-    padded_tokens,
-    scale,
-    query_b,
-    query_h,
-    query_n,
-    key_b,
-    key_h,
-    key_n,
-    bias_b,
-    bias_h,
-    bias_n,
-    bias_m,
-    bits_b,
-    bits_h,
-    grad_b,
-    grad_h,
-    grad_n,
-    KEY: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    HALF: tl.constexpr,
-    GRID: tl.constexpr,
-    UNROLL: tl.constexpr,
-    BASE: tl.constexpr,
-    RANK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-    BLOCK_QUERY: tl.constexpr,
-    BLOCK_KEY: tl.constexpr,
-    SCALED_FIRST: tl.constexpr,
-    FAST: tl.constexpr,
-    SCORES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    batches, batches_per_part, heads, tokens, padded_tokens, scale,
+    query_b, query_h, query_n, key_b, key_h, key_n, bias_b, bias_h, bias_n, bias_m, bits_b, bits_h,
+    grad_b, grad_h, grad_n,
+    KEY: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, GRID: tl.constexpr,
+    UNROLL: tl.constexpr, BASE: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr, SCALED_FIRST: tl.constexpr,
+    FAST: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """dK (if KEY), dC of one of GROUPS groups of GROUP harmonics (if not 0) and, unless None, the bias's gradient, of
     one key tile of one head, for one part of the batch.
 

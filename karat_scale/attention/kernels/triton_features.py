@@ -17,6 +17,15 @@ _ROUNDER = tl.constexpr(12582912.0)
 
 
 @triton.jit
+def place(tokens, heads, BLOCK: tl.constexpr):
+    """Of a program that takes one tile of BLOCK tokens of one head of one image: its tile, the number of tiles, its
+    place among all heads of all images, its image and its head."""
+    tiles = tl.cdiv(tokens, BLOCK)
+    item = (tl.program_id(0) // tiles).to(tl.int64)
+    return tl.program_id(0) % tiles, tiles, item, item // heads, item % heads
+
+
+@triton.jit
 def load_rows(base, rows, row_stride, tokens, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Rows of a matrix of WIDTH contiguous columns as [rows, BLOCK], zero outside the matrix."""
     columns = tl.arange(0, BLOCK)

@@ -17,6 +17,7 @@ from karat_scale.attention.kernels.triton_features import (
     load_rows,
     next_half_harmonic,
     pair_scores,
+    place,
     power_of_two_above,
     rotate,
     scaled,
@@ -27,55 +28,15 @@ from karat_scale.attention.kernels.triton_features import (
 
 @triton.jit
 def forward_kernel(
-    query,
-    key,
-    bias,
-    bits,
-    coef,
-    coef_scale,
-    narrow,
-    proj,
-    value,
-    output,
-    hidden,
-    heads,
-    rank,
-    tokens,
-    padded_tokens,
-    scale,
-    query_b,
-    query_h,
-    query_n,
-    key_b,
-    key_h,
-    key_n,
-    bias_b,
-    bias_h,
-    bias_n,
-    bias_m,
-    bits_b,
-    bits_h,
-    value_b,
-    value_h,
-    value_n,
-    output_b,
-    output_h,
-    output_n,
-    GRID: tl.constexpr,
-    HALF: tl.constexpr,
-    BASE: tl.constexpr,
-    RANK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr,
-    BLOCK_VALUE: tl.constexpr,
-    BLOCK_QUERY: tl.constexpr,
-    BLOCK_KEY: tl.constexpr,
-    SCALED_FIRST: tl.constexpr,
-    FAST: tl.constexpr,
-    SCORES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    query, key, bias, bits, coef, coef_scale, narrow, proj, value, output, hidden,
+    heads, rank, tokens, padded_tokens, scale,
+    query_b, query_h, query_n, key_b, key_h, key_n, bias_b, bias_h, bias_n, bias_m, bits_b, bits_h,
+    value_b, value_h, value_n, output_b, output_h, output_n,
+    GRID: tl.constexpr, HALF: tl.constexpr, BASE: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr, SCALED_FIRST: tl.constexpr, FAST: tl.constexpr,
+    SCORES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One program computes a query tile of one head of one image.
 
     coef, coef_scale, narrow and bits are `prepare_kernel`'s; hidden is H [B, h, N, RANK]. With bits, those of a mask, S
@@ -84,10 +45,7 @@ def forward_kernel(
     query by the scale in place of the scores, which is exact for powers of two. SCORES and PRECISION are the input
     precisions of A = Q K^T and of all other products.
     """
-    tiles = tl.cdiv(tokens, BLOCK_QUERY)
-    tile = tl.program_id(0) % tiles
-    item = (tl.program_id(0) // tiles).to(tl.int64)
-    batch, head = item // heads, item % heads
+    tile, _, item, batch, head = place(tokens, heads, BLOCK_QUERY)
     query += batch * query_b + head * query_h
     key += batch * key_b + head * key_h
     output += batch * output_b + head * output_h
@@ -163,40 +121,12 @@ def forward_kernel(
 
 @triton.jit
 def readout_kernel(
-    hidden,
-    narrow,
-    proj,
-    value,
-    bits,
-    grad_output,
-    grad_value,
-    grad_hidden,
-    grad_scale,
-    grad_base,
-    partial,
-    batches,
-    batches_per_part,
-    heads,
-    rank,
-    tokens,
-    value_b,
-    value_h,
-    value_n,
-    bits_b,
-    bits_h,
-    output_b,
-    output_h,
-    output_n,
-    grad_b,
-    grad_h,
-    grad_n,
-    RANK: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr,
-    BLOCK_VALUE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    FAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    hidden, narrow, proj, value, bits, grad_output, grad_value, grad_hidden, grad_scale, grad_base, partial,
+    batches, batches_per_part, heads, rank, tokens,
+    value_b, value_h, value_n, bits_b, bits_h, output_b, output_h, output_n, grad_b, grad_h, grad_n,
+    RANK: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_VALUE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One program takes one head of one part of the batch, image by image.
 
     grad_hidden is dH [B, h, N, RANK] in units of grad_scale [B, h]; FAST makes these powers of two such that float16

@@ -4,6 +4,8 @@ Two kernels are a forward pass, four or five a backward pass. Beside inputs and 
 U = W^T V and the coefficients as the tensor cores read them; the backward pass recomputes scores and harmonics. Nothing
 of N x N is stored but the gradient of a bias and, in place of U, the bits of a mask. Triton itself is imported at the
 first call.
+
+The part of the content form that is a function of each score, psi(A) V, has operations and kernels of its own.
 """
 
 import functools
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from karat_scale.attention.call import FourierCall, refuse_second_derivative
+from karat_scale.attention.call import FourierCall, empty_output, refuse_second_derivative
 from karat_scale.attention.kernels.triton_tiles import MASK_WORD, block, padded_tokens, products_of
 from karat_scale.attention.kernels.triton_toolchain import launch_problem
 
@@ -30,6 +32,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _OLDEST_CAPABILITY = (8, 0)
 # The first whose loops carry tuples.
 _OLDEST_TRITON = (3, 3)
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _missing_triton() -> str | None:
@@ -78,15 +81,15 @@ def attend(call: FourierCall) -> Tensor:
     float32's, of three passes of TF32 or, where `torch.backends.cuda.matmul.allow_tf32` is set, of one. Scores and sums
     are float32 in every case.
     """
-    query, key, value, cos_coef, sin_coef, proj, base, bias, mask = call
-    operation = _attend_eagerly if is_eager(query, cos_coef) else _attend_by_operation
-    if value.shape[-1] <= LARGEST_WIDTH and proj.shape[-1] <= LARGEST_RANK:
-        return operation(query, key, value, cos_coef, sin_coef, proj, bias, mask, base)
+    operation = _attend_eagerly if is_eager(call.query, call.cos_coef) else _attend_by_operation
+    if call.value.shape[-1] <= LARGEST_WIDTH and call.proj.shape[-1] <= LARGEST_RANK:
+        return operation(*call)
     columns = []
-    for part in value.split(LARGEST_WIDTH, -1):
+    for value in call.value.split(LARGEST_WIDTH, -1):
         # S = H W^T is a sum over ranks.
-        ranks = zip(*(x.split(LARGEST_RANK, 1) for x in (cos_coef, sin_coef, proj.mT)), strict=True)
-        summands = [operation(query, key, part, cos, sin, w.mT, bias, mask, base) for cos, sin, w in ranks]
+        parts = zip(*(x.split(LARGEST_RANK, 1) for x in (call.cos_coef, call.sin_coef, call.proj.mT)), strict=True)
+        ranks = (call._replace(value=value, cos_coef=cos, sin_coef=sin, proj=w.mT) for cos, sin, w in parts)
+        summands = [operation(*part) for part in ranks]
         columns.append(functools.reduce(torch.add, summands))
     return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
 
@@ -120,19 +123,13 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        output, *kept = _forward(*arguments)
-        ctx.save_for_backward(*kept, *arguments[:8])
-        ctx.set_materialize_grads(False)
-        ctx.base = arguments[8]
-        return output
+        outputs = _forward(*arguments)
+        _setup_context(ctx, arguments, outputs)
+        return outputs[0]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_output is None:
-            return (None,) * 9
-        refuse_second_derivative("triton")
-        arguments = (*ctx.saved_tensors, ctx.base, ctx.needs_input_grad[6])
-        return *_pull_back(grad_output, *arguments), None, None
+        return _differentiate_by(_pull_back, ctx, grad_output)
 
 
 @functools.cache
@@ -142,30 +139,19 @@ def _kernels() -> Any:
     return triton_launch
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos_coef: Tensor,
-    sin_coef: Tensor,
-    proj: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    base: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """O [B, h, N, dv], and what the backward pass is given; see `_outputs`."""
-    outputs = _outputs(query, key, value, cos_coef, mask)
+def _forward(*arguments: Any) -> Outputs:
+    """O [B, h, N, dv], and what the backward pass is given; see `_fake_forward`. The arguments are a `FourierCall`."""
+    outputs = _fake_forward(*arguments)
     if outputs[0].numel() > 0:
-        _kernels().forward(outputs, query, key, value, cos_coef, sin_coef, proj, bias, mask, base)
+        _kernels().forward(outputs, FourierCall(*arguments))
     return outputs
 
 
-def _outputs(
-    query: Tensor, key: Tensor, value: Tensor, cos_coef: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake_forward(*arguments: Any) -> Outputs:
     """Room for O [B, h, N, dv], stored token by token as the layers around attention hold it, for H [B, h, N, R] with R
     the padded rank, for U [B, h, R, dv] or, under a mask, for its bits [B or 1, h or 1, 2, N / 32, N] in int32, for the
     packed coefficients [h, 2G, padded N, R] and their scale [h]."""
+    query, key, value, cos_coef, *_, mask, _ = arguments
     batch, heads, tokens, width = value.shape
     _, rank, _, grid = cos_coef.shape
     products = products_of(query.dtype, key.dtype, value.dtype)
@@ -177,7 +163,7 @@ def _outputs(
         matrices = (1, 1, *mask.shape[:-2])[-2:]
         reader = query.new_empty((*matrices, 2, -(-tokens // MASK_WORD), tokens), dtype=torch.int32)
     return (
-        value.new_empty((batch, tokens, heads, width)).transpose(1, 2),
+        empty_output(query, value),
         query.new_empty((batch, heads, tokens, padded_rank), dtype=products.dtype),
         reader,
         query.new_empty((heads, 2 * grid, padded_tokens(tokens), padded_rank), dtype=packed),
@@ -185,31 +171,17 @@ def _outputs(
     )
 
 
-def _pull_back(
-    grad_output: Tensor,
-    hidden: Tensor,
-    reader: Tensor,
-    coef: Tensor,
-    coef_scale: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos_coef: Tensor,
-    sin_coef: Tensor,
-    proj: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    base: str,
-    bias_is_learned: bool,
-) -> tuple[Tensor | None, ...]:
-    """The gradients of the seven tensors from query to bias, in the dtype and strides of `torch.empty_like`."""
-    given = (query, key, value, cos_coef, sin_coef, proj)
-    if query.numel() == 0:
-        return *map(torch.zeros_like, given), None if bias is None or not bias_is_learned else torch.zeros_like(bias)
-    kept = (hidden, reader, coef, coef_scale)
-    gradients: tuple[Tensor | None, ...] = _kernels().backward(
-        grad_output, kept, given, bias, mask, base, bias_is_learned
-    )
+def _pull_back(grad_output: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
+    """The gradients of the seven tensors from query to bias, in the dtype and strides of `torch.empty_like`.
+
+    The arguments are what the forward pass kept, its call, and whether the bias is learned.
+    """
+    *kept, bias_is_learned = arguments
+    call = FourierCall(*kept[4:])
+    if call.query.numel() == 0:
+        by_bias = None if call.bias is None or not bias_is_learned else torch.zeros_like(call.bias)
+        return *map(torch.zeros_like, call[:6]), by_bias
+    gradients: tuple[Tensor | None, ...] = _kernels().backward(grad_output, kept[:4], call, bias_is_learned)
     return gradients
 
 
@@ -219,16 +191,10 @@ def _backward(*arguments: Any) -> tuple[Any, ...]:
     return *grads, arguments[0].new_empty(0) if by_bias is None else by_bias
 
 
-def _fake_backward(
-    grad_output: Tensor, _h: Tensor, _u: Tensor, _c: Tensor, _s: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:
-    *given, bias, _, _, bias_is_learned = arguments
+def _fake_backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *given, bias, _, _, bias_is_learned = arguments[4:]
     by_bias = torch.empty_like(bias) if bias_is_learned else grad_output.new_empty(0)
     return *map(torch.empty_like, given), by_bias
-
-
-def _fake_forward(query: Tensor, key: Tensor, value: Tensor, cos_coef: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _outputs(query, key, value, cos_coef, rest[3])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -237,13 +203,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.base = inputs[8]
 
 
-def _differentiate(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _differentiate_by(
+    backward: Callable[..., tuple[Tensor | None, ...]], ctx: Any, grad_output: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if grad_output is None:
         return (None,) * 9
     refuse_second_derivative("triton")
     bias_is_learned = ctx.needs_input_grad[6]
-    *grads, by_bias = torch.ops.karat_scale.triton_backward(grad_output, *ctx.saved_tensors, ctx.base, bias_is_learned)
+    *grads, by_bias = backward(grad_output, *ctx.saved_tensors, ctx.base, bias_is_learned)
     return *grads, by_bias if bias_is_learned else None, None, None
+
+
+def _differentiate(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    return _differentiate_by(torch.ops.karat_scale.triton_backward, ctx, grad_output)
 
 
 _INPUTS = (
@@ -263,4 +235,80 @@ torch.library.register_fake("karat_scale::triton_forward", _fake_forward, lib=_l
 torch.library.register_fake("karat_scale::triton_backward", _fake_backward, lib=_library)
 torch.library.register_autograd(
     "karat_scale::triton_forward", _differentiate, setup_context=_setup_context, lib=_library
+)
+
+
+def attend_psi(query: Tensor, key: Tensor, value: Tensor, psi: Tensor) -> Tensor:
+    """O [B, h, N, dv] = psi(A) V, A = Q K^T / sqrt(d), in the value's dtype; differentiable once.
+
+    `refusal` must have said None of a call with these tensors, and it must have no bias. Precision is as
+    in `attend`.
+
+    Args:
+        psi: float32 [h, 2 G + 1], c, a_1 to a_G and b_1 to b_G of psi(x) = c + sum_m a_m cos(m x) + b_m sin(m x).
+    """
+    operation = _attend_psi_eagerly if is_eager(query, psi) else torch.ops.karat_scale.triton_psi_forward
+    psi = psi.contiguous()
+    parts = [operation(query, key, part, psi) for part in value.split(LARGEST_WIDTH, -1)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _attend_psi_eagerly(*arguments: Tensor) -> Tensor:
+    apply: Callable[..., Tensor] = _PsiAttention.apply
+    return apply(*arguments)
+
+
+class _PsiAttention(torch.autograd.Function):
+    """What `torch.ops.karat_scale.triton_psi_forward` is to autograd, without PyTorch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Tensor) -> Tensor:
+        ctx.save_for_backward(*arguments)
+        return _psi_forward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, ...]:
+        refuse_second_derivative("triton")
+        return _psi_backward(grad_output, *ctx.saved_tensors)
+
+
+def _psi_forward(query: Tensor, key: Tensor, value: Tensor, psi: Tensor) -> Tensor:
+    output = empty_output(query, value)
+    if output.numel() > 0:
+        _kernels().psi_forward(output, query, key, value, psi)
+    return output
+
+
+def _psi_backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, psi: Tensor) -> tuple[Tensor, ...]:
+    if query.numel() == 0:
+        return tuple(map(torch.zeros_like, (query, key, value, psi)))
+    grads: tuple[Tensor, ...] = _kernels().psi_backward(grad_output, query, key, value, psi)
+    return grads
+
+
+def _psi_fake_backward(grad_output: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+    return tuple(map(torch.empty_like, given))
+
+
+def _psi_setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _psi_differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor, ...]:
+    refuse_second_derivative("triton")
+    grads: tuple[Tensor, ...] = torch.ops.karat_scale.triton_psi_backward(grad_output, *ctx.saved_tensors)
+    return grads
+
+
+_PSI_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor psi"
+_library.define(f"triton_psi_forward({_PSI_INPUTS}) -> Tensor")
+_library.define(f"triton_psi_backward(Tensor grad_output, {_PSI_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.impl("triton_psi_forward", _psi_forward, "CompositeExplicitAutograd")
+_library.impl("triton_psi_backward", _psi_backward, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "karat_scale::triton_psi_forward", lambda query, _, value, __: empty_output(query, value), lib=_library
+)
+torch.library.register_fake("karat_scale::triton_psi_backward", _psi_fake_backward, lib=_library)
+torch.library.register_autograd(
+    "karat_scale::triton_psi_forward", _psi_differentiate, setup_context=_psi_setup_context, lib=_library
 )

@@ -2,26 +2,255 @@
 
 Tensors reach the kernels with contiguous rows, at addresses that are known, on the current device. O = psi(A) V has
 kernels of its own: one for a forward pass, two for a backward pass.
+
+Everything of a launch but the tensors follows from shapes, strides, dtypes and the device. It is worked out once for
+each such signature and kept with the compiled kernel: Triton's own launch takes longer than these kernels do.
 """
 
+import math
+import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
 
-from karat_scale.attention.kernels.triton_plans import BackwardPlan, ForwardPlan, Launch
-from karat_scale.attention.kernels.triton_psi import psi_forward_kernel, psi_grad_key_kernel, psi_grad_query_kernel
+from karat_scale.attention.call import FourierCall
+from karat_scale.attention.kernels.triton_backward import grad_key_kernel, grad_query_kernel
+from karat_scale.attention.kernels.triton_forward import forward_kernel, readout_kernel
+from karat_scale.attention.kernels.triton_psi import (
+    prepare_kernel,
+    psi_forward_kernel,
+    psi_grad_key_kernel,
+    psi_grad_query_kernel,
+    reduce_kernel,
+)
 from karat_scale.attention.kernels.triton_tiles import (
+    LARGEST_HALF,
+    LARGEST_UNROLLED,
     Products,
     Sizes,
     block,
     choose_psi_tiles,
+    choose_tiles,
+    coef_groups,
+    compile_options,
+    is_fused,
     padded_tokens,
+    parts_of,
     products,
     products_of,
+    readout_rows,
 )
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_NO_STRIDES = (0, 0, 0, 0)
+
+
+class Launch:
+    """A kernel with its grid and all arguments but the tensors, which come first.
+
+    Called with the tensors, and with whether the addresses of all of them are multiples of 16, for which there is a
+    kernel of its own.
+    """
+
+    def __init__(
+        self, kernel: Any, programs: int, numbers: tuple[Any, ...], constants: dict[str, Any], options: dict[str, Any]
+    ) -> None:
+        self.kernel, self.grid, self.numbers = kernel, (programs, 1, 1), numbers
+        self.constants, self.options = constants, options
+        names = kernel.arg_names
+        ordered = [constants[name] for name in names if name in constants]
+        assert names[len(names) - len(constants) :] == [name for name in names if name in constants]
+        self._tail = (*numbers, *ordered)
+        self._compiled: Any = None
+
+    def __call__(self, *tensors: Any, aligned: bool = True) -> None:
+        """Launches on the current device and stream."""
+        if aligned and self._compiled is not None:
+            self._compiled(*tensors, *self._tail)
+            return
+        try:
+            compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
+        except OutOfResources:  # without loads ahead of need it takes about half of the shared memory
+            self.options = {**self.options, "num_stages": 1}
+            compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
+        if aligned and compiled is not None:
+            self._compiled = compiled[self.grid]
+
+
+class ForwardPlan:
+    """The launches of the forward pass for one signature.
+
+    `strides` are those of query, key, value, bias, mask, the mask's bits and output, None for what is not there.
+    `matrices` are the images and heads of U or, under a mask, of the mask.
+    """
+
+    def __init__(
+        self, sizes: Sizes, products: Products, base: str, strides: Sequence[Any], matrices: Sequence[int]
+    ) -> None:
+        query, key, value, bias, mask, bits, output = strides
+        paired = bias is not None or bits is not None
+        padded, rank = padded_tokens(sizes.tokens), block(sizes.rank)
+        prepare = {
+            "GRID": sizes.grid,
+            "BLOCK_GRID": triton.next_power_of_2(sizes.grid),
+            "RANK": rank,
+            **_values(sizes),
+            "BLOCK_TOKENS": 64,
+            "FAST": products.fast,
+            "PRECISION": products.others,
+        }
+        self.prepare = Launch(
+            prepare_kernel,
+            sizes.heads * rank + math.prod(matrices),
+            (sizes.heads, matrices[1], sizes.rank, sizes.tokens, padded, *value[:3], *(mask or _NO_STRIDES)),
+            prepare,
+            compile_options(4, 2),
+        )
+        tiles = choose_tiles("forward", sizes, products, architecture(), paired)
+        forward = {
+            **_scores(sizes, products),
+            **_values(sizes),
+            "RANK": rank,
+            "HALF": products.fast and sizes.grid <= LARGEST_HALF,
+            "BASE": base,
+            "BLOCK_QUERY": tiles.own,
+            "BLOCK_KEY": tiles.walked,
+        }
+        self.forward = Launch(
+            forward_kernel,
+            triton.cdiv(sizes.tokens, tiles.own) * sizes.batch * sizes.heads,
+            (
+                sizes.heads,
+                sizes.rank,
+                sizes.tokens,
+                padded,
+                sizes.width**-0.5,
+                *query[:3],
+                *key[:3],
+                *(bias or _NO_STRIDES),
+                *(bits or _NO_STRIDES)[:2],
+                *value[:3],
+                *output[:3],
+            ),
+            forward,
+            tiles.options,
+        )
+
+
+class BackwardPlan:
+    """The launches of the backward pass for one signature, and how the batch is cut.
+
+    `strides` are those of query, key, value, bias, a mask's bits and the gradients of output, query, key and value.
+    """
+
+    def __init__(
+        self, sizes: Sizes, products: Products, base: str, strides: Sequence[Any], bias_by_image: bool
+    ) -> None:
+        query, key, value, bias, bits, grad_output, grad_query, grad_key, grad_value = strides
+        paired = bias is not None or bits is not None
+        padded, rank = padded_tokens(sizes.tokens), block(sizes.rank)
+        readout_images, self.readout_parts = parts_of(sizes.batch, sizes.heads)
+        self.readout = Launch(
+            readout_kernel,
+            sizes.heads * self.readout_parts,
+            (
+                sizes.batch,
+                readout_images,
+                sizes.heads,
+                sizes.rank,
+                sizes.tokens,
+                *value[:3],
+                *(bits or _NO_STRIDES)[:2],
+                *grad_output[:3],
+                *grad_value[:3],
+            ),
+            {
+                "RANK": rank,
+                **_values(sizes),
+                "BLOCK_ROWS": readout_rows(sizes, products, bits is not None),
+                "FAST": products.fast,
+                "PRECISION": products.others,
+            },
+            compile_options(4, 2 if bits is None else 1, maxnreg=255),
+        )
+        numbers = (sizes.heads, sizes.tokens, padded, sizes.width**-0.5)
+        steps = (*query[:3], *key[:3], *(bias or _NO_STRIDES), *(bits or _NO_STRIDES)[:2])
+        backward = {"RANK": rank, "UNROLL": sizes.grid <= LARGEST_UNROLLED, "BASE": base, **_scores(sizes, products)}
+        tiles = choose_tiles("grad_query", sizes, products, architecture(), paired)
+        self.grad_query = Launch(
+            grad_query_kernel,
+            triton.cdiv(sizes.tokens, tiles.own) * sizes.batch * sizes.heads,
+            (*numbers, *steps, *grad_query[:3]),
+            {**backward, "BLOCK_QUERY": tiles.own, "BLOCK_KEY": tiles.walked},
+            tiles.options,
+        )
+        half = products.fast and sizes.grid <= LARGEST_HALF
+        group, groups = coef_groups(sizes.grid)
+        self.features = 2 * group * groups
+        fused = is_fused(sizes, products) and not bias_by_image
+
+        def grad_key_launch(
+            kernel: str, with_key: bool, group: int, groups: int, most: int | None
+        ) -> tuple[Launch, int]:
+            tiles = choose_tiles(kernel, sizes, products, architecture(), paired)
+            programs = triton.cdiv(sizes.tokens, tiles.own) * groups * sizes.heads
+            images, parts = parts_of(sizes.batch, programs) if most is None else (most, sizes.batch // most)
+            chosen = {"KEY": with_key, "GROUP": group, "GROUPS": groups, "HALF": half and groups == 1}
+            own = {"BLOCK_KEY": tiles.own, "BLOCK_QUERY": tiles.walked}
+            launch = Launch(
+                grad_key_kernel,
+                programs * parts,
+                (sizes.batch, images, *numbers, *steps, *grad_key[:3]),
+                {**backward, **chosen, **own},
+                tiles.options,
+            )
+            return launch, parts
+
+        one_image = 1 if bias_by_image else None
+        self.grad_key, self.bias_parts = grad_key_launch(
+            "grad_key" if fused else "grad_key_alone", True, group if fused else 0, 1, one_image
+        )
+        self.grad_coef: Launch | None = None
+        self.coef_parts = self.bias_parts
+        if not fused:
+            self.grad_coef, self.coef_parts = grad_key_launch("grad_coef", False, group, groups, None)
+        self.reduce = Launch(
+            reduce_kernel,
+            triton.cdiv(sizes.tokens, 64) * (2 * sizes.grid + 1) * sizes.heads,
+            (self.coef_parts, self.readout_parts, sizes.heads, sizes.rank, sizes.tokens, padded),
+            {"FEATURES": self.features, "GRID": sizes.grid, "RANK": rank, "BLOCK_ROWS": 64},
+            compile_options(4, 2),
+        )
+
+
+def architecture() -> int:
+    """The current device's compute capability, 90 for 9.0."""
+    return 90 if _INTERPRETED else driver.active.get_current_target().arch
+
+
+def _values(sizes: Sizes) -> dict[str, Any]:
+    """The constants of the kernels that read values."""
+    return {"VALUE_WIDTH": sizes.value_width, "BLOCK_VALUE": block(sizes.value_width)}
+
+
+def _scores(sizes: Sizes, products: Products) -> dict[str, Any]:
+    """The constants of the kernels that score."""
+    return {
+        "GRID": sizes.grid,
+        "WIDTH": sizes.width,
+        "BLOCK_WIDTH": block(sizes.width),
+        # A power of two scales 16-bit queries without a rounding.
+        "SCALED_FIRST": sizes.width in (16, 64),
+        "FAST": products.fast,
+        "SCORES": products.scores,
+        "PRECISION": products.others,
+    }
 
 
 def rows_in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -67,24 +296,14 @@ _forward_plans: dict[Any, ForwardPlan] = {}
 _backward_plans: dict[Any, BackwardPlan] = {}
 
 
-def forward(
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos_coef: Tensor,
-    sin_coef: Tensor,
-    proj: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    base: str,
-) -> None:
+def forward(outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], call: FourierCall) -> None:
     """Fills O, H, U or the mask's bits, the packed coefficients and their scale, as `triton_fourier` makes room for
     them."""
     output, hidden, reader, coef, coef_scale = outputs
+    bias, mask, base = call[6:]
     dtype = hidden.dtype
-    q, k, v = rows_in(query, dtype), rows_in(key, dtype), rows_in(value, dtype)
-    cos, sin, w = cos_coef.contiguous(), sin_coef.contiguous(), proj.contiguous()
+    q, k, v = (rows_in(x, dtype) for x in call[:3])
+    cos, sin, w = (x.contiguous() for x in call[3:6])
     added, keep = _spread(bias, q), _spread(mask, q)
     narrow, bits = _narrow_and_bits(reader, mask, q)
     strides = q.stride(), k.stride(), v.stride(), _stride(added), _stride(keep), _stride(bits)
@@ -94,33 +313,25 @@ def forward(
         plan = _forward_plans.get(signature)
         if plan is None:
             sizes, chosen = _sizes(q, v, cos), products(dtype, coef.dtype == torch.float16)
-            plan = _forward_plans[signature] = ForwardPlan(
-                sizes, chosen, base, *strides, output.stride(), reader.shape[:2]
-            )
+            every = *strides, output.stride()
+            plan = _forward_plans[signature] = ForwardPlan(sizes, chosen, base, every, reader.shape[:2])
         aligned = are_aligned(q, k, v, cos, sin, w, added, keep)
         plan.prepare(cos, sin, w, v, keep, coef, coef_scale, narrow, bits, aligned=aligned)
         plan.forward(q, k, added, bits, coef, coef_scale, narrow, w, v, output, hidden, aligned=aligned)
 
 
 def backward(
-    grad_output: Tensor,
-    kept: tuple[Tensor, Tensor, Tensor, Tensor],
-    given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
-    bias: Tensor | None,
-    mask: Tensor | None,
-    base: str,
-    bias_is_learned: bool,
+    grad_output: Tensor, kept: Sequence[Tensor], call: FourierCall, bias_is_learned: bool
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of `given`, and of the bias or None, laid out as `torch.empty_like` does.
+    """The gradients of the call's tensors, that of the bias or None the last, laid out as `torch.empty_like` does.
 
-    `kept` is H, U or the mask's bits, the packed coefficients and their scale; `given` are query, key, value, cos_coef,
-    sin_coef, proj.
+    `kept` is H, U or the mask's bits, the packed coefficients and their scale.
     """
     hidden, reader, coef, coef_scale = kept
-    query, key, value, cos_coef, _, proj = given
+    given, cos_coef, (bias, mask, base) = call[:6], call.cos_coef, call[6:]
     dtype = hidden.dtype
-    q, k, v = rows_in(query, dtype), rows_in(key, dtype), rows_in(value, dtype)
-    upstream, w = rows_in(grad_output, grad_output.dtype), proj.contiguous()
+    q, k, v = (rows_in(x, dtype) for x in call[:3])
+    upstream, w = rows_in(grad_output, grad_output.dtype), call.proj.contiguous()
     added = _spread(bias, q)
     narrow, bits = _narrow_and_bits(reader, mask, q)
     grads = [torch.empty_like(x) for x in given]
@@ -145,7 +356,7 @@ def backward(
         plan = _backward_plans.get(signature)
         if plan is None:
             sizes, chosen = _sizes(q, v, cos_coef), products(dtype, coef.dtype == torch.float16)
-            plan = _backward_plans[signature] = BackwardPlan(sizes, chosen, base, *strides, bias_by_image)
+            plan = _backward_plans[signature] = BackwardPlan(sizes, chosen, base, strides, bias_by_image)
         aligned = are_aligned(q, k, v, w, added, upstream)
         batch, heads, tokens, _ = q.shape
         padded_rank = coef.shape[3]
@@ -252,19 +463,7 @@ def _psi_launch(kernel: str, heads: list[Tensor], others: list[Tensor], psi: Ten
         cut = choose_psi_tiles(kernel, sizes, products)
         programs = triton.cdiv(tokens, cut.own) * batch * count
         numbers = (count, tokens, width**-0.5, *(step for x in tensors for step in x.stride()[:3]))
-        constants = {
-            "GRID": sizes.grid,
-            "WIDTH": width,
-            "BLOCK_WIDTH": block(width),
-            "VALUE_WIDTH": sizes.value_width,
-            "BLOCK_VALUE": block(sizes.value_width),
-            "BLOCK_OWN": cut.own,
-            "BLOCK_WALKED": cut.walked,
-            # A power of two scales 16-bit queries without a rounding.
-            "SCALED_FIRST": width in (16, 64),
-            "FAST": products.fast,
-            "SCORES": products.scores,
-            "PRECISION": products.others,
-        }
+        own = {"BLOCK_OWN": cut.own, "BLOCK_WALKED": cut.walked}
+        constants = {**_scores(sizes, products), **_values(sizes), **own}
         found = _psi_launches[signature] = Launch(PSI_KERNELS[kernel], programs, numbers, constants, cut.options)
     return found

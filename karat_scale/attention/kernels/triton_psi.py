@@ -18,6 +18,7 @@ from karat_scale.attention.kernels.triton_features import (
     load_projector,
     load_rows,
     pair_scores,
+    place,
     power_of_two_above,
     rotate,
     scaled,
@@ -27,47 +28,35 @@ from karat_scale.attention.kernels.triton_features import (
 
 
 @triton.jit
+def _psi_and_slope(scores, psi, GRID: tl.constexpr, FAST: tl.constexpr):
+    """psi(A) and psi'(A) of a tile. The compiler leaves out what a kernel does not use."""
+    sin_step, cos_step = sine_cosine(scores, FAST)
+    sin, cos = sin_step, cos_step
+    learned = tl.full(cos.shape, 0.0, tl.float32) + tl.load(psi)
+    slope = tl.zeros(cos.shape, tl.float32)
+    for m in tl.static_range(GRID):
+        by_cos, by_sin = tl.load(psi + 1 + m), tl.load(psi + 1 + GRID + m)
+        learned += cos * by_cos + sin * by_sin
+        slope += (cos * by_sin - sin * by_cos) * (m + 1)
+        if m + 1 < GRID:
+            sin, cos = rotate(sin, cos, sin_step, cos_step)
+    return learned, slope
+
+
+@triton.jit
 def psi_forward_kernel(
-    query,
-    key,
-    value,
-    psi,
-    output,
-    heads,
-    tokens,
-    scale,
-    query_b,
-    query_h,
-    query_n,
-    key_b,
-    key_h,
-    key_n,
-    value_b,
-    value_h,
-    value_n,
-    output_b,
-    output_h,
-    output_n,
-    GRID: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr,
-    BLOCK_VALUE: tl.constexpr,
-    BLOCK_OWN: tl.constexpr,
-    BLOCK_WALKED: tl.constexpr,
-    SCALED_FIRST: tl.constexpr,
-    FAST: tl.constexpr,
-    SCORES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    query, key, value, psi, output,
+    heads, tokens, scale,
+    query_b, query_h, query_n, key_b, key_h, key_n, value_b, value_h, value_n, output_b, output_h, output_n,
+    GRID: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_WALKED: tl.constexpr,
+    SCALED_FIRST: tl.constexpr, FAST: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One program computes a query tile of O of one head of one image.
 
     psi is float32 [h, 2 GRID + 1]: c, then a_m, then b_m. Strides and constants are as in `forward_kernel`.
     """
-    tiles = tl.cdiv(tokens, BLOCK_OWN)
-    tile = tl.program_id(0) % tiles
-    item = (tl.program_id(0) // tiles).to(tl.int64)
-    batch, head = item // heads, item % heads
+    tile, _, _, batch, head = place(tokens, heads, BLOCK_OWN)
     query += batch * query_b + head * query_h
     key += batch * key_b + head * key_h
     value += batch * value_b + head * value_h
@@ -80,13 +69,7 @@ def psi_forward_kernel(
         keys = first + tl.arange(0, BLOCK_WALKED)
         k = load_rows(key, keys, key_n, tokens, WIDTH, BLOCK_WIDTH)
         v = load_rows(value, keys, value_n, tokens, VALUE_WIDTH, BLOCK_VALUE)
-        sin_step, cos_step = sine_cosine(pair_scores(q, k, scale, SCALED_FIRST, SCORES), FAST)
-        sin, cos = sin_step, cos_step
-        learned = tl.full(cos.shape, 0.0, tl.float32) + tl.load(psi)
-        for m in tl.static_range(GRID):
-            learned += cos * tl.load(psi + 1 + m) + sin * tl.load(psi + 1 + GRID + m)
-            if m + 1 < GRID:
-                sin, cos = rotate(sin, cos, sin_step, cos_step)
+        learned = _psi_and_slope(pair_scores(q, k, scale, SCALED_FIRST, SCORES), psi, GRID, FAST)[0]
         total = add_product(total, learned, v, PRECISION)
     output += batch * output_b + head * output_h
     store_rows(output, rows, output_n, tokens, total, VALUE_WIDTH, BLOCK_VALUE)
@@ -94,52 +77,20 @@ def psi_forward_kernel(
 
 @triton.jit
 def psi_grad_query_kernel(
-    query,
-    key,
-    value,
-    psi,
-    grad_output,
-    grad_query,
-    partial,
-    heads,
-    tokens,
-    scale,
-    query_b,
-    query_h,
-    query_n,
-    key_b,
-    key_h,
-    key_n,
-    value_b,
-    value_h,
-    value_n,
-    output_b,
-    output_h,
-    output_n,
-    grad_b,
-    grad_h,
-    grad_n,
-    GRID: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr,
-    BLOCK_VALUE: tl.constexpr,
-    BLOCK_OWN: tl.constexpr,
-    BLOCK_WALKED: tl.constexpr,
-    SCALED_FIRST: tl.constexpr,
-    FAST: tl.constexpr,
-    SCORES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    query, key, value, psi, grad_output, grad_query, partial,
+    heads, tokens, scale,
+    query_b, query_h, query_n, key_b, key_h, key_n, value_b, value_h, value_n, output_b, output_h, output_n,
+    grad_b, grad_h, grad_n,
+    GRID: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_WALKED: tl.constexpr,
+    SCALED_FIRST: tl.constexpr, FAST: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """dQ of a query tile of one head of one image, and the tile's part of the gradient of psi.
 
     With P = dO V^T: dA = P psi'(A), dQ = dA K / sqrt(d), and dc, da_m, db_m are sums of P, P cos(m A), P sin(m A).
     partial is float32 [B, h, tiles, 2 GRID + 1].
     """
-    tiles = tl.cdiv(tokens, BLOCK_OWN)
-    tile = tl.program_id(0) % tiles
-    item = (tl.program_id(0) // tiles).to(tl.int64)
-    batch, head = item // heads, item % heads
+    tile, tiles, item, batch, head = place(tokens, heads, BLOCK_OWN)
     query += batch * query_b + head * query_h
     key += batch * key_b + head * key_h
     value += batch * value_b + head * value_h
@@ -182,51 +133,16 @@ def psi_grad_query_kernel(
 
 @triton.jit
 def psi_grad_key_kernel(
-    query,
-    key,
-    value,
-    psi,
-    grad_output,
-    grad_key,
-    grad_value,
-    heads,
-    tokens,
-    scale,
-    query_b,
-    query_h,
-    query_n,
-    key_b,
-    key_h,
-    key_n,
-    value_b,
-    value_h,
-    value_n,
-    output_b,
-    output_h,
-    output_n,
-    grad_b,
-    grad_h,
-    grad_n,
-    by_value_b,
-    by_value_h,
-    by_value_n,
-    GRID: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr,
-    BLOCK_VALUE: tl.constexpr,
-    BLOCK_OWN: tl.constexpr,
-    BLOCK_WALKED: tl.constexpr,
-    SCALED_FIRST: tl.constexpr,
-    FAST: tl.constexpr,
-    SCORES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    query, key, value, psi, grad_output, grad_key, grad_value,
+    heads, tokens, scale,
+    query_b, query_h, query_n, key_b, key_h, key_n, value_b, value_h, value_n, output_b, output_h, output_n,
+    grad_b, grad_h, grad_n, by_value_b, by_value_h, by_value_n,
+    GRID: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr, BLOCK_OWN: tl.constexpr, BLOCK_WALKED: tl.constexpr,
+    SCALED_FIRST: tl.constexpr, FAST: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """dK = dA^T Q / sqrt(d) and dV = psi(A)^T dO of a key tile of one head of one image."""
-    tiles = tl.cdiv(tokens, BLOCK_OWN)
-    tile = tl.program_id(0) % tiles
-    item = (tl.program_id(0) // tiles).to(tl.int64)
-    batch, head = item // heads, item % heads
+    tile, _, _, batch, head = place(tokens, heads, BLOCK_OWN)
     query += batch * query_b + head * query_h
     key += batch * key_b + head * key_h
     value += batch * value_b + head * value_h
@@ -242,16 +158,7 @@ def psi_grad_key_kernel(
         rows = first + tl.arange(0, BLOCK_WALKED)
         q = load_rows(query, rows, query_n, tokens, WIDTH, BLOCK_WIDTH)
         upstream = load_rows(grad_output, rows, output_n, tokens, VALUE_WIDTH, BLOCK_VALUE)
-        sin_step, cos_step = sine_cosine(pair_scores(k, q, scale, SCALED_FIRST, SCORES), FAST)
-        sin, cos = sin_step, cos_step
-        learned = tl.full(cos.shape, 0.0, tl.float32) + tl.load(psi)
-        slope = tl.zeros(cos.shape, tl.float32)
-        for m in tl.static_range(GRID):
-            by_cos, by_sin = tl.load(psi + 1 + m), tl.load(psi + 1 + GRID + m)
-            learned += cos * by_cos + sin * by_sin
-            slope += (cos * by_sin - sin * by_cos) * (m + 1)
-            if m + 1 < GRID:
-                sin, cos = rotate(sin, cos, sin_step, cos_step)
+        learned, slope = _psi_and_slope(pair_scores(k, q, scale, SCALED_FIRST, SCORES), psi, GRID, FAST)
         by_value = add_product(by_value, learned, upstream, PRECISION)
         pairs = tl.dot(v, tl.trans(upstream), input_precision=PRECISION)
         total = add_product(total, pairs * slope, q, PRECISION)
@@ -263,36 +170,12 @@ def psi_grad_key_kernel(
 
 @triton.jit
 def prepare_kernel(
-    cos_coef,
-    sin_coef,
-    proj,
-    value,
-    mask,
-    coef,
-    coef_scale,
-    narrow,
-    bits,
-    heads,
-    mask_heads,
-    rank,
-    tokens,
-    padded_tokens,
-    value_b,
-    value_h,
-    value_n,
-    mask_b,
-    mask_h,
-    mask_n,
-    mask_m,
-    GRID: tl.constexpr,
-    BLOCK_GRID: tl.constexpr,
-    RANK: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr,
-    BLOCK_VALUE: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    FAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    cos_coef, sin_coef, proj, value, mask, coef, coef_scale, narrow, bits,
+    heads, mask_heads, rank, tokens, padded_tokens,
+    value_b, value_h, value_n, mask_b, mask_h, mask_n, mask_m,
+    GRID: tl.constexpr, BLOCK_GRID: tl.constexpr, RANK: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """h RANK programs pack the coefficients of one rank each, B h more compute U of one head of one image. With a mask,
     which leaves no use for U, one more for each of its matrices packs its bits instead.
 
@@ -315,40 +198,38 @@ def prepare_kernel(
                 )
             )
         tl.store(coef_scale + head, scale)
-        _pack(
-            cos_coef + (head * rank + unit) * tokens * GRID,
-            sin_coef + (head * rank + unit) * tokens * GRID,
-            coef + head * (2 * GRID) * padded_tokens * RANK + unit,
-            scale,
-            # Ranks in the padding have no tokens.
-            tl.where(unit < rank, tokens, 0),
-            padded_tokens,
-            GRID,
-            BLOCK_GRID,
-            RANK,
-            BLOCK_TOKENS,
-        )
+        cos_coef += (head * rank + unit) * tokens * GRID
+        sin_coef += (head * rank + unit) * tokens * GRID
+        coef += head * (2 * GRID) * padded_tokens * RANK + unit
+        # Ranks in the padding have no tokens.
+        there = tl.where(unit < rank, tokens, 0)
+        orders = tl.arange(0, BLOCK_GRID)
+        for first in range(0, padded_tokens, BLOCK_TOKENS):
+            rows = first + tl.arange(0, BLOCK_TOKENS)
+            cos = load_rows(cos_coef, rows, GRID, there, GRID, BLOCK_GRID).to(tl.float32) / scale
+            sin = load_rows(sin_coef, rows, GRID, there, GRID, BLOCK_GRID).to(tl.float32) / scale
+            keep = (rows[:, None] < padded_tokens) & (orders[None, :] < GRID)
+            pointers = coef + (2 * orders[None, :] * padded_tokens + rows[:, None]) * RANK
+            tl.store(pointers, cos.to(coef.dtype.element_ty), mask=keep)
+            tl.store(pointers + padded_tokens * RANK, sin.to(coef.dtype.element_ty), mask=keep)
     elif mask is not None:
         matrix = (tl.program_id(0) - packing).to(tl.int64)
         ours = mask + matrix // mask_heads * mask_b + matrix % mask_heads * mask_h
         _pack_pairs(ours, bits + matrix * 2 * tl.cdiv(tokens, 32) * tokens, tokens, mask_n, mask_m, BLOCK_TOKENS)
     else:
         item = (tl.program_id(0) - packing).to(tl.int64)
-        batch = item // heads
-        head = item % heads
-        _narrow(
-            value + batch * value_b + head * value_h,
-            proj + head * tokens * rank,
-            narrow + item * RANK * VALUE_WIDTH,
-            rank,
-            tokens,
-            value_n,
-            RANK,
-            VALUE_WIDTH,
-            BLOCK_VALUE,
-            BLOCK_TOKENS,
-            PRECISION,
-        )
+        batch, head = item // heads, item % heads
+        value += batch * value_b + head * value_h
+        proj += head * tokens * rank
+        columns, ranks = tl.arange(0, BLOCK_VALUE), tl.arange(0, RANK)
+        total = tl.zeros((RANK, BLOCK_VALUE), tl.float32)
+        for first in range(0, tokens, BLOCK_TOKENS):
+            rows = first + tl.arange(0, BLOCK_TOKENS)
+            v = load_rows(value, rows, value_n, tokens, VALUE_WIDTH, BLOCK_VALUE)
+            w = load_projector(proj, rows, tokens, rank, RANK).to(v.dtype)
+            total = tl.dot(tl.trans(w), v, total, input_precision=PRECISION)
+        pointers = narrow + item * RANK * VALUE_WIDTH + ranks[:, None] * VALUE_WIDTH + columns[None, :]
+        tl.store(pointers, total.to(narrow.dtype.element_ty), mask=columns[None, :] < VALUE_WIDTH)
 
 
 @triton.jit
@@ -358,30 +239,6 @@ def _largest(coef, count):
         at = first + tl.arange(0, 4096)
         largest = tl.maximum(largest, tl.abs(tl.load(coef + at, mask=at < count, other=0.0).to(tl.float32)))
     return tl.max(largest)
-
-
-@triton.jit
-def _pack(
-    cos_coef,
-    sin_coef,
-    coef,
-    scale,
-    tokens,
-    padded_tokens,
-    GRID: tl.constexpr,
-    BLOCK_GRID: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-):
-    orders = tl.arange(0, BLOCK_GRID)
-    for first in range(0, padded_tokens, BLOCK_TOKENS):
-        rows = first + tl.arange(0, BLOCK_TOKENS)
-        cos = load_rows(cos_coef, rows, GRID, tokens, GRID, BLOCK_GRID).to(tl.float32) / scale
-        sin = load_rows(sin_coef, rows, GRID, tokens, GRID, BLOCK_GRID).to(tl.float32) / scale
-        keep = (rows[:, None] < padded_tokens) & (orders[None, :] < GRID)
-        pointers = coef + (2 * orders[None, :] * padded_tokens + rows[:, None]) * RANK
-        tl.store(pointers, cos.to(coef.dtype.element_ty), mask=keep)
-        tl.store(pointers + padded_tokens * RANK, sin.to(coef.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -400,48 +257,11 @@ def _pack_pairs(mask, bits, tokens, mask_n, mask_m, BLOCK_TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _narrow(
-    value,
-    proj,
-    narrow,
-    rank,
-    tokens,
-    value_n,
-    RANK: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr,
-    BLOCK_VALUE: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    columns, ranks = tl.arange(0, BLOCK_VALUE), tl.arange(0, RANK)
-    total = tl.zeros((RANK, BLOCK_VALUE), tl.float32)
-    for first in range(0, tokens, BLOCK_TOKENS):
-        rows = first + tl.arange(0, BLOCK_TOKENS)
-        v = load_rows(value, rows, value_n, tokens, VALUE_WIDTH, BLOCK_VALUE)
-        w = load_projector(proj, rows, tokens, rank, RANK).to(v.dtype)
-        total = tl.dot(tl.trans(w), v, total, input_precision=PRECISION)
-    pointers = narrow + ranks[:, None] * VALUE_WIDTH + columns[None, :]
-    tl.store(pointers, total.to(narrow.dtype.element_ty), mask=columns[None, :] < VALUE_WIDTH)
-
-
-@triton.jit
 def reduce_kernel(
-    coef_partial,
-    proj_partial,
-    grad_cos,
-    grad_sin,
-    grad_proj,
-    coef_parts,
-    proj_parts,
-    heads,
-    rank,
-    tokens,
-    padded_tokens,
-    FEATURES: tl.constexpr,
-    GRID: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
+    coef_partial, proj_partial, grad_cos, grad_sin, grad_proj,
+    coef_parts, proj_parts, heads, rank, tokens, padded_tokens,
+    FEATURES: tl.constexpr, GRID: tl.constexpr, RANK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
     """One program adds one token tile of one feature of one head; the feature after the last, 2G, is W.
 
     coef_partial is [coef_parts, h, FEATURES, padded N, RANK], dC; proj_partial is

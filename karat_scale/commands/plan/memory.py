@@ -18,7 +18,7 @@ import torch
 from karat_scale.attention.functional import choosing_as_on_a_gpu
 from karat_scale.attention.kernels.triton_fourier import LARGEST_WIDTH
 from karat_scale.attention.routes import MIN_ROWS, workspace_budget
-from karat_scale.attention.variants.controls import HELD, planning
+from karat_scale.attention.variants import HELD, planning
 from karat_scale.commands.plan.tracing import OUTSIDE, Launches, Trace, fake_copy, trace_step
 from karat_scale.commands.plan.zero import FP32, Kept, ParameterSizes
 from karat_scale.engine.engine import PRECISIONS

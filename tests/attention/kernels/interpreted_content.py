@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from karat_scale.attention import FourierKaratOperator
-from karat_scale.attention.kernels import triton_content
+from karat_scale.attention import FourierKaratOperator, variants
+from karat_scale.attention.kernels import triton_fourier
 from karat_scale.attention.variants import ContentOperator
-from karat_scale.attention.variants import content as content_module
 from tests.attention.calls import relative_error
 from tests.attention.kernels.interpreter import install_bfloat16
 
@@ -49,7 +48,7 @@ def results(attend, tensors, upstream):
     return [output.detach(), *torch.autograd.grad(output, leaves, upstream.to(output.dtype))]
 
 
-def compare(dtype, shape, *, logits=1.0, scale=1.0, tolerance=None, attend=triton_content.attend):
+def compare(dtype, shape, *, logits=1.0, scale=1.0, tolerance=None, attend=triton_fourier.attend_psi):
     """Values and every gradient against the equation in float64, of the same rounded inputs."""
     batch, heads, tokens, width, value_width, grid = shape
     qk = [drawn(batch, heads, tokens, width, seed=n, scale=logits**0.5).to(dtype) for n in (1, 2)]
@@ -98,27 +97,27 @@ def test_operations_are_well_behaved():
 def test_strided_heads_give_the_same_bits():
     fused = drawn(2, 9, 3, 2, 16).float().permute(2, 0, 3, 1, 4)
     psi, upstream = drawn(2, 5).float(), drawn(2, 2, 9, 16).float()
-    expected = results(triton_content.attend, [*(x.contiguous() for x in fused), psi], upstream)
+    expected = results(triton_fourier.attend_psi, [*(x.contiguous() for x in fused), psi], upstream)
     columns = [x.mT.contiguous().mT for x in fused]
     for heads in (list(fused), columns):
-        found = results(triton_content.attend, [*heads, psi], upstream.mT.contiguous().mT)
+        found = results(triton_fourier.attend_psi, [*heads, psi], upstream.mT.contiguous().mT)
         assert all(map(torch.equal, found, expected))
 
 
 def test_a_second_gradient_is_refused_and_an_empty_batch_is_not():
     given = [drawn(1, 1, 5, 16).float().requires_grad_() for _ in range(3)]
-    output = triton_content.attend(*given, drawn(1, 3).float())
+    output = triton_fourier.attend_psi(*given, drawn(1, 3).float())
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(output.sum(), given[0], create_graph=True)
     empty = [torch.empty(0, 1, 5, 16) for _ in range(3)]
-    assert (results(triton_content.attend, [*empty, drawn(1, 3).float()], empty[0])[-1] == 0).all()
+    assert (results(triton_fourier.attend_psi, [*empty, drawn(1, 3).float()], empty[0])[-1] == 0).all()
 
 
 @pytest.fixture
 def by_rows(monkeypatch):
     """How often the rows of psi were computed one after another."""
-    counted, attend = [], content_module.attend_rows
-    monkeypatch.setattr(content_module, "attend_rows", lambda *call: counted.append(1) or attend(*call))
+    counted, attend = [], variants.attend_rows
+    monkeypatch.setattr(variants, "attend_rows", lambda *call: counted.append(1) or attend(*call))
     return counted
 
 

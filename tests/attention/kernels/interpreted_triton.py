@@ -19,7 +19,7 @@ from karat_scale.attention.call import FourierCall
 from karat_scale.attention.kernels import triton_launch, triton_tiles
 from karat_scale.attention.kernels.triton_features import sine_cosine
 from karat_scale.attention.kernels.triton_fourier import attend
-from karat_scale.attention.kernels.triton_plans import ForwardPlan
+from karat_scale.attention.kernels.triton_launch import ForwardPlan
 from tests.attention.calls import NAMES, assert_close, make_call, output_and_gradients, relative_error
 from tests.attention.kernels.interpreter import install_bfloat16
 
@@ -260,7 +260,7 @@ def test_units_of_16_bits_are_within_a_thousandth(grid, largest):
     products = triton_tiles.products(torch.bfloat16, True)
     sizes = triton_tiles.Sizes(1, 1, 40, 64, 64, 12, grid)
     strides = [x.stride() for x in heads]
-    plan = ForwardPlan(sizes, products, "zero", *strides, None, None, None, value.stride(), (1, 1))
+    plan = ForwardPlan(sizes, products, "zero", (*strides, None, None, None, value.stride()), (1, 1))
     coef, scale = torch.empty(1, 2 * grid, 128, 16, dtype=torch.float16), torch.empty(1)
     narrow, output = torch.empty(1, 1, 16, 64, dtype=torch.bfloat16), torch.empty_like(value)
     hidden = torch.empty(1, 1, 40, 16)  # not rounded to 16 bits, which would hide the error that is asked for
@@ -434,7 +434,7 @@ def test_sine_and_cosine_over_many_turns(fast):
 @pytest.mark.slow
 def test_attend_takes_what_the_public_function_takes():
     call = make_call(1, 1, 5, 16, 2, 1).to(torch.float32)
-    direct = attend(FourierCall(*call, "zero", None, None))
+    direct = attend(FourierCall(*call))
     assert torch.equal(direct, fourier_karat_attention(*call, implementation="triton"))
     assert torch.equal(direct, fourier_karat_attention(*call))
 

@@ -5,10 +5,9 @@ import copy
 import pytest
 import torch
 
-from karat_scale.attention import FourierKaratOperator, functional
+from karat_scale.attention import FourierKaratOperator, functional, variants
 from karat_scale.attention.kernels import cpu
 from karat_scale.attention.variants import ContentOperator
-from karat_scale.attention.variants import content as content_module
 from tests.attention.calls import relative_error
 
 pytestmark = pytest.mark.usefixtures("isa")
@@ -17,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("isa")
 @pytest.fixture
 def by_rows(monkeypatch):
     """How often the rows of psi were computed one after another."""
-    counted, attend = [], content_module.attend_rows
-    monkeypatch.setattr(content_module, "attend_rows", lambda *call: counted.append(1) or attend(*call))
+    counted, attend = [], variants.attend_rows
+    monkeypatch.setattr(variants, "attend_rows", lambda *call: counted.append(1) or attend(*call))
     return counted
 
 

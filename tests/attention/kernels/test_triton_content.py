@@ -5,7 +5,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from karat_scale.attention.kernels import triton_content  # noqa: E402
+from karat_scale.attention.kernels import triton_fourier  # noqa: E402
 from tests.attention.kernels.fake_driver import SHARED_LIMIT, fake_driver  # noqa: E402
 from tests.attention.kernels.in_interpreter import run_interpreted  # noqa: E402
 from tests.attention.kernels.operator_launches import TOOLS, compiled  # noqa: E402
@@ -25,9 +25,9 @@ def launch(architecture, dtype, width=64, grid=3, tokens=197):
     heads = torch.zeros(2, tokens, 3, 2, width, dtype=dtype).permute(2, 0, 3, 1, 4).unbind()
     psi = torch.zeros(2, 2 * grid + 1)
     with fake_driver(architecture) as driver:
-        output = triton_content._forward(*heads, psi)
-        grads = triton_content._backward(output, *heads, psi)
-    promised = triton_content._fake_backward(output, *heads, psi)
+        output = triton_fourier._psi_forward(*heads, psi)
+        grads = triton_fourier._psi_backward(output, *heads, psi)
+    promised = triton_fourier._psi_fake_backward(output, *heads, psi)
     assert [(x.shape, x.stride(), x.dtype) for x in grads] == [(x.shape, x.stride(), x.dtype) for x in promised]
     return driver
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from karat_scale.attention import routes
-from karat_scale.attention.variants import controls
+from karat_scale.attention import routes, variants
 from karat_scale.commands.plan import memory
 from karat_scale.commands.plan.memory import Footprint, Subject, attention_workspace, written_by_rows
 from karat_scale.commands.plan.tracing import Trace, fake_copy, trace_step
@@ -91,7 +90,7 @@ SWIN = (
 def test_rows_are_planned_however_many_tiles_a_batch_has(
     small_recipe: Load, keys: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(controls, "workspace_budget", lambda _: 1)  # a tile for each item
+    monkeypatch.setattr(variants, "workspace_budget", lambda _: 1)  # a tile for each item
     subject = Subject(small_recipe(*keys), on_gpu=True)
     for footprint in (subject.footprint, subject.evaluation):
         assert 0 < footprint.live(2).max() < footprint.live(4).max()
@@ -105,8 +104,8 @@ def test_a_gpu_streams_heads_that_are_wider_than_its_kernels_take(small_recipe: 
 
 def test_tiles_of_rows_hold_what_is_planned(small_recipe: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = small_recipe(*CONTENT, "model.embed_dim=8", "model.patch_size=2")
-    for module in (controls, routes, memory):  # a tile holds two of the eight images
-        monkeypatch.setattr(module, "workspace_budget", lambda _: 2 * controls.HELD * 2 * 65**2)
+    for module in (variants, routes, memory):  # a tile holds two of the eight images
+        monkeypatch.setattr(module, "workspace_budget", lambda _: 2 * variants.HELD * 2 * 65**2)
     footprint = Subject(recipe, on_gpu=False).footprint
     planned = (footprint.live(8) + footprint.gradients_made).max() + attention_workspace(recipe, 8, on_gpu=False)
     # The worst moments of tiles and of all else need not be the same.

@@ -35,9 +35,8 @@ from torchvision.ops.poolers import initLevelMapper
 from karat_scale.engine.optimizers import Groups, parameter_groups
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model
-from karat_scale.models.factory import host_of_name
+from karat_scale.models.hosts import VIT, host_of_name
 from karat_scale.models.init_from import take_weights
-from karat_scale.models.vit import VIT
 from karat_scale.recipe import AttentionConfig
 from karat_scale.training.tasks.detection.recipe import AdamWConfig, DetectionRecipe
 

@@ -7,13 +7,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from karat_scale.attention import FourierKaratOperator, ResidualHeads
+from karat_scale.attention import variants as rows_module
 from karat_scale.attention.variants import (
     ContentOperator,
     ScaledSoftmax,
     SmoothOperator,
     StaticHeads,
 )
-from karat_scale.attention.variants import controls as rows_module
 
 BATCH, HEADS, TOKENS, WIDTH, RANK, GRID, MODES = 2, 3, 10, 4, 3, 2, 5
 

@@ -1,0 +1,516 @@
+"""The families of timm models that can use KArAt, each a `Host`: how a model is built, which layers become KArAt.
+
+Plain ViTs, ConViT, Swin, and all others with timm's own attention, such as PiT or MobileViT.
+
+ConViT has KArAt in its last blocks, which are plain self-attention. The gated positional blocks do not change (paper,
+4). The class token joins the patches after the gated blocks, so the two kinds see P and P + 1 tokens.
+
+Swin has KArAt in the window attention of every block; each window is a set of N tokens (paper, 4). Scores include the
+relative position bias. A shifted window can hold patches from two sides of the image, which do not see each other: a
+masked pair (k, q) adds nothing to H[k, :] and has S[k, q] = 0. If a stage's grid is smaller than the window, the window
+shrinks to it, so N can differ between blocks.
+"""
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, ClassVar
+
+import timm
+import torch
+from timm.layers import Attention, PatchEmbed, resample_abs_pos_embed
+from timm.models import VisionTransformer, swin_transformer, vision_transformer
+from timm.models.convit import GPSA, MHSA
+from timm.models.naflexvit import NaFlexVit
+from timm.models.pit import ConvEmbedding
+from timm.models.swin_transformer import WindowAttention
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from karat_scale.foundation.errors import RecipeError, nearest
+from karat_scale.models.layers import (
+    KNOWN,
+    LayerSize,
+    attention_layers,
+    cannot_be_built,
+    measure_layers,
+    refuse_dropout,
+    sincos_2d,
+)
+from karat_scale.models.operators import learn, operator_maker
+from karat_scale.recipe import AttentionConfig, ModelConfig
+
+# Pools patches into the classifier's input, once and after all blocks, so it is not between tokens.
+_POOLS = ("AttentionPoolLatent", "AttentionPool2d")
+
+
+class Host:
+    """A family of models; a subclass says what differs from timm's own build, and from timm's own names of weights."""
+
+    blocks_are_alike = False
+    """The attention layers of each model are of the same size."""
+    classes: ClassVar[dict[type[nn.Module], type[nn.Module]]] = {}
+    """The classes of timm's attention layers, and those of the learned layers in their places."""
+
+    def build(self, model: ModelConfig, **options: Any) -> nn.Module:
+        """Return timm's model for a recipe's `model` section and options of timm's."""
+        raise NotImplementedError
+
+    def learn(
+        self, model: ModelConfig, attention: AttentionConfig, sizes: tuple[LayerSize, ...], **options: Any
+    ) -> nn.Module:
+        """Return the model with KArAt where it is supported; `sizes` are those of all attention layers."""
+        return learn(self.build(model, **options), model, attention, sizes, self.classes)
+
+    def fit(self, weights: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+        """Adapt a state dict of this model at another image size, or from another library, to the model's names."""
+        return dict(weights)
+
+    def softmax(self, model: ModelConfig, **options: Any) -> nn.Module:
+        """Return timm's own model.
+
+        Raises:
+            RecipeError: it cannot be built at these sizes, or its attention is not supported.
+        """
+        network = self.build(model, **options)
+        check_attention(network, model)
+        _check_patches(network, model)
+        return network
+
+    @functools.cache  # noqa: B019  # hosts are few and live as long as the program
+    def sizes(self, model: ModelConfig, **options: Any) -> tuple[LayerSize, ...]:
+        """Return the sizes of the model's attention layers. Raises like `softmax`."""
+        if self.blocks_are_alike and model.depth and model.depth > 1:
+            return self.sizes(model.changed(depth=1), **options) * model.depth
+        with shapes_alone():
+            network = self.softmax(model, **options).eval()
+            try:
+                return measure_layers(network, model.image_size)
+            except (AssertionError, RuntimeError, ValueError) as error:
+                raise cannot_be_built(model, error) from error
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Build models on the meta device, and leave out what gives their tensors values."""
+    with torch.device("meta"), _WithoutValues():
+        yield
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Skips in-place operations on the meta device, where torch works out each one in Python."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FILLS and args[0].is_meta and not any(isinstance(other, Tensor) for other in args[1:]):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+_FILLS = {
+    getattr(Tensor, f"{name}_") for name in ("add", "clamp", "erfinv", "fill", "mul", "normal", "uniform", "zero")
+}
+
+
+def usual_settings(model: ModelConfig) -> dict[str, Any]:
+    """Return timm's arguments for the recipe's image size and drop rates."""
+    return {"img_size": model.image_size, "drop_path_rate": model.drop_path, "proj_drop_rate": model.proj_drop}
+
+
+def build_timm(model: ModelConfig, name: str, **settings: Any) -> nn.Module:
+    """Return timm's model `name`, freshly initialised, with the recipe's classes unless `settings` override them.
+
+    Raises:
+        RecipeError: timm cannot build it.
+    """
+    try:
+        network: nn.Module = timm.create_model(name, pretrained=False, **{"num_classes": model.num_classes, **settings})
+        return network
+    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+        raise cannot_be_built(model, error) from error
+
+
+def refuse_fields(model: ModelConfig, *fields: str, why: str) -> None:
+    """Raise RecipeError if the recipe sets a key that this host's models do not support."""
+    for field in fields:
+        value = getattr(model, field)
+        if value is not None:
+            raise RecipeError(f"model.{field} = {value} is not supported by {model.name}, {why}; remove it")
+
+
+def check_attention(network: nn.Module, model: ModelConfig) -> None:
+    """Raise RecipeError for a model of which not all attention can be replaced."""
+    if getattr(network, "dynamic_img_size", False) or isinstance(network, NaFlexVit):
+        raise RecipeError(
+            f"model.name = {model.name!r} accepts images of any size, but KArAt needs a fixed number of tokens; use a "
+            "model of one size, such as vit_small_patch16_224"
+        )
+    known = {id(layer.attention) for layer in attention_layers(network)}
+    others = {
+        f"{type(module).__module__.rpartition('.')[2]}.{type(module).__name__}"
+        for module in network.modules()
+        if id(module) not in known
+        and (isinstance(module, KNOWN) or re.search(r"Attention|Attn", type(module).__name__))
+        and type(module).__name__ not in _POOLS
+    }
+    if others or not known:
+        what = f"its attention, {min(others)}," if others else f"the attention of a {type(network).__name__}"
+        raise RecipeError(
+            f"model.name = {model.name!r}: {what} cannot be replaced with KArAt; use a model with timm's "
+            "own Attention in each block, a convit_* or a swin_* (docs/models.md)"
+        )
+
+
+def _check_patches(network: Any, model: ModelConfig) -> None:
+    """Check that patches tile the image: pixels beyond the last whole patch would be dropped silently."""
+    embed = getattr(network, "patch_embed", None)
+    if isinstance(embed, ConvEmbedding):
+        _check_overlapping(embed.conv, model)
+    if isinstance(embed, PatchEmbed) and model.image_size % embed.patch_size[0]:
+        side = embed.patch_size[0]
+        nearest = max(model.image_size // side, 1) * side
+        raise RecipeError(
+            f"model.image_size = {model.image_size} is not a multiple of the patch size of {model.name}, {side}; "
+            f"use {nearest}"
+        )
+
+
+def _check_overlapping(conv: nn.Conv2d, model: ModelConfig) -> None:
+    """Check the same for PiT, whose patches overlap."""
+    (side, *_), (step, *_) = conv.kernel_size, conv.stride
+    rest = (model.image_size - side) % step
+    if rest:
+        raise RecipeError(
+            f"model.image_size = {model.image_size} does not fit {model.name}'s patches, {side} pixels wide, "
+            f"{step} apart; use {model.image_size - rest}"
+        )
+
+
+# Our own small models, by name: their changes to timm's ViT-Tiny.
+VIT_BASE = "vit_tiny_patch16_224"
+VIT_SIZES: dict[str, dict[str, int]] = {
+    "vit_mini_patch4_28": {"patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 2},
+}
+# Makes the operator of a layer with so many heads, for the model that is being built. A class of its own for each model
+# would do it too, but pickle could not find that class.
+_MAKE_OPERATOR: ContextVar[Callable[[int], nn.Module]] = ContextVar("make_operator")
+
+
+class KaratAttention(Attention):
+    """timm's attention layer with softmax(A) V replaced by a learnable operator on the rows of A.
+
+    timm calls this class with its own arguments while `Vit` builds a model.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        refuse_dropout(self)
+        self.operator = _MAKE_OPERATOR.get()(self.num_heads)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Compute attention on tokens [B, N, D].
+
+        A boolean `attn_mask` keeps pairs. A float one is added to scores; as in PyTorch, -inf keeps a pair out.
+        """
+        if is_causal:
+            raise ValueError("is_causal is not supported: KArAt is tied to the positions of image tokens")
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        # CUDA's autocast, unlike a CPU's, norms in float32; scores of wider queries would take slower products.
+        query, key = (x.to(value.dtype) for x in (self.q_norm(query), self.k_norm(key)))
+        bias, mask = None, attn_mask
+        if attn_mask is not None and attn_mask.dtype != torch.bool:
+            bias, mask = attn_mask, ~attn_mask.isneginf()
+        out = self.operator(query, key, value, bias=bias, mask=mask)
+        return join_heads(self, x, out)
+
+
+def join_heads(attention: Attention, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Return tokens [B, N, D] from the heads' outputs [B, h, N, d], as timm's attention layer of input x does."""
+    out = attention.norm(out.transpose(1, 2).reshape(*x.shape[:2], attention.attn_dim))
+    if attention.gate is not None:
+        out = out * attention.gate(x).sigmoid()
+    tokens: torch.Tensor = attention.proj_drop(attention.proj(out))
+    return tokens
+
+
+def num_tokens(model: VisionTransformer) -> int:
+    """N: patches, class token and registers."""
+    return int(model.patch_embed.num_patches + model.num_prefix_tokens)
+
+
+def build_vit(model: ModelConfig, attn_layer: type[Attention] | None = None, **options: Any) -> nn.Module:
+    """Return a timm ViT of the recipe's size, with layers of class `attn_layer` if given, and timm's `options`.
+
+    Raises:
+        RecipeError: timm cannot build the model at these sizes.
+    """
+    own = VIT_SIZES.get(model.name, {})
+    asked = {name: getattr(model, name) for name in ("patch_size", "embed_dim", "depth", "num_heads")}
+    sizes = {name: value for name, value in asked.items() if value is not None}
+    settings: dict[str, Any] = {**own, **sizes, **_plain_options(model), **options}
+    if attn_layer is not None:
+        settings["attn_layer"] = attn_layer
+    network = build_timm(
+        model,
+        VIT_BASE if own else model.name,
+        **usual_settings(model),
+        **settings,
+    )
+    try:
+        _start(network, model)
+    except ValueError as error:
+        raise cannot_be_built(model, error) from error
+    return network
+
+
+def _plain_options(model: ModelConfig) -> dict[str, Any]:
+    """Return timm's options for the input of the head and the first weights."""
+    options: dict[str, Any] = {} if model.weight_init is None else {"weight_init": model.weight_init}
+    if model.pool is not None:
+        # The average of normed patches, as in arXiv 2205.01580; timm's default is the norm of their average.
+        options |= {"global_pool": model.pool, "class_token": model.pool == "token", "fc_norm": False}
+    return options
+
+
+@torch.no_grad()
+def _start(network: Any, model: ModelConfig) -> None:
+    """Apply settings without an option in timm to a new model. Raises ValueError if they are not supported."""
+    if model.weight_init == "jax":
+        for module in network.modules():
+            if isinstance(module, Attention) and hasattr(module, "qkv"):  # three matrices in JAX, one in timm
+                for matrix in module.qkv.weight.chunk(3):
+                    nn.init.xavier_uniform_(matrix)
+    if model.pos_embed == "sincos2d":
+        if getattr(network, "pos_embed", None) is None:
+            raise ValueError("it has no position embedding for pos_embed = sincos2d")
+        height, width = network.patch_embed.grid_size
+        grid = sincos_2d(height, width, network.embed_dim)
+        prefix = grid.new_zeros(network.pos_embed.shape[1] - len(grid), network.embed_dim)
+        network.pos_embed.copy_(torch.cat([prefix, grid])[None]).requires_grad_(False)
+
+
+class Vit(Host):
+    """timm's plain ViTs; the layers of class `KaratAttention` are made while timm builds the model."""
+
+    blocks_are_alike = True
+    classes: ClassVar = {Attention: KaratAttention}
+
+    def build(self, model: ModelConfig, **options: Any) -> nn.Module:
+        """See `build_vit`."""
+        return build_vit(model, **options)
+
+    def learn(
+        self, model: ModelConfig, attention: AttentionConfig, sizes: tuple[LayerSize, ...], **options: Any
+    ) -> nn.Module:
+        """See `Host`."""
+        token = _MAKE_OPERATOR.set(functools.partial(operator_maker(attention), sizes[0].tokens))
+        try:
+            return build_vit(model, KaratAttention, **options)
+        finally:
+            _MAKE_OPERATOR.reset(token)
+
+    def fit(self, weights: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+        """See `Host`."""
+        fitted: dict[str, Tensor] = vision_transformer.checkpoint_filter_fn(
+            dict(weights), model, adapt_layer_scale=True
+        )
+        return fitted
+
+
+# timm's models have 12 blocks, of which 10 are gated.
+PLAIN_BLOCKS = 2
+
+
+class KaratMHSA(MHSA):
+    """ConViT's plain attention layer with softmax(A) V replaced by a learnable operator on the rows of A."""
+
+    operator: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute attention: tokens [B, N, D] to tokens [B, N, D]."""
+        query, key, value = query_key_value(self, x)
+        out: Tensor = self.operator(query, key, value)
+        tokens: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
+        return tokens
+
+
+def query_key_value(attention: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """Return query, key and value [B, h, N, d] of an MHSA layer for tokens [B, N, D]."""
+    qkv: Tensor = attention.qkv(x)
+    parts: tuple[Tensor, ...] = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return parts
+
+
+def _own_sizes(name: str) -> tuple[int, int]:
+    """Return a model's number of heads and width."""
+    with torch.device("meta"):
+        network: Any = timm.create_model(name)
+    return int(network.blocks[0].attn.num_heads), int(network.embed_dim)
+
+
+class Convit(Host):
+    """timm's ConViTs: the plain layers, which are last, become KArAt."""
+
+    classes: ClassVar = {MHSA: KaratMHSA}
+
+    def build(self, model: ModelConfig, **options: Any) -> nn.Module:
+        """See `Host`."""
+        sizes: dict[str, Any] = {} if model.patch_size is None else {"patch_size": model.patch_size}
+        if model.depth is not None:
+            if model.depth <= PLAIN_BLOCKS:
+                raise RecipeError(
+                    f"model.depth = {model.depth} leaves {model.name} no gated block before its {PLAIN_BLOCKS} plain "
+                    f"ones; use at least {PLAIN_BLOCKS + 1}"
+                )
+            sizes |= {"depth": model.depth, "local_up_to_layer": model.depth - PLAIN_BLOCKS}
+        if model.num_heads is not None or model.embed_dim is not None:
+            own_heads, own_width = _own_sizes(model.name)
+            heads, width = model.num_heads or own_heads, model.embed_dim or own_width
+            if width % heads:
+                raise RecipeError(f"model.embed_dim = {width} is not a multiple of the {heads} heads")
+            sizes |= {"num_heads": heads, "embed_dim": width // heads}  # timm's is the width of a head
+        network: Any = build_timm(
+            model,
+            model.name,
+            **usual_settings(model),
+            **sizes,
+            **options,
+        )
+        for layer in attention_layers(network):
+            # Else it is made in the first forward pass, in whatever mode that runs.
+            if isinstance(layer.attention, GPSA):
+                index = layer.attention.get_rel_indices(network.num_patches)
+                del layer.attention.rel_indices  # a plain attribute in older versions, so it would not move to a GPU
+                layer.attention.register_buffer("rel_indices", index, persistent=False)
+        built: nn.Module = network
+        return built
+
+    def fit(self, weights: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+        """See `Host`."""
+        fitted = dict(weights)
+        if "pos_embed" in fitted:  # of the patches only
+            fitted["pos_embed"] = resample_abs_pos_embed(
+                fitted["pos_embed"], new_size=model.patch_embed.grid_size, num_prefix_tokens=0
+            )
+        return fitted
+
+
+# The same of timm's Swin-Tiny.
+SWIN_BASE = "swin_tiny_patch4_window7_224"
+SWIN_SIZES: dict[str, dict[str, Any]] = {
+    "swin_mini_patch2_window4_32": {
+        "patch_size": 2,
+        "window_size": 4,
+        "embed_dim": 32,
+        "depths": (2, 2),
+        "num_heads": (2, 4),
+    },
+}
+
+
+class KaratWindowAttention(WindowAttention):
+    """Swin's attention layer with softmax(A) V replaced by a learnable operator on the rows of A, bias included."""
+
+    operator: nn.Module
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Compute attention on windows [windows B, N, C]; mask [windows, N, N] is 0 for pairs that take part."""
+        query, key, value, bias, keep = parts_of(self, x, mask)
+        out: Tensor = self.operator(query, key, value, bias=bias, mask=keep)
+        tokens: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        return tokens
+
+
+def parts_of(
+    attention: Any, x: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the inputs of a window attention layer's computation for tokens [windows B, N, C].
+
+    Returns:
+        query, key and value [windows B, h, N, d]; the bias [1, h, N, N]; the mask [windows B, 1, N, N], true where a
+        pair takes part, or None.
+    """
+    qkv: Tensor = attention.qkv(x)
+    query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    # timm adds the mask, 0 or -100, to softmax's scores. `len` would fix the batch size when a model is traced.
+    keep = None if mask is None else (mask == 0).repeat(x.shape[0] // mask.shape[0], 1, 1).unsqueeze(1)
+    return query, key, value, attention._get_rel_pos_bias(), keep
+
+
+class Swin(Host):
+    """timm's Swins, whose stages have sizes of their own."""
+
+    classes: ClassVar = {WindowAttention: KaratWindowAttention}
+
+    def build(self, model: ModelConfig, **options: Any) -> nn.Module:
+        """See `Host`."""
+        own = SWIN_SIZES.get(model.name, {})
+        refuse_fields(model, "patch_size", "embed_dim", "depth", "num_heads", why="whose stages have their own sizes")
+        name = SWIN_BASE if own else model.name
+        return build_timm(model, name, **usual_settings(model), **own, **options)
+
+    def fit(self, weights: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+        """See `Host`."""
+        fitted: dict[str, Tensor] = swin_transformer.checkpoint_filter_fn(dict(weights), model)
+        return fitted
+
+
+class Other(Host):
+    """Models with timm's own attention that have no class here, at timm's own sizes."""
+
+    classes: ClassVar = {Attention: KaratAttention}
+
+    def build(self, model: ModelConfig, **options: Any) -> nn.Module:
+        """See `Host`."""
+        refuse_fields(model, "patch_size", "embed_dim", "depth", "num_heads", why="which is built at timm's own sizes")
+        with torch.device("meta"):
+            taken = inspect.signature(type(timm.create_model(model.name))).parameters
+        usual = usual_settings(model)
+        for field in ("drop_path", "proj_drop"):
+            rate = usual[f"{field}_rate"]
+            if rate and f"{field}_rate" not in taken:
+                raise RecipeError(
+                    f"model.{field} = {rate:g} is not supported by {model.name}, which has no {field}_rate; use 0"
+                )
+        return build_timm(model, model.name, **{name: x for name, x in usual.items() if name in taken}, **options)
+
+
+VIT, CONVIT, SWIN, OTHER = Vit(), Convit(), Swin(), Other()
+# By the names of timm's modules.
+HOSTS = {
+    "vision_transformer": VIT,
+    "vision_transformer_hybrid": VIT,
+    "deit": VIT,
+    "convit": CONVIT,
+    "swin_transformer": SWIN,
+}
+# Names of our own small models, and the timm models that they are sizes of.
+OWN = {**dict.fromkeys(VIT_SIZES, VIT_BASE), **dict.fromkeys(SWIN_SIZES, SWIN_BASE)}
+
+
+def host_of_name(name: str) -> Host:
+    """Return the host that builds the model of a name. Raises RecipeError if timm does not have the model."""
+    base = OWN.get(name, name.partition(".")[0])
+    if not timm.is_model(base):
+        close = nearest(base, [*OWN, *timm.list_models()])
+        hint = f"did you mean {close[0]}?" if close else "`timm.list_models('vit_*')` lists some of them"
+        raise RecipeError(f"model.name = {name!r}: timm has no such model; {hint}")
+    return _host_of_module(timm.model_entrypoint(base).__module__)
+
+
+def host_of(network: nn.Module) -> Host:
+    """Return the host of a model that was built."""
+    return _host_of_module(type(network).__module__)
+
+
+def _host_of_module(module: str) -> Host:
+    return HOSTS.get(module.rpartition(".")[2], OTHER)
