@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from karat_scale.attention import fourier_karat_attention
+from karat_scale.attention import FourierKaratOperator, fourier_karat_attention
+from karat_scale.attention.variants import ContentOperator
 
 
 class Call(NamedTuple):
@@ -61,6 +62,26 @@ def output_and_gradients(
     output = (attend or fourier_karat_attention)(*call, bias=bias, **options)
     leaves = [*call, *([] if bias is None else [bias])]
     return [output.detach(), *torch.autograd.grad(output, leaves, upstream.to(output.dtype))]
+
+
+def gradients_of(attend: Callable[..., Tensor], tensors: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+    """O and the gradients of any tensors that attention is given and, of a module, those of its parameters."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    output = attend(*leaves)
+    own = attend.parameters() if isinstance(attend, torch.nn.Module) else ()
+    return [output.detach(), *torch.autograd.grad(output, (*leaves, *own), upstream.to(output.dtype))]
+
+
+def content_module(
+    tokens: int, heads: int = 2, rank: int = 4, grid: int = 3, implementation: str = "auto"
+) -> ContentOperator:
+    """A module away from its start, where W is 0."""
+    torch.manual_seed(tokens)
+    made = ContentOperator(FourierKaratOperator(tokens, heads, rank, grid, implementation=implementation))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return made
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

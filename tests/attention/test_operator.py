@@ -153,13 +153,6 @@ def test_reset_draws_anew_and_is_repeatable():
     assert all(torch.equal(first[name], p) for name, p in operator.named_parameters())
 
 
-def test_state_travels():
-    query, key, value = draw(1, 2, 9, 8)
-    source, target = FourierKaratOperator(9, 2), FourierKaratOperator(9, 2)
-    target.load_state_dict(source.state_dict())
-    assert torch.equal(source(query, key, value), target(query, key, value))
-
-
 def test_device_and_dtype_of_parameters():
     operator = FourierKaratOperator(9, 2, device="meta", dtype=torch.bfloat16)
     assert all(p.is_meta and p.dtype == torch.bfloat16 for p in operator.parameters())

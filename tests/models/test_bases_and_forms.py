@@ -141,13 +141,23 @@ def test_operators_of_any_kind_go_without_weight_decay():
         ({"form": "modulr"}, "form"),
         ({"softmax_heads": -1}, "softmax_heads"),
         ({"init": "softmax_like", "basis": "dog"}, "needs attention.basis=fourier"),
+        ({"kind": "static", "form": "full_rank"}, "attention.form = full_rank has no effect with attention.kind = "),
+        ({"kind": "static", "scores": False}, "attention.scores = False has no effect with attention.kind = "),
+        ({"kind": "karat", "form": "smooth", "init": "paper"}, "has attention.init=variance_preserving only"),
+        ({"kind": "karat", "form": "smooth", "basis": "bspline"}, "has attention.basis=fourier only"),
+        ({"kind": "karat", "form": "smooth", "gains": True}, "has attention.gains=False only"),
+        (
+            {"kind": "karat", "basis": "dog", "init": "fourier_kan"},
+            "needs attention.basis=fourier, not dog",
+        ),
+        ({"kind": "karat", "base": "silu", "gains": True}, "needs attention.basis=fourier and attention.base=zero"),
+        ({"kind": "static", "gains": True}, "attention.gains = True has no effect with attention.kind = "),
+        ({"kind": "softmax", "scores": False}, "attention.scores = False has no effect with attention.kind = "),
+        ({"kind": "softmax", "residual": True}, "attention.residual = True has no effect with attention.kind = "),
+        ({"kind": "softmax", "softmax_heads": 1}, "attention.softmax_heads = 1 has no effect with attention.kind = "),
+        ({"kind": "static", "implementation": "cpu"}, "attention.implementation = cpu supports only"),
     ],
 )
 def test_what_a_recipe_cannot_mean(settings, part):
     with pytest.raises(ValidationError, match=part):
-        AttentionConfig(kind="karat", **settings)
-
-
-def test_softmax_on_every_head_is_refused():
-    with pytest.raises(RecipeError, match=r"attention.softmax_heads = 2 leaves none of 2 heads for KArAt"):
-        create_model(MINI, AttentionConfig(kind="karat", softmax_heads=2))
+        AttentionConfig(**{"kind": "karat", **settings})

@@ -5,7 +5,6 @@ import torch
 from timm.models.convit import GPSA
 
 from karat_scale.engine.optimizers import layer_scales
-from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model, no_weight_decay_names, parameter_count
 from karat_scale.models.factory import layer_sizes
 from karat_scale.models.hosts import KaratMHSA
@@ -80,20 +79,3 @@ def test_the_number_of_heads_does_not_change_the_width() -> None:
     with torch.device("meta"):
         model = create_model(ModelConfig(name="convit_tiny", num_heads=8), AttentionConfig())
     assert model.embed_dim == 192
-
-
-@pytest.mark.parametrize(
-    ("sizes", "attention", "part"),
-    [
-        ({"depth": 2}, {}, "model.depth = 2 leaves convit_tiny no gated block"),
-        ({"embed_dim": 33}, {}, "model.embed_dim = 33 is not a multiple of the 2 heads"),
-        ({"image_size": 18}, {}, "model.image_size = 18 is not a multiple of the patch size of convit_tiny, 4; use 16"),
-        ({}, {"softmax_heads": 2}, "leaves no head for KArAt in a layer of convit_tiny with 2"),
-        ({}, {"transfer_from": "runs/x", "kind": "softmax"}, "only between plain ViTs"),
-    ],
-)
-def test_what_cannot_hold_is_one_line(sizes: dict[str, int], attention: dict[str, object], part: str) -> None:
-    with pytest.raises(RecipeError) as caught:
-        convit(KARAT.model_copy(update=attention), **sizes)
-    assert part in str(caught.value)
-    assert "\n" not in str(caught.value)

@@ -231,17 +231,6 @@ def test_positions_of_prefix_tokens_may_be_in_the_tokens_themselves() -> None:
         ("patch_embed.proj.weight", torch.zeros(()), r"patch_embed.proj.weight is \[\] in the weights"),
         ("patch_embed.proj.weight", torch.zeros(32, 5), "cannot be adapted to a VisionTransformer: shape"),
         ("head.bias", torch.zeros(()), r"head.bias is \[\] in the weights and \[4\] in the model"),
-    ],
-)
-def test_a_damaged_tensor_is_named(name: str, damaged: torch.Tensor, message: str) -> None:
-    with pytest.raises(RecipeError, match=message) as caught:
-        take_weights(model(1), {**model(0).state_dict(), name: damaged})
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "damaged", "message"),
-    [
         (
             "blocks.1.mlp.fc1.bias",
             torch.full((128,), torch.nan),
@@ -256,9 +245,10 @@ def test_a_damaged_tensor_is_named(name: str, damaged: torch.Tensor, message: st
         ("norm.weight", torch.ones(32, dtype=torch.bool), "norm.weight in the weights is torch.bool"),
     ],
 )
-def test_what_are_no_finite_numbers_is_refused(name: str, damaged: torch.Tensor, message: str) -> None:
-    with pytest.raises(RecipeError, match=message):
+def test_a_damaged_tensor_is_named(name: str, damaged: torch.Tensor, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
         take_weights(model(1), {**model(0).state_dict(), name: damaged})
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("image_size", [16, 24])

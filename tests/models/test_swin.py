@@ -4,7 +4,6 @@ import pytest
 import torch
 from timm.models.swin_transformer import WindowAttention
 
-from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model, parameter_count
 from karat_scale.models.factory import layer_sizes
 from karat_scale.models.hosts import KaratWindowAttention
@@ -98,24 +97,3 @@ def test_weights_of_another_image_size(image_size: int) -> None:
 def test_softmaxs_weights_begin_a_karat_swin() -> None:
     model = mini()
     assert "operators keep their initial values" in take_weights(model, mini(AttentionConfig()).state_dict())
-
-
-@pytest.mark.parametrize(
-    ("sizes", "attention", "part"),
-    [
-        ({"patch_size": 16}, {}, "model.patch_size = 16 is not supported by swin_mini"),
-        ({"embed_dim": 64}, {}, "model.embed_dim = 64 is not supported by"),
-        ({"depth": 2}, {}, "model.depth = 2 is not supported by"),
-        ({"num_heads": 2}, {}, "model.num_heads = 2 is not supported by"),
-        ({"image_size": 33}, {}, "model.image_size = 33 is not a multiple of the patch size of swin_mini"),
-        ({}, {"mode": "universal"}, "attention.mode = universal: the layers of swin_mini"),
-        ({}, {"init": "softmax_like", "rank": 17}, "rank = 17 is more than N = 16 tokens"),
-        ({}, {"softmax_heads": 2}, "attention.softmax_heads = 2 leaves no head for KArAt in a layer"),
-        ({}, {"transfer_from": "runs/x", "kind": "softmax"}, "only between plain ViTs"),
-    ],
-)
-def test_what_cannot_hold_is_one_line(sizes: dict[str, int], attention: dict[str, object], part: str) -> None:
-    with pytest.raises(RecipeError) as caught:
-        mini(KARAT.model_copy(update=attention), **sizes)
-    assert part in str(caught.value)
-    assert "\n" not in str(caught.value)

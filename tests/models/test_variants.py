@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.models.flops import flops_per_image
 from karat_scale.models.init_from import take_weights
@@ -100,41 +99,3 @@ def test_operations_are_counted():
     plain = flops_per_image(model, AttentionConfig(rank=3, grid=2, kind="karat")).forward
     assert counted["without scores"] == counted["smooth"] == plain
     assert counted["content"] == plain + a_product + blocks * heads * tokens * tokens * 4 * 2
-
-
-@pytest.mark.parametrize(
-    ("section", "said"),
-    [
-        ({"kind": "static", "form": "full_rank"}, "attention.form = full_rank has no effect with attention.kind = "),
-        ({"kind": "static", "scores": False}, "attention.scores = False has no effect with attention.kind = "),
-        ({"kind": "karat", "form": "smooth", "init": "paper"}, "has attention.init=variance_preserving only"),
-        ({"kind": "karat", "form": "smooth", "basis": "bspline"}, "has attention.basis=fourier only"),
-        ({"kind": "karat", "form": "smooth", "gains": True}, "has attention.gains=False only"),
-        (
-            {"kind": "karat", "basis": "dog", "init": "fourier_kan"},
-            "needs attention.basis=fourier, not dog",
-        ),
-        ({"kind": "karat", "base": "silu", "gains": True}, "needs attention.basis=fourier and attention.base=zero"),
-        ({"kind": "static", "gains": True}, "attention.gains = True has no effect with attention.kind = "),
-        ({"kind": "softmax", "scores": False}, "attention.scores = False has no effect with attention.kind = "),
-        ({"kind": "softmax", "residual": True}, "attention.residual = True has no effect with attention.kind = "),
-        ({"kind": "softmax", "softmax_heads": 1}, "attention.softmax_heads = 1 has no effect with attention.kind = "),
-        ({"kind": "static", "implementation": "cpu"}, "attention.implementation = cpu supports only"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(section, said):
-    with pytest.raises(ValueError, match=said):
-        AttentionConfig(**section)
-
-
-@pytest.mark.parametrize(
-    ("host", "section", "said"),
-    [
-        ("swin", {"form": "smooth", "modes": 17}, "attention.modes = 17 is more than N = 16 tokens"),
-        ("vit", {"form": "smooth", "modes": 18}, "attention.modes = 18 is more than N = 17 tokens"),
-    ],
-)
-def test_more_than_the_tokens_allow_is_one_line(host: str, section: dict[str, object], said: str) -> None:
-    with pytest.raises(RecipeError) as caught:
-        create_model(ModelConfig(**HOSTS[host], num_classes=3), AttentionConfig(kind="karat", **section))
-    assert str(caught.value) == said

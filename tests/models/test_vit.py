@@ -9,7 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.models.factory import no_weight_decay_names, parameter_count
 from karat_scale.models.layers import sincos_2d
@@ -78,23 +77,6 @@ def test_what_is_not_asked_for_is_timms_own() -> None:
     assert model.pos_embed.requires_grad
     assert model.global_pool == "token"
     assert model.blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
-
-
-def test_a_width_without_positions_is_one_line() -> None:
-    with pytest.raises(
-        RecipeError, match=r"cannot be built with these sizes: pos_embed = sincos2d needs a width of 8, 12"
-    ):
-        build(pos_embed="sincos2d", embed_dim=6)
-
-
-@pytest.mark.parametrize("field", ["pool=avg", "pos_embed=sincos2d", "weight_init=jax"])
-def test_other_models_have_a_head_and_positions_of_their_own(field: str) -> None:
-    name, value = field.split("=")
-    model = ModelConfig(name="swin_tiny_patch4_window7_224", **{name: value})
-    with pytest.raises(
-        RecipeError, match=rf"model.{name} = {value} is not supported by swin_\w+, which is not a plain ViT"
-    ):
-        create_model(model, AttentionConfig())
 
 
 class AutocastAsOnCuda(TorchFunctionMode):

@@ -1,8 +1,17 @@
-"""The instruction sets that the CPU kernel is built for."""
+"""The instruction sets that the CPU kernel is built for, and how often the content form does without a kernel."""
 
 import pytest
 
+from karat_scale.attention import variants
 from karat_scale.foundation import native_build
+
+
+@pytest.fixture
+def by_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often the rows of psi were computed one after another."""
+    counted, attend = [], variants.attend_rows
+    monkeypatch.setattr(variants, "attend_rows", lambda *call: counted.append(1) or attend(*call))
+    return counted
 
 
 @pytest.fixture(params=native_build.INSTRUCTION_SETS)

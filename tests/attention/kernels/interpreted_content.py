@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from karat_scale.attention import FourierKaratOperator, variants
 from karat_scale.attention.kernels import triton_fourier
-from karat_scale.attention.variants import ContentOperator
-from tests.attention.calls import relative_error
+from tests.attention.calls import content_module, gradients_of, relative_error
 from tests.attention.kernels.interpreter import install_bfloat16
 
 install_bfloat16()
@@ -42,12 +40,6 @@ def plain(query, key, value, psi):
     return learned @ value
 
 
-def results(attend, tensors, upstream):
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    output = attend(*leaves)
-    return [output.detach(), *torch.autograd.grad(output, leaves, upstream.to(output.dtype))]
-
-
 def compare(dtype, shape, *, logits=1.0, scale=1.0, tolerance=None, attend=triton_fourier.attend_psi):
     """Values and every gradient against the equation in float64, of the same rounded inputs."""
     batch, heads, tokens, width, value_width, grid = shape
@@ -55,8 +47,8 @@ def compare(dtype, shape, *, logits=1.0, scale=1.0, tolerance=None, attend=trito
     value = drawn(batch, heads, tokens, value_width, seed=3).to(dtype)
     psi = drawn(heads, 2 * grid + 1, seed=4, scale=1 / tokens).float()
     upstream = drawn(*value.shape, seed=5, scale=scale).to(dtype)
-    expected = results(plain, [x.double() for x in (*qk, value, psi)], upstream.double())
-    actual = results(attend, [*qk, value, psi], upstream)
+    expected = gradients_of(plain, [x.double() for x in (*qk, value, psi)], upstream.double())
+    actual = gradients_of(attend, [*qk, value, psi], upstream)
     for name, a, e in zip(("output", "query", "key", "value", "psi"), actual, expected, strict=True):
         assert (a.shape, a.isfinite().all()) == (e.shape, True), name
         assert relative_error(a, e) <= (tolerance or TOLERANCE[dtype]), f"{name}: {relative_error(a, e):.1e}"
@@ -97,10 +89,10 @@ def test_operations_are_well_behaved():
 def test_strided_heads_give_the_same_bits():
     fused = drawn(2, 9, 3, 2, 16).float().permute(2, 0, 3, 1, 4)
     psi, upstream = drawn(2, 5).float(), drawn(2, 2, 9, 16).float()
-    expected = results(triton_fourier.attend_psi, [*(x.contiguous() for x in fused), psi], upstream)
+    expected = gradients_of(triton_fourier.attend_psi, [*(x.contiguous() for x in fused), psi], upstream)
     columns = [x.mT.contiguous().mT for x in fused]
     for heads in (list(fused), columns):
-        found = results(triton_fourier.attend_psi, [*heads, psi], upstream.mT.contiguous().mT)
+        found = gradients_of(triton_fourier.attend_psi, [*heads, psi], upstream.mT.contiguous().mT)
         assert all(map(torch.equal, found, expected))
 
 
@@ -110,29 +102,13 @@ def test_a_second_gradient_is_refused_and_an_empty_batch_is_not():
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(output.sum(), given[0], create_graph=True)
     empty = [torch.empty(0, 1, 5, 16) for _ in range(3)]
-    assert (results(triton_fourier.attend_psi, [*empty, drawn(1, 3).float()], empty[0])[-1] == 0).all()
-
-
-@pytest.fixture
-def by_rows(monkeypatch):
-    """How often the rows of psi were computed one after another."""
-    counted, attend = [], variants.attend_rows
-    monkeypatch.setattr(variants, "attend_rows", lambda *call: counted.append(1) or attend(*call))
-    return counted
-
-
-def module():
-    torch.manual_seed(0)
-    made = ContentOperator(FourierKaratOperator(17, 2, 4, 3))
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return made
+    assert (gradients_of(triton_fourier.attend_psi, [*empty, drawn(1, 3).float()], empty[0])[-1] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_module_takes_the_kernels_and_agrees_with_itself_in_float64(dtype, by_rows):
-    made, exact = module(), copy.deepcopy(module()).double()
+    made = content_module(17)
+    exact = copy.deepcopy(made).double()
     heads = [drawn(2, 2, 17, 16, seed=n).to(dtype).requires_grad_() for n in range(3)]
     wide = [x.detach().double().requires_grad_() for x in heads]
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -148,7 +124,7 @@ def test_the_module_takes_the_kernels_and_agrees_with_itself_in_float64(dtype, b
 
 
 def test_a_bias_or_a_mask_goes_by_rows(by_rows):
-    made, heads = module(), [drawn(2, 2, 17, 16, seed=n).float() for n in range(3)]
+    made, heads = content_module(17), [drawn(2, 2, 17, 16, seed=n).float() for n in range(3)]
     pairs = torch.zeros(17, 17)
     plain_output = made(*heads)
     for options in ({"bias": pairs}, {"mask": pairs == 0}):
@@ -157,9 +133,9 @@ def test_a_bias_or_a_mask_goes_by_rows(by_rows):
 
 
 def test_checkpointed_and_compiled_modules_give_the_same_bits():
-    made, heads = module(), [drawn(2, 2, 17, 16, seed=n).float().requires_grad_() for n in range(3)]
+    made, heads = content_module(17), [drawn(2, 2, 17, 16, seed=n).float().requires_grad_() for n in range(3)]
     compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
     again = lambda *x: checkpoint(made, *x, use_reentrant=False)  # noqa: E731
-    expected = results(made, heads, heads[0].detach())
+    expected = gradients_of(made, heads, heads[0].detach())
     for attend in (compiled, again):
-        assert all(map(torch.equal, results(attend, heads, heads[0].detach()), expected))
+        assert all(map(torch.equal, gradients_of(attend, heads, heads[0].detach()), expected))

@@ -7,10 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from karat_scale.attention import FourierKaratOperator, fourier_karat_attention, fourier_karat_scores
+from karat_scale.attention import fourier_karat_attention, fourier_karat_scores
 from karat_scale.commands.measure.attention import Case, forward_backward_once
 from karat_scale.commands.measure.interleaved import peak_memory_of
 from karat_scale.foundation import native_build
@@ -59,11 +57,19 @@ def test_float32_matches_the_oracle(isa, batch, heads, tokens, width, rank, grid
     assert_close(actual, oracle(call, upstream), max(2e-6, 5e-8 * grid * call.largest_score))
 
 
-@pytest.mark.parametrize(("tokens", "rank", "grid"), [(197, 12, 3), (256, 1, 1), (50, 32, 5), (33, 2, 17), (16, 3, 64)])
-def test_other_shapes(tokens, rank, grid):
-    call = make_call(2, 2, tokens, 64, rank, grid).to(torch.float32)
-    upstream = normal(call.value.shape, 1)
-    assert_close(fast(call, upstream), oracle(call, upstream), max(2e-6, 5e-8 * grid * call.largest_score))
+SHAPES = {
+    torch.float32: [(197, 12, 3), (256, 1, 1), (50, 32, 5), (33, 2, 17), (16, 3, 64)],
+    torch.bfloat16: [(197, 12, 3), (256, 4, 1), (129, 32, 5), (33, 8, 17), (32, 5, 64)],
+}
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [(dtype, shape) for dtype in SHAPES for shape in SHAPES[dtype]], ids=str)
+def test_other_shapes(dtype, shape):
+    tokens, rank, grid = shape
+    call = make_call(2, 2, tokens, 64, rank, grid).to(dtype)
+    upstream = normal(call.value.shape, 1, dtype)
+    tolerance = max(2e-6, 5e-8 * grid * call.largest_score) if dtype == torch.float32 else 5e-3
+    assert_close(fast(call, upstream), oracle(call, upstream), tolerance)
 
 
 @pytest.mark.parametrize("tokens", range(1, 20))
@@ -115,15 +121,6 @@ def test_bfloat16_matches_the_oracle(isa, batch, heads, tokens, width, rank, gri
         patch.setenv("KARAT_CPU_ISA", isa)
         actual = fast(call, upstream)
     assert_close(actual, oracle(call, upstream), 5e-3)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "rank", "grid"), [(197, 12, 3), (256, 4, 1), (129, 32, 5), (33, 8, 17), (32, 5, 64)]
-)
-def test_other_shapes_in_bfloat16(tokens, rank, grid):
-    call = make_call(2, 2, tokens, 64, rank, grid).to(torch.bfloat16)
-    upstream = normal(call.value.shape, 1, torch.bfloat16)
-    assert_close(fast(call, upstream), oracle(call, upstream), 5e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -284,62 +281,12 @@ def test_the_same_bits_for_any_number_of_threads(dtype):
         torch.set_num_threads(before)
 
 
-def test_an_empty_batch_gives_zero_parameter_gradients():
-    call = make_call(0, 2, 5, 4, 2, 3).to(torch.float32)
-    for gradient in fast(call, torch.empty(call.value.shape))[4:]:
-        assert (gradient == 0).all()
-
-
 @pytest.mark.slow
 def test_backward_takes_little_memory_beside_its_results(isa):
     """At small batches the sums of threads and parts of the batch would otherwise be as large as the results."""
     case = Case("tiny", batch=4, grid=3, rank=12, dtype="fp32", device="cpu")
     results = 4 * 4 * 3 * 197 * (4 * 64 + 12) + 4 * 3 * 197 * 12 * 7  # O, dQ, dK, dV, H; those of the parameters
     assert peak_memory_of(forward_backward_once, ("cpu", case), "cpu") < results / 1e6 + 0.8
-
-
-def test_inputs_without_gradient_are_left_alone():
-    frozen = [x.detach() for x in make_call(1, 1, 6, 4, 2, 1).to(torch.float32)]
-    assert not fourier_karat_attention(*frozen, implementation="cpu").requires_grad
-    frozen[3].requires_grad_()
-    fourier_karat_attention(*frozen, implementation="cpu").sum().backward()
-    assert frozen[3].grad is not None
-    assert frozen[0].grad is None
-
-
-def test_autocast_keeps_scores_and_harmonics_in_float32():
-    call = make_call(2, 2, 20, 32, 12, 11, logits=8.0).to(torch.float32)
-    inputs = call._replace(**{name: getattr(call, name).detach().bfloat16() for name in ("query", "key", "value")})
-    expected = fourier_karat_attention(*(x.double() for x in inputs), implementation="reference")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = fourier_karat_attention(*inputs, implementation="cpu")
-        output.float().square().sum().backward()
-    assert output.dtype == torch.bfloat16
-    assert_close([output], [expected], 4e-3)
-    assert call.cos_coef.grad.dtype == torch.float32
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_changes_no_bit(reentrant):
-    call = make_call(2, 2, 12, 8, 4, 3).to(torch.float32)
-    upstream = normal(call.value.shape, 7)
-    plain = fast(call, upstream)
-    for leaf in call:
-        leaf.grad = None
-    output = checkpoint(lambda *x: fourier_karat_attention(*x, implementation="cpu"), *call, use_reentrant=reentrant)
-    output.backward(upstream)
-    again = [output.detach(), *(leaf.grad for leaf in call)]
-    assert all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))
-
-
-@pytest.mark.parametrize("implementation", ["cpu", "auto"])
-def test_compiles_into_one_graph(implementation):
-    call = make_call(2, 2, 9, 8, 4, 3).to(torch.float32)
-    upstream = normal(call.value.shape, 8)
-    torch.compiler.reset()
-    compiled = torch.compile(fourier_karat_attention, backend="aot_eager", fullgraph=True)
-    actual = output_and_gradients(call, upstream, attend=compiled, implementation=implementation)
-    assert_close(actual, fast(call, upstream), 1e-6)
 
 
 def test_registered_operation_is_well_behaved():
@@ -405,21 +352,6 @@ def test_scores_are_refused_where_attention_is():
         fourier_karat_scores(*call, base="gelu", implementation="cpu")
     with pytest.raises(ValueError, match="r = 33"):
         fourier_karat_scores(*make_call(1, 1, 6, 4, 33, 2).to(torch.float32), implementation="cpu")
-
-
-def test_a_model_learns():
-    torch.manual_seed(0)
-    operator = FourierKaratOperator(9, 2, rank=4, grid=2, implementation="cpu")
-    query, key, value, target = (torch.randn(4, 2, 9, 8) for _ in range(4))
-    optimizer = torch.optim.Adam(operator.parameters(), lr=0.05)
-    losses = []
-    for _ in range(30):
-        loss = nn.functional.mse_loss(operator(query, key, value), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
 
 
 DDP = """
