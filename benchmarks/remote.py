@@ -124,7 +124,7 @@ def repeat_shards(source: Path, target: Path, copies: int) -> Path:
     """Return a directory in which each training shard of a data set occurs `copies` times, as links."""
     target.mkdir()
     record = read_dataset_record(source)
-    tars = record.local_tars_of(source)
+    tars = Path(record.tars_of(source))
     for split in record.splits.values():
         shards = []
         for copy in range(copies):

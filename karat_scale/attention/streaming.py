@@ -57,7 +57,7 @@ key_of(_ANY_FOURIER)  # a compiled call may not be the first to name it
 
 def _call_of(arguments: Sequence[Any]) -> UnitsCall:
     """The call of an operation's arguments, which are those of `UnitsCall` but for the name of the basis."""
-    return UnitsCall(*arguments[:8], basis_of(arguments[8]), *arguments[9:])
+    return UnitsCall._make((*arguments[:8], basis_of(arguments[8]), *arguments[9:]))
 
 
 def _streaming_forward(*arguments: Any) -> tuple[Tensor, Tensor]:

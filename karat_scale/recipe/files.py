@@ -216,7 +216,8 @@ def _read_shipped(name: str, folder: Path, extended_by: tuple[Path, ...]) -> dic
     shipped, tree = shipped_recipes(folder)[name], dict[str, Any]()
     for file in shipped.files:
         _lay_over(tree, _read_recipe_file(file, folder, extended_by))
-    return _filled(tree, shipped.words)
+    filled: dict[str, Any] = _filled(tree, shipped.words)
+    return filled
 
 
 def _filled(value: Any, words: Mapping[str, str]) -> Any:

@@ -44,7 +44,7 @@ ELSEWHERE = {
     "commands/doctor/machine.py": {"timm", "torchvision", "pillow", "webdataset", "tensorboard"},  # distributions
     "commands/doctor/report.py": {"native"},  # the advice
     "recipe/synonyms.py": {"wandb"},  # a key of other tools
-    "commands/parsers/preparing.py": {"webdataset", "ffcv"},  # scripts
+    "data/prepare/__init__.py": {"webdataset", "ffcv"},  # scripts
     "foundation/machine.py": {"timm"},  # the library
     "commands/export/command.py": {"hub-folder", "safetensors"},  # what --push uploads, and the default
     "training/tasks/classification/distillation_teacher.py": {"timm"},  # the library

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from karat_scale.data.augmentation import device_fused
 from karat_scale.data.augmentation.augment import RandAugment
-from karat_scale.data.augmentation.device_fused import KINDS, Kind, Turn, pack, turns
+from karat_scale.data.augmentation.device_program import KINDS, Kind, Turn, pack, turns
 from karat_scale.data.augmentation.mixing import MixParams, mixed
 from karat_scale.data.batch import Draw, Operation
 from karat_scale.data.decoders.decode import View

@@ -7,7 +7,7 @@ imported here, so this module is imported at the first launch.
 import triton
 import triton.language as tl
 
-from karat_scale.data.augmentation.device_fused import COLUMNS, VIEW_BOX, VIEW_COLUMNS, Kind
+from karat_scale.data.augmentation.device_program import COLUMNS, VIEW_BOX, VIEW_COLUMNS, Kind
 
 STEP = tl.constexpr(COLUMNS)
 AFFINE, ERASE = tl.constexpr(int(Kind.AFFINE)), tl.constexpr(int(Kind.ERASE))

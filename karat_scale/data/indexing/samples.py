@@ -236,7 +236,7 @@ def _group(members: Iterator[Member], rule: LabelRule, found: TarSamples) -> lis
     latest: dict[str, dict[str, Member]] = {}
     for member in members:
         key, suffix = rule.split_name(member.name)
-        if member.kind == "folder":
+        if member.kind == "directory":
             continue
         if member.kind != "file":
             found.skipped.append((member.name, f"it is no plain file but a {member.kind} member"))
@@ -297,7 +297,7 @@ def guess_label_rule(tar: Tar) -> LabelRule:
     content: bytes | None = None
     suffixes: set[str] = set()
     for member in scan_members(tar.read, tar.size, tar.name):
-        if member.kind == "folder":
+        if member.kind == "directory":
             continue
         suffix = LabelRule("cls").split_name(member.name)[1]
         suffixes.add(suffix)

@@ -35,7 +35,7 @@ _SEARCHED_AFTER_END = 1 << 20
 
 Read = Callable[[int, int], bytes]
 """Returns `size` bytes from `offset`; fewer only at the end."""
-Kind = Literal["file", "sparse", "link", "special", "folder"]
+Kind = Literal["file", "sparse", "link", "special", "directory"]
 # Type flags.
 _FILES, _LINKS, _HARD_LINK, _FOLDER, _SPARSE = b"\x0007", b"12", ord("1"), ord("5"), ord("S")
 _WITHOUT_DATA = b"123456"
@@ -102,7 +102,7 @@ def scan_members(read: Read, size: int, what: str) -> Iterator[Member]:
                 name,
                 offset,
                 length,
-                "folder" if is_folder else _kind(kind, changes),
+                "directory" if is_folder else _kind(kind, changes),
                 target if kind == _HARD_LINK else "",
             )
             changes = {}

@@ -16,7 +16,7 @@ from PIL import Image
 from karat_scale.data.augmentation import device_fused
 from karat_scale.data.augmentation.augment import TrainTransform
 from karat_scale.data.augmentation.device_augment import DeviceAugment, Normalize, resize_views
-from karat_scale.data.augmentation.device_fused import KINDS, MATRICES
+from karat_scale.data.augmentation.device_program import KINDS, MATRICES
 from karat_scale.data.augmentation.mixing import MixParams
 from karat_scale.data.batch import Draw
 from karat_scale.data.decoders.decode import centre_view, crop_view

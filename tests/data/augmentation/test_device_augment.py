@@ -9,7 +9,7 @@ from timm.data.auto_augment import _RAND_INCREASING_TRANSFORMS, _RAND_TRANSFORMS
 
 from karat_scale.data.augmentation.augment import RandAugment, TrainTransform
 from karat_scale.data.augmentation.device_augment import BATCHED, DeviceAugment
-from karat_scale.data.augmentation.device_fused import KINDS, Kind
+from karat_scale.data.augmentation.device_program import KINDS, Kind
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.batch import Draw
 from karat_scale.data.loading.loader import BITS, batch_digest

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from karat_scale.data.augmentation import device_fused
 from karat_scale.data.augmentation.augment import TrainTransform
 from karat_scale.data.augmentation.device_augment import DeviceAugment, Normalize, resize_views
-from karat_scale.data.augmentation.device_fused import pack, turns
+from karat_scale.data.augmentation.device_program import pack, turns
 from karat_scale.data.augmentation.mixing import MixParams
 from karat_scale.data.batch import Draw
 from karat_scale.data.decoders.decode import crop_view

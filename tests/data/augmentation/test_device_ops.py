@@ -10,7 +10,7 @@ from timm.data.auto_augment import NAME_TO_OP
 
 from karat_scale.data.augmentation.augment import _posterize
 from karat_scale.data.augmentation.device_augment import BATCHED, transformed
-from karat_scale.data.augmentation.device_fused import KINDS, MATRICES, Kind
+from karat_scale.data.augmentation.device_program import KINDS, MATRICES, Kind
 from tests.data.conftest import photo
 
 SIDE = 40

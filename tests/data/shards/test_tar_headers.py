@@ -59,7 +59,7 @@ def test_names_that_are_no_utf8_long_links_and_folders(tmp_path: Path) -> None:
         path = tmp_path / f"{kind}.tar"
         subprocess.run(["tar", "cf", path, f"--format={kind}", "--sort=name", "-C", tmp_path, "in"], check=True)
         found = {member.name: member.kind for member in scan(path)}
-        assert found.pop("in/") == "folder"
+        assert found.pop("in/") == "directory"
         assert found == {
             f"in/{raw}": "link",
             f"in/{'l' * 150}": "link",

@@ -75,7 +75,7 @@ def scan_tar(path: Path, within: Member | None = None, folders: list[str] | None
 
         for found in scan_members(read, size, f"{path}: {within.name}" if within else f"{path}"):
             place, target = posixpath.normpath(found.name), files.get(posixpath.normpath(found.target))
-            if found.kind == "folder":
+            if found.kind == "directory":
                 if folders is not None:
                     folders.append(found.name)
             elif found.kind == "file":

@@ -139,6 +139,7 @@ def test_a_file_that_cannot_be_read_is_listed_or_stops_the_run(ants, tmp_path):
     message = r"ant/gone\.jpg: No such file or directory; remove it, or choose another --on-odd than stop"
     with pytest.raises(DataError, match=message):
         make_shards(ants, tmp_path / "stop", "--workers", "1", "--on-odd", "stop")
+    assert not (tmp_path / "stop" / "dataset.json").exists()
 
 
 @pytest.mark.parametrize(
