@@ -38,7 +38,8 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
     """
     signals = StopSignals().install()
     with distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world:
-        if world.device.type == "cpu":
+        # Kept memory would take back what recomputation saves.
+        if world.device.type == "cpu" and recipe.train.recompute.policy == "none":
             keep_freed_memory()
         try:
             directory, copy, changes = claim_directory(recipe, world, signals)
