@@ -105,7 +105,7 @@ def _entry(name: str, shipped: Shipped, command: str) -> Entry:
     headers = [_header(path) for path in shipped.files]
     trains = " ".join(re.split(r"(?<=[.:])\s", header, maxsplit=1)[0] for header in headers)
     ours = _our_results().get(name)
-    result = f"{ours['result']}" if ours else _NOT_RUN
+    result = ours["result"] if ours else _NOT_RUN
     header = "\n\n".join(headers) + (f"\n\nOur run: {ours['about']}" if ours else "")
     return Entry(name, command, trains, _paper_results().get(name, ""), result, header)
 
@@ -145,4 +145,4 @@ def _paper_result(row: Mapping[str, Any]) -> str:
 
 
 def _table(name: str) -> Any:
-    return yaml.load((shipped_directory("paper") / name).read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+    return yaml.safe_load((shipped_directory("paper") / name).read_text(encoding="utf-8"))

@@ -113,8 +113,8 @@ def shipped_recipes(folder: Path = RECIPES) -> Mapping[str, Shipped]:
         _parts(folder, "data").items(), _parts(folder, "model").items()
     ):
         bases[f"{data}_{model}"] = Shipped((model_file, data_file), {"base": f"{data}_{model}", "model": model})
-    attentions = _parts(RECIPES, "attention") | _parts(folder, "taught")
-    changes = _parts(RECIPES, "change") | _parts(folder, "change")
+    attentions = {**_parts(RECIPES, "attention"), **_parts(folder, "taught")}
+    changes = {**_parts(RECIPES, "change"), **_parts(folder, "change")}
     shipped = {}
     for name, base in bases.items():
         others = {} if _is_named_after_attention(name) else attentions
@@ -127,7 +127,8 @@ def shipped_recipes(folder: Path = RECIPES) -> Mapping[str, Shipped]:
     return shipped
 
 
-def _parts(folder: Path, kind: str) -> dict[str, Path]:
+@functools.cache
+def _parts(folder: Path, kind: str) -> Mapping[str, Path]:
     return {path.stem: path for path in sorted((folder / "parts" / kind).glob("*.yaml"))}
 
 
