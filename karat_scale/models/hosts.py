@@ -274,7 +274,7 @@ def build_vit(model: ModelConfig, attn_layer: type[Attention] | None = None, **o
 
 def _plain_options(model: ModelConfig) -> dict[str, Any]:
     """Return timm's options for the input of the head and the first weights."""
-    options: dict[str, Any] = {} if model.weight_init is None else {"weight_init": model.weight_init}
+    options: dict[str, Any] = {"weight_init": "jax"} if model.weight_init == "jax" else {}
     if model.pool is not None:
         # The average of normed patches, as in arXiv 2205.01580; timm's default is the norm of their average.
         options |= {"global_pool": model.pool, "class_token": model.pool == "token", "fc_norm": False}
@@ -289,13 +289,47 @@ def _start(network: Any, model: ModelConfig) -> None:
             if isinstance(module, Attention) and hasattr(module, "qkv"):  # three matrices in JAX, one in timm
                 for matrix in module.qkv.weight.chunk(3):
                     nn.init.xavier_uniform_(matrix)
-    if model.pos_embed == "sincos2d":
-        if getattr(network, "pos_embed", None) is None:
-            raise ValueError("it has no position embedding for pos_embed = sincos2d")
+    if model.weight_init == "mimetic":
+        for module in network.modules():
+            if isinstance(module, Attention):
+                _mimic_trained(module)
+    positions = getattr(network, "pos_embed", None)
+    if model.pos_embed == "sincos2d" and positions is None:
+        raise ValueError("it has no position embedding for pos_embed = sincos2d")
+    if positions is not None and (model.pos_embed == "sincos2d" or model.weight_init == "mimetic"):
         height, width = network.patch_embed.grid_size
         grid = sincos_2d(height, width, network.embed_dim)
-        prefix = grid.new_zeros(network.pos_embed.shape[1] - len(grid), network.embed_dim)
-        network.pos_embed.copy_(torch.cat([prefix, grid])[None]).requires_grad_(False)
+        prefix = grid.new_zeros(positions.shape[1] - len(grid), network.embed_dim)
+        positions.copy_(torch.cat([prefix, grid])[None]).requires_grad_(model.pos_embed is None)
+
+
+def _mimic_trained(attention: Any) -> None:
+    """Give an attention layer of timm's, or a student's, the start of arXiv 2305.09828, in place.
+
+    With Z ~ N(0, 1 / D), a new one for each: W_q W_k^T = 0.7 Z + 0.7 I for each head, as far as its width allows, and
+    W_v W_proj = 0.4 Z - 0.4 I for all heads together. Matrices act on row vectors here; torch's weights are transposed.
+    """
+    width, inner = attention.proj.weight.shape
+    if hasattr(attention, "qkv"):
+        queries, keys, value = attention.qkv.weight.split(inner)
+        heads = attention.num_heads
+        for query, key in zip(queries.chunk(heads), keys.chunk(heads), strict=True):
+            left, right = _factors(0.7, 0.7, width, len(query))
+            query.copy_(left.mT)
+            key.copy_(right)
+    else:  # attention transfer
+        value = attention.value.weight
+    left, right = _factors(0.4, -0.4, width, inner)
+    value.copy_(left.mT)
+    attention.proj.weight.copy_(right.mT)
+
+
+def _factors(noise: float, identity: float, width: int, rank: int) -> tuple[Tensor, Tensor]:
+    """L [D, rank] and R [rank, D], whose product is the nearest of its rank to noise Z + identity I."""
+    wanted = noise * torch.randn(width, width) / width**0.5 + identity * torch.eye(width)
+    left, values, right = torch.linalg.svd(wanted)
+    share = values[:rank].sqrt()
+    return left[:, :rank] * share, share[:, None] * right[:rank]
 
 
 class Vit(Host):

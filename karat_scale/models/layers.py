@@ -232,7 +232,7 @@ def sincos_2d(height: int, width: int, dim: int, temperature: float = 10_000.0) 
     multiple of 4 and at least 8.
     """
     if dim % 4 or dim < 8:
-        raise ValueError(f"pos_embed = sincos2d needs a width of 8, 12, 16, ..., not {dim}")
+        raise ValueError(f"sines and cosines of positions need a width of 8, 12, 16, ..., not {dim}")
     quarter = dim // 4
     # In float64, so that they do not depend on device or precision.
     exponent = torch.arange(quarter, dtype=torch.float64, device="cpu") / (quarter - 1)

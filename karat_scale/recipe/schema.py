@@ -77,8 +77,10 @@ class ModelConfig(Section):
     norm, in a model without a class token. Null keeps the model's own."""
     pos_embed: Annotated[Literal["sincos2d"] | None, Effect.SHAPES] = None
     """`sincos2d` uses a fixed position embedding in a plain ViT. Null keeps the model's own, which is learned."""
-    weight_init: Literal["jax"] | None = None
-    """`jax` initialises a plain ViT like JAX's ViTs: Xavier's matrices, and a head of zeros. Null keeps timm's."""
+    weight_init: Literal["jax", "mimetic"] | None = None
+    """`jax` initialises a plain ViT like JAX's ViTs: Xavier's matrices, and a head of zeros. `mimetic` starts its
+    attention as that of trained ViTs looks (arXiv 2305.09828): a query asks for tokens like its own, and the output is
+    about minus the values; position embeddings start as sines and cosines. Null keeps timm's."""
     drop_path: Fraction = 0.0
     """Highest probability of dropping a residual branch (stochastic depth)."""
     proj_drop: Fraction = 0.0

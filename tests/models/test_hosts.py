@@ -76,7 +76,7 @@ REFUSED: list[tuple[dict[str, object], dict[str, object], str]] = [
     ({"name": "vit_tinny"}, {}, "did you mean vit_tiny_patch16_224?"),
     ({"name": "vit_tiny_patch16_224", "num_heads": 5}, {"kind": "karat"}, "cannot be built"),
     ({"name": "vit_tiny_patch16_224", "image_size": 100}, {}, "model.image_size = 100 is not a multiple of the patch"),
-    ({**VIT, "pos_embed": "sincos2d", "embed_dim": 6}, {}, "pos_embed = sincos2d needs a width of 8, 12"),
+    ({**VIT, "pos_embed": "sincos2d", "embed_dim": 6}, {}, "positions need a width of 8, 12"),
     (VIT, {"kind": "karat", "softmax_heads": 2}, "attention.softmax_heads = 2 leaves none of 2 heads for KArAt"),
     (VIT, {"kind": "karat", "form": "smooth", "modes": 18}, "attention.modes = 18 is more than N = 17 tokens"),
     ({"name": "pit_ti_224", "depth": 3}, {}, "model.depth = 3 is not supported by pit_ti_224"),

@@ -71,6 +71,34 @@ def test_jaxs_start_is_xaviers_and_a_head_of_zeros(attention: AttentionConfig) -
     assert patches.std().item() == pytest.approx((3 * 8 * 8) ** -0.5, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    "attention",
+    [AttentionConfig(), KARAT, AttentionConfig(kind="static"), AttentionConfig(transfer_from="run")],
+    ids=["softmax", "karat", "static", "student"],
+)
+def test_the_mimetic_start_is_its_formula(attention: AttentionConfig) -> None:
+    width, heads = 256, 4
+    model = build(attention, weight_init="mimetic", embed_dim=width, num_heads=heads)
+    torch.testing.assert_close(model.pos_embed[0, 1:], sincos_2d(4, 4, width))
+    assert model.pos_embed.requires_grad
+    layer, identity = model.blocks[1].attn, torch.eye(width)
+    is_student = bool(attention.transfer_from)
+    value = (layer.value.weight if is_student else layer.qkv.weight.chunk(3)[2]).mT
+    noise = (value @ layer.proj.weight.mT + 0.4 * identity) / 0.4
+    assert noise.mean().item() == pytest.approx(0, abs=1e-3)
+    assert noise.std().item() == pytest.approx(width**-0.5, rel=0.02)
+    if not is_student:
+        query, key, _ = layer.qkv.weight.chunk(3)
+        for q, k in zip(query.chunk(heads), key.chunk(heads), strict=True):
+            torch.testing.assert_close(q @ q.mT, k @ k.mT, rtol=1e-3, atol=1e-4)  # both take the singular values' roots
+            # The largest quarter of 0.7 (Z + I)'s singular values, of which the largest is about 2 for Z alone.
+            product = (q.mT @ k).double()
+            assert 0.9 < torch.linalg.matrix_norm(product, 2) < 0.7 * 3
+            assert product.trace() > 0.2 * width * 0.7
+    assert not torch.equal(value, model.blocks[0].attn.proj.weight)
+    assert build(attention, weight_init="mimetic", pos_embed="sincos2d").pos_embed.requires_grad is False
+
+
 def test_what_is_not_asked_for_is_timms_own() -> None:
     model = build(AttentionConfig())
     assert model.cls_token is not None
