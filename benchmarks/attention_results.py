@@ -122,7 +122,7 @@ def intervals(by_arm: ByArm) -> str:
         f"{MARGIN} in a one-sided paired t test, the larger of those against softmax and static_softmax, with Holm's "
         f"correction over the variants. A variant is at least softmax if p is below {LEVEL}. The intervals are not "
         "corrected for their number, and leave out the error of the test set. static_softmax is handicapped: its gate "
-        "starts at 0 and hardly opens, so a lead over it says little.\n\n"
+        "started at 0 in these runs and hardly opened, so a lead over it says little.\n\n"
     )
     return text + table(columns, rows)
 

@@ -31,6 +31,7 @@ VARIANTS = {
     "static": ("attention.kind=static", "attention.softmax_heads=1"),
     "static_softmax": ("attention.kind=static_softmax",),
     "scaled_softmax": ("attention.kind=scaled_softmax",),
+    "softmax_bias": ("attention.kind=softmax_bias", "model.weight_init=mimetic"),
     "without scores": ("attention.scores=false",),
     "content": ("attention.form=content", "attention.mode=universal"),
     "smooth": ("attention.form=smooth", "attention.modes=4", "attention.residual=true"),

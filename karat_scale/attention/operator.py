@@ -5,7 +5,7 @@ of the project asks any of them.
 
 Hybrid heads: softmax on a block's first heads, KArAt on the others (arXiv 2503.10632).
 
-Residual heads: softmax with a learned correction, S = softmax(A) + g S_learned. The gate g of each head starts at 0.
+Residual heads: softmax with a learned correction, S = softmax(A) + g S_learned. The gate g of a head starts at 0 or 1.
 This is ours, not the paper's: it applies to attention what ReZero (arXiv 2003.04887) applies to a layer.
 """
 
@@ -357,17 +357,17 @@ def _check_counts(**counts: int) -> None:
 
 
 class ResidualHeads(nn.Module):
-    """Heads that equal softmax exactly at the start. Their `gate` [h] learns how much `operator` adds.
+    """Softmax plus what `operator` adds. Its `gate` [h] learns how much, and starts at `start`.
 
-    At g = 0 only the gate has a gradient; the operator's own parameters have one from the second step on. The cost is
-    that of softmax attention and of the operator.
+    At g = 0 the heads equal softmax exactly, and only the gate has a gradient; the operator's own parameters have one
+    from the second step on. The cost is that of softmax attention and of the operator.
     """
 
-    def __init__(self, operator: AttentionHeads) -> None:
+    def __init__(self, operator: AttentionHeads, start: float = 0.0) -> None:
         super().__init__()
         self.operator, self.num_heads = operator, operator.num_heads
         like = next(operator.parameters())
-        self.gate = nn.Parameter(torch.zeros(operator.num_heads, device=like.device, dtype=like.dtype))
+        self.gate = nn.Parameter(torch.full((operator.num_heads,), start, device=like.device, dtype=like.dtype))
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None

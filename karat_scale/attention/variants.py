@@ -172,6 +172,45 @@ class ScaledSoftmax(ControlHeads):
         return heads * self.gain.to(heads.dtype)[:, None, None]
 
 
+class BiasedSoftmax(ControlHeads):
+    """S = softmax(A + B), with a learned bias B [h, N, N] of each pair of positions, which starts at 0.
+
+    Softmax that can mix positions as `StaticHeads` does, and weigh them by content at once. Swin (arXiv 2103.14030) and
+    BEiT (arXiv 2106.08254) share such a bias among all pairs at the same offset; here each pair has its own.
+    """
+
+    parameter = "position_bias"
+    position_bias: nn.Parameter
+
+    def shape(self) -> tuple[int, ...]:
+        """[h, N, N]."""
+        return self.num_heads, self.num_tokens, self.num_tokens
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start as softmax."""
+        nn.init.zeros_(self.position_bias)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """O [B, h, N, d] of query, key and value [B, h, N, d]; the layer's bias and mask as in `karat_attention`."""
+        output = softmax_attention(query, key, value, self._added(bias), mask)
+        # PyTorch's attention of an empty batch gives its mask no gradient.
+        return output if query.shape[0] else output + 0 * self.position_bias.sum()
+
+    def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """S [B, h, N, N]."""
+        return softmax_scores(query, key, self._added(bias), mask)
+
+    def flops(self, tokens: int, width: int, masked: bool = False) -> int:
+        """See `AttentionHeads`."""
+        return 4 * self.num_heads * tokens * tokens * width
+
+    def _added(self, bias: Tensor | None) -> Tensor:
+        return self.position_bias if bias is None else bias + self.position_bias
+
+
 # Rows of S [..., n, N] from scores [..., n, N] and, with a mask, from what takes part [..., n, N]. A rule holds the
 # parameters of its call: the backward pass computes rows again, and the module may have other parameters by then.
 Rule = Callable[[Tensor, Tensor | None], Tensor]

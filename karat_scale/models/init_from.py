@@ -8,8 +8,8 @@ over values, whose weights are W[j, p] or, without a W, phi_jp. Over P patches s
 function on the image, of which the patches are samples. So on another grid of P' patches the same function is
 resampled bicubically, and its factors are scaled by P / P'. The sums, and with them the variance of H and O, stay as
 they were, as far as images are smooth on the scale of a patch. Class and register tokens are one term each, and stay
-as they are. A learned constant S has a sum over its second axis of tokens only. Coefficients of modes of the grid are
-fitted to the resampled functions.
+as they are. A learned constant S has a sum over its second axis of tokens only, and a position bias over none.
+Coefficients of modes of the grid are fitted to the resampled functions.
 """
 
 import math
@@ -24,14 +24,14 @@ from torch.nn import functional
 
 from karat_scale.attention import KaratOperator
 from karat_scale.attention.forms import SECOND, parameter_shapes
-from karat_scale.attention.variants import SmoothOperator, StaticHeads, mode_columns
+from karat_scale.attention.variants import BiasedSoftmax, SmoothOperator, StaticHeads, mode_columns
 from karat_scale.foundation.errors import RecipeError, one_line
 from karat_scale.models.factory import layer_sizes
 from karat_scale.models.hosts import host_of
 from karat_scale.models.layers import attention_layers, fit_prefix, is_sincos_2d, places_of, prefix_tokens
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
-Resizable = KaratOperator | StaticHeads | SmoothOperator
+Resizable = KaratOperator | StaticHeads | BiasedSoftmax | SmoothOperator
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,8 @@ def resize_tokens(
 
 def _is_summed(operator: Resizable, name: str, axis: int) -> bool:
     """Return True if what a parameter multiplies is summed over this axis. Raises ValueError if that is not known."""
-    if isinstance(operator, StaticHeads):
-        return axis == 2
+    if isinstance(operator, StaticHeads | BiasedSoftmax):
+        return isinstance(operator, StaticHeads) and axis == 2
     if not isinstance(operator, KaratOperator):
         return True
     if not operator.basis.amplitudes:
@@ -176,6 +176,7 @@ def _with_new_tokens(own: Tensor, tensor: Tensor, axes: Sequence[int], places: S
 _MODE_AXES = {"cos_modes": 2, "sin_modes": 2, "proj_modes": 1}
 _AXES: dict[type, dict[str, list[int]]] = {
     StaticHeads: {"matrix": [1, 2]},
+    BiasedSoftmax: {"position_bias": [1, 2]},
     SmoothOperator: {"modes": [0], **{name: [] for name in _MODE_AXES}},
 }
 

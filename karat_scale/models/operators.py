@@ -17,6 +17,7 @@ from karat_scale.attention.bases import Basis
 from karat_scale.attention.functional import KERNELS_OF
 from karat_scale.attention.operator import AttentionHeads, LayerCall
 from karat_scale.attention.variants import (
+    BiasedSoftmax,
     ContentOperator,
     ScaledSoftmax,
     SmoothOperator,
@@ -136,7 +137,9 @@ def operator_maker(attention: AttentionConfig) -> Callable[[int, int], nn.Module
             operator = _make_heads(attention, basis, num_tokens, num_heads - softmax_heads)
         except ValueError as error:
             raise RecipeError(f"attention.{error}") from error
-        learned = ResidualHeads(operator) if attention.residual or attention.kind == "static_softmax" else operator
+        learned: AttentionHeads | ResidualHeads = operator
+        if attention.residual or attention.kind == "static_softmax":
+            learned = ResidualHeads(operator, start=0.0 if attention.residual else 1.0)
         return HybridHeads(learned, softmax_heads) if softmax_heads else learned
 
     return functools.cache(make) if attention.mode == "universal" else make
@@ -147,6 +150,8 @@ def _make_heads(attention: AttentionConfig, basis: Basis, num_tokens: int, num_h
         return StaticHeads(num_tokens, num_heads)
     if attention.kind == "scaled_softmax":
         return ScaledSoftmax(num_tokens, num_heads)
+    if attention.kind == "softmax_bias":
+        return BiasedSoftmax(num_tokens, num_heads)
     operator = _make_operator(attention, basis, num_tokens, num_heads)
     return operator if attention.scores else WithoutScores(operator)
 

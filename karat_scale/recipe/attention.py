@@ -18,12 +18,13 @@ class AttentionConfig(Section):
     A basis uses those of `grid`, `degree`, `range` and `orders` that its constructor takes.
     """
 
-    kind: Annotated[Literal["softmax", "karat", "static", "static_softmax", "scaled_softmax"], Effect.SHAPES] = (
-        "softmax"
-    )
-    """`softmax`. `karat`: a KArAt operator. Three controls without learned functions: `static`, where S is a learned
-    constant matrix of each head; `static_softmax`, softmax plus a gate of each head times such a matrix; and
-    `scaled_softmax`, softmax times a gain of each head, which starts at the square root of the number of tokens."""
+    kind: Annotated[
+        Literal["softmax", "karat", "static", "static_softmax", "scaled_softmax", "softmax_bias"], Effect.SHAPES
+    ] = "softmax"
+    """`softmax`. `karat`: a KArAt operator. Controls without learned functions: `static`, where S is a learned
+    constant matrix of each head; `static_softmax`, softmax plus a gate of each head, which starts at 1, times such a
+    matrix; `scaled_softmax`, softmax times a gain of each head, which starts at the square root of the number of
+    tokens; and `softmax_bias`, softmax(A + B) with a learned bias B of each pair of positions, which starts at 0."""
     basis: Annotated[str, Effect.SHAPES] = "fourier"
     """The basis of the functions phi: a name, or `package.module:Class` for your own."""
     form: Annotated[
@@ -174,6 +175,7 @@ _KINDS = {
     "static": "a learned constant matrix as attention",
     "static_softmax": "softmax attention plus a learned constant matrix",
     "scaled_softmax": "softmax attention times a learned gain",
+    "softmax_bias": "softmax attention with a learned position bias",
 }
 
 

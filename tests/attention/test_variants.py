@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from karat_scale.attention import FourierKaratOperator, ResidualHeads
 from karat_scale.attention import variants as rows_module
 from karat_scale.attention.variants import (
+    BiasedSoftmax,
     ContentOperator,
     ScaledSoftmax,
     SmoothOperator,
@@ -26,6 +27,7 @@ MAKERS = {
     "static": lambda dtype: StaticHeads(TOKENS, HEADS, dtype=dtype),
     "static_softmax": lambda dtype: ResidualHeads(StaticHeads(TOKENS, HEADS, dtype=dtype)),
     "scaled_softmax": lambda dtype: ScaledSoftmax(TOKENS, HEADS, dtype=dtype),
+    "softmax_bias": lambda dtype: BiasedSoftmax(TOKENS, HEADS, dtype=dtype),
     "content": content,
     "smooth": lambda dtype: SmoothOperator(TOKENS, HEADS, RANK, GRID, MODES, dtype=dtype),
 }
@@ -68,6 +70,8 @@ def expected(name, module, query, key, bias, keep):
         return softmax + module.gate.view(-1, 1, 1) * module.operator.matrix * keep
     if name == "scaled_softmax":
         return module.gain.view(-1, 1, 1) * scores.masked_fill(keep == 0, -math.inf).softmax(-1)
+    if name == "softmax_bias":
+        return (scores + module.position_bias).masked_fill(keep == 0, -math.inf).softmax(-1)
     if name == "content":
         cos, sin = harmonics(scores)
         psi = by_head["psi_constant"][..., 0] + (cos * by_head["psi_cos"]).sum(-1) + (sin * by_head["psi_sin"]).sum(-1)
@@ -152,6 +156,7 @@ def test_those_that_start_as_softmax_do():
     inputs = heads(torch.float32)
     softmax = scaled_dot_product_attention(*inputs)
     assert torch.equal(ResidualHeads(StaticHeads(TOKENS, HEADS))(*inputs), softmax)
+    torch.testing.assert_close(BiasedSoftmax(TOKENS, HEADS)(*inputs), softmax)
     small = [inputs[0] * 0.05, inputs[1] * 0.05, inputs[2]]
     near = content(torch.float32)(*small)
     torch.testing.assert_close(near, scaled_dot_product_attention(*small), rtol=0, atol=2e-3)

@@ -37,6 +37,7 @@ def test_the_same_model_takes_the_same_bits(mode: str) -> None:
     [
         {"kind": "static"},
         {"kind": "static_softmax"},
+        {"kind": "softmax_bias"},
         {"form": "smooth", "modes": 4},
         {"form": "content"},
         {"kind": "scaled_softmax"},

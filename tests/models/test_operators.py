@@ -30,6 +30,9 @@ def test_gates_by_block() -> None:
     model = create_model(SIZE, AttentionConfig(kind="karat", residual=True, softmax_heads=1))
     assert [gate.tolist() for gate in gates(model)] == [[0.0] * 3] * 3
     assert gates(create_model(SIZE, AttentionConfig(kind="karat"))) == [None] * 3
+    # A control that hardly opens its gate would not be one.
+    control = create_model(SIZE, AttentionConfig(kind="static_softmax"))
+    assert [gate.tolist() for gate in gates(control)] == [[1.0] * 4] * 3
 
 
 def test_parameters_by_name_and_block() -> None:

@@ -13,6 +13,7 @@ SECTIONS = {
     "static": {"kind": "static"},
     "static_softmax": {"kind": "static_softmax"},
     "scaled_softmax": {"kind": "scaled_softmax"},
+    "softmax_bias": {"kind": "softmax_bias"},
     "without scores": {"kind": "karat", "scores": False},
     "content": {"kind": "karat", "form": "content"},
     "smooth": {"kind": "karat", "form": "smooth", "modes": 4},
@@ -96,6 +97,7 @@ def test_operations_are_counted():
     a_product = blocks * heads * 2 * tokens * tokens * width
     assert counted["static"] == softmax - a_product
     assert counted["static_softmax"] == softmax + a_product
+    assert counted["softmax_bias"] == softmax
     plain = flops_per_image(model, AttentionConfig(rank=3, grid=2, kind="karat")).forward
     assert counted["without scores"] == counted["smooth"] == plain
     assert counted["content"] == plain + a_product + blocks * heads * tokens * tokens * 4 * 2

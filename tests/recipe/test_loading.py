@@ -69,7 +69,7 @@ def message(path: Path | str, *overrides: str) -> str:
             "attention.kind=soft",
             [
                 "attention.kind = 'soft'",
-                "'softmax', 'karat', 'static', 'static_softmax' or 'scaled_softmax'",
+                "'softmax', 'karat', 'static', 'static_softmax', 'scaled_softmax' or 'softmax_bias'",
             ],
         ),
         ("augment.mean=[1, 2]", ["augment.mean", "too few"]),

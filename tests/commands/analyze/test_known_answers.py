@@ -91,6 +91,7 @@ BY_SETTINGS: dict[str, dict[str, Any]] = {
     "static": {"kind": "static"},
     "static_softmax": {"kind": "static_softmax"},
     "scaled_softmax": {"kind": "scaled_softmax"},
+    "softmax_bias": {"kind": "softmax_bias"},
     "without scores": {"kind": "karat", "scores": False},
     "content": {"kind": "karat", "form": "content", "softmax_heads": 1},
     "smooth": {"kind": "karat", "form": "smooth", "modes": 4},

@@ -219,6 +219,7 @@ KARAT = "[Kolmogorov-Arnold attention](https://arxiv.org/abs/2503.10632)"
         ({"kind": "static", "mode": "universal"}, "a learned constant matrix as attention (universal)"),
         ({"kind": "static_softmax"}, "softmax attention plus a learned constant matrix (blockwise)"),
         ({"kind": "scaled_softmax"}, "softmax attention times a learned gain (blockwise)"),
+        ({"kind": "softmax_bias"}, "softmax attention with a learned position bias (blockwise)"),
     ],
 )
 def test_the_attention_is_that_of_the_recipe(attention: dict[str, object], said: str) -> None:
