@@ -1,0 +1,254 @@
+"""The second experiment, of docs/experiments/contrasts.md: `python -m benchmarks.contrasts run DATA WORK`.
+
+`split IMAGES DATA` makes the data of CIFAR-10 in folders, train/CLASS and test/CLASS: two data sets in shards with the
+same training images. The val split of `held_out` is the held-out images, that of `tested` the test images. `run` trains
+run after run in WORK and writes each one's record to docs/experiments/contrasts/. Interrupted runs resume, and several
+processes may share WORK. `report` writes the page of results from the records.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from karat_scale.commands.analyze.predictions import FILE
+from karat_scale.foundation.files import write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "docs/experiments/contrasts"
+LABELS = RECORDS / "labels.txt"  # of the test images, in the order of their ids
+RECIPE = "cifar10_vit_nano_32px"
+SMOOTH = ["attention.kind=karat", "attention.form=smooth"]
+ARMS = {
+    "smooth": SMOOTH,
+    "without_scores": [*SMOOTH, "attention.scores=false"],
+    "frozen_functions": [*SMOOTH, "train.freeze=['*.operator.cos_modes','*.operator.sin_modes']"],
+    "static_softmax": ["attention.kind=static_softmax"],
+    "biased_softmax": ["attention.kind=softmax_bias", "model.weight_init=mimetic"],
+    "static": ["attention.kind=static"],
+}
+ONE_CHANGE = {"frozen_functions": "smooth"}  # arms that take another's rate, because they differ in one thing alone
+CONTRASTS = (("smooth", "without_scores"), ("smooth", "static_softmax"), ("smooth", "static"))
+REPORTED = (("smooth", "frozen_functions"), ("smooth", "biased_softmax"))
+RATES = (5e-4, 1e-3, 2e-3)
+WIDEST = (1.25e-4, 8e-3)
+SPARE_SEED = 99
+SEEDS = {arm: range(3 if arm == "frozen_functions" else 5) for arm in ARMS}
+EPOCHS = {"rate": 4, "check": 22, "main": 22}
+HELD_OUT = 500  # images of each class
+SECONDS_BETWEEN_LOOKS = 30
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of the experiment."""
+
+    stage: str
+    arm: str
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of its run and of its record, without the suffix."""
+        return f"{self.stage}-{self.arm}-lr{self.rate:g}-seed{self.seed}"
+
+    @property
+    def record(self) -> Path:
+        """Its record."""
+        return RECORDS / f"{self.name}.json"
+
+    def top1(self) -> float | None:
+        """Return its result in percent, or None before it has finished."""
+        return json.loads(self.record.read_text())["top1"] if self.record.exists() else None
+
+    @property
+    def data_set(self) -> str:
+        """Only the runs that are compared see the test images."""
+        return "tested" if self.stage == "main" else "held_out"
+
+
+def results(arm: str, stage: str) -> dict[float, float]:
+    """Return what an arm reached on the held-out images at each rate that has run."""
+    rates = [WIDEST[0] * 2**power for power in range(7)]
+    found = {rate: Trial(stage, arm, rate, SPARE_SEED).top1() for rate in rates}
+    return {rate: top1 for rate, top1 in found.items() if top1 is not None}
+
+
+def wanted_rates(arm: str) -> list[float]:
+    """Return the rates of the first stage: the grid, and its neighbours as long as the best is at an edge."""
+    found = results(arm, "rate")
+    if not set(RATES) <= set(found):
+        return [*RATES]
+    best = max(found, key=found.__getitem__)
+    wider = {rate for rate in (best / 2, best * 2) if WIDEST[0] <= rate <= WIDEST[1]}
+    return sorted(found.keys() | wider)
+
+
+def checked_rates(arm: str) -> list[float]:
+    """Return the two rates of the second stage, the best and its better neighbour; [] before the first has finished."""
+    found = results(arm, "rate")
+    if not set(wanted_rates(arm)) <= set(found):
+        return []
+    best = max(found, key=found.__getitem__)
+    beside = [rate for rate in (best / 2, best * 2) if rate in found]
+    return [best, max(beside, key=found.__getitem__)]
+
+
+def chosen_rate(arm: str) -> float | None:
+    """Return the rate of the compared runs, or None before it is known."""
+    arm = ONE_CHANGE.get(arm, arm)
+    wanted, found = checked_rates(arm), results(arm, "check")
+    return max(found, key=found.__getitem__) if wanted and set(wanted) <= set(found) else None
+
+
+def next_trials() -> list[Trial] | None:
+    """Return the runs that may start now, in order; None when all have finished."""
+    tuned = [arm for arm in ARMS if arm not in ONE_CHANGE]
+    trials = [Trial("rate", arm, rate, SPARE_SEED) for arm in tuned for rate in wanted_rates(arm)]
+    trials += [Trial("check", arm, rate, SPARE_SEED) for arm in tuned for rate in checked_rates(arm)]
+    chosen = {arm: rate for arm in ARMS if (rate := chosen_rate(arm)) is not None}
+    # Seed by seed, so that what is compared is complete as early as possible.
+    for seed in range(max(map(len, SEEDS.values()))):
+        trials += [Trial("main", arm, rate, seed) for arm, rate in chosen.items() if seed in SEEDS[arm]]
+    left = [trial for trial in trials if not trial.record.exists()]
+    return left if left or len(chosen) < len(ARMS) else None
+
+
+def run(data: Path, work: Path) -> None:
+    """Run trial after trial until all have finished; wait while other processes run those that the next one needs."""
+    os.nice(max(0, 19 - os.nice(0)))
+    work.mkdir(parents=True, exist_ok=True)
+    while (trials := next_trials()) is not None:
+        claimed = next(claims(trials, work), None)
+        if claimed is None:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            continue
+        trial, lock = claimed
+        if not trial.record.exists():
+            finish(trial, data, work / trial.name)
+        lock.close()
+
+
+def claims(trials: list[Trial], work: Path) -> Iterator[tuple[Trial, Any]]:
+    """Yield the trials that this process holds alone, each with the open file that says so."""
+    for trial in trials:
+        lock = (work / f"{trial.name}.lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            continue
+        yield trial, lock
+
+
+def finish(trial: Trial, data: Path, directory: Path) -> None:
+    """Train to the end, and write the record."""
+    settings = [f"data.path={data.resolve() / trial.data_set}", f"run.dir={directory}", f"run.seed={trial.seed}"]
+    settings += [f"optim.lr={trial.rate:g}", f"train.epochs={EPOCHS[trial.stage]}", "train.eval_every_epochs=2"]
+    settings += ["checkpoint.keep_last=1", "log.every_steps=50"]
+    karat("train", RECIPE, *settings, *ARMS[trial.arm])
+    # Also leaves the prediction for each image in the run's directory.
+    which = ("--only", "accuracy", "--checkpoint", "latest")
+    karat("analyze", str(directory), *which, "--out", str(directory / "analysis"))
+    write_atomically(trial.record, json.dumps(record_of(trial, directory), indent=1) + "\n")
+    print(f"{trial.name}: {trial.top1():.2f} %", flush=True)
+
+
+def record_of(trial: Trial, directory: Path) -> dict[str, Any]:
+    """Return what is kept of a finished run."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    # A step that ran again after an interruption is there twice; the later line counts.
+    events = {(event["event"], event.get("step")): event for event in map(json.loads, lines)}
+    kinds = {kind: [own for (name, _), own in sorted(events.items()) if name == kind] for kind in ("eval", "train")}
+    summary = json.loads((directory / "summary.json").read_text())
+    found = np.load(directory / FILE)  # in the order of the images' ids
+    predictions = digits(found["top_labels"][:, 0]) if trial.stage == "main" else ""
+    if predictions:
+        write_atomically(LABELS, digits(found["labels"]) + "\n")
+    kept = ("parameters", "seed", "data_digest", "recipe_sha256", "skipped_steps", "restarts", "versions", "processor")
+    return {
+        "stage": trial.stage,
+        "arm": trial.arm,
+        "rate": trial.rate,
+        "top1": summary["last_top1"],
+        "curve": [[event["step"], event["top1"], round(event["loss"], 4)] for event in kinds["eval"]],
+        "content": kinds["eval"][-1]["content"],
+        # Of four intervals of 50 steps: the mean loss, and the largest norm of the gradient.
+        "training": [
+            [
+                part[-1]["step"],
+                round(sum(event["loss"] for event in part) / len(part), 4),
+                round(max(event["grad_norm"] for event in part), 3),
+            ]
+            for part in (kinds["train"][at : at + 4] for at in range(0, len(kinds["train"]), 4))
+        ],
+        "predictions": predictions,
+        "commit": subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip(),
+        **{name: summary[name] for name in kept},
+    }
+
+
+def digits(classes: npt.NDArray[np.int64]) -> str:
+    """Return numbers of classes as text, a digit each."""
+    return "".join(map(str, classes))
+
+
+def karat(*arguments: str) -> None:
+    """Run a command on one thread. Raises CalledProcessError if it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "karat_scale", *arguments]
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+def split(images: Path, data: Path) -> None:
+    """Make the two data sets."""
+    for name in ("held_out", "tested"):
+        tree = data / f"{name}_images"
+        for folder in sorted((images / "train").iterdir()):
+            files = sorted(folder.iterdir())
+            random.Random(0).shuffle(files)
+            test = sorted((images / "test" / folder.name).iterdir())
+            own = {"train": files[:-HELD_OUT], "val": files[-HELD_OUT:] if name == "held_out" else test}
+            for part, members in own.items():
+                (tree / part / folder.name).mkdir(parents=True, exist_ok=True)
+                for file in members:
+                    (tree / part / folder.name / file.name).symlink_to(file.resolve())
+        script = str(ROOT / "data_prep/make_webdataset.py")
+        subprocess.run([sys.executable, script, "--src", str(tree), "--out", str(data / name)], check=True)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, places in {"split": ("images", "data"), "run": ("data", "work"), "report": ()}.items():
+        command = commands.add_parser(name)
+        for place in places:
+            command.add_argument(place, type=Path)
+    asked = parser.parse_args()
+    if asked.command == "split":
+        split(asked.images, asked.data)
+    elif asked.command == "run":
+        run(asked.data, asked.work)
+    else:
+        from benchmarks.contrasts_report import write_results  # imports scipy
+
+        write_results()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Writes docs/experiments/contrasts_results.md from the records of benchmarks/contrasts.py."""
+
+import json
+import statistics
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from benchmarks.attention_results import difference, holm, table
+from benchmarks.contrasts import ARMS, CONTRASTS, LABELS, ONE_CHANGE, RECORDS, REPORTED, checked_rates, results
+from karat_scale.foundation.files import write_atomically
+
+PAGE = RECORDS.parent / "contrasts_results.md"
+HEAD = """# Results of the second experiment
+
+The protocol, fixed before the runs, is [contrasts.md](contrasts.md). This page is written by
+`python -m benchmarks.contrasts report` from the records in `docs/experiments/contrasts/`. Top-1 is in percent.
+"""
+ByArm = dict[str, dict[int, dict[str, Any]]]  # records of the compared runs by arm and seed
+
+
+def write_results() -> None:
+    """Write the page."""
+    write_atomically(PAGE, render())
+    print(PAGE)
+
+
+def render() -> str:
+    """Return the page."""
+    records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("main-*.json"))]
+    by_arm = {arm: {r["seed"]: r for r in records if r["arm"] == arm} for arm in ARMS}
+    by_arm = {arm: own for arm, own in by_arm.items() if own}
+    return "\n".join([HEAD, rates(), *([compared(by_arm), contrasts(by_arm), curves(by_arm)] if by_arm else [])])
+
+
+def rates() -> str:
+    """Return the tables of learning rates, with what has run."""
+    text = "## Learning rates\n\nOn the 5,000 held-out images, seed 99.\n\n"
+    rows = []
+    for arm in (arm for arm in ARMS if arm not in ONE_CHANGE):
+        short, long = results(arm, "rate"), results(arm, "check")
+        cells = [", ".join(f"{rate:g}: {top1:.2f}" for rate, top1 in found.items()) for found in (short, long)]
+        rest = "" if set(checked_rates(arm)) <= set(long) and long else " (not finished)"
+        rows.append([arm, cells[0] or "not yet run", (cells[1] or "not yet run") + (rest if cells[1] else "")])
+    return text + table(["arm", "4 epochs", "22 epochs"], rows)
+
+
+def compared(by_arm: ByArm) -> str:
+    """Return the table of arms."""
+    rows = []
+    for arm, found in by_arm.items():
+        own = [*found.values()]
+        ends = [record["top1"] for record in own]
+        content = [statistics.mean(x for r in own for x in r["content"][key]) for key in ("by_query", "by_image")]
+        beyond = max(x for r in own for x in r["content"].get("beyond_pi", [0.0]))
+        loss = statistics.mean(record["training"][-1][1] for record in own)
+        norm = max(norm for record in own for _, _, norm in record["training"])
+        rows.append(
+            [
+                arm,
+                f"{own[0]['rate']:g}",
+                f"{own[0]['parameters']:,}",
+                len(own),
+                f"{statistics.mean(ends):.2f}",
+                f"{min(ends):.2f} to {max(ends):.2f}",
+                f"{loss:.3f}",
+                *(f"{max(0.0, x):.2f}" for x in content),
+                f"{beyond:.0%}",
+                f"{norm:.1f}",
+            ]
+        )
+    columns = ["arm", "rate", "parameters", "seeds", "top-1", "range", "training loss"]
+    columns += ["by the query", "by the image", "beyond pi", "norm"]
+    text = (
+        "## Comparison\n\nOn the 10,000 test images after 22 epochs; the training loss of the last 200 steps; the "
+        "shares of S's energy that depend on the query and on the image, a mean over blocks; the largest share of a "
+        "block's scores beyond pi at the end; and the largest norm of the gradient.\n\n"
+    )
+    return text + table(columns, rows)
+
+
+def contrasts(by_arm: ByArm) -> str:
+    """Return the table of paired differences."""
+    gaps = {pair: paired(by_arm, *pair) for pair in (*CONTRASTS, *REPORTED)}
+    chances = {
+        " - ".join(pair): float(stats.ttest_1samp(gaps[pair], 0.0).pvalue) for pair in CONTRASTS if len(gaps[pair]) > 1
+    }
+    corrected = holm(chances) if len(chances) == len(CONTRASTS) else {}
+    rows = []
+    for pair, own in gaps.items():
+        name = " - ".join(pair)
+        p = f"{corrected[name]:.3f}" if name in corrected else ""
+        cells = [difference(own) if len(own) > 1 else "not yet run", p, disagreement(by_arm, *pair)]
+        rows.append([name, len(own), *cells])
+    text = (
+        "## Contrasts\n\nThe mean difference by seed with its 95 % t interval; p of a paired t test, corrected by Holm "
+        "for the three contrasts of the protocol; and over all seeds the test images that only the first or only the "
+        "second arm gets right.\n\n"
+    )
+    return text + table(["contrast", "seeds", "points", "p", "only the first, only the second"], rows)
+
+
+def paired(by_arm: ByArm, arm: str, other: str) -> list[float]:
+    """Return one arm's top-1 less another's, for each seed that both have."""
+    seeds = sorted(by_arm.get(arm, {}).keys() & by_arm.get(other, {}).keys())
+    return [by_arm[arm][seed]["top1"] - by_arm[other][seed]["top1"] for seed in seeds]
+
+
+def disagreement(by_arm: ByArm, arm: str, other: str) -> str:
+    """Return the numbers of images, over all seeds that both have, that only one of two arms gets right."""
+    first = second = 0
+    for seed in by_arm.get(arm, {}).keys() & by_arm.get(other, {}).keys():
+        right = [correct(by_arm[name][seed]) for name in (arm, other)]
+        first += int((right[0] & ~right[1]).sum())
+        second += int((right[1] & ~right[0]).sum())
+    return f"{first:,}, {second:,}"
+
+
+def correct(record: dict[str, Any]) -> npt.NDArray[np.bool_]:
+    """Return for each test image, in the order of ids, if a run got it right."""
+    predicted, labels = (np.array([*text]) for text in (record["predictions"], LABELS.read_text().strip()))
+    right: npt.NDArray[np.bool_] = predicted == labels
+    return right
+
+
+def curves(by_arm: ByArm) -> str:
+    """Return top-1 by epoch, a mean over seeds."""
+    steps = [step for step, *_ in next(iter(next(iter(by_arm.values())).values()))["curve"]]
+    rows = []
+    for arm, found in by_arm.items():
+        means = np.mean([[top1 for _, top1, _ in record["curve"]] for record in found.values()], 0)
+        rows.append([arm, *(f"{x:.1f}" for x in means)])
+    text = "## By epoch\n\nTop-1 on the test images at each evaluation, a mean over seeds.\n\n"
+    return text + table(["arm", *(f"{round(step / steps[-1] * 22)}" for step in steps)], rows)
+
+
+if __name__ == "__main__":
+    write_results()
