@@ -153,12 +153,16 @@ def claims(trials: list[Trial], work: Path) -> Iterator[tuple[Trial, Any]]:
         yield trial, lock
 
 
+def settings(trial: Trial, data: Path, directory: Path) -> list[str]:
+    """Return what a run changes in the recipe."""
+    own = [f"data.path={data.resolve() / trial.data_set}", f"run.dir={directory}", f"run.seed={trial.seed}"]
+    own += [f"optim.lr={trial.rate:g}", f"train.epochs={EPOCHS[trial.stage]}", "train.eval_every_epochs=2"]
+    return [*own, "checkpoint.keep_last=2", "log.every_steps=50", *ARMS[trial.arm]]
+
+
 def finish(trial: Trial, data: Path, directory: Path) -> None:
     """Train to the end, and write the record."""
-    settings = [f"data.path={data.resolve() / trial.data_set}", f"run.dir={directory}", f"run.seed={trial.seed}"]
-    settings += [f"optim.lr={trial.rate:g}", f"train.epochs={EPOCHS[trial.stage]}", "train.eval_every_epochs=2"]
-    settings += ["checkpoint.keep_last=1", "log.every_steps=50"]
-    karat("train", RECIPE, *settings, *ARMS[trial.arm])
+    karat("train", RECIPE, *settings(trial, data, directory))
     # Also leaves the prediction for each image in the run's directory.
     which = ("--only", "accuracy", "--checkpoint", "latest")
     karat("analyze", str(directory), *which, "--out", str(directory / "analysis"))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import contrasts, contrasts_report
-from benchmarks.contrasts import ARMS, RECIPE, Trial, checked_rates, chosen_rate, next_trials, wanted_rates
+from benchmarks.contrasts import ARMS, RECIPE, Trial, checked_rates, chosen_rate, next_trials, settings, wanted_rates
 from karat_scale.recipe.loading import load_recipe
 
 
@@ -43,8 +43,8 @@ def test_the_page_is_what_the_records_say() -> None:
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_each_arm_is_a_valid_recipe(arm: str) -> None:
-    recipe = load_recipe(RECIPE, [*ARMS[arm], "optim.lr=5e-4"])
-    assert (recipe.model.embed_dim, recipe.train.global_batch) == (96, 64)
+    recipe = load_recipe(RECIPE, settings(Trial("main", arm, 1.25e-4, 3), Path("data"), Path("run")))
+    assert (recipe.model.embed_dim, recipe.train.global_batch, recipe.optim.lr) == (96, 64, 1.25e-4)
 
 
 @pytest.mark.usefixtures("records")
