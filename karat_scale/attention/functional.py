@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from karat_scale.attention import reference, streaming
+from karat_scale.attention import flex, reference, streaming
 from karat_scale.attention.call import FourierCall, check_call, check_choice, output_dtype
 from karat_scale.attention.kernels import cpu, triton_fourier
 
@@ -16,13 +16,23 @@ IMPLEMENTATIONS: dict[str, Callable[[FourierCall], Tensor]] = {
     "streaming": streaming.attend,
     "cpu": cpu.attend,
     "triton": triton_fourier.attend,
+    "flex": flex.attend,
 }
 # Why an implementation cannot take a call, or None. Others take any.
-REFUSALS: dict[str, Callable[[FourierCall], str | None]] = {"cpu": cpu.refusal, "triton": triton_fourier.refusal}
+REFUSALS: dict[str, Callable[[FourierCall], str | None]] = {
+    "cpu": cpu.refusal,
+    "triton": triton_fourier.refusal,
+    "flex": flex.refusal,
+}
 # The same for a GPU that runs Triton's kernels, asked on any machine.
-REFUSALS_ON_A_GPU = {"cpu": lambda _: "the tensors are on a GPU", "triton": triton_fourier.call_refusal}
-# What "auto" tries, the fastest first.
+REFUSALS_ON_A_GPU = {
+    "cpu": lambda _: "the tensors are on a GPU",
+    "triton": triton_fourier.call_refusal,
+    "flex": flex.call_refusal,
+}
+# What "auto" tries, the fastest first. On a CPU, FlexAttention holds all features at once.
 AUTOMATIC = ("triton", "cpu", "streaming")
+AUTOMATIC_ON_A_GPU = ("triton", "flex", "streaming")
 # The kernels that are made for a kind of device.
 KERNELS_OF = {"cuda": "triton", "cpu": "cpu"}
 
@@ -54,7 +64,7 @@ def fourier_karat_attention(
         mask: boolean, broadcastable to [B, h, N, N], true where a query-key pair takes part (as in
             `scaled_dot_product_attention`). Another pair (k, q) adds nothing to H[k, :] and has S[k, q] = 0.
         implementation: "reference" (materialises everything), "streaming", "cpu" (a kernel compiled at first use),
-            "triton" (NVIDIA GPUs), or "auto", which takes the fastest that can run.
+            "triton" (NVIDIA GPUs), "flex" (PyTorch's FlexAttention), or "auto", which takes the fastest that can run.
 
     Returns:
         O, [B, h, N, d], in the value's dtype or, under autocast, in autocast's. Scores, features and sums are
@@ -114,9 +124,9 @@ def identity(query: Tensor) -> Tensor:
 
 
 def content_kernel(call: FourierCall, implementation: str) -> str | None:
-    """Return which kernel computes psi of the content form of a call: "cpu", "triton", or None where none does.
+    """Return what computes psi of the content form of a call: "cpu", "triton", "flex", or None where none does.
 
-    "cpu" computes psi and units together. "triton" computes psi(A) V alone. Neither does with a bias or a mask.
+    "cpu" computes psi and units together. The others compute psi(A) V alone. None does with a bias or a mask.
 
     Args:
         implementation: as of `fourier_karat_attention`.
@@ -124,9 +134,7 @@ def content_kernel(call: FourierCall, implementation: str) -> str | None:
     attend = _check_and_choose(implementation, call)
     if call.bias is not None or call.mask is not None:
         return None
-    if attend is cpu.attend:
-        return "cpu"
-    return "triton" if attend is triton_fourier.attend else None
+    return next((name for name in ("cpu", "triton", "flex") if attend is IMPLEMENTATIONS[name]), None)
 
 
 # What was chosen for calls like those so far, on devices where checking and choosing takes longer than the launches.
@@ -173,7 +181,8 @@ def _choose(implementation: str, call: FourierCall) -> Callable[[FourierCall], T
 
 def automatic(call: FourierCall) -> str:
     """Return the implementation that "auto" chooses for a call."""
-    return next(name for name in AUTOMATIC if refusal(name, call) is None)
+    on_gpu = call.query.device.type == "cuda" or _refusals is REFUSALS_ON_A_GPU
+    return next(name for name in (AUTOMATIC_ON_A_GPU if on_gpu else AUTOMATIC) if refusal(name, call) is None)
 
 
 def refusal(implementation: str, call: FourierCall) -> str | None:

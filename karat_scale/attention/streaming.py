@@ -7,7 +7,7 @@ Forward and backward are registered with torch.library: torch.compile takes each
 autograd uses the second as the derivative of the first.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,17 +28,21 @@ from karat_scale.attention.routes import Head, HeadGradients, Workspace, choose_
 
 # BLAS multiplies by a matrix of 16 columns about as fast as by one of 12.
 RANK_MULTIPLE = 16
+Forward = Callable[..., tuple[Tensor, Tensor]]
 
 
-def attend(call: FourierCall) -> Tensor:
-    """O [B, h, N, dv] in the value's dtype, of the modular Fourier form; differentiable once in all but the mask."""
+def attend(call: FourierCall, forward: Forward | None = None) -> Tensor:
+    """O [B, h, N, dv] in the value's dtype, of the modular Fourier form; differentiable once in all but the mask.
+
+    forward: an operation in place of `streaming_forward`, of the same arguments and results.
+    """
     query, key, value, cos_coef, sin_coef, proj, bias, mask, base = call
     dtype = compute_dtype(*call[:7])
     coef = Fourier.pack(_ANY_FOURIER, {"cos_coef": cos_coef.to(dtype), "sin_coef": sin_coef.to(dtype)})
-    return attend_units(UnitsCall(query, key, value, coef, proj, bias, mask, mask, _ANY_FOURIER, base))
+    return attend_units(UnitsCall(query, key, value, coef, proj, bias, mask, mask, _ANY_FOURIER, base), forward)
 
 
-def attend_units(call: UnitsCall) -> Tensor:
+def attend_units(call: UnitsCall, forward: Forward | None = None) -> Tensor:
     """O [B, h, N, dv] of any basis in the value's dtype; differentiable once in all but the masks."""
     dtype = compute_dtype(*call[:6])
     coef, proj = call.coef.to(dtype), call.proj
@@ -46,7 +50,7 @@ def attend_units(call: UnitsCall) -> Tensor:
         padding = -proj.shape[-1] % RANK_MULTIPLE if isinstance(call.basis, FeatureBasis) else 0
         coef, proj = functional.pad(coef, (0, 0, 0, padding)), functional.pad(proj.to(dtype), (0, padding))
     tensors = *call[:3], coef.contiguous(), proj, *map(as_4d, call[5:8])
-    forward = torch.ops.karat_scale.streaming_forward
+    forward = forward or torch.ops.karat_scale.streaming_forward
     output: Tensor = forward(*tensors, key_of(call.basis), *call[9:])[0]
     return output
 
@@ -63,7 +67,7 @@ def _call_of(arguments: Sequence[Any]) -> UnitsCall:
 def _streaming_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """O [B, h, N, dv], and H [h, B, N, r] where there is a W (else it is as large as S, and computed again)."""
     call = _call_of(arguments)
-    output, hidden = _fake_forward(*arguments)
+    output, hidden = fake_forward(*arguments)
     with full_precision(output.device):
         work = Workspace(call)
         for number, head in enumerate(_heads(call, hidden)):
@@ -125,13 +129,15 @@ def _room_like(target: Tensor, dtype: torch.dtype) -> Tensor:
     return target if target.dtype == dtype else torch.empty_like(target, dtype=dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep H and the arguments for `differentiate`."""
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], *inputs[:8])
     ctx.settings = inputs[8:]
 
 
-def _differentiate(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def differentiate(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of the arguments of `streaming_forward`, from that of O."""
     if grad_output is None:
         return (None,) * 11
     refuse_second_derivative("streaming")
@@ -143,21 +149,22 @@ def _differentiate(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tu
     return *grads, grad_proj if has_proj else None, grad_bias if needs_bias else None, *(None,) * 5
 
 
-_INPUTS = (
+INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor coef, Tensor? proj, Tensor? bias, Tensor? mask, Tensor? cut, "
     "str basis, str base, bool on_simplex"
 )
 _library = torch.library.Library("karat_scale", "FRAGMENT")
-_library.define(f"streaming_forward({_INPUTS}) -> (Tensor, Tensor)")
+_library.define(f"streaming_forward({INPUTS}) -> (Tensor, Tensor)")
 _library.define(
-    f"streaming_backward(Tensor grad_output, Tensor hidden, {_INPUTS}, bool needs_bias)"
+    f"streaming_backward(Tensor grad_output, Tensor hidden, {INPUTS}, bool needs_bias)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.impl("streaming_forward", _streaming_forward, "CompositeExplicitAutograd")
 _library.impl("streaming_backward", _streaming_backward, "CompositeExplicitAutograd")
 
 
-def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Room for what `streaming_forward` returns."""
     query, _, value, coef, proj, *_ = arguments
     batch, heads, tokens, _ = query.shape
     hidden = coef.new_empty(0) if proj is None else coef.new_empty(heads, batch, tokens, coef.shape[2])
@@ -172,8 +179,8 @@ def _fake_backward(grad_output: Tensor, hidden: Tensor, *arguments: Any) -> tupl
     return *(torch.empty_like(x) for x in (query, key, value, coef)), grad_proj, grad_bias
 
 
-torch.library.register_fake("karat_scale::streaming_forward", _fake_forward, lib=_library)
+torch.library.register_fake("karat_scale::streaming_forward", fake_forward, lib=_library)
 torch.library.register_fake("karat_scale::streaming_backward", _fake_backward, lib=_library)
 torch.library.register_autograd(
-    "karat_scale::streaming_forward", _differentiate, setup_context=_setup_context, lib=_library
+    "karat_scale::streaming_forward", differentiate, setup_context=setup_context, lib=_library
 )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from karat_scale.attention import flex
 from karat_scale.attention.call import FourierCall, compute_dtype, full_precision, output_dtype
 from karat_scale.attention.functional import attend_call, call_scores, content_kernel
 from karat_scale.attention.kernels import cpu, triton_fourier
@@ -454,6 +455,8 @@ class ContentOperator(WrappedHeads):
         heads = call.query, call.key, call.value
         if kernel == "triton":
             return triton_fourier.attend_psi(*heads, self._psi().float()).to(low_rank.dtype) + low_rank
+        if kernel == "flex":
+            return flex.attend_psi(*heads, self._psi()).to(low_rank.dtype) + low_rank
         return attend_rows(self._rule(), *heads, call.bias, call.mask, implementation == "reference") + low_rank
 
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -473,7 +476,8 @@ class ContentOperator(WrappedHeads):
     def chosen(self, layer: LayerCall) -> tuple[str, str | None]:
         """See `AttentionHeads`."""
         name, why = super().chosen(layer)
-        return "triton, psi by streaming" if name == "triton" and (layer.biased or layer.masked) else name, why
+        streams_psi = name in ("triton", "flex") and (layer.biased or layer.masked)
+        return f"{name}, psi by streaming" if streams_psi else name, why
 
     def _psi(self) -> Tensor:
         """psi / N of each head [h, 2 G + 1]."""

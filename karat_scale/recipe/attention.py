@@ -68,9 +68,11 @@ class AttentionConfig(Section):
     """Initial coefficients. `paper`: N(0, 1). `fourier_kan`: Fourier coefficients from N(0, 1 / (N G)), as in
     FourierKAN. `variance_preserving`: the output has the values' variance. `softmax_like` starts the Fourier operator
     near softmax."""
-    implementation: Annotated[Literal["auto", "reference", "streaming", "cpu", "triton"], Effect.ROUNDING] = "auto"
+    implementation: Annotated[Literal["auto", "reference", "streaming", "cpu", "triton", "flex"], Effect.ROUNDING] = (
+        "auto"
+    )
     """The implementation of the operator. `auto` uses the fastest that supports the operator, the device and the
-    precision."""
+    precision. `flex` is PyTorch's FlexAttention, to check and to compare the kernels with."""
     transfer_from: Annotated[str, Effect.SHAPES] = ""
     """The directory of a trained run whose attention matrices this model uses (the paper's attention transfer). The
     model then has no query and key, and learns only what to do with the values. Needs `kind: softmax`."""
@@ -97,7 +99,7 @@ class AttentionConfig(Section):
 
     @model_validator(mode="after")
     def _implementation_has_the_operator(self) -> "AttentionConfig":
-        if self.kind not in ("softmax", "karat") and self.implementation in ("cpu", "triton"):
+        if self.kind not in ("softmax", "karat") and self.implementation in ("cpu", "triton", "flex"):
             raise ValueError(
                 f"attention.implementation = {self.implementation} supports only attention.kind=karat, not "
                 f"{self.kind}; use auto"

@@ -27,7 +27,7 @@ def add_benches(benches: Any) -> None:
     parser = add("attention", "each implementation against SDPA, in time and memory", "model")
     add_attention_options(parser)
     parser.add_argument("--tokens", type=count, default=197)
-    names = ("reference", "streaming", "cpu", "triton")
+    names = ("reference", "streaming", "cpu", "triton", "flex")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="only these implementations")
 
     parser = add("resume", "what an interruption costs: signal to saved, start to first step")

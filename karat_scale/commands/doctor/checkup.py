@@ -30,7 +30,7 @@ def examine_attention() -> Iterator[Finding]:
     import torch
 
     from karat_scale.attention import fourier_karat_attention
-    from karat_scale.attention.functional import AUTOMATIC, IMPLEMENTATIONS
+    from karat_scale.attention.functional import AUTOMATIC, AUTOMATIC_ON_A_GPU, IMPLEMENTATIONS
 
     cuda, runs = torch.cuda.is_available(), []
     for name in IMPLEMENTATIONS:
@@ -57,7 +57,7 @@ def examine_attention() -> Iterator[Finding]:
         else:
             fix = "" if name == "triton" and not cuda else "auto uses another one; if a recipe names it, it is refused"
             yield Finding(f"attention {name}", "note", f"cannot run: {refusal}", fix, figures)
-    chosen = next(name for name in AUTOMATIC if name in runs and (name != "cpu" or not cuda))
+    chosen = next(name for name in (AUTOMATIC_ON_A_GPU if cuda else AUTOMATIC) if name in runs)
     yield found("attention auto", f"uses {chosen}", chosen=chosen)
 
 

@@ -298,14 +298,14 @@ def _tiles_rows(recipe: Recipe, on_gpu: bool) -> bool:
 
 
 def _streams(recipe: Recipe, on_gpu: bool) -> bool:
-    """Whether `streaming` runs.
+    """Whether `streaming` runs, or `flex`, which has its backward pass.
 
     With `auto`, a GPU takes Triton for the modular Fourier form with any base, up to a head's largest width, and a CPU
     takes its kernel without a base.
     """
     attention = recipe.attention
-    if attention.kind != "karat" or attention.implementation not in ("auto", "streaming"):
+    if attention.kind != "karat" or attention.implementation not in ("auto", "streaming", "flex"):
         return False
     has_kernel = attention.is_modular_series and (on_gpu or attention.base == "zero")
     has_kernel &= not (on_gpu and any(size.width > LARGEST_WIDTH for size in layer_sizes(recipe.model)))
-    return attention.implementation == "streaming" or not has_kernel
+    return attention.implementation != "auto" or not has_kernel

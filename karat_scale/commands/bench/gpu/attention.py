@@ -1,4 +1,4 @@
-"""KArAt's attention against every backend of SDPA, by the device's events and by the clock."""
+"""KArAt's attention against every backend of SDPA and FlexAttention, by the device's events and by the clock."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,6 +32,8 @@ BACKENDS = {
 CHOSEN = "SDPA, torch's choice"
 # Grid and form.
 OPERATORS = {"KArAt G1": (1, "modular"), "KArAt G3": (3, "modular"), "KArAt content, G3": (3, "content")}
+# Baselines of the operator itself, in float32.
+FLEX = {"KArAt G3 by FlexAttention": (3, "modular"), "KArAt content, G3, by FlexAttention": (3, "content")}
 BATCH, ROUNDS, TOY_TOKENS = 256, 7, 32
 # Model and dtype, what training meets first.
 CASES = (("small", "bf16"), ("tiny", "bf16"), ("base", "bf16"), ("small", "tf32"), ("small", "fp16"), ("small", "fp32"))
@@ -143,8 +145,9 @@ def _compare(task: Task, case: Case, what: str) -> None:
 def _contenders(task: Task, case: Case, what: str) -> Iterator[tuple[str, Timed]]:
     """Those that run: torch has not every backend for every card and dtype, but KArAt should."""
     yield CHOSEN, Timed.of(SDPA, case)
-    for name, backend in BACKENDS.items():
-        timed = Timed.of(SDPA, case, partial(sdpa_kernel, backend))
+    of_torch = {name: Timed.of(SDPA, case, partial(sdpa_kernel, backend)) for name, backend in BACKENDS.items()}
+    of_torch |= {name: Timed.of("flex", replace(case, grid=grid, form=form)) for name, (grid, form) in FLEX.items()}
+    for name, timed in of_torch.items():
         if why := timed.refusal():
             task.channel.left_out(f"{what}: {name}", why)
         else:

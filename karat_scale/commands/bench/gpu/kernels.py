@@ -1,10 +1,11 @@
 """Values and every gradient of the kernels against the float64 reference and a plain formula.
 
 The calls differ in dtype, shapes, strides, size of the scores, and options. The formula is KArAt's equations in plain
-PyTorch, with autograd's derivatives: an oracle that shares no line with the package. FlexAttention cannot be one: it
-changes scores one by one before a softmax, and here there is none.
+PyTorch, with autograd's derivatives: an oracle that shares no line with the package. Some calls ask the same of
+FlexAttention, PyTorch's own way to such an operator.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
@@ -42,6 +43,7 @@ class Call:
         score_std: standard deviation of the scores.
         layout: a key of LAYOUTS.
         compiled: whether torch.compile compiles it.
+        flex: whether FlexAttention computes it, in place of the task's implementation.
     """
 
     dtype: str
@@ -59,13 +61,14 @@ class Call:
     mask: bool = False
     content: bool = False
     compiled: bool = False
+    flex: bool = False
 
     def __str__(self) -> str:
         shape = f"B {self.batch}, h {self.heads}, N {self.tokens}, d {self.width}, r {self.rank}, G {self.grid}"
         more = [self.layout] if self.layout != "contiguous" else []
         more += [f"scores of std {self.score_std:g}"] if self.score_std != 1 else []
         more += [f"base {self.base}"] if self.base != "zero" else []
-        more += [name for name in ("bias", "mask", "content", "compiled") if getattr(self, name)]
+        more += [name for name in ("bias", "mask", "content", "compiled", "flex") if getattr(self, name)]
         return f"{self.dtype}: {', '.join([shape, *more])}"
 
     def tolerance(self, largest_score: float) -> float:
@@ -111,6 +114,12 @@ def core_calls(dtypes: tuple[str, ...]) -> Iterator[Call]:
 def compiled_calls(dtypes: tuple[str, ...]) -> Iterator[Call]:
     """Yield calls under torch.compile."""
     yield from (Call(dtype, "torch.compile", bias=bias, compiled=True) for bias in (False, True) for dtype in dtypes)
+
+
+def flex_calls() -> Iterator[Call]:
+    """Yield calls of FlexAttention, which computes in float32."""
+    changes: list[dict[str, Any]] = [{}, {"bias": True}, {"content": True}, {"grid": 16, "width": 160, "tokens": 65}]
+    yield from (Call(FP32, "FlexAttention", flex=True, **change) for change in changes)
 
 
 def more_calls(dtypes: tuple[str, ...]) -> Iterator[Call]:
@@ -261,7 +270,7 @@ def measure(task: Task) -> None:
     _check_all(task, core)
     with tf32():  # the switch is the process's, so these calls wait for the others
         _check_all(task, list(sized(core_calls((TF32,)))))
-    _check_all(task, list(sized(compiled_calls((BF16, FP32)))), threads=1)
+    _check_all(task, list(sized(itertools.chain(compiled_calls((BF16, FP32)), flex_calls()))), threads=1)
     if not task.toy:
         _check_all(task, list(more_calls(dtypes)))
         with tf32():
@@ -286,7 +295,8 @@ def check(call: Call, task: Task) -> dict[str, Any]:
     if call.compiled:
         torch.compiler.reset()  # these calls are of one function, which torch compiles only a few times
         attend = torch.compile(attend, fullgraph=True)
-    ours = _results(attend, inputs, base=call.base, implementation=task.implementation)
+    implementation = "flex" if call.flex else task.implementation
+    ours = _results(attend, inputs, base=call.base, implementation=implementation)
     leaves = {name: x.detach().double().requires_grad_() for name, x in inputs.tensors.items()}
     wide = Inputs(leaves, inputs.mask, inputs.grad_output.double())
     true = _results(attend, wide, base=call.base, implementation="reference")
@@ -300,7 +310,7 @@ def check(call: Call, task: Task) -> dict[str, Any]:
         "call": str(call),
         "dtype": call.dtype,
         "topic": call.topic,
-        "implementation": task.implementation,
+        "implementation": implementation,
         "error": errors[worst],
         "worst": worst,
         "formula_error": formula_error,

@@ -19,6 +19,7 @@ from karat_scale.commands.bench.gpu.kernels import (
     Call,
     compiled_calls,
     core_calls,
+    flex_calls,
     make_inputs,
     more_calls,
     toy,
@@ -40,7 +41,7 @@ def test_every_topic_is_right_in_every_dtype() -> None:
     assert all(row["right"] for row in told["row"])
     assert {row["dtype"] for row in told["row"]} == {BF16, FP16, FP32, TF32}
     assert {row["topic"] for row in told["row"]} == {
-        call.topic for call in (*core_calls((BF16,)), *compiled_calls((BF16,)))
+        call.topic for call in (*core_calls((BF16,)), *compiled_calls((BF16,)), *flex_calls())
     }
     assert told["row"][0]["dtype"] == BF16
     assert torch.backends.cuda.matmul.allow_tf32 == before
@@ -92,7 +93,7 @@ def test_what_is_not_done_in_time_is_counted() -> None:
     kernels.measure(task)
     assert set(told) == {"left_out"}
     assert all(one["late"] for one in told["left_out"])
-    calls = [*toy(core_calls((BF16, FP16, FP32, TF32))), *toy(compiled_calls((BF16, FP32)))]
+    calls = [*toy(core_calls((BF16, FP16, FP32, TF32))), *toy(compiled_calls((BF16, FP32))), *toy(flex_calls())]
     assert sum(int(one["what"].split()[0]) for one in told["left_out"]) == len(calls)
 
 

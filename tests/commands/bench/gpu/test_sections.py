@@ -28,6 +28,7 @@ def test_attention_is_compared_with_the_backends_that_there_are(monkeypatch: pyt
     task, told = make_task(kind=FullSizeTask)
     attention.measure(task)
     rows = {row["attention"]: row for row in told["row"]}
+    assert "KArAt G3 by FlexAttention" in rows
     assert {"SDPA, torch's choice", "SDPA, math", "KArAt G1", "KArAt G3", "KArAt content, G3"} <= set(rows)
     assert all(row["peak_mb"] == 4.0 and row["both_ms"] > 0 for row in rows.values())
     assert any(row["ratio_best"] == 1.0 for row in rows.values() if row["attention"].startswith("SDPA"))

@@ -1,0 +1,254 @@
+"""KArAt attention by PyTorch's FlexAttention, which shares no line and no kernel with the other implementations.
+
+FlexAttention changes each score by a function and applies softmax. A positive function g needs no softmax: with log g
+as the new score, softmax gives g / l, where l is the sum of g over the keys, and FlexAttention returns log l as well.
+A shift c makes a bounded function f positive, so with O' = softmax(log(f(A) + c)) C,
+
+    sum_q f(A[k, q]) C[q] = l[k] O'[k] - c sum_q C[q].
+
+For H, the 2 G harmonics are a batch of such calls. For the content form, f is psi and the C[q] are the values. The
+backward pass is written out in plain PyTorch: that of `streaming` for H, and one of its own for psi.
+
+On a GPU, torch.compile makes one kernel of it. On a CPU, PyTorch has only a forward pass that holds every f(A).
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from karat_scale.attention import reference, streaming
+from karat_scale.attention.call import (
+    FourierCall,
+    compute_dtype,
+    empty_output,
+    full_precision,
+    refuse_second_derivative,
+)
+from karat_scale.attention.routes import plan_tiles, workspace_budget
+
+# Of a cosine or sine. Nearer to 1 the logarithm is steeper; farther off, more digits cancel.
+SHIFT = 1.5
+# What FlexAttention's kernels for GPUs multiply at least.
+LEAST_WIDTH = 16
+# A trial that is worse than this in relative L2 error is wrong, not rounded: TF32 has 3 digits.
+WRONG = 0.02
+
+
+def refusal(call: FourierCall) -> str | None:
+    """Why `attend` cannot take the call, or None."""
+    device = call.query.device
+    if device.type == "cpu":
+        return _base_or_mask(call)
+    if device.type != "cuda":
+        return f"it needs tensors on a GPU or a CPU and these are on {device.type}"
+    return call_refusal(call) or problem()
+
+
+def call_refusal(call: FourierCall) -> str | None:
+    """Why `attend` cannot take the call on a GPU that runs FlexAttention, or None."""
+    if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in call):
+        return "it computes in float32 on a GPU and an argument is float64"
+    if min(call.query.shape[-1], call.value.shape[-1]) < LEAST_WIDTH:
+        return f"on a GPU its heads are at least {LEAST_WIDTH} wide and query's are {call.query.shape[-1]}"
+    return _base_or_mask(call)
+
+
+def _base_or_mask(call: FourierCall) -> str | None:
+    if call.base != "zero":
+        return f"base = {call.base!r}; it has no base activation"
+    return None if call.mask is None else "it has no mask"
+
+
+def problem() -> str | None:
+    """Why FlexAttention does not run on this machine's GPU, or None; found out once a process by a small call."""
+    return _problem()
+
+
+# What torch.compiler.assume_constant_result does, without the second that importing the compiler takes.
+problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+@torch.no_grad()
+def _problem() -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = *[(2, 2, 33, 32)] * 3, *[(2, 4, 33, 2)] * 2, (2, 33, 4)
+    try:
+        tensors = [torch.randn(shape, generator=generator).cuda() for shape in shapes]
+        output, expected = attend(FourierCall(*tensors)), reference.attend(FourierCall(*tensors))
+    except Exception as error:  # of any kind: from the compiler, from what it calls, or from the driver
+        return f"FlexAttention does not run on this GPU: {str(error).strip().partition(chr(10))[0]}"
+    error = float((output - expected).norm() / expected.norm())
+    return None if error < WRONG else f"FlexAttention is wrong by {error:.1g} on this GPU"
+
+
+def attend(call: FourierCall) -> Tensor:
+    """O [B, h, N, dv] in the value's dtype; differentiable once. `refusal` must have said None.
+
+    Scores, features and sums are float32 or, on a CPU, float64 where an argument is.
+    """
+    return streaming.attend(call, torch.ops.karat_scale.flex_forward)
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """O [B, h, N, dv] and H [h, B, N, r]; the arguments are those of `streaming_forward`."""
+    query, key, value, coef, proj, bias, *_ = arguments
+    output, hidden = streaming.fake_forward(*arguments)
+    (batch, heads, tokens, _), grid, dtype = query.shape, coef.shape[1] // 2, coef.dtype
+    if batch == 0:
+        return output, hidden
+    pairs = None if bias is None else bias.to(dtype).expand(batch, heads, tokens, tokens)
+
+    def log_feature(score: Tensor, feature: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        if pairs is not None:
+            score = score + pairs[head // heads, head % heads, row, column]
+        angle = score * (feature % grid + 1)
+        return torch.log(torch.where(feature < grid, torch.cos(angle), torch.sin(angle)) + SHIFT)
+
+    with full_precision(query.device):
+        # The batch of the call is that of the features, which all read the same queries and keys.
+        q, k = (x.to(dtype).flatten(0, 1).expand(2 * grid, -1, -1, -1) for x in (query, key))
+        columns = coef.permute(1, 0, 3, 2)
+        read, total = _attend_by(log_feature, q, k, columns.repeat(1, batch, 1, 1))
+        read = (read * total).sum(0).unflatten(0, (batch, heads)) - SHIFT * columns.sum((0, 2)).unsqueeze(1)
+        hidden.copy_(read.transpose(0, 1))
+        output.copy_(read @ (proj.mT @ value.to(dtype)))
+    return output, hidden
+
+
+@torch.no_grad()
+def _attend_by(log: Callable[..., Tensor], *heads: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(log(A)) V of query, key and value, and the sum of exp(log(A)) over the keys [..., N, 1]."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    given, on_cpu = [x.detach() for x in heads], heads[0].device.type == "cpu"
+    with _with_vmap(), torch.compiler.set_stance("force_eager" if on_cpu else "default"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+        attend = flex_attention if on_cpu else _compiled()
+        read, kept = attend(*given, log, return_aux=AuxRequest(lse=True))
+    return read, kept.lse.to(read.dtype).exp().unsqueeze(-1)
+
+
+def _with_vmap() -> AbstractContextManager[None]:
+    """Lets FlexAttention map its function over scores, which compiled graphs forbid to their operations."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("FuncTorchBatched", "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
+    guard: AbstractContextManager[None] = torch._C._ForceDispatchKeyGuard(
+        torch._C._dispatch_tls_local_include_set(), excluded
+    )
+    return guard
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, fullgraph=True)
+
+
+_library = torch.library.Library("karat_scale", "FRAGMENT")
+_library.define(f"flex_forward({streaming.INPUTS}) -> (Tensor, Tensor)")
+_library.impl("flex_forward", _forward, "CompositeExplicitAutograd")
+torch.library.register_fake("karat_scale::flex_forward", streaming.fake_forward, lib=_library)
+torch.library.register_autograd(
+    "karat_scale::flex_forward", streaming.differentiate, setup_context=streaming.setup_context, lib=_library
+)
+
+
+def attend_psi(query: Tensor, key: Tensor, value: Tensor, psi: Tensor) -> Tensor:
+    """O [B, h, N, dv] = psi(A) V, A = Q K^T / sqrt(d), in the value's dtype; differentiable once.
+
+    `refusal` must have said None of a call with these tensors.
+
+    Args:
+        psi: [h, 2 G + 1], c, a_1 to a_G and b_1 to b_G of psi(x) = c + sum_m a_m cos(m x) + b_m sin(m x).
+    """
+    psi = psi.to(compute_dtype(query, key, value, psi))
+    output: Tensor = torch.ops.karat_scale.flex_psi_forward(query, key, value, psi)
+    return output
+
+
+def _psi_forward(query: Tensor, key: Tensor, value: Tensor, psi: Tensor) -> Tensor:
+    output, grid = empty_output(query, value), psi.shape[1] // 2
+    if query.shape[0] == 0:
+        return output
+    # psi + shift is at least a fifth of its largest swing: far enough from 0.
+    swing = psi[:, 1:].abs().sum(1).clamp(min=torch.finfo(psi.dtype).tiny)
+    shift = 1.2 * swing - psi[:, 0]
+
+    def log_psi(score: Tensor, item: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        positive = psi[head, 0] + shift[head]
+        for order in range(1, grid + 1):
+            cos, sin = torch.cos(order * score), torch.sin(order * score)
+            positive = positive + psi[head, order] * cos + psi[head, grid + order] * sin
+        return torch.log(positive)
+
+    with full_precision(query.device):
+        q, k, v = (x.to(psi.dtype) for x in (query, key, value))
+        read, total = _attend_by(log_psi, q, k, v)
+        output.copy_(read * total - shift[:, None, None] * v.sum(2, keepdim=True))
+    return output
+
+
+def _psi_backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, psi: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of query, key, value and psi, a tile of scores at a time."""
+    batch, heads, tokens, width = query.shape
+    grid, scale, dtype = psi.shape[1] // 2, width**-0.5, psi.dtype
+    grads = [torch.zeros_like(x, dtype=dtype) for x in (query, key, value)]
+    grad_psi = torch.zeros_like(psi)
+    tiling = plan_tiles(max(batch, 1), tokens, 6 * tokens, workspace_budget(query.device))
+    with full_precision(query.device):
+        for head in range(heads):
+            given = [x[:, head].to(dtype) for x in (query, key, value, grad_output)]
+            by_query, by_key, by_value = (x[:, head] for x in grads)
+            for items, rows in tiling.tiles():
+                q, k, v, upstream = given[0][items, rows], given[1][items], given[2][items], given[3][items, rows]
+                scores, by_entry = scale * q @ k.mT, upstream @ v.mT
+                entries, slope = psi[head, 0].expand_as(scores), torch.zeros_like(scores)
+                grad_psi[head, 0] += by_entry.sum()
+                for order in range(1, grid + 1):
+                    cos, sin = torch.cos(order * scores), torch.sin(order * scores)
+                    a, b = psi[head, order], psi[head, grid + order]
+                    entries = entries + a * cos + b * sin
+                    slope += order * (b * cos - a * sin)
+                    grad_psi[head, order] += (by_entry * cos).sum()
+                    grad_psi[head, grid + order] += (by_entry * sin).sum()
+                by_value[items] += entries.mT @ upstream
+                by_score = scale * slope * by_entry
+                by_query[items, rows] += by_score @ k
+                by_key[items] += by_score.mT @ q
+    return *(grad.to(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True)), grad_psi
+
+
+def _psi_fake_backward(_: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+    return tuple(map(torch.empty_like, given))
+
+
+def _psi_setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _psi_differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor, ...]:
+    refuse_second_derivative("flex")
+    grads: tuple[Tensor, ...] = torch.ops.karat_scale.flex_psi_backward(grad_output, *ctx.saved_tensors)
+    return grads
+
+
+_PSI_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor psi"
+_library.define(f"flex_psi_forward({_PSI_INPUTS}) -> Tensor")
+_library.define(f"flex_psi_backward(Tensor grad_output, {_PSI_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.impl("flex_psi_forward", _psi_forward, "CompositeExplicitAutograd")
+_library.impl("flex_psi_backward", _psi_backward, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "karat_scale::flex_psi_forward", lambda query, _, value, __: empty_output(query, value), lib=_library
+)
+torch.library.register_fake("karat_scale::flex_psi_backward", _psi_fake_backward, lib=_library)
+torch.library.register_autograd(
+    "karat_scale::flex_psi_forward", _psi_differentiate, setup_context=_psi_setup_context, lib=_library
+)
