@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from karat_scale.data.order import BLOCK_SAMPLES, WINDOW_BLOCKS, epoch_order
-from karat_scale.data.shards.streamed import StreamShards
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.recipe import Recipe, RunRecipe
 
@@ -107,6 +106,8 @@ class TrainPlan:
         data, train = recipe.data, recipe.train
         micro_batch = micro_batch_of(recipe, world_size)
         if data.is_stream:
+            from karat_scale.data.shards.streamed import StreamShards  # imports webdataset
+
             StreamShards(data, recipe.run.seed).check_lanes(world_size, data.lanes)
         order = data.order, data.block_samples, data.window_blocks, data.lanes
         return cls(recipe.run.seed, num_samples, train.global_batch, micro_batch, rank, world_size, *order)

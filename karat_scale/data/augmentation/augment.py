@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
-from torchvision.transforms import functional
+from PIL import Image, ImageEnhance, ImageOps
 
 from karat_scale.data.batch import Draw, Operation
 from karat_scale.data.decoders.decode import View, centre_view, crop_view
@@ -118,19 +117,22 @@ class _OwnRandom(threading.local):
         return getattr(self._generator, name)
 
 
-def _timm_with(generator: _OwnRandom) -> Any:
-    """Return a copy of timm's module that draws from `generator`: Python's own belongs to all threads and libraries."""
+_RANDOM = _OwnRandom()
+
+
+@cache
+def _timm() -> Any:
+    """Return a copy of timm's module that draws from `_RANDOM`: Python's own belongs to all threads and libraries.
+
+    Only RandAugment needs it, and importing timm takes seconds.
+    """
     spec = importlib.util.find_spec("timm.data.auto_augment")
     assert spec is not None
     assert spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.random = generator
+    module.random = _RANDOM
     return module
-
-
-_RANDOM = _OwnRandom()
-_TIMM = _timm_with(_RANDOM)
 
 
 class RandAugment:
@@ -146,7 +148,7 @@ class RandAugment:
             "interpolation": RESAMPLE[augment.interpolation],
         }
         try:
-            policy = _TIMM.rand_augment_transform(augment.randaugment, hparams)
+            policy = _timm().rand_augment_transform(augment.randaugment, hparams)
         except (AssertionError, ValueError, KeyError) as error:
             raise RecipeError(
                 f"augment.randaugment = {augment.randaugment!r} is not a policy timm reads; "
@@ -213,11 +215,8 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
     return ImageOps.posterize(image, bits_to_keep)
 
 
-JITTERS = {
-    "brightness": functional.adjust_brightness,
-    "contrast": functional.adjust_contrast,
-    "saturation": functional.adjust_saturation,
-}
+JITTERS = {"brightness": "Brightness", "contrast": "Contrast", "saturation": "Color"}
+"""Pillow's enhancement for each, which is what torchvision's jitter uses too."""
 CROP_TRIES, TENSORFLOW_CROP_TRIES = 10, 100
 # Random erasing, arXiv 1708.04896 with timm's settings: share of the area, and height over width.
 ERASE_AREA, ERASE_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
@@ -301,7 +300,7 @@ class TrainTransform:
                 assert self._randaugment is not None
                 image = self._randaugment.apply(image, operation)
             for name, factor in draw.jitter:
-                image = JITTERS[name](image, factor)
+                image = getattr(ImageEnhance, JITTERS[name])(image).enhance(factor)
             pixels = np.asarray(image)
         if not self._only_flips and draw.erase is not None:
             pixels = self._erased(pixels, draw.erase)

@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from karat_scale.data.augmentation.augment import MATRICES
+from karat_scale.data.augmentation.augment import JITTERS, MATRICES
 from karat_scale.data.batch import Draw, Operation
 from karat_scale.data.decoders.decode import View
 
-JITTERS = {"brightness": "Brightness", "contrast": "Contrast", "saturation": "Color"}
 ERASE = "Erase"
 # The kind of an operation and up to six arguments; a power of two keeps each turn's table aligned.
 COLUMNS = 8

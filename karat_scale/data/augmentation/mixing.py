@@ -12,7 +12,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from timm.data.mixup import cutmix_bbox_and_lam, one_hot
 
 from karat_scale.data.order import batch_seed
 from karat_scale.recipe import AugmentConfig
@@ -52,6 +51,8 @@ class Mixer:
         cut = augment.cutmix > 0 and (augment.mixup == 0 or switch < augment.mix_switch_prob)
         if not cut:
             return MixParams("mixup", float(rng.beta(augment.mixup, augment.mixup)))
+        from timm.data.mixup import cutmix_bbox_and_lam  # takes seconds, and the loader alone does not need it
+
         lam = float(rng.beta(augment.cutmix, augment.cutmix))
         with _seeded_global_numpy(int(rng.randint(2**31))):
             (top, bottom, left, right), lam = cutmix_bbox_and_lam((height, width), lam)
@@ -61,7 +62,8 @@ class Mixer:
         """int64 [b] to smoothed and mixed float32 targets [b, classes]."""
         smoothing = self._augment.label_smoothing
         off = smoothing / self._num_classes
-        targets: torch.Tensor = one_hot(labels, self._num_classes, on_value=1 - smoothing + off, off_value=off)
+        targets = torch.full((len(labels), self._num_classes), off, device=labels.device)
+        targets.scatter_(1, labels[:, None], 1 - smoothing + off)
         return targets if mix.kind == "none" else targets * mix.lam + _partners(targets) * (1 - mix.lam)
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from karat_scale.data.order import epoch_order
 from karat_scale.data.shards.shard_format import check_class_count, split_fix
@@ -24,6 +23,8 @@ class FolderSplit:
     """
 
     def __init__(self, root: Path | str, split: str, num_classes: int, classes: tuple[str, ...] | None = None) -> None:
+        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset  # takes seconds
+
         self._folder = Path(root).expanduser() / split
         found = _class_folders(self._folder)
         self.classes = classes or tuple(found)
