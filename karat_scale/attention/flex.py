@@ -80,11 +80,12 @@ def _problem() -> str | None:
     shapes = *[(2, 2, 33, 32)] * 3, *[(2, 4, 33, 2)] * 2, (2, 33, 4)
     try:
         tensors = [torch.randn(shape, generator=generator).cuda() for shape in shapes]
-        output, expected = attend(FourierCall(*tensors)), reference.attend(FourierCall(*tensors))
+        call = FourierCall._make((*tensors, None, None, "zero"))
+        output, expected = attend(call), reference.attend(call)
     except Exception as error:  # of any kind: from the compiler, from what it calls, or from the driver
         return f"FlexAttention does not run on this GPU: {str(error).strip().partition(chr(10))[0]}"
-    error = float((output - expected).norm() / expected.norm())
-    return None if error < WRONG else f"FlexAttention is wrong by {error:.1g} on this GPU"
+    distance = float((output - expected).norm() / expected.norm())
+    return None if distance < WRONG else f"FlexAttention is wrong by {distance:.1g} on this GPU"
 
 
 def attend(call: FourierCall) -> Tensor:
@@ -129,7 +130,7 @@ def _attend_by(log: Callable[..., Tensor], *heads: Tensor) -> tuple[Tensor, Tens
     given, on_cpu = [x.detach() for x in heads], heads[0].device.type == "cpu"
     with _with_vmap(), torch.compiler.set_stance("force_eager" if on_cpu else "default"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
-        attend = flex_attention if on_cpu else _compiled()
+        attend: Callable[..., Any] = flex_attention if on_cpu else _compiled()
         read, kept = attend(*given, log, return_aux=AuxRequest(lse=True))
     return read, kept.lse.to(read.dtype).exp().unsqueeze(-1)
 
