@@ -1,1 +1,27 @@
-"""Turn shards into an exact sequence of batches: order, plan, reading, decoding, augmentation, mixing."""
+"""Turn shards into an exact sequence of batches: order, plan, reading, decoding, augmentation, mixing.
+
+`ExactLoader`, `EvalLoader` and `SampleFiles` are for any training loop.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from karat_scale.foundation.tables import load
+
+if TYPE_CHECKING:
+    from karat_scale.data.exact import EvalLoader, ExactLoader
+    from karat_scale.data.shards.sample_files import SampleFiles
+
+__all__ = ["EvalLoader", "ExactLoader", "SampleFiles"]
+
+_PLACES = {
+    "EvalLoader": "karat_scale.data.exact:EvalLoader",
+    "ExactLoader": "karat_scale.data.exact:ExactLoader",
+    "SampleFiles": "karat_scale.data.shards.sample_files:SampleFiles",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Not imported before they are used: every module below this package runs this file first.
+    if name in _PLACES:
+        return load(_PLACES[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -98,6 +98,11 @@ class Batch:
             streamed=streamed,
         )
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors that move to the device."""
+        return [self.images, self.labels, self.valid]
+
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
         """Return the same batch on `device`; the copy overlaps with other work if the memory is pinned.
 

@@ -40,6 +40,7 @@ def _portable(value: Any) -> Any:
 
 R = TypeVar("R", bound=RunRecipe)
 Schema = type[RunRecipe]
+S = TypeVar("S", bound=BaseModel)
 _LONGEST = 200
 
 
@@ -115,6 +116,14 @@ def validate_recipe(
     if unknown:
         raise RecipeError(f"{source}: resume.allow = {unknown[0]}: no such key{_nearest(unknown[0], schema)}")
     return recipe
+
+
+def section_of(section: type[S], settings: Mapping[str, Any]) -> S:
+    """Return a section of a recipe with these settings. Raises RecipeError."""
+    try:
+        return section(**settings)
+    except ValidationError as error:
+        raise RecipeError(_one_line(error, section)) from None
 
 
 def dump_recipe(recipe: RunRecipe) -> str:
@@ -198,13 +207,13 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _one_line(error: ValidationError, schema: Schema) -> str:
+def _one_line(error: ValidationError, schema: type[BaseModel]) -> str:
     errors = error.errors()
     first = _describe(errors[0], schema)
     return first if len(errors) == 1 else f"{first} (and {len(errors) - 1} more)"
 
 
-def _describe(error: Any, schema: Schema) -> str:
+def _describe(error: Any, schema: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in error["loc"] if not str(part).startswith("function-"))
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key{_nearest(key, schema)}"
@@ -219,14 +228,14 @@ def _describe(error: Any, schema: Schema) -> str:
     return f"{key} = {repr(error['input'])[:_LONGEST]}: {message}{_default_of(key, schema)}"
 
 
-def _nearest(key: str, schema: Schema) -> str:
+def _nearest(key: str, schema: type[BaseModel]) -> str:
     if said := elsewhere(key):
         return f"; {said}"
     near = keys_like(key, schema)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def keys_like(key: str, schema: Schema = Recipe) -> list[str]:
+def keys_like(key: str, schema: type[BaseModel] = Recipe) -> list[str]:
     """Return the valid keys that an unknown key most likely means: by another tool's name, or by its spelling."""
     keys = list(schema_keys(schema))
     if called := keys_called(key, keys):
@@ -239,7 +248,7 @@ def keys_like(key: str, schema: Schema = Recipe) -> list[str]:
     return close or difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
 
 
-def _default_of(key: str, schema: Schema) -> str:
+def _default_of(key: str, schema: type[BaseModel]) -> str:
     model: Any = schema
     *sections, leaf = key.split(".")
     for name in sections:

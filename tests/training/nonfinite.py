@@ -22,8 +22,9 @@ class NonfiniteTrainer(Trainer):
 
     def __init__(self, task: Any, directory: RunDirectory) -> None:
         super().__init__(task, directory)
-        self._normalize, self._plain_objective = task.normalize, task.objective
-        task.normalize, task.objective = self._images, self._loss
+        finish = task.loader.finish
+        self._normalize, self._plain_objective = finish.normalize, task.objective
+        finish.normalize, task.objective = self._images, self._loss
 
     def step(self, micro_batches: list[Batch]) -> None:
         if self.bad_steps:

@@ -64,6 +64,10 @@ class SplitBackend:
     def classes(self) -> tuple[str, ...]:
         return self._train.classes
 
+    @property
+    def identity(self) -> object:
+        return self._train.identity
+
     def _handing_out(self, batches: Batches) -> Batches:
         """Remember batches that `close` must stop."""
         self._handed_out.add(batches)
@@ -114,6 +118,8 @@ def open_folder(spec: ImageSpec) -> ImageBackend:
     """Open an ImageFolder, train/<class>/<image> and val/<class>/<image>. Raises DataError if it is not right."""
     data = spec.data
     train = FolderSplit(data.path, data.train_split, spec.num_classes)
+    if data.val_split == data.train_split:
+        return ImageBackend(train, train, spec)
     return ImageBackend(train, FolderSplit(data.path, data.val_split, spec.num_classes, train.classes), spec)
 
 
@@ -122,6 +128,8 @@ def open_shards(spec: ImageSpec) -> tuple[ShardSplit, ShardSplit]:
     data = spec.data
     common = spec.num_classes, data.verify
     train = ShardSplit(data.path, data.train_split, *common, spec.readahead, RemoteUse.of(data, training=True))
+    if data.val_split == data.train_split:
+        return train, train
     return train, ShardSplit(data.path, data.val_split, *common, remote=RemoteUse.of(data, training=False))
 
 
@@ -140,7 +148,8 @@ def open_ffcv(spec: ImageSpec) -> ImageBackend:
     decoder = FfcvDecoder(spec.augment.interpolation, data.max_pixels) if data.decoder == "auto" else None
     lends = decoder is not None
     train = BetonSplit(data.path, data.train_split, spec.num_classes, data.verify, spec.readahead, lends)
-    val = BetonSplit(data.path, data.val_split, spec.num_classes, data.verify, lends=lends)
+    same = data.val_split == data.train_split
+    val = train if same else BetonSplit(data.path, data.val_split, spec.num_classes, data.verify, lends=lends)
     if train.classes != val.classes:
         raise DataError(f"{train.path} and {val.path} have different classes; make both from one source")
     return ImageBackend(train, val, spec, decoder)

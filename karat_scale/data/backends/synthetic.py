@@ -55,6 +55,11 @@ class SyntheticBackend:
     def classes(self) -> tuple[str, ...]:
         return tuple(f"class {label}" for label in range(self._num_classes))
 
+    @property
+    def identity(self) -> str:
+        """What is generated."""
+        return f"{self._samples} synthetic images of {self._num_classes} classes, seed {self._seed}"
+
     def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
         return (self._batch(part, TRAIN_STREAM) for part in slices)
 

@@ -65,6 +65,10 @@ class Backend(Protocol):
     def classes(self) -> tuple[str, ...]:
         """Class names in the order of the labels."""
 
+    @property
+    def identity(self) -> object:
+        """What the training samples are, as plain data; of copies it is equal."""
+
     def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
         """Return augmented batches. Loading starts at once and runs ahead of the reader."""
 
@@ -89,6 +93,10 @@ class ImageSource(Protocol):
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names in the order of the labels."""
+
+    @property
+    def identity(self) -> object:
+        """What the samples are, as plain data; of copies it is equal."""
 
     def __len__(self) -> int: ...
 

@@ -96,7 +96,7 @@ class _Copies:
         """The copy, for work that is launched from now on."""
         current = torch.cuda.current_stream(self._device)
         current.wait_event(copied)
-        for tensor in (copy.images, copy.labels, copy.valid):
+        for tensor in copy.tensors:
             tensor.record_stream(current)  # its memory is the other stream's until this one is done with it, too
         return copy
 

@@ -1,6 +1,7 @@
 """One split of an ImageFolder: image files in one folder per class."""
 
 import os
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,11 @@ class FolderSplit:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def identity(self) -> str:
+        """A hash of the images' paths and labels, in which a copy agrees."""
+        return sha256(self._paths.tobytes() + self.labels.tobytes()).hexdigest()
 
     def read(self, sample_id: int) -> bytes:
         """Return the encoded image. Raises DataError naming the file if it cannot be read."""

@@ -103,6 +103,10 @@ class ShardFiles:
         """
         raise NotImplementedError
 
+    def span(self, sample_id: int, begin: int, end: int) -> bytes:
+        """Return these bytes of the file that holds a sample. Raises OSError, DataError."""
+        raise NotImplementedError
+
     def prepare(self, sample_ids: Iterable[int]) -> None:
         """Fetch what is needed for some samples at a URL, several at a time. Raises DataError."""
 
@@ -135,6 +139,10 @@ class LocalShardFiles(ShardFiles):
         if places.shards[number].sha256 and zlib.crc32(data) != places.crcs[sample_id]:
             raise ChangedSampleError(CHANGED)
         return data
+
+    def span(self, sample_id: int, begin: int, end: int) -> bytes:
+        """See ShardFiles."""
+        return os.pread(self._opened(sample_id)[1], end - begin, begin)
 
     def _opened(self, sample_id: int) -> tuple[int, int]:
         """Return the number and a descriptor of the shard that holds a sample; its block is read ahead."""

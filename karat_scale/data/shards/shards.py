@@ -42,6 +42,7 @@ from karat_scale.data.shards.shard_format import (
     read_record,
     staged_copy,
 )
+from karat_scale.data.shards.tars import BLOCK
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.tables import Files
 from karat_scale.recipe import DataConfig
@@ -164,6 +165,11 @@ class IndexedSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def identity(self) -> list[tuple[int, str]]:
+        """The size of each file and the hash of its index, in which a copy agrees."""
+        return [(shard.bytes, shard.index.sha256) for shard in self._shards]
+
     def read(self, sample_id: int) -> bytes:
         """Return the encoded image. Raises DataError naming the file if it has changed since it was indexed."""
         try:
@@ -233,6 +239,19 @@ class ShardSplit(IndexedSplit):
     def ahead(self) -> int:
         """The samples of a rank to fetch before they are needed; 0 for shards on a file system."""
         return self._remote.ahead if self._files.is_remote else 0
+
+    def around(self, sample_id: int) -> bytes:
+        """Return what is between the sample before and the one after, with the latter's header. Raises DataError."""
+        places, number = self.places, self.places.shard_of(sample_id)
+        begin, end = 0, self._shards[number].bytes
+        if sample_id > places.starts[number]:
+            begin = -(-int(places.offsets[sample_id - 1] + places.sizes[sample_id - 1]) // BLOCK) * BLOCK
+        if sample_id + 1 < places.starts[number + 1]:
+            end = int(places.offsets[sample_id + 1])
+        try:
+            return self._files.span(sample_id, begin, end)
+        except OSError as error:
+            raise DataError(f"{self.file_of(sample_id)} cannot be read: {error.strerror}; {self._tars.fix}") from error
 
     def prepare(self, sample_ids: Iterable[int]) -> None:
         """See ShardFiles."""

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from karat_scale.checkpoint.weights import Snapshots, snapshot_steps
-from karat_scale.data.augmentation.device_augment import DeviceAugment, Normalize
-from karat_scale.data.augmentation.mixing import Mixer
+from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.backends import Backend, ImageSpec, open_backend
 from karat_scale.data.batch import BadSample, Batch
+from karat_scale.data.exact import EvalLoader, ExactLoader
 from karat_scale.data.loading.device_feed import DeviceFeed
-from karat_scale.data.loading.loader import BITS, batch_digest, with_digest
+from karat_scale.data.loading.loader import BITS, batch_digest
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan, micro_batch_of
 from karat_scale.data.shards.shard_format import staged_copy, unused_classes
 from karat_scale.data.shards.shards import hash_files, is_hashed
@@ -164,8 +164,8 @@ def evaluate_batches(
     Raises:
         UserError: memory ran out.
     """
-    plan = EvalPlan(images, batch_size, world.rank, world.size)
-    batches = DeviceFeed(load(plan.slices()), world.device)
+    loader = EvalLoader.of(load, EvalPlan(images, batch_size, world.rank, world.size), world.device)
+    batches = loader.feed()
     bad = 0
     for done in itertools.count(1):
         with one_line_out_of_memory(lambda: f"lower train.eval_batch (now {batch_size})"):
@@ -176,7 +176,7 @@ def evaluate_batches(
             batches.fetch_ahead()
             take(logits, batch)
         bad += len(batch.bad)
-        on_batch(done, plan.num_batches, batch.bad)
+        on_batch(done, len(loader), batch.bad)
     return bad
 
 
@@ -248,14 +248,11 @@ class ClassificationTask(Task):
 
     def __init__(self, recipe: Recipe, world: World, reporter: Reporter, is_verified: bool = False) -> None:
         super().__init__(recipe, world, reporter)
-        augment, model = recipe.augment, recipe.model
         self.backend = open_images(recipe, world, reporter, is_verified)
         self.classes = self.backend.classes
-        self.augment = DeviceAugment(augment, model.image_size)
-        self.mixer = Mixer(augment, model.num_classes, recipe.run.seed)
         # A teacher starts from the student's pixels, and may need more of their bits than the student.
-        dtype = torch.float32 if recipe.distill.from_ else pixel_dtype(recipe.train, world.device)
-        self.normalize = Normalize(augment.mean, augment.std, dtype)
+        self._dtype = torch.float32 if recipe.distill.from_ else pixel_dtype(recipe.train, world.device)
+        self.normalize = Normalize(recipe.augment.mean, recipe.augment.std, self._dtype)
         self.objective = SoftTargetCrossEntropy()
         self.efficiency = Efficiency(recipe, world.size, device_peak(world.device, recipe.train))
         self._digest = self._bad = 0
@@ -289,6 +286,11 @@ class ClassificationTask(Task):
     def plan(self) -> TrainPlan:
         """Return the order of the data on this rank."""
         return TrainPlan.of(self.recipe, self.num_train, self.world.rank, self.world.size)
+
+    @cached_property
+    def loader(self) -> ExactLoader:
+        """This rank's training batches. Raises DataError and RecipeError as `plan`."""
+        return ExactLoader.of(ImageSpec.of(self.recipe), self.plan(), self.backend, self.world.device, self._dtype)
 
     def schedule(self, steps_per_epoch: int) -> CosineSchedule:
         """Return the recipe's schedule in steps."""
@@ -353,7 +355,7 @@ class ClassificationTask(Task):
         """Return this rank's micro batches on its device."""
         if self._stream is not None:
             slices = self._stream.from_here(slices)
-        return DeviceFeed(map(with_digest, self.backend.train_batches(slices)), self.world.device, waiting)
+        return self.loader.feed(slices, waiting)
 
     def losses(self, forward: Callable[..., Tensor], batch: Batch) -> dict[str, Tensor]:
         """Return the mean cross-entropy of a micro batch with its soft targets; with a teacher, also both parts."""
@@ -370,9 +372,7 @@ class ClassificationTask(Task):
 
     def as_trained(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return what the model sees of a micro batch: augmented, normalised and mixed images, and soft targets."""
-        mix = self.mixer.params(batch.epoch, batch.batch, *batch.images.shape[-2:])
-        images = self.normalize(self.augment(batch.images, batch.draws), mix)
-        return images, self.mixer.targets(batch.labels, mix)
+        return self.loader.finish(batch)
 
     def evaluate(self, forward: Callable[..., Tensor], on_batch: OnBatch) -> EvalResult:
         """Evaluate the validation split."""

@@ -1,0 +1,166 @@
+"""The samples of a map-style dataset of the user's, in our order: any samples, not only images.
+
+A sample may use random numbers: its own generator, or those of Python, NumPy and torch. All of them are seeded for each
+sample, so it is the same on any rank, in any worker, and after a resume.
+"""
+
+import inspect
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import default_collate
+
+from karat_scale.data.loading.workers import OrderedResults, Whereabouts, worker_number
+from karat_scale.data.order import sample_seed
+from karat_scale.data.plan import PADDING, BatchSlice
+from karat_scale.recipe import DataConfig
+
+
+class Dataset(Protocol):
+    """Samples by their number. `__getitem__` may take a second argument, `generator`: a torch.Generator."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Collated:
+    """A micro batch. content: what `collate` makes of its samples. sample_ids: int64 [b], without padding."""
+
+    content: Any
+    sample_ids: torch.Tensor
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors that move to the device."""
+        found: list[torch.Tensor] = []
+        _each_tensor(self.content, found.append)
+        return found
+
+    def to(self, device: torch.device, non_blocking: bool = True) -> "Collated":
+        """Return the same batch on `device`; `sample_ids` stay on the host."""
+        return replace(self, content=_each_tensor(self.content, lambda x: x.to(device, non_blocking=non_blocking)))
+
+    def pin_memory(self) -> "Collated":
+        """Return the same batch in page-locked memory, except what is on a device."""
+        return replace(self, content=_each_tensor(self.content, lambda x: x if x.is_cuda else x.pin_memory()))
+
+
+class OwnSamples:
+    """The batches of a dataset, with the names that a `Backend` has for them.
+
+    transform: what is done to each sample, in the worker; it may take a second argument, `generator`. collate: makes a
+    batch of a list of samples.
+    """
+
+    num_classes = 0
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        data: DataConfig,
+        seed: int,
+        transform: Callable[..., Any] | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+    ) -> None:
+        self._dataset, self._data, self._seed = dataset, data, seed
+        self._steps: list[tuple[Callable[..., Any], bool]] = [
+            (dataset.__getitem__, _takes_generator(type(dataset).__getitem__))
+        ]
+        if transform is not None:
+            self._steps.append((transform, _takes_generator(transform)))
+        self._collate = collate or default_collate
+        self._at = Whereabouts()
+        self._handed_out: list[OrderedResults[Collated]] = []
+
+    @property
+    def num_train(self) -> int:
+        """Number of samples."""
+        return len(self._dataset)
+
+    num_val = num_train
+
+    @property
+    def identity(self) -> str:
+        """What a checkpoint says of the data: the dataset's own `identity`, if it has one, or its class and length."""
+        own = getattr(self._dataset, "identity", None)
+        return str(own) if own is not None else f"{type(self._dataset).__name__} of {self.num_train} samples"
+
+    def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Collated]:
+        """Return the batches of `slices`, in their order."""
+        data = self._data
+        loader: OrderedResults[Collated] = OrderedResults(
+            self._make, slices, data.workers, data.prefetch, data.timeout, self._whereabouts
+        )
+        self._handed_out.append(loader)
+        return loader
+
+    eval_batches = train_batches
+
+    def close(self) -> None:
+        """Stop the workers."""
+        while self._handed_out:
+            self._handed_out.pop().close()
+
+    def _make(self, part: BatchSlice) -> Collated:
+        ids: npt.NDArray[np.int64] = part.sample_ids[part.sample_ids != PADDING]
+        with _random_numbers_kept():
+            samples = [self._sample(part.epoch, sample_id) for sample_id in ids.tolist()]
+        return Collated(self._collate(samples) if samples else None, torch.from_numpy(ids.copy()))
+
+    def _sample(self, epoch: int, sample_id: int) -> Any:
+        self._at.tell(sample_id)
+        seed = sample_seed(self._seed, epoch, sample_id)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.random.default_generator.manual_seed(seed)
+        made: Any = sample_id
+        for step, takes_generator in self._steps:
+            # From the same seed each, so that a transform draws the same whatever the dataset drew.
+            made = step(made, generator=torch.Generator().manual_seed(seed)) if takes_generator else step(made)
+        return made
+
+    def _whereabouts(self, workers: int) -> str:
+        return self._at.told(workers, lambda sample_id: f"at sample {sample_id}")
+
+
+def _takes_generator(function: Callable[..., Any]) -> bool:
+    try:
+        return "generator" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of a function in C
+        return False
+
+
+@contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """Give the process of training its own random numbers back; a worker needs none."""
+    if worker_number() is not None:
+        yield
+        return
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _each_tensor(content: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """Return the content of a batch with each tensor in it changed."""
+    if isinstance(content, torch.Tensor):
+        return change(content)
+    if isinstance(content, Mapping):
+        return {key: _each_tensor(value, change) for key, value in content.items()}
+    if isinstance(content, tuple) and hasattr(content, "_fields"):
+        return type(content)(*(_each_tensor(value, change) for value in content))
+    if isinstance(content, list | tuple):
+        return type(content)(_each_tensor(value, change) for value in content)
+    return content

@@ -1,0 +1,391 @@
+"""Loaders for any training loop: batches in an exact order, on any number of ranks and workers, resumed at any step.
+
+`karat train` reads its images through these classes.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from karat_scale.data.backends import Backend, ImageSpec, open_backend
+from karat_scale.data.backends.own import Dataset, OwnSamples
+from karat_scale.data.batch import Batch
+from karat_scale.data.loading.device_feed import DeviceFeed
+from karat_scale.data.loading.loader import BITS, batch_digest, with_digest
+from karat_scale.data.plan import PADDING, BatchSlice, EvalPlan, TrainPlan, choose_micro_batch
+from karat_scale.data.shards.shard_format import DATASET_FILE, beton_path
+from karat_scale.foundation.errors import DataError, RecipeError
+from karat_scale.foundation.stores import is_url
+from karat_scale.recipe import AugmentConfig, DataConfig
+from karat_scale.recipe.loading import section_of
+
+# A random resized crop and a flip: what is on if nobody says otherwise.
+PLAIN = {"randaugment": "", "mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0}
+Waiting = Callable[[], AbstractContextManager[None]]
+Load = Callable[[Iterable[BatchSlice]], Iterator[Any]]
+
+
+class ExactLoader:
+    """Training batches in an order that depends on the data, the seed and the global batch alone.
+
+    Rank k of W gets the k-th part of each global batch. So the samples of a step, and all that is drawn for them, are
+    the same for any number of ranks, workers and micro batches. The last incomplete global batch of an epoch is left
+    out.
+
+    Iterating yields what is left of the current epoch; the next iteration goes on with the next one. Of images, a batch
+    is (images, labels): float32 [b, 3, H, W], normalised, and int64 [b]; or float32 [b, classes] where `augment` mixes
+    or smooths labels. Of a dataset of your own it is what `collate` returns. In the body of the loop, `state_dict`
+    counts the batch that the body has.
+
+    Args:
+        data: images, as `karat train` reads them: a folder of classes, shards, betons, or the index of tars, also at a
+            URL. Or your own dataset, with `__len__` and `__getitem__(index)`, or `__getitem__(index, generator)`.
+        split: of the images.
+        global_batch: samples of a step, over all ranks.
+        seed: of the order, and of all that is drawn.
+        rank, world_size: by default those of torch.distributed, or of the launcher's environment, or 0 of 1.
+        workers: processes that read and decode; 0 does it in this process.
+        micro_batch: samples of a batch of this rank; by default all of its part of a step. A part is several batches
+            where it is smaller.
+        epochs: where to end; None never ends.
+        image_size: H and W.
+        augment: settings of the recipe's `augment` section, over a plain random resized crop and flip.
+        transform: of your own dataset: what is done to each sample, `transform(sample)` or
+            `transform(sample, generator)`.
+        collate: of your own dataset: makes a batch of a list of samples; torch's by default.
+        device: where the tensors shall be. Copies to a GPU run beside the work on the batch before.
+        dtype: of the images. torch.uint8 leaves them as they were read.
+        num_classes: for labels that are mixed or smoothed; by default that of the data.
+        options: of the recipe's `data` section, such as backend, decoder, order, prefetch, timeout, on_bad_sample,
+            verify.
+
+    Raises:
+        DataError: the data cannot be used, or an epoch has no whole global batch.
+        RecipeError: a setting is wrong, or the global batch does not divide over the ranks.
+    """
+
+    def __init__(
+        self,
+        data: str | Path | Dataset,
+        split: str = "train",
+        *,
+        global_batch: int,
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        workers: int = 2,
+        micro_batch: int | None = None,
+        epochs: int | None = None,
+        image_size: int = 224,
+        augment: Mapping[str, Any] | AugmentConfig | None = None,
+        transform: Callable[..., Any] | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        num_classes: int | None = None,
+        **options: Any,
+    ) -> None:
+        rank, world_size = place(rank, world_size)
+        spec = spec_of(data, split, image_size, num_classes, seed, workers, augment, options)
+        source = open_own(data, spec, transform, collate) or open_backend(spec)
+        mixes = not isinstance(source, OwnSamples) and spec.augment.mixes
+        micro = choose_micro_batch(global_batch, world_size, micro_batch, even=mixes)
+        order = spec.data.order, spec.data.block_samples, spec.data.window_blocks
+        plan = TrainPlan(seed, source.num_train, global_batch, micro, rank, world_size, *order)
+        self._set_up(spec, plan, source, torch.device(device), dtype, epochs)
+
+    @classmethod
+    def of(
+        cls, spec: ImageSpec, plan: TrainPlan, backend: Backend, device: torch.device, dtype: torch.dtype
+    ) -> "ExactLoader":
+        """Return the loader of images that are open, in the order of a plan."""
+        loader = cls.__new__(cls)
+        loader._set_up(spec, plan, backend, device, dtype, None)
+        loader.finish.soft = True
+        return loader
+
+    def _set_up(
+        self,
+        spec: ImageSpec,
+        plan: TrainPlan,
+        source: Backend | OwnSamples,
+        device: torch.device,
+        dtype: torch.dtype,
+        epochs: int | None,
+    ) -> None:
+        self.plan, self._spec, self._source, self._device = plan, spec, source, device
+        self._steps = sys.maxsize if epochs is None else epochs * plan.steps_per_epoch
+        self._taken = 0  # micro batches since the start of training
+        self._ahead: DeviceFeed[Any] | None = None
+        self._reading: Any = None
+        self.digest = 0
+        """A sum over the samples of this rank since it was made or set; over all ranks, modulo 2^40, that of the run.
+        Two runs with the same digest trained on the same samples, augmented in the same way. Of images only."""
+        if not isinstance(source, OwnSamples):
+            self.finish = Finish(spec, dtype, source.num_classes)
+
+    def __len__(self) -> int:
+        """The batches of a whole epoch on this rank."""
+        return self.plan.steps_per_epoch * self.plan.accumulation
+
+    @property
+    def step(self) -> int:
+        """The steps whose batches have all been taken, since the start of training."""
+        return self._taken // self.plan.accumulation
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next batch, counted from 0."""
+        return self._taken // len(self)
+
+    def set_step(self, step: int) -> None:
+        """Go on with the first batch of this step, counted from the start of training. Raises ValueError below 0."""
+        if step < 0:
+            raise ValueError(f"step = {step}: expected 0 or more")
+        self._taken, self.digest = step * self.plan.accumulation, 0
+        self._stop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the loader is, and of what data and settings. It is the same on every rank."""
+        return {"step": self.step, "identity": self.identity}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another loader was, on any number of ranks and workers.
+
+        Raises:
+            DataError: it had other data or settings.
+        """
+        theirs, ours = state["identity"], self.identity
+        for name in ours:
+            if theirs.get(name) != ours[name]:
+                raise DataError(
+                    f"{name}: the state is of a loader with {theirs.get(name)!r}, and this one has {ours[name]!r}; use "
+                    "the same, or start from the beginning"
+                )
+        self.set_step(int(state["step"]))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Data and settings, in which a state must agree with the loader that takes it."""
+        plan = self.plan
+        found: dict[str, Any] = {
+            "data": sha256(json.dumps(self._source.identity).encode()).hexdigest(),
+            "seed": plan.seed,
+            "global_batch": plan.global_batch,
+            "order": plan.order if plan.order == "full" else [plan.order, plan.block_samples, plan.window_blocks],
+        }
+        if not isinstance(self._source, OwnSamples):
+            found |= {"image_size": self._spec.image_size, "augment": self._spec.augment.model_dump(mode="json")}
+        return found
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the rest of the epoch."""
+        end = min((self.epoch + 1) * self.plan.steps_per_epoch, self._steps) * self.plan.accumulation
+        while self._taken < end:
+            if self._ahead is None:
+                self._taken = self.step * self.plan.accumulation
+                self._ahead = self.feed(self.plan.slices(self.step, self._steps))
+            batch = next(self._ahead)
+            self._taken += 1
+            if isinstance(self._source, OwnSamples):
+                yield batch.content
+            else:
+                self.digest = (self.digest + batch_digest(batch)) % 2**BITS
+                yield self.finish(batch)
+
+    def feed(self, slices: Iterable[BatchSlice], waiting: Waiting = nullcontext) -> DeviceFeed[Any]:
+        """Return the micro batches of `slices` on the device, before `finish`; in `waiting()` it waits for the next."""
+        self._reading = self._source.train_batches(slices)
+        own = isinstance(self._source, OwnSamples)
+        return DeviceFeed(self._reading if own else map(with_digest, self._reading), self._device, waiting)
+
+    def _stop(self) -> None:
+        if self._ahead is not None:
+            self._reading.close()
+            self._ahead = None
+
+    def close(self) -> None:
+        """Stop the workers and close the files."""
+        self._stop()
+        self._source.close()
+
+    def __enter__(self) -> "ExactLoader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class EvalLoader:
+    """Every sample of a split exactly once over any number of ranks.
+
+    Iterating yields (images, labels, ids): float32 [b, 3, H, W], int64 [b] and int64 [b], the numbers of the samples in
+    the split; of a dataset of your own, (batch, ids). It may be iterated again. Every rank has as many batches. The
+    last ones may be smaller, and of no sample at all if there are fewer samples than ranks have room for. These are
+    left out, or with drop_empty=False come as well, for loops with collective calls. An image that cannot be read is
+    left out, or ends the loop, as `on_bad_sample` says.
+
+    Args:
+        batch: samples of a batch, on each rank.
+        The others are those of `ExactLoader`.
+
+    Raises:
+        DataError, RecipeError: as `ExactLoader`.
+    """
+
+    def __init__(
+        self,
+        data: str | Path | Dataset,
+        split: str = "val",
+        *,
+        batch: int = 256,
+        rank: int | None = None,
+        world_size: int | None = None,
+        workers: int = 2,
+        image_size: int = 224,
+        augment: Mapping[str, Any] | AugmentConfig | None = None,
+        transform: Callable[..., Any] | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        drop_empty: bool = True,
+        **options: Any,
+    ) -> None:
+        rank, world_size = place(rank, world_size)
+        spec = spec_of(data, split, image_size, None, 0, workers, augment, options)
+        source = open_own(data, spec, transform, collate) or open_backend(spec)
+        plan = EvalPlan(source.num_val, batch, rank, world_size)
+        self._set_up(source.eval_batches, plan, torch.device(device))
+        self._source, self._drop_empty = source, drop_empty
+        self._finish = None if isinstance(source, OwnSamples) else Finish(spec, dtype, source.num_classes)
+
+    @classmethod
+    def of(cls, load: Load, plan: EvalPlan, device: torch.device) -> "EvalLoader":
+        """Return the loader of batches that `load` makes of slices, as a backend's `eval_batches` does."""
+        loader = cls.__new__(cls)
+        loader._set_up(load, plan, device)
+        return loader
+
+    def _set_up(self, load: Load, plan: EvalPlan, device: torch.device) -> None:
+        self._load, self.plan, self._device = load, plan, device
+
+    def __len__(self) -> int:
+        """The batches of this rank."""
+        return self.plan.num_batches
+
+    def feed(self) -> DeviceFeed[Any]:
+        """Return all of this rank's batches on the device, padded and not normalised."""
+        return DeviceFeed(self._load(self.plan.slices()), self._device)
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        """Yield all of this rank's batches."""
+        for batch in self.feed():
+            found = (batch.content, batch.sample_ids) if self._finish is None else self._finish.of_eval(batch)
+            if len(found[-1]) or not self._drop_empty:
+                yield found
+
+    def close(self) -> None:
+        """Stop the workers and close the files."""
+        self._source.close()
+
+    def __enter__(self) -> "EvalLoader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Finish:
+    """What is done to a batch of images on the device: augmentation, normalisation, mixing, and targets."""
+
+    soft: bool
+    """Targets are float32 [b, classes], also where a label is one class."""
+
+    def __init__(self, spec: ImageSpec, dtype: torch.dtype, classes_of_data: int) -> None:
+        # They look for Triton, which takes time.
+        from karat_scale.data.augmentation.device_augment import DeviceAugment, Normalize
+        from karat_scale.data.augmentation.mixing import Mixer
+
+        augment, raw = spec.augment, dtype == torch.uint8
+        if raw and augment.mixes:
+            raise RecipeError("dtype = torch.uint8: augment mixes images, which are float32 then; use mix_prob=0")
+        self.soft = augment.mixes or augment.label_smoothing > 0
+        num_classes = classes_of_data if spec.num_classes == sys.maxsize else spec.num_classes
+        self.augment, self.mixer = DeviceAugment(augment, spec.image_size), Mixer(augment, num_classes, spec.seed)
+        self.normalize = None if raw else Normalize(augment.mean, augment.std, dtype)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return images and labels, or soft targets, of a training batch."""
+        images = self.augment(batch.images, batch.draws)
+        mix = self.mixer.params(batch.epoch, batch.batch, *images.shape[-2:])
+        images = images if self.normalize is None else self.normalize(images, mix)
+        return images, self.mixer.targets(batch.labels, mix) if self.soft else batch.labels
+
+    def of_eval(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the images that could be read of an evaluation's batch, their labels, and their ids."""
+        images, labels, ids = batch.images, batch.labels, batch.sample_ids
+        # From what the host has: to ask the device would wait for it.
+        bad = torch.tensor([sample.sample_id for sample in batch.bad], dtype=torch.int64)
+        kept = ((ids != PADDING) & ~torch.isin(ids, bad)).nonzero()[:, 0]
+        if len(kept) < len(ids):
+            there = kept.to(images.device)
+            images, labels, ids = images[there], labels[there], ids[kept]
+        return images if self.normalize is None else self.normalize(images), labels, ids
+
+
+def place(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Return the rank and the world size, from torch.distributed or the environment where they are None."""
+    if rank is None and world_size is None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank is None or world_size is None or not 0 <= rank < world_size:
+        raise RecipeError(f"rank = {rank} and world_size = {world_size}: give both, with rank below world_size")
+    return rank, world_size
+
+
+def spec_of(
+    data: Any,
+    split: str,
+    image_size: int,
+    num_classes: int | None,
+    seed: int,
+    workers: int,
+    augment: Mapping[str, Any] | AugmentConfig | None,
+    options: Mapping[str, Any],
+) -> ImageSpec:
+    """Return what is asked of a source. Raises RecipeError."""
+    ours = isinstance(data, str | Path)
+    path = str(data) if ours else ""
+    backend = options.get("backend") or (_backend_of(path, split) if ours else "synthetic")
+    settings = {**options, "backend": backend, "path": path, "workers": workers}
+    settings |= {"train_split": split, "val_split": split}
+    if not isinstance(augment, AugmentConfig):
+        augment = section_of(AugmentConfig, {**PLAIN, **(augment or {})})
+    return ImageSpec(section_of(DataConfig, settings), augment, image_size, num_classes or sys.maxsize, seed)
+
+
+def _backend_of(path: str, split: str) -> str:
+    if is_url(path) or (Path(path).expanduser() / DATASET_FILE).is_file():
+        return "webdataset"
+    return "ffcv" if beton_path(Path(path).expanduser(), split).is_file() else "folder"
+
+
+def open_own(data: Any, spec: ImageSpec, transform: Any, collate: Any) -> OwnSamples | None:
+    """Return the samples of a dataset of the user's; None if `data` is a place of images. Raises RecipeError."""
+    if not isinstance(data, str | Path):
+        return OwnSamples(data, spec.data, spec.seed, transform, collate)
+    if transform is not None or collate is not None:
+        raise RecipeError(
+            "transform and collate are for a dataset of your own; for images, use `augment`, or pass "
+            "SampleFiles(path, split) as the dataset"
+        )
+    return None

@@ -1,0 +1,322 @@
+"""The loaders for any training loop: one order on any number of ranks and workers, from any step, or a refusal."""
+
+import random
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterable
+from io import BytesIO
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from karat_scale.data import EvalLoader, ExactLoader, SampleFiles
+from karat_scale.foundation.errors import DataError, RecipeError
+from karat_scale.recipe.loading import load_recipe
+from tests.conftest import karat_done, make_image_folder, summary
+from tests.data.conftest import encode, photo
+
+Make = Callable[..., Path]
+GLOBAL, SEED = 8, 3
+
+
+class Numbers:
+    """Twenty samples that show their number, and what was drawn for them by every kind of random numbers."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        drawn = random.random() + np.random.rand() + torch.rand(()).item()
+        return {"index": index, "drawn": drawn, "image": torch.full((2,), float(index))}
+
+
+def shifted(sample: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    return {**sample, "shift": torch.rand((), generator=generator).item()}
+
+
+def of_numbers(**options: Any) -> ExactLoader:
+    settings: dict[str, Any] = {"global_batch": GLOBAL, "seed": SEED, "workers": 0, "transform": shifted}
+    return ExactLoader(Numbers(), **{**settings, **options})
+
+
+def indices(batches: Iterable[Any]) -> list[list[int]]:
+    return [batch["index"].tolist() for batch in batches]
+
+
+def of_images(path: Path, **options: Any) -> ExactLoader:
+    settings: dict[str, Any] = {"global_batch": GLOBAL, "seed": SEED, "workers": 0, "image_size": 16}
+    return ExactLoader(path, **{**settings, **options})
+
+
+def test_an_epoch_has_each_sample_once_and_the_next_is_in_another_order() -> None:
+    loader = of_numbers(global_batch=5, epochs=2)
+    first, second, third = indices(loader), indices(loader), indices(loader)
+    assert sorted(chain(*first)) == sorted(chain(*second)) == list(range(20))
+    assert first != second
+    assert third == []
+    assert len(loader) == len(first) == 4
+
+
+@pytest.mark.parametrize(("ranks", "workers", "micro_batch"), [(1, 2, 4), (2, 1, None), (4, 0, 1)])
+def test_a_step_is_the_same_on_any_number_of_ranks_workers_and_micro_batches(
+    ranks: int, workers: int, micro_batch: int | None
+) -> None:
+    def drawn(batches: list[Any]) -> list[tuple[float, ...]]:
+        columns = [torch.cat([b[key] for b in batches]).tolist() for key in ("index", "drawn", "shift")]
+        return sorted(zip(*columns, strict=True))
+
+    expected = [drawn([batch]) for batch in of_numbers(epochs=1)]
+    several = [
+        of_numbers(rank=rank, world_size=ranks, workers=workers, micro_batch=micro_batch, epochs=1)
+        for rank in range(ranks)
+    ]
+    steps: list[list[Any]] = [[] for _ in expected]
+    for loader in several:
+        for number, batch in enumerate(loader):
+            steps[number // loader.plan.accumulation].append(batch)
+        loader.close()
+    assert [drawn(step) for step in steps] == expected
+
+
+@pytest.mark.parametrize("taken", [1, 2, 3])  # in the first epoch, at its end, and in the second
+def test_a_state_goes_on_with_the_next_batch_on_other_ranks_and_workers(taken: int) -> None:
+    # Others began at 0 (mosaicml/streaming#880), or in the first epoch's order (huggingface/accelerate#2016).
+    whole = of_numbers(epochs=3)
+    expected = indices(batch for _ in range(3) for batch in whole)
+    loader, seen = of_numbers(epochs=3), []
+    while len(seen) < taken:
+        for batch in loader:
+            seen += indices([batch])
+            if len(seen) == taken:
+                state = loader.state_dict()
+                break
+    parts = [of_numbers(rank=rank, world_size=2, workers=1, epochs=3) for rank in range(2)]
+    left = []
+    for part in parts:
+        part.load_state_dict(state)
+        left.append([row for _ in range(3) for row in indices(part)])
+        part.close()
+    assert seen + [first + second for first, second in zip(*left, strict=True)] == expected
+
+
+def test_a_state_after_an_epoch_starts_the_next_one_whole() -> None:
+    # torchdata's loader gave an empty epoch first: meta-pytorch/data#1437.
+    loader = of_numbers()
+    first = indices(loader)
+    resumed = of_numbers()
+    resumed.load_state_dict(loader.state_dict())
+    second = indices(resumed)
+    assert len(second) == len(first) == len(resumed)
+    assert second == indices(loader)
+
+
+def test_a_loader_that_was_left_in_the_middle_goes_on_there() -> None:
+    whole = indices(of_numbers(epochs=1))
+    loader = of_numbers(epochs=1)
+    for _ in loader:
+        break
+    assert indices(loader) == whole[1:]
+
+
+def test_a_step_is_reached_without_reading_what_comes_before_it() -> None:
+    class Counted(Numbers):
+        read: ClassVar[list[int]] = []
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            self.read.append(index)
+            return super().__getitem__(index)
+
+    loader = ExactLoader(Counted(), global_batch=GLOBAL, seed=SEED, workers=0)
+    loader.set_step(2 * len(loader) + 1)
+    assert next(iter(loader))["index"].tolist() == Counted.read
+    assert (loader.epoch, loader.step) == (3, 6)  # the batch was the last of the third epoch
+    with pytest.raises(ValueError, match="step = -1"):
+        loader.set_step(-1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"seed": 4}, "seed: the state is of a loader with 3, and this one has 4"),
+        ({"global_batch": 10}, "global_batch: the state is of a loader with 8, and this one has 10"),
+        ({"order": "block"}, "order: the state is of a loader with 'full'"),
+    ],
+)
+def test_a_state_of_other_settings_is_refused_by_name(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        of_numbers(**changed).load_state_dict(of_numbers().state_dict())
+
+
+def test_a_state_of_other_images_or_augmentation_is_refused_by_name(make_shards: Make, tmp_path: Path) -> None:
+    shards = make_shards()
+    state = of_images(shards).state_dict()
+    moved = shards.rename(tmp_path / "moved")
+    of_images(moved, workers=1).load_state_dict(state)  # a copy is the same data
+    folder = make_image_folder(tmp_path / "folder", {"train": 10, "val": 2})
+    for path, changed, named in (
+        (folder, {}, "data"),
+        (moved, {"augment": {"hflip": 0.0}}, "augment"),
+        (moved, {"image_size": 8}, "image_size"),
+    ):
+        with pytest.raises(DataError, match=f"^{named}: the state is of a loader with"):
+            of_images(path, **changed).load_state_dict(state)
+
+
+def test_images_are_normalised_and_their_labels_are_numbers_or_mixed(make_shards: Make) -> None:
+    shards = make_shards()
+    images, labels = next(iter(of_images(shards)))
+    assert (images.dtype, tuple(images.shape), labels.dtype) == (torch.float32, (8, 3, 16, 16), torch.int64)
+    pixels, same = next(iter(of_images(shards, dtype=torch.uint8)))
+    assert torch.equal(labels, same)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    torch.testing.assert_close(images, (pixels / 255 - mean) / std, rtol=0, atol=1e-5)
+    mixed, targets = next(iter(of_images(shards, augment={"mixup": 0.8, "label_smoothing": 0.1})))
+    assert tuple(targets.shape) == (8, 3)
+    torch.testing.assert_close(targets.sum(1), torch.ones(8))
+    assert not torch.equal(mixed, images)
+
+
+def test_a_digest_says_if_two_runs_saw_the_same(make_shards: Make) -> None:
+    shards = make_shards()
+    whole = of_images(shards, epochs=1)
+    list(whole)
+    ranks = [of_images(shards, rank=rank, world_size=2, micro_batch=2, workers=1, epochs=1) for rank in range(2)]
+    for loader in ranks:
+        list(loader)
+        loader.close()
+    assert sum(loader.digest for loader in ranks) % 2**40 == whole.digest
+    other = of_images(shards, seed=4, epochs=1)
+    list(other)
+    assert other.digest != whole.digest
+
+
+def test_the_trainer_sees_what_the_loader_gives(shards: Path, tmp_path: Path, recipe_file: Path) -> None:
+    run = tmp_path / "run"
+    karat_done("train", str(recipe_file), f"data.path={shards}", f"run.dir={run}", "train.max_steps=3")
+    recipe = load_recipe(run / "recipe.yaml")
+    loader = ExactLoader(
+        shards,
+        global_batch=recipe.train.global_batch,
+        seed=recipe.run.seed,
+        image_size=recipe.model.image_size,
+        augment=recipe.augment,
+    )
+    for _ in zip(range(3), loader, strict=False):
+        pass
+    assert loader.step == 3
+    assert loader.digest == summary(run)["data_digest"]
+    loader.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_an_evaluation_has_each_sample_once_with_its_id(make_shards: Make, ranks: int) -> None:
+    shards = make_shards()
+    found: list[tuple[int, int]] = []
+    counts = []
+    for rank in range(ranks):
+        with EvalLoader(shards, batch=3, rank=rank, world_size=ranks, workers=1, image_size=16) as loader:
+            for images, labels, ids in loader:
+                assert len(images) == len(labels) == len(ids) > 0
+                found += zip(ids.tolist(), labels.tolist(), strict=True)
+            counts.append(len(loader))
+    assert sorted(found) == [(number, (100 + number) % 3) for number in range(11)]
+    assert len(set(counts)) == 1
+
+
+def test_an_evaluation_of_a_dataset_of_ones_own_has_each_sample_once() -> None:
+    ids: list[int] = []
+    batches = []
+    for rank in range(8):  # of three samples, and the last one of none
+        loader = EvalLoader(Numbers(), batch=2, rank=rank, world_size=8, workers=0, drop_empty=False)
+        found = list(loader)
+        batches.append(len(found))
+        for content, own in found:
+            assert (content is None) == (len(own) == 0)
+            ids += own.tolist()
+    assert sorted(ids) == list(range(20))
+    assert set(batches) == {2}
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, BytesIO(content))
+
+
+def test_captions_and_labels_beside_images_come_through(tmp_path: Path) -> None:
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    long = "a-key-longer-than-a-header-has-room-for-" * 4
+    with tarfile.open(tars / "train-0.tar", "w") as tar:
+        for number in range(6):
+            key = f"{number}{long if number == 3 else ''}"
+            parts = {"txt": f"caption {number}".encode(), "jpg": encode(photo(number)), "cls": b"%d" % (number % 2)}
+            for suffix in sorted(parts, reverse=number % 2 == 0):  # what is beside it comes before or after the image
+                add(tar, f"{key}.{suffix}", parts[suffix])
+    karat_done("index", str(tars), "--label", "cls")
+    samples = SampleFiles(tars)
+
+    def caption(sample: dict[str, Any]) -> tuple[str, int, int]:
+        return sample["txt"].decode(), sample["__label__"], int(sample["cls"])
+
+    loader = ExactLoader(samples, global_batch=6, workers=1, epochs=1, transform=caption)
+    [(texts, labels, classes)] = list(loader)
+    loader.close()
+    assert sorted(texts) == [f"caption {number}" for number in range(6)]
+    assert labels.tolist() == classes.tolist() == [int(text[-1]) % 2 for text in texts]
+    assert samples[3]["__key__"] == f"3{long}"
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"augment": {"hflp": 0.5}}, "hflp: unknown key; did you mean hflip?"),
+    ({"prefetsh": 2}, "prefetsh: unknown key; did you mean prefetch?"),
+    ({"global_batch": 9, "world_size": 2, "rank": 0}, "does not divide over 2 ranks"),
+    ({"global_batch": 400}, "has 40 samples, fewer than train.global_batch = 400"),
+    ({"rank": 2, "world_size": 2}, "rank = 2 and world_size = 2"),
+    ({"transform": str}, "transform and collate are for a dataset of your own"),
+    ({"dtype": torch.uint8, "augment": {"mixup": 0.8}}, "dtype = torch.uint8: augment mixes images"),
+    ({"split": "test"}, "no samples of split 'test'"),
+]
+
+
+@pytest.mark.parametrize(("changed", "said"), REFUSED)
+def test_a_mistake_is_one_line(make_shards: Make, changed: dict[str, Any], said: str) -> None:
+    with pytest.raises((DataError, RecipeError)) as raised:
+        of_images(make_shards(), **changed)
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_error_of_ones_own_dataset_arrives_with_its_type() -> None:
+    class Broken(Numbers):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            raise KeyError(f"no sample {index}")
+
+    with pytest.raises(KeyError, match="no sample"):
+        next(iter(ExactLoader(Broken(), global_batch=4, workers=1)))
+
+
+def test_the_random_numbers_of_the_training_process_stay_its_own() -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+    expected = torch.rand(2), random.random()
+    torch.manual_seed(0)
+    random.seed(0)
+    loader = iter(of_numbers())
+    first = torch.rand(1)
+    next(loader)
+    assert torch.equal(torch.cat((first, torch.rand(1))), expected[0])
+    assert random.random() == expected[1]
+
+
+def test_importing_the_loaders_needs_neither_deepspeed_nor_timm() -> None:
+    names = "deepspeed", "timm", "torchvision", "webdataset", "triton"
+    imports = "import sys; from karat_scale.data import EvalLoader, ExactLoader, SampleFiles"
+    program = f"{imports}; print([name for name in {names} if name in sys.modules])"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "[]"
