@@ -1,23 +1,29 @@
-"""What each kind of attention of docs/experiments/attention.md costs over softmax: `python -m benchmarks.variants`.
+"""What each kind of attention costs over softmax: `python -m benchmarks.variants`.
 
 Forward and backward of the operator alone, in fp32 on one thread, against scaled_dot_product_attention, interleaved, in
 processor time. The sizes are those of ViT-Tiny at 224 px. Each kind runs as a recipe runs it (`implementation: auto`).
 """
 
+from functools import partial
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.attention_trials import ARMS, GONE, RECIPE
+from karat_scale.attention.operator import layer_input
 from karat_scale.commands.measure.attention import Attend, passes
 from karat_scale.commands.measure.interleaved import interleaved_seconds, processor_seconds
 from karat_scale.foundation.arguments import OneLineParser, count, new_file
 from karat_scale.foundation.console import print_table, write_json
 from karat_scale.foundation.errors import run_script
+from karat_scale.foundation.tables import ATTENTIONS
 from karat_scale.models.operators import operator_maker
 from karat_scale.recipe.loading import load_recipe
 
 SOFTMAX = "softmax"
-KINDS = [arm for arm in ARMS if arm not in (SOFTMAX, *GONE)]
+# Those of the experiment, and the other kinds of `attention.kind`.
+KINDS = {arm: overrides for arm, overrides in ARMS.items() if arm not in (SOFTMAX, *GONE)}
+KINDS |= {kind: [f"attention.kind={kind}"] for kind in ATTENTIONS if kind != SOFTMAX and kind not in KINDS}
 HEADS, WIDTH = 3, 64
 
 
@@ -34,10 +40,12 @@ def main(arguments: list[str] | None = None) -> None:
     shape = options.batch, HEADS, options.tokens, WIDTH
     torch.manual_seed(0)
     inputs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    tokens = torch.randn(options.batch, options.tokens, HEADS * WIDTH)
     kinds: dict[str, Attend] = {SOFTMAX: scaled_dot_product_attention}
     for arm in options.only or KINDS:
-        attention = load_recipe(RECIPE, ["data.path=.", *ARMS[arm]]).attention
-        kinds[arm] = operator_maker(attention)(options.tokens, HEADS)
+        attention = load_recipe(RECIPE, ["data.path=.", *KINDS[arm]]).attention
+        heads = operator_maker(attention)(options.tokens, HEADS, WIDTH)
+        kinds[arm] = partial(heads, **layer_input(heads, tokens))
     both = {arm: passes(attend, inputs)[1] for arm, attend in kinds.items()}
     seconds = interleaved_seconds(both, options.rounds, processor_seconds)
     ratios = {arm: round(seconds.ratio(arm, SOFTMAX), 2) for arm in kinds}

@@ -31,6 +31,8 @@ VARIANTS = {
     "static": ("attention.kind=static", "attention.softmax_heads=1"),
     "static_softmax": ("attention.kind=static_softmax",),
     "scaled_softmax": ("attention.kind=scaled_softmax",),
+    "gated": ("attention.kind=gated", "attention.softmax_heads=1"),
+    "centred": ("attention.kind=centred", "attention.mode=universal"),
     "softmax_bias": ("attention.kind=softmax_bias", "model.weight_init=mimetic"),
     "without scores": ("attention.scores=false",),
     "content": ("attention.form=content", "attention.mode=universal"),

@@ -99,9 +99,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_each_example_has_a_module_its_row_and_a_command() -> None:
-    assert list(SECTIONS) == [
-        f"Add a {what}" for what in ("basis", "data backend", "model family", "tracker", "data set")
-    ]
+    parts = ("a basis", "an attention", "a data backend", "a model family", "a tracker", "a data set")
+    assert list(SECTIONS) == [f"Add {part}" for part in parts]
     for section in SECTIONS.values():
         ((title, _),) = blocks(section, "python")
         assert Path(title).suffix == ".py"
@@ -110,7 +109,7 @@ def test_each_example_has_a_module_its_row_and_a_command() -> None:
 
 
 @pytest.mark.slow(together=True)
-@pytest.mark.parametrize("run", ["gaussian", "zip", "relpos", "csv", "pathmnist"])
+@pytest.mark.parametrize("run", ["gaussian", "mean", "zip", "relpos", "csv", "pathmnist"])
 def test_each_example_trains_two_steps(copy: Path, run: str) -> None:
     summary = json.loads((copy / "runs" / run / "summary.json").read_text())
     assert (summary["exit"], summary["steps"]) == (0, 2)

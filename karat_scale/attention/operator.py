@@ -9,7 +9,8 @@ Residual heads: softmax with a learned correction, S = softmax(A) + g S_learned.
 This is ours, not the paper's: it applies to attention what ReZero (arXiv 2003.04887) applies to a layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -56,17 +57,26 @@ class LayerCall(NamedTuple):
 class AttentionHeads(nn.Module):
     """Computes O = S V from query, key and value [B, h, N, d] of `num_heads` heads, with the optional bias and mask.
 
-    `forward(query, key, value, bias, mask)` is every subclass's own.
+    `forward(query, key, value, bias, mask)` is every subclass's own. The first axis of each parameter is that of heads.
     """
 
     num_heads: int
     implementation = "auto"
     without_kernels = "PyTorch"
     """What runs if `implementation` is "auto" and the heads have no kernels."""
+    sees_input = False
+    """Whether they are `InputHeads`, or around such heads."""
+    is_linear = True
+    """Whether O = S V, with the S of `scores`."""
+    token_axes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    """By parameter, its axes of N tokens: images of another size interpolate it along them."""
+    summed_axes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    """Those of `token_axes` over which attention sums, so that twice as many tokens halve the parameter."""
 
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Return the learned attention S [B, h, N, N], for analysis."""
-        raise NotImplementedError
+        """Return the learned attention S [B, h, N, N], for analysis: by default what the heads make of V = 1."""
+        matrix: Tensor = self(query, key, _identity(query), bias, mask)
+        return matrix
 
     def function_of_score(self, scores: Tensor) -> Tensor | None:
         """Return what each head makes of each score alone [..., h, n, N], of scores [..., h, n, N]; None by default."""
@@ -76,7 +86,8 @@ class AttentionHeads(nn.Module):
         """Return the operations of a forward pass on one item of N tokens and heads of width d, as the equations need.
 
         A multiply-add is two. Elementwise work does not count, as is usual for MFU; a function with K coefficients
-        counts as K multiply-adds per evaluation. masked: pairs are masked, so that S is needed.
+        counts as K multiply-adds per evaluation. masked: pairs are masked, so that S is needed. Heads without a method
+        of their own are counted by what PyTorch runs.
         """
         raise NotImplementedError
 
@@ -101,6 +112,35 @@ class AttentionHeads(nn.Module):
             return self.without_kernels, None
         own = functional.KERNELS_OF.get(layer.device.type, "auto")
         return functional.automatic(call), functional.refusal(own, call)
+
+
+class InputHeads(AttentionHeads):
+    """Heads whose `forward` and `scores` also take the layer's input x [B, N, D], by name."""
+
+    sees_input = True
+
+    def scores(
+        self,
+        query: Tensor,
+        key: Tensor,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        x: Tensor | None = None,
+    ) -> Tensor:
+        """See `AttentionHeads`."""
+        matrix: Tensor = self(query, key, _identity(query), bias, mask, x=x)
+        return matrix
+
+
+def _identity(query: Tensor) -> Tensor:
+    """[B, h, N, N]."""
+    tokens = query.shape[2]
+    return torch.eye(tokens, dtype=query.dtype, device=query.device).expand(*query.shape[:2], tokens, tokens)
+
+
+def layer_input(heads: nn.Module, x: Tensor | None) -> dict[str, Tensor]:
+    """Return the argument of heads that see the layer's input x [B, N, D]; none for others."""
+    return {"x": x} if x is not None and getattr(heads, "sees_input", False) else {}
 
 
 class WrappedHeads(AttentionHeads):
@@ -366,19 +406,33 @@ class ResidualHeads(nn.Module):
     def __init__(self, operator: AttentionHeads, start: float = 0.0) -> None:
         super().__init__()
         self.operator, self.num_heads = operator, operator.num_heads
-        like = next(operator.parameters())
+        like = next(operator.parameters(), torch.empty(0))
         self.gate = nn.Parameter(torch.full((operator.num_heads,), start, device=like.device, dtype=like.dtype))
+        self.sees_input = operator.sees_input
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        x: Tensor | None = None,
     ) -> Tensor:
         """Return O [B, h, N, d] for query, key and value [B, h, N, d]; bias and mask as in `karat_attention`."""
-        learned: Tensor = self.operator(query, key, value, bias, mask)
+        learned: Tensor = self.operator(query, key, value, bias, mask, **layer_input(self.operator, x))
         return softmax_attention(query, key, value, bias, mask) + self._gate(learned) * learned
 
-    def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def scores(
+        self,
+        query: Tensor,
+        key: Tensor,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        x: Tensor | None = None,
+    ) -> Tensor:
         """Return S [B, h, N, N], both parts together."""
-        learned = self.operator.scores(query, key, bias, mask)
+        learned = self.operator.scores(query, key, bias, mask, **layer_input(self.operator, x))
         return softmax_scores(query, key, bias, mask).to(learned.dtype) + self._gate(learned) * learned
 
     def _gate(self, like: Tensor) -> Tensor:
@@ -396,20 +450,34 @@ class HybridHeads(nn.Module):
         if not isinstance(softmax_heads, int) or isinstance(softmax_heads, bool) or softmax_heads < 1:
             raise ValueError(f"softmax_heads = {softmax_heads!r}: expected an integer of at least 1")
         self.operator, self.softmax_heads = operator, softmax_heads
+        self.sees_input = operator.sees_input
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        x: Tensor | None = None,
     ) -> Tensor:
         """Return O [B, h, N, d] for query, key and value [B, h, N, d]; bias and mask as in `karat_attention`."""
         self._check(query)
         alone, others = zip(*map(self._split, (query, key, value, bias, mask)), strict=True)
-        return torch.cat((softmax_attention(*alone), self.operator(*others)), 1)
+        return torch.cat((softmax_attention(*alone), self.operator(*others, **layer_input(self.operator, x))), 1)
 
-    def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def scores(
+        self,
+        query: Tensor,
+        key: Tensor,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        x: Tensor | None = None,
+    ) -> Tensor:
         """Return softmax(A) of the first heads and S of the others, [B, h, N, N]."""
         self._check(query)
         alone, others = zip(*map(self._split, (query, key, bias, mask)), strict=True)
-        learned = self.operator.scores(*others)
+        learned = self.operator.scores(*others, **layer_input(self.operator, x))
         return torch.cat((softmax_scores(*alone).to(learned.dtype), learned), 1)
 
     def extra_repr(self) -> str:

@@ -11,6 +11,7 @@ each score beside the operator of low rank.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,8 @@ class StaticHeads(ControlHeads):
     """
 
     parameter = "matrix"
+    token_axes = MappingProxyType({"matrix": (1, 2)})
+    summed_axes = MappingProxyType({"matrix": (2,)})
     matrix: nn.Parameter
 
     def shape(self) -> tuple[int, ...]:
@@ -181,6 +184,7 @@ class BiasedSoftmax(ControlHeads):
     """
 
     parameter = "position_bias"
+    token_axes = MappingProxyType({"position_bias": (1, 2)})
     position_bias: nn.Parameter
 
     def shape(self) -> tuple[int, ...]:
@@ -335,6 +339,7 @@ class SmoothOperator(FourierHeads):
     Raises ValueError when there are fewer than K modes.
     """
 
+    token_axes = MappingProxyType({"modes": (0,)})
     modes: Tensor
 
     def __init__(

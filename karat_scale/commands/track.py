@@ -9,7 +9,7 @@ from karat_scale.engine.tracking.follow import Trackers, check_trackers
 from karat_scale.foundation.console import printable
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError, UserError
 from karat_scale.foundation.tables import TRACKERS
-from karat_scale.foundation.trust import require_trust_in
+from karat_scale.foundation.trust import require_trust
 from karat_scale.recipe.base import LogConfig
 from karat_scale.recipe.files import read_run_recipe
 
@@ -43,7 +43,7 @@ def _trackers_in_recipe(file: Path) -> Sequence[str]:
     if not trackers:
         raise UserError(f"{file}: log.trackers is empty; name the trackers with --to, such as --to {[*TRACKERS][-1]}")
     for name in trackers:
-        require_trust_in("log.trackers", name, file)
+        require_trust({"log.trackers": name}, file)
     return trackers
 
 

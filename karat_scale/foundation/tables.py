@@ -7,6 +7,7 @@ So this module imports nothing heavy, and reading a recipe stays fast. To add a 
 
 import importlib
 import importlib.util
+import inspect
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -17,6 +18,29 @@ def load(place: str) -> Any:
     """Return the object at a place, `module:attribute`."""
     module, _, name = place.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def load_class(key: str, place: str, *parents: type) -> type:
+    """Return a class of the user's at `package.module:Class`, the value of a key. Its module may be anybody's.
+
+    Raises:
+        ValueError: it cannot be imported, or it is not a class that can be built and descends from one of `parents`.
+    """
+    module, _, name = place.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except AttributeError:
+        raise ValueError(f"{key} = {place!r}: module {module} has no {name}") from None
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{key} = {place!r}: {error}; put its directory on PYTHONPATH") from error
+    except Exception as error:  # a module of others may raise anything
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{key} = {place!r}: {module} cannot be imported: {reason}") from error
+    if not (inspect.isclass(found) and issubclass(found, parents)):
+        raise ValueError(f"{key} = {place!r}: expected a subclass of {' or '.join(own.__name__ for own in parents)}")
+    if inspect.isabstract(found):
+        raise ValueError(f"{key} = {place!r}: the class lacks {', '.join(sorted(found.__abstractmethods__))}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -142,6 +166,59 @@ BASES = {
     "dog": BasisRow("karat_scale.attention.bases.wavelets:DerivativeOfGaussian"),
     "meyer": BasisRow("karat_scale.attention.bases.wavelets:Meyer"),
     "shannon": BasisRow("karat_scale.attention.bases.wavelets:Shannon"),
+}
+
+
+@dataclass(frozen=True)
+class AttentionRow:
+    """A kind of attention.
+
+    words: what it is. place: of its class, as CONTRIBUTING.md describes one; "" for timm's softmax and for KArAt, whose
+    class depends on its form. keys: the keys of the recipe's section that have an effect, beside `mode`.
+    gate: of each head, the first factor of what is added to softmax; None where nothing is added to it.
+    by_rows: it forms S a tile of query rows at a time, in PyTorch.
+    """
+
+    words: str
+    place: str = ""
+    keys: tuple[str, ...] = ("softmax_heads",)
+    gate: float | None = None
+    by_rows: bool = False
+
+
+_OF_KARAT = ("form", "basis", "simplex", "gains", "base", "init", "grid", "degree", "range", "orders", "rank", "modes")
+ATTENTIONS = {
+    # A recipe of KArAt with attention.kind=softmax is a baseline, so keys that name another model are refused only
+    # where softmax alone would be another model too.
+    "softmax": AttentionRow("softmax attention", keys=(*_OF_KARAT, "implementation")),
+    "karat": AttentionRow(
+        "Kolmogorov-Arnold attention",
+        keys=(*_OF_KARAT, "implementation", "softmax_heads", "scores", "residual"),
+    ),
+    "static": AttentionRow("a learned constant matrix as attention", "karat_scale.attention.variants:StaticHeads"),
+    "static_softmax": AttentionRow(
+        "softmax attention plus a learned constant matrix", "karat_scale.attention.variants:StaticHeads", gate=1.0
+    ),
+    "scaled_softmax": AttentionRow(
+        "softmax attention times a learned gain", "karat_scale.attention.variants:ScaledSoftmax"
+    ),
+    "softmax_bias": AttentionRow(
+        "softmax attention with a learned position bias", "karat_scale.attention.variants:BiasedSoftmax"
+    ),
+    "sigmoid": AttentionRow("sigmoid attention", "karat_scale.attention.rivals:SigmoidHeads", by_rows=True),
+    "polynomial": AttentionRow("polynomial attention", "karat_scale.attention.rivals:PolynomialHeads", by_rows=True),
+    "gated": AttentionRow("softmax attention with a gate of each head", "karat_scale.attention.rivals:GatedHeads"),
+    "differential": AttentionRow("differential attention", "karat_scale.attention.rivals:DifferentialHeads"),
+    "query_only": AttentionRow(
+        "learned functions of the query alone as attention",
+        "karat_scale.attention.rivals:QueryOnly",
+        keys=("softmax_heads", "rank", "grid"),
+    ),
+    "centred": AttentionRow(
+        "Kolmogorov-Arnold attention without the row that all queries share, plus a learned constant matrix",
+        "karat_scale.attention.rivals:Centred",
+        keys=("softmax_heads", "rank", "grid", "base", "init", "implementation"),
+    ),
 }
 
 

@@ -5,6 +5,7 @@ somebody else, and a module of that name may lie beside it.
 """
 
 import os
+from collections.abc import Mapping
 
 from karat_scale.foundation.errors import UserError
 
@@ -15,24 +16,20 @@ class UntrustedError(UserError):
     """A recipe that may be somebody else's names a class."""
 
 
-def require_trust(basis: str, source: object) -> None:
-    """Refuse a basis that is a class, unless the environment has KARAT_TRUST=1, which `--trust` sets.
+def require_trust(values: Mapping[str, str], source: object) -> None:
+    """Refuse the place of a class, unless the environment has KARAT_TRUST=1, which `--trust` sets.
 
     Args:
-        basis: `attention.basis` of a recipe that was not on the command line.
-        source: where it was found.
+        values: of keys that may name a class, in a recipe that was not on the command line.
+        source: where they were found.
 
     Raises:
         UntrustedError: with the class and where it is named.
     """
-    require_trust_in("attention.basis", basis, source)
-
-
-def require_trust_in(key: str, value: str, source: object) -> None:
-    """The same for the value of another key, which may be the place of a class."""
-    module = value.partition(":")[0]
-    if module != value:
-        refuse_untrusted(f"{source}: {key} = {value} runs the code of the module {module}")
+    for key, value in values.items():
+        module = value.partition(":")[0]
+        if module != value:
+            refuse_untrusted(f"{source}: {key} = {value} runs the code of the module {module}")
 
 
 def refuse_untrusted(what: str) -> None:

@@ -22,9 +22,11 @@ from timm.models.convit import GPSA, MHSA
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
+from karat_scale.attention.operator import layer_input
 from karat_scale.foundation.errors import UserError
 from karat_scale.models import hosts
 from karat_scale.models.layers import attention_layers
+from karat_scale.models.operators import heads_of
 from karat_scale.models.transfer import Teacher, TransferredAttention
 
 Visit = Callable[[int, Tensor, Tensor], None]
@@ -77,12 +79,12 @@ def query_key_value(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _of_plain(attention: Any, x: Tensor, _: None) -> Matrices:
     query, key, _value = query_key_value(attention, x)
-    return scores_and_matrix(query, key, getattr(attention, "operator", None))
+    return scores_and_matrix(query, key, getattr(attention, "operator", None), x)
 
 
 def _of_mhsa(attention: Any, x: Tensor, _: None) -> Matrices:
     query, key = hosts.query_key_value(attention, x)[:2]
-    return scores_and_matrix(query, key, getattr(attention, "operator", None))
+    return scores_and_matrix(query, key, getattr(attention, "operator", None), x)
 
 
 def _of_gated(attention: Any, x: Tensor, _: None) -> Matrices:
@@ -96,16 +98,16 @@ def _of_window(attention: Any, x: Tensor, mask: Tensor | None) -> Matrices:
     operator = getattr(attention, "operator", None)
     raw = query @ key.mT / query.shape[-1] ** 0.5 + bias
     if operator is not None:
-        learned = operator.scores(query, key, bias=bias, mask=keep)
+        learned = operator.scores(query, key, bias=bias, mask=keep, **layer_input(operator, x))
     else:
         learned = (raw if keep is None else raw.masked_fill(~keep, -torch.inf)).softmax(-1)
     return raw if keep is None else raw.masked_fill(~keep, 0), learned
 
 
-def scores_and_matrix(query: Tensor, key: Tensor, operator: Any) -> Matrices:
-    """Return A and S of query and key [B, h, N, d], for the layer's operator, or None for softmax."""
+def scores_and_matrix(query: Tensor, key: Tensor, operator: Any, x: Tensor | None = None) -> Matrices:
+    """Return A and S of query and key [B, h, N, d] and a layer's input x, for its operator, or None for softmax."""
     raw = query @ key.mT / query.shape[-1] ** 0.5
-    return raw, raw.softmax(-1) if operator is None else operator.scores(query, key)
+    return raw, raw.softmax(-1) if operator is None else operator.scores(query, key, **layer_input(operator, x))
 
 
 # By class, the most specific first. Each function receives the layer, its tokens and a Swin's mask.
@@ -128,9 +130,14 @@ Replace = Callable[[int, Tensor], Tensor]
 
 
 def can_be_replaced(model: nn.Module) -> bool:
-    """Return whether `replaced` knows all attention layers: those of plain ViTs, without attention transfer."""
+    """Return whether `replaced` knows all attention layers: those of plain ViTs where O = S V, without transfer."""
     layers = [layer.attention for layer in attention_layers(model)]
-    return all(isinstance(layer, Attention) and not isinstance(layer, TransferredAttention) for layer in layers)
+    return all(
+        isinstance(layer, Attention)
+        and not isinstance(layer, TransferredAttention)
+        and getattr(heads_of(layer), "is_linear", True)
+        for layer in layers
+    )
 
 
 @contextmanager
@@ -151,7 +158,7 @@ def _replacing(number: int, replace: Replace) -> Callable[[Any, tuple[Tensor, ..
     @torch.no_grad()
     def after(attention: Any, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
         query, key, value = query_key_value(attention, inputs[0])
-        learned = scores_and_matrix(query, key, getattr(attention, "operator", None))[1]
+        learned = scores_and_matrix(query, key, getattr(attention, "operator", None), inputs[0])[1]
         return hosts.join_heads(attention, inputs[0], replace(number, learned).to(value.dtype) @ value)
 
     return after

@@ -72,7 +72,10 @@ class _PassedOperator(nn.Module):
         self._counted = operator
         self.num_heads = operator.num_heads
         self.flops = self.backward_flops = 0
-        self._learns = [parameter for parameter in operator.parameters() if parameter.requires_grad][:1]
+        parameters = list(operator.parameters())
+        self._learns = [parameter for parameter in parameters if parameter.requires_grad][:1]
+        # Without parameters both factors of each product are activations, which have gradients.
+        self._products = 1 if self._learns or not parameters else 0
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
@@ -82,7 +85,7 @@ class _PassedOperator(nn.Module):
         flops = batch * self._counted.flops(tokens, width, masked=mask is not None)
         passed = query + key + value
         self.flops += flops
-        self.backward_flops += flops * (passed.requires_grad + len(self._learns))
+        self.backward_flops += flops * (passed.requires_grad + self._products)
         return passed + sum(0 * parameter.sum() for parameter in self._learns)
 
 
@@ -97,7 +100,8 @@ class _AnyMatrices:
 def _let_operators_pass(network: nn.Module) -> Collection[_PassedOperator]:
     """Let operators and teachers be counted instead of computed; return what stands for the operators.
 
-    An operator that all blocks share is replaced once; an operator within another counts with that one.
+    An operator that all blocks share is replaced once; an operator within another counts with that one. One that does
+    not count itself computes.
     """
     passed: dict[nn.Module, _PassedOperator] = {}
 
@@ -105,7 +109,7 @@ def _let_operators_pass(network: nn.Module) -> Collection[_PassedOperator]:
         if isinstance(module, TransferredAttention):
             module.teacher = _AnyMatrices()
         for name, child in list(module.named_children()):
-            if isinstance(child, AttentionHeads):
+            if isinstance(child, AttentionHeads) and type(child).flops is not AttentionHeads.flops:
                 setattr(module, name, passed.setdefault(child, _PassedOperator(child)))
             else:
                 replace_in(child)

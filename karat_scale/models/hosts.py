@@ -30,6 +30,7 @@ from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from karat_scale.attention.operator import layer_input
 from karat_scale.foundation.errors import RecipeError, nearest
 from karat_scale.models.layers import (
     KNOWN,
@@ -193,9 +194,9 @@ VIT_BASE = "vit_tiny_patch16_224"
 VIT_SIZES: dict[str, dict[str, int]] = {
     "vit_mini_patch4_28": {"patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 2},
 }
-# Makes the operator of a layer with so many heads, for the model that is being built. A class of its own for each model
-# would do it too, but pickle could not find that class.
-_MAKE_OPERATOR: ContextVar[Callable[[int], nn.Module]] = ContextVar("make_operator")
+# Makes the operator of a layer with so many heads of a width, for the model that is being built. A class of its own for
+# each model would do it too, but pickle could not find that class.
+_MAKE_OPERATOR: ContextVar[Callable[[int, int], nn.Module]] = ContextVar("make_operator")
 
 
 class KaratAttention(Attention):
@@ -207,7 +208,7 @@ class KaratAttention(Attention):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_dropout(self)
-        self.operator = _MAKE_OPERATOR.get()(self.num_heads)
+        self.operator = _MAKE_OPERATOR.get()(self.num_heads, self.head_dim)
 
     def forward(
         self,
@@ -229,7 +230,7 @@ class KaratAttention(Attention):
         bias, mask = None, attn_mask
         if attn_mask is not None and attn_mask.dtype != torch.bool:
             bias, mask = attn_mask, ~attn_mask.isneginf()
-        out = self.operator(query, key, value, bias=bias, mask=mask)
+        out = self.operator(query, key, value, bias=bias, mask=mask, **layer_input(self.operator, x))
         return join_heads(self, x, out)
 
 
@@ -372,7 +373,7 @@ class KaratMHSA(MHSA):
     def forward(self, x: Tensor) -> Tensor:
         """Compute attention: tokens [B, N, D] to tokens [B, N, D]."""
         query, key, value = query_key_value(self, x)
-        out: Tensor = self.operator(query, key, value)
+        out: Tensor = self.operator(query, key, value, **layer_input(self.operator, x))
         tokens: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
         return tokens
 
@@ -459,7 +460,7 @@ class KaratWindowAttention(WindowAttention):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Compute attention on windows [windows B, N, C]; mask [windows, N, N] is 0 for pairs that take part."""
         query, key, value, bias, keep = parts_of(self, x, mask)
-        out: Tensor = self.operator(query, key, value, bias=bias, mask=keep)
+        out: Tensor = self.operator(query, key, value, bias=bias, mask=keep, **layer_input(self.operator, x))
         tokens: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
         return tokens
 

@@ -22,16 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from karat_scale.attention import KaratOperator
+from karat_scale.attention import AttentionHeads, KaratOperator
 from karat_scale.attention.forms import SECOND, parameter_shapes
-from karat_scale.attention.variants import BiasedSoftmax, SmoothOperator, StaticHeads, mode_columns
+from karat_scale.attention.variants import SmoothOperator, mode_columns
 from karat_scale.foundation.errors import RecipeError, one_line
 from karat_scale.models.factory import layer_sizes
 from karat_scale.models.hosts import host_of
 from karat_scale.models.layers import attention_layers, fit_prefix, is_sincos_2d, places_of, prefix_tokens
 from karat_scale.recipe import AttentionConfig, ModelConfig
-
-Resizable = KaratOperator | StaticHeads | BiasedSoftmax | SmoothOperator
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def square_grid(tokens: int, prefix: int) -> TokenGrid:
     return TokenGrid(prefix, side, side)
 
 
-def tokens_of(operator: Resizable, tensors: Mapping[str, Tensor]) -> int:
+def tokens_of(operator: AttentionHeads, tensors: Mapping[str, Tensor]) -> int:
     """Return N of an operator's tensors by name; `operator` is the same except for N.
 
     Raises ValueError if they are of another operator.
@@ -79,7 +77,7 @@ def tokens_of(operator: Resizable, tensors: Mapping[str, Tensor]) -> int:
 
 
 def resize_operator(
-    operator: Resizable,
+    operator: AttentionHeads,
     tensors: Mapping[str, Tensor],
     old: TokenGrid,
     new: TokenGrid,
@@ -102,7 +100,7 @@ def resize_operator(
         return dict(tensors)
     if isinstance(operator, SmoothOperator):
         return _resize_modes(operator, tensors, old, new, places)
-    resized = {}
+    resized = dict(tensors)
     for name, axes in _token_axes(operator).items():
         tensor = tensors[name]
         for axis in axes:
@@ -136,12 +134,10 @@ def resize_tokens(
     return torch.cat((prefix, patches), -1).movedim(-1, axis).contiguous()
 
 
-def _is_summed(operator: Resizable, name: str, axis: int) -> bool:
+def _is_summed(operator: AttentionHeads, name: str, axis: int) -> bool:
     """Return True if what a parameter multiplies is summed over this axis. Raises ValueError if that is not known."""
-    if isinstance(operator, StaticHeads | BiasedSoftmax):
-        return isinstance(operator, StaticHeads) and axis == 2
     if not isinstance(operator, KaratOperator):
-        return True
+        return axis in operator.summed_axes.get(name, ())
     if not operator.basis.amplitudes:
         raise ValueError(f"the basis {type(operator.basis).__name__} has no `amplitudes`, so N cannot change")
     return name.removeprefix(SECOND) in ("proj", *operator.basis.amplitudes)
@@ -174,28 +170,26 @@ def _with_new_tokens(own: Tensor, tensor: Tensor, axes: Sequence[int], places: S
 
 
 _MODE_AXES = {"cos_modes": 2, "sin_modes": 2, "proj_modes": 1}
-_AXES: dict[type, dict[str, list[int]]] = {
-    StaticHeads: {"matrix": [1, 2]},
-    BiasedSoftmax: {"position_bias": [1, 2]},
-    SmoothOperator: {"modes": [0], **{name: [] for name in _MODE_AXES}},
-}
 
 
-def _shapes(operator: Resizable, tokens: int) -> dict[str, tuple[int, ...]]:
+def _shapes(operator: AttentionHeads, tokens: int) -> dict[str, tuple[int, ...]]:
     if not isinstance(operator, KaratOperator):
-        axes = _AXES[type(operator)]
         return {
-            name: tuple(tokens if axis in axes[name] else size for axis, size in enumerate(parameter.shape))
+            name: tuple(
+                tokens if axis in operator.token_axes.get(name, ()) else size
+                for axis, size in enumerate(parameter.shape)
+            )
             for name, parameter in operator.state_dict().items()
+            if not name.startswith(_WRAPPED)
         }
     shapes = parameter_shapes(operator.basis, operator.form, operator.num_heads, tokens, operator.rank)
     return shapes if operator.proj is None else {**shapes, "proj": (operator.num_heads, tokens, operator.rank)}
 
 
-def _token_axes(operator: Resizable) -> dict[str, list[int]]:
+def _token_axes(operator: AttentionHeads) -> Mapping[str, Sequence[int]]:
     """The axes of each parameter whose size follows N."""
     if not isinstance(operator, KaratOperator):
-        return _AXES[type(operator)]
+        return operator.token_axes
     one, other = _shapes(operator, operator.num_tokens), _shapes(operator, operator.num_tokens + 1)
     return {
         name: [axis for axis, sizes in enumerate(zip(shape, other[name], strict=True)) if sizes[0] != sizes[1]]
@@ -203,7 +197,7 @@ def _token_axes(operator: Resizable) -> dict[str, list[int]]:
     }
 
 
-def _check_positions(operator: Resizable, tensors: Mapping[str, Tensor], tokens: int) -> None:
+def _check_positions(operator: AttentionHeads, tensors: Mapping[str, Tensor], tokens: int) -> None:
     expected = _shapes(operator, tokens)
     if set(tensors) != set(expected):
         raise ValueError(f"expected {', '.join(expected)}, not {', '.join(tensors)}")
@@ -213,6 +207,7 @@ def _check_positions(operator: Resizable, tensors: Mapping[str, Tensor], tokens:
 
 
 OPERATOR = ".operator."
+_WRAPPED = "operator."  # of heads within heads, which are adapted by themselves
 
 
 def spread_operator(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -250,7 +245,8 @@ def operators_for(
     taken: dict[int, tuple[str, dict[str, Tensor]]] = {}
     others: list[TokenGrid] = []
     for prefix, operator in _operators(model):
-        tensors = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+        own_names = {name: name.removeprefix(prefix) for name in weights if name.startswith(prefix)}
+        tensors = {short: weights[name] for name, short in own_names.items() if not short.startswith(_WRAPPED)}
         first, shared = taken.setdefault(id(operator), (prefix, tensors))
         if any(not torch.equal(shared[name], x) for name, x in tensors.items() if name in shared):
             raise RecipeError(
@@ -271,10 +267,10 @@ def operators_for(
     return resized, others
 
 
-def _operators(model: nn.Module) -> Iterator[tuple[str, Resizable]]:
+def _operators(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield every block's operator with its parameters' prefix; a shared operator comes once for each block."""
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Resizable):
+        if isinstance(module, AttentionHeads) and _token_axes(module):
             yield f"{name}.", module
 
 

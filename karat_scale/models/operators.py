@@ -5,6 +5,7 @@ no attention class, the layers of the built model are converted. Parameters are 
 """
 
 import functools
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,15 +17,9 @@ from karat_scale.attention import FourierKaratOperator, HybridHeads, KaratOperat
 from karat_scale.attention.bases import Basis
 from karat_scale.attention.functional import KERNELS_OF
 from karat_scale.attention.operator import AttentionHeads, LayerCall
-from karat_scale.attention.variants import (
-    BiasedSoftmax,
-    ContentOperator,
-    ScaledSoftmax,
-    SmoothOperator,
-    StaticHeads,
-    WithoutScores,
-)
+from karat_scale.attention.variants import ContentOperator, SmoothOperator, WithoutScores
 from karat_scale.foundation.errors import RecipeError
+from karat_scale.foundation.tables import ATTENTIONS, load, load_class
 from karat_scale.models.layers import BIASED, LayerSize, attention_layers, cannot_be_built, refuse_dropout
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
@@ -114,46 +109,79 @@ def head_parameters(model: nn.Module) -> Iterator[tuple[str, int, nn.Parameter]]
             yield "W" if name == "proj" else name, block, parameter
 
 
-def operator_maker(attention: AttentionConfig) -> Callable[[int, int], nn.Module]:
-    """Return a function that makes the operator of a layer with N tokens and h heads, given as (N, h).
+def operator_maker(attention: AttentionConfig) -> Callable[[int, int, int], nn.Module]:
+    """Return a function that makes the operator of a layer with N tokens and h heads of width d, given as (N, h, d).
 
-    Blockwise (B): a new one each time. Universal (U): all layers of the same N and h share one, so its
+    Blockwise (B): a new one each time. Universal (U): all layers of the same N, h and d share one, so its
     parameters are counted and stepped once (paper, the modular operator).
 
     Raises:
         RecipeError: the basis cannot be built, or by the returned function, the operator.
     """
-    settings = {name: getattr(attention, name) for name in ("grid", "degree", "range", "orders", "gains")}
     try:
-        basis = make_basis(attention.basis, **settings)
+        make_heads = _karat_maker(attention) if attention.kind == "karat" else _maker_of_kind(attention)
     except ValueError as error:
         raise RecipeError(f"attention.{error}") from error
+    own_gate = None if attention.row is None else attention.row.gate
+    gate = 0.0 if attention.residual else own_gate
 
-    def make(num_tokens: int, num_heads: int) -> nn.Module:
+    def make(num_tokens: int, num_heads: int, width: int) -> nn.Module:
         softmax_heads = attention.softmax_heads
         if softmax_heads >= num_heads:
             raise ValueError(f"attention.softmax_heads = {softmax_heads} leaves none of {num_heads} heads for KArAt")
         try:
-            operator = _make_heads(attention, basis, num_tokens, num_heads - softmax_heads)
+            operator = make_heads(num_tokens, num_heads - softmax_heads, width, width * num_heads)
         except ValueError as error:
             raise RecipeError(f"attention.{error}") from error
-        learned: AttentionHeads | ResidualHeads = operator
-        if attention.residual or attention.kind == "static_softmax":
-            learned = ResidualHeads(operator, start=0.0 if attention.residual else 1.0)
+        learned: AttentionHeads | ResidualHeads = operator if gate is None else ResidualHeads(operator, gate)
         return HybridHeads(learned, softmax_heads) if softmax_heads else learned
 
     return functools.cache(make) if attention.mode == "universal" else make
 
 
-def _make_heads(attention: AttentionConfig, basis: Basis, num_tokens: int, num_heads: int) -> AttentionHeads:
-    if attention.kind in ("static", "static_softmax"):
-        return StaticHeads(num_tokens, num_heads)
-    if attention.kind == "scaled_softmax":
-        return ScaledSoftmax(num_tokens, num_heads)
-    if attention.kind == "softmax_bias":
-        return BiasedSoftmax(num_tokens, num_heads)
-    operator = _make_operator(attention, basis, num_tokens, num_heads)
-    return operator if attention.scores else WithoutScores(operator)
+# Makes heads for N tokens, h heads that learn, their width d, and the model's width D.
+_Maker = Callable[[int, int, int, int], AttentionHeads]
+
+
+def _maker_of_kind(attention: AttentionConfig) -> _Maker:
+    """Build a kind's class with those of its sizes and of the recipe's settings that its constructor names.
+
+    Raises ValueError, here and there, if there is no such class, or it refuses them.
+    """
+    kind = attention.kind
+    of_user = kind not in ATTENTIONS
+    built: Any = load_class("kind", kind, AttentionHeads) if of_user else load(ATTENTIONS[kind].place)
+    taken = inspect.signature(built).parameters
+    if of_user:
+        try:
+            attention.refuse_keys([*taken, "softmax_heads", "residual"])
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("attention.")) from None
+
+    def make(num_tokens: int, num_heads: int, width: int, embed_dim: int) -> AttentionHeads:
+        sizes = {"num_tokens": num_tokens, "num_heads": num_heads, "width": width, "embed_dim": embed_dim}
+        known = {**dict(attention), **sizes}
+        try:
+            heads: AttentionHeads = built(**{name: value for name, value in known.items() if name in taken})
+        except TypeError as error:
+            raise ValueError(f"kind = {kind!r}: cannot be built: {error}") from error
+        for name in ("num_heads", *(["num_tokens"] if heads.token_axes else [])):
+            if getattr(heads, name, None) != sizes[name]:
+                raise ValueError(f"kind = {kind!r}: its constructor must set self.{name}, here to {sizes[name]}")
+        return heads
+
+    return make
+
+
+def _karat_maker(attention: AttentionConfig) -> _Maker:
+    settings = {name: getattr(attention, name) for name in ("grid", "degree", "range", "orders", "gains")}
+    basis = make_basis(attention.basis, **settings)
+
+    def make(num_tokens: int, num_heads: int, *_: int) -> AttentionHeads:
+        operator = _make_operator(attention, basis, num_tokens, num_heads)
+        return operator if attention.scores else WithoutScores(operator)
+
+    return make
 
 
 def _make_operator(attention: AttentionConfig, basis: Basis, num_tokens: int, num_heads: int) -> AttentionHeads:
@@ -201,7 +229,7 @@ def learn(
     try:
         for layer, _ in turned:
             refuse_dropout(layer)
-        operators = [make(size.tokens, size.heads) for _, size in turned]
+        operators = [make(size.tokens, size.heads, size.width) for _, size in turned]
     except ValueError as error:
         raise cannot_be_built(model, error) from error
     for (layer, _), operator in zip(turned, operators, strict=True):

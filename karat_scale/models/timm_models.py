@@ -47,7 +47,7 @@ def karat(
     if model is None:
         raise ValueError("karat needs model={...} and attention={...}, or a folder of karat export: local-dir:FOLDER")
     sections = (dict(model), dict(attention or {}))
-    require_trust(AttentionConfig(**sections[1]).basis, "timm's configuration of this model")
+    require_trust(AttentionConfig(**sections[1]).classes, "timm's configuration of this model")
     if "num_classes" in model:  # else timm asks for the 1,000 of its default configuration
         kwargs.setdefault("num_classes", model["num_classes"])
     features: dict[str, Any] = {"feature_cls": "getter"}

@@ -167,7 +167,13 @@ def give_teacher(student: Any, teacher: Teacher, source: str, heads: str = "same
             raise RecipeError(
                 f"attention.transfer_from = {source}: its {what} is {theirs}, this model's is {ours}; {fix}"
             )
-    for number, layer in enumerate(attention_layers(student)):
+    layers = attention_layers(student)
+    if any(getattr(teacher.operator(block), "sees_input", False) for block in range(len(layers))):
+        raise RecipeError(
+            f"attention.transfer_from = {source}: its attention also depends on what its layers get, so its matrices "
+            "cannot be given to another model; use a run of another attention.kind"
+        )
+    for number, layer in enumerate(layers):
         layer.attention.teacher, layer.attention.block = teacher, number
     # A partial, unlike a closure, gives a copied model its own copy of the teacher.
     student.patch_embed.register_forward_pre_hook(functools.partial(_look, teacher))

@@ -1,12 +1,13 @@
 """The `attention` section of a recipe, and what it says in words."""
 
+from collections.abc import Collection
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from karat_scale.foundation.console import plural
-from karat_scale.foundation.tables import BASES
-from karat_scale.recipe.base import Count, Effect, Positive, Section, is_place
+from karat_scale.foundation.tables import ATTENTIONS, BASES, AttentionRow
+from karat_scale.recipe.base import Count, Effect, OneOf, Positive, Section
 
 # Forms of ours, beside the paper's.
 VARIANTS = ("content", "smooth")
@@ -18,14 +19,16 @@ class AttentionConfig(Section):
     A basis uses those of `grid`, `degree`, `range` and `orders` that its constructor takes.
     """
 
-    kind: Annotated[
-        Literal["softmax", "karat", "static", "static_softmax", "scaled_softmax", "softmax_bias"], Effect.SHAPES
-    ] = "softmax"
+    kind: Annotated[str, OneOf(ATTENTIONS, places=True), Effect.SHAPES] = "softmax"
     """`softmax`. `karat`: a KArAt operator. Controls without learned functions: `static`, where S is a learned
     constant matrix of each head; `static_softmax`, softmax plus a gate of each head, which starts at 1, times such a
     matrix; `scaled_softmax`, softmax times a gain of each head, which starts at the square root of the number of
-    tokens; and `softmax_bias`, softmax(A + B) with a learned bias B of each pair of positions, which starts at 0."""
-    basis: Annotated[str, Effect.SHAPES] = "fourier"
+    tokens; and `softmax_bias`, softmax(A + B) with a learned bias B of each pair of positions, which starts at 0.
+    Published rivals: `sigmoid`, sigmoid(A - log N) (arXiv 2409.04431); `polynomial`, A^3 / sqrt(N) (2410.18613);
+    `gated`, softmax with a sigmoid gate of each head and token (2505.06708); and `differential`, the difference of two
+    softmaxes (2410.05258). Ours: `query_only`, functions of the query alone, without scores; and `centred`, KArAt less
+    what all queries share, plus a constant matrix of rank r. `package.module:Class` is your own (CONTRIBUTING.md)."""
+    basis: Annotated[str, OneOf(BASES, places=True), Effect.SHAPES] = "fourier"
     """The basis of the functions phi: a name, or `package.module:Class` for your own."""
     form: Annotated[
         Literal["modular", "project_first", "two_operators", "full_rank", "content", "smooth"], Effect.SHAPES
@@ -90,20 +93,41 @@ class AttentionConfig(Section):
         """True for S = Phi(A) W^T of Fourier series, which has kernels, and for the forms that build on it."""
         return self.is_series and self.form in ("modular", *VARIANTS) and not self.simplex
 
-    @field_validator("basis")
-    @classmethod
-    def _is_a_name_or_a_place(cls, value: str) -> str:
-        if value in BASES or is_place(value):
-            return value
-        raise ValueError(f"should be one of {', '.join(BASES)}, or package.module:Class")
+    @property
+    def row(self) -> AttentionRow | None:
+        """The table's row of this kind; None for a class of the user's."""
+        return ATTENTIONS.get(self.kind)
 
-    @model_validator(mode="after")
-    def _implementation_has_the_operator(self) -> "AttentionConfig":
-        if self.kind not in ("softmax", "karat") and self.implementation in ("cpu", "triton", "flex"):
+    @property
+    def has_functions(self) -> bool:
+        """True if functions of the scores are learned, which has implementations."""
+        return self.kind != "softmax" and self.row is not None and "implementation" in self.row.keys
+
+    @property
+    def classes(self) -> dict[str, str]:
+        """The values of the keys that may be the place of a class, by key."""
+        return {"attention.kind": self.kind, "attention.basis": self.basis}
+
+    def refuse_keys(self, taken: Collection[str]) -> None:
+        """Raise ValueError for a key that names another model, but is not among the keys that the kind takes."""
+        if "implementation" not in taken and self.implementation in ("cpu", "triton", "flex"):
             raise ValueError(
                 f"attention.implementation = {self.implementation} supports only attention.kind=karat, not "
                 f"{self.kind}; use auto"
             )
+        for key in ("scores", "residual", "softmax_heads", "form", "basis", "simplex", "gains"):
+            value = getattr(self, key)
+            if key not in taken and value != type(self).model_fields[key].default:
+                raise ValueError(f"attention.{key} = {value} has no effect with attention.kind = {self.kind}")
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_kind(self) -> "AttentionConfig":
+        if self.row is not None:  # what a class of the user's takes is known only where it is built
+            self.refuse_keys(self.row.keys)
+        return self
+
+    @model_validator(mode="after")
+    def _implementation_has_the_operator(self) -> "AttentionConfig":
         if not self.is_modular_series and self.implementation not in ("auto", "reference", "streaming"):
             raise ValueError(
                 f"attention.implementation = {self.implementation} supports only the modular Fourier operator without "
@@ -136,16 +160,8 @@ class AttentionConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _keys_belong_to_the_kind(self) -> "AttentionConfig":
-        # A recipe of KArAt with attention.kind=softmax is a baseline, so only what names another model is refused.
-        ours: dict[str, object] = {"scores": True, "residual": False}
-        of_karat = {"form": "modular", "basis": "fourier", "simplex": False, "gains": False}
-        if self.kind != "karat":
-            ours |= {"softmax_heads": 0} if self.kind == "softmax" else of_karat
-            for key, only in ours.items():
-                if (value := getattr(self, key)) != only:
-                    raise ValueError(f"attention.{key} = {value} has no effect with attention.kind = {self.kind}")
-        elif self.form in VARIANTS:
+    def _variants_are_of_the_plain_series(self) -> "AttentionConfig":
+        if self.kind == "karat" and self.form in VARIANTS:
             plain = {
                 "basis": "fourier",
                 "simplex": False,
@@ -170,36 +186,25 @@ class AttentionConfig(Section):
         return self
 
 
-KARAT = "Kolmogorov-Arnold attention"
-_KINDS = {
-    "softmax": "softmax attention",
-    "karat": KARAT,
-    "static": "a learned constant matrix as attention",
-    "static_softmax": "softmax attention plus a learned constant matrix",
-    "scaled_softmax": "softmax attention times a learned gain",
-    "softmax_bias": "softmax attention with a learned position bias",
-}
-
-
 def describe_attention(attention: AttentionConfig) -> str:
     """Return a phrase such as `softmax attention times a learned gain (blockwise, 1 softmax head)`."""
     if attention.transfer_from:
         return f"attention transferred from {attention.transfer_from}"
+    name = attention.row.words if attention.row else f"attention of the class {attention.kind}"
     if attention.kind == "softmax":
-        return _KINDS["softmax"]
+        return name
     is_ours = attention.kind == "karat" and (attention.form in VARIANTS or not attention.scores)
-    name = _KINDS[attention.kind]
     return f"{'a variant of ' if is_ours else ''}{name} ({', '.join(_details(attention))})"
 
 
 def _details(attention: AttentionConfig) -> list[str]:
-    is_karat = attention.kind == "karat"
+    taken = attention.row.keys if attention.row else ()
     details = {
-        attention.basis: is_karat,
-        attention.form: is_karat,
+        attention.basis: "basis" in taken,
+        attention.form: "form" in taken,
         attention.mode: True,
-        f"grid {attention.grid}": is_karat,
-        f"rank {attention.rank}": is_karat and attention.form != "full_rank",
+        f"grid {attention.grid}": "grid" in taken,
+        f"rank {attention.rank}": "rank" in taken and attention.form != "full_rank",
         "on the simplex": attention.simplex is True,
         "hidden units on the simplex": attention.simplex == "hidden",
         "without scores": not attention.scores,

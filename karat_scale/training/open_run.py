@@ -40,7 +40,7 @@ class OpenRun(Generic[R]):
     checkpoint: str = "best"
 
     def __post_init__(self) -> None:
-        require_trust(self.recipe.attention.basis, self.directory.recipe_file)
+        require_trust(self.recipe.attention.classes, self.directory.recipe_file)
 
     @classmethod
     def at(

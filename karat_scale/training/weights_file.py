@@ -169,7 +169,7 @@ def exported_sections(path: Path) -> tuple[ModelConfig, AttentionConfig]:
         if facts.model is None or facts.attention is None:
             raise ValueError("it does not say what its model is")
         model, attention = ModelConfig.model_validate(facts.model), AttentionConfig.model_validate(facts.attention)
-    require_trust(attention.basis, path)
+    require_trust(attention.classes, path)
     return model, attention
 
 

@@ -38,6 +38,8 @@ def test_the_same_model_takes_the_same_bits(mode: str) -> None:
         {"kind": "static"},
         {"kind": "static_softmax"},
         {"kind": "softmax_bias"},
+        {"kind": "query_only"},
+        {"kind": "centred", "softmax_heads": 1},
         {"form": "smooth", "modes": 4},
         {"form": "content"},
         {"kind": "scaled_softmax"},

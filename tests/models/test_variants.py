@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from karat_scale.foundation.tables import ATTENTIONS
 from karat_scale.models import create_model
 from karat_scale.models.flops import flops_per_image
 from karat_scale.models.init_from import take_weights
@@ -10,10 +11,7 @@ from karat_scale.models.operators import head_parameters, operators
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 SECTIONS = {
-    "static": {"kind": "static"},
-    "static_softmax": {"kind": "static_softmax"},
-    "scaled_softmax": {"kind": "scaled_softmax"},
-    "softmax_bias": {"kind": "softmax_bias"},
+    **{kind: {"kind": kind} for kind in ATTENTIONS if kind not in ("softmax", "karat")},
     "without scores": {"kind": "karat", "scores": False},
     "content": {"kind": "karat", "form": "content"},
     "smooth": {"kind": "karat", "form": "smooth", "modes": 4},
@@ -57,7 +55,8 @@ def test_all_that_it_learns_has_a_gradient(name, host):
     learned = {key: p for key, p in model.named_parameters() if ".operator." in key}
     idle = {key.rpartition(".")[2] for key, p in learned.items() if p.grad is None or not p.grad.any()}
     assert idle == ({"sin_coef"} if name == "without scores" else set())  # sin(0) is 0
-    assert len(list(head_parameters(model))) > 0
+    assert bool(list(head_parameters(model))) == bool(learned)
+    assert bool(learned) == (name not in ("sigmoid", "polynomial"))
 
 
 @pytest.mark.parametrize(("host", "size"), [("swin", 8), ("mobilevit", 192)])
@@ -94,10 +93,17 @@ def test_operations_are_counted():
     tokens, heads, width, blocks = 17, 2, 16, 2
     counted = {n: flops_per_image(model, AttentionConfig(rank=3, grid=2, **s)).forward for n, s in SECTIONS.items()}
     softmax = flops_per_image(model, AttentionConfig()).forward
+    assert flops_per_image(model, AttentionConfig(kind="sigmoid")) == flops_per_image(model, AttentionConfig())
     a_product = blocks * heads * 2 * tokens * tokens * width
     assert counted["static"] == softmax - a_product
     assert counted["static_softmax"] == softmax + a_product
-    assert counted["softmax_bias"] == softmax
+    assert counted["softmax_bias"] == counted["sigmoid"] == counted["polynomial"] == softmax
+    assert counted["gated"] == softmax + blocks * 2 * tokens * heads * (heads * width)
+    assert counted["differential"] == softmax + a_product
+    products = 4 * tokens * 3 * width  # of W and V, and of H and W V, or of L, R and V
+    without = softmax - 2 * a_product
+    assert counted["query_only"] == without + blocks * heads * (products + 4 * tokens * width * 2 * 3)
     plain = flops_per_image(model, AttentionConfig(rank=3, grid=2, kind="karat")).forward
     assert counted["without scores"] == counted["smooth"] == plain
+    assert counted["centred"] == plain + blocks * heads * products
     assert counted["content"] == plain + a_product + blocks * heads * tokens * tokens * 4 * 2

@@ -69,7 +69,8 @@ def message(path: Path | str, *overrides: str) -> str:
             "attention.kind=soft",
             [
                 "attention.kind = 'soft'",
-                "'softmax', 'karat', 'static', 'static_softmax', 'scaled_softmax' or 'softmax_bias'",
+                "'softmax', 'karat', 'static', ",
+                " or package.module:Class",
             ],
         ),
         ("augment.mean=[1, 2]", ["augment.mean", "too few"]),

@@ -6,7 +6,6 @@ the function, so every pair of a score and a unit costs an evaluation. Your own 
 adds a base activation b(x) to its learnable part.
 """
 
-import importlib
 import inspect
 import math
 from abc import ABC, abstractmethod
@@ -223,24 +222,10 @@ def basis_class(name: str) -> type[Basis]:
     if name in tables.BASES:
         listed: type[Basis] = tables.load(tables.BASES[name].place)
         return listed
-    module_name, colon, class_name = name.partition(":")
-    if not (colon and module_name and class_name):
+    module, colon, class_name = name.partition(":")
+    if not (colon and module and class_name):
         raise ValueError(f"basis = {name!r}: expected one of {', '.join(tables.BASES)}, or package.module:Class")
-    try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except AttributeError:
-        raise ValueError(f"basis = {name!r}: module {module_name} has no {class_name}") from None
-    except ModuleNotFoundError as error:
-        raise ValueError(f"basis = {name!r}: {error}; put its directory on PYTHONPATH") from error
-    except Exception as error:  # a module of others may raise anything
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"basis = {name!r}: {module_name} cannot be imported: {reason}") from error
-    if not (inspect.isclass(found) and issubclass(found, (FeatureBasis, ElementwiseBasis))):
-        raise ValueError(f"basis = {name!r}: expected a subclass of FeatureBasis or ElementwiseBasis")
-    if inspect.isabstract(found):
-        missing = ", ".join(sorted(found.__abstractmethods__))
-        raise ValueError(f"basis = {name!r}: the class lacks {missing}")
-    return found
+    return tables.load_class("basis", name, FeatureBasis, ElementwiseBasis)
 
 
 def make_basis(name: str, **settings: Any) -> Basis:

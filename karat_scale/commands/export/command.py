@@ -21,11 +21,11 @@ from karat_scale.checkpoint.weights import describe_weights, preprocessing
 from karat_scale.foundation.console import work_display
 from karat_scale.foundation.errors import RunDirectoryError, UserError, one_line
 from karat_scale.foundation.files import file_sha256, flush_to_disk, temporary_folder, write_atomically
-from karat_scale.foundation.tables import EXPORT_FORMATS, FormatRow, load
+from karat_scale.foundation.tables import ATTENTIONS, EXPORT_FORMATS, FormatRow, load
 from karat_scale.models import create_model, parameter_count
 from karat_scale.models.transfer import teacher_of, weights_digest
 from karat_scale.recipe import AttentionConfig, Recipe
-from karat_scale.recipe.attention import KARAT, describe_attention
+from karat_scale.recipe.attention import describe_attention
 from karat_scale.training.open_run import OpenRun
 from karat_scale.training.tasks.classification.distillation_teacher import build_model
 from karat_scale.training.weights_file import write_weights
@@ -167,11 +167,11 @@ def model_card(facts: Mapping[str, str], model: nn.Module, title: str) -> str:
         "Recipe, SHA-256": facts["recipe_sha256"],
         "Weights, SHA-256": facts["weights_sha256"],
     }
-    described = describe_attention(AttentionConfig(**attention))
+    described, karat = describe_attention(AttentionConfig(**attention)), ATTENTIONS["karat"].words
     return _CARD.format(
         title=title,
         name=config["name"],
-        attention=described.replace(KARAT, f"[{KARAT}](https://arxiv.org/abs/2503.10632)"),
+        attention=described.replace(karat, f"[{karat}](https://arxiv.org/abs/2503.10632)"),
         parameters=parameter_count(model),
         size=config["image_size"],
         classes=config["num_classes"],

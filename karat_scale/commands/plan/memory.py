@@ -272,7 +272,8 @@ def attention_workspace(recipe: Recipe, images: int, on_gpu: bool) -> int:
         tile = min(budget // features, images * max(size.scores for size in sizes))
         streaming = tile * (features + ARRAYS_OF_A_TILE)
     if _tiles_rows(recipe, on_gpu):
-        rows = max(_rows(size, images, budget) for size in sizes) * (HELD_BY_A_HARMONIC * grid + HELD_BY_ROWS)
+        harmonics = grid if recipe.attention.form == "content" else 0
+        rows = max(_rows(size, images, budget) for size in sizes) * (HELD_BY_A_HARMONIC * harmonics + HELD_BY_ROWS)
     return FP32 * max(streaming, rows)
 
 
@@ -281,7 +282,8 @@ def written_by_rows(recipe: Recipe, on_gpu: bool) -> int:
     if not _tiles_rows(recipe, on_gpu):
         return 0
     scores = sum(size.heads * size.scores for size in layer_sizes(recipe.model))
-    return FP32 * scores * (WRITTEN_BY_A_HARMONIC * recipe.attention.grid + WRITTEN_BY_ROWS)
+    harmonics = recipe.attention.grid if recipe.attention.form == "content" else 0
+    return FP32 * scores * (WRITTEN_BY_A_HARMONIC * harmonics + WRITTEN_BY_ROWS)
 
 
 def _rows(size: LayerSize, images: int, budget: int) -> int:
@@ -291,7 +293,9 @@ def _rows(size: LayerSize, images: int, budget: int) -> int:
 
 def _tiles_rows(recipe: Recipe, on_gpu: bool) -> bool:
     attention = recipe.attention
-    if attention.form != "content" or attention.implementation == "reference":
+    if attention.row is not None and attention.row.by_rows:
+        return True
+    if attention.form != "content" or not attention.has_functions or attention.implementation == "reference":
         return False
     # With a bias, psi goes row by row whatever computes H.
     return _streams(recipe, on_gpu) or any(size.biased for size in layer_sizes(recipe.model))
@@ -304,7 +308,7 @@ def _streams(recipe: Recipe, on_gpu: bool) -> bool:
     takes its kernel without a base.
     """
     attention = recipe.attention
-    if attention.kind != "karat" or attention.implementation not in ("auto", "streaming", "flex"):
+    if not attention.has_functions or attention.implementation not in ("auto", "streaming", "flex"):
         return False
     has_kernel = attention.is_modular_series and (on_gpu or attention.base == "zero")
     has_kernel &= not (on_gpu and any(size.width > LARGEST_WIDTH for size in layer_sizes(recipe.model)))

@@ -220,6 +220,11 @@ KARAT = "[Kolmogorov-Arnold attention](https://arxiv.org/abs/2503.10632)"
         ({"kind": "static_softmax"}, "softmax attention plus a learned constant matrix (blockwise)"),
         ({"kind": "scaled_softmax"}, "softmax attention times a learned gain (blockwise)"),
         ({"kind": "softmax_bias"}, "softmax attention with a learned position bias (blockwise)"),
+        (
+            {"kind": "query_only", "grid": 2},
+            "learned functions of the query alone as attention (blockwise, grid 2, rank 12)",
+        ),
+        ({"kind": "mine:Mean"}, "attention of the class mine:Mean (blockwise)"),
     ],
 )
 def test_the_attention_is_that_of_the_recipe(attention: dict[str, object], said: str) -> None:

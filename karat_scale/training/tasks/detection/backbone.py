@@ -168,7 +168,7 @@ def join_windows(tokens: Tensor, side: int, window: int) -> Tensor:
 
 def _check_global_blocks(recipe: DetectionRecipe, depth: int) -> None:
     """Raise RecipeError for more blocks than there are, or if none would be left for KArAt."""
-    count, learned = recipe.detector.global_blocks, recipe.attention.kind == "karat"
+    count, learned = recipe.detector.global_blocks, recipe.attention.kind != "softmax"
     most = depth - 1 if learned else depth
     if count > most:
         why = ", and these attend by softmax: no block would keep KArAt" if learned else ""
