@@ -15,6 +15,7 @@ from karat_scale.commands.parsers import preparing, results, training
 from karat_scale.foundation.arguments import OneLineParser
 from karat_scale.foundation.errors import PeerError, UserError, of_the_machine, on_one_line, say_in_one_write
 from karat_scale.foundation.machine import may_have_gpu, use_local_caches
+from karat_scale.foundation.tables import trackers_hidden
 from karat_scale.foundation.trust import VARIABLE
 
 EXIT_USAGE = 2
@@ -52,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ[VARIABLE] = "1"
     try:
         use_local_caches()
-        code: int = options.run(options)
+        with trackers_hidden():
+            code: int = options.run(options)
         sys.stdout.flush()
         return code
     except UserError as error:

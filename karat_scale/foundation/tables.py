@@ -8,8 +8,12 @@ So this module imports nothing heavy, and reading a recipe stays fast. To add a 
 import importlib
 import importlib.util
 import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +78,26 @@ EXTRAS = {
 }
 
 
+@contextmanager
+def trackers_hidden() -> Iterator[None]:
+    """Let nothing import these trackers, which processes of their own write to.
+
+    timm tries W&B and DeepSpeed tries MLflow, and neither uses it here. Both together take a third of a start.
+    """
+    hidden = [module for module in ("mlflow", "wandb") if module not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for module in hidden:
+            sys.modules.pop(module, None)
+
+
 def is_installed(module: str) -> bool:
     """True if a module can be found. It is not imported, but its parent packages are."""
+    is_hidden = sys.modules.get(module, sys) is None
     try:
-        found = importlib.util.find_spec(module)
+        found = PathFinder.find_spec(module) if is_hidden else importlib.util.find_spec(module)
     except ModuleNotFoundError:  # its parent package is missing
         return False
     return found is not None and found.origin is not None  # W&B's folder `wandb` is no package

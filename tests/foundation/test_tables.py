@@ -127,6 +127,18 @@ def test_extras_are_those_of_the_project() -> None:
     assert tables.how_to_install("ffcv").startswith("apt-get install libopencv-dev ")
 
 
+def test_libraries_do_not_find_trackers_while_a_command_runs_but_we_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    # timm imports W&B and DeepSpeed MLflow where they find them, which took a third of a start.
+    for module in ("mlflow", "wandb"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        installed = tables.is_installed(module)
+        with tables.trackers_hidden():
+            with pytest.raises(ModuleNotFoundError):
+                importlib.import_module(module)
+            assert tables.is_installed(module) == installed
+        assert module not in sys.modules
+
+
 def test_an_extra_of_an_installed_wheel_is_installed_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "__file__", str(tmp_path / "site-packages/karat_scale/foundation/tables.py"))
     assert tables.how_to_install("dali").startswith("pip install 'WHEEL[dali]'")
