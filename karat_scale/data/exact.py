@@ -233,9 +233,11 @@ class EvalLoader:
     left out, or with drop_empty=False come as well, for loops with collective calls. An image that cannot be read is
     left out, or ends the loop, as `on_bad_sample` says.
 
+    The arguments that are not here are those of `ExactLoader`.
+
     Args:
         batch: samples of a batch, on each rank.
-        The others are those of `ExactLoader`.
+        drop_empty: leave out batches of no sample.
 
     Raises:
         DataError, RecipeError: as `ExactLoader`.
