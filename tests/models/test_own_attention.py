@@ -145,9 +145,9 @@ def test_every_command_works_with_it(mine, tmp_path, capsys, monkeypatch):
     assert karat_here("analyze", str(run), "--images", "4") == 0, capsys.readouterr().err
     assert (run / "analysis" / "report.html").is_file()
     for form, out in (("safetensors", "a.safetensors"), ("torch-export", "a.pt2"), ("onnx", "a.onnx")):
-        assert karat_here("export", str(run), "--format", form, "--out", str(tmp_path / out)) == 0
+        assert karat_here("export", str(run), "--weights", "raw", "--format", form, "--out", str(tmp_path / out)) == 0
     for form in ("timm", "hub-folder"):
-        assert karat_here("export", str(run), "--format", form, "--out", str(tmp_path / form)) == 0
+        assert karat_here("export", str(run), "--weights", "raw", "--format", form, "--out", str(tmp_path / form)) == 0
         model = timm.create_model(f"local-dir:{tmp_path / form}", pretrained=True)
         assert type(model.blocks[0].attn.operator).__name__ == "Input"
     assert f"attention of the class {mine}:Input (blockwise)" in (tmp_path / "hub-folder" / "README.md").read_text()
