@@ -462,6 +462,9 @@ def check_heads(there: ModelConfig, here: ModelConfig) -> None:
 def differences(there: tuple[ModelConfig, AttentionConfig], here: tuple[ModelConfig, AttentionConfig]) -> list[str]:
     """Return the differences in how the same parameters are used: `attention.base = silu in the weights, zero here`."""
     pairs = [("model.name", there[0].name, here[0].name)]
+    rows = there[1].row, here[1].row
+    if there[1].kind != here[1].kind and any(row is not None and row.by_rows for row in rows):  # without parameters
+        pairs += [("attention.kind", there[1].kind, here[1].kind)]
     if there[1].kind == here[1].kind == "karat":
         pairs += [(f"attention.{key}", getattr(there[1], key), getattr(here[1], key)) for key in _OF_OPERATORS]
     return [

@@ -329,6 +329,14 @@ def test_splines_of_equal_number_differ_by_grid_and_degree() -> None:
     ]
 
 
+def test_kinds_without_parameters_differ_by_name() -> None:
+    sizes = ModelConfig(**SMALL)
+    there, here = AttentionConfig(), AttentionConfig(kind="sigmoid")
+    assert take_weights(model(1, kind="sigmoid"), model(0, kind="softmax").state_dict()) == ""
+    assert differences((sizes, there), (sizes, here)) == ["attention.kind = softmax in the weights, sigmoid here"]
+    assert differences((sizes, there), (sizes, AttentionConfig(kind="karat"))) == []
+
+
 @pytest.mark.parametrize("mode", ["universal", "blockwise"])
 @pytest.mark.parametrize("attention", [{}, {"residual": True}])
 def test_an_operator_stored_once_is_every_layers(mode: str, attention: dict[str, object]) -> None:

@@ -71,7 +71,7 @@ def _add_accuracy(
     means = [torch.as_tensor(mean) for mean in content.means()]
     # A mean of several sets of tokens is one for each: windows, or the patch sets of a MobileViT.
     if not can_be_replaced(model) or any(len(mean) > 1 for mean in means):
-        result.notes.append("top-1 with averaged S: only for plain ViTs without attention transfer")
+        result.notes.append("top-1 with averaged S: only for plain ViTs with O = S V, without attention transfer")
         return
     changes: dict[str, Callable[[], AbstractContextManager[None]]] = {
         "S": nullcontext,
