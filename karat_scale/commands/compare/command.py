@@ -29,13 +29,18 @@ _SHOWN_KEYS = 3  # of those that differ, on a terminal
 
 
 def compare_runs(
-    runs: Sequence[str], metric: str | None = None, out: str | None = None, json_file: str | None = None
+    runs: Sequence[str],
+    metric: str | None = None,
+    match: str | None = None,
+    out: str | None = None,
+    json_file: str | None = None,
 ) -> int:
     """Compare runs over their seeds; returns the exit code.
 
     Args:
         runs: their directories. The group of the first usable one is what the others are compared with.
         metric: what the groups are compared by; None is top-1, or box AP of detectors.
+        match: one of MEASURES; groups that differ in it from the first one are left out.
         out: a directory for Markdown, CSV, HTML and figures.
         json_file: a file for all figures.
 
@@ -50,8 +55,8 @@ def compare_runs(
             notes[0] if len(notes) == 1 else f"none of the {len(notes)} is finished and whole; the lines above say why"
         )
         raise UserError(f"no run to compare: {why}")
-    comparison, repeated = compare_groups(usable, metric)
-    notes += [f"left out: {line}" for line in repeated]
+    comparison, left_out = compare_groups(usable, metric, match)
+    notes += [f"left out: {line}" for line in left_out]
     machines = dict.fromkeys(run.machine for run in usable)
     if len(machines) > 1:
         notes.append(f"note: images a second and hours are of different machines: {'; '.join(machines)}")

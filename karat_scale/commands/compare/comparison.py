@@ -256,11 +256,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups of runs, compared by the last value of one score."""
+    """Groups of runs, compared by the last value of one score; `match` names what is about equal in all of them."""
 
     score: str
     groups: list[Group]
     pairs: list[Pair]
+    match: str | None = None
 
     @property
     def measure(self) -> str:
@@ -304,12 +305,15 @@ class Comparison:
             rows.append([pair.group.label, seeds, *figures, *chances, pair.verdict, changes])
         header = ("group", "seeds", "difference", "95 % interval", "p", "p (Holm)", "verdict", "keys that differ")
         title = f"Difference from {self.groups[0].label} in {title}, paired by seed"
+        if self.match:
+            title += f", at equal {MEASURES[self.match].title} (within {100 * MATCHED:.0f} %)"
         return Table(title, header, rows, (0, 1, 6, 7))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
         return {
             "measure": self.measure,
+            "match": self.match,
             "groups": [
                 {
                     "label": group.label,
@@ -337,8 +341,39 @@ class Comparison:
         }
 
 
-def compare_groups(runs: Sequence[FinishedRun], score: str | None) -> tuple[Comparison, list[str]]:
-    """Compare at least one run; returns the comparison, and a line for each run that repeats another's seed.
+MATCHED = 0.05  # the largest difference of groups that match, as a share of the first one's
+
+
+def match_groups(groups: Sequence[Group], measure: str) -> tuple[list[Group], list[str]]:
+    """Return the groups whose mean of a measure is near the first one's, and a line for each of the others.
+
+    Raises:
+        UserError: the first group does not have the measure.
+    """
+    first, matched, lines = groups[0], [groups[0]], []
+    title, digits = MEASURES[measure]
+    figures = {group.label: list(group.by_seed(measure).values()) for group in groups}
+    means = {label: spread(values).mean for label, values in figures.items() if values}
+    if first.label not in means:
+        raise UserError(f"--match: {first.runs[0].path} has no {title}; compare with another run")
+    machines = {run.machine for run in first.runs}
+    for group in groups[1:]:
+        if measure == "step_seconds" and not all(run.machine in machines for run in group.runs):
+            lines.append(f"{group.label}: it ran on another machine than {first.label}, so steps cannot be matched")
+        elif group.label not in means:
+            lines.append(f"{group.label}: it has no {title}")
+        elif abs(change := means[group.label] / means[first.label] - 1) > MATCHED:
+            against = f"{100 * change:+.1f} % against {first.label}"
+            lines.append(f"{group.label}: {means[group.label]:,.{digits}f} {title}, {against}")
+        else:
+            matched.append(group)
+    return matched, lines
+
+
+def compare_groups(
+    runs: Sequence[FinishedRun], score: str | None, match: str | None = None
+) -> tuple[Comparison, list[str]]:
+    """Compare at least one run; returns the comparison, and a line for each run or group that is left out of it.
 
     Raises:
         UserError: the runs are of different commands, or do not have this score.
@@ -351,7 +386,10 @@ def compare_groups(runs: Sequence[FinishedRun], score: str | None) -> tuple[Comp
     if score is not None and score not in scores:
         raise UserError(f"--metric {score}: these runs have {', '.join(scores)}; choose one of them")
     score = score or scores[0]
-    groups, repeated = group_runs(runs)
+    groups, left_out = group_runs(runs)
+    if match:
+        groups, unmatched = match_groups(groups, match)
+        left_out += unmatched
     first, *others = groups
     measure = f"last_{score}"
     if not any(group.by_seed(measure) for group in groups):
@@ -361,7 +399,7 @@ def compare_groups(runs: Sequence[FinishedRun], score: str | None) -> tuple[Comp
         Pair(other, differing_settings(first, other), budget_differences(first, other), difference)
         for other, difference in zip(others, differences, strict=True)
     ]
-    return Comparison(score, groups, pairs), repeated
+    return Comparison(score, groups, pairs, match), left_out
 
 
 def _interval(low: float | None, high: float | None, digits: int) -> str:

@@ -80,6 +80,7 @@ MEASURES = {
         for which in ("last", "best")
     },
     "images_per_second": Measure("images a second", 1),
+    "step_seconds": Measure("seconds a step", 4),
     "hours": Measure("hours", 3),
     "parameters": Measure("parameters", 0),
 }
@@ -202,6 +203,7 @@ def read_run(path: str) -> FinishedRun:
     values = {"parameters": float(summary.parameters), "hours": _clock(events)[-1] if events else 0.0}
     if summary.images_per_second:
         values["images_per_second"] = summary.images_per_second
+        values["step_seconds"] = recipe.train.global_batch / summary.images_per_second
     values |= _last_and_best(path, curve, summary.best_step, content)
     tested = [event.images for event in events if event.event == "eval"]
     epochs = round(summary.samples / summary.train_images, 2) if summary.train_images else None

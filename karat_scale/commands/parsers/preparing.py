@@ -72,7 +72,9 @@ def add_commands(commands: Any) -> None:
     explain.set_defaults(run=_explain)
 
     plan = commands.add_parser("plan", help="estimate memory, ZeRO stage, micro batch and time, and find mistakes")
-    add_recipe(plan, "train.precision=bf16")
+    plan.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    overrides = "such as train.precision=bf16; another RECIPE is shown side by side, with the same keys"
+    plan.add_argument("overrides", nargs="*", default=[], metavar="RECIPE or key=value", help=overrides)
     plan.add_argument("--gpus", type=count, default=1, help="total number of ranks (default: %(default)s)")
     plan.add_argument("--gpu", metavar="NAME", help="the GPU, such as h100-80 (default: this machine's RAM)")
     plan.add_argument("--memory", type=positive, metavar="GB", help="memory of an unknown GPU, or of a rank's RAM")

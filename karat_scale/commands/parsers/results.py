@@ -24,6 +24,7 @@ from karat_scale.foundation.errors import RunDirectoryError, UserError
 from karat_scale.foundation.tables import EXPORT_FORMATS, TRACKERS
 
 SCORES = ("top1", "top5", "loss", "box_ap", "mask_ap")
+MATCHES = ("parameters", "step_seconds")
 
 
 def add_commands(commands: Any) -> None:
@@ -62,6 +63,8 @@ def add_commands(commands: Any) -> None:
     _add_runs(compare, "a run's directory; the first one's group is the base")
     metric = "what the groups are compared by (default: top1; box_ap of detectors)"
     compare.add_argument("--metric", choices=SCORES, help=metric)
+    match = "leave out groups that differ by more than 5 %% from the first one in this"
+    compare.add_argument("--match", choices=MATCHES, help=match)
     compare.add_argument("--out", metavar="DIR", help="write compare.md, compare.csv, compare.html and the curves here")
     add_json(compare)
     compare.set_defaults(run=command("karat_scale.commands.compare.command:compare_runs"))

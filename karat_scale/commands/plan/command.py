@@ -24,7 +24,7 @@ from karat_scale.commands.plan.choose import (
     usable,
 )
 from karat_scale.commands.plan.memory import Subject
-from karat_scale.commands.plan.report import Plan, show
+from karat_scale.commands.plan.report import Plan, show, show_side_by_side
 from karat_scale.commands.plan.time import (
     ComputeTime,
     Measured,
@@ -69,18 +69,29 @@ class Request:
 def plan_recipe(source: str, overrides: Sequence[str], request: Request) -> int:
     """Plan a recipe and print the plan, or only check it; returns 0, or 1 where nothing fits.
 
+    Overrides without "=" are more recipes: what sets their plans apart is printed side by side.
+
     Raises:
-        UserError: the recipe is wrong, does not fit its data or the world, or a GPU is unknown.
+        UserError: a recipe is wrong, does not fit its data or the world, or a GPU is unknown.
     """
-    recipe = load_recipe(source, overrides)
+    more = [text for text in overrides if "=" not in text]
+    keys = [text for text in overrides if "=" in text]
+    recipes = [load_recipe(name, keys) for name in (source, *more)]
+    if more and request.with_curve:
+        raise UserError("--curve is of one recipe; name one, or leave out --curve")
     if request.only_dry_run:
-        for line in dry_run(recipe, request.gpus):
-            print(line, flush=True)
+        for recipe in recipes:
+            for line in dry_run(recipe, request.gpus):
+                print(f"{recipe.run.name}: {line}" if more else line, flush=True)
         return 0
-    plan = make_plan(recipe, request)
-    show(plan)
-    write_json(request.json_file, plan.to_json())
-    return 0 if plan.choice.fits else 1
+    plans = [make_plan(recipe, request) for recipe in recipes]
+    if more:
+        show_side_by_side(plans)
+    else:
+        show(plans[0])
+    found = [plan.to_json() for plan in plans]
+    write_json(request.json_file, {"plans": found} if more else found[0])
+    return 0 if all(plan.choice.fits for plan in plans) else 1
 
 
 def make_plan(recipe: Recipe, request: Request) -> Plan:

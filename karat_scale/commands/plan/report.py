@@ -1,6 +1,8 @@
 """What a plan says: how each way to train fits, what the recommended one needs, and how long it takes."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from karat_scale.checkpoint.tensor_storage import planned_bytes
@@ -8,6 +10,7 @@ from karat_scale.commands.plan.choose import Choice, Machine
 from karat_scale.commands.plan.time import ComputeTime, DataNeed, Node, Point, Traffic, seconds, step_seconds
 from karat_scale.foundation.console import duration, gigabytes, print_table
 from karat_scale.foundation.machine import Gpu
+from karat_scale.models.flops import Flops, flops_per_image
 from karat_scale.recipe import Recipe
 
 SHOWN_MICRO_BATCHES = 6
@@ -40,6 +43,11 @@ class Plan:
     def steps_per_epoch(self) -> int:
         return self.samples // self.recipe.train.global_batch
 
+    @cached_property
+    def flops(self) -> Flops:
+        """Operations for one image."""
+        return flops_per_image(self.recipe.model, self.recipe.attention, self.recipe.train.freeze)
+
     @property
     def checkpoint_bytes(self) -> int:
         return planned_bytes(self.recipe, self.choice.stage, self.parameters)
@@ -57,11 +65,17 @@ class Plan:
         compute = self.time.seconds(self.choice.micro_batch, self.choice.accumulation)
         return step_seconds(compute, self.load, self.communication)
 
+    @property
+    def training(self) -> float | None:
+        """Seconds of all epochs, evaluations apart."""
+        return self.step and self.step * self.steps_per_epoch * self.recipe.train.epochs
+
     def to_json(self) -> dict[str, Any]:
         """Every figure, in bytes and seconds."""
         return {
             "recipe": self.recipe.run.name,
             "parameters": self.parameters,
+            "flops_per_image": self.flops._asdict(),
             "checkpoint_bytes": self.checkpoint_bytes,
             "machine": asdict(self.machine),
             "gpu": self.gpu.key if self.gpu else None,
@@ -78,7 +92,7 @@ class Plan:
                 "communication": self.communication,
                 "step": self.step,
                 "epoch": self.step and self.step * self.steps_per_epoch,
-                "training": self.step and self.step * self.steps_per_epoch * self.recipe.train.epochs,
+                "training": self.training,
             },
             "launches": asdict(self.time.launches) if self.time and self.time.launches else None,
             "data": self.data and asdict(self.data),
@@ -129,6 +143,34 @@ def show(plan: Plan) -> None:
             rows.append([f"{point.gpus:,}", f"{point.weak:,.0f}", f"{100 * point.efficiency:.1f} %", strong])
         header = ["GPUs", f"{choice.micro_batch} a GPU", "efficiency", f"global batch {recipe.train.global_batch}"]
         print_table(f"predicted images a second, {plan.node.gpus} GPUs a node", header, rows)
+
+
+def show_side_by_side(plans: Sequence[Plan]) -> None:
+    """Print a table with a column for each plan. In brackets stands each figure in units of the first plan's."""
+    figures: list[tuple[str, Callable[[Plan], float | None], Callable[[float], str]]] = [
+        ("parameters", lambda plan: plan.parameters, lambda count: f"{count:,.0f}"),
+        ("GFLOPs of an image, forward", lambda plan: plan.flops.forward / 1e9, lambda count: f"{count:.2f}"),
+        ("GFLOPs of an image, training", lambda plan: plan.flops.training / 1e9, lambda count: f"{count:.2f}"),
+        ("memory of a rank", lambda plan: plan.choice.needed, gigabytes),
+        ("time of a step", lambda plan: plan.step, duration),
+        ("time of all epochs", lambda plan: plan.training, duration),
+    ]
+    ways = [f"{plan.choice.config}, {plan.choice.micro_batch}{'' if plan.choice.fits else ' -'}" for plan in plans]
+    rows = [
+        ["stage, micro batch (- does not fit)", *ways],
+        ["global batch", *(str(plan.recipe.train.global_batch) for plan in plans)],
+    ]
+    for name, figure, text in figures:
+        first, *others = (figure(plan) for plan in plans)
+        cells = ["unknown" if first is None else text(first)]
+        for value in others:
+            share = f" ({value / first:.2f})" if first and value else ""
+            cells.append("unknown" if value is None else f"{text(value)}{share}")
+        rows.append([name, *cells])
+    print_table("plans side by side", ["", *(plan.recipe.run.name for plan in plans)], rows)
+    for plan in plans:
+        what = plan.time.source if plan.time else "unknown; give --step-time, or --gpu with a name that the table has"
+        print(f"time of {plan.recipe.run.name}: {what}")
 
 
 def line(choice: Choice, recipe: Recipe) -> str:

@@ -15,7 +15,7 @@ from karat_scale.commands.compare.command import mean_and_spread
 from karat_scale.commands.compare.comparison import group_runs
 from karat_scale.commands.compare.finished import SCORES as KNOWN
 from karat_scale.commands.compare.finished import read_run
-from karat_scale.commands.parsers.results import SCORES
+from karat_scale.commands.parsers.results import MATCHES, SCORES
 from tests.commands.analyze.browser import open_browser
 from tests.commands.compare.conftest import Copy
 from tests.conftest import karat, summary
@@ -91,6 +91,39 @@ def test_other_scores_are_compared_where_asked(six: list[Path], tmp_path: Path, 
     assert main(["compare", *map(str, six), "--metric", "box_ap"]) == 2
     assert "--metric box_ap: these runs have top1, top5, loss" in capsys.readouterr().err
     assert set(SCORES) == set(KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("match", "field", "figures", "title", "line"),
+    [
+        ("parameters", "parameters", (1000, 1049, 1200), "parameters", "1,200 parameters, +20.0 % against base"),
+        # 8 images a step
+        ("step_seconds", "images_per_second", (80.0, 77.5, 40.0), "seconds a step", "0.2000 seconds a step, +100.0 %"),
+    ],
+)
+def test_groups_are_matched_where_asked(match, field, figures, title, line, copy, tmp_path, capsys) -> None:
+    runs = [
+        copy(f"{name}{seed}", f"run.seed={seed}", f"run.name={name}", f"optim.lr={lr}", top1=top1, **{field: figure})
+        for name, lr, figure, scores in zip(
+            ("base", "near", "far"), (1e-3, 2e-3, 3e-3), figures, (BASE, BETTER, BETTER), strict=True
+        )
+        for seed, top1 in enumerate(scores)
+    ]
+    file = tmp_path / "all.json"
+    assert main(["compare", *map(str, runs), "--match", match, "--json", str(file)]) == 0
+    printed = capsys.readouterr()
+    assert f"paired by seed, at equal {title} (within 5 %)" in " ".join(printed.out.split())
+    assert printed.err.startswith(f"left out: far: {line}")
+    said = json.loads(file.read_text())
+    assert said["match"] == match
+    assert [pair["group"] for pair in said["differences"]] == ["near"]
+    assert match in MATCHES
+
+
+def test_steps_of_other_machines_are_not_matched(trained: Path, copy: Copy, capsys) -> None:
+    there = copy("there", "run.seed=0", "optim.lr=1e-3", device="NVIDIA H100")
+    assert main(["compare", str(trained / "seed0"), str(there), "--match", "step_seconds"]) == 0
+    assert "it ran on another machine than" in capsys.readouterr().err
 
 
 def test_other_budgets_are_a_warning_and_stand_beside_the_verdict(copy: Copy, tmp_path: Path, capsys) -> None:

@@ -34,6 +34,23 @@ def test_a_plan_for_gpus_names_stage_and_micro_batch(tmp_path: Path, capsys: Cap
     assert found["curve"][0]["efficiency"] == 1
 
 
+def test_two_recipes_are_shown_side_by_side(tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "plans.json"
+    assert plan("imagenet_vit_tiny", "--gpu", "h100-80", "--json", str(file)) == 0
+    printed = capsys.readouterr().out
+    ours, theirs = json.loads(file.read_text())["plans"]
+    assert (ours["recipe"], theirs["recipe"]) == ("imagenet_vit_tiny_g3b", "imagenet_vit_tiny")
+    assert ours["parameters"] > theirs["parameters"]
+    share = theirs["flops_per_image"]["training"] / ours["flops_per_image"]["training"]
+    (row,) = [row for row in printed.splitlines() if "GFLOPs of an image, training" in row]
+    assert row.endswith(f"({share:.2f})")
+    (row,) = [row for row in printed.splitlines() if "memory of a rank" in row]
+    assert gigabytes(ours["choice"]["needed"]) in row
+    assert "time of a step" in printed
+    assert plan("imagenet_vit_tiny", "--curve", "--gpu", "h100-80") == 2
+    assert "--curve is of one recipe" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_stages_that_the_recipe_cannot_use_are_told(tmp_path: Path, capsys: Capture) -> None:
     file = tmp_path / "plan.json"
