@@ -79,7 +79,8 @@ class PolynomialHeads(PointwiseHeads):
 
     def function_of_score(self, scores: Tensor) -> Tensor:
         """A^3 / sqrt(N) [..., h, n, N]."""
-        return scores**3 / self.num_tokens**0.5
+        weights: Tensor = scores**3 / self.num_tokens**0.5
+        return weights
 
 
 class GatedHeads(InputHeads):

@@ -43,7 +43,8 @@ def load_class(key: str, place: str, *parents: type) -> type:
     if not (inspect.isclass(found) and issubclass(found, parents)):
         raise ValueError(f"{key} = {place!r}: expected a subclass of {' or '.join(own.__name__ for own in parents)}")
     if inspect.isabstract(found):
-        raise ValueError(f"{key} = {place!r}: the class lacks {', '.join(sorted(found.__abstractmethods__))}")
+        missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
+        raise ValueError(f"{key} = {place!r}: the class lacks {missing}")
     return found
 
 
