@@ -39,6 +39,13 @@ VARIANTS = {
     "smooth": ("attention.form=smooth", "attention.modes=4", "attention.residual=true"),
 }
 
+# Hosts of attention that are no plain ViT.
+CONVIT = ("model.name=convit_tiny", "model.depth=3", "attention.mode=universal")
+SWIN = (
+    *("model.name=swin_mini_patch2_window4_32", "model.image_size=32", "model.patch_size=", "model.embed_dim="),
+    *("model.depth=", "model.num_heads="),
+)
+
 
 @pytest.fixture
 def small_recipe(tmp_path: Path) -> Callable[..., Recipe]:

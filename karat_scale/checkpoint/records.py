@@ -11,15 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
-from pydantic import (
-    AfterValidator,
-    AliasChoices,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-)
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from karat_scale.checkpoint.store import STATE
@@ -199,10 +191,7 @@ def validated(file: str, read: Callable[[], R]) -> R:
 
 def generator_states(device: torch.device) -> dict[str, Any]:
     """Those of the CPU and, where the rank trains on one, of its GPU, as they are now."""
-    return {
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-    }
+    return {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
 
 
 def restore_generators(states: Sidecar, device: torch.device) -> None:

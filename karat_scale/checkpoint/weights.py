@@ -60,11 +60,7 @@ def fit_state(saved: SavedState, model: nn.Module) -> SavedState:
     if shapes == saved.shapes:
         return saved
     fitted = SavedState(
-        shapes,
-        scalars=saved.scalars,
-        frozen=saved.frozen,
-        counters=saved.counters,
-        loss_scaler=saved.loss_scaler,
+        shapes, scalars=saved.scalars, frozen=saved.frozen, counters=saved.counters, loss_scaler=saved.loss_scaler
     )
     for key, pieces in saved.elementwise.items():
         power = 0.5 if key == _SQUARES else 1.0

@@ -132,11 +132,7 @@ def launch_environment(environ: Mapping[str, str]) -> tuple[int, int, int]:
         return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", "0"))
     # Only a step started by srun has this; the batch script and `salloc` shells do not.
     if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        return (
-            int(environ["SLURM_PROCID"]),
-            int(environ["SLURM_STEP_NUM_TASKS"]),
-            int(environ["SLURM_LOCALID"]),
-        )
+        return (int(environ["SLURM_PROCID"]), int(environ["SLURM_STEP_NUM_TASKS"]), int(environ["SLURM_LOCALID"]))
     return 0, 1, 0
 
 

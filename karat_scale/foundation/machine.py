@@ -244,10 +244,7 @@ def use_local_caches(environ: MutableMapping[str, str] = os.environ, mounts: Pat
     Inductor is imported. All ranks of a node share the directories: both libraries rename complete files into place.
     """
     base = Path(environ.get("TRITON_HOME") or home())
-    defaults = {
-        "TRITON_CACHE_DIR": base / ".triton" / "cache",
-        "TORCHINDUCTOR_CACHE_DIR": Path(tempfile.gettempdir()),
-    }
+    defaults = {"TRITON_CACHE_DIR": base / ".triton" / "cache", "TORCHINDUCTOR_CACHE_DIR": Path(tempfile.gettempdir())}
     poor = [
         name
         for name, directory in defaults.items()

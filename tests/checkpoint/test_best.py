@@ -1,7 +1,6 @@
 """`best` names the checkpoint that the state says is the best, also after a kill between two pointers."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -21,7 +20,7 @@ def state(step: int, top1: float, best_step: int, best_top1: float) -> TrainStat
 @pytest.mark.parametrize("killed_at", ["best", "latest"])
 @pytest.mark.parametrize("earlier", [0, 1])
 def test_a_kill_before_a_pointer_moves_loses_no_best(
-    small_recipe, make_checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str, earlier: int
+    small_recipe, make_checkpoints, tmp_path, monkeypatch, killed_at, earlier
 ) -> None:
     first, second = (make_checkpoints(small_recipe(), tmp_path / "c") for _ in range(2))
     if earlier:
@@ -44,7 +43,7 @@ def test_a_kill_before_a_pointer_moves_loses_no_best(
 
 
 def test_a_reader_finds_the_best_of_a_run_that_was_killed_before_the_pointer(
-    small_recipe, make_checkpoints, tmp_path: Path
+    small_recipe, make_checkpoints, tmp_path
 ) -> None:
     checkpoints = make_checkpoints(small_recipe(), tmp_path / "c")
     checkpoints.save(state(1, 50.0, 1, 50.0))
@@ -55,7 +54,7 @@ def test_a_reader_finds_the_best_of_a_run_that_was_killed_before_the_pointer(
 
 @pytest.mark.parametrize("is_one_kept", [True, False])
 def test_a_best_that_is_gone_is_said_and_another_takes_its_place(
-    small_recipe, make_checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str], is_one_kept: bool
+    small_recipe, make_checkpoints, tmp_path, capsys, is_one_kept
 ) -> None:
     first, second = (make_checkpoints(small_recipe(), tmp_path / "c") for _ in range(2))
     first.save(state(1, 40.0, 1, 40.0), is_best=is_one_kept)
@@ -72,7 +71,7 @@ def test_a_best_that_is_gone_is_said_and_another_takes_its_place(
 
 @pytest.mark.parametrize("harm", [*POINTERS, "link", "directory"])
 def test_a_latest_that_names_nothing_is_repaired_by_the_next_start(
-    small_recipe, make_checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: str
+    small_recipe, make_checkpoints, tmp_path, capsys, harm
 ) -> None:
     first, second = (make_checkpoints(small_recipe(), tmp_path / "c") for _ in range(2))
     first.save(state(1, 40.0, 1, 40.0), is_best=True)

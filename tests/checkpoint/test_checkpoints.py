@@ -2,7 +2,6 @@
 
 import json
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +17,7 @@ from tests.small_engines import CONFIGS, VARIANTS, equal, train_once, train_step
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_a_loaded_state_trains_on_to_the_same_bits(
-    small_recipe, make_checkpoints, tmp_path: Path, config: str, precision: str
-) -> None:
+def test_a_loaded_state_trains_on_to_the_same_bits(small_recipe, make_checkpoints, tmp_path, config, precision) -> None:
     recipe = small_recipe(f"deepspeed.config={config}", f"train.precision={precision}")
     first = make_checkpoints(recipe, tmp_path / "c")
     train_steps(first, 1, 2)
@@ -56,7 +53,7 @@ def test_a_loaded_state_trains_on_to_the_same_bits(
 
 
 @pytest.mark.slow  # compiles for minutes where it is not in the cache
-def test_deepspeeds_cpu_adam_resumes_and_hands_over_to_torchs(small_recipe, make_checkpoints, tmp_path: Path) -> None:
+def test_deepspeeds_cpu_adam_resumes_and_hands_over_to_torchs(small_recipe, make_checkpoints, tmp_path) -> None:
     recipe = small_recipe("deepspeed.config=zero3_offload", "deepspeed.cpu_adam=deepspeed")
     first, second = (make_checkpoints(recipe, tmp_path / "c") for _ in range(2))
     train_steps(first, 1, 2)
@@ -72,9 +69,7 @@ def test_deepspeeds_cpu_adam_resumes_and_hands_over_to_torchs(small_recipe, make
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_a_checkpoint_from_before_the_first_step_resumes(
-    small_recipe, make_checkpoints, tmp_path: Path, config: str
-) -> None:
+def test_a_checkpoint_from_before_the_first_step_resumes(small_recipe, make_checkpoints, tmp_path, config) -> None:
     recipe = small_recipe(f"deepspeed.config={config}")
     first, second = (make_checkpoints(recipe, tmp_path / "c") for _ in range(2))
     first.save(TrainState())
@@ -98,9 +93,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("before", "after"), PAIRS)
-def test_another_stage_resumes_from_the_same_state(
-    small_recipe, make_checkpoints, tmp_path: Path, before: str, after: str
-) -> None:
+def test_another_stage_resumes_from_the_same_state(small_recipe, make_checkpoints, tmp_path, before, after) -> None:
     first = make_checkpoints(small_recipe(f"deepspeed.config={before}"), tmp_path / "c")
     train_steps(first, 1, 2, 3)
     first.save(TrainState(step=3, samples=24))
@@ -119,7 +112,7 @@ def test_another_stage_resumes_from_the_same_state(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_of_attention_trains_and_resumes_with_partitioned_weights(
-    small_recipe, make_checkpoints, whole_zero3, tmp_path: Path, variant: str
+    small_recipe, make_checkpoints, whole_zero3, tmp_path, variant
 ) -> None:
     first, same, plain = (
         make_checkpoints(small_recipe(f"deepspeed.config={config}", *VARIANTS[variant]), tmp_path / "c")
@@ -138,7 +131,7 @@ def test_every_variant_of_attention_trains_and_resumes_with_partitioned_weights(
 
 
 def test_other_sub_groups_and_alignment_are_another_layout_and_no_obstacle(
-    small_recipe, make_checkpoints, tmp_path: Path
+    small_recipe, make_checkpoints, tmp_path
 ) -> None:
     own = {"aligned": {"stage": 2, "parameter_alignment": True}, "grouped": {"stage": 3, "sub_group_size": 5000}}
     for name, zero in own.items():
@@ -159,7 +152,7 @@ def test_other_sub_groups_and_alignment_are_another_layout_and_no_obstacle(
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_a_run_that_had_no_average_begins_one_at_its_weights(small_recipe, make_checkpoints, tmp_path: Path) -> None:
+def test_a_run_that_had_no_average_begins_one_at_its_weights(small_recipe, make_checkpoints, tmp_path) -> None:
     first = make_checkpoints(small_recipe("deepspeed.config=zero2", "train.ema_decay=0"), tmp_path / "c")
     train_once(first.engine, 1)
     first.save(TrainState(step=1, samples=8))
@@ -168,7 +161,7 @@ def test_a_run_that_had_no_average_begins_one_at_its_weights(small_recipe, make_
     assert all(map(torch.equal, second.ema.shards, master_weights(first.engine.deepspeed)))
 
 
-def test_a_checkpoint_of_another_format_is_refused(small_recipe, make_checkpoints, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_format_is_refused(small_recipe, make_checkpoints, tmp_path) -> None:
     checkpoints = make_checkpoints(small_recipe(), tmp_path / "c")
     directory = checkpoints.store.begin(1)
     state = {"format": 1, "zero_stage": 0, "world_size": 1, "step": 1, "samples": 8}
@@ -181,9 +174,7 @@ def test_a_checkpoint_of_another_format_is_refused(small_recipe, make_checkpoint
     ("override", "said"),
     [("model.embed_dim=48", "holds another model"), ("train.global_batch=16", r"use train\.global_batch=8")],
 )
-def test_a_checkpoint_of_another_run_is_one_line(
-    small_recipe, make_checkpoints, tmp_path: Path, override: str, said: str
-) -> None:
+def test_a_checkpoint_of_another_run_is_one_line(small_recipe, make_checkpoints, tmp_path, override, said) -> None:
     make_checkpoints(small_recipe(), tmp_path / "c").save(TrainState(step=1, samples=8))
     other = make_checkpoints(small_recipe(override), tmp_path / "c")
     with pytest.raises(RunDirectoryError, match=said):

@@ -37,7 +37,7 @@ def build(recipe: Recipe, world: World, seed: int) -> tuple[Engine, Checkpoints]
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_frozen_weights_stay_and_come_back(small_recipe, world: World, config: str, precision: str) -> None:
+def test_frozen_weights_stay_and_come_back(small_recipe, world, config, precision) -> None:
     recipe = small_recipe(*TUNED, f"deepspeed.config={config}", f"train.precision={precision}")
     engine, checkpoints = build(recipe, world, seed=0)
     start = weights(engine)
@@ -72,7 +72,7 @@ def test_frozen_weights_stay_and_come_back(small_recipe, world: World, config: s
     assert all(torch.equal(plain.get_parameter(key), value) for key, value in kept.items())
 
 
-def test_another_stage_takes_over_and_another_list_is_refused(small_recipe, world: World) -> None:
+def test_another_stage_takes_over_and_another_list_is_refused(small_recipe, world) -> None:
     engine, checkpoints = build(small_recipe(*TUNED, "deepspeed.config=zero3"), world, seed=0)
     train_once(engine, seed=1)
     checkpoints.save(TrainState(step=1, samples=8))

@@ -23,9 +23,7 @@ _made: dict[str, Path] = {}
 
 
 @pytest.fixture
-def checkpoint(
-    request: pytest.FixtureRequest, small_recipe, make_checkpoints, tmp_path_factory, tmp_path: Path
-) -> Path:
+def checkpoint(request, small_recipe, make_checkpoints, tmp_path_factory, tmp_path) -> Path:
     """A copy of a real checkpoint of the stage that the test names."""
     config = getattr(request, "param", "zero1")
     if config not in _made:
@@ -38,7 +36,7 @@ def checkpoint(
 
 
 @pytest.mark.parametrize("config", ["zero1", "zero2"])
-def test_the_padding_of_a_part_is_not_taken_for_damage(small_recipe, make_checkpoints, tmp_path: Path, config) -> None:
+def test_the_padding_of_a_part_is_not_taken_for_damage(small_recipe, make_checkpoints, tmp_path, config) -> None:
     """An odd number of biases: DeepSpeed pads the states of the optimizer, and the weights in the file are unpadded."""
     saved = make_checkpoints(small_recipe(f"deepspeed.config={config}", "model.num_classes=5"), tmp_path)
     train_steps(saved, 1, 2)
@@ -113,7 +111,7 @@ def _id(lie: tuple[str, str, Any]) -> str:
 
 
 @pytest.mark.parametrize(("file", "place", "value"), LIES, ids=[f"{n}-{_id(lie)}" for n, lie in enumerate(LIES)])
-def test_a_lie_is_found_and_told_in_one_line(checkpoint: Path, file: str, place: str, value: Any) -> None:
+def test_a_lie_is_found_and_told_in_one_line(checkpoint, file, place, value) -> None:
     assert CheckpointStore(checkpoint.parent, falsehood).damage(NAME) is None
     tell(checkpoint, file, place, value)
     assert CheckpointStore(checkpoint.parent).damage(NAME) is None  # by its hashes
@@ -141,7 +139,7 @@ def test_a_lie_is_found_and_told_in_one_line(checkpoint: Path, file: str, place:
     ],
     indirect=["checkpoint"],
 )
-def test_a_lie_is_found_at_other_stages(checkpoint: Path, file: str, place: str, value: Any) -> None:
+def test_a_lie_is_found_at_other_stages(checkpoint, file, place, value) -> None:
     assert falsehood(checkpoint) is None
     tell(checkpoint, file, place, value)
     assert falsehood(checkpoint)
@@ -175,9 +173,7 @@ FILES: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("file", [RANK, MODEL, PART])
 @pytest.mark.parametrize("what", FILES)
-def test_a_file_of_another_kind_is_found(
-    checkpoint: Path, what: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_of_another_kind_is_found(checkpoint, what, file, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     FILES[what](checkpoint / file)
     rehash(checkpoint)
@@ -191,13 +187,13 @@ def test_a_file_of_another_kind_is_found(
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, '{"format": ' * 50_000, "", "null", "[]", '"x"', "{", "\x00", '{"format": 2']
 )
-def test_a_state_that_is_no_state_is_found(checkpoint: Path, text: str) -> None:
+def test_a_state_that_is_no_state_is_found(checkpoint, text) -> None:
     (checkpoint / STATE).write_text(text)
     rehash(checkpoint)
     assert STATE in (CheckpointStore(checkpoint.parent, falsehood).damage(NAME) or "")
 
 
-def test_a_manifest_that_names_a_file_elsewhere_is_damage(checkpoint: Path) -> None:
+def test_a_manifest_that_names_a_file_elsewhere_is_damage(checkpoint) -> None:
     (checkpoint.parent / "outside").touch()
     manifest = checkpoint / MANIFEST
     manifest.write_text(manifest.read_text().replace(RANK, "../outside"))
@@ -219,13 +215,7 @@ def test_a_manifest_that_names_a_file_elsewhere_is_damage(checkpoint: Path) -> N
     ],
 )
 def test_a_run_goes_on_from_the_one_before(
-    small_recipe,
-    make_checkpoints,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    file: str,
-    place: str,
-    value: Any,
+    small_recipe, make_checkpoints, tmp_path, capsys, file, place, value
 ) -> None:
     recipe = small_recipe("deepspeed.config=zero1")
     first, second = (make_checkpoints(recipe, tmp_path / "c") for _ in range(2))
@@ -239,9 +229,7 @@ def test_a_run_goes_on_from_the_one_before(
         second.load()
 
 
-def test_a_reader_takes_the_newest_that_does_not_lie(
-    small_recipe, make_checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_reader_takes_the_newest_that_does_not_lie(small_recipe, make_checkpoints, tmp_path, capsys) -> None:
     checkpoints = make_checkpoints(small_recipe("deepspeed.config=zero1"), tmp_path / "c")
     for step in (1, 2):
         checkpoints.save(TrainState(step=step, samples=8 * step), is_best=step == 2)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -25,7 +24,7 @@ WRITES = len(FILES) + 2  # with state.json and the manifest
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> CheckpointStore:
+def store(tmp_path) -> CheckpointStore:
     return CheckpointStore(tmp_path / "run" / "checkpoints")
 
 
@@ -49,9 +48,7 @@ def upload(remote: RemoteCheckpoints, store: CheckpointStore, name: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["s3", "gs"])
-def test_a_copy_is_the_checkpoint(
-    kind: str, store: CheckpointStore, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_copy_is_the_checkpoint(kind, store, tmp_path, request) -> None:
     url = request.getfixturevalue(kind)(tmp_path / "nothing")
     name, seen = save(store, 1200), []
     remote = opened(url)
@@ -79,9 +76,7 @@ def test_a_copy_is_the_checkpoint(
 
 
 @pytest.mark.parametrize("kind", ["s3", "gs"])
-def test_a_large_file_goes_in_parts(
-    kind: str, store: CheckpointStore, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_large_file_goes_in_parts(kind, store, tmp_path, request) -> None:
     url = request.getfixturevalue(kind)(tmp_path / "nothing")
     name, seen = save(store, 1, large=os.urandom(20 << 20)), []
     remote = opened(url)
@@ -119,9 +114,7 @@ def kill_at() -> Iterator[Callable[[int], None]]:
     patch.undo()
 
 
-def test_a_kill_at_any_write_leaves_no_incomplete_checkpoint(
-    store: CheckpointStore, s3: Callable[[Path], str], tmp_path: Path, kill_at: Callable[[int], None]
-) -> None:
+def test_a_kill_at_any_write_leaves_no_incomplete_checkpoint(store, s3, tmp_path, kill_at) -> None:
     first, second = save(store, 1), save(store, 2)
     url = s3(tmp_path / "nothing")
     upload(opened(url), store, first)
@@ -135,9 +128,7 @@ def test_a_kill_at_any_write_leaves_no_incomplete_checkpoint(
     assert opened(url).names() == [second, first]
 
 
-def test_a_kill_at_any_removal_leaves_no_incomplete_checkpoint(
-    store: CheckpointStore, s3: Callable[[Path], str], tmp_path: Path, kill_at: Callable[[int], None]
-) -> None:
+def test_a_kill_at_any_removal_leaves_no_incomplete_checkpoint(store, s3, tmp_path, kill_at) -> None:
     url = s3(tmp_path / "nothing")
     for step in (1, 2):
         upload(opened(url), store, save(store, step))
@@ -151,9 +142,7 @@ def test_a_kill_at_any_removal_leaves_no_incomplete_checkpoint(
     assert {name.split("/")[1] for name in WritableStore(url).files()} == {checkpoint_name(2)}
 
 
-def test_the_same_step_again_is_never_a_mixture(
-    store: CheckpointStore, s3: Callable[[Path], str], tmp_path: Path, kill_at: Callable[[int], None]
-) -> None:
+def test_the_same_step_again_is_never_a_mixture(store, s3, tmp_path, kill_at) -> None:
     url = s3(tmp_path / "nothing")
     upload(opened(url), store, save(store, 1))
     name = save(store, 1, other=b"another")
@@ -167,7 +156,7 @@ def test_the_same_step_again_is_never_a_mixture(
     assert opened(url).download(name, other, lambda size: None) is None
 
 
-def test_retention_is_that_of_the_directory(store: CheckpointStore, s3: Callable[[Path], str], tmp_path: Path) -> None:
+def test_retention_is_that_of_the_directory(store, s3, tmp_path) -> None:
     remote = opened(s3(tmp_path / "nothing"))
     names = [save(store, step) for step in range(1, 7)]
     for name in names:
@@ -181,9 +170,7 @@ def test_retention_is_that_of_the_directory(store: CheckpointStore, s3: Callable
 
 
 @pytest.mark.parametrize("harm", ["flipped", "short", "gone", "no manifest", "broken manifest"])
-def test_damage_is_found_and_leaves_nothing(
-    harm: str, store: CheckpointStore, s3: Callable[[Path], str], tmp_path: Path
-) -> None:
+def test_damage_is_found_and_leaves_nothing(harm, store, s3, tmp_path) -> None:
     url = s3(tmp_path / "nothing")
     name = save(store, 1)
     remote, raw = opened(url), WritableStore(f"{url}/checkpoints/{name}")
@@ -206,9 +193,7 @@ def test_damage_is_found_and_leaves_nothing(
     assert not list(other.root.glob("*")) + list(other.root.glob(".*"))
 
 
-def test_a_local_file_that_is_cut_is_not_copied(
-    store: CheckpointStore, s3: Callable[[Path], str], tmp_path: Path
-) -> None:
+def test_a_local_file_that_is_cut_is_not_copied(store, s3, tmp_path) -> None:
     remote, name = opened(s3(tmp_path / "nothing")), save(store, 1)
     (store.root / name / "b.pt").write_bytes(b"b")
     with pytest.raises(OSError, match=r"b\.pt of step-00000001 has 1 bytes, not 5000"):
@@ -217,9 +202,7 @@ def test_a_local_file_that_is_cut_is_not_copied(
 
 
 @pytest.mark.parametrize("fault", [pytest.param(fault, marks=pytest.mark.slow) for fault in ("503", "slow")] + ["cut"])
-def test_a_fault_that_ends_is_not_noticed(
-    fault: str, store: CheckpointStore, s3: Callable[..., str], s3_port: int, tmp_path: Path
-) -> None:
+def test_a_fault_that_ends_is_not_noticed(fault, store, s3, s3_port, tmp_path) -> None:
     name = save(store, 1)
     with FaultyProxy(s3_port, spoil=lambda number, asked: fault if number % 4 == 1 else None) as proxy:
         url = s3(tmp_path / "nothing", proxy.port)
@@ -242,9 +225,7 @@ def test_a_fault_that_ends_is_not_noticed(
         ),
     ],
 )
-def test_a_store_that_takes_nothing_is_one_line_in_time(
-    fault: str, line: str, store: CheckpointStore, s3: Callable[..., str], s3_port: int, tmp_path: Path
-) -> None:
+def test_a_store_that_takes_nothing_is_one_line_in_time(fault, line, store, s3, s3_port, tmp_path) -> None:
     def spoil(number: int, asked: object) -> str | None:
         return fault if asked.method == "PUT" else None  # type: ignore[attr-defined]
 
@@ -257,9 +238,7 @@ def test_a_store_that_takes_nothing_is_one_line_in_time(
 
 
 @pytest.mark.slow
-def test_sigkill_at_any_moment_leaves_no_incomplete_checkpoint(
-    store: CheckpointStore, s3: Callable[..., str], s3_port: int, tmp_path: Path
-) -> None:
+def test_sigkill_at_any_moment_leaves_no_incomplete_checkpoint(store, s3, s3_port, tmp_path) -> None:
     """A process that copies and removes without end is killed at moments spread over its requests."""
     program = f"""
 from tests.checkpoint.test_remote import *
@@ -290,9 +269,7 @@ while True:
 
 
 @pytest.mark.parametrize("kind", ["s3", "gs"])
-def test_a_bucket_that_is_not_there_is_named(
-    kind: str, store: CheckpointStore, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_bucket_that_is_not_there_is_named(kind, store, tmp_path, request) -> None:
     request.getfixturevalue(kind)(tmp_path / "nothing")
     remote = RemoteCheckpoints(WritableStore(f"{kind}://no-such-bucket/run", timeout=20))
     with pytest.raises(

@@ -21,7 +21,7 @@ from tests.small_engines import CONFIGS, equal, train_steps
 
 
 @pytest.fixture
-def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+def slow_disk(monkeypatch) -> Iterator[threading.Event]:
     """A disk that takes nothing until the event is set. What is written then is written as ever."""
     let_go = threading.Event()
     save_tensors = tensor_storage.save_tensors
@@ -53,7 +53,7 @@ def _to_the_end(checkpoints: Checkpoints) -> bool:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_what_is_written_beside_training_is_the_state_of_its_step(
-    small_recipe, make_checkpoints, slow_disk: threading.Event, tmp_path: Path, config: str, precision: str
+    small_recipe, make_checkpoints, slow_disk, tmp_path, config, precision
 ) -> None:
     recipe = small_recipe(f"deepspeed.config={config}", f"train.precision={precision}")
     beside, blocking = (make_checkpoints(recipe, tmp_path / name) for name in ("beside", "blocking"))
@@ -107,7 +107,7 @@ class CopiesOfAGpu(TorchFunctionMode):
 
 @pytest.mark.parametrize("config", ["zero0", "zero2"])
 def test_on_a_gpu_all_copies_are_begun_before_one_wait(
-    small_recipe, make_checkpoints, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: str
+    small_recipe, make_checkpoints, monkeypatch, tmp_path, config
 ) -> None:
     recipe = small_recipe(f"deepspeed.config={config}")
     beside, blocking = (make_checkpoints(recipe, tmp_path / name) for name in ("beside", "blocking"))
@@ -133,7 +133,7 @@ def test_on_a_gpu_all_copies_are_begun_before_one_wait(
 
 
 def test_a_second_save_waits_for_the_first_and_none_is_made_twice(
-    small_recipe, make_checkpoints, slow_disk: threading.Event, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_recipe, make_checkpoints, slow_disk, tmp_path, capsys
 ) -> None:
     checkpoints = make_checkpoints(small_recipe(), tmp_path / "c")
     assert checkpoints.save(TrainState(step=1, samples=8), wait=False)
@@ -162,9 +162,7 @@ def _free(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def test_space_is_asked_for_before_anything_is_written(
-    small_recipe, make_checkpoints, small_disk: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_space_is_asked_for_before_anything_is_written(small_recipe, make_checkpoints, small_disk, capsys) -> None:
     checkpoints = make_checkpoints(small_recipe(), small_disk / "c")
     (small_disk / "filler").write_bytes(bytes(_free(small_disk) - 300_000))
     assert not checkpoints.save(TrainState(step=1, samples=8))  # counted from the model
@@ -182,13 +180,7 @@ def test_space_is_asked_for_before_anything_is_written(
 @pytest.mark.parametrize("wait", [True, False], ids=["blocking", "beside training"])
 @pytest.mark.parametrize("config", ["zero0", "zero2"])
 def test_a_disk_that_fills_up_voids_the_save_and_leaves_the_last_good_one(
-    small_recipe,
-    make_checkpoints,
-    slow_disk: threading.Event,
-    small_disk: Path,
-    capsys: pytest.CaptureFixture[str],
-    config: str,
-    wait: bool,
+    small_recipe, make_checkpoints, slow_disk, small_disk, capsys, config, wait
 ) -> None:
     checkpoints = make_checkpoints(small_recipe(f"deepspeed.config={config}"), small_disk / "c")
 
@@ -212,9 +204,7 @@ def test_a_disk_that_fills_up_voids_the_save_and_leaves_the_last_good_one(
     assert checkpoints.save(TrainState(step=3, samples=24))
 
 
-def test_a_directory_that_became_read_only_voids_the_save(
-    small_recipe, make_checkpoints, small_disk: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_directory_that_became_read_only_voids_the_save(small_recipe, make_checkpoints, small_disk, capsys) -> None:
     def remount(how: str) -> None:
         subprocess.run(["mount", "-o", f"remount,{how}", str(small_disk)], check=True)
 
@@ -229,7 +219,7 @@ def test_a_directory_that_became_read_only_voids_the_save(
 
 
 def test_a_directory_that_goes_while_it_is_written_to_voids_the_save(
-    small_recipe, make_checkpoints, slow_disk: threading.Event, tmp_path: Path
+    small_recipe, make_checkpoints, slow_disk, tmp_path
 ) -> None:
     checkpoints = make_checkpoints(small_recipe("deepspeed.config=zero3"), tmp_path / "c")
     assert checkpoints.save(TrainState(step=1, samples=8), wait=False)
@@ -239,7 +229,7 @@ def test_a_directory_that_goes_while_it_is_written_to_voids_the_save(
     assert checkpoints.save(TrainState(step=2, samples=16))
 
 
-def test_a_recipe_may_ask_for_blocking_saves(small_recipe, make_checkpoints, tmp_path: Path) -> None:
+def test_a_recipe_may_ask_for_blocking_saves(small_recipe, make_checkpoints, tmp_path) -> None:
     checkpoints = make_checkpoints(small_recipe("checkpoint.asynchronous=false"), tmp_path / "c")
     assert checkpoints.save(TrainState(step=1, samples=8), wait=False)
     assert not checkpoints.is_under_way

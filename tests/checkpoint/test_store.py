@@ -16,7 +16,7 @@ from tests.training.harm import HARMS, POINTERS, point
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> CheckpointStore:
+def store(tmp_path) -> CheckpointStore:
     return CheckpointStore(tmp_path / "checkpoints")
 
 
@@ -28,14 +28,14 @@ def save(store: CheckpointStore, step: int) -> str:
     return store.commit(directory, {"step": step}, {"weights.pt": written})
 
 
-def test_a_checkpoint_that_is_not_the_newest_is_told_as_such(store: CheckpointStore) -> None:
+def test_a_checkpoint_that_is_not_the_newest_is_told_as_such(store) -> None:
     first, second, newest = (save(store, step) for step in (2, 4, 6))
     store.point("best", first)
     said = [store.beside(name) for name in (first, second, newest)]
     assert said == [f", the best one (the newest is {newest})", f", an earlier one (the newest is {newest})", ""]
 
 
-def test_a_committed_checkpoint_is_complete_and_latest(store: CheckpointStore) -> None:
+def test_a_committed_checkpoint_is_complete_and_latest(store) -> None:
     name = save(store, 1200)
     assert name == checkpoint_name(1200) == "step-00001200"
     assert store.names() == [name]
@@ -46,7 +46,7 @@ def test_a_committed_checkpoint_is_complete_and_latest(store: CheckpointStore) -
     assert set(files) == {"weights.pt", STATE}
 
 
-def test_an_unfinished_save_is_no_checkpoint_and_goes_with_the_next(store: CheckpointStore) -> None:
+def test_an_unfinished_save_is_no_checkpoint_and_goes_with_the_next(store) -> None:
     save(store, 1)
     torn = store.begin(2)
     (torn / "weights.pt").write_bytes(b"half")
@@ -56,9 +56,7 @@ def test_an_unfinished_save_is_no_checkpoint_and_goes_with_the_next(store: Check
     assert not torn.exists()
 
 
-def test_a_checkpoint_about_to_be_replaced_is_put_back_after_a_kill(
-    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_about_to_be_replaced_is_put_back_after_a_kill(store, monkeypatch) -> None:
     name = save(store, 1)
     rename = Path.rename
 
@@ -84,14 +82,14 @@ def test_a_checkpoint_about_to_be_replaced_is_put_back_after_a_kill(
 
 @pytest.mark.parametrize("victim", ["weights.pt", STATE, MANIFEST])
 @pytest.mark.parametrize("harm", HARMS)
-def test_every_kind_of_damage_is_named(store: CheckpointStore, victim: str, harm: str) -> None:
+def test_every_kind_of_damage_is_named(store, victim, harm) -> None:
     name = save(store, 1)
     HARMS[harm](store.root / name / victim)
     damage = store.damage(name) or ""
     assert victim in damage or (victim == MANIFEST and damage)  # a flipped hash speaks of another file
 
 
-def test_no_bit_of_a_checkpoint_flips_unnoticed(store: CheckpointStore) -> None:
+def test_no_bit_of_a_checkpoint_flips_unnoticed(store) -> None:
     name = save(store, 1)
     for path in (store.root / name).iterdir():
         whole = path.read_bytes()
@@ -104,7 +102,7 @@ def test_no_bit_of_a_checkpoint_flips_unnoticed(store: CheckpointStore) -> None:
     assert store.damage(name) is None
 
 
-def test_progress_counts_every_byte(store: CheckpointStore) -> None:
+def test_progress_counts_every_byte(store) -> None:
     name = save(store, 1)
     seen: list[tuple[int, int]] = []
     assert store.damage(name, lambda done, total: seen.append((done, total))) is None
@@ -112,7 +110,7 @@ def test_progress_counts_every_byte(store: CheckpointStore) -> None:
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-def test_a_file_that_is_not_as_its_writer_says_is_not_committed(store: CheckpointStore) -> None:
+def test_a_file_that_is_not_as_its_writer_says_is_not_committed(store) -> None:
     directory = store.begin(1)
     (directory / "weights.pt").write_bytes(b"short")
     with pytest.raises(OSError, match=r"weights\.pt has 5 bytes, but 6 were written"):
@@ -120,7 +118,7 @@ def test_a_file_that_is_not_as_its_writer_says_is_not_committed(store: Checkpoin
     assert store.names() == []
 
 
-def test_a_users_copy_is_no_checkpoint(store: CheckpointStore) -> None:
+def test_a_users_copy_is_no_checkpoint(store) -> None:
     name = save(store, 1)
     copy = store.root / f"{name}.bak"
     copy.mkdir()
@@ -133,7 +131,7 @@ def test_a_users_copy_is_no_checkpoint(store: CheckpointStore) -> None:
 @pytest.mark.parametrize(
     "content", [None, "", "{", "[]", '{"files": 3}', *(f'"bytes": {size}' for size in ('"2"', "null", "[1]", "true"))]
 )
-def test_a_missing_or_broken_manifest_is_damage(store: CheckpointStore, content: str | None) -> None:
+def test_a_missing_or_broken_manifest_is_damage(store, content) -> None:
     name = save(store, 1)
     manifest = store.root / name / MANIFEST
     if content is None:
@@ -146,13 +144,13 @@ def test_a_missing_or_broken_manifest_is_damage(store: CheckpointStore, content:
 
 
 @pytest.mark.parametrize("what", POINTERS)
-def test_a_pointer_to_nothing_points_at_nothing(store: CheckpointStore, what: str) -> None:
+def test_a_pointer_to_nothing_points_at_nothing(store, what) -> None:
     save(store, 1)
     point(store.root / "latest", POINTERS[what])
     assert store.pointed("latest") is None
 
 
-def test_retention_keeps_the_newest_and_the_best(store: CheckpointStore) -> None:
+def test_retention_keeps_the_newest_and_the_best(store) -> None:
     for step in range(1, 6):
         save(store, step)
         if step == 2:
@@ -161,7 +159,7 @@ def test_retention_keeps_the_newest_and_the_best(store: CheckpointStore) -> None
     assert store.names() == [checkpoint_name(step) for step in (5, 4, 2)]
 
 
-def test_an_old_checkpoint_that_cannot_be_removed_is_a_line_and_stays(store: CheckpointStore, tmp_path: Path) -> None:
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_line_and_stays(store, tmp_path) -> None:
     for step in range(1, 4):
         save(store, step)
     elsewhere = tmp_path / "another disk"
@@ -173,7 +171,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_line_and_stays(store: Che
     assert store.retain(keep_last=1) == [problem]
 
 
-def test_what_was_held_goes_although_a_process_was_forked_meanwhile(store: CheckpointStore) -> None:
+def test_what_was_held_goes_although_a_process_was_forked_meanwhile(store) -> None:
     old, new = save(store, 1), save(store, 2)
     ends, end = os.pipe()
     with holding(store.root / old) as is_there:
@@ -192,9 +190,7 @@ def test_what_was_held_goes_although_a_process_was_forked_meanwhile(store: Check
         assert not is_there
 
 
-def test_a_kill_before_latest_moves_leaves_best_at_the_new_checkpoint(
-    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_before_latest_moves_leaves_best_at_the_new_checkpoint(store, monkeypatch) -> None:
     save(store, 1)
     point = store.point
 
@@ -212,7 +208,7 @@ def test_a_kill_before_latest_moves_leaves_best_at_the_new_checkpoint(
     assert checkpoint_name(2) in store.names()
 
 
-def test_retention_leaves_what_somebody_reads(store: CheckpointStore) -> None:
+def test_retention_leaves_what_somebody_reads(store) -> None:
     first = save(store, 1)
     reader = CheckpointStore(store.root)
     assert reader.find_intact("latest") == first
@@ -227,7 +223,7 @@ def test_retention_leaves_what_somebody_reads(store: CheckpointStore) -> None:
 
 
 @pytest.mark.usefixtures("locks_of_nfs")
-def test_on_nfs_too_retention_leaves_what_somebody_reads(store: CheckpointStore) -> None:
+def test_on_nfs_too_retention_leaves_what_somebody_reads(store) -> None:
     test_retention_leaves_what_somebody_reads(store)
 
 
@@ -247,7 +243,7 @@ print(count)
 """
 
 
-def test_a_reader_never_loses_its_checkpoint_to_a_run_that_saves(store: CheckpointStore) -> None:
+def test_a_reader_never_loses_its_checkpoint_to_a_run_that_saves(store) -> None:
     save(store, 0)
     command = [sys.executable, "-c", READER, str(store.root)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as reader:
@@ -263,14 +259,14 @@ def test_a_reader_never_loses_its_checkpoint_to_a_run_that_saves(store: Checkpoi
 
 
 @pytest.mark.parametrize("file", [MANIFEST, STATE])
-def test_a_file_without_end_is_damage(file: str, store: CheckpointStore) -> None:
+def test_a_file_without_end_is_damage(file, store) -> None:
     name = save(store, 1)
     (store.root / name / file).unlink()
     (store.root / name / file).symlink_to("/dev/zero")
     assert store.damage(name) is not None
 
 
-def test_a_pipe_in_place_of_a_manifest_is_damage_and_keeps_nobody_waiting(tmp_path: Path) -> None:
+def test_a_pipe_in_place_of_a_manifest_is_damage_and_keeps_nobody_waiting(tmp_path) -> None:
     store = CheckpointStore(tmp_path)
     checkpoint = tmp_path / "step-00000002"
     checkpoint.mkdir()

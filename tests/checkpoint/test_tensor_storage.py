@@ -1,7 +1,5 @@
 import os
 from collections import OrderedDict
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.foundation.files import file_sha256
 
 
-def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+def test_a_pickle_that_would_run_code_is_refused(tmp_path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.system, ("touch /tmp/should-not-exist",)
@@ -22,7 +20,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
         load_tensors(path)
 
 
-def test_tensors_survive_the_round_trip(tmp_path: Path) -> None:
+def test_tensors_survive_the_round_trip(tmp_path) -> None:
     value = {"ema": [torch.arange(5.0)], "rng": torch.get_rng_state(), "none": None}
     written = save_tensors(value, tmp_path / "t.pt")
     assert written == ((tmp_path / "t.pt").stat().st_size, file_sha256(tmp_path / "t.pt"))
@@ -47,7 +45,7 @@ def test_a_host_copy_keeps_what_was_there_and_what_belongs_together() -> None:
 
 
 @pytest.mark.parametrize("read", [load_tensors, read_metadata, file_sha256])
-def test_nobody_waits_at_a_pipe_in_place_of_tensors(read: Callable[[Path], object], tmp_path: Path) -> None:
+def test_nobody_waits_at_a_pipe_in_place_of_tensors(read, tmp_path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="not a regular file"):
         read(tmp_path / "pipe")

@@ -26,7 +26,7 @@ def test_the_parts_of_training_are_equal_and_hold_both_ends() -> None:
 
 
 @pytest.mark.parametrize("config", ["zero0", "zero2_offload", "zero3"])
-def test_a_run_keeps_its_weights_and_a_resumed_one_takes_none_twice(small_recipe, world, config: str) -> None:
+def test_a_run_keeps_its_weights_and_a_resumed_one_takes_none_twice(small_recipe, world, config) -> None:
     own = (f"deepspeed.config={config}", "checkpoint.snapshots=4", "data.workers=0", "train.freeze=[patch_embed*]")
     recipe = small_recipe(*own)
     directory = RunDirectory(recipe.run.dir)
@@ -48,9 +48,7 @@ def test_a_run_keeps_its_weights_and_a_resumed_one_takes_none_twice(small_recipe
     assert all(map(torch.equal, model.parameters(), first))
 
 
-def test_a_snapshot_that_cannot_be_written_is_a_warning(
-    small_recipe, world, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_snapshot_that_cannot_be_written_is_a_warning(small_recipe, world, capsys) -> None:
     recipe = small_recipe("checkpoint.snapshots=1", "train.max_steps=1", "data.workers=0")
     directory = RunDirectory(recipe.run.dir)
     directory.store.root.mkdir(parents=True)

@@ -56,7 +56,7 @@ def _check(world: World, tmp_path: Path, processes: int, pairs: list[tuple[str, 
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_one_and_two_ranks_and_all_stages_take_over_from_each_other(world: World, tmp_path: Path) -> None:
+def test_one_and_two_ranks_and_all_stages_take_over_from_each_other(world, tmp_path) -> None:
     _check(world, tmp_path, processes=2, pairs=SAMPLE, last=6)
 
 
@@ -81,7 +81,7 @@ def _exchange(tmp_path: Path, pairs: list[tuple[str, str]], last: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_and_four_ranks_take_over_from_each_other(tmp_path: Path) -> None:
+def test_two_and_four_ranks_take_over_from_each_other(tmp_path) -> None:
     _exchange(tmp_path, SAMPLE, last=6)
 
 
@@ -89,7 +89,7 @@ def test_two_and_four_ranks_take_over_from_each_other(tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("before", CONFIGS)
-def test_two_and_four_ranks_and_every_pair_of_stages_over_fifty_steps(tmp_path: Path, before: str) -> None:
+def test_two_and_four_ranks_and_every_pair_of_stages_over_fifty_steps(tmp_path, before) -> None:
     _exchange(tmp_path, [(before, after) for after in CONFIGS], last=SAVED + 50)
 
 
@@ -98,20 +98,20 @@ def test_two_and_four_ranks_and_every_pair_of_stages_over_fifty_steps(tmp_path: 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("before", CONFIGS)
-def test_every_pair_of_stages_over_fifty_steps(world: World, tmp_path: Path, before: str, processes: int) -> None:
+def test_every_pair_of_stages_over_fifty_steps(world, tmp_path, before, processes) -> None:
     _check(world, tmp_path, processes, [(before, after) for after in CONFIGS], last=SAVED + 50)
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_two_ranks_resume_to_the_same_bits_at_every_stage(tmp_path: Path, precision: str) -> None:
+def test_two_ranks_resume_to_the_same_bits_at_every_stage(tmp_path, precision) -> None:
     _check_same_bits(tmp_path, {config: Job(config, precision=precision) for config in CONFIGS})
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_ranks_resume_every_variant_of_attention_to_the_same_bits(tmp_path: Path, whole_zero3: str) -> None:
+def test_two_ranks_resume_every_variant_of_attention_to_the_same_bits(tmp_path, whole_zero3) -> None:
     _check_same_bits(tmp_path, {name: Job(whole_zero3, overrides=more) for name, more in VARIANTS.items()})
 
 

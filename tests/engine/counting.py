@@ -48,7 +48,7 @@ class Counting(TorchDispatchMode):
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_on_a_gpu(monkeypatch) -> None:
     """AdamW steps fused, and lists of tensors go through torch's foreach operations, as on CUDA."""
     import torch.nn.utils.clip_grad as clipping
 
@@ -94,7 +94,7 @@ def _inside(stream: Any) -> Iterator[None]:
 
 
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def waits(monkeypatch) -> Counter[str]:
     """Counts under "host" how often DeepSpeed would stop the host until a device that runs beside it is done."""
     from deepspeed.accelerator import get_accelerator
 

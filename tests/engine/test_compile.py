@@ -30,7 +30,7 @@ def fresh_compiler():
         ("zero3", "form=content"),
     ],
 )
-def test_a_compiled_model_trains_as_one_that_is_not(small_recipe, make_engine, config: str, attention: str) -> None:
+def test_a_compiled_model_trains_as_one_that_is_not(small_recipe, make_engine, config, attention) -> None:
     outcomes = []
     for compiled in ("false", "true"):
         own = (f"deepspeed.config={config}", "deepspeed.cpu_adam=torch", f"train.compile={compiled}")
@@ -56,7 +56,7 @@ def test_models_of_growing_images_do_not_use_up_the_compilers_limit(small_recipe
     ("config", "precision", "mode"),
     [("zero0", "bf16", "true"), ("zero0", "bf16", "reduce-overhead"), ("zero1", "bf16_weights", "default")],
 )
-def test_bf16_compiles_in_each_mode(small_recipe, make_engine, config: str, precision: str, mode: str) -> None:
+def test_bf16_compiles_in_each_mode(small_recipe, make_engine, config, precision, mode) -> None:
     norms = []
     for compiled in ("false", mode):
         own = (f"deepspeed.config={config}", f"train.precision={precision}", f"train.compile={compiled}")
@@ -66,7 +66,7 @@ def test_bf16_compiles_in_each_mode(small_recipe, make_engine, config: str, prec
 
 
 @pytest.mark.parametrize("config", ["zero0", "zero1"])
-def test_the_model_with_its_autocast_is_one_graph(small_recipe, make_engine, config: str) -> None:
+def test_the_model_with_its_autocast_is_one_graph(small_recipe, make_engine, config) -> None:
     engine = make_engine(small_recipe(f"deepspeed.config={config}", "train.precision=bf16"))
     graphs = []
 
@@ -83,7 +83,7 @@ def test_the_model_with_its_autocast_is_one_graph(small_recipe, make_engine, con
 
 
 @pytest.fixture
-def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_compiler(monkeypatch) -> None:
     """Traces what is compiled and runs the operations as they are."""
 
     def compile_quickly(module: torch.nn.Module, **_: Any) -> None:
@@ -105,7 +105,7 @@ def _compiled_parts(module: torch.nn.Module) -> list[str]:
         ("deepspeed.config=zero2_offload", "deepspeed.cpu_adam=torch", "attention.kind=softmax"),
     ],
 )
-def test_one_block_is_compiled_for_all(small_recipe, make_engine, quick_compiler, own: tuple[str, ...]) -> None:
+def test_one_block_is_compiled_for_all(small_recipe, make_engine, quick_compiler, own) -> None:
     compiled, eager = (
         make_engine(small_recipe(*own, "model.depth=4", f"train.compile={mode}")) for mode in ("true", "false")
     )
@@ -135,14 +135,14 @@ def test_one_block_is_compiled_for_all(small_recipe, make_engine, quick_compiler
     ],
 )
 def test_where_blocks_differ_or_graphs_are_recorded_the_whole_model_is_compiled(
-    small_recipe, make_engine, quick_compiler, own: tuple[str, ...]
+    small_recipe, make_engine, quick_compiler, own
 ) -> None:
     engine = make_engine(small_recipe("train.compile=true", *own))
     assert _compiled_parts(engine.module) == [""]
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-def test_cuda_graphs_are_refused_where_memory_moves(small_recipe, mode: str) -> None:
+def test_cuda_graphs_are_refused_where_memory_moves(small_recipe, mode) -> None:
     compiled = f"train.compile={mode}"
     with pytest.raises(RecipeError, match=r"and ZeRO stage 3 moves the weights; use deepspeed\.config=zero0"):
         load_ds_config(small_recipe(compiled, "deepspeed.config=zero3"), 1, 8)

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from tests.small_engines import CONFIGS
     ("name", "precision"),
     [(n, p) for n in CONFIGS for p in ("fp32", "bf16", "bf16_weights") if (n, p) != ("zero0", "bf16_weights")],
 )
-def test_auto_fields_come_from_the_recipe(small_recipe, name: str, precision: str) -> None:
+def test_auto_fields_come_from_the_recipe(small_recipe, name, precision) -> None:
     recipe = small_recipe(f"deepspeed.config={name}", f"train.precision={precision}")
     config = load_ds_config(recipe, world_size=2, micro_batch=2)
     stage = zero_stage(config)
@@ -37,7 +36,7 @@ def test_auto_fields_come_from_the_recipe(small_recipe, name: str, precision: st
     assert '"auto"' not in json.dumps(config)
 
 
-def test_a_users_own_file_works(small_recipe, tmp_path: Path) -> None:
+def test_a_users_own_file_works(small_recipe, tmp_path) -> None:
     own = tmp_path / "own.json"
     own.write_text('{"train_batch_size": "auto", "zero_optimization": {"stage": 1, "overlap_comm": true}}')
     config = load_ds_config(small_recipe(f"deepspeed.config={own}"), 1, 8)
@@ -59,10 +58,7 @@ def test_a_users_own_file_works(small_recipe, tmp_path: Path) -> None:
         ('{"zero_optimization": {"stage": 4}}', "DeepSpeedZeroConfig: stage = 4: should be 0, 1, 2"),
         ('{"zero_optimization": {"reduce_bucket": 5}}', "DeepSpeedZeroConfig: reduce_bucket = 5: Extra inputs"),
         ('{"fp16": {"loss_scale": -1}}', "loss_scale = -1: fp16.loss_scale must be >= 0"),
-        (
-            '{"communication_data_type": "int3"}',
-            "DeepSpeed cannot read it: ValueError: Invalid communication",
-        ),
+        ('{"communication_data_type": "int3"}', "DeepSpeed cannot read it: ValueError: Invalid communication"),
         # What contradicts the recipe.
         ('{"gradient_cliping": 1.0}', "gradient_cliping: unknown key; did you mean gradient_clipping?"),
         ('{"train_batch_size": 16}', "train_batch_size = 16, but the recipe makes it 8"),
@@ -78,7 +74,7 @@ def test_a_users_own_file_works(small_recipe, tmp_path: Path) -> None:
     ],
 )
 def test_a_file_that_cannot_be_used_is_one_line_also_before_the_number_of_ranks_is_known(
-    small_recipe, tmp_path: Path, content: str, part: str
+    small_recipe, tmp_path, content, part
 ) -> None:
     own = tmp_path / "own.json"
     own.write_text(content)
@@ -90,7 +86,7 @@ def test_a_file_that_cannot_be_used_is_one_line_also_before_the_number_of_ranks_
         assert "\n" not in str(caught.value)
 
 
-def test_what_only_deepspeed_knows_is_passed_on(small_recipe, tmp_path: Path) -> None:
+def test_what_only_deepspeed_knows_is_passed_on(small_recipe, tmp_path) -> None:
     own = tmp_path / "own.json"
     zero = {"stage": 3, "overlap_comm": True, "stage3_max_live_parameters": 10, "offload_param": {"device": "cpu"}}
     content = {"zero_optimization": zero, "wall_clock_breakdown": True, "comms_logger": {"enabled": False}}
@@ -99,7 +95,7 @@ def test_what_only_deepspeed_knows_is_passed_on(small_recipe, tmp_path: Path) ->
     assert content.items() <= config.items()
 
 
-def test_a_file_for_one_number_of_ranks_is_not_refused_before_that_is_known(small_recipe, tmp_path: Path) -> None:
+def test_a_file_for_one_number_of_ranks_is_not_refused_before_that_is_known(small_recipe, tmp_path) -> None:
     own = tmp_path / "own.json"
     own.write_text('{"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": "auto"}')
     check_ds_config(small_recipe(f"deepspeed.config={own}"))
@@ -115,7 +111,7 @@ def test_the_shipped_files_are_found() -> None:
 
 
 @pytest.mark.parametrize(("name", "patch"), [("vit_large_patch16_224", 16), ("vit_giant_patch14_clip_224", 14)])
-def test_zero3_large_partitions_matrices_and_keeps_what_karat_learns_whole(small_recipe, name: str, patch: int) -> None:
+def test_zero3_large_partitions_matrices_and_keeps_what_karat_learns_whole(small_recipe, name, patch) -> None:
     config = load_ds_config(small_recipe("deepspeed.config=zero3_large"), 2, 2)
     threshold = config["zero_optimization"]["stage3_param_persistence_threshold"]
     with torch.device("meta"):

@@ -12,7 +12,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import timedelta
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -23,14 +22,7 @@ import torch.distributed as dist
 
 from karat_scale.engine import distributed
 from karat_scale.engine.devices import _newest_record, gpu_index, refuse_shared, tell_deepspeed
-from karat_scale.engine.distributed import (
-    World,
-    _first_slurm_host,
-    default_port,
-    have_a_gpu_each,
-    launch_environment,
-    start,
-)
+from karat_scale.engine.distributed import _first_slurm_host, default_port, have_a_gpu_each, launch_environment, start
 from karat_scale.foundation.errors import UserError
 from tests.conftest import ROOT, free_port, karat_environment, rank_environments
 
@@ -57,11 +49,11 @@ def started(script: str, *arguments: str, **environment: str) -> "subprocess.Pop
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, (0, 1, 0)),
     ],
 )
-def test_ranks_are_read_from_the_launcher(environ: dict[str, str], expected: tuple[int, int, int]) -> None:
+def test_ranks_are_read_from_the_launcher(environ, expected) -> None:
     assert launch_environment(environ) == expected
 
 
-def test_one_process_agrees_with_itself(world: World) -> None:
+def test_one_process_agrees_with_itself(world) -> None:
     assert world.is_main
     assert world.any(True)
     assert not world.any(False)
@@ -70,7 +62,7 @@ def test_one_process_agrees_with_itself(world: World) -> None:
     assert world.gather(3) == [3]
 
 
-def test_the_first_host_is_that_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_host_is_that_of_the_step(tmp_path, monkeypatch) -> None:
     scontrol = tmp_path / "scontrol"  # SLURM's, which prints a host a line
     scontrol.write_text('#!/bin/sh\necho "$3" | tr , "\\n"\n')
     scontrol.chmod(0o755)
@@ -145,7 +137,7 @@ def test_a_group_waits_for_a_slow_rank_as_long_as_the_recipe_says() -> None:
 
 
 @pytest.mark.parametrize("port", ["x", "0", "70000", "-1"])
-def test_a_port_that_is_none_is_refused(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_that_is_none_is_refused(port, monkeypatch) -> None:
     for name, value in {
         "RANK": "1",
         "LOCAL_RANK": "1",
@@ -160,11 +152,9 @@ def test_a_port_that_is_none_is_refused(port: str, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("local_rank", "shown", "index"),
-    [(0, 1, 0), (3, 4, 3), (3, 1, 0)],
-    ids=["alone", "all shown", "its own shown"],
+    ("local_rank", "shown", "index"), [(0, 1, 0), (3, 4, 3), (3, 1, 0)], ids=["alone", "all shown", "its own shown"]
 )
-def test_a_rank_takes_its_own_gpu(local_rank: int, shown: int, index: int) -> None:
+def test_a_rank_takes_its_own_gpu(local_rank, shown, index) -> None:
     assert gpu_index(local_rank, shown) == index
 
 
@@ -229,7 +219,7 @@ def test_another_device_than_deepspeed_was_imported_for_is_one_line(world) -> No
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_nccl_is_told_its_gpu_if_it_has_peers(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+def test_nccl_is_told_its_gpu_if_it_has_peers(monkeypatch, size) -> None:
     """Alone it connects to nobody; bound to its GPU, it would split its communicator for each group of DeepSpeed's."""
     told: list[dict[str, Any]] = []
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
@@ -247,7 +237,7 @@ def test_nccl_is_told_its_gpu_if_it_has_peers(monkeypatch: pytest.MonkeyPatch, s
 
 
 @pytest.mark.parametrize(("nccl", "gloo", "newer"), [(5, 3, "nccl"), (3, 5, "fr"), (None, 3, "fr"), (3, None, "nccl")])
-def test_of_two_records_the_newer_is_written(nccl: int | None, gloo: int | None, newer: str) -> None:
+def test_of_two_records_the_newer_is_written(nccl, gloo, newer) -> None:
     """What torch for CUDA has; the one for CPUs has no record of NCCL's."""
 
     def record(last: int | None) -> bytes:
@@ -265,7 +255,7 @@ def test_of_two_records_the_newer_is_written(nccl: int | None, gloo: int | None,
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_the_rank_that_is_missing_from_a_collective_is_named(tmp_path: Path) -> None:
+def test_the_rank_that_is_missing_from_a_collective_is_named(tmp_path) -> None:
     program = textwrap.dedent(
         f"""
         import os, time
@@ -312,7 +302,7 @@ AS_ANOTHER = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [2, 4, 8, 12])
-def test_too_few_threads_are_one_line_and_no_hang(limit: int, tmp_path: Path) -> None:
+def test_too_few_threads_are_one_line_and_no_hang(limit, tmp_path) -> None:
     if os.getuid() != 0 or subprocess.run([*AS_ANOTHER, "true"], capture_output=True).returncode:
         pytest.skip("changing the user needs root and setpriv")
     tmp_path.chmod(0o777)

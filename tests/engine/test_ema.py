@@ -7,7 +7,7 @@ from tests.small_engines import CONFIGS, train_once, weights
 
 
 @pytest.mark.parametrize("warmup", [True, False])
-def test_the_decay_is_timms(warmup: bool) -> None:
+def test_the_decay_is_timms(warmup) -> None:
     theirs = ModelEmaV3(torch.nn.Linear(1, 1), decay=0.999, use_warmup=warmup)
     for step in (1, 2, 3, 10, 1000, 100_000):
         assert ema_decay(step, 0.999, warmup) == pytest.approx(theirs.get_decay(step), abs=1e-12)
@@ -16,7 +16,7 @@ def test_the_decay_is_timms(warmup: bool) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_equals_the_plain_formula_bit_for_bit_and_is_what_evaluation_sees(
-    small_recipe, make_engine, config: str, precision: str
+    small_recipe, make_engine, config, precision
 ) -> None:
     recipe = small_recipe(
         f"deepspeed.config={config}", f"train.precision={precision}", "train.ema_decay=0.9", "train.ema_warmup=false"

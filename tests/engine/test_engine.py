@@ -12,7 +12,7 @@ from tests.small_engines import CONFIGS, train_once, weights
 
 @pytest.mark.parametrize("config", [*CONFIGS, "zero3_large"])
 @pytest.mark.parametrize("clip", [0.0, 0.05])
-def test_steps_equal_plain_pytorch(small_recipe, make_engine, config: str, clip: float) -> None:
+def test_steps_equal_plain_pytorch(small_recipe, make_engine, config, clip) -> None:
     recipe = small_recipe(f"deepspeed.config={config}", f"optim.clip_grad={clip}")
     engine = make_engine(recipe)
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def _mixed_precision_norms(recipe, clip: float) -> list[float]:
 
 
 @pytest.mark.parametrize("config", CONFIGS[1:])
-def test_16_bit_weights_step_as_fp32_masters_do(small_recipe, make_engine, config: str) -> None:
+def test_16_bit_weights_step_as_fp32_masters_do(small_recipe, make_engine, config) -> None:
     recipe = small_recipe(f"deepspeed.config={config}", "train.precision=bf16_weights", "optim.clip_grad=0.5")
     engine = make_engine(recipe)
     assert next(engine.module.parameters()).dtype == torch.bfloat16
@@ -71,7 +71,7 @@ def test_16_bit_weights_step_as_fp32_masters_do(small_recipe, make_engine, confi
 
 
 @pytest.mark.parametrize("config", [CONFIGS[1], *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS[2:])])
-def test_bf16_gradients_add_up_in_fp32(small_recipe, world, make_engine, config: str) -> None:
+def test_bf16_gradients_add_up_in_fp32(small_recipe, world, make_engine, config) -> None:
     """Many micro batches, one of them large: in bf16 the small ones would be lost in the sum."""
     bf16 = (f"deepspeed.config={config}", "train.precision=bf16_weights", "optim.clip_grad=0")
     recipe = small_recipe(*bf16, "train.global_batch=64")
@@ -88,9 +88,7 @@ def test_bf16_gradients_add_up_in_fp32(small_recipe, world, make_engine, config:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_a_step_with_nan_gradients_is_skipped_and_counted(
-    small_recipe, make_engine, config: str, precision: str
-) -> None:
+def test_a_step_with_nan_gradients_is_skipped_and_counted(small_recipe, make_engine, config, precision) -> None:
     engine = make_engine(small_recipe(f"deepspeed.config={config}", f"train.precision={precision}"))
     train_once(engine, 0)
     before = [master.detach().clone() for master in master_weights(engine.deepspeed)]
@@ -115,7 +113,7 @@ def test_a_step_with_nan_gradients_is_skipped_and_counted(
         pytest.param("zero3_offload_params", marks=pytest.mark.slow),
     ],
 )
-def test_the_initial_weights_are_the_models_own(small_recipe, make_engine, config: str, mode: str) -> None:
+def test_the_initial_weights_are_the_models_own(small_recipe, make_engine, config, mode) -> None:
     recipe = small_recipe(f"deepspeed.config={config}", f"attention.mode={mode}")
     torch.manual_seed(0)
     plain = create_model(recipe.model, recipe.attention)

@@ -5,7 +5,6 @@ import math
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +15,7 @@ from karat_scale.engine.heartbeat import Heartbeat, Sign, StallLimits, Straggler
 from tests.conftest import SMALL, karat_environment
 
 
-def test_the_last_sign_says_where_the_rank_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_sign_says_where_the_rank_stood(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "node7")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     heartbeat = Heartbeat(tmp_path, 3).start()
@@ -28,13 +27,13 @@ def test_the_last_sign_says_where_the_rank_stood(tmp_path: Path, monkeypatch: py
     assert sign.start == "12-0"
 
 
-def test_a_torn_file_is_passed_over(tmp_path: Path) -> None:
+def test_a_torn_file_is_passed_over(tmp_path) -> None:
     Heartbeat(tmp_path, 0).start().stop()
     (tmp_path / "heartbeats" / "rank-00001.json").write_text('{"rank": 1')
     assert [sign.rank for sign in read_signs(tmp_path)] == [0]
 
 
-def test_a_rank_that_stalls_shows_its_stack(tmp_path: Path) -> None:
+def test_a_rank_that_stalls_shows_its_stack(tmp_path) -> None:
     program = textwrap.dedent(
         f"""
         import sys
@@ -102,7 +101,7 @@ def test_one_number_holds_for_all_phases_that_are_not_named() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0"])
-def test_no_limit_is_infinite(text: str) -> None:
+def test_no_limit_is_infinite(text) -> None:
     limits = StallLimits.parse(text)
     assert not limits
     assert limits.of("forward") == limits.plus(6).of("forward") == math.inf
@@ -116,7 +115,7 @@ def test_only_a_phase_may_have_a_limit() -> None:
 
 
 @pytest.mark.parametrize("text", ["x", "900,800", "900,compil=3", "-1", "900,save=", "nan", "inf"])
-def test_a_mistake_is_named(text: str) -> None:
+def test_a_mistake_is_named(text) -> None:
     with pytest.raises(ValueError, match=r"should be seconds|is no phase"):
         StallLimits.parse(text)
 
@@ -132,9 +131,7 @@ def test_a_compilation_may_take_longer_than_a_step() -> None:
     assert verdict("forward", 561, 2) is not None
 
 
-def test_a_mistake_ends_the_run_and_the_watch_with_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake_ends_the_run_and_the_watch_with_one_line(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("KARAT_STALL_SECONDS", "15m")
     overrides = (*SMALL, "data.backend=synthetic", "schedule.warmup_epochs=0", f"run.dir={tmp_path}")
     assert main(["train", "imagenet_vit_tiny_g3b", *overrides]) == 2

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -54,7 +53,7 @@ class Trainer:
 
 @pytest.mark.parametrize(("config", "precision"), CASES)
 def test_a_step_neither_stops_the_host_nor_reads_a_scalar(
-    small_recipe, world, as_on_a_gpu, waits: Counter[str], config: str, precision: str
+    small_recipe, world, as_on_a_gpu, waits, config, precision
 ) -> None:
     recipe = small_recipe(f"deepspeed.config={config}", f"train.precision={precision}", "train.micro_batch=4")
     trainer = Trainer(recipe, world)
@@ -68,7 +67,7 @@ def test_a_step_neither_stops_the_host_nor_reads_a_scalar(
     assert norm.isfinite()
 
 
-def test_weights_are_gathered_after_they_are_written(small_recipe, world, as_on_a_gpu, waits: Counter[str]) -> None:
+def test_weights_are_gathered_after_they_are_written(small_recipe, world, as_on_a_gpu, waits) -> None:
     """By DeepSpeed's own order of streams alone, the next forward pass could gather the weights before the step."""
     trainer = Trainer(small_recipe("deepspeed.config=zero3", "train.micro_batch=4"), world)
     gathers = trainer.engine.deepspeed.optimizer.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
@@ -91,9 +90,7 @@ def test_muon_cannot_skip_on_the_device_and_the_norm_is_read_once(small_recipe, 
 
 
 @pytest.mark.parametrize(("config", "precision"), CASES)
-def test_a_step_skipped_on_the_device_changes_nothing(
-    small_recipe, world, as_on_a_gpu, config: str, precision: str
-) -> None:
+def test_a_step_skipped_on_the_device_changes_nothing(small_recipe, world, as_on_a_gpu, config, precision) -> None:
     recipe = small_recipe(f"deepspeed.config={config}", f"train.precision={precision}", "train.micro_batch=4")
     trainer = Trainer(recipe, world)
     trainer.step(1)
@@ -108,9 +105,7 @@ def test_a_step_skipped_on_the_device_changes_nothing(
 
 @pytest.mark.parametrize("clip", [pytest.param(0.0, marks=pytest.mark.slow), 0.05])
 @pytest.mark.parametrize("config", STAGES)
-def test_steps_on_the_device_are_those_of_the_loop_over_parameters(
-    small_recipe, world, request, config: str, clip: float
-) -> None:
+def test_steps_on_the_device_are_those_of_the_loop_over_parameters(small_recipe, world, request, config, clip) -> None:
     recipe = small_recipe(f"deepspeed.config={config}", f"optim.clip_grad={clip}", "train.micro_batch=4")
     plain = Trainer(recipe, world)
     request.getfixturevalue("as_on_a_gpu")
@@ -122,7 +117,7 @@ def test_steps_on_the_device_are_those_of_the_loop_over_parameters(
 
 
 @pytest.mark.parametrize(("config", "most"), [("zero0", 40), *((stage, 60) for stage in STAGES[1:])])
-def test_a_step_runs_few_kernels_beside_the_model(small_recipe, world, as_on_a_gpu, config: str, most: int) -> None:
+def test_a_step_runs_few_kernels_beside_the_model(small_recipe, world, as_on_a_gpu, config, most) -> None:
     """188 parameters, at the shipped recipes' precision; and a plan counts as many."""
     own = ("model.depth=12", "attention.mode=blockwise", "train.precision=bf16", "train.global_batch=4")
     recipe = small_recipe(*own, f"deepspeed.config={config}")

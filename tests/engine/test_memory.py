@@ -92,7 +92,7 @@ def test_other_errors_pass(small_recipe) -> None:
         torch.zeros(2).view(3)
 
 
-def test_a_gpu_leaves_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_leaves_a_snapshot(tmp_path, monkeypatch) -> None:
     """torch's own functions need a GPU; these take their places."""
     recorded: list[int] = []
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda max_entries: recorded.append(max_entries))

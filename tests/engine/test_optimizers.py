@@ -105,7 +105,7 @@ def test_muon_resumes_to_the_same_bits(small_recipe, run) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [("adamw", "muon"), ("muon", "adamw")])
-def test_another_optimizers_checkpoint_is_refused(small_recipe, run, before: str, after: str) -> None:
+def test_another_optimizers_checkpoint_is_refused(small_recipe, run, before, after) -> None:
     engine, checkpoints = run(small_recipe(f"optim.name={before}"))
     train_once(engine, 1)
     checkpoints.store.root.mkdir(parents=True)
@@ -116,7 +116,7 @@ def test_another_optimizers_checkpoint_is_refused(small_recipe, run, before: str
 
 
 @pytest.mark.parametrize("config", ["zero1", "zero2", "zero3", "zero2_offload"])
-def test_muon_is_refused_where_matrices_are_cut_up(small_recipe, make_engine, config: str) -> None:
+def test_muon_is_refused_where_matrices_are_cut_up(small_recipe, make_engine, config) -> None:
     with pytest.raises(RecipeError, match=r"optim\.name = muon .* use deepspeed\.config=zero0"):
         make_engine(small_recipe(MUON, f"deepspeed.config={config}"))
 
@@ -162,7 +162,7 @@ def test_what_is_frozen_or_apart_is_in_no_group() -> None:
 
 
 @given(warmup=st.integers(0, 30), total=st.integers(31, 200), step=st.integers(0, 199))
-def test_equals_timms_scheduler_at_every_step(warmup: int, total: int, step: int) -> None:
+def test_equals_timms_scheduler_at_every_step(warmup, total, step) -> None:
     ours = CosineSchedule(peak_lr=1e-3, min_lr=1e-5, warmup_lr=1e-6, warmup_steps=warmup, total_steps=total)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     theirs = CosineLRScheduler(optimizer, total, lr_min=1e-5, warmup_t=warmup, warmup_lr_init=1e-6, t_in_epochs=False)
@@ -181,7 +181,7 @@ def test_the_papers_rates_for_a_batch_of_128(small_recipe) -> None:
 
 
 @given(warmup=st.integers(0, 50), total=st.integers(51, 300), step=st.integers(0, 299))
-def test_a_cosine_after_the_warm_up_is_big_visions(warmup: int, total: int, step: int) -> None:
+def test_a_cosine_after_the_warm_up_is_big_visions(warmup, total, step) -> None:
     ours = CosineSchedule(1e-3, 0.0, 0.0, warmup_steps=warmup, total_steps=total, cosine_from=warmup)
     progress = min(max((step - warmup) / (total - warmup), 0.0), 1.0)
     rate = 1e-3 * 0.5 * (1 + math.cos(math.pi * progress)) * (min(1.0, step / warmup) if warmup else 1.0)
@@ -200,7 +200,7 @@ def test_lr_batch_null_means_lr_as_it_is(small_recipe) -> None:
     assert build_schedule(small_recipe("optim.lr_batch=null", "optim.lr=0.5"), 10).peak_lr == 0.5
 
 
-def test_without_a_compiler_it_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_it_cannot_be_built(monkeypatch) -> None:
     monkeypatch.setenv("CXX", f"{sys.executable} g++")  # as with ccache
     assert cpu_adam_can_be_built() == is_ninja_available()
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -208,7 +208,7 @@ def test_without_a_compiler_it_cannot_be_built(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(("age", "stays"), [(QUIET_SECONDS - 30, True), (QUIET_SECONDS + 30, False)])
-def test_the_mark_of_a_build_goes_when_nothing_has_changed_for_a_while(tmp_path, age: float, stays: bool) -> None:
+def test_the_mark_of_a_build_goes_when_nothing_has_changed_for_a_while(tmp_path, age, stays) -> None:
     then = time.time() - age
     for name, time_of_change in {"lock": then - 1000, "cpu_adam.o": then}.items():
         (tmp_path / name).touch()

@@ -1,7 +1,6 @@
 """Recomputing under DeepSpeed: by its checkpoint or torch's, at each stage and on two ranks, results are bit-equal."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +14,7 @@ from tests.small_engines import equal, train_once, weights
 
 DEPTH = "model.depth=3"
 DROPS = ("model.drop_path=0.3", "model.proj_drop=0.2")
-METHODS = {
-    "torch": ("train.recompute.method=torch",),
-    "deepspeed": ("train.recompute.method=deepspeed",),
-}
+METHODS = {"torch": ("train.recompute.method=torch",), "deepspeed": ("train.recompute.method=deepspeed",)}
 POLICIES = {
     "attention": ("train.recompute.policy=attention",),
     "every": ("train.recompute.policy=every",),
@@ -53,9 +49,7 @@ slow = pytest.mark.slow
         pytest.param("zero3_offload", "bf16", "universal", marks=slow),
     ],
 )
-def test_training_is_bit_equal(
-    small_recipe, world, whole_zero3, config: str, precision: str, mode: str, drops: tuple[str, ...]
-) -> None:
+def test_training_is_bit_equal(small_recipe, world, whole_zero3, config, precision, mode, drops) -> None:
     config = whole_zero3 if config == "zero3" else config
     settings = (f"deepspeed.config={config}", f"train.precision={precision}", f"attention.mode={mode}")
     fixed = (DEPTH, *drops, *settings)
@@ -69,7 +63,7 @@ def test_training_is_bit_equal(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_stage_3_gives_weights_to_what_ends_in_a_layer(small_recipe, world, whole_zero3, method: str) -> None:
+def test_stage_3_gives_weights_to_what_ends_in_a_layer(small_recipe, world, whole_zero3, method) -> None:
     """Without dropout a linear layer comes last: recomputed to the end, it would give its weight back too soon."""
     fixed = (DEPTH, f"deepspeed.config={whole_zero3}")
     _, plain = train_with(small_recipe(*fixed), world)
@@ -79,7 +73,7 @@ def test_stage_3_gives_weights_to_what_ends_in_a_layer(small_recipe, world, whol
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_ranks_with_partitioned_weights_train_bit_equal(tmp_path: Path, whole_zero3) -> None:
+def test_two_ranks_with_partitioned_weights_train_bit_equal(tmp_path, whole_zero3) -> None:
     kinds = [(), *((*METHODS[m], *POLICIES[p]) for m, p in [("torch", "all"), ("torch", "attention")])]
     kinds += [(*METHODS["deepspeed"], *POLICIES["every"])]
     settings = (("fp32", "blockwise", ()), ("bf16", "universal", DROPS))

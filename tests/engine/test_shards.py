@@ -44,9 +44,7 @@ def _cut_parameters(sizes: list[int], ranks: int) -> list[tuple[list[Fragment], 
     after=st.integers(1, 4),
     padding=st.integers(0, 3),
 )
-def test_flat_shards_become_cut_parameters_and_flat_shards_again(
-    sizes: list[int], before: int, after: int, padding: int
-) -> None:
+def test_flat_shards_become_cut_parameters_and_flat_shards_again(sizes, before, after, padding) -> None:
     parameters = [torch.arange(size) + 100.0 * number for number, size in enumerate(sizes)]
     whole = Pieces()
     for number, parameter in enumerate(parameters):

@@ -118,7 +118,7 @@ def test_an_event_orders_what_came_before_it() -> None:
 
 
 @pytest.mark.slow
-def test_streams_are_in_order(tmp_path: Path) -> None:
+def test_streams_are_in_order(tmp_path) -> None:
     """The shipped files, what was wrong once, and of all combinations a part."""
     once_wrong = [
         case({"stage": stage, "overlap_comm": True, "contiguous_gradients": contiguous, "reduce_scatter": scatter,
@@ -130,9 +130,7 @@ def test_streams_are_in_order(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "rank"), [(1, 0), (2, 1), (3, 2), (8, 0), (8, 3)])
-def test_the_shipped_files_keep_streams_in_order_on_any_rank_with_any_bucket(
-    world: int, rank: int, tmp_path: Path
-) -> None:
+def test_the_shipped_files_keep_streams_in_order_on_any_rank_with_any_bucket(world, rank, tmp_path) -> None:
     """Buckets smaller than every parameter, than some, and larger than all together."""
     cases: list[Case] = []
     stages = (1, 2) if rank else (1, 2, 3)  # at stage 3 each rank compares itself with rank 0, which is not there
@@ -144,7 +142,7 @@ def test_the_shipped_files_keep_streams_in_order_on_any_rank_with_any_bucket(
 
 
 @pytest.mark.slow
-def test_gradients_whose_hooks_run_on_another_stream_are_reduced_after_they_are_written(tmp_path: Path) -> None:
+def test_gradients_whose_hooks_run_on_another_stream_are_reduced_after_they_are_written(tmp_path) -> None:
     cases = []
     for stage, contiguous, bucket, accumulation in itertools.product((1, 2), BOTH, (3000, 5_000_000), (1, 2)):
         zero = {"stage": stage, "contiguous_gradients": contiguous, "reduce_bucket_size": bucket, "overlap_comm": True}
@@ -154,5 +152,5 @@ def test_gradients_whose_hooks_run_on_another_stream_are_reduced_after_they_are_
 
 
 @pytest.mark.night
-def test_streams_are_in_order_in_every_combination(tmp_path: Path) -> None:
+def test_streams_are_in_order_in_every_combination(tmp_path) -> None:
     assert_in_order(all_cases(), tmp_path / "all")

@@ -49,13 +49,13 @@ def no_longer_than(seconds: float) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def share(pytestconfig: pytest.Config) -> Share:
+def share(pytestconfig) -> Share:
     seed, turn = pytestconfig.getoption("--seed"), pytestconfig.getoption("--turn")
     return Share(pytestconfig.getoption("--faults") == "all", next((n for n in (seed, turn) if n is not None), 0))
 
 
 @pytest.fixture
-def record(share: Share, request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], None]:
+def record(share, request) -> Callable[[dict[str, Any]], None]:
     """Keep what was tried, where all of it was: build/faults/TEST.json."""
 
     def keep(tried: dict[str, Any]) -> None:

@@ -77,10 +77,7 @@ class Effects:
     def found(self, may_read: bool = False) -> list[str]:
         """What must not have happened, in words."""
         opened = self.written if may_read else self.opened | self.written
-        return [
-            *(f"started {text}" for text in self.started),
-            *(f"opened {name}" for name in sorted(opened)),
-        ]
+        return [*(f"started {text}" for text in self.started), *(f"opened {name}" for name in sorted(opened))]
 
 
 _watching: Effects | None = None

@@ -24,7 +24,7 @@ COUNTS = 40, 2000
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory) -> Path:
     """A finished run with two checkpoints, snapshots and an exported file of weights."""
     directory = tmp_path_factory.mktemp("run")
     recipe = tiny_recipe(directory, "0")

@@ -23,7 +23,6 @@ from karat_scale.recipe import DataConfig
 from karat_scale.recipe.loading import load_recipe
 from tests.conftest import SMALL, karat_here, made_once
 from tests.data.tars import write_stream
-from tests.faults.conftest import Share
 from tests.faults.foreign import DATA, MODULE, Effects, as_value, hostile_values, text_keys, watched
 
 STEPS = 3
@@ -121,7 +120,7 @@ class Attack:
 
 
 @pytest.fixture(scope="module")
-def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(shards, tmp_path_factory) -> Path:
     """A run of three steps on a stream of tars, with a checkpoint of each."""
 
     def train(root: Path) -> None:
@@ -135,7 +134,7 @@ def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def attack(trained: Path, shards: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Attack:
+def attack(trained, shards, image_folder, tmp_path, monkeypatch) -> Attack:
     made = Attack(tmp_path, trained, shards)
     (made.here / "images").symlink_to(image_folder)
     monkeypatch.chdir(made.here)
@@ -193,9 +192,7 @@ def product(attack: Attack) -> list[dict[str, str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOOKS)
-def test_no_recipe_of_a_run_starts_imports_or_opens_anything(
-    name: str, attack: Attack, share: Share, record: Callable[[dict[str, Any]], None]
-) -> None:
+def test_no_recipe_of_a_run_starts_imports_or_opens_anything(name, attack, share, record) -> None:
     everything = product(attack)
     chosen = random.Random(f"{share.seed} {name}").sample(everything, share.of(12, len(everything)))
     problems = {str(values): problem for values in chosen if (problem := tried(attack, name, values))}
@@ -204,7 +201,7 @@ def test_no_recipe_of_a_run_starts_imports_or_opens_anything(
 
 
 @pytest.mark.parametrize("name", ["replay", "export", "track", "resume.from"])
-def test_a_few_recipes_start_import_and_open_nothing(name: str, attack: Attack, share: Share) -> None:
+def test_a_few_recipes_start_import_and_open_nothing(name, attack, share) -> None:
     chosen = random.Random(f"few {share.seed} {name}").sample(product(attack), 3)
     assert not {str(values): problem for values in chosen if (problem := tried(attack, name, values))}
 
@@ -225,7 +222,7 @@ def read_stream(value: str, found_in: str) -> None:
             list(read_tar(url, name))
 
 
-def test_no_spelling_of_a_stream_starts_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_spelling_of_a_stream_starts_a_command(tmp_path, monkeypatch) -> None:
     set_variables(monkeypatch, tmp_path)
     values = spellings(tmp_path)
     with watched(tmp_path) as effects:
@@ -239,14 +236,14 @@ def test_no_spelling_of_a_stream_starts_a_command(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_no_spelling_of_a_stream_in_a_run_starts_a_command(attack: Attack) -> None:
+def test_no_spelling_of_a_stream_in_a_run_starts_a_command(attack) -> None:
     values = spellings(attack.outside)
     problems = {value: tried(attack, "replay", {"data.stream": value}) for value in values}
     assert not {value: problem for value, problem in problems.items() if problem}
 
 
 @pytest.mark.parametrize("key", ["data.stream", "attention.basis", "init_from", "deepspeed.config"])
-def test_what_is_trusted_is_noticed_here(key: str, attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_trusted_is_noticed_here(key, attack, monkeypatch) -> None:
     """Without this, a detector that sees nothing would find nothing."""
     monkeypatch.setenv(VARIABLE, "1")
     text, name, seen = {
@@ -288,7 +285,7 @@ def test_nothing_is_written_where_a_link_in_a_run_leads(name: str, attack: Attac
 
 
 @pytest.mark.parametrize("name", ["eval on", "analyze", "track"])
-def test_nothing_is_written_where_a_linked_folder_of_a_run_leads(name: str, attack: Attack) -> None:
+def test_nothing_is_written_where_a_linked_folder_of_a_run_leads(name, attack) -> None:
     def change(run: Path) -> None:
         for folder in ("evaluations", "trackers", "tensorboard", "analysis", "predictions.npz"):
             (run / folder).symlink_to(attack.outside)
@@ -301,9 +298,7 @@ def test_nothing_is_written_where_a_linked_folder_of_a_run_leads(name: str, atta
 
 @pytest.mark.parametrize("field", ["shard", "index", "split"])
 @pytest.mark.parametrize("spelled", ["{outside}/secret", "../../outside/secret", "file://{outside}/secret", "~/secret"])
-def test_a_data_set_reads_nothing_outside_itself(
-    field: str, spelled: str, attack: Attack, shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_data_set_reads_nothing_outside_itself(field, spelled, attack, shards, monkeypatch) -> None:
     data = attack.here / "data"
     shutil.copytree(shards, data)
     record = json.loads((data / "dataset.json").read_text())

@@ -35,7 +35,7 @@ def said_by(*arguments: str) -> tuple[int, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
+def made(tmp_path_factory, image_folder) -> Path:
     """A finished run, what was exported from it, and an image."""
 
     def make(root: Path) -> None:
@@ -112,14 +112,14 @@ NEEDED = {
 
 
 @pytest.mark.parametrize("name", NEEDED)
-def test_a_pipe_in_place_of_a_file_is_named(name: str, made: Path, tmp_path: Path) -> None:
+def test_a_pipe_in_place_of_a_file_is_named(name, made, tmp_path) -> None:
     for file in NEEDED[name]:
         code, lines = with_pipe(made, tmp_path / "work", Path(file), name)
         assert code == 2, (file, lines)
         assert any(Path(file).name in line for line in lines), lines
 
 
-def test_a_checkpoint_with_a_pipe_is_damaged(made: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_pipe_is_damaged(made, tmp_path) -> None:
     """It is named, and the command takes another one or ends."""
     checkpoint = made / "run" / "checkpoints" / (made / "run" / "checkpoints" / "best").read_text().strip()
     for file in sorted(checkpoint.iterdir()):
@@ -128,7 +128,7 @@ def test_a_checkpoint_with_a_pipe_is_damaged(made: Path, tmp_path: Path) -> None
         assert any(f"{checkpoint.name} is damaged: {file.name} " in line for line in lines), lines
 
 
-def test_a_tracker_names_a_pipe_in_place_of_its_lock(made: Path, tmp_path: Path) -> None:
+def test_a_tracker_names_a_pipe_in_place_of_its_lock(made, tmp_path) -> None:
     code, lines = with_pipe(made, tmp_path / "work", Path("run/trackers/tensorboard.lock"), "track")
     assert code == 1
     assert "tensorboard.lock: not a regular file" in lines[-1]
@@ -136,7 +136,7 @@ def test_a_tracker_names_a_pipe_in_place_of_its_lock(made: Path, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_command_waits_at_a_pipe_in_place_of_any_file(name: str, made: Path, tmp_path: Path) -> None:
+def test_no_command_waits_at_a_pipe_in_place_of_any_file(name, made, tmp_path) -> None:
     problems = {}
     for file in files_of(name, made):
         try:
@@ -151,7 +151,7 @@ def test_no_command_waits_at_a_pipe_in_place_of_any_file(name: str, made: Path, 
 
 
 @pytest.mark.parametrize("file", ["dataset.json", "train-000000.tar", "train-000000.index.npz"])
-def test_a_pipe_in_a_data_set_is_named(file: str, shards: Path, tmp_path: Path) -> None:
+def test_a_pipe_in_a_data_set_is_named(file, shards, tmp_path) -> None:
     shutil.copytree(shards, tmp_path / "data")
     replaced(tmp_path / "data" / file)
     code, lines = said_by("data", str(tmp_path / "data"), "--out", str(tmp_path / "page.html"))
@@ -159,7 +159,7 @@ def test_a_pipe_in_a_data_set_is_named(file: str, shards: Path, tmp_path: Path) 
     assert file in lines[-1]
 
 
-def test_a_pipe_in_place_of_a_tar_that_others_made_is_named(tmp_path: Path) -> None:
+def test_a_pipe_in_place_of_a_tar_that_others_made_is_named(tmp_path) -> None:
     os.mkfifo(tmp_path / "a.tar")
     said = pytest.raises(DataError, match=r"a\.tar cannot be read: not a regular file")
     with no_longer_than(SECONDS), said, open_tar(tmp_path, "a.tar"):
@@ -167,13 +167,12 @@ def test_a_pipe_in_place_of_a_tar_that_others_made_is_named(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["labels", "log"])
-def test_a_pipe_that_the_user_names_is_named(name: str, tmp_path: Path) -> None:
+def test_a_pipe_that_the_user_names_is_named(name, tmp_path) -> None:
     path = tmp_path / ("metrics.jsonl" if name == "log" else f"{name}.json")
     os.mkfifo(path)
-    read: Callable[[], object] = {
-        "labels": lambda: OtherLabels(path, ("cat",)),
-        "log": lambda: last_step(tmp_path),
-    }[name]
+    read: Callable[[], object] = {"labels": lambda: OtherLabels(path, ("cat",)), "log": lambda: last_step(tmp_path)}[
+        name
+    ]
     with no_longer_than(SECONDS):
         if name == "log":
             assert read() is None  # of a run of a sweep that has logged nothing yet

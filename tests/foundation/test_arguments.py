@@ -3,7 +3,6 @@
 import os
 from argparse import Namespace
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -32,7 +31,7 @@ def refusal(capsys: Capture, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_overrides_stand_before_after_and_between_options(command: str) -> None:
+def test_overrides_stand_before_after_and_between_options(command) -> None:
     option = OPTION[command]
     for line in (["r", "a=1", *option, "b=2"], ["r", *option, "a=1", "b=2"], [*option, "r", "a=1", "b=2"]):
         read = build_parser().parse_args([command, *line])
@@ -65,13 +64,13 @@ def test_an_option_between_overrides_keeps_its_value() -> None:
         (["analyze", "r", "--out", "o", "a=1"], "unexpected argument 'a=1' (karat analyze"),
     ],
 )
-def test_a_mistake_is_one_line(arguments: list[str], message: str, capsys: Capture) -> None:
+def test_a_mistake_is_one_line(arguments, message, capsys) -> None:
     assert message in refusal(capsys, *arguments)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "0", "-3", "much"])
 @pytest.mark.parametrize("option", ["plan r --memory", "plan r --step-time", "analyze r --range", "doctor --seconds"])
-def test_a_measure_is_finite_and_above_zero(option: str, value: str, capsys: Capture) -> None:
+def test_a_measure_is_finite_and_above_zero(option, value, capsys) -> None:
     line = refusal(capsys, *option.split(), value)
     assert f"{option.split()[-1]}: {value!r} is not a number above 0" in line
 
@@ -85,11 +84,11 @@ def test_a_measure_is_finite_and_above_zero(option: str, value: str, capsys: Cap
         "bench data --images",
     ],
 )  # fmt: skip
-def test_a_count_is_one_or_more(option: str, value: str, capsys: Capture) -> None:
+def test_a_count_is_one_or_more(option, value, capsys) -> None:
     assert f"{option.split()[-1]}: {value!r} is not an integer of at least 1" in refusal(capsys, *option.split(), value)
 
 
-def test_what_may_be_zero_and_what_must_be_two(capsys: Capture) -> None:
+def test_what_may_be_zero_and_what_must_be_two(capsys) -> None:
     assert build_parser().parse_args(["submit", "r", "--gpus-per-node=0"]).gpus_per_node == 0
     assert build_parser().parse_args(["bench", "data", "--workers=0"]).workers == 0
     assert "at least 0" in refusal(capsys, "submit", "r", "--gpus-per-node=-4")
@@ -97,9 +96,7 @@ def test_what_may_be_zero_and_what_must_be_two(capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("command", [["plan", "r"], ["eval", "r"], ["detect", "r"], ["doctor"], ["bench", "step"]])
-def test_a_file_that_cannot_be_written_is_refused_before_the_work(
-    command: list[str], tmp_path: Path, capsys: Capture
-) -> None:
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(command, tmp_path, capsys) -> None:
     nowhere = tmp_path / "nowhere" / "x.json"
     assert f"--json: '{nowhere}': its directory does not exist" in refusal(capsys, *command, "--json", str(nowhere))
     assert "is a directory" in refusal(capsys, *command, "--json", str(tmp_path))
@@ -112,18 +109,16 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
 
 
 @pytest.mark.parametrize("time", ["90", "90:00", "12:00:00", "1-12", "1-12:30", "1-12:30:00", "UNLIMITED"])
-def test_a_time_limit_is_any_that_sbatch_takes(time: str) -> None:
+def test_a_time_limit_is_any_that_sbatch_takes(time) -> None:
     assert build_parser().parse_args(["submit", "r", "--time", time]).time == time
 
 
 @pytest.mark.parametrize("time", ["abc", "1h", "1-", "-5", "1:2:3:4", "1.5", ""])
-def test_another_time_limit_is_refused(time: str, capsys: Capture) -> None:
+def test_another_time_limit_is_refused(time, capsys) -> None:
     assert f"--time: {time!r} is not a time limit of sbatch" in refusal(capsys, "submit", "r", f"--time={time}")
 
 
-def test_a_virtual_environment_is_there_and_named_from_the_root(
-    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_virtual_environment_is_there_and_named_from_the_root(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "--venv: 'own' is not a virtual environment" in refusal(capsys, "submit", "r", "--venv=own")
     (tmp_path / "own" / "bin").mkdir(parents=True)
@@ -131,7 +126,7 @@ def test_a_virtual_environment_is_there_and_named_from_the_root(
     assert build_parser().parse_args(["submit", "r", "--venv=own"]).venv == str(tmp_path / "own")
 
 
-def test_a_parser_without_overrides_takes_none(capsys: Capture) -> None:
+def test_a_parser_without_overrides_takes_none(capsys) -> None:
     parser = OneLineParser(prog="script")
     with pytest.raises(SystemExit):
         parser.parse_args(["a=1"])
@@ -149,9 +144,7 @@ def test_a_parser_without_overrides_takes_none(capsys: Capture) -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_an_option_without_effect_is_refused(
-    arguments: list[str], said: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_option_without_effect_is_refused(arguments, said, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r").write_text("data: {path: x}\nmodel: {patch_size: 16}\n")
     assert main([part.format(run=tmp_path) for part in arguments]) == 2

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 
@@ -22,7 +21,7 @@ from karat_scale.foundation.console import (
         *((125, "2 min 5 s"), (3600, "1 h"), (90_000, "1 d 1 h"), (93_661, "1 d 2 h")),
     ],
 )
-def test_durations_have_at_most_two_units(seconds: float, text: str) -> None:
+def test_durations_have_at_most_two_units(seconds, text) -> None:
     assert duration(seconds) == text
 
 
@@ -40,7 +39,7 @@ def test_a_table_in_a_file_is_aligned_lines(capsys) -> None:
     )
 
 
-def test_a_terminal_gets_tables_and_bars(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_tables_and_bars(capsys, monkeypatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
     print_table("speed", ("stage", "img/s"), [("[decode]", "12")])
@@ -86,7 +85,7 @@ def test_each_piece_of_work_is_one_line_in_a_file(capsys) -> None:
     assert capsys.readouterr().err == "maps\nspectrum\n"
 
 
-def test_long_work_says_in_a_file_what_is_left(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_work_says_in_a_file_what_is_left(capsys, monkeypatch) -> None:
     monkeypatch.setattr("karat_scale.foundation.console.PLAIN_LINE_SECONDS", 0.0)
     with work_display() as show:
         for done in range(1, 4):
@@ -98,7 +97,7 @@ def test_long_work_says_in_a_file_what_is_left(capsys, monkeypatch: pytest.Monke
     assert third.endswith(" left")
 
 
-def test_json_is_written_only_where_a_file_is_named(tmp_path: Path) -> None:
+def test_json_is_written_only_where_a_file_is_named(tmp_path) -> None:
     write_json(None, {"a": 1})
     write_json(tmp_path / "figures.json", {"a": [1, None]})
     assert [file.name for file in tmp_path.iterdir()] == ["figures.json"]

@@ -28,7 +28,7 @@ from tests.conftest import ROOT, karat_environment, karat_here
         (RuntimeError("Could not determine home directory."), "write paths without ~, or set HOME", 2),
     ],
 )
-def test_the_machines_errors_are_one_line(error: Exception, line: str, code: int) -> None:
+def test_the_machines_errors_are_one_line(error, line, code) -> None:
     found = of_the_machine(error)
     assert found is not None
     assert line in found[0]
@@ -42,11 +42,11 @@ def test_the_machines_errors_are_one_line(error: Exception, line: str, code: int
 @pytest.mark.parametrize(
     "error", [RuntimeError("a bug"), ValueError("x"), BrokenPipeError(32, "Broken pipe"), KeyError(1)]
 )
-def test_a_bug_keeps_its_traceback(error: Exception) -> None:
+def test_a_bug_keeps_its_traceback(error) -> None:
     assert of_the_machine(error) is None
 
 
-def test_a_user_without_a_home_has_a_place_for_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_home_has_a_place_for_caches(monkeypatch) -> None:
     def none() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -54,7 +54,7 @@ def test_a_user_without_a_home_has_a_place_for_caches(monkeypatch: pytest.Monkey
     assert native_build.home().name == f"karat-home-{os.getuid()}"
 
 
-def test_a_path_in_the_home_of_nobody_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_in_the_home_of_nobody_is_one_line(capsys) -> None:
     assert (
         karat_here("train", "fashion_mnist_demo", "data.backend=synthetic", "run.device=cpu", "run.dir=~nosuchuser/run")
         == 2
@@ -64,7 +64,7 @@ def test_a_path_in_the_home_of_nobody_is_one_line(capsys: pytest.CaptureFixture[
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_too_few_file_descriptors_are_one_line(tmp_path: Path) -> None:
+def test_too_few_file_descriptors_are_one_line(tmp_path) -> None:
     command = [sys.executable, "-m", "karat_scale", "train", "fashion_mnist_demo", "data.backend=synthetic"]
     done = subprocess.run(
         [*command, f"run.dir={tmp_path / 'run'}", "train.max_steps=1", "data.workers=2"],
@@ -78,7 +78,7 @@ def test_too_few_file_descriptors_are_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr, done.stderr
 
 
-def test_a_ranks_error_is_one_write_where_python_does_not_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ranks_error_is_one_write_where_python_does_not_buffer(monkeypatch) -> None:
     """Two ranks with one standard error: the end of a line, written by itself, would come after the other's line."""
     reader, writer = os.pipe2(os.O_DIRECT)  # a packet for each write
     monkeypatch.setenv("RANK", "1")
@@ -102,7 +102,7 @@ NAMES = ("gcvit_tiny", "vit_small_patch16_224", "vit_tiny_patch16_224", "vit_tin
         ("gcvit_tinny", "gcvit_tiny"),
     ],
 )
-def test_the_beginning_goes_before_the_whole(name: str, meant: str) -> None:
+def test_the_beginning_goes_before_the_whole(name, meant) -> None:
     assert nearest(name, NAMES) == [meant]
 
 

@@ -27,7 +27,7 @@ from karat_scale.training.run_directory import RunDirectory
 from tests.conftest import ROOT
 
 
-def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+def test_a_link_stays_and_its_target_is_replaced(tmp_path) -> None:
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_text("old")
     link.symlink_to(target)
@@ -37,7 +37,7 @@ def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "target"]
 
 
-def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+def test_a_pipe_is_written_to(tmp_path) -> None:
     pipe, read = tmp_path / "pipe", []
     os.mkfifo(pipe)
     reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
@@ -49,7 +49,7 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root could replace a device")
-def test_a_device_is_written_to(tmp_path: Path) -> None:
+def test_a_device_is_written_to(tmp_path) -> None:
     device = tmp_path / "null"
     try:
         os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
@@ -61,7 +61,7 @@ def test_a_device_is_written_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["file", "pipe"])
-def test_standard_output_by_its_name_takes_the_text(tmp_path: Path, to: str) -> None:
+def test_standard_output_by_its_name_takes_the_text(tmp_path, to) -> None:
     imports = "from pathlib import Path; from karat_scale.foundation.files import write_atomically"
     program = f"{imports}; write_atomically(Path('/dev/stdout'), 'x')"
     out = (tmp_path / "out").open("w") if to == "file" else subprocess.PIPE
@@ -70,7 +70,7 @@ def test_standard_output_by_its_name_takes_the_text(tmp_path: Path, to: str) -> 
 
 
 @pytest.mark.parametrize("what", ["fifo", "directory", "device", "too large"])
-def test_what_is_no_small_text_file_is_refused_at_once(what: str, tmp_path: Path) -> None:
+def test_what_is_no_small_text_file_is_refused_at_once(what, tmp_path) -> None:
     path = tmp_path / "x"
     if what == "fifo":
         os.mkfifo(path)
@@ -85,7 +85,7 @@ def test_what_is_no_small_text_file_is_refused_at_once(what: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("what", ["link", "fifo"])
-def test_a_file_of_ours_replaces_what_has_its_name(what: str, tmp_path: Path) -> None:
+def test_a_file_of_ours_replaces_what_has_its_name(what, tmp_path) -> None:
     target, path = tmp_path / "target", tmp_path / "x"
     target.write_text("mine")
     os.mkfifo(path) if what == "fifo" else path.symlink_to(target)
@@ -95,7 +95,7 @@ def test_a_file_of_ours_replaces_what_has_its_name(what: str, tmp_path: Path) ->
     assert target.read_text() == "mine"
 
 
-def test_lines_are_added_to_no_link_and_to_no_pipe(tmp_path: Path) -> None:
+def test_lines_are_added_to_no_link_and_to_no_pipe(tmp_path) -> None:
     (tmp_path / "target").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "target")
     os.mkfifo(tmp_path / "fifo")
@@ -108,14 +108,14 @@ def test_lines_are_added_to_no_link_and_to_no_pipe(tmp_path: Path) -> None:
     assert (tmp_path / "target").read_text() == "mine"
 
 
-def test_no_folder_of_ours_is_made_where_a_link_leads(tmp_path: Path) -> None:
+def test_no_folder_of_ours_is_made_where_a_link_leads(tmp_path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="nothing is written where it leads"):
         make_folder(tmp_path / "link")
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_an_image_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
+def test_an_image_of_a_terabyte_is_not_read(tmp_path) -> None:
     with (tmp_path / "sparse.jpg").open("wb") as file:
         file.truncate(10**12)
     with pytest.raises(OSError, match=r"larger than 536\.871 MB"):
@@ -138,7 +138,7 @@ def hidden(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if path.name.startswith("."))
 
 
-def test_a_killed_writers_files_go_and_a_living_ones_stay(tmp_path: Path) -> None:
+def test_a_killed_writers_files_go_and_a_living_ones_stay(tmp_path) -> None:
     target = tmp_path / "summary.json"
     command = [sys.executable, "-c", WRITER, str(target)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as writer:
@@ -156,7 +156,7 @@ def test_a_killed_writers_files_go_and_a_living_ones_stay(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("locks_of_nfs")
-def test_a_killed_writers_files_go_on_nfs(tmp_path: Path) -> None:
+def test_a_killed_writers_files_go_on_nfs(tmp_path) -> None:
     left = tmp_path / ".summary.json.abcd_123.unfinished"
     left.write_text("half")
     with temporary_file(tmp_path / "other.json") as mine:
@@ -164,7 +164,7 @@ def test_a_killed_writers_files_go_on_nfs(tmp_path: Path) -> None:
         assert hidden(tmp_path) == [mine.name]
 
 
-def test_what_is_not_ours_stays(tmp_path: Path) -> None:
+def test_what_is_not_ours_stays(tmp_path) -> None:
     for name in (".lock", ".summary.json", ".git", ".bashrc.original", "summary.json.abcdefgh.unfinished"):
         (tmp_path / name).write_text("")
     (tmp_path / ".link.abcdefgh.unfinished").symlink_to("/etc/passwd")
@@ -174,13 +174,13 @@ def test_what_is_not_ours_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [temporary_file, temporary_folder])
-def test_nothing_is_left_after_an_error(tmp_path: Path, make) -> None:
+def test_nothing_is_left_after_an_error(tmp_path, make) -> None:
     with pytest.raises(KeyboardInterrupt), make(tmp_path / "x"):
         raise KeyboardInterrupt
     assert hidden(tmp_path) == []
 
 
-def test_a_start_clears_what_kills_left_in_the_run(tmp_path: Path) -> None:
+def test_a_start_clears_what_kills_left_in_the_run(tmp_path) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.open(load_recipe("fashion_mnist_demo", [f"run.dir={directory.path}"]))
     directory.snapshots.mkdir()
@@ -204,7 +204,7 @@ def test_a_start_clears_what_kills_left_in_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="an immutable file needs root")
-def test_what_cannot_be_removed_is_named(tmp_path: Path) -> None:
+def test_what_cannot_be_removed_is_named(tmp_path) -> None:
     stays = tmp_path / ".summary.json.abcd_123.unfinished"
     stays.write_text("half")
     if subprocess.run(["chattr", "+i", str(stays)], capture_output=True).returncode:

@@ -23,11 +23,11 @@ def write(root: Path, **files: str) -> None:
 
 
 @pytest.fixture
-def membership(tmp_path: Path) -> Path:
+def membership(tmp_path) -> Path:
     return tmp_path / "membership"
 
 
-def test_the_tightest_group_of_version_2_counts(tmp_path: Path, membership: Path) -> None:
+def test_the_tightest_group_of_version_2_counts(tmp_path, membership) -> None:
     membership.write_text("0::/job/step\n")
     write(tmp_path, job__cpuDOTmax="150000 100000", job__step__cpuDOTmax="max 100000")
     write(tmp_path, job__memoryDOTmax="max", job__step__memoryDOTmax="1048576")
@@ -35,7 +35,7 @@ def test_the_tightest_group_of_version_2_counts(tmp_path: Path, membership: Path
     assert memory_limit(tmp_path, membership) == 1 << 20
 
 
-def test_version_1_has_a_directory_per_controller(tmp_path: Path, membership: Path) -> None:
+def test_version_1_has_a_directory_per_controller(tmp_path, membership) -> None:
     membership.write_text("4:memory:/job\n1:cpu,cpuacct:/\n0::/\n")
     write(tmp_path, cpu__cpuDOTcfs_quota_us="50000", cpu__cpuDOTcfs_period_us="100000")
     write(tmp_path, memory__memoryDOTlimit_in_bytes=str(2**63 - 4096), memory__job__memoryDOTlimit_in_bytes="4096")
@@ -43,7 +43,7 @@ def test_version_1_has_a_directory_per_controller(tmp_path: Path, membership: Pa
     assert memory_limit(tmp_path, membership) == 4096
 
 
-def test_no_limit_is_none(tmp_path: Path, membership: Path) -> None:
+def test_no_limit_is_none(tmp_path, membership) -> None:
     assert (cpu_quota(tmp_path, membership), memory_limit(tmp_path, membership)) == (None, None)
     membership.write_text("3:cpu:/\n4:memory:/\n")
     write(tmp_path, cpu__cpuDOTcfs_quota_us="-1", cpu__cpuDOTcfs_period_us="100000")
@@ -63,9 +63,7 @@ def test_a_gpu_is_found_by_the_beginning_of_its_name_if_only_one_has_it() -> Non
 
 
 @pytest.mark.parametrize("flags", [{"avx2"}, {"avx512_bf16"}, set()])
-def test_bf16_is_advised_against_where_the_processor_has_no_instructions(
-    flags: set[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bf16_is_advised_against_where_the_processor_has_no_instructions(flags, monkeypatch) -> None:
     monkeypatch.setattr("karat_scale.foundation.machine.cpu_flags", lambda: flags)
     cpu = torch.device("cpu")
     assert bool(slow_precision("bf16", cpu)) == (flags == {"avx2"})

@@ -110,7 +110,7 @@ def add_rows():
 
 
 @pytest.mark.parametrize(("kind", "name"), ROWS, ids=lambda value: value)
-def test_a_row_leads_to_its_code(kind: str, name: str) -> None:
+def test_a_row_leads_to_its_code(kind, name) -> None:
     row = TABLES[kind][name]
     place = row if isinstance(row, str) else row.place
     extra = getattr(row, "extra", "")
@@ -127,7 +127,7 @@ def test_extras_are_those_of_the_project() -> None:
     assert tables.how_to_install("ffcv").startswith("apt-get install libopencv-dev ")
 
 
-def test_libraries_do_not_find_trackers_while_a_command_runs_but_we_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_do_not_find_trackers_while_a_command_runs_but_we_do(monkeypatch) -> None:
     # timm imports W&B and DeepSpeed MLflow where they find them, which took a third of a start.
     for module in ("mlflow", "wandb"):
         monkeypatch.delitem(sys.modules, module, raising=False)
@@ -139,7 +139,7 @@ def test_libraries_do_not_find_trackers_while_a_command_runs_but_we_do(monkeypat
         assert module not in sys.modules
 
 
-def test_an_extra_of_an_installed_wheel_is_installed_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_extra_of_an_installed_wheel_is_installed_from_it(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(tables, "__file__", str(tmp_path / "site-packages/karat_scale/foundation/tables.py"))
     assert tables.how_to_install("dali").startswith("pip install 'WHEEL[dali]'")
 
@@ -151,7 +151,7 @@ def test_a_recipe_is_read_without_torch_and_without_extras() -> None:
 
 
 @pytest.fixture
-def parts_of_mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def parts_of_mine(tmp_path, monkeypatch) -> Iterator[None]:
     """A module with a part of four kinds, and a row for each."""
     (tmp_path / "parts_of_mine.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
@@ -177,9 +177,7 @@ def write_recipe(tmp_path: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["zero0", "zero2", "zero3"])
-def test_a_run_trains_and_resumes_with_parts_that_are_one_module_and_one_row(
-    tmp_path: Path, parts_of_mine: None, config: str
-) -> None:
+def test_a_run_trains_and_resumes_with_parts_that_are_one_module_and_one_row(tmp_path, parts_of_mine, config) -> None:
     command = (
         "import sys, parts_of_mine; parts_of_mine.add_rows(); "
         "from karat_scale.commands.cli import main; sys.exit(main())"
@@ -200,7 +198,7 @@ def test_a_run_trains_and_resumes_with_parts_that_are_one_module_and_one_row(
     assert any(line.startswith("resume") for line in lines)
 
 
-def test_plan_counts_what_the_row_of_an_optimizer_says(tmp_path: Path, parts_of_mine: None) -> None:
+def test_plan_counts_what_the_row_of_an_optimizer_says(tmp_path, parts_of_mine) -> None:
     source, *overrides = write_recipe(tmp_path)
     bytes_of = {}
     for name in ("sgd", "adamw"):

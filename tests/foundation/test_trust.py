@@ -22,7 +22,7 @@ class Foreign(fourier.Fourier):
 
 
 @pytest.fixture
-def foreign_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
+def foreign_run(tmp_path, monkeypatch, capsys) -> Path:
     """A run whose basis is a class of a module beside it, as if it had been downloaded: the module is not loaded."""
     (tmp_path / "foreign_basis.py").write_text(BASIS)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -57,9 +57,7 @@ LOOKS = [
 
 
 @pytest.mark.parametrize("command", LOOKS, ids=" ".join)
-def test_a_class_that_a_run_names_needs_trust(
-    command: tuple[str, ...], foreign_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_class_that_a_run_names_needs_trust(command, foreign_run, capsys) -> None:
     name, *more = command
     if name in ("train", "plan"):
         recipe = foreign_run.parent / "plain.yaml"
@@ -75,13 +73,13 @@ def test_a_class_that_a_run_names_needs_trust(
 
 
 @pytest.mark.parametrize("by", ["option", "variable"])
-def test_with_trust_it_runs(by: str, foreign_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_trust_it_runs(by, foreign_run, monkeypatch) -> None:
     monkeypatch.setitem(os.environ, VARIABLE, "1" if by == "variable" else "")
     assert karat_here("eval", str(foreign_run), *(["--trust"] if by == "option" else [])) == 0
     assert (foreign_run.parent / "it_ran").exists()
 
 
-def test_an_exported_folder_needs_trust_too(foreign_run: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_an_exported_folder_needs_trust_too(foreign_run, monkeypatch, capsys) -> None:
     import timm
 
     import karat_scale.timm_models  # noqa: F401

@@ -30,20 +30,20 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "small.yaml"
     path.write_text(RECIPE)
     return path
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(recipe: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(recipe, shards, tmp_path_factory) -> Path:
     """The run that all others must equal, in one process and without SLURM."""
     return train_alone(recipe, shards, tmp_path_factory.mktemp("uninterrupted") / "run")
 
 
 @pytest.fixture(scope="session")
-def on_two_nodes(cluster: Cluster, recipe: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def on_two_nodes(cluster, recipe, shards, tmp_path_factory) -> Path:
     """The same by a job of two nodes that nobody disturbs."""
     cwd = tmp_path_factory.mktemp("two")
     settings = {"RECIPE": recipe, "SHARDS": shards, "RUN": cwd / "run"}
@@ -53,7 +53,7 @@ def on_two_nodes(cluster: Cluster, recipe: Path, shards: Path, tmp_path_factory:
 
 
 @pytest.fixture
-def train(cluster: Cluster, recipe: Path, shards: Path, tmp_path: Path) -> Train:
+def train(cluster, recipe, shards, tmp_path) -> Train:
     """Submit the training script with the small recipe; the run is tmp_path/run."""
 
     def start(*overrides: str, options: tuple[str, ...] = (), **settings: str | Path) -> Job:

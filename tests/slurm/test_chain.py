@@ -23,7 +23,7 @@ RECIPE = "attention: {kind: karat}\nschedule: {warmup_epochs: 0}\ndata: {path: s
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Path:
+def recipe(tmp_path) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(RECIPE)
     return path
@@ -35,9 +35,7 @@ def directory(parent: Path, name: str) -> Path:
     return path
 
 
-def test_prepare_train_finetune_evaluate_follow_each_other(
-    cluster: Cluster, image_folder: Path, recipe: Path, tmp_path: Path
-) -> None:
+def test_prepare_train_finetune_evaluate_follow_each_other(cluster, image_folder, recipe, tmp_path) -> None:
     shards, base, tuned = tmp_path / "shards", tmp_path / "base", tmp_path / "tuned"
 
     def after(job_id: str) -> tuple[str, ...]:
@@ -88,9 +86,7 @@ def job_of(cluster: Cluster, submitted: subprocess.CompletedProcess[str], tmp_pa
     return Job(cluster, found[1], tmp_path / "none")
 
 
-def test_a_sweep_trains_each_point_and_the_same_command_compares_them(
-    cluster: Cluster, shards: Path, recipe: Path, tmp_path: Path
-) -> None:
+def test_a_sweep_trains_each_point_and_the_same_command_compares_them(cluster, shards, recipe, tmp_path) -> None:
     grid = ("train.epochs=1", "attention.rank=2,4", "augment.scale=[0.5,1.0],[0.2,1.0]", "--at-once=2")
     submitted = submit_sweep(cluster, shards, recipe, tmp_path, *grid)
     assert "#SBATCH --array=0-3%2" in submitted.stdout
@@ -113,9 +109,7 @@ def logs(tmp_path: Path) -> str:
     return "\n".join(path.read_text() for path in (tmp_path / "sweep" / "logs").glob("*"))
 
 
-def test_each_element_of_an_array_comes_back_by_itself(
-    cluster: Cluster, shards: Path, recipe: Path, tmp_path: Path
-) -> None:
+def test_each_element_of_an_array_comes_back_by_itself(cluster, shards, recipe, tmp_path) -> None:
     long = ("train.epochs=40", "train.eval_every_epochs=40")
     job = job_of(cluster, submit_sweep(cluster, shards, recipe, tmp_path, *long, "attention.rank=2,4"), tmp_path)
     runs = [tmp_path / "sweep" / f"rank-{rank}" for rank in (2, 4)]
@@ -167,7 +161,7 @@ def make_official_tars(root: Path, classes: int) -> None:
     (root / "val_labels.txt").write_text("".join(rows))
 
 
-def test_imagenet_from_its_tars_trains_at_224_pixels(cluster: Cluster, tmp_path: Path) -> None:
+def test_imagenet_from_its_tars_trains_at_224_pixels(cluster, tmp_path) -> None:
     images = directory(tmp_path, "images")
     make_official_tars(images, classes=1000)
     shards, run = tmp_path / "shards", tmp_path / "run"

@@ -23,7 +23,7 @@ def test_restarts_that_save_nothing_new_end_the_job(train: Train, cluster: Clust
     assert job.starts == 3
 
 
-def test_the_first_rank_to_fail_has_the_last_word(train: Train) -> None:
+def test_the_first_rank_to_fail_has_the_last_word(train) -> None:
     job = train(options=("--nodes=2",))
     wait_for(job, "train", 2)
     process_of(job, rank=1).kill()
@@ -31,7 +31,7 @@ def test_the_first_rank_to_fail_has_the_last_word(train: Train) -> None:
     assert "rank 1 on 127.0.0.2 was killed by signal 9 (KILL)" in job.log.splitlines()[-1]
 
 
-def test_an_exception_has_the_last_word(train: Train, tmp_path: Path) -> None:
+def test_an_exception_has_the_last_word(train, tmp_path) -> None:
     (tmp_path / "own_basis.py").write_text(
         "from karat_scale.attention.bases.polynomials import Chebyshev\n\n\n"
         "class Broken(Chebyshev):\n"
@@ -47,7 +47,7 @@ def test_an_exception_has_the_last_word(train: Train, tmp_path: Path) -> None:
     assert job.starts == 1
 
 
-def test_a_last_checkpoint_that_cannot_be_saved_ends_the_job(train: Train) -> None:
+def test_a_last_checkpoint_that_cannot_be_saved_ends_the_job(train) -> None:
     job = train("checkpoint.every_steps=null")
     wait_for(job, "train", 2)
     checkpoints = run_of(job) / "checkpoints"
@@ -60,7 +60,7 @@ def test_a_last_checkpoint_that_cannot_be_saved_ends_the_job(train: Train) -> No
     assert job.starts == 1
 
 
-def test_a_rank_that_hangs_is_named_and_ends_the_job(train: Train) -> None:
+def test_a_rank_that_hangs_is_named_and_ends_the_job(train) -> None:
     job = train("train.epochs=200", options=("--nodes=2",), STALL_SECONDS="20")
     wait_for(job, "train", 2)
     process_of(job, rank=1).suspend()
@@ -73,7 +73,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_job(train: Train) -> None:
     assert 'training/trainer.py", line' in job.log
 
 
-def test_a_rank_that_hangs_in_a_read_is_named_with_its_stacks(train: Train, tmp_path: Path) -> None:
+def test_a_rank_that_hangs_in_a_read_is_named_with_its_stacks(train, tmp_path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)  # who reads it waits for a writer, as for a file system that does not answer
     (tmp_path / "stuck_basis.py").write_text(
@@ -96,7 +96,7 @@ def test_a_rank_that_hangs_in_a_read_is_named_with_its_stacks(train: Train, tmp_
     assert 'stuck_basis.py", line' in log.read_text()
 
 
-def test_a_rank_that_is_slow_is_named_while_the_job_continues(train: Train) -> None:
+def test_a_rank_that_is_slow_is_named_while_the_job_continues(train) -> None:
     wide = ("model.embed_dim=256", "model.depth=6", "checkpoint.every_steps=null", "train.epochs=40")
     job = train(*wide, "train.eval_every_epochs=40", options=("--nodes=2",))
     wait_for(job, "train", 2)

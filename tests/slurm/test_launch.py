@@ -18,7 +18,7 @@ def stub(directory: Path, name: str, script: str) -> None:
 
 @pytest.mark.parametrize("arguments", ["", " init_from=runs/base.sh/x data.workers=2"], ids=["23.02", "22.05"])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_copy_of_a_script_finds_its_clone(script: str, arguments: str, tmp_path: Path) -> None:
+def test_a_copy_of_a_script_finds_its_clone(script, arguments, tmp_path) -> None:
     clone, spool, commands = (tmp_path / name for name in ("a clone", "spool", "bin"))
     for directory in (clone, spool, commands):
         directory.mkdir()
@@ -59,9 +59,7 @@ TRAINING = ("imagenet_fourier_karat.sh", "imagenet_vit_baseline.sh", "finetune.s
     ],
     ids=["run", "shards", "stage", "data alone"],
 )
-def test_what_the_script_reads_is_not_taken_as_an_override(
-    script: str, argument: str, settings: dict[str, str], line: str
-) -> None:
+def test_what_the_script_reads_is_not_taken_as_an_override(script, argument, settings, line) -> None:
     done = run(script, "optim.lr=1e-3", argument, **settings)
     assert done.returncode == 2
     (shown,) = done.stderr.splitlines()
@@ -76,7 +74,7 @@ def test_what_the_script_reads_is_not_taken_as_an_override(
         ("--shard-samples=20", "error: VENV = /nowhere: no bin/activate there"),
     ],
 )
-def test_the_preparation_refuses_options_that_it_sets(option: str, line: str) -> None:
+def test_the_preparation_refuses_options_that_it_sets(option, line) -> None:
     done = run("prepare_imagenet.sh", option)
     assert done.returncode == 2
     (shown,) = done.stderr.splitlines()
@@ -84,7 +82,7 @@ def test_the_preparation_refuses_options_that_it_sets(option: str, line: str) ->
 
 
 @pytest.mark.parametrize("source", ["base", "base/"])
-def test_a_fine_tuned_run_is_beside_its_source(source: str, tmp_path: Path) -> None:
+def test_a_fine_tuned_run_is_beside_its_source(source, tmp_path) -> None:
     (tmp_path / "base" / "checkpoints").mkdir(parents=True)
     # In place of a container: notes what would run in it, and the check of the recipe ends the script.
     stub(tmp_path, "note", f'echo "$@" >>{tmp_path}/noted; case $* in *--version) ;; *) exit 2 ;; esac')

@@ -1,25 +1,17 @@
 """More nodes, fewer nodes, and a node that is gone: the run stays the same."""
 
-from pathlib import Path
-
 from tests.conftest import events, summary
-from tests.slurm.cluster import Cluster, wait_until
-from tests.slurm.training import (
-    Train,
-    assert_ends_like,
-    relative_distance,
-    run_of,
-    wait_for,
-)
+from tests.slurm.cluster import wait_until
+from tests.slurm.training import Train, assert_ends_like, relative_distance, run_of, wait_for
 
 
-def test_two_nodes_train_what_one_process_trains(on_two_nodes: Path, uninterrupted: Path) -> None:
+def test_two_nodes_train_what_one_process_trains(on_two_nodes, uninterrupted) -> None:
     assert summary(on_two_nodes)["world_size"] == 2
     assert relative_distance(on_two_nodes, uninterrupted) < 1e-5
     assert summary(on_two_nodes)["data_digest"] == summary(uninterrupted)["data_digest"]
 
 
-def test_a_killed_node_brings_the_job_back(train: Train, on_two_nodes: Path, cluster: Cluster) -> None:
+def test_a_killed_node_brings_the_job_back(train, on_two_nodes, cluster) -> None:
     job = train(options=("--nodes=2",))
     wait_for(job, "checkpoint", 3)
     cluster.kill_node(cluster.nodes[1])
@@ -30,7 +22,7 @@ def test_a_killed_node_brings_the_job_back(train: Train, on_two_nodes: Path, clu
     assert_ends_like(job, on_two_nodes)
 
 
-def test_it_continues_with_the_remaining_nodes(train: Train, uninterrupted: Path, cluster: Cluster) -> None:
+def test_it_continues_with_the_remaining_nodes(train, uninterrupted, cluster) -> None:
     job = train(options=("--nodes=1-2",))
     wait_for(job, "checkpoint", 3)
     cluster.kill_node(cluster.nodes[1])

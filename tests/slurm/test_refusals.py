@@ -1,12 +1,10 @@
 """What cannot work ends at once, with one line that says why, and is not requeued."""
 
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT, SMALL
-from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import SCRIPTS, submission, submit
 from tests.slurm.packages import SHELLCHECK, missing_reason
 
@@ -26,13 +24,13 @@ def test_every_script_passes_shellcheck() -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_slurm_accepts_every_script_as_it_stands(cluster: Cluster, script: str, tmp_path: Path) -> None:
+def test_slurm_accepts_every_script_as_it_stands(cluster, script, tmp_path) -> None:
     done = submission(cluster, script, ("--test-only",), (), {}, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "to start at" in done.stderr
 
 
-def test_a_bad_partition_is_refused_at_submission(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_bad_partition_is_refused_at_submission(cluster, tmp_path) -> None:
     done = submission(cluster, SCRIPT, ("--partition=nowhere",), (), {}, tmp_path)
     assert done.returncode == 1
     assert "invalid partition specified: nowhere" in done.stderr
@@ -49,9 +47,7 @@ def test_a_bad_partition_is_refused_at_submission(cluster: Cluster, tmp_path: Pa
     ],
     ids=["recipe", "override", "environment", "stage", "directory"],
 )
-def test_a_mistake_in_the_settings_is_one_line(
-    cluster: Cluster, tmp_path: Path, settings: dict[str, str], arguments: tuple[str, ...], line: str
-) -> None:
+def test_a_mistake_in_the_settings_is_one_line(cluster, tmp_path, settings, arguments, line) -> None:
     job = submit(cluster, SCRIPT, *arguments, cwd=tmp_path, RUN=tmp_path / "run", **settings)
     assert job.wait() == "FAILED 2", job.log
     (shown,) = job.log.splitlines()
@@ -60,7 +56,7 @@ def test_a_mistake_in_the_settings_is_one_line(
     assert job.starts == 1
 
 
-def test_missing_data_is_named_last_and_not_retried(cluster: Cluster, tmp_path: Path) -> None:
+def test_missing_data_is_named_last_and_not_retried(cluster, tmp_path) -> None:
     job = submit(cluster, SCRIPT, *RECIPE, cwd=tmp_path, RUN=tmp_path / "run", SHARDS="/nowhere")
     assert job.wait() == "FAILED 2", job.log
     assert "error: data.path = /nowhere is not a directory" in job.log.splitlines()[-1]
@@ -68,7 +64,7 @@ def test_missing_data_is_named_last_and_not_retried(cluster: Cluster, tmp_path: 
     assert job.starts == 1
 
 
-def test_without_shards_the_data_are_those_of_the_recipe(cluster: Cluster, tmp_path: Path) -> None:
+def test_without_shards_the_data_are_those_of_the_recipe(cluster, tmp_path) -> None:
     recipe = tmp_path / "photos.yaml"
     recipe.write_text("data: {path: /photos}\nschedule: {warmup_epochs: 0}\n")
     job = submit(cluster, SCRIPT, *SMALL, cwd=tmp_path, RUN=tmp_path / "run", RECIPE=recipe)
@@ -76,7 +72,7 @@ def test_without_shards_the_data_are_those_of_the_recipe(cluster: Cluster, tmp_p
     assert "error: data.path = /photos is not a directory" in job.log.splitlines()[-1]
 
 
-def test_gpus_without_a_task_each_are_refused(cluster: Cluster, tmp_path: Path) -> None:
+def test_gpus_without_a_task_each_are_refused(cluster, tmp_path) -> None:
     if "Gres=gpu" not in cluster.configuration.read_text():
         pytest.skip("making devices is not permitted here, so the cluster has no GPUs")
     options = ("--gpus-per-node=2",)

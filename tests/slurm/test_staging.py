@@ -11,7 +11,7 @@ from karat_scale.training.run_directory import RunDirectory
 from tests.conftest import SMALL, summary
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job, submit
-from tests.slurm.training import Train, assert_ends_like, wait_for
+from tests.slurm.training import assert_ends_like, wait_for
 
 RECIPE = "attention: {kind: karat}\nschedule: {warmup_epochs: 0}\ndata: {path: set by the script}\n"
 
@@ -28,7 +28,7 @@ def train_staged(cluster: Cluster, shards: Path, directory: Path, run: Path, sta
     return job
 
 
-def test_shards_are_staged_once_and_read_from_there(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+def test_shards_are_staged_once_and_read_from_there(cluster, shards, tmp_path) -> None:
     stage, shared = tmp_path / "disk", tmp_path / "shared"
     shutil.copytree(shards, shared)
     first = train_staged(cluster, shared, tmp_path / "1", tmp_path / "run1", stage)
@@ -44,7 +44,7 @@ def test_shards_are_staged_once_and_read_from_there(cluster: Cluster, shards: Pa
     assert summary(tmp_path / "run1")["data_digest"] == summary(tmp_path / "run2")["data_digest"]
 
 
-def test_a_requeued_job_finds_its_copy(train: Train, uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_requeued_job_finds_its_copy(train, uninterrupted, tmp_path) -> None:
     job = train(STAGE=tmp_path / "disk")
     wait_for(job, "train", 3)
     job.signal_batch()
@@ -53,7 +53,7 @@ def test_a_requeued_job_finds_its_copy(train: Train, uninterrupted: Path, tmp_pa
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path) -> Iterator[Path]:
     """A file system of 16 MB, less than what staging leaves free."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -64,9 +64,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_where_space_is_short_the_shared_shards_are_read(
-    cluster: Cluster, shards: Path, small_disk: Path, tmp_path: Path
-) -> None:
+def test_where_space_is_short_the_shared_shards_are_read(cluster, shards, small_disk, tmp_path) -> None:
     job = train_staged(cluster, shards, tmp_path / "1", tmp_path / "run", small_disk)
     assert "0.02 GB free" in job.log
     assert f"those read {shards}" in job.log
@@ -74,7 +72,7 @@ def test_where_space_is_short_the_shared_shards_are_read(
     assert RunDirectory(tmp_path / "run").recipe().data.path == str(shards)
 
 
-def test_without_a_disk_the_shared_shards_are_read(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+def test_without_a_disk_the_shared_shards_are_read(cluster, shards, tmp_path) -> None:
     (tmp_path / "full").write_text("a file, so no directory can be made below it")
     job = train_staged(cluster, shards, tmp_path / "1", tmp_path / "run", tmp_path / "full")
     assert f"those read {shards}" in job.log

@@ -25,7 +25,7 @@ def karat(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_a_submitted_recipe_trains_and_its_status_names_the_job(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+def test_a_submitted_recipe_trains_and_its_status_names_the_job(cluster, shards, tmp_path) -> None:
     recipe, run = tmp_path / "small.yaml", tmp_path / "the run"
     recipe.write_text(RECIPE)
     overrides = (*SMALL, f"data.path={shards}", f"run.dir={run}")
@@ -46,7 +46,7 @@ def test_a_submitted_recipe_trains_and_its_status_names_the_job(cluster: Cluster
     assert job.id in shown
 
 
-def test_what_sbatch_refuses_is_one_line(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+def test_what_sbatch_refuses_is_one_line(cluster, shards, tmp_path) -> None:
     recipe = tmp_path / "small.yaml"
     recipe.write_text(RECIPE)
     overrides = (*SMALL, f"data.path={shards}", f"run.dir={tmp_path / 'run'}")

@@ -7,13 +7,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from karat_scale.checkpoint.tensor_storage import load_tensors
-from tests.conftest import SMALL, events, karat, summary
+from tests.conftest import SMALL, events, karat
 from tests.slurm.cluster import wait_until
 from tests.slurm.jobs import END_SECONDS, Job
-from tests.small_engines import equal
+from tests.training.runs import assert_same_run, last_tensors
 
-STEPS = 16  # 2 epochs of 64 samples in batches of 8
 SCRIPT = "imagenet_fourier_karat.sh"
 RECIPE = "attention: {kind: karat}\nschedule: {warmup_epochs: 0.5}\ndata: {path: set by the script}\n"
 # Evaluation in batches of one and a save after each step: signals find them under way.
@@ -33,15 +31,9 @@ def run_of(job: Job) -> Path:
     return job.output.parent / "run"
 
 
-def last_checkpoint(run: Path, step: int = STEPS) -> dict[str, object]:
-    """All tensor files of a run's last checkpoint."""
-    last = run / "checkpoints" / f"step-{step:08d}"
-    return {path.name: load_tensors(path) for path in sorted(last.glob("*.pt"))}
-
-
 def weights(run: Path) -> torch.Tensor:
     """All weights after the last step, as one vector."""
-    (states,) = [states for name, states in last_checkpoint(run).items() if name.startswith("mp_rank_00")]
+    (states,) = [states for name, states in last_tensors(run).items() if "/mp_rank_00" in name]
     module = states["module"]  # type: ignore[index]
     return torch.cat([module[key].double().flatten() for key in sorted(module)])
 
@@ -79,9 +71,8 @@ def process_of(job: Job, rank: int) -> psutil.Process:
     raise AssertionError(f"job {job.id} has no rank {rank}:\n{job.log}")
 
 
-def assert_ends_like(job: Job, whole: Path, step: int = STEPS, seconds: float = END_SECONDS) -> None:
+def assert_ends_like(job: Job, whole: Path, seconds: float = END_SECONDS) -> None:
     """The job comes to its end, and the run equals the uninterrupted one bit for bit."""
     assert job.wait(seconds) == "COMPLETED 0", job.log
     assert events(run_of(job), "resume"), job.log
-    assert equal(last_checkpoint(run_of(job), step), last_checkpoint(whole, step))
-    assert summary(run_of(job))["data_digest"] == summary(whole)["data_digest"] != 0
+    assert_same_run(run_of(job), whole)

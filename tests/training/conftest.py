@@ -1,5 +1,22 @@
-"""The fixtures that build small engines."""
+"""The fixtures that build small engines, and small runs."""
 
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import karat_done
 from tests.small_engines import make_checkpoints, make_engine, small_recipe
 
 __all__ = ["make_checkpoints", "make_engine", "small_recipe"]
+
+
+@pytest.fixture
+def trained(recipe_file: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Train by the small recipe in the directory of a name, to the end; returns the run."""
+
+    def train(name: str, *overrides: str, processes: int = 1) -> Path:
+        karat_done("train", str(recipe_file), f"run.dir={tmp_path / name}", *overrides, processes=processes)
+        return tmp_path / name
+
+    return train

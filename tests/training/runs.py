@@ -3,26 +3,24 @@
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
 from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.checkpoint.tensor_storage import load_tensors
-from tests.conftest import events, karat_command, karat_environment
+from tests.conftest import events, karat_command, karat_done, karat_environment, summary
+from tests.small_engines import equal
 
 STEPS = 16  # 2 epochs of 64 samples in batches of 8
 
 
-def start(recipe: Path, run: Path, *overrides: str, processes: int = 1) -> subprocess.Popen[str]:
-    command = karat_command(["train", str(recipe), f"run.dir={run}", *overrides], processes)
+def start(recipe: Path, run: Path, *overrides: str, processes: int = 1, by: str = "train") -> subprocess.Popen[str]:
+    line = karat_command([by, str(recipe), f"run.dir={run}", *overrides], processes)
+    pipe = subprocess.PIPE
     return subprocess.Popen(
-        command,
-        env=karat_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+        line, env=karat_environment(), stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 
@@ -35,33 +33,69 @@ def kill_all(process: subprocess.Popen[str]) -> None:
     psutil.wait_procs(family, timeout=30)
 
 
+def stopped_by(process: subprocess.Popen[str], number: signal.Signals) -> str:
+    """Send a signal to a run, which then saves and stops; returns all that it has said."""
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 75, output
+    return output
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Until a run has done something, while it runs."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "not in two minutes"
+        time.sleep(0.002)
+
+
 def wait_for_checkpoint(run: Path, step: int, process: subprocess.Popen[str]) -> None:
     """Until the run has saved `step` or a later one."""
     store = CheckpointStore(run / "checkpoints")
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
+
+    def is_saved() -> bool:
         name = store.pointed("latest") if store.root.is_dir() else None
-        if name and int(name.removeprefix("step-")) >= step:
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    raise AssertionError("no checkpoint in two minutes")
+        return bool(name) and int(name.removeprefix("step-")) >= step
+
+    wait_until(is_saved, process)
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
     """Until the run has reported training step `step`."""
-    deadline = time.monotonic() + 120
-    while not ((run / "metrics.jsonl").is_file() and any(e["step"] == step for e in events(run, "train"))):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    log = run / "metrics.jsonl"
+    wait_until(lambda: log.is_file() and any(event["step"] == step for event in events(run, "train")), process)
 
 
-def final_tensors(run: Path, steps: int = STEPS) -> dict[str, object]:
-    """All tensor files of the last checkpoint: weights, optimizer, EMA and random generators."""
-    last = run / "checkpoints" / f"step-{steps:08d}"
-    return {path.name: load_tensors(path) for path in sorted(last.glob("*.pt"))}
+def last_tensors(run: Path) -> dict[str, object]:
+    """All tensor files of the checkpoint that `latest` names: weights, optimizer, averages and random generators."""
+    store = CheckpointStore(run / "checkpoints")
+    name = store.pointed("latest")
+    assert name is not None, f"{run} has no last checkpoint"
+    return {f"{name}/{path.name}": load_tensors(path) for path in sorted((store.root / name).glob("*.pt"))}
 
 
 def losses(run: Path) -> dict[int, float]:
     return {event["step"]: event["loss"] for event in events(run, "train")}
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    """The same losses, the same samples, and the same bits in the last checkpoint."""
+    assert losses(run) == losses(whole)
+    assert summary(run)["data_digest"] == summary(whole)["data_digest"] != 0
+    assert equal(last_tensors(run), last_tensors(whole))
+
+
+def assert_a_kill_changes_nothing(recipe: Path, scratch: Path, *overrides: str, processes: int = 1) -> None:
+    """A run that is killed after its third step ends by the same command as one that nobody disturbs."""
+    whole, cut = scratch / "whole", scratch / "cut"
+    own = ("checkpoint.every_steps=1", "checkpoint.keep_last=2", *overrides)
+    karat_done("train", str(recipe), f"run.dir={whole}", *own, processes=processes)
+    killed = start(recipe, cut, *own, processes=processes)
+    wait_for_checkpoint(cut, 3, killed)
+    kill_all(killed)
+    karat_done("train", str(recipe), f"run.dir={cut}", *own, processes=processes)
+    (resume,) = events(cut, "resume")
+    assert 3 <= resume["step"] < STEPS
+    assert_same_run(cut, whole)
+    assert summary(cut)["restarts"] == 1

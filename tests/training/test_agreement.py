@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow(together=True)  # one launch of two ranks serves a
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def outcomes(tmp_path_factory) -> dict[str, Any]:
     """What two ranks met, from one launch."""
     scratch = tmp_path_factory.mktemp("agreement")
     done = run_program("tests.training.agreement", [str(scratch)], rank_environments(2), timeout=600, directory=ROOT)
@@ -25,7 +25,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.multiprocess
-def test_damage_is_named_and_both_ranks_take_the_checkpoint_before(outcomes: dict[str, Any]) -> None:
+def test_damage_is_named_and_both_ranks_take_the_checkpoint_before(outcomes) -> None:
     damage = dict(outcomes["damage"])
     code = damage.pop("code")
     assert "rank-00001.pt: holds more than tensors and plain data; it is not read" in code["said"]
@@ -39,7 +39,7 @@ def test_damage_is_named_and_both_ranks_take_the_checkpoint_before(outcomes: dic
 
 
 @pytest.mark.multiprocess
-def test_a_save_that_one_rank_cannot_write_is_void_on_all(outcomes: dict[str, Any]) -> None:
+def test_a_save_that_one_rank_cannot_write_is_void_on_all(outcomes) -> None:
     for name, outcome in outcomes["failing_rank"].items():
         assert outcome["good"], name
         if not name.endswith("after"):
@@ -49,19 +49,19 @@ def test_a_save_that_one_rank_cannot_write_is_void_on_all(outcomes: dict[str, An
 
 
 @pytest.mark.multiprocess
-def test_a_step_that_is_not_finite_on_one_rank_changes_no_rank(outcomes: dict[str, Any]) -> None:
+def test_a_step_that_is_not_finite_on_one_rank_changes_no_rank(outcomes) -> None:
     found = outcomes["nonfinite_rank"]
     assert len(found) == 7 * 2 * 4
     assert {name: ranks for name, ranks in found.items() if ranks != [[True, True, True]] * 2} == {}
 
 
 @pytest.mark.multiprocess
-def test_snapshots_of_every_stage_are_the_weights_of_the_checkpoint(outcomes: dict[str, Any]) -> None:
+def test_snapshots_of_every_stage_are_the_weights_of_the_checkpoint(outcomes) -> None:
     assert outcomes["snapshots"] == dict.fromkeys(outcomes["snapshots"], True)
 
 
 @pytest.mark.multiprocess
-def test_ranks_ask_each_other_once_a_second_and_stop_at_the_same_step(outcomes: dict[str, Any]) -> None:
+def test_ranks_ask_each_other_once_a_second_and_stop_at_the_same_step(outcomes) -> None:
     found = outcomes["stops"]
     for first, second in found.values():
         assert first == second

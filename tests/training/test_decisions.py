@@ -48,7 +48,7 @@ def test_a_save_in_progress_continues_when_no_rank_is_busy() -> None:
 
 
 @pytest.mark.parametrize(("pace", "fewest", "most"), [(0.001, 10, 22), (0.01, 10, 19), (0.4, 10, 15), (3.0, 3, 4)])
-def test_agreements_come_about_once_a_second(pace: float, fewest: int, most: int) -> None:
+def test_agreements_come_about_once_a_second(pace, fewest, most) -> None:
     clock = Clock()
     agreement, asked, step = Agreement(ALONE, clock), 0, 0
     while clock.now < 110:

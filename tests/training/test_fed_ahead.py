@@ -1,7 +1,6 @@
 """Batches that are fetched ahead change nothing: not the order, a stop, a resume, a bad sample or a data error."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from karat_scale.data.backends import ImageSpec
 from karat_scale.data.backends.synthetic import SyntheticBackend
 from karat_scale.data.batch import BadSample, Batch
 from karat_scale.data.loading import device_feed
-from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import Recipe
 from karat_scale.training.run_directory import RunDirectory
@@ -36,13 +34,11 @@ def feed_ahead(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run(small_recipe: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Recipe]:
+def run(small_recipe, tmp_path) -> Callable[..., Recipe]:
     return lambda name, *overrides: small_recipe(*OWN, *overrides, f"run.dir={tmp_path / name}")
 
 
-def test_a_run_fed_ahead_ends_in_the_same_bits_also_when_it_was_stopped(
-    run: Callable[..., Recipe], world: World, streams: Streams, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_fed_ahead_ends_in_the_same_bits_also_when_it_was_stopped(run, world, streams, monkeypatch) -> None:
     plain = train_to_the_end(run("plain"), world)
     feed_ahead(streams, monkeypatch)
     assert equal(train_to_the_end(run("ahead"), world), plain)
@@ -70,14 +66,7 @@ class BadBackend(SyntheticBackend):
 
 
 @pytest.mark.parametrize("is_ahead", [False, True])
-def test_an_error_ends_the_run_after_the_steps_before_it(
-    run: Callable[..., Recipe],
-    world: World,
-    streams: Streams,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    is_ahead: bool,
-) -> None:
+def test_an_error_ends_the_run_after_the_steps_before_it(run, world, streams, monkeypatch, capsys, is_ahead) -> None:
     if is_ahead:
         feed_ahead(streams, monkeypatch)
     recipe = run("broken", "checkpoint.every_steps=1")

@@ -10,11 +10,11 @@ import torch
 
 from karat_scale.checkpoint.restore import read_state
 from karat_scale.checkpoint.store import CheckpointStore
-from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.checkpoint.weights import fit_state
 from karat_scale.models import create_model
 from karat_scale.recipe.loading import load_recipe
 from tests.conftest import SMALL, events, karat_done, karat_here, karat_refuses, summary
+from tests.training.runs import assert_same_run, losses
 
 GROWS = "schedule.image_sizes=[[0, 8], [1, 12], [2, 16]]"
 QUICK = ("schedule.warmup_epochs=0", "data.workers=0", "train.epochs=3", "attention.kind=karat", GROWS)
@@ -24,7 +24,7 @@ SIZES = ("patch_size", "embed_dim", "depth", "num_heads")
 
 
 @pytest.fixture(scope="module")
-def command(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
+def command(shards, tmp_path_factory) -> Command:
     """The arguments that train 8 steps at each of 8, 12 and 16 pixels."""
     recipe = tmp_path_factory.mktemp("recipes") / "small.yaml"
     recipe.write_text(f"data: {{path: {shards}}}\n")
@@ -36,91 +36,71 @@ def command(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
 
 
 @pytest.fixture(scope="module")
-def whole(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(command, tmp_path_factory) -> Path:
     """A run that was never stopped, with a checkpoint each third step."""
     run = tmp_path_factory.mktemp("runs") / "whole"
     assert karat_here(*command(run, *ALL)) == 0
     return run
 
 
-def figures(run: Path) -> dict[str, object]:
-    losses = {event["step"]: event["loss"] for event in events(run, "train")}
-    return {"losses": losses, **{key: summary(run)[key] for key in ("steps", "data_digest", "last_top1", "restarts")}}
-
-
-def test_a_run_grows_and_sees_the_same_samples(command: Command, whole: Path, tmp_path: Path) -> None:
+def test_a_run_grows_and_sees_the_same_samples(command, whole, tmp_path) -> None:
     constant = tmp_path / "constant"
     assert karat_here(*command(constant, "schedule.image_sizes=[]")) == 0
-    found, other = figures(whole), figures(constant)
+    found, other = summary(whole), summary(constant)
     assert (found["steps"], found["data_digest"], found["restarts"]) == (24, other["data_digest"], 0)
-    assert len(found["losses"]) == 24  # type: ignore[arg-type]
+    assert len(losses(whole)) == 24
     assert [event["step"] for event in events(whole, "eval")] == [8, 16, 24]
-    assert (
-        summary(whole)["seconds_to_first_step"]
-        == CheckpointStore(whole / "checkpoints").state("step-00000003")["seconds_to_first_step"]
-    )  # of the start
-    sizes = {name: CheckpointStore(whole / "checkpoints").state(name)["image_size"] for name in names(whole)}
-    assert [sizes[f"step-{step:08d}"] for step in (3, 8, 9, 16, 18, 24)] == [8, 8, 12, 12, 16, 16]
+    states = {name: CheckpointStore(whole / "checkpoints").state(name) for name in names(whole)}
+    assert found["seconds_to_first_step"] == states["step-00000003"]["seconds_to_first_step"]  # of the start
+    assert [states[f"step-{step:08d}"]["image_size"] for step in (3, 8, 9, 16, 18, 24)] == [8, 8, 12, 12, 16, 16]
 
 
 def names(run: Path) -> list[str]:
     return sorted(CheckpointStore(run / "checkpoints").names())
 
 
-@pytest.mark.parametrize("stopped", [*(pytest.param(step, marks=pytest.mark.slow) for step in (3, 15)), 8, 12])
-def test_a_run_that_resumes_in_any_phase_ends_in_the_same_bits(
-    command: Command, whole: Path, tmp_path: Path, stopped: int
-) -> None:
-    run = tmp_path / "run"
+def cut_after(whole: Path, step: int, run: Path) -> Path:
+    """A copy of the run as it was after a step."""
     shutil.copytree(whole, run)
     for name in names(run):
-        if name > f"step-{stopped:08d}":
+        if name > f"step-{step:08d}":
             shutil.rmtree(run / "checkpoints" / name)
-    (run / "metrics.jsonl").unlink()
+    return run
+
+
+@pytest.mark.parametrize("stopped", [*(pytest.param(step, marks=pytest.mark.slow) for step in (3, 15)), 8, 12])
+def test_a_run_that_resumes_in_any_phase_ends_in_the_same_bits(command, whole, tmp_path, stopped) -> None:
+    run = cut_after(whole, stopped, tmp_path / "run")
     assert karat_here(*command(run, *ALL)) == 0
-    last = "step-00000024/mp_rank_00_model_states.pt"
-    ours, theirs = (load_tensors(each / "checkpoints" / last)["module"] for each in (run, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert summary(run)["data_digest"] == summary(whole)["data_digest"]
+    assert_same_run(run, whole)
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_at_the_border_falls_back_to_the_size_before(
-    command: Command, whole: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(whole, run)
-    for name in names(run):
-        if name > "step-00000009":
-            shutil.rmtree(run / "checkpoints" / name)
+def test_a_damaged_checkpoint_at_the_border_falls_back_to_the_size_before(command, whole, tmp_path) -> None:
+    run = cut_after(whole, 9, tmp_path / "run")
     for name in ("step-00000009", "step-00000008"):
         (run / "checkpoints" / name / "state.json").write_text("{}")
     assert karat_here(*command(run, *ALL)) == 0
-    assert summary(run)["data_digest"] == summary(whole)["data_digest"]
-    losses = {event["step"]: event["loss"] for event in events(run, "train")}
-    assert losses == figures(whole)["losses"]
+    assert_same_run(run, whole)
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_two_ranks_grow_alike(command: Command, whole: Path, tmp_path: Path, stage: int) -> None:
+def test_two_ranks_grow_alike(command, whole, tmp_path, stage) -> None:
     run = tmp_path / "run"
     for steps in ("11", "null"):
-        own = (f"deepspeed.config=zero{stage}", f"train.max_steps={steps}")
-        karat_done(*command(run, *own), processes=2)
-    losses = {event["step"]: event["loss"] for event in events(run, "train")}
-    expected = figures(whole)["losses"]
-    assert losses == pytest.approx(expected, rel=2e-4)
+        karat_done(*command(run, f"deepspeed.config=zero{stage}", f"train.max_steps={steps}"), processes=2)
+    assert losses(run) == pytest.approx(losses(whole), rel=2e-4)
     assert summary(run)["data_digest"] == summary(whole)["data_digest"]
 
 
-def test_shared_functions_grow(command: Command, tmp_path: Path) -> None:
+def test_shared_functions_grow(command, tmp_path) -> None:
     assert karat_here(*command(tmp_path / "run", "attention.mode=universal")) == 0
     assert summary(tmp_path / "run")["steps"] == 24
 
 
-def test_moments_and_averages_are_carried(whole: Path) -> None:
+def test_moments_and_averages_are_carried(whole) -> None:
     recipe = load_recipe(whole / "recipe.yaml").changed(model__image_size=12)
     checkpoint = whole / "checkpoints" / "step-00000008"
     saved = read_state(checkpoint, json.loads((checkpoint / "state.json").read_text()))
@@ -146,7 +126,7 @@ def test_moments_and_averages_are_carried(whole: Path) -> None:
         assert torch.equal(before, after)
 
 
-def test_a_checkpoint_of_a_smaller_size_is_read_at_the_last_size(whole: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_smaller_size_is_read_at_the_last_size(whole, tmp_path) -> None:
     out = ("--out", str(tmp_path / "weights.safetensors"))
     assert karat_here("eval", str(whole), "--checkpoint", "step-00000003") == 0
     assert karat_here("export", str(whole), "--checkpoint", "step-00000003", "--weights", "raw", *out) == 0
@@ -156,12 +136,8 @@ def test_a_checkpoint_of_a_smaller_size_is_read_at_the_last_size(whole: Path, tm
     assert found["grad_norm"] == next(e["grad_norm"] for e in events(whole, "train") if e["step"] == 11)
 
 
-def test_a_step_whose_size_has_no_checkpoint_is_not_replayed_at_another(whole: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(whole, run)
-    for name in names(run):
-        if name > "step-00000003":
-            shutil.rmtree(run / "checkpoints" / name)
+def test_a_step_whose_size_has_no_checkpoint_is_not_replayed_at_another(whole, tmp_path) -> None:
+    run = cut_after(whole, 3, tmp_path / "run")
     assert "no checkpoint with the same image size before it is left" in karat_refuses("replay", str(run), "11")
 
 
@@ -179,9 +155,7 @@ CONVIT = ("model.name=convit_tiny", "model.image_size=32", *(f"model.{key}=null"
         ("[[0, 16], [1, 24], [2, 32]]", CONVIT, "24 is not a multiple of the patch size of convit_tiny, 16"),
     ],
 )
-def test_sizes_that_cannot_be_are_told_at_the_start_in_one_line(
-    command: Command, tmp_path: Path, sizes: str, more: tuple[str, ...], message: str
-) -> None:
+def test_sizes_that_cannot_be_are_told_at_the_start_in_one_line(command, tmp_path, sizes, more, message) -> None:
     assert message in karat_refuses(*command(tmp_path / "run", f"schedule.image_sizes={sizes}", *more))
     log = tmp_path / "run" / "metrics.jsonl"
     assert not log.exists() or '"train"' not in log.read_text()

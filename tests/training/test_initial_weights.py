@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from karat_scale.checkpoint.tensor_storage import read_metadata
 from karat_scale.commands.export.command import export_run
-from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import RecipeError, UserError
 from karat_scale.models import create_model
 from karat_scale.recipe.loading import load_recipe
@@ -31,16 +30,14 @@ def equal_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor])
 
 
 @pytest.fixture
-def run(small_recipe, world: World) -> Path:
+def run(small_recipe, world) -> Path:
     recipe = small_recipe("data.workers=0")
     train_to_the_end(recipe, world)
     RunDirectory(recipe.run.dir).begin(recipe)
     return Path(recipe.run.dir)
 
 
-def test_a_run_its_checkpoint_and_its_export_are_the_same_weights(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_its_checkpoint_and_its_export_are_the_same_weights(run, tmp_path, monkeypatch) -> None:
     weights, origin, normalised = read_weights(str(run))
     assert normalised == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     name = (run / "checkpoints" / "best").read_text().strip()
@@ -57,9 +54,7 @@ def test_a_run_its_checkpoint_and_its_export_are_the_same_weights(
     assert read_weights("~/out.pth").origin is None
 
 
-def test_a_folder_of_a_universal_model_gives_every_block_its_operator(
-    small_recipe, world: World, tmp_path: Path
-) -> None:
+def test_a_folder_of_a_universal_model_gives_every_block_its_operator(small_recipe, world, tmp_path) -> None:
     recipe = small_recipe("data.workers=0", "attention.mode=universal", "train.epochs=1")
     train_to_the_end(recipe, world)
     RunDirectory(recipe.run.dir).begin(recipe)
@@ -71,7 +66,7 @@ def test_a_folder_of_a_universal_model_gives_every_block_its_operator(
         assert equal_weights(model.state_dict(), read_weights(recipe.run.dir).tensors)
 
 
-def test_what_weights_do_not_tell_is_compared(run: Path, world: World) -> None:
+def test_what_weights_do_not_tell_is_compared(run, world) -> None:
     recipe = RunDirectory(run).recipe().model_copy(update={"init_from": str(run)})
 
     def begin(model: dict[str, object], attention: dict[str, object]) -> str:
@@ -91,7 +86,7 @@ def test_what_weights_do_not_tell_is_compared(run: Path, world: World) -> None:
     )
 
 
-def test_images_normalised_in_another_way_are_told(run: Path, world: World) -> None:
+def test_images_normalised_in_another_way_are_told(run, world) -> None:
     recipe = RunDirectory(run).recipe().changed(init_from=str(run), augment__mean=(0.5, 0.5, 0.5))
     line = initialise(create_model(recipe.model, recipe.attention), recipe, world)
     assert line.endswith(
@@ -104,7 +99,7 @@ class Harmful:
         return print, ("this ran",)
 
 
-def test_what_is_not_weights_is_one_line(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_weights_is_one_line(world, tmp_path, capfd) -> None:
     (tmp_path / "text.safetensors").write_text("hello")
     (tmp_path / "recipe.yaml").write_text("model: {depth: 2}")
     (tmp_path / "model.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
@@ -134,7 +129,7 @@ def test_what_is_not_weights_is_one_line(world: World, tmp_path: Path, capfd: py
         assert capfd.readouterr() == ("", "")
 
 
-def test_timms_weights_come_from_its_cache_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timms_weights_come_from_its_cache_without_a_network(tmp_path, monkeypatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -154,7 +149,7 @@ def test_timms_weights_come_from_its_cache_without_a_network(tmp_path: Path, mon
     assert weights.normalised == (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -176,7 +171,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_a_run_trained_at_one_size_is_evaluated_and_tuned_at_another(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_run_trained_at_one_size_is_evaluated_and_tuned_at_another(recipe_file, tmp_path) -> None:
     base, tuned = tmp_path / "base", tmp_path / "tuned"
     recipe = str(recipe_file)
     karat("train", recipe, f"run.dir={base}", "train.epochs=1")
@@ -209,7 +204,7 @@ LIES = [
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     (folder / "base.yaml").write_text("data: {backend: synthetic, synthetic_samples: 16}\nattention: {kind: karat}\n")
     quick = (*SMALL, "train.max_steps=1", "schedule.warmup_epochs=0", f"run.dir={folder / 'run'}")
@@ -220,9 +215,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("key", "text"), LIES, ids=lambda value: value[:40])
-def test_a_lie_beside_weights_is_one_line_before_training(
-    key: str, text: str, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_lie_beside_weights_is_one_line_before_training(key, text, exported, tmp_path, capsys) -> None:
     lie = tmp_path / "lie.safetensors"
     save_file(load_file(exported), lie, {**read_metadata(exported), key: text})
     for source in ("init_from", "distill.from"):
@@ -236,7 +229,7 @@ def test_a_lie_beside_weights_is_one_line_before_training(
     assert capsys.readouterr().err.startswith(f"error: {lie}: {key}")
 
 
-def test_a_teacher_of_timm_has_a_name_of_timm(exported: Path, tmp_path: Path) -> None:
+def test_a_teacher_of_timm_has_a_name_of_timm(exported, tmp_path) -> None:
     about = {**read_metadata(exported), "timm": json.dumps({"name": f"local-dir:{tmp_path}", "num_classes": 4})}
     save_file(load_file(exported), tmp_path / "distill.safetensors", about)
     recipe = load_recipe(exported.with_name("base.yaml"), [*SMALL, "schedule.warmup_epochs=0"])

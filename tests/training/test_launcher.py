@@ -2,7 +2,6 @@
 
 import os
 import signal
-from pathlib import Path
 
 import psutil
 import pytest
@@ -13,7 +12,7 @@ from tests.training.runs import start, wait_for_checkpoint
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_ranks_stop_with_a_checkpoint_when_their_launcher_is_killed(recipe_file: Path, tmp_path: Path) -> None:
+def test_ranks_stop_with_a_checkpoint_when_their_launcher_is_killed(recipe_file, tmp_path) -> None:
     run = tmp_path / "run"
     process = start(recipe_file, run, "train.epochs=5000", "checkpoint.every_steps=4", processes=2)
     wait_for_checkpoint(run, 4, process)

@@ -23,7 +23,7 @@ def train(root: Path, name: str, *overrides: str) -> Path:
 
 
 @pytest.mark.slow
-def test_the_run_behind_the_weights_is_remembered(tmp_path: Path) -> None:
+def test_the_run_behind_the_weights_is_remembered(tmp_path) -> None:
     base = train(tmp_path, "base")
     assert summary(base)["lineage"] == {}
     known = {"name": "base", "recipe_sha256": take_record(str(base)).recipe_sha256}
@@ -44,7 +44,7 @@ def test_the_run_behind_the_weights_is_remembered(tmp_path: Path) -> None:
     assert (behind[0], behind[1]["name"]) == ("attention.transfer_from", "base")
 
 
-def test_weights_that_name_no_run_have_none(tmp_path: Path) -> None:
+def test_weights_that_name_no_run_have_none(tmp_path) -> None:
     assert run_behind("") == run_behind("timm:vit_tiny_patch16_224") == {}
     (tmp_path / "weights.pth").touch()
     assert run_behind(str(tmp_path / "weights.pth")) == {}

@@ -3,13 +3,11 @@
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
 from karat_scale.engine.deepspeed_internals import master_weights
-from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import DivergedError
 from karat_scale.training.trainer import Trainer
 from tests.small_engines import CONFIGS, equal, make_trainer
@@ -33,7 +31,7 @@ def _learned(trainer: Trainer) -> list[object]:
 
 
 @pytest.mark.parametrize(("config", "precision"), CASES)
-def test_nothing_is_learned_from_what_is_not_finite(small_recipe, world: World, config: str, precision: str) -> None:
+def test_nothing_is_learned_from_what_is_not_finite(small_recipe, world, config, precision) -> None:
     own = (f"deepspeed.config={config}", f"train.precision={precision}", "data.workers=0", "train.micro_batch=4")
     trainer = make_trainer(small_recipe(*own, "train.epochs=3"), world, kind=NonfiniteTrainer)
     try:
@@ -55,7 +53,7 @@ def test_nothing_is_learned_from_what_is_not_finite(small_recipe, world: World, 
 
 
 @pytest.mark.parametrize("log_every", [1, 1000])
-def test_the_recipe_may_say_to_stop(small_recipe, world: World, log_every: int) -> None:
+def test_the_recipe_may_say_to_stop(small_recipe, world, log_every) -> None:
     own = ("train.on_nonfinite=stop", "data.workers=0", "checkpoint.every_steps=1", f"log.every_steps={log_every}")
     trainer = make_trainer(small_recipe(*own), world, kind=NonfiniteTrainer)
     trainer.bad_steps = range(3, 4)
@@ -68,9 +66,7 @@ def test_the_recipe_may_say_to_stop(small_recipe, world: World, log_every: int) 
 
 
 @pytest.mark.parametrize("log_every", [1, 1000])
-def test_a_run_that_skips_for_ever_ends(
-    small_recipe, world: World, capsys: pytest.CaptureFixture[str], log_every: int
-) -> None:
+def test_a_run_that_skips_for_ever_ends(small_recipe, world, capsys, log_every) -> None:
     recipe = small_recipe("train.max_skipped_steps=3", "data.workers=0", f"log.every_steps={log_every}")
     trainer = make_trainer(recipe, world, kind=NonfiniteTrainer)
     trainer.bad_steps = range(2, 101)
@@ -82,9 +78,7 @@ def test_a_run_that_skips_for_ever_ends(
     trainer.task.close()
 
 
-def test_a_step_that_is_not_finite_is_found_between_log_lines(
-    small_recipe, world: World, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_step_that_is_not_finite_is_found_between_log_lines(small_recipe, world, capsys) -> None:
     recipe = small_recipe("data.workers=0", "log.every_steps=1000", "train.epochs=100", "train.eval_every_epochs=100")
     trainer = make_trainer(recipe, world, kind=NonfiniteTrainer)
     trainer.bad_steps = range(2, 3)
@@ -102,9 +96,7 @@ def test_a_step_that_is_not_finite_is_found_between_log_lines(
     assert trainer.state.skipped_in_row == 0  # step 3 was good
 
 
-def test_a_clock_that_jumps_neither_hastens_nor_stops_saving(
-    small_recipe, world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_clock_that_jumps_neither_hastens_nor_stops_saving(small_recipe, world, monkeypatch, tmp_path) -> None:
     trainer = make_trainer(
         small_recipe("checkpoint.every_minutes=1000", "checkpoint.every_steps=2", "data.workers=0"), world
     )

@@ -37,7 +37,7 @@ def assert_out_of_memory(done: "subprocess.CompletedProcess[str]", run: Path, mi
 
 
 @pytest.mark.slow
-def test_a_small_model_fits_with_its_attention_recomputed(tmp_path: Path) -> None:
+def test_a_small_model_fits_with_its_attention_recomputed(tmp_path) -> None:
     recipe = tmp_path / "small.yaml"
     recipe.write_text(
         "data: {backend: synthetic, synthetic_samples: 8}\nattention: {kind: karat, implementation: reference}\n"
@@ -53,7 +53,7 @@ def test_a_small_model_fits_with_its_attention_recomputed(tmp_path: Path) -> Non
 
 @pytest.mark.night
 @pytest.mark.timeout(3600)
-def test_vit_base_g1b_trains_twenty_steps_where_it_would_not_fit(tmp_path: Path) -> None:
+def test_vit_base_g1b_trains_twenty_steps_where_it_would_not_fit(tmp_path) -> None:
     """As docs/memory.md has it, and `karat plan` predicted both."""
     base = (
         "run.device=cpu",

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import RunDirectoryError
 from tests.conftest import events, karat, karat_here, summary
 from tests.small_engines import make_trainer
@@ -15,7 +14,7 @@ def _fill(disk: Path, but: int) -> None:
     (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - but))
 
 
-def test_a_disk_without_room_for_a_checkpoint_is_refused_at_the_start(train_recipe, small_disk: Path) -> None:
+def test_a_disk_without_room_for_a_checkpoint_is_refused_at_the_start(train_recipe, small_disk) -> None:
     run = small_disk / "run"
     _fill(small_disk, but=200_000)
     done = train_recipe("train.max_steps=1", f"run.dir={run}")
@@ -28,7 +27,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_at_the_start(train_reci
 
 
 def test_a_run_whose_first_save_fails_ends_there_and_a_later_failure_is_told_once_a_step(
-    small_recipe, world: World, small_disk: Path, capsys: pytest.CaptureFixture[str]
+    small_recipe, world, small_disk, capsys
 ) -> None:
     own = ("checkpoint.every_steps=2", "data.workers=0", f"run.dir={small_disk / 'run'}")
     trainer = make_trainer(small_recipe(*own), world)
@@ -51,7 +50,7 @@ def test_a_run_whose_first_save_fails_ends_there_and_a_later_failure_is_told_onc
     trainer.task.close()
 
 
-def test_a_disk_that_takes_not_even_the_figures_is_one_line(train_recipe, small_disk: Path) -> None:
+def test_a_disk_that_takes_not_even_the_figures_is_one_line(train_recipe, small_disk) -> None:
     (small_disk / "run").mkdir()
     _fill(small_disk, but=0)
     done = train_recipe(f"run.dir={small_disk / 'run'}")
@@ -61,7 +60,7 @@ def test_a_disk_that_takes_not_even_the_figures_is_one_line(train_recipe, small_
 
 
 @pytest.mark.slow
-def test_a_start_that_fails_leaves_the_outcome_of_a_finished_run(train_recipe, tmp_path: Path) -> None:
+def test_a_start_that_fails_leaves_the_outcome_of_a_finished_run(train_recipe, tmp_path) -> None:
     run = tmp_path / "run"
     assert train_recipe("train.epochs=1").returncode == 0
     finished, ends = summary(run), events(run, "end")
@@ -72,30 +71,31 @@ def test_a_start_that_fails_leaves_the_outcome_of_a_finished_run(train_recipe, t
     assert train_recipe("train.epochs=2").returncode == 0  # extended without leave
 
 
-def test_a_start_that_is_refused_after_it_was_resumed_leaves_the_outcome_too(
-    train_recipe, shards: Path, tmp_path: Path
-) -> None:
+def test_a_start_that_is_refused_after_it_was_resumed_leaves_the_outcome_too(train_recipe, shards, tmp_path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     assert train_recipe("train.max_steps=1").returncode == 0
+    before = summary(run)
     shutil.copytree(shards, other)
     record = other / "dataset.json"
     record.write_text(record.read_text().replace("class3", "class4"))
     done = train_recipe("train.max_steps=1", f"data.path={other}")
     assert done.returncode == 2
-    assert "it has other classes" in done.stderr
+    assert "it has other classes; put data.path right, add 'resume.allow=[data.path]'" in done.stderr
+    assert summary(run) == before
+    assert "class4" not in (run / "classes.json").read_text()
     shown = karat("status", str(run), "--once").stdout
     assert "finished (exit 0)" in shown
     assert "starting" not in shown
 
 
-def test_a_start_that_fails_is_told_of_a_run_that_is_not_finished(train_recipe, tmp_path: Path) -> None:
+def test_a_start_that_fails_is_told_of_a_run_that_is_not_finished(train_recipe, tmp_path) -> None:
     assert train_recipe("model.num_classes=3").returncode == 2
     assert summary(tmp_path / "run")["exit"] == 2
     assert train_recipe("model.num_classes=2").returncode == 2
     assert "model.num_classes = 2" in summary(tmp_path / "run")["reason"]
 
 
-def test_notices_are_told_once_and_a_damaged_summary_is_written_anew(train_recipe, tmp_path: Path) -> None:
+def test_notices_are_told_once_and_a_damaged_summary_is_written_anew(train_recipe, tmp_path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/summary.json").write_text("")
     done = train_recipe("train.max_steps=1", "model.num_classes=5")
@@ -112,7 +112,7 @@ def test_an_implementation_that_cannot_run_is_refused_before_the_first_step(trai
     assert line.startswith("error: attention.implementation = triton cannot run here: ")
 
 
-def test_the_first_step_and_the_last_are_logged_however_seldom_others_are(recipe_file: Path, tmp_path: Path) -> None:
+def test_the_first_step_and_the_last_are_logged_however_seldom_others_are(recipe_file, tmp_path) -> None:
     assert karat_here("train", str(recipe_file), "log.every_steps=1000", "train.max_steps=3") == 0
     logged = events(tmp_path / "run", "train")
     assert [event["step"] for event in logged] == [1, 3]

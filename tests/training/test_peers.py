@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def outcomes(tmp_path_factory) -> dict[str, Any]:
     """The exit codes and the words of two ranks, by case."""
     scratch = tmp_path_factory.mktemp("peers")
     environment = {**karat_environment(), "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -37,7 +37,7 @@ def errors(said: str) -> list[str]:
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("when", ["", *(f" at {place}" for place in GROUPS)])
-def test_the_rank_that_is_left_names_the_one_that_was_killed(outcomes: dict[str, Any], victim: int, when: str) -> None:
+def test_the_rank_that_is_left_names_the_one_that_was_killed(outcomes, victim, when) -> None:
     found = outcomes[f"killed {victim}{when}"]
     assert found["ended"], found["said"]
     assert found["codes"][victim] == -9
@@ -49,9 +49,7 @@ def test_the_rank_that_is_left_names_the_one_that_was_killed(outcomes: dict[str,
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_never_comes_is_named_and_waited_for_as_long_as_the_recipe_says(
-    outcomes: dict[str, Any], rank: int
-) -> None:
+def test_a_rank_that_never_comes_is_named_and_waited_for_as_long_as_the_recipe_says(outcomes, rank) -> None:
     found = outcomes[f"absent {rank}"]
     assert found["ended"], found["said"]
     assert found["codes"] == [2]
@@ -64,7 +62,7 @@ def test_a_rank_that_never_comes_is_named_and_waited_for_as_long_as_the_recipe_s
 @pytest.mark.multiprocess
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a size-limited tmpfs needs root")
 @pytest.mark.parametrize("case", [*(f"disk {size}" for size in DISKS), "disk that fills"])
-def test_a_full_disk_ends_both_ranks_with_the_same_line_and_code(outcomes: dict[str, Any], case: str) -> None:
+def test_a_full_disk_ends_both_ranks_with_the_same_line_and_code(outcomes, case) -> None:
     found = outcomes[case]
     assert found["ended"], found["said"]
     assert found["codes"] == [2, 2], found["said"]

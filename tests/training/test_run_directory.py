@@ -1,18 +1,19 @@
 import multiprocessing
 import os
 import time
+from dataclasses import replace
 from multiprocessing.synchronize import Event
-from pathlib import Path
 
 import pytest
 
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError
 from karat_scale.recipe.loading import dump_recipe
 from karat_scale.training.run_directory import RunDirectory, refuse_another_model
+from karat_scale.training.tasks.classification.task import TrainState
 from tests.conftest import karat_here
 
 
-def test_a_new_directory_is_claimed_and_begun(small_recipe, tmp_path: Path) -> None:
+def test_a_new_directory_is_claimed_and_begun(small_recipe, tmp_path) -> None:
     recipe = small_recipe()
     directory = RunDirectory(tmp_path / "new" / "run")
     directory.open(recipe)
@@ -25,12 +26,12 @@ def test_a_new_directory_is_claimed_and_begun(small_recipe, tmp_path: Path) -> N
     assert directory.summary() == {"exit": 0}
 
 
-def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert RunDirectory("~/run").path == tmp_path / "run"
 
 
-def test_two_cannot_hold_one_directory(small_recipe, tmp_path: Path) -> None:
+def test_two_cannot_hold_one_directory(small_recipe, tmp_path) -> None:
     first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
     first.open(small_recipe())
     with pytest.raises(RunDirectoryError, match="in use by process"):
@@ -42,7 +43,7 @@ def _outlive(begun: Event) -> None:
     time.sleep(60)
 
 
-def test_a_process_that_outlives_the_run_does_not_hold_its_directory(small_recipe, tmp_path: Path) -> None:
+def test_a_process_that_outlives_the_run_does_not_hold_its_directory(small_recipe, tmp_path) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.open(small_recipe())
     context = multiprocessing.get_context("fork")
@@ -57,14 +58,14 @@ def test_a_process_that_outlives_the_run_does_not_hold_its_directory(small_recip
     worker.join()
 
 
-def test_a_place_that_cannot_be_written_is_one_line(small_recipe, tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_one_line(small_recipe, tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match=r"run.dir = .*choose another run.dir"):
         RunDirectory(tmp_path / "file" / "run").open(small_recipe())
 
 
 @pytest.fixture
-def begun(small_recipe, tmp_path: Path) -> RunDirectory:
+def begun(small_recipe, tmp_path) -> RunDirectory:
     """The directory of a run that has begun, with a checkpoint."""
     directory = RunDirectory(tmp_path / "run")
     (directory.store.root / "step-00000008").mkdir(parents=True)
@@ -72,7 +73,7 @@ def begun(small_recipe, tmp_path: Path) -> RunDirectory:
     return directory
 
 
-def test_keys_that_do_not_matter_may_change(begun: RunDirectory, small_recipe) -> None:
+def test_keys_that_do_not_matter_may_change(begun, small_recipe) -> None:
     same = ("data.workers=0", "log.every_steps=3", "train.micro_batch=2", "data.on_bad_sample=skip")
     assert begun.open(small_recipe(*same)) == "train.micro_batch (None -> 2)"
 
@@ -97,18 +98,16 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("overrides", "line"), REFUSED)
-def test_another_recipe_is_refused_with_the_fix(
-    begun: RunDirectory, small_recipe, overrides: list[str], line: str
-) -> None:
+def test_another_recipe_is_refused_with_the_fix(begun, small_recipe, overrides, line) -> None:
     with pytest.raises(RunDirectoryError, match=line):
         begun.open(small_recipe(*overrides))
 
 
-def test_what_is_allowed_is_told(begun: RunDirectory, small_recipe) -> None:
+def test_what_is_allowed_is_told(begun, small_recipe) -> None:
     assert begun.open(small_recipe("optim.lr=1", "resume.allow=optim.lr")) == "optim.lr (0.0005 -> 1.0)"
 
 
-def test_a_branch_is_of_the_same_model(small_recipe, tmp_path: Path) -> None:
+def test_a_branch_is_of_the_same_model(small_recipe, tmp_path) -> None:
     trunk = RunDirectory(tmp_path / "trunk")
     trunk.path.mkdir()
     trunk.begin(small_recipe("attention.basis=mexican_hat"))
@@ -120,14 +119,14 @@ def test_a_branch_is_of_the_same_model(small_recipe, tmp_path: Path) -> None:
             refuse_another_model(source, small_recipe("attention.basis=morlet"))
 
 
-def test_a_run_that_never_saved_may_start_anew(small_recipe, tmp_path: Path) -> None:
+def test_a_run_that_never_saved_may_start_anew(small_recipe, tmp_path) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.path.mkdir()
     directory.begin(small_recipe())
     assert directory.open(small_recipe("optim.lr=1", "resume.mode=never")) == ""
 
 
-def test_a_start_that_left_no_checkpoint_does_not_hold_the_directory(small_recipe, tmp_path: Path) -> None:
+def test_a_start_that_left_no_checkpoint_does_not_hold_the_directory(small_recipe, tmp_path) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.path.mkdir()
     assert directory.begins_anew(small_recipe())
@@ -142,7 +141,7 @@ def test_a_start_that_left_no_checkpoint_does_not_hold_the_directory(small_recip
         RunDirectory(directory.path).admit(other)
 
 
-def test_only_a_finished_run_is_extended_without_leave(begun: RunDirectory, small_recipe) -> None:
+def test_only_a_finished_run_is_extended_without_leave(begun, small_recipe) -> None:
     directory = begun
     directory.store.point("latest", "step-00000008")
     longer = small_recipe("train.epochs=3")
@@ -157,7 +156,7 @@ def test_only_a_finished_run_is_extended_without_leave(begun: RunDirectory, smal
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
-def test_a_damaged_summary_is_none(tmp_path: Path, text: str) -> None:
+def test_a_damaged_summary_is_none(tmp_path, text) -> None:
     directory = RunDirectory(tmp_path)
     assert not directory.is_summary_damaged
     directory.summary_file.write_text(text)
@@ -166,7 +165,7 @@ def test_a_damaged_summary_is_none(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "classes.json", "metrics.jsonl", ".lock"])
-def test_a_pipe_in_a_run_keeps_nobody_waiting(name: str, recipe_file: Path, tmp_path: Path, capsys) -> None:
+def test_a_pipe_in_a_run_keeps_nobody_waiting(name, recipe_file, tmp_path, capsys) -> None:
     (tmp_path / "run").mkdir()
     os.mkfifo(tmp_path / "run" / name)
     is_replaced = name in ("recipe.yaml", "classes.json")
@@ -175,7 +174,24 @@ def test_a_pipe_in_a_run_keeps_nobody_waiting(name: str, recipe_file: Path, tmp_
     assert (tmp_path / "run" / name).is_file() == is_replaced
 
 
-def test_the_recipe_of_a_run_extends_nothing(recipe_file: Path, tmp_path: Path) -> None:
+def test_the_recipe_of_a_run_extends_nothing(recipe_file, tmp_path) -> None:
     (tmp_path / "recipe.yaml").write_text(f"extends: {recipe_file}\n")
     with pytest.raises(RecipeError, match=r"recipe.yaml: extends: the recipe of a run is whole"):
         RunDirectory(tmp_path).recipe()
+
+
+def test_a_state_resumes_only_with_its_own_data(small_recipe) -> None:
+    recipe, state = small_recipe(), TrainState()
+    keep_data = RunDirectory(recipe.run.dir).keep_data
+    assert keep_data(state, 64, ("cat", "dog"), recipe, is_branch=False) == ""
+    state = TrainState.from_json(state.to_json())
+    assert keep_data(state, 64, ("cat", "dog"), recipe, is_branch=False) == ""
+    with pytest.raises(RunDirectoryError, match=r"data.path .* has 40 training images where it had 64; put"):
+        keep_data(state, 40, ("cat", "dog"), recipe, is_branch=False)
+    with pytest.raises(RunDirectoryError, match=r"has other classes; put data\.path right"):
+        keep_data(state, 64, ("dog", "cat"), recipe, is_branch=False)  # the labels mean something else
+    changed = "40 training images where it had 64 and other classes"
+    assert keep_data(replace(state), 40, ("dog", "cat"), recipe, is_branch=True) == changed
+    allowed = small_recipe("resume.allow=data.path")
+    assert keep_data(state, 40, ("dog", "cat"), allowed, is_branch=False) == changed
+    assert keep_data(state, 40, ("dog", "cat"), recipe, is_branch=False) == ""

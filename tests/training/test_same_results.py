@@ -39,7 +39,7 @@ def _train(recipe, world: World) -> Path:
     return directory.path
 
 
-def test_losses_norms_digests_and_scores(small_recipe, world: World) -> None:
+def test_losses_norms_digests_and_scores(small_recipe, world) -> None:
     run = _train(small_recipe("data.workers=0", "train.micro_batch=4"), world)
     found = {event["step"]: event for event in events(run, "train")}
     assert found.keys() == RECORDED.keys()
@@ -52,7 +52,7 @@ def test_losses_norms_digests_and_scores(small_recipe, world: World) -> None:
 
 
 @pytest.mark.parametrize("run_on", ["workers", "device"])
-def test_digests_of_augmented_images(small_recipe, world: World, shards: Path, run_on: str) -> None:
+def test_digests_of_augmented_images(small_recipe, world, shards, run_on) -> None:
     policy = "rand-m9-mstd0.5-inc1" if run_on == "workers" else "rand-m15-n2-mstd1.0-inc1"
     data = ("data.backend=webdataset", f"data.path={shards}", f"augment.run_on={run_on}")
     augment = (f"augment.randaugment={policy}", "augment.color_jitter=0.4", "augment.erasing=0.25")

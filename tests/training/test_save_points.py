@@ -4,25 +4,28 @@ A sample runs by default, the whole matrix by `pytest --slow=all tests/training/
 """
 
 import signal
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from karat_scale.checkpoint.tensor_storage import load_tensors
-from karat_scale.data.batch import Batch
+from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.engine.distributed import World
 from karat_scale.recipe import Recipe
 from karat_scale.training.agreement import StoppedError
-from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.tasks.classification.task import TrainState
 from karat_scale.training.trainer import Trainer
 from tests.small_engines import CONFIGS, equal, make_trainer
+from tests.training.runs import last_tensors
 
 STEPS_PER_EPOCH = 4  # 32 samples in batches of 8; two epochs
 
-# Where the signal comes: (step, moment). "in evaluation" leaves the epoch's evaluation to the resumed run.
+# Where the signal comes: (step, moment). "in evaluation" leaves the epoch's evaluation to the resumed run; "in a step",
+# between two micro batches, gives the step up: the resumed run takes it again.
 POINTS = {
+    "inside the first step": (0, "in a step"),
+    "inside a step": (5, "in a step"),
     "first step": (1, "after step"),
     "middle of epoch": (6, "after step"),
     "last step of epoch": (4, "after step"),
@@ -30,6 +33,7 @@ POINTS = {
     "epoch boundary": (4, "after evaluation"),
 }
 SAMPLE = {
+    ("zero1", "fp32", "inside a step"),
     ("zero0", "fp32", "first step"),
     ("zero0", "bf16", "during evaluation"),
     ("zero1", "bf16", "middle of epoch"),
@@ -55,7 +59,13 @@ class StoppingTrainer(Trainer):
         if (self.state.step, moment) == self.stop:
             self.signals.received = signal.SIGTERM
 
-    def step(self, micro_batches: list[Batch]) -> None:
+    def micro_batches(self, batches: Any) -> Iterator[Any]:
+        for number, batch in enumerate(super().micro_batches(batches)):
+            if number == 1:
+                self._signal("in a step")
+            yield batch
+
+    def step(self, micro_batches: Any) -> Any:
         super().step(micro_batches)
         self._signal("after step")
 
@@ -70,19 +80,16 @@ class StoppingTrainer(Trainer):
 
 def train_to_the_end(recipe: Recipe, world: World, stop: tuple[int, str] | None = None) -> dict[str, object]:
     """Train, or go on, in the recipe's directory; returns all that its last checkpoint holds."""
-    directory = RunDirectory(recipe.run.dir)
-    directory.store.root.mkdir(parents=True, exist_ok=True)
     with make_trainer(recipe, world, kind=StoppingTrainer) as trainer:
         trainer.stop = stop
-        trainer.begin(trainer.checkpoints.load() or TrainState())
+        trainer.resume()
         with nullcontext() if stop is None else pytest.raises(StoppedError):
             trainer.run()
-    name = directory.store.pointed("latest")
-    assert name is not None
-    tensors = {path.name: load_tensors(path) for path in sorted((directory.store.root / name).glob("*.pt"))}
-    learned = ("step", "samples", "evaluated_step", "best_top1", "best_step", "last_top1", "data_digest")
-    saved = directory.store.state(name)
-    return {**tensors, **{key: saved[key] for key in learned}}
+    run = Path(recipe.run.dir)
+    store = CheckpointStore(run / "checkpoints")
+    saved = store.state(store.pointed("latest") or "")
+    learned = ("step", "samples", "evaluated_step", "best_top1", "best_step", "last_top1", "data_digest", "stream")
+    return {**last_tensors(run), **{key: saved[key] for key in learned}}
 
 
 @pytest.mark.parametrize(("config", "precision", "point"), MATRIX)
@@ -90,7 +97,9 @@ def test_resume_is_bit_equal(
     small_recipe, world: World, tmp_path: Path, config: str, precision: str, point: str
 ) -> None:
     # Dropout needs each rank's generator to go on where it stood.
-    own = (f"deepspeed.config={config}", f"train.precision={precision}", "model.proj_drop=0.1", "data.workers=0")
+    own = [f"deepspeed.config={config}", f"train.precision={precision}", "model.proj_drop=0.1", "data.workers=0"]
+    if POINTS[point][1] == "in a step":
+        own += ["train.micro_batch=2", "augment.mix_prob=0.5", "log.every_steps=3"]
     whole = train_to_the_end(small_recipe(*own, f"run.dir={tmp_path / 'whole'}"), world)
     cut = small_recipe(*own, f"run.dir={tmp_path / 'cut'}")
     stopped = train_to_the_end(cut, world, POINTS[point])
@@ -99,3 +108,11 @@ def test_resume_is_bit_equal(
     resumed = train_to_the_end(cut, world)
     assert resumed["step"] == 2 * STEPS_PER_EPOCH
     assert equal(resumed, whole)
+
+
+def test_where_a_step_has_one_micro_batch_the_stop_is_after_it(small_recipe, world) -> None:
+    with make_trainer(small_recipe("data.workers=0"), world) as trainer:
+        trainer.signals.received = signal.SIGTERM
+        with pytest.raises(StoppedError):
+            trainer.run()
+    assert trainer.state.step == 1

@@ -11,24 +11,20 @@ import pytest
 
 from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.commands.plan.command import dry_run
-from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import DataError
-from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.training.agreement import StoppedError
-from karat_scale.training.tasks.classification.task import TrainState
 from tests.conftest import SMALL, events, karat, karat_done, karat_here, karat_refuses, summary
 from tests.data.tars import sample, write_stream, write_tar
-from tests.small_engines import equal, make_trainer
-from tests.training.runs import final_tensors, kill_all, losses, start, wait_for_checkpoint, wait_for_step
-from tests.training.test_unfinished import SignalInside
+from tests.small_engines import equal
+from tests.training.runs import assert_a_kill_changes_nothing, losses, start, wait_for_step
+from tests.training.test_save_points import train_to_the_end
 
-QUICK = ("schedule.warmup_epochs=0", "train.micro_batch=2", "checkpoint.keep_last=99")
+QUICK = ("schedule.warmup_epochs=0", "train.micro_batch=2")
 Command = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")
-def recipe(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe(shards, tmp_path_factory) -> Path:
     """A recipe whose epochs are 64 images of a stream of six tars with 58."""
     root = tmp_path_factory.mktemp("stream")
     tars = write_stream(root / "tars", (9, 11, 8, 12, 4, 14), classes=4)
@@ -39,34 +35,20 @@ def recipe(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def command(recipe: Path) -> Command:
+def command(recipe) -> Command:
     def arguments(run: Path, *overrides: str) -> list[str]:
         return ["train", str(recipe), *SMALL, *QUICK, f"run.dir={run}", *overrides]
 
     return arguments
 
 
-def stopped_and_resumed(command: Command, run: Path, steps: int, *overrides: str) -> None:
-    assert karat_here(*command(run, *overrides, f"train.max_steps={steps}")) == 0
-    assert karat_here(*command(run, *overrides, "train.max_steps=null", "resume.allow=[train.max_steps]")) == 0
-
-
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(
-    command: Command, recipe: Path, tmp_path: Path, processes: int
-) -> None:
+def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(recipe, tmp_path, processes) -> None:
+    own = (*SMALL, *QUICK, "data.workers=2")
+    assert_a_kill_changes_nothing(recipe, tmp_path, *own, processes=processes)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    own = (*SMALL, *QUICK, "data.workers=2", "checkpoint.every_steps=1")
-    karat_done(*command(whole, *own), processes=processes)
-    killed = start(recipe, cut, *own, processes=processes)
-    wait_for_checkpoint(cut, 5, killed)
-    kill_all(killed)
-    karat_done(*command(cut, *own), processes=processes)
-    assert losses(cut) == losses(whole)
-    assert summary(cut)["data_digest"] == summary(whole)["data_digest"] != 0
-    assert equal(final_tensors(cut), final_tensors(whole))
     assert sorted(losses(whole)) == list(range(1, 17))
     lanes = CheckpointStore(cut / "checkpoints").state("step-00000016")["stream"]["lanes"]
     assert sorted(entry % (2 * processes) for entry, _ in lanes) == list(range(2 * processes))
@@ -74,7 +56,7 @@ def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(
 
 
 @pytest.mark.slow
-def test_ctrl_c_reaches_no_command_and_leaves_none(recipe: Path, tmp_path: Path) -> None:
+def test_ctrl_c_reaches_no_command_and_leaves_none(recipe, tmp_path) -> None:
     """The signal goes to the whole group of the trainer, which needs the output of its commands until it has saved."""
     tars = recipe.parent / "tars"
     stream = f"data.stream=pipe:cat {tars}/{{0..5}}.tar; sleep 0.1; true {tmp_path}"
@@ -90,17 +72,12 @@ def test_ctrl_c_reaches_no_command_and_leaves_none(recipe: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_other_workers_begin_at_the_next_cycle_and_say_so(
-    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_workers_begin_at_the_next_cycle_and_say_so(command, tmp_path, capsys) -> None:
     run = tmp_path / "run"
     assert karat_here(*command(run, "data.workers=2", "train.max_steps=5")) == 0
     own = ("data.workers=1", "train.max_steps=9", "resume.allow=[train.max_steps]")
     assert karat_here(*command(run, *own)) == 0
-    said = (
-        "the stream now has 6 tars and 1 lane (ranks x data workers), and 6 tars and 2 lanes (ranks x data workers) in"
-    )
-    assert f"{said} the checkpoint: each lane begins at cycle 1" in " ".join(capsys.readouterr().out.split())
+    assert "in the checkpoint: each lane begins at cycle 1" in " ".join(capsys.readouterr().out.split())
     state = CheckpointStore(run / "checkpoints").state("step-00000009")["stream"]
     assert (state["shards"], len(state["lanes"])) == (6, 1)
     assert state["lanes"][0][0] >= 6
@@ -108,18 +85,19 @@ def test_other_workers_begin_at_the_next_cycle_and_say_so(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["growing images", "a student"])
-def test_what_changes_with_the_step_goes_on_in_the_stream(command: Command, tmp_path: Path, what: str) -> None:
+def test_what_changes_with_the_step_goes_on_in_the_stream(command, tmp_path, what) -> None:
     whole, cut, plain = tmp_path / "whole", tmp_path / "cut", tmp_path / "plain"
     assert karat_here(*command(plain)) == 0
     own = {"growing images": "schedule.image_sizes=[[0, 8], [1, 16]]", "a student": f"distill.from={plain}"}[what]
     assert karat_here(*command(whole, own)) == 0
-    stopped_and_resumed(command, cut, 11, own)
+    for steps in ("11", "null"):
+        assert karat_here(*command(cut, own, f"train.max_steps={steps}", "resume.allow=[train.max_steps]")) == 0
     digests = [summary(run)["data_digest"] for run in (whole, cut, plain)]
     assert digests[0] == digests[1] == digests[2] != 0
     assert losses(cut) == losses(whole)
 
 
-def test_too_few_tars_and_a_failing_command_end_in_one_line(command: Command, tmp_path: Path) -> None:
+def test_too_few_tars_and_a_failing_command_end_in_one_line(command, tmp_path) -> None:
     for message, arguments in {
         "data.stream has 6 tars, fewer than 7 = 1 rank x 7 data workers": ["data.workers=7"],
         "data.stream: pipe:exit 4 ended with exit code 4": ["data.stream=pipe:exit 4"],
@@ -128,33 +106,18 @@ def test_too_few_tars_and_a_failing_command_end_in_one_line(command: Command, tm
         assert message in karat_refuses(*command(tmp_path / arguments[0][-1], *arguments))
 
 
-def test_a_step_that_is_given_up_is_taken_again_with_the_same_samples(
-    command: Command, tmp_path: Path, world: World
-) -> None:
-    def run(recipe: Recipe, at: int) -> TrainState:
-        with make_trainer(recipe, world, kind=SignalInside) as trainer:
-            trainer.resume()
-            trainer.at = at
-            trainer.run()
-        return trainer.state
+def test_a_step_that_is_given_up_is_taken_again_with_the_same_samples(command, tmp_path, world) -> None:
+    def train(name: str, stop: tuple[int, str] | None = None) -> dict[str, object]:
+        _, path, *overrides = command(tmp_path / name, "data.workers=0", "train.epochs=1")
+        return train_to_the_end(load_recipe(path, overrides), world, stop)
 
-    whole, cut = (
-        load_recipe(path, overrides)
-        for _, path, *overrides in (
-            command(tmp_path / name, "data.workers=0", "train.epochs=1") for name in ("whole", "cut")
-        )
-    )
-    with pytest.raises(StoppedError):
-        run(cut, at=3)
-    states = run(whole, at=-1), run(cut, at=-1)
-    assert [state.restarts for state in states] == [0, 1]
-    assert states[0].data_digest == states[1].data_digest != 0
-    assert states[0].stream == states[1].stream
+    assert train("cut", (3, "in a step"))["step"] == 3
+    assert equal(train("cut"), train("whole"))
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_command_that_fails_on_one_rank_ends_both(command: Command, tmp_path: Path) -> None:
+def test_a_command_that_fails_on_one_rank_ends_both(command, tmp_path) -> None:
     tar = tmp_path / "a.tar"
     write_tar(tar, [member for number in range(40) for member in sample(number, number % 4)])
     stream = f"data.stream=pipe:cat {tar}::pipe:cat {tar}; exit 5"
@@ -164,7 +127,7 @@ def test_a_command_that_fails_on_one_rank_ends_both(command: Command, tmp_path: 
     assert "[rank 1] error: rank 0: data.stream: " in done.stderr or "[rank 0] error: rank 1" in done.stderr
 
 
-def test_show_draws_the_first_batch(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_draws_the_first_batch(recipe, tmp_path, capsys) -> None:
     out = tmp_path / "batch.png"
     assert karat_here("show", str(recipe), *SMALL, *QUICK, "--out", str(out)) == 0
     assert out.is_file()
@@ -173,7 +136,7 @@ def test_show_draws_the_first_batch(recipe: Path, tmp_path: Path, capsys: pytest
     assert "a stream (data.order = stream) is read from its start; use --step 1" in line
 
 
-def test_a_dry_run_reads_the_stream_and_counts_its_tars(recipe: Path) -> None:
+def test_a_dry_run_reads_the_stream_and_counts_its_tars(recipe) -> None:
     lines = list(dry_run(load_recipe(recipe, [*SMALL, *QUICK]), 2))
     assert "data: 64 training and 28 validation images" in lines
     assert any("16 steps of 8 = 2 x 2 x 2" in line for line in lines)
@@ -182,9 +145,7 @@ def test_a_dry_run_reads_the_stream_and_counts_its_tars(recipe: Path) -> None:
 
 
 @pytest.mark.slow
-def test_replay_takes_a_step_again_if_its_commands_are_trusted(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replay_takes_a_step_again_if_its_commands_are_trusted(command, tmp_path, monkeypatch) -> None:
     run, figures = tmp_path / "run", tmp_path / "found.json"
     assert karat_here(*command(run, "data.workers=2", "checkpoint.every_steps=3", "train.max_steps=8")) == 0
     monkeypatch.delenv("KARAT_TRUST", raising=False)
@@ -198,7 +159,7 @@ def test_replay_takes_a_step_again_if_its_commands_are_trusted(
 
 
 @pytest.mark.slow
-def test_the_doctor_times_a_stream(recipe: Path, tmp_path: Path) -> None:
+def test_the_doctor_times_a_stream(recipe, tmp_path) -> None:
     file = tmp_path / "doctor.json"
     karat_done("doctor", str(recipe), *SMALL, *QUICK, f"run.dir={tmp_path / 'run'}", "--seconds=0.5", f"--json={file}")
     report = json.loads(file.read_text())

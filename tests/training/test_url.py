@@ -1,14 +1,13 @@
 """Runs whose checkpoints are copied to an S3 server, and runs that go on from there."""
 
 import json
-import os
 import re
 import shutil
 import signal
+import subprocess
 import threading
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -18,13 +17,19 @@ from karat_scale.engine.distributed import ALONE
 from karat_scale.engine.reporting.progress import MetricsLog
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.foundation.stores import WritableStore
-from karat_scale.recipe import Recipe
 from karat_scale.training.run_copy import RunCopy, RunUrl, follow
 from karat_scale.training.run_directory import RunDirectory
 from tests.conftest import events, karat, karat_done, karat_refuses, summary
 from tests.servers import Asked, Fault, FaultyProxy, s3, s3_port
-from tests.small_engines import equal
-from tests.training.runs import STEPS, final_tensors, kill_all, losses, start, wait_for_checkpoint
+from tests.training.runs import (
+    STEPS,
+    assert_same_run,
+    kill_all,
+    start,
+    stopped_by,
+    wait_for_checkpoint,
+    wait_until,
+)
 
 __all__ = ["s3", "s3_port"]
 EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.keep_last=2", "deepspeed.config=zero1")
@@ -37,12 +42,33 @@ def names(url: str) -> list[str]:
 
 
 @pytest.fixture
-def url(s3: Callable[[Path], str], tmp_path: Path) -> str:
+def url(s3, tmp_path) -> str:
     """A place on the server where nothing is."""
     return s3(tmp_path / "nothing")
 
 
-def test_what_cannot_be_a_url_of_checkpoints(small_recipe: Callable[..., Recipe]) -> None:
+@pytest.fixture
+def train(recipe_file, url, tmp_path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """Train the small recipe, with its copy at the URL, in the directory of a name."""
+
+    def run(name: str, *overrides: str, code: int = 0, processes: int = 1) -> "subprocess.CompletedProcess[str]":
+        arguments = ("train", str(recipe_file), f"run.dir={tmp_path / name}", f"checkpoint.url={url}", *overrides)
+        done = karat(*arguments, processes=processes)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+@contextmanager
+def spoiling(port: int, spoil: Callable[[int, Asked], Fault | None]) -> Iterator[None]:
+    """Inside the block clients ask a proxy of the server, which spoils answers."""
+    with FaultyProxy(port, spoil=spoil) as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield
+
+
+def test_what_cannot_be_a_url_of_checkpoints(small_recipe) -> None:
     for value, line in {
         "https://host/run": "https://host/run cannot be written; use s3:// or gs://",
         "hf://datasets/user/set": "cannot be written; use s3:// or gs://",
@@ -59,12 +85,12 @@ def test_what_cannot_be_a_url_of_checkpoints(small_recipe: Callable[..., Recipe]
 
 
 @pytest.mark.parametrize("command", ["eval", "analyze", "export", "predict", "status", "replay", "compare", "track"])
-def test_a_url_in_place_of_a_run_names_the_command_that_fetches_it(command: str) -> None:
+def test_a_url_in_place_of_a_run_names_the_command_that_fetches_it(command) -> None:
     line = karat_refuses(command, "s3://bucket/run", "1")
     assert "it is a URL; `karat fetch URL DIR` makes a directory of the run there" in line
 
 
-def test_what_cannot_be_fetched_is_one_line(url: str, tmp_path: Path) -> None:
+def test_what_cannot_be_fetched_is_one_line(url, tmp_path) -> None:
     for place, line in {
         url: f"{url} has no run (it has no owner.json)",
         "https://host/run": "cannot be written",
@@ -73,9 +99,7 @@ def test_what_cannot_be_fetched_is_one_line(url: str, tmp_path: Path) -> None:
         assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_recipe_at_a_url_is_named_by_its_place(
-    recipe_file: Path, s3: Callable[[Path], str], tmp_path: Path
-) -> None:
+def test_a_damaged_recipe_at_a_url_is_named_by_its_place(recipe_file, s3, tmp_path) -> None:
     there = tmp_path / "there"
     there.mkdir()
     owner = {"run": "id", "name": recipe_file.stem, "start": "s", "host": "h", "time": 0.0}
@@ -104,12 +128,9 @@ def test_ranks_beat_while_a_store_moves() -> None:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_signal_while_a_checkpoint_is_fetched_ends_the_start(
-    recipe_file: Path, s3: Callable[..., str], s3_port: int, tmp_path: Path
-) -> None:
-    url, run = s3(tmp_path / "nothing"), tmp_path / "run"
-    overrides = ("train.max_steps=2", f"checkpoint.url={url}")
-    karat_done("train", str(recipe_file), f"run.dir={run}", *overrides)
+def test_a_signal_while_a_checkpoint_is_fetched_ends_the_start(recipe_file, train, url, s3_port, tmp_path) -> None:
+    run = tmp_path / "run"
+    train("run", "train.max_steps=2")
     shutil.rmtree(run)
     asked = threading.Event()
 
@@ -119,24 +140,17 @@ def test_a_signal_while_a_checkpoint_is_fetched_ends_the_start(
         asked.set()
         return "stall"
 
-    with FaultyProxy(s3_port, spoil=stall) as proxy:
-        os.environ["AWS_ENDPOINT_URL"] = proxy.url
-        process = start(recipe_file, run, *overrides)
+    with spoiling(s3_port, stall):
+        process = start(recipe_file, run, "train.max_steps=2", f"checkpoint.url={url}")
         assert asked.wait(60)
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, output
+        output = stopped_by(process, signal.SIGTERM)
     assert "stopped before the checkpoint was fetched; run the same command to resume" in output
     assert CheckpointStore(run / "checkpoints").names() == []
-    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{s3_port}"
-    done = karat_done("train", str(recipe_file), f"run.dir={run}", *overrides)
-    assert "resumed from step-00000002" in done.stdout
+    assert "resumed from step-00000002" in train("run", "train.max_steps=2").stdout
 
 
-def test_no_checkpoint_at_the_url_is_newer_than_the_log_there(
-    small_recipe: Callable[..., Recipe], s3: Callable[..., str], s3_port: int, tmp_path: Path
-) -> None:
-    url, directory = s3(tmp_path / "nothing"), RunDirectory(tmp_path / "run")
+def test_no_checkpoint_at_the_url_is_newer_than_the_log_there(small_recipe, url, s3_port, tmp_path) -> None:
+    directory = RunDirectory(tmp_path / "run")
     directory.open(small_recipe())
     directory.begin(small_recipe())
 
@@ -155,15 +169,13 @@ def test_no_checkpoint_at_the_url_is_newer_than_the_log_there(
         return "403"  # the next copy of the log never arrives
 
     save(1)
-    with FaultyProxy(s3_port, spoil=save_meanwhile) as proxy:
-        os.environ["AWS_ENDPOINT_URL"] = proxy.url
+    with spoiling(s3_port, save_meanwhile):
         there = RunUrl(url, timeout=20)
         there.take("run", "run")
         copy = RunCopy(there, directory, 2, [])
         copy.begin()
         assert copy.wait(60)
         copy.end()
-    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{s3_port}"
     assert directory.store.names() == ["step-00000002", "step-00000001"]
     RunUrl(url).download_files(elsewhere := tmp_path / "elsewhere", lambda size: None)
     assert [event["step"] for event in events(elsewhere, "train")] == [1]
@@ -171,24 +183,19 @@ def test_no_checkpoint_at_the_url_is_newer_than_the_log_there(
 
 
 @pytest.mark.slow
-def test_a_run_is_copied_and_fetched(recipe_file: Path, url: str, tmp_path: Path) -> None:
+def test_a_run_is_copied_and_fetched(train, url, tmp_path) -> None:
     run, again = tmp_path / "run", tmp_path / "again"
-    done = karat_done("train", str(recipe_file), f"run.dir={run}", f"checkpoint.url={url}", "checkpoint.every_steps=3")
-    assert "warning" not in done.stdout
-    store = CheckpointStore(run / "checkpoints")
+    assert "warning" not in train("run", "checkpoint.every_steps=3").stdout
+    store, fetched = (CheckpointStore(place / "checkpoints") for place in (run, again))
     assert names(url) == store.names()
     copy = json.loads((run / "copy.json").read_text())
-    assert copy["url"] == url
-    assert copy["problem"] == ""
-    assert copy["checkpoint"] == store.pointed("latest")
+    assert (copy["url"], copy["problem"], copy["checkpoint"]) == (url, "", store.pointed("latest"))
     status = karat("status", str(run), "--once")
     assert f"{store.pointed('latest')} at {url}" in status.stdout.replace("\n", "")
 
     karat_done("fetch", url, str(again), "--checkpoint", "all")
-    fetched = CheckpointStore(again / "checkpoints")
-    for name in store.names():
-        assert fetched.damage(name) is None
     assert fetched.names() == store.names()
+    assert [fetched.damage(name) for name in store.names()] == [None] * len(store.names())
     assert [fetched.pointed(which) for which in ("latest", "best")] == [store.pointed(w) for w in ("latest", "best")]
     for file in ("recipe.yaml", "classes.json", "metrics.jsonl", "summary.json", "run_id"):
         assert (again / file).read_bytes() == (run / file).read_bytes()
@@ -207,72 +214,52 @@ def test_a_run_is_copied_and_fetched(recipe_file: Path, url: str, tmp_path: Path
     assert (again / "metrics.jsonl").read_text() == "newer\n"
     assert fetched.pointed("latest") == newer.name
     (again / "run_id").write_text("another\n")
-    refused = karat("fetch", url, str(again))
-    assert refused.returncode == 2
-    assert f"{again} has another run than {url}" in refused.stderr
+    assert f"{again} has another run than {url}" in karat_refuses("fetch", url, str(again))
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_goes_on_elsewhere_with_the_same_bits(
-    recipe_file: Path, url: str, tmp_path: Path, processes: int
-) -> None:
-    whole, cut, elsewhere = tmp_path / "whole", tmp_path / "cut", tmp_path / "elsewhere"
-    overrides = (*EVERY_STEP, "model.proj_drop=0.1")
-    karat_done("train", str(recipe_file), f"run.dir={whole}", *overrides, processes=processes)
-
-    killed = start(recipe_file, cut, *overrides, f"checkpoint.url={url}", processes=processes)
+def test_a_run_goes_on_elsewhere_with_the_same_bits(recipe_file, trained, train, url, tmp_path, processes) -> None:
+    cut, own = tmp_path / "cut", (*EVERY_STEP, "model.proj_drop=0.1")
+    killed = start(recipe_file, cut, *own, f"checkpoint.url={url}", processes=processes)
     wait_for_checkpoint(cut, 3, killed)
-    deadline = time.monotonic() + 60
-    while not names(url):
-        assert time.monotonic() < deadline
+    wait_until(lambda: bool(names(url)), killed)
     kill_all(killed)
-    there = names(url)
+    there = names(url)[0]
     shutil.rmtree(cut)
 
-    arguments = (str(recipe_file), f"run.dir={elsewhere}", *overrides, f"checkpoint.url={url}")
-    resumed = karat_done("train", *arguments, processes=processes)
-    (resume,) = events(elsewhere, "resume")
-    assert resume["name"] == there[0]
-    assert f"{there[0]} and the log were fetched from {url}" in resumed.stdout
-    assert losses(elsewhere) == losses(whole)
-    assert summary(elsewhere)["data_digest"] == summary(whole)["data_digest"] != 0
-    assert equal(final_tensors(elsewhere), final_tensors(whole))
-    assert names(url) == CheckpointStore(elsewhere / "checkpoints").names()
+    resumed = train("elsewhere", *own, processes=processes)
+    (resume,) = events(tmp_path / "elsewhere", "resume")
+    assert resume["name"] == there
+    assert f"{there} and the log were fetched from {url}" in resumed.stdout
+    assert_same_run(tmp_path / "elsewhere", trained("whole", *own, processes=processes))
+    assert names(url) == CheckpointStore(tmp_path / "elsewhere" / "checkpoints").names()
 
 
 @pytest.mark.slow
-def test_the_best_checkpoint_comes_along(recipe_file: Path, url: str, tmp_path: Path) -> None:
-    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
-    overrides = (f"checkpoint.url={url}", "checkpoint.every_steps=2", "train.epochs=2")
-    karat_done("train", str(recipe_file), f"run.dir={run}", *overrides)
-    best = f"step-{summary(run)['best_step']:08d}"
+def test_the_best_checkpoint_comes_along(train, url, tmp_path) -> None:
+    train("run", "checkpoint.every_steps=2")
+    best = f"step-{summary(tmp_path / 'run')['best_step']:08d}"
     WritableStore(f"{url}/checkpoints").remove(["best"])  # as if a kill had been before it
-    shutil.rmtree(run)
-    done = karat_done("train", str(recipe_file), f"run.dir={elsewhere}", *overrides)
-    store = CheckpointStore(elsewhere / "checkpoints")
+    shutil.rmtree(tmp_path / "run")
+    store = CheckpointStore(tmp_path / "elsewhere" / "checkpoints")
+    assert "is gone" not in train("elsewhere", "checkpoint.every_steps=2").stdout
     assert set(store.names()) == {best, f"step-{STEPS:08d}"}
     assert store.pointed("best") == best
-    assert "is gone" not in done.stdout
     # A start that is cut off after the newest one, before the best.
     shutil.rmtree(store.root / best)
     (store.root / "best").unlink()
-    done = karat_done("train", str(recipe_file), f"run.dir={elsewhere}", *overrides)
+    assert "is gone" not in train("elsewhere", "checkpoint.every_steps=2").stdout
     assert store.pointed("best") == best
-    assert "is gone" not in done.stdout
 
 
 @pytest.mark.slow
-def test_damage_at_the_url_is_named_and_the_one_before_is_taken(recipe_file: Path, url: str, tmp_path: Path) -> None:
-    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
-    overrides = (f"checkpoint.url={url}", "checkpoint.every_steps=3")
-    karat_done("train", str(recipe_file), f"run.dir={run}", *overrides)
+def test_damage_at_the_url_is_named_and_the_one_before_is_taken(train, url, tmp_path) -> None:
+    train("run", "checkpoint.every_steps=3")
     newest, before = names(url)[:2]
-    raw = WritableStore(f"{url}/checkpoints/{newest}")
-    raw.write("rank-00000.pt", b"damaged")
-    shutil.rmtree(run)
-    done = karat_done("train", str(recipe_file), f"run.dir={elsewhere}", *overrides)
+    WritableStore(f"{url}/checkpoints/{newest}").write("rank-00000.pt", b"damaged")
+    done = train("elsewhere", "checkpoint.every_steps=3")
     assert f"warning: checkpoint {newest} at {url} is damaged: " in done.stdout
     assert f"resumed from {before}" in done.stdout
     # The run has written it anew.
@@ -280,101 +267,69 @@ def test_damage_at_the_url_is_named_and_the_one_before_is_taken(recipe_file: Pat
 
     for name in names(url):
         WritableStore(f"{url}/checkpoints/{name}").write("state.json", b"{}")
-    refused = karat("train", str(recipe_file), f"run.dir={tmp_path / 'third'}", *overrides)
-    assert refused.returncode == 2
+    refused = train("third", "checkpoint.every_steps=3", code=2)
     assert re.search(r"error: checkpoint\.url = \S+: none of \d checkpoints is intact", refused.stderr)
     assert refused.stderr.count("error:") == 1
 
 
 @pytest.mark.slow
-def test_two_runs_do_not_mix(recipe_file: Path, url: str, tmp_path: Path) -> None:
-    arguments = ("train", str(recipe_file), f"checkpoint.url={url}", "train.max_steps=2", "checkpoint.keep_best=false")
-    karat_done(*arguments, f"run.dir={tmp_path / 'first'}")
-    cases = {
-        "run.seed": ("run.seed=1",),
-        "run.name = other": ("run.name=other",),
-    }
-    for line, overrides in cases.items():
-        refused = karat(*arguments, f"run.dir={tmp_path / line}", *overrides)
-        assert refused.returncode == 2
+def test_two_runs_do_not_mix(train, trained, url, tmp_path) -> None:
+    own = ("train.max_steps=2", "checkpoint.keep_best=false")
+    train("first", *own)
+    for override, line in {"run.seed=1": "run.seed", "run.name=other": "run.name = other"}.items():
+        refused = train(override, *own, override, code=2)
         assert f"error: checkpoint.url = {url} belongs to another run, " in refused.stderr
         assert line in refused.stderr
-        assert not (tmp_path / line / "recipe.yaml").exists()
-    never = karat(*arguments, f"run.dir={tmp_path / 'never'}", "resume.mode=never")
-    assert never.returncode == 2
+        assert not (tmp_path / override / "recipe.yaml").exists()
+    never = train("never", *own, "resume.mode=never", code=2)
     assert "has checkpoints and resume.mode = never" in never.stderr
     # Another run's directory, with an id and without.
-    plain = ("train", str(recipe_file), "train.max_steps=2", f"run.dir={tmp_path / 'plain'}")
-    karat_done(*plain)
-    refused = karat(*plain, f"checkpoint.url={url}")
-    assert "has checkpoints that were never copied there" in refused.stderr
-    (tmp_path / "plain" / "run_id").write_text("0123\n")
-    refused = karat(*plain, f"checkpoint.url={url}")
-    assert "has another run_id" in refused.stderr
+    plain = trained("plain", "train.max_steps=2")
+    assert "has checkpoints that were never copied there" in train("plain", "train.max_steps=2", code=2).stderr
+    (plain / "run_id").write_text("0123\n")
+    assert "has another run_id" in train("plain", "train.max_steps=2", code=2).stderr
     assert len(names(url)) == 1
 
 
 @pytest.mark.slow
-def test_a_store_that_is_down_at_the_start_is_one_line(
-    recipe_file: Path, s3: Callable[..., str], s3_port: int, tmp_path: Path
-) -> None:
-    with FaultyProxy(s3_port, spoil=lambda number, asked: "503") as proxy:
-        url = s3(tmp_path / "nothing", proxy.port)
-        done = karat("train", str(recipe_file), f"checkpoint.url={url}", "checkpoint.timeout=3")
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+def test_a_store_that_is_down_at_the_start_is_one_line(train, s3_port, tmp_path) -> None:
+    with spoiling(s3_port, lambda number, asked: "503"):
+        (line,) = train("run", "checkpoint.timeout=3", code=2).stderr.splitlines()
     assert re.match(r"error: checkpoint\.url: s3://\S+: .* or go on without it by checkpoint\.url= \(from the b", line)
-    assert not events_file(tmp_path).exists()
-
-
-def events_file(tmp_path: Path) -> Path:
-    return tmp_path / "run" / "metrics.jsonl"
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["403", "stall"])
-def test_a_store_that_fails_meanwhile_does_not_end_the_run(
-    fault: Fault, recipe_file: Path, s3: Callable[..., str], s3_port: int, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-
+def test_a_store_that_fails_meanwhile_does_not_end_the_run(fault, train, url, s3_port, tmp_path) -> None:
     def spoil(number: int, asked: Asked) -> Fault | None:
         return fault if asked.method == "PUT" and "checkpoints" in asked.path else None
 
-    with FaultyProxy(s3_port, spoil=spoil) as proxy:
-        url = s3(tmp_path / "nothing", proxy.port)
-        own = (f"run.dir={run}", f"checkpoint.url={url}", "checkpoint.every_steps=4", "checkpoint.timeout=5")
-        arguments = ("train", str(recipe_file), *own)
-        done = karat(*arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
+    with spoiling(s3_port, spoil):
+        done = train("run", "checkpoint.every_steps=4", "checkpoint.timeout=5")
     assert done.stdout.count(f"warning: the last copy to {url} is not complete: ") == 1
     assert "the next start copies what is missing" in done.stdout
-    status = karat("status", str(run), "--once").stdout.replace("\n", " ")
+    status = karat("status", str(tmp_path / "run"), "--once").stdout.replace("\n", " ")
     assert re.search(r"copied\s+none yet at s3://", status)
-    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{s3_port}"
     assert names(url) == []
-    karat_done(*arguments)  # nothing is left to train
-    assert names(url) == CheckpointStore(run / "checkpoints").names()
+    train("run", "checkpoint.every_steps=4", "checkpoint.timeout=5")  # nothing is left to train
+    assert names(url) == CheckpointStore(tmp_path / "run" / "checkpoints").names()
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_stopped_run_has_its_last_checkpoint_at_the_url(recipe_file: Path, url: str, tmp_path: Path) -> None:
+def test_a_stopped_run_has_its_last_checkpoint_at_the_url(recipe_file, url, tmp_path) -> None:
     run = tmp_path / "run"
     process = start(recipe_file, run, "train.epochs=500", "checkpoint.every_steps=4", f"checkpoint.url={url}")
     wait_for_checkpoint(run, 4, process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=90)
-    assert process.returncode == 75, output
+    stopped_by(process, signal.SIGTERM)
     assert names(url)[0] == CheckpointStore(run / "checkpoints").pointed("latest")
     assert names(url)[0] == f"step-{summary(run)['steps']:08d}"
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_kills_at_many_moments_of_the_copy(
-    recipe_file: Path, s3: Callable[..., str], s3_port: int, tmp_path: Path
-) -> None:
+def test_kills_at_many_moments_of_the_copy(recipe_file, s3, s3_port, tmp_path) -> None:
     """A run that saves at each step is killed again and again, each time in a new directory: what is there is whole."""
     with FaultyProxy(s3_port, latency=0.01) as proxy:
         url, seen = s3(tmp_path / "nothing", proxy.port), ""
@@ -382,36 +337,21 @@ def test_kills_at_many_moments_of_the_copy(
             run = tmp_path / f"run-{number}"
             process = start(recipe_file, run, "train.epochs=50", *EVERY_STEP, f"checkpoint.url={url}")
             reached = len(proxy.requests) + 60 + 17 * number
-            deadline = time.monotonic() + 120
-            while len(proxy.requests) < reached or (names(url) or [""])[0] <= seen:
-                assert process.poll() is None, process.communicate()[0]
-                assert time.monotonic() < deadline
+            wait_until(lambda: len(proxy.requests) >= reached and (names(url) or [""])[0] > seen, process)  # noqa: B023
             kill_all(process)
             seen = names(url)[0]
-            fetched = tmp_path / f"fetched-{number}"
-            karat_done("fetch", url, str(fetched), "--checkpoint", "all")
+            karat_done("fetch", url, str(tmp_path / f"fetched-{number}"), "--checkpoint", "all")
             shutil.rmtree(run)
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_later_start_takes_the_url_over(recipe_file: Path, url: str, tmp_path: Path) -> None:
+def test_a_later_start_takes_the_url_over(recipe_file, train, url, tmp_path) -> None:
     """A run that goes on elsewhere while the first still trains: the first copies nothing more, and says so."""
-    overrides = ("checkpoint.every_steps=2", f"checkpoint.url={url}")
-    first = start(recipe_file, tmp_path / "first", "train.epochs=500", *overrides)
+    own = ("train.epochs=500", "checkpoint.every_steps=2")
+    first = start(recipe_file, tmp_path / "first", *own, f"checkpoint.url={url}")
     wait_for_checkpoint(tmp_path / "first", 4, first)
-    while not names(url):
-        assert first.poll() is None
-    second = karat(
-        "train",
-        str(recipe_file),
-        f"run.dir={tmp_path / 'second'}",
-        "train.epochs=500",
-        *overrides,
-        "train.max_steps=400",
-    )
-    first.send_signal(signal.SIGTERM)
-    output, _ = first.communicate(timeout=90)
-    assert second.returncode == 0, second.stdout + second.stderr
-    assert f"{url} belongs to another start by now" in output
+    wait_until(lambda: bool(names(url)), first)
+    train("second", *own, "train.max_steps=400")
+    assert f"{url} belongs to another start by now" in stopped_by(first, signal.SIGTERM)
     assert names(url) == CheckpointStore(tmp_path / "second" / "checkpoints").names()

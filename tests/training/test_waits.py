@@ -1,7 +1,5 @@
 """The host does not wait for the device within a step: nothing is read, copied or synchronised there."""
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +9,6 @@ from torch import nn
 from karat_scale.data.augmentation.mixing import Mixer
 from karat_scale.data.batch import Batch
 from karat_scale.engine.distributed import World
-from karat_scale.engine.ema import lerp_by_foreach, lerp_where
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.training.tasks.classification.task import TrainState, evaluate
@@ -27,9 +24,7 @@ KERNELS = 40
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_reads_nothing(
-    small_recipe: Callable[..., Recipe], world: World, as_on_a_gpu: None, precision: str
-) -> None:
+def test_a_step_reads_nothing(small_recipe, world, as_on_a_gpu, precision) -> None:
     trainer = make_trainer(small_recipe(*QUIET, f"train.precision={precision}", "deepspeed.config=zero0"), world)
     batches = trainer.feed(100)
     for _ in range(20):  # now the ranks have agreed on when to agree next
@@ -86,7 +81,7 @@ def _batch(number: int) -> Batch:
     return made.to(EMULATED)
 
 
-def test_what_the_loop_does_with_a_batch_stays_on_the_device(small_recipe: Callable[..., Recipe], world: World) -> None:
+def test_what_the_loop_does_with_a_batch_stays_on_the_device(small_recipe, world) -> None:
     recipe = small_recipe(*QUIET, "attention.kind=softmax", "augment.mixup=0.8", "augment.cutmix=1.0")
     trainer = _emulated(recipe, world)
     trainer.begin(TrainState(step=1))  # the first step is logged
@@ -105,9 +100,7 @@ def test_what_the_loop_does_with_a_batch_stays_on_the_device(small_recipe: Calla
         trainer.look()
 
 
-def test_an_evaluation_stays_on_the_device_until_its_end(
-    small_recipe: Callable[..., Recipe], world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_evaluation_stays_on_the_device_until_its_end(small_recipe, world, monkeypatch) -> None:
     recipe = small_recipe(*QUIET, "attention.kind=softmax")
     trainer = _emulated(recipe, world)
     batches = [_batch(number) for number in range(4)]
@@ -135,37 +128,3 @@ class Plain:
 
     def fetch_ahead(self) -> None:
         pass
-
-
-@pytest.mark.parametrize("weight", [0.003, 0.7, 1.0])
-def test_an_average_leaves_out_a_step_without_asking_whether_it_was_taken(weight: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    averages, weights = ([torch.randn(5, n, generator=generator) for n in (3, 1)] for _ in range(2))
-    expected = [torch.lerp(*pair, weight) for pair in zip(averages, weights, strict=True)]
-    before = [average.clone() for average in averages]
-    for norm in (math.nan, math.inf):
-        lerp_where(averages, weights, weight, torch.tensor(norm) < math.inf)
-        assert all(map(torch.equal, averages, before))
-    with Counting() as counts:
-        lerp_where(averages, weights, weight, torch.tensor(3.0) < math.inf)
-    assert all(map(torch.equal, averages, expected))
-    assert counts.reads == counts.copies == 0
-
-
-def test_an_average_on_a_gpu_takes_three_kernels_and_reads_nothing() -> None:
-    averages, weights = ([torch.empty(5, n, device=EMULATED) for n in (3, 1)] for _ in range(2))
-    with Counting() as counts:
-        lerp_where(averages, weights, 0.1, torch.empty((), device=EMULATED) < math.inf)
-    assert sum(count for name, count in counts.kernels.items() if "_foreach" in name) == 3
-    assert counts.reads == counts.copies == 0
-
-
-def test_the_foreach_way_gives_the_same_average() -> None:
-    generator = torch.Generator().manual_seed(0)
-    averages, weights = ([torch.randn(5, n, generator=generator) for n in (3, 1)] for _ in range(2))
-    expected = [torch.lerp(*pair, 0.1) for pair in zip(averages, weights, strict=True)]
-    before = [average.clone() for average in averages]
-    lerp_by_foreach(averages, weights, torch.tensor(0.0))
-    assert all(map(torch.equal, averages, before))
-    lerp_by_foreach(averages, weights, torch.tensor(0.1))
-    torch.testing.assert_close(averages, expected, rtol=0, atol=1e-6)

@@ -9,10 +9,8 @@ import pytest
 
 from karat_scale.data.backends.dali_pipeline import QUEUE_DEPTH
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
-from tests.conftest import events, karat, summary
 from tests.data.backends.helpers import hollow, wait_until
-from tests.small_engines import equal
-from tests.training.runs import STEPS, final_tensors, kill_all, losses, start, wait_for_checkpoint
+from tests.training.runs import assert_a_kill_changes_nothing
 
 
 def tasks() -> int:
@@ -63,22 +61,7 @@ def resident_mb() -> float:
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(recipe_file: Path, tmp_path: Path) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    overrides = ("data.backend=dali", "checkpoint.every_steps=1", "checkpoint.keep_last=2")
-    done = karat("train", str(recipe_file), f"run.dir={whole}", *overrides)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-    killed = start(recipe_file, cut, *overrides)
-    wait_for_checkpoint(cut, 3, killed)
-    kill_all(killed)
-    resumed = karat("train", str(recipe_file), f"run.dir={cut}", *overrides)
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-
-    (resume,) = events(cut, "resume")
-    assert 3 <= resume["step"] < STEPS
-    assert losses(cut) == losses(whole)
-    assert equal(final_tensors(cut), final_tensors(whole))
-    assert summary(cut)["restarts"] == 1
+    assert_a_kill_changes_nothing(recipe_file, tmp_path, "data.backend=dali")
 
 
 def test_a_hundred_bad_batches_leave_nothing_behind(make_shards, make_sample, dali, cheap_augment):

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
-from tests.conftest import events, karat, summary
 from tests.data.backends.helpers import CROP_AND_FLIP, contents
 from tests.data.betons import make_betons, need_ffcv
+from tests.training.runs import assert_a_kill_changes_nothing
 
 
 def test_samples_draws_and_pixels_are_those_of_the_shards(betons, opened):
@@ -82,21 +82,6 @@ def test_nothing_is_compiled_and_no_reader_of_ffcv_is_started(betons, opened, mo
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_training_from_betons_resumes_in_the_middle_of_an_epoch(recipe_file, shards):
-    from tests.training.runs import STEPS, kill_all, losses, start, wait_for_checkpoint
-
-    directory = make_betons(shards)
-    fixed = ("data.backend=ffcv", f"data.path={directory}", "checkpoint.every_steps=1")
-    whole, cut = recipe_file.parent / "whole", recipe_file.parent / "cut"
-    done = karat("train", str(recipe_file), f"run.dir={whole}", *fixed)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-    killed = start(recipe_file, cut, *fixed)
-    wait_for_checkpoint(cut, 3, killed)
-    kill_all(killed)
-    resumed = karat("train", str(recipe_file), f"run.dir={cut}", *fixed)
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    (resume,) = events(cut, "resume")
-    assert 3 <= resume["step"] < STEPS
-    assert losses(cut) == losses(whole)
-    assert summary(cut)["data_digest"] == summary(whole)["data_digest"] != 0
+def test_training_from_betons_resumes_in_the_middle_of_an_epoch(recipe_file, shards, tmp_path):
+    own = ("data.backend=ffcv", f"data.path={make_betons(shards)}")
+    assert_a_kill_changes_nothing(recipe_file, tmp_path, *own)

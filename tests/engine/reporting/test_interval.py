@@ -24,7 +24,7 @@ from karat_scale.recipe import TrainConfig
 from tests.clock import Clock
 from tests.conftest import karat
 from tests.small_engines import CONFIGS, equal, train_once, weights
-from tests.streams import Streams, streams
+from tests.streams import streams
 
 CPU = torch.device("cpu")
 
@@ -53,7 +53,7 @@ def test_the_time_may_be_taken_inside_a_pause() -> None:
     assert interval.take_time() == (0, 0.5)
 
 
-def test_the_stopwatch_waits_for_the_device_and_a_step_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stopwatch_waits_for_the_device_and_a_step_does_not(monkeypatch) -> None:
     clock = Clock()
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: clock.go(10.0))
     interval = Interval(CPU, clock)
@@ -110,7 +110,7 @@ def test_data_and_forward_passes_add_up_until_they_are_taken() -> None:
     assert own_time.take() == 0.0
 
 
-def test_a_gpus_forward_passes_are_read_when_they_are_taken(streams: Streams) -> None:
+def test_a_gpus_forward_passes_are_read_when_they_are_taken(streams) -> None:
     clock = Clock()
     own_time = OwnTime(torch.device("cuda"), clock)
     for _ in range(3):
@@ -124,7 +124,7 @@ def test_a_gpus_forward_passes_are_read_when_they_are_taken(streams: Streams) ->
 
 
 @pytest.mark.parametrize("is_done", [True, False])
-def test_passes_that_are_done_do_not_pile_up(streams: Streams, is_done: bool) -> None:
+def test_passes_that_are_done_do_not_pile_up(streams, is_done) -> None:
     own_time = OwnTime(torch.device("cuda"), Clock())
     streams.is_done = is_done
     passes = 10 * MOST_WAITING
@@ -187,7 +187,7 @@ def board_of(directory: Path) -> EventAccumulator:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_each_head_at_each_stage(small_recipe, make_engine, tmp_path: Path, config: str) -> None:
+def test_each_head_at_each_stage(small_recipe, make_engine, tmp_path, config) -> None:
     recipe = small_recipe(f"deepspeed.config={config}", "log.trackers=tensorboard", "log.histogram_every_steps=5")
     engine = make_engine(recipe)
     log = MetricsLog(tmp_path / "metrics.jsonl")
@@ -217,7 +217,7 @@ def test_none_without_tensorboard_without_a_rate_and_without_operators(small_rec
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_ranks_at_stage_3(recipe_file: Path, tmp_path: Path) -> None:
+def test_two_ranks_at_stage_3(recipe_file, tmp_path) -> None:
     own = ("deepspeed.config=zero3", "log.trackers=tensorboard", "log.histogram_every_steps=4", "train.epochs=1")
     done = karat("train", str(recipe_file), *own, processes=2)
     assert done.returncode == 0, done.stderr

@@ -2,7 +2,6 @@
 
 import io
 import json
-from pathlib import Path
 
 from rich.console import Console
 
@@ -59,7 +58,7 @@ def test_other_ranks_say_only_warnings_on_standard_error(capsys) -> None:
     assert captured.err == "[rank 3] warning: trouble\n"
 
 
-def test_each_event_is_a_line_on_disk_at_once(tmp_path: Path) -> None:
+def test_each_event_is_a_line_on_disk_at_once(tmp_path) -> None:
     file = tmp_path / "metrics.jsonl"
     log = MetricsLog(file)
     log.write("train", 3, loss=1.5, grad_norm=float("nan"), content={"by_query": [float("inf"), 0.5]})
@@ -74,7 +73,7 @@ def test_each_event_is_a_line_on_disk_at_once(tmp_path: Path) -> None:
     assert [json.loads(line)["event"] for line in file.read_text().splitlines()] == ["train", "end"]
 
 
-def test_an_event_does_not_join_half_a_line(tmp_path: Path) -> None:
+def test_an_event_does_not_join_half_a_line(tmp_path) -> None:
     """What a disk leaves that was full for a while."""
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"event": "train", "step": 1}\n{"event": "tra')
@@ -87,7 +86,7 @@ def test_an_event_does_not_join_half_a_line(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in (first, *others)] == [1, 2, 3]
 
 
-def test_histograms_are_lines_of_a_file_of_their_own_that_a_full_disk_only_stops(small_disk: Path, capsys) -> None:
+def test_histograms_are_lines_of_a_file_of_their_own_that_a_full_disk_only_stops(small_disk, capsys) -> None:
     file = small_disk / "metrics.jsonl"
     reporter = Reporter(PlainDisplay(), MetricsLog(file))
     reporter.histograms(1, {"W": {"counts": [1, 2]}})

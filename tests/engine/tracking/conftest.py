@@ -85,14 +85,26 @@ class WrittenRun:
         late = trackers.finish(seconds)
         return late, trackers.messages()
 
+    def send_two_starts(self, tracker: str) -> list[str]:
+        """Steps 1 to 3, of which the second start, from a checkpoint of step 2, repeats one; returns what is said."""
+        self.train(1, 2, 3, evaluate=(3,))
+        self.histogram(3)
+        late, said = self.send(tracker)
+        assert late == [], said
+        self.event("resume", 2)
+        self.train(3, 4)
+        self.finish()
+        assert self.send(tracker)[0] == []
+        return said
+
 
 @pytest.fixture
-def written(tmp_path: Path) -> WrittenRun:
+def written(tmp_path) -> WrittenRun:
     return WrittenRun(tmp_path / "owls")
 
 
 @pytest.fixture
-def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[dict[str, Any]]]:
+def lines(tmp_path, monkeypatch) -> Callable[[], list[dict[str, Any]]]:
     """Puts the tracker `PLACE` on the path; returns a function for what it was told so far."""
     (tmp_path / "lines_of_mine.py").write_text(LINES)
     monkeypatch.syspath_prepend(str(tmp_path))

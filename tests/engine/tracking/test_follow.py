@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -32,7 +31,7 @@ def test_the_figures_of_an_event() -> None:
     assert figures({"event": "checkpoint", "step": 3, "seconds": 1.0}) == {}
 
 
-def test_everything_is_sent_once_over_several_starts(written: WrittenRun, lines: Lines) -> None:
+def test_everything_is_sent_once_over_several_starts(written, lines) -> None:
     written.train(1, 2, evaluate=(2,))
     assert written.send(PLACE) == ([], [f"{PLACE}: the run is at file://here"])
     written.train(3)
@@ -47,7 +46,7 @@ def test_everything_is_sent_once_over_several_starts(written: WrittenRun, lines:
     assert [one["close"] for one in told if "close" in one] == [None, 0]
 
 
-def test_a_restart_at_an_older_checkpoint_repeats_nothing(written: WrittenRun, lines: Lines) -> None:
+def test_a_restart_at_an_older_checkpoint_repeats_nothing(written, lines) -> None:
     written.train(1, 2, 3, 4, evaluate=(2, 4))
     written.send(PLACE)
     written.event("resume", 2, restarts=1)
@@ -58,7 +57,7 @@ def test_a_restart_at_an_older_checkpoint_repeats_nothing(written: WrittenRun, l
     assert steps(lines(), "resume") == [2]
 
 
-def test_a_run_that_begins_anew_is_another_run(written: WrittenRun, lines: Lines) -> None:
+def test_a_run_that_begins_anew_is_another_run(written, lines) -> None:
     written.train(1, 2, 3)
     written.send(PLACE)
     trackers = Trackers(written.path, [PLACE], anew=True)
@@ -68,7 +67,7 @@ def test_a_run_that_begins_anew_is_another_run(written: WrittenRun, lines: Lines
     assert len({one["open"] for one in lines() if "open" in one}) == 2
 
 
-def test_it_follows_while_the_run_writes_and_waits_for_the_end_of_a_line(written: WrittenRun, lines: Lines) -> None:
+def test_it_follows_while_the_run_writes_and_waits_for_the_end_of_a_line(written, lines) -> None:
     trackers = Trackers(written.path, [PLACE])
     written.train(1)
     until(lambda: steps(lines()) == [1])
@@ -83,7 +82,7 @@ def test_it_follows_while_the_run_writes_and_waits_for_the_end_of_a_line(written
 
 
 @pytest.mark.slow
-def test_a_tracker_that_is_away_for_a_while_has_no_gap_and_is_told_once(written: WrittenRun, lines: Lines) -> None:
+def test_a_tracker_that_is_away_for_a_while_has_no_gap_and_is_told_once(written, lines) -> None:
     away = written.path.parent / "away"
     away.touch()
     written.train(1, 2)
@@ -108,7 +107,7 @@ def test_a_tracker_that_is_away_for_a_while_has_no_gap_and_is_told_once(written:
 
 
 @pytest.mark.slow
-def test_a_tracker_that_hangs_is_ended_in_time_and_goes_on_later(written: WrittenRun, lines: Lines) -> None:
+def test_a_tracker_that_hangs_is_ended_in_time_and_goes_on_later(written, lines) -> None:
     module = written.path.parent / "lines_of_mine.py"
     quick = module.read_text()
     module.write_text(quick + "\n    def write(self, events):\n        import time\n        time.sleep(600)\n")
@@ -134,7 +133,7 @@ def test_a_tracker_that_hangs_is_ended_in_time_and_goes_on_later(written: Writte
         ("os.fork() or time.sleep(600); os._exit(0)", "exit code 0"),  # the fork holds the pipe
     ],
 )
-def test_a_tracker_that_dies_is_told_at_once_and_is_late(written: WrittenRun, lines: Lines, end: str, how: str) -> None:
+def test_a_tracker_that_dies_is_told_at_once_and_is_late(written, lines, end, how) -> None:
     module = written.path.parent / "lines_of_mine.py"
     module.write_text(f"{LINES}\n    def write(self, events):\n        import os, signal, sys, time\n        {end}\n")
     written.train(1, 2)
@@ -153,7 +152,7 @@ def test_a_tracker_that_dies_is_told_at_once_and_is_late(written: WrittenRun, li
     assert said[1:] == [f"warning: {PLACE}: its process has ended ({how}), so it gets no more figures; {hint}"]
 
 
-def test_what_a_killed_trainer_has_written_is_sent(written: WrittenRun, lines: Lines) -> None:
+def test_what_a_killed_trainer_has_written_is_sent(written, lines) -> None:
     trackers = Trackers(written.path, [PLACE])
     written.train(1, 2)
     (process,) = trackers._processes.values()
@@ -162,7 +161,7 @@ def test_what_a_killed_trainer_has_written_is_sent(written: WrittenRun, lines: L
     assert steps(lines()) == [1, 2]
 
 
-def test_two_processes_never_send_the_same(written: WrittenRun, lines: Lines) -> None:
+def test_two_processes_never_send_the_same(written, lines) -> None:
     first = Trackers(written.path, [PLACE])
     until(lambda: bool(lines()))
     late, said = written.send(PLACE)
@@ -173,7 +172,7 @@ def test_two_processes_never_send_the_same(written: WrittenRun, lines: Lines) ->
     assert steps(lines()) == [1]
 
 
-def test_checkpoints_go_only_where_the_recipe_asks_for_them(tmp_path: Path, lines: Lines) -> None:
+def test_checkpoints_go_only_where_the_recipe_asks_for_them(tmp_path, lines) -> None:
     for name, wanted in (("plain", "false"), ("asked", "true")):
         run = WrittenRun(tmp_path / name, f"log.track_checkpoints={wanted}")
         for step in (1, 2, 3):
@@ -188,7 +187,7 @@ def test_checkpoints_go_only_where_the_recipe_asks_for_them(tmp_path: Path, line
     assert sent == [f"checkpoints/step-0000000{step}/weights.pt" for step in (2, 3)]
 
 
-def test_links_out_of_the_run_are_not_followed(written: WrittenRun, lines: Lines, tmp_path: Path) -> None:
+def test_links_out_of_the_run_are_not_followed(written, lines, tmp_path) -> None:
     secret = tmp_path / "secret.json"
     secret.write_text("{}")
     (written.path / "analysis").mkdir()
@@ -198,7 +197,7 @@ def test_links_out_of_the_run_are_not_followed(written: WrittenRun, lines: Lines
     assert [one["upload"] for one in lines() if "upload" in one] == ["recipe.yaml", "analysis/report.html"]
 
 
-def test_a_damaged_cursor_and_a_shorter_file_are_read_from_the_start(tmp_path: Path) -> None:
+def test_a_damaged_cursor_and_a_shorter_file_are_read_from_the_start(tmp_path) -> None:
     file = cursor_file(tmp_path, "a.b:C")
     assert file == tmp_path / "trackers" / "a.b.C.json"
     file.parent.mkdir()
@@ -213,7 +212,7 @@ def test_a_damaged_cursor_and_a_shorter_file_are_read_from_the_start(tmp_path: P
     assert Cursor.load(file) == after
 
 
-def test_many_events_are_read_in_pieces(tmp_path: Path) -> None:
+def test_many_events_are_read_in_pieces(tmp_path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"event": "train", "step": step, "text": "x" * 50_000}) for step in range(50)]
     metrics.write_text("\n".join(lines) + "\n")
@@ -229,7 +228,7 @@ def test_many_events_are_read_in_pieces(tmp_path: Path) -> None:
 
 
 def test_progress_is_told_while_much_is_sent_and_not_of_a_line_that_is_being_written(
-    written: WrittenRun, lines: Lines, monkeypatch: pytest.MonkeyPatch
+    written, lines, monkeypatch
 ) -> None:
     seconds = itertools.count(0.0, 6.0)  # six pass between any two looks at the clock
     monkeypatch.setattr(follow, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
@@ -255,7 +254,7 @@ def test_progress_is_told_while_much_is_sent_and_not_of_a_line_that_is_being_wri
         ("absent", "log.trackers = absent: absent is not installed; in the clone: pip install -e '.[absent]'"),
     ],
 )
-def test_what_is_not_installed_is_one_line(name: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_installed_is_one_line(name, said, monkeypatch) -> None:
     from karat_scale.foundation import tables
 
     monkeypatch.setitem(tables.TRACKERS, "absent", tables.TrackerRow("absent:Absent", "absent"))
@@ -265,7 +264,7 @@ def test_what_is_not_installed_is_one_line(name: str, said: str, monkeypatch: py
     assert str(error.value).startswith(said)
 
 
-def test_a_folder_of_the_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_the_name_is_no_package(tmp_path, monkeypatch) -> None:
     """W&B writes to a folder `wandb` in the working directory."""
     from karat_scale.foundation.tables import is_installed
 

@@ -14,7 +14,6 @@ import pytest
 
 from karat_scale.engine.tracking.follow import Trackers
 from tests.conftest import free_port
-from tests.engine.tracking.conftest import WrittenRun
 from tests.engine.tracking.test_follow import until
 
 pytestmark = pytest.mark.slow
@@ -58,7 +57,7 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory) -> Iterator[Server]:
     running = Server(tmp_path_factory.mktemp("mlflow"))
     try:
         running.start()
@@ -68,7 +67,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
-def client(server: Server, monkeypatch: pytest.MonkeyPatch):
+def client(server, monkeypatch):
     """MLflow's client; the trackers' processes find the server by the same variable."""
     from mlflow import MlflowClient
 
@@ -89,17 +88,11 @@ def steps(client, key: str = "train/loss") -> list[int]:
     return [metric.step for metric in sorted(history, key=lambda metric: (metric.step, metric.timestamp))]
 
 
-def test_two_starts_are_one_run_without_gap_or_repetition(written: WrittenRun, server: Server, client) -> None:
-    written.train(1, 2, 3, evaluate=(3,))
-    late, said = written.send("mlflow")
-    assert late == []
-    assert said[0].startswith(f"mlflow: the run is at {server.url}/#/experiments/")
-    written.event("resume", 2)
-    written.train(3, 4)
+def test_two_starts_are_one_run_without_gap_or_repetition(written, server, client) -> None:
     (written.path / "analysis").mkdir()
     (written.path / "analysis" / "report.html").write_text("<p>")
-    written.finish()
-    assert written.send("mlflow")[0] == []
+    said = written.send_two_starts("mlflow")
+    assert said[0].startswith(f"mlflow: the run is at {server.url}/#/experiments/")
     assert steps(client) == [1, 2, 3, 4]
     assert steps(client, "eval/top1") == [3]
     run = the_run(client)
@@ -113,7 +106,7 @@ def test_two_starts_are_one_run_without_gap_or_repetition(written: WrittenRun, s
     ]
 
 
-def test_a_kill_before_the_cursor_was_written_repeats_nothing(written: WrittenRun, client) -> None:
+def test_a_kill_before_the_cursor_was_written_repeats_nothing(written, client) -> None:
     written.train(1, 2)
     written.send("mlflow")
     file = written.path / "trackers" / "mlflow.json"
@@ -126,7 +119,7 @@ def test_a_kill_before_the_cursor_was_written_repeats_nothing(written: WrittenRu
     assert steps(client) == [1, 2, 3, 4]
 
 
-def test_a_setting_that_a_later_start_changes_is_a_tag(written: WrittenRun, client) -> None:
+def test_a_setting_that_a_later_start_changes_is_a_tag(written, client) -> None:
     written.send("mlflow")
     recipe = written.path / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("workers: 1", "workers: 2"))
@@ -135,7 +128,7 @@ def test_a_setting_that_a_later_start_changes_is_a_tag(written: WrittenRun, clie
     assert (run.data.params["data.workers"], run.data.tags["now.data.workers"]) == ("1", "2")
 
 
-def test_a_server_that_is_down_for_a_while_gets_everything_once(written: WrittenRun, server: Server, client) -> None:
+def test_a_server_that_is_down_for_a_while_gets_everything_once(written, server, client) -> None:
     written.train(1)
     trackers = Trackers(written.path, ["mlflow"])
     try:
@@ -151,9 +144,7 @@ def test_a_server_that_is_down_for_a_while_gets_everything_once(written: Written
     assert steps(client) == [1, 2, 3, 4]
 
 
-def test_a_server_that_stays_away_does_not_hold_the_run_up(
-    written: WrittenRun, client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_stays_away_does_not_hold_the_run_up(written, client, monkeypatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://owl:secret@127.0.0.1:{free_port()}")
     written.train(1, 2)
     late, said = written.send("mlflow", seconds=60)

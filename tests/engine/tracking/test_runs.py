@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -20,9 +19,7 @@ def trained(told: list[dict]) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_killed_and_resumed_run_is_one_run_to_its_tracker(
-    recipe_file: Path, tmp_path: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_and_resumed_run_is_one_run_to_its_tracker(recipe_file, tmp_path, lines, monkeypatch) -> None:
     path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
     monkeypatch.setattr(runs, "karat_environment", lambda: {**karat_environment(), **path})
     run = tmp_path / "run"
@@ -43,7 +40,7 @@ def test_a_killed_and_resumed_run_is_one_run_to_its_tracker(
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_one_rank_of_two_has_trackers(recipe_file: Path, tmp_path: Path, lines: Lines) -> None:
+def test_one_rank_of_two_has_trackers(recipe_file, tmp_path, lines) -> None:
     done = karat("train", str(recipe_file), *TRACKED, "train.epochs=1", processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert trained(lines()) == list(range(1, 9))
@@ -51,7 +48,7 @@ def test_one_rank_of_two_has_trackers(recipe_file: Path, tmp_path: Path, lines: 
 
 
 @pytest.mark.slow
-def test_a_tracker_that_is_away_is_said_and_the_run_finishes(recipe_file: Path, tmp_path: Path, lines: Lines) -> None:
+def test_a_tracker_that_is_away_is_said_and_the_run_finishes(recipe_file, tmp_path, lines) -> None:
     (tmp_path / "away").touch()
     run = tmp_path / "run"
     done = karat("train", str(recipe_file), *TRACKED, "train.max_steps=2")
@@ -67,7 +64,7 @@ def test_a_tracker_that_is_away_is_said_and_the_run_finishes(recipe_file: Path, 
     assert trained(lines()) == [event["step"] for event in events(run, "train")] == [1, 2]
 
 
-def test_a_tracker_that_is_not_installed_is_one_line_before_the_run_begins(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_tracker_that_is_not_installed_is_one_line_before_the_run_begins(recipe_file, tmp_path) -> None:
     done = karat("train", str(recipe_file), "log.trackers=[nowhere.at_all:Class]")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [

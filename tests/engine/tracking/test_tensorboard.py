@@ -4,14 +4,12 @@ import contextlib
 import subprocess
 from pathlib import Path
 
-import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from karat_scale.engine.reporting.interval import _histogram
 from karat_scale.engine.reporting.progress import MetricsLog
 from karat_scale.engine.tracking.follow import Follower
-from tests.engine.tracking.conftest import WrittenRun
 
 TENSORBOARD = "karat_scale.engine.tracking.tensorboard:TensorBoard"
 
@@ -22,24 +20,17 @@ def board_of(run: Path) -> EventAccumulator:
     return board
 
 
-def test_scalars_of_two_starts(written: WrittenRun) -> None:
-    written.train(1, 2, evaluate=(2,))
-    assert written.send("tensorboard") == ([], [])
-    written.event("resume", 1)
-    written.train(2, 3)
-    assert written.send("tensorboard") == ([], [])
+def test_scalars_of_two_starts(written) -> None:
+    assert written.send_two_starts("tensorboard") == []
     board = board_of(written.path)
-    assert [(event.step, round(event.value, 4)) for event in board.Scalars("train/loss")] == [
-        (1, 1.0),
-        (2, 0.5),
-        (3, 0.3333),
-    ]
-    assert board.Scalars("eval/top1")[0].value == 2.0
+    found = [(event.step, round(event.value, 4)) for event in board.Scalars("train/loss")]
+    assert found == [(1, 1.0), (2, 0.5), (3, 0.3333), (4, 0.25)]
+    assert board.Scalars("eval/top1")[0].value == 3.0
     assert board.Scalars("content, by_query/block 2")[0].value == 0.25
     assert "train/grad_norm" not in board.Tags()["scalars"]
 
 
-def test_histograms(written: WrittenRun) -> None:
+def test_histograms(written) -> None:
     values = torch.tensor([0.5, -1.0, 2.0, float("nan")])
     log = MetricsLog(written.path / "metrics.jsonl")
     assert log.histograms(7, {"block 0, W/head 1": _histogram(values)}) == ""
@@ -50,9 +41,7 @@ def test_histograms(written: WrittenRun) -> None:
     assert (event.step, found.num, found.min, found.max, found.sum) == (7, 3, -1.0, 2.0, 1.5)
 
 
-def test_a_full_disk_is_a_failure_that_leaves_no_half_record(
-    written: WrittenRun, small_disk: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_full_disk_is_a_failure_that_leaves_no_half_record(written, small_disk, request) -> None:
     (written.path / "tensorboard").mkdir()
     subprocess.run(["mount", "--bind", str(small_disk), str(written.path / "tensorboard")], check=True)
     request.addfinalizer(lambda: subprocess.run(["umount", str(written.path / "tensorboard")], check=True))

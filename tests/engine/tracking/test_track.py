@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-import pytest
-
 from karat_scale.foundation.trust import VARIABLE
 from tests.conftest import karat_here
 from tests.engine.tracking.conftest import PLACE, WrittenRun
@@ -11,9 +9,7 @@ from tests.engine.tracking.conftest import PLACE, WrittenRun
 Lines = Callable[[], list[dict]]
 
 
-def test_a_run_is_sent_to_a_tracker_that_its_recipe_does_not_name(
-    written: WrittenRun, lines: Lines, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_is_sent_to_a_tracker_that_its_recipe_does_not_name(written, lines, capsys) -> None:
     written.train(1, 2)
     away = written.path.parent / "away"
     away.touch()
@@ -27,9 +23,7 @@ def test_a_run_is_sent_to_a_tracker_that_its_recipe_does_not_name(
     assert [one["step"] for one in lines() if "event" in one] == [1, 2]
 
 
-def test_a_class_in_the_recipe_of_a_run_needs_trust(
-    tmp_path, lines: Lines, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_class_in_the_recipe_of_a_run_needs_trust(tmp_path, lines, capsys, monkeypatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     run = WrittenRun(tmp_path / "foreign", f"log.trackers=[{PLACE}]")
     assert karat_here("track", str(run.path)) == 2
@@ -41,7 +35,7 @@ def test_a_class_in_the_recipe_of_a_run_needs_trust(
     assert karat_here("track", str(run.path), "--trust") == 0
 
 
-def test_mistakes_are_one_line(written: WrittenRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(written, capsys) -> None:
     assert karat_here("track", str(written.path.parent)) == 2
     assert "not a run directory (it has no recipe.yaml)" in capsys.readouterr().err
     assert karat_here("track", str(written.path)) == 2

@@ -3,12 +3,10 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from karat_scale.engine.tracking.follow import cursor_file
-from tests.engine.tracking.conftest import WrittenRun
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("trackio")
@@ -22,7 +20,7 @@ print(json.dumps(logs, default=str))
 
 
 @pytest.fixture(autouse=True)
-def _database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _database(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
 
 
@@ -31,14 +29,8 @@ def runs() -> list[list[dict]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_two_starts_are_one_run_without_gap_or_repetition(written: WrittenRun, tmp_path: Path) -> None:
-    written.train(1, 2, 3, evaluate=(3,))
-    written.histogram(3)
-    assert written.send("trackio") == ([], [])
-    written.event("resume", 2)
-    written.train(3, 4)
-    written.finish()
-    assert written.send("trackio") == ([], [])
+def test_two_starts_are_one_run_without_gap_or_repetition(written, tmp_path) -> None:
+    assert written.send_two_starts("trackio") == []
     (logs,) = runs()
     assert [log["step"] for log in logs if "train/loss" in log] == [1, 2, 3, 4]
     assert [log["eval/top1"] for log in logs if "eval/top1" in log] == [3.0]
@@ -47,7 +39,7 @@ def test_two_starts_are_one_run_without_gap_or_repetition(written: WrittenRun, t
     assert (written.path / "recipe.yaml").read_bytes() in blobs
 
 
-def test_what_was_given_and_has_not_arrived_is_sent_again(written: WrittenRun) -> None:
+def test_what_was_given_and_has_not_arrived_is_sent_again(written) -> None:
     """As after a kill between the cursor's step and trackio's own thread."""
     written.train(1, 2)
     written.send("trackio")

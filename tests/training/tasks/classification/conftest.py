@@ -10,7 +10,7 @@ __all__ = ["make_checkpoints", "make_engine", "small_recipe"]
 
 
 @pytest.fixture(scope="module")
-def recipe(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe(shards, tmp_path_factory) -> Path:
     """A recipe file whose data are the small shards."""
     path = tmp_path_factory.mktemp("recipes") / "small.yaml"
     path.write_text(f"data: {{path: {shards}}}\n")

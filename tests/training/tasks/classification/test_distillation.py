@@ -37,7 +37,7 @@ Command = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")
-def teacher(recipe: Path) -> Path:
+def teacher(recipe) -> Path:
     """A softmax run of 8 steps, at a larger image size and with a normalisation of its own."""
     run = recipe.parent / "teacher"
     own = ("model.image_size=20", "augment.mean=[0.5, 0.5, 0.5]", f"run.dir={run}")
@@ -46,7 +46,7 @@ def teacher(recipe: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def command(recipe: Path, teacher: Path) -> Command:
+def command(recipe, teacher) -> Command:
     """The arguments of `karat` that train a KArAt student."""
 
     def arguments(run: Path, *overrides: str) -> list[str]:
@@ -104,9 +104,7 @@ def test_the_teacher_sees_the_students_pixels_as_it_was_trained() -> None:
     assert network.seen.shape == (2, 3, 16, 16)
 
 
-def test_a_student_stops_resumes_and_is_evaluated_without_its_teachers_run(
-    teacher: Path, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_student_stops_resumes_and_is_evaluated_without_its_teachers_run(teacher, command, tmp_path, capsys) -> None:
     whole, parts, gone = tmp_path / "whole", tmp_path / "parts", tmp_path / "gone"
     assert karat_here(*command(whole)) == 0
     assert "parameters): its forward pass adds" in capsys.readouterr().out
@@ -126,14 +124,14 @@ def test_a_student_stops_resumes_and_is_evaluated_without_its_teachers_run(
     assert json.loads((whole / "checkpoints/step-00000008/state.json").read_text())["distilled_from"] == digest
 
 
-def test_the_student_follows_its_teacher(command: Command, tmp_path: Path) -> None:
+def test_the_student_follows_its_teacher(command, tmp_path) -> None:
     """With all weight on the teacher, the divergence falls."""
     assert karat_here(*command(tmp_path / "run", "distill.weight=1", "train.epochs=6", "optim.lr=0.02")) == 0
     divergence = [soft for _, _, soft in losses(tmp_path / "run")]
     assert np.mean(divergence[-8:]) < 0.5 * np.mean(divergence[:8])
 
 
-def test_a_distillation_token_learns_from_the_teacher(command: Command, tmp_path: Path) -> None:
+def test_a_distillation_token_learns_from_the_teacher(command, tmp_path) -> None:
     run = tmp_path / "run"
     token = ("model.name=deit_tiny_distilled_patch16_224", "distill.kind=hard")
     assert karat_here(*command(run, *token)) == 0
@@ -143,9 +141,7 @@ def test_a_distillation_token_learns_from_the_teacher(command: Command, tmp_path
     assert not use_distillation_token(timm.create_model("test_vit"))
 
 
-def test_an_exported_file_and_a_timm_model_are_teachers(
-    recipe: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_exported_file_and_a_timm_model_are_teachers(recipe, teacher, tmp_path, monkeypatch) -> None:
     assert karat_here("export", str(teacher), "--out", str(tmp_path / "exported")) == 0
     exported = next((tmp_path / "exported").rglob("*.safetensors"))
     student = load_recipe(recipe, [*SMALL, *QUICK, f"distill.from={exported}"])
@@ -172,7 +168,7 @@ def test_an_exported_file_and_a_timm_model_are_teachers(
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("stage", [1, 3])
-def test_every_stage_and_world_gives_the_same_losses(command: Command, tmp_path: Path, stage: int) -> None:
+def test_every_stage_and_world_gives_the_same_losses(command, tmp_path, stage) -> None:
     alone, ranks = tmp_path / "alone", tmp_path / "ranks"
     karat_done(*command(alone))
     for steps in ("4", "null"):  # stopped and resumed
@@ -181,7 +177,7 @@ def test_every_stage_and_world_gives_the_same_losses(command: Command, tmp_path:
     assert np.allclose(losses(ranks), losses(alone), rtol=1e-4)
 
 
-def test_another_teacher_is_noticed_on_resuming(command: Command, tmp_path: Path) -> None:
+def test_another_teacher_is_noticed_on_resuming(command, tmp_path) -> None:
     run = tmp_path / "run"
     assert karat_here(*command(run, "train.max_steps=2")) == 0
     on = command(run)
@@ -199,7 +195,7 @@ def test_another_teacher_is_noticed_on_resuming(command: Command, tmp_path: Path
     assert karat_here(*on) == 0
 
 
-def test_a_branch_of_a_run_without_a_teacher_learns_from_none(command: Command, teacher: Path, tmp_path: Path) -> None:
+def test_a_branch_of_a_run_without_a_teacher_learns_from_none(command, teacher, tmp_path) -> None:
     assert karat_here(*command(tmp_path / "trunk", "train.max_steps=1", "distill.from=")) == 0
     branch = (f"resume.from={tmp_path / 'trunk'}", "resume.allow=[distill, train.max_steps]", "train.max_steps=2")
     error = karat_refuses(*command(tmp_path / "branch", *branch, f"distill.from={teacher}"))
@@ -214,7 +210,7 @@ def other_teacher(command: Command, tmp_path: Path) -> Path:
     return second
 
 
-def test_what_nobody_can_learn_from_is_one_line(command: Command, tmp_path: Path) -> None:
+def test_what_nobody_can_learn_from_is_one_line(command, tmp_path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "weights.safetensors")
     about = {
         "model": '{"name": "vit_tiny_patch16_224"}',
@@ -237,7 +233,7 @@ def test_what_nobody_can_learn_from_is_one_line(command: Command, tmp_path: Path
         assert message in karat_refuses(*command(tmp_path / "run", override))
 
 
-def test_other_classes_are_named(command: Command, teacher: Path, tmp_path: Path) -> None:
+def test_other_classes_are_named(command, teacher, tmp_path) -> None:
     student = load_recipe("cifar10_vit_tiny", [*SMALL, *QUICK, "data.path=x", f"distill.from={teacher}"])
     keep_distillation_teacher(student, tmp_path)
     with pytest.raises(RecipeError, match=r"its class 0 is .* but this data's is 'zebra'"):

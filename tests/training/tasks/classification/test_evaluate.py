@@ -3,14 +3,13 @@ import torch
 
 from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import UserError
 from karat_scale.training.tasks.classification.task import EvalResult, evaluate
 from tests.conftest import CLASSES
 
 
 @pytest.mark.parametrize("batch", [1, 5, 32, 100])
-def test_a_perfect_model_scores_100_on_every_sample_whatever_the_batch(small_recipe, world: World, batch: int) -> None:
+def test_a_perfect_model_scores_100_on_every_sample_whatever_the_batch(small_recipe, world, batch) -> None:
     recipe = small_recipe("data.synthetic_samples=33")
     backend = open_backend(ImageSpec(recipe.data, recipe.augment, 16, CLASSES, 0))
     position = 0
@@ -30,7 +29,7 @@ def test_a_perfect_model_scores_100_on_every_sample_whatever_the_batch(small_rec
     assert calls == [(number, -(-33 // batch)) for number in range(1, -(-33 // batch) + 1)]
 
 
-def test_top5_and_loss_are_the_textbooks(small_recipe, world: World) -> None:
+def test_top5_and_loss_are_the_textbooks(small_recipe, world) -> None:
     recipe = small_recipe("data.synthetic_samples=24", "model.num_classes=8")
     backend = open_backend(ImageSpec(recipe.data, recipe.augment, 16, 8, 0))
     torch.manual_seed(3)
@@ -50,7 +49,7 @@ def test_top5_and_loss_are_the_textbooks(small_recipe, world: World) -> None:
     assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
 
 
-def test_running_out_of_memory_names_the_batch_of_the_evaluation(small_recipe, world: World) -> None:
+def test_running_out_of_memory_names_the_batch_of_the_evaluation(small_recipe, world) -> None:
     recipe = small_recipe()
     backend = open_backend(ImageSpec(recipe.data, recipe.augment, 16, CLASSES, 0))
     normalize = Normalize(recipe.augment.mean, recipe.augment.std)

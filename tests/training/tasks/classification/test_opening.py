@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from karat_scale.engine.distributed import World
 from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
 from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import Recipe
@@ -32,7 +31,7 @@ def flip_a_byte(tar: Path) -> None:
 
 
 @pytest.mark.multiprocess
-def test_the_ranks_of_a_node_share_its_files_and_beat_while_they_read(shards: Path) -> None:
+def test_the_ranks_of_a_node_share_its_files_and_beat_while_they_read(shards) -> None:
     tars = sorted(tar.name for tar in shards.glob("*.tar"))
     told = two_ranks(shards)
     assert sorted(told[0]["files"] + told[1]["files"]) == tars
@@ -42,13 +41,13 @@ def test_the_ranks_of_a_node_share_its_files_and_beat_while_they_read(shards: Pa
 
 
 @pytest.mark.multiprocess
-def test_each_node_hashes_all_of_its_own_copy(shards: Path) -> None:
+def test_each_node_hashes_all_of_its_own_copy(shards) -> None:
     tars = sorted(tar.name for tar in shards.glob("*.tar"))
     assert [rank["files"] for rank in two_ranks(shards, "each")] == [tars, tars]
 
 
 @pytest.mark.multiprocess
-def test_what_one_rank_finds_ends_all(shards: Path, tmp_path: Path) -> None:
+def test_what_one_rank_finds_ends_all(shards, tmp_path) -> None:
     copy = Path(shutil.copytree(shards, tmp_path / "copy"))
     flip_a_byte(copy / "train-000001.tar")
     first, second = two_ranks(copy)
@@ -63,9 +62,7 @@ def recipe_of(directory: Path, tmp_path: Path) -> Recipe:
     return load_recipe(file, [*SMALL, growing, f"run.dir={tmp_path / 'run'}"])
 
 
-def test_the_files_are_hashed_at_the_start_and_not_for_each_image_size(
-    shards: Path, tmp_path: Path, world: World
-) -> None:
+def test_the_files_are_hashed_at_the_start_and_not_for_each_image_size(shards, tmp_path, world) -> None:
     copy = Path(shutil.copytree(shards, tmp_path / "copy"))
     reporter = Reporter(SilentDisplay(), None)
     task = ClassificationTask(recipe_of(copy, tmp_path), world, reporter)

@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from karat_scale.commands.cli import main
-from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.models.transfer import Teacher
 from karat_scale.recipe.loading import load_recipe
@@ -26,7 +25,7 @@ QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes
 
 
 @pytest.fixture(scope="module")
-def teacher(recipe: Path) -> Path:
+def teacher(recipe) -> Path:
     """A KArAt run of 8 steps."""
     run = recipe.parent / "teacher"
     karat_done("train", str(recipe), *SMALL, *QUICK, "attention.kind=karat", f"run.dir={run}")
@@ -34,7 +33,7 @@ def teacher(recipe: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def student_command(recipe: Path, teacher: Path) -> Callable[..., list[str]]:
+def student_command(recipe, teacher) -> Callable[..., list[str]]:
     """The arguments of `karat` that train a student."""
 
     def command(run: Path, *overrides: str) -> list[str]:
@@ -45,7 +44,7 @@ def student_command(recipe: Path, teacher: Path) -> Callable[..., list[str]]:
 
 
 @pytest.fixture(scope="module")
-def stopped(student_command: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped(student_command, tmp_path_factory) -> Path:
     """A student's run after 3 of its 8 steps; to be copied."""
     run = tmp_path_factory.mktemp("students") / "stopped"
     karat_done(*student_command(run, "train.max_steps=3"))
@@ -57,7 +56,7 @@ def losses(run: Path) -> list[float]:
 
 
 def test_a_student_trains_stops_resumes_and_is_evaluated_without_the_teachers_run(
-    teacher: Path, stopped: Path, student_command: Callable[..., list[str]], tmp_path: Path
+    teacher, stopped, student_command, tmp_path
 ) -> None:
     whole, parts, gone = tmp_path / "whole", tmp_path / "parts", tmp_path / "gone"
     karat_done(*student_command(whole))
@@ -82,7 +81,7 @@ def test_a_student_trains_stops_resumes_and_is_evaluated_without_the_teachers_ru
 
 
 @pytest.mark.slow
-def test_a_larger_student_trains_and_is_evaluated(student_command: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_a_larger_student_trains_and_is_evaluated(student_command, tmp_path) -> None:
     run = tmp_path / "larger"
     larger = ("model.embed_dim=64", "model.num_heads=4")
     assert "use attention.transfer_heads=repeat, cycle or interpolate" in karat_refuses(*student_command(run, *larger))
@@ -96,9 +95,7 @@ def test_a_larger_student_trains_and_is_evaluated(student_command: Callable[...,
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_every_stage_and_world_gives_the_same_losses(
-    student_command: Callable[..., list[str]], tmp_path: Path, stage: int
-) -> None:
+def test_every_stage_and_world_gives_the_same_losses(student_command, tmp_path, stage) -> None:
     alone, ranks, bf16 = tmp_path / "alone", tmp_path / "ranks", tmp_path / "bf16"
     own = f"deepspeed.config=zero{stage}"
     karat_done(*student_command(alone))
@@ -111,9 +108,7 @@ def test_every_stage_and_world_gives_the_same_losses(
 
 
 @pytest.mark.slow
-def test_another_teacher_is_noticed_whoever_reads_the_checkpoint(
-    stopped: Path, student_command: Callable[..., list[str]], tmp_path: Path
-) -> None:
+def test_another_teacher_is_noticed_whoever_reads_the_checkpoint(stopped, student_command, tmp_path) -> None:
     run = tmp_path / "run"
     shutil.copytree(stopped, run)
     with safe_open(run / FILE, "pt") as file:
@@ -132,9 +127,7 @@ def test_another_teacher_is_noticed_whoever_reads_the_checkpoint(
     karat_done(*student_command(run))
 
 
-def test_what_cannot_be_transferred_is_one_line(
-    stopped: Path, student_command: Callable[..., list[str]], tmp_path: Path
-) -> None:
+def test_what_cannot_be_transferred_is_one_line(stopped, student_command, tmp_path) -> None:
     cases = {
         "attention.transfer_from=nowhere": "attention.transfer_from = nowhere: nowhere: not a run directory",
         f"attention.transfer_from={stopped}": "it has its matrices from",
@@ -147,7 +140,7 @@ def test_what_cannot_be_transferred_is_one_line(
         assert message in karat_refuses(*student_command(tmp_path / "run", override))
 
 
-def test_a_run_that_has_not_begun_takes_its_teacher_anew(stopped: Path, tmp_path: Path) -> None:
+def test_a_run_that_has_not_begun_takes_its_teacher_anew(stopped, tmp_path) -> None:
     """What an attempt that was refused left behind may be of another teacher."""
     recipe = load_recipe(stopped / "recipe.yaml")
     for began_with in (None, recipe.changed(optim__lr=1.0)):
@@ -162,7 +155,7 @@ def test_a_run_that_has_not_begun_takes_its_teacher_anew(stopped: Path, tmp_path
     assert (tmp_path / FILE).read_bytes() == b"which the run began with"
 
 
-def test_a_file_that_is_no_export_is_one_line(tmp_path: Path) -> None:
+def test_a_file_that_is_no_export_is_one_line(tmp_path) -> None:
     (tmp_path / FILE).write_bytes(b"{}")
     with pytest.raises(RunDirectoryError, match="not a whole file of karat export"):
         read_exported(tmp_path / FILE)
@@ -171,9 +164,7 @@ def test_a_file_that_is_no_export_is_one_line(tmp_path: Path) -> None:
         read_exported(tmp_path / FILE)
 
 
-def test_copying_the_teacher_does_not_change_the_initial_weights(
-    recipe: Path, teacher: Path, world: World, tmp_path: Path
-) -> None:
+def test_copying_the_teacher_does_not_change_the_initial_weights(recipe, teacher, world, tmp_path) -> None:
     own = (f"attention.transfer_from={teacher}", f"run.dir={tmp_path / 'run'}", "data.workers=0")
     student = load_recipe(recipe, [*SMALL, *QUICK, *own])
     first = make_trainer(student, world)

@@ -38,13 +38,13 @@ SMALL = {
 
 
 @pytest.fixture(scope="session")
-def coco_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def coco_set(tmp_path_factory) -> Path:
     """48 training and 12 validation images."""
     return made_once(tmp_path_factory, "coco", lambda root: make_set(root, {"train": 48, "val": 12}))
 
 
 @pytest.fixture
-def small(coco_set: Path, tmp_path: Path) -> Callable[..., DetectionRecipe]:
+def small(coco_set, tmp_path) -> Callable[..., DetectionRecipe]:
     """The small recipe with sections' keys replaced: `small(model={"image_size": 128})`."""
 
     def make(**sections: dict[str, object]) -> DetectionRecipe:
@@ -62,7 +62,7 @@ def small(coco_set: Path, tmp_path: Path) -> Callable[..., DetectionRecipe]:
 
 
 @pytest.fixture
-def small_file(coco_set: Path, tmp_path: Path) -> Path:
+def small_file(coco_set, tmp_path) -> Path:
     """The small recipe as a file, for `karat detect`."""
     return write_small(tmp_path / "small.yaml", coco_set)
 

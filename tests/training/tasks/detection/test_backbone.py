@@ -1,7 +1,6 @@
 """The detector's network, its optimizer's groups and its schedule."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,9 +58,7 @@ def test_windows_are_squares_of_the_map() -> None:
         ("softmax", 5, "the model has 2 blocks; use 2 at most"),
     ],
 )
-def test_more_global_blocks_than_there_are_to_give_are_refused(
-    small, kind: str, global_blocks: int, message: str
-) -> None:
+def test_more_global_blocks_than_there_are_to_give_are_refused(small, kind, global_blocks, message) -> None:
     recipe = small(model={"image_size": 128}, detector={"global_blocks": global_blocks}, attention={"kind": kind})
     with pytest.raises(RecipeError, match=message):
         ViTBackbone(build_vit(recipe), recipe)
@@ -73,7 +70,7 @@ def test_softmax_may_see_the_whole_image_in_every_block(small) -> None:
 
 
 @pytest.mark.parametrize("global_blocks", [0, 1])
-def test_n_is_that_of_a_window_whatever_the_image(small, global_blocks: int) -> None:
+def test_n_is_that_of_a_window_whatever_the_image(small, global_blocks) -> None:
     torch.manual_seed(0)
     recipe = small(model={"image_size": 128}, detector={"global_blocks": global_blocks})
     backbone = ViTBackbone(build_vit(recipe), recipe).eval()
@@ -111,7 +108,7 @@ def test_a_block_that_sees_all_keeps_the_weights_it_began_with(small) -> None:
 
 
 @pytest.mark.parametrize("attention", [AttentionConfig(), KARAT])
-def test_a_classifiers_weights_lose_class_token_and_head(small, attention: AttentionConfig) -> None:
+def test_a_classifiers_weights_lose_class_token_and_head(small, attention) -> None:
     torch.manual_seed(0)
     recipe = small()
     classifier = create_model(recipe.window_model, attention)  # 65 tokens
@@ -135,7 +132,7 @@ def test_weights_of_another_width_are_refused(small) -> None:
         take_backbone_weights(build_vit(small()), wide.state_dict())
 
 
-def test_init_from_a_file_gives_the_backbone_its_weights(small, tmp_path: Path) -> None:
+def test_init_from_a_file_gives_the_backbone_its_weights(small, tmp_path) -> None:
     classifier = create_model(small().window_model, AttentionConfig())
     torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
     vit = build_vit(small())
@@ -146,7 +143,7 @@ def test_init_from_a_file_gives_the_backbone_its_weights(small, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["convit_tiny", "swin_tiny_patch4_window7_224"])
-def test_only_a_plain_vit_is_a_map(small, name: str) -> None:
+def test_only_a_plain_vit_is_a_map(small, name) -> None:
     with pytest.raises(RecipeError, match=f"model.name = {name} is not a plain ViT"):
         build_vit(small(model={"name": name}))
 
@@ -243,7 +240,7 @@ def maps_of(patch: int, side: int = 14) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("patch", [14, 16])
 @pytest.mark.parametrize("first", [(60, 224), (224, 60), (224, 224)])
-def test_regions_read_where_they_lie_whatever_image_came_first(patch: int, first: tuple[int, int]) -> None:
+def test_regions_read_where_they_lie_whatever_image_came_first(patch, first) -> None:
     align = RoIAlign(NAMES, [patch * share for share in (0.25, 0.5, 1.0, 2.0)], output_size=7)
     boxes = torch.tensor([[20.0, 40.0, 60.0, 100.0], [10.0, 10.0, 150.0, 130.0]])
     for shape in (first, (224, 224)):

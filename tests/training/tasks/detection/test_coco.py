@@ -30,7 +30,7 @@ SQUARE = [10.0, 10.0, 20.0, 10.0, 20.0, 20.0, 10.0, 20.0]
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> dict:
+def own(tmp_path) -> dict:
     """Annotations of two images; the second has a crowd only."""
     for name in ("a.jpg", "b.jpg"):
         Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / name)
@@ -50,7 +50,7 @@ def opened(root: Path, content: object, for_training: bool = True) -> CocoSplit:
     return CocoSplit(str(root), ".", "a.json", for_training)
 
 
-def test_labels_follow_category_ids_and_what_cannot_be_learned_is_left_out(own: dict, tmp_path: Path) -> None:
+def test_labels_follow_category_ids_and_what_cannot_be_learned_is_left_out(own, tmp_path) -> None:
     split = opened(tmp_path, own)
     assert split.classes == ("thing", "square")
     assert split.image_ids == [0]
@@ -62,7 +62,7 @@ def test_labels_follow_category_ids_and_what_cannot_be_learned_is_left_out(own: 
     assert len(opened(tmp_path, own, for_training=False)) == 2
 
 
-def test_an_evaluation_has_what_exporters_leave_out(own: dict, tmp_path: Path) -> None:
+def test_an_evaluation_has_what_exporters_leave_out(own, tmp_path) -> None:
     """Area, bounding box and crowd are made up for; an object without area is none; no annotation has number 0."""
     square, nothing, crowd = own["annotations"]
     del square["area"], square["iscrowd"]
@@ -77,13 +77,13 @@ def test_an_evaluation_has_what_exporters_leave_out(own: dict, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("segmentation", [[], [[1.0]], {"counts": "?"}, None])
-def test_an_evaluation_refuses_a_segmentation_that_cannot_be_read(own: dict, tmp_path: Path, segmentation) -> None:
+def test_an_evaluation_refuses_a_segmentation_that_cannot_be_read(own, tmp_path, segmentation) -> None:
     own["annotations"][0]["segmentation"] = segmentation
     with pytest.raises(DataError, match="annotation 1 has no readable category or segmentation"):
         opened(tmp_path, own, for_training=False)
 
 
-def test_polygons_and_run_lengths_are_one_mask(own: dict, tmp_path: Path) -> None:
+def test_polygons_and_run_lengths_are_one_mask(own, tmp_path) -> None:
     polygon = own["annotations"][0]
     _, masks = opened(tmp_path, own).objects(0)
     columns = masks[0].T.ravel().tolist()
@@ -93,7 +93,7 @@ def test_polygons_and_run_lengths_are_one_mask(own: dict, tmp_path: Path) -> Non
     assert np.array_equal(same, masks)
 
 
-def test_masks_of_the_made_set_are_exact(coco_set: Path) -> None:
+def test_masks_of_the_made_set_are_exact(coco_set) -> None:
     split = CocoSplit(str(coco_set), "train", "train.json", False)
     for sample in range(5):
         image, (labels, masks) = split.read(sample), split.objects(sample)
@@ -109,7 +109,7 @@ def read(root: Path, content: object) -> None:
     split.objects(0)
 
 
-def test_bad_files_are_one_line_that_names_them(own: dict, tmp_path: Path) -> None:
+def test_bad_files_are_one_line_that_names_them(own, tmp_path) -> None:
     def refused(content: object) -> str:
         with pytest.raises(DataError) as caught:
             read(tmp_path, content)
@@ -143,14 +143,14 @@ def test_bad_files_are_one_line_that_names_them(own: dict, tmp_path: Path) -> No
     assert "a.jpg cannot be read: No such file" in refused(own)
 
 
-def test_classes_must_be_as_many_as_categories(own: dict, tmp_path: Path) -> None:
+def test_classes_must_be_as_many_as_categories(own, tmp_path) -> None:
     split = opened(tmp_path, own)
     check_classes(split, 2)
     with pytest.raises(DataError, match=r"has 2 categories, but model.num_classes = 80; set model.num_classes=2"):
         check_classes(split, 80)
 
 
-def test_without_pycocotools_the_extra_is_named(own: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pycocotools_the_extra_is_named(own, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
     with pytest.raises(RecipeError, match=r"pip install -e '\.\[detection\]'"):
         opened(tmp_path, own)
@@ -161,7 +161,7 @@ SIDES = st.integers(5, 90)
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**64 - 1), SIDES, SIDES, st.sampled_from([32, 64]))
-def test_image_and_masks_go_together_and_fit(seed: int, width: int, height: int, image_size: int) -> None:
+def test_image_and_masks_go_together_and_fit(seed, width, height, image_size) -> None:
     mask = np.zeros((height, width), np.uint8)
     mask[height // 4 : height // 2 + 1, width // 3 :] = 1
     jitter = draw_jitter(seed, width, height, image_size, JitterConfig(scale=(0.5, 2.0)))

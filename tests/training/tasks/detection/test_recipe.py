@@ -18,7 +18,7 @@ def test_the_shipped_recipes_differ_in_attention_alone() -> None:
 
 @pytest.mark.parametrize(("kind", "mode"), [("", "blockwise"), ("_g1b", "blockwise"), ("_g1u", "universal")])
 @pytest.mark.parametrize(("start", "init_from"), [("", "runs/imagenet_vit_base"), ("_random", "")])
-def test_the_papers_recipes_are_its_table(kind: str, mode: str, start: str, init_from: str) -> None:
+def test_the_papers_recipes_are_its_table(kind, mode, start, init_from) -> None:
     recipe = load_recipe(f"{PAPER}{kind}{start}", [], DetectionRecipe)
     attention, detector, optim = recipe.attention, recipe.detector, recipe.optim
     assert recipe.init_from == init_from
@@ -52,7 +52,7 @@ def test_the_papers_recipes_are_its_table(kind: str, mode: str, start: str, init
         ("resume.from=runs/a", r"init_from = timm.* and resume.from = runs/a both set"),
     ],
 )
-def test_a_mistake_is_one_line_with_its_fix(override: str, message: str) -> None:
+def test_a_mistake_is_one_line_with_its_fix(override, message) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
         load_recipe(BASE, [override], DetectionRecipe)
     assert "\n" not in str(caught.value)

@@ -3,36 +3,23 @@
 import json
 import shutil
 import signal
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from karat_scale.checkpoint.store import CheckpointStore
-from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.commands.cli import main
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.initial_weights import read_weights
 from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.tasks.detection.recipe import DetectionRecipe
-from tests.conftest import events, karat, karat_command, karat_done, karat_environment, karat_refuses, summary
-from tests.small_engines import equal
-from tests.training.runs import wait_for_step
+from tests.conftest import events, karat, karat_done, karat_refuses, summary
+from tests.training.runs import assert_same_run, losses, start, wait_for_step
 from tests.training.tasks.detection.conftest import write_small
 from tests.training.tasks.detection.cut_outs import LAYOUT, make_set
 
 
-def newest(run: Path) -> tuple[dict, dict]:
-    """state.json of the last checkpoint, and all its tensors: weights, optimizer and random generators."""
-    store = CheckpointStore(run / "checkpoints")
-    name = store.find_intact("latest")
-    return store.state(name), {path.name: load_tensors(path) for path in sorted((store.root / name).glob("*.pt"))}
-
-
 @pytest.fixture(scope="module")
-def whole(coco_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(coco_set, tmp_path_factory) -> Path:
     """A run that nothing stopped."""
     root = tmp_path_factory.mktemp("whole")
     karat_done("detect", str(write_small(root / "small.yaml", coco_set)), f"run.dir={root / 'run'}")
@@ -42,25 +29,21 @@ def whole(coco_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_run_ends_in_the_same_bits(
-    small_file: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
-) -> None:
-    losses = {event["step"]: event["loss"] for event in events(whole, "train")}
-    assert len(losses) == 24
-    assert sum(losses[step] for step in range(19, 25)) < 0.8 * sum(losses[step] for step in range(1, 7))
+def test_a_stopped_run_ends_in_the_same_bits(small_file, whole, tmp_path, capsys, number) -> None:
+    loss = losses(whole)
+    assert len(loss) == 24
+    assert sum(loss[step] for step in range(19, 25)) < 0.8 * sum(loss[step] for step in range(1, 7))
 
     run = tmp_path / "stopped"
-    arguments = ("detect", str(small_file), f"run.dir={run}", "checkpoint.every_steps=3")
-    process = subprocess.Popen(karat_command([*arguments]), env=karat_environment(), stdout=subprocess.PIPE, text=True)
+    process = start(small_file, run, "checkpoint.every_steps=3", by="detect")
     wait_for_step(run, 7, process)
     process.send_signal(number)
-    assert process.wait(60) == (75 if number == signal.SIGTERM else -signal.SIGKILL), process.stdout.read()
-    at = newest(run)[0]["step"]
-    assert (7 if number == signal.SIGTERM else 3) <= at < 24
-    karat_done(*arguments)
-    assert [event["step"] for event in events(run, "resume")] == [at]
-    assert {event["step"]: event["loss"] for event in events(run, "train")} == losses
-    assert equal(newest(whole)[1], newest(run)[1])
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == (75 if number == signal.SIGTERM else -signal.SIGKILL), output
+    karat_done("detect", str(small_file), f"run.dir={run}", "checkpoint.every_steps=3")
+    (resume,) = events(run, "resume")
+    assert (7 if number == signal.SIGTERM else 3) <= resume["step"] < 24
+    assert_same_run(run, whole)
 
     (scores,), ended = events(run, "eval"), summary(run)
     assert (ended["exit"], ended["restarts"], ended["last_mask_ap"]) == (0, 1, scores["mask_ap"])
@@ -73,7 +56,7 @@ def test_a_stopped_run_ends_in_the_same_bits(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["coco_paper_vit_base_g1u_random", "coco_paper_vit_base"])
-def test_a_recipe_of_the_paper_trains_at_a_small_size(recipe: str, coco_set: Path, tmp_path: Path) -> None:
+def test_a_recipe_of_the_paper_trains_at_a_small_size(recipe, coco_set, tmp_path) -> None:
     sizes = ("name=vit_mini_patch4_28", "image_size=64", "patch_size=8", "embed_dim=64", "depth=2", "num_heads=2")
     overrides = [
         *(f"model.{size}" for size in (*sizes, "num_classes=3")),
@@ -89,12 +72,12 @@ def test_a_recipe_of_the_paper_trains_at_a_small_size(recipe: str, coco_set: Pat
     assert summary(run)["last_mask_ap"] is not None
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path) -> None:
     assert "did you mean coco_mask_rcnn_vit_base?" in karat_refuses("detect", "coco_mask_rcnn_vit_bse")
     assert "not a run directory" in karat_refuses("detect", "--eval", str(tmp_path / "nothing"))
 
 
-def test_a_disk_without_room_for_a_checkpoint_is_refused_at_the_start(small_file: Path, small_disk: Path) -> None:
+def test_a_disk_without_room_for_a_checkpoint_is_refused_at_the_start(small_file, small_disk) -> None:
     run = small_disk / "run"
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000))
     done = karat("detect", str(small_file), f"run.dir={run}", "train.max_steps=1", "checkpoint.keep_best=false")
@@ -104,7 +87,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_at_the_start(small_file
     assert summary(run)["exit"] == 2
 
 
-def test_a_run_of_another_kind_is_called_so(small: Callable[..., DetectionRecipe], tmp_path: Path) -> None:
+def test_a_run_of_another_kind_is_called_so(small, tmp_path) -> None:
     detector, classifier = tmp_path / "detector", tmp_path / "classifier"
     detector.mkdir()
     classifier.mkdir()
@@ -121,7 +104,7 @@ def test_a_run_of_another_kind_is_called_so(small: Callable[..., DetectionRecipe
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_ranks_score_each_image_once_and_one_rank_resumes_from_them(small_file: Path, tmp_path: Path) -> None:
+def test_two_ranks_score_each_image_once_and_one_rank_resumes_from_them(small_file, tmp_path) -> None:
     run = tmp_path / "run"
     options = ("train.max_steps=3", "train.micro_batch=2", "train.precision=bf16")
     karat_done("detect", str(small_file), f"run.dir={run}", *options, processes=2)
@@ -134,9 +117,7 @@ def test_two_ranks_score_each_image_once_and_one_rank_resumes_from_them(small_fi
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_rank_without_an_image_evaluates_with_the_others_at_stage_3(
-    small_file: Path, tmp_path: Path, whole_zero3: str
-) -> None:
+def test_a_rank_without_an_image_evaluates_with_the_others_at_stage_3(small_file, tmp_path, whole_zero3) -> None:
     """Each forward pass gathers the weights from all ranks: the second of 4 + 4 + 4 images has no fourth batch."""
     run = tmp_path / "run"
     options = ("train.max_steps=1", "train.micro_batch=2", "train.eval_batch=4", "run.peer_timeout_minutes=2")
@@ -147,7 +128,7 @@ def test_a_rank_without_an_image_evaluates_with_the_others_at_stage_3(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["karat", "softmax"])
-def test_it_learns_to_find_objects_in_images_it_has_not_seen(kind: str, small_file: Path, tmp_path: Path) -> None:
+def test_it_learns_to_find_objects_in_images_it_has_not_seen(kind, small_file, tmp_path) -> None:
     data = make_set(tmp_path / "set", {"train": 64, "val": 24}, seed=1)
     run = tmp_path / "run"
     options = (f"attention.kind={kind}", f"data.path={data}", "train.global_batch=8", "train.epochs=40")

@@ -2,15 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from karat_scale.engine.distributed import ALONE, World
+from karat_scale.engine.distributed import ALONE
 from karat_scale.foundation.errors import DivergedError, RunDirectoryError
-from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.detection.coco import CocoSplit, DetectionBatch, boxes_of
@@ -23,7 +21,7 @@ Small = Callable[..., DetectionRecipe]
 
 
 @pytest.fixture
-def begin(world: World) -> Iterator[Callable[[DetectionRecipe], Trainer]]:
+def begin(world) -> Iterator[Callable[[DetectionRecipe], Trainer]]:
     """Parts of a recipe's run, closed after the test."""
     made: list[Trainer] = []
 
@@ -49,7 +47,7 @@ def take_steps(trainer: Trainer, count: int) -> None:
         trainer.step(trainer.micro_batches(batches))
 
 
-def test_a_save_beside_training_holds_the_state_of_its_step(small: Small, begin) -> None:
+def test_a_save_beside_training_holds_the_state_of_its_step(small, begin) -> None:
     trainer = begin(small(train={"epochs": 1}))
     take_steps(trainer, 2)
     saved = learned(trainer)
@@ -65,7 +63,7 @@ def test_a_save_beside_training_holds_the_state_of_its_step(small: Small, begin)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_ends_the_run_when_the_recipe_says_so(
-    small: Small, begin, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small, begin, monkeypatch, capsys
 ) -> None:
     trainer = begin(small(train={"max_skipped_steps": 3}))
     take_steps(trainer, 1)
@@ -88,9 +86,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_ends_the_run_when_the_recipe_s
     assert trainer.state.skipped_in_row == 3
 
 
-def test_checkpoints_of_the_other_kind_are_refused(
-    small: Small, small_recipe: Callable[..., Recipe], begin, world: World, tmp_path: Path
-) -> None:
+def test_checkpoints_of_the_other_kind_are_refused(small, small_recipe, begin, world, tmp_path) -> None:
     detector = begin(small())
     assert detector.checkpoints.save(DetectionState(step=1, samples=4))
     classifier = make_trainer(small_recipe("data.workers=0", f"run.dir={tmp_path / 'classifier'}"), world)
@@ -109,7 +105,7 @@ def test_checkpoints_of_the_other_kind_are_refused(
     ],
     ids=["zero1", "zero3", "zero2_offload", "recompute"],
 )
-def test_losses_are_the_same_at_each_stage_and_recomputed(small: Small, begin, tmp_path: Path, sections: dict) -> None:
+def test_losses_are_the_same_at_each_stage_and_recomputed(small, begin, tmp_path, sections) -> None:
     def losses(name: str, **changes: dict[str, object]) -> list[float]:
         recipe = small(run={"dir": str(tmp_path / name)}, **changes)
         trainer, found = begin(recipe), []
@@ -127,7 +123,7 @@ def test_losses_are_the_same_at_each_stage_and_recomputed(small: Small, begin, t
     assert losses("other", **sections) == pytest.approx(losses("plain"), rel=1e-5)
 
 
-def test_a_detector_says_which_run_its_weights_are_from(small: Small, world: World, tmp_path: Path) -> None:
+def test_a_detector_says_which_run_its_weights_are_from(small, world, tmp_path) -> None:
     classifier = tmp_path / "classifier"
     classifier.mkdir()
     RunDirectory(classifier).begin(load_recipe("imagenet_vit_base", ["data.path=images"]))
@@ -138,7 +134,7 @@ def test_a_detector_says_which_run_its_weights_are_from(small: Small, world: Wor
 
 
 @pytest.fixture(scope="module")
-def split(coco_set: Path) -> CocoSplit:
+def split(coco_set) -> CocoSplit:
     return CocoSplit(str(coco_set), "val", "val.json", False)
 
 
@@ -157,20 +153,20 @@ def results(split: CocoSplit, samples: list[int], keep: int | None = None) -> li
     return describe(DetectionBatch([], [], samples), [predictions(split, s, keep) for s in samples], split)
 
 
-def test_the_truth_scores_100_and_nothing_0(split: CocoSplit) -> None:
+def test_the_truth_scores_100_and_nothing_0(split) -> None:
     scores = score(split, results(split, list(range(len(split)))))
     assert (scores.box_ap, scores.mask_ap, scores.box_ap75, scores.images) == (100.0, 100.0, 100.0, len(split))
     assert score(split, []).mask_ap == 0.0
     assert score(split, []).detections == 0
 
 
-def test_every_image_counts_whether_something_was_found_in_it_or_not(split: CocoSplit) -> None:
+def test_every_image_counts_whether_something_was_found_in_it_or_not(split) -> None:
     some = score(split, results(split, list(range(len(split) // 2))))
     assert 30 < some.box_ap < 70
     assert some.images == len(split)
 
 
-def test_a_wrong_label_and_a_wrong_mask_are_wrong(split: CocoSplit) -> None:
+def test_a_wrong_label_and_a_wrong_mask_are_wrong(split) -> None:
     everything = results(split, list(range(len(split))))
     shifted = [{**one, "category_id": {3: 7, 7: 8, 8: 3}[one["category_id"]]} for one in everything]
     assert score(split, shifted).box_ap < 5
@@ -181,7 +177,7 @@ def test_a_wrong_label_and_a_wrong_mask_are_wrong(split: CocoSplit) -> None:
 
 
 @pytest.mark.parametrize("batch", [5, 12])
-def test_a_detector_is_asked_about_each_image_once(small, split: CocoSplit, batch: int) -> None:
+def test_a_detector_is_asked_about_each_image_once(small, split, batch) -> None:
     asked = []
 
     class Knowing(torch.nn.Module):
