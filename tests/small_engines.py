@@ -13,8 +13,8 @@ from karat_scale.checkpoint.restore import falsehood
 from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.engine.deepspeed_config import config_directory
 from karat_scale.engine.distributed import World
-from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
+from karat_scale.engine.optimizers import Ema
 from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe, RunRecipe
@@ -107,15 +107,18 @@ def make_checkpoints(world: World, make_engine: Callable[[Recipe], Engine]) -> C
     """Checkpoints of a new engine in a directory; they have `engine` and `ema`, too."""
 
     def make(recipe: Recipe, root: Path) -> Checkpoints:
-        engine = make_engine(recipe)
-        ema = Ema(engine.deepspeed, recipe.train) if recipe.train.ema_decay else None
-        reporter = Reporter(PlainDisplay(), None)
-        kind = (ClassificationTask.kind, TrainState)
-        checkpoints = Checkpoints(CheckpointStore(root, falsehood), engine, ema, world, recipe, reporter, *kind)
-        checkpoints.engine, checkpoints.ema = engine, ema  # type: ignore[attr-defined]
-        return checkpoints
+        return checkpoints_of(make_engine(recipe), recipe, world, root)
 
     return make
+
+
+def checkpoints_of(engine: Engine, recipe: Recipe, world: World, root: Path) -> Checkpoints:
+    """Checkpoints of an engine and its average; they have `engine` and `ema`, too."""
+    ema = Ema(engine.deepspeed, recipe.train) if recipe.train.ema_decay else None
+    reporter, kind = Reporter(PlainDisplay(), None), (ClassificationTask.kind, TrainState)
+    checkpoints = Checkpoints(CheckpointStore(root, falsehood), engine, ema, world, recipe, reporter, *kind)
+    checkpoints.engine, checkpoints.ema = engine, ema  # type: ignore[attr-defined]
+    return checkpoints
 
 
 def train_steps(checkpoints: Checkpoints, *steps: int) -> None:
@@ -125,11 +128,15 @@ def train_steps(checkpoints: Checkpoints, *steps: int) -> None:
         checkpoints.ema.update(step)  # type: ignore[attr-defined]
 
 
+def random_batch(seed: int, size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eight images and their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(8, 3, size, size, generator=generator), torch.randint(0, 4, (8,), generator=generator)
+
+
 def train_once(engine: Engine, seed: int, lr: float = 1e-2, size: int = 16) -> float | None:
     """One step on random images; returns the gradient norm."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(8, 3, size, size, generator=generator)
-    labels = torch.randint(0, 4, (8,), generator=generator)
+    images, labels = random_batch(seed, size)
     engine.set_lr(lr)
     engine.backward(torch.nn.functional.cross_entropy(engine.forward(images), labels))
     norm = engine.step()

@@ -26,16 +26,23 @@ from karat_scale.checkpoint.records import (
     restore_generators,
     seed_generators,
 )
-from karat_scale.checkpoint.restore import check_teacher, read_state, restore, saved_layout, sidecar_name
-from karat_scale.checkpoint.resume_point import agree_on_checkpoint, repair_best, repair_latest
+from karat_scale.checkpoint.restore import (
+    agree_on_checkpoint,
+    check_teacher,
+    read_state,
+    repair_best,
+    repair_latest,
+    restore,
+    saved_layout,
+    sidecar_name,
+)
 from karat_scale.checkpoint.store import STATE, CheckpointStore, checkpoint_name
 from karat_scale.checkpoint.tensor_storage import DurableStorage, checkpoint_bytes, describe
 from karat_scale.checkpoint.weights import fit_state
 from karat_scale.engine.deepspeed_internals import shard_layout, use_storage
-from karat_scale.engine.devices import wait_for
-from karat_scale.engine.distributed import World
-from karat_scale.engine.ema import Ema
+from karat_scale.engine.distributed import World, wait_for
 from karat_scale.engine.engine import Engine
+from karat_scale.engine.optimizers import Ema
 from karat_scale.engine.reporting.progress import Reporter
 from karat_scale.engine.run_state import RunState
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError

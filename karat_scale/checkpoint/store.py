@@ -30,14 +30,15 @@ from karat_scale.foundation.files import (
     Fingerprint,
     file_sha256,
     flush_to_disk,
+    lock,
     open_regular,
     open_to_read,
     parse_json,
     read_text,
     remove_leftovers,
     replace_file,
+    unlock,
 )
-from karat_scale.foundation.locks import lock, unlock
 from karat_scale.foundation.machine import usable_cores
 
 MANIFEST = "manifest.json"

@@ -15,8 +15,7 @@ from karat_scale.commands.parsers import preparing, results, training
 from karat_scale.foundation.arguments import OneLineParser
 from karat_scale.foundation.errors import PeerError, UserError, of_the_machine, on_one_line, say_in_one_write
 from karat_scale.foundation.machine import may_have_gpu, use_local_caches
-from karat_scale.foundation.tables import trackers_hidden
-from karat_scale.foundation.trust import VARIABLE
+from karat_scale.foundation.tables import VARIABLE, trackers_hidden
 
 EXIT_USAGE = 2
 # As a shell says that SIGPIPE ended a command: `karat recipes | head` has read enough.

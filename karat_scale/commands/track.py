@@ -8,8 +8,7 @@ from pydantic import ValidationError
 from karat_scale.engine.tracking.follow import Trackers, check_trackers
 from karat_scale.foundation.console import printable
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError, UserError
-from karat_scale.foundation.tables import TRACKERS
-from karat_scale.foundation.trust import require_trust
+from karat_scale.foundation.tables import TRACKERS, require_trust
 from karat_scale.recipe.base import LogConfig
 from karat_scale.recipe.files import read_run_recipe
 

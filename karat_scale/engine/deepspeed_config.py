@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from karat_scale.foundation.errors import RecipeError, did_you_mean
 from karat_scale.foundation.files import read_text, shipped_directory
-from karat_scale.foundation.trust import refuse_untrusted
+from karat_scale.foundation.tables import refuse_untrusted
 from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.train import DeepSpeedConfig
 

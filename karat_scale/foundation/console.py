@@ -1,17 +1,20 @@
-"""What all commands print: tables, units, durations and progress; and the file that `--json` names.
+"""How commands show results: tables, units, durations and progress, HTML pages, and the file that `--json` names.
 
-rich is imported only where something is drawn: `karat --help` stays quick, and `karat doctor` and `karat bench gpu` run
-without it.
+rich and jinja2 are imported only where something is drawn: `karat --help` stays quick, and `karat doctor` and `karat
+bench gpu` run without rich. Pages open offline: every text is escaped, and every image is inside.
 """
 
+import base64
 import json
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from karat_scale import __version__
 from karat_scale.foundation.files import write_atomically
 
 if TYPE_CHECKING:
@@ -212,3 +215,27 @@ def work_display() -> Iterator[Callable[[str, int, int], None]]:
     finally:
         if bars is not None:
             bars.stop()
+
+
+def render_page(package: str, template: str, **values: Any) -> str:
+    """Return the page of a template in a package's `templates`. Templates also know `version` and the filters below."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader(package), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    kinds = {"png": "image/png", "jpeg": "image/jpeg", "svg": "image/svg+xml"}
+    environment.filters |= {name: partial(_data_url, kind) for name, kind in kinds.items()}
+    environment.filters |= {"cell": _cell, "sort_key": lambda value: "" if value is None else str(value)}
+    return environment.get_template(template).render(version=__version__, **values)
+
+
+def _data_url(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _cell(value: Any) -> str:
+    """Format a number to four figures; a dash if it is undefined."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -124,7 +124,7 @@ def _load(source: Path, isa: str, link: tuple[str, ...]) -> ctypes.CDLL:
     ours = (path.read_text() for path in (source, *sorted(source.parent.glob("*.h"))))
     import torch
 
-    from karat_scale.foundation.locks import locked  # not on every system, and this module is imported on all
+    from karat_scale.foundation.files import locked  # not on every system, and this module is imported on all
 
     ingredients = (*ours, version, torch.__version__, *flags, *link)
     key = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:20]

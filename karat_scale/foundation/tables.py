@@ -3,19 +3,26 @@
 The choices in the recipe's schema and on the command line are the names of these tables. A row names the code by its
 place, `module:attribute`, which is imported only when the part is used, and states the facts that others need earlier.
 So this module imports nothing heavy, and reading a recipe stays fast. To add a part, write one module and add one row.
+
+Code that a recipe names as `module:Class`, and commands in it, run only if the user asked for it. The recipe on the
+command line is the user's. A run's directory, a file of weights or a hub's folder may come from somebody else, and a
+module of that name may lie beside it.
 """
 
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
+
+from karat_scale.foundation.errors import UserError
 
 
 def load(place: str) -> Any:
@@ -311,7 +318,7 @@ EXPORT_FORMATS = {
 class TrackerRow:
     """What shows a run elsewhere.
 
-    place: of a class that takes a `TrackedRun`; see `karat_scale.engine.tracking.tracker`.
+    place: of a class that takes a `TrackedRun`; see `karat_scale.engine.tracking.trackers`.
     extra: the key of EXTRAS that it needs.
     """
 
@@ -320,10 +327,10 @@ class TrackerRow:
 
 
 TRACKERS = {
-    "tensorboard": TrackerRow("karat_scale.engine.tracking.tensorboard:TensorBoard"),
-    "wandb": TrackerRow("karat_scale.engine.tracking.wandb:WandB", "wandb"),
-    "mlflow": TrackerRow("karat_scale.engine.tracking.mlflow:MLflow", "mlflow"),
-    "trackio": TrackerRow("karat_scale.engine.tracking.trackio:Trackio", "trackio"),
+    "tensorboard": TrackerRow("karat_scale.engine.tracking.trackers:TensorBoard"),
+    "wandb": TrackerRow("karat_scale.engine.tracking.trackers:WandB", "wandb"),
+    "mlflow": TrackerRow("karat_scale.engine.tracking.trackers:MLflow", "mlflow"),
+    "trackio": TrackerRow("karat_scale.engine.tracking.trackers:Trackio", "trackio"),
 }
 
 # Those of ImageNet-C, by the names that the library imagecorruptions gives them.
@@ -333,3 +340,32 @@ CORRUPTIONS = (
     *("snow", "frost", "fog", "brightness"),
     *("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 )
+
+
+VARIABLE = "KARAT_TRUST"
+
+
+class UntrustedError(UserError):
+    """A recipe that may be somebody else's names a class."""
+
+
+def require_trust(values: Mapping[str, str], source: object) -> None:
+    """Refuse the place of a class, unless the environment has KARAT_TRUST=1, which `--trust` sets.
+
+    Args:
+        values: of keys that may name a class, in a recipe that was not on the command line.
+        source: where they were found.
+
+    Raises:
+        UntrustedError: with the class and where it is named.
+    """
+    for key, value in values.items():
+        module = value.partition(":")[0]
+        if module != value:
+            refuse_untrusted(f"{source}: {key} = {value} runs the code of the module {module}")
+
+
+def refuse_untrusted(what: str) -> None:
+    """Raise UntrustedError with what runs and where it is named, unless the user trusts it."""
+    if os.environ.get(VARIABLE) != "1":
+        raise UntrustedError(f"{what}; if you trust it, add --trust or set {VARIABLE}=1")

@@ -16,7 +16,7 @@ import torch
 from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
-from karat_scale.foundation.trust import require_trust
+from karat_scale.foundation.tables import require_trust
 from karat_scale.models import create_model
 from karat_scale.models.init_from import spread_operator, take_weights
 from karat_scale.recipe import AttentionConfig, ModelConfig

@@ -17,8 +17,7 @@ from typing import Any
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
 from karat_scale.data.loading.loader import classes_digest
 from karat_scale.data.plan import TrainPlan
-from karat_scale.engine.devices import device_name
-from karat_scale.engine.distributed import ALONE, World
+from karat_scale.engine.distributed import ALONE, World, device_name
 from karat_scale.engine.reporting.progress import Reporter
 from karat_scale.engine.run_state import RunState
 from karat_scale.engine.tracking.follow import END_SECONDS, STOP_SECONDS

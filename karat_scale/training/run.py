@@ -8,8 +8,7 @@ from functools import partial
 
 from karat_scale.checkpoint.store import checkpoint_name
 from karat_scale.engine import distributed
-from karat_scale.engine.devices import device_name
-from karat_scale.engine.distributed import World
+from karat_scale.engine.distributed import World, device_name
 from karat_scale.engine.engine import slow_precision
 from karat_scale.engine.memory import keep_freed_memory, memory_snapshot, one_line_out_of_memory, record_memory
 from karat_scale.engine.reporting.progress import MetricsLog, Reporter, choose_display

@@ -1,4 +1,4 @@
-"""A run's directory: who may use it, and what lies where.
+"""A run's directory: who may use it, what lies where, and the run in it opened to be read.
 
 recipe.yaml      the resolved recipe; its presence means the run has begun
 classes.json     the names of the classes, in the order of the labels
@@ -23,19 +23,24 @@ import socket
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, TypeVar, overload
+from typing import IO, Any, Generic, TypeVar, overload
+
+from torch import nn
+from typing_extensions import Self
 
 from karat_scale.checkpoint.restore import falsehood
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
+from karat_scale.checkpoint.weights import load_weights, wants_ema
 from karat_scale.data.loading.loader import class_order_digest
-from karat_scale.engine.devices import device_name, write_flight_record
-from karat_scale.engine.distributed import World
+from karat_scale.engine.distributed import World, device_name, write_flight_record
 from karat_scale.engine.heartbeat import Heartbeat, heartbeat_file
 from karat_scale.engine.run_state import RunState
 from karat_scale.foundation.errors import RunDirectoryError, UserError, not_written
-from karat_scale.foundation.files import open_regular, parse_json, read_text, remove_leftovers, replace_file
-from karat_scale.foundation.locks import lock
+from karat_scale.foundation.files import lock, open_regular, parse_json, read_text, remove_leftovers, replace_file
+from karat_scale.foundation.tables import require_trust
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import NEVER_ALLOWED, Effect
 from karat_scale.recipe.files import COMMANDS, read_run_recipe, recipe_of_run
@@ -327,3 +332,98 @@ def describe_keys(old: RunRecipe, new: RunRecipe, keys: list[str]) -> str:
     before, after = flatten(old), flatten(new)
     listed = ", ".join(f"{key} ({before.get(key)} -> {after[key]})" for key in keys[:6])
     return listed + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
+
+
+@dataclass
+class OpenRun(Generic[R]):
+    """One run to read. `at` opens it by its directory.
+
+    Args:
+        path: the run's directory.
+        recipe: its recipe, with what the user overrides.
+        weights: "raw", "ema", or "auto", which is what the recipe evaluates.
+        checkpoint: best, latest, or a name. Without a best one, "best" means "latest".
+
+    Raises:
+        UntrustedError: its recipe names a class.
+    """
+
+    path: Path
+    recipe: R
+    weights: str = "auto"
+    checkpoint: str = "best"
+
+    def __post_init__(self) -> None:
+        require_trust(self.recipe.attention.classes, self.directory.recipe_file)
+
+    @classmethod
+    def at(
+        cls,
+        path: str | Path,
+        schema: type[R],
+        overrides: Sequence[str] = (),
+        weights: str = "auto",
+        checkpoint: str = "best",
+    ) -> Self:
+        """Open the run of a directory, of the kind `schema`.
+
+        Raises:
+            RunDirectoryError: this is not a run directory, or another kind of run's.
+            RecipeError: its recipe cannot be read, or an override does not fit it.
+            UntrustedError: its recipe names a class.
+        """
+        directory = RunDirectory(path)
+        return cls(directory.path, directory.recipe(schema, overrides), weights, checkpoint)
+
+    @cached_property
+    def directory(self) -> RunDirectory:
+        """The run's files."""
+        return RunDirectory(self.path)
+
+    @property
+    def store(self) -> CheckpointStore:
+        """The run's checkpoints."""
+        return self.directory.store
+
+    @cached_property
+    def trained(self) -> R:
+        """The recipe as the run was trained with it."""
+        return self.directory.recipe(type(self.recipe))
+
+    @cached_property
+    def chosen(self) -> str:
+        """The checkpoint's name; it is intact. Raises RunDirectoryError if there is none."""
+        if not self.store.names():
+            raise RunDirectoryError(f"{self.store.root}: no checkpoint; train the run first")
+        return self.store.find_intact(self.checkpoint)
+
+    def choose(self, world: World) -> str:
+        """Return `chosen`, which rank 0 alone looks for. Collective; raises the same on all ranks."""
+        with world.together():
+            name = self.chosen if world.is_main else ""
+        self.chosen = world.broadcast(name)
+        return self.chosen
+
+    @property
+    def saved(self) -> dict[str, Any]:
+        """The checkpoint's `state.json`."""
+        return self.store.state(self.chosen)
+
+    @property
+    def weights_kind(self) -> str:
+        """Which weights of the checkpoint are meant, "raw" or "ema"."""
+        return "ema" if wants_ema(self.weights, self.recipe, self.saved) else "raw"
+
+    def load(self, model: nn.Module, name: str | None = None, weights: str | None = None) -> None:
+        """Copy a checkpoint's weights into a model like the run's.
+
+        Args:
+            name: of an intact checkpoint, instead of the chosen one.
+            weights: instead of the run's choice.
+
+        Raises:
+            RunDirectoryError: it is of another model, or without averages.
+        """
+        name = name or self.chosen
+        saved = self.store.state(name)
+        load_weights(model, self.store.root / name, saved, wants_ema(weights or self.weights, self.recipe, saved))

@@ -19,9 +19,8 @@ from karat_scale.engine.optimizers import Groups
 from karat_scale.engine.reporting.progress import Reporter
 from karat_scale.engine.run_state import RunState
 from karat_scale.recipe import RunRecipe
-from karat_scale.training.initial_weights import run_behind
-from karat_scale.training.open_run import OpenRun
-from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.run_directory import OpenRun, RunDirectory
+from karat_scale.training.weights_file import run_behind
 
 Waiting = Callable[[], AbstractContextManager[None]]
 OnBatch = Callable[[int, int], None]

@@ -30,9 +30,9 @@ from karat_scale.checkpoint.checkpoints import Checkpoints
 from karat_scale.data.loading.device_feed import DeviceFeed
 from karat_scale.data.plan import total_steps
 from karat_scale.engine.distributed import World
-from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.memory import apply_recompute
+from karat_scale.engine.optimizers import Ema
 from karat_scale.engine.reporting.interval import (
     HeadHistograms,
     Interval,
@@ -48,10 +48,10 @@ from karat_scale.models.layers import freeze
 from karat_scale.models.operators import check_implementation, describe_implementation
 from karat_scale.recipe import RunRecipe
 from karat_scale.training.agreement import Agreement, SavePoints, StoppedError, StopSignals
-from karat_scale.training.initial_weights import initialise
 from karat_scale.training.outcome import Incidents, Spikes
 from karat_scale.training.run_directory import RunDirectory, refuse_another_model
 from karat_scale.training.task import AfterStep, OnBatch, Scores, Task, Waiting
+from karat_scale.training.weights_file import initialise
 
 
 class Trainer:

@@ -6,18 +6,15 @@ import pytest
 import torch
 
 from karat_scale.checkpoint.checkpoints import Checkpoints
-from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine.distributed import World
-from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
-from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.models import create_model
 from karat_scale.models.layers import freeze
 from karat_scale.recipe import Recipe
 from karat_scale.training.tasks.classification.task import TrainState
-from tests.small_engines import CONFIGS, train_once, weights
+from tests.small_engines import CONFIGS, checkpoints_of, train_once, weights
 
 TUNED = ("optim.layer_decay=0.5", "train.freeze=[patch_embed.*, blocks.0.attn.operator.*]", "optim.weight_decay=0")
 
@@ -28,11 +25,7 @@ def build(recipe: Recipe, world: World, seed: int) -> tuple[Engine, Checkpoints]
     if recipe.train.freeze:
         freeze(model, recipe.train.freeze)
     engine = Engine(model, recipe, world, recipe.train.global_batch)
-    ema = Ema(engine.deepspeed, recipe.train)
-    store = CheckpointStore(Path(recipe.run.dir) / "checkpoints")
-    return engine, Checkpoints(
-        store, engine, ema, world, recipe, Reporter(PlainDisplay(), None), "classification", TrainState
-    )
+    return engine, checkpoints_of(engine, recipe, world, Path(recipe.run.dir) / "checkpoints")
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -30,10 +30,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from karat_scale.engine import deepspeed_internals, distributed, ema, optimizers
+from karat_scale.engine import deepspeed_internals, distributed, optimizers
 from karat_scale.engine.distributed import World
-from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
+from karat_scale.engine.optimizers import Ema
 from karat_scale.models import create_model
 from karat_scale.recipe.loading import load_recipe
 from tests.conftest import SMALL
@@ -305,7 +305,7 @@ def emulated() -> Iterator[Emulation]:
             if callable(theirs) and not name.startswith("__"):
                 stack.enter_context(patch.object(dist.ProcessGroup, name, _returning_clocked_work(theirs, emulation)))
         # As on a GPU: one operation for all parameters.
-        stack.enter_context(patch.object(ema, "averages_one_by_one", lambda device: False))
+        stack.enter_context(patch.object(optimizers, "averages_one_by_one", lambda device: False))
         stack.enter_context(patch.object(optimizers, "steps_fused", lambda device: True))
         stack.enter_context(patch.object(clipping, "_has_foreach_support", lambda tensors, device: True))
         stack.enter_context(emulation)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from karat_scale.engine import ema, optimizers
+from karat_scale.engine import optimizers
 
 # They make a view, look at a tensor's form or only allocate: no kernel runs.
 _FREE = (
@@ -52,7 +52,7 @@ def as_on_a_gpu(monkeypatch) -> None:
     """AdamW steps fused, and lists of tensors go through torch's foreach operations, as on CUDA."""
     import torch.nn.utils.clip_grad as clipping
 
-    monkeypatch.setattr(ema, "averages_one_by_one", lambda device: False)
+    monkeypatch.setattr(optimizers, "averages_one_by_one", lambda device: False)
     monkeypatch.setattr(optimizers, "steps_fused", lambda device: True)
     monkeypatch.setattr(clipping, "_has_foreach_support", lambda tensors, device: True)
 

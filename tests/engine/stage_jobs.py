@@ -13,19 +13,15 @@ from typing import Any
 
 import torch
 
-from karat_scale.checkpoint.checkpoints import Checkpoints
-from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
-from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.memory import apply_recompute
-from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
 from karat_scale.models import create_model
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.tasks.classification.task import TrainState
 from tests.conftest import ROOT, SMALL, rank_environments
-from tests.small_engines import weights
+from tests.small_engines import checkpoints_of, random_batch, weights
 from tests.warm import run_program
 
 GLOBAL_BATCH = 8
@@ -61,20 +57,15 @@ def run_job(job: Job, world: World, scratch: Path) -> dict[str, Any]:
     micro_batch = GLOBAL_BATCH // world.size
     apply_recompute(model, recipe)
     engine = Engine(model, recipe, world, micro_batch)
-    ema = Ema(engine.deepspeed, recipe.train)
-    root = Path(job.load or job.save or scratch / "none")
-    checkpoints = Checkpoints(
-        CheckpointStore(root), engine, ema, world, recipe, Reporter(PlainDisplay(), None), "classification", TrainState
-    )
+    checkpoints = checkpoints_of(engine, recipe, world, Path(job.load or job.save or scratch / "none"))
+    ema = checkpoints.ema
     if job.load:
         state = checkpoints.load()
         assert state is not None
         assert state.step == job.first - 1
     losses = {}
     for step in range(job.first, job.last + 1):
-        generator = torch.Generator().manual_seed(step)
-        images = torch.randn(GLOBAL_BATCH, 3, 16, 16, generator=generator)
-        labels = torch.randint(0, 4, (GLOBAL_BATCH,), generator=generator)
+        images, labels = random_batch(step)
         mine = slice(world.rank * micro_batch, (world.rank + 1) * micro_batch)
         engine.set_lr(1e-3)
         loss = torch.nn.functional.cross_entropy(engine.forward(images[mine]), labels[mine])

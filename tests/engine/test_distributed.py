@@ -21,21 +21,32 @@ import torch
 import torch.distributed as dist
 
 from karat_scale.engine import distributed
-from karat_scale.engine.devices import _newest_record, gpu_index, refuse_shared, tell_deepspeed
-from karat_scale.engine.distributed import _first_slurm_host, default_port, have_a_gpu_each, launch_environment, start
+from karat_scale.engine.distributed import (
+    _first_slurm_host,
+    _newest_record,
+    default_port,
+    gpu_index,
+    have_a_gpu_each,
+    launch_environment,
+    refuse_shared,
+    start,
+    tell_deepspeed,
+)
 from karat_scale.foundation.errors import UserError
 from tests.conftest import ROOT, free_port, karat_environment, rank_environments
 
 
-def started(script: str, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
-    """A process that runs a script, as one rank."""
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *arguments],
-        env={**karat_environment(), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def two_ranks(script: str, **environment: str) -> list[str]:
+    """What a script prints as each of two ranks, which meet on this machine."""
+    given = {**karat_environment(), "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", **environment}
+    pipe, command = subprocess.PIPE, [sys.executable, "-c", script]
+    ranks = [
+        subprocess.Popen(command, env={**given, "RANK": rank, "LOCAL_RANK": rank}, stdout=pipe, stderr=pipe, text=True)
+        for rank in "01"
+    ]
+    said = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    return [shown for shown, _ in said]
 
 
 @pytest.mark.parametrize(
@@ -84,12 +95,8 @@ def test_an_address_without_a_port_is_enough_to_meet() -> None:
     # As srun without the launch wrapper, the port is that of the job: of one whose port is free.
     job = next(str(port - 20000) for port in random.sample(range(20000, 30000), 100) if is_free(port))
     assert int(default_port({"SLURM_JOB_ID": job})) == int(job) + 20000
-    given = {"MASTER_ADDR": "127.0.0.1", "SLURM_JOB_ID": job, "WORLD_SIZE": "2"}
     script = "from karat_scale.engine import distributed as d; print(d.start('cpu').gather('here')); d.stop()"
-    ranks = [started(script, **given, RANK=str(rank)) for rank in range(2)]
-    for rank in ranks:
-        shown, complaint = rank.communicate(timeout=120)
-        assert shown == "['here', 'here']\n", complaint
+    assert two_ranks(script, SLURM_JOB_ID=job) == ["['here', 'here']\n"] * 2
 
 
 OWN_GROUP = """
@@ -106,19 +113,16 @@ with joined("cpu", 7) as world:
 @pytest.mark.multiprocess
 def test_deepspeed_waits_as_long_as_the_recipe_says() -> None:
     """Gradients are reduced in a group of DeepSpeed's own."""
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    ranks = [started(OWN_GROUP, **meeting, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
-    for rank in ranks:
-        shown, complaint = rank.communicate(timeout=120)
-        assert shown.splitlines()[-1] == "0:07:00", complaint
+    for shown in two_ranks(OWN_GROUP, MASTER_PORT=str(free_port())):
+        assert shown.splitlines()[-1] == "0:07:00"
 
 
 WAITS = """
-import sys, time
+import os, time
 from datetime import timedelta
 from karat_scale.engine.peers import Place, meet
-rank = int(sys.argv[2])
-store = meet(Place("127.0.0.1", int(sys.argv[1]), rank, 2, timedelta(minutes=5), 0))
+rank = int(os.environ["RANK"])
+store = meet(Place("127.0.0.1", int(os.environ["MASTER_PORT"]), rank, 2, timedelta(minutes=5), 0))
 if rank == 0:
     time.sleep(12)  # longer than one call to the store may take while the ranks meet
     store.set("late", "here")
@@ -129,36 +133,21 @@ print(store.get("late").decode())
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_group_waits_for_a_slow_rank_as_long_as_the_recipe_says() -> None:
-    port = str(free_port())
-    ranks = [started(WAITS, port, str(rank)) for rank in range(2)]
-    for rank in ranks:
-        shown, complaint = rank.communicate(timeout=120)
-        assert shown == "here\n", complaint
+    assert two_ranks(WAITS, MASTER_PORT=str(free_port())) == ["here\n"] * 2
 
 
 @pytest.mark.parametrize("port", ["x", "0", "70000", "-1"])
 def test_a_port_that_is_none_is_refused(port, monkeypatch) -> None:
-    for name, value in {
-        "RANK": "1",
-        "LOCAL_RANK": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }.items():
+    ranks = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    for name, value in {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(dist, "is_initialized", lambda: False)  # another test's group may still be there
     with pytest.raises(UserError, match=f"MASTER_PORT = {port}: should be a number"):
         start("cpu")
 
 
-@pytest.mark.parametrize(
-    ("local_rank", "shown", "index"), [(0, 1, 0), (3, 4, 3), (3, 1, 0)], ids=["alone", "all shown", "its own shown"]
-)
-def test_a_rank_takes_its_own_gpu(local_rank, shown, index) -> None:
-    assert gpu_index(local_rank, shown) == index
-
-
-def test_more_ranks_than_gpus_are_refused() -> None:
+def test_a_rank_takes_its_own_gpu_and_more_ranks_than_gpus_are_refused() -> None:
+    assert [gpu_index(*case) for case in ((0, 1), (3, 4), (3, 1))] == [0, 3, 0]  # alone, all shown, its own shown
     with pytest.raises(UserError, match="local rank 2 has no GPU: this node shows 2; start one task per GPU"):
         gpu_index(2, 2)
     refuse_shared(["node1 A100 GPU-1", "node1 A100 GPU-2", "node2 A100 GPU-3"])
@@ -263,7 +252,7 @@ def test_the_rank_that_is_missing_from_a_collective_is_named(tmp_path) -> None:
         import torch
         from karat_scale.engine.heartbeat import Heartbeat
         from karat_scale.engine import distributed
-        from karat_scale.engine.devices import write_flight_record
+        from karat_scale.engine.distributed import write_flight_record
 
         world = distributed.start("cpu")
         heartbeat = Heartbeat(Path({str(tmp_path)!r}), world.rank, "", write_flight_record).start()

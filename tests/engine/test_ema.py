@@ -2,7 +2,7 @@ import pytest
 import torch
 from timm.utils import ModelEmaV3
 
-from karat_scale.engine.ema import Ema, ema_decay
+from karat_scale.engine.optimizers import Ema, ema_decay
 from tests.small_engines import CONFIGS, train_once, weights
 
 

@@ -7,7 +7,7 @@ from karat_scale.engine.deepspeed_internals import master_weights
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.optimizers import build_optimizer
 from karat_scale.models import create_model, no_weight_decay_names
-from tests.small_engines import CONFIGS, train_once, weights
+from tests.small_engines import CONFIGS, random_batch, train_once, weights
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, "zero3_large"])
@@ -20,9 +20,7 @@ def test_steps_equal_plain_pytorch(small_recipe, make_engine, config, clip) -> N
     optimizer = build_optimizer(plain, recipe.optim, torch.device("cpu"))
     for seed in range(3):
         norm = train_once(engine, seed)
-        generator = torch.Generator().manual_seed(seed)
-        images = torch.randn(8, 3, 16, 16, generator=generator)
-        labels = torch.randint(0, 4, (8,), generator=generator)
+        images, labels = random_batch(seed)
         torch.nn.functional.cross_entropy(plain(images), labels).backward()
         expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), clip or float("inf"))
         for group in optimizer.param_groups:
@@ -48,10 +46,8 @@ def _mixed_precision_norms(recipe, clip: float) -> list[float]:
         group["lr"] = 1e-2
     norms = []
     for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        images = torch.randn(8, 3, 16, 16, generator=generator).to(torch.bfloat16)
-        labels = torch.randint(0, 4, (8,), generator=generator)
-        torch.nn.functional.cross_entropy(model(images).float(), labels).backward()
+        images, labels = random_batch(seed)
+        torch.nn.functional.cross_entropy(model(images.to(torch.bfloat16)).float(), labels).backward()
         for p, master in zip(low, masters, strict=True):
             master.grad, p.grad = p.grad.float(), None
         norms.append(float(torch.nn.utils.clip_grad_norm_(masters, clip)))

@@ -11,8 +11,8 @@ from karat_scale.commands.plan.time import StepLaunches
 from karat_scale.commands.plan.tracing import Launches
 from karat_scale.engine.deepspeed_config import load_ds_config
 from karat_scale.engine.deepspeed_internals import master_weights, refresh_module
-from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
+from karat_scale.engine.optimizers import Ema
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from tests.engine.counting import Counting, as_on_a_gpu, waits

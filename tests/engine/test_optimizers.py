@@ -14,9 +14,6 @@ from timm.optim import param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
 from torch.utils.cpp_extension import is_ninja_available
 
-from karat_scale.checkpoint.checkpoints import Checkpoints
-from karat_scale.checkpoint.store import CheckpointStore
-from karat_scale.engine.ema import Ema
 from karat_scale.engine.optimizers import (
     QUIET_SECONDS,
     CosineSchedule,
@@ -29,13 +26,12 @@ from karat_scale.engine.optimizers import (
     parameter_groups,
     remove_stale_mark,
 )
-from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError
 from karat_scale.models import create_model, no_weight_decay_names
-from karat_scale.recipe import OptimConfig, Recipe
+from karat_scale.recipe import OptimConfig
 from karat_scale.training.tasks.classification.task import TrainState
 from tests.models.test_init_from import model
-from tests.small_engines import equal, train_once, weights
+from tests.small_engines import equal, train_once, train_steps, weights
 
 MUON = "optim.name=muon"
 CPU = torch.device("cpu")
@@ -76,43 +72,23 @@ def test_each_parameter_moves_as_under_the_optimizer_that_has_it(small_recipe) -
     assert all(torch.equal(p, q) for (_, p), q in pairs)
 
 
-@pytest.fixture
-def run(make_engine, world, tmp_path):
-    """An engine with averages and checkpoints over one directory."""
-
-    def build(recipe: Recipe):
-        engine = make_engine(recipe)
-        ema = Ema(engine.deepspeed, recipe.train)
-        store = CheckpointStore(tmp_path / "checkpoints")
-        return engine, Checkpoints(
-            store, engine, ema, world, recipe, Reporter(PlainDisplay(), None), "classification", TrainState
-        )
-
-    return build
-
-
-def test_muon_resumes_to_the_same_bits(small_recipe, run) -> None:
-    engine, checkpoints = run(small_recipe(MUON))
-    for step in (1, 2):
-        train_once(engine, step)
-    checkpoints.store.root.mkdir(parents=True)
-    assert checkpoints.save(TrainState(step=2, samples=16))
-    norms = [train_once(engine, step) for step in (3, 4)]
-    resumed, again = run(small_recipe(MUON))
-    assert again.load() is not None
-    assert [train_once(resumed, step) for step in (3, 4)] == norms
-    assert equal(weights(engine), weights(resumed))
+def test_muon_resumes_to_the_same_bits(small_recipe, make_checkpoints, tmp_path) -> None:
+    first, second = (make_checkpoints(small_recipe(MUON), tmp_path) for _ in range(2))
+    train_steps(first, 1, 2)
+    assert first.save(TrainState(step=2, samples=16))
+    assert second.load() is not None
+    norms = [[train_once(run.engine, step) for step in (3, 4)] for run in (first, second)]
+    assert norms[0] == norms[1]
+    assert equal(weights(first.engine), weights(second.engine))
 
 
 @pytest.mark.parametrize(("before", "after"), [("adamw", "muon"), ("muon", "adamw")])
-def test_another_optimizers_checkpoint_is_refused(small_recipe, run, before, after) -> None:
-    engine, checkpoints = run(small_recipe(f"optim.name={before}"))
-    train_once(engine, 1)
-    checkpoints.store.root.mkdir(parents=True)
-    assert checkpoints.save(TrainState(step=1, samples=8))
-    _, other = run(small_recipe(f"optim.name={after}"))
+def test_another_optimizers_checkpoint_is_refused(small_recipe, make_checkpoints, tmp_path, before, after) -> None:
+    first, second = (make_checkpoints(small_recipe(f"optim.name={name}"), tmp_path) for name in (before, after))
+    train_steps(first, 1)
+    assert first.save(TrainState(step=1, samples=8))
     with pytest.raises(RunDirectoryError, match=f"optim.name={before}"):
-        other.load()
+        second.load()
 
 
 @pytest.mark.parametrize("config", ["zero1", "zero2", "zero3", "zero2_offload"])

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from karat_scale.checkpoint.resume_point import agree_on_checkpoint
+from karat_scale.checkpoint.restore import agree_on_checkpoint
 from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.commands.status.status import read_events, read_standing
 from karat_scale.data.shards.shard_format import DatasetRecord, write_dataset_record

@@ -18,7 +18,7 @@ from karat_scale.commands.cli import build_parser
 from karat_scale.data.shards.streamed import StreamShards
 from karat_scale.data.streams.samples import read_tar
 from karat_scale.foundation.errors import DataError, UserError
-from karat_scale.foundation.trust import VARIABLE
+from karat_scale.foundation.tables import VARIABLE
 from karat_scale.recipe import DataConfig
 from karat_scale.recipe.loading import load_recipe
 from tests.conftest import SMALL, karat_here, made_once

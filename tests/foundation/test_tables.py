@@ -1,6 +1,5 @@
-"""The tables of parts: a row leads to its code, a new part is one module and one row, no name is written elsewhere."""
+"""The tables of parts: a row leads to its code, and a new part is one module and one row."""
 
-import ast
 import importlib
 import json
 import os
@@ -20,7 +19,6 @@ from karat_scale.foundation import tables
 from karat_scale.recipe.loading import load_recipe
 from tests.conftest import ROOT, SMALL, karat_environment
 
-PACKAGE = ROOT / "karat_scale"
 TABLES = {
     "backend": tables.BACKENDS,
     "decoder": tables.DECODERS,
@@ -30,27 +28,6 @@ TABLES = {
     "tracker": tables.TRACKERS,
 }
 ROWS = [(kind, name) for kind, table in TABLES.items() for name in table]
-# Beside a part's own module: defaults of the schema and of commands, and texts that mean something else.
-ELSEWHERE = {
-    "recipe/attention.py": {"fourier"},
-    "recipe/data.py": {"webdataset"},
-    "recipe/base.py": {"tensorboard"},
-    "recipe/train.py": {"adamw"},
-    "attention/operator.py": {"fourier"},
-    "data/backends/dali_pipeline.py": {"dali"},  # the extra
-    "data/decoders/ffcv.py": {"ffcv"},  # the decoder that the backend has of its own
-    "data/prepare/make_webdataset.py": {"native", "pillow"},  # encoders
-    "data/prepare/images.py": {"native", "pillow"},
-    "commands/doctor/machine.py": {"timm", "torchvision", "pillow", "webdataset", "tensorboard"},  # distributions
-    "commands/doctor/report.py": {"native"},  # the advice
-    "recipe/synonyms.py": {"wandb"},  # a key of other tools
-    "data/prepare/__init__.py": {"webdataset", "ffcv"},  # scripts
-    "foundation/machine.py": {"timm"},  # the library
-    "commands/export/command.py": {"hub-folder", "safetensors"},  # what --push uploads, and the default
-    "training/tasks/classification/distillation_teacher.py": {"timm"},  # the library
-    "training/tasks/detection/recipe.py": {"adamw"},  # the only optimizer of a detector
-}
-
 MODULE = '''
 import torch
 from karat_scale.foundation import tables
@@ -113,9 +90,6 @@ def add_rows():
 def test_a_row_leads_to_its_code(kind, name) -> None:
     row = TABLES[kind][name]
     place = row if isinstance(row, str) else row.place
-    extra = getattr(row, "extra", "")
-    if kind == "tracker" and extra:  # a tracker's module imports its library at once: nothing else is in its process
-        pytest.importorskip(tables.EXTRAS[extra].module)
     assert callable(tables.load(place))
 
 
@@ -212,31 +186,3 @@ def test_the_commands_that_need_an_extra_exist() -> None:
     for extra in tables.EXTRAS.values():
         for script in re.findall(r"karat prepare (\S+)", extra.needed_for):
             assert script in SCRIPTS
-
-
-def names_written_in(file: Path) -> set[str]:
-    """The texts in a module that are the name of a part, outside docstrings."""
-    tree = ast.parse(file.read_text())
-    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    texts = {
-        node.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
-    }
-    return texts & {name for _, name in ROWS}
-
-
-def test_no_name_is_written_outside_its_table() -> None:
-    own: dict[str, set[str]] = {}
-    for kind, name in ROWS:
-        row = TABLES[kind][name]
-        module = (row if isinstance(row, str) else row.place).partition(":")[0]
-        own.setdefault(f"{module.removeprefix('karat_scale.').replace('.', '/')}.py", set()).add(name)
-    found = {}
-    for file in sorted(PACKAGE.rglob("*.py")):
-        path = str(file.relative_to(PACKAGE))
-        names = names_written_in(file) - own.get(path, set()) - ELSEWHERE.get(path, set())
-        # A bench names the parts that it compares.
-        if names and not {"bench", "measure"} & {*file.parts} and path != "foundation/tables.py":
-            found[path] = names
-    assert found == {}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.foundation.trust import VARIABLE
+from karat_scale.foundation.tables import VARIABLE
 from tests.conftest import SMALL, karat_here
 
 BASIS = """

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from karat_scale.foundation.errors import RecipeError
-from karat_scale.foundation.trust import VARIABLE, UntrustedError, require_trust
+from karat_scale.foundation.tables import VARIABLE, UntrustedError, require_trust
 from karat_scale.models import create_model
 from karat_scale.models.attention_matrices import content_of, watched
 from karat_scale.models.flops import flops_per_image

@@ -16,9 +16,9 @@ from karat_scale.commands.export.command import export_run
 from karat_scale.foundation.errors import RecipeError, UserError
 from karat_scale.models import create_model
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.training.initial_weights import initialise, read_weights
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.classification.distillation_teacher import read_distillation_teacher
+from karat_scale.training.weights_file import initialise, read_weights
 from tests.conftest import SMALL, events, karat, karat_done, karat_here, summary
 from tests.training.test_save_points import train_to_the_end
 

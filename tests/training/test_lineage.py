@@ -6,8 +6,8 @@ import pytest
 
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.training.initial_weights import run_behind
 from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.weights_file import run_behind
 from paper.record import take_record
 from tests.conftest import SMALL, karat_done, summary
 

@@ -28,10 +28,9 @@ from karat_scale.commands.analyze.result import (
 from karat_scale.commands.analyze.trained_run import TrainedRun, open_run
 from karat_scale.commands.figures import share_axes, themed
 from karat_scale.engine import distributed
-from karat_scale.foundation.console import printable, work_display
+from karat_scale.foundation.console import printable, render_page, work_display
 from karat_scale.foundation.errors import RunDirectoryError, UserError
 from karat_scale.foundation.files import make_folder, replace_file
-from karat_scale.foundation.html_page import render_page
 
 _KINDS = ("figure", "gallery", "table")
 _EMPTY = dict.fromkeys(_KINDS)

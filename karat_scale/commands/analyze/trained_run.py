@@ -23,7 +23,7 @@ from karat_scale.foundation.errors import DataError, RunDirectoryError, UserErro
 from karat_scale.foundation.files import file_sha256
 from karat_scale.models.layers import freeze
 from karat_scale.recipe import Recipe
-from karat_scale.training.open_run import OpenRun
+from karat_scale.training.run_directory import OpenRun
 from karat_scale.training.tasks.classification.distillation_teacher import build_model
 from karat_scale.training.weights_file import load_exported
 

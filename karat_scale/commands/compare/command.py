@@ -16,10 +16,9 @@ import numpy.typing as npt
 from karat_scale.commands.compare.comparison import Comparison, Group, Table, compare_groups
 from karat_scale.commands.compare.finished import MEASURES, SCORES, FinishedRun, read_run
 from karat_scale.commands.figures import COLOURS, new_figure, rendered
-from karat_scale.foundation.console import print_table, printable, write_json
+from karat_scale.foundation.console import print_table, printable, render_page, write_json
 from karat_scale.foundation.errors import UserError, on_one_line
 from karat_scale.foundation.files import write_atomically
-from karat_scale.foundation.html_page import render_page
 
 AXES = ("steps", "samples", "hours")
 _STYLES = ("-", "--", ":")  # tell groups apart whose colours are the same

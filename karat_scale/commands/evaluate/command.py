@@ -57,7 +57,7 @@ from karat_scale.foundation.files import file_sha256, json_sha256, write_atomica
 from karat_scale.models.operators import check_implementation, describe_implementation
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import flatten
-from karat_scale.training.open_run import OpenRun
+from karat_scale.training.run_directory import OpenRun
 from karat_scale.training.task import Task
 from karat_scale.training.tasks.classification.distillation_teacher import trained_classifier
 from karat_scale.training.tasks.classification.task import OnEvalBatch, evaluate_batches

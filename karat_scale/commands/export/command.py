@@ -26,7 +26,7 @@ from karat_scale.models import create_model, parameter_count
 from karat_scale.models.transfer import teacher_of, weights_digest
 from karat_scale.recipe import AttentionConfig, Recipe
 from karat_scale.recipe.attention import describe_attention
-from karat_scale.training.open_run import OpenRun
+from karat_scale.training.run_directory import OpenRun
 from karat_scale.training.tasks.classification.distillation_teacher import build_model
 from karat_scale.training.weights_file import write_weights
 

@@ -23,10 +23,9 @@ from karat_scale.data.loading.assemble import PreparesSamples
 from karat_scale.data.shards.cache import RemoteUse
 from karat_scale.data.shards.folder import FolderSplit
 from karat_scale.data.shards.shard_format import DATASET_FILE, dataset_directory
-from karat_scale.foundation.console import print_table, printable, progress, write_json
+from karat_scale.foundation.console import print_table, printable, progress, render_page, write_json
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import write_atomically
-from karat_scale.foundation.html_page import render_page
 
 _ORIENTATION = 274  # the EXIF tag
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 from karat_scale.attention import FourierKaratOperator, KaratOperator, make_basis
 from karat_scale.attention.variants import ContentOperator
 from karat_scale.commands.measure.interleaved import interleaved_seconds, peak_memory_of
-from karat_scale.engine.devices import wait_for
+from karat_scale.engine.distributed import wait_for
 from karat_scale.foundation.errors import UserError
 
 HEADS = {"tiny": 3, "small": 6, "base": 12}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from karat_scale.engine.devices import wait_for
+from karat_scale.engine.distributed import wait_for
 
 # Of one measurement: long enough for events, and few enough launches for the device's queue, which holds about 1,024.
 SECONDS, MOST_CALLS = 0.01, 8

@@ -29,8 +29,7 @@ from karat_scale.data.backends.synthetic import TRAIN_STREAM, SyntheticBackend
 from karat_scale.data.batch import Batch
 from karat_scale.data.loading.loader import with_digest
 from karat_scale.data.plan import BatchSlice, TrainPlan
-from karat_scale.engine.devices import wait_for
-from karat_scale.engine.distributed import World
+from karat_scale.engine.distributed import World, wait_for
 from karat_scale.engine.engine import PRECISIONS, cast_images, pixel_dtype
 from karat_scale.engine.optimizers import build_optimizer, build_schedule
 from karat_scale.models import create_model, parameter_count

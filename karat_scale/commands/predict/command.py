@@ -37,7 +37,7 @@ from karat_scale.data.decoders.orientation import upright
 from karat_scale.data.loading.assemble import ImageAssembler, ImageSpec
 from karat_scale.data.loading.loader import OrderedLoader
 from karat_scale.data.plan import BatchSlice
-from karat_scale.engine.devices import device_name
+from karat_scale.engine.distributed import device_name
 from karat_scale.engine.engine import forward_for_evaluation
 from karat_scale.engine.memory import one_line_out_of_memory
 from karat_scale.foundation.console import plural, print_table, printable, progress, terminal
@@ -47,8 +47,7 @@ from karat_scale.foundation.machine import usable_cores
 from karat_scale.foundation.tables import EXTRAS, how_to_install, is_installed
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
-from karat_scale.training.initial_weights import locate
-from karat_scale.training.weights_file import read_exported, read_facts
+from karat_scale.training.weights_file import locate, read_exported, read_facts
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,10 @@ from karat_scale.engine.reporting.progress import PlainDisplay, Reporter, Silent
 from karat_scale.foundation.console import print_table, printable, progress, write_json
 from karat_scale.foundation.errors import RunDirectoryError, UserError
 from karat_scale.foundation.files import write_atomically
-from karat_scale.foundation.trust import refuse_untrusted
+from karat_scale.foundation.tables import refuse_untrusted
 from karat_scale.recipe import Recipe
-from karat_scale.training.open_run import OpenRun
 from karat_scale.training.outcome import checkpoints_before
-from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.run_directory import OpenRun, RunDirectory
 from karat_scale.training.tasks.classification.distillation_teacher import FILE as DISTILL_FILE
 from karat_scale.training.tasks.classification.distillation_teacher import TEACHER_FILE
 from karat_scale.training.tasks.classification.task import ClassificationTask

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from karat_scale.foundation.errors import DataError
-from karat_scale.foundation.locks import lock, locked
+from karat_scale.foundation.files import lock, locked
 from karat_scale.foundation.machine import is_local, local_directory
 from karat_scale.foundation.native_build import cache_directory
 from karat_scale.foundation.stores import DEFAULT_TIMEOUT

@@ -11,7 +11,7 @@ from webdataset.shardlists import expand_urls
 from karat_scale.data.order import epoch_order
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import DataError
-from karat_scale.foundation.trust import refuse_untrusted
+from karat_scale.foundation.tables import refuse_untrusted
 from karat_scale.recipe import DataConfig
 from karat_scale.recipe.data import check_tars
 

@@ -29,10 +29,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from karat_scale.engine.tracking.tracker import KINDS, Event, TrackedRun, Tracker
+from karat_scale.engine.tracking.trackers import KINDS, Event, TrackedRun, Tracker
 from karat_scale.foundation.errors import UserError, on_one_line, one_line
-from karat_scale.foundation.files import append_to, make_folder, open_to_read, parse_json, read_text, replace_file
-from karat_scale.foundation.locks import lock
+from karat_scale.foundation.files import append_to, lock, make_folder, open_to_read, parse_json, read_text, replace_file
 from karat_scale.foundation.machine import library_versions
 from karat_scale.foundation.tables import EXTRAS, TRACKERS, how_to_install, is_installed, load
 from karat_scale.recipe.files import read_run_recipe

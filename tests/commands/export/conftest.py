@@ -3,7 +3,7 @@
 import pytest
 
 from karat_scale.checkpoint.checkpoints import Checkpoints
-from karat_scale.engine.ema import Ema
+from karat_scale.engine.optimizers import Ema
 from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
 from karat_scale.recipe import Recipe
 from karat_scale.training.run_directory import RunDirectory

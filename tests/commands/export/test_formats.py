@@ -20,8 +20,7 @@ from karat_scale.commands.export.command import Source, check_likeness, model_ca
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.recipe import AttentionConfig, ModelConfig
 from karat_scale.recipe.loading import text_digest
-from karat_scale.training.open_run import OpenRun
-from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.run_directory import OpenRun, RunDirectory
 from karat_scale.training.tasks.classification.distillation_teacher import build_model
 from tests.commands.export.conftest import CLASSES
 from tests.conftest import SMALL, karat

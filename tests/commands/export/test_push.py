@@ -11,7 +11,7 @@ import torch
 from karat_scale.commands.cli import main
 from karat_scale.commands.export.command import Source
 from karat_scale.recipe import Recipe
-from karat_scale.training.open_run import OpenRun
+from karat_scale.training.run_directory import OpenRun
 from tests.commands.export.hub import TOKEN, Hub, serve
 from tests.conftest import karat_environment
 

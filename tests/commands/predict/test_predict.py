@@ -18,7 +18,7 @@ from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
 from karat_scale.models import create_model
 from karat_scale.models.attention_matrices import watched
 from karat_scale.recipe import Recipe
-from karat_scale.training.open_run import OpenRun
+from karat_scale.training.run_directory import OpenRun
 from karat_scale.training.tasks.classification.task import ClassificationTask
 from tests.conftest import CLASSES, SMALL, VAL_PER_CLASS, karat, karat_here
 from tests.data.prepare.making import prepared

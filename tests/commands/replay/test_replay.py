@@ -15,7 +15,7 @@ from torch import nn
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
 from karat_scale.commands.replay.command import not_finite, watched
 from karat_scale.data.plan import TrainPlan
-from karat_scale.foundation.trust import VARIABLE
+from karat_scale.foundation.tables import VARIABLE
 from karat_scale.training.outcome import KEPT_CHECKPOINTS, LEAST, MOST, Incidents, Spikes
 from tests.conftest import SMALL, events, karat, karat_here
 

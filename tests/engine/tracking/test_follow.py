@@ -14,7 +14,7 @@ import pytest
 
 from karat_scale.engine.tracking import follow
 from karat_scale.engine.tracking.follow import Cursor, Trackers, check_trackers, cursor_file
-from karat_scale.engine.tracking.tracker import figures
+from karat_scale.engine.tracking.trackers import figures
 from karat_scale.foundation.errors import UserError
 from tests.engine.tracking.conftest import LINES, PLACE, WrittenRun
 

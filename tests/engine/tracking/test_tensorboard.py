@@ -11,7 +11,7 @@ from karat_scale.engine.reporting.interval import _histogram
 from karat_scale.engine.reporting.progress import MetricsLog
 from karat_scale.engine.tracking.follow import Follower
 
-TENSORBOARD = "karat_scale.engine.tracking.tensorboard:TensorBoard"
+TENSORBOARD = "karat_scale.engine.tracking.trackers:TensorBoard"
 
 
 def board_of(run: Path) -> EventAccumulator:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from karat_scale.foundation.trust import VARIABLE
+from karat_scale.foundation.tables import VARIABLE
 from tests.conftest import karat_here
 from tests.engine.tracking.conftest import PLACE, WrittenRun
 

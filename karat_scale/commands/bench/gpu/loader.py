@@ -21,7 +21,7 @@ from karat_scale.commands.measure.loader import (
 from karat_scale.data.augmentation.device_augment import DeviceAugment
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.plan import TrainPlan
-from karat_scale.engine.devices import wait_for
+from karat_scale.engine.distributed import wait_for
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.machine import usable_cores
 from karat_scale.recipe import AugmentConfig, DataConfig

@@ -20,8 +20,7 @@ from karat_scale.commands.bench.gpu.worker import Task
 from karat_scale.commands.measure.interleaved import interleaved_seconds, timed
 from karat_scale.commands.measure.step import synthetic_recipe
 from karat_scale.engine import distributed
-from karat_scale.engine.devices import wait_for
-from karat_scale.engine.distributed import World
+from karat_scale.engine.distributed import World, wait_for
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.optimizers import build_optimizer
 from karat_scale.foundation.errors import is_out_of_memory

@@ -31,15 +31,17 @@ from karat_scale.models.init_from import take_weights
 from karat_scale.models.transfer import Teacher, give_teacher, weights_digest
 from karat_scale.recipe import AttentionConfig, Recipe
 from karat_scale.recipe.train import DistillConfig
-from karat_scale.training.initial_weights import TIMM, export_facts, locate, timm_model
-from karat_scale.training.open_run import OpenRun
-from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.run_directory import OpenRun, RunDirectory
 from karat_scale.training.weights_file import (
+    TIMM,
     TimmNetwork,
+    export_facts,
     exported_sections,
     load_exported,
+    locate,
     read_exported,
     read_facts,
+    timm_model,
     write_model,
     write_weights,
 )

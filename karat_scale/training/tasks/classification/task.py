@@ -45,9 +45,7 @@ from karat_scale.models.factory import layer_sizes
 from karat_scale.models.init_from import take_weights
 from karat_scale.models.layers import attention_layers
 from karat_scale.recipe import DataConfig, Recipe
-from karat_scale.training.initial_weights import run_behind
-from karat_scale.training.open_run import OpenRun
-from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.run_directory import OpenRun, RunDirectory
 from karat_scale.training.task import AfterStep, OnBatch, Task, Waiting
 from karat_scale.training.tasks.classification.distillation_teacher import FILE as DISTILL_FILE
 from karat_scale.training.tasks.classification.distillation_teacher import TEACHER_FILE as FILE
@@ -61,6 +59,7 @@ from karat_scale.training.tasks.classification.distillation_teacher import (
     trained_classifier,
     use_distillation_token,
 )
+from karat_scale.training.weights_file import run_behind
 
 # How long a rank reads before it meets the others: far less than any of them waits for a hang.
 _TURN_SECONDS = 2.0

@@ -21,8 +21,8 @@ from karat_scale.commands.bench.gpu.losses import TOY_MODEL, Losses, Mode, compa
 from karat_scale.data.batch import Batch
 from karat_scale.engine import engine
 from karat_scale.engine.distributed import World
-from karat_scale.engine.ema import Ema
 from karat_scale.engine.engine import Engine
+from karat_scale.engine.optimizers import Ema
 from karat_scale.training.tasks.classification.task import ClassificationTask
 from tests.commands.bench.gpu.task import make_task
 from tests.conftest import ROOT

@@ -10,8 +10,8 @@ import pytest
 from karat_scale.commands.cli import main
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.training.initial_weights import read_weights
 from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.weights_file import read_weights
 from tests.conftest import events, karat, karat_done, karat_refuses, summary
 from tests.training.runs import assert_same_run, losses, start, wait_for_step
 from tests.training.tasks.detection.conftest import write_small
