@@ -261,16 +261,24 @@ def summary(run: Path) -> dict[str, Any]:
     return json.loads((run / "summary.json").read_text())
 
 
+@contextmanager
+def disk_of(size: str, place: Path) -> Iterator[Path]:
+    """Inside the block, a file system of that size at a place."""
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True)
+    if done.returncode:
+        pytest.skip("mounting a size-limited tmpfs needs root")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MB: enough for some small checkpoints."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)], capture_output=True)
-    if done.returncode:
-        pytest.skip("mounting a size-limited tmpfs needs root")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
+    with disk_of("2m", tmp_path / "disk") as disk:
+        yield disk
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ def whole_zero3(tmp_path: Path) -> str:
 
 @pytest.fixture
 def make_checkpoints(world: World, make_engine: Callable[[Recipe], Engine]) -> Callable[..., Checkpoints]:
-    """Checkpoints of a new engine in a directory; they have `engine` and `ema`, too."""
+    """Checkpoints of a new engine in a directory."""
 
     def make(recipe: Recipe, root: Path) -> Checkpoints:
         return checkpoints_of(make_engine(recipe), recipe, world, root)
@@ -113,19 +113,17 @@ def make_checkpoints(world: World, make_engine: Callable[[Recipe], Engine]) -> C
 
 
 def checkpoints_of(engine: Engine, recipe: Recipe, world: World, root: Path) -> Checkpoints:
-    """Checkpoints of an engine and its average; they have `engine` and `ema`, too."""
+    """Checkpoints of an engine and its average."""
     ema = Ema(engine.deepspeed, recipe.train) if recipe.train.ema_decay else None
     reporter, kind = Reporter(PlainDisplay(), None), (ClassificationTask.kind, TrainState)
-    checkpoints = Checkpoints(CheckpointStore(root, falsehood), engine, ema, world, recipe, reporter, *kind)
-    checkpoints.engine, checkpoints.ema = engine, ema  # type: ignore[attr-defined]
-    return checkpoints
+    return Checkpoints(CheckpointStore(root, falsehood), engine, ema, world, recipe, reporter, *kind)
 
 
 def train_steps(checkpoints: Checkpoints, *steps: int) -> None:
     """Steps of the engine and its average behind `checkpoints`."""
     for step in steps:
-        train_once(checkpoints.engine, step)  # type: ignore[attr-defined]
-        checkpoints.ema.update(step)  # type: ignore[attr-defined]
+        train_once(checkpoints.engine, step)
+        checkpoints.ema.update(step)
 
 
 def random_batch(seed: int, size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:

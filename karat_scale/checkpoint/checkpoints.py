@@ -108,39 +108,31 @@ class _Save:
     is_committing: bool = False
 
 
+@dataclass(eq=False)
 class Checkpoints(Generic[S]):
     """Collective save and load for one engine; at most one save is under way.
 
-    Args:
+    Attributes:
         kind: the kind of run. A checkpoint of another kind is refused.
         state_type: the state of this kind of run.
+        problem: why the last save came to nothing, if it did; the same on all ranks.
     """
 
-    def __init__(
-        self,
-        store: CheckpointStore,
-        engine: Engine,
-        ema: Ema | None,
-        world: World,
-        recipe: RunRecipe,
-        reporter: Reporter,
-        kind: str,
-        state_type: type[S],
-    ) -> None:
-        self.store = store
-        self._engine = engine
-        self._ema = ema
-        self._world = world
-        self._recipe = recipe
-        self._reporter = reporter
-        self._kind = kind
-        self._state_type = state_type
+    store: CheckpointStore
+    engine: Engine
+    ema: Ema | None
+    world: World
+    recipe: RunRecipe
+    reporter: Reporter
+    kind: str
+    state_type: type[S]
+    problem: str = ""
+
+    def __post_init__(self) -> None:
         self._storage = DurableStorage()
-        use_storage(engine.deepspeed, self._storage)
+        use_storage(self.engine.deepspeed, self._storage)
         self._under_way: _Save | None = None
         self._saved: tuple[int, int] | None = None
-        self.problem = ""
-        """Why the last save came to nothing, if it did; the same on all ranks."""
         self._told_of = -1
 
     @property
@@ -161,8 +153,8 @@ class Checkpoints(Generic[S]):
 
     def check_room(self) -> None:
         """Raise RunDirectoryError on all ranks, if a run without a checkpoint has no room for one. Collective."""
-        with self._world.together():
-            if self._world.is_main and self._saved is None and (lack := self._lack()):
+        with self.world.together():
+            if self.world.is_main and self._saved is None and (lack := self._lack()):
                 raise RunDirectoryError(
                     f"run.dir = {self.store.root.parent}: there is no room for a checkpoint: {lack}; make room, or "
                     "choose another run.dir"
@@ -183,18 +175,18 @@ class Checkpoints(Generic[S]):
         Returns: whether it is saved, or without `wait` begun. Where not, nothing has changed.
         """
         begun = time.monotonic()
-        wait = wait or not self._recipe.checkpoint.asynchronous
+        wait = wait or not self.recipe.checkpoint.asynchronous
         if self.holds(state) and not wait:
             return True
         self.finish()
         if self._saved == _identity(state):
             return True
         self.problem = ""
-        directory, problem = self._world.broadcast(self._begin(state.step))
+        directory, problem = self.world.broadcast(self._begin(state.step))
         if directory is None:
             self._void(state.step, problem)
             return False
-        problem = _first(self._world.gather(self._collect(directory, copies=not wait)))
+        problem = _first(self.world.gather(self._collect(directory, copies=not wait)))
         if problem is not None:
             self._void(state.step, problem)
             return False
@@ -212,7 +204,7 @@ class Checkpoints(Generic[S]):
             while self._under_way.task is not None and not self._under_way.task.wait(_BEAT_SECONDS):
                 if self._storage.written != seen:  # a disk that is slow is no hang
                     seen = self._storage.written
-                    self._reporter.beat("saving")
+                    self.reporter.beat("saving")
             good = self.advance()
         return good
 
@@ -226,19 +218,19 @@ class Checkpoints(Generic[S]):
             return True
         done = save.task.result() if save.task is not None else _Written()
         if save.is_committing:
-            done = self._world.broadcast(done)
+            done = self.world.broadcast(done)
             self._under_way = None
             if done.problem is not None:
                 self._void(save.state.step, done.problem)
                 return False
             self._saved = _identity(save.state)
-            if done.warning is not None and self._world.is_main:
-                self._reporter.warn(done.warning)
+            if done.warning is not None and self.world.is_main:
+                self.reporter.warn(done.warning)
             seconds = time.monotonic() - save.begun
             stall = seconds if save.stall is None else save.stall
-            self._reporter.checkpoint(save.state, checkpoint_name(save.state.step), seconds, stall)
+            self.reporter.checkpoint(save.state, checkpoint_name(save.state.step), seconds, stall)
             return True
-        everyone = self._world.gather(done)
+        everyone = self.world.gather(done)
         problem = _first(one.problem for one in everyone)
         if problem is not None:
             self._under_way = None
@@ -246,27 +238,27 @@ class Checkpoints(Generic[S]):
             return False
         files = {name: written for one in everyone for name, written in (one.files or {}).items()}
         save.is_committing = True
-        save.task = Background(lambda: self._commit(save, files)) if self._world.is_main else None
+        save.task = Background(lambda: self._commit(save, files)) if self.world.is_main else None
         return True
 
     def _void(self, step: int, problem: str | None) -> None:
         self.problem = problem or ""
         self._storage.begin(copies=False)  # lets go of what was not written
-        if self._world.is_main:
+        if self.world.is_main:
             self.store.discard_unfinished()
             kept = self.store.pointed("latest")
             good = f"the last good one is {kept}" if kept else "there is no good one yet"
             if step != self._told_of:  # a run may try the same step again at an evaluation and at its end
-                self._reporter.warn(f"checkpoint {checkpoint_name(step)} not saved: {problem}; {good}")
+                self.reporter.warn(f"checkpoint {checkpoint_name(step)} not saved: {problem}; {good}")
             self._told_of = step
 
     def _begin(self, step: int) -> tuple[Path | None, str | None]:
-        if not self._world.is_main:
+        if not self.world.is_main:
             return None, None
         try:
             self.store.root.mkdir(parents=True, exist_ok=True)
             self.store.discard_unfinished()
-            self.store.retain(self._recipe.checkpoint.keep_last)  # the recipe may keep fewer than before
+            self.store.retain(self.recipe.checkpoint.keep_last)  # the recipe may keep fewer than before
             lack = self._lack()
             return (self.store.begin(step), None) if lack is None else (None, lack)
         except OSError as error:
@@ -274,8 +266,8 @@ class Checkpoints(Generic[S]):
 
     def _lack(self) -> str | None:
         """What the disk lacks for the next checkpoint, in a few words."""
-        weight_bytes = next(self._engine.module.parameters()).element_size()
-        sizes = self._engine.parameters, self._engine.stage, self._ema is not None, weight_bytes
+        weight_bytes = next(self.engine.module.parameters()).element_size()
+        sizes = self.engine.parameters, self.engine.stage, self.ema is not None, weight_bytes
         needed = self.store.newest_bytes() or checkpoint_bytes(*sizes)
         free = shutil.disk_usage(self.store.root).free
         is_enough = free >= needed
@@ -284,33 +276,33 @@ class Checkpoints(Generic[S]):
     def _collect(self, directory: Path, copies: bool) -> str | None:
         """Hand all that this rank will write to the storage. Returns what went wrong, in a few words."""
         self._storage.begin(copies)
-        self._engine.deepspeed.save_checkpoint(str(self.store.root), tag=directory.name, save_latest=False)
+        self.engine.deepspeed.save_checkpoint(str(self.store.root), tag=directory.name, save_latest=False)
         # At stage 0 all ranks hold the same, and rank 0 keeps it.
-        owns = self._engine.stage > 0 or self._world.is_main
+        owns = self.engine.stage > 0 or self.world.is_main
         sidecar = {
-            **generator_states(self._world.device),
-            "shapes": self._engine.shapes if owns else None,
-            "layout": [list(map(tuple, one)) for one in shard_layout(self._engine.deepspeed)] if owns else None,
-            "ema": self._ema.shards if self._ema and owns else None,
-            "frozen": self._engine.frozen if self._world.is_main else None,
+            **generator_states(self.world.device),
+            "shapes": self.engine.shapes if owns else None,
+            "layout": [list(map(tuple, one)) for one in shard_layout(self.engine.deepspeed)] if owns else None,
+            "ema": self.ema.shards if self.ema and owns else None,
+            "frozen": self.engine.frozen if self.world.is_main else None,
         }
-        self._storage.save(sidecar, str(directory / sidecar_name(self._world.rank)))
+        self._storage.save(sidecar, str(directory / sidecar_name(self.world.rank)))
         if copies:
-            wait_for(self._world.device)  # once, for all copies
+            wait_for(self.world.device)  # once, for all copies
         return describe(self._storage.error) if self._storage.error is not None else None
 
     def _content(self, state: S) -> dict[str, Any]:
         """What `state.json` will hold."""
-        teacher = teacher_of(self._engine.module)
+        teacher = teacher_of(self.engine.module)
         return {
             "format": FORMAT,
-            "kind": self._kind,
+            "kind": self.kind,
             **state.to_json(),
-            "world_size": self._world.size,
-            "zero_stage": self._engine.stage,
-            "has_ema": self._ema is not None,
+            "world_size": self.world.size,
+            "zero_stage": self.engine.stage,
+            "has_ema": self.ema is not None,
             "teacher": teacher.digest if teacher else None,
-            "recipe_sha256": text_digest(dump_recipe(self._recipe)),
+            "recipe_sha256": text_digest(dump_recipe(self.recipe)),
         }
 
     def _write(self) -> _Written:
@@ -324,7 +316,7 @@ class Checkpoints(Generic[S]):
             self.store.commit(save.directory, save.content, files, save.is_best)
         except OSError as error:
             return _Written(describe(error))
-        return _Written(warning="; ".join(self.store.retain(self._recipe.checkpoint.keep_last)) or None)
+        return _Written(warning="; ".join(self.store.retain(self.recipe.checkpoint.keep_last)) or None)
 
     def load(self, state_of: str = "", fresh: Callable[[], nn.Module] | None = None, is_start: bool = True) -> S | None:
         """Load the newest intact checkpoint, or the one in directory `state_of`. None when there is none.
@@ -338,36 +330,36 @@ class Checkpoints(Generic[S]):
             RunDirectoryError: no checkpoint is intact, or it is of another model, global batch, version or kind of run.
         """
         check = self._refuse_another_kind if state_of else self._refuse_another_run
-        found = agree_on_checkpoint(self.store, state_of, self._world, self._reporter, check)
+        found = agree_on_checkpoint(self.store, state_of, self.world, self.reporter, check)
         if found is None:
             return None
         root, name = found
         saved = CheckpointStore(root).state(name)
         self._refuse_another_run(root / name, saved)
         try:
-            check_teacher(self._engine.module, saved)
-            grows = bool(saved.get("image_size") or getattr(self._recipe.schedule, "image_sizes", ()))
+            check_teacher(self.engine.module, saved)
+            grows = bool(saved.get("image_size") or getattr(self.recipe.schedule, "image_sizes", ()))
             is_fitting = fresh is not None and grows
-            ranks = [self._world.rank] if not is_fitting and self._has_my_layout(root / name, saved) else None
-            with self._world.together():  # none must wait in `restore` for one that refuses its files
+            ranks = [self.world.rank] if not is_fitting and self._has_my_layout(root / name, saved) else None
+            with self.world.together():  # none must wait in `restore` for one that refuses its files
                 content = read_state(root / name, saved, ranks)
                 if is_fitting and fresh is not None and content.shapes != self._shapes:
                     content = fit_state(content, fresh())
-            restore(self._engine, self._ema, content, self._world)
+            restore(self.engine, self.ema, content, self.world)
         except (RunDirectoryError, RecipeError) as error:
             raise RunDirectoryError(f"checkpoint {root / name}: {error}") from error
         self._restore_generators(root / name, saved)
-        state = self._state_type.from_json(saved)
+        state = self.state_type.from_json(saved)
         changes: dict[str, Any] = {}
         if root != self.store.root:
             changes = state.without_best()  # the other run's; this one has no such checkpoint
         else:
             self._saved = _identity(state)
-            if self._world.is_main:
-                repair_latest(self.store, name, self._reporter)
-            if self._recipe.checkpoint.keep_best:
-                mine = repair_best(self.store, state, self._reporter) if self._world.is_main else {}
-                changes = self._world.broadcast(mine)
+            if self.world.is_main:
+                repair_latest(self.store, name, self.reporter)
+            if self.recipe.checkpoint.keep_best:
+                mine = repair_best(self.store, state, self.reporter) if self.world.is_main else {}
+                changes = self.world.broadcast(mine)
         for field, value in changes.items():
             setattr(state, field, value)
         if is_start:
@@ -377,34 +369,34 @@ class Checkpoints(Generic[S]):
 
     @property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {**self._engine.shapes, **{name: tuple(x.shape) for name, x in self._engine.frozen.items()}}
+        return {**self.engine.shapes, **{name: tuple(x.shape) for name, x in self.engine.frozen.items()}}
 
     def _has_my_layout(self, checkpoint: Path, saved: dict[str, Any]) -> bool:
         """Whether each rank finds all it needs in the files of its own number."""
         stage = saved.get("zero_stage", 0)
-        differs = saved["world_size"] != self._world.size or stage != self._engine.stage
-        with self._world.together():
+        differs = saved["world_size"] != self.world.size or stage != self.engine.stage
+        with self.world.together():
             if not differs and stage > 0:
-                sidecar = read_record(checkpoint / sidecar_name(self._world.rank), Sidecar)
-                differs = saved_layout(sidecar) != shard_layout(self._engine.deepspeed)
-        return not self._world.any(differs)
+                sidecar = read_record(checkpoint / sidecar_name(self.world.rank), Sidecar)
+                differs = saved_layout(sidecar) != shard_layout(self.engine.deepspeed)
+        return not self.world.any(differs)
 
     def _refuse_another_kind(self, path: Path, saved: dict[str, Any]) -> None:
         kind = saved.get("kind", "classification")
-        if kind != self._kind:
+        if kind != self.kind:
             raise RunDirectoryError(
-                f"checkpoint {path} is of a run that trains {kind}, this one trains {self._kind}; to start from its "
+                f"checkpoint {path} is of a run that trains {kind}, this one trains {self.kind}; to start from its "
                 f"weights, use init_from={path}"
             )
         try:
-            self._state_type.from_json(saved)
+            self.state_type.from_json(saved)
         except ValueError as error:
             raise RunDirectoryError(f"{STATE}: {error}") from None
 
     def _refuse_another_run(self, path: Path, saved: dict[str, Any]) -> None:
         self._refuse_another_kind(path, saved)
         written = saved["samples"] // max(saved["step"], 1)
-        batch = self._recipe.train.global_batch
+        batch = self.recipe.train.global_batch
         if saved["samples"] != saved["step"] * batch:  # the cursor counts steps
             raise RunDirectoryError(
                 f"checkpoint {path.name} was written with train.global_batch = {written}, this run has "
@@ -413,11 +405,11 @@ class Checkpoints(Generic[S]):
 
     def _restore_generators(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         """A rank resumes with the generators of its number. If there are none, they start from the step."""
-        path = checkpoint / sidecar_name(self._world.rank)
+        path = checkpoint / sidecar_name(self.world.rank)
         if path.is_file():
-            restore_generators(read_record(path, Sidecar), self._world.device)
+            restore_generators(read_record(path, Sidecar), self.world.device)
         else:
-            seed_generators(self._recipe.run.seed, saved["step"], self._world.rank)
+            seed_generators(self.recipe.run.seed, saved["step"], self.world.rank)
 
 
 def _identity(state: RunState) -> tuple[int, int]:

@@ -12,6 +12,7 @@ snapshots/
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -199,30 +200,21 @@ def snapshot_steps(total_steps: int, parts: int) -> frozenset[int]:
     return frozenset(round(total_steps * part / parts) for part in range(parts + 1)) if parts else frozenset()
 
 
+@dataclass(eq=False)
 class Snapshots:
     """Takes snapshots of one run, after each step of `steps`."""
 
-    def __init__(
-        self,
-        directory: Path,
-        store: CheckpointStore,
-        steps: Collection[int],
-        engine: Engine,
-        world: World,
-        recipe: Recipe,
-        reporter: Reporter,
-    ) -> None:
-        self._directory = directory
-        self._store = store
-        self._steps = steps
-        self._engine = engine
-        self._world = world
-        self._recipe = recipe
-        self._reporter = reporter
+    directory: Path
+    store: CheckpointStore
+    steps: Collection[int]
+    engine: Engine
+    world: World
+    recipe: Recipe
+    reporter: Reporter
 
     def due(self, step: int) -> bool:
         """Whether there is a snapshot to take after `step` finished steps."""
-        return step in self._steps
+        return step in self.steps
 
     def write(self, step: int) -> None:
         """Write the weights after `step` steps unless they are there already; a failure is a warning. Collective.
@@ -230,34 +222,34 @@ class Snapshots:
         The first ones replace those of an earlier start that has left no checkpoint: it may have had another recipe.
         Rank 0 holds them whole on the host, the other ranks one parameter at a time.
         """
-        self._reporter.beat("snapshot")
-        path = self._directory / f"{checkpoint_name(step)}{_SUFFIX}"
-        is_kept = path.is_file() and (step > 0 or bool(self._store.names()))
-        if self._world.broadcast(is_kept):
+        self.reporter.beat("snapshot")
+        path = self.directory / f"{checkpoint_name(step)}{_SUFFIX}"
+        is_kept = path.is_file() and (step > 0 or bool(self.store.names()))
+        if self.world.broadcast(is_kept):
             return
         whole = {}
-        for name, parameter in whole_masters(self._engine, self._world):
-            if self._world.is_main:
+        for name, parameter in whole_masters(self.engine, self.world):
+            if self.world.is_main:
                 whole[name] = parameter.cpu()
-        if not self._world.is_main:
+        if not self.world.is_main:
             return
         try:
-            self._directory.mkdir(exist_ok=True)
+            self.directory.mkdir(exist_ok=True)
             save_safetensors(self._state(whole), path, self._metadata(path.stem, step))
         except OSError as error:
-            self._reporter.warn(f"snapshot {path.name} not saved: {describe(error)}")
+            self.reporter.warn(f"snapshot {path.name} not saved: {describe(error)}")
 
     def _metadata(self, name: str, step: int) -> dict[str, str]:
-        teacher = teacher_of(self._engine.module)
+        teacher = teacher_of(self.engine.module)
         saved = {"step": step, "teacher": teacher.digest if teacher else None}
-        return describe_weights(self._recipe, saved, name, "raw")
+        return describe_weights(self.recipe, saved, name, "raw")
 
     def _state(self, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """As the plain model's `state_dict`: a module that blocks share is there once for each."""
-        names = {parameter: name for name, parameter in self._engine.module.named_parameters()}
-        fp32 = {**whole, **self._engine.frozen}
+        names = {parameter: name for name, parameter in self.engine.module.named_parameters()}
+        fp32 = {**whole, **self.engine.frozen}
         state, taken = {}, set()
-        for key, value in self._engine.module.state_dict(keep_vars=True).items():
+        for key, value in self.engine.module.state_dict(keep_vars=True).items():
             name = names.get(value)
             if name is None:
                 state[key] = value.detach().cpu().contiguous()

@@ -136,17 +136,16 @@ def autocast_inside(model: nn.Module, precision: Precision, device_type: str) ->
 
     DeepSpeed switches off, inside its engine, an autocast of CUDA's that began outside.
     """
-    if precision.autocasts:
-        model.forward = _under_autocast(model.forward, precision, device_type)
+    if not precision.autocasts:
+        return
+    forward = model.forward
 
-
-def _under_autocast(forward: Callable[..., Any], precision: Precision, device_type: str) -> Callable[..., Any]:
     @wraps(forward)
     def cast(*inputs: Any, **options: Any) -> Any:
         with precision.autocast(device_type):
             return forward(*inputs, **options)
 
-    return cast
+    model.forward = cast
 
 
 def matrix_peak(train: TrainConfig, peaks: Mapping[str, float]) -> float | None:
@@ -159,38 +158,10 @@ def matrix_peak(train: TrainConfig, peaks: Mapping[str, float]) -> float | None:
     return peaks.get("fp16" if train.precision == "fp16" else "bf16")
 
 
-def compute_the_same_twice() -> None:
-    """Keep cuDNN from algorithms that add in no fixed order: a run that resumes must end with the same bits.
-
-    Only patch embeddings and stems are convolutions.
-    """
-    torch.backends.cudnn.deterministic = True
-
-
 def allow_tf32(allowed: bool) -> None:
     """Set torch's switches for fp32 matrix products and convolutions on GPUs; the attention kernels read them."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
-
-
-def _takes_cpu_adam(choice: str, device: torch.device) -> bool:
-    if choice == "auto":
-        return device.type == "cuda" and cpu_adam_can_be_built()
-    return choice == "deepspeed"
-
-
-def _copy_of_weights(model: nn.Module) -> Pieces:
-    pieces = Pieces()
-    for name, parameter in model.named_parameters():
-        pieces.add([Fragment(name, 0, 0, parameter.numel())], parameter.detach().to("cpu", torch.float32, copy=True))
-    return pieces
-
-
-def _cast_buffers(module: nn.Module, dtype: torch.dtype) -> None:
-    """As `module.to(dtype)` does: DeepSpeed casts parameters alone, and masks and positions meet them."""
-    for buffer in module.buffers():
-        if buffer.is_floating_point():
-            buffer.data = buffer.to(dtype)
 
 
 class Engine:
@@ -208,7 +179,9 @@ class Engine:
     ) -> None:
         check_precision(recipe.train.precision, world.device)
         allow_tf32(recipe.train.tf32)
-        compute_the_same_twice()
+        # Not with algorithms that add in no fixed order: a run that resumes must end with the same bits. Only patch
+        # embeddings and stems are convolutions.
+        torch.backends.cudnn.deterministic = True
         self._precision = PRECISIONS[recipe.train.precision]
         config = load_ds_config(recipe, world.size, micro_batch)
         quieten_and_skip_builds()
@@ -226,11 +199,14 @@ class Engine:
             if not p.requires_grad
         }
         self._offloads = offloads_optimizer(config)
-        may_be_on_cpu = bool(recipe.optim.row.on_cpu) and self._offloads
-        cpu_adam = may_be_on_cpu and _takes_cpu_adam(recipe.deepspeed.cpu_adam, world.device)
+        choice = recipe.deepspeed.cpu_adam if recipe.optim.row.on_cpu and self._offloads else "torch"
+        on_gpu = choice == "auto" and world.device.type == "cuda"
+        cpu_adam = choice == "deepspeed" or (on_gpu and cpu_adam_can_be_built())
         config["zero_force_ds_cpu_optimizer"] = cpu_adam
         use_torchs_own_linear()
-        initial = _copy_of_weights(model)
+        initial = Pieces()
+        for name, p in model.named_parameters():
+            initial.add([Fragment(name, 0, 0, p.numel())], p.detach().to("cpu", torch.float32, copy=True))
         model = model.to(world.device)
         autocast_inside(model, self._precision, world.device.type)
         if cpu_adam:
@@ -243,7 +219,9 @@ class Engine:
         if self.stage > 0:  # DeepSpeed's masters begin at what 16 bits have left of the weights
             for fragments, master in zip(shard_layout(self.deepspeed), master_weights(self.deepspeed), strict=True):
                 initial.fill(fragments, master)
-            _cast_buffers(self.deepspeed.module, self._precision.weights)
+            for buffer in self.deepspeed.module.buffers():  # DeepSpeed casts parameters alone, which meet these
+                if buffer.is_floating_point():
+                    buffer.data = buffer.to(self._precision.weights)
         self._device = world.device
         self._skipped_steps = torch.zeros((), device=world.device)
         self._clip = recipe.optim.clip_grad

@@ -41,7 +41,8 @@ class OneLineParser(argparse.ArgumentParser):
             choices = f"choose from {', '.join(names)}"
             hint = did_you_mean(str(value), names, choices, likeness=0.5)  # options are short
             if action.dest == "command":
-                hint = _instead_of_command(str(value)) or hint
+                file = f"did you mean karat train {value}?" if str(value).endswith((".yaml", ".yml")) else hint
+                hint = _OTHER_COMMANDS.get(str(value), file)
             raise argparse.ArgumentError(action, f"unknown value {value!r}; {hint}")
 
 
@@ -53,12 +54,6 @@ _OTHER_COMMANDS = {
     "resume": "run the same karat train command again, and it resumes",
     "test": "use karat eval RUN --on DIR",
 }
-
-
-def _instead_of_command(name: str) -> str:
-    if name in _OTHER_COMMANDS:
-        return _OTHER_COMMANDS[name]
-    return f"did you mean karat train {name}?" if name.endswith((".yaml", ".yml")) else ""
 
 
 def _why_strange(strange: Sequence[str], takes_overrides: bool) -> str:

@@ -82,7 +82,7 @@ def of_the_machine(error: BaseException) -> tuple[str, int] | None:
             return _LACKS[errno.ENOMEM], 1
         number = cause.errno if isinstance(cause, OSError) else None
         if number is None:  # also an OSError of a data worker, which torch makes anew of its text
-            number = _number_in_words(str(cause))
+            number = next((number for words, number in _WORDS.items() if words in str(cause)), None)
         if number in _LACKS:
             return _LACKS[number], 1
         cause = cause.__cause__ or cause.__context__
@@ -91,10 +91,6 @@ def of_the_machine(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, RuntimeError) and "home directory" in str(error):
         return f"{one_line(error)}; write paths without ~, or set HOME", 2
     return None
-
-
-def _number_in_words(text: str) -> int | None:
-    return next((number for words, number in _WORDS.items() if words in text), None)
 
 
 def say_in_one_write(line: str) -> None:

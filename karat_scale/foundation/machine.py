@@ -245,11 +245,12 @@ def use_local_caches(environ: MutableMapping[str, str] = os.environ, mounts: Pat
     """
     base = Path(environ.get("TRITON_HOME") or home())
     defaults = {"TRITON_CACHE_DIR": base / ".triton" / "cache", "TORCHINDUCTOR_CACHE_DIR": Path(tempfile.gettempdir())}
-    poor = [
-        name
-        for name, directory in defaults.items()
-        if not environ.get(name) and not (is_local(directory, mounts) and _can_be_written(directory))
-    ]
+    poor = []
+    for name, directory in defaults.items():
+        there = next(parent for parent in (directory, *directory.parents) if parent.exists())
+        can_be_written = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        if not environ.get(name) and not (can_be_written and is_local(directory, mounts)):
+            poor.append(name)
     local = local_directory(mounts) if poor else None
     if local is not None:
         for name in poor:
@@ -269,11 +270,6 @@ def is_local(path: Path, mounts: Path = MOUNTS) -> bool:
         if real.is_relative_to(mounted) and len(mounted.parts) >= len(best.parts):
             best, kind = mounted, its_kind
     return kind.removeprefix("fuse.") not in NETWORK_FILE_SYSTEMS
-
-
-def _can_be_written(directory: Path) -> bool:
-    there = next(parent for parent in (directory, *directory.parents) if parent.exists())
-    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def local_directory(mounts: Path = MOUNTS) -> Path | None:

@@ -119,7 +119,9 @@ def _may_use_amx() -> bool:
 def _load(source: Path, isa: str, link: tuple[str, ...]) -> ctypes.CDLL:
     """The library from the cache; builds it first where no process has, and again where it is damaged."""
     compiler = find_compiler()
-    flags = (*FLAGS, *INSTRUCTION_SETS.get(isa, ()), *_sanitizer_flags())
+    sanitizers = os.environ.get("KARAT_SANITIZE")  # mostly none; the process must preload their runtime
+    checked = (f"-fsanitize={sanitizers}", *SANITIZER_FLAGS) if sanitizers else ()
+    flags = (*FLAGS, *INSTRUCTION_SETS.get(isa, ()), *checked)
     version = _run([compiler, "--version"])
     ours = (path.read_text() for path in (source, *sorted(source.parent.glob("*.h"))))
     import torch
@@ -141,12 +143,6 @@ def _load(source: Path, isa: str, link: tuple[str, ...]) -> ctypes.CDLL:
     if missing := sorted(name for name in functions if not hasattr(loaded, name)):
         raise LoadError(f"{library} is of another source, without {missing[0]}; remove it")
     return loaded
-
-
-def _sanitizer_flags() -> tuple[str, ...]:
-    """Those of the sanitizers that KARAT_SANITIZE names; mostly none. The process must preload their runtime."""
-    names = os.environ.get("KARAT_SANITIZE")
-    return (f"-fsanitize={names}", *SANITIZER_FLAGS) if names else ()
 
 
 def home() -> Path:
@@ -190,8 +186,10 @@ def _is_ours(library: Path) -> bool:
         status = library.lstat()
     except FileNotFoundError:
         return False
-    is_private = stat.S_ISREG(status.st_mode) and not status.st_mode & _OTHERS_WRITE
-    return is_private and status.st_uid in _TRUSTED_OWNERS and _is_whole(library)
+    if not stat.S_ISREG(status.st_mode) or status.st_mode & _OTHERS_WRITE or status.st_uid not in _TRUSTED_OWNERS:
+        return False
+    content = library.read_bytes()  # ends in its own digest: loading an incomplete one would kill the process
+    return len(content) > DIGEST_BYTES and hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
 
 
 def _build(command: list[str], library: Path) -> None:
@@ -205,12 +203,6 @@ def _build(command: list[str], library: Path) -> None:
             os.fsync(file.fileno())
         built.chmod(0o700)
         built.replace(library)
-
-
-def _is_whole(library: Path) -> bool:
-    """True if the library exists and ends in its own digest: loading an incomplete one would kill the process."""
-    content = library.read_bytes() if library.is_file() else b""
-    return len(content) > DIGEST_BYTES and hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
 
 
 def _run(command: list[str]) -> str:

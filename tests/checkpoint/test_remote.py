@@ -276,9 +276,3 @@ def test_a_bucket_that_is_not_there_is_named(kind, store, tmp_path, request) -> 
         StoreError, match=rf"^{kind}://no-such-bucket/run/\S+ cannot be written: there is no such bucket"
     ):
         upload(remote, store, save(store, 1))
-
-
-def test_only_object_stores_are_written() -> None:
-    for url in ("https://host/run", "hf://datasets/user/set"):
-        with pytest.raises(StoreError, match=re.escape(f"{url} cannot be written; use s3:// or gs://")):
-            WritableStore(url)

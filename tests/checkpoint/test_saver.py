@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from karat_scale.checkpoint import checkpoints as saving
 from karat_scale.checkpoint import tensor_storage
-from karat_scale.checkpoint.checkpoints import Background, Checkpoints
+from karat_scale.checkpoint.checkpoints import Checkpoints
 from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.training.tasks.classification.task import TrainState
 from tests.small_engines import CONFIGS, equal, train_steps
@@ -234,19 +234,3 @@ def test_a_recipe_may_ask_for_blocking_saves(small_recipe, make_checkpoints, tmp
     assert checkpoints.save(TrainState(step=1, samples=8), wait=False)
     assert not checkpoints.is_under_way
     assert checkpoints.store.names() == ["step-00000001"]
-
-
-def test_work_in_the_background_returns_its_result() -> None:
-    go_on = threading.Event()
-    task = Background(lambda: go_on.wait(60) and "done")
-    assert not task.wait(0)
-    go_on.set()
-    assert task.wait(60)
-    assert task.result() == "done"
-
-
-def test_what_the_work_raises_is_raised_where_its_result_is_asked_for() -> None:
-    task = Background(lambda: 1 // 0)
-    assert task.wait(60)
-    with pytest.raises(ZeroDivisionError):
-        task.result()

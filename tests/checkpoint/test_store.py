@@ -12,7 +12,7 @@ from karat_scale.checkpoint.store import MANIFEST, STATE, CheckpointStore, alone
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.foundation.files import Fingerprint
 from tests.conftest import ROOT
-from tests.training.harm import HARMS, POINTERS, point
+from tests.training.harm import HARMS
 
 
 @pytest.fixture
@@ -143,13 +143,6 @@ def test_a_missing_or_broken_manifest_is_damage(store, content) -> None:
     assert store.damage(name) == f"{MANIFEST} is {'missing' if content is None else 'not readable'}"
 
 
-@pytest.mark.parametrize("what", POINTERS)
-def test_a_pointer_to_nothing_points_at_nothing(store, what) -> None:
-    save(store, 1)
-    point(store.root / "latest", POINTERS[what])
-    assert store.pointed("latest") is None
-
-
 def test_retention_keeps_the_newest_and_the_best(store) -> None:
     for step in range(1, 6):
         save(store, step)
@@ -188,24 +181,6 @@ def test_what_was_held_goes_although_a_process_was_forked_meanwhile(store) -> No
     os.waitpid(child, 0)
     with holding(store.root / old) as is_there:
         assert not is_there
-
-
-def test_a_kill_before_latest_moves_leaves_best_at_the_new_checkpoint(store, monkeypatch) -> None:
-    save(store, 1)
-    point = store.point
-
-    def killed(pointer: str, name: str) -> None:
-        if pointer == "latest":
-            raise KeyboardInterrupt
-        point(pointer, name)
-
-    monkeypatch.setattr(store, "point", killed)
-    directory = store.begin(2)
-    with pytest.raises(KeyboardInterrupt):
-        store.commit(directory, {"step": 2}, {}, is_best=True)
-    assert (store.pointed("latest"), store.pointed("best")) == (checkpoint_name(1), checkpoint_name(2))
-    store.retain(keep_last=1)
-    assert checkpoint_name(2) in store.names()
 
 
 def test_retention_leaves_what_somebody_reads(store) -> None:

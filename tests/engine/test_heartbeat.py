@@ -67,11 +67,8 @@ def test_a_rank_far_above_the_others_is_named_with_its_host() -> None:
     assert line == "rank 2 on node2 takes 0.5 s of its own per step (data and forward pass), 2.5 times the others"
 
 
-def test_of_two_ranks_the_other_is_the_measure() -> None:
+def test_of_two_ranks_the_other_is_the_measure_and_alike_alone_unknown_or_tiny_is_not_slow() -> None:
     assert [line[:6] for line in slow_ranks(signs(0.4, 0.2))] == ["rank 0"]
-
-
-def test_alike_alone_unknown_or_tiny_is_not_slow() -> None:
     for own_seconds in ([0.2, 0.29], [0.5], [0.5, 0.0], [0.001, 0.009]):
         assert slow_ranks(signs(*own_seconds)) == []
 
@@ -83,11 +80,8 @@ def test_one_slow_report_may_be_chance_and_two_are_told_once() -> None:
     (line,) = stragglers.look(signs(0.2, 0.51))
     assert line.startswith("rank 1 on node1")
     assert stragglers.look(signs(0.2, 0.52)) == []
-
-
-def test_a_rank_that_was_slow_between_is_not_told() -> None:
     stragglers = Stragglers()
-    for own_seconds in (0.5, 0.21, 0.51, 0.22):
+    for own_seconds in (0.5, 0.21, 0.51, 0.22):  # slow only now and then
         assert stragglers.look(signs(0.2, own_seconds)) == []
 
 
@@ -100,18 +94,13 @@ def test_one_number_holds_for_all_phases_that_are_not_named() -> None:
     assert limits
 
 
-@pytest.mark.parametrize("text", ["", "0"])
-def test_no_limit_is_infinite(text) -> None:
-    limits = StallLimits.parse(text)
-    assert not limits
-    assert limits.of("forward") == limits.plus(6).of("forward") == math.inf
-
-
-def test_only_a_phase_may_have_a_limit() -> None:
+def test_no_limit_is_infinite_and_only_a_phase_may_have_one() -> None:
+    for limits in map(StallLimits.parse, ("", "0")):
+        assert not limits
+        assert limits.of("forward") == limits.plus(6).of("forward") == math.inf
     limits = StallLimits.parse("data=60")
     assert limits
-    assert limits.of("waiting for data") == 60
-    assert limits.of("backward") == math.inf
+    assert (limits.of("waiting for data"), limits.of("backward")) == (60, math.inf)
 
 
 @pytest.mark.parametrize("text", ["x", "900,800", "900,compil=3", "-1", "900,save=", "nan", "inf"])

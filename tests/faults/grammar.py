@@ -11,102 +11,30 @@ from karat_scale.recipe.loading import Schema, flatten, load_recipe
 NUMBERS = ("0", "-1", "1", "3.5", "1e-3", "1e400", "-1e400", ".nan", ".inf", "-.inf", "1_000", "0x1F", "0o17", "0b11")
 DATES = ("2001-01-01", "2001-02-30", "2001-13-45", "0000-00-00", "99999-01-01", "2001-01-01T25:61:61Z", "190:20:30")
 WORDS = (
-    "",
-    "~",
-    "null",
-    "yes",
-    "off",
-    "true",
-    "'no'",
-    "auto",
-    "=",
-    "<<",
-    "?",
-    "é",
-    "名前",
-    "🦎",
-    "\u202eabc",
-    "\u0000",
+    *("", "~", "null", "yes", "off", "true", "'no'", "auto", "=", "<<", "?"),
+    *("é", "名前", "🦎", "\u202eabc", "\u0000"),
 )
 QUOTED = (
-    '"\\0"',
-    '"\\x1b[2J"',
-    '"\\ud800"',
-    '"a\\nb"',
-    "'[link=x]y[/link]'",
-    '"[/x]"',
-    '"%s{}%n"',
-    '"../../x"',
+    *('"\\0"', '"\\x1b[2J"', '"\\ud800"', '"a\\nb"', "'[link=x]y[/link]'", '"[/x]"', '"%s{}%n"', '"../../x"'),
     "/dev/zero",
 )
 TAGS = (
-    "!!python/object/apply:os.system [exit 1]",
-    "!!python/name:os.system",
-    "!!binary abc",
-    "!!binary 'w6k='",
-    "!!set {a, b}",
-    "!!omap [a: 1]",
-    "!!timestamp x",
-    "!!int x",
-    "!!int ''",
-    "!!float ''",
-    "!!set [a]",
-    "!!map [a]",
-    "!!seq {a: 1}",
-    "!!pairs [a]",
-    "!!omap {a: 1}",
-    "!!str [a]",
-    "!!bool x",
-    "!!float [1]",
-    "!!null x",
-    "!unknown 1",
-    "! 1",
+    *("!!python/object/apply:os.system [exit 1]", "!!python/name:os.system", "!!binary abc", "!!binary 'w6k='"),
+    *("!!set {a, b}", "!!omap [a: 1]", "!!timestamp x", "!!int x", "!!int ''", "!!float ''", "!!set [a]", "!!map [a]"),
+    *("!!seq {a: 1}", "!!pairs [a]", "!!omap {a: 1}", "!!str [a]", "!!bool x", "!!float [1]", "!!null x"),
+    *("!unknown 1", "! 1"),
 )
 ANCHORS = (
-    "&a 1",
-    "*a",
-    "&b [*b]",
-    "&c {x: *c}",
-    "*none",
-    "&d [1, 2]",
-    "[*d, *d]",
-    "{<<: *d}",
-    "{<<: {a: 1}}",
-    "{<<: 1}",
+    *("&a 1", "*a", "&b [*b]", "&c {x: *c}", "*none", "&d [1, 2]", "[*d, *d]"),
+    *("{<<: *d}", "{<<: {a: 1}}", "{<<: 1}"),
 )
 KEYS = (
-    "? [1, 2]",
-    "? {a: 1}",
-    "1",
-    "null",
-    "true",
-    "2001-01-01",
-    ".nan",
-    "'a.b'",
-    "<<",
-    "model.depth",
-    "é",
-    "🦎",
-    '"\\0"',
+    *("? [1, 2]", "? {a: 1}", "1", "null", "true", "2001-01-01", ".nan", "'a.b'", "<<", "model.depth"),
+    *("é", "🦎", '"\\0"'),
 )
 CUTS = (
-    "\t",
-    "\r",
-    "\x00",
-    "\ufeff",
-    "\u2028",
-    "---\n",
-    "...\n",
-    "%YAML 9.9\n",
-    "%TAG ! x\n",
-    "- ",
-    ": ",
-    "#",
-    "{",
-    "]",
-    "'",
-    '"',
-    "|",
+    *("\t", "\r", "\x00", "\ufeff", "\u2028", "---\n", "...\n", "%YAML 9.9\n", "%TAG ! x\n"),
+    *("- ", ": ", "#", "{", "]", "'", '"', "|"),
 )
 
 
@@ -182,16 +110,8 @@ class Grammar:
 
     def _extreme(self) -> str:
         size = self._random.choice((50, 500, 5000))
-        return self._random.choice(
-            (
-                "9" * size,
-                "a" * size,
-                "[" * size + "]" * size,
-                "{a: " * size + "}" * size,
-                f"[{'1, ' * size}]",
-                "[" * size,
-            )
-        )
+        nested = "[" * size + "]" * size, "{a: " * size + "}" * size, "[" * size
+        return self._random.choice(("9" * size, "a" * size, f"[{'1, ' * size}]", *nested))
 
     def _cut(self, text: str) -> str:
         at = self._random.randrange(len(text))

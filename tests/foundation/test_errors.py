@@ -12,7 +12,7 @@ import pytest
 from karat_scale.commands.cli import main
 from karat_scale.foundation import native_build
 from karat_scale.foundation.errors import nearest, of_the_machine
-from tests.conftest import ROOT, karat_environment, karat_here
+from tests.conftest import ROOT, karat_environment
 
 
 @pytest.mark.parametrize(
@@ -52,14 +52,6 @@ def test_a_user_without_a_home_has_a_place_for_caches(monkeypatch) -> None:
 
     monkeypatch.setattr(Path, "home", none)
     assert native_build.home().name == f"karat-home-{os.getuid()}"
-
-
-def test_a_path_in_the_home_of_nobody_is_one_line(capsys) -> None:
-    assert (
-        karat_here("train", "fashion_mnist_demo", "data.backend=synthetic", "run.device=cpu", "run.dir=~nosuchuser/run")
-        == 2
-    )
-    assert capsys.readouterr().err.startswith("error: Could not determine home directory")
 
 
 @pytest.mark.slow

@@ -94,40 +94,31 @@ def machine(tmp_path, monkeypatch):
     return environment
 
 
-def test_local_defaults_stay(machine):
-    assert machine() == {}
-
-
-@pytest.mark.parametrize("kind", ["nfs4", "lustre", "fuse.glusterfs"])
-def test_a_home_on_the_network_is_left(machine, tmp_path, kind):
+def test_a_home_or_a_temporary_directory_on_the_network_is_left(machine, tmp_path) -> None:
+    assert machine() == {}  # local defaults stay
     directory = tmp_path / "tmp" / f"karat-{os.getuid()}"
-    assert machine(home=kind) == {"TRITON_CACHE_DIR": str(directory / "triton")}
+    for kind in ("nfs4", "lustre", "fuse.glusterfs"):
+        assert machine(home=kind) == {"TRITON_CACHE_DIR": str(directory / "triton")}
     assert directory.stat().st_mode & 0o777 == 0o700
-
-
-def test_a_temporary_directory_on_the_network_is_left_too(machine, tmp_path):
     found = machine(home="nfs", tmp="nfs")
     assert found.keys() == BOTH
-    assert all(
-        value.startswith((f"/tmp/karat-{os.getuid()}/", f"/dev/shm/karat-{os.getuid()}/")) for value in found.values()
-    )
+    for value in found.values():
+        assert value.startswith((f"/tmp/karat-{os.getuid()}/", f"/dev/shm/karat-{os.getuid()}/"))
 
 
-def test_what_the_user_set_stays(machine):
+def test_what_the_user_set_stays_and_tritons_own_home_counts(machine, tmp_path) -> None:
     given = dict.fromkeys(BOTH, "/scratch/mine")
     assert machine(given, home="nfs", tmp="nfs") == given
+    given = {"TRITON_HOME": str(tmp_path / "tmp")}
+    assert machine(given, home="nfs") == given
 
 
-def test_tritons_own_home_counts(machine, tmp_path):
-    assert machine({"TRITON_HOME": str(tmp_path / "tmp")}, home="nfs") == {"TRITON_HOME": str(tmp_path / "tmp")}
-
-
-def test_a_home_that_cannot_be_written_is_left(machine, tmp_path):
+def test_a_home_that_cannot_be_written_is_left(machine, tmp_path) -> None:
     (tmp_path / "home" / ".triton").write_text("")
     assert machine().keys() == {"TRITON_CACHE_DIR"}
 
 
-def test_a_directory_that_others_can_write_is_not_trusted(machine, tmp_path):
+def test_a_directory_that_others_can_write_is_not_trusted(machine, tmp_path) -> None:
     directory = tmp_path / "tmp" / f"karat-{os.getuid()}"
     directory.mkdir()
     directory.chmod(0o777)

@@ -1,14 +1,10 @@
 """Shards on the nodes' own disks: copied once, found again, and done without where there is no room."""
 
 import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from karat_scale.training.run_directory import RunDirectory
-from tests.conftest import SMALL, summary
+from tests.conftest import SMALL, disk_of, summary
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job, submit
 from tests.slurm.training import assert_ends_like, wait_for
@@ -52,20 +48,9 @@ def test_a_requeued_job_finds_its_copy(train, uninterrupted, tmp_path) -> None:
     assert job.log.index("12 were copied") < job.log.index("; requeued") < job.log.index("0 were copied")
 
 
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of 16 MB, less than what staging leaves free."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small disk is not permitted here")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
-def test_where_space_is_short_the_shared_shards_are_read(cluster, shards, small_disk, tmp_path) -> None:
-    job = train_staged(cluster, shards, tmp_path / "1", tmp_path / "run", small_disk)
+def test_where_space_is_short_the_shared_shards_are_read(cluster, shards, tmp_path) -> None:
+    with disk_of("16m", tmp_path / "disk") as disk:  # less than what staging leaves free
+        job = train_staged(cluster, shards, tmp_path / "1", tmp_path / "run", disk)
     assert "0.02 GB free" in job.log
     assert f"those read {shards}" in job.log
     assert "the images are read from" not in job.log

@@ -8,7 +8,6 @@ import importlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 import karat_scale.training.run
 import karat_scale.training.tasks.classification.task  # noqa: F401
-from tests.conftest import SMALL
+from tests.conftest import SMALL, disk_of
 from tests.training.forked_ranks import ForkedRanks
 
 DISKS = (4, 40, 100, 200, 400, 700)
@@ -43,22 +42,15 @@ def _outcome(ranks: ForkedRanks, log: Path) -> dict[str, Any]:
 
 def full_disk(scratch: Path, kilobytes: int, *overrides: str) -> dict[str, Any]:
     """A run on a file system of that size."""
-    disk = scratch / f"disk-{kilobytes}"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)], check=True)
-    try:
-        log = scratch / f"disk-{kilobytes}.log"
+    log = scratch / f"disk-{kilobytes}.log"
+    with disk_of(f"{kilobytes}k", scratch / f"disk-{kilobytes}") as disk:
         return _outcome(ForkedRanks(_arguments(scratch, disk / "run", *overrides), 2, log), log)
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def disk_that_fills(scratch: Path) -> dict[str, Any]:
     """In training, the disk takes no more metrics, which rank 0 alone writes."""
-    disk, log = scratch / "filled", scratch / "filled.log"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], check=True)
-    try:
+    log = scratch / "filled.log"
+    with disk_of("2m", scratch / "filled") as disk:
         endless = ("train.epochs=100000", "checkpoint.every_minutes=null", "train.eval_every_epochs=100000")
         ranks = ForkedRanks(_arguments(scratch, disk / "run", *endless), 2, log)
         _wait_for(disk / "run" / "metrics.jsonl")
@@ -66,8 +58,6 @@ def disk_that_fills(scratch: Path) -> dict[str, Any]:
             while filler.write(bytes(4096)):
                 pass
         return _outcome(ranks, log)
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def killed(scratch: Path, victim: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from karat_scale.checkpoint.tensor_storage import read_metadata
@@ -129,43 +130,42 @@ def test_what_is_not_weights_is_one_line(world, tmp_path, capfd) -> None:
         assert capfd.readouterr() == ("", "")
 
 
-def test_timms_weights_come_from_its_cache_without_a_network(tmp_path, monkeypatch) -> None:
-    from huggingface_hub import constants
+def put_into_cache(cache: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+    """Let the hub's cache, without a network, have timm's model of this name; returns the model."""
+    snapshot = cache / f"models--timm--{name}" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0123")
+    model = timm.create_model(name)
+    save_file(model.state_dict(), snapshot / "model.safetensors")
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return model
 
+
+def test_timms_weights_come_from_its_cache_without_a_network(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(RecipeError, match=r"cannot be fetched: neither .* has them; .*HF_HOME names the cache"):
         read_weights(f"timm:{NAME}")
-    model = timm.create_model(NAME)
-    home = tmp_path / f"models--timm--{NAME}"
-    snapshot = home / "snapshots" / "0123"
-    snapshot.mkdir(parents=True)
-    (home / "refs").mkdir()
-    (home / "refs" / "main").write_text("0123")
-    save_file(model.state_dict(), snapshot / "model.safetensors")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    model = put_into_cache(tmp_path, NAME, monkeypatch)
     weights = read_weights(f"timm:{NAME}")
     assert equal_weights(weights.tensors, model.state_dict())
     assert weights.normalised == (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch) -> None:
-    from huggingface_hub import constants
-
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     nobody = "http://127.0.0.1:9/{repo_id}/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nobody)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    logged = []
-    handler = logging.Handler()
+    handler, logged = logging.Handler(), []
     handler.emit = logged.append
-    logging.getLogger("huggingface_hub").addHandler(handler)
-    try:
-        with pytest.raises(RecipeError, match=r"cannot be fetched: neither .* has them; ") as caught:
-            read_weights(f"timm:{NAME}")
-    finally:
-        logging.getLogger("huggingface_hub").removeHandler(handler)
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "handlers", [handler])
+    with pytest.raises(RecipeError, match=r"cannot be fetched: neither .* has them; ") as caught:
+        read_weights(f"timm:{NAME}")
     assert "\n" not in str(caught.value)
     assert not logged
 

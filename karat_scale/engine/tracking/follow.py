@@ -249,17 +249,13 @@ def _tracked(run: Path, identifier: str) -> TrackedRun:
 
 def _documents(run: Path, with_checkpoints: bool) -> list[Path]:
     patterns = list(_DOCUMENTS)
-    if with_checkpoints and _read_log_section(run).get("track_checkpoints"):
+    log = read_run_recipe(run / "recipe.yaml").get("log") if with_checkpoints else None
+    if isinstance(log, dict) and log.get("track_checkpoints"):
         names = {_pointed(run / "checkpoints" / pointer) for pointer in ("latest", "best")} - {""}
         patterns += [f"checkpoints/{name}/*" for name in sorted(names)]
     inside = run.resolve()  # a run of somebody else's may link to files of ours
     found = [file for pattern in patterns for file in sorted(run.glob(pattern)) if file.is_file()]
     return [file for file in found if file.resolve().is_relative_to(inside)]
-
-
-def _read_log_section(run: Path) -> Mapping[str, Any]:
-    section = read_run_recipe(run / "recipe.yaml").get("log")
-    return section if isinstance(section, dict) else {}
 
 
 def _pointed(pointer: Path) -> str:
@@ -309,11 +305,6 @@ def follow(follower: Follower, ended: threading.Event, say: Say, hint: str) -> i
         ended.wait(POLL_SECONDS)
 
 
-def without_credentials(text: str) -> str:
-    """Return a message without the user and password of an address in it."""
-    return re.sub(r"://[^/@\s]*@", "://", text)
-
-
 @contextmanager
 def alone(run: Path, name: str, ended: threading.Event) -> Iterator[bool]:
     """Hold the tracker's lock, so that two processes never send the same. False: another one has it, and we ended."""
@@ -343,7 +334,8 @@ def main(arguments: Sequence[str]) -> int:
 
     def say(text: str) -> None:
         with suppress(OSError):  # nobody listens any more
-            os.write(messages, f"{without_credentials(on_one_line(text))}\n".encode())
+            shown = re.sub(r"://[^/@\s]*@", "://", on_one_line(text))  # without the user and password of an address
+            os.write(messages, f"{shown}\n".encode())
 
     for number in (signal.SIGINT, signal.SIGTERM):  # for the trainer, which saves; its end is ours
         signal.signal(number, signal.SIG_IGN)

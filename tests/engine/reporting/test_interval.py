@@ -139,18 +139,11 @@ def test_passes_that_are_done_do_not_pile_up(streams, is_done) -> None:
 def test_mfu_is_the_models_own_flops_over_the_peak_of_all_devices(small_recipe) -> None:
     recipe = small_recipe()
     flops = flops_per_image(recipe.model, recipe.attention).training
-    figures = Efficiency(recipe, devices=4, peak=8.0 * flops).figures(images_per_second=16.0)
-    assert figures == {"tflops": pytest.approx(4 * flops / 1e12), "mfu": pytest.approx(0.5)}
-
-
-def test_a_cpus_peak_is_unknown_so_there_is_no_mfu(small_recipe) -> None:
-    assert device_peak(torch.device("cpu"), small_recipe().train) is None
-    figures = Efficiency(small_recipe(), devices=1, peak=None).figures(images_per_second=16.0)
-    assert figures.keys() == {"tflops"}
-
-
-def test_no_rate_is_no_figure(small_recipe) -> None:
-    assert Efficiency(small_recipe(), devices=1, peak=1.0).figures(None) == {"tflops": None, "mfu": None}
+    efficiency = Efficiency(recipe, devices=4, peak=8.0 * flops)
+    assert efficiency.figures(16.0) == {"tflops": pytest.approx(4 * flops / 1e12), "mfu": pytest.approx(0.5)}
+    assert efficiency.figures(None) == {"tflops": None, "mfu": None}
+    assert device_peak(CPU, recipe.train) is None
+    assert Efficiency(recipe, devices=1, peak=None).figures(16.0).keys() == {"tflops"}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -31,6 +30,7 @@ from karat_scale.training.tasks.classification.distillation_teacher import (
     use_distillation_token,
 )
 from tests.conftest import SMALL, events, karat_done, karat_here, karat_refuses, summary
+from tests.training.test_initial_weights import put_into_cache
 
 QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null")
 Command = Callable[..., list[str]]
@@ -148,16 +148,7 @@ def test_an_exported_file_and_a_timm_model_are_teachers(recipe, teacher, tmp_pat
     keep_distillation_teacher(student, tmp_path)
     read = read_distillation_teacher(student, [], tmp_path)
     assert (read.image_size, read.mean) == (20, (0.5, 0.5, 0.5))
-    hub = tmp_path / "hub" / "models--timm--test_vit.r160_in1k"
-    snapshot = hub / "snapshots" / "0123"
-    snapshot.mkdir(parents=True)
-    (hub / "refs").mkdir()
-    (hub / "refs" / "main").write_text("0123")
-    kept = timm.create_model("test_vit")
-    save_file(kept.state_dict(), snapshot / "model.safetensors")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    kept = put_into_cache(tmp_path / "hub", "test_vit.r160_in1k", monkeypatch)
     of_timm = student.changed(distill__from_="timm:test_vit.r160_in1k", model__num_classes=1000)
     keep_distillation_teacher(of_timm, tmp_path)
     read = read_distillation_teacher(of_timm, [], tmp_path)
