@@ -11,7 +11,7 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the same sums in the same order
@@ -157,6 +157,6 @@ def command_line(
         campaign = kind(make_recipe(Path(name), options.stage), Path(name), outcome)
         for number, _ in enumerate(campaign.play(options), start=1):
             outcome.seconds = round(time.monotonic() - begun, 1)
-            options.json.write_text(json.dumps(asdict(outcome), indent=2) + "\n")
+            options.json.write_text(json.dumps(vars(outcome), indent=2) + "\n")
             print(f"{number} runs, {len(outcome.problems)} problems, {outcome.seconds} s", flush=True)
     return 1 if outcome.problems else 0

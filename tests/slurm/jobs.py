@@ -92,6 +92,7 @@ def submit(
     cluster: Cluster, script: str, *arguments: str, options: tuple[str, ...] = (), cwd: Path, **settings: str | Path
 ) -> Job:
     """Submit a shipped script for CPU nodes."""
+    cwd.mkdir(exist_ok=True)
     output = cwd / "job.out"
     done = submission(
         cluster,

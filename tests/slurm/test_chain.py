@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from karat_scale.commands.status.status import read_standing
@@ -19,21 +18,6 @@ from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.jobs import Job, submit
 from tests.slurm.test_submit import karat
 
-RECIPE = "attention: {kind: karat}\nschedule: {warmup_epochs: 0}\ndata: {path: set by the script}\n"
-
-
-@pytest.fixture
-def recipe(tmp_path) -> Path:
-    path = tmp_path / "small.yaml"
-    path.write_text(RECIPE)
-    return path
-
-
-def directory(parent: Path, name: str) -> Path:
-    path = parent / name
-    path.mkdir()
-    return path
-
 
 def test_prepare_train_finetune_evaluate_follow_each_other(cluster, image_folder, recipe, tmp_path) -> None:
     shards, base, tuned = tmp_path / "shards", tmp_path / "base", tmp_path / "tuned"
@@ -42,28 +26,26 @@ def test_prepare_train_finetune_evaluate_follow_each_other(cluster, image_folder
         return (f"--dependency=afterok:{job_id}", "--kill-on-invalid-dep=yes")
 
     prepare = submit(
-        cluster, "prepare_imagenet.sh", "--shard-samples", "20", cwd=directory(tmp_path, "1"), IMAGES=image_folder,
+        cluster, "prepare_imagenet.sh", "--shard-samples", "20", cwd=tmp_path / "1", IMAGES=image_folder,
         SHARDS=shards,
     )  # fmt: skip
     train = submit(
-        cluster, "imagenet_fourier_karat.sh", *SMALL, options=after(prepare.id), cwd=directory(tmp_path, "2"),
+        cluster, "imagenet_fourier_karat.sh", *SMALL, options=after(prepare.id), cwd=tmp_path / "2",
         RECIPE=recipe, SHARDS=shards, RUN=base,
     )  # fmt: skip
     finetune = submit(
         cluster, "finetune.sh", "train.epochs=3", "optim.lr=1e-4", "train.freeze=patch_embed.*",
-        options=after(train.id), cwd=directory(tmp_path, "3"), FROM=base, SHARDS=shards, RUN=tuned,
+        options=after(train.id), cwd=tmp_path / "3", FROM=base, SHARDS=shards, RUN=tuned,
     )  # fmt: skip
     moved = tmp_path / "moved"
     moved.symlink_to(shards)
     evaluate = submit(
-        cluster, "evaluate.sh", "train.eval_batch=4", options=after(finetune.id), cwd=directory(tmp_path, "4"),
+        cluster, "evaluate.sh", "train.eval_batch=4", options=after(finetune.id), cwd=tmp_path / "4",
         RUN=tuned, CHECKPOINT="latest", SHARDS=moved,
     )  # fmt: skip
     assert evaluate.wait() == "COMPLETED 0", "\n".join(job.log for job in (prepare, train, finetune, evaluate))
-    assert {name: split.samples for name, split in read_dataset_record(shards).splits.items()} == {
-        "train": 64,
-        "val": 28,
-    }
+    samples = {name: split.samples for name, split in read_dataset_record(shards).splits.items()}
+    assert samples == {"train": 64, "val": 28}
     assert summary(base)["steps"] == 16
     assert summary(tuned)["steps"] == 24
     result = json.loads((tuned / "eval-latest.json").read_text())
@@ -162,17 +144,18 @@ def make_official_tars(root: Path, classes: int) -> None:
 
 
 def test_imagenet_from_its_tars_trains_at_224_pixels(cluster, tmp_path) -> None:
-    images = directory(tmp_path, "images")
+    images = tmp_path / "images"
+    images.mkdir()
     make_official_tars(images, classes=1000)
     shards, run = tmp_path / "shards", tmp_path / "run"
-    prepare = submit(cluster, "prepare_imagenet.sh", cwd=directory(tmp_path, "1"), IMAGES=images, SHARDS=shards)
+    prepare = submit(cluster, "prepare_imagenet.sh", cwd=tmp_path / "1", IMAGES=images, SHARDS=shards)
     overrides = (
         "model.embed_dim=48", "model.depth=2", "model.num_heads=2", "train.global_batch=8", "train.max_steps=4",
         "data.workers=1", "train.precision=fp32", "deepspeed.config=zero0", "log.trackers=[]",
     )  # fmt: skip
     train = submit(
         cluster, "imagenet_fourier_karat.sh", *overrides, options=("--nodes=2", f"--dependency=afterok:{prepare.id}"),
-        cwd=directory(tmp_path, "2"), SHARDS=shards, RUN=run, RECIPE="imagenet_vit_tiny_g3b",
+        cwd=tmp_path / "2", SHARDS=shards, RUN=run, RECIPE="imagenet_vit_tiny_g3b",
     )  # fmt: skip
     assert train.wait() == "COMPLETED 0", prepare.log + train.log
     assert summary(run)["steps"] == 4

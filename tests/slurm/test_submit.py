@@ -10,8 +10,6 @@ from tests.conftest import SMALL, karat_environment, summary
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job
 
-RECIPE = "attention: {kind: karat}\nschedule: {warmup_epochs: 0}\ndata: {path: given below}\n"
-
 
 def environment_of(cluster: Cluster) -> dict[str, str]:
     environment = {**karat_environment(), **cluster.environment}
@@ -25,9 +23,8 @@ def karat(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_a_submitted_recipe_trains_and_its_status_names_the_job(cluster, shards, tmp_path) -> None:
-    recipe, run = tmp_path / "small.yaml", tmp_path / "the run"
-    recipe.write_text(RECIPE)
+def test_a_submitted_recipe_trains_and_its_status_names_the_job(cluster, recipe, shards, tmp_path) -> None:
+    run = tmp_path / "the run"
     overrides = (*SMALL, f"data.path={shards}", f"run.dir={run}")
     options = ("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10")
     with on_a_terminal("submit", str(recipe), *overrides, *options, environment=environment_of(cluster)) as terminal:
@@ -46,9 +43,7 @@ def test_a_submitted_recipe_trains_and_its_status_names_the_job(cluster, shards,
     assert job.id in shown
 
 
-def test_what_sbatch_refuses_is_one_line(cluster, shards, tmp_path) -> None:
-    recipe = tmp_path / "small.yaml"
-    recipe.write_text(RECIPE)
+def test_what_sbatch_refuses_is_one_line(cluster, recipe, shards, tmp_path) -> None:
     overrides = (*SMALL, f"data.path={shards}", f"run.dir={tmp_path / 'run'}")
     done = karat(cluster, "submit", str(recipe), *overrides, "--partition=nowhere", "--yes")
     assert done.returncode == 2

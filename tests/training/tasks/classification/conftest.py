@@ -1,9 +1,11 @@
-"""The fixtures that build small engines, and a recipe of the small shards."""
+"""The fixtures that build small engines, a recipe of the small shards, and commands that train by it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import SMALL
 from tests.small_engines import make_checkpoints, make_engine, small_recipe
 
 __all__ = ["make_checkpoints", "make_engine", "small_recipe"]
@@ -15,3 +17,10 @@ def recipe(shards, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("recipes") / "small.yaml"
     path.write_text(f"data: {{path: {shards}}}\n")
     return path
+
+
+@pytest.fixture(scope="module")
+def command(recipe: Path) -> Callable[..., list[str]]:
+    """The arguments of `karat` that train by the recipe for 8 steps in a directory."""
+    quick = (*SMALL, "train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null")
+    return lambda run, *overrides: ["train", str(recipe), *quick, f"run.dir={run}", *overrides]

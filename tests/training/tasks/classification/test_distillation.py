@@ -32,28 +32,21 @@ from karat_scale.training.tasks.classification.distillation_teacher import (
 from tests.conftest import SMALL, events, karat_done, karat_here, karat_refuses, summary
 from tests.training.test_initial_weights import put_into_cache
 
-QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null")
 Command = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")
-def teacher(recipe) -> Path:
+def teacher(command, recipe) -> Path:
     """A softmax run of 8 steps, at a larger image size and with a normalisation of its own."""
     run = recipe.parent / "teacher"
-    own = ("model.image_size=20", "augment.mean=[0.5, 0.5, 0.5]", f"run.dir={run}")
-    assert karat_here("train", str(recipe), *SMALL, *QUICK, *own) == 0
+    assert karat_here(*command(run, "model.image_size=20", "augment.mean=[0.5, 0.5, 0.5]")) == 0
     return run
 
 
 @pytest.fixture(scope="module")
-def command(recipe, teacher) -> Command:
+def student(command, teacher) -> Command:
     """The arguments of `karat` that train a KArAt student."""
-
-    def arguments(run: Path, *overrides: str) -> list[str]:
-        own = ("attention.kind=karat", f"distill.from={teacher}", f"run.dir={run}")
-        return ["train", str(recipe), *SMALL, *QUICK, *own, *overrides]
-
-    return arguments
+    return lambda run, *overrides: command(run, "attention.kind=karat", f"distill.from={teacher}", *overrides)
 
 
 def losses(run: Path) -> list[tuple[float, float, float]]:
@@ -104,14 +97,14 @@ def test_the_teacher_sees_the_students_pixels_as_it_was_trained() -> None:
     assert network.seen.shape == (2, 3, 16, 16)
 
 
-def test_a_student_stops_resumes_and_is_evaluated_without_its_teachers_run(teacher, command, tmp_path, capsys) -> None:
+def test_a_student_stops_resumes_and_is_evaluated_without_its_teachers_run(teacher, student, tmp_path, capsys) -> None:
     whole, parts, gone = tmp_path / "whole", tmp_path / "parts", tmp_path / "gone"
-    assert karat_here(*command(whole)) == 0
+    assert karat_here(*student(whole)) == 0
     assert "parameters): its forward pass adds" in capsys.readouterr().out
-    assert karat_here(*command(parts, "train.max_steps=3")) == 0
+    assert karat_here(*student(parts, "train.max_steps=3")) == 0
     teacher.rename(gone)
     try:
-        assert karat_here(*command(parts, "train.max_steps=null", "resume.allow=[train.max_steps]")) == 0
+        assert karat_here(*student(parts, "train.max_steps=null", "resume.allow=[train.max_steps]")) == 0
         assert karat_here("eval", str(parts), "--json", str(tmp_path / "eval.json")) == 0
     finally:
         gone.rename(teacher)
@@ -124,17 +117,17 @@ def test_a_student_stops_resumes_and_is_evaluated_without_its_teachers_run(teach
     assert json.loads((whole / "checkpoints/step-00000008/state.json").read_text())["distilled_from"] == digest
 
 
-def test_the_student_follows_its_teacher(command, tmp_path) -> None:
+def test_the_student_follows_its_teacher(student, tmp_path) -> None:
     """With all weight on the teacher, the divergence falls."""
-    assert karat_here(*command(tmp_path / "run", "distill.weight=1", "train.epochs=6", "optim.lr=0.02")) == 0
+    assert karat_here(*student(tmp_path / "run", "distill.weight=1", "train.epochs=6", "optim.lr=0.02")) == 0
     divergence = [soft for _, _, soft in losses(tmp_path / "run")]
     assert np.mean(divergence[-8:]) < 0.5 * np.mean(divergence[:8])
 
 
-def test_a_distillation_token_learns_from_the_teacher(command, tmp_path) -> None:
+def test_a_distillation_token_learns_from_the_teacher(student, tmp_path) -> None:
     run = tmp_path / "run"
     token = ("model.name=deit_tiny_distilled_patch16_224", "distill.kind=hard")
-    assert karat_here(*command(run, *token)) == 0
+    assert karat_here(*student(run, *token)) == 0
     assert all(math.isfinite(loss) for event in losses(run) for loss in event)
     assert karat_here("eval", str(run)) == 0
     assert use_distillation_token(timm.create_model("deit_tiny_distilled_patch16_224", depth=1, embed_dim=24))
@@ -144,12 +137,12 @@ def test_a_distillation_token_learns_from_the_teacher(command, tmp_path) -> None
 def test_an_exported_file_and_a_timm_model_are_teachers(recipe, teacher, tmp_path, monkeypatch) -> None:
     assert karat_here("export", str(teacher), "--out", str(tmp_path / "exported")) == 0
     exported = next((tmp_path / "exported").rglob("*.safetensors"))
-    student = load_recipe(recipe, [*SMALL, *QUICK, f"distill.from={exported}"])
-    keep_distillation_teacher(student, tmp_path)
-    read = read_distillation_teacher(student, [], tmp_path)
+    own = load_recipe(recipe, [*SMALL, "schedule.warmup_epochs=0", f"distill.from={exported}"])
+    keep_distillation_teacher(own, tmp_path)
+    read = read_distillation_teacher(own, [], tmp_path)
     assert (read.image_size, read.mean) == (20, (0.5, 0.5, 0.5))
     kept = put_into_cache(tmp_path / "hub", "test_vit.r160_in1k", monkeypatch)
-    of_timm = student.changed(distill__from_="timm:test_vit.r160_in1k", model__num_classes=1000)
+    of_timm = own.changed(distill__from_="timm:test_vit.r160_in1k", model__num_classes=1000)
     keep_distillation_teacher(of_timm, tmp_path)
     read = read_distillation_teacher(of_timm, [], tmp_path)
     assert read.digest == weights_digest(kept)
@@ -159,19 +152,19 @@ def test_an_exported_file_and_a_timm_model_are_teachers(recipe, teacher, tmp_pat
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("stage", [1, 3])
-def test_every_stage_and_world_gives_the_same_losses(command, tmp_path, stage) -> None:
+def test_every_stage_and_world_gives_the_same_losses(student, tmp_path, stage) -> None:
     alone, ranks = tmp_path / "alone", tmp_path / "ranks"
-    karat_done(*command(alone))
+    karat_done(*student(alone))
     for steps in ("4", "null"):  # stopped and resumed
         own = (f"deepspeed.config=zero{stage}", f"train.max_steps={steps}")
-        karat_done(*command(ranks, *own), processes=2)
+        karat_done(*student(ranks, *own), processes=2)
     assert np.allclose(losses(ranks), losses(alone), rtol=1e-4)
 
 
-def test_another_teacher_is_noticed_on_resuming(command, tmp_path) -> None:
+def test_another_teacher_is_noticed_on_resuming(student, tmp_path) -> None:
     run = tmp_path / "run"
-    assert karat_here(*command(run, "train.max_steps=2")) == 0
-    on = command(run)
+    assert karat_here(*student(run, "train.max_steps=2")) == 0
+    on = student(run)
     whole = (run / FILE).read_bytes()
     with safe_open(run / FILE, "pt") as file:
         about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -180,28 +173,28 @@ def test_another_teacher_is_noticed_on_resuming(command, tmp_path) -> None:
     assert "its weights are not those that were written" in karat_refuses(*on)
     (run / FILE).write_bytes(whole[:100])
     assert f"{run / FILE}: not a whole file of karat export" in karat_refuses(*on)
-    shutil.copy(other_teacher(command, tmp_path) / FILE, run / FILE)
+    shutil.copy(other_teacher(student, tmp_path) / FILE, run / FILE)
     assert "learned from another teacher" in karat_refuses(*on)
     (run / FILE).write_bytes(whole)
     assert karat_here(*on) == 0
 
 
-def test_a_branch_of_a_run_without_a_teacher_learns_from_none(command, teacher, tmp_path) -> None:
-    assert karat_here(*command(tmp_path / "trunk", "train.max_steps=1", "distill.from=")) == 0
+def test_a_branch_of_a_run_without_a_teacher_learns_from_none(student, teacher, tmp_path) -> None:
+    assert karat_here(*student(tmp_path / "trunk", "train.max_steps=1", "distill.from=")) == 0
     branch = (f"resume.from={tmp_path / 'trunk'}", "resume.allow=[distill, train.max_steps]", "train.max_steps=2")
-    error = karat_refuses(*command(tmp_path / "branch", *branch, f"distill.from={teacher}"))
+    error = karat_refuses(*student(tmp_path / "branch", *branch, f"distill.from={teacher}"))
     assert "learned from no teacher; remove distill.from" in error
 
 
-def other_teacher(command: Command, tmp_path: Path) -> Path:
+def other_teacher(student: Command, tmp_path: Path) -> Path:
     """A student's run whose teacher is another run."""
     first, second = tmp_path / "first", tmp_path / "second"
-    assert karat_here(*command(first, "train.max_steps=1", "distill.from=")) == 0
-    assert karat_here(*command(second, "train.max_steps=1", f"distill.from={first}")) == 0
+    assert karat_here(*student(first, "train.max_steps=1", "distill.from=")) == 0
+    assert karat_here(*student(second, "train.max_steps=1", f"distill.from={first}")) == 0
     return second
 
 
-def test_what_nobody_can_learn_from_is_one_line(command, tmp_path) -> None:
+def test_what_nobody_can_learn_from_is_one_line(student, tmp_path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "weights.safetensors")
     about = {
         "model": '{"name": "vit_tiny_patch16_224"}',
@@ -221,14 +214,15 @@ def test_what_nobody_can_learn_from_is_one_line(command, tmp_path) -> None:
         "distill.kind=medium": "distill.kind",
     }
     for override, message in cases.items():
-        assert message in karat_refuses(*command(tmp_path / "run", override))
+        assert message in karat_refuses(*student(tmp_path / "run", override))
 
 
-def test_other_classes_are_named(command, teacher, tmp_path) -> None:
-    student = load_recipe("cifar10_vit_tiny", [*SMALL, *QUICK, "data.path=x", f"distill.from={teacher}"])
-    keep_distillation_teacher(student, tmp_path)
+def test_other_classes_are_named(student, tmp_path) -> None:
+    _, path, *overrides = student(tmp_path / "run")
+    recipe = load_recipe(path, overrides)
+    keep_distillation_teacher(recipe, tmp_path)
     with pytest.raises(RecipeError, match=r"its class 0 is .* but this data's is 'zebra'"):
-        read_distillation_teacher(student, ["zebra", "a", "b", "c"], tmp_path)
+        read_distillation_teacher(recipe, ["zebra", "a", "b", "c"], tmp_path)
 
 
 def test_the_cost_of_a_teacher_is_its_forward_pass() -> None:

@@ -18,29 +18,23 @@ from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.classification.distillation_teacher import TEACHER_FILE as FILE
 from karat_scale.training.tasks.classification.distillation_teacher import keep_teacher
 from karat_scale.training.weights_file import read_exported
-from tests.conftest import SMALL, events, karat, karat_done, karat_refuses, summary
+from tests.conftest import karat, karat_done, karat_refuses, summary
 from tests.small_engines import make_trainer, weights
-
-QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null")
+from tests.training.runs import losses
 
 
 @pytest.fixture(scope="module")
-def teacher(recipe) -> Path:
+def teacher(command, recipe) -> Path:
     """A KArAt run of 8 steps."""
     run = recipe.parent / "teacher"
-    karat_done("train", str(recipe), *SMALL, *QUICK, "attention.kind=karat", f"run.dir={run}")
+    karat_done(*command(run, "attention.kind=karat"))
     return run
 
 
 @pytest.fixture(scope="module")
-def student_command(recipe, teacher) -> Callable[..., list[str]]:
+def student_command(command, teacher) -> Callable[..., list[str]]:
     """The arguments of `karat` that train a student."""
-
-    def command(run: Path, *overrides: str) -> list[str]:
-        own = (f"attention.transfer_from={teacher}", f"run.dir={run}")
-        return ["train", str(recipe), *SMALL, *QUICK, *own, *overrides]
-
-    return command
+    return lambda run, *overrides: command(run, f"attention.transfer_from={teacher}", *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +43,6 @@ def stopped(student_command, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("students") / "stopped"
     karat_done(*student_command(run, "train.max_steps=3"))
     return run
-
-
-def losses(run: Path) -> list[float]:
-    return [event["loss"] for event in events(run, "train")]
 
 
 def test_a_student_trains_stops_resumes_and_is_evaluated_without_the_teachers_run(
@@ -69,7 +59,7 @@ def test_a_student_trains_stops_resumes_and_is_evaluated_without_the_teachers_ru
     finally:
         gone.rename(teacher)
     assert losses(parts) == losses(whole)
-    assert losses(whole)[0] != losses(whole)[-1]
+    assert losses(whole)[1] != losses(whole)[8]
     assert summary(whole)["parameters"] < summary(teacher)["parameters"]
     assert json.loads((tmp_path / "eval.json").read_text())["top1"] == summary(parts)["best_top1"]
     digest = Teacher(read_exported(parts / FILE)).digest
@@ -86,7 +76,7 @@ def test_a_larger_student_trains_and_is_evaluated(student_command, tmp_path) -> 
     larger = ("model.embed_dim=64", "model.num_heads=4")
     assert "use attention.transfer_heads=repeat, cycle or interpolate" in karat_refuses(*student_command(run, *larger))
     karat_done(*student_command(run, *larger, "attention.transfer_heads=interpolate"))
-    assert losses(run)[0] != losses(run)[-1]
+    assert losses(run)[1] != losses(run)[8]
     assert main(["eval", str(run), "--json", str(tmp_path / "eval.json")]) == 0
     assert json.loads((tmp_path / "eval.json").read_text())["top1"] == summary(run)["best_top1"]
     assert main(["analyze", str(run), "--only", "spectrum", "--images", "2"]) == 0
@@ -164,9 +154,9 @@ def test_a_file_that_is_no_export_is_one_line(tmp_path) -> None:
         read_exported(tmp_path / FILE)
 
 
-def test_copying_the_teacher_does_not_change_the_initial_weights(recipe, teacher, world, tmp_path) -> None:
-    own = (f"attention.transfer_from={teacher}", f"run.dir={tmp_path / 'run'}", "data.workers=0")
-    student = load_recipe(recipe, [*SMALL, *QUICK, *own])
+def test_copying_the_teacher_does_not_change_the_initial_weights(student_command, world, tmp_path) -> None:
+    _, path, *overrides = student_command(tmp_path / "run", "data.workers=0")
+    student = load_recipe(path, overrides)
     first = make_trainer(student, world)
     RunDirectory(student.run.dir).begin(student, first.task.classes)
     second = make_trainer(student, world)  # the teacher is there already
