@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -47,9 +48,28 @@ def upload(remote: RemoteCheckpoints, store: CheckpointStore, name: str) -> None
     remote.upload(store, name, lambda size: None, lambda: None)
 
 
-@pytest.mark.parametrize("kind", ["s3", "gs"])
-def test_a_copy_is_the_checkpoint(kind, store, tmp_path, request) -> None:
-    url = request.getfixturevalue(kind)(tmp_path / "nothing")
+def fetched(url: str, name: str, scratch: Path) -> CheckpointStore:
+    """The store of a new directory, with an intact copy of the checkpoint at the URL."""
+    other = CheckpointStore(scratch / "other" / "checkpoints")
+    assert opened(url).download(name, other, lambda size: None) is None
+    assert other.damage(name) is None
+    return other
+
+
+@pytest.fixture
+def url(s3, tmp_path) -> str:
+    """A place on the server where nothing is."""
+    return s3(tmp_path / "nothing")
+
+
+@pytest.fixture(params=["s3", "gs"])
+def url_of_each(request, tmp_path) -> str:
+    """The same on each kind of server."""
+    return request.getfixturevalue(request.param)(tmp_path / "nothing")
+
+
+def test_a_copy_is_the_checkpoint(url_of_each, store, tmp_path) -> None:
+    url = url_of_each
     name, seen = save(store, 1200), []
     remote = opened(url)
     assert remote.names() == []
@@ -61,9 +81,7 @@ def test_a_copy_is_the_checkpoint(kind, store, tmp_path, request) -> None:
     assert again.pointed("best") is None
     assert sum(seen) >= sum(map(len, FILES.values()))
 
-    other = CheckpointStore(tmp_path / "other" / "checkpoints")
-    assert again.download(name, other, lambda size: None) is None
-    assert other.damage(name) is None
+    other = fetched(url, name, tmp_path)
     original = {path.name: path.read_bytes() for path in (store.root / name).iterdir()}
     assert {path.name: path.read_bytes() for path in (other.root / name).iterdir()} == original
     newer = save(store, 1300)
@@ -75,16 +93,11 @@ def test_a_copy_is_the_checkpoint(kind, store, tmp_path, request) -> None:
     assert opened(url).names() == [newer]
 
 
-@pytest.mark.parametrize("kind", ["s3", "gs"])
-def test_a_large_file_goes_in_parts(kind, store, tmp_path, request) -> None:
-    url = request.getfixturevalue(kind)(tmp_path / "nothing")
+def test_a_large_file_goes_in_parts(url_of_each, store, tmp_path) -> None:
     name, seen = save(store, 1, large=os.urandom(20 << 20)), []
-    remote = opened(url)
-    remote.upload(store, name, seen.append, lambda: None)
+    opened(url_of_each).upload(store, name, seen.append, lambda: None)
     assert max(seen) == 8 << 20
-    other = CheckpointStore(tmp_path / "other" / "checkpoints")
-    assert opened(url).download(name, other, lambda size: None) is None
-    assert other.damage(name) is None
+    fetched(url_of_each, name, tmp_path)
 
 
 class Killed(BaseException):
@@ -114,9 +127,8 @@ def kill_at() -> Iterator[Callable[[int], None]]:
     patch.undo()
 
 
-def test_a_kill_at_any_write_leaves_no_incomplete_checkpoint(store, s3, tmp_path, kill_at) -> None:
+def test_a_kill_at_any_write_leaves_no_incomplete_checkpoint(store, url, kill_at) -> None:
     first, second = save(store, 1), save(store, 2)
-    url = s3(tmp_path / "nothing")
     upload(opened(url), store, first)
     for number in range(WRITES):
         kill_at(number)
@@ -128,8 +140,7 @@ def test_a_kill_at_any_write_leaves_no_incomplete_checkpoint(store, s3, tmp_path
     assert opened(url).names() == [second, first]
 
 
-def test_a_kill_at_any_removal_leaves_no_incomplete_checkpoint(store, s3, tmp_path, kill_at) -> None:
-    url = s3(tmp_path / "nothing")
+def test_a_kill_at_any_removal_leaves_no_incomplete_checkpoint(store, url, kill_at) -> None:
     for step in (1, 2):
         upload(opened(url), store, save(store, step))
     kill_at(1)
@@ -142,8 +153,7 @@ def test_a_kill_at_any_removal_leaves_no_incomplete_checkpoint(store, s3, tmp_pa
     assert {name.split("/")[1] for name in WritableStore(url).files()} == {checkpoint_name(2)}
 
 
-def test_the_same_step_again_is_never_a_mixture(store, s3, tmp_path, kill_at) -> None:
-    url = s3(tmp_path / "nothing")
+def test_the_same_step_again_is_never_a_mixture(store, url, tmp_path, kill_at) -> None:
     upload(opened(url), store, save(store, 1))
     name = save(store, 1, other=b"another")
     kill_at(2)
@@ -152,12 +162,11 @@ def test_the_same_step_again_is_never_a_mixture(store, s3, tmp_path, kill_at) ->
     assert opened(url).names() == []
     kill_at(100)
     upload(opened(url), store, name)
-    other = CheckpointStore(tmp_path / "other" / "checkpoints")
-    assert opened(url).download(name, other, lambda size: None) is None
+    fetched(url, name, tmp_path)
 
 
-def test_retention_is_that_of_the_directory(store, s3, tmp_path) -> None:
-    remote = opened(s3(tmp_path / "nothing"))
+def test_retention_is_that_of_the_directory(store, url) -> None:
+    remote = opened(url)
     names = [save(store, step) for step in range(1, 7)]
     for name in names:
         upload(remote, store, name)
@@ -169,32 +178,29 @@ def test_retention_is_that_of_the_directory(store, s3, tmp_path) -> None:
     assert remote.names() == [names[5], names[4], names[1], names[0]]
 
 
-@pytest.mark.parametrize("harm", ["flipped", "short", "gone", "no manifest", "broken manifest"])
-def test_damage_is_found_and_leaves_nothing(harm, store, s3, tmp_path) -> None:
-    url = s3(tmp_path / "nothing")
+HARMS: dict[str, Callable[[WritableStore], object]] = {
+    "b.pt flipped": lambda there: there.write("b.pt", b"b" * 4999 + b"c"),
+    "b.pt short": lambda there: there.write("b.pt", b"b" * 4000),
+    "b.pt gone": lambda there: there.remove(["b.pt"]),
+    f"{MANIFEST} gone": lambda there: there.remove([MANIFEST]),
+    f"{MANIFEST} broken": lambda there: there.write(MANIFEST, b"{}"),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_damage_is_found_and_leaves_nothing(harm, store, url, tmp_path) -> None:
     name = save(store, 1)
-    remote, raw = opened(url), WritableStore(f"{url}/checkpoints/{name}")
-    upload(remote, store, name)
+    upload(opened(url), store, name)
     remote = opened(url)
-    if harm == "flipped":
-        raw.write("b.pt", b"b" * 4999 + b"c")
-    elif harm == "short":
-        raw.write("b.pt", b"b" * 4000)
-    elif harm == "gone":
-        raw.remove(["b.pt"])
-    elif harm == "no manifest":
-        raw.remove([MANIFEST])
-    else:
-        raw.write(MANIFEST, b"{}")
+    HARMS[harm](WritableStore(f"{url}/checkpoints/{name}"))
     other = CheckpointStore(tmp_path / "other" / "checkpoints")
     damage = remote.download(name, other, lambda size: None)
-    assert damage is not None
-    assert (MANIFEST if "manifest" in harm else "b.pt") in damage
+    assert harm.split()[0] in (damage or "")
     assert not list(other.root.glob("*")) + list(other.root.glob(".*"))
 
 
-def test_a_local_file_that_is_cut_is_not_copied(store, s3, tmp_path) -> None:
-    remote, name = opened(s3(tmp_path / "nothing")), save(store, 1)
+def test_a_local_file_that_is_cut_is_not_copied(store, url) -> None:
+    remote, name = opened(url), save(store, 1)
     (store.root / name / "b.pt").write_bytes(b"b")
     with pytest.raises(OSError, match=r"b\.pt of step-00000001 has 1 bytes, not 5000"):
         upload(remote, store, name)
@@ -207,10 +213,8 @@ def test_a_fault_that_ends_is_not_noticed(fault, store, s3, s3_port, tmp_path) -
     with FaultyProxy(s3_port, spoil=lambda number, asked: fault if number % 4 == 1 else None) as proxy:
         url = s3(tmp_path / "nothing", proxy.port)
         upload(opened(url), store, name)
-        other = CheckpointStore(tmp_path / "other" / "checkpoints")
-        assert opened(url).download(name, other, lambda size: None) is None
+        fetched(url, name, tmp_path)
         assert len(proxy.requests) < 80
-    assert other.damage(name) is None
 
 
 @pytest.mark.parametrize(
@@ -262,9 +266,7 @@ while True:
                 process.send_signal(signal.SIGKILL)
             remote = opened(url)
             for name in remote.names():
-                other = CheckpointStore(tmp_path / f"other-{number}" / "checkpoints")
-                assert remote.download(name, other, lambda size: None) is None
-                assert other.damage(name) is None
+                fetched(url, name, tmp_path / str(number))
             assert remote.pointed("latest") in {None, *names}
 
 

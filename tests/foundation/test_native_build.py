@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -37,22 +38,36 @@ def run(code, cache, **environment):
     return out.strip(), err
 
 
+def write_compiler(path, script):
+    """A program in place of the compiler; returns its path."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 @pytest.fixture
-def counting_compiler(tmp_path):
-    """A compiler that writes a line for each build, and the file it writes to."""
-    log, script = tmp_path / "builds", tmp_path / "compiler"
-    log.touch()
-    script.write_text(f'#!/bin/sh\ncase "$*" in *attention.cpp*) echo built >> {log}; sleep 1;; esac\nexec c++ "$@"\n')
-    script.chmod(0o755)
-    return str(script), log
+def cache(tmp_path, monkeypatch):
+    """A cache of this test's own, and in the folder above a source."""
+    monkeypatch.setenv("KARAT_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "source.cpp").write_text('extern "C" int answer() { return 1; }\n')
+    return tmp_path / "cache"
+
+
+def loaded(cache):
+    """Build, or find, the library of the source; returns it and its file."""
+    library = native_build._load(cache.parent / "source.cpp", native_build._available_instruction_sets()[0], ())
+    (file,) = cache.glob("*.so")
+    return library, file
 
 
 ATTEND = 'print(fourier_karat_attention(*call, implementation="cpu").sum().item())'
 
 
 @pytest.mark.slow
-def test_racing_processes_build_once_and_later_ones_not_at_all(tmp_path, counting_compiler):
-    compiler, log = counting_compiler
+def test_racing_processes_build_once_and_later_ones_not_at_all(tmp_path):
+    log = tmp_path / "builds"
+    noting = f'case "$*" in *attention.cpp*) echo built >> {log}; sleep 1;; esac\nexec c++ "$@"'
+    compiler = write_compiler(tmp_path / "compiler", noting)
     processes = [start(ATTEND, tmp_path / "cache", CXX=compiler) for _ in range(4)]
     results = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0] * 4, results
@@ -70,10 +85,8 @@ def test_each_instruction_set_and_compiler_has_a_library_of_its_own(tmp_path):
         run(ATTEND, tmp_path, KARAT_CPU_ISA=isa)
     libraries = {path.name for path in tmp_path.glob("*.so")}
     assert {name.split("-")[1] for name in libraries} == set(available)
-    script = tmp_path / "other"
-    script.write_text('#!/bin/sh\n[ "$1" = --version ] && echo other 1.0 && exit\nexec c++ "$@"\n')
-    script.chmod(0o755)
-    run(ATTEND, tmp_path, CXX=str(script))
+    other = '[ "$1" = --version ] && echo other 1.0 && exit\nexec c++ "$@"'
+    run(ATTEND, tmp_path, CXX=write_compiler(tmp_path / "other", other))
     assert len(list(tmp_path.glob("*.so"))) == len(libraries) + 1
 
 
@@ -99,37 +112,27 @@ def test_without_a_compiler_auto_streams_with_one_warning(tmp_path):
 
 
 def test_a_failed_build_is_told_and_not_retried(tmp_path):
-    log, script = tmp_path / "builds", tmp_path / "compiler"
-    script.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && exit 0\n'
-        f'echo built >> {log}\necho "attention.cpp:1: error: no such luck" >&2\nexit 1\n'
-    )
-    script.chmod(0o755)
-    out, _ = run(AUTO, tmp_path / "cache", CXX=str(script))
+    log, says = tmp_path / "builds", 'echo "attention.cpp:1: error: no such luck" >&2\nexit 1'
+    script = f'[ "$1" = --version ] && exit 0\necho built >> {log}\n{says}'
+    out, _ = run(AUTO, tmp_path / "cache", CXX=write_compiler(tmp_path / "compiler", script))
     assert "failed with attention.cpp:1: error: no such luck" in out
     assert log.read_text().count("built") == len(native_build._available_instruction_sets())
     assert not list((tmp_path / "cache").glob("building-*"))
     assert not list((tmp_path / "cache").glob("*.so"))
 
 
-def test_a_compiler_that_knows_less_than_the_cpu_builds_what_it_knows(tmp_path, monkeypatch):
+def test_a_compiler_that_knows_less_than_the_cpu_builds_what_it_knows(cache, tmp_path, monkeypatch):
     # A portable source can always fall back, on a CPU with one instruction set too.
     best, second = (*native_build._available_instruction_sets(), native_build.PLAIN)[:2]
     known = native_build.INSTRUCTION_SETS.get(second, ())
     unknown = next(flag for flag in native_build.INSTRUCTION_SETS[best] if flag not in known)
-    compiler, source = tmp_path / "old", tmp_path / "source.cpp"
-    compiler.write_text(
-        f'#!/bin/sh\ncase "$*" in *{unknown}*) echo "error: unknown option" >&2; exit 1;; esac\nexec c++ "$@"\n'
-    )
-    compiler.chmod(0o755)
-    source.write_text('extern "C" int answer() { return 1; }\n')
-    monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setenv("KARAT_CACHE_DIR", str(tmp_path / "cache"))
+    old = f'case "$*" in *{unknown}*) echo "error: unknown option" >&2; exit 1;; esac\nexec c++ "$@"'
+    monkeypatch.setenv("CXX", write_compiler(tmp_path / "old", old))
     monkeypatch.delenv("KARAT_CPU_ISA", raising=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert native_build.load(source, "the answer", portable=True).answer() == 1
-    (library,) = (tmp_path / "cache").glob("*.so")
+        assert native_build.load(tmp_path / "source.cpp", "the answer", portable=True).answer() == 1
+    (library,) = cache.glob("*.so")
     assert library.name.split("-")[1] == second
 
 
@@ -144,103 +147,68 @@ def test_a_damaged_library_is_built_again(tmp_path):
         assert library.read_bytes()[-32:] == content[-32:]
 
 
-def small_source(folder):
-    source = folder / "source.cpp"
-    source.write_text('extern "C" int answer() { return 1; }\n')
-    return source
-
-
-def test_nobody_else_may_write_to_the_cache_or_a_library(tmp_path, monkeypatch):
-    cache = tmp_path / "cache"
+def test_nobody_else_may_write_to_the_cache_or_a_library(cache):
     cache.mkdir()
     cache.chmod(0o777)
-    monkeypatch.setenv("KARAT_CACHE_DIR", str(cache))
-    source = small_source(tmp_path)
-    isa = native_build._available_instruction_sets()[0]
-    assert native_build._load(source, isa, ()).answer() == 1
+    built, library = loaded(cache)
+    assert built.answer() == 1
     assert cache.stat().st_mode & 0o777 == 0o755
-    (library,) = cache.glob("*.so")
     assert library.stat().st_mode & 0o777 == 0o700
     library.chmod(0o777)
-    built = library.stat().st_ino
-    native_build._load(source, isa, ())
-    assert library.stat().st_ino != built
+    before = library.stat().st_ino
+    loaded(cache)
+    assert library.stat().st_ino != before
     assert library.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
-@pytest.mark.parametrize("what", ["directory", "library"])
-def test_what_another_user_owns_is_not_loaded(tmp_path, monkeypatch, what):
-    cache = tmp_path / "cache"
-    monkeypatch.setenv("KARAT_CACHE_DIR", str(cache))
+def test_what_another_user_owns_is_not_loaded(cache, monkeypatch):
     monkeypatch.setattr(native_build, "_TRUSTED_OWNERS", (os.getuid(),))
-    source = small_source(tmp_path)
-    isa = native_build._available_instruction_sets()[0]
-    native_build._load(source, isa, ())
-    (library,) = cache.glob("*.so")
-    os.chown(cache if what == "directory" else library, 12345, 12345)
-    if what == "directory":
-        with pytest.raises(native_build.LoadError, match="belongs to another user; set KARAT_CACHE_DIR"):
-            native_build._load(source, isa, ())
-    else:
-        native_build._load(source, isa, ())
-        assert library.stat().st_uid == 0
+    _, library = loaded(cache)
+    os.chown(library, 12345, 12345)
+    assert loaded(cache)[1].stat().st_uid == 0
+    os.chown(cache, 12345, 12345)
+    with pytest.raises(native_build.LoadError, match="belongs to another user; set KARAT_CACHE_DIR"):
+        loaded(cache)
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe"])
-def test_a_lock_that_is_not_a_file_is_named_and_harms_nothing(tmp_path, monkeypatch, kind):
-    monkeypatch.setenv("KARAT_CACHE_DIR", str(tmp_path / "cache"))
-    source, precious = small_source(tmp_path), tmp_path / "precious"
+def test_a_lock_that_is_not_a_file_is_named_and_harms_nothing(cache, tmp_path, kind):
+    precious = tmp_path / "precious"
     precious.write_text("mine")
-    isa = native_build._available_instruction_sets()[0]
-    native_build._load(source, isa, ())
-    (lock,) = (tmp_path / "cache").glob("*.lock")
-    (library,) = (tmp_path / "cache").glob("*.so")
-    library.unlink()
+    loaded(cache)[1].unlink()
+    (lock,) = cache.glob("*.lock")
     lock.unlink()
     lock.symlink_to(precious) if kind == "link" else os.mkfifo(lock)
     with pytest.raises((native_build.LoadError, OSError), match=str(lock)):
-        native_build._load(source, isa, ())
+        loaded(cache)
     assert precious.read_text() == "mine"
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path):
-    blocked = tmp_path / "file"
-    blocked.touch()
-    out, _ = run(AUTO, blocked / "cache")
-    assert str(blocked) in out
-
-
-def test_an_instruction_set_the_cpu_lacks_is_refused(tmp_path):
-    out, _ = run(
-        AUTO.replace("print(len(caught), caught[0].message)", "print(len(caught))"), tmp_path, KARAT_CPU_ISA="mmx"
-    )
+def test_a_cache_that_cannot_be_written_and_an_instruction_set_the_cpu_lacks_are_named(tmp_path):
+    (tmp_path / "file").touch()
+    assert str(tmp_path / "file") in run(AUTO, tmp_path / "file" / "cache")[0]
+    quiet = AUTO.replace("print(len(caught), caught[0].message)", "print(len(caught))")
+    out, _ = run(quiet, tmp_path, KARAT_CPU_ISA="mmx")
     assert out.split("\n")[0] == "0"
     assert "KARAT_CPU_ISA = 'mmx': this CPU offers " in out
 
 
-def test_a_changed_header_is_built_anew(tmp_path, monkeypatch):
-    monkeypatch.setenv("KARAT_CACHE_DIR", str(tmp_path / "cache"))
-    answers = []
+def test_a_changed_header_is_built_anew(cache, tmp_path):
+    (tmp_path / "source.cpp").write_text('#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n')
     for number in (1, 2):
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "answer.h").write_text(f"constexpr int ANSWER = {number};\n")
-        source = folder / "source.cpp"
-        source.write_text('#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n')
-        answers.append(native_build.load(source, "the answer").answer())
-    assert answers == [1, 2]
+        source = shutil.copy(tmp_path / "source.cpp", folder)
+        assert native_build.load(Path(source), "the answer").answer() == number
 
 
 def test_what_a_compiler_says_is_text_in_any_encoding(tmp_path):
-    script = tmp_path / "compiler"
-    script.write_text(
-        '#!/bin/sh\ncase "$1" in --version) printf "g++ \\377 13\\n";; '
-        '*) printf "x: err\\377or: \\033[31m bad\\n" >&2; exit 1;; esac\n'
-    )
-    script.chmod(0o755)
+    version, error = r'printf "g++ \377 13\n"', r'printf "x: err\377or: \033[31m bad\n" >&2'
+    script = f'case "$1" in --version) {version};; *) {error}; exit 1;; esac'
     code = 'print(fourier_karat_attention(*call, implementation="auto").shape)'
-    out, err = run(code, tmp_path / "cache", CXX=str(script))
+    out, err = run(code, tmp_path / "cache", CXX=write_compiler(tmp_path / "compiler", script))
     assert out == "torch.Size([1, 2, 9, 8])"
     assert r"failed with x: err\xffor: \x1b[31m bad" in err
 
