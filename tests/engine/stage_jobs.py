@@ -1,4 +1,4 @@
-"""Short trainings at chosen stages, in this process or as several ranks: `python -m tests.engine.stage_jobs JOBS OUT`.
+"""Short trainings at chosen stages, as one or several ranks: `python -m tests.engine.stage_jobs JOBS OUT`.
 
 One launch runs many jobs, because starting processes is what takes the time.
 """

@@ -69,14 +69,3 @@ def test_what_was_kept_offline_is_sent_where_there_is_a_network(written, account
     monkeypatch.setenv("WANDB_MODE", "online")
     assert written.send("wandb")[0] == []
     assert steps(account, written) == [1, 2]
-
-
-def test_another_run_in_the_directory_does_not_get_the_figures_of_the_first(written, account) -> None:
-    written.train(1, 2)
-    assert written.send("wandb")[0] == []
-    first = run_id(written.path)
-    written.send("wandb", anew=True)
-    written.train(1)
-    assert written.send("wandb")[0] == []
-    assert run_id(written.path) != first
-    assert steps(account, written) == [1]
