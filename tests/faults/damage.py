@@ -23,84 +23,41 @@ class Damage:
 
     def apply(self, files: Sequence[Path]) -> Path | None:
         """Harm one of `files`; returns it, or None where its bytes are what they were."""
-        path = files[int(self.file * len(files))]
-        before = path.read_bytes()
-        HARMS[self.harm](self, path, files)
+        path, other = files[int(self.file * len(files))], files[self.position(len(files))]
+        before, theirs = path.read_bytes(), other.read_bytes()
+        if self.harm in CHANGES:
+            path.write_bytes(CHANGES[self.harm](self, before, self.position(len(before)), theirs))
+        elif self.harm == "swapped with another":
+            path.write_bytes(theirs)
+            other.write_bytes(before)
+        else:
+            path.unlink()
+        if self.harm == "a directory instead":
+            path.mkdir()
         return None if path.is_file() and path.read_bytes() == before else path
 
     def position(self, length: int) -> int:
         """A place in so many bytes."""
         return min(int(self.place * length), max(length - 1, 0))
 
-
-def _flip(damage: Damage, path: Path, files: Sequence[Path]) -> None:
-    data = bytearray(path.read_bytes())
-    if data:
-        data[damage.position(len(data))] ^= 1 << damage.bit
-    path.write_bytes(data)
+    def flipped(self, data: bytes, at: int) -> bytes:
+        """The bytes with another bit at a place."""
+        return data[:at] + bytes([data[at] ^ 1 << self.bit]) + data[at + 1 :] if data else data
 
 
-def _cut(damage: Damage, path: Path, files: Sequence[Path]) -> None:
-    data = path.read_bytes()
-    path.write_bytes(data[: damage.position(len(data))])
-
-
-def _lengthen(damage: Damage, path: Path, files: Sequence[Path]) -> None:
-    path.write_bytes(path.read_bytes() + damage.more)
-
-
-def _insert(damage: Damage, path: Path, files: Sequence[Path]) -> None:
-    data = path.read_bytes()
-    at = damage.position(len(data))
-    path.write_bytes(data[:at] + damage.more + data[at:])
-
-
-def _overwrite(damage: Damage, path: Path, files: Sequence[Path]) -> None:
-    data = bytearray(path.read_bytes())
-    at = damage.position(len(data))
-    data[at : at + len(damage.more)] = damage.more[: len(data) - at]
-    path.write_bytes(data)
-
-
-def _zero_the_rest(damage: Damage, path: Path, files: Sequence[Path]) -> None:
-    data = path.read_bytes()
-    at = damage.position(len(data))
-    path.write_bytes(data[:at] + bytes(len(data) - at))
-
-
-def _swap(damage: Damage, path: Path, files: Sequence[Path]) -> None:
-    other = files[damage.position(len(files))]
-    mine, theirs = path.read_bytes(), other.read_bytes()
-    path.write_bytes(theirs)
-    other.write_bytes(mine)
-
-
-def _replace(damage: Damage, path: Path, files: Sequence[Path]) -> None:
-    other = files[damage.position(len(files))].read_bytes()
-    path.write_bytes(other)
-
-
-def _remove(damage: Damage, path: Path, files: Sequence[Path]) -> None:
-    path.unlink()
-
-
-def _directory(damage: Damage, path: Path, files: Sequence[Path]) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-HARMS: dict[str, Callable[[Damage, Path, Sequence[Path]], None]] = {
-    "one bit flipped": _flip,
-    "cut": _cut,
-    "lengthened": _lengthen,
-    "bytes inserted": _insert,
-    "bytes overwritten": _overwrite,
-    "zeroed from somewhere": _zero_the_rest,
-    "swapped with another": _swap,
-    "replaced by another": _replace,
-    "removed": _remove,
-    "a directory instead": _directory,
+# What becomes of a file's bytes, by a place in them and the bytes of another file.
+CHANGES: dict[str, Callable[[Damage, bytes, int, bytes], bytes]] = {
+    "one bit flipped": lambda damage, data, at, other: damage.flipped(data, at),
+    "cut": lambda damage, data, at, other: data[:at],
+    "lengthened": lambda damage, data, at, other: data + damage.more,
+    "bytes inserted": lambda damage, data, at, other: data[:at] + damage.more + data[at:],
+    "bytes overwritten": lambda damage, data, at, other: (data[:at] + damage.more + data[at + len(damage.more) :])[
+        : len(data)
+    ],
+    "zeroed from somewhere": lambda damage, data, at, other: data[:at] + bytes(len(data) - at),
+    "replaced by another": lambda damage, data, at, other: other,
 }
+HARMS = (*CHANGES, "swapped with another", "removed", "a directory instead")
 FRACTIONS = st.floats(0, 1, exclude_max=True)
 DAMAGES = st.builds(
     Damage,

@@ -11,6 +11,7 @@ import random
 import struct
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from karat_scale.data.decoders.decode import UndecodableImageError, View, centre_view, crop_view
@@ -48,7 +49,7 @@ def mutated(chosen: random.Random, photos: list[bytes]) -> bytes:
     pieces = segments(chosen.choice(photos))
     for _ in range(chosen.choice((0, 1, 1, 2))):
         at = chosen.randrange(1, len(pieces))
-        pieces = chosen.choice((_dropped, _doubled, _swapped, _foreign, _resized))(chosen, pieces, at, photos)
+        pieces = chosen.choice(MUTATIONS)(chosen, pieces, at, photos)
     data = bytearray(b"".join(pieces))
     for _ in range(chosen.choice((0, 1, 1, 2, 8))):
         data[chosen.randrange(len(data))] = chosen.choice((chosen.randrange(256), 0xFF, 0x00, 0xD9, 0xDA, 0xC4, 0xDB))
@@ -58,18 +59,6 @@ def mutated(chosen: random.Random, photos: list[bytes]) -> bytes:
         at = chosen.randrange(len(data) + 1)
         data[at:at] = chosen.randbytes(chosen.randrange(40))
     return bytes(data)
-
-
-def _dropped(chosen: random.Random, pieces: list[bytes], at: int, photos: list[bytes]) -> list[bytes]:
-    return pieces[:at] + pieces[at + 1 :] or pieces
-
-
-def _doubled(chosen: random.Random, pieces: list[bytes], at: int, photos: list[bytes]) -> list[bytes]:
-    return pieces[: at + 1] + pieces[at:]
-
-
-def _swapped(chosen: random.Random, pieces: list[bytes], at: int, photos: list[bytes]) -> list[bytes]:
-    return [*pieces[: at - 1], *reversed(pieces[at - 1 : at + 1]), *pieces[at + 1 :]]
 
 
 def _foreign(chosen: random.Random, pieces: list[bytes], at: int, photos: list[bytes]) -> list[bytes]:
@@ -92,6 +81,15 @@ def _resized(chosen: random.Random, pieces: list[bytes], at: int, photos: list[b
             (0, 1, 2, 3, 4, 0x11, 0x12, 0x21, 0x22, 0x41, 0x14, 0xFF)
         )
     return [*pieces[:frame], bytes(header), *pieces[frame + 1 :]]
+
+
+MUTATIONS: tuple[Callable[[random.Random, list[bytes], int, list[bytes]], list[bytes]], ...] = (
+    lambda chosen, pieces, at, photos: pieces[:at] + pieces[at + 1 :],
+    lambda chosen, pieces, at, photos: pieces[: at + 1] + pieces[at:],  # doubled
+    lambda chosen, pieces, at, photos: [*pieces[: at - 1], *reversed(pieces[at - 1 : at + 1]), *pieces[at + 1 :]],
+    _foreign,
+    _resized,
+)
 
 
 def view_of(chosen: random.Random, width: int, height: int) -> View:
