@@ -5,7 +5,7 @@ kill, a full disk or damage. The world size and ZeRO stage of the engine may dif
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,26 +178,15 @@ def _add_rank(
             # ZeRO 1 and 2 pad the last rank's part: DeepSpeed cuts the padding off the weights, not off the states.
             if other is not None and other.numel() < end:
                 raise RunDirectoryError(f"{sidecar_name(rank)}: averages or optimizer states shorter than the weights")
-        _add(state, fragments, master, states, number, average)
-
-
-def _add(
-    state: SavedState,
-    fragments: Sequence[Fragment],
-    master: torch.Tensor,
-    states: OptimizerStates,
-    number: int,
-    average: torch.Tensor | None,
-) -> None:
-    state.masters.add(fragments, master)
-    for key, value in states.state.get(number, {}).items():
-        if isinstance(value, torch.Tensor):
-            state.elementwise.setdefault(key, Pieces()).add(fragments, value)
-        else:
-            state.scalars.setdefault(key, {}).update({fragment.name: value for fragment in fragments})
-    if average is not None:
-        state.ema = state.ema or Pieces()
-        state.ema.add(fragments, average)
+        state.masters.add(fragments, master)
+        for key, value in states.state.get(number, {}).items():
+            if isinstance(value, torch.Tensor):
+                state.elementwise.setdefault(key, Pieces()).add(fragments, value)
+            else:
+                state.scalars.setdefault(key, {}).update({fragment.name: value for fragment in fragments})
+        if average is not None:
+            state.ema = state.ema or Pieces()
+            state.ema.add(fragments, average)
 
 
 def _check_whole(state: SavedState, has_ema: bool) -> None:
@@ -234,7 +223,9 @@ def _fill(engine: Engine, ema: Ema | None, saved: SavedState) -> list[dict[str, 
     """Fill this rank's own tensors; returns the optimizer's states of each."""
     check_shapes({**engine.shapes, **{name: tuple(x.shape) for name, x in engine.frozen.items()}}, saved.shapes)
     check_buffers(engine.module, saved.buffers)
-    _check_frozen(engine, saved)
+    for name in sorted(saved.frozen ^ engine.frozen.keys()):
+        where = "there and not here" if name in saved.frozen else "here and not there"
+        raise RunDirectoryError(f"{name} is frozen {where} (train.freeze); use its list, or init_from to begin with it")
     if saved.elementwise and saved.elementwise.keys() != engine.optimizer_states:
         kept = [name for name, row in OPTIMIZERS.items() if saved.elementwise.keys() == row.all_states]
         fix = f"set optim.name={kept[0]} or start another run" if kept else "start another run"
@@ -304,12 +295,6 @@ def check_teacher(model: nn.Module, saved: Mapping[str, Any]) -> None:
             f"it was trained with {there}, and the run's teacher.safetensors has digest {teacher.digest[:12]}; "
             "put the right file there"
         )
-
-
-def _check_frozen(engine: Engine, saved: SavedState) -> None:
-    for name in sorted(saved.frozen ^ engine.frozen.keys()):
-        where = "there and not here" if name in saved.frozen else "here and not there"
-        raise RunDirectoryError(f"{name} is frozen {where} (train.freeze); use its list, or init_from to begin with it")
 
 
 def _optimizer_state(fragments: list[Fragment], master: torch.Tensor, saved: SavedState) -> dict[str, Any]:

@@ -84,7 +84,15 @@ def damage_of(checkpoint: Path, progress: Progress | None = None) -> str | None:
     except (OSError, ValueError):
         return f"{MANIFEST} is not readable"
     total = sum(file.bytes for file in files.values())
-    count = _counter(total, progress)
+    counting, done = threading.Lock(), 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        if progress is not None:
+            with counting:
+                done += size
+                progress(done, total)
+
     with ThreadPoolExecutor(min(_HASHING_THREADS, usable_cores())) as threads:
         found = list(threads.map(lambda name: _damage(checkpoint / name, files[name], count), files))
     if progress is not None:
@@ -104,20 +112,6 @@ def _damage(path: Path, written: Fingerprint, count: Callable[[int], None]) -> s
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror}"
     return None
-
-
-def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
-    """Adds up the sizes that threads report."""
-    lock, done = threading.Lock(), 0
-
-    def count(size: int) -> None:
-        nonlocal done
-        if progress is not None:
-            with lock:
-                done += size
-                progress(done, total)
-
-    return count
 
 
 def hold(checkpoint: Path) -> BinaryIO | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from karat_scale import __version__
 from karat_scale.checkpoint.restore import (
@@ -75,27 +75,23 @@ def fit_state(saved: SavedState, model: nn.Module) -> SavedState:
 
 def _fit(pieces: Pieces, saved: SavedState, model: nn.Module, power: float = 1.0) -> Pieces:
     """Return values by parameter name for the model's size; each is raised to `power` while it is interpolated."""
-    values = {name: _whole(pieces, name, shape) ** power for name, shape in saved.shapes.items()}
+    values = {}
+    for name, shape in saved.shapes.items():
+        whole = torch.zeros(shape)
+        pieces.copy_into(name, whole.view(-1))
+        values[name] = whole**power
     # Also named as buffers are the parameters of an operator that blocks share, once for each further block.
     own = dict(model.named_buffers())
-    buffers = _floats({name: buffer for name, buffer in saved.buffers.items() if name in own})
-    take_weights(model, {**values, **buffers}, new_head=False)
+    for name, buffer in saved.buffers.items():
+        if name in own:
+            values[name] = buffer.float() if buffer.is_floating_point() else buffer
+    take_weights(model, values, new_head=False)
     fitted = Pieces()
     for name, parameter in model.named_parameters():
         if name in pieces:  # an optimizer has no states of frozen parameters, or other ones for some
             value = parameter.detach().float().clone() ** (1 / power)
             fitted.add([Fragment(name, 0, 0, value.numel())], value)
     return fitted
-
-
-def _whole(pieces: Pieces, name: str, shape: tuple[int, ...]) -> Tensor:
-    value = torch.zeros(shape)
-    pieces.copy_into(name, value.view(-1))
-    return value
-
-
-def _floats(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: buffer.float() if buffer.is_floating_point() else buffer for name, buffer in buffers.items()}
 
 
 def wants_ema(weights: str, recipe: RunRecipe, saved: Mapping[str, Any]) -> bool:
@@ -235,14 +231,11 @@ class Snapshots:
             return
         try:
             self.directory.mkdir(exist_ok=True)
-            save_safetensors(self._state(whole), path, self._metadata(path.stem, step))
+            teacher = teacher_of(self.engine.module)
+            saved = {"step": step, "teacher": teacher.digest if teacher else None}
+            save_safetensors(self._state(whole), path, describe_weights(self.recipe, saved, path.stem, "raw"))
         except OSError as error:
             self.reporter.warn(f"snapshot {path.name} not saved: {describe(error)}")
-
-    def _metadata(self, name: str, step: int) -> dict[str, str]:
-        teacher = teacher_of(self.engine.module)
-        saved = {"step": step, "teacher": teacher.digest if teacher else None}
-        return describe_weights(self.recipe, saved, name, "raw")
 
     def _state(self, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """As the plain model's `state_dict`: a module that blocks share is there once for each."""

@@ -49,7 +49,11 @@ class Outcome:
         """The figures of the whole run, over all its restarts."""
         if previous is not None and not self.begun:  # this start failed before it knew the run's state
             return {**previous, "exit": self.code, "reason": self.reason}
-        rate = self.state.images_per_second
+        rate, task = self.state.images_per_second, self.task
+        data: dict[str, Any] = {}
+        if task is not None:
+            classes = {"classes": len(task.classes), "classes_sha256": classes_digest(task.classes)}
+            data = {"train_images": task.num_train, **classes, **task.facts(self.state)}
         return {
             "name": self.recipe.run.name,
             "exit": self.code,
@@ -61,7 +65,7 @@ class Outcome:
             "seconds_to_first_step": self.state.seconds_to_first_step,
             "peak_memory_mb": self.state.peak_memory_mb,
             "parameters": self.parameters,
-            **self._data(),
+            **data,
             "recipe_sha256": text_digest(dump_recipe(self.recipe)),
             "seed": self.recipe.run.seed,
             "skipped_steps": self.state.skipped_steps,
@@ -70,17 +74,6 @@ class Outcome:
             "device": device_name(self.world.device),
             "processor": processor_name(),
             "versions": library_versions(),
-        }
-
-    def _data(self) -> dict[str, Any]:
-        if self.task is None:
-            return {}
-        classes = self.task.classes
-        return {
-            "train_images": self.task.num_train,
-            "classes": len(classes),
-            "classes_sha256": classes_digest(classes),
-            **self.task.facts(self.state),
         }
 
 

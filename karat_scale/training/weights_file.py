@@ -247,19 +247,15 @@ def initialise(model: nn.Module, recipe: RunRecipe, world: World, take: Take = t
     source = recipe.init_from
     try:
         with world.together():
-            notes = _take(model, recipe, take)
+            weights, origin, normalised = read_weights(source)
+            if origin is not None:
+                check_heads(origin.model, recipe.model)
+            notes = [note for note in [take(model, weights)] if note]
+            notes += [] if origin is None else differences(origin, (recipe.model, recipe.attention))
+            notes += _other_pixels(normalised, recipe)
     except UserError as error:
         raise RecipeError(f"init_from = {source}: {str(error).removeprefix(f'{source}: ')}") from error
     return "; ".join([f"begins with the weights of {source}", *notes])
-
-
-def _take(model: nn.Module, recipe: RunRecipe, take: Take) -> list[str]:
-    weights, origin, normalised = read_weights(recipe.init_from)
-    if origin is not None:
-        check_heads(origin.model, recipe.model)
-    notes = take(model, weights)
-    differing = [] if origin is None else differences(origin, (recipe.model, recipe.attention))
-    return [*([notes] if notes else []), *differing, *_other_pixels(normalised, recipe)]
 
 
 def _other_pixels(normalised: tuple[Triple, Triple] | None, recipe: RunRecipe) -> list[str]:

@@ -315,13 +315,10 @@ class StepProfiler:
                 unfinished = scratch / trace.name
                 self._profile.export_chrome_trace(str(unfinished))
                 commit_file(unfinished, trace)
-            replace_file(self._directory / f"{name}.txt", self._table() + "\n")
+            on = "cuda" if self._world.device.type == "cuda" else "cpu"
+            times = self._profile.key_averages().table(sort_by=f"self_{on}_time_total", row_limit=TABLE_ROWS)
+            replace_file(self._directory / f"{name}.txt", f"{times}\n")
         except OSError as error:  # training is worth more than its profile
             self._reporter.warn(f"profile of steps {self._first} to {self._last} not written: {error}")
             return
         self._reporter.info(f"profiled steps {self._first} to {self._last}: {trace}")
-
-    def _table(self) -> str:
-        on = "cuda" if self._world.device.type == "cuda" else "cpu"
-        table: str = self._profile.key_averages().table(sort_by=f"self_{on}_time_total", row_limit=TABLE_ROWS)
-        return table
