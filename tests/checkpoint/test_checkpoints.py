@@ -1,18 +1,26 @@
 """A saved state is loaded to the bits, at the same stage and at another."""
 
 import json
+import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 
+from karat_scale.checkpoint.checkpoints import Checkpoints
 from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine.deepspeed_internals import master_weights
+from karat_scale.engine.distributed import World
+from karat_scale.engine.engine import Engine
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.models import create_model
+from karat_scale.models.layers import freeze
+from karat_scale.recipe import Recipe
 from karat_scale.training.tasks.classification.task import TrainState
-from tests.small_engines import CONFIGS, VARIANTS, equal, train_once, train_steps, weights
+from tests.small_engines import CONFIGS, VARIANTS, checkpoints_of, equal, train_once, train_steps, weights
+from tests.training.harm import POINTERS, point
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -179,3 +187,154 @@ def test_a_checkpoint_of_another_run_is_one_line(small_recipe, make_checkpoints,
     other = make_checkpoints(small_recipe(override), tmp_path / "c")
     with pytest.raises(RunDirectoryError, match=said):
         other.load()
+
+
+class Killed(BaseException):
+    """In place of a kill."""
+
+
+def state(step: int, top1: float, best_step: int, best_top1: float) -> TrainState:
+    scores = {"last_top1": top1, "last_top5": top1, "best_top1": best_top1, "best_top5": best_top1}
+    return TrainState(step=step, samples=8 * step, evaluated_step=step, best_step=best_step, **scores)
+
+
+@pytest.mark.parametrize("killed_at", ["best", "latest"])
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_a_kill_before_a_pointer_moves_loses_no_best(
+    small_recipe, make_checkpoints, tmp_path, monkeypatch, killed_at, earlier
+) -> None:
+    first, second = (make_checkpoints(small_recipe(), tmp_path / "c") for _ in range(2))
+    if earlier:
+        first.save(state(1, 40.0, 1, 40.0), is_best=True)
+    point = first.store.point
+
+    def killed(pointer: str, name: str) -> None:
+        if pointer == killed_at:
+            raise Killed
+        point(pointer, name)
+
+    monkeypatch.setattr(first.store, "point", killed)
+    with pytest.raises(Killed):
+        first.save(state(2, 50.0, 2, 50.0), is_best=True)
+    resumed = second.load()
+    assert resumed.step == (1 if earlier else 2)  # where `latest` is, or the newest one where nothing is
+    best = second.store.pointed("best")
+    assert best == ("step-00000001" if earlier and killed_at == "best" else "step-00000002")
+    assert second.store.find_intact("best") == best
+
+
+def test_a_reader_finds_the_best_of_a_run_that_was_killed_before_the_pointer(
+    small_recipe, make_checkpoints, tmp_path
+) -> None:
+    checkpoints = make_checkpoints(small_recipe(), tmp_path / "c")
+    checkpoints.save(state(1, 50.0, 1, 50.0))
+    checkpoints.save(state(2, 40.0, 1, 50.0))
+    assert checkpoints.store.pointed("best") is None
+    assert checkpoints.store.find_intact("best") == "step-00000001"
+
+
+@pytest.mark.parametrize("is_one_kept", [True, False])
+def test_a_best_that_is_gone_is_said_and_another_takes_its_place(
+    small_recipe, make_checkpoints, tmp_path, capsys, is_one_kept
+) -> None:
+    first, second = (make_checkpoints(small_recipe(), tmp_path / "c") for _ in range(2))
+    first.save(state(1, 40.0, 1, 40.0), is_best=is_one_kept)
+    first.save(state(2, 50.0, 2, 50.0))
+    first.save(state(3, 45.0, 2, 50.0))
+    shutil.rmtree(tmp_path / "c" / "step-00000002")
+    resumed = second.load()
+    assert resumed.step == 3
+    assert "the best checkpoint, step-00000002, is gone; the " in capsys.readouterr().out
+    kept = (1, 40.0, 40.0) if is_one_kept else (None, None, None)
+    assert (resumed.best_step, resumed.best_top1, resumed.best_top5) == kept
+    assert resumed.last_top1 == 45.0
+
+
+@pytest.mark.parametrize("harm", [*POINTERS, "link", "directory"])
+def test_a_latest_that_names_nothing_is_repaired_by_the_next_start(
+    small_recipe, make_checkpoints, tmp_path, capsys, harm
+) -> None:
+    first, second = (make_checkpoints(small_recipe(), tmp_path / "c") for _ in range(2))
+    first.save(state(1, 40.0, 1, 40.0), is_best=True)
+    latest = tmp_path / "c" / "latest"
+    if harm in POINTERS:
+        point(latest, POINTERS[harm])
+    else:
+        latest.unlink()
+        latest.symlink_to("gone") if harm == "link" else latest.mkdir()
+    assert second.load().step == 1
+    said = capsys.readouterr().out
+    if harm == "directory":
+        assert f"warning: {latest} cannot be repaired: Is a directory" in said
+    else:
+        assert "warning: latest names step-00000001 again" in said
+        assert second.store.find_intact("latest") == "step-00000001"
+
+
+def test_of_equal_scores_the_first_is_the_best() -> None:
+    run = TrainState(step=1)
+    assert run.record({"top1": 50.0, "top5": 60.0})
+    run.step = 2
+    assert not run.record({"top1": 50.0, "top5": 70.0})
+    assert (run.best_step, run.best_top5) == (1, 60.0)
+
+
+TUNED = ("optim.layer_decay=0.5", "train.freeze=[patch_embed.*, blocks.0.attn.operator.*]", "optim.weight_decay=0")
+
+
+def build(recipe: Recipe, world: World, seed: int) -> tuple[Engine, Checkpoints]:
+    torch.manual_seed(seed)
+    model = create_model(recipe.model, recipe.attention)
+    if recipe.train.freeze:
+        freeze(model, recipe.train.freeze)
+    engine = Engine(model, recipe, world, recipe.train.global_batch)
+    return engine, checkpoints_of(engine, recipe, world, Path(recipe.run.dir) / "checkpoints")
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_frozen_weights_stay_and_come_back(small_recipe, world, config, precision) -> None:
+    recipe = small_recipe(*TUNED, f"deepspeed.config={config}", f"train.precision={precision}")
+    engine, checkpoints = build(recipe, world, seed=0)
+    start = weights(engine)
+    train_once(engine, seed=1)
+    moved = {
+        name: float((after - before).abs().max())
+        for (name, _), before, after in zip(engine.module.named_parameters(), start, weights(engine), strict=True)
+    }
+    assert {name for name, by in moved.items() if by == 0} >= set(engine.frozen)
+    assert set(engine.frozen) == {
+        name for name in moved if name.startswith(("patch_embed.", "blocks.0.attn.operator."))
+    }
+    if precision == "fp32":  # AdamW's first step is the rate, whatever the gradient
+        assert moved["head.weight"] == pytest.approx(1e-2, rel=1e-2)
+        assert moved["blocks.1.mlp.fc1.weight"] == pytest.approx(0.5e-2, rel=1e-2)
+        assert moved["blocks.0.mlp.fc1.weight"] == pytest.approx(0.25e-2, rel=1e-2)
+        assert moved["pos_embed"] == pytest.approx(0.125e-2, rel=1e-2)
+    assert checkpoints.save(TrainState(step=1, samples=8))
+    saved, kept = weights(engine), dict(engine.frozen)
+    train_once(engine, seed=2)
+    expected = weights(engine)
+
+    other, others = build(recipe, world, seed=5)
+    assert others.load() is not None
+    assert all(torch.equal(a, b) for a, b in zip(weights(other), saved, strict=True))
+    train_once(other, seed=2)
+    assert all(torch.equal(a, b) for a, b in zip(weights(other), expected, strict=True))
+
+    plain = create_model(recipe.model, recipe.attention)
+    name = checkpoints.store.pointed("latest")
+    load_weights(plain, checkpoints.store.root / name, checkpoints.store.state(name), ema=True)
+    assert all(torch.equal(plain.get_parameter(key), value) for key, value in kept.items())
+
+
+def test_another_stage_takes_over_and_another_list_is_refused(small_recipe, world) -> None:
+    engine, checkpoints = build(small_recipe(*TUNED, "deepspeed.config=zero3"), world, seed=0)
+    train_once(engine, seed=1)
+    checkpoints.save(TrainState(step=1, samples=8))
+    other, others = build(small_recipe(*TUNED, "deepspeed.config=zero1"), world, seed=5)
+    others.load()
+    assert all(torch.equal(a, b) for a, b in zip(weights(other), weights(engine), strict=True))
+    _, unfrozen = build(small_recipe(), world, seed=0)
+    with pytest.raises(RunDirectoryError, match=r"operator.* is frozen there and not here \(train.freeze\)"):
+        unfrozen.load()

@@ -1,4 +1,4 @@
-"""A new run begins with the weights of another run, of a file, or of timm."""
+"""A new run begins with the weights of another run, of a file, or of timm, and says which run is behind them."""
 
 import json
 import logging
@@ -16,10 +16,12 @@ from karat_scale.checkpoint.tensor_storage import read_metadata
 from karat_scale.commands.export.command import export_run
 from karat_scale.foundation.errors import RecipeError, UserError
 from karat_scale.models import create_model
+from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.classification.distillation_teacher import read_distillation_teacher
-from karat_scale.training.weights_file import initialise, read_weights
+from karat_scale.training.weights_file import initialise, read_weights, run_behind
+from paper.record import take_record
 from tests.conftest import SMALL, events, karat, karat_done, karat_here, summary
 from tests.training.test_save_points import train_to_the_end
 
@@ -235,3 +237,44 @@ def test_a_teacher_of_timm_has_a_name_of_timm(exported, tmp_path) -> None:
     recipe = load_recipe(exported.with_name("base.yaml"), [*SMALL, "schedule.warmup_epochs=0"])
     with pytest.raises(UserError, match="timm has no local-dir:"):
         read_distillation_teacher(recipe, ("a", "b", "c", "d"), tmp_path)
+
+
+QUICK = ("train.epochs=1", "train.max_steps=2", "schedule.warmup_epochs=0", "data.backend=synthetic")
+
+
+def train(root: Path, name: str, *overrides: str) -> Path:
+    recipe = root / "base.yaml"
+    recipe.write_text("data: {synthetic_samples: 32}\nattention: {kind: karat}\n")
+    run = root / name
+    karat_done("train", str(recipe), *SMALL, *QUICK, f"run.name={name}", f"run.dir={run}", *overrides)
+    return run
+
+
+@pytest.mark.slow
+def test_the_run_behind_the_weights_is_remembered(tmp_path) -> None:
+    base = train(tmp_path, "base")
+    assert summary(base)["lineage"] == {}
+    known = {"name": "base", "recipe_sha256": take_record(str(base)).recipe_sha256}
+
+    tuned = train(tmp_path, "tuned", f"init_from={base}")
+    assert summary(tuned)["lineage"] == {"init_from": known}
+    exported = tmp_path / "weights.safetensors"
+    karat_done("export", str(base), "--out", str(exported), "--weights", "raw")
+    for source in (exported, base / "checkpoints" / "best", base / "checkpoints" / "step-00000002"):
+        assert run_behind(str(source)) == known
+    base.rename(tmp_path / "elsewhere")
+    train(tmp_path, "tuned", f"init_from={base}", "train.max_steps=3")
+    assert summary(tuned)["steps"] == 3
+    assert summary(tuned)["lineage"] == {"init_from": known}
+
+    student = train(tmp_path, "student", "attention.kind=softmax", f"attention.transfer_from={tmp_path / 'elsewhere'}")
+    (behind,) = summary(student)["lineage"].items()
+    assert (behind[0], behind[1]["name"]) == ("attention.transfer_from", "base")
+
+
+def test_weights_that_name_no_run_have_none(tmp_path) -> None:
+    assert run_behind("") == run_behind("timm:vit_tiny_patch16_224") == {}
+    (tmp_path / "weights.pth").touch()
+    assert run_behind(str(tmp_path / "weights.pth")) == {}
+    RunDirectory(tmp_path).begin(load_recipe("cifar10_vit_tiny", ["data.path=images"], Recipe))
+    assert run_behind(str(tmp_path))["name"] == "cifar10_vit_tiny"
