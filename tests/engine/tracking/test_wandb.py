@@ -43,7 +43,12 @@ def test_two_starts_are_one_run_without_gap_or_repetition(written, account) -> N
     settings = json.loads(account.configs[run])
     assert settings["run.seed"] == {"value": 0}
     assert "versions.torch" in settings
-    print("METRICS", settings["_wandb"])
+    metrics = settings["_wandb"]["value"]["m"]  # by the numbers in W&B's protocol: name, pattern and step
+    axes = {metric["2"]: metrics[metric["5"] - 1]["1"] for metric in metrics if "2" in metric}
+    assert axes == {
+        **{f"{kind}/*": f"{kind}/step" for kind in ("train", "eval", "histograms")},
+        "content, *": "eval/step",
+    }
     assert {"recipe.yaml", "summary.json"} <= account.files
     files = [file for file in written.path.rglob("*") if file.is_file()]
     assert [file for file in files if KEY.encode() in file.read_bytes()] == []
