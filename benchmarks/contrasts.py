@@ -166,6 +166,7 @@ def finish(trial: Trial, data: Path, directory: Path) -> None:
     # Also leaves the prediction for each image in the run's directory.
     which = ("--only", "accuracy", "--checkpoint", "latest")
     karat("analyze", str(directory), *which, "--out", str(directory / "analysis"))
+    RECORDS.mkdir(parents=True, exist_ok=True)
     write_atomically(trial.record, json.dumps(record_of(trial, directory), indent=1) + "\n")
     print(f"{trial.name}: {trial.top1():.2f} %", flush=True)
 
