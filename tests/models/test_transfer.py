@@ -195,3 +195,10 @@ def test_a_student_without_a_teacher_says_so() -> None:
     assert isinstance(student.blocks[0].attn, TransferredAttention)
     with pytest.raises(RuntimeError, match="before `give_teacher`"):
         student(torch.randn(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("softmax_heads", [0, 1])
+def test_matrices_that_need_the_layers_input_are_refused(softmax_heads: int) -> None:
+    message = r"attention.transfer_from = runs/teacher: its attention also depends on what its layers get"
+    with pytest.raises(RecipeError, match=message):
+        pair(AttentionConfig(kind="gated", softmax_heads=softmax_heads))
