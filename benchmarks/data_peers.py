@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from karat_scale.commands.bench.commands import add_data_options
 from karat_scale.commands.bench.data import Contender, Contenders, bench_data, decode_whole
-from karat_scale.commands.measure.loader import SIZE
+from karat_scale.commands.measure.data import SIZE
 from karat_scale.data.shards.shard_format import beton_path, read_record
 from karat_scale.foundation.arguments import OneLineParser
 from karat_scale.foundation.errors import run_script

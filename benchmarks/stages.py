@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from karat_scale.commands.bench.gpu.ranks import StagesCase, compare
+from karat_scale.commands.bench.gpu.steps import StagesCase, compare_stages
 from karat_scale.engine import distributed
 from karat_scale.foundation.arguments import OneLineParser, count, new_file
 from karat_scale.foundation.console import print_table, write_json
@@ -50,7 +50,7 @@ def measure(case: StagesCase, out: Path) -> None:
     """Measure on each rank; rank 0 writes the result."""
     world = distributed.start("auto")
     try:
-        rows = compare(case, world)
+        rows = compare_stages(case, world)
         if world.is_main:
             result = {**asdict(case), "device": str(world.device), "threads": torch.get_num_threads(), "rows": rows}
             out.write_text(json.dumps(result))

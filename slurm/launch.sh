@@ -116,7 +116,7 @@ launch() {
     refuse "$gpus GPUs but $per_node tasks a node; set --ntasks-per-node to --gpus-per-node"
   local nodes=$SLURM_JOB_NUM_NODES ranks first
   if [[ $1 != eval ]] && ((nodes > 1)); then
-    nodes=$("${PYTHON[@]}" -m karat_scale.commands.submit.nodes "$nodes" "$per_node" "$@") || exit 2
+    nodes=$("${PYTHON[@]}" -m karat_scale.commands.submit.within_job nodes "$nodes" "$per_node" "$@") || exit 2
     ((nodes == SLURM_JOB_NUM_NODES)) ||
       say "takes $nodes of $SLURM_JOB_NUM_NODES nodes, over whose ranks the global batch divides; the rest stay idle"
   fi
@@ -189,7 +189,8 @@ finish() {
 # Ends the step when a rank hangs. The verdict is the job's last line.
 watch() {
   local watcher
-  "${PYTHON[@]}" -m karat_scale.commands.status.watch "$RUN" --ranks "$1" --stall "$STALL_SECONDS" >"$LOGS/verdict" &
+  "${PYTHON[@]}" -m karat_scale.commands.submit.within_job watch "$RUN" --ranks "$1" --stall "$STALL_SECONDS" \
+    >"$LOGS/verdict" &
   watcher=$!
   trap 'kill "$watcher"; exit' TERM
   wait "$watcher"

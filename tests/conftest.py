@@ -23,7 +23,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -210,11 +210,20 @@ def karat_here(*arguments: str) -> int:
             return int(end.code or 0)
 
 
+def karat_says(*arguments: str) -> str:
+    """What `karat`, in this process, prints where it must end well."""
+    with redirect_stdout(io.StringIO()) as said:
+        assert karat_here(*arguments) == 0
+    return said.getvalue()
+
+
 def karat_refuses(*arguments: str) -> str:
-    """The one line with which `karat`, in this process, refuses what it is given."""
+    """The one line with which `karat`, in this process, refuses what it is given; before it is what it was doing."""
     with redirect_stderr(io.StringIO()) as said:
         assert karat_here(*arguments) == 2
-    (line,) = said.getvalue().splitlines()
+    *before, line = said.getvalue().splitlines()
+    assert line.startswith("error: ")
+    assert not any(other.startswith(("error: ", "Traceback")) for other in before)
     return line
 
 
@@ -236,6 +245,27 @@ def signals_restored() -> Iterator[None]:
 def benchmark(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m benchmarks.NAME` to its end."""
     return run_program(f"benchmarks.{name}", arguments, [karat_environment()], timeout=300, directory=Path.cwd())
+
+
+TrainOnce = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def train_once(tmp_path_factory: pytest.TempPathFactory) -> TrainOnce:
+    """Train the small model under a name, on the data of a section `data`, with overrides; the run's directory.
+
+    Do not write into it.
+    """
+
+    def train_once(name: str, data: str, *overrides: str) -> Path:
+        def train(root: Path) -> None:
+            recipe = root / "owls.yaml"
+            recipe.write_text(f"data: {{{data}}}\nschedule: {{warmup_epochs: 0.5}}\n")
+            karat_done("train", str(recipe), *SMALL, f"run.dir={root / name}", *overrides)
+
+        return made_once(tmp_path_factory, f"trained-{name}", train) / name
+
+    return train_once
 
 
 @pytest.fixture

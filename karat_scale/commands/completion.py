@@ -62,14 +62,10 @@ def _overrides(command: str) -> Any:
     """Complete `key=`, and the value of a key that has choices."""
 
     def completer(prefix: str, **_: Any) -> list[str]:
-        from karat_scale.recipe import Recipe, RunRecipe
+        from karat_scale.foundation.tables import SCHEMAS, load
         from karat_scale.recipe.keys import choices_of, sections_of
 
-        schema: type[RunRecipe] = Recipe
-        if command == "detect":
-            from karat_scale.training.tasks.detection.recipe import DetectionRecipe
-
-            schema = DetectionRecipe
+        schema = load(SCHEMAS.get(command, SCHEMAS["train"]))
         keys = {key.name: key for section in sections_of(schema) for key in section.keys}
         name, equals, _value = prefix.partition("=")
         if not equals:

@@ -31,6 +31,13 @@ def load(place: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+SCHEMAS = {
+    "train": "karat_scale.recipe:Recipe",
+    "detect": "karat_scale.training.tasks.detection.recipe:DetectionRecipe",
+}
+"""The schema of the recipes that a command trains."""
+
+
 def load_class(key: str, place: str, *parents: type) -> type:
     """Return a class of the user's at `package.module:Class`, the value of a key. Its module may be anybody's.
 
@@ -308,8 +315,8 @@ class FormatRow:
 EXPORT_FORMATS = {
     "safetensors": FormatRow("karat_scale.commands.export.command:write_safetensors", ".safetensors"),
     "timm": FormatRow("karat_scale.commands.export.command:write_timm_folder"),
-    "onnx": FormatRow("karat_scale.commands.export.formats:write_onnx", ".onnx"),
-    "torch-export": FormatRow("karat_scale.commands.export.formats:write_torch_export", ".pt2"),
+    "onnx": FormatRow("karat_scale.commands.export.command:write_onnx", ".onnx"),
+    "torch-export": FormatRow("karat_scale.commands.export.command:write_torch_export", ".pt2"),
     "hub-folder": FormatRow("karat_scale.commands.export.command:write_hub_folder"),
 }
 

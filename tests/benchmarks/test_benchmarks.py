@@ -91,9 +91,7 @@ def test_preparing_is_measured_over_the_least_it_could_cost(measure: Measure) ->
             prepare.main(option)
 
 
-def test_disk_and_url_are_measured_in_turn(
-    measure: Measure, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disk_and_url_are_measured_in_turn(measure: Measure, shards: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install -e '.[remote]'")
     monkeypatch.setenv("KARAT_DATA_CACHE", str(tmp_path))
     small = ("--copies", "2", "--block", "8", "--window", "4", "--workers", "1", "--latency", "0.001", "--rounds", "1")

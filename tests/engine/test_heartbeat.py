@@ -9,8 +9,8 @@ import textwrap
 import pytest
 
 from karat_scale.commands.cli import main
-from karat_scale.commands.status.watch import Watch
-from karat_scale.commands.status.watch import main as watch
+from karat_scale.commands.submit.within_job import Watch
+from karat_scale.commands.submit.within_job import main as within_job
 from karat_scale.engine.heartbeat import Heartbeat, Sign, StallLimits, Stragglers, read_signs, slow_ranks
 from tests.conftest import SMALL, karat_environment
 
@@ -127,5 +127,5 @@ def test_a_mistake_ends_the_run_and_the_watch_with_one_line(tmp_path, monkeypatc
     line = "'15m' should be seconds, or PHASE=seconds after the first"
     assert capsys.readouterr().err == f"error: STALL_SECONDS: {line}\n"
     with pytest.raises(SystemExit):
-        watch([str(tmp_path), "--ranks", "1", "--stall", "15m"])
+        within_job(["watch", str(tmp_path), "--ranks", "1", "--stall", "15m"])
     assert line in capsys.readouterr().err

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import events, karat, summary
+from tests.conftest import events, karat_done, summary
 from tests.paper.runs import change, copy_run, pretend, rows
 from tests.training.tasks.detection.conftest import coco_set, write_small
 
@@ -19,8 +19,7 @@ def trained(coco_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step."""
     root = tmp_path_factory.mktemp("detector")
     recipe = write_small(root / "small.yaml", coco_set)
-    done = karat("detect", str(recipe), f"run.dir={root / 'run'}", "train.max_steps=1")
-    assert done.returncode == 0, done.stderr
+    karat_done("detect", str(recipe), f"run.dir={root / 'run'}", "train.max_steps=1")
     return root / "run"
 
 
@@ -70,9 +69,7 @@ def test_a_detector_of_the_papers_recipe_is_its_row(run: Path, docs: Path, ledge
     assert not rows(docs, "COCO 2017: ViTDet-Base+G1B, ImageNet-1K start")
 
 
-def test_an_edit_of_a_detectors_file_is_noticed(
-    run: Path, docs: Path, ledger: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_edit_of_a_detectors_file_is_noticed(run: Path, ledger: Callable[..., int], capsys) -> None:
     change(run, last_mask_ap=99.0)
     assert ledger(run) == 2
     assert "has last_mask_ap = 99.0, but the last evaluation in metrics.jsonl" in capsys.readouterr().err

@@ -48,7 +48,7 @@ ANALYSES = {
         "Weight distributions", "functions:analyze_distributions", "A smaller tail index means a heavier tail."
     ),
     "landscape": Analysis("Loss landscape and optimizer path", "landscape:analyze_landscape"),
-    "sharpness": Analysis("Sharpness", "curvature:analyze_sharpness"),
+    "sharpness": Analysis("Sharpness", "landscape:analyze_sharpness"),
 }
 
 

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -191,7 +192,12 @@ def _draw(name: str, histories: Mapping[str, History]) -> Figure:
     if name in _COURSE:
         axes.set_ylim(0)
     axes.set_xlim(left=0)  # also of one point, which matplotlib shows in a window of its own
-    if len(histories) > 1:
+    return _with_legend(figure, histories)
+
+
+def _with_legend(figure: Figure, runs: Mapping[str, object]) -> Figure:
+    """Return the figure, with the names of the runs if there are several."""
+    if len(runs) > 1:
         figure.legend(loc="outside lower center", ncols=2)
     return figure
 
@@ -277,12 +283,10 @@ def _draw_severities(of_runs: Corrupted) -> Figure:
     axes = figure.subplots()
     for label, corruptions in of_runs.items():
         done = [severity for severity in SEVERITIES if any(severity in by for by in corruptions.values())]
-        means = [_mean([by[severity] for by in corruptions.values() if severity in by]) for severity in done]
+        means = [fmean([by[severity] for by in corruptions.values() if severity in by]) for severity in done]
         axes.plot(done, means, marker="o", label=label.replace("$", r"\$"))
     axes.set(xlabel="severity", ylabel="top-1, %", xticks=SEVERITIES, ylim=(0, 1.08 * axes.get_ylim()[1]))
-    if len(of_runs) > 1:
-        figure.legend(loc="outside lower center", ncols=2)
-    return figure
+    return _with_legend(figure, of_runs)
 
 
 def _draw_kinds(of_runs: Corrupted) -> Figure:
@@ -291,16 +295,10 @@ def _draw_kinds(of_runs: Corrupted) -> Figure:
     axes = figure.subplots()
     width = 0.8 / len(of_runs)
     for number, (label, corruptions) in enumerate(of_runs.items()):
-        own = [_mean([*corruptions[kind].values()]) for kind in kinds]
+        own = [fmean([*corruptions[kind].values()]) for kind in kinds]
         places = np.arange(len(kinds)) + (number + 0.5) * width - 0.4
         axes.bar(places, own, width, label=label.replace("$", r"\$"))
     names = [kind.replace("_", " ") for kind in kinds]
     axes.set_xticks(range(len(kinds)), names, rotation=55, ha="right", rotation_mode="anchor", fontsize=7.5)
     axes.set(ylabel="top-1, %", ylim=(0, None))
-    if len(of_runs) > 1:
-        figure.legend(loc="outside lower center", ncols=2)
-    return figure
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    return _with_legend(figure, of_runs)

@@ -208,7 +208,7 @@ ROUNDING = float(torch.finfo(torch.float32).eps)
 class Spectrum:
     """Running minimum, mean and maximum over heads and images; no matrix is kept.
 
-    `log_low`, `log_mean` and `log_high` are [L, 2, N]: the natural logarithms of the smallest, the mean and the largest
+    `logs` are three of [L, 2, N]: the natural logarithms of the smallest, the mean and the largest
     singular value at each index, by block and before / after, as in the paper. N is the largest of all blocks. nan
     where a block has fewer values, or where they are 0, which has no logarithm. Values within the rounding error of
     float32, sqrt(N) eps times the largest of a matrix, count as 0.
@@ -235,20 +235,11 @@ class Spectrum:
             self._ranks[block, stage] += ranks.double().sum(0).cpu().numpy()
         self._count[block] += len(values)
 
-    @property
-    def log_low(self) -> Array:
-        """See the class."""
-        return _log(self._low)
-
-    @property
-    def log_mean(self) -> Array:
-        """See the class."""
-        return _log(np.where(np.isnan(self._low), np.nan, self._sum / self._count))
-
-    @property
-    def log_high(self) -> Array:
-        """See the class."""
-        return _log(self._high)
+    def logs(self) -> tuple[Array, Array, Array]:
+        """Return low, mean and high, see the class."""
+        known = (self._low, np.where(np.isnan(self._low), np.nan, self._sum / self._count), self._high)
+        low, mean, high = (np.log(x, out=np.full_like(x, np.nan), where=x > 0) for x in known)
+        return low, mean, high
 
     @property
     def ranks(self) -> Array:
@@ -282,11 +273,6 @@ def scree_rank(values: Tensor) -> Tensor:
     return torch.where(below > 1e-6 * first[..., 0], elbow, (values > 0).sum(-1))
 
 
-def _log(values: Array) -> Array:
-    """ln, or nan where a value is 0 or nan."""
-    return np.log(values, out=np.full_like(values, np.nan), where=values > 0)
-
-
 def analyze_spectrum(run: TrainedRun, settings: Settings) -> Result:
     """Compute singular values of A and S (or softmax) over heads and images, for every block.
 
@@ -306,7 +292,7 @@ def analyze_spectrum(run: TrainedRun, settings: Settings) -> Result:
             for ranks in spectrum.ranks
         ],
     }
-    result.arrays = {"ln_min": spectrum.log_low, "ln_mean": spectrum.log_mean, "ln_max": spectrum.log_high}
+    result.arrays = dict(zip(("ln_min", "ln_mean", "ln_max"), spectrum.logs(), strict=True))
     what = run.matrix_name
     result.figures["last_block"] = (
         _draw_block(spectrum, len(sizes) - 1, what),
@@ -330,11 +316,11 @@ def analyze_spectrum(run: TrainedRun, settings: Settings) -> Result:
 def _draw_block(spectrum: Spectrum, block: int, what: str) -> Figure:
     figure = new_figure(6, 3.6)
     axes = figure.subplots()
-    index = np.arange(1, spectrum.log_low.shape[-1] + 1)
+    low, mean, high = (values[block] for values in spectrum.logs())
+    index = np.arange(1, mean.shape[-1] + 1)
     for stage, name in enumerate((f"before: A, block {block}", f"after: {what}, block {block}")):
-        (line,) = axes.plot(index, spectrum.log_mean[block, stage], label=name)
-        low, high = spectrum.log_low[block, stage], spectrum.log_high[block, stage]
-        axes.fill_between(index, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+        (line,) = axes.plot(index, mean[stage], label=name)
+        axes.fill_between(index, low[stage], high[stage], alpha=0.2, color=line.get_color(), linewidth=0)
     axes.set(xlabel="index of the singular value", ylabel="ln of the singular value")
     axes.legend()
     return figure

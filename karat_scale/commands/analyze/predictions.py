@@ -268,8 +268,8 @@ def analyze_mistakes(run: TrainedRun, settings: Settings) -> Result:
     result = Result()
     predictions = predictions_of(run, settings, result)
     chosen = {
-        "mistakes": ("The most confident mistakes", most_confident_mistakes(predictions).tolist()),
-        "close_calls": ("Hits with the lowest probability", least_certain_hits(predictions).tolist()),
+        "mistakes": ("The most confident mistakes", most_telling(predictions, hits=False).tolist()),
+        "close_calls": ("Hits with the lowest probability", most_telling(predictions, hits=True).tolist()),
     }
     ids = [int(predictions.ids[place]) for _, places in chosen.values() for place in places]
     pictures = dict(_pictures(run, settings, result, ids))
@@ -283,16 +283,11 @@ def analyze_mistakes(run: TrainedRun, settings: Settings) -> Result:
     return result
 
 
-def most_confident_mistakes(predictions: Predictions, count: int = SHOWN) -> Any:
-    """Return the places of the wrong predictions with the highest probability, the highest first."""
-    wrong = np.flatnonzero(~predictions.correct)
-    return wrong[np.argsort(-predictions.confidence[wrong], kind="stable")[:count]]
-
-
-def least_certain_hits(predictions: Predictions, count: int = SHOWN) -> Any:
-    """Return the places of the correct predictions with the lowest probability, the lowest first."""
-    right = np.flatnonzero(predictions.correct)
-    return right[np.argsort(predictions.confidence[right], kind="stable")[:count]]
+def most_telling(predictions: Predictions, hits: bool, count: int = SHOWN) -> Any:
+    """Return the places of the most confident mistakes, or of the least certain hits, in this order."""
+    places = np.flatnonzero(predictions.correct == hits)
+    confidence = predictions.confidence[places]
+    return places[np.argsort(confidence if hits else -confidence, kind="stable")[:count]]
 
 
 def _described(predictions: Predictions, place: int) -> dict[str, Any]:

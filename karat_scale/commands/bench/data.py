@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from karat_scale.commands.measure.interleaved import interleaved_seconds, processor_seconds
-from karat_scale.commands.measure.loader import (
+from karat_scale.commands.measure.data import (
     AUGMENTS,
     BATCH,
     CLASSES,
@@ -29,6 +28,7 @@ from karat_scale.commands.measure.loader import (
     lacking_library,
     prepare_images,
 )
+from karat_scale.commands.measure.interleaved import interleaved_seconds, processor_seconds
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.decoders.decode import decode_rgb
 from karat_scale.data.decoders.pillow import JpegDecoder, find_jpeg_decoder

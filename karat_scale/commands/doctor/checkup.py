@@ -107,7 +107,7 @@ def doctor(recipe: str | None, overrides: Sequence[str], seconds: float, json_fi
             examine_this_machine()
         else:
             try:  # without a recipe, none of these is needed
-                from karat_scale.commands.doctor.timed_run import check_up
+                from karat_scale.commands.doctor.recipe import check_up
                 from karat_scale.recipe.loading import load_recipe
 
                 loaded = load_recipe(recipe, overrides)

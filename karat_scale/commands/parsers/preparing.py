@@ -20,6 +20,7 @@ from karat_scale.foundation.arguments import (
 from karat_scale.foundation.errors import DataError, UserError
 from karat_scale.foundation.machine import known_gpu
 from karat_scale.foundation.stores import is_url
+from karat_scale.foundation.tables import SCHEMAS, load
 
 SECONDS = 20.0  # of the timed run of karat doctor
 
@@ -51,7 +52,7 @@ def add_commands(commands: Any) -> None:
     show.add_argument("--step", type=count, default=1, help="the training step (default: %(default)s)")
     show.add_argument("--images", type=count, default=32, help="at most this many (default: %(default)s)")
     show.add_argument("--out", metavar="FILE", help="a PNG (default: RUN.DIR-step-N.png)")
-    show.set_defaults(run=command("karat_scale.commands.look.batch:show_batch", _check_data))
+    show.set_defaults(run=command("karat_scale.commands.look.command:show_batch", _check_data))
 
     data = commands.add_parser("data", help="look at a data set: counts, sizes, odd files, and a page of samples")
     data.add_argument("path", metavar="PATH", help="shards, betons, or a folder with train/<class>/<image>")
@@ -59,7 +60,7 @@ def add_commands(commands: Any) -> None:
     data.add_argument("--classes", type=count, default=50, help="shown with samples (default: %(default)s)")
     data.add_argument("--out", metavar="FILE", help="an HTML file (default: PATH/data.html)")
     add_json(data)
-    data.set_defaults(run=command("karat_scale.commands.look.data_set:look_at_data"))
+    data.set_defaults(run=command("karat_scale.commands.look.command:look_at_data"))
 
     recipes = commands.add_parser("recipes", help="list the shipped recipes: what each trains, needs and gave")
     recipes.add_argument("words", nargs="*", metavar="WORD", help="a recipe's name, or words that its text has")
@@ -127,14 +128,9 @@ def _check_data(options: argparse.Namespace) -> None:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from karat_scale.recipe import Recipe
     from karat_scale.recipe.keys import explain
 
-    if options.detection:
-        from karat_scale.training.tasks.detection.recipe import DetectionRecipe
-
-        return explain(options.keys, DetectionRecipe)
-    return explain(options.keys, Recipe)
+    return explain(options.keys, load(SCHEMAS["detect" if options.detection else "train"]))
 
 
 def _plan(options: argparse.Namespace) -> int:

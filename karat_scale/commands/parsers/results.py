@@ -73,7 +73,7 @@ def add_commands(commands: Any) -> None:
     _add_runs(track, "a run's directory")
     instead = f"{', '.join(TRACKERS)} or package.module:Class, in place of log.trackers; may be repeated"
     track.add_argument("--to", action="append", type=tracker, metavar="TRACKER", help=instead)
-    track.set_defaults(run=command("karat_scale.commands.track:track_runs"))
+    track.set_defaults(run=command("karat_scale.commands.elsewhere:track_runs"))
     add_trust(track)
 
     export = commands.add_parser("export", help="write a run's model for timm, torch.export, ONNX or a model hub")

@@ -95,7 +95,7 @@ def add_commands(commands: Any) -> None:
     fetch.add_argument("directory", metavar="DIR", help="a new directory, or one of this run")
     names = "best, latest, all, or names (default: best latest)"
     fetch.add_argument("--checkpoint", nargs="+", default=("best", "latest"), metavar="NAME", help=names)
-    fetch.set_defaults(run=command("karat_scale.commands.fetch:fetch_run"))
+    fetch.set_defaults(run=command("karat_scale.commands.elsewhere:fetch_run"))
 
     detect = commands.add_parser("detect", help="train or evaluate Mask R-CNN on a ViT, with data in COCO's format")
     add_recipe(detect, "data.path=DIR", "a detection recipe's name or a YAML file; with --eval, a run")

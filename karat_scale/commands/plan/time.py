@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from karat_scale.commands.measure.loader import images_per_second
+from karat_scale.commands.measure.data import images_per_second
 from karat_scale.commands.plan.memory import Footprint, written_by_rows
 from karat_scale.commands.plan.tracing import Launches
 from karat_scale.commands.plan.zero import ALL_REDUCE, BUCKET, PERSISTENT

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from karat_scale.checkpoint.store import CheckpointStore
-from karat_scale.commands.look.batch import ShownBatch, draw
+from karat_scale.commands.look.command import ShownBatch, draw
 from karat_scale.data.batch import Batch
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World

@@ -9,7 +9,7 @@ import pytest
 from karat_scale.commands.analyze.predictions import FILE
 from karat_scale.commands.analyze.trained_run import TrainedRun, open_run
 from tests.commands.analyze.browser import Browser, open_browser
-from tests.commands.conftest import TrainOnce
+from tests.conftest import TrainOnce
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from karat_scale.attention import KaratOperator
 from karat_scale.attention.bases import BASES, make_basis
@@ -14,14 +13,14 @@ from karat_scale.commands.analyze.functions import (
     analyze_distributions,
     analyze_functions,
     describe,
-    energy_per_frequency,
     hill_index,
     moments,
     unit_curves,
 )
-from karat_scale.commands.analyze.result import NothingToShowError, Settings
+from karat_scale.commands.analyze.result import Settings
 from karat_scale.commands.analyze.trained_run import TrainedRun
 from karat_scale.foundation.errors import RunDirectoryError
+from tests.conftest import make_image_folder
 
 
 def test_functions_of_a_real_run_whatever_the_batch(karat_run: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,57 +34,14 @@ def test_functions_of_a_real_run_whatever_the_batch(karat_run: TrainedRun, monke
         assert 0 <= left["to_fit"] <= 1
 
 
-def test_a_softmax_run_has_no_functions(softmax_run: TrainedRun) -> None:
-    with pytest.raises(NothingToShowError, match="softmax has no learned functions"):
-        analyze_functions(softmax_run, Settings())
-
-
-def test_weights_are_those_of_the_chosen_checkpoint(karat_run: TrainedRun) -> None:
-    first = dataclasses.replace(karat_run, checkpoint=karat_run.in_order[1])
-    energies = [analyze_functions(run, Settings(images=1)).arrays["energy_share"] for run in (first, karat_run)]
-    assert (energies[0] != energies[1]).any()
-
-
 def test_images_that_cannot_be_read_are_counted(karat_run: TrainedRun, tmp_path: Path) -> None:
-    """The run's images as a folder, one of them damaged."""
-    for split in ("train", "val"):
-        for label in range(4):
-            directory = tmp_path / split / f"class{label}"
-            directory.mkdir(parents=True)
-            for number in range(2):
-                Image.new("RGB", (20, 20), (40 * label, number, 0)).save(directory / f"{number}.png")
-    (tmp_path / "val" / "class1" / "0.png").write_bytes(b"damaged")
-    data = karat_run.recipe.data.model_copy(
-        update={"backend": "folder", "path": str(tmp_path), "on_bad_sample": "skip"}
-    )
-    run = dataclasses.replace(karat_run, recipe=karat_run.recipe.model_copy(update={"data": data}))
+    make_image_folder(tmp_path, {"train": 2, "val": 2})
+    (tmp_path / "val" / "class1" / "000.jpg").write_bytes(b"damaged")
+    folder = {"data__backend": "folder", "data__path": str(tmp_path), "data__on_bad_sample": "skip"}
+    run = dataclasses.replace(karat_run, recipe=karat_run.recipe.changed(**folder))
     result = analyze_functions(run, Settings(images=8, batch=3))
     assert result.notes == ["1 of the chosen images cannot be read and are left out"]
     assert result.arrays["score_counts"].sum() == 2 * 2 * 7 * 17 * 17
-
-
-@torch.no_grad()
-def planted() -> KaratOperator:
-    operator = KaratOperator(5, 2, rank=3)
-    operator.cos_coef.zero_()
-    operator.sin_coef.zero_()
-    operator.cos_coef[1, 2, 4, 1] = 3.0
-    operator.sin_coef[1, 0, 0, 0] = 1.0
-    return operator
-
-
-def test_a_planted_cosine_is_drawn_as_that_cosine() -> None:
-    x = torch.linspace(-4, 4, 50, dtype=torch.float64)
-    curves = unit_curves(planted(), 1, x)
-    torch.testing.assert_close(curves[:, 2, 4], 3 * torch.cos(2 * x))
-    torch.testing.assert_close(curves[:, 0, 0], torch.sin(x))
-    assert curves.abs().sum((0,)).count_nonzero() == 2
-    assert not unit_curves(planted(), 0, x).any()
-
-
-def test_a_planted_cosine_has_its_share_of_energy() -> None:
-    np.testing.assert_allclose(energy_per_frequency(planted())[1], [0.1, 0.9, 0.0])
-    assert energy_per_frequency(KaratOperator(5, 2, "chebyshev")) is None
 
 
 @pytest.mark.parametrize("name", sorted(BASES))
@@ -121,14 +77,9 @@ def test_the_tail_index_of_a_pareto_sample_is_its_exponent(alpha: float) -> None
     assert hill_index(sample) == pytest.approx(alpha, rel=0.1)
 
 
-def test_a_gaussian_is_described_as_one() -> None:
+def test_a_gaussian_is_described_as_one_and_constants_and_few_values_have_no_tail() -> None:
     figures = describe(np.random.default_rng(0).normal(2.0, 3.0, 100_000))
-    assert figures["mean"] == pytest.approx(2, abs=0.05)
-    assert figures["std"] == pytest.approx(3, rel=0.02)
-    assert figures["kurtosis"] == pytest.approx(0, abs=0.1)
-
-
-def test_constants_and_few_values_have_no_tail() -> None:
+    assert [figures[name] for name in ("mean", "std", "kurtosis")] == pytest.approx([2, 3, 0], abs=0.1)
     assert describe(np.ones(1000, np.float32))["kurtosis"] is None
     assert describe(np.zeros(1000))["tail_index"] is None
     assert describe(np.arange(9.0))["tail_index"] is None

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def analyze_landscape(run: TrainedRun, settings: Settings, directory: Path) -> R
     return landscape.analyze_landscape(run, dataclasses.replace(settings, directory=directory))
 
 
-def test_of_a_real_run(any_run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_real_run(any_run: TrainedRun, tmp_path: Path, monkeypatch) -> None:
     told: list[str] = []
     settings = dataclasses.replace(QUICK, tell=told.append, progress=lambda what, done, total: told.append(what))
     monkeypatch.setattr("karat_scale.commands.analyze.result.WORTH_TELLING", 0.0)
@@ -151,13 +152,20 @@ def test_a_quadratic_bowl(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_stopped_grid_resumes_at_the_same_row(tmp_path: Path) -> None:
-    bowl = Bowl()
+class Cliff(Bowl):
+    """Its loss is not a number."""
+
+    def loss(self) -> float:
+        return math.nan * super().loss()
+
+
+@pytest.mark.parametrize("kind", [Bowl, Cliff])
+def test_a_stopped_grid_resumes_at_the_same_row(kind: type[Bowl], tmp_path: Path) -> None:
+    bowl, again = kind(), kind()
     with pytest.raises(KeyboardInterrupt):
         compute(bowl, tmp_path / "partial", stop_after=7)
     assert not bowl.point.any()
-    again = Bowl()
-    np.testing.assert_array_equal(compute(again, tmp_path / "partial"), compute(Bowl(), tmp_path / "other"))
+    np.testing.assert_array_equal(compute(again, tmp_path / "partial"), compute(kind(), tmp_path / "other"))
     assert again.calls == 10
 
 
@@ -179,44 +187,21 @@ def test_what_several_ranks_wrote_down_is_used_by_one(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_points_that_are_not_a_number_are_not_computed_again(tmp_path: Path) -> None:
-    class Cliff(Bowl):
-        def loss(self) -> float:
-            super().loss()
-            return float("nan")
-
-    with pytest.raises(KeyboardInterrupt):
-        compute(Cliff(), tmp_path / "partial", stop_after=7)
-    again = Cliff()
-    assert np.isnan(compute(again, tmp_path / "partial")).all()
-    assert again.calls == 10
-
-
-def test_random_directions_have_the_norms_of_the_models_filters() -> None:
-    model = create_model(SIZE, AttentionConfig(kind="karat"))
-    directions = torch.from_numpy(filter_normalised(model, 0))
-    start = 0
-    for name, parameter in model.named_parameters():
-        part = directions[0, start : start + parameter.numel()].view_as(parameter)
-        start += parameter.numel()
-        if parameter.dim() == 1:
-            assert not part.any(), name
-        elif name == "blocks.0.attn.operator.cos_coef":
-            torch.testing.assert_close(part.flatten(2).norm(dim=2), parameter.detach().flatten(2).norm(dim=2))
-        elif name == "head.weight":
-            torch.testing.assert_close(part.norm(dim=1), parameter.detach().norm(dim=1))
-    assert start == directions.shape[1]
-
-
 @pytest.mark.parametrize("basis", ["fourier", "chebyshev", "bspline", "rational", "dog"])
-def test_a_filter_of_an_operator_is_all_functions_of_one_unit(basis: str) -> None:
+def test_random_directions_have_the_norms_of_the_models_filters(basis: str) -> None:
+    """A filter of an operator is all functions of one unit."""
     model = create_model(SIZE, AttentionConfig(kind="karat", basis=basis))
     direction = torch.from_numpy(filter_normalised(model, 0))[0]
     start = 0
     for name, parameter in model.named_parameters():
         part = direction[start : start + parameter.numel()].view_as(parameter)
         start += parameter.numel()
-        if ".operator." in name and not name.endswith(".proj"):
+        if parameter.dim() == 1:
+            assert not part.any(), name
+        elif name == "head.weight":
+            torch.testing.assert_close(part.norm(dim=1), parameter.detach().norm(dim=1))
+        elif ".operator." in name and not name.endswith(".proj"):
             before_units = parameter.dim() == 4 and basis != "fourier"  # [h, F, p, q], else [h, p, q] or [h, p, q, G]
             ours, models = ((x.movedim(2, 1) if before_units else x).flatten(2) for x in (part, parameter.detach()))
             torch.testing.assert_close(ours.norm(dim=2), models.norm(dim=2))
+    assert start == len(direction)

@@ -2,25 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from karat_scale.commands.analyze.maps import ClassTokenMaps, _draw, analyze_maps, dominant_head, region, rollout_step
+from karat_scale.commands.analyze.maps import _draw, analyze_maps, dominant_head, region, rollout_step
 from karat_scale.commands.analyze.result import Settings
 from karat_scale.commands.analyze.trained_run import TrainedRun
 from karat_scale.foundation.errors import RunDirectoryError
-
-
-def test_one_hot_attention_is_seen_where_it_looks() -> None:
-    maps = ClassTokenMaps(block=1, prefix=1)
-    attention = torch.eye(10).expand(1, 2, 10, 10).clone()
-    attention[0, 1, 0] = torch.nn.functional.one_hot(torch.tensor(7), 10)
-    for block in range(2):
-        maps.add(block, attention, attention)
-    maps.end_of_batch()
-    assert maps.learned[0][0, 1].argmax() == 6
-    assert dominant_head(maps.raw[0][0]) == 1
-    assert region(maps.learned[0][0, 1]).nonzero().flatten().tolist() == [6]
-    # Each block moves a quarter of what the class token still has to token 7, which keeps what it has.
-    assert maps.rollout[0][0, 6].item() == pytest.approx(1 - 0.75**2)
-    assert maps.rollout[0][0].sum().item() == pytest.approx(1 - 0.75**2)
 
 
 def test_the_region_is_the_fewest_patches_with_the_share() -> None:

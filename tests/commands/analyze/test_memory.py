@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, karat, karat_environment
+from tests.conftest import ROOT, karat_done, karat_environment
 
 RECIPE = """
 data: {backend: synthetic, synthetic_samples: 16, workers: 0}
@@ -22,7 +22,7 @@ log: {trackers: []}
 # Six products an eigenvalue need what forty need: the basis is full by then.
 MEASURE = """
 import json, resource, sys
-from karat_scale.commands.analyze import curvature as sharpness
+from karat_scale.commands.analyze import landscape as sharpness
 from karat_scale.commands.cli import main
 sharpness.PRODUCTS, sharpness.PROBES = 6, 2
 code = main(sys.argv[1:])
@@ -35,8 +35,7 @@ def base_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three steps of ViT-Base on 16 made-up images; its recipe then names 1,000 of them."""
     root = tmp_path_factory.mktemp("base")
     (root / "base.yaml").write_text(RECIPE)
-    done = karat("train", str(root / "base.yaml"), f"run.dir={root / 'run'}")
-    assert done.returncode == 0, done.stderr
+    karat_done("train", str(root / "base.yaml"), f"run.dir={root / 'run'}")
     recipe = root / "run" / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("synthetic_samples: 16", "synthetic_samples: 1000"))
     return root / "run"
@@ -56,9 +55,7 @@ def base_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("sharpness", ("--hessian-samples", "64")),
     ],
 )
-def test_vit_base_over_1000_images_in_4_gib(
-    base_run: Path, tmp_path: Path, name: str, options: tuple[str, ...]
-) -> None:
+def test_vit_base_over_1000_images_in_4_gib(base_run: Path, tmp_path, name: str, options: tuple[str, ...]) -> None:
     arguments = ["analyze", str(base_run), "--out", str(tmp_path), "--only", name, *options]
     command = [sys.executable, "-c", MEASURE, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=karat_environment(), capture_output=True, text=True, check=True)

@@ -14,8 +14,7 @@ from karat_scale.commands.analyze.predictions import (
     analyze_mistakes,
     class_figures,
     confusion,
-    least_certain_hits,
-    most_confident_mistakes,
+    most_telling,
     reliability,
 )
 from karat_scale.commands.analyze.result import Settings
@@ -55,8 +54,8 @@ def test_the_calibration_error_is_the_mean_gap() -> None:
 
 
 def test_mistakes_come_most_confident_first_and_hits_least_certain_first() -> None:
-    assert SOME.ids[most_confident_mistakes(SOME)].tolist() == [15, 11, 12]
-    assert SOME.ids[least_certain_hits(SOME, 2)].tolist() == [14, 13]
+    assert SOME.ids[most_telling(SOME, hits=False)].tolist() == [15, 11, 12]
+    assert SOME.ids[most_telling(SOME, hits=True, count=2)].tolist() == [14, 13]
 
 
 def test_predictions_are_kept_whole_or_not_read(tmp_path: Path) -> None:
@@ -72,9 +71,7 @@ def test_predictions_are_kept_whole_or_not_read(tmp_path: Path) -> None:
     assert read_predictions(tmp_path / "none", "x") is None
 
 
-def test_a_real_run_is_predicted_once_as_karat_eval_scores_it(
-    own_run: TrainedRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_real_run_is_predicted_once_as_karat_eval_scores_it(own_run: TrainedRun, monkeypatch) -> None:
     told: list[str] = []
     monkeypatch.setattr("karat_scale.commands.analyze.result.WORTH_TELLING", 0.0)
     settings = Settings(tell=told.append, progress=lambda what, done, total: told.append(f"{done}/{total}"))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from karat_scale.commands.analyze.curvature import (
+from karat_scale.commands.analyze.landscape import (
     TOLERANCE,
     Eigenvalue,
     Hessian,
@@ -34,14 +34,11 @@ def test_of_a_real_run(any_run: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_chosen_checkpoint_is_analysed(karat_run: TrainedRun) -> None:
-    first, second = karat_run.store.names()[:2]
-    found = {
-        name: analyze_sharpness(dataclasses.replace(karat_run, checkpoint=name, weights="raw"), QUICK)
-        for name in (first, second)
-    }
-    assert [result.numbers["checkpoint"] for result in found.values()] == [first, second]
-    assert found[first].numbers["trace"] != found[second].numbers["trace"]
-    assert found[first].tables[-1].title.endswith(f"{first} (raw weights)")
+    names = karat_run.store.names()[:2]
+    found = [analyze_sharpness(dataclasses.replace(karat_run, checkpoint=name, weights="raw"), QUICK) for name in names]
+    assert [result.numbers["checkpoint"] for result in found] == names
+    assert found[0].numbers["trace"] != found[1].numbers["trace"]
+    assert found[0].tables[-1].title.endswith(f"{names[0]} (raw weights)")
 
 
 def test_eigenvalues_and_trace_of_a_quadratic_bowl() -> None:

@@ -27,11 +27,8 @@ def test_the_spread_of_three_values_is_that_of_a_table() -> None:
     margin = 4.302652729911275 / math.sqrt(3)  # the 97.5 % point of t with 2 degrees of freedom
     assert found.low == pytest.approx(71 - margin)
     assert found.high == pytest.approx(71 + margin)
-
-
-def test_one_value_has_no_spread() -> None:
-    found = spread([70.0])
-    assert (found.mean, found.deviation, found.low, found.high) == (70.0, None, None, None)
+    one = spread([70.0])
+    assert (one.mean, one.deviation, one.low, one.high) == (70.0, None, None, None)
 
 
 def test_only_common_seeds_are_paired() -> None:
@@ -118,12 +115,9 @@ def test_groups_keep_the_order_of_their_first_runs_and_are_named_by_what_differs
     assert changes_text({**changes, "a": (1, 2), "b": (1, 2)}, 1) == "optim.lr: 0.002 -> 0.0005; 2 more"
 
 
-def test_the_name_is_enough_where_it_differs(trained: Path, copy: Copy) -> None:
+def test_a_name_that_differs_is_enough_and_many_keys_give_way_to_the_directory(trained: Path, copy: Copy) -> None:
     groups, _ = group_runs(read(trained / "seed0", copy("wide", "optim.lr=0.002", "run.name=wide")))
     assert [group.label for group in groups] == ["owls", "wide"]
-
-
-def test_many_keys_give_way_to_the_directory_without_its_seed(trained: Path, copy: Copy) -> None:
     keys = ("optim.lr=0.002", "optim.eps=1e-7", "optim.weight_decay=0.1", "augment.hflip=0.25")
     groups, _ = group_runs(read(copy("plain-seed0"), copy("tuned_seed1", *keys, "run.seed=1")))
     assert [group.label for group in groups] == ["plain", "tuned"]

@@ -7,7 +7,7 @@ import pytest
 
 from karat_scale.commands.cli import main
 from tests.commands.compare.conftest import Copy
-from tests.conftest import karat, summary
+from tests.conftest import karat_done, summary
 
 pytest.importorskip("pycocotools", reason="the extra `detection` is not installed")
 
@@ -20,8 +20,7 @@ __all__ = ["coco_set"]
 def test_detectors_are_compared_by_box_ap(coco_set: Path, copy: Copy, tmp_path: Path, capsys) -> None:
     recipe = write_small(tmp_path / "small.yaml", coco_set)
     for seed in (0, 1):
-        done = karat("detect", str(recipe), f"run.seed={seed}", f"run.dir={tmp_path / str(seed)}", "train.epochs=1")
-        assert done.returncode == 0, done.stderr
+        karat_done("detect", str(recipe), f"run.seed={seed}", f"run.dir={tmp_path / str(seed)}", "train.epochs=1")
     runs, file = [str(tmp_path / "0"), str(tmp_path / "1")], tmp_path / "all.json"
     assert main(["compare", *runs, "--json", str(file), "--out", str(tmp_path / "out")]) == 0
     said = json.loads(file.read_text())

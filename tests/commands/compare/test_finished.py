@@ -88,12 +88,6 @@ def test_a_run_that_is_not_whole_is_refused_in_one_line(damage, said: str, copy:
     assert "\n" not in str(error.value)
 
 
-def test_a_loss_that_is_not_finite_is_left_out(copy: Copy) -> None:
-    run = copy("run")
-    write_lines(run, [{**line, "loss": None} if line["event"] == "eval" else line for line in events(run)])
-    assert "last_loss" not in read_run(str(run)).values
-
-
 def test_the_best_evaluation_may_be_of_the_run_that_this_one_branched_from(copy: Copy) -> None:
     run = copy("run", best_step=2, best_top1=77.0, best_top5=99.0)
     values = read_run(str(run)).values
@@ -101,10 +95,12 @@ def test_the_best_evaluation_may_be_of_the_run_that_this_one_branched_from(copy:
     assert "best_loss" not in values
 
 
-def test_half_a_line_is_skipped_and_counted(copy: Copy) -> None:
+def test_half_a_line_is_skipped_and_counted_and_a_loss_that_is_not_finite_is_left_out(copy: Copy) -> None:
     run = copy("run")
+    write_lines(run, [{**line, "loss": None} if line["event"] == "eval" else line for line in events(run)])
     text = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text('{"event": "train", "st\n' + text)
     read = read_run(str(run))
     assert len(read.curve) == 3
+    assert "last_loss" not in read.values
     assert "1 damaged line" in read.damage

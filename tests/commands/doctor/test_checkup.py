@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from karat_scale.commands.cli import main
 from tests.conftest import karat, karat_environment
 
 Doctor = Callable[..., tuple["subprocess.CompletedProcess[str]", dict[str, Any]]]
@@ -42,22 +41,15 @@ def test_without_workers_the_slowest_of_all_stages_bounds(
     assert "take turns" in done.stdout
 
 
-@pytest.mark.slow
-def test_synthetic_images_have_no_storage(doctor: Doctor, recipe_file: Path, tmp_path: Path) -> None:
-    done, report = doctor(recipe_file, "data.backend=synthetic")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert report["storage"] is None
-    assert "storage" not in report["stages"]
-    assert not (tmp_path / "run").exists()
-
-
 def test_shards_give_every_figure(doctor: Doctor, recipe_file: Path, tmp_path: Path) -> None:
     done, report = doctor(recipe_file)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
-    keys = {"version", "exit", "problems", "machine", "recipe", "verdict", "bound", "advice", "stages", "storage"}
-    keys |= {"data_path", "device", "loop", "data_images_per_second", "device_images_per_second"}
+    keys = {"version", "problems", "machine", "recipe", "verdict", "advice", "data_images_per_second"}
     assert keys <= report.keys()
+    assert {"name", "level", "value", "mend"} <= report["machine"][0].keys()
+    assert "  ok       torch: " in done.stdout
+    assert "\x1b" not in done.stdout
     assert set(report["stages"]) == {"storage", "decode", "augmentation", "transfer", "model", "optimizer"}
     assert all(stage["images_per_second"] > 0 for stage in report["stages"].values())
     assert report["bound"] in report["stages"]
@@ -91,22 +83,9 @@ def test_two_ranks_time_their_communication(doctor: Doctor, recipe_file: Path) -
     assert done.returncode == 0, done.stdout + done.stderr
     assert report["stages"]["communication"]["images_per_second"] > 0
     assert report["device"]["communication"]["bytes"] > 0
+    assert report["storage"] is None  # of synthetic images
+    assert "storage" not in report["stages"]
     assert done.stdout.count("what bounds training") == 1
-
-
-@pytest.mark.parametrize(
-    ("override", "part"),
-    [
-        ("attention.grdi=3", "attention.grid"),
-        ("model.name=vit_tinny_patch16_224", "vit_tiny_patch16_224"),
-        ("deepspeed.config=zero9", "zero9"),
-        ("augment.randaugment=rand-q9", "randaugment"),
-    ],
-)
-def test_a_bad_recipe_is_one_line(recipe_file: Path, override: str, part: str, capsys) -> None:
-    assert main(["doctor", str(recipe_file), override]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert part in line
 
 
 @pytest.mark.slow

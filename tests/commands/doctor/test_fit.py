@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from karat_scale.commands.doctor import fit
-from karat_scale.commands.doctor.fit import Subject
+from karat_scale.commands.doctor import recipe as fit
+from karat_scale.commands.doctor.recipe import Subject
 from karat_scale.commands.doctor.report import Finding, examine
-from karat_scale.commands.measure.storage import find_data_files
+from karat_scale.commands.measure.data import find_data_files
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.engine.distributed import World
 from karat_scale.foundation.stores import Store
@@ -81,31 +81,19 @@ def test_checkpoints_that_the_disk_cannot_hold_are_a_problem(subject: MakeSubjec
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_directory_that_another_recipe_has_is_a_problem(subject: MakeSubject, tmp_path: Path) -> None:
-    one = subject()
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "recipe.yaml").write_text(dump_recipe(one.recipe))
-    assert by_name(fit.examine_run_directory(one))["run.dir"].level == "ok"
+def test_a_run_directory_of_another_recipe_or_below_a_file_is_a_problem(subject: MakeSubject, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (run / "recipe.yaml").write_text(dump_recipe(subject("train.epochs=2").recipe))
+    (run / "summary.json").write_text('{"exit": 0, "steps": 4}')
+    (run / "checkpoints" / "latest").write_text("step-00000004\n")
+    for epochs in (2, 3):  # more of them lengthen a finished run
+        assert by_name(fit.examine_run_directory(subject(f"train.epochs={epochs}")))["run.dir"].level == "ok"
     other = by_name(fit.examine_run_directory(subject("optim.lr=0.5")))["run.dir"]
     assert other.level == "problem"
-    assert "optim.lr" in other.value
-    assert "resume.allow" in other.value
-
-
-def test_a_finished_run_with_more_epochs_is_no_problem(subject: MakeSubject, tmp_path: Path) -> None:
-    one = subject("train.epochs=2")
-    (tmp_path / "run" / "checkpoints" / "step-00000004").mkdir(parents=True)
-    (tmp_path / "run" / "recipe.yaml").write_text(dump_recipe(one.recipe))
-    (tmp_path / "run" / "summary.json").write_text('{"exit": 0, "steps": 4}')
-    (tmp_path / "run" / "checkpoints" / "latest").write_text("step-00000004\n")
-    longer = by_name(fit.examine_run_directory(subject("train.epochs=3")))["run.dir"]
-    assert longer.level == "ok"
-
-
-def test_a_run_directory_below_a_file_is_a_problem(subject: MakeSubject, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    (finding,) = fit.examine_run_directory(subject(f"run.dir={tmp_path / 'file' / 'run'}"))
-    assert finding.level == "problem"
+    assert all(part in other.value for part in ("optim.lr", "resume.allow"))
+    (below_a_file,) = fit.examine_run_directory(subject(f"run.dir={run / 'recipe.yaml' / 'run'}"))
+    assert below_a_file.level == "problem"
 
 
 def test_a_url_of_checkpoints_is_written_and_read(

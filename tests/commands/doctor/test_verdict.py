@@ -1,9 +1,13 @@
-"""The judgement on given rates; test_checkup judges measured ones."""
+"""How long a recipe is timed, and the judgement on given rates; test_checkup judges measured ones."""
 
 import dataclasses
+from typing import get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from karat_scale.commands.doctor.recipe import timed_batch
 from karat_scale.commands.doctor.report import Setting, Stage, judge
 from karat_scale.recipe.loading import load_recipe
 
@@ -20,15 +24,7 @@ SETTING = Setting(
     accumulation=1,
     stays_cached=False,
 )
-FAST: dict[Stage, float] = {
-    "storage": 90_000,
-    "decode": 90_000,
-    "augmentation": 90_000,
-    "transfer": 90_000,
-    "model": 90_000,
-    "optimizer": 90_000,
-    "communication": 90_000,
-}
+FAST: dict[Stage, float] = dict.fromkeys(get_args(Stage), 90_000.0)
 
 
 def setting(*overrides: str, **changes: object) -> Setting:
@@ -36,7 +32,7 @@ def setting(*overrides: str, **changes: object) -> Setting:
     return dataclasses.replace(SETTING, recipe=recipe, **changes)
 
 
-@pytest.mark.parametrize("stage", list(FAST))
+@pytest.mark.parametrize("stage", FAST)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_slowest_stage_by_far_bounds(stage: Stage, workers: int) -> None:
     verdict = judge({**FAST, stage: 100}, setting(workers=workers))
@@ -45,61 +41,84 @@ def test_the_slowest_stage_by_far_bounds(stage: Stage, workers: int) -> None:
     assert verdict.advice
 
 
-def test_too_few_workers_are_counted() -> None:
-    verdict = judge({**FAST, "decode": 300, "augmentation": 700, "model": 540}, SETTING)
-    assert verdict.bound == "decode"
-    assert verdict.data_rate == pytest.approx(210)
-    assert "2 workers sustain 210 img/s" in verdict.reason
-    assert "raise data.workers to 6" in verdict.advice  # 1.1 x 535 / 105
-    assert "data.decoder=native" in verdict.advice
-    assert "native" not in judge({**FAST, "decode": 300}, setting(decoder="native")).advice
+@pytest.mark.parametrize(
+    ("rates", "changes", "bound", "data_rate"),
+    [
+        # Two workers decode and augment in turn.
+        ({**FAST, "decode": 300, "augmentation": 700, "model": 540}, {}, "decode", 210),
+        ({**FAST, "decode": 300, "augmentation": 200, "model": 150}, {}, "augmentation", 120),
+        ({**FAST, "storage": 100, "model": 500}, {}, "storage", 100),
+        ({**FAST, "storage": 100, "model": 500}, {"stays_cached": True}, "model", 45_000),  # it is read once
+        ({"decode": 300, "augmentation": 600, "model": 290}, {"workers": 0}, "model", 200),
+    ],
+)
+def test_the_rate_of_the_data_is_that_of_what_runs_in_turn(
+    rates: dict[Stage, float], changes: dict[str, object], bound: Stage, data_rate: float
+) -> None:
+    verdict = judge(rates, setting(**changes))
+    assert (verdict.bound, verdict.data_rate) == (bound, pytest.approx(data_rate))
 
 
-def test_no_more_workers_than_cores_are_advised() -> None:
-    few = judge({**FAST, "decode": 200, "model": 5000}, setting(cores=4))
-    assert "raise data.workers to 3 (all cores; " in few.advice
-    none_left = judge({**FAST, "decode": 200, "model": 5000}, setting(cores=2, decoder="native"))
-    assert "data.workers" not in none_left.advice
+DECODES, SLOW = {**FAST, "decode": 200, "model": 5000}, {**FAST, "model": 100}
+READS = {**FAST, "storage": 100}
+TURNS = {"decode": 300, "augmentation": 600, "model": 290}
 
 
-def test_workers_take_the_augmentation_in_turn_with_the_decoding() -> None:
-    verdict = judge({**FAST, "decode": 300, "augmentation": 200, "model": 150}, SETTING)
-    assert verdict.bound == "augmentation"
-    assert verdict.data_rate == pytest.approx(120)
-    assert "augment.randaugment" in verdict.advice
+@pytest.mark.parametrize(
+    ("rates", "given", "advised", "not_advised"),
+    [
+        (
+            {**FAST, "decode": 300, "augmentation": 700, "model": 540},
+            setting(),
+            "data.workers to 6",
+            "",
+        ),  # 1.1 x 535 / 105
+        (DECODES, setting(), "data.decoder=native", ""),
+        (DECODES, setting(decoder="native"), "", "native"),
+        (DECODES, setting(cores=4), "raise data.workers to 3 (all cores; ", ""),
+        (DECODES, setting(cores=2, decoder="native"), "", "data.workers"),
+        (READS, setting(), "data.order=block", ""),
+        (READS, setting("data.order=block"), "", "data.order=block"),
+        (TURNS, setting(workers=0), "raise data.workers to 4, so that they no longer take turns; then ", ""),
+        ({"decode": 9000, "model": 290}, setting(workers=0), "", "data.workers"),
+        ({"decode": 300, "model": 290}, setting("data.backend=synthetic", workers=0), "", "data.workers"),
+        ({**FAST, "augmentation": 100}, setting(), "augment.randaugment", ""),
+        (SLOW, setting("train.precision=fp32"), "bf16", ""),
+        (SLOW, setting(accumulation=4), "micro_batch", "bf16"),
+        (SLOW, setting("attention.implementation=reference"), "attention.implementation=auto", ""),
+        (SLOW, setting(device="cpu"), "GPU", "fp32"),
+        (SLOW, setting(device="cpu", has_bf16=False), "set train.precision=fp32", ""),
+        (SLOW, setting(has_bf16=False), "", "fp32"),  # it trains on a GPU
+    ],
+)
+def test_the_advice_is_what_is_not_used_yet(
+    rates: dict[Stage, float], given: Setting, advised: str, not_advised: str
+) -> None:
+    advice = judge(rates, given).advice
+    assert advised in advice
+    assert not not_advised or not_advised not in advice
 
 
-def test_a_disk_that_is_read_once_does_not_bound() -> None:
-    rates = {**FAST, "storage": 100, "model": 500}
-    assert judge(rates, SETTING).bound == "storage"
-    assert "data.order=block" in judge(rates, SETTING).advice
-    assert "data.order=block" not in judge(rates, setting("data.order=block")).advice
-    assert judge(rates, setting(stays_cached=True)).bound == "model"
+@given(
+    micro=st.integers(1, 64),
+    accumulation=st.integers(1, 8),
+    world=st.integers(1, 8),
+    image_seconds=st.floats(1e-6, 10),
+    seconds=st.floats(0.1, 100),
+)
+def test_the_timed_batch_divides_and_never_grows(
+    micro: int, accumulation: int, world: int, image_seconds: float, seconds: float
+) -> None:
+    wanted = micro * accumulation * world
+    batch, smaller = timed_batch(wanted, micro, world, image_seconds, seconds)
+    assert 1 <= smaller <= micro
+    assert batch <= wanted
+    assert batch % (smaller * world) == 0
+    assert smaller == micro or smaller % 2 == 0
 
 
-def test_without_workers_everything_takes_turns() -> None:
-    verdict = judge({"decode": 300, "augmentation": 600, "model": 290}, setting(workers=0))
-    assert verdict.bound == "model"
-    assert (verdict.data_rate, verdict.device_rate) == (pytest.approx(200), pytest.approx(290))
-    assert "take turns" in verdict.reason
-    assert verdict.advice.startswith("raise data.workers to 4, so that they no longer take turns; then ")
-    assert "data.workers" not in judge({"decode": 9000, "model": 290}, setting(workers=0)).advice
-    assert (
-        "data.workers" not in judge({"decode": 300, "model": 290}, setting("data.backend=synthetic", workers=0)).advice
-    )
-
-
-def test_the_advice_for_a_model_depends_on_what_is_not_used_yet() -> None:
-    rates = {**FAST, "model": 100}
-    assert "bf16" in judge(rates, setting("train.precision=fp32")).advice
-    assert "bf16" not in judge(rates, SETTING).advice
-    assert "micro_batch" in judge(rates, setting(accumulation=4)).advice
-    assert "attention.implementation=auto" in judge(rates, setting("attention.implementation=reference")).advice
-    assert "GPU" in judge(rates, setting(device="cpu")).advice
-
-
-def test_bf16_without_its_instructions_is_the_first_thing_to_change() -> None:
-    slow = setting(device="cpu", has_bf16=False, workers=2)
-    assert judge({**FAST, "model": 2}, slow).advice.startswith("set train.precision=fp32")
-    assert "fp32" not in judge({**FAST, "model": 2}, setting(device="cpu")).advice
-    assert "fp32" not in judge({**FAST, "model": 2}, setting(has_bf16=False)).advice  # it trains on a GPU
+def test_a_step_that_fits_stays_and_one_that_does_not_shrinks() -> None:
+    assert timed_batch(256, 64, 2, image_seconds=0.001, seconds=12) == (256, 64)
+    assert timed_batch(256, 32, 1, image_seconds=0.01, seconds=12) == (96, 32)
+    assert timed_batch(256, 128, 1, image_seconds=0.1, seconds=12) == (10, 10)
+    assert timed_batch(256, 128, 2, image_seconds=10, seconds=12) == (4, 2)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.conftest import TrainOnce
+from tests.conftest import TrainOnce
 
 
 @pytest.fixture

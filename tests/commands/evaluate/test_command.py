@@ -13,11 +13,12 @@ from karat_scale.commands.evaluate.test_set import SPLITS
 from karat_scale.commands.status.status import read_standing
 from karat_scale.data.shards.shard_format import read_dataset_record, write_dataset_record
 from karat_scale.foundation.tables import CORRUPTIONS
-from tests.conftest import CLASSES, VAL_PER_CLASS, karat, karat_here
+from tests.conftest import CLASSES, VAL_PER_CLASS, karat_done, karat_here, karat_refuses, karat_says
 from tests.servers import nginx
 
 __all__ = ["nginx"]
 IMAGES = CLASSES * VAL_PER_CLASS
+CONTRAST = ("--corrupt", "contrast")
 
 
 def scores(text: str) -> tuple[str, ...]:
@@ -26,15 +27,10 @@ def scores(text: str) -> tuple[str, ...]:
     return found.groups()
 
 
-def test_the_runs_own_split_as_another_set_scores_the_same(
-    run: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert karat_here("eval", str(run)) == 0
-    own = scores(capsys.readouterr().out)
+def test_the_runs_own_split_as_another_set_scores_the_same(run: Path, image_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "scores.json"
-    assert karat_here("eval", str(run), "--on", str(image_folder), "--json", str(file)) == 0
-    printed = capsys.readouterr().out
-    assert scores(printed) == own
+    printed = karat_says("eval", str(run), "--on", str(image_folder), "--json", str(file))
+    assert scores(printed) == scores(karat_says("eval", str(run)))
     (kept,) = read_evaluations(run)
     assert (kept.name, kept.images, kept.among, kept.classes) == ("images", IMAGES, CLASSES, CLASSES)
     assert f"{run / 'evaluations' / 'images.json'}" in printed
@@ -43,15 +39,12 @@ def test_the_runs_own_split_as_another_set_scores_the_same(
     assert line.startswith(f"images: top-1 {kept.top1:.2f} %")
 
 
-def test_a_subset_is_scored_among_its_own_classes(
-    run: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_subset_is_scored_among_its_own_classes(run: Path, image_folder: Path, tmp_path: Path) -> None:
     some = tmp_path / "sketch"
     for name in ("class1", "class3"):
         shutil.copytree(image_folder / "val" / name, some / name)
     shutil.copytree(image_folder / "val" / "class0", some / "narwhal")
-    assert karat_here("eval", str(run), "--on", str(some)) == 0
-    printed = capsys.readouterr().out
+    printed = karat_says("eval", str(run), "--on", str(some))
     assert "1 class that the run does not have, with 7 images, left out: narwhal" in printed
     assert f"on {2 * VAL_PER_CLASS} images, among 2 of 4 classes, 0 unreadable" in printed
     (kept,) = read_evaluations(run)
@@ -66,8 +59,7 @@ def test_two_ranks_count_each_image_once_and_corrupt_it_as_one_does(run: Path, c
     if corrupt:
         pytest.importorskip("imagecorruptions", reason="needs the extra corruptions")
     for name, processes in (("one", 1), ("two", 2)):
-        done = karat("eval", str(run), *corrupt, "--name", name, processes=processes)
-        assert done.returncode == 0, done.stderr
+        karat_done("eval", str(run), *corrupt, "--name", name, processes=processes)
     one, two = read_evaluations(run)
     assert one.images == two.images == IMAGES
     assert (one.top1, one.top5, one.corruptions) == (two.top1, two.top5, two.corruptions)
@@ -79,24 +71,21 @@ def test_an_image_that_cannot_be_read_is_counted_as_such(run: Path, image_folder
     shutil.copytree(image_folder / "val", data)
     (data / "class0" / "000.jpg").write_bytes(b"no image")
     assert karat_here("eval", str(run), "--on", str(data)) == 2  # the recipe says stop
-    assert karat_here("eval", str(run), "--on", str(data), "data.on_bad_sample=skip") == 0
+    karat_says("eval", str(run), "--on", str(data), "data.on_bad_sample=skip")
     (kept,) = read_evaluations(run)
     assert (kept.images, kept.unreadable) == (IMAGES - 1, 1)
 
 
-def test_other_labels_of_the_runs_own_split(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_labels_of_the_runs_own_split(run: Path, tmp_path: Path) -> None:
     everything = {f"class{label}/{number:03d}": [*range(CLASSES)] for label in range(3) for number in range(7)}
     labels = tmp_path / "any.json"
     labels.write_text(json.dumps(everything))
-    assert karat_here("eval", str(run), "--labels", str(labels)) == 0
-    assert "7 images that the file does not have not counted" in capsys.readouterr().out
+    assert "7 images that the file does not have not counted" in karat_says("eval", str(run), "--labels", str(labels))
     (kept,) = read_evaluations(run)
     assert (kept.name, kept.images, kept.top1) == ("val-any", 21, 100.0)
 
 
-def test_the_runs_own_folder_is_scored_as_plain_evaluation_scores_it(
-    run: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_runs_own_folder_is_scored_as_plain_evaluation_scores_it(run: Path, image_folder: Path, tmp_path) -> None:
     shutil.copytree(image_folder, tmp_path / "photos")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -104,12 +93,9 @@ def test_the_runs_own_folder_is_scored_as_plain_evaluation_scores_it(
         with Image.open(path) as image:
             image.save(path, quality=95, exif=exif)
     data = ("data.backend=folder", f"data.path={tmp_path / 'photos'}")
-    assert karat_here("eval", str(run), *data) == 0
-    plain = scores(capsys.readouterr().out)
-    assert karat_here("eval", str(run), *data, "--name", "own") == 0
-    assert scores(capsys.readouterr().out) == plain
-    assert karat_here("eval", str(run), "--on", str(tmp_path / "photos")) == 0
-    assert scores(capsys.readouterr().out) != plain
+    plain = scores(karat_says("eval", str(run), *data))
+    assert scores(karat_says("eval", str(run), *data, "--name", "own")) == plain
+    assert scores(karat_says("eval", str(run), "--on", str(tmp_path / "photos"))) != plain
 
 
 @pytest.fixture
@@ -123,11 +109,11 @@ def test_data_at_a_url_take_other_labels_and_are_another_set(run: Path, shards: 
     labels = tmp_path / "some.json"
     labels.write_text(json.dumps({f"class{label}/{number:03d}": label for label in range(3) for number in range(7)}))
     for place, name in ((shards, "here"), (url, "there")):
-        assert karat_here("eval", str(run), f"data.path={place}", "--labels", str(labels), "--name", name) == 0
+        karat_says("eval", str(run), f"data.path={place}", "--labels", str(labels), "--name", name)
     here, there = read_evaluations(run)
     assert (there.images, there.top1, there.unreadable) == (here.images, here.top1, 0)
     assert there.source.startswith(f"{url}, labels of ")
-    assert karat_here("eval", str(run), "--on", url, "--name", "whole") == 0
+    karat_says("eval", str(run), "--on", url, "--name", "whole")
     whole = read_evaluations(run)[-1]
     assert (whole.source, whole.images, whole.among) == (url, IMAGES, CLASSES)
 
@@ -136,68 +122,49 @@ def test_data_at_a_url_take_other_labels_and_are_another_set(run: Path, shards: 
 def test_data_at_a_url_are_corrupted_as_on_disk(run: Path, shards: Path, url: str) -> None:
     pytest.importorskip("imagecorruptions", reason="needs the extra corruptions")
     for place, name in ((shards, "here"), (url, "there")):
-        arguments = (f"data.path={place}", "--corrupt", "contrast", "--severity", "1", "--name", name)
-        assert karat_here("eval", str(run), *arguments) == 0
+        karat_says("eval", str(run), f"data.path={place}", *CONTRAST, "--severity", "1", "--name", name)
     here, there = read_evaluations(run)
     assert there.corruptions == here.corruptions != {}
 
 
-def test_data_of_other_classes_are_not_scored_by_number(
-    run: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_of_other_classes_are_not_scored_by_number(run: Path, shards: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(shards, other)
     record = read_dataset_record(other)
     record.classes.reverse()
     write_dataset_record(other, record)
-    assert karat_here("eval", str(run), f"data.path={other}") == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = karat_refuses("eval", str(run), f"data.path={other}")
     assert f"data.path = {other} has other classes than the run; use `karat eval {run} --on DIR`" in line
-    assert karat_here("eval", str(run), "--on", str(other)) == 0
+    karat_says("eval", str(run), "--on", str(other))
 
 
-def test_the_help_names_the_splits_in_the_order_of_choice(capsys: pytest.CaptureFixture[str]) -> None:
-    assert karat_here("eval", "--help") == 0
-    assert f"the first of {', '.join(SPLITS)})" in " ".join(capsys.readouterr().out.split())
-
-
-def test_another_set_of_the_same_name_is_not_replaced(
-    run: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert karat_here("eval", str(run), "--on", str(image_folder), "--name", "a") == 0
+def test_a_mistake_is_one_line(run: Path, image_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(image_folder, tmp_path / "copy")
-    assert karat_here("eval", str(run), "--on", str(tmp_path / "copy"), "--name", "a") == 2
-    assert "choose another --name" in capsys.readouterr().err
-    assert karat_here("eval", str(run), "--on", str(tmp_path / "copy"), "--name", "../a") == 2
-    assert "should be a file's name" in capsys.readouterr().err
-
-
-def test_a_mistake_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    karat_says("eval", str(run), "--on", str(image_folder), "--name", "a")
     for arguments, words in (
+        (("--on", str(tmp_path / "copy"), "--name", "a"), "choose another --name"),
+        (("--on", str(tmp_path / "copy"), "--name", "../a"), "should be a file's name"),
         (("--on", str(tmp_path / "nowhere")), "is no test set"),
         (("--severity", "3"), "--severity is of --corrupt"),
         (("--severity", "6", "--corrupt"), "unknown value 6"),
         (("--corrupt", "fogg"), "did you mean fog?"),
         (("--corrupt", "fog", "--labels", "x"), "exclude each other"),
     ):
-        assert karat_here("eval", str(run), *arguments) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert words in line
+        assert words in karat_refuses("eval", str(run), *arguments)
+    assert f"the first of {', '.join(SPLITS)})" in " ".join(karat_says("eval", "--help").split())
 
 
-def test_corrupted_copies_are_counted_kept_and_resumed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_corrupted_copies_are_counted_kept_and_resumed(run: Path) -> None:
     pytest.importorskip("imagecorruptions", reason="needs the extra corruptions")
-    arguments = ("eval", str(run), "--corrupt", "contrast", "brightness")
-    assert karat_here(*arguments, "--severity", "1", "5") == 0
-    printed = capsys.readouterr().out
+    arguments = ("eval", str(run), *CONTRAST, "brightness")
+    printed = karat_says(*arguments, "--severity", "1", "5")
     assert "4 passes over 28 images take about" in printed
     assert "mean of 4 kinds and severities of 75 on 28 images each" in printed
     (kept,) = read_evaluations(run)
     assert kept.name == "val-corrupted"
     assert kept.top1 is None  # nothing may pass for the mean over all of them
     assert {name: [*by] for name, by in kept.corruptions.items()} == {"brightness": [1, 5], "contrast": [1, 5]}
-    assert karat_here(*arguments, "--severity", "1", "2") == 0
-    printed = capsys.readouterr().out
+    printed = karat_says(*arguments, "--severity", "1", "2")
     assert "contrast 1:" not in printed
     assert "contrast 2:" in printed
     (more,) = read_evaluations(run)
@@ -206,16 +173,13 @@ def test_corrupted_copies_are_counted_kept_and_resumed(run: Path, capsys: pytest
     assert f"top-1 {sum(values) / 6:.2f} %, mean of 6 kinds" in printed
 
 
-def test_another_split_of_as_many_images_is_corrupted_anew(
-    run: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_split_of_as_many_images_is_corrupted_anew(run: Path, image_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("imagecorruptions", reason="needs the extra corruptions")
     shutil.copytree(image_folder, tmp_path / "data")
     shutil.copytree(image_folder / "val", tmp_path / "data" / "test")
     for split in ("val", "test"):
         settings = (f"data.path={tmp_path / 'data'}", f"data.val_split={split}")
-        assert karat_here("eval", str(run), *settings, "--corrupt", "contrast", "--severity", "1") == 0
-        assert "contrast 1:" in capsys.readouterr().out
+        assert "contrast 1:" in karat_says("eval", str(run), *settings, *CONTRAST, "--severity", "1")
     assert {one.name for one in read_evaluations(run)} >= {"val-corrupted", "val-test-corrupted"}
 
 

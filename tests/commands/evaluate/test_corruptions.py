@@ -40,12 +40,9 @@ def test_each_keeps_the_size_and_repeats_itself(name: str, picture: np.ndarray) 
     assert np.array_equal(np.random.get_state()[1], state), "the generator of others is left as it was"
     if name in ("gaussian_noise", "shot_noise", "impulse_noise", "fog", "glass_blur", "elastic_transform"):
         assert not np.array_equal(first, other)
-
-
-def test_severity_makes_it_worse(picture: np.ndarray) -> None:
-    for name in ("gaussian_noise", "defocus_blur", "contrast"):
-        errors = [np.abs(Corruption(name, s)(picture, 0).astype(int) - picture).mean() for s in (1, 3, 5)]
-        assert errors == sorted(errors), name
+    if name in ("gaussian_noise", "defocus_blur", "contrast"):
+        mild, strong = (np.abs(Corruption(name, s)(picture, 0).astype(int) - picture).mean() for s in (1, 5))
+        assert mild < strong
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ from karat_scale.commands.evaluate.test_set import (
     match_classes,
     open_test_set,
     with_other_labels,
-    wnid_of,
 )
 from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.cache import RemoteUse
@@ -101,15 +101,6 @@ def test_a_split_is_chosen_or_named(tmp_path: Path) -> None:
     make_image_folder(tmp_path / "data", {"train": 1, "test": 2})
     assert len(labels_by_content(tmp_path / "data")) == 2 * CLASSES
     assert len(labels_by_content(tmp_path / "data", "train")) == CLASSES
-    with pytest.raises(DataError, match="has no split 'val'; the splits there: test, train"):
-        open_test_set(tmp_path / "data", "val", OURS, RemoteUse())
-
-
-def test_a_set_whose_images_are_all_of_other_classes_is_one_line(image_folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(image_folder / "val" / "class0", tmp_path / "class0")
-    (tmp_path / "owl").mkdir()
-    with pytest.raises(DataError, match="all of its images are of classes that the run does not have"):
-        open_test_set(tmp_path, "", ("owl", "cat"), RemoteUse())
 
 
 def test_what_is_no_test_set_is_one_line(tmp_path: Path, image_folder: Path) -> None:
@@ -117,6 +108,12 @@ def test_what_is_no_test_set_is_one_line(tmp_path: Path, image_folder: Path) -> 
         open_test_set(tmp_path, "", OURS, RemoteUse())
     with pytest.raises(DataError, match="knows none of its 4 classes; the first ones are class0, class1, class2"):
         open_test_set(image_folder, "", ("owl", "cat"), RemoteUse())
+    shutil.copytree(image_folder / "val" / "class0", tmp_path / "class0")
+    (tmp_path / "owl").mkdir()
+    with pytest.raises(DataError, match="all of its images are of classes that the run does not have"):
+        open_test_set(tmp_path, "", ("owl", "cat"), RemoteUse())
+    with pytest.raises(DataError, match="has no split 'test'; the splits there: train, val"):
+        open_test_set(image_folder, "test", OURS, RemoteUse())
 
 
 def test_the_keys_of_betons_are_those_of_the_shards_and_need_one_reading(
@@ -133,39 +130,33 @@ def test_the_keys_of_betons_are_those_of_the_shards_and_need_one_reading(
     assert keys == shards.keys() == [betons.locate(sample_id)[0] for sample_id in range(len(betons))]
 
 
-def test_names_match_without_case_and_with_underscores() -> None:
-    assert match_classes(["Tree_Frog", "cat", "zebu"], ["cat", "tree frog", "dog"]) == [1, 0, None]
-
-
-def test_equal_names_match_before_similar_ones() -> None:
-    assert match_classes(["A", "a", "b"], ["A", "a", "b"]) == [0, 1, 2]
-    assert match_classes(["crane", "crane"], ["crane", "crane"]) == [0, 1]
-    assert match_classes(["a", "A"], ["A", "a", "b"]) == [1, 0]
-    assert match_classes(["A", "a", "b"], ["a", "b"]) == [None, 0, 1]
-    assert match_classes(["x_1", "b"], ["x 1", "X 1", "b"]) == [None, 2]
-
-
-def test_wordnet_ids_and_names_of_imagenet_stand_for_each_other() -> None:
-    assert wnid_of("tench") == wnid_of("tench, Tinca tinca") == "n01440764"
-    assert match_classes(["n01440764", "n01443537"], ["goldfish", "tench"]) == [1, 0]
-    assert match_classes(["goldfish, Carassius auratus", "wagon"], ["n01440764", "n01443537"]) == [1, None]
-
-
-def test_a_name_that_two_classes_have_is_nobodys() -> None:
-    assert wnid_of("crane") == ""  # a bird and a machine
-    assert match_classes(["crane"], imagenet_wnids()) == [None]
-
-
-def test_numbers_are_labels_only_if_all_names_are_numbers_and_ours_are_not() -> None:
-    assert match_classes(["0", "10", "2"], ["a", "b", "c"]) == [0, None, 2]
-    assert match_classes(["0", "ten"], ["a", "b", "c"]) == [None, None]
-    assert match_classes(["10", "2", "3"], ["2", "10"]) == [1, 0, None]
-
-
-def test_imagenets_labels_are_in_the_order_of_the_ids() -> None:
-    wnids = imagenet_wnids()
-    assert len(wnids) == 1000
-    assert wnids == sorted(wnids)
+@pytest.mark.parametrize(
+    ("theirs", "ours", "matched"),
+    [
+        # Names match without case and with underscores, equal ones before similar ones.
+        (["Tree_Frog", "cat", "zebu"], ["cat", "tree frog", "dog"], [1, 0, None]),
+        (["A", "a", "b"], ["A", "a", "b"], [0, 1, 2]),
+        (["crane", "crane"], ["crane", "crane"], [0, 1]),
+        (["a", "A"], ["A", "a", "b"], [1, 0]),
+        (["A", "a", "b"], ["a", "b"], [None, 0, 1]),
+        (["x_1", "b"], ["x 1", "X 1", "b"], [None, 2]),
+        # WordNet's ids and the names of ImageNet stand for each other; a crane is a bird and a machine.
+        (["n01440764", "n01443537"], ["goldfish", "tench"], [1, 0]),
+        (["goldfish, Carassius auratus", "wagon"], ["n01440764", "n01443537"], [1, None]),
+        (["tench, Tinca tinca"], ["n01440764"], [0]),
+        (["crane"], imagenet_wnids(), [None]),
+        # Numbers are labels only if all names are numbers and ours are not.
+        (["0", "10", "2"], ["a", "b", "c"], [0, None, 2]),
+        (["0", "ten"], ["a", "b", "c"], [None, None]),
+        (["10", "2", "3"], ["2", "10"], [1, 0, None]),
+    ],
+)
+def test_classes_are_matched_by_name_id_or_number(
+    theirs: list[str], ours: list[str], matched: list[int | None]
+) -> None:
+    assert match_classes(theirs, ours) == matched
+    assert len(imagenet_wnids()) == 1000
+    assert imagenet_wnids() == sorted(imagenet_wnids())  # as ImageNet's labels are
 
 
 def predicted(*labels: int) -> Predictions:
@@ -175,40 +166,39 @@ def predicted(*labels: int) -> Predictions:
     return Predictions(np.arange(count), np.zeros(count, np.int64), top, ones, ones[:, 0], 0, ())
 
 
-def write(path: Path, content: object) -> Path:
-    path.write_text(json.dumps(content))
-    return path
+@pytest.fixture
+def labels_of(tmp_path: Path) -> Callable[..., OtherLabels]:
+    """A file of labels, as classes understand it."""
+
+    def make(content: object, classes: Sequence[str]) -> OtherLabels:
+        (tmp_path / "labels.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        return OtherLabels(tmp_path / "labels.json", classes)
+
+    return make
 
 
-def test_real_counts_any_of_its_labels_and_skips_images_without_one(tmp_path: Path) -> None:
-    labels = OtherLabels(write(tmp_path / "real.json", [[5], [0, 7], [], [1]]), imagenet_wnids())
+def test_real_counts_any_of_its_labels_and_skips_images_without_one(labels_of) -> None:
+    labels = labels_of([[5], [0, 7], [], [1]], imagenet_wnids())
     keys = [f"n01440764/ILSVRC2012_val_{number:08}.JPEG" for number in (1, 2, 3, 4, 5)]
     assert [labels.of(key) for key in keys] == [{5}, {0, 7}, set(), {1}, None]
     top1, images, left_out = with_other_labels(predicted(5, 7, 3, 0, 1), keys, labels)
     assert (top1, images) == (pytest.approx(200 / 3), 3)
     assert left_out == "1 image without a label and 1 image that the file does not have"
 
-
-def test_reals_numbers_mean_imagenets_classes_in_any_order_of_the_runs(tmp_path: Path) -> None:
-    wnids = imagenet_wnids()
-    labels = OtherLabels(write(tmp_path / "real.json", [[1, 900]]), ("goldfish", wnids[0]))
-    assert labels.of("ILSVRC2012_val_00000001") == {0}  # 1 is the goldfish; 900 is no class of the run
+    of_another_order = labels_of([[1, 900]], ("goldfish", imagenet_wnids()[0]))
+    assert of_another_order.of("ILSVRC2012_val_00000001") == {0}  # 1 is the goldfish; 900 is no class of the run
 
 
-def test_an_object_names_classes_or_numbers(tmp_path: Path) -> None:
-    content = {"a": "cat", "b": ["dog", "cat"], "x/c": 1, "d": []}
-    labels = OtherLabels(write(tmp_path / "own.json", content), ("cat", "dog"))
+def test_an_object_names_classes_or_numbers(labels_of) -> None:
+    labels = labels_of({"a": "cat", "b": ["dog", "cat"], "x/c": 1, "d": []}, ("cat", "dog"))
     assert [labels.of(key) for key in ("a", "dog/b.png", "x/c", "d", "e")] == [{0}, {0, 1}, {1}, set(), None]
 
 
-def test_a_wrong_file_is_one_line(tmp_path: Path) -> None:
+def test_a_wrong_file_is_one_line(labels_of, tmp_path: Path) -> None:
     for content, words in (("[", "it is no JSON"), ("{}", "JSON list or object"), ("[3]", "'3' should be a list")):
-        file = tmp_path / "labels.json"
-        file.write_text(content)
         with pytest.raises(DataError, match=words):
-            OtherLabels(file, ("cat",))
+            labels_of(content, ("cat",))
     with pytest.raises(DataError, match="No such file"):
         OtherLabels(tmp_path / "none.json", ("cat",))
-    labels = OtherLabels(write(tmp_path / "labels.json", {"a": "cat"}), ("cat",))
     with pytest.raises(DataError, match="has labels for none of the 1 image, such as 'z'"):
-        with_other_labels(predicted(0), ["z"], labels)
+        with_other_labels(predicted(0), ["z"], labels_of({"a": "cat"}, ("cat",)))

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from karat_scale.commands.cli import main
 from karat_scale.commands.export.command import Source
 from karat_scale.recipe import Recipe
 from karat_scale.training.run_directory import OpenRun
@@ -39,10 +38,18 @@ def here(hub: Hub, home: Path, *arguments: str, token: str = TOKEN) -> subproces
 
 
 @pytest.mark.slow
-def test_timm_loads_what_was_pushed(small_recipe, make_run, hub: Hub, tmp_path: Path) -> None:
+def test_timm_loads_what_was_pushed_and_what_the_hub_refuses_is_one_line(
+    small_recipe, make_run, hub: Hub, tmp_path: Path
+) -> None:
     run, *_ = make_run(small_recipe("attention.mode=universal"))
-    push = ("-m", "karat_scale", "export", str(run), "--push", "jane/owls", "--private", "--weights", "ema")
-    done = here(hub, tmp_path, *push)
+    push = ("-m", "karat_scale", "export", str(run), "--push", "jane/owls", "--private")
+    assert "add --weights ema or raw" in here(hub, tmp_path, *push).stderr
+    done = here(hub, tmp_path, *push, "--weights", "ema", token="hf_wrong")
+    assert (done.returncode, "hf_wrong" in done.stdout + done.stderr) == (2, False)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: --push jane/owls: ")
+    assert "401" in line
+    done = here(hub, tmp_path, *push, "--weights", "ema")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"{hub.url}/jane/owls"
     asked = hub.repositories["jane/owls"]
@@ -59,43 +66,3 @@ def test_timm_loads_what_was_pushed(small_recipe, make_run, hub: Hub, tmp_path: 
     images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "logits.pt"), source.model(images))
-
-
-@pytest.mark.slow
-def test_what_the_hub_refuses_is_one_line(small_recipe, make_run, hub: Hub, tmp_path: Path) -> None:
-    run, *_ = make_run(small_recipe())
-    push = ("-m", "karat_scale", "export", str(run), "--push", "jane/owls", "--weights", "ema")
-    done = here(hub, tmp_path, *push, token="hf_wrong")
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: --push jane/owls: ")
-    assert "401" in line
-    assert "hf_wrong" not in done.stdout + done.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("--push", "owls"), "--push owls: should be USER/NAME"),
-        (("--push", "jane/owls"), "--push takes one kind of weights; add --weights ema or raw"),
-        (("--push", "jane/owls", "--format", "onnx"), "--format onnx: --push uploads a hub-folder"),
-    ],
-)
-def test_mistakes_are_one_line(
-    small_recipe, make_run, capsys, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    run, *_ = make_run(small_recipe())
-    assert main(["export", str(run), *arguments]) == 2
-    assert said in capsys.readouterr().err
-
-
-def test_without_a_token_it_says_how_to_log_in(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    (tmp_path / "recipe.yaml").touch()
-    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-    assert main(["export", str(tmp_path), "--push", "jane/owls"]) == 2
-    assert "run `hf auth login`, or set HF_TOKEN" in capsys.readouterr().err

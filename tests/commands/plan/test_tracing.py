@@ -1,6 +1,7 @@
 """A trace against what the same pass really allocates."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from torch.profiler import ProfilerActivity, profile
 from karat_scale.attention import routes, variants
 from karat_scale.commands.plan import memory
 from karat_scale.commands.plan.memory import Footprint, Subject, attention_workspace, written_by_rows
-from karat_scale.commands.plan.tracing import Trace, fake_copy, trace_step
+from karat_scale.commands.plan.tracing import IMAGENET, Trace, count_samples, fake_copy, trace_step
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
+from karat_scale.recipe.loading import load_recipe
 
 Load = Callable[..., Recipe]
 SIZE = 16
@@ -133,3 +135,31 @@ def test_passes_that_differ_have_no_line(small_recipe: Load) -> None:
     traces = {2: trace_of(small_recipe(), 2), 4: trace_of(small_recipe("attention.implementation=reference"), 4)}
     with pytest.raises(ValueError, match="another batch size"):
         Footprint.through(traces)
+
+
+def test_no_decoder_is_made_and_no_shard_hashed(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load_recipe(recipe_file, ["data.verify=hash", "data.decoder=native"]).data
+    for place in ("karat_scale.data.decoders.make_decoder", "karat_scale.data.shards.shard_format.check_file"):
+        monkeypatch.setattr(place, lambda *_, place=place: pytest.fail(f"{place} was called"))
+    assert count_samples(data)[0] == 64
+
+
+STREAM = ("data.order=stream", "data.stream=pipe:cat a.tar", "data.stream_samples=48")
+
+
+@pytest.mark.parametrize(
+    ("keys", "count"),
+    [
+        ((), 64),
+        (("data.backend=synthetic", "data.path=", "data.synthetic_samples=48"), 48),
+        (("data.backend=folder", "data.path={folder}"), 64),
+        (STREAM, 48),
+        (("data.path=elsewhere",), IMAGENET),
+    ],
+)
+def test_images_are_counted_where_they_are(
+    recipe_file: Path, image_folder: Path, keys: tuple[str, ...], count: int
+) -> None:
+    recipe = load_recipe(recipe_file, [key.format(folder=image_folder) for key in keys])
+    found, whose = count_samples(recipe.data)
+    assert (found, "of the recipe's data" in whose) == (count, count != IMAGENET)

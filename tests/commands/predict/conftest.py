@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.conftest import TrainOnce
 from tests.commands.export.conftest import make_engine, make_run, small_recipe
+from tests.conftest import TrainOnce
 
 __all__ = ["make_engine", "make_run", "small_recipe"]
 

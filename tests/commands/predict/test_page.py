@@ -62,9 +62,7 @@ def test_a_picture_is_classified_on_a_page_of_this_machine_alone_that_keeps_no_u
     assert (tmp_path / "errors").read_text() == ""
 
 
-def test_without_gradio_the_way_to_add_it_is_said(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_gradio_the_way_to_add_it_is_said(run: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr("karat_scale.commands.predict.command.is_installed", lambda module: False)
     assert karat_here("demo", str(run)) == 2
     assert "pip install -e '.[demo]'" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from karat_scale.models.attention_matrices import watched
 from karat_scale.recipe import Recipe
 from karat_scale.training.run_directory import OpenRun
 from karat_scale.training.tasks.classification.task import ClassificationTask
-from tests.conftest import CLASSES, SMALL, VAL_PER_CLASS, karat, karat_here
+from tests.conftest import CLASSES, SMALL, VAL_PER_CLASS, karat_done, karat_here, karat_refuses, karat_says
 from tests.data.prepare.making import prepared
 
 IMAGES = CLASSES * VAL_PER_CLASS
@@ -82,7 +82,7 @@ def test_a_camera_photo_is_seen_upright_as_in_shards(run: Path, image_folder: Pa
 @pytest.mark.parametrize("form", ["hub-folder", "timm", "safetensors"])
 def test_an_export_needs_no_run(run: Path, image_folder: Path, tmp_path: Path, form: str) -> None:
     out = tmp_path / ("owls.safetensors" if form == "safetensors" else "owls")
-    assert karat_here("export", str(run), "--format", form, "--weights", "ema", "--out", str(out)) == 0
+    karat_says("export", str(run), "--format", form, "--weights", "ema", "--out", str(out))
     files = find_images([str(image_folder / "val")]).files
     of_run, of_export = (open_classifier(str(source), "best", "auto") for source in (run, out))
     assert of_export.classes == tuple(NAMES)
@@ -103,8 +103,8 @@ def test_files_folders_and_globs_with_bad_ones_among_them(run: Path, image_folde
     single, pattern = image_folder / "val" / "class0" / "000.jpg", str(image_folder / "val" / "class2" / "00[12].jpg")
     listed, table = tmp_path / "p.jsonl", tmp_path / "p.csv"
     names = [str(single), str(mine), str(mine / "b.jpg"), pattern, str(tmp_path / "pipe.jpg"), str(tmp_path / "gone*")]
-    done = karat("predict", str(run), "--top", "3", *names, "--batch", "2", "--json", str(listed), "--csv", str(table))
-    assert done.returncode == 0, done.stderr
+    options = ("--top", "3", "--batch", "2", "--json", str(listed), "--csv", str(table))
+    done = karat_done("predict", str(run), *names, *options)
     assert "5 images predicted, 3 failed" in done.stdout
     for bad in (f"{mine / 'broken.png'}: not an image", "pipe.jpg: not a regular file", "gone*: no such file"):
         assert bad in done.stderr
@@ -131,14 +131,17 @@ def test_files_folders_and_globs_with_bad_ones_among_them(run: Path, image_folde
 
 
 def test_nothing_predicted_is_exit_code_2(run: Path, tmp_path: Path, capsys) -> None:
-    empty = tmp_path / "empty"
+    empty, broken, pipe, huge = (tmp_path / name for name in ("empty", "broken.jpg", "b.jpg", "c.jpg"))
     empty.mkdir()
-    broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff")
-    assert karat_here("predict", str(run), str(empty), str(broken)) == 2
+    os.mkfifo(pipe)
+    with huge.open("wb") as file:
+        file.truncate(10**12)
+    assert karat_here("predict", str(run), *map(str, (empty, broken, pipe, huge))) == 2
     said = capsys.readouterr()
-    assert "0 images predicted, 2 failed" in said.out
-    assert f"{empty}: a folder without images" in said.err
+    assert "0 images predicted, 4 failed" in said.out
+    errors = (f"{empty}: a folder without images", f"{pipe}: not a regular file", f"{huge}: larger than 536.871 MB")
+    assert all(error in said.err for error in errors)
 
 
 def test_an_output_that_is_not_finite_is_no_prediction(run: Path, image_folder: Path) -> None:
@@ -149,26 +152,21 @@ def test_an_output_that_is_not_finite_is_no_prediction(run: Path, image_folder: 
     assert [one.error for one in predictions] == ["the model's output is not finite"] * VAL_PER_CLASS
 
 
-def test_what_is_no_model_is_one_line(run: Path, image_folder: Path, tmp_path: Path, capsys) -> None:
+def test_what_is_no_model_is_one_line(run: Path, image_folder: Path, tmp_path: Path) -> None:
     image = str(image_folder / "val" / "class0" / "000.jpg")
-    out = tmp_path / "owls"
-    assert karat_here("export", str(run), "--format", "timm", "--weights", "raw", "--out", str(out)) == 0
-    capsys.readouterr()
-    assert karat_here("predict", str(tmp_path / "nowhere"), image) == 2
-    assert karat_here("predict", str(out), image, "--weights", "ema") == 2
-    assert karat_here("predict", str(out), image, "--checkpoint", "latest") == 2
-    assert karat_here("predict", str(run), image, "--checkpoint", "step-00000099") == 2
-    assert karat_here("predict", str(run), image, "--attention", image) == 2
-    (out / "model.safetensors").write_bytes(b"damaged")
-    assert karat_here("predict", str(out), image) == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert [line.partition(":")[0] for line in errors] == ["error"] * 6
-    assert "nowhere: neither a run's directory nor a folder of karat export" in errors[0]
-    assert "holds raw only; leave out --weights, or name the run" in errors[1]
-    assert "leave out --checkpoint" in errors[2]
-    assert "no checkpoint 'step-00000099'" in errors[3]
-    assert "File exists; name another directory" in errors[4]
-    assert "not a whole file of karat export" in errors[5]
+    out, damaged = tmp_path / "owls", tmp_path / "damaged"
+    karat_says("export", str(run), "--format", "timm", "--weights", "raw", "--out", str(out))
+    shutil.copytree(out, damaged)
+    (damaged / "model.safetensors").write_bytes(b"damaged")
+    for source, options, said in (
+        ("nowhere", (), "nowhere: neither a run's directory nor a folder of karat export"),
+        (out, ("--weights", "ema"), "holds raw only; leave out --weights, or name the run"),
+        (out, ("--checkpoint", "latest"), "leave out --checkpoint"),
+        (run, ("--checkpoint", "step-00000099"), "no checkpoint 'step-00000099'"),
+        (run, ("--attention", image), "File exists; name another directory"),
+        (damaged, (), "not a whole file of karat export"),
+    ):
+        assert said in karat_refuses("predict", str(source), image, *options)
 
 
 def test_a_name_that_is_not_utf8_goes_through(run: Path, image_folder: Path, tmp_path: Path) -> None:
@@ -176,75 +174,51 @@ def test_a_name_that_is_not_utf8_goes_through(run: Path, image_folder: Path, tmp
     with open(name, "wb") as file:  # noqa: PTH123
         file.write((image_folder / "val" / "class0" / "000.jpg").read_bytes())
     listed, table = tmp_path / "p.jsonl", tmp_path / "p.csv"
-    done = karat("predict", str(run), str(tmp_path / "*.jpg"), "--json", str(listed), "--csv", str(table))
-    assert done.returncode == 0, done.stderr
+    done = karat_done("predict", str(run), str(tmp_path / "*.jpg"), "--json", str(listed), "--csv", str(table))
     assert os.fsencode(lines_of(listed)[0]["image"]) == name
     assert name in table.read_bytes()
     assert "\x1b" not in done.stdout
 
 
 @pytest.mark.slow
-def test_a_student_predicts_with_the_teacher_that_its_run_keeps(image_folder: Path, tmp_path: Path, capsys) -> None:
+def test_a_student_predicts_with_the_teacher_that_its_run_keeps(image_folder: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "small.yaml"
     recipe.write_text("data: {backend: synthetic}\nschedule: {warmup_epochs: 0}\n")
     teacher, student, out = tmp_path / "teacher", tmp_path / "student", tmp_path / "student.safetensors"
     for path, kind in ((teacher, "attention.kind=karat"), (student, f"attention.transfer_from={teacher}")):
-        done = karat("train", str(recipe), *SMALL, "train.max_steps=1", kind, f"run.dir={path}")
-        assert done.returncode == 0, done.stderr
+        karat_done("train", str(recipe), *SMALL, "train.max_steps=1", kind, f"run.dir={path}")
     image = str(image_folder / "val" / "class0" / "000.jpg")
-    assert karat_here("predict", str(student), image, "--attention", str(tmp_path / "maps")) == 0
+    karat_says("predict", str(student), image, "--attention", str(tmp_path / "maps"))
     assert (tmp_path / "maps" / "1-000.png").is_file()
-    assert karat_here("export", str(student), "--weights", "raw", "--out", str(out)) == 0
-    assert karat_here("predict", str(out), image) == 2
-    assert "its attention needs its teacher" in capsys.readouterr().err
-
-
-def test_a_pipe_and_a_terabyte_are_told_and_not_read(
-    run: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copy(image_folder / "val" / "class0" / "000.jpg", tmp_path / "a.jpg")
-    os.mkfifo(tmp_path / "b.jpg")
-    with (tmp_path / "c.jpg").open("wb") as file:
-        file.truncate(10**12)
-    assert karat_here("predict", str(run), str(tmp_path)) == 0
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith(str(tmp_path))]
-    assert errors == [f"{tmp_path}/b.jpg: not a regular file", f"{tmp_path}/c.jpg: larger than 536.871 MB"]
+    karat_says("export", str(student), "--weights", "raw", "--out", str(out))
+    assert "its attention needs its teacher" in karat_refuses("predict", str(out), image)
 
 
 SWIN = (
     "model.name=swin_mini_patch2_window4_32",
-    "model.patch_size=null",
-    "model.embed_dim=null",
-    "model.depth=null",
-    "model.num_heads=null",
+    *(f"model.{size}=null" for size in ("patch_size", "embed_dim", "depth", "num_heads")),
 )
 
 
 def test_every_image_that_can_be_read_has_an_overlay(run: Path, image_folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
-    folder, out = str(image_folder / "val" / "class3"), tmp_path / "maps"
-    listed = tmp_path / "p.jsonl"
-    arguments = ("--batch", "4", "--attention", str(out), "--json", str(listed))
-    assert karat_here("predict", str(run), str(broken), folder, *arguments, "--top", "9") == 0
-    lines = [json.loads(line) for line in listed.read_text().splitlines()]
-    drawn = [line["attention"] for line in lines if "attention" in line]
+    folder, out, listed = str(image_folder / "val" / "class3"), tmp_path / "maps", tmp_path / "p.jsonl"
+    long = tmp_path / f"{'é' * 115}.png"
+    shutil.copy(image_folder / "val" / "class3" / "000.jpg", long)
+    arguments = ("--batch", "4", "--attention", str(out), "--json", str(listed), "--top", "9")
+    karat_says("predict", str(run), str(broken), folder, str(long), *arguments)
+    lines = lines_of(listed)
+    *drawn, shortened = [line["attention"] for line in lines if "attention" in line]
+    assert shortened == str(out / f"9-{'é' * 75}.png")
     for line in (line for line in lines if "error" not in line):  # more classes than the model has are all
         assert sorted(guess["class"] for guess in line["predictions"]) == NAMES
         assert sum(guess["probability"] for guess in line["predictions"]) == pytest.approx(1)
     assert drawn == [str(out / f"{number + 2}-{number:03d}.png") for number in range(7)]
-    assert sorted(path.name for path in out.iterdir()) == sorted(Path(name).name for name in drawn)
+    assert sorted(map(str, out.iterdir())) == sorted([*drawn, shortened])
     pixels = [np.asarray(Image.open(name)) for name in drawn]
     assert all(image.std() > 10 for image in pixels)
     assert not np.array_equal(pixels[0], pixels[1])
-
-
-def test_a_long_name_is_shortened(run: Path, image_folder: Path, tmp_path: Path) -> None:
-    long = tmp_path / f"{'é' * 115}.png"
-    long.write_bytes((image_folder / "val" / "class3" / "000.jpg").read_bytes())
-    assert karat_here("predict", str(run), str(long), "--attention", str(tmp_path / "maps")) == 0
-    (drawn,) = (tmp_path / "maps").iterdir()
-    assert drawn.name == f"1-{'é' * 75}.png"
 
 
 def test_the_map_is_the_class_tokens_row_of_the_last_block(run: Path, image_folder: Path) -> None:

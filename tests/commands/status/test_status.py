@@ -9,27 +9,21 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from karat_scale.commands.cli import main
-from karat_scale.commands.status.status import Standing, read_standing, render, show_status, sparkline
-from karat_scale.engine.heartbeat import Sign
+from karat_scale.commands.status.status import Standing, read_standing, render, show_status
+from karat_scale.commands.submit.within_job import Watch
+from karat_scale.engine.heartbeat import Sign, StallLimits
 from tests.commands.status.terminal import on_a_terminal
-from tests.conftest import SMALL, karat
+from tests.conftest import SMALL, karat, karat_done
 
 
 def test_a_finished_run_is_shown_from_its_files(recipe_file: Path, tmp_path: Path) -> None:
-    done = karat("train", str(recipe_file), *SMALL, "train.epochs=1")
-    assert done.returncode == 0, done.stderr
+    karat_done("train", str(recipe_file), *SMALL, "train.epochs=1")
     shown = karat("status", str(tmp_path / "run"))
     assert shown.returncode == 0, shown.stderr
     assert "finished (exit 0)" in shown.stdout
     assert "8 of 8, epoch 0" in shown.stdout
     assert "step-00000008, " in shown.stdout
     assert "best" in shown.stdout
-
-
-def test_no_run_is_one_line(tmp_path: Path, capsys) -> None:
-    assert main(["status", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path}: not a run's directory (it has no recipe.yaml)\n"
 
 
 def write_events(run: Path, *events: dict[str, object], tail: str = "") -> None:
@@ -51,23 +45,15 @@ def test_time_left_and_restarts_come_from_the_last_events(tmp_path: Path) -> Non
     assert standing.checkpoint is None
 
 
-@pytest.mark.parametrize(
-    ("content", "shown"),
-    [
-        ('{"url": "s3://b/r", "checkpoint": "step-00000003", "problem": ""}', "step-00000003 at s3://b/r"),
-        (
-            '{"url": "s3://b/r", "checkpoint": null, "problem": "it failed"}',
-            "none yet at s3://b/r; it failed",
-        ),
-        ('{"url": "s3://b/r"}', None),
-        ("[]", None),
-        ("{", None),
-    ],
-)
-def test_the_copy_at_a_url_is_shown(tmp_path: Path, content: str, shown: str | None) -> None:
+def test_the_copy_at_a_url_is_shown(tmp_path: Path) -> None:
     write_events(tmp_path, {"event": "train", "step": 1})
-    (tmp_path / "copy.json").write_text(content)
-    assert read_standing(tmp_path).copied == shown
+    for content, shown in (
+        ('{"url": "s3://b/r", "checkpoint": "step-00000003", "problem": ""}', "step-00000003 at s3://b/r"),
+        ('{"url": "s3://b/r", "checkpoint": null, "problem": "it failed"}', "none yet at s3://b/r; it failed"),
+        *((damaged, None) for damaged in ('{"url": "s3://b/r"}', "[]", "{")),
+    ):
+        (tmp_path / "copy.json").write_text(content)
+        assert read_standing(tmp_path).copied == shown
 
 
 def test_the_job_is_that_of_the_newest_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,18 +65,23 @@ def test_the_job_is_that_of_the_newest_start(tmp_path: Path, monkeypatch: pytest
     assert (standing.job, standing.job_state) == ("812", None)
 
 
-def test_ranks_of_an_earlier_start_are_not_shown(tmp_path: Path) -> None:
+def write_signs(run: Path, *fields: dict[str, object]) -> None:
+    """Signs of life of ranks 0, 1, ..., each with some fields of its own."""
+    (run / "heartbeats").mkdir()
+    for rank, own in enumerate(fields):
+        sign = {**asdict(Sign(rank, f"node{rank}", 1, "")), **own}
+        (run / "heartbeats" / f"rank-{rank:05d}.json").write_text(json.dumps(sign))
+
+
+def test_ranks_of_an_earlier_start_and_lies_are_not_shown(tmp_path: Path) -> None:
+    starts = [{"start": start, "written": written} for start, written in (("9-1", 20.0), ("9-1", 21.0), ("9-0", 10.0))]
+    lies: list[dict[str, object]] = [{"written": "now"}, {"beats": None}, {"host": 3}, {"more": 1}]
+    write_signs(tmp_path, *starts, *lies)
     (tmp_path / "logs").mkdir()
-    (tmp_path / "heartbeats").mkdir()
-    for rank, (start, written) in enumerate([("9-1", 20.0), ("9-1", 21.0), ("9-0", 10.0)]):
-        sign = Sign(rank, f"node{rank}", 1, start, written=written)
-        (tmp_path / "heartbeats" / f"rank-{rank:05d}.json").write_text(json.dumps(asdict(sign)))
     assert [sign.rank for sign in read_standing(tmp_path).signs] == [0, 1]
 
 
-def test_a_run_that_saved_on_a_signal_is_over_only_without_its_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_saved_on_a_signal_is_over_only_without_its_job(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", "")
     run = tmp_path / "run"
     write_events(run, {"event": "end", "step": 10, "exit": 75, "reason": "stopped by SIGUSR2"})
@@ -103,17 +94,16 @@ def test_a_run_that_saved_on_a_signal_is_over_only_without_its_job(
 
 def test_memory_slow_ranks_and_silence_are_shown(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train = {"event": "train", "samples": 10, "total_steps": 40, "step": 1, "epoch": 0, "loss": 2.0}
+    train = {"event": "train", "samples": 10, "total_steps": 40, "step": 2, "epoch": 0, "loss": 2.0}
     write_events(run, {**train, "images_per_second": 2.0, "peak_memory_mb": 40_321})
-    (run / "heartbeats").mkdir()
-    for rank, own_seconds in enumerate((0.1, 0.4)):
-        sign = Sign(rank, f"node{rank}", 1, "", written=100.0, device="NVIDIA H100", own_seconds=own_seconds)
-        (run / "heartbeats" / f"rank-{rank:05d}.json").write_text(json.dumps(asdict(sign)))
+    write_signs(run, *({"written": 100.0, "device": "NVIDIA H100", "own_seconds": seconds} for seconds in (0.1, 0.4)))
     shown = shown_text(read_standing(run, now=400.0))
     assert "GPU memory  peak 40,321 MB" in shown
     assert "slow        rank 1 on node1 takes 0.4 s of its own per step" in shown
     assert "outcome     not running: no sign of life for 5 min" in shown
     assert "time left" not in shown
+    assert "2 of 40" in shown
+    assert not any("━" in line and "step" in line for line in shown.splitlines())  # the bar has a line of its own
     alive = shown_text(read_standing(run, now=101.0))
     assert "no sign of life" not in alive
     assert "time left   about" in alive
@@ -125,17 +115,10 @@ def test_a_run_that_has_not_logged_a_step_shows_that_of_its_checkpoint(tmp_path:
     (run / "recipe.yaml").touch()
     (run / "checkpoints/latest").write_text("step-00000003\n")
     (run / "checkpoints/step-00000003/manifest.json").write_text("{}")
-    (run / "checkpoints/step-00000003/state.json").write_text('{"step": 3}')
-    shown = shown_text(read_standing(run))
-    assert "step        3" in shown
-    assert "loss        none logged yet" in shown
-
-
-def test_the_bar_has_a_line_of_its_own(tmp_path: Path) -> None:
-    write_events(tmp_path / "run", {"event": "train", "samples": 1, "total_steps": 4, "step": 2, "loss": 1.0})
-    lines = shown_text(read_standing(tmp_path / "run")).splitlines()
-    assert "step" not in lines[1]
-    assert "2 of 4" in lines[2]
+    for state, step in (('{"step": 3}', "step        3"), ("[1]", "step-00000003")):
+        (run / "checkpoints/step-00000003/state.json").write_text(state)
+        assert step in shown_text(read_standing(run))
+    assert "loss        none logged yet" in shown_text(read_standing(run))
 
 
 def shown_text(standing: Standing) -> str:
@@ -158,12 +141,6 @@ def test_on_a_terminal_it_follows_the_run_to_its_end(tmp_path: Path) -> None:
         assert terminal.process.wait(10) == 0
 
 
-def test_a_sparkline_falls_with_its_values() -> None:
-    assert sparkline([8, 7, 6, 5, 4, 3, 2, 1]) == "█▇▆▅▄▃▂▁"
-    assert sparkline([1.0] * 100, width=4) == "▁▁▁▁"
-    assert sparkline([]) == ""
-
-
 def test_what_events_hold_is_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another's run may hold rich's markup and a terminal's commands in its names."""
     run = tmp_path / "[red]run"
@@ -182,32 +159,56 @@ def test_damaged_lines_are_skipped_and_counted(tmp_path: Path, capsys: pytest.Ca
     run = tmp_path / "run"
     write_events(run, {"event": "train", "step": 3, "samples": 24, "loss": 1.0}, tail='{"event": "tra\n')
     write_events(run, {"event": "train"}, {"event": "train", "step": "x"}, {"event": "train", "step": 1, "loss": [2]})
+    for loss in ("NaN", "1e400", "-Infinity", "9" * 400):
+        write_events(run, tail=f'{{"event": "train", "step": 4, "loss": {loss}, "samples": 32}}\n')
     write_events(run, {"event": "resume", "step": 3, "restarts": 1}, tail="[" * 100_000 + "\n\n" + '{"event": "tr')
     standing = read_standing(run)
-    assert (standing.step, standing.restarts, standing.losses, standing.damaged_lines) == (3, 1, [1.0], 5)
+    assert (standing.step, standing.restarts, standing.losses, standing.damaged_lines) == (3, 1, [1.0], 9)
     show_status(str(run), once=True)
-    assert "5 damaged lines of metrics.jsonl skipped" in capsys.readouterr().out
+    assert "9 damaged lines of metrics.jsonl skipped" in capsys.readouterr().out
 
 
-def test_heartbeats_and_states_that_lie_are_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = tmp_path / "run"
-    write_events(run, {"event": "train", "step": 3, "samples": 24, "loss": 1.0})
-    (run / "heartbeats").mkdir()
-    for rank, lie in enumerate(({"written": "now"}, {"beats": None}, {"host": 3}, {"more": 1}, {})):
-        sign = {**asdict(Sign(rank, "node", 1, "")), **lie}
-        (run / "heartbeats" / f"rank-{rank:05d}.json").write_text(json.dumps(sign))
-    (run / "checkpoints" / "step-00000003").mkdir(parents=True)
-    (run / "checkpoints" / "latest").write_text("step-00000003\n")
-    (run / "checkpoints" / "step-00000003" / "manifest.json").touch()
-    (run / "checkpoints" / "step-00000003" / "state.json").write_text("[1]")
-    assert [sign.rank for sign in read_standing(run).signs] == [4]
-    assert show_status(str(run), once=True) == 0
-    assert "step-00000003" in capsys.readouterr().out
+STALL = StallLimits(60.0)
 
 
-@pytest.mark.parametrize("loss", ["NaN", "1e400", "-Infinity", "9" * 400])
-def test_a_loss_that_is_not_finite_is_a_damaged_line(loss: str, tmp_path: Path, capsys) -> None:
-    write_events(tmp_path / "run", {"event": "train", "step": 1, "loss": 2.0, "samples": 8})
-    write_events(tmp_path / "run", tail=f'{{"event": "train", "step": 2, "loss": {loss}, "samples": 16}}\n')
-    assert show_status(str(tmp_path / "run"), once=True) == 0
-    assert "1 damaged line of metrics.jsonl skipped" in capsys.readouterr().out
+def signs(*beats: int, written: float = 0.0) -> list[Sign]:
+    """Signs of ranks 0, 1, ..., each on a node of its own."""
+    return [Sign(rank, f"node{rank}", 100 + rank, "", n, "backward", 7, written) for rank, n in enumerate(beats)]
+
+
+def test_ranks_that_get_on_are_left_alone() -> None:
+    watch = Watch(2, STALL, 0.0)
+    assert all(watch.look(signs(t, t + 1, written=t), float(t)) is None for t in range(1000))
+
+
+def test_the_rank_with_the_fewest_beats_is_named_with_its_host() -> None:
+    watch = Watch(3, STALL, 0.0)
+    for t in range(61):
+        assert watch.look(signs(9, 8, 9, written=t), float(t)) is None
+    verdict = watch.look(signs(9, 8, 9, written=61), 61.0)
+    assert verdict is not None
+    assert verdict.startswith("rank 1 on node1 (process 101) has made no progress for 61 s at 'backward' of step 7")
+    assert "2 of 3 ranks wait for it" in verdict
+
+
+def test_ranks_that_wait_for_one_that_gets_on_are_no_hang() -> None:
+    watch = Watch(2, STALL, 0.0)  # rank 0 writes its share of a checkpoint to a slow disk, and the other has none
+    assert all(watch.look(signs(10 + t, 5, written=t), float(t)) is None for t in range(1000))
+    verdict = next(v for t in range(1000, 2000) if (v := watch.look(signs(1010, 1011, written=t), float(t))))
+    assert verdict.startswith("rank 0 on node0")
+
+
+def test_a_process_that_writes_no_more_is_named_before_one_that_waits() -> None:
+    watch = Watch(2, STALL, 0.0)
+    for t in range(80):
+        living, stopped = signs(5, 5, written=t)
+        verdict = watch.look([living, replace(stopped, written=0.0)], float(t))
+    assert verdict is not None
+    assert verdict.startswith("rank 1 on node1")
+    assert "stopped or gone" in verdict
+
+
+def test_a_rank_that_never_came_is_named() -> None:
+    watch = Watch(2, STALL, 0.0)
+    assert watch.look(signs(1), 59.0) is None
+    assert watch.look(signs(1), 61.0) == "rank 1 gave no sign of life in 60 s"

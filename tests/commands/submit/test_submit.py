@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from karat_scale.commands.cli import main
-from karat_scale.commands.submit.nodes import most_nodes
 from karat_scale.commands.submit.sbatch import SCRIPT, Job
+from karat_scale.commands.submit.within_job import most_nodes
 from karat_scale.recipe.loading import load_recipe
 from tests.commands.status.terminal import on_a_terminal
-from tests.conftest import karat, karat_environment, karat_here
+from tests.conftest import karat, karat_environment
 
 
 def test_the_script_has_everything_filled_in(tmp_path: Path) -> None:
@@ -52,16 +52,9 @@ def test_on_a_terminal_it_asks_and_a_no_submits_nothing(tmp_path: Path) -> None:
 
 def test_print_shows_the_script_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    more = (
-        "--mem=64G",
-        "--dependency=afterok:7",
-        "--mail-type=END",
-        "--mail-user=a@b.c",
-        "--account=a",
-        "--partition=p",
-    )
-    where = (f"run.dir={run}", f"data.path={tmp_path / 'absent'}")
-    assert main(["submit", "imagenet_vit_tiny_g3b", *where, *more, "--print"]) == 0
+    more = ("--mem=64G", "--dependency=afterok:7", "--mail-type=END", "--account=a", "--partition=p")
+    command = ["submit", "imagenet_vit_tiny_g3b", f"run.dir={run}", f"data.path={tmp_path / 'absent'}", "--print"]
+    assert main([*command, *more]) == 0
     assert not run.exists()
     shown, notes = capsys.readouterr()
     lines = shown.splitlines()
@@ -72,6 +65,10 @@ def test_print_shows_the_script_and_writes_nothing(tmp_path: Path, capsys: pytes
     assert "absent is not on this machine; the job needs it" in notes
     assert "Many sites" not in shown
     assert "key=value" not in shown
+    assert main([*command, "--conda-env=other"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "CONDA_ENV=other" in lines
+    assert not any(line.startswith("VENV=") for line in lines)
 
 
 def test_print_says_which_directory_slurm_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,13 +84,6 @@ def test_print_says_which_directory_slurm_needs(tmp_path: Path, capsys: pytest.C
     assert "mkdir" not in capsys.readouterr().err
 
 
-def test_another_environment_replaces_the_one_that_karat_runs_in(tmp_path: Path, capsys) -> None:
-    assert main(["submit", "imagenet_vit_tiny_g3b", f"run.dir={tmp_path / 'r'}", "--conda-env=other", "--print"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "CONDA_ENV=other" in lines
-    assert not any(line.startswith(f"VENV={sys.prefix}") for line in lines)
-
-
 def test_an_option_the_script_does_not_have_is_added_to_the_others() -> None:
     lines = Job({"qos": "debug", "nodes": "3"}, {}, "print").script(SCRIPT, {}, {}, []).splitlines()
     directives = [line for line in lines if line.startswith("#SBATCH")]
@@ -101,27 +91,6 @@ def test_an_option_the_script_does_not_have_is_added_to_the_others() -> None:
     assert [line for line in directives if "nodes" in line] == ["#SBATCH --nodes=3"]
     assert "#SBATCH --requeue" in directives
     assert "set --" in lines  # sourced, a script would get the arguments of a caller
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("optim.lrr=1",), "optim.lrr: unknown key"),
-        (("deepspeed.config=own.json",), "gradient_cliping: unknown key"),
-        (("--gpu=h1000",), "--gpu h1000: not in the table"),
-        (("--nodes=3", "--gpu=a100-40"), "does not divide over 12 ranks"),
-        (("--print", "--yes"), "not allowed with argument"),
-    ],
-)
-def test_a_mistake_is_one_line_and_writes_nothing(
-    arguments: tuple[str, ...], said: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "own.json").write_text('{"gradient_cliping": 1.0}')
-    assert karat_here("submit", "imagenet_vit_tiny_g3b", f"run.dir={tmp_path / 'run'}", *arguments) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert said in line
-    assert not (tmp_path / "run").exists()
 
 
 Capture = pytest.CaptureFixture[str]
@@ -135,36 +104,32 @@ def script_of(tmp_path: Path, *arguments: str, recipe: str = "imagenet_vit_tiny_
     return (run / "submit.sh").read_text()
 
 
-def partitioned(tmp_path: Path) -> str:
-    """A recipe that says ZeRO stage 1."""
-    recipe = tmp_path / "partitioned.yaml"
-    recipe.write_text("extends: imagenet_vit_tiny_g3b\ndeepspeed: {config: zero1}\n")
-    return str(recipe)
+SLOW = pytest.mark.slow
+ZERO1 = "deepspeed: {config: zero1}"
+OWN, FP16 = ("train.micro_batch=8", "deepspeed.config=zero2"), ("train.precision=fp16",)
 
 
-def test_stage_and_micro_batch_come_from_the_plan(tmp_path: Path, capsys: Capture) -> None:
-    script = script_of(tmp_path, *SHAPE, "--gpu=a100-40", recipe=partitioned(tmp_path))
-    assert "recommended: deepspeed.config=zero0 train.micro_batch=32" in capsys.readouterr().out
-    assert script.count("train.micro_batch=32") == 1
-    assert script.count("deepspeed.config=zero0") == 1  # the recipe has zero1
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "gpu", "settings"),
+    [
+        (ZERO1, (), "a100-40", "deepspeed.config=zero0 train.micro_batch=32"),
+        pytest.param("", OWN, "a100-40", "deepspeed.config=zero2 train.micro_batch=8", marks=SLOW),  # are left alone
+        pytest.param(ZERO1, FP16, "v100-32", "deepspeed.config=zero1 train.micro_batch=32", marks=SLOW),
+    ],
+)
+def test_stage_and_micro_batch_come_from_the_plan(
+    recipe: str, overrides: tuple[str, ...], gpu: str, settings: str, tmp_path: Path, capsys: Capture
+) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text(f"extends: imagenet_vit_tiny_g3b\n{recipe}\n")
+    script = script_of(tmp_path, *overrides, *SHAPE, f"--gpu={gpu}", recipe=str(file))
+    assert f"recommended: {settings}" in capsys.readouterr().out
+    stage, micro_batch = settings.split()
+    assert script.count(micro_batch) == 1
+    assert script.count(stage) == (stage != "deepspeed.config=zero1")  # which the recipe has
 
 
-@pytest.mark.slow
-def test_what_the_user_names_is_left_alone(tmp_path: Path, capsys: Capture) -> None:
-    script = script_of(tmp_path, "train.micro_batch=8", "deepspeed.config=zero2", *SHAPE, "--gpu=a100-40")
-    assert "recommended: deepspeed.config=zero2 train.micro_batch=8" in capsys.readouterr().out
-    assert script.count("train.micro_batch=8") == 1
-    assert script.count("deepspeed.config=zero2") == 1
-
-
-@pytest.mark.slow
-def test_a_stage_that_the_recipe_cannot_use_is_passed_over(tmp_path: Path, capsys: Capture) -> None:
-    script = script_of(tmp_path, "train.precision=fp16", *SHAPE, "--gpu=v100-32", recipe=partitioned(tmp_path))
-    assert script.count("train.micro_batch=32") == 1
-    assert "recommended: deepspeed.config=zero1" in capsys.readouterr().out
-
-
-@pytest.mark.slow
+@SLOW
 def test_an_evaluation_that_would_not_fit_gets_a_smaller_batch(tmp_path: Path, capsys: Capture) -> None:
     recipe = tmp_path / "large.yaml"
     recipe.write_text("extends: imagenet_vit_tiny_g3b\ntrain: {eval_batch: 1024000}\n")
@@ -204,6 +169,7 @@ def test_the_largest_number_of_nodes_that_the_batch_divides(overrides: tuple[str
 
 @pytest.mark.parametrize("recipe", [("train", *RECIPE), ("detect", "coco_mask_rcnn_vit_base", "data.path=/coco")])
 def test_the_launch_wrapper_gets_a_number(recipe: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", "karat_scale.commands.submit.nodes", "3", "4", *recipe, "train.global_batch=96"]
+    module = ("-m", "karat_scale.commands.submit.within_job")
+    command = [sys.executable, *module, "nodes", "3", "4", *recipe, "train.global_batch=96"]
     done = subprocess.run(command, env=karat_environment(), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr

@@ -32,19 +32,21 @@ def test_commas_in_brackets_and_quotes_do_not_separate(text: str, values: list[s
     assert [point.settings for point in points] == [(f"a.b={value}",) for value in values]
 
 
-def test_one_list_is_one_value() -> None:
-    shared, _ = read_grid(["augment.scale=[0.5, 1.0]", "run.seed=0,1", "init_from="])
-    assert shared == ["augment.scale=[0.5, 1.0]", "init_from="]
-
-
-def test_the_last_value_of_a_key_counts() -> None:
-    shared, points = read_grid(["optim.lr=1,2", "run.seed=5", "optim.lr=3", "run.seed=0,1"])
-    assert (shared, [point.name for point in points]) == (["optim.lr=3"], ["seed-0", "seed-1"])
-
-
-def test_keys_with_the_same_last_part_have_their_whole_names_in_the_directories() -> None:
-    _, points = read_grid(["optim.name=adamw,muon", "model.name=a,b"])
-    assert points[0].name == "optim.name-adamw_model.name-a"
+@pytest.mark.parametrize(
+    ("overrides", "shared", "first"),
+    [
+        (
+            ["augment.scale=[0.5, 1.0]", "run.seed=0,1", "init_from="],
+            ["augment.scale=[0.5, 1.0]", "init_from="],
+            "seed-0",
+        ),
+        (["optim.lr=1,2", "run.seed=5", "optim.lr=3", "run.seed=0,1"], ["optim.lr=3"], "seed-0"),  # the last one counts
+        (["optim.name=adamw,muon", "model.name=a,b"], [], "optim.name-adamw_model.name-a"),  # both are a name
+    ],
+)
+def test_what_does_not_vary_is_shared(overrides: list[str], shared: list[str], first: str) -> None:
+    found, points = read_grid(overrides)
+    assert (found, points[0].name) == (shared, first)
 
 
 def names(*overrides: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from karat_scale.commands.bench.gpu.worker import Task, one_line
-from karat_scale.commands.measure.loader import (
+from karat_scale.commands.measure.data import (
     AUGMENTS,
     CLASSES,
     SIZE,

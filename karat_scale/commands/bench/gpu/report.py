@@ -21,7 +21,7 @@ from karat_scale.foundation.files import write_atomically
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the report; its figures come from `measure` of `module`.
+    """One part of the report; its figures come from `place`, a function of this package.
 
     Args:
         title: of its table.
@@ -29,7 +29,6 @@ class Section:
         table: the columns, each as the key of a row, and its heading where that is another.
         packages: what has to be installed beside torch.
         ranks: whether a process runs on each card.
-        module: of this package.
         decides: whether it answers if training is right.
     """
 
@@ -37,7 +36,7 @@ class Section:
     title: str
     share: float
     table: str
-    module: str
+    place: str
     packages: tuple[str, ...] = ()
     ranks: bool = False
     decides: bool = False
@@ -61,7 +60,7 @@ LOSSES = Section(
     "mode | difference = largest difference | allowed | losses = same losses | skips = skips a NaN | "
     "twice = same bits twice | resumes = and resumed | linear_dtype = linear layers in | "
     "operator_dtype = operator in | right",
-    module="losses",
+    place="losses:measure",
     packages=_TRAINER,
     decides=True,
 )
@@ -70,7 +69,7 @@ KERNELS = Section(
     "Kernels against the float64 reference and a plain formula",
     1.5,
     "call | error = relative error | worst = of | formula_error = against the formula | tolerance = allowed | right",
-    module="kernels",
+    place="kernels:measure",
     decides=True,
 )
 ATTENTION = Section(
@@ -80,7 +79,7 @@ ATTENTION = Section(
     "case | attention | forward_ms = forward, ms | both_ms = and backward, ms | ratio_forward = forward to SDPA | "
     "ratio_both = and backward to SDPA | ratio_best = to the fastest SDPA | "
     "forward_wall_ms = forward by the clock, ms | both_wall_ms = and backward by the clock, ms | peak_mb = peak, MB",
-    module="attention",
+    place="attention:measure",
 )
 RANKS = Section(
     "ranks",
@@ -88,7 +87,7 @@ RANKS = Section(
     1.5,
     "case | contender | milliseconds_a_step = ms a step | images_per_second = images/s | ratio_to_ddp = to DDP | "
     "difference = losses differ from DDP's by | allowed | right",
-    module="ranks",
+    place="steps:measure_stages",
     packages=_TRAINER,
     ranks=True,
 )
@@ -104,7 +103,7 @@ _ORDER = (
         4.0,
         "model | mode | attention | batch | images_per_second = images/s | ratio_to_softmax = to softmax | mfu = MFU | "
         "peak_mb = peak, MB | launches = launches a step | kernels = kernels a step | waits = waits for the device",
-        module="training",
+        place="steps:measure_attention",
         packages=_TRAINER,
     ),
     Section(
@@ -112,7 +111,7 @@ _ORDER = (
         "Loading JPEGs",
         1.0,
         "loader | images_per_second = images/s | ratio = to the first",
-        module="loader",
+        place="loader:measure",
         packages=_TRAINER,
     ),
     RANKS,
@@ -178,7 +177,7 @@ def verdict_of(sections: Mapping[str, Mapping[str, Any]]) -> tuple[bool | None, 
     if wrong:
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         return False, f"WRONG in {len(wrong)} of {len(checks)} checks: {'; '.join(wrong[:NAMED])}{more}"
-    if not any(found["rows"] for name, found in deciding if SECTIONS[name].module == LOSSES.module):
+    if not any(found["rows"] for name, found in deciding if SECTIONS[name].place == LOSSES.place):
         return None, f"it is not known whether training is right{f'; {len(checks)} other checks are' if checks else ''}"
     if any(one.get("late") for _, found in deciding for one in found["left_out"]):
         return None, f"right in {len(checks)} checks, but others were left out for lack of time"

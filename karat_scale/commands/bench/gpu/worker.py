@@ -24,7 +24,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +33,7 @@ from karat_scale.commands.bench.gpu.report import SECTIONS
 from karat_scale.commands.doctor.machine import driver_version, installed_version
 from karat_scale.foundation.errors import is_out_of_memory
 from karat_scale.foundation.machine import be_killed_with_parent, usable_cores
+from karat_scale.foundation.tables import load
 
 if TYPE_CHECKING:
     from karat_scale.engine.distributed import World
@@ -295,7 +295,7 @@ def main(section: str, settings: str) -> None:
     try:
         if os.environ.get("RANK", "0") == "0":
             channel.send("machine", machine_facts(task.device))
-        import_module(f"karat_scale.commands.bench.gpu.{SECTIONS[section].module}").measure(task)
+        load(f"karat_scale.commands.bench.gpu.{SECTIONS[section].place}")(task)
     except Exception as error:
         traceback.print_exc()
         channel.send("ended", one_line(error))

@@ -21,7 +21,6 @@ from karat_scale.commands.bench.gpu.kernels import (
     core_calls,
     flex_calls,
     make_inputs,
-    more_calls,
     toy,
 )
 from tests.commands.bench.gpu.task import make_task
@@ -106,9 +105,3 @@ def test_layouts_differ_in_strides_only(layout: str) -> None:
     assert torch.equal(tensors["query"], expected)
     odd = tensors["query"].stride() != plain["query"].stride() or tensors["query"].storage_offset() % 4
     assert bool(odd) == (layout != "contiguous")
-
-
-def test_the_calls_are_all_different() -> None:
-    dtypes = (BF16, FP16, FP32, TF32)
-    calls = [*core_calls(dtypes), *compiled_calls(dtypes), *more_calls(dtypes)]
-    assert len(set(calls)) == len(calls)

@@ -213,9 +213,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_ranks_are_right_unless_one_has_a_corrupted_gradient(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_ranks_are_right_unless_one_has_a_corrupted_gradient(tmp_path: Path, monkeypatch, capsys) -> None:
     (tmp_path / "harmed_worker.py").write_text(HARMED_WORKER)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     monkeypatch.setattr(command, "WORKER", "harmed_worker")

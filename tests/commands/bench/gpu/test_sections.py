@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from karat_scale.commands.bench.gpu import attention, training
-from karat_scale.commands.bench.gpu.training import Group, compare
+from karat_scale.commands.bench.gpu import attention, steps
+from karat_scale.commands.bench.gpu.steps import Group, compare_attention
 from tests.commands.bench.gpu.task import FullSizeTask, make_task
 
 
@@ -37,13 +37,13 @@ def test_attention_is_compared_with_the_backends_that_there_are(monkeypatch: pyt
 
 
 def test_training_tells_memory_and_launches(tmp_path: Path, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = training._recipe
+    real = steps._recipe
     toy, _ = make_task()
-    monkeypatch.setattr(training, "_recipe", lambda _task, *rest: real(toy, *rest))
-    monkeypatch.setattr(training, "SECONDS_A_ROUND", 0.01)
+    monkeypatch.setattr(steps, "_recipe", lambda _task, *rest: real(toy, *rest))
+    monkeypatch.setattr(steps, "SECONDS_A_ROUND", 0.01)
     task, told = make_task(kind=FullSizeTask, scratch=tmp_path)
     toy = replace(toy, scratch=tmp_path)
-    compare(task, world, Group("eager", "tiny", ("softmax", "KArAt G3")), 2)
+    compare_attention(task, world, Group("eager", "tiny", ("softmax", "KArAt G3")), 2)
     assert set(told) == {"row"}
     assert [row["attention"] for row in told["row"]] == ["softmax", "KArAt G3"]
     for row in told["row"]:

@@ -1,19 +1,27 @@
-"""End a job that hangs, and name the rank. The launch wrapper runs this beside the ranks.
+"""What slurm/launch.sh asks within a job: how many of its nodes can train a recipe, and which rank hangs.
 
-    python -m karat_scale.commands.status.watch RUN --ranks N --stall LIMITS
+    python -m karat_scale.commands.submit.within_job nodes NODES RANKS_PER_NODE COMMAND RECIPE [key=value ...]
+    python -m karat_scale.commands.submit.within_job watch RUN --ranks N --stall LIMITS
 
-LIMITS are those of `StallLimits`. Exit code 3: a rank made no progress for that long; a line on standard output names
-the rank and its node. Clocks of other nodes do not matter: only the time at which this process last saw a file change
-counts. For a rank that is only slow, there is a line on standard error.
+COMMAND is train or detect, and LIMITS are those of `StallLimits`. The watch runs beside the ranks. Its exit code 3: a
+rank made no progress for that long; a line on standard output names the rank and its node. Clocks of other nodes do not
+matter: only the time at which this process last saw a file change counts. For a rank that is only slow, there is a line
+on standard error.
 """
 
 import argparse
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from karat_scale.engine.heartbeat import WRITE_SECONDS, Sign, StallLimits, Stragglers, read_signs, this_start
+
+if TYPE_CHECKING:
+    from karat_scale.recipe.schema import RunRecipe
 
 EXIT_STALLED = 3
 # A rank dumps its stacks at `stall`. The verdict comes a little later, so that they are in its log by then.
@@ -78,17 +86,12 @@ def _limits(text: str) -> StallLimits:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Watch until the verdict, or until killed."""
-    parser = argparse.ArgumentParser(description="End with a named rank when a job hangs.")
-    parser.add_argument("run", type=Path, help="the run's directory")
-    parser.add_argument("--ranks", type=int, required=True)
-    parser.add_argument("--stall", type=_limits, required=True, metavar="LIMITS")
-    options = parser.parse_args(arguments)
-    watch = Watch(options.ranks, options.stall.plus(GRACE_SECONDS), time.monotonic())
+def watch(run: Path, ranks: int, limits: StallLimits) -> int:
+    """Watch until the verdict, or until killed; returns the exit code."""
+    watch = Watch(ranks, limits.plus(GRACE_SECONDS), time.monotonic())
     stragglers, start = Stragglers(), this_start()
     while True:
-        ours = [sign for sign in read_signs(options.run) if sign.start == start]
+        ours = [sign for sign in read_signs(run) if sign.start == start]
         verdict = watch.look(ours, time.monotonic())
         for line in stragglers.look(ours):
             print(f"{time.strftime('%H:%M:%S')} slow: {line}", file=sys.stderr, flush=True)
@@ -96,6 +99,48 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: {verdict}", flush=True)
             return EXIT_STALLED
         time.sleep(WRITE_SECONDS)
+
+
+def most_nodes(recipe: "RunRecipe", nodes: int, ranks_per_node: int) -> int:
+    """Return the largest number of nodes, up to `nodes`, over whose ranks the global batch divides.
+
+    If there is none, return `nodes`: the trainer then reports the problem with the batch.
+    """
+    from karat_scale.data.plan import micro_batch_of
+    from karat_scale.foundation.errors import RecipeError
+
+    for count in range(nodes, 0, -1):
+        with suppress(RecipeError):
+            micro_batch_of(recipe, count * ranks_per_node)
+            return count
+    return nodes
+
+
+def nodes_of(command: str, recipe: str, overrides: Sequence[str], nodes: int, ranks_per_node: int) -> int:
+    """Print `most_nodes` of a command's recipe; returns the exit code. Raises RecipeError as `load_recipe`."""
+    from karat_scale.foundation.tables import SCHEMAS, load
+    from karat_scale.recipe.loading import load_recipe
+
+    print(most_nodes(load_recipe(recipe, overrides, load(SCHEMAS[command])), nodes, ranks_per_node))
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Answer the question; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    questions = parser.add_subparsers(dest="question", required=True)
+    hang = questions.add_parser("watch", help="end with a named rank when a job hangs")
+    hang.add_argument("run", type=Path, help="the run's directory")
+    hang.add_argument("--ranks", type=int, required=True)
+    hang.add_argument("--stall", type=_limits, required=True, metavar="LIMITS")
+    most = questions.add_parser("nodes", help="print how many nodes can train")
+    for name, kind in (("nodes", int), ("ranks_per_node", int), ("command", str), ("recipe", str)):
+        most.add_argument(name, type=kind)
+    most.add_argument("overrides", nargs=argparse.REMAINDER)
+    options = parser.parse_args(arguments)
+    if options.question == "watch":
+        return watch(options.run, options.ranks, options.stall)
+    return nodes_of(options.command, options.recipe, options.overrides, options.nodes, options.ranks_per_node)
 
 
 if __name__ == "__main__":
