@@ -37,6 +37,8 @@ VARIANTS = {
     "without scores": ("attention.scores=false",),
     "content": ("attention.form=content", "attention.mode=universal"),
     "smooth": ("attention.form=smooth", "attention.modes=4", "attention.residual=true"),
+    "content in a block": ("attention.blocks={0: {kind: softmax}, 1: {form: content}}",),
+    "bounded": ("attention.bound=2", "attention.mode=universal"),
 }
 
 # Hosts of attention that are no plain ViT.

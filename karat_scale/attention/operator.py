@@ -9,6 +9,7 @@ Residual heads: softmax with a learned correction, S = softmax(A) + g S_learned.
 This is ours, not the paper's: it applies to attention what ReZero (arXiv 2003.04887) applies to a layer.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -22,10 +23,12 @@ from karat_scale.attention.bases import (
     INITIALISATIONS,
     Basis,
     Fourier,
+    Wavelet,
     initialise_projector,
     key_of,
     make_basis,
 )
+from karat_scale.attention.bases.wavelets import WAV_KAN
 from karat_scale.attention.call import FourierCall, check_choice
 from karat_scale.attention.forms import (
     FORMS,
@@ -77,6 +80,15 @@ class AttentionHeads(nn.Module):
         """Return the learned attention S [B, h, N, N], for analysis: by default what the heads make of V = 1."""
         matrix: Tensor = self(query, key, _identity(query), bias, mask)
         return matrix
+
+    @property
+    def reach(self) -> float:
+        """Return the largest |A| up to which the learned functions tell scores apart; infinity by default."""
+        return math.inf
+
+    def bounded(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the query and key whose scores q k / sqrt(d) the functions get, for analysis."""
+        return query, key
 
     def function_of_score(self, scores: Tensor) -> Tensor | None:
         """Return what each head makes of each score alone [..., h, n, N], of scores [..., h, n, N]; None by default."""
@@ -150,6 +162,11 @@ class WrappedHeads(AttentionHeads):
         super().__init__()
         self.operator, self.num_heads, self.implementation = operator, operator.num_heads, operator.implementation
 
+    @property
+    def reach(self) -> float:
+        """See `AttentionHeads`."""
+        return self.operator.reach
+
     def flops(self, tokens: int, width: int, masked: bool = False) -> int:
         """See `AttentionHeads`."""
         return self.operator.flops(tokens, width, masked)
@@ -171,6 +188,11 @@ class FourierHeads(AttentionHeads):
     grid: int
     base = "zero"
 
+    @property
+    def reach(self) -> float:
+        """See `AttentionHeads`."""
+        return Fourier.reach
+
     def flops(self, tokens: int, width: int, masked: bool = False) -> int:
         """See `AttentionHeads`."""
         sizes = self.num_heads, self.rank, tokens, width
@@ -191,6 +213,7 @@ class FourierHeads(AttentionHeads):
 
 
 SOFTMAX_LIKE, VARIANCE_PRESERVING, FOURIER_KAN = "softmax_like", "variance_preserving", "fourier_kan"
+_PUBLIC_CODE = (FOURIER_KAN, WAV_KAN)  # which have no W
 
 
 class KaratOperator(FourierHeads):
@@ -208,7 +231,8 @@ class KaratOperator(FourierHeads):
         base: base activation b(x): "zero", "identity", "silu" or "gelu".
         init: "variance_preserving", by which O has the values' variance while the scores are standard normal; "paper"
             (see the basis's `initialise`, and `initialise_projector`); "fourier_kan", the paper's with Fourier
-            coefficients from N(0, 1 / (q G)), for q inputs; or "softmax_like" (see `start_like_softmax`).
+            coefficients from N(0, 1 / (q G)), for q inputs; "wav_kan", the paper's with the weights of wavelets
+            uniform in +-1 / sqrt(q); or "softmax_like" (see `start_like_softmax`).
         simplex: as in `karat_attention`.
         implementation: as in `karat_attention`.
         device, dtype: of the parameters.
@@ -240,9 +264,9 @@ class KaratOperator(FourierHeads):
         _check_counts(num_tokens=num_tokens, num_heads=num_heads, rank=rank)
         check_choice("form", form, FORMS)
         check_choice("base", base, BASE_ACTIVATIONS)
-        check_choice("init", init, (*INITIALISATIONS, FOURIER_KAN, SOFTMAX_LIKE))
+        check_choice("init", init, (*INITIALISATIONS, *_PUBLIC_CODE, SOFTMAX_LIKE))
         self.basis = make_basis(basis) if isinstance(basis, str) else basis
-        _check_fourier(self.basis, base, init)
+        _check_basis(self.basis, base, init)
         check_simplex(simplex, form)
         check_implementation(implementation, self.basis, form, simplex)
         if init == SOFTMAX_LIKE and not _can_start_like_softmax(self.basis, form, base):
@@ -268,7 +292,7 @@ class KaratOperator(FourierHeads):
             start_like_softmax(self.basis_parameters(), self.proj)
             return
         if self.proj is not None:
-            initialise_projector(self.proj, "paper" if self.init == FOURIER_KAN else self.init, self.form)
+            initialise_projector(self.proj, "paper" if self.init in _PUBLIC_CODE else self.init, self.form)
         drawn = VARIANCE_PRESERVING if self.init == FOURIER_KAN else self.init
         parameters = self.basis_parameters()
         first = {name: x for name, x in parameters.items() if not name.startswith(SECOND)}
@@ -280,6 +304,11 @@ class KaratOperator(FourierHeads):
             # These functions give the entries of S, of which N meet the values.
             for name in self.basis.amplitudes:
                 (second or first)[name].mul_(self.num_tokens**-0.5)
+
+    @property
+    def reach(self) -> float:
+        """See `AttentionHeads`. Where W comes first, the functions do not get the scores themselves."""
+        return math.inf if self.form == "project_first" else self.basis.reach
 
     def basis_parameters(self) -> dict[str, Tensor]:
         """Return the basis's parameters by name: all except W."""
@@ -378,9 +407,11 @@ def plain_operator(cos_coef: Tensor, sin_coef: Tensor, proj: Tensor) -> FourierK
     return operator
 
 
-def _check_fourier(basis: Basis, base: str, init: str) -> None:
+def _check_basis(basis: Basis, base: str, init: str) -> None:
     if init == FOURIER_KAN and not isinstance(basis, Fourier):
         raise ValueError(f"init = {init!r} needs the Fourier basis, not {type(basis).__name__}")
+    if init == WAV_KAN and not isinstance(basis, Wavelet):
+        raise ValueError(f"init = {init!r} needs a basis of wavelets, not {type(basis).__name__}")
     if isinstance(basis, Fourier) and basis.gains and base != "zero":
         raise ValueError(f"base = {base!r}: gains need base = 'zero'")
 
@@ -435,6 +466,10 @@ class ResidualHeads(nn.Module):
         learned = self.operator.scores(query, key, bias, mask, **layer_input(self.operator, x))
         return softmax_scores(query, key, bias, mask).to(learned.dtype) + self._gate(learned) * learned
 
+    def bounded(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """See `AttentionHeads`; softmax gets query and key themselves."""
+        return self.operator.bounded(query, key)
+
     def _gate(self, like: Tensor) -> Tensor:
         return self.gate.to(like.dtype)[:, None, None]
 
@@ -479,6 +514,12 @@ class HybridHeads(nn.Module):
         alone, others = zip(*map(self._split, (query, key, bias, mask)), strict=True)
         learned = self.operator.scores(*others, **layer_input(self.operator, x))
         return torch.cat((softmax_scores(*alone).to(learned.dtype), learned), 1)
+
+    def bounded(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """See `AttentionHeads`; those of softmax heads do not change."""
+        alone = self.softmax_heads
+        bounded = self.operator.bounded(query[:, alone:], key[:, alone:])
+        return torch.cat((query[:, :alone], bounded[0]), 1), torch.cat((key[:, :alone], bounded[1]), 1)
 
     def extra_repr(self) -> str:
         """Return the settings, with the constructor's names."""

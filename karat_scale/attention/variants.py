@@ -9,6 +9,7 @@ each score beside the operator of low rank.
 `attend_rows` computes O = S V in bounded memory, for any rule that makes rows of S from rows of scores.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -129,6 +130,11 @@ class WithoutScores(WrappedHeads):
         """S [B, h, N, N]."""
         nothing = torch.zeros_like(query)
         return self.operator.scores(nothing, nothing, None, mask)
+
+    @property
+    def reach(self) -> float:
+        """See `AttentionHeads`."""
+        return math.inf
 
     def refusal(self, layer: LayerCall) -> str | None:
         """See `AttentionHeads`."""

@@ -221,7 +221,21 @@ class AttentionRow:
     by_rows: bool = False
 
 
-_OF_KARAT = ("form", "basis", "simplex", "gains", "base", "init", "grid", "degree", "range", "orders", "rank", "modes")
+_OF_KARAT = (
+    "bound",
+    "form",
+    "basis",
+    "simplex",
+    "gains",
+    "base",
+    "init",
+    "grid",
+    "degree",
+    "range",
+    "orders",
+    "rank",
+    "modes",
+)
 ATTENTIONS = {
     # A recipe of KArAt with attention.kind=softmax is a baseline, so keys that name another model are refused only
     # where softmax alone would be another model too.
@@ -252,7 +266,7 @@ ATTENTIONS = {
     "centred": AttentionRow(
         "Kolmogorov-Arnold attention without the row that all queries share, plus a learned constant matrix",
         "karat_scale.attention.rivals:Centred",
-        keys=("softmax_heads", "rank", "grid", "base", "init", "implementation"),
+        keys=("softmax_heads", "bound", "rank", "grid", "base", "init", "implementation"),
     ),
 }
 

@@ -77,26 +77,17 @@ def query_key_value(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return attention.q_norm(qkv[0]), attention.k_norm(qkv[1]), qkv[2]
 
 
-def _of_plain(attention: Any, x: Tensor, _: None) -> Matrices:
-    query, key, _value = query_key_value(attention, x)
-    return scores_and_matrix(query, key, getattr(attention, "operator", None), x)
-
-
-def _of_mhsa(attention: Any, x: Tensor, _: None) -> Matrices:
-    query, key = hosts.query_key_value(attention, x)[:2]
-    return scores_and_matrix(query, key, getattr(attention, "operator", None), x)
-
-
 def _of_gated(attention: Any, x: Tensor, _: None) -> Matrices:
     """Return A of the patches' contents only; the layer mixes its softmax with that of the positions."""
     query, key = attention.qk(x).unflatten(-1, (2, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return query @ key.mT * attention.scale, attention.get_attention(x)
 
 
-def _of_window(attention: Any, x: Tensor, mask: Tensor | None) -> Matrices:
-    query, key, _, bias, keep = hosts.parts_of(attention, x, mask)
+def _of_query_and_key(attention: Any, x: Tensor, mask: Tensor | None) -> Matrices:
+    query, key, bias, keep = _inputs(attention, x, mask)
     operator = getattr(attention, "operator", None)
-    raw = query @ key.mT / query.shape[-1] ** 0.5 + bias
+    raw = scores_of(query, key, operator)
+    raw = raw if bias is None else raw + bias
     if operator is not None:
         learned = operator.scores(query, key, bias=bias, mask=keep, **layer_input(operator, x))
     else:
@@ -104,19 +95,37 @@ def _of_window(attention: Any, x: Tensor, mask: Tensor | None) -> Matrices:
     return raw if keep is None else raw.masked_fill(~keep, 0), learned
 
 
+def _inputs(attention: Any, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return query and key, and a Swin's bias and the pairs that take part."""
+    if isinstance(attention, WindowAttention):
+        query, key, _, bias, keep = hosts.parts_of(attention, x, mask)
+        return query, key, bias, keep
+    read = hosts.query_key_value if isinstance(attention, MHSA) else query_key_value
+    query, key = read(attention, x)[:2]
+    return query, key, None, None
+
+
+def scores_of(query: Tensor, key: Tensor, operator: Any) -> Tensor:
+    """Return A of query and key [B, h, N, d] as the layer's operator gets it; None for softmax."""
+    if operator is not None:
+        query, key = operator.bounded(query, key)
+    scores: Tensor = query @ key.mT / query.shape[-1] ** 0.5
+    return scores
+
+
 def scores_and_matrix(query: Tensor, key: Tensor, operator: Any, x: Tensor | None = None) -> Matrices:
     """Return A and S of query and key [B, h, N, d] and a layer's input x, for its operator, or None for softmax."""
-    raw = query @ key.mT / query.shape[-1] ** 0.5
+    raw = scores_of(query, key, operator)
     return raw, raw.softmax(-1) if operator is None else operator.scores(query, key, **layer_input(operator, x))
 
 
 # By class, the most specific first. Each function receives the layer, its tokens and a Swin's mask.
 _READERS: dict[type[nn.Module], Callable[..., Matrices]] = {
     TransferredAttention: _of_transferred,
-    Attention: _of_plain,
-    MHSA: _of_mhsa,
+    Attention: _of_query_and_key,
+    MHSA: _of_query_and_key,
     GPSA: _of_gated,
-    WindowAttention: _of_window,
+    WindowAttention: _of_query_and_key,
 }
 
 
@@ -220,3 +229,51 @@ def content_of(model: nn.Module, forward: Callable[[Tensor], object], images: Te
         forward(images)
     values = content.figures().round(6).T.tolist()
     return dict(zip(FIGURES, values, strict=True))
+
+
+# Of each image, at most so many queries are looked at.
+_QUERIES = 64
+
+
+def reaches(model: nn.Module) -> dict[int, float]:
+    """Return the `reach` of each block whose functions have one, by the block's number."""
+    heads = {number: heads_of(layer.attention) for number, layer in enumerate(attention_layers(model))}
+    found = {number: one.reach for number, one in heads.items() if one is not None}
+    return {number: reach for number, reach in found.items() if reach < math.inf} if can_be_watched(model) else {}
+
+
+@torch.no_grad()
+def beyond_reach(model: nn.Module, forward: Callable[[Tensor], object], images: Tensor) -> Tensor:
+    """Return the share of scores beyond each of `reaches` [blocks], from a sample of the queries of normalised images.
+
+    `forward` calls the model, and perhaps more. The forward pass is not compiled.
+    """
+    shares: list[Tensor] = []
+
+    def hook(reach: float) -> Callable[[Any, tuple[Tensor, ...], dict[str, Any]], None]:
+        @torch.no_grad()
+        def before(attention: Any, inputs: tuple[Tensor, ...], settings: dict[str, Any]) -> None:
+            query, key, bias, keep = _inputs(attention, inputs[0], settings.get("mask"))
+            rows = slice(None, None, math.ceil(query.shape[2] / _QUERIES))
+            heads = heads_of(attention)
+            assert heads is not None
+            query, key = heads.bounded(*(x[:, -heads.num_heads :] for x in (query, key)))
+            scores = query[:, :, rows] @ key.mT / query.shape[-1] ** 0.5
+            if bias is not None:
+                scores = scores + bias[:, -heads.num_heads :, rows]
+            beyond = scores.abs() > reach
+            if keep is None:
+                shares.append(beyond.float().mean())
+            else:
+                kept = keep[:, :, rows].expand_as(beyond)
+                shares.append((beyond & kept).sum() / kept.sum())
+
+        return before
+
+    layers = attention_layers(model)
+    with ExitStack() as hooks, torch.compiler.set_stance("force_eager"):
+        for number, reach in reaches(model).items():
+            attention = layers[number].attention
+            hooks.enter_context(attention.register_forward_pre_hook(hook(reach), with_kwargs=True))
+        forward(images)
+    return torch.stack(shares)

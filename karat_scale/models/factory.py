@@ -39,7 +39,7 @@ def swap_attention(network: Any, attention: AttentionConfig, image_size: int = 2
         RecipeError: the section names softmax, the model has none of these attention layers,
             it does not take images of this size, or as `learn`.
     """
-    if attention.kind == "softmax":  # the default
+    if not attention.learns:  # the default
         raise RecipeError("attention.kind = softmax is what the model has; use karat, or another kind that learns")
     name = type(network).__name__
     check_attention(network, ModelConfig(name=name, image_size=image_size))
@@ -74,7 +74,7 @@ def create_model(model: ModelConfig, attention: AttentionConfig, **options: Any)
     if attention.transfer_from:
         check_transfers(model.name)
         return build_vit(model, TransferredAttention, **options)
-    if attention.kind == "softmax":
+    if not attention.learns and not attention.blocks:
         return host.softmax(model, **options)
     return host.learn(model, attention, host.sizes(model, **options), **options)
 

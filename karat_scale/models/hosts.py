@@ -346,7 +346,9 @@ class Vit(Host):
     def learn(
         self, model: ModelConfig, attention: AttentionConfig, sizes: tuple[LayerSize, ...], **options: Any
     ) -> nn.Module:
-        """See `Host`."""
+        """See `Host`. Where blocks differ, layers are converted as those of other models are."""
+        if attention.blocks:
+            return super().learn(model, attention, sizes, **options)
         token = _MAKE_OPERATOR.set(functools.partial(operator_maker(attention), sizes[0].tokens))
         try:
             return build_vit(model, KaratAttention, **options)

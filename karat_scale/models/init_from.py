@@ -211,12 +211,14 @@ _WRAPPED = "operator."  # of heads within heads, which are adapted by themselves
 
 
 def spread_operator(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights with an operator for each layer, if they hold one for all layers.
+    """Return weights with an operator for each layer, if they hold one for all layers, in the first of them.
 
     A folder of `karat export` stores shared operators once.
     """
-    there, here = _layers(weights), _layers(model.state_dict())
-    if len(there) != 1 or not there <= here:
+    own = model.state_dict()
+    there, here = _layers(weights), _layers(own)
+    first = next((name.partition(OPERATOR)[0] for name in own if OPERATOR in name), None)
+    if there != {first}:
         return dict(weights)
     stored = f"{min(there)}{OPERATOR}"
     shared = {name.removeprefix(stored): x for name, x in weights.items() if name.startswith(stored)}
@@ -285,7 +287,7 @@ def _check_layers(there: set[str], here: set[str]) -> None:
             more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
             raise RecipeError(
                 f"the weights have {what} for {min(layers)}{more}, but the model {model}; "
-                "use the model.name and model.depth they were trained with"
+                "use the model.name, model.depth and attention.blocks they were trained with"
             )
 
 
@@ -307,9 +309,10 @@ def _check_kinds(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def _keys(state: Mapping[str, Tensor], prefix: str, heads: int) -> tuple[str, ...]:
     """Return the keys of the recipe that an operator's parameters show, of a layer with this many heads."""
     names = [name.removeprefix(prefix) for name in state]
-    residual, content = (any(name.rpartition(".")[2] == own for name in names) for own in ("gate", "psi_constant"))
-    # Softmax heads, a softmax part, psi, and scores of 0 each wrap what is learned.
-    others = max(name.count("operator.") for name in names) - residual - content
+    own = {name.rpartition(".")[2] for name in names}
+    residual, content, bounded = (name in own for name in ("gate", "psi_constant", "tau_logit"))
+    # Softmax heads, a softmax part, psi, a bound, and scores of 0 each wrap what is learned.
+    others = max(name.count("operator.") for name in names) - residual - content - bounded
     # The first axis of a parameter is always that of the heads.
     learned = next(x for name, x in state.items() if not name.endswith("operator.modes")).shape[:1].numel()
     softmax_heads = max(heads - learned, 0) if others else 0
@@ -317,12 +320,13 @@ def _keys(state: Mapping[str, Tensor], prefix: str, heads: int) -> tuple[str, ..
         f"attention.residual={str(residual).lower()}",
         f"attention.softmax_heads={softmax_heads}",
         "attention.form=content" if content else "another attention.form than content",
+        "a number as attention.bound" if bounded else "attention.bound=null",
         f"attention.scores={str(others == (softmax_heads > 0)).lower()}",
     )
 
 
 # Keys of an operator that can differ while all parameters have the same names and shapes.
-_OF_OPERATORS = ("basis", "form", "simplex", "base", "range", "grid", "degree")
+_OF_OPERATORS = ("basis", "form", "simplex", "base", "range", "grid", "degree", "bound", "blocks")
 _FIX = "use the model and attention sections it was trained with"
 _PATCHES = "patch_embed.proj.weight"
 _POSITIONS = "pos_embed"
@@ -465,7 +469,7 @@ def differences(there: tuple[ModelConfig, AttentionConfig], here: tuple[ModelCon
     rows = there[1].row, here[1].row
     if there[1].kind != here[1].kind and any(row is not None and row.by_rows for row in rows):  # without parameters
         pairs += [("attention.kind", there[1].kind, here[1].kind)]
-    if there[1].kind == here[1].kind == "karat":
+    if there[1].kind == here[1].kind == "karat" or there[1].blocks != here[1].blocks:
         pairs += [(f"attention.{key}", getattr(there[1], key), getattr(here[1], key)) for key in _OF_OPERATORS]
     return [
         f"{key} = {_text(theirs)} in the weights, {_text(ours)} here" for key, theirs, ours in pairs if theirs != ours

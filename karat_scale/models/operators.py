@@ -7,7 +7,7 @@ no attention class, the layers of the built model are converted. Parameters are 
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 
 from karat_scale.attention import FourierKaratOperator, HybridHeads, KaratOperator, ResidualHeads, make_basis
 from karat_scale.attention.bases import Basis
+from karat_scale.attention.bound import BoundedHeads
 from karat_scale.attention.functional import KERNELS_OF
 from karat_scale.attention.operator import AttentionHeads, LayerCall
 from karat_scale.attention.variants import ContentOperator, SmoothOperator, WithoutScores
@@ -133,6 +134,8 @@ def operator_maker(attention: AttentionConfig) -> Callable[[int, int, int], nn.M
             operator = make_heads(num_tokens, num_heads - softmax_heads, width, width * num_heads)
         except ValueError as error:
             raise RecipeError(f"attention.{error}") from error
+        if attention.bound is not None and attention.has_functions:
+            operator = BoundedHeads(operator, attention.bound)
         learned: AttentionHeads | ResidualHeads = operator if gate is None else ResidualHeads(operator, gate)
         return HybridHeads(learned, softmax_heads) if softmax_heads else learned
 
@@ -208,11 +211,52 @@ def learn(
     Other layers and all parameters do not change. `sizes` are those of all the model's layers.
 
     Raises:
-        RecipeError: a layer has too few heads or dropout of its attention matrix, or layers that would share an
-            operator differ in size. No layer has changed then.
+        RecipeError: a layer has too few heads or dropout of its attention matrix, layers that would share an operator
+            differ in size or settings, or a block cannot be what `attention.blocks` says.
     """
-    found = zip(attention_layers(network), sizes, strict=True)
-    turned = [(layer.attention, size) for layer, size in found if type(layer.attention) in classes]
+    layers = [layer.attention for layer in attention_layers(network)]
+    _check_blocks(attention, model, [type(layer) in classes for layer in layers])
+    groups: list[tuple[AttentionConfig, list[tuple[Any, LayerSize]]]] = []
+    for number, (layer, size) in enumerate(zip(layers, sizes, strict=True)):
+        section = attention.of_block(number)
+        if type(layer) not in classes or section.kind == "softmax":
+            continue
+        if not any(section == known for known, _ in groups):
+            groups.append((section, []))
+        next(turned for known, turned in groups if section == known).append((layer, size))
+    if attention.mode == "universal" and len(groups) > 1:
+        raise RecipeError(
+            "attention.mode = universal: all blocks share one operator, but attention.blocks gives them "
+            f"{len(groups)} different ones; use attention.mode=blockwise"
+        )
+    for section, turned in groups:
+        _learn_layers(model, section, turned, classes)
+    return network
+
+
+def _check_blocks(attention: AttentionConfig, model: ModelConfig, can_learn: Sequence[bool]) -> None:
+    """Raise RecipeError for a range of blocks that the model does not have, or that cannot learn their attention."""
+    for text, (first, last, _), section in zip(
+        attention.blocks, attention.ranges(), attention.sections[1:], strict=True
+    ):
+        if last >= len(can_learn):
+            raise RecipeError(f"attention.blocks.{text}: {model.name} has the blocks 0 to {len(can_learn) - 1}")
+        stuck = [number for number in range(first, last + 1) if not can_learn[number]]
+        if stuck and section.kind != "softmax":
+            able = [str(number) for number, can in enumerate(can_learn) if can]
+            raise RecipeError(
+                f"attention.blocks.{text}: block {stuck[0]} of {model.name} keeps its own attention; only "
+                f"{', '.join(able)} can have another"
+            )
+
+
+def _learn_layers(
+    model: ModelConfig,
+    attention: AttentionConfig,
+    turned: Sequence[tuple[Any, LayerSize]],
+    classes: Mapping[type[nn.Module], type[nn.Module]],
+) -> None:
+    """Do it for the layers of one section."""
     shapes = {(size.tokens, size.heads) for _, size in turned}
     if attention.mode == "universal" and len(shapes) > 1:
         raise RecipeError(
@@ -236,4 +280,3 @@ def learn(
         # A new class, as in torch's parametrizations: names and weights stay timm's.
         layer.__class__ = classes[type(layer)]
         layer.operator = operator
-    return network

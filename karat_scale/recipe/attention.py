@@ -1,16 +1,22 @@
 """The `attention` section of a recipe, and what it says in words."""
 
-from collections.abc import Collection
-from typing import Annotated, Literal
+import re
+from collections.abc import Collection, Iterator
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from karat_scale.foundation.console import plural
+from karat_scale.foundation.errors import nearest
 from karat_scale.foundation.tables import ATTENTIONS, BASES, AttentionRow
 from karat_scale.recipe.base import Count, Effect, OneOf, Positive, Section
 
 # Forms of ours, beside the paper's.
 VARIANTS = ("content", "smooth")
+# What holds for all blocks of a model.
+_OF_ALL = ("mode", "implementation", "transfer_from", "transfer_heads", "blocks")
+# Keys that name another model: a kind refuses those that it does not take.
+_NAMING = ("scores", "residual", "softmax_heads", "form", "basis", "simplex", "gains", "bound")
 
 
 class AttentionConfig(Section):
@@ -37,6 +43,9 @@ class AttentionConfig(Section):
     makes the functions vary smoothly over the image; docs/attention.md describes all forms."""
     scores: bool = True
     """False replaces the scores A by 0, so that the operator sees neither queries nor keys: a control."""
+    bound: Annotated[Positive | None, Effect.SHAPES] = None
+    """The largest |A|. Each head learns a tau below it, and A = tau cos(q, k), for every form and basis. Null: no
+    bound, A = q k / sqrt(d)."""
     mode: Annotated[Literal["blockwise", "universal"], Effect.SHAPES] = "blockwise"
     """`blockwise`: each block has its own functions. `universal`: all blocks share them."""
     softmax_heads: Annotated[int, Field(ge=0), Effect.SHAPES] = 0
@@ -67,21 +76,54 @@ class AttentionConfig(Section):
     gains: Annotated[bool, Effect.SHAPES] = False
     """KAN's two gains for each function of a Fourier series: w_b b(x) + w_s (the series). With b = 0 only w_s has an
     effect. Both together give the paper's numbers of parameters."""
-    init: Literal["paper", "fourier_kan", "variance_preserving", "softmax_like"] = "variance_preserving"
+    init: Literal["paper", "fourier_kan", "wav_kan", "variance_preserving", "softmax_like"] = "variance_preserving"
     """Initial coefficients. `paper`: N(0, 1). `fourier_kan`: Fourier coefficients from N(0, 1 / (N G)), as in
-    FourierKAN. `variance_preserving`: the output has the values' variance. `softmax_like` starts the Fourier operator
-    near softmax."""
+    FourierKAN. `wav_kan`: weights of wavelets uniform in +-1 / sqrt(N), as in Wav-KAN. `variance_preserving`: the
+    output has the values' variance. `softmax_like` starts the Fourier operator near softmax."""
     implementation: Annotated[Literal["auto", "reference", "streaming", "cpu", "triton", "flex"], Effect.ROUNDING] = (
         "auto"
     )
     """The implementation of the operator. `auto` uses the fastest that supports the operator, the device and the
     precision. `flex` is PyTorch's FlexAttention, to check and to compare the kernels with."""
+    blocks: Annotated[dict[str, dict[str, Any]], Effect.SHAPES] = Field(default={})
+    """Blocks that differ from the section, by their numbers from 0, such as `{8-11: {kind: karat, grid: 5}}`. A range
+    may have any key of the section but mode, implementation, transfer_from and transfer_heads."""
     transfer_from: Annotated[str, Effect.SHAPES] = ""
     """The directory of a trained run whose attention matrices this model uses (the paper's attention transfer). The
     model then has no query and key, and learns only what to do with the values. Needs `kind: softmax`."""
     transfer_heads: Literal["same", "repeat", "cycle", "interpolate"] = "same"
     """How the heads of `transfer_from` serve those of this model. `same`: one to one. For a multiple of them, `repeat`
     serves neighbours (0, 0, 1, 1), `cycle` goes round (0, 1, 0, 1), and `interpolate` blends two matrices linearly."""
+
+    def of_block(self, number: int) -> "AttentionConfig":
+        """Return the section of one block, with its own keys."""
+        own = next((own for first, last, own in self.ranges() if first <= number <= last), {})
+        return self._with(own)
+
+    @property
+    def sections(self) -> "tuple[AttentionConfig, ...]":
+        """Return the section of the blocks that are in no range, then that of each range."""
+        return (self._with({}), *(self._with(own) for *_, own in self.ranges()))
+
+    @property
+    def learns(self) -> bool:
+        """True if a block has other attention than softmax."""
+        return any(section.kind != "softmax" for section in self.sections)
+
+    def ranges(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Yield the first block, the last block and the keys of each range."""
+        for text, own in self.blocks.items():
+            first, _, last = text.partition("-")
+            yield int(first), int(last or first), own
+
+    def _with(self, own: dict[str, Any]) -> "AttentionConfig":
+        if not own:
+            return self.changed(blocks={}) if self.blocks else self
+        taken = self.model_dump(exclude={"blocks"})
+        if "kind" in own:
+            kept = ATTENTIONS[own["kind"]].keys if own["kind"] in ATTENTIONS else ()
+            taken = {key: value for key, value in taken.items() if key in kept or key not in _NAMING}
+        return AttentionConfig(**{**taken, **own})
 
     @property
     def is_series(self) -> bool:
@@ -106,7 +148,9 @@ class AttentionConfig(Section):
     @property
     def classes(self) -> dict[str, str]:
         """The values of the keys that may be the place of a class, by key."""
-        return {"attention.kind": self.kind, "attention.basis": self.basis}
+        own = {f"blocks.{text}.{key}": value for text, keys in self.blocks.items() for key, value in keys.items()}
+        places = {"kind": self.kind, "basis": self.basis, **own}
+        return {f"attention.{key}": value for key, value in places.items() if key.endswith(("kind", "basis"))}
 
     def refuse_keys(self, taken: Collection[str]) -> None:
         """Raise ValueError for a key that names another model, but is not among the keys that the kind takes."""
@@ -115,7 +159,7 @@ class AttentionConfig(Section):
                 f"attention.implementation = {self.implementation} supports only attention.kind=karat, not "
                 f"{self.kind}; use auto"
             )
-        for key in ("scores", "residual", "softmax_heads", "form", "basis", "simplex", "gains"):
+        for key in _NAMING:
             value = getattr(self, key)
             if key not in taken and value != type(self).model_fields[key].default:
                 raise ValueError(f"attention.{key} = {value} has no effect with attention.kind = {self.kind}")
@@ -175,6 +219,43 @@ class AttentionConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _there_are_scores_to_bound(self) -> "AttentionConfig":
+        if self.bound is not None and not self.scores:
+            raise ValueError(f"attention.bound = {self.bound:g} has no effect with attention.scores = false")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_have_one_section_each(self) -> "AttentionConfig":
+        if self.blocks and self.transfer_from:
+            raise ValueError("attention.blocks has no effect with attention.transfer_from; remove one of them")
+        own_keys = [key for key in type(self).model_fields if key not in _OF_ALL]
+        taken: dict[int, str] = {}
+        for text, own in self.blocks.items():
+            key = f"attention.blocks.{text}"
+            if not re.fullmatch(r"\d{1,3}(-\d{1,3})?", text):
+                raise ValueError(f"{key}: should be the number of a block, such as 8, or a range, such as 8-11")
+            first, _, last = text.partition("-")
+            numbers = range(int(first), int(last or first) + 1)
+            if not numbers or not own:
+                raise ValueError(f"{key}: {'has no keys' if numbers else 'its last block is before its first'}")
+            if both := [number for number in numbers if number in taken]:
+                raise ValueError(f"{key}: block {both[0]} is in {taken[both[0]]} already")
+            taken |= dict.fromkeys(numbers, text)
+            for name in own:
+                if name in _OF_ALL and name != "blocks":
+                    raise ValueError(f"{key}.{name}: holds for all blocks; set attention.{name}")
+                if name not in own_keys:
+                    hint = f"; did you mean {close[0]}?" if (close := nearest(name, own_keys)) else ""
+                    raise ValueError(f"{key}.{name}: unknown key{hint}")
+            try:
+                self._with(own)
+            except ValidationError as error:
+                first_error = error.errors()[0]
+                at = ".".join(["", *map(str, first_error["loc"])])
+                raise ValueError(f"{key}{at}: {first_error['msg'].removeprefix('Value error, ')}") from None
+        return self
+
+    @model_validator(mode="after")
     def _only_a_plain_model_takes_matrices(self) -> "AttentionConfig":
         if self.transfer_heads != "same" and not self.transfer_from:
             raise ValueError(f"attention.transfer_heads = {self.transfer_heads} has no effect without transfer_from")
@@ -187,7 +268,20 @@ class AttentionConfig(Section):
 
 
 def describe_attention(attention: AttentionConfig) -> str:
-    """Return a phrase such as `softmax attention times a learned gain (blockwise, 1 softmax head)`."""
+    """Return a phrase such as `softmax attention times a learned gain (blockwise, 1 softmax head)`.
+
+    Blocks with a section of their own follow: `softmax attention; block 3: ...; blocks 8-11: ...`.
+    """
+    own = [
+        f"block{'s' * (first < last)} {text}: {describe_attention(section)}"
+        for text, section, (first, last, _) in zip(
+            attention.blocks, attention.sections[1:], attention.ranges(), strict=True
+        )
+    ]
+    return "; ".join([_describe(attention), *own])
+
+
+def _describe(attention: AttentionConfig) -> str:
     if attention.transfer_from:
         return f"attention transferred from {attention.transfer_from}"
     name = attention.row.words if attention.row else f"attention of the class {attention.kind}"
@@ -208,6 +302,7 @@ def _details(attention: AttentionConfig) -> list[str]:
         "on the simplex": attention.simplex is True,
         "hidden units on the simplex": attention.simplex == "hidden",
         "without scores": not attention.scores,
+        f"scores below {attention.bound or 0:g}": "bound" in taken and attention.bound is not None,
         "residual": attention.residual,
         plural(attention.softmax_heads, "softmax head"): attention.softmax_heads > 0,
     }

@@ -50,7 +50,9 @@ class _Loader(yaml.SafeLoader):
             if key in seen:
                 raise _error(f"key {key!r} appears twice", key_node)
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        # The number of a block is a name, too.
+        mapping = super().construct_mapping(node, deep)
+        return {str(key) if type(key) is int else key: value for key, value in mapping.items()}
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:

@@ -134,7 +134,7 @@ def dump_recipe(recipe: RunRecipe) -> str:
 
 def flatten(recipe: RunRecipe) -> dict[str, Any]:
     """Return every leaf of a recipe by its dotted key."""
-    return dict(leaves(recipe.model_dump(mode="json", by_alias=True)))
+    return dict(leaves(recipe.model_dump(mode="json", by_alias=True), whole=effects(type(recipe))))
 
 
 def differing_keys(old: RunRecipe, new: RunRecipe, allowed: Sequence[str] = ()) -> list[str]:
@@ -198,11 +198,11 @@ def _apply_override(tree: dict[str, Any], override: str, schema: Schema) -> None
     node[leaf] = value
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of a tree by their dotted keys."""
+def leaves(tree: Mapping[str, Any], prefix: str = "", whole: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield the values of a tree by their dotted keys; a mapping whose key is among `whole` is one value."""
     for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
+        if isinstance(value, dict) and f"{prefix}{key}" not in whole:
+            yield from leaves(value, f"{prefix}{key}.", whole)
         else:
             yield f"{prefix}{key}", value
 

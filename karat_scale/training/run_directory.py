@@ -48,7 +48,10 @@ from karat_scale.recipe.loading import differing_keys, dump_recipe, effects, fla
 
 _RECIPE = "recipe.yaml"
 # What two models with tensors of the same shapes may differ in.
-_UNSEEN = ("model.num_heads", "attention.kind", "attention.basis", "attention.form", "attention.softmax_heads")
+_UNSEEN = (
+    *("model.num_heads", "attention.kind", "attention.basis", "attention.form", "attention.softmax_heads"),
+    "attention.blocks",
+)
 # Of the keys that change the shapes of tensors, those for which init_from makes weights fit.
 _FITTED = ("model.image_size", "model.num_classes", "model.patch_size")
 # What a run needs elsewhere beside its checkpoints; the rest can be made again. No file of a suffix in FIXED changes.
@@ -311,7 +314,7 @@ def refuse_another_model(source: Path, recipe: RunRecipe) -> None:
 
 def _unseen(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Return the keys of `_UNSEEN` that differ. A null stands for the model's own number, which is not known here."""
-    is_softmax = before["attention.kind"] == after["attention.kind"] == "softmax"
+    is_softmax = all(one["attention.kind"] == "softmax" and not one["attention.blocks"] for one in (before, after))
     keys = [key for key in _UNSEEN if None not in (before.get(key), after.get(key)) and before[key] != after[key]]
     return [key for key in keys if not is_softmax or key.startswith("model.")]
 

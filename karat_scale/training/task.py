@@ -7,7 +7,7 @@ checkpoints, signals and outcome.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -25,6 +25,13 @@ from karat_scale.training.weights_file import run_behind
 Waiting = Callable[[], AbstractContextManager[None]]
 OnBatch = Callable[[int, int], None]
 """Hears how many batches of an evaluation are done, and of how many."""
+
+
+class BeyondReach(NamedTuple):
+    """The share of a block's scores A that lie beyond +-`reach`."""
+
+    share: float
+    reach: float
 
 
 class Scores(Protocol):
@@ -153,6 +160,10 @@ class Task(ABC):
 
     def look_inside(self, engine: Engine) -> dict[str, Any]:
         """Return what the event of an evaluation in training says of the model, beside its scores. Collective."""
+        return {}
+
+    def look_at_scores(self, engine: Engine) -> dict[int, BeyondReach]:
+        """Return how many of the last scores lie beyond what the functions tell apart, by block. Collective."""
         return {}
 
     def fold(self, state: Any) -> None:  # noqa: B027

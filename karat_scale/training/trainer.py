@@ -53,6 +53,9 @@ from karat_scale.training.run_directory import RunDirectory, refuse_another_mode
 from karat_scale.training.task import AfterStep, OnBatch, Scores, Task, Waiting
 from karat_scale.training.weights_file import initialise
 
+# A block with a larger share of scores beyond the reach of its functions is one to warn of.
+MOST_BEYOND_REACH = 0.05
+
 
 class Trainer:
     """Trains a task's recipe in a run's directory. As a context, it closes the task and lets go of the engine.
@@ -105,6 +108,8 @@ class Trainer:
         """Of the last step that was looked at."""
         deviations = recipe.train.detect_spikes
         self._spikes = Spikes(deviations) if deviations is not None else None
+        self._beyond_reach: set[int] = set()
+        """The blocks that were warned of."""
         self._interval, self._own_time = Interval(world.device), OwnTime(world.device)
         minutes = recipe.checkpoint.every_minutes
         self._save_points = SavePoints(world, self.signals, recipe.checkpoint.every_steps, minutes)
@@ -249,7 +254,7 @@ class Trainer:
         self.reporter.pace(self._own_time.take() / steps)
         rate = self._fold_interval()
         with self._interval.paused():  # the first report may count FLOPs
-            more = self.task.figures(state, rate)
+            more = {**self.task.figures(state, rate), **self._look_at_scores()}
         figures = {
             "epoch": (state.step - 1) // self.plan.steps_per_epoch,
             "samples": state.samples,
@@ -265,6 +270,16 @@ class Trainer:
             "resident_memory_mb": round(resident_memory_mb(), 1),
         }
         self.reporter.train(state.step, self.total_steps, figures)
+
+    def _look_at_scores(self) -> dict[str, Any]:
+        """Return the shares of scores beyond the reach of the functions; warn of a block once."""
+        found = self.task.look_at_scores(self.engine)
+        for block, beyond in found.items():
+            if beyond.share > MOST_BEYOND_REACH and block not in self._beyond_reach:
+                self._beyond_reach.add(block)
+                self.reporter.beyond_reach(self.state.step, block, beyond.share, beyond.reach)
+        shares = {block: round(beyond.share, 6) for block, beyond in found.items()}
+        return {"beyond_reach": max(shares.values()), "beyond_reach_by_block": shares} if shares else {}
 
     def _fold_interval(self) -> float | None:
         """Add what the interval counted to the state, on all ranks; returns images a second in it."""

@@ -70,6 +70,17 @@ def test_the_papers_start():
     assert operator.proj.std().item() == pytest.approx(0.02, rel=0.05)
 
 
+@pytest.mark.parametrize("basis", ["mexican_hat", "morlet", "dog", "meyer", "shannon"])
+def test_wav_kans_start(basis):
+    torch.manual_seed(0)
+    operator = KaratOperator(50, 4, basis, 12, init="wav_kan")
+    assert 0.99 * 50**-0.5 < float(operator.weight.detach().abs().max()) <= 50**-0.5
+    assert float(operator.weight.detach().std()) == pytest.approx((3 * 50) ** -0.5, rel=0.05)  # uniform
+    assert not operator.translation.any()
+    assert (operator.scale == 1).all()
+    assert float(operator.proj.detach().std()) == pytest.approx(0.02, rel=0.1)
+
+
 @pytest.mark.parametrize(("form", "inputs"), [("modular", 50), ("full_rank", 50), ("project_first", 12)])
 def test_fourier_kans_start(form, inputs):
     torch.manual_seed(0)
@@ -106,6 +117,8 @@ def test_gains_multiply_the_series(form, init):
 def test_what_is_fouriers_alone_is_refused():
     with pytest.raises(ValueError, match=r"^init = 'fourier_kan' needs the Fourier basis, not DerivativeOfGaussian"):
         KaratOperator(9, 2, "dog", init="fourier_kan")
+    with pytest.raises(ValueError, match=r"^init = 'wav_kan' needs a basis of wavelets, not Fourier"):
+        KaratOperator(9, 2, init="wav_kan")
     with pytest.raises(ValueError, match=r"^base = 'silu': gains need base = 'zero'"):
         FourierKaratOperator(9, 2, base="silu", gains=True)
 

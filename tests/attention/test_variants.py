@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 
 from karat_scale.attention import FourierKaratOperator, ResidualHeads
 from karat_scale.attention import variants as rows_module
+from karat_scale.attention.bound import START, BoundedHeads
 from karat_scale.attention.variants import (
     BiasedSoftmax,
     ContentOperator,
@@ -16,7 +17,7 @@ from karat_scale.attention.variants import (
     StaticHeads,
 )
 
-BATCH, HEADS, TOKENS, WIDTH, RANK, GRID, MODES = 2, 3, 10, 4, 3, 2, 5
+BATCH, HEADS, TOKENS, WIDTH, RANK, GRID, MODES, BOUND = 2, 3, 10, 4, 3, 2, 5, 1.5
 
 
 def content(dtype):
@@ -30,6 +31,7 @@ MAKERS = {
     "softmax_bias": lambda dtype: BiasedSoftmax(TOKENS, HEADS, dtype=dtype),
     "content": content,
     "smooth": lambda dtype: SmoothOperator(TOKENS, HEADS, RANK, GRID, MODES, dtype=dtype),
+    "bounded": lambda dtype: BoundedHeads(content(dtype), BOUND),
 }
 
 
@@ -62,6 +64,10 @@ def units(scores, cos_coef, sin_coef, keep):
 def expected(name, module, query, key, bias, keep):
     """S [B, h, N, N] by the equation; `keep` is 1 where a pair takes part."""
     scores = query @ key.mT / WIDTH**0.5 + bias
+    if name == "bounded":
+        tau = BOUND / (1 + (-module.tau_logit).exp())
+        scores = tau.view(-1, 1, 1) * cosine_similarity(query[:, :, :, None], key[:, :, None], -1) + bias
+        name, module = "content", module.operator
     by_head = {n: p.view(HEADS, *[1] * 2, -1) for n, p in module.named_parameters()}
     if name == "static":
         return (module.matrix * keep).expand(BATCH, -1, -1, -1)
@@ -139,7 +145,7 @@ def test_results_have_the_dtype_that_softmax_attention_has(name):
     torch.testing.assert_close(wide.double(), exact, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("name", ["content", "smooth"])
+@pytest.mark.parametrize("name", ["content", "smooth", "bounded"])
 def test_autocast_does_not_round_what_is_learned(name):
     module = make(name, torch.float32)
     grads = []
@@ -176,6 +182,23 @@ def test_others_start_with_the_variance_of_the_values(name):
         query = query * 0.1  # large scores leave a row of softmax fewer tokens
     output = makers[name]()(query, key, value)
     assert 0.6 < float(output.detach().std() / value.std()) < 1.5
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1e3])
+def test_no_score_passes_the_bound_whatever_the_query_and_what_tau_has_learned(size):
+    module = BoundedHeads(FourierKaratOperator(TOKENS, HEADS, RANK, GRID), BOUND)
+    torch.nn.init.constant_(module.tau_logit, 50.0)
+    query, key, value = (x.float().requires_grad_() for x in heads())
+    q, k = module.bounded(query * size, key * size)
+    assert float((q @ k.mT / WIDTH**0.5).detach().abs().max()) <= BOUND * (1 + 1e-6)
+    module(query * size, key * size, value).sum().backward()
+    assert all(x.grad.isfinite().all() for x in (query, key))
+
+
+def test_tau_starts_within_any_bound():
+    for bound in (0.1, BOUND, 100.0):
+        module = BoundedHeads(FourierKaratOperator(TOKENS, HEADS, RANK, GRID), bound)
+        torch.testing.assert_close(bound * module.tau_logit.sigmoid(), torch.full((HEADS,), min(START, 0.9 * bound)))
 
 
 def test_smooth_needs_as_many_tokens_as_modes():

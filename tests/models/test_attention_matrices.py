@@ -39,6 +39,25 @@ def test_softmax_blockwise_universal_and_hybrid_heads_give_the_matrices_they_use
     _watch(AttentionConfig(kind="karat", mode="universal", basis="bspline", form="full_rank"))
     _watch(AttentionConfig(kind="karat", softmax_heads=1))
     _watch(AttentionConfig(kind="karat", residual=True))
+    _watch(AttentionConfig(kind="karat", bound=0.1, residual=True, softmax_heads=1))
+
+
+@pytest.mark.parametrize("host", [CONVIT, SWIN], ids=["convit", "swin"])
+def test_scores_keep_to_their_bound_and_a_swins_bias_comes_on_top(host: ModelConfig) -> None:
+    torch.manual_seed(0)
+    model = create_model(host, AttentionConfig(kind="karat", bound=0.1)).eval()
+    for name, parameter in model.named_parameters():
+        if "relative_position_bias" in name:
+            nn.init.constant_(parameter, 1.0)
+        elif "qkv.weight" in name:
+            nn.init.normal_(parameter)
+    seen: dict[int, torch.Tensor] = {}
+    with watched(model, lambda number, raw, _: seen.update({number: raw[raw != 0]})), torch.no_grad():
+        model(torch.randn(2, 3, host.image_size, host.image_size))
+    for number, layer in enumerate(attention_layers(model)):
+        if hasattr(layer.attention, "operator"):
+            bias = 1.0 if host is SWIN else 0.0
+            assert 0.05 < float((seen[number] - bias).abs().max()) < 0.1
 
 
 @pytest.mark.parametrize("kind", ["softmax", "karat"])

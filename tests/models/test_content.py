@@ -12,7 +12,8 @@ from karat_scale.commands.analyze.trained_run import ValidationImages, open_run
 from karat_scale.commands.cli import main
 from karat_scale.foundation import native_build
 from karat_scale.models import create_model
-from karat_scale.models.attention_matrices import Content, content_of, watched
+from karat_scale.models.attention_matrices import Content, beyond_reach, content_of, reaches, watched
+from karat_scale.models.layers import attention_layers
 from karat_scale.models.transfer import Teacher, give_teacher
 from karat_scale.recipe import AttentionConfig, ModelConfig
 from tests.conftest import SMALL, events
@@ -49,6 +50,54 @@ def test_scores_beyond_pi_are_counted():
     raw = torch.full((1, 1, 2, 2), math.pi)
     raw[0, 0, 0] = torch.tensor([4.0, -4.0])
     assert measured((raw, raw)).figures()[0, 2] == 0.5
+
+
+CONVIT = SIZE.model_copy(update={"name": "convit_tiny", "depth": 4})
+SWIN = ModelConfig(name="swin_mini_patch2_window4_32", image_size=32, num_classes=3)
+
+
+@pytest.mark.parametrize("host", [SIZE, CONVIT, SWIN], ids=["vit", "convit", "swin"])
+@pytest.mark.parametrize(
+    "section",
+    [{"form": "content"}, {"form": "smooth", "modes": 4}, {"basis": "bspline", "range": 2.0}, {"softmax_heads": 1}],
+    ids=["content", "smooth", "splines", "hybrid"],
+)
+def test_the_scores_beyond_what_the_functions_tell_apart_are_those_of_the_learned_heads(
+    host: ModelConfig, section: dict[str, object]
+) -> None:
+    torch.manual_seed(0)
+    model = create_model(host, AttentionConfig(kind="karat", rank=3, **section)).eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=3.0 if "qkv.weight" in name else 0.3)
+    images = torch.randn(2, 3, host.image_size, host.image_size)
+    learned = {n for n, layer in enumerate(attention_layers(model)) if hasattr(layer.attention, "operator")}
+    reach, first = 2.0 if "range" in section else math.pi, int("softmax_heads" in section)
+    expected = []
+
+    def count(block: int, raw: torch.Tensor, matrix: torch.Tensor) -> None:
+        if block in learned:
+            kept = raw[:, first:][raw[:, first:] != 0]  # masked pairs are 0
+            expected.append(float((kept.abs() > reach).float().mean()))
+
+    with watched(model, count), torch.no_grad():
+        model(images)
+    assert reaches(model) == dict.fromkeys(sorted(learned), reach)
+    assert beyond_reach(model, model, images).tolist() == pytest.approx(expected, abs=1e-6)
+    assert max(expected) > 0.05
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {},
+        {"kind": "static"},
+        {"kind": "karat", "scores": False},
+        {"kind": "karat", "basis": "rational"},
+        {"kind": "karat", "form": "project_first"},
+    ],
+)
+def test_where_no_function_of_the_scores_ends_there_is_no_reach(section: dict[str, object]) -> None:
+    assert reaches(create_model(SIZE, AttentionConfig(rank=3, **section))) == {}
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ SECTIONS = {
     "hybrid": {"kind": "static", "softmax_heads": 1},
     "universal": {"kind": "karat", "form": "content", "mode": "universal"},
     "residual": {"kind": "karat", "form": "smooth", "modes": 4, "residual": True},
+    "bounded": {"kind": "karat", "bound": 2.0},
 }
 HOSTS = {
     "vit": {"name": "vit_mini_patch4_28", "image_size": 16, "embed_dim": 32, "depth": 2},
@@ -104,6 +105,6 @@ def test_operations_are_counted():
     without = softmax - 2 * a_product
     assert counted["query_only"] == without + blocks * heads * (products + 4 * tokens * width * 2 * 3)
     plain = flops_per_image(model, AttentionConfig(rank=3, grid=2, kind="karat")).forward
-    assert counted["without scores"] == counted["smooth"] == plain
+    assert counted["without scores"] == counted["smooth"] == counted["bounded"] == plain
     assert counted["centred"] == plain + blocks * heads * products
     assert counted["content"] == plain + a_product + blocks * heads * tokens * tokens * 4 * 2

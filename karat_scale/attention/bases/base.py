@@ -36,6 +36,11 @@ class Basis(ABC):
     """
 
     @property
+    def reach(self) -> float:
+        """Return the largest |x| up to which different scores can give different phi(x); infinity by default."""
+        return math.inf
+
+    @property
     def key(self) -> str:
         """A name of the basis for operations that take only tensors and strings."""
         kind = type(self)

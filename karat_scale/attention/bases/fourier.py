@@ -1,5 +1,6 @@
 """The Fourier basis: sines and cosines of the scores, the paper's choice."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ class Fourier(FeatureBasis):
     grid: int = 3
     gains: bool = False
 
+    reach = math.pi
     # Its features follow from the shape of the coefficients, so every G shares one name.
     key = "fourier"
 

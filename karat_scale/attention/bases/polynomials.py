@@ -164,6 +164,11 @@ class BSpline(FeatureBasis):
         return 1 + self.grid + self.degree
 
     @property
+    def reach(self) -> float:
+        """I: outside, the splines end one after the other, and SiLU is left."""
+        return self.range
+
+    @property
     def step(self) -> float:
         """The distance of two knots."""
         return 2 * self.range / self.grid

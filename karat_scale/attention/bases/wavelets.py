@@ -12,6 +12,7 @@ from karat_scale.attention.bases.base import ElementwiseBasis, Shape, is_paper, 
 
 # |s| is taken as at least this, so that no wavelet becomes a spike between scores.
 SMALLEST_SCALE = 0.05
+WAV_KAN = "wav_kan"
 
 
 class Wavelet(ElementwiseBasis):
@@ -35,10 +36,17 @@ class Wavelet(ElementwiseBasis):
         return dict.fromkeys(("weight", "translation", "scale"), (heads, units, keys))
 
     def initialise(self, parameters: Mapping[str, Tensor], scheme: str) -> None:
-        """w ~ N(0, 1), or N(0, 1 / (q E psi(x)^2)), with which H has variance 1; tau = 0 and s = 1."""
+        """w ~ N(0, 1), or N(0, 1 / (q E psi(x)^2)), with which H has variance 1; tau = 0 and s = 1.
+
+        By "wav_kan", w is uniform in +-1 / sqrt(q), as in the public code of Wav-KAN (arXiv 2405.12832).
+        """
         weight = parameters["weight"]
-        power = float(normal_mean(lambda x: self.mother(x).square()))
-        nn.init.normal_(weight, std=1.0 if is_paper(scheme) else (weight.shape[2] * power) ** -0.5)
+        if scheme == WAV_KAN:
+            limit = weight.shape[2] ** -0.5
+            nn.init.uniform_(weight, -limit, limit)
+        else:
+            power = float(normal_mean(lambda x: self.mother(x).square()))
+            nn.init.normal_(weight, std=1.0 if is_paper(scheme) else (weight.shape[2] * power) ** -0.5)
         nn.init.zeros_(parameters["translation"])
         nn.init.ones_(parameters["scale"])
 
@@ -157,7 +165,7 @@ class Shannon(Wavelet):
     def initialise(self, parameters: Mapping[str, Tensor], scheme: str) -> None:
         """As `Wavelet`, divided by the window's root mean square."""
         super().initialise(parameters, scheme)
-        if not is_paper(scheme):
+        if scheme == "variance_preserving":
             weight = parameters["weight"]
             weight.div_(_hamming(weight).square().mean().sqrt())
 

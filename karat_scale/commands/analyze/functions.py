@@ -101,13 +101,15 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
         UserError: it has no checkpoint, or its data cannot be read.
     """
     attention = run.recipe.attention
-    if not attention.scores:
+    sections = [section for section in attention.sections if section.has_functions]
+    if sections and not any(section.scores for section in sections):
         raise NothingToShowError("attention.scores = false: all functions are the constants phi_pq(0)")
     model = run.model()
-    heads = {b: own for b, layer in enumerate(attention_layers(model)) if (own := heads_of(layer.attention))}
     learned = {block: operator for block, operator in enumerate(operators(model)) if operator is not None}
     if not learned:
         raise NothingToShowError(f"attention.kind = {attention.kind} has no learned functions of the scores")
+    layers = attention_layers(model)
+    heads = {block: own for block in learned if (own := heads_of(layers[block].attention))}
     images = run.images(settings.images)
     histogram = ScoreHistogram(max(heads) + 1, max(own.num_heads for own in heads.values()))
 
@@ -131,8 +133,8 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
     _add_gates(result, model)
     note_bad_images(result, images.bad)
     _add_energy(result, learned)
-    if attention.form == "content" or attention.kind != "karat":
-        what = f"form = {attention.form}" if attention.kind == "karat" else f"kind = {attention.kind}"
+    if unlike := [section for section in sections if section.form == "content" or section.kind != "karat"]:
+        what = f"form = {unlike[0].form}" if unlike[0].kind == "karat" else f"kind = {unlike[0].kind}"
         result.notes.append(f"distance from softmax: not for attention.{what}, whose S is not H W^T")
     elif any(size.biased for size in layer_sizes(run.recipe.model)):
         result.notes.append("distance from softmax: not available for shifted windows, where some pairs are masked")

@@ -26,7 +26,10 @@ from karat_scale.recipe.attention import describe_attention
 from karat_scale.training.run_directory import RunDirectory
 
 Point = dict[str, float]
-_FIGURES = ("step", "samples", "loss", "lr", "grad_norm", "images_per_second", "top1", "top5", "time", "total_steps")
+_FIGURES = (
+    *("step", "samples", "loss", "lr", "grad_norm", "images_per_second", "beyond_reach", "top1", "top5", "time"),
+    "total_steps",
+)
 
 
 @dataclass
@@ -120,7 +123,12 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
-_COURSE = {"lr": "learning rate", "grad_norm": "gradient norm", "images_per_second": "images a second"}
+_COURSE = {
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "images_per_second": "images a second",
+    "beyond_reach": "share of scores beyond the functions' reach, worst block",
+}
 _STYLES = ("-", "--", ":", "-.")  # tell runs apart whose colours are the same
 
 
@@ -144,9 +152,11 @@ def analyze_training(runs: Mapping[str, TrainedRun]) -> Result:
         "accuracy": "Validation accuracy: top-1 (solid) and top-5 (faint).",
         **{name: f"{title[0].upper()}{title[1:]} in training." for name, title in _COURSE.items()},
     }
+    if not any(point["beyond_reach"] >= 0 for history in histories.values() for point in history.train):
+        del captions["beyond_reach"]
     result.figures = {name: (_draw(name, histories), caption) for name, caption in captions.items()}
     for number, (label, history) in enumerate(histories.items()):
-        for name in ("samples", "loss", "lr", "grad_norm", "images_per_second"):
+        for name in ("samples", "loss", *_COURSE):
             result.arrays[f"train{number}_{name}"] = _column(history.train, name)
         for name in ("samples", "loss", "top1", "top5"):
             result.arrays[f"eval{number}_{name}"] = _column(history.evaluations, name)

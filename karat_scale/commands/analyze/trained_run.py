@@ -227,7 +227,7 @@ class TrainedRun(OpenRun[Recipe]):
     def matrix_name(self) -> str:
         """What figures call the attention matrices: "softmax", or "S" where they are learned, perhaps by a teacher."""
         attention = self.recipe.attention
-        return "softmax" if attention.kind == "softmax" and not attention.transfer_from else "S"
+        return "S" if attention.learns or attention.transfer_from else "softmax"
 
     def images(self, count: int, ids: Sequence[int] | None = None) -> ValidationImages:
         """Return `count` validation images spread over the split, or `ids`. Raises DataError if there are none."""

@@ -26,7 +26,7 @@ from karat_scale.foundation.errors import RecipeError
 from karat_scale.models.factory import layer_sizes, outline
 from karat_scale.models.layers import LayerSize, blocks_of
 from karat_scale.models.recompute import choices_by_rule, recompute
-from karat_scale.recipe import Recipe
+from karat_scale.recipe import AttentionConfig, Recipe
 from karat_scale.training.tasks.classification.distillation_teacher import planned_cost
 
 Bytes = npt.NDArray[np.float64]
@@ -264,26 +264,34 @@ def attention_workspace(recipe: Recipe, images: int, on_gpu: bool) -> int:
 
     The Triton kernels keep tiles in registers, the CPU kernel some hundred KB a thread outside torch's allocator.
     """
-    sizes, grid = layer_sizes(recipe.model), recipe.attention.grid
     budget = workspace_budget(torch.device("cuda" if on_gpu else "cpu"))
-    streaming = rows = 0
-    if _streams(recipe, on_gpu):
-        features = max(1, 2 * grid)
-        tile = min(budget // features, images * max(size.scores for size in sizes))
-        streaming = tile * (features + ARRAYS_OF_A_TILE)
-    if _tiles_rows(recipe, on_gpu):
-        harmonics = grid if recipe.attention.form == "content" else 0
-        rows = max(_rows(size, images, budget) for size in sizes) * (HELD_BY_A_HARMONIC * harmonics + HELD_BY_ROWS)
-    return FP32 * max(streaming, rows)
+    workspace = 0
+    for size, attention in _layers(recipe):
+        if _streams(attention, size, on_gpu):
+            features = max(1, 2 * attention.grid)
+            tile = min(budget // features, images * size.scores)
+            workspace = max(workspace, tile * (features + ARRAYS_OF_A_TILE))
+        if _tiles_rows(attention, size, on_gpu):
+            held = HELD_BY_A_HARMONIC * _harmonics(attention) + HELD_BY_ROWS
+            workspace = max(workspace, _rows(size, images, budget) * held)
+    return FP32 * workspace
 
 
 def written_by_rows(recipe: Recipe, on_gpu: bool) -> int:
     """Bytes that tiles of query rows write in a training step, for an image; those of `streaming` do not count."""
-    if not _tiles_rows(recipe, on_gpu):
-        return 0
-    scores = sum(size.heads * size.scores for size in layer_sizes(recipe.model))
-    harmonics = recipe.attention.grid if recipe.attention.form == "content" else 0
-    return FP32 * scores * (WRITTEN_BY_A_HARMONIC * harmonics + WRITTEN_BY_ROWS)
+    return FP32 * sum(
+        size.heads * size.scores * (WRITTEN_BY_A_HARMONIC * _harmonics(attention) + WRITTEN_BY_ROWS)
+        for size, attention in _layers(recipe)
+        if _tiles_rows(attention, size, on_gpu)
+    )
+
+
+def _layers(recipe: Recipe) -> list[tuple[LayerSize, AttentionConfig]]:
+    return [(size, recipe.attention.of_block(n)) for n, size in enumerate(layer_sizes(recipe.model))]
+
+
+def _harmonics(attention: AttentionConfig) -> int:
+    return attention.grid if attention.form == "content" else 0
 
 
 def _rows(size: LayerSize, images: int, budget: int) -> int:
@@ -291,25 +299,23 @@ def _rows(size: LayerSize, images: int, budget: int) -> int:
     return min(max(budget // HELD, MIN_ROWS * size.heads * size.tokens), images * size.heads * size.scores)
 
 
-def _tiles_rows(recipe: Recipe, on_gpu: bool) -> bool:
-    attention = recipe.attention
+def _tiles_rows(attention: AttentionConfig, size: LayerSize, on_gpu: bool) -> bool:
     if attention.row is not None and attention.row.by_rows:
         return True
     if attention.form != "content" or not attention.has_functions or attention.implementation == "reference":
         return False
     # With a bias, psi goes row by row whatever computes H.
-    return _streams(recipe, on_gpu) or any(size.biased for size in layer_sizes(recipe.model))
+    return _streams(attention, size, on_gpu) or size.biased
 
 
-def _streams(recipe: Recipe, on_gpu: bool) -> bool:
+def _streams(attention: AttentionConfig, size: LayerSize, on_gpu: bool) -> bool:
     """Whether `streaming` runs, or `flex`, which has its backward pass.
 
     With `auto`, a GPU takes Triton for the modular Fourier form with any base, up to a head's largest width, and a CPU
     takes its kernel without a base.
     """
-    attention = recipe.attention
     if not attention.has_functions or attention.implementation not in ("auto", "streaming", "flex"):
         return False
     has_kernel = attention.is_modular_series and (on_gpu or attention.base == "zero")
-    has_kernel &= not (on_gpu and any(size.width > LARGEST_WIDTH for size in layer_sizes(recipe.model)))
+    has_kernel &= not (on_gpu and size.width > LARGEST_WIDTH)
     return attention.implementation != "auto" or not has_kernel

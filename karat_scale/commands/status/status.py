@@ -30,7 +30,7 @@ SQUEUE_SECONDS = 5
 SILENT_SECONDS = 30.0
 _NUMBERS = (
     *("step", "samples", "total_steps", "epoch", "loss", "images_per_second", "peak_memory_mb", "top1", "restarts"),
-    "exit",
+    *("exit", "beyond_reach"),
 )
 _FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
@@ -49,6 +49,8 @@ class Standing:
     last_top1: float | None = None
     best_top1: float | None = None
     images_per_second: float | None = None
+    beyond_reach: float | None = None
+    """The largest share of a block's scores beyond the reach of its functions."""
     seconds_left: float | None = None
     peak_memory_mb: float | None = None
     restarts: int = 0
@@ -148,6 +150,7 @@ def _apply_event(standing: Standing, event: dict[str, Any]) -> None:
         standing.peak_memory_mb = event.get("peak_memory_mb") or standing.peak_memory_mb
         if event.get("loss") is not None:
             standing.losses.append(event["loss"])
+        standing.beyond_reach = event.get("beyond_reach")
         rate = event.get("images_per_second")
         if rate:
             standing.images_per_second = rate
@@ -266,6 +269,7 @@ def _rows(standing: Standing) -> list[tuple[str, str]]:
         left = f"about {duration(standing.seconds_left)}"
     on_gpu = any(sign.device and not sign.device.startswith("CPU") for sign in standing.signs)
     age = duration(standing.checkpoint_age or 0)
+    beyond = f"{standing.beyond_reach:.1%} of a block's beyond its functions' reach" if standing.beyond_reach else None
     damaged = plural(standing.damaged_lines, "damaged line") if standing.damaged_lines else None
     rows = [
         ("job", f"{standing.job} {state}" if standing.job else state),
@@ -273,6 +277,7 @@ def _rows(standing: Standing) -> list[tuple[str, str]]:
         ("step", steps + (f", epoch {standing.epoch}" if standing.epoch is not None else "")),
         ("loss", f"{standing.losses[-1]:.4f}  {sparkline(standing.losses)}" if standing.losses else "none logged yet"),
         ("top-1", top1),
+        ("scores", beyond),
         *(("tested on", line) for line in standing.evaluations),
         ("images/s", f"{standing.images_per_second:,.0f}" if standing.images_per_second else None),
         (

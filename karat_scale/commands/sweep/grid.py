@@ -208,7 +208,7 @@ def plan_sweep(recipe: str, overrides: Sequence[str], out: str | None) -> Sweep:
 
 def _refuse_idle_keys(runs: Sequence[PlannedRun]) -> None:
     """Raise UserError for a key of KArAt that varies where all runs have softmax: their models would be the same."""
-    if any(run.recipe.attention.kind != "softmax" for run in runs):
+    if any(run.recipe.attention.learns for run in runs):
         return
     for key in (setting.partition("=")[0] for setting in runs[0].point.settings):
         if key.startswith("attention.") and key not in _OF_SOFTMAX:

@@ -257,6 +257,15 @@ class Reporter:
         self.warn(f"step {step} has a loss of {loss:.4g}, above the limit of {limit:.4g} for a spike; {advice}")
         self._write("spike", step, loss=loss, limit=limit)
 
+    def beyond_reach(self, step: int, block: int, share: float, reach: float) -> None:
+        """The scores of a block have grown beyond what its functions tell apart."""
+        if self.is_recording:
+            self.warn(
+                f"{share:.0%} of the scores of block {block} lie beyond +-{reach:.3g}, where its functions repeat or "
+                f"end, so training may become unstable; lower optim.lr, or start with attention.bound={reach:.3g}"
+            )
+        self._write("beyond_reach", step, block=block, share=share, reach=reach)
+
     def end(self, state: RunState, exit_code: int, reason: str) -> None:
         """The last event of this process."""
         self._write("end", state.step, samples=state.samples, exit=exit_code, reason=reason)

@@ -76,6 +76,8 @@ def _figures(event: Event) -> Iterator[tuple[str, float]]:
     for name, value in numbers(event):
         if name not in _NOT_FIGURES:
             yield f"{event['event']}/{name}", value
+    for block, share in (event.get("beyond_reach_by_block") or {}).items():
+        yield f"scores beyond the reach of the functions/block {block}", share
     for name, blocks in (event.get("content") or {}).items():
         for block, value in enumerate(blocks):
             if value is not None:

@@ -40,7 +40,9 @@ def test_a_resumed_run_keeps_what_it_went_on_from(karat_run: TrainedRun, tmp_pat
 
 def test_runs_are_drawn_together(karat_run: TrainedRun, softmax_run: TrainedRun) -> None:
     result = analyze_training({"karat": karat_run, "softmax": softmax_run})
-    assert set(result.figures) == {"loss", "accuracy", "lr", "grad_norm", "images_per_second"}
+    assert set(result.figures) == {"loss", "accuracy", "lr", "grad_norm", "images_per_second", "beyond_reach"}
+    softmax = analyze_training({"softmax": softmax_run})
+    assert set(softmax.figures) == {"loss", "accuracy", "lr", "grad_norm", "images_per_second"}
     assert {row[0] for row in result.tables[0].rows} == {"karat", "softmax"}
     assert result.numbers["karat"]["train"] == 16
 

@@ -40,13 +40,13 @@ from karat_scale.engine.reporting.interval import Efficiency, device_peak
 from karat_scale.engine.reporting.progress import Reporter
 from karat_scale.engine.run_state import RunState
 from karat_scale.foundation.errors import DataError, RunDirectoryError, UserError
-from karat_scale.models.attention_matrices import can_be_watched, content_of
+from karat_scale.models.attention_matrices import beyond_reach, can_be_watched, content_of, reaches
 from karat_scale.models.factory import layer_sizes
 from karat_scale.models.init_from import take_weights
 from karat_scale.models.layers import attention_layers
 from karat_scale.recipe import DataConfig, Recipe
 from karat_scale.training.run_directory import OpenRun, RunDirectory
-from karat_scale.training.task import AfterStep, OnBatch, Task, Waiting
+from karat_scale.training.task import AfterStep, BeyondReach, OnBatch, Task, Waiting
 from karat_scale.training.tasks.classification.distillation_teacher import FILE as DISTILL_FILE
 from karat_scale.training.tasks.classification.distillation_teacher import TEACHER_FILE as FILE
 from karat_scale.training.tasks.classification.distillation_teacher import (
@@ -235,6 +235,8 @@ class TrainState(RunState):
 
 # Of an evaluation, to measure what S depends on: as many images as keep a block's matrices below this many entries.
 IMAGES_TO_LOOK_AT, ENTRIES_TO_LOOK_AT = 16, 2**24
+# Of a micro batch, to see at each report of training how far its scores reach.
+IMAGES_OF_A_BATCH = 2
 
 
 class ClassificationTask(Task):
@@ -259,6 +261,8 @@ class ClassificationTask(Task):
         """Why a resumed run does not go on with the next samples of its stream; mostly empty."""
         self._distillation: Distillation | None = None
         self._to_look_at: Tensor | None = None
+        self._last_images: Tensor | None = None
+        self._learns_attention = recipe.attention.learns
 
     @property
     def num_train(self) -> int:
@@ -364,6 +368,8 @@ class ClassificationTask(Task):
         if self._stream is not None:
             self._stream.note(batch)
         images, targets = self.as_trained(batch)
+        if self._learns_attention:
+            self._last_images = images[:IMAGES_OF_A_BATCH].clone()
         output = forward(images)
         if self._distillation is not None:
             return self._distillation.losses(output, images, targets, self.objective)
@@ -395,6 +401,22 @@ class ClassificationTask(Task):
         learned = [p for layer in attention_layers(engine.module) for p in layer.attention.parameters()]
         with whole_parameters(engine.deepspeed, learned):
             return {"content": content_of(engine.module, engine.forward, self._to_look_at)}
+
+    def look_at_scores(self, engine: Engine) -> dict[int, BeyondReach]:
+        """Return it of the first images of each rank's last micro batch."""
+        model = engine.module
+        blocks = reaches(model)
+        if self._last_images is None or not blocks:
+            return {}
+        learned = [p for layer in attention_layers(model) for p in layer.attention.parameters()]
+        model.eval()  # draws no random numbers
+        try:
+            with whole_parameters(engine.deepspeed, learned):
+                shares = beyond_reach(model, engine.forward, self._last_images)
+        finally:
+            model.train()
+        means = self.world.sum(shares) / self.world.size
+        return {block: BeyondReach(*both) for block, *both in zip(blocks, means.tolist(), blocks.values(), strict=True)}
 
     def _tell_of(self, bad: tuple[BadSample, ...]) -> None:
         for sample in bad:

@@ -202,6 +202,8 @@ class DetectionRecipe(RunRecipe):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "DetectionRecipe":
+        if self.attention.blocks:
+            raise ValueError("attention.blocks is not supported in detection; use detector.global_blocks for softmax")
         if self.attention.transfer_from:
             raise ValueError(
                 f"attention.transfer_from = {self.attention.transfer_from} has no meaning in detection; remove it"
