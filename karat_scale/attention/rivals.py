@@ -72,7 +72,7 @@ class SigmoidHeads(PointwiseHeads):
 
 
 class PolynomialHeads(PointwiseHeads):
-    """S = A^3 / sqrt(N), polynomial attention (arXiv 2410.18613).
+    """S = A^3 / sqrt(N), polynomial attention (arXiv 2410.18613: A^p / sqrt(N)) with p = 3.
 
     The scale keeps the Frobenius norm of S of the order sqrt(N), as softmax's is.
     """
@@ -138,8 +138,9 @@ class DifferentialHeads(AttentionHeads):
     """S = softmax(A_1) - lambda softmax(A_2), differential attention (arXiv 2410.05258).
 
     The two scores are of the two halves of query and key. O is 0.2 RMSNorm(S V) by head, and lambda =
-    exp(l_q1 l_k1) - exp(l_q2 l_k2) + 0.8. The paper's 0.8 falls to 0.2 towards the first block; its ablation finds the
-    constant about as good. Each head learns a lambda and a norm of its own, which the paper's share.
+    exp(l_q1 l_k1) - exp(l_q2 l_k2) + 0.8. The paper's 0.8 falls to 0.2 towards the first block; it also tries 0.8 in
+    all blocks, and calls its results relatively robust to that. Each head learns a lambda and a norm of its own; the
+    paper's heads share them.
 
     Args:
         num_heads: h.
