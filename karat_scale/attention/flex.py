@@ -130,7 +130,7 @@ def _attend_by(log: Callable[..., Tensor], *heads: Tensor) -> tuple[Tensor, Tens
     given, on_cpu = [x.detach() for x in heads], heads[0].device.type == "cpu"
     with _with_vmap(), torch.compiler.set_stance("force_eager" if on_cpu else "default"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
-        attend: Callable[..., Any] = flex_attention if on_cpu else _compiled()
+        attend: Any = flex_attention if on_cpu else _compiled()
         read, kept = attend(*given, log, return_aux=AuxRequest(lse=True))
     return read, kept.lse.to(read.dtype).exp().unsqueeze(-1)
 
