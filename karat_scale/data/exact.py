@@ -19,7 +19,7 @@ from karat_scale.data.backends import Backend, ImageSpec, open_backend
 from karat_scale.data.backends.own import Dataset, OwnSamples
 from karat_scale.data.batch import Batch
 from karat_scale.data.loading.device_feed import DeviceFeed
-from karat_scale.data.loading.loader import BITS, batch_digest, with_digest
+from karat_scale.data.loading.loader import BITS, with_digest
 from karat_scale.data.plan import PADDING, BatchSlice, EvalPlan, TrainPlan, choose_micro_batch
 from karat_scale.data.shards.shard_format import DATASET_FILE, beton_path
 from karat_scale.foundation.errors import DataError, RecipeError
@@ -64,6 +64,8 @@ class ExactLoader:
         device: where the tensors shall be. Copies to a GPU run beside the work on the batch before.
         dtype: of the images. torch.uint8 leaves them as they were read.
         num_classes: for labels that are mixed or smoothed; by default that of the data.
+        total_digest: `state_dict` has the digest of the whole run, which it adds up over all ranks. So all of them must
+            call it, as they do in DCP, Lightning and accelerate.
         options: of the recipe's `data` section, such as backend, decoder, order, prefetch, timeout, on_bad_sample,
             verify.
 
@@ -91,6 +93,7 @@ class ExactLoader:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         num_classes: int | None = None,
+        total_digest: bool = False,
         **options: Any,
     ) -> None:
         rank, world_size = place(rank, world_size)
@@ -101,6 +104,7 @@ class ExactLoader:
         order = spec.data.order, spec.data.block_samples, spec.data.window_blocks
         plan = TrainPlan(seed, source.num_train, global_batch, micro, rank, world_size, *order)
         self._set_up(spec, plan, source, torch.device(device), dtype, epochs)
+        self._total_digest = total_digest
 
     @classmethod
     def of(
@@ -126,9 +130,10 @@ class ExactLoader:
         self._taken = 0  # micro batches since the start of training
         self._ahead: DeviceFeed[Any] | None = None
         self._reading: Any = None
-        self.digest = 0
+        self._total_digest = False
+        self.digest = self._digest_of_steps = 0
         """A sum over the samples of this rank since it was made or set; over all ranks, modulo 2^40, that of the run.
-        Two runs with the same digest trained on the same samples, augmented in the same way. Of images only."""
+        Two runs with the same digest trained on the same samples with the same random choices."""
         if not isinstance(source, OwnSamples):
             self.finish = Finish(spec, dtype, source.num_classes)
 
@@ -150,12 +155,25 @@ class ExactLoader:
         """Go on with the first batch of this step, counted from the start of training. Raises ValueError below 0."""
         if step < 0:
             raise ValueError(f"step = {step}: expected 0 or more")
-        self._taken, self.digest = step * self.plan.accumulation, 0
+        self._taken, self.digest, self._digest_of_steps = step * self.plan.accumulation, 0, 0
         self._stop()
+
+    def run_digest(self) -> int:
+        """Return the sum of the digests of the whole steps of all ranks, which must all call this.
+
+        It is that of the whole run if each state that was loaded came of a loader with `total_digest`.
+        """
+        if self.plan.world_size == 1:
+            return self._digest_of_steps
+        found: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, (self.plan.rank, self._digest_of_steps))
+        # As a dict, because the ranks of a split model may have the same samples.
+        return sum(dict(found).values()) % 2**BITS
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the loader is, and of what data and settings. It is the same on every rank."""
-        return {"step": self.step, "identity": self.identity}
+        state = {"step": self.step, "identity": self.identity}
+        return {**state, "digest": self.run_digest()} if self._total_digest else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another loader was, on any number of ranks and workers.
@@ -171,6 +189,8 @@ class ExactLoader:
                     "the same, or start from the beginning"
                 )
         self.set_step(int(state["step"]))
+        if self.plan.rank == 0:
+            self.digest = self._digest_of_steps = int(state.get("digest", 0))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -191,15 +211,14 @@ class ExactLoader:
         end = min((self.epoch + 1) * self.plan.steps_per_epoch, self._steps) * self.plan.accumulation
         while self._taken < end:
             if self._ahead is None:
-                self._taken = self.step * self.plan.accumulation
+                self._taken, self.digest = self.step * self.plan.accumulation, self._digest_of_steps
                 self._ahead = self.feed(self.plan.slices(self.step, self._steps))
             batch = next(self._ahead)
             self._taken += 1
-            if isinstance(self._source, OwnSamples):
-                yield batch.content
-            else:
-                self.digest = (self.digest + batch_digest(batch)) % 2**BITS
-                yield self.finish(batch)
+            self.digest = (self.digest + batch.digest) % 2**BITS
+            if self._taken % self.plan.accumulation == 0:
+                self._digest_of_steps = self.digest
+            yield batch.content if isinstance(self._source, OwnSamples) else self.finish(batch)
 
     def feed(self, slices: Iterable[BatchSlice], waiting: Waiting = nullcontext) -> DeviceFeed[Any]:
         """Return the micro batches of `slices` on the device, before `finish`; in `waiting()` it waits for the next."""

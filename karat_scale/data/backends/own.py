@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import default_collate
 
+from karat_scale.data.loading.loader import digest_sum
 from karat_scale.data.loading.workers import OrderedResults, Whereabouts, worker_number
 from karat_scale.data.order import sample_seed
 from karat_scale.data.plan import PADDING, BatchSlice
@@ -32,10 +33,14 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Collated:
-    """A micro batch. content: what `collate` makes of its samples. sample_ids: int64 [b], without padding."""
+    """A micro batch. content: what `collate` makes of its samples. sample_ids: int64 [b], without padding.
+
+    digest: of the global batch, number and seed of each sample, as `karat_scale.data.loading.loader` sums them.
+    """
 
     content: Any
     sample_ids: torch.Tensor
+    digest: int
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -111,13 +116,14 @@ class OwnSamples:
 
     def _make(self, part: BatchSlice) -> Collated:
         ids: npt.NDArray[np.int64] = part.sample_ids[part.sample_ids != PADDING]
+        seeds = [(sample_id, sample_seed(self._seed, part.epoch, sample_id)) for sample_id in ids.tolist()]
         with _random_numbers_kept():
-            samples = [self._sample(part.epoch, sample_id) for sample_id in ids.tolist()]
-        return Collated(self._collate(samples) if samples else None, torch.from_numpy(ids.copy()))
+            samples = [self._sample(*row) for row in seeds]
+        digest = digest_sum((part.epoch, part.batch, *row) for row in seeds)
+        return Collated(self._collate(samples) if samples else None, torch.from_numpy(ids.copy()), digest)
 
-    def _sample(self, epoch: int, sample_id: int) -> Any:
+    def _sample(self, sample_id: int, seed: int) -> Any:
         self._at.tell(sample_id)
-        seed = sample_seed(self._seed, epoch, sample_id)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.random.default_generator.manual_seed(seed)

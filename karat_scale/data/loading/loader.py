@@ -82,13 +82,15 @@ def batch_digest(batch: Batch) -> int:
     """Return the batch's part of the sum, below 2^40: global batch, id, label and draw of each sample."""
     if batch.digest is not None:
         return batch.digest
-    total = 0
     draws = batch.draws or (None,) * len(batch.labels)
-    for sample_id, label, draw in zip(batch.sample_ids.tolist(), batch.labels.tolist(), draws, strict=True):
-        text = repr((batch.epoch, batch.batch, sample_id, label, draw))
-        total += int.from_bytes(blake2b(text.encode(), digest_size=BITS // 8).digest(), "little")
-    digest: int = total % 2**BITS
-    return digest
+    rows = zip(batch.sample_ids.tolist(), batch.labels.tolist(), draws, strict=True)
+    return digest_sum((batch.epoch, batch.batch, *row) for row in rows)
+
+
+def digest_sum(rows: Iterable[tuple[Any, ...]]) -> int:
+    """Return the sum of the digests of what `repr` shows of each row, modulo 2^40."""
+    digests = (blake2b(repr(row).encode(), digest_size=BITS // 8).digest() for row in rows)
+    return sum(int.from_bytes(digest, "little") for digest in digests) % 2**BITS
 
 
 def with_digest(batch: Batch) -> Batch:

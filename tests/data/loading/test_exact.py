@@ -195,6 +195,27 @@ def test_a_digest_says_if_two_runs_saw_the_same(make_shards: Make) -> None:
     assert other.digest != whole.digest
 
 
+def test_the_digest_of_a_run_goes_on_after_a_resume_in_the_middle_of_a_step() -> None:
+    whole = of_numbers(epochs=2)
+    for _ in range(2):
+        list(whole)
+    loader = of_numbers(epochs=2, micro_batch=4, total_digest=True)
+    for _ in zip(range(3), loader, strict=False):  # one step, and half of the next
+        pass
+    state = loader.state_dict()
+    resumed = of_numbers(epochs=2, workers=1, total_digest=True)
+    resumed.load_state_dict(state)
+    assert state["step"] == resumed.step == 1
+    for _ in range(2):
+        list(resumed)
+    resumed.close()
+    assert resumed.run_digest() == whole.run_digest() == whole.digest != state["digest"]
+    other = of_numbers(epochs=2, seed=4)
+    for _ in range(2):
+        list(other)
+    assert other.digest != whole.digest
+
+
 def test_the_trainer_sees_what_the_loader_gives(shards: Path, tmp_path: Path, recipe_file: Path) -> None:
     run = tmp_path / "run"
     karat_done("train", str(recipe_file), f"data.path={shards}", f"run.dir={run}", "train.max_steps=3")

@@ -1,0 +1,87 @@
+"""The exact loader in other people's loops: killed in mid-epoch, resumed on other ranks, nothing lost or repeated."""
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from examples.loaders.torchtitan_loader import Tokens
+from karat_scale.data import ExactLoader
+from tests.conftest import ROOT, rank_environments
+
+GLOBAL, EPOCHS = 12, 3  # as in the examples
+KILLED_AT, SAVED_AT = 8, 6  # in mid-epoch: an epoch has five steps
+
+
+def run(command: list[str], ranks: int) -> tuple[list[int], str]:
+    """Run an example on so many ranks; how each ended, and all that they printed."""
+    environments = rank_environments(ranks)
+    first: subprocess.Popen[str] | None = None
+    processes = []
+    for environment in environments:
+        group = first.pid if first else 0
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *command],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                process_group=group,
+            )
+        )
+        first = first or processes[0]
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    return [process.returncode for process in processes], "".join(said)
+
+
+def steps(said: str) -> list[int]:
+    return [int(number) for number in re.findall(r"^step (\d+) ", said, re.MULTILINE)]
+
+
+EXAMPLES = [
+    ("ddp", "torch", (2, 3)),
+    ("timm_train", "timm", (2, 1)),
+    ("accelerate_loop", "accelerate", (2, 1)),
+    ("lightning_loop", "lightning", (2, 1)),
+    ("torchdata_checkpoint", "torch", (2, 1)),
+    ("torchtitan_loader", "torch", (1, 2)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("example", "library", "ranks"), EXAMPLES)
+def test_a_killed_run_goes_on_with_the_next_sample_on_other_ranks(
+    example: str, library: str, ranks: tuple[int, int], image_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip(library, reason=f"{library} is not installed: pip install -e '.[loaders]'")
+    before, after = ranks
+    checkpoints = tmp_path / "run"
+    checkpoints.mkdir()
+    script = str(ROOT / f"examples/loaders/{example}.py")
+    if example == "torchtitan_loader":
+        data = tmp_path / "tokens"
+        np.random.default_rng(0).integers(0, 100, 64 * 4 + 1, np.int32).tofile(data)
+        whole = ExactLoader(Tokens(str(data), 4), global_batch=GLOBAL, epochs=EPOCHS, workers=0)
+    else:
+        data = image_folder
+        mixes = {"randaugment": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}
+        augment = mixes if example == "timm_train" else None
+        whole = ExactLoader(data, global_batch=GLOBAL, epochs=EPOCHS, workers=0, image_size=32, augment=augment)
+    for _ in range(EPOCHS):
+        for _ in whole:
+            pass
+
+    killer = str(Path(__file__).with_name("killed.py"))
+    codes, said = run([killer, str(KILLED_AT), script, str(data), str(checkpoints), "1"], before)
+    assert codes == [-signal.SIGKILL] * before, said
+    assert steps(said) == list(range(1, KILLED_AT + 1))
+    codes, said = run([script, str(data), str(checkpoints), "2"], after)
+    assert codes == [0] * after, said
+    assert steps(said) == list(range(SAVED_AT + 1, whole.step + 1))
+    assert f"digest {whole.digest}\n" in said
