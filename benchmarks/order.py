@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from karat_scale.data.order import BLOCK_SAMPLES, WINDOW_BLOCKS, epoch_order
+from karat_scale.data.plan import BLOCK_SAMPLES, WINDOW_BLOCKS, epoch_order
 from karat_scale.data.shards.shard_files import NO_BLOCKS, Blocks
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.arguments import OneLineParser, count, new_file

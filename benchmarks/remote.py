@@ -26,8 +26,7 @@ import torch
 from karat_scale.commands.measure.data import AUGMENTS, BATCH, SIZE
 from karat_scale.commands.measure.interleaved import Rounds, interleaved, processor_seconds
 from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.data.order import BLOCK_SAMPLES, WINDOW_BLOCKS
-from karat_scale.data.plan import TrainPlan
+from karat_scale.data.plan import BLOCK_SAMPLES, WINDOW_BLOCKS, TrainPlan
 from karat_scale.data.shards.cache import VARIABLE
 from karat_scale.data.shards.shard_format import read_dataset_record, write_dataset_record
 from karat_scale.data.shards.shards import ShardSplit

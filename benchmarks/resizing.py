@@ -20,7 +20,7 @@ from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
 from karat_scale.data.decoders import Decoder, make_decoder
 from karat_scale.data.decoders.decode import View
 from karat_scale.data.decoders.jpeg_header import read_frame
-from karat_scale.data.order import sample_seed
+from karat_scale.data.plan import sample_seed
 from karat_scale.data.prepare.images import choose_encoder, resized_jpeg
 from karat_scale.foundation.arguments import OneLineParser, count, new_file
 from karat_scale.foundation.console import print_table, write_json

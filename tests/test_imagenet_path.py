@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import events, karat, karat_command, karat_environment, run_script, summary
-from tests.data.prepare.images import jpeg, sample_file, tar_bytes, write
+from tests.data.prepare.images import jpeg, sample_file, write
+from tests.data.tars import tar_bytes
 
 STEPS = 8  # two epochs of four
 SMALL_MODEL = (

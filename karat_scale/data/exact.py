@@ -17,9 +17,8 @@ from torch import Tensor
 
 from karat_scale.data.backends import Backend, ImageSpec, open_backend
 from karat_scale.data.backends.own import Dataset, OwnSamples
-from karat_scale.data.batch import Batch
+from karat_scale.data.batch import BITS, Batch, with_digest
 from karat_scale.data.loading.device_feed import DeviceFeed
-from karat_scale.data.loading.loader import BITS, with_digest
 from karat_scale.data.plan import PADDING, BatchSlice, EvalPlan, TrainPlan, choose_micro_batch
 from karat_scale.data.shards.shard_format import DATASET_FILE, beton_path
 from karat_scale.foundation.errors import DataError, RecipeError

@@ -163,23 +163,23 @@ BACKENDS = {
     ),
     "ffcv": BackendRow("karat_scale.data.backends.images:open_ffcv", Files.BETONS, "ffcv", own_decoder=True),
     "dali": BackendRow(
-        "karat_scale.data.backends.dali_pipeline:open_dali", Files.SHARDS, "dali", own_decoder=True, own_threads=True
+        "karat_scale.data.backends.gpu_decoders:open_dali", Files.SHARDS, "dali", own_decoder=True, own_threads=True
     ),
     "nvjpeg": BackendRow(
-        "karat_scale.data.backends.nvjpeg:open_nvjpeg",
+        "karat_scale.data.backends.gpu_decoders:open_nvjpeg",
         Files.SHARDS,
         own_decoder=True,
         own_threads=True,
         without_gpu="webdataset",
     ),
-    "synthetic": BackendRow("karat_scale.data.backends.synthetic:SyntheticBackend", None),
+    "synthetic": BackendRow("karat_scale.data.backends.images:SyntheticBackend", None),
 }
 
 # Classes that take (interpolation, max_pixels). `data.decoder = auto` tries them in this order; the last always runs.
 DECODERS = {
     "native": "karat_scale.data.decoders.native:NativeDecoder",
-    "torchvision": "karat_scale.data.decoders.pillow:TorchvisionDecoder",
-    "pillow": "karat_scale.data.decoders.pillow:PillowDecoder",
+    "torchvision": "karat_scale.data.decoders.libraries:TorchvisionDecoder",
+    "pillow": "karat_scale.data.decoders.libraries:PillowDecoder",
 }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
-from karat_scale.data.loading.loader import classes_digest
+from karat_scale.data.batch import classes_digest
 from karat_scale.data.plan import TrainPlan
 from karat_scale.engine.distributed import ALONE, World, device_name
 from karat_scale.engine.reporting.progress import Reporter

@@ -34,7 +34,7 @@ from typing_extensions import Self
 from karat_scale.checkpoint.restore import falsehood
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
 from karat_scale.checkpoint.weights import load_weights, wants_ema
-from karat_scale.data.loading.loader import class_order_digest
+from karat_scale.data.batch import class_order_digest
 from karat_scale.engine.distributed import World, device_name, write_flight_record
 from karat_scale.engine.heartbeat import Heartbeat, heartbeat_file
 from karat_scale.engine.run_state import RunState

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.data.decoders.ffcv import require_ffcv
+from karat_scale.data.decoders.libraries import require_ffcv
 from karat_scale.data.prepare.make_ffcv import main
 from karat_scale.foundation.errors import RecipeError
 

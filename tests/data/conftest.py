@@ -2,16 +2,18 @@
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from karat_scale.data.backends import Backend, ImageSpec, open_backend
 from karat_scale.data.shards.shard_format import DatasetRecord, SplitRecord, write_dataset_record
 from karat_scale.data.shards.tars import EncodedSample, shard_name, write_shard
 from karat_scale.recipe import AugmentConfig, DataConfig
+from tests.data.tars import write_stream
 
 CLASSES = ["ant", "bee", "cat"]
 
@@ -85,3 +87,32 @@ def sample_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no sample images in {folder}; set KARAT_SAMPLE_DATA")
     return folder
+
+
+@pytest.fixture
+def opened(data_config) -> Iterator[Callable[..., Backend]]:
+    """Opens a backend over a directory or of a data section, by default with the paper's augmentation."""
+    backends = []
+
+    def make(data, augment=None, seed=5, size=16, classes=3, **fields):
+        config = data if isinstance(data, DataConfig) else data_config(data, **fields)
+        backends.append(open_backend(ImageSpec(config, augment or AugmentConfig(), size, classes, seed)))
+        return backends[-1]
+
+    yield make
+    for backend in backends:
+        backend.close()
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    """Four tars of 5, 9, 3 and 7 samples, numbered through."""
+    return write_stream(tmp_path / "tars", (5, 9, 3, 7))
+
+
+@pytest.fixture
+def stream_config(make_shards, data_config) -> Callable[..., DataConfig]:
+    """A recipe's data section over tars, as they are spelled, with an indexed split to evaluate on."""
+    given = {"order": "stream", "stream_samples": 24, "stream_buffer": 4}
+    directory = make_shards()
+    return lambda stream, **fields: data_config(directory, **{**given, "stream": str(stream), **fields})

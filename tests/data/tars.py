@@ -17,13 +17,19 @@ def image(number: int, kind: str = "JPEG") -> bytes:
     return data.getvalue()
 
 
+def tar_bytes(members: Members | dict[str, bytes], mode: str = "w", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode, **options) as tar:
+        for name, data in members.items() if isinstance(members, dict) else members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
 def write_tar(path: Path, members: Members) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+    path.write_bytes(tar_bytes(members))
 
 
 def sample(number: int, label: object = 0) -> list[tuple[str, bytes]]:

@@ -45,7 +45,6 @@ def imported() -> None:
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
     import karat_scale.data.backends.images
-    import karat_scale.data.backends.synthetic
     import karat_scale.training.run
     import karat_scale.training.tasks.classification.task  # noqa: F401
     from karat_scale.engine.deepspeed_internals import quieten_and_skip_builds

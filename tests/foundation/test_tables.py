@@ -33,7 +33,7 @@ MODULE = '''
 import torch
 from karat_scale.foundation import tables
 from karat_scale.attention import FeatureBasis
-from karat_scale.data.backends.synthetic import SyntheticBackend
+from karat_scale.data.backends.images import SyntheticBackend
 from karat_scale.engine.optimizers import parameter_groups
 
 

@@ -13,7 +13,7 @@ from timm.data import ImageNetInfo
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from karat_scale.commands.cli import main
-from karat_scale.data.loading.loader import classes_digest
+from karat_scale.data.batch import classes_digest
 from karat_scale.data.prepare.sources.small import DIGITS
 from karat_scale.foundation.errors import UserError
 from karat_scale.recipe.loading import load_recipe

@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from karat_scale.data import exact
 from karat_scale.data.backends import ImageSpec
-from karat_scale.data.backends.synthetic import SyntheticBackend
+from karat_scale.data.backends.images import SyntheticBackend
 from karat_scale.data.batch import BadSample, Batch
 from karat_scale.data.loading import device_feed
 from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import Recipe
 from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.tasks.classification import task
 from tests.small_engines import equal, make_trainer
 from tests.streams import Streams, streams
 from tests.training.test_save_points import train_to_the_end
@@ -30,7 +30,7 @@ class FeedAhead(device_feed.DeviceFeed):
 def feed_ahead(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the test ends."""
     del streams  # only to say that they must be there
-    monkeypatch.setattr(task, "DeviceFeed", FeedAhead)
+    monkeypatch.setattr(exact, "DeviceFeed", FeedAhead)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.checkpoint.store import CheckpointStore
-from karat_scale.data.shards.folder import FolderSplit
+from karat_scale.data.shards.shards import FolderSplit
 from karat_scale.engine.optimizers import build_schedule
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.tasks.classification.task import TrainState

@@ -31,7 +31,7 @@ from karat_scale.commands.measure.data import (
 from karat_scale.commands.measure.interleaved import interleaved_seconds, processor_seconds
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.decoders.decode import decode_rgb
-from karat_scale.data.decoders.pillow import JpegDecoder, find_jpeg_decoder
+from karat_scale.data.decoders.libraries import JpegDecoder, find_jpeg_decoder
 from karat_scale.data.plan import TrainPlan
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.console import print_table, write_json

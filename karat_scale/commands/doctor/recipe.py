@@ -40,7 +40,7 @@ from karat_scale.commands.measure.data import (
 from karat_scale.commands.measure.step import Communication, LoopSpeed, Stages, optimizer_seconds
 from karat_scale.data.backends import Backend, ImageSpec, open_backend
 from karat_scale.data.decoders import make_decoder
-from karat_scale.data.plan import TrainPlan, micro_batch_of
+from karat_scale.data.plan import micro_batch_of
 from karat_scale.engine import distributed
 from karat_scale.engine.deepspeed_config import load_ds_config, zero_stage
 from karat_scale.engine.distributed import World
@@ -123,7 +123,7 @@ def _page_cache(files: DataFiles, cache_gb: float) -> Finding:
 def examine_batches(subject: Subject, backend: Backend) -> Iterator[Finding]:
     """Report how the global batch is divided, and the world sizes that divide it. Raises UserError if none."""
     recipe, world, micro = subject.recipe, subject.world, subject.micro_batch
-    plan = TrainPlan.of(recipe, backend.num_train, world.rank, world.size)
+    plan = backend.plan(recipe.train.global_batch, micro, world.rank, world.size)
     fits = [size for size in (1, 2, 4, 8, 16, 32, 64, 128) if _divides(recipe, size)]
     text = (
         f"{plan.global_batch} = {plural(world.size, 'rank')} x {plan.accumulation} x {micro}, "

@@ -26,15 +26,14 @@ import torch
 from karat_scale.commands.evaluate.predictions import Predictions
 from karat_scale.data.batch import Batch
 from karat_scale.data.decoders import Decoder, make_decoder
-from karat_scale.data.decoders.orientation import turned_by_default, upright
-from karat_scale.data.loading.assemble import ImageAssembler, ImageSource, ImageSpec, Pixels
-from karat_scale.data.loading.loader import OrderedLoader
+from karat_scale.data.decoders.jpeg_header import turned_by_default, upright
+from karat_scale.data.loading.assemble import ImageAssembler, ImageSpec, OrderedLoader, Pixels
 from karat_scale.data.plan import BatchSlice
 from karat_scale.data.shards.beton import BetonSplit
 from karat_scale.data.shards.cache import RemoteUse
-from karat_scale.data.shards.folder import FolderSplit
+from karat_scale.data.shards.shard_files import ImageSource
 from karat_scale.data.shards.shard_format import DATASET_FILE, must_answer, read_dataset_record
-from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.data.shards.shards import FolderSplit, ShardSplit
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import DataError, RecipeError, UserError
 from karat_scale.foundation.files import LARGEST_TEXT, parse_json, read_bytes
@@ -111,7 +110,7 @@ Change = Callable[[Pixels, int], Pixels]
 
 
 @dataclass(frozen=True)
-class TestSet:
+class TestSet(ImageSource):
     """Images whose labels are the run's. See ImageSource.
 
     classes: the run's. among: the run's labels of the set's classes. unmatched: the set's classes that the run does not
@@ -129,21 +128,15 @@ class TestSet:
     left_out: int
     turns: bool
 
-    def __len__(self) -> int:
-        return len(self.kept)
-
     def read(self, sample_id: int) -> bytes:
         """Return the image's bytes. Raises UndecodableImageError for a picture that cannot be turned."""
         data = self.source.read(int(self.kept[sample_id]))
         return upright(data) if self.turns else data
 
     def prepare(self, sample_ids: Iterable[int]) -> None:
-        """Fetch some samples of a set at a URL together. Raises DataError."""
-        if isinstance(self.source, ShardSplit):
-            self.source.prepare(self.kept[list(sample_ids)].tolist())
+        self.source.prepare(self.kept[list(sample_ids)].tolist())
 
     def locate(self, sample_id: int) -> tuple[str, str]:
-        """Return the sample's key (or path) and its shard."""
         return self.source.locate(int(self.kept[sample_id]))
 
     def keys(self) -> list[str]:
@@ -152,11 +145,9 @@ class TestSet:
         return [keys[sample_id] for sample_id in self.kept.tolist()]
 
     def file_of(self, sample_id: int) -> str:
-        """Return the path of the file that holds the sample."""
         return self.source.file_of(int(self.kept[sample_id]))
 
     def close(self) -> None:
-        """Close open files."""
         self.source.close()
 
     @property

@@ -23,11 +23,10 @@ from karat_scale.commands.evaluate.test_set import MOST_CLASSES, Split, packed_s
 from karat_scale.commands.figures import new_figure, rendered, show_map
 from karat_scale.data.batch import Batch
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb, opened
-from karat_scale.data.loading.assemble import PreparesSamples
 from karat_scale.data.plan import micro_batch_of
 from karat_scale.data.shards.cache import RemoteUse
-from karat_scale.data.shards.folder import FolderSplit
 from karat_scale.data.shards.shard_format import DATASET_FILE, dataset_directory
+from karat_scale.data.shards.shards import FolderSplit
 from karat_scale.engine import distributed
 from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
 from karat_scale.foundation.console import print_table, printable, progress, render_page, write_json
@@ -217,8 +216,7 @@ def examine(name: str, split: Split, ids: npt.NDArray[np.int64]) -> SplitFacts:
         np.empty((0, 2), np.int64),
         np.empty(0, np.int64),
     )
-    if isinstance(split, PreparesSamples):
-        split.prepare(ids.tolist())
+    split.prepare(ids.tolist())
     keys = split.keys()  # `locate` reads an index for each sample
     with progress(f"{name}: looking at images", len(ids), "images") as advance:
         for number in ids.tolist():
@@ -335,8 +333,7 @@ def _pictures(split: Split, classes_shown: int, each: int = 6) -> dict[str, list
     """Return some images of the first classes, as small JPEGs."""
     pictures: dict[str, list[bytes]] = {}
     ids = [np.flatnonzero(split.labels == label)[:each].tolist() for label in range(len(split.classes[:classes_shown]))]
-    if isinstance(split, PreparesSamples):
-        split.prepare(itertools.chain(*ids))
+    split.prepare(itertools.chain(*ids))
     for numbers, name in zip(ids, split.classes, strict=False):
         shown: list[bytes] = []
         for number in numbers:

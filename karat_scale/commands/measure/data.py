@@ -25,10 +25,8 @@ from PIL import Image
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.decoders.jpeg_header import read_frame
-from karat_scale.data.order import epoch_order
-from karat_scale.data.plan import PADDING, BatchSlice
+from karat_scale.data.plan import PADDING, BatchSlice, epoch_order
 from karat_scale.data.shards.cache import RemoteUse
-from karat_scale.data.shards.folder import FolderSplit
 from karat_scale.data.shards.shard_format import (
     DatasetRecord,
     SplitRecord,
@@ -36,7 +34,7 @@ from karat_scale.data.shards.shard_format import (
     read_dataset_record,
     write_dataset_record,
 )
-from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.data.shards.shards import FolderSplit, ShardSplit
 from karat_scale.data.shards.tars import EncodedSample, shard_name, write_shard
 from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import DataError

@@ -25,9 +25,8 @@ from karat_scale.data.augmentation.augment import TrainTransform
 from karat_scale.data.augmentation.device_augment import DeviceAugment, Normalize
 from karat_scale.data.augmentation.mixing import Mixer
 from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.data.backends.synthetic import TRAIN_STREAM, SyntheticBackend
-from karat_scale.data.batch import Batch
-from karat_scale.data.loading.loader import with_digest
+from karat_scale.data.backends.images import TRAIN_STREAM, SyntheticBackend
+from karat_scale.data.batch import Batch, with_digest
 from karat_scale.data.plan import BatchSlice, TrainPlan
 from karat_scale.engine.distributed import World, wait_for
 from karat_scale.engine.engine import PRECISIONS, cast_images, pixel_dtype

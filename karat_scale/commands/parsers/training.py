@@ -160,7 +160,7 @@ def _train(options: argparse.Namespace) -> int:
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.print:
-        from karat_scale.data.shards.streamed import StreamShards
+        from karat_scale.data.streams.samples import StreamShards
         from karat_scale.engine.deepspeed_config import check_ds_config
         from karat_scale.models.factory import outline
 

@@ -39,7 +39,7 @@ from karat_scale.commands.plan.time import (
 from karat_scale.commands.plan.tracing import count_samples
 from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.backends import Backend, ImageSpec, open_backend
-from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan, micro_batch_of, total_steps
+from karat_scale.data.plan import BatchSlice, EvalPlan, micro_batch_of, total_steps
 from karat_scale.data.shards.shard_format import unused_classes
 from karat_scale.engine.deepspeed_config import load_ds_config, zero_stage
 from karat_scale.engine.engine import matrix_peak
@@ -191,7 +191,7 @@ def dry_run(recipe: Recipe, world: int) -> Iterator[str]:
 
 def _check_batches(recipe: Recipe, world: int, backend: Backend) -> str:
     """The first and the last global batch, cut by every rank."""
-    plan = TrainPlan.of(recipe, backend.num_train, 0, world)
+    plan = backend.plan(recipe.train.global_batch, micro_batch_of(recipe, world), 0, world, recipe.data.lanes)
     total = total_steps(plan.steps_per_epoch, recipe.train.epochs, recipe.train.max_steps)
     for step in () if plan.lanes else {0, total - 1}:
         epoch, batch = divmod(step, plan.steps_per_epoch)

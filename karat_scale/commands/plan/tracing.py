@@ -23,7 +23,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from karat_scale.data.shards.folder import FolderSplit
 from karat_scale.data.shards.shard_format import (
     beton_path,
     chosen_splits,
@@ -33,6 +32,7 @@ from karat_scale.data.shards.shard_format import (
     read_record,
     staged_copy,
 )
+from karat_scale.data.shards.shards import FolderSplit
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.tables import Files
 from karat_scale.models.layers import blocks_of

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -33,10 +32,10 @@ from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.batch import Batch
 from karat_scale.data.decoders import Decoder, make_decoder
 from karat_scale.data.decoders.decode import UndecodableImageError
-from karat_scale.data.decoders.orientation import upright
-from karat_scale.data.loading.assemble import ImageAssembler, ImageSpec
-from karat_scale.data.loading.loader import OrderedLoader
+from karat_scale.data.decoders.jpeg_header import upright
+from karat_scale.data.loading.assemble import ImageAssembler, ImageSpec, OrderedLoader
 from karat_scale.data.plan import BatchSlice
+from karat_scale.data.shards.shard_files import ImageSource
 from karat_scale.engine.distributed import device_name
 from karat_scale.engine.engine import forward_for_evaluation
 from karat_scale.engine.memory import one_line_out_of_memory
@@ -159,16 +158,13 @@ def _in_folder(folder: Path, found: Found) -> Iterator[Path]:
         found.bad.append((str(folder), "a folder without images"))
 
 
-class FileSource:
+class FileSource(ImageSource):
     """Files as samples. A file that cannot be read counts as an image that cannot be decoded. See ImageSource."""
 
     def __init__(self, files: Sequence[str]) -> None:
         self._files = np.array([os.fsencode(file) for file in files])  # as FolderSplit keeps its paths
-        self.labels: npt.NDArray[np.int32] = np.zeros(len(files), dtype=np.int32)
-        self.classes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self._files)
+        self.labels = np.zeros(len(files), dtype=np.int32)
+        self.classes = ()
 
     def read(self, sample_id: int) -> bytes:
         """Return the bytes of a regular file, turned upright. Raises UndecodableImageError for anything else."""
@@ -186,9 +182,6 @@ class FileSource:
     def file_of(self, sample_id: int) -> str:
         """Return the file's path."""
         return os.fsdecode(bytes(self._files[sample_id]))
-
-    def close(self) -> None:
-        """Do nothing: no file is open."""
 
 
 def evaluation_batches(files: Sequence[str], recipe: Recipe, batch_size: int) -> OrderedLoader:

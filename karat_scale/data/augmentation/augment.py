@@ -23,7 +23,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from karat_scale.data.batch import Draw, Operation
 from karat_scale.data.decoders.decode import View, centre_view, crop_view
-from karat_scale.data.decoders.pillow import RESAMPLE
+from karat_scale.data.decoders.libraries import RESAMPLE
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.foundation.native_build import LoadError, load
 from karat_scale.recipe import AugmentConfig

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from karat_scale.data.order import batch_seed
+from karat_scale.data.plan import batch_seed
 from karat_scale.recipe import AugmentConfig
 
 

@@ -3,7 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-from karat_scale.data.loading.assemble import Backend, ImageSpec
+from karat_scale.data.backends.images import Backend
+from karat_scale.data.loading.assemble import ImageSpec
 from karat_scale.data.shards.shard_format import must_answer, staged_copy
 from karat_scale.foundation.stores import is_url
 from karat_scale.foundation.tables import load

@@ -1,68 +1,89 @@
-"""The backends of images in files: folders, indexed WebDataset shards, and FFCV's betons.
+"""The backends whose batches data workers make: of folders, indexed shards and betons; and generated images.
 
 Samples are read by their place, since a reader that streams (webdataset's own, FFCV's Loader) keeps no exact order.
 
-`ImageBackend` decodes and augments in data workers. `BatchDecodingBackend` is for a library that
-decodes images together, such as DALI or nvJPEG. Such a library gets our bytes, our order and our crops. It decodes; the
-rest is the code of the other backends. On a GPU where only a flip follows the crop, the library also resizes and
-flips, and the batches are on the GPU.
+The `synthetic` backend generates images from their sample id, without files. It is for tests, and to measure everything
+except the data. Each class has its own coarse pattern under noise, so a model can learn the classes. The recipe's
+augmentation does not apply.
 """
 
-import copy
 import weakref
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from karat_scale.data.backends.row_reader import Row, RowReader
 from karat_scale.data.batch import Batch
 from karat_scale.data.decoders import Decoder, make_decoder
-from karat_scale.data.decoders.decode import View, blank_jpeg
-from karat_scale.data.decoders.ffcv import FfcvDecoder
-from karat_scale.data.decoders.pillow import TorchvisionDecoder, resize_region
-from karat_scale.data.loading.assemble import Assembler, ImageAssembler, ImageSource, ImageSpec
+from karat_scale.data.decoders.libraries import FfcvDecoder
+from karat_scale.data.loading.assemble import Assembler, ImageAssembler, ImageSpec, OrderedLoader
 from karat_scale.data.loading.device_feed import RunAhead
-from karat_scale.data.loading.loader import OrderedLoader
 from karat_scale.data.loading.workers import FetchedAhead
-from karat_scale.data.plan import PADDING, BatchSlice
+from karat_scale.data.plan import PADDING, BatchSlice, TrainPlan, sample_seed
 from karat_scale.data.shards.beton import BetonSplit
 from karat_scale.data.shards.cache import RemoteUse
-from karat_scale.data.shards.folder import FolderSplit
-from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.data.shards.shard_files import ImageSource
+from karat_scale.data.shards.shards import FolderSplit, ShardSplit
 from karat_scale.foundation.errors import DataError
 
 Batches = TypeVar("Batches", OrderedLoader, RunAhead, FetchedAhead)
 
 
-class SplitBackend:
-    """The counts and names of a training and a validation source, and closing of all batches. See Backend."""
+class Backend:
+    """A source of whole batches, since some libraries decode and augment by batch.
 
-    def __init__(self, train: ImageSource, val: ImageSource) -> None:
-        self._train, self._val = train, val
-        self._handed_out: weakref.WeakSet[OrderedLoader | RunAhead | FetchedAhead] = weakref.WeakSet()
+    Batches come in the order of the slices, and depend only on slice, recipe and seed.
 
-    @property
-    def num_train(self) -> int:
-        return len(self._train)
+    Attributes:
+        num_train, num_val: the number of training and of evaluation samples.
+        classes: their names in the order of the labels; the model may have more.
+    """
 
-    @property
-    def num_val(self) -> int:
-        return len(self._val)
+    def __init__(self, spec: ImageSpec, num_train: int, num_val: int, classes: tuple[str, ...]) -> None:
+        self.spec, self.num_train, self.num_val, self.classes = spec, num_train, num_val, classes
 
     @property
     def num_classes(self) -> int:
+        """Number of classes in the data."""
         return len(self.classes)
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        return self._train.classes
+    def identity(self) -> object:
+        """What the training samples are, as plain data; of copies it is equal."""
+        raise NotImplementedError
+
+    def plan(
+        self, global_batch: int, micro_batch: int, rank: int, world_size: int, lanes: int | None = None
+    ) -> TrainPlan:
+        """Return the training batches of one of `world_size` ranks, in a stream with the backend's own lanes or others.
+
+        Raises DataError and RecipeError.
+        """
+        data = self.spec.data
+        order = data.order, data.block_samples, data.window_blocks, data.lanes if lanes is None else lanes
+        return TrainPlan(self.spec.seed, self.num_train, global_batch, micro_batch, rank, world_size, *order)
+
+    def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
+        """Return augmented batches. Loading starts at once and runs ahead of the reader."""
+        raise NotImplementedError
+
+    def eval_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
+        """Return centre-cropped batches. Ids of PADDING give zeros with valid = False."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Stop workers and close files. Iterators handed out before yield no more."""
+
+
+class SplitBackend(Backend):
+    """Batches of a training and a validation source. See Backend."""
+
+    def __init__(self, train: ImageSource, val: ImageSource, spec: ImageSpec) -> None:
+        super().__init__(spec, len(train), len(val), train.classes)
+        self._train, self._val, self._data = train, val, spec.data
+        self._handed_out: weakref.WeakSet[OrderedLoader | RunAhead | FetchedAhead] = weakref.WeakSet()
 
     @property
     def identity(self) -> object:
@@ -75,9 +96,7 @@ class SplitBackend:
 
     def _fetched_ahead(self, source: ImageSource, slices: Iterable[BatchSlice]) -> Iterable[BatchSlice]:
         """Return the slices; if their samples are at a URL, a process fetches them ahead."""
-        if isinstance(source, ShardSplit) and source.ahead:
-            return self._handing_out(FetchedAhead(source, slices, source.ahead))
-        return slices
+        return self._handing_out(FetchedAhead(source, slices, source.ahead)) if source.ahead else slices
 
     def close(self) -> None:
         for batches in list(self._handed_out):
@@ -93,8 +112,7 @@ class ImageBackend(SplitBackend):
     """
 
     def __init__(self, train: ImageSource, val: ImageSource, spec: ImageSpec, decoder: Decoder | None = None) -> None:
-        super().__init__(train, val)
-        self._data = spec.data
+        super().__init__(train, val, spec)
         decoder = decoder or make_decoder(spec.data, spec.augment.interpolation)
         self._make_train = ImageAssembler(train, spec, decoder, training=True)
         self._make_val = ImageAssembler(val, spec, decoder, training=False)
@@ -155,169 +173,49 @@ def open_ffcv(spec: ImageSpec) -> ImageBackend:
     return ImageBackend(train, val, spec, decoder)
 
 
-Pixels = npt.NDArray[np.uint8]
-# What the library is given in place of a row that it need not decode: every batch goes through it, to keep their order.
-BLANK, BLANK_VIEW = np.frombuffer(blank_jpeg(8), dtype=np.uint8), View((0, 0, 1, 1), (0, 0, 1, 1), (1, 1))
+PATTERN_CELLS = 4
+NOISE_STARTS = 1 << 20
+TRAIN_STREAM, VAL_STREAM = 0, 1
 
 
-@dataclass(frozen=True, eq=False)
-class Request:
-    """JPEGs and the view of each that is wanted, mirrored where `flips` says so."""
+class SyntheticBackend(Backend):
+    """The `synthetic` backend; see Backend. Sample i has label i mod classes, in both splits."""
 
-    data: list[npt.NDArray[np.uint8]]
-    views: list[View]
-    flips: list[bool]
+    def __init__(self, spec: ImageSpec) -> None:
+        samples, image_size = spec.data.synthetic_samples, spec.image_size
+        super().__init__(spec, samples, samples, tuple(f"class {label}" for label in range(spec.num_classes)))
+        self._pixels = 3 * image_size * image_size
+        # An image's noise is a window of one fixed stretch of noise: a copy is much cheaper than new noise.
+        self._noise = self._draw(key=0, count=NOISE_STARTS + self._pixels) >> 1
+        self._cell = np.minimum(np.arange(image_size) * PATTERN_CELLS // image_size, PATTERN_CELLS - 1)
 
-    def __len__(self) -> int:
-        return len(self.data)
+    @staticmethod
+    def _draw(key: int, count: int) -> npt.NDArray[np.uint8]:
+        raw = np.random.Philox(key=key).random_raw(-(-count // 8))
+        return raw.astype("<u8", copy=False).view(np.uint8)[:count]
 
-
-class BatchDecoder(Protocol):
-    """A library that decodes batches."""
-
-    def decoded(self, requests: Iterable[Request]) -> Generator[torch.Tensor | list[Pixels] | None, None, None]:
-        """Yield the result of each request, in order.
-
-        The result is the finished views, uint8 [b, 3, size, size]; or the regions of the views, uint8 [h, w, 3] each,
-        which may be overwritten when the next result is asked for; or None if one of the images cannot be decoded.
-
-        Raises:
-            DataError: the library does not start.
-            RuntimeError: it fails for another reason than an image.
-        """
-
-
-class BatchDecodingBackend(SplitBackend):
-    """See Backend. `data.workers` is the number of threads that read, and again of those that resize and augment.
-
-    gpu: the number of the GPU that the process uses, or None. stream: what the library works on there. make_decoder:
-    returns the library for batches of which only crop and flip are wanted (True), or for others.
-    """
-
-    def __init__(
-        self,
-        splits: tuple[ImageSource, ImageSource],
-        spec: ImageSpec,
-        make_decoder: Callable[[bool], BatchDecoder],
-        stream: torch.cuda.Stream | None = None,
-    ) -> None:
-        super().__init__(*splits)
-        self._spec, self._data = spec, spec.data
-        # Its pixels are those of the library and resize_region, so a batch is the same whichever makes it.
-        self._decoder = TorchvisionDecoder(spec.augment.interpolation, spec.data.max_pixels)
-        self._threads = max(1, spec.data.workers)
-        self._make_decoder, self._stream = make_decoder, stream
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="karat-augment")
+    @property
+    def identity(self) -> str:
+        return f"{self.num_train} synthetic images of {self.num_classes} classes, seed {self.spec.seed}"
 
     def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
-        return self._run_ahead(slices, self._train, training=True)
+        return (self._batch(part, TRAIN_STREAM) for part in slices)
 
     def eval_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
-        return self._run_ahead(slices, self._val, training=False)
+        return (self._batch(part, VAL_STREAM) for part in slices)
 
-    def _run_ahead(self, slices: Iterable[BatchSlice], split: ImageSource, training: bool) -> RunAhead:
-        # A source of its own for each iterator, since each has a thread.
-        source = copy.copy(split)
-        make = ImageAssembler(source, self._spec, self._decoder, training)
-        reader = RowReader(source, self._decoder, make.choose, self._data.max_pixels, self._threads)
-        library = self._make_decoder(self._spec.augment.workers_only_flip or not training)
-        batches = self._batches(self._fetched_ahead(split, slices), reader, library, make, source)
-        return self._handing_out(RunAhead(batches, self._data.prefetch, self._data.timeout, reader.whereabouts))
-
-    def _batches(
-        self,
-        slices: Iterable[BatchSlice],
-        reader: RowReader,
-        library: BatchDecoder,
-        make: ImageAssembler,
-        source: ImageSource,
-    ) -> Generator[Batch, None, None]:
-        if self._stream is not None:
-            torch.cuda.set_device(self._stream.device)  # of this thread, which else opens a context on GPU 0, too
-        under_way: deque[tuple[BatchSlice, list[Row | None] | None]] = deque()
-
-        def requests() -> Iterator[Request]:
-            for part in slices:
-                rows = reader.read(part)
-                under_way.append((part, rows))
-                yield _request(rows or [None] * len(part.sample_ids))
-
-        try:
-            for decoded in library.decoded(requests()):
-                part, rows = under_way.popleft()
-                if rows is None or decoded is None:  # it finds the bad sample, too
-                    yield make[part]
-                    continue
-                images = self._images(rows, decoded, make)
-                valid = part.sample_ids != PADDING
-                labels = np.where(valid, source.labels[part.sample_ids], 0).astype(np.int64)
-                draws = tuple(row.draw for row in rows if row is not None and row.draw is not None)
-                batch = Batch.of(part, images, labels, valid, draws=draws)
-                yield batch if self._stream is None or images.is_cuda else batch.pin_memory()
-        finally:
-            reader.close()
-            source.close()
-
-    def _images(
-        self, rows: list[Row | None], decoded: torch.Tensor | list[Pixels], make: ImageAssembler
-    ) -> torch.Tensor:
-        finish = make.transform.finish
-        if isinstance(decoded, torch.Tensor):  # finished, but for the rows that the library was not asked for
-            with on_stream(self._stream):
-                for number, row in enumerate(rows):
-                    if row is None:
-                        decoded[number] = 0
-                    elif row.pixels is not None:
-                        decoded[number] = torch.from_numpy(np.ascontiguousarray(finish(row.pixels, row.draw)))
-            return decoded
-        images = torch.zeros(len(rows), 3, self._spec.image_size, self._spec.image_size, dtype=torch.uint8)
+    def _batch(self, part: BatchSlice, stream: int) -> Batch:
+        valid = part.sample_ids != PADDING
+        labels = np.where(valid, part.sample_ids % self.num_classes, 0)
+        images = torch.zeros(len(valid), 3, self.spec.image_size, self.spec.image_size, dtype=torch.uint8)
         pixels = images.numpy()
+        for row in np.flatnonzero(valid):
+            pixels[row] = self._image(int(part.sample_ids[row]), int(labels[row]), stream)
+        return Batch.of(part, images, labels, valid)
 
-        def one(number: int, row: Row | None) -> None:
-            if row is not None:
-                view = row.pixels
-                if view is None:
-                    view = resize_region(decoded[number], row.view, self._spec.augment.interpolation)
-                pixels[number] = finish(view, row.draw)
-
-        for _ in self._pool.map(one, range(len(rows)), rows):
-            pass
-        return images
-
-    def close(self) -> None:
-        super().close()
-        self._pool.shutdown(cancel_futures=True)
-
-
-def _request(rows: list[Row | None]) -> Request:
-    blank = BLANK, BLANK_VIEW, False
-    asked = [
-        blank if row is None or row.data is None else (row.data, row.view, row.draw is not None and row.draw.flip)
-        for row in rows
-    ]
-    return Request(*(list(column) for column in zip(*asked, strict=True)))
-
-
-@contextmanager
-def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Work on a stream of its own, which does not wait for training; done on the device at the end of the block.
-
-    Only the calling thread waits. Then other streams may read the results, and the library may have its memory back.
-    Without a stream the block is run as it is.
-    """
-    with torch.cuda.stream(stream):  # type: ignore[no-untyped-call, unused-ignore]
-        yield
-        if stream is not None:
-            stream.record_event().synchronize()
-
-
-def for_training(images: torch.Tensor) -> torch.Tensor:
-    """Return finished images; on a GPU, their memory is not used again before training has read them."""
-    if images.is_cuda:
-        images.record_stream(torch.cuda.default_stream(images.device))
-    return images
-
-
-def gpu_in_use() -> int | None:
-    """Return the number of the GPU that this process uses. A run on the CPU of a machine with GPUs uses none."""
-    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    def _image(self, sample_id: int, label: int, stream: int) -> npt.NDArray[np.uint8]:
+        start = sample_seed(self.spec.seed, stream, sample_id) % NOISE_STARTS
+        noise = self._noise[start : start + self._pixels].reshape(3, self.spec.image_size, self.spec.image_size)
+        cells = self._draw(key=1 + label, count=3 * PATTERN_CELLS**2) >> 1
+        pattern = cells.reshape(3, PATTERN_CELLS, PATTERN_CELLS)[:, self._cell[:, None], self._cell]
+        return noise + pattern

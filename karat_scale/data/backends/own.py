@@ -16,10 +16,9 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import default_collate
 
-from karat_scale.data.loading.loader import digest_sum
+from karat_scale.data.batch import digest_sum
 from karat_scale.data.loading.workers import OrderedResults, Whereabouts, worker_number
-from karat_scale.data.order import sample_seed
-from karat_scale.data.plan import PADDING, BatchSlice
+from karat_scale.data.plan import PADDING, BatchSlice, sample_seed
 from karat_scale.recipe import DataConfig
 
 
@@ -35,7 +34,7 @@ class Dataset(Protocol):
 class Collated:
     """A micro batch. content: what `collate` makes of its samples. sample_ids: int64 [b], without padding.
 
-    digest: of the global batch, number and seed of each sample, as `karat_scale.data.loading.loader` sums them.
+    digest: of the global batch, number and seed of each sample, as `karat_scale.data.batch` sums them.
     """
 
     content: Any

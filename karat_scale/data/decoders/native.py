@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from karat_scale.data.decoders.decode import ChooseView, blank_jpeg, check_pixels, crop_view
-from karat_scale.data.decoders.pillow import PillowDecoder
+from karat_scale.data.decoders.libraries import PillowDecoder
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.foundation.native_build import PACKAGES, LoadError, PerThread, load
 

@@ -27,16 +27,7 @@ from karat_scale.data.indexing.samples import (
     open_tar,
     read_samples,
 )
-from karat_scale.data.shards.shard_format import (
-    DATASET_FILE,
-    DatasetRecord,
-    FileRecord,
-    ShardRecord,
-    SkippedRecord,
-    SplitRecord,
-    read_dataset_record,
-    write_dataset_record,
-)
+from karat_scale.data.shards import shard_format
 from karat_scale.foundation.console import plural, printable, progress, write_json
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import read_text, write_atomically
@@ -135,12 +126,6 @@ class IndexRequest:
     json_file: str | None = None
 
 
-@dataclass(frozen=True)
-class _Tar:
-    samples: TarSamples
-    sha256: str
-
-
 def index_tars(request: IndexRequest) -> int:
     """Index the tars of a directory, and print what was found; returns the exit code.
 
@@ -163,10 +148,10 @@ def index_tars(request: IndexRequest) -> int:
     classes = _classes(tars, rule, request.classes, usual)
     numbers = {name: number for number, name in enumerate(classes)}
     root = source.url if isinstance(source, Store) else "" if out == source else str(source)
-    record = DatasetRecord(classes=classes, root=root)
+    record = shard_format.DatasetRecord(classes=classes, root=root)
     for split, members in splits.items():
         record.splits[split] = _write_split(out, members, tars, numbers, {"by": MADE_BY, "label": str(rule)})
-    write_dataset_record(out, record)
+    shard_format.write_dataset_record(out, record)
     counts = {
         name: {
             "tars": len(split.shards),
@@ -178,7 +163,7 @@ def index_tars(request: IndexRequest) -> int:
         for name, split in record.splits.items()
     }
     write_json(request.json_file, counts)
-    _print_result(record, out, rule, sum((tar.samples.notes for tar in tars.values()), Counter()))
+    _print_result(record, out, rule, sum((tar.notes for tar in tars.values()), Counter()))
     return 0
 
 
@@ -190,8 +175,8 @@ def _output(source: Path | Store, out: Path | None) -> Path:
         assert isinstance(source, Path)
         out = source
     out = out.expanduser().resolve()
-    if (out / DATASET_FILE).is_file() and not is_indexed(read_dataset_record(out)):
-        raise DataError(f"{out} has a {DATASET_FILE} of data_prep/make_webdataset.py; it needs no index")
+    if (out / shard_format.DATASET_FILE).is_file() and not is_indexed(shard_format.read_dataset_record(out)):
+        raise DataError(f"{out} has a {shard_format.DATASET_FILE} of data_prep/make_webdataset.py; it needs no index")
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / ".karat-index", "")
@@ -202,12 +187,12 @@ def _output(source: Path | Store, out: Path | None) -> Path:
     return out
 
 
-def is_indexed(record: DatasetRecord) -> bool:
+def is_indexed(record: shard_format.DatasetRecord) -> bool:
     """Return whether a data set was made by `karat index`, of tars that others wrote."""
     return any(split.made.get("by") == MADE_BY for split in record.splits.values())
 
 
-def _read_all(source: Path | Store, names: Sequence[str], rule: LabelRule, with_hashes: bool) -> dict[str, _Tar]:
+def _read_all(source: Path | Store, names: Sequence[str], rule: LabelRule, with_hashes: bool) -> dict[str, TarSamples]:
     read = partial(_read_one, source, rule, with_hashes)
     where = source.url if isinstance(source, Store) else str(source)
     with progress(f"indexing {where}", len(names), "tars") as advance, _in_parallel(source, len(names)) as each:
@@ -219,7 +204,7 @@ def _read_all(source: Path | Store, names: Sequence[str], rule: LabelRule, with_
 
 
 @contextmanager
-def _in_parallel(source: Path | Store, tars: int) -> Iterator[Callable[..., Iterable[_Tar]]]:
+def _in_parallel(source: Path | Store, tars: int) -> Iterator[Callable[..., Iterable[TarSamples]]]:
     """Yield a `map` by processes for tars on a file system, and by threads for those at a URL, which mostly wait.
 
     No process is forked while connections are open: a lock that another thread held then would stay locked in it.
@@ -232,15 +217,16 @@ def _in_parallel(source: Path | Store, tars: int) -> Iterator[Callable[..., Iter
             yield processes.map
 
 
-def _read_one(source: Path | Store, rule: LabelRule, with_hashes: bool, name: str) -> _Tar:
+def _read_one(source: Path | Store, rule: LabelRule, with_hashes: bool, name: str) -> TarSamples:
     with open_tar(source, name) as tar:
         samples, digest = read_samples(tar, rule, with_crc=with_hashes), hashlib.sha256()
         for start in range(0, tar.size if with_hashes else 0, _BLOCK):
             digest.update(tar.read(start, _BLOCK))
-        return _Tar(samples, digest.hexdigest() if with_hashes else "")
+        samples.sha256 = digest.hexdigest() if with_hashes else ""
+        return samples
 
 
-def _classes(tars: dict[str, _Tar], rule: LabelRule, file: Path | None, usual: list[str]) -> list[str]:
+def _classes(tars: dict[str, TarSamples], rule: LabelRule, file: Path | None, usual: list[str]) -> list[str]:
     """Return the names of the classes, in order.
 
     Args:
@@ -250,9 +236,9 @@ def _classes(tars: dict[str, _Tar], rule: LabelRule, file: Path | None, usual: l
     Raises:
         DataError: labels are of both kinds, or not of classes.
     """
-    labels = {label for tar in tars.values() for label in tar.samples.labels}
+    labels = {label for tar in tars.values() for label in tar.labels}
     if not labels:
-        reasons = Counter(reason for tar in tars.values() for _, reason in tar.samples.skipped)
+        reasons = Counter(reason for tar in tars.values() for _, reason in tar.skipped)
         most = reasons.most_common(1)[0][0] if reasons else "the tars are empty"
         raise DataError(f"no sample has an image and a label: {most}")
     names = sorted(label for label in labels if isinstance(label, str))
@@ -262,7 +248,7 @@ def _classes(tars: dict[str, _Tar], rule: LabelRule, file: Path | None, usual: l
     known = _lines(file, "--classes {} cannot be read: {}") if file else None
     if known is not None and (not known or len(set(known)) < len(known) or not all(known)):
         raise DataError(f"--classes {file}: should have one name on each line, and no name twice")
-    if rule.kind == "txt" and known is None and len(names) > sum(len(tar.samples.labels) for tar in tars.values()) / 2:
+    if rule.kind == "txt" and known is None and len(names) > sum(len(tar.labels) for tar in tars.values()) / 2:
         raise DataError(f".txt has {len(names)} different texts, such as {names[0][:60]!r}, no classes; choose --label")
     if names:
         if known is not None and (unknown := sorted(set(names) - set(known))):
@@ -273,7 +259,7 @@ def _classes(tars: dict[str, _Tar], rule: LabelRule, file: Path | None, usual: l
         return classes
     written: dict[Label, str] = {}
     for tar in tars.values():
-        written |= {label: name for label, name in tar.samples.names.items() if name}
+        written |= {label: name for label, name in tar.names.items() if name}
     for called in (usual, [written.get(number, "") for number in range(len(classes))]):
         if len(set(called)) == len(called) >= len(classes) and all(called):  # else two have one name, or one has none
             return called
@@ -288,29 +274,29 @@ def _lines(path: Path, otherwise: str) -> list[str]:
 
 
 def _checked_numbers(
-    numbers: list[int], known: list[str] | None, tars: dict[str, _Tar], file: Path | None
+    numbers: list[int], known: list[str] | None, tars: dict[str, TarSamples], file: Path | None
 ) -> list[str]:
     most = len(known) if known else _MOST_CLASSES
     wrong = numbers[0] if numbers[0] < 0 else numbers[-1]
     if not 0 <= wrong < most:
         which = f"--classes {file} lists {most} classes" if known else f"classes are numbered from 0 to {most - 1}"
-        name, tar = next((name, tar) for name, tar in tars.items() if wrong in tar.samples.labels)
-        key = tar.samples.keys[tar.samples.labels.index(wrong)]
+        name, tar = next((name, tar) for name, tar in tars.items() if wrong in tar.labels)
+        key = tar.keys[tar.labels.index(wrong)]
         raise DataError(f"{name}: sample {key} has label {wrong}, but {which}")
     return known or [str(number) for number in range(numbers[-1] + 1)]
 
 
 def _write_split(
-    out: Path, names: Sequence[str], tars: dict[str, _Tar], numbers: dict[str, int], made: dict[str, str]
-) -> SplitRecord:
+    out: Path, names: Sequence[str], tars: dict[str, TarSamples], numbers: dict[str, int], made: dict[str, str]
+) -> shard_format.SplitRecord:
     """Write the indexes of a split's tars; returns its record."""
-    split = SplitRecord(samples=0, bytes=0, shards=[], made=dict(made))
+    split = shard_format.SplitRecord(samples=0, bytes=0, shards=[], made=dict(made))
     per_class = np.zeros(len(numbers), np.int64)
     for name in names:
         tar = tars[name]
-        labels = [number_of(label, numbers) for label in tar.samples.labels]
-        content = tar.samples.index(labels)
-        index = FileRecord(
+        labels = [number_of(label, numbers) for label in tar.labels]
+        content = tar.index(labels)
+        index = shard_format.FileRecord(
             name=f"{name.removesuffix('.tar')}.index.npz",
             bytes=len(content),
             sha256=hashlib.sha256(content).hexdigest(),
@@ -318,25 +304,25 @@ def _write_split(
         (out / index.name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out / index.name, content)
         split.shards.append(
-            ShardRecord(
+            shard_format.ShardRecord(
                 name=name,
-                bytes=tar.samples.tar_bytes,
+                bytes=tar.tar_bytes,
                 sha256=tar.sha256,
-                etag=tar.samples.etag or None,
+                etag=tar.etag or None,
                 samples=len(labels),
                 index=index,
             )
         )
         split.samples += len(labels)
-        split.bytes += sum(tar.samples.sizes)
+        split.bytes += sum(tar.sizes)
         per_class += np.bincount(np.array(labels, np.int64), minlength=len(numbers))
-        split.skipped += [SkippedRecord(path=f"{name}: {key}", reason=why) for key, why in tar.samples.skipped]
+        split.skipped += [shard_format.SkippedRecord(path=f"{name}: {key}", reason=why) for key, why in tar.skipped]
     split.per_class = per_class.tolist()
     split.empty_classes = [name for name, count in zip(numbers, split.per_class, strict=True) if not count]
     return split
 
 
-def _print_result(record: DatasetRecord, out: Path, rule: LabelRule, notes: Counter[str]) -> None:
+def _print_result(record: shard_format.DatasetRecord, out: Path, rule: LabelRule, notes: Counter[str]) -> None:
     for name, split in record.splits.items():
         empty = len(split.empty_classes)
         counts = (
@@ -350,10 +336,10 @@ def _print_result(record: DatasetRecord, out: Path, rule: LabelRule, notes: Coun
     for what, count in notes.items():
         if count:
             print(f"  {what}: {count}")
-    print(printable(f"labels from {rule}; {out / DATASET_FILE} lists all. {_what_next(record, out)}"))
+    print(printable(f"labels from {rule}; {out / shard_format.DATASET_FILE} lists all. {_what_next(record, out)}"))
 
 
-def _what_next(record: DatasetRecord, out: Path) -> str:
+def _what_next(record: shard_format.DatasetRecord, out: Path) -> str:
     there = [name for name, split in record.splits.items() if split.samples]
     if "train" not in there:
         return f"It has nothing to train on; evaluate a run on it with `karat eval RUN --on {out}`"

@@ -194,6 +194,7 @@ class TarSamples:
     names: dict[Label, str] = field(default_factory=dict)
     """The names of numbered classes, where .json has them as timm's tars do; else an empty text."""
     tar_bytes: int = 0
+    sha256: str = ""
     etag: str = ""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """Members and samples that are not used, with the reason."""

@@ -14,8 +14,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 
-from karat_scale.data.batch import Batch
-from karat_scale.data.loading.loader import with_digest
+from karat_scale.data.batch import Batch, with_digest
 from karat_scale.foundation.errors import DataError
 
 # The host launches at most this many batches before the device has done the oldest of them. More would fill the

@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from karat_scale.data.plan import PADDING, BatchSlice
-from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.data.plan import BatchSlice
+from karat_scale.data.shards.shard_files import ImageSource
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.foundation.machine import be_killed_with_parent, usable_cores
 
@@ -292,7 +292,7 @@ class FetchedAhead(Iterator[BatchSlice]):
     fetches what is not there.
     """
 
-    def __init__(self, source: ShardSplit, slices: Iterable[BatchSlice], ahead: int) -> None:
+    def __init__(self, source: ImageSource, slices: Iterable[BatchSlice], ahead: int) -> None:
         self._slices = iter(slices)
         self._taken = np.frombuffer(mmap.mmap(-1, 8), dtype=np.int64)
         processes: list[ForkProcess] = []
@@ -307,7 +307,7 @@ class FetchedAhead(Iterator[BatchSlice]):
         return part
 
 
-def _fetch(source: ShardSplit, slices: Iterator[BatchSlice], taken: npt.NDArray[np.int64], ahead: int) -> None:
+def _fetch(source: ImageSource, slices: Iterator[BatchSlice], taken: npt.NDArray[np.int64], ahead: int) -> None:
     fetched = 0
     for part in slices:
         while fetched >= int(taken[0]) + ahead:
@@ -316,6 +316,6 @@ def _fetch(source: ShardSplit, slices: Iterator[BatchSlice], taken: npt.NDArray[
         if fetched <= int(taken[0]):  # the workers have it already
             continue
         try:
-            source.hint(part.sample_ids[part.sample_ids != PADDING].tolist())
+            source.hint(part.ids)
         except DataError:  # the worker that needs it says so
             time.sleep(_PAUSE_AFTER_ERROR)

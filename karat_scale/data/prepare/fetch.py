@@ -165,6 +165,8 @@ def data_sets() -> dict[str, list[RemoteFile]]:
     """The files of each data set, by its name."""
     svhn = {split: RemoteFile(name, md5, (url,)) for split, (url, name, md5) in SVHN.split_list.items()}
     flowers = Flowers102._download_url_prefix
+    shapes = {"train-images-idx3": (60000, SIDE, SIDE), "train-labels-idx1": (60000,)}
+    shapes |= {"t10k-images-idx3": (10000, SIDE, SIDE), "t10k-labels-idx1": (10000,)}
     return {
         "cifar10": [RemoteFile(CIFAR10.filename, CIFAR10.tgz_md5, (CIFAR10.url,))],
         "cifar100": [RemoteFile(CIFAR100.filename, CIFAR100.tgz_md5, (CIFAR100.url,))],
@@ -173,7 +175,9 @@ def data_sets() -> dict[str, list[RemoteFile]]:
         "stl10": [RemoteFile(STL10.filename, STL10.tgz_md5, (STL10.url,))],
         "flowers102": [RemoteFile(name, md5, (flowers + name,)) for name, md5 in Flowers102._file_dict.values()],
         FASHION_MNIST: [
-            RemoteFile(name, md5, tuple(mirror + name for mirror in FashionMNIST.mirrors), _fashion_shape(name))
+            RemoteFile(
+                name, md5, tuple(mirror + name for mirror in FashionMNIST.mirrors), shapes[name.split("-ubyte")[0]]
+            )
             for name, md5 in FashionMNIST.resources
         ],
     }
@@ -183,11 +187,6 @@ def from_web(wanted: list[RemoteFile], out: Path) -> None:
     """Download files into `out`. Raises DataError."""
     for remote in wanted:
         download(remote, out)
-
-
-def _fashion_shape(name: str) -> tuple[int, ...]:
-    count = 60000 if name.startswith("train") else 10000
-    return (count, SIDE, SIDE) if "images" in name else (count,)
 
 
 def fetch(missing: list[RemoteFile], out: Path, ways: dict[str, Way]) -> str:

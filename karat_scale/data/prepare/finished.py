@@ -39,21 +39,7 @@ from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.indexing.command import is_indexed
 from karat_scale.data.indexing.samples import LabelRule, open_tar, read_samples
 from karat_scale.data.prepare.job import add_shard_options, make_parser
-from karat_scale.data.shards.shard_format import (
-    DATASET_FILE,
-    INDEX_FIELDS,
-    TIMM_FILE,
-    DatasetRecord,
-    FileRecord,
-    ShardRecord,
-    SplitRecord,
-    check_file,
-    chosen_splits,
-    keys_of,
-    read_columns,
-    read_dataset_record,
-    write_dataset_record,
-)
+from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.tars import scan_members
 from karat_scale.foundation.console import progress
 from karat_scale.foundation.errors import DataError
@@ -71,26 +57,26 @@ BLOCK = 1 << 22
 # Space to leave free on the local disk for other programs.
 SPARE_BYTES = 64 << 20
 
-Splits = dict[str, SplitRecord]
+Splits = dict[str, shard_format.SplitRecord]
 
 
-def is_staged(out: Path, record: FileRecord) -> bool:
+def is_staged(out: Path, record: shard_format.FileRecord) -> bool:
     """True if a file exists, byte for byte; by its size alone if `karat index` left out its hash."""
     try:
-        check_file(out / record.name, record, by_hash=bool(record.sha256))
+        shard_format.check_file(out / record.name, record, by_hash=bool(record.sha256))
     except (DataError, OSError):
         return False
     return True
 
 
-def copy_checked(src: Path | str, out: Path, record: FileRecord, advance: Callable[[int], None]) -> None:
+def copy_checked(src: Path | str, out: Path, record: shard_format.FileRecord, advance: Callable[[int], None]) -> None:
     """Copy a file; it gets its name once its size, and its SHA-256 if that is known, are right. Raises DataError."""
     (out / record.name).parent.mkdir(parents=True, exist_ok=True)
     with temporary_file(out / record.name) as temporary:
         with temporary.open("wb") as target:
             copy = FingerprintedFile(target, advance)
             if isinstance(src, str):
-                etag = (record.etag or "") if isinstance(record, ShardRecord) else ""
+                etag = (record.etag or "") if isinstance(record, shard_format.ShardRecord) else ""
                 for piece in Store(src).pieces(record.name, record.bytes, etag):
                     copy.write(piece)
             else:
@@ -102,12 +88,12 @@ def copy_checked(src: Path | str, out: Path, record: FileRecord, advance: Callab
         commit_file(temporary, out / record.name)
 
 
-def files_of(splits: Splits) -> list[FileRecord]:
+def files_of(splits: Splits) -> list[shard_format.FileRecord]:
     """Return shards and indexes."""
     return [file for split in splits.values() for shard in split.shards for file in (shard, shard.index)]
 
 
-def missing_files(out: Path, splits: Splits, workers: int) -> list[FileRecord]:
+def missing_files(out: Path, splits: Splits, workers: int) -> list[shard_format.FileRecord]:
     """Return the files of these splits that are missing or damaged in `out`."""
     files, missing = files_of(splits), []
     with (
@@ -120,10 +106,10 @@ def missing_files(out: Path, splits: Splits, workers: int) -> list[FileRecord]:
     return missing
 
 
-def staged_before(out: Path, source: DatasetRecord, wanted: Splits) -> Splits:
+def staged_before(out: Path, source: shard_format.DatasetRecord, wanted: Splits) -> Splits:
     """Return the other splits in dataset.json of `out` that do not contradict the source's."""
     try:
-        found = read_dataset_record(out)
+        found = shard_format.read_dataset_record(out)
     except DataError:
         return {}
     return {
@@ -135,16 +121,18 @@ def staged_before(out: Path, source: DatasetRecord, wanted: Splits) -> Splits:
     }
 
 
-def list_splits(out: Path, source: DatasetRecord, splits: Splits) -> None:
+def list_splits(out: Path, source: shard_format.DatasetRecord, splits: Splits) -> None:
     """Write dataset.json with only these splits; without any, remove it."""
     if splits:
-        write_dataset_record(out, source.model_copy(update={"splits": splits, "root": ""}))
+        shard_format.write_dataset_record(out, source.model_copy(update={"splits": splits, "root": ""}))
     else:
-        for name in (DATASET_FILE, TIMM_FILE):
+        for name in (shard_format.DATASET_FILE, shard_format.TIMM_FILE):
             (out / name).unlink(missing_ok=True)
 
 
-def copy_all(src: Path | str, tars: Path | str, out: Path, missing: list[FileRecord], workers: int) -> None:
+def copy_all(
+    src: Path | str, tars: Path | str, out: Path, missing: list[shard_format.FileRecord], workers: int
+) -> None:
     """Copy these files if there is space for them. Raises DataError."""
     needed, free = sum(file.bytes for file in missing), shutil.disk_usage(out).free
     if needed + SPARE_BYTES > free:
@@ -153,8 +141,8 @@ def copy_all(src: Path | str, tars: Path | str, out: Path, missing: list[FileRec
         )
     with progress("copying", needed, "bytes") as advance, ThreadPoolExecutor(workers) as pool:
 
-        def copy(file: FileRecord) -> None:
-            copy_checked(tars if isinstance(file, ShardRecord) else src, out, file, advance)
+        def copy(file: shard_format.FileRecord) -> None:
+            copy_checked(tars if isinstance(file, shard_format.ShardRecord) else src, out, file, advance)
 
         list(pool.map(copy, missing))
 
@@ -166,8 +154,8 @@ def stage(arguments: list[str] | None = None) -> None:
     src, out = options.src, options.out
     if isinstance(src, Path) and src.resolve() == out.resolve():
         raise DataError(f"--out {out} is --src; use a directory on the local disk")
-    record = read_dataset_record(src)
-    wanted = chosen_splits(src, record, options.split)
+    record = shard_format.read_dataset_record(src)
+    wanted = shard_format.chosen_splits(src, record, options.split)
     files = files_of(wanted)
     if options.dry_run:
         print(f"would copy {len(files)} files, {sum(file.bytes for file in files) / 1e6:,.1f} MB, to {out}")
@@ -191,7 +179,7 @@ IMAGENET = {"train": (1_281_167, 732, 1300), "val": (50_000, 50, 50)}
 
 
 def verify_shard(
-    directory: Path | str, record: DatasetRecord, rule: LabelRule | None, shard: ShardRecord
+    directory: Path | str, record: shard_format.DatasetRecord, rule: LabelRule | None, shard: shard_format.ShardRecord
 ) -> tuple[list[str], list[int]]:
     """Return the problems of one shard, and its number of samples of each class. One at a URL is fetched first.
 
@@ -212,27 +200,31 @@ def verify_shard(
 
 
 def _verify_files(
-    directory: Path, tars: Path, record: DatasetRecord, rule: LabelRule | None, shard: ShardRecord
+    directory: Path,
+    tars: Path,
+    record: shard_format.DatasetRecord,
+    rule: LabelRule | None,
+    shard: shard_format.ShardRecord,
 ) -> tuple[list[str], list[int]]:
     path, classes = tars / shard.name, len(record.classes)
     problems = []
     for place, file in ((directory, shard.index), (tars, shard)):
         try:
-            check_file(place / file.name, file, by_hash=bool(file.sha256))
+            shard_format.check_file(place / file.name, file, by_hash=bool(file.sha256))
         except DataError as error:
             problems.append(str(error).split("; ")[0])
     if problems:
         return problems, []
     data = (directory / shard.index.name).read_bytes()
     try:
-        columns = read_columns(data, INDEX_FIELDS, shard.samples, shard.bytes)
+        columns = shard_format.read_columns(data, shard_format.INDEX_FIELDS, shard.samples, shard.bytes)
     except ValueError as error:
         return [f"{path}: its index does not fit it: {error}"], []
-    keys = keys_of(data)
+    keys = shard_format.keys_of(data)
     labels = columns["label"]
     for number in np.flatnonzero((labels < 0) | (labels >= classes)):
         problems.append(f"{path}: sample {keys[number]} has label {labels[number]} of {classes} classes")
-    expected = list(zip(keys, *(columns[name].tolist() for name in INDEX_FIELDS), strict=True))
+    expected = list(zip(keys, *(columns[name].tolist() for name in shard_format.INDEX_FIELDS), strict=True))
     problems += [f"{path}: {problem}" for problem in _sample_problems(path, expected, rule, record.classes)]
     inside = labels[(labels >= 0) & (labels < classes)]
     return problems, np.bincount(inside, minlength=classes).tolist()
@@ -264,7 +256,7 @@ def _sample_problems(
                 yield f"sample {key} cannot be decoded: {error}"
 
 
-def count_problems(name: str, split: SplitRecord, per_class: list[int], imagenet: bool) -> list[str]:
+def count_problems(name: str, split: shard_format.SplitRecord, per_class: list[int], imagenet: bool) -> list[str]:
     """Return the problems of a split's counts, against dataset.json and, if requested, against ImageNet's."""
     total = sum(per_class)
     problems = []
@@ -284,7 +276,7 @@ def count_problems(name: str, split: SplitRecord, per_class: list[int], imagenet
 
 
 def verify_split(
-    directory: Path | str, name: str, split: SplitRecord, record: DatasetRecord, workers: int
+    directory: Path | str, name: str, split: shard_format.SplitRecord, record: shard_format.DatasetRecord, workers: int
 ) -> tuple[list[str], list[int]]:
     """Return the problems of a split's shards, and its samples per class; shards are read in parallel."""
     problems: list[str] = []
@@ -310,8 +302,8 @@ def verify(arguments: list[str] | None = None) -> None:
     add_shard_options(parser)
     parser.add_argument("--imagenet", action="store_true", help="expect ImageNet-1K's classes and counts")
     options = parser.parse_args(arguments)
-    record = read_dataset_record(options.src)
-    splits = chosen_splits(options.src, record, options.split)
+    record = shard_format.read_dataset_record(options.src)
+    splits = shard_format.chosen_splits(options.src, record, options.split)
     problems = []
     if options.imagenet and len(record.classes) != IMAGENET_CLASSES:
         problems.append(f"dataset.json lists {len(record.classes)} classes, ImageNet has {IMAGENET_CLASSES}")
@@ -365,15 +357,19 @@ def _turn(src: Path, out: Path) -> Iterator[None]:
 
 def join(src: Path, out: Path) -> list[str]:
     """Move the splits of `src` into `out`; returns their names. Raises DataError if the two do not fit together."""
-    record = read_dataset_record(src)
+    record = shard_format.read_dataset_record(src)
     out.mkdir(parents=True, exist_ok=True)
     with _turn(src, out):
         _join(src, record, out)
     return list(record.splits)
 
 
-def _join(src: Path, record: DatasetRecord, out: Path) -> None:
-    joined = read_dataset_record(out) if (out / DATASET_FILE).exists() else record.model_copy(update={"splits": {}})
+def _join(src: Path, record: shard_format.DatasetRecord, out: Path) -> None:
+    joined = (
+        shard_format.read_dataset_record(out)
+        if (out / shard_format.DATASET_FILE).exists()
+        else record.model_copy(update={"splits": {}})
+    )
     if record.root or joined.root:
         raise DataError(f"{src} and {out}: one lists tars that are elsewhere; run `karat index` on all tars at once")
     if joined.classes != record.classes:
@@ -386,9 +382,9 @@ def _join(src: Path, record: DatasetRecord, out: Path) -> None:
                 (src / file.name).rename(out / file.name)
     flush_to_disk(out)
     joined.splits.update(record.splits)
-    write_dataset_record(out, joined)
-    (src / TIMM_FILE).unlink(missing_ok=True)
-    (src / DATASET_FILE).unlink()
+    shard_format.write_dataset_record(out, joined)
+    (src / shard_format.TIMM_FILE).unlink(missing_ok=True)
+    (src / shard_format.DATASET_FILE).unlink()
     src.rmdir()
 
 
@@ -420,18 +416,18 @@ def make_dali_index(arguments: list[str] | None = None) -> None:
     parser = make_parser("make_dali_index.py", "Write index files for DALI's webdataset reader.")
     add_shard_options(parser)
     options = parser.parse_args(arguments)
-    record = read_dataset_record(options.src)
-    tars, splits = record.tars_of(options.src), chosen_splits(options.src, record, options.split)
+    record = shard_format.read_dataset_record(options.src)
+    tars, splits = record.tars_of(options.src), shard_format.chosen_splits(options.src, record, options.split)
     if isinstance(tars, str):
         raise DataError(f"the tars are at {tars}; this needs them on a file system")
-    shards: list[ShardRecord] = [shard for split in splits.values() for shard in split.shards]
+    shards: list[shard_format.ShardRecord] = [shard for split in splits.values() for shard in split.shards]
     if options.dry_run:
         print(f"would write {len(shards)} index files to {options.out}")
         return
     options.out.mkdir(parents=True, exist_ok=True)
     with progress("indexing", len(shards), "shards") as advance:
         for shard in shards:
-            check_file(tars / shard.name, shard, by_hash=False)
+            shard_format.check_file(tars / shard.name, shard, by_hash=False)
             path = options.out / Path(shard.name).with_suffix(".idx")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, dali_index(tars / shard.name))

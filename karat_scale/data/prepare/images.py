@@ -12,8 +12,7 @@ from typing import Literal
 from PIL import Image
 
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb, open_image, undecodable_reason
-from karat_scale.data.decoders.native import NativeRecoder, result_size
-from karat_scale.data.decoders.orientation import (
+from karat_scale.data.decoders.jpeg_header import (
     CONVERT_QUALITY,
     TRANSPOSES,
     UPRIGHT,
@@ -23,6 +22,7 @@ from karat_scale.data.decoders.orientation import (
     to_jpeg,
     upright_jpeg,
 )
+from karat_scale.data.decoders.native import NativeRecoder, result_size
 from karat_scale.data.prepare.sources.base import UnreadableSampleError
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.native_build import PACKAGES, LoadError

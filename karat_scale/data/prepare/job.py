@@ -20,7 +20,7 @@ import numpy.typing as npt
 from pydantic import BaseModel
 
 from karat_scale import __version__
-from karat_scale.data.order import epoch_order
+from karat_scale.data.plan import epoch_order
 from karat_scale.data.prepare.images import OddImageSkippedError, Preparation, Prepared
 from karat_scale.data.prepare.sources import Source, SourceOptions, UnreadableSampleError, open_splits
 from karat_scale.data.prepare.sources.imagefolder import NAME_FILES, find_file, read_synset_names

@@ -30,9 +30,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
-from karat_scale.data.decoders.ffcv import JpegDecoder, require_ffcv
-from karat_scale.data.decoders.jpeg_header import read_frame
-from karat_scale.data.decoders.orientation import to_jpeg
+from karat_scale.data.decoders.jpeg_header import read_frame, to_jpeg
+from karat_scale.data.decoders.libraries import FfcvJpegs, require_ffcv
 from karat_scale.data.prepare.images import Preparation
 from karat_scale.data.prepare.job import (
     Job,
@@ -49,17 +48,8 @@ from karat_scale.data.prepare.job import (
 )
 from karat_scale.data.prepare.sources import Source, default_exif
 from karat_scale.data.prepare.sources.tars import has_shards, open_shards
+from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.beton import MAX_SIDE, BetonWriter, StoredImage, index_bytes, page_bytes
-from karat_scale.data.shards.shard_format import (
-    BETON_WORDING,
-    BetonRecord,
-    FileRecord,
-    beton_path,
-    check_file,
-    index_path,
-    read_record,
-    record_path,
-)
 from karat_scale.foundation.arguments import OneLineParser, count
 from karat_scale.foundation.console import progress
 from karat_scale.foundation.errors import DataError
@@ -93,7 +83,7 @@ class Packer:
 
     def __init__(self, packing: Packing) -> None:
         self._packing = packing
-        self._decode = JpegDecoder()
+        self._decode = FfcvJpegs()
 
     def pack(self, data: bytes, index: int, name: str) -> tuple[StoredImage, str]:
         """Return what to store of an image, and, if it cannot be decoded, the reason.
@@ -158,7 +148,7 @@ class BetonJob(Job):
     @property
     def path(self) -> Path:
         """The beton."""
-        return beton_path(self.out, self.split)
+        return shard_format.beton_path(self.out, self.split)
 
     @property
     def unfinished(self) -> Path:
@@ -182,7 +172,7 @@ def pack_images(job: BetonJob, indices: list[int]) -> tuple[list[tuple[int, Stor
     return images, notes
 
 
-def write_beton(job: BetonJob, workers: int) -> BetonRecord:
+def write_beton(job: BetonJob, workers: int) -> shard_format.BetonRecord:
     """Write a beton, after its index and its record. Raises DataError if no image is left or a process dies.
 
     The beton gets its name last: a run that is killed before leaves a record without its beton, which readers refuse
@@ -191,8 +181,8 @@ def write_beton(job: BetonJob, workers: int) -> BetonRecord:
     job.out.mkdir(parents=True, exist_ok=True)
     try:
         record, index = _write_unfinished(job, workers)
-        write_atomically(index_path(job.path), index)
-        write_atomically(record_path(job.path), record.model_dump_json(indent=1) + "\n")
+        write_atomically(shard_format.index_path(job.path), index)
+        write_atomically(shard_format.record_path(job.path), record.model_dump_json(indent=1) + "\n")
         commit_file(job.unfinished, job.path)
     except BaseException:
         job.unfinished.unlink(missing_ok=True)
@@ -200,7 +190,7 @@ def write_beton(job: BetonJob, workers: int) -> BetonRecord:
     return record
 
 
-def _write_unfinished(job: BetonJob, workers: int) -> tuple[BetonRecord, bytes]:
+def _write_unfinished(job: BetonJob, workers: int) -> tuple[shard_format.BetonRecord, bytes]:
     """Write the beton under its unfinished name; returns its record and its index."""
     chunks = [job.order[start : start + CHUNK].tolist() for start in range(0, len(job.order), CHUNK)]
     keys: list[str] = []
@@ -222,12 +212,14 @@ def _write_unfinished(job: BetonJob, workers: int) -> tuple[BetonRecord, bytes]:
         index_content = index_bytes(writer.finish(), keys)
     flush_to_disk(job.unfinished)  # which may take minutes
     index_hash = hashlib.sha256(index_content).hexdigest()
-    record = BetonRecord(
+    record = shard_format.BetonRecord(
         name=job.path.name,
         bytes=job.unfinished.stat().st_size,
         sha256=file_sha256(job.unfinished),
         samples=len(keys),
-        index=FileRecord(name=index_path(job.path).name, bytes=len(index_content), sha256=index_hash),
+        index=shard_format.FileRecord(
+            name=shard_format.index_path(job.path).name, bytes=len(index_content), sha256=index_hash
+        ),
         split=job.split,
         classes=job.source.classes,
         names=job.names,
@@ -275,21 +267,21 @@ def plan_job(split: str, source: Source, names: list[str], options: argparse.Nam
     return BetonJob(split, source, options.out, preparation, made, order, packing, names)
 
 
-def make_split(job: BetonJob, workers: int) -> BetonRecord:
+def make_split(job: BetonJob, workers: int) -> shard_format.BetonRecord:
     """Write the beton of a split. Raises DataError if a file that we did not make is in the way."""
-    if job.path.exists() and not record_path(job.path).exists():
+    if job.path.exists() and not shard_format.record_path(job.path).exists():
         raise DataError(f"{job.path} exists and was not finished by this script; delete it or use another --out")
     if job.unfinished.exists():
         print(f"{job.split}: an earlier run did not finish; starting again")
     return write_beton(job, workers)
 
 
-def check_split(job: BetonJob, found: BetonRecord, workers: int) -> None:
+def check_split(job: BetonJob, found: shard_format.BetonRecord, workers: int) -> None:
     """Check a finished beton byte for byte; make it again if it is damaged. Raises DataError for other settings."""
-    job.check_settings(found.made, f"{job.path} was", f"{record_path(job.path)} and {job.path}")
+    job.check_settings(found.made, f"{job.path} was", f"{shard_format.record_path(job.path)} and {job.path}")
     try:
         for file in (found, found.index):
-            check_file(job.out / file.name, file, by_hash=True, wording=BETON_WORDING)
+            shard_format.check_file(job.out / file.name, file, by_hash=True, wording=shard_format.BETON_WORDING)
     except DataError as error:
         print(f"{error.args[0].split(';')[0]}; making it again")
         again = write_beton(job, workers)
@@ -357,7 +349,7 @@ def open_source(options: argparse.Namespace) -> tuple[dict[str, Source], list[st
         shards, names = open_shards(options.src, options.split)
         return dict(shards), names
     there = sorted(options.out.glob("*.beton.json"))
-    classes = read_record(there[0].with_suffix("")).classes if there else None
+    classes = shard_format.read_record(there[0].with_suffix("")).classes if there else None
     sources = open_chosen(options, classes)
     return sources, class_names(options, next(iter(sources.values())).classes)
 
@@ -371,9 +363,9 @@ def main(arguments: list[str] | None = None) -> None:
     for job in jobs:
         if options.dry_run:
             job.print_plan(job.order, str(job.path))
-        elif record_path(job.path).exists():
-            check_split(job, read_record(job.path), options.workers)
+        elif shard_format.record_path(job.path).exists():
+            check_split(job, shard_format.read_record(job.path), options.workers)
         else:
             record = make_split(job, options.workers)
             modes = ", ".join(f"{count} {mode}" for mode, count in record.modes.items())
-            job.print_result(record, f"({modes}) in {record.name}", record_path(job.path).name)
+            job.print_result(record, f"({modes}) in {record.name}", shard_format.record_path(job.path).name)

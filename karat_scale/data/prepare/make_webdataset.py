@@ -51,15 +51,7 @@ from karat_scale.data.prepare.job import (
     shuffled,
 )
 from karat_scale.data.prepare.sources import Source, default_exif
-from karat_scale.data.shards.shard_format import (
-    DATASET_FILE,
-    DatasetRecord,
-    ShardRecord,
-    SplitRecord,
-    check_file,
-    read_dataset_record,
-    write_dataset_record,
-)
+from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.tars import EncodedSample, shard_name, write_shard
 from karat_scale.foundation.arguments import count
 from karat_scale.foundation.console import progress
@@ -73,7 +65,7 @@ class MadeShard(Notes):
     """A shard that was written, and the notes about its images."""
 
     number: int
-    record: ShardRecord
+    record: shard_format.ShardRecord
 
 
 @dataclass(frozen=True)
@@ -145,11 +137,11 @@ def _finished_shard(job: ShardJob, number: int) -> MadeShard | None:
         return None
 
 
-def damage_of(out: Path, shard: ShardRecord) -> DataError | None:
+def damage_of(out: Path, shard: shard_format.ShardRecord) -> DataError | None:
     """Return what is wrong with a shard or its index, by their hashes; None if they are as they were written."""
     try:
         for file in (shard, shard.index):
-            check_file(out / file.name, file, by_hash=True)
+            shard_format.check_file(out / file.name, file, by_hash=True)
     except DataError as error:
         return error
     return None
@@ -198,7 +190,7 @@ def plan_job(split: str, source: Source, options: argparse.Namespace) -> ShardJo
     return ShardJob(split, source, options.out, preparation, made, shards)
 
 
-def make_split(job: ShardJob, workers: int) -> SplitRecord:
+def make_split(job: ShardJob, workers: int) -> shard_format.SplitRecord:
     """Write the missing shards of a split; returns its record. Raises DataError if no image is left."""
     with progress(f"{job.split}: writing", sum(map(len, job.shards)), "images") as advance:
         done = finished_shards(job, workers, advance)
@@ -214,7 +206,7 @@ def make_split(job: ShardJob, workers: int) -> SplitRecord:
     records, notes = [shard.record for shard in done], Notes()
     for shard in done:
         notes.add(shard)
-    return SplitRecord(
+    return shard_format.SplitRecord(
         samples=sum(record.samples for record in records),
         bytes=sum(record.bytes for record in records),
         shards=records,
@@ -222,9 +214,9 @@ def make_split(job: ShardJob, workers: int) -> SplitRecord:
     )
 
 
-def check_split(job: ShardJob, found: SplitRecord, workers: int) -> None:
+def check_split(job: ShardJob, found: shard_format.SplitRecord, workers: int) -> None:
     """Check a finished split byte for byte and make damaged shards again. Raises DataError for other settings."""
-    job.check_settings(found.made, f"{job.out} holds split {job.split}", str(job.out / DATASET_FILE))
+    job.check_settings(found.made, f"{job.out} holds split {job.split}", str(job.out / shard_format.DATASET_FILE))
     damaged = []
     with (
         progress(f"{job.split}: checking", len(found.shards), "shards") as advance,
@@ -238,8 +230,8 @@ def check_split(job: ShardJob, found: SplitRecord, workers: int) -> None:
     for made in make_shards(job, damaged, workers):
         if made.record != found.shards[made.number]:
             raise DataError(
-                f"{job.out / made.record.name} differs from {DATASET_FILE}; "
-                f"delete {job.out / DATASET_FILE} and run again"
+                f"{job.out / made.record.name} differs from {shard_format.DATASET_FILE}; "
+                f"delete {job.out / shard_format.DATASET_FILE} and run again"
             )
     print(f"{job.split}: {found.samples} samples in {len(found.shards)} shards are complete and correct")
 
@@ -277,7 +269,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     out: Path = options.out
-    dataset = read_dataset_record(out) if (out / DATASET_FILE).exists() else None
+    dataset = shard_format.read_dataset_record(out) if (out / shard_format.DATASET_FILE).exists() else None
     known = dataset.classes if dataset else None
     sources = open_chosen(options, known)
     settle_check(options, sum(map(len, sources.values())))
@@ -288,14 +280,14 @@ def main(arguments: list[str] | None = None) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     classes = jobs[0].source.classes
-    dataset = dataset or DatasetRecord(classes=classes, names=class_names(options, classes))
+    dataset = dataset or shard_format.DatasetRecord(classes=classes, names=class_names(options, classes))
     for job in jobs:
         if job.split in dataset.splits:
             check_split(job, dataset.splits[job.split], options.workers)
         else:
             dataset.splits[job.split] = make_split(job, options.workers)
-            write_dataset_record(out, dataset)
+            shard_format.write_dataset_record(out, dataset)
             made = dataset.splits[job.split]
-            job.print_result(made, f"in {len(made.shards)} shards", DATASET_FILE)
+            job.print_result(made, f"in {len(made.shards)} shards", shard_format.DATASET_FILE)
         for mark in out.glob(f".{job.split}-*.made.json"):  # dataset.json has their content
             mark.unlink()

@@ -75,7 +75,6 @@ class BetonFiles(LocalShardFiles):
         self._lends, self._buffer = lends, bytearray()
 
     def read(self, sample_id: int) -> bytes:
-        """See ShardFiles."""
         if self._modes[sample_id] != RAW:
             return super().read(sample_id)
         _, file = self._opened(sample_id)

@@ -52,14 +52,11 @@ class RemoteShardFiles(ShardFiles):
     together: the samples of an extent, which the order should use at about the same time.
     """
 
-    is_remote = True
-
     def __init__(self, store: Store, cache: NodeCache, places: SamplePlaces, together: int) -> None:
         self._store, self._cache, self._places, self._together = store, cache, places, together
         self._open: OrderedDict[Extent, int] = OrderedDict()
 
     def read(self, sample_id: int) -> bytes:
-        """See ShardFiles."""
         places, extent = self._places, self._extent(sample_id)
         size, offset = int(places.sizes[sample_id]), int(places.offsets[sample_id]) - extent.begin
         seen: list[bytes] = []
@@ -79,7 +76,7 @@ class RemoteShardFiles(ShardFiles):
         raise self._cache.keeps_nothing()
 
     def span(self, sample_id: int, begin: int, end: int) -> bytes:
-        """See ShardFiles. The cache has images alone."""
+        """The cache has images alone."""
         shard = self._places.shards[self._places.shard_of(sample_id)]
         return self._store.read(shard.name, begin, end, shard.etag or "")
 
@@ -90,7 +87,6 @@ class RemoteShardFiles(ShardFiles):
         return int.from_bytes(os.pread(entry, _CRC_BYTES, place), "little")
 
     def prepare(self, sample_ids: Iterable[int]) -> None:
-        """See ShardFiles."""
         missing = []
         for extent in self.extents_of(sample_ids):
             if extent in self._open:
@@ -102,7 +98,6 @@ class RemoteShardFiles(ShardFiles):
         self._fetch_all(missing, waits=True)
 
     def hint(self, sample_ids: Iterable[int]) -> None:
-        """See ShardFiles."""
         missing = [extent for extent in self.extents_of(sample_ids) if not self._cache.touch(self._key(extent))]
         self._fetch_all(missing, waits=False)
 
@@ -111,7 +106,6 @@ class RemoteShardFiles(ShardFiles):
         return list(dict.fromkeys(map(self._extent, sample_ids)))
 
     def close(self) -> None:
-        """See ShardFiles."""
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -190,7 +184,7 @@ _CHANGED = "has changed since it was indexed"
 
 
 class RemotePlace:
-    """The files below a URL. See Place."""
+    """The files of a data set below a URL, like those of LocalPlace. The use says what is fetched together."""
 
     fix = "upload the shards again, or run karat index again"
 
@@ -199,11 +193,9 @@ class RemotePlace:
         self._cache = NodeCache(data_cache_directory(), 1e9 * use.cache_gb)
 
     def where(self, name: str) -> str:
-        """See Place."""
         return self._store.where(name)
 
     def check(self, shards: Sequence[ShardRecord], by_hash: bool) -> None:
-        """See Place."""
         if by_hash:
             raise DataError(
                 f"data.verify = hash would fetch all of {self._store.url} at each start; use data.verify=size, which "
@@ -222,7 +214,6 @@ class RemotePlace:
                 raise DataError(f"{self.where(shard.name)} {_CHANGED}: its ETag differs; {self.fix}")
 
     def read_checked(self, record: FileRecord) -> bytes:
-        """See Place."""
         deadline = self._store.deadline()
 
         def fetch(part: Part) -> None:
@@ -250,12 +241,10 @@ class RemotePlace:
         raise self._cache.keeps_nothing()
 
     def read_all_checked(self, records: Sequence[FileRecord]) -> Iterator[bytes]:
-        """See Place."""
         with ThreadPool(min(_THREADS, max(1, len(records)))) as pool:
             yield from pool.imap(self.read_checked, records)
 
     def files(self, places: SamplePlaces, readahead: Blocks) -> RemoteShardFiles:
-        """See Place. The use says what is fetched together."""
         self._check_cache(places)
         return RemoteShardFiles(self._store, self._cache, places, self._use.together)
 

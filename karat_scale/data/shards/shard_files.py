@@ -1,6 +1,6 @@
-"""The bytes of samples by their id: the interface for tars anywhere, and its version for tars on a file system.
+"""The bytes of samples by their id: the interface of all sources, and of tars anywhere; tars on a file system.
 
-Tars at a URL have the same interface. If the order uses few blocks of samples at a time, whole blocks are read ahead.
+If the order uses few blocks of samples at a time, whole blocks are read ahead.
 """
 
 import os
@@ -15,6 +15,47 @@ import numpy as np
 import numpy.typing as npt
 
 from karat_scale.data.shards.shard_format import ShardRecord
+
+
+class ImageSource:
+    """Encoded images by sample id, 0 .. len - 1. A copy has its own open files.
+
+    labels: int32 [len]. classes: their names in the order of the labels. ahead: the samples of a rank to fetch before
+    they are needed; 0 on a file system.
+    """
+
+    labels: npt.NDArray[np.int32]
+    classes: tuple[str, ...]
+    ahead = 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def identity(self) -> object:
+        """What the samples are, as plain data; of copies it is equal."""
+        raise NotImplementedError
+
+    def read(self, sample_id: int) -> bytes:
+        """Return the image's bytes. Raises DataError naming the file if it cannot be read or has changed."""
+        raise NotImplementedError
+
+    def locate(self, sample_id: int) -> tuple[str, str]:
+        """Return the sample's key (or path) and its shard (or folder), for messages."""
+        raise NotImplementedError
+
+    def file_of(self, sample_id: int) -> str:
+        """Return the path or the URL of the file that holds the sample, without reading the disk."""
+        raise NotImplementedError
+
+    def prepare(self, sample_ids: Iterable[int]) -> None:
+        """Fetch what is needed for some samples at a URL, several at a time. Raises DataError."""
+
+    def hint(self, sample_ids: Iterable[int]) -> None:
+        """Fetch samples at a URL into the node's cache, except those that another process fetches. Raises DataError."""
+
+    def close(self) -> None:
+        """Close open files; a later read opens them again."""
 
 
 class Blocks(NamedTuple):
@@ -91,8 +132,6 @@ CUT_SHORT, CHANGED = "is cut short", "has changed since its index was written"
 class ShardFiles:
     """The bytes of samples by their id. A copy has its own open files."""
 
-    is_remote = False
-
     def read(self, sample_id: int) -> bytes:
         """Return a sample's bytes, checked against their CRC if that is known.
 
@@ -130,7 +169,6 @@ class LocalShardFiles(ShardFiles):
         self._readahead = Readahead(readahead, places.offsets, places.sizes)
 
     def read(self, sample_id: int) -> bytes:
-        """See ShardFiles."""
         places, size = self._places, int(self._places.sizes[sample_id])
         number, file = self._opened(sample_id)
         data = os.pread(file, size, int(places.offsets[sample_id]))
@@ -141,7 +179,6 @@ class LocalShardFiles(ShardFiles):
         return data
 
     def span(self, sample_id: int, begin: int, end: int) -> bytes:
-        """See ShardFiles."""
         return os.pread(self._opened(sample_id)[1], end - begin, begin)
 
     def _opened(self, sample_id: int) -> tuple[int, int]:
@@ -159,7 +196,6 @@ class LocalShardFiles(ShardFiles):
         return number, file
 
     def close(self) -> None:
-        """See ShardFiles."""
         while self._files:
             os.close(self._files.popitem()[1])
 

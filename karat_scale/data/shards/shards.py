@@ -1,101 +1,68 @@
-"""The samples of one split by their id, and the place of a data set's files: a directory or a URL.
+"""The samples of one split by their id, in shards or in folders, and the place of a data set: a directory or a URL.
 
 A split of shards is checked against dataset.json and the indexes. Both places answer the same questions.
 """
 
 import copy
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from karat_scale.data.plan import epoch_order
 from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.cache import RemoteUse
-from karat_scale.data.shards.remote import RemotePlace
+from karat_scale.data.shards.remote import RemotePlace, RemoteShardFiles
 from karat_scale.data.shards.shard_files import (
     NO_BLOCKS,
     Blocks,
     ChangedSampleError,
+    ImageSource,
     LocalShardFiles,
     SamplePlaces,
     ShardFiles,
 )
-from karat_scale.data.shards.shard_format import (
-    BETON_WORDING,
-    DATASET_FILE,
-    INDEX_FIELDS,
-    SHARD_WORDING,
-    DatasetRecord,
-    FileRecord,
-    ShardRecord,
-    Wording,
-    beton_path,
-    dataset_directory,
-    hash_file,
-    key_of,
-    keys_of,
-    read_columns,
-    read_dataset_record,
-    read_record,
-    staged_copy,
-)
 from karat_scale.data.shards.tars import BLOCK
 from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.files import read_image
 from karat_scale.foundation.tables import Files
 from karat_scale.recipe import DataConfig
 
 
-class Place(Protocol):
-    """The files of a data set. All methods raise DataError."""
-
-    fix: str
-    """What to do if a file is not as it was."""
-
-    def where(self, name: str) -> str:
-        """Return the path or the URL of a file."""
-
-    def check(self, shards: Sequence[ShardRecord], by_hash: bool) -> None:
-        """Compare shards with their records: by their sizes, or also by their hashes."""
-
-    def read_checked(self, record: FileRecord) -> bytes:
-        """Return a small file after comparing it with its record."""
-
-    def read_all_checked(self, records: Sequence[FileRecord]) -> Iterator[bytes]:
-        """Yield small files, in order, after comparing each with its record."""
-
-    def files(self, places: SamplePlaces, readahead: Blocks) -> ShardFiles:
-        """Return what reads samples. readahead: the blocks that a file system reads ahead."""
-
-
 class LocalPlace:
-    """A directory. See Place."""
+    """The files of a data set in a directory. All methods raise DataError. fix: what to do if one is not as it was."""
 
-    def __init__(self, directory: Path, wording: Wording = SHARD_WORDING) -> None:
+    def __init__(self, directory: Path, wording: shard_format.Wording = shard_format.SHARD_WORDING) -> None:
         self._directory, self._wording, self.fix = directory, wording, wording.fix
 
     def where(self, name: str) -> str:
-        """See Place."""
+        """Return the path or the URL of a file."""
         return str(self._directory / name)
 
-    def check(self, shards: Sequence[ShardRecord], by_hash: bool) -> None:
-        """See Place."""
+    def check(self, shards: Sequence[shard_format.ShardRecord], by_hash: bool) -> None:
+        """Compare shards with their records: by their sizes, or also by their hashes."""
         for shard in shards:
             shard_format.check_file(self._directory / shard.name, shard, by_hash, self._wording)
 
-    def read_checked(self, record: FileRecord) -> bytes:
-        """See Place."""
+    def read_checked(self, record: shard_format.FileRecord) -> bytes:
+        """Return a small file after comparing it with its record."""
         return shard_format.read_checked(self._directory / record.name, record, self._wording)
 
-    def read_all_checked(self, records: Sequence[FileRecord]) -> Iterator[bytes]:
-        """See Place."""
+    def read_all_checked(self, records: Sequence[shard_format.FileRecord]) -> Iterator[bytes]:
+        """Yield small files, in order, after comparing each with its record."""
         return map(self.read_checked, records)
 
     def files(self, places: SamplePlaces, readahead: Blocks) -> ShardFiles:
-        """See Place."""
+        """Return what reads samples. readahead: the blocks that a file system reads ahead."""
         return LocalShardFiles(self._directory, places, readahead)
+
+
+Place = LocalPlace | RemotePlace
 
 
 def open_place(directory: Path | str, remote: RemoteUse) -> Place:
@@ -103,11 +70,11 @@ def open_place(directory: Path | str, remote: RemoteUse) -> Place:
     return RemotePlace(directory, remote) if isinstance(directory, str) else LocalPlace(directory)
 
 
-class IndexedSplit:
-    """The samples of files that have an index each, by their ids 0 .. len - 1, file after file; see ImageSource.
+class IndexedSplit(ImageSource):
+    """The samples of files that have an index each, by their ids 0 .. len - 1, file after file. See ImageSource.
 
-    `labels` is int32 [len]. Opening checks every file's size, or with verify="hash" its SHA-256. Raises DataError, one
-    line, if anything is missing, cut short, changed or out of range.
+    Opening checks every file's size, or with verify="hash" its SHA-256. Raises DataError, one line, if anything is
+    missing, cut short, changed or out of range.
 
     shards: the files. indexes, tars: the places of the indexes and of the files. kinds: the dtypes of an index's
     columns. listed_in: what lists the classes, for messages. readahead: the blocks that the system reads ahead when one
@@ -117,7 +84,7 @@ class IndexedSplit:
     def __init__(
         self,
         classes: Sequence[str],
-        shards: Sequence[ShardRecord],
+        shards: Sequence[shard_format.ShardRecord],
         indexes: Place,
         tars: Place,
         verify: Literal["size", "hash"],
@@ -134,21 +101,23 @@ class IndexedSplit:
             for name, values in self._read_columns(shard, data, kinds).items():
                 parts[name].append(values)
         columns = {name: np.concatenate(values) for name, values in parts.items()}
-        self.labels: npt.NDArray[np.int32] = columns["label"]
+        self.labels = columns["label"]
         starts = np.cumsum([0, *(shard.samples for shard in shards)])
         self.places = SamplePlaces(shards, starts, columns["offset"], columns["size"], columns["crc32"])
         self._files = self._open_files(columns, readahead)
 
-    def _read_columns(self, shard: ShardRecord, data: bytes, kinds: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
+    def _read_columns(
+        self, shard: shard_format.ShardRecord, data: bytes, kinds: Mapping[str, Any]
+    ) -> dict[str, npt.NDArray[Any]]:
         try:
-            columns = read_columns(data, kinds, shard.samples, shard.bytes)
+            columns = shard_format.read_columns(data, kinds, shard.samples, shard.bytes)
             self._check_columns(columns)
         except ValueError as error:
             path = self._indexes.where(shard.index.name)
             raise DataError(f"{path} does not fit {shard.name}: {error}; {self._indexes.fix}") from None
         wrong = np.flatnonzero((columns["label"] < 0) | (columns["label"] >= len(self.classes)))
         if len(wrong):
-            sample, label = key_of(data, wrong[0]), columns["label"][wrong[0]]
+            sample, label = shard_format.key_of(data, wrong[0]), columns["label"][wrong[0]]
             raise DataError(
                 f"{self._indexes.where(shard.name)}: sample {sample} has label {label}, but {self._listed_in} lists "
                 f"{len(self.classes)} classes; correct them and make both again"
@@ -162,16 +131,12 @@ class IndexedSplit:
         """Return what reads the samples that the columns of all indexes describe."""
         return self._tars.files(self.places, readahead)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     @property
     def identity(self) -> list[tuple[int, str]]:
         """The size of each file and the hash of its index, in which a copy agrees."""
         return [(shard.bytes, shard.index.sha256) for shard in self._shards]
 
     def read(self, sample_id: int) -> bytes:
-        """Return the encoded image. Raises DataError naming the file if it has changed since it was indexed."""
         try:
             return self._files.read(sample_id)
         except OSError as error:
@@ -182,28 +147,25 @@ class IndexedSplit:
             raise DataError(f"{where} {error}: sample {key} differs; {self._tars.fix}") from None
 
     def locate(self, sample_id: int) -> tuple[str, str]:
-        """Return the key of a sample and the name of its file, for messages."""
         shard, number = self._shard_of(sample_id)
         try:
-            return key_of(self._indexes.read_checked(shard.index), number), shard.name
+            return shard_format.key_of(self._indexes.read_checked(shard.index), number), shard.name
         except (DataError, ValueError, IndexError):  # the index has changed: the place is all that is known
             return f"number {number}", shard.name
 
     def keys(self) -> list[str]:
         """Return the key of each sample. Raises DataError if an index has changed."""
-        return [key for shard in self._shards for key in keys_of(self._indexes.read_checked(shard.index))]
+        return [key for shard in self._shards for key in shard_format.keys_of(self._indexes.read_checked(shard.index))]
 
     def file_of(self, sample_id: int) -> str:
-        """Return the path or the URL of the file that holds a sample."""
         return self._tars.where(self._shard_of(sample_id)[0].name)
 
-    def _shard_of(self, sample_id: int) -> tuple[ShardRecord, int]:
+    def _shard_of(self, sample_id: int) -> tuple[shard_format.ShardRecord, int]:
         """Return the file of a sample, and the sample's number in it."""
         number = self.places.shard_of(sample_id)
         return self._shards[number], sample_id - int(self.places.starts[number])
 
     def close(self) -> None:
-        """Close the files; a later read opens them again."""
         self._files.close()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -226,19 +188,16 @@ class ShardSplit(IndexedSplit):
         readahead: Blocks = NO_BLOCKS,
         remote: RemoteUse | None = None,
     ) -> None:
-        self.directory = dataset_directory(directory)
+        self.directory = shard_format.dataset_directory(directory)
         self._remote = remote or RemoteUse()
-        record = read_dataset_record(self.directory, self._remote.timeout)
+        record = shard_format.read_dataset_record(self.directory, self._remote.timeout)
         shards = _shards_of(self.directory, record, split)
         shard_format.check_class_count(self.directory, len(record.classes), num_classes)
         indexes = open_place(self.directory, self._remote)
         tars = open_place(record.tars_of(self.directory), self._remote) if record.root else indexes
-        super().__init__(record.classes, shards, indexes, tars, verify, INDEX_FIELDS, DATASET_FILE, readahead)
-
-    @property
-    def ahead(self) -> int:
-        """The samples of a rank to fetch before they are needed; 0 for shards on a file system."""
-        return self._remote.ahead if self._files.is_remote else 0
+        listed = shard_format.INDEX_FIELDS, shard_format.DATASET_FILE
+        super().__init__(record.classes, shards, indexes, tars, verify, *listed, readahead)
+        self.ahead = self._remote.ahead if isinstance(self._files, RemoteShardFiles) else 0
 
     def around(self, sample_id: int) -> bytes:
         """Return what is between the sample before and the one after, with the latter's header. Raises DataError."""
@@ -254,15 +213,13 @@ class ShardSplit(IndexedSplit):
             raise DataError(f"{self.file_of(sample_id)} cannot be read: {error.strerror}; {self._tars.fix}") from error
 
     def prepare(self, sample_ids: Iterable[int]) -> None:
-        """See ShardFiles."""
         self._files.prepare(sample_ids)
 
     def hint(self, sample_ids: Iterable[int]) -> None:
-        """See ShardFiles."""
         self._files.hint(sample_ids)
 
 
-def _shards_of(directory: Path | str, record: DatasetRecord, split: str) -> list[ShardRecord]:
+def _shards_of(directory: Path | str, record: shard_format.DatasetRecord, split: str) -> list[shard_format.ShardRecord]:
     if split not in record.splits or record.splits[split].samples == 0:
         there = [name for name, found in record.splits.items() if found.samples]
         raise DataError(
@@ -271,8 +228,10 @@ def _shards_of(directory: Path | str, record: DatasetRecord, split: str) -> list
         )
     found = record.splits[split]
     if found.samples != sum(shard.samples for shard in found.shards):
-        fix = SHARD_WORDING.fix
-        raise DataError(f"{directory}/{DATASET_FILE}: {split} has not as many samples as its shards; {fix}")
+        fix = shard_format.SHARD_WORDING.fix
+        raise DataError(
+            f"{directory}/{shard_format.DATASET_FILE}: {split} has not as many samples as its shards; {fix}"
+        )
     return found.shards
 
 
@@ -287,16 +246,117 @@ def hash_files(data: DataConfig, part: int, parts: int) -> Iterator[None]:
     So several processes that read the same files each hash a part of them. Yields after each piece that is read. Raises
     DataError if a file differs, or if it is at a URL.
     """
-    directory = dataset_directory(staged_copy(data.path) or data.path)
+    directory = shard_format.dataset_directory(shard_format.staged_copy(data.path) or data.path)
     splits = dict.fromkeys([data.val_split] if data.is_stream else [data.train_split, data.val_split])
     if data.row.files == Files.BETONS:
-        betons = [beton_path(Path(directory), split) for split in splits]
-        hashes = [hash_file(path, read_record(path), BETON_WORDING) for path in betons]
+        betons = [shard_format.beton_path(Path(directory), split) for split in splits]
+        hashes = [
+            shard_format.hash_file(path, shard_format.read_record(path), shard_format.BETON_WORDING) for path in betons
+        ]
     else:
-        record = read_dataset_record(directory, data.timeout)
+        record = shard_format.read_dataset_record(directory, data.timeout)
         tars = record.tars_of(directory)
         shards = [shard for split in splits for shard in record.splits[split].shards]
         if isinstance(tars, str):
             open_place(tars, RemoteUse.of(data, training=False)).check(shards, by_hash=True)
-        hashes = [hash_file(Path(tars) / shard.name, shard, SHARD_WORDING) for shard in shards]
+        hashes = [
+            shard_format.hash_file(Path(tars) / shard.name, shard, shard_format.SHARD_WORDING) for shard in shards
+        ]
     return itertools.chain.from_iterable(hashes[part::parts])
+
+
+# As torchvision's ImageFolder has them.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+FOLDER_FIX = "correct data.path, or make shards with data_prep/make_webdataset.py and use data.backend=webdataset"
+
+
+class FolderSplit(ImageSource):
+    """`root`/`split`/<class>/.../<image> as sample ids 0 .. len - 1.
+
+    Ids are those that data_prep/make_webdataset.py gives the same images with its default seed, so training on a folder
+    and on its shards is equal. `classes`: the labels' names, if another split has set them. Raises DataError for a
+    missing or empty folder, more than `num_classes` classes, and a class that `classes` does not list.
+    """
+
+    def __init__(self, root: Path | str, split: str, num_classes: int, classes: tuple[str, ...] | None = None) -> None:
+        self._folder = Path(root).expanduser() / split
+        found = _class_folders(self._folder)
+        self.classes = classes or tuple(found)
+        shard_format.check_class_count(self._folder, len(self.classes), num_classes)
+        if unknown := sorted(set(found) - set(self.classes)):
+            raise DataError(
+                f"{self._folder / unknown[0]} is a class that the training split does not have; {FOLDER_FIX}"
+            )
+        numbers = {name: label for label, name in enumerate(self.classes) if name in found}
+        visible: list[tuple[int, bytes]] = []
+        for name, label in numbers.items():
+            try:
+                images, _ = images_under(self._folder, name)
+            except OSError as error:
+                raise DataError(f"{error.filename} cannot be listed: {error.strerror}; {FOLDER_FIX}") from error
+            visible += [(label, os.fsencode(path)) for path in images]
+        if not visible:
+            raise DataError(f"{self._folder} has no images in its class folders; {FOLDER_FIX}")
+        order = epoch_order(0, 0, len(visible))
+        self.labels = np.array([label for label, _ in visible], dtype=np.int32)[order]
+        # One array of bytes: every worker that touches a list of a million strings would copy it.
+        self._paths = np.array([path for _, path in visible])[order]
+
+    @property
+    def identity(self) -> str:
+        """A hash of the images' paths and labels, in which a copy agrees."""
+        return sha256(self._paths.tobytes() + self.labels.tobytes()).hexdigest()
+
+    def read(self, sample_id: int) -> bytes:
+        path = self.file_of(sample_id)
+        try:
+            return read_image(Path(path))
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}; {FOLDER_FIX}") from error
+
+    def locate(self, sample_id: int) -> tuple[str, str]:
+        return os.fsdecode(bytes(self._paths[sample_id])), str(self._folder)
+
+    def keys(self) -> list[str]:
+        """Return the path of each sample below its folder."""
+        return [os.fsdecode(bytes(path)) for path in self._paths]
+
+    def file_of(self, sample_id: int) -> str:
+        return str(self._folder / self.locate(sample_id)[0])
+
+
+def is_image_name(file: str) -> bool:
+    """True if a file's name is that of an image, by ImageFolder's rules; hidden files are not."""
+    return file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
+
+
+def images_under(folder: Path, name: str) -> tuple[list[str], list[str]]:
+    """Return the paths from `folder` of a class's images, sorted by their bytes, and of other files. Raises OSError.
+
+    As text, names that are not UTF-8 would be sorted differently.
+    """
+    images: list[str] = []
+    others: list[str] = []
+    for directory, _, files in os.walk(folder / name, onerror=_raise, followlinks=True):
+        place = os.path.relpath(directory, folder)
+        for file in files:
+            (images if is_image_name(file) else others).append(f"{place}/{file}")
+    return sorted(images, key=os.fsencode), sorted(others, key=os.fsencode)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _class_folders(folder: Path) -> list[str]:
+    try:
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
+    except FileNotFoundError:
+        beside = [path.name for path in folder.parent.glob("*/")]
+        fix = shard_format.split_fix(folder.name, beside) or f"; {FOLDER_FIX}"
+        raise DataError(f"{folder} does not exist; the folders there: {', '.join(beside) or 'none'}{fix}") from None
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}; {FOLDER_FIX}") from error
+    if not names:
+        raise DataError(f"{folder} has no class folders; {FOLDER_FIX}")
+    return names

@@ -18,10 +18,10 @@ from karat_scale.data.decoders import Decoder, make_decoder
 from karat_scale.data.decoders.decode import UndecodableImageError
 from karat_scale.data.loading.assemble import MAX_REPLACEMENTS, Assembler, ImageSpec, Sample
 from karat_scale.data.loading.workers import lead_own_commands
-from karat_scale.data.plan import BatchSlice, LanePlace
+from karat_scale.data.plan import BatchSlice, LanePlace, TrainPlan
 from karat_scale.data.shards.cache import RemoteUse
 from karat_scale.data.shards.shards import ShardSplit
-from karat_scale.data.streams.samples import InLane, StreamSource
+from karat_scale.data.streams.samples import InLane, StreamShards, StreamSource
 from karat_scale.foundation.console import plural
 
 
@@ -83,17 +83,20 @@ class StreamBackend(ImageBackend):
         remote = RemoteUse.of(data, training=False)
         val = ShardSplit(data.path, data.val_split, spec.num_classes, data.verify, remote=remote)
         super().__init__(val, val, spec)
-        self._spec = spec
+        self.num_train = data.stream_samples or 0
 
-    @property
-    def num_train(self) -> int:
-        return self._data.stream_samples or 0
+    def plan(
+        self, global_batch: int, micro_batch: int, rank: int, world_size: int, lanes: int | None = None
+    ) -> TrainPlan:
+        plan = super().plan(global_batch, micro_batch, rank, world_size, lanes)
+        StreamShards(self._data, self.spec.seed).check_lanes(world_size, plan.lanes)
+        return plan
 
     @cached_property
     def _make_stream(self) -> StreamAssembler:  # not before it is used: an evaluation needs none of it
-        source = StreamSource(self._data, self._spec.seed, self.classes)
-        decoder = make_decoder(self._data, self._spec.augment.interpolation)
-        return StreamAssembler(source, self._spec, decoder)
+        source = StreamSource(self._data, self.spec.seed, self.classes)
+        decoder = make_decoder(self._data, self.spec.augment.interpolation)
+        return StreamAssembler(source, self.spec, decoder)
 
     def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
         return self._load(self._make_stream, slices)

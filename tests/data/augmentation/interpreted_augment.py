@@ -20,7 +20,7 @@ from karat_scale.data.augmentation.device_program import KINDS, MATRICES
 from karat_scale.data.augmentation.mixing import MixParams
 from karat_scale.data.batch import Draw
 from karat_scale.data.decoders.decode import centre_view, crop_view
-from karat_scale.data.decoders.pillow import RESAMPLE, resized
+from karat_scale.data.decoders.libraries import RESAMPLE, resized
 from karat_scale.recipe import AugmentConfig
 from tests.attention.kernels.interpreter import install_bfloat16
 from tests.data.conftest import photo
@@ -90,23 +90,18 @@ def test_the_papers_augmentation_is_that_of_workers_and_of_torch():
     assert torch.equal(augment(images[2:5], draws[2:5]), ours[2:5])
 
 
-@pytest.mark.parametrize(("height", "width"), [(2, 5), (1, 1), (3, 3)])
-def test_images_too_small_for_a_neighbourhood(height, width):
+@pytest.mark.parametrize(("height", "width"), [(2, 5), (1, 1), (3, 3), (HEIGHT, WIDTH)])
+def test_images_too_small_for_a_neighbourhood_and_of_other_strides(height, width):
     images = torch.randint(0, 256, (3, 3, height, width), dtype=torch.uint8)
     draws = [Draw((0, 0, 1, 1), ops=(("Sharpness", (1.7,)), ("Rotate", (9.0,)), ("Equalize", ()))) for _ in images]
     augment = DeviceAugment(AugmentConfig(run_on="device"), width)
-    assert torch.equal(augment(images, draws), by_torch(augment, images, draws))
-
-
-def test_images_that_are_not_contiguous():
-    images = some_images()
-    draws = [Draw((0, 0, 1, 1), ops=(("Invert", ()), ("ShearX", (0.2,)))) for _ in images]
-    augment = DeviceAugment(AugmentConfig(run_on="device"), WIDTH)
     strided = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     assert torch.equal(augment(strided, draws), by_torch(augment, images, draws))
 
 
-def test_boxes_are_filled_with_noise_of_the_recipes_mean_from_their_seed():
+@pytest.mark.parametrize("by_kernels", [True, False])
+def test_boxes_are_filled_with_noise_of_the_recipes_mean_from_their_seed(by_kernels, monkeypatch):
+    monkeypatch.setattr(device_fused, "can_run", lambda _: by_kernels)
     recipe = AugmentConfig(run_on="device")
     images = torch.full((3, 3, HEIGHT, WIDTH), 9, dtype=torch.uint8)
     draws = [Draw((0, 0, 1, 1), erase=(4, 8, 30, 25, seed)) for seed in (1, 1, 2**32 - 1)]

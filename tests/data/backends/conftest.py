@@ -1,28 +1,10 @@
-"""Backends, opened over shards or betons of these samples and closed at the end."""
+"""Backends over shards or betons of these samples."""
 
 from functools import partial
 
 import pytest
 
-from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.recipe import AugmentConfig
-from tests.data.backends.helpers import SIZE
 from tests.data.betons import make_betons, need_ffcv
-
-
-@pytest.fixture
-def opened(data_config):
-    """Opens a backend over a directory, by default with the paper's augmentation."""
-    backends = []
-
-    def make(directory, augment=None, seed=5, size=SIZE, classes=3, **fields):
-        spec = ImageSpec(data_config(directory, **fields), augment or AugmentConfig(), size, classes, seed)
-        backends.append(open_backend(spec))
-        return backends[-1]
-
-    yield make
-    for backend in backends:
-        backend.close()
 
 
 @pytest.fixture

@@ -43,6 +43,21 @@ def children() -> set[int]:
     return {int(pid) for pid in Path(f"/proc/self/task/{me}/children").read_text().split()}
 
 
+def running(pid: int) -> bool:
+    """Whether a process is there and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def flip(path: Path, at: int, by: int = 0xFF) -> None:
+    """Change one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= by
+    path.write_bytes(data)
+
+
 def wait_until(condition, seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

@@ -9,6 +9,8 @@ threads and draws from global generators.
 import contextlib
 import os
 import random
+import subprocess
+import sys
 import threading
 from functools import partial
 
@@ -16,10 +18,14 @@ import numpy as np
 import pytest
 import torch
 
+from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.plan import PADDING, BatchSlice, EvalPlan, TrainPlan
 from karat_scale.foundation.errors import DataError
-from tests.data.backends.helpers import SIZE, broken, children, contents, wait_until
+from karat_scale.recipe import AugmentConfig
+from tests.conftest import karat_environment
+from tests.data.backends.helpers import SIZE, broken, children, contents, flip, wait_until
 from tests.data.betons import make_betons
+from tests.training.runs import assert_a_kill_changes_nothing
 
 SAMPLES, SHARDS = 43, 6  # whose last holds three
 WORLD, EPOCHS, WORKERS = 3, 2, 7  # more workers than shards, and than cores
@@ -176,16 +182,13 @@ def test_skipping_ends_when_nothing_decodes(lay_out):
 def test_a_changed_shard_is_an_error_even_when_skipping(lay_out):
     directory, open_it = lay_out()
     backend = open_it(workers=1, on_bad_sample="skip")
-    path = directory / "train-000003.tar"
-    data = bytearray(path.read_bytes())
-    data[1700] ^= 1
-    path.write_bytes(data)
+    flip(directory / "train-000003.tar", 1700)
     with pytest.raises(DataError, match=r"train-000003.tar has changed since its index"):
         list(backend.train_batches(TrainPlan(0, 40, 40, 20, 0, 1).slices(0, 1)))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_file_system_that_stalls_is_an_error_that_names_the_file(backend, lay_out, workers):
+def test_a_file_system_that_stalls_is_an_error_that_names_the_file(backend, lay_out, workers, capfd):
     directory, open_it = lay_out()
     before = children()
     opened = open_it(workers=workers, timeout=1)
@@ -198,7 +201,74 @@ def test_a_file_system_that_stalls_is_an_error_that_names_the_file(backend, lay_
     reader = "reading" if backend == "dali" else "worker 0 at"
     assert str(caught.value).startswith(f"no batch came for data.timeout = 1 s: {reader} sample 0 in {path}")
     assert next(batches, None) is None
+    if backend != "dali":  # which reads in threads
+        stack = capfd.readouterr().err
+        assert "(most recent call first)" in stack
+        assert "in _serve" in stack
     opened.close()
     wait_until(lambda: not children() - before)
     with contextlib.suppress(OSError):  # let go of threads that wait
         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+
+
+@pytest.mark.parametrize("order", ["full", "block"])
+def test_folder_and_shards_train_alike(image_folder, shards, data_config, order):
+    def batches(directory, backend, workers):
+        config = data_config(directory, backend=backend, workers=workers, order=order, block_samples=5, window_blocks=3)
+        opened = open_backend(ImageSpec(config, AugmentConfig(erasing=0.3), 16, 4, 5))
+        plan = TrainPlan(5, opened.num_train, 12, 6, 0, 1, order, 5, 3)
+        train = contents(opened.train_batches(plan.slices(2, 8)))
+        val = contents(opened.eval_batches(EvalPlan(opened.num_val, 5, 0, 1).slices()))
+        opened.close()
+        return train + val
+
+    from_folder = batches(image_folder, "folder", 1)
+    assert len(from_folder) == 18
+    assert from_folder == batches(shards, "webdataset", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("backend", ["ffcv", "dali"], indirect=True)
+def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(backend, recipe_file, shards, tmp_path):
+    directory = make_betons(shards) if backend == "ffcv" else shards
+    assert_a_kill_changes_nothing(recipe_file, tmp_path, f"data.backend={backend}", f"data.path={directory}")
+
+
+# Without the extras' libraries: none is loaded before it is asked for, and one line names what to install.
+WITHOUT = """
+import sys
+import karat_scale.data.backends.gpu_decoders, karat_scale.data.backends.images
+assert not any(name.partition(".")[0] in ("nvidia", "ffcv") for name in sys.modules)
+sys.modules["nvidia.dali"] = sys.modules["ffcv"] = None  # as Python has it where the import fails
+
+from karat_scale.data.backends import ImageSpec, open_backend
+from karat_scale.data.plan import EvalPlan
+from karat_scale.foundation.errors import RecipeError
+from karat_scale.recipe import AugmentConfig, DataConfig
+
+def opened(backend, path, **fields):
+    data = DataConfig(backend=backend, path=path, workers=0, **fields)
+    return open_backend(ImageSpec(data, AugmentConfig(), 16, 3, 0))
+
+for backend in ("dali", "ffcv"):
+    try:
+        opened(backend, sys.argv[1])
+    except RecipeError as error:
+        print(error)
+for path in sys.argv[2:]:
+    batches = opened("ffcv", path, decoder="pillow").eval_batches(EvalPlan(11, 4, 0, 1).slices())
+    print(sum(int(batch.valid.sum()) for batch in batches))
+"""
+
+
+def test_the_error_says_what_to_install_and_another_decoder_reads_betons(betons):
+    command = [sys.executable, "-c", WITHOUT, *2 * [str(betons())]]
+    done = subprocess.run(command, env=karat_environment(), capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    dali, ffcv, counted = done.stdout.splitlines()
+    assert dali.startswith("data.backend = dali needs DALI (")
+    assert dali.endswith(": pip install -e '.[dali]'")
+    assert ffcv.startswith("FFCV cannot be imported (")
+    assert "; apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++, then in the clone: pip install" in ffcv
+    assert counted == "11"

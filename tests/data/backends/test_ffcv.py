@@ -1,10 +1,17 @@
+"""The ffcv backend reads betons as the others read shards, without FFCV's readers."""
+
+import shutil
+import tarfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
-from tests.data.backends.helpers import CROP_AND_FLIP, contents
+from karat_scale.data.shards.shards import hash_files
+from karat_scale.foundation.errors import DataError
+from tests.data.backends.helpers import CROP_AND_FLIP, contents, flip
 from tests.data.betons import make_betons, need_ffcv
-from tests.training.runs import assert_a_kill_changes_nothing
 
 
 def test_samples_draws_and_pixels_are_those_of_the_shards(betons, opened):
@@ -26,44 +33,26 @@ def test_samples_draws_and_pixels_are_those_of_the_shards(betons, opened):
         assert (*ours[:2], *ours[3:]) == (*theirs[:2], *theirs[3:])  # all but the pixels
 
 
-def differences(ours, theirs) -> np.ndarray:
-    """The mean difference of each image."""
-    return np.concatenate(
-        [(a.images.int() - b.images.int()).abs().float().mean((1, 2, 3)) for a, b in zip(ours, theirs, strict=True)]
-    )
-
-
 def test_pixels_of_photos_are_within_the_stated_tolerance_of_pillow(sample_data, tmp_path, opened):
     """docs/data.md states it: on average 1.5 of 255, in no image more than 3."""
     need_ffcv()
-    import tarfile
-
     with tarfile.open(sample_data / "imagenet_sample_1000.tar") as tar:
         for _ in range(40):
             member = tar.next()
-            for split in ("train", "val"):
-                path = tmp_path / "photos" / split / member.name
-                path.parent.mkdir(parents=True)
-                path.write_bytes(tar.extractfile(member).read())
+            path = tmp_path / "photos" / "train" / member.name
+            path.parent.mkdir(parents=True)
+            path.write_bytes(tar.extractfile(member).read())
     directory = make_betons(tmp_path / "photos")
     seen = []
     for decoder in ("auto", "pillow"):
-        backend = opened(directory, CROP_AND_FLIP, 0, 224, 40, backend="ffcv", decoder=decoder)
-        train = list(backend.train_batches(TrainPlan(0, 40, 40, 40, 0, 1).slices(0, 1)))
-        seen.append((train, list(backend.eval_batches(EvalPlan(40, 40, 0, 1).slices()))))
+        backend = opened(directory, CROP_AND_FLIP, 0, 224, 40, backend="ffcv", val_split="train", decoder=decoder)
+        (train,) = backend.train_batches(TrainPlan(0, 40, 40, 40, 0, 1).slices(0, 1))
+        (val,) = backend.eval_batches(EvalPlan(40, 40, 0, 1).slices())
+        seen.append((train.images.int(), val.images.int()))
     for ours, theirs in zip(*seen, strict=True):
-        found = differences(ours, theirs)
+        found = (ours - theirs).abs().float().mean((1, 2, 3))
         assert 0 < found.mean() < 1.5
         assert found.max() < 3
-
-
-def test_block_order_reads_ahead_and_gives_the_same_images(betons, opened):
-    directory, ids = betons(), [BatchSlice(0, 0, np.arange(40))]
-    full, block = (
-        contents(opened(directory, CROP_AND_FLIP, backend="ffcv", **fields).train_batches(ids))
-        for fields in ({}, {"order": "block", "block_samples": 7})
-    )
-    assert full == block
 
 
 def test_nothing_is_compiled_and_no_reader_of_ffcv_is_started(betons, opened, monkeypatch):
@@ -80,8 +69,47 @@ def test_nothing_is_compiled_and_no_reader_of_ffcv_is_started(betons, opened, mo
     assert not compiled.buffer
 
 
-@pytest.mark.slow
-@pytest.mark.multiprocess
-def test_training_from_betons_resumes_in_the_middle_of_an_epoch(recipe_file, shards, tmp_path):
-    own = ("data.backend=ffcv", f"data.path={make_betons(shards)}")
-    assert_a_kill_changes_nothing(recipe_file, tmp_path, *own)
+def change_a_byte(path: Path, split_file: str) -> None:
+    """Change a byte in the middle of sample 3."""
+    with np.load(path / f"{split_file}.index.npz") as index:
+        at = int(index["offset"][3] + index["size"][3] // 2)
+    flip(path / split_file, at)
+
+
+def test_a_changed_beton_is_found_by_its_hash_in_any_part_and_when_read(betons, opened, data_config):
+    directory = betons()
+    config = data_config(directory, backend="ffcv", verify="hash")
+    list(hash_files(config, 0, 1))
+    change_a_byte(directory, "val.beton")
+    list(hash_files(config, 0, 2))
+    said = "beton has changed since it was written: its SHA-256 differs; copy"
+    for opening in (lambda: list(hash_files(config, 1, 2)), lambda: opened(directory, backend="ffcv", verify="hash")):
+        with pytest.raises(DataError, match=rf"val.{said}"):
+            opening()
+    backend = opened(directory, backend="ffcv", on_bad_sample="skip")
+    with pytest.raises(DataError, match=r"val.beton has changed since its index was written: sample \d+ differs"):
+        list(backend.eval_batches([BatchSlice(0, 0, np.arange(8))]))
+
+
+def test_betons_that_are_not_right_are_refused_when_opened(betons, opened):
+    directory = betons()
+
+    def refuses(match: str, classes: int = 3) -> None:
+        with pytest.raises(DataError, match=match) as caught:
+            opened(directory, backend="ffcv", classes=classes)
+        assert "\n" not in str(caught.value)
+
+    refuses(r"train.beton has 3 classes, but model.num_classes = 2; set model.num_classes=3", classes=2)
+    whole = (directory / "train.beton").read_bytes()
+    (directory / "train.beton").write_bytes(whole[:-9])
+    refuses("train.beton is cut short")
+    (directory / "train.beton").unlink()
+    refuses("train.beton is missing; copy it again or make it again")
+    (directory / "train.beton").write_bytes(whole)
+    index = directory / "train.beton.index.npz"
+    index.write_bytes(index.read_bytes()[:-1] + b"x")
+    refuses("index.npz has changed since it was written")
+    (directory / "train.beton.json").write_text("{")
+    refuses("train.beton.json is damaged or of another version")
+    shutil.rmtree(directory)
+    refuses(r"train.beton.json cannot be read: No such file .*; make the beton with data_prep/make_ffcv.py")

@@ -7,10 +7,11 @@ from PIL import Image
 
 from karat_scale.data.augmentation.device_augment import resize_on_device
 from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.data.backends.images import BatchDecodingBackend, open_shards
-from karat_scale.data.backends.nvjpeg import NvjpegDecoder, _is_of_an_image
+from karat_scale.data.backends.batch_decoding import BatchDecodingBackend
+from karat_scale.data.backends.gpu_decoders import NvjpegDecoder, _is_of_an_image
+from karat_scale.data.backends.images import open_shards
 from karat_scale.data.decoders.decode import centre_view, crop_view
-from karat_scale.data.decoders.pillow import RESAMPLE, find_jpeg_decoder, resized
+from karat_scale.data.decoders.libraries import RESAMPLE, find_jpeg_decoder, resized
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.recipe import AugmentConfig
@@ -27,17 +28,12 @@ def nvjpeg_on_the_cpu(config, augment):
     return BatchDecodingBackend(open_shards(spec), spec, lambda _: decoder)
 
 
+SMALLER, LARGER, CENTRE = crop_view((3, 5, 60, 41), 24), crop_view((0, 0, 7, 9), 24), centre_view(101, 83, 27, 24)
+LARGER_CENTRE = centre_view(83, 101, 240, 224)
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize(
-    "view",
-    [
-        crop_view((3, 5, 60, 41), 24),
-        crop_view((0, 0, 7, 9), 24),
-        centre_view(101, 83, 27, 24),
-        centre_view(83, 101, 240, 224),
-    ],
-    ids=["smaller", "larger", "centre", "larger centre"],
-)
+@pytest.mark.parametrize("view", [SMALLER, LARGER, CENTRE, LARGER_CENTRE])
 def test_a_view_differs_from_pillows_by_one_level_at_most(view, interpolation):
     width, height = (83, 101) if view.size == (224, 224) else (101, 83)
     image = Image.fromarray(photo(1, width, height))
@@ -56,14 +52,12 @@ def tf32(x):
 
 
 def test_products_in_tf32_are_as_exact_as_in_float32(monkeypatch):
-    view = centre_view(101, 83, 27, 24)
-    region = torch.from_numpy(photo(1, 101, 83).copy()).permute(2, 0, 1)
-    left, top, right, bottom = view.region
-    region = region[:, top:bottom, left:right]
-    expected = resize_on_device(region, view, "bicubic")
+    left, top, right, bottom = CENTRE.region
+    region = torch.from_numpy(photo(1, 101, 83).copy()).permute(2, 0, 1)[:, top:bottom, left:right]
+    expected = resize_on_device(region, CENTRE, "bicubic")
     product = torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: product(tf32(a), tf32(b)))
-    assert torch.equal(resize_on_device(region, view, "bicubic"), expected)
+    assert torch.equal(resize_on_device(region, CENTRE, "bicubic"), expected)
 
 
 @pytest.mark.parametrize("augment", [CROP_AND_FLIP, ON_THE_DEVICE], ids=["crop and flip", "augmented on the device"])
@@ -103,20 +97,18 @@ def test_a_bad_image_is_skipped_or_stops_the_run(make_shards, data_config, webda
         list(stopping.train_batches(slices))
 
 
-@pytest.mark.parametrize(
-    ("message", "is_of_an_image"),
-    [
-        ("Failed to get image info: 3", True),
-        ("Failed to decode batch: 4", True),
-        ("Unknown chroma subsampling", True),
-        ("nvjpegDecode failed: 3", True),
-        ("Failed to decode batch: 5", False),
-        ("Failed to decode jpeg stream: 6", False),
-        ("decode_jpegs_cuda: torchvision not compiled with nvJPEG support", False),
-    ],
+OF_AN_IMAGE = ("Failed to get image info: 3", "Failed to decode batch: 4", "Unknown chroma subsampling")
+OTHERS = (
+    "Failed to decode batch: 5",
+    "jpeg stream: 6",
+    "decode_jpegs_cuda: torchvision not compiled with nvJPEG support",
 )
-def test_only_an_error_of_an_image_is_passed_to_the_reference_decoder(message, is_of_an_image):
-    assert _is_of_an_image(RuntimeError(f"Error while decoding JPEG images: {message}\n  more")) is is_of_an_image
+
+
+@pytest.mark.parametrize("message", [*OF_AN_IMAGE, "nvjpegDecode failed: 3", *OTHERS])
+def test_only_an_error_of_an_image_is_passed_to_the_reference_decoder(message):
+    error = RuntimeError(f"Error while decoding JPEG images: {message}\n  more")
+    assert _is_of_an_image(error) is (message not in OTHERS)
 
 
 def test_without_a_gpu_or_with_augmentation_on_the_cpu_it_is_refused(make_shards, data_config):

@@ -2,7 +2,7 @@
 
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,17 +10,14 @@ import psutil
 import pytest
 import torch
 
-from karat_scale.data.backends import ImageSpec, open_backend
+from karat_scale.data.backends import Backend
 from karat_scale.data.batch import Batch
 from karat_scale.data.plan import TrainPlan
 from karat_scale.data.streams.assemble import StreamProgress
 from karat_scale.foundation.errors import DataError
-from karat_scale.recipe import AugmentConfig
 from tests.data.backends.helpers import SIZE, children, contents, wait_until
-from tests.data.streams.conftest import stream_config, tars
 from tests.data.tars import image, sample, write_tar
 
-__all__ = ["stream_config", "tars"]
 ENDLESS = """
 import io, itertools, sys, tarfile
 with tarfile.open(fileobj=sys.stdout.buffer, mode="w|") as tar:
@@ -33,16 +30,8 @@ with tarfile.open(fileobj=sys.stdout.buffer, mode="w|") as tar:
 
 
 @pytest.fixture
-def opened(stream_config) -> Iterator:
-    backends = []
-
-    def make(stream: object, **fields: object):
-        backends.append(open_backend(ImageSpec(stream_config(stream, **fields), AugmentConfig(), SIZE, 3, 5)))
-        return backends[-1]
-
-    yield make
-    for backend in backends:
-        backend.close()
+def streamed(opened, stream_config) -> Callable[..., Backend]:
+    return lambda stream, **fields: opened(stream_config(stream, **fields))
 
 
 def plan(rank: int = 0, ranks: int = 1, lanes: int = 1) -> TrainPlan:
@@ -53,15 +42,15 @@ def train(backend, steps: int, **sizes: int) -> list[Batch]:
     return list(backend.train_batches(plan(**sizes).slices(0, steps)))
 
 
-def test_a_worker_gives_what_the_trainer_itself_reads(opened, tars: Path) -> None:
-    found = [train(opened(f"pipe:cat {tars}/{{0..3}}.tar", workers=workers), 14) for workers in (0, 1)]
+def test_a_worker_gives_what_the_trainer_itself_reads(streamed, tars: Path) -> None:
+    found = [train(streamed(f"pipe:cat {tars}/{{0..3}}.tar", workers=workers), 14) for workers in (0, 1)]
     assert contents(found[0]) == contents(found[1])
     assert [batch.streamed for batch in found[0]] == [batch.streamed for batch in found[1]]
     assert found[0][0].digest == found[1][0].digest is not None
 
 
-def test_batches_hold_what_they_say(opened, tars: Path) -> None:
-    backend = opened(f"{tars}/{{0..3}}.tar")
+def test_batches_hold_what_they_say(streamed, tars: Path) -> None:
+    backend = streamed(f"{tars}/{{0..3}}.tar")
     assert (backend.num_train, backend.num_val, backend.classes) == (24, 11, ("ant", "bee", "cat"))
     for batch in train(backend, 3):
         assert (batch.images.shape, batch.images.dtype) == ((2, 3, SIZE, SIZE), torch.uint8)
@@ -70,9 +59,9 @@ def test_batches_hold_what_they_say(opened, tars: Path) -> None:
         assert all(shard.startswith(str(tars)) for _, shard in batch.streamed.sources)
 
 
-def test_a_sample_is_augmented_anew_in_each_cycle(opened, tars: Path) -> None:
+def test_a_sample_is_augmented_anew_in_each_cycle(streamed, tars: Path) -> None:
     draws: dict[str, list[object]] = {}
-    for batch in train(opened(f"{tars}/2.tar"), 2):
+    for batch in train(streamed(f"{tars}/2.tar"), 2):
         for (key, _), draw in zip(batch.streamed.sources, batch.draws, strict=True):
             draws.setdefault(key, []).append(draw)
     assert sum(map(len, draws.values())) == 8
@@ -81,10 +70,10 @@ def test_a_sample_is_augmented_anew_in_each_cycle(opened, tars: Path) -> None:
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
-def test_ranks_and_workers_resume_exactly_and_read_each_sample_once(opened, tars: Path, lanes: int) -> None:
+def test_ranks_and_workers_resume_exactly_and_read_each_sample_once(streamed, tars: Path, lanes: int) -> None:
     """What was prefetched and not trained on is read again: the place is that of the last batch that was noted."""
     for rank in range(2):
-        backend = opened(f"{tars}/{{0..3}}.tar", workers=lanes, prefetch=3)
+        backend = streamed(f"{tars}/{{0..3}}.tar", workers=lanes, prefetch=3)
         sizes = {"rank": rank, "ranks": 2, "lanes": lanes}
         whole = train(backend, 12, **sizes)
         progress = StreamProgress(rank, 2, lanes, 4)
@@ -94,40 +83,39 @@ def test_ranks_and_workers_resume_exactly_and_read_each_sample_once(opened, tars
         assert contents(rest) == contents(whole[2 * 5 :])
 
 
-def test_a_silent_source_is_named_in_time_and_nothing_is_left(opened, tars: Path) -> None:
+def test_a_silent_source_is_named_in_time_and_nothing_is_left(streamed, tars: Path) -> None:
     before = children()
     command = f"cat {tars}/0.tar; sleep 1234"
-    backend = opened(f"pipe:{command}", workers=1, timeout=1.5)
+    backend = streamed(f"pipe:{command}", workers=1, timeout=1.5)
     begun = time.monotonic()
-    with pytest.raises(
-        DataError, match=r"no batch came for data.timeout = 1.5 s: worker 0 reads pipe:cat .*sleep 1234"
-    ):
+    said = r"no batch came for data.timeout = 1.5 s: worker 0 reads pipe:cat .*sleep 1234"
+    with pytest.raises(DataError, match=said):
         train(backend, 50)
     assert time.monotonic() - begun < 20
     wait_until(lambda: not children() - before)
     wait_until(lambda: not [p for p in psutil.process_iter(["cmdline"]) if "1234" in (p.info["cmdline"] or [])])
 
 
-def test_an_error_in_a_worker_names_the_shard_and_the_exit_code(opened, tars: Path) -> None:
-    backend = opened(f"pipe:cat {tars}/1.tar; exit 9", workers=1)
+def test_an_error_in_a_worker_names_the_shard_and_the_exit_code(streamed, tars: Path) -> None:
+    backend = streamed(f"pipe:cat {tars}/1.tar; exit 9", workers=1)
     with pytest.raises(DataError, match=r"data.stream: pipe:cat .*1.tar; exit 9 ended with exit code 9"):
         train(backend, 50)
 
 
-def test_an_endless_command_goes_on(opened, tmp_path: Path) -> None:
+def test_an_endless_command_goes_on(streamed, tmp_path: Path) -> None:
     (tmp_path / "endless.py").write_text(ENDLESS)
     (tmp_path / "a.jpg").write_bytes(image(3))
-    backend = opened(f"pipe:python3 {tmp_path}/endless.py {tmp_path}/a.jpg", workers=1, prefetch=1)
+    backend = streamed(f"pipe:python3 {tmp_path}/endless.py {tmp_path}/a.jpg", workers=1, prefetch=1)
     found = train(backend, 30)
     assert [batch.streamed.place.entry for batch in found] == [0] * 60
     assert len({key for batch in found for key, _ in batch.streamed.sources}) == 120
 
 
-def test_a_named_pipe_is_read(opened, tars: Path, tmp_path: Path) -> None:
+def test_a_named_pipe_is_read(streamed, tars: Path, tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     subprocess.run(["mkfifo", str(fifo)], check=True)
     with subprocess.Popen(["sh", "-c", f"cat {tars}/1.tar > {fifo}"]) as writer:
-        found = train(opened(fifo, workers=1, prefetch=1), 1)
+        found = train(streamed(fifo, workers=1, prefetch=1), 1)
         assert sum(len(batch.labels) for batch in found) == 4
         writer.kill()
 
@@ -139,18 +127,10 @@ def bad_tar(path: Path) -> str:
     return str(path / "bad.tar")
 
 
-def test_bad_samples_are_replaced_and_told_of(opened, tmp_path: Path) -> None:
-    found = train(opened(bad_tar(tmp_path), on_bad_sample="skip", stream_buffer=1), 2)
-    assert [key for batch in found for key, _ in batch.streamed.sources] == [
-        "s0",
-        "s3",
-        "s5",
-        "s0",
-        "s3",
-        "s5",
-        "s0",
-        "s3",
-    ]
+def test_bad_samples_are_replaced_and_told_of(streamed, tmp_path: Path) -> None:
+    found = train(streamed(bad_tar(tmp_path), on_bad_sample="skip", stream_buffer=1), 2)
+    keys = [key for batch in found for key, _ in batch.streamed.sources]
+    assert keys == ["s0", "s3", "s5", "s0", "s3", "s5", "s0", "s3"]
     told = [str(bad) for batch in found for bad in batch.bad]
     assert len(told) == 8 + 3
     for part in (
@@ -162,15 +142,13 @@ def test_bad_samples_are_replaced_and_told_of(opened, tmp_path: Path) -> None:
         assert any(line.startswith(part.format(tmp_path / "bad.tar")) for line in told), part
 
 
-def test_a_bad_sample_stops_the_run(opened, tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError,
-        match=r"sample u in .*bad.tar cannot be used: no label: .cls is missing; remove it .* data.on_bad_sample=skip",
-    ):
-        train(opened(bad_tar(tmp_path), stream_buffer=1), 2)
+def test_a_bad_sample_stops_the_run(streamed, tmp_path: Path) -> None:
+    said = r"sample u in .*bad.tar cannot be used: no label: .cls is missing; remove it .* data.on_bad_sample=skip"
+    with pytest.raises(DataError, match=said):
+        train(streamed(bad_tar(tmp_path), stream_buffer=1), 2)
 
 
-def test_labels_that_are_all_wrong_end_the_run(opened, tmp_path: Path) -> None:
+def test_labels_that_are_all_wrong_end_the_run(streamed, tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [member for number in range(7) for member in sample(number, 77)])
     with pytest.raises(DataError, match=r"its label is 77, but data.path has 3 classes, nor can any that may"):
-        train(opened(tmp_path / "a.tar", on_bad_sample="skip"), 1)
+        train(streamed(tmp_path / "a.tar", on_bad_sample="skip"), 1)

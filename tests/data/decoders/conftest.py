@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from karat_scale.data.decoders import Decoder, make_decoder
-from karat_scale.data.decoders.ffcv import FfcvDecoder
+from karat_scale.data.decoders.libraries import FfcvDecoder
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import DataConfig
 from tests.data.betons import need_ffcv

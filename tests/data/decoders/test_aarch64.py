@@ -16,7 +16,7 @@ from PIL import Image
 from karat_scale.data.augmentation import augment
 from karat_scale.data.decoders import native
 from karat_scale.data.decoders.decode import View, centre_view, crop_view
-from karat_scale.data.decoders.pillow import RESAMPLE
+from karat_scale.data.decoders.libraries import RESAMPLE
 from karat_scale.foundation.native_build import FLAGS
 from tests.data.conftest import encode, photo
 

@@ -1,14 +1,18 @@
+import io
 import os
 import tarfile
 import warnings
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, ImageOps
 from torchvision.datasets.folder import pil_loader
 
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
+from karat_scale.data.decoders.jpeg_header import turned_by_default, upright
 from tests.data.conftest import encode
+from tests.data.prepare.images import jpeg
+from tests.data.prepare.making import prepared
 
 RAMP = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
 
@@ -74,3 +78,46 @@ def test_odd_jpegs(sample_data, tmp_path):
                 (tmp_path / "image").write_bytes(data)
                 assert np.array_equal(np.asarray(image), np.asarray(pil_loader(tmp_path / "image"))), member.name
     assert refused == ["odd/truncated_jpeg.jpg", "odd/ultrahdr.jpg"]
+
+
+# Pictures are turned upright as viewers show them, with the bytes that data_prep stores.
+def with_orientation(number, kind="JPEG", **options):
+    exif = Image.Exif()
+    exif[0x0112] = number
+    return jpeg(3, 64, 48, kind, exif=exif.tobytes(), **options)
+
+
+@pytest.mark.parametrize("number", range(2, 9))
+def test_a_picture_is_turned_as_viewers_and_data_prep_turn_it(number):
+    data = with_orientation(number, quality=95)
+    turned = upright(data)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image)).astype(int)
+    assert np.abs(expected - np.asarray(decode_rgb(turned))).mean() < 2
+    assert turned == prepared(data)
+    assert upright(turned) == turned
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_other_formats_are_turned_too(kind):
+    data = with_orientation(6, kind)
+    assert decode_rgb(upright(data)).size == (48, 64)
+    assert upright(data) == prepared(data)
+
+
+def test_what_has_nothing_to_turn_keeps_its_bytes():
+    corrupt = jpeg(1, exif=b"Exif\0\0" + b"\xff" * 40)
+    for data in (jpeg(1), jpeg(1, kind="PNG"), with_orientation(1), with_orientation(9), corrupt, b"no image", b""):
+        assert upright(data) == data
+
+
+def test_a_broken_picture_is_bad_as_it_is_without_an_orientation():
+    broken = with_orientation(6, quality=95)[:-60]
+    with pytest.raises(UndecodableImageError, match="truncated"):
+        upright(broken)
+
+
+def test_imagenet_is_not_turned_unless_asked():
+    assert turned_by_default(["cat", "n01440764"])
+    assert not turned_by_default(["n01440764", "n01443537"])
+    assert not turned_by_default(["tench, Tinca tinca", "goldfish, Carassius auratus"])

@@ -13,6 +13,7 @@ from karat_scale.data.shards.shard_format import read_dataset_record
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError
 from tests.conftest import SMALL, events, karat_here, run_script
+from tests.data.backends.helpers import flip
 from tests.data.tars import Members, image, write_tar
 
 
@@ -70,10 +71,7 @@ def test_hashes_notice_a_change_and_their_absence_is_told(hub: Path, tmp_path: P
     with pytest.raises(DataError, match=r"indexed without its SHA-256; use data.verify=size"):
         ShardSplit(headers, "train", 3, verify="hash")
     ShardSplit(hashes, "train", 3, verify="hash").close()
-    tar = hub / "imagenet1k-train-0000.tar"
-    content = bytearray(tar.read_bytes())
-    content[600] ^= 1
-    tar.write_bytes(content)
+    flip(hub / "imagenet1k-train-0000.tar", 600)
     with pytest.raises(DataError, match="has changed since its index was written: sample n00_0"):
         ShardSplit(hashes, "train", 3).read(0)
 
@@ -128,22 +126,11 @@ def test_the_class_may_be_a_folder_in_the_path(tmp_path: Path) -> None:
 
 def test_what_is_not_used_is_named_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = [("a.jpg", image(0)), ("a.cls", b"0"), ("b.jpg", image(1)), ("b.cls", b"1")]
-    odd = [
-        ("no_label.jpg", image(2)),
-        ("no_image.cls", b"0"),
-        ("bad.jpg", image(3)),
-        ("bad.cls", b"\xff"),
-        ("empty.jpg", b""),
-        ("empty.cls", b"0"),
-        ("inner.tar", b"x"),
-        ("._a.jpg", b"x"),
-        ("a.jpg", image(4)),  # the key a again
-        ("a.cls", b"1"),
-        ("two.png", image(5, "PNG")),
-        ("two.jpg", image(6)),
-        ("two.cls", b"0"),
-    ]
-    write_tar(tmp_path / "t/a.tar", good + odd)
+    odd = [("no_label.jpg", image(2)), ("no_image.cls", b"0"), ("bad.jpg", image(3)), ("bad.cls", b"\xff")]
+    odd += [("empty.jpg", b""), ("empty.cls", b"0"), ("inner.tar", b"x"), ("._a.jpg", b"x")]
+    again = [("a.jpg", image(4)), ("a.cls", b"1")]
+    two = [("two.png", image(5, "PNG")), ("two.jpg", image(6)), ("two.cls", b"0")]
+    write_tar(tmp_path / "t/a.tar", good + odd + again + two)
     figures = tmp_path / "figures.json"
     assert index(tmp_path / "t", "--json", str(figures)) == 0
     split = ShardSplit(tmp_path / "t", "train", 2)
@@ -158,24 +145,22 @@ def test_what_is_not_used_is_named_and_counted(tmp_path: Path, capsys: pytest.Ca
     assert "several images, of which the first is used: 1" in out
 
 
-@pytest.mark.parametrize(
-    ("members", "options", "said"),
-    [
-        ([("a.jpg", b"x"), ("a.json", b'{"caption": "x", "id": 3}')], [], "--label json:FIELD; .json has the fields"),
-        (
-            [("a.jpg", b"x"), ("a.txt", b"a cat"), ("b.jpg", b"x"), ("b.txt", b"a dog")],
-            [],
-            "no classes",
-        ),
-        ([("a.jpg", b"x"), ("a.cls", b"-1")], [], "a.tar: sample a has label -1"),
-        ([("a.jpg", b"x"), ("a.cls", b"99999999999")], [], "has label 99999999999"),
-        ([("a.jpg", b"x"), ("a.cls", b"1"), ("b.jpg", b"x"), ("b.cls", b"cat")], [], "choose --label"),
-        ([("a.cls", b"1")], [], "no sample has an image and a label"),
-        ([("a.jpg", b"x"), ("a.cls", b"1")], ["--label", "csv"], "should be one of auto, cls"),
-        ([("a.jpg", b"x"), ("a.cls", b"1")], ["--split", "train=b*.tar"], "no tar that is left has such a path"),
-        ([("a.jpg", b"x"), ("a.cls", b"1")], ["--classes", "/nowhere"], "cannot be read"),
-    ],
-)
+A, B = ("a.jpg", b"x"), ("b.jpg", b"x")
+GOOD = [A, ("a.cls", b"1")]
+NO_CLASSES = [
+    ([A, ("a.json", b'{"caption": "x", "id": 3}')], [], "--label json:FIELD; .json has the fields"),
+    ([A, ("a.txt", b"a cat"), B, ("b.txt", b"a dog")], [], "no classes"),
+    ([A, ("a.cls", b"-1")], [], "a.tar: sample a has label -1"),
+    ([A, ("a.cls", b"99999999999")], [], "has label 99999999999"),
+    ([*GOOD, B, ("b.cls", b"cat")], [], "choose --label"),
+    ([("a.cls", b"1")], [], "no sample has an image and a label"),
+    (GOOD, ["--label", "csv"], "should be one of auto, cls"),
+    (GOOD, ["--split", "train=b*.tar"], "no tar that is left has such a path"),
+    (GOOD, ["--classes", "/nowhere"], "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("members", "options", "said"), NO_CLASSES)
 def test_what_cannot_be_classes_is_one_line(
     members: Members, options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -258,12 +243,10 @@ def test_no_tars_and_damaged_ones_are_one_line(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "empty").mkdir()
     assert index(tmp_path / "empty") == 2
     assert "has no *.tar" in refused(capsys)
-    (tmp_path / "empty/a.tar.gz").write_bytes(b"x")
-    assert index(tmp_path / "empty") == 2
-    assert "unpack their compression" in refused(capsys)
-    (tmp_path / "empty/a.tar").write_bytes(b"x" * 2000)
-    assert index(tmp_path / "empty") == 2
-    assert "no tar" in refused(capsys)
+    for name, data, said in (("a.tar.gz", b"x", "unpack their compression"), ("a.tar", b"x" * 2000, "no tar")):
+        (tmp_path / "empty" / name).write_bytes(data)
+        assert index(tmp_path / "empty") == 2
+        assert said in refused(capsys)
 
 
 def script(name: str, *arguments: str) -> None:
@@ -302,20 +285,16 @@ def test_verify_finds_what_has_changed_in_a_tar(hub: Path, tmp_path: Path) -> No
 
 
 def test_a_terminal_acts_on_no_name_in_a_tar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    evil = "\x1b]0;owned\x07"
+    evil, names = "\x1b]0;owned\x07", tmp_path / "classes.txt"
+    names.write_text(evil)
     good = [("0.jpg", image(0)), ("0.txt", evil.encode()), ("1.jpg", image(1)), ("1.txt", evil.encode())]
     write_tar(tmp_path / "tars" / "train.tar", [*good, (f"{evil}.jpg", image(9))])
     out = tmp_path / f"out{evil}"
-    assert index(tmp_path / "tars", "--label", "txt", "--out", str(out), "--classes", str(_lines(tmp_path, evil))) == 0
+    assert index(tmp_path / "tars", "--label", "txt", "--out", str(out), "--classes", str(names)) == 0
     assert karat_here("data", str(out), "--out", str(tmp_path / "page.html")) == 0
     printed = capsys.readouterr().out
     assert "\\x1b]0;owned" in printed
     assert not {"\x1b", "\x07"} & set(printed)
-
-
-def _lines(folder: Path, *lines: str) -> Path:
-    (folder / "classes.txt").write_text("\n".join(lines))
-    return folder / "classes.txt"
 
 
 @pytest.mark.parametrize("where", ["size", "record", "cls", "json"])

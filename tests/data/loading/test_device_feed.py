@@ -2,15 +2,17 @@
 
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
 
 from karat_scale.data.batch import Batch
+from karat_scale.data.loading import device_feed
 from karat_scale.data.loading.device_feed import LAUNCHED_AHEAD, DeviceFeed, RunAhead
 from karat_scale.foundation.errors import DataError
+from tests.data.backends.helpers import wait_until
 from tests.streams import Streams, streams
 
 __all__ = ["streams"]
@@ -22,18 +24,27 @@ def batch(number: int) -> Batch:
 
 
 class Source:
-    """Batches 0 .. count - 1, then an error if there is one; counts what was asked for."""
+    """Batches 0 .. count - 1, then an error if there is one; `made` are those that were asked for.
+
+    `asked`: what a reader has asked for, which it counts itself; `ahead`: how many more than that were made at most.
+    """
 
     def __init__(self, count: int, error: Exception | None = None) -> None:
         self.made: list[Batch] = []
+        self.asked = self.ahead = 0
+        self.ended = threading.Event()
         self._count, self._error = count, error
 
-    def __iter__(self) -> Iterator[Batch]:
-        for number in range(self._count):
-            self.made.append(batch(number))
-            yield self.made[-1]
-        if self._error:
-            raise self._error
+    def __iter__(self) -> Generator[Batch, None, None]:
+        try:
+            for number in range(self._count):
+                self.made.append(batch(number))
+                self.ahead = max(self.ahead, len(self.made) - self.asked)
+                yield self.made[-1]
+            if self._error:
+                raise self._error
+        finally:
+            self.ended.set()
 
 
 def test_a_cpu_is_handed_the_batches_themselves_when_it_asks() -> None:
@@ -89,14 +100,16 @@ def test_the_host_waits_only_when_it_is_too_far_ahead_of_the_device(streams: Str
     assert streams.notes.count("host waits for compute") == 1  # to learn that there are no more
 
 
-@pytest.mark.parametrize("device", [CPU, EMULATED])
+@pytest.mark.parametrize("device", [CPU, EMULATED, None])
 @pytest.mark.parametrize("error", [DataError("bad"), RuntimeError("odd")])
-def test_an_error_comes_after_the_batches_before_it(streams: Streams, device: torch.device, error: Exception) -> None:
-    feed = DeviceFeed(Source(2, error), device)
+def test_an_error_comes_after_the_batches_before_it(streams: Streams, device: torch.device | None, error) -> None:
+    source = Source(2, error)
+    feed = DeviceFeed(source, device) if device else RunAhead(iter(source), 5, 10.0, str)
     numbers = []
     for _ in range(2):
         numbers.append(next(feed).batch)
-        feed.fetch_ahead()
+        if device:
+            feed.fetch_ahead()
     assert numbers == [0, 1]
     with pytest.raises(type(error)) as caught:
         next(feed)
@@ -128,38 +141,14 @@ def test_waiting_for_data_is_told_apart_from_waiting_for_the_device(streams: Str
     assert inside == 6 * ["got it"]
 
 
-class Counted:
-    """Batches 0 .. count - 1, then an error where there is one.
-
-    `asked`: what the reader has asked for, which it counts itself; `ahead`: how many more than that were made at most.
-    """
-
-    def __init__(self, count: int, error: BaseException | None = None) -> None:
-        self.count, self.error, self.ended = count, error, threading.Event()
-        self.asked = self.ahead = 0
-        self.made = threading.Semaphore(0)
-
-    def batches(self):
-        try:
-            for number in range(self.count):
-                self.ahead = max(self.ahead, number + 1 - self.asked)
-                self.made.release()
-                yield batch(number)
-            if self.error:
-                raise self.error
-        finally:
-            self.ended.set()
-
-
 def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name == "karat-ahead"]
 
 
 def test_batches_come_in_order_and_no_more_than_asked_are_made_ahead():
-    source = Counted(20)
-    ahead = RunAhead(source.batches(), 3, 10.0, str)
-    for _ in range(3):
-        assert source.made.acquire(timeout=5)
+    source = Source(20)
+    ahead = RunAhead(iter(source), 3, 10.0, str)
+    wait_until(lambda: len(source.made) == 3)
     numbers = []
     for source.asked in range(1, 21):
         numbers.append(next(ahead).batch)
@@ -169,21 +158,11 @@ def test_batches_come_in_order_and_no_more_than_asked_are_made_ahead():
     assert next(ahead, None) is None
 
 
-@pytest.mark.parametrize("error", [DataError("bad"), RuntimeError("odd")])
-def test_an_error_of_the_thread_comes_after_the_batches_before_it(error):
-    ahead = RunAhead(Counted(2, error).batches(), 5, 10.0, str)
-    assert [next(ahead).batch, next(ahead).batch] == [0, 1]
-    with pytest.raises(type(error)) as caught:
-        next(ahead)
-    assert caught.value is error
-    assert next(ahead, None) is None
-
-
 def test_closing_and_forgetting_end_the_thread():
     before = threads()
     for end in (RunAhead.close, lambda ahead: None):
-        source = Counted(10**9)
-        ahead = RunAhead(source.batches(), 2, 10.0, str)
+        source = Source(10**9)
+        ahead = RunAhead(iter(source), 2, 10.0, str)
         next(ahead)
         end(ahead)
         del ahead
@@ -194,9 +173,7 @@ def test_closing_and_forgetting_end_the_thread():
 
 @pytest.mark.timeout(60)
 def test_a_batch_that_does_not_come_is_an_error_that_says_what_is_waited_for(monkeypatch):
-    monkeypatch.setattr(
-        "karat_scale.data.loading.device_feed.CLOSE_SECONDS", None
-    )  # who waits for the thread waits for ever
+    monkeypatch.setattr(device_feed, "CLOSE_SECONDS", None)  # who waits for the thread waits for ever
     held = threading.Event()
 
     def batches():

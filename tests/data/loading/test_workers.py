@@ -14,44 +14,40 @@ from pathlib import Path
 import psutil
 import pytest
 
-from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.loading import workers as loading
 from karat_scale.data.loading.workers import OrderedResults
 from karat_scale.data.plan import BatchSlice, TrainPlan
 from karat_scale.foundation.errors import DataError, RecipeError
-from tests.data.backends.helpers import SIZE, children, wait_until
+from tests.data.backends.helpers import children, running, wait_until
 
 
-def test_closing_ends_the_workers_and_the_iterators(make_shards, data_config, cheap_augment):
-    before = children()
-    backend = open_backend(ImageSpec(data_config(make_shards(), workers=2), cheap_augment, SIZE, 3, 0))
-    batches = backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 1000))
-    next(batches)
-    workers = children() - before
+@pytest.fixture
+def begun(opened, make_shards, cheap_augment):
+    """A backend, its batches, of which one was taken, and its workers."""
+
+    def begin(workers):
+        before = children()
+        backend = opened(make_shards(), cheap_augment, workers=workers)
+        batches = backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 10**6))
+        next(batches)
+        return backend, batches, children() - before
+
+    return begin
+
+
+@pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_closing_ends_the_workers_and_the_iterators(begun, stopped):
+    backend, batches, workers = begun(2)
     assert len(workers) == 2
+    if stopped:
+        os.kill(min(workers), signal.SIGSTOP)
     backend.close()
     wait_until(lambda: not workers & children())
     assert next(batches, None) is None
 
 
-@pytest.mark.slow
-def test_closing_ends_a_worker_that_is_stopped(make_shards, data_config, cheap_augment):
-    before = children()
-    backend = open_backend(ImageSpec(data_config(make_shards(), workers=1), cheap_augment, SIZE, 3, 0))
-    batches = backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 1000))
-    next(batches)
-    (worker,) = children() - before
-    os.kill(worker, signal.SIGSTOP)
-    backend.close()
-    wait_until(lambda: worker not in children())
-
-
-def test_a_killed_worker_is_one_clear_error(make_shards, data_config, cheap_augment):
-    before = children()
-    backend = open_backend(ImageSpec(data_config(make_shards(), workers=1), cheap_augment, SIZE, 3, 0))
-    batches = backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 10**6))
-    next(batches)
-    (worker,) = children() - before
+def test_a_killed_worker_is_one_clear_error(begun):
+    _, batches, (worker,) = begun(1)
     os.kill(worker, signal.SIGKILL)
     with pytest.raises(DataError, match=r"a data worker died .*lower data.workers"):
         for _ in batches:
@@ -110,11 +106,10 @@ def test_neither_long_slices_nor_long_results_keep_a_worker_from_working_ahead(t
     assert [len(part) for part in itertools.islice(results, 9)] == [10**6] * 9
 
 
-def test_far_more_workers_than_cores_are_refused_before_one_is_forked(make_shards, data_config, cheap_augment):
+def test_far_more_workers_than_cores_are_refused_before_one_is_forked():
     before = children()
-    backend = open_backend(ImageSpec(data_config(make_shards(), workers=5000), cheap_augment, SIZE, 3, 0))
     with pytest.raises(RecipeError, match=r"data.workers = 5000 processes for each rank, .* at most \d+$"):
-        backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 10))
+        OrderedResults(abs, range(9), 5000, 1, 30.0, str)
     assert children() == before
 
 
@@ -155,13 +150,6 @@ def start(directory: Path) -> tuple[subprocess.Popen, list[int]]:
         text=True,
     )
     return process, [int(pid) for pid in process.stdout.readline().split()]
-
-
-def running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def is_prepared(pid: int) -> bool:

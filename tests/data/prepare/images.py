@@ -1,35 +1,22 @@
 """Small real images, and ImageNet's layouts made of them."""
 
-import io
 import os
-import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
+
+from tests.data.conftest import encode, photo
+from tests.data.tars import tar_bytes
 
 WNIDS = ("n01440764", "n01443537", "n02119789")
 
 
-def jpeg(seed: int, width: int = 24, height: int = 20, kind: str = "JPEG", **options: object) -> bytes:
+def jpeg(
+    seed: int, width: int = 24, height: int = 20, kind: str = "JPEG", mode: str = "RGB", **options: object
+) -> bytes:
     """A smooth image, different for each seed."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    mode = str(options.pop("mode", "RGB"))
-    image.convert(mode).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def tar_bytes(files: dict[str, bytes], **options: object) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", **options) as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
+    return encode(Image.fromarray(photo(seed, width, height)).convert(mode), kind, **options)
 
 
 def train_files(per_class: int = 6) -> dict[str, dict[str, bytes]]:

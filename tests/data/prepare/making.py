@@ -1,24 +1,39 @@
-"""Runs of the scripts that convert a source, in this process."""
+"""Runs of the scripts that convert a source, in this process, and what is in their results."""
 
 from pathlib import Path
+from types import ModuleType
 
 from karat_scale.data.prepare import make_ffcv, make_webdataset
 from karat_scale.data.prepare.images import Preparation
 from karat_scale.data.shards.beton import BetonSplit
+from karat_scale.data.shards.shard_format import DatasetRecord, read_dataset_record
+from karat_scale.data.shards.shards import IndexedSplit, ShardSplit
 
 
-def make_shards(src: Path, out: Path, *options: str) -> None:
-    make_webdataset.main(["--src", str(src), "--out", str(out), *options])
+def run(script: ModuleType, src: Path, out: Path, *options: str) -> None:
+    script.main(["--src", str(src), "--out", str(out), "--workers", "1", *options])  # the last of two --workers counts
+
+
+def make_shards(src: Path, out: Path, *options: str) -> DatasetRecord:
+    run(make_webdataset, src, out, *options)
+    return read_dataset_record(out)
 
 
 def make_betons(src: Path, out: Path, *options: str) -> None:
-    workers = () if "--workers" in options else ("--workers", "1")
-    make_ffcv.main(["--src", str(src), "--out", str(out), *workers, *options])
+    run(make_ffcv, src, out, *options)
 
 
-def beton_samples(out: Path, split: str, classes: int = 3) -> list[tuple[str, int, bytes]]:
-    beton = BetonSplit(out, split, classes, "hash")
-    return [(beton.locate(i)[0], int(beton.labels[i]), beton.read(i)) for i in range(len(beton))]
+def samples(split: IndexedSplit) -> list[tuple[str, int, bytes]]:
+    """Key, label and bytes of each sample."""
+    return [(split.locate(i)[0], int(split.labels[i]), split.read(i)) for i in range(len(split))]
+
+
+def shard_samples(out: Path, split: str = "train") -> list[tuple[str, int, bytes]]:
+    return samples(ShardSplit(out, split, 1000, "hash"))
+
+
+def beton_samples(out: Path, split: str = "train") -> list[tuple[str, int, bytes]]:
+    return samples(BetonSplit(out, split, 1000, "hash"))
 
 
 def prepared(data: bytes) -> bytes:

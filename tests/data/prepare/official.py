@@ -3,14 +3,14 @@
 import gzip
 import io
 import pickle
-import tarfile
 from pathlib import Path
 
 import numpy as np
 from scipy.io import savemat
 from torchvision.datasets import Flowers102
 
-from tests.data.prepare.images import jpeg, tar_bytes
+from tests.data.prepare.images import jpeg
+from tests.data.tars import tar_bytes
 
 Split = tuple[np.ndarray, np.ndarray]
 CIFAR10_FILES = [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]
@@ -103,8 +103,5 @@ def write_files(src: Path, archive: str | None, folder: str, files: dict[str, by
             (src / folder / name).write_bytes(data)
         return
     src.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(src / archive, "w:gz", compresslevel=1) as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(f"{folder}/{name}")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    members = {f"{folder}/{name}": data for name, data in files.items()}
+    (src / archive).write_bytes(tar_bytes(members, "w:gz", compresslevel=1))

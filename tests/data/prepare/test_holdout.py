@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from karat_scale.data.prepare.job import held_out
-from karat_scale.data.prepare.make_webdataset import main
-from karat_scale.data.shards.shard_format import read_dataset_record
-from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError
-from tests.data.prepare.images import contents, jpeg, tar_bytes, write
+from tests.data.prepare.images import contents, jpeg, write
+from tests.data.prepare.making import make_shards, shard_samples
+from tests.data.tars import tar_bytes
 
 SIZES = {"ant": 20, "bee": 10, "cat": 5, "dog": 1}
 
@@ -27,14 +26,8 @@ def source(tmp_path):
     return tmp_path / "src", files
 
 
-def make(src, out, *options):
-    main(["--src", str(src), "--out", str(out), "--workers", "1", *options])
-    return read_dataset_record(out)
-
-
 def keys(out, split):
-    shards = ShardSplit(out, split, len(SIZES))
-    return {shards.locate(number)[0]: shards.read(number) for number in range(len(shards))}
+    return {key: data for key, _, data in shard_samples(out, split)}
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -43,7 +36,7 @@ def test_train_and_val_divide_the_images_by_class(source, tmp_path, packed):
     if packed:
         (tmp_path / "src.tar").write_bytes(tar_bytes({f"{key}.jpg": data for key, data in files.items()}))
         src = tmp_path / "src.tar"
-    record = make(src, tmp_path / "out", "--val-fraction", "0.2")
+    record = make_shards(src, tmp_path / "out", "--val-fraction", "0.2")
     assert record.splits["val"].per_class == [4, 2, 1, 0]
     assert record.splits["train"].per_class == [16, 8, 4, 1]
     train, val = keys(tmp_path / "out", "train"), keys(tmp_path / "out", "val")
@@ -54,19 +47,9 @@ def test_train_and_val_divide_the_images_by_class(source, tmp_path, packed):
 
 def test_the_seed_draws_them_and_the_same_command_gives_the_same_bytes(source, tmp_path):
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        assert make(source[0], tmp_path / name, "--val-count", "7", "--seed", seed).splits["val"].samples == 7
+        assert make_shards(source[0], tmp_path / name, "--val-count", "7", "--seed", seed).splits["val"].samples == 7
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert keys(tmp_path / "a", "val").keys() != keys(tmp_path / "c", "val").keys()
-
-
-def test_a_finished_output_is_checked_and_another_share_refused(source, tmp_path, capsys):
-    make(source[0], tmp_path / "out", "--val-count", "7")
-    make(source[0], tmp_path / "out", "--val-count", "7")
-    assert "val: 7 samples in 1 shards are complete and correct" in capsys.readouterr().out
-    with pytest.raises(DataError, match="made with val_count = 7, now 8"):
-        make(source[0], tmp_path / "out", "--val-count", "8")
-    with pytest.raises(DataError, match="made with val_count = 7, now None"):
-        make(source[0], tmp_path / "out")
 
 
 def test_a_source_with_a_validation_split_is_refused(tmp_path):
@@ -74,8 +57,8 @@ def test_a_source_with_a_validation_split_is_refused(tmp_path):
         for number in range(3):
             write(tmp_path / "src" / split / "ant" / f"{number}.jpg", jpeg(number))
     with pytest.raises(DataError, match=r"src already has a validation split; remove --val-fraction$"):
-        make(tmp_path / "src", tmp_path / "out", "--val-fraction", "0.5")
-    assert make(tmp_path / "src/train", tmp_path / "out", "--val-count", "1").splits["val"].samples == 1
+        make_shards(tmp_path / "src", tmp_path / "out", "--val-fraction", "0.5")
+    assert make_shards(tmp_path / "src/train", tmp_path / "out", "--val-count", "1").splits["val"].samples == 1
 
 
 def test_any_count_is_shared_in_proportion():
@@ -93,7 +76,7 @@ def test_classes_without_an_image_are_named(source, tmp_path, capsys):
     src, _ = source
     (src / "eel").mkdir()
     write(src / "fox/notes.txt", b"no image")
-    record = make(src, tmp_path / "out", "--val-count", "3")
+    record = make_shards(src, tmp_path / "out", "--val-count", "3")
     said = capsys.readouterr().out
     assert "train: 2 of 6 classes have no image: eel, fox\n" in said
     assert record.splits["train"].empty_classes == ["eel", "fox"]
@@ -103,14 +86,10 @@ def test_classes_without_an_image_are_named(source, tmp_path, capsys):
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         tar.add(src, arcname=".")
     (tmp_path / "src.tar").write_bytes(buffer.getvalue())
-    assert make(tmp_path / "src.tar", tmp_path / "tar").splits["train"].empty_classes == ["eel", "fox"]
-    assert read_dataset_record(tmp_path / "tar").classes == record.classes
-
-
-def test_many_classes_without_an_image_are_one_line(tmp_path, capsys):
-    write(tmp_path / "src/zoo/1.jpg", jpeg(1))
-    for number in range(7):
-        (tmp_path / f"src/class{number}").mkdir()
-    make(tmp_path / "src", tmp_path / "out")
+    of_tar = make_shards(tmp_path / "src.tar", tmp_path / "tar")
+    assert (of_tar.splits["train"].empty_classes, of_tar.classes) == (["eel", "fox"], record.classes)
+    for number in range(5):
+        (src / f"class{number}").mkdir()
+    make_shards(src, tmp_path / "many")
     named = "class0, class1, class2, class3, class4 and 2 others"
-    assert f"train: 7 of 8 classes have no image: {named}\n" in capsys.readouterr().out
+    assert f"train: 7 of 11 classes have no image: {named}\n" in capsys.readouterr().out

@@ -1,21 +1,24 @@
+import io
 import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from karat_scale.data.shards.beton import BetonSplit
+from karat_scale.data.decoders.decode import View
+from karat_scale.data.decoders.libraries import FfcvDecoder
+from karat_scale.data.prepare import make_ffcv
+from karat_scale.data.shards.beton import BetonSplit, BetonWriter
 from karat_scale.data.shards.shard_format import read_record
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError
 from tests.data.betons import need_ffcv
-from tests.data.prepare.conftest import SCRIPTS
 from tests.data.prepare.images import WNIDS, contents, jpeg, write, write_folders, write_official
-from tests.data.prepare.making import beton_samples, make_betons, make_shards
+from tests.data.prepare.making import beton_samples, make_betons, make_shards, samples
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +36,7 @@ def folder(tmp_path):
 def test_ids_keys_labels_and_bytes_are_those_of_the_shards(tmp_path, source):
     src, shards = tmp_path / "src", tmp_path / "shards"
     (write_official if source == "official" else write_folders)(src)
-    make_shards(src, shards, "--shard-samples", "5", "--workers", "1")
+    make_shards(src, shards, "--shard-samples", "5")
     make_betons(shards if source == "shards" else src, tmp_path / "betons")
     for split in ("train", "val"):
         expected = ShardSplit(shards, split, 3)
@@ -41,9 +44,7 @@ def test_ids_keys_labels_and_bytes_are_those_of_the_shards(tmp_path, source):
         assert record.classes == list(WNIDS)
         assert record.modes == {"jpg": len(expected)}
         assert sum(record.per_class) == record.samples == len(expected)
-        assert beton_samples(tmp_path / "betons", split) == [
-            (expected.locate(i)[0], int(expected.labels[i]), expected.read(i)) for i in range(len(expected))
-        ]
+        assert beton_samples(tmp_path / "betons", split) == samples(expected)
 
 
 def test_ffcvs_own_reader_finds_the_samples(folder, tmp_path):
@@ -66,13 +67,9 @@ def test_ffcvs_own_reader_finds_the_samples(folder, tmp_path):
 def test_ffcvs_own_loader_gives_the_same_pixels(folder, tmp_path, mode):
     from ffcv.loader import Loader, OrderOption
 
-    from karat_scale.data.decoders.decode import crop_view
-    from karat_scale.data.decoders.ffcv import FfcvDecoder
-
     make_betons(folder, tmp_path / "out", "--write-mode", mode)
-    loader = Loader(
-        str(tmp_path / "out/train.beton"), batch_size=6, num_workers=1, os_cache=True, order=OrderOption.SEQUENTIAL
-    )
+    path, order = str(tmp_path / "out/train.beton"), OrderOption.SEQUENTIAL
+    loader = Loader(path, batch_size=6, num_workers=1, os_cache=True, order=order)
     beton, decoder = BetonSplit(tmp_path / "out", "train", 3), FfcvDecoder("bicubic", 10**6)
     found = [
         (image, int(label))
@@ -81,19 +78,13 @@ def test_ffcvs_own_loader_gives_the_same_pixels(folder, tmp_path, mode):
     ]
     assert [label for _, label in found] == beton.labels.tolist()
     for number, (image, _) in enumerate(found):
-        whole = decoder.read(beton.read(number), lambda w, h: crop_view((0, 0, w, h), w) if w == h else _whole(w, h))
+        whole = decoder.read(beton.read(number), lambda w, h: View((0, 0, w, h), (0, 0, w, h), (w, h)))
         assert np.array_equal(image, whole)
-
-
-def _whole(width: int, height: int):
-    from karat_scale.data.decoders.decode import View
-
-    return View((0, 0, width, height), (0, 0, width, height), (width, height))
 
 
 def test_options_that_would_do_nothing_with_shards_are_refused(folder, tmp_path):
     shards, out = tmp_path / "shards", tmp_path / "out"
-    make_shards(folder, shards, "--workers", "1")
+    make_shards(folder, shards)
     wanted = {"subset": "2", "check": "decode", "on-odd": "convert", "seed": "3", "exif": "turn", "val-count": "2"}
     for option in ((f"--{name}", value) for name, value in wanted.items()):
         with pytest.raises(DataError, match=f"^{option[0]} applies only when shards are made; remove it$"):
@@ -105,7 +96,7 @@ def test_options_that_would_do_nothing_with_shards_are_refused(folder, tmp_path)
 
 def test_a_beton_of_shards_does_not_say_that_its_images_were_checked(folder, tmp_path, capsys):
     out = tmp_path / "out"
-    make_shards(folder, tmp_path / "shards", "--workers", "1")
+    make_shards(folder, tmp_path / "shards")
     make_betons(tmp_path / "shards", out)
     made = read_record(out / "train.beton").made
     assert (made["check"], made["on_odd"]) == (None, None)
@@ -120,70 +111,153 @@ def test_a_beton_of_shards_does_not_say_that_its_images_were_checked(folder, tmp
 def test_a_beton_of_shards_has_as_many_grey_images(folder, tmp_path):
     for number in range(2):
         write(folder / "train" / WNIDS[1] / f"grey{number}.jpg", jpeg(number, mode="L"))
-    make_shards(folder, tmp_path / "shards", "--workers", "1")
+    make_shards(folder, tmp_path / "shards")
     make_betons(tmp_path / "shards", tmp_path / "of_shards")
     make_betons(folder, tmp_path / "of_folders")
     for out in ("of_shards", "of_folders"):
         assert [read_record(tmp_path / out / f"{split}.beton").grey for split in ("train", "val")] == [2, 0]
 
 
-KILLED = """
-import os, signal, sys
-from karat_scale.data.prepare.make_ffcv import main
-from karat_scale.data.shards.beton import BetonWriter
-
-add, done = BetonWriter.add, []
-def die_at_ten(*arguments):
-    add(*arguments)
-    done.append(1)
-    if len(done) == 10:
-        os.kill(os.getpid(), signal.SIGKILL)
-BetonWriter.add = die_at_ten
-main(["--src", sys.argv[1], "--out", sys.argv[2], "--split", "train", "--workers", "1"])
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_run_leaves_nothing_that_reads_as_whole(folder, tmp_path, capsys):
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED, str(folder), str(out)]
-    assert subprocess.run(command, cwd=SCRIPTS.parent, capture_output=True, check=False).returncode == -9
-    assert [path.name for path in out.iterdir()] == [".train.beton.unfinished"]
-    with pytest.raises(DataError, match=r"train.beton.json cannot be read"):
-        BetonSplit(out, "train", 3)
-    make_betons(folder, out)
-    assert "train: an earlier run did not finish; starting again" in capsys.readouterr().out
-    assert len(beton_samples(out, "train")) == 18
-    assert not (out / ".train.beton.unfinished").exists()
-
-
 def make_and_die(folder, out, step):
-    """Make a beton, and be killed after this one of the steps that give it its files."""
-    from karat_scale.data.prepare import make_ffcv
-
+    """Make a beton, and be killed at its tenth image, or after this one of the steps that give it its files."""
     steps = []
 
     def then_die(do):
         def step_and_die(*arguments):
             do(*arguments)
             steps.append(do)
-            if len(steps) == step:
+            if len(steps) == (10 if step == "images" else step):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         return step_and_die
 
-    for name in ("commit_file", "write_atomically"):
-        setattr(make_ffcv, name, then_die(getattr(make_ffcv, name)))
+    if step == "images":
+        BetonWriter.add = then_die(BetonWriter.add)
+    else:
+        for name in ("commit_file", "write_atomically"):
+            setattr(make_ffcv, name, then_die(getattr(make_ffcv, name)))
     make_betons(folder, out, "--split", "train")
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
-def test_the_next_run_finishes_a_beton_whose_run_was_killed_between_its_files(folder, tmp_path, step):
+@pytest.mark.parametrize("step", ["images", 1, 2, 3])
+def test_a_killed_run_leaves_nothing_that_reads_as_whole_and_the_next_one_finishes(folder, tmp_path, capsys, step):
     out = tmp_path / "out"
     process = multiprocessing.get_context("fork").Process(target=make_and_die, args=(folder, out, step))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
+    if step != 3:
+        with pytest.raises(DataError, match=r"train.beton(.json cannot be read| is missing)"):
+            BetonSplit(out, "train", 3)
     make_betons(folder, out, "--split", "train")
+    assert ("train: an earlier run did not finish; starting again" in capsys.readouterr().out) == (
+        step in ("images", 1)
+    )
     make_betons(folder, tmp_path / "whole", "--split", "train")
     assert contents(out) == contents(tmp_path / "whole")
+
+
+# How images of all kinds are stored.
+def test_raw_pixels_are_those_of_the_reference_decoder(folder, tmp_path):
+    make_betons(folder, tmp_path / "raw", "--write-mode", "raw")
+    make_betons(folder, tmp_path / "jpg")
+    assert read_record(tmp_path / "raw/train.beton").modes == {"raw": 18}
+    for raw, packed in zip(
+        beton_samples(tmp_path / "raw", "train"), beton_samples(tmp_path / "jpg", "train"), strict=True
+    ):
+        assert raw[:2] == packed[:2]
+        images = [np.asarray(Image.open(io.BytesIO(sample[2])).convert("RGB")) for sample in (raw, packed)]
+        assert np.array_equal(*images)
+
+
+def test_shares_thresholds_and_resizing(tmp_path):
+    src = tmp_path / "src"
+    for number in range(40):
+        write(src / f"train/ant/{number}.jpg", jpeg(number, 20 + number, 20))
+    make_betons(src, tmp_path / "share", "--write-mode", "proportion", "--compress-probability", "0.25")
+    jpegs = read_record(tmp_path / "share/train.beton").modes["jpg"]
+    assert 3 <= jpegs <= 18
+    make_betons(src, tmp_path / "smart", "--write-mode", "smart", "--smart-threshold", str(3 * 20 * 40))
+    for _, _, data in beton_samples(tmp_path / "smart", "train"):
+        with Image.open(io.BytesIO(data)) as image:
+            assert image.format == ("JPEG" if image.width > 40 else "PPM")
+    make_betons(src, tmp_path / "small", "--max-resolution", "30")
+    sizes = [Image.open(io.BytesIO(data)).size for _, _, data in beton_samples(tmp_path / "small", "train")]
+    assert max(map(max, sizes)) == 30
+    assert read_record(tmp_path / "small/train.beton").modes == {"jpg": 40}
+
+
+def test_images_that_ffcv_cannot_decode_keep_their_pixels(tmp_path):
+    src = tmp_path / "src/train/ant"
+    write(src / "cmyk.jpg", jpeg(1, mode="CMYK"))
+    write(src / "grey.jpg", jpeg(2, mode="L"))
+    write(src / "lossless.png", jpeg(3, kind="PNG"))
+    write(src / "misnamed.jpg", jpeg(4, kind="PNG"))
+    make_betons(tmp_path / "src", tmp_path / "out")
+    record = read_record(tmp_path / "out/train.beton")
+    assert record.modes == {"jpg": 1, "raw": 3}
+    assert record.grey == 1
+    assert {item.path: (item.what, item.done) for item in record.odd} == {
+        "ant/cmyk.jpg": ("CMYK", "kept"),
+        "ant/misnamed.jpg": ("PNG named JPEG", "kept"),
+    }
+    for key, _, data in beton_samples(tmp_path / "out"):
+        name = {"ant/lossless": "lossless.png"}.get(key, f"{key.partition('/')[2]}.jpg")
+        images = [np.asarray(Image.open(source).convert("RGB")) for source in (io.BytesIO(data), src / name)]
+        assert np.array_equal(*images)
+
+
+@pytest.mark.parametrize("mode", ["jpg", "raw"])
+def test_unusable_files_are_skipped_and_a_truncated_one_keeps_its_place_where_only_headers_are_read(
+    folder, tmp_path, mode, capsys
+):
+    train = folder / "train" / WNIDS[1]
+    write(train / "empty.jpg", b"")
+    write(train / "text.jpg", b"no image")
+    write(train / "broken.bmp", jpeg(5, kind="BMP")[:-400])
+    make_betons(folder, tmp_path / "out", "--write-mode", mode)
+    record = read_record(tmp_path / "out/train.beton")
+    assert {Path(item.path).name: item.reason for item in record.skipped} == {
+        "broken.bmp": "image file is truncated (32 bytes not processed)",
+        "empty.jpg": "the file is empty",
+        "text.jpg": "not an image in a supported format",
+    }
+    assert record.samples == 18
+    assert "3 skipped, 1 odd" in capsys.readouterr().out
+    make_betons(folder, tmp_path / "header", "--write-mode", mode, "--check", "header")
+    record = read_record(tmp_path / "header/train.beton")
+    assert [(Path(item.path).name, item.done) for item in record.odd] == [("broken.bmp", "kept")]
+    assert (record.samples, len(record.skipped)) == (19, 2)
+    with pytest.raises(DataError, match=r"(broken|empty|text)\.\w+: .*; (remove it|choose --on-odd)"):
+        make_betons(folder, tmp_path / "stop", "--on-odd", "stop")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_image_that_does_not_fit_is_an_error_and_no_hang(folder, tmp_path, workers):
+    """FFCV's own writer waits for ever when a sample raises."""
+    Image.new("RGB", (70_000, 1)).save(folder / "train" / WNIDS[0] / "wide.png")
+    with pytest.raises(DataError, match=r"wide.png: 70000 x 1 pixels do not fit FFCV's format; use --max-resolution"):
+        make_betons(folder, tmp_path / "out", "--workers", workers)
+    assert not list((tmp_path / "out").iterdir())
+    make_betons(folder, tmp_path / "out", "--workers", workers, "--max-resolution", "100")
+
+
+def test_pixels_larger_than_a_page_are_stored_as_jpeg(tmp_path):
+    write(tmp_path / "src/train/ant/large.jpg", jpeg(1, 2000, 1500))
+    write(tmp_path / "src/train/ant/small.jpg", jpeg(2))
+    make_betons(tmp_path / "src", tmp_path / "out", "--write-mode", "raw")
+    assert read_record(tmp_path / "out/train.beton").modes == {"jpg": 1, "raw": 1}
+    (large,) = (data for key, _, data in beton_samples(tmp_path / "out") if key == "ant/large")
+    assert large == (tmp_path / "src/train/ant/large.jpg").read_bytes()
+
+
+def test_many_pages(tmp_path):
+    for number in range(5):
+        write(tmp_path / f"src/train/ant/{number}.jpg", jpeg(number, 1500, 1400))
+    make_betons(tmp_path / "src", tmp_path / "out", "--write-mode", "raw")
+    assert read_record(tmp_path / "out/train.beton").modes == {"raw": 5}
+    found = beton_samples(tmp_path / "out")
+    assert len({data for _, _, data in found}) == 5
+    for key, _, data in found:
+        image = Image.open(tmp_path / f"src/train/{key}.jpg")
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), np.asarray(image))

@@ -7,9 +7,11 @@ import pytest
 
 from karat_scale.data.prepare import make_ffcv, make_webdataset
 from karat_scale.foundation.errors import DataError, run_script
+from tests.data.backends.helpers import flip
 from tests.data.betons import need_ffcv
 from tests.data.prepare.conftest import SCRIPTS
 from tests.data.prepare.images import WNIDS, contents, jpeg, write, write_folders
+from tests.data.prepare.making import run
 
 FILES = {"shards": ("train-000001.tar", "val-000000.index.npz"), "betons": ("train.beton", "val.beton.index.npz")}
 RIGHT = {"shards": "train: 18 samples in 3 shards", "betons": "train: 18 samples in train.beton"}
@@ -29,11 +31,8 @@ def kind(request):
 
 
 def make(kind, src, out, *options):
-    options = ("--src", str(src), "--out", str(out), "--workers", "1", *options)  # the last of two --workers counts
-    if kind == "shards":
-        make_webdataset.main(["--shard-samples", "6", *options])
-    else:
-        make_ffcv.main([*options])
+    script, size = (make_webdataset, ("--shard-samples", "6")) if kind == "shards" else (make_ffcv, ())
+    run(script, src, out, *size, *options)
 
 
 def test_the_same_source_gives_the_same_bytes_whatever_the_workers(kind, folder, tmp_path):
@@ -52,9 +51,7 @@ def test_running_again_verifies_and_fixes(kind, folder, tmp_path, capsys):
     make(kind, folder, out)
     assert f"{RIGHT[kind]} are complete and correct" in capsys.readouterr().out
     assert contents(out) == before
-    data = bytearray(before[damaged])
-    data[-1000] ^= 1
-    (out / damaged).write_bytes(data)
+    flip(out / damaged, -1000)
     (out / lost).unlink()
     make(kind, folder, out)
     said = capsys.readouterr().out

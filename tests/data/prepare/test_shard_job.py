@@ -10,12 +10,13 @@ import time
 import psutil
 import pytest
 
-from karat_scale.data.prepare.make_webdataset import main
-from karat_scale.data.shards.shard_format import read_dataset_record
-from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.data.prepare import make_webdataset
+from karat_scale.data.shards import shard_format
 from karat_scale.foundation.errors import DataError
+from tests.data.backends.helpers import flip
 from tests.data.prepare.conftest import SCRIPTS
 from tests.data.prepare.images import contents, write_folders
+from tests.data.prepare.making import make_shards, shard_samples
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def folders(tmp_path_factory):
 
 
 def make(src, out, *options):
-    main(["--src", str(src), "--out", str(out), "--split", "train", *options])
+    return make_shards(src, out, "--split", "train", *options).splits["train"]
 
 
 def start(src, out, *options):
@@ -68,8 +69,6 @@ def test_a_killed_run_resumes_at_the_same_shard(folders, tmp_path, workers):
 
 def interrupted(folders, out, monkeypatch, after=3):
     """A run that ends after some shards."""
-    from karat_scale.data.prepare import make_webdataset
-
     real, counter = make_webdataset.write_shard, itertools.count()
 
     def write(*arguments):
@@ -80,16 +79,14 @@ def interrupted(folders, out, monkeypatch, after=3):
     with monkeypatch.context() as patch:
         patch.setattr(make_webdataset, "write_shard", write)
         with pytest.raises(KeyboardInterrupt):
-            make(folders, out, "--shard-samples", "20", "--workers", "1")
+            make(folders, out, "--shard-samples", "20")
 
 
 def test_a_finished_shard_that_was_damaged_since_is_made_again(folders, tmp_path, monkeypatch, capsys):
     make(folders, tmp_path / "whole", "--shard-samples", "20")
     out = tmp_path / "out"
     interrupted(folders, out, monkeypatch)
-    data = bytearray((out / "train-000001.tar").read_bytes())
-    data[2000] ^= 1
-    (out / "train-000001.tar").write_bytes(data)
+    flip(out / "train-000001.tar", 2000)
     (out / ".train-000002.made.json").write_text("{")
     for name in (".train-000001.tar.a1b2", ".train-000003.index.npz.a1b2", "..train-000003.made.json.a1b2"):
         (out / name).write_text("what a kill leaves")
@@ -102,9 +99,7 @@ def test_a_finished_shard_that_was_damaged_since_is_made_again(folders, tmp_path
 @pytest.fixture
 def hashed_together(monkeypatch):
     """Waits at each tar until two are hashed at the same time; False if only one ever is."""
-    from karat_scale.data.prepare import make_webdataset
-
-    real, both, met = make_webdataset.check_file, threading.Barrier(2), []
+    real, both, met = shard_format.check_file, threading.Barrier(2), []
 
     def check(path, record, by_hash):
         if record.name.endswith(".tar"):
@@ -113,7 +108,7 @@ def hashed_together(monkeypatch):
                 met.append(record.name)
         real(path, record, by_hash)
 
-    monkeypatch.setattr(make_webdataset, "check_file", check)
+    monkeypatch.setattr(shard_format, "check_file", check)
     return met
 
 
@@ -139,21 +134,15 @@ def test_shards_of_other_settings_are_not_taken_over(folders, tmp_path, monkeypa
 
 
 def test_subset_takes_so_many_of_each_class(folders, tmp_path):
-    make(folders, tmp_path / "out", "--subset", "5", "--workers", "1")
-    record = read_dataset_record(tmp_path / "out").splits["train"]
+    record = make(folders, tmp_path / "out", "--subset", "5")
     assert (record.samples, record.per_class) == (15, [5, 5, 5])
-    make(folders, tmp_path / "other", "--subset", "5", "--workers", "1", "--seed", "1")
-    keys = []
-    for name in ("out", "other"):
-        shards = ShardSplit(tmp_path / name, "train", 3)
-        keys.append({shards.locate(i)[0] for i in range(15)})
-    assert keys[0] != keys[1]
+    make(folders, tmp_path / "other", "--subset", "5", "--seed", "1")
+    found, other = ({key for key, _, _ in shard_samples(tmp_path / name)} for name in ("out", "other"))
+    assert found != other
     with pytest.raises(DataError, match="made with subset = 5, now 6"):
         make(folders, tmp_path / "out", "--subset", "6")
 
 
 def test_resized_shards(folders, tmp_path):
-    make(folders, tmp_path / "out", "--resize", "16", "--quality", "80", "--workers", "1")
-    shards = ShardSplit(tmp_path / "out", "train", 3)
-    assert len(shards) == 120
-    assert read_dataset_record(tmp_path / "out").splits["train"].made["quality"] == 80
+    record = make(folders, tmp_path / "out", "--resize", "16", "--quality", "80")
+    assert (record.samples, record.made["quality"]) == (120, 80)

@@ -6,23 +6,26 @@ import os
 import re
 import signal
 import time
+from collections.abc import Callable
 
 import pytest
 
-from karat_scale.data.backends import ImageSpec, open_backend
+from karat_scale.data.backends import Backend
 from karat_scale.data.loading.workers import FetchedAhead
 from karat_scale.data.plan import EvalPlan, TrainPlan
 from karat_scale.data.shards.shard_format import read_dataset_record, write_dataset_record
 from karat_scale.data.shards.shards import hash_files
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.stores import Store
-from tests.data.backends.helpers import CROP_AND_FLIP, SIZE, children, contents, wait_until
+from tests.conftest import free_port
+from tests.data.backends.helpers import CROP_AND_FLIP, children, contents, flip, running, wait_until
 from tests.servers import FaultyProxy
 
 pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install -e '.[remote]'")
 
 BLOCKS = {"order": "block", "block_samples": 4, "window_blocks": 2}
-ORDERS = {"full": {}, "block": BLOCKS}
+# Shards end within some of these blocks.
+ORDERS = {"full": {}, "block": {"order": "block", "block_samples": 5, "window_blocks": 3}}
 # All of them where the slow tests run.
 SAMPLED = {("nginx", "block", 2), ("s3", "block", 2), ("gs", "full", 0)}
 CELLS = [
@@ -35,25 +38,9 @@ SLOW = pytest.mark.slow
 
 
 @pytest.fixture
-def opened():
-    """Opens data, and closes all at the end."""
-    backends = []
-
-    def make(path, **fields):
-        config = {"path": str(path), "workers": 0, "prefetch": 2, "timeout": 30, "cache_gb": 0.5, **fields}
-        spec = ImageSpec(data_config(config), CROP_AND_FLIP, SIZE, 3, 5)
-        backends.append(open_backend(spec))
-        return backends[-1]
-
-    yield make
-    for backend in backends:
-        backend.close()
-
-
-def data_config(fields):
-    from karat_scale.recipe import DataConfig
-
-    return DataConfig.model_validate(fields)
+def remote(opened) -> Callable[..., Backend]:
+    """Opens data, also at a URL."""
+    return lambda path, **fields: opened(path, CROP_AND_FLIP, **{"timeout": 30, "cache_gb": 0.5, **fields})
 
 
 def epochs(backend, epochs=2, **order):
@@ -66,64 +53,46 @@ def evaluation(backend):
 
 
 @pytest.mark.parametrize(("kind", "order", "workers"), CELLS)
-def test_batches_are_those_from_disk(kind, order, workers, make_shards, opened, request):
+def test_batches_are_those_from_disk(kind, order, workers, make_shards, remote, request):
     directory, order = make_shards(), ORDERS[order]
     serve = request.getfixturevalue(kind)
     url = f"http://127.0.0.1:{serve(directory)}" if kind == "nginx" else serve(directory)
-    local, remote = opened(directory, **order), opened(url, workers=workers, **order)
-    assert remote.classes == local.classes
-    assert remote.locate(17) == local.locate(17)
-    assert epochs(remote, **order) == epochs(local, **order)
-    assert evaluation(remote) == evaluation(local)
+    local, distant = remote(directory, **order), remote(url, workers=workers, **order)
+    assert distant.classes == local.classes
+    assert distant.locate(17) == local.locate(17)
+    assert epochs(distant, **order) == epochs(local, **order)
+    assert evaluation(distant) == evaluation(local)
 
 
-@pytest.mark.parametrize("fault", ["503", "cut", pytest.param("short", marks=SLOW), pytest.param("slow", marks=SLOW)])
-def test_faults_that_end_change_nothing(fault, make_shards, opened, nginx):
-    directory = make_shards()
-    expected = epochs(opened(directory, **BLOCKS), **BLOCKS)
-    with FaultyProxy(nginx(directory), spoil=lambda number, asked: fault if number % 5 == 2 else None) as proxy:
-        assert epochs(opened(proxy.url, workers=1, **BLOCKS), **BLOCKS) == expected
-        assert len(proxy.requests) < 80
-
-
-def test_each_block_is_fetched_once_and_kept_over_restarts(make_shards, opened, nginx):
+def test_each_block_is_fetched_once_and_kept_over_restarts(make_shards, remote, nginx):
     directory = make_shards()
     with FaultyProxy(nginx(directory)) as proxy:
-        before = epochs(opened(proxy.url, workers=2, **BLOCKS), **BLOCKS)
+        before = epochs(remote(proxy.url, workers=2, **BLOCKS), **BLOCKS)
         blocks = sorted((asked.path, asked.range) for asked in proxy.gets())
         assert len(blocks) == len(set(blocks)) == 10  # 40 samples in blocks of 4; no shard ends within one
         proxy.requests.clear()
-        assert epochs(opened(proxy.url, workers=2, **BLOCKS), **BLOCKS) == before
+        assert epochs(remote(proxy.url, workers=2, **BLOCKS), **BLOCKS) == before
         assert proxy.gets("") == proxy.gets("dataset.json")
 
 
-def test_a_block_that_ends_with_its_shard_is_fetched_in_parts(make_shards, opened, nginx):
-    order = {"order": "block", "block_samples": 5, "window_blocks": 3}
-    directory = make_shards()
-    expected = epochs(opened(directory, **order), **order)
-    assert epochs(opened(f"http://127.0.0.1:{nginx(directory)}", **order), **order) == expected
-
-
-def test_an_object_that_changed_is_noticed(make_shards, opened, nginx, make_sample):
+def test_an_object_that_changed_is_noticed(make_shards, remote, nginx, make_sample):
     directory = make_shards()
     with FaultyProxy(nginx(directory)) as proxy:
-        backend = opened(proxy.url, **BLOCKS)
+        backend = remote(proxy.url, **BLOCKS)
         tar = directory / "train-000002.tar"
-        content = bytearray(tar.read_bytes())
-        content[1600] ^= 1  # in the first image
-        tar.write_bytes(content)
+        flip(tar, 1600)  # in the first image
         with pytest.raises(DataError, match=rf"^{proxy.url}/{tar.name} has changed since .*: sample 0016 differs"):
             epochs(backend, **BLOCKS)
-        tar.write_bytes(content[:-512])
+        os.truncate(tar, tar.stat().st_size - 512)
         with pytest.raises(DataError, match=rf"{tar.name} has changed since it was indexed: \d+ bytes"):
-            opened(proxy.url)
+            remote(proxy.url)
         tar.unlink()
         with pytest.raises(DataError, match=rf"{tar.name}: it is missing"):
-            opened(proxy.url)
+            remote(proxy.url)
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".npz"])
-def test_what_the_network_damages_is_not_taken_for_a_change(suffix, make_shards, opened, nginx):
+def test_what_the_network_damages_is_not_taken_for_a_change(suffix, make_shards, remote, nginx):
     directory, flipped = make_shards(), []
 
     def spoil(number, asked):
@@ -132,16 +101,16 @@ def test_what_the_network_damages_is_not_taken_for_a_change(suffix, make_shards,
         return "flip" if is_hit else None
 
     most = 1
-    expected = epochs(opened(directory, **BLOCKS), **BLOCKS)
+    expected = epochs(remote(directory, **BLOCKS), **BLOCKS)
     with FaultyProxy(nginx(directory), spoil=spoil) as proxy:
-        assert epochs(opened(proxy.url, **BLOCKS), **BLOCKS) == expected
+        assert epochs(remote(proxy.url, **BLOCKS), **BLOCKS) == expected
     most = 10**9
     said = r"arrives damaged, each time in another way; check the network"
     with FaultyProxy(nginx(directory), spoil=spoil) as proxy, pytest.raises(DataError, match=said):
-        epochs(opened(proxy.url, **BLOCKS), **BLOCKS)
+        epochs(remote(proxy.url, **BLOCKS), **BLOCKS)
 
 
-def test_an_etag_stands_in_for_hashes_that_nobody_computed(make_shards, opened, nginx):
+def test_an_etag_stands_in_for_hashes_that_nobody_computed(make_shards, remote, nginx):
     directory = make_shards()
     with FaultyProxy(nginx(directory)) as proxy:
         record = read_dataset_record(directory)
@@ -149,21 +118,21 @@ def test_an_etag_stands_in_for_hashes_that_nobody_computed(make_shards, opened, 
             for shard in split.shards:
                 shard.etag, shard.sha256 = Store(proxy.url).facts(shard.name).etag, ""
         write_dataset_record(directory, record)
-        backend = opened(proxy.url, **BLOCKS)
+        backend = remote(proxy.url, **BLOCKS)
         assert len(epochs(backend, 1, **BLOCKS)) == 3
         tar = directory / "train-000002.tar"
         tar.write_bytes(tar.read_bytes())
         os.utime(tar, (1, 1))  # nginx's ETag is of time and size
         with pytest.raises(DataError, match=rf"{tar.name} has changed since it was indexed: its ETag differs"):
-            opened(proxy.url, **BLOCKS)
-        assert len(epochs(opened(directory), 1)) == 3  # a file system has no ETags
+            remote(proxy.url, **BLOCKS)
+        assert len(epochs(remote(directory), 1)) == 3  # a file system has no ETags
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=SLOW)])
-def test_a_store_that_stalls_is_named_in_time(workers, make_shards, opened, nginx):
+def test_a_store_that_stalls_is_named_in_time(workers, make_shards, remote, nginx):
     stalls = []
     with FaultyProxy(nginx(make_shards()), spoil=lambda number, asked: "stall" if stalls else None) as proxy:
-        backend = opened(proxy.url, workers=workers, timeout=4)
+        backend = remote(proxy.url, workers=workers, timeout=4)
         stalls.append(True)
         begun = time.monotonic()
         line = rf"^{re.escape(proxy.url)}/train-00000\d\.tar: no answer came in time, .*data.timeout \(now 4 s\)"
@@ -172,26 +141,26 @@ def test_a_store_that_stalls_is_named_in_time(workers, make_shards, opened, ngin
         assert time.monotonic() - begun < 4 + workers * 6  # torch gives a worker that hangs 5 s to end
 
 
-def test_what_the_order_needs_must_fit_into_the_cache(make_shards, opened, nginx):
+def test_what_the_order_needs_must_fit_into_the_cache(make_shards, remote, nginx):
     with pytest.raises(DataError, match=r"^data.cache_gb = 1e-05 is too small .* set data.cache_gb=[\d.e-]+ or more"):
-        opened(f"http://127.0.0.1:{nginx(make_shards())}", cache_gb=1e-5, **BLOCKS)
+        remote(f"http://127.0.0.1:{nginx(make_shards())}", cache_gb=1e-5, **BLOCKS)
 
 
-def test_hashes_are_not_checked_by_fetching_everything(make_shards, opened, nginx):
+def test_hashes_are_not_checked_by_fetching_everything(make_shards, remote, nginx, data_config):
     url = f"http://127.0.0.1:{nginx(make_shards())}"
-    for check in (opened, lambda path, **fields: list(hash_files(data_config({"path": path, **fields}), 0, 1))):
+    for check in (remote, lambda path, **fields: list(hash_files(data_config(path, **fields), 0, 1))):
         with pytest.raises(DataError, match=r"use data\.verify=size, which checks each image when it is fetched"):
             check(url, verify="hash")
 
 
-def test_a_cache_that_loses_bytes_fetches_them_again(make_shards, opened, nginx, own_cache):
+def test_a_cache_that_loses_bytes_fetches_them_again(make_shards, remote, nginx, own_cache):
     directory = make_shards()
     with FaultyProxy(nginx(directory)) as proxy:
-        expected = epochs(opened(proxy.url, **BLOCKS), **BLOCKS)
+        expected = epochs(remote(proxy.url, **BLOCKS), **BLOCKS)
         for entry in own_cache.glob("??/*"):
             entry.write_bytes(bytes(entry.stat().st_size))
         proxy.requests.clear()
-        assert epochs(opened(proxy.url, **BLOCKS), **BLOCKS) == expected
+        assert epochs(remote(proxy.url, **BLOCKS), **BLOCKS) == expected
         assert len(proxy.gets()) == 10
 
 
@@ -224,34 +193,24 @@ def test_the_fetching_process_ends_with_a_trainer_that_is_killed(tmp_path):
     trainer = os.fork()
     if trainer == 0:
         before = children()
-        FetchedAhead(Recorder(told), TrainPlan(5, 40, 4, 4, 0, 1).slices(0, 10), 8)
         ahead = FetchedAhead(Recorder(told), TrainPlan(5, 40, 4, 4, 0, 1).slices(0, 10), 8)
         pids.write_text(str((children() - before).pop()))
         signal.pause()
         ahead.close()
     wait_until(lambda: pids.exists() and pids.read_text() and told.exists())
-    fetcher = int(pids.read_text())
     os.kill(trainer, signal.SIGKILL)
     os.waitpid(trainer, 0)
-
-    def has_ended() -> bool:
-        try:
-            os.kill(fetcher, 0)
-        except ProcessLookupError:
-            return True
-        return open(f"/proc/{fetcher}/stat").read().split(") ")[1][0] == "Z"  # noqa: PTH123
-
-    wait_until(has_ended)
+    wait_until(lambda: not running(int(pids.read_text())))
 
 
-def test_ranks_of_a_node_fetch_each_block_once(make_shards, opened, nginx):
+def test_ranks_of_a_node_fetch_each_block_once(make_shards, remote, nginx):
     plans = [TrainPlan(5, 40, 8, 4, rank, 2, **BLOCKS) for rank in range(2)]
     with FaultyProxy(nginx(make_shards()), latency=0.02) as proxy:
         ranks = []
         for plan in plans:
             ranks.append(os.fork())
             if ranks[-1] == 0:
-                backend = opened(proxy.url, workers=1, **BLOCKS)
+                backend = remote(proxy.url, workers=1, **BLOCKS)
                 seen = sum(len(batch.labels) for batch in backend.train_batches(plan.slices(0, 10)))
                 backend.close()
                 os._exit(0 if seen == 40 else 1)
@@ -259,22 +218,22 @@ def test_ranks_of_a_node_fetch_each_block_once(make_shards, opened, nginx):
         assert len(proxy.gets()) == 10
 
 
-def test_a_small_cache_stays_small_and_changes_nothing(make_shards, opened, nginx, own_cache, monkeypatch):
+def test_a_small_cache_stays_small_and_changes_nothing(make_shards, remote, nginx, own_cache, monkeypatch):
     monkeypatch.setattr("karat_scale.data.shards.remote._MAX_OPEN", 2)
     directory = make_shards()
-    expected = epochs(opened(directory, **BLOCKS), **BLOCKS)
+    expected = epochs(remote(directory, **BLOCKS), **BLOCKS)
     limit = 70_000  # of 154 kB
     with FaultyProxy(nginx(directory)) as proxy:
-        assert epochs(opened(proxy.url, workers=2, cache_gb=limit / 1e9, **BLOCKS), **BLOCKS) == expected
+        assert epochs(remote(proxy.url, workers=2, cache_gb=limit / 1e9, **BLOCKS), **BLOCKS) == expected
         assert 10 < len(proxy.gets()) < 60
     assert sum(file.stat().st_size for file in own_cache.glob("??/*")) <= limit
 
 
-def test_training_goes_on_without_the_fetching_process(make_shards, opened, nginx):
+def test_training_goes_on_without_the_fetching_process(make_shards, remote, nginx):
     directory = make_shards()
-    expected = epochs(opened(directory, **BLOCKS), **BLOCKS)
+    expected = epochs(remote(directory, **BLOCKS), **BLOCKS)
     with FaultyProxy(nginx(directory), latency=0.05) as proxy:
-        backend, before = opened(proxy.url, **BLOCKS), children()
+        backend, before = remote(proxy.url, **BLOCKS), children()
         plan = TrainPlan(5, 40, 12, 12, 0, 1, **BLOCKS)
         batches = backend.train_batches(plan.slices(0, 6))
         (fetcher,) = children() - before
@@ -282,11 +241,28 @@ def test_training_goes_on_without_the_fetching_process(make_shards, opened, ngin
         assert contents(batches) == expected
 
 
-def test_dali_reads_a_url(make_shards, opened, nginx):
+def test_dali_reads_a_url(make_shards, remote, nginx):
     pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install -e '.[dali]'")
     directory = make_shards()
     with FaultyProxy(nginx(directory)) as proxy:
-        local, remote = (opened(path, backend="dali", workers=2, **BLOCKS) for path in (directory, proxy.url))
-        assert epochs(remote, **BLOCKS) == epochs(local, **BLOCKS)
+        local, distant = (remote(path, backend="dali", workers=2, **BLOCKS) for path in (directory, proxy.url))
+        assert epochs(distant, **BLOCKS) == epochs(local, **BLOCKS)
         assert len(proxy.gets()) == 10
-        assert evaluation(remote) == evaluation(local)
+        assert evaluation(distant) == evaluation(local)
+
+
+def test_a_stream_of_a_web_server_is_that_of_the_files_and_its_refusals_are_named(nginx, opened, stream_config, tars):
+    """By the webdataset library's own curl."""
+
+    def train(stream: str):
+        plan = TrainPlan(5, 24, 4, 2, 0, 1, "stream", lanes=1)
+        return contents(opened(stream_config(stream)).train_batches(plan.slices(0, 6)))
+
+    place = f"http://127.0.0.1:{nginx(tars)}"
+    found, of_files = (train(f"{where}/{{0..3}}.tar") for where in (place, tars))
+    # The same images; the name of a tar is part of a sample's id, which seeds its augmentation.
+    assert sorted(label for one in found for label in one[3]) == sorted(label for one in of_files for label in one[3])
+    assert found == train(f"{place}/{{0..3}}.tar")
+    for stream, code in ((f"{place}/no.tar", 22), (f"pipe:curl -s http://127.0.0.1:{free_port()}/0.tar", 7)):
+        with pytest.raises(DataError, match=f"/(no|0).tar ended with exit code {code}"):
+            train(stream)

@@ -166,14 +166,3 @@ def test_a_run_that_is_killed_and_resumed_saw_what_a_run_from_disk_saw(
     assert digests[0] == digests[1]
     for file in run.rglob("*"):
         assert not file.is_file() or b"secret-of-the-test" not in file.read_bytes()
-
-
-@pytest.mark.slow
-def test_a_store_that_stalls_in_training_is_one_line(recipe_file, shards, tmp_path, nginx):
-    """At 20 requests everything is open; then nothing is answered."""
-    with FaultyProxy(nginx(shards), spoil=lambda number, asked: "stall" if number > 20 else None) as proxy:
-        settings = [f"data.path={proxy.url}", f"run.dir={tmp_path / 'run'}", "data.timeout=6", "data.workers=1"]
-        done = karat("train", str(recipe_file), *settings)
-    assert done.returncode == 2
-    assert f"error: {proxy.url}/" in done.stderr.splitlines()[-1]
-    assert "data.timeout (now 6 s)" in done.stderr.splitlines()[-1]

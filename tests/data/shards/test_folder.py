@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from karat_scale.data.order import epoch_order
-from karat_scale.data.shards.folder import FolderSplit
+from karat_scale.data.plan import epoch_order
+from karat_scale.data.shards.shards import IMAGE_SUFFIXES, FolderSplit
 from karat_scale.foundation.errors import DataError
 
 
@@ -25,6 +26,7 @@ def test_every_image_is_there_once_with_its_class(folder):
         "train/bee/2.PNG", "train/bee/deep/1.jpg", "train/ant/9.jpeg", "train/ant/.x.jpg", "train/ant/notes.txt"
     )
     split = FolderSplit(root, "train", 2)
+    assert IMAGE_SUFFIXES == IMG_EXTENSIONS
     assert split.classes == ("ant", "bee")
     listed = ["ant/9.jpeg", "bee/2.PNG", "bee/deep/1.jpg"]
     order = epoch_order(0, 0, 3)

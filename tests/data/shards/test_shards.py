@@ -1,6 +1,7 @@
 import io
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -9,23 +10,26 @@ import psutil
 import pytest
 import webdataset as wds
 
+from karat_scale.data.backends import ImageSpec, open_backend
+from karat_scale.data.plan import epoch_order
+from karat_scale.data.shards.beton import BetonSplit
+from karat_scale.data.shards.shard_files import Blocks
 from karat_scale.data.shards.shard_format import (
-    DatasetRecord,
     SkippedRecord,
-    SplitRecord,
     read_dataset_record,
+    staged_copy,
+    unused_classes,
     write_dataset_record,
 )
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.data.shards.tars import EncodedSample, write_shard
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import LARGEST_TEXT
-
-
-def flip_byte(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 0xFF
-    path.write_bytes(data)
+from karat_scale.recipe import AugmentConfig
+from karat_scale.training.run_directory import RunDirectory
+from tests.conftest import karat
+from tests.data.backends.helpers import flip
+from tests.data.betons import make_betons
 
 
 def test_every_sample_reads_back(make_shards, make_sample):
@@ -114,45 +118,34 @@ def test_what_is_no_data_set_is_one_line(tmp_path):
         assert "dataset.json is damaged or of another version" in refusal(tmp_path)
 
 
-def leading_out(directory: Path) -> None:
-    record = (directory / "dataset.json").read_text()
-    (directory / "dataset.json").write_text(record.replace('"train-000000.tar"', '"../train-000000.tar"'))
-
-
-def grown(directory: Path) -> None:
-    with (directory / "train-000002.tar").open("ab") as file:
-        file.write(b"more")
-
-
+# What is said, which file is damaged, and how.
 DAMAGE = {
-    "train-000002.tar is missing": lambda directory: (directory / "train-000002.tar").unlink(),
-    "train-000002.index.npz is missing": lambda directory: (directory / "train-000002.index.npz").unlink(),
-    "train-000002.tar is cut short: 1000 bytes": lambda directory: os.truncate(directory / "train-000002.tar", 1000),
-    "000002.index.npz is cut short: 9 bytes": lambda directory: os.truncate(directory / "train-000002.index.npz", 9),
-    "train-000002.tar has changed since it was written": grown,
-    "index.npz has changed since it was written": lambda directory: flip_byte(
-        directory / "train-000002.index.npz", 200
+    "train-000002.tar is missing": ("train-000002.tar", Path.unlink),
+    "train-000002.index.npz is missing": ("train-000002.index.npz", Path.unlink),
+    "train-000002.tar is cut short: 1000 bytes": ("train-000002.tar", lambda path: os.truncate(path, 1000)),
+    "000002.index.npz is cut short: 9 bytes": ("train-000002.index.npz", lambda path: os.truncate(path, 9)),
+    "train-000002.tar has changed since it was written": (
+        "train-000002.tar",
+        lambda path: os.truncate(path, path.stat().st_size + 4),
     ),
-    "splits.train.shards.0.name": leading_out,
+    "index.npz has changed since it was written": ("train-000002.index.npz", lambda path: flip(path, 200)),
+    "splits.train.shards.0.name": (
+        "dataset.json",
+        lambda path: path.write_text(path.read_text().replace('"train-000000.tar"', '"../train-000000.tar"')),
+    ),
 }
 
 
 @pytest.mark.parametrize("said", DAMAGE)
 def test_a_file_that_is_not_as_it_was_is_one_line(make_shards, said):
-    directory = make_shards()
-    DAMAGE[said](directory)
+    directory, (name, damage) = make_shards(), DAMAGE[said]
+    damage(directory / name)
     assert said in refusal(directory)
-
-
-def test_absent_split(make_shards):
-    assert "no samples of split 'test'; the splits there: train, val; set data.val_split=val" in refusal(
-        make_shards(), split="test"
-    )
 
 
 def test_shard_changed_in_place_is_found_by_hash_or_when_read(make_shards):
     directory = make_shards()
-    flip_byte(directory / "train-000002.tar", 1800)
+    flip(directory / "train-000002.tar", 1800)
     assert "train-000002.tar has changed since it was written: its SHA-256" in refusal(directory, verify="hash")
     split = ShardSplit(directory, "train", 3)
     assert split.read(15)
@@ -174,17 +167,12 @@ def test_a_shard_that_is_cut_or_gone_after_opening_is_named(make_shards):
 def test_label_out_of_range(make_shards, make_sample):
     directory = make_shards(train=[make_sample(0), make_sample(1, label=7)])
     assert "sample 0001 has label 7, but dataset.json lists 3 classes" in refusal(directory)
-    directory_2 = directory.parent / "other"
-    directory_2.mkdir()
-    shard = write_shard(directory_2, "train-000000", [make_sample(0, label=-1)])
-    record = DatasetRecord(classes=["a", "b"])
-    record.splits["train"] = SplitRecord(samples=1, bytes=shard.bytes, shards=[shard])
-    write_dataset_record(directory_2, record)
-    assert "label -1" in refusal(directory_2)
 
 
-def test_more_classes_than_the_model(make_shards):
+def test_a_split_that_is_not_there_and_more_classes_than_the_model(make_shards):
     directory = make_shards()
+    said = refusal(directory, split="test")
+    assert "no samples of split 'test'; the splits there: train, val; set data.val_split=val" in said
     assert "has 3 classes, but model.num_classes = 2; set model.num_classes=3" in refusal(directory, num_classes=2)
     assert len(ShardSplit(directory, "train", 10)) == 40
 
@@ -210,3 +198,109 @@ def test_a_record_that_lists_very_many_files_can_be_read(make_shards):
     assert read_dataset_record(directory) == record
     assert record.splits["train"].bytes == sum(path.stat().st_size for path in directory.glob("train-*.tar"))
     assert len(ShardSplit(directory, "train", 3)) == 40
+
+
+BLOCKS = Blocks(samples=4, window=3)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The requests of this process, which are passed on."""
+    requests, real = [], os.posix_fadvise
+
+    def ask(file, begin, length, advice):
+        requests.append((Path(f"/proc/self/fd/{file}").readlink(), begin, length))
+        real(file, begin, length, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", ask)
+    return requests
+
+
+@pytest.mark.parametrize("kind", ["shards", "betons"])
+def test_each_epoch_asks_for_each_block_once(make_shards, asked, kind):
+    directory = make_shards()  # 40 samples, 8 in each shard: 10 blocks
+    open_split, directory = (ShardSplit, directory) if kind == "shards" else (BetonSplit, make_betons(directory))
+    split = open_split(directory, "train", 3, readahead=BLOCKS)
+    asked.clear()
+    for epoch in range(3):
+        order = epoch_order(0, epoch, 40, "block", BLOCKS.samples, BLOCKS.window)
+        for sample_id in order.tolist():
+            split.read(sample_id)
+        # Blocks that end one epoch and begin the next are still there.
+        assert len(asked) == len(set(asked)) >= 10 - 2 * BLOCKS.window
+        if epoch == 0:
+            assert len(asked) == 10
+        asked.clear()
+    split.close()
+
+
+def test_a_block_that_files_cut_is_asked_for_once(make_shards, asked):
+    blocks = Blocks(samples=3, window=6)  # 13 blocks and a part, of which shards cut three
+    split = ShardSplit(make_shards(), "train", 3, readahead=blocks)
+    asked.clear()
+    for sample_id in epoch_order(0, 0, 40, "block", *blocks).tolist():
+        split.read(sample_id)
+    assert len(asked) == len(set(asked)) == 14 + 3
+    split.close()
+
+
+def test_another_order_asks_for_nothing(make_shards, asked):
+    split = ShardSplit(make_shards(), "train", 3)
+    for sample_id in range(40):
+        split.read(sample_id)
+    assert asked == []
+    split.close()
+
+
+@pytest.mark.parametrize("backend", ["folder", "webdataset", "ffcv", "dali"])
+def test_a_path_that_does_not_answer_is_an_error_in_time(tmp_path, data_config, backend):
+    path = tmp_path / "dead"
+    os.mkfifo(path)  # opening it waits, as a dead server's directory does
+    with pytest.raises(DataError, match=rf"^data.path = {path} did not answer for data.timeout = 0.2 s; check its"):
+        open_backend(ImageSpec(data_config(path, backend=backend, timeout=0.2), AugmentConfig(), 16, 3, 0))
+    os.close(os.open(path, os.O_WRONLY))
+    for thread in threading.enumerate():
+        if thread.name == "karat-ask":
+            thread.join(5)
+            assert not thread.is_alive()
+
+
+def test_a_path_that_is_missing_is_told_at_once(tmp_path, data_config):
+    with pytest.raises(DataError, match=r"nowhere is not a directory"):
+        open_backend(ImageSpec(data_config(tmp_path / "nowhere", timeout=300), AugmentConfig(), 16, 3, 0))
+
+
+def test_classes_that_are_never_seen_are_told():
+    assert unused_classes(4, 4) == ""
+    assert "the data has 4 classes, but model.num_classes = 5" in unused_classes(4, 5)
+
+
+def test_only_a_whole_copy_of_just_these_shards_is_taken(tmp_path: Path) -> None:
+    told = {"KARAT_SHARDS": "/shared", "KARAT_STAGED": str(tmp_path)}
+    assert staged_copy("/shared", told) is None
+    (tmp_path / "dataset.json").touch()
+    assert staged_copy("/shared", told) == str(tmp_path)
+    assert staged_copy("/other", told) is None
+    assert staged_copy("/shared", {**told, "KARAT_STAGED": ""}) is None
+    assert staged_copy("", {}) is None
+
+
+def test_a_run_reads_the_copy_and_any_node_evaluates_it(
+    recipe_file: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, copy, run = tmp_path / "shared", tmp_path / "copy", tmp_path / "run"
+    for directory in (shared, copy):
+        shutil.copytree(shards, directory)
+    away = shared.rename(tmp_path / "away")
+    monkeypatch.setenv("KARAT_SHARDS", str(shared))
+    monkeypatch.setenv("KARAT_STAGED", str(copy))
+    done = karat("train", str(recipe_file), f"data.path={shared}", "train.epochs=1")
+    assert done.returncode == 0, done.stderr
+    assert f"the images are read from {copy}, this node's copy" in done.stdout
+    assert RunDirectory(run).recipe().data.path == str(shared)
+
+    monkeypatch.delenv("KARAT_STAGED")
+    shutil.rmtree(copy)
+    away.rename(shared)
+    done = karat("eval", str(run))
+    assert done.returncode == 0, done.stderr

@@ -1,6 +1,5 @@
 """Files by URL: what servers answer, and what they do not."""
 
-import os
 import re
 import subprocess
 import sys
@@ -153,15 +152,6 @@ def test_a_server_without_ranges_is_refused(files):
 
     with serving(Whole) as url, pytest.raises(StoreError, match="does not answer requests for a part of a file"):
         Store(url).read("a.tar", 0, 10)
-
-
-def test_another_process_has_its_own_connections(files, nginx):
-    store = Store(f"http://127.0.0.1:{nginx(files)}", timeout=20)
-    expected = store.read("a.tar", 0, 100)
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if store.read("a.tar", 0, 100) == expected else 1)
-    assert os.waitpid(child, 0)[1] == 0
 
 
 # In a process of its own: collecting the garbage of all that earlier tests have loaded is not safe after a fork.

@@ -1,11 +1,12 @@
 """Sources of images: find the kind of source in a directory, and its splits."""
 
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from karat_scale.data.decoders.orientation import turned_by_default
+from karat_scale.data.decoders.jpeg_header import turned_by_default
 from karat_scale.data.prepare.sources.base import (
     Openers,
     Source,
@@ -23,8 +24,9 @@ from karat_scale.foundation.errors import DataError
 __all__ = ["Source", "SourceOptions", "UnreadableSampleError", "default_exif", "open_splits"]
 
 # Each looks for the official files of its data set and returns splits and classes. With it, the options it uses.
-DATA_SETS = {
-    cifar_splits: {"encoding", "any_hash"},
+DATA_SETS: dict[Callable[[Path, SourceOptions], tuple[Openers, list[str]]], set[str]] = {
+    partial(cifar_splits, "cifar10"): {"encoding", "any_hash"},
+    partial(cifar_splits, "cifar100"): {"encoding", "any_hash"},
     svhn_splits: {"encoding", "any_hash"},
     stl10_splits: {"encoding", "any_hash"},
     flowers_splits: {"any_hash"},

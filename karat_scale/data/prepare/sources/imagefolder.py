@@ -18,9 +18,8 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from karat_scale.data.prepare.sources.base import ListedSource, UnreadableSampleError, cannot_read, is_of_the_file
+from karat_scale.data.shards.shards import images_under, is_image_name
 from karat_scale.foundation.console import progress
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import read_image
@@ -29,11 +28,6 @@ SPLIT_FOLDERS = ("train", "val", "valid", "validation", "test")
 NO_IMAGE_NAME = "the name has no image suffix"
 # Threads that ask for the sizes of files, which a network file system answers slowly; and files for each turn.
 _ASKING, _FILES = 16, 1000
-
-
-def is_image_name(file: str) -> bool:
-    """True if a file's name is that of an image, by ImageFolder's rules; hidden files are not."""
-    return file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")
 
 
 def split_folders(src: Path) -> tuple[dict[str, Path], dict[str, Path]]:
@@ -82,7 +76,11 @@ class ImageFolderSource(ListedSource):
                     f"{folder / name} is a class that the shards do not have; their classes are "
                     f"{classes[0]} ... {classes[-1]} ({len(classes)}); use another --out"
                 )
-            found = _images_under(folder, name, skipped)
+            try:
+                found, others = images_under(folder, name)
+            except OSError as error:
+                raise cannot_read(Path(error.filename), error) from error
+            skipped += [(path, NO_IMAGE_NAME) for path in others]
             paths += found
             labels += [numbers[name]] * len(found)
         if not paths:
@@ -119,25 +117,6 @@ def _size(path: Path) -> int:
         if is_of_the_file(error):
             return 0
         raise cannot_read(path, error) from error
-
-
-def _not_listed(error: OSError) -> None:
-    raise cannot_read(Path(error.filename), error) from error
-
-
-def _images_under(folder: Path, name: str, skipped: list[tuple[str, str]]) -> list[str]:
-    """Return the paths of a class's images from `folder`; adds the other files to `skipped`. Raises DataError."""
-    found = []
-    for directory, folders, files in os.walk(folder / name, onerror=_not_listed, followlinks=True):
-        folders.sort()
-        for file in sorted(files):
-            path = os.path.relpath(os.path.join(directory, file), folder)  # noqa: PTH118
-            if is_image_name(file):
-                found.append(path)
-            else:
-                skipped.append((path, NO_IMAGE_NAME))
-    # Like FolderSplit: as text, names that are not UTF-8 would be sorted differently.
-    return sorted(found, key=os.fsencode)
 
 
 LABEL_FILES = (

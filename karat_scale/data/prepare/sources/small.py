@@ -35,7 +35,7 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -62,6 +62,7 @@ class PublishedFiles:
         self, src: Path, fetched_by: str, md5: dict[str, str | None], archive: str = "", folder: str = "."
     ) -> None:
         self._md5 = md5
+        self.facts: dict[str, Any] = {}
         self._fix = f"fetch it again: python data_prep/fetch.py {fetched_by} --out {src}"
         self._archive: Path | None = None
         self._folder: Path | None = None
@@ -82,38 +83,29 @@ class PublishedFiles:
         """True if the archive or all of the files are in the source."""
         return self._archive is not None or self._folder is not None
 
-    @cached_property
-    def contents(self) -> dict[str, bytes]:
-        """Return each file's bytes, by name. Raises DataError if one is missing or the archive is damaged."""
+    def read(self, any_hash: bool) -> dict[str, bytes]:
+        """Return each file's bytes, by name; `facts` says in dataset.json which are not the published ones.
+
+        Raises DataError if one is missing, the archive is damaged or, unless `any_hash` is set, a hash is another one.
+        """
         if self._archive is not None:
-            return self._unpacked(self._archive)
-        assert self._folder is not None
-        return {name: (self._folder / name).read_bytes() for name in self._md5}
-
-    def checked(self, any_hash: bool) -> dict[str, bytes]:
-        """Check that the contents have the published hashes, unless `any_hash` is set. Raises DataError."""
-        if self._others and not any_hash:
-            name = self._others[0]
+            contents = self._unpacked(self._archive)
+        else:
+            assert self._folder is not None
+            contents = {name: (self._folder / name).read_bytes() for name in self._md5}
+        found = {name: hashlib.md5(data, usedforsecurity=False).hexdigest() for name, data in contents.items()}
+        others = {name: found[name] for name, md5 in self._md5.items() if md5 and found[name] != md5}
+        where = self._archive or self._folder
+        if others and not any_hash:
+            name = next(iter(others))
             raise DataError(
-                f"{self._where}: {name} has the MD5 {_md5(self.contents[name])}, and the published one is "
-                f"{self._md5[name]}; {self._fix}, or accept it with --any-hash"
+                f"{where}: {name} has the MD5 {others[name]}, and the published one is {self._md5[name]}; {self._fix}, "
+                "or accept it with --any-hash"
             )
-        if self._others:
-            print(f"warning: {self._where}: not as published: {', '.join(self._others)} (--any-hash)", file=sys.stderr)
-        return self.contents
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Return the facts for dataset.json: the files that are not the published ones."""
-        return {"not_as_published": self._others}
-
-    @cached_property
-    def _others(self) -> list[str]:
-        return [name for name, md5 in self._md5.items() if md5 and _md5(self.contents[name]) != md5]
-
-    @property
-    def _where(self) -> Path | None:
-        return self._archive or self._folder
+        if others:
+            print(f"warning: {where}: not as published: {', '.join(others)} (--any-hash)", file=sys.stderr)
+        self.facts = {"not_as_published": list(others)}
+        return contents
 
     def _unpacked(self, archive: Path) -> dict[str, bytes]:
         wanted = {f"{self._inside}/{name}": name for name in self._md5}
@@ -154,10 +146,6 @@ def _read_members(packed: _CountedReads, wanted: dict[str, str]) -> dict[str, by
             if len(found) == len(wanted):
                 break
     return found
-
-
-def _md5(data: bytes) -> str:
-    return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
 def mat_array(name: str, data: bytes, variable: str) -> npt.NDArray[Any]:
@@ -248,28 +236,28 @@ _HARMLESS = {
 }
 
 
-def cifar_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str]]:
-    """Return the splits of the CIFAR in `src`, and its classes; both empty if there is none. Raises DataError."""
-    for name, data_set in _NAMES.items():
-        lists = {"train": data_set.train_list, "test": data_set.test_list}
-        md5 = {data_set.meta["filename"]: data_set.meta["md5"]}
-        md5 |= {file: md5 for files in lists.values() for file, md5 in files}
-        files = PublishedFiles(src, name, md5, data_set.filename, data_set.base_folder)
-        if files.are_there:
-            contents = files.checked(options.any_hash)
-            own = _read(data_set.meta["filename"], contents)[data_set.meta["key"]]
-            opener = partial(_open_cifar, data_set.base_folder, files, own, options)
-            return {split: partial(opener, [file for file, _ in listed]) for split, listed in lists.items()}, own
-    return {}, []
+def cifar_splits(name: str, src: Path, options: SourceOptions) -> tuple[Openers, list[str]]:
+    """Return the splits of the CIFAR of this name in `src`, and its classes; both empty if it is not there.
 
+    Raises DataError.
+    """
+    data_set = _NAMES[name]
+    lists = {"train": data_set.train_list, "test": data_set.test_list}
+    md5 = {data_set.meta["filename"]: data_set.meta["md5"]}
+    md5 |= {file: md5 for files in lists.values() for file, md5 in files}
+    files = PublishedFiles(src, name, md5, data_set.filename, data_set.base_folder)
+    if not files.are_there:
+        return {}, []
+    contents, folder, encoding = files.read(options.any_hash), data_set.base_folder, options.encoding or "png"
+    own = _read(data_set.meta["filename"], contents)[data_set.meta["key"]]
 
-def _open_cifar(
-    folder: str, files: PublishedFiles, own: list[str], options: SourceOptions, batches: list[str], classes: list[str]
-) -> PixelSource:
-    images, labels = zip(*(_batch(f"{folder}/{name}", _read(name, files.contents)) for name in batches), strict=True)
-    name = f"{folder}/{batches[0]}" if len(batches) == 1 else f"{folder}/{batches[0]} to {batches[-1]}"
-    encoding = options.encoding or "png"
-    return PixelSource(name, np.concatenate(images), np.concatenate(labels), own, classes, encoding, files.facts)
+    def open_split(batches: list[str], classes: list[str]) -> PixelSource:
+        read = (_batch(f"{folder}/{name}", _read(name, contents)) for name in batches)
+        images, labels = map(np.concatenate, zip(*read, strict=True))
+        where = f"{folder}/{batches[0]}" + (f" to {batches[-1]}" if len(batches) > 1 else "")
+        return PixelSource(where, images, labels, own, classes, encoding, files.facts)
+
+    return {split: partial(open_split, [file for file, _ in listed]) for split, listed in lists.items()}, own
 
 
 def _batch(name: str, batch: dict[str, Any]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
@@ -312,7 +300,7 @@ def flowers_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str
     files = PublishedFiles(src, "flowers102", dict(Flowers102._file_dict.values()), folder=FOLDER)
     if not files.are_there:
         return {}, []
-    contents = files.checked(options.any_hash)
+    contents = files.read(options.any_hash)
     images = _images(contents[IMAGES])
     labels = mat_array(LABELS, contents[LABELS], "labels").reshape(-1)
     found: Openers = {}
@@ -367,8 +355,18 @@ def idx_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str]]:
             found.setdefault(match["split"], path)
     if not found:
         return {}, []
-    own = _classes(src, list(found.values()))
-    return {name: partial(_open_idx, path, own, options) for name, path in found.items()}, own
+    if (src / CLASSES_FILE).is_file():
+        own = [line.strip() for line in (src / CLASSES_FILE).read_text().splitlines() if line.strip()]
+    else:  # the numbers up to the largest label
+        largest = max(int(read_idx(_labels_of(path)).max(initial=0)) for path in found.values())
+        own = [str(label) for label in range(largest + 1)]
+
+    def open_split(images: Path, classes: list[str]) -> PixelSource:
+        labels = read_idx(_labels_of(images))
+        # The demo's figures were measured with JPEG; at this quality it is smaller than PNG and off by a level or two.
+        return PixelSource(str(images), read_idx(images), labels, own, classes, options.encoding or "jpeg")
+
+    return {name: partial(open_split, path) for name, path in found.items()}, own
 
 
 def read_idx(path: Path) -> npt.NDArray[np.uint8]:
@@ -386,21 +384,6 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
     if len(data) != expected:
         raise DataError(f"{path} has {len(data)} bytes, but its header says {expected}; {fix}")
     return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-
-
-def _open_idx(images: Path, own: list[str], options: SourceOptions, classes: list[str]) -> PixelSource:
-    labels = read_idx(_labels_of(images))
-    # The demo's figures were measured with JPEG; at this quality it is smaller than PNG and off by a level or two.
-    return PixelSource(str(images), read_idx(images), labels, own, classes, options.encoding or "jpeg")
-
-
-def _classes(src: Path, images: list[Path]) -> list[str]:
-    """Return class names from classes.txt beside the files, one per line; else the numbers up to the largest label."""
-    listed = src / CLASSES_FILE
-    if listed.is_file():
-        return [line.strip() for line in listed.read_text().splitlines() if line.strip()]
-    largest = max(int(read_idx(_labels_of(path)).max(initial=0)) for path in images)
-    return [str(label) for label in range(largest + 1)]
 
 
 def _labels_of(images: Path) -> Path:
@@ -422,21 +405,20 @@ def stl10_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str]]
     files = PublishedFiles(src, "stl10", md5, STL10.filename, STL10.base_folder)
     if not files.are_there:
         return {}, []
-    own = files.checked(options.any_hash)[STL10.class_names_file].decode("utf-8", "replace").split()
-    return {split: partial(_open_stl10, split, files, own, options) for split in ("train", "test")}, own
+    contents = files.read(options.any_hash)
+    own = contents[STL10.class_names_file].decode("utf-8", "replace").split()
 
+    def open_split(split: str, classes: list[str]) -> PixelSource:
+        name = f"{split}_X.bin"
+        pixels = np.frombuffer(contents[name], dtype=np.uint8)
+        if pixels.size % (3 * STL10_SIDE * STL10_SIDE):
+            raise DataError(f"{name} has {pixels.size} bytes, not a whole number of images; fetch it again")
+        # Each image is three planes, each column by column.
+        images = pixels.reshape(-1, 3, STL10_SIDE, STL10_SIDE).transpose(0, 3, 2, 1)
+        labels = np.frombuffer(contents[f"{split}_y.bin"], dtype=np.uint8).astype(np.int64) - 1
+        return PixelSource(name, images, labels, own, classes, options.encoding or "png", files.facts)
 
-def _open_stl10(
-    split: str, files: PublishedFiles, own: list[str], options: SourceOptions, classes: list[str]
-) -> PixelSource:
-    name = f"{split}_X.bin"
-    pixels = np.frombuffer(files.contents[name], dtype=np.uint8)
-    if pixels.size % (3 * STL10_SIDE * STL10_SIDE):
-        raise DataError(f"{name} has {pixels.size} bytes, not a whole number of images; fetch it again")
-    # Each image is three planes, each column by column.
-    images = pixels.reshape(-1, 3, STL10_SIDE, STL10_SIDE).transpose(0, 3, 2, 1)
-    labels = np.frombuffer(files.contents[f"{split}_y.bin"], dtype=np.uint8).astype(np.int64) - 1
-    return PixelSource(name, images, labels, own, classes, options.encoding or "png", files.facts)
+    return {split: partial(open_split, split) for split in ("train", "test")}, own
 
 
 DIGITS = [str(digit) for digit in range(10)]
@@ -454,7 +436,7 @@ def svhn_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str]]:
 
 
 def _open_svhn(file: str, files: PublishedFiles, options: SourceOptions, classes: list[str]) -> PixelSource:
-    data = files.checked(options.any_hash)[file]
+    data = files.read(options.any_hash)[file]
     images, labels = mat_array(file, data, "X"), mat_array(file, data, "y").reshape(-1).astype(np.int64)
     if images.ndim != 4 or images.shape[2] != 3 or images.dtype != np.uint8:
         raise DataError(f"{file}: X is {images.dtype} {images.shape}, not uint8 [H, W, 3, n]; fetch it again")

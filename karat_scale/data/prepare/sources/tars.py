@@ -31,19 +31,11 @@ from karat_scale.data.prepare.sources.imagefolder import (
     NO_IMAGE_NAME,
     SPLIT_FOLDERS,
     find_file,
-    is_image_name,
     read_val_labels,
     require_utf8,
 )
-from karat_scale.data.shards.shard_format import (
-    DATASET_FILE,
-    KEY,
-    DatasetRecord,
-    chosen_splits,
-    read_column,
-    read_dataset_record,
-)
-from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.data.shards import shard_format
+from karat_scale.data.shards.shards import ShardSplit, is_image_name
 from karat_scale.data.shards.tars import scan_members
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import open_to_read
@@ -308,13 +300,13 @@ def _val_labels(src: Path, members: list[Member], options: SourceOptions, wnids:
 class ShardSource(Source):
     """One split of a directory of shards. See Source. Raises DataError if the shards are not right."""
 
-    def __init__(self, directory: Path, split: str, record: DatasetRecord) -> None:
+    def __init__(self, directory: Path, split: str, record: shard_format.DatasetRecord) -> None:
         self._split = ShardSplit(directory, split, len(record.classes))
         indexes = [(directory / shard.index.name).read_bytes() for shard in record.splits[split].shards]
-        sizes = np.concatenate([read_column(index, "size") for index in indexes])
+        sizes = np.concatenate([shard_format.read_column(index, "size") for index in indexes])
         super().__init__(record.classes, self._split.labels, sizes)
         self.grey = record.splits[split].grey
-        self._keys = np.concatenate([read_column(index, KEY) for index in indexes])
+        self._keys = np.concatenate([shard_format.read_column(index, shard_format.KEY) for index in indexes])
         self._hashes = [shard.sha256 for shard in record.splits[split].shards]
 
     def name(self, index: int) -> str:
@@ -332,11 +324,11 @@ class ShardSource(Source):
 
 def has_shards(src: Path) -> bool:
     """True if this is a directory of finished shards."""
-    return (src / DATASET_FILE).is_file()
+    return (src / shard_format.DATASET_FILE).is_file()
 
 
 def open_shards(src: Path, split: str | None) -> tuple[dict[str, ShardSource], list[str]]:
     """Return the requested splits of a directory of shards, and its classes' readable names. Raises DataError."""
-    record = read_dataset_record(src)
-    chosen = chosen_splits(src, record, split)
+    record = shard_format.read_dataset_record(src)
+    chosen = shard_format.chosen_splits(src, record, split)
     return {name: ShardSource(src, name, record) for name, found in chosen.items() if found.samples}, record.names

@@ -22,15 +22,14 @@ from torch.nn import functional as F
 from karat_scale.checkpoint.weights import Snapshots, snapshot_steps
 from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.backends import Backend, ImageSpec, open_backend
-from karat_scale.data.batch import BadSample, Batch
+from karat_scale.data.batch import BITS, BadSample, Batch, batch_digest
 from karat_scale.data.exact import EvalLoader, ExactLoader
 from karat_scale.data.loading.device_feed import DeviceFeed
-from karat_scale.data.loading.loader import BITS, batch_digest
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan, micro_batch_of
 from karat_scale.data.shards.shard_format import staged_copy, unused_classes
 from karat_scale.data.shards.shards import hash_files, is_hashed
-from karat_scale.data.shards.streamed import StreamShards
 from karat_scale.data.streams.assemble import StreamProgress, StreamState
+from karat_scale.data.streams.samples import StreamShards
 from karat_scale.engine.deepspeed_internals import whole_parameters
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import Engine, pixel_dtype
@@ -288,7 +287,8 @@ class ClassificationTask(Task):
 
     def plan(self) -> TrainPlan:
         """Return the order of the data on this rank."""
-        return TrainPlan.of(self.recipe, self.num_train, self.world.rank, self.world.size)
+        micro_batch = micro_batch_of(self.recipe, self.world.size)
+        return self.backend.plan(self.recipe.train.global_batch, micro_batch, self.world.rank, self.world.size)
 
     @cached_property
     def loader(self) -> ExactLoader:

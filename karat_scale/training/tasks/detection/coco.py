@@ -20,8 +20,7 @@ from PIL import Image
 
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.loading.workers import OrderedResults, Whereabouts
-from karat_scale.data.order import sample_seed
-from karat_scale.data.plan import PADDING, BatchSlice
+from karat_scale.data.plan import PADDING, BatchSlice, sample_seed
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.foundation.files import read_image
 from karat_scale.foundation.tables import how_to_install

@@ -6,6 +6,7 @@ import hashlib
 import io
 import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,11 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN
 
 from karat_scale.data.prepare.sources import SourceOptions, open_splits
-from karat_scale.data.shards.shard_format import read_dataset_record
-from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError
 from tests.data.prepare import official
-from tests.data.prepare.images import jpeg, tar_bytes, write
-from tests.data.prepare.making import beton_samples, make_betons, make_shards
+from tests.data.prepare.images import jpeg, write
+from tests.data.prepare.making import make_shards, shard_samples
+from tests.data.tars import tar_bytes
 
 ANY = SourceOptions(any_hash=True)
 WRITERS = {
@@ -93,28 +93,16 @@ def test_the_published_hash_is_asked_for_and_a_waiver_recorded(tmp_path, capsys)
     ):
         make_shards(tmp_path / "src", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    make_shards(tmp_path / "src", tmp_path / "out", "--any-hash")
+    record = make_shards(tmp_path / "src", tmp_path / "out", "--any-hash")
     assert "warning" in capsys.readouterr().err
-    record = read_dataset_record(tmp_path / "out")
     assert record.classes == [f"class {n}" for n in range(10)]
     made = record.splits["train"].made
     assert made["encoding"] == "png"
     assert sorted(made["not_as_published"]) == sorted(["batches.meta", *official.CIFAR10_FILES])
-    make_shards(tmp_path / "src", tmp_path / "out", "--any-hash", "--workers", "1")
+    make_shards(tmp_path / "src", tmp_path / "out", "--any-hash")
     assert "are complete and correct" in capsys.readouterr().out
     make_shards(tmp_path / "src", tmp_path / "jpeg", "--any-hash", "--encoding", "jpeg")
-    shards = ShardSplit(tmp_path / "jpeg", "train", 10, "hash")
-    assert Image.open(io.BytesIO(shards.read(0))).format == "JPEG"
-
-
-def test_betons_hold_the_pixels(tmp_path):
-    pytest.importorskip("ffcv")
-    images, labels = official.write_svhn(tmp_path / "src")["train"]
-    make_betons(tmp_path / "src", tmp_path / "out", "--any-hash", "--split", "train")
-    found = beton_samples(tmp_path / "out", "train", 10)
-    assert {int(key): label for key, label, _ in found} == dict(enumerate(labels.tolist()))
-    for key, _, data in found:
-        assert np.abs(np.asarray(Image.open(io.BytesIO(data))).astype(int) - images[int(key)]).max() == 0
+    assert {Image.open(io.BytesIO(data)).format for _, _, data in shard_samples(tmp_path / "jpeg")} == {"JPEG"}
 
 
 def test_files_with_the_published_hash_need_no_waiver(tmp_path, monkeypatch):
@@ -131,43 +119,69 @@ class Attack:
         return (Path.touch, (Path(sys.argv[0] or "x").with_name("must-not-exist"),))
 
 
-def test_a_foreign_pickle_runs_no_code(tmp_path):
-    official.write_cifar(tmp_path, fine=False, packed=False)
-    victim = tmp_path / "cifar-10-batches-py" / "data_batch_3"
-    for attack in (Attack(), print, {b"data": np.array([Attack()], dtype=object)}):
-        victim.write_bytes(pickle.dumps(attack, 2))
-        with pytest.raises(DataError, match=r"data_batch_3 is not a file of CIFAR's Python version \(it needs \w+"):
-            open_splits(tmp_path, "train", None, ANY)
-    for damage in (b"", b"\x80\x02]q\x00.", pickle.dumps({b"data": 3})):
-        victim.write_bytes(damage)
-        with pytest.raises(DataError, match=r"data_batch_3 (is not a file|does not have the images)"):
-            open_splits(tmp_path, "train", None, ANY)
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("name", ["cifar10", "stl10"])
-def test_a_cut_archive_is_one_line(tmp_path, name):
-    WRITERS[name](tmp_path)
-    (archive,) = tmp_path.iterdir()
-    whole = archive.read_bytes()
-    for cut in (whole[: len(whole) // 2], b"", b"<html>not found</html>"):
-        archive.write_bytes(cut)
-        with pytest.raises(DataError, match=rf"{archive.name} .*; fetch it again: python data_prep/fetch.py {name}"):
-            open_splits(tmp_path, None, None, ANY)
+def holding(data: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(data)
 
 
-def test_a_missing_file_is_named(tmp_path):
-    official.write_cifar(tmp_path / "a", fine=False, packed=False)
-    (tmp_path / "a/cifar-10-batches-py/data_batch_4").unlink()
-    with pytest.raises(DataError, match=r"cifar-10-batches-py has no data_batch_4; fetch it again"):
-        open_splits(tmp_path / "a", None, None, ANY)
-    official.write_files(tmp_path / "b", "stl10_binary.tar.gz", "stl10_binary", {"train_X.bin": b""})
-    with pytest.raises(DataError, match=r"stl10_binary.tar.gz has no stl10_binary/class_names.txt; fetch it again"):
-        open_splits(tmp_path / "b", None, None, ANY)
+FOREIGN = [pickle.dumps(it, 2) for it in (Attack(), print, {b"data": np.array([Attack()], dtype=object)})]
+BATCH, IDX = "cifar-10-batches-py/data_batch_3", "train-images-idx3-ubyte.gz"
+WRONG = [
+    *(
+        ("cifar10 unpacked", BATCH, holding(data), r"not a file of CIFAR's Python version \(it needs \w+")
+        for data in FOREIGN
+    ),
+    ("cifar10 unpacked", BATCH, holding(b""), "data_batch_3 is not a file"),
+    ("cifar10 unpacked", BATCH, holding(b"\x80\x02]q\x00."), "data_batch_3 is not a file"),
+    ("cifar10 unpacked", BATCH, holding(pickle.dumps({b"data": 3})), "data_batch_3 does not have the images"),
+    ("cifar10 unpacked", BATCH, Path.unlink, "cifar-10-batches-py has no data_batch_3; fetch it again"),
+    ("cifar10", "cifar-10-python.tar.gz", halve, r"fetch it again: python data_prep/fetch.py cifar10"),
+    ("cifar10", "cifar-10-python.tar.gz", holding(b"<html>not found</html>"), "cifar-10-python.tar.gz is damaged"),
+    ("stl10", "stl10_binary.tar.gz", halve, r"fetch it again: python data_prep/fetch.py stl10"),
+    (
+        "stl10",
+        "stl10_binary.tar.gz",
+        holding(tar_bytes({}, "w:gz")),
+        "has no stl10_binary/class_names.txt; fetch it again",
+    ),
+    ("stl10 unpacked", "stl10_binary/train_y.bin", holding(b"\x01" * 9), "fetch both again"),
+    ("stl10 unpacked", "stl10_binary/train_y.bin", holding(b"\x0b" * 10), "sample 0 has label 10, but there are 10"),
+    ("stl10 unpacked", "stl10_binary/train_X.bin", holding(b"12345"), "not a whole number of images"),
+    ("svhn", "train_32x32.mat", holding(b""), "train_32x32.mat is not a complete MATLAB file"),
+    (
+        "svhn",
+        "train_32x32.mat",
+        holding(b"junk" * 100),
+        "train_32x32.mat (is not a complete|has no array of integers 'X')",
+    ),
+    ("svhn", "train_32x32.mat", halve, "train_32x32.mat is not a complete MATLAB file"),
+    ("flowers", "setid.mat", Path.unlink, r"has no setid.mat; fetch it again: python data_prep/fetch.py flowers102"),
+    ("flowers", "102flowers.tgz", halve, "102flowers.tgz is damaged or cut short"),
+    (
+        "flowers",
+        "102flowers.tgz",
+        holding(tar_bytes({"jpg/image_00001.jpg": b"x"}, "w:gz")),
+        "setid.mat names jpg/image_00006",
+    ),
+    ("idx", IDX, halve, r"train-images-idx3-ubyte.gz cannot be read.*; fetch it again"),
+    ("idx", IDX, holding(gzip.compress(b"\0\0\x08\x03")), "has 4 bytes, but its header says 16"),
+    ("idx", "train-labels-idx1-ubyte.gz", Path.unlink, "no labels file beside it"),
+    ("idx", "classes.txt", holding(b"one\ntwo\n"), r"sample 2 has label 2, but there are 2 classes"),
+]
 
-    official.write_flowers(tmp_path / "c")
-    (tmp_path / "c/setid.mat").unlink()
-    with pytest.raises(DataError, match=r"c has no setid.mat; fetch it again: python data_prep/fetch.py flowers102"):
-        open_splits(tmp_path / "c", None, None, ANY)
+
+@pytest.mark.parametrize(("name", "file", "damage", "said"), WRONG)
+def test_a_file_that_is_not_right_is_one_line(tmp_path, write_idx, name, file, damage, said):
+    writers = {**WRITERS, "flowers": official.write_flowers, "idx": lambda src: write_idx(src, "train", 9)}
+    writers[name](tmp_path)
+    damage(tmp_path / file)
+    with pytest.raises(DataError, match=said) as caught:
+        open_splits(tmp_path, "train", None, SourceOptions(any_hash=name != "idx"))
+    assert "\n" not in str(caught.value)
+    assert not Path(sys.argv[0] or "x").with_name("must-not-exist").exists()
 
 
 def test_plain_names_that_cifar_has_too_are_no_cifar(tmp_path):
@@ -177,27 +191,24 @@ def test_plain_names_that_cifar_has_too_are_no_cifar(tmp_path):
     assert list(open_splits(tmp_path, None, None)) == ["train", "val"]
 
 
-@pytest.mark.parametrize("damage", [b"", b"junk" * 100, "half"])
-def test_a_damaged_mat_file_is_one_line(tmp_path, damage):
-    official.write_svhn(tmp_path)
-    path = tmp_path / "test_32x32.mat"
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if damage == "half" else damage)
-    with pytest.raises(DataError, match=r"test_32x32.mat (is not a complete MATLAB file|has no array of integers 'X')"):
-        open_splits(tmp_path, "val", None, ANY)
+@pytest.mark.parametrize("packed", [True, False])
+def test_idx_files_become_grey_jpegs(tmp_path, write_idx, packed):
+    src = tmp_path / "src"
+    src.mkdir()
+    images = write_idx(src, "train", 30, packed=packed)
+    write_idx(src, "t10k", 10, packed=packed)
+    record = make_shards(src, tmp_path / "out")
+    assert record.classes == [str(i) for i in range(10)]
+    assert {name: split.samples for name, split in record.splits.items()} == {"train": 30, "val": 10}
+    found = shard_samples(tmp_path / "out")
+    assert {int(key): label for key, label, _ in found} == {index: index % 10 for index in range(30)}
+    for key, _, data in found:
+        image = Image.open(io.BytesIO(data))
+        assert (image.format, image.mode) == ("JPEG", "L")
+        assert np.abs(np.asarray(image).astype(int) - images[int(key)]).mean() < 6
 
 
-def test_labels_and_images_that_do_not_fit(tmp_path):
-    official.write_stl10(tmp_path, packed=False)
-    labels = tmp_path / "stl10_binary/train_y.bin"
-    for wrong, part in ((b"\x01" * 9, "fetch both again"), (b"\x0b" * 10, "sample 0 has label 10, but there are 10")):
-        labels.write_bytes(wrong)
-        with pytest.raises(DataError, match=part):
-            open_splits(tmp_path, "train", None, ANY)
-    (tmp_path / "stl10_binary/train_X.bin").write_bytes(b"12345")
-    with pytest.raises(DataError, match="not a whole number of images"):
-        open_splits(tmp_path, "train", None, ANY)
-    official.write_flowers(tmp_path / "flowers", 12)
-    one = gzip.compress(tar_bytes({"jpg/image_00001.jpg": b"x"}))
-    (tmp_path / "flowers/102flowers.tgz").write_bytes(one)
-    with pytest.raises(DataError, match=r"setid.mat names jpg/image_00006.jpg, which has no image or label"):
-        open_splits(tmp_path / "flowers", "train", None, ANY)
+def test_idx_class_names(tmp_path, write_idx):
+    write_idx(tmp_path, "train", 9, classes=3)
+    (tmp_path / "classes.txt").write_text("one\ntwo\nthree\n")
+    assert make_shards(tmp_path, tmp_path / "out").classes == ["one", "two", "three"]

@@ -1,7 +1,6 @@
 """A tar of an ImageFolder gives what the same folder gives, whatever is around and between its images."""
 
 import os
-import shutil
 import subprocess
 import tarfile
 from collections.abc import Iterable
@@ -9,22 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.data.shards.shard_format import read_dataset_record
-from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError
-from tests.data.prepare.images import contents, jpeg, tar_bytes, write
-from tests.data.prepare.making import make_shards
+from tests.data.prepare.images import contents, jpeg, write
+from tests.data.prepare.making import make_shards, shard_samples
+from tests.data.tars import tar_bytes
 
 HIDDEN = "it is in a hidden folder, or hidden"
 
 
-def made(source: Path, split: str = "train") -> tuple[list[str], list[tuple[str, int, bytes]], dict[str, str]]:
+def made(source: Path) -> tuple[list[str], list[tuple[str, int, bytes]], dict[str, str]]:
     """The classes, the samples by key, and the skipped files with their reasons."""
     out = source.parent / f"{source.name}-shards"
-    make_shards(source, out, "--workers", "1")
-    record, shards = read_dataset_record(out), ShardSplit(out, split, 100)
-    samples = sorted((shards.locate(i)[0], int(shards.labels[i]), shards.read(i)) for i in range(len(shards)))
-    return record.classes, samples, {item.path: item.reason for item in record.splits[split].skipped}
+    record = make_shards(source, out)
+    return record.classes, sorted(shard_samples(out)), {i.path: i.reason for i in record.splits["train"].skipped}
 
 
 def a_tar(path: Path, names: Iterable[str]) -> Path:
@@ -123,13 +119,10 @@ def test_hard_links_are_images_and_other_links_are_listed(tmp_path: Path) -> Non
 
 
 def test_a_sparse_image_is_listed(tmp_path: Path) -> None:
-    program = shutil.which("tar")
-    if program is None:
-        pytest.skip("tar is not installed")
     write(tmp_path / "ant/1.jpg", jpeg(1))
     write(tmp_path / "ant/2.jpg", jpeg(2))
     os.truncate(tmp_path / "ant/2.jpg", 1 << 20)
-    command = [program, "--format=gnu", "--sparse", "--hole-detection=raw", "-cf", "src.tar", "ant"]
+    command = ["tar", "--format=gnu", "--sparse", "--hole-detection=raw", "-cf", "src.tar", "ant"]
     subprocess.run(command, cwd=tmp_path, check=True)
     _, samples, skipped = made(tmp_path / "src.tar")
     assert [key for key, _, _ in samples] == ["ant/1"]

@@ -11,12 +11,10 @@ import pytest
 from karat_scale.data.prepare.sources import imagefolder
 from karat_scale.data.prepare.sources.base import UnreadableSampleError
 from karat_scale.data.prepare.sources.imagefolder import ImageFolderSource
-from karat_scale.data.shards.folder import FolderSplit
-from karat_scale.data.shards.shard_format import read_dataset_record
-from karat_scale.data.shards.shards import ShardSplit
+from karat_scale.data.shards.shards import FolderSplit
 from karat_scale.foundation.errors import DataError
 from tests.data.prepare.images import WNIDS, contents, jpeg, write, write_folders
-from tests.data.prepare.making import make_shards
+from tests.data.prepare.making import make_shards, shard_samples
 
 
 @pytest.fixture
@@ -38,12 +36,11 @@ def test_a_split_without_class_folders_is_not_left_out_in_silence(kaggle, tmp_pa
 
 
 def test_it_is_no_hindrance_where_another_is_wanted(kaggle, tmp_path, capsys):
-    make_shards(kaggle, tmp_path / "train", "--split", "train", "--workers", "1")
-    assert list(read_dataset_record(tmp_path / "train").splits) == ["train"]
+    assert list(make_shards(kaggle, tmp_path / "train", "--split", "train").splits) == ["train"]
     shutil.rmtree(kaggle / "val")
     write(kaggle / "val" / WNIDS[0] / "0.JPEG", jpeg(2))
-    make_shards(kaggle, tmp_path / "all", "--workers", "1")  # test/ stays flat: its labels nobody has
-    assert list(read_dataset_record(tmp_path / "all").splits) == ["train", "val"]
+    # test/ stays flat: its labels nobody has
+    assert list(make_shards(kaggle, tmp_path / "all").splits) == ["train", "val"]
     assert "the split test is left out; its images are in no class folders" in capsys.readouterr().out
 
 
@@ -57,26 +54,22 @@ def test_a_split_that_is_left_out_adds_no_class_and_is_named(tmp_path, capsys, p
         with tarfile.open(tmp_path / "src.tar", "w") as tar:
             tar.add(src, ".")
         src = tmp_path / "src.tar"
-    make_shards(src, out, "--workers", "1")
+    record = make_shards(src, out)
     assert f"{src}: the split test is left out; --split test converts it" in capsys.readouterr().out
-    record = read_dataset_record(out)
     assert (record.classes, list(record.splits)) == ([*WNIDS, "n99999999"], ["train", "val"])
     assert record.splits["train"].made["exif"] == "keep"
     with pytest.raises(DataError, match="has the class 'all', which the shards in --out do not"):
-        make_shards(src, out, "--split", "test", "--workers", "1")
-    make_shards(src, tmp_path / "alone", "--split", "train", "--workers", "1")  # as a job array does
-    assert read_dataset_record(tmp_path / "alone").splits["train"] == record.splits["train"]
-    assert read_dataset_record(tmp_path / "alone").classes == record.classes
+        make_shards(src, out, "--split", "test")
+    alone = make_shards(src, tmp_path / "alone", "--split", "train")  # as a job array does
+    assert (alone.splits["train"], alone.classes) == (record.splits["train"], record.classes)
     assert "left out" not in capsys.readouterr().out
-    make_shards(src, tmp_path / "test", "--split", "test", "--workers", "1")
-    assert read_dataset_record(tmp_path / "test").splits["test"].samples == 1
+    assert make_shards(src, tmp_path / "test", "--split", "test").splits["test"].samples == 1
 
 
 def test_a_class_may_have_the_name_of_a_split(tmp_path):
     for number, name in enumerate(("bus", "train")):
         write(tmp_path / "src" / name / "0.jpg", jpeg(number))
-    make_shards(tmp_path / "src", tmp_path / "out", "--workers", "1")
-    assert read_dataset_record(tmp_path / "out").classes == ["bus", "train"]
+    assert make_shards(tmp_path / "src", tmp_path / "out").classes == ["bus", "train"]
 
 
 def test_names_that_are_no_utf8_have_the_same_place_in_folder_tar_and_shards(tmp_path):
@@ -86,11 +79,11 @@ def test_names_that_are_no_utf8_have_the_same_place_in_folder_tar_and_shards(tmp
         write(src / "train" / "ant" / os.fsdecode(name), jpeg(number))
     with tarfile.open(tmp_path / "src.tar", "w") as tar:
         tar.add(src / "train", "train")
-    make_shards(src, tmp_path / "shards", "--workers", "1")
-    make_shards(tmp_path / "src.tar", tmp_path / "of_tar", "--workers", "1")
     folder = FolderSplit(src, "train", 1)
-    for shards in (ShardSplit(tmp_path / out, "train", 1) for out in ("shards", "of_tar")):
-        assert [shards.read(i) for i in range(5)] == [folder.read(i) for i in range(5)]
+    for source in (src, tmp_path / "src.tar"):
+        make_shards(source, tmp_path / f"{source.name}-shards")
+        found = [data for _, _, data in shard_samples(tmp_path / f"{source.name}-shards")]
+        assert found == [folder.read(i) for i in range(5)]
 
 
 def test_a_name_that_is_no_utf8_is_reported_as_text(tmp_path):
@@ -98,8 +91,7 @@ def test_a_name_that_is_no_utf8_is_reported_as_text(tmp_path):
     write(src / "ant" / "0.jpg", jpeg(0))
     write(src / "ant" / os.fsdecode(b"\xff.txt"), b"no image")
     write(src / "ant" / os.fsdecode(b"\xfe.jpg"), b"no image either")
-    make_shards(src, out, "--workers", "1")
-    skipped = read_dataset_record(out).splits["train"].skipped
+    skipped = make_shards(src, out).splits["train"].skipped
     assert sorted(record.path for record in skipped) == [r"ant/\xfe.jpg", r"ant/\xff.txt"]
 
     write(src / os.fsdecode(b"\xfd") / "0.jpg", jpeg(1))
@@ -128,8 +120,7 @@ def ants(tmp_path):
 def test_a_file_that_cannot_be_read_is_listed_or_stops_the_run(ants, tmp_path):
     (ants / "ant/gone.jpg").symlink_to("nowhere")
     (ants / "ant/loop.jpg").symlink_to("loop.jpg")
-    make_shards(ants, tmp_path / "out", "--workers", "1")
-    record = read_dataset_record(tmp_path / "out").splits["train"]
+    record = make_shards(ants, tmp_path / "out").splits["train"]
     assert record.samples == 4
     assert [(item.path, item.reason) for item in record.skipped] == [
         ("ant/gone.jpg", "No such file or directory"),
@@ -138,7 +129,7 @@ def test_a_file_that_cannot_be_read_is_listed_or_stops_the_run(ants, tmp_path):
     (ants / "ant/loop.jpg").unlink()
     message = r"ant/gone\.jpg: No such file or directory; remove it, or choose another --on-odd than stop"
     with pytest.raises(DataError, match=message):
-        make_shards(ants, tmp_path / "stop", "--workers", "1", "--on-odd", "stop")
+        make_shards(ants, tmp_path / "stop", "--on-odd", "stop")
     assert not (tmp_path / "stop" / "dataset.json").exists()
 
 
@@ -151,7 +142,7 @@ def test_an_error_of_the_file_system_leaves_no_image_out(ants, tmp_path, monkeyp
         source = tmp_path / "src.tar"
         with tarfile.open(source, "w") as tar:
             tar.add(ants, ".")
-    options = ("--workers", "1", "--shard-samples", "2")
+    options = ("--shard-samples", "2")
     make_shards(source, tmp_path / "whole", *options)
     pread, read_image, done = os.pread, imagefolder.read_image, []
 
@@ -166,9 +157,8 @@ def test_an_error_of_the_file_system_leaves_no_image_out(ants, tmp_path, monkeyp
             patched.setattr(os, "pread", lambda *arguments: fails_at_the_last(pread, *arguments))
         else:
             patched.setattr(imagefolder, "read_image", lambda path: fails_at_the_last(read_image, path))
-        with pytest.raises(
-            DataError, match=rf"src.* cannot be read: {os.strerror(number)}; .*run the same command again"
-        ):
+        said = rf"src.* cannot be read: {os.strerror(number)}; .*run the same command again"
+        with pytest.raises(DataError, match=said):
             make_shards(source, tmp_path / "out", *options)
     assert not (tmp_path / "out/dataset.json").exists()
     assert (tmp_path / "out/train-000000.tar").exists()
@@ -186,7 +176,7 @@ def test_a_folder_that_cannot_be_listed_leaves_no_class_out(ants, tmp_path, monk
 
     monkeypatch.setattr(os, "scandir", fails)
     with pytest.raises(DataError, match=r"src/ant cannot be read: Input/output error; "):
-        make_shards(ants, tmp_path / "out", "--workers", "1")
+        make_shards(ants, tmp_path / "out")
 
 
 def test_the_sizes_of_files_are_asked_for_at_the_same_time_and_with_progress(tmp_path, monkeypatch, capsys):

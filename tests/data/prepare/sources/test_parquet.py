@@ -12,12 +12,10 @@ from pyarrow.parquet import write_table
 
 from karat_scale.data.prepare.job import held_out, shuffled
 from karat_scale.data.prepare.sources import SourceOptions, open_splits
-from karat_scale.data.shards.shard_format import read_dataset_record
-from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError
 from tests.data.betons import need_ffcv
 from tests.data.prepare.images import contents, jpeg
-from tests.data.prepare.making import beton_samples, make_betons, make_shards
+from tests.data.prepare.making import beton_samples, make_betons, make_shards, shard_samples
 
 NAMES = ["tench", "crane", "zebra", "crane"]
 IMAGE = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
@@ -55,16 +53,14 @@ def images(tmp_path):
     return src, known
 
 
-def samples(out, split, classes=4):
-    shards = ShardSplit(out, split, classes, "hash")
-    return {shards.locate(i)[0]: (shards.read(i), int(shards.labels[i])) for i in range(len(shards))}
+def samples(out, split="train"):
+    return {key: (data, label) for key, label, data in shard_samples(out, split)}
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_bytes_labels_keys_and_class_names_are_those_of_the_files(images, tmp_path, workers):
     src, known = images
-    make_shards(src, tmp_path / "out", "--shard-samples", "6", "--workers", workers)
-    record = read_dataset_record(tmp_path / "out")
+    record = make_shards(src, tmp_path / "out", "--shard-samples", "6", "--workers", workers)
     assert record.classes == ["tench", "crane (1)", "zebra", "crane (3)"]
     assert {name: split.samples for name, split in record.splits.items()} == {"train": 21, "val": 6}
     assert samples(tmp_path / "out", "train") | samples(tmp_path / "out", "val") == known
@@ -75,14 +71,13 @@ def test_bytes_labels_keys_and_class_names_are_those_of_the_files(images, tmp_pa
 def test_a_split_that_is_left_out_adds_no_class(tmp_path, capsys):
     for split, names in (("train", ["b", "c"]), ("validation", ["c", "b"]), ("test", ["a", "a"])):
         write(tmp_path / f"src/{split}.parquet", photos(0, 2), arrow.array(names), metadata={})
-    make_shards(tmp_path / "src", tmp_path / "out", "--workers", "1")
-    assert read_dataset_record(tmp_path / "out").classes == ["b", "c"]
+    assert make_shards(tmp_path / "src", tmp_path / "out").classes == ["b", "c"]
     assert "the split test is left out; --split test converts it" in capsys.readouterr().out
 
 
 def test_the_same_files_give_the_same_shards_and_another_seed_another_order(images, tmp_path):
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        make_shards(images[0], tmp_path / name, "--seed", seed, "--workers", "1")
+        make_shards(images[0], tmp_path / name, "--seed", seed)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert list(samples(tmp_path / "a", "train")) != list(samples(tmp_path / "c", "train"))
 
@@ -106,7 +101,7 @@ def test_each_group_of_rows_is_read_once(images, monkeypatch):
 def test_validation_images_are_held_out_of_parquet_too(images, tmp_path):
     for path in (images[0] / "data").glob("validation*"):
         path.unlink()
-    make_shards(images[0], tmp_path / "out", "--val-count", "8", "--workers", "1")
+    make_shards(images[0], tmp_path / "out", "--val-count", "8")
     train, val = samples(tmp_path / "out", "train"), samples(tmp_path / "out", "val")
     assert (len(train), len(val), len(train | val)) == (13, 8, 21)
     assert held_out(np.array([label for _, label in val.values()]), None, 4, 0).sum() == 4
@@ -115,10 +110,9 @@ def test_validation_images_are_held_out_of_parquet_too(images, tmp_path):
 def test_a_folder_for_each_split_without_metadata_and_paths(tmp_path):
     write(tmp_path / "src/train/0000.parquet", photos(0, 5, paths=False), ["dog", "ant", "dog", "cat", "ant"], {})
     write(tmp_path / "src/test/0000.parquet", photos(9, 2, paths=False), ["cat", "ant"], {})
-    make_shards(tmp_path / "src", tmp_path / "out", "--workers", "1")
-    record = read_dataset_record(tmp_path / "out")
+    record = make_shards(tmp_path / "src", tmp_path / "out")
     assert record.classes == ["ant", "cat", "dog"]
-    assert samples(tmp_path / "out", "val", 3) == {"0000/000000": (jpeg(9), 1), "0000/000001": (jpeg(10), 0)}
+    assert samples(tmp_path / "out", "val") == {"0000/000000": (jpeg(9), 1), "0000/000001": (jpeg(10), 0)}
 
 
 def test_one_file_of_plain_bytes_and_numbers(tmp_path):
@@ -130,10 +124,9 @@ def test_one_file_of_plain_bytes_and_numbers(tmp_path):
         DataError, match=r"--label-column img: .* has no such column of labels; it has img, fine, coarse"
     ):
         make_shards(tmp_path / "pets.parquet", tmp_path / "out", "--label-column", "img")
-    make_shards(tmp_path / "pets.parquet", tmp_path / "out", "--label-column", "fine", "--workers", "1")
-    record = read_dataset_record(tmp_path / "out")
+    record = make_shards(tmp_path / "pets.parquet", tmp_path / "out", "--label-column", "fine")
     assert (record.classes, record.splits["train"].empty_classes) == (["0", "1", "2"], ["1"])
-    assert set(samples(tmp_path / "out", "train", 3)) == {"pets/000000", "pets/000001"}
+    assert set(samples(tmp_path / "out")) == {"pets/000000", "pets/000001"}
 
 
 def test_a_missing_file_is_named_unless_it_is_accepted(images, tmp_path):
@@ -142,15 +135,13 @@ def test_a_missing_file_is_named_unless_it_is_accepted(images, tmp_path):
         DataError, match=r"src has no train-00000-of-00002.parquet, and lacks 1 files in all; fetch them"
     ):
         make_shards(images[0], tmp_path / "out")
-    make_shards(images[0], tmp_path / "out", "--any-hash", "--workers", "1")
-    record = read_dataset_record(tmp_path / "out").splits["train"]
+    record = make_shards(images[0], tmp_path / "out", "--any-hash").splits["train"]
     assert (record.samples, record.made["not_as_published"]) == (11, ["train-00000-of-00002.parquet"])
 
 
 def test_rows_without_an_image_are_skipped_and_listed(tmp_path):
     write(tmp_path / "src/train.parquet", [(None, "gone.jpg"), (jpeg(1), "a.jpg"), (b"text", "b.jpg")], [0, 1, 2])
-    make_shards(tmp_path / "src", tmp_path / "out", "--workers", "1")
-    record = read_dataset_record(tmp_path / "out").splits["train"]
+    record = make_shards(tmp_path / "src", tmp_path / "out").splits["train"]
     assert [(item.path, item.reason) for item in record.skipped] == [
         ("b.jpg", "not an image in a supported format"),
         ("gone.jpg", "the row has no bytes of an image"),
@@ -170,7 +161,7 @@ def test_files_that_are_wrong_are_one_line(images, tmp_path):
     damaged[4:400] = b"\xff" * 396
     path.write_bytes(damaged)
     with pytest.raises(DataError, match="not a complete Parquet file"):
-        make_shards(images[0], tmp_path / "out", "--workers", "1")
+        make_shards(images[0], tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -204,4 +195,4 @@ def test_one_large_image_among_small_ones_fits_into_a_beton(tmp_path, options):
     rows, labels = [*photos(0, 4), (large, "large.JPEG")], arrow.array([0, 1, 0, 1, 2], arrow.int64())
     write(tmp_path / "src/data/train-00000-of-00001.parquet", rows, labels, group=5)
     make_betons(tmp_path / "src", tmp_path / "out", *options)
-    assert ("large", 2, large) in beton_samples(tmp_path / "out", "train", 4)
+    assert ("large", 2, large) in beton_samples(tmp_path / "out")

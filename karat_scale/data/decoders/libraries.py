@@ -1,4 +1,4 @@
-"""The decoders of Pillow and of torch's image libraries, and the resize of decoded pixels.
+"""The decoders of image libraries, Pillow, torch's and FFCV's, and the resize of decoded pixels.
 
 Pillow decodes and resizes as ImageFolder does, and its pixels are the reference for the other decoders. The resize of
 a decoded region is the same for every decoder that returns whole pixels.
@@ -6,8 +6,13 @@ a decoded region is the same for every decoder that returns whole pixels.
 torch's libraries decode whole JPEGs and resize in uint8 with torch: fast, with nothing to compile. torchcodec takes
 the place of torchvision's decoder, which is deprecated since torchvision 0.29. On a CPU both decode with
 libjpeg-turbo, as Pillow does, so the pixels do not depend on which of the three is there.
+
+FFCV's Loader cannot be seeded, returns views of a ring buffer, shows damaged JPEGs as black pixels, changes torch's
+thread count, compiles for seconds, and can hang or crash in several ways. Its decoder is one C function, which is
+called here directly. The order, the draws, the processes and the errors are those of the other backends.
 """
 
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -23,8 +28,10 @@ from torch.nn import functional
 
 from karat_scale.data.decoders.decode import ChooseView, View, blank_jpeg, check_pixels, decode_rgb, opened, to_rgb
 from karat_scale.data.decoders.jpeg_header import Frame, hide_exif, read_frame
-from karat_scale.foundation.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError, one_line
+from karat_scale.foundation.tables import how_to_install
 
+Pixels = npt.NDArray[np.uint8]
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -37,7 +44,7 @@ class PillowDecoder:
         self._resample = RESAMPLE[interpolation]
         self._max_pixels = max_pixels
 
-    def read(self, data: bytes, choose: ChooseView) -> npt.NDArray[np.uint8]:
+    def read(self, data: bytes, choose: ChooseView) -> Pixels:
         with opened(data) as image:
             check_pixels(*image.size, self._max_pixels)
             view = choose(*image.size)
@@ -53,7 +60,7 @@ def resized(image: Image.Image, view: View, resample: Image.Resampling) -> Image
     return image.resize(view.size, resample, box=view.box_in_region)
 
 
-def resize_region(region: npt.NDArray[np.uint8], view: View, interpolation: str) -> npt.NDArray[np.uint8]:
+def resize_region(region: Pixels, view: View, interpolation: str) -> Pixels:
     """Return the view, uint8 [height, width, 3], from its region, uint8 [h, w, 3]; antialiased.
 
     It uses torch in uint8 for a whole region, and Pillow if the box's ends are within pixels, which torch cannot do.
@@ -62,7 +69,7 @@ def resize_region(region: npt.NDArray[np.uint8], view: View, interpolation: str)
     if view.box == view.region:
         planes = torch.from_numpy(region).permute(2, 0, 1)[None]
         small = functional.interpolate(planes, (height, width), mode=interpolation, antialias=True)
-        result: npt.NDArray[np.uint8] = small[0].permute(1, 2, 0).numpy()
+        result: Pixels = small[0].permute(1, 2, 0).numpy()
         return result
     image = Image.fromarray(region)
     return np.asarray(image.resize(view.size, RESAMPLE[interpolation], box=view.box_in_region))
@@ -82,7 +89,7 @@ class WholeDecoder(ABC):
         self._interpolation, self._max_pixels = interpolation, max_pixels
         self._pillow = PillowDecoder(interpolation, max_pixels)
 
-    def read(self, data: bytes, choose: ChooseView) -> npt.NDArray[np.uint8]:
+    def read(self, data: bytes, choose: ChooseView) -> Pixels:
         pixels = self._pixels(data)
         if pixels is None:
             return self._pillow.read(data, choose)
@@ -90,7 +97,7 @@ class WholeDecoder(ABC):
         left, top, right, bottom = view.region
         return resize_region(pixels[top:bottom, left:right], view, self._interpolation)
 
-    def _pixels(self, data: bytes) -> npt.NDArray[np.uint8] | None:
+    def _pixels(self, data: bytes) -> Pixels | None:
         """Return the whole image, uint8 [h, w, 3]; None if Pillow must read it. Raises UndecodableImageError."""
         frame = read_frame(data)
         if frame is None or not frame.is_grey_or_colour:
@@ -99,7 +106,7 @@ class WholeDecoder(ABC):
         return self._decoded(data, frame)
 
     @abstractmethod
-    def _decoded(self, data: bytes, frame: Frame) -> npt.NDArray[np.uint8] | None:
+    def _decoded(self, data: bytes, frame: Frame) -> Pixels | None:
         """Return a whole JPEG, in memory that the next call may reuse; None if Pillow must read it."""
 
 
@@ -115,7 +122,7 @@ class TorchvisionDecoder(WholeDecoder):
         except RecipeError:
             self._decode = None
 
-    def _decoded(self, data: bytes, frame: Frame) -> npt.NDArray[np.uint8] | None:
+    def _decoded(self, data: bytes, frame: Frame) -> Pixels | None:
         if self._decode is None:
             pixels = np.array(decode_rgb(data))
         else:
@@ -168,3 +175,65 @@ def find_jpeg_decoder(device: torch.device) -> JpegDecoder:
         f"no library decodes JPEGs on {where} ({'; '.join(reasons)}); install torchcodec for this torch, "
         "`pip install 'torchcodec>=0.16'`"
     )
+
+
+# A buffer for larger images is freed after use.
+KEPT_BYTES = 32 << 20
+# The header that karat_scale.data.shards.beton puts before raw pixels.
+PPM_HEADER = re.compile(rb"P6 (\d+) (\d+) 255\n")
+
+
+def require_ffcv() -> None:
+    """Raise RecipeError, with what to install, if FFCV or a library that it needs is missing."""
+    try:
+        import ffcv.libffcv  # noqa: F401
+    except (ImportError, OSError) as error:
+        raise RecipeError(f"FFCV cannot be imported ({one_line(error)}); {how_to_install('ffcv')}") from error
+
+
+class FfcvDecoder(WholeDecoder):
+    """Decodes with FFCV's library, and PPM, the form of raw pixels.
+
+    FFCV's only resize, OpenCV's INTER_AREA, is slower and repeats pixels when a crop is enlarged; it is not used. If
+    the library reports a problem with a JPEG, Pillow reads it. Raises RecipeError if FFCV is not installed.
+    """
+
+    name = "ffcv"
+
+    def __init__(self, interpolation: str, max_pixels: int) -> None:
+        require_ffcv()
+        super().__init__(interpolation, max_pixels)
+        self._decode = FfcvJpegs()
+
+    def _pixels(self, data: bytes) -> Pixels | None:
+        header = PPM_HEADER.match(data)
+        if header is None:
+            return super()._pixels(data)
+        width, height = int(header[1]), int(header[2])
+        check_pixels(width, height, self._max_pixels)
+        whole = len(data) == header.end() + 3 * width * height
+        return np.frombuffer(data, np.uint8, offset=header.end()).reshape(height, width, 3) if whole else None
+
+    def _decoded(self, data: bytes, frame: Frame) -> Pixels | None:
+        return self._decode(data, frame)
+
+
+class FfcvJpegs:
+    """FFCV's `imdecode` on a buffer that every call reuses. It uses FFCV's fast, less exact DCT."""
+
+    def __init__(self) -> None:
+        from ffcv.libffcv import ctypes_imdecode
+
+        self._imdecode = ctypes_imdecode
+        self._buffer = np.empty(0, dtype=np.uint8)
+
+    def __call__(self, data: bytes, frame: Frame) -> Pixels | None:
+        """Return RGB, uint8 [height, width, 3]; None if the library reports any problem with the data."""
+        width, height = frame.width, frame.height
+        size = 3 * width * height
+        buffer = self._buffer if size <= len(self._buffer) else np.empty(size, dtype=np.uint8)
+        if len(self._buffer) < size <= KEPT_BYTES:
+            self._buffer = buffer
+        whole = (height, width, 0, 0, 1, 1, False, False)  # no crop, no offset, full scale, no flip
+        fault = self._imdecode(data, len(data), height, width, buffer.ctypes.data, *whole)
+        return None if fault else buffer[:size].reshape(height, width, 3)
