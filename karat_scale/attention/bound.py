@@ -1,7 +1,7 @@
 """A bound on scores: A = tau cos(q, k), where each head learns tau and tau stays below the bound.
 
-Without one, nothing limits the scores q k / sqrt(d). At a high learning rate they grow beyond the range in which a
-Fourier series is injective, and training becomes unstable. Query and key are scaled before the operator sees them, so
+Without one, nothing limits the scores q k / sqrt(d). At a high learning rate they grow beyond +-pi, where a Fourier
+series repeats, and training becomes unstable. Query and key are scaled before the operator sees them, so
 all forms, bases and implementations work with it.
 """
 
@@ -14,7 +14,7 @@ from karat_scale.attention.call import compute_dtype
 from karat_scale.attention.operator import AttentionHeads, WrappedHeads
 
 START = 1.0
-"""Of tau; see docs/attention.md for the starts that were tried."""
+"""The first tau; docs/attention.md compares it with others."""
 # Added to squared lengths, so that a query of 0 has scores of 0 and a finite gradient.
 TINY = 1e-12
 
@@ -41,7 +41,7 @@ class BoundedHeads(WrappedHeads):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Let tau start again."""
+        """Set tau to its start again."""
         share = min(self.start / self.bound, 0.9)
         self.tau_logit.fill_(math.log(share / (1 - share)))
 

@@ -31,9 +31,9 @@ from karat_scale.attention.call import (
 )
 from karat_scale.attention.routes import plan_tiles, workspace_budget
 
-# Of a cosine or sine. Nearer to 1 the logarithm is steeper; farther off, more digits cancel.
+# What is added to a cosine or sine. Nearer to 1 the logarithm is steeper; farther off, more digits cancel.
 SHIFT = 1.5
-# What FlexAttention's kernels for GPUs multiply at least.
+# The least width of heads that FlexAttention's kernels for GPUs take.
 LEAST_WIDTH = 16
 # A trial that is worse than this in relative L2 error is wrong, not rounded: TF32 has 3 digits.
 WRONG = 0.02
@@ -136,7 +136,7 @@ def _attend_by(log: Callable[..., Tensor], *heads: Tensor) -> tuple[Tensor, Tens
 
 
 def _with_vmap() -> AbstractContextManager[None]:
-    """Lets FlexAttention map its function over scores, which compiled graphs forbid to their operations."""
+    """Let FlexAttention map its function over scores, which an operation in a compiled graph may not do by itself."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for name in ("FuncTorchBatched", "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode"):
         excluded = excluded.remove(getattr(torch._C.DispatchKey, name))

@@ -39,10 +39,10 @@ class ExactLoader:
     the same for any number of ranks, workers and micro batches. The last incomplete global batch of an epoch is left
     out.
 
-    Iterating yields what is left of the current epoch; the next iteration goes on with the next one. Of images, a batch
-    is (images, labels): float32 [b, 3, H, W], normalised, and int64 [b]; or float32 [b, classes] where `augment` mixes
-    or smooths labels. Of a dataset of your own it is what `collate` returns. In the body of the loop, `state_dict`
-    counts the batch that the body has.
+    Iterating yields what is left of the current epoch; the next iteration yields the next epoch. A batch of images is
+    (images, labels): float32 [b, 3, H, W], normalised, and int64 [b]; or float32 [b, classes] where `augment` mixes or
+    smooths labels. A batch of your own dataset is what `collate` returns. In the body of the loop, `state_dict` counts
+    the batch that the body has.
 
     Args:
         data: images, as `karat train` reads them: a folder of classes, shards, betons, or the index of tars, also at a
@@ -52,15 +52,15 @@ class ExactLoader:
         seed: of the order, and of all that is drawn.
         rank, world_size: by default those of torch.distributed, or of the launcher's environment, or 0 of 1.
         workers: processes that read and decode; 0 does it in this process.
-        micro_batch: samples of a batch of this rank; by default all of its part of a step. A part is several batches
-            where it is smaller.
+        micro_batch: samples of a batch of this rank; by default its whole part of a step. With a smaller one, a part is
+            several batches.
         epochs: where to end; None never ends.
         image_size: H and W.
         augment: settings of the recipe's `augment` section, over a plain random resized crop and flip.
         transform: of your own dataset: what is done to each sample, `transform(sample)` or
             `transform(sample, generator)`.
         collate: of your own dataset: makes a batch of a list of samples; torch's by default.
-        device: where the tensors shall be. Copies to a GPU run beside the work on the batch before.
+        device: of the tensors. Copies to a GPU run beside the work on the batch before.
         dtype: of the images. torch.uint8 leaves them as they were read.
         num_classes: for labels that are mixed or smoothed; by default that of the data.
         total_digest: `state_dict` has the digest of the whole run, which it adds up over all ranks. So all of them must
@@ -246,16 +246,16 @@ class EvalLoader:
     """Every sample of a split exactly once over any number of ranks.
 
     Iterating yields (images, labels, ids): float32 [b, 3, H, W], int64 [b] and int64 [b], the numbers of the samples in
-    the split; of a dataset of your own, (batch, ids). It may be iterated again. Every rank has as many batches. The
-    last ones may be smaller, and of no sample at all if there are fewer samples than ranks have room for. These are
-    left out, or with drop_empty=False come as well, for loops with collective calls. An image that cannot be read is
+    the split; of your own dataset, (batch, ids). It may be iterated again. Every rank has the same number of batches.
+    The last ones may be smaller, or empty where there are too few samples. Empty ones are left out; with
+    drop_empty=False they are yielded too, for loops with collective calls. An image that cannot be read is
     left out, or ends the loop, as `on_bad_sample` says.
 
     The arguments that are not here are those of `ExactLoader`.
 
     Args:
         batch: samples of a batch, on each rank.
-        drop_empty: leave out batches of no sample.
+        drop_empty: leave out empty batches.
 
     Raises:
         DataError, RecipeError: as `ExactLoader`.
@@ -400,7 +400,7 @@ def _backend_of(path: str, split: str) -> str:
 
 
 def open_own(data: Any, spec: ImageSpec, transform: Any, collate: Any) -> OwnSamples | None:
-    """Return the samples of a dataset of the user's; None if `data` is a place of images. Raises RecipeError."""
+    """Return the samples of the user's own dataset; None if `data` is a place of images. Raises RecipeError."""
     if not isinstance(data, str | Path):
         return OwnSamples(data, spec.data, spec.seed, transform, collate)
     if transform is not None or collate is not None:

@@ -78,7 +78,7 @@ def plan_recipe(source: str, overrides: Sequence[str], request: Request) -> int:
     keys = [text for text in overrides if "=" in text]
     recipes = [load_recipe(name, keys) for name in (source, *more)]
     if more and request.with_curve:
-        raise UserError("--curve is of one recipe; name one, or leave out --curve")
+        raise UserError("--curve takes one recipe; name one, or leave out --curve")
     if request.only_dry_run:
         for recipe in recipes:
             for line in dry_run(recipe, request.gpus):

@@ -39,7 +39,7 @@ class SampleFiles:
 
     @property
     def identity(self) -> object:
-        """What a loader's state says of the data; of copies it is equal."""
+        """What a loader's state says of the data; equal for copies of them."""
         return self._split.identity
 
     def __getitem__(self, sample_id: int) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def test_two_recipes_are_shown_side_by_side(tmp_path: Path, capsys: Capture) -> 
     assert gigabytes(ours["choice"]["needed"]) in row
     assert "time of a step" in printed
     assert plan("imagenet_vit_tiny", "--curve", "--gpu", "h100-80") == 2
-    assert "--curve is of one recipe" in capsys.readouterr().err
+    assert "--curve takes one recipe" in capsys.readouterr().err
 
 
 @pytest.mark.slow
