@@ -9,14 +9,14 @@ from karat_scale.foundation.tables import load
 
 if TYPE_CHECKING:
     from karat_scale.data.exact import EvalLoader, ExactLoader
-    from karat_scale.data.shards.sample_files import SampleFiles
+    from karat_scale.data.sample_files import SampleFiles
 
 __all__ = ["EvalLoader", "ExactLoader", "SampleFiles"]
 
 _PLACES = {
     "EvalLoader": "karat_scale.data.exact:EvalLoader",
     "ExactLoader": "karat_scale.data.exact:ExactLoader",
-    "SampleFiles": "karat_scale.data.shards.sample_files:SampleFiles",
+    "SampleFiles": "karat_scale.data.sample_files:SampleFiles",
 }
 
 
