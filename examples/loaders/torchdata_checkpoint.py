@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 examples/loaders/torchdata_checkpoint.py DATA RUN WO
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ loader = ExactLoader(
     data, global_batch=12, workers=workers, epochs=EPOCHS, image_size=32, device=device, total_digest=True
 )
 if whole := sorted(run.glob("step-*")):
-    state = {"model": model.state_dict(), "loader": loader}
+    state: dict[str, Any] = {"model": model.state_dict(), "loader": loader}
     dcp.load(state, checkpoint_id=whole[-1])  # calls loader.load_state_dict
     model.load_state_dict(state["model"])
 

@@ -106,7 +106,7 @@ def train(tokens: str, run: Path, workers: int) -> None:
     config = ExactTokens.Config(dataset_path=tokens, global_batch=12, workers=workers, epochs=3)
     loader = ExactTokens(config, dp_world_size=ranks, dp_rank=dist.get_rank(), local_batch_size=12 // ranks, seq_len=4)
     if whole := sorted(run.glob("step-*")):
-        state = {"model": model.state_dict(), "dataloader": loader}
+        state: dict[str, Any] = {"model": model.state_dict(), "dataloader": loader}
         dcp.load(state, checkpoint_id=whole[-1])
         model.load_state_dict(state["model"])
     for inputs, labels in loader:

@@ -137,7 +137,7 @@ def batch_digest(batch: Batch) -> int:
 def digest_sum(rows: Iterable[tuple[Any, ...]]) -> int:
     """Return the sum of the digests of what `repr` shows of each row, modulo 2^40."""
     digests = (blake2b(repr(row).encode(), digest_size=BITS // 8).digest() for row in rows)
-    return sum(int.from_bytes(digest, "little") for digest in digests) % 2**BITS
+    return sum(int.from_bytes(digest, "little") for digest in digests) % (1 << BITS)
 
 
 def with_digest(batch: Batch) -> Batch:

@@ -167,7 +167,8 @@ class ExactLoader:
         found: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(found, (self.plan.rank, self._digest_of_steps))
         # As a dict, because the ranks of a split model may have the same samples.
-        return sum(dict(found).values()) % 2**BITS
+        total: int = sum(dict(found).values())
+        return total % (1 << BITS)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the loader is, and of what data and settings. It is the same on every rank."""
