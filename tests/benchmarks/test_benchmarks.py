@@ -1,14 +1,13 @@
 """Each benchmark at a small size: what it prints, and the figures in its file."""
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import data_peers, freed_memory, order, prepare, remote, resizing, variants
+from benchmarks import freed_memory, loaders, order, prepare, remote, resizing, variants
 from benchmarks.attention_curve import growth
 from karat_scale.foundation.errors import UserError
 from tests.conftest import SMALL, benchmark
@@ -46,13 +45,29 @@ def test_a_curve_measures_every_length(measure: Measure) -> None:
     assert "time grows as N^" in result["printed"]
 
 
-@pytest.mark.parametrize("augment", ["crop", pytest.param("paper", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("augment", ["crop", "paper"])
 def test_the_loaders_of_other_libraries_are_measured_beside_ours(measure: Measure, augment: str) -> None:
-    small = ("--images", "5", "--rounds", "1", "--workers", "0", "--augment", augment, "--backend", "webdataset")
-    figures = {row["contender"]: row for row in measure(data_peers.main, *small)["rows"]}
-    assert all(math.isfinite(row["ratio"]) and row["images_per_core_second"] > 0 for row in figures.values())
-    assert {"karat webdataset, torchvision", "Pillow ImageFolder, float32"} <= set(figures)
-    assert ("torchvision decode and crop, uint8" in figures) == (augment == "crop")
+    theirs, ours = "torch DataLoader, Pillow", "ExactLoader, shards"
+    left_out = ["DALI, CPU"] if augment == "paper" else []
+    small = ("--count", "8", "--batch", "2", "--rounds", "1", "--epochs", "1", "--augment", augment)
+    only = [word for name in ("whole decode", ours, theirs, *left_out) for word in ("--only", name)]
+    result = measure(loaders.main, *small, *only)
+    rows = {row["loader"]: row for row in result["rows"]}
+    assert set(rows) == {"whole decode", ours, theirs}
+    assert list(result["not_measured"]) == left_out
+    assert all(row["per_processor_second"] > 0 for row in rows.values())
+    assert [rows[ours][f"{what}_{more}"] for what in ("lost", "repeated") for more in (0, 1)] == [0, 0, 0, 0]
+    assert rows[theirs]["repeated_0"] == 4  # it has no state: the epoch begins anew, of which half had been seen
+    assert rows[ours]["memory_mb"] > 0
+    assert rows[ours]["prepare_mb"] > 0 == rows[theirs]["prepare_mb"]
+
+
+def test_a_place_without_images_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="0 whole colour JPEGs, fewer than --batch 32; name another place"):
+        loaders.main([str(tmp_path)])
+    with pytest.raises(UserError, match="--only tensorflow: no such loader; choose from: whole decode; "):
+        loaders.main(["--only", "tensorflow"])
 
 
 @SLOW

@@ -2,7 +2,7 @@
 
 A core's second is a second of processor time, of this process and its workers, so other processes on the machine do not
 count. Contenders run in turn over the same images: some of yours, or photo-like ones made here, in each backend's
-layout. 1.0 is a whole decode by libjpeg-turbo, with no crop, resize or batch. `python -m benchmarks.data_peers` adds
+layout. 1.0 is a whole decode by libjpeg-turbo, with no crop, resize or batch. `python -m benchmarks.loaders` measures
 the loaders of other libraries.
 """
 
@@ -55,11 +55,8 @@ TWO_WORKERS, ONE_WORKER = "2 workers", "1 worker"
 Contender = Callable[[], object]
 
 
-def bench_data(options: argparse.Namespace, more: "Callable[[Contenders], dict[str, Contender]]" = lambda _: {}) -> int:
-    """Measure, print a table, and write the file of `--json`; returns 0. Raises UserError for what cannot be measured.
-
-    `more` returns further contenders, each of which goes over `Contenders.loader_images` images.
-    """
+def bench_data(options: argparse.Namespace) -> int:
+    """Measure, print a table, and write the file of `--json`; returns 0. Raises UserError if it cannot measure."""
     backends = list(options.backend or BACKENDS)
     for name in backends:
         if name not in BACKENDS:
@@ -69,7 +66,7 @@ def bench_data(options: argparse.Namespace, more: "Callable[[Contenders], dict[s
         images = prepare_images(Path(scratch), options.images, options.path, options.tar)
         ours = Contenders(images, options, backends)
         whole = ours.whole()
-        loaders = {**ours.backends(), **more(ours)}
+        loaders = ours.backends()
         seconds = interleaved_seconds({**whole, **loaders}, options.rounds, processor_seconds)
         scaling = device = None
         if "webdataset" in backends:
