@@ -88,6 +88,8 @@ def watched(network: nn.Module) -> Iterator[Findings]:
     findings = Findings()
 
     def after(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not network.training:  # a look at the scores, after the step
+            return
         parts = output if isinstance(output, tuple | list) else (output,)
         if module is network:
             findings.seen.append(inputs[0].detach().float().cpu())

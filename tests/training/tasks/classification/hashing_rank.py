@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from karat_scale.data.shards import shards as hashing
+from karat_scale.data.shards import shard_format as hashing
 from karat_scale.engine import distributed
 from karat_scale.foundation.errors import DataError
 from karat_scale.recipe.loading import load_recipe
