@@ -134,7 +134,3 @@ def curves(by_arm: ByArm) -> str:
         rows.append([arm, *(f"{x:.1f}" for x in means)])
     text = "## By epoch\n\nTop-1 on the test images at each evaluation, a mean over seeds.\n\n"
     return text + table(["arm", *(f"{round(step / steps[-1] * 22)}" for step in steps)], rows)
-
-
-if __name__ == "__main__":
-    write_results()

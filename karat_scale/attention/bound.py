@@ -32,6 +32,8 @@ class BoundedHeads(WrappedHeads):
         start: of tau; at most 0.9 of the bound.
     """
 
+    _shown = ("bound",)
+
     def __init__(self, operator: AttentionHeads, bound: float, start: float = START) -> None:
         super().__init__(operator)
         like = next(operator.parameters())
@@ -64,10 +66,6 @@ class BoundedHeads(WrappedHeads):
         """Return tau sqrt(d) q / |q| and k / |k|."""
         tau = self.bound * self.tau_logit.to(compute_dtype(query, key)).sigmoid()
         return _scaled(query, tau[:, None] * query.shape[-1] ** 0.5), _scaled(key, 1.0)
-
-    def extra_repr(self) -> str:
-        """The settings, in the constructor's names."""
-        return f"bound={self.bound}"
 
 
 def _scaled(heads: Tensor, length: Tensor | float) -> Tensor:

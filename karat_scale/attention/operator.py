@@ -65,6 +65,8 @@ class AttentionHeads(nn.Module):
 
     num_heads: int
     implementation = "auto"
+    _shown: tuple[str, ...] = ()
+    """The settings that `repr` shows."""
     without_kernels = "PyTorch"
     """What runs if `implementation` is "auto" and the heads have no kernels."""
     sees_input = False
@@ -124,6 +126,10 @@ class AttentionHeads(nn.Module):
             return self.without_kernels, None
         own = functional.KERNELS_OF.get(layer.device.type, "auto")
         return functional.automatic(call), functional.refusal(own, call)
+
+    def extra_repr(self) -> str:
+        """Return the settings, with the constructor's names."""
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._shown)
 
 
 class InputHeads(AttentionHeads):
@@ -338,10 +344,6 @@ class KaratOperator(FourierHeads):
     def example(self, layer: LayerCall) -> FourierCall | None:
         """See `AttentionHeads`."""
         return super().example(layer) if has_kernels(self.basis, self.form, self.simplex) else None
-
-    def extra_repr(self) -> str:
-        """Return the settings, with the constructor's names."""
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._shown)
 
 
 class FourierKaratOperator(KaratOperator):

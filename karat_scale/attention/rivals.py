@@ -29,6 +29,8 @@ class PointwiseHeads(AttentionHeads):
         num_heads: h.
     """
 
+    _shown = ("num_tokens", "num_heads")
+
     def __init__(self, num_tokens: int, num_heads: int) -> None:
         super().__init__()
         self.num_tokens, self.num_heads = num_tokens, num_heads
@@ -54,10 +56,6 @@ class PointwiseHeads(AttentionHeads):
             return weights if keep is None else weights * keep
 
         return rule
-
-    def extra_repr(self) -> str:
-        """The settings, in the constructor's names."""
-        return f"num_tokens={self.num_tokens}, num_heads={self.num_heads}"
 
 
 class SigmoidHeads(PointwiseHeads):
@@ -92,6 +90,8 @@ class GatedHeads(InputHeads):
         device, dtype: of `gate_weight` w [h, D].
     """
 
+    _shown = ("num_heads", "embed_dim")
+
     def __init__(
         self,
         num_heads: int,
@@ -101,7 +101,7 @@ class GatedHeads(InputHeads):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.embed_dim = num_heads, embed_dim
         self.gate_weight = nn.Parameter(torch.empty((num_heads, embed_dim), device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -129,10 +129,6 @@ class GatedHeads(InputHeads):
         """See `AttentionHeads`."""
         return 4 * self.num_heads * tokens * tokens * width + 2 * tokens * self.gate_weight.numel()
 
-    def extra_repr(self) -> str:
-        """The settings, in the constructor's names."""
-        return f"num_heads={self.num_heads}, embed_dim={self.gate_weight.shape[1]}"
-
 
 class DifferentialHeads(AttentionHeads):
     """S = softmax(A_1) - lambda softmax(A_2), differential attention (arXiv 2410.05258).
@@ -148,6 +144,7 @@ class DifferentialHeads(AttentionHeads):
         device, dtype: of the parameters: the four `lambda_*` [h, d / 2], and `norm_weight` [h, d].
     """
 
+    _shown = ("num_heads", "width")
     is_linear = False
     start = 0.8
     epsilon = 1e-5
@@ -163,7 +160,7 @@ class DifferentialHeads(AttentionHeads):
         super().__init__()
         if width % 2:
             raise ValueError(f"kind = differential needs heads of an even width, not {width}; use another num_heads")
-        self.num_heads = num_heads
+        self.num_heads, self.width = num_heads, width
 
         def room(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -200,10 +197,6 @@ class DifferentialHeads(AttentionHeads):
         """See `AttentionHeads`."""
         return 6 * self.num_heads * tokens * tokens * width
 
-    def extra_repr(self) -> str:
-        """The settings, in the constructor's names."""
-        return f"num_heads={self.num_heads}, width={self.norm_weight.shape[1]}"
-
     def _factor(self) -> Tensor:
         """lambda [h, 1, 1]."""
         first = (self.lambda_q1 * self.lambda_k1).sum(-1).exp()
@@ -226,6 +219,7 @@ class QueryOnly(AttentionHeads):
         device, dtype: of `query_cos` and `query_sin` [h, r, d, G], and W, `proj` [h, N, r].
     """
 
+    _shown = ("num_tokens", "num_heads", "width", "rank", "grid")
     token_axes = MappingProxyType({"proj": (1,)})
     summed_axes = MappingProxyType({"proj": (1,)})
 
@@ -280,11 +274,6 @@ class QueryOnly(AttentionHeads):
         units = 4 * tokens * width * self.grid * self.rank
         product = 2 * tokens * tokens * (self.rank + width) if masked else 4 * tokens * self.rank * width
         return self.num_heads * (units + product)
-
-    def extra_repr(self) -> str:
-        """The settings, in the constructor's names."""
-        sizes = f"num_tokens={self.num_tokens}, num_heads={self.num_heads}, width={self.width}"
-        return f"{sizes}, rank={self.rank}, grid={self.grid}"
 
     def _units(self, query: Tensor) -> Tensor:
         """H [B, h, N, r]."""

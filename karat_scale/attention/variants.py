@@ -44,6 +44,7 @@ class ControlHeads(AttentionHeads):
     """
 
     parameter: str
+    _shown = ("num_tokens", "num_heads")
 
     def __init__(
         self,
@@ -65,10 +66,6 @@ class ControlHeads(AttentionHeads):
     def reset_parameters(self) -> None:
         """Give the parameter its initial values again."""
         raise NotImplementedError
-
-    def extra_repr(self) -> str:
-        """The settings, in the constructor's names."""
-        return f"num_tokens={self.num_tokens}, num_heads={self.num_heads}"
 
 
 class StaticHeads(ControlHeads):

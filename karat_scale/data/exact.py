@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from karat_scale.data.backends import Backend, ImageSpec, open_backend
 from karat_scale.data.backends.own import Dataset, OwnSamples
@@ -22,6 +23,7 @@ from karat_scale.data.loading.device_feed import DeviceFeed
 from karat_scale.data.plan import PADDING, BatchSlice, EvalPlan, TrainPlan, choose_micro_batch
 from karat_scale.data.shards.shard_format import DATASET_FILE, beton_path
 from karat_scale.foundation.errors import DataError, RecipeError
+from karat_scale.foundation.machine import launch_environment
 from karat_scale.foundation.stores import is_url
 from karat_scale.recipe import AugmentConfig, DataConfig
 from karat_scale.recipe.loading import section_of
@@ -32,7 +34,23 @@ Waiting = Callable[[], AbstractContextManager[None]]
 Load = Callable[[Iterable[BatchSlice]], Iterator[Any]]
 
 
-class ExactLoader:
+class _Loader:
+    """What is closed at the end of a `with` block."""
+
+    _source: Backend
+
+    def close(self) -> None:
+        """Stop the workers and close the files."""
+        self._source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ExactLoader(_Loader):
     """Training batches in an order that depends on the data, the seed and the global batch alone.
 
     Rank k of W gets the k-th part of each global batch. So the samples of a step, and all that is drawn for them, are
@@ -100,8 +118,7 @@ class ExactLoader:
         source = open_own(data, spec, transform, collate) or open_backend(spec)
         mixes = not isinstance(source, OwnSamples) and spec.augment.mixes
         micro = choose_micro_batch(global_batch, world_size, micro_batch, even=mixes)
-        order = spec.data.order, spec.data.block_samples, spec.data.window_blocks
-        plan = TrainPlan(seed, source.num_train, global_batch, micro, rank, world_size, *order)
+        plan = source.plan(global_batch, micro, rank, world_size, lanes=0)
         self._set_up(spec, plan, source, torch.device(device), dtype, epochs)
         self._total_digest = total_digest
 
@@ -119,7 +136,7 @@ class ExactLoader:
         self,
         spec: ImageSpec,
         plan: TrainPlan,
-        source: Backend | OwnSamples,
+        source: Backend,
         device: torch.device,
         dtype: torch.dtype,
         epochs: int | None,
@@ -223,8 +240,7 @@ class ExactLoader:
     def feed(self, slices: Iterable[BatchSlice], waiting: Waiting = nullcontext) -> DeviceFeed[Any]:
         """Return the micro batches of `slices` on the device, before `finish`; in `waiting()` it waits for the next."""
         self._reading = self._source.train_batches(slices)
-        own = isinstance(self._source, OwnSamples)
-        return DeviceFeed(self._reading if own else map(with_digest, self._reading), self._device, waiting)
+        return DeviceFeed(map(with_digest, self._reading), self._device, waiting)
 
     def _stop(self) -> None:
         if self._ahead is not None:
@@ -234,16 +250,10 @@ class ExactLoader:
     def close(self) -> None:
         """Stop the workers and close the files."""
         self._stop()
-        self._source.close()
-
-    def __enter__(self) -> "ExactLoader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        super().close()
 
 
-class EvalLoader:
+class EvalLoader(_Loader):
     """Every sample of a split exactly once over any number of ranks.
 
     Iterating yields (images, labels, ids): float32 [b, 3, H, W], int64 [b] and int64 [b], the numbers of the samples in
@@ -313,16 +323,6 @@ class EvalLoader:
             if len(found[-1]) or not self._drop_empty:
                 yield found
 
-    def close(self) -> None:
-        """Stop the workers and close the files."""
-        self._source.close()
-
-    def __enter__(self) -> "EvalLoader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class Finish:
     """What is done to a batch of images on the device: augmentation, normalisation, mixing, and targets."""
@@ -367,7 +367,7 @@ def place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if rank is None and world_size is None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        return launch_environment(os.environ)[:2]
     if rank is None or world_size is None or not 0 <= rank < world_size:
         raise RecipeError(f"rank = {rank} and world_size = {world_size}: give both, with rank below world_size")
     return rank, world_size
@@ -403,7 +403,7 @@ def _backend_of(path: str, split: str) -> str:
 def open_own(data: Any, spec: ImageSpec, transform: Any, collate: Any) -> OwnSamples | None:
     """Return the samples of the user's own dataset; None if `data` is a place of images. Raises RecipeError."""
     if not isinstance(data, str | Path):
-        return OwnSamples(data, spec.data, spec.seed, transform, collate)
+        return OwnSamples(data, spec, transform, collate)
     if transform is not None or collate is not None:
         raise RecipeError(
             "transform and collate are for a dataset of your own; for images, use `augment`, or pass "

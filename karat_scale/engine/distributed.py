@@ -31,6 +31,7 @@ from karat_scale.engine.peers import Peers, Place, meet
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import UserError
 from karat_scale.foundation.files import replace_file
+from karat_scale.foundation.machine import launch_environment
 
 T = TypeVar("T")
 PATIENCE_MINUTES = 30.0
@@ -134,16 +135,6 @@ class World:
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 """A process that has joined nothing."""
-
-
-def launch_environment(environ: Mapping[str, str]) -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun or srun gave them; (0, 1, 0) for a process on its own."""
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", "0"))
-    # Only a step started by srun has this; the batch script and `salloc` shells do not.
-    if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        return (int(environ["SLURM_PROCID"]), int(environ["SLURM_STEP_NUM_TASKS"]), int(environ["SLURM_LOCALID"]))
-    return 0, 1, 0
 
 
 @contextmanager

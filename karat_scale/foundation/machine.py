@@ -21,7 +21,7 @@ import re
 import signal
 import stat
 import tempfile
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -235,6 +235,16 @@ NETWORK_FILE_SYSTEMS = (
     *("afs", "beegfs", "ceph", "cifs", "fhgfs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "orangefs"),
     *("panfs", "pvfs2", "smb3", "smbfs", "sshfs", "wekafs"),
 )
+
+
+def launch_environment(environ: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun or srun gave them; (0, 1, 0) for a process on its own."""
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", "0"))
+    # Only a step started by srun has this; the batch script and `salloc` shells do not.
+    if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return (int(environ["SLURM_PROCID"]), int(environ["SLURM_STEP_NUM_TASKS"]), int(environ["SLURM_LOCALID"]))
+    return 0, 1, 0
 
 
 def use_local_caches(environ: MutableMapping[str, str] = os.environ, mounts: Path = MOUNTS) -> None:

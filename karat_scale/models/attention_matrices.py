@@ -257,8 +257,7 @@ def beyond_reach(model: nn.Module, forward: Callable[[Tensor], object], images: 
             rows = slice(None, None, math.ceil(query.shape[2] / _QUERIES))
             heads = heads_of(attention)
             assert heads is not None
-            query, key = heads.bounded(*(x[:, -heads.num_heads :] for x in (query, key)))
-            scores = query[:, :, rows] @ key.mT / query.shape[-1] ** 0.5
+            scores = scores_of(query[:, -heads.num_heads :, rows], key[:, -heads.num_heads :], heads)
             if bias is not None:
                 scores = scores + bias[:, -heads.num_heads :, rows]
             beyond = scores.abs() > reach

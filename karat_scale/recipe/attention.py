@@ -113,8 +113,7 @@ class AttentionConfig(Section):
     def ranges(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
         """Yield the first block, the last block and the keys of each range."""
         for text, own in self.blocks.items():
-            first, _, last = text.partition("-")
-            yield int(first), int(last or first), own
+            yield *_ends(text), own
 
     def _with(self, own: dict[str, Any]) -> "AttentionConfig":
         if not own:
@@ -234,8 +233,8 @@ class AttentionConfig(Section):
             key = f"attention.blocks.{text}"
             if not re.fullmatch(r"\d{1,3}(-\d{1,3})?", text):
                 raise ValueError(f"{key}: should be the number of a block, such as 8, or a range, such as 8-11")
-            first, _, last = text.partition("-")
-            numbers = range(int(first), int(last or first) + 1)
+            first, last = _ends(text)
+            numbers = range(first, last + 1)
             if not numbers or not own:
                 raise ValueError(f"{key}: {'has no keys' if numbers else 'its last block is before its first'}")
             if both := [number for number in numbers if number in taken]:
@@ -265,6 +264,12 @@ class AttentionConfig(Section):
                 f"{self.transfer_from} uses another model's; use attention.kind=softmax or remove transfer_from"
             )
         return self
+
+
+def _ends(text: str) -> tuple[int, int]:
+    """The first and the last block of a range such as 8-11, or twice the block of one number."""
+    first, _, last = text.partition("-")
+    return int(first), int(last or first)
 
 
 def describe_attention(attention: AttentionConfig) -> str:

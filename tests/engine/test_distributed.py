@@ -27,12 +27,12 @@ from karat_scale.engine.distributed import (
     default_port,
     gpu_index,
     have_a_gpu_each,
-    launch_environment,
     refuse_shared,
     start,
     tell_deepspeed,
 )
 from karat_scale.foundation.errors import UserError
+from karat_scale.foundation.machine import launch_environment
 from tests.conftest import ROOT, free_port, karat_environment, rank_environments
 
 

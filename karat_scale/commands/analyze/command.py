@@ -31,6 +31,7 @@ from karat_scale.engine import distributed
 from karat_scale.foundation.console import printable, render_page, work_display
 from karat_scale.foundation.errors import RunDirectoryError, UserError
 from karat_scale.foundation.files import make_folder, replace_file
+from karat_scale.foundation.machine import launch_environment
 
 _KINDS = ("figure", "gallery", "table")
 _EMPTY = dict.fromkeys(_KINDS)
@@ -131,7 +132,7 @@ def analyze_paths(
     if not out and own.is_symlink():  # in a run of somebody else, it may lead anywhere
         raise RunDirectoryError(f"{own}: is a link, and nothing is written where it leads; add --out DIR")
     directory = Path(out) if out else own
-    if distributed.launch_environment(os.environ)[1] == 1:
+    if launch_environment(os.environ)[1] == 1:
         return analyze(opened, only, settings, directory)
     world = distributed.start("auto")
     try:

@@ -16,10 +16,11 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import default_collate
 
+from karat_scale.data.backends.images import Backend
 from karat_scale.data.batch import digest_sum
+from karat_scale.data.loading.assemble import ImageSpec
 from karat_scale.data.loading.workers import OrderedResults, Whereabouts, worker_number
 from karat_scale.data.plan import PADDING, BatchSlice, sample_seed
-from karat_scale.recipe import DataConfig
 
 
 class Dataset(Protocol):
@@ -57,24 +58,22 @@ class Collated:
         return replace(self, content=_each_tensor(self.content, lambda x: x if x.is_cuda else x.pin_memory()))
 
 
-class OwnSamples:
-    """The batches of a dataset, with the names that a `Backend` has for them.
+class OwnSamples(Backend):
+    """The batches of a dataset. See Backend; training and evaluation have the same samples, and there are no classes.
 
     transform: what is done to each sample, in the worker; it may take a second argument, `generator`. collate: makes a
     batch of a list of samples.
     """
 
-    num_classes = 0
-
     def __init__(
         self,
         dataset: Dataset,
-        data: DataConfig,
-        seed: int,
+        spec: ImageSpec,
         transform: Callable[..., Any] | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
     ) -> None:
-        self._dataset, self._data, self._seed = dataset, data, seed
+        super().__init__(spec, len(dataset), len(dataset), ())
+        self._dataset = dataset
         self._steps: list[tuple[Callable[..., Any], bool]] = [
             (dataset.__getitem__, _takes_generator(type(dataset).__getitem__))
         ]
@@ -85,21 +84,14 @@ class OwnSamples:
         self._handed_out: list[OrderedResults[Collated]] = []
 
     @property
-    def num_train(self) -> int:
-        """Number of samples."""
-        return len(self._dataset)
-
-    num_val = num_train
-
-    @property
     def identity(self) -> str:
         """What a checkpoint says of the data: the dataset's own `identity`, if it has one, or its class and length."""
         own = getattr(self._dataset, "identity", None)
         return str(own) if own is not None else f"{type(self._dataset).__name__} of {self.num_train} samples"
 
-    def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Collated]:
-        """Return the batches of `slices`, in their order."""
-        data = self._data
+    def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Any]:
+        """Return the batches of `slices`, each `Collated`, in their order."""
+        data = self.spec.data
         loader: OrderedResults[Collated] = OrderedResults(
             self._make, slices, data.workers, data.prefetch, data.timeout, self._whereabouts
         )
@@ -115,7 +107,7 @@ class OwnSamples:
 
     def _make(self, part: BatchSlice) -> Collated:
         ids: npt.NDArray[np.int64] = part.sample_ids[part.sample_ids != PADDING]
-        seeds = [(sample_id, sample_seed(self._seed, part.epoch, sample_id)) for sample_id in ids.tolist()]
+        seeds = [(sample_id, sample_seed(self.spec.seed, part.epoch, sample_id)) for sample_id in ids.tolist()]
         with _random_numbers_kept():
             samples = [self._sample(*row) for row in seeds]
         digest = digest_sum((part.epoch, part.batch, *row) for row in seeds)

@@ -313,6 +313,15 @@ def test_a_mistake_is_one_line(make_shards: Make, changed: dict[str, Any], said:
     assert "\n" not in str(raised.value)
 
 
+def test_a_rank_is_the_launchers_also_under_srun_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each task took itself for rank 0 of 1, and so had all samples.
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"PROCID": 1, "STEP_NUM_TASKS": 2, "LOCALID": 1}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    assert indices(of_numbers(epochs=1)) == indices(of_numbers(rank=1, world_size=2, epochs=1))
+
+
 def test_an_error_of_ones_own_dataset_arrives_with_its_type() -> None:
     class Broken(Numbers):
         def __getitem__(self, index: int) -> dict[str, Any]:
