@@ -36,7 +36,7 @@ class Classifier(LightningModule):
         """Return SGD."""
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
-    def on_train_batch_end(self, outputs: dict[str, Any], *_: object) -> None:
+    def on_train_batch_end(self, outputs: Any, *_: Any) -> None:
         """Say how far it is."""
         if self.global_rank == 0:
             print(f"step {self.global_step} loss {outputs['loss'].item():.4f}", flush=True)
