@@ -18,8 +18,10 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import stat
+import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 # Version 1 writes the largest multiple of a page for "no limit".
 UNLIMITED = 1 << 60
 _PR_SET_PDEATHSIG = 1
+_SQUEUE_SECONDS = 5
 _LIBRARIES = ("torch", "timm", "deepspeed")
 
 
@@ -245,6 +248,18 @@ def launch_environment(environ: Mapping[str, str]) -> tuple[int, int, int]:
     if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return (int(environ["SLURM_PROCID"]), int(environ["SLURM_STEP_NUM_TASKS"]), int(environ["SLURM_LOCALID"]))
     return 0, 1, 0
+
+
+def ask_squeue(job: str, what: str) -> str | None:
+    """Return what squeue says of a job, by a format such as `%T`; None if it does not know the job or is not there."""
+    if shutil.which("squeue") is None:
+        return None
+    command = ["squeue", "--noheader", f"--jobs={job}", f"--format={what}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SQUEUE_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return next(iter(done.stdout.split()), None) if done.returncode == 0 else None
 
 
 def use_local_caches(environ: MutableMapping[str, str] = os.environ, mounts: Path = MOUNTS) -> None:

@@ -18,7 +18,8 @@ from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
 from karat_scale.data.batch import classes_digest
 from karat_scale.data.plan import TrainPlan
 from karat_scale.engine.distributed import ALONE, World, device_name
-from karat_scale.engine.reporting.progress import Reporter
+from karat_scale.engine.reporting.goodput import WallTime, wall_time
+from karat_scale.engine.reporting.progress import Reporter, read_events
 from karat_scale.engine.run_state import RunState
 from karat_scale.engine.tracking.follow import END_SECONDS, STOP_SECONDS
 from karat_scale.foundation.errors import EXIT_STOPPED, PeerError, RunDirectoryError, UserError
@@ -45,7 +46,7 @@ class Outcome:
     code: int = 1
     reason: str = "error"
 
-    def summary(self, previous: dict[str, Any] | None) -> dict[str, Any]:
+    def summary(self, previous: dict[str, Any] | None, spent: WallTime) -> dict[str, Any]:
         """The figures of the whole run, over all its restarts."""
         if previous is not None and not self.begun:  # this start failed before it knew the run's state
             return {**previous, "exit": self.code, "reason": self.reason}
@@ -61,6 +62,7 @@ class Outcome:
             "steps": self.state.step,
             "samples": self.state.samples,
             **self.state.kept_scores(),
+            "wall_time": spent.to_json(),
             "images_per_second": round(rate, 2) if rate else None,
             "seconds_to_first_step": self.state.seconds_to_first_step,
             "peak_memory_mb": self.state.peak_memory_mb,
@@ -126,9 +128,14 @@ def _record(outcome: Outcome, directory: RunDirectory, reporter: Reporter, finis
         told = nullcontext() if outcome.code in (0, EXIT_STOPPED) else suppress(RunDirectoryError)
         if outcome.world.is_main and is_told:
             last.enter_context(told)
-            last.callback(lambda: directory.write_summary(sealed(outcome.summary(previous))))
+            last.callback(_write_summary, outcome, directory, previous)
         if is_told:
             last.callback(reporter.end, outcome.state, outcome.code, outcome.reason)
+
+
+def _write_summary(outcome: Outcome, directory: RunDirectory, previous: dict[str, Any] | None) -> None:
+    spent = wall_time(read_events(directory.metrics_file))  # to the last event, which is there by now
+    directory.write_summary(sealed(outcome.summary(previous, spent)))
 
 
 # Each keeps a checkpoint, so a run that goes wrong often must not fill the disk.

@@ -64,6 +64,7 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             is_anew = world.is_main and directory.begins_anew(recipe)
             world.on_main(lambda: directory.begin(recipe, task.classes))
             reporter.start_trackers(directory.path, recipe.log.trackers, is_anew)
+            reporter.begin(outcome.state.step, is_anew, directory.last_sign)
             if outcome.state.restarts:  # only now, as the end of a start that was refused is not told
                 reporter.resumed(outcome.state, checkpoint_name(outcome.state.step))
             if copy is not None:
@@ -74,6 +75,7 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             elif slow := slow_precision(recipe.train.precision, world.device):
                 reporter.warn(slow)
             while trainer.run(trainer.task.stop_step):
+                reporter.beat("starting")
                 task = trainer.task
                 trainer.engine.release()
                 del trainer  # and all that it holds, before the next one is built

@@ -36,7 +36,7 @@ from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
 from karat_scale.checkpoint.weights import load_weights, wants_ema
 from karat_scale.data.batch import class_order_digest
 from karat_scale.engine.distributed import World, device_name, write_flight_record
-from karat_scale.engine.heartbeat import Heartbeat, heartbeat_file
+from karat_scale.engine.heartbeat import Heartbeat, heartbeat_file, read_signs
 from karat_scale.engine.run_state import RunState
 from karat_scale.foundation.errors import RunDirectoryError, UserError, not_written
 from karat_scale.foundation.files import lock, open_regular, parse_json, read_text, remove_leftovers, replace_file
@@ -77,6 +77,8 @@ class RunDirectory:
         self.snapshots = self.path / "snapshots"
         self.store = CheckpointStore(self.path / "checkpoints", falsehood)
         self._lock: IO[str] | None = None
+        self.last_sign: float | None = None
+        """When an earlier start was last seen, in seconds since the epoch; known once the directory is claimed."""
 
     def open(self, recipe: RunRecipe) -> str:
         """Claim the directory for `recipe`, creating it if need be.
@@ -96,6 +98,7 @@ class RunDirectory:
         try:
             self.store.root.mkdir(parents=True, exist_ok=True)
             self._claim()
+            self.last_sign = max((sign.written for sign in read_signs(self.path)), default=None)
             self.store.put_back()
         except OSError as error:
             raise RunDirectoryError(f"run.dir = {self.path}: {error.strerror}; choose another run.dir") from None

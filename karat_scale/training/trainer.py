@@ -339,8 +339,8 @@ class Trainer:
 
     def _save(self, wait: bool = False) -> bool:
         """Save this state unless that is done; whether it is, or without `wait` will be unless a rank fails."""
-        self.reporter.beat("saving")
         self.look()
+        self.reporter.beat("saving")
         with self._interval.paused():
             if not self.checkpoints.holds(self.state):
                 self._fold_interval()

@@ -7,10 +7,10 @@ import pytest
 
 from karat_scale.checkpoint.restore import agree_on_checkpoint
 from karat_scale.checkpoint.store import CheckpointStore
-from karat_scale.commands.status.status import read_events, read_standing
+from karat_scale.commands.status.status import read_standing
 from karat_scale.data.shards.shard_format import DatasetRecord, write_dataset_record
 from karat_scale.data.shards.shards import ShardSplit
-from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
+from karat_scale.engine.reporting.progress import PlainDisplay, Reporter, read_events
 from karat_scale.foundation.errors import DataError, RunDirectoryError, UserError
 from karat_scale.models.transfer import weights_digest
 from karat_scale.training.run_directory import RunDirectory

@@ -1,5 +1,6 @@
 """Runs as a user starts them, stopped where a test wants, and what they leave to compare."""
 
+import math
 import signal
 import subprocess
 import time
@@ -99,3 +100,7 @@ def assert_a_kill_changes_nothing(recipe: Path, scratch: Path, *overrides: str, 
     assert 3 <= resume["step"] < STEPS
     assert_same_run(cut, whole)
     assert summary(cut)["restarts"] == 1
+    total, *parts = summary(cut)["wall_time"].values()
+    assert math.isclose(sum(parts), total, rel_tol=0.01)
+    ends = [event["time"] for event in events(cut, "end")]
+    assert math.isclose(total, ends[-1] - events(cut, "start")[0]["began"], rel_tol=0.01)

@@ -75,7 +75,7 @@ def test_a_start_that_fails_leaves_the_outcome_of_a_finished_run(train_recipe, s
     assert "class4" not in (run / "classes.json").read_text()
     shown = karat("status", str(run), "--once").stdout
     assert "finished (exit 0)" in shown
-    assert "starting" not in shown
+    assert "'starting'" not in shown
 
 
 def test_a_start_that_fails_is_told_of_a_run_that_is_not_finished(train_recipe, tmp_path) -> None:

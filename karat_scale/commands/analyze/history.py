@@ -18,7 +18,8 @@ from karat_scale.commands.analyze.result import NothingToShowError, Result, Tabl
 from karat_scale.commands.analyze.trained_run import TrainedRun
 from karat_scale.commands.evaluate.predictions import SEVERITIES, Evaluation, read_evaluations
 from karat_scale.commands.figures import COLOURS, new_figure
-from karat_scale.commands.status.status import read_events
+from karat_scale.engine.reporting.goodput import wall_time
+from karat_scale.engine.reporting.progress import read_events
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import UserError
 from karat_scale.models.factory import parameter_count
@@ -82,6 +83,8 @@ def achieved(run: TrainedRun) -> tuple[str, dict[str, str]]:
     else:
         facts["last evaluation"] = "none yet"
     facts["budget"] = _budget(run, history, summary)
+    if spent := str(wall_time(read_events(RunDirectory(run.path).metrics_file))):
+        facts["wall time"] = spent
     rate = summary.get("images_per_second")
     if isinstance(rate, int | float):
         facts["speed"] = f"{rate:,.0f} images a second on {summary.get('device', 'an unknown device')}"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from karat_scale.commands.measure.interleaved import children_seconds
-from karat_scale.commands.status.status import read_events
+from karat_scale.engine.reporting.progress import read_events
 from karat_scale.foundation.console import print_table, write_json
 from karat_scale.foundation.errors import EXIT_STOPPED, UserError
 from karat_scale.recipe.loading import load_recipe

@@ -6,7 +6,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from karat_scale.commands.status.status import read_events
+from karat_scale.engine.reporting.progress import read_events
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.foundation.files import file_sha256, sealed

@@ -22,10 +22,10 @@ from karat_scale.commands.measure.data import images_per_second
 from karat_scale.commands.plan.memory import Footprint, written_by_rows
 from karat_scale.commands.plan.tracing import Launches
 from karat_scale.commands.plan.zero import ALL_REDUCE, BUCKET, PERSISTENT
-from karat_scale.commands.status.status import read_events
 from karat_scale.data.plan import micro_batch_of
 from karat_scale.engine.deepspeed_config import load_ds_config, offloads_optimizer, zero_stage
 from karat_scale.engine.engine import PRECISIONS, matrix_peak
+from karat_scale.engine.reporting.progress import read_events
 from karat_scale.foundation.errors import RecipeError, UserError
 from karat_scale.foundation.machine import Gpu, find_gpu
 from karat_scale.models.factory import layer_sizes

@@ -4,10 +4,7 @@ It reads only the run's files: it works without a server, on any machine that se
 """
 
 import math
-import shutil
-import subprocess
 import time
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +18,13 @@ from rich.text import Text
 
 from karat_scale.commands.evaluate.predictions import read_evaluations
 from karat_scale.engine.heartbeat import Sign, read_signs, slow_ranks
+from karat_scale.engine.reporting.goodput import WallTime
+from karat_scale.engine.reporting.progress import read_events
 from karat_scale.foundation.console import duration, plural, printable
 from karat_scale.foundation.errors import EXIT_STOPPED, RunDirectoryError
 from karat_scale.foundation.files import parse_json, read_text
+from karat_scale.foundation.machine import ask_squeue
 
-SQUEUE_SECONDS = 5
 # Heartbeats are written every two seconds.
 SILENT_SECONDS = 30.0
 _NUMBERS = (
@@ -64,6 +63,7 @@ class Standing:
     exit_code: int | None = None
     evaluations: list[str] = field(default_factory=list)
     """A line for each test set of `karat eval --on`."""
+    wall_time: WallTime = field(default_factory=WallTime)
     damaged_lines: int = 0
     """Of `metrics.jsonl`: what a disk that was full has cut off, and what is no event."""
 
@@ -112,32 +112,15 @@ def read_standing(run: Path, now: float | None = None) -> Standing:
         newest = max(signs, key=lambda sign: sign.written)
         standing.signs = [sign for sign in signs if sign.start == newest.start]  # an earlier start had more ranks
         standing.silent_seconds = max(now - newest.written, 0.0)
+        standing.wall_time.reach(newest.written, standing.signs[0].doing)
     standing.job = _newest_job(run / "logs")
-    standing.job_state = job_state(standing.job) if standing.job else None
+    standing.job_state = ask_squeue(standing.job, "%T") if standing.job else None
     return standing
-
-
-def read_events(path: Path, damaged: Callable[[str], None] = lambda line: None) -> Iterator[dict[str, Any]]:
-    """Yield the events of a run's `metrics.jsonl`. Other lines are skipped, and `damaged` is called with each.
-
-    A last line without its end may be one that is being written: it is skipped, and it is not damaged.
-    """
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                event = parse_json(line)
-            except ValueError:
-                event = None
-            if isinstance(event, dict):
-                yield event
-            elif line.strip() and line.endswith("\n"):
-                damaged(line)
 
 
 def _apply_event(standing: Standing, event: dict[str, Any]) -> None:
     """Take in an event. Raises ValueError, TypeError, KeyError or OverflowError for one that is none."""
+    standing.wall_time.add(event)
     kind = event.get("event")
     for key in _NUMBERS:  # the trainer writes null for what is not finite
         number = event.get(key)
@@ -188,18 +171,6 @@ def _newest_job(logs: Path) -> str | None:
     starts = [path for path in logs.glob("*-*") if path.is_dir()] if logs.is_dir() else []
     newest = max(starts, key=lambda path: path.stat().st_mtime, default=None)
     return newest.name.rpartition("-")[0] if newest else None
-
-
-def job_state(job: str) -> str | None:
-    """Return squeue's state of a job, such as RUNNING; None if squeue does not know the job or is not installed."""
-    if shutil.which("squeue") is None:
-        return None
-    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return next(iter(done.stdout.split()), None) if done.returncode == 0 else None
 
 
 REFRESH_SECONDS = 2.0
@@ -285,6 +256,7 @@ def _rows(standing: Standing) -> list[tuple[str, str]]:
             f"peak {standing.peak_memory_mb:,.0f} MB" if standing.peak_memory_mb else None,
         ),
         ("restarts", str(standing.restarts)),
+        ("wall time", str(standing.wall_time)),
         ("time left", left),
         ("checkpoint", f"{standing.checkpoint}, {age} old" if standing.checkpoint else "none yet"),
         ("copied", standing.copied),

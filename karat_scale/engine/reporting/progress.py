@@ -7,7 +7,7 @@ The bar is for a terminal, the lines are for elsewhere. The files are `metrics.j
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -16,11 +16,12 @@ from rich.console import Console
 
 from karat_scale.data.batch import BadSample
 from karat_scale.engine.heartbeat import Heartbeat
+from karat_scale.engine.reporting.goodput import Stopwatch, submitted
 from karat_scale.engine.run_state import RunState
 from karat_scale.engine.tracking.follow import Trackers
 from karat_scale.foundation.console import ProgressBars, printable, terminal
 from karat_scale.foundation.errors import not_written, one_line, say_in_one_write
-from karat_scale.foundation.files import append_to, open_to_read
+from karat_scale.foundation.files import append_to, open_to_read, parse_json
 
 
 class MetricsLog:
@@ -70,6 +71,25 @@ class MetricsLog:
 def _line(event: str, step: int, figures: Mapping[str, Any]) -> str:
     record = {"event": event, "step": step, "time": round(time.time(), 3), **figures}
     return json.dumps(_finite_or_none(record), allow_nan=False) + "\n"
+
+
+def read_events(path: Path, damaged: Callable[[str], None] = lambda line: None) -> Iterator[dict[str, Any]]:
+    """Yield the events of a run's `metrics.jsonl`. Other lines are skipped, and `damaged` is called with each.
+
+    A last line without its end may be one that is being written: it is skipped, and it is not damaged.
+    """
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                event = parse_json(line)
+            except ValueError:
+                event = None
+            if isinstance(event, dict):
+                yield event
+            elif line.strip() and line.endswith("\n"):
+                damaged(line)
 
 
 def _ends_with_newline(file: Path) -> bool:
@@ -179,6 +199,7 @@ class Reporter:
         self._trackers: Trackers | None = None
         self._others: list[Callable[[], list[str]]] = []
         self._has_histograms = True
+        self._stopwatch: Stopwatch | None = None
 
     @property
     def is_recording(self) -> bool:
@@ -196,8 +217,20 @@ class Reporter:
         self._others.append(messages)
         self.tell_of_others()
 
+    def begin(self, step: int, anew: bool, last_sign: float | None) -> None:
+        """Training begins after `step`. `anew`: it is not the run whose events are there.
+
+        last_sign: when the start before was last seen, in seconds since the epoch.
+        """
+        if self._log is not None:
+            self._stopwatch = Stopwatch()
+            asked = submitted() if anew else None
+            self._write("start", step, began=self._stopwatch.began, anew=anew, last_sign=last_sign, submitted=asked)
+
     def beat(self, doing: str, step: int = 0) -> None:
         """This rank got on: it begins with `doing` now, for whoever watches for hangs."""
+        if self._stopwatch is not None:
+            self._stopwatch.begin(doing)
         if self._heartbeat is not None:
             self._heartbeat.beat(doing, step)
 
@@ -280,6 +313,8 @@ class Reporter:
 
     def _write(self, event: str, step: int, **figures: Any) -> None:
         if self._log is not None:
+            if self._stopwatch is not None:
+                figures["spent"] = self._stopwatch.read()
             self._log.write(event, step, **figures)
             self.tell_of_others()
 

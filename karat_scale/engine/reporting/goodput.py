@@ -1,0 +1,161 @@
+"""How a run's wall time was spent, over all its starts.
+
+Rank 0's time is cut wherever its heartbeat says that it begins with something else. So the parts of a start add up to
+its wall time, and each event of `metrics.jsonl` has them as `spent`. What a start did after the checkpoint that the
+next start resumes from was lost. The time between two starts is that in the queue, where a job waits.
+"""
+
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import psutil
+
+from karat_scale.foundation.console import duration
+from karat_scale.foundation.machine import ask_squeue
+
+_WORK = ("training", "waiting for data", "evaluating", "saving")
+PARTS = (*_WORK, "compiling", "starting", "lost", "queue")
+# What heartbeats say; everything else is training.
+_PART_OF = {
+    **{part: part for part in PARTS},
+    "fetching": "starting",
+    "snapshot": "saving",
+    "copying": "saving",
+}
+
+
+class Stopwatch:
+    """Divides the time of this process, from its creation on, into parts."""
+
+    def __init__(self) -> None:
+        self.began = psutil.Process().create_time()
+        self._since = time.monotonic() - (time.time() - self.began)
+        self._part = "starting"
+        self._spent: dict[str, float] = {}
+
+    def begin(self, doing: str) -> None:
+        """From now on this process does what its heartbeat says."""
+        now = time.monotonic()
+        self._spent[self._part] = self._spent.get(self._part, 0.0) + now - self._since
+        self._since, self._part = now, _PART_OF.get(doing, "training")
+
+    def read(self) -> dict[str, float]:
+        """The seconds of each part until now."""
+        self.begin(self._part)
+        return {part: round(seconds, 3) for part, seconds in self._spent.items()}
+
+
+def submitted() -> float | None:
+    """When SLURM was given this job, in seconds since the epoch; None where nobody knows."""
+    job = os.environ.get("SLURM_JOB_ID")
+    told = ask_squeue(job, "%V") if job else None
+    try:
+        return datetime.fromisoformat(told).timestamp() if told else None
+    except ValueError:
+        return None
+
+
+@dataclass
+class WallTime:
+    """Adds up the events of a run. Events without `spent`, of earlier versions, say nothing here."""
+
+    parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    seconds: float = 0.0
+    """From the first start, or its submission, to the last event, without the time in which the run was finished."""
+
+    def __post_init__(self) -> None:
+        self._until: float | None = None
+        self._of_start: dict[str, float] = {}
+        self._end: int | None = None
+        self._marks: list[tuple[int, dict[str, float]]] = []
+        """The parts after finished steps: what is kept where training resumes there."""
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """Take in the next event. Raises ValueError, TypeError or KeyError for one that is none."""
+        if event.get("event") == "start":
+            self._start(event)
+        if not isinstance(event.get("spent"), dict) or self._until is None:
+            return
+        spent = {part: _number(event["spent"].get(part, 0.0)) for part in PARTS}
+        now = _number(event["time"])
+        for part, seconds in spent.items():
+            self.parts[part] += seconds - self._of_start.get(part, 0.0)
+        self._of_start = spent
+        self._move(now)
+        kind, kept = event["event"], dict(self.parts)
+        if kind == "end":
+            self._end = event["exit"]
+        elif kind == "checkpoint":  # training went on while it was written
+            since = _number(event["seconds"]) - _number(event["stall_seconds"])
+            kept["training"] = max(kept["training"] - since, 0.0)
+        if kind in ("train", "checkpoint"):
+            self._marks.append((event["step"], kept))
+
+    def reach(self, now: float, doing: str) -> None:
+        """The last start has done this from its last event until now, in seconds since the epoch."""
+        if self._until is not None and self._end is None and now > self._until:
+            self.parts[_PART_OF.get(doing, "training")] += now - self._until
+            self._move(now)
+
+    def to_json(self) -> dict[str, float]:
+        """The seconds, of all and of each part."""
+        return {"total": round(self.seconds, 3), **{part: round(self.parts[part], 3) for part in PARTS}}
+
+    def __str__(self) -> str:
+        """One line, or nothing where nothing is known."""
+        if not self.seconds:
+            return ""
+        shares = {part: 100 * seconds / self.seconds for part, seconds in self.parts.items()}
+        listed = ", ".join(f"{part} {share:.2g} %" for part, share in shares.items() if share >= 0.1)
+        return f"{duration(self.seconds)}: {listed}"
+
+    def _start(self, event: Mapping[str, Any]) -> None:
+        began, step = _number(event["began"]), event["step"]
+        if event["anew"] or self._until is None:
+            self.parts, self.seconds = dict.fromkeys(PARTS, 0.0), 0.0
+            self._marks, self._end = [], None
+            self._until = began if event["submitted"] is None else _number(event["submitted"])
+        else:
+            if event["last_sign"] is not None:
+                self.reach(min(_number(event["last_sign"]), began), "training")
+            self._lose(step)
+        if self._end == 0:  # it was finished, and nothing waited
+            self._until = max(began, self._until)
+        self.parts["queue"] += max(began - self._until, 0.0)
+        self._move(began)
+        self._of_start, self._end = {}, None
+
+    def _lose(self, step: int) -> None:
+        """Training goes on after `step`: the work after that is lost."""
+        self._marks = [mark for mark in self._marks if mark[0] <= step]
+        kept = max(reversed(self._marks), key=lambda mark: mark[0])[1] if self._marks else dict.fromkeys(PARTS, 0.0)
+        for part in _WORK:
+            self.parts["lost"] += self.parts[part] - kept[part]
+            self.parts[part] = kept[part]
+
+    def _move(self, time: float) -> None:
+        assert self._until is not None
+        self.seconds += max(time - self._until, 0.0)
+        self._until = max(time, self._until)
+
+
+def wall_time(events: Iterable[Mapping[str, Any]]) -> WallTime:
+    """How the time of a run with these events was spent. What is no event is skipped."""
+    found = WallTime()
+    for event in events:
+        try:
+            found.add(event)
+        except (KeyError, TypeError, ValueError):
+            continue
+    return found
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no time")
+    return float(value)
