@@ -222,7 +222,8 @@ def _stages_1_and_2(case: _Case) -> Kept:
         bucket=0,
         partition=flat + (state.partition if case.is_16_bit else 0),
         flush_after=case.bucket * case.width // FP32 if widened else case.bucket,
-        reducing=own + min(made - own, passing) + flat + second + cast - (0 if case.is_16_bit else case.shard),
+        # Except where stage 2 casts them, what the step takes are these gradients, so they count once.
+        reducing=own + min(made - own, passing) + flat + second + cast - (0 if case.is_16_bit and is_2 else case.shard),
         # Gradients of a group are freed once they are flat, where in a buffer those of the other group would hold it.
         stepping=state.stepping if case.is_16_bit else max(case.temporaries(case.largest_group), case.largest_group),
     )
