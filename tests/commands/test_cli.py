@@ -65,6 +65,7 @@ def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> N
         "eval nowhere": "nowhere: not a run directory (it has no recipe.yaml)",
         "export nowhere": "nowhere: not a run directory (it has no recipe.yaml)",
         "replay nowhere 3": "nowhere: not a run directory (it has no recipe.yaml)",
+        "verify nowhere": "nowhere: not a run directory (it has no recipe.yaml)",
         "predict nowhere a.jpg": "nowhere: neither a run's directory nor a folder of karat export; name one",
         "train fashion_mnist_demo data.path=nowhere": "data.path = nowhere is not a directory; make it with "
         "data_prep/make_webdataset.py or correct the path",

@@ -57,6 +57,7 @@ PUSH = "export kept --push"
         ("data .", "is no data set"),
         ("status .", "not a run's directory (it has no recipe.yaml)"),
         ("replay . 3", "not a run directory"),
+        ("verify . --to 3", "not a run directory"),
         (f"{PUSH} owls", "--push owls: should be USER/NAME"),
         (f"{PUSH} jane/owls --format onnx", "--format onnx: --push uploads a hub-folder"),
         (f"{PUSH} jane/owls --weights raw", "run `hf auth login`, or set HF_TOKEN"),

@@ -60,6 +60,8 @@ LOOKS: dict[str, Callable[[Path, Path], list[str]] | Callable[[Path, Path], int]
     "demo": demo,
     "replay": lambda run, here: ["replay", str(run), "3", "--out", str(here / "x.png")],
     "replay from the start": lambda run, here: ["replay", str(run), "1", "--out", str(here / "x.png")],
+    "verify": lambda run, here: ["verify", str(run)],
+    "verify from the start": lambda run, here: ["verify", str(run), "--from", "0"],
     "compare": lambda run, here: ["compare", str(run), str(run), "--out", str(here / "compared")],
     "status": lambda run, here: ["status", str(run), "--once"],
     "track": lambda run, here: ["track", str(run)],

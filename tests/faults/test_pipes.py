@@ -67,6 +67,7 @@ COMMANDS: dict[str, Command] = {
     "compare": lambda root: ["compare", str(root / "run"), str(root / "run"), "--out", str(root / "compared")],
     "track": lambda root: ["track", str(root / "run")],
     "replay": lambda root: ["replay", str(root / "run"), "3", "--out", str(root / "x.png")],
+    "verify": lambda root: ["verify", str(root / "run")],
     "analyze": lambda root: ["analyze", str(root / "run"), "--only", "training", "distributions"],
     "resume": lambda root: trains(root, f"run.dir={root / 'run'}", "train.epochs=3", "resume.allow=[train.epochs]"),
     "init_from": lambda root: trains(root, f"run.dir={root / 'new'}", f"init_from={root / 'run'}"),

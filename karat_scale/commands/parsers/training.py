@@ -90,6 +90,16 @@ def add_commands(commands: Any) -> None:
     replay.set_defaults(run=command("karat_scale.commands.replay.command:replay", check_run))
     add_trust(replay)
 
+    verify = commands.add_parser("verify", help="train between two checkpoints again, and compare with the run's")
+    add_run(verify)
+    first = "a checkpoint's step (default: that of the one before the second); 0 is the start of the run"
+    verify.add_argument("--from", dest="begin", type=whole(0), metavar="STEP", help=first)
+    second = "a checkpoint's step (default: that of the newest)"
+    verify.add_argument("--to", dest="end", type=count, metavar="STEP", help=second)
+    add_json(verify, "write what was compared to this file")
+    verify.set_defaults(run=command("karat_scale.commands.replay.verify:verify", check_run))
+    add_trust(verify)
+
     fetch = commands.add_parser("fetch", help="make the directory of a run from its copy at checkpoint.url")
     fetch.add_argument("url", metavar="URL", help="the run's checkpoint.url")
     fetch.add_argument("directory", metavar="DIR", help="a new directory, or one of this run")

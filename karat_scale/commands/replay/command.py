@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.commands.look.command import ShownBatch, draw
 from karat_scale.data.batch import Batch
+from karat_scale.data.loading.device_feed import DeviceFeed
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
-from karat_scale.engine.reporting.progress import PlainDisplay, Reporter, SilentDisplay
+from karat_scale.engine.reporting.progress import MetricsLog, PlainDisplay, Reporter, SilentDisplay
 from karat_scale.foundation.console import print_table, printable, progress, write_json
 from karat_scale.foundation.errors import RunDirectoryError, UserError
 from karat_scale.foundation.files import write_atomically
@@ -149,8 +150,11 @@ def replay(run_dir: str, step: int, images: int, out: str | None, json_file: str
         with world.together():
             begin = _checkpoint(directory.store, step) if world.is_main else ""
         begin = world.broadcast(begin)
-        _refuse_other_files(directory, recipe, step if not begin else 0)
-        with _scratch(directory, recipe, begin, world) as again:
+        refuse_other_files(directory, recipe, step if not begin else 0)
+        as_found = recipe.changed(  # a compiled model has no modules to watch
+            train__compile=False, train__on_nonfinite="skip", train__max_skipped_steps=_NEVER, log__every_steps=_NEVER
+        )
+        with scratch_recipe(directory, as_found, begin, world) as again:
             taken = _take(again, step, world, images)
     if world.is_main:
         ranks = f"{len(taken.ranks)} x {taken.accumulation} micro batches"
@@ -160,7 +164,7 @@ def replay(run_dir: str, step: int, images: int, out: str | None, json_file: str
     return 0
 
 
-def _refuse_other_files(directory: RunDirectory, recipe: Recipe, from_start: int) -> None:
+def refuse_other_files(directory: RunDirectory, recipe: Recipe, from_start: int) -> None:
     """Refuse what would be read in place of the run's own files, which names files anywhere. Raises UserError."""
     for source, name in ((recipe.attention.transfer_from, TEACHER_FILE), (recipe.distill.from_, DISTILL_FILE)):
         if source and not (directory.path / name).is_file():
@@ -190,8 +194,8 @@ def _checkpoint(store: CheckpointStore, step: int) -> str:
 
 
 @contextmanager
-def _scratch(directory: RunDirectory, recipe: Recipe, begin: str, world: World) -> Iterator[Recipe]:
-    """Yield the recipe of a run in a temporary directory that continues from a checkpoint, and writes nothing else."""
+def scratch_recipe(directory: RunDirectory, recipe: Recipe, begin: str, world: World) -> Iterator[Recipe]:
+    """Yield a run's recipe in a temporary directory that continues from a checkpoint, and writes nothing else."""
     path = Path(world.broadcast(tempfile.mkdtemp(prefix="karat-replay-") if world.is_main else ""))
     try:
         with world.together():
@@ -203,10 +207,6 @@ def _scratch(directory: RunDirectory, recipe: Recipe, begin: str, world: World) 
             run__dir=str(path),
             init_from=recipe.init_from if not begin else "",
             resume__from_=str(directory.store.root / begin) if begin else recipe.resume.from_,
-            train__compile=False,  # a compiled model has no modules to watch
-            train__on_nonfinite="skip",
-            train__max_skipped_steps=_NEVER,
-            log__every_steps=_NEVER,
             log__histogram_every_steps=None,
             log__trackers=(),
             log__profile_steps=None,
@@ -217,34 +217,48 @@ def _scratch(directory: RunDirectory, recipe: Recipe, begin: str, world: World) 
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _take(recipe: Recipe, step: int, world: World, count: int) -> "_Step":
+@contextmanager
+def trained_again(
+    recipe: Recipe, step: int, world: World, log: MetricsLog | None = None
+) -> Iterator[tuple[ClassificationTask, Trainer]]:
+    """Yield task and trainer of a scratch recipe, resumed before a step to take. Raises UserError if that cannot be."""
     task: ClassificationTask | None = None
-    reporter = Reporter(PlainDisplay() if world.is_main else SilentDisplay(), None, world.rank)
+    reporter = Reporter(PlainDisplay() if world.is_main and log is None else SilentDisplay(), log, world.rank)
     try:
         task = ClassificationTask(recipe, world, reporter).at(step - 1)
         trainer = Trainer(task, RunDirectory(recipe.run.dir))
         state = trainer.resume()
         if task.stream_differs:
-            raise UserError(f"step {step}: {task.stream_differs}; replay it on as many ranks as the run had")
+            raise UserError(f"step {step}: {task.stream_differs}; take it again on as many ranks as the run had")
         if not state.step < step <= trainer.total_steps:
             raise UserError(f"step {step}: the run has steps 1 to {trainer.total_steps:,}")
         if task.size_at(state.step) != task.size_at(step - 1):
             raise UserError(f"step {step}: no checkpoint with the same image size before it is left")
+        yield task, trainer
+    finally:
+        if task is not None:
+            task.close()
+        reporter.close()
+
+
+def train_on(trainer: Trainer, batches: DeviceFeed[Any], step: int) -> None:
+    """Train until `step` steps are finished."""
+    with progress("training up to the step", step - trainer.state.step, "steps") as advance:
+        while trainer.state.step < step:
+            trainer.step(trainer.micro_batches(batches))
+            advance(1)
+
+
+def _take(recipe: Recipe, step: int, world: World, count: int) -> "_Step":
+    with trained_again(recipe, step, world) as (task, trainer):
         batches = trainer.feed(step)
-        with progress("training up to the step", step - 1 - state.step, "steps") as advance:
-            while state.step < step - 1:
-                trainer.step(trainer.micro_batches(batches))
-                advance(1)
+        train_on(trainer, batches, step - 1)
         weights = not_finite(trainer.engine.module.named_parameters())
         taken = list(trainer.micro_batches(batches))
         with watched(trainer.engine.module) as findings:
             norm = trainer.step(taken)
         mine = _replayed(task, taken, findings, str(weights) if weights else None, count)
         return _Step(world.gather(mine), float(norm), trainer.plan.accumulation)
-    finally:
-        if task is not None:
-            task.close()
-        reporter.close()
 
 
 @dataclass(frozen=True)

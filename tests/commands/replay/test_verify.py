@@ -1,0 +1,125 @@
+"""`karat verify`: what a run was not trained with is found, and rounding is told from it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from karat_scale.checkpoint.store import MANIFEST, CheckpointStore, checkpoint_name, manifest_text, read_manifest
+from karat_scale.checkpoint.tensor_storage import load_tensors, save_tensors
+from tests.conftest import SMALL, karat, karat_done, karat_here
+
+QUICK = ("schedule.warmup_epochs=0", "data.workers=0", "log.every_steps=2", "model.drop_path=0.3", "train.max_steps=8")
+
+
+@pytest.fixture(scope="module")
+def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints after 3, 6 and 8 steps."""
+    root = tmp_path_factory.mktemp("verify")
+    (root / "small.yaml").write_text(f"data: {{path: {shards}}}\nattention: {{kind: karat}}\n")
+    kept = ("checkpoint.every_steps=3", "checkpoint.keep_last=9", f"run.dir={root / 'run'}")
+    assert karat_here("train", str(root / "small.yaml"), *SMALL, *QUICK, *kept) == 0
+    return root / "run"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+Verify = Callable[..., tuple[int, str, dict[str, dict[str, object]]]]
+
+
+@pytest.fixture
+def verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Verify:
+    """Exit code, output and figures of `karat verify`."""
+
+    def call(run: Path, *arguments: str) -> tuple[int, str, dict[str, dict[str, object]]]:
+        file = tmp_path / "found.json"
+        code = karat_here("verify", str(run), *arguments, "--json", str(file))
+        return code, capsys.readouterr().out, json.loads(file.read_text())
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "segment", "lines"),
+    [
+        ((), "from step-00000006 to step-00000008", 1),
+        (("--from", "3", "--to", "8"), "from step-00000003 to step-00000008", 2),
+        (("--from", "0", "--to", "6"), "from the start to step-00000006", 4),
+    ],
+)
+def test_an_honest_run_has_the_same_bits(trained, verify, arguments, segment, lines) -> None:
+    code, said, found = verify(trained, *arguments)
+    assert (code, found["verified"]) == (0, True)
+    assert segment in said
+    assert f"losses: the same bits in {lines} line" in said
+    assert said.endswith("verified: the same bits\n")
+    assert "note:" not in said
+    assert {"data", "losses", "weights", "averages", "optimizer, exp_avg"} <= found.keys()
+
+
+def test_a_changed_recipe_is_found(run, verify) -> None:
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("drop_path: 0.3", "drop_path: 0.2"))
+    code, said, _ = verify(run)
+    assert code == 1
+    assert "note: recipe.yaml is not the one that the checkpoint was trained with" in said
+    assert "NOT verified" in said
+
+
+def test_a_manipulated_step_is_found_even_where_hashes_are_right_and_the_machine_is_another(run, verify) -> None:
+    checkpoint = run / "checkpoints" / checkpoint_name(6)
+    (file,) = checkpoint.glob("*model_states.pt")
+    content = load_tensors(file)
+    name, weight = next(iter(content["module"].items()))
+    weight += 1e-3 * torch.sign(weight)
+    written = {**read_manifest(checkpoint), file.name: save_tensors(content, file)}
+    (checkpoint / MANIFEST).write_text(manifest_text(written))
+    assert CheckpointStore(checkpoint.parent).damage(checkpoint.name) is None
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "processor": "another"}))
+    code, said, found = verify(run, "--to", "6")
+    assert code == 1
+    assert "weights: 1 tensor differ, by " in said
+    assert name in said
+    assert found["losses"]["is_same"]
+    code, said, found = verify(run, "--to", "8")  # trained from there, the next checkpoint is another one
+    assert code == 1
+    assert not found["losses"]["is_same"]
+
+
+def test_a_changed_image_is_found(image_folder, tmp_path, verify, shards) -> None:
+    (tmp_path / "small.yaml").write_text("attention: {kind: karat}\n")
+    data = Path(shutil.copytree(image_folder, tmp_path / "images"))
+    own = ("data.backend=folder", f"data.path={data}", f"run.dir={tmp_path / 'run'}", "checkpoint.every_steps=4")
+    assert karat_here("train", str(tmp_path / "small.yaml"), *SMALL, *QUICK, *own) == 0
+    assert verify(tmp_path / "run", "--from", "0")[0] == 0
+    pictures = sorted((data / "train").rglob("*.*"))
+    shutil.copy(pictures[-1], pictures[0])
+    code, said, found = verify(tmp_path / "run", "--from", "0")
+    assert code == 1
+    assert found["data"]["is_same"]  # the same samples, with other pixels
+    assert "losses: 5 of 5 lines differ, by at most " in said
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_other_kernels_round_within_the_tolerance_and_other_ranks_are_refused(run, tmp_path, monkeypatch) -> None:
+    refused = karat("verify", str(run), processes=2).stderr
+    assert "step-00000008 was written by 1 rank, and here 2 ranks would train" in refused
+    file = tmp_path / "found.json"
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "processor": "another"}))
+    done = karat_done("verify", str(run), "--from", "0", "--json", str(file))
+    assert "processor another there" in done.stdout
+    found = json.loads(file.read_text())
+    assert not found["weights"]["is_same"]
+    assert found["verified"]
