@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-TURNS = 8
+TURNS = 12
 TOGETHER = "tests/slurm/"  # one cluster serves all of these
 TRAINS = {"multiprocess", "recipe_file", "train_recipe"}  # a marker and fixtures of tests that start a training
 

@@ -1,4 +1,4 @@
-"""Which tests the options select: eight turns run every slow test once."""
+"""Which tests the options select: twelve turns run every slow test once."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ import torch
 
 from tests import test_readme
 from tests.conftest import ROOT
-from tests.selection import longest_files_first, runs
+from tests.selection import TURNS, longest_files_first, runs
 
 TESTS = """
 import pytest
@@ -80,7 +80,7 @@ def test_what_the_readme_promises_first_runs_each_time(test: Callable[..., None]
 def test_eight_turns_in_a_row_run_each_slow_test_once(select) -> None:
     items = select("--slow=all")
     assert set(names(items)) == {"test_quick", *SLOW, "test_night"}
-    turns = {turn: names(item for item in items if runs(item, False, turn)) for turn in range(507, 515)}
+    turns = {turn: names(item for item in items if runs(item, False, turn)) for turn in range(507, 507 + TURNS)}
     assert names(select("--turn=507")) == turns[507]
     assert Counter(name for chosen in turns.values() for name in chosen) == dict.fromkeys(SLOW, 1)
     assert sum(not TOGETHER.isdisjoint(chosen) for chosen in turns.values()) == 1

@@ -42,6 +42,7 @@ def steps(**settings: str) -> tuple[bool, int]:
     return kept == "True", int(faults)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
 def test_freed_memory_is_kept_unless_the_environment_says_otherwise() -> None:
     kept, faults = steps()

@@ -43,7 +43,7 @@ def really_allocated(recipe: Recipe, batch: int) -> tuple[int, int]:
     return forward, peak
 
 
-@pytest.mark.parametrize("implementation", ["reference", "streaming"])
+@pytest.mark.parametrize("implementation", [pytest.param("reference", marks=pytest.mark.slow), "streaming"])
 def test_a_trace_is_what_the_pass_allocates(small_recipe: Load, implementation: str) -> None:
     recipe = small_recipe(f"attention.implementation={implementation}")
     traces = {batch: trace_of(recipe, batch) for batch in (2, 4)}
@@ -86,9 +86,13 @@ SWIN = (
     "model.image_size=32",
     *(f"model.{size}=null" for size in ("patch_size", "embed_dim", "depth", "num_heads")),
 )
+ROWS = [
+    pytest.param(CONTENT, id="streaming"),
+    pytest.param((*SWIN, "attention.form=content"), id="swin", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("keys", [CONTENT, (*SWIN, "attention.form=content")], ids=["streaming", "swin"])
+@pytest.mark.parametrize("keys", ROWS)
 def test_rows_are_planned_however_many_tiles_a_batch_has(
     small_recipe: Load, keys: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,13 +118,7 @@ def test_tiles_of_rows_hold_what_is_planned(small_recipe: Load, monkeypatch: pyt
     assert 1 <= planned / really_allocated(recipe, 8)[1] <= 1.2
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        pytest.param(CONTENT, id="streaming"),
-        pytest.param((*SWIN, "attention.form=content"), id="swin", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("keys", ROWS)
 def test_tiles_of_rows_write_what_is_planned(small_recipe: Load, keys: tuple[str, ...]) -> None:
     recipe = small_recipe(*keys)
     model = create_model(recipe.model, recipe.attention)
