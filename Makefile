@@ -8,6 +8,11 @@ EXTRAS := ffcv dali export detection parquet remote corruptions demo wandb mlflo
 # Test processes; each needs up to 3 GB.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+# A line for each package; what goes wrong is on stderr.
+INSTALL = $(BIN)/python -m pip install --progress-bar off --editable
+SHOWN = | sed --unbuffered --quiet '/^Collecting /p'
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 
 .PHONY: install hooks demo docs test test-full test-turn test-aarch64 faults coverage lint release clean packages extras
 
@@ -18,12 +23,12 @@ $(BIN)/python:
 # One marker file per set of extras, older than pyproject.toml when that changes.
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@echo "== installing the project and torch into $(VENV)"
-	$(BIN)/python -m pip install --editable .
+	$(INSTALL) . $(SHOWN)
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "== installing what the tests need"
-	$(BIN)/python -m pip install --editable '.[dev]'
+	$(INSTALL) '.[dev]' $(SHOWN)
 	touch $@
 
 install: $(VENV)/.installed
@@ -61,19 +66,19 @@ extras: packages $(BIN)/python
 	together=$$(echo $$left | tr ' ' ,); \
 	echo "== installing the project, torch and what the tests need into $(VENV)"; \
 	echo "== $(BIN)/python -m pip install -e '.[$$together]'"; \
-	if $(BIN)/python -m pip install --editable ".[$$together]"; then \
+	if $(INSTALL) ".[$$together]" $(SHOWN); then \
 		touch $(VENV)/.installed; \
 		for extra in $$left; do touch $(VENV)/.installed-$$extra; done; exit 0; fi; \
 	$(MAKE) install && for extra in $$left; do \
 		echo "== $(BIN)/python -m pip install -e '.[$$extra]'"; \
-		if $(BIN)/python -m pip install --editable ".[$$extra]"; then touch $(VENV)/.installed-$$extra; \
+		if $(INSTALL) ".[$$extra]" $(SHOWN); then touch $(VENV)/.installed-$$extra; \
 		else echo "note: the extra $$extra does not install, so its tests are skipped"; fi; done
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 $(VENV)/.installed-docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --editable '.[docs]'
+	$(INSTALL) '.[docs]' $(SHOWN)
 	touch $@
 
 # The site is in build/site. mkdocs-material announces mkdocs 2 at each build unless the variable is set.
