@@ -14,7 +14,7 @@ SHOWN = | sed --unbuffered --quiet '/^Collecting /p'
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: install hooks demo docs test test-full test-turn test-aarch64 faults coverage lint release clean packages extras
+.PHONY: install hooks demo docs test test-full test-turn test-aarch64 cross faults coverage lint release clean packages extras
 
 $(BIN)/python:
 	@echo "== making $(VENV)"
@@ -53,10 +53,14 @@ packages:
 	echo "note: these Debian packages are missing, so some tests are skipped: $$missing"; \
 	echo "note: as root: apt-get install --no-install-recommends $$missing"
 
-# Builds the native libraries for aarch64 and runs them in an emulator. Installs both as root on Debian; CI runs it.
-test-aarch64: extras
+# Root on Debian installs what builds for aarch64.
+cross:
 	dpkg --add-architecture arm64 && apt-get update -q && DEBIAN_FRONTEND=noninteractive \
-		apt-get install -y -q --no-install-recommends g++-aarch64-linux-gnu qemu-user libjpeg62-turbo-dev:arm64
+		apt-get install -y -q --no-install-recommends g++-aarch64-linux-gnu libjpeg62-turbo-dev:arm64
+
+# Builds the native libraries for aarch64 and runs them in an emulator. CI runs it.
+test-aarch64: extras cross
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends qemu-user
 	$(BIN)/python -m pytest --slow=all tests/data/decoders/test_aarch64.py
 
 # All at once, which takes the least time; one by one where that fails, so that one alone is missing.
@@ -110,16 +114,24 @@ faults: extras
 coverage: extras
 	$(PYTEST) --cov --cov-report=term --cov-report=html:build/coverage
 
-# Builds the wheel from the sdist, checks both, and trains with the wheel alone in a new environment.
-release: $(VENV)/.installed-dev
+# Builds the sdist, and from it a wheel for each kind of machine with the compiled libraries inside. Trains with the
+# wheel alone in a new environment where no compiler is on PATH, and which may write to no file at home but caches.
+MACHINES := x86_64 aarch64
+release: $(VENV)/.installed-dev packages cross
 	rm -rf dist build/release
-	$(BIN)/python -m build
+	$(BIN)/python -m build --sdist
+	for machine in $(MACHINES); do KARAT_WHEEL=$$machine $(BIN)/python -m pip wheel --no-cache-dir --no-deps \
+		--wheel-dir build/release dist/*.tar.gz || exit 1; done
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --wheel-dir dist build/release/*.whl
 	$(BIN)/python -m twine check --strict dist/*
-	$(PYTHON) -m venv build/release
-	build/release/bin/python -m pip install dist/*.whl
-	cd build/release && bin/karat --version && bin/karat --help && \
-		bin/karat train fashion_mnist_demo data.backend=synthetic data.synthetic_samples=256 train.global_batch=32 \
-			run.dir=run
+	$(PYTHON) -m venv build/release/venv
+	build/release/venv/bin/python -m pip install dist/*_$$(uname -m).whl
+	cd build/release && mkdir home && alone="env -i HOME=$$PWD/home PATH=$$PWD/venv/bin karat" && \
+		$$alone doctor > doctor.txt; cat doctor.txt && \
+		grep -q 'attention auto: uses cpu' doctor.txt && grep -q 'decoder auto: uses native' doctor.txt && \
+		grep -q 'C++ compiler: not needed' doctor.txt && \
+		$$alone train fashion_mnist_demo data.backend=synthetic data.synthetic_samples=256 train.global_batch=32 \
+			run.dir=run && test -z "$$(find home -type f -not -path 'home/.cache/*')"
 	@echo "== dist/ holds $$(cd dist && echo *); upload it with: $(BIN)/twine upload dist/*"
 
 clean:

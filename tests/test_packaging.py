@@ -1,9 +1,11 @@
-"""A wheel installed outside the clone finds its recipes and DeepSpeed configurations."""
+"""A wheel installed outside the clone finds its recipes, DeepSpeed configurations and compiled kernels."""
 
 import ast
 import importlib.metadata
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -64,7 +66,10 @@ def canonical(name: str) -> str:
 @pytest.mark.slow
 def test_a_wheel_trains_outside_the_clone(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
-    subprocess.run(build, check=True, capture_output=True, timeout=300)
+    machine = platform.machine()
+    compiled = bool(shutil.which(f"{machine}-linux-gnu-g++")) and Path("/usr/include/jpeglib.h").is_file()
+    made_for = {"KARAT_WHEEL": machine} if compiled else {}
+    subprocess.run(build, env=os.environ | made_for, check=True, capture_output=True, timeout=500)
     (wheel,) = tmp_path.glob("*.whl")
     home = tmp_path / "venv"
     venv.create(home, with_pip=True)
@@ -76,6 +81,8 @@ def test_a_wheel_trains_outside_the_clone(tmp_path: Path) -> None:
     subprocess.run(install, check=True, capture_output=True, timeout=300)
     # Not a .pth file: that would also bring in an editable install of the clone.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *here]), "OMP_NUM_THREADS": "1"}
+    # Without a compiler on PATH, and with a cache that shows what was compiled.
+    environment |= {"PATH": str(home / "bin"), "KARAT_CACHE_DIR": str(tmp_path / "cache")}
     karat = [str(home / "bin" / "karat"), "train", "imagenet_vit_tiny_g3b"]
     overrides = [*SMALL, "schedule.warmup_epochs=0", "data.backend=synthetic", "data.synthetic_samples=16"]
     overrides += ["run.dir=run", "train.max_steps=1", "deepspeed.config=zero1"]
@@ -83,6 +90,8 @@ def test_a_wheel_trains_outside_the_clone(tmp_path: Path) -> None:
         [*karat, *overrides], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert ("is not available" in done.stdout + done.stderr) != compiled
+    assert not list(tmp_path.glob("cache/*.so"))
     where = subprocess.run(
         [python, "-c", "import karat_scale; print(karat_scale.__file__)"],
         cwd=tmp_path,

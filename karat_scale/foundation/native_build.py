@@ -1,7 +1,11 @@
-"""Compiles a C++ source at first use and keeps the library for every later process.
+"""Loads the library of a C++ source: the one that a wheel has beside it, or else one that is compiled at first use.
 
-The cache is keyed by all that the result depends on, so nodes of different kinds can share a home directory; a
-library is built under a file lock into a temporary name and renamed, so ranks that start together build it once.
+A source names what it is built with in a line of its own, such as "// Build with: portable -ljpeg". hatch_build.py
+reads it too, and puts the libraries of all instruction sets into a wheel.
+
+A library that is compiled here stays in a cache. Its name has a digest of all that it depends on, so nodes of different
+kinds can share a home directory. It is built under a file lock into a temporary name and renamed, so ranks that start
+together build it once.
 """
 
 import ctypes
@@ -24,7 +28,7 @@ AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfm
 COMPILERS = ("g++", "c++", "clang++")
 # Debian's packages for our sources.
 PACKAGES = "g++ libjpeg-dev"
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast")
 # For KARAT_SANITIZE, such as address,undefined: what is found ends the process and says its line.
 SANITIZER_FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
 # What each instruction set needs beyond plain x86-64, in the order of preference.
@@ -36,7 +40,6 @@ INSTRUCTION_SETS = {
 # What every CPU runs, for sources that are written for it too.
 PLAIN = "plain"
 BUILD_SECONDS = 300
-DIGEST_BYTES = 32
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _TRUSTED_OWNERS = (0, os.getuid()) if hasattr(os, "getuid") else ()
 
@@ -45,20 +48,18 @@ class LoadError(Exception):
     """The kernel cannot run on this machine. The message says why and how to fix it."""
 
 
-def load(source: Path, what: str, link: tuple[str, ...] = (), portable: bool = False) -> ctypes.CDLL:
+def load(source: Path, what: str) -> ctypes.CDLL:
     """The compiled source, for the instruction set named by KARAT_CPU_ISA or else the best this CPU has.
 
     Args:
         source: a C++ file; what it includes of ours are headers (*.h) in its own folder.
         what: what is not available when the build fails, for the warning.
-        link: the compiler's arguments for libraries, such as -ljpeg.
-        portable: whether the source does without these instruction sets, which is named "plain".
 
-    Kept under KARAT_CACHE_DIR, by default ~/.cache/karat_scale. Raises LoadError; a failed attempt is not repeated
-    in this process, and the first to fail for want of a working compiler, library or cache warns.
+    What is compiled here is kept under KARAT_CACHE_DIR, by default ~/.cache/karat_scale. Raises LoadError. A failed
+    attempt is not repeated in this process, and the first to fail for want of a compiler, library or cache warns.
     """
     with _one_at_a_time:
-        found = _load_or_reason(source, what, link, portable, os.environ.get("KARAT_CPU_ISA", ""))
+        found = _load_or_reason(source, what, os.environ.get("KARAT_CPU_ISA", ""))
     if isinstance(found, str):
         raise LoadError(found)
     return found
@@ -68,9 +69,8 @@ _one_at_a_time = threading.Lock()
 
 
 @functools.cache
-def _load_or_reason(
-    source: Path, what: str, link: tuple[str, ...], portable: bool, requested: str
-) -> ctypes.CDLL | str:
+def _load_or_reason(source: Path, what: str, requested: str) -> ctypes.CDLL | str:
+    _, portable = build_arguments(source)
     available = (*_available_instruction_sets(), *((PLAIN,) if portable else ()))
     if not available:
         return "it needs an x86-64 CPU with AVX2 or AVX-512 and Linux"
@@ -79,11 +79,28 @@ def _load_or_reason(
     for isa in (requested,) if requested else available:
         # An old compiler may know the second best only.
         try:
-            return _load(source, isa, link)
+            return _load(source, isa)
         except (LoadError, OSError) as error:
             reason = f"its kernel cannot be built or loaded: {error}"
     warnings.warn(f"{what} is not available: {reason}", stacklevel=2)
     return reason
+
+
+def build_arguments(source: Path) -> tuple[list[str], bool]:
+    """What a source is compiled and linked with beside FLAGS, and whether it needs no instruction set ("portable")."""
+    line = re.search(r"^// Build with: (.*)$", source.read_text(), re.MULTILINE)
+    words = line[1].split() if line else []
+    return [word for word in words if word.startswith("-")], "portable" in words
+
+
+def in_the_package(source: Path, isa: str) -> Path:
+    """Return where a wheel has the compiled source."""
+    return source.with_name(f"{source.stem}-{isa}.so")
+
+
+def is_in_the_package() -> bool:
+    """Return whether this installation is of a wheel with compiled libraries."""
+    return any(Path(__file__).parents[1].rglob(f"*-{PLAIN}.so"))
 
 
 def _available_instruction_sets() -> tuple[str, ...]:
@@ -116,19 +133,22 @@ def _may_use_amx() -> bool:
     return code == 0
 
 
-def _load(source: Path, isa: str, link: tuple[str, ...]) -> ctypes.CDLL:
-    """The library from the cache; builds it first where no process has, and again where it is damaged."""
-    compiler = find_compiler()
+def _load(source: Path, isa: str) -> ctypes.CDLL:
+    """The library of the wheel; without one, that of the cache, which is built first where no process has."""
     sanitizers = os.environ.get("KARAT_SANITIZE")  # mostly none; the process must preload their runtime
+    if in_the_package(source, isa).is_file() and not sanitizers:
+        return ctypes.CDLL(str(in_the_package(source, isa)))
+    compiler = find_compiler()
     checked = (f"-fsanitize={sanitizers}", *SANITIZER_FLAGS) if sanitizers else ()
-    flags = (*FLAGS, *INSTRUCTION_SETS.get(isa, ()), *checked)
+    arguments, _ = build_arguments(source)
+    flags = (*FLAGS, "-shared", *INSTRUCTION_SETS.get(isa, ()), *checked)
     version = _run([compiler, "--version"])
     ours = (path.read_text() for path in (source, *sorted(source.parent.glob("*.h"))))
     import torch
 
     from karat_scale.foundation.files import locked  # not on every system, and this module is imported on all
 
-    ingredients = (*ours, version, torch.__version__, *flags, *link)
+    ingredients = (*ours, version, torch.__version__, *flags, *arguments)
     key = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:20]
     directory = cache_directory()
     library = directory / f"{source.stem}-{isa}-{key}.so"
@@ -137,12 +157,8 @@ def _load(source: Path, isa: str, link: tuple[str, ...]) -> ctypes.CDLL:
     if not _is_ours(library):
         with locked(directory / f"{library.name}.lock"):
             if not _is_ours(library):
-                _build([compiler, *flags, str(source), *link], library)
-    loaded = ctypes.CDLL(str(library))
-    functions = set(re.findall(r"\bkarat_\w+(?=\()", source.read_text()))
-    if missing := sorted(name for name in functions if not hasattr(loaded, name)):
-        raise LoadError(f"{library} is of another source, without {missing[0]}; remove it")
-    return loaded
+                _build([compiler, *flags, str(source), *arguments], library)
+    return ctypes.CDLL(str(library))
 
 
 def home() -> Path:
@@ -181,26 +197,20 @@ def _keep_others_out(directory: Path) -> None:
 
 
 def _is_ours(library: Path) -> bool:
-    """True where the library is this user's or root's, nobody else can write to it, and it is whole."""
+    """True where the library is this user's or root's, and nobody else can write to it."""
     try:
         status = library.lstat()
     except FileNotFoundError:
         return False
-    if not stat.S_ISREG(status.st_mode) or status.st_mode & _OTHERS_WRITE or status.st_uid not in _TRUSTED_OWNERS:
-        return False
-    content = library.read_bytes()  # ends in its own digest: loading an incomplete one would kill the process
-    return len(content) > DIGEST_BYTES and hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
+    return stat.S_ISREG(status.st_mode) and not status.st_mode & _OTHERS_WRITE and status.st_uid in _TRUSTED_OWNERS
 
 
 def _build(command: list[str], library: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="building-", dir=library.parent) as name:
         built = Path(name) / library.name
         _run([*command, "-o", str(built)])
-        digest = hashlib.sha256(built.read_bytes()).digest()
-        with built.open("ab") as file:
-            file.write(digest)
-            file.flush()
-            os.fsync(file.fileno())
+        with built.open("rb") as file:
+            os.fsync(file.fileno())  # a half-written library would kill the process that loads it
         built.chmod(0o700)
         built.replace(library)
 

@@ -57,6 +57,7 @@ def tried(program: str, count: int, seed: int, isa: str, last: Path) -> dict[str
 
 
 FAULT = """
+// Build with: portable
 #include <cstdint>
 extern "C" int find(const uint8_t* data, int at, int by) { return data[at] + at * by; }
 """
@@ -71,7 +72,7 @@ def test_a_fault_is_seen(at, by, said, tmp_path):
     code = (
         "import ctypes, pathlib\n"
         "from karat_scale.foundation.native_build import load\n"
-        f"library = load(pathlib.Path({str(tmp_path / 'fault.cpp')!r}), 'it', portable=True)\n"
+        f"library = load(pathlib.Path({str(tmp_path / 'fault.cpp')!r}), 'it')\n"
         f"library.find(ctypes.create_string_buffer(64), {at}, {by})\n"
     )
     done = sanitized("-c", code, isa=native_build.PLAIN)

@@ -19,7 +19,7 @@ from typing import Any
 from karat_scale.commands.doctor.report import Finding, found
 from karat_scale.foundation.errors import one_line
 from karat_scale.foundation.machine import cpu_quota, usable_cores, usable_memory
-from karat_scale.foundation.native_build import PACKAGES, LoadError, cache_directory, find_compiler
+from karat_scale.foundation.native_build import PACKAGES, LoadError, cache_directory, find_compiler, is_in_the_package
 from karat_scale.foundation.tables import EXTRAS, how_to_install, is_installed
 
 GIB = 2**30
@@ -171,6 +171,9 @@ def examine_extras() -> Iterator[Finding]:
         else:
             installed = next(filter(None, map(installed_version, extra.distributions)), "installed")
             yield found(label, installed, present=True)
+    if is_in_the_package():
+        yield found("C++ compiler", "not needed: the compiled kernels came with the package", path=None)
+        return
     try:
         compiler = find_compiler()
         yield found("C++ compiler", compiler, path=compiler)

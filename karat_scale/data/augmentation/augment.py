@@ -29,8 +29,6 @@ from karat_scale.foundation.native_build import LoadError, load
 from karat_scale.recipe import AugmentConfig
 
 SOURCE = Path(__file__).parent / "cpp" / "warp.cpp"
-# Without contraction, so that the pixels have the same bits on any instruction set.
-_COMPILER_ARGUMENTS = ("-ffp-contract=off",)
 _BICUBIC = {"bilinear": 0, "bicubic": 1}
 Matrix = tuple[float, float, float, float, float, float]
 Pixels = npt.NDArray[np.uint8]
@@ -40,7 +38,7 @@ class Warp:
     """Affine warps of RGB images by one filter. The interpreter's lock is released during the work."""
 
     def __init__(self, interpolation: str, fill: Sequence[int]) -> None:
-        library = load(SOURCE, "RandAugment in C++", _COMPILER_ARGUMENTS, portable=True)
+        library = load(SOURCE, "RandAugment in C++")
         pointer, integer = ctypes.c_void_p, ctypes.c_int
         library.karat_warp.restype = integer
         library.karat_warp.argtypes = pointer, integer, integer, pointer, pointer, integer, pointer

@@ -1,4 +1,4 @@
-"""JPEGs by C++ on libjpeg, compiled on first use: a part decoded and resized in one call, or a whole one shrunk."""
+"""JPEGs by C++ on libjpeg: a part decoded and resized in one call, or a whole one shrunk."""
 
 import ctypes
 import warnings
@@ -14,8 +14,6 @@ from karat_scale.foundation.errors import RecipeError
 from karat_scale.foundation.native_build import PACKAGES, LoadError, PerThread, load
 
 DECODER, RECODER = (Path(__file__).parent / "cpp" / name for name in ("native.cpp", "recode.cpp"))
-# Without contraction, so that the resize's weights have the same bits on any instruction set.
-COMPILER_ARGUMENTS = ("-ljpeg", "-ffp-contract=off")
 INTERPOLATIONS = {"bilinear": 0, "bicubic": 1}
 
 
@@ -29,7 +27,7 @@ class NativeDecoder:
 
     def __init__(self, interpolation: str, max_pixels: int) -> None:
         try:
-            library = load(DECODER, "the native JPEG decoder", COMPILER_ARGUMENTS, portable=True)
+            library = load(DECODER, "the native JPEG decoder")
         except LoadError as error:
             raise RecipeError(
                 f"data.decoder = native cannot run: {error}; run `apt-get install {PACKAGES}`, or set data.decoder=auto"
@@ -105,7 +103,7 @@ class NativeRecoder:
     def __init__(self) -> None:
         pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
         self._library = _declared(
-            load(RECODER, "the native JPEG encoder", COMPILER_ARGUMENTS, portable=True),
+            load(RECODER, "the native JPEG encoder"),
             karat_recoder_new=(pointer,),
             karat_recoder_free=(None, pointer),
             karat_recoder_open=(integer, pointer, ctypes.c_char_p, size, pointer, pointer),

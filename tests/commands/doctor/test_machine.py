@@ -12,6 +12,7 @@ from karat_scale.commands.doctor import machine as machine_checks
 from karat_scale.commands.doctor.checkup import examine_machine
 from karat_scale.commands.doctor.machine import examine_cache, nearest_existing, usable_cores
 from karat_scale.commands.doctor.report import Finding, examine
+from karat_scale.foundation import native_build
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.foundation.tables import EXTRAS
 from tests.conftest import ROOT, karat_environment
@@ -64,6 +65,14 @@ def test_without_a_compiler_the_fix_names_the_packages(monkeypatch: pytest.Monke
     compiler = list(machine_checks.examine_extras())[-1]
     assert compiler.level == "note"
     assert "g++ libjpeg-dev" in compiler.fix
+
+
+def test_a_wheel_with_compiled_kernels_needs_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(native_build, "__file__", str(tmp_path / "foundation" / "native_build.py"))
+    (tmp_path / "warp-plain.so").touch()
+    compiler = list(machine_checks.examine_extras())[-1]
+    assert (compiler.level, compiler.value) == ("ok", "not needed: the compiled kernels came with the package")
 
 
 def test_a_library_that_is_missing_or_of_the_wrong_version_is_a_problem() -> None:

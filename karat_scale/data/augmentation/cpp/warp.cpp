@@ -1,8 +1,11 @@
 // Affine warps of RGB images, with the bits of Pillow's Image.transform: the same operations in double, in the same
-// order, on the three channels of a pixel at once. Compile without contraction (-ffp-contract=off).
+// order, on the three channels of a pixel at once. Without contraction, so that
+// the pixels have the same bits on any instruction set.
 //
 // A shear or a translation moves pixels along one axis alone. Interpolation along the other is then at a whole pixel,
 // which is that pixel exactly, and is left out. Neighbours in a row (or column) come from neighbours.
+//
+// Build with: portable -ffp-contract=off
 
 #include <cstdint>
 #include <cstring>

@@ -1,4 +1,7 @@
 // A view of a JPEG in one call: decodes only the rows and columns of the region, and resizes them while decoding.
+//
+// Without contraction, so that the resize's weights have the same bits on any instruction set.
+// Build with: portable -ljpeg -ffp-contract=off
 
 #include <algorithm>
 #include <cstddef>

@@ -1,5 +1,8 @@
 // A JPEG to a smaller JPEG in one call. It stays in the colour planes that JPEGs are made of, which spares four passes:
 // upsampling and conversion to RGB, and back; and two of the three planes are mostly resized at half their sides.
+//
+// Without contraction, so that the resize's weights have the same bits on any instruction set.
+// Build with: portable -ljpeg -ffp-contract=off
 
 #include <algorithm>
 #include <cstddef>
