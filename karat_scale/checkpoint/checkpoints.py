@@ -6,6 +6,9 @@ same one.
 A save goes on beside training, which stands still only while each rank copies its state to host memory. A thread of
 each rank writes the copy. At the first agreement at which all are done, rank 0's thread gives the checkpoint its
 manifest and its name. At the next agreement all ranks hear of it.
+
+With `checkpoint.local`, saves in between go to a disk of each node, in the same way: there the first rank of each node
+does what rank 0 does for the run's directory.
 """
 
 import shutil
@@ -36,7 +39,7 @@ from karat_scale.checkpoint.restore import (
     saved_layout,
     sidecar_name,
 )
-from karat_scale.checkpoint.store import STATE, CheckpointStore, checkpoint_name
+from karat_scale.checkpoint.store import STATE, CheckpointStore, NearStore, checkpoint_name
 from karat_scale.checkpoint.tensor_storage import DurableStorage, checkpoint_bytes, describe
 from karat_scale.checkpoint.weights import fit_state
 from karat_scale.engine.deepspeed_internals import shard_layout, use_storage
@@ -98,7 +101,7 @@ class _Save:
     """One save under way; all ranks have it at the same time."""
 
     state: RunState
-    directory: Path
+    store: CheckpointStore
     content: dict[str, Any]
     is_best: bool
     begun: float
@@ -115,7 +118,8 @@ class Checkpoints(Generic[S]):
     Attributes:
         kind: the kind of run. A checkpoint of another kind is refused.
         state_type: the state of this kind of run.
-        problem: why the last save came to nothing, if it did; the same on all ranks.
+        near: where this node keeps the newest checkpoints, too.
+        problem: why the last save in the run's directory came to nothing, if it did; the same on all ranks.
     """
 
     store: CheckpointStore
@@ -126,6 +130,7 @@ class Checkpoints(Generic[S]):
     reporter: Reporter
     kind: str
     state_type: type[S]
+    near: NearStore | None = None
     problem: str = ""
 
     def __post_init__(self) -> None:
@@ -154,7 +159,7 @@ class Checkpoints(Generic[S]):
     def check_room(self) -> None:
         """Raise RunDirectoryError on all ranks, if a run without a checkpoint has no room for one. Collective."""
         with self.world.together():
-            if self.world.is_main and self._saved is None and (lack := self._lack()):
+            if self.world.is_main and self._saved is None and (lack := self._lack(self.store)):
                 raise RunDirectoryError(
                     f"run.dir = {self.store.root.parent}: there is no room for a checkpoint: {lack}; make room, or "
                     "choose another run.dir"
@@ -162,8 +167,23 @@ class Checkpoints(Generic[S]):
 
     def holds(self, state: RunState) -> bool:
         """Whether `state` is saved, or being saved; the same on all ranks."""
-        under_way = self._under_way is not None and _identity(self._under_way.state) == _identity(state)
+        save = self._under_way
+        under_way = save is not None and save.store is self.store and _identity(save.state) == _identity(state)
         return under_way or self._saved == _identity(state)
+
+    def saves_near(self, state: RunState) -> bool:
+        """Whether `save_near` would save `state`; the same on all ranks."""
+        return self.near is not None and self._under_way is None and not self.holds(state)
+
+    def save_near(self, state: S) -> bool:
+        """Begin to save `state` on a disk of each node; whether that has begun. Collective."""
+        assert self.near is not None
+        return self._launch(state, self.near, is_best=False, wait=False, begun=time.monotonic())
+
+    def remove_near(self) -> None:
+        """Remove what each node keeps. All of it is in the run's directory by now."""
+        if self.near is not None and self._owns(self.near):
+            self.near.remove()
 
     def save(self, state: S, is_best: bool = False, wait: bool = True) -> bool:
         """Save `state` unless that is done; collective. A save of another state that is under way is waited for first.
@@ -182,19 +202,24 @@ class Checkpoints(Generic[S]):
         if self._saved == _identity(state):
             return True
         self.problem = ""
-        directory, problem = self.world.broadcast(self._begin(state.step))
-        if directory is None:
-            self._void(state.step, problem)
-            return False
-        problem = _first(self.world.gather(self._collect(directory, copies=not wait)))
+        return self._launch(state, self.store, is_best, wait, begun)
+
+    def _launch(self, state: S, store: CheckpointStore, is_best: bool, wait: bool, begun: float) -> bool:
+        problem = _first(self.world.gather(self._begin(store, state.step)))
+        if problem is None:
+            directory = store.unfinished(state.step)
+            problem = _first(self.world.gather(self._collect(directory, copies=not wait)))
         if problem is not None:
-            self._void(state.step, problem)
+            self._void(store, state.step, problem)
             return False
+        content = self.world.broadcast(self._content(state))
         stall = None if wait else time.monotonic() - begun
-        self._under_way = _Save(
-            replace(state), directory, self._content(state), is_best, begun, Background(self._write), stall
-        )
+        self._under_way = _Save(replace(state), store, content, is_best, begun, Background(self._write), stall)
         return self.finish() if wait else True
+
+    def _owns(self, store: CheckpointStore) -> bool:
+        """Whether this rank changes the directory of a store."""
+        return self.world.is_main if store is self.store else self.world.local_rank == 0
 
     def finish(self) -> bool:
         """Wait for the save under way, if there is one, and agree on its outcome; whether it is good. Collective."""
@@ -217,33 +242,38 @@ class Checkpoints(Generic[S]):
         if save is None:
             return True
         done = save.task.result() if save.task is not None else _Written()
-        if save.is_committing:
-            done = self.world.broadcast(done)
-            self._under_way = None
-            if done.problem is not None:
-                self._void(save.state.step, done.problem)
-                return False
-            self._saved = _identity(save.state)
-            if done.warning is not None and self.world.is_main:
-                self.reporter.warn(done.warning)
-            seconds = time.monotonic() - save.begun
-            stall = seconds if save.stall is None else save.stall
-            self.reporter.checkpoint(save.state, checkpoint_name(save.state.step), seconds, stall)
-            return True
         everyone = self.world.gather(done)
         problem = _first(one.problem for one in everyone)
         if problem is not None:
             self._under_way = None
-            self._void(save.state.step, problem)
+            self._void(save.store, save.state.step, problem)
             return False
+        if save.is_committing:
+            self._under_way = None
+            is_near = save.store is self.near
+            if not is_near:
+                self._saved = _identity(save.state)
+            if done.warning is not None:
+                self.reporter.warn(done.warning)
+            seconds = time.monotonic() - save.begun
+            stall = seconds if save.stall is None else save.stall
+            self.reporter.checkpoint(save.state, checkpoint_name(save.state.step), seconds, stall, is_near)
+            return True
         files = {name: written for one in everyone for name, written in (one.files or {}).items()}
         save.is_committing = True
-        save.task = Background(lambda: self._commit(save, files)) if self.world.is_main else None
+        save.task = Background(lambda: self._commit(save, files)) if self._owns(save.store) else None
         return True
 
-    def _void(self, step: int, problem: str | None) -> None:
-        self.problem = problem or ""
+    def _void(self, store: CheckpointStore, step: int, problem: str) -> None:
         self._storage.begin(copies=False)  # lets go of what was not written
+        if store is self.near:
+            self.near = None
+            if self._owns(store):
+                store.remove()
+            if self.world.is_main:
+                self.reporter.warn(f"checkpoint.local: {problem}; this start saves there no more")
+            return
+        self.problem = problem
         if self.world.is_main:
             self.store.discard_unfinished()
             kept = self.store.pointed("latest")
@@ -252,31 +282,35 @@ class Checkpoints(Generic[S]):
                 self.reporter.warn(f"checkpoint {checkpoint_name(step)} not saved: {problem}; {good}")
             self._told_of = step
 
-    def _begin(self, step: int) -> tuple[Path | None, str | None]:
-        if not self.world.is_main:
-            return None, None
+    def _begin(self, store: CheckpointStore, step: int) -> str | None:
+        """Make room for a checkpoint and begin its directory. Returns what prevents that, in a few words."""
+        if not self._owns(store):
+            return None
         try:
-            self.store.root.mkdir(parents=True, exist_ok=True)
-            self.store.discard_unfinished()
-            self.store.retain(self.recipe.checkpoint.keep_last)  # the recipe may keep fewer than before
-            lack = self._lack()
-            return (self.store.begin(step), None) if lack is None else (None, lack)
+            store.root.mkdir(parents=True, exist_ok=True)
+            store.discard_unfinished()
+            # The recipe may keep fewer than before. Each node has the last one whole by now.
+            store.retain(1 if store is self.near else self.recipe.checkpoint.keep_last)
+            lack = self._lack(store)
+            if lack is None:
+                store.begin(step)
+            return lack
         except OSError as error:
-            return None, describe(error)
+            return describe(error)
 
-    def _lack(self) -> str | None:
+    def _lack(self, store: CheckpointStore) -> str | None:
         """What the disk lacks for the next checkpoint, in a few words."""
         weight_bytes = next(self.engine.module.parameters()).element_size()
         sizes = self.engine.parameters, self.engine.stage, self.ema is not None, weight_bytes
         needed = self.store.newest_bytes() or checkpoint_bytes(*sizes)
-        free = shutil.disk_usage(self.store.root).free
+        free = shutil.disk_usage(store.root).free
         is_enough = free >= needed
-        return None if is_enough else f"it needs {_megabytes(needed)} and {self.store.root} has {_megabytes(free)} free"
+        return None if is_enough else f"it needs {_megabytes(needed)} and {store.root} has {_megabytes(free)} free"
 
     def _collect(self, directory: Path, copies: bool) -> str | None:
         """Hand all that this rank will write to the storage. Returns what went wrong, in a few words."""
         self._storage.begin(copies)
-        self.engine.deepspeed.save_checkpoint(str(self.store.root), tag=directory.name, save_latest=False)
+        self.engine.deepspeed.save_checkpoint(str(directory.parent), tag=directory.name, save_latest=False)
         # At stage 0 all ranks hold the same, and rank 0 keeps it.
         owns = self.engine.stage > 0 or self.world.is_main
         sidecar = {
@@ -313,7 +347,9 @@ class Checkpoints(Generic[S]):
 
     def _commit(self, save: _Save, files: dict[str, Fingerprint]) -> _Written:
         try:
-            self.store.commit(save.directory, save.content, files, save.is_best)
+            save.store.commit(save.store.unfinished(save.state.step), save.content, files, save.is_best)
+            if save.store is self.near:  # another node may not have come so far
+                return _Written()
         except OSError as error:
             return _Written(describe(error))
         return _Written(warning="; ".join(self.store.retain(self.recipe.checkpoint.keep_last)) or None)

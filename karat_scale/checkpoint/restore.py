@@ -5,6 +5,7 @@ kill, a full disk or damage. The world size and ZeRO stage of the engine may dif
 """
 
 import math
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,14 @@ from karat_scale.checkpoint.records import (
     read_record,
     read_state_record,
 )
-from karat_scale.checkpoint.store import CHECKPOINT_NAME, STATE, CheckpointStore, checkpoint_name
+from karat_scale.checkpoint.store import (
+    CHECKPOINT_NAME,
+    STATE,
+    CheckpointStore,
+    NearStore,
+    checkpoint_name,
+    parse_manifest,
+)
 from karat_scale.checkpoint.tensor_storage import describe
 from karat_scale.engine.deepspeed_internals import (
     load_loss_scaler,
@@ -39,6 +47,7 @@ from karat_scale.engine.reporting.progress import Reporter
 from karat_scale.engine.run_state import RunState
 from karat_scale.engine.shards import Fragment, Layout, Pieces
 from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.foundation.files import file_sha256, flush_to_disk
 from karat_scale.foundation.tables import OPTIMIZERS
 from karat_scale.models.transfer import teacher_of
 
@@ -368,6 +377,58 @@ def _scores(store: CheckpointStore, name: str, state_type: type[RunState]) -> di
         return None
     scores = {f"best_{score}": getattr(saved, f"last_{score}") for score in saved.scores}
     return {**scores, "best_step": saved.step}
+
+
+def bring_near(store: CheckpointStore, near: NearStore, world: World) -> tuple[str | None, list[str]]:
+    """Copy the newest checkpoint that the nodes have together to the run's, if it is newer. Collective.
+
+    Returns its name, if there is one, and lines on those that are damaged.
+
+    Raises:
+        OSError: on all ranks, where it cannot be copied.
+    """
+    offers = world.gather(near.offers() if world.local_rank == 0 else {})
+    newest = world.broadcast(max(store.names(), default=""))
+    problems: list[str] = []
+    for name in sorted({name for offer in offers for name in offer if name > newest}, reverse=True):
+        having = [(rank, *offer[name]) for rank, offer in enumerate(offers) if name in offer]
+        manifest = having[0][1]
+        # Each file, from the first rank that has it.
+        places = {file: rank for rank, _, files in reversed(having) for file in files}
+        if any(text != manifest for _, text, _ in having) or places.keys() != parse_manifest(manifest).keys():
+            continue  # of a save that was cut off, or a node is another one
+        mine = [file for file, rank in places.items() if rank == world.rank]
+        if (problem := _bring(store, near, name, manifest, mine, world)) is None:
+            return name, problems
+        problems.append(f"{name} in {near.root}: {problem}; trying the one before")
+    return None, problems
+
+
+def _bring(
+    store: CheckpointStore, near: NearStore, name: str, manifest: str, mine: list[str], world: World
+) -> str | None:
+    """Copy this rank's files of a checkpoint, and let rank 0 name it. Returns what prevents it, on all ranks alike."""
+    unfinished = store.unfinished(int(name.removeprefix("step-")))
+    problem = None
+    with world.together():
+        if world.is_main:
+            store.discard_unfinished()
+            unfinished.mkdir(parents=True)
+    with world.together():
+        for file in mine:
+            shutil.copyfile(near.root / name / file, unfinished / file)
+            flush_to_disk(unfinished / file)
+            if file_sha256(unfinished / file) != parse_manifest(manifest)[file].sha256:
+                problem = f"{file} has changed since it was written"
+    problem = next((one for one in world.gather(problem) if one is not None), None)
+    with world.together():
+        if world.is_main and problem is None:
+            problem = store.adopt(unfinished, manifest)
+            if problem is None:
+                store.point("latest", name)
+        if world.is_main:
+            store.discard_unfinished()
+    return world.broadcast(problem)
 
 
 Check = Callable[[Path, dict[str, Any]], object]

@@ -9,18 +9,22 @@ checkpoints/
   latest, best          a checkpoint's name, replaced atomically
   pinned                names of old checkpoints that are kept, one on a line
 
+With `checkpoint.local` each node has such a directory, too, on a disk of its own: NearStore.
+
 Who reads a checkpoint locks its manifest, so that nobody removes it meanwhile. Some file systems have no locks.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,7 +43,7 @@ from karat_scale.foundation.files import (
     replace_file,
     unlock,
 )
-from karat_scale.foundation.machine import usable_cores
+from karat_scale.foundation.machine import this_node, usable_cores
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -188,10 +192,14 @@ class CheckpointStore:
         self.on_change: Callable[[], object] = lambda: None
         """Is called, by any thread, when a checkpoint is complete or pinned."""
 
+    def unfinished(self, step: int) -> Path:
+        """The directory of a checkpoint that is being written."""
+        return self.root / f"{_UNFINISHED}{checkpoint_name(step)}"
+
     def begin(self, step: int) -> Path:
         """An empty directory to write the files of a new checkpoint into."""
         self.discard_unfinished()
-        path = self.root / f"{_UNFINISHED}{checkpoint_name(step)}"
+        path = self.unfinished(step)
         path.mkdir(parents=True)
         return path
 
@@ -207,10 +215,10 @@ class CheckpointStore:
         Raises:
             OSError: a file is not there as it was written, or the disk does not take the rest.
         """
-        for file, written in files.items():
+        for file in self._to_check(unfinished, files):
             size = (unfinished / file).stat().st_size
-            if size != written.bytes:
-                raise OSError(f"{file} has {size} bytes, but {written.bytes} were written")
+            if size != files[file].bytes:
+                raise OSError(f"{file} has {size} bytes, but {files[file].bytes} were written")
         replace_file(unfinished / STATE, json.dumps(state, indent=2) + "\n")
         own = {STATE: Fingerprint((unfinished / STATE).stat().st_size, file_sha256(unfinished / STATE))}
         replace_file(unfinished / MANIFEST, manifest_text({**files, **own}))
@@ -220,6 +228,10 @@ class CheckpointStore:
         self.point("latest", name)
         self.on_change()
         return name
+
+    def _to_check(self, unfinished: Path, files: Mapping[str, Fingerprint]) -> Iterable[str]:
+        """Those of the files of a checkpoint that must be in this directory."""
+        return files
 
     def adopt(self, unfinished: Path, manifest: str) -> str | None:
         """Give a copy of a checkpoint, whose files are as its manifest says, the manifest and its name.
@@ -416,3 +428,52 @@ class CheckpointStore:
             except OSError as error:
                 problems.append(f"{path} is left over and cannot be removed: {error.strerror or error}; do it by hand")
         return problems
+
+
+class NearStore(CheckpointStore):
+    """The part of the newest checkpoints that the ranks of one node wrote, on a disk of this node.
+
+    Every node has the whole manifest. Together the nodes have a checkpoint if each of its files is on one of them.
+
+    Args:
+        place: a directory of each node, such as /dev/shm.
+        run: the run's directory.
+        run_id: names the run: another one may have been in this directory.
+    """
+
+    def __init__(self, place: Path, run: Path, run_id: str) -> None:
+        digest = sha256(os.fsencode(run.resolve())).hexdigest()[:12]
+        super().__init__(place / f"karat-{run.name}-{digest}-{this_node()}")
+        self._id = run_id
+
+    def open(self) -> None:
+        """Make the directory, if need be, and empty it of another run. Raises OSError, also if it is another user's."""
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self.root.is_symlink() or self.root.stat().st_uid != os.getuid():
+            raise PermissionError(errno.EPERM, "belongs to another user", str(self.root))
+        file = self.root / "run_id"
+        if not file.is_file() or read_text(file, 256) != self._id:
+            self.empty()
+        self.put_back()
+
+    def empty(self) -> None:
+        """Remove all checkpoints. Raises OSError."""
+        self.remove()
+        self.root.mkdir(mode=0o700)
+        replace_file(self.root / "run_id", self._id)
+
+    def remove(self) -> None:
+        """Remove all of it."""
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def offers(self) -> dict[str, tuple[str, set[str]]]:
+        """The manifest of each checkpoint, and those of its files that are here, by the checkpoint's name."""
+        found = {}
+        for name in self.names():
+            with suppress(OSError, ValueError):
+                text = read_text(self.root / name / MANIFEST)
+                found[name] = text, {file for file in parse_manifest(text) if (self.root / name / file).is_file()}
+        return found
+
+    def _to_check(self, unfinished: Path, files: Mapping[str, Fingerprint]) -> Iterable[str]:
+        return [file for file in files if (unfinished / file).exists()]

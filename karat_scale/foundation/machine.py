@@ -20,6 +20,7 @@ import platform
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import tempfile
@@ -58,6 +59,11 @@ def be_killed_with_parent() -> None:
     """Let the kernel end this process with the thread that started it, even while it is stopped (SIGSTOP)."""
     with contextlib.suppress(OSError, AttributeError):  # no Linux
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def this_node() -> str:
+    """Return this node's name, as SLURM says it where it runs."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def usable_cores() -> int:

@@ -111,18 +111,23 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks do after a step. is_idle: all have said that they are not busy."""
+    """What all ranks do after a step. is_idle: all have said that they are not busy. save_near: only on each node."""
 
     save: bool = False
     stop: bool = False
     is_idle: bool = False
+    save_near: bool = False
+
+
+NEAR = 10
+_SAVE = 2
 
 
 class SavePoints:
     """Decides after each step whether to save and whether to stop, the same on all ranks.
 
     A save each `every_steps` needs no agreement. Rank 0's clock says when `every_minutes` are over, and a stop signal
-    may reach any rank: both are heard at the next agreement.
+    may reach any rank: both are heard at the next agreement. Saves on each node alone come NEAR times as often.
     """
 
     def __init__(
@@ -136,11 +141,13 @@ class SavePoints:
         self._world, self._signals, self._clock = world, signals, clock
         self._every_steps, self._every_minutes = every_steps, every_minutes
         self._agreement = Agreement(world, clock)
-        self._saved_at = clock()
+        self._saved_at = self._saved_near_at = clock()
 
-    def note_save(self) -> None:
+    def note_save(self, near: bool = False) -> None:
         """A save begins, so that one which fails is tried again an interval later, not after each step."""
-        self._saved_at = self._clock()
+        self._saved_near_at = self._clock()
+        if not near:
+            self._saved_at = self._saved_near_at
 
     def is_agreement_due(self, step: int) -> bool:
         """Whether `decide` compares the ranks' wishes after `step` finished steps; the same on all ranks."""
@@ -148,15 +155,18 @@ class SavePoints:
 
     def decide(self, step: int, is_busy: bool = False) -> Decision:
         """What to do after `step` finished steps. `is_busy`: this rank still writes the last save."""
-        save = bool(self._every_steps) and step % (self._every_steps or 1) == 0
+        every = self._every_steps
+        save, near = (bool(every) and step % max((every or 1) // often, 1) == 0 for often in (1, NEAR))
         agreed = self._agreement.maxima(step, self._signals.received is not None, self._is_time_to_save, is_busy)
         if agreed is None:
-            return Decision(save)
+            return Decision(save, save_near=near)
         stop, timely, busy = agreed
-        return Decision(save or bool(timely), bool(stop), not busy)
+        return Decision(save or timely == _SAVE, bool(stop), not busy, near or bool(timely))
 
     @property
-    def _is_time_to_save(self) -> bool:
+    def _is_time_to_save(self) -> int:
         if not self._world.is_main or not self._every_minutes:
-            return False
-        return self._clock() - self._saved_at >= 60 * self._every_minutes
+            return 0
+        if self._clock() - self._saved_at >= 60 * self._every_minutes:
+            return _SAVE
+        return int(self._clock() - self._saved_near_at >= 60 * self._every_minutes / NEAR)

@@ -4,9 +4,12 @@
 `schedule.image_sizes`, each size has a trainer of its own, which goes on from the checkpoint of the one before.
 """
 
+import secrets
 from functools import partial
+from pathlib import Path
 
-from karat_scale.checkpoint.store import checkpoint_name
+from karat_scale.checkpoint.restore import bring_near
+from karat_scale.checkpoint.store import NearStore, checkpoint_name
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World, device_name
 from karat_scale.engine.engine import slow_precision
@@ -14,11 +17,12 @@ from karat_scale.engine.memory import keep_freed_memory, memory_snapshot, one_li
 from karat_scale.engine.reporting.progress import MetricsLog, Reporter, choose_display
 from karat_scale.engine.tracking.follow import check_trackers
 from karat_scale.foundation.console import plural
-from karat_scale.foundation.errors import EXIT_STOPPED
+from karat_scale.foundation.errors import EXIT_STOPPED, RunDirectoryError
+from karat_scale.foundation.machine import this_node
 from karat_scale.recipe import RunRecipe
 from karat_scale.training.agreement import StoppedError, StopSignals
 from karat_scale.training.outcome import Outcome, concluded
-from karat_scale.training.run_copy import RunCopy, open_copy
+from karat_scale.training.run_copy import RunCopy, keep_run_id, open_copy, run_id
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.task import Task
 from karat_scale.training.trainer import Trainer
@@ -53,6 +57,8 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             one_line_out_of_memory(fix, snapshot),
             world.explaining(),
         ):
+            if recipe.checkpoint.local:
+                open_near(recipe, directory, world, reporter)
             task = outcome.task = task_type(recipe, world, reporter)
             if changes:
                 left = "" if directory.store.names() else ", which left no checkpoint"
@@ -132,6 +138,40 @@ def open_reporter(recipe: RunRecipe, world: World, directory: RunDirectory) -> R
     for problem in directory.clear(world.size) if world.is_main else ():
         reporter.warn(problem)
     return reporter
+
+
+def open_near(recipe: RunRecipe, directory: RunDirectory, world: World, reporter: Reporter) -> None:
+    """Let each node keep the newest checkpoints, too, and bring what the nodes have that is newer. Collective.
+
+    Raises:
+        RunDirectoryError: a node cannot write there, or the recipe cannot go on with what it has.
+    """
+    with world.together():
+        if world.is_main and not run_id(directory.path):
+            keep_run_id(directory.path, secrets.token_hex(8))
+    near = NearStore(Path(recipe.checkpoint.local).expanduser(), directory.path, run_id(directory.path))
+    with world.together():
+        if world.local_rank == 0:
+            try:
+                near.open()
+            except OSError as error:
+                raise RunDirectoryError(
+                    f"checkpoint.local = {recipe.checkpoint.local}: {near.root} on {this_node()}: {error.strerror}; "
+                    "choose another directory"
+                ) from None
+            if recipe.resume.mode == "never":
+                near.empty()
+    name, problems = bring_near(directory.store, near, world)
+    if world.local_rank == 0:
+        near.empty()  # it has nothing now that the run's directory lacks
+    directory.near = near
+    for problem in problems:
+        reporter.warn(problem)
+    if name is not None:
+        reporter.info(f"{name} was saved on each node after the last one in the run's directory, and copied there")
+        with world.together():
+            if world.is_main:
+                directory.admit(recipe)
 
 
 def how_to_extend(trainer: Trainer) -> str:

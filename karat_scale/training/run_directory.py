@@ -32,7 +32,7 @@ from torch import nn
 from typing_extensions import Self
 
 from karat_scale.checkpoint.restore import falsehood
-from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
+from karat_scale.checkpoint.store import CheckpointStore, NearStore, checkpoint_name
 from karat_scale.checkpoint.weights import load_weights, wants_ema
 from karat_scale.data.batch import class_order_digest
 from karat_scale.engine.distributed import World, device_name, write_flight_record
@@ -76,6 +76,8 @@ class RunDirectory:
         self.profile = self.path / "profile"
         self.snapshots = self.path / "snapshots"
         self.store = CheckpointStore(self.path / "checkpoints", falsehood)
+        self.near: NearStore | None = None
+        """Where each node keeps the newest checkpoints, too."""
         self._lock: IO[str] | None = None
         self.last_sign: float | None = None
         """When an earlier start was last seen, in seconds since the epoch; known once the directory is claimed."""

@@ -92,7 +92,7 @@ class Trainer:
             reporter.info(f"the first step compiles the model (train.compile = {recipe.train.compile})")
         self.ema = Ema(engine.deepspeed, recipe.train) if recipe.train.ema_decay else None
         self.checkpoints: Checkpoints[Any] = Checkpoints(
-            directory.store, engine, self.ema, world, recipe, reporter, task.kind, task.state_type
+            directory.store, engine, self.ema, world, recipe, reporter, task.kind, task.state_type, directory.near
         )
         histograms = HeadHistograms(engine, recipe.log, reporter)
         self.after_step: list[AfterStep] = [histograms, *task.after_step(engine, directory, self.total_steps)]
@@ -178,9 +178,13 @@ class Trainer:
                     raise checkpoints.store.not_saved(checkpoints.problem)
         except StoppedError as stopped:
             stopped.saved = self._save(wait=True)
+            if stopped.saved:
+                checkpoints.remove_near()
             raise
         if not self._save(wait=True):
             raise checkpoints.store.not_saved(checkpoints.problem)
+        if stop_step == self.total_steps:
+            checkpoints.remove_near()
         return stop_step < self.total_steps
 
     def feed(self, stop_step: int, waiting: Waiting | None = None) -> DeviceFeed[Any]:
@@ -336,15 +340,19 @@ class Trainer:
             raise StoppedError
         if decision.save:
             self._save()
+        elif decision.save_near and checkpoints.saves_near(self.state):
+            self._save(near=True)
 
-    def _save(self, wait: bool = False) -> bool:
+    def _save(self, wait: bool = False, near: bool = False) -> bool:
         """Save this state unless that is done; whether it is, or without `wait` will be unless a rank fails."""
         self.look()
         self.reporter.beat("saving")
         with self._interval.paused():
             if not self.checkpoints.holds(self.state):
                 self._fold_interval()
-            self._save_points.note_save()
+            self._save_points.note_save(near)
+            if near:
+                return self.checkpoints.save_near(self.state)
             # Asked of the state, as the save at the evaluation may have failed.
             is_best = self.state.best_step == self.state.step and self.recipe.checkpoint.keep_best
             return self.checkpoints.save(self.state, is_best, wait)

@@ -274,10 +274,11 @@ class Reporter:
             self._has_histograms = False
             self.warn(f"{problem}; there are no more histograms")
 
-    def checkpoint(self, state: RunState, name: str, seconds: float, stall: float) -> None:
-        """A checkpoint is complete; training stood still for `stall` of its seconds."""
-        self.info(f"saved {name} in {seconds:.1f} s; training waited for {stall:.1f} s of them")
-        figures = {"seconds": round(seconds, 3), "stall_seconds": round(stall, 3)}
+    def checkpoint(self, state: RunState, name: str, seconds: float, stall: float, near: bool = False) -> None:
+        """A checkpoint is complete; training stood still for `stall` of its seconds. `near`: only on each node."""
+        if not near:  # these are too many to be told
+            self.info(f"saved {name} in {seconds:.1f} s; training waited for {stall:.1f} s of them")
+        figures = {"seconds": round(seconds, 3), "stall_seconds": round(stall, 3), **({"near": True} if near else {})}
         self._write("checkpoint", state.step, samples=state.samples, name=name, **figures)
 
     def resumed(self, state: RunState, name: str) -> None:

@@ -1,0 +1,115 @@
+"""Runs of two ranks, each on a node of its own, that are killed between two checkpoints of the run's directory.
+
+`python -m tests.checkpoint.near SCRATCH CASE ...` writes outcomes.json: where each run went on, and in what it ended
+otherwise than one that nobody killed.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from karat_scale.engine.reporting.progress import Reporter
+from tests.conftest import events, summary
+from tests.faults.runs import imported, tiny_recipe
+from tests.small_engines import equal
+from tests.training.forked_ranks import ForkedRanks
+from tests.training.runs import last_tensors, losses
+
+SHARED, KILLED = 10, 13
+WITHIN = 60.0
+
+
+def train(
+    scratch: Path, name: str, *overrides: str, prepare: Callable[[int], object] = lambda rank: None
+) -> tuple[Path, list[int], str]:
+    """One start of a run, whose ranks are on nodes a and b; its directory, the exit codes, and what it says."""
+
+    def on_a_node(rank: int) -> None:
+        os.environ.update(LOCAL_RANK="0", SLURMD_NODENAME="ab"[rank])
+        prepare(rank)
+
+    log = scratch / f"{name}.log"
+    arguments = ("train", str(scratch / "tiny.yaml"), f"run.dir={scratch / name}", *overrides)
+    ranks = ForkedRanks(arguments, 2, log, on_a_node)
+    assert ranks.wait(WITHIN), log.read_text()
+    return scratch / name, [ranks.codes[pid] for pid in ranks.ranks], log.read_text()
+
+
+def killed(rank: int) -> None:
+    """Let a rank be killed when a checkpoint after KILLED steps or more is on all nodes."""
+    told = Reporter.checkpoint
+
+    def tell(self, state, *arguments) -> None:
+        told(self, state, *arguments)
+        if state.step >= KILLED:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Reporter.checkpoint = tell
+
+
+def back(scratch: Path, folders: list[Path]) -> None:
+    """Both nodes come back."""
+
+
+def without_a_node(scratch: Path, folders: list[Path]) -> None:
+    """Another node takes the place of b."""
+    shutil.rmtree(folders[1])
+
+
+def damaged(scratch: Path, folders: list[Path]) -> None:
+    """A disk has lost a bit."""
+    file = max(max(folders[1].glob("step-*")).glob("*.pt"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def anew(scratch: Path, folders: list[Path]) -> None:
+    """The run's directory is removed, and another run begins there."""
+    shutil.rmtree(scratch / "anew")
+
+
+CASES = {case.__name__: case for case in (back, without_a_node, damaged, anew)}
+
+
+def main(scratch: Path, names: Sequence[str]) -> None:
+    """Play some of the cases, one after the other."""
+    tiny_recipe(scratch, "1", f"checkpoint.every_steps={SHARED}", "train.epochs=10", "checkpoint.snapshots=0")
+    imported()
+    whole, codes, said = train(scratch, "whole")
+    assert codes == [0, 0], said
+    outcomes = {}
+    for name in names:
+        near = scratch / f"near-{name}"
+        own = f"checkpoint.local={near}"
+        run, _, said = train(scratch, name, own, prepare=killed)
+        folders = sorted(near.iterdir())
+        assert len(folders) == 2, said
+        steps = [int(path.name.removeprefix("step-")) for path in sorted(folders[0].glob("step-*"))]
+        CASES[name](scratch, folders)
+        _, codes, said = train(scratch, name, own)
+        outcomes[name] = {
+            "steps": steps,
+            "codes": codes,
+            "resumed": [event["step"] for event in events(run, "resume")],
+            "differs": [
+                what
+                for what, same in {
+                    "losses": losses(run) == losses(whole),
+                    "data": summary(run)["data_digest"] == summary(whole)["data_digest"],
+                    "tensors": equal(last_tensors(run), last_tensors(whole)),
+                }.items()
+                if not same
+            ],
+            "left": [path.name for path in near.iterdir()],
+            "said": said,
+        }
+    (scratch / "outcomes.json").write_text(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

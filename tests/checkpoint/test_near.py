@@ -1,0 +1,61 @@
+"""`checkpoint.local`: the newest state on a disk of each node, and what a start makes of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from karat_scale.checkpoint.store import NearStore
+from tests.checkpoint.near import KILLED, SHARED
+from tests.conftest import ROOT, karat_environment, karat_refuses
+
+
+def outcomes(scratch: Path, *cases: str) -> dict[str, dict[str, Any]]:
+    """By case, how a run of two nodes went on after a kill. Each ended in the same bits, and left nothing there."""
+    command = [sys.executable, "-m", "tests.checkpoint.near", str(scratch), *cases]
+    done = subprocess.run(command, env=karat_environment(), capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = dict(json.loads((scratch / "outcomes.json").read_text()))
+    for one in found.values():
+        assert (one["codes"], one["differs"], one["left"]) == ([0, 0], [], []), one["said"]
+    return found
+
+
+@pytest.mark.multiprocess
+def test_a_run_goes_on_from_the_newest_state_that_the_nodes_have(tmp_path) -> None:
+    found = outcomes(tmp_path, "back")["back"]
+    assert found["resumed"] == [found["steps"][-1]]
+    assert found["steps"][-1] >= KILLED > SHARED
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_what_a_node_has_lost_and_what_is_damaged_or_of_another_run_is_left_alone(tmp_path) -> None:
+    found = outcomes(tmp_path, "without_a_node", "damaged", "anew")
+    assert found["without_a_node"]["resumed"] == [SHARED]
+    assert found["damaged"]["resumed"] == [max(SHARED, *found["damaged"]["steps"][:-1])]
+    assert "has changed since it was written; trying the one before" in found["damaged"]["said"]
+    assert found["anew"]["resumed"] == []
+
+
+def test_a_place_that_cannot_be_written_or_belongs_to_another_is_one_line(recipe_file, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    line = karat_refuses("train", str(recipe_file), f"checkpoint.local={tmp_path / 'file'}")
+    assert line.startswith(f"error: checkpoint.local = {tmp_path / 'file'}: ")
+    assert "choose another directory" in line
+    near = NearStore(tmp_path, tmp_path / "run", "id")
+    near.root.symlink_to(tmp_path)
+    with pytest.raises(PermissionError, match="belongs to another user"):
+        near.open()
+    assert "should be a directory of each node" in karat_refuses("train", str(recipe_file), "checkpoint.local=s3://b/x")
+
+
+def test_another_run_in_the_same_directory_finds_nothing(tmp_path: Path) -> None:
+    for name in ("one", "one", "another"):
+        near = NearStore(tmp_path, tmp_path / "run", name)
+        near.open()
+        (near.root / f"step-{len(near.names()):08d}").mkdir()
+    assert len(near.names()) == 1
