@@ -14,7 +14,7 @@ SHOWN = | sed --unbuffered --quiet '/^Collecting /p'
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: install hooks demo docs test test-full test-turn test-aarch64 cross faults coverage lint release clean packages extras
+.PHONY: install hooks demo docs docs-version test test-full test-turn test-aarch64 cross faults coverage lint release clean packages extras
 
 $(BIN)/python:
 	@echo "== making $(VENV)"
@@ -88,6 +88,11 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 # The site is in build/site. mkdocs-material announces mkdocs 2 at each build unless the variable is set.
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Adds the pages of this version to the branch gh-pages, which `git push` publishes.
+docs-version: $(VENV)/.installed-docs
+	version=$$($(BIN)/python -c 'import karat_scale; print(karat_scale.__version__.rpartition(".")[0])') && \
+		PATH=$(CURDIR)/$(BIN):$$PATH DOCS_VERSIONS=mike NO_MKDOCS_2_WARNING=1 mike deploy --update-aliases $$version latest
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

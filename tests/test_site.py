@@ -1,6 +1,8 @@
-"""The documentation site builds without a warning, and a browser shows its generated pages."""
+"""The documentation site builds without a warning, its search knows all names, and a browser shows its pages."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,6 +64,44 @@ def test_the_site_shows_every_key_and_every_command(site: Path, browser: Browser
         assert browser.run(TEXTS, "h1")[0].startswith(f"karat {command}")
     browser.open(site / "api" / "attention.html")
     assert any("fourier_karat_attention" in heading for heading in browser.run(TEXTS, "h2"))
+
+
+@pytest.mark.slow
+def test_the_search_knows_each_part_of_each_key_and_each_command(site: Path) -> None:
+    index = json.loads((site / "search" / "search_index.json").read_text())
+    split = re.compile(index["config"]["separator"])
+    words = {page: set() for page in ("recipe.html", "recipe_detection.html", "commands")}
+    for entry in index["docs"]:
+        page = entry["location"].split("#")[0].split("/")[0]
+        words.get(page, set()).update(split.split(re.sub("<.*?>", " ", f"{entry['title']} {entry['text']}")))
+    for page, schema in (("recipe.html", Recipe), ("recipe_detection.html", DetectionRecipe)):
+        assert {word for key in described_keys(schema) for word in split.split(key)} <= words[page]
+    (action,) = [action for action in build_parser()._actions if action.dest == "command"]
+    assert action.choices.keys() <= words["commands"]
+
+
+@pytest.mark.slow
+def test_each_version_of_the_site_stays(tmp_path: Path) -> None:
+    pytest.importorskip("mike", reason="needs the extra docs")
+    subprocess.run(["git", "clone", "-q", "--depth=1", f"file://{ROOT}", "clone"], cwd=tmp_path, check=True)
+    clone = tmp_path / "clone"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {
+        "PATH": path,
+        "DOCS_VERSIONS": "mike",
+        "NO_MKDOCS_2_WARNING": "1",
+        "PYTHONPATH": str(clone),
+    }
+    environment |= dict.fromkeys(("GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME"), "a")
+    environment |= dict.fromkeys(("GIT_AUTHOR_EMAIL", "GIT_COMMITTER_EMAIL"), "a@b")
+    for version in ("0.2", "0.3"):
+        deploy = ["mike", "deploy", "--update-aliases", version, "latest"]
+        subprocess.run(deploy, cwd=clone, env=environment, check=True, capture_output=True, timeout=300)
+    show = ["git", "show", "gh-pages:versions.json"]
+    versions = json.loads(subprocess.run(show, cwd=clone, check=True, capture_output=True, text=True).stdout)
+    assert {entry["version"]: entry["aliases"] for entry in versions} == {"0.3": ["latest"], "0.2": []}
+    page = ["git", "show", "gh-pages:0.2/index.html"]
+    assert '"provider": "mike"' in subprocess.run(page, cwd=clone, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.mark.slow
