@@ -85,20 +85,22 @@ class _Bench:
         complete: list[float] = []
         steps: list[float] = []
         steps_beside: list[float] = []
+        cpu: list[float] = []
+        cpu_beside: list[float] = []
         for number in range(self._plan.rounds + 1):
-            steps.append(self._step())
+            self._step_into(steps, cpu)
             seconds[DEEPSPEED].append(self._save_as_deepspeed())
-            steps.append(self._step())
+            self._step_into(steps, cpu)
             seconds[BLOCKING].append(self._timed(lambda: self._trainer.checkpoints.save(self._trainer.state)))
-            steps.append(self._step())
+            self._step_into(steps, cpu)
             begun = time.perf_counter()
             seconds[BESIDE].append(self._timed(lambda: self._trainer.checkpoints.save(self._trainer.state, wait=False)))
             while self._trainer.checkpoints.is_under_way:
-                steps_beside.append(self._step())
+                self._step_into(steps_beside, cpu_beside)
                 self._trainer.save_or_stop()
             complete.append(time.perf_counter() - begun)
             if number == 0:
-                for uncounted in (*seconds.values(), complete, steps, steps_beside):
+                for uncounted in (*seconds.values(), complete, steps, steps_beside, cpu, cpu_beside):
                     uncounted.clear()
         store = self._trainer.checkpoints.store
         return {
@@ -112,13 +114,18 @@ class _Bench:
             "seconds_until_complete_beside": round(statistics.median(complete), 3),
             "step_seconds": round(statistics.median(steps), 3),
             "step_seconds_while_writing": round(statistics.median(steps_beside), 3),
+            "step_cpu_seconds": round(statistics.median(cpu), 3),
+            "step_cpu_seconds_while_writing": round(statistics.median(cpu_beside), 3),
             "resume_seconds": round(
                 statistics.median(self._timed(self._trainer.checkpoints.load) for _ in range(3)), 3
             ),
         }
 
-    def _step(self) -> float:
-        return self._timed(lambda: self._trainer.step([next(self._batches)]))
+    def _step_into(self, seconds: list[float], cpu: list[float]) -> None:
+        """Take a step; keep its seconds, and those of this process's threads, of which a busy machine changes less."""
+        begun = time.process_time()
+        seconds.append(self._timed(lambda: self._trainer.step([next(self._batches)])))
+        cpu.append(time.process_time() - begun)
 
     def _save_as_deepspeed(self) -> float:
         from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
@@ -143,10 +150,11 @@ def _print(result: dict[str, Any]) -> None:
         ("save", "training pauses", f"over {DEEPSPEED}"),
         [(name, f"{seconds:.2f} s", f"{seconds / stalls[DEEPSPEED]:.2f}") for name, seconds in stalls.items()],
     )
-    print(
-        f"beside training: complete after {result['seconds_until_complete_beside']:.2f} s, at the end of a step; "
-        f"meanwhile a step takes {result['step_seconds_while_writing']:.2f} s instead of {result['step_seconds']:.2f} s"
-    )
+    kinds, whens = ("step_seconds", "step_cpu_seconds"), ("_while_writing", "")
+    wall, cpu = ([result[f"{kind}{when}"] for when in whens] for kind in kinds)
+    print(f"beside training: complete after {result['seconds_until_complete_beside']:.2f} s, at the end of a step")
+    for what, (meanwhile, else_) in {"a step": wall, "a step's CPU time": cpu}.items():
+        print(f"{what}: {meanwhile:.2f} s meanwhile, {else_:.2f} s else")
     print(f"resume: verified and loaded in {result['resume_seconds']:.2f} s")
 
 

@@ -3,9 +3,9 @@
 All ranks agree on every outcome: a checkpoint that one rank could not write exists for none, and all ranks load the
 same one.
 
-A save goes on beside training, which stands still only while each rank copies its state to host memory. A thread of
-each rank writes the copy. At the first agreement at which all are done, rank 0's thread gives the checkpoint its
-manifest and its name. At the next agreement all ranks hear of it.
+A save goes on beside training, which stands still only while each rank copies its state to host memory. A process of
+each rank writes the copy, and a thread waits for it. At the first agreement at which all are done, rank 0's thread
+gives the checkpoint its manifest and its name. At the next agreement all ranks hear of it.
 
 With `checkpoint.local`, saves in between go to a disk of each node, in the same way: there the first rank of each node
 does what rank 0 does for the run's directory.
@@ -119,6 +119,7 @@ class Checkpoints(Generic[S]):
         kind: the kind of run. A checkpoint of another kind is refused.
         state_type: the state of this kind of run.
         near: where this node keeps the newest checkpoints, too.
+        cost: the seconds that training stood still for the last save there, and those until it was complete.
         problem: why the last save in the run's directory came to nothing, if it did; the same on all ranks.
     """
 
@@ -132,6 +133,7 @@ class Checkpoints(Generic[S]):
     state_type: type[S]
     near: NearStore | None = None
     problem: str = ""
+    cost: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         self._storage = DurableStorage()
@@ -176,9 +178,10 @@ class Checkpoints(Generic[S]):
         return self.near is not None and self._under_way is None and not self.holds(state)
 
     def save_near(self, state: S) -> bool:
-        """Begin to save `state` on a disk of each node; whether that has begun. Collective."""
+        """Save `state` on a disk of each node, or begin to; whether that is so. Collective."""
         assert self.near is not None
-        return self._launch(state, self.near, is_best=False, wait=False, begun=time.monotonic())
+        wait = not self.recipe.checkpoint.asynchronous
+        return self._launch(state, self.near, is_best=False, wait=wait, begun=time.monotonic())
 
     def remove_near(self) -> None:
         """Remove what each node keeps. All of it is in the run's directory by now."""
@@ -251,12 +254,12 @@ class Checkpoints(Generic[S]):
         if save.is_committing:
             self._under_way = None
             is_near = save.store is self.near
-            if not is_near:
-                self._saved = _identity(save.state)
             if done.warning is not None:
                 self.reporter.warn(done.warning)
             seconds = time.monotonic() - save.begun
             stall = seconds if save.stall is None else save.stall
+            if not is_near:
+                self._saved, self.cost = _identity(save.state), (stall, seconds)
             self.reporter.checkpoint(save.state, checkpoint_name(save.state.step), seconds, stall, is_near)
             return True
         files = {name: written for one in everyone for name, written in (one.files or {}).items()}

@@ -1,20 +1,30 @@
 """Tensors on disk: how they are written, how they are read, and how many bytes a checkpoint of them takes.
 
 What is written is flushed to the disk. What is read is data, never code. The size is known before anything is written.
+Beside training, a process of its own writes a copy of the state in memory that both see.
 """
 
-import copy
+import io
+import itertools
+import mmap
 import os
 import pickle
+import threading
 import warnings
+import weakref
 from collections.abc import Callable
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
+from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from karat_scale.data.loading.workers import kill_workers, start_worker
 from karat_scale.engine.deepspeed_internals import checkpoint_globals
 from karat_scale.engine.engine import PRECISIONS
 from karat_scale.foundation.errors import RunDirectoryError, one_line
@@ -90,30 +100,206 @@ def load_tensors(path: Path, map_location: Any = "cpu", mmap: bool = False) -> A
             raise RunDirectoryError(f"{path}: not a whole file of tensors: {one_line(error)[:200]}") from None
 
 
-def host_copy(value: Any) -> Any:
-    """A copy of tensors and plain data in host memory. Tensors that are one memory are one in the copy, too.
+_BLOCK_BYTES, _ALIGNED = 128 << 20, 64
+Place = tuple[int, int, torch.dtype, tuple[int, ...], tuple[int, ...]]
+"""Of a tensor in kept memory: the number of its block, its first byte there, dtype, size and strides."""
+_numbers = itertools.count()
+_released: list[int] = []
+"""The blocks that the writer need not keep any more."""
 
-    Copies of a GPU's tensors are only begun, one behind the other, into page-locked memory: wait for the device before
-    they are read. torch keeps that memory for the next copies of these sizes.
+
+class Block(NamedTuple):
+    """A file in memory, and its bytes."""
+
+    number: int
+    descriptor: int
+    bytes: torch.Tensor
+    is_locked: bool
+
+
+class KeptMemory:
+    """Host memory for the copy of a state. It is kept from save to save, page-locked for a GPU, and the writer sees it.
+
+    It grows by blocks, of which each is a file in memory. Only what is used of them takes memory.
     """
-    copies: dict[tuple[Any, ...], torch.Tensor] = {}
 
-    def copied(item: Any) -> Any:
-        if isinstance(item, torch.Tensor):
-            place = (item.data_ptr(), item.dtype, item.shape, item.stride(), item.device)
-            if place not in copies or not item.numel():
-                copies[place] = torch.empty_like(item, device="cpu", pin_memory=item.is_cuda, requires_grad=False)
-                copies[place].copy_(item.detach(), non_blocking=True)
-            return copies[place]
-        if isinstance(item, dict):
-            twin = copy.copy(item)  # of the same class, with what DeepSpeed and torch hang on it
-            twin.update({key: copied(part) for key, part in item.items()})
-            return twin
-        if type(item) in (list, tuple):
-            return type(item)(copied(part) for part in item)
-        return copy.deepcopy(item)
+    def __init__(self) -> None:
+        self.blocks: list[Block] = []
+        self._block = self._end = 0
+        weakref.finalize(self, _release, self.blocks).atexit = False
 
-    return copied(value)
+    def begin(self) -> None:
+        """Nothing in it is needed any more."""
+        self._block = self._end = 0
+
+    def copy(self, tensor: torch.Tensor) -> Place:
+        """Copy a tensor, or only begin that if a GPU has it; returns its place. Raises OSError."""
+        stride = torch.empty_like(tensor, device="meta").stride()
+        size = tensor.numel() * tensor.element_size()
+        start = self._reserve(size)
+        block = self.blocks[self._block]
+        flat = block.bytes[start : start + size].view(tensor.dtype)
+        flat.as_strided(tensor.shape, stride).copy_(tensor.detach(), non_blocking=True)
+        return block.number, start, tensor.dtype, tuple(tensor.shape), stride
+
+    def _reserve(self, size: int) -> int:
+        while self._block < len(self.blocks) and self._end + size > self.blocks[self._block].bytes.numel():
+            self._block, self._end = self._block + 1, 0
+        if self._block == len(self.blocks):
+            # The blocks grow with what there is: each takes a descriptor.
+            self._add(max(size, _BLOCK_BYTES, sum(block.bytes.numel() for block in self.blocks) // 4))
+        start, self._end = self._end, -(-(self._end + size) // _ALIGNED) * _ALIGNED
+        return start
+
+    def _add(self, size: int) -> None:
+        descriptor = os.memfd_create("karat-save")
+        os.ftruncate(descriptor, size)
+        content = torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
+        is_locked = torch.cuda.is_initialized()
+        if is_locked:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(content.data_ptr(), size, 0))
+        self.blocks.append(Block(next(_numbers), descriptor, content, is_locked))
+
+
+def _release(blocks: list[Block]) -> None:
+    for block in blocks:
+        if block.is_locked:
+            torch.cuda.cudart().cudaHostUnregister(block.bytes.data_ptr())
+        os.close(block.descriptor)
+        _released.append(block.number)
+
+
+class _Copier(pickle.Pickler):
+    """Pickles a state with its tensors in kept memory. Tensors that are one memory are one there, too."""
+
+    def __init__(self, file: io.BytesIO, memory: KeptMemory) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._memory = memory
+        self._copied: dict[tuple[Any, ...], tuple[torch.Tensor, Place]] = {}
+
+    def persistent_id(self, item: Any) -> Place | None:
+        if not isinstance(item, torch.Tensor) or not item.numel():
+            return None
+        source = (item.data_ptr(), item.dtype, item.shape, item.stride(), item.device)
+        if source not in self._copied:
+            # Whoever else lies there meanwhile is not taken for it, as long as it is referenced.
+            self._copied[source] = item, self._memory.copy(item)
+        return self._copied[source][1]
+
+
+class _Reader(pickle.Unpickler):
+    """Reads what `_Copier` made: a state whose tensors lie in the blocks."""
+
+    def __init__(self, file: io.BytesIO, blocks: dict[int, mmap.mmap]) -> None:
+        super().__init__(file)
+        self._blocks = blocks
+        self._made: dict[Place, torch.Tensor] = {}
+
+    def persistent_load(self, place: Place) -> torch.Tensor:
+        if place not in self._made:
+            block, start, dtype, size, stride = place
+            # Its storage is no larger than it is, so torch writes no more.
+            flat = torch.frombuffer(self._blocks[block], dtype=dtype, count=torch.Size(size).numel(), offset=start)
+            self._made[place] = flat.as_strided(size, stride)
+        return self._made[place]
+
+
+_NICE = 10
+# The writer says so often how far it is.
+_TOLD_BYTES = 32 << 20
+
+
+class Writer:
+    """A process that writes files of tensors from kept memory, beside training's Python and after it on shared cores.
+
+    Raises:
+        OSError: there can be no more processes.
+    """
+
+    def __init__(self) -> None:
+        self._line, theirs = Pipe()
+        self._known: set[int] = set()
+        self._busy, self._owner = threading.Lock(), os.getpid()
+        processes: list[ForkProcess] = []
+        self._end = weakref.finalize(self, kill_workers, processes, os.getpid())
+        with theirs:
+            processes.append(start_worker(0, _write_for, theirs))
+        self._process = processes[0]
+
+    @property
+    def is_there(self) -> bool:
+        """Whether this process has started it, and it has not ended."""
+        return self._owner == os.getpid() and self._process.is_alive()
+
+    def write(self, path: Path, content: bytes, memory: KeptMemory, on_bytes: Callable[[int], None]) -> Fingerprint:
+        """Write what `_Copier` made of a state, and wait until it is on disk. Raises OSError."""
+        with self._busy:
+            try:
+                while _released:
+                    self._line.send(("release", _released.pop()))
+                for block in [block for block in memory.blocks if block.number not in self._known]:
+                    self._line.send(("block", (block.number, block.bytes.numel())))
+                    send_handle(self._line, block.descriptor, self._process.pid)
+                    self._known.add(block.number)
+                self._line.send(("file", path))
+                self._line.send_bytes(content)
+                while isinstance(answer := self._line.recv(), int):
+                    on_bytes(answer)
+            except (EOFError, ConnectionError):
+                self._end()  # it may not be quite gone
+                raise OSError("the process that writes checkpoints has ended") from None
+        if isinstance(answer, OSError):
+            raise answer
+        written: Fingerprint = answer
+        return written
+
+
+def _write_for(line: Connection) -> None:
+    os.nice(_NICE)
+    blocks: dict[int, mmap.mmap] = {}
+    while True:
+        kind, what = line.recv()
+        if kind == "release":
+            blocks.pop(what, None)
+        elif kind == "block":
+            number, size = what
+            descriptor = recv_handle(line)
+            blocks[number] = mmap.mmap(descriptor, size)
+            os.close(descriptor)
+        else:
+            line.send(_write(line, what, line.recv_bytes(), blocks))
+
+
+def _write(line: Connection, path: Path, content: bytes, blocks: dict[int, mmap.mmap]) -> Fingerprint | OSError:
+    waiting = 0
+
+    def tell(size: int) -> None:
+        nonlocal waiting
+        waiting += size
+        if waiting >= _TOLD_BYTES:
+            line.send(waiting)
+            waiting = 0
+
+    try:
+        return save_tensors(_Reader(io.BytesIO(content), blocks).load(), path, tell)
+    except Exception as error:
+        return as_os_error(error)
+
+
+_writer: Writer | None = None
+"""The one of this process."""
+
+
+def start_writer() -> Writer:
+    """Return this process's writer, which is started if need be: the earlier, the less memory the two share.
+
+    Raises:
+        OSError: there can be no more processes.
+    """
+    global _writer
+    if _writer is None or not _writer.is_there:
+        _writer = Writer()
+    return _writer
 
 
 class DurableStorage:
@@ -130,12 +316,20 @@ class DurableStorage:
         """Bytes that the file system has taken so far: they tell a slow disk from one that hangs."""
         self._copies = False
         self._files: list[tuple[Any, Path]] = []
+        self._memory = KeptMemory()
+        self._writer: Writer | None = None
 
     def begin(self, copies: bool) -> None:
         """Forget the last save. With `copies` the files may be written while training changes the tensors."""
         self.error = None
         self._files.clear()
+        self._memory.begin()
         self._copies = copies
+        if copies:
+            try:
+                self._writer = start_writer()
+            except OSError as error:
+                self.error = error
 
     def write(self) -> dict[Path, Fingerprint]:
         """Write the collected files and flush them to the disk, and let go of each one after it.
@@ -146,7 +340,10 @@ class DurableStorage:
         written = {}
         while self._files:
             value, path = self._files.pop(0)
-            written[path] = save_tensors(value, path, self._count)
+            if self._copies and self._writer is not None:
+                written[path] = self._writer.write(path, value, self._memory, self._count)
+            else:
+                written[path] = save_tensors(value, path, self._count)
         return written
 
     def _count(self, size: int) -> None:
@@ -164,10 +361,15 @@ class DurableStorage:
 
     def save(self, state_dict: Any, path: str) -> None:
         """Take in one file."""
+        if not self._copies:
+            self._files.append((state_dict, Path(path)))
+            return
+        content = io.BytesIO()
         try:
-            self._files.append((host_copy(state_dict) if self._copies else state_dict, Path(path)))
-        except (MemoryError, RuntimeError) as error:
+            _Copier(content, self._memory).dump(state_dict)
+        except (MemoryError, RuntimeError, OSError) as error:
             self.error = self.error or as_os_error(error)
+        self._files.append((content.getvalue(), Path(path)))
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read one file of DeepSpeed's."""

@@ -152,6 +152,9 @@ class SaveConfig(Section):
     """Save every this many steps. Null does not save by steps."""
     every_minutes: Positive | None = 15.0
     """Save every this many minutes. Null does not save by time."""
+    every: Literal["auto"] | None = None
+    """`auto` chooses the minutes between two saves, in place of `every_minutes`, by Young's and Daly's rule from what a
+    save costs and how often the run has failed, and says what it chose."""
     keep_last: Annotated[int, Field(ge=2)] = 2
     """Number of the last checkpoints to keep. At least 2, so that there is another one if the last is damaged."""
     keep_best: bool = True

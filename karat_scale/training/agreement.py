@@ -10,6 +10,7 @@ second. All must do it after the same step, and only rank 0's clock is asked: at
 how many steps later the next one is.
 """
 
+import math
 import os
 import signal
 import threading
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from types import FrameType
 
 from karat_scale.engine.distributed import World
+from karat_scale.engine.reporting.goodput import WallTime
+from karat_scale.foundation.console import duration
 from karat_scale.foundation.machine import LAUNCHER
 
 _POLL_SECONDS = 1.0
@@ -139,7 +142,7 @@ class SavePoints:
         clock: Clock = time.monotonic,
     ) -> None:
         self._world, self._signals, self._clock = world, signals, clock
-        self._every_steps, self._every_minutes = every_steps, every_minutes
+        self._every_steps, self.every_minutes = every_steps, every_minutes
         self._agreement = Agreement(world, clock)
         self._saved_at = self._saved_near_at = clock()
 
@@ -165,8 +168,47 @@ class SavePoints:
 
     @property
     def _is_time_to_save(self) -> int:
-        if not self._world.is_main or not self._every_minutes:
+        if not self._world.is_main or not self.every_minutes:
             return 0
-        if self._clock() - self._saved_at >= 60 * self._every_minutes:
+        if self._clock() - self._saved_at >= 60 * self.every_minutes:
             return _SAVE
-        return int(self._clock() - self._saved_near_at >= 60 * self._every_minutes / NEAR)
+        return int(self._clock() - self._saved_near_at >= 60 * self.every_minutes / NEAR)
+
+
+# Before anything is measured, and the least.
+FIRST_MINUTES, LEAST_SECONDS = 1.0, 10.0
+# What is assumed before anything is observed: one failure in a day.
+_ASSUMED_SECONDS = 86400.0
+
+
+class BestInterval:
+    """The time between two saves at which failures cost least: Daly's approximation (2006) of Young's optimum (1974).
+
+    Args:
+        before: how the time of the run's starts was spent.
+    """
+
+    def __init__(self, before: WallTime, clock: Clock = time.monotonic) -> None:
+        self._clock, self._began = clock, clock() - (before.seconds - before.parts["queue"])
+        self._failures = before.failures
+        self._told = 0.0
+
+    def choose(self, stall: float, seconds: float) -> tuple[float, str]:
+        """Return the minutes, and what to say if they are not as before.
+
+        Args:
+            stall: how long training stood still for a save.
+            seconds: how long the save took.
+        """
+        between = (self._clock() - self._began + _ASSUMED_SECONDS) / (self._failures + 1)
+        share = stall / (2 * between)
+        best = math.sqrt(2 * stall * between) * (1 + math.sqrt(share) / 3 + share / 9) - stall
+        best = max(best, 2 * seconds, LEAST_SECONDS)
+        said = ""
+        if not 0.8 < best / (self._told or math.inf) < 1.25:
+            self._told = best
+            said = (
+                f"checkpoint.every = auto: saves every {duration(best)}, as training waits {stall:.2g} s for one and a "
+                f"failure is expected every {duration(between)}"
+            )
+        return best / 60, said

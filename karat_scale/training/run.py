@@ -5,11 +5,13 @@
 """
 
 import secrets
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from karat_scale.checkpoint.restore import bring_near
 from karat_scale.checkpoint.store import NearStore, checkpoint_name
+from karat_scale.checkpoint.tensor_storage import start_writer
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World, device_name
 from karat_scale.engine.engine import slow_precision
@@ -59,6 +61,9 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
         ):
             if recipe.checkpoint.local:
                 open_near(recipe, directory, world, reporter)
+            if recipe.checkpoint.asynchronous:
+                with suppress(OSError):  # the first save tries again
+                    start_writer()
             task = outcome.task = task_type(recipe, world, reporter)
             if changes:
                 left = "" if directory.store.names() else ", which left no checkpoint"

@@ -33,6 +33,7 @@ from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.memory import apply_recompute
 from karat_scale.engine.optimizers import Ema
+from karat_scale.engine.reporting.goodput import wall_time
 from karat_scale.engine.reporting.interval import (
     HeadHistograms,
     Interval,
@@ -41,13 +42,20 @@ from karat_scale.engine.reporting.interval import (
     peak_memory_mb,
     resident_memory_mb,
 )
-from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
+from karat_scale.engine.reporting.progress import Reporter, SilentDisplay, read_events
 from karat_scale.engine.run_state import RunState
 from karat_scale.foundation.errors import DivergedError
 from karat_scale.models.layers import freeze
 from karat_scale.models.operators import check_implementation, describe_implementation
 from karat_scale.recipe import RunRecipe
-from karat_scale.training.agreement import Agreement, SavePoints, StoppedError, StopSignals
+from karat_scale.training.agreement import (
+    FIRST_MINUTES,
+    Agreement,
+    BestInterval,
+    SavePoints,
+    StoppedError,
+    StopSignals,
+)
 from karat_scale.training.outcome import Incidents, Spikes
 from karat_scale.training.run_directory import RunDirectory, refuse_another_model
 from karat_scale.training.task import AfterStep, OnBatch, Scores, Task, Waiting
@@ -92,7 +100,15 @@ class Trainer:
             reporter.info(f"the first step compiles the model (train.compile = {recipe.train.compile})")
         self.ema = Ema(engine.deepspeed, recipe.train) if recipe.train.ema_decay else None
         self.checkpoints: Checkpoints[Any] = Checkpoints(
-            directory.store, engine, self.ema, world, recipe, reporter, task.kind, task.state_type, directory.near
+            directory.store,
+            engine,
+            self.ema,
+            world,
+            recipe,
+            reporter,
+            task.kind,
+            task.state_type,
+            directory.near,
         )
         histograms = HeadHistograms(engine, recipe.log, reporter)
         self.after_step: list[AfterStep] = [histograms, *task.after_step(engine, directory, self.total_steps)]
@@ -111,8 +127,10 @@ class Trainer:
         self._beyond_reach: set[int] = set()
         """The blocks that were warned of."""
         self._interval, self._own_time = Interval(world.device), OwnTime(world.device)
-        minutes = recipe.checkpoint.every_minutes
+        minutes = FIRST_MINUTES if recipe.checkpoint.every == "auto" else recipe.checkpoint.every_minutes
         self._save_points = SavePoints(world, self.signals, recipe.checkpoint.every_steps, minutes)
+        self._best_interval: BestInterval | None = None
+        self._cost: tuple[float, float] | None = None
         self._evaluating = Agreement(world)
         self._compiles = self._compiles_evaluation = bool(recipe.train.compile)
         # A step can be given up where this rank is alone, on a CPU, and a forward pass changes no statistics.
@@ -336,12 +354,26 @@ class Trainer:
         decision = self._save_points.decide(step, checkpoints.is_busy)
         if decision.is_idle and checkpoints.is_under_way:
             checkpoints.advance()
+        if self.recipe.checkpoint.every == "auto" and self.world.is_main:
+            self._choose_interval()
         if decision.stop and step < self.total_steps:
             raise StoppedError
         if decision.save:
             self._save()
         elif decision.save_near and checkpoints.saves_near(self.state):
             self._save(near=True)
+
+    def _choose_interval(self) -> None:
+        """With `checkpoint.every=auto`, choose the time until the next save by what the last one has cost."""
+        cost = self.checkpoints.cost
+        if cost is None or cost is self._cost:
+            return
+        self._cost = cost
+        if self._best_interval is None:
+            self._best_interval = BestInterval(wall_time(read_events(self.directory.metrics_file)))
+        self._save_points.every_minutes, said = self._best_interval.choose(*cost)
+        if said:
+            self.reporter.info(said)
 
     def _save(self, wait: bool = False, near: bool = False) -> bool:
         """Save this state unless that is done; whether it is, or without `wait` will be unless a rank fails."""

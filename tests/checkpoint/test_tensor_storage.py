@@ -1,10 +1,12 @@
 import os
 from collections import OrderedDict
 
+import psutil
 import pytest
 import torch
 
-from karat_scale.checkpoint.tensor_storage import host_copy, load_tensors, read_metadata, save_tensors
+from karat_scale.checkpoint import tensor_storage
+from karat_scale.checkpoint.tensor_storage import DurableStorage, load_tensors, read_metadata, save_tensors
 from karat_scale.foundation.files import file_sha256
 
 
@@ -17,19 +19,48 @@ def test_tensors_survive_the_round_trip(tmp_path) -> None:
     assert again["none"] is None
 
 
-def test_a_host_copy_keeps_what_was_there_and_what_belongs_together() -> None:
-    weight = torch.arange(6.0)
-    state = OrderedDict(a=weight, b=weight, part=weight[2:4], nested={"list": [weight[2:4], (1, "x")], "none": None})
-    state._metadata = {"version": 1}  # type: ignore[attr-defined]  # as torch's state_dict has it
-    twin = host_copy(state)
-    weight.zero_()
-    assert type(twin) is OrderedDict
-    assert twin._metadata == {"version": 1}
-    assert twin["a"] is twin["b"]
-    assert torch.equal(twin["a"], torch.arange(6.0))
-    assert twin["part"] is twin["nested"]["list"][0]
-    assert twin["part"].untyped_storage().nbytes() == 2 * 4  # a view's copy is no larger than the view
-    assert twin["nested"]["list"][1] == (1, "x")
+def test_a_copy_keeps_what_was_there_and_what_belongs_together(tmp_path) -> None:
+    storage = DurableStorage()
+    for start, size in ((0.0, 6), (10.0, 40_000_000)):  # the second one needs more of the kept memory
+        weight = torch.arange(start, start + size)
+        state = OrderedDict(a=weight, b=weight, part=weight[2:4], nested={"list": [weight[2:4], (1, "x")]})
+        state |= {"columns": weight[:6].view(2, 3).t(), "empty": torch.empty(0, 3), "flags": weight[:3] > 1}
+        state._metadata = {"version": 1}  # type: ignore[attr-defined]  # as torch's state_dict has it
+        storage.begin(copies=True)
+        storage.save(state, str(tmp_path / "t.pt"))
+        weight.zero_()
+        (written,) = storage.write().values()
+        assert 0 <= written.bytes - storage.written < 64e6  # told in pieces
+        twin = load_tensors(tmp_path / "t.pt")
+        assert type(twin) is OrderedDict
+        assert twin._metadata == {"version": 1}
+        assert twin["a"].data_ptr() == twin["b"].data_ptr()
+        assert torch.equal(twin["a"], torch.arange(start, start + size))
+        assert twin["part"].data_ptr() == twin["nested"]["list"][0].data_ptr()
+        assert twin["part"].untyped_storage().nbytes() == 2 * 4  # a view's copy is no larger than the view
+        assert twin["nested"]["list"][1] == (1, "x")
+        assert torch.equal(twin["columns"], torch.arange(start, start + 6).view(2, 3).t())
+        assert twin["columns"].stride() == (1, 3)
+        assert twin["empty"].shape == (0, 3)
+        assert twin["flags"].tolist() == [start + number > 1 for number in range(3)]
+
+
+def test_a_writer_that_ends_is_told_and_the_next_save_has_another(tmp_path) -> None:
+    storage = DurableStorage()
+    storage.begin(copies=True)
+    storage.save([torch.ones(3)], str(tmp_path / "t.pt"))
+    psutil.Process(tensor_storage.start_writer()._process.pid).kill()
+    with pytest.raises(OSError, match="the process that writes checkpoints has ended"):
+        storage.write()
+    storage.begin(copies=True)
+    storage.save([torch.ones(3)], str(tmp_path / "nowhere" / "t.pt"))
+    with pytest.raises(FileNotFoundError) as error:
+        storage.write()
+    assert error.value.filename == str(tmp_path / "nowhere" / "t.pt")
+    storage.begin(copies=True)
+    storage.save([torch.ones(3)], str(tmp_path / "t.pt"))
+    storage.write()
+    assert torch.equal(load_tensors(tmp_path / "t.pt")[0], torch.ones(3))
 
 
 @pytest.mark.parametrize("read", [load_tensors, read_metadata, file_sha256])

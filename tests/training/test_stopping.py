@@ -1,7 +1,9 @@
 """When a rank saves and stops: by steps, by the clock, on a signal, and when its launcher is killed."""
 
 import itertools
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,9 +12,18 @@ import psutil
 import pytest
 
 from karat_scale.engine.distributed import ALONE
-from karat_scale.training.agreement import STOP_SIGNALS, Agreement, SavePoints, StopSignals
+from karat_scale.engine.reporting.goodput import PARTS, WallTime
+from karat_scale.training.agreement import (
+    LEAST_SECONDS,
+    STOP_SIGNALS,
+    Agreement,
+    BestInterval,
+    SavePoints,
+    StopSignals,
+)
 from tests.clock import Clock
 from tests.conftest import karat_done, summary
+from tests.small_engines import make_trainer
 from tests.training.runs import start, wait_for_checkpoint
 
 
@@ -36,6 +47,58 @@ def test_saves_by_steps_and_by_minutes() -> None:
                 points.note_save()
                 saved.append(step)
         assert saved == expected
+
+
+def test_saves_on_each_node_come_ten_times_as_often() -> None:
+    for every_steps, expected in ((25, range(2, 25, 2)), (None, range(3, 28, 3))):
+        clock, saved = Clock(), []
+        points = SavePoints(ALONE, StopSignals(), every_steps, 2.0, clock)
+        for step in range(1, 31):
+            clock.go(4.0)
+            decision = points.decide(step)
+            if decision.save:
+                points.note_save()
+                break
+            if decision.save_near:
+                points.note_save(near=True)
+                saved.append(step)
+        assert saved == list(expected)
+
+
+def test_the_chosen_interval_costs_less_than_shorter_and_longer_ones() -> None:
+    running, failures = 9 * 3600.0, 4
+    parts = {**dict.fromkeys(PARTS, 0.0), "training": running, "queue": 7000.0}
+    before = WallTime(parts, running + 7000.0)
+    before.failures = failures
+    between = (running + 86400) / (failures + 1)
+    for stall in (0.5, 20.0):
+        interval = BestInterval(before, Clock())
+        minutes, said = interval.choose(stall, 3 * stall)
+
+        def cost(seconds: float, stall: float = stall) -> float:
+            """The share of time for saves and for work that is done again, if failures come at random."""
+            share = (seconds + stall) / between
+            return between * math.expm1(share) / seconds
+
+        assert cost(60 * minutes) < min(cost(50 * minutes), cost(72 * minutes))
+        assert f"training waits {stall:g} s for one and a failure is expected every 6 h" in said
+        assert interval.choose(stall * 1.1, 3 * stall)[1] == ""  # about as before
+    assert BestInterval(before, Clock()).choose(1e-6, 0.01)[0] == LEAST_SECONDS / 60
+    assert BestInterval(before, Clock()).choose(0.01, 600.0)[0] == 20.0  # no save can follow sooner
+
+
+def test_a_run_chooses_how_often_to_save_and_says_so(small_recipe, world, capsys) -> None:
+    own = ("checkpoint.every=auto", "checkpoint.every_steps=2", "checkpoint.asynchronous=false", "data.workers=0")
+    trainer = make_trainer(small_recipe(*own), world)
+    try:
+        trainer.run()
+    finally:
+        trainer.task.close()
+    said = capsys.readouterr().out
+    assert re.search(
+        r"checkpoint.every = auto: saves every .* s, as training waits [\d.e-]+ s for one and a fail", said
+    )
+    assert "is expected every 1 d\n" in said
 
 
 def test_a_save_in_progress_continues_when_no_rank_is_busy() -> None:

@@ -67,6 +67,8 @@ class WallTime:
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     seconds: float = 0.0
     """From the first start, or its submission, to the last event, without the time in which the run was finished."""
+    failures: int = 0
+    """Starts that ended without a word, or by an error that is not the user's."""
 
     def __post_init__(self) -> None:
         self._until: float | None = None
@@ -118,12 +120,13 @@ class WallTime:
         began, step = _number(event["began"]), event["step"]
         if event["anew"] or self._until is None:
             self.parts, self.seconds = dict.fromkeys(PARTS, 0.0), 0.0
-            self._marks, self._end = [], None
+            self._marks, self._end, self.failures = [], None, 0
             self._until = began if event["submitted"] is None else _number(event["submitted"])
         else:
             if event["last_sign"] is not None:
                 self.reach(min(_number(event["last_sign"]), began), "training")
             self._lose(step)
+            self.failures += self._end in (None, 1)
         if self._end == 0:  # it was finished, and nothing waited
             self._until = max(began, self._until)
         self.parts["queue"] += max(began - self._until, 0.0)
