@@ -212,9 +212,18 @@ def read_signs(directory: Path) -> list[Sign]:
 SLOW, LEAST_SECONDS = 1.5, 0.01
 
 
-def slow_ranks(signs: Sequence[Sign]) -> list[str]:
-    """Yield a line for each rank whose own time per step is far above that of the others."""
-    return [line for sign, line in _judged(signs) if line]
+def slow_factor(directory: Path) -> float:
+    """Return the factor in the file `slow_factor` of a run, which may be written at any time, or SLOW without one."""
+    try:
+        factor = float(read_text(directory / "slow_factor", 64))
+    except (OSError, ValueError):
+        return SLOW
+    return factor if 1 < factor < math.inf else SLOW
+
+
+def slow_ranks(signs: Sequence[Sign], factor: float = SLOW) -> list[str]:
+    """Yield a line for each rank whose own time per step is `factor` times that of the others, or more."""
+    return [line for sign, line in _judged(signs, factor) if line]
 
 
 class Stragglers:
@@ -225,10 +234,10 @@ class Stragglers:
         self._slow_before: set[int] = set()
         self._reported_slow: set[int] = set()
 
-    def look(self, signs: Sequence[Sign]) -> list[str]:
+    def look(self, signs: Sequence[Sign], factor: float = SLOW) -> list[str]:
         """Add the ranks' heartbeats; return lines about ranks that are slow now."""
         lines = []
-        for sign, line in _judged(signs):
+        for sign, line in _judged(signs, factor):
             if self._reported.get(sign.rank) == sign.own_seconds:
                 continue
             self._reported[sign.rank] = sign.own_seconds
@@ -242,15 +251,16 @@ class Stragglers:
         return lines
 
 
-def _judged(signs: Sequence[Sign]) -> list[tuple[Sign, str | None]]:
+def _judged(signs: Sequence[Sign], factor: float) -> list[tuple[Sign, str | None]]:
     known = [sign for sign in signs if sign.own_seconds > 0]
     if len(known) < 2:
         return []
-    return [(sign, _line(sign, statistics.median(o.own_seconds for o in known if o is not sign))) for sign in known]
+    others = {sign.rank: statistics.median(o.own_seconds for o in known if o is not sign) for sign in known}
+    return [(sign, _line(sign, others[sign.rank], factor)) for sign in known]
 
 
-def _line(sign: Sign, others: float) -> str | None:
-    if sign.own_seconds < SLOW * others or sign.own_seconds - others < LEAST_SECONDS:
+def _line(sign: Sign, others: float, factor: float) -> str | None:
+    if sign.own_seconds < factor * others or sign.own_seconds - others < LEAST_SECONDS:
         return None
     return (
         f"rank {sign.rank} on {sign.host} takes {sign.own_seconds:.3g} s of its own per step (data and forward pass), "

@@ -14,6 +14,7 @@ that started it.
 
 import contextlib
 import ctypes
+import importlib
 import math
 import os
 import platform
@@ -28,6 +29,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from karat_scale import __version__
 from karat_scale.foundation.errors import UserError, nearest
@@ -232,6 +234,47 @@ GPUS = (
     _gpu("v100-16", "V100-SXM2-16GB", 15.7, 900, 15.7, None, None, 125.0),
     _gpu("t4-16", "T4", 14.6, 320, 8.1, None, None, 65.0),
 )
+
+
+def gpu_faults() -> list[str]:
+    """Return a line on each GPU of this node that is not sound, by NVML; none without nvidia-ml-py or a driver.
+
+    NVML knows errors that the memory could not correct, rows of it that wait for a reset to be replaced, clocks that
+    are lowered by heat or a lack of power, and lanes and links that are missing.
+    """
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+    except Exception:  # of a kind that only the library has
+        return []
+    try:
+        gpus = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())]
+        found = [", ".join(filter(None, _gpu_faults(nvml, gpu))) for gpu in gpus]
+    except nvml.NVMLError:
+        return []
+    finally:
+        nvml.nvmlShutdown()
+    return [f"GPU {number} on {this_node()}: {faults}" for number, faults in enumerate(found) if faults]
+
+
+def _gpu_faults(nvml: Any, gpu: Any) -> Iterator[str]:
+    def ask(name: str, *more: Any) -> Any:
+        try:
+            return getattr(nvml, f"nvmlDeviceGet{name}")(gpu, *more)
+        except nvml.NVMLError:  # not every GPU and driver knows everything
+            return None
+
+    if errors := ask("TotalEccErrors", nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC):
+        yield f"{errors} memory errors that ECC could not correct"
+    _, _, is_pending, has_failed = ask("RemappedRows") or (0, 0, 0, 0)
+    yield "its memory needs a reset of the GPU to replace a row" if is_pending else ""
+    yield "its memory has no row left to replace a bad one" if has_failed else ""
+    slow = nvml.nvmlClocksThrottleReasonHwSlowdown | nvml.nvmlClocksThrottleReasonSwThermalSlowdown
+    yield "heat or a lack of power lowers its clock" if (ask("CurrentClocksThrottleReasons") or 0) & slow else ""
+    lanes, most = ask("CurrPcieLinkWidth"), ask("MaxPcieLinkWidth")
+    yield f"{lanes} of {most} PCIe lanes" if lanes and most and lanes < most else ""
+    links = [state for number in range(nvml.NVML_NVLINK_MAX_LINKS) if (state := ask("NvLinkState", number)) is not None]
+    yield f"{sum(map(bool, links))} of {len(links)} NVLinks" if any(links) and not all(links) else ""
 
 
 def may_have_gpu() -> bool:

@@ -20,7 +20,7 @@ from karat_scale.engine.reporting.progress import MetricsLog, Reporter, choose_d
 from karat_scale.engine.tracking.follow import check_trackers
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import EXIT_STOPPED, RunDirectoryError
-from karat_scale.foundation.machine import this_node
+from karat_scale.foundation.machine import gpu_faults, this_node
 from karat_scale.recipe import RunRecipe
 from karat_scale.training.agreement import StoppedError, StopSignals
 from karat_scale.training.outcome import Outcome, concluded
@@ -81,6 +81,8 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             if copy is not None:
                 copy.begin()
             reporter.info(headline(trainer))
+            for fault in gpu_faults() if world.device.type == "cuda" and world.local_rank == 0 else ():
+                reporter.warn(fault)
             if outcome.state.step >= trainer.total_steps:
                 reporter.info(f"nothing is left to do: {how_to_extend(trainer)}")
             elif slow := slow_precision(recipe.train.precision, world.device):

@@ -11,7 +11,7 @@ import pytest
 from karat_scale.commands.cli import main
 from karat_scale.commands.submit.within_job import Watch
 from karat_scale.commands.submit.within_job import main as within_job
-from karat_scale.engine.heartbeat import Heartbeat, Sign, StallLimits, Stragglers, read_signs, slow_ranks
+from karat_scale.engine.heartbeat import Heartbeat, Sign, StallLimits, Stragglers, read_signs, slow_factor, slow_ranks
 from tests.conftest import SMALL, karat_environment
 
 
@@ -71,6 +71,17 @@ def test_of_two_ranks_the_other_is_the_measure_and_alike_alone_unknown_or_tiny_i
     assert [line[:6] for line in slow_ranks(signs(0.4, 0.2))] == ["rank 0"]
     for own_seconds in ([0.2, 0.29], [0.5], [0.5, 0.0], [0.001, 0.009]):
         assert slow_ranks(signs(*own_seconds)) == []
+
+
+def test_the_factor_may_be_set_and_changed_while_a_run_trains(tmp_path) -> None:
+    stragglers = Stragglers()
+    named = []
+    for content, seconds in ((None, 0.27), ("1.3", 0.28), ("1.3\n", 0.29), ("0.5", 0.2), ("x", 0.21), ("nan", 0.22)):
+        if content is not None:
+            (tmp_path / "slow_factor").write_text(content)
+        factor = slow_factor(tmp_path)
+        named.append((factor, len(stragglers.look(signs(0.2, seconds), factor))))
+    assert named == [(1.5, 0), (1.3, 0), (1.3, 1), (1.5, 0), (1.5, 0), (1.5, 0)]
 
 
 def test_one_slow_report_may_be_chance_and_two_are_told_once() -> None:

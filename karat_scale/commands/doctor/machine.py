@@ -18,7 +18,7 @@ from typing import Any
 
 from karat_scale.commands.doctor.report import Finding, found
 from karat_scale.foundation.errors import one_line
-from karat_scale.foundation.machine import cpu_quota, usable_cores, usable_memory
+from karat_scale.foundation.machine import cpu_quota, gpu_faults, usable_cores, usable_memory
 from karat_scale.foundation.native_build import PACKAGES, LoadError, cache_directory, find_compiler, is_in_the_package
 from karat_scale.foundation.tables import EXTRAS, how_to_install, is_installed
 
@@ -55,6 +55,14 @@ def examine_gpus() -> Iterator[Finding]:
             fix = "another process uses a part of its memory; see nvidia-smi"
         figures: dict[str, Any] = {"model": model, "total_bytes": total, "free_bytes": free, "capability": capability}
         yield found(f"GPU {number}", text, fix, **figures)
+    if installed_version("nvidia-ml-py") is None:
+        yield found("GPU health", "not known", "install nvidia-ml-py", faults=None)
+        return
+    faults = gpu_faults()
+    for line in faults:
+        yield found("GPU health", line, "do not train on this node until the GPU is reset or replaced", faults=faults)
+    if not faults:
+        yield found("GPU health", "no errors of memory or links, no throttling", faults=[])
 
 
 def driver_version() -> str | None:

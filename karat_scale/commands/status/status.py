@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from karat_scale.commands.evaluate.predictions import read_evaluations
-from karat_scale.engine.heartbeat import Sign, read_signs, slow_ranks
+from karat_scale.engine.heartbeat import Sign, read_signs, slow_factor, slow_ranks
 from karat_scale.engine.reporting.goodput import WallTime
 from karat_scale.engine.reporting.progress import read_events
 from karat_scale.foundation.console import duration, plural, printable
@@ -58,6 +58,8 @@ class Standing:
     copied: str | None = None
     """The newest checkpoint at `checkpoint.url`, and what prevents a newer one."""
     signs: list[Sign] = field(default_factory=list)
+    slow: list[str] = field(default_factory=list)
+    """A line for each slow rank."""
     silent_seconds: float | None = None
     ended: str | None = None
     exit_code: int | None = None
@@ -111,6 +113,7 @@ def read_standing(run: Path, now: float | None = None) -> Standing:
     if signs := read_signs(run):
         newest = max(signs, key=lambda sign: sign.written)
         standing.signs = [sign for sign in signs if sign.start == newest.start]  # an earlier start had more ranks
+        standing.slow = slow_ranks(standing.signs, slow_factor(run))
         standing.silent_seconds = max(now - newest.written, 0.0)
         standing.wall_time.reach(newest.written, standing.signs[0].doing)
     standing.job = _newest_job(run / "logs")
@@ -262,7 +265,7 @@ def _rows(standing: Standing) -> list[tuple[str, str]]:
         ("copied", standing.copied),
         ("ranks", _ranks(standing)),
         ("note", damaged and f"{damaged} of metrics.jsonl skipped"),
-        *(("slow", line) for line in ([] if standing.ended else slow_ranks(standing.signs))),
+        *(("slow", line) for line in ([] if standing.ended else standing.slow)),
     ]
     return [(label, value) for label, value in rows if value]
 

@@ -18,7 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from karat_scale.engine.heartbeat import WRITE_SECONDS, Sign, StallLimits, Stragglers, read_signs, this_start
+from karat_scale.engine.heartbeat import (
+    WRITE_SECONDS,
+    Sign,
+    StallLimits,
+    Stragglers,
+    read_signs,
+    slow_factor,
+    this_start,
+)
 
 if TYPE_CHECKING:
     from karat_scale.recipe.schema import RunRecipe
@@ -93,7 +101,7 @@ def watch(run: Path, ranks: int, limits: StallLimits) -> int:
     while True:
         ours = [sign for sign in read_signs(run) if sign.start == start]
         verdict = watch.look(ours, time.monotonic())
-        for line in stragglers.look(ours):
+        for line in stragglers.look(ours, slow_factor(run)):
             print(f"{time.strftime('%H:%M:%S')} slow: {line}", file=sys.stderr, flush=True)
         if verdict:
             print(f"error: {verdict}", flush=True)

@@ -100,6 +100,8 @@ def test_memory_slow_ranks_and_silence_are_shown(tmp_path: Path) -> None:
     shown = shown_text(read_standing(run, now=400.0))
     assert "GPU memory  peak 40,321 MB" in shown
     assert "slow        rank 1 on node1 takes 0.4 s of its own per step" in shown
+    (run / "slow_factor").write_text("5\n")  # of a run that trains on
+    assert "slow  " not in shown_text(read_standing(run, now=400.0))
     assert "outcome     not running: no sign of life for 5 min" in shown
     assert "time left" not in shown
     assert "2 of 40" in shown
