@@ -25,7 +25,14 @@ from karat_scale.recipe.base import (
 )
 from karat_scale.recipe.data import AugmentConfig, DataConfig
 from karat_scale.recipe.files import RECIPES
-from karat_scale.recipe.train import DeepSpeedConfig, DistillConfig, OptimConfig, ScheduleConfig, TrainConfig
+from karat_scale.recipe.train import (
+    ConvertConfig,
+    DeepSpeedConfig,
+    DistillConfig,
+    OptimConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 
 
 class RunConfig(Section):
@@ -180,6 +187,27 @@ class Recipe(RunRecipe):
     """When to save, and what to keep."""
     distill: DistillConfig = DistillConfig()
     """Learning from a trained teacher beside the labels."""
+    convert: ConvertConfig = ConvertConfig()
+    """Replacing the attention of a trained model."""
+
+    @model_validator(mode="after")
+    def _attention_is_converted(self) -> "Recipe":
+        changed = self.convert.model_dump(exclude_defaults=True)
+        if not changed:
+            return self
+        key, value = next(iter(changed.items()))
+        if not self.convert.images:
+            raise ValueError(f"convert.{key} = {value} has no effect without convert.images; set both or none")
+        if not self.init_from:
+            raise ValueError(f"convert.images = {self.convert.images} needs the trained model; name it by init_from")
+        if not self.attention.learns:
+            raise ValueError(
+                f"convert.images = {self.convert.images} has no effect with attention.kind = softmax; set "
+                "attention.kind=karat, or another kind"
+            )
+        if self.data.is_stream:
+            raise ValueError("convert.images counts images, which data.order = stream cannot; use data.order=full")
+        return self
 
     @model_validator(mode="after")
     def _keys_of_distill_have_a_teacher(self) -> "Recipe":

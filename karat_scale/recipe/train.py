@@ -1,6 +1,6 @@
 """The sections `optim`, `schedule`, `train` and `deepspeed`: how the weights are trained.
 
-And `distill`: what a run learns from a trained classifier, beside the labels.
+And what a run learns from a trained classifier: `distill`, beside the labels, and `convert`, before the first step.
 """
 
 from typing import Annotated, Any, Literal
@@ -193,8 +193,8 @@ class DistillConfig(Section):
     model_config = ConfigDict(populate_by_name=True)
 
     from_: str = Field("", alias="from")
-    """The teacher: a run directory, a checkpoint in one, a file or folder of `karat export`, or `timm:NAME`. Empty
-    means no distillation. A run keeps a copy of its teacher."""
+    """The teacher: a run directory, a checkpoint in one, a file or folder of `karat export`, `timm:NAME`, or a file of
+    weights of the recipe's model with softmax. Empty means no distillation. A run keeps a copy of its teacher."""
     kind: Literal["soft", "hard"] = "soft"
     """`soft`: the divergence from the teacher's probabilities (Hinton et al.). `hard`: the cross-entropy with the
     teacher's most probable class (DeiT)."""
@@ -202,3 +202,23 @@ class DistillConfig(Section):
     """The logits are divided by it before the soft probabilities are taken."""
     weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """The teacher's part of the loss; the labels have the rest."""
+
+
+class ConvertConfig(Section):
+    """How the attention of a trained model is replaced, as `karat convert` does it.
+
+    Before the first step, the attention of each block learns to give what that of `init_from` gave there, from training
+    images without their labels: by least squares where it is linear in its parameters, and then by gradient descent.
+    """
+
+    images: Annotated[int, Field(ge=0)] = 0
+    """The images: the first of the training order, or all if there are not so many. 0 keeps the attention of
+    `init_from`."""
+    rounds: Annotated[int, Field(ge=0)] = 2
+    """Rounds of least squares; each solves for the coefficients, and then for W."""
+    steps: Annotated[int, Field(ge=0)] = 500
+    """Steps of gradient descent."""
+    rate: Rate = 1e-3
+    """Learning rate of the first of these steps; a cosine takes it to 0."""
+    scores: NonNegative = 0.0
+    """In these steps, the weight of the difference between the matrices S, beside that between the outputs O."""

@@ -18,7 +18,8 @@ from karat_scale.engine.engine import Engine
 from karat_scale.engine.optimizers import Groups
 from karat_scale.engine.reporting.progress import Reporter
 from karat_scale.engine.run_state import RunState
-from karat_scale.recipe import RunRecipe
+from karat_scale.recipe import AttentionConfig, RunRecipe
+from karat_scale.training.agreement import StopSignals
 from karat_scale.training.run_directory import OpenRun, RunDirectory
 from karat_scale.training.weights_file import run_behind
 
@@ -104,8 +105,14 @@ class Task(ABC):
         """Return the transformer, initialised from torch's random generator."""
 
     @abstractmethod
-    def take_weights(self, backbone: nn.Module, weights: Mapping[str, Tensor]) -> str:
-        """Copy the weights of `init_from` into the transformer; returns what was not simply copied."""
+    def take_weights(self, backbone: nn.Module, weights: Mapping[str, Tensor], attention: AttentionConfig) -> str:
+        """Copy the weights of `init_from` into the transformer; returns what was not simply copied.
+
+        `attention` is what they were trained with: softmax, unless they say another one.
+        """
+
+    def convert(self, backbone: nn.Module, directory: RunDirectory, signals: StopSignals) -> None:  # noqa: B027
+        """Let a transformer that has these weights learn what it must know before the first step. Collective."""
 
     def build_model(self, backbone: nn.Module) -> nn.Module:
         """Return what is trained: the transformer, or a model around it."""

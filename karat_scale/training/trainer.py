@@ -80,14 +80,7 @@ class Trainer:
         self.plan = plan = task.plan()
         self.total_steps = total_steps(plan.steps_per_epoch, recipe.train.epochs, recipe.train.max_steps)
         self.schedule = task.schedule(plan.steps_per_epoch)
-        task.prepare(directory)
-        torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank and at every world size
-        backbone = task.build_backbone(directory)
-        check_implementation(backbone, world.device)
-        if chosen := describe_implementation(backbone, world.device):
-            reporter.info(chosen)
-        if recipe.init_from and not directory.store.names():
-            reporter.info(initialise(backbone, recipe, world, task.take_weights))
+        backbone = starting_model(task, directory, self.signals)
         model = task.build_model(backbone)
         if recipe.train.freeze:
             reporter.info(freeze(model, recipe.train.freeze))
@@ -443,6 +436,26 @@ class Trainer:
         raise DivergedError(
             f"{what}, {rule}; the last checkpoint is {last}; lower optim.lr or look into the data{advice}"
         )
+
+
+def starting_model(task: Task, directory: RunDirectory, signals: StopSignals) -> nn.Module:
+    """Return the transformer that a task's run starts with, before what is built around it. Collective.
+
+    Raises:
+        UserError: it cannot be built, cannot run on this device, or does not fit the weights of `init_from`.
+        StoppedError: a signal asked to stop.
+    """
+    recipe, world, reporter = task.recipe, task.world, task.reporter
+    task.prepare(directory)
+    torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank and at every world size
+    backbone = task.build_backbone(directory)
+    check_implementation(backbone, world.device)
+    if chosen := describe_implementation(backbone, world.device):
+        reporter.info(chosen)
+    if recipe.init_from and not directory.store.names():
+        reporter.info(initialise(backbone, recipe, world, task.take_weights))
+        task.convert(backbone, directory, signals)
+    return backbone
 
 
 def silent_trainer(recipe: RunRecipe, world: World, task_type: type[Task]) -> Trainer:

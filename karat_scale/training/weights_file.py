@@ -214,7 +214,7 @@ def _one_line(path: Path) -> Iterator[None]:
         raise RunDirectoryError(f"{path}: not a whole file of karat export: {reason}; put a whole copy back") from None
 
 
-Take = Callable[[nn.Module, Mapping[str, Tensor]], str]
+Take = Callable[[nn.Module, Mapping[str, Tensor], AttentionConfig], str]
 TIMM = "timm:"
 _NO_STATE = "no state dict: expected tensors by parameter name"
 _UNSAFE = "not a file of weights that is safe to read"
@@ -235,11 +235,11 @@ class SourceWeights(NamedTuple):
     normalised: tuple[Triple, Triple] | None = None
 
 
-def initialise(model: nn.Module, recipe: RunRecipe, world: World, take: Take = take_weights) -> str:
+def initialise(model: nn.Module, recipe: RunRecipe, world: World, take: Take | None = None) -> str:
     """Give a recipe's freshly built model the weights of its `init_from` on every rank; returns a line. Collective.
 
     Args:
-        take: copies weights into the model and returns what was not simply copied.
+        take: copies weights, trained with an attention, into the model and returns what was not simply copied.
 
     Raises:
         UserError: they cannot be had, or are of another model; on all ranks alike.
@@ -250,7 +250,9 @@ def initialise(model: nn.Module, recipe: RunRecipe, world: World, take: Take = t
             weights, origin, normalised = read_weights(source)
             if origin is not None:
                 check_heads(origin.model, recipe.model)
-            notes = [note for note in [take(model, weights)] if note]
+            attention = AttentionConfig() if origin is None else origin.attention
+            note = take_weights(model, weights) if take is None else take(model, weights, attention)
+            notes = [note] if note else []
             notes += [] if origin is None else differences(origin, (recipe.model, recipe.attention))
             notes += _other_pixels(normalised, recipe)
     except UserError as error:

@@ -259,5 +259,5 @@ def test_a_recipe_cannot_change_after_validation(recipe: Path) -> None:
 def test_the_schema_has_the_sections_users_know() -> None:
     assert list(Recipe.model_fields) == yaml.safe_load(
         "[run, model, attention, init_from, resume, data, augment, optim, schedule, train, deepspeed, checkpoint, log, "
-        "distill]"
+        "distill, convert]"
     )

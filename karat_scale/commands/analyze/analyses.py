@@ -40,6 +40,11 @@ ANALYSES = {
         "Each picture is shown as the model sees it, and beside it with the last block's attention on it.",
     ),
     "robustness": Analysis("Other test sets", "history:analyze_robustness", of_all=True),
+    "conversion": Analysis(
+        "Converted attention",
+        "history:analyze_conversion",
+        "An error is the share of the energy of O that a block's new attention misses, on the original's inputs.",
+    ),
     "spectrum": Analysis("Spectral behaviour", "matrices:analyze_spectrum", _MATRICES),
     "content": Analysis("What S depends on", "matrices:analyze_content", _MATRICES),
     "maps": Analysis("Attention maps", "maps:analyze_maps", _MATRICES),

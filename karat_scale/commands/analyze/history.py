@@ -1,7 +1,8 @@
 """What runs' own files say: the curves of training, what was achieved, and the results on other test sets.
 
 The curves are losses, accuracy, learning rate, gradient norm and speed of `metrics.jsonl`, of all runs in one figure.
-The results are those of `karat eval --on`, `--labels` and `--corrupt`, of all runs in one table.
+The results are those of `karat eval --on`, `--labels` and `--corrupt`, of all runs in one table. Of a converted model,
+how well its new attention does what the original's did.
 """
 
 import math
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from karat_scale.commands.analyze.result import NothingToShowError, Result, Table
+from karat_scale.commands.analyze.result import NothingToShowError, Result, Settings, Table
 from karat_scale.commands.analyze.trained_run import TrainedRun
 from karat_scale.commands.evaluate.predictions import SEVERITIES, Evaluation, read_evaluations
 from karat_scale.commands.figures import COLOURS, new_figure
@@ -25,6 +26,7 @@ from karat_scale.foundation.errors import UserError
 from karat_scale.models.factory import parameter_count
 from karat_scale.recipe.attention import describe_attention
 from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.tasks.classification.conversion import mean_error, read_report, read_survey
 
 Point = dict[str, float]
 _FIGURES = (
@@ -315,3 +317,62 @@ def _draw_kinds(of_runs: Corrupted) -> Figure:
     axes.set_xticks(range(len(kinds)), names, rotation=55, ha="right", rotation_mode="anchor", fontsize=7.5)
     axes.set(ylabel="top-1, %", ylim=(0, None))
     return _with_legend(figure, of_runs)
+
+
+_STAGES = {"at_once": "at once", "least_squares": "least squares", "matched": "matched"}
+
+
+def analyze_conversion(run: TrainedRun, _: Settings) -> Result:
+    """Show what became of a converted model's attention, and what `karat convert --survey` found.
+
+    Raises:
+        NothingToShowError: the run does not convert a model.
+    """
+    report, survey = read_report(run.path), read_survey(run.path)
+    if report is None:
+        raise NothingToShowError("the run converts no trained model")
+    result = Result(numbers={"conversion": report, **({"survey": survey} if survey else {})})
+    top1 = report["top1"]
+    rows = [["of the original", top1["original"]], ["at once", top1["at_once"]], ["matched", top1["matched"]]]
+    if history := read_history(run).evaluations:
+        rows.append(["after training, last", history[-1]["top1"]])
+    title = f"Top-1 in percent; from {report['from']}, matched on {plural(report['images'], 'image')}"
+    result.tables.append(Table(title, ["", "top-1"], rows))
+    alone = {block["block"]: block["top1_alone"] for block in survey["blocks"]} if survey else {}
+    result.tables.append(
+        Table(
+            "Error of each block, the mean of its heads",
+            ["block", *_STAGES.values(), "of each head, matched", *(["top-1 with it alone"] if survey else [])],
+            [
+                [
+                    block["block"],
+                    *(round(mean_error(block, stage), 4) if stage in block else None for stage in _STAGES),
+                    " ".join(f"{head:.3f}" for head in block["matched"]),
+                    *([alone.get(block["block"])] if survey else []),
+                ]
+                for block in report["blocks"]
+            ],
+        )
+    )
+    if survey:
+        caption = "Blocks converted one after the other, from the least loss to the greatest, before fine-tuning."
+        result.figures["blocks"] = (_draw_survey(survey["curve"]), caption)
+        counts = [[float(loss), count] for loss, count in survey["most_blocks_for_a_loss"].items()]
+        result.tables.append(Table("What to convert", ["loss of at most, points", "blocks converted"], counts))
+    return result
+
+
+def _draw_survey(curve: Sequence[Mapping[str, Any]]) -> Figure:
+    figure = new_figure(9, 3)
+    top1 = [point["top1"] for point in curve]
+    share = [100 * len(point["blocks"]) / (len(curve) - 1) for point in curve]
+    costs = {
+        "blocks converted, %": share,
+        "images a second, forward and backward": [point["images_per_second"] for point in curve],
+        "MB kept for each image": [point["mb_per_image"] for point in curve],
+    }
+    for axes, (label, values) in zip(figure.subplots(1, 3, sharey=True), costs.items(), strict=True):
+        axes.plot(values, top1, marker="o")
+        axes.set(xlabel=label, ylim=(0, 1.08 * max(*top1, 1.0)))
+    figure.axes[0].set(ylabel="top-1, %")
+    return figure

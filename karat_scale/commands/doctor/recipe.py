@@ -305,7 +305,7 @@ def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: flo
     timed = recipe.changed(train__global_batch=global_batch, train__micro_batch=micro_batch)
     with report.busy("timing the whole loop"), tempfile.TemporaryDirectory(prefix="karat-doctor-") as scratch:
         # Few prefetched batches: a short run must not profit from those made before it began.
-        own = timed.changed(data__prefetch=1, data__verify="size", run__dir=f"{scratch}/run")
+        own = timed.changed(data__prefetch=1, data__verify="size", run__dir=f"{scratch}/run", convert__images=0)
         with silent_trainer(own, world, ClassificationTask) as trainer:
             optimizer = optimizer_seconds(trainer, timed, micro_batch, budget["optimizer"])
             speed = LoopSpeed.of(trainer, LOOP_SHARE * seconds)

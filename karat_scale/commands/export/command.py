@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from karat_scale.checkpoint.weights import describe_weights, preprocessing
-from karat_scale.foundation.console import work_display
+from karat_scale.foundation.console import plural, work_display
 from karat_scale.foundation.errors import RunDirectoryError, UserError, one_line
 from karat_scale.foundation.files import file_sha256, flush_to_disk, replace_file, temporary_folder, write_atomically
 from karat_scale.foundation.tables import ATTENTIONS, EXPORT_FORMATS, FormatRow, how_to_install, load
@@ -31,6 +31,7 @@ from karat_scale.models import create_model, parameter_count
 from karat_scale.models.transfer import teacher_of, weights_digest
 from karat_scale.recipe import AttentionConfig, Recipe
 from karat_scale.recipe.attention import describe_attention
+from karat_scale.recipe.files import parse
 from karat_scale.training.run_directory import OpenRun
 from karat_scale.training.tasks.classification.distillation_teacher import build_model
 from karat_scale.training.weights_file import write_weights
@@ -169,6 +170,7 @@ def model_card(facts: Mapping[str, str], model: nn.Module, title: str) -> str:
         "Mean, standard deviation": f"{preprocessing['mean']}, {preprocessing['std']}, of RGB in [0, 1]",
         f"{'Top-1, top-5' if has_top5 else 'Top-1'} on its validation split": ", ".join(scores)
         or "not evaluated at this step",
+        **_converted(parse(facts.get("recipe", "{}"))),
         "Recipe, SHA-256": facts["recipe_sha256"],
         "Weights, SHA-256": facts["weights_sha256"],
     }
@@ -185,6 +187,17 @@ def model_card(facts: Mapping[str, str], model: nn.Module, title: str) -> str:
         step=f"{int(facts['step']):,}",
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     )
+
+
+def _converted(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Return a row on what a recipe converts, if it does."""
+    images = recipe.get("convert", {}).get("images")
+    if not images:
+        return {}
+    how = f"its attention was matched on {plural(images, 'image')} and replaced"
+    teacher = recipe["distill"]["from"]
+    then = f", then the whole model was trained with distillation from `{teacher}`" if teacher else ""
+    return {"Converted from": f"`{recipe['init_from']}`, {how}{then}"}
 
 
 CONFIG, WEIGHTS, RECIPE, CARD, SUMS = "config.json", "model.safetensors", "recipe.yaml", "README.md", "SHA256SUMS"

@@ -1,6 +1,7 @@
 """The parsers of the commands that train, here or as jobs, and that look at a run's progress and its steps."""
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from karat_scale.foundation.tables import CORRUPTIONS
 
 if TYPE_CHECKING:
     from karat_scale.commands.submit.sbatch import Job
+    from karat_scale.recipe import Recipe
 
 _SEE_ALSO = (
     "`karat recipes WORD` filters the recipes, `karat explain KEY` says what a key means, and `karat completion SHELL` "
@@ -55,6 +57,17 @@ def add_commands(commands: Any) -> None:
     train.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
     train.set_defaults(run=_train)
     add_trust(train)
+
+    convert = commands.add_parser(
+        "convert", help="replace the attention of a trained model, then train it by a recipe", epilog=_SEE_ALSO
+    )
+    source = "a run, a folder or file of `karat export`, a file of weights, or timm:NAME"
+    convert.add_argument("source", metavar="SOURCE", help=source)
+    add_recipe(convert, "attention.kind=karat convert.images=5000", what)
+    convert.add_argument("--survey", action="store_true", help="only find out which blocks pay; no training")
+    convert.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
+    convert.set_defaults(run=_convert)
+    add_trust(convert)
 
     several = commands.add_parser("launch", help="run a command on several ranks of this machine, such as its GPUs")
     several.add_argument("--ranks", type=count, help="(default: one for each GPU)")
@@ -165,11 +178,40 @@ def check_run(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from karat_scale.data.shards.shard_format import check_data_path
-    from karat_scale.recipe.loading import dump_recipe, load_recipe
+    from karat_scale.recipe.loading import load_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)
-    if options.print:
+    return _train_or_print(load_recipe(options.recipe, options.overrides), options.print)
+
+
+IMAGES = 1000
+"""The images of `karat convert` if the recipe names none."""
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from karat_scale.data.shards.shard_format import check_data_path
+    from karat_scale.recipe.loading import load_recipe
+
+    source = json.dumps(options.source)  # a text in YAML, whatever it has in it
+    own = [f"init_from={source}", *options.overrides]
+    if not any(text.startswith("distill.from=") for text in own):
+        own.append(f"distill.from={source}")
+    recipe = load_recipe(options.recipe, own)
+    if not recipe.convert.images:
+        recipe = load_recipe(options.recipe, [*own, f"convert.images={IMAGES}"])
+    if not options.survey:
+        return _train_or_print(recipe, options.print)
+    check_data_path(recipe.data)
+    from karat_scale.training.tasks.classification.conversion import survey
+    from karat_scale.training.tasks.classification.task import ClassificationTask
+
+    return survey(ClassificationTask, recipe)
+
+
+def _train_or_print(recipe: "Recipe", only_print: bool) -> int:
+    from karat_scale.data.shards.shard_format import check_data_path
+    from karat_scale.recipe.loading import dump_recipe
+
+    if only_print:
         from karat_scale.data.streams.samples import StreamShards
         from karat_scale.engine.deepspeed_config import check_ds_config
         from karat_scale.models.factory import outline

@@ -32,6 +32,7 @@ from karat_scale.foundation.tables import refuse_untrusted
 from karat_scale.recipe import Recipe
 from karat_scale.training.outcome import checkpoints_before
 from karat_scale.training.run_directory import OpenRun, RunDirectory
+from karat_scale.training.tasks.classification.conversion import FILE as MATCHED_FILE
 from karat_scale.training.tasks.classification.distillation_teacher import FILE as DISTILL_FILE
 from karat_scale.training.tasks.classification.distillation_teacher import TEACHER_FILE
 from karat_scale.training.tasks.classification.task import ClassificationTask
@@ -200,7 +201,8 @@ def scratch_recipe(directory: RunDirectory, recipe: Recipe, begin: str, world: W
     try:
         with world.together():
             if world.is_main:
-                for file in (directory.recipe_file, *(directory.path / name for name in (TEACHER_FILE, DISTILL_FILE))):
+                kept = (TEACHER_FILE, DISTILL_FILE, MATCHED_FILE)
+                for file in (directory.recipe_file, *(directory.path / name for name in kept)):
                     if file.is_file():
                         shutil.copy(file, path / file.name)
         yield recipe.changed(

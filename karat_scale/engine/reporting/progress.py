@@ -263,6 +263,11 @@ class Reporter:
         self.display.train(step, total, text)
         self._write("train", step, **figures)
 
+    def converted(self, text: str, report: dict[str, Any]) -> None:
+        """What became of a trained model's attention before the first step, in words and as figures."""
+        self.info(text)
+        self._write("convert", 0, **report)
+
     def evaluated(self, step: int, text: str, figures: dict[str, Any]) -> None:
         """The result of an evaluation, in words and as figures."""
         self.info(f"eval at step {step}: {text}")

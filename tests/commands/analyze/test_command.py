@@ -123,7 +123,8 @@ def test_every_figure_number_and_section_of_two_runs(trained, tmp_path: Path, br
     drawn = {path.with_suffix("").as_posix() for path in pictures}
     assert {path.relative_to(out).with_suffix("").as_posix() for path in out.rglob("*.svg")} == drawn
     places = {name.rpartition("/")[0] for name in drawn} - {"training"}
-    alone = {"mistakes", "robustness", "sharpness", "training"}  # have no figures, no results here, or one of all runs
+    # Have no figures, no results here, or one of all runs.
+    alone = {"mistakes", "robustness", "conversion", "sharpness", "training"}
     of_each = {f"{analysis}/{kind}" for analysis in ANALYSES.keys() - alone for kind in runs}
     assert places == of_each - {"functions/softmax"}
     for place in places:
@@ -135,7 +136,7 @@ def test_every_figure_number_and_section_of_two_runs(trained, tmp_path: Path, br
 
     page = (out / "report.html").read_text()
     assert set(re.findall(r'data-figure="([^"]+)"', page)) == drawn
-    shown = [analysis for analysis in ANALYSES if analysis != "robustness"]
+    shown = [analysis for analysis in ANALYSES if analysis not in ("robustness", "conversion")]
     assert re.findall(r'<section id="(\w+)">', page) == [*shown, "absent"]
     assert all(f"<h2>{ANALYSES[analysis].title}</h2>" in page for analysis in shown)
     for section in page.split("<section")[2:-1]:

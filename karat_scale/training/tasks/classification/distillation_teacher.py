@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from karat_scale.checkpoint.tensor_storage import read_metadata
+from karat_scale.checkpoint.weights import preprocessing
 from karat_scale.engine.engine import forward_for_evaluation
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError, UserError
 from karat_scale.models import create_model
@@ -41,6 +42,7 @@ from karat_scale.training.weights_file import (
     locate,
     read_exported,
     read_facts,
+    read_weights,
     timm_model,
     write_model,
     write_weights,
@@ -88,7 +90,7 @@ def keep_distillation_teacher(recipe: Recipe, into: Path) -> None:
             _refuse_student(run.recipe.attention)
             write_weights(run, run.weights_kind, kept)
         else:
-            _keep_export(path, kept)
+            _keep_file(recipe, path, kept)
     except UserError as error:
         raise RecipeError(f"distill.from = {source}: {str(error).removeprefix(f'{source}: ')}") from error
 
@@ -144,6 +146,8 @@ def planned_cost(recipe: Recipe) -> TeacherCost:
                 return cost_of(network, network.pretrained_cfg["input_size"][-1])
             path, checkpoint = locate(source)
             theirs = OpenRun.at(path, Recipe).recipe if checkpoint else None
+            if theirs is None and export_facts(path).preprocessing is None:
+                theirs = recipe.changed(attention=AttentionConfig())
             model, attention = (theirs.model, theirs.attention) if theirs else exported_sections(path)
             _refuse_student(attention)
             return cost_of(create_model(model, attention), model.image_size)
@@ -160,11 +164,19 @@ def describe_teacher(recipe: Recipe, teacher: DistillationTeacher) -> str:
     )
 
 
-def _keep_export(path: Path, kept: Path) -> None:
-    if export_facts(path).preprocessing is None:
-        raise RecipeError("not a file of karat export; name a run, what karat export wrote of it, or timm:NAME")
-    _refuse_student(exported_sections(path)[1])
-    write_model(read_exported(path), kept, read_metadata(path))
+def _keep_file(recipe: Recipe, path: Path, kept: Path) -> None:
+    if export_facts(path).preprocessing is not None:
+        _refuse_student(exported_sections(path)[1])
+        write_model(read_exported(path), kept, read_metadata(path))
+        return
+    # Weights by timm's names, without a word on their model: that of the recipe, with softmax.
+    attention = AttentionConfig()
+    network = create_model(recipe.model, attention)
+    take_weights(network, read_weights(str(path)).tensors, new_head=False)
+    sections = {"model": recipe.model, "attention": attention}
+    facts = {name: json.dumps(section.model_dump(mode="json")) for name, section in sections.items()}
+    facts |= {"preprocessing": json.dumps(preprocessing(recipe)), "weights_sha256": weights_digest(network)}
+    write_model(network, kept, facts)
 
 
 def _refuse_student(attention: AttentionConfig) -> None:

@@ -43,9 +43,12 @@ from karat_scale.models.attention_matrices import beyond_reach, can_be_watched, 
 from karat_scale.models.factory import layer_sizes
 from karat_scale.models.init_from import take_weights
 from karat_scale.models.layers import attention_layers
-from karat_scale.recipe import DataConfig, Recipe
+from karat_scale.models.matching import Conversion
+from karat_scale.recipe import AttentionConfig, DataConfig, Recipe
+from karat_scale.training.agreement import StopSignals
 from karat_scale.training.run_directory import OpenRun, RunDirectory
 from karat_scale.training.task import AfterStep, BeyondReach, OnBatch, Task, Waiting
+from karat_scale.training.tasks.classification.conversion import Stage, begin_conversion, take_original
 from karat_scale.training.tasks.classification.distillation_teacher import FILE as DISTILL_FILE
 from karat_scale.training.tasks.classification.distillation_teacher import TEACHER_FILE as FILE
 from karat_scale.training.tasks.classification.distillation_teacher import (
@@ -259,6 +262,9 @@ class ClassificationTask(Task):
         self.stream_differs = ""
         """Why a resumed run does not go on with the next samples of its stream; mostly empty."""
         self._distillation: Distillation | None = None
+        self._conversion: Conversion | None = None
+        self.stage: Stage | None = None
+        """What a start with `convert.images` did before the first step."""
         self._to_look_at: Tensor | None = None
         self._last_images: Tensor | None = None
         self._learns_attention = recipe.attention.learns
@@ -341,9 +347,18 @@ class ClassificationTask(Task):
             self.reporter.info("the distillation token learns from the teacher, the class token from the labels")
         return model
 
-    def take_weights(self, backbone: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    def take_weights(self, backbone: nn.Module, weights: Mapping[str, Tensor], attention: AttentionConfig) -> str:
         """Copy the weights of `init_from` into the classifier; returns what was not simply copied."""
-        return take_weights(backbone, weights)
+        if not self.recipe.convert.images:
+            return take_weights(backbone, weights)
+        self._conversion = begin_conversion(backbone, self.recipe, weights, attention)
+        return take_original(backbone, self.recipe, weights, attention)
+
+    def convert(self, backbone: nn.Module, directory: RunDirectory, signals: StopSignals) -> None:
+        """Match the attention with that of `init_from`, if the recipe asks for it."""
+        if self._conversion is not None:
+            self.stage = Stage(self, self.backend, self._conversion, directory, signals)
+            self.stage.run()
 
     def trained_model(self, run: OpenRun[Recipe]) -> nn.Module:
         """Return a checkpoint's model; interpolated if the recipe has another image size than it was trained at."""

@@ -23,6 +23,7 @@ from karat_scale.engine.distributed import World
 from karat_scale.engine.optimizers import Groups
 from karat_scale.engine.reporting.progress import Reporter
 from karat_scale.engine.run_state import RunState
+from karat_scale.recipe import AttentionConfig
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.task import OnBatch, Task, Waiting
 from karat_scale.training.tasks.detection.backbone import (
@@ -205,7 +206,7 @@ class DetectionTask(Task):
         """Return the ViT."""
         return build_vit(self.recipe)
 
-    def take_weights(self, backbone: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    def take_weights(self, backbone: nn.Module, weights: Mapping[str, Tensor], attention: AttentionConfig) -> str:
         """Copy a classifier's weights into the ViT; returns what was not simply copied."""
         return take_backbone_weights(backbone, weights)
 

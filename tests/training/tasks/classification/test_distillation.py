@@ -205,7 +205,7 @@ def test_what_nobody_can_learn_from_is_one_line(student, tmp_path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "student.safetensors", about)
     cases = {
         "distill.from=nowhere": "distill.from = nowhere: neither a run's directory",
-        f"distill.from={tmp_path / 'weights.safetensors'}": "not a file of karat export",
+        f"distill.from={tmp_path / 'weights.safetensors'}": "the weights lack ",
         f"distill.from={tmp_path / 'student.safetensors'}": "its attention comes from a teacher of its own",
         "distill.from=timm:vit_tiny_patch16_225": "timm has no weights of that name",
         "model.num_classes=5": "has 4 classes, but model.num_classes = 5",

@@ -137,7 +137,7 @@ def test_init_from_a_file_gives_the_backbone_its_weights(small, tmp_path) -> Non
     torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
     vit = build_vit(small())
     recipe = small().model_copy(update={"init_from": str(tmp_path / "classifier.pth")})
-    line = initialise(vit, recipe, ALONE, take_backbone_weights)
+    line = initialise(vit, recipe, ALONE, lambda model, weights, _: take_backbone_weights(model, weights))
     assert "without its class token; the attention operators keep their initial values" in line
     assert torch.equal(vit.blocks[0].attn.qkv.weight, classifier.blocks[0].attn.qkv.weight)
 

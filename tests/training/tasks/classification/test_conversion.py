@@ -1,0 +1,226 @@
+"""`karat convert` from end to end: stage 1, what it keeps, kills in both stages, other sources, and the survey."""
+
+import json
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from karat_scale.models import create_model
+from karat_scale.recipe import AttentionConfig
+from karat_scale.recipe.loading import load_recipe
+from karat_scale.training.tasks.classification.conversion import FILE, read_report, read_survey
+from tests.conftest import SMALL, events, karat, karat_done, karat_here, karat_refuses, karat_says, summary
+from tests.small_engines import equal
+from tests.training.runs import assert_a_kill_changes_nothing, kill_all, last_tensors, start, stopped_by
+from tests.training.test_initial_weights import put_into_cache
+
+QUICK = ("convert.images=24", "convert.steps=8", "convert.rounds=1")
+KARAT = ("attention.kind=karat", *QUICK)
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def original(command, recipe) -> Path:
+    """A softmax run of 24 steps."""
+    run = recipe.parent / "original"
+    assert karat_here(*command(run, "train.epochs=3")) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def convert(command, original) -> Command:
+    """The arguments of `karat` that convert the run in a directory."""
+
+    def arguments(run: Path, *overrides: str, source: Path | str = original) -> list[str]:
+        _, recipe, *own = command(run, *overrides)
+        return ["convert", str(source), recipe, *own]
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def converted(convert, recipe) -> Path:
+    run = recipe.parent / "converted"
+    assert karat_here(*convert(run, *KARAT)) == 0
+    return run
+
+
+def test_the_new_attention_gives_what_the_original_gave_and_then_trains(original, converted) -> None:
+    report = read_report(converted)
+    assert report == {key: value for key, value in events(converted, "convert")[0].items() if key in report}
+    assert report["from"] == str(original)
+    assert report["images"] == 24
+    for number, block in enumerate(report["blocks"]):
+        assert block["block"] == number
+        assert all(len(block[stage]) == 2 for stage in ("at_once", "least_squares", "matched"))
+        assert sum(block["matched"]) < 0.5 * sum(block["at_once"])
+    evaluation = json.loads((original / "checkpoints/step-00000024/state.json").read_text())
+    assert report["top1"]["original"] == pytest.approx(evaluation["last_top1"])
+    assert [event["step"] for event in events(converted, "train")][-1] == 8
+    assert {"label_loss", "teacher_loss"} <= set(events(converted, "train")[0])
+    assert set(summary(converted)["lineage"]) == {"init_from", "distill.from"}
+    recipe = load_recipe(converted / "recipe.yaml")
+    assert (recipe.init_from, recipe.distill.from_) == (str(original), str(original))
+
+
+def test_a_start_after_stage_1_takes_what_is_there_and_another_recipe_does_not(convert, converted, tmp_path) -> None:
+    """The file is all that a start needs which was killed before its first checkpoint; a damaged one is made again."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / FILE).write_bytes((converted / FILE).read_bytes())
+    says = karat_says(*convert(run, *KARAT))
+    assert "matching the attention" not in says
+    assert equal(last_tensors(run), last_tensors(converted))
+    for name, overrides, content in (("other", ("run.seed=1",), run / FILE), ("torn", (), None)):
+        again = tmp_path / name
+        again.mkdir()
+        (again / FILE).write_bytes(content.read_bytes() if content else (run / FILE).read_bytes()[:500])
+        assert "matching the attention" in karat_says(*convert(again, *KARAT, *overrides, "train.max_steps=1"))
+    assert not equal(load_file(tmp_path / "other" / FILE), load_file(run / FILE))
+    assert equal(load_file(tmp_path / "torn" / FILE), load_file(run / FILE))
+
+
+def test_the_survey_says_what_each_block_costs_and_how_many_pay(convert, original, tmp_path) -> None:
+    run = tmp_path / "run"
+    says = karat_says(*convert(run, *KARAT), "--survey")
+    found = read_survey(run)
+    assert [block["block"] for block in found["blocks"]] == [0, 1]
+    assert all(0 <= block["top1_alone"] <= 100 and len(block["matched"]) == 2 for block in found["blocks"])
+    assert [len(point["blocks"]) for point in found["curve"]] == [0, 1, 2]
+    assert found["curve"][0]["top1"] == read_report(run)["top1"]["original"]
+    assert found["curve"][2]["top1"] == read_report(run)["top1"]["matched"]
+    first = found["curve"][1]["blocks"][0]
+    assert found["blocks"][first]["top1_alone"] == max(block["top1_alone"] for block in found["blocks"])
+    assert all(point["images_per_second"] > 0 and point["mb_per_image"] > 0 for point in found["curve"])
+    for loss, count in found["most_blocks_for_a_loss"].items():
+        assert found["curve"][0]["top1"] - found["curve"][count]["top1"] <= float(loss)
+    assert says.count("for a loss of at most") == 4
+    assert not (run / "recipe.yaml").exists()
+    # The run of the same recipe goes on from there.
+    assert "matching the attention" not in karat_says(*convert(run, *KARAT))
+    assert "has checkpoints" in karat_refuses(*convert(run, *KARAT), "--survey")
+    assert karat_here("analyze", str(run), "--only", "conversion") == 0
+    report = (run / "analysis/report.html").read_text()
+    assert "Converted attention" in report
+    assert "blocks converted" in report
+
+
+def test_only_blocks_that_differ_are_converted(convert, converted, tmp_path) -> None:
+    """From a run that is converted already: block 0 stays, and block 1 gets another attention from its own."""
+    static = "attention.blocks={1: {kind: static}}"
+    assert karat_here(*convert(tmp_path / "run", *KARAT, static, "train.max_steps=1", source=converted)) == 0
+    report = read_report(tmp_path / "run")
+    assert [block["block"] for block in report["blocks"]] == [1]
+    assert sum(report["blocks"][0]["matched"]) < sum(report["blocks"][0]["at_once"])
+    line = karat_refuses(*convert(tmp_path / "same", *KARAT, source=converted))
+    assert "it has this attention already, so there is nothing to convert" in line
+
+
+def test_an_exported_folder_and_weights_without_a_word_on_their_model_are_sources(
+    convert, original, recipe, tmp_path
+) -> None:
+    short = (*KARAT, "convert.steps=1", "train.max_steps=1")
+    folder = ("--format", "timm", "--weights", "ema", "--out", str(tmp_path / "x"))
+    assert karat_here("export", str(original), *folder) == 0
+    assert karat_here(*convert(tmp_path / "exported", *short, source=tmp_path / "x")) == 0
+    best = (original / "checkpoints/best").read_text().strip()
+    state = json.loads((original / "checkpoints" / best / "state.json").read_text())
+    assert read_report(tmp_path / "exported")["top1"]["original"] == pytest.approx(state["last_top1"])
+    model = create_model(load_recipe(recipe, [*SMALL, "schedule.warmup_epochs=0"]).model, AttentionConfig())
+    save_file(model.state_dict(), tmp_path / "plain.safetensors")
+    assert karat_here(*convert(tmp_path / "plain", *short, source=tmp_path / "plain.safetensors")) == 0
+    assert karat_here("plan", str(tmp_path / "plain/recipe.yaml")) == 0
+    assert "did you mean timm:vit_tiny" in karat_refuses(
+        *convert(tmp_path / "no", *KARAT, source="timm:vit_tiny_patch16_225")
+    )
+
+
+@pytest.mark.slow
+def test_a_timm_model_is_a_source(recipe, tmp_path, monkeypatch) -> None:
+    put_into_cache(tmp_path / "hub", "test_vit3.r160_in1k", monkeypatch)
+    sizes = ("model.name=test_vit3", "model.image_size=160", "model.num_classes=1000", "data.workers=0")
+    small = ("train.global_batch=8", "train.max_steps=1", "train.epochs=1", "schedule.warmup_epochs=0")
+    arguments = ("convert", "timm:test_vit3.r160_in1k", str(recipe), *sizes, *small, *KARAT, "convert.images=8")
+    assert karat_here(*arguments, "log.trackers=[]", f"run.dir={tmp_path / 'run'}", "train.eval_batch=32") == 0
+    assert read_report(tmp_path / "run")["from"] == "timm:test_vit3.r160_in1k"
+
+
+def test_the_model_card_says_what_was_converted_from_what(original, converted, tmp_path) -> None:
+    arguments = ("--format", "hub-folder", "--weights", "raw", "--out", str(tmp_path / "card"))
+    assert karat_here("export", str(converted), *arguments) == 0
+    card = (tmp_path / "card/README.md").read_text()
+    assert "| Converted from | `original`, " in card
+
+
+def test_mistakes_are_one_line(convert, command, tmp_path) -> None:
+    refused = {
+        "convert.images = 1000 has no effect with attention.kind = softmax": convert(tmp_path),
+        "timm has no such model": convert(tmp_path, *KARAT, "model.name=vit_tinny"),
+        "neither a run's directory": convert(tmp_path, *KARAT, source="nowhere"),
+        "use model.depth=2": convert(tmp_path, *KARAT, "model.depth=3"),
+        "convert.images = 8 needs the trained model; name it by init_from": [
+            *command(tmp_path, "attention.kind=karat", "convert.images=8")
+        ],
+        "convert.steps = 3 has no effect without convert.images": [*command(tmp_path, "convert.steps=3")],
+    }
+    for words, arguments in refused.items():
+        assert words in karat_refuses(*arguments)
+
+
+def test_print_shows_the_whole_recipe(convert, original, tmp_path) -> None:
+    says = karat_says(*convert(tmp_path, "attention.kind=static", "distill.from=elsewhere"), "--print")
+    assert f"init_from: {original}" in says
+    assert "from: elsewhere" in says
+    assert "images: 1000" in says
+
+
+def wait_for_line(process: subprocess.Popen[str], words: str) -> None:
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if words in line:
+            return
+    raise AssertionError(said)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_kill_or_a_signal_in_stage_1_changes_nothing(recipe_file, original, tmp_path) -> None:
+    own = (f"init_from={original}", f"distill.from={original}", *KARAT, "convert.steps=200", "train.max_steps=3")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    karat_done("train", str(recipe_file), f"run.dir={whole}", *own)
+    killed = start(recipe_file, cut, *own)
+    wait_for_line(killed, "step 40 of 200")
+    kill_all(killed)
+    assert not (cut / FILE).exists()
+    stopped = start(recipe_file, cut, *own)
+    wait_for_line(stopped, "step 40 of 200")
+    assert "run the same command to resume" in stopped_by(stopped, signal.SIGTERM)
+    assert not (cut / "checkpoints" / "latest").exists()
+    karat_done("train", str(recipe_file), f"run.dir={cut}", *own)
+    assert equal(last_tensors(cut), last_tensors(whole))
+    assert read_report(cut) == read_report(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_kill_in_stage_2_changes_nothing(recipe_file, original, tmp_path) -> None:
+    own = (f"init_from={original}", f"distill.from={original}", *KARAT, "deepspeed.config=zero3")
+    assert_a_kill_changes_nothing(recipe_file, tmp_path, *own)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_ranks_match_the_blocks_as_one_does(recipe_file, original, tmp_path) -> None:
+    own = (str(recipe_file), *KARAT, "train.max_steps=2", "deepspeed.config=zero1")
+    for ranks in (1, 2):
+        karat_done("convert", str(original), *own, f"run.dir={tmp_path / str(ranks)}", processes=ranks)
+    assert equal(load_file(tmp_path / "1" / FILE), load_file(tmp_path / "2" / FILE))
+    done = karat("convert", str(original), *own, f"run.dir={tmp_path / 'survey'}", "--survey", processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_survey(tmp_path / "survey")["most_blocks_for_a_loss"]
