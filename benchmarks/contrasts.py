@@ -14,7 +14,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,15 @@ def next_trials() -> list[Trial] | None:
 
 
 def run(data: Path, work: Path) -> None:
-    """Run trial after trial until all have finished; wait while other processes run those that the next one needs."""
+    """Run trial after trial until all have finished."""
+    work_through(next_trials, lambda trial: finish(trial, data, work / trial.name), work)
+
+
+def work_through(next_trials: Callable[[], Sequence[Any] | None], finish: Callable[[Any], None], work: Path) -> None:
+    """Finish trials, each with a `name` and a `record`, until there are no more, one thread for each process.
+
+    It waits while other processes run those that the next one needs.
+    """
     os.nice(max(0, 19 - os.nice(0)))
     work.mkdir(parents=True, exist_ok=True)
     while (trials := next_trials()) is not None:
@@ -137,11 +145,11 @@ def run(data: Path, work: Path) -> None:
             continue
         trial, lock = claimed
         if not trial.record.exists():
-            finish(trial, data, work / trial.name)
+            finish(trial)
         lock.close()
 
 
-def claims(trials: list[Trial], work: Path) -> Iterator[tuple[Trial, Any]]:
+def claims(trials: Sequence[Any], work: Path) -> Iterator[tuple[Any, Any]]:
     """Yield the trials that this process holds alone, each with the open file that says so."""
     for trial in trials:
         lock = (work / f"{trial.name}.lock").open("w")
@@ -173,16 +181,11 @@ def finish(trial: Trial, data: Path, directory: Path) -> None:
 
 def record_of(trial: Trial, directory: Path) -> dict[str, Any]:
     """Return what is kept of a finished run."""
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    # A step that ran again after an interruption is there twice; the later line counts.
-    events = {(event["event"], event.get("step")): event for event in map(json.loads, lines)}
-    kinds = {kind: [own for (name, _), own in sorted(events.items()) if name == kind] for kind in ("eval", "train")}
-    summary = json.loads((directory / "summary.json").read_text())
+    kinds, summary = events_of(directory), json.loads((directory / "summary.json").read_text())
     found = np.load(directory / FILE)  # in the order of the images' ids
     predictions = digits(found["top_labels"][:, 0]) if trial.stage == "main" else ""
     if predictions:
         write_atomically(LABELS, digits(found["labels"]) + "\n")
-    kept = ("parameters", "seed", "data_digest", "recipe_sha256", "skipped_steps", "restarts", "versions", "processor")
     return {
         "stage": trial.stage,
         "arm": trial.arm,
@@ -200,11 +203,24 @@ def record_of(trial: Trial, directory: Path) -> dict[str, Any]:
             for part in (kinds["train"][at : at + 4] for at in range(0, len(kinds["train"]), 4))
         ],
         "predictions": predictions,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip(),
-        **{name: summary[name] for name in kept},
+        **facts_of(summary),
     }
+
+
+def events_of(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return a run's evaluations and its reports of training, in order."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    # A step that ran again after an interruption is there twice; the later line counts.
+    events = {(event["event"], event.get("step")): event for event in map(json.loads, lines)}
+    return {kind: [own for (name, _), own in sorted(events.items()) if name == kind] for kind in ("eval", "train")}
+
+
+def facts_of(summary: dict[str, Any]) -> dict[str, Any]:
+    """Return what identifies a finished run: its code, its recipe, its data and its machine."""
+    kept = ("parameters", "seed", "data_digest", "recipe_sha256", "skipped_steps", "restarts", "versions", "processor")
+    show = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(show, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return {"commit": commit, **{name: summary[name] for name in kept}}
 
 
 def digits(classes: npt.NDArray[np.int64]) -> str:
