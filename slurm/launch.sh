@@ -5,7 +5,8 @@
 #   check_recipe ARGUMENTS   refuses a wrong recipe before any GPU waits for it
 #   count_restart            refuses to start again after restarts without a new checkpoint
 #   stage_shards DIR         copies shards to the nodes' local disks, if STAGE is set
-#   launch ARGUMENTS         `karat ARGUMENTS`, one rank per GPU (per node without GPUs); ends the job
+#   launch ARGUMENTS         `karat ARGUMENTS`, one rank per GPU (per node without GPUs); ends the job. On each node an
+#                            agent runs the ranks: `karat launch`. After a failure they start again in this job
 #   run_alone COMMAND...     one process that can resume; requeues the job on a signal
 #
 # Exit codes: 0 done; 2 a mistake to fix; 1 anything else. Saved on a signal is 75: the job is requeued.
@@ -13,8 +14,10 @@ set -uo pipefail
 
 # These may be set, too. The number of restarts in a row that may end without a new checkpoint.
 : "${IDLE_RESTARTS:=3}"
-# If a rank makes no progress for this many seconds, the job ends and names it. 0: never. Phases may have their own:
-# 900,start=1800,compile=3600,data=300,step=600,save=1800
+# So many nodes wait to replace lost ones. It needs `sbatch --no-kill`, or SLURM ends the job with the first lost node.
+: "${SPARES:=0}"
+# If a rank makes no progress for this many seconds, it is named and the ranks start again. 0: never. Phases may have
+# their own: 900,start=1800,compile=3600,data=300,step=600,save=1800
 : "${STALL_SECONDS:=900}"
 # HOST_SUFFIX: turns a node's name into the name of its fast interface, such as i on JUWELS.
 
@@ -42,6 +45,9 @@ for argument in "$@"; do
       ;;
   esac
 done
+
+# How often the ranks have started again in this job, and why; the lost nodes; whether the job was told to stop.
+ATTEMPT=0 FAILURE='' LOST='' TOLD=''
 
 # There is nothing to save until the ranks run.
 trap 'requeue "told to stop before the start"' USR2 TERM
@@ -80,13 +86,14 @@ check_recipe() {
 count_restart() {
   local latest seen=- idle=0
   latest=$(cat "$RUN/checkpoints/latest" 2>/dev/null || echo none)
-  if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ -f $RUN/restarts ]]; then
+  if ((${SLURM_RESTART_COUNT:-0} + ATTEMPT > 0)) && [[ -f $RUN/restarts ]]; then
     read -r seen idle <"$RUN/restarts"
   fi
   if [[ $seen == "$latest" ]]; then idle=$((idle + 1)); else idle=0; fi
   if ((idle > IDLE_RESTARTS)); then
     echo "error: $idle restarts without a new checkpoint (the newest is $latest): stopped, not requeued;" \
       "read $RUN/logs, give more --time or an earlier --signal" >&2
+    [[ -z $FAILURE ]] || echo "$FAILURE" >&2
     exit 1
   fi
   { mkdir -p "$RUN" && echo "$latest $idle" >"$RUN/restarts"; } || refuse "RUN = $RUN cannot be written"
@@ -114,34 +121,49 @@ launch() {
   local per_node=${SLURM_NTASKS_PER_NODE:-1} gpus=${SLURM_GPUS_ON_NODE:-0} cpus=${SLURM_CPUS_PER_TASK:-1}
   [[ $gpus == 0 || $gpus == "$per_node" ]] ||
     refuse "$gpus GPUs but $per_node tasks a node; set --ntasks-per-node to --gpus-per-node"
-  local nodes=$SLURM_JOB_NUM_NODES ranks first
+  local nodes=$((SLURM_JOB_NUM_NODES - SPARES)) first most
+  ((nodes > 0)) || refuse "SPARES = $SPARES leaves none of $SLURM_JOB_NUM_NODES nodes to train on"
   if [[ $1 != eval ]] && ((nodes > 1)); then
-    nodes=$("${PYTHON[@]}" -m karat_scale.commands.submit.within_job nodes "$nodes" "$per_node" "$@") || exit 2
-    ((nodes == SLURM_JOB_NUM_NODES)) ||
-      say "takes $nodes of $SLURM_JOB_NUM_NODES nodes, over whose ranks the global batch divides; the rest stay idle"
+    most=$("${PYTHON[@]}" -m karat_scale.commands.submit.within_job nodes "$nodes" "$per_node" "$@") || exit 2
+    ((most == nodes)) ||
+      say "takes $most of $nodes nodes, over whose ranks the global batch divides; the rest stay idle"
+    nodes=$most
   fi
-  ranks=$((nodes * per_node))
-  LOGS=$RUN/logs/$JOB-${SLURM_RESTART_COUNT:-0}
-  mkdir -p "$LOGS" || refuse "RUN = $RUN cannot be written"
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null | head -n 1)
   # A batch script runs on the first node, so without scontrol that is this one.
   first=${first:-${SLURMD_NODENAME:-$(hostname)}}
   MASTER_ADDR=$first${HOST_SUFFIX:-}
   MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # below the ports that kernels hand out
-  export MASTER_ADDR MASTER_PORT KARAT_STALL_SECONDS=$STALL_SECONDS
-
-  say "start $((${SLURM_RESTART_COUNT:-0} + 1)): $ranks ranks on $SLURM_JOB_NODELIST, logs in $LOGS"
-  # srun takes the first node, and adds others until it has --nodes.
-  srun --nodes="$nodes" --nodelist="$first" --ntasks="$ranks" --ntasks-per-node="$per_node" --cpus-per-task="$cpus" \
-    --kill-on-bad-exit=1 --unbuffered bash "$KARAT_HOME/slurm/rank.sh" "$LOGS" "${KARAT[@]}" "$@" &
-  STEP=$!
+  export MASTER_ADDR MASTER_PORT KARAT_STALL_SECONDS=$STALL_SECONDS KARAT_START KARAT_RANK_WRAPPER
   trap ask_to_save USR2 TERM
-  if [[ $STALL_SECONDS != 0 && $1 != eval ]]; then
-    watch "$ranks" &
-    WATCH=$!
-  fi
-  until wait "$STEP" || ! kill -0 "$STEP" 2>/dev/null; do :; done # a signal ends `wait`, not the step
-  finish "$ranks"
+  while :; do
+    KARAT_START=$JOB-${SLURM_RESTART_COUNT:-0}
+    ((ATTEMPT == 0)) || KARAT_START+=.$ATTEMPT
+    LOGS=$RUN/logs/$KARAT_START
+    mkdir -p "$LOGS" || refuse "RUN = $RUN cannot be written"
+    KARAT_RANK_WRAPPER="bash $(printf '%q %q' "$KARAT_HOME/slurm/rank.sh" "$LOGS")"
+    say "start $((${SLURM_RESTART_COUNT:-0} + 1))${KARAT_START#"$JOB-${SLURM_RESTART_COUNT:-0}"}: $((nodes * per_node)) ranks on $SLURM_JOB_NODELIST, logs in $LOGS"
+    # srun takes the first node, and adds others until it has --nodes. What an earlier step left must not hold it up.
+    srun --nodes="$nodes" --nodelist="$first" ${LOST:+"--exclude=$LOST"} --ntasks="$nodes" --ntasks-per-node=1 \
+      --cpus-per-task="$((cpus * per_node))" --overlap --kill-on-bad-exit=1 --unbuffered \
+      bash -c 'trap "" USR2 TERM; exec "$@"' agent "${KARAT[@]}" launch --ranks "$per_node" "$@" &
+    STEP=$!
+    HELPERS=()
+    leave_lost_node &
+    HELPERS+=($!)
+    if [[ $STALL_SECONDS != 0 && $1 != eval ]]; then
+      watch "$((nodes * per_node))" &
+      HELPERS+=($!)
+    fi
+    until wait "$STEP" || ! kill -0 "$STEP" 2>/dev/null; do :; done # a signal ends `wait`, not the step
+    finish "$((nodes * per_node))"
+    [[ $1 != eval ]] || fail
+    replace_lost_nodes "$nodes"
+    ATTEMPT=$((ATTEMPT + 1))
+    count_restart
+    [[ -z $TOLD ]] || requeue "$FAILURE"
+    say "$FAILURE; the ranks start again"
+  done
 }
 
 run_alone() {
@@ -158,35 +180,47 @@ run_alone() {
 # Repeated, since ranks that are still starting do not handle it yet. srun forwards it to them.
 ask_to_save() {
   trap '' USR2 TERM
+  TOLD=1
   say "told to stop; the ranks are to save"
   while kill -USR2 "$STEP" 2>/dev/null; do sleep 2; done &
 }
 
-# The ranks' exit files have the result: srun's own code can be that of a rank which srun killed.
+# The ranks' exit files have the result: srun's own code can be that of a rank which srun killed. Returns after a failure
+# that another start may not have.
 finish() {
-  local ranks=$1 codes ended first
-  [[ -z ${WATCH:-} ]] || kill "$WATCH" 2>/dev/null
-  if [[ -s $LOGS/verdict ]]; then
-    cat "$LOGS/verdict" >&2
-    exit 1
-  fi
+  local ranks=$1 codes first
+  kill "${HELPERS[@]}" 2>/dev/null
   codes=$(cut -d ' ' -f 1 "$LOGS"/rank-*.exit 2>/dev/null)
-  ended=$(grep -c . <<<"$codes")
-  # The first rank that ended, by the clock, has the cause; the others lost their peer.
-  first=$(sort -k 3,3n "$LOGS"/rank-*.exit 2>/dev/null | awk '$1 != 0 && $1 != 75' | head -n 1)
-  if [[ $first == "2 "* ]]; then
-    report_failure "$first"
-  elif [[ -n $first || $ended -lt $ranks ]]; then
-    lost_nodes && requeue "a node is lost"
-    report_failure "$first"
+  # The first rank that ended, by the clock, has the cause. Those with code 76 lost another one.
+  first=$(sort -k 3,3n "$LOGS"/rank-*.exit 2>/dev/null | awk '$1 != 0 && $1 != 75 && $1 != 76' | head -n 1)
+  [[ -n $first ]] || first=$(grep -h '^76 ' "$LOGS"/rank-*.exit 2>/dev/null | head -n 1)
+  if [[ -s $LOGS/verdict ]]; then
+    FAILURE=$(cat "$LOGS/verdict")
+  elif [[ -n $first || $(grep -c . <<<"$codes") -lt $ranks ]]; then
+    describe_failure "$first"
+    [[ $first != "2 "* ]] || fail 2
   elif grep -qx 75 <<<"$codes"; then
     requeue "saved $(cat "$RUN/checkpoints/latest" 2>/dev/null || echo nothing)"
+  else
+    say "done"
+    exit 0
   fi
-  say "done"
-  exit 0
 }
 
-# Ends the step when a rank hangs. The verdict is the job's last line.
+fail() {
+  echo "$FAILURE" >&2
+  exit "${1:-1}"
+}
+
+# After a failure srun waits long for a node that is lost.
+leave_lost_node() {
+  trap - USR2 TERM
+  until grep -Eqsv '^(0|75) ' "$LOGS"/rank-*.exit; do sleep 1; done
+  sleep 5
+  kill -KILL "$STEP" 2>/dev/null
+}
+
+# Ends the step when a rank hangs.
 watch() {
   local watcher
   "${PYTHON[@]}" -m karat_scale.commands.submit.within_job watch "$RUN" --ranks "$1" --stall "$STALL_SECONDS" \
@@ -197,9 +231,18 @@ watch() {
   [[ $? == 3 ]] && kill -TERM "$STEP"
 }
 
-lost_nodes() {
-  ! timeout 60 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-    true 2>/dev/null
+# Finds the nodes that run nothing any more. Without a spare for each, the job goes back to the queue.
+replace_lost_nodes() {
+  local all node
+  all=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  LOST=$(for node in $all; do { answers "$node" || echo "$node"; } & done | paste -sd,)
+  [[ -n $LOST ]] || return
+  (($(wc -w <<<"$all") - $(tr , ' ' <<<"$LOST" | wc -w) >= $1)) || requeue "lost $LOST"
+  say "lost $LOST; a spare node takes part"
+}
+
+answers() {
+  timeout 60 srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$1" true 2>/dev/null
 }
 
 requeue() {
@@ -223,21 +266,20 @@ last_error() {
   grep -E '^(error:|[A-Za-z_.]+(Error|Exception|Exit)(:|$))' <<<"$lines" | tail -n 1 | grep . || tail -n 1 <<<"$lines"
 }
 
-report_failure() {
+# FAILURE becomes one line about a rank that failed, given as the line of its exit file.
+describe_failure() {
   local code node died rank log
   read -r code node died rank <<<"$1"
   if [[ -z ${code:-} ]]; then
-    echo "error: the ranks were ended from outside; SLURM's own lines above say why; logs: $LOGS" >&2
-    exit 1
+    FAILURE="error: the ranks were ended from outside; SLURM's own lines above say why; logs: $LOGS"
+    return
   fi
   log=$LOGS/rank-$(printf %05d "$rank").log
   if ((code > 128)); then
-    echo "error: rank $rank on $node was killed by signal $((code - 128)) ($(kill -l "$code")) at" \
-      "$(date -d "@$died" +%T); KILL is most often a lack of memory; log: $log" >&2
-    exit 1
+    FAILURE="error: rank $rank on $node was killed by signal $((code - 128)) ($(kill -l "$code")) at"
+    FAILURE+=" $(date -d "@$died" +%T); KILL is most often a lack of memory; log: $log"
+    return
   fi
   ((code == 2)) || { echo "the end of $log:" && tail -n 25 "$log"; }
-  echo "rank $rank on $node failed first, exit code $code: $(last_error "$log")" >&2
-  ((code == 2)) && exit 2
-  exit 1
+  FAILURE="rank $rank on $node failed first, exit code $code: $(last_error "$log")"
 }

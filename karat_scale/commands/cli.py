@@ -10,10 +10,18 @@ from collections.abc import Sequence
 import karat_scale.foundation.machine  # noqa: F401  # it looks for its parent now, before torch is imported
 from karat_scale import __version__
 from karat_scale.commands.bench.commands import add_benches
-from karat_scale.commands.launch import say_to_launcher
+from karat_scale.commands.launch import code_for_launcher, say_to_launcher
 from karat_scale.commands.parsers import preparing, results, training
 from karat_scale.foundation.arguments import OneLineParser
-from karat_scale.foundation.errors import PeerError, UserError, of_the_machine, on_one_line, say_in_one_write
+from karat_scale.foundation.errors import (
+    EXIT_LOST_PEER,
+    PeerError,
+    UserError,
+    of_the_machine,
+    on_one_line,
+    one_line,
+    say_in_one_write,
+)
 from karat_scale.foundation.machine import may_have_gpu, use_local_caches
 from karat_scale.foundation.tables import VARIABLE, trackers_hidden
 
@@ -43,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complete(parser)
     options = parser.parse_args(arguments)
     if options.command == "launch":  # a mistake is said once, and not by each rank
-        parser.parse_args(options.arguments)
+        options.parsed = parser.parse_args(options.arguments)
     # torch's C++ warns with a stack of its own where a rank is lost, which we tell in a line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not may_have_gpu():  # without this, DeepSpeed warns that it guessed the CPU
@@ -59,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _end(str(error), EXIT_USAGE)
     except PeerError as error:
-        return _end(str(error), 1)
+        return _end(str(error), EXIT_LOST_PEER)
     except BrokenPipeError:
         if not _is_unread(_STDOUT):
             raise
@@ -68,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         known = of_the_machine(error)
         if known is None:
+            say_to_launcher(on_one_line(f"{type(error).__name__}: {one_line(error)}"))
             raise
         return _end(*known)
 
@@ -76,7 +85,7 @@ def _end(text: str, code: int) -> int:
     """Say why this rank ends, in one line; returns the exit code."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     where = f"[rank {rank}] " if rank != "0" else ""
-    if not say_to_launcher(on_one_line(text), rank):
+    if not say_to_launcher(on_one_line(text)):
         say_in_one_write(f"{where}error: {on_one_line(text)}")
     return code
 
@@ -90,7 +99,7 @@ def _is_unread(output: int) -> bool:
 
 def entry_point() -> None:
     """Run the console script."""
-    code = main()
+    code = code_for_launcher(main())
     # A launcher may repeat its signal. It must not kill an interpreter that is exiting with its own code.
     for repeated in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(repeated, signal.SIG_IGN)

@@ -1,64 +1,99 @@
-"""`karat launch`: a command on several ranks of this machine. An error is said once, after everything else.
+"""`karat launch`: a command on several ranks. torchrun's agent runs them; the first failure is said once, at the end.
 
-A rank that a signal ended says nothing; the launcher names it and the signal.
+In a step of srun with one task on each node, each task is the agent of its node, and the ranks of all nodes meet.
 
-torchrun does the same on any number of nodes, but ends with a traceback of its own. Its last lines are the error of
-each rank, which `say_to_launcher` leaves there.
+If a rank is killed, crashes or stalls, training begins again from the newest checkpoint, up to IDLE_RESTARTS times (3)
+without a new one. In a job slurm/launch.sh does that instead, for it survives a lost agent or node.
 """
 
 import json
+import logging
 import os
+import shlex
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
 
+import psutil
+
+from karat_scale.engine.heartbeat import START
+from karat_scale.foundation.errors import EXIT_LOST_PEER, EXIT_STOPPED, UserError, say_in_one_write
 from karat_scale.foundation.files import write_atomically
 from karat_scale.foundation.machine import LAUNCHED, LAUNCHER, usable_cores
+from karat_scale.foundation.tables import SCHEMAS, load
 
-ERRORS = "KARAT_ERRORS"
-"""In the environment of each rank: the directory that takes its last error, instead of standard error."""
-TORCHRUNS = "TORCHELASTIC_ERROR_FILE"
-"""In the environment of each rank that torchrun starts: the file whose message it prints at its end."""
-# The other ranks notice that one is gone, and say so, within seconds; then they are told to end, and then killed.
-_NOTICE_SECONDS, _END_SECONDS = 30.0, 30.0
-_POLL_SECONDS = 0.05
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR2)
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+STOPPED = "KARAT_STOPPED"
+"""In the environment of each rank: the file that says that it saved on a signal. To the agent it has not failed."""
+ERROR = "TORCHELASTIC_ERROR_FILE"
+"""In the environment of each rank that torchrun or we start: the file that takes its error."""
+WRAPPER = "KARAT_RANK_WRAPPER"
+"""In the environment of a launcher: what runs each rank, and sees to restarts and to the last line."""
+# The agent asks the ranks that are left to end. They may wait for the one that failed, so they get no more than this.
+_END_SECONDS = 3
+_POLL_SECONDS = 0.1
+_FORWARDED = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 # CUDA's and ROCm's lists of the GPUs that a process may use. ROCm reads all three.
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 _NVIDIA, _AMD = Path("/dev"), Path("/sys/class/kfd/kfd/topology/nodes")
 
 
-def launch(arguments: Sequence[str], ranks: int) -> int:
-    """Run `karat` with these arguments on `ranks` processes; returns the exit code of the first one that failed."""
-    with tempfile.TemporaryDirectory(prefix="karat-launch-") as errors:
-        command = [sys.executable, "-m", "karat_scale", *arguments]
-        processes = [subprocess.Popen(command, env=each) for each in _environments(ranks, errors)]
-        with _signals_forwarded(processes):
-            ended = _wait(processes)
-        code = next((code for _, code in ended if code), 0)
-        for text in _messages(Path(errors), ended):
-            print(text, file=sys.stderr)
-        return code if code >= 0 else 128 - code  # as a shell says that a signal ended it
+def launch(arguments: Sequence[str], ranks: int, parsed: Namespace) -> int:
+    """Run `karat` with these arguments, which say `parsed`, on `ranks` processes of each node.
+
+    Returns the exit code of the first one that failed.
+    """
+    wrapper = shlex.split(os.environ.get(WRAPPER, ""))
+    command = [*wrapper, sys.executable, "-m", "karat_scale", *arguments]
+    trains = parsed.command in SCHEMAS and not wrapper
+    idle, most = 0, os.environ.get("IDLE_RESTARTS", "3")
+    if not most.isdecimal():
+        raise UserError(f"IDLE_RESTARTS = {most}: should be a whole number")
+    with _signals_forwarded() as told:
+        while True:
+            begun = time.time()
+            code, line = _run(command, ranks, parsed if trains else None)
+            if code in (0, 2, EXIT_STOPPED) or not trains or told:
+                break
+            idle = 0 if _has_saved(parsed, begun) else idle + 1
+            if idle > int(most):
+                break
+            say_in_one_write(f"{line}; training begins again from the newest checkpoint")
+    os.environ.pop(STOPPED, None)  # it is for the ranks
+    if line and not wrapper:
+        say_in_one_write(f"error: {line}")
+    return code
 
 
-def say_to_launcher(text: str, rank: str) -> bool:
-    """Leave a rank's last error to the launcher; returns whether there is one that takes it."""
-    directory, torchruns = os.environ.get(ERRORS, ""), os.environ.get(TORCHRUNS, "")
+def say_to_launcher(text: str) -> bool:
+    """Leave a rank's last error to the launcher; returns whether there is one that says it."""
+    file = None if WRAPPER in os.environ else os.environ.get(ERROR)
     try:
-        if directory:
-            write_atomically(Path(directory) / f"rank-{int(rank):05d}", text)
-        elif torchruns:
-            write_atomically(Path(torchruns), json.dumps({"message": f"error: {text}", "timestamp": int(time.time())}))
-    except (OSError, ValueError):
+        if file:
+            write_atomically(Path(file), json.dumps({"message": f"error: {text}", "timestamp": int(time.time())}))
+    except OSError:
         return False
-    return bool(directory or torchruns)
+    return bool(file)
+
+
+def code_for_launcher(code: int) -> int:
+    """Return the exit code that a launcher of ours is to see."""
+    if code != EXIT_STOPPED or STOPPED not in os.environ:
+        return code
+    Path(os.environ[STOPPED]).touch()
+    return 0
 
 
 def default_ranks() -> int:
@@ -75,74 +110,151 @@ def default_ranks() -> int:
     return max(1, nvidia or amd)
 
 
-def _environments(ranks: int, errors: str) -> Iterator[dict[str, str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    threads = str(max(1, usable_cores() // ranks))
-    shared = {"OMP_NUM_THREADS": threads, **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), ERRORS: errors, LAUNCHED: "1"}
-    for rank in range(ranks):
-        yield {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+def _run(command: Sequence[str], ranks: int, training: Namespace | None) -> tuple[int, str]:
+    """Run the ranks of this node once; returns an exit code and, if it is a failure's, what to say."""
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.api import PContext, SubprocessContext
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    def close(self: PContext, death_sig: signal.Signals | None = None, timeout: int = _END_SECONDS) -> None:
+        PContext.close(self, death_sig, min(timeout, _END_SECONDS))
+
+    SubprocessContext.close = close  # type: ignore[method-assign]  # the agent's own 30 s cannot be set
+    logging.disable()  # what the agent logs, we say in a line
+    node, nodes, endpoint = _meeting_place(os.environ)
+    with tempfile.TemporaryDirectory(prefix="karat-launch-") as files:
+        stopped = Path(files, "stopped")
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
+        os.environ[LAUNCHED] = "1"
+        if WRAPPER not in os.environ:
+            os.environ |= {STOPPED: str(stopped), START: stopped.parent.name}
+        config = LaunchConfig(
+            min_nodes=nodes,
+            max_nodes=nodes,
+            nproc_per_node=ranks,
+            run_id=endpoint,
+            rdzv_backend="static",  # the number of a node is the same at each start
+            rdzv_endpoint=endpoint,
+            rdzv_configs={"rank": node},
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=files),
+            signals_to_handle="SIGQUIT",  # we pass on the others, and let the ranks save
+        )
+        try:
+            with _stalls_ended(training, ranks) as verdict:
+                elastic_launch(config, command[0])(*command[1:])
+        except ChildFailedError as error:
+            code, line = _first_failure(error.failures)
+            return (1, verdict[0]) if verdict else (code, line)
+        except DistError as error:
+            raise UserError(f"{nodes} nodes did not meet at {endpoint}: {str(error)[:200]}") from None
+        return (EXIT_STOPPED if stopped.exists() else 0), ""
+
+
+def _meeting_place(environ: Mapping[str, str]) -> tuple[int, int, str]:
+    """Return this node's number, how many there are, and where their agents meet. Raises UserError."""
+    nodes, tasks = (int(environ.get(f"SLURM_STEP_NUM_{what}", "1")) for what in ("NODES", "TASKS"))
+    if tasks > nodes:
+        raise UserError(f"srun started {tasks} of these on {nodes} nodes; start one on each: --ntasks-per-node=1")
+    if nodes == 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return 0, 1, f"127.0.0.1:{probe.getsockname()[1]}"
+    from karat_scale.engine.distributed import meeting_place
+
+    return int(environ["SLURM_PROCID"]), nodes, "{}:{}".format(*meeting_place())
+
+
+def _first_failure(failures: "Mapping[int, ProcessFailure]") -> tuple[int, str]:
+    """Return the exit code of the rank that failed first, and its error. One that lost another did not."""
+    rank, first = min(failures.items(), key=lambda each: (each[1].exitcode == EXIT_LOST_PEER, each[1].timestamp))
+    code = 1 if first.exitcode == EXIT_LOST_PEER else first.exitcode
+    if code < 0:
+        return 128 - code, f"rank {rank} was ended by {first.signal_name()}"  # as a shell says it
+    if not Path(first.error_file).is_file():
+        return code, f"rank {rank} ended with exit code {code}"
+    where = "" if code == 2 else f"rank {rank}: "  # a mistake of the user's is that of all ranks
+    return code, where + first.message.removeprefix("error: ")
+
+
+def _has_saved(training: Namespace, since: float) -> bool:
+    """Return whether the run has completed a checkpoint since then."""
+    with suppress(OSError):
+        return (_run_directory(training) / "checkpoints" / "latest").stat().st_mtime > since
+    return False
+
+
+def _run_directory(training: Namespace) -> Path:
+    from karat_scale.recipe.loading import load_recipe
+
+    return Path(load_recipe(training.recipe, training.overrides, load(SCHEMAS[training.command])).run.dir)
 
 
 @contextmanager
-def _signals_forwarded(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Pass on the signals that ask for a checkpoint. A terminal sends Ctrl-C to the ranks, too."""
+def _signals_forwarded() -> Iterator[list[int]]:
+    """Pass on the signals that ask for a checkpoint, and the end of this launcher's own; yields what came.
 
-    def forward(number: int, _: object) -> None:
-        _send(processes, number)
+    The ranks are in sessions of their own, so a terminal's Ctrl-C reaches this process alone.
+    """
+    told: list[int] = []
+    ended = threading.Event()
 
-    before = {number: signal.signal(number, forward) for number in _FORWARDED}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def remember(number: int, _: FrameType | None) -> None:
+        told.append(number)
+
+    def forward() -> None:
+        sent = 0
+        while not ended.wait(_POLL_SECONDS):
+            if LAUNCHER.is_gone and not told:
+                told.append(signal.SIGTERM)
+            if sent < len(told) and _signal_ranks(told[sent]):
+                sent += 1
+
+    before = {number: signal.signal(number, remember) for number in _FORWARDED}
+    thread = threading.Thread(target=forward, name="signals", daemon=True)
+    thread.start()
     try:
-        yield
+        yield told
     finally:
+        ended.set()
+        thread.join()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[tuple[int, int]]:
-    """Wait for all ranks; returns (rank, exit code) in the order in which they ended."""
-    ended: dict[int, int] = {}
-    # After so many seconds from the first failure, this signal for those that are left.
-    endings = [(_NOTICE_SECONDS + _END_SECONDS, signal.SIGKILL), (_NOTICE_SECONDS, signal.SIGTERM)]
-    failed_at: float | None = None
-    is_orphaned = False
-    while len(ended) < len(processes):
-        for rank, process in enumerate(processes):
-            if rank not in ended and process.poll() is not None:
-                ended[rank] = process.returncode
-        if LAUNCHER.is_gone and not is_orphaned:
-            is_orphaned = True
-            _send(processes, signal.SIGTERM)
-        now = time.monotonic()
-        if failed_at is None and any(ended.values()):
-            failed_at = now
-        if failed_at is not None and endings and now - failed_at > endings[-1][0]:
-            _, number = endings.pop()
-            _send(processes, number)
-        time.sleep(_POLL_SECONDS)
-    return list(ended.items())
+def _signal_ranks(number: int) -> bool:
+    """Send a signal to all ranks, also behind their wrapper; returns whether there are any."""
+    ranks = psutil.Process().children()
+    for rank in ranks:
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            os.killpg(rank.pid, number) if WRAPPER in os.environ else rank.send_signal(number)
+    return bool(ranks)
 
 
-def _send(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
-    for process in processes:
-        if process.poll() is None:
-            process.send_signal(number)
+@contextmanager
+def _stalls_ended(training: Namespace | None, ranks: int) -> Iterator[list[str]]:
+    """Kill the ranks if one makes no progress for KARAT_STALL_SECONDS; yields which one, once that has happened."""
+    from karat_scale.commands.submit.within_job import watch
+    from karat_scale.engine.heartbeat import StallLimits
 
+    verdict: list[str] = []
+    limits, ended = StallLimits.parse(os.environ.get("KARAT_STALL_SECONDS", "")), threading.Event()
 
-def _messages(directory: Path, ended: Sequence[tuple[int, int]]) -> list[str]:
-    """Return which ranks a signal ended, then each different error once, both in the order in which ranks ended.
+    def look(training: Namespace) -> None:
+        with suppress(UserError):  # the ranks say it
+            if found := watch(_run_directory(training), ranks, limits, ended):
+                verdict.append(found)
+                _signal_ranks(signal.SIGKILL)
 
-    If the first failure is an error, those of ranks that ended with another exit code follow from it, and are left out.
-    """
-    failed = [(rank, code) for rank, code in ended if code]
-    killed = [f"error: rank {rank} was ended by {signal.Signals(-code).name}" for rank, code in failed if code < 0]
-    texts: dict[str, int] = {}
-    for rank, code in failed:
-        path = directory / f"rank-{rank:05d}"
-        if path.is_file() and (killed or code == failed[0][1]):
-            texts.setdefault(path.read_text(), rank)
-    several = len(texts) + len(killed) > 1
-    return killed + [f"[rank {rank}] error: {text}" if several else f"error: {text}" for text, rank in texts.items()]
+    if training is None or not limits:
+        yield verdict
+        return
+    thread = threading.Thread(target=look, args=[training], name="stalls", daemon=True)
+    thread.start()
+    try:
+        yield verdict
+    finally:
+        ended.set()
+        thread.join()

@@ -17,8 +17,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ import torch
 import torch.distributed
 import torch.distributed as dist
 
-from karat_scale.engine.peers import Peers, Place, meet
+from karat_scale.engine.peers import Place, explaining, meet
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import UserError
 from karat_scale.foundation.files import replace_file
@@ -54,16 +54,7 @@ class World:
     local_rank: int
     device: torch.device
     control: dist.ProcessGroup | None = None
-    peers: Peers | None = None
     patience: timedelta = timedelta(minutes=PATIENCE_MINUTES)
-
-    def explaining(self) -> AbstractContextManager[None]:
-        """A collective that breaks inside the block raises what ended another rank, in its words."""
-        return nullcontext() if self.peers is None else self.peers.explaining()
-
-    def making_a_group(self) -> AbstractContextManager[None]:
-        """Ranks make a process group inside the block: one that hears of another's end there ends soon."""
-        return nullcontext() if self.peers is None else self.peers.making_a_group()
 
     @property
     def is_main(self) -> bool:
@@ -138,44 +129,32 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 @contextmanager
-def joined(device: str, patience_minutes: float) -> Iterator[World]:
-    """Be in the process group inside the block. What ends one rank there ends all, with the same line and exit code.
+def joined(device: str, patience_minutes: float = PATIENCE_MINUTES) -> Iterator[World]:
+    """Be in the process group inside the block.
 
     Args:
         device: auto, cpu or cuda.
         patience_minutes: how long to wait for another rank.
 
     Raises:
-        UserError: as `start`, or what another rank met.
+        UserError: as `start`.
         PeerError: another rank has ended.
     """
-    world = _start(device, timedelta(minutes=patience_minutes))
-    peers = world.peers
     try:
-        with nullcontext() if peers is None else peers.telling():
-            yield world
-        if peers is not None:
-            peers.say_that_it_is_done()
+        with explaining():
+            yield start(device, patience_minutes)
     finally:
         stop()
-        if peers is not None:
-            peers.stop()
 
 
-def start(device: str) -> World:
+def start(device: str, patience_minutes: float = PATIENCE_MINUTES) -> World:
     """Join the process group. `device` is auto, cpu or cuda.
 
     Raises:
         UserError: CUDA was asked for and there is none for each rank, or the ranks do not meet.
         PeerError: the launcher, or the rank that keeps the store, has ended.
     """
-    world = _start(device, timedelta(minutes=PATIENCE_MINUTES))
-    if world.peers is not None:
-        world.peers.stop()
-    return replace(world, peers=None)
-
-
-def _start(device: str, patience: timedelta) -> World:
+    patience = timedelta(minutes=patience_minutes)
     rank, size, local_rank = launch_environment(os.environ)
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda and not torch.cuda.is_available():
@@ -186,8 +165,7 @@ def _start(device: str, patience: timedelta) -> World:
     tell_deepspeed(here.type)
     # DeepSpeed insists on it, and takes the GPU of that number.
     os.environ["LOCAL_RANK"] = str(here.index if use_cuda else local_rank)
-    peers, control = _join(rank, size, here, patience)
-    return World(rank, size, local_rank, here, control, peers, patience)
+    return World(rank, size, local_rank, here, _join(rank, size, here, patience), patience)
 
 
 def stop() -> None:
@@ -201,39 +179,32 @@ def stop() -> None:
         use_torchs_own_linear()
 
 
-def _join(
-    rank: int, size: int, device: torch.device, patience: timedelta
-) -> tuple[Peers | None, dist.ProcessGroup | None]:
+def _join(rank: int, size: int, device: torch.device, patience: timedelta) -> dist.ProcessGroup | None:
     """Make the group of all ranks and, beside NCCL's, one for `World.control`."""
     if dist.is_initialized():
-        return None, None
+        return None
     record_collectives()
     _need_threads()
     backend = "nccl" if device.type == "cuda" else "gloo"
     if size == 1:
         # No port, no host name: nothing that another job on this machine could collide with.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        return None, None
+        return None
+    met = meet(Place(*meeting_place(), rank, size, patience, next(_meetings)))
+    if device.type == "cuda":  # before NCCL, whose own refusal is a traceback
+        have_a_gpu_each(dist.PrefixStore("cards", met), rank, size, card(device))
+    store = dist.PrefixStore("group", met)
+    # With its device NCCL connects now, where a fault is seen, and each barrier knows which GPU is meant.
+    device_id = device if device.type == "cuda" else None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=device_id)
+    return dist.new_group(backend="gloo", timeout=patience) if device.type == "cuda" else None
+
+
+def meeting_place() -> tuple[str, int]:
+    """Return the address and the port at which the ranks of this job meet, which the environment then has."""
     os.environ["MASTER_ADDR"] = os.environ.get("MASTER_ADDR") or _first_slurm_host()
     os.environ["MASTER_PORT"] = os.environ.get("MASTER_PORT") or default_port(os.environ)
-    place = Place(os.environ["MASTER_ADDR"], _port(), rank, size, patience, next(_meetings))
-    met = meet(place)
-    peers = Peers(place)
-    try:
-        with peers.telling(), peers.making_a_group():
-            if device.type == "cuda":  # before NCCL, whose own refusal is a traceback
-                have_a_gpu_each(dist.PrefixStore("cards", met), rank, size, card(device))
-            store = dist.PrefixStore("group", met)
-            # With its device NCCL connects now, where a fault is seen, and each barrier knows which GPU is meant.
-            device_id = device if device.type == "cuda" else None
-            dist.init_process_group(
-                backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=device_id
-            )
-            control = dist.new_group(backend="gloo", timeout=patience) if device.type == "cuda" else None
-    except BaseException:
-        peers.stop()
-        raise
-    return peers, control
+    return os.environ["MASTER_ADDR"], _port()
 
 
 def _need_threads() -> None:

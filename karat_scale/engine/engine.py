@@ -212,8 +212,7 @@ class Engine:
         if cpu_adam:
             build_cpu_adam()
         optimizer = build_optimizer(model, recipe.optim, world.device, cpu_adam, groups)
-        with world.making_a_group():
-            share_world_group(world.size, world.patience)
+        share_world_group(world.size, world.patience)
         patch_modules()
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         if self.stage > 0:  # DeepSpeed's masters begin at what 16 bits have left of the weights

@@ -112,10 +112,15 @@ def heartbeat_file(directory: Path, rank: int) -> Path:
     return directory / "heartbeats" / f"rank-{rank:05d}.json"
 
 
+START = "KARAT_START"
+"""In the environment of each rank: a name that no other start of the run has, as its launcher chose it."""
+
+
 def this_start(environ: Mapping[str, str] = os.environ) -> str:
-    """Return this process's job and its restart; empty outside SLURM."""
+    """Return the name of this start; without our launchers that of SLURM's step, else none."""
     job = environ.get("SLURM_JOB_ID", "")
-    return f"{job}-{environ.get('SLURM_RESTART_COUNT', '0')}" if job else ""
+    of_slurm = f"{job}-{environ.get('SLURM_RESTART_COUNT', '0')}" if job else ""
+    return environ.get(START, of_slurm)
 
 
 class Heartbeat:

@@ -14,6 +14,8 @@ from karat_scale.foundation.console import printable
 
 # The exit code of a run that saved on a signal and should be run again: sysexits' EX_TEMPFAIL.
 EXIT_STOPPED = 75
+# That of a rank that lost another one, so that it does not count as the first to fail: EX_PROTOCOL.
+EXIT_LOST_PEER = 76
 
 
 class UserError(Exception):
@@ -37,7 +39,7 @@ class RunDirectoryError(UserError):
 
 
 class PeerError(Exception):
-    """Another rank has failed or is gone, so this one ends too: one line and exit code 1."""
+    """Another rank has failed or is gone, so this one ends too: one line and exit code 76."""
 
 
 def not_written(file: str | Path, error: OSError) -> RunDirectoryError:

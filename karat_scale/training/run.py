@@ -16,6 +16,7 @@ from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World, device_name
 from karat_scale.engine.engine import slow_precision
 from karat_scale.engine.memory import keep_freed_memory, memory_snapshot, one_line_out_of_memory, record_memory
+from karat_scale.engine.peers import explaining
 from karat_scale.engine.reporting.progress import MetricsLog, Reporter, choose_display
 from karat_scale.engine.tracking.follow import check_trackers
 from karat_scale.foundation.console import plural
@@ -57,7 +58,7 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
         with (
             concluded(outcome, directory, signals, reporter, copy),
             one_line_out_of_memory(fix, snapshot),
-            world.explaining(),
+            explaining(),
         ):
             if recipe.checkpoint.local:
                 open_near(recipe, directory, world, reporter)

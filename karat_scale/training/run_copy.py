@@ -33,7 +33,6 @@ from karat_scale.checkpoint.checkpoints import Background
 from karat_scale.checkpoint.remote import OnBytes, RemoteCheckpoints
 from karat_scale.checkpoint.store import PINNED, checkpoint_name, holding
 from karat_scale.engine.distributed import World
-from karat_scale.engine.peers import END_SECONDS
 from karat_scale.engine.reporting.progress import Reporter
 from karat_scale.foundation.errors import EXIT_STOPPED, RecipeError, RunDirectoryError, one_line
 from karat_scale.foundation.files import (
@@ -202,9 +201,9 @@ def _is_own(name: str) -> bool:
     )
 
 
-# How long the last copy may take, by exit code. A job's signal comes two minutes before its end; after an error, other
-# ranks have ended, and this one is ended END_SECONDS after it hears of them.
-COPY_SECONDS = {0: math.inf, EXIT_STOPPED: 60.0, 2: END_SECONDS - 10.0, 1: 5.0}
+# How long the last copy may take, by exit code. A job's signal comes two minutes before its end; after another rank's
+# error, the launcher ends this one sooner.
+COPY_SECONDS = {0: math.inf, EXIT_STOPPED: 60.0, 2: 20.0, 1: 5.0}
 _SOON = 1.0
 
 

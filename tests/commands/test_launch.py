@@ -1,5 +1,7 @@
 """`karat launch`: real ranks, real failures and real signals."""
 
+import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +13,10 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from karat_scale.commands import launch
 from karat_scale.commands.launch import default_ranks, say_to_launcher
+from karat_scale.foundation.errors import EXIT_LOST_PEER, UserError
 from tests.conftest import SMALL, events, karat_command, karat_environment, summary
 from tests.data.backends.helpers import wait_until
+from tests.training.runs import assert_same_run
 
 LAUNCH = (sys.executable, "-m", "karat_scale", "launch", "--ranks", "2")
 QUICK = ("schedule.warmup_epochs=0", "data.workers=0", "train.epochs=2", "checkpoint.every_minutes=null")
@@ -58,9 +62,9 @@ def test_without_a_list_one_rank_for_each_gpu_of_the_machine(
     assert default_ranks() == ranks
 
 
-def start(recipe: Path, *overrides: str) -> "subprocess.Popen[str]":
+def start(recipe: Path, *overrides: str, **environment: str) -> "subprocess.Popen[str]":
     command = [*LAUNCH, "train", str(recipe), *SMALL, *QUICK, f"run.dir={recipe.parent / 'run'}", *overrides]
-    return subprocess.Popen(command, env=karat_environment(), stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env={**karat_environment(), **environment}, stderr=subprocess.PIPE, text=True)
 
 
 def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
@@ -96,8 +100,23 @@ def test_torchrun_ends_with_the_error_and_no_rank_says_it_before(recipe: Path) -
 def test_torch_reads_the_error_that_is_left_to_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
-    assert say_to_launcher('no such "place"', "1")
+    assert say_to_launcher('no such "place"')
     assert ProcessFailure(local_rank=1, pid=1, exitcode=2, error_file=str(file)).message == 'error: no such "place"'
+
+
+def test_a_rank_that_lost_another_has_not_failed_first(tmp_path: Path) -> None:
+    file = tmp_path / "error.json"
+    file.write_text(json.dumps({"message": "error: another rank has ended", "timestamp": 1}))
+    lost = ProcessFailure(local_rank=0, pid=1, exitcode=EXIT_LOST_PEER, error_file=str(file))
+    killed = ProcessFailure(local_rank=1, pid=2, exitcode=-signal.SIGKILL, error_file=str(tmp_path / "none"))
+    assert launch._first_failure({0: lost, 1: killed}) == (137, "rank 1 was ended by SIGKILL")
+    assert launch._first_failure({0: lost}) == (1, "rank 0: another rank has ended")
+
+
+def test_a_step_of_srun_has_one_agent_on_each_node() -> None:
+    step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}
+    with pytest.raises(UserError, match="8 of these on 2 nodes; start one on each: --ntasks-per-node=1"):
+        launch._meeting_place(step)
 
 
 @pytest.mark.slow
@@ -115,24 +134,77 @@ def test_two_ranks_train_and_a_signal_saves(recipe: Path) -> None:
     assert summary(run)["reason"] == "stopped by SIGTERM"
 
 
+def wait_for_steps(run: Path, more_than: int) -> None:
+    wait_until(lambda: (run / "metrics.jsonl").is_file() and len(events(run, "train")) > more_than, 120)
+
+
+def all_ended(ranks: list[psutil.Process]) -> bool:
+    return not any(rank.is_running() and rank.status() != "zombie" for rank in ranks)
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "the launcher"])
-def test_ranks_do_not_outlive_each_other_or_the_launcher(recipe: Path, victim: str) -> None:
-    run = recipe.parent / "run"
+def test_ranks_do_not_outlive_the_launcher(recipe: Path) -> None:
     process = start(recipe, "train.epochs=100000")
-    wait_until(lambda: (run / "metrics.jsonl").is_file() and len(events(run, "train")) > 1, 120)
+    wait_for_steps(recipe.parent / "run", 1)
     ranks = ranks_of(process)
-    if victim == "the launcher":
-        process.kill()
-        assert ended(process)[0] == -signal.SIGKILL
-    else:
-        number = int(victim[-1])
-        ranks[number].send_signal(signal.SIGSEGV)
-        code, error = ended(process)
-        assert code == 128 + signal.SIGSEGV
-        first, second = [line for line in error.splitlines() if "error: " in line]
-        assert first == f"error: {victim} was ended by SIGSEGV"
-        assert second.startswith(f"[rank {1 - number}] error: rank {number}")
-        assert "has ended without a word" in second
-    wait_until(lambda: not any(rank.is_running() and rank.status() != "zombie" for rank in ranks), 60)
+    process.kill()
+    assert ended(process)[0] == -signal.SIGKILL
+    wait_until(lambda: all_ended(ranks), 60)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_is_named_last_and_ends_the_others(recipe: Path, victim: int) -> None:
+    process = start(recipe, "train.epochs=100000", IDLE_RESTARTS="0")
+    wait_for_steps(recipe.parent / "run", 1)
+    ranks = ranks_of(process)
+    ranks[victim].send_signal(signal.SIGSEGV)
+    code, error = ended(process)
+    assert code == 128 + signal.SIGSEGV
+    assert error.splitlines()[-1] == f"error: rank {victim} was ended by SIGSEGV"
+    assert all_ended(ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_killed_and_then_a_stopped_rank_change_nothing_but_the_time(recipe: Path, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    own = ("train.epochs=60", "checkpoint.every_steps=8", "train.eval_every_epochs=60")
+    code, error = ended(start(recipe, *own, f"run.dir={whole}"))
+    assert code == 0, error
+    process = start(recipe, *own, KARAT_STALL_SECONDS="60,step=4", IDLE_RESTARTS="2")
+    for number, hurt in enumerate((signal.SIGKILL, signal.SIGSTOP)):
+        wait_until(lambda number=number: read(run, "resume") == number and read(run, "checkpoint") > number, 200)
+        ranks_of(process)[1].send_signal(hurt)
+    code, error = ended(process)
+    assert code == 0, error
+    assert len(events(run, "resume")) == 2, error
+    assert "rank 1 was ended by SIGKILL; training begins again from the newest checkpoint" in error
+    assert re.search(r"rank 1 on .* has made no progress for .*; training begins again", error), error
+    assert_same_run(run, whole)
+
+
+def read(run: Path, kind: str) -> int:
+    return len(events(run, kind)) if (run / "metrics.jsonl").is_file() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_an_exception_of_one_rank_is_tried_again_only_so_often(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "own_basis.py").write_text(
+        "import os\n"
+        "from karat_scale.attention.bases.polynomials import Chebyshev\n\n\n"
+        "class Broken(Chebyshev):\n"
+        "    def value(self, x):\n"
+        "        if x.dim() > 1 and os.environ.get('RANK') == '1':\n"
+        "            raise ZeroDivisionError('a mistake in a basis')\n"
+        "        return super().value(x)\n"
+    )
+    path = f"{tmp_path}:{karat_environment()['PYTHONPATH']}"
+    own = ("attention.kind=karat", "attention.basis=own_basis:Broken")
+    code, error = ended(start(recipe, *own, PYTHONPATH=path, IDLE_RESTARTS="1"))
+    assert code == 1
+    assert error.splitlines()[-1] == "error: rank 1: ZeroDivisionError: a mistake in a basis"
+    assert error.count("training begins again") == 1

@@ -10,11 +10,9 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -215,7 +213,6 @@ def test_nccl_is_told_its_gpu_if_it_has_peers(monkeypatch, size) -> None:
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: told.append({"backend": backend, **how}))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setattr(distributed, "meet", lambda place: dist.HashStore())  # of ranks that do not exist here
-    monkeypatch.setattr(distributed, "Peers", lambda place: Mock(telling=nullcontext, making_a_group=nullcontext))
     monkeypatch.setattr(dist, "new_group", lambda **how: None)
     monkeypatch.setattr(distributed, "card", str)
     monkeypatch.setattr(distributed, "have_a_gpu_each", lambda *ranks: None)

@@ -24,7 +24,7 @@ import psutil
 
 from karat_scale.commands.cli import EXIT_USAGE
 from karat_scale.engine.reporting.progress import Reporter
-from karat_scale.foundation.errors import EXIT_STOPPED
+from karat_scale.foundation.errors import EXIT_LOST_PEER, EXIT_STOPPED
 from tests.conftest import make_image_folder, run_script
 from tests.faults import runs
 from tests.faults.runs import FINISHES_WITHIN, Campaign, command_line, tiny_recipe, torn
@@ -102,8 +102,8 @@ class Signals(Campaign):
             outcome.tracebacks[kind] += "Traceback" in log.read()
         if not ended and not deadly:
             outcome.problems.append(f"{kind} in {phase}: a start did not end in {FINISHES_WITHIN} s")
-        # A worker that is killed is one line, of which all ranks hear.
-        allowed = {0, EXIT_STOPPED, *((EXIT_USAGE,) if "worker" in kind else ())}
+        # A worker that is killed is one line of its rank, and the others lose that rank.
+        allowed = {0, EXIT_STOPPED, *((EXIT_USAGE, EXIT_LOST_PEER) if "worker" in kind else ())}
         if not deadly and not set(codes) <= allowed:
             outcome.problems.append(f"{kind} in {phase}: exit codes {codes}")
 

@@ -7,9 +7,10 @@ import threading
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.slurm.cluster import Cluster, wait_until
-from tests.slurm.training import Train, process_of, run_of, wait_for
+from tests.slurm.training import Train, assert_ends_like, process_of, run_of, wait_for
 
 
 def test_restarts_that_save_nothing_new_end_the_job(train: Train, cluster: Cluster) -> None:
@@ -23,8 +24,22 @@ def test_restarts_that_save_nothing_new_end_the_job(train: Train, cluster: Clust
     assert job.starts == 3
 
 
-def test_the_first_rank_to_fail_has_the_last_word(train) -> None:
+@pytest.mark.parametrize("victim", ["rank", "agent"])
+def test_a_killed_rank_or_agent_starts_again_in_the_job(train: Train, on_two_nodes: Path, victim: str) -> None:
     job = train(options=("--nodes=2",))
+    wait_for(job, "checkpoint", 2)
+    rank = process_of(job, rank=1)
+    if victim == "agent":
+        next(parent for parent in rank.parents() if "launch" in parent.cmdline()).kill()
+    else:
+        rank.kill()
+    assert_ends_like(job, on_two_nodes)
+    assert job.starts == 1
+    assert "; the ranks start again" in job.log
+
+
+def test_the_first_rank_to_fail_has_the_last_word(train) -> None:
+    job = train("checkpoint.every_steps=null", options=("--nodes=2",), IDLE_RESTARTS="0")
     wait_for(job, "train", 2)
     process_of(job, rank=1).kill()
     assert job.wait() == "FAILED 1", job.log
@@ -40,7 +55,7 @@ def test_an_exception_has_the_last_word(train, tmp_path) -> None:
         "            raise ZeroDivisionError('a mistake in a basis')\n"
         "        return super().value(x)\n"
     )
-    job = train("attention.basis=own_basis:Broken", PYTHONPATH=path_with(tmp_path))
+    job = train("attention.basis=own_basis:Broken", PYTHONPATH=path_with(tmp_path), IDLE_RESTARTS="0")
     assert job.wait() == "FAILED 1", job.log
     last = "rank 0 on 127.0.0.1 failed first, exit code 1: ZeroDivisionError: a mistake in a basis"
     assert job.log.splitlines()[-1] == last
@@ -61,7 +76,8 @@ def test_a_last_checkpoint_that_cannot_be_saved_ends_the_job(train) -> None:
 
 
 def test_a_rank_that_hangs_is_named_and_ends_the_job(train) -> None:
-    job = train("train.epochs=200", options=("--nodes=2",), STALL_SECONDS="20")
+    own = ("train.epochs=200", "checkpoint.every_steps=null")
+    job = train(*own, options=("--nodes=2",), STALL_SECONDS="20,start=600", IDLE_RESTARTS="0")
     wait_for(job, "train", 2)
     process_of(job, rank=1).suspend()
     assert job.wait() == "FAILED 1", job.log
@@ -81,13 +97,12 @@ def test_a_rank_that_hangs_in_a_read_is_named_with_its_stacks(train, tmp_path) -
         "from karat_scale.attention.bases.polynomials import Chebyshev\n\n\n"
         "class Stuck(Chebyshev):\n"
         "    def value(self, x):\n"
-        "        if x.dim() > 1 and os.environ['SLURM_PROCID'] == '1':  # in training, not when the recipe is checked\n"
+        "        if x.dim() > 1 and os.environ.get('RANK') == '1':  # in training, not when the recipe is checked\n"
         f"            open({str(pipe)!r}).read()\n"
         "        return super().value(x)\n"
     )
-    job = train(
-        "attention.basis=stuck_basis:Stuck", options=("--nodes=2",), STALL_SECONDS="15", PYTHONPATH=path_with(tmp_path)
-    )
+    settings = {"STALL_SECONDS": "15,start=600", "PYTHONPATH": path_with(tmp_path), "IDLE_RESTARTS": "0"}
+    job = train("attention.basis=stuck_basis:Stuck", options=("--nodes=2",), **settings)
     assert job.wait() == "FAILED 1", job.log
     last = job.log.splitlines()[-1]
     assert re.match(r"error: rank 1 on 127.0.0.2 .* has made no progress for", last), job.log

@@ -1,8 +1,19 @@
 """More nodes, fewer nodes, and a node that is gone: the run stays the same."""
 
+from pathlib import Path
+
 from tests.conftest import events, summary
-from tests.slurm.cluster import wait_until
-from tests.slurm.training import Train, assert_ends_like, relative_distance, run_of, wait_for
+from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.jobs import submit
+from tests.slurm.training import (
+    OVERRIDES,
+    SCRIPT,
+    Train,
+    assert_ends_like,
+    relative_distance,
+    run_of,
+    wait_for,
+)
 
 
 def test_two_nodes_train_what_one_process_trains(on_two_nodes, uninterrupted) -> None:
@@ -20,6 +31,19 @@ def test_a_killed_node_brings_the_job_back(train, on_two_nodes, cluster) -> None
     finally:
         cluster.start_node(cluster.nodes[1])
     assert_ends_like(job, on_two_nodes)
+
+
+def test_a_spare_node_takes_the_place_of_a_lost_one(
+    recipe: Path, shards: Path, on_two_nodes: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, str | Path] = {"RECIPE": recipe, "SHARDS": shards, "RUN": tmp_path / "run", "SPARES": "1"}
+    with Cluster(nodes=3) as three:
+        job = submit(three, SCRIPT, *OVERRIDES, options=("--nodes=3", "--no-kill"), cwd=tmp_path, **settings)
+        wait_for(job, "checkpoint", 3)
+        three.kill_node(three.nodes[1])
+        assert_ends_like(job, on_two_nodes)
+        assert job.starts == 1
+    assert f"lost {three.nodes[1]}; a spare node takes part" in job.log
 
 
 def test_it_continues_with_the_remaining_nodes(train, uninterrupted, cluster) -> None:

@@ -64,9 +64,10 @@ def process_of(job: Job, rank: int) -> psutil.Process:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             environment = process.environ()
-            if (environment.get("SLURM_JOB_ID"), environment.get("SLURM_PROCID")) == (job.id, str(rank)):
+            if (environment.get("SLURM_JOB_ID"), environment.get("RANK")) == (job.id, str(rank)):
                 parent = process.parent()
-                if "karat_scale" in process.cmdline() and parent is not None and parent.name() == "bash":
+                is_python = "karat_scale" in process.cmdline() and process.name() != "bash"
+                if is_python and parent is not None and parent.name() == "bash":
                     return process
     raise AssertionError(f"job {job.id} has no rank {rank}:\n{job.log}")
 

@@ -4,7 +4,6 @@
 said.
 """
 
-import importlib
 import json
 import os
 import signal
@@ -24,8 +23,6 @@ from tests.training.forked_ranks import ForkedRanks
 
 DISKS = (4, 40, 100, 200, 400, 700)
 WITHIN = 90.0
-# Where ranks make the group of all, and the engine's.
-GROUPS = ("torch.distributed:init_process_group", "karat_scale.engine.engine:share_world_group")
 
 
 def _arguments(scratch: Path, run: Path, *overrides: str) -> list[str]:
@@ -69,18 +66,6 @@ def killed(scratch: Path, victim: int) -> dict[str, Any]:
     return _outcome(ranks, log)
 
 
-def killed_while_groups_are_made(scratch: Path, victim: int, place: str) -> dict[str, Any]:
-    """One rank is killed as it enters the function at `place`, which makes a process group."""
-    log = scratch / f"killed-{victim}-{place}.log"
-    module, name = place.split(":")
-
-    def prepare(rank: int) -> None:
-        if rank == victim:
-            setattr(importlib.import_module(module), name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-
-    return _outcome(ForkedRanks(_arguments(scratch, scratch / f"killed-{victim}-{name}"), 2, log, prepare), log)
-
-
 def absent(scratch: Path, rank: int) -> dict[str, Any]:
     """One of two ranks never comes."""
     log = scratch / f"absent-{rank}.log"
@@ -99,9 +84,6 @@ def main(arguments: Sequence[str]) -> None:
     """Play all cases, one after the other."""
     scratch = Path(arguments[0])
     outcomes = {f"killed {victim}": killed(scratch, victim) for victim in (0, 1)}
-    for victim in (0, 1):
-        for place in GROUPS:
-            outcomes[f"killed {victim} at {place}"] = killed_while_groups_are_made(scratch, victim, place)
     outcomes |= {f"absent {rank}": absent(scratch, rank) for rank in (0, 1)}
     if os.geteuid() == 0:
         outcomes |= {f"disk {size}": full_disk(scratch, size) for size in DISKS}

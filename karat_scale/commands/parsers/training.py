@@ -72,7 +72,7 @@ def add_commands(commands: Any) -> None:
     several = commands.add_parser("launch", help="run a command on several ranks of this machine, such as its GPUs")
     several.add_argument("--ranks", type=count, help="(default: one for each GPU)")
     several.add_argument("arguments", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="of karat")
-    several.set_defaults(run=lambda options: launch(options.arguments, options.ranks or default_ranks()))
+    several.set_defaults(run=_launch)
 
     evaluate = commands.add_parser(
         "eval", help="evaluate a run's checkpoint, on its validation split or another test set"
@@ -175,6 +175,10 @@ def check_run(options: argparse.Namespace) -> None:
     from karat_scale.recipe.files import recipe_of_run
 
     recipe_of_run(Path(options.run_dir))
+
+
+def _launch(options: argparse.Namespace) -> int:
+    return launch(options.arguments, options.ranks or default_ranks(), options.parsed)
 
 
 def _train(options: argparse.Namespace) -> int:

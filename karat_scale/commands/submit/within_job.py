@@ -11,6 +11,7 @@ on standard error.
 
 import argparse
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -94,19 +95,16 @@ def _limits(text: str) -> StallLimits:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def watch(run: Path, ranks: int, limits: StallLimits) -> int:
-    """Watch until the verdict, or until killed; returns the exit code."""
-    watch = Watch(ranks, limits.plus(GRACE_SECONDS), time.monotonic())
-    stragglers, start = Stragglers(), this_start()
-    while True:
+def watch(run: Path, ranks: int, limits: StallLimits, ended: threading.Event) -> str:
+    """Watch this start's ranks; returns the verdict, or nothing once `ended` is set."""
+    seen = Watch(ranks, limits.plus(GRACE_SECONDS), time.monotonic())
+    stragglers, start, verdict = Stragglers(), this_start(), None
+    while not verdict and not ended.wait(WRITE_SECONDS):
         ours = [sign for sign in read_signs(run) if sign.start == start]
-        verdict = watch.look(ours, time.monotonic())
+        verdict = seen.look(ours, time.monotonic())
         for line in stragglers.look(ours, slow_factor(run)):
             print(f"{time.strftime('%H:%M:%S')} slow: {line}", file=sys.stderr, flush=True)
-        if verdict:
-            print(f"error: {verdict}", flush=True)
-            return EXIT_STALLED
-        time.sleep(WRITE_SECONDS)
+    return verdict or ""
 
 
 def most_nodes(recipe: "RunRecipe", nodes: int, ranks_per_node: int) -> int:
@@ -147,7 +145,8 @@ def main(arguments: list[str] | None = None) -> int:
     most.add_argument("overrides", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
     if options.question == "watch":
-        return watch(options.run, options.ranks, options.stall)
+        print(f"error: {watch(options.run, options.ranks, options.stall, threading.Event())}", flush=True)
+        return EXIT_STALLED
     return nodes_of(options.command, options.recipe, options.overrides, options.nodes, options.ranks_per_node)
 
 

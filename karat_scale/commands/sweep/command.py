@@ -124,10 +124,7 @@ class _Child:
         if self._process is None or self._process.poll() is not None:
             return
         self._is_sent = True
-        if number == signal.SIGINT:  # as a terminal sends it: to the ranks, too
-            os.killpg(self._process.pid, number)
-        else:
-            self._process.send_signal(number)
+        self._process.send_signal(number)
 
 
 class _Shown:
