@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up all that they need, in .venv beside this file.
+# `make demo`, which is `karat quickstart`, and `make test` set up all that they need, in .venv beside this file.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -79,7 +79,7 @@ extras: packages $(BIN)/python
 		else echo "note: the extra $$extra does not install, so its tests are skipped"; fi; done
 
 demo: $(VENV)/.installed
-	$(BIN)/python examples/demo.py
+	$(BIN)/karat quickstart
 
 $(VENV)/.installed-docs: $(VENV)/.installed
 	$(INSTALL) '.[docs]' $(SHOWN)

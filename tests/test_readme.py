@@ -9,7 +9,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+import yaml
 
+from karat_scale import __version__
 from karat_scale.recipe.files import shipped_recipes
 from tests.commands.test_completion import COMPLETION
 from tests.conftest import ROOT, SMALL, events, karat_environment
@@ -50,7 +52,8 @@ def find(start: str) -> str:
 def test_every_command_is_run_here_or_by_the_ci_script() -> None:
     ours = ("python data_prep/", *(f"karat {name}" for name in OURS), COMPLETION)
     # By .ci/run (tests/test_ci.py); the extras of `all` by the Makefile.
-    elsewhere = ("make demo", "make test", "pip install -e '.[all]'")
+    elsewhere = ("make demo", "make test", "make release", "pip install -e '.[all]'")
+    elsewhere += ("pip install dist/karat_scale-*_x86_64.whl",)  # `make release` does
     # tests/slurm submits these scripts to a SLURM of its own.
     submitted = "".join(path.read_text() for path in (ROOT / "tests" / "slurm").glob("test_*.py"))
     assert COMMANDS
@@ -61,6 +64,12 @@ def test_every_command_is_run_here_or_by_the_ci_script() -> None:
             assert f'"{script[1]}"' in submitted, command
         else:
             assert command.partition("#")[0].strip() in elsewhere or command.startswith(ours), command
+
+
+def test_the_citation_names_this_version_and_the_papers_number() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    assert citation["references"][0]["identifiers"][0]["value"].removeprefix("arXiv:") in README
 
 
 def test_the_extra_all_is_what_the_tests_install_but_ffcv() -> None:

@@ -105,7 +105,7 @@ def add_commands(commands: Any) -> None:
     add_trust(predict)
 
     demo = commands.add_parser("demo", help="serve a page on this machine that classifies pictures dropped into it")
-    _add_model(demo)
+    _add_model(demo, nargs="?", default="runs/quickstart_karat")
     demo.add_argument("--port", type=whole(0), default=7860, help="0 takes any that is free (default: %(default)s)")
     add_checkpoint(demo)
     add_weights(demo)
@@ -117,9 +117,9 @@ def _add_runs(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("runs", metavar="RUN", type=run_directory, nargs="+", help=what)
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    what = "a run's directory, or what `karat export` wrote"
-    parser.add_argument("model", metavar="RUN|FOLDER", type=run_directory, help=what)
+def _add_model(parser: argparse.ArgumentParser, **optional: Any) -> None:
+    what = "a run's directory, or what `karat export` wrote" + (" (default: %(default)s)" if optional else "")
+    parser.add_argument("model", metavar="RUN|FOLDER", type=run_directory, help=what, **optional)
 
 
 def _check_export(options: argparse.Namespace) -> None:

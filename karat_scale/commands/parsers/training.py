@@ -69,6 +69,11 @@ def add_commands(commands: Any) -> None:
     convert.set_defaults(run=_convert)
     add_trust(convert)
 
+    quick = commands.add_parser(
+        "quickstart", help="train KArAt, softmax and a control on Fashion-MNIST, and compare them"
+    )
+    quick.set_defaults(run=command("karat_scale.commands.quickstart:quickstart"))
+
     several = commands.add_parser("launch", help="run a command on several ranks of this machine, such as its GPUs")
     several.add_argument("--ranks", type=count, help="(default: one for each GPU)")
     several.add_argument("arguments", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="of karat")

@@ -1,0 +1,101 @@
+"""`karat quickstart`: train KArAt, softmax and a control on a part of Fashion-MNIST, and show what they learned.
+
+Each part is a command that a user could type. A finished part is skipped, and a run that was stopped resumes.
+"""
+
+import contextlib
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+# Relative to the current directory, so that printed commands can be typed.
+RAW, SHARDS = Path("data/fashion_mnist_raw"), Path("data/fashion_mnist_quick")
+RECIPE = "fashion_mnist_demo"
+REPORT = Path("runs/quickstart_report")
+IMAGES_OF_A_CLASS = 1500
+# Of a quarter of the images, smaller batches make as many steps as learn something.
+FEWER_IMAGES = (f"data.path={SHARDS}", "train.global_batch=64")
+# (row title, run directory, overrides)
+CONTENDERS = (
+    ("KArAt G3B", Path("runs/quickstart_karat"), ()),
+    ("softmax", Path("runs/quickstart_softmax"), ("attention.kind=softmax",)),
+    ("control: a learned constant matrix", Path("runs/quickstart_control"), ("attention.kind=static",)),
+)
+
+
+def quickstart() -> int:
+    """Run all parts; returns the first failing command's exit code, or 0."""
+    console = Console()
+    runs = [str(run) for _, run, _ in CONTENDERS]
+    try:
+        if not (SHARDS / "dataset.json").is_file():
+            _run("prepare", "fetch", "fashion_mnist", "--out", str(RAW))
+            subset = ("--subset", str(IMAGES_OF_A_CLASS))
+            _run("prepare", "webdataset", "--src", str(RAW), "--out", str(SHARDS), *subset)
+        for title, run, overrides in CONTENDERS:
+            if _summary(run).get("exit") == 0:
+                console.print(f"{title}: finished before, in {run}")
+                continue
+            console.rule(title)
+            _run("train", RECIPE, f"run.dir={run}", f"run.name={run.name}", *FEWER_IMAGES, *overrides)
+        if not (REPORT / "report.html").is_file():
+            console.rule("what they learned")
+            _run("analyze", *runs, "--only", "training", "content", "maps", "functions", "--out", str(REPORT))
+    except subprocess.CalledProcessError as error:
+        if error.returncode == 75:
+            console.print("stopped; run `karat quickstart` again to go on")
+        return error.returncode
+    except KeyboardInterrupt:
+        return 130
+    _print_results(console)
+    return 0
+
+
+def _run(*arguments: str) -> None:
+    print(f"$ karat {shlex.join(arguments)}", flush=True)
+    with subprocess.Popen([sys.executable, "-m", "karat_scale", *arguments]) as process:
+        while process.poll() is None:
+            with contextlib.suppress(KeyboardInterrupt):  # the terminal sends it to the process, too, which then saves
+                process.wait()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+
+
+def _summary(run: Path) -> dict[str, Any]:
+    path = run / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _print_results(console: Console) -> None:
+    # Narrow enough for a terminal of 80 columns.
+    title = "Fashion-MNIST: 15,000 training images once, 10,000 test images"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in ("attention", "top-1 %", "top-5 %", "peak MB", "params"):
+        table.add_column(column, justify="left" if column == "attention" else "right")
+    for title, run, _ in CONTENDERS:
+        summary = _summary(run)
+        table.add_row(
+            title,
+            f"{summary['last_top1']:.2f}",
+            f"{summary['last_top5']:.2f}",
+            f"{summary['peak_memory_mb']:.0f}",
+            f"{summary['parameters'] / 1e6:.2f} M",
+        )
+    console.print(table)
+    run = CONTENDERS[0][1]
+    hints = {
+        "see what they learned": f"open {REPORT}/report.html in a browser",
+        "classify a picture": f"karat predict {run} PICTURE, or karat demo for a page",
+        "train longer": f"karat train {RECIPE} data.path={SHARDS} train.epochs=5 run.dir=runs/longer",
+        "evaluate again": f"karat eval {run}",
+        "other models": "karat recipes",
+    }
+    for what, how in hints.items():
+        console.print(f"{what + ':':24}{how}", highlight=False, soft_wrap=True)

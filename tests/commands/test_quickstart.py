@@ -1,0 +1,76 @@
+"""`karat quickstart` answers Ctrl-C as training does, and ends with a report and with commands that run."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from karat_scale.commands.quickstart import CONTENDERS, SHARDS
+from tests.conftest import ROOT, karat_environment
+
+SAVES = f"""#!{sys.executable}
+import signal, sys, time
+def save(*_):
+    time.sleep(1)  # longer than Python's own subprocess.run would wait
+    print("saved", flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGINT, save)
+print("trains", flush=True)
+time.sleep(60)
+"""
+STARTS = """
+import subprocess, sys
+from karat_scale.commands import quickstart
+sys.executable = sys.argv[1]
+try:
+    quickstart._run("train")
+except subprocess.CalledProcessError as error:
+    print(error.returncode)
+"""
+
+
+def test_ctrl_c_waits_until_the_run_has_saved(tmp_path: Path) -> None:
+    program = tmp_path / "python"
+    program.write_text(SAVES)
+    program.chmod(0o755)
+    command = [sys.executable, "-c", STARTS, str(program)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True) as shell:
+        assert shell.stdout is not None
+        assert [shell.stdout.readline() for _ in range(2)] == ["$ karat train\n", "trains\n"]
+        os.killpg(shell.pid, signal.SIGINT)  # as a terminal does
+        assert shell.stdout.read() == "saved\n75\n"
+
+
+@pytest.mark.slow
+def test_it_ends_with_a_report_and_commands_that_run(tmp_path: Path) -> None:
+    def karat(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "karat_scale", *words],
+            cwd=tmp_path,
+            env=karat_environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    folder = tmp_path / "images"
+    for number in range(230):
+        picture = folder / ("val" if number % 2 else "train") / f"class{number // 2 % 10}" / f"{number}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (28, 28), (number, 9, 99)).save(picture)
+    karat("prepare", "webdataset", "--src", str(folder), "--out", str(SHARDS))
+    said = karat("quickstart")
+    assert (tmp_path / "runs/quickstart_report/report.html").stat().st_size > 10_000
+    assert all(title.split(":")[0] in said for title, _, _ in CONTENDERS)
+    assert said.count("$ karat train") == 3
+    (predict,) = re.findall(r"karat (predict \S+) PICTURE", said)
+    assert "%" in karat(*shlex.split(predict), str(picture))
+    assert "finished before" in karat("quickstart")
