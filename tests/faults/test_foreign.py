@@ -68,6 +68,7 @@ LOOKS: dict[str, Callable[[Path, Path], list[str]] | Callable[[Path, Path], int]
     "sweep": lambda run, here: ["sweep", *_plain(here), "run.seed=0,1", "--out", str(run.parent), "--print"],
     "plan": lambda run, here: ["plan", *_plain(here, f"run.dir={run}"), "--ranks", "1"],
     "plan with its teacher": lambda run, here: ["plan", *_plain(here, f"distill.from={run}"), "--ranks", "1"],
+    "convert": lambda run, here: ["convert", str(run), *_plain(here, "convert.images=4", "convert.steps=1")],
     "init_from": begins_with("init_from"),
     "init_from a checkpoint": lambda run, here: begins_with("init_from")(run / "checkpoints" / "best", here),
     "distill.from": begins_with("distill.from"),
@@ -77,7 +78,7 @@ LOOKS: dict[str, Callable[[Path, Path], list[str]] | Callable[[Path, Path], int]
 }
 # They read nothing of a run that somebody else wrote, or, such as `doctor`, the recipe on the command line.
 OTHERS = {"prepare", "index", "show", "data", "doctor", "submit", "recipes", "explain", "detect", "launch", "fetch"}
-OTHERS |= {"bench", "completion"}
+OTHERS |= {"bench", "completion", "quickstart"}
 
 
 def test_each_command_is_here_or_reads_no_run() -> None:

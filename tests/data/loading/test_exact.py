@@ -315,6 +315,7 @@ def test_a_mistake_is_one_line(make_shards: Make, changed: dict[str, Any], said:
 
 def test_a_rank_is_the_launchers_also_under_srun_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     # Each task took itself for rank 0 of 1, and so had all samples.
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # an earlier test may have joined a group
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"PROCID": 1, "STEP_NUM_TASKS": 2, "LOCALID": 1}.items():

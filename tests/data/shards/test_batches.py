@@ -1,7 +1,6 @@
 """Batches from a URL are those from disk, whatever the order, the workers, the server and its faults."""
 
 import dataclasses
-import multiprocessing
 import os
 import re
 import signal
@@ -185,7 +184,7 @@ def test_the_fetching_process_stays_ahead_and_ends_with_its_slices(tmp_path):
     wait_until(lambda: len(told.read_text().splitlines()) == 3)
     assert [str(part.sample_ids.tolist()) for part in parts[:3]] == told.read_text().splitlines()
     assert [part.sample_ids.tolist() for part in ahead] == [part.sample_ids.tolist() for part in parts[1:]]
-    wait_until(lambda: not multiprocessing.active_children() and children() <= before)
+    wait_until(lambda: not any(map(running, children() - before)))
 
 
 def test_the_fetching_process_ends_with_a_trainer_that_is_killed(tmp_path):
