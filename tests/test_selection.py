@@ -77,7 +77,7 @@ def test_what_the_readme_promises_first_runs_each_time(test: Callable[..., None]
     assert not {"slow", "night"} & {mark.name for mark in getattr(test, "pytestmark", [])}
 
 
-def test_eight_turns_in_a_row_run_each_slow_test_once(select) -> None:
+def test_twelve_turns_in_a_row_run_each_slow_test_once(select) -> None:
     items = select("--slow=all")
     assert set(names(items)) == {"test_quick", *SLOW, "test_night"}
     turns = {turn: names(item for item in items if runs(item, False, turn)) for turn in range(507, 507 + TURNS)}

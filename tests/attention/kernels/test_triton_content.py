@@ -11,13 +11,10 @@ from tests.attention.kernels.in_interpreter import run_interpreted  # noqa: E402
 from tests.attention.kernels.operator_launches import TOOLS, compiled  # noqa: E402
 
 
-def test_interpreted_kernels_agree_with_the_equation_at_a_few_sizes():
-    run_interpreted("interpreted_content.py", "-m", "not slow")
-
-
 @pytest.mark.slow
-def test_interpreted_kernels_agree_with_the_equation():
-    run_interpreted("interpreted_content.py", "-m", "slow", "--slow=all")
+@pytest.mark.parametrize("share", ["slow", "not slow"])
+def test_interpreted_kernels_agree_with_the_equation(share):
+    run_interpreted("interpreted_content.py", "-m", share, "--slow=all")
 
 
 def launch(architecture, dtype, width=64, grid=3, tokens=197):

@@ -120,6 +120,7 @@ def test_only_blocks_that_differ_are_converted(convert, converted, tmp_path) -> 
     assert "it has this attention already, so there is nothing to convert" in line
 
 
+@pytest.mark.slow
 def test_an_exported_folder_and_weights_without_a_word_on_their_model_are_sources(
     convert, original, recipe, tmp_path
 ) -> None:
