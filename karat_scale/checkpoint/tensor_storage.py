@@ -182,7 +182,7 @@ class _Copier(pickle.Pickler):
             return None
         source = (item.data_ptr(), item.dtype, item.shape, item.stride(), item.device)
         if source not in self._copied:
-            # Whoever else lies there meanwhile is not taken for it, as long as it is referenced.
+            # Keep the tensor, so that no other one gets its address meanwhile.
             self._copied[source] = item, self._memory.copy(item)
         return self._copied[source][1]
 

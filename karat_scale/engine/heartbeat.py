@@ -19,7 +19,6 @@ import faulthandler
 import json
 import math
 import os
-import socket
 import statistics
 import threading
 import time
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from karat_scale.foundation.files import parse_json, read_text
+from karat_scale.foundation.machine import this_node
 
 PHASES = ("start", "compile", "data", "step", "save")
 # What heartbeats say, by phase; everything else is part of a step.
@@ -135,8 +135,7 @@ class Heartbeat:
         self, directory: Path, rank: int, device: str = "", on_stall: Callable[[Path, int], object] | None = None
     ) -> None:
         self._file = heartbeat_file(directory, rank)
-        host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-        self._sign = Sign(rank, host, os.getpid(), this_start(), device=device)
+        self._sign = Sign(rank, this_node(), os.getpid(), this_start(), device=device)
         self._limits = StallLimits.parse(os.environ.get("KARAT_STALL_SECONDS", ""))
         self._armed, self._armed_for = 0.0, 0.0
         self._on_stall, self._diagnostics = on_stall, directory / "diagnostics"

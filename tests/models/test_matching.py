@@ -78,7 +78,7 @@ def test_least_squares_are_those_of_torch() -> None:
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_a_teacher_of_the_same_kind_is_recovered(name) -> None:
-    """Its S has W's directions, so one solution for the coefficients is exact; then W has nothing left to mend."""
+    """W gives the directions of its S. So one solution for the coefficients is exact, and W stays as it is."""
     original = Original(LINEAR[name]())
     calls, heads = calls_of(original), LINEAR[name]()
     assert error(heads, calls) > 0.1

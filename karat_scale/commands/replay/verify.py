@@ -64,7 +64,7 @@ def verify(run_dir: str, begin: int | None, end: int | None, json_file: str | No
         print(printable(f"{comparison.what}: {comparison.text}"))
     is_good = all(one.is_same or (bool(others) and one.is_close) for one in found)
     bits = "the same bits" if all(one.is_same for one in found) else "the same within the tolerance"
-    print(f"verified: {bits}" if is_good else "NOT verified: the run was not trained so")
+    print(f"verified: {bits}" if is_good else "NOT verified: the run was trained in another way")
     write_json(
         json_file,
         {"run": run_dir, "from": first or None, "to": last, "verified": is_good, "other_machine": others}

@@ -281,7 +281,7 @@ class Reporter:
 
     def checkpoint(self, state: RunState, name: str, seconds: float, stall: float, near: bool = False) -> None:
         """A checkpoint is complete; training stood still for `stall` of its seconds. `near`: only on each node."""
-        if not near:  # these are too many to be told
+        if not near:  # there are too many of these to print
             self.info(f"saved {name} in {seconds:.1f} s; training waited for {stall:.1f} s of them")
         figures = {"seconds": round(seconds, 3), "stall_seconds": round(stall, 3), **({"near": True} if near else {})}
         self._write("checkpoint", state.step, samples=state.samples, name=name, **figures)

@@ -122,7 +122,7 @@ class Stage:
         conversion, world = self._conversion, self._world
         allow_tf32(self._recipe.train.tf32)
         identity = self._identity()
-        report = world.broadcast(_read(self._path, identity) if world.is_main else None)
+        report = world.broadcast(read_report(self._path.parent, identity) if world.is_main else None)
         conversion.model.to(world.device).eval()
         if report is None:
             report = self._match()
@@ -286,20 +286,16 @@ def _write(path: Path, states: Mapping[int, Mapping[str, Tensor]], facts: dict[s
         raise RunDirectoryError(f"{path}: {error.strerror or error}; choose another run.dir") from None
 
 
-def _read(path: Path, identity: str) -> Report | None:
+def read_report(run: Path, identity: str | None = None) -> Report | None:
+    """Return the report of a run that was converted; None for others, or if the file is damaged.
+
+    identity: what the result must depend on; anything if None.
+    """
     with suppress(OSError, SafetensorError, KeyError, ValueError):
-        facts = read_metadata(path)
-        if facts["identity"] == identity:
+        facts = read_metadata(run / FILE)
+        if identity is None or facts["identity"] == identity:
             report: Report = parse_json(facts["report"])
             return report
-    return None
-
-
-def read_report(run: Path) -> Report | None:
-    """Return the report of a run that was converted; None for others, or if the file is damaged."""
-    with suppress(OSError, SafetensorError, KeyError, ValueError):
-        report: Report = parse_json(read_metadata(run / FILE)["report"])
-        return report
     return None
 
 
