@@ -40,6 +40,7 @@ INSTRUCTION_SETS = {
 # What every CPU runs, for sources that are written for it too.
 PLAIN = "plain"
 BUILD_SECONDS = 300
+DIGEST_BYTES = 32
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _TRUSTED_OWNERS = (0, os.getuid()) if hasattr(os, "getuid") else ()
 
@@ -134,7 +135,7 @@ def _may_use_amx() -> bool:
 
 
 def _load(source: Path, isa: str) -> ctypes.CDLL:
-    """The library of the wheel; without one, that of the cache, which is built first where no process has."""
+    """The library of the wheel, or else of the cache: built first where no process has, and again if it is damaged."""
     sanitizers = os.environ.get("KARAT_SANITIZE")  # mostly none; the process must preload their runtime
     if in_the_package(source, isa).is_file() and not sanitizers:
         return ctypes.CDLL(str(in_the_package(source, isa)))
@@ -197,20 +198,26 @@ def _keep_others_out(directory: Path) -> None:
 
 
 def _is_ours(library: Path) -> bool:
-    """True where the library is this user's or root's, and nobody else can write to it."""
+    """True where the library is this user's or root's, nobody else can write to it, and it is whole."""
     try:
         status = library.lstat()
     except FileNotFoundError:
         return False
-    return stat.S_ISREG(status.st_mode) and not status.st_mode & _OTHERS_WRITE and status.st_uid in _TRUSTED_OWNERS
+    if not stat.S_ISREG(status.st_mode) or status.st_mode & _OTHERS_WRITE or status.st_uid not in _TRUSTED_OWNERS:
+        return False
+    content = library.read_bytes()  # ends in its own digest: loading an incomplete one would kill the process
+    return len(content) > DIGEST_BYTES and hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
 
 
 def _build(command: list[str], library: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="building-", dir=library.parent) as name:
         built = Path(name) / library.name
         _run([*command, "-o", str(built)])
-        with built.open("rb") as file:
-            os.fsync(file.fileno())  # a half-written library would kill the process that loads it
+        digest = hashlib.sha256(built.read_bytes()).digest()
+        with built.open("ab") as file:
+            file.write(digest)
+            file.flush()
+            os.fsync(file.fileno())
         built.chmod(0o700)
         built.replace(library)
 

@@ -136,6 +136,17 @@ def test_a_compiler_that_knows_less_than_the_cpu_builds_what_it_knows(cache, tmp
     assert library.name.split("-")[1] == second
 
 
+@pytest.mark.slow
+def test_a_damaged_library_is_built_again(tmp_path):
+    before, _ = run(ATTEND, tmp_path)
+    (library,) = tmp_path.glob("*.so")
+    content = library.read_bytes()
+    for damage in (content[:1000], b"", content[:5000] + b"?" + content[5001:]):
+        library.write_bytes(damage)
+        assert run(ATTEND, tmp_path)[0] == before
+        assert library.read_bytes()[-32:] == content[-32:]
+
+
 def test_nobody_else_may_write_to_the_cache_or_a_library(cache):
     cache.mkdir()
     cache.chmod(0o777)
