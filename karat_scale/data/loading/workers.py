@@ -37,7 +37,7 @@ MAX_WORKERS = 1024
 # More would wait for each other, and each takes memory. The extra ones are for slow file systems.
 _WORKERS_PER_CORE, _MORE_WORKERS = 4, 32
 # On this signal a worker prints its Python stack, wherever it hangs; and how long to wait for that.
-_SHOW_STACK, _SHOW_SECONDS = signal.SIGRTMAX - 3, 0.5
+_SHOW_STACK, _SHOW_SECONDS = signal.SIGRTMAX - 3, 0.2
 _STANDARD_ERROR = 2
 _FORK = get_context("fork")
 _number: int | None = None
@@ -217,7 +217,7 @@ class OrderedResults(Iterator[T], Generic[T]):
             for one in self._processes:
                 if one.pid is not None and one.is_alive():
                     os.kill(one.pid, _SHOW_STACK)
-            time.sleep(_SHOW_SECONDS)
+                    time.sleep(_SHOW_SECONDS)  # or their stacks mix
             raise DataError(
                 f"no batch came for data.timeout = {self._timeout:g} s: {self._whereabouts(len(self._processes))}; "
                 "look there, and at the workers' stacks above, or raise data.timeout if it is only slow"
