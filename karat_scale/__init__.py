@@ -1,3 +1,3 @@
 """Kolmogorov-Arnold Attention (KArAt) vision transformers, trained at ImageNet scale."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
