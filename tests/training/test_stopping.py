@@ -167,12 +167,14 @@ def test_a_signal_is_remembered_and_a_second_ctrl_c_quits_at_once(number) -> Non
 
 
 COMPILE = """
-import os, signal, subprocess, sys
+import os, signal, subprocess, sys, time
 from karat_scale.training.agreement import StopSignals
 signals = StopSignals().install()
 compiler = subprocess.Popen([sys.executable, "-c", "import sys; print('at work', flush=True); sys.stdin.read()"])
 print("ready", flush=True)
 code = compiler.wait()
+while signals.received is None:  # a thread waits for it
+    time.sleep(0.01)
 print(code, signals.received.name, flush=True)
 """
 
