@@ -28,6 +28,11 @@ def fresh_compiler():
             for config in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload_params")
         ),
         ("zero3", "form=content"),
+        ("zero0", "bound=3.0"),
+        *(
+            ("zero0", f"kind={kind}")
+            for kind in ("sigmoid", "polynomial", "gated", "differential", "softmax_bias", "query_only", "centred")
+        ),
     ],
 )
 def test_a_compiled_model_trains_as_one_that_is_not(small_recipe, make_engine, config, attention) -> None:
@@ -39,7 +44,8 @@ def test_a_compiled_model_trains_as_one_that_is_not(small_recipe, make_engine, c
         outcomes.append((norms, torch.cat([weight.flatten() for weight in weights(engine)])))
     (norms, plain), (compiled_norms, compiled_weights) = outcomes
     assert compiled_norms == pytest.approx(norms, rel=1e-4)
-    torch.testing.assert_close(compiled_weights, plain, rtol=1e-4, atol=1e-5)
+    near = 1e-4 if attention == "kind=polynomial" else 1e-5  # whose gradients are almost 0, which Adam scales up
+    torch.testing.assert_close(compiled_weights, plain, rtol=1e-4, atol=near)
 
 
 @pytest.mark.slow
