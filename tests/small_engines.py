@@ -1,5 +1,6 @@
 """A process group and small DeepSpeed engines inside the test process."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,12 @@ from karat_scale.training.trainer import Trainer
 from tests.conftest import SMALL
 
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_offload_params")
+# Each file and each precision with the stages that it changes; the other cells where the slow tests run.
+_FEW = {*zip(CONFIGS, itertools.cycle(("fp32", "bf16"))), ("zero0", "bf16"), ("zero3", "fp32")}
+CELLS = [
+    pytest.param(*cell, marks=() if cell in _FEW else pytest.mark.slow)
+    for cell in itertools.product(CONFIGS, ("fp32", "bf16"))
+]
 # The controls and variants of attention, some in a mode that others have too.
 VARIANTS = {
     "static": ("attention.kind=static", "attention.softmax_heads=1"),

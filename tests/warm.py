@@ -17,13 +17,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    [
-        "karat_scale.training.run",
-        "karat_scale.training.tasks.classification.task",
-        "karat_scale.commands.evaluate.command",
-    ]
-)
+PROCESSES.set_forkserver_preload(["tests.imported"])
 # What ranks get to end in after one of them has failed.
 GRACE_SECONDS = 30.0
 
@@ -39,13 +33,9 @@ def run_program(
     with tempfile.TemporaryDirectory() as scratch:
         outs, errs = ([Path(scratch, f"{kind}{n}") for n in range(len(environments))] for kind in ("out", "err"))
         processes = [
-            PROCESSES.Process(
-                target=_run, args=(program, tuple(arguments), dict(environment), str(directory), str(out), str(err))
-            )
+            start(program, arguments, environment, directory, out, err)
             for environment, out, err in zip(environments, outs, errs, strict=True)
         ]
-        for process in processes:
-            process.start()
         try:
             in_time = _wait(processes, time.monotonic() + timeout)
         finally:  # the test's own time may be over, too
@@ -58,6 +48,27 @@ def run_program(
         codes = [process.exitcode for process in processes]
         code = codes[0] if len(codes) == 1 else int(any(codes))
         return subprocess.CompletedProcess([program, *arguments], code, said, complained)
+
+
+def start(
+    program: str, arguments: Sequence[str], environment: Mapping[str, str], directory: Path, out: Path, err: Path
+) -> ForkServerProcess:
+    """Start one process, with files for what it writes."""
+    process = PROCESSES.Process(
+        target=_run, args=(program, tuple(arguments), dict(environment), str(directory), str(out), str(err))
+    )
+    process.start()
+    return process
+
+
+def run_code(
+    code: str, *arguments: object, environments: Sequence[Mapping[str, str]], directory: Path, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """The same for the text of a program."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch, "code.py")
+        file.write_text(code)
+        return run_program(str(file), [str(one) for one in arguments], environments, timeout, directory)
 
 
 def _wait(processes: Sequence[ForkServerProcess], deadline: float) -> bool:

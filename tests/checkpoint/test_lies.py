@@ -184,46 +184,46 @@ def test_a_file_of_another_kind_is_found(checkpoint, what, file, tmp_path, monke
     assert not (tmp_path / "tripped").exists()
 
 
-@pytest.mark.parametrize(
-    "text", ["[" * 100_000, '{"format": ' * 50_000, "", "null", "[]", '"x"', "{", "\x00", '{"format": 2']
-)
-def test_a_state_that_is_no_state_is_found(checkpoint, text) -> None:
-    (checkpoint / STATE).write_text(text)
+def test_a_state_that_is_no_state_and_a_manifest_that_names_a_file_elsewhere_are_found(checkpoint) -> None:
+    whole = (checkpoint / STATE).read_text()
+    for text in ("[" * 100_000, '{"format": ' * 50_000, "", "null", "[]", '"x"', "{", "\x00", '{"format": 2'):
+        (checkpoint / STATE).write_text(text)
+        rehash(checkpoint)
+        assert STATE in (CheckpointStore(checkpoint.parent, falsehood).damage(NAME) or ""), text[:20]
+    (checkpoint / STATE).write_text(whole)
     rehash(checkpoint)
-    assert STATE in (CheckpointStore(checkpoint.parent, falsehood).damage(NAME) or "")
-
-
-def test_a_manifest_that_names_a_file_elsewhere_is_damage(checkpoint) -> None:
+    assert falsehood(checkpoint) is None
     (checkpoint.parent / "outside").touch()
     manifest = checkpoint / MANIFEST
     manifest.write_text(manifest.read_text().replace(RANK, "../outside"))
     assert MANIFEST in (CheckpointStore(checkpoint.parent, falsehood).damage(NAME) or "")
 
 
-@pytest.mark.parametrize(
-    ("file", "place", "value"),
-    [
-        (STATE, "samples", 32),  # of another global batch
-        (STATE, "kind", "detection"),
-        (STATE, "best_top1", "high"),
-        (STATE, "best_top1", float("nan")),
-        (STATE, "data_digest", None),
-        (STATE, "begun_with", {"name": 3}),
-        *[(STATE, "stream", value) for value in (3, {"shards": 1}, {"shards": 0, "lanes": [[0, 0]]})],
-        *[(STATE, "stream", {"shards": 1, "lanes": value}) for value in ([], [[0]], [[0, -1]], [[2**41, 0]])],
-        (RANK, "rng", torch.zeros(3)),
-    ],
-)
-def test_a_run_goes_on_from_the_one_before(
-    small_recipe, make_checkpoints, tmp_path, capsys, file, place, value
-) -> None:
+OF_THE_RUN = [
+    (STATE, "samples", 32),  # of another global batch
+    (STATE, "kind", "detection"),
+    (STATE, "best_top1", "high"),
+    (STATE, "best_top1", float("nan")),
+    (STATE, "data_digest", None),
+    (STATE, "begun_with", {"name": 3}),
+    *[(STATE, "stream", value) for value in (3, {"shards": 1}, {"shards": 0, "lanes": [[0, 0]]})],
+    *[(STATE, "stream", {"shards": 1, "lanes": value}) for value in ([], [[0]], [[0, -1]], [[2**41, 0]])],
+    (RANK, "rng", torch.zeros(3)),
+]
+
+
+def test_a_run_goes_on_from_the_one_before(small_recipe, make_checkpoints, tmp_path, capsys) -> None:
     recipe = small_recipe("deepspeed.config=zero1")
     first, second = (make_checkpoints(recipe, tmp_path / "c") for _ in range(2))
     for step in (1, 2):
         first.save(TrainState(step=step, samples=8 * step))
-    tell(tmp_path / "c" / NAME, file, place, value)
-    assert second.load().step == 1
-    assert f"checkpoint {NAME} is damaged: " in "".join(capsys.readouterr())
+    shutil.copytree(tmp_path / "c" / NAME, tmp_path / "whole")
+    for lie in OF_THE_RUN:
+        shutil.rmtree(tmp_path / "c" / NAME, ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", tmp_path / "c" / NAME)
+        tell(tmp_path / "c" / NAME, *lie)
+        assert second.load().step == 1, lie
+        assert f"checkpoint {NAME} is damaged: " in "".join(capsys.readouterr()), lie
     tell(tmp_path / "c" / "step-00000001", STATE, "step", "one")
     with pytest.raises(RunDirectoryError, match="none of 2 checkpoints is intact"):
         second.load()

@@ -1,8 +1,6 @@
 """`checkpoint.local`: the newest state on a disk of each node, and what a start makes of it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +9,13 @@ import pytest
 from karat_scale.checkpoint.store import NearStore
 from tests.checkpoint.near import KILLED, SHARED
 from tests.conftest import ROOT, karat_environment, karat_refuses
+from tests.warm import run_program
 
 
 def outcomes(scratch: Path, *cases: str) -> dict[str, dict[str, Any]]:
     """By case, how a run of two nodes went on after a kill. Each ended in the same bits, and left nothing there."""
-    command = [sys.executable, "-m", "tests.checkpoint.near", str(scratch), *cases]
-    done = subprocess.run(command, env=karat_environment(), capture_output=True, text=True, cwd=ROOT, timeout=300)
+    environment = [karat_environment()]
+    done = run_program("tests.checkpoint.near", [str(scratch), *cases], environment, timeout=300, directory=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     found = dict(json.loads((scratch / "outcomes.json").read_text()))
     for one in found.values():

@@ -176,6 +176,11 @@ def test_retention_is_that_of_the_directory(store, url) -> None:
     remote.look()
     remote.retain(keep_last=2)
     assert remote.names() == [names[5], names[4], names[1], names[0]]
+    (store.root / names[0] / "b.pt").write_bytes(b"b")  # a local file that is cut is not copied
+    empty = opened(f"{url}/other")
+    with pytest.raises(OSError, match=r"b\.pt of step-00000001 has 1 bytes, not 5000"):
+        upload(empty, store, names[0])
+    assert empty.names() == []
 
 
 HARMS: dict[str, Callable[[WritableStore], object]] = {
@@ -187,24 +192,17 @@ HARMS: dict[str, Callable[[WritableStore], object]] = {
 }
 
 
-@pytest.mark.parametrize("harm", HARMS)
-def test_damage_is_found_and_leaves_nothing(harm, store, url, tmp_path) -> None:
+def test_damage_is_found_and_leaves_nothing(store, url, tmp_path) -> None:
     name = save(store, 1)
-    upload(opened(url), store, name)
-    remote = opened(url)
-    HARMS[harm](WritableStore(f"{url}/checkpoints/{name}"))
-    other = CheckpointStore(tmp_path / "other" / "checkpoints")
-    damage = remote.download(name, other, lambda size: None)
-    assert harm.split()[0] in (damage or "")
-    assert not list(other.root.glob("*")) + list(other.root.glob(".*"))
-
-
-def test_a_local_file_that_is_cut_is_not_copied(store, url) -> None:
-    remote, name = opened(url), save(store, 1)
-    (store.root / name / "b.pt").write_bytes(b"b")
-    with pytest.raises(OSError, match=r"b\.pt of step-00000001 has 1 bytes, not 5000"):
-        upload(remote, store, name)
-    assert remote.names() == []
+    for number, (harm, do) in enumerate(HARMS.items()):
+        place = f"{url}/{number}"
+        upload(opened(place), store, name)
+        remote = opened(place)
+        do(WritableStore(f"{place}/checkpoints/{name}"))
+        other = CheckpointStore(tmp_path / "other" / "checkpoints")
+        damage = remote.download(name, other, lambda size: None)
+        assert harm.split()[0] in (damage or "")
+        assert not list(other.root.glob("*")) + list(other.root.glob(".*"))
 
 
 @pytest.mark.parametrize("fault", [pytest.param(fault, marks=pytest.mark.slow) for fault in ("503", "slow")] + ["cut"])
@@ -237,7 +235,7 @@ def test_a_store_that_takes_nothing_is_one_line_in_time(fault, line, store, s3, 
         url, begun = s3(tmp_path / "nothing", proxy.port), time.monotonic()
         with pytest.raises(StoreError, match=rf"^{re.escape(url)}/checkpoints/step-00000001/\S+: ({line})"):
             upload(opened(url, timeout=15), store, save(store, 1))  # a loaded machine is slow
-        assert time.monotonic() - begun < 30
+        assert time.monotonic() - begun < 60
     assert opened(s3(tmp_path / "nothing")).names() == []
 
 

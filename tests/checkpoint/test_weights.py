@@ -25,10 +25,10 @@ def test_the_parts_of_training_are_equal_and_hold_both_ends() -> None:
     assert snapshot_steps(1000, 0) == frozenset()
 
 
-@pytest.mark.parametrize("config", ["zero0", "zero2_offload", "zero3"])
+@pytest.mark.parametrize("config", ["zero0", pytest.param("zero2_offload", marks=pytest.mark.slow), "zero3"])
 def test_a_run_keeps_its_weights_and_a_resumed_one_takes_none_twice(small_recipe, world, config) -> None:
     own = (f"deepspeed.config={config}", "checkpoint.snapshots=4", "data.workers=0", "train.freeze=[patch_embed*]")
-    recipe = small_recipe(*own)
+    recipe = small_recipe(*own, "train.epochs=1")
     directory = RunDirectory(recipe.run.dir)
     directory.store.root.mkdir(parents=True)
     directory.snapshots.mkdir()
@@ -41,7 +41,7 @@ def test_a_run_keeps_its_weights_and_a_resumed_one_takes_none_twice(small_recipe
         trainer.run()
         trainer.task.close()
     files = sorted(directory.snapshots.iterdir())
-    assert [path.name for path in files] == [f"step-{step:08d}.safetensors" for step in (0, 2, 4, 6, 8)]
+    assert [path.name for path in files] == [f"step-{step:08d}.safetensors" for step in range(5)]
     assert before == {path: path.stat().st_mtime_ns for path in files}
     model = create_model(recipe.model, recipe.attention)
     load_exported(model, files[0])

@@ -10,9 +10,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 @given(seeds, st.integers(0, 1000), st.integers(0, 500), st.integers(1, 60), st.integers(1, 9))
-def test_an_order_is_a_permutation_and_a_pure_function_and_keeps_to_few_blocks_at_a_time(
-    seed, epoch, samples, block, window
-):
+def test_an_order_is_a_permutation_and_a_pure_function_of_few_blocks_at_a_time(seed, epoch, samples, block, window):
     for policy in ("full", "block"):
         order = epoch_order(seed, epoch, samples, policy, block, window)
         np.random.seed(seed % 7)
@@ -40,6 +38,8 @@ def test_orders_are_pinned():
     assert epoch_order(0, 0, 10, "block", 3, 2).tolist() == [4, 1, 9, 3, 2, 0, 7, 6, 8, 5]
     assert sample_seed(1, 2, 3) == 8829882195302039915
     assert batch_seed(1, 2, 3) == 5931935650869668317
+    with pytest.raises(ValueError, match="use 'full'"):
+        epoch_order(0, 0, 4, "sorted")
 
 
 def test_epochs_and_seeds_differ_and_positions_are_uniform():
@@ -55,11 +55,6 @@ def test_seeds_are_well_mixed():
     assert len(values) == 10000
     bits = np.unpackbits(np.array(sorted(values), dtype=np.uint64).view(np.uint8).reshape(-1, 8), axis=1)
     assert np.abs(bits.mean(axis=0) - 0.5).max() < 0.03
-
-
-def test_an_unknown_policy_is_refused():
-    with pytest.raises(ValueError, match="use 'full'"):
-        epoch_order(0, 0, 4, "sorted")
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 24), (1, 4), (2, 12), (2, 3), (3, 8), (4, 2), (8, 1)])
@@ -108,7 +103,7 @@ def test_a_chosen_micro_batch_divides_evenly_or_is_refused_on_one_line(batch, wo
     assert not (even and micro % 2)
 
 
-def test_micro_batches():
+def test_micro_batches_and_too_few_samples():
     assert choose_micro_batch(128, 2, None, True) == 64
     assert choose_micro_batch(128, 2, 100, True) == 64
     assert choose_micro_batch(128, 2, 16, True) == 16
@@ -116,8 +111,5 @@ def test_micro_batches():
         choose_micro_batch(128, 3, None, False)
     with pytest.raises(RecipeError, match=r"train.micro_batch = 40 .* use 32"):
         choose_micro_batch(128, 2, 40, True)
-
-
-def test_too_few_samples_are_refused():
     with pytest.raises(DataError, match=r"63 samples.*at most 63"):
         TrainPlan(0, 63, 64, 64, 0, 1)

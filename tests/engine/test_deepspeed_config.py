@@ -16,24 +16,22 @@ from karat_scale.recipe import AttentionConfig, ModelConfig
 from tests.small_engines import CONFIGS
 
 
-@pytest.mark.parametrize(
-    ("name", "precision"),
-    [(n, p) for n in CONFIGS for p in ("fp32", "bf16", "bf16_weights") if (n, p) != ("zero0", "bf16_weights")],
-)
-def test_auto_fields_come_from_the_recipe(small_recipe, name, precision) -> None:
-    recipe = small_recipe(f"deepspeed.config={name}", f"train.precision={precision}")
-    config = load_ds_config(recipe, world_size=2, micro_batch=2)
-    stage = zero_stage(config)
-    assert stage == int(name.removeprefix("zero")[0])
-    assert offloads_optimizer(config) == ("offload" in name)
-    assert config["train_batch_size"] == 8
-    assert config["train_micro_batch_size_per_gpu"] == 2
-    assert config["gradient_accumulation_steps"] == 2
-    assert config["gradient_clipping"] == (1.0 if stage else 0.0)
-    assert config["bf16"]["enabled"] == (precision == "bf16_weights")
-    assert config["timers"]["throughput"]["enabled"] is False
-    assert config["data_types"]["grad_accum_dtype"] == "fp32"
-    assert '"auto"' not in json.dumps(config)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_auto_fields_come_from_the_recipe(small_recipe, name) -> None:
+    for precision in ("fp32", "bf16", *(("bf16_weights",) if name != "zero0" else ())):
+        recipe = small_recipe(f"deepspeed.config={name}", f"train.precision={precision}")
+        config = load_ds_config(recipe, world_size=2, micro_batch=2)
+        stage = zero_stage(config)
+        assert stage == int(name.removeprefix("zero")[0])
+        assert offloads_optimizer(config) == ("offload" in name)
+        assert config["train_batch_size"] == 8
+        assert config["train_micro_batch_size_per_gpu"] == 2
+        assert config["gradient_accumulation_steps"] == 2
+        assert config["gradient_clipping"] == (1.0 if stage else 0.0)
+        assert config["bf16"]["enabled"] == (precision == "bf16_weights")
+        assert config["timers"]["throughput"]["enabled"] is False
+        assert config["data_types"]["grad_accum_dtype"] == "fp32"
+        assert '"auto"' not in json.dumps(config)
 
 
 def test_a_users_own_file_works(small_recipe, tmp_path) -> None:
@@ -73,9 +71,7 @@ def test_a_users_own_file_works(small_recipe, tmp_path) -> None:
         ),
     ],
 )
-def test_a_file_that_cannot_be_used_is_one_line_also_before_the_number_of_ranks_is_known(
-    small_recipe, tmp_path, content, part
-) -> None:
+def test_a_file_that_cannot_be_used_is_one_line_for_any_ranks(small_recipe, tmp_path, content, part):
     own = tmp_path / "own.json"
     own.write_text(content)
     recipe = small_recipe(f"deepspeed.config={own}")

@@ -11,18 +11,10 @@ from karat_scale.engine.deepspeed_internals import (
     shard_layout,
 )
 from karat_scale.engine.shards import Fragment, Pieces
-from tests.small_engines import CONFIGS, train_once, weights
+from tests.small_engines import CELLS, CONFIGS, train_once, weights
 
 
-def test_the_shared_memory_build_is_switched_off(small_recipe, make_engine) -> None:
-    from deepspeed.ops import __compatible_ops__
-
-    make_engine(small_recipe())
-    assert __compatible_ops__["deepspeed_shm_comm"] is False
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(("config", "precision"), CELLS)
 def test_masters_hold_every_weight_and_the_module_follows_them(small_recipe, make_engine, config, precision) -> None:
     engine = make_engine(small_recipe(f"deepspeed.config={config}", f"train.precision={precision}"))
     train_once(engine, 0)
@@ -36,14 +28,17 @@ def test_masters_hold_every_weight_and_the_module_follows_them(small_recipe, mak
     assert all(bool((tensor == 0.5).all()) for tensor in weights(engine))
 
 
-def test_an_engine_is_built_without_a_word(small_recipe, make_engine, capfd) -> None:
+def test_an_engine_is_built_without_a_word_or_the_shared_memory_build(small_recipe, make_engine, capfd) -> None:
+    from deepspeed.ops import __compatible_ops__
+
     make_engine(small_recipe("deepspeed.config=zero1", "train.precision=bf16"))
     make_engine(small_recipe("deepspeed.config=zero3", "train.precision=bf16"))
     assert capfd.readouterr().out == ""
+    assert __compatible_ops__["deepspeed_shm_comm"] is False
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_a_layout_covers_each_weight_once(small_recipe, make_engine, config) -> None:
+def test_a_layout_covers_each_weight_once_and_states_go_in_and_out(small_recipe, make_engine, config):
     engine = make_engine(small_recipe(f"deepspeed.config={config}"))
     layout = shard_layout(engine.deepspeed)
     pieces = Pieces()
@@ -54,11 +49,6 @@ def test_a_layout_covers_each_weight_once(small_recipe, make_engine, config) -> 
         whole = torch.empty(shape)
         pieces.fill([Fragment(name, 0, 0, whole.numel())], whole)
         assert torch.equal(whole, weight)
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_optimizer_states_go_in_as_they_came_out(small_recipe, make_engine, config) -> None:
-    engine = make_engine(small_recipe(f"deepspeed.config={config}"))
     train_once(engine, 0)
     states = [{"step": 7.0, "exp_avg": m.detach() + 1, "exp_avg_sq": m.detach() ** 2} for m in _masters(engine)]
     load_optimizer_states(engine.deepspeed, states)

@@ -42,11 +42,7 @@ _SCORES = ("exit", "steps", "samples", "best_top1", "best_step", "last_top1", "d
 
 def imported() -> None:
     """Import and prepare once what each start of a run would."""
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-
-    import karat_scale.data.backends.images
-    import karat_scale.training.run
-    import karat_scale.training.tasks.classification.task  # noqa: F401
+    import tests.imported  # noqa: F401
     from karat_scale.engine.deepspeed_internals import quieten_and_skip_builds
 
     quieten_and_skip_builds()

@@ -116,14 +116,11 @@ def test_a_damaged_log_is_read_as_far_as_it_goes(run, share, tmp_path):
         assert len(list(read_events(directory / "metrics.jsonl"))) <= len(events) + 1
         read_standing(directory)
 
-    try_damages(share, COUNTS, _small_files_of(run, tmp_path), tmp_path / "work", look)
-
-
-def test_an_event_without_its_fields_does_not_end_karat_status(run, tmp_path):
-    directory = _small_files_of(run, tmp_path)
-    log = directory / "metrics.jsonl"
+    whole = _small_files_of(run, tmp_path)
+    try_damages(share, COUNTS, whole, tmp_path / "work", look)
+    log = whole / "metrics.jsonl"
     log.write_text(log.read_text().replace('"step"', '"stfp"', 1))
-    read_standing(directory)
+    read_standing(whole)  # nor does an event without its fields end it
 
 
 def test_a_damaged_file_of_a_run_is_one_line_or_what_it_was(run, share, tmp_path):
@@ -136,11 +133,8 @@ def test_a_damaged_file_of_a_run_is_one_line_or_what_it_was(run, share, tmp_path
             except UserError as error:
                 one_line(error, str(directory))
 
-    try_damages(share, COUNTS, _small_files_of(run, tmp_path), tmp_path / "work", look)
-
-
-def test_a_directory_instead_of_a_file_of_a_run_counts_as_damaged(run, tmp_path):
     directory = _small_files_of(run, tmp_path)
+    try_damages(share, COUNTS, directory, tmp_path / "work", look)
     for name in ("classes", "summary"):
         (directory / f"{name}.json").unlink()
         (directory / f"{name}.json").mkdir()

@@ -204,7 +204,7 @@ def test_no_recipe_of_a_run_starts_imports_or_opens_anything(name, attack, share
 
 @pytest.mark.parametrize("name", ["replay", "export", "track", "resume.from"])
 def test_a_few_recipes_start_import_and_open_nothing(name, attack, share) -> None:
-    chosen = random.Random(f"few {share.seed} {name}").sample(product(attack), 3)
+    chosen = random.Random(f"few {share.seed} {name}").sample(product(attack), 2)
     assert not {str(values): problem for values in chosen if (problem := tried(attack, name, values))}
 
 
@@ -298,22 +298,24 @@ def test_nothing_is_written_where_a_linked_folder_of_a_run_leads(name, attack) -
     assert code in (1, 2), errors
 
 
+SPELLED = ("{outside}/secret", "../../outside/secret", "file://{outside}/secret", "~/secret")
+
+
 @pytest.mark.parametrize("field", ["shard", "index", "split"])
-@pytest.mark.parametrize("spelled", ["{outside}/secret", "../../outside/secret", "file://{outside}/secret", "~/secret"])
-def test_a_data_set_reads_nothing_outside_itself(field, spelled, attack, shards, monkeypatch) -> None:
+def test_a_data_set_reads_nothing_outside_itself(field, attack, shards) -> None:
     data = attack.here / "data"
     shutil.copytree(shards, data)
-    record = json.loads((data / "dataset.json").read_text())
-    name = spelled.format(outside=attack.outside)
-    split = record["splits"]["val"]
-    if field == "split":
-        record["splits"] = {name: split}
-    elif field == "index":
-        split["shards"][0]["index"]["name"] = f"{name}.tar"
-    else:
-        split["shards"][0]["name"] = f"{name}.tar"
-    (data / "dataset.json").write_text(json.dumps(record))
-    with watched(attack.outside) as effects, redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-        code = karat_here("data", str(data), "--out", str(attack.here / "page.html"))
-    assert not effects.found()
-    assert code in (0, 2)
+    for name in (text.format(outside=attack.outside) for text in SPELLED):
+        record = json.loads((shards / "dataset.json").read_text())
+        split = record["splits"]["val"]
+        if field == "split":
+            record["splits"] = {name: split}
+        elif field == "index":
+            split["shards"][0]["index"]["name"] = f"{name}.tar"
+        else:
+            split["shards"][0]["name"] = f"{name}.tar"
+        (data / "dataset.json").write_text(json.dumps(record))
+        with watched(attack.outside) as effects, redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+            code = karat_here("data", str(data), "--out", str(attack.here / "page.html"))
+        assert not effects.found()
+        assert code in (0, 2)

@@ -1,5 +1,7 @@
 """What every command line of ours takes and refuses."""
 
+import functools
+import itertools
 import os
 from argparse import Namespace
 from dataclasses import dataclass
@@ -21,9 +23,12 @@ OPTION = {
 }
 
 
+parser = functools.cache(build_parser)
+
+
 def refusal(capsys: Capture, *arguments: str) -> str:
     with pytest.raises(SystemExit) as ended:
-        build_parser().parse_args(arguments)
+        parser().parse_args(arguments)
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
@@ -34,18 +39,15 @@ def refusal(capsys: Capture, *arguments: str) -> str:
 def test_overrides_stand_before_after_and_between_options(command) -> None:
     option = OPTION[command]
     for line in (["r", "a=1", *option, "b=2"], ["r", *option, "a=1", "b=2"], [*option, "r", "a=1", "b=2"]):
-        read = build_parser().parse_args([command, *line])
+        read = parser().parse_args([command, *line])
         assert read.overrides == ["a=1", "b=2"]
-    assert build_parser().parse_args([command, "r", *option]).overrides == []
+    assert parser().parse_args([command, "r", *option]).overrides == []
 
 
-def test_overrides_of_a_bench_stand_after_options() -> None:
-    read = build_parser().parse_args(["bench", "resume", "r", "--rounds", "2", "a=1"])
+def test_an_option_between_overrides_keeps_its_value_and_those_of_a_bench_stand_after_options() -> None:
+    read = parser().parse_args(["bench", "resume", "r", "--rounds", "2", "a=1"])
     assert (read.recipe, read.rounds, read.overrides) == ("r", 2, ["a=1"])
-
-
-def test_an_option_between_overrides_keeps_its_value() -> None:
-    read = build_parser().parse_args(["plan", "r", "a=1", "--json=x.json", "b=2", "--curve", "c=3"])
+    read = parser().parse_args(["plan", "r", "a=1", "--json=x.json", "b=2", "--curve", "c=3"])
     assert (read.json_file, read.with_curve, read.overrides) == ("x.json", True, ["a=1", "b=2", "c=3"])
 
 
@@ -68,29 +70,24 @@ def test_a_mistake_is_one_line(arguments, message, capsys) -> None:
     assert message in refusal(capsys, *arguments)
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "0", "-3", "much"])
-@pytest.mark.parametrize("option", ["plan r --memory", "plan r --step-time", "analyze r --range", "doctor --seconds"])
-def test_a_measure_is_finite_and_above_zero(option, value, capsys) -> None:
-    line = refusal(capsys, *option.split(), value)
-    assert f"{option.split()[-1]}: {value!r} is not a number above 0" in line
+MEASURES = ("plan r --memory", "plan r --step-time", "analyze r --range", "doctor --seconds")
+COUNTS = (
+    *("plan r --gpus", "plan r --gpus-per-node", "submit r --nodes", "submit r --cpus-per-task", "bench data --images"),
+    *("analyze r --images", "analyze r --samples", "analyze r --batch", "bench step --rounds"),
+    "bench attention --tokens",
+)
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "1.5"])
-@pytest.mark.parametrize(
-    "option",
-    [
-        "plan r --gpus", "plan r --gpus-per-node", "submit r --nodes", "submit r --cpus-per-task", "analyze r --images",
-        "analyze r --samples", "analyze r --batch", "bench step --rounds", "bench attention --tokens",
-        "bench data --images",
-    ],
-)  # fmt: skip
-def test_a_count_is_one_or_more(option, value, capsys) -> None:
-    assert f"{option.split()[-1]}: {value!r} is not an integer of at least 1" in refusal(capsys, *option.split(), value)
-
-
-def test_what_may_be_zero_and_what_must_be_two(capsys) -> None:
-    assert build_parser().parse_args(["submit", "r", "--gpus-per-node=0"]).gpus_per_node == 0
-    assert build_parser().parse_args(["bench", "data", "--workers=0"]).workers == 0
+def test_a_measure_is_finite_and_above_zero_and_a_count_is_one_or_more(capsys) -> None:
+    for options, values, wanted in (
+        (MEASURES, ("nan", "inf", "0", "-3", "much"), "a number above 0"),
+        (COUNTS, ("0", "-1", "1.5"), "an integer of at least 1"),
+    ):
+        for option, value in itertools.product(options, values):
+            line = refusal(capsys, *option.split(), value)
+            assert f"{option.split()[-1]}: {value!r} is not {wanted}" in line
+    assert parser().parse_args(["submit", "r", "--gpus-per-node=0"]).gpus_per_node == 0
+    assert parser().parse_args(["bench", "data", "--workers=0"]).workers == 0
     assert "at least 0" in refusal(capsys, "submit", "r", "--gpus-per-node=-4")
     assert "at least 2" in refusal(capsys, "analyze", "r", "--grid=1")
 
@@ -104,18 +101,15 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(command, tmp_p
         tmp_path.chmod(0o500)
         assert "not writable" in refusal(capsys, *command, "--json", str(tmp_path / "x.json"))
         tmp_path.chmod(0o700)
-    options = vars(build_parser().parse_args([*command, "--json", str(tmp_path / "x.json")]))
+    options = vars(parser().parse_args([*command, "--json", str(tmp_path / "x.json")]))
     assert str(tmp_path / "x.json") in options.values()
 
 
-@pytest.mark.parametrize("time", ["90", "90:00", "12:00:00", "1-12", "1-12:30", "1-12:30:00", "UNLIMITED"])
-def test_a_time_limit_is_any_that_sbatch_takes(time) -> None:
-    assert build_parser().parse_args(["submit", "r", "--time", time]).time == time
-
-
-@pytest.mark.parametrize("time", ["abc", "1h", "1-", "-5", "1:2:3:4", "1.5", ""])
-def test_another_time_limit_is_refused(time, capsys) -> None:
-    assert f"--time: {time!r} is not a time limit of sbatch" in refusal(capsys, "submit", "r", f"--time={time}")
+def test_a_time_limit_is_any_that_sbatch_takes(capsys) -> None:
+    for time in ("90", "90:00", "12:00:00", "1-12", "1-12:30", "1-12:30:00", "UNLIMITED"):
+        assert parser().parse_args(["submit", "r", "--time", time]).time == time
+    for time in ("abc", "1h", "1-", "-5", "1:2:3:4", "1.5", ""):
+        assert f"--time: {time!r} is not a time limit of sbatch" in refusal(capsys, "submit", "r", f"--time={time}")
 
 
 def test_a_virtual_environment_is_there_and_named_from_the_root(tmp_path, capsys, monkeypatch) -> None:
@@ -123,13 +117,12 @@ def test_a_virtual_environment_is_there_and_named_from_the_root(tmp_path, capsys
     assert "--venv: 'own' is not a virtual environment" in refusal(capsys, "submit", "r", "--venv=own")
     (tmp_path / "own" / "bin").mkdir(parents=True)
     (tmp_path / "own" / "bin" / "activate").touch()
-    assert build_parser().parse_args(["submit", "r", "--venv=own"]).venv == str(tmp_path / "own")
+    assert parser().parse_args(["submit", "r", "--venv=own"]).venv == str(tmp_path / "own")
 
 
 def test_a_parser_without_overrides_takes_none(capsys) -> None:
-    parser = OneLineParser(prog="script")
     with pytest.raises(SystemExit):
-        parser.parse_args(["a=1"])
+        OneLineParser(prog="script").parse_args(["a=1"])
     assert capsys.readouterr().err == "error: unexpected argument 'a=1' (script --help lists the options)\n"
 
 

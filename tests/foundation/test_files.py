@@ -69,19 +69,19 @@ def test_standard_output_by_its_name_takes_the_text(tmp_path, to) -> None:
     assert (done.stdout if to == "pipe" else (tmp_path / "out").read_text()) == "x"
 
 
-@pytest.mark.parametrize("what", ["fifo", "directory", "device", "too large"])
-def test_what_is_no_small_text_file_is_refused_at_once(what, tmp_path) -> None:
-    path = tmp_path / "x"
-    if what == "fifo":
-        os.mkfifo(path)
-    elif what == "directory":
-        path.mkdir()
-    elif what == "device":
-        path.symlink_to("/dev/zero")
-    else:
-        path.write_bytes(bytes(101))
-    with pytest.raises(OSError, match="larger than 0.0001 MB" if what == "too large" else "not a regular file"):
-        read_text(path, 100)
+def test_what_is_no_small_text_file_is_refused_at_once(tmp_path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for path in (tmp_path / "fifo", tmp_path / "device", tmp_path):
+        with pytest.raises(OSError, match="not a regular file"):
+            read_text(path, 100)
+    (tmp_path / "large").write_bytes(bytes(101))
+    with pytest.raises(OSError, match=r"larger than 0\.0001 MB"):
+        read_text(tmp_path / "large", 100)
+    with (tmp_path / "sparse.jpg").open("wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(OSError, match=r"larger than 536\.871 MB"):
+        read_image(tmp_path / "sparse.jpg")
 
 
 @pytest.mark.parametrize("what", ["link", "fifo"])
@@ -106,20 +106,10 @@ def test_lines_are_added_to_no_link_and_to_no_pipe(tmp_path) -> None:
         log.write("a line")
     assert (tmp_path / "log").read_text() == "a line"
     assert (tmp_path / "target").read_text() == "mine"
-
-
-def test_no_folder_of_ours_is_made_where_a_link_leads(tmp_path) -> None:
-    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "folder").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="nothing is written where it leads"):
-        make_folder(tmp_path / "link")
+        make_folder(tmp_path / "folder")
     assert not (tmp_path / "elsewhere").exists()
-
-
-def test_an_image_of_a_terabyte_is_not_read(tmp_path) -> None:
-    with (tmp_path / "sparse.jpg").open("wb") as file:
-        file.truncate(10**12)
-    with pytest.raises(OSError, match=r"larger than 536\.871 MB"):
-        read_image(tmp_path / "sparse.jpg")
 
 
 WRITER = """

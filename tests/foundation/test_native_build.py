@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from karat_scale.foundation import native_build
+from tests.conftest import ROOT, karat_environment
+from tests.warm import run_code
 
 pytestmark = pytest.mark.skipif(not native_build._available_instruction_sets(), reason="no AVX2 on this machine")
 
@@ -24,18 +26,13 @@ call = [normal(*shape) for shape in (heads, heads, heads, coefficients, coeffici
 """
 
 
-def start(code, cache, **environment):
-    inherited = {k: v for k, v in os.environ.items() if k not in ("KARAT_CPU_ISA", "CXX")}
-    environment = {**inherited, "KARAT_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-c", PROGRAM + code]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def run(code, cache, **environment):
-    process = start(code, cache, **environment)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out.strip(), err
+def run(code, cache, processes=1, **environment):
+    """What the program says with this at its end, as so many processes at the same time."""
+    inherited = {k: v for k, v in karat_environment().items() if k not in ("KARAT_CPU_ISA", "CXX")}
+    environments = processes * [{**inherited, "KARAT_CACHE_DIR": str(cache), **environment}]
+    done = run_code(PROGRAM + code, environments=environments, directory=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip(), done.stderr
 
 
 def write_compiler(path, script):
@@ -68,10 +65,8 @@ def test_racing_processes_build_once_and_later_ones_not_at_all(tmp_path):
     log = tmp_path / "builds"
     noting = f'case "$*" in *attention.cpp*) echo built >> {log}; sleep 1;; esac\nexec c++ "$@"'
     compiler = write_compiler(tmp_path / "compiler", noting)
-    processes = [start(ATTEND, tmp_path / "cache", CXX=compiler) for _ in range(4)]
-    results = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4, results
-    assert len({out for out, _ in results}) == 1
+    out, _ = run(ATTEND, tmp_path / "cache", processes=4, CXX=compiler)
+    assert len(set(out.splitlines())) == 1
     run(ATTEND, tmp_path / "cache", CXX=compiler)
     assert log.read_text().count("built") == 1
     assert len(list((tmp_path / "cache").glob("*.so"))) == 1
@@ -172,17 +167,17 @@ def test_what_another_user_owns_is_not_loaded(cache, monkeypatch):
         loaded(cache)
 
 
-@pytest.mark.parametrize("kind", ["link", "pipe"])
-def test_a_lock_that_is_not_a_file_is_named_and_harms_nothing(cache, tmp_path, kind):
+def test_a_lock_that_is_not_a_file_is_named_and_harms_nothing(cache, tmp_path):
     precious = tmp_path / "precious"
     precious.write_text("mine")
     loaded(cache)[1].unlink()
     (lock,) = cache.glob("*.lock")
-    lock.unlink()
-    lock.symlink_to(precious) if kind == "link" else os.mkfifo(lock)
-    with pytest.raises((native_build.LoadError, OSError), match=str(lock)):
-        loaded(cache)
-    assert precious.read_text() == "mine"
+    for put in (lambda: lock.symlink_to(precious), lambda: os.mkfifo(lock)):
+        lock.unlink()
+        put()
+        with pytest.raises((native_build.LoadError, OSError), match=str(lock)):
+            loaded(cache)
+        assert precious.read_text() == "mine"
 
 
 def test_a_cache_that_cannot_be_written_and_an_instruction_set_the_cpu_lacks_are_named(tmp_path):
@@ -215,6 +210,7 @@ def test_what_a_compiler_says_is_text_in_any_encoding(tmp_path):
 
 ENDS_DURING_A_CALL = """
 import threading, time
+from karat_scale.foundation import native_build
 begun = threading.Event()
 def work():
     own = native_build.PerThread(lambda: 42, lambda pointer: print("freed", flush=True))
@@ -226,8 +222,10 @@ begun.wait()
 """
 
 
-def test_what_a_thread_may_be_using_is_not_freed_at_the_end(tmp_path):
-    assert run(ENDS_DURING_A_CALL, tmp_path) == ("", "")
+def test_what_a_thread_may_be_using_is_not_freed_at_the_end():
+    # Not a fork, which ends without what Python does at its end.
+    done = subprocess.run([sys.executable, "-c", ENDS_DURING_A_CALL], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_library_beside_the_source_is_loaded_without_a_compiler(cache, tmp_path, monkeypatch):

@@ -52,64 +52,46 @@ def test_words_filter_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["recipes", "ImageNet", "swin", "--json", str(file)]) == 0
     assert {one["name"] for one in json.loads(file.read_text())} == {"imagenet_swin_tiny", "imagenet_swin_tiny_g3b"}
     assert "imagenet_swin_tiny_g3b" in capsys.readouterr().out
-
-
-def test_without_a_result_all_that_have_the_words_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", "cifar100", "swin"]) == 0
     assert "cifar100_swin_tiny_g3b " in capsys.readouterr().out
 
 
-def test_a_name_shows_the_run_that_it_starts_from(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_shows_how_to_start_it_and_the_run_that_it_starts_from(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", "svhn_vit_tiny_g3b"]) == 0
     first, then = capsys.readouterr().out.splitlines()[-2:]
     assert first.startswith("karat train imagenet_vit_tiny_g3b data.path=DIR")
     assert then.startswith("karat train svhn_vit_tiny_g3b data.path=DIR")
-
-
-def test_a_name_shows_how_to_start_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", "imagenet_vit_small"]) == 0
     out = capsys.readouterr().out
     assert "karat train imagenet_vit_small data.path=DIR" in out
     assert "imagenet_vit_small_g3b" not in out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["recipes", "imagenet_vit_tinny"], "did you mean imagenet_vit_tiny?"),
-        (["explain", "foo_bar_x"], "no such key"),
-        (["explain", "detector.window"], "no such key; did you mean"),
-        (["explain", "optim.lrr"], "did you mean optim.lr?"),
-    ],
-)
-def test_what_does_not_exist_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert said in line
+def test_keys_are_explained_and_what_does_not_exist_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in {
+        "recipes imagenet_vit_tinny": "did you mean imagenet_vit_tiny?",
+        "explain foo_bar_x": "no such key",
+        "explain detector.window": "no such key; did you mean",
+        "explain optim.lrr": "did you mean optim.lr?",
+    }.items():
+        assert main(arguments.split()) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+    for keys, texts in {
+        "optim.lr": ["optim.lr: number > 0", "default 0.0005", "only if resume.allow names the key"],
+        "lr": ["lr is optim.lr here", "optim.lr: number"],
+        "train.global_batch": ["train.global_batch: integer", "cannot resume with another value"],
+        "batch_size": ["batch_size is train.global_batch or train.micro_batch here", "train.micro_batch: integer"],
+        "train.recompute": ["train.recompute.every", "being kept"],
+        "--detection detector.window": ["detector.window: integer", "cannot resume"],
+        "": ["train.recompute", "Sections of a recipe"],
+    }.items():
+        assert main(["explain", *keys.split()]) == 0
+        out = capsys.readouterr().out
+        assert [text for text in texts if text not in out] == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["optim.lr"], ["optim.lr: number > 0", "default 0.0005", "only if resume.allow names the key"]),
-        (["lr"], ["lr is optim.lr here", "optim.lr: number"]),
-        (["train.global_batch"], ["train.global_batch: integer", "cannot resume with another value"]),
-        (["batch_size"], ["batch_size is train.global_batch or train.micro_batch here", "train.micro_batch: integer"]),
-        (["train.recompute"], ["train.recompute.every", "being kept"]),
-        (["--detection", "detector.window"], ["detector.window: integer", "cannot resume"]),
-        ([], ["train.recompute", "Sections of a recipe"]),
-    ],
-)
-def test_keys_are_explained(arguments: list[str], said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["explain", *arguments]) == 0
-    out = capsys.readouterr().out
-    for text in said:
-        assert text in out
-
-
-def test_the_help_of_train_names_what_lists_recipes_explains_keys_and_completes_both(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_help_of_train_names_what_lists_explains_and_completes(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     out = " ".join(capsys.readouterr().out.split())

@@ -12,7 +12,7 @@ from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.files import RECIPES, shipped_recipes
 from karat_scale.recipe.loading import dump_recipe, flatten, load_recipe
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
-from tests.conftest import ROOT, karat, karat_here
+from tests.conftest import ROOT, karat_here, karat_says
 
 
 def write(path: Path, text: str) -> Path:
@@ -36,7 +36,7 @@ def test_a_recipe_is_whole_once_it_is_read(tmp_path: Path) -> None:
     recipe = load_recipe(own, ["run.name=cifar10_vit_small_g3b", "run.dir=runs/cifar10_vit_small_g3b"])
     assert recipe == load_recipe("cifar10_vit_small_g3b")
     assert load_recipe(write(tmp_path / "whole.yaml", dump_recipe(recipe))) == recipe
-    printed = karat("train", str(own), "--print").stdout
+    printed = karat_says("train", str(own), "--print")
     assert "extends" not in printed
     assert "num_classes: 10" in printed
     assert "name: vit_small_patch16_224" in printed
@@ -123,8 +123,9 @@ def test_a_name_is_data_model_attention_and_change() -> None:
 
 
 @pytest.mark.parametrize("schema", [Recipe, DetectionRecipe])
-def test_every_name_is_a_valid_recipe(schema: type[RunRecipe]) -> None:
-    for name in shipped_recipes(schema.shipped):
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_name_is_a_valid_recipe(schema: type[RunRecipe], step: int) -> None:
+    for name in list(shipped_recipes(schema.shipped))[::step]:
         recipe = load_recipe(name, (), schema)
         assert (recipe.run.name, recipe.run.dir) == (name, f"runs/{name}")
         assert recipe.deepspeed.config == "zero0"
@@ -161,7 +162,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     ("text", "said"),
     [
         (BOMB, "more than 10,000 values, aliases written out"),
-        ("a: " + "[" * 5000, "nested too deeply"),
+        ("a: " + "[" * 1000, "nested too deeply"),
         ("#" * (2**20 + 1), "larger than 1.04858 MB"),
         ("a: \x00", "not a text file in YAML"),
     ],
@@ -175,84 +176,64 @@ def test_a_file_that_would_take_all_memory_or_time_is_one_line(text: str, said: 
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "value", ["2001-02-30", "2001-01-01T25:00:00Z", "!!int x", "!!bool x", "!!timestamp x", 5000 * "9"]
-)
-def test_a_value_that_yaml_cannot_hold_is_one_line(value: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "x.yaml", f"model:\n  depth: {value}\n")
-    with pytest.raises(RecipeError, match=r"x\.yaml, line 2: not valid YAML: .* cannot be read as"):
-        load_recipe(path)
-    with pytest.raises(RecipeError, match=r"override 'model\.depth=.* is not valid YAML; quote it"):
-        load_recipe("fashion_mnist_demo", [f"model.depth={value}"])
+HELD_BY_NOTHING = ("2001-02-30", "2001-01-01T25:00:00Z", "!!int x", "!!bool x", "!!timestamp x", 5000 * "9")
+OF_NO_TAG = ("!!int ''", "!!float ''", "!!set [a]", "!!map [a]", "{1.5: 2}")
 
 
-@pytest.mark.parametrize("value", ["!!int ''", "!!float ''", "!!set [a]", "!!map [a]", "{1.5: 2}"])
-def test_a_tag_that_does_not_fit_and_a_key_that_is_no_name_are_one_line(value: str, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"x\.yaml.*(cannot be read as|should be a name|expected a)"):
-        load_recipe(write(tmp_path / "x.yaml", f"model:\n  depth: {value}\n"))
-    with pytest.raises(RecipeError, match="is not valid YAML; quote it"):
-        load_recipe("fashion_mnist_demo", [f"model.depth={value}"])
-
-
-@pytest.mark.parametrize("key", ["[1, 2]", "{a: 1}"])
-def test_a_key_that_is_a_list_or_a_map_is_one_line(key: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "x.yaml", f"model:\n  ? {key}\n  : 1\n")
-    with pytest.raises(RecipeError, match=r"x\.yaml, line 2: not valid YAML: a key is a list or a map"):
-        load_recipe(path)
-
-
-def test_an_override_that_is_nested_too_deeply_is_one_line() -> None:
+def test_a_value_that_yaml_cannot_hold_is_one_line(tmp_path: Path) -> None:
+    for values, said in (
+        (HELD_BY_NOTHING, r"x\.yaml, line 2: not valid YAML: .* cannot be read as"),
+        (OF_NO_TAG, r"x\.yaml.*(cannot be read as|should be a name|expected a)"),
+    ):
+        for value in values:
+            with pytest.raises(RecipeError, match=said):
+                load_recipe(write(tmp_path / "x.yaml", f"model:\n  depth: {value}\n"))
+            with pytest.raises(RecipeError, match=r"override .model\.depth=.* is not valid YAML; quote it"):
+                load_recipe("fashion_mnist_demo", [f"model.depth={value}"])
+    for key in ("[1, 2]", "{a: 1}"):
+        with pytest.raises(RecipeError, match=r"x\.yaml, line 2: not valid YAML: a key is a list or a map"):
+            load_recipe(write(tmp_path / "x.yaml", f"model:\n  ? {key}\n  : 1\n"))
     with pytest.raises(RecipeError, match="is not valid YAML"):
-        load_recipe("fashion_mnist_demo", [f"model.depth={'[' * 5000}"])
-
-
-def test_a_recipe_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "x.yaml").symlink_to("/dev/zero")
-    with pytest.raises(RecipeError, match=r"no such file|not a regular file"):
-        load_recipe(tmp_path / "x.yaml")
+        load_recipe("fashion_mnist_demo", ["model.depth=" + "[" * 1000])
 
 
 VALUES = [
     *("2001-13-45", "9999-99-99 99:99:99", "2001-01-01 25:00:00", "!!timestamp x", "!!int x", "!!int ''", "0x", "0b"),
     *("!!float ''", "!!bool maybe", "!foo x", "!!binary '****'", "!!omap [a]", "!!pairs 3", "!!set [a]", "!!null x"),
     *("!!python/object/apply:os.system [id]", "!!python/name:os.system", "{a: 1, 2: 3}", "{2001-01-01: 3}", "{[a]: 3}"),
-    *("!!str {a: b}", "*nothing", "&a [*a]", "[" * 5000, "'\\uD800'", "\x01", "a" * 100_000),
+    *("!!str {a: b}", "*nothing", "&a [*a]", "[" * 500, "'\\uD800'", "\x01", "a" * 100_000),
 ]
 
 
-@pytest.mark.parametrize("value", VALUES, ids=[value[:24] for value in VALUES])
 @pytest.mark.parametrize("key", ["seed", "name"])
-def test_a_value_that_is_none_is_one_line(value: str, key: str, tmp_path: Path) -> None:
+def test_a_value_that_is_none_is_one_line(key: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
-    path.write_text(f"run: {{{key}: {value}}}\n", errors="surrogatepass")
-    said = []
-    for source, overrides in ((path, ()), ("fashion_mnist_demo", (f"run.{key}={value}",))):
-        try:
-            load_recipe(source, overrides)
-        except RecipeError as error:
-            said.append(str(error))
-    assert not [line for line in said if "\n" in line or len(line) > 1000]
+    for value in VALUES:
+        path.write_text(f"run: {{{key}: {value}}}\n", errors="surrogatepass")
+        said = []
+        for source, overrides in ((path, ()), ("fashion_mnist_demo", (f"run.{key}={value}",))):
+            try:
+                load_recipe(source, overrides)
+            except RecipeError as error:
+                said.append(str(error))
+        assert not [line for line in said if "\n" in line or len(line) > 1000], value[:24]
 
 
-@pytest.mark.parametrize("source", ["a" * 10_000, "a/" * 5000 + "b.yaml", "/proc/self/mem", "/dev/zero", "/", "a\0b"])
-def test_what_is_no_recipe_file_is_one_short_line(source: str) -> None:
-    with pytest.raises(RecipeError) as refused:
-        load_recipe(source)
-    assert "\n" not in str(refused.value)
-
-
-def test_a_pipe_is_no_recipe(tmp_path: Path) -> None:
+def test_what_is_no_recipe_file_is_one_short_line(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
-    with pytest.raises(RecipeError, match=r"pipe\.yaml"):
-        load_recipe(tmp_path / "pipe.yaml")
+    (tmp_path / "x.yaml").symlink_to("/dev/zero")
+    files = (tmp_path / "pipe.yaml", tmp_path / "x.yaml")
+    for source in ("a" * 10_000, "a/" * 5000 + "b.yaml", "/proc/self/mem", "/dev/zero", "/", "a\0b", *files):
+        with pytest.raises(RecipeError) as refused:
+            load_recipe(source)
+        assert "\n" not in str(refused.value)
+        assert source not in files or source.name in str(refused.value)
 
 
-@pytest.mark.parametrize("key", ["run.dir", "data.path", "init_from", "resume.from", "deepspeed.config"])
-def test_a_path_of_ten_thousand_characters_is_one_line(
-    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_path_of_ten_thousand_characters_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert karat_here("train", "fashion_mnist_demo", "run.device=cpu", f"{key}={'a' * 10_000}") == 2
-    said = capsys.readouterr().err
-    assert "error: " in said
-    assert "Traceback" not in said
+    for key in ("run.dir", "data.path", "init_from", "resume.from", "deepspeed.config"):
+        assert karat_here("train", "fashion_mnist_demo", "run.device=cpu", f"{key}={'a' * 10_000}") == 2
+        said = capsys.readouterr().err
+        assert "error: " in said
+        assert "Traceback" not in said

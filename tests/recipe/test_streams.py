@@ -44,10 +44,7 @@ def test_a_stream_as_webdataset_spells_it(load, spelled: str) -> None:
     recipe = load(*STREAM, f"data.stream={spelled}", "data.stream_label=json:meta.label", "data.workers=3")
     assert (recipe.data.is_stream, recipe.data.lanes) == (True, 3)
     assert recipe.data.stream == spelled.strip("'")
-
-
-def test_the_trainer_itself_is_one_lane(load) -> None:
-    assert load(*STREAM, "data.stream=a.tar", "data.workers=0").data.lanes == 1
+    assert load(*STREAM, "data.stream=a.tar", "data.workers=0").data.lanes == 1  # the trainer itself
     assert load("data.path=somewhere").data.lanes == 0
 
 

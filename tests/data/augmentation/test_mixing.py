@@ -82,15 +82,12 @@ def test_without_mixing_targets_are_smoothed_one_hot():
     torch.testing.assert_close(targets, torch.nn.functional.one_hot(LABELS[:3], CLASSES) * 0.9 + 0.02)
 
 
-def test_params_depend_on_epoch_and_batch_and_leave_the_global_generator():
+def test_params_depend_on_epoch_and_batch_and_leave_the_global_generator_and_an_odd_batch_cannot_mix():
     mixer = Mixer(AugmentConfig(mixup=0), CLASSES, 0)
     before = np.random.get_state()[1].tolist()
     params = {mixer.params(epoch, batch, 32, 32) for epoch in range(5) for batch in range(5)}
     assert len(params) == 25
     assert np.random.get_state()[1].tolist() == before
-
-
-def test_an_odd_batch_cannot_mix():
     params = Mixer(BOTH, CLASSES, 0).params(0, 0, 12, 10)
     with pytest.raises(ValueError, match="odd batch of 3"):
         Normalize(BOTH.mean, BOTH.std)(torch.zeros(3, 3, 12, 10, dtype=torch.uint8), params)

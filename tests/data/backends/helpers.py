@@ -58,11 +58,11 @@ def flip(path: Path, at: int, by: int = 0xFF) -> None:
     path.write_bytes(data)
 
 
-def wait_until(condition, seconds: float = 20) -> None:
+def wait_until(condition, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 
 def noise(number: int, size: int = 64) -> np.ndarray:

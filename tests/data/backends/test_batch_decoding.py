@@ -59,17 +59,12 @@ def test_what_is_no_plain_complete_jpeg_is_decoded_at_once(make_shards):
     assert read(directory, [0, 4])[1] is None  # though it is cut below the wanted part
 
 
-def test_too_many_pixels_are_refused_from_the_header(make_shards, make_sample):
-    directory = make_shards(train=[make_sample(0)])
-    assert read(directory, [0], max_pixels=20 * 18)[1] is not None
-    assert read(directory, [0], max_pixels=20 * 18 - 1)[1] is None
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_files_are_closed_with_the_reader(make_shards, threads):
+def test_too_many_pixels_are_refused_from_the_header_and_files_are_closed_with_the_reader(make_shards):
     directory = make_shards()
     before = psutil.Process().num_fds()
-    for _ in range(5):
+    assert read(directory, [0], max_pixels=20 * 18)[1] is not None
+    assert read(directory, [0], max_pixels=20 * 18 - 1)[1] is None
+    for threads in (1, 1, 2, 2):
         read(directory, range(40), threads)
     assert psutil.Process().num_fds() <= before + 1
 

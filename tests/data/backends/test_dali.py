@@ -3,7 +3,6 @@
 import gc
 import tarfile
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -22,8 +21,7 @@ from tests.data.backends.helpers import CROP_AND_FLIP, SIZE, contents, hollow, n
 from tests.data.conftest import encode, photo
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("order", ["full", "block"])
+@pytest.mark.parametrize(("workers", "order"), [(0, "full"), (1, "block"), (3, "full"), (3, "block")])
 def test_batches_are_those_of_webdataset_and_torchvision_to_the_bit(make_shards, dali, webdataset, workers, order):
     directory = make_shards()
     policy = {"order": order, "block_samples": 4, "window_blocks": 2}
@@ -35,10 +33,7 @@ def test_batches_are_those_of_webdataset_and_torchvision_to_the_bit(make_shards,
         seen.append((train, contents(backend.eval_batches(EvalPlan(backend.num_val, 4, 0, 1).slices()))))
     assert [len(part) for part in seen[0]] == [12, 3]
     assert seen[0] == seen[1]
-
-
-def test_a_batch_of_padding_alone_is_zeros(make_shards, dali):
-    (batch,) = dali(make_shards()).eval_batches([BatchSlice(0, 0, np.array([-1, -1]))])
+    (batch,) = dali(directory, workers=workers).eval_batches([BatchSlice(0, 0, np.array([-1, -1]))])
     assert not batch.images.any()
     assert not batch.valid.any()
 
@@ -122,14 +117,6 @@ def test_bad_images_are_judged_and_replaced_as_elsewhere(make_shards, make_sampl
         assert bool(bad) == (kind == "damaged")
 
 
-def test_a_bomb_is_refused_by_its_header(make_shards, make_sample, dali, cheap_augment):
-    samples = [make_sample(i) for i in range(3)]
-    samples[1] = EncodedSample("bomb", "jpg", encode(np.zeros((300, 300, 3), dtype=np.uint8)), 0)
-    backend = dali(make_shards(train=samples), cheap_augment, max_pixels=89_999)
-    with pytest.raises(DataError, match=r"bomb in train-000000.tar .* 300 x 300 pixels, more than data.max_pixels"):
-        next(backend.train_batches([BatchSlice(0, 0, np.arange(3))]))
-
-
 def crops(numbers) -> Request:
     """Requests for parts of photos."""
     views = [crop_view((number % 5, number % 3, 30, 20), SIZE) for number in numbers]
@@ -171,16 +158,7 @@ encountered:
 Current pipeline object is no longer valid."""
 
 
-@pytest.mark.parametrize(
-    "met",
-    [
-        "CUDA runtime API error cudaErrorIllegalAddress (700):\nan illegal memory access was encountered",
-        "CUDA allocation failed",
-        "Can't allocate 123456 bytes on device 0.",
-        "nvImageCodec failure: '#6'",
-    ],
-)
-def test_an_error_of_the_gpu_is_not_taken_for_a_bad_image(decoder, monkeypatch, met):
+def test_an_error_of_the_gpu_is_not_taken_for_a_bad_image(decoder, monkeypatch):
     """Before, every batch was read again on the CPU, for the rest of the run."""
 
     class Failing:
@@ -188,13 +166,17 @@ def test_an_error_of_the_gpu_is_not_taken_for_a_bad_image(decoder, monkeypatch, 
             raise RuntimeError(MET.format(where="MIXED", met=met))
 
     monkeypatch.setattr(DaliDecoder, "_build", lambda *_: Failing())
-    with pytest.raises(RuntimeError, match=r"^DALI failed on the GPU, not for a bad image: ") as caught:
-        list(decoder.decoded([crops([0, 1])]))
-    assert str(caught.value).endswith(met.splitlines()[0])
+    for met in (
+        "CUDA runtime API error cudaErrorIllegalAddress (700):\nan illegal memory access was encountered",
+        "CUDA allocation failed",
+        "Can't allocate 123456 bytes on device 0.",
+        "nvImageCodec failure: '#6'",
+    ):
+        with pytest.raises(RuntimeError, match=r"^DALI failed on the GPU, not for a bad image: ") as caught:
+            list(decoder.decoded([crops([0, 1])]))
+        assert str(caught.value).endswith(met.splitlines()[0])
 
-
-def test_an_error_of_cuda_that_dali_does_not_word_is_found_on_the_stream(decoder, monkeypatch):
-    class Broken:
+    class Broken:  # a stream that tells of an error of CUDA that DALI does not word
         def synchronize(self):
             raise RuntimeError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA")
 
@@ -288,24 +270,17 @@ def test_closing_and_forgetting_end_the_threads_and_the_iterators(make_shards, d
     wait_until(lambda: tasks() <= before and psutil.Process().num_fds() <= files)
 
 
-def resident_mb() -> float:
-    gc.collect()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:"))) / 1e3
-
-
-def test_a_hundred_bad_batches_leave_nothing_behind(make_shards, make_sample, dali, cheap_augment):
+def test_eighty_bad_batches_leave_nothing_behind(make_shards, make_sample, dali, cheap_augment):
     samples = [make_sample(i) for i in range(8)]
     samples[1] = hollow(1)
     backend = dali(make_shards(train=samples), cheap_augment, on_bad_sample="skip")
-    slices = [BatchSlice(epoch, number, np.arange(2)) for epoch in range(2) for number in range(60)]
+    slices = [BatchSlice(epoch, number, np.arange(2)) for epoch in range(2) for number in range(40)]
     after = []
     for number, batch in enumerate(backend.train_batches(slices)):
         assert batch.sample_ids.tolist() == [0, 2]
-        if number in (20, 119):
-            after.append((resident_mb(), tasks(), psutil.Process().num_fds()))
-    (memory, threads_then, files), (memory_now, threads_now, files_now) = after
-    # A pipeline that stayed would hold more than 10 MB; the tests before this one may give back or take a little.
-    assert memory_now - memory < 100
+        if number in (20, 79):
+            gc.collect()
+            after.append((tasks(), psutil.Process().num_fds()))
+    (threads_then, files), (threads_now, files_now) = after
     assert threads_now <= threads_then + 4  # one pipeline's, which may be on its way out
     assert files_now <= files

@@ -9,8 +9,6 @@ threads and draws from global generators.
 import contextlib
 import os
 import random
-import subprocess
-import sys
 import threading
 from functools import partial
 
@@ -22,10 +20,11 @@ from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.plan import PADDING, BatchSlice, EvalPlan, TrainPlan
 from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import AugmentConfig
-from tests.conftest import karat_environment
+from tests.conftest import ROOT, karat_environment
 from tests.data.backends.helpers import SIZE, broken, children, contents, flip, wait_until
 from tests.data.betons import make_betons
 from tests.training.runs import assert_a_kill_changes_nothing
+from tests.warm import run_code
 
 SAMPLES, SHARDS = 43, 6  # whose last holds three
 WORLD, EPOCHS, WORKERS = 3, 2, 7  # more workers than shards, and than cores
@@ -132,7 +131,7 @@ def test_the_trainer_process_stays_as_it_is(lay_out, workers):
     wait_until(lambda: state() == before)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_bad_sample_stops_with_its_place_after_the_batches_before_it(backend, lay_out, make_sample, workers):
     samples = [make_sample(i) for i in range(10)]
     samples[6] = broken(6)
@@ -187,11 +186,10 @@ def test_a_changed_shard_is_an_error_even_when_skipping(lay_out):
         list(backend.train_batches(TrainPlan(0, 40, 40, 20, 0, 1).slices(0, 1)))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_file_system_that_stalls_is_an_error_that_names_the_file(backend, lay_out, workers, capfd):
+def test_a_file_system_that_stalls_is_an_error_that_names_the_file(backend, lay_out, capfd):
     directory, open_it = lay_out()
     before = children()
-    opened = open_it(workers=workers, timeout=1)
+    opened = open_it(workers=2, timeout=1)
     path = directory / ("train.beton" if backend == "ffcv" else "train-000000.tar")
     path.unlink()
     os.mkfifo(path)  # opening it waits, as a dead server's file does
@@ -263,8 +261,7 @@ for path in sys.argv[2:]:
 
 
 def test_the_error_says_what_to_install_and_another_decoder_reads_betons(betons):
-    command = [sys.executable, "-c", WITHOUT, *2 * [str(betons())]]
-    done = subprocess.run(command, env=karat_environment(), capture_output=True, text=True, check=False, timeout=120)
+    done = run_code(WITHOUT, *2 * [betons()], environments=[karat_environment()], directory=ROOT)
     assert done.returncode == 0, done.stderr
     dali, ffcv, counted = done.stdout.splitlines()
     assert dali.startswith("data.backend = dali needs DALI (")

@@ -21,15 +21,12 @@ def test_images_depend_on_the_sample_alone():
     assert whole.images.dtype == torch.uint8
 
 
-def test_seeds_and_splits_differ():
+def test_seeds_and_splits_differ_and_classes_can_be_told_apart():
     (one,) = backend().eval_batches(EvalPlan(50, 64, 0, 1).slices())
     (two,) = backend(seed=1).eval_batches(EvalPlan(50, 64, 0, 1).slices())
     assert one.valid.sum() == 50
     assert not one.images[~one.valid].any()
     assert not torch.equal(one.images, two.images)
-
-
-def test_classes_can_be_told_apart():
     source = backend(samples=280)
     (train,) = source.train_batches(TrainPlan(0, 280, 280, 280, 0, 1).slices(0, 1))
     means = torch.stack([train.images[train.labels == label].float().mean(0) for label in range(7)])

@@ -72,7 +72,7 @@ def crops(draw, width, height):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("name", OTHERS)
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_crops_are_those_of_pillow(encode_jpeg, decoder_of, name, interpolation, data):
     width, height, options = data.draw(photos())
@@ -86,7 +86,7 @@ def test_crops_are_those_of_pillow(encode_jpeg, decoder_of, name, interpolation,
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("name", OTHERS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(photo=photos(), size=st.integers(1, 60), crop=st.floats(0.3, 1.0))
 def test_evaluation_views_are_those_of_pillow(encode_jpeg, decoder_of, name, interpolation, photo, size, crop):
     width, height, options = photo
@@ -104,14 +104,6 @@ def test_evaluation_views_are_those_of_pillow(encode_jpeg, decoder_of, name, int
     assert name == "ffcv" or apart.max() <= LARGEST[interpolation]
 
 
-@pytest.mark.parametrize("name", FAST)
-def test_an_unscaled_view_is_the_image(encode_jpeg, decoder_of, name):
-    encoded = encode_jpeg(50, 40)
-    view = View((3, 5, 43, 35), (3, 5, 43, 35), (40, 30))
-    ours, reference = (decoder_of(which).read(encoded, lambda *_: view) for which in (name, "pillow"))
-    assert difference(ours, reference).max() <= 2
-
-
 @pytest.mark.parametrize("name", OTHERS)
 def test_odd_files_are_read_or_refused_as_pillow_does(odd_images, decoder_of, name):
     decoder, pillow = decoder_of(name), decoder_of("pillow")
@@ -124,20 +116,16 @@ def test_odd_files_are_read_or_refused_as_pillow_does(odd_images, decoder_of, na
 
 
 @pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize(
-    ("mode", "kind"), [("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("LA", "PNG"), ("I;16", "PNG"), ("RGB", "WEBP")]
-)
-def test_other_formats_are_exactly_those_of_pillow(decoder_of, name, mode, kind):
-    ramp = np.arange(40 * 30).reshape(30, 40)
-    image = Image.fromarray((ramp * 50).astype(np.uint16)) if mode == "I;16" else Image.fromarray(ramp.astype(np.uint8))
-    data = encode(image if mode == "I;16" else image.convert(mode), kind)
-    assert np.array_equal(decoder_of(name).read(data, whole), decoder_of("pillow").read(data, whole))
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_truncated_files_are_refused_with_pillows_reason(encode_jpeg, decoder_of, name):
-    encoded = encode_jpeg(100, 80)
+def test_other_formats_and_refusals_of_truncated_files_are_pillows(encode_jpeg, decoder_of, name):
     decoder, pillow = decoder_of(name), decoder_of("pillow")
+    ramp = np.arange(40 * 30).reshape(30, 40)
+    plain = Image.fromarray(ramp.astype(np.uint8))
+    images = {mode: plain.convert(mode) for mode in ("CMYK", "P", "RGBA", "LA", "RGB")}
+    images["I;16"] = Image.fromarray((ramp * 50).astype(np.uint16))
+    for mode, image in images.items():
+        data = encode(image, {"CMYK": "JPEG", "RGB": "WEBP"}.get(mode, "PNG"))
+        assert np.array_equal(decoder.read(data, whole), pillow.read(data, whole)), mode
+    encoded = encode_jpeg(100, 80)
     for end in range(0, len(encoded) - 50, 97):
         assert outcome(decoder, encoded[:end]) == outcome(pillow, encoded[:end])
 
@@ -169,12 +157,9 @@ def test_bombs_are_refused_before_they_are_decoded(encode_jpeg, decoder_of, name
     assert not isinstance(outcome(decoder_of(name, max_pixels=64 * 64), jpeg), str)
 
 
-@pytest.mark.parametrize("name", ["pillow", *FAST])
-def test_the_recipe_names_the_decoder(decoder_of, name):
-    assert decoder_of(name, "bilinear").name == name
-
-
-def test_auto_takes_the_fastest(native_runs):
+def test_the_recipe_names_the_decoder_and_auto_takes_the_fastest(decoder_of):
+    for name in ("pillow", *FAST):
+        assert decoder_of(name, "bilinear").name == name
     assert make_decoder(DataConfig(path="-"), "bilinear").name == "native"
 
 
@@ -261,7 +246,7 @@ def test_damaged_files_are_read_or_refused_as_pillow_does(encode_jpeg, decoder_o
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about EXIF
-        for _ in range(1500 if name == "native" else 300):
+        for _ in range(800 if name == "native" else 200):
             data = damaged(rng, photos, 700 if name == "ffcv" else 0)  # it reads other colours from a damaged header
             expected, found = outcome(pillow, data, choose), outcome(ours, data, choose)
             assert isinstance(found, str) == isinstance(expected, str)
@@ -299,21 +284,14 @@ def test_raw_is_numbered_as_ffcv_numbers_it():
     assert IMAGE_MODES["raw"] == RAW
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"comment": b"x" * 3000}])
-def test_dimensions_and_components(encode_jpeg, options):
-    assert read_frame(encode_jpeg(37, 21, **options)) == Frame(37, 21, 3)
-    assert read_frame(encode_jpeg(8, 9, mode="L", **options)) == Frame(8, 9, 1)
-    assert read_frame(encode_jpeg(8, 9, mode="CMYK", **options)) == Frame(8, 9, 4)
-
-
-def test_what_is_no_ordinary_jpeg_has_no_frame(encode_jpeg):
+def test_the_dimensions_and_components_of_a_frame(encode_jpeg):
+    for options in ({}, {"progressive": True}, {"comment": b"x" * 3000}):
+        assert read_frame(encode_jpeg(37, 21, **options)) == Frame(37, 21, 3)
+        assert read_frame(encode_jpeg(8, 9, mode="L", **options)) == Frame(8, 9, 1)
+        assert read_frame(encode_jpeg(8, 9, mode="CMYK", **options)) == Frame(8, 9, 4)
     whole = encode_jpeg(20, 20)
     junk = whole[:2] + b"junk" + whole[2:]
     assert [read_frame(data) for data in (encode(photo(1), "PNG"), b"", junk)] == [None, None, None]
-
-
-def test_a_header_cut_anywhere_has_a_frame_or_none(encode_jpeg):
-    whole = encode_jpeg(20, 20)
     found = [read_frame(whole[:end]) for end in range(len(whole))]
     assert set(found) == {None, Frame(20, 20, 3)}
 

@@ -14,7 +14,7 @@ from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError
 from tests.conftest import SMALL, events, karat_here, run_script
 from tests.data.backends.helpers import flip
-from tests.data.tars import Members, image, write_tar
+from tests.data.tars import image, write_tar
 
 
 def index(source: Path, *options: str) -> int:
@@ -93,18 +93,17 @@ def test_a_run_on_the_index_sees_what_a_run_on_our_shards_sees(shards: Path, tmp
 
 
 @pytest.mark.parametrize(
-    ("rule", "label"),
+    ("rule", "suffix", "label"),
     [
-        ("auto", lambda n: [(".cls", str(n).encode())]),
-        ("auto", lambda n: [(".json", json.dumps({"caption": "x", "label": n}).encode())]),
-        ("json:meta.class", lambda n: [(".json", json.dumps({"meta": {"class": f"c{n}"}}).encode())]),
-        ("auto", lambda n: [(".txt", b"c%d\n" % n)]),
-        ("txt", lambda n: [(".cls", b"7"), (".txt", b"%d" % n)]),
+        ("auto", "jpg", lambda n: [(".cls", str(n).encode())]),
+        ("auto", "JPEG", lambda n: [(".json", json.dumps({"caption": "x", "label": n}).encode())]),
+        ("json:meta.class", "png", lambda n: [(".json", json.dumps({"meta": {"class": f"c{n}"}}).encode())]),
+        ("auto", "webp", lambda n: [(".txt", b"c%d\n" % n)]),
+        ("txt", "jpg", lambda n: [(".cls", b"7"), (".txt", b"%d" % n)]),
     ],
     ids=["cls", "json", "field", "txt", "chosen"],
 )
-@pytest.mark.parametrize("suffix", ["jpg", "JPEG", "png", "webp"])
-def test_where_the_class_is(rule: str, label, suffix: str, tmp_path: Path) -> None:
+def test_where_the_class_is(rule: str, suffix: str, label, tmp_path: Path) -> None:
     kind = {"jpg": "JPEG", "JPEG": "JPEG"}.get(suffix, suffix.upper())
     members = []
     for number in range(6):
@@ -115,13 +114,6 @@ def test_where_the_class_is(rule: str, label, suffix: str, tmp_path: Path) -> No
     split = ShardSplit(tmp_path / "tars", "train", 2)
     assert split.labels.tolist() == [0, 1] * 3
     assert split.read(3) == image(3, kind)
-
-
-def test_the_class_may_be_a_folder_in_the_path(tmp_path: Path) -> None:
-    write_tar(tmp_path / "t/train.tar", [(f"set/{name}/{n}.v2.jpg", image(n)) for n, name in enumerate("bab")])
-    assert index(tmp_path / "t") == 0
-    split = ShardSplit(tmp_path / "t", "train", 2)
-    assert (split.classes, split.labels.tolist()) == (("a", "b"), [1, 0, 1])
 
 
 def test_what_is_not_used_is_named_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,17 +152,19 @@ NO_CLASSES = [
 ]
 
 
-@pytest.mark.parametrize(("members", "options", "said"), NO_CLASSES)
-def test_what_cannot_be_classes_is_one_line(
-    members: Members, options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_tar(tmp_path / "t/a.tar", members)
-    assert index(tmp_path / "t", *options) == 2
-    assert said in refused(capsys)
-    assert not (tmp_path / "t/dataset.json").exists()
+def test_what_cannot_be_classes_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for members, options, said in NO_CLASSES:
+        write_tar(tmp_path / "t/a.tar", members)
+        assert index(tmp_path / "t", *options) == 2
+        assert said in refused(capsys)
+        assert not (tmp_path / "t/dataset.json").exists()
 
 
-def test_class_names_come_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_class_names_come_from_a_file_or_a_folder_in_the_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_tar(tmp_path / "p/train.tar", [(f"set/{name}/{n}.v2.jpg", image(n)) for n, name in enumerate("bab")])
+    assert index(tmp_path / "p") == 0
+    split = ShardSplit(tmp_path / "p", "train", 2)
+    assert (split.classes, split.labels.tolist()) == (("a", "b"), [1, 0, 1])
     write_tar(tmp_path / "t/a.tar", [("a.jpg", image(0)), ("a.cls", b"1")])
     names = tmp_path / "names.txt"
     names.write_text("cat\ndog\n")
@@ -202,22 +196,18 @@ def test_numbered_classes_have_the_names_that_timm_and_open_clip_wrote(tmp_path:
         assert read_dataset_record(tmp_path / "timm").classes == expected
 
 
-@pytest.mark.parametrize(
-    ("tars", "said"),
-    [
-        (("train", "val"), "Train with data.path={out}"),
-        (("train", "test"), "Train with data.path={out} data.val_split=test"),
-        (("train",), "Train with data.path={out}, once it has a validation split: add --split val=PATTERN"),
-        (("test",), "It has nothing to train on; evaluate a run on it with `karat eval RUN --on {out}`"),
-    ],
-)
-def test_the_last_line_says_what_the_tars_are_good_for(
-    tars: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in tars:
-        write_tar(tmp_path / "t" / f"{name}.tar", [("a.jpg", image(0)), ("a.cls", b"0")])
-    assert index(tmp_path / "t") == 0
-    assert capsys.readouterr().out.splitlines()[-1].endswith(f" {said.format(out=tmp_path / 't')}")
+def test_the_last_line_says_what_the_tars_are_good_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for tars, said in {
+        "train val": "Train with data.path={out}",
+        "train test": "Train with data.path={out} data.val_split=test",
+        "train": "Train with data.path={out}, once it has a validation split: add --split val=PATTERN",
+        "test": "It has nothing to train on; evaluate a run on it with `karat eval RUN --on {out}`",
+    }.items():
+        out = tmp_path / tars.replace(" ", "-")
+        for name in tars.split():
+            write_tar(out / f"{name}.tar", [("a.jpg", image(0)), ("a.cls", b"0")])
+        assert index(out) == 0
+        assert capsys.readouterr().out.splitlines()[-1].endswith(f" {said.format(out=out)}")
 
 
 def test_splits_follow_words_in_paths_or_rules(tmp_path: Path) -> None:
@@ -234,12 +224,9 @@ def test_splits_follow_words_in_paths_or_rules(tmp_path: Path) -> None:
     assert [s.name for s in read_dataset_record(tmp_path / "t").splits["val"].shards] == ["train/1.tar"]
 
 
-def test_our_own_shards_need_no_index(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_tars_damaged_ones_and_our_own_shards_are_one_line(shards, tmp_path, capsys):
     assert index(shards) == 2
     assert "needs no index" in refused(capsys)
-
-
-def test_no_tars_and_damaged_ones_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert index(tmp_path / "empty") == 2
     assert "has no *.tar" in refused(capsys)
@@ -298,9 +285,7 @@ def test_a_terminal_acts_on_no_name_in_a_tar(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("where", ["size", "record", "cls", "json"])
-def test_a_number_of_thousands_of_digits_is_told_in_a_line(
-    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_number_of_thousands_of_digits_is_told_in_a_line(where, tmp_path, capsys):
     number = "9" * 5000
     members = [(f"{n}.{suffix}", content) for n in range(2) for suffix, content in (("jpg", image(n)), ("cls", b"0"))]
     if where in ("cls", "json"):

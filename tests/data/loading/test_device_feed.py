@@ -79,6 +79,10 @@ def test_the_next_batch_is_copied_while_the_device_works(streams: Streams) -> No
         *3 * ["kept for compute"],
     ]
     assert next(feed, None) is None
+    streams.notes.clear()
+    there = Batch(batch(0).images.to("meta"), *(torch.tensor([0]) for _ in range(3)))
+    assert next(DeviceFeed([there], EMULATED)).images is there.images
+    assert streams.notes.count("pin") == 2  # not what is on the device already
 
 
 def test_the_host_waits_only_when_it_is_too_far_ahead_of_the_device(streams: Streams) -> None:
@@ -115,13 +119,6 @@ def test_an_error_comes_after_the_batches_before_it(streams: Streams, device: to
         next(feed)
     assert caught.value is error
     assert next(feed, None) is None
-
-
-def test_what_is_on_the_device_already_is_not_pinned(streams: Streams) -> None:
-    made = batch(0)
-    there = Batch(made.images.to("meta"), made.labels, made.sample_ids, made.valid)
-    assert next(DeviceFeed([there], EMULATED)).images is there.images
-    assert streams.notes.count("pin") == 2
 
 
 @pytest.mark.parametrize("device", [CPU, EMULATED])

@@ -17,7 +17,7 @@ import torch
 from karat_scale.data import EvalLoader, ExactLoader, SampleFiles
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.recipe.loading import load_recipe
-from tests.conftest import karat_done, make_image_folder, summary
+from tests.conftest import ROOT, karat_done, make_image_folder, summary
 from tests.data.conftest import encode, photo
 
 Make = Callable[..., Path]
@@ -55,17 +55,19 @@ def of_images(path: Path, **options: Any) -> ExactLoader:
 
 def test_an_epoch_has_each_sample_once_and_the_next_is_in_another_order() -> None:
     loader = of_numbers(global_batch=5, epochs=2)
-    first, second, third = indices(loader), indices(loader), indices(loader)
+    first, state = indices(loader), loader.state_dict()
+    second, third = indices(loader), indices(loader)
     assert sorted(chain(*first)) == sorted(chain(*second)) == list(range(20))
     assert first != second
     assert third == []
     assert len(loader) == len(first) == 4
+    resumed = of_numbers(global_batch=5, epochs=2)
+    resumed.load_state_dict(state)  # torchdata's loader gave an empty epoch first: meta-pytorch/data#1437
+    assert indices(resumed) == second
 
 
 @pytest.mark.parametrize(("ranks", "workers", "micro_batch"), [(1, 2, 4), (2, 1, None), (4, 0, 1)])
-def test_a_step_is_the_same_on_any_number_of_ranks_workers_and_micro_batches(
-    ranks: int, workers: int, micro_batch: int | None
-) -> None:
+def test_a_step_is_the_same_on_any_ranks_workers_and_micro_batches(ranks: int, workers: int, micro_batch: int | None):
     def drawn(batches: list[Any]) -> list[tuple[float, ...]]:
         columns = [torch.cat([b[key] for b in batches]).tolist() for key in ("index", "drawn", "shift")]
         return sorted(zip(*columns, strict=True))
@@ -104,17 +106,6 @@ def test_a_state_goes_on_with_the_next_batch_on_other_ranks_and_workers(taken: i
     assert seen + [first + second for first, second in zip(*left, strict=True)] == expected
 
 
-def test_a_state_after_an_epoch_starts_the_next_one_whole() -> None:
-    # torchdata's loader gave an empty epoch first: meta-pytorch/data#1437.
-    loader = of_numbers()
-    first = indices(loader)
-    resumed = of_numbers()
-    resumed.load_state_dict(loader.state_dict())
-    second = indices(resumed)
-    assert len(second) == len(first) == len(resumed)
-    assert second == indices(loader)
-
-
 def test_a_loader_that_was_left_in_the_middle_goes_on_there() -> None:
     whole = indices(of_numbers(epochs=1))
     loader = of_numbers(epochs=1)
@@ -139,20 +130,14 @@ def test_a_step_is_reached_without_reading_what_comes_before_it() -> None:
         loader.set_step(-1)
 
 
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
+def test_a_state_of_other_settings_images_or_augmentation_is_refused_by_name(make_shards: Make, tmp_path: Path) -> None:
+    for changed, said in (
         ({"seed": 4}, "seed: the state is of a loader with 3, and this one has 4"),
         ({"global_batch": 10}, "global_batch: the state is of a loader with 8, and this one has 10"),
         ({"order": "block"}, "order: the state is of a loader with 'full'"),
-    ],
-)
-def test_a_state_of_other_settings_is_refused_by_name(changed: dict[str, Any], said: str) -> None:
-    with pytest.raises(DataError, match=said):
-        of_numbers(**changed).load_state_dict(of_numbers().state_dict())
-
-
-def test_a_state_of_other_images_or_augmentation_is_refused_by_name(make_shards: Make, tmp_path: Path) -> None:
+    ):
+        with pytest.raises(DataError, match=said):
+            of_numbers(**changed).load_state_dict(of_numbers().state_dict())
     shards = make_shards()
     state = of_images(shards).state_dict()
     moved = shards.rename(tmp_path / "moved")
@@ -210,10 +195,6 @@ def test_the_digest_of_a_run_goes_on_after_a_resume_in_the_middle_of_a_step() ->
         list(resumed)
     resumed.close()
     assert resumed.run_digest() == whole.run_digest() == whole.digest != state["digest"]
-    other = of_numbers(epochs=2, seed=4)
-    for _ in range(2):
-        list(other)
-    assert other.digest != whole.digest
 
 
 def test_the_trainer_sees_what_the_loader_gives(shards: Path, tmp_path: Path, recipe_file: Path) -> None:
@@ -305,12 +286,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changed", "said"), REFUSED)
-def test_a_mistake_is_one_line(make_shards: Make, changed: dict[str, Any], said: str) -> None:
-    with pytest.raises((DataError, RecipeError)) as raised:
-        of_images(make_shards(), **changed)
-    assert said in str(raised.value)
-    assert "\n" not in str(raised.value)
+def test_a_mistake_is_one_line(make_shards: Make) -> None:
+    shards = make_shards()
+    for changed, said in REFUSED:
+        with pytest.raises((DataError, RecipeError)) as raised:
+            of_images(shards, **changed)
+        assert said in str(raised.value)
+        assert "\n" not in str(raised.value)
 
 
 def test_a_rank_is_the_launchers_also_under_srun_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,15 +303,6 @@ def test_a_rank_is_the_launchers_also_under_srun_alone(monkeypatch: pytest.Monke
     for name, value in {"PROCID": 1, "STEP_NUM_TASKS": 2, "LOCALID": 1}.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     assert indices(of_numbers(epochs=1)) == indices(of_numbers(rank=1, world_size=2, epochs=1))
-
-
-def test_an_error_of_ones_own_dataset_arrives_with_its_type() -> None:
-    class Broken(Numbers):
-        def __getitem__(self, index: int) -> dict[str, Any]:
-            raise KeyError(f"no sample {index}")
-
-    with pytest.raises(KeyError, match="no sample"):
-        next(iter(ExactLoader(Broken(), global_batch=4, workers=1)))
 
 
 def test_the_random_numbers_of_the_training_process_stay_its_own() -> None:
@@ -345,9 +318,15 @@ def test_the_random_numbers_of_the_training_process_stay_its_own() -> None:
     assert random.random() == expected[1]
 
 
-def test_importing_the_loaders_needs_neither_deepspeed_nor_timm() -> None:
-    names = "deepspeed", "timm", "torchvision", "webdataset", "triton"
-    imports = "import sys; from karat_scale.data import EvalLoader, ExactLoader, SampleFiles"
-    program = f"{imports}; print([name for name in {names} if name in sys.modules])"
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert ended.stdout.strip() == "[]"
+IMPORTS = """
+import sys
+import karat_scale.recipe.loading
+print([name for name in ("torch", "ffcv", "nvidia") if name in sys.modules])
+from karat_scale.data import EvalLoader, ExactLoader, SampleFiles
+print([name for name in ("deepspeed", "timm", "torchvision", "webdataset", "triton") if name in sys.modules])
+"""
+
+
+def test_reading_a_recipe_needs_no_torch_and_importing_the_loaders_neither_deepspeed_nor_timm() -> None:
+    ended = subprocess.run([sys.executable, "-c", IMPORTS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout == "[]\n[]\n"

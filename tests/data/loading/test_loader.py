@@ -62,18 +62,12 @@ def test_a_batch_without_its_slot_is_small():
     assert received.images.data_ptr() != batch.images.data_ptr()
 
 
-def test_a_smaller_batch_fits_and_a_larger_one_is_refused():
+def test_a_smaller_batch_fits_and_a_larger_one_and_what_memory_does_not_hold_are_refused():
     sizes = [slices(1)[0], slices(1, 2)[0]]
     assert [len(batch.images) for batch in OrderedLoader(Numbered(), sizes, 1, PREFETCH, 60.0)] == [4, 2]
     with pytest.raises(ValueError, match="first batch must be its largest"):
         list(OrderedLoader(Numbered(), sizes[::-1], 1, PREFETCH, 60.0))
-
-
-def test_no_slices_are_no_batches():
     assert list(OrderedLoader(Numbered(), [], 1, PREFETCH, 60.0)) == []
-
-
-def test_more_than_there_is_memory_for_is_one_clear_line():
     with pytest.raises(DataError, match=r"^no .* GiB of memory for prefetched batches; lower data.prefetch"):
         ImageSlots(64, 10**12, (IMAGES, 3, SIZE, SIZE))
 

@@ -9,16 +9,20 @@ import subprocess
 import sys
 import textwrap
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
 import pytest
 
+from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.loading import workers as loading
 from karat_scale.data.loading.workers import OrderedResults
 from karat_scale.data.plan import BatchSlice, TrainPlan
 from karat_scale.foundation.errors import DataError, RecipeError
+from karat_scale.recipe import AugmentConfig, DataConfig
 from tests.data.backends.helpers import children, running, wait_until
+from tests.warm import PROCESSES
 
 
 @pytest.fixture
@@ -106,50 +110,29 @@ def test_neither_long_slices_nor_long_results_keep_a_worker_from_working_ahead(t
     assert [len(part) for part in itertools.islice(results, 9)] == [10**6] * 9
 
 
-def test_far_more_workers_than_cores_are_refused_before_one_is_forked():
+def test_far_more_workers_than_cores_of_the_control_group_are_refused_before_one_is_forked(monkeypatch):
     before = children()
     with pytest.raises(RecipeError, match=r"data.workers = 5000 processes for each rank, .* at most \d+$"):
         OrderedResults(abs, range(9), 5000, 1, 30.0, str)
     assert children() == before
-
-
-def test_workers_are_counted_against_the_cores_of_the_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "usable_cores", lambda: 1)  # as under a quota of one core
     loading.check_worker_count(36)
     with pytest.raises(RecipeError, match=r"data.workers = 37 processes .* here are 1; use about 1, at most 36"):
         loading.check_worker_count(37)
 
 
-WORKER_SCRIPT = """
-    import itertools, os, signal, sys
-    from pathlib import Path
-    from karat_scale.data.backends import ImageSpec, open_backend
-    from karat_scale.data.plan import TrainPlan
-    from karat_scale.recipe import AugmentConfig, DataConfig
-
+def train_until_told(directory: str, line: Connection) -> None:
+    """Train with two workers, and tell of signals."""
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, lambda *_: print("signal", flush=True))
-    config = DataConfig(path=sys.argv[1], workers=2)
-    batches = open_backend(ImageSpec(config, AugmentConfig(), 16, 3, 0)).train_batches(
-        TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 400)
-    )
+        signal.signal(number, lambda *_: line.send("signal"))
+    spec = ImageSpec(DataConfig(path=directory, workers=2), AugmentConfig(), 16, 3, 0)
+    batches = open_backend(spec).train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 400))
     next(batches)
-    print(*Path(f"/proc/self/task/{os.getpid()}/children").read_text().split(), flush=True)
-    sys.stdin.readline()
-    print(sum(1 for _ in itertools.islice(batches, 40)), flush=True)
-    sys.stdin.readline()
-"""
-
-
-def start(directory: Path) -> tuple[subprocess.Popen, list[int]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(WORKER_SCRIPT), str(directory)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return process, [int(pid) for pid in process.stdout.readline().split()]
+    line.send(sorted(children()))
+    line.recv()
+    line.send(sum(1 for _ in itertools.islice(batches, 40)))
+    line.recv()
 
 
 def is_prepared(pid: int) -> bool:
@@ -160,28 +143,21 @@ def is_prepared(pid: int) -> bool:
 
 @pytest.mark.multiprocess
 def test_workers_ignore_signals_to_the_process_group_and_exit_when_the_parent_is_killed(make_shards):
-    process, workers = start(make_shards())
+    line, theirs = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=train_until_told, args=(str(make_shards()), theirs))
+    process.start()
+    workers = line.recv()
     assert len(workers) == 2
     wait_until(lambda: all(map(is_prepared, workers)))  # the first batch is of one of them
     for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM):
         os.killpg(process.pid, number)
-        assert process.stdout.readline() == "signal\n"
-    process.stdin.write("\n")
-    process.stdin.flush()
-    assert process.stdout.readline() == "40\n"
+        assert line.recv() == "signal"
+    line.send("go on")
+    assert line.recv() == 40
     assert all(running(pid) for pid in workers)
+    os.kill(workers[0], signal.SIGSTOP)  # nor does a stopped one outlive it
     process.kill()
-    process.wait()
-    wait_until(lambda: not any(running(pid) for pid in workers))
-
-
-@pytest.mark.slow
-@pytest.mark.multiprocess
-def test_a_stopped_worker_does_not_outlive_a_trainer_that_is_killed(make_shards):
-    process, workers = start(make_shards())
-    os.kill(workers[0], signal.SIGSTOP)
-    process.kill()
-    process.wait()
+    process.join()
     wait_until(lambda: not any(running(pid) for pid in workers))
 
 

@@ -45,20 +45,17 @@ def test_train_and_val_divide_the_images_by_class(source, tmp_path, packed):
     assert [record.splits[name].made["val_fraction"] for name in ("train", "val")] == [0.2, 0.2]
 
 
-def test_the_seed_draws_them_and_the_same_command_gives_the_same_bytes(source, tmp_path):
+def test_the_seed_draws_them_and_a_source_with_a_validation_split_is_refused(source, tmp_path):
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         assert make_shards(source[0], tmp_path / name, "--val-count", "7", "--seed", seed).splits["val"].samples == 7
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert keys(tmp_path / "a", "val").keys() != keys(tmp_path / "c", "val").keys()
-
-
-def test_a_source_with_a_validation_split_is_refused(tmp_path):
     for split in ("train", "test"):
         for number in range(3):
-            write(tmp_path / "src" / split / "ant" / f"{number}.jpg", jpeg(number))
-    with pytest.raises(DataError, match=r"src already has a validation split; remove --val-fraction$"):
-        make_shards(tmp_path / "src", tmp_path / "out", "--val-fraction", "0.5")
-    assert make_shards(tmp_path / "src/train", tmp_path / "out", "--val-count", "1").splits["val"].samples == 1
+            write(tmp_path / "split" / split / "ant" / f"{number}.jpg", jpeg(number))
+    with pytest.raises(DataError, match=r"split already has a validation split; remove --val-fraction$"):
+        make_shards(tmp_path / "split", tmp_path / "out", "--val-fraction", "0.5")
+    assert make_shards(tmp_path / "split/train", tmp_path / "out", "--val-count", "1").splits["val"].samples == 1
 
 
 def test_any_count_is_shared_in_proportion():

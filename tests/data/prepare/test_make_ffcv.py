@@ -94,10 +94,15 @@ def test_options_that_would_do_nothing_with_shards_are_refused(folder, tmp_path)
     assert read_record(out / "train.beton").made["seed"] == 3
 
 
-def test_a_beton_of_shards_does_not_say_that_its_images_were_checked(folder, tmp_path, capsys):
+def test_a_beton_of_shards_says_nothing_of_checks_and_counts_grey_images(folder, tmp_path, capsys):
     out = tmp_path / "out"
+    for number in range(2):
+        write(folder / "train" / WNIDS[1] / f"grey{number}.jpg", jpeg(number, mode="L"))
     make_shards(folder, tmp_path / "shards")
     make_betons(tmp_path / "shards", out)
+    make_betons(folder, tmp_path / "of_folders")
+    for made in (out, tmp_path / "of_folders"):
+        assert [read_record(made / f"{split}.beton").grey for split in ("train", "val")] == [2, 0]
     made = read_record(out / "train.beton").made
     assert (made["check"], made["on_odd"]) == (None, None)
     # Records that still say so are no hindrance to checking what they stand for.
@@ -105,17 +110,7 @@ def test_a_beton_of_shards_does_not_say_that_its_images_were_checked(folder, tmp
     record["made"] |= {"check": "header", "on_odd": "keep"}
     (out / "train.beton.json").write_text(json.dumps(record))
     make_betons(tmp_path / "shards", out)
-    assert "train: 18 samples in train.beton are complete and correct" in capsys.readouterr().out
-
-
-def test_a_beton_of_shards_has_as_many_grey_images(folder, tmp_path):
-    for number in range(2):
-        write(folder / "train" / WNIDS[1] / f"grey{number}.jpg", jpeg(number, mode="L"))
-    make_shards(folder, tmp_path / "shards")
-    make_betons(tmp_path / "shards", tmp_path / "of_shards")
-    make_betons(folder, tmp_path / "of_folders")
-    for out in ("of_shards", "of_folders"):
-        assert [read_record(tmp_path / out / f"{split}.beton").grey for split in ("train", "val")] == [2, 0]
+    assert "train: 20 samples in train.beton are complete and correct" in capsys.readouterr().out
 
 
 def make_and_die(folder, out, step):
@@ -208,9 +203,7 @@ def test_images_that_ffcv_cannot_decode_keep_their_pixels(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["jpg", "raw"])
-def test_unusable_files_are_skipped_and_a_truncated_one_keeps_its_place_where_only_headers_are_read(
-    folder, tmp_path, mode, capsys
-):
+def test_unusable_files_are_skipped_and_a_truncated_one_only_if_it_is_decoded(folder, tmp_path, mode, capsys):
     train = folder / "train" / WNIDS[1]
     write(train / "empty.jpg", b"")
     write(train / "text.jpg", b"no image")
@@ -242,22 +235,15 @@ def test_an_image_that_does_not_fit_is_an_error_and_no_hang(folder, tmp_path, wo
     make_betons(folder, tmp_path / "out", "--workers", workers, "--max-resolution", "100")
 
 
-def test_pixels_larger_than_a_page_are_stored_as_jpeg(tmp_path):
-    write(tmp_path / "src/train/ant/large.jpg", jpeg(1, 2000, 1500))
-    write(tmp_path / "src/train/ant/small.jpg", jpeg(2))
-    make_betons(tmp_path / "src", tmp_path / "out", "--write-mode", "raw")
-    assert read_record(tmp_path / "out/train.beton").modes == {"jpg": 1, "raw": 1}
-    (large,) = (data for key, _, data in beton_samples(tmp_path / "out") if key == "ant/large")
-    assert large == (tmp_path / "src/train/ant/large.jpg").read_bytes()
-
-
-def test_many_pages(tmp_path):
-    for number in range(5):
+def test_pixels_of_many_pages_and_those_larger_than_a_page_which_are_stored_as_jpeg(tmp_path):
+    for number in range(3):
         write(tmp_path / f"src/train/ant/{number}.jpg", jpeg(number, 1500, 1400))
+    write(tmp_path / "src/train/ant/large.jpg", jpeg(1, 2000, 1500))
     make_betons(tmp_path / "src", tmp_path / "out", "--write-mode", "raw")
-    assert read_record(tmp_path / "out/train.beton").modes == {"raw": 5}
-    found = beton_samples(tmp_path / "out")
-    assert len({data for _, _, data in found}) == 5
-    for key, _, data in found:
+    assert read_record(tmp_path / "out/train.beton").modes == {"jpg": 1, "raw": 3}
+    found = {key: data for key, _, data in beton_samples(tmp_path / "out")}
+    assert found.pop("ant/large") == (tmp_path / "src/train/ant/large.jpg").read_bytes()
+    assert len(set(found.values())) == 3
+    for key, data in found.items():
         image = Image.open(tmp_path / f"src/train/{key}.jpg")
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), np.asarray(image))

@@ -1,6 +1,4 @@
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -13,8 +11,9 @@ from karat_scale.data.prepare.images import choose_encoder
 from karat_scale.data.prepare.make_webdataset import main
 from karat_scale.data.shards.shard_format import read_dataset_record
 from karat_scale.foundation.errors import DataError, run_script
-from tests.data.prepare.conftest import SCRIPTS
+from tests.conftest import ROOT
 from tests.data.prepare.making import make_shards, shard_samples
+from tests.warm import run_code
 
 
 def save(path: Path, seed: int) -> bytes:
@@ -37,7 +36,7 @@ def folder(tmp_path):
     return src, files
 
 
-def test_an_imagefolder_keeps_its_bytes_labels_and_keys(folder, tmp_path):
+def test_an_imagefolder_keeps_its_bytes_labels_and_keys_and_timms_own_reader_knows_the_splits(folder, tmp_path):
     src, files = folder
     record = make_shards(src, tmp_path / "out", "--shard-samples", "6", "--workers", "2")
     assert record.classes == ["ant", "bee", "cat"]
@@ -48,10 +47,6 @@ def test_an_imagefolder_keeps_its_bytes_labels_and_keys(folder, tmp_path):
         assert {f"{origin}/{key}": data for key, _, data in found} == {k: v for k, v in files.items() if origin in k}
         assert found != sorted(found)
         assert all(record.classes[label] == key.split("/")[0] for key, label, _ in found)
-
-
-def test_timms_own_reader_knows_the_splits(folder, tmp_path):
-    make_shards(folder[0], tmp_path / "out", "--shard-samples", "6")
     for split, count in (("train", 21), ("val", 9)):
         found = create_dataset("wds/ants", root=str(tmp_path / "out"), split=split)
         assert len(found) == count
@@ -69,8 +64,8 @@ def test_another_encoder_is_refused(folder, tmp_path):
 
 def test_without_a_compiler_pillow_encodes_and_native_is_an_error(tmp_path):
     code = "from karat_scale.data.prepare.images import choose_encoder as c; print(c('auto')); c('native')"
-    environment = {"PATH": "/nowhere", "PYTHONPATH": str(SCRIPTS.parent), "KARAT_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    environment = {"PATH": "/nowhere", "KARAT_CACHE_DIR": str(tmp_path)}
+    done = run_code(code, environments=[environment], directory=ROOT)
     assert done.stdout.strip() == "pillow"
     assert "--encoder native cannot run" in done.stderr
 
@@ -117,17 +112,13 @@ def test_keys_are_unique_short_and_endings_follow_the_content(tmp_path):
     assert names[0::2] == [f"{name.rpartition('.')[0]}.cls" for name in images]
 
 
-def test_shards_by_bytes(folder, tmp_path):
+def test_shards_by_bytes_and_the_leftovers_of_an_unfinished_run_which_go(folder, tmp_path):
     total = sum(len(data) for key, data in folder[1].items() if key.startswith("train"))
     made = make_shards(folder[0], tmp_path / "out", "--split", "train", "--shard-bytes", str(total // 3))
     shards = made.splits["train"].shards
     assert len(shards) == 3
     assert all(6 <= shard.samples <= 8 for shard in shards)
-
-
-def test_leftovers_of_an_unfinished_run_go(folder, tmp_path):
     out = tmp_path / "out"
-    make_shards(folder[0], out, "--split", "train", "--shard-samples", "2")
     (out / "dataset.json").unlink()
     (out / ".train-000000.tar.abc").touch()
     make_shards(folder[0], out, "--split", "train", "--shard-samples", "11")

@@ -43,8 +43,9 @@ def pixels(data):
     return np.asarray(decode_rgb(data))
 
 
-@pytest.mark.parametrize(("what", "data"), ODD.items())
-def test_policies(what, data):
+@pytest.mark.parametrize("what", ODD)
+def test_policies_and_conversion_to_ordinary_jpegs_of_the_same_pixels(what):
+    data = ODD[what]
     kept = Preparation(on_odd="keep", exif="keep").prepare(data, "a.JPEG")
     assert (kept.data, kept.done) == (data, "kept")
     assert kept.odd.startswith(what)
@@ -52,18 +53,24 @@ def test_policies(what, data):
         Preparation(on_odd="skip", exif="keep").prepare(data, "a.JPEG")
     with pytest.raises(DataError, match=f"a.JPEG: {what}.*; choose --on-odd convert, keep or skip"):
         Preparation(on_odd="stop", exif="keep").prepare(data, "a.JPEG")
+    done = Preparation(on_odd="convert", exif="keep").prepare(data, "a.JPEG")
+    assert (done.done, done.extension) == ("converted", "jpg")
+    again = Preparation(on_odd="stop", check="decode").prepare(done.data, "a.JPEG")
+    assert again.data == done.data
+    difference = np.abs(pixels(done.data).astype(int) - pixels(data)).mean()
+    assert difference == 0 if "EXIF" in what else difference < 3
 
 
-@pytest.mark.parametrize("policy", ["convert", "keep", "skip", "stop"])
-def test_a_picture_with_an_orientation_is_stored_upright(policy):
+def test_a_picture_with_an_orientation_is_stored_upright():
     """Its pixels: tests/data/decoders/test_decode.py."""
     data = jpeg(3, 64, 48, quality=95, subsampling=1, exif=exif(6))
-    done = Preparation(on_odd=policy).prepare(data, "a.jpg")
-    assert (done.done, done.extension) == ("turned", "jpg")
-    assert "as its EXIF orientation 6 asks" in done.odd
-    with Image.open(io.BytesIO(done.data)) as stored:
-        assert (JpegImagePlugin.get_sampling(stored), len(stored.getexif())) == (1, 0)
-    assert Preparation(on_odd="stop").prepare(done.data, "a.jpg").data == done.data
+    for policy in ("convert", "keep", "skip", "stop"):
+        done = Preparation(on_odd=policy).prepare(data, "a.jpg")
+        assert (done.done, done.extension) == ("turned", "jpg")
+        assert "as its EXIF orientation 6 asks" in done.odd
+        with Image.open(io.BytesIO(done.data)) as stored:
+            assert (JpegImagePlugin.get_sampling(stored), len(stored.getexif())) == (1, 0)
+        assert Preparation(on_odd="stop").prepare(done.data, "a.jpg").data == done.data
 
 
 def test_what_is_not_turned_keeps_its_bytes_and_a_grey_picture_stays_grey():
@@ -109,16 +116,6 @@ def test_the_choice_is_said_and_recorded_and_imagenet_keeps_its_bytes(tmp_path, 
         make_shards(tmp_path / "cat/src", tmp_path / "cat/out", "--exif", "keep")
 
 
-@pytest.mark.parametrize("what", ODD)
-def test_conversion_gives_ordinary_jpegs_of_the_same_pixels(what):
-    done = Preparation(on_odd="convert", exif="keep").prepare(ODD[what], "a.JPEG")
-    assert (done.done, done.extension) == ("converted", "jpg")
-    again = Preparation(on_odd="stop", check="decode").prepare(done.data, "a.JPEG")
-    assert again.data == done.data
-    difference = np.abs(pixels(done.data).astype(int) - pixels(ODD[what])).mean()
-    assert difference == 0 if "EXIF" in what else difference < 3
-
-
 def test_what_cannot_be_decoded_is_left_out_or_stops():
     """Training stops at one, hours later."""
     for preparation in (Preparation(), Preparation(on_odd="convert"), Preparation(resize=16), AUTO):
@@ -161,15 +158,12 @@ def test_damage_behind_the_header_is_found_by_decoding():
         Preparation("decode").prepare(bytes(data), "a.JPEG")
 
 
-def test_a_decompression_bomb_is_refused():
+def test_scan_agrees_with_pillow_and_a_decompression_bomb_is_refused():
     data = bytearray(jpeg(1))
     at = data.index(b"\xff\xc0")
     data[at + 5 : at + 9] = b"\xff\xff\xff\xff"
     with pytest.raises(UnreadableSampleError, match=r"65535 x 65535 pixels are over the limit"):
         inspect_image(bytes(data), "a.jpg")
-
-
-def test_scan_agrees_with_pillow():
     for width, height, mode in ((24, 20, "RGB"), (300, 7, "L"), (8, 9, "CMYK")):
         header = scan_jpeg(jpeg(1, width, height, mode=mode))
         assert (header.width, header.height, header.components) == (width, height, len(mode))
@@ -187,11 +181,8 @@ def test_resizing_bounds_the_short_side(size, expected, encoder):
     assert result.size == expected
     exact = decode_rgb(data).resize(expected, Image.Resampling.BICUBIC)
     assert np.abs(np.asarray(result).astype(int) - np.asarray(exact)).mean() < 3
-
-
-def test_quality_decides_the_size():
-    data = jpeg(6, 200, 200)
-    assert len(resized_jpeg(data, 100, 50)) < len(resized_jpeg(data, 100, 95))
+    if encoder == "pillow" and size == (400, 300):
+        assert len(resized_jpeg(data, 100, 50)) < len(resized_jpeg(data, 100, 95))
 
 
 EXPECTED_ODD = {
@@ -207,7 +198,7 @@ EXPECTED_ODD = {
 }
 
 
-@pytest.mark.parametrize("policy", ["keep", "convert", "skip"])
+@pytest.mark.parametrize("policy", ["convert", *(pytest.param(p, marks=pytest.mark.slow) for p in ("keep", "skip"))])
 def test_the_odd_collection(tmp_path, policy):
     with tarfile.open(sample_file("odd_jpegs.tar")) as tar:
         files = {info.name: tar.extractfile(info).read() for info in tar if info.isfile()}

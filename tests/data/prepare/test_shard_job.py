@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import psutil
 import pytest
@@ -13,7 +12,7 @@ import pytest
 from karat_scale.data.prepare import make_webdataset
 from karat_scale.data.shards import shard_format
 from karat_scale.foundation.errors import DataError
-from tests.data.backends.helpers import flip
+from tests.data.backends.helpers import flip, wait_until
 from tests.data.prepare.conftest import SCRIPTS
 from tests.data.prepare.images import contents, write_folders
 from tests.data.prepare.making import make_shards, shard_samples
@@ -36,13 +35,6 @@ def start(src, out, *options):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for(condition, seconds=240):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.002)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_a_killed_run_resumes_at_the_same_shard(folders, tmp_path, workers):
@@ -50,7 +42,7 @@ def test_a_killed_run_resumes_at_the_same_shard(folders, tmp_path, workers):
     make(folders, tmp_path / "whole", "--shard-samples", "2")
     out = tmp_path / "out"
     run = start(folders, out, *options)
-    wait_for(lambda: len(list(out.glob(".*.made.json"))) >= 3)
+    wait_until(lambda: len(list(out.glob(".*.made.json"))) >= 3, 240)
     at_work = psutil.Process(run.pid).children(recursive=True)
     run.send_signal(signal.SIGKILL)
     run.communicate()
@@ -112,9 +104,7 @@ def hashed_together(monkeypatch):
     return met
 
 
-def test_as_many_shards_are_hashed_at_a_time_as_there_are_workers(
-    folders, tmp_path, monkeypatch, hashed_together, capsys
-):
+def test_each_worker_hashes_a_shard_at_the_same_time(folders, tmp_path, monkeypatch, hashed_together, capsys):
     out = tmp_path / "out"
     interrupted(folders, out, monkeypatch, after=4)
     make(folders, out, "--shard-samples", "20", "--workers", "2")
@@ -133,7 +123,7 @@ def test_shards_of_other_settings_are_not_taken_over(folders, tmp_path, monkeypa
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_subset_takes_so_many_of_each_class(folders, tmp_path):
+def test_subset_takes_so_many_of_each_class_and_resized_ones_have_their_quality(folders, tmp_path):
     record = make(folders, tmp_path / "out", "--subset", "5")
     assert (record.samples, record.per_class) == (15, [5, 5, 5])
     make(folders, tmp_path / "other", "--subset", "5", "--seed", "1")
@@ -141,8 +131,5 @@ def test_subset_takes_so_many_of_each_class(folders, tmp_path):
     assert found != other
     with pytest.raises(DataError, match="made with subset = 5, now 6"):
         make(folders, tmp_path / "out", "--subset", "6")
-
-
-def test_resized_shards(folders, tmp_path):
-    record = make(folders, tmp_path / "out", "--resize", "16", "--quality", "80")
-    assert (record.samples, record.made["quality"]) == (120, 80)
+    record = make(folders, tmp_path / "small", "--subset", "5", "--resize", "16", "--quality", "80")
+    assert (record.samples, record.made["quality"]) == (15, 80)

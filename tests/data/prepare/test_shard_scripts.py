@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -17,9 +15,10 @@ from karat_scale.data.shards.tars import EncodedSample, write_shard
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import file_sha256
 from tests.conftest import ROOT, karat_environment, karat_here, run_script
-from tests.data.backends.helpers import flip
+from tests.data.backends.helpers import flip, wait_until
 from tests.data.prepare.images import contents, jpeg, write_folders
 from tests.data.prepare.making import make_shards
+from tests.warm import start
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +38,9 @@ def check(directory, *options):
     finished.verify(["--src", str(directory), *options])
 
 
-def test_good_shards_are_right(shards, capsys):
+def test_problems_are_counted_and_the_first_is_named(shards, capsys):
     check(shards)
     assert "train: 18 samples of 3 classes in 3 shards are right" in capsys.readouterr().out
-
-
-def test_problems_are_counted_and_the_first_is_named(shards, capsys):
     flip(shards / "train-000001.tar", 3000)
     (shards / "train-000002.tar").unlink()
     with pytest.raises(DataError, match=r"train-000001.tar has changed .*\(2 problems in total\)") as caught:
@@ -63,28 +59,19 @@ def replace_first_shard(directory, samples):
     write_dataset_record(directory, record)
 
 
-@pytest.mark.parametrize(
-    ("sample", "message"),
-    [
+def test_bad_samples_are_named_and_counts_compared(shards):
+    for sample, message in (
         (EncodedSample("bad", "jpg", jpeg(1)[:-200], 0), "sample bad cannot be decoded"),
         (EncodedSample("bad", "jpg", jpeg(1), 7), "sample bad has label 7 of 3 classes"),
-    ],
-)
-def test_bad_samples_are_named(shards, sample, message):
-    replace_first_shard(shards, [sample])
-    with pytest.raises(DataError, match=message):
-        check(shards)
-
-
-def test_counts_are_compared(shards):
+    ):
+        replace_first_shard(shards, [sample])
+        with pytest.raises(DataError, match=message):
+            check(shards)
     replace_first_shard(shards, [EncodedSample("one", "jpg", jpeg(1), 0)])
     with pytest.raises(DataError, match=r"split train has 13 samples, dataset.json says 18"):
         check(shards)
     with pytest.raises(DataError, match=r"lists 3 classes, ImageNet has 1000 .\d+ problems in total"):
         check(shards, "--imagenet")
-
-
-def test_imagenet_counts():
     right = SplitRecord(samples=50_000, bytes=1, shards=[])
     assert finished.count_problems("val", right, [50] * 1000, True) == []
     found = finished.count_problems("val", right, [51, 49] + [50] * 998, True)
@@ -120,19 +107,13 @@ def stage_split(shards, local, split):
     finished.stage(["--src", str(shards), "--out", str(local), "--split", split])
 
 
-def test_splits_staged_one_after_another_are_one_data_set(shards, tmp_path, capsys):
+def test_splits_staged_in_turn_are_one_data_set_and_one_that_fails_spares_the_others(shards, tmp_path, capsys):
     local = tmp_path / "local"
     stage_split(shards, local, "train")
     assert "Stage val too before you train from it" in capsys.readouterr().out
     stage_split(shards, local, "val")
     assert f"Train with data.path={local}" in capsys.readouterr().out
     assert contents(local) == contents(shards)
-
-
-def test_a_split_that_cannot_be_staged_leaves_the_others_listed(shards, tmp_path):
-    local = tmp_path / "local"
-    stage_split(shards, local, "train")
-    stage_split(shards, local, "val")
     for directory in (local, shards):
         flip(directory / "val-000000.tar", 2000)
     with pytest.raises(DataError, match=r"val-000000.tar has changed"):
@@ -232,14 +213,14 @@ def test_one_waits_for_the_other_and_none_is_lost(parts: tuple[Path, Path], tmp_
     (train, val), out = parts, tmp_path / "out"
     out.mkdir()
     (out / finished.TURN).symlink_to(val)  # a run that was killed left it
-    command = [sys.executable, str(ROOT / "data_prep/join_splits.py"), "--src", str(train), "--out", str(out)]
-    waiting = subprocess.Popen(command, env=karat_environment(), stdout=subprocess.PIPE, text=True)
-    assert waiting.stdout is not None
-    assert f"waiting until {val} is joined" in waiting.stdout.readline()
+    script, said = str(ROOT / "data_prep/join_splits.py"), tmp_path / "said"
+    options = ["--src", str(train), "--out", str(out)]
+    waiting = start(script, options, karat_environment(), ROOT, said, tmp_path / "errors")
+    wait_until(lambda: said.exists() and f"waiting until {val} is joined" in said.read_text())
     assert not (out / "dataset.json").exists()
     assert finished.join(val, out) == ["val"]  # the next run for the same source takes over
-    assert waiting.wait(60) == 0
-    waiting.stdout.close()
+    waiting.join(60)
+    assert waiting.exitcode == 0
     assert sorted(read_dataset_record(out).splits) == ["train", "val"]
     assert not os.path.lexists(out / finished.TURN)
     assert not train.exists()

@@ -90,7 +90,7 @@ def test_an_object_that_changed_is_noticed(make_shards, remote, nginx, make_samp
             remote(proxy.url)
 
 
-@pytest.mark.parametrize("suffix", [".tar", ".npz"])
+@pytest.mark.parametrize("suffix", [".tar", pytest.param(".npz", marks=SLOW)])
 def test_what_the_network_damages_is_not_taken_for_a_change(suffix, make_shards, remote, nginx):
     directory, flipped = make_shards(), []
 
@@ -131,13 +131,13 @@ def test_an_etag_stands_in_for_hashes_that_nobody_computed(make_shards, remote, 
 def test_a_store_that_stalls_is_named_in_time(workers, make_shards, remote, nginx):
     stalls = []
     with FaultyProxy(nginx(make_shards()), spoil=lambda number, asked: "stall" if stalls else None) as proxy:
-        backend = remote(proxy.url, workers=workers, timeout=4)
+        backend = remote(proxy.url, workers=workers, timeout=3)
         stalls.append(True)
         begun = time.monotonic()
-        line = rf"^{re.escape(proxy.url)}/train-00000\d\.tar: no answer came in time, .*data.timeout \(now 4 s\)"
+        line = rf"^{re.escape(proxy.url)}/train-00000\d\.tar: no answer came in time, .*data.timeout \(now 3 s\)"
         with pytest.raises(DataError, match=line):
             epochs(backend)
-        assert time.monotonic() - begun < 4 + workers * 6  # torch gives a worker that hangs 5 s to end
+        assert time.monotonic() - begun < 30  # not when the server would answer
 
 
 def test_what_the_order_needs_must_fit_into_the_cache(make_shards, remote, nginx):

@@ -43,21 +43,21 @@ def entries(directory: Path) -> list[Path]:
     return [path for path in directory.glob("??/*") if path.suffix != ".part"]
 
 
-def test_an_entry_is_made_once_and_kept(tmp_path):
+def test_an_entry_is_made_once_and_kept_and_made_again_where_it_is_not_whole(tmp_path):
     calls: list[str] = []
     for _ in range(3):
         assert made(NodeCache(tmp_path / "cache", 1e6), "url a", calls=calls) == b"x" * SIZE
     assert calls == ["url a"]
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
     assert (tmp_path / "cache" / "total").read_text().split() == [str(SIZE)]
-
-
-def test_an_entry_that_a_crash_cut_short_is_made_again(tmp_path):
-    cache, calls = NodeCache(tmp_path / "cache", 1e6), []
-    made(cache, "url a")
-    os.truncate(entries(tmp_path / "cache")[0], 17)
+    cache = NodeCache(tmp_path / "cache", 1e6)
+    (entry,) = entries(tmp_path / "cache")
+    os.truncate(entry, 17)  # by a crash
     assert made(cache, "url a", calls=calls) == b"x" * SIZE
-    assert calls == ["url a"]
+    entry.unlink()
+    os.mkfifo(entry)
+    assert made(cache, "url a", calls=calls) == b"x" * SIZE
+    assert calls == 3 * ["url a"]
 
 
 def test_the_entries_used_last_are_kept(tmp_path):
@@ -117,18 +117,8 @@ def test_one_of_many_processes_makes_an_entry_and_a_killed_one_blocks_nobody(tmp
     assert not list((tmp_path / "cache").glob("??/*.part"))
 
 
-def test_what_a_killed_process_left_is_removed_when_room_is_made(tmp_path):
+def test_an_error_of_the_store_leaves_nothing_and_what_a_killed_process_left_goes_when_room_is_made(tmp_path):
     cache = NodeCache(tmp_path / "cache", 2 * SIZE)
-    made(cache, "url a")
-    left = entries(tmp_path / "cache")[0].with_suffix(".part")
-    left.write_bytes(b"half")
-    for number in range(3):
-        made(cache, f"url {number}")
-    assert not left.exists()
-
-
-def test_an_error_of_the_store_leaves_nothing(tmp_path):
-    cache = NodeCache(tmp_path / "cache", 1e6)
 
     def fail(part: Part) -> None:
         raise DataError("the store is down")
@@ -137,6 +127,11 @@ def test_an_error_of_the_store_leaves_nothing(tmp_path):
         cache.open("url a", SIZE, fail, later())
     assert not list((tmp_path / "cache").glob("??/*"))
     assert made(cache, "url a") == b"x" * SIZE
+    left = entries(tmp_path / "cache")[0].with_suffix(".part")
+    left.write_bytes(b"half")
+    for number in range(3):
+        made(cache, f"url {number}")
+    assert not left.exists()
 
 
 def test_a_full_disk_is_one_line(small_disk):
@@ -154,13 +149,10 @@ def test_another_users_directory_is_refused(tmp_path):
         NodeCache(tmp_path, 1e6)
 
 
-def test_a_place_that_is_no_directory_is_one_line(tmp_path):
+def test_where_it_is_and_what_is_no_directory(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"file/cache, cannot be written: Not a directory; set KARAT_DATA_CACHE to"):
         NodeCache(tmp_path / "file" / "cache", 1e6)
-
-
-def test_where_it_is(monkeypatch, tmp_path):
     monkeypatch.setenv("KARAT_DATA_CACHE", str(tmp_path / "own"))
     assert data_cache_directory() == tmp_path / "own"
     monkeypatch.delenv("KARAT_DATA_CACHE")
@@ -175,16 +167,6 @@ def test_a_disk_that_became_read_only_still_serves_what_it_has(small_disk):
     assert made(NodeCache(small_disk / "cache", 1e9), "url a") == b"x" * SIZE
     with pytest.raises(DataError, match=r"cannot be written: Read-only file system; set KARAT_DATA_CACHE to"):
         made(cache, "url b")
-
-
-def test_a_pipe_in_place_of_an_entry_is_made_again(tmp_path):
-    cache, calls = NodeCache(tmp_path / "cache", 1e6), []
-    made(cache, "url a")
-    (entry,) = entries(tmp_path / "cache")
-    entry.unlink()
-    os.mkfifo(entry)
-    assert made(cache, "url a", calls=calls) == b"x" * SIZE
-    assert calls == ["url a"]
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from karat_scale.data.shards.shard_format import read_dataset_record
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe.loading import load_recipe
-from tests.conftest import karat, karat_command, karat_environment, run_script, summary
+from tests.conftest import karat, karat_environment, run_script, summary
 from tests.servers import FaultyProxy
 from tests.training.runs import kill_all, start, wait_for_checkpoint
+from tests.warm import run_program
 
 pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install -e '.[remote]'")
 
@@ -54,16 +55,12 @@ def test_tars_at_a_url_are_indexed_as_on_disk(kind, hashes, tars, tmp_path, requ
     assert other.file_of(0).startswith(f"{url}/train-")
 
 
-def test_indexing_asks_for_large_parts(tars, tmp_path, nginx):
+def test_indexing_asks_for_large_parts_and_forks_no_process(tars, tmp_path, nginx, monkeypatch):
     with FaultyProxy(nginx(tars)) as proxy:
+        monkeypatch.delattr("os.fork")
         assert main(["index", proxy.url, "--out", str(tmp_path / "index")]) == 0
         assert len(proxy.gets()) == len(list(tars.glob("*.tar"))) + 1  # the first one also for the rule
-
-
-def test_indexing_at_a_url_forks_no_process(tars, tmp_path, nginx, monkeypatch):
-    url = f"http://127.0.0.1:{nginx(tars)}"
-    monkeypatch.delattr("os.fork")
-    assert main(["index", url, "--out", str(tmp_path / "index"), "--hash"]) == 0
+        assert main(["index", proxy.url, "--out", str(tmp_path / "hashed"), "--hash"]) == 0
 
 
 def test_indexing_says_what_is_wrong(tmp_path, nginx, capsys):
@@ -88,11 +85,11 @@ def test_https(tars, tmp_path, nginx):
     subprocess.run([openssl, "req", "-x509", "-newkey", "rsa:2048", *subject, *files], check=True, capture_output=True)
     certificate.write_text(certificate.read_text() + (tmp_path / "public.pem").read_text())
     url = f"https://127.0.0.1:{nginx(tars, certificate)}"
-    command = karat_command(["index", url, "--out", str(tmp_path / "index")])
     strict = karat_environment()
     trusting = {**strict, "SSL_CERT_FILE": str(certificate)}
     refused, done = (
-        subprocess.run(command, env=environment, capture_output=True, text=True) for environment in (strict, trusting)
+        run_program("karat_scale", ["index", url, "--out", str(tmp_path / "index")], [environment], 120, tmp_path)
+        for environment in (strict, trusting)
     )
     assert refused.returncode == 2
     assert refused.stderr.strip() == (
@@ -120,9 +117,6 @@ def test_a_credential_in_a_url_is_refused_and_not_repeated(recipe_file):
         with pytest.raises(RecipeError, match="which may be a credential") as error:
             load_recipe(recipe_file, [f"data.path={url}"])
         assert "hunter2" not in str(error.value)
-
-
-def test_only_shards_can_be_at_a_url(recipe_file):
     with pytest.raises(RecipeError, match="only shards can be at a URL, with data"):
         load_recipe(recipe_file, ["data.path=s3://bucket/set", "data.backend=folder"])
 

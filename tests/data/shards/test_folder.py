@@ -36,19 +36,15 @@ def test_every_image_is_there_once_with_its_class(folder):
     assert split.labels.dtype == np.int32
 
 
-def test_a_file_that_is_gone_is_named(folder):
-    root = folder("train/ant/1.jpg")
-    split = FolderSplit(root, "train", 2)
-    (root / "train/ant/1.jpg").unlink()
-    with pytest.raises(DataError, match=r"train/ant/1.jpg cannot be read: No such file"):
-        split.read(0)
-
-
-def test_labels_follow_the_training_split(folder):
+def test_labels_follow_the_training_split_and_a_file_that_is_gone_is_named(folder):
     root = folder("train/ant/1.jpg", "train/bee/1.jpg", "train/cat/1.jpg", "val/bee/1.jpg", "val/cat/1.jpg")
     train = FolderSplit(root, "train", 3)
     val = FolderSplit(root, "val", 3, train.classes)
     assert sorted(val.labels.tolist()) == [1, 2]
+    path, _ = val.locate(0)
+    (root / "val" / path).unlink()
+    with pytest.raises(DataError, match=rf"val/{path} cannot be read: No such file"):
+        val.read(0)
 
 
 @pytest.mark.parametrize(

@@ -57,22 +57,16 @@ def test_a_variable_is_opened_by_its_value_and_named_by_its_name(stream_config, 
     assert "${WORD} is the variable WDS_WORD" in refused(stream_config, "${PLACE}/0.tar")
 
 
-@pytest.mark.parametrize(
-    ("stream", "said"),
-    [
-        ("${NOWHERE}/a.tar", "${NOWHERE} is the variable WDS_NOWHERE of the environment, which is not set"),
-        ("a-{0..3.tar", "has a { without its }"),
-        ("a.tar::", "an empty name between two ::"),
-        ("-", "the standard input"),
-        ("https://[host/a.tar", "https://[host/a.tar is no URL: "),
-        ("s3://bucket/a.tar", "the webdataset library opens no s3:; use pipe:"),
-    ],
-)
-def test_what_the_library_cannot_open_is_one_line(stream_config, stream: str, said: str) -> None:
-    assert said in refused(stream_config, stream)
-
-
-def test_fewer_shards_than_lanes_are_refused_with_the_number(stream_config) -> None:
+def test_what_the_library_cannot_open_and_fewer_shards_than_lanes_are_one_line(stream_config) -> None:
+    for stream, said in {
+        "${NOWHERE}/a.tar": "${NOWHERE} is the variable WDS_NOWHERE of the environment, which is not set",
+        "a-{0..3.tar": "has a { without its }",
+        "a.tar::": "an empty name between two ::",
+        "-": "the standard input",
+        "https://[host/a.tar": "https://[host/a.tar is no URL: ",
+        "s3://bucket/a.tar": "the webdataset library opens no s3:; use pipe:",
+    }.items():
+        assert said in refused(stream_config, stream)
     found = shards(stream_config, "a-{0..3}.tar")
     found.check_lanes(2, 2)
     with pytest.raises(DataError, match=r"4 tars, fewer than 6 = 3 ranks x 2 data workers.*name at least 6"):
@@ -103,15 +97,12 @@ def test_a_lane_goes_on_from_any_place(source) -> None:
         assert lane(source(), 20, whole[used][3], lanes=2) == whole[used + 1 : used + 21]
 
 
-def test_ids_are_stable_and_differ(source, tars: Path) -> None:
+def test_ids_are_stable_and_differ_and_images_and_labels_are_those_of_the_tar(source) -> None:
     ids = {one.key: one.id for one, *_ in lane(source(), 24, LanePlace(0))}
     again = {one.key: one.id for one, *_ in lane(source(stream_buffer=1), 24, LanePlace(0))}
     assert ids == again
     assert len(set(ids.values())) == 24
     assert all(0 <= number < 2**63 for number in ids.values())
-
-
-def test_images_and_labels_are_those_of_the_tar(source) -> None:
     for one, *_ in lane(source(), 24, LanePlace(0)):
         number = int(one.key[1:])
         assert one == StreamSample(one.id, one.key, image(number), number % 3)
@@ -138,28 +129,19 @@ def test_labels(source, tmp_path: Path, label: str, members, expected: object) -
     assert (one.problem or one.label) == expected
 
 
-@pytest.mark.parametrize(
-    ("members", "said"),
-    [
+def test_unusable_samples_say_why_and_a_tar_with_too_few_ends_the_run(source, tmp_path: Path):
+    for members, said in (
         ([("a.cls", b"1")], "no image (jpg, jpeg, png, webp)"),
         ([("a.jpg", b""), ("a.cls", b"1")], "the image is empty"),
         ([*sample(1), *sample(1)], "a suffix occurs twice"),
         ([("a.tar", b"x")], "no image (jpg, jpeg, png, webp)"),
-    ],
-)
-def test_samples_that_cannot_be_used_say_why(source, tmp_path: Path, members, said: str) -> None:
-    write_tar(tmp_path / "t.tar", members)
-    ((one, *_),) = lane(source(tmp_path / "t.tar"), 1, LanePlace(0))
-    assert one.problem == said
-
-
-def test_a_tar_without_samples_ends_the_run(source, tmp_path: Path) -> None:
+    ):
+        write_tar(tmp_path / "t.tar", members)
+        ((one, *_),) = lane(source(tmp_path / "t.tar"), 1, LanePlace(0))
+        assert one.problem == said
     write_tar(tmp_path / "t.tar", [])
     with pytest.raises(DataError, match=r"t.tar has no sample"):
         lane(source(tmp_path / "t.tar"), 1, LanePlace(0))
-
-
-def test_a_tar_that_became_shorter_is_noticed(source) -> None:
     with pytest.raises(DataError, match=r"tar has \d samples, and the run has used 50"):
         lane(source(), 1, LanePlace(0, 50))
 

@@ -14,7 +14,7 @@ import pytest
 
 from karat_scale.engine.tracking.follow import Trackers
 from tests.conftest import free_port
-from tests.engine.tracking.test_follow import until
+from tests.data.backends.helpers import wait_until
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("mlflow")
@@ -39,7 +39,7 @@ class Server:
             self._process = subprocess.Popen(
                 self._command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        until(self._answers, 180)
+        wait_until(self._answers, 180)
 
     def stop(self) -> None:
         if self._process is not None:
@@ -132,10 +132,10 @@ def test_a_server_that_is_down_for_a_while_gets_everything_once(written, server,
     written.train(1)
     trackers = Trackers(written.path, ["mlflow"])
     try:
-        until(lambda: bool(client.search_experiments()) and _has(client, [1]), 120)
+        wait_until(lambda: bool(client.search_experiments()) and _has(client, [1]), 120)
         server.stop()
         written.train(2, 3)
-        until(lambda: any("gets no figures" in one for one in trackers.messages()), 120)
+        wait_until(lambda: any("gets no figures" in one for one in trackers.messages()), 120)
         server.start()
         written.train(4)
         assert trackers.finish(120) == []

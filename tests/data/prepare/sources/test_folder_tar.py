@@ -53,16 +53,14 @@ def test_classes_with_folders_in_them_are_classes(tmp_path: Path) -> None:
     assert made(a_tar(tmp_path / "b.tar", ["rose/1.jpg", "rose/old/2.jpg"]))[0] == ["rose"]
 
 
-@pytest.mark.parametrize(
-    ("names", "name"), [(["a/b/rose/1.jpg", "a/b/tulip/1.jpg"], "b"), (["rose/old/1.jpg", "rose/old/2.jpg"], "old")]
-)
-def test_one_class_by_long_paths_is_an_error(tmp_path: Path, names: list[str], name: str) -> None:
-    message = rf"a\.tar: by paths such as {names[0]}, all images would be of one class, '{name}'; expected "
-    with pytest.raises(DataError, match=message):
-        made(a_tar(tmp_path / "a.tar", names))
-
-
-def test_an_empty_folder_beside_the_folder_of_classes_is_not_guessed_about(tmp_path: Path) -> None:
+def test_one_class_by_long_paths_is_an_error_and_an_empty_folder_is_not_guessed_about(tmp_path: Path) -> None:
+    for name, names in {
+        "b": ["a/b/rose/1.jpg", "a/b/tulip/1.jpg"],
+        "old": ["rose/old/1.jpg", "rose/old/2.jpg"],
+    }.items():
+        message = rf"a\.tar: by paths such as {names[0]}, all images would be of one class, '{name}'; expected "
+        with pytest.raises(DataError, match=message):
+            made(a_tar(tmp_path / "a.tar", names))
     with tarfile.open(a_tar(tmp_path / "a.tar", ["flowers/rose/1.jpg", "flowers/tulip/1.jpg"]), "a") as tar:
         docs = tarfile.TarInfo("docs")
         docs.type = tarfile.DIRTYPE

@@ -42,7 +42,6 @@ def devkit_forms():
     devkit = (WNIDS[2], WNIDS[0], WNIDS[1])
     ids = "".join(f"{devkit.index(wnid) + 1}\n" for wnid, _ in val.values())
     return {
-        "kaggle": ("LOC_val_solution.csv", None, None),
         "pairs": ("val_labels.txt", "".join(f"{name} {wnid}\n" for name, (wnid, _) in val.items()), None),
         "csv": ("val_labels.csv", "".join(f"{name[:-5]},{wnid}\n" for name, (wnid, _) in val.items()), None),
         "wnid a line": ("imagenet_2012_validation_synset_labels.txt", "\n".join(w for w, _ in val.values()), None),
@@ -56,19 +55,18 @@ def devkit_forms():
     }
 
 
-@pytest.mark.parametrize("form", devkit_forms())
-def test_published_forms_of_the_validation_labels(official, tmp_path, form):
-    name, text, synsets = devkit_forms()[form]
+def test_published_forms_of_the_validation_labels(official, tmp_path):
     make(official, tmp_path / "kaggle", "--split", "val")
-    options = []
-    if text is not None:
-        (official / "LOC_val_solution.csv").unlink()
+    (official / "LOC_val_solution.csv").unlink()
+    for form, (name, text, synsets) in devkit_forms().items():
         (official / name).write_text(text)
-    if synsets is not None:
-        (tmp_path / "synsets.txt").write_text(synsets)
-        options = ["--synsets", str(tmp_path / "synsets.txt")]
-    make(official, tmp_path / "out", *options)
-    assert contents(tmp_path / "out", "val*") == contents(tmp_path / "kaggle", "val*")
+        options = []
+        if synsets is not None:
+            (tmp_path / "synsets.txt").write_text(synsets)
+            options = ["--synsets", str(tmp_path / "synsets.txt")]
+        make(official, tmp_path / form, "--split", "val", *options)
+        assert contents(tmp_path / form, "val*") == contents(tmp_path / "kaggle", "val*"), form
+        (official / name).unlink()
 
 
 @pytest.mark.parametrize(
@@ -99,16 +97,13 @@ def test_a_sorted_list_is_not_taken_for_the_devkits_order(official, tmp_path):
         make(official, tmp_path / "out", "--synsets", str(tmp_path / "synsets.txt"))
 
 
-def test_human_names(official, tmp_path):
+def test_human_names_and_only_training(official, tmp_path):
     lines = [f"{WNIDS[0]} tench, Tinca tinca", f"{WNIDS[2]} kit fox, Vulpes macrotis"]
     (official / "LOC_synset_mapping.txt").write_text("\n".join(lines))
     names = ["tench, Tinca tinca", WNIDS[1], "kit fox, Vulpes macrotis"]
     assert make(official, tmp_path / "out").names == names
-
-
-def test_only_training(official, tmp_path):
     (official / "LOC_val_solution.csv").unlink()
-    assert list(make(official, tmp_path / "out", "--split", "train").splits) == ["train"]
+    assert list(make(official, tmp_path / "train", "--split", "train").splits) == ["train"]
 
 
 @pytest.mark.parametrize("cut", ["in an inner tar", "in a header", "between two inner tars", "an inner tar"])
