@@ -1,18 +1,24 @@
-"""What a small run imports, DeepSpeed for the CPU among it, without the trackers that libraries would import too."""
+"""What a small run imports, without the trackers that libraries would import too.
+
+DeepSpeed is among it where there is no GPU: it is imported for one kind of device, which a run may choose.
+"""
 
 import importlib
+from pathlib import Path
 
 from karat_scale.engine.distributed import tell_deepspeed
 from karat_scale.foundation.tables import trackers_hidden
 
-tell_deepspeed("cpu")
+modules = [
+    "karat_scale.commands.evaluate.command",
+    "karat_scale.data.backends.images",
+    "karat_scale.engine.deepspeed_internals",
+    "karat_scale.training.run",
+    "karat_scale.training.tasks.classification.task",
+]
+if not Path("/dev/nvidiactl").exists():
+    tell_deepspeed("cpu")
+    modules.append("deepspeed.runtime.zero.muon.muon_optimizer")
 with trackers_hidden():
-    for name in (
-        "deepspeed.runtime.zero.muon.muon_optimizer",
-        "karat_scale.commands.evaluate.command",
-        "karat_scale.data.backends.images",
-        "karat_scale.engine.deepspeed_internals",
-        "karat_scale.training.run",
-        "karat_scale.training.tasks.classification.task",
-    ):
+    for name in modules:
         importlib.import_module(name)
