@@ -14,7 +14,8 @@ set -uo pipefail
 
 # These may be set, too. The number of restarts in a row that may end without a new checkpoint.
 : "${IDLE_RESTARTS:=3}"
-# So many nodes wait to replace lost ones. It needs `sbatch --no-kill`, or SLURM ends the job with the first lost node.
+# So many nodes wait to replace lost ones, and those with a GPU that is not sound. It needs `sbatch --no-kill`, or SLURM
+# ends the job with the first lost node.
 : "${SPARES:=0}"
 # If a rank makes no progress for this many seconds, it is named and the ranks start again. 0: never. Phases may have
 # their own: 900,start=1800,compile=3600,data=300,step=600,save=1800
@@ -46,7 +47,7 @@ for argument in "$@"; do
   esac
 done
 
-# How often the ranks have started again in this job, and why; the lost nodes; whether the job was told to stop.
+# How often the ranks have started again in this job, and why; the nodes left out; whether the job was told to stop.
 ATTEMPT=0 FAILURE='' LOST='' TOLD=''
 
 # There is nothing to save until the ranks run.
@@ -129,10 +130,7 @@ launch() {
       say "takes $most of $nodes nodes, over whose ranks the global batch divides; the rest stay idle"
     nodes=$most
   fi
-  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null | head -n 1)
-  # A batch script runs on the first node, so without scontrol that is this one.
-  first=${first:-${SLURMD_NODENAME:-$(hostname)}}
-  MASTER_ADDR=$first${HOST_SUFFIX:-}
+  ((nodes == SLURM_JOB_NUM_NODES)) || leave_out_nodes "$nodes"
   MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # below the ports that kernels hand out
   export MASTER_ADDR MASTER_PORT KARAT_STALL_SECONDS=$STALL_SECONDS KARAT_START KARAT_RANK_WRAPPER
   trap ask_to_save USR2 TERM
@@ -141,6 +139,10 @@ launch() {
     ((ATTEMPT == 0)) || KARAT_START+=.$ATTEMPT
     LOGS=$RUN/logs/$KARAT_START
     mkdir -p "$LOGS" || refuse "RUN = $RUN cannot be written"
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null | grep -vxF "${LOST//,/$'\n'}" | head -n 1)
+    # A batch script runs on the first node, so without scontrol that is this one.
+    first=${first:-${SLURMD_NODENAME:-$(hostname)}}
+    MASTER_ADDR=$first${HOST_SUFFIX:-}
     KARAT_RANK_WRAPPER="bash $(printf '%q %q' "$KARAT_HOME/slurm/rank.sh" "$LOGS")"
     say "start $((${SLURM_RESTART_COUNT:-0} + 1))${KARAT_START#"$JOB-${SLURM_RESTART_COUNT:-0}"}: $((nodes * per_node)) ranks on $SLURM_JOB_NODELIST, logs in $LOGS"
     # srun takes the first node, and adds others until it has --nodes. What an earlier step left must not hold it up.
@@ -158,7 +160,7 @@ launch() {
     until wait "$STEP" || ! kill -0 "$STEP" 2>/dev/null; do :; done # a signal ends `wait`, not the step
     finish "$((nodes * per_node))"
     [[ $1 != eval ]] || fail
-    replace_lost_nodes "$nodes"
+    leave_out_nodes "$nodes"
     ATTEMPT=$((ATTEMPT + 1))
     count_restart
     [[ -z $TOLD ]] || requeue "$FAILURE"
@@ -231,18 +233,38 @@ watch() {
   [[ $? == 3 ]] && kill -TERM "$STEP"
 }
 
-# Finds the nodes that run nothing any more. Without a spare for each, the job goes back to the queue.
-replace_lost_nodes() {
-  local all node
+# Finds the nodes that run nothing any more, for which the job goes back to the queue without a spare for each. If more
+# spares are left, they replace nodes with a GPU that is not sound. The trainer tells of the others.
+leave_out_nodes() {
+  local all found spares node fault look=(true)
   all=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  LOST=$(for node in $all; do { answers "$node" || echo "$node"; } & done | paste -sd,)
-  [[ -n $LOST ]] || return
-  (($(wc -w <<<"$all") - $(tr , ' ' <<<"$LOST" | wc -w) >= $1)) || requeue "lost $LOST"
-  say "lost $LOST; a spare node takes part"
+  spares=$(($(wc -w <<<"$all") - $1))
+  ((spares > 0)) && look=("${PYTHON[@]}" -m karat_scale.commands.submit.within_job faults)
+  found=$(for node in $all; do look_at "$node" "${look[@]}" & done)
+  LOST=$(awk 'NF == 1' <<<"$found" | paste -sd,)
+  if [[ -n $LOST ]]; then
+    spares=$((spares - $(wc -w <<<"${LOST//,/ }")))
+    ((spares >= 0)) || requeue "lost $LOST"
+    say "lost $LOST; a spare node takes part"
+  fi
+  while read -r node fault && ((spares > 0)); do
+    [[ -n $fault ]] || continue
+    spares=$((spares - 1))
+    LOST+=${LOST:+,}$node
+    say "$fault; a spare node takes part"
+  done <<<"$found"
 }
 
-answers() {
-  timeout 60 srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$1" true 2>/dev/null
+# Runs a command that prints the faults of a node there. Prints the node's name if that fails, its name and the faults
+# if there are any, and else nothing.
+look_at() {
+  local node=$1 faults
+  shift
+  if ! faults=$(timeout 60 srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$node" "$@" 2>/dev/null); then
+    echo "$node"
+  elif [[ -n $faults ]]; then
+    echo "$node ${faults//$'\n'/; }"
+  fi
 }
 
 requeue() {

@@ -7,6 +7,7 @@
 import secrets
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from karat_scale.checkpoint.restore import bring_near
@@ -82,8 +83,10 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             if copy is not None:
                 copy.begin()
             reporter.info(headline(trainer))
-            for fault in gpu_faults() if world.device.type == "cuda" and world.local_rank == 0 else ():
-                reporter.warn(fault)
+            if world.device.type == "cuda":
+                for fault in chain(*world.gather(gpu_faults() if world.local_rank == 0 else [])):
+                    if world.is_main:
+                        reporter.warn(fault)
             if outcome.state.step >= trainer.total_steps:
                 reporter.info(f"nothing is left to do: {how_to_extend(trainer)}")
             elif slow := slow_precision(recipe.train.precision, world.device):

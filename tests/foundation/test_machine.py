@@ -13,6 +13,7 @@ from karat_scale.commands.parsers import preparing
 from karat_scale.engine.engine import slow_precision
 from karat_scale.foundation.errors import UserError
 from karat_scale.foundation.machine import cpu_quota, is_local, known_gpu, memory_limit, use_local_caches
+from tests.nvml import nvml_environment
 
 
 def write(root: Path, **files: str) -> None:
@@ -161,3 +162,25 @@ except OSError as error:
 def test_a_lack_of_descriptors_is_not_taken_for_a_missing_package() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
     assert done.stdout == "EMFILE\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("ecc", "7 memory errors that ECC could not correct"),
+        ("pending", "its memory needs a reset of the GPU to replace a row"),
+        ("no row", "its memory has no row left to replace a bad one"),
+        ("slowdown", "heat or a lack of power lowers its clock"),
+        ("heat", "heat or a lack of power lowers its clock"),
+        ("lanes", "8 of 16 PCIe lanes"),
+        ("link", "3 of 4 NVLinks"),
+        ("no links", None),  # such as GPUs without a bridge
+        ("everything unknown", None),
+        ("none", None),
+    ],
+)
+def test_a_gpu_that_is_not_sound_is_named_with_its_node(tmp_path: Path, fault: str, said: str | None) -> None:
+    program = "from karat_scale.foundation.machine import gpu_faults; print(*gpu_faults(), sep='\\n')"
+    environment = os.environ | nvml_environment(tmp_path, fault) | {"SLURMD_NODENAME": "node7"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == (f"GPU 1 on node7: {said}" if said else "")

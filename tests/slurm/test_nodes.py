@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tests.conftest import events, summary
+from tests.nvml import nvml_environment
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.jobs import submit
 from tests.slurm.training import (
@@ -14,6 +15,7 @@ from tests.slurm.training import (
     run_of,
     wait_for,
 )
+from tests.training.runs import assert_same_run
 
 
 def test_two_nodes_train_what_one_process_trains(on_two_nodes, uninterrupted) -> None:
@@ -44,6 +46,21 @@ def test_a_spare_node_takes_the_place_of_a_lost_one(
         assert_ends_like(job, on_two_nodes)
         assert job.starts == 1
     assert f"lost {three.nodes[1]}; a spare node takes part" in job.log
+
+
+def test_a_spare_node_takes_the_place_of_one_with_a_bad_gpu(
+    recipe: Path, shards: Path, on_two_nodes: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, str | Path] = {"RECIPE": recipe, "SHARDS": shards, "RUN": tmp_path / "run", "SPARES": "1"}
+    with Cluster(nodes=3) as three:
+        first = three.nodes[0]  # the batch script runs there
+        settings |= nvml_environment(tmp_path, "ecc", first)
+        job = submit(three, SCRIPT, *OVERRIDES, options=("--nodes=3", "--no-kill"), cwd=tmp_path, **settings)
+        assert job.wait() == "COMPLETED 0", job.log
+    assert_same_run(run_of(job), on_two_nodes)
+    assert f"GPU 1 on {first}: 7 memory errors that ECC could not correct; a spare node takes part" in job.log
+    exits = [file.read_text().split() for file in run_of(job).glob("logs/*/rank-*.exit")]
+    assert sorted(node for _, node, _, _ in exits) == three.nodes[1:]
 
 
 def test_it_continues_with_the_remaining_nodes(train, uninterrupted, cluster) -> None:

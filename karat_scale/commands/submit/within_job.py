@@ -1,12 +1,13 @@
-"""What slurm/launch.sh asks within a job: how many of its nodes can train a recipe, and which rank hangs.
+"""What slurm/launch.sh asks within a job: how many of its nodes can train a recipe, which rank hangs, which GPU is bad.
 
     python -m karat_scale.commands.submit.within_job nodes NODES RANKS_PER_NODE COMMAND RECIPE [key=value ...]
     python -m karat_scale.commands.submit.within_job watch RUN --ranks N --stall LIMITS
+    python -m karat_scale.commands.submit.within_job faults
 
 COMMAND is train or detect, and LIMITS are those of `StallLimits`. The watch runs beside the ranks. Its exit code 3: a
 rank made no progress for that long; a line on standard output names the rank and its node. Clocks of other nodes do not
 matter: only the time at which this process last saw a file change counts. For a rank that is only slow, there is a line
-on standard error.
+on standard error. The faults are those of this node's GPUs, one on a line.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from karat_scale.engine.heartbeat import (
     slow_factor,
     this_start,
 )
+from karat_scale.foundation.machine import gpu_faults
 
 if TYPE_CHECKING:
     from karat_scale.recipe.schema import RunRecipe
@@ -143,7 +145,12 @@ def main(arguments: list[str] | None = None) -> int:
     for name, kind in (("nodes", int), ("ranks_per_node", int), ("command", str), ("recipe", str)):
         most.add_argument(name, type=kind)
     most.add_argument("overrides", nargs=argparse.REMAINDER)
+    questions.add_parser("faults", help="print what is not sound about this node's GPUs")
     options = parser.parse_args(arguments)
+    if options.question == "faults":
+        for line in gpu_faults():
+            print(line)
+        return 0
     if options.question == "watch":
         print(f"error: {watch(options.run, options.ranks, options.stall, threading.Event())}", flush=True)
         return EXIT_STALLED
