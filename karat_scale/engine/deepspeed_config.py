@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from karat_scale.foundation.errors import RecipeError, did_you_mean
 from karat_scale.foundation.files import read_text, shipped_directory
-from karat_scale.foundation.tables import refuse_untrusted
+from karat_scale.foundation.tables import importing, refuse_untrusted
 from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.train import DeepSpeedConfig
 
@@ -73,7 +73,8 @@ def _check(config: Mapping[str, Any], values: Mapping[str, Any], source: str) ->
 
 
 def _check_by_deepspeed(config: Mapping[str, Any], source: str) -> None:
-    from deepspeed.runtime.config import DeepSpeedConfig as Parsed
+    with importing():
+        from deepspeed.runtime.config import DeepSpeedConfig as Parsed
 
     batches = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     plain = {key: value for key, value in config.items() if key not in batches}

@@ -9,6 +9,8 @@ command line is the user's. A run's directory, a file of weights or a hub's fold
 module of that name may lie beside it.
 """
 
+import atexit
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -25,10 +27,30 @@ from typing import Any
 from karat_scale.foundation.errors import UserError
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """Let Python look for no unused objects while modules are imported, nor among their objects later.
+
+    Those of torch and DeepSpeed are hundreds of thousands, and nearly all stay. The search takes a seventh of a start,
+    and would copy their pages into each data worker.
+    """
+    known, was_enabled = len(sys.modules), gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if len(sys.modules) > known:
+            gc.freeze()
+            atexit.register(gc.unfreeze)  # or Triton's C++ complains of objects that are left at the end
+        if was_enabled:
+            gc.enable()
+
+
 def load(place: str) -> Any:
     """Return the object at a place, `module:attribute`."""
     module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
+    with importing():
+        return getattr(importlib.import_module(module), name)
 
 
 SCHEMAS = {

@@ -24,7 +24,7 @@ from karat_scale.foundation.arguments import (
 from karat_scale.foundation.errors import DataError, UserError
 from karat_scale.foundation.machine import known_gpu
 from karat_scale.foundation.stores import is_url
-from karat_scale.foundation.tables import CORRUPTIONS
+from karat_scale.foundation.tables import CORRUPTIONS, importing
 
 if TYPE_CHECKING:
     from karat_scale.commands.submit.sbatch import Job
@@ -232,8 +232,9 @@ def _train_or_print(recipe: "Recipe", only_print: bool) -> int:
         print(dump_recipe(recipe), end="")
         return 0
     check_data_path(recipe.data)
-    from karat_scale.training.run import train
-    from karat_scale.training.tasks.classification.task import ClassificationTask
+    with importing():
+        from karat_scale.training.run import train
+        from karat_scale.training.tasks.classification.task import ClassificationTask
 
     return train(ClassificationTask, recipe)
 
@@ -278,8 +279,9 @@ def _detect(options: argparse.Namespace) -> int:
         print(dump_recipe(recipe), end="")
         return 0
     require_pycocotools()
-    from karat_scale.training.run import train
-    from karat_scale.training.tasks.detection.task import DetectionTask
+    with importing():
+        from karat_scale.training.run import train
+        from karat_scale.training.tasks.detection.task import DetectionTask
 
     return train(DetectionTask, recipe)
 
