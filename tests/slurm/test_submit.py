@@ -3,10 +3,13 @@
 import re
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
+import pytest
+
 from tests.commands.status.terminal import on_a_terminal
-from tests.conftest import SMALL, karat_environment, summary
+from tests.conftest import SMALL, events, karat_environment, summary
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job
 
@@ -36,6 +39,11 @@ def test_a_submitted_recipe_trains_and_its_status_names_the_job(cluster, recipe,
     job = Job(cluster, submitted[1], run / f"small-{submitted[1]}.out")
     assert job.wait() == "COMPLETED 0", job.log
     assert summary(run)["world_size"] == 2
+
+    (start,) = events(run, "start")
+    assert start["submitted"] == datetime.fromisoformat(job.field("SubmitTime")).timestamp()
+    in_queue = max(start["began"] - start["submitted"], 0)  # SLURM's clock has whole seconds
+    assert summary(run)["wall_time"]["queue"] == pytest.approx(in_queue, abs=0.01)
 
     shown = karat(cluster, "status", str(run)).stdout
     assert "16 of 16" in shown
