@@ -1,4 +1,4 @@
-"""Streaming of every basis and form against the float64 oracle, on shapes drawn by hypothesis, and by gradcheck."""
+"""Streaming of every basis and form against the float64 oracle, on shapes drawn by hypothesis."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def tolerance(case: Case, steepness: float) -> float:
     return max(2e-6, 5e-8 * steepness * largest)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     name=st.sampled_from([name for name in BASES if name not in KINKED]),
     form=st.sampled_from(FORMS),
@@ -81,25 +81,15 @@ def test_scores_up_to_sixty_keep_their_phase(name, form):
     assert_agree(actual, expected, 2e-3 if name in KINKED else tolerance(case, STEEPNESS.get(name, 16)))
 
 
-@pytest.mark.parametrize("largest", [4, 60])
 @pytest.mark.parametrize("form", ["modular", "full_rank"])
 @pytest.mark.parametrize("name", BASES)
-def test_sixteen_bits_match_the_oracle(name, form, largest):
-    case = drawn(name, form, 16, largest=largest, batch=1, tokens=50, width=64, rank=12)
+def test_sixteen_bits_match_the_oracle(name, form):
+    case = drawn(name, form, 16, largest=60, batch=1, tokens=50, width=64, rank=12)
     case = case._replace(tensors=tuple(x.bfloat16().double() for x in case.tensors))
     upstream = upstream_of(case).bfloat16().double()
     actual = case.results(upstream, torch.bfloat16, implementation="streaming")
     assert all(x.dtype == torch.bfloat16 for x in actual)
     assert_agree(actual, case.results(upstream, implementation="reference"), 5e-3)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("name", "masked"), [*((name, False) for name in BASES), ("fourier", True), ("morlet", True)])
-def test_gradcheck(name, form, masked):
-    case = make_case(name, form, batch=1, heads=1, tokens=4, width=2 if form == "full_rank" else 3, rank=2)
-    mask = torch.rand(4, 4) > 0.3 if masked else None
-    leaves = [x.requires_grad_() for x in case.tensors]
-    assert torch.autograd.gradcheck(lambda *x: case.attend(*x, mask=mask, implementation="streaming"), leaves)
 
 
 @pytest.mark.parametrize("name", ["fourier", "bspline", "chebyshev"])

@@ -49,12 +49,6 @@ def test_base_activations_vanish_at_zero_and_know_their_derivative(name):
     assert base.value(torch.zeros(1)).item() == 0
 
 
-def test_an_unknown_start_is_refused():
-    parameters = {name: torch.empty(shape) for name, shape in Fourier(1).shapes(1, 2, 3).items()}
-    with pytest.raises(ValueError, match="init = 'xavier': expected one of paper, variance_preserving"):
-        Fourier(1).initialise(parameters, "xavier")
-
-
 def hat(t):
     return 2 / (math.pi**0.25 * math.sqrt(3)) * (t**2 - 1) * math.exp(-(t**2) / 2)
 

@@ -9,13 +9,7 @@ from karat_scale.attention import flex, fourier_karat_attention
 from karat_scale.attention.call import FourierCall
 from karat_scale.attention.functional import automatic, choosing_as_on_a_gpu
 from karat_scale.foundation import native_build
-from tests.attention.calls import (
-    content_module,
-    gradients_of,
-    make_call,
-    output_and_gradients,
-    relative_error,
-)
+from tests.attention.calls import content_module, gradients_of, make_call, output_and_gradients, relative_error
 
 
 def random_case(seed):
@@ -80,11 +74,7 @@ def test_what_it_cannot_take_is_named(options, why):
 
 @pytest.mark.parametrize(
     ("width", "dtype", "chosen"),
-    [
-        (64, torch.float32, "triton"),
-        (160, torch.float32, "flex"),
-        (160, torch.float64, "streaming"),
-    ],
+    [(64, torch.float32, "triton"), (160, torch.float32, "flex"), (160, torch.float64, "streaming")],
 )
 def test_auto_takes_it_on_a_gpu_where_the_kernels_cannot_run(width, dtype, chosen):
     call = FourierCall(*make_call(1, 1, 4, width, 2, 1).to(dtype))

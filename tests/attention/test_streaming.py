@@ -20,7 +20,7 @@ def oracle(call, upstream, **options):
     return output_and_gradients(call, upstream, implementation="reference", **options)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     batch=st.integers(1, 4),
     heads=st.integers(1, 3),
@@ -44,12 +44,12 @@ def test_float32_matches_the_oracle(batch, heads, tokens, width, rank, grid, log
     assert_close(actual, expected, max(2e-6, 5e-8 * grid * call.largest_score))
 
 
-@pytest.mark.parametrize("tokens", range(1, 16))
-def test_a_handful_of_tokens(tokens):
+def test_a_handful_of_tokens():
     # In float64: over so few numbers the rounding of float32 scores alone may exceed a relative bound.
-    call = make_call(2, 2, tokens, 5, 3, 3, seed=tokens)
-    upstream = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(tokens)).double()
-    assert_close(streamed(call, upstream), oracle(call, upstream), 1e-12)
+    for tokens in range(1, 16):
+        call = make_call(2, 2, tokens, 5, 3, 3, seed=tokens)
+        upstream = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(tokens)).double()
+        assert_close(streamed(call, upstream), oracle(call, upstream), 1e-12)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -70,27 +70,21 @@ def test_sixteen_bits_match_the_oracle(dtype, batch, tokens, width, grid, base, 
     assert_close(actual, oracle(call.to(torch.float64), upstream.double(), base=base), 5e-3)
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", BIAS_SHAPES, ids=str)
-def test_bias_of_any_broadcast_shape(shape, masked, base):
+def test_bias_and_mask_of_any_broadcast_shape(shape, monkeypatch):
     call = make_call(3, 2, 7, 8, 4, 3)
     generator = torch.Generator().manual_seed(2)
     bias = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
-    mask = torch.rand(3, 1, 7, 7, generator=generator) > 0.4 if masked else None
+    mask = torch.rand(3, 1, 7, 7, generator=generator) > 0.4
     upstream = torch.randn(call.value.shape, generator=generator, dtype=torch.float64)
-    options = {"bias": bias, "mask": mask, "base": base}
-    assert_close(streamed(call, upstream, **options), oracle(call, upstream, **options), 1e-12)
-
-
-@pytest.mark.parametrize("shape", BIAS_SHAPES, ids=str)
-def test_mask_of_any_broadcast_shape(shape, monkeypatch):
+    for base in BASES:
+        for options in ({"bias": bias}, {"bias": bias, "mask": mask}):
+            assert_close(
+                streamed(call, upstream, base=base, **options), oracle(call, upstream, base=base, **options), 1e-12
+            )
     monkeypatch.setattr(routes, "workspace_budget", lambda _: 1)
     monkeypatch.setattr(routes, "MIN_ROWS", 3)
-    call = make_call(3, 2, 7, 8, 4, 3)
-    generator = torch.Generator().manual_seed(3)
     mask = torch.rand(shape, generator=generator) > 0.4
-    upstream = torch.randn(call.value.shape, generator=generator, dtype=torch.float64)
     assert_close(streamed(call, upstream, mask=mask), oracle(call, upstream, mask=mask), 1e-12)
 
 
@@ -115,27 +109,6 @@ def test_strided_inputs_give_the_same_bits_and_the_tensors_layouts_want():
     assert not strided.query.is_contiguous()
     assert_close(streamed(strided, upstream.mT.contiguous().mT), streamed(call, upstream), 1e-6)
     assert fourier_karat_attention(*strided, implementation="streaming").transpose(1, 2).is_contiguous()
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_gradcheck(masked):
-    call = make_call(2, 2, 5, 3, 3, 3)
-    bias = torch.randn(2, 1, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5), requires_grad=True)
-    mask = torch.ones(5, 5, dtype=torch.bool).tril() if masked else None
-    for base in BASES:
-
-        def attend(*tensors, base=base):
-            *arguments, bias = tensors
-            return fourier_karat_attention(*arguments, base=base, bias=bias, mask=mask, implementation="streaming")
-
-        assert torch.autograd.gradcheck(attend, (*call, bias))
-
-
-def test_the_same_bits_twice():
-    call = make_call(4, 2, 30, 16, 12, 3).to(torch.float32)
-    upstream = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(6))
-    first, second = streamed(call, upstream), streamed(call, upstream)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_two_threads_agree_with_the_oracle():
@@ -165,11 +138,10 @@ def test_no_tensor_of_all_pairs_and_harmonics(masked):
     assert largest.elements < batch * heads * tokens * tokens
 
 
-@pytest.mark.parametrize("needs_bias", [False, True])
-def test_registered_operation_is_well_behaved(needs_bias):
+def test_registered_operation_is_well_behaved():
     call = make_call(2, 2, 6, 4, 16, 2).to(torch.float32)
     coef = torch.randn(2, 4, 16, 6, generator=torch.Generator().manual_seed(9)).requires_grad_()
-    bias = torch.zeros(1, 1, 6, 6, requires_grad=needs_bias)
+    bias = torch.zeros(1, 1, 6, 6, requires_grad=True)
     arguments = (*call[:3], coef, call.proj, bias, None, None, "fourier", "silu", False)
     torch.library.opcheck(torch.ops.karat_scale.streaming_forward.default, arguments)
 

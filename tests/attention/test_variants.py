@@ -1,30 +1,34 @@
-"""Each variant against its equation in float64, written out whole."""
+"""Each variant and rival against its equation in float64, written out whole: values and gradients, plain and with bias
+and mask."""
 
 import math
 
 import pytest
 import torch
+from timm.layers import DiffAttention
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 
-from karat_scale.attention import FourierKaratOperator, ResidualHeads
+from karat_scale.attention import AttentionHeads, FourierKaratOperator, ResidualHeads
 from karat_scale.attention import variants as rows_module
 from karat_scale.attention.bound import START, BoundedHeads
-from karat_scale.attention.variants import (
-    BiasedSoftmax,
-    ContentOperator,
-    ScaledSoftmax,
-    SmoothOperator,
-    StaticHeads,
+from karat_scale.attention.rivals import (
+    Centred,
+    DifferentialHeads,
+    GatedHeads,
+    PolynomialHeads,
+    QueryOnly,
+    SigmoidHeads,
 )
+from karat_scale.attention.variants import BiasedSoftmax, ContentOperator, ScaledSoftmax, SmoothOperator, StaticHeads
 
-BATCH, HEADS, TOKENS, WIDTH, RANK, GRID, MODES, BOUND = 2, 3, 10, 4, 3, 2, 5, 1.5
+BATCH, HEADS, TOKENS, WIDTH, EMBED, RANK, GRID, MODES, BOUND = 2, 3, 10, 4, 12, 3, 2, 5, 1.5
 
 
 def content(dtype):
     return ContentOperator(FourierKaratOperator(TOKENS, HEADS, RANK, GRID, dtype=dtype))
 
 
-MAKERS = {
+VARIANTS = {
     "static": lambda dtype: StaticHeads(TOKENS, HEADS, dtype=dtype),
     "static_softmax": lambda dtype: ResidualHeads(StaticHeads(TOKENS, HEADS, dtype=dtype)),
     "scaled_softmax": lambda dtype: ScaledSoftmax(TOKENS, HEADS, dtype=dtype),
@@ -33,10 +37,19 @@ MAKERS = {
     "smooth": lambda dtype: SmoothOperator(TOKENS, HEADS, RANK, GRID, MODES, dtype=dtype),
     "bounded": lambda dtype: BoundedHeads(content(dtype), BOUND),
 }
+RIVALS = {
+    "sigmoid": lambda _: SigmoidHeads(TOKENS, HEADS),
+    "polynomial": lambda _: PolynomialHeads(TOKENS, HEADS),
+    "gated": lambda dtype: GatedHeads(HEADS, EMBED, dtype=dtype),
+    "differential": lambda dtype: DifferentialHeads(HEADS, WIDTH, dtype=dtype),
+    "query_only": lambda dtype: QueryOnly(TOKENS, HEADS, WIDTH, RANK, GRID, dtype=dtype),
+    "centred": lambda dtype: Centred(TOKENS, HEADS, RANK, GRID, dtype=dtype),
+}
+MAKERS = {**VARIANTS, **RIVALS}
 
 
 def make(name, dtype=torch.float64):
-    """A module away from its start, where a factor of 0 would hide mistakes."""
+    """A module away from its start, where a factor of 0 or 1 would hide mistakes."""
     torch.manual_seed(1)
     module = MAKERS[name](dtype)
     with torch.no_grad():
@@ -45,77 +58,133 @@ def make(name, dtype=torch.float64):
     return module
 
 
-def heads(dtype=torch.float64):
+def inputs(dtype=torch.float64, batch=BATCH):
+    """Query, key and value, and the layer's input."""
     generator = torch.Generator().manual_seed(2)
-    return [torch.randn(BATCH, HEADS, TOKENS, WIDTH, dtype=dtype, generator=generator) for _ in range(3)]
+    heads = [torch.randn(batch, HEADS, TOKENS, WIDTH, dtype=dtype, generator=generator) for _ in range(3)]
+    return heads, torch.randn(batch, TOKENS, EMBED, dtype=dtype, generator=generator)
 
 
-def harmonics(x):
+def heads(dtype=torch.float64):
+    return inputs(dtype)[0]
+
+
+def call(module, heads, x, bias=None, mask=None):
+    return module(*heads, bias, mask, **({"x": x} if module.sees_input else {}))
+
+
+def series(x, cos, sin):
+    """sum_m cos_m cos(m x) + sin_m sin(m x), for coefficients [..., G]."""
     orders = torch.arange(1, GRID + 1, dtype=x.dtype)
-    return (x[..., None] * orders).cos(), (x[..., None] * orders).sin()
+    return (cos * (x[..., None] * orders).cos() + sin * (x[..., None] * orders).sin()).sum(-1)
 
 
 def units(scores, cos_coef, sin_coef, keep):
-    cos, sin = harmonics(scores)
-    both = torch.einsum("bhkqm,hpqm->bhkqp", cos, cos_coef) + torch.einsum("bhkqm,hpqm->bhkqp", sin, sin_coef)
-    return (both * keep[..., None]).sum(3)
+    """The sums over the keys of functions [h, p, q, G] of the scores: H [B, h, N, r]."""
+    each = series(scores[..., None, :], cos_coef[:, None], sin_coef[:, None])
+    return (each * keep[..., None, :]).sum(-1)
 
 
-def expected(name, module, query, key, bias, keep):
-    """S [B, h, N, N] by the equation; `keep` is 1 where a pair takes part."""
+def matrix_by_equation(name, module, query, key, x, bias, keep):
+    """S [B, h, N, N]; `keep` is 1 where a pair takes part."""
     scores = query @ key.mT / WIDTH**0.5 + bias
     if name == "bounded":
         tau = BOUND / (1 + (-module.tau_logit).exp())
         scores = tau.view(-1, 1, 1) * cosine_similarity(query[:, :, :, None], key[:, :, None], -1) + bias
         name, module = "content", module.operator
-    by_head = {n: p.view(HEADS, *[1] * 2, -1) for n, p in module.named_parameters()}
+
+    def softmax(scores):
+        return scores.masked_fill(keep == 0, -math.inf).softmax(-1)
+
+    def learned(own):
+        return units(scores, own.cos_coef, own.sin_coef, keep) @ own.proj.mT
+
     if name == "static":
         return (module.matrix * keep).expand(BATCH, -1, -1, -1)
     if name == "static_softmax":
-        softmax = scores.masked_fill(keep == 0, -math.inf).softmax(-1)
-        return softmax + module.gate.view(-1, 1, 1) * module.operator.matrix * keep
+        return softmax(scores) + module.gate.view(-1, 1, 1) * module.operator.matrix * keep
     if name == "scaled_softmax":
-        return module.gain.view(-1, 1, 1) * scores.masked_fill(keep == 0, -math.inf).softmax(-1)
+        return module.gain.view(-1, 1, 1) * softmax(scores)
     if name == "softmax_bias":
-        return (scores + module.position_bias).masked_fill(keep == 0, -math.inf).softmax(-1)
+        return softmax(scores + module.position_bias)
     if name == "content":
-        cos, sin = harmonics(scores)
-        psi = by_head["psi_constant"][..., 0] + (cos * by_head["psi_cos"]).sum(-1) + (sin * by_head["psi_sin"]).sum(-1)
-        inner = module.operator
-        return (psi / TOKENS + units(scores, inner.cos_coef, inner.sin_coef, keep) @ inner.proj.mT) * keep
-    cos, sin = (torch.einsum("qj,hpjm->hpqm", module.modes, x) for x in (module.cos_modes, module.sin_modes))
-    return units(scores, cos, sin, keep) @ (module.modes @ module.proj_modes).mT * keep
+        cos, sin = (coef.view(HEADS, 1, 1, GRID) for coef in (module.psi_cos, module.psi_sin))
+        psi = module.psi_constant.view(HEADS, 1, 1) + series(scores, cos, sin)
+        return (psi / TOKENS + learned(module.operator)) * keep
+    if name == "smooth":
+        cos, sin = (torch.einsum("qj,hpjm->hpqm", module.modes, x) for x in (module.cos_modes, module.sin_modes))
+        return units(scores, cos, sin, keep) @ (module.modes @ module.proj_modes).mT * keep
+    if name == "sigmoid":
+        return keep / (1 + TOKENS * (-scores).exp())
+    if name == "polynomial":
+        return keep * scores * scores * scores / TOKENS**0.5
+    if name == "gated":
+        gates = torch.einsum("bnd,hd->bhn", x, module.gate_weight).sigmoid()
+        return gates[..., None] * softmax(scores)
+    if name == "differential":
+        half = WIDTH // 2
+        first, second = (
+            softmax(query[..., part] @ key[..., part].mT / half**0.5 + bias)
+            for part in (slice(half), slice(half, WIDTH))
+        )
+        plus = (module.lambda_q1 * module.lambda_k1).sum(-1).exp()
+        minus = (module.lambda_q2 * module.lambda_k2).sum(-1).exp()
+        return first - (plus - minus + 0.8).view(-1, 1, 1) * second
+    if name == "query_only":
+        each = series(query[:, :, :, None], module.query_cos[:, None], module.query_sin[:, None])
+        return keep * torch.einsum("bhkpi,hqp->bhkq", each, module.proj)
+    found = keep * learned(module.operator)
+    return keep * (module.left @ module.right.mT + found - found.mean(2, keepdim=True))
+
+
+def by_equation(name, module, heads, x, bias, keep):
+    """S, and O [B, h, N, d]."""
+    matrix = matrix_by_equation(name, module, *heads[:2], x, bias, keep)
+    output = matrix @ heads[2]
+    if name == "differential":
+        scale = (output.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        output = 0.2 * module.norm_weight[:, None] * output / scale
+    return matrix, output
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "bias and mask"])
 @pytest.mark.parametrize("name", MAKERS)
 def test_it_is_its_equation(name, masked):
-    module = make(name)
-    query, key, value = heads()
+    module, (heads, x) = make(name), inputs()
     bias = mask = None
     if masked:
-        bias = torch.randn(HEADS, TOKENS, TOKENS, dtype=torch.float64)
+        bias = torch.randn(HEADS, TOKENS, TOKENS, dtype=torch.float64, requires_grad=True)
         mask = torch.rand(BATCH, 1, TOKENS, TOKENS) > 0.3
         mask[..., 0] = True
     keep = torch.ones(BATCH, HEADS, TOKENS, TOKENS, dtype=torch.float64) if mask is None else mask.double()
-    found = module.scores(query, key, bias, mask)
-    wanted = expected(name, module, query, key, 0 if bias is None else bias, keep.expand(-1, HEADS, -1, -1))
+    keep = keep.expand(-1, HEADS, -1, -1)
+    learned = [*heads, x, *module.parameters(), *([bias] if masked else [])]
+    for tensor in learned:
+        tensor.requires_grad_()
+    matrix, wanted = by_equation(name, module, heads, x, bias if masked else 0, keep)
+    found = call(module, heads, x, bias, mask)
     torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(module(query, key, value, bias, mask), wanted @ value)
+    more = {"x": x} if module.sees_input else {}
+    torch.testing.assert_close(module.scores(*heads[:2], bias, mask, **more), matrix)
+    weights = torch.linspace(-1, 1, wanted.numel(), dtype=torch.float64).view_as(wanted)
+    gradients = [
+        torch.autograd.grad((output * weights).sum(), learned, allow_unused=True) for output in (found, wanted)
+    ]
+    for ours, theirs in zip(*gradients, strict=True):
+        zero = torch.zeros(())
+        torch.testing.assert_close(*(zero if g is None or not g.any() else g for g in (ours, theirs)))
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_gradients(name):
-    module = make(name)
-    tensors = [x.requires_grad_() for x in heads()]
+def test_gradients_are_those_of_the_parameters_that_were_given():
+    """A backward pass that computes rows again must not read the module's own."""
+    module = make("content")
     names, own = zip(*module.named_parameters(), strict=True)
-    # Others than the module's own: a backward pass that computes rows again must not read those.
     parameters = [(x.detach() + 0.1).requires_grad_() for x in own]
 
     def attend(query, key, value, *learned):
         return torch.func.functional_call(module, dict(zip(names, learned, strict=True)), (query, key, value))
 
-    assert torch.autograd.gradcheck(attend, (*tensors, *parameters), fast_mode=True)
+    assert torch.autograd.gradcheck(attend, (*(x.requires_grad_() for x in heads()), *parameters), fast_mode=True)
 
 
 def test_tiles_make_no_difference(monkeypatch):
@@ -134,15 +203,22 @@ def test_tiles_make_no_difference(monkeypatch):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_results_have_the_dtype_that_softmax_attention_has(name):
-    module = make(name, torch.float32)
-    query, key, value = heads(torch.bfloat16)
-    assert module(query, key, value).dtype == torch.bfloat16
+def test_dtypes_and_empty_batches_are_those_of_softmax_attention(name):
+    module, (given, x) = make(name, torch.float32), inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        wide = module(query.float(), key.float(), value.float())
-    assert wide.dtype == torch.bfloat16
-    exact = module.double()(*(x.double() for x in (query, key, value)))
-    torch.testing.assert_close(wide.double(), exact, rtol=0.05, atol=0.05)
+        narrow = call(module, given, x)
+    assert narrow.dtype == torch.bfloat16
+    tolerance = 0.05 if name in VARIANTS else 0.1
+    torch.testing.assert_close(narrow.float(), call(module, given, x), rtol=tolerance, atol=tolerance)
+    few, of_none = inputs(torch.float32, batch=0)
+    mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool)
+    for options in ({}, {"bias": mask.float(), "mask": mask}):
+        output = call(module, [tensor.requires_grad_() for tensor in few], of_none, **options)
+        assert output.shape == (0, HEADS, TOKENS, WIDTH)
+        output.sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+    if name in VARIANTS:
+        assert module(*heads(torch.bfloat16)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["content", "smooth", "bounded"])
@@ -222,13 +298,42 @@ def test_the_score_of_a_masked_pair_may_be_infinite():
             torch.testing.assert_close(infinite, finite)
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_an_empty_batch_gives_an_empty_result(name):
-    module = make(name)
-    tensors = [x[:0].requires_grad_() for x in heads()]
-    mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool)
-    output = module(*tensors, bias=mask.double(), mask=mask)
-    assert output.shape == (0, HEADS, TOKENS, WIDTH)
-    output.sum().backward()
-    assert all(parameter.grad is not None for parameter in module.parameters())
-    assert module.scores(*tensors[:2]).shape == (0, HEADS, TOKENS, TOKENS)
+def test_differential_attention_is_timms_at_one_lambda():
+    torch.manual_seed(0)
+    layer = DiffAttention(HEADS * WIDTH, HEADS, depth=10**6).double()  # where timm's lambda starts at 0.8
+    ours = DifferentialHeads(HEADS, WIDTH, dtype=torch.float64)
+    with torch.no_grad():
+        layer.sub_norm.weight.uniform_()
+        ours.norm_weight.copy_(layer.sub_norm.weight.expand(HEADS, -1))
+        for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+            getattr(ours, name).copy_(getattr(layer, name).expand(HEADS, -1))
+    x = torch.randn(BATCH, TOKENS, HEADS * WIDTH, dtype=torch.float64)
+    heads = layer.qkv(x).unflatten(-1, (3, HEADS, WIDTH)).permute(2, 0, 3, 1, 4)
+    torch.testing.assert_close(layer.proj(ours(*heads).transpose(1, 2).flatten(2)), layer(x))
+    with pytest.raises(ValueError, match="kind = differential needs heads of an even width, not 3"):
+        DifferentialHeads(HEADS, 3)
+
+
+def test_rivals_starts():
+    torch.manual_seed(0)
+    tokens, many, width = 65, 12, 16
+    query, key, value = (torch.randn(4, many, tokens, width) for _ in range(3))
+    sums = SigmoidHeads(tokens, many).scores(0.1 * query, key).sum(-1)
+    torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0.1, atol=0.1)
+    for rival in (QueryOnly(tokens, many, width), Centred(tokens, many)):
+        output = rival(query, key, value).detach()
+        assert 0.7 < float(output.std() / value.std()) < 1.7
+    gated = GatedHeads(many, 192)
+    gates = gated.scores(query, key, x=torch.randn(4, tokens, 192)).sum(-1)
+    assert float(gates.detach().mean()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_heads_say_what_their_matrix_is_by_default():
+    class Twice(AttentionHeads):
+        num_heads = HEADS
+
+        def forward(self, query, key, value, bias=None, mask=None):
+            return 2 * torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+    query, key, value = heads()
+    torch.testing.assert_close(Twice().scores(query, key) @ value, Twice()(query, key, value))

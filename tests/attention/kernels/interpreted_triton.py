@@ -4,8 +4,6 @@ The interpreter must be chosen before Triton is imported, so `test_triton_fourie
 its own.
 """
 
-import itertools
-
 import pytest
 import torch
 import triton
@@ -15,10 +13,8 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from karat_scale.attention import fourier_karat_attention, fourier_karat_scores
-from karat_scale.attention.call import FourierCall
 from karat_scale.attention.kernels import triton_launch, triton_tiles
 from karat_scale.attention.kernels.triton_features import sine_cosine
-from karat_scale.attention.kernels.triton_fourier import attend
 from karat_scale.attention.kernels.triton_launch import ForwardPlan
 from tests.attention.calls import NAMES, assert_close, make_call, output_and_gradients, relative_error
 from tests.attention.kernels.interpreter import install_bfloat16
@@ -66,7 +62,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_agrees_with_the_oracle_at_a_small_size(dtype):
-    compare(dtype, (1, 2, 21, 64, 12, 3))
+    compare(dtype, (1, 1, 21, 64, 12, 3))
 
 
 @pytest.mark.slow
@@ -77,16 +73,12 @@ def test_agrees_with_the_oracle(shape, dtype):
 
 
 @pytest.mark.slow
-def test_half_precision_agrees_with_the_oracle():
-    compare(torch.float16, (2, 2, 37, 64, 12, 3))
-
-
-@pytest.mark.slow
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gradients_of_any_size_fit_into_float16(dtype):
+def test_gradients_of_any_size_fit_into_float16(dtype, masked):
     # A loss scale may be large, and gradients of a mean over many images are small.
     for scale in (2.0**-12, 2.0**9) if dtype == torch.float16 else (1e-20, 1e20):
-        compare(dtype, (1, 2, 20, 16, 4, 3), scale=scale)
+        compare(dtype, (1, 2, 20, 16, 4, 3), scale=scale, mask=draw_mask((20, 20)) if masked else None)
 
 
 @pytest.mark.slow
@@ -119,7 +111,7 @@ def test_images_with_gradients_of_different_sizes_share_one_sum():
 
 def test_a_base_activation_and_a_bias_agree_with_the_oracle():
     bias = draw((1, 1, 20, 20), torch.bfloat16).requires_grad_()
-    compare(torch.bfloat16, (2, 1, 20, 16, 4, 2), base="silu", bias=bias)
+    compare(torch.bfloat16, (1, 1, 20, 16, 4, 1), base="silu", bias=bias)
 
 
 def draw_mask(shape, seed=0):
@@ -131,15 +123,16 @@ def draw_mask(shape, seed=0):
 
 
 # Swin's shifted windows: a mask of each window, a bias of each head.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 def test_a_mask_and_a_bias_agree_with_the_oracle(dtype):
     bias = draw((1, 2, 20, 20), dtype).requires_grad_()
-    compare(dtype, (2, 2, 20, 32, 4, 3), bias=bias, mask=draw_mask((2, 1, 20, 20)))
+    compare(dtype, (2, 2, 20, 16, 4, 1), bias=bias, mask=draw_mask((2, 1, 20, 20)))
 
 
+@pytest.mark.slow
 def test_a_query_without_pairs_has_no_output_and_no_gradient():
-    call = make_call(2, 2, 37, 16, 4, 2).to(torch.bfloat16)
-    mask = draw_mask((37, 37))
+    call = make_call(1, 2, 20, 16, 4, 2).to(torch.bfloat16)
+    mask = draw_mask((20, 20))
     output, query, *_ = kernels(call, draw(call.value.shape, torch.bfloat16), mask=mask)
     assert (output[:, :, 3] == 0).all()
     assert (query[:, :, 3] == 0).all()
@@ -149,10 +142,12 @@ def test_a_query_without_pairs_has_no_output_and_no_gradient():
 
 def test_a_cut_pair_may_have_an_infinite_score():
     mask = draw_mask((20, 20))
-    call = make_call(1, 2, 20, 16, 4, 3).to(torch.float32)
+    call = make_call(1, 1, 20, 16, 4, 2).to(torch.float32)
     upstream = draw(call.value.shape, torch.float32)
     bias = torch.zeros(20, 20).masked_fill(~mask, -torch.inf).requires_grad_()
-    assert_close(kernels(call, upstream, mask=mask, bias=bias), oracle(call, upstream, mask=mask), 2e-6)
+    found = kernels(call, upstream, mask=mask, bias=bias)
+    assert_close(found, oracle(call, upstream, mask=mask), 2e-6)
+    assert not any(x[:, :, 3].any() for x in found[:2])  # of the query without pairs
 
 
 @pytest.mark.slow
@@ -180,20 +175,19 @@ def test_masked_long_ranks_are_cut_and_batches_summed_in_parts(monkeypatch):
     compare(torch.float32, (7, 2, 20, 32, 12, 2), mask=draw_mask((7, 1, 20, 20)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_masked_gradients_of_any_size_fit_into_float16(dtype):
-    for scale in (2.0**-12, 2.0**9) if dtype == torch.float16 else (1e-20, 1e20):
-        compare(dtype, (1, 2, 20, 16, 4, 3), scale=scale, mask=draw_mask((20, 20)))
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_an_infinite_input_shows_wherever_it_does_in_the_equation(dtype, masked):
+@pytest.mark.parametrize(
+    ("dtype", "masked", "names"),
+    [
+        (torch.bfloat16, False, ("query", "cos_coef")),
+        pytest.param(torch.float32, False, NAMES[1:7], marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, True, NAMES[1:7], marks=pytest.mark.slow),
+    ],
+)
+def test_an_infinite_input_shows_wherever_it_does_in_the_equation(dtype, masked, names):
     """So that a guard against NaN sees it."""
     mask = torch.ones(20, 20, dtype=torch.bool).triu() if masked else None
-    for name in NAMES[1:7]:
-        call = make_call(1, 1, 20, 16, 4, 2).to(dtype)
+    for name in names:
+        call = make_call(1, 1, 20, 16, 4, 1).to(dtype)
         with torch.no_grad():
             getattr(call, name).view(-1)[5] = torch.inf
         upstream = draw(call.value.shape, dtype)
@@ -230,8 +224,8 @@ def tf32():
 
 
 def test_tf32_where_torch_allows_it(tf32):
-    compare(torch.float32, (2, 1, 20, 16, 4, 3), tolerance=1e-3)
-    call = make_call(1, 1, 20, 16, 4, 3).to(torch.float32)
+    compare(torch.float32, (1, 1, 20, 16, 4, 2), tolerance=1e-3)
+    call = make_call(1, 1, 20, 16, 4, 2).to(torch.float32)
     # Features are rounded, so that the switch is seen to do something; scores are not.
     assert triton_launch.products(torch.float32, True).scores == "tf32x3"
     exact = fourier_karat_attention(*call.to(torch.float64), implementation="reference")
@@ -250,7 +244,7 @@ def test_agrees_with_the_oracle_for_drawn_shapes(dtype, shape, seed):
     compare(dtype, shape, seed=seed)
 
 
-@pytest.mark.parametrize(("grid", "largest"), [(3, 4), (3, 60), (4, 60)])
+@pytest.mark.parametrize(("grid", "largest"), [(3, 60), pytest.param(4, 60, marks=pytest.mark.slow)])
 def test_units_of_16_bits_are_within_a_thousandth(grid, largest):
     call = make_call(1, 1, 40, 64, 12, grid)
     call = call._replace(query=call.query * (largest / call.largest_score))
@@ -275,15 +269,6 @@ def test_units_of_16_bits_are_within_a_thousandth(grid, largest):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("grid", [3, 11])
-def test_large_scores_keep_their_phase_in_16_bits(grid):
-    call = make_call(1, 1, 40, 64, 8, grid)
-    call = call._replace(query=call.query * (60 / call.largest_score)).to(torch.bfloat16)
-    upstream = draw(call.value.shape, torch.bfloat16)
-    assert_close(kernels(call, upstream), oracle(call, upstream), TOLERANCE[torch.bfloat16])
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("grid", [3, 11, 16])
 def test_large_scores_keep_their_phase(grid):
     call = make_call(1, 1, 40, 64, 8, grid)
@@ -291,6 +276,8 @@ def test_large_scores_keep_their_phase(grid):
     upstream = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(1))
     assert call.largest_score > 59
     assert_close(kernels(call, upstream), oracle(call, upstream), 5e-8 * grid * 60)
+    call, upstream = call.to(torch.bfloat16), upstream.bfloat16()
+    assert_close(kernels(call, upstream), oracle(call, upstream), TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.slow
@@ -319,14 +306,6 @@ def test_strided_inputs_give_the_same_bits_and_the_output_layers_want():
         assert not strided.query.is_contiguous()
         assert_close(kernels(strided, upstream.mT.contiguous().mT), expected, 0.0)
     assert fourier_karat_attention(*call, implementation="triton").transpose(1, 2).is_contiguous()
-
-
-@pytest.mark.slow
-def test_the_same_bits_twice():
-    call = make_call(5, 2, 40, 32, 12, 5).to(torch.float32)
-    upstream = torch.randn(call.value.shape, generator=torch.Generator().manual_seed(3))
-    for first, second in zip(kernels(call, upstream), kernels(call, upstream), strict=True):
-        assert torch.equal(first, second)
 
 
 @pytest.mark.slow
@@ -431,17 +410,8 @@ def test_sine_and_cosine_over_many_turns(fast):
     assert (cos - x.double().cos()).abs().max() < tolerance
 
 
-@pytest.mark.slow
-def test_attend_takes_what_the_public_function_takes():
-    call = make_call(1, 1, 5, 16, 2, 1).to(torch.float32)
-    direct = attend(FourierCall(*call))
-    assert torch.equal(direct, fourier_karat_attention(*call, implementation="triton"))
-    assert torch.equal(direct, fourier_karat_attention(*call))
-
-
-@pytest.mark.parametrize(("width", "grid"), list(itertools.product([129], [17])))
-def test_limits_are_named(width, grid):
-    wide, fine = (make_call(1, 1, 3, *x).to(torch.float32) for x in ((width, 2, 1), (16, 2, grid)))
+def test_limits_are_named():
+    wide, fine = (make_call(1, 1, 3, *x).to(torch.float32) for x in ((129, 2, 1), (16, 2, 17)))
     with pytest.raises(ValueError, match="at most 128 wide and query's are 129"):
         fourier_karat_attention(*wide, implementation="triton")
     with pytest.raises(ValueError, match="at most 16 and cos_coef's is 17"):

@@ -58,7 +58,7 @@ def check_budget(architecture, grid):
         assert any("HGMMA" in line for line in kernels[name].code) == (architecture == 90)
 
 
-@pytest.mark.parametrize("grid", HOPPER)
+@pytest.mark.parametrize("grid", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_instructions_a_score_on_hopper(grid):
     check_budget(90, grid)
 
@@ -68,6 +68,7 @@ WINDOWS = Sizes(batch=2, heads=2, tokens=49, width=32, value_width=32, rank=12, 
 BIAS, MASK = (1, 2, 49, 49), (2, 1, 49, 49)
 
 
+@pytest.mark.slow
 def test_biased_and_masked_windows_spill_nothing_on_hopper():
     check(90, WINDOWS, bias=BIAS, mask=MASK)
 
@@ -104,11 +105,7 @@ HARD = sizes_of(16, 4, 5, tokens=20)
 
 @pytest.mark.parametrize(
     ("sizes", "base", "bias", "mask", "backward"),
-    [
-        (PAPER, "zero", None, None, 4),
-        (WINDOWS, "zero", BIAS, MASK, 6),
-        (HARD, "silu", (1, 2, 20, 20), (20, 20), 7),
-    ],
+    [(PAPER, "zero", None, None, 4), (WINDOWS, "zero", BIAS, MASK, 6), (HARD, "silu", (1, 2, 20, 20), (20, 20), 7)],
 )
 def test_kernels_of_a_forward_and_a_backward_pass(sizes, base, bias, mask, backward):
     with Operations() as operations:
