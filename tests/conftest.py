@@ -13,6 +13,7 @@ Which tests run (tests/selection.py):
 
 import errno
 import fcntl
+import gc
 import io
 import json
 import os
@@ -199,6 +200,21 @@ def karat_done(*arguments: str, processes: int = 1) -> subprocess.CompletedProce
     return done
 
 
+def karat_run_here(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """The same as `karat`, but alone in this process."""
+    if processes > 1:
+        return karat(*arguments, processes=processes)
+    from karat_scale.engine.deepspeed_internals import use_torchs_own_linear
+
+    with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()) as complained:
+        code = karat_here(*arguments)
+    # As a process of its own would begin with, and without the lock of a run whose start failed.
+    use_torchs_own_linear()
+    if code:
+        gc.collect()
+    return subprocess.CompletedProcess(arguments, code, said.getvalue(), complained.getvalue())
+
+
 def karat_here(*arguments: str) -> int:
     """Run `karat` in this process, for what needs no process of its own, such as a one-line error; its exit code."""
     from karat_scale.commands.cli import main
@@ -261,7 +277,8 @@ def train_once(tmp_path_factory: pytest.TempPathFactory) -> TrainOnce:
         def train(root: Path) -> None:
             recipe = root / "owls.yaml"
             recipe.write_text(f"data: {{{data}}}\nschedule: {{warmup_epochs: 0.5}}\n")
-            karat_done("train", str(recipe), *SMALL, f"run.dir={root / name}", *overrides)
+            done = karat_run_here("train", str(recipe), *SMALL, f"run.dir={root / name}", *overrides)
+            assert done.returncode == 0, done.stdout + done.stderr
 
         return made_once(tmp_path_factory, f"trained-{name}", train) / name
 
@@ -316,6 +333,6 @@ def train_recipe(recipe_file: Path) -> Callable[..., subprocess.CompletedProcess
     """`karat train` of the small recipe with overrides."""
 
     def run(*overrides: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-        return karat("train", str(recipe_file), *overrides, processes=processes)
+        return karat_run_here("train", str(recipe_file), *overrides, processes=processes)
 
     return run

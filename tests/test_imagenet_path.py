@@ -3,17 +3,17 @@
 import importlib.util
 import json
 import signal
-import subprocess
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.conftest import events, karat, karat_command, karat_environment, run_script, summary
+from tests.conftest import events, karat, karat_environment, rank_environments, run_script, summary
 from tests.data.prepare.images import jpeg, sample_file, write
 from tests.data.tars import tar_bytes
+from tests.training.runs import stopped_by, wait_for_step
+from tests.warm import Started
 
 STEPS = 8  # two epochs of four
 SMALL_MODEL = (
@@ -32,14 +32,7 @@ SMALL_MODEL = (
     "log.every_steps=1",
     "log.trackers=[]",
 )
-BACKENDS = ("webdataset", "folder", "ffcv", "dali")
-# All of them where the slow tests run.
-SAMPLED = {("webdataset", 2)}
-CELLS = [
-    pytest.param(backend, processes, marks=() if (backend, processes) in SAMPLED else pytest.mark.slow)
-    for backend in BACKENDS
-    for processes in (1, 2)
-]
+pytestmark = pytest.mark.slow  # test_readme has the path of each day
 LIBRARY = {"ffcv": "ffcv", "dali": "nvidia.dali"}
 
 
@@ -110,7 +103,7 @@ class Imagenet:
         return self.root / run
 
 
-@pytest.fixture(scope="module", params=["generated", pytest.param("real", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["generated", "real"])
 def imagenet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Imagenet:
     images = generated_images() if request.param == "generated" else real_images()
     return Imagenet(tmp_path_factory.mktemp(request.param), images)
@@ -118,21 +111,11 @@ def imagenet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def stopped_in_the_middle(command: list[str], run: Path, processes: int) -> None:
     """Start a run and stop it by SIGTERM before its end."""
-    process = subprocess.Popen(
-        karat_command(command, processes),
-        env=karat_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 240
-    while not ((run / "metrics.jsonl").is_file() and events(run, "train")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert summary(run)["exit"] == 75, output
+    environments = rank_environments(processes) if processes > 1 else [karat_environment()]
+    process = Started("karat_scale", command, environments)
+    wait_for_step(run, 1, process)
+    stopped_by(process, signal.SIGTERM)
+    assert summary(run)["exit"] == 75
     assert 0 < summary(run)["steps"] < STEPS
 
 
@@ -149,7 +132,8 @@ def test_the_shards_are_verified(imagenet: Imagenet) -> None:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("backend", "processes"), CELLS)
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("backend", ["webdataset", "folder", "ffcv", "dali"])
 def test_every_backend_and_world_trains_on_the_same_samples(imagenet: Imagenet, backend: str, processes: int) -> None:
     if backend in LIBRARY and importlib.util.find_spec(LIBRARY[backend].partition(".")[0]) is None:
         pytest.skip(f"pip install -e '.[{backend}]'")

@@ -4,9 +4,11 @@ Imports are most of a small run's time. The process that others are forked from 
 and has one thread.
 """
 
+import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -85,11 +87,80 @@ def _wait(processes: Sequence[ForkServerProcess], deadline: float) -> bool:
     return True
 
 
+class Started:
+    """A program that runs in each environment, all of them with one output; a part of what `subprocess.Popen` offers.
+
+    Each process leads a group of its own.
+    """
+
+    def __init__(self, program: str, arguments: Sequence[str], environments: Sequence[Mapping[str, str]]) -> None:
+        self._scratch = tempfile.TemporaryDirectory()
+        self._out = Path(self._scratch.name, "out")
+        self._out.touch()
+        call, places = (program, tuple(arguments)), (str(Path.cwd()), str(self._out), str(self._out))
+        self.processes = [
+            PROCESSES.Process(target=_run, args=(*call, dict(environment), *places, True))
+            for environment in environments
+        ]
+        atexit.register(self.send_signal, signal.SIGKILL)  # or a failed test's would be waited for
+        for process in self.processes:
+            process.start()
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid or 0 for process in self.processes]
+
+    @property
+    def pid(self) -> int:
+        """Of the only process."""
+        (pid,) = self.pids
+        return pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Of the first process."""
+        return self.processes[0].exitcode
+
+    def poll(self) -> int | None:
+        """None while all processes run."""
+        return next((one.exitcode for one in self.processes if one.exitcode is not None), None)
+
+    def send_signal(self, number: int) -> None:
+        for process in self.processes:
+            if process.exitcode is None and process.pid is not None:
+                os.kill(process.pid, number)
+
+    def said(self) -> str:
+        """What was said until now."""
+        return self._out.read_text()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """All that was said, once the processes have ended; kills them if they do not in time."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for process in self.processes:
+            process.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        in_time = all(process.exitcode is not None for process in self.processes)
+        self.send_signal(signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+        said = self.said()
+        assert in_time, said
+        return said, None
+
+
 def _run(
-    program: str, arguments: Sequence[str], environment: Mapping[str, str], directory: str, out: str, err: str
+    program: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    directory: str,
+    out: str,
+    err: str,
+    leads: bool = False,
 ) -> None:
+    if leads:
+        os.setpgid(0, 0)
     for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import karat_done
+from tests.conftest import karat_run_here
 from tests.small_engines import make_checkpoints, make_engine, small_recipe
 
 __all__ = ["make_checkpoints", "make_engine", "small_recipe"]
@@ -16,7 +16,9 @@ def trained(recipe_file: Path, tmp_path: Path) -> Callable[..., Path]:
     """Train by the small recipe in the directory of a name, to the end; returns the run."""
 
     def train(name: str, *overrides: str, processes: int = 1) -> Path:
-        karat_done("train", str(recipe_file), f"run.dir={tmp_path / name}", *overrides, processes=processes)
+        arguments = ("train", str(recipe_file), f"run.dir={tmp_path / name}", *overrides)
+        done = karat_run_here(*arguments, processes=processes)
+        assert done.returncode == 0, done.stdout + done.stderr
         return tmp_path / name
 
     return train

@@ -11,30 +11,39 @@ import psutil
 
 from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.checkpoint.tensor_storage import load_tensors
-from tests.conftest import events, karat_command, karat_done, karat_environment, summary
+from tests.conftest import events, karat_command, karat_done, karat_environment, rank_environments, summary
 from tests.small_engines import equal
+from tests.warm import Started
 
 STEPS = 16  # 2 epochs of 64 samples in batches of 8
 
 
-def start(recipe: Path, run: Path, *overrides: str, processes: int = 1, by: str = "train") -> subprocess.Popen[str]:
-    line = karat_command([by, str(recipe), f"run.dir={run}", *overrides], processes)
+def start(recipe: Path, run: Path, *overrides: str, processes: int = 1, by: str = "train") -> Started:
+    """A run on so many ranks, without a launcher."""
+    environments = rank_environments(processes) if processes > 1 else [karat_environment()]
+    return Started("karat_scale", [by, str(recipe), f"run.dir={run}", *overrides], environments)
+
+
+def start_torchrun(recipe: Path, run: Path, *overrides: str) -> subprocess.Popen[str]:
+    """A run on two ranks under torchrun."""
+    line = karat_command(["train", str(recipe), f"run.dir={run}", *overrides], 2)
     pipe = subprocess.PIPE
     return subprocess.Popen(
         line, env=karat_environment(), stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 
-def kill_all(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to the launcher, the ranks (torchrun gives each a session of its own) and their workers."""
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+def kill_all(process: Started) -> None:
+    """SIGKILL to the ranks and their workers."""
+    ranks = [psutil.Process(pid) for pid in process.pids]
+    family = [*(worker for rank in ranks for worker in rank.children(recursive=True)), *ranks]
     for member in family:
         member.send_signal(signal.SIGKILL)
     process.communicate()
     psutil.wait_procs(family, timeout=30)
 
 
-def stopped_by(process: subprocess.Popen[str], number: signal.Signals) -> str:
+def stopped_by(process: Started, number: signal.Signals) -> str:
     """Send a signal to a run, which then saves and stops; returns all that it has said."""
     process.send_signal(number)
     output, _ = process.communicate(timeout=90)
@@ -42,7 +51,7 @@ def stopped_by(process: subprocess.Popen[str], number: signal.Signals) -> str:
     return output
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_until(condition: Callable[[], bool], process: Started | subprocess.Popen[str]) -> None:
     """Until a run has done something, while it runs."""
     deadline = time.monotonic() + 120
     while not condition():
@@ -51,7 +60,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
         time.sleep(0.002)
 
 
-def wait_for_checkpoint(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_checkpoint(run: Path, step: int, process: Started | subprocess.Popen[str]) -> None:
     """Until the run has saved `step` or a later one."""
     store = CheckpointStore(run / "checkpoints")
 
@@ -62,7 +71,7 @@ def wait_for_checkpoint(run: Path, step: int, process: subprocess.Popen[str]) ->
     wait_until(is_saved, process)
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(run: Path, step: int, process: Started) -> None:
     """Until the run has reported training step `step`."""
     log = run / "metrics.jsonl"
     wait_until(lambda: log.is_file() and any(event["step"] == step for event in events(run, "train")), process)

@@ -1,13 +1,10 @@
 """The share of scores beyond what the functions tell apart, in each report of training."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from karat_scale.commands.cli import main
-from karat_scale.engine.distributed import World
-from karat_scale.recipe import Recipe
 from tests.conftest import SMALL, events
 from tests.small_engines import equal, whole_zero3
 from tests.training.test_save_points import train_to_the_end
@@ -16,10 +13,8 @@ __all__ = ["whole_zero3"]
 DROP = ("model.drop_path=0.5", "model.proj_drop=0.1")
 
 
-@pytest.mark.parametrize("stage", ["zero0", "zero3"])
-def test_scores_that_grow_too_large_are_reported_and_warned_of_once(
-    tmp_path: Path, whole_zero3: str, stage: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("stage", [pytest.param("zero0", marks=pytest.mark.slow), "zero3"])
+def test_scores_that_grow_too_large_are_reported_and_warned_of_once(tmp_path, whole_zero3, stage, capsys) -> None:
     recipe, run = tmp_path / "r.yaml", tmp_path / "run"
     recipe.write_text("data: {backend: synthetic, synthetic_samples: 64}\nattention: {kind: karat}\n")
     config = f"deepspeed.config={whole_zero3 if stage == 'zero3' else stage}"
@@ -39,11 +34,10 @@ def test_scores_that_grow_too_large_are_reported_and_warned_of_once(
 
 
 @pytest.mark.parametrize(
-    "own", [(), pytest.param(("train.compile=true",), marks=pytest.mark.slow), ("deepspeed.config=zero2",)]
+    "own",
+    [(), *(pytest.param((one,), marks=pytest.mark.slow) for one in ("train.compile=true", "deepspeed.config=zero2"))],
 )
-def test_looking_changes_no_bit_of_training(
-    small_recipe: Callable[..., Recipe], tmp_path: Path, world: World, own: tuple[str, ...]
-) -> None:
+def test_looking_changes_no_bit_of_training(small_recipe, tmp_path, world, own) -> None:
     ends = [
         train_to_the_end(
             small_recipe(*DROP, *own, f"log.every_steps={every}", f"run.dir={tmp_path / str(every)}"), world

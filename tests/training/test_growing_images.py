@@ -95,6 +95,7 @@ def test_two_ranks_grow_alike(command, whole, tmp_path, stage) -> None:
     assert summary(run)["data_digest"] == summary(whole)["data_digest"]
 
 
+@pytest.mark.slow
 def test_shared_functions_grow(command, tmp_path) -> None:
     assert karat_here(*command(tmp_path / "run", "attention.mode=universal")) == 0
     assert summary(tmp_path / "run")["steps"] == 24

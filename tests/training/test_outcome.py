@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.foundation.errors import RunDirectoryError
-from tests.conftest import events, karat, karat_here, summary
+from tests.conftest import events, karat_here, karat_says, summary
 from tests.small_engines import make_trainer
 
 
@@ -73,7 +73,7 @@ def test_a_start_that_fails_leaves_the_outcome_of_a_finished_run(train_recipe, s
     assert summary(run) == finished
     assert events(run, "end") == ends
     assert "class4" not in (run / "classes.json").read_text()
-    shown = karat("status", str(run), "--once").stdout
+    shown = karat_says("status", str(run), "--once")
     assert "finished (exit 0)" in shown
     assert "'starting'" not in shown
 

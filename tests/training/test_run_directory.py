@@ -13,10 +13,14 @@ from karat_scale.training.tasks.classification.task import TrainState
 from tests.conftest import karat_here
 
 
-def test_a_new_directory_is_claimed_and_begun(small_recipe, tmp_path) -> None:
+def test_a_new_directory_is_claimed_by_one_and_begun(small_recipe, tmp_path, monkeypatch) -> None:
     recipe = small_recipe()
-    directory = RunDirectory(tmp_path / "new" / "run")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    directory = RunDirectory("~/new/run")
+    assert directory.path == tmp_path / "new" / "run"
     directory.open(recipe)
+    with pytest.raises(RunDirectoryError, match="in use by process"):
+        RunDirectory(directory.path).open(recipe)
     assert directory.summary() is None
     assert directory.classes() == ()
     directory.begin(recipe, ("cat", "dog"))
@@ -24,18 +28,9 @@ def test_a_new_directory_is_claimed_and_begun(small_recipe, tmp_path) -> None:
     assert directory.classes() == ("cat", "dog")
     directory.write_summary({"exit": 0})
     assert directory.summary() == {"exit": 0}
-
-
-def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert RunDirectory("~/run").path == tmp_path / "run"
-
-
-def test_two_cannot_hold_one_directory(small_recipe, tmp_path) -> None:
-    first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
-    first.open(small_recipe())
-    with pytest.raises(RunDirectoryError, match="in use by process"):
-        second.open(small_recipe())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirectoryError, match=r"run.dir = .*choose another run.dir"):
+        RunDirectory(tmp_path / "file" / "run").open(recipe)
 
 
 def _outlive(begun: Event) -> None:
@@ -58,12 +53,6 @@ def test_a_process_that_outlives_the_run_does_not_hold_its_directory(small_recip
     worker.join()
 
 
-def test_a_place_that_cannot_be_written_is_one_line(small_recipe, tmp_path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirectoryError, match=r"run.dir = .*choose another run.dir"):
-        RunDirectory(tmp_path / "file" / "run").open(small_recipe())
-
-
 @pytest.fixture
 def begun(small_recipe, tmp_path) -> RunDirectory:
     """The directory of a run that has begun, with a checkpoint."""
@@ -73,13 +62,15 @@ def begun(small_recipe, tmp_path) -> RunDirectory:
     return directory
 
 
-def test_keys_that_do_not_matter_may_change(begun, small_recipe) -> None:
+def test_keys_that_do_not_matter_or_are_allowed_may_change(begun, small_recipe) -> None:
     same = ("data.workers=0", "log.every_steps=3", "train.micro_batch=2", "data.on_bad_sample=skip")
     assert begun.open(small_recipe(*same)) == "train.micro_batch (None -> 2)"
+    assert begun.admit(small_recipe("optim.lr=1", "resume.allow=optim.lr")) == "optim.lr (0.0005 -> 1.0)"
 
 
 AUGMENT = [f"augment.{key}=0" for key in ("hflip", "mixup", "cutmix", "mix_prob", "label_smoothing")]
 REFUSED = [
+    (["resume.mode=never"], r"has checkpoints and resume.mode = never; choose another run.dir or use"),
     (["optim.lr=1"], r"optim.lr \(0.0005 -> 1.0\); add 'resume.allow=\[optim.lr\]'"),
     (["train.global_batch=16", "resume.allow=train.global_batch"], r"\(8 -> 16\); use train.global_batch=8, or choose"),
     ([*AUGMENT, "augment.color_jitter=0.1", "optim.lr=1"], "and 1 more"),
@@ -103,10 +94,6 @@ def test_another_recipe_is_refused_with_the_fix(begun, small_recipe, overrides, 
         begun.open(small_recipe(*overrides))
 
 
-def test_what_is_allowed_is_told(begun, small_recipe) -> None:
-    assert begun.open(small_recipe("optim.lr=1", "resume.allow=optim.lr")) == "optim.lr (0.0005 -> 1.0)"
-
-
 def test_a_branch_is_of_the_same_model(small_recipe, tmp_path) -> None:
     trunk = RunDirectory(tmp_path / "trunk")
     trunk.path.mkdir()
@@ -119,19 +106,13 @@ def test_a_branch_is_of_the_same_model(small_recipe, tmp_path) -> None:
             refuse_another_model(source, small_recipe("attention.basis=morlet"))
 
 
-def test_a_run_that_never_saved_may_start_anew(small_recipe, tmp_path) -> None:
-    directory = RunDirectory(tmp_path / "run")
-    directory.path.mkdir()
-    directory.begin(small_recipe())
-    assert directory.open(small_recipe("optim.lr=1", "resume.mode=never")) == ""
-
-
 def test_a_start_that_left_no_checkpoint_does_not_hold_the_directory(small_recipe, tmp_path) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.path.mkdir()
     assert directory.begins_anew(small_recipe())
     directory.begin(small_recipe())
     assert not directory.begins_anew(small_recipe("log.every_steps=3"))
+    assert directory.admit(small_recipe("optim.lr=1", "resume.mode=never")) == ""
     other = small_recipe("attention.grid=5", "train.global_batch=16")
     assert directory.open(other) == "attention.grid (2 -> 5), train.global_batch (8 -> 16)"
     assert directory.begins_anew(other)

@@ -108,7 +108,7 @@ def test_too_few_tars_and_a_failing_command_end_in_one_line(command, tmp_path) -
 
 def test_a_step_that_is_given_up_is_taken_again_with_the_same_samples(command, tmp_path, world) -> None:
     def train(name: str, stop: tuple[int, str] | None = None) -> dict[str, object]:
-        _, path, *overrides = command(tmp_path / name, "data.workers=0", "train.epochs=1")
+        _, path, *overrides = command(tmp_path / name, "data.workers=0", "train.max_steps=5")
         return train_to_the_end(load_recipe(path, overrides), world, stop)
 
     assert train("cut", (3, "in a step"))["step"] == 3

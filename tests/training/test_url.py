@@ -21,15 +21,7 @@ from karat_scale.training.run_copy import RunCopy, RunUrl, follow
 from karat_scale.training.run_directory import RunDirectory
 from tests.conftest import events, karat, karat_done, karat_refuses, summary
 from tests.servers import Asked, Fault, FaultyProxy, s3, s3_port
-from tests.training.runs import (
-    STEPS,
-    assert_same_run,
-    kill_all,
-    start,
-    stopped_by,
-    wait_for_checkpoint,
-    wait_until,
-)
+from tests.training.runs import STEPS, assert_same_run, kill_all, start, stopped_by, wait_for_checkpoint, wait_until
 
 __all__ = ["s3", "s3_port"]
 EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.keep_last=2", "deepspeed.config=zero1")

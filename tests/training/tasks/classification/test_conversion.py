@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +14,9 @@ from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.tasks.classification.conversion import FILE, read_report, read_survey
 from tests.conftest import SMALL, events, karat, karat_done, karat_here, karat_refuses, karat_says, summary
 from tests.small_engines import equal
-from tests.training.runs import assert_a_kill_changes_nothing, kill_all, last_tensors, start, stopped_by
+from tests.training.runs import assert_a_kill_changes_nothing, kill_all, last_tensors, start, stopped_by, wait_until
 from tests.training.test_initial_weights import put_into_cache
+from tests.warm import Started
 
 QUICK = ("convert.images=24", "convert.steps=8", "convert.rounds=1")
 KARAT = ("attention.kind=karat", *QUICK)
@@ -86,7 +86,7 @@ def test_a_start_after_stage_1_takes_what_is_there_and_another_recipe_does_not(c
 
 def test_the_survey_says_what_each_block_costs_and_how_many_pay(convert, original, tmp_path) -> None:
     run = tmp_path / "run"
-    says = karat_says(*convert(run, *KARAT), "--survey")
+    says = karat_says(*convert(run, *KARAT, "convert.steps=2"), "--survey")
     found = read_survey(run)
     assert [block["block"] for block in found["blocks"]] == [0, 1]
     assert all(0 <= block["top1_alone"] <= 100 and len(block["matched"]) == 2 for block in found["blocks"])
@@ -101,8 +101,9 @@ def test_the_survey_says_what_each_block_costs_and_how_many_pay(convert, origina
     assert says.count("for a loss of at most") == 4
     assert not (run / "recipe.yaml").exists()
     # The run of the same recipe goes on from there.
-    assert "matching the attention" not in karat_says(*convert(run, *KARAT))
-    assert "has checkpoints" in karat_refuses(*convert(run, *KARAT), "--survey")
+    own = convert(run, *KARAT, "convert.steps=2", "train.max_steps=1")
+    assert "matching the attention" not in karat_says(*own)
+    assert "has checkpoints" in karat_refuses(*own, "--survey")
     assert karat_here("analyze", str(run), "--only", "conversion") == 0
     report = (run / "analysis/report.html").read_text()
     assert "Converted attention" in report
@@ -121,9 +122,7 @@ def test_only_blocks_that_differ_are_converted(convert, converted, tmp_path) -> 
 
 
 @pytest.mark.slow
-def test_an_exported_folder_and_weights_without_a_word_on_their_model_are_sources(
-    convert, original, recipe, tmp_path
-) -> None:
+def test_an_exported_folder_and_weights_without_a_word_on_their_model_are_sources(convert, original, recipe, tmp_path):
     short = (*KARAT, "convert.steps=1", "train.max_steps=1")
     folder = ("--format", "timm", "--weights", "ema", "--out", str(tmp_path / "x"))
     assert karat_here("export", str(original), *folder) == 0
@@ -179,14 +178,8 @@ def test_print_shows_the_whole_recipe(convert, original, tmp_path) -> None:
     assert "images: 1000" in says
 
 
-def wait_for_line(process: subprocess.Popen[str], words: str) -> None:
-    assert process.stdout is not None
-    said = ""
-    for line in process.stdout:
-        said += line
-        if words in line:
-            return
-    raise AssertionError(said)
+def wait_for_line(process: Started, words: str) -> None:
+    wait_until(lambda: words in process.said(), process)
 
 
 @pytest.mark.slow

@@ -119,7 +119,7 @@ def test_a_student_stops_resumes_and_is_evaluated_without_its_teachers_run(teach
 
 def test_the_student_follows_its_teacher(student, tmp_path) -> None:
     """With all weight on the teacher, the divergence falls."""
-    assert karat_here(*student(tmp_path / "run", "distill.weight=1", "train.epochs=6", "optim.lr=0.02")) == 0
+    assert karat_here(*student(tmp_path / "run", "distill.weight=1", "train.epochs=4", "optim.lr=0.02")) == 0
     divergence = [soft for _, _, soft in losses(tmp_path / "run")]
     assert np.mean(divergence[-8:]) < 0.5 * np.mean(divergence[:8])
 
@@ -151,12 +151,11 @@ def test_an_exported_file_and_a_timm_model_are_teachers(recipe, teacher, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("stage", [1, 3])
-def test_every_stage_and_world_gives_the_same_losses(student, tmp_path, stage) -> None:
+def test_every_stage_and_world_gives_the_same_losses(student, tmp_path) -> None:
     alone, ranks = tmp_path / "alone", tmp_path / "ranks"
     karat_done(*student(alone))
     for steps in ("4", "null"):  # stopped and resumed
-        own = (f"deepspeed.config=zero{stage}", f"train.max_steps={steps}")
+        own = ("deepspeed.config=zero3", f"train.max_steps={steps}")
         karat_done(*student(ranks, *own), processes=2)
     assert np.allclose(losses(ranks), losses(alone), rtol=1e-4)
 

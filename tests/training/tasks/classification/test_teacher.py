@@ -18,7 +18,7 @@ from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.classification.distillation_teacher import TEACHER_FILE as FILE
 from karat_scale.training.tasks.classification.distillation_teacher import keep_teacher
 from karat_scale.training.weights_file import read_exported
-from tests.conftest import karat, karat_done, karat_refuses, summary
+from tests.conftest import karat_done, karat_refuses, karat_says, summary
 from tests.small_engines import make_trainer, weights
 from tests.training.runs import losses
 
@@ -27,7 +27,7 @@ from tests.training.runs import losses
 def teacher(command, recipe) -> Path:
     """A KArAt run of 8 steps."""
     run = recipe.parent / "teacher"
-    karat_done(*command(run, "attention.kind=karat"))
+    karat_says(*command(run, "attention.kind=karat"))
     return run
 
 
@@ -41,7 +41,7 @@ def student_command(command, teacher) -> Callable[..., list[str]]:
 def stopped(student_command, tmp_path_factory) -> Path:
     """A student's run after 3 of its 8 steps; to be copied."""
     run = tmp_path_factory.mktemp("students") / "stopped"
-    karat_done(*student_command(run, "train.max_steps=3"))
+    karat_says(*student_command(run, "train.max_steps=3"))
     return run
 
 
@@ -49,12 +49,12 @@ def test_a_student_trains_stops_resumes_and_is_evaluated_without_the_teachers_ru
     teacher, stopped, student_command, tmp_path
 ) -> None:
     whole, parts, gone = tmp_path / "whole", tmp_path / "parts", tmp_path / "gone"
-    karat_done(*student_command(whole))
+    karat_says(*student_command(whole))
     shutil.copytree(stopped, parts)
     teacher.rename(gone)  # the run keeps all it needs
     try:
-        karat_done(*student_command(parts))
-        karat_done("eval", str(parts), "--json", str(tmp_path / "eval.json"))
+        karat_says(*student_command(parts))
+        karat_says("eval", str(parts), "--json", str(tmp_path / "eval.json"))
         assert main(["export", str(parts), "--weights", "raw", "--checkpoint", "latest", "--out", str(tmp_path)]) == 0
     finally:
         gone.rename(teacher)
@@ -75,7 +75,7 @@ def test_a_larger_student_trains_and_is_evaluated(student_command, tmp_path) -> 
     run = tmp_path / "larger"
     larger = ("model.embed_dim=64", "model.num_heads=4")
     assert "use attention.transfer_heads=repeat, cycle or interpolate" in karat_refuses(*student_command(run, *larger))
-    karat_done(*student_command(run, *larger, "attention.transfer_heads=interpolate"))
+    karat_says(*student_command(run, *larger, "attention.transfer_heads=interpolate"))
     assert losses(run)[1] != losses(run)[8]
     assert main(["eval", str(run), "--json", str(tmp_path / "eval.json")]) == 0
     assert json.loads((tmp_path / "eval.json").read_text())["top1"] == summary(run)["best_top1"]
@@ -84,17 +84,16 @@ def test_a_larger_student_trains_and_is_evaluated(student_command, tmp_path) -> 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_every_stage_and_world_gives_the_same_losses(student_command, tmp_path, stage) -> None:
+def test_every_stage_and_world_gives_the_same_losses(student_command, tmp_path) -> None:
     alone, ranks, bf16 = tmp_path / "alone", tmp_path / "ranks", tmp_path / "bf16"
-    own = f"deepspeed.config=zero{stage}"
-    karat_done(*student_command(alone))
+    own = "deepspeed.config=zero3"
+    karat_says(*student_command(alone))
     for steps in ("4", "null"):  # stopped and gone on
         karat_done(*student_command(ranks, own, f"train.max_steps={steps}"), processes=2)
     assert losses(ranks) == pytest.approx(losses(alone), rel=1e-5)
-    karat_done(*student_command(bf16, own, "train.precision=bf16"))
+    karat_says(*student_command(bf16, own, "train.precision=bf16"))
     assert losses(bf16) == pytest.approx(losses(alone), rel=0.05)
-    karat_done("eval", str(bf16))
+    karat_says("eval", str(bf16))
 
 
 @pytest.mark.slow
@@ -109,12 +108,12 @@ def test_another_teacher_is_noticed_whoever_reads_the_checkpoint(stopped, studen
         read_exported(run / FILE)
     del about["weights_sha256"]
     save_file(tensors, run / FILE, about)
-    for error in (karat(*student_command(run)).stderr.splitlines()[-1], karat_refuses("eval", str(run))):
+    for error in (karat_refuses(*student_command(run)), karat_refuses("eval", str(run))):
         assert "it was trained with the teacher with digest" in error
         assert error.startswith("error: checkpoint ")
     (run / FILE).unlink()
     assert f"{run / FILE} is missing" in karat_refuses("eval", str(run))
-    karat_done(*student_command(run))
+    karat_says(*student_command(run))
 
 
 def test_what_cannot_be_transferred_is_one_line(stopped, student_command, tmp_path) -> None:

@@ -50,23 +50,28 @@ def test_windows_are_squares_of_the_map() -> None:
     assert torch.equal(join_windows(windows, 6, 3), tokens)
 
 
-@pytest.mark.parametrize(
-    ("kind", "global_blocks", "message"),
-    [
-        ("karat", 5, "detector.global_blocks = 5, but the model has 2 blocks, .* use 1 at most"),
-        ("karat", 2, "no block would keep KArAt; use 1 at most"),
-        ("softmax", 5, "the model has 2 blocks; use 2 at most"),
-    ],
-)
-def test_more_global_blocks_than_there_are_to_give_are_refused(small, kind, global_blocks, message) -> None:
-    recipe = small(model={"image_size": 128}, detector={"global_blocks": global_blocks}, attention={"kind": kind})
-    with pytest.raises(RecipeError, match=message):
-        ViTBackbone(build_vit(recipe), recipe)
+def test_what_no_detector_can_be_made_of_is_one_line(small) -> None:
+    def blocks(count: int, kind: str) -> ViTBackbone:
+        recipe = small(model={"image_size": 128}, detector={"global_blocks": count}, attention={"kind": kind})
+        return ViTBackbone(build_vit(recipe), recipe)
 
-
-def test_softmax_may_see_the_whole_image_in_every_block(small) -> None:
-    recipe = small(model={"image_size": 128}, detector={"global_blocks": 2}, attention={"kind": "softmax"})
-    assert ViTBackbone(build_vit(recipe), recipe).global_blocks == {0, 1}
+    assert blocks(2, "softmax").global_blocks == {0, 1}  # which may see the whole image in every block
+    wide = create_model(small(model={"embed_dim": 96}).window_model, KARAT)
+    for make, message in (
+        (lambda: blocks(5, "karat"), "detector.global_blocks = 5, but the model has 2 blocks, .* use 1 at most"),
+        (lambda: blocks(2, "karat"), "no block would keep KArAt; use 1 at most"),
+        (lambda: blocks(5, "softmax"), "the model has 2 blocks; use 2 at most"),
+        (
+            lambda: take_backbone_weights(build_vit(small()), wide.state_dict()),
+            r"96.* in the weights and .*64.* in the model",
+        ),
+        *(
+            (lambda name=name: build_vit(small(model={"name": name})), f"model.name = {name} is not a plain ViT")
+            for name in ("convit_tiny", "swin_tiny_patch4_window7_224")
+        ),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            make()
 
 
 @pytest.mark.parametrize("global_blocks", [0, 1])
@@ -126,12 +131,6 @@ def test_a_classifiers_weights_lose_class_token_and_head(small, attention) -> No
         assert "operators keep their initial values" in notes
 
 
-def test_weights_of_another_width_are_refused(small) -> None:
-    wide = create_model(small(model={"embed_dim": 96}).window_model, KARAT)
-    with pytest.raises(RecipeError, match=r"96.* in the weights and .*64.* in the model"):
-        take_backbone_weights(build_vit(small()), wide.state_dict())
-
-
 def test_init_from_a_file_gives_the_backbone_its_weights(small, tmp_path) -> None:
     classifier = create_model(small().window_model, AttentionConfig())
     torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
@@ -140,12 +139,6 @@ def test_init_from_a_file_gives_the_backbone_its_weights(small, tmp_path) -> Non
     line = initialise(vit, recipe, ALONE, lambda model, weights, _: take_backbone_weights(model, weights))
     assert "without its class token; the attention operators keep their initial values" in line
     assert torch.equal(vit.blocks[0].attn.qkv.weight, classifier.blocks[0].attn.qkv.weight)
-
-
-@pytest.mark.parametrize("name", ["convit_tiny", "swin_tiny_patch4_window7_224"])
-def test_only_a_plain_vit_is_a_map(small, name) -> None:
-    with pytest.raises(RecipeError, match=f"model.name = {name} is not a plain ViT"):
-        build_vit(small(model={"name": name}))
 
 
 def test_the_levels_have_vitdets_strides() -> None:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -76,13 +75,6 @@ def test_an_evaluation_has_what_exporters_leave_out(own, tmp_path) -> None:
     assert sorted(split.index.anns) == [1, 2]
 
 
-@pytest.mark.parametrize("segmentation", [[], [[1.0]], {"counts": "?"}, None])
-def test_an_evaluation_refuses_a_segmentation_that_cannot_be_read(own, tmp_path, segmentation) -> None:
-    own["annotations"][0]["segmentation"] = segmentation
-    with pytest.raises(DataError, match="annotation 1 has no readable category or segmentation"):
-        opened(tmp_path, own, for_training=False)
-
-
 def test_polygons_and_run_lengths_are_one_mask(own, tmp_path) -> None:
     polygon = own["annotations"][0]
     _, masks = opened(tmp_path, own).objects(0)
@@ -103,54 +95,53 @@ def test_masks_of_the_made_set_are_exact(coco_set) -> None:
         assert masks.sum((1, 2)).tolist() == areas
 
 
-def read(root: Path, content: object) -> None:
-    split = opened(root, content)
+def read(root: Path, content: object, for_training: bool) -> None:
+    split = opened(root, content, for_training)
     split.read(0)
     split.objects(0)
 
 
-def test_bad_files_are_one_line_that_names_them(own, tmp_path) -> None:
-    def refused(content: object) -> str:
+def test_bad_files_are_one_line_that_names_them(own, tmp_path, monkeypatch) -> None:
+    def refused(content: object, for_training: bool = True) -> str:
         with pytest.raises(DataError) as caught:
-            read(tmp_path, content)
+            read(tmp_path, content, for_training)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "a.json is not JSON" in refused('{"images": [')
-    assert "a.json is not in COCO's format" in refused("[1, 2]")
-    assert "it has no categories" in refused({**own, "categories": []})
-    assert "has no image with objects" in refused({**own, "annotations": own["annotations"][1:]})
+    first, image = own["annotations"][0], own["images"][0]
+    unreadable = "annotation 1 has no readable category or segmentation"
+    wrong = {"size": [3, 4], "counts": [2, 10]}
+    for content, said in (
+        ('{"images": [', "a.json is not JSON"),
+        ("[1, 2]", "a.json is not in COCO's format"),
+        ({**own, "categories": []}, "it has no categories"),
+        ({**own, "annotations": own["annotations"][1:]}, "has no image with objects"),
+        *(({**own, "annotations": [{**first, "segmentation": bad}]}, unreadable) for bad in ([[1.0]], wrong)),
+        ({**own, "images": [{"id": 0, "width": 40, "height": 30}]}, "image 0 has no file_name"),
+        *(
+            ({**own, "images": [{**image, key: value}]}, f"image 0 has {key} = {value!r}, not {what}")
+            for key, value, what in (("file_name", 3, "a name"), ("width", "40", "pixels"), ("height", None, "pixels"))
+        ),
+        *(
+            ({**own, "annotations": [{**first, "area": area}]}, f"annotation 1 has area = {area!r}, not a number")
+            for area in (None, "big")
+        ),
+        ({**own, "images": [{**image, "width": 41}]}, "a.jpg is 40 x 30, but a.json says 41 x 30"),
+    ):
+        assert said in refused(content)
+    for bad in ([], [[1.0]], {"counts": "?"}, None):
+        assert unreadable in refused({**own, "annotations": [{**first, "segmentation": bad}]}, for_training=False)
     with pytest.raises(DataError, match=r"none.json cannot be read: No such file"):
         CocoSplit(str(tmp_path), ".", "none.json", True)
-    broken = [{**own["annotations"][0], "segmentation": [[1.0]]}]
-    assert "annotation 1 has no readable category or segmentation" in refused({**own, "annotations": broken})
-    wrong = {**broken[0], "segmentation": {"size": [3, 4], "counts": [2, 10]}}
-    assert "annotation 1 has no readable category or segmentation" in refused({**own, "annotations": [wrong]})
-    nameless = {"id": 0, "width": 40, "height": 30}
-    assert "image 0 has no file_name" in refused({**own, "images": [nameless]})
-    for key, value, what in (("file_name", 3, "a name"), ("width", "40", "pixels"), ("height", None, "pixels")):
-        untyped = {**own["images"][0], key: value}
-        assert f"image 0 has {key} = {value!r}, not {what}" in refused({**own, "images": [untyped]})
-    for area in (None, "big"):
-        sized = [{**own["annotations"][0], "area": area}]
-        assert f"annotation 1 has area = {area!r}, not a number" in refused({**own, "annotations": sized})
-    wider = {**own, "images": [{**own["images"][0], "width": 41}]}
-    assert "a.jpg is 40 x 30, but a.json says 41 x 30" in refused(wider)
-    shutil.copy(tmp_path / "a.jpg", tmp_path / "whole.jpg")
-    (tmp_path / "a.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:200])
+    split = opened(tmp_path, own)
+    check_classes(split, 2)
+    for classes in (1, 80):
+        with pytest.raises(DataError, match=rf"has 2 categories, but model.num_classes = {classes}; set model.num_cl"):
+            check_classes(split, classes)
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:200])
     assert "a.jpg cannot be decoded" in refused(own)
     (tmp_path / "a.jpg").unlink()
     assert "a.jpg cannot be read: No such file" in refused(own)
-
-
-def test_classes_must_be_as_many_as_categories(own, tmp_path) -> None:
-    split = opened(tmp_path, own)
-    check_classes(split, 2)
-    with pytest.raises(DataError, match=r"has 2 categories, but model.num_classes = 80; set model.num_classes=2"):
-        check_classes(split, 80)
-
-
-def test_without_pycocotools_the_extra_is_named(own, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
     with pytest.raises(RecipeError, match=r"pip install -e '\.\[detection\]'"):
         opened(tmp_path, own)

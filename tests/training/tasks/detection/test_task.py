@@ -98,12 +98,11 @@ def test_checkpoints_of_the_other_kind_are_refused(small, small_recipe, begin, w
 @pytest.mark.parametrize(
     "sections",
     [
-        {"deepspeed": {"config": "zero1"}},
-        {"deepspeed": {"config": "zero3"}},
-        {"deepspeed": {"config": "zero2_offload", "cpu_adam": "torch"}},
-        {"train": {"recompute": {"policy": "all"}}},
+        {"deepspeed": {"config": "zero3"}, "train": {"recompute": {"policy": "all"}}},
+        pytest.param({"deepspeed": {"config": "zero1"}}, marks=pytest.mark.slow),
+        pytest.param({"deepspeed": {"config": "zero2_offload", "cpu_adam": "torch"}}, marks=pytest.mark.slow),
     ],
-    ids=["zero1", "zero3", "zero2_offload", "recompute"],
+    ids=["zero3 and recompute", "zero1", "zero2_offload"],
 )
 def test_losses_are_the_same_at_each_stage_and_recomputed(small, begin, tmp_path, sections) -> None:
     def losses(name: str, **changes: dict[str, object]) -> list[float]:
