@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.commands.test_cli import refused
-from tests.conftest import events, karat_here, make_image_folder, summary
+from tests.conftest import events, karat_here, karat_refuses, karat_says, make_image_folder, summary
 
 Train = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -46,49 +45,41 @@ def cut(shard: Path) -> None:
     os.truncate(shard, shard.stat().st_size - 512)
 
 
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (lambda directory: [file.unlink() for file in directory.iterdir()], ("damaged", "make_webdataset.py")),
-        (lambda directory: (directory / "train-000001.tar").unlink(), ("train-000001.tar",)),
-        (lambda directory: cut(directory / "train-000001.tar"), ("train-000001.tar",)),
-    ],
-    ids=["empty", "missing", "truncated"],
-)
-def test_a_directory_without_all_of_its_shards(
-    train_recipe: Train, damaged: Path, damage: Callable[[Path], object], said: tuple[str, ...]
-) -> None:
-    damage(damaged)
-    refused(train_recipe(f"data.path={damaged}"), *said)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_shard_changed_in_place_since_it_was_indexed(train_recipe: Train, damaged: Path, workers: int) -> None:
-    for shard in damaged.glob("train-*.tar"):
+def change_images(directory: Path) -> None:
+    for shard in directory.glob("train-*.tar"):
         data = bytearray(shard.read_bytes())
         data[1100:1400] = bytes(300)  # the first image's bytes, behind the label's block and two headers
         data[1800:2000] = bytes(200)
         shard.write_bytes(data)
-    refused(train_recipe(f"data.path={damaged}", f"data.workers={workers}"), "train-0000", "changed")
 
 
-def test_the_advice_for_an_undecodable_image_can_be_followed_in_the_same_directory(
-    train_recipe: Train, shards_with_a_bad_image: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("damage", "workers", "said"),
+    [
+        (lambda directory: [file.unlink() for file in directory.iterdir()], 1, ("damaged", "make_webdataset.py")),
+        (lambda directory: (directory / "train-000001.tar").unlink(), 1, ("train-000001.tar",)),
+        (lambda directory: cut(directory / "train-000001.tar"), 1, ("train-000001.tar",)),
+        (change_images, 0, ("train-0000", "changed")),
+        (change_images, 1, ("train-0000", "changed")),
+    ],
+    ids=["empty", "missing", "truncated", "changed", "changed, by a worker"],
+)
+def test_damaged_shards_are_one_line(recipe_file, damaged, damage, workers, said) -> None:
+    damage(damaged)
+    line = karat_refuses("train", str(recipe_file), f"data.path={damaged}", f"data.workers={workers}")
+    assert all(part in line for part in said)
+
+
+def test_an_undecodable_image_is_refused_or_as_the_advice_says_skipped_reported_and_counted(
+    recipe_file, shards_with_a_bad_image, tmp_path
 ) -> None:
-    data = f"data.path={shards_with_a_bad_image}"
-    refused(train_recipe(data), "train-000000.tar", "data.on_bad_sample=skip")
-    done = train_recipe(data, "data.on_bad_sample=skip", "attention.rank=3", "train.max_steps=9")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "differs from that of the earlier start, which left no checkpoint: attention.rank (4 -> 3)" in done.stdout
-    assert summary(tmp_path / "run")["steps"] == 9
-
-
-def test_an_undecodable_image_is_skipped_reported_and_counted(
-    train_recipe: Train, shards_with_a_bad_image: Path, tmp_path: Path
-) -> None:
-    done = train_recipe(f"data.path={shards_with_a_bad_image}", "data.on_bad_sample=skip", "train.epochs=1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    warnings = [line for line in done.stdout.splitlines() if "warning" in line]
+    command = ("train", str(recipe_file), f"data.path={shards_with_a_bad_image}")
+    line = karat_refuses(*command)
+    assert "train-000000.tar" in line
+    assert "data.on_bad_sample=skip" in line
+    said = karat_says(*command, "data.on_bad_sample=skip", "attention.rank=3", "train.epochs=1")
+    assert "differs from that of the earlier start, which left no checkpoint: attention.rank (4 -> 3)" in said
+    warnings = [line for line in said.splitlines() if "warning" in line]
     assert any("train-000000.tar" in line for line in warnings)
     assert any("val-000000.tar" in line for line in warnings)
     assert summary(tmp_path / "run")["bad_samples"] == 1
@@ -97,9 +88,7 @@ def test_an_undecodable_image_is_skipped_reported_and_counted(
 
 
 @pytest.mark.slow
-def test_names_that_are_not_utf8_train_and_are_told_when_an_image_is_bad(
-    train_recipe: Train, image_folder: Path, tmp_path: Path
-) -> None:
+def test_names_that_are_not_utf8_train_and_are_told_when_an_image_is_bad(train_recipe, image_folder, tmp_path) -> None:
     images = tmp_path / "images"
     shutil.copytree(image_folder, images)
     name = os.fsdecode(b"class\xff1")

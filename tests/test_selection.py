@@ -30,11 +30,7 @@ def test_of_one_fixture(number): pass
 @pytest.mark.night
 def test_night(): pass
 """
-PROMISED = (
-    test_readme.test_imagenet_in_three_steps,
-    test_readme.test_overrides_by_example,
-    test_readme.test_a_plan_by_example,
-)
+PROMISED = (test_readme.test_imagenet_in_three_steps, test_readme.test_other_commands_by_example)
 TOGETHER = {f"test_of_one_fixture[{number}]" for number in range(9)}
 SLOW = TOGETHER | {f"test_slow[{number}]" for number in range(20)}
 
@@ -51,13 +47,18 @@ def select(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
 
     class Seen:
+        left_out: tuple[pytest.Item, ...] = ()
+
         def pytest_collection_finish(self, session: pytest.Session) -> None:
             self.items = session.items
 
-    def run(*arguments: str) -> list[pytest.Item]:
+        def pytest_deselected(self, items: list[pytest.Item]) -> None:
+            self.left_out = tuple(items)
+
+    def run(*arguments: str) -> Seen:
         seen = Seen()
         pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments], plugins=[seen])
-        return seen.items
+        return seen
 
     return run
 
@@ -68,8 +69,9 @@ def names(items: Iterable[pytest.Item]) -> list[str]:
 
 @pytest.mark.slow
 def test_slow_tests_run_when_asked_for(select) -> None:
-    assert names(select()) == ["test_quick"]
-    assert names(select("test_some.py::test_night")) == ["test_night"]
+    assert set(names(select("--slow=all").items)) == {"test_quick", *SLOW, "test_night"}
+    assert names(select().items) == ["test_quick"]
+    assert names(select("test_some.py::test_night").items) == ["test_night"]
 
 
 @pytest.mark.parametrize("test", PROMISED)
@@ -78,10 +80,11 @@ def test_what_the_readme_promises_first_runs_each_time(test: Callable[..., None]
 
 
 def test_twelve_turns_in_a_row_run_each_slow_test_once(select) -> None:
-    items = select("--slow=all")
+    seen = select("--turn=507")
+    items = [*seen.items, *seen.left_out]
     assert set(names(items)) == {"test_quick", *SLOW, "test_night"}
     turns = {turn: names(item for item in items if runs(item, False, turn)) for turn in range(507, 507 + TURNS)}
-    assert names(select("--turn=507")) == turns[507]
+    assert sorted(names(seen.items)) == sorted(turns[507])
     assert Counter(name for chosen in turns.values() for name in chosen) == dict.fromkeys(SLOW, 1)
     assert sum(not TOGETHER.isdisjoint(chosen) for chosen in turns.values()) == 1
 
@@ -89,7 +92,7 @@ def test_twelve_turns_in_a_row_run_each_slow_test_once(select) -> None:
 def test_files_that_train_come_first_and_keep_their_order(select, tmp_path: Path) -> None:
     trains = "import pytest\n@pytest.mark.multiprocess\ndef test_train(): pass\ndef test_quick_too(): pass\n"
     (tmp_path / "test_zz.py").write_text(trains)
-    items = select()
+    items = select().items
     assert names(items) == ["test_quick", "test_train", "test_quick_too"]
     assert names(longest_files_first(items)) == ["test_train", "test_quick_too", "test_quick"]
 

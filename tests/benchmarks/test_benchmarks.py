@@ -11,7 +11,6 @@ from benchmarks import freed_memory, loaders, order, prepare, remote, resizing, 
 from benchmarks.attention_curve import growth
 from karat_scale.foundation.errors import UserError
 from tests.conftest import SMALL, benchmark
-from tests.slurm.packages import SLURM, missing_reason
 
 Measure = Callable[..., dict[str, Any]]
 SLOW = pytest.mark.slow
@@ -165,15 +164,3 @@ def test_each_kind_of_attention_is_measured_over_softmax(measure: Measure) -> No
     assert list(ratios) == ["softmax", *kinds]
     assert ratios["softmax"] == 1
     assert min(ratios.values()) > 0
-
-
-@pytest.mark.night
-@SLOW
-@pytest.mark.timeout(900)
-def test_recovery_is_measured_in_a_job(measure: Measure) -> None:
-    if reason := missing_reason(SLURM):
-        pytest.skip(reason)
-    (row,) = measure("recovery", "--nodes", "1", "--only", "rank")["rows"]
-    assert row["same_bits"]
-    assert 0 <= row["steps_lost"] <= 40
-    assert 0 < row["start"] < row["seconds"] + 60

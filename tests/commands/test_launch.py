@@ -46,9 +46,7 @@ def test_rocms_lists_count_as_cudas(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("nvidia", "amd", "ranks"), [(2, 0, 2), (0, 2, 2), (2, 1, 2), (0, 0, 1)])
-def test_without_a_list_one_rank_for_each_gpu_of_the_machine(
-    nvidia: int, amd: int, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_list_one_rank_for_each_gpu_of_the_machine(nvidia, amd, ranks, tmp_path, monkeypatch) -> None:
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     for name in ("nvidiactl", "nvidia-uvm", *(f"nvidia{number}" for number in range(nvidia))):

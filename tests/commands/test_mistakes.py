@@ -36,7 +36,6 @@ PUSH = "export kept --push"
         (f"{DOCTOR} attention.grdi=3", "attention.grid"),
         (f"{DOCTOR} model.name=vit_tinny_patch16_224", "vit_tiny_patch16_224"),
         (f"{DOCTOR} deepspeed.config=zero9", "zero9"),
-        (f"{DOCTOR} augment.randaugment=rand-q9", "randaugment"),
         (f"plan {SMALL_VIT} --gpu h1000", "h100-80"),
         (f"plan {SMALL_VIT} --gpu v100-32", "no such matrix units"),
         (f"plan {SMALL_VIT} --curve", "--step-time"),

@@ -1,8 +1,11 @@
 import re
 
+import pytest
+
 from tests.conftest import run_script
 
 
+@pytest.mark.slow
 def test_the_example_matches_four_blocks() -> None:
     output = run_script("examples/convert_timm.py", "--random").stdout
     missed = [[float(number) for number in re.findall(r"block \d+ ([\d.]+)", line)] for line in output.splitlines()]

@@ -56,9 +56,7 @@ EXAMPLES = [
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("example", "library", "ranks"), EXAMPLES)
-def test_a_killed_run_goes_on_with_the_next_sample_on_other_ranks(
-    example: str, library: str, ranks: tuple[int, int], image_folder: Path, tmp_path: Path
-) -> None:
+def test_a_killed_run_goes_on_with_the_next_sample_on_other_ranks(example, library, ranks, image_folder, tmp_path):
     pytest.importorskip(library, reason=f"{library} is not installed: pip install -e '.[loaders]'")
     before, after = ranks
     checkpoints = tmp_path / "run"

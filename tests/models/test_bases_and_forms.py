@@ -63,28 +63,18 @@ def losses_of_two_steps(**settings) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("basis", BASES)
-def test_every_basis_learns(basis):
-    first, second = losses_of_two_steps(basis=basis)
+LEARNS = [
+    *({"basis": basis} for basis in BASES),
+    *({"form": form, "basis": basis} for form in ("project_first", "two_operators") for basis in ("fourier", "dog")),
+    *({"simplex": simplex} for simplex in (True, "hidden")),
+    {"form": "full_rank", "basis": "dog", "softmax_heads": 1, "mode": "universal"},
+]
+
+
+@pytest.mark.parametrize("settings", LEARNS, ids=str)
+def test_every_basis_and_form_learns(settings):
+    first, second = losses_of_two_steps(**settings)
     assert second < first
-
-
-@pytest.mark.parametrize("form", ["project_first", "two_operators", "full_rank"])
-@pytest.mark.parametrize("basis", ["fourier", "dog"])
-def test_every_form_learns(form, basis):
-    first, second = losses_of_two_steps(basis=basis, form=form)
-    assert second < first
-
-
-def test_simplex_and_hybrid_heads_learn():
-    for settings in (
-        {"simplex": True},
-        {"simplex": "hidden"},
-        {"softmax_heads": 1},
-        {"softmax_heads": 1, "mode": "universal"},
-    ):
-        first, second = losses_of_two_steps(**settings)
-        assert second < first
 
 
 def test_a_basis_of_ones_own_learns(own_module):
@@ -146,10 +136,7 @@ def test_operators_of_any_kind_go_without_weight_decay():
         ({"kind": "karat", "form": "smooth", "init": "paper"}, "has attention.init=variance_preserving only"),
         ({"kind": "karat", "form": "smooth", "basis": "bspline"}, "has attention.basis=fourier only"),
         ({"kind": "karat", "form": "smooth", "gains": True}, "has attention.gains=False only"),
-        (
-            {"kind": "karat", "basis": "dog", "init": "fourier_kan"},
-            "needs attention.basis=fourier, not dog",
-        ),
+        ({"kind": "karat", "basis": "dog", "init": "fourier_kan"}, "needs attention.basis=fourier, not dog"),
         ({"kind": "karat", "base": "silu", "gains": True}, "needs attention.basis=fourier and attention.base=zero"),
         ({"bound": 0}, "bound"),
         ({"bound": 2.0, "scores": False}, "attention.bound = 2 has no effect with attention.scores = false"),

@@ -76,22 +76,12 @@ def test_shared_operators_are_those_of_the_blocks_that_learn() -> None:
     [
         (VIT, {"2-4": {"kind": "karat"}}, "attention.blocks.2-4: vit_mini_patch4_28 has the blocks 0 to 3"),
         (VIT, {"7": {"kind": "softmax"}}, "attention.blocks.7: vit_mini_patch4_28 has the blocks 0 to 3"),
-        (
-            CONVIT,
-            {"1-3": {"kind": "karat"}},
-            "1-3: block 1 of convit_tiny keeps its own attention; only 2, 3 can",
-        ),
-        (
-            VIT,
-            {"0": {"kind": "karat", "softmax_heads": 2}},
-            "leaves no head for KArAt in a layer of vit_mini",
-        ),
+        (CONVIT, {"1-3": {"kind": "karat"}}, "1-3: block 1 of convit_tiny keeps its own attention; only 2, 3 can"),
+        (VIT, {"0": {"kind": "karat", "softmax_heads": 2}}, "leaves no head for KArAt in a layer of vit_mini"),
         (VIT, {"0": {"kind": "karat", "form": "smooth", "modes": 18}}, "modes = 18 is more than N = 17 tokens"),
     ],
 )
-def test_blocks_that_a_model_cannot_have_are_one_line(
-    host: dict[str, object], blocks: dict[str, dict[str, object]], message: str
-) -> None:
+def test_blocks_that_a_model_cannot_have_are_one_line(host, blocks, message) -> None:
     with pytest.raises(RecipeError, match=message):
         model(host, blocks=blocks)
 

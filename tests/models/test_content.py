@@ -62,9 +62,7 @@ SWIN = ModelConfig(name="swin_mini_patch2_window4_32", image_size=32, num_classe
     [{"form": "content"}, {"form": "smooth", "modes": 4}, {"basis": "bspline", "range": 2.0}, {"softmax_heads": 1}],
     ids=["content", "smooth", "splines", "hybrid"],
 )
-def test_the_scores_beyond_what_the_functions_tell_apart_are_those_of_the_learned_heads(
-    host: ModelConfig, section: dict[str, object]
-) -> None:
+def test_the_scores_beyond_what_the_functions_tell_apart_are_those_of_the_learned_heads(host, section) -> None:
     torch.manual_seed(0)
     model = create_model(host, AttentionConfig(kind="karat", rank=3, **section)).eval()
     for name, parameter in model.named_parameters():
@@ -148,27 +146,15 @@ def test_windows_that_see_unlike_parts_do_not_make_s_depend_on_the_image() -> No
     assert max(content_of(softmax, softmax, torch.randn(3, 3, 32, 32))["by_image"]) > 0.01
 
 
-@pytest.mark.parametrize("stage", ["zero0", "zero3"])
+@pytest.mark.parametrize("stage", [pytest.param("zero0", marks=pytest.mark.slow), "zero3"])
 def test_an_evaluation_in_training_reports_it(tmp_path: Path, stage: str) -> None:
     """The figures are those of the evaluated weights on the first images, and TensorBoard shows them."""
     recipe, run = tmp_path / "r.yaml", tmp_path / "run"
     recipe.write_text(
         "data: {backend: synthetic, synthetic_samples: 32}\nattention: {kind: karat}\nschedule: {warmup_epochs: 0}\n"
     )
-    assert (
-        main(
-            [
-                "train",
-                str(recipe),
-                *SMALL,
-                f"run.dir={run}",
-                f"deepspeed.config={stage}",
-                "train.eval_batch=16",
-                "log.trackers=[tensorboard]",
-            ]
-        )
-        == 0
-    )
+    own = (f"run.dir={run}", f"deepspeed.config={stage}", "train.eval_batch=16", "log.trackers=[tensorboard]")
+    assert main(["train", str(recipe), *SMALL, *own]) == 0
     trained = open_run(run, checkpoint="latest")
     images, _ = next(iter(ValidationImages(trained.recipe, 16, tuple(range(16))).batches(16, torch.device("cpu"))))
     model = trained.model()

@@ -32,9 +32,7 @@ KARAT = AttentionConfig(kind="karat")
         ("tiny", 10, {"gains": True, "mode": "universal"}, 5.59),
     ],
 )
-def test_parameter_counts_are_the_equations(
-    size: str, classes: int, section: dict[str, object], millions: float
-) -> None:
+def test_parameter_counts_are_the_equations(size, classes, section, millions) -> None:
     attention = AttentionConfig(**{"kind": "karat", **section})
     with torch.device("meta"):
         model = create_model(ModelConfig(name=f"vit_{size}_patch16_224", num_classes=classes), attention)

@@ -167,12 +167,7 @@ def test_a_block_has_either_attention_and_all_originals_are_the_original() -> No
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"kind": "centred"},
-        {"kind": "gated"},
-        {"kind": "karat", "mode": "universal"},
-        {"kind": "sigmoid"},
-    ],
+    [{"kind": "centred"}, {"kind": "gated"}, {"kind": "karat", "mode": "universal"}, {"kind": "sigmoid"}],
     ids=lambda settings: "-".join(settings.values()),
 )
 def test_gradient_descent_lowers_the_errors_of_all_blocks(settings) -> None:

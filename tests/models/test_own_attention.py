@@ -103,28 +103,17 @@ def test_it_changes_its_image_size(mine):
     torch.testing.assert_close(target.blocks[0].attn.operator.weight.detach(), torch.ones(2, 37, 1))
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "part"),
-    [
-        ("Not", {}, "expected a subclass of AttentionHeads"),
-        ("Nothing", {}, "has no Nothing"),
-        ("Demanding", {}, "cannot be built: .*secret"),
-        ("Forgetful", {}, "must set self.num_heads, here to 2"),
-    ],
-)
-def test_a_class_that_is_none_is_one_line(mine, name, settings, part):
-    with pytest.raises(RecipeError, match=f"^attention.kind = '{mine}:{name}': .*{part}"):
-        build(f"{mine}:{name}", **settings)
-
-
-def test_a_key_that_it_does_not_take_is_refused(mine):
-    with pytest.raises(RecipeError, match=r"^attention.form = content has no effect with attention.kind = "):
-        build(f"{mine}:Linearised", form="content")
-    with pytest.raises(RecipeError, match=r"^attention.implementation = cpu supports only attention.kind=karat"):
-        build(f"{mine}:Linearised", implementation="cpu")
-
-
-def test_a_class_of_a_foreign_recipe_needs_trust(monkeypatch):
+def test_what_is_no_attention_is_one_line_and_a_foreign_one_needs_trust(mine, monkeypatch):
+    for name, settings, message in (
+        ("Not", {}, f"attention.kind = '{mine}:Not': .*expected a subclass of AttentionHeads"),
+        ("Nothing", {}, f"attention.kind = '{mine}:Nothing': .*has no Nothing"),
+        ("Demanding", {}, f"attention.kind = '{mine}:Demanding': .*cannot be built: .*secret"),
+        ("Forgetful", {}, f"attention.kind = '{mine}:Forgetful': .*must set self.num_heads, here to 2"),
+        ("Linearised", {"form": "content"}, "attention.form = content has no effect with attention.kind = "),
+        ("Linearised", {"implementation": "cpu"}, "attention.implementation = cpu supports only attention.kind=karat"),
+    ):
+        with pytest.raises(RecipeError, match=f"^{message}"):
+            build(f"{mine}:{name}", **settings)
     monkeypatch.delenv(VARIABLE, raising=False)
     require_trust(AttentionConfig(kind="karat").classes, "run")
     with pytest.raises(UntrustedError, match=r"^run: attention.kind = theirs:Heads runs the code of the module theirs"):

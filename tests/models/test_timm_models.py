@@ -27,9 +27,7 @@ def test_a_model_has_as_many_feature_maps_as_it_can_up_to_three(model: dict[str,
 
 
 @pytest.mark.parametrize(("asked", "classes"), [({}, 4), ({"num_classes": 7}, 7), ({"num_classes": 0}, 0)])
-def test_a_model_has_the_classes_of_its_section_unless_others_are_asked_for(
-    asked: dict[str, int], classes: int
-) -> None:
+def test_a_model_has_the_classes_of_its_section_unless_others_are_asked_for(asked, classes) -> None:
     network = timm.create_model("karat", model={**VIT, "depth": 2}, attention=KARAT, **asked)
     assert network.num_classes == classes
     assert network(torch.zeros(1, 3, 16, 16)).shape == (1, classes or 32)

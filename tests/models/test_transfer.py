@@ -146,6 +146,19 @@ def test_three_heads_serve_twelve(how: str) -> None:
     assert (mix.count_nonzero(1) <= 2).all()
 
 
+def test_heads_of_which_some_serve_more_than_others() -> None:
+    torch.manual_seed(0)
+    teacher = Teacher(create_model(SIZE.changed(num_heads=3, embed_dim=24), AttentionConfig()))
+    student = create_model(SIZE.changed(num_heads=9, embed_dim=72), STUDENT)
+    give_teacher(student, teacher, "runs/teacher", "interpolate")
+    student.double()(torch.randn(2, 3, 16, 16, dtype=torch.float64))
+    value = torch.randn(2, 9, 17, 8, dtype=torch.float64)
+    query, key = teacher.query_and_key(1)
+    own = (query @ key.mT / 8**0.5).softmax(-1)
+    expected = torch.einsum("ij,bjkq->bikq", mix_of("interpolate", 3, 9).double(), own) @ value
+    torch.testing.assert_close(teacher.attend(1, value), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_heads_that_cannot_serve_are_refused() -> None:
     teacher = Teacher(create_model(SIZE.changed(num_heads=3, embed_dim=24), AttentionConfig()))
     with pytest.raises(

@@ -31,7 +31,13 @@ HOSTS = {
     "mobilevit": {"name": "mobilevit_xs", "image_size": 96},
 }
 BUILT = [
-    *((name, host) for name in SECTIONS for host in ("vit", "swin", "convit") if (name, host) != ("universal", "swin")),
+    *((name, "vit") for name in SECTIONS),
+    # Heads with parameters of each token, of a width, or of the layer's input; scores with a bias and a mask.
+    *(
+        (name, "swin")
+        for name in ("static", "softmax_bias", "query_only", "gated", "differential", "content", "smooth")
+    ),
+    *((name, "convit") for name in ("static", "query_only", "gated", "universal", "bounded")),
     ("smooth", "distilled"),
     ("content", "register"),
     ("content", "siglip"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import events, karat_done, summary
+from tests.conftest import events, karat_says, summary
 from tests.paper.runs import change, copy_run, pretend, rows
 from tests.training.tasks.detection.conftest import coco_set, write_small
 
@@ -19,7 +19,7 @@ def trained(coco_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step."""
     root = tmp_path_factory.mktemp("detector")
     recipe = write_small(root / "small.yaml", coco_set)
-    karat_done("detect", str(recipe), f"run.dir={root / 'run'}", "train.max_steps=1")
+    karat_says("detect", str(recipe), f"run.dir={root / 'run'}", "train.max_steps=1")
     return root / "run"
 
 

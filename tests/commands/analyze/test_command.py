@@ -68,9 +68,7 @@ def test_a_later_command_keeps_what_an_earlier_one_made(karat_run: TrainedRun, t
     assert 'data-figure="maps/' not in (tmp_path / "report.html").read_text()
 
 
-def test_a_checkpoint_of_another_model_leaves_the_other_run(
-    karat_run: TrainedRun, own_run: TrainedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_of_another_model_leaves_the_other_run(karat_run, own_run, tmp_path, capsys) -> None:
     other = own_run.path.rename(tmp_path / "other")
     recipe = other / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("depth: 2", "depth: 3"))

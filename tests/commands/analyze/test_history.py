@@ -27,10 +27,10 @@ def test_a_resumed_run_keeps_what_it_went_on_from(karat_run: TrainedRun, tmp_pat
     run = with_events(
         karat_run, tmp_path / "run", train(1, 4.0), train(2, 3.0),
         {"event": "eval", "step": 2, "samples": 16, "top1": 10.0, "top5": 20.0, "loss": 3.0}, train(3, 9.0),
-        {"event": "resume", "step": 2}, train(3, 2.0), {"event": "train", "step": None},
+        {"event": "resume", "step": 2}, train(3, 2.0), train(3, 1.5), {"event": "train", "step": None},
     )  # fmt: skip
     history = read_history(run)
-    assert [point["loss"] for point in history.train] == [4, 3, 2]
+    assert [point["loss"] for point in history.train] == [4, 3, 1.5]
     assert [point["top1"] for point in history.evaluations] == [10]
     assert history.damaged_lines == 1
     result = analyze_training({"run": run})
@@ -45,11 +45,6 @@ def test_runs_are_drawn_together(karat_run: TrainedRun, softmax_run: TrainedRun)
     assert set(softmax.figures) == {"loss", "accuracy", "lr", "grad_norm", "images_per_second"}
     assert {row[0] for row in result.tables[0].rows} == {"karat", "softmax"}
     assert result.numbers["karat"]["train"] == 16
-
-
-def test_without_events_there_are_no_curves(karat_run: TrainedRun, tmp_path: Path) -> None:
-    with pytest.raises(NothingToShowError, match="no run has logged"):
-        analyze_training({"run": dataclasses.replace(karat_run, path=tmp_path)})
 
 
 def test_the_card_says_what_the_run_achieved(karat_run: TrainedRun) -> None:
@@ -97,6 +92,8 @@ def test_runs_without_a_corruption_in_common_have_no_figure(karat_run: TrainedRu
     assert len(result.tables) == 3
 
 
-def test_runs_that_were_not_measured_have_nothing_to_show(karat_run: TrainedRun) -> None:
+def test_runs_without_events_or_measurements_have_nothing_to_show(karat_run: TrainedRun, tmp_path: Path) -> None:
     with pytest.raises(NothingToShowError, match="karat eval RUN --on DIR"):
         analyze_robustness({"karat": karat_run})
+    with pytest.raises(NothingToShowError, match="no run has logged"):
+        analyze_training({"run": dataclasses.replace(karat_run, path=tmp_path)})

@@ -87,9 +87,7 @@ def test_too_few_checkpoints_leave_the_other_figures(own_run: TrainedRun, tmp_pa
     assert "PCA of the path needs 3" in result.notes[0]
 
 
-def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_takes_its_place(
-    own_run: TrainedRun, tmp_path: Path
-) -> None:
+def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_takes_its_place(own_run, tmp_path) -> None:
     *_, before, last = own_run.in_order
     (own_run.store.root / last / "state.json").write_text("{}")
     result = analyze_landscape(own_run, QUICK, tmp_path)

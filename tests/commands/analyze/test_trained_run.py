@@ -65,11 +65,6 @@ def test_what_was_frozen_is_frozen(karat_run: TrainedRun) -> None:
     assert any(learns.values())
 
 
-def test_auto_has_the_fingerprint_of_the_weights_that_it_means(karat_run: TrainedRun) -> None:
-    prints = {kind: TrainedRun(karat_run.path, karat_run.recipe, kind).fingerprint for kind in ("auto", "ema", "raw")}
-    assert prints["auto"] == prints["ema"] != prints["raw"]
-
-
 def test_no_run_no_checkpoint_and_a_damaged_one(own_run: TrainedRun, tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="not a run directory"):
         open_run(tmp_path)

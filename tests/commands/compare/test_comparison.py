@@ -130,10 +130,7 @@ def test_another_budget_is_another_group(trained: Path, copy: Copy) -> None:
     assert [group.seeds for group in groups] == [(0,), (1,), (2,)]
     assert len({group.label for group in groups}) == 3
     assert budget_differences(groups[0], groups[1]) == ["steps differ: 24 and 16", "epochs differ: 3 and 2"]
-    assert budget_differences(groups[0], groups[2]) == [
-        "epochs differ: 3 and 2.4",
-        "training images differ: 64 and 80",
-    ]
+    assert budget_differences(groups[0], groups[2]) == ["epochs differ: 3 and 2.4", "training images differ: 64 and 80"]
 
 
 def test_a_second_run_of_a_seed_is_left_out(trained: Path, copy: Copy) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import karat, karat_environment
+from tests.conftest import karat_environment, karat_run_here
 
 Doctor = Callable[..., tuple["subprocess.CompletedProcess[str]", dict[str, Any]]]
 
@@ -22,16 +22,14 @@ def doctor(tmp_path: Path) -> Doctor:
     def run(recipe: Path, *overrides: str, processes: int = 1) -> tuple[Any, dict[str, Any]]:
         file = tmp_path / "doctor.json"
         options = ("--seconds=0.5", f"--json={file}")
-        done = karat("doctor", str(recipe), *overrides, *options, processes=processes)
+        done = karat_run_here("doctor", str(recipe), *overrides, *options, processes=processes)
         return done, json.loads(file.read_text()) if file.is_file() else {}
 
     return run
 
 
 @pytest.mark.slow
-def test_without_workers_the_slowest_of_all_stages_bounds(
-    doctor: Doctor, recipe_file: Path, image_folder: Path
-) -> None:
+def test_without_workers_the_slowest_of_all_stages_bounds(doctor, recipe_file, image_folder) -> None:
     folder = ("data.backend=folder", f"data.path={image_folder}", "data.workers=0", "data.decoder=pillow")
     done, report = doctor(recipe_file, *folder, "model.depth=1")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -96,9 +96,7 @@ def test_a_run_directory_of_another_recipe_or_below_a_file_is_a_problem(subject:
     assert below_a_file.level == "problem"
 
 
-def test_a_url_of_checkpoints_is_written_and_read(
-    subject: MakeSubject, s3: Callable[..., str], s3_port: int, tmp_path: Path
-) -> None:
+def test_a_url_of_checkpoints_is_written_and_read(subject, s3, s3_port, tmp_path) -> None:
     assert not list(fit.examine_checkpoint_url(subject()))
     url = s3(tmp_path / "nothing")
     (finding,) = fit.examine_checkpoint_url(subject(f"checkpoint.url={url}"))

@@ -52,9 +52,7 @@ def test_the_slowest_stage_by_far_bounds(stage: Stage, workers: int) -> None:
         ({"decode": 300, "augmentation": 600, "model": 290}, {"workers": 0}, "model", 200),
     ],
 )
-def test_the_rate_of_the_data_is_that_of_what_runs_in_turn(
-    rates: dict[Stage, float], changes: dict[str, object], bound: Stage, data_rate: float
-) -> None:
+def test_the_rate_of_the_data_is_that_of_what_runs_in_turn(rates, changes, bound, data_rate) -> None:
     verdict = judge(rates, setting(**changes))
     assert (verdict.bound, verdict.data_rate) == (bound, pytest.approx(data_rate))
 
@@ -91,9 +89,7 @@ TURNS = {"decode": 300, "augmentation": 600, "model": 290}
         (SLOW, setting(has_bf16=False), "", "fp32"),  # it trains on a GPU
     ],
 )
-def test_the_advice_is_what_is_not_used_yet(
-    rates: dict[Stage, float], given: Setting, advised: str, not_advised: str
-) -> None:
+def test_the_advice_is_what_is_not_used_yet(rates, given, advised, not_advised) -> None:
     advice = judge(rates, given).advice
     assert advised in advice
     assert not not_advised or not_advised not in advice
@@ -106,9 +102,7 @@ def test_the_advice_is_what_is_not_used_yet(
     image_seconds=st.floats(1e-6, 10),
     seconds=st.floats(0.1, 100),
 )
-def test_the_timed_batch_divides_and_never_grows(
-    micro: int, accumulation: int, world: int, image_seconds: float, seconds: float
-) -> None:
+def test_the_timed_batch_divides_and_never_grows(micro, accumulation, world, image_seconds, seconds) -> None:
     wanted = micro * accumulation * world
     batch, smaller = timed_batch(wanted, micro, world, image_seconds, seconds)
     assert 1 <= smaller <= micro

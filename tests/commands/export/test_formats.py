@@ -89,7 +89,9 @@ def check_facts(facts: dict[str, str], source: Source) -> None:
     assert str(source.run.path.parent) not in json.dumps(facts)  # of this machine
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", mostly_slow("universal", "convit", "swin", "two_operators", "gated", "content", "smooth", "hidden simplex")
+)
 def test_timm_loads_a_folder(exported, model: str) -> None:
     folder, source, expected, _ = exported("hub-folder", "out/owls", *MODELS[model])
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()

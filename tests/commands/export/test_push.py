@@ -38,9 +38,7 @@ def here(hub: Hub, home: Path, *arguments: str, token: str = TOKEN) -> subproces
 
 
 @pytest.mark.slow
-def test_timm_loads_what_was_pushed_and_what_the_hub_refuses_is_one_line(
-    small_recipe, make_run, hub: Hub, tmp_path: Path
-) -> None:
+def test_timm_loads_what_was_pushed_and_what_the_hub_refuses_is_one_line(small_recipe, make_run, hub, tmp_path) -> None:
     run, *_ = make_run(small_recipe("attention.mode=universal"))
     push = ("-m", "karat_scale", "export", str(run), "--push", "jane/owls", "--private")
     assert "add --weights ema or raw" in here(hub, tmp_path, *push).stderr

@@ -57,9 +57,7 @@ def test_a_mixed_target_names_both_classes_and_their_shares(recipe_file: Path) -
     assert set(labels("augment.mixup=0", "augment.cutmix=0")) <= {f"class{number}" for number in range(4)}
 
 
-def test_the_picture_is_beside_the_run_and_not_in_the_working_directory(
-    recipe_file: Path, tmp_path: Path, monkeypatch
-) -> None:
+def test_the_picture_is_beside_the_run_and_not_in_the_working_directory(recipe_file, tmp_path, monkeypatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     run = tmp_path / "runs" / "first"
@@ -113,6 +111,7 @@ def test_odd_images_are_named(tmp_path: Path) -> None:
     assert "<b>cat</b>" not in (tmp_path / "p.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_odd_images_of_betons_are_named_by_one_reading_of_the_index(tmp_path: Path, monkeypatch) -> None:
     need_ffcv()
     for number in range(5):

@@ -24,7 +24,7 @@ def on_gpus(recipe: Recipe, gpus: int, memory: int) -> Choice:
     ("keys", "gpus", "memory", "config", "micro_batch", "fits"),
     [
         pytest.param((), 2, PLENTY, "zero0", 4, True, marks=SLOW, id="the lowest stage takes the whole part"),
-        pytest.param(("train.micro_batch=2",), 2, PLENTY, "zero0", 2, True, id="the recipe's own is kept"),
+        pytest.param(("train.micro_batch=2",), 2, PLENTY, "zero0", 2, True, marks=SLOW, id="the recipe's own is kept"),
         pytest.param(GRAPHS, 2, 1000, None, 32, False, marks=SLOW, id="CUDA graphs do not accumulate"),
         pytest.param((), 2, 1000, None, None, False, marks=SLOW, id="nothing fits, so what needs least"),
         *(
@@ -33,15 +33,7 @@ def on_gpus(recipe: Recipe, gpus: int, memory: int) -> Choice:
         ),
     ],
 )
-def test_the_choice(
-    small_recipe: Load,
-    keys: tuple[str, ...],
-    gpus: int,
-    memory: int,
-    config: str | None,
-    micro_batch: int | None,
-    fits: bool,
-) -> None:
+def test_the_choice(small_recipe, keys, gpus, memory, config, micro_batch, fits) -> None:
     recipe = small_recipe(*keys)
     choice = on_gpus(recipe, gpus, memory)
     assert choice.config == (config or choice.config)

@@ -36,6 +36,7 @@ def test_a_plan_for_gpus_names_stage_and_micro_batch(tmp_path: Path, capsys: Cap
     assert found["curve"][0]["efficiency"] == 1
 
 
+@pytest.mark.slow
 def test_two_recipes_are_shown_side_by_side(tmp_path: Path, capsys: Capture) -> None:
     file = tmp_path / "plans.json"
     assert plan("imagenet_vit_tiny", "--gpu", "h100-80", "--json", str(file)) == 0

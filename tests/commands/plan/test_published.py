@@ -48,7 +48,7 @@ def time_of(model: str, key: str, precision: str = "bf16", compiles: str = "fals
 @pytest.mark.parametrize(
     ("model", "gpu", "precision", "compiles", "images", "published", "factor"),
     [
-        ("vit_tiny_patch16_224", "rtx3090-24", "bf16", "false", 512, 2293.54, 1.2),
+        pytest.param("vit_tiny_patch16_224", "rtx3090-24", "bf16", "false", 512, 2293.54, 1.2, marks=SLOW),
         pytest.param("vit_small_patch16_224", "rtx3090-24", "bf16", "false", 384, 1052.92, 1.2, marks=SLOW),
         pytest.param("vit_base_patch16_224", "rtx3090-24", "bf16", "false", 256, 390.86, 1.2, marks=SLOW),
         pytest.param("vit_small_patch16_224", "h100-80", "bf16", "default", 256, 7716, 1.4, marks=SLOW),
@@ -58,7 +58,7 @@ def time_of(model: str, key: str, precision: str = "bf16", compiles: str = "fals
     ],
 )
 def test_a_large_batch_is_within_a_factor_of_what_was_measured(
-    model: str, gpu: str, precision: str, compiles: str, images: int, published: float, factor: float
+    model, gpu, precision, compiles, images, published, factor
 ) -> None:
     """timm's and nvSubquadratic's benchmarks; PLSC's and DeiT's whole trainings, which load data and evaluate."""
     rate = images / time_of(model, gpu, precision, compiles).seconds(images, 1)

@@ -14,7 +14,7 @@ import torch
 from karat_scale.commands.cli import main
 from karat_scale.commands.plan.command import Request, make_plan
 from karat_scale.commands.plan.memory import Subject
-from karat_scale.commands.plan.report import launch_note, show
+from karat_scale.commands.plan.report import launch_note
 from karat_scale.commands.plan.time import (
     LATENCY_BETWEEN,
     LATENCY_WITHIN,
@@ -207,17 +207,11 @@ def test_a_measured_rate_holds_its_own_collectives_already(small_recipe: Load, c
         (("train.recompute.policy=all", "augment.run_on=device"), "it ran with augment.run_on = workers, and 1 more"),
     ],
 )
-def test_a_run_of_another_speed_is_not_used_and_the_plan_says_why(
-    small_recipe: Load, keys: tuple[str, ...], reason: str, capsys
-) -> None:
+def test_a_run_of_another_speed_is_not_used_and_the_plan_says_why(small_recipe, keys, reason) -> None:
     assert find_measured(small_recipe(*keys), find_gpu("h100-80")) is None
     leave_a_run(small_recipe(), 1)
     found = find_measured(small_recipe(*keys), find_gpu("h100-80"))
     assert isinstance(found, str if reason else Measured)
-    if reason == "it ran with model.depth = 2":
-        show(make_plan(small_recipe(*keys), Request(gpu="h100-80")))
-        found = capsys.readouterr().out
-        assert "(estimated from operations, bytes and launches)" in found
     assert not reason or f"is not used: {reason}" in str(found)
 
 
@@ -242,10 +236,7 @@ def test_a_plan_times_the_recipes_own_data(shards: Path, tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("need", "said"),
     [
-        (
-            DataNeed(42_000, 300, 88),
-            "BOUND BY DATA: the GPUs take 42,000 images a second, a core of this machine",
-        ),
+        (DataNeed(42_000, 300, 88), "BOUND BY DATA: the GPUs take 42,000 images a second, a core of this machine"),
         (DataNeed(42_000, 300, 88), "and 88 cores make 26,400;\n  use augment.run_on=device, more cores"),
         (DataNeed(42_000, 300, 88, on_device=True), "\n  use more cores"),
         (DataNeed(15_000, 300, 88), "so 50.0 of 88 cores are busy: training does not wait for data"),

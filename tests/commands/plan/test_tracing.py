@@ -19,6 +19,12 @@ Load = Callable[..., Recipe]
 SIZE = 16
 
 
+@pytest.fixture
+def small_recipe(small_recipe: Load) -> Load:
+    """A block is enough."""
+    return lambda *overrides: small_recipe("model.depth=1", *overrides)
+
+
 def trace_of(recipe: Recipe, batch: int, dtype: torch.dtype | None = None, autocast: bool = False) -> Trace:
     model = create_model(recipe.model, recipe.attention)
     return trace_step(model, fake_copy(model, dtype), batch, SIZE, autocast)
@@ -53,6 +59,7 @@ def test_a_trace_is_what_the_pass_allocates(small_recipe: Load, implementation: 
     assert (footprint.live(8) + footprint.gradients_made).max() == pytest.approx(peak, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_trace_of_an_evaluation_is_what_it_allocates(small_recipe: Load) -> None:
     recipe = small_recipe("attention.implementation=reference", "train.recompute.policy=all")
     footprint = Subject(recipe, on_gpu=False).evaluation
@@ -93,9 +100,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize("keys", ROWS)
-def test_rows_are_planned_however_many_tiles_a_batch_has(
-    small_recipe: Load, keys: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_planned_however_many_tiles_a_batch_has(small_recipe, keys, monkeypatch) -> None:
     monkeypatch.setattr(variants, "workspace_budget", lambda _: 1)  # a tile for each item
     subject = Subject(small_recipe(*keys), on_gpu=True)
     for footprint in (subject.footprint, subject.evaluation):
@@ -109,7 +114,7 @@ def test_a_gpu_streams_heads_that_are_wider_than_its_kernels_take(small_recipe: 
 
 
 def test_tiles_of_rows_hold_what_is_planned(small_recipe: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = small_recipe(*CONTENT, "model.embed_dim=8", "model.patch_size=2")
+    recipe = small_recipe(*CONTENT, "model.depth=2", "model.embed_dim=8", "model.patch_size=2")
     for module in (variants, routes, memory):  # a tile holds two of the eight images
         monkeypatch.setattr(module, "workspace_budget", lambda _: 2 * variants.HELD * 2 * 65**2)
     footprint = Subject(recipe, on_gpu=False).footprint
@@ -118,6 +123,7 @@ def test_tiles_of_rows_hold_what_is_planned(small_recipe: Load, monkeypatch: pyt
     assert 1 <= planned / really_allocated(recipe, 8)[1] <= 1.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", ROWS)
 def test_tiles_of_rows_write_what_is_planned(small_recipe: Load, keys: tuple[str, ...]) -> None:
     recipe = small_recipe(*keys)
@@ -155,9 +161,7 @@ STREAM = ("data.order=stream", "data.stream=pipe:cat a.tar", "data.stream_sample
         (("data.path=elsewhere",), IMAGENET),
     ],
 )
-def test_images_are_counted_where_they_are(
-    recipe_file: Path, image_folder: Path, keys: tuple[str, ...], count: int
-) -> None:
+def test_images_are_counted_where_they_are(recipe_file, image_folder, keys, count) -> None:
     recipe = load_recipe(recipe_file, [key.format(folder=image_folder) for key in keys])
     found, whose = count_samples(recipe.data)
     assert (found, "of the recipe's data" in whose) == (count, count != IMAGENET)

@@ -26,9 +26,7 @@ def wait_for(found, seconds: float = 60.0):
 
 @needs_gradio
 @pytest.mark.slow
-def test_a_picture_is_classified_on_a_page_of_this_machine_alone_that_keeps_no_upload(
-    run: Path, image_folder: Path, tmp_path: Path
-) -> None:
+def test_a_picture_is_classified_on_a_page_of_this_machine_alone_that_keeps_no_upload(run, image_folder, tmp_path):
     from gradio_client import Client, handle_file
 
     picture, uploads, damaged = next(image_folder.rglob("*.jpg")), tmp_path / "uploads", tmp_path / "damaged.jpg"

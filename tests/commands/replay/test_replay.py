@@ -118,14 +118,6 @@ def test_two_ranks_find_the_same_at_stage_3(exploded: Path, tmp_path: Path) -> N
     assert "rank 1: " in done.stdout
 
 
-def test_the_checkpoint_before_an_incident_stays(exploded: Path) -> None:
-    first = noted(exploded)[0]
-    store = CheckpointStore(exploded / "checkpoints")
-    if first["checkpoint"] is not None:
-        assert first["checkpoint"] in store.pinned()
-    assert len(store.pinned()) <= KEPT_CHECKPOINTS
-
-
 def test_a_run_that_diverges_says_how_to_look(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     run, code = train(*EXPLODES, "train.on_nonfinite=stop")
     assert code == 2

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tests.conftest import karat_command, karat_environment
 
-SECONDS = 30
+SECONDS = 120
 _ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 
 

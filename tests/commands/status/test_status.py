@@ -13,17 +13,13 @@ from karat_scale.commands.status.status import Standing, read_standing, render, 
 from karat_scale.commands.submit.within_job import Watch
 from karat_scale.engine.heartbeat import Sign, StallLimits
 from tests.commands.status.terminal import on_a_terminal
-from tests.conftest import SMALL, karat, karat_done
+from tests.conftest import SMALL, karat_says
 
 
 def test_a_finished_run_is_shown_from_its_files(recipe_file: Path, tmp_path: Path) -> None:
-    karat_done("train", str(recipe_file), *SMALL, "train.epochs=1")
-    shown = karat("status", str(tmp_path / "run"))
-    assert shown.returncode == 0, shown.stderr
-    assert "finished (exit 0)" in shown.stdout
-    assert "8 of 8, epoch 0" in shown.stdout
-    assert "step-00000008, " in shown.stdout
-    assert "best" in shown.stdout
+    karat_says("train", str(recipe_file), *SMALL, "train.epochs=1")
+    shown = karat_says("status", str(tmp_path / "run"))
+    assert all(part in shown for part in ("finished (exit 0)", "8 of 8, epoch 0", "step-00000008, ", "best"))
 
 
 def write_events(run: Path, *events: dict[str, object], tail: str = "") -> None:
@@ -140,7 +136,7 @@ def test_on_a_terminal_it_follows_the_run_to_its_end(tmp_path: Path) -> None:
         terminal.wait_for("2 of 40")
         write_events(run, {"event": "end", "step": 2, "exit": 0, "reason": "finished"})
         terminal.wait_for("finished (exit 0)")
-        assert terminal.process.wait(10) == 0
+        assert terminal.process.wait(60) == 0
 
 
 def test_what_events_hold_is_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,39 +174,28 @@ def signs(*beats: int, written: float = 0.0) -> list[Sign]:
     return [Sign(rank, f"node{rank}", 100 + rank, "", n, "backward", 7, written) for rank, n in enumerate(beats)]
 
 
-def test_ranks_that_get_on_are_left_alone() -> None:
+def test_ranks_that_get_on_or_wait_for_one_that_does_are_left_alone() -> None:
     watch = Watch(2, STALL, 0.0)
     assert all(watch.look(signs(t, t + 1, written=t), float(t)) is None for t in range(1000))
-
-
-def test_the_rank_with_the_fewest_beats_is_named_with_its_host() -> None:
-    watch = Watch(3, STALL, 0.0)
-    for t in range(61):
-        assert watch.look(signs(9, 8, 9, written=t), float(t)) is None
-    verdict = watch.look(signs(9, 8, 9, written=61), 61.0)
-    assert verdict is not None
-    assert verdict.startswith("rank 1 on node1 (process 101) has made no progress for 61 s at 'backward' of step 7")
-    assert "2 of 3 ranks wait for it" in verdict
-
-
-def test_ranks_that_wait_for_one_that_gets_on_are_no_hang() -> None:
     watch = Watch(2, STALL, 0.0)  # rank 0 writes its share of a checkpoint to a slow disk, and the other has none
     assert all(watch.look(signs(10 + t, 5, written=t), float(t)) is None for t in range(1000))
     verdict = next(v for t in range(1000, 2000) if (v := watch.look(signs(1010, 1011, written=t), float(t))))
     assert verdict.startswith("rank 0 on node0")
 
 
-def test_a_process_that_writes_no_more_is_named_before_one_that_waits() -> None:
-    watch = Watch(2, STALL, 0.0)
+def test_the_rank_that_others_wait_for_is_named() -> None:
+    watch = Watch(3, STALL, 0.0)
+    for t in range(61):
+        assert watch.look(signs(9, 8, 9, written=t), float(t)) is None
+    verdict = watch.look(signs(9, 8, 9, written=61), 61.0) or ""
+    assert verdict.startswith("rank 1 on node1 (process 101) has made no progress for 61 s at 'backward' of step 7")
+    assert "2 of 3 ranks wait for it" in verdict
+    watch = Watch(2, STALL, 0.0)  # a process that writes no more comes before one that waits
     for t in range(80):
         living, stopped = signs(5, 5, written=t)
-        verdict = watch.look([living, replace(stopped, written=0.0)], float(t))
-    assert verdict is not None
+        verdict = watch.look([living, replace(stopped, written=0.0)], float(t)) or ""
     assert verdict.startswith("rank 1 on node1")
     assert "stopped or gone" in verdict
-
-
-def test_a_rank_that_never_came_is_named() -> None:
     watch = Watch(2, STALL, 0.0)
     assert watch.look(signs(1), 59.0) is None
     assert watch.look(signs(1), 61.0) == "rank 1 gave no sign of life in 60 s"

@@ -47,7 +47,7 @@ def test_on_a_terminal_it_asks_and_a_no_submits_nothing(tmp_path: Path) -> None:
         assert "#SBATCH --constraint=gpu" in terminal.shown
         terminal.type("n\n")
         terminal.wait_for("not submitted; when you want to: sbatch")
-        assert terminal.process.wait(10) == 0
+        assert terminal.process.wait(60) == 0
 
 
 def test_print_shows_the_script_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,9 +117,7 @@ OWN, FP16 = ("train.micro_batch=8", "deepspeed.config=zero2"), ("train.precision
         pytest.param(ZERO1, FP16, "v100-32", "deepspeed.config=zero1 train.micro_batch=32", marks=SLOW),
     ],
 )
-def test_stage_and_micro_batch_come_from_the_plan(
-    recipe: str, overrides: tuple[str, ...], gpu: str, settings: str, tmp_path: Path, capsys: Capture
-) -> None:
+def test_stage_and_micro_batch_come_from_the_plan(recipe, overrides, gpu, settings, tmp_path, capsys) -> None:
     file = tmp_path / "own.yaml"
     file.write_text(f"extends: imagenet_vit_tiny_g3b\n{recipe}\n")
     script = script_of(tmp_path, *overrides, *SHAPE, f"--gpu={gpu}", recipe=str(file))

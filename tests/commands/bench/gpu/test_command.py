@@ -24,17 +24,11 @@ from tests.data.backends.helpers import wait_until
 HEAVY = ("timm", "rich", "deepspeed", "torchvision", "pydantic", "yaml", "psutil", "webdataset")
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(
-    ("names", "minutes"),
-    [
-        pytest.param(["attention", "loader", "ranks"], "10", marks=pytest.mark.slow),
-        pytest.param(list(SECTIONS), "40", marks=pytest.mark.night),
-    ],
-)
-def test_every_section_runs_and_both_files_hold_its_figures(names: list[str], minutes: str, tmp_path: Path) -> None:
-    out = tmp_path / "gpu.json"
-    arguments = ["bench", "gpu", "--device", "cpu", "--minutes", minutes, "--only", *names, "--json", str(out)]
+def test_sections_run_and_both_files_hold_their_figures(tmp_path: Path) -> None:
+    out, names = tmp_path / "gpu.json", ["attention", "loader", "ranks"]
+    arguments = ["bench", "gpu", "--device", "cpu", "--minutes", "10", "--only", *names, "--json", str(out)]
     done = subprocess.run(karat_command(arguments), capture_output=True, text=True, env=karat_environment())
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
@@ -46,11 +40,6 @@ def test_every_section_runs_and_both_files_hold_its_figures(names: list[str], mi
     markdown = (tmp_path / "gpu.md").read_text()
     assert result["verdict"] in markdown.splitlines()[0]
     assert all(f"#### {SECTIONS[name].title}" in markdown for name in names)
-    if names == list(SECTIONS):
-        assert sections["losses"]["rows"][0]["mode"] == "fp32, ZeRO 0, eager"
-        assert sections["rank_losses"]["rows"][0]["mode"] == "fp32, ZeRO 0, eager, 2 ranks"
-        rows = [(row["mode"], row["attention"]) for row in sections["training"]["rows"]]
-        assert rows[:4] == [*(("eager", name) for name in ("softmax", "KArAt G1", "KArAt G3")), ("graphs", "KArAt G3")]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -159,9 +148,7 @@ LATE = {"what": "ViT-Small, graphs", "why": "it was stopped after 3 s; give more
         (HUNGRY, 1, 0, {"rows": [{"case": 32}], "notices": HALVED}),
     ],
 )
-def test_what_ends_a_section_is_reported(
-    run: Run, monkeypatch, worker: str, minutes: float, code: int, found: dict[str, Any]
-) -> None:
+def test_what_ends_a_section_is_reported(run, monkeypatch, worker, minutes, code, found) -> None:
     monkeypatch.setattr(command, "run_process", partial(command.run_process, hung=0.5))
     got, report = run(worker, "attention", minutes=minutes)
     section = report["sections"]["attention"]
@@ -202,20 +189,20 @@ def lock_twice():
     lock.acquire()
 
 def compute():
-    ends = time.monotonic() + 8
+    ends = time.monotonic() + 6
     while time.monotonic() < ends:
         sum(range(10**5))
 
-watch(Channel(1), "cpu", 5)
+watch(Channel(1), "cpu", 3)
 """
 
 
 def watched(does: str) -> str | None:
-    return command.run_process([sys.executable, "-c", f"{WATCHED}{does}()"], lambda *_: None, 60, hung=5)
+    return command.run_process([sys.executable, "-c", f"{WATCHED}{does}()"], lambda *_: None, 60, hung=3)
 
 
 def test_a_process_that_waits_for_ever_is_hung_and_its_stack_is_told() -> None:
-    with pytest.raises(command.HungError, match=r"hung: it has not moved for 5 s\n(.|\n)*in lock_twice$"):
+    with pytest.raises(command.HungError, match=r"hung: it has not moved for 3 s\n(.|\n)*in lock_twice$"):
         watched("lock_twice")
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import re
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +47,7 @@ def compared(tmp_path: Path, world: World, expected: Losses) -> Any:
 
 @pytest.mark.parametrize(
     "mode",
-    [
-        Mode(),
-        pytest.param(Mode("bf16", 2), marks=pytest.mark.slow),
-        pytest.param(Mode(compile="reduce-overhead"), marks=pytest.mark.night),
-    ],
+    [pytest.param(Mode(), marks=pytest.mark.slow), pytest.param(Mode("bf16", 2), marks=pytest.mark.slow)],
     ids=str,
 )
 def test_a_mode_is_right(compared: Any, mode: Mode) -> None:
@@ -61,7 +56,7 @@ def test_a_mode_is_right(compared: Any, mode: Mode) -> None:
     assert row["difference"] < row["allowed"] / 5
     assert all(row[check] for check in CHECKS)
     linear = {"fp32": "float32", "bf16": "bfloat16"}[mode.precision]
-    dtypes = {} if mode.compile else {"linear_dtype": linear, "operator_dtype": "float32"}
+    dtypes = {"linear_dtype": linear, "operator_dtype": "float32"}
     assert {key: dtype for key, dtype in row.items() if key.endswith("_dtype")} == dtypes
 
 
@@ -139,12 +134,7 @@ def _lost_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
                 (_corrupted_gradient, Mode(), {"losses"}, r"the loss of step \d+ is"),
                 (_skipped_wait, Mode(), {"losses"}, r"the loss of step 1 is"),
                 (_taken_step, Mode(), {"skips"}, "step 21 has a NaN on one rank, and 0 steps were skipped"),
-                (
-                    _average_of_a_skipped_step,
-                    Mode(),
-                    {"skips"},
-                    "after the skipped step 21, the loss of the evalu",
-                ),
+                (_average_of_a_skipped_step, Mode(), {"skips"}, "after the skipped step 21, the loss of the evalu"),
                 (_noise, Mode(), {"twice", "resumes"}, "started again, it has other bits after step 10: in"),
                 (_forgotten_momentum, Mode(), {"resumes"}, "resumed at step 10, it has other bits after step 24: in"),
                 (_lost_autocast, Mode("bf16"), {"dtypes"}, "linear layers compute in float32, not in bfloat16"),
@@ -152,14 +142,7 @@ def _lost_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_what_is_wrong_is_found_and_named(
-    compared: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    harm: Callable[[pytest.MonkeyPatch], None],
-    mode: Mode,
-    checks: set[str],
-    sentence: str,
-) -> None:
+def test_what_is_wrong_is_found_and_named(compared, monkeypatch, harm, mode, checks, sentence) -> None:
     harm(monkeypatch)
     row, wrong = compared(mode)
     assert {check for check in CHECKS if not row[check]} == checks
@@ -180,9 +163,7 @@ def test_a_wrong_mode_is_a_failure_with_its_name(tmp_path: Path, world: World, m
 
 
 @pytest.mark.parametrize(("query", "hidden"), [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)])
-def test_the_dtype_inside_a_gpu_operator_shows_where_the_cast_output_does_not(
-    query: torch.dtype, hidden: torch.dtype
-) -> None:
+def test_the_dtype_inside_a_gpu_operator_shows_where_the_cast_output_does_not(query, hidden) -> None:
     with FakeTensorMode(), choosing_as_on_a_gpu():
         heads = torch.zeros(2, 1, 20, 16, dtype=query, requires_grad=True)
         value = torch.zeros(2, 1, 20, 16, dtype=torch.bfloat16, requires_grad=True)

@@ -3,11 +3,10 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from karat_scale.commands.bench.gpu.report import ATTENTION, KERNELS, LOSSES, RANKS, Report, Section, cell
+from karat_scale.commands.bench.gpu.report import ATTENTION, KERNELS, LOSSES, RANKS, Report, cell
 from karat_scale.commands.bench.gpu.worker import Channel, late
 
 CALL = {"call": "bf16: G 3", "dtype": "bf16", "topic": "ViT", "error": 1e-3, "worst": "query", "tolerance": 5e-3}
@@ -72,9 +71,7 @@ UNKNOWN = "it is not known whether training is right"
         (KERNELS, [("machine", SLICE)], None, UNKNOWN, ("a slice of a card (MIG), whose peak is not known",)),
     ],
 )
-def test_the_report_starts_with_the_verdict(
-    tmp_path: Path, section: Section, events: Any, right: bool | None, verdict: str, lines: tuple[str, ...]
-) -> None:
+def test_the_report_starts_with_the_verdict(tmp_path, section, events, right, verdict, lines) -> None:
     report = Report(tmp_path / "gpu.json", "karat bench gpu")
     report.begin(section)
     for kind, content in events:
