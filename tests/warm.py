@@ -53,11 +53,17 @@ def run_program(
 
 
 def start(
-    program: str, arguments: Sequence[str], environment: Mapping[str, str], directory: Path, out: Path, err: Path
+    program: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    directory: Path,
+    out: Path,
+    err: Path,
+    leads: bool = False,
 ) -> ForkServerProcess:
-    """Start one process, with files for what it writes."""
+    """Start one process, with files for what it writes; it may lead a group of its own."""
     process = PROCESSES.Process(
-        target=_run, args=(program, tuple(arguments), dict(environment), str(directory), str(out), str(err))
+        target=_run, args=(program, tuple(arguments), dict(environment), str(directory), str(out), str(err), leads)
     )
     process.start()
     return process
@@ -97,14 +103,11 @@ class Started:
         self._scratch = tempfile.TemporaryDirectory()
         self._out = Path(self._scratch.name, "out")
         self._out.touch()
-        call, places = (program, tuple(arguments)), (str(Path.cwd()), str(self._out), str(self._out))
         self.processes = [
-            PROCESSES.Process(target=_run, args=(*call, dict(environment), *places, True))
+            start(program, arguments, environment, Path.cwd(), self._out, self._out, leads=True)
             for environment in environments
         ]
         atexit.register(self.send_signal, signal.SIGKILL)  # or a failed test's would be waited for
-        for process in self.processes:
-            process.start()
 
     @property
     def pids(self) -> list[int]:
@@ -155,7 +158,7 @@ def _run(
     directory: str,
     out: str,
     err: str,
-    leads: bool = False,
+    leads: bool,
 ) -> None:
     if leads:
         os.setpgid(0, 0)
