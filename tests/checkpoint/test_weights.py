@@ -11,14 +11,11 @@ from karat_scale.training.weights_file import load_exported
 from tests.small_engines import make_trainer, weights
 
 
-def test_an_accuracy_at_another_image_size_is_not_that_of_the_weights() -> None:
+def test_accuracies_belong_to_an_image_size_and_parts_of_training_hold_both_ends():
     recipe = load_recipe("cifar10_vit_tiny", ["train.ema_decay=0"])
     saved = {"step": 3, "evaluated_step": 3, "last_top1": 62.5, "last_top5": 99.0, "has_ema": False}
     assert describe_weights(recipe, {**saved, "image_size": 224}, "step-00000003", "raw")["top1"] == "62.5"
     assert "top1" not in describe_weights(recipe, {**saved, "image_size": 128}, "step-00000003", "raw")
-
-
-def test_the_parts_of_training_are_equal_and_hold_both_ends() -> None:
     assert sorted(snapshot_steps(1000, 10)) == list(range(0, 1001, 100))
     assert sorted(snapshot_steps(10, 4)) == [0, 2, 5, 8, 10]
     assert snapshot_steps(2, 10) == {0, 1, 2}

@@ -42,15 +42,12 @@ def test_orders_are_pinned():
         epoch_order(0, 0, 4, "sorted")
 
 
-def test_epochs_and_seeds_differ_and_positions_are_uniform():
+def test_epochs_and_seeds_differ_and_are_well_mixed():
     orders = [epoch_order(seed, epoch, 100).tolist() for seed in (0, 1) for epoch in (0, 1, 2)]
     assert len({tuple(order) for order in orders}) == 6
     # Each sample's mean position over many epochs stays near the middle: 200 draws, standard error 2.
     positions = np.stack([np.argsort(epoch_order(5, epoch, 100)) for epoch in range(200)])
     assert np.abs(positions.mean(axis=0) - 49.5).max() < 4.5 * 2.05
-
-
-def test_seeds_are_well_mixed():
     values = {f(0, epoch, i) for f in (sample_seed, batch_seed) for epoch in range(10) for i in range(500)}
     assert len(values) == 10000
     bits = np.unpackbits(np.array(sorted(values), dtype=np.uint64).view(np.uint8).reshape(-1, 8), axis=1)

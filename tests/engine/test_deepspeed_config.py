@@ -34,13 +34,19 @@ def test_auto_fields_come_from_the_recipe(small_recipe, name) -> None:
         assert '"auto"' not in json.dumps(config)
 
 
-def test_a_users_own_file_works(small_recipe, tmp_path) -> None:
+def test_a_users_own_file_works_and_what_only_deepspeed_knows_is_passed_on(small_recipe, tmp_path):
     own = tmp_path / "own.json"
     own.write_text('{"train_batch_size": "auto", "zero_optimization": {"stage": 1, "overlap_comm": true}}')
     config = load_ds_config(small_recipe(f"deepspeed.config={own}"), 1, 8)
     assert config["zero_optimization"] == {"stage": 1, "overlap_comm": True}
     assert config["train_micro_batch_size_per_gpu"] == 8  # what the file leaves out is filled in too
     assert config["gradient_clipping"] == 1.0
+    own = tmp_path / "own.json"
+    zero = {"stage": 3, "overlap_comm": True, "stage3_max_live_parameters": 10, "offload_param": {"device": "cpu"}}
+    content = {"zero_optimization": zero, "wall_clock_breakdown": True, "comms_logger": {"enabled": False}}
+    own.write_text(json.dumps(content))
+    config = load_ds_config(small_recipe(f"deepspeed.config={own}"), 1, 8)
+    assert content.items() <= config.items()
 
 
 @pytest.mark.parametrize(
@@ -80,15 +86,6 @@ def test_a_file_that_cannot_be_used_is_one_line_for_any_ranks(small_recipe, tmp_
             check(recipe)
         assert part in str(caught.value)
         assert "\n" not in str(caught.value)
-
-
-def test_what_only_deepspeed_knows_is_passed_on(small_recipe, tmp_path) -> None:
-    own = tmp_path / "own.json"
-    zero = {"stage": 3, "overlap_comm": True, "stage3_max_live_parameters": 10, "offload_param": {"device": "cpu"}}
-    content = {"zero_optimization": zero, "wall_clock_breakdown": True, "comms_logger": {"enabled": False}}
-    own.write_text(json.dumps(content))
-    config = load_ds_config(small_recipe(f"deepspeed.config={own}"), 1, 8)
-    assert content.items() <= config.items()
 
 
 def test_a_file_for_one_number_of_ranks_is_not_refused_before_that_is_known(small_recipe, tmp_path) -> None:

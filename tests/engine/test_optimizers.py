@@ -140,7 +140,7 @@ def test_equals_timms_scheduler_at_every_step(warmup, total, step) -> None:
     assert ours.lr(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
 
 
-def test_the_papers_rates_for_a_batch_of_128(small_recipe) -> None:
+def test_the_papers_rates_and_a_warm_up_counted_in_steps(small_recipe):
     recipe = small_recipe("train.global_batch=128", "train.epochs=100", "schedule.warmup_epochs=5")
     schedule = build_schedule(recipe, steps_per_epoch=10_009)
     assert schedule.peak_lr == pytest.approx(1.25e-4)
@@ -148,6 +148,13 @@ def test_the_papers_rates_for_a_batch_of_128(small_recipe) -> None:
     assert schedule.total_steps == 1_000_900
     assert schedule.lr(0) == 1e-6
     assert schedule.lr(1_000_900) == 1e-5
+    recipe = small_recipe("schedule.warmup_steps=30", "schedule.warmup_epochs=99", "schedule.cosine_after_warmup=true")
+    schedule = build_schedule(recipe, steps_per_epoch=20)
+    assert (schedule.warmup_steps, schedule.cosine_from, schedule.total_steps) == (30, 30, 40)
+    with pytest.raises(RecipeError, match=r"schedule.warmup_steps = 30 are more than the 20 steps of train.epochs = 2"):
+        build_schedule(recipe, steps_per_epoch=10)
+    # Without a batch that it is for, the rate is as it is.
+    assert build_schedule(small_recipe("optim.lr_batch=null", "optim.lr=0.5"), 10).peak_lr == 0.5
 
 
 @given(warmup=st.integers(0, 50), total=st.integers(51, 300), step=st.integers(0, 299))
@@ -156,16 +163,6 @@ def test_a_cosine_after_the_warm_up_is_big_visions(warmup, total, step) -> None:
     progress = min(max((step - warmup) / (total - warmup), 0.0), 1.0)
     rate = 1e-3 * 0.5 * (1 + math.cos(math.pi * progress)) * (min(1.0, step / warmup) if warmup else 1.0)
     assert ours.lr(step) == pytest.approx(rate, rel=1e-12, abs=1e-18)
-
-
-def test_a_warm_up_counted_in_steps(small_recipe) -> None:
-    recipe = small_recipe("schedule.warmup_steps=30", "schedule.warmup_epochs=99", "schedule.cosine_after_warmup=true")
-    schedule = build_schedule(recipe, steps_per_epoch=20)
-    assert (schedule.warmup_steps, schedule.cosine_from, schedule.total_steps) == (30, 30, 40)
-    with pytest.raises(RecipeError, match=r"schedule.warmup_steps = 30 are more than the 20 steps of train.epochs = 2"):
-        build_schedule(recipe, steps_per_epoch=10)
-    # Without a batch that it is for, the rate is as it is.
-    assert build_schedule(small_recipe("optim.lr_batch=null", "optim.lr=0.5"), 10).peak_lr == 0.5
 
 
 def test_without_a_compiler_it_cannot_be_built(monkeypatch) -> None:

@@ -24,13 +24,17 @@ FULL, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 
 
-def test_the_table() -> None:
+def test_the_table_and_what_images_are_made_in():
     held = {name: (precision.compute, precision.weights) for name, precision in PRECISIONS.items()}
     assert held == {"fp32": (FULL, FULL), "bf16": (BRAIN, FULL), "bf16_weights": (BRAIN, BRAIN), "fp16": (HALF, HALF)}
     assert [name for name, precision in PRECISIONS.items() if precision.autocasts] == ["bf16"]
     for name, precision in PRECISIONS.items():
         assert TrainConfig(precision=name).holds_16_bits == (precision.weights != FULL)
         assert TrainConfig(precision=name).is_16_bit == (precision.compute != FULL)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    made = {name: pixel_dtype(TrainConfig(precision=name), gpu) for name in PRECISIONS}
+    assert made == {"fp32": FULL, "bf16": BRAIN, "bf16_weights": BRAIN, "fp16": HALF}
+    assert {pixel_dtype(TrainConfig(precision=name), cpu) for name in PRECISIONS} == {FULL}
 
 
 @pytest.fixture
@@ -69,13 +73,6 @@ def test_images_in_the_dtype_of_autocast_give_the_same_bits(small_recipe, make_e
     with torch.no_grad():
         assert torch.equal(engine.forward(images), engine.forward(images.bfloat16()))
     assert seen == [FULL, BRAIN]
-
-
-def test_images_are_made_in_what_a_gpu_computes_in() -> None:
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    made = {name: pixel_dtype(TrainConfig(precision=name), gpu) for name in PRECISIONS}
-    assert made == {"fp32": FULL, "bf16": BRAIN, "bf16_weights": BRAIN, "fp16": HALF}
-    assert {pixel_dtype(TrainConfig(precision=name), cpu) for name in PRECISIONS} == {FULL}
 
 
 def test_tf32_is_torchs_own_switch_and_cudnn_keeps_to_a_fixed_order(small_recipe, make_engine, monkeypatch) -> None:

@@ -23,13 +23,20 @@ def test_units() -> None:
     assert (plural(1, "core"), plural(0, "core"), plural(2, "core")) == ("1 core", "0 cores", "2 cores")
 
 
-def test_a_table_in_a_file_is_aligned_lines(capsys) -> None:
+def test_a_table_in_a_file_is_aligned_lines_and_progress_a_last_line(capsys):
     print_table(
         "speed", ("stage", "img/s", "what"), [("decode", "12", "[on] one core"), ("model", "1,234", "")], (0, 2)
     )
     assert capsys.readouterr().out == (
         "\nspeed\n  stage   img/s  what\n  decode     12  [on] one core\n  model   1,234\n"
     )
+    with progress("copying", 3, "files") as advance:
+        advance(1)
+        advance(2)
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert shown.out.startswith("copying: 3 of 3 files, ")
+    assert shown.out.endswith(" a second, 0 s left\n")
 
 
 def test_a_terminal_gets_tables_and_bars(capsys, monkeypatch) -> None:
@@ -59,16 +66,6 @@ def test_text_of_others_is_neither_markup_nor_a_command_to_the_terminal(capsys, 
     assert shown.count("[link=file:///etc/passwd]x[/nothing]") >= 3
     assert "\x1b]" not in shown
     assert "\x07" not in shown
-
-
-def test_progress_in_a_file_is_a_last_line(capsys) -> None:
-    with progress("copying", 3, "files") as advance:
-        advance(1)
-        advance(2)
-    shown = capsys.readouterr()
-    assert shown.err == ""
-    assert shown.out.startswith("copying: 3 of 3 files, ")
-    assert shown.out.endswith(" a second, 0 s left\n")
 
 
 def test_each_piece_of_work_is_one_line_in_a_file_and_long_work_says_what_is_left(capsys, monkeypatch) -> None:

@@ -86,12 +86,6 @@ def test_fine_tuning_differs_from_training_where_its_parts_say(data_set: str) ->
     assert tuned.init_from == trained.run.dir
 
 
-def test_shipped_files_are_read_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert load_recipe("cifar100_vit_base_g1b").model.num_classes == 100
-    assert load_recipe(ROOT / "karat_scale/recipes/cifar10_vit_mini_32px.yaml").train.global_batch == 64
-
-
 @pytest.mark.parametrize(
     ("source", "part"),
     [
@@ -112,7 +106,7 @@ def test_a_name_that_is_no_recipe_is_one_short_line(source: str, part: str) -> N
     assert len(text) < 250 + len(str(RECIPES))
 
 
-def test_a_name_is_data_model_attention_and_change() -> None:
+def test_a_name_is_data_model_attention_and_change(tmp_path, monkeypatch):
     recipe = load_recipe("cifar100_swin_tiny_g3b_1024")  # nobody wrote this one down
     assert (recipe.model.name, recipe.model.num_classes) == ("swin_tiny_patch4_window7_224", 100)
     assert (recipe.attention.kind, recipe.attention.grid, recipe.train.global_batch) == ("karat", 3, 1024)
@@ -120,6 +114,9 @@ def test_a_name_is_data_model_attention_and_change() -> None:
     assert load_recipe("svhn_convit_tiny_g3u").init_from == "runs/imagenet_convit_tiny_g3u"
     assert load_recipe("cifar10_vit_base_transfer").attention.transfer_from == "runs/cifar10_vit_base_g3b"
     assert "imagenet_swin_tiny_g3b_g1b" not in shipped_recipes()
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("cifar100_vit_base_g1b").model.num_classes == 100
+    assert load_recipe(ROOT / "karat_scale/recipes/cifar10_vit_mini_32px.yaml").train.global_batch == 64
 
 
 @pytest.mark.parametrize("schema", [Recipe, DetectionRecipe])

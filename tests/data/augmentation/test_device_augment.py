@@ -169,11 +169,14 @@ def test_blends_are_within_one_level_of_pillows(name, factor):
     assert found.float().mean() < 0.01
 
 
-def test_sharpness_of_an_image_too_small_for_it():
+def test_too_small_images_are_not_sharpened_and_many_are_moved_by_parts_as_at_once():
     image = torch.arange(12, dtype=torch.uint8).view(1, 3, 2, 2)
     pillow = ImageEnhance.Sharpness(Image.fromarray(image[0].permute(1, 2, 0).numpy())).enhance(1.7)
     ours = BATCHED[Kind.SHARPNESS](image, torch.tensor([1.7]))
     assert torch.equal(ours[0].permute(1, 2, 0), torch.from_numpy(np.array(pillow)))
+    matrices = torch.tensor([MATRICES["Rotate"](angle, SIDE, SIDE) for angle in (3, -9, 20, 31)], dtype=torch.float64)
+    at_once = transformed(BATCH, matrices, FILL, cubic=True)
+    assert torch.equal(transformed(BATCH, matrices, FILL, cubic=True, cut=3), at_once)
 
 
 STRENGTHS = {
@@ -202,9 +205,3 @@ def test_moves_are_within_one_level_of_pillows(name, interpolation, data):
     found = difference(transformed(BATCH, matrix, FILL, interpolation == "bicubic"), reference)
     assert found.max() <= 1
     assert found.float().mean() < 0.05
-
-
-def test_images_are_moved_by_parts_as_at_once():
-    matrices = torch.tensor([MATRICES["Rotate"](angle, SIDE, SIDE) for angle in (3, -9, 20, 31)], dtype=torch.float64)
-    at_once = transformed(BATCH, matrices, FILL, cubic=True)
-    assert torch.equal(transformed(BATCH, matrices, FILL, cubic=True, cut=3), at_once)

@@ -67,6 +67,13 @@ def test_too_many_pixels_are_refused_from_the_header_and_files_are_closed_with_t
     for threads in (1, 1, 2, 2):
         read(directory, range(40), threads)
     assert psutil.Process().num_fds() <= before + 1
+    processes = multiprocessing.get_context("fork")  # a hard limit cannot be raised again
+    told = processes.SimpleQueue()
+    process = processes.Process(target=_readers_below_a_hard_limit, args=(told,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert told.get() == (2, 7, (2048, 2048))
 
 
 @pytest.fixture
@@ -97,13 +104,3 @@ def test_all_threads_read_though_few_files_may_be_open(make_shards, few_files):
 def _readers_below_a_hard_limit(told):
     resource.setrlimit(resource.RLIMIT_NOFILE, (512, 2048))
     told.put((_readers_with_files(2), _readers_with_files(64), resource.getrlimit(resource.RLIMIT_NOFILE)))
-
-
-def test_with_a_hard_limit_fewer_threads_read():
-    processes = multiprocessing.get_context("fork")  # a hard limit cannot be raised again
-    told = processes.SimpleQueue()
-    process = processes.Process(target=_readers_below_a_hard_limit, args=(told,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    assert told.get() == (2, 7, (2048, 2048))

@@ -111,12 +111,14 @@ def test_only_an_error_of_an_image_is_passed_to_the_reference_decoder():
         assert _is_of_an_image(error) is (message not in OTHERS), message
 
 
-def test_without_a_gpu_or_with_augmentation_on_the_cpu_it_is_refused(make_shards, data_config):
+def test_without_a_gpu_or_with_augmentation_on_the_cpu_it_is_refused(make_shards, data_config, recipe_file, capsys):
     config = data_config(make_shards(), backend="nvjpeg")
     with pytest.raises(RecipeError, match=r"uses none; use data\.backend=webdataset"):
         open_backend(ImageSpec(config, ON_THE_DEVICE, SIZE, 3, 5))
     with pytest.raises(RecipeError, match=r"set augment\.run_on=device"):
         open_backend(ImageSpec(config, AugmentConfig(), SIZE, 3, 5))
+    assert karat_here("train", str(recipe_file), "data.backend=nvjpeg", "augment.run_on=device") == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -129,8 +131,3 @@ def test_commands_that_need_no_gpu_read_its_shards_otherwise(recipe_file, tmp_pa
     text = (run / "recipe.yaml").read_text()
     (run / "recipe.yaml").write_text(text.replace("backend: webdataset", "backend: nvjpeg"))
     assert karat_here("analyze", str(run), "--only", "accuracy") == 0, capsys.readouterr().err
-
-
-def test_training_on_a_cpu_is_refused_in_one_line(recipe_file, capsys):
-    assert karat_here("train", str(recipe_file), "data.backend=nvjpeg", "augment.run_on=device") == 2
-    assert capsys.readouterr().err.count("\n") == 1

@@ -269,15 +269,12 @@ def test_raw_pixels_are_resized_as_pillows_and_refused_where_short_or_too_many(d
             ours.read(data, whole)
 
 
-def test_results_stay_when_the_next_image_is_read(decoder_of):
+def test_results_stay_when_the_next_image_is_read_and_raw_is_numbered_as_ffcv_numbers_it(decoder_of):
     decoder = decoder_of("ffcv")
     first = decoder.read(encode(photo(5, 24, 24)), whole)
     kept = first.copy()
     decoder.read(encode(photo(6, 24, 24)), whole)
     assert np.array_equal(first, kept)
-
-
-def test_raw_is_numbered_as_ffcv_numbers_it():
     need_ffcv()
     from ffcv.fields.rgb_image import IMAGE_MODES
 

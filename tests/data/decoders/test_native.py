@@ -55,15 +55,12 @@ def test_a_flat_colour_stays_what_it_is(encode_flat, interpolation):
         assert np.unique(decoder.read(encode_flat(width, height), lambda *_, view=view: view)).tolist() == [119]
 
 
-def test_threads_that_share_a_decoder_do_not_meet(encode_jpeg):
+def test_a_decoder_serves_threads_and_a_forked_process(encode_jpeg):
     decoder = NativeDecoder("bicubic", 10**6)
     expected = pixels_of(decoder, encode_jpeg)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: pixels_of(decoder, encode_jpeg), range(12)))
     assert set(found) == {expected}
-
-
-def test_a_decoder_serves_a_forked_process(encode_jpeg):
     decoder = NativeDecoder("bicubic", 10**6)
     expected = pixels_of(decoder, encode_jpeg)
     child = os.fork()

@@ -43,7 +43,7 @@ def hub(tmp_path: Path) -> Path:
     return source
 
 
-def test_images_labels_and_keys_are_those_in_the_tars(hub: Path, tmp_path: Path) -> None:
+def test_images_labels_and_keys_are_those_in_the_tars_wherever_the_index_is(hub, tmp_path):
     out = tmp_path / "index"
     assert index(hub, "--out", str(out)) == 0
     assert not list(hub.glob("*.npz"))
@@ -53,9 +53,6 @@ def test_images_labels_and_keys_are_those_in_the_tars(hub: Path, tmp_path: Path)
     assert val.read(5) == image(17)
     assert train.locate(7) == ("n01_7", "imagenet1k-train-0001.tar")
     assert train.file_of(7) == str(hub / "imagenet1k-train-0001.tar")
-
-
-def test_without_out_the_index_is_beside_the_tars_and_may_be_made_again(hub: Path) -> None:
     for _ in range(2):
         assert index(hub) == 0
     assert len(ShardSplit(hub, "train", 3)) == 12

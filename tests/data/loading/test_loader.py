@@ -79,13 +79,10 @@ def drawn(ids, epoch=0, number=0, flips=None):
     return Batch(images, labels, torch.tensor(ids), torch.ones(len(ids), dtype=torch.bool), (), draws, epoch, number)
 
 
-def test_a_digest_is_a_sum_over_samples():
+def test_a_digest_is_a_sum_over_samples_and_everything_that_training_sees_changes_it():
     whole = batch_digest(drawn([4, 1, 7, 2]))
     assert 0 < whole < 2**40
     assert (batch_digest(drawn([7, 2])) + batch_digest(drawn([1, 4]))) % 2**40 == whole
-
-
-def test_everything_that_training_sees_changes_it():
     plain = drawn([4, 1])
     others = [drawn([4, 2]), drawn([4, 4]), drawn([4, 1], epoch=1), drawn([4, 1], number=1)]
     others += [drawn([4, 1], flips=[False, True]), replace(plain, labels=plain.labels + 1), replace(plain, draws=())]

@@ -138,12 +138,15 @@ def test_a_staged_split_that_is_not_right_is_listed_no_more(shards, tmp_path, ca
     assert "Stage train too before you train from it" in capsys.readouterr().out
 
 
-def test_staging_one_split(shards, tmp_path):
+def test_one_split_is_staged_and_a_full_disk_names_the_way_out(shards, tmp_path, monkeypatch):
     stage_split(shards, tmp_path / "local", "val")
     assert len(ShardSplit(tmp_path / "local", "val", 3, "hash")) == 9
     assert list(read_dataset_record(tmp_path / "local").splits) == ["val"]
     with pytest.raises(DataError, match="has no split 'test'; the splits there: train, val"):
         stage_split(shards, tmp_path / "other", "test")
+    monkeypatch.setattr(finished, "SPARE_BYTES", shutil.disk_usage(tmp_path).free)
+    with pytest.raises(DataError, match=r"GB free; train from data.path=.* instead$"):
+        finished.stage(["--src", str(shards), "--out", str(tmp_path / "local")])
 
 
 @pytest.mark.parametrize("was_there", [False, True])
@@ -157,12 +160,6 @@ def test_damage_at_the_source_is_not_staged_and_no_copy_that_lacks_it_is_taken_f
         finished.stage(["--src", str(shards), "--out", str(local)])
     assert not (local / "dataset.json").exists()
     assert not (local / "train-000001.tar").exists()
-
-
-def test_a_full_disk_names_the_way_out(shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(finished, "SPARE_BYTES", shutil.disk_usage(tmp_path).free)
-    with pytest.raises(DataError, match=r"GB free; train from data.path=.* instead$"):
-        finished.stage(["--src", str(shards), "--out", str(tmp_path / "local")])
 
 
 def test_dali_indexes_point_at_the_members(shards, tmp_path):

@@ -140,13 +140,10 @@ def test_a_store_that_stalls_is_named_in_time(workers, make_shards, remote, ngin
         assert time.monotonic() - begun < 30  # not when the server would answer
 
 
-def test_what_the_order_needs_must_fit_into_the_cache(make_shards, remote, nginx):
-    with pytest.raises(DataError, match=r"^data.cache_gb = 1e-05 is too small .* set data.cache_gb=[\d.e-]+ or more"):
-        remote(f"http://127.0.0.1:{nginx(make_shards())}", cache_gb=1e-5, **BLOCKS)
-
-
-def test_hashes_are_not_checked_by_fetching_everything(make_shards, remote, nginx, data_config):
+def test_the_cache_must_hold_what_the_order_needs_and_hashes_are_not_fetched(make_shards, remote, nginx, data_config):
     url = f"http://127.0.0.1:{nginx(make_shards())}"
+    with pytest.raises(DataError, match=r"^data.cache_gb = 1e-05 is too small .* set data.cache_gb=[\d.e-]+ or more"):
+        remote(url, cache_gb=1e-5, **BLOCKS)
     for check in (remote, lambda path, **fields: list(hash_files(data_config(path, **fields), 0, 1))):
         with pytest.raises(DataError, match=r"use data\.verify=size, which checks each image when it is fetched"):
             check(url, verify="hash")

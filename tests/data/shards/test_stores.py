@@ -145,13 +145,16 @@ def test_refused_access_is_not_tried_again_and_no_server_is_named(files, nginx):
         Store("http://127.0.0.1:9/set", timeout=1).read("a.tar", 0, 10)
 
 
-def test_a_server_without_ranges_is_refused(files):
+def test_a_server_without_ranges_and_a_missing_library_are_one_line(files, monkeypatch):
     class Whole(Answering):
         def get(self):
             self._answer((files / "a.tar").read_bytes())
 
     with serving(Whole) as url, pytest.raises(StoreError, match="does not answer requests for a part of a file"):
         Store(url).read("a.tar", 0, 10)
+    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    with pytest.raises(DataError, match=r"s3:// needs s3fs, which is not installed; .*pip install -e '\.\[remote\]'"):
+        Store("s3://bucket/set")
 
 
 # In a process of its own: collecting the garbage of all that earlier tests have loaded is not safe after a fork.
@@ -179,9 +182,3 @@ def test_another_process_closes_no_connection_of_its_parent(files, nginx):
     done = run_code(FORKED, url, environments=[karat_environment()], directory=files)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 12  # a try that gets no answer takes 16 s
-
-
-def test_a_library_that_is_missing_is_one_line(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
-    with pytest.raises(DataError, match=r"s3:// needs s3fs, which is not installed; .*pip install -e '\.\[remote\]'"):
-        Store("s3://bucket/set")

@@ -10,16 +10,13 @@ def places(progress: StreamProgress) -> dict[int, tuple[int, int]]:
     return {lane: tuple(place) for lane, place in progress.places.items()}
 
 
-def test_a_run_begins_at_the_first_shards() -> None:
-    assert places(StreamProgress(1, 2, 3, 9)) == {3: (3, 0), 4: (4, 0), 5: (5, 0)}
-
-
-def test_the_same_lanes_go_on_where_they_stood() -> None:
+def test_a_run_begins_at_the_first_shards_and_the_same_lanes_go_on_where_they_stood():
     saved = StreamState(5, [(9, 1), (4, 2), (7, 3), (2, 4)])
     progress = StreamProgress(1, 2, 2, 5)
     assert progress.resume(saved) == ""
     assert places(progress) == {2: (7, 3), 3: (2, 4)}
     assert progress.mine() == [LanePlace(7, 3), LanePlace(2, 4)]
+    assert places(StreamProgress(1, 2, 3, 9)) == {3: (3, 0), 4: (4, 0), 5: (5, 0)}
 
 
 @pytest.mark.parametrize(("lanes", "shards"), [(1, 5), (4, 5), (2, 6)])

@@ -82,16 +82,13 @@ def test_lanes_share_a_cycle_and_each_sample_comes_once(source) -> None:
     assert sorted(found) == sorted(f"s{number}" for number in range(24))
 
 
-def test_samples_are_shuffled_anew_in_each_cycle(source) -> None:
+def test_samples_are_shuffled_anew_in_each_cycle_and_a_lane_goes_on_from_any_place(source):
     stream = source(stream_buffer=100)
     found = lane(stream, 48, LanePlace(0))
     orders = [[one.key for one, cycle, shard, _ in found if (cycle, shard) == (wanted, 1)] for wanted in (0, 1)]
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(f"s{number}" for number in range(5, 14))
     assert orders[0] != orders[1]
     assert orders[0] != sorted(orders[0])
-
-
-def test_a_lane_goes_on_from_any_place(source) -> None:
     whole = lane(source(), 60, LanePlace(1), lanes=2)
     for used in range(40):
         assert lane(source(), 20, whole[used][3], lanes=2) == whole[used + 1 : used + 21]

@@ -34,14 +34,11 @@ def test_what_came_after_the_checkpoint_is_lost_and_the_rest_is_time_in_the_queu
     assert str(found) == "27 min 40 s: training 5.4 %, saving 0.18 %, starting 1.2 %, lost 3.6 %, queue 90 %"
 
 
-def test_a_run_that_was_never_saved_loses_all_its_work_and_one_that_begins_anew_has_none() -> None:
+def test_a_run_that_was_never_saved_loses_all_its_work_and_one_that_begins_anew_has_none():
     again = {**start(2000), "anew": False}
     found = wall_time([*KILLED, again])
     assert (found.parts["lost"], found.parts["training"], found.parts["starting"]) == (100, 0, 20)
     assert wall_time([*KILLED, start(2000)]).seconds == 10
-
-
-def test_the_time_after_the_end_of_a_finished_run_is_nobodys() -> None:
     ended = event("end", 1120, 10, 108, 2, exit=0)
     found = wall_time([*KILLED, ended, start(9000, 10), event("end", 9011, 10, 1, exit=0)])
     assert found.seconds == 720 + 11 == sum(found.parts.values())
