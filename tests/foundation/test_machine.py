@@ -29,8 +29,9 @@ def membership(tmp_path) -> Path:
 
 
 def test_the_tightest_group_of_version_2_counts(tmp_path, membership) -> None:
-    membership.write_text("0::/job/step\n")
-    write(tmp_path, job__cpuDOTmax="150000 100000", job__step__cpuDOTmax="max 100000")
+    membership.write_text("0::/job/step/task\n")
+    write(tmp_path, job__cpuDOTmax="150000 100000", job__step__cpuDOTmax="400000 100000")
+    write(tmp_path, job__step__task__cpuDOTmax="max 100000", job__step__task__memoryDOTmax="2097152")
     write(tmp_path, job__memoryDOTmax="max", job__step__memoryDOTmax="1048576")
     assert cpu_quota(tmp_path, membership) == 1.5
     assert memory_limit(tmp_path, membership) == 1 << 20
