@@ -194,6 +194,7 @@ def test_dump_and_load_are_inverse(recipe: Path, tmp_path: Path) -> None:
     first = load_recipe(recipe, ["resume.from=there", "resume.allow=optim.lr", "augment.scale=[0.5, 1]", *nested])
     again = tmp_path / "again.yaml"
     again.write_text(dump_recipe(first))
+    assert "from: there" in again.read_text()  # as the user writes it
     assert load_recipe(again) == first
     with pytest.raises(ValueError, match="frozen"):
         first.train.epochs = 3  # type: ignore[misc]
