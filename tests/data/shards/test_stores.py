@@ -2,7 +2,7 @@
 
 import re
 import time
-from multiprocessing.pool import ThreadPool
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -95,8 +95,8 @@ def test_a_fault_that_stays_is_one_line_in_time(files, nginx):
                 Store(proxy.url, timeout=3).read("a.tar", 0, 1000)
             assert len(proxy.requests) < 20
 
-    with ThreadPool(len(STAYS)) as pool:
-        pool.starmap(stays, STAYS.items())
+    with ThreadPoolExecutor(len(STAYS)) as pool:
+        list(pool.map(stays, STAYS, STAYS.values()))
 
 
 def test_a_folder_that_cannot_be_listed_is_no_empty_one(files, nginx):
