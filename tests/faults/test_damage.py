@@ -135,6 +135,10 @@ def test_a_damaged_file_of_a_run_is_one_line_or_what_it_was(run, share, tmp_path
 
     directory = _small_files_of(run, tmp_path)
     try_damages(share, COUNTS, directory, tmp_path / "work", look)
+    for text in ('{"ant": 1}', "[1]"):
+        (directory / "classes.json").write_text(text)
+        with pytest.raises(RunDirectoryError, match="not a JSON list"):
+            RunDirectory(directory).classes()
     for name in ("classes", "summary"):
         (directory / f"{name}.json").unlink()
         (directory / f"{name}.json").mkdir()
