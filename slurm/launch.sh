@@ -80,7 +80,8 @@ enter_environment() {
 }
 
 check_recipe() {
-  "${KARAT[@]}" "$@" --print >/dev/null || exit $?
+  # The first start of a requeued job has checked it. If it was changed since then, the ranks say what is wrong.
+  ((${SLURM_RESTART_COUNT:-0} > 0)) || "${KARAT[@]}" "$@" --print >/dev/null || exit $?
 }
 
 # RUN/restarts: the newest checkpoint at the last start, and at how many starts it was the same.
