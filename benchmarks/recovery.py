@@ -77,9 +77,10 @@ def _measure(cluster: Cluster, place: Path, nodes: int, victim: str, steps: int,
     wait_until(lambda: bool(list(run.glob("logs/*"))), PATIENCE, "the start")
     begun = time.time()
     wait_for(job, "train", steps // 10)
-    rank, failed = process_of(job, nodes - 1), time.time()
+    rank = process_of(job, nodes - 1)
+    node, failed = rank.environ()["SLURMD_NODENAME"], time.time()
     if victim == "node":
-        cluster.kill_node(cluster.nodes[nodes - 1])
+        cluster.kill_node(node)
     elif victim == "agent":
         next(parent for parent in rank.parents() if "launch" in parent.cmdline()).kill()
     else:
@@ -88,7 +89,7 @@ def _measure(cluster: Cluster, place: Path, nodes: int, victim: str, steps: int,
         _end(job)
     finally:
         if victim == "node":
-            cluster.start_node(cluster.nodes[nodes - 1])
+            cluster.start_node(node)
             cluster.wait_idle()
     resumed, trained = events(run, "resume")[0], events(run, "train")
     after = next(event["time"] for event in trained if event["time"] > resumed["time"])
