@@ -78,7 +78,7 @@ def test_a_first_checkpoint_that_cannot_be_saved_ends_the_job(train) -> None:
 def test_a_rank_that_hangs_is_named_and_ends_the_job(train) -> None:
     own = ("train.epochs=200", "checkpoint.every_steps=null")
     job = train(*own, options=("--nodes=2",), STALL_SECONDS="20,start=600", IDLE_RESTARTS="0")
-    wait_for(job, "train", 2)
+    wait_for(job, "train", 50)  # its sign of life says more by then than that it starts, for which it has 600 s
     process_of(job, rank=1).suspend()
     assert job.wait() == "FAILED 1", job.log
     last = job.log.splitlines()[-1]
