@@ -56,7 +56,7 @@ def change_images(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "workers", "said"),
     [
-        (lambda directory: [file.unlink() for file in directory.iterdir()], 1, ("damaged", "make_webdataset.py")),
+        (lambda directory: [file.unlink() for file in directory.iterdir()], 1, ("damaged", "karat prepare webdataset")),
         (lambda directory: (directory / "train-000001.tar").unlink(), 1, ("train-000001.tar",)),
         (lambda directory: cut(directory / "train-000001.tar"), 1, ("train-000001.tar",)),
         (change_images, 0, ("train-0000", "changed")),

@@ -14,6 +14,7 @@ from karat_scale.commands.launch import code_for_launcher, say_to_launcher
 from karat_scale.commands.parsers import preparing, results, training
 from karat_scale.foundation.arguments import OneLineParser
 from karat_scale.foundation.errors import (
+    EXIT_INTERRUPTED,
     EXIT_LOST_PEER,
     PeerError,
     UserError,
@@ -68,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _end(str(error), EXIT_USAGE)
     except PeerError as error:
         return _end(str(error), EXIT_LOST_PEER)
+    except KeyboardInterrupt:  # before training has begun, or in a command that does not wait for it
+        return _end("stopped; run the same command again", EXIT_INTERRUPTED)
     except BrokenPipeError:
         if not _is_unread(_STDOUT):
             raise

@@ -15,6 +15,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from karat_scale.foundation.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+
 # Relative to the current directory, so that printed commands can be typed.
 RAW, SHARDS = Path("data/fashion_mnist_raw"), Path("data/fashion_mnist_quick")
 RECIPE = "fashion_mnist_demo"
@@ -39,21 +41,21 @@ def quickstart() -> int:
             _run("prepare", "fetch", "fashion_mnist", "--out", str(RAW))
             subset = ("--subset", str(IMAGES_OF_A_CLASS))
             _run("prepare", "webdataset", "--src", str(RAW), "--out", str(SHARDS), *subset)
-        for title, run, overrides in CONTENDERS:
+        for number, (title, run, overrides) in enumerate(CONTENDERS, 1):
             if _summary(run).get("exit") == 0:
                 console.print(f"{title}: finished before, in {run}")
                 continue
-            console.rule(title)
+            console.rule(f"run {number} of {len(CONTENDERS)}: {title}")
             _run("train", RECIPE, f"run.dir={run}", f"run.name={run.name}", *FEWER_IMAGES, *overrides)
         if not (REPORT / "report.html").is_file():
             console.rule("what they learned")
             _run("analyze", *runs, "--only", "training", "content", "maps", "functions", "--out", str(REPORT))
     except subprocess.CalledProcessError as error:
-        if error.returncode == 75:
+        if error.returncode in (EXIT_STOPPED, EXIT_INTERRUPTED):
             console.print("stopped; run `karat quickstart` again to go on")
         return error.returncode
     except KeyboardInterrupt:
-        return 130
+        return EXIT_INTERRUPTED
     _print_results(console)
     return 0
 

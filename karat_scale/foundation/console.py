@@ -115,8 +115,9 @@ class ProgressBars:
             progress.MofNCompleteColumn(),
             progress.TextColumn("{task.fields[text]}", markup=False),
             progress.TimeElapsedColumn(),
-            progress.TextColumn("left"),
+            progress.TextColumn("gone,"),
             progress.TimeRemainingColumn(),
+            progress.TextColumn("left"),
             console=console,
             speed_estimate_period=120,
         )

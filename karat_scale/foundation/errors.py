@@ -16,6 +16,8 @@ from karat_scale.foundation.console import printable
 EXIT_STOPPED = 75
 # That of a rank that lost another one, so that it does not count as the first to fail: EX_PROTOCOL.
 EXIT_LOST_PEER = 76
+# As a shell says that Ctrl-C ended a command.
+EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):
@@ -113,7 +115,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except OSError as error:
         code, message = 2, _described(error)
     except KeyboardInterrupt:
-        code, message = 130, "stopped; run the same command again"
+        code, message = EXIT_INTERRUPTED, "stopped; run the same command again"
     say_in_one_write(f"error: {on_one_line(message)}")
     sys.exit(code)
 

@@ -153,7 +153,7 @@ class Files(Enum):
     """The kind of files at `data.path`. The value says what the path is."""
 
     IMAGES = "a directory of train/<class>/<image> and val/<class>/<image>"
-    SHARDS = "a directory made by data_prep/make_webdataset.py"
+    SHARDS = "a directory made by karat prepare webdataset"
     BETONS = "a directory made by data_prep/make_ffcv.py"
 
 

@@ -16,7 +16,7 @@ from karat_scale.recipe.files import COMMANDS, RECIPES, Shipped, part_names, rea
 
 _NOT_RUN = "not yet run"
 _DATA = {
-    "train": "shards made by data_prep/make_webdataset.py",
+    "train": "shards made by karat prepare webdataset",
     "detect": "train2017/, val2017/ and annotations/ as COCO has them",
 }
 

@@ -202,7 +202,7 @@ class Recipe(RunRecipe):
             raise ValueError(f"convert.images = {self.convert.images} needs the trained model; name it by init_from")
         if not self.attention.learns:
             raise ValueError(
-                f"convert.images = {self.convert.images} has no effect with attention.kind = softmax; set "
+                "attention.kind = softmax learns nothing, so a model cannot be converted to it; set "
                 "attention.kind=karat, or another kind"
             )
         if self.data.is_stream:

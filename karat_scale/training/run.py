@@ -5,6 +5,7 @@
 """
 
 import secrets
+import shlex
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -87,7 +88,8 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
                 for fault in chain(*world.gather(gpu_faults() if world.local_rank == 0 else [])):
                     if world.is_main:
                         reporter.warn(fault)
-            if outcome.state.step >= trainer.total_steps:
+            was_finished = outcome.state.step >= trainer.total_steps
+            if was_finished:
                 reporter.info(f"nothing is left to do: {how_to_extend(trainer)}")
             elif slow := slow_precision(recipe.train.precision, world.device):
                 reporter.warn(slow)
@@ -97,6 +99,11 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
                 trainer.engine.release()
                 del trainer  # and all that it holds, before the next one is built
                 trainer = begin_or_go_on(task.at(outcome.state.step), directory, signals, outcome, is_start=False)
+            if not was_finished:
+                state, name = outcome.state, outcome.state.scores[0]
+                best = getattr(state, f"best_{name}")
+                scored = "" if best is None else f", best {name} {best:.2f} at step {state.best_step}"
+                reporter.info(f"finished{scored}; next: karat analyze {shlex.quote(str(directory.path))}")
         return outcome.code
 
 

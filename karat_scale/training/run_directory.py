@@ -402,6 +402,10 @@ class OpenRun(Generic[R]):
     def chosen(self) -> str:
         """The checkpoint's name; it is intact. Raises RunDirectoryError if there is none."""
         if not self.store.names():
+            if (self.path / "config.json").is_file():
+                raise RunDirectoryError(
+                    f"{self.path}: an exported folder, not a run; name its run, or use karat predict"
+                )
             raise RunDirectoryError(f"{self.store.root}: no checkpoint; train the run first")
         return self.store.find_intact(self.checkpoint)
 

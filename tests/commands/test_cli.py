@@ -14,6 +14,7 @@ import yaml
 from karat_scale import __version__
 from karat_scale.recipe.loading import load_recipe
 from tests.conftest import events, karat_command, karat_done, karat_environment, karat_refuses, karat_says, summary
+from tests.training.runs import wait_until
 
 Train = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -51,9 +52,9 @@ def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> N
         "verify nowhere": "nowhere: not a run directory (it has no recipe.yaml)",
         "predict nowhere a.jpg": "nowhere: neither a run's directory nor a folder of karat export; name one",
         "train fashion_mnist_demo data.path=nowhere": "data.path = nowhere is not a directory; make it with "
-        "data_prep/make_webdataset.py or correct the path",
-        "show fashion_mnist_demo data.path=photos": "data.path = photos has no dataset.json; make it with data_prep/"
-        "make_webdataset.py, set data.backend=folder for a folder of images, or correct the path",
+        "karat prepare webdataset or correct the path",
+        "show fashion_mnist_demo data.path=photos": "data.path = photos has no dataset.json; make it with karat "
+        "prepare webdataset, set data.backend=folder for a folder of images, or correct the path",
         "train fashion_mnist_demo data.backend=folder data.path=nowhere": "data.path = nowhere is not a directory; "
         "set it to a directory of train/<class>/<image> and val/<class>/<image>",
         "plan fashion_mnist_demo --gpu h1000": "--gpu h1000: not in the table",
@@ -110,6 +111,8 @@ def test_training_writes_the_run_directory_users_rely_on_and_eval_repeats_its_fi
     done = train_recipe("log.trackers=tensorboard")
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "run"
+    assert "finished, best top1 " in done.stdout
+    assert f"; next: karat analyze {run}\n" in done.stdout
     assert load_recipe(run / "recipe.yaml").model.embed_dim == 32
     kinds = [event["event"] for event in events(run)]
     assert (kinds.count("train"), kinds.count("eval"), kinds[-1]) == (16, 2, "end")
@@ -137,6 +140,17 @@ def test_training_writes_the_run_directory_users_rely_on_and_eval_repeats_its_fi
     assert (found["top1"], found["images"]) == (evaluated["top1"], 28)
     assert found["loss"] == pytest.approx(evaluated["loss"], rel=1e-6)
     assert "raw weights" in karat_says("eval", str(run), "--weights", "raw")
+
+
+def test_ctrl_c_while_a_command_starts_is_one_line(tmp_path: Path) -> None:
+    command = [*karat_command(["train", "fashion_mnist_demo"]), "data.backend=synthetic", f"run.dir={tmp_path / 'run'}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=karat_environment())
+    maps = Path(f"/proc/{process.pid}/maps")
+    wait_until(lambda: "libtorch" in maps.read_text(), process)  # it imports torch
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    assert process.communicate()[1] == "error: stopped; run the same command again\n"
+    assert process.returncode == 130
 
 
 @pytest.mark.slow

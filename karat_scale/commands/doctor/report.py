@@ -241,7 +241,7 @@ def _advice(bound: Stage, device_rate: float, setting: Setting) -> str:
         block = "" if setting.recipe.data.order == "block" else "set data.order=block to read in sequence, or "
         return (
             f"copy the data to a local disk (data_prep/stage.py), or {block}"
-            "make smaller files (data_prep/make_webdataset.py --resize 256)"
+            "make smaller files (karat prepare webdataset --resize 256)"
         )
     if setting.is_generated and bound in DATA_STAGES:
         return "synthetic images are only for measuring the other stages"
@@ -269,7 +269,7 @@ def _advise_workers(bound: Stage, device_rate: float, setting: Setting) -> str:
     if bound == "decode" and setting.decoder not in ("native", ""):
         pieces.append(f"use data.decoder=native (apt-get install {PACKAGES})")
     if bound == "decode":
-        pieces.append("re-encode the images smaller (data_prep/make_webdataset.py --resize 256)")
+        pieces.append("re-encode the images smaller (karat prepare webdataset --resize 256)")
     if bound == "augmentation":
         pieces.append("use a weaker augment.randaugment or augment.color_jitter")
     return ", or ".join(filter(None, pieces)) or "give the job more cores"

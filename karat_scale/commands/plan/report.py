@@ -196,9 +196,11 @@ def _shown(plan: Plan) -> slice:
 
 
 def _show_time(plan: Plan) -> None:
-    sent = gigabytes(plan.load.sent(plan.machine.world))
-    share = f", {100 * plan.load.hidden:.0f} % of it beside" if plan.load.hidden else " after"
-    print(f"\ncommunication: each rank sends {sent} a step, {duration(plan.communication)}{share} the backward pass")
+    print()
+    if sent := plan.load.sent(plan.machine.world):
+        share = f", {100 * plan.load.hidden:.0f} % of it beside" if plan.load.hidden else " after"
+        took = f"{duration(plan.communication)}{share} the backward pass"
+        print(f"communication: each rank sends {gigabytes(sent)} a step, {took}")
     if plan.not_measured:
         print(plan.not_measured)
     if plan.step is None or plan.time is None:

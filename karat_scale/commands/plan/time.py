@@ -381,7 +381,7 @@ class DataNeed:
                 f"data: {need}",
                 f"  so {busy:,.1f} of {self.cores} cores are busy: training does not wait for data",
             ]
-        advice = ["more cores (--cores-per-gpu)", "smaller images (make_webdataset.py --resize)"]
+        advice = ["more cores (--cores-per-gpu)", "smaller images (karat prepare webdataset --resize)"]
         if not self.on_device:
             advice.insert(0, "augment.run_on=device")
         return [

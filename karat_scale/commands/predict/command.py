@@ -302,7 +302,7 @@ def predict(
     csv_file: str | None,
     attention: str | None,
 ) -> int:
-    """Predict and print; returns the exit code, 0 if at least one image was predicted, else 2.
+    """Predict and print; returns the exit code: 0 if all images were predicted, 1 if some were, 2 if none was.
 
     Args:
         model: a run's directory or what `karat export` wrote.
@@ -329,7 +329,7 @@ def predict(
     for one in bad:
         print(printable(f"{one.image}: {one.error}"), file=sys.stderr)
     print(f"{plural(good, 'image')} predicted, {len(bad)} failed")
-    return 0 if good else 2
+    return (1 if bad else 0) if good else 2
 
 
 def logits_of(

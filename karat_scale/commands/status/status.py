@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from psutil import pid_exists
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -23,10 +24,10 @@ from karat_scale.engine.reporting.progress import read_events
 from karat_scale.foundation.console import duration, plural, printable
 from karat_scale.foundation.errors import EXIT_STOPPED, RunDirectoryError
 from karat_scale.foundation.files import parse_json, read_text
-from karat_scale.foundation.machine import ask_squeue
+from karat_scale.foundation.machine import ask_squeue, this_node
 
-# Heartbeats are written every two seconds.
-SILENT_SECONDS = 30.0
+# Heartbeats are written every two seconds. Without its process, one that is a little old is the last.
+SILENT_SECONDS, LATE_SECONDS = 30.0, 6.0
 _NUMBERS = (
     *("step", "samples", "total_steps", "epoch", "loss", "images_per_second", "peak_memory_mb", "top1", "restarts"),
     *("exit", "beyond_reach"),
@@ -76,7 +77,11 @@ class Standing:
     @property
     def is_silent(self) -> bool:
         """True if the run says nothing any more and has not ended: it was killed, or all its nodes are gone."""
-        return self.ended is None and self.silent_seconds is not None and self.silent_seconds > SILENT_SECONDS
+        if self.ended is not None or self.silent_seconds is None:
+            return False
+        mine = [sign.pid for sign in self.signs if sign.host == this_node()]
+        is_gone = bool(mine) and not any(map(pid_exists, mine))
+        return self.silent_seconds > (LATE_SECONDS if is_gone else SILENT_SECONDS)
 
     @property
     def is_over(self) -> bool:
@@ -277,4 +282,4 @@ def _ranks(standing: Standing) -> str | None:
     last = min(standing.signs, key=lambda sign: sign.beats)
     hosts = len({sign.host for sign in standing.signs})
     verb = "was" if standing.is_silent else "is"
-    return f"{len(standing.signs)} on {hosts} nodes; rank {last.rank} on {last.host} {verb} at {last.doing!r}"
+    return f"{len(standing.signs)} on {plural(hosts, 'node')}; rank {last.rank} on {last.host} {verb} at {last.doing!r}"

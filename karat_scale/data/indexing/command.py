@@ -176,7 +176,7 @@ def _output(source: Path | Store, out: Path | None) -> Path:
         out = source
     out = out.expanduser().resolve()
     if (out / shard_format.DATASET_FILE).is_file() and not is_indexed(shard_format.read_dataset_record(out)):
-        raise DataError(f"{out} has a {shard_format.DATASET_FILE} of data_prep/make_webdataset.py; it needs no index")
+        raise DataError(f"{out} has a {shard_format.DATASET_FILE} of karat prepare webdataset; it needs no index")
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / ".karat-index", "")

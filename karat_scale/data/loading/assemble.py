@@ -115,8 +115,7 @@ class Assembler(ABC):
                     bad.append(BadSample(sample.id, *sample.locate(), str(error), error.done))
                     if self._stop:
                         raise DataError(
-                            f"{bad[-1]}; remove it from the data set, or skip such images: add data.on_bad_sample=skip "
-                            "'resume.allow=[data.on_bad_sample]'"
+                            f"{bad[-1]}; remove it from the data set, or skip such images: add data.on_bad_sample=skip"
                         ) from error
                     continue
                 pixels[row], valid[row] = self.transform.finish(view, draw), True

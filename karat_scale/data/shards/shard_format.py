@@ -39,7 +39,7 @@ from karat_scale.foundation.stores import DEFAULT_TIMEOUT, Store, is_url
 from karat_scale.foundation.tables import Files
 from karat_scale.recipe import DataConfig
 
-_FIX = "make it with data_prep/make_webdataset.py"
+_FIX = "make it with karat prepare webdataset"
 DATASET_FILE, TIMM_FILE = "dataset.json", "info.json"
 # A record lists each file of a source that is skipped or odd: of ImageNet-21k, that may be millions.
 LARGEST_RECORD = 2**30
@@ -369,7 +369,7 @@ class Wording:
 
 SHARD_WORDING = Wording(
     DATASET_FILE,
-    "copy the shards again or make them again with data_prep/make_webdataset.py",
+    "copy the shards again or make them again with karat prepare webdataset",
     f"is missing, though {DATASET_FILE} lists it",
 )
 BETON_WORDING = Wording("its record", "copy it again or make it again with data_prep/make_ffcv.py")
@@ -420,7 +420,7 @@ def split_fix(split: str, there: Collection[str]) -> str:
     others = [name for name in ("val", "validation", "valid", "test") if name in there]
     if others:
         return f"; set data.val_split={others[0]}"
-    return "; set data.val_split to one of them, or make one by data_prep/make_webdataset.py --val-fraction 0.1"
+    return "; set data.val_split to one of them, or make one by karat prepare webdataset --val-fraction 0.1"
 
 
 def check_class_count(place: Path | str, classes: int, num_classes: int) -> None:

@@ -267,13 +267,13 @@ def hash_files(data: DataConfig, part: int, parts: int) -> Iterator[None]:
 
 # As torchvision's ImageFolder has them.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-FOLDER_FIX = "correct data.path, or make shards with data_prep/make_webdataset.py and use data.backend=webdataset"
+FOLDER_FIX = "correct data.path, or make shards with karat prepare webdataset and use data.backend=webdataset"
 
 
 class FolderSplit(ImageSource):
     """`root`/`split`/<class>/.../<image> as sample ids 0 .. len - 1.
 
-    Ids are those that data_prep/make_webdataset.py gives the same images with its default seed, so training on a folder
+    Ids are those that karat prepare webdataset gives the same images with its default seed, so training on a folder
     and on its shards is equal. `classes`: the labels' names, if another split has set them. Raises DataError for a
     missing or empty folder, more than `num_classes` classes, and a class that `classes` does not list.
     """

@@ -13,7 +13,7 @@ from karat_scale.commands.evaluate.test_set import SPLITS
 from karat_scale.commands.status.status import read_standing
 from karat_scale.data.shards.shard_format import read_dataset_record, write_dataset_record
 from karat_scale.foundation.tables import CORRUPTIONS
-from tests.conftest import CLASSES, VAL_PER_CLASS, karat_done, karat_here, karat_refuses, karat_says
+from tests.conftest import CLASSES, ROOT, VAL_PER_CLASS, karat_done, karat_here, karat_refuses, karat_says
 from tests.servers import nginx
 
 __all__ = ["nginx"]
@@ -151,6 +151,8 @@ def test_a_mistake_is_one_line(run: Path, image_folder: Path, tmp_path: Path) ->
         (("--corrupt", "fog", "--labels", "x"), "exclude each other"),
     ):
         assert words in karat_refuses("eval", str(run), *arguments)
+    exported = ROOT / "tests/checkpoint/of_0_2_0/exported"
+    assert "an exported folder, not a run" in karat_refuses("eval", str(exported))
     assert f"the first of {', '.join(SPLITS)})" in " ".join(karat_says("eval", "--help").split())
 
 

@@ -20,7 +20,7 @@ from karat_scale.models.attention_matrices import watched
 from karat_scale.recipe import Recipe
 from karat_scale.training.run_directory import OpenRun
 from karat_scale.training.tasks.classification.task import ClassificationTask
-from tests.conftest import CLASSES, SMALL, VAL_PER_CLASS, karat_done, karat_here, karat_refuses, karat_says
+from tests.conftest import CLASSES, SMALL, VAL_PER_CLASS, karat, karat_done, karat_here, karat_refuses, karat_says
 from tests.data.prepare.making import prepared
 
 IMAGES = CLASSES * VAL_PER_CLASS
@@ -104,7 +104,8 @@ def test_files_folders_and_globs_with_bad_ones_among_them(run: Path, image_folde
     listed, table = tmp_path / "p.jsonl", tmp_path / "p.csv"
     names = [str(single), str(mine), str(mine / "b.jpg"), pattern, str(tmp_path / "pipe.jpg"), str(tmp_path / "gone*")]
     options = ("--top", "3", "--batch", "2", "--json", str(listed), "--csv", str(table))
-    done = karat_done("predict", str(run), *names, *options)
+    done = karat("predict", str(run), *names, *options)
+    assert done.returncode == 1
     assert "5 images predicted, 3 failed" in done.stdout
     for bad in (f"{mine / 'broken.png'}: not an image", "pipe.jpg: not a regular file", "gone*: no such file"):
         assert bad in done.stderr
@@ -207,7 +208,7 @@ def test_every_image_that_can_be_read_has_an_overlay(run: Path, image_folder: Pa
     long = tmp_path / f"{'é' * 115}.png"
     shutil.copy(image_folder / "val" / "class3" / "000.jpg", long)
     arguments = ("--batch", "4", "--attention", str(out), "--json", str(listed), "--top", "9")
-    karat_says("predict", str(run), str(broken), folder, str(long), *arguments)
+    assert karat_here("predict", str(run), str(broken), folder, str(long), *arguments) == 1  # one is broken
     lines = lines_of(listed)
     *drawn, shortened = [line["attention"] for line in lines if "attention" in line]
     assert shortened == str(out / f"9-{'é' * 75}.png")

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import shutil
+import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from rich.console import Console
 from karat_scale.commands.status.status import Standing, read_standing, render, show_status
 from karat_scale.commands.submit.within_job import Watch
 from karat_scale.engine.heartbeat import Sign, StallLimits
+from karat_scale.foundation.machine import this_node
 from tests.commands.status.terminal import on_a_terminal
 from tests.conftest import SMALL, karat_says
 
@@ -63,6 +66,7 @@ def test_the_job_is_that_of_the_newest_start(tmp_path: Path, monkeypatch: pytest
 
 def write_signs(run: Path, *fields: dict[str, object]) -> None:
     """Signs of life of ranks 0, 1, ..., each with some fields of its own."""
+    shutil.rmtree(run / "heartbeats", ignore_errors=True)
     (run / "heartbeats").mkdir()
     for rank, own in enumerate(fields):
         sign = {**asdict(Sign(rank, f"node{rank}", 1, "")), **own}
@@ -102,6 +106,12 @@ def test_memory_slow_ranks_and_silence_are_shown(tmp_path: Path) -> None:
     assert "time left" not in shown
     assert "2 of 40" in shown
     assert not any("━" in line and "step" in line for line in shown.splitlines())  # the bar has a line of its own
+    write_signs(run, {"written": 100.0, "host": this_node(), "pid": os.getpid()})
+    assert not read_standing(run, now=120.0).is_silent
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    write_signs(run, {"written": 100.0, "host": this_node(), "pid": ended.pid})
+    assert read_standing(run, now=107.0).is_silent  # its process is gone
     alive = shown_text(read_standing(run, now=101.0))
     assert "no sign of life" not in alive
     assert "time left   about" in alive

@@ -57,7 +57,7 @@ def test_labels_follow_the_training_split_and_a_file_that_is_gone_is_named(folde
         ("train", [f"train/{name}/x.jpg" for name in "abc"], "has 3 classes, but model.num_classes = 2"),
         ("val", ["train/ant/1.jpg", "test/ant/1.jpg"], "val does not exist; the folders there: "),
         ("val", ["train/ant/1.jpg", "test/ant/1.jpg"], "; set data.val_split=test"),
-        ("val", ["train/ant/1.jpg"], "or make one by data_prep/make_webdataset.py --val-fraction 0.1"),
+        ("val", ["train/ant/1.jpg"], "or make one by karat prepare webdataset --val-fraction 0.1"),
         ("val", ["val/ant/1.jpg", "val/wasp/1.jpg"], "val/wasp is a class that the training split does not have"),
     ],
 )

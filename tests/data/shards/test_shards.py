@@ -104,7 +104,7 @@ def refusal(directory: Path, split: str = "train", num_classes: int = 3, verify:
 
 def test_what_is_no_data_set_is_one_line(tmp_path):
     assert "nowhere is not a directory" in refusal(tmp_path / "nowhere")
-    assert "is empty; make it with data_prep/make_webdataset.py" in refusal(tmp_path)
+    assert "is empty; make it with karat prepare webdataset" in refusal(tmp_path)
     (tmp_path / "file").touch()
     assert "has no dataset.json" in refusal(tmp_path)
     for text in ("", "{", '{"classes": 3}', '{"classes": [], "version": 9}'):

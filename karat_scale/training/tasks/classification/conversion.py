@@ -156,6 +156,7 @@ class Stage:
     def _match(self) -> Report:
         conversion, config, world = self._conversion, self._recipe.convert, self._world
         everything = conversion.blocks
+        self._reporter.info("evaluating the original, and the new attention at once")
         top1 = {"original": self.evaluate(()), "at_once": self.evaluate(everything)}
         conversion.use(())
         mine = [group for number, group in enumerate(conversion.groups()) if number % world.size == world.rank]
@@ -203,7 +204,8 @@ class Stage:
         wanted = min(count, SOLVED)
         images = torch.cat([batch.cpu() for batch in self._training_images(count, -(-wanted // BATCH))])[:wanted]
         solved: list[int] = []
-        for group in groups:
+        for number, group in enumerate(groups, 1):
+            self._reporter.info(f"matching the attention by least squares: {number} of {len(groups)}")
             calls = []
             for part in images.split(BATCH):
                 found = conversion.calls(part.to(self._world.device), group)

@@ -158,7 +158,7 @@ def test_the_model_card_says_what_was_converted_from_what(original, converted, t
 
 def test_mistakes_are_one_line(convert, command, tmp_path) -> None:
     refused = {
-        "convert.images = 1000 has no effect with attention.kind = softmax": convert(tmp_path),
+        "attention.kind = softmax learns nothing, so a model cannot be converted to it": convert(tmp_path),
         "timm has no such model": convert(tmp_path, *KARAT, "model.name=vit_tinny"),
         "neither a run's directory": convert(tmp_path, *KARAT, source="nowhere"),
         "use model.depth=2": convert(tmp_path, *KARAT, "model.depth=3"),
