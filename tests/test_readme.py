@@ -98,11 +98,10 @@ def test_imagenet_in_three_steps(image_folder: Path, tmp_path: Path) -> None:
 def test_train_your_own(image_folder: Path, tmp_path: Path) -> None:
     link_the_clone(tmp_path)
     (tmp_path / "photos").symlink_to(image_folder)
-    (tmp_path / "data").mkdir()
     (recipe,) = blocks("yaml")
     (tmp_path / "photos.yaml").write_text(recipe)
     small = [*SMALL, "schedule.warmup_epochs=0", "train.precision=fp32"]
-    for start in ("python data_prep/make_webdataset.py --src photos", "karat train photos", "karat eval runs/photos"):
+    for start in ("karat train photos", "karat eval runs/photos"):
         run(find(start), tmp_path, *(small if "train" in start else ()))
     run(find("karat export"), tmp_path)
     (loading,) = blocks("python")

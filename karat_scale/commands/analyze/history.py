@@ -132,7 +132,7 @@ _COURSE = {
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "images_per_second": "images a second",
-    "beyond_reach": "share of scores beyond the functions' reach, worst block",
+    "beyond_reach": "scores beyond the functions' reach,\nshare in the worst block",
 }
 _STYLES = ("-", "--", ":", "-.")  # tell runs apart whose colours are the same
 
