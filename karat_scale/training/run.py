@@ -72,7 +72,7 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
                 left = "" if directory.store.names() else ", which left no checkpoint"
                 reporter.info(f"the recipe differs from that of the earlier start{left}: {changes}")
             step = world.broadcast(directory.store.newest_step())
-            trainer = begin_or_go_on(task.at(step), directory, signals, outcome)
+            trainer = begin_or_go_on(task.at(step), step, directory, signals, outcome)
             trainer.checkpoints.check_room()
             outcome.begun = True
             is_anew = world.is_main and directory.begins_anew(recipe)
@@ -98,7 +98,8 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
                 task = trainer.task
                 trainer.engine.release()
                 del trainer  # and all that it holds, before the next one is built
-                trainer = begin_or_go_on(task.at(outcome.state.step), directory, signals, outcome, is_start=False)
+                step = outcome.state.step
+                trainer = begin_or_go_on(task.at(step), step, directory, signals, outcome, is_start=False)
             if not was_finished:
                 state, name = outcome.state, outcome.state.scores[0]
                 best = getattr(state, f"best_{name}")
@@ -108,15 +109,16 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
 
 
 def begin_or_go_on(
-    task: Task, directory: RunDirectory, signals: StopSignals, outcome: Outcome, is_start: bool = True
+    task: Task, step: int, directory: RunDirectory, signals: StopSignals, outcome: Outcome, is_start: bool = True
 ) -> Trainer:
-    """Build the trainer that goes on from the newest intact checkpoint, at which `task` probably trains."""
+    """Build the trainer that goes on from the newest intact checkpoint: probably of `step`, which `task` is for."""
     while True:
         outcome.task = task
-        trainer = Trainer(task, directory, signals)
+        trainer = Trainer(task, directory, signals, step)
         outcome.parameters = trainer.engine.parameters
         outcome.state = trainer.resume(is_start)
-        task = task.at(outcome.state.step)
+        step = outcome.state.step
+        task = task.at(step)
         if task is trainer.task:
             return trainer
         trainer.engine.release()  # the newest checkpoint was damaged, or it is of another run

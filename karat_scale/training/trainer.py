@@ -15,6 +15,7 @@ are not kept in a checkpoint.
 
 import math
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -68,11 +69,16 @@ MOST_BEYOND_REACH = 0.05
 class Trainer:
     """Trains a task's recipe in a run's directory. As a context, it closes the task and lets go of the engine.
 
+    Args:
+        step: from which it will probably train. Data workers make the batches from there while the model is built.
+
     Raises:
         UserError: the recipe does not fit the data or the world.
     """
 
-    def __init__(self, task: Task, directory: RunDirectory, signals: StopSignals | None = None) -> None:
+    def __init__(
+        self, task: Task, directory: RunDirectory, signals: StopSignals | None = None, step: int | None = None
+    ) -> None:
         recipe, world, reporter = task.recipe, task.world, task.reporter
         self.task, self.recipe, self.world, self.reporter = task, recipe, world, reporter
         self.directory = directory
@@ -80,6 +86,11 @@ class Trainer:
         self.plan = plan = task.plan()
         self.total_steps = total_steps(plan.steps_per_epoch, recipe.train.epochs, recipe.train.max_steps)
         self.schedule = task.schedule(plan.steps_per_epoch)
+        self._early: tuple[int, int, DeviceFeed[Any]] | None = None
+        if step is not None and not plan.lanes:  # where a stream goes on, its checkpoint says
+            end = self.total_steps if task.stop_step is None else min(task.stop_step, self.total_steps)
+            waiting = partial(Trainer._waiting_for_data, weakref.proxy(self))  # with self it would keep a failed run
+            self._early = step, end, task.train_batches(plan.slices(step, end), waiting)
         backbone = starting_model(task, directory, self.signals)
         model = task.build_model(backbone)
         if recipe.train.freeze:
@@ -200,6 +211,10 @@ class Trainer:
 
     def feed(self, stop_step: int, waiting: Waiting | None = None) -> DeviceFeed[Any]:
         """This rank's micro batches from the next step to `stop_step`, on its device; `waiting` as for DeviceFeed."""
+        early, self._early = self._early, None
+        if early is not None and early[:2] == (self.state.step, stop_step) and waiting is None:
+            return early[2]
+        del early  # and its workers
         slices = self.plan.slices(self.state.step, stop_step)
         return self.task.train_batches(slices, waiting or self._waiting_for_data)
 

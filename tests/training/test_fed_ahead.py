@@ -1,18 +1,24 @@
 """Batches that are fetched ahead change nothing: not the order, a stop, a resume, a bad sample or a data error."""
 
 from collections.abc import Callable, Iterator
+from multiprocessing import active_children
 
 import pytest
 import torch
+from torch import nn
 
 from karat_scale.data import exact
 from karat_scale.data.backends import ImageSpec
 from karat_scale.data.backends.images import SyntheticBackend
 from karat_scale.data.batch import BadSample, Batch
 from karat_scale.data.loading import device_feed
-from karat_scale.foundation.errors import DataError
+from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
+from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.recipe import Recipe
+from karat_scale.training.run import train
 from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.tasks.classification.task import ClassificationTask
+from karat_scale.training.trainer import Trainer
 from tests.small_engines import equal, make_trainer
 from tests.streams import Streams, streams
 from tests.training.test_save_points import train_to_the_end
@@ -79,3 +85,40 @@ def test_an_error_ends_the_run_after_the_steps_before_it(run, world, streams, mo
     assert directory.store.pointed("latest") == "step-00000002"
     assert trainer.state.bad_samples == 4
     assert capsys.readouterr().out.count("unreadable image key in shard: torn") == 5  # the last of a step not finished
+
+
+class _UnbuiltTask(ClassificationTask):
+    """Its model cannot be built; notes the data workers that there were then."""
+
+    workers: set[int | None]
+
+    def build_backbone(self, directory: RunDirectory) -> nn.Module:
+        _UnbuiltTask.workers = _workers()
+        raise RecipeError("no model")
+
+
+def _workers() -> set[int | None]:
+    return {process.pid for process in active_children() if process.name.startswith("karat-worker")}
+
+
+def test_data_workers_start_before_the_model_is_built_and_end_if_it_cannot_be(small_recipe, world, shards) -> None:
+    recipe = small_recipe("data.backend=webdataset", f"data.path={shards}", "data.workers=2")
+    others = _workers()
+    with pytest.raises(RecipeError, match="no model"):
+        train(_UnbuiltTask, recipe)
+    assert len(_UnbuiltTask.workers - others) == 2
+    assert not _workers() - others
+
+
+@pytest.mark.parametrize("resumed", [3, 4])  # 4: the newest checkpoint was not the one to go on from
+def test_the_batches_made_beside_the_model_are_used_where_training_goes_on(
+    small_recipe, world, shards, resumed
+) -> None:
+    recipe = small_recipe("data.backend=webdataset", f"data.path={shards}", "data.workers=1")
+    others, task = _workers(), ClassificationTask(recipe, world, Reporter(SilentDisplay(), None))
+    with Trainer(task, RunDirectory(recipe.run.dir), step=3) as trainer:
+        trainer.state.step = resumed
+        feed = trainer.feed(trainer.total_steps)
+        assert len(_workers() - others) == 1
+        found = [batch.sample_ids.tolist() for batch in feed]
+        assert found == [part.sample_ids.tolist() for part in trainer.plan.slices(resumed, trainer.total_steps)]
