@@ -28,18 +28,20 @@ from karat_scale.foundation.errors import UserError
 
 
 @contextmanager
-def importing() -> Iterator[None]:
-    """Let Python look for no unused objects while modules are imported, nor among their objects later.
+def importing(for_good: bool = False) -> Iterator[None]:
+    """Let Python look for no unused objects while modules are imported.
 
-    Those of torch and DeepSpeed are hundreds of thousands, and nearly all stay. The search takes a seventh of a start,
-    and would copy their pages into each data worker.
+    torch and DeepSpeed make hundreds of thousands of objects, and nearly all stay: the search takes a seventh of a
+    start.
+
+    for_good: never look among the objects that there are at the end. Of commands that import much and train long.
     """
     known, was_enabled = len(sys.modules), gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if len(sys.modules) > known:
+        if for_good and len(sys.modules) > known:
             gc.freeze()
             atexit.register(gc.unfreeze)  # or Triton's C++ complains of objects that are left at the end
         if was_enabled:

@@ -143,7 +143,10 @@ def test_training_writes_the_run_directory_users_rely_on_and_eval_repeats_its_fi
 
 
 def test_ctrl_c_while_a_command_starts_is_one_line(tmp_path: Path) -> None:
-    command = [*karat_command(["train", "fashion_mnist_demo"]), "data.backend=synthetic", f"run.dir={tmp_path / 'run'}"]
+    at_a_terminal = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # not in the background
+    code = f"{at_a_terminal}; from karat_scale.commands.cli import entry_point; entry_point()"
+    command = [sys.executable, "-c", code, "train", "fashion_mnist_demo", "data.backend=synthetic"]
+    command.append(f"run.dir={tmp_path / 'run'}")
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=karat_environment())
     maps = Path(f"/proc/{process.pid}/maps")
     wait_until(lambda: "libtorch" in maps.read_text(), process)  # it imports torch

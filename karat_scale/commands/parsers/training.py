@@ -232,7 +232,7 @@ def _train_or_print(recipe: "Recipe", only_print: bool) -> int:
         print(dump_recipe(recipe), end="")
         return 0
     check_data_path(recipe.data)
-    with importing():
+    with importing(for_good=True):
         from karat_scale.training.run import train
         from karat_scale.training.tasks.classification.task import ClassificationTask
 
@@ -279,7 +279,7 @@ def _detect(options: argparse.Namespace) -> int:
         print(dump_recipe(recipe), end="")
         return 0
     require_pycocotools()
-    with importing():
+    with importing(for_good=True):
         from karat_scale.training.run import train
         from karat_scale.training.tasks.detection.task import DetectionTask
 

@@ -5,6 +5,7 @@ killed with one that another waits for.
 """
 
 import faulthandler
+import gc
 import mmap
 import os
 import pickle
@@ -77,6 +78,7 @@ def _run(parent: int, of_main_thread: bool, number: int, run: Callable[..., None
     """
     global _number
     _number = number
+    gc.freeze()  # what a library's destructor does to an object of the trainer is not for this process
     torch.set_num_threads(1)
     for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)

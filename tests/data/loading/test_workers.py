@@ -1,5 +1,6 @@
 """What workers do when they, their trainer or all of them are signalled or killed."""
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -56,6 +57,39 @@ def test_a_killed_worker_is_one_clear_error(begun):
     with pytest.raises(DataError, match=r"a data worker died .*lower data.workers"):
         for _ in batches:
             pass
+
+
+class Finalized:
+    """An object that only a search for unused ones finds, and that says in which process it was found."""
+
+    def __init__(self) -> None:
+        self.itself, self.found_in = self, FOUND_IN
+
+    def __del__(self) -> None:
+        self.found_in.append(os.getpid())
+
+
+FOUND_IN: list[int] = []
+
+
+def collected(part: BatchSlice) -> int:
+    gc.collect()
+    return len(FOUND_IN)
+
+
+def test_a_worker_does_not_finalize_objects_of_the_trainer():
+    """One of a library with threads of its own, which a fork does not have, ended the worker by SIGSEGV."""
+    gc.collect()
+    gc.disable()
+    try:
+        Finalized()
+        results = OrderedResults(collected, TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 10), 1, 2, 60.0, str)
+        assert next(results) == 0
+        results.close()
+    finally:
+        gc.enable()
+    gc.collect()
+    assert os.getpid() in FOUND_IN
 
 
 def die(part: BatchSlice) -> None:
