@@ -110,7 +110,7 @@ def _submit(cluster: Cluster, place: Path, nodes: int, steps: int, has_spare: bo
         "RECIPE": recipe,
         "SHARDS": "",
         "RUN": place / "run",
-        "STALL_SECONDS": f"900,step={STALL_SECONDS}",
+        "STALL_SECONDS": f"900,step={STALL_SECONDS},save={STALL_SECONDS}",  # it may stop in a save
     }
     options = [f"--nodes={nodes + has_spare}"]
     if has_spare:

@@ -47,7 +47,7 @@ def test_a_stopped_run_ends_in_the_same_bits(small_file, whole, tmp_path, capsys
 
     (scores,), ended = events(run, "eval"), summary(run)
     assert (ended["exit"], ended["restarts"], ended["last_mask_ap"]) == (0, 1, scores["mask_ap"])
-    assert scores == {**events(whole, "eval")[0], "time": scores["time"]}
+    assert scores == {**events(whole, "eval")[0], "time": scores["time"], "spent": scores["spent"]}
     out = tmp_path / "scores.json"
     assert main(["detect", "--eval", str(run), "train.eval_batch=3", "--json", str(out)]) == 0
     assert json.loads(out.read_text())["mask_ap"] == pytest.approx(scores["mask_ap"], abs=0.05)
