@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from karat_scale.checkpoint.store import CHECKPOINT_NAME, MANIFEST, PINNED, CheckpointStore, parse_manifest
+from karat_scale.checkpoint.store import CHECKPOINT_NAME, MANIFEST, PINNED, CheckpointStore, parse_manifest, step_of
 from karat_scale.foundation.files import LARGEST_TEXT, Fingerprint, FingerprintedFile, name_in_errors, read_text
 from karat_scale.foundation.stores import ChangedFileError, FileFacts, MissingFileError, WritableStore
 
@@ -100,7 +100,7 @@ class RemoteCheckpoints:
             return f"{MANIFEST} is not readable"
         except MissingFileError:
             return f"{MANIFEST} is missing"
-        unfinished = local.begin(int(name.removeprefix("step-")))
+        unfinished = local.begin(step_of(name))
         with ThreadPool(_THREADS) as threads:
             jobs = ((_path(name, file), unfinished / file, written, on_bytes) for file, written in files.items())
             damage = next((found for found in threads.starmap(self._fetch, jobs) if found is not None), None)

@@ -30,6 +30,7 @@ from karat_scale.checkpoint.store import (
     NearStore,
     checkpoint_name,
     parse_manifest,
+    step_of,
 )
 from karat_scale.checkpoint.tensor_storage import describe
 from karat_scale.engine.deepspeed_internals import (
@@ -408,7 +409,7 @@ def _bring(
     store: CheckpointStore, near: NearStore, name: str, manifest: str, mine: list[str], world: World
 ) -> str | None:
     """Copy this rank's files of a checkpoint, and let rank 0 name it. Returns what prevents it, on all ranks alike."""
-    unfinished = store.unfinished(int(name.removeprefix("step-")))
+    unfinished, written = store.unfinished(step_of(name)), parse_manifest(manifest)
     problem = None
     with world.together():
         if world.is_main:
@@ -418,7 +419,7 @@ def _bring(
         for file in mine:
             shutil.copyfile(near.root / name / file, unfinished / file)
             flush_to_disk(unfinished / file)
-            if file_sha256(unfinished / file) != parse_manifest(manifest)[file].sha256:
+            if file_sha256(unfinished / file) != written[file].sha256:
                 problem = f"{file} has changed since it was written"
     problem = next((one for one in world.gather(problem) if one is not None), None)
     with world.together():

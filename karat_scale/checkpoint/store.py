@@ -178,6 +178,11 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(name: str) -> int:
+    """The finished steps of the checkpoint of this name."""
+    return int(name.removeprefix("step-"))
+
+
 class CheckpointStore:
     """The `checkpoints` directory of one run; rank 0 alone changes it.
 
@@ -278,6 +283,13 @@ class CheckpointStore:
             f"command, which {begins}"
         )
 
+    def nothing_saved(self) -> RunDirectoryError:
+        """What to raise where a run without a checkpoint is asked for one."""
+        run = self.root.parent
+        if (run / "config.json").is_file():
+            return RunDirectoryError(f"{run}: an exported folder, not a run; name its run, or use karat predict")
+        return RunDirectoryError(f"{self.root}: no checkpoint; train the run first")
+
     def names(self) -> list[str]:
         """Names of the checkpoints here, newest first, complete or damaged."""
         own = (path for path in self.root.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name))
@@ -296,7 +308,7 @@ class CheckpointStore:
 
     def newest_step(self) -> int:
         """The step of the newest checkpoint, by its name; 0 when there is none."""
-        return max((int(name.removeprefix("step-")) for name in self.names()), default=0)
+        return max(map(step_of, self.names()), default=0)
 
     def newest_bytes(self) -> int:
         """The size of the newest checkpoint, by its manifest; 0 when there is none, or one without optimizer states."""

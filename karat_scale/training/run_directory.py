@@ -402,11 +402,7 @@ class OpenRun(Generic[R]):
     def chosen(self) -> str:
         """The checkpoint's name; it is intact. Raises RunDirectoryError if there is none."""
         if not self.store.names():
-            if (self.path / "config.json").is_file():
-                raise RunDirectoryError(
-                    f"{self.path}: an exported folder, not a run; name its run, or use karat predict"
-                )
-            raise RunDirectoryError(f"{self.store.root}: no checkpoint; train the run first")
+            raise self.store.nothing_saved()
         return self.store.find_intact(self.checkpoint)
 
     def choose(self, world: World) -> str:

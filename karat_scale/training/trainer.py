@@ -88,7 +88,7 @@ class Trainer:
         self.schedule = task.schedule(plan.steps_per_epoch)
         self._early: tuple[int, int, DeviceFeed[Any]] | None = None
         if step is not None and not plan.lanes:  # where a stream goes on, its checkpoint says
-            end = self.total_steps if task.stop_step is None else min(task.stop_step, self.total_steps)
+            end = self._last_step(task.stop_step)
             waiting = partial(Trainer._waiting_for_data, weakref.proxy(self))  # with self it would keep a failed run
             self._early = step, end, task.train_batches(plan.slices(step, end), waiting)
         backbone = starting_model(task, directory, self.signals)
@@ -185,7 +185,7 @@ class Trainer:
                 metrics.
         """
         state, checkpoints = self.state, self.checkpoints
-        stop_step = self.total_steps if stop_step is None else min(stop_step, self.total_steps)
+        stop_step = self._last_step(stop_step)
         try:
             self._write_if_due()
             self._evaluate_if_due()
@@ -208,6 +208,9 @@ class Trainer:
         if stop_step == self.total_steps:
             checkpoints.remove_near()
         return stop_step < self.total_steps
+
+    def _last_step(self, stop_step: int | None) -> int:
+        return self.total_steps if stop_step is None else min(stop_step, self.total_steps)
 
     def feed(self, stop_step: int, waiting: Waiting | None = None) -> DeviceFeed[Any]:
         """This rank's micro batches from the next step to `stop_step`, on its device; `waiting` as for DeviceFeed."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from karat_scale.checkpoint.store import MANIFEST
+from karat_scale.checkpoint.store import MANIFEST, step_of
 from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.batch import Batch
@@ -127,7 +127,7 @@ class TrainedRun(OpenRun[Recipe]):
         snapshots = {path.stem: path.name for path in self.snapshots.glob(f"step-*{SNAPSHOT}")}
         by_step = {**snapshots, **{name: name for name in self.store.names()}}
         if not by_step:
-            raise RunDirectoryError(f"{self.store.root}: no checkpoint; train the run first")
+            raise self.store.nothing_saved()
         return [by_step[step] for step in sorted(by_step)]
 
     @cached_property
@@ -152,7 +152,7 @@ class TrainedRun(OpenRun[Recipe]):
 
     def step(self, name: str) -> int:
         """Return the number of finished steps at a checkpoint or snapshot."""
-        return int(name.removesuffix(SNAPSHOT).removeprefix("step-"))
+        return step_of(name.removesuffix(SNAPSHOT))
 
     def model(self, name: str | None = None, weights: str | None = None, implementation: str = "auto") -> nn.Module:
         """Return the model at a checkpoint (default: the chosen one), float32, on `device`, in evaluation mode.

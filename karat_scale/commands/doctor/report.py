@@ -37,7 +37,7 @@ class Finding:
     figures: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data for JSON. The key `mend` holds the fix."""
+        """Return plain data for JSON. The fix is under the key `mend`."""
         return {"name": self.name, "level": self.level, "value": self.value, "mend": self.fix, **self.figures}
 
 

@@ -329,7 +329,7 @@ def predict(
     for one in bad:
         print(printable(f"{one.image}: {one.error}"), file=sys.stderr)
     print(f"{plural(good, 'image')} predicted, {len(bad)} failed")
-    return (1 if bad else 0) if good else 2
+    return int(bool(bad)) if good else 2
 
 
 def logits_of(

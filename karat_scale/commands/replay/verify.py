@@ -19,7 +19,7 @@ from karat_scale.engine.distributed import World, device_name
 from karat_scale.engine.reporting.progress import MetricsLog, read_events
 from karat_scale.engine.shards import Pieces
 from karat_scale.foundation.console import plural, printable, write_json
-from karat_scale.foundation.errors import RunDirectoryError, UserError
+from karat_scale.foundation.errors import UserError
 from karat_scale.foundation.files import file_sha256
 from karat_scale.foundation.machine import library_versions, processor_name
 from karat_scale.recipe import Recipe
@@ -91,7 +91,7 @@ def _segment(store: CheckpointStore, begin: int | None, end: int | None) -> tupl
     """
     names = store.names()
     if not names:
-        raise RunDirectoryError(f"{store.root}: no checkpoint; train the run first")
+        raise store.nothing_saved()
     last = store.find_intact(names[0] if end is None else checkpoint_name(end))
     first = next((name for name in names if name < last), "") if begin is None else checkpoint_name(begin)
     if begin == 0:
