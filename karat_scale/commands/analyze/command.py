@@ -39,11 +39,15 @@ _EMPTY = dict.fromkeys(_KINDS)
 
 @dataclass(frozen=True)
 class RunSummary:
-    """The report's information about a run: its name, its score in large letters, and facts, shown unchanged."""
+    """The report's information about a run: its name, its score in large letters, and facts, shown unchanged.
+
+    findings: sentences, each with the analysis that found it.
+    """
 
     label: str
     facts: Mapping[str, str]
     score: str = ""
+    findings: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -169,11 +173,12 @@ def analyze(runs: Sequence[TrainedRun], names: Sequence[str], settings: Settings
     if not work.written:
         print(f"error: no analysis was possible, so {report} was not written", file=sys.stderr)
         return 2
-    cards = []
+    cards, shown = [], work.with_earlier()
     for label, run in work.runs.items():
         score, facts = achieved(run)
-        cards.append(RunSummary(label, {**facts, **described(run)}, score))
-    write_report(report, cards, work.with_earlier(), work.problems)
+        findings = [(name, text) for name, made in shown.items() if label in made for text in made[label].findings]
+        cards.append(RunSummary(label, {**facts, **described(run)}, score, findings))
+    write_report(report, cards, shown, work.problems)
     print(f"report: {report}")
     return 0
 

@@ -269,6 +269,11 @@ def _add_distances(
     columns = {"block": "block", "head": "head", "to_fit": "S to best fit"}
     columns |= {"to_softmax": "S to softmax", "fit_error": "error of the fit"}
     result.add_records("softmax", rows, title, columns)
+    nearest = min(rows, key=lambda row: row[2])
+    result.findings.append(
+        f"The head nearest to softmax is head {nearest[1]} of block {nearest[0]}: {nearest[2]:.2f} from its best fit, "
+        "where 0 is the same and 1 has nothing in common."
+    )
     figure = new_figure(max(4.0, 0.3 * len(rows) + 1), 2.8)
     axes = figure.subplots()
     where = np.arange(len(rows))

@@ -8,6 +8,7 @@ how well its new attention does what the original's did.
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -71,19 +72,24 @@ def read_history(run: TrainedRun) -> History:
 
 
 def achieved(run: TrainedRun) -> tuple[str, dict[str, str]]:
-    """Return a run's score in one line, and facts by name: what it is, and what it cost."""
+    """Return a run's score in one line, and facts by name: what it is, and what it cost.
+
+    The score is that of the analysed weights if they were evaluated in training, else the last one.
+    """
     history, summary = read_history(run), RunDirectory(run.path).summary() or {}
-    last = history.evaluations[-1] if history.evaluations else None
-    score = f"{last['top1']:.2f} % top-1" if last else ""
-    facts = {}
-    if last:
-        best = max(history.evaluations, key=lambda point: point["top1"])
-        text = f"top-5 {last['top5']:.2f} %, loss {last['loss']:.4f} after step {last['step']:,.0f}"
-        if best["top1"] > last["top1"]:
-            text += f"; best top-1 {best['top1']:.2f} % after step {best['step']:,.0f}"
-        facts["last evaluation"] = text
-    else:
-        facts["last evaluation"] = "none yet"
+    shown = history.evaluations[-1] if history.evaluations else None
+    with suppress(UserError):  # no checkpoint
+        shown = next((point for point in history.evaluations if point["step"] == run.step(run.chosen)), shown)
+    score = f"{shown['top1']:.2f} % top-1" if shown else ""
+    facts = {"evaluation": "none yet"}
+    if shown:
+        facts["evaluation"] = f"top-5 {shown['top5']:.2f} %, loss {shown['loss']:.4f} after step {shown['step']:,.0f}"
+        others = {"best": max(history.evaluations, key=lambda point: point["top1"]), "last": history.evaluations[-1]}
+        facts |= {
+            name: f"top-1 {other['top1']:.2f} % after step {other['step']:,.0f}"
+            for name, other in others.items()
+            if other["step"] != shown["step"]
+        }
     facts["budget"] = _budget(run, history, summary)
     if spent := str(wall_time(read_events(RunDirectory(run.path).metrics_file))):
         facts["wall time"] = spent

@@ -50,6 +50,8 @@ def analyze_content(run: TrainedRun, settings: Settings) -> Result:
         _draw(figures),
         "Share of the energy of S that depends on the query and on the image, and share of scores beyond pi.",
     )
+    by_query, by_image = (f"{100 * share:.1f} %" for share in figures[:, :2].mean(0))
+    result.findings.append(f"Of the energy of S, {by_query} depends on the query and {by_image} on the image.")
     _add_accuracy(result, run, settings, model, images, content)
     columns = ["block", "S depends on the query", "S depends on the image", "scores beyond pi", "Frobenius norm of S"]
     rows = [[block, *own] for block, own in enumerate(figures.tolist())]
@@ -87,6 +89,11 @@ def _add_accuracy(
         settings.progress("top-1 with averaged S", done, len(images))
     top1 = {name: 100 * count / done for name, count in right.items()}
     result.numbers["top1"] = top1
+    trained, by_query, by_image = (f"{value:.1f} %" for value in top1.values())
+    result.findings.append(
+        f"Top-1 of {done:,} images is {trained}. With each S replaced by its mean over queries it is {by_query}, and "
+        f"by its mean over images {by_image}."
+    )
     title = f"Top-1 of {done} images with each S replaced"
     result.tables.append(Table(title, ["by", "top-1, %"], [[name, value] for name, value in top1.items()]))
 
@@ -301,7 +308,13 @@ def analyze_spectrum(run: TrainedRun, settings: Settings) -> Result:
     )
     result.figures["ranks"] = (
         _draw_ranks(spectrum, what),
-        "Mean rank of each block's matrices, before and after the operator.",
+        "Mean rank of each block's matrices, before and after the operator. Effective: exp of the entropy of the "
+        "singular values' shares of their sum. Stable: the sum of their squares over the largest square. Scree: how "
+        "many come before the elbow of their curve.",
+    )
+    of_scores, of_learned = spectrum.ranks[-1, :, 0]
+    result.findings.append(
+        f"In the last block, the scores A have an effective rank of {of_scores:.1f}, and {what} of {of_learned:.1f}."
     )
     rows = [
         [block, *(float(x) for pair in zip(*spectrum.ranks[block].tolist(), strict=True) for x in pair)]

@@ -91,7 +91,13 @@ def analyze_accuracy(run: TrainedRun, settings: Settings) -> Result:
     result.numbers = {"images": len(predictions), "unreadable": predictions.bad, **scores}
     columns = {"class": "class", "images": "images", "accuracy": "accuracy, %"}
     columns |= {"precision": "precision, %", "taken_for": "most often taken for"}
-    result.add_records("classes", class_figures(predictions, matrix), "Accuracy of each class", columns)
+    classes = class_figures(predictions, matrix)
+    result.add_records("classes", classes, "Accuracy of each class", columns)
+    name, _, accuracy, _, taken_for = min(classes, key=lambda row: 100.0 if row[2] is None else row[2])
+    if taken_for:
+        result.findings.append(
+            f"{name} is the hardest class: {accuracy:.1f} % right, most often taken for {taken_for}."
+        )
     result.arrays = {"confusion": matrix}
     result.figures["confusion"] = (
         _draw_confusion(predictions, matrix),
@@ -112,7 +118,7 @@ def confusion(predictions: Predictions) -> Counts:
     return counts
 
 
-def class_figures(predictions: Predictions, matrix: Counts) -> list[list[object]]:
+def class_figures(predictions: Predictions, matrix: Counts) -> list[list[Any]]:
     """Return name, images, accuracy and precision in percent (None if undefined) and the commonest error by class."""
     from sklearn.metrics import precision_recall_fscore_support
 
@@ -121,7 +127,7 @@ def class_figures(predictions: Predictions, matrix: Counts) -> list[list[object]
         predictions.labels, predictions.predicted, labels=labels, zero_division=np.nan
     )
     wrong = matrix - np.diag(np.diag(matrix))
-    rows: list[list[object]] = []
+    rows: list[list[Any]] = []
     for label in labels.tolist():
         worst = int(wrong[label].argmax())
         taken_for = f"{predictions.class_name(worst)} ({wrong[label, worst]})" if wrong[label, worst] else ""
@@ -165,6 +171,8 @@ def _draw_confusion(predictions: Predictions, matrix: Counts) -> Figure:
 
 
 BINS = 15
+FITS = 0.02
+"""The difference of mean probability and accuracy up to which a model counts as calibrated."""
 Floats = npt.NDArray[np.float64]
 
 
@@ -223,6 +231,10 @@ def analyze_calibration(run: TrainedRun, settings: Settings) -> Result:
         "loss": predictions.scores["loss"],
         "bins": BINS,
     }
+    gap = confidence - accuracy
+    judged = "that fits" if abs(gap) < FITS else "too sure" if gap > 0 else "not sure enough"
+    sure, right = (f"{100 * share:.1f} %" for share in (confidence, accuracy))
+    result.findings.append(f"The mean probability of an answer is {sure}, and {right} are right: {judged}.")
     result.arrays = {"edges": found.edges, "counts": found.counts}
     result.arrays |= {"confidence": found.confidence, "accuracy": found.accuracy}
     result.figures["reliability"] = (

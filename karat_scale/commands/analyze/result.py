@@ -78,7 +78,7 @@ class Result:
     numbers: values of JSON's types. arrays: the data of the figures, for npz. figures: by file name, each with a
     caption; a figure that is a function is drawn when it is written, since very many would not fit in memory.
     galleries: pictures by title. notes: what the reader must know about this run, such as images that could not be
-    read.
+    read. findings: sentences for the top of the report.
     """
 
     numbers: dict[str, Any] = field(default_factory=dict)
@@ -87,6 +87,7 @@ class Result:
     tables: list[Table] = field(default_factory=list)
     galleries: dict[str, list[Tile]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
 
     def add_records(self, name: str, rows: list[list[Any]], title: str, columns: Mapping[str, str]) -> None:
         """Add numbers, an object for each row, and a table of the same if there are rows.
@@ -148,7 +149,8 @@ class Written:
     figures: list[WrittenFigure]
     tables: list[Table]
     notes: list[str]
-    galleries: dict[str, list[Tile]] = field(default_factory=dict)
+    galleries: dict[str, list[Tile]]
+    findings: list[str]
     earlier: bool = False
 
 
@@ -184,9 +186,10 @@ def write_result(result: Result, fingerprint: str, settings: Settings) -> Writte
         "tables": [asdict(table) for table in result.tables],
         "galleries": {title: [[tile.name, tile.lines] for tile in tiles] for title, tiles in result.galleries.items()},
         "notes": result.notes,
+        "findings": result.findings,
     }
     replace_file(directory / SHOWN, json.dumps(_plain(shown)) + "\n")
-    return Written(figures, result.tables, result.notes, result.galleries)
+    return Written(figures, result.tables, result.notes, result.galleries, result.findings)
 
 
 def read_written(directory: Path, fingerprint: str) -> Written | None:
@@ -204,7 +207,7 @@ def read_written(directory: Path, fingerprint: str) -> Written | None:
                 for title, tiles in shown["galleries"].items()
             }
             tables = [Table(**table) for table in shown["tables"]]
-            return Written(figures, tables, shown["notes"], galleries, earlier=True)
+            return Written(figures, tables, shown["notes"], galleries, shown["findings"], earlier=True)
     return None
 
 

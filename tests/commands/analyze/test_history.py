@@ -9,7 +9,7 @@ import pytest
 
 from karat_scale.commands.analyze.history import achieved, analyze_robustness, analyze_training, described, read_history
 from karat_scale.commands.analyze.result import NothingToShowError
-from karat_scale.commands.analyze.trained_run import TrainedRun
+from karat_scale.commands.analyze.trained_run import TrainedRun, open_run
 from karat_scale.commands.evaluate.predictions import Evaluation, is_complete, keep_evaluation
 
 
@@ -56,6 +56,14 @@ def test_the_card_says_what_the_run_achieved(karat_run: TrainedRun) -> None:
     assert facts["date"].startswith("20")
     assert "outcome" not in facts
     assert described(karat_run)["weights"].startswith("ema, of step ")
+    evaluations = read_history(karat_run).evaluations
+    for shown, other in (evaluations, evaluations[::-1]):
+        score, facts = achieved(open_run(karat_run.path, checkpoint=f"step-{shown['step']:08.0f}"))
+        assert score == f"{shown['top1']:.2f} % top-1"
+        assert facts["evaluation"].endswith(f"after step {shown['step']:.0f}")
+        named = {name: fact for name, fact in facts.items() if name in ("best", "last")}
+        assert set(named.values()) <= {f"top-1 {other['top1']:.2f} % after step {other['step']:.0f}"}
+        assert ("last" in named) == (other is evaluations[-1])
 
 
 def corrupted(run: TrainedRun, directory: Path, corruptions: dict[str, dict[int, float]]) -> TrainedRun:

@@ -72,6 +72,7 @@ def test_one_hot_attention_has_rank_one(karat_run: TrainedRun) -> None:
     result = analyze_spectrum(changed(karat_run, PlantedRun), Settings(images=3))
     for block in result.numbers["blocks"]:
         assert block["after"] == pytest.approx(dict.fromkeys(block["after"], 1.0), abs=1e-3)
+    assert result.findings == ["In the last block, the scores A have an effective rank of 1.0, and S of 1.0."]
     # All 17 rows are the same unit vector, so its singular value is the root of 17, or half of it.
     extremes = result.arrays["ln_min"][:, 1, 0], result.arrays["ln_max"][:, 1, 0]
     np.testing.assert_allclose(extremes, [[np.log(17**0.5 / 2)] * 2, [np.log(17**0.5)] * 2], atol=1e-5)
@@ -154,13 +155,24 @@ def test_content_shows_both_kinds_of_functions(softmax_run: TrainedRun) -> None:
 
 
 def test_smooth_has_the_distance_from_softmax(softmax_run: TrainedRun) -> None:
-    assert "distance" in functions_of(softmax_run, "smooth").figures
+    result = functions_of(softmax_run, "smooth")
+    assert "distance" in result.figures
+    nearest = min(result.numbers["softmax"], key=lambda head: head["to_fit"])
+    assert result.findings == [
+        f"The head nearest to softmax is head {nearest['head']} of block {nearest['block']}: {nearest['to_fit']:.2f} "
+        "from its best fit, where 0 is the same and 1 has nothing in common."
+    ]
 
 
 def test_a_constant_matrix_loses_nothing_by_its_mean_over_images(softmax_run: TrainedRun) -> None:
-    top1 = analyze_content(random_run(softmax_run, "static"), Settings(images=8)).numbers["top1"]
+    result = analyze_content(random_run(softmax_run, "static"), Settings(images=8))
+    top1 = result.numbers["top1"]
     assert set(top1) == {"S", "mean over queries", "mean over images"}
     assert top1["mean over images"] == top1["S"]
+    depends, accuracy = result.findings
+    assert depends.endswith("depends on the query and 0.0 % on the image.")
+    assert accuracy.endswith(f"over images {top1['S']:.1f} %.")
+    assert accuracy.startswith(f"Top-1 of 8 images is {top1['S']:.1f} %.")
 
 
 def test_the_plain_operator_has_the_same_functions() -> None:

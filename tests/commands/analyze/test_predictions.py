@@ -87,7 +87,16 @@ def test_a_real_run_is_predicted_once_as_karat_eval_scores_it(own_run: TrainedRu
     written = (own_run.path / FILE).stat().st_mtime_ns
     again = open_run(own_run.path)
     shown = analyze_mistakes(again, Settings())
-    assert analyze_calibration(again, Settings()).numbers["accuracy"] == pytest.approx(best["top1"] / 100)
+    calibration = analyze_calibration(again, Settings())
+    assert calibration.numbers["accuracy"] == pytest.approx(best["top1"] / 100)
+    sure = f"{100 * calibration.numbers['mean_confidence']:.1f} %"
+    (finding,) = calibration.findings
+    assert finding.startswith(f"The mean probability of an answer is {sure}, and {best['top1']:.1f} % are right: ")
+    hardest = min(result.numbers["classes"], key=lambda one: one["accuracy"])
+    assert result.findings == [
+        f"{hardest['class']} is the hardest class: {hardest['accuracy']:.1f} % right, "
+        f"most often taken for {hardest['taken_for']}."
+    ]
     assert (own_run.path / FILE).stat().st_mtime_ns == written
     tiles = [tile for gallery in shown.galleries.values() for tile in gallery]
     assert len(tiles) == len(shown.numbers["mistakes"]) + len(shown.numbers["close_calls"]) > 0

@@ -21,12 +21,15 @@ def make_page(tmp_path: Path) -> Path:
     """A report of one figure and one table, with names that are markup."""
     figure = new_figure(2, 2)
     figure.subplots().plot([1, 2])
-    result = Result(numbers={"x": float("nan")}, notes=[NASTY])
+    result = Result(numbers={"x": float("nan")}, notes=[NASTY], findings=[NASTY])
     result.figures[NASTY] = figure, NASTY
     result.tables.append(Table(NASTY, ["class", NASTY], [[NASTY, 1.23456], ["b", None], ["c", -30]]))
     result.galleries[NASTY] = [Tile(NASTY, [NASTY, "50 %"], PICTURE)]
     written = write_result(result, "run", Settings(directory=tmp_path / "spectrum"))
-    runs = [RunSummary(NASTY, {"directory": NASTY}, NASTY), RunSummary("other", {}, "12.5 % top-1")]
+    runs = [
+        RunSummary(NASTY, {"directory": NASTY}, NASTY, [("spectrum", NASTY)]),
+        RunSummary("other", {}, "12.5 % top-1"),
+    ]
     path = tmp_path / "report.html"
     problems = [Problem(("Attention maps", "Accuracy"), "other", NASTY), Problem(("Sharpness",), "other", NASTY, True)]
     write_report(path, runs, {"spectrum": {NASTY: written}}, problems)
@@ -46,6 +49,7 @@ def test_text_is_escaped_and_nothing_is_fetched(page: str) -> None:
     assert "1.235" in page
     assert "missing for it: Attention maps, Accuracy" in page
     assert page.count("Not in this report") == 1
+    assert page.count('<a href="#spectrum">') == 2  # in the navigation, and after the finding
     assert page.index("12.5 % top-1") < page.index("Spectral behaviour</h2>")
 
 
@@ -61,6 +65,7 @@ def test_what_was_written_can_be_shown_again(page: str, tmp_path: Path) -> None:
     again = read_written(tmp_path / "spectrum", "run")
     assert again is not None
     assert again.earlier
+    assert again.findings == [NASTY]
     report = tmp_path / "again.html"
     write_report(report, [RunSummary(NASTY, {})], {"spectrum": {NASTY: again}}, [])
     for part in (
