@@ -36,6 +36,7 @@ def quickstart() -> int:
     """Run all parts; returns the first failing command's exit code, or 0."""
     console = Console()
     runs = [str(run) for _, run, _ in CONTENDERS]
+    console.print("three runs and a report: about five minutes on two cores")
     try:
         if not (SHARDS / "dataset.json").is_file():
             _run("prepare", "fetch", "fashion_mnist", "--out", str(RAW))

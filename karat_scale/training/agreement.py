@@ -56,7 +56,7 @@ class StopSignals:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
-            os.write(2, b"\nquit at once; the last checkpoint stays\n")
+            os.write(2, b"\nquit at once; what came after the last checkpoint is lost\n")
             os._exit(1)
         if self.received is None:
             self.received = signal.Signals(number)

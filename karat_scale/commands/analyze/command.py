@@ -149,8 +149,8 @@ def analyze(runs: Sequence[TrainedRun], names: Sequence[str], settings: Settings
     """Run the analyses `names` on each run and write OUT/report.html; return the exit code.
 
     OUT/<analysis>/<run>/ holds figures and numbers. The report also shows what an earlier command wrote there for the
-    same models. The exit code is 0 if any analysis ran; else it is 2 and no report is written. Work that ranks share
-    comes first, so that they need not wait for rank 0, which does the rest.
+    same models. The exit code is 0 if any analysis ran; else it is 2 and no report is written. Ctrl-C leaves a report
+    of what was finished. Work that ranks share comes first, so that they need not wait for rank 0, which does the rest.
 
     Raises:
         UserError: OUT cannot be written.
@@ -161,24 +161,22 @@ def analyze(runs: Sequence[TrainedRun], names: Sequence[str], settings: Settings
         raise RunDirectoryError(f"--out {out}: {error.strerror}; choose another directory") from None
     if settings.world.size > 1:
         names = sorted(names, key=lambda name: name != SHARED)
+    report = out / "report.html"
     with work_display() as show:
         work = _Work(runs, settings, out, show)
         if not settings.world.is_main:
             if SHARED in names:
                 work.assist()
             return 0
-        for name in names:
-            work.make(name)
-    report = out / "report.html"
+        try:
+            for name in names:
+                work.make(name)
+        finally:
+            if work.written:
+                work.report(report)
     if not work.written:
         print(f"error: no analysis was possible, so {report} was not written", file=sys.stderr)
         return 2
-    cards, shown = [], work.with_earlier()
-    for label, run in work.runs.items():
-        score, facts = achieved(run)
-        findings = [(name, text) for name, made in shown.items() if label in made for text in made[label].findings]
-        cards.append(RunSummary(label, {**facts, **described(run)}, score, findings))
-    write_report(report, cards, shown, work.problems)
     print(f"report: {report}")
     return 0
 
@@ -219,8 +217,8 @@ class _Work:
             with suppress(UserError, OSError):
                 self._made(SHARED, label)
 
-    def with_earlier(self) -> dict[str, dict[str, Written]]:
-        """Return the new results, and earlier ones of the same models, in the order of ANALYSES."""
+    def report(self, path: Path) -> None:
+        """Write the report of the new results, and of earlier ones of the same models, in the order of ANALYSES."""
         shown: dict[str, dict[str, Written]] = {}
         for name in ANALYSES:
             for label in self._labels(name):
@@ -228,7 +226,12 @@ class _Work:
                 made = made or read_written(self._settings_of(name, label).directory, self._fingerprint(label))
                 if made:
                     shown.setdefault(name, {})[label] = made
-        return shown
+        cards = []
+        for label, run in self.runs.items():
+            score, facts = achieved(run)
+            findings = [(name, text) for name, made in shown.items() if label in made for text in made[label].findings]
+            cards.append(RunSummary(label, {**facts, **described(run)}, score, findings))
+        write_report(path, cards, shown, self.problems)
 
     def _labels(self, name: str) -> list[str]:
         return [""] if ANALYSES[name].of_all else [*self.runs]

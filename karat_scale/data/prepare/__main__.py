@@ -7,4 +7,6 @@ from karat_scale.foundation.errors import run_script
 from karat_scale.foundation.tables import load
 
 if __name__ == "__main__":
-    run_script(load(SCRIPTS[sys.argv.pop(1)]))
+    name = sys.argv.pop(1)
+    sys.argv[0] = f"karat prepare {name}"
+    run_script(load(SCRIPTS[name]))

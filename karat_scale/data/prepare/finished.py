@@ -148,7 +148,7 @@ def copy_all(
 
 
 def stage(arguments: list[str] | None = None) -> None:
-    parser = make_parser("stage.py", "Copy shards to a local disk, and verify every byte.")
+    parser = make_parser("Copy shards to a local disk, and verify every byte.")
     add_shard_options(parser)
     options = parser.parse_args(arguments)
     src, out = options.src, options.out
@@ -296,9 +296,7 @@ def verify_split(
 
 
 def verify(arguments: list[str] | None = None) -> None:
-    parser = make_parser(
-        "verify.py", "Check shards: hashes, labels, counts, and that every image decodes.", writes=False
-    )
+    parser = make_parser("Check shards: hashes, labels, counts, and that every image decodes.", writes=False)
     add_shard_options(parser)
     parser.add_argument("--imagenet", action="store_true", help="expect ImageNet-1K's classes and counts")
     options = parser.parse_args(arguments)
@@ -389,7 +387,7 @@ def _join(src: Path, record: shard_format.DatasetRecord, out: Path) -> None:
 
 
 def join_splits(arguments: list[str] | None = None) -> None:
-    parser = make_parser("join_splits.py", "Join splits that were made separately into one data set.", writes=False)
+    parser = make_parser("Join splits that were made separately into one data set.", writes=False)
     parser.add_argument("--src", type=Path, required=True, metavar="DIR", help="the directory of the splits to add")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the data set to add them to")
     options = parser.parse_args(arguments)
@@ -413,7 +411,7 @@ def dali_index(tar_path: Path) -> str:
 
 
 def make_dali_index(arguments: list[str] | None = None) -> None:
-    parser = make_parser("make_dali_index.py", "Write index files for DALI's webdataset reader.")
+    parser = make_parser("Write index files for DALI's webdataset reader.")
     add_shard_options(parser)
     options = parser.parse_args(arguments)
     record = shard_format.read_dataset_record(options.src)

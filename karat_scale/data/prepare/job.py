@@ -7,6 +7,7 @@ import argparse
 import multiprocessing
 import re
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -310,9 +311,9 @@ DECODED_BELOW = 100_000
 """Images of a source that are all decoded by default: it takes a minute, and finds a truncated photograph."""
 
 
-def make_parser(script: str, description: str, writes: bool = True) -> OneLineParser:
+def make_parser(description: str, writes: bool = True) -> OneLineParser:
     """Return a parser with the options of every script, or of every script that writes."""
-    parser = OneLineParser(script, description=description, allow_abbrev=False)
+    parser = OneLineParser(Path(sys.argv[0]).name, description=description, allow_abbrev=False)
     if not writes:
         return parser
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write to")

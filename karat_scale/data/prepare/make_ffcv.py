@@ -292,9 +292,7 @@ def check_split(job: BetonJob, found: shard_format.BetonRecord, workers: int) ->
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line. Raises DataError for options that exclude each other."""
-    parser = make_parser(
-        "make_ffcv.py", "Convert shards, an ImageFolder, or a data set's official files, to FFCV's betons."
-    )
+    parser = make_parser("Convert shards, an ImageFolder, or a data set's official files, to FFCV's betons.")
     add_source_options(parser)
     parser.add_argument(
         "--write-mode",

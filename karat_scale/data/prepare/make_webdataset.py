@@ -238,9 +238,7 @@ def check_split(job: ShardJob, found: shard_format.SplitRecord, workers: int) ->
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line. Raises DataError for options that exclude each other."""
-    parser = make_parser(
-        "make_webdataset.py", "Convert an ImageFolder, or a data set's official files, to indexed WebDataset shards."
-    )
+    parser = make_parser("Convert an ImageFolder, or a data set's official files, to indexed WebDataset shards.")
     add_source_options(parser)
     size = parser.add_mutually_exclusive_group()
     size.add_argument(

@@ -68,6 +68,18 @@ def test_a_later_command_keeps_what_an_earlier_one_made(karat_run: TrainedRun, t
     assert 'data-figure="maps/' not in (tmp_path / "report.html").read_text()
 
 
+def test_ctrl_c_leaves_a_report_of_what_was_finished(karat_run, tmp_path, monkeypatch, capsys) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("karat_scale.commands.analyze.landscape.say_cost", interrupted)
+    arguments = ["analyze", str(karat_run.path), *QUICK, "--out", str(tmp_path), "--only", "distributions", "sharpness"]
+    assert main(arguments) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "error: stopped; run the same command again"
+    page = (tmp_path / "report.html").read_text()
+    assert 'data-figure="distributions/' in page
+
+
 def test_a_checkpoint_of_another_model_leaves_the_other_run(karat_run, own_run, tmp_path, capsys) -> None:
     other = own_run.path.rename(tmp_path / "other")
     recipe = other / "recipe.yaml"

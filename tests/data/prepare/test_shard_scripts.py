@@ -14,7 +14,7 @@ from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.data.shards.tars import EncodedSample, write_shard
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import file_sha256
-from tests.conftest import ROOT, karat_environment, karat_here, run_script
+from tests.conftest import ROOT, karat_done, karat_environment, karat_here, run_script
 from tests.data.backends.helpers import flip, wait_until
 from tests.data.prepare.images import contents, jpeg, write_folders
 from tests.data.prepare.making import make_shards
@@ -222,3 +222,8 @@ def test_one_waits_for_the_other_and_none_is_lost(parts: tuple[Path, Path], tmp_
     assert not os.path.lexists(out / finished.TURN)
     assert not train.exists()
     assert not val.exists()
+
+
+def test_usage_names_the_command_that_was_typed() -> None:
+    assert karat_done("prepare", "verify", "--help").stdout.startswith("usage: karat prepare verify ")
+    assert run_script("data_prep/verify.py", "--help").stdout.startswith("usage: verify.py ")
