@@ -8,9 +8,11 @@ EXTRAS := ffcv dali export detection parquet remote corruptions demo wandb mlflo
 # Test processes; each needs up to 3 GB.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
-# A line for each package; what goes wrong is on stderr.
-INSTALL = $(BIN)/python -m pip install --progress-bar off --editable
+# A line for each package; what goes wrong is on stderr. pip would compile to bytecode on one core.
+INSTALL = $(BIN)/python -m pip install --progress-bar off --no-compile --editable
 SHOWN = | sed --unbuffered --quiet '/^Collecting /p'
+# Some packages hold files of other Pythons, which do not compile.
+COMPILE = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
@@ -24,11 +26,13 @@ $(BIN)/python:
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@echo "== installing the project and torch into $(VENV)"
 	$(INSTALL) . $(SHOWN)
+	@$(COMPILE)
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "== installing what the tests need"
 	$(INSTALL) '.[dev]' $(SHOWN)
+	@$(COMPILE)
 	touch $@
 
 install: $(VENV)/.installed
@@ -71,7 +75,7 @@ extras: packages $(BIN)/python
 	echo "== installing the project, torch and what the tests need into $(VENV)"; \
 	echo "== $(BIN)/python -m pip install -e '.[$$together]'"; \
 	if $(INSTALL) ".[$$together]" $(SHOWN); then \
-		touch $(VENV)/.installed; \
+		$(COMPILE); touch $(VENV)/.installed; \
 		for extra in $$left; do touch $(VENV)/.installed-$$extra; done; exit 0; fi; \
 	$(MAKE) install && for extra in $$left; do \
 		echo "== $(BIN)/python -m pip install -e '.[$$extra]'"; \
