@@ -47,8 +47,9 @@ for argument in "$@"; do
   esac
 done
 
-# How often the ranks have started again in this job, and why; the nodes left out; whether the job was told to stop.
-ATTEMPT=0 FAILURE='' LOST='' TOLD=''
+# How often the ranks have started again in this job, and why; the nodes that train; those left out, and what the others
+# said; whether the job was told to stop.
+ATTEMPT=0 FAILURE='' NODES='' LOST='' ANSWERS='' TOLD=''
 
 # There is nothing to save until the ranks run.
 trap 'requeue "told to stop before the start"' USR2 TERM
@@ -123,7 +124,7 @@ launch() {
   local per_node=${SLURM_NTASKS_PER_NODE:-1} gpus=${SLURM_GPUS_ON_NODE:-0} cpus=${SLURM_CPUS_PER_TASK:-1}
   [[ $gpus == 0 || $gpus == "$per_node" ]] ||
     refuse "$gpus GPUs but $per_node tasks a node; set --ntasks-per-node to --gpus-per-node"
-  local nodes=$((SLURM_JOB_NUM_NODES - SPARES)) first most
+  local nodes=$((SLURM_JOB_NUM_NODES - SPARES)) most
   ((nodes > 0)) || refuse "SPARES = $SPARES leaves none of $SLURM_JOB_NUM_NODES nodes to train on"
   if [[ $1 != eval ]] && ((nodes > 1)); then
     most=$("${PYTHON[@]}" -m karat_scale.commands.submit.within_job nodes "$nodes" "$per_node" "$@") || exit 2
@@ -140,25 +141,23 @@ launch() {
     ((ATTEMPT == 0)) || KARAT_START+=.$ATTEMPT
     LOGS=$RUN/logs/$KARAT_START
     mkdir -p "$LOGS" || refuse "RUN = $RUN cannot be written"
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null | grep -vxF "${LOST//,/$'\n'}" | head -n 1)
-    # A batch script runs on the first node, so without scontrol that is this one.
-    first=${first:-${SLURMD_NODENAME:-$(hostname)}}
-    MASTER_ADDR=$first${HOST_SUFFIX:-}
+    NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null | grep -vxF "${LOST//,/$'\n'}" | head -n "$nodes")
+    # A batch script runs on the first node, so without scontrol that is this one, and srun adds the others.
+    NODES=${NODES:-${SLURMD_NODENAME:-$(hostname)}}
+    MASTER_ADDR=${NODES%%$'\n'*}${HOST_SUFFIX:-}
     KARAT_RANK_WRAPPER="bash $(printf '%q %q' "$KARAT_HOME/slurm/rank.sh" "$LOGS")"
     say "start $((${SLURM_RESTART_COUNT:-0} + 1))${KARAT_START#"$JOB-${SLURM_RESTART_COUNT:-0}"}: $((nodes * per_node)) ranks on $SLURM_JOB_NODELIST, logs in $LOGS"
-    # srun takes the first node, and adds others until it has --nodes. What an earlier step left must not hold it up.
-    srun --nodes="$nodes" --nodelist="$first" ${LOST:+"--exclude=$LOST"} --ntasks="$nodes" --ntasks-per-node=1 \
+    # What an earlier step left must not hold it up.
+    srun --nodes="$nodes" --nodelist="${NODES//$'\n'/,}" --ntasks="$nodes" --ntasks-per-node=1 \
       --cpus-per-task="$((cpus * per_node))" --overlap --kill-on-bad-exit=1 --unbuffered \
       bash -c 'trap "" USR2 TERM; exec "$@"' agent "${KARAT[@]}" launch --ranks "$per_node" "$@" &
-    STEP=$!
-    HELPERS=()
-    leave_lost_node &
-    HELPERS+=($!)
+    STEP=$! WATCH='' ANSWERS=''
     if [[ $STALL_SECONDS != 0 && $1 != eval ]]; then
       watch "$((nodes * per_node))" &
-      HELPERS+=($!)
+      WATCH=$!
     fi
-    until wait "$STEP" || ! kill -0 "$STEP" 2>/dev/null; do :; done # a signal ends `wait`, not the step
+    until ! runs || [[ -s $LOGS/verdict ]] || grep -Eqsv '^(0|75) ' "$LOGS"/rank-*.exit; do sleep 0.5; done
+    ! runs || leave_step "$nodes" "$per_node"
     finish "$((nodes * per_node))"
     [[ $1 != eval ]] || fail
     leave_out_nodes "$nodes"
@@ -192,7 +191,7 @@ ask_to_save() {
 # that another start may not have.
 finish() {
   local ranks=$1 codes first
-  kill "${HELPERS[@]}" 2>/dev/null
+  [[ -z $WATCH ]] || kill "$WATCH" 2>/dev/null
   codes=$(cut -d ' ' -f 1 "$LOGS"/rank-*.exit 2>/dev/null)
   # The first rank that ended, by the clock, has the cause. Those with code 76 lost another one.
   first=$(sort -k 3,3n "$LOGS"/rank-*.exit 2>/dev/null | awk '$1 != 0 && $1 != 75 && $1 != 76' | head -n 1)
@@ -215,12 +214,23 @@ fail() {
   exit "${1:-1}"
 }
 
-# After a failure srun waits long for a node that is lost.
-leave_lost_node() {
-  trap - USR2 TERM
-  until grep -Eqsv '^(0|75) ' "$LOGS"/rank-*.exit; do sleep 1; done
-  sleep 5
-  kill -KILL "$STEP" 2>/dev/null
+# Whether the step has not ended.
+runs() {
+  kill -0 "$STEP" 2>/dev/null
+}
+
+# After a failure srun ends the other ranks, but waits long for a node that is lost. So see which node that is, and go
+# when the ranks of the others have ended.
+leave_step() {
+  local left=25 lost
+  look "$1" 1
+  lost=$(grep -cxFf <(tr , '\n' <<<"$LOST") <<<"$NODES")
+  while runs && ((left-- > 0)); do
+    ((lost == 0 || $(cat "$LOGS"/rank-*.exit 2>/dev/null | wc -l) < ($1 - lost) * $2)) || break
+    sleep 0.2
+  done
+  kill -TERM "$STEP" 2>/dev/null && sleep 0.5 # for srun to tell the nodes
+  { kill -KILL "$STEP"; wait "$STEP"; } 2>/dev/null
 }
 
 # Ends the step when a rank hangs.
@@ -234,15 +244,12 @@ watch() {
   [[ $? == 3 ]] && kill -TERM "$STEP"
 }
 
-# Finds the nodes that run nothing any more, for which the job goes back to the queue without a spare for each. If more
-# spares are left, they replace nodes with a GPU that is not sound. The trainer tells of the others.
+# The job goes back to the queue if there is no spare for each lost node. If more spares are left, they replace nodes
+# with a GPU that is not sound. The trainer tells of the others.
 leave_out_nodes() {
-  local all found spares node fault look=(true)
-  all=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  spares=$(($(wc -w <<<"$all") - $1))
-  ((spares > 0)) && look=("${PYTHON[@]}" -m karat_scale.commands.submit.within_job faults)
-  found=$(for node in $all; do look_at "$node" "${look[@]}" & done)
-  LOST=$(awk 'NF == 1' <<<"$found" | paste -sd,)
+  local spares node fault
+  [[ -n $ANSWERS ]] || look "$1" 60
+  spares=$(($(scontrol show hostnames "$SLURM_JOB_NODELIST" | wc -l) - $1))
   if [[ -n $LOST ]]; then
     spares=$((spares - $(wc -w <<<"${LOST//,/ }")))
     ((spares >= 0)) || requeue "lost $LOST"
@@ -253,19 +260,30 @@ leave_out_nodes() {
     spares=$((spares - 1))
     LOST+=${LOST:+,}$node
     say "$fault; a spare node takes part"
-  done <<<"$found"
+  done <<<"$ANSWERS"
 }
 
-# Runs a command that prints the faults of a node there. Prints the node's name if that fails, its name and the faults
-# if there are any, and else nothing.
+# Asks each node what is not sound there. ANSWERS gets a line for each that answers, and LOST those that run nothing any
+# more. When NODES sound ones have answered, the others have SECONDS more. So a slow one may cost a spare, no more.
+look() {
+  local nodes=$1 seconds=$2 all node fault sound=0 patience=60 question=(true)
+  all=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  (($(wc -l <<<"$all") == nodes)) || question=("${PYTHON[@]}" -m karat_scale.commands.submit.within_job faults)
+  ANSWERS=''
+  while read -r -t "$patience" node fault; do
+    ANSWERS+="$node $fault"$'\n'
+    [[ -n $fault ]] || sound=$((sound + 1))
+    ((sound < nodes)) || patience=$seconds
+  done < <(for node in $all; do look_at "$node" "${question[@]}" & done)
+  LOST=$(grep -vxFf <(cut -d ' ' -f 1 <<<"$ANSWERS") <<<"$all" | paste -sd,)
+}
+
+# Runs a command that prints the faults of a node there. Unless that fails, prints the node's name and the faults.
 look_at() {
   local node=$1 faults
   shift
-  if ! faults=$(timeout 60 srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$node" "$@" 2>/dev/null); then
-    echo "$node"
-  elif [[ -n $faults ]]; then
+  faults=$(timeout 60 srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$node" "$@" 2>/dev/null) &&
     echo "$node ${faults//$'\n'/; }"
-  fi
 }
 
 requeue() {

@@ -1,11 +1,14 @@
 """The command line `karat`. Commands import what they need when they run, so `--help` is quick."""
 
 import argparse
+import atexit
 import os
 import select
 import signal
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 
 import karat_scale.foundation.machine  # noqa: F401  # it looks for its parent now, before torch is imported
 from karat_scale import __version__
@@ -106,4 +109,11 @@ def entry_point() -> None:
     # A launcher may repeat its signal. It must not kill an interpreter that is exiting with its own code.
     for repeated in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(repeated, signal.SIG_IGN)
-    sys.exit(code)
+    # As Python ends, but for its last search among the objects of torch and DeepSpeed: two seconds, for which the other
+    # ranks and the next start would wait.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

@@ -85,15 +85,29 @@ class StallLimits:
 
 
 WRITE_SECONDS = 2.0
+
+
+def pause(deadline: float) -> float:
+    """Return WRITE_SECONDS, or less if a deadline of the monotonic clock comes before."""
+    left = deadline - time.monotonic()
+    return left if 0 < left < WRITE_SECONDS else WRITE_SECONDS
+
+
 # Moving the alarm costs a thread, so do not move it at each beat of a fast step.
 _ARM_SECONDS = 1.0
+# What dumps the stacks reads those of threads that run, too, and crashes if they change. So this one waits a little.
+_AFTER_STACKS = 0.3
 _STANDARD_ERROR = 2
 _KINDS: Mapping[Any, Any] = {int: int, str: str, float: int | float}
 
 
 @dataclass
 class Sign:
-    """The content of a heartbeat file. `own_seconds`: the part of a step in which the rank waits for no other."""
+    """The content of a heartbeat file.
+
+    since_beat: seconds from the last beat to the writing of the file.
+    own_seconds: the part of a step in which the rank waits for no other.
+    """
 
     rank: int
     host: str
@@ -103,6 +117,7 @@ class Sign:
     doing: str = "starting"
     step: int = 0
     written: float = 0.0
+    since_beat: float = 0.0
     device: str = ""
     own_seconds: float = 0.0
 
@@ -178,7 +193,7 @@ class Heartbeat:
         while True:
             self._write()
             self._look_for_stall()
-            if self._ended.wait(WRITE_SECONDS):
+            if self._ended.wait(pause(self._last_beat + self._limits.of(self._sign.doing) + _AFTER_STACKS)):
                 self._write()
                 return
 
@@ -190,6 +205,7 @@ class Heartbeat:
 
     def _write(self) -> None:
         self._sign.written = round(time.time(), 3)
+        self._sign.since_beat = round(time.monotonic() - self._last_beat, 3)
         temporary = self._file.with_suffix(".tmp")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)

@@ -142,6 +142,17 @@ def test_training_writes_the_run_directory_users_rely_on_and_eval_repeats_its_fi
     assert "raw weights" in karat_says("eval", str(run), "--weights", "raw")
 
 
+def test_threads_and_exit_handlers_have_their_turn_at_the_end() -> None:
+    code = (
+        "import atexit, threading, time; from karat_scale.commands.cli import entry_point;"
+        "atexit.register(print, 'handler');"
+        "threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start(); entry_point()"
+    )
+    command = [sys.executable, "-c", code, "export", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, env=karat_environment(), check=False)
+    assert (done.returncode, done.stdout) == (2, "thread\nhandler\n"), done.stderr
+
+
 def test_ctrl_c_while_a_command_starts_is_one_line(tmp_path: Path) -> None:
     at_a_terminal = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # not in the background
     code = f"{at_a_terminal}; from karat_scale.commands.cli import entry_point; entry_point()"

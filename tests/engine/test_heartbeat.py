@@ -5,13 +5,24 @@ import math
 import subprocess
 import sys
 import textwrap
+import threading
+from pathlib import Path
 
 import pytest
 
 from karat_scale.commands.cli import main
 from karat_scale.commands.submit.within_job import Watch
 from karat_scale.commands.submit.within_job import main as within_job
-from karat_scale.engine.heartbeat import Heartbeat, Sign, StallLimits, Stragglers, read_signs, slow_factor, slow_ranks
+from karat_scale.engine.heartbeat import (
+    WRITE_SECONDS,
+    Heartbeat,
+    Sign,
+    StallLimits,
+    Stragglers,
+    read_signs,
+    slow_factor,
+    slow_ranks,
+)
 from tests.conftest import SMALL, karat_environment
 
 
@@ -116,6 +127,25 @@ def test_a_compilation_may_take_longer_than_a_step() -> None:
     assert all(verdict("compiling", second, 1) is None for second in range(500))
     assert all(verdict("forward", 500 + second, 2) is None for second in range(60))
     assert verdict("forward", 561, 2) is not None
+
+
+def test_a_verdict_counts_from_the_last_beat_not_from_when_it_was_seen() -> None:
+    watch = Watch(1, StallLimits(60), 0.0)
+    sign = Sign(0, "node0", 1, "", 1, "forward", 1, written=8.0, since_beat=8.0)
+    assert watch.look([sign], 10.0) is None
+    assert watch.deadline == 62
+    assert watch.look([sign], 62.0) is None
+    assert watch.look([sign], 62.1) is not None
+
+
+def test_a_stall_is_told_when_it_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KARAT_STALL_SECONDS", "0.2")
+    told = threading.Event()
+    heartbeat = Heartbeat(tmp_path, 0, on_stall=lambda *_: told.set()).start()
+    assert told.wait(WRITE_SECONDS / 2)
+    heartbeat.stop()
+    (sign,) = read_signs(tmp_path)
+    assert sign.since_beat > 0.2
 
 
 def test_a_mistake_ends_the_run_and_the_watch_with_one_line(tmp_path, monkeypatch, capsys) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from karat_scale.engine.heartbeat import read_signs
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.training import Train, assert_ends_like, process_of, run_of, wait_for
 
@@ -76,9 +77,10 @@ def test_a_first_checkpoint_that_cannot_be_saved_ends_the_job(train) -> None:
 
 
 def test_a_rank_that_hangs_is_named_and_ends_the_job(train) -> None:
-    own = ("train.epochs=200", "checkpoint.every_steps=null")
+    own = ("train.epochs=200", "train.eval_every_epochs=200", "checkpoint.every_steps=null")
     job = train(*own, options=("--nodes=2",), STALL_SECONDS="20,start=600", IDLE_RESTARTS="0")
-    wait_for(job, "train", 50)  # its sign of life says more by then than that it starts, for which it has 600 s
+    # One that starts has 600 s.
+    wait_until(lambda: [sign.step > 0 for sign in read_signs(run_of(job))] == [True] * 2, 120, "signs of steps")
     process_of(job, rank=1).suspend()
     assert job.wait() == "FAILED 1", job.log
     last = job.log.splitlines()[-1]

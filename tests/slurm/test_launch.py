@@ -116,6 +116,40 @@ def test_a_job_and_an_element_of_an_array_requeue_themselves(element: dict[str, 
     assert (tmp_path / "asked").read_text() == f"requeue {job}\n"
 
 
+def with_three_nodes(script: str, second: str, third: str, directory: Path) -> str:
+    """What a script prints that sources launch.sh in a job of three nodes: what srun does on the second and third."""
+    stub(directory, "scontrol", r"printf 'n1\nn2\nn3\n'")
+    stub(directory, "srun", f"case $* in *=n2\\ *) {second} ;; *=n3\\ *) {third} ;; esac")
+    environment = {**os.environ, "PATH": f"{directory}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n[1-3]"}
+    script = f"source slurm/launch.sh; PYTHON=(python) LOGS={directory} NODES=$'n1\\nn2'; {script}"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, stdout=-1, text=True, check=False)
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("needed", "third", "found"),
+    [
+        (2, "sleep 0.2", "n2: n1 ,n3 ,"),
+        (3, "sleep 0.2", ": n1 ,n3 ,n2 ,"),
+        (2, "sleep 0.2; echo GPU 1; echo GPU 2", ": n1 ,n3 GPU 1; GPU 2,n2 ,"),
+        (1, "exit 1", "n2,n3: n1 ,"),
+    ],
+    ids=["enough others", "needed", "needed for an unsound one", "no answer"],
+)
+def test_a_silent_node_is_waited_for_only_if_it_is_needed(needed: int, third: str, found: str, tmp_path: Path) -> None:
+    script = f"look {needed} 1; echo $LOST: ${{ANSWERS//$'\\n'/,}}"
+    assert with_three_nodes(script, "sleep 4", third, tmp_path) == f"{found}\n"
+
+
+@pytest.mark.parametrize("silent", ["n2", "n3"])
+def test_a_step_is_left_when_only_a_lost_node_holds_it_up(silent: str, tmp_path: Path) -> None:
+    # One of two ranks has failed, and n3 is a spare: without n2, there is none to wait for.
+    (tmp_path / "rank-00000.exit").write_text("76 n1 1.0 0\n")
+    script = "(sleep 3; echo the step ended) & STEP=$!; leave_step 2 1"
+    shown = with_three_nodes(script, *("sleep 9" if node == silent else ":" for node in ("n2", "n3")), tmp_path)
+    assert shown == ("" if silent == "n2" else "the step ended\n")
+
+
 def test_a_split_is_joined_without_locks_and_the_users_workers_count(image_folder: Path, tmp_path: Path) -> None:
     # As on a shared file system that has no locks.
     stub(tmp_path, "flock", "echo 'flock: .lock: Function not implemented' >&2; exit 65")

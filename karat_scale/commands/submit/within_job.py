@@ -11,6 +11,7 @@ on standard error. The faults are those of this node's GPUs, one on a line.
 """
 
 import argparse
+import math
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ from karat_scale.engine.heartbeat import (
     Sign,
     StallLimits,
     Stragglers,
+    pause,
     read_signs,
     slow_factor,
     this_start,
@@ -35,10 +37,10 @@ if TYPE_CHECKING:
     from karat_scale.recipe.schema import RunRecipe
 
 EXIT_STALLED = 3
-# A rank dumps its stacks at `stall`. The verdict comes a little later, so that they are in its log by then.
-GRACE_SECONDS = 3 * WRITE_SECONDS
+# A rank dumps its stacks at `stall`, and writes its file. The verdict comes a little later, so that both are there.
+GRACE_SECONDS = WRITE_SECONDS
 # A process without a new file for that long is stopped or gone, whatever its ranks wait for.
-_SILENT_SECONDS = 5 * WRITE_SECONDS
+_SILENT_SECONDS = 4 * WRITE_SECONDS
 
 
 @dataclass
@@ -64,10 +66,16 @@ class Watch:
         for sign in signs:
             seen = self._seen.get(sign.rank)
             if seen is None or sign.beats != seen.sign.beats:
-                self._seen[sign.rank] = Seen(sign, now, now)
+                self._seen[sign.rank] = Seen(sign, now - sign.since_beat, now)
             elif sign.written != seen.sign.written:
                 seen.sign, seen.wrote = sign, now
         return self._verdict(now)
+
+    @property
+    def deadline(self) -> float:
+        """When the verdict comes, should no rank make progress until then."""
+        ends = (seen.got_on + self._limits.of(seen.sign.doing) for seen in self._seen.values())
+        return max(ends, default=math.inf)
 
     def _verdict(self, now: float) -> str | None:
         absent = [rank for rank in range(self._ranks) if rank not in self._seen]
@@ -101,7 +109,7 @@ def watch(run: Path, ranks: int, limits: StallLimits, ended: threading.Event) ->
     """Watch this start's ranks; returns the verdict, or nothing once `ended` is set."""
     seen = Watch(ranks, limits.plus(GRACE_SECONDS), time.monotonic())
     stragglers, start, verdict = Stragglers(), this_start(), None
-    while not verdict and not ended.wait(WRITE_SECONDS):
+    while not verdict and not ended.wait(pause(seen.deadline)):
         ours = [sign for sign in read_signs(run) if sign.start == start]
         verdict = seen.look(ours, time.monotonic())
         for line in stragglers.look(ours, slow_factor(run)):
