@@ -71,10 +71,10 @@ def describe_implementation(model: nn.Module, device: torch.device) -> str | Non
     if not layers:
         return None
     parts = [
-        f"{name} in {count} layer{'s' * (count > 1)}" + (f" ({KERNELS_OF[device.type]} cannot: {why})" if why else "")
+        f"{count} layer{'s' * (count > 1)} by {name}" + (f" ({KERNELS_OF[device.type]} cannot: {why})" if why else "")
         for (name, why), count in layers.items()
     ]
-    return f"learned attention runs by {', '.join(parts)}"
+    return f"learned attention: {', '.join(parts)}"
 
 
 def _operators_and_layers(model: nn.Module, device: torch.device) -> Iterator[tuple[AttentionHeads, LayerCall]]:

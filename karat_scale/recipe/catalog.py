@@ -56,7 +56,8 @@ def list_recipes(words: Sequence[str], json_file: str | None) -> int:
         write_json(json_file, [asdict(entry) for entry in named])
         _show(named[0])
         return 0
-    having = [entry for entry in entries if all(_has(entry, word) for word in words)]
+    named = [entry for entry in entries if all(word.lower() in entry.name for word in words)]
+    having = named or [entry for entry in entries if all(_has(entry, word) for word in words)]
     if not having:
         hint = did_you_mean(words[0], [entry.name for entry in entries], "`karat recipes` lists all")
         raise RecipeError(f"karat recipes {' '.join(words)}: no shipped recipe has these words; {hint}")

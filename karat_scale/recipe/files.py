@@ -165,7 +165,9 @@ def recipe_of_run(run: Path) -> Path:
     """Return the recipe in a run's directory. Raises RunDirectoryError if it is not one."""
     path = run.expanduser() / "recipe.yaml"
     if not path.exists():
-        raise RunDirectoryError(f"{run}: not a run directory (it has no recipe.yaml)")
+        close = nearest(run.name, [beside.parent.name for beside in run.parent.glob("*/recipe.yaml")], likeness=0.8)
+        hint = f"; did you mean {run.parent / close[0]}?" if close else ""
+        raise RunDirectoryError(f"{run}: not a run directory (it has no recipe.yaml){hint}")
     return path
 
 
@@ -198,8 +200,8 @@ def _read_recipe_file(path: Path, folder: Path, extended_by: tuple[Path, ...]) -
         raise RecipeError(f"{path}: extends = {names!r}: should be a recipe's name or a list of names")
     tree: dict[str, Any] = {}
     for name in names:
-        _lay_over(tree, _read_extended(path, name, folder, (*extended_by, path.resolve())))
-    _lay_over(tree, own)
+        lay_over(tree, _read_extended(path, name, folder, (*extended_by, path.resolve())))
+    lay_over(tree, own)
     return tree
 
 
@@ -218,7 +220,7 @@ def _read_extended(path: Path, name: str, folder: Path, extended_by: tuple[Path,
 def _read_shipped(name: str, folder: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     shipped, tree = shipped_recipes(folder)[name], dict[str, Any]()
     for file in shipped.files:
-        _lay_over(tree, _read_recipe_file(file, folder, extended_by))
+        lay_over(tree, _read_recipe_file(file, folder, extended_by))
     filled: dict[str, Any] = _filled(tree, shipped.words)
     return filled
 
@@ -237,12 +239,12 @@ def read_run_recipe(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _lay_over(tree: dict[str, Any], upper: Mapping[str, Any]) -> None:
+def lay_over(tree: dict[str, Any], upper: Mapping[str, Any]) -> None:
     """Merge a file's keys over another's, section by section. Lists and values are replaced as a whole."""
     for key, value in upper.items():
         below = tree.get(key)
         if isinstance(below, dict) and isinstance(value, dict):
-            _lay_over(below, value)
+            lay_over(below, value)
         else:
             tree[key] = value
 

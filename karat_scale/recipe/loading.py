@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import Effect
-from karat_scale.recipe.files import parse, read_recipe, read_run_recipe
+from karat_scale.recipe.files import lay_over, parse, read_recipe, read_run_recipe
 from karat_scale.recipe.synonyms import elsewhere, keys_called
 
 
@@ -195,7 +195,10 @@ def _apply_override(tree: dict[str, Any], override: str, schema: Schema) -> None
         if not isinstance(child, dict):
             raise RecipeError(f"override {override[:_LONGEST]!r}: {name} is not a section{_nearest(key, schema)}")
         node = child
-    node[leaf] = value
+    if value:
+        lay_over(node, {leaf: value})
+    else:  # also an empty section
+        node[leaf] = value
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "", whole: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
@@ -208,7 +211,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "", whole: Collection[str] = (
 
 
 def _one_line(error: ValidationError, schema: type[BaseModel]) -> str:
-    errors = error.errors()
+    errors = sorted(error.errors(), key=lambda one: one["type"] == "missing")  # a key may be missing as it is misspelt
     first = _describe(errors[0], schema)
     return first if len(errors) == 1 else f"{first} (and {len(errors) - 1} more)"
 
@@ -245,6 +248,9 @@ def keys_like(key: str, schema: type[BaseModel] = Recipe) -> list[str]:
     if len(same_leaf) == 1:
         return same_leaf
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.7) or same_leaf[:1]
+    if not close and key == leaf:
+        alike = difflib.get_close_matches(key, [k.rpartition(".")[2] for k in keys], n=1, cutoff=0.7)
+        close = [k for k in keys if k.rpartition(".")[2] in alike][:1]
     return close or difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
 
 

@@ -93,6 +93,14 @@ class ModelConfig(Section):
     proj_drop: Fraction = 0.0
     """Dropout probability after the projections."""
 
+    @property
+    def described(self) -> str:
+        """The model, the size of its images, and what overrides the named model's own."""
+        own = {"patch": self.patch_size, "width": self.embed_dim, "depth": self.depth, "heads": self.num_heads}
+        return ", ".join(
+            [self.name, f"{self.image_size} px", *(f"{name} {value}" for name, value in own.items() if value)]
+        )
+
     @model_validator(mode="after")
     def _patches_tile_the_image(self) -> "ModelConfig":
         if self.patch_size and self.image_size % self.patch_size:

@@ -29,7 +29,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 class StopSignals:
-    """Remembers the first stop signal. The first Ctrl-C is answered at once, and a second one quits at once."""
+    """Remembers the first stop signal. Ctrl-C is answered, and a second one quits, when Python gets the processor back:
+    a slow operation on the CPU ends first.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None

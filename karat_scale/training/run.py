@@ -103,7 +103,9 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             if not was_finished:
                 state, name = outcome.state, outcome.state.scores[0]
                 best = getattr(state, f"best_{name}")
-                scored = "" if best is None else f", best {name} {best:.2f} at step {state.best_step}"
+                scored = (
+                    "" if best is None else f", best {name.replace('top', 'top-')} {best:.2f} at step {state.best_step}"
+                )
                 reporter.info(f"finished{scored}; next: karat analyze {shlex.quote(str(directory.path))}")
         return outcome.code
 

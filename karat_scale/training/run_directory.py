@@ -278,8 +278,8 @@ class RunDirectory:
         said = " and ".join(differences)
         if said and not is_branch and not {"data", "data.path"} & set(recipe.resume.allow):
             raise RunDirectoryError(
-                f"run.dir = {self.path}: data.path is not of the data that its run began with, it has {said}; put "
-                "data.path right, add 'resume.allow=[data.path]', or choose another run.dir"
+                f"run.dir = {self.path}: its run began with other data: data.path has {said}; correct "
+                "data.path, add 'resume.allow=[data.path]', or choose another run.dir"
             )
         state.train_images, state.class_order_sha256 = images, order
         return said

@@ -111,7 +111,7 @@ def test_training_writes_the_run_directory_users_rely_on_and_eval_repeats_its_fi
     done = train_recipe("log.trackers=tensorboard")
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "run"
-    assert "finished, best top1 " in done.stdout
+    assert "finished, best top-1 " in done.stdout
     assert f"; next: karat analyze {run}\n" in done.stdout
     assert load_recipe(run / "recipe.yaml").model.embed_dim == 32
     kinds = [event["event"] for event in events(run)]

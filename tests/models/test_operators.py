@@ -68,14 +68,14 @@ def test_the_implementation_is_named_with_what_kept_a_faster_one_away() -> None:
     assert describe_implementation(create_model(SIZE, AttentionConfig()), cpu) is None
     for settings in ({"implementation": "streaming", "softmax_heads": 1}, {"basis": "bspline"}):
         model = create_model(SIZE, AttentionConfig(kind="karat", **settings))
-        assert describe_implementation(model, cpu) == "learned attention runs by streaming in 3 layers"
+        assert describe_implementation(model, cpu) == "learned attention: 3 layers by streaming"
     model = create_model(SIZE, AttentionConfig(kind="static"))
-    assert describe_implementation(model, cpu) == "learned attention runs by PyTorch in 3 layers"
+    assert describe_implementation(model, cpu) == "learned attention: 3 layers by PyTorch"
     model = create_model(SIZE, AttentionConfig(kind="karat", base="silu"))
-    line = "learned attention runs by streaming in 3 layers (cpu cannot: base = 'silu'; it has no base activation)"
+    line = "learned attention: 3 layers by streaming (cpu cannot: base = 'silu'; it has no base activation)"
     assert describe_implementation(model, cpu) == line
     model = create_model(ModelConfig(name="swin_mini_patch2_window4_32", image_size=32), AttentionConfig(kind="karat"))
-    assert describe_implementation(model, cpu) == "learned attention runs by cpu in 4 layers"
+    assert describe_implementation(model, cpu) == "learned attention: 4 layers by cpu"
     with choosing_as_on_a_gpu():  # two layers have window masks
-        line = "learned attention runs by triton in 4 layers"
+        line = "learned attention: 4 layers by triton"
         assert describe_implementation(model, torch.device("meta")) == line

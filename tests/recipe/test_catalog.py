@@ -70,6 +70,7 @@ def test_keys_are_explained_and_what_does_not_exist_is_one_line(capsys: pytest.C
         "explain foo_bar_x": "no such key",
         "explain detector.window": "no such key; did you mean",
         "explain optim.lrr": "did you mean optim.lr?",
+        "explain lrr": "did you mean optim.lr?",
     }.items():
         assert main(arguments.split()) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -128,6 +128,17 @@ def test_a_mistake_of_the_command_line_does_not_blame_the_file(recipe: Path) -> 
     assert message(recipe, "optim.lr=1").startswith(f"{recipe}: batch_size: unknown key")
 
 
+def test_a_misspelt_key_comes_before_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "new.yaml").write_text("optim: {lrr: 1e-3}\nmodle: {}\n")
+    assert message(tmp_path / "new.yaml").endswith(": optim.lrr: unknown key; did you mean optim.lr? (and 2 more)")
+
+
+def test_an_override_of_a_section_keeps_its_other_keys(recipe: Path) -> None:
+    before = load_recipe(recipe, ["model.depth=3"]).model
+    after = load_recipe(recipe, ["model.depth=3", "model={num_classes: 7}"]).model
+    assert after == before.model_copy(update={"num_classes": 7})
+
+
 def test_a_misspelt_file_or_name_is_suggested(recipe):
     with pytest.raises(RecipeError, match=rf"no such file; did you mean {recipe}\?"):
         load_recipe(recipe.with_name(recipe.name[1:]))

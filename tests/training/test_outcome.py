@@ -69,7 +69,7 @@ def test_a_start_that_fails_leaves_the_outcome_of_a_finished_run(train_recipe, s
     record.write_text(record.read_text().replace("class3", "class4"))
     refused = train_recipe("train.epochs=1", f"data.path={other}")  # after it was resumed
     assert refused.returncode == 2
-    assert "it has other classes; put data.path right, add 'resume.allow=[data.path]'" in refused.stderr
+    assert "data.path has other classes; correct data.path, add 'resume.allow=[data.path]'" in refused.stderr
     assert summary(run) == finished
     assert events(run, "end") == ends
     assert "class4" not in (run / "classes.json").read_text()

@@ -281,7 +281,7 @@ def _add_distances(
     axes.bar(where + 0.2, [row[4] for row in rows], 0.4, label="the best fit's own error")
     axes.set_xticks(where, [f"{row[0]}.{row[1]}" for row in rows], fontsize=7)
     axes.set(xlabel="block.head", ylim=(0, None))
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=2)
     caption = "Distance of each head from the best fit of softmax with its basis, grid and rank (1: unrelated)."
     result.figures["distance"] = figure, caption
 

@@ -32,7 +32,7 @@ from karat_scale.training.tasks.classification.conversion import mean_error, rea
 Point = dict[str, float]
 _FIGURES = (
     *("step", "samples", "loss", "lr", "grad_norm", "images_per_second", "beyond_reach", "top1", "top5", "time"),
-    "total_steps",
+    *("total_steps", "images"),
 )
 
 
@@ -83,7 +83,10 @@ def achieved(run: TrainedRun) -> tuple[str, dict[str, str]]:
     score = f"{shown['top1']:.2f} % top-1" if shown else ""
     facts = {"evaluation": "none yet"}
     if shown:
-        facts["evaluation"] = f"top-5 {shown['top5']:.2f} %, loss {shown['loss']:.4f} after step {shown['step']:,.0f}"
+        facts["evaluation"] = (
+            f"on {shown['images']:,.0f} images after step {shown['step']:,.0f}: top-5 {shown['top5']:.2f} %, "
+            f"loss {shown['loss']:.4f}"
+        )
         others = {"best": max(history.evaluations, key=lambda point: point["top1"]), "last": history.evaluations[-1]}
         facts |= {
             name: f"top-1 {other['top1']:.2f} % after step {other['step']:,.0f}"
@@ -105,15 +108,12 @@ def achieved(run: TrainedRun) -> tuple[str, dict[str, str]]:
 
 def described(run: TrainedRun) -> dict[str, str]:
     """Return facts by name of what a run's model is, and which of its weights are analysed."""
-    model = run.recipe.model
-    patch = f", patch {model.patch_size}" if model.patch_size else ""
-    facts = {
-        "attention": describe_attention(run.recipe.attention),
-        "model": f"{model.name}, {model.image_size} px{patch}",
-    }
+    facts = {"attention": describe_attention(run.recipe.attention), "model": run.recipe.model.described}
     try:
-        states = plural(len(run.in_order), "state")
-        facts["weights"] = f"{run.weights_kind}, of step {run.step(run.chosen):,}; the run keeps {states} of training"
+        kept = len(run.in_order)
+        facts["weights"] = (
+            f"{run.weights_kind}, of step {run.step(run.chosen):,}; the weights of {plural(kept, 'step')} are kept"
+        )
         facts["parameters"] = f"{parameter_count(run.model()):,}"
     except UserError as error:
         facts["weights"] = str(error)

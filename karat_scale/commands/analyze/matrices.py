@@ -90,9 +90,10 @@ def _add_accuracy(
     top1 = {name: 100 * count / done for name, count in right.items()}
     result.numbers["top1"] = top1
     trained, by_query, by_image = (f"{value:.1f} %" for value in top1.values())
+    error = 1.96 * (top1["S"] * (100 - top1["S"]) / done) ** 0.5
     result.findings.append(
-        f"Top-1 of {done:,} images is {trained}. With each S replaced by its mean over queries it is {by_query}, and "
-        f"by its mean over images {by_image}."
+        f"Top-1 of {done:,} images is {trained} (+-{error:.1f}). With each S replaced by its mean over queries it is "
+        f"{by_query}, and by its mean over images {by_image}."
     )
     title = f"Top-1 of {done} images with each S replaced"
     result.tables.append(Table(title, ["by", "top-1, %"], [[name, value] for name, value in top1.items()]))
@@ -314,7 +315,8 @@ def analyze_spectrum(run: TrainedRun, settings: Settings) -> Result:
     )
     of_scores, of_learned = spectrum.ranks[-1, :, 0]
     result.findings.append(
-        f"In the last block, the scores A have an effective rank of {of_scores:.1f}, and {what} of {of_learned:.1f}."
+        f"In the last block, the scores A have an effective rank of {of_scores:.1f}, and {what}, made of them, of "
+        f"{of_learned:.1f}."
     )
     rows = [
         [block, *(float(x) for pair in zip(*spectrum.ranks[block].tolist(), strict=True) for x in pair)]

@@ -96,7 +96,7 @@ def analyze_accuracy(run: TrainedRun, settings: Settings) -> Result:
     name, _, accuracy, _, taken_for = min(classes, key=lambda row: 100.0 if row[2] is None else row[2])
     if taken_for:
         result.findings.append(
-            f"{name} is the hardest class: {accuracy:.1f} % right, most often taken for {taken_for}."
+            f"The hardest class is {name}: {accuracy:.1f} % right, most often taken for {taken_for}."
         )
     result.arrays = {"confusion": matrix}
     result.figures["confusion"] = (

@@ -106,7 +106,7 @@ def say_cost(settings: Settings, what: str, count: int, seconds: float, shorter:
     """
     if count * seconds > WORTH_TELLING:
         each = f"{count} x {duration(seconds)}"
-        settings.tell(f"{what} takes at most about {duration(count * seconds)} ({each}); {shorter}")
+        settings.tell(f"{what} takes about {duration(count * seconds)} ({each}); {shorter}")
 
 
 def note_bad_images(result: Result, bad: int) -> None:

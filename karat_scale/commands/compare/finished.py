@@ -73,11 +73,15 @@ SCORES = {
     "box_ap": Measure("box AP, %", 2),
     "mask_ap": Measure("mask AP, %", 2),
 }
+CHOOSING = ("top1", "box_ap")  # the best evaluation is that with the highest
 MEASURES = {
     **{
-        f"{which}_{name}": Measure(f"{which} {row.title}", row.digits)
+        f"{which}_{name}": Measure(title.format(row.title), row.digits)
         for name, row in SCORES.items()
-        for which in ("last", "best")
+        for which, title in (
+            ("last", "last {}"),
+            ("best", "best {}" if name in CHOOSING else "{} at the best"),
+        )
     },
     "images_per_second": Measure("images a second", 1),
     "step_seconds": Measure("seconds a step", 4),

@@ -29,7 +29,7 @@ from karat_scale.foundation.files import file_sha256, flush_to_disk, replace_fil
 from karat_scale.foundation.tables import ATTENTIONS, EXPORT_FORMATS, FormatRow, how_to_install, load
 from karat_scale.models import create_model, parameter_count
 from karat_scale.models.transfer import teacher_of, weights_digest
-from karat_scale.recipe import AttentionConfig, Recipe
+from karat_scale.recipe import AttentionConfig, ModelConfig, Recipe
 from karat_scale.recipe.attention import describe_attention
 from karat_scale.recipe.files import parse
 from karat_scale.training.run_directory import OpenRun
@@ -133,7 +133,7 @@ tags:
 ---
 # {title}
 
-A {name} with {attention}, {parameters:,} parameters, for images of {size} px and {classes} classes. Trained by
+A model ({model}) with {attention}, {parameters:,} parameters and {classes} classes. Trained by
 karat_scale {version}; these are the {kind} weights after step {step}.
 
 | | |
@@ -177,10 +177,9 @@ def model_card(facts: Mapping[str, str], model: nn.Module, title: str) -> str:
     described, karat = describe_attention(AttentionConfig(**attention)), ATTENTIONS["karat"].words
     return _CARD.format(
         title=title,
-        name=config["name"],
+        model=ModelConfig(**config).described,
         attention=described.replace(karat, f"[{karat}](https://arxiv.org/abs/2503.10632)"),
         parameters=parameter_count(model),
-        size=config["image_size"],
         classes=config["num_classes"],
         version=facts["karat_scale"],
         kind="averaged (EMA)" if facts["weights"] == "ema" else "raw",

@@ -436,7 +436,7 @@ def unused_classes(classes: int, num_classes: int) -> str:
     if classes >= num_classes:
         return ""
     return (
-        f"the data has {classes} classes, but model.num_classes = {num_classes}: the others do not occur; "
+        f"the data has {classes} classes, but model.num_classes = {num_classes}: the other outputs stay unused; "
         f"set model.num_classes={classes} unless that is intended"
     )
 

@@ -348,13 +348,20 @@ def _raise(error: OSError) -> None:
     raise error
 
 
+MOST_SPLITS = 5
+"""More folders beside a split that is missing are probably classes."""
+
+
 def _class_folders(folder: Path) -> list[str]:
     try:
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
     except FileNotFoundError:
-        beside = [path.name for path in folder.parent.glob("*/")]
+        beside = sorted(path.name for path in folder.parent.glob("*/"))
         fix = shard_format.split_fix(folder.name, beside) or f"; {FOLDER_FIX}"
-        raise DataError(f"{folder} does not exist; the folders there: {', '.join(beside) or 'none'}{fix}") from None
+        if len(beside) > MOST_SPLITS:
+            fix = f" and {len(beside) - MOST_SPLITS:,} more; if these are classes, move them into {folder}"
+        listed = ", ".join(beside[:MOST_SPLITS]) or "none"
+        raise DataError(f"{folder} does not exist; the folders there: {listed}{fix}") from None
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror}; {FOLDER_FIX}") from error
     if not names:

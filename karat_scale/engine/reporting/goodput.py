@@ -2,7 +2,8 @@
 
 Rank 0's time is cut wherever its heartbeat says that it begins with something else. So the parts of a start add up to
 its wall time, and each event of `metrics.jsonl` has them as `spent`. What a start did after the checkpoint that the
-next start resumes from was lost. The time between two starts is that in the queue, where a job waits.
+next start resumes from was lost. A job is in the queue from when SLURM takes it to when it starts. The time without a
+job does not count.
 """
 
 import math
@@ -66,7 +67,7 @@ class WallTime:
 
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     seconds: float = 0.0
-    """From the first start, or its submission, to the last event, without the time in which the run was finished."""
+    """From the first start, or its submission, to the last event, without the time in which there was no job."""
     failures: int = 0
     """Starts that ended without a word, or by an error that is not the user's."""
 
@@ -118,17 +119,17 @@ class WallTime:
 
     def _start(self, event: Mapping[str, Any]) -> None:
         began, step = _number(event["began"]), event["step"]
+        asked = began if event["submitted"] is None else _number(event["submitted"])
         if event["anew"] or self._until is None:
             self.parts, self.seconds = dict.fromkeys(PARTS, 0.0), 0.0
             self._marks, self._end, self.failures = [], None, 0
-            self._until = began if event["submitted"] is None else _number(event["submitted"])
+            self._until = asked
         else:
             if event["last_sign"] is not None:
                 self.reach(min(_number(event["last_sign"]), began), "training")
             self._lose(step)
             self.failures += self._end in (None, 1)
-        if self._end == 0:  # it was finished, and nothing waited
-            self._until = max(began, self._until)
+        self._until = max(asked, self._until)
         self.parts["queue"] += max(began - self._until, 0.0)
         self._move(began)
         self._of_start, self._end = {}, None

@@ -224,7 +224,7 @@ class Reporter:
         """
         if self._log is not None:
             self._stopwatch = Stopwatch()
-            asked = submitted() if anew else None
+            asked = submitted()
             self._write("start", step, began=self._stopwatch.began, anew=anew, last_sign=last_sign, submitted=asked)
 
     def beat(self, doing: str, step: int = 0) -> None:
@@ -282,7 +282,7 @@ class Reporter:
     def checkpoint(self, state: RunState, name: str, seconds: float, stall: float, near: bool = False) -> None:
         """A checkpoint is complete; training stood still for `stall` of its seconds. `near`: only on each node."""
         if not near:  # there are too many of these to print
-            self.info(f"saved {name} in {seconds:.1f} s; training waited for {stall:.1f} s of them")
+            self.info(f"saved {name} in {seconds:.1f} s, of which training paused {stall:.1f} s")
         figures = {"seconds": round(seconds, 3), "stall_seconds": round(stall, 3), **({"near": True} if near else {})}
         self._write("checkpoint", state.step, samples=state.samples, name=name, **figures)
 

@@ -128,9 +128,9 @@ def test_auto_falls_back_with_its_reason_where_there_is_no_compiler(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     without, its_graph, with_one, other_graph = done.stdout.splitlines()
-    assert without == f"learned attention runs by streaming in 2 layers (triton cannot: {LACKS_COMPILER})"
+    assert without == f"learned attention: 2 layers by streaming (triton cannot: {LACKS_COMPILER})"
     assert "karat_scale.streaming" in its_graph
-    assert with_one == "learned attention runs by triton in 2 layers"
+    assert with_one == "learned attention: 2 layers by triton"
     assert "karat_scale.triton_forward" in other_graph
 
 

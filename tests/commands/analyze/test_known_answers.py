@@ -72,7 +72,9 @@ def test_one_hot_attention_has_rank_one(karat_run: TrainedRun) -> None:
     result = analyze_spectrum(changed(karat_run, PlantedRun), Settings(images=3))
     for block in result.numbers["blocks"]:
         assert block["after"] == pytest.approx(dict.fromkeys(block["after"], 1.0), abs=1e-3)
-    assert result.findings == ["In the last block, the scores A have an effective rank of 1.0, and S of 1.0."]
+    assert result.findings == [
+        "In the last block, the scores A have an effective rank of 1.0, and S, made of them, of 1.0."
+    ]
     # All 17 rows are the same unit vector, so its singular value is the root of 17, or half of it.
     extremes = result.arrays["ln_min"][:, 1, 0], result.arrays["ln_max"][:, 1, 0]
     np.testing.assert_allclose(extremes, [[np.log(17**0.5 / 2)] * 2, [np.log(17**0.5)] * 2], atol=1e-5)
@@ -172,7 +174,7 @@ def test_a_constant_matrix_loses_nothing_by_its_mean_over_images(softmax_run: Tr
     depends, accuracy = result.findings
     assert depends.endswith("depends on the query and 0.0 % on the image.")
     assert accuracy.endswith(f"over images {top1['S']:.1f} %.")
-    assert accuracy.startswith(f"Top-1 of 8 images is {top1['S']:.1f} %.")
+    assert accuracy.startswith(f"Top-1 of 8 images is {top1['S']:.1f} % (+-")
 
 
 def test_the_plain_operator_has_the_same_functions() -> None:

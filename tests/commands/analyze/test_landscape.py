@@ -35,7 +35,7 @@ def test_of_a_real_run(any_run: TrainedRun, tmp_path: Path, monkeypatch) -> None
     assert middle == pytest.approx(result.numbers["random_loss"]["least"], rel=0.5)
     assert result.numbers["path"]["steps"] == [0, 4, 8, 12, 16]
     assert not list(tmp_path.iterdir())
-    (cost,) = [line for line in told if "takes at most about" in line]
+    (cost,) = [line for line in told if "takes about" in line]
     assert "(18 x " in cost  # 3 x 3 points in two planes
     assert told.index(cost) < told.index("landscape, path")
 

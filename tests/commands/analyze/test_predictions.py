@@ -76,7 +76,7 @@ def test_a_real_run_is_predicted_once_as_karat_eval_scores_it(own_run: TrainedRu
     monkeypatch.setattr("karat_scale.commands.analyze.result.WORTH_TELLING", 0.0)
     settings = Settings(tell=told.append, progress=lambda what, done, total: told.append(f"{done}/{total}"))
     result = analyze_accuracy(own_run, settings)
-    assert told[0].startswith("predicting the validation split takes at most about ")
+    assert told[0].startswith("predicting the validation split takes about ")
     assert told[1:] == ["1/4", "2/4", "3/4", "4/4"]
     events = [json.loads(line) for line in (own_run.path / "metrics.jsonl").read_text().splitlines()]
     best = max((event for event in events if event["event"] == "eval"), key=lambda event: event["top1"])
@@ -94,7 +94,7 @@ def test_a_real_run_is_predicted_once_as_karat_eval_scores_it(own_run: TrainedRu
     assert finding.startswith(f"The mean probability of an answer is {sure}, and {best['top1']:.1f} % are right: ")
     hardest = min(result.numbers["classes"], key=lambda one: one["accuracy"])
     assert result.findings == [
-        f"{hardest['class']} is the hardest class: {hardest['accuracy']:.1f} % right, "
+        f"The hardest class is {hardest['class']}: {hardest['accuracy']:.1f} % right, "
         f"most often taken for {hardest['taken_for']}."
     ]
     assert (own_run.path / FILE).stat().st_mtime_ns == written

@@ -29,7 +29,7 @@ def test_of_a_real_run(any_run: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> 
     # After so few steps the direction of largest curvature may bend downwards.
     assert abs(result.numbers["top_eigenvalues"][0]) > 0
     assert result.numbers["images"] == 4
-    (cost,) = [line for line in told if "takes at most about" in line]
+    (cost,) = [line for line in told if "takes about" in line]
     assert "(48 x " in cost
 
 

@@ -216,7 +216,8 @@ KARAT = "[Kolmogorov-Arnold attention](https://arxiv.org/abs/2503.10632)"
 )
 def test_the_attention_is_that_of_the_recipe(attention: dict[str, object], said: str) -> None:
     facts = {**FACTS, "attention": AttentionConfig(**attention).model_dump_json()}
-    assert f"A vit_tiny_patch16_224 with {said}, 6 parameters, " in model_card(facts, nn.Linear(2, 2), "owls")
+    model = "vit_tiny_patch16_224, 224 px"
+    assert f"A model ({model}) with {said}, 6 parameters and " in model_card(facts, nn.Linear(2, 2), "owls")
 
 
 QUICK = ("train.max_steps=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null", "data.backend=synthetic")

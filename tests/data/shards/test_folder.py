@@ -52,6 +52,11 @@ def test_labels_follow_the_training_split_and_a_file_that_is_gone_is_named(folde
     [
         ("train", [], "train does not exist; the folders there: none; correct data.path"),
         ("train", ["training/ant/x.jpg"], "the folders there: training; set data.train_split to one"),
+        (
+            "train",
+            [f"{name}/x.jpg" for name in "gfedcba"],
+            "the folders there: a, b, c, d, e and 2 more; if these are classes, move them into ",
+        ),
         ("train", ["train/x.jpg"], "train has no class folders; correct data.path"),
         ("train", ["train/ant/x.txt"], "train has no images in its class folders; correct data.path"),
         ("train", [f"train/{name}/x.jpg" for name in "abc"], "has 3 classes, but model.num_classes = 2"),

@@ -111,7 +111,7 @@ def test_what_is_no_tar_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "t.tar"
     write(path, "pax")
     subprocess.run(["gzip", "-k", path], check=True)
-    with pytest.raises(DataError, match="unpack its compression"):
+    with pytest.raises(DataError, match="decompress it first"):
         scan(path.with_suffix(".tar.gz"))
     joined = tmp_path / "joined.tar"
     joined.write_bytes(path.read_bytes() * 2)

@@ -25,13 +25,20 @@ KILLED = (
 
 def test_what_came_after_the_checkpoint_is_lost_and_the_rest_is_time_in_the_queue() -> None:
     ended = event("end", 2060, 10, 49, 1, exit=0)
-    found = wall_time([*KILLED, start(2000, 5, last_sign=1112), ended])
+    found = wall_time([*KILLED, start(2000, 5, last_sign=1112, submitted=400), ended])
     assert found.seconds == 2060 - 400 == pytest.approx(sum(found.parts.values()))
     assert found.parts["queue"] == 600 + (2000 - 1112)
     assert found.parts["lost"] == 98 - 40 + 2
     assert found.parts["training"] == 40 + 49
     assert found.parts["starting"] == 20
     assert str(found) == "27 min 40 s: training 5.4 %, saving 0.18 %, starting 1.2 %, lost 3.6 %, queue 90 %"
+
+
+@pytest.mark.parametrize(("submitted", "queue"), [(1500, 500), (None, 0)])
+def test_time_without_a_job_does_not_count(submitted, queue) -> None:
+    found = wall_time([*KILLED, start(2000, 5, last_sign=1112, submitted=submitted)])
+    assert found.parts["queue"] == 600 + queue
+    assert found.seconds == (1112 - 400) + queue + 10 == pytest.approx(sum(found.parts.values()))
 
 
 def test_a_run_that_was_never_saved_loses_all_its_work_and_one_that_begins_anew_has_none():

@@ -22,7 +22,7 @@ def test_a_pipe_gets_plain_lines(capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("step 5/10 epoch 0 loss 1.2500 lr 1.00e-03 321 img/s")
     assert lines[1].endswith("eval at step 5: top-1 12.35 %")
-    assert lines[2].endswith("saved step-00000005 in 0.5 s; training waited for 0.1 s of them")
+    assert lines[2].endswith("saved step-00000005 in 0.5 s, of which training paused 0.1 s")
     assert all(part in lines[3] for part in ("warning", "n01/x", "train-000001.tar", "truncated"))
     assert lines[4].endswith("321 img/s MFU 41.6%")
 
