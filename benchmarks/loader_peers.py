@@ -260,7 +260,9 @@ def prepare_beton(folder: Path, place: Path, mode: str = "jpg") -> None:
     """Write a beton: JPEGs of quality 95, or pixels."""
     fields, writer = import_module("ffcv.fields"), import_module("ffcv.writer")
     kinds = {"image": fields.RGBImageField(write_mode=mode, jpeg_quality=95), "label": fields.IntField()}
-    writer.DatasetWriter(str(place), kinds, num_workers=1).from_indexed_dataset(_Pixels(encoded_of(folder)))
+    # A page must hold the pixels of the largest image; with FFCV's own 8 MiB its writer would hang.
+    written = writer.DatasetWriter(str(place), kinds, page_size=1 << 26, num_workers=1)
+    written.from_indexed_dataset(_Pixels(encoded_of(folder)))
 
 
 @cache  # it compiles its pipeline for many seconds

@@ -105,7 +105,11 @@ def _is_unread(output: int) -> bool:
 
 def entry_point() -> None:
     """Run the console script."""
-    code = code_for_launcher(main())
+    try:
+        code = code_for_launcher(main())
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
     # A launcher may repeat its signal. It must not kill an interpreter that is exiting with its own code.
     for repeated in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(repeated, signal.SIG_IGN)

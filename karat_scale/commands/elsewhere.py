@@ -12,7 +12,7 @@ from karat_scale.foundation.console import plural, printable, work_display
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError, UserError
 from karat_scale.foundation.tables import TRACKERS, require_trust
 from karat_scale.recipe.base import LogConfig
-from karat_scale.recipe.files import read_run_recipe
+from karat_scale.recipe.files import read_run_recipe, recipe_of_run
 from karat_scale.training.run_copy import RunUrl, keep_run_id, run_id
 from karat_scale.training.run_directory import RunDirectory
 
@@ -27,10 +27,8 @@ def track_runs(runs: Sequence[str], to: Sequence[str] | None) -> int:
     Raises:
         UserError: a path is no run, or a tracker is not installed, unknown or not trusted.
     """
-    for path in runs:
-        if not (Path(path) / "recipe.yaml").is_file():
-            raise RunDirectoryError(f"{path}: not a run directory (it has no recipe.yaml)")
-    chosen = {path: to or _trackers_in_recipe(Path(path) / "recipe.yaml") for path in runs}
+    recipes = {path: recipe_of_run(Path(path)) for path in runs}
+    chosen = {path: to or _trackers_in_recipe(recipe) for path, recipe in recipes.items()}
     for trackers in chosen.values():
         check_trackers(trackers)
     late = [path for path, trackers in chosen.items() if not _send(Path(path), trackers)]

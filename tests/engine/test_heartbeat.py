@@ -55,7 +55,7 @@ def test_a_rank_that_stalls_shows_its_stack(tmp_path) -> None:
         heartbeat.stop()
         """
     )
-    environment = {**karat_environment(), "KARAT_STALL_SECONDS": "0.05"}
+    environment = {**karat_environment(), "KARAT_STALL_SECONDS": "0.5"}
     command, pipe = [sys.executable, "-c", program], subprocess.PIPE
     with subprocess.Popen(command, env=environment, stdin=pipe, stderr=pipe, text=True) as process:
         shown = list(itertools.takewhile(lambda line: "in wait_in_a_collective" not in line, process.stderr))
