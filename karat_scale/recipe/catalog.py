@@ -45,8 +45,8 @@ def catalog() -> list[Entry]:
 def list_recipes(words: Sequence[str], json_file: str | None) -> int:
     """Print recipes, and return the exit code.
 
-    One that is named is shown whole. Otherwise it is those that have a result, of the paper or ours, and all words in
-    their name or header; if there are none, those without a result that have the words.
+    One that is named is shown whole. Otherwise it is those with all words in their name, or if there are none, in
+    their header. Of these, recipes without a result, of the paper or ours, are shown only if no other is.
 
     Raises:
         RecipeError: no recipe has these words.
@@ -56,8 +56,10 @@ def list_recipes(words: Sequence[str], json_file: str | None) -> int:
         write_json(json_file, [asdict(entry) for entry in named])
         _show(named[0])
         return 0
-    named = [entry for entry in entries if all(word.lower() in entry.name for word in words)]
-    having = named or [entry for entry in entries if all(_has(entry, word) for word in words)]
+    wanted = [word.lower() for word in words]
+    by_name = [entry for entry in entries if all(word in entry.name.lower() for word in wanted)]
+    by_header = [entry for entry in entries if all(word in f"{entry.name} {entry.trains}".lower() for word in wanted)]
+    having = by_name or by_header
     if not having:
         hint = did_you_mean(words[0], [entry.name for entry in entries], "`karat recipes` lists all")
         raise RecipeError(f"karat recipes {' '.join(words)}: no shipped recipe has these words; {hint}")
@@ -78,10 +80,6 @@ def list_recipes(words: Sequence[str], json_file: str | None) -> int:
     ):
         print(f"  {title:<9}  {'  '.join(word for kind in kinds for word in part_names(kind))}")
     return 0
-
-
-def _has(entry: Entry, word: str) -> bool:
-    return word.lower() in f"{entry.name} {entry.trains}".lower()
 
 
 def _show(entry: Entry) -> None:

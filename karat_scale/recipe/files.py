@@ -240,7 +240,7 @@ def read_run_recipe(path: Path) -> dict[str, Any]:
 
 
 def lay_over(tree: dict[str, Any], upper: Mapping[str, Any]) -> None:
-    """Merge a file's keys over another's, section by section. Lists and values are replaced as a whole."""
+    """Merge a tree's keys over another's, section by section. Lists and values are replaced as a whole."""
     for key, value in upper.items():
         below = tree.get(key)
         if isinstance(below, dict) and isinstance(value, dict):

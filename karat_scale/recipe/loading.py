@@ -211,7 +211,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "", whole: Collection[str] = (
 
 
 def _one_line(error: ValidationError, schema: type[BaseModel]) -> str:
-    errors = sorted(error.errors(), key=lambda one: one["type"] == "missing")  # a key may be missing as it is misspelt
+    errors = sorted(error.errors(), key=lambda one: one["type"] == "missing")  # misspelt keys are why
     first = _describe(errors[0], schema)
     return first if len(errors) == 1 else f"{first} (and {len(errors) - 1} more)"
 

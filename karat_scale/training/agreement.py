@@ -29,8 +29,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 class StopSignals:
-    """Remembers the first stop signal. Ctrl-C is answered, and a second one quits, when Python gets the processor back:
-    a slow operation on the CPU ends first.
+    """Remembers the first stop signal. Ctrl-C is answered, and a second one quits the process.
+
+    Python handles a signal when the running operation has ended, so a slow one on the CPU delays both.
     """
 
     def __init__(self) -> None:

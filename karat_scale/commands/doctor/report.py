@@ -37,7 +37,7 @@ class Finding:
     figures: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data for JSON. The fix is under the key `mend`."""
+        """Return plain data for JSON, in which the fix is called `mend`."""
         return {"name": self.name, "level": self.level, "value": self.value, "mend": self.fix, **self.figures}
 
 

@@ -357,9 +357,10 @@ def _class_folders(folder: Path) -> list[str]:
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
     except FileNotFoundError:
         beside = sorted(path.name for path in folder.parent.glob("*/"))
-        fix = shard_format.split_fix(folder.name, beside) or f"; {FOLDER_FIX}"
-        if len(beside) > MOST_SPLITS:
-            fix = f" and {len(beside) - MOST_SPLITS:,} more; if these are classes, move them into {folder}"
+        if more := len(beside[MOST_SPLITS:]):
+            fix = f" and {more:,} more; if these are classes, move them into {folder}"
+        else:
+            fix = shard_format.split_fix(folder.name, beside) or f"; {FOLDER_FIX}"
         listed = ", ".join(beside[:MOST_SPLITS]) or "none"
         raise DataError(f"{folder} does not exist; the folders there: {listed}{fix}") from None
     except OSError as error:
