@@ -4,6 +4,7 @@ They ignore the signals that the trainer handles, and end when it ends. They sha
 killed with one that another waits for.
 """
 
+import errno
 import faulthandler
 import gc
 import mmap
@@ -35,6 +36,8 @@ from karat_scale.foundation.machine import be_killed_with_parent, usable_cores
 
 POLL_SECONDS = 1.0
 MAX_WORKERS = 1024
+# How long a worker gets to begin in, at each try.
+_PATIENCE = (2.0, 4.0, 8.0, 16.0, 32.0)
 # More would wait for each other, and each takes memory. The extra ones are for slow file systems.
 _WORKERS_PER_CORE, _MORE_WORKERS = 4, 32
 # On this signal a worker prints its Python stack, wherever it hangs; and how long to wait for that.
@@ -62,15 +65,34 @@ def check_worker_count(workers: int) -> None:
 
 
 def start_worker(number: int, run: Callable[..., None], *arguments: Any) -> ForkProcess:
-    """Fork a process that calls `run`, and that ends when this one ends. Raises OSError."""
+    """Fork a process that calls `run`, and that ends when this one ends. Raises OSError.
+
+    A fork while another thread, such as one of gloo's, holds CPython's lock of its threads leaves that lock held for
+    ever in the child, which hangs before its first line. So a child that does not begin is killed, and the fork is
+    tried again.
+    """
     of_main_thread = threading.current_thread() is threading.main_thread()
-    arguments = os.getpid(), of_main_thread, number, run, *arguments
-    process = _FORK.Process(target=_run, args=arguments, name=f"karat-worker-{number}", daemon=True)
-    process.start()
-    return process
+    for patience in _PATIENCE:
+        ours, theirs = _FORK.Pipe(duplex=False)
+        with ours, theirs:
+            told = os.getpid(), of_main_thread, number, theirs, run, *arguments
+            process = _FORK.Process(target=_run, args=told, name=f"karat-worker-{number}", daemon=True)
+            process.start()
+            if connection.wait([ours, process.sentinel], patience):
+                return process
+        process.kill()
+        process.join()
+    raise TimeoutError(errno.ETIMEDOUT, f"each of {len(_PATIENCE)} hung before its first line")
 
 
-def _run(parent: int, of_main_thread: bool, number: int, run: Callable[..., None], *arguments: Any) -> None:
+def _run(
+    parent: int,
+    of_main_thread: bool,
+    number: int,
+    begun: connection.Connection,
+    run: Callable[..., None],
+    *arguments: Any,
+) -> None:
     """Set up the calling process as a worker of process `parent`, whose main thread may have started it.
 
     A signal to the whole process group (Ctrl-C, SLURM) must not end the workers, since the trainer still
@@ -78,6 +100,8 @@ def _run(parent: int, of_main_thread: bool, number: int, run: Callable[..., None
     """
     global _number
     _number = number
+    begun.send_bytes(b"")
+    begun.close()
     gc.freeze()  # what a library's destructor does to an object of the trainer is not for this process
     torch.set_num_threads(1)
     for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):

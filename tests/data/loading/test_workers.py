@@ -1,16 +1,21 @@
 """What workers do when they, their trainer or all of them are signalled or killed."""
 
+import ctypes
 import gc
 import itertools
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
@@ -38,6 +43,40 @@ def begun(opened, make_shards, cheap_augment):
         return backend, batches, children() - before
 
     return begin
+
+
+# As a thread of gloo, which has no state in Python until it drops a tensor that has one.
+FOREIGN_THREAD = """
+typedef struct _ts state;
+extern state *PyThreadState_New(void *);
+extern void PyThreadState_Delete(state *);
+void come_and_go(void *interpreter, volatile int *ended) {
+    for (volatile unsigned pause = 0; !*ended; ++pause)
+        if (pause % 1000 == 0) PyThreadState_Delete(PyThreadState_New(interpreter));
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_a_worker_that_hangs_in_its_fork_is_replaced(monkeypatch, tmp_path):
+    (tmp_path / "foreign.c").write_text(FOREIGN_THREAD)
+    subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", tmp_path / "foreign.so", tmp_path / "foreign.c"], check=True)
+    come_and_go = ctypes.CDLL(str(tmp_path / "foreign.so")).come_and_go
+    interpreter = ctypes.pythonapi.PyInterpreterState_Get
+    interpreter.restype = ctypes.c_void_p
+    ended = ctypes.c_int(0)
+    thread = threading.Thread(target=come_and_go, args=(ctypes.c_void_p(interpreter()), ctypes.byref(ended)))
+    hung: list[ForkProcess] = []
+    monkeypatch.setattr(loading, "_PATIENCE", (0.3,) * 100)
+    monkeypatch.setattr(ForkProcess, "kill", lambda process: (hung.append(process), BaseProcess.kill(process)))
+    thread.start()
+    try:
+        while not hung:
+            results = OrderedResults(abs, range(9), 1, 2, 60.0, str)
+    finally:
+        ended.value = 1
+        thread.join()
+    assert list(results) == list(range(9))
 
 
 @pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -200,7 +239,9 @@ def test_a_worker_whose_trainer_died_before_it_looked_leaves() -> None:
     gone.start()
     gone.join()
     assert gone.pid is not None
-    worker = multiprocessing.get_context("fork").Process(target=loading._run, args=(gone.pid, True, 0, time.sleep, 60))
+    _ours, theirs = multiprocessing.Pipe(duplex=False)
+    told = gone.pid, True, 0, theirs, time.sleep, 60
+    worker = multiprocessing.get_context("fork").Process(target=loading._run, args=told)
     worker.start()
     worker.join(30)
     assert worker.exitcode == 0
