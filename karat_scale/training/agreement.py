@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
+from functools import partial
 
 from karat_scale.engine.distributed import World
 from karat_scale.engine.reporting.goodput import WallTime
@@ -31,37 +31,48 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 class StopSignals:
     """Remembers the first stop signal. Ctrl-C is answered, and a second one quits the process.
 
-    Python handles a signal when the running operation has ended, so a slow one on the CPU delays both.
+    Python calls a handler when the running operation has ended, which may take minutes. The signal's number is in its
+    pipe at once.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
 
     def install(self) -> "StopSignals":
-        """Catch the stop signals from here on, in this process."""
+        """Catch the stop signals from here on, in this process, whose main thread calls this."""
+        numbers, into = os.pipe()
+        os.set_blocking(into, False)
+        signal.set_wakeup_fd(into)
         for number in STOP_SIGNALS:
-            signal.signal(number, self._remember)
+            signal.signal(number, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
-        threading.Thread(target=self._wait_for_usr2, name="signals", daemon=True).start()
+        threads = {"signals": partial(self._hear, numbers), "SIGUSR2": self._wait_for_usr2}
         if LAUNCHER.is_there:
-            threading.Thread(target=self._stop_with_launcher, name="launcher", daemon=True).start()
+            threads["launcher"] = self._stop_with_launcher
+        for name, run in threads.items():
+            threading.Thread(target=run, name=name, daemon=True).start()
         return self
+
+    def _hear(self, numbers: int) -> None:
+        while True:
+            for number in os.read(numbers, 1):
+                self._remember(number)
+
+    def _wait_for_usr2(self) -> None:
+        while True:
+            self._remember(signal.sigwait({signal.SIGUSR2}))
 
     def _stop_with_launcher(self) -> None:
         while not LAUNCHER.is_gone:
             time.sleep(_POLL_SECONDS)
         os.write(2, b"the launcher has ended; this rank stops, too\n")
-        self._remember(signal.SIGTERM, None)
+        self._remember(signal.SIGTERM)
 
-    def _wait_for_usr2(self) -> None:
-        while True:
-            self._remember(signal.sigwait({signal.SIGUSR2}), None)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _remember(self, number: int) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             os.write(2, b"\nquit at once; what came after the last checkpoint is lost\n")
             os._exit(1)
-        if self.received is None:
+        if number in STOP_SIGNALS and self.received is None:
             self.received = signal.Signals(number)
             if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
                 os.write(2, b"\nstopping: the state is saved first; Ctrl-C again quits at once\n")

@@ -77,7 +77,12 @@ def start_worker(number: int, run: Callable[..., None], *arguments: Any) -> Fork
         with ours, theirs:
             told = os.getpid(), of_main_thread, number, theirs, run, *arguments
             process = _FORK.Process(target=_run, args=told, name=f"karat-worker-{number}", daemon=True)
-            process.start()
+            # Until the child ignores it. It shares the pipe into which Python writes the signals of the trainer.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             if connection.wait([ours, process.sentinel], patience):
                 return process
         process.kill()
