@@ -58,9 +58,8 @@ _OTHER_COMMANDS = {
 
 def _why_strange(strange: Sequence[str], takes_overrides: bool) -> str:
     first = next((text for text in strange if text.startswith("-")), strange[0])
-    if first.startswith("-"):
-        return f"unknown option {first.partition('=')[0]}"
-    return f"unexpected argument {first!r}" + ("; overrides are key=value" if takes_overrides else "")
+    what = f"unknown option {first.partition('=')[0]}" if first.startswith("-") else f"unexpected argument {first!r}"
+    return what + ("; overrides are key=value" if takes_overrides else "")
 
 
 def whole(least: int) -> Callable[[str], int]:

@@ -37,8 +37,8 @@ class Finding:
     figures: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data for JSON, in which the fix is called `mend`."""
-        return {"name": self.name, "level": self.level, "value": self.value, "mend": self.fix, **self.figures}
+        """Return plain data for JSON."""
+        return {"name": self.name, "level": self.level, "value": self.value, "fix": self.fix, **self.figures}
 
 
 def found(name: str, value: str, fix: str = "", *, wrong: bool = False, **figures: Any) -> Finding:

@@ -290,7 +290,7 @@ def _charts(facts: SplitFacts) -> bytes:
 _FOLDERS = ("train", "val", "test", "valid", "validation")
 
 
-def look_at_data(path: str, images: int, classes: int, out: str | None, json_file: str | None) -> int:
+def look_at_data(path: str, images: int, classes: int, out: str, json_file: str | None) -> int:
     """Print what a data set holds and write an HTML page; returns the exit code.
 
     Args:
@@ -313,9 +313,8 @@ def look_at_data(path: str, images: int, classes: int, out: str | None, json_fil
     write_json(json_file, {one.name: one.numbers() for one in facts})
     for one in facts:
         _print_split(one)
-    page = Path(out) if out else Path("" if isinstance(directory, str) else directory) / "data.html"
-    write_page(page, str(directory), facts, pictures)
-    print(f"\n{page}")
+    write_page(Path(out), str(directory), facts, pictures)
+    print(f"\n{out}")
     return 0
 
 

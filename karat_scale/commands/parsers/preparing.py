@@ -58,7 +58,7 @@ def add_commands(commands: Any) -> None:
     data.add_argument("path", metavar="PATH", help="shards, betons, or a folder with train/<class>/<image>")
     data.add_argument("--images", type=count, default=1000, help="sampled for their size (default: %(default)s)")
     data.add_argument("--classes", type=count, default=50, help="shown with samples (default: %(default)s)")
-    data.add_argument("--out", metavar="FILE", help="an HTML file (default: PATH/data.html)")
+    data.add_argument("--out", metavar="FILE", default="data.html", help="an HTML file (default: %(default)s)")
     add_json(data)
     data.set_defaults(run=command("karat_scale.commands.look.command:look_at_data"))
 

@@ -14,6 +14,7 @@ from karat_scale.models.flops import Flops, flops_per_image
 from karat_scale.recipe import Recipe
 
 SHOWN_MICRO_BATCHES = 6
+_TIME_UNKNOWN = "unknown; karat doctor RECIPE times a step here, --gpu and --step-time give one of another machine"
 
 
 @dataclass(frozen=True)
@@ -116,23 +117,26 @@ def show(plan: Plan) -> None:
     ]
     kind = plan.gpu.key if plan.gpu else ("GPU" if plan.machine.on_gpu else "CPU")
     title = f"GB needed by a rank of {world}, on {kind} with {gigabytes(plan.machine.memory)}"
-    print_table(f"{title}, by micro batch (- does not fit)", ["", *sizes], rows)
+    note = (
+        "" if all(choice.fits for choices in plan.grid.values() for choice in choices[shown]) else " (- does not fit)"
+    )
+    print_table(f"{title}, by micro batch{note}", ["", *sizes], rows)
     for config, refusal in plan.refused.items():
         print(f"  {config} passed over: {refusal}")
     print(f"\n{line(choice, recipe)}")
     parts = {**choice.peak.parts, "context, loader, fragmentation": choice.margin}
-    rows = [[name, gigabytes(size)] for name, size in parts.items() if size]
+    rows = [[name, _gb(size)] for name, size in parts.items() if size]
     if choice.host:
-        rows.append(["of it in the CPU's memory", f"-{gigabytes(choice.host)}"])
-    print_table(f"at its worst moment ({choice.peak.moment})", ["part", "a rank"], rows)
+        rows.append(["of it in the CPU's memory", f"-{_gb(choice.host)}"])
+    print_table(f"at its worst moment ({choice.peak.moment})", ["part", "GB a rank"], rows)
     blocks = list(choice.peak.blocks.items())
     rows = [
-        ["outside blocks" if block < 0 else f"block {block}", gigabytes(size)]
+        ["outside blocks" if block < 0 else f"block {block}", _gb(size)]
         for number, (block, size) in enumerate(blocks)
         if not number or size != blocks[number - 1][1]  # of several alike the first alone
     ]
     if rows:
-        print_table("activations at that moment", ["", "each"], rows)
+        print_table("activations at that moment", ["", "GB each"], rows)
     _show_time(plan)
     if recipe.checkpoint.url:
         print(f"checkpoint.url: each checkpoint copies about {gigabytes(plan.checkpoint_bytes)} there")
@@ -143,6 +147,10 @@ def show(plan: Plan) -> None:
             rows.append([f"{point.gpus:,}", f"{point.weak:,.0f}", f"{100 * point.efficiency:.1f} %", strong])
         header = ["GPUs", f"{choice.micro_batch} a GPU", "efficiency", f"global batch {recipe.train.global_batch}"]
         print_table(f"predicted images a second, {plan.node.gpus} GPUs a node", header, rows)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f}" if size >= 1e7 else "< 0.01"
 
 
 def show_side_by_side(plans: Sequence[Plan]) -> None:
@@ -169,8 +177,7 @@ def show_side_by_side(plans: Sequence[Plan]) -> None:
         rows.append([name, *cells])
     print_table("plans side by side", ["", *(plan.recipe.run.name for plan in plans)], rows)
     for plan in plans:
-        what = plan.time.source if plan.time else "unknown; give --step-time, or --gpu with a name that the table has"
-        print(f"time of {plan.recipe.run.name}: {what}")
+        print(f"time of {plan.recipe.run.name}: {plan.time.source if plan.time else _TIME_UNKNOWN}")
 
 
 def line(choice: Choice, recipe: Recipe) -> str:
@@ -204,7 +211,7 @@ def _show_time(plan: Plan) -> None:
     if plan.not_measured:
         print(plan.not_measured)
     if plan.step is None or plan.time is None:
-        print("time: unknown; give --step-time, or --gpu with a name that the table has")
+        print(f"time: {_TIME_UNKNOWN}")
         return
     rate = plan.recipe.train.global_batch / plan.step
     epoch = plan.step * plan.steps_per_epoch

@@ -45,7 +45,7 @@ def test_shards_give_every_figure(doctor: Doctor, recipe_file: Path, tmp_path: P
     assert done.stderr == ""
     keys = {"version", "problems", "machine", "recipe", "verdict", "advice", "data_images_per_second"}
     assert keys <= report.keys()
-    assert {"name", "level", "value", "mend"} <= report["machine"][0].keys()
+    assert {"name", "level", "value", "fix"} <= report["machine"][0].keys()
     assert "  ok       torch: " in done.stdout
     assert "\x1b" not in done.stdout
     names = {"storage", "decode", "augmentation", "transfer", "model", "optimizer"}
