@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 from PIL import Image
 
 from tests.selection import pytest_addoption, pytest_collection_modifyitems, pytest_xdist_make_scheduler
@@ -40,6 +41,10 @@ __all__ = ["pytest_addoption", "pytest_collection_modifyitems", "pytest_xdist_ma
 
 # Before torch is imported. Threads of several test processes on few cores spend their time waiting for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# The same cases in each run, however slow the machine is.
+settings.register_profile("karat", deadline=None, derandomize=True)
+settings.load_profile("karat")
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS, SIZE = 4, 16, 7, 20

@@ -46,7 +46,7 @@ def tolerance(case: Case, steepness: float) -> float:
     return max(2e-6, 5e-8 * steepness * largest)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     name=st.sampled_from([name for name in BASES if name not in KINKED]),
     form=st.sampled_from(FORMS),

@@ -75,7 +75,7 @@ def try_damages(
     """Call `look` with a fresh copy of the directory `whole` and a damage, few or many times."""
 
     @seed(share.seed)
-    @settings(max_examples=share.of(*counts), deadline=None, database=None)
+    @settings(max_examples=share.of(*counts), database=None)
     @given(damage=DAMAGES)
     def run(damage: Damage) -> None:
         shutil.rmtree(work, ignore_errors=True)

@@ -113,7 +113,7 @@ def test_the_same_grid_gives_the_same_tensors(form: str) -> None:
     axis=st.integers(0, 2),
     value=st.floats(-4, 4),
 )
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_a_sum_over_equal_patches_stays_and_the_prefix_is_untouched(prefix, old, new, axis, value) -> None:
     before, after = TokenGrid(prefix, old, old), TokenGrid(prefix, new, new)
     tensor = torch.full((2, 3, 4), value, dtype=torch.float64)

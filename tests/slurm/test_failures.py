@@ -131,10 +131,10 @@ def test_a_rank_that_is_slow_is_named_while_the_job_continues(train) -> None:
 
 
 def hold_up(process: psutil.Process, ended: threading.Event) -> None:
-    """Let a process run for a third of the time."""
+    """Let a process run for a fifth of the time."""
     while not ended.wait(0.03):
         process.suspend()
-        ended.wait(0.06)
+        ended.wait(0.12)
         process.resume()
 
 

@@ -290,16 +290,18 @@ class TrainTransform:
         The view is left as it is.
         """
         assert draw is not None
-        if draw.flip:
-            pixels = pixels[:, ::-1]
         if not self._only_flips and (draw.ops or draw.jitter):
-            image = Image.fromarray(np.ascontiguousarray(pixels))
+            image = Image.fromarray(pixels)
+            if draw.flip:  # numpy's copy of a flipped image takes ten times as long
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             for operation in draw.ops:
                 assert self._randaugment is not None
                 image = self._randaugment.apply(image, operation)
             for name, factor in draw.jitter:
                 image = getattr(ImageEnhance, JITTERS[name])(image).enhance(factor)
             pixels = np.asarray(image)
+        elif draw.flip:
+            pixels = pixels[:, ::-1]
         if not self._only_flips and draw.erase is not None:
             pixels = self._erased(pixels, draw.erase)
         planes: Pixels = pixels.transpose(2, 0, 1)

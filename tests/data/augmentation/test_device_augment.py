@@ -111,7 +111,7 @@ def test_every_backend_leaves_it_to_the_device_on_any_number_of_ranks(make_shard
 
 # Each operation against timm's on Pillow, for strengths that hypothesis draws.
 FILL = (124, 116, 104)
-FEW = settings(max_examples=15, deadline=None)
+FEW = settings(max_examples=15)
 
 PICTURES = [
     photo(1, SIDE, SIDE),

@@ -72,7 +72,7 @@ def crops(draw, width, height):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("name", OTHERS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_crops_are_those_of_pillow(encode_jpeg, decoder_of, name, interpolation, data):
     width, height, options = data.draw(photos())
@@ -86,7 +86,7 @@ def test_crops_are_those_of_pillow(encode_jpeg, decoder_of, name, interpolation,
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("name", OTHERS)
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(photo=photos(), size=st.integers(1, 60), crop=st.floats(0.3, 1.0))
 def test_evaluation_views_are_those_of_pillow(encode_jpeg, decoder_of, name, interpolation, photo, size, crop):
     width, height, options = photo
@@ -296,7 +296,7 @@ def test_the_dimensions_and_components_of_a_frame(encode_jpeg):
     assert set(found) == {None, Frame(20, 20, 3)}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.sampled_from(sorted(RESAMPLE)), st.integers(0, 99)
 )

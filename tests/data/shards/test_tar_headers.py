@@ -78,7 +78,7 @@ def test_sparse_members_are_told(tmp_path: Path) -> None:
         assert (member.name, member.kind) == ("s.jpg", "sparse")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_a_cut_tar_is_never_taken_for_a_whole_one(tmp_path_factory, data) -> None:
     path = tmp_path_factory.getbasetemp() / "cut.tar"
@@ -90,7 +90,7 @@ def test_a_cut_tar_is_never_taken_for_a_whole_one(tmp_path_factory, data) -> Non
         scan(path)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 511), st.integers(1, 255))
 def test_a_changed_header_is_damage_or_has_no_meaning(tmp_path_factory, place: int, by: int) -> None:
     path = tmp_path_factory.getbasetemp() / "changed.tar"

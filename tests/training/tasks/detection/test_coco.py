@@ -150,7 +150,7 @@ def test_bad_files_are_one_line_that_names_them(own, tmp_path, monkeypatch) -> N
 SIDES = st.integers(5, 90)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**64 - 1), SIDES, SIDES, st.sampled_from([32, 64]))
 def test_image_and_masks_go_together_and_fit(seed, width, height, image_size) -> None:
     mask = np.zeros((height, width), np.uint8)
