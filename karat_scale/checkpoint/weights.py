@@ -213,14 +213,14 @@ class Snapshots:
         return step in self.steps
 
     def write(self, step: int) -> None:
-        """Write the weights after `step` steps unless they are there already; a failure is a warning. Collective.
+        """Write the weights after `step` steps; a failure is a warning. Collective.
 
-        The first ones replace those of an earlier start that has left no checkpoint: it may have had another recipe.
+        They replace those of an earlier start, which may have had another recipe, unless training resumes there.
         Rank 0 holds them whole on the host, the other ranks one parameter at a time.
         """
         self.reporter.beat("snapshot")
         path = self.directory / f"{checkpoint_name(step)}{_SUFFIX}"
-        is_kept = path.is_file() and (step > 0 or bool(self.store.names()))
+        is_kept = path.is_file() and self.store.pointed("latest") == path.stem
         if self.world.broadcast(is_kept):
             return
         whole = {}

@@ -298,13 +298,18 @@ class Ema:
             lerp_where(self.shards, masters, weight, was_taken)
 
     @contextmanager
-    def in_place_of_weights(self) -> Iterator[None]:
-        """Let the module hold the averages inside the block, and its own weights again after it. Collective."""
+    def in_place_of_weights(self, *shared: type[Exception]) -> Iterator[None]:
+        """Let the module hold the averages inside the block, and its own weights again after it. Collective.
+
+        After an error they stay there, as one rank may have met it alone, unless all ranks raise it: one of `shared`.
+        """
         self._swap()
         try:
             yield
-        finally:
+        except shared:
             self._swap()
+            raise
+        self._swap()
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -80,7 +80,7 @@ def follow(
 
 
 _OWNER, _ID = "owner.json", "run_id"
-_OWNER_BYTES = 65536
+_OWNER_BYTES, _HEAD_BYTES = 65536, 2**20
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class RunUrl:
             if path.suffix != FIXED:
                 data = path.read_bytes()  # of a log, whole lines
                 self._store.write(name, data[: data.rfind(b"\n") + 1] if path.suffix == ".jsonl" else data)
-            elif not self._has(name, facts.st_size):
+            elif not self._has(name, path):
                 self._store.put(name, path, on_bytes)
             self._sent[name] = mark
 
@@ -165,9 +165,13 @@ class RunUrl:
         to.write_bytes(data)
         return True
 
-    def _has(self, name: str, size: int) -> bool:
+    def _has(self, name: str, path: Path) -> bool:
+        """Whether the file there is like the one here in size and head, which has its recipe or digest."""
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
         try:
-            return self._store.facts(name).bytes == size
+            is_as_long = self._store.facts(name).bytes == path.stat().st_size
+            return is_as_long and self._store.read(name, 0, len(head)) == head
         except MissingFileError:
             return False
 

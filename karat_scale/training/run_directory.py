@@ -54,7 +54,8 @@ _UNSEEN = (
 )
 # Of the keys that change the shapes of tensors, those for which init_from makes weights fit.
 _FITTED = ("model.image_size", "model.num_classes", "model.patch_size")
-# What a run needs elsewhere beside its checkpoints; the rest can be made again. No file of a suffix in FIXED changes.
+# What a run needs elsewhere beside its checkpoints; the rest can be made again. A file of the suffix FIXED tells at its
+# head what made it.
 COPIED = (
     *("recipe.yaml", "classes.json", "metrics.jsonl", "summary.json", "*.safetensors", "trackers/*.json"),
     *("incidents/*.json", "snapshots/*.safetensors"),
@@ -121,11 +122,13 @@ class RunDirectory:
     def begins_anew(self, recipe: RunRecipe) -> bool:
         """Whether nothing of an earlier start here counts for `recipe`; asked before `begin`.
 
-        So it is with `resume.mode=never`, and where an earlier start with another recipe has left no checkpoint.
+        So it is without a checkpoint, with `resume.mode=never` or where the earlier start had another recipe.
         """
-        if recipe.resume.mode == "never" or not self.recipe_file.is_file():
-            return True
-        return not self.store.names() and bool(differing_keys(self.recipe(type(recipe)), recipe))
+        return not self.store.names() and (
+            recipe.resume.mode == "never"
+            or not self.recipe_file.is_file()
+            or bool(differing_keys(self.recipe(type(recipe)), recipe))
+        )
 
     def clear(self, ranks: int) -> list[str]:
         """Remove what killed starts, and starts with more ranks, left behind; the directory is claimed.

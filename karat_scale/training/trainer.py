@@ -403,7 +403,7 @@ class Trainer:
     def evaluate(self, on_batch: OnBatch) -> tuple[Scores, dict[str, Any]]:
         """Evaluate the weights that the recipe names; returns the scores, and what else the event says of the model."""
         use_ema = self.ema is not None and self.recipe.train.eval_weights != "raw"
-        weights = self.ema.in_place_of_weights() if use_ema and self.ema else nullcontext()
+        weights = self.ema.in_place_of_weights(StoppedError) if use_ema and self.ema else nullcontext()
         self.engine.module.eval()
         try:
             with weights:

@@ -29,11 +29,12 @@ def test_a_run_keeps_its_weights_and_a_resumed_one_takes_none_twice(small_recipe
     directory = RunDirectory(recipe.run.dir)
     directory.store.root.mkdir(parents=True)
     directory.snapshots.mkdir()
-    (directory.snapshots / "step-00000000.safetensors").write_bytes(b"of a start that left no checkpoint")
+    for step in (0, 2):
+        (directory.snapshots / f"step-{step:08d}.safetensors").write_bytes(b"of a start that left no checkpoint")
     for _ in range(2):  # the second time all is there already
         trainer = make_trainer(recipe, world)
         first = weights(trainer.engine)
-        trainer.checkpoints.load()
+        trainer.resume()
         before = {path: path.stat().st_mtime_ns for path in directory.snapshots.glob("*")}
         trainer.run()
         trainer.task.close()
@@ -41,6 +42,7 @@ def test_a_run_keeps_its_weights_and_a_resumed_one_takes_none_twice(small_recipe
     assert [path.name for path in files] == [f"step-{step:08d}.safetensors" for step in range(5)]
     assert before == {path: path.stat().st_mtime_ns for path in files}
     model = create_model(recipe.model, recipe.attention)
+    load_exported(model, files[2])
     load_exported(model, files[0])
     assert all(map(torch.equal, model.parameters(), first))
 

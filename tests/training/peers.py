@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,15 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 import karat_scale.training.run
 import karat_scale.training.tasks.classification.task  # noqa: F401
+from karat_scale.data.backends.images import SyntheticBackend
+from karat_scale.data.batch import Batch
+from karat_scale.data.plan import BatchSlice
+from karat_scale.foundation.errors import DataError
 from tests.conftest import SMALL, disk_of
 from tests.training.forked_ranks import ForkedRanks
 
 DISKS = (4, 40, 100, 200, 400, 700)
+STAGES = (1, 3)
 WITHIN = 90.0
 
 
@@ -66,6 +71,26 @@ def killed(scratch: Path, victim: int) -> dict[str, Any]:
     return _outcome(ranks, log)
 
 
+def failed_evaluation(scratch: Path, stage: int) -> dict[str, Any]:
+    """Rank 1 alone cannot read a batch of an evaluation of averaged weights."""
+    log = scratch / f"evaluation-{stage}.log"
+    arguments = _arguments(scratch, scratch / f"evaluation-{stage}", f"deepspeed.config=zero{stage}")
+
+    def break_backend(rank: int) -> None:
+        if rank == 1:
+            SyntheticBackend.eval_batches = _break_at_the_second  # type: ignore[method-assign]
+
+    return _outcome(ForkedRanks(arguments, 2, log, break_backend), log)
+
+
+_eval_batches = SyntheticBackend.eval_batches
+
+
+def _break_at_the_second(self: SyntheticBackend, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
+    yield next(_eval_batches(self, slices))
+    raise DataError("that shard is gone")
+
+
 def absent(scratch: Path, rank: int) -> dict[str, Any]:
     """One of two ranks never comes."""
     log = scratch / f"absent-{rank}.log"
@@ -85,6 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     scratch = Path(arguments[0])
     outcomes = {f"killed {victim}": killed(scratch, victim) for victim in (0, 1)}
     outcomes |= {f"absent {rank}": absent(scratch, rank) for rank in (0, 1)}
+    outcomes |= {f"evaluation {stage}": failed_evaluation(scratch, stage) for stage in STAGES}
     if os.geteuid() == 0:
         outcomes |= {f"disk {size}": full_disk(scratch, size) for size in DISKS}
         outcomes["disk that fills"] = disk_that_fills(scratch)

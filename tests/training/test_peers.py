@@ -10,7 +10,7 @@ import pytest
 
 from karat_scale.foundation.errors import EXIT_LOST_PEER
 from tests.conftest import ROOT, karat_environment
-from tests.training.peers import DISKS
+from tests.training.peers import DISKS, STAGES
 
 pytestmark = pytest.mark.slow
 
@@ -43,6 +43,15 @@ def test_the_rank_that_is_left_says_that_it_lost_another(outcomes, victim) -> No
     assert found["codes"][1 - victim] == EXIT_LOST_PEER
     (line,) = errors(found["said"])
     assert line.startswith("another rank has ended (")
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_rank_that_fails_alone_in_an_evaluation_ends_with_its_error(outcomes, stage) -> None:
+    found = outcomes[f"evaluation {stage}"]
+    assert found["ended"], found["said"]
+    assert found["codes"] == [EXIT_LOST_PEER, 2], found["said"]
+    assert "that shard is gone" in errors(found["said"])
 
 
 @pytest.mark.multiprocess

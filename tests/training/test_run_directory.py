@@ -118,6 +118,7 @@ def test_a_start_that_left_no_checkpoint_does_not_hold_the_directory(small_recip
     assert directory.begins_anew(other)
     (directory.store.root / "step-00000001").mkdir(parents=True)
     assert not directory.begins_anew(other)
+    assert not directory.begins_anew(small_recipe("resume.mode=never"))  # at the next of its image sizes
     with pytest.raises(RunDirectoryError, match=r"attention.grid \(2 -> 5\)"):
         RunDirectory(directory.path).admit(other)
 

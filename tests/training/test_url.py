@@ -174,6 +174,21 @@ def test_no_checkpoint_at_the_url_is_newer_than_the_log_there(small_recipe, url,
     assert names(url) == ["step-00000001"]
 
 
+def test_weights_of_the_same_size_are_sent_where_another_recipe_made_them(url, tmp_path) -> None:
+    run, sent = tmp_path / "run", 0
+
+    def count(size: int) -> None:
+        nonlocal sent
+        sent += size
+
+    run.mkdir()
+    for recipe, bytes_sent in ((b"lr 1", 4), (b"lr 2", 8), (b"lr 2", 8)):
+        (run / "teacher.safetensors").write_bytes(recipe)
+        RunUrl(url).upload_files(run, count)  # by a start of its own
+        assert WritableStore(url).read_small("teacher.safetensors", 99) == recipe
+        assert sent == bytes_sent
+
+
 @pytest.mark.slow
 def test_a_run_is_copied_and_fetched(train, url, tmp_path) -> None:
     run, again = tmp_path / "run", tmp_path / "again"
