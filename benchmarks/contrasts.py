@@ -46,6 +46,7 @@ WIDEST = (1.25e-4, 8e-3)
 SPARE_SEED = 99
 SEEDS = {arm: range(3 if arm == "frozen_functions" else 5) for arm in ARMS}
 EPOCHS = {"rate": 4, "check": 22, "main": 22}
+CLEAR_LEAD = 1.5  # points on the held-out images after 4 epochs, beyond which a rate is not checked
 HELD_OUT = 500  # images of each class
 SECONDS_BETWEEN_LOOKS = 30
 
@@ -97,19 +98,25 @@ def wanted_rates(arm: str) -> list[float]:
 
 
 def checked_rates(arm: str) -> list[float]:
-    """Return the two rates of the second stage, the best and its better neighbour; [] before the first has finished."""
+    """Return the rates of the second stage; [] before the first has finished.
+
+    The best and its better neighbour, or the best alone if its lead is clear: then nothing is left to check.
+    """
     found = results(arm, "rate")
     if not set(wanted_rates(arm)) <= set(found):
         return []
     best = max(found, key=found.__getitem__)
     beside = [rate for rate in (best / 2, best * 2) if rate in found]
-    return [best, max(beside, key=found.__getitem__)]
+    second = max(beside, key=found.__getitem__)
+    return [best] if found[best] - found[second] >= CLEAR_LEAD else [best, second]
 
 
 def chosen_rate(arm: str) -> float | None:
     """Return the rate of the compared runs, or None before it is known."""
     arm = ONE_CHANGE.get(arm, arm)
     wanted, found = checked_rates(arm), results(arm, "check")
+    if len(wanted) == 1:
+        return wanted[0]
     return max(found, key=found.__getitem__) if wanted and set(wanted) <= set(found) else None
 
 
@@ -117,7 +124,12 @@ def next_trials() -> list[Trial] | None:
     """Return the runs that may start now, in order; None when all have finished."""
     tuned = [arm for arm in ARMS if arm not in ONE_CHANGE]
     trials = [Trial("rate", arm, rate, SPARE_SEED) for arm in tuned for rate in wanted_rates(arm)]
-    trials += [Trial("check", arm, rate, SPARE_SEED) for arm in tuned for rate in checked_rates(arm)]
+    trials += [
+        Trial("check", arm, rate, SPARE_SEED)
+        for arm in tuned
+        for rate in checked_rates(arm)
+        if chosen_rate(arm) is None
+    ]
     chosen = {arm: rate for arm in ARMS if (rate := chosen_rate(arm)) is not None}
     # Seed by seed, so that what is compared is complete as early as possible.
     for seed in range(max(map(len, SEEDS.values()))):
@@ -134,18 +146,27 @@ def run(data: Path, work: Path) -> None:
 def work_through(next_trials: Callable[[], Sequence[Any] | None], finish: Callable[[Any], None], work: Path) -> None:
     """Finish trials, each with a `name` and a `record`, until there are no more, one thread for each process.
 
-    It waits while other processes run those that the next one needs.
+    It waits while other processes run those that the next one needs, and goes on after one that fails. SystemExit at
+    the end names those.
     """
     os.nice(max(0, 19 - os.nice(0)))
     work.mkdir(parents=True, exist_ok=True)
-    while (trials := next_trials()) is not None:
+    failed: set[str] = set()
+    while (left := next_trials()) is not None:
+        trials = [trial for trial in left if trial.name not in failed]
+        if failed and not trials:
+            raise SystemExit(f"these failed: {', '.join(sorted(failed))}")
         claimed = next(claims(trials, work), None)
         if claimed is None:
             time.sleep(SECONDS_BETWEEN_LOOKS)
             continue
         trial, lock = claimed
-        if not trial.record.exists():
-            finish(trial)
+        try:
+            if not trial.record.exists():
+                finish(trial)
+        except subprocess.CalledProcessError as error:
+            failed.add(trial.name)
+            print(f"{trial.name}: exit code {error.returncode}", flush=True)
         lock.close()
 
 
@@ -165,14 +186,15 @@ def settings(trial: Trial, data: Path, directory: Path) -> list[str]:
     """Return what a run changes in the recipe."""
     own = [f"data.path={data.resolve() / trial.data_set}", f"run.dir={directory}", f"run.seed={trial.seed}"]
     own += [f"optim.lr={trial.rate:g}", f"train.epochs={EPOCHS[trial.stage]}", "train.eval_every_epochs=2"]
-    return [*own, "checkpoint.keep_last=2", "log.every_steps=50", *ARMS[trial.arm]]
+    own += ["checkpoint.keep_last=2", f"log.every_steps={50 if trial.stage == 'rate' else 10}"]
+    return [*own, *ARMS[trial.arm]]
 
 
 def finish(trial: Trial, data: Path, directory: Path) -> None:
     """Train to the end, and write the record."""
     karat("train", RECIPE, *settings(trial, data, directory))
     # Also leaves the prediction for each image in the run's directory.
-    which = ("--only", "accuracy", "--checkpoint", "latest")
+    which = ("--only", "accuracy", "content", "--checkpoint", "latest")
     karat("analyze", str(directory), *which, "--out", str(directory / "analysis"))
     RECORDS.mkdir(parents=True, exist_ok=True)
     write_atomically(trial.record, json.dumps(record_of(trial, directory), indent=1) + "\n")
@@ -184,6 +206,7 @@ def record_of(trial: Trial, directory: Path) -> dict[str, Any]:
     kinds, summary = events_of(directory), json.loads((directory / "summary.json").read_text())
     found = np.load(directory / FILE)  # in the order of the images' ids
     predictions = digits(found["top_labels"][:, 0]) if trial.stage == "main" else ""
+    numbers = json.loads((directory / "analysis/content" / directory.name / "numbers.json").read_text())
     if predictions:
         write_atomically(LABELS, digits(found["labels"]) + "\n")
     return {
@@ -193,18 +216,28 @@ def record_of(trial: Trial, directory: Path) -> dict[str, Any]:
         "top1": summary["last_top1"],
         "curve": [[event["step"], event["top1"], round(event["loss"], 4)] for event in kinds["eval"]],
         "content": kinds["eval"][-1]["content"],
-        # Of four intervals of 50 steps: the mean loss, and the largest norm of the gradient.
-        "training": [
-            [
-                part[-1]["step"],
-                round(sum(event["loss"] for event in part) / len(part), 4),
-                round(max(event["grad_norm"] for event in part), 3),
-            ]
-            for part in (kinds["train"][at : at + 4] for at in range(0, len(kinds["train"]), 4))
-        ],
+        "replaced": numbers["top1"],
+        "training": by_interval(kinds["train"]),
         "predictions": predictions,
         **facts_of(summary),
     }
+
+
+def by_interval(events: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """Return for each 200 steps, counted from the last, its last step, mean loss and largest reported gradient norm."""
+    last, before = events[-1]["step"], 0
+    parts: dict[int, list[tuple[int, dict[str, Any]]]] = {}
+    for event in events:  # its loss is the mean since the one before
+        parts.setdefault((last - event["step"]) // 200, []).append((event["step"] - before, event))
+        before = event["step"]
+    return [
+        [
+            part[-1][1]["step"],
+            round(sum(steps * event["loss"] for steps, event in part) / sum(steps for steps, _ in part), 4),
+            round(max(event["grad_norm"] for _, event in part), 3),
+        ]
+        for part in parts.values()
+    ]
 
 
 def events_of(directory: Path) -> dict[str, list[dict[str, Any]]]:
@@ -216,7 +249,13 @@ def events_of(directory: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def facts_of(summary: dict[str, Any]) -> dict[str, Any]:
-    """Return what identifies a finished run: its code, its recipe, its data and its machine."""
+    """Return what identifies a finished run: its code, its recipe, its data and its machine.
+
+    Raises SystemExit if the code has changes that are not committed.
+    """
+    changed = ["git", "diff", "--stat", "HEAD", "--", "karat_scale", "benchmarks"]
+    if said := subprocess.run(changed, cwd=ROOT, capture_output=True, text=True, check=True).stdout:
+        raise SystemExit(f"commit first:\n{said}")
     kept = ("parameters", "seed", "data_digest", "recipe_sha256", "skipped_steps", "restarts", "versions", "processor")
     show = ["git", "rev-parse", "HEAD"]
     commit = subprocess.run(show, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,5 +1,6 @@
 """Writes docs/experiments/contrasts_results.md from the records of benchmarks/contrasts.py."""
 
+import itertools
 import json
 import statistics
 from typing import Any
@@ -9,7 +10,18 @@ import numpy.typing as npt
 from scipy import stats
 
 from benchmarks.attention_results import difference, holm, table
-from benchmarks.contrasts import ARMS, CONTRASTS, LABELS, ONE_CHANGE, RECORDS, REPORTED, checked_rates, results
+from benchmarks.contrasts import (
+    ARMS,
+    CONTRASTS,
+    LABELS,
+    ONE_CHANGE,
+    RECORDS,
+    REPORTED,
+    SEEDS,
+    checked_rates,
+    chosen_rate,
+    results,
+)
 from karat_scale.foundation.files import write_atomically
 
 PAGE = RECORDS.parent / "contrasts_results.md"
@@ -18,6 +30,7 @@ HEAD = """# Results of the second experiment
 The protocol, fixed before the runs, is [contrasts.md](contrasts.md). This page is written by
 `python -m benchmarks.contrasts report` from the records in `docs/experiments/contrasts/`. Top-1 is in percent.
 """
+OF_SCORES = ("smooth", "frozen_functions")  # the arms with functions of scores
 ByArm = dict[str, dict[int, dict[str, Any]]]  # records of the compared runs by arm and seed
 
 
@@ -28,8 +41,15 @@ def write_results() -> None:
 
 
 def render() -> str:
-    """Return the page."""
+    """Return the page.
+
+    Raises ValueError if the compared runs are not of one code, or those of a seed saw other images or another order.
+    """
     records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("main-*.json"))]
+    if len({record["commit"] for record in records}) > 1:
+        raise ValueError("the compared runs are of several commits")
+    if len({(record["seed"], record["data_digest"]) for record in records}) > len({r["seed"] for r in records}):
+        raise ValueError("the compared runs of one seed did not see the same images in the same order")
     by_arm = {arm: {r["seed"]: r for r in records if r["arm"] == arm} for arm in ARMS}
     by_arm = {arm: own for arm, own in by_arm.items() if own}
     return "\n".join([HEAD, rates(), *([compared(by_arm), contrasts(by_arm), curves(by_arm)] if by_arm else [])])
@@ -42,8 +62,11 @@ def rates() -> str:
     for arm in (arm for arm in ARMS if arm not in ONE_CHANGE):
         short, long = results(arm, "rate"), results(arm, "check")
         cells = [", ".join(f"{rate:g}: {top1:.2f}" for rate, top1 in found.items()) for found in (short, long)]
-        rest = "" if set(checked_rates(arm)) <= set(long) and long else " (not finished)"
-        rows.append([arm, cells[0] or "not yet run", (cells[1] or "not yet run") + (rest if cells[1] else "")])
+        if len(checked_rates(arm)) == 1:
+            cells[1] = "not needed"
+        elif long and chosen_rate(arm) is None:
+            cells[1] += " (not finished)"
+        rows.append([arm, *(cell or "not yet run" for cell in cells)])
     return text + table(["arm", "4 epochs", "22 epochs"], rows)
 
 
@@ -54,6 +77,7 @@ def compared(by_arm: ByArm) -> str:
         own = [*found.values()]
         ends = [record["top1"] for record in own]
         content = [statistics.mean(x for r in own for x in r["content"][key]) for key in ("by_query", "by_image")]
+        replaced = [statistics.mean(r["replaced"][f"mean over {what}"] for r in own) for what in ("queries", "images")]
         beyond = max(x for r in own for x in r["content"].get("beyond_pi", [0.0]))
         loss = statistics.mean(record["training"][-1][1] for record in own)
         norm = max(norm for record in own for _, _, norm in record["training"])
@@ -61,45 +85,55 @@ def compared(by_arm: ByArm) -> str:
             [
                 arm,
                 f"{own[0]['rate']:g}",
-                f"{own[0]['parameters']:,}",
                 len(own),
                 f"{statistics.mean(ends):.2f}",
                 f"{min(ends):.2f} to {max(ends):.2f}",
                 f"{loss:.3f}",
                 *(f"{max(0.0, x):.2f}" for x in content),
-                f"{beyond:.0%}",
+                *(f"{x:.1f}" for x in replaced),
+                f"{beyond:.0%}" if arm in OF_SCORES else "",
                 f"{norm:.1f}",
             ]
         )
-    columns = ["arm", "rate", "parameters", "seeds", "top-1", "range", "training loss"]
-    columns += ["by the query", "by the image", "beyond pi", "norm"]
+    columns = ["arm", "rate", "seeds", "top-1", "range", "training loss", "by the query", "by the image"]
+    columns += ["mean over queries", "mean over images", "beyond pi", "norm"]
     text = (
         "## Comparison\n\nOn the 10,000 test images after 22 epochs; the training loss of the last 200 steps; the "
-        "shares of S's energy that depend on the query and on the image, a mean over blocks; the largest share of a "
-        "block's scores beyond pi at the end; and the largest norm of the gradient.\n\n"
+        "shares of S's energy that depend on the query and on the image, a mean over blocks; top-1 of 2,000 test "
+        "images with each S replaced by its mean over queries or over images; the largest share of a block's scores "
+        "beyond pi at the end; and the largest norm of the gradient among those of every tenth step, before "
+        "clipping.\n\n"
     )
     return text + table(columns, rows)
 
 
 def contrasts(by_arm: ByArm) -> str:
     """Return the table of paired differences."""
+    others = sorted(by_arm.keys() & {"static_softmax", "biased_softmax"}, key=lambda arm: -mean_top1(by_arm, arm))
     gaps = {pair: paired(by_arm, *pair) for pair in (*CONTRASTS, *REPORTED)}
-    chances = {
-        " - ".join(pair): float(stats.ttest_1samp(gaps[pair], 0.0).pvalue) for pair in CONTRASTS if len(gaps[pair]) > 1
-    }
-    corrected = holm(chances) if len(chances) == len(CONTRASTS) else {}
+    complete = all(len(gaps[pair]) == min(len(SEEDS[arm]) for arm in pair) for pair in CONTRASTS)
+    chances = {pair: float(stats.ttest_1samp(gaps[pair], 0.0).pvalue) for pair in CONTRASTS} if complete else {}
+    corrected = holm({" - ".join(pair): chance for pair, chance in chances.items()})
     rows = []
     for pair, own in gaps.items():
         name = " - ".join(pair)
         p = f"{corrected[name]:.3f}" if name in corrected else ""
-        cells = [difference(own) if len(own) > 1 else "not yet run", p, disagreement(by_arm, *pair)]
-        rows.append([name, len(own), *cells])
+        rows.append([name, len(own), difference(own) if len(own) > 1 else "not yet run", p])
     text = (
-        "## Contrasts\n\nThe mean difference by seed with its 95 % t interval; p of a paired t test, corrected by Holm "
-        "for the three contrasts of the protocol; and over all seeds the test images that only the first or only the "
-        "second arm gets right.\n\n"
+        "## Contrasts\n\nThe mean difference by seed with its 95 % t interval; and p of a paired t test, corrected by "
+        "Holm for the three contrasts of the protocol, once all their seeds have run."
+        + (f" The softmax to beat is `{others[0]}`." if len(others) > 1 else "")
+        + "\n\n"
     )
-    return text + table(["contrast", "seeds", "points", "p", "only the first, only the second"], rows)
+    pairs = [[a, b, disagreement(by_arm, a, b)] for a, b in itertools.combinations(by_arm, 2)]
+    only = "\n## Images that one arm alone gets right\n\nOver all seeds that both have.\n\n"
+    columns = ["arm", "other arm", "only the first, only the second"]
+    return text + table(["contrast", "seeds", "points", "p"], rows) + only + table(columns, pairs)
+
+
+def mean_top1(by_arm: ByArm, arm: str) -> float:
+    """Return an arm's top-1, a mean over seeds."""
+    return float(statistics.mean(record["top1"] for record in by_arm[arm].values()))
 
 
 def paired(by_arm: ByArm, arm: str, other: str) -> list[float]:

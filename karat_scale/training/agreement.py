@@ -46,7 +46,10 @@ class StopSignals:
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
-        threads = {"signals": partial(self._hear, numbers), "SIGUSR2": self._wait_for_usr2}
+        threads: dict[str, Callable[[], None]] = {
+            "signals": partial(self._hear, numbers),
+            "SIGUSR2": self._wait_for_usr2,
+        }
         if LAUNCHER.is_there:
             threads["launcher"] = self._stop_with_launcher
         for name, run in threads.items():
