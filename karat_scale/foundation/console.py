@@ -6,6 +6,7 @@ bench gpu` run without rich. Pages open offline: every text is escaped, and ever
 
 import base64
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -101,6 +102,16 @@ def duration(seconds: float) -> str:
 def plural(number: int, noun: str) -> str:
     """Return a count with its noun."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _print_past_bars() -> None:
+    """Give a forked process its own stdout and stderr: those of rich wait for a lock that a thread may have held."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        setattr(sys, name, getattr(stream, "rich_proxied_file", stream))
+
+
+os.register_at_fork(after_in_child=_print_past_bars)
 
 
 class ProgressBars:

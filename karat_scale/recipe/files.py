@@ -33,7 +33,7 @@ def parse(text: str) -> Any:
     except RecursionError:
         raise yaml.YAMLError("nested too deeply; a recipe has sections and keys") from None
     _check_nodes(tree)
-    return tree
+    return _without_aliases(tree)
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,7 +44,10 @@ class _Loader(yaml.SafeLoader):
             raise _error(f"a list or a text cannot be read as {_kind(node)}", node)
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise _error("`<<` is not supported; write out the keys", key_node)
             key = self.construct_object(key_node, deep=True)
+            key = str(key) if type(key) is int else key  # as below
             if not isinstance(key, Hashable):
                 raise _error("a key is a list or a map", key_node)
             if key in seen:
@@ -83,6 +86,13 @@ def _check_nodes(tree: object) -> None:
         if seen > _MOST_NODES:
             raise yaml.YAMLError(f"more than {_MOST_NODES:,} values, aliases written out")
         left += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+
+
+def _without_aliases(value: Any) -> Any:
+    """Return the tree with a copy for each alias, so that an override of one section changes no other."""
+    if isinstance(value, dict):
+        return {key: _without_aliases(part) for key, part in value.items()}
+    return [_without_aliases(part) for part in value] if isinstance(value, list) else value
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -1,12 +1,18 @@
 import json
+import os
+import signal
+import sys
+import threading
 
 from karat_scale.foundation.console import (
+    ProgressBars,
     duration,
     gigabytes,
     plural,
     print_table,
     printable,
     progress,
+    terminal,
     work_display,
     write_json,
 )
@@ -52,6 +58,30 @@ def test_a_terminal_gets_tables_and_bars(capsys, monkeypatch) -> None:
     shown = capsys.readouterr()
     assert shown.out == ""
     assert all(part in shown.err for part in ("copying", "3/3", "files/s", "spectrum", "0/5"))
+
+
+def test_a_process_that_is_forked_while_the_bars_are_drawn_can_warn(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    bars = ProgressBars(terminal(stderr=True))
+    held, done = threading.Event(), threading.Event()
+
+    def draw() -> None:
+        with bars._progress.live._lock:
+            held.set()
+            done.wait()
+
+    drawing = threading.Thread(target=draw)
+    drawing.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        print("corrupt EXIF data", file=sys.stderr)
+        os._exit(0)
+    done.set()
+    assert os.waitpid(child, 0)[1] == 0
+    drawing.join()
+    bars.stop()
 
 
 def test_text_of_others_is_neither_markup_nor_a_command_to_the_terminal(capsys, monkeypatch) -> None:

@@ -139,6 +139,12 @@ def test_an_override_of_a_section_keeps_its_other_keys(recipe: Path) -> None:
     assert after == before.model_copy(update={"num_classes": 7})
 
 
+def test_an_override_of_one_of_two_aliases_spares_the_other(recipe: Path) -> None:
+    recipe.write_text("data: {path: a}\nattention: {blocks: {0-3: &x {kind: karat, grid: 3}, 8-11: *x}}\n")
+    blocks = load_recipe(recipe, ["attention.blocks.0-3.grid=5"]).attention.blocks
+    assert [own["grid"] for own in blocks.values()] == [5, 3]
+
+
 def test_a_misspelt_file_or_name_is_suggested(recipe):
     with pytest.raises(RecipeError, match=rf"no such file; did you mean {recipe}\?"):
         load_recipe(recipe.with_name(recipe.name[1:]))
@@ -150,6 +156,8 @@ def test_a_misspelt_file_or_name_is_suggested(recipe):
     ("body", "part"),
     [
         ("data: {path: a}\ndata: {path: b}\n", "line 2: not valid YAML: key 'data' appears twice"),
+        ("attention: {blocks: {8: {grid: 3}, '8': {grid: 5}}}\n", "line 1: not valid YAML: key '8' appears twice"),
+        ("a: &a {}\nb: {<<: *a}\n", "line 2: not valid YAML: `<<` is not supported; write out the keys"),
         ("- 1\n", "should be sections"),
         ("data:\n  path: [\n", "not valid YAML"),
         ("", "data: missing"),

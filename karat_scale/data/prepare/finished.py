@@ -61,12 +61,12 @@ Splits = dict[str, shard_format.SplitRecord]
 
 
 def is_staged(out: Path, record: shard_format.FileRecord) -> bool:
-    """True if a file exists, byte for byte; by its size alone if `karat index` left out its hash."""
+    """True if a file exists, byte for byte; by its size and its index if `karat index` left out its hash."""
     try:
         shard_format.check_file(out / record.name, record, by_hash=bool(record.sha256))
     except (DataError, OSError):
         return False
-    return True
+    return bool(record.sha256) or not isinstance(record, shard_format.ShardRecord) or is_staged(out, record.index)
 
 
 def copy_checked(src: Path | str, out: Path, record: shard_format.FileRecord, advance: Callable[[int], None]) -> None:
@@ -166,6 +166,8 @@ def stage(arguments: list[str] | None = None) -> None:
     missing = missing_files(out, wanted, options.workers)
     if missing:  # until all are copied, the directory must not look complete
         list_splits(out, record, kept)
+        for file in missing:  # an old tar must not stay beside its new index
+            (out / file.name).unlink(missing_ok=True)
         copy_all(src, record.tars_of(src), out, missing, options.workers)
     list_splits(out, record, kept | wanted)
     absent = ", ".join(name for name in record.splits if name not in kept | wanted)
@@ -372,18 +374,22 @@ def _join(src: Path, record: shard_format.DatasetRecord, out: Path) -> None:
         raise DataError(f"{src} and {out}: one lists tars that are elsewhere; run `karat index` on all tars at once")
     if joined.classes != record.classes:
         raise DataError(f"{src} has different classes than {out}; make both splits from the same images")
-    if both := sorted(joined.splits.keys() & record.splits.keys()):
-        raise DataError(f"{out} has a split {both[0]} already; use another --out")
-    for split in record.splits.values():
-        for file in (file for shard in split.shards for file in (shard, shard.index)):
-            if (src / file.name).exists():  # else an earlier run moved it
-                (src / file.name).rename(out / file.name)
-    flush_to_disk(out)
+    for name, split in record.splits.items():
+        left = any((src / file.name).exists() for file in files_of({name: split}))
+        if name in joined.splits and (left or joined.splits[name] != split):  # else an earlier run joined it
+            raise DataError(f"{out} has a split {name} already; use another --out")
+    for file in files_of(record.splits):
+        if (src / file.name).exists():  # else an earlier run moved it
+            (out / file.name).parent.mkdir(parents=True, exist_ok=True)
+            (src / file.name).rename(out / file.name)
+    for folder in {(out / file.name).parent for file in files_of(record.splits)} | {out}:
+        flush_to_disk(folder)
     joined.splits.update(record.splits)
     shard_format.write_dataset_record(out, joined)
     (src / shard_format.TIMM_FILE).unlink(missing_ok=True)
     (src / shard_format.DATASET_FILE).unlink()
-    src.rmdir()
+    with suppress(OSError):  # other files are in it, such as a log
+        src.rmdir()
 
 
 def join_splits(arguments: list[str] | None = None) -> None:

@@ -24,6 +24,7 @@ validation split.
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -56,7 +57,7 @@ from karat_scale.data.shards.tars import EncodedSample, shard_name, write_shard
 from karat_scale.foundation.arguments import count
 from karat_scale.foundation.console import progress
 from karat_scale.foundation.errors import DataError
-from karat_scale.foundation.files import write_atomically
+from karat_scale.foundation.files import lock, write_atomically
 
 DEFAULT_SHARD_SAMPLES = 5000
 
@@ -162,7 +163,7 @@ def remove_leftovers(job: ShardJob, kept: list[MadeShard]) -> None:
     for path in found:
         if path.suffix == ".tar" and path.name[0] != "." and not path.with_suffix(".index.npz").exists():
             raise DataError(f"{path} exists and was not made by this script; use another --out")
-    for path in found:
+    for path in reversed(found):  # a tar before its index
         path.unlink()
 
 
@@ -264,6 +265,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def _list_split(
+    out: Path, dataset: shard_format.DatasetRecord, name: str, split: shard_format.SplitRecord
+) -> shard_format.DatasetRecord:
+    """Add a split to dataset.json, where another run may have added one meanwhile; returns the record."""
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        lock(folder)
+        if (out / shard_format.DATASET_FILE).exists():
+            found = shard_format.read_dataset_record(out)
+            if found.classes != dataset.classes:
+                raise DataError(f"{out} has shards of other classes by now; use another --out")
+            dataset = found
+        dataset.splits[name] = split
+        shard_format.write_dataset_record(out, dataset)
+    finally:
+        os.close(folder)
+    return dataset
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     out: Path = options.out
@@ -283,9 +303,8 @@ def main(arguments: list[str] | None = None) -> None:
         if job.split in dataset.splits:
             check_split(job, dataset.splits[job.split], options.workers)
         else:
-            dataset.splits[job.split] = make_split(job, options.workers)
-            shard_format.write_dataset_record(out, dataset)
-            made = dataset.splits[job.split]
+            made = make_split(job, options.workers)
+            dataset = _list_split(out, dataset, job.split, made)
             job.print_result(made, f"in {len(made.shards)} shards", shard_format.DATASET_FILE)
         for mark in out.glob(f".{job.split}-*.made.json"):  # dataset.json has their content
             mark.unlink()

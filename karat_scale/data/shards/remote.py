@@ -156,7 +156,7 @@ class RemoteShardFiles(ShardFiles):
         """Return the key of an extent: its file, the content of that, and the place of each of its samples."""
         shard, ids = self._places.shards[extent.shard], slice(extent.first, extent.last)
         places = self._places.offsets[ids].tobytes() + self._places.sizes[ids].tobytes()
-        content = shard.sha256 or shard.etag or str(shard.bytes)
+        content = shard.sha256 or shard.etag or f"{shard.bytes} {shard.index.sha256}"
         return f"{self._store.where(shard.name)} {content} {blake2b(places, digest_size=16).hexdigest()}"
 
     def _fetch_all(self, extents: list[Extent], waits: bool) -> None:

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 from timm.data import create_dataset
 
+from karat_scale.data.prepare import make_webdataset
 from karat_scale.data.prepare.images import choose_encoder
-from karat_scale.data.prepare.make_webdataset import main
+from karat_scale.data.prepare.make_webdataset import main, make_split
 from karat_scale.data.shards.shard_format import read_dataset_record
 from karat_scale.foundation.errors import DataError, run_script
 from tests.conftest import ROOT
@@ -81,6 +82,17 @@ def test_a_second_split_joins_the_first(folder, tmp_path):
         make_shards(folder[0], out, "--split", "val")
 
 
+def test_two_runs_at_a_time_for_one_output_lose_no_split(folder, tmp_path, monkeypatch):
+    def other_ends_first(job, workers):
+        made = make_split(job, workers)
+        monkeypatch.undo()
+        make_shards(folder[0], job.out, "--split", "val")
+        return made
+
+    monkeypatch.setattr(make_webdataset, "make_split", other_ends_first)
+    assert make_shards(folder[0], tmp_path / "out", "--split", "train").splits.keys() == {"train", "val"}
+
+
 def test_unusable_files_are_listed_and_the_rest_is_made(folder, tmp_path, capsys):
     src = folder[0] / "train"
     (src / "ant/empty.jpg").touch()
@@ -124,6 +136,25 @@ def test_shards_by_bytes_and_the_leftovers_of_an_unfinished_run_which_go(folder,
     make_shards(folder[0], out, "--split", "train", "--shard-samples", "11")
     assert sorted(path.name for path in out.glob("*.tar")) == ["train-000000.tar", "train-000001.tar"]
     assert not (out / ".train-000000.tar.abc").exists()
+
+
+def test_a_kill_among_the_removal_of_leftovers_blocks_no_later_run(folder, tmp_path, monkeypatch):
+    out, options = tmp_path / "out", ("--split", "train", "--shard-samples")
+    make_shards(folder[0], out, *options, "6")
+    (out / "dataset.json").unlink()
+    remove = Path.unlink
+
+    def remove_and_die(path, missing_ok=False):
+        remove(path, missing_ok)
+        if path.name.startswith("train-"):
+            raise KeyboardInterrupt
+
+    for _ in range(3):
+        monkeypatch.setattr(Path, "unlink", remove_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            make_shards(folder[0], out, *options, "11")
+        monkeypatch.undo()
+    assert make_shards(folder[0], out, *options, "11").splits["train"].samples == 21
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

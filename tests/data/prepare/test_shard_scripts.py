@@ -18,6 +18,7 @@ from tests.conftest import ROOT, karat_done, karat_environment, karat_here, run_
 from tests.data.backends.helpers import flip, wait_until
 from tests.data.prepare.images import contents, jpeg, write_folders
 from tests.data.prepare.making import make_shards
+from tests.data.tars import image, sample, write_tar
 from tests.warm import start
 
 
@@ -60,11 +61,11 @@ def replace_first_shard(directory, samples):
 
 
 def test_bad_samples_are_named_and_counts_compared(shards):
-    for sample, message in (
+    for bad, message in (
         (EncodedSample("bad", "jpg", jpeg(1)[:-200], 0), "sample bad cannot be decoded"),
         (EncodedSample("bad", "jpg", jpeg(1), 7), "sample bad has label 7 of 3 classes"),
     ):
-        replace_first_shard(shards, [sample])
+        replace_first_shard(shards, [bad])
         with pytest.raises(DataError, match=message):
             check(shards)
     replace_first_shard(shards, [EncodedSample("one", "jpg", jpeg(1), 0)])
@@ -101,6 +102,16 @@ def test_staging_copies_and_resumes(shards, tmp_path, capsys):
     assert "2 were copied" in capsys.readouterr().out
     assert contents(local) == contents(shards)
     assert (local / "train-000000.tar").stat().st_mtime_ns == kept
+
+
+def test_staged_tars_without_a_hash_are_copied_again_with_their_new_index(tmp_path):
+    tars, local = tmp_path / "tars", tmp_path / "local"
+    for numbers in ((0, 1), (1, 0)):
+        write_tar(tars / "train.tar", [one for number in numbers for one in sample(number, number)])
+        assert karat_here("index", str(tars)) == 0
+        finished.stage(["--src", str(tars), "--out", str(local)])
+        split = ShardSplit(local, "train", 2)
+        assert [(int(split.labels[at]), split.read(at)) for at in range(2)] == [(n, image(n)) for n in numbers]
 
 
 def stage_split(shards, local, split):
@@ -222,6 +233,29 @@ def test_one_waits_for_the_other_and_none_is_lost(parts: tuple[Path, Path], tmp_
     assert not os.path.lexists(out / finished.TURN)
     assert not train.exists()
     assert not val.exists()
+
+
+def test_a_join_resumes_after_its_last_step_but_one_and_leaves_other_files(parts, tmp_path):
+    (train, val), out = parts, tmp_path / "out"
+    (train / "job.log").touch()
+    left = (train / "dataset.json").read_bytes()
+    assert finished.join(train, out) == ["train"]
+    assert [path.name for path in train.iterdir()] == ["job.log"]
+    (train / "dataset.json").write_bytes(left)  # killed before it went
+    shutil.copytree(val, tmp_path / "again")
+    for src in (train, val):
+        finished.join(src, out)
+    finished.verify(["--src", str(out)])
+    with pytest.raises(DataError, match="has a split val already; use another --out"):
+        finished.join(tmp_path / "again", out)
+
+
+def test_tars_in_folders_are_joined(tmp_path):
+    for split in ("train", "val"):
+        write_tar(tmp_path / split / split / "0.tar", sample(0))
+        assert karat_here("index", str(tmp_path / split)) == 0
+        finished.join(tmp_path / split, tmp_path / "out")
+    finished.verify(["--src", str(tmp_path / "out")])
 
 
 def test_usage_names_the_command_that_was_typed() -> None:

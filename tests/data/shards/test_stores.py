@@ -6,9 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.stores import ChangedFileError, Store, StoreError, check_url, is_url
-from tests.conftest import karat_environment
+from tests.conftest import karat_environment, karat_here
+from tests.data.tars import image, write_tar
 from tests.servers import Answering, FaultyProxy, serving
 from tests.warm import run_code
 
@@ -155,6 +157,29 @@ def test_a_server_without_ranges_and_a_missing_library_are_one_line(files, monke
     monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
     with pytest.raises(DataError, match=r"s3:// needs s3fs, which is not installed; .*pip install -e '\.\[remote\]'"):
         Store("s3://bucket/set")
+
+
+def test_the_cache_tells_tars_of_one_size_apart_where_a_server_gives_no_etag(tmp_path):
+    class Ranges(Answering):
+        def get(self):
+            if self.path == "/":
+                return self._answer(b'<a href="train.tar">train.tar</a>', Content_Type="text/html")
+            content, asked = (tmp_path / "train.tar").read_bytes(), self.headers.get("Range")
+            if not asked:
+                return self._answer(content, Accept_Ranges="bytes")
+            first, last = map(int, asked.removeprefix("bytes=").split("-"))
+            self._answer(content[first : last + 1], 206, Content_Range=f"bytes {first}-{last}/{len(content)}")
+
+    def bitmap(number):
+        return image(number, "BMP")
+
+    with serving(Ranges) as url:
+        for numbers in ((0, 1), (1, 0)):
+            members = [(f"{n}.{end}", data) for n in numbers for end, data in (("jpg", bitmap(n)), ("cls", b"%d" % n))]
+            write_tar(tmp_path / "train.tar", members)
+            assert karat_here("index", url, "--out", str(tmp_path / "index")) == 0
+            split = ShardSplit(tmp_path / "index", "train", 2)
+            assert [(int(split.labels[at]), split.read(at)) for at in range(2)] == [(n, bitmap(n)) for n in numbers]
 
 
 # In a process of its own: collecting the garbage of all that earlier tests have loaded is not safe after a fork.
