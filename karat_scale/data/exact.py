@@ -114,12 +114,14 @@ class ExactLoader(_Loader):
         **options: Any,
     ) -> None:
         rank, world_size = place(rank, world_size)
-        spec = spec_of(data, split, image_size, num_classes, seed, workers, augment, options)
-        source = open_own(data, spec, transform, collate) or open_backend(spec)
+        if options.get("order") == "stream":
+            raise RecipeError("order = stream: only `karat train` reads a stream; use full or block")
+        images_only = {"image_size": image_size, "augment": augment, "dtype": dtype, "num_classes": num_classes}
+        spec, source = open_source(data, split, True, seed, workers, images_only, transform, collate, options)
         mixes = not isinstance(source, OwnSamples) and spec.augment.mixes
         micro = choose_micro_batch(global_batch, world_size, micro_batch, even=mixes)
         plan = source.plan(global_batch, micro, rank, world_size, lanes=0)
-        self._set_up(spec, plan, source, torch.device(device), dtype, epochs)
+        self._set_up(spec, plan, source, _usable(device), dtype, epochs)
         self._total_digest = total_digest
 
     @classmethod
@@ -181,6 +183,11 @@ class ExactLoader(_Loader):
         """
         if self.plan.world_size == 1:
             return self._digest_of_steps
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise RecipeError(
+                f"world_size = {self.plan.world_size}: a digest of all ranks needs torch.distributed; call "
+                "init_process_group first, or leave out total_digest"
+            )
         found: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(found, (self.plan.rank, self._digest_of_steps))
         # As a dict, because the ranks of a split model may have the same samples.
@@ -196,8 +203,10 @@ class ExactLoader(_Loader):
         """Go on where another loader was, on any number of ranks and workers.
 
         Raises:
-            DataError: it had other data or settings.
+            DataError: it had other data or settings, or the state is no loader's.
         """
+        if not {"identity", "step"} <= set(state):
+            raise DataError("the state has no identity or no step; load what an ExactLoader's state_dict() returned")
         theirs, ours = state["identity"], self.identity
         for name in ours:
             if theirs.get(name) != ours[name]:
@@ -230,7 +239,11 @@ class ExactLoader(_Loader):
             if self._ahead is None:
                 self._taken, self.digest = self.step * self.plan.accumulation, self._digest_of_steps
                 self._ahead = self.feed(self.plan.slices(self.step, self._steps))
-            batch = next(self._ahead)
+            try:
+                batch = next(self._ahead)
+            except BaseException:
+                self._stop()
+                raise
             self._taken += 1
             self.digest = (self.digest + batch.digest) % 2**BITS
             if self._taken % self.plan.accumulation == 0:
@@ -260,7 +273,8 @@ class EvalLoader(_Loader):
     the split; of your own dataset, (batch, ids). It may be iterated again. Every rank has the same number of batches.
     The last ones may be smaller, or empty where there are too few samples. Empty ones are left out; with
     drop_empty=False they are yielded too, for loops with collective calls. An image that cannot be read is
-    left out, or ends the loop, as `on_bad_sample` says.
+    left out, or ends the loop, as `on_bad_sample` says. The labels of a folder are those of `train_split`, if it is
+    there.
 
     The arguments that are not here are those of `ExactLoader`.
 
@@ -291,10 +305,12 @@ class EvalLoader(_Loader):
         **options: Any,
     ) -> None:
         rank, world_size = place(rank, world_size)
-        spec = spec_of(data, split, image_size, None, 0, workers, augment, options)
-        source = open_own(data, spec, transform, collate) or open_backend(spec)
+        if batch < 1:
+            raise RecipeError(f"batch = {batch}: expected 1 or more")
+        images_only = {"image_size": image_size, "augment": augment, "dtype": dtype}
+        spec, source = open_source(data, split, False, 0, workers, images_only, transform, collate, options)
         plan = EvalPlan(source.num_val, batch, rank, world_size)
-        self._set_up(source.eval_batches, plan, torch.device(device))
+        self._set_up(source.eval_batches, plan, _usable(device))
         self._source, self._drop_empty = source, drop_empty
         self._finish = None if isinstance(source, OwnSamples) else Finish(spec, dtype, source.num_classes)
 
@@ -373,40 +389,72 @@ def place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     return rank, world_size
 
 
-def spec_of(
+def _usable(device: torch.device | str) -> torch.device:
+    device = torch.device(device)
+    if device.type != "cpu" and not (device.type == "cuda" and torch.cuda.is_available()):
+        raise RecipeError(f"device = {device}: use cpu, or cuda where torch finds a GPU")
+    return device
+
+
+# What is said of images if nobody says otherwise.
+_IMAGES = {"image_size": 224, "augment": None, "dtype": torch.float32, "num_classes": None}
+# The keys of `data` that have an argument, and those that also apply to a dataset of one's own.
+_ARGUMENTS = {"path": "data", "train_split": "split", "val_split": "split"}
+_FOR_ALL = ("order", "block_samples", "window_blocks", "prefetch", "timeout")
+
+
+def open_source(
     data: Any,
     split: str,
-    image_size: int,
-    num_classes: int | None,
+    trains: bool,
     seed: int,
     workers: int,
-    augment: Mapping[str, Any] | AugmentConfig | None,
+    images: Mapping[str, Any],
+    transform: Any,
+    collate: Any,
     options: Mapping[str, Any],
-) -> ImageSpec:
-    """Return what is asked of a source. Raises RecipeError."""
-    ours = isinstance(data, str | Path)
-    path = str(data) if ours else ""
-    backend = options.get("backend") or (_backend_of(path, split) if ours else "synthetic")
-    settings = {**options, "backend": backend, "path": path, "workers": workers}
-    settings |= {"train_split": split, "val_split": split}
+) -> tuple[ImageSpec, Backend]:
+    """Open the images at a place, or the samples of the user's own dataset; return also what was asked of them.
+
+    Args:
+        images: the arguments that are for images alone.
+
+    Raises:
+        DataError, RecipeError: as `ExactLoader`.
+    """
+    image_size = images["image_size"]
+    if image_size < 1:
+        raise RecipeError(f"image_size = {image_size}: expected 1 or more")
+    if not -(2**63) <= seed < 2**63:
+        raise RecipeError(f"seed = {seed}: expected a number of 64 bits with sign; use seed % 2**63")
+    for key, argument in _ARGUMENTS.items():
+        if key in options and (trains or key != "train_split"):
+            raise RecipeError(f"{key} = {options[key]}: use the argument {argument} instead")
+    is_own = not isinstance(data, str | Path)
+    path = "" if is_own else str(data)
+    backend = options.get("backend") or ("synthetic" if is_own else _backend_of(path, split))
+    settings = {**options, "backend": backend, "path": path, "workers": workers, "val_split": split}
+    if trains:
+        settings["train_split"] = split
+    augment = images["augment"]
     if not isinstance(augment, AugmentConfig):
         augment = section_of(AugmentConfig, {**PLAIN, **(augment or {})})
-    return ImageSpec(section_of(DataConfig, settings), augment, image_size, num_classes or sys.maxsize, seed)
+    config, num_classes = section_of(DataConfig, settings), images.get("num_classes") or sys.maxsize
+    spec = ImageSpec(config, augment, image_size, num_classes, seed, trains)
+    if is_own:
+        unused = [name for name, value in images.items() if value != _IMAGES[name]]
+        if unused := [*unused, *(key for key in options if key not in _FOR_ALL)]:
+            raise RecipeError(f"{unused[0]} is for images; with a dataset of your own, leave it out")
+        return spec, OwnSamples(data, spec, transform, collate)
+    if transform is not None or collate is not None:
+        raise RecipeError(
+            "transform and collate are for a dataset of your own; for images, use `augment`, or pass "
+            "SampleFiles(path, split) as the dataset"
+        )
+    return spec, open_backend(spec)
 
 
 def _backend_of(path: str, split: str) -> str:
     if is_url(path) or (Path(path).expanduser() / DATASET_FILE).is_file():
         return "webdataset"
     return "ffcv" if beton_path(Path(path).expanduser(), split).is_file() else "folder"
-
-
-def open_own(data: Any, spec: ImageSpec, transform: Any, collate: Any) -> OwnSamples | None:
-    """Return the samples of the user's own dataset; None if `data` is a place of images. Raises RecipeError."""
-    if not isinstance(data, str | Path):
-        return OwnSamples(data, spec, transform, collate)
-    if transform is not None or collate is not None:
-        raise RecipeError(
-            "transform and collate are for a dataset of your own; for images, use `augment`, or pass "
-            "SampleFiles(path, split) as the dataset"
-        )
-    return None

@@ -119,14 +119,14 @@ def choose_micro_batch(global_batch: int, world_size: int, wanted: int | None, e
     """
     part, rest = divmod(global_batch, world_size)
     unit = 2 * world_size if even else world_size
-    if rest or part == 0 or (even and part % 2):
+    if rest or part < 1 or (even and part % 2):
         pairs = " in even parts, as mixup and cutmix need" if even and not rest and part else ""
         raise RecipeError(
             f"train.global_batch = {global_batch} does not divide over {world_size} ranks{pairs}; "
-            f"use a multiple of {unit}, such as {math.ceil(global_batch / unit) * unit}"
+            f"use a multiple of {unit}, such as {max(1, math.ceil(global_batch / unit)) * unit}"
         )
     micro = part if wanted is None else min(wanted, part)
-    if part % micro or (even and micro % 2):
+    if micro < 1 or part % micro or (even and micro % 2):
         fits = [m for m in range(1, part + 1) if part % m == 0 and not (even and m % 2)]
         best = max((m for m in fits if m <= micro), default=fits[0])
         raise RecipeError(

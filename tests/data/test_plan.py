@@ -106,6 +106,11 @@ def test_micro_batches_and_too_few_samples():
     assert choose_micro_batch(128, 2, 16, True) == 16
     with pytest.raises(RecipeError, match=r"train.global_batch = 128 .* 3 ranks; use .* such as 129"):
         choose_micro_batch(128, 3, None, False)
+    for none in (0, -4):
+        with pytest.raises(RecipeError, match=rf"train.global_batch = {none} .* 2 ranks; use .* such as 2$"):
+            choose_micro_batch(none, 2, None, False)
+        with pytest.raises(RecipeError, match=rf"train.micro_batch = {none} .* use 2$"):
+            choose_micro_batch(128, 2, none, True)
     with pytest.raises(RecipeError, match=r"train.micro_batch = 40 .* use 32"):
         choose_micro_batch(128, 2, 40, True)
     with pytest.raises(DataError, match=r"63 samples.*at most 63"):

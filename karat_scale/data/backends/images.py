@@ -9,6 +9,7 @@ augmentation does not apply.
 
 import weakref
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -25,7 +26,7 @@ from karat_scale.data.plan import PADDING, BatchSlice, TrainPlan, sample_seed
 from karat_scale.data.shards.beton import BetonSplit
 from karat_scale.data.shards.cache import RemoteUse
 from karat_scale.data.shards.shard_files import ImageSource
-from karat_scale.data.shards.shards import FolderSplit, ShardSplit
+from karat_scale.data.shards.shards import FolderSplit, ShardSplit, class_folders
 from karat_scale.foundation.errors import DataError
 
 Batches = TypeVar("Batches", OrderedLoader, RunAhead, FetchedAhead)
@@ -135,6 +136,13 @@ class ImageBackend(SplitBackend):
 def open_folder(spec: ImageSpec) -> ImageBackend:
     """Open an ImageFolder, train/<class>/<image> and val/<class>/<image>. Raises DataError if it is not right."""
     data = spec.data
+    if not spec.trains:
+        # Without them, a class that this split lacks would change the numbers of the others.
+        folder = Path(data.path).expanduser() / data.train_split
+        there = folder.is_dir() or "train_split" in data.model_fields_set
+        classes = tuple(class_folders(folder)) if there else None
+        val = FolderSplit(data.path, data.val_split, spec.num_classes, classes)
+        return ImageBackend(val, val, spec)
     train = FolderSplit(data.path, data.train_split, spec.num_classes)
     if data.val_split == data.train_split:
         return ImageBackend(train, train, spec)
@@ -145,6 +153,9 @@ def open_shards(spec: ImageSpec) -> tuple[ShardSplit, ShardSplit]:
     """Open the training and the validation split of shards. Raises DataError if they are not right."""
     data = spec.data
     common = spec.num_classes, data.verify
+    if not spec.trains:
+        val = ShardSplit(data.path, data.val_split, *common, remote=RemoteUse.of(data, training=False))
+        return val, val
     train = ShardSplit(data.path, data.train_split, *common, spec.readahead, RemoteUse.of(data, training=True))
     if data.val_split == data.train_split:
         return train, train
@@ -165,8 +176,9 @@ def open_ffcv(spec: ImageSpec) -> ImageBackend:
     data = spec.data
     decoder = FfcvDecoder(spec.augment.interpolation, data.max_pixels) if data.decoder == "auto" else None
     lends = decoder is not None
-    train = BetonSplit(data.path, data.train_split, spec.num_classes, data.verify, spec.readahead, lends)
-    same = data.val_split == data.train_split
+    train_split = data.train_split if spec.trains else data.val_split
+    train = BetonSplit(data.path, train_split, spec.num_classes, data.verify, spec.readahead, lends)
+    same = data.val_split == train_split
     val = train if same else BetonSplit(data.path, data.val_split, spec.num_classes, data.verify, lends=lends)
     if train.classes != val.classes:
         raise DataError(f"{train.path} and {val.path} have different classes; make both from one source")

@@ -4,11 +4,13 @@ A sample may use random numbers: its own generator, or those of Python, NumPy an
 sample, so it is the same on any rank, in any worker, and after a resume.
 """
 
+import copy
 import inspect
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -81,7 +83,7 @@ class OwnSamples(Backend):
             self._steps.append((transform, _takes_generator(transform)))
         self._collate = collate or default_collate
         self._at = Whereabouts()
-        self._handed_out: list[OrderedResults[Collated]] = []
+        self._handed_out: weakref.WeakSet[OrderedResults[Collated]] = weakref.WeakSet()
 
     @property
     def identity(self) -> str:
@@ -95,23 +97,27 @@ class OwnSamples(Backend):
         loader: OrderedResults[Collated] = OrderedResults(
             self._make, slices, data.workers, data.prefetch, data.timeout, self._whereabouts
         )
-        self._handed_out.append(loader)
+        self._handed_out.add(loader)
         return loader
 
     eval_batches = train_batches
 
     def close(self) -> None:
         """Stop the workers."""
-        while self._handed_out:
-            self._handed_out.pop().close()
+        for one in list(self._handed_out):
+            one.close()
 
     def _make(self, part: BatchSlice) -> Collated:
         ids: npt.NDArray[np.int64] = part.sample_ids[part.sample_ids != PADDING]
         seeds = [(sample_id, sample_seed(self.spec.seed, part.epoch, sample_id)) for sample_id in ids.tolist()]
-        with _random_numbers_kept():
-            samples = [self._sample(*row) for row in seeds]
+        try:
+            with _random_numbers_kept():
+                samples = [self._sample(*row) for row in seeds]
+                content = self._collate(samples) if samples else None
+        except StopIteration as error:  # which would end the loop as if there were no more batches
+            raise RuntimeError("the dataset, transform or collate raised StopIteration") from error
         digest = digest_sum((part.epoch, part.batch, *row) for row in seeds)
-        return Collated(self._collate(samples) if samples else None, torch.from_numpy(ids.copy()), digest)
+        return Collated(content, torch.from_numpy(ids.copy()), digest)
 
     def _sample(self, sample_id: int, seed: int) -> Any:
         self._at.tell(sample_id)
@@ -129,6 +135,8 @@ class OwnSamples(Backend):
 
 
 def _takes_generator(function: Callable[..., Any]) -> bool:
+    if isinstance(function, torch.nn.Module):
+        function = function.forward
     try:
         return "generator" in inspect.signature(function).parameters
     except (TypeError, ValueError):  # of a function in C
@@ -154,8 +162,20 @@ def _each_tensor(content: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     """Return the content of a batch with each tensor in it changed."""
     if isinstance(content, torch.Tensor):
         return change(content)
+    changed: Any
+    if isinstance(content, MutableMapping):
+        changed = copy.copy(content)
+        for key, value in content.items():
+            changed[key] = _each_tensor(value, change)
+        return changed
     if isinstance(content, Mapping):
         return {key: _each_tensor(value, change) for key, value in content.items()}
+    if is_dataclass(content) and not isinstance(content, type):
+        changed = copy.copy(content)
+        for field in fields(content):
+            value = getattr(content, field.name)
+            object.__setattr__(changed, field.name, _each_tensor(value, change))  # it may be frozen
+        return changed
     if isinstance(content, tuple) and hasattr(content, "_fields"):
         return type(content)(*(_each_tensor(value, change) for value in content))
     if isinstance(content, list | tuple):

@@ -43,6 +43,8 @@ class PillowDecoder:
     def __init__(self, interpolation: str, max_pixels: int) -> None:
         self._resample = RESAMPLE[interpolation]
         self._max_pixels = max_pixels
+        if max_pixels > 2 * (Image.MAX_IMAGE_PIXELS or max_pixels):
+            Image.MAX_IMAGE_PIXELS = max_pixels  # or Pillow itself would refuse what the user allows
 
     def read(self, data: bytes, choose: ChooseView) -> Pixels:
         with opened(data) as image:

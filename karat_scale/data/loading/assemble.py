@@ -31,13 +31,17 @@ from karat_scale.recipe import AugmentConfig, DataConfig, Recipe
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """The images that a run asks a backend for: square, `image_size` pixels wide, of at most `num_classes` classes."""
+    """The images that a run asks a backend for: square, `image_size` pixels wide, of at most `num_classes` classes.
+
+    trains: if not, the training split is not read, and that of the evaluation takes its place.
+    """
 
     data: DataConfig
     augment: AugmentConfig
     image_size: int
     num_classes: int
     seed: int
+    trains: bool = True
 
     @classmethod
     def of(cls, recipe: Recipe) -> "ImageSpec":
@@ -225,6 +229,11 @@ class OrderedLoader(OrderedResults[Batch]):
     def _received(self, answer: Any) -> Batch:
         assert self._slots is not None
         return self._slots.unpack(answer)
+
+    def close(self) -> None:
+        """Stop the workers, and the process that fetches ahead."""
+        super().close()
+        self._given = ()
 
 
 def _fill(make: Assembler, slots: ImageSlots | None, part: BatchSlice) -> Batch | Packed:

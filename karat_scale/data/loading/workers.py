@@ -4,9 +4,11 @@ They ignore the signals that the trainer handles, and end when it ends. They sha
 killed with one that another waits for.
 """
 
+import copyreg
 import errno
 import faulthandler
 import gc
+import io
 import mmap
 import os
 import pickle
@@ -78,15 +80,18 @@ def start_worker(number: int, run: Callable[..., None], *arguments: Any) -> Fork
             told = os.getpid(), of_main_thread, number, theirs, run, *arguments
             process = _FORK.Process(target=_run, args=told, name=f"karat-worker-{number}", daemon=True)
             # Until the child ignores it. It shares the pipe into which Python writes the signals of the trainer.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            mask, begun = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}), False
             try:
                 process.start()
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+                begun = bool(connection.wait([ours, process.sentinel], patience))
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            if connection.wait([ours, process.sentinel], patience):
+                if process.pid is not None and not begun:  # also after Ctrl-C, when nobody else knows of it
+                    process.kill()
+                    process.join()
+            if begun:
                 return process
-        process.kill()
-        process.join()
     raise TimeoutError(errno.ETIMEDOUT, f"each of {len(_PATIENCE)} hung before its first line")
 
 
@@ -216,8 +221,9 @@ class OrderedResults(Iterator[T], Generic[T]):
                     self._processes.append(start_worker(number, _serve, work, theirs))
         except OSError as error:
             self.close()
+            fix = "start again, or set it to 0" if isinstance(error, TimeoutError) else "lower it"
             raise DataError(
-                f"data.workers = {workers}: no more processes can be started here ({error.strerror}); lower it"
+                f"data.workers = {workers}: no more processes can be started here ({error.strerror}); {fix}"
             ) from error
         for _ in range(prefetch):
             for number in range(workers):
@@ -276,7 +282,7 @@ class OrderedResults(Iterator[T], Generic[T]):
 
     def close(self) -> None:
         """Stop the workers."""
-        self._open = False
+        self._open, self._slices = False, iter(())
         self._kill()
         while self._lines:
             self._lines.pop().close()
@@ -300,7 +306,11 @@ def _hear(line: connection.Connection, asked: "queue.SimpleQueue[BatchSlice]") -
 
 def _answer(work: Callable[[BatchSlice], Any], part: BatchSlice) -> bytes:
     try:
-        return pickle.dumps(work(part))
+        answer = io.BytesIO()
+        pickler = pickle.Pickler(answer)
+        pickler.dispatch_table = {**copyreg.dispatch_table, torch.Tensor: _without_the_rest}
+        pickler.dump(work(part))
+        return answer.getvalue()
     except Exception as error:
         failure = _Failure(error, traceback.format_exc())
     try:
@@ -309,6 +319,12 @@ def _answer(work: Callable[[BatchSlice], Any], part: BatchSlice) -> bytes:
     except Exception:  # not every error can be sent
         sent = pickle.dumps(_Failure(RuntimeError(f"{type(failure.error).__name__}: {failure.error}"), failure.stack))
     return sent
+
+
+def _without_the_rest(tensor: torch.Tensor) -> Any:
+    """Reduce a tensor for pickle, which would write all of a storage for a tensor that is a small part of it."""
+    is_part = tensor.layout == torch.strided and tensor.untyped_storage().nbytes() > tensor.nbytes
+    return (tensor.clone() if is_part else tensor).__reduce_ex__(pickle.DEFAULT_PROTOCOL)
 
 
 # The process that fetches ahead: how often it looks how far the workers are, and how long it waits after an error.

@@ -280,7 +280,7 @@ class FolderSplit(ImageSource):
 
     def __init__(self, root: Path | str, split: str, num_classes: int, classes: tuple[str, ...] | None = None) -> None:
         self._folder = Path(root).expanduser() / split
-        found = _class_folders(self._folder)
+        found = class_folders(self._folder)
         self.classes = classes or tuple(found)
         shard_format.check_class_count(self._folder, len(self.classes), num_classes)
         if unknown := sorted(set(found) - set(self.classes)):
@@ -352,7 +352,8 @@ MOST_SPLITS = 5
 """More folders beside a split that is missing are probably classes."""
 
 
-def _class_folders(folder: Path) -> list[str]:
+def class_folders(folder: Path) -> list[str]:
+    """Return the names of the classes of a split, sorted. Raises DataError."""
     try:
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
     except FileNotFoundError:

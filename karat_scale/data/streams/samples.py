@@ -91,7 +91,7 @@ def _expanded(text: str) -> list[str]:
     try:
         urls: list[str] = expand_urls(text)
     except AssertionError as error:
-        name = str(error).rpartition("WDS_")[2]
+        name = str(error).partition("wds_WDS_")[2]
         raise DataError(
             f"data.stream: ${{{name}}} is the variable WDS_{name} of the environment, which is not set; set it, or "
             f"write ${name} for a variable of the command's shell"

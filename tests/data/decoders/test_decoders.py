@@ -144,7 +144,7 @@ def bomb(width, height):
 
 
 @pytest.mark.parametrize("name", ["pillow", *OTHERS])
-def test_bombs_are_refused_before_they_are_decoded(encode_jpeg, decoder_of, name):
+def test_bombs_are_refused_before_they_are_decoded(encode_jpeg, decoder_of, name, monkeypatch):
     jpeg = encode_jpeg(64, 64)
     frame = jpeg.index(b"\xff\xc0") + 5
 
@@ -158,6 +158,9 @@ def test_bombs_are_refused_before_they_are_decoded(encode_jpeg, decoder_of, name
         assert isinstance(outcome(decoder_of(name), data), str)
     assert "64 x 64" in outcome(decoder_of(name, max_pixels=64 * 64 - 1), jpeg)
     assert not isinstance(outcome(decoder_of(name, max_pixels=64 * 64), jpeg), str)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's own limit is twice that
+    png = encode(Image.new("RGB", (64, 64)), "PNG")
+    assert not isinstance(outcome(decoder_of(name, max_pixels=64 * 64), png), str)
 
 
 def test_the_recipe_names_the_decoder_and_auto_takes_the_fastest(decoder_of):

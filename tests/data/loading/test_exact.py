@@ -1,10 +1,14 @@
 """The loaders for any training loop: one order on any number of ranks and workers, from any step, or a refusal."""
 
+import gc
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
+from collections import UserDict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -13,11 +17,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import default_collate
 
 from karat_scale.data import EvalLoader, ExactLoader, SampleFiles
+from karat_scale.data.backends.own import Collated
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.recipe.loading import load_recipe
 from tests.conftest import ROOT, karat_done, make_image_folder, summary
+from tests.data.backends.helpers import children
 from tests.data.conftest import encode, photo
 
 Make = Callable[..., Path]
@@ -244,6 +251,98 @@ def test_an_evaluation_of_a_dataset_of_ones_own_has_each_sample_once() -> None:
     assert set(batches) == {2}
 
 
+def test_labels_of_a_folder_are_those_of_its_training_split_also_where_a_class_is_not_evaluated(tmp_path: Path) -> None:
+    folder = make_image_folder(tmp_path, {"train": 1, "val": 1})
+    shutil.rmtree(folder / "val" / "class1")
+
+    def labels(**options: Any) -> list[int]:
+        loader = EvalLoader(folder, workers=0, image_size=16, **options)
+        return sorted(label for _, labels, _ in loader for label in labels.tolist())
+
+    assert labels() == [0, 2, 3]
+    (folder / "train").rename(folder / "training")
+    assert labels(train_split="training") == [0, 2, 3]
+    assert labels() == [0, 1, 2]  # nothing tells of the other
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_a_sample_is_never_the_end_and_comes_again(workers: int) -> None:
+    class Ending(Numbers):
+        def __getitem__(self, index: int) -> Any:
+            return next(iter(())) if index == 17 else super().__getitem__(index)
+
+    with EvalLoader(Ending(), batch=4, workers=workers) as loader, pytest.raises(RuntimeError, match="StopIteration"):
+        list(loader)
+    with ExactLoader(Ending(), global_batch=5, workers=workers) as exact:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="transform or collate raised StopIteration"):
+                list(exact)
+
+
+def test_a_loop_goes_on_with_the_batch_in_which_it_was_interrupted() -> None:
+    class Interrupted(Numbers):
+        left: ClassVar[list[int]] = [11]
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            if index in self.left:
+                self.left.remove(index)
+                raise KeyboardInterrupt
+            return super().__getitem__(index)
+
+    loader = ExactLoader(Interrupted(), global_batch=5, seed=SEED, workers=0, epochs=1)
+    seen: list[list[int]] = []
+    with pytest.raises(KeyboardInterrupt):
+        seen.extend(batch["index"].tolist() for batch in loader)
+    assert seen + indices(loader) == indices(of_numbers(global_batch=5, epochs=1))
+
+
+def test_workers_end_with_a_loop_that_is_left_and_with_their_loader() -> None:
+    before = children()
+    gc.disable()
+    try:
+        evaluation = EvalLoader(Numbers(), batch=4, workers=2)
+        for _ in evaluation:
+            break
+        assert children() == before
+        loader = of_numbers(workers=2, epochs=1)
+        list(loader)
+        assert len(children() - before) == 2
+        del loader
+        assert children() == before
+    finally:
+        gc.enable()
+
+
+def test_collate_and_a_module_draw_the_same_in_a_worker_and_in_the_trainer() -> None:
+    class Shifted(torch.nn.Module):
+        def forward(self, sample: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+            return shifted(sample, generator)
+
+    def noisy(samples: list[Any]) -> Any:
+        return {**default_collate(samples), "noise": random.random() + np.random.rand() + torch.rand(()).item()}
+
+    def drawn(transform: Any, workers: int) -> list[tuple[Any, ...]]:
+        with of_numbers(transform=transform, collate=noisy, workers=workers, epochs=1) as loader:
+            return [(batch["noise"], batch["shift"].tolist()) for batch in loader]
+
+    assert drawn(shifted, 0) == drawn(Shifted(), 0) == drawn(shifted, 1)
+
+
+def test_what_collate_returns_is_of_the_same_type_on_a_device() -> None:
+    @dataclass(frozen=True)
+    class Pair:
+        first: torch.Tensor
+        number: int
+
+    one = torch.ones(1)
+    batch = Collated([UserDict(x=one), Pair(one, 3), ({"y": one},)], torch.zeros(1), 0)
+    assert len(batch.tensors) == 3
+    names, pair, (last,) = batch.to(torch.device("meta")).content
+    assert (type(names), type(pair), pair.number) == (UserDict, Pair, 3)
+    assert {names["x"].device.type, pair.first.device.type, last["y"].device.type} == {"meta"}
+    assert batch.content[1].first is one
+
+
 def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
@@ -283,16 +382,44 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"transform": str}, "transform and collate are for a dataset of your own"),
     ({"dtype": torch.uint8, "augment": {"mixup": 0.8}}, "dtype = torch.uint8: augment mixes images"),
     ({"split": "test"}, "no samples of split 'test'"),
+    ({"train_split": "val"}, "train_split = val: use the argument split instead"),
+    ({"image_size": 0}, "image_size = 0: expected 1 or more"),
+    ({"seed": 2**63}, "seed = 9223372036854775808: expected"),
+    ({"device": "mps"}, "device = mps: "),
+    ({"order": "stream"}, "order = stream: only `karat train`"),
+]
+REFUSED_OF_ONES_OWN: list[tuple[dict[str, Any], str]] = [
+    ({"augment": {"mixup": 0.8}}, "augment is for images"),
+    ({"dtype": torch.float16}, "dtype is for images"),
+    ({"on_bad_sample": "skip"}, "on_bad_sample is for images; with a dataset of your own, leave it out"),
+    ({"prefetsh": 2}, "prefetsh: unknown key; did you mean prefetch?"),
+]
+REFUSED_OF_AN_EVALUATION: list[tuple[dict[str, Any], str]] = [
+    ({"val_split": "test"}, "val_split = test: use the argument split instead"),
+    ({"batch": 0}, "batch = 0: expected 1 or more"),
 ]
 
 
 def test_a_mistake_is_one_line(make_shards: Make) -> None:
     shards = make_shards()
-    for changed, said in REFUSED:
+    cases = [
+        *((lambda changed: of_images(shards, **changed), *row) for row in REFUSED),
+        *((lambda changed: of_numbers(**changed), *row) for row in REFUSED_OF_ONES_OWN),
+        *((lambda changed: EvalLoader(shards, workers=0, **changed), *row) for row in REFUSED_OF_AN_EVALUATION),
+    ]
+    for make, changed, said in cases:
         with pytest.raises((DataError, RecipeError)) as raised:
-            of_images(shards, **changed)
+            make(changed)
         assert said in str(raised.value)
         assert "\n" not in str(raised.value)
+
+
+def test_a_state_of_nothing_and_a_digest_without_a_group_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="the state has no identity or no step"):
+        of_numbers().load_state_dict({})
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # an earlier test may have joined a group
+    with pytest.raises(RecipeError, match=r"world_size = 2: .* needs torch.distributed; call"):
+        of_numbers(rank=0, world_size=2, total_digest=True).state_dict()
 
 
 def test_a_rank_is_the_launchers_also_under_srun_alone(monkeypatch: pytest.MonkeyPatch) -> None:

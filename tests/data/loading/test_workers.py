@@ -5,6 +5,7 @@ import gc
 import itertools
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.loading import workers as loading
@@ -129,6 +131,31 @@ def test_a_worker_does_not_finalize_objects_of_the_trainer():
         gc.enable()
     gc.collect()
     assert os.getpid() in FOUND_IN
+
+
+def test_a_small_part_of_a_tensor_is_sent_without_the_rest() -> None:
+    whole = torch.arange(10**6)
+    sent = loading._answer(lambda part: [whole[part:5], {"y": torch.eye(2).to_sparse()}], 3)
+    assert len(sent) < 10_000
+    part, others = pickle.loads(sent)
+    assert part.tolist() == [3, 4]
+    assert torch.equal(others["y"].to_dense(), torch.eye(2))
+
+
+def test_a_child_that_hangs_or_is_interrupted_before_it_begins_is_left_behind_by_nothing(monkeypatch) -> None:
+    before = children()
+    monkeypatch.setattr(loading, "_PATIENCE", ())
+    with pytest.raises(DataError, match=r"data.workers = 1: .* hung before its first line\); start again"):
+        OrderedResults(abs, range(9), 1, 2, 60.0, str)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "_PATIENCE", (60.0,))
+    monkeypatch.setattr(loading.connection, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loading.start_worker(0, time.sleep, 60)
+    assert children() == before
 
 
 def die(part: BatchSlice) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+from karat_scale.data import EvalLoader
 from karat_scale.data.backends import Backend
 from karat_scale.data.loading.workers import FetchedAhead
 from karat_scale.data.plan import EvalPlan, TrainPlan
@@ -72,6 +73,12 @@ def test_each_block_is_fetched_once_and_kept_over_restarts(make_shards, remote, 
         proxy.requests.clear()
         assert epochs(remote(proxy.url, workers=2, **BLOCKS), **BLOCKS) == before
         assert proxy.gets("") == proxy.gets("dataset.json")
+
+
+def test_an_evaluation_fetches_samples_together(make_shards, nginx):
+    with FaultyProxy(nginx(make_shards())) as proxy, EvalLoader(proxy.url, workers=0, image_size=16) as loader:
+        assert sum(len(ids) for _, _, ids in loader) == 11
+        assert len(proxy.gets()) == 2  # one for each tar
 
 
 def test_an_object_that_changed_is_noticed(make_shards, remote, nginx, make_sample):
@@ -232,6 +239,9 @@ def test_training_goes_on_without_the_fetching_process(make_shards, remote, ngin
     with FaultyProxy(nginx(directory), latency=0.05) as proxy:
         backend, before = remote(proxy.url, **BLOCKS), children()
         plan = TrainPlan(5, 40, 12, 12, 0, 1, **BLOCKS)
+        closed = backend.train_batches(plan.slices(0, 6))
+        closed.close()
+        assert children() == before
         batches = backend.train_batches(plan.slices(0, 6))
         (fetcher,) = children() - before
         os.kill(fetcher, signal.SIGKILL)

@@ -55,6 +55,7 @@ def test_a_variable_is_opened_by_its_value_and_named_by_its_name(stream_config, 
     assert shards(stream_config, "${PLACE}/0.tar").names == ["${PLACE}/0.tar"]
     monkeypatch.delenv("WDS_WORD")
     assert "${WORD} is the variable WDS_WORD" in refused(stream_config, "${PLACE}/0.tar")
+    assert "${WDS_PLACE} is the variable WDS_WDS_PLACE" in refused(stream_config, "${WDS_PLACE}/0.tar")
 
 
 def test_what_the_library_cannot_open_and_fewer_shards_than_lanes_are_one_line(stream_config) -> None:
