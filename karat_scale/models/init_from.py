@@ -333,7 +333,9 @@ _POSITIONS = "pos_embed"
 
 
 @torch.no_grad()
-def take_weights(model: nn.Module, weights: Mapping[str, Tensor], new_head: bool = True) -> str:
+def take_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], new_head: bool = True, attention: AttentionConfig | None = None
+) -> str:
     """Copy weights into a model, in place, adapted to its image size and classes.
 
     Position embeddings, the patch embedding and the attention operators are interpolated. Prefix tokens that the model
@@ -345,6 +347,7 @@ def take_weights(model: nn.Module, weights: Mapping[str, Tensor], new_head: bool
         weights: a state dict of timm's or ours, by parameter name.
         new_head: True if the classes may differ, and computed positions may replace learned ones; else the
             weights are of this model at another image size.
+        attention: what the weights were trained with; None, or softmax, if that is not known.
 
     Returns:
         A log line: what was interpolated, and what keeps its values.
@@ -371,7 +374,8 @@ def take_weights(model: nn.Module, weights: Mapping[str, Tensor], new_head: bool
         notes.append("its position embedding is left out, since the model's is fixed (model.pos_embed)")
     if any(OPERATOR in name for name in own):
         if any(OPERATOR in name for name in weights):
-            weights = spread_operator(model, weights)
+            if attention is None or not attention.learns or attention.mode == "universal":
+                weights = spread_operator(model, weights)
             operators, grids = operators_for(model, weights, there)
             notes += [f"interpolated from {grid.height} x {grid.width} patches" for grid in grids]
             weights = {**weights, **operators}

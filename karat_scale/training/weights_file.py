@@ -251,7 +251,7 @@ def initialise(model: nn.Module, recipe: RunRecipe, world: World, take: Take | N
             if origin is not None:
                 check_heads(origin.model, recipe.model)
             attention = AttentionConfig() if origin is None else origin.attention
-            note = take_weights(model, weights) if take is None else take(model, weights, attention)
+            note = take(model, weights, attention) if take else take_weights(model, weights, attention=attention)
             notes = [note] if note else []
             notes += [] if origin is None else differences(origin, (recipe.model, recipe.attention))
             notes += _other_pixels(normalised, recipe)

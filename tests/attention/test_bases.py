@@ -5,18 +5,34 @@ import math
 import pytest
 import torch
 
-from karat_scale.attention import reference
+from karat_scale.attention import karat_attention, reference
 from karat_scale.attention.bases import (
     BASE_ACTIVATIONS,
     BASES,
     BSpline,
     Chebyshev,
+    FeatureBasis,
     Fourier,
     basis_of,
     key_of,
     make_basis,
 )
 from karat_scale.attention.bases.wavelets import SMALLEST_SCALE
+
+
+class Steps(FeatureBasis):
+    """f(x) = x > knot, whose knots are a tensor."""
+
+    num_features = 2
+
+    def __init__(self, knots):
+        self.knots = knots
+
+    def value(self, x):
+        return [(x > knot).to(x) for knot in self.knots]
+
+    def derivative(self, x):
+        return [torch.zeros_like(x)] * 2
 
 
 @pytest.mark.parametrize("grid", [1, 2, 3, 4, 7, 16])
@@ -211,3 +227,20 @@ def test_starts(name, scheme):
 def test_a_basis_is_known_by_its_settings():
     assert key_of(make_basis("bspline", grid=4)) == key_of(BSpline(4)) != key_of(BSpline(5))
     assert basis_of(key_of(BSpline(5))) == BSpline(5)
+    near = [Steps(torch.tensor([at, 0.5])) for at in (0.10001, 0.10004)]
+    assert [basis_of(key_of(basis)) for basis in near] == near
+
+
+def test_a_class_that_is_defined_again_is_another_basis():
+    """As in a notebook: of equal name and settings, but with other functions."""
+    knots = torch.tensor([0.0, 0.5])
+    again = type("Steps", (Steps,), {"value": lambda self, x: [3 * f for f in Steps.value(self, x)]})
+    again.__module__, again.__qualname__ = Steps.__module__, Steps.__qualname__
+    query, key, value = (torch.randn(1, 1, 5, 4) for _ in range(3))
+    parameters, proj = {"coef": torch.randn(1, 2, 3, 5)}, torch.randn(1, 5, 3)
+    for basis in (Steps(knots), again(knots), Steps(knots)):
+        outputs = [
+            karat_attention(query, key, value, basis, parameters, proj, implementation=how)
+            for how in ("streaming", "reference")
+        ]
+        torch.testing.assert_close(*outputs)

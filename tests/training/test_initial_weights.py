@@ -20,7 +20,7 @@ from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.classification.distillation_teacher import read_distillation_teacher
-from karat_scale.training.weights_file import initialise, read_weights, run_behind
+from karat_scale.training.weights_file import exported_sections, initialise, read_weights, run_behind, write_model
 from paper.record import take_record
 from tests.conftest import SMALL, events, karat, karat_done, karat_here, karat_refuses, summary
 from tests.training.test_save_points import train_to_the_end
@@ -230,6 +230,17 @@ def test_a_lie_beside_weights_is_one_line_before_training(number, exported, tmp_
             assert not (run / "checkpoints" / "latest").exists()
         if number == 2:
             assert karat_refuses("predict", str(lie), image).startswith(f"error: {lie}: {key}"), text[:40]
+
+
+def test_the_operator_of_one_block_is_not_that_of_all(exported, tmp_path) -> None:
+    sizes, attention = exported_sections(exported)
+    one = attention.changed(kind="softmax", blocks={"0": {"kind": "karat"}})
+    source = tmp_path / "one.safetensors"
+    facts = {"model": sizes.model_dump_json(), "attention": one.model_dump_json()}
+    write_model(create_model(sizes, one), source, {"karat_scale": "", **facts})
+    base, run = str(exported.with_name("base.yaml")), f"run.dir={tmp_path / 'run'}"
+    line = karat_refuses("train", base, *SMALL, "schedule.warmup_epochs=0", run, f"init_from={source}")
+    assert "the weights have no operator for blocks.1.attn, but the model has one" in line
 
 
 def test_a_teacher_of_timm_has_a_name_of_timm(exported, tmp_path) -> None:

@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -40,11 +41,12 @@ class Basis(ABC):
         """Return the largest |x| up to which different scores can give different phi(x); infinity by default."""
         return math.inf
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """A name of the basis for operations that take only tensors and strings."""
+        """Its class and settings as text."""
         kind = type(self)
-        settings = ", ".join([f"{name}={setting}" for name, setting in vars(self).items()])
+        # The text of a tensor is rounded, its list is not.
+        settings = {name: x.tolist() if hasattr(x, "tolist") else x for name, x in vars(self).items()}
         return f"{kind.__module__}.{kind.__qualname__}({settings})"
 
     @abstractmethod
@@ -251,7 +253,8 @@ def make_basis(name: str, **settings: Any) -> Basis:
 def key_of(basis: Basis) -> str:
     """Return the basis's name for registered operations; `basis_of` finds it under this name."""
     key = basis.key
-    _KNOWN.setdefault(key, basis)
+    while type(_KNOWN.setdefault(key, basis)) is not type(basis):  # a class that was defined again, as in a notebook
+        key += "'"
     return key
 
 

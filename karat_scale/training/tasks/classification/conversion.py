@@ -8,6 +8,7 @@ result until the run has a checkpoint, and the report on it for good. Then train
 The ranks share the blocks, and each reads all the images.
 """
 
+import inspect
 import itertools
 import json
 import time
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from karat_scale.attention.bases import basis_class
 from karat_scale.checkpoint.tensor_storage import read_metadata, save_safetensors
 from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.backends import Backend, ImageSpec
@@ -69,12 +71,22 @@ def take_original(model: nn.Module, recipe: Recipe, weights: Mapping[str, Tensor
     """
     own, kept = model.state_dict(), dict(weights)
     for number, layer in enumerate(attention_layers(model)):
-        if recipe.attention.of_block(number) != attention.of_block(number):
+        if _function(recipe.attention.of_block(number)) != _function(attention.of_block(number)):
             prefix = f"{layer.name}{OPERATOR}"
             kept = {name: tensor for name, tensor in kept.items() if not name.startswith(prefix)}
             if attention.learns:
                 kept |= {name: tensor for name, tensor in own.items() if name.startswith(prefix)}
     return take_weights(model, kept)
+
+
+def _function(section: AttentionConfig) -> dict[str, Any]:
+    """Return the keys of a block's section on which its attention depends, given the parameters."""
+    ignored = {"init", "implementation"}
+    if section.kind == "karat":
+        ignored |= {"grid", "degree", "range", "orders"} - set(inspect.signature(basis_class(section.basis)).parameters)
+        ignored |= {"modes"} if section.form != "smooth" else set()
+    taken = set(section.row.keys) | {"kind", "mode"} if section.row else set(type(section).model_fields)
+    return section.model_dump(include=taken - ignored)
 
 
 def begin_conversion(
@@ -90,8 +102,8 @@ def begin_conversion(
         take_weights(theirs, weights)
     originals: dict[int, nn.Module | None] = {}
     for number, layer in enumerate(attention_layers(model)):
-        section = attention.of_block(number)
-        if hasattr(layer.attention, "operator") and recipe.attention.of_block(number) != section:
+        own, section = recipe.attention.of_block(number), attention.of_block(number)
+        if hasattr(layer.attention, "operator") and _function(own) != _function(section):
             operator = None if theirs is None else getattr(attention_layers(theirs)[number].attention, "operator", None)
             originals[number] = operator
     if not originals:

@@ -350,7 +350,7 @@ class ClassificationTask(Task):
     def take_weights(self, backbone: nn.Module, weights: Mapping[str, Tensor], attention: AttentionConfig) -> str:
         """Copy the weights of `init_from` into the classifier; returns what was not simply copied."""
         if not self.recipe.convert.images:
-            return take_weights(backbone, weights)
+            return take_weights(backbone, weights, attention=attention)
         self._conversion = begin_conversion(backbone, self.recipe, weights, attention)
         return take_original(backbone, self.recipe, weights, attention)
 

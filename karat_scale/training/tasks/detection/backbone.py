@@ -102,15 +102,18 @@ def _create(recipe: DetectionRecipe, attention: AttentionConfig) -> VisionTransf
     return cast(VisionTransformer, create_model(recipe.window_model, attention, **_OPTIONS))
 
 
-def take_backbone_weights(vit: nn.Module, weights: Mapping[str, Tensor]) -> str:
+def take_backbone_weights(
+    vit: nn.Module, weights: Mapping[str, Tensor], attention: AttentionConfig | None = None
+) -> str:
     """Copy a classifier's weights into the backbone's ViT, in place; returns a line on what was not simply copied.
 
-    The class token and the layers above the blocks are left out.
+    The class token and the layers above the blocks are left out. `attention` is as in `take_weights`.
 
     Raises:
         RecipeError: the weights are of another model.
     """
-    return take_weights(vit, {name: x for name, x in weights.items() if not name.startswith(_ABOVE_BLOCKS)})
+    below = {name: x for name, x in weights.items() if not name.startswith(_ABOVE_BLOCKS)}
+    return take_weights(vit, below, attention=attention)
 
 
 class ViTBackbone(nn.Module):

@@ -208,7 +208,7 @@ class DetectionTask(Task):
 
     def take_weights(self, backbone: nn.Module, weights: Mapping[str, Tensor], attention: AttentionConfig) -> str:
         """Copy a classifier's weights into the ViT; returns what was not simply copied."""
-        return take_backbone_weights(backbone, weights)
+        return take_backbone_weights(backbone, weights, attention)
 
     def build_model(self, backbone: nn.Module) -> MaskRCNN:
         """Return Mask R-CNN on the ViT."""

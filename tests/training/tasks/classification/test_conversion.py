@@ -6,12 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from karat_scale.models import create_model
 from karat_scale.recipe import AttentionConfig
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.training.tasks.classification.conversion import FILE, read_report, read_survey
+from karat_scale.training.tasks.classification.conversion import (
+    FILE,
+    begin_conversion,
+    read_report,
+    read_survey,
+    take_original,
+)
 from tests.conftest import SMALL, events, karat, karat_done, karat_here, karat_refuses, karat_says, summary
 from tests.small_engines import equal
 from tests.training.runs import assert_a_kill_changes_nothing, kill_all, last_tensors, start, stopped_by, wait_until
@@ -119,6 +126,19 @@ def test_only_blocks_that_differ_are_converted(convert, converted, tmp_path) -> 
     assert sum(report["blocks"][0]["matched"]) < sum(report["blocks"][0]["at_once"])
     line = karat_refuses(*convert(tmp_path / "same", *KARAT, source=converted))
     assert "it has this attention already, so there is nothing to convert" in line
+
+
+def test_keys_that_do_not_change_the_attention_keep_a_block(recipe) -> None:
+    old = load_recipe(recipe, [*SMALL, "schedule.warmup_epochs=0", "attention.kind=karat"])
+    source = create_model(old.model, old.attention)
+    of_other_bases = {"degree": 4}, {"orders": (3, 3)}, {"range": 2.0}, {"modes": 8}
+    for change in ({}, {"implementation": "streaming"}, {"init": "softmax_like"}, *of_other_bases):
+        new = old.changed(attention=old.attention.changed(blocks={"1": {"kind": "static"}}, **change))
+        model = create_model(new.model, new.attention)
+        conversion = begin_conversion(model, new, source.state_dict(), old.attention)
+        take_original(model, new, source.state_dict(), old.attention)
+        assert conversion.blocks == [1], change
+        assert torch.equal(model.blocks[0].attn.operator.cos_coef, source.blocks[0].attn.operator.cos_coef), change
 
 
 @pytest.mark.slow
