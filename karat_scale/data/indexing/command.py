@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -98,7 +99,6 @@ def _by_word(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 MADE_BY = "karat index"
-_MOST_CLASSES = 1_000_000
 _BLOCK = 1 << 20
 # Tars at a URL that are read at a time.
 _REQUESTS = 32
@@ -214,7 +214,11 @@ def _in_parallel(source: Path | Store, tars: int) -> Iterator[Callable[..., Iter
             yield threads.imap
     else:
         with ProcessPoolExecutor(min(usable_cores(), tars), multiprocessing.get_context("fork")) as processes:
-            yield processes.map
+            try:
+                yield processes.map
+            except BrokenProcessPool as error:
+                fix = "use fewer cores, as by taskset -c 0, if memory is short"
+                raise DataError(f"a worker process died; {fix}") from error
 
 
 def _read_one(source: Path | Store, rule: LabelRule, with_hashes: bool, name: str) -> TarSamples:
@@ -276,7 +280,7 @@ def _lines(path: Path, otherwise: str) -> list[str]:
 def _checked_numbers(
     numbers: list[int], known: list[str] | None, tars: dict[str, TarSamples], file: Path | None
 ) -> list[str]:
-    most = len(known) if known else _MOST_CLASSES
+    most = len(known) if known else shard_format.MOST_CLASSES
     wrong = numbers[0] if numbers[0] < 0 else numbers[-1]
     if not 0 <= wrong < most:
         which = f"--classes {file} lists {most} classes" if known else f"classes are numbered from 0 to {most - 1}"

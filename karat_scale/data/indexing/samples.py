@@ -108,7 +108,13 @@ class LabelRule:
 def _named(name: str, otherwise: str) -> str:
     if not name:
         raise NoLabelError(f"no label: {otherwise}")
+    if not _is_utf8(name):
+        raise NoLabelError("no label: the name of the class is no UTF-8")
     return name
+
+
+def _is_utf8(name: str) -> bool:
+    return name.encode(errors="replace").decode() == name
 
 
 def number_of(label: Label, numbers: dict[str, int]) -> int:
@@ -275,7 +281,7 @@ def _add(
     if isinstance(label, int) and label not in found.names:
         # What timm's tars say there.
         name = _json_object(_small(tar, members["json"])).get("class_name") if "json" in members else ""
-        found.names[label] = name.strip() if isinstance(name, str) else ""
+        found.names[label] = name.strip() if isinstance(name, str) and _is_utf8(name) else ""
     found.notes["samples with several images, of which the first is used"] += len(images) > 1
     found.keys.append(key)
     found.offsets.append(image.offset)

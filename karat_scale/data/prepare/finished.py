@@ -22,14 +22,13 @@ Its format is v1.2 of DALI's wds2idx: a line `v1.2 <samples>`, then a line per s
 `<suffix> <offset> <bytes> <name>` of each of its members.
 """
 
-import multiprocessing
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +37,7 @@ import numpy as np
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.indexing.command import is_indexed
 from karat_scale.data.indexing.samples import LabelRule, open_tar, read_samples
-from karat_scale.data.prepare.job import add_shard_options, make_parser
+from karat_scale.data.prepare.job import add_shard_options, make_parser, run_in_processes
 from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.tars import scan_members
 from karat_scale.foundation.console import progress
@@ -287,9 +286,9 @@ def verify_split(
     check = partial(verify_shard, directory, record, rule)
     with (
         progress(f"{name}: verifying", split.samples, "images") as advance,
-        ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool,
+        closing(run_in_processes(check, split.shards, workers)) as checked,
     ):
-        for shard, (found, counts) in zip(split.shards, pool.map(check, split.shards), strict=True):
+        for shard, (found, counts) in zip(split.shards, checked, strict=True):
             problems += found
             if counts:
                 per_class += counts

@@ -5,6 +5,7 @@ The images of a split and the notes about them, worker processes, the division o
 
 import argparse
 import multiprocessing
+import os
 import re
 import signal
 import sys
@@ -167,7 +168,7 @@ def made_by(tool: str, source: Source, options: argparse.Namespace, **settings: 
     return {
         "tool": f"data_prep/{tool}",
         "version": __version__,
-        "source": options.src.resolve().name,
+        "source": os.fsencode(options.src.resolve().name).decode(errors="backslashreplace"),
         "source_sha256": source.fingerprint(),
         "seed": options.seed,
         "subset": options.subset,

@@ -43,6 +43,8 @@ _FIX = "make it with karat prepare webdataset"
 DATASET_FILE, TIMM_FILE = "dataset.json", "info.json"
 # A record lists each file of a source that is skipped or odd: of ImageNet-21k, that may be millions.
 LARGEST_RECORD = 2**30
+# Of numbered classes. Larger numbers are those of images, say.
+MOST_CLASSES = 1_000_000
 # A name in dataset.json must not point outside of its directory.
 FileName = Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$")
 # A file name may be any bytes; in a report, bytes that are not UTF-8 become \xNN.

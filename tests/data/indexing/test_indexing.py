@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from karat_scale.commands.cli import main
+from karat_scale.data.indexing import command
 from karat_scale.data.shards.shard_format import read_dataset_record
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError
 from tests.conftest import SMALL, events, karat_here, run_script
 from tests.data.backends.helpers import flip
-from tests.data.tars import image, write_tar
+from tests.data.tars import image, sample, write_tar
 
 
 def index(source: Path, *options: str) -> int:
@@ -231,6 +233,26 @@ def test_no_tars_damaged_ones_and_our_own_shards_are_one_line(shards, tmp_path, 
         (tmp_path / "empty" / name).write_bytes(data)
         assert index(tmp_path / "empty") == 2
         assert said in refused(capsys)
+
+
+def test_a_class_whose_name_is_no_utf8_is_skipped_and_a_worker_that_dies_is_one_line(tmp_path, capsys, monkeypatch):
+    def json_sample(number, label):
+        return [(f"{number}.jpg", image(number)), (f"{number}.json", f'{{"label": "{label}"}}'.encode())]
+
+    for name, rule, members in (
+        ("path", "path", [("\udce9t\udce9/0.jpg", image(0)), ("b/1.jpg", image(1))]),
+        ("json", "json:label", [*json_sample(0, "\\ud800"), *json_sample(1, "b")]),
+        ("name", "cls", [*sample(0), ("s0.json", b'{"class_name": "\\ud800"}')]),
+    ):
+        write_tar(tmp_path / name / "train.tar", members)
+        assert index(tmp_path / name, "--label", rule) == 0
+        skipped = read_dataset_record(tmp_path / name).splits["train"].skipped
+        said = "no label: the name of the class is no UTF-8"
+        assert (said in [one.reason for one in skipped]) == (name != "name")
+    monkeypatch.setattr(command, "read_samples", lambda *arguments, **more: os._exit(9))
+    capsys.readouterr()
+    assert index(tmp_path / "path") == 2
+    assert "a worker process died; use fewer cores" in refused(capsys)
 
 
 def script(name: str, *arguments: str) -> None:

@@ -93,6 +93,11 @@ def test_two_runs_at_a_time_for_one_output_lose_no_split(folder, tmp_path, monke
     assert make_shards(folder[0], tmp_path / "out", "--split", "train").splits.keys() == {"train", "val"}
 
 
+def test_a_source_whose_name_is_no_utf8_is_recorded(folder, tmp_path):
+    src = folder[0].rename(tmp_path / "s\udce9rie")
+    assert make_shards(src, tmp_path / "out", "--split", "val").splits["val"].made["source"] == "s\\xe9rie"
+
+
 def test_unusable_files_are_listed_and_the_rest_is_made(folder, tmp_path, capsys):
     src = folder[0] / "train"
     (src / "ant/empty.jpg").touch()

@@ -54,6 +54,12 @@ def test_problems_are_counted_and_the_first_is_named(shards, capsys):
     assert done.stderr.count("\n") == 1
 
 
+def test_a_worker_that_dies_is_one_line(shards, monkeypatch):
+    monkeypatch.setattr(finished, "verify_shard", lambda *arguments: os._exit(9))
+    with pytest.raises(DataError, match="a worker process died; use fewer --workers if memory is short"):
+        check(shards, "--workers", "2")
+
+
 def replace_first_shard(directory, samples):
     record = read_dataset_record(directory)
     record.splits["train"].shards[0] = write_shard(directory, "train-000000", samples)

@@ -29,6 +29,7 @@ from karat_scale.data.prepare.sources.base import (
 )
 from karat_scale.data.prepare.sources.imagefolder import SPLIT_FOLDERS
 from karat_scale.data.prepare.sources.small import renumbered
+from karat_scale.data.shards.shard_format import MOST_CLASSES
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.tables import how_to_install
 
@@ -65,7 +66,11 @@ def find_columns(src: Path, schemas: list[Any], options: SourceOptions) -> Colum
     label = _choose(src, "label", options.label_column, named or plain, plain, schema.names)
     found = features.get(label, {}).get("names") or []
     for other in schemas[1:]:
-        if set(other.names) != set(schema.names) or (_features(other).get(label, {}).get("names") or []) != found:
+        if (
+            set(other.names) != set(schema.names)
+            or (_features(other).get(label, {}).get("names") or []) != found
+            or any(_sort(other.field(name).type) != _sort(schema.field(name).type) for name in (image, label))
+        ):
             raise DataError(f"{src}: its Parquet files have different columns or classes; give one data set as --src")
     kind = schema.field(image).type
     if not types.is_struct(kind):
@@ -81,6 +86,15 @@ def _features(schema: Any) -> dict[str, Any]:
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
     except (KeyError, ValueError, TypeError, AttributeError):
         return {}
+
+
+def _sort(kind: Any) -> object:
+    """Return what of a column's type must be the same in all files."""
+    import pyarrow.types as types
+
+    if types.is_struct(kind):
+        return {part.name for part in kind} & {"bytes", "path"}
+    return "integer" if types.is_integer(kind) else str(kind).removeprefix("large_")
 
 
 def _holds_images(kind: Any) -> bool:
@@ -152,6 +166,11 @@ def parquet_splits(
         labelling = labelling_splits(src, by_split, split)
         values = {label for name in labelling for path in by_split[name] for label in labels[path]}
         named = all(isinstance(value, str) for value in values)
+        if not named and max(values) >= MOST_CLASSES:
+            raise DataError(
+                f"{src}: column {columns.label} has the number {max(values)}, so it holds no classes; name the column "
+                "that does by --label-column"
+            )
         own = sorted(values) if named else [str(number) for number in range(max(values) + 1)]
     facts = {"image_column": columns.image, "label_column": columns.label, "not_as_published": missing}
     return {

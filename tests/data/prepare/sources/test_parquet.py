@@ -165,6 +165,9 @@ def test_files_that_are_wrong_are_one_line(images, tmp_path):
 
 
 def test_labels_that_are_no_classes(tmp_path):
+    write_table(arrow.table({"image": [jpeg(0)], "id": [10**12]}), tmp_path / "ids.parquet")
+    with pytest.raises(DataError, match="column id has the number 1000000000000, so it holds no classes; name the"):
+        make_shards(tmp_path / "ids.parquet", tmp_path / "out")
     for labels, message in (
         ([-1, 0], r"sample 0 has label -1, but there are 4 classes"),
         ([0, 4], r"sample 1 has label 4, but there are 4 classes"),
@@ -180,6 +183,11 @@ def test_files_of_two_data_sets_are_not_mixed(images, tmp_path):
     write(path, photos(0, 2), [0, 1], hub(label={"names": ["a", "b"]}))
     with pytest.raises(DataError, match="different columns or classes; give one data set as --src"):
         make_shards(images[0], tmp_path / "out")
+    for images_or_labels in ({"image": [jpeg(0)], "label": [0]}, {"image": [{"bytes": jpeg(0)}], "label": ["a"]}):
+        table = arrow.table(images_or_labels).replace_schema_metadata(hub())
+        write_table(table, path)
+        with pytest.raises(DataError, match="different columns or classes; give one data set as --src"):
+            make_shards(images[0], tmp_path / "out")
     path.rename(path.with_name("train-00001-of-00003.parquet"))
     with pytest.raises(DataError, match="are of one split but of two data sets; keep one"):
         make_shards(images[0], tmp_path / "out")
