@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
 
 _SUFFIX = ".unfinished"
+_UMASK = os.umask(0o077)  # only setting it tells it, which is not safe once there are threads
+os.umask(_UMASK)
 _NAME = re.compile(r"\.(?P<of>.+)\.[a-z0-9_]{8}\.unfinished", re.DOTALL)
 
 
@@ -60,8 +62,8 @@ def _held(path: Path, make: Callable[[str, Path], Path]) -> Iterator[Path]:
         except FileNotFoundError:  # another writer took it for a leftover
             continue
         try:
-            lock(handle, wait=False)
-            if temporary.exists():
+            # Another writer may have locked it as a leftover, and removes it then.
+            if lock(handle, wait=False) and temporary.exists():
                 yield temporary
                 return
         finally:
@@ -271,8 +273,8 @@ def name_in_errors(path: Path) -> Iterator[None]:
 
 
 def commit_file(temporary: Path, path: Path) -> None:
-    """Flush a written temporary file to disk and rename it to `path`."""
-    temporary.chmod(0o644)
+    """Flush a written temporary file to disk and rename it to `path`. Others may read it, if the umask lets them."""
+    temporary.chmod(0o644 & ~_UMASK)
     flush_to_disk(temporary)
     temporary.replace(path)
     flush_to_disk(path.parent)

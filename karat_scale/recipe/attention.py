@@ -120,7 +120,8 @@ class AttentionConfig(Section):
             return self.changed(blocks={}) if self.blocks else self
         taken = self.model_dump(exclude={"blocks"})
         if "kind" in own:
-            kept = ATTENTIONS[own["kind"]].keys if own["kind"] in ATTENTIONS else ()
+            is_ours = isinstance(own["kind"], str) and own["kind"] in ATTENTIONS
+            kept = ATTENTIONS[own["kind"]].keys if is_ours else ()
             taken = {key: value for key, value in taken.items() if key in kept or key not in _NAMING}
         return AttentionConfig(**{**taken, **own})
 

@@ -209,7 +209,7 @@ class AugmentConfig(Section):
     @field_validator("randaugment")
     @classmethod
     def _is_a_timm_policy(cls, value: str) -> str:
-        if value and not value.startswith("rand-"):
+        if value and not re.fullmatch(r"rand(-([a-z]+\d[\d.]*|t\w+))+", value):
             raise ValueError("should be empty or timm's RandAugment string, such as rand-m9-mstd0.5-inc1")
         return value
 

@@ -13,6 +13,7 @@ It is YAML with plain values, each key once, and never more than a recipe can ne
 
 import functools
 import itertools
+import re
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,8 @@ class _Loader(yaml.SafeLoader):
         return {str(key) if type(key) is int else key: value for key, value in mapping.items()}
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if str(node.tag).endswith((":int", ":float")) and re.fullmatch(r"[-+]?0[\d_]+|.*:.*", str(node.value)):
+            raise _error(f"{node.value} is another number in YAML; write it without 0 in front and without :", node)
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, ArithmeticError):
@@ -233,6 +236,9 @@ def _read_shipped(name: str, folder: Path, extended_by: tuple[Path, ...]) -> dic
         lay_over(tree, _read_recipe_file(file, folder, extended_by))
     filled: dict[str, Any] = _filled(tree, shipped.words)
     return filled
+
+
+UNFILLED = re.compile(r"'(\w+)': '([^']*(\{(?:base|model|attention)\})[^']*)'")
 
 
 def _filled(value: Any, words: Mapping[str, str]) -> Any:

@@ -5,6 +5,7 @@ A portable recipe is without the directories of the machine it ran on.
 
 import difflib
 import hashlib
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import Effect
-from karat_scale.recipe.files import lay_over, parse, read_recipe, read_run_recipe
+from karat_scale.recipe.files import UNFILLED, lay_over, parse, read_recipe, read_run_recipe
 from karat_scale.recipe.synonyms import elsewhere, keys_called
 
 
@@ -84,6 +85,10 @@ def load_run_recipe(path: Path, overrides: Sequence[str], schema: type[R]) -> R:
 def _whole(tree: dict[str, Any], name: str, source: str, overrides: Sequence[str], schema: Schema) -> Any:
     for override in overrides:
         _apply_override(tree, override, schema)
+    if left := UNFILLED.search(str(tree)):
+        raise RecipeError(
+            f"{source}: {left[1]} = {left[2]}: only a shipped recipe's name fills in {left[3]}; set {left[1]}"
+        )
     run = tree.setdefault("run", {})
     if isinstance(run, dict):
         run["name"] = run.get("name") or name
@@ -188,6 +193,8 @@ def _apply_override(tree: dict[str, Any], override: str, schema: Schema) -> None
         value = parse(text)
     except yaml.YAMLError:
         raise RecipeError(f"override {override[:_LONGEST]!r}: the value is not valid YAML; quote it") from None
+    if re.search(r"(^|\s)#", text) and "#" not in str(value):
+        raise RecipeError(f"override {override[:_LONGEST]!r}: `#` begins a comment in YAML; quote the value")
     node = tree
     *parents, leaf = key.split(".")
     for name in parents:

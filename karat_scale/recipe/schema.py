@@ -53,8 +53,8 @@ class RunConfig(Section):
     @field_validator("name")
     @classmethod
     def _names_a_file_and_a_cell(cls, value: str) -> str:
-        if not value.isprintable() or set(value) & set("/|"):
-            raise ValueError("is used in file names and tables; remove /, | and control characters")
+        if not value.isprintable() or set(value) & set("/|") or value in (".", ".."):
+            raise ValueError("is used in file names and tables; remove /, | and control characters, and use no . or ..")
         return value
 
 

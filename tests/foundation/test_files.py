@@ -5,6 +5,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from karat_scale.engine.heartbeat import heartbeat_file
 from karat_scale.foundation.files import (
     append_to,
+    lock,
     make_folder,
     read_image,
     read_text,
@@ -152,6 +154,33 @@ def test_a_killed_writers_files_go_on_nfs(tmp_path) -> None:
     with temporary_file(tmp_path / "other.json") as mine:
         assert remove_leftovers(tmp_path) == []
         assert hidden(tmp_path) == [mine.name]
+
+
+def test_a_file_that_another_writer_takes_for_a_leftover_is_not_used(tmp_path, monkeypatch) -> None:
+    """It locks the file before its own writer does, and removes it once that has begun to write."""
+    make, taken = tempfile.mkstemp, []
+
+    def mkstemp(*arguments):
+        handle, name = make(*arguments)
+        if not taken:
+            taken.append((name, os.open(name, os.O_RDWR)))
+            assert lock(taken[0][1], wait=False)
+        return handle, name
+
+    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    with temporary_file(tmp_path / "x") as mine:
+        assert str(mine) != taken[0][0]
+    os.close(taken[0][1])
+
+
+def test_what_is_written_may_be_read_by_whom_the_umask_lets(tmp_path) -> None:
+    imports = "from pathlib import Path; from karat_scale.foundation.files import write_atomically"
+    program = f"{imports}; write_atomically(Path('x'), '')"
+    for umask, mode in ((0o077, 0o600), (0o002, 0o644)):
+        subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, umask=umask, check=True
+        )
+        assert (tmp_path / "x").stat().st_mode & 0o777 == mode
 
 
 def test_what_is_not_ours_stays(tmp_path) -> None:

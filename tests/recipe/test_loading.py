@@ -44,6 +44,12 @@ def message(path: Path | str, *overrides: str) -> str:
         ("run.name=a/b", ["run.name = 'a/b'", "remove /, | and control characters"]),
         ("run.name='x | y'", ["run.name = 'x | y'", "remove /"]),
         ('run.name="a\\nb"', ["run.name = 'a\\nb'", "remove /"]),
+        ("run.name=..", ["run.name = '..'", "use no . or .."]),
+        ("data.path=/d/a #1", ["override 'data.path=/d/a #1'", "`#` begins a comment in YAML; quote the value"]),
+        ("data.path=#1", ["quote the value"]),
+        ("train.epochs=010", ["override 'train.epochs=010'", "quote it"]),
+        ("train.epochs=1:30", ["override 'train.epochs=1:30'", "quote it"]),
+        ("attention.blocks={8: {kind: [karat]}}", ["attention.blocks.8.kind", "'softmax', 'karat'"]),
         ("attention.grdi=3", ["attention.grdi", "did you mean attention.grid?"]),
         ("lr=3", ["lr: unknown key", "did you mean optim.lr?"]),
         ("batch_size=64", ["batch_size: unknown key", "did you mean train.global_batch or train.micro_batch?"]),
@@ -75,7 +81,10 @@ def message(path: Path | str, *overrides: str) -> str:
         ),
         ("augment.mean=[1, 2]", ["augment.mean", "too few"]),
         ("augment.scale=[1.0, 0.5]", ["augment.scale", "ascending"]),
-        ("augment.randaugment=auto", ["augment.randaugment", "rand-m9-mstd0.5-inc1"]),
+        *(
+            (f"augment.randaugment={policy}", ["augment.randaugment", "rand-m9-mstd0.5-inc1"])
+            for policy in ("auto", "rand-", "rand-foo", "rand-m9-x")
+        ),
         ("model.patch_size=15", ["model.image_size = 224", "model.patch_size = 15", "use 210"]),
         ("train.global_batch=127", ["train.global_batch = 127", "odd", "augment.mix_prob=0"]),
         ("train.micro_batch=6", ["train.global_batch = 128", "train.micro_batch = 6"]),
@@ -158,6 +167,8 @@ def test_a_misspelt_file_or_name_is_suggested(recipe):
         ("data: {path: a}\ndata: {path: b}\n", "line 2: not valid YAML: key 'data' appears twice"),
         ("attention: {blocks: {8: {grid: 3}, '8': {grid: 5}}}\n", "line 1: not valid YAML: key '8' appears twice"),
         ("a: &a {}\nb: {<<: *a}\n", "line 2: not valid YAML: `<<` is not supported; write out the keys"),
+        ("train: {epochs: 010}\n", "line 1: not valid YAML: 010 is another number in YAML; write it without 0 in"),
+        ("extends: parts/data/stl10\n", "init_from = runs/imagenet_{model}{attention}: only a shipped recipe's name"),
         ("- 1\n", "should be sections"),
         ("data:\n  path: [\n", "not valid YAML"),
         ("", "data: missing"),

@@ -261,7 +261,7 @@ def _lock(handle: int, path: Path) -> bool:
 
 
 def _remove_if_left(part: Path) -> None:
-    handle = os.open(part, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    handle = os.open(part, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)  # as NFS wants it for a lock
     try:
         if _lock(handle, part):
             part.unlink()

@@ -123,13 +123,13 @@ def _byte_sum(data: bytes) -> int:
 def _checked_size(header: bytes, offset: int, what: str) -> int:
     """Return the size in a header. Raises DataError if its checksum is wrong."""
     try:
-        # The checksum counts itself as eight blanks.
-        expected = int(header[148:156].partition(b"\0")[0], 8)
-        if (_byte_sum(header) - _byte_sum(header[148:156]) + 256 - expected) % 65521:
+        # The checksum counts itself as eight blanks. Old tars have the sum of signed bytes.
+        excess = _byte_sum(header) - _byte_sum(header[148:156]) + 256 - int(header[148:156].partition(b"\0")[0], 8)
+        if excess % 65521 and (excess - 256 * sum(byte > 127 for byte in header[:148] + header[156:])) % 65521:
             raise ValueError
         if header[124] & 0x80:  # GNU's binary form, for 8 GiB and more
             return int.from_bytes(header[125:136], "big")
-        return int(header[124:136].partition(b"\0")[0], 8)
+        return int(header[124:136].partition(b"\0")[0].strip() or b"0", 8)
     except ValueError:
         raise _no_header(header, offset, what) from None
 

@@ -117,6 +117,7 @@ def test_one_of_many_processes_makes_an_entry_and_a_killed_one_blocks_nobody(tmp
     assert not list((tmp_path / "cache").glob("??/*.part"))
 
 
+@pytest.mark.usefixtures("locks_of_nfs")
 def test_an_error_of_the_store_leaves_nothing_and_what_a_killed_process_left_goes_when_room_is_made(tmp_path):
     cache = NodeCache(tmp_path / "cache", 2 * SIZE)
 

@@ -78,6 +78,18 @@ def test_sparse_members_are_told(tmp_path: Path) -> None:
         assert (member.name, member.kind) == ("s.jpg", "sparse")
 
 
+def test_a_folder_without_a_size_and_the_sum_of_signed_bytes_are_read(tmp_path: Path) -> None:
+    header = bytearray(tarfile.TarInfo("f\udce9\udce9").tobuf(tarfile.USTAR_FORMAT, "utf-8"))
+    header[156], header[148:156] = ord("5"), b" " * 8
+    path = tmp_path / "old.tar"
+    for size in (b"\0" * 12, b" " * 11 + b"\0"):
+        header[124:136] = size
+        for total in (sum(header), sum(byte - 256 * (byte > 127) for byte in header)):
+            path.write_bytes(header[:148] + b"%06o\0 " % total + header[156:] + bytes(1024))
+            with tarfile.open(path) as tar:
+                assert [(one.name, one.kind) for one in scan(path)] == [(tar.getnames()[0], "directory")]
+
+
 @settings(max_examples=30)
 @given(st.data())
 def test_a_cut_tar_is_never_taken_for_a_whole_one(tmp_path_factory, data) -> None:

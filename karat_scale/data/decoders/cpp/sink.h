@@ -26,7 +26,6 @@ class JpegSink {
     errors.error_exit = fail;
     errors.output_message = say_nothing;
     jpeg.client_data = this;
-    jpeg_create_compress(&jpeg);
     const bool whole = encode(width, height, quality, planes, strides);
     jpeg_destroy_compress(&jpeg);
     if (buffer != memory.data()) std::free(buffer); // it was too small after all, and libjpeg took another
@@ -53,6 +52,7 @@ class JpegSink {
 
   bool encode(int width, int height, int quality, const uint8_t* const* planes, const size_t* strides) {
     if (setjmp(on_error)) return false;
+    jpeg_create_compress(&jpeg);
     jpeg_mem_dest(&jpeg, &buffer, &written);
     jpeg.image_width = JDIMENSION(width);
     jpeg.image_height = JDIMENSION(height);

@@ -356,7 +356,11 @@ def idx_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str]]:
     if not found:
         return {}, []
     if (src / CLASSES_FILE).is_file():
-        own = [line.strip() for line in (src / CLASSES_FILE).read_text().splitlines() if line.strip()]
+        try:
+            text = (src / CLASSES_FILE).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{src / CLASSES_FILE} cannot be read: {error}") from error
+        own = [line.strip() for line in text.splitlines() if line.strip()]
     else:  # the numbers up to the largest label
         largest = max(int(read_idx(_labels_of(path)).max(initial=0)) for path in found.values())
         own = [str(label) for label in range(largest + 1)]

@@ -169,6 +169,7 @@ WRONG = [
     ("idx", IDX, halve, r"train-images-idx3-ubyte.gz cannot be read.*; fetch it again"),
     ("idx", IDX, holding(gzip.compress(b"\0\0\x08\x03")), "has 4 bytes, but its header says 16"),
     ("idx", "train-labels-idx1-ubyte.gz", Path.unlink, "no labels file beside it"),
+    ("idx", "classes.txt", holding(b"\xe9t\xe9\n"), "classes.txt cannot be read: 'utf-8' codec"),
     ("idx", "classes.txt", holding(b"one\ntwo\n"), r"sample 2 has label 2, but there are 2 classes"),
 ]
 
