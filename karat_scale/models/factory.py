@@ -17,7 +17,7 @@ from karat_scale.models.hosts import (
     refuse_fields,
     shapes_alone,
 )
-from karat_scale.models.layers import LayerSize, freeze, measure_layers
+from karat_scale.models.layers import LayerSize, attention_layers, freeze, measure_layers
 from karat_scale.models.operators import learn
 from karat_scale.models.transfer import TransferredAttention
 from karat_scale.recipe import AttentionConfig, ModelConfig, Recipe
@@ -26,9 +26,10 @@ _CLASSES = {own: ours for host in (OTHER, *HOSTS.values()) for own, ours in host
 
 
 def swap_attention(network: Any, attention: AttentionConfig, image_size: int = 224) -> None:
-    """Replace softmax in a timm model's attention layers, in place. All weights stay; operators are added.
+    """Replace softmax in a timm model's attention layers, in place. All weights stay as they are.
 
-    With `residual=True`, the model computes what it computed before, until it is trained.
+    Operators are added, on the device and in the dtype of their layers. With `residual=True`, the model computes what
+    it computed before, until it is trained.
 
     Args:
         network: a timm ViT, ConViT (its last blocks), Swin, or another model with timm's attention.
@@ -52,8 +53,9 @@ def swap_attention(network: Any, attention: AttentionConfig, image_size: int = 2
             f"image_size = {image_size} does not fit {name}: {one_line(error)}; pass image_size="
         ) from error
     learn(network, ModelConfig(name=name, image_size=image_size), attention, sizes, _CLASSES)
-    parameter = next(network.parameters())
-    network.to(parameter.device, parameter.dtype)
+    for _, _, layer in attention_layers(network):
+        if hasattr(layer, "operator"):
+            layer.operator.to(layer.qkv.weight.device, layer.qkv.weight.dtype)
 
 
 def create_model(model: ModelConfig, attention: AttentionConfig, **options: Any) -> nn.Module:

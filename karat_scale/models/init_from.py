@@ -310,13 +310,14 @@ def _keys(state: Mapping[str, Tensor], prefix: str, heads: int) -> tuple[str, ..
     """Return the keys of the recipe that an operator's parameters show, of a layer with this many heads."""
     names = [name.removeprefix(prefix) for name in state]
     own = {name.rpartition(".")[2] for name in names}
-    residual, content, bounded = (name in own for name in ("gate", "psi_constant", "tau_logit"))
-    # Softmax heads, a softmax part, psi, a bound, and scores of 0 each wrap what is learned.
-    others = max(name.count("operator.") for name in names) - residual - content - bounded
+    residual, content, bounded, centred = (name in own for name in ("gate", "psi_constant", "tau_logit", "left"))
+    # Softmax heads, a softmax part, psi, a bound, a constant part, and scores of 0 each wrap what is learned.
+    others = max(name.count("operator.") for name in names) - residual - content - bounded - centred
     # The first axis of a parameter is always that of the heads.
     learned = next(x for name, x in state.items() if not name.endswith("operator.modes")).shape[:1].numel()
     softmax_heads = max(heads - learned, 0) if others else 0
     return (
+        "attention.kind=centred" if centred else "another attention.kind than centred",
         f"attention.residual={str(residual).lower()}",
         f"attention.softmax_heads={softmax_heads}",
         "attention.form=content" if content else "another attention.form than content",
@@ -473,8 +474,9 @@ def differences(there: tuple[ModelConfig, AttentionConfig], here: tuple[ModelCon
     rows = there[1].row, here[1].row
     if there[1].kind != here[1].kind and any(row is not None and row.by_rows for row in rows):  # without parameters
         pairs += [("attention.kind", there[1].kind, here[1].kind)]
-    if there[1].kind == here[1].kind == "karat" or there[1].blocks != here[1].blocks:
-        pairs += [(f"attention.{key}", getattr(there[1], key), getattr(here[1], key)) for key in _OF_OPERATORS]
+    if (there[1].kind == here[1].kind and here[1].learns) or there[1].blocks != here[1].blocks:
+        taken = [key for key in _OF_OPERATORS if key == "blocks" or rows[1] is None or key in rows[1].keys]
+        pairs += [(f"attention.{key}", getattr(there[1], key), getattr(here[1], key)) for key in taken]
     return [
         f"{key} = {_text(theirs)} in the weights, {_text(ours)} here" for key, theirs, ours in pairs if theirs != ours
     ]

@@ -80,7 +80,10 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 @torch.no_grad()
 def measure_layers(model: nn.Module, image_size: int) -> tuple[LayerSize, ...]:
-    """Return the size of each attention layer, from a forward pass of one image; the model is on the meta device."""
+    """Return the size of each attention layer, from a forward pass of one image; the model is on the meta device.
+
+    Raises RecipeError if blocks share one layer.
+    """
     shapes: list[torch.Size] = []
 
     def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -92,6 +95,8 @@ def measure_layers(model: nn.Module, image_size: int) -> tuple[LayerSize, ...]:
     model(torch.empty(1, channels, image_size, image_size, device="meta"))
     for hook in hooks:
         hook.remove()
+    if len(shapes) != len(layers):
+        raise RecipeError(f"blocks of this {type(model).__name__} share an attention layer; give each its own")
     sizes = []
     for layer, (sets, tokens, width) in zip(layers, shapes, strict=True):
         heads = layer.attention.num_heads

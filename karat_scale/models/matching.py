@@ -44,6 +44,7 @@ class Call(NamedTuple):
     mask: Tensor | None
     x: Tensor | None
     output: Tensor
+    original: "Original"
 
     def of_heads(self, heads: slice) -> "Call":
         """Return the call of some of the heads."""
@@ -52,7 +53,7 @@ class Call(NamedTuple):
             tensor[..., heads, :, :] if tensor is not None and tensor.dim() > 2 and tensor.shape[-3] > 1 else tensor
             for tensor in (self.bias, self.mask)
         )
-        return Call(query, key, value, bias, mask, self.x, output)
+        return Call(query, key, value, bias, mask, self.x, output, self.original)
 
     def parts(self, images: int) -> Iterator["Call"]:
         """Yield the same call of so many images each."""
@@ -62,7 +63,8 @@ class Call(NamedTuple):
             bias, mask = (
                 x[part] if x is not None and x.dim() > 3 and len(x) > 1 else x for x in (self.bias, self.mask)
             )
-            yield Call(query, key, value, bias, mask, None if self.x is None else self.x[part], output)
+            x = None if self.x is None else self.x[part]
+            yield Call(query, key, value, bias, mask, x, output, self.original)
 
     def answer(self, heads: Any) -> Tensor:
         """Return the output of other heads for the same call."""
@@ -101,7 +103,7 @@ class Original(nn.Module):
             output = softmax_attention(query, key, value, bias, mask)
         else:
             output = self.operator(query, key, value, bias=bias, mask=mask, **layer_input(self.operator, x))
-        self.call = Call(query, key, value, bias, mask, x, output)
+        self.call = Call(query, key, value, bias, mask, x, output, self)
         return output
 
     def scores(
@@ -170,7 +172,7 @@ def errors(conversion: Conversion, blocks: Sequence[int], images: Tensor) -> dic
             difference = call.answer(conversion.new[number]).double() - output
             missed[number] = missed.get(number, 0) + difference.square().sum((0, 2, 3))
             energy[number] = energy.get(number, 0) + output.square().sum((0, 2, 3))
-    return {number: (missed[number] / energy[number]).tolist() for number in blocks}
+    return {number: _ratio(missed[number], energy[number]).tolist() for number in blocks}
 
 
 def descend(
@@ -196,7 +198,7 @@ def descend(
             heads = conversion.new[number]
             loss = _share(call.answer(heads), call.output)
             if of_scores:
-                loss = loss + of_scores * _share(call.matrix(heads), call.matrix(conversion.originals[number]))
+                loss = loss + of_scores * _share(call.matrix(heads), call.matrix(call.original))
             if loss.requires_grad:  # it learns anything
                 loss.backward()
         if optimizer is not None:
@@ -210,7 +212,13 @@ def descend(
 def _share(found: Tensor, wanted: Tensor) -> Tensor:
     """Return the mean over heads of |found - wanted|^2 / |wanted|^2."""
     missed, energy = (tensor.float().square().sum((0, 2, 3)) for tensor in (found - wanted, wanted))
-    return (missed / energy).mean()
+    return _ratio(missed, energy).mean()
+
+
+def _ratio(missed: Tensor, energy: Tensor) -> Tensor:
+    """Return missed / energy by head; 0 for a head that gives nothing, such as a pruned one."""
+    gives = energy > 0
+    return missed.where(gives, 0) / energy.where(gives, 1)
 
 
 class _Series(NamedTuple):
@@ -264,8 +272,8 @@ def _series_of(heads: Any) -> _Series | None:
 
 
 @torch.no_grad()
-def solve(heads: Any, original: Original, calls: Sequence[Call], rounds: int) -> bool:
-    """Match heads with the calls of an original by least squares, in place; return whether they are linear.
+def solve(heads: Any, calls: Sequence[Call], rounds: int) -> bool:
+    """Match heads with calls of one or more originals by least squares, in place; return whether they are linear.
 
     Heads that are not, and those of layers whose pairs are masked, do not change.
     """
@@ -286,7 +294,8 @@ def solve(heads: Any, original: Original, calls: Sequence[Call], rounds: int) ->
     series = _series_of(inner)
     if series is None:
         return False
-    energy: Any = sum(torch.einsum("bhkj,bhki->hji", *[call.matrix(original)[:, kept].double()] * 2) for call in calls)
+    matrices = (call.matrix(call.original)[:, kept].double() for call in calls)
+    energy: Any = sum(torch.einsum("bhkj,bhki->hji", matrix, matrix) for matrix in matrices)
     for head in range(len(series.proj)):
         _solve_head(series, head, seen, energy[head], rounds)
     return True
@@ -327,6 +336,7 @@ def _solve_head(series: _Series, head: int, calls: Sequence[Call], energy: Tenso
         proj += least_squares(parts(None)).mT
     # Only the product of a unit's coefficients and its column of W counts; their sizes start as in a new operator.
     share = (ratio * proj.norm(dim=0) / coefficients.norm(dim=0).clamp(min=1e-30)).sqrt()
+    share = share.where(coefficients.any(0), 1)  # a unit that gives nothing must still be able to learn
     series.set(head, coefficients * share, proj / share)
 
 

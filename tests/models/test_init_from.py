@@ -309,6 +309,9 @@ def test_operators_of_other_blocks_are_refused(there: dict[str, object], here: d
         ({}, {"scores": False}, "attention.scores=true"),
         ({"scores": False, "softmax_heads": 1}, {"softmax_heads": 1}, "attention.scores=false"),
         ({"softmax_heads": 1}, {"scores": False}, "attention.softmax_heads=1"),
+        ({"kind": "centred"}, {}, "attention.kind=centred"),
+        ({}, {"kind": "centred"}, "another attention.kind than centred"),
+        ({"kind": "centred", "softmax_heads": 1}, {"kind": "centred"}, "attention.softmax_heads=1"),
     ],
 )
 def test_what_wraps_an_operator_is_told_by_its_field(there, here, field) -> None:
@@ -332,6 +335,12 @@ def test_kinds_without_parameters_differ_by_name() -> None:
     assert take_weights(model(1, kind="sigmoid"), model(0, kind="softmax").state_dict()) == ""
     assert differences((sizes, there), (sizes, here)) == ["attention.kind = softmax in the weights, sigmoid here"]
     assert differences((sizes, there), (sizes, AttentionConfig(kind="karat"))) == []
+
+
+def test_only_keys_that_a_kind_takes_differ() -> None:
+    sizes = ModelConfig(**SMALL)
+    there, here = AttentionConfig(kind="centred", base="silu", degree=2), AttentionConfig(kind="centred")
+    assert differences((sizes, there), (sizes, here)) == ["attention.base = silu in the weights, zero here"]
 
 
 @pytest.mark.parametrize("mode", ["universal", "blockwise"])

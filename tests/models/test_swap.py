@@ -43,22 +43,27 @@ def test_it_is_the_model_that_a_recipe_builds() -> None:
         assert torch.equal(network(images), built(images))
 
 
-def test_operators_have_the_dtype_of_the_model() -> None:
+def test_operators_have_the_dtype_of_their_layer_and_others_keep_theirs() -> None:
     network = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).bfloat16()
+    network.norm.float()
     swap_attention(network, AttentionConfig(kind="karat"), image_size=32)
-    assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
+    wide = {name for name, parameter in network.named_parameters() if parameter.dtype != torch.bfloat16}
+    assert wide == {"norm.weight", "norm.bias"}
 
 
 def test_what_cannot_be_swapped_is_one_line() -> None:
     with torch.device("meta"):
         swapped = timm.create_model("vit_tiny_patch16_224", depth=1)
         swap_attention(swapped, AttentionConfig(kind="karat"))
+        tied = timm.create_model("vit_tiny_patch16_224", depth=2)
+        tied.blocks[1].attn = tied.blocks[0].attn
         for network, section, said in (
             ("vit_tiny_patch16_224", {}, "attention.kind = softmax is what the model has"),
             ("vit_tiny_patch16_384", {"kind": "karat"}, "image_size = 224 does not fit VisionTransformer"),
             ("vit_tiny_patch16_224", {"kind": "karat", "softmax_heads": 5}, "softmax_heads = 5 leaves no head"),
             ("resnet18", {"kind": "karat"}, "the attention of a ResNet cannot be replaced"),
             (swapped, {"kind": "karat"}, "has learned attention already"),
+            (tied, {"kind": "karat"}, "blocks of this VisionTransformer share an attention layer; give each its own"),
         ):
             network = timm.create_model(network) if isinstance(network, str) else network
             with pytest.raises(RecipeError, match=said):

@@ -222,8 +222,7 @@ class Stage:
             for part in images.split(BATCH):
                 found = conversion.calls(part.to(self._world.device), group)
                 calls += [found[number] for number in group]
-            first = group[0]
-            if solve(conversion.new[first], conversion.originals[first], calls, self._recipe.convert.rounds):
+            if solve(conversion.new[group[0]], calls, self._recipe.convert.rounds):
                 solved += group
             if self._world.size == 1:  # others would not hear of it
                 self._stop_if_asked(self._signals.received is not None)
