@@ -39,7 +39,7 @@ def show(when: str) -> None:
 show("at once")
 for block in conversion.blocks:
     calls = conversion.calls(images, [block])
-    solve(conversion.new[block], conversion.originals[block], [calls[block]], rounds=1)
+    solve(conversion.new[block], [calls[block]], rounds=1)
 show("after least squares")
 descend(conversion, conversion.blocks, [images] * 20, steps=20, lr=1e-3, of_scores=0.0, on_step=lambda step: None)
 show("after gradient descent")
