@@ -238,9 +238,6 @@ def _read_shipped(name: str, folder: Path, extended_by: tuple[Path, ...]) -> dic
     return filled
 
 
-UNFILLED = re.compile(r"'(\w+)': '([^']*(\{(?:base|model|attention)\})[^']*)'")
-
-
 def _filled(value: Any, words: Mapping[str, str]) -> Any:
     if isinstance(value, dict):
         return {key: _filled(part, words) for key, part in value.items()}

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import Effect
-from karat_scale.recipe.files import UNFILLED, lay_over, parse, read_recipe, read_run_recipe
+from karat_scale.recipe.files import lay_over, parse, read_recipe, read_run_recipe
 from karat_scale.recipe.synonyms import elsewhere, keys_called
 
 
@@ -85,10 +85,11 @@ def load_run_recipe(path: Path, overrides: Sequence[str], schema: type[R]) -> R:
 def _whole(tree: dict[str, Any], name: str, source: str, overrides: Sequence[str], schema: Schema) -> Any:
     for override in overrides:
         _apply_override(tree, override, schema)
-    if left := UNFILLED.search(str(tree)):
-        raise RecipeError(
-            f"{source}: {left[1]} = {left[2]}: only a shipped recipe's name fills in {left[3]}; set {left[1]}"
-        )
+    for key, value in leaves(tree):
+        if isinstance(value, str) and (left := re.search(r"\{(base|model|attention)\}", value)):
+            raise RecipeError(
+                f"{source}: {key} = {value[:_LONGEST]!r}: only a shipped recipe's name fills in {left[0]}; set {key}"
+            )
     run = tree.setdefault("run", {})
     if isinstance(run, dict):
         run["name"] = run.get("name") or name

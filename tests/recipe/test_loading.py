@@ -168,7 +168,11 @@ def test_a_misspelt_file_or_name_is_suggested(recipe):
         ("attention: {blocks: {8: {grid: 3}, '8': {grid: 5}}}\n", "line 1: not valid YAML: key '8' appears twice"),
         ("a: &a {}\nb: {<<: *a}\n", "line 2: not valid YAML: `<<` is not supported; write out the keys"),
         ("train: {epochs: 010}\n", "line 1: not valid YAML: 010 is another number in YAML; write it without 0 in"),
-        ("extends: parts/data/stl10\n", "init_from = runs/imagenet_{model}{attention}: only a shipped recipe's name"),
+        (
+            "extends: parts/taught/transfer\n",
+            "attention.transfer_from = 'runs/{base}_g3b': only a shipped recipe's name",
+        ),
+        ("extends: parts/data/stl10\n", "init_from = 'runs/imagenet_{model}{attention}': only a shipped recipe's name"),
         ("- 1\n", "should be sections"),
         ("data:\n  path: [\n", "not valid YAML"),
         ("", "data: missing"),
