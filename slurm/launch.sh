@@ -51,8 +51,9 @@ done
 # said; whether the job was told to stop.
 ATTEMPT=0 FAILURE='' NODES='' LOST='' ANSWERS='' TOLD=''
 
-# There is nothing to save until the ranks run.
-trap 'requeue "told to stop before the start"' USR2 TERM
+# What a signal does while no ranks run: there is nothing to save.
+NOT_YET='requeue "told to stop before the start"'
+trap "$NOT_YET" USR2 TERM
 
 enter_environment() {
   [[ -n ${SLURM_JOB_ID:-} ]] || refuse "this is a batch script: run it by sbatch"
@@ -135,7 +136,6 @@ launch() {
   ((nodes == SLURM_JOB_NUM_NODES)) || leave_out_nodes "$nodes"
   MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # below the ports that kernels hand out
   export MASTER_ADDR MASTER_PORT KARAT_STALL_SECONDS=$STALL_SECONDS KARAT_START KARAT_RANK_WRAPPER
-  trap ask_to_save USR2 TERM
   while :; do
     KARAT_START=$JOB-${SLURM_RESTART_COUNT:-0}
     ((ATTEMPT == 0)) || KARAT_START+=.$ATTEMPT
@@ -145,13 +145,14 @@ launch() {
     # A batch script runs on the first node, so without scontrol that is this one, and srun adds the others.
     NODES=${NODES:-${SLURMD_NODENAME:-$(hostname)}}
     MASTER_ADDR=${NODES%%$'\n'*}${HOST_SUFFIX:-}
-    KARAT_RANK_WRAPPER="bash $(printf '%q %q' "$KARAT_HOME/slurm/rank.sh" "$LOGS")"
+    KARAT_RANK_WRAPPER=bash$'\t'$KARAT_HOME/slurm/rank.sh$'\t'$LOGS
     say "start $((${SLURM_RESTART_COUNT:-0} + 1))${KARAT_START#"$JOB-${SLURM_RESTART_COUNT:-0}"}: $((nodes * per_node)) ranks on $SLURM_JOB_NODELIST, logs in $LOGS"
     # What an earlier step left must not hold it up.
     srun --nodes="$nodes" --nodelist="${NODES//$'\n'/,}" --ntasks="$nodes" --ntasks-per-node=1 \
       --cpus-per-task="$((cpus * per_node))" --overlap --kill-on-bad-exit=1 --unbuffered \
       bash -c 'trap "" USR2 TERM; exec "$@"' agent "${KARAT[@]}" launch --ranks "$per_node" "$@" &
     STEP=$! WATCH='' ANSWERS=''
+    trap ask_to_save USR2 TERM
     if [[ $STALL_SECONDS != 0 && $1 != eval ]]; then
       watch "$((nodes * per_node))" &
       WATCH=$!
@@ -163,6 +164,7 @@ launch() {
     leave_out_nodes "$nodes"
     ATTEMPT=$((ATTEMPT + 1))
     count_restart
+    trap "$NOT_YET" USR2 TERM
     [[ -z $TOLD ]] || requeue "$FAILURE"
     say "$FAILURE; the ranks start again"
   done
@@ -316,7 +318,7 @@ describe_failure() {
     return
   fi
   log=$LOGS/rank-$(printf %05d "$rank").log
-  if ((code > 128)); then
+  if ((code > 128 && code <= 128 + 64)); then
     FAILURE="error: rank $rank on $node was killed by signal $((code - 128)) ($(kill -l "$code")) at"
     FAILURE+=" $(date -d "@$died" +%T); KILL is most often a lack of memory; log: $log"
     return

@@ -9,17 +9,15 @@ without a new one. In a job slurm/launch.sh does that instead, for it survives a
 import json
 import logging
 import os
-import shlex
 import signal
 import socket
 import sys
 import tempfile
 import threading
 import time
-from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import takewhile
+from itertools import count, takewhile
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -30,7 +28,6 @@ from karat_scale.engine.heartbeat import START
 from karat_scale.foundation.errors import EXIT_LOST_PEER, EXIT_STOPPED, UserError, say_in_one_write
 from karat_scale.foundation.files import write_atomically
 from karat_scale.foundation.machine import LAUNCHED, LAUNCHER, usable_cores
-from karat_scale.foundation.tables import SCHEMAS, load
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -40,7 +37,7 @@ STOPPED = "KARAT_STOPPED"
 ERROR = "TORCHELASTIC_ERROR_FILE"
 """In the environment of each rank that torchrun or we start: the file that takes its error."""
 WRAPPER = "KARAT_RANK_WRAPPER"
-"""In the environment of a launcher: what runs each rank, and sees to restarts and to the last line."""
+"""In the environment of a launcher: what runs each rank, and sees to restarts and to the last line; tabs part words."""
 # The agent asks the ranks that are left to end. They may wait for the one that failed, so they get no more than this.
 _END_SECONDS = 3
 _POLL_SECONDS = 0.1
@@ -50,24 +47,26 @@ _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES
 _NVIDIA, _AMD = Path("/dev"), Path("/sys/class/kfd/kfd/topology/nodes")
 
 
-def launch(arguments: Sequence[str], ranks: int, parsed: Namespace) -> int:
-    """Run `karat` with these arguments, which say `parsed`, on `ranks` processes of each node.
+def launch(arguments: Sequence[str], ranks: int, run_directory: Callable[[], Path] | None) -> int:
+    """Run `karat` with these arguments on `ranks` processes of each node.
+
+    run_directory: returns that of the run that the command trains; None of one that does not train.
 
     Returns the exit code of the first one that failed.
     """
-    wrapper = shlex.split(os.environ.get(WRAPPER, ""))
+    wrapper = [word for word in os.environ.get(WRAPPER, "").split("\t") if word]
     command = [*wrapper, sys.executable, "-m", "karat_scale", *arguments]
-    trains = parsed.command in SCHEMAS and not wrapper
+    trained = None if wrapper else run_directory
     idle, most = 0, os.environ.get("IDLE_RESTARTS", "3")
     if not most.isdecimal():
         raise UserError(f"IDLE_RESTARTS = {most}: should be a whole number")
     with _signals_forwarded() as told:
-        while True:
+        for attempt in count():
             begun = time.time()
-            code, line = _run(command, ranks, parsed if trains else None)
-            if code in (0, 2, EXIT_STOPPED) or not trains or told:
+            code, line = _run(command, ranks, attempt, trained)
+            if code in (0, 2, EXIT_STOPPED) or trained is None or told:
                 break
-            idle = 0 if _has_saved(parsed, begun) else idle + 1
+            idle = 0 if _has_saved(trained(), begun) else idle + 1
             if idle > int(most):
                 break
             say_in_one_write(f"{line}; training begins again from the newest checkpoint")
@@ -110,7 +109,7 @@ def default_ranks() -> int:
     return max(1, nvidia or amd)
 
 
-def _run(command: Sequence[str], ranks: int, training: Namespace | None) -> tuple[int, str]:
+def _run(command: Sequence[str], ranks: int, attempt: int, trained: Callable[[], Path] | None) -> tuple[int, str]:
     """Run the ranks of this node once; returns an exit code and, if it is a failure's, what to say."""
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -123,13 +122,13 @@ def _run(command: Sequence[str], ranks: int, training: Namespace | None) -> tupl
 
     SubprocessContext.close = close  # type: ignore[method-assign]  # the agent's own 30 s cannot be set
     logging.disable()  # what the agent logs, we say in a line
-    node, nodes, endpoint = _meeting_place(os.environ)
+    node, nodes, endpoint = _meeting_place(os.environ, attempt)
     with tempfile.TemporaryDirectory(prefix="karat-launch-") as files:
         stopped = Path(files, "stopped")
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
         os.environ[LAUNCHED] = "1"
         if WRAPPER not in os.environ:
-            os.environ |= {STOPPED: str(stopped), START: stopped.parent.name}
+            os.environ |= {STOPPED: str(stopped), START: stopped.parent.name if nodes == 1 else _step(attempt)}
         config = LaunchConfig(
             min_nodes=nodes,
             max_nodes=nodes,
@@ -143,7 +142,7 @@ def _run(command: Sequence[str], ranks: int, training: Namespace | None) -> tupl
             signals_to_handle="SIGQUIT",  # we pass on the others, and let the ranks save
         )
         try:
-            with _stalls_ended(training, ranks) as verdict:
+            with _stalls_ended(trained, nodes * ranks) as verdict:
                 elastic_launch(config, command[0])(*command[1:])
         except ChildFailedError as error:
             code, line = _first_failure(error.failures)
@@ -153,8 +152,11 @@ def _run(command: Sequence[str], ranks: int, training: Namespace | None) -> tupl
         return (EXIT_STOPPED if stopped.exists() else 0), ""
 
 
-def _meeting_place(environ: Mapping[str, str]) -> tuple[int, int, str]:
-    """Return this node's number, how many there are, and where their agents meet. Raises UserError."""
+def _meeting_place(environ: Mapping[str, str], attempt: int) -> tuple[int, int, str]:
+    """Return this node's number, how many there are, and where their agents meet. Raises UserError.
+
+    Each attempt has a port of its own, or a node that is early would find what is left of the last meeting.
+    """
     nodes, tasks = (int(environ.get(f"SLURM_STEP_NUM_{what}", "1")) for what in ("NODES", "TASKS"))
     if tasks > nodes:
         raise UserError(f"srun started {tasks} of these on {nodes} nodes; start one on each: --ntasks-per-node=1")
@@ -164,7 +166,14 @@ def _meeting_place(environ: Mapping[str, str]) -> tuple[int, int, str]:
             return 0, 1, f"127.0.0.1:{probe.getsockname()[1]}"
     from karat_scale.engine.distributed import meeting_place
 
-    return int(environ["SLURM_PROCID"]), nodes, "{}:{}".format(*meeting_place())
+    address, port = meeting_place()
+    return int(environ["SLURM_PROCID"]), nodes, f"{address}:{port + attempt}"
+
+
+def _step(attempt: int) -> str:
+    """Return the name of a start in a step of srun, the same on all of its nodes."""
+    job, restart, step = (os.environ.get(f"SLURM_{what}", "0") for what in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
+    return f"{job}-{restart}.{step}.{attempt}"
 
 
 def _first_failure(failures: "Mapping[int, ProcessFailure]") -> tuple[int, str]:
@@ -179,17 +188,11 @@ def _first_failure(failures: "Mapping[int, ProcessFailure]") -> tuple[int, str]:
     return code, where + first.message.removeprefix("error: ")
 
 
-def _has_saved(training: Namespace, since: float) -> bool:
+def _has_saved(run: Path, since: float) -> bool:
     """Return whether the run has completed a checkpoint since then."""
     with suppress(OSError):
-        return (_run_directory(training) / "checkpoints" / "latest").stat().st_mtime > since
+        return (run / "checkpoints" / "latest").stat().st_mtime > since
     return False
-
-
-def _run_directory(training: Namespace) -> Path:
-    from karat_scale.recipe.loading import load_recipe
-
-    return Path(load_recipe(training.recipe, training.overrides, load(SCHEMAS[training.command])).run.dir)
 
 
 @contextmanager
@@ -234,24 +237,27 @@ def _signal_ranks(number: int) -> bool:
 
 
 @contextmanager
-def _stalls_ended(training: Namespace | None, ranks: int) -> Iterator[list[str]]:
-    """Kill the ranks if one makes no progress for KARAT_STALL_SECONDS; yields which one, once that has happened."""
+def _stalls_ended(trained: Callable[[], Path] | None, ranks: int) -> Iterator[list[str]]:
+    """Kill this node's ranks if one of all makes no progress for KARAT_STALL_SECONDS; yields which one, once it has."""
     from karat_scale.commands.submit.within_job import watch
     from karat_scale.engine.heartbeat import StallLimits
 
     verdict: list[str] = []
-    limits, ended = StallLimits.parse(os.environ.get("KARAT_STALL_SECONDS", "")), threading.Event()
+    try:
+        limits, ended = StallLimits.parse(os.environ.get("KARAT_STALL_SECONDS", "")), threading.Event()
+    except ValueError as error:
+        raise UserError(f"KARAT_STALL_SECONDS: {error}") from None
 
-    def look(training: Namespace) -> None:
+    def look(trained: Callable[[], Path]) -> None:
         with suppress(UserError):  # the ranks say it
-            if found := watch(_run_directory(training), ranks, limits, ended):
+            if found := watch(trained(), ranks, limits, ended):
                 verdict.append(found)
                 _signal_ranks(signal.SIGKILL)
 
-    if training is None or not limits:
+    if trained is None or not limits:
         yield verdict
         return
-    thread = threading.Thread(target=look, args=[training], name="stalls", daemon=True)
+    thread = threading.Thread(target=look, args=[trained], name="stalls", daemon=True)
     thread.start()
     try:
         yield verdict

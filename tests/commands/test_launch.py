@@ -12,13 +12,16 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from karat_scale.commands import launch
+from karat_scale.commands.cli import build_parser
 from karat_scale.commands.launch import default_ranks, say_to_launcher
+from karat_scale.commands.parsers.training import run_directory
+from karat_scale.engine.heartbeat import read_signs
 from karat_scale.foundation.errors import EXIT_LOST_PEER, UserError
-from tests.conftest import SMALL, events, karat_command, karat_environment, summary
+from tests.conftest import SMALL, events, free_port, karat_command, karat_environment, summary
 from tests.data.backends.helpers import wait_until
 from tests.training.runs import assert_same_run
 
-LAUNCH = (sys.executable, "-m", "karat_scale", "launch", "--ranks", "2")
+LAUNCH = (sys.executable, "-m", "karat_scale", "launch", "--ranks")
 QUICK = ("schedule.warmup_epochs=0", "data.workers=0", "train.epochs=2", "checkpoint.every_minutes=null")
 
 
@@ -60,8 +63,17 @@ def test_without_a_list_one_rank_for_each_gpu_of_the_machine(nvidia, amd, ranks,
     assert default_ranks() == ranks
 
 
-def start(recipe: Path, *overrides: str, **environment: str) -> "subprocess.Popen[str]":
-    command = [*LAUNCH, "train", str(recipe), *SMALL, *QUICK, f"run.dir={recipe.parent / 'run'}", *overrides]
+def start(recipe: Path, *overrides: str, ranks: int = 2, **environment: str) -> "subprocess.Popen[str]":
+    command = [
+        *LAUNCH,
+        str(ranks),
+        "train",
+        str(recipe),
+        *SMALL,
+        *QUICK,
+        f"run.dir={recipe.parent / 'run'}",
+        *overrides,
+    ]
     return subprocess.Popen(command, env={**karat_environment(), **environment}, stderr=subprocess.PIPE, text=True)
 
 
@@ -114,7 +126,45 @@ def test_a_rank_that_lost_another_has_not_failed_first(tmp_path: Path) -> None:
 def test_a_step_of_srun_has_one_agent_on_each_node() -> None:
     step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}
     with pytest.raises(UserError, match="8 of these on 2 nodes; start one on each: --ntasks-per-node=1"):
-        launch._meeting_place(step)
+        launch._meeting_place(step, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "trained"),
+    [
+        (["train", "cifar10_vit_tiny", "run.dir=a"], "a"),
+        (["convert", "timm:vit_tiny_patch16_224", "cifar10_vit_tiny", "attention.kind=karat", "run.dir=a"], "a"),
+        (["convert", "timm:vit_tiny_patch16_224", "cifar10_vit_tiny", "--survey"], None),
+        (["train", "cifar10_vit_tiny", "--print"], None),
+        (["detect", "some/run", "--eval"], None),
+        (["eval", "some/run"], None),
+    ],
+)
+def test_only_a_command_that_trains_is_started_again(arguments: list[str], trained: str | None) -> None:
+    found = run_directory(build_parser().parse_args(arguments))
+    assert (found and str(found())) == trained
+
+
+def test_a_wrong_limit_of_stalls_is_one_line(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KARAT_STALL_SECONDS", "15m")
+    with pytest.raises(UserError, match="KARAT_STALL_SECONDS: '15m' should be seconds"):
+        launch.launch(["train", str(recipe)], 1, lambda: recipe.parent)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_nodes_of_srun_are_one_start_and_begin_again_together(recipe: Path, tmp_path: Path) -> None:
+    node = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3"}
+    node |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "KARAT_STALL_SECONDS": "90"}
+    own = ("train.epochs=60", "checkpoint.every_steps=4", "train.eval_every_epochs=60")
+    nodes = [start(recipe, *own, ranks=1, SLURM_PROCID=str(number), **node) for number in range(2)]
+    wait_until(lambda: read(tmp_path / "run", "checkpoint") > 0, 120)
+    assert [sign.start for sign in read_signs(tmp_path / "run")] == ["7-0.3.0"] * 2
+    ranks_of(nodes[1])[0].kill()
+    for code, error in map(ended, nodes):
+        assert code == 0, error
+        assert "training begins again" in error
+    assert [sign.start for sign in read_signs(tmp_path / "run")] == ["7-0.3.1"] * 2
 
 
 @pytest.mark.slow

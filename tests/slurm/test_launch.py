@@ -116,6 +116,51 @@ def test_a_job_and_an_element_of_an_array_requeue_themselves(element: dict[str, 
     assert (tmp_path / "asked").read_text() == f"requeue {job}\n"
 
 
+def in_a_job(commands: Path, run: Path, script: str, **settings: str) -> "subprocess.CompletedProcess[str]":
+    """A script that sources launch.sh in a job of one node, beside an srun that runs its command here."""
+    stub(commands, "squeue", "echo RUNNING")
+    stub(commands, "srun", 'while [ $# != 0 ] && [ "$1" != bash ]; do shift; done\nexec "$@"')
+    environment = {
+        **os.environ, "PATH": f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}", "RUN": str(run),
+        "SLURM_JOB_ID": "812", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1", "STALL_SECONDS": "0",
+        "KARAT_HOME": str(ROOT), "PYTHONPATH": str(ROOT), **settings,
+    }  # fmt: skip
+    script = f"source slurm/launch.sh; PYTHON=(python); {script}"
+    return subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("call", [1, 4], ids=["the first", "another"])
+def test_a_signal_before_a_step_begins_requeues_the_job(call: int, tmp_path: Path) -> None:
+    # The signal comes while a start asks for its nodes. The ranks of the first start fail, those of the next are done.
+    stub(
+        tmp_path,
+        "scontrol",
+        f"[ $1 = show ] || exit\necho n1; cd {tmp_path}; echo $* >>asked\n"
+        f"[ $(wc -l <asked) != {call} ] || kill -USR2 $(cat job)",
+    )
+    stub(
+        tmp_path,
+        "agent",
+        "logs=${KARAT_RANK_WRAPPER##*\t}; case $logs in *.1) code=0 ;; *) code=1 ;; esac\n"
+        'touch "$logs/rank-00000.log"; echo "$code n1 1.0 0" >"$logs/rank-00000.exit"',
+    )
+    done = in_a_job(tmp_path, tmp_path / "run", f"echo $$ >{tmp_path}/job; KARAT=(agent); launch train recipe")
+    assert done.returncode == 75, done.stderr
+    assert done.stdout.endswith("told to stop before the start; requeued\n")
+    assert len([*(tmp_path / "run" / "logs").glob("*/*.exit")]) == call // 4
+
+
+@pytest.mark.slow
+def test_ranks_find_a_run_with_a_name_that_is_not_ascii(tmp_path: Path) -> None:
+    stub(tmp_path, "scontrol", "echo n1")
+    run = tmp_path / "Müller's $run"
+    done = in_a_job(tmp_path, run, "KARAT=(python -m karat_scale); launch recipes", LC_ALL="C")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "imagenet_vit_tiny" in (run / "logs" / "812-0" / "rank-00000.log").read_text()
+
+
 def with_three_nodes(script: str, second: str, third: str, directory: Path) -> str:
     """What a script prints that sources launch.sh in a job of three nodes: what srun does on the second and third."""
     stub(directory, "scontrol", r"printf 'n1\nn2\nn3\n'")
@@ -148,6 +193,12 @@ def test_a_step_is_left_when_only_a_lost_node_holds_it_up(silent: str, tmp_path:
     script = "(sleep 3; echo the step ended) & STEP=$!; leave_step 2 1"
     shown = with_three_nodes(script, *("sleep 9" if node == silent else ":" for node in ("n2", "n3")), tmp_path)
     assert shown == ("" if silent == "n2" else "the step ended\n")
+
+
+@pytest.mark.parametrize(("code", "said"), [(137, "killed by signal 9 (KILL)"), (255, "exit code 255: it broke")])
+def test_only_codes_of_signals_are_told_as_signals(code: int, said: str, tmp_path: Path) -> None:
+    (tmp_path / "rank-00000.log").write_text("it broke\n")
+    assert said in with_three_nodes(f"describe_failure '{code} n1 1.0 0'; echo $FAILURE", ":", ":", tmp_path)
 
 
 def test_a_split_is_joined_without_locks_and_the_users_workers_count(image_folder: Path, tmp_path: Path) -> None:

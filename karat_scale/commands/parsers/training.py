@@ -17,6 +17,7 @@ from karat_scale.foundation.arguments import (
     call,
     command,
     count,
+    new_file,
     time_limit,
     virtual_environment,
     whole,
@@ -24,7 +25,7 @@ from karat_scale.foundation.arguments import (
 from karat_scale.foundation.errors import DataError, UserError
 from karat_scale.foundation.machine import known_gpu
 from karat_scale.foundation.stores import is_url
-from karat_scale.foundation.tables import CORRUPTIONS, importing
+from karat_scale.foundation.tables import CORRUPTIONS, SCHEMAS, importing, load
 
 if TYPE_CHECKING:
     from karat_scale.commands.submit.sbatch import Job
@@ -106,7 +107,7 @@ def add_commands(commands: Any) -> None:
     add_run(replay)
     replay.add_argument("step", metavar="STEP", type=count, help="as the run logs it, counted from 1")
     replay.add_argument("--images", type=count, default=16, help="with the largest losses (default: %(default)s)")
-    replay.add_argument("--out", metavar="FILE", help="a PNG (default: RUN-replay-STEP.png)")
+    replay.add_argument("--out", type=new_file, metavar="FILE", help="a PNG (default: RUN-replay-STEP.png)")
     add_json(replay, "write what was found to this file")
     replay.set_defaults(run=command("karat_scale.commands.replay.command:replay", check_run))
     add_trust(replay)
@@ -186,7 +187,23 @@ def check_run(options: argparse.Namespace) -> None:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    return launch(options.arguments, options.ranks or default_ranks(), options.parsed)
+    return launch(options.arguments, options.ranks or default_ranks(), run_directory(options.parsed))
+
+
+def run_directory(parsed: argparse.Namespace) -> Callable[[], Path] | None:
+    """Return what finds the directory of the run that a command line trains; None of one that does not train."""
+    only = any(getattr(parsed, option, False) for option in ("print", "eval", "survey"))
+    if only or parsed.command not in (*SCHEMAS, "convert"):
+        return None
+
+    def find() -> Path:
+        from karat_scale.recipe.loading import load_recipe
+
+        if parsed.command == "convert":
+            return Path(_converted(parsed).run.dir)
+        return Path(load_recipe(parsed.recipe, parsed.overrides, load(SCHEMAS[parsed.command])).run.dir)
+
+    return find
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -199,8 +216,7 @@ IMAGES = 1000
 """The images of `karat convert` if the recipe names none."""
 
 
-def _convert(options: argparse.Namespace) -> int:
-    from karat_scale.data.shards.shard_format import check_data_path
+def _converted(options: argparse.Namespace) -> "Recipe":
     from karat_scale.recipe.loading import load_recipe
 
     source = json.dumps(options.source)  # a text in YAML, whatever it has in it
@@ -210,6 +226,13 @@ def _convert(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, own)
     if not recipe.convert.images:
         recipe = load_recipe(options.recipe, [*own, f"convert.images={IMAGES}"])
+    return recipe
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from karat_scale.data.shards.shard_format import check_data_path
+
+    recipe = _converted(options)
     if not options.survey:
         return _train_or_print(recipe, options.print)
     check_data_path(recipe.data)
