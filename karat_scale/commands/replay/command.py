@@ -160,8 +160,8 @@ def replay(run_dir: str, step: int, images: int, out: str | None, json_file: str
     if world.is_main:
         ranks = f"{len(taken.ranks)} x {taken.accumulation} micro batches"
         figures = _report(f"{directory.path}, step {step:,}, from {begin or 'the start'}, {ranks}", taken)
-        _show(taken.ranks, images, Path(out or f"{directory.path}-replay-{step}.png"))
         write_json(json_file, {"run": run_dir, "step": step, "checkpoint": begin or None, **figures})
+        _show(taken.ranks, images, Path(out or f"{directory.path}-replay-{step}.png"))
     return 0
 
 
@@ -194,17 +194,25 @@ def _checkpoint(store: CheckpointStore, step: int) -> str:
     return ""
 
 
+def refuse_unshared(scratch: Path, world: World) -> None:
+    """Raise UserError on all ranks if the temporary directory of rank 0 is not there on each node."""
+    if world.any(not scratch.is_dir()):
+        raise UserError(f"TMPDIR = {scratch.parent}: not seen by all nodes; set TMPDIR to a directory that they share")
+
+
 @contextmanager
 def scratch_recipe(directory: RunDirectory, recipe: Recipe, begin: str, world: World) -> Iterator[Recipe]:
     """Yield a run's recipe in a temporary directory that continues from a checkpoint, and writes nothing else."""
     path = Path(world.broadcast(tempfile.mkdtemp(prefix="karat-replay-") if world.is_main else ""))
+    names = (TEACHER_FILE, DISTILL_FILE, MATCHED_FILE)
+    kept = [file for name in names if (file := directory.path / name).is_file()]
     try:
         with world.together():
             if world.is_main:
-                kept = (TEACHER_FILE, DISTILL_FILE, MATCHED_FILE)
-                for file in (directory.recipe_file, *(directory.path / name for name in kept)):
-                    if file.is_file():
-                        shutil.copy(file, path / file.name)
+                for file in (directory.recipe_file, *kept):
+                    shutil.copy(file, path / file.name)
+        if kept:
+            refuse_unshared(path, world)
         yield recipe.changed(
             run__dir=str(path),
             init_from=recipe.init_from if not begin else "",

@@ -1,10 +1,11 @@
 """`karat verify`: trains between two checkpoints of a run again, and compares data, losses and weights with the run's.
 
 On as many ranks, and a processor and versions as the run had, all must be the same bits. Elsewhere rounding differs, so
-losses and weights may differ within a tolerance: LOSSES of a loss, and WEIGHTS of the way that the weights moved.
+losses and weights may differ within a tolerance: LOSSES of a loss, and WEIGHTS of the way that the weights moved. What
+the optimizer keeps, and a network beside its weights, follows them: it may differ by STATES of its size or way.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +14,17 @@ import torch
 
 from karat_scale.checkpoint.restore import SavedState, read_state
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
-from karat_scale.commands.replay.command import refuse_other_files, scratch_recipe, train_on, trained_again
+from karat_scale.commands.replay.command import (
+    refuse_other_files,
+    refuse_unshared,
+    scratch_recipe,
+    train_on,
+    trained_again,
+)
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World, device_name
 from karat_scale.engine.reporting.progress import MetricsLog, read_events
-from karat_scale.engine.shards import Pieces
+from karat_scale.engine.shards import Fragment, Pieces
 from karat_scale.foundation.console import plural, printable, write_json
 from karat_scale.foundation.errors import UserError
 from karat_scale.foundation.files import file_sha256
@@ -26,7 +33,7 @@ from karat_scale.recipe import Recipe
 from karat_scale.training.run_directory import OpenRun, RunDirectory
 from karat_scale.training.tasks.classification.task import TrainState
 
-LOSSES, WEIGHTS = 0.01, 0.05
+LOSSES, WEIGHTS, STATES = 0.01, 0.05, 0.5
 
 
 def verify(run_dir: str, begin: int | None, end: int | None, json_file: str | None) -> int:
@@ -53,6 +60,7 @@ def verify(run_dir: str, begin: int | None, end: int | None, json_file: str | No
             )
         refuse_other_files(directory, recipe, 0 if first else 1)
         with scratch_recipe(directory, recipe, first, world) as again:
+            refuse_unshared(Path(again.run.dir), world)
             found = _train(again, directory, first, saved, world)
     if not world.is_main:
         return 0
@@ -128,43 +136,52 @@ def _train(
     ]
     same = state.data_digest == saved["data_digest"]
     data = Comparison("data", same, same, "the same digest" if same else "another digest: not the same samples")
-    kept, again = (_lines(log, began, saved["step"]) for log in (directory.metrics_file, scratch / "metrics.jsonl"))
-    return [data, _compare_losses(kept, again), *_compare_weights(*states)]
+    kept, starts = _lines(directory.metrics_file, began, saved["step"])
+    again, _ = _lines(scratch / "metrics.jsonl", began, saved["step"])
+    # A start before may have had another recipe, which asked for other lines.
+    missing = set() if _has_other_recipe(directory, saved) else (again.keys() ^ kept.keys()) - starts
+    return [data, _compare_losses(kept, again, missing), *_compare_weights(*states)]
 
 
 class _Line(NamedTuple):
+    """The mean of the steps after `begin`."""
+
+    begin: int
     loss: Any
     digest: Any
 
 
-def _lines(log: Path, begin: int, end: int) -> dict[tuple[int, int], _Line]:
-    """What a log has of the steps after `begin` up to `end`, by the steps that a line is the mean of."""
-    found: dict[tuple[int, int], _Line] = {}
-    before = begin
+def _lines(log: Path, begin: int, end: int) -> tuple[dict[int, _Line], set[int]]:
+    """What a log has of the steps after `begin` up to `end`, by the last step of a line; and where training started."""
+    found: dict[int, _Line] = {}
+    before, starts = begin, set()
     for event in read_events(log):
         step = event.get("step")
         if not isinstance(step, int):
             continue
         if event.get("event") in ("resume", "start"):
-            found = {steps: line for steps, line in found.items() if steps[1] <= step}
+            found = {last: line for last, line in found.items() if last <= step}
             before = step
+            starts.add(step)
         elif event.get("event") == "train":
-            found[before, step] = _Line(event.get("loss"), event.get("data_digest"))
+            found[step] = _Line(before, event.get("loss"), event.get("data_digest"))
             before = step
-    return {steps: line for steps, line in found.items() if begin <= steps[0] and steps[1] <= end}
+    return {last: line for last, line in found.items() if begin < last <= end}, starts
 
 
-def _compare_losses(kept: Mapping[Any, _Line], again: Mapping[Any, _Line]) -> Comparison:
-    both = sorted(kept.keys() & again.keys())
+def _compare_losses(kept: Mapping[int, _Line], again: Mapping[int, _Line], missing: Set[int]) -> Comparison:
+    if missing:
+        return Comparison("losses", False, False, f"only one log has a line of step {min(missing)}")
+    both = sorted(last for last, line in again.items() if last in kept and kept[last].begin == line.begin)
     if not both:
         return Comparison("losses", True, True, "the log has no line of these steps alone")
-    others = [steps for steps in both if kept[steps] != again[steps]]
+    others = [last for last in both if kept[last] != again[last]]
     if not others:
         return Comparison("losses", True, True, f"the same bits in {plural(len(both), 'line')} of the log")
-    far = max(_apart(kept[steps].loss, again[steps].loss) for steps in both)
-    (begin, end), was, now = others[0], kept[others[0]], again[others[0]]
+    far = max(_apart(kept[last].loss, again[last].loss) for last in both)
+    was, now = kept[others[0]], again[others[0]]
     text = f"{len(others)} of {plural(len(both), 'line')} differ, by at most {far:.2g} of the loss; the first is of "
-    text += f"steps {begin + 1} to {end}: {was.loss} in the run and {now.loss} now"
+    text += f"steps {was.begin + 1} to {others[0]}: {was.loss} in the run and {now.loss} now"
     return Comparison("losses", False, far <= LOSSES, text)
 
 
@@ -182,30 +199,53 @@ def _compare_weights(before: SavedState, kept: SavedState, again: SavedState) ->
         yield _compare_pieces("averages", kept.shapes, averages, kept.ema, again.ema or Pieces())
     for key, pieces in kept.elementwise.items():
         there = again.elementwise.get(key, Pieces())
-        yield _compare_pieces(f"optimizer, {key}", kept.shapes, None, pieces, there)
+        yield _compare_pieces(f"optimizer, {key}", kept.shapes, None, pieces, there, STATES)
+    if shapes := {name: tuple(value.shape) for name, value in kept.buffers.items() if value.is_floating_point()}:
+        was, now, old = (_pieces(state.buffers) for state in (kept, again, before))
+        yield _compare_pieces("buffers", shapes, old if fits else None, was, now, STATES)
+    other = [name for name, count in _counts(kept).items() if _counts(again).get(name) != count]
+    yield Comparison("counts", not other, not other, f"{', '.join(other)} differ" if other else "the same")
+
+
+def _pieces(tensors: Mapping[str, torch.Tensor]) -> Pieces:
+    pieces = Pieces()
+    for name, tensor in tensors.items():
+        pieces.add([Fragment(name, 0, 0, tensor.numel())], tensor)
+    return pieces
+
+
+def _counts(state: SavedState) -> dict[str, Any]:
+    """What must be the same on any machine, by name."""
+    scalars = {f"{key} of {name}": value for key, values in state.scalars.items() for name, value in values.items()}
+    buffers = {name: value.tolist() for name, value in state.buffers.items() if not value.is_floating_point()}
+    return {**state.counters, **scalars, **buffers}
 
 
 def _compare_pieces(
-    what: str, shapes: Mapping[str, Iterable[int]], before: Pieces | None, kept: Pieces, again: Pieces
+    what: str,
+    shapes: Mapping[str, Iterable[int]],
+    before: Pieces | None,
+    kept: Pieces,
+    again: Pieces,
+    tolerance: float = WEIGHTS,
 ) -> Comparison:
-    """Compare tensors by name. Without `before`, only bits count: what the optimizer keeps shows in the weights."""
+    """Compare tensors by name; where rounding differs, by the way from `before`, or their size without it."""
     others, far, way = [], 0.0, 0.0
     for name, shape in shapes.items():
         if name not in kept and name not in again:
             continue
-        was, now, old = (_whole(name, shape, pieces) for pieces in (kept, again, before or kept))
-        way += float((was - old).double().square().sum())
+        was, now = (_whole(name, shape, pieces) for pieces in (kept, again))
+        way += float((was - (_whole(name, shape, before) if before else 0)).double().square().sum())
         if not torch.equal(was, now):
             others.append(name)
             far += float((was - now).double().square().sum())
     if not others:
         return Comparison(what, True, True, "the same bits")
     count = plural(len(others), "tensor")
-    if before is None:
-        return Comparison(what, False, True, f"{count} differ, the first is {others[0]}")
     share = (far / way) ** 0.5 if way else float("inf")
-    text = f"{count} differ, by {share:.2g} of the way that they moved; the first is {others[0]}"
-    return Comparison(what, False, share <= WEIGHTS, text)
+    scale = "the way that they moved" if before else "their size"
+    text = f"{count} differ, by {share:.2g} of {scale}; the first is {others[0]}"
+    return Comparison(what, False, share <= tolerance, text)
 
 
 def _whole(name: str, shape: Iterable[int], pieces: Pieces) -> torch.Tensor:
@@ -225,8 +265,12 @@ def _other_machine(summary: Mapping[str, Any], recipe: Recipe, world: World) -> 
     return [f"{name} {summary.get(name)} there, {here[name]} here" for name in here if summary.get(name) != here[name]]
 
 
+def _has_other_recipe(directory: RunDirectory, saved: Mapping[str, Any]) -> bool:
+    return saved.get("recipe_sha256") != file_sha256(directory.recipe_file)
+
+
 def _notes(directory: RunDirectory, saved: Mapping[str, Any], others: Iterable[str]) -> Iterator[str]:
-    if saved.get("recipe_sha256") != file_sha256(directory.recipe_file):
+    if _has_other_recipe(directory, saved):
         yield "recipe.yaml is not the one that the checkpoint was trained with"
     for other in others:
         yield f"{other}; so losses may differ by {LOSSES:.0%} and weights by {WEIGHTS:.0%} of the way that they moved"

@@ -13,8 +13,10 @@ from PIL import Image
 from torch import nn
 
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
-from karat_scale.commands.replay.command import not_finite, watched
+from karat_scale.commands.replay.command import not_finite, refuse_unshared, watched
 from karat_scale.data.plan import TrainPlan
+from karat_scale.engine.distributed import World
+from karat_scale.foundation.errors import UserError
 from karat_scale.foundation.tables import VARIABLE
 from karat_scale.training.outcome import KEPT_CHECKPOINTS, LEAST, MOST, Incidents, Spikes
 from tests.conftest import SMALL, events, karat_done, karat_here
@@ -47,6 +49,16 @@ def exploded(train: Train) -> Path:
 
 def noted(run: Path) -> list[dict[str, object]]:
     return [json.loads(path.read_text()) for path in sorted((run / "incidents").glob("*.json"))]
+
+
+def test_nodes_that_do_not_see_the_temporary_directory_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^TMPDIR = {tmp_path}: not seen by all nodes; set TMPDIR to a directory"):
+        refuse_unshared(tmp_path / "of another node", World(0, 1, 0, torch.device("cpu")))
+
+
+def test_a_picture_that_cannot_be_written_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert karat_here("replay", "run", "3", "--out", "nodir/x.png") == 2
+    assert "argument --out: 'nodir/x.png': its directory does not exist" in capsys.readouterr().err
 
 
 def test_a_branch_is_replayed_from_its_trunk_if_that_is_trusted(train: Train, tmp_path, monkeypatch, capsys) -> None:

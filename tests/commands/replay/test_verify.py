@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,21 +74,81 @@ def test_a_changed_recipe_is_found(run, verify) -> None:
     assert "NOT verified" in said
 
 
-def test_a_manipulated_step_is_found_even_where_hashes_are_right_and_the_machine_is_another(run, verify) -> None:
-    checkpoint = run / "checkpoints" / checkpoint_name(6)
+def change(run: Path, step: int, how: Callable[[dict[str, Any]], object]) -> None:
+    """Change what a checkpoint has, and write hashes that are right."""
+    checkpoint = run / "checkpoints" / checkpoint_name(step)
     (file,) = checkpoint.glob("*model_states.pt")
     content = load_tensors(file)
-    name, weight = next(iter(content["module"].items()))
-    weight += 1e-3 * torch.sign(weight)
+    how(content)
     written = {**read_manifest(checkpoint), file.name: save_tensors(content, file)}
     (checkpoint / MANIFEST).write_text(manifest_text(written))
     assert CheckpointStore(checkpoint.parent).damage(checkpoint.name) is None
+
+
+def claim_another_processor(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps({**summary, "processor": "another"}))
+
+
+def test_a_line_of_the_log_at_another_step_is_found(run, verify) -> None:
+    log = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    (last,) = [line for line in lines if (line["event"], line.get("step")) == ("train", 8)]
+    last |= {"step": 7, "loss": 1e-4}
+    log.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    code, said, _ = verify(run)
+    assert code == 1
+    assert "losses: only one log has a line of step 7\n" in said
+
+
+def test_the_states_of_the_optimizer_are_near_also_on_another_machine(run, verify) -> None:
+    def forget(content: dict[str, Any]) -> None:
+        for state in content["optimizer"]["state"].values():
+            state["exp_avg"].zero_()
+
+    change(run, 8, forget)
+    claim_another_processor(run)
+    code, said, found = verify(run)
+    assert code == 1
+    assert found["optimizer, exp_avg_sq"]["is_same"]
+    assert "optimizer, exp_avg: " in said
+
+
+def test_what_a_network_keeps_beside_its_weights_is_found(shards, tmp_path, verify) -> None:
+    (tmp_path / "small.yaml").write_text(f"data: {{path: {shards}}}\nattention: {{kind: softmax}}\n")
+    size = dict.fromkeys(("patch_size", "embed_dim", "depth", "num_heads"), "null")
+    own = [f"model.{key}={value}" for key, value in (size | {"name": "mobilevit_xs", "image_size": "64"}).items()]
+    own += [f"run.dir={tmp_path / 'run'}", "checkpoint.every_steps=1", "train.max_steps=2", "model.drop_path=0"]
+    assert karat_here("train", str(tmp_path / "small.yaml"), *SMALL, *QUICK, *own) == 0
+    assert verify(tmp_path / "run")[2]["buffers"]["is_same"]
+
+    def forge(content: dict[str, Any]) -> None:
+        for name, value in content["module"].items():
+            if "running_mean" in name:
+                value += 1.0
+
+    change(tmp_path / "run", 2, forge)
+    claim_another_processor(tmp_path / "run")
+    code, _, found = verify(tmp_path / "run")
+    assert code == 1
+    assert found["weights"]["is_same"]
+    assert not found["buffers"]["is_close"]
+
+
+def test_a_manipulated_step_is_found_even_where_hashes_are_right_and_the_machine_is_another(run, verify) -> None:
+    changed = []
+
+    def push(content: dict[str, Any]) -> None:
+        name, weight = next(iter(content["module"].items()))
+        weight += 1e-3 * torch.sign(weight)
+        changed.append(name)
+
+    change(run, 6, push)
+    claim_another_processor(run)
     code, said, found = verify(run, "--to", "6")
     assert code == 1
     assert "weights: 1 tensor differ, by " in said
-    assert name in said
+    assert changed[0] in said
     assert found["losses"]["is_same"]
     code, said, found = verify(run, "--to", "8")  # trained from there, the next checkpoint is another one
     assert code == 1
@@ -116,8 +177,7 @@ def test_other_kernels_round_within_the_tolerance_and_other_ranks_are_refused(ru
     file = tmp_path / "found.json"
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
-    summary = json.loads((run / "summary.json").read_text())
-    (run / "summary.json").write_text(json.dumps({**summary, "processor": "another"}))
+    claim_another_processor(run)
     done = karat_done("verify", str(run), "--from", "0", "--json", str(file))
     assert "processor another there" in done.stdout
     found = json.loads(file.read_text())
