@@ -48,7 +48,9 @@ def quickstart() -> int:
                 continue
             console.rule(f"run {number} of {len(CONTENDERS)}: {title}")
             _run("train", RECIPE, f"run.dir={run}", f"run.name={run.name}", *FEWER_IMAGES, *overrides)
-        if not (REPORT / "report.html").is_file():
+        report = REPORT / "report.html"
+        ended = max((run / "summary.json").stat().st_mtime for _, run, _ in CONTENDERS)
+        if not report.is_file() or report.stat().st_mtime < ended:
             console.rule("what they learned")
             _run("analyze", *runs, "--only", "training", "content", "maps", "functions", "--out", str(REPORT))
     except subprocess.CalledProcessError as error:

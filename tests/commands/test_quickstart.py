@@ -73,4 +73,8 @@ def test_it_ends_with_a_report_and_commands_that_run(tmp_path: Path) -> None:
     assert said.count("$ karat train") == 3
     (predict,) = re.findall(r"karat (predict \S+) PICTURE", said)
     assert "%" in karat(*shlex.split(predict), str(picture))
-    assert "finished before" in karat("quickstart")
+    again = karat("quickstart")
+    assert "finished before" in again
+    assert "what they learned ─" not in again
+    (tmp_path / CONTENDERS[1][1] / "summary.json").touch()  # as if the run were made again
+    assert "what they learned ─" in karat("quickstart")

@@ -42,7 +42,7 @@ def predictions_of(run: TrainedRun, settings: Settings, result: Result) -> Predi
     Raises:
         UserError: the run has no checkpoint, or its data cannot be read.
     """
-    identity = identity_of(run, **run.data_identity)
+    identity = f"{identity_of(run, **run.data_identity)} {run.data_digest}"
     path = run.path / FILE
     known: Predictions | None = run.shared.get(FILE) or read_predictions(path, identity)
     if known is None:

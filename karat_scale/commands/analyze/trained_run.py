@@ -19,8 +19,11 @@ from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.batch import Batch
 from karat_scale.data.plan import PADDING, BatchSlice
+from karat_scale.data.shards.shard_format import absolute_path, beton_path, dataset_directory, read_dataset_record
+from karat_scale.data.shards.shards import images_under
 from karat_scale.foundation.errors import DataError, RunDirectoryError, UserError
-from karat_scale.foundation.files import file_sha256
+from karat_scale.foundation.files import file_sha256, json_sha256
+from karat_scale.foundation.tables import Files
 from karat_scale.models.layers import freeze
 from karat_scale.recipe import Recipe
 from karat_scale.training.run_directory import OpenRun
@@ -143,7 +146,30 @@ class TrainedRun(OpenRun[Recipe]):
     @property
     def data_identity(self) -> dict[str, Any]:
         """What decides which validation images there are, and what their pixels are."""
-        return {key: getattr(self.recipe.data, key) for key in ("backend", "path", "val_split", "decoder")}
+        data = self.recipe.data
+        facts = {key: getattr(data, key) for key in ("backend", "val_split", "decoder")}
+        return {**facts, "path": absolute_path(data.path)}
+
+    @cached_property
+    def data_digest(self) -> str:
+        """A digest that changes if the files of the validation images do; empty where there are none.
+
+        Of images that lie in no shards, it is one of the files' names, sizes and times.
+        """
+        data = self.recipe.data
+        directory = dataset_directory(data.path)
+        try:
+            if data.row.files is Files.SHARDS:
+                return json_sha256(read_dataset_record(directory, data.timeout).model_dump(mode="json"))
+            if data.row.files is None or isinstance(directory, str):
+                return ""
+            if data.row.files is Files.BETONS:
+                paths = [beton_path(directory, data.val_split)]
+            else:
+                paths = [directory / name for name in images_under(directory, data.val_split)[0]]
+            return json_sha256({str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths})
+        except (OSError, DataError):
+            return ""
 
     @property
     def snapshots(self) -> Path:

@@ -91,15 +91,15 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
 
 
 def read_predictions(path: Path, identity: str) -> Predictions | None:
-    """Read what was kept with this identity. None if it is missing, damaged or of another identity."""
+    """Read what was kept with an identity that begins so. None if it is missing, damaged or of another identity."""
     try:
         with open_to_read(path) as file, np.load(file, allow_pickle=False) as content:
             facts = json.loads(str(content["facts"]))
-            if facts["identity"] != identity:
+            if not facts["identity"].startswith(identity):
                 return None
             arrays = {name: content[name] for name in _ARRAYS}
-        return Predictions(**arrays, bad=facts["bad"], classes=tuple(facts["classes"]), identity=identity)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, DataError):
+        return Predictions(**arrays, bad=facts["bad"], classes=tuple(facts["classes"]), identity=facts["identity"])
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, DataError):
         return None
 
 

@@ -124,7 +124,9 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
         source = f"from --step-time, of {choice.micro_batch} images"
         time = ComputeTime(request.step_time / choice.micro_batch, source)
     elif gpu is not None:
-        time = estimate(recipe, gpu, subject.footprint, config, subject.sizes.each, subject.teacher.flops)
+        if chosen.train.recompute != recipe.train.recompute:
+            subject = Subject(chosen, machine.on_gpu)
+        time = estimate(chosen, gpu, subject.footprint, config, subject.sizes.each, subject.teacher.flops)
     samples, samples_from = count_samples(recipe.data)
     plan = Plan(
         recipe=recipe,
@@ -157,7 +159,7 @@ def _machine(recipe: Recipe, request: Request, gpu: Gpu | None) -> Machine:
     elif on_gpu and gpu is not None:
         memory = gpu.memory_bytes
     else:
-        memory = usable_memory() // request.gpus
+        memory = usable_memory() // min(request.gpus, request.gpus_per_node)
     if recipe.train.precision == "fp16" and not on_gpu:
         raise UserError("train.precision = fp16 needs a GPU; name it by --gpu, or give its memory by --memory")
     return Machine(request.gpus, memory, on_gpu)

@@ -8,7 +8,8 @@ from typing import Any
 from karat_scale.checkpoint.tensor_storage import planned_bytes
 from karat_scale.commands.plan.choose import Choice, Machine
 from karat_scale.commands.plan.time import ComputeTime, DataNeed, Node, Point, Traffic, seconds, step_seconds
-from karat_scale.foundation.console import duration, gigabytes, print_table
+from karat_scale.data.plan import total_steps
+from karat_scale.foundation.console import duration, gigabytes, plural, print_table
 from karat_scale.foundation.machine import Gpu
 from karat_scale.models.flops import Flops, flops_per_image
 from karat_scale.recipe import Recipe
@@ -68,8 +69,13 @@ class Plan:
 
     @property
     def training(self) -> float | None:
-        """Seconds of all epochs, evaluations apart."""
-        return self.step and self.step * self.steps_per_epoch * self.recipe.train.epochs
+        """Seconds of all steps, evaluations apart."""
+        return self.step and self.step * self.steps
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return total_steps(self.steps_per_epoch, self.recipe.train.epochs, self.recipe.train.max_steps)
 
     def to_json(self) -> dict[str, Any]:
         """Every figure, in bytes and seconds."""
@@ -161,7 +167,7 @@ def show_side_by_side(plans: Sequence[Plan]) -> None:
         ("GFLOPs of an image, training", lambda plan: plan.flops.training / 1e9, lambda count: f"{count:.2f}"),
         ("memory of a rank", lambda plan: plan.choice.needed, gigabytes),
         ("time of a step", lambda plan: plan.step, duration),
-        ("time of all epochs", lambda plan: plan.training, duration),
+        ("time of all steps", lambda plan: plan.training, duration),
     ]
     ways = [f"{plan.choice.config}, {plan.choice.micro_batch}{'' if plan.choice.fits else ' -'}" for plan in plans]
     rows = [
@@ -215,10 +221,11 @@ def _show_time(plan: Plan) -> None:
         return
     rate = plan.recipe.train.global_batch / plan.step
     epoch = plan.step * plan.steps_per_epoch
-    epochs = plan.recipe.train.epochs
+    is_cut = plan.steps < plan.steps_per_epoch * plan.recipe.train.epochs
+    whole = plural(plan.steps, "step") if is_cut else plural(plan.recipe.train.epochs, "epoch")
     print(f"time: {duration(plan.step)} a step, {rate:,.0f} images a second ({plan.time.source});")
     print(f"  {duration(epoch)} an epoch of {plan.samples:,} images ({plan.samples_from});")
-    print(f"  {duration(epoch * epochs)} for {epochs} epochs, evaluations apart")
+    print(f"  {duration(plan.step * plan.steps)} for {whole}, evaluations apart")
     if note := launch_note(plan):
         print(note)
     for text in plan.data.lines() if plan.data else ():

@@ -122,7 +122,7 @@ def find_images(arguments: Sequence[str]) -> Found:
     found = Found()
     seen: set[Path] = set()
     for argument in arguments:
-        path = str(Path(argument).expanduser())
+        path = os.path.expanduser(argument)  # noqa: PTH111  # Path's refuses a name like ~$x.png
         matches = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))  # noqa: PTH207
         if not matches:
             found.bad.append((argument, "no such file, and nothing matches it"))
@@ -481,7 +481,8 @@ def build_page(classifier: Classifier, title: str) -> Any:
             if prediction.overlay:
                 with Image.open(prediction.overlay) as image:  # whose file is about to be removed
                     overlay = image.convert("RGB").copy()
-        return {guess.name: guess.probability for guess in prediction.guesses}, overlay
+        # Of classes with one name the most probable, which comes first.
+        return {guess.name: guess.probability for guess in reversed(prediction.guesses)}, overlay
 
     with gradio.Blocks(title=f"karat demo: {title}", analytics_enabled=False) as page:
         gradio.Markdown(f"### {title}")

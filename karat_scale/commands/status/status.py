@@ -3,7 +3,6 @@
 It reads only the run's files: it works without a server, on any machine that sees the directory.
 """
 
-import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -131,9 +130,10 @@ def _apply_event(standing: Standing, event: dict[str, Any]) -> None:
     standing.wall_time.add(event)
     kind = event.get("event")
     for key in _NUMBERS:  # the trainer writes null for what is not finite
-        number = event.get(key)
-        if number is not None and not (isinstance(number, int | float) and math.isfinite(number)):
+        if event.get(key) is not None and not _is_number(event[key]):
             raise ValueError(key)
+    if kind in ("train", "resume") and event["step"] is None:
+        raise ValueError("step")
     if kind == "train":
         standing.step, standing.ended = event["step"], None
         standing.epoch = event.get("epoch")
@@ -160,6 +160,10 @@ def _apply_event(standing: Standing, event: dict[str, Any]) -> None:
             standing.seconds_left = 0.0
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e300  # which can be written
+
+
 def _read_checkpoints(standing: Standing, root: Path, now: float) -> None:
     try:
         name = read_text(root / "latest", 4096).strip()
@@ -171,7 +175,8 @@ def _read_checkpoints(standing: Standing, root: Path, now: float) -> None:
     if isinstance(state, dict):
         if isinstance(step := state.get("step"), int):  # which may not have been logged yet
             standing.step = max(standing.step, step)
-        standing.peak_memory_mb = standing.peak_memory_mb or state.get("peak_memory_mb") or None
+        if _is_number(peak := state.get("peak_memory_mb")):
+            standing.peak_memory_mb = standing.peak_memory_mb or peak or None
 
 
 def _newest_job(logs: Path) -> str | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from karat_scale.commands.submit.within_job import most_nodes
 from karat_scale.data.shards.shard_format import absolute_path, dataset_directory
 from karat_scale.engine.deepspeed_config import check_ds_config
 from karat_scale.foundation.errors import UserError
@@ -103,7 +104,8 @@ def submit(recipe: str, overrides: Sequence[str], job: Job, gpu: str | None) -> 
         "RUN": str(run),
     }
     asked = {**_directives(SCRIPT), **job.options}
-    ranks = int(asked["nodes"]) * int(asked["ntasks-per-node"])
+    on_a_node = int(asked["ntasks-per-node"])
+    ranks = on_a_node * most_nodes(resolved, int(asked["nodes"]), on_a_node)  # as launch.sh chooses
     with redirect_stdout(sys.stderr if job.decision == "print" else sys.stdout):
         kept += planned_overrides(resolved, overrides, ranks, gpu)
     output = {"job-name": resolved.run.name, "output": str(run / "%x-%j.out")}

@@ -50,13 +50,14 @@ def run_sweep(sweep: Sweep, ranks: int = 1) -> dict[str, str]:
                 raise StoppedSweepError(number, len(waiting), saved=True)
             log = logs / f"{run.point.name}.log"
             shown.begin(number, run)
+            earlier = log.stat().st_size if log.exists() else 0
             code = child.run(
                 [*karat, sweep.command, sweep.recipe, *run.overrides], log, lambda run=run: shown.look(run.directory)
             )
             if child.told:
                 raise StoppedSweepError(number + (code == 0), len(waiting), saved=code in (0, EXIT_STOPPED))
             if code != 0:
-                failures[run.point.name] = _why(code, log)
+                failures[run.point.name] = _why(code, log, earlier)
             shown.end(run, failures.get(run.point.name))
     return failures
 
@@ -207,9 +208,10 @@ def last_step(directory: Path) -> tuple[int, int] | None:
     return None
 
 
-def _why(code: int, log: Path) -> str:
-    """Return the last line of a run that says what went wrong, and where the others are."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+def _why(code: int, log: Path, begin: int) -> str:
+    """Return the last line of a run that says what went wrong, and where the others are; its log begins at a byte."""
+    text = log.read_bytes()[begin:].decode("utf-8", "replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
     if code == EXIT_STOPPED:
         said = "stopped by a signal; the same command resumes it"

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from karat_scale.commands.status.status import SILENT_SECONDS, read_standing
+from karat_scale.commands.status.status import read_standing
 from karat_scale.foundation.errors import RecipeError, UserError
+from karat_scale.foundation.files import json_sha256
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.files import COMMANDS, read_recipe, shipped_recipes
-from karat_scale.recipe.loading import differing_keys, load_recipe, text_digest
+from karat_scale.recipe.loading import differing_keys, flatten, load_recipe, text_digest
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 
@@ -155,7 +156,7 @@ class PlannedRun:
         if not directory.recipe_file.is_file():
             return State.NEW
         standing = read_standing(self.directory)
-        if standing.ended is None and (standing.silent_seconds or 0.0) <= SILENT_SECONDS and standing.signs:
+        if standing.signs and standing.ended is None and not standing.is_silent:
             return State.RUNNING
         summary = directory.summary() or {}
         # Without the second, the run was killed after it began again, and the summary is of its earlier end.
@@ -203,6 +204,7 @@ def plan_sweep(recipe: str, overrides: Sequence[str], out: str | None) -> Sweep:
         except RecipeError as error:
             raise RecipeError(f"{' '.join(point.settings)}: {error}") from None
     _refuse_idle_keys(runs)
+    _refuse_equal_runs(runs)
     return Sweep(COMMANDS[schema.shipped], named, tuple(shared), root, tuple(runs))
 
 
@@ -215,6 +217,17 @@ def _refuse_idle_keys(runs: Sequence[PlannedRun]) -> None:
             raise UserError(
                 f"{key} has no effect with attention.kind = softmax, which all runs have; set attention.kind=karat"
             )
+
+
+def _refuse_equal_runs(runs: Sequence[PlannedRun]) -> None:
+    """Raise UserError for two points whose values are written differently, and are the same."""
+    seen: dict[str, PlannedRun] = {}
+    for run in runs:
+        values = {key: value for key, value in flatten(run.recipe).items() if key not in ("run.dir", "checkpoint.url")}
+        other = seen.setdefault(json_sha256(values), run)
+        if other is not run:
+            one, two = (" ".join(each.point.settings) for each in (other, run))
+            raise UserError(f"{one} and {two} are the same recipe; leave one out")
 
 
 def _schema(recipe: str) -> type[RunRecipe]:

@@ -20,6 +20,7 @@ from karat_scale.commands.analyze.predictions import (
 from karat_scale.commands.analyze.result import Settings
 from karat_scale.commands.analyze.trained_run import TrainedRun, open_run
 from karat_scale.commands.evaluate.predictions import Predictions, read_predictions, write_predictions
+from karat_scale.data.shards.shard_format import read_dataset_record
 from tests.conftest import CLASSES, VAL_PER_CLASS
 
 
@@ -102,6 +103,25 @@ def test_a_real_run_is_predicted_once_as_karat_eval_scores_it(own_run: TrainedRu
     assert len(tiles) == len(shown.numbers["mistakes"]) + len(shown.numbers["close_calls"]) > 0
     assert all(tile.png.startswith(b"\x89PNG") for tile in tiles)
     assert not shown.notes
+
+
+def test_other_data_at_the_same_path_are_predicted_again(
+    own_run: TrainedRun, image_folder: Path, shards: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(image_folder, tmp_path / "data"))
+    recipe = own_run.recipe.changed(data__backend="folder", data__path=str(data))
+    before = analyze_accuracy(TrainedRun(own_run.path, recipe), Settings()).numbers
+    first, second, *_ = sorted((data / "val").iterdir())
+    for old, new in ((first, data / "between"), (second, first), (data / "between", second)):
+        old.rename(new)
+    assert analyze_accuracy(TrainedRun(own_run.path, recipe), Settings()).numbers != before
+    copy = Path(shutil.copytree(shards, tmp_path / "shards"))
+    recipe = own_run.recipe.changed(data__path=str(copy))
+    digest = TrainedRun(own_run.path, recipe).data_digest
+    assert digest == own_run.data_digest
+    record = read_dataset_record(copy)
+    (copy / "dataset.json").write_text(record.model_copy(update={"classes": record.classes[::-1]}).model_dump_json())
+    assert TrainedRun(own_run.path, recipe).data_digest != digest
 
 
 def test_without_the_data_what_was_kept_is_still_shown(own_run: TrainedRun, shards: Path, tmp_path: Path) -> None:

@@ -75,13 +75,27 @@ def test_too_little_memory_is_told_and_is_no_success(capsys: Capture) -> None:
 
 
 @pytest.mark.slow
-def test_a_measured_step_takes_the_place_of_the_estimate(tmp_path: Path) -> None:
+def test_a_measured_step_takes_the_place_of_the_estimate(tmp_path: Path, capsys: Capture) -> None:
     file = tmp_path / "plan.json"
-    assert plan("train.micro_batch=64", "--memory", "80", "--step-time", "0.64", "--json", str(file)) == 0
+    measured = ("train.micro_batch=64", "train.max_steps=100", "--memory", "80", "--step-time", "0.64")
+    assert plan(*measured, "--json", str(file)) == 0
+    assert " for 100 steps, evaluations apart" in capsys.readouterr().out
     found = json.loads(file.read_text())["seconds"]
     assert found["image"] == pytest.approx(0.01)
     assert found["step"] == pytest.approx(2.56)
+    assert found["training"] == pytest.approx(100 * 2.56)
     assert found["epoch"] == pytest.approx(2.56 * (1_281_167 // 256))
+
+
+@pytest.mark.slow
+def test_the_time_is_that_of_the_recomputation_that_the_plan_needs() -> None:
+    recipe = load_recipe("imagenet_vit_tiny_g3b", [*SMALL_VIT, "train.micro_batch=256", "deepspeed.config=zero0"])
+    wide = make_plan(recipe, Request(gpu="h100-80"))
+    tight = make_plan(recipe, Request(gpu="h100-80", memory=wide.choice.needed / 1e9 - 0.01))
+    assert (wide.choice.recompute, tight.choice.recompute) == ("none", "attention")
+    assert tight.time is not None
+    assert wide.time is not None
+    assert tight.time.image > wide.time.image
 
 
 @pytest.mark.slow
@@ -89,6 +103,7 @@ def test_a_rank_gets_its_share_of_what_the_control_group_allows(monkeypatch: pyt
     monkeypatch.setattr("karat_scale.foundation.machine.memory_limit", lambda: 10**9)
     recipe = load_recipe("imagenet_vit_tiny", ["model.depth=1", "model.image_size=64"])
     assert make_plan(recipe, Request(gpus=2)).machine.memory == 5 * 10**8
+    assert make_plan(recipe, Request(gpus=4, gpus_per_node=2)).machine.memory == 5 * 10**8
 
 
 @pytest.fixture

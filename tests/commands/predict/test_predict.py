@@ -91,6 +91,12 @@ def test_an_export_needs_no_run(run: Path, image_folder: Path, tmp_path: Path, f
     assert torch.equal(found, expected)
 
 
+def test_a_name_may_look_like_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~$x.png").touch()
+    assert find_images(["~$x.png", "~nobody/y.png"]).files == ["~$x.png"]
+
+
 def test_files_folders_and_globs_with_bad_ones_among_them(run: Path, image_folder: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     (mine / "below").mkdir(parents=True)

@@ -123,7 +123,8 @@ def test_a_run_that_has_not_logged_a_step_shows_that_of_its_checkpoint(tmp_path:
     (run / "recipe.yaml").touch()
     (run / "checkpoints/latest").write_text("step-00000003\n")
     (run / "checkpoints/step-00000003/manifest.json").write_text("{}")
-    for state, step in (('{"step": 3}', "step        3"), ("[1]", "step-00000003")):
+    wrong = '{"step": 3, "peak_memory_mb": "much"}'
+    for state, step in (('{"step": 3}', "step        3"), ("[1]", "step-00000003"), (wrong, "step        3")):
         (run / "checkpoints/step-00000003/state.json").write_text(state)
         assert step in shown_text(read_standing(run))
     assert "loss        none logged yet" in shown_text(read_standing(run))
@@ -166,7 +167,7 @@ def test_what_events_hold_is_text(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_damaged_lines_are_skipped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     write_events(run, {"event": "train", "step": 3, "samples": 24, "loss": 1.0}, tail='{"event": "tra\n')
-    write_events(run, {"event": "train"}, {"event": "train", "step": "x"}, {"event": "train", "step": 1, "loss": [2]})
+    write_events(run, {"event": "train"}, {"event": "train", "step": None}, {"event": "train", "step": 1, "loss": [2]})
     for loss in ("NaN", "1e400", "-Infinity", "9" * 400):
         write_events(run, tail=f'{{"event": "train", "step": 4, "loss": {loss}, "samples": 32}}\n')
     write_events(run, {"event": "resume", "step": 3, "restarts": 1}, tail="[" * 100_000 + "\n\n" + '{"event": "tr')

@@ -128,6 +128,13 @@ def test_stage_and_micro_batch_come_from_the_plan(recipe, overrides, gpu, settin
 
 
 @SLOW
+def test_the_plan_is_for_the_nodes_that_the_batch_divides(tmp_path: Path, capsys: Capture) -> None:
+    script = script_of(tmp_path, "--nodes=3", "--gpus-per-node=4", "--gpu=h100-80", recipe="imagenet_vit_tiny_g3b")
+    assert "--nodes=3" in script
+    assert "train.micro_batch=16 (1 a step)" in capsys.readouterr().out  # of 128 on two nodes
+
+
+@SLOW
 def test_an_evaluation_that_would_not_fit_gets_a_smaller_batch(tmp_path: Path, capsys: Capture) -> None:
     recipe = tmp_path / "large.yaml"
     recipe.write_text("extends: imagenet_vit_tiny_g3b\ntrain: {eval_batch: 1024000}\n")

@@ -7,13 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 import pytest
 
+from karat_scale.commands.sweep.command import _why
 from karat_scale.commands.sweep.grid import PlannedRun, State, plan_sweep
+from karat_scale.engine.heartbeat import Sign, heartbeat_file
 from karat_scale.foundation.errors import UserError
+from karat_scale.foundation.machine import this_node
 from karat_scale.recipe.loading import dump_recipe
 from tests.conftest import SMALL, karat_environment, karat_here, summary
 
@@ -70,6 +74,33 @@ def test_a_finished_run_of_fewer_steps_or_that_began_again_trains_on(recipe: Pat
     with (run.directory / "metrics.jsonl").open("a") as file:
         file.write('{"event": "resume", "step": 2, "restarts": 0}\n')
     assert run.state is State.UNFINISHED
+
+
+def test_a_run_whose_process_is_gone_is_unfinished(recipe: Path) -> None:
+    run, _ = planned(recipe, "run.seed=0,1")
+    end(run)
+    (run.directory / "metrics.jsonl").write_text("")
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    for pid, state in ((os.getpid(), State.RUNNING), (gone.pid, State.UNFINISHED)):
+        sign = Sign(0, this_node(), pid, "", written=time.time() - 10)
+        heartbeat_file(run.directory, 0).parent.mkdir(exist_ok=True)
+        heartbeat_file(run.directory, 0).write_text(json.dumps(asdict(sign)))
+        assert run.state is state
+
+
+def test_values_that_are_the_same_are_refused(recipe: Path) -> None:
+    with pytest.raises(UserError, match=r"^optim.lr=1e-3 and optim.lr=0.001 are the same recipe; leave one out$"):
+        planned(recipe, "optim.lr=1e-3,2e-3,0.001")
+
+
+def test_a_failure_is_that_of_the_last_start(tmp_path: Path) -> None:
+    log = tmp_path / "a.log"
+    log.write_text("error: the disk is full\n")
+    begin = log.stat().st_size
+    with log.open("a") as file:
+        file.write("RuntimeError: CUDA error\n")
+    assert _why(1, log, begin) == f"RuntimeError: CUDA error ({log})"
 
 
 def test_a_key_of_karat_does_not_vary_among_softmax_models(recipe: Path) -> None:
