@@ -15,6 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -278,7 +279,8 @@ class Checkpoints(Generic[S]):
             return
         self.problem = problem
         if self.world.is_main:
-            self.store.discard_unfinished()
+            with suppress(OSError):  # on this rank alone
+                self.store.discard_unfinished()
             kept = self.store.pointed("latest")
             good = f"the last good one is {kept}" if kept else "there is no good one yet"
             if step != self._told_of:  # a run may try the same step again at an evaluation and at its end
@@ -305,7 +307,8 @@ class Checkpoints(Generic[S]):
         """What the disk lacks for the next checkpoint, in a few words."""
         weight_bytes = next(self.engine.module.parameters()).element_size()
         sizes = self.engine.parameters, self.engine.stage, self.ema is not None, weight_bytes
-        needed = self.store.newest_bytes() or checkpoint_bytes(*sizes)
+        nodes = store.nodes if isinstance(store, NearStore) and self.engine.stage > 0 else 1
+        needed = store.newest_bytes() or checkpoint_bytes(*sizes) // nodes
         free = shutil.disk_usage(store.root).free
         is_enough = free >= needed
         return None if is_enough else f"it needs {_megabytes(needed)} and {store.root} has {_megabytes(free)} free"

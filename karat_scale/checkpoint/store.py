@@ -311,12 +311,13 @@ class CheckpointStore:
         return max(map(step_of, self.names()), default=0)
 
     def newest_bytes(self) -> int:
-        """The size of the newest checkpoint, by its manifest; 0 when there is none, or one without optimizer states."""
+        """The bytes here of the newest checkpoint; 0 when there is none, or one without optimizer states."""
         name = self.pointed("latest")
         if name is None or name == checkpoint_name(0):
             return 0
         try:
-            return sum(file.bytes for file in read_manifest(self.root / name).values())
+            files = read_manifest(self.root / name)
+            return sum(files[file].bytes for file in self._to_check(self.root / name, files))
         except (OSError, ValueError):
             return 0
 
@@ -451,12 +452,13 @@ class NearStore(CheckpointStore):
         place: a directory of each node, such as /dev/shm.
         run: the run's directory.
         run_id: names the run: another one may have been in this directory.
+        nodes: of the run.
     """
 
-    def __init__(self, place: Path, run: Path, run_id: str) -> None:
+    def __init__(self, place: Path, run: Path, run_id: str, nodes: int = 1) -> None:
         digest = sha256(os.fsencode(run.resolve())).hexdigest()[:12]
         super().__init__(place / f"karat-{run.name}-{digest}-{this_node()}")
-        self._id = run_id
+        self._id, self.nodes = run_id, nodes
 
     def open(self) -> None:
         """Make the directory, if need be, and empty it of another run. Raises OSError, also if it is another user's."""

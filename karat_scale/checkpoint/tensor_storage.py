@@ -153,11 +153,15 @@ class KeptMemory:
 
     def _add(self, size: int) -> None:
         descriptor = os.memfd_create("karat-save")
-        os.ftruncate(descriptor, size)
-        content = torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
-        is_locked = torch.cuda.is_initialized()
-        if is_locked:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(content.data_ptr(), size, 0))
+        try:
+            os.ftruncate(descriptor, size)
+            content = torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
+            is_locked = torch.cuda.is_initialized()
+            if is_locked:
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(content.data_ptr(), size, 0))
+        except BaseException:
+            os.close(descriptor)
+            raise
         self.blocks.append(Block(next(_numbers), descriptor, content, is_locked))
 
 

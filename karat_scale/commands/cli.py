@@ -48,6 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. A user's mistake is one line on standard error, and exit code 2."""
+    for closed in [name for name in ("stdout", "stderr") if getattr(sys, name) is None]:  # as by `karat ... >&-`
+        setattr(sys, closed, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:  # set by the lines of `karat completion`
         from karat_scale.commands.completion import complete

@@ -409,6 +409,23 @@ def keep_least_loss_scale(engine: Any) -> None:
         scaler.raise_error_at_min_scale = False
 
 
+def grow_loss_scale_after_the_step(engine: Any) -> None:
+    """Stages 1 to 3 in fp16: DeepSpeed raises the loss scale before it divides the step's gradients by it."""
+    optimizer = engine.optimizer
+    step, update = optimizer.step, optimizer._update_scale
+
+    def update_on_overflow(has_overflow: bool) -> None:
+        if has_overflow:
+            update(has_overflow)
+
+    def step_and_grow(*arguments: Any, **options: Any) -> None:
+        step(*arguments, **options)
+        if not optimizer.overflow:
+            update(False)
+
+    optimizer._update_scale, optimizer.step = update_on_overflow, step_and_grow
+
+
 def load_loss_scaler(engine: Any, saved: Any) -> None:
     """Resume a dynamic loss scale from that of a checkpoint, if both are dynamic."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)

@@ -129,12 +129,15 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 @contextmanager
-def joined(device: str, patience_minutes: float = PATIENCE_MINUTES) -> Iterator[World]:
+def joined(
+    device: str, patience_minutes: float = PATIENCE_MINUTES, check: Callable[[], object] = lambda: None
+) -> Iterator[World]:
     """Be in the process group inside the block.
 
     Args:
         device: auto, cpu or cuda.
         patience_minutes: how long to wait for another rank.
+        check: called while the ranks are awaited; it may raise to give up.
 
     Raises:
         UserError: as `start`.
@@ -142,13 +145,13 @@ def joined(device: str, patience_minutes: float = PATIENCE_MINUTES) -> Iterator[
     """
     try:
         with explaining():
-            yield start(device, patience_minutes)
+            yield start(device, patience_minutes, check)
     finally:
         stop()
 
 
-def start(device: str, patience_minutes: float = PATIENCE_MINUTES) -> World:
-    """Join the process group. `device` is auto, cpu or cuda.
+def start(device: str, patience_minutes: float = PATIENCE_MINUTES, check: Callable[[], object] = lambda: None) -> World:
+    """Join the process group; the arguments are those of `joined`.
 
     Raises:
         UserError: CUDA was asked for and there is none for each rank, or the ranks do not meet.
@@ -165,7 +168,7 @@ def start(device: str, patience_minutes: float = PATIENCE_MINUTES) -> World:
     tell_deepspeed(here.type)
     # DeepSpeed insists on it, and takes the GPU of that number.
     os.environ["LOCAL_RANK"] = str(here.index if use_cuda else local_rank)
-    return World(rank, size, local_rank, here, _join(rank, size, here, patience), patience)
+    return World(rank, size, local_rank, here, _join(rank, size, here, patience, check), patience)
 
 
 def stop() -> None:
@@ -179,7 +182,9 @@ def stop() -> None:
         use_torchs_own_linear()
 
 
-def _join(rank: int, size: int, device: torch.device, patience: timedelta) -> dist.ProcessGroup | None:
+def _join(
+    rank: int, size: int, device: torch.device, patience: timedelta, check: Callable[[], object]
+) -> dist.ProcessGroup | None:
     """Make the group of all ranks and, beside NCCL's, one for `World.control`."""
     if dist.is_initialized():
         return None
@@ -190,7 +195,7 @@ def _join(rank: int, size: int, device: torch.device, patience: timedelta) -> di
         # No port, no host name: nothing that another job on this machine could collide with.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return None
-    met = meet(Place(*meeting_place(), rank, size, patience, next(_meetings)))
+    met = meet(Place(*meeting_place(), rank, size, patience, next(_meetings), check))
     if device.type == "cuda":  # before NCCL, whose own refusal is a traceback
         have_a_gpu_each(dist.PrefixStore("cards", met), rank, size, card(device))
     store = dist.PrefixStore("group", met)

@@ -25,6 +25,7 @@ from karat_scale.engine.deepspeed_internals import (
     device_waits_for_itself,
     forget_gradients,
     gathers_wait_for_the_weights,
+    grow_loss_scale_after_the_step,
     keep_least_loss_scale,
     loss_scale,
     master_weights,
@@ -232,6 +233,8 @@ class Engine:
         else:
             check_by_the_norm(self.deepspeed)
             reduce_in_few_operations(self.deepspeed)
+            if recipe.train.precision == "fp16":
+                grow_loss_scale_after_the_step(self.deepspeed)
         keep_least_loss_scale(self.deepspeed)
         self._records_graphs, self._is_compiled = recipe.train.records_graphs, False
 

@@ -166,10 +166,10 @@ class Heartbeat:
 
     def beat(self, doing: str, step: int = 0) -> None:
         """Record progress: this rank now starts `doing`."""
+        self._last_beat = now = time.monotonic()  # first, as the other thread looks how long it has been `doing` this
         self._sign.beats += 1
         self._sign.doing = doing
         self._sign.step = step or self._sign.step
-        self._last_beat = now = time.monotonic()
         limit = self._limits.of(doing)
         if self._limits and (now - self._armed >= _ARM_SECONDS or limit != self._armed_for):
             self._armed, self._armed_for = now, limit

@@ -33,6 +33,8 @@ class Place(NamedTuple):
     patience: timedelta
     meeting: int
     """How often this process has met before: a later meeting must not find what an earlier one left."""
+    check: Callable[[], object] = lambda: None
+    """Called while the ranks are awaited; it may raise to give up."""
 
     @property
     def is_host(self) -> bool:
@@ -62,6 +64,7 @@ def meet(place: Place) -> dist.Store:
 
     def wait(whom: Callable[[], str]) -> None:
         nonlocal next_notice
+        place.check()
         if LAUNCHER.is_gone:
             raise PeerError("the launcher has ended before all ranks had met")
         waited, limit = time.monotonic() - begun, f"{patience / 60:g} minutes (run.peer_timeout_minutes)"

@@ -6,6 +6,7 @@ Also: the nearest known name for an unknown one, and how a failed allocation is 
 import errno
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import NoReturn
@@ -98,12 +99,13 @@ def of_the_machine(error: BaseException) -> tuple[str, int] | None:
 
 
 def say_in_one_write(line: str) -> None:
-    """Write a line to standard error at once.
+    """Write a line to standard error at once, if it takes one.
 
     Where Python does not buffer, `print` writes the end of a line separately, and the lines of several ranks mix.
     """
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:

@@ -37,6 +37,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._is_interrupted = False
 
     def install(self) -> "StopSignals":
         """Catch the stop signals from here on, in this process, whose main thread calls this."""
@@ -72,13 +73,21 @@ class StopSignals:
         self._remember(signal.SIGTERM)
 
     def _remember(self, number: int) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
-            os.write(2, b"\nquit at once; what came after the last checkpoint is lost\n")
-            os._exit(1)
         if number in STOP_SIGNALS and self.received is None:
             self.received = signal.Signals(number)
-            if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
-                os.write(2, b"\nstopping: the state is saved first; Ctrl-C again quits at once\n")
+        if number != signal.SIGINT:
+            return
+        if self._is_interrupted:
+            os.write(2, b"\nquit at once; what came after the last checkpoint is lost\n")
+            os._exit(1)
+        self._is_interrupted = True
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nstopping: the state is saved first; Ctrl-C again quits at once\n")
+
+    def check(self) -> None:
+        """Raise StoppedError if a stop signal has come."""
+        if self.received is not None:
+            raise StoppedError
 
 
 class StoppedError(Exception):
@@ -87,7 +96,7 @@ class StoppedError(Exception):
     saved = False
 
 
-SECONDS = 1.0
+SECONDS, MOST_STEPS = 1.0, 50
 Clock = Callable[[], float]
 
 
@@ -95,7 +104,8 @@ class Agreement:
     """Tells after which steps the ranks compare their wishes, and compares them.
 
     The next agreement is as many steps away as took SECONDS since the last one, at least one, and at most twice as many
-    as before: the first steps of a run tell little about the others.
+    as before: the first steps of a run tell little about the others. Several ranks take at most MOST_STEPS, as steps
+    may become slow all at once.
     """
 
     def __init__(self, world: World, clock: Clock = time.monotonic) -> None:
@@ -126,7 +136,8 @@ class Agreement:
         last_step, last_time = self._last
         seconds = max(self._clock() - last_time, 1e-9)
         fitting = int(SECONDS * max(step - last_step, 1) / seconds)
-        return max(1, min(fitting, 2 * self._distance))
+        most = 2 * self._distance if self._world.size == 1 else min(2 * self._distance, MOST_STEPS)
+        return max(1, min(fitting, most))
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,10 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
         UserError: the recipe does not fit the data, the run directory or the machine.
     """
     signals = StopSignals().install()
-    with distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world:
+    with (
+        suppress(StoppedError),
+        distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes, signals.check) as world,
+    ):
         # Kept memory would take back what recomputation saves.
         if world.device.type == "cpu" and recipe.train.recompute.policy == "none":
             keep_freed_memory()
@@ -74,7 +77,6 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             step = world.broadcast(directory.store.newest_step())
             trainer = begin_or_go_on(task.at(step), step, directory, signals, outcome)
             trainer.checkpoints.check_room()
-            outcome.begun = True
             is_anew = world.is_main and directory.begins_anew(recipe)
             world.on_main(lambda: directory.begin(recipe, task.classes))
             reporter.start_trackers(directory.path, recipe.log.trackers, is_anew)
@@ -83,6 +85,7 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
                 reporter.resumed(outcome.state, checkpoint_name(outcome.state.step))
             if copy is not None:
                 copy.begin()
+            outcome.begun = True
             reporter.info(headline(trainer))
             if world.device.type == "cuda":
                 for fault in chain(*world.gather(gpu_faults() if world.local_rank == 0 else [])):
@@ -108,6 +111,8 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
                 )
                 reporter.info(f"finished{scored}; next: karat analyze {shlex.quote(str(directory.path))}")
         return outcome.code
+    print("stopped before all ranks had met; run the same command to resume", flush=True)
+    return EXIT_STOPPED
 
 
 def begin_or_go_on(
@@ -171,7 +176,8 @@ def open_near(recipe: RunRecipe, directory: RunDirectory, world: World, reporter
     with world.together():
         if world.is_main and not run_id(directory.path):
             keep_run_id(directory.path, secrets.token_hex(8))
-    near = NearStore(Path(recipe.checkpoint.local).expanduser(), directory.path, run_id(directory.path))
+    nodes = sum(world.gather(world.local_rank == 0))
+    near = NearStore(Path(recipe.checkpoint.local).expanduser(), directory.path, run_id(directory.path), nodes)
     with world.together():
         if world.local_rank == 0:
             try:
@@ -184,8 +190,9 @@ def open_near(recipe: RunRecipe, directory: RunDirectory, world: World, reporter
             if recipe.resume.mode == "never":
                 near.empty()
     name, problems = bring_near(directory.store, near, world)
-    if world.local_rank == 0:
-        near.empty()  # it has nothing now that the run's directory lacks
+    with world.together():
+        if world.local_rank == 0:
+            near.empty()  # it has nothing now that the run's directory lacks
     directory.near = near
     for problem in problems:
         reporter.warn(problem)

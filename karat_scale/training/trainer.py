@@ -224,8 +224,11 @@ class Trainer:
     @contextmanager
     def _waiting_for_data(self) -> Iterator[None]:
         self.reporter.beat("waiting for data", self.state.step + 1)
-        with self._own_time.data():
-            yield
+        try:
+            with self._own_time.data():
+                yield
+        finally:
+            self.reporter.beat("training")  # what comes next may be a wait for the device
 
     def micro_batches(self, batches: DeviceFeed[Any]) -> Iterator[Any]:
         """Those of one step. The next batch is fetched when a step's work is launched, while the device does it.

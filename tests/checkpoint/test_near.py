@@ -1,12 +1,14 @@
 """`checkpoint.local`: the newest state on a disk of each node, and what a start makes of it."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from karat_scale.checkpoint.store import NearStore
+from karat_scale.foundation.files import Fingerprint
 from tests.checkpoint.near import KILLED, SHARED
 from tests.conftest import ROOT, karat_environment, karat_refuses
 from tests.warm import run_program
@@ -48,6 +50,15 @@ def test_a_place_that_cannot_be_written_or_belongs_to_another_is_one_line(recipe
     with pytest.raises(PermissionError, match="belongs to another user"):
         near.open()
     assert "should be a directory of each node" in karat_refuses("train", str(recipe_file), "checkpoint.local=s3://b/x")
+
+
+def test_a_node_needs_room_for_its_own_files_alone(tmp_path: Path) -> None:
+    near = NearStore(tmp_path, tmp_path / "run", "id")
+    unfinished = near.begin(1)
+    (unfinished / "rank-00000.pt").write_bytes(bytes(1000))
+    files = {f"rank-{rank:05d}.pt": Fingerprint(1000, sha256(bytes(1000)).hexdigest()) for rank in range(8)}
+    near.commit(unfinished, {"step": 1}, files)
+    assert 1000 < near.newest_bytes() < 1100  # and what it says of the state
 
 
 def test_another_run_in_the_same_directory_finds_nothing(tmp_path: Path) -> None:

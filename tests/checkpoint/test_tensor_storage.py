@@ -45,6 +45,13 @@ def test_a_copy_keeps_what_was_there_and_what_belongs_together(tmp_path) -> None
         assert twin["flags"].tolist() == [start + number > 1 for number in range(3)]
 
 
+def test_memory_that_there_is_not_takes_no_descriptor() -> None:
+    before = psutil.Process().num_fds()
+    with pytest.raises(OSError, match="memory"):
+        tensor_storage.KeptMemory()._add(2**50)
+    assert psutil.Process().num_fds() == before
+
+
 def test_a_writer_that_ends_is_told_and_the_next_save_has_another(tmp_path) -> None:
     storage = DurableStorage()
     storage.begin(copies=True)

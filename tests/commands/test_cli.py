@@ -87,6 +87,13 @@ def test_a_reader_that_has_read_enough_is_no_error(unbuffered: str) -> None:
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+def test_a_closed_output_is_no_error() -> None:
+    for closed, code, arguments in ((">&-", 0, ["recipes"]), (">&- 2>&-", 2, ["status", "nowhere"])):
+        command = ["sh", "-c", f'"$@" {closed}', "sh", *karat_command(arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=karat_environment(), check=False)
+        assert (done.returncode, done.stderr) == (code, "")
+
+
 def test_what_cannot_be_trained_is_one_line(recipe_file: Path) -> None:
     for override, said in (
         ("model.name=vit_tinny_patch16_224", "vit_tiny_patch16_224"),

@@ -210,7 +210,7 @@ def test_nccl_is_told_its_gpu_if_it_has_peers(monkeypatch, size) -> None:
     monkeypatch.setattr(distributed, "card", str)
     monkeypatch.setattr(distributed, "have_a_gpu_each", lambda *ranks: None)
     for device in (torch.device("cuda", 1), torch.device("cpu")):
-        distributed._join(0, size, device, timedelta(minutes=1))
+        distributed._join(0, size, device, timedelta(minutes=1), lambda: None)
     bound = torch.device("cuda", 1) if size > 1 else None
     assert [(how["backend"], how.get("device_id")) for how in told] == [("nccl", bound), ("gloo", None)]
 

@@ -231,6 +231,33 @@ def test_overflows_are_skipped_lower_the_scale_and_resume_with_it(
     assert equal(weights(run.engine), weights(again.engine))
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_step_at_which_the_loss_scale_grows_takes_the_whole_gradient(
+    small_recipe, make_engine, allowed, tmp_path, stage
+) -> None:
+    own = tmp_path / "own.json"
+    scale = {"initial_scale_power": 4, "loss_scale_window": 2}
+    own.write_text(
+        json.dumps({"zero_optimization": {"stage": stage}, "fp16": scale, "zero_allow_untested_optimizer": True})
+    )
+    engine = make_engine(small_recipe(*FP16, f"deepspeed.config={own}", "optim.clip_grad=0"))
+    squares: list[float] = []
+
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        squares.extend(float(p.grad.double().square().sum()) for p in parameters if p.grad is not None)
+
+    engine.deepspeed.basic_optimizer.register_step_pre_hook(note)
+    scales = []
+    for seed in range(5):
+        squares.clear()
+        norm = train_once(engine, seed)
+        assert math.sqrt(math.fsum(squares)) == pytest.approx(norm, rel=1e-3)
+        scales.append(engine.loss_scale)
+    assert scales[-1] == 16 * 4
+    assert scales == sorted(scales)
+
+
 def test_overflows_at_the_least_scale_are_skipped_too(small_recipe, make_engine, allowed, tmp_path) -> None:
     own = tmp_path / "own.json"
     scale = {"initial_scale_power": 0, "hysteresis": 1}

@@ -99,6 +99,17 @@ def absent(scratch: Path, rank: int) -> dict[str, Any]:
     return _outcome(ranks, log)
 
 
+def stopped(scratch: Path) -> dict[str, Any]:
+    """A rank is told to stop while it waits for another."""
+    log = scratch / "stopped.log"
+    ranks = ForkedRanks(_arguments(scratch, scratch / "stopped"), 2, log, absent=1)
+    deadline = time.monotonic() + WITHIN
+    while "has waited" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(ranks.ranks[0], signal.SIGUSR2)
+    return _outcome(ranks, log)
+
+
 def _wait_for(path: Path) -> None:
     deadline = time.monotonic() + WITHIN
     while not path.exists() and time.monotonic() < deadline:
@@ -110,6 +121,7 @@ def main(arguments: Sequence[str]) -> None:
     scratch = Path(arguments[0])
     outcomes = {f"killed {victim}": killed(scratch, victim) for victim in (0, 1)}
     outcomes |= {f"absent {rank}": absent(scratch, rank) for rank in (0, 1)}
+    outcomes["stopped"] = stopped(scratch)
     outcomes |= {f"evaluation {stage}": failed_evaluation(scratch, stage) for stage in STAGES}
     if os.geteuid() == 0:
         outcomes |= {f"disk {size}": full_disk(scratch, size) for size in DISKS}

@@ -1,7 +1,9 @@
 """Batches that are fetched ahead change nothing: not the order, a stop, a resume, a bad sample or a data error."""
 
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing import active_children
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from karat_scale.data.backends import ImageSpec
 from karat_scale.data.backends.images import SyntheticBackend
 from karat_scale.data.batch import BadSample, Batch
 from karat_scale.data.loading import device_feed
+from karat_scale.engine.reporting.interval import Interval
 from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.recipe import Recipe
@@ -19,6 +22,7 @@ from karat_scale.training.run import train
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.classification.task import ClassificationTask
 from karat_scale.training.trainer import Trainer
+from tests.conftest import events
 from tests.small_engines import equal, make_trainer
 from tests.streams import Streams, streams
 from tests.training.test_save_points import train_to_the_end
@@ -51,6 +55,22 @@ def test_a_run_fed_ahead_ends_in_the_same_bits_also_when_it_was_stopped(run, wor
         assert train_to_the_end(run("ahead"), world, stop)["step"] == stop[0]
     assert equal(train_to_the_end(run("ahead"), world), plain)
     assert "begin copies" in streams.notes
+
+
+def test_a_wait_for_the_device_after_the_next_batch_came_is_training(run, streams, monkeypatch) -> None:
+    feed_ahead(streams, monkeypatch)
+    take_norms = Interval.take_norms
+
+    def wait_for_the_device(self) -> list[float]:
+        time.sleep(0.3)
+        return take_norms(self)
+
+    monkeypatch.setattr(Interval, "take_norms", wait_for_the_device)
+    recipe = run("slow", "train.max_steps=4")
+    assert train(ClassificationTask, recipe) == 0
+    spent = events(Path(recipe.run.dir))[-1]["spent"]
+    assert spent["waiting for data"] < 0.3
+    assert spent["training"] > 4 * 0.3
 
 
 class BadBackend(SyntheticBackend):

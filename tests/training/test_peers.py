@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from karat_scale.foundation.errors import EXIT_LOST_PEER
+from karat_scale.foundation.errors import EXIT_LOST_PEER, EXIT_STOPPED
 from tests.conftest import ROOT, karat_environment
 from tests.training.peers import DISKS, STAGES
 
@@ -43,6 +43,14 @@ def test_the_rank_that_is_left_says_that_it_lost_another(outcomes, victim) -> No
     assert found["codes"][1 - victim] == EXIT_LOST_PEER
     (line,) = errors(found["said"])
     assert line.startswith("another rank has ended (")
+
+
+@pytest.mark.multiprocess
+def test_a_rank_that_waits_for_another_stops_on_a_signal(outcomes) -> None:
+    found = outcomes["stopped"]
+    assert found["ended"], found["said"]
+    assert found["codes"] == [EXIT_STOPPED], found["said"]
+    assert "stopped before all ranks had met; run the same command to resume" in found["said"]
 
 
 @pytest.mark.multiprocess

@@ -10,6 +10,7 @@ import faulthandler
 import gc
 import io
 import mmap
+import multiprocessing.process
 import os
 import pickle
 import queue
@@ -147,7 +148,10 @@ def kill_workers(processes: list[ForkProcess], parent: int) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
         process.kill()
     while processes:
-        processes.pop().join(POLL_SECONDS)  # one in a system call that does not end stays
+        process = processes.pop()
+        process.join(POLL_SECONDS)
+        if process.is_alive():  # it is in a system call that does not end, and Python would wait for it at its own end
+            multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
 
 
 def lead_own_commands() -> None:

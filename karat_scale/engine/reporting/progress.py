@@ -6,6 +6,7 @@ The bar is for a terminal, the lines are for elsewhere. The files are `metrics.j
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -112,14 +113,19 @@ def _finite_or_none(value: Any) -> Any:
 
 # A check of fewer bytes is over before a person has read about it.
 _LARGE = 10**8
+_STDOUT = 1
 
 
 class PlainDisplay:
     """Prints one line per report, with the time of day."""
 
     def line(self, text: str) -> None:
-        """Print a line that stays."""
-        print(f"{time.strftime('%H:%M:%S')} {printable(text)}", flush=True)
+        """Print a line that stays. A run goes on where nobody reads it any more, or its disk is full."""
+        try:
+            print(f"{time.strftime('%H:%M:%S')} {printable(text)}", flush=True)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)  # also for what is still in Python's buffer
+            say_in_one_write(f"warning: standard output takes no more ({error.strerror}): there are no more lines")
 
     def advance(self, done: int, total: int) -> None:
         """A training step is done; only a bar shows it."""

@@ -25,7 +25,7 @@ import torch
 
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.loading import workers as loading
-from karat_scale.data.loading.workers import OrderedResults
+from karat_scale.data.loading.workers import OrderedResults, kill_workers, start_worker
 from karat_scale.data.plan import BatchSlice, TrainPlan
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.recipe import AugmentConfig, DataConfig
@@ -45,6 +45,17 @@ def begun(opened, make_shards, cheap_augment):
         return backend, batches, children() - before
 
     return begin
+
+
+def test_a_worker_that_nothing_ends_does_not_keep_its_trainer(monkeypatch):
+    worker = start_worker(0, time.sleep, 600)
+    with monkeypatch.context() as patch:  # as in a system call on a dead mount
+        patch.setattr(type(worker._popen), "_send_signal", lambda *_: None)
+        kill_workers([worker], os.getpid())
+    assert worker.is_alive()
+    assert worker not in multiprocessing.active_children()  # for which Python waits at its end
+    worker.kill()
+    worker.join()
 
 
 # As a thread of gloo, which has no state in Python until it drops a tensor that has one.

@@ -1,7 +1,11 @@
 """What a person sees of a run, and the events that its files hold."""
 
+import errno
 import io
 import json
+import os
+import subprocess
+import sys
 
 from rich.console import Console
 
@@ -25,6 +29,25 @@ def test_a_pipe_gets_plain_lines(capsys) -> None:
     assert lines[2].endswith("saved step-00000005 in 0.5 s, of which training paused 0.1 s")
     assert all(part in lines[3] for part in ("warning", "n01/x", "train-000001.tar", "truncated"))
     assert lines[4].endswith("321 img/s MFU 41.6%")
+
+
+UNREAD = """
+import os
+from karat_scale.engine.reporting.progress import PlainDisplay
+reader, writer = os.pipe()
+os.close(reader)
+for output in (writer, os.open("/dev/full", os.O_WRONLY)):
+    os.dup2(output, 1)
+    for text in "ab":
+        PlainDisplay().line(text)
+"""
+
+
+def test_a_run_goes_on_where_its_lines_are_not_read_or_find_no_room() -> None:
+    done = subprocess.run([sys.executable, "-c", UNREAD], capture_output=True, text=True, check=False)
+    said = [f"({os.strerror(number)})" for number in (errno.EPIPE, errno.ENOSPC)]
+    assert [word in line for word, line in zip(said, done.stderr.splitlines(), strict=True)] == [True, True]
+    assert done.returncode == 0
 
 
 def test_a_terminal_gets_a_live_bar_with_lines_above_it() -> None:

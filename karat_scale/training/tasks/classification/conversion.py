@@ -348,7 +348,10 @@ def survey(task_type: type[Task], recipe: Recipe) -> int:
         UserError: the recipe does not fit the source, the data or the run directory, or the run there has begun.
     """
     signals = StopSignals().install()
-    with distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world:
+    with (
+        suppress(StoppedError),
+        distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes, signals.check) as world,
+    ):
         directory = RunDirectory(recipe.run.dir)
         with world.together():
             if world.is_main:
@@ -362,14 +365,15 @@ def survey(task_type: type[Task], recipe: Recipe) -> int:
             found = _surveyed(task.stage, model, world.device, reporter)
         except StoppedError:
             reporter.info("stopped; run the same command to go on")
-            return EXIT_STOPPED
+            raise
         finally:
             task.close()
             reporter.close()
         if world.is_main:
             replace_file(directory.path / SURVEY, json.dumps(found, indent=1) + "\n")
             _show(found, recipe)
-    return 0
+        return 0
+    return EXIT_STOPPED
 
 
 def _surveyed(stage: Stage, model: nn.Module, device: torch.device, reporter: Reporter) -> Report:
