@@ -51,9 +51,8 @@ done
 # said; whether the job was told to stop.
 ATTEMPT=0 FAILURE='' NODES='' LOST='' ANSWERS='' TOLD=''
 
-# What a signal does while no ranks run: there is nothing to save.
-NOT_YET='requeue "told to stop before the start"'
-trap "$NOT_YET" USR2 TERM
+# There is nothing to save until the ranks run.
+trap 'requeue "told to stop before the start"' USR2 TERM
 
 enter_environment() {
   [[ -n ${SLURM_JOB_ID:-} ]] || refuse "this is a batch script: run it by sbatch"
@@ -164,7 +163,7 @@ launch() {
     leave_out_nodes "$nodes"
     ATTEMPT=$((ATTEMPT + 1))
     count_restart
-    trap "$NOT_YET" USR2 TERM
+    trap 'requeue "told to stop before the start"' USR2 TERM # as above, for the next start
     [[ -z $TOLD ]] || requeue "$FAILURE"
     say "$FAILURE; the ranks start again"
   done
