@@ -37,6 +37,7 @@ class MetricsLog:
             self._file: IO[str] = append_to(file)
         except OSError as error:
             raise not_written(file, error) from error
+        self._path = file
         self._histograms = file.with_name("histograms.jsonl")
         # A disk that was full has left half a line: the next event must not join it.
         self._begins_line = not _ends_with_newline(file)
@@ -50,7 +51,7 @@ class MetricsLog:
             self._file.write(("\n" if self._begins_line else "") + _line(event, step, figures))
             self._file.flush()
         except OSError as error:
-            raise not_written(self._file.name, error) from error
+            raise not_written(self._path, error) from error
         self._begins_line = False
 
     def histograms(self, step: int, histograms: Mapping[str, Mapping[str, Any]]) -> str:

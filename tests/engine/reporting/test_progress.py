@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 
+import pytest
 from rich.console import Console
 
 from karat_scale.data.batch import BadSample
 from karat_scale.engine.reporting.progress import MetricsLog, PlainDisplay, Reporter, TerminalDisplay, choose_display
 from karat_scale.engine.run_state import RunState
+from karat_scale.foundation.errors import RunDirectoryError
 
 FIGURES = {"epoch": 0, "loss": 1.25, "lr": 1e-3, "images_per_second": 321.0}
 
@@ -104,6 +106,13 @@ def test_an_event_does_not_join_half_a_line(tmp_path) -> None:
     first, half, *others = file.read_text().splitlines()
     assert half == '{"event": "tra'
     assert [json.loads(line)["step"] for line in (first, *others)] == [1, 2, 3]
+
+
+def test_a_log_that_the_disk_does_not_take_is_named(small_disk) -> None:
+    log = MetricsLog(small_disk / "metrics.jsonl")
+    with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl: No space left"):
+        log.write("train", 1, losses=[0.0] * 1_000_000)
+    log.close()
 
 
 def test_histograms_are_lines_of_a_file_of_their_own_that_a_full_disk_only_stops(small_disk, capsys) -> None:
