@@ -45,7 +45,7 @@ PUSH = "export kept --push"
         (f"{SUBMIT} optim.lrr=1", "optim.lrr: unknown key"),
         (f"{SUBMIT} deepspeed.config=own.json", "gradient_cliping: unknown key"),
         (f"{SUBMIT} --gpu=h1000", "--gpu h1000: not in the table"),
-        (f"{SUBMIT} --nodes=3 --gpu=a100-40", "does not divide over 12 ranks"),
+        (f"{SUBMIT} train.global_batch=130 --nodes=3 --gpu=a100-40", "does not divide over 12 ranks"),
         (f"{SUBMIT} --print --yes", "not allowed with argument"),
         (f"sweep {SYNTHETIC} --out run optim.lr=1e-3,fast", "optim.lr=fast: "),
         (f"sweep {SYNTHETIC} --out run run.dir=a,b", "run.dir: each run of a sweep has its own directory; use --out"),

@@ -104,10 +104,13 @@ def submit(recipe: str, overrides: Sequence[str], job: Job, gpu: str | None) -> 
         "RUN": str(run),
     }
     asked = {**_directives(SCRIPT), **job.options}
-    on_a_node = int(asked["ntasks-per-node"])
-    ranks = on_a_node * most_nodes(resolved, int(asked["nodes"]), on_a_node)  # as launch.sh chooses
+    nodes, on_a_node = int(asked["nodes"]), int(asked["ntasks-per-node"])
+    taken = most_nodes(resolved, nodes, on_a_node)  # as launch.sh chooses
+    if taken < nodes:
+        said = f"note: takes {taken} of {nodes} nodes, over whose ranks the global batch divides; the rest stay idle"
+        print(said, file=sys.stderr)
     with redirect_stdout(sys.stderr if job.decision == "print" else sys.stdout):
-        kept += planned_overrides(resolved, overrides, ranks, gpu)
+        kept += planned_overrides(resolved, overrides, taken * on_a_node, gpu)
     output = {"job-name": resolved.run.name, "output": str(run / "%x-%j.out")}
     text = job.script(SCRIPT, output, filled, kept)
     if resolved.data.row.files is not None and isinstance(directory, Path) and not directory.exists():

@@ -131,7 +131,9 @@ def test_stage_and_micro_batch_come_from_the_plan(recipe, overrides, gpu, settin
 def test_the_plan_is_for_the_nodes_that_the_batch_divides(tmp_path: Path, capsys: Capture) -> None:
     script = script_of(tmp_path, "--nodes=3", "--gpus-per-node=4", "--gpu=h100-80", recipe="imagenet_vit_tiny_g3b")
     assert "--nodes=3" in script
-    assert "train.micro_batch=16 (1 a step)" in capsys.readouterr().out  # of 128 on two nodes
+    printed = capsys.readouterr()
+    assert "train.micro_batch=16 (1 a step)" in printed.out  # of 128
+    assert "note: takes 2 of 3 nodes" in printed.err
 
 
 @SLOW
