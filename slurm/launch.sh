@@ -94,7 +94,7 @@ count_restart() {
   fi
   if [[ $seen == "$latest" ]]; then idle=$((idle + 1)); else idle=0; fi
   if ((idle > IDLE_RESTARTS)); then
-    echo "error: $idle restarts without a new checkpoint (the newest is $latest): stopped, not requeued;" \
+    echo "error: $idle starts without a new checkpoint (the newest is $latest): stopped, not requeued;" \
       "read $RUN/logs, give more --time or an earlier --signal" >&2
     [[ -z $FAILURE ]] || echo "$FAILURE" >&2
     exit 1

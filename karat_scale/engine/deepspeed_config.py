@@ -35,6 +35,7 @@ _ACCEPTED = (
     ("fp16", "auto_cast", (False,), "inputs are cast here"),
     ("compile", "deepcompile", (False,), "train.compile = true is torch.compile"),
     ("zero_optimization", "compute_grad_norm", (True,), "the norm is clipped by and reported"),
+    ("zero_optimization", "round_robin_gradients", (False,), "DeepSpeed names the parts of other parameters then"),
     ("zero_optimization", "zenflow", (None,), "checkpoints would lack what it keeps"),
     ("zero_optimization.offload_optimizer", "super_offload", (False,), "checkpoints would lack what it keeps"),
     ("zero_optimization.offload_optimizer", "ratio", (1, 1.0), "checkpoints would lack the other part"),

@@ -116,9 +116,9 @@ def _keep_own_parts(optimizer: Any, params: list[Any], parts: list[torch.Tensor]
     rank = dist.get_rank(optimizer.dp_process_group)
     own = [(p, part) for p, part in zip(params, parts, strict=True) if p.partition_numel() * rank < p.ds_numel]
     kept = [kept_parts[param.ds_id].narrow(0, 0, part.numel()) for param, part in own]
-    if optimizer.micro_step_id == 0:
+    if own and optimizer.micro_step_id == 0:  # these take no empty list
         torch._foreach_copy_(kept, [part for _, part in own])
-    else:
+    elif own:
         torch._foreach_add_(kept, [part for _, part in own])
     for param in params:
         if not get_accelerator().is_synchronized_device():

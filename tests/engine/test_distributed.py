@@ -35,11 +35,11 @@ from tests.conftest import ROOT, free_port, karat_environment, rank_environments
 from tests.warm import run_code
 
 
-def two_ranks(script: str, **environment: str) -> list[str]:
+def two_ranks(script: str, *arguments: object, **environment: str) -> list[str]:
     """The lines that a script prints as two ranks, which meet on this machine, those of rank 0 first."""
     given = {**karat_environment(), "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", **environment}
     ranks = [{**given, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-    done = run_code(script, environments=ranks, directory=ROOT, timeout=120)
+    done = run_code(script, *arguments, environments=ranks, directory=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -293,3 +293,37 @@ def test_too_few_threads_are_one_line_and_no_hang(limit, tmp_path) -> None:
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if "OpenBLAS" not in line]
     assert line.startswith("error: no more processes or threads; raise `ulimit -u`")
+
+
+OF_ONE_ELEMENT = """
+import json, os, sys, torch
+from torch import nn
+from karat_scale.commands.measure.step import synthetic_recipe
+from karat_scale.engine import distributed
+from karat_scale.engine.engine import Engine
+config, path = sys.argv[1:]
+if config == "zero3":
+    zero = {"stage": 3, "reduce_bucket_size": 1, "stage3_param_persistence_threshold": 0}
+    config = f"{path}/zero3.{os.environ['RANK']}.json"
+    with open(config, "w") as file:
+        json.dump({"zero_optimization": {**zero, "contiguous_gradients": False}}, file)
+world = distributed.start("cpu")
+recipe = synthetic_recipe("unused", "x", run={"device": "cpu"}, train={"global_batch": 8}, deepspeed={"config": config})
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 1))
+groups = [{"params": list(model.parameters()), "weight_decay": 0.0, "lr_scale": 1.0}]
+engine, losses = Engine(model, recipe, world, 2, groups=groups), []
+for _ in range(2):
+    for _ in range(2):
+        loss = engine.forward(torch.randn(2, 12)).square().mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+print(losses)
+"""
+
+
+@pytest.mark.multiprocess
+def test_a_rank_may_have_no_part_of_what_a_bucket_of_stage_3_holds(tmp_path) -> None:
+    whole, parts = (two_ranks(OF_ONE_ELEMENT, config, tmp_path) for config in ("zero0", "zero3"))
+    assert [json.loads(line) for line in parts] == [pytest.approx(json.loads(line)) for line in whole]

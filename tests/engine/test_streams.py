@@ -38,8 +38,8 @@ def case(zero: Mapping[str, Any], precision: str = "fp32", accumulation: int = 1
 def switches() -> Iterator[dict[str, Any]]:
     """Every combination of the switches of each stage that has an effect."""
     names = ("overlap_comm", "contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce")
-    for stage, values in itertools.product((1, 2), itertools.product(BOTH, repeat=5)):
-        zero = dict(zip((*names, "round_robin_gradients"), values, strict=True))
+    for stage, values in itertools.product((1, 2), itertools.product(BOTH, repeat=4)):
+        zero = dict(zip(names, values, strict=True))
         is_reduced_whole = not (zero["contiguous_gradients"] and zero["reduce_scatter"])
         if not (is_reduced_whole and zero["use_multi_rank_bucket_allreduce"]):
             yield {"stage": stage, **zero}

@@ -21,7 +21,7 @@ def test_restarts_that_save_nothing_new_end_the_job(train: Train, cluster: Clust
         wait_until(lambda start=start: f"start {start}:" in job.log, 90, f"start {start}")
         cluster.command("scontrol", "requeue", job.id)
     assert job.wait() == "FAILED 1", job.log
-    assert "2 restarts without a new checkpoint (the newest is none)" in job.log.splitlines()[-1]
+    assert "2 starts without a new checkpoint (the newest is none)" in job.log.splitlines()[-1]
     assert job.starts == 3
 
 

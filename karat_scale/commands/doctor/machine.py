@@ -74,7 +74,10 @@ def driver_version() -> str | None:
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):  # it hangs where a card does
+        return None
     lines = done.stdout.split()
     return lines[0] if done.returncode == 0 and lines else None
 

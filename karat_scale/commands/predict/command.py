@@ -321,11 +321,11 @@ def predict(
     predictions += [Prediction(name, error=reason) for name, reason in found.bad]
     bad = [one for one in predictions if one.error]
     good = len(predictions) - len(bad)
+    write_json_lines(json_file, predictions)  # before what is printed, which nobody may read to its end
+    write_csv(csv_file, predictions)
     if good:
         which = f"{model} {classifier.checkpoint} ({classifier.weights} weights)"
         print_predictions(printable(f"{which} on {device_name(classifier.device)}"), predictions)
-    write_json_lines(json_file, predictions)
-    write_csv(csv_file, predictions)
     for one in bad:
         print(printable(f"{one.image}: {one.error}"), file=sys.stderr)
     print(f"{plural(good, 'image')} predicted, {len(bad)} failed")

@@ -1,5 +1,6 @@
 """The machine's part, on this machine and on ones that lack something."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,15 @@ def test_the_cache_must_be_a_directory(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "KARAT_CACHE_DIR" in examine_cache(tmp_path / "file" / "cache").fix
     assert nearest_existing(tmp_path / "a" / "b") == tmp_path
+
+
+def test_a_driver_that_does_not_answer_has_no_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(machine_checks, "DRIVER_FILE", tmp_path / "none")
+    monkeypatch.setattr(machine_checks, "SMI_SECONDS", 0.1)
+    assert machine_checks.driver_version() is None
 
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver"

@@ -55,6 +55,8 @@ def bench_gpu(options: argparse.Namespace) -> int:
     named = [] if len(chosen) == len(SECTIONS) else ["--only", *(section.name for section in chosen)]
     command = shlex.join(["karat", "bench", "gpu", "--device", device, "--minutes", f"{minutes:g}", *named])
     path = Path(options.json or DEFAULT_FILE)
+    if path.suffix == ".md":
+        raise UserError(f"{path}: the Markdown goes beside the JSON file; name that by --json, such as report.json")
     report = Report(path, command)
     try:
         report.write()

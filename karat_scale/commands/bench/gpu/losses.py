@@ -28,6 +28,7 @@ from karat_scale.engine import distributed
 from karat_scale.engine.deepspeed_config import config_directory
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import PRECISIONS
+from karat_scale.foundation.errors import is_out_of_memory
 from karat_scale.foundation.files import write_atomically
 from karat_scale.foundation.machine import be_killed_with_parent
 from karat_scale.recipe import Recipe
@@ -186,7 +187,10 @@ def _check(task: Task, world: World, mode: Mode, expected: Losses, what: str) ->
     except Exception as error:
         if world.size > 1 or is_fatal(error):  # other ranks may wait for this one
             raise
-        task.channel.failed(what, one_line(error))
+        if is_out_of_memory(error):
+            task.channel.without_memory(what)
+        else:
+            task.channel.failed(what, one_line(error))
         return
     if world.is_main:
         task.channel.row(mode=what, **row, right=not wrong)

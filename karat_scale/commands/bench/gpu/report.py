@@ -180,7 +180,7 @@ def verdict_of(sections: Mapping[str, Mapping[str, Any]]) -> tuple[bool | None, 
     if not any(found["rows"] for name, found in deciding if SECTIONS[name].place == LOSSES.place):
         return None, f"it is not known whether training is right{f'; {len(checks)} other checks are' if checks else ''}"
     if any(one.get("late") for _, found in deciding for one in found["left_out"]):
-        return None, f"right in {len(checks)} checks, but others were left out for lack of time"
+        return None, f"right in {len(checks)} checks, but others were left out for lack of time or memory"
     return True, f"training is right in all {len(checks)} checks"
 
 

@@ -78,6 +78,10 @@ class Channel:
         """Report what was left out as there was no time for it."""
         self.send("left_out", late(what, "there was no time for it"))
 
+    def without_memory(self, what: str) -> None:
+        """Report what memory did not suffice for, so that nobody knows if it is right."""
+        self.send("left_out", {"what": what, "why": "memory ran out", "late": True})
+
     def failed(self, what: str, why: str) -> None:
         """Report what should have run and did not."""
         self.send("failed", {"what": what, "why": why})
@@ -299,8 +303,11 @@ def main(section: str, settings: str) -> None:
     except Exception as error:
         traceback.print_exc()
         channel.send("ended", one_line(error))
-        sys.stderr.flush()
-        os._exit(1)  # what CUDA and NCCL do on the way out may wait for ever
+        code = 1
+    else:
+        code = 0
+    sys.stderr.flush()
+    os._exit(code)  # what CUDA and NCCL do on the way out may wait for ever
 
 
 if __name__ == "__main__":

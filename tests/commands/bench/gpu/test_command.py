@@ -46,6 +46,8 @@ def test_sections_run_and_both_files_hold_their_figures(tmp_path: Path) -> None:
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
     line = karat_refuses("bench", "gpu", "--json", str(tmp_path / "gpu.json"))
     assert no_gpu(driver_version(), torch.version.cuda).value in line
+    line = karat_refuses("bench", "gpu", "--device", "cpu", "--json", str(tmp_path / "gpu.md"))
+    assert "the Markdown goes beside the JSON file; name that by --json, such as report.json" in line
     assert not list(tmp_path.iterdir())
 
 

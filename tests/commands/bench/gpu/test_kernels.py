@@ -2,6 +2,7 @@
 
 import functools
 import math
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -85,6 +86,15 @@ def test_a_refusal_is_left_out_and_an_exception_is_a_failure(monkeypatch: pytest
     assert {one["why"] for one in told["failed"]} == {"RuntimeError: out of resources: shared memory"}
     assert len(told["left_out"]) == len(told["failed"]) == 4
     assert all(row["right"] for row in told["row"])
+
+
+def test_what_memory_does_not_suffice_for_is_not_wrong() -> None:
+    task, told = make_task()
+    outcome: Future[dict[str, object]] = Future()
+    outcome.set_exception(torch.OutOfMemoryError("CUDA out of memory"))
+    assert kernels._reported(task, next(kernels.flex_calls()), outcome)
+    assert [(one["why"], one["late"]) for one in told["left_out"]] == [("memory ran out", True)]
+    assert "failed" not in told
 
 
 def test_what_is_not_done_in_time_is_counted() -> None:

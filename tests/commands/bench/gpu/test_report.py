@@ -22,7 +22,13 @@ UNKNOWN = "it is not known whether training is right"
     ("section", "events", "right", "verdict", "lines"),
     [
         (LOSSES, [("row", LOSS)], True, "training is right in all 1 checks", ()),
-        (LOSSES, [("row", LOSS), LATE], None, "right in 1 checks, but others were left out for lack of time", ()),
+        (
+            LOSSES,
+            [("row", LOSS), LATE],
+            None,
+            "right in 1 checks, but others were left out for lack of time or memory",
+            (),
+        ),
         (LOSSES, [("row", LOSS), ("left_out", {"what": "it", "why": "there is one card"})], True, "all 1 checks", ()),
         (LOSSES, [LATE], None, UNKNOWN, ()),
         (
