@@ -4,11 +4,14 @@ DeepSpeed is among it where there is no GPU: it is imported for one kind of devi
 """
 
 import importlib
+import signal
 from pathlib import Path
 
 from karat_scale.engine.distributed import tell_deepspeed
 from karat_scale.foundation.tables import trackers_hidden
 
+# A run in the tests' own process blocks one, which this process would inherit.
+signal.pthread_sigmask(signal.SIG_SETMASK, [])
 modules = [
     "karat_scale.commands.evaluate.command",
     "karat_scale.data.backends.images",
