@@ -46,6 +46,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 settings.register_profile("karat", deadline=None, derandomize=True)
 settings.load_profile("karat")
 
+
+@pytest.fixture(autouse=True)
+def nothing_blocked() -> None:
+    """What a test starts must not inherit the signal that a run in the tests' own process blocks."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+
+
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS, SIZE = 4, 16, 7, 20
 

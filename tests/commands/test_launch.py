@@ -1,6 +1,7 @@
 """`karat launch`: real ranks, real failures and real signals."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -146,7 +147,8 @@ def test_only_a_command_that_trains_is_started_again(arguments: list[str], train
 
 
 def test_a_wrong_limit_of_stalls_is_one_line(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KARAT_STALL_SECONDS", "15m")
+    # It sets variables for ranks, which no other test may see.
+    monkeypatch.setattr(os, "environ", {**os.environ, "KARAT_STALL_SECONDS": "15m"})
     with pytest.raises(UserError, match="KARAT_STALL_SECONDS: '15m' should be seconds"):
         launch.launch(["train", str(recipe)], 1, lambda: recipe.parent)
 
