@@ -127,8 +127,8 @@ def next_trials() -> list[Trial] | None:
     trials += [
         Trial("check", arm, rate, SPARE_SEED)
         for arm in tuned
-        for rate in checked_rates(arm)
         if chosen_rate(arm) is None
+        for rate in checked_rates(arm)
     ]
     chosen = {arm: rate for arm in ARMS if (rate := chosen_rate(arm)) is not None}
     # Seed by seed, so that what is compared is complete as early as possible.

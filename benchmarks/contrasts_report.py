@@ -27,7 +27,7 @@ from karat_scale.foundation.files import write_atomically
 PAGE = RECORDS.parent / "contrasts_results.md"
 HEAD = """# Results of the second experiment
 
-The protocol, fixed before the runs, is [contrasts.md](contrasts.md). This page is written by
+The protocol is [contrasts.md](contrasts.md), which says when it was amended. This page is written by
 `python -m benchmarks.contrasts report` from the records in `docs/experiments/contrasts/`. Top-1 is in percent.
 """
 OF_SCORES = ("smooth", "frozen_functions")  # the arms with functions of scores

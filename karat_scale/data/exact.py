@@ -3,6 +3,7 @@
 `karat train` reads its images through these classes.
 """
 
+import inspect
 import json
 import os
 import sys
@@ -396,8 +397,6 @@ def _usable(device: torch.device | str) -> torch.device:
     return device
 
 
-# What is said of images if nobody says otherwise.
-_IMAGES = {"image_size": 224, "augment": None, "dtype": torch.float32, "num_classes": None}
 # The keys of `data` that have an argument, and those that also apply to a dataset of one's own.
 _ARGUMENTS = {"path": "data", "train_split": "split", "val_split": "split"}
 _FOR_ALL = ("order", "block_samples", "window_blocks", "prefetch", "timeout")
@@ -442,7 +441,8 @@ def open_source(
     config, num_classes = section_of(DataConfig, settings), images.get("num_classes") or sys.maxsize
     spec = ImageSpec(config, augment, image_size, num_classes, seed, trains)
     if is_own:
-        unused = [name for name, value in images.items() if value != _IMAGES[name]]
+        defaults = inspect.signature(ExactLoader).parameters
+        unused = [name for name, value in images.items() if value != defaults[name].default]
         if unused := [*unused, *(key for key in options if key not in _FOR_ALL)]:
             raise RecipeError(f"{unused[0]} is for images; with a dataset of your own, leave it out")
         return spec, OwnSamples(data, spec, transform, collate)

@@ -123,9 +123,7 @@ def show(plan: Plan) -> None:
     ]
     kind = plan.gpu.key if plan.gpu else ("GPU" if plan.machine.on_gpu else "CPU")
     title = f"GB needed by a rank of {world}, on {kind} with {gigabytes(plan.machine.memory)}"
-    note = (
-        "" if all(choice.fits for choices in plan.grid.values() for choice in choices[shown]) else " (- does not fit)"
-    )
+    note = " (- does not fit)" if any(cell.endswith(" -") for row in rows for cell in row) else ""
     print_table(f"{title}, by micro batch{note}", ["", *sizes], rows)
     for config, refusal in plan.refused.items():
         print(f"  {config} passed over: {refusal}")

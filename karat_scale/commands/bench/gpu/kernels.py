@@ -23,8 +23,7 @@ from torch.nn import functional
 from karat_scale.attention import FourierKaratOperator, fourier_karat_attention
 from karat_scale.attention.kernels.triton_tiles import tf32_is_allowed
 from karat_scale.attention.variants import ContentOperator
-from karat_scale.commands.bench.gpu.worker import CompilerThreads, Task, is_fatal, one_line
-from karat_scale.foundation.errors import is_out_of_memory
+from karat_scale.commands.bench.gpu.worker import CompilerThreads, Task, is_fatal
 
 # What a refusal of `fourier_karat_attention` says.
 REFUSAL = "cannot take this call: "
@@ -359,10 +358,7 @@ def _reported(task: Task, call: Call, future: "Future[dict[str, Any]]") -> bool:
     except Exception as error:
         if is_fatal(error):
             raise
-        if is_out_of_memory(error):
-            task.channel.without_memory(str(call))
-        else:
-            task.channel.failed(str(call), one_line(error))
+        task.channel.raised(str(call), error)
     return True
 
 

@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from karat_scale.attention import KaratOperator
 from karat_scale.checkpoint.restore import read_state
 from karat_scale.checkpoint.store import checkpoint_name
-from karat_scale.commands.bench.gpu.worker import Task, is_fatal, one_line
+from karat_scale.commands.bench.gpu.worker import Task, is_fatal
 from karat_scale.commands.measure.step import synthetic_recipe
 from karat_scale.data.batch import Batch
 from karat_scale.engine import distributed
 from karat_scale.engine.deepspeed_config import config_directory
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import PRECISIONS
-from karat_scale.foundation.errors import is_out_of_memory
 from karat_scale.foundation.files import write_atomically
 from karat_scale.foundation.machine import be_killed_with_parent
 from karat_scale.recipe import Recipe
@@ -187,10 +186,7 @@ def _check(task: Task, world: World, mode: Mode, expected: Losses, what: str) ->
     except Exception as error:
         if world.size > 1 or is_fatal(error):  # other ranks may wait for this one
             raise
-        if is_out_of_memory(error):
-            task.channel.without_memory(what)
-        else:
-            task.channel.failed(what, one_line(error))
+        task.channel.raised(what, error)
         return
     if world.is_main:
         task.channel.row(mode=what, **row, right=not wrong)

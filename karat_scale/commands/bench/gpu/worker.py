@@ -78,13 +78,16 @@ class Channel:
         """Report what was left out as there was no time for it."""
         self.send("left_out", late(what, "there was no time for it"))
 
-    def without_memory(self, what: str) -> None:
-        """Report what memory did not suffice for, so that nobody knows if it is right."""
-        self.send("left_out", {"what": what, "why": "memory ran out", "late": True})
-
     def failed(self, what: str, why: str) -> None:
         """Report what should have run and did not."""
         self.send("failed", {"what": what, "why": why})
+
+    def raised(self, what: str, error: Exception) -> None:
+        """Report a check that raised: it failed, or if memory ran out, nobody knows if it is right."""
+        if is_out_of_memory(error):
+            self.send("left_out", {"what": what, "why": "memory ran out", "late": True})
+        else:
+            self.failed(what, one_line(error))
 
 
 def _finite(content: Any) -> Any:
