@@ -14,7 +14,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ RATES = (5e-4, 1e-3, 2e-3)
 WIDEST = (1.25e-4, 8e-3)
 SPARE_SEED = 99
 SEEDS = {arm: range(3 if arm == "frozen_functions" else 5) for arm in ARMS}
-EPOCHS = {"rate": 4, "check": 22, "main": 22}
+EPOCHS = {"rate": 4, "short": 4, "check": 22, "main": 22}
+COMPARED = ("short", "main")  # the stages that see the test images
 CLEAR_LEAD = 1.5  # points on the held-out images after 4 epochs, beyond which a rate is not checked
 HELD_OUT = 500  # images of each class
 SECONDS_BETWEEN_LOOKS = 30
@@ -77,7 +78,7 @@ class Trial:
     @property
     def data_set(self) -> str:
         """Only the runs that are compared see the test images."""
-        return "tested" if self.stage == "main" else "held_out"
+        return "tested" if self.stage in COMPARED else "held_out"
 
 
 def results(arm: str, stage: str) -> dict[float, float]:
@@ -97,22 +98,28 @@ def wanted_rates(arm: str) -> list[float]:
     return sorted(found.keys() | wider)
 
 
+def best_rate(arm: str) -> float | None:
+    """Return the rate of the short runs, or None before the first stage has finished."""
+    arm = ONE_CHANGE.get(arm, arm)
+    found = results(arm, "rate")
+    return max(found, key=found.__getitem__) if set(wanted_rates(arm)) <= set(found) else None
+
+
 def checked_rates(arm: str) -> list[float]:
-    """Return the rates of the second stage; [] before the first has finished.
+    """Return the rates that are checked; [] before the first stage has finished.
 
     The best and its better neighbour, or the best alone if its lead is clear: then nothing is left to check.
     """
-    found = results(arm, "rate")
-    if not set(wanted_rates(arm)) <= set(found):
+    found, best = results(arm, "rate"), best_rate(arm)
+    if best is None:
         return []
-    best = max(found, key=found.__getitem__)
     beside = [rate for rate in (best / 2, best * 2) if rate in found]
     second = max(beside, key=found.__getitem__)
     return [best] if found[best] - found[second] >= CLEAR_LEAD else [best, second]
 
 
 def chosen_rate(arm: str) -> float | None:
-    """Return the rate of the compared runs, or None before it is known."""
+    """Return the rate of the long runs, or None before it is known."""
     arm = ONE_CHANGE.get(arm, arm)
     wanted, found = checked_rates(arm), results(arm, "check")
     if len(wanted) == 1:
@@ -124,6 +131,7 @@ def next_trials() -> list[Trial] | None:
     """Return the runs that may start now, in order; None when all have finished."""
     tuned = [arm for arm in ARMS if arm not in ONE_CHANGE]
     trials = [Trial("rate", arm, rate, SPARE_SEED) for arm in tuned for rate in wanted_rates(arm)]
+    trials += compared("short", {arm: rate for arm in ARMS if (rate := best_rate(arm)) is not None})
     trials += [
         Trial("check", arm, rate, SPARE_SEED)
         for arm in tuned
@@ -131,11 +139,15 @@ def next_trials() -> list[Trial] | None:
         for rate in checked_rates(arm)
     ]
     chosen = {arm: rate for arm in ARMS if (rate := chosen_rate(arm)) is not None}
-    # Seed by seed, so that what is compared is complete as early as possible.
-    for seed in range(max(map(len, SEEDS.values()))):
-        trials += [Trial("main", arm, rate, seed) for arm, rate in chosen.items() if seed in SEEDS[arm]]
+    trials += compared("main", chosen)
     left = [trial for trial in trials if not trial.record.exists()]
     return left if left or len(chosen) < len(ARMS) else None
+
+
+def compared(stage: str, rates: Mapping[str, float]) -> list[Trial]:
+    """Return the runs that are compared, seed by seed, so that what can be compared is complete as early as possible."""
+    seeds = range(max(map(len, SEEDS.values())))
+    return [Trial(stage, arm, rate, seed) for seed in seeds for arm, rate in rates.items() if seed in SEEDS[arm]]
 
 
 def run(data: Path, work: Path) -> None:
@@ -205,7 +217,7 @@ def record_of(trial: Trial, directory: Path) -> dict[str, Any]:
     """Return what is kept of a finished run."""
     kinds, summary = events_of(directory), json.loads((directory / "summary.json").read_text())
     found = np.load(directory / FILE)  # in the order of the images' ids
-    predictions = digits(found["top_labels"][:, 0]) if trial.stage == "main" else ""
+    predictions = digits(found["top_labels"][:, 0]) if trial.stage in COMPARED else ""
     numbers = json.loads((directory / "analysis/content" / directory.name / "numbers.json").read_text())
     if predictions:
         write_atomically(LABELS, digits(found["labels"]) + "\n")

@@ -12,7 +12,9 @@ from scipy import stats
 from benchmarks.attention_results import difference, holm, table
 from benchmarks.contrasts import (
     ARMS,
+    COMPARED,
     CONTRASTS,
+    EPOCHS,
     LABELS,
     ONE_CHANGE,
     RECORDS,
@@ -43,16 +45,20 @@ def write_results() -> None:
 def render() -> str:
     """Return the page.
 
-    Raises ValueError if the compared runs are not of one code, or those of a seed saw other images or another order.
+    Raises ValueError if compared runs are not of one code, or those of a seed saw other images or another order.
     """
-    records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("main-*.json"))]
-    if len({record["commit"] for record in records}) > 1:
-        raise ValueError("the compared runs are of several commits")
-    if len({(record["seed"], record["data_digest"]) for record in records}) > len({r["seed"] for r in records}):
-        raise ValueError("the compared runs of one seed did not see the same images in the same order")
-    by_arm = {arm: {r["seed"]: r for r in records if r["arm"] == arm} for arm in ARMS}
-    by_arm = {arm: own for arm, own in by_arm.items() if own}
-    return "\n".join([HEAD, rates(), *([compared(by_arm), contrasts(by_arm), curves(by_arm)] if by_arm else [])])
+    parts = [HEAD, rates()]
+    for stage in COMPARED:
+        records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob(f"{stage}-*.json"))]
+        if len({record["commit"] for record in records}) > 1:
+            raise ValueError("the compared runs are of several commits")
+        if len({(record["seed"], record["data_digest"]) for record in records}) > len({r["seed"] for r in records}):
+            raise ValueError("the compared runs of one seed did not see the same images in the same order")
+        by_arm = {arm: {r["seed"]: r for r in records if r["arm"] == arm} for arm in ARMS}
+        if by_arm := {arm: own for arm, own in by_arm.items() if own}:
+            epochs = EPOCHS[stage]
+            parts += [compared(by_arm, epochs), contrasts(by_arm, epochs), curves(by_arm, epochs)]
+    return "\n".join(parts)
 
 
 def rates() -> str:
@@ -70,7 +76,7 @@ def rates() -> str:
     return text + table(["arm", "4 epochs", "22 epochs"], rows)
 
 
-def compared(by_arm: ByArm) -> str:
+def compared(by_arm: ByArm, epochs: int) -> str:
     """Return the table of arms."""
     rows = []
     for arm, found in by_arm.items():
@@ -98,7 +104,7 @@ def compared(by_arm: ByArm) -> str:
     columns = ["arm", "rate", "seeds", "top-1", "range", "training loss", "by the query", "by the image"]
     columns += ["mean over queries", "mean over images", "beyond pi", "norm"]
     text = (
-        "## Comparison\n\nOn the 10,000 test images after 22 epochs; the training loss of the last 200 steps; the "
+        f"## After {epochs} epochs\n\nOn the 10,000 test images; the training loss of the last 200 steps; the "
         "shares of S's energy that depend on the query and on the image, a mean over blocks; top-1 of 2,000 test "
         "images with each S replaced by its mean over queries or over images; the largest share of a block's scores "
         "beyond pi at the end; and the largest norm of the gradient among those of every tenth step, before "
@@ -107,7 +113,7 @@ def compared(by_arm: ByArm) -> str:
     return text + table(columns, rows)
 
 
-def contrasts(by_arm: ByArm) -> str:
+def contrasts(by_arm: ByArm, epochs: int) -> str:
     """Return the table of paired differences."""
     others = sorted(by_arm.keys() & {"static_softmax", "biased_softmax"}, key=lambda arm: -mean_top1(by_arm, arm))
     gaps = {pair: paired(by_arm, *pair) for pair in (*CONTRASTS, *REPORTED)}
@@ -120,13 +126,13 @@ def contrasts(by_arm: ByArm) -> str:
         p = f"{corrected[name]:.3f}" if name in corrected else ""
         rows.append([name, len(own), difference(own) if len(own) > 1 else "not yet run", p])
     text = (
-        "## Contrasts\n\nThe mean difference by seed with its 95 % t interval; and p of a paired t test, corrected by "
+        f"### Contrasts after {epochs} epochs\n\nThe mean difference by seed with its 95 % t interval; and p of a paired t test, corrected by "
         "Holm for the three contrasts of the protocol, once all their seeds have run."
         + (f" The softmax to beat is `{others[0]}`." if len(others) > 1 else "")
         + "\n\n"
     )
     pairs = [[a, b, disagreement(by_arm, a, b)] for a, b in itertools.combinations(by_arm, 2)]
-    only = "\n## Images that one arm alone gets right\n\nOver all seeds that both have.\n\n"
+    only = f"\n### Images that one arm alone gets right after {epochs} epochs\n\nOver all seeds that both have.\n\n"
     columns = ["arm", "other arm", "only the first, only the second"]
     return text + table(["contrast", "seeds", "points", "p"], rows) + only + table(columns, pairs)
 
@@ -159,12 +165,12 @@ def correct(record: dict[str, Any]) -> npt.NDArray[np.bool_]:
     return right
 
 
-def curves(by_arm: ByArm) -> str:
+def curves(by_arm: ByArm, epochs: int) -> str:
     """Return top-1 by epoch, a mean over seeds."""
     steps = [step for step, *_ in next(iter(next(iter(by_arm.values())).values()))["curve"]]
     rows = []
     for arm, found in by_arm.items():
         means = np.mean([[top1 for _, top1, _ in record["curve"]] for record in found.values()], 0)
         rows.append([arm, *(f"{x:.1f}" for x in means)])
-    text = "## By epoch\n\nTop-1 on the test images at each evaluation, a mean over seeds.\n\n"
-    return text + table(["arm", *(f"{round(step / steps[-1] * 22)}" for step in steps)], rows)
+    text = f"### By epoch of {epochs}\n\nTop-1 on the test images at each evaluation, a mean over seeds.\n\n"
+    return text + table(["arm", *(f"{round(step / steps[-1] * epochs)}" for step in steps)], rows)

@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 from benchmarks import contrasts, contrasts_report
-from benchmarks.contrasts import ARMS, RECIPE, Trial, checked_rates, chosen_rate, next_trials, settings, wanted_rates
+from benchmarks.contrasts import (
+    ARMS,
+    RECIPE,
+    Trial,
+    best_rate,
+    checked_rates,
+    chosen_rate,
+    next_trials,
+    settings,
+    wanted_rates,
+)
 from karat_scale.recipe.loading import load_recipe
 
 
@@ -56,37 +66,42 @@ def test_the_grid_widens_until_the_best_rate_is_inside() -> None:
         keep(Trial("rate", "static", rate, 99), top1)
     assert wanted_rates("static") == [5e-4, 1e-3, 2e-3, 4e-3]
     assert checked_rates("static") == []
+    assert best_rate("static") is None
     keep(Trial("rate", "static", 4e-3, 99), 50.4)
     assert chosen_rate("static") == 2e-3  # by a clear lead
     keep(Trial("rate", "static", 4e-3, 99), 51.5)
     assert checked_rates("static") == [2e-3, 4e-3]
+    assert best_rate("static") == 2e-3
     keep(Trial("check", "static", 2e-3, 99), 70.0)
     assert chosen_rate("static") is None
     keep(Trial("check", "static", 4e-3, 99), 70.5)
     assert chosen_rate("static") == 4e-3
     trials = next_trials()
     assert trials is not None
-    assert [trial.name for trial in trials if trial.stage == "main"] == [
-        f"main-static-lr0.004-seed{seed}" for seed in range(5)
-    ]
+    for stage, rate in (("short", "0.002"), ("main", "0.004")):
+        found = [trial for trial in trials if trial.stage == stage]
+        assert [trial.name for trial in found] == [f"{stage}-static-lr{rate}-seed{seed}" for seed in range(5)]
+        assert {trial.data_set for trial in found} == {"tested"}
 
 
+@pytest.mark.parametrize(("stage", "epochs"), [("short", 4), ("main", 22)])
 @pytest.mark.usefixtures("records")
-def test_the_page_has_paired_differences_and_images_that_one_arm_alone_gets_right() -> None:
+def test_the_page_has_paired_differences_and_images_that_one_arm_alone_gets_right(stage: str, epochs: int) -> None:
     for seed, (own, other) in enumerate([(72.0, 70.0), (73.0, 70.0), (74.0, 70.0), (72.0, 70.0), (73.0, 70.0)]):
         if seed == 2:  # no p before all seeds have run
             assert "|smooth - static|2|+2.50 (-3.85 to +8.85)||" in contrasts_report.render()
-        keep(Trial("main", "smooth", 1e-3, seed), own, "34")
+        keep(Trial(stage, "smooth", 1e-3, seed), own, "34")
         for arm in ("without_scores", "static_softmax", "static"):
-            keep(Trial("main", arm, 1e-3, seed), other, "94")
+            keep(Trial(stage, arm, 1e-3, seed), other, "94")
     page = contrasts_report.render()
+    assert f"## After {epochs} epochs" in page
     # 2.8 +- 2.776 * 0.8367 / sqrt(5); p = 0.0017, three times by Holm.
     assert "|smooth - without_scores|5|+2.80 (+1.76 to +3.84)|0.005|" in page
     assert "|smooth - biased_softmax|0|not yet run||" in page
     assert "|smooth|static|5, 0|" in page
-    keep(Trial("main", "static", 1e-3, 5), 70.0, "94")
-    changed = json.loads(Trial("main", "static", 1e-3, 5).record.read_text()) | {"seed": 0, "data_digest": "another"}
-    Trial("main", "static", 1e-3, 5).record.write_text(json.dumps(changed))
+    keep(Trial(stage, "static", 1e-3, 5), 70.0, "94")
+    changed = json.loads(Trial(stage, "static", 1e-3, 5).record.read_text()) | {"seed": 0, "data_digest": "another"}
+    Trial(stage, "static", 1e-3, 5).record.write_text(json.dumps(changed))
     with pytest.raises(ValueError, match="did not see the same images"):
         contrasts_report.render()
 
