@@ -38,13 +38,22 @@ ARMS = {
     "biased_softmax": ["attention.kind=softmax_bias", "model.weight_init=mimetic"],
     "static": ["attention.kind=static"],
 }
+SMOOTH_BLOCK = "{kind: karat, form: smooth}"
+LATER = {  # in no test, 3 seeds, 4 epochs
+    "softmax": ["attention.kind=softmax"],
+    "bounded": ["attention.kind=karat", "attention.bound=3.14"],
+    **{kind: [f"attention.kind={kind}"] for kind in ("query_only", "centred", "gated", "sigmoid")},
+    "early": [f"attention.blocks={{0-1: {SMOOTH_BLOCK}}}"],
+    "middle": [f"attention.blocks={{1-2: {SMOOTH_BLOCK}}}"],
+    "late": [f"attention.blocks={{2-3: {SMOOTH_BLOCK}}}"],
+}
 ONE_CHANGE = {"frozen_functions": "smooth"}  # arms that take another's rate, because they differ in one thing alone
 CONTRASTS = (("smooth", "without_scores"), ("smooth", "static_softmax"), ("smooth", "static"))
 REPORTED = (("smooth", "frozen_functions"), ("smooth", "biased_softmax"))
 RATES = (5e-4, 1e-3, 2e-3)
 WIDEST = (1.25e-4, 8e-3)
 SPARE_SEED = 99
-SEEDS = {arm: range(3 if arm == "frozen_functions" else 5) for arm in ARMS}
+SEEDS = {arm: range(3 if arm == "frozen_functions" or arm in LATER else 5) for arm in (*ARMS, *LATER)}
 EPOCHS = {"rate": 4, "short": 4, "check": 22, "main": 22}
 COMPARED = ("short", "main")  # the stages that see the test images
 CLEAR_LEAD = 1.5  # points on the held-out images after 4 epochs, beyond which a rate is not checked
@@ -129,23 +138,26 @@ def chosen_rate(arm: str) -> float | None:
 
 def next_trials() -> list[Trial] | None:
     """Return the runs that may start now, in order; None when all have finished."""
-    tuned = [arm for arm in ARMS if arm not in ONE_CHANGE]
-    trials = [Trial("rate", arm, rate, SPARE_SEED) for arm in tuned for rate in wanted_rates(arm)]
-    trials += compared("short", {arm: rate for arm in ARMS if (rate := best_rate(arm)) is not None})
+    trials: list[Trial] = []
+    for group in (ARMS, LATER):
+        tuned = [arm for arm in group if arm not in ONE_CHANGE]
+        trials += [Trial("rate", arm, rate, SPARE_SEED) for arm in tuned for rate in wanted_rates(arm)]
+        trials += compared("short", {arm: rate for arm in group if (rate := best_rate(arm)) is not None})
     trials += [
         Trial("check", arm, rate, SPARE_SEED)
-        for arm in tuned
-        if chosen_rate(arm) is None
+        for arm in ARMS
+        if arm not in ONE_CHANGE and chosen_rate(arm) is None
         for rate in checked_rates(arm)
     ]
     chosen = {arm: rate for arm in ARMS if (rate := chosen_rate(arm)) is not None}
     trials += compared("main", chosen)
     left = [trial for trial in trials if not trial.record.exists()]
-    return left if left or len(chosen) < len(ARMS) else None
+    known = len(chosen) == len(ARMS) and all(best_rate(arm) for arm in LATER)
+    return left if left or not known else None
 
 
 def compared(stage: str, rates: Mapping[str, float]) -> list[Trial]:
-    """Return the runs that are compared, seed by seed, so that what can be compared is complete as early as possible."""
+    """Return the compared runs, seed by seed, so that something can be compared as early as possible."""
     seeds = range(max(map(len, SEEDS.values())))
     return [Trial(stage, arm, rate, seed) for seed in seeds for arm, rate in rates.items() if seed in SEEDS[arm]]
 
@@ -199,7 +211,7 @@ def settings(trial: Trial, data: Path, directory: Path) -> list[str]:
     own = [f"data.path={data.resolve() / trial.data_set}", f"run.dir={directory}", f"run.seed={trial.seed}"]
     own += [f"optim.lr={trial.rate:g}", f"train.epochs={EPOCHS[trial.stage]}", "train.eval_every_epochs=2"]
     own += ["checkpoint.keep_last=2", f"log.every_steps={50 if trial.stage == 'rate' else 10}"]
-    return [*own, *ARMS[trial.arm]]
+    return [*own, *{**ARMS, **LATER}[trial.arm]]
 
 
 def finish(trial: Trial, data: Path, directory: Path) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import statistics
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from benchmarks.contrasts import (
     CONTRASTS,
     EPOCHS,
     LABELS,
+    LATER,
     ONE_CHANGE,
     RECORDS,
     REPORTED,
@@ -32,7 +34,12 @@ HEAD = """# Results of the second experiment
 The protocol is [contrasts.md](contrasts.md), which says when it was amended. This page is written by
 `python -m benchmarks.contrasts report` from the records in `docs/experiments/contrasts/`. Top-1 is in percent.
 """
-OF_SCORES = ("smooth", "frozen_functions")  # the arms with functions of scores
+OTHERS = """## Other attention after 4 epochs
+
+Without a test, at 3 seeds.
+"""
+# The arms with functions of scores.
+OF_SCORES = ("smooth", "frozen_functions", "bounded", "centred", "early", "middle", "late")
 ByArm = dict[str, dict[int, dict[str, Any]]]  # records of the compared runs by arm and seed
 
 
@@ -50,25 +57,34 @@ def render() -> str:
     parts = [HEAD, rates()]
     for stage in COMPARED:
         records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob(f"{stage}-*.json"))]
-        if len({record["commit"] for record in records}) > 1:
-            raise ValueError("the compared runs are of several commits")
         if len({(record["seed"], record["data_digest"]) for record in records}) > len({r["seed"] for r in records}):
             raise ValueError("the compared runs of one seed did not see the same images in the same order")
-        by_arm = {arm: {r["seed"]: r for r in records if r["arm"] == arm} for arm in ARMS}
-        if by_arm := {arm: own for arm, own in by_arm.items() if own}:
-            epochs = EPOCHS[stage]
-            parts += [compared(by_arm, epochs), contrasts(by_arm, epochs), curves(by_arm, epochs)]
+        tested, others = (of_arms(records, arms) for arms in (ARMS, LATER))
+        epochs = EPOCHS[stage]
+        if tested:
+            parts += [f"## After {epochs} epochs\n", compared(tested)]
+            parts += [contrasts(tested, epochs), curves(tested, epochs)]
+        if others:
+            parts += [OTHERS, compared(others), beside_smooth({**tested, **others})]
     return "\n".join(parts)
+
+
+def of_arms(records: list[dict[str, Any]], arms: Iterable[str]) -> ByArm:
+    """Return the records of those of the arms that have some. Raises ValueError if they are not of one code."""
+    own = [record for record in records if record["arm"] in arms]
+    if len({record["commit"] for record in own}) > 1:
+        raise ValueError("the compared runs are of several commits")
+    return {arm: {r["seed"]: r for r in own if r["arm"] == arm} for arm in arms if arm in {r["arm"] for r in own}}
 
 
 def rates() -> str:
     """Return the tables of learning rates, with what has run."""
     text = "## Learning rates\n\nOn the 5,000 held-out images, seed 99.\n\n"
     rows = []
-    for arm in (arm for arm in ARMS if arm not in ONE_CHANGE):
+    for arm in (arm for arm in (*ARMS, *LATER) if arm not in ONE_CHANGE):
         short, long = results(arm, "rate"), results(arm, "check")
         cells = [", ".join(f"{rate:g}: {top1:.2f}" for rate, top1 in found.items()) for found in (short, long)]
-        if len(checked_rates(arm)) == 1:
+        if arm in LATER or len(checked_rates(arm)) == 1:
             cells[1] = "not needed"
         elif long and chosen_rate(arm) is None:
             cells[1] += " (not finished)"
@@ -76,7 +92,7 @@ def rates() -> str:
     return text + table(["arm", "4 epochs", "22 epochs"], rows)
 
 
-def compared(by_arm: ByArm, epochs: int) -> str:
+def compared(by_arm: ByArm) -> str:
     """Return the table of arms."""
     rows = []
     for arm, found in by_arm.items():
@@ -104,7 +120,7 @@ def compared(by_arm: ByArm, epochs: int) -> str:
     columns = ["arm", "rate", "seeds", "top-1", "range", "training loss", "by the query", "by the image"]
     columns += ["mean over queries", "mean over images", "beyond pi", "norm"]
     text = (
-        f"## After {epochs} epochs\n\nOn the 10,000 test images; the training loss of the last 200 steps; the "
+        "On the 10,000 test images; the training loss of the last 200 steps; the "
         "shares of S's energy that depend on the query and on the image, a mean over blocks; top-1 of 2,000 test "
         "images with each S replaced by its mean over queries or over images; the largest share of a block's scores "
         "beyond pi at the end; and the largest norm of the gradient among those of every tenth step, before "
@@ -126,8 +142,8 @@ def contrasts(by_arm: ByArm, epochs: int) -> str:
         p = f"{corrected[name]:.3f}" if name in corrected else ""
         rows.append([name, len(own), difference(own) if len(own) > 1 else "not yet run", p])
     text = (
-        f"### Contrasts after {epochs} epochs\n\nThe mean difference by seed with its 95 % t interval; and p of a paired t test, corrected by "
-        "Holm for the three contrasts of the protocol, once all their seeds have run."
+        f"### Contrasts after {epochs} epochs\n\nThe mean difference by seed with its 95 % t interval; and p of a "
+        "paired t test, corrected by Holm for the three contrasts of the protocol, once all their seeds have run."
         + (f" The softmax to beat is `{others[0]}`." if len(others) > 1 else "")
         + "\n\n"
     )
@@ -135,6 +151,15 @@ def contrasts(by_arm: ByArm, epochs: int) -> str:
     only = f"\n### Images that one arm alone gets right after {epochs} epochs\n\nOver all seeds that both have.\n\n"
     columns = ["arm", "other arm", "only the first, only the second"]
     return text + table(["contrast", "seeds", "points", "p"], rows) + only + table(columns, pairs)
+
+
+def beside_smooth(by_arm: ByArm) -> str:
+    """Return the table of differences to KArAt with smooth functions."""
+    rows = []
+    for arm in LATER:
+        if len(own := paired(by_arm, arm, "smooth")) > 1:
+            rows.append([f"{arm} - smooth", len(own), difference(own)])
+    return table(["difference", "seeds", "points"], rows) if rows else ""
 
 
 def mean_top1(by_arm: ByArm, arm: str) -> float:

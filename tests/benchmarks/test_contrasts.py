@@ -8,6 +8,7 @@ import pytest
 from benchmarks import contrasts, contrasts_report
 from benchmarks.contrasts import (
     ARMS,
+    LATER,
     RECIPE,
     Trial,
     best_rate,
@@ -53,7 +54,7 @@ def test_the_page_is_what_the_records_say() -> None:
     assert contrasts_report.PAGE.read_text() == contrasts_report.render()
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", [*ARMS, *LATER])
 def test_each_arm_is_a_valid_recipe(arm: str) -> None:
     recipe = load_recipe(RECIPE, settings(Trial("main", arm, 1.25e-4, 3), Path("data"), Path("run")))
     assert (recipe.model.embed_dim, recipe.train.global_batch, recipe.optim.lr) == (96, 64, 1.25e-4)
@@ -104,6 +105,23 @@ def test_the_page_has_paired_differences_and_images_that_one_arm_alone_gets_righ
     Trial(stage, "static", 1e-3, 5).record.write_text(json.dumps(changed))
     with pytest.raises(ValueError, match="did not see the same images"):
         contrasts_report.render()
+
+
+@pytest.mark.usefixtures("records")
+def test_other_attention_runs_after_the_short_comparison_and_has_its_own_table() -> None:
+    for arm in (*ARMS, "gated"):
+        for rate, top1 in ((5e-4, 50.0), (1e-3, 50.5), (2e-3, 50.0)):
+            keep(Trial("rate", arm, rate, 99), top1)
+    trials = [trial.name for trial in next_trials() or ()]
+    assert trials.index("short-static-lr0.001-seed4") < trials.index("rate-softmax-lr0.0005-seed99")
+    assert trials.index("short-gated-lr0.001-seed2") < trials.index("check-smooth-lr0.001-seed99")
+    assert "short-gated-lr0.001-seed3" not in trials
+    for seed, top1 in enumerate([72.0, 73.0]):
+        keep(Trial("short", "smooth", 1e-3, seed), 70.0, "34")
+        keep(Trial("short", "gated", 1e-3, seed), top1, "34")
+    page = contrasts_report.render()
+    assert "|gated|0.001|2|72.50|72.00 to 73.00|" in page.partition("## Other attention")[2]
+    assert "|gated - smooth|2|+2.50 (-3.85 to +8.85)|" in page
 
 
 def test_losses_are_weighted_by_steps_and_counted_from_the_last() -> None:
