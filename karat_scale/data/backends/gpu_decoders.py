@@ -11,9 +11,10 @@ is switched off. Outputs are views of DALI's memory.
 
 import importlib
 import re
+import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -257,23 +258,28 @@ class NvjpegDecoder:
     size: int
     interpolation: str
     stream: torch.cuda.Stream | None = None
+    _alone: threading.Lock = field(default_factory=threading.Lock)
 
     def decoded(self, requests: Iterable[Request]) -> Generator[torch.Tensor | None, None, None]:
         """Yield the finished views of each request, uint8 [b, 3, size, size]; see BatchDecoder."""
         for request in requests:
-            try:
-                # The block ends when the device is done. So a decoder that has a stream of its own never writes to
-                # memory that a resize still reads.
-                with on_stream(self.stream):
-                    images = self._views(request)
-            except RuntimeError as error:
-                if self.stream is not None:
-                    self.stream.synchronize()  # raises an error of CUDA again, which stays
-                if self.decode.device.type == "cuda" and not _is_of_an_image(error):
-                    raise  # the next batch would fail in the same way
-                yield None
-            else:
-                yield None if images is None else for_training(images)
+            # Training and evaluation have a thread each. Whoever has the lock leaves with the device done: a decoder
+            # works on a stream of its own, and would write to memory that a resize of the other still reads.
+            with self._alone:
+                views = self._decoded(request)
+            yield views
+
+    def _decoded(self, request: Request) -> torch.Tensor | None:
+        try:
+            with on_stream(self.stream):
+                images = self._views(request)
+        except RuntimeError as error:
+            if self.stream is not None:
+                self.stream.synchronize()  # raises an error of CUDA again, which stays
+            if self.decode.device.type == "cuda" and not _is_of_an_image(error):
+                raise  # the next batch would fail in the same way
+            return None
+        return None if images is None else for_training(images)
 
     def _views(self, request: Request) -> torch.Tensor | None:
         """None if the library reads other dimensions than the header has."""

@@ -1,5 +1,9 @@
 """The nvjpeg backend on the CPU: libjpeg-turbo decodes in place of nvJPEG, and all else is what runs on a GPU."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,12 +11,13 @@ from PIL import Image
 
 from karat_scale.data.augmentation.device_augment import resize_on_device
 from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.data.backends.batch_decoding import BatchDecodingBackend
+from karat_scale.data.backends.batch_decoding import BatchDecodingBackend, Request
 from karat_scale.data.backends.gpu_decoders import NvjpegDecoder, _is_of_an_image
 from karat_scale.data.backends.images import open_shards
 from karat_scale.data.decoders.decode import centre_view, crop_view
 from karat_scale.data.decoders.libraries import RESAMPLE, find_jpeg_decoder, resized
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
+from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.recipe import AugmentConfig
 from tests.conftest import karat_here
@@ -95,6 +100,44 @@ def test_a_bad_image_is_skipped_or_stops_the_run(make_shards, data_config, webda
     stopping = nvjpeg_on_the_cpu(data_config(directory), CROP_AND_FLIP)
     with pytest.raises(DataError, match="hollow-1"):
         list(stopping.train_batches(slices))
+
+
+class BusyStream:
+    """A stream that has work from a decoder's end until somebody waits for it, which takes as long as others come."""
+
+    def __init__(self):
+        self.is_busy, self.others = False, threading.Event()
+
+    def record_event(self):
+        return self
+
+    def synchronize(self):
+        self.others.wait(0.3)
+        self.is_busy = False
+
+
+def test_no_thread_decodes_into_memory_that_another_still_reads(make_shards):
+    """The decoder writes on a stream of its own, and what a thread has let go of may be allocated anew."""
+    stream, decode, met = BusyStream(), find_jpeg_decoder(torch.device("cpu")), []
+
+    def noting(encoded, device):
+        met.append(stream.is_busy)
+        if stream.is_busy:
+            stream.others.set()
+        images = decode.function(encoded, device=device)
+        stream.is_busy = True
+        return images
+
+    decoder = NvjpegDecoder(replace(decode, function=noting), SIZE, "bilinear", stream)
+    split = ShardSplit(make_shards(), "train", 3)
+    requests = [
+        [Request([np.frombuffer(split.read(i), np.uint8)], [crop_view((0, 0, 9, 9), SIZE)], [False])] for i in (0, 1)
+    ]
+    expected = [next(replace(decoder, decode=decode, stream=None).decoded(one)) for one in requests]
+    with ThreadPoolExecutor(2) as pool:  # training and evaluation
+        found = list(pool.map(lambda one: next(decoder.decoded(one)), requests))
+    assert met == [False, False]
+    assert all(map(torch.equal, found, expected))
 
 
 OF_AN_IMAGE = ("Failed to get image info: 3", "Failed to decode batch: 4", "Unknown chroma subsampling")
