@@ -57,7 +57,7 @@ class ValidationImages:
         return len(self.ids)
 
     def raw(self, batch_size: int) -> Iterator[Batch]:
-        """Yield batches of bytes, without the images that could not be read."""
+        """Yield batches of bytes on the host, without the images that could not be read."""
         self.bad, read = 0, 0
         slices = []
         for number, start in enumerate(range(0, len(self.ids), batch_size)):
@@ -66,6 +66,8 @@ class ValidationImages:
             slices.append(BatchSlice(0, number, padded))
         with closing(open_backend(self._spec)) as backend:
             for batch in backend.eval_batches(slices):
+                # DALI and nvJPEG leave them on the GPU, and pictures are drawn on the host.
+                batch = batch.to("cpu", non_blocking=False)
                 self.bad += len(batch.bad)
                 keep = batch.valid
                 read += int(keep.sum())

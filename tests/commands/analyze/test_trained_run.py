@@ -1,11 +1,17 @@
 import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from karat_scale.commands.analyze import trained_run
 from karat_scale.commands.analyze.history import described
-from karat_scale.commands.analyze.trained_run import TrainedRun, open_run
+from karat_scale.commands.analyze.trained_run import TrainedRun, ValidationImages, open_run
+from karat_scale.data.backends import Backend, ImageSpec, open_backend
+from karat_scale.data.batch import Batch
+from karat_scale.data.plan import BatchSlice
 from karat_scale.foundation.errors import DataError, RunDirectoryError
 from karat_scale.recipe import Recipe
 
@@ -47,6 +53,35 @@ def test_chosen_images_are_the_same_in_any_batch_size(karat_run: TrainedRun) -> 
     together = torch.cat([batch.images for batch in images.raw(7)])
     apart = torch.cat([batch.images for batch in images.raw(3)])
     assert torch.equal(together, apart)
+
+
+class OnAGpu(torch.Tensor):
+    """Bytes on a device: a copy to the host that nobody waits for would be read too early."""
+
+    def to(self, device: str, non_blocking: bool = False) -> torch.Tensor:  # type: ignore[override]
+        assert (device, non_blocking) == ("cpu", False)
+        return self.as_subclass(torch.Tensor)
+
+
+def test_images_that_a_gpu_has_decoded_come_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"image_size": 16, "patch_size": 4, "num_classes": 3}
+    images = ValidationImages(Recipe.model_validate({"data": {"backend": "synthetic"}, "model": sizes}), 3)
+    (expected,) = images.raw(3)
+
+    def decoding_on_a_gpu(spec: ImageSpec) -> Backend:
+        backend = open_backend(spec)
+        batches = backend.eval_batches
+
+        def on_a_gpu(slices: Iterable[BatchSlice]) -> Iterator[Batch]:
+            return (replace(batch, images=batch.images.as_subclass(OnAGpu)) for batch in batches(slices))
+
+        monkeypatch.setattr(backend, "eval_batches", on_a_gpu)
+        return backend
+
+    monkeypatch.setattr(trained_run, "open_backend", decoding_on_a_gpu)
+    (found,) = images.raw(3)
+    assert type(found.images) is torch.Tensor
+    assert torch.equal(found.images, expected.images)
 
 
 def test_images_outside_the_split_and_data_of_other_classes_are_refused(own_run: TrainedRun) -> None:
