@@ -164,19 +164,20 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def output_dtype(like: Tensor) -> torch.dtype:
     """Return the dtype of the result of PyTorch's own attention: `like`'s or, under autocast, autocast's."""
-    if like.dtype != torch.float64 and _autocast_is_on(like.device.type):
+    if like.dtype != torch.float64 and autocast_is_on(like.device.type):
         return torch.get_autocast_dtype(like.device.type)
     return like.dtype
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Suspends autocast, which would round scores and harmonics to 16 bits inside matrix products."""
-    if _autocast_is_on(device.type):
+    if autocast_is_on(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
-def _autocast_is_on(device_type: str) -> bool:
+def autocast_is_on(device_type: str) -> bool:
+    """Return whether operations on such a device are cast now."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 

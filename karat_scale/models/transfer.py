@@ -14,6 +14,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional
 
+from karat_scale.attention.call import autocast_is_on
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.models.hosts import join_heads, num_tokens
 from karat_scale.models.layers import attention_layers
@@ -49,10 +50,14 @@ class Teacher:
 
     @torch.no_grad()
     def look(self, images: Tensor) -> None:
-        """Process normalised images [B, 3, H, W]; the teacher follows their device and dtype."""
+        """Process normalised images [B, 3, H, W]; the teacher follows their device and, without autocast, dtype."""
         weight = next(self.model.parameters())
-        if (weight.device, weight.dtype) != (images.device, images.dtype):  # a tracer cannot move it
-            self.model.to(images.device, images.dtype)
+        # Under autocast the images may be in 16 bits, and the student's weights are not.
+        dtype = weight.dtype if autocast_is_on(images.device.type) else images.dtype
+        if (weight.device, weight.dtype) != (images.device, dtype):  # a tracer cannot move it
+            self.model.to(images.device, dtype)
+            # Here, since a copy to a GPU in each block would stop the host each time.
+            self._passes = [(at.to(images.device), weights.to(images.device)) for at, weights in self._passes]
         self.model.forward_features(images)
 
     def query_and_key(self, block: int) -> tuple[Tensor, Tensor]:

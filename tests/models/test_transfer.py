@@ -1,10 +1,12 @@
 """A student's outputs and gradients against the plain formula, and what it owns."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model, parameter_count
@@ -157,6 +159,47 @@ def test_heads_of_which_some_serve_more_than_others() -> None:
     own = (query @ key.mT / 8**0.5).softmax(-1)
     expected = torch.einsum("ij,bjkq->bikq", mix_of("interpolate", 3, 9).double(), own) @ value
     torch.testing.assert_close(teacher.attend(1, value), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_teacher_keeps_its_bits_for_images_that_autocast_would_round() -> None:
+    """As they come on a GPU, where bytes become what the model computes in."""
+    student, teacher = pair(TEACHERS["fourier"], torch.float32)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = [student(seen) for seen in (images, images.bfloat16(), images)]
+    assert {parameter.dtype for parameter in teacher.model.parameters()} == {torch.float32}
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+    teacher.look(images.bfloat16())
+    assert {parameter.dtype for parameter in teacher.model.parameters()} == {torch.bfloat16}
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies from the host to `meta` tensors: on a GPU each of them stops the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.count += (
+            isinstance(result, Tensor)
+            and result.is_meta
+            and any(isinstance(x, Tensor) and x.device.type == "cpu" for x in args)
+        )
+        return result
+
+
+def test_a_batch_copies_nothing_to_the_device_to_serve_more_heads() -> None:
+    teacher = Teacher(create_model(SIZE.changed(num_heads=2, embed_dim=16), AttentionConfig()))
+    teacher.mix_heads(mix_of("repeat", 2, 4))
+    images, value = torch.empty(2, 3, 16, 16, device="meta"), torch.empty(2, 4, 17, 8, device="meta")
+    teacher.look(images)  # which moves it
+    with Copies() as copies:
+        teacher.look(images)
+        assert teacher.attend(1, value).shape == value.shape
+    assert copies.count == 0
 
 
 def test_heads_that_cannot_serve_are_refused() -> None:
