@@ -101,17 +101,23 @@ def cast_images(images: Any, precision: Precision) -> Any:
 def forward_for_evaluation(model: nn.Module, train: TrainConfig, device: torch.device) -> Callable[[Any], Any]:
     """Move a model to a device, in evaluation mode and its precision; return its forward pass without gradients.
 
-    A recipe's fp16 is computed in fp32 on a CPU.
+    A recipe's fp16 is computed in fp32 on a CPU. torch's switches for TF32 are the recipe's only within: what else a
+    command computes is not to depend on whether it has evaluated.
     """
     slow = train.precision == "fp16" and device.type == "cpu"
     precision = PRECISIONS["fp32" if slow else train.precision]
-    allow_tf32(train.tf32)
     model.to(device, precision.weights).eval()
 
     @torch.no_grad()
     def forward(images: Any) -> Any:
-        with precision.autocast(device.type):
-            return model(cast_images(images, precision))
+        products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+        before = products.allow_tf32, convolutions.allow_tf32
+        allow_tf32(train.tf32)
+        try:
+            with precision.autocast(device.type):
+                return model(cast_images(images, precision))
+        finally:
+            products.allow_tf32, convolutions.allow_tf32 = before
 
     return forward
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from karat_scale.engine.deepspeed_config import load_ds_config
 from karat_scale.engine.deepspeed_internals import master_weights, shard_layout
-from karat_scale.engine.engine import PRECISIONS, allow_tf32, pixel_dtype
+from karat_scale.engine.engine import PRECISIONS, allow_tf32, forward_for_evaluation, pixel_dtype
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model
 from karat_scale.recipe import TrainConfig
@@ -86,6 +86,24 @@ def test_tf32_is_torchs_own_switch_and_cudnn_keeps_to_a_fixed_order(small_recipe
         assert torch.backends.cudnn.deterministic
     finally:
         allow_tf32(before)
+
+
+def test_an_evaluation_leaves_torchs_switches_as_they_were(small_recipe) -> None:
+    """Else the figures of later analyses would depend on whether the predictions were there already."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    seen = []
+
+    class Model(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append([switch.allow_tf32 for switch in switches])
+            return images
+
+    for allowed in ("true", "false"):
+        train = small_recipe(f"train.tf32={allowed}").train
+        forward_for_evaluation(Model(), train, torch.device("cpu"))(torch.zeros(1, 3, 2, 2))
+    assert seen == [[True, True], [False, False]]
+    assert [switch.allow_tf32 for switch in switches] == before
 
 
 @pytest.mark.parametrize("config", ["zero1", "zero3"])
