@@ -129,8 +129,8 @@ def _described(error: OSError) -> str:
     return f"{error.filename or 'the system'}: {reason}"
 
 
-# Beside the exceptions' own classes: torch's CPU allocator, CUDA's driver, cuBLAS, C++.
-_SIGNS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "std::bad_alloc")
+# Beside the exceptions' own classes: torch's CPU allocator, CUDA's driver, its libraries, cuDNN 9, C++.
+_SIGNS = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED", "_ALLOCATION_FAILED", "std::bad_alloc")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -75,6 +75,9 @@ def test_torchs_own_failure_names_what_to_change(small_recipe) -> None:
         assert part in text
 
 
+OF_CUDNN = "CUDNN_STATUS_ALLOC_FAILED", "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"
+
+
 def test_every_kind_is_known_and_other_errors_pass(small_recipe) -> None:
     cuda = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB of which 1 is free."
     kinds = {
@@ -83,6 +86,7 @@ def test_every_kind_is_known_and_other_errors_pass(small_recipe) -> None:
         "MemoryError;": MemoryError(),
         "CUDA error: out of memory;": RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"),
         "std::bad_alloc;": RuntimeError("std::bad_alloc"),
+        **{f"cuDNN error: {status};": RuntimeError(f"cuDNN error: {status}") for status in OF_CUDNN},
     }
     for text, error in kinds.items():
         assert explained(small_recipe(), fail(error)).startswith(f"out of memory: {text}")
