@@ -23,6 +23,7 @@ from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.plan import TrainPlan
 from karat_scale.engine.distributed import wait_for
 from karat_scale.foundation.console import plural
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.foundation.machine import usable_cores
 from karat_scale.recipe import AugmentConfig, DataConfig
 
@@ -48,6 +49,9 @@ def measure(task: Task) -> None:
             for _ in range(rounds):
                 with closing(loader()) as batches:
                     rates.append(rate(batches, seconds, warm_up))
+        except RecipeError as error:  # a library is missing
+            task.channel.left_out(name, str(error))
+            continue
         except Exception as error:
             report = task.channel.failed if name in ours else task.channel.left_out
             report(name, one_line(error))

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from karat_scale.commands.bench.gpu.report import SECTIONS
-from karat_scale.commands.doctor.machine import driver_version, installed_version
+from karat_scale.commands.doctor.machine import OLDEST_CAPABILITY, driver_version, installed_version
 from karat_scale.foundation.errors import is_out_of_memory
 from karat_scale.foundation.machine import be_killed_with_parent, usable_cores
 from karat_scale.foundation.tables import load
@@ -170,8 +170,10 @@ class Task:
 
     @property
     def implementation(self) -> str:
-        """The operator's implementation."""
-        return "streaming" if self.toy else "triton"
+        """The operator's implementation: on a card that is too old for the kernels, what a run takes there."""
+        if self.toy:
+            return "streaming"
+        return "triton" if torch.cuda.get_device_capability() >= OLDEST_CAPABILITY else "auto"
 
     def part(
         self,

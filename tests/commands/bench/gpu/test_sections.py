@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from karat_scale.commands.bench.gpu import attention, steps
+from karat_scale.commands.bench.gpu import attention, loader, steps
 from karat_scale.commands.bench.gpu.steps import Group, compare_attention
 from tests.commands.bench.gpu.task import FullSizeTask, make_task
 
@@ -49,3 +49,18 @@ def test_training_tells_memory_and_launches(tmp_path: Path, world: Any, monkeypa
     for row in told["row"]:
         assert row["peak_mb"] == 4.0
         assert row["kernels"] == row["launches"] == row["waits"] == 0
+
+
+def test_a_loader_whose_library_is_missing_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loader.our_loaders
+    monkeypatch.setattr(loader, "IMAGES", 8)
+    monkeypatch.setattr(
+        loader, "our_loaders", lambda *given: {k: v for k, v in real(*given).items() if k.startswith("nvjpeg")}
+    )
+    monkeypatch.setattr(loader, "whole_decoders", lambda *_: {})
+    task, told = make_task(kind=FullSizeTask, scratch=tmp_path)
+    loader.measure(task)  # without a GPU there is no library that decodes there
+    left_out = [one for one in told["left_out"] if one["what"].startswith("nvjpeg")]
+    assert len(left_out) == 2
+    assert all("use data.backend=webdataset" in one["why"] for one in left_out)
+    assert "failed" not in told

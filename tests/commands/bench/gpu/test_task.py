@@ -1,13 +1,14 @@
 """Running out of memory and of time."""
 
 import time
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
 
-from karat_scale.commands.bench.gpu.worker import Budget
-from tests.commands.bench.gpu.task import make_task
+from karat_scale.commands.bench.gpu.worker import Budget, Task
+from tests.commands.bench.gpu.task import Kept, make_task
 
 
 def test_out_of_memory_halves_the_batch_and_says_so() -> None:
@@ -38,6 +39,14 @@ def test_another_failure_is_told_and_not_tried_again_but_a_crash_of_a_kernel_end
     crash = Mock(side_effect=RuntimeError("CUDA error: an illegal memory access was encountered"))
     with pytest.raises(RuntimeError, match="illegal"):
         task.halving("ViT-Base", 128, crash)
+
+
+@pytest.mark.parametrize(("capability", "measured"), [((7, 5), "auto"), ((8, 0), "triton"), ((12, 0), "triton")])
+def test_a_card_that_is_too_old_for_the_kernels_is_measured_as_it_would_train(
+    capability: tuple[int, int], measured: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert Task("cuda", Budget(1.0), Kept(), Path("unused")).implementation == measured
 
 
 def test_work_begins_only_where_the_last_of_its_kind_would_have_fitted() -> None:
