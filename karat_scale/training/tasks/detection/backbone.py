@@ -81,7 +81,7 @@ def _convolutions(width: int, channels: int) -> list[nn.Module]:
 
 # No class token or registers, since they have no place in a map; the pyramid has its own norms.
 _OPTIONS = {"class_token": False, "reg_tokens": 0, "global_pool": "", "num_classes": 0, "final_norm": False}
-_ABOVE_BLOCKS = ("head.", "norm.", "fc_norm.")
+_ABOVE_BLOCKS = ("head.", "norm.", "fc_norm.", "attn_pool.")
 
 
 def build_vit(recipe: DetectionRecipe) -> VisionTransformer:

@@ -6,8 +6,10 @@ Jitter is large-scale (Ghiasi et al., arXiv 2012.07177), as in ViTDet: drawn fir
 import contextlib
 import io
 import json
+import math
 import pickle
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +53,7 @@ class CocoSplit:
             pycocotools' index is kept as `index`.
 
     Raises:
-        DataError: a file is missing or wrong, or no image is left.
+        DataError: a file is missing or wrong, or no image has an object.
         RecipeError: pycocotools is not installed.
     """
 
@@ -65,9 +67,9 @@ class CocoSplit:
         """The category names in the order of the labels 1, 2, ..., which is that of the category ids."""
         self.category_ids = tuple(categories)
         records = {image: self._record(index, image) for image in sorted(index.imgs)}
+        if not any(record.objects for record in records.values()):
+            raise DataError(f"{self.file} has no image with objects; {FIX}")
         self.image_ids = [image for image, record in records.items() if record.objects or not for_training]
-        if not self.image_ids:
-            raise DataError(f"{self.file} has no image{' with objects' if for_training else ''}; {FIX}")
         self._records = _Packed([records[image] for image in self.image_ids])
         self.index: Any = None if for_training else self._completed(index)
 
@@ -102,14 +104,16 @@ class CocoSplit:
         """Return labels [n] from 1, and masks [n, H, W] of 0 and 1 at the image's size, of the objects to learn.
 
         Raises:
-            DataError: an annotation has no readable category or segmentation.
+            DataError: an annotation has no readable segmentation.
         """
+        from pycocotools import mask as coco_mask
+
         record = self._records[sample]
         labels, masks = [], [np.zeros((0, record.height, record.width), np.uint8)]
         for number, category, segmentation in record.objects:
+            labels.append(self._labels[category])
             try:
-                labels.append(self._labels[category])
-                masks.append(_mask(segmentation, record)[None])
+                masks.append(coco_mask.decode(_runs(segmentation, record.height, record.width))[None])
             except Exception as error:  # pycocotools asserts, indexes and casts
                 raise self._unreadable(number, error) from error
         return np.array(labels, np.int64), np.concatenate(masks)
@@ -117,9 +121,9 @@ class CocoSplit:
     def _record(self, index: Any, image: int) -> ImageRecord:
         about = index.imgs[image]
         learnable = [
-            (annotation.get("id"), annotation.get("category_id"), annotation.get("segmentation"))
+            (annotation.get("id"), self._category(annotation), annotation.get("segmentation"))
             for annotation in index.imgToAnns.get(image, ())
-            if not annotation.get("iscrowd") and self._area(annotation) > 0
+            if not self._is_crowd(annotation) and self._area(annotation) > 0
         ]
         for key, (kind, what) in _IMAGE_FIELDS.items():
             if key not in about:
@@ -131,42 +135,56 @@ class CocoSplit:
     def _completed(self, index: Any) -> Any:
         """Return pycocotools' index as its evaluation needs it: without objects that have no area, and with each key.
 
-        Raises DataError for a segmentation that cannot be read.
+        Raises DataError for a segmentation or a box that cannot be read.
         """
         from pycocotools import mask as coco_mask
 
-        annotations = [one for one in index.dataset["annotations"] if self._area(one) > 0]
-        for annotation in annotations:
-            annotation.setdefault("iscrowd", 0)
-            if annotation.get("segmentation") and annotation.keys() >= {"area", "bbox"}:
-                continue
+        known = [one for one in index.dataset["annotations"] if one["image_id"] in index.imgs and self._area(one) > 0]
+        # To pycocotools, a detection that matched annotation 0 has matched nothing.
+        for number, annotation in enumerate(known, start=1):
+            image = index.imgs[annotation["image_id"]]
             try:
-                runs = index.annToRLE(annotation)
+                runs = _runs(annotation.get("segmentation"), image["height"], image["width"])
                 annotation.setdefault("area", float(coco_mask.area(runs)))
-                annotation.setdefault("bbox", coco_mask.toBbox(runs).tolist())
+                box = [float(one) for one in annotation.get("bbox") or coco_mask.toBbox(runs)]
+                if len(box) != 4 or not all(map(math.isfinite, box)) or min(box[2:]) < 0:
+                    raise ValueError(f"its bbox is {box}")
             except Exception as error:  # pycocotools asserts, indexes and casts
                 raise self._unreadable(annotation.get("id"), error) from error
-        # To pycocotools, a detection that matched annotation 0 has matched nothing.
-        for number, annotation in enumerate(annotations, start=1):
-            annotation["id"] = number
-        index.dataset["annotations"] = annotations
+            crowd = int(self._is_crowd(annotation))
+            annotation.update(id=number, segmentation=runs, bbox=box, iscrowd=crowd)
+        index.dataset["annotations"] = known
         with contextlib.redirect_stdout(io.StringIO()):
             index.createIndex()
         return index
 
     def _unreadable(self, number: Any, error: Exception) -> DataError:
         return DataError(
-            f"{self.file}: annotation {number} has no readable category or segmentation: "
-            f"{type(error).__name__}: {error}; correct it"
+            f"{self.file}: annotation {number} has no readable segmentation or box: {type(error).__name__}: {error}; "
+            "correct it"
         )
+
+    def _category(self, annotation: Any) -> int:
+        category: int = annotation.get("category_id")
+        if category not in self._labels:
+            raise self._wrong(annotation, "category_id", category, "the id of a category")
+        return category
+
+    def _is_crowd(self, annotation: Any) -> bool:
+        crowd = annotation.get("iscrowd") or 0
+        if crowd not in (0, 1):
+            raise self._wrong(annotation, "iscrowd", crowd, "0 or 1")
+        return bool(crowd)
 
     def _area(self, annotation: Any) -> float:
         area = annotation.get("area", 1.0)
-        if not isinstance(area, int | float):
-            raise DataError(
-                f"{self.file}: annotation {annotation.get('id')} has area = {area!r}, not a number; correct it"
-            )
+        if not isinstance(area, int | float) or not math.isfinite(area):
+            raise self._wrong(annotation, "area", area, "a number")
         return area
+
+    def _wrong(self, annotation: Any, key: str, value: object, what: str) -> DataError:
+        number = annotation.get("id")
+        return DataError(f"{self.file}: annotation {number} has {key} = {value!r}, not {what}; correct it")
 
 
 class _Packed:
@@ -200,20 +218,24 @@ def require_pycocotools() -> None:
         raise RecipeError(f"karat detect needs pycocotools ({error}); {how_to_install('detection')}") from error
 
 
-def _mask(segmentation: Any, record: ImageRecord) -> npt.NDArray[np.uint8]:
-    """Return polygons, or run lengths, compressed or not, as a mask [H, W]."""
+def _runs(segmentation: Any, height: int, width: int) -> Any:
+    """Return polygons, or run lengths, compressed or not, as the compressed run lengths of the whole image.
+
+    Raises ValueError for others: pycocotools reads memory that nobody wrote, and compares without an end.
+    """
     from pycocotools import mask as coco_mask
 
     if isinstance(segmentation, list):
-        runs = coco_mask.merge(coco_mask.frPyObjects(segmentation, record.height, record.width))
-    elif isinstance(segmentation["counts"], list):
-        runs = coco_mask.frPyObjects(segmentation, record.height, record.width)
-    else:
-        runs = segmentation
-    mask: npt.NDArray[np.uint8] = coco_mask.decode(runs)
-    if mask.shape != (record.height, record.width):
-        raise ValueError(f"its mask is {mask.shape[1]} x {mask.shape[0]}")
-    return mask
+        return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    is_list = isinstance(segmentation["counts"], list)
+    runs = coco_mask.frPyObjects(segmentation, height, width) if is_list else segmentation
+    if list(runs["size"]) != [height, width]:
+        raise ValueError(f"its mask is {runs['size'][1]} x {runs['size'][0]}")
+    coco_mask.decode(runs)  # raises for more pixels than there are
+    with contextlib.suppress(ValueError):
+        coco_mask.decode({**runs, "size": [height * width - 1, 1]})
+        raise EOFError("its run lengths end before the image")
+    return runs
 
 
 def _read(file: Path) -> Any:
@@ -224,15 +246,21 @@ def _read(file: Path) -> Any:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             index = COCO(str(file))
+        for ids in (index.imgs, index.cats):
+            sorted(ids)  # numbers, or texts
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}; {FIX}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{file} is not JSON: {error}; replace it with a complete copy") from error
     except (AssertionError, KeyError, TypeError) as error:
         raise DataError(f"{file} is not in COCO's format: {type(error).__name__}: {error}; {FIX}") from error
     missing = [key for key in ("images", "annotations", "categories") if not index.dataset.get(key)]
     if missing:
         raise DataError(f"{file} is not in COCO's format for instances: it has no {missing[0]}; {FIX}")
+    for key, one_of_each in {"images": index.imgs, "categories": index.cats}.items():
+        if len(one_of_each) != len(index.dataset[key]):
+            again = next(one for one, count in Counter(one["id"] for one in index.dataset[key]).items() if count > 1)
+            raise DataError(f"{file}: two of its {key} have the id {again!r}; give each its own, also in annotations")
     return index
 
 

@@ -23,6 +23,7 @@ from karat_scale.engine.distributed import World
 from karat_scale.engine.optimizers import Groups
 from karat_scale.engine.reporting.progress import Reporter
 from karat_scale.engine.run_state import RunState
+from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import AttentionConfig
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.task import OnBatch, Task, Waiting
@@ -173,8 +174,19 @@ class DetectionTask(Task):
 
     @cached_property
     def train(self) -> CocoSplit:
-        """The training split. An evaluation needs none."""
-        return open_split(self.recipe, "train")
+        """The training split. An evaluation needs none.
+
+        Raises DataError if its labels are not those of the validation split.
+        """
+        train = open_split(self.recipe, "train")
+        if train.classes != self.val.classes:
+            pairs = zip(train.classes, self.val.classes, strict=True)
+            label, (ours, theirs) = next((n, pair) for n, pair in enumerate(pairs, start=1) if pair[0] != pair[1])
+            raise DataError(
+                f"category {label} by id is {ours} in {train.file} and {theirs} in {self.val.file}; give the "
+                "categories the same ids and names in both"
+            )
+        return train
 
     @property
     def num_train(self) -> int:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -64,8 +65,9 @@ def test_labels_follow_category_ids_and_what_cannot_be_learned_is_left_out(own, 
 def test_an_evaluation_has_what_exporters_leave_out(own, tmp_path) -> None:
     """Area, bounding box and crowd are made up for; an object without area is none; no annotation has number 0."""
     square, nothing, crowd = own["annotations"]
-    del square["area"], square["iscrowd"]
-    content = {**own, "annotations": [{**square, "id": 0}, nothing, crowd]}
+    del square["area"]
+    square |= {"id": 0, "bbox": [], "iscrowd": None}
+    content = {**own, "annotations": [square, nothing, crowd, {**square, "image_id": 7}]}
     split = opened(tmp_path, content, for_training=False)
     labels, masks = split.objects(0)
     found = {"boxes": boxes_of(masks), "labels": labels, "scores": np.ones(1, np.float32), "masks": masks[:, None]}
@@ -109,14 +111,15 @@ def test_bad_files_are_one_line_that_names_them(own, tmp_path, monkeypatch) -> N
         return str(caught.value)
 
     first, image = own["annotations"][0], own["images"][0]
-    unreadable = "annotation 1 has no readable category or segmentation"
+    unreadable = "annotation 1 has no readable segmentation or box"
     wrong = {"size": [3, 4], "counts": [2, 10]}
+    runs = [{"size": [30, 40], "counts": counts} for counts in ([310, 100, 700], [310, 100, 791], "?")]
     for content, said in (
         ('{"images": [', "a.json is not JSON"),
         ("[1, 2]", "a.json is not in COCO's format"),
         ({**own, "categories": []}, "it has no categories"),
         ({**own, "annotations": own["annotations"][1:]}, "has no image with objects"),
-        *(({**own, "annotations": [{**first, "segmentation": bad}]}, unreadable) for bad in ([[1.0]], wrong)),
+        *(({**own, "annotations": [{**first, "segmentation": bad}]}, unreadable) for bad in ([[1.0]], wrong, *runs)),
         ({**own, "images": [{"id": 0, "width": 40, "height": 30}]}, "image 0 has no file_name"),
         *(
             ({**own, "images": [{**image, key: value}]}, f"image 0 has {key} = {value!r}, not {what}")
@@ -124,13 +127,24 @@ def test_bad_files_are_one_line_that_names_them(own, tmp_path, monkeypatch) -> N
         ),
         *(
             ({**own, "annotations": [{**first, "area": area}]}, f"annotation 1 has area = {area!r}, not a number")
-            for area in (None, "big")
+            for area in (None, "big", math.nan)
         ),
+        *(
+            ({**own, "annotations": [{**first, key: value}]}, f"annotation 1 has {key} = {value!r}, not {what}")
+            for key, value, what in (("category_id", "9", "the id of a category"), ("iscrowd", "0", "0 or 1"))
+        ),
+        *(({**own, key: 2 * own[key][:1]}, f"two of its {key} have the id") for key in ("images", "categories")),
+        ({**own, "images": [image, {**image, "id": "one"}]}, "a.json is not in COCO's format"),
         ({**own, "images": [{**image, "width": 41}]}, "a.jpg is 40 x 30, but a.json says 41 x 30"),
     ):
         assert said in refused(content)
-    for bad in ([], [[1.0]], {"counts": "?"}, None):
-        assert unreadable in refused({**own, "annotations": [{**first, "segmentation": bad}]}, for_training=False)
+    # An evaluation reads all of them at its start: pycocotools would not end, or not say which one is wrong.
+    for bad in ([], [[1.0]], {"counts": "?"}, None, *runs):
+        whole = {**first, "bbox": [10, 10, 10, 10], "segmentation": bad}
+        assert unreadable in refused({**own, "annotations": [whole]}, for_training=False)
+    for bad in ([1, 2, 3], [1, 2, 3, -4], [1, 2, 3, math.inf], ["left", 2, 3, 4]):
+        assert unreadable in refused({**own, "annotations": [{**first, "bbox": bad}]}, for_training=False)
+    assert "has no image with objects" in refused({**own, "annotations": own["annotations"][1:]}, for_training=False)
     with pytest.raises(DataError, match=r"none.json cannot be read: No such file"):
         CocoSplit(str(tmp_path), ".", "none.json", True)
     split = opened(tmp_path, own)

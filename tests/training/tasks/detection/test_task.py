@@ -1,5 +1,6 @@
 """A detector under the trainer: saving beside training, steps that are not finite, and COCO's scores."""
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from karat_scale.engine.distributed import ALONE
-from karat_scale.foundation.errors import DivergedError, RunDirectoryError
+from karat_scale.foundation.errors import DataError, DivergedError, RunDirectoryError
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.detection.coco import CocoSplit, DetectionBatch, boxes_of
@@ -130,6 +131,17 @@ def test_a_detector_says_which_run_its_weights_are_from(small, world, tmp_path) 
         task = DetectionTask(small().changed(init_from=source), world, None)
         lineage = task.facts(task.begin())["lineage"]
         assert lineage.get("init_from", {}).get("name") == name
+
+
+def test_splits_whose_labels_differ_are_refused(small, coco_set, world, tmp_path) -> None:
+    for name in ("train", "val", "val.json"):
+        (tmp_path / name).symlink_to(coco_set / name)
+    train = json.loads((coco_set / "train.json").read_text())
+    train["categories"][0]["name"] = "dog"
+    (tmp_path / "train.json").write_text(json.dumps(train))
+    task = DetectionTask(small(data={"path": str(tmp_path)}), world, None)
+    with pytest.raises(DataError, match=r"category 1 by id is dog in .*train.json and cat in .*val.json; give"):
+        task.plan()
 
 
 @pytest.fixture(scope="module")
