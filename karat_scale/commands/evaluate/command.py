@@ -175,10 +175,12 @@ def evaluate_on(
             else:
                 done = _plain(work, empty, request.labels)
     if world.is_main:
-        keep_evaluation(run.path, done)
-        print(printable(f"{run.path} {run.chosen} ({done.weights} weights) on {done.name}: {done.text}"))
+        try:
+            keep_evaluation(run.path, done)
+        finally:  # a directory that takes nothing must not cost the scores
+            print(printable(f"{run.path} {run.chosen} ({done.weights} weights) on {done.name}: {done.text}"))
+            write_json(json_file, {"run": str(run.path), **done.model_dump()})
         print(f"kept in {evaluation_file(run.path, done.name)}")
-        write_json(json_file, {"run": str(run.path), **done.model_dump()})
     return 0
 
 

@@ -156,6 +156,13 @@ def test_a_mistake_is_one_line(run: Path, image_folder: Path, tmp_path: Path) ->
     assert f"the first of {', '.join(SPLITS)})" in " ".join(karat_says("eval", "--help").split())
 
 
+def test_a_directory_that_takes_nothing_does_not_cost_the_scores(run: Path, image_folder: Path, tmp_path: Path, capsys):
+    (run / "evaluations").symlink_to(tmp_path)  # nothing is written where a link leads
+    file = tmp_path / "scores.json"
+    assert "is a link" in karat_refuses("eval", str(run), "--on", str(image_folder), "--json", str(file))
+    assert scores(capsys.readouterr().out)[0] == f"{json.loads(file.read_text())['top1']:.2f}"
+
+
 def test_corrupted_copies_are_counted_kept_and_resumed(run: Path) -> None:
     pytest.importorskip("imagecorruptions", reason="needs the extra corruptions")
     arguments = ("eval", str(run), *CONTRAST, "brightness")
