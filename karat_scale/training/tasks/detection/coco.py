@@ -10,7 +10,7 @@ import math
 import pickle
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,23 +100,25 @@ class CocoSplit:
             )
         return image
 
-    def objects(self, sample: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-        """Return labels [n] from 1, and masks [n, H, W] of 0 and 1 at the image's size, of the objects to learn.
+    def objects(self, sample: int) -> tuple[npt.NDArray[np.int64], Iterator[npt.NDArray[np.uint8]]]:
+        """Return labels [n] from 1 of the objects to learn, and their masks [H, W] of 0 and 1 at the image's size.
+
+        A mask is made when its turn comes: all of a large photograph may not fit into memory.
 
         Raises:
-            DataError: an annotation has no readable segmentation.
+            DataError: an annotation has no readable segmentation; when its mask is made.
         """
+        labels = [self._labels[category] for _, category, _ in self._records[sample].objects]
+        return np.array(labels, np.int64), self._masks(self._records[sample])
+
+    def _masks(self, record: ImageRecord) -> Iterator[npt.NDArray[np.uint8]]:
         from pycocotools import mask as coco_mask
 
-        record = self._records[sample]
-        labels, masks = [], [np.zeros((0, record.height, record.width), np.uint8)]
-        for number, category, segmentation in record.objects:
-            labels.append(self._labels[category])
+        for number, _, segmentation in record.objects:
             try:
-                masks.append(coco_mask.decode(_runs(segmentation, record.height, record.width))[None])
+                yield coco_mask.decode(_runs(segmentation, record.height, record.width))
             except Exception as error:  # pycocotools asserts, indexes and casts
                 raise self._unreadable(number, error) from error
-        return np.array(labels, np.int64), np.concatenate(masks)
 
     def _record(self, index: Any, image: int) -> ImageRecord:
         about = index.imgs[image]
@@ -308,8 +310,8 @@ def jitter_image(image: Image.Image, jitter: Jitter) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(_flipped(pixels, jitter, axis=1).transpose(2, 0, 1))
 
 
-def jitter_masks(masks: npt.NDArray[np.uint8], jitter: Jitter) -> npt.NDArray[np.uint8]:
-    """Return masks [n, H, W] as [n, h, w], jittered like their image, with the nearest pixel."""
+def jitter_masks(masks: Iterable[npt.NDArray[np.uint8]], jitter: Jitter) -> npt.NDArray[np.uint8]:
+    """Return masks [H, W] as [n, h, w], jittered like their image, with the nearest pixel."""
     width, height = jitter.size
     resized = [
         np.asarray(Image.fromarray(mask).resize(jitter.size, Image.Resampling.NEAREST, box=jitter.box))
@@ -390,11 +392,11 @@ class TrainMaker(EvalMaker):
 
     def _make(self, sample: int, epoch: int) -> tuple[npt.NDArray[np.uint8], Target]:
         image = self._read(sample)
-        labels, masks = self._split.objects(sample)
+        labels, whole = self._split.objects(sample)
         recipe = self._recipe
         seed = sample_seed(recipe.run.seed, epoch, sample)
         jitter = draw_jitter(seed, image.width, image.height, recipe.model.image_size, recipe.augment)
-        masks = jitter_masks(masks, jitter)
+        masks = jitter_masks(whole, jitter)
         seen = masks.any(axis=(1, 2))
         masks, labels = masks[seen], labels[seen]
         return jitter_image(image, jitter), {"boxes": boxes_of(masks), "labels": labels, "masks": masks}

@@ -36,6 +36,13 @@ class CocoConfig(Section):
     """Seconds a batch may take. After that, the run ends with an error that names what it waited for."""
 
 
+class BackboneConfig(ModelConfig):
+    """A plain ViT of timm's. As for a classifier, but one category is enough."""
+
+    num_classes: Annotated[Count, Effect.SHAPES] = 1000
+    """Number of categories."""
+
+
 class JitterConfig(Section):
     """Large-scale jitter: an image is resized to `scale` times what fits the input, cropped or padded, and flipped.
 
@@ -155,6 +162,8 @@ class DetectionRecipe(RunRecipe):
 
     shipped = Path(__file__).parent / "recipes"
 
+    model: BackboneConfig = BackboneConfig()
+    """The backbone."""
     data: CocoConfig
     """Images and annotations in COCO's format."""
     augment: JitterConfig = JitterConfig()

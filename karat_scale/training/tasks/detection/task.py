@@ -20,6 +20,7 @@ from karat_scale.data.loading.device_feed import DeviceFeed
 from karat_scale.data.loading.workers import OrderedResults
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan, micro_batch_of
 from karat_scale.engine.distributed import World
+from karat_scale.engine.memory import one_line_out_of_memory
 from karat_scale.engine.optimizers import Groups
 from karat_scale.engine.reporting.progress import Reporter
 from karat_scale.engine.run_state import RunState
@@ -84,16 +85,21 @@ def evaluate(
     `forward` maps images, float [3, h, w] in 0 .. 1 each, to torchvision's predictions.
 
     `on_batch(done, total)` is called after each batch, equally often on every rank; it may raise to stop.
+
+    Raises:
+        UserError: memory ran out.
     """
-    plan = EvalPlan(len(split), recipe.train.eval_batch, world.rank, world.size)
+    size = recipe.train.eval_batch
+    plan = EvalPlan(len(split), size, world.rank, world.size)
     found: list[dict[str, Any]] = []
     batches = load_batches(EvalMaker(split), plan.slices(), recipe.data)
     try:
         for done, batch in enumerate(batches, start=1):
-            # A rank without an image joins in: at ZeRO-3 a forward pass gathers weights from all.
-            images = batch.to(world.device)[0] or [torch.zeros(3, 8, 8, device=world.device)]
-            predictions = forward(images)[: len(batch.samples)]
-            found += describe(batch, predictions, split)
+            with one_line_out_of_memory(lambda: f"lower train.eval_batch (now {size}) or detector.detections"):
+                # A rank without an image joins in: at ZeRO-3 a forward pass gathers weights from all.
+                images = batch.to(world.device)[0] or [torch.zeros(3, 8, 8, device=world.device)]
+                predictions = forward(images)[: len(batch.samples)]
+                found += describe(batch, predictions, split)
             on_batch(done, plan.num_batches)
     finally:
         batches.close()

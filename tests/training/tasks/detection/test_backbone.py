@@ -206,6 +206,11 @@ def test_every_parameter_learns_also_where_nothing_is_seen(detector, targets) ->
     assert [name for name, parameter in detector.named_parameters() if parameter.grad is None] == []
 
 
+def test_one_category_is_enough(small) -> None:
+    recipe = small(model={"num_classes": 1})
+    assert build_detector(build_vit(recipe), recipe).roi_heads.box_predictor.cls_score.out_features == 2
+
+
 def test_images_of_any_size_give_the_same_n_and_boxes_in_their_own_pixels(detector) -> None:
     seen = []
     detector.backbone.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))

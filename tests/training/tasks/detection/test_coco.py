@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +51,16 @@ def opened(root: Path, content: object, for_training: bool = True) -> CocoSplit:
     return CocoSplit(str(root), ".", "a.json", for_training)
 
 
+def objects(split: CocoSplit, sample: int) -> tuple[np.ndarray, np.ndarray]:
+    labels, masks = split.objects(sample)
+    return labels, np.stack([*masks])
+
+
 def test_labels_follow_category_ids_and_what_cannot_be_learned_is_left_out(own, tmp_path) -> None:
     split = opened(tmp_path, own)
     assert split.classes == ("thing", "square")
     assert split.image_ids == [0]
-    labels, masks = split.objects(0)
+    labels, masks = objects(split, 0)
     assert labels.tolist() == [2]
     assert masks.shape == (1, 30, 40)
     assert masks[0, 10:20, 10:20].all()
@@ -69,7 +75,7 @@ def test_an_evaluation_has_what_exporters_leave_out(own, tmp_path) -> None:
     square |= {"id": 0, "bbox": [], "iscrowd": None}
     content = {**own, "annotations": [square, nothing, crowd, {**square, "image_id": 7}]}
     split = opened(tmp_path, content, for_training=False)
-    labels, masks = split.objects(0)
+    labels, masks = objects(split, 0)
     found = {"boxes": boxes_of(masks), "labels": labels, "scores": np.ones(1, np.float32), "masks": masks[:, None]}
     truth = {key: torch.from_numpy(value) for key, value in found.items()}
     scores = score(split, describe(DetectionBatch([], [], [0]), [truth], split))
@@ -79,18 +85,18 @@ def test_an_evaluation_has_what_exporters_leave_out(own, tmp_path) -> None:
 
 def test_polygons_and_run_lengths_are_one_mask(own, tmp_path) -> None:
     polygon = own["annotations"][0]
-    _, masks = opened(tmp_path, own).objects(0)
+    _, masks = objects(opened(tmp_path, own), 0)
     columns = masks[0].T.ravel().tolist()
     changes = [0, *(i for i in range(1, 1200) if columns[i] != columns[i - 1]), 1200]
     runs = {"size": [30, 40], "counts": [b - a for a, b in itertools.pairwise(changes)]}
-    _, same = opened(tmp_path, {**own, "annotations": [{**polygon, "segmentation": runs}]}).objects(0)
+    _, same = objects(opened(tmp_path, {**own, "annotations": [{**polygon, "segmentation": runs}]}), 0)
     assert np.array_equal(same, masks)
 
 
 def test_masks_of_the_made_set_are_exact(coco_set) -> None:
     split = CocoSplit(str(coco_set), "train", "train.json", False)
     for sample in range(5):
-        image, (labels, masks) = split.read(sample), split.objects(sample)
+        image, (labels, masks) = split.read(sample), objects(split, sample)
         assert masks.shape == (len(labels), image.height, image.width)
         assert masks.sum(0).max() == 1  # the one in front hides the one behind
         areas = [annotation["area"] for annotation in split.index.imgToAnns[split.image_ids[sample]]]
@@ -100,7 +106,7 @@ def test_masks_of_the_made_set_are_exact(coco_set) -> None:
 def read(root: Path, content: object, for_training: bool) -> None:
     split = opened(root, content, for_training)
     split.read(0)
-    split.objects(0)
+    objects(split, 0)
 
 
 def test_bad_files_are_one_line_that_names_them(own, tmp_path, monkeypatch) -> None:
@@ -197,3 +203,17 @@ def test_boxes_just_fill_masks() -> None:
     masks[1, 5, 7] = 1
     assert boxes_of(masks).tolist() == [[1, 2, 6, 4], [7, 5, 8, 6]]
     assert boxes_of(masks[:0]).shape == (0, 4)
+
+
+def test_masks_of_a_large_photograph_are_made_one_by_one(own, tmp_path) -> None:
+    side, count = 3000, 40
+    image = {**own["images"][0], "width": side, "height": side}
+    content = {**own, "images": [image], "annotations": count * own["annotations"][:1]}
+    split = opened(tmp_path, content)
+    jitter = draw_jitter(0, side, side, 32, JitterConfig())
+    tracemalloc.start()
+    masks = jitter_masks(split.objects(0)[1], jitter)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(masks) == count
+    assert peak < 10 * side * side  # of one byte each; all masks at once are 40

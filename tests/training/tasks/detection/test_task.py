@@ -5,11 +5,12 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from karat_scale.engine.distributed import ALONE
-from karat_scale.foundation.errors import DataError, DivergedError, RunDirectoryError
+from karat_scale.foundation.errors import DataError, DivergedError, RunDirectoryError, UserError
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.detection.coco import CocoSplit, DetectionBatch, boxes_of
@@ -151,7 +152,8 @@ def split(coco_set) -> CocoSplit:
 
 def predictions(split: CocoSplit, sample: int, keep: int | None = None) -> dict[str, torch.Tensor]:
     """The truth, as a detector would say it."""
-    labels, masks = split.objects(sample)
+    labels, made = split.objects(sample)
+    masks = np.stack([*made])
     return {
         "boxes": torch.from_numpy(boxes_of(masks[:keep])),
         "labels": torch.from_numpy(labels[:keep]),
@@ -204,3 +206,8 @@ def test_a_detector_is_asked_about_each_image_once(small, split, batch) -> None:
     assert scores.mask_ap == 100.0
     assert len(asked) == len(split)
     assert heard == [(number, -(-12 // batch)) for number in range(1, -(-12 // batch) + 1)]
+
+
+def test_an_evaluation_that_runs_out_of_memory_is_one_line(small, split) -> None:
+    with pytest.raises(UserError, match=r"^out of memory: .*; lower train\.eval_batch \(now 8\) or detector\.detec"):
+        evaluate(lambda images: torch.empty(2**52), split, small(), ALONE, print)
