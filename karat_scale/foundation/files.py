@@ -166,7 +166,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     A link's target is replaced, not the link. A device, a pipe or a socket is written to as it is.
     """
     if _is_special(path):
-        with path.open("wb") as stream:
+        with name_in_errors(path), path.open("wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
         return
     replace_file(Path(os.path.realpath(path)), content)

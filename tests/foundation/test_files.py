@@ -62,6 +62,11 @@ def test_a_device_is_written_to(tmp_path) -> None:
     assert stat.S_ISCHR(device.stat().st_mode)
 
 
+def test_a_full_device_is_named() -> None:
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        write_atomically(Path("/dev/full"), "x")
+
+
 @pytest.mark.parametrize("to", ["file", "pipe"])
 def test_standard_output_by_its_name_takes_the_text(tmp_path, to) -> None:
     imports = "from pathlib import Path; from karat_scale.foundation.files import write_atomically"
