@@ -87,6 +87,11 @@ def open_classifier(source: str, checkpoint: str, weights: str) -> Classifier:
     if inside:
         run = open_run(path, weights=weights, checkpoint=checkpoint if checkpoint != "best" else inside)
         return Classifier(run.model(), run.recipe, run.directory.classes(), run.chosen, run.weights_kind)
+    if path.suffix != ".safetensors":
+        raise RunDirectoryError(
+            f"{source}: not a .safetensors file; name the run, or what karat export wrote as safetensors, timm or "
+            "hub-folder"
+        )
     return _of_export(path, checkpoint, weights)
 
 

@@ -172,6 +172,7 @@ def test_what_is_no_model_is_one_line(run: Path, image_folder: Path, tmp_path: P
         (run, ("--checkpoint", "step-00000099"), "no checkpoint 'step-00000099'"),
         (run, ("--attention", image), "File exists; name another directory"),
         (damaged, (), "not a whole file of karat export"),
+        (image, (), "not a .safetensors file; name the run, or what karat export wrote as safetensors, timm or hub-"),
     ):
         assert said in karat_refuses("predict", str(source), image, *options)
 
