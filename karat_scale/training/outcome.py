@@ -6,6 +6,7 @@ step had, on which ranks, and from which checkpoint training reaches it. That ch
 
 import json
 import math
+import shlex
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -146,8 +147,8 @@ WINDOW, LEAST = 100, 20
 class Incidents:
     """The directory `incidents` of a run. Rank 0 alone writes to it."""
 
-    def __init__(self, directory: Path, store: CheckpointStore, plan: TrainPlan) -> None:
-        self._directory, self._store, self._plan = directory, store, plan
+    def __init__(self, directory: Path, store: CheckpointStore, plan: TrainPlan, replays: bool) -> None:
+        self._directory, self._store, self._plan, self._replays = directory, store, plan, replays
         self._noted = 0
 
     def note(self, step: int, kind: str, **figures: float) -> str:
@@ -163,14 +164,17 @@ class Incidents:
             "checkpoint": checkpoint,
             **self._batch(step),
         }
+        path = self._directory / f"{checkpoint_name(step)}.json"
         try:
             self._directory.mkdir(exist_ok=True)
-            replace_file(self._directory / f"{checkpoint_name(step)}.json", json.dumps(record, indent=1) + "\n")
+            replace_file(path, json.dumps(record, indent=1) + "\n")
             if checkpoint is not None and len(self._store.pinned()) < KEPT_CHECKPOINTS:
                 self._store.pin(checkpoint)
         except OSError as error:
             return f"{self._directory} cannot be written: {error.strerror}"
-        return f"karat replay {self._directory.parent} {step} looks into it"
+        if not self._replays:
+            return f"{path} has its samples"
+        return f"karat replay {shlex.quote(str(self._directory.parent))} {step} looks into it"
 
     def _batch(self, step: int) -> dict[str, Any]:
         """The samples of a step in the order of the ranks and of their micro batches."""

@@ -109,7 +109,7 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
                 scored = (
                     "" if best is None else f", best {name.replace('top', 'top-')} {best:.2f} at step {state.best_step}"
                 )
-                reporter.info(f"finished{scored}; next: karat analyze {shlex.quote(str(directory.path))}")
+                reporter.info(f"finished{scored}; next: {task.reader} {shlex.quote(str(directory.path))}")
         return outcome.code
     print("stopped before all ranks had met; run the same command to resume", flush=True)
     return EXIT_STOPPED

@@ -68,6 +68,10 @@ class Task(ABC):
 
     kind: ClassVar[str]
     """What it trains; checkpoints name it."""
+    reader: ClassVar[str] = "karat analyze"
+    """The command that looks at a finished run."""
+    replays: ClassVar[bool] = True
+    """Whether `karat replay` can take a step again."""
     recipe_type: ClassVar[type[RunRecipe]]
     state_type: ClassVar[type[RunState]]
     recipe: RunRecipe

@@ -117,7 +117,7 @@ class Trainer:
         histograms = HeadHistograms(engine, recipe.log, reporter)
         self.after_step: list[AfterStep] = [histograms, *task.after_step(engine, directory, self.total_steps)]
         self._profiler = StepProfiler(recipe.log.profile_steps, directory.profile, world, reporter)
-        self._incidents = Incidents(directory.path / "incidents", directory.store, plan)
+        self._incidents = Incidents(directory.path / "incidents", directory.store, plan, task.replays)
         self.begin(task.state_type())
 
     def begin(self, state: RunState) -> None:

@@ -165,7 +165,7 @@ def test_a_run_that_often_goes_wrong_does_not_fill_the_disk(tmp_path: Path) -> N
     store = CheckpointStore(tmp_path / "checkpoints")
     for step in range(1, 80):
         (store.root / checkpoint_name(step)).mkdir(parents=True)
-    incidents = Incidents(tmp_path / "incidents", store, TrainPlan(0, 64, 8, 8, 0, 1))
+    incidents = Incidents(tmp_path / "incidents", store, TrainPlan(0, 64, 8, 8, 0, 1), replays=True)
     said = [incidents.note(step, "not finite", grad_norm=math.inf) for step in range(2, 80)]
     assert len(list((tmp_path / "incidents").iterdir())) == MOST
     assert len(store.pinned()) == KEPT_CHECKPOINTS

@@ -168,6 +168,8 @@ class DetectionTask(Task):
     """Images with objects, in COCO's format."""
 
     kind = "detection"
+    reader = "karat detect --eval"
+    replays = False
     recipe_type = DetectionRecipe
     state_type = DetectionState
     recipe: DetectionRecipe

@@ -65,7 +65,8 @@ def test_a_recipe_of_the_paper_trains_at_a_small_size(recipe, coco_set, tmp_path
         *("train.max_steps=3", "train.global_batch=4", "train.precision=fp32", "log.every_steps=1"),
     ]
     run = tmp_path / "run"
-    karat_done("detect", recipe, f"data.path={coco_set}", f"run.dir={run}", *overrides)
+    done = karat_done("detect", recipe, f"data.path={coco_set}", f"run.dir={run}", *overrides)
+    assert f"next: karat detect --eval {run}" in done.stdout
     lines = events(run, "train")
     assert [event["step"] for event in lines] == [1, 2, 3]
     assert lines[0]["lr"] == pytest.approx(1e-4 * 0.001)
