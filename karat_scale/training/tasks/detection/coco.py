@@ -94,9 +94,11 @@ class CocoSplit:
         except UndecodableImageError as error:
             raise DataError(f"{path} cannot be decoded: {error}; replace it with a complete copy") from error
         if image.size != (record.width, record.height):
+            is_turned = image.size == (record.height, record.width)
+            fix = "turn its pixels as its EXIF says, which is not read here" if is_turned else "use the annotated image"
             raise DataError(
                 f"{path} is {image.width} x {image.height}, but {self.file.name} says {record.width} x "
-                f"{record.height}; use the image that was annotated"
+                f"{record.height}; {fix}"
             )
         return image
 

@@ -141,7 +141,8 @@ def test_bad_files_are_one_line_that_names_them(own, tmp_path, monkeypatch) -> N
         ),
         *(({**own, key: 2 * own[key][:1]}, f"two of its {key} have the id") for key in ("images", "categories")),
         ({**own, "images": [image, {**image, "id": "one"}]}, "a.json is not in COCO's format"),
-        ({**own, "images": [{**image, "width": 41}]}, "a.jpg is 40 x 30, but a.json says 41 x 30"),
+        ({**own, "images": [{**image, "width": 41}]}, "a.jpg is 40 x 30, but a.json says 41 x 30; use the annotated"),
+        ({**own, "images": [{**image, "width": 30, "height": 40}]}, "says 30 x 40; turn its pixels as its EXIF says"),
     ):
         assert said in refused(content)
     # An evaluation reads all of them at its start: pycocotools would not end, or not say which one is wrong.
