@@ -10,13 +10,13 @@ import json
 import logging
 import os
 import signal
-import socket
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from itertools import count, takewhile
 from pathlib import Path
 from types import FrameType
@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING
 import psutil
 
 from karat_scale.engine.heartbeat import START
-from karat_scale.foundation.errors import EXIT_LOST_PEER, EXIT_STOPPED, UserError, say_in_one_write
+from karat_scale.foundation.errors import EXIT_LOST_PEER, EXIT_STOPPED, PeerError, UserError, say_in_one_write
 from karat_scale.foundation.files import write_atomically
 from karat_scale.foundation.machine import LAUNCHED, LAUNCHER, usable_cores
 
 if TYPE_CHECKING:
+    from torch.distributed import PrefixStore
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 STOPPED = "KARAT_STOPPED"
@@ -40,6 +41,8 @@ WRAPPER = "KARAT_RANK_WRAPPER"
 """In the environment of a launcher: what runs each rank, and sees to restarts and to the last line; tabs part words."""
 # The agent asks the ranks that are left to end. They may wait for the one that failed, so they get no more than this.
 _END_SECONDS = 3
+# How long the launchers of several nodes wait for each other.
+_MEETING = timedelta(minutes=10)
 _POLL_SECONDS = 0.1
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 # CUDA's and ROCm's lists of the GPUs that a process may use. ROCm reads all three.
@@ -60,10 +63,11 @@ def launch(arguments: Sequence[str], ranks: int, run_directory: Callable[[], Pat
     idle, most = 0, os.environ.get("IDLE_RESTARTS", "3")
     if not most.isdecimal():
         raise UserError(f"IDLE_RESTARTS = {most}: should be a whole number")
+    held: list[PrefixStore] = []
     with _signals_forwarded() as told:
         for attempt in count():
             begun = time.time()
-            code, line = _run(command, ranks, attempt, trained)
+            code, line = _run(command, ranks, attempt, trained, told, held)
             if code in (0, 2, EXIT_STOPPED) or trained is None or told:
                 break
             idle = 0 if _has_saved(trained(), begun) else idle + 1
@@ -109,33 +113,50 @@ def default_ranks() -> int:
     return max(1, nvidia or amd)
 
 
-def _run(command: Sequence[str], ranks: int, attempt: int, trained: Callable[[], Path] | None) -> tuple[int, str]:
-    """Run the ranks of this node once; returns an exit code and, if it is a failure's, what to say."""
+def _run(
+    command: Sequence[str],
+    ranks: int,
+    attempt: int,
+    trained: Callable[[], Path] | None,
+    told: Sequence[int],
+    held: "list[PrefixStore]",
+) -> tuple[int, str]:
+    """Run the ranks of this node once; returns an exit code and, if it is a failure's, what to say.
+
+    held: gets the store of this attempt in place of the last one's. So the port stays this launcher's to the end.
+    """
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import PContext, SubprocessContext
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from karat_scale.training.agreement import StoppedError
+
     def close(self: PContext, death_sig: signal.Signals | None = None, timeout: int = _END_SECONDS) -> None:
         PContext.close(self, death_sig, min(timeout, _END_SECONDS))
 
     SubprocessContext.close = close  # type: ignore[method-assign]  # the agent's own 30 s cannot be set
     logging.disable()  # what the agent logs, we say in a line
-    node, nodes, endpoint = _meeting_place(os.environ, attempt)
+    node, nodes = _node_of_step(os.environ)
     with tempfile.TemporaryDirectory(prefix="karat-launch-") as files:
         stopped = Path(files, "stopped")
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
         os.environ[LAUNCHED] = "1"
         if WRAPPER not in os.environ:
             os.environ |= {STOPPED: str(stopped), START: stopped.parent.name if nodes == 1 else _step(attempt)}
+        try:
+            host, held[:] = _meet(node, nodes, told)
+        except StoppedError:
+            print("stopped before all nodes had met; run the same command to resume", flush=True)
+            return EXIT_STOPPED, ""
         config = LaunchConfig(
             min_nodes=nodes,
             max_nodes=nodes,
             nproc_per_node=ranks,
-            run_id=endpoint,
+            run_id=f"attempt-{attempt}",
             rdzv_backend="static",  # the number of a node is the same at each start
-            rdzv_endpoint=endpoint,
+            rdzv_endpoint=f"{host}:{held[0].underlying_store.port}",
             rdzv_configs={"rank": node},
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=files),
@@ -148,26 +169,39 @@ def _run(command: Sequence[str], ranks: int, attempt: int, trained: Callable[[],
             code, line = _first_failure(error.failures)
             return (1, verdict[0]) if verdict else (code, line)
         except DistError as error:
-            raise UserError(f"{nodes} nodes did not meet at {endpoint}: {str(error)[:200]}") from None
+            raise PeerError(f"lost another node: {str(error)[:200]}") from None
         return (EXIT_STOPPED if stopped.exists() else 0), ""
 
 
-def _meeting_place(environ: Mapping[str, str], attempt: int) -> tuple[int, int, str]:
-    """Return this node's number, how many there are, and where their agents meet. Raises UserError.
-
-    Each attempt has a port of its own, or a node that is early would find what is left of the last meeting.
-    """
+def _node_of_step(environ: Mapping[str, str]) -> tuple[int, int]:
+    """Return this node's number, and how many there are. Raises UserError."""
     nodes, tasks = (int(environ.get(f"SLURM_STEP_NUM_{what}", "1")) for what in ("NODES", "TASKS"))
     if tasks > nodes:
         raise UserError(f"srun started {tasks} of these on {nodes} nodes; start one on each: --ntasks-per-node=1")
-    if nodes == 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return 0, 1, f"127.0.0.1:{probe.getsockname()[1]}"
-    from karat_scale.engine.distributed import meeting_place
+    return (int(environ["SLURM_PROCID"]) if nodes > 1 else 0), nodes
 
-    address, port = meeting_place()
-    return int(environ["SLURM_PROCID"]), nodes, f"{address}:{port + attempt}"
+
+def _meet(node: int, nodes: int, told: Sequence[int]) -> "tuple[str, list[PrefixStore]]":
+    """Wait for the launchers of all nodes; returns the host and the store, which the agents and the ranks use, too.
+
+    torch's own meeting would wait where no signal can end it. A node that is early finds nothing that the last meeting
+    left, as each start has names of its own.
+
+    Raises:
+        UserError: the port is taken, or a node does not come.
+        PeerError: node 0 has ended.
+        StoppedError: a signal has come.
+    """
+    from karat_scale.engine.distributed import meeting_place
+    from karat_scale.engine.peers import Place, meet
+    from karat_scale.training.agreement import StoppedError
+
+    def check() -> None:
+        if told:
+            raise StoppedError
+
+    host, port = ("127.0.0.1", 0) if nodes == 1 else meeting_place()
+    return host, [meet(Place(host, port, node, nodes, _MEETING, "launchers", check, "node"))]
 
 
 def _step(attempt: int) -> str:

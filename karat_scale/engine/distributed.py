@@ -195,7 +195,7 @@ def _join(
         # No port, no host name: nothing that another job on this machine could collide with.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return None
-    met = meet(Place(*meeting_place(), rank, size, patience, next(_meetings), check))
+    met = meet(Place(*meeting_place(), rank, size, patience, str(next(_meetings)), check))
     if device.type == "cuda":  # before NCCL, whose own refusal is a traceback
         have_a_gpu_each(dist.PrefixStore("cards", met), rank, size, card(device))
     store = dist.PrefixStore("group", met)

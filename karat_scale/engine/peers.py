@@ -1,6 +1,6 @@
-"""How ranks meet, and what one says that has lost another.
+"""How ranks meet, and the launchers of several nodes; and what one says that has lost another.
 
-Nobody waits longer than `run.peer_timeout_minutes`, and one that waits says for whom. Whoever started the ranks ends
+No rank waits longer than `run.peer_timeout_minutes`, and one that waits says for whom. Whoever started the ranks ends
 those that are left when one fails: torchrun's agent, or srun with --kill-on-bad-exit.
 """
 
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from karat_scale.engine.heartbeat import START
 from karat_scale.foundation.errors import PeerError, UserError, one_line, say_in_one_write
 from karat_scale.foundation.machine import LAUNCHER
 
@@ -24,55 +25,57 @@ _ARRIVED = "arrived"
 
 
 class Place(NamedTuple):
-    """Where ranks meet, and who this one is."""
+    """Where ranks or nodes meet, and which one this is."""
 
     host: str
     port: int
     rank: int
     size: int
     patience: timedelta
-    meeting: int
-    """How often this process has met before: a later meeting must not find what an earlier one left."""
+    meeting: str
+    """A name that no other meeting of this start has: one must not find what another left."""
     check: Callable[[], object] = lambda: None
-    """Called while the ranks are awaited; it may raise to give up."""
+    """Called while the others are awaited; it may raise to give up."""
+    kind: str = "rank"
 
     @property
     def is_host(self) -> bool:
-        """Whether this rank keeps the store. torchrun keeps one itself."""
+        """Whether this one keeps the store. torchrun keeps one itself."""
         return self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
-    def connect(self, timeout: timedelta) -> dist.Store:
+    def connect(self, timeout: timedelta) -> dist.PrefixStore:
         """A connection of its own to the store. Raises torch's DistError, or an OSError, after `timeout`."""
         if not self.is_host:  # torch tells of each try with a stack of its own
             socket.create_connection((self.host, self.port), timeout.total_seconds()).close()
         store = dist.TCPStore(
             self.host, self.port, self.size, self.is_host, timeout, wait_for_workers=False, multi_tenant=True
         )
-        prefix = f"karat-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{self.meeting}"
-        return dist.PrefixStore(prefix, store)
+        start = os.environ.get(START, ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return dist.PrefixStore("-".join(("karat", *start, self.meeting)), store)
 
 
-def meet(place: Place) -> dist.Store:
-    """Wait until all ranks are there, and return the store.
+def meet(place: Place) -> dist.PrefixStore:
+    """Wait until all are there, and return the store.
 
     Raises:
         UserError: one did not come in time, or the port is taken.
         PeerError: the launcher has ended.
     """
-    at, patience = f"{place.host}:{place.port}", place.patience.total_seconds()
+    kind, at, patience = place.kind, f"{place.host}:{place.port}", place.patience.total_seconds()
+    limit = f"{patience / 60:g} minutes{' (run.peer_timeout_minutes)' if kind == 'rank' else ''}"
     begun, next_notice = time.monotonic(), _FIRST_NOTICE_SECONDS
 
     def wait(whom: Callable[[], str]) -> None:
         nonlocal next_notice
         place.check()
         if LAUNCHER.is_gone:
-            raise PeerError("the launcher has ended before all ranks had met")
-        waited, limit = time.monotonic() - begun, f"{patience / 60:g} minutes (run.peer_timeout_minutes)"
+            raise PeerError(f"the launcher has ended before all {kind}s had met")
+        waited = time.monotonic() - begun
         if waited >= patience:
             raise UserError(f"{whom()} did not come in {limit}; see why")
         if waited >= next_notice:
             next_notice = 2 * waited
-            say_in_one_write(f"[rank {place.rank}] has waited {waited:.0f} s for {whom()}; at most {limit}")
+            say_in_one_write(f"[{kind} {place.rank}] has waited {waited:.0f} s for {whom()}; at most {limit}")
         time.sleep(_POLL_SECONDS)
 
     store = None
@@ -82,14 +85,14 @@ def meet(place: Place) -> dist.Store:
         except (RuntimeError, OSError) as error:
             if place.is_host:
                 raise UserError(f"MASTER_PORT = {place.port}: {one_line(error)[:200]}; choose another") from None
-            wait(lambda: f"rank 0 at {at}")
+            wait(lambda: f"{kind} 0 at {at}")
     try:
         store.set(f"here-{place.rank}", "")
         store.add(_ARRIVED, 1)
         while store.add(_ARRIVED, 0) < place.size:
-            wait(lambda: f"rank {_absent(store, place.size)} of {place.size} at {at}")
+            wait(lambda: f"{kind} {_absent(store, place.size)} of {place.size} at {at}")
     except RuntimeError as error:
-        raise PeerError(f"lost rank 0 at {at} before all ranks had met: {one_line(error)[:200]}") from None
+        raise PeerError(f"lost {kind} 0 at {at} before all {kind}s had met: {one_line(error)[:200]}") from None
     store.set_timeout(place.patience)  # the group asks it for what a slower rank has yet to put there
     return store
 

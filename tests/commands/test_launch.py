@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -127,7 +128,7 @@ def test_a_rank_that_lost_another_has_not_failed_first(tmp_path: Path) -> None:
 def test_a_step_of_srun_has_one_agent_on_each_node() -> None:
     step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}
     with pytest.raises(UserError, match="8 of these on 2 nodes; start one on each: --ntasks-per-node=1"):
-        launch._meeting_place(step, 0)
+        launch._node_of_step(step)
 
 
 @pytest.mark.parametrize(
@@ -153,20 +154,42 @@ def test_a_wrong_limit_of_stalls_is_one_line(recipe: Path, monkeypatch: pytest.M
         launch.launch(["train", str(recipe)], 1, lambda: recipe.parent)
 
 
+def node_of_two(number: int, port: int) -> dict[str, str]:
+    """What a step of srun tells one of its two nodes, and where they meet."""
+    node = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3"}
+    return {**node, "SLURM_PROCID": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_nodes_of_srun_are_one_start_and_begin_again_together(recipe: Path, tmp_path: Path) -> None:
-    node = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3"}
-    node |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "KARAT_STALL_SECONDS": "90"}
     own = ("train.epochs=60", "checkpoint.every_steps=4", "train.eval_every_epochs=60")
-    nodes = [start(recipe, *own, ranks=1, SLURM_PROCID=str(number), **node) for number in range(2)]
-    wait_until(lambda: read(tmp_path / "run", "checkpoint") > 0, 120)
-    assert [sign.start for sign in read_signs(tmp_path / "run")] == ["7-0.3.0"] * 2
-    ranks_of(nodes[1])[0].kill()
-    for code, error in map(ended, nodes):
-        assert code == 0, error
-        assert "training begins again" in error
+    with socket.socket() as neighbour:  # of the job with the next number, which has the next port
+        neighbour.bind(("127.0.0.1", 0))
+        neighbour.listen()
+        port = neighbour.getsockname()[1] - 1
+        nodes = [
+            start(recipe, *own, ranks=1, KARAT_STALL_SECONDS="90", **node_of_two(number, port)) for number in range(2)
+        ]
+        wait_until(lambda: read(tmp_path / "run", "checkpoint") > 0, 120)
+        assert [sign.start for sign in read_signs(tmp_path / "run")] == ["7-0.3.0"] * 2
+        ranks_of(nodes[1])[0].kill()
+        for code, error in map(ended, nodes):
+            assert code == 0, error
+            assert "training begins again" in error
     assert [sign.start for sign in read_signs(tmp_path / "run")] == ["7-0.3.1"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_signal_ends_a_launcher_that_waits_for_another_node(recipe: Path, number: int) -> None:
+    process = start(recipe, **node_of_two(number, free_port()))
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith(f"[node {number}] has waited")
+    process.send_signal(signal.SIGTERM)
+    code, error = ended(process)
+    assert (code, error) == (75, "")
 
 
 @pytest.mark.slow

@@ -113,7 +113,7 @@ import os, time
 from datetime import timedelta
 from karat_scale.engine.peers import Place, meet
 rank = int(os.environ["RANK"])
-store = meet(Place("127.0.0.1", int(os.environ["MASTER_PORT"]), rank, 2, timedelta(minutes=5), 0))
+store = meet(Place("127.0.0.1", int(os.environ["MASTER_PORT"]), rank, 2, timedelta(minutes=5), "0"))
 if rank == 0:
     time.sleep(12)  # longer than one call to the store may take while the ranks meet
     store.set("late", "here")
