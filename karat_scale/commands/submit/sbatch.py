@@ -1,5 +1,7 @@
 """`karat submit`: fill in a recipe's sbatch script, show it, and submit it after confirmation."""
 
+import os
+import re
 import shlex
 import subprocess
 import sys
@@ -46,8 +48,11 @@ class Job:
         What it does not name is as in that script, or as in the environment.
         """
         directives = {**_directives(name), **options, **self.options}
+        spares = {}
+        if count := spare_nodes(name):
+            directives["no-kill"], spares = "", {"SPARES": str(count)}  # else SLURM ends a job that loses a node
         environment = {} if {"VENV", "CONDA_ENV", "CONTAINER"} & self.settings.keys() else _this_environment()
-        filled = {"KARAT_HOME": str(slurm_home()), **settings, **environment, **self.settings}
+        filled = {"KARAT_HOME": str(slurm_home()), **settings, **spares, **environment, **self.settings}
         lines = ["#!/usr/bin/env bash", "# Written by karat. To resume after a failure, submit it again.", ""]
         for key, value in directives.items():
             quoted = f'"{value}"' if " " in value else value  # sbatch splits a line at other blanks
@@ -104,7 +109,10 @@ def submit(recipe: str, overrides: Sequence[str], job: Job, gpu: str | None) -> 
         "RUN": str(run),
     }
     asked = {**_directives(SCRIPT), **job.options}
-    nodes, on_a_node = int(asked["nodes"]), int(asked["ntasks-per-node"])
+    most, on_a_node = int(asked["nodes"].rpartition("-")[2]), int(asked["ntasks-per-node"])  # the script may say 1-4
+    nodes = most - spare_nodes(SCRIPT)
+    if nodes < 1:
+        raise UserError(f"SPARES = {most - nodes} leaves none of --nodes={most} to train on; set fewer SPARES")
     taken = most_nodes(resolved, nodes, on_a_node)  # as launch.sh chooses
     if taken < nodes:
         said = f"note: takes {taken} of {nodes} nodes, over whose ranks the global batch divides; the rest stay idle"
@@ -128,6 +136,16 @@ def _directives(name: str) -> dict[str, str]:
     lines = (slurm_home() / "slurm" / name).read_text(encoding="utf-8").splitlines()
     options = [line.removeprefix("#SBATCH --").partition("=") for line in lines if line.startswith("#SBATCH --")]
     return {key: value for key, _, value in options}
+
+
+def spare_nodes(name: str) -> int:
+    """Return SPARES, which a script of slurm/ takes from the environment or has a default for. Raises UserError."""
+    texts = [(slurm_home() / "slurm" / file).read_text(encoding="utf-8") for file in (name, "launch.sh")]
+    (default, *_) = re.findall(r"^[^#\n]*\bSPARES:?=(?:\"?\$\{SPARES:-)?(\d+)", "\n".join(texts), re.MULTILINE)
+    spares = os.environ.get("SPARES") or default
+    if not spares.isdecimal():
+        raise UserError(f"SPARES = {spares}: should be a whole number")
+    return int(spares)
 
 
 def _this_environment() -> dict[str, str]:

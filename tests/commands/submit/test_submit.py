@@ -1,6 +1,7 @@
 """`karat submit` writes a script that sbatch takes as it is."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.commands.cli import main
-from karat_scale.commands.submit.sbatch import SCRIPT, Job
+from karat_scale.commands.submit.sbatch import SCRIPT, Job, slurm_home
 from karat_scale.commands.submit.within_job import most_nodes
 from karat_scale.recipe.loading import load_recipe
 from tests.commands.status.terminal import on_a_terminal
@@ -136,6 +137,32 @@ def test_the_plan_is_for_the_nodes_that_the_batch_divides(tmp_path: Path, capsys
     assert "note: takes 2 of 3 nodes" in printed.err
 
 
+def test_spare_nodes_train_nothing(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARES", "1")
+    lines = script_of(tmp_path, "--nodes=4", "--gpus-per-node=4").splitlines()
+    assert "note: takes 2 of 3 nodes" in capsys.readouterr().err
+    assert "SPARES=1" in lines
+    assert "#SBATCH --no-kill" in lines
+    for spares, line in {
+        "4": "SPARES = 4 leaves none of --nodes=4 to train on",
+        "one": "SPARES = one: should be",
+    }.items():
+        monkeypatch.setenv("SPARES", spares)
+        assert main(["submit", RECIPE[0], "data.path=/shards", f"run.dir={tmp_path}", "--nodes=4", "--print"]) == 2
+        assert line in capsys.readouterr().err
+
+
+def test_the_scripts_own_nodes_and_spares_count(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(slurm_home() / "slurm", tmp_path / "slurm")
+    script = tmp_path / "slurm" / SCRIPT
+    script.write_text(script.read_text().replace("--nodes=1", "--nodes=1-4\nSPARES=${SPARES:-1}"))
+    monkeypatch.setattr("karat_scale.commands.submit.sbatch.slurm_home", lambda: tmp_path)
+    script_of(tmp_path, "--gpus-per-node=4")
+    assert "note: takes 2 of 3 nodes" in capsys.readouterr().err
+
+
 @SLOW
 def test_an_evaluation_that_would_not_fit_gets_a_smaller_batch(tmp_path: Path, capsys: Capture) -> None:
     recipe = tmp_path / "large.yaml"
@@ -177,6 +204,6 @@ def test_the_largest_number_of_nodes_that_the_batch_divides(overrides: tuple[str
 @pytest.mark.parametrize("recipe", [("train", *RECIPE), ("detect", "coco_mask_rcnn_vit_base", "data.path=/coco")])
 def test_the_launch_wrapper_gets_a_number(recipe: tuple[str, ...]) -> None:
     module = ("-m", "karat_scale.commands.submit.within_job")
-    command = [sys.executable, *module, "nodes", "3", "4", *recipe, "train.global_batch=96"]
+    command = [sys.executable, *module, "nodes", "3", "4", *recipe, "train.global_batch=96", "--trust"]
     done = subprocess.run(command, env=karat_environment(), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
