@@ -36,9 +36,10 @@ STAGE=${STAGE:-}         # a local disk of the node for a copy of the shards, su
 source "$KARAT_HOME/slurm/launch.sh" || exit 2
 enter_environment
 [[ -n $FROM ]] || refuse "FROM is not set; give the directory of a run: FROM=DIR sbatch $0"
-[[ -d $FROM/checkpoints ]] || refuse "FROM = $FROM is not a run's directory: it has no checkpoints"
+[[ -d $FROM/checkpoints ]] || refuse "FROM = $FROM is not a run's directory: it has no checkpoints; karat fetch makes one from a URL"
 NAME=$(cat "$FROM/checkpoints/$CHECKPOINT" 2>/dev/null || echo "$CHECKPOINT")
 BEGIN=(${SHARDS:+"data.path=$SHARDS"} "run.dir=$RUN" "resume.from=" "init_from=$FROM/checkpoints/$NAME")
+[[ $RECIPE != "$FROM/recipe.yaml" ]] || BEGIN+=("checkpoint.url=") # which that run has for itself
 check_recipe train "$RECIPE" "${BEGIN[@]}" "$@"
 count_restart
 stage_shards "$SHARDS"

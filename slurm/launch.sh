@@ -47,6 +47,10 @@ for argument in "$@"; do
   esac
 done
 
+for name in IDLE_RESTARTS SPARES; do
+  [[ ${!name} =~ ^[0-9]+$ ]] || refuse "$name = ${!name}: should be a whole number"
+done
+
 # How often the ranks have started again in this job, and why; the nodes that train; those left out, and what the others
 # said; whether the job was told to stop.
 ATTEMPT=0 FAILURE='' NODES='' LOST='' ANSWERS='' TOLD=''
@@ -57,11 +61,11 @@ trap 'requeue "told to stop before the start"' USR2 TERM
 enter_environment() {
   [[ -n ${SLURM_JOB_ID:-} ]] || refuse "this is a batch script: run it by sbatch"
   local name
+  # Their scripts read variables that may be unset.
+  set +u
   for name in ${MODULES:-}; do
     module load "$name" || refuse "MODULES = $MODULES: \`module load $name\` failed"
   done
-  # Their scripts read variables that may be unset.
-  set +u
   if [[ -n ${VENV:-} ]]; then
     [[ -f $VENV/bin/activate ]] || refuse "VENV = $VENV: no bin/activate there"
     # shellcheck source=/dev/null
@@ -122,6 +126,7 @@ stage_shards() {
 
 launch() {
   local per_node=${SLURM_NTASKS_PER_NODE:-1} gpus=${SLURM_GPUS_ON_NODE:-0} cpus=${SLURM_CPUS_PER_TASK:-1}
+  unset SLURM_CPUS_PER_TASK # beside it, srun warns that an agent, with the cores of all its ranks, may never run
   [[ $gpus == 0 || $gpus == "$per_node" ]] ||
     refuse "$gpus GPUs but $per_node tasks a node; set --ntasks-per-node to --gpus-per-node"
   local nodes=$((SLURM_JOB_NUM_NODES - SPARES)) most
@@ -133,7 +138,6 @@ launch() {
     nodes=$most
   fi
   ((nodes == SLURM_JOB_NUM_NODES)) || leave_out_nodes "$nodes"
-  MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # below the ports that kernels hand out
   export MASTER_ADDR MASTER_PORT KARAT_STALL_SECONDS=$STALL_SECONDS KARAT_START KARAT_RANK_WRAPPER
   while :; do
     KARAT_START=$JOB-${SLURM_RESTART_COUNT:-0}
@@ -146,6 +150,8 @@ launch() {
     MASTER_ADDR=${NODES%%$'\n'*}${HOST_SUFFIX:-}
     KARAT_RANK_WRAPPER=bash$'\t'$KARAT_HOME/slurm/rank.sh$'\t'$LOGS
     say "start $((${SLURM_RESTART_COUNT:-0} + 1))${KARAT_START#"$JOB-${SLURM_RESTART_COUNT:-0}"}: $((nodes * per_node)) ranks on $SLURM_JOB_NODELIST, logs in $LOGS"
+    # Below the ports that kernels hand out; another one at each start, as this one may be taken.
+    MASTER_PORT=$((20000 + (SLURM_JOB_ID + 1000 * ATTEMPT) % 10000))
     # What an earlier step left must not hold it up.
     srun --nodes="$nodes" --nodelist="${NODES//$'\n'/,}" --ntasks="$nodes" --ntasks-per-node=1 \
       --cpus-per-task="$((cpus * per_node))" --overlap --kill-on-bad-exit=1 --unbuffered \
@@ -160,11 +166,11 @@ launch() {
     ! runs || leave_step "$nodes" "$per_node"
     finish "$((nodes * per_node))"
     [[ $1 != eval ]] || fail
+    trap 'requeue "told to stop before the start"' USR2 TERM # as above, for the next start
+    [[ -z $TOLD ]] || requeue "$FAILURE"
     leave_out_nodes "$nodes"
     ATTEMPT=$((ATTEMPT + 1))
     count_restart
-    trap 'requeue "told to stop before the start"' USR2 TERM # as above, for the next start
-    [[ -z $TOLD ]] || requeue "$FAILURE"
     say "$FAILURE; the ranks start again"
   done
 }
@@ -173,10 +179,9 @@ run_alone() {
   local code
   "$@" &
   STEP=$!
-  trap 'kill -TERM "$STEP"; requeue "told to stop"' USR2 TERM
+  trap 'kill -TERM "$STEP" 2>/dev/null; requeue "told to stop"' USR2 TERM
   wait "$STEP"
   code=$?
-  trap - USR2 TERM
   ((code == 0)) || exit "$code"
 }
 
@@ -199,6 +204,8 @@ finish() {
   [[ -n $first ]] || first=$(grep -h '^76 ' "$LOGS"/rank-*.exit 2>/dev/null | head -n 1)
   if [[ -s $LOGS/verdict ]]; then
     FAILURE=$(cat "$LOGS/verdict")
+  elif [[ -n $TOLD && -z $codes ]]; then
+    requeue "told to stop"
   elif [[ -n $first || $(grep -c . <<<"$codes") -lt $ranks ]]; then
     describe_failure "$first"
     [[ $first != "2 "* ]] || fail 2
@@ -288,8 +295,12 @@ look_at() {
 }
 
 requeue() {
-  local state
-  state=$(squeue --noheader --jobs="$JOB" --format=%T 2>/dev/null)
+  local state try
+  for try in 1 2 3; do # a busy controller may not answer at once
+    ((try == 1)) || sleep 5
+    # Of a heterogeneous job, it tells each part's.
+    state=$(squeue --noheader --jobs="$JOB" --format=%T 2>/dev/null | sort -u) && break
+  done
   if [[ $state != RUNNING ]]; then # cancelled, or SLURM is requeueing it
     say "$1; not requeued, the job is ${state:-unknown}"
     exit 75

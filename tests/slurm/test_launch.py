@@ -84,13 +84,30 @@ def test_the_preparation_refuses_options_that_it_sets(option, line) -> None:
     assert shown.startswith(line)
 
 
+@pytest.mark.parametrize("setting", ["SPARES", "IDLE_RESTARTS"])
+def test_what_is_no_number_is_one_line(setting: str) -> None:
+    done = run("evaluate.sh", **{setting: "-1"})
+    assert (done.returncode, done.stderr) == (2, f"error: {setting} = -1: should be a whole number\n")
+
+
+def test_modules_may_read_variables_that_are_unset(tmp_path: Path) -> None:
+    (tmp_path / "modules").write_text('module() { echo "$2 $NOWHERE_SET"; }\n')
+    done = run("evaluate.sh", MODULES="cuda/12.6", BASH_ENV=str(tmp_path / "modules"))
+    assert done.stdout == "cuda/12.6 \n"
+    assert done.stderr == "error: VENV = /nowhere: no bin/activate there\n"
+
+
 @pytest.mark.parametrize("source", ["base", "base/"])
 def test_a_fine_tuned_run_is_beside_its_source(source, tmp_path) -> None:
     (tmp_path / "base" / "checkpoints").mkdir(parents=True)
     # In place of a container: notes what would run in it, and the check of the recipe ends the script.
     stub(tmp_path, "note", f'echo "$@" >>{tmp_path}/noted; case $* in *--version) ;; *) exit 2 ;; esac')
     run("finetune.sh", VENV="", CONTAINER=str(tmp_path / "note"), FROM=f"{tmp_path}/{source}")
-    assert f" run.dir={tmp_path}/base-finetune " in (tmp_path / "noted").read_text()
+    noted = (tmp_path / "noted").read_text()
+    assert f" run.dir={tmp_path}/base-finetune " in noted
+    assert " checkpoint.url= " in noted  # where the source is copied to, which is in its recipe
+    run("finetune.sh", VENV="", CONTAINER=str(tmp_path / "note"), FROM=f"{tmp_path}/{source}", RECIPE="own.yaml")
+    assert "checkpoint.url" not in (tmp_path / "noted").read_text().splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -99,8 +116,14 @@ def test_a_fine_tuned_run_is_beside_its_source(source, tmp_path) -> None:
     ids=["job", "element"],
 )
 def test_a_job_and_an_element_of_an_array_requeue_themselves(element: dict[str, str], job: str, tmp_path: Path) -> None:
-    # To the array's own id squeue answers with every element.
-    stub(tmp_path, "squeue", f"case $* in *--jobs={job}\\ *) echo RUNNING ;; *) echo RUNNING; echo PENDING ;; esac")
+    # To the array's own id squeue answers with every element, and for a heterogeneous job with each part. It is busy.
+    stub(
+        tmp_path,
+        "squeue",
+        f"mkdir {tmp_path}/asked_once && exit 1\n"
+        f"case $* in *--jobs={job}\\ *) echo RUNNING; echo RUNNING ;; *) echo RUNNING; echo PENDING ;; esac",
+    )
+    stub(tmp_path, "sleep", ":")
     stub(tmp_path, "scontrol", f'echo "$@" >>{tmp_path}/asked; exit 1')
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "812", **element}
     done = subprocess.run(
@@ -150,6 +173,35 @@ def test_a_signal_before_a_step_begins_requeues_the_job(call: int, tmp_path: Pat
     assert done.returncode == 75, done.stderr
     assert done.stdout.endswith("told to stop before the start; requeued\n")
     assert len([*(tmp_path / "run" / "logs").glob("*/*.exit")]) == call // 4
+
+
+def test_another_start_of_the_ranks_has_another_port(tmp_path: Path) -> None:
+    stub(tmp_path, "scontrol", "echo n1")
+    stub(
+        tmp_path,
+        "agent",
+        f'logs=${{KARAT_RANK_WRAPPER##*\t}}; cd {tmp_path}; touch "$logs/rank-00000.log"\n'
+        "echo $MASTER_PORT $SLURM_CPUS_PER_TASK >>ports\n"
+        '[ $(wc -l <ports) = 2 ]; echo "$? n1 1.0 0" >"$logs/rank-00000.exit"',
+    )
+    done = in_a_job(tmp_path, tmp_path / "run", "KARAT=(agent); launch train recipe", SLURM_CPUS_PER_TASK="2")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ports").read_text() == "20812\n21812\n"  # and srun need not warn of the agent's cores
+
+
+def test_a_signal_while_the_nodes_wait_for_each_other_requeues_the_job(tmp_path: Path) -> None:
+    stub(tmp_path, "scontrol", "[ $1 = show ] && echo n1")
+    stub(tmp_path, "agent", f"kill -USR2 $(cat {tmp_path}/job); sleep 0.5; exit 75")
+    done = in_a_job(tmp_path, tmp_path / "run", f"echo $$ >{tmp_path}/job; KARAT=(agent); launch train recipe")
+    assert done.returncode == 75, done.stderr
+    assert done.stdout.endswith("told to stop; requeued\n")
+
+
+def test_a_signal_between_two_commands_requeues_the_job(tmp_path: Path) -> None:
+    stub(tmp_path, "scontrol", "exit 1")
+    done = in_a_job(tmp_path, tmp_path / "run", "run_alone true; kill -USR2 $$; run_alone true")
+    assert done.returncode == 75, done.stderr
+    assert done.stdout.endswith("told to stop; requeued\n")
 
 
 @pytest.mark.slow

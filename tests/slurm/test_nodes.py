@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import events, summary
 from tests.nvml import nvml_environment
 from tests.slurm.cluster import Cluster, wait_until
@@ -25,8 +27,9 @@ def test_two_nodes_train_what_one_process_trains(on_two_nodes, uninterrupted) ->
     assert summary(on_two_nodes)["data_digest"] == summary(uninterrupted)["data_digest"]
 
 
-def test_a_killed_node_brings_the_job_back(train, on_two_nodes, cluster) -> None:
-    job = train(options=("--nodes=2",))
+@pytest.mark.parametrize("keeps", [(), ("--no-kill",)], ids=["SLURM requeues", "the script requeues"])
+def test_a_killed_node_brings_the_job_back(train, on_two_nodes, cluster, keeps) -> None:
+    job = train(options=("--nodes=2", *keeps))
     wait_for(job, "checkpoint", 3)
     cluster.kill_node(cluster.nodes[1])
     try:
@@ -34,6 +37,7 @@ def test_a_killed_node_brings_the_job_back(train, on_two_nodes, cluster) -> None
     finally:
         cluster.start_node(cluster.nodes[1])
     assert_ends_like(job, on_two_nodes)
+    assert (f"lost {cluster.nodes[1]}; requeued" in job.log) == bool(keeps)
 
 
 def test_a_spare_node_takes_the_place_of_a_lost_one(

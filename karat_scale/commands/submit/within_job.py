@@ -1,6 +1,6 @@
 """What slurm/launch.sh asks within a job: how many of its nodes can train a recipe, which rank hangs, which GPU is bad.
 
-    python -m karat_scale.commands.submit.within_job nodes NODES RANKS_PER_NODE COMMAND RECIPE [key=value ...]
+    python -m karat_scale.commands.submit.within_job nodes NODES RANKS_PER_NODE COMMAND RECIPE [key=value ...] [--trust]
     python -m karat_scale.commands.submit.within_job watch RUN --ranks N --stall LIMITS
     python -m karat_scale.commands.submit.within_job faults
 
@@ -15,7 +15,6 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,8 @@ from karat_scale.engine.heartbeat import (
     slow_factor,
     this_start,
 )
+from karat_scale.foundation.arguments import add_trust
+from karat_scale.foundation.errors import run_script
 from karat_scale.foundation.machine import gpu_faults
 
 if TYPE_CHECKING:
@@ -132,17 +133,8 @@ def most_nodes(recipe: "RunRecipe", nodes: int, ranks_per_node: int) -> int:
     return nodes
 
 
-def nodes_of(command: str, recipe: str, overrides: Sequence[str], nodes: int, ranks_per_node: int) -> int:
-    """Print `most_nodes` of a command's recipe; returns the exit code. Raises RecipeError as `load_recipe`."""
-    from karat_scale.foundation.tables import SCHEMAS, load
-    from karat_scale.recipe.loading import load_recipe
-
-    print(most_nodes(load_recipe(recipe, overrides, load(SCHEMAS[command])), nodes, ranks_per_node))
-    return 0
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Answer the question; returns the exit code."""
+    """Answer the question; returns the exit code. Raises RecipeError as `load_recipe`."""
     parser = argparse.ArgumentParser(description=__doc__)
     questions = parser.add_subparsers(dest="question", required=True)
     hang = questions.add_parser("watch", help="end with a named rank when a job hangs")
@@ -152,7 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
     most = questions.add_parser("nodes", help="print how many nodes can train")
     for name, kind in (("nodes", int), ("ranks_per_node", int), ("command", str), ("recipe", str)):
         most.add_argument(name, type=kind)
-    most.add_argument("overrides", nargs=argparse.REMAINDER)
+    most.add_argument("overrides", nargs="*", default=[])
+    add_trust(most)
     questions.add_parser("faults", help="print what is not sound about this node's GPUs")
     options = parser.parse_args(arguments)
     if options.question == "faults":
@@ -162,8 +155,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.question == "watch":
         print(f"error: {watch(options.run, options.ranks, options.stall, threading.Event())}", flush=True)
         return EXIT_STALLED
-    return nodes_of(options.command, options.recipe, options.overrides, options.nodes, options.ranks_per_node)
+    from karat_scale.foundation.tables import SCHEMAS, load
+    from karat_scale.recipe.loading import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides, load(SCHEMAS[options.command]))
+    print(most_nodes(recipe, options.nodes, options.ranks_per_node))
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)
