@@ -147,7 +147,9 @@ def _run(
             os.environ |= {STOPPED: str(stopped), START: stopped.parent.name if nodes == 1 else _step(attempt)}
         try:
             host, held[:] = _meet(node, nodes, told)
-        except StoppedError:
+        except (StoppedError, PeerError):
+            if not told:  # else node 0 may have stopped first
+                raise
             print("stopped before all nodes had met; run the same command to resume", flush=True)
             return EXIT_STOPPED, ""
         config = LaunchConfig(
