@@ -20,7 +20,7 @@ from datetime import timedelta
 from itertools import count, takewhile
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -146,7 +146,7 @@ def _run(
         if WRAPPER not in os.environ:
             os.environ |= {STOPPED: str(stopped), START: stopped.parent.name if nodes == 1 else _step(attempt)}
         try:
-            host, held[:] = _meet(node, nodes, told)
+            endpoint, held[:] = _meet(node, nodes, told)
         except (StoppedError, PeerError):
             if not told:  # else node 0 may have stopped first
                 raise
@@ -158,7 +158,7 @@ def _run(
             nproc_per_node=ranks,
             run_id=f"attempt-{attempt}",
             rdzv_backend="static",  # the number of a node is the same at each start
-            rdzv_endpoint=f"{host}:{held[0].underlying_store.port}",
+            rdzv_endpoint=endpoint,
             rdzv_configs={"rank": node},
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=files),
@@ -184,7 +184,7 @@ def _node_of_step(environ: Mapping[str, str]) -> tuple[int, int]:
 
 
 def _meet(node: int, nodes: int, told: Sequence[int]) -> "tuple[str, list[PrefixStore]]":
-    """Wait for the launchers of all nodes; returns the host and the store, which the agents and the ranks use, too.
+    """Wait for the launchers of all nodes; returns where, and the store, which the agents and the ranks use, too.
 
     torch's own meeting would wait where no signal can end it. A node that is early finds nothing that the last meeting
     left, as each start has names of its own.
@@ -203,7 +203,8 @@ def _meet(node: int, nodes: int, told: Sequence[int]) -> "tuple[str, list[Prefix
             raise StoppedError
 
     host, port = ("127.0.0.1", 0) if nodes == 1 else meeting_place()
-    return host, [meet(Place(host, port, node, nodes, _MEETING, "launchers", check, "node"))]
+    store: Any = meet(Place(host, port, node, nodes, _MEETING, "launchers", check, "node"))
+    return f"{host}:{store.underlying_store.port}", [store]
 
 
 def _step(attempt: int) -> str:
