@@ -6,6 +6,7 @@ Each part is a command that a user could type. A finished part is skipped, and a
 import contextlib
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -66,9 +67,11 @@ def quickstart() -> int:
 def _run(*arguments: str) -> None:
     print(f"$ karat {shlex.join(arguments)}", flush=True)
     with subprocess.Popen([sys.executable, "-m", "karat_scale", *arguments]) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # or it would train on, alone
         while process.poll() is None:
             with contextlib.suppress(KeyboardInterrupt):  # the terminal sends it to the process, too, which then saves
                 process.wait()
+        signal.signal(signal.SIGTERM, before)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, process.args)
 

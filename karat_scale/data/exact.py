@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from karat_scale.data.batch import BITS, Batch, with_digest
 from karat_scale.data.loading.device_feed import DeviceFeed
 from karat_scale.data.plan import PADDING, BatchSlice, EvalPlan, TrainPlan, choose_micro_batch
 from karat_scale.data.shards.shard_format import DATASET_FILE, beton_path
-from karat_scale.foundation.errors import DataError, RecipeError
+from karat_scale.foundation.errors import DataError, RecipeError, UserError
 from karat_scale.foundation.machine import launch_environment
 from karat_scale.foundation.stores import is_url
 from karat_scale.recipe import AugmentConfig, DataConfig
@@ -118,10 +118,11 @@ class ExactLoader(_Loader):
         if options.get("order") == "stream":
             raise RecipeError("order = stream: only `karat train` reads a stream; use full or block")
         images_only = {"image_size": image_size, "augment": augment, "dtype": dtype, "num_classes": num_classes}
-        spec, source = open_source(data, split, True, seed, workers, images_only, transform, collate, options)
-        mixes = not isinstance(source, OwnSamples) and spec.augment.mixes
-        micro = choose_micro_batch(global_batch, world_size, micro_batch, even=mixes)
-        plan = source.plan(global_batch, micro, rank, world_size, lanes=0)
+        with named_as_arguments():
+            spec, source = open_source(data, split, True, seed, workers, images_only, transform, collate, options)
+            mixes = not isinstance(source, OwnSamples) and spec.augment.mixes
+            micro = choose_micro_batch(global_batch, world_size, micro_batch, even=mixes)
+            plan = source.plan(global_batch, micro, rank, world_size, lanes=0)
         self._set_up(spec, plan, source, _usable(device), dtype, epochs)
         self._total_digest = total_digest
 
@@ -309,7 +310,8 @@ class EvalLoader(_Loader):
         if batch < 1:
             raise RecipeError(f"batch = {batch}: expected 1 or more")
         images_only = {"image_size": image_size, "augment": augment, "dtype": dtype}
-        spec, source = open_source(data, split, False, 0, workers, images_only, transform, collate, options)
+        with named_as_arguments():
+            spec, source = open_source(data, split, False, 0, workers, images_only, transform, collate, options)
         plan = EvalPlan(source.num_val, batch, rank, world_size)
         self._set_up(source.eval_batches, plan, _usable(device))
         self._source, self._drop_empty = source, drop_empty
@@ -399,7 +401,28 @@ def _usable(device: torch.device | str) -> torch.device:
 
 # The keys of `data` that have an argument, and those that also apply to a dataset of one's own.
 _ARGUMENTS = {"path": "data", "train_split": "split", "val_split": "split"}
+_OF_KEYS = {
+    "train.global_batch": "global_batch",
+    "train.micro_batch": "micro_batch",
+    "data.train_split": "split",
+    "data.val_split": "split",
+    "data.path": "data",
+    "data.backend": "backend",
+}
 _FOR_ALL = ("order", "block_samples", "window_blocks", "prefetch", "timeout")
+
+
+@contextmanager
+def named_as_arguments() -> Iterator[None]:
+    """Let an error that names keys of a recipe name the loader's arguments."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for key, argument in _OF_KEYS.items():
+            text = text.replace(key, argument)
+        error.args = (text,)
+        raise
 
 
 def open_source(
@@ -426,6 +449,9 @@ def open_source(
         raise RecipeError(f"image_size = {image_size}: expected 1 or more")
     if not -(2**63) <= seed < 2**63:
         raise RecipeError(f"seed = {seed}: expected a number of 64 bits with sign; use seed % 2**63")
+    if "batch_size" in options:
+        arguments = "global_batch, of all ranks together, or micro_batch" if trains else "batch"
+        raise RecipeError(f"batch_size: the argument is {arguments}")
     for key, argument in _ARGUMENTS.items():
         if key in options and (trains or key != "train_split"):
             raise RecipeError(f"{key} = {options[key]}: use the argument {argument} instead")

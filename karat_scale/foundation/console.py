@@ -166,32 +166,33 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]
     """
     what, console = printable(what), terminal(stderr=True)
     bars = ProgressBars(console) if console else None
-    done = 0
+    done, told = 0, -1
     started = reported = time.monotonic()
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
         if bars is not None:
-            bars.move(what, done, total, f"{rate():,.0f} {unit}/s", keep=True)
+            bars.move(what, done, total, f"{rate()} {unit}/s", keep=True)
         elif time.monotonic() - reported >= PLAIN_LINE_SECONDS:
             report()
 
-    def rate() -> float:
-        return done / max(time.monotonic() - started, 1e-9)
+    def rate() -> str:
+        found = done / max(time.monotonic() - started, 1e-9)
+        return f"{found:,.0f}" if found >= 10 else f"{found:.2g}"
 
     def report() -> None:
-        nonlocal reported
-        reported = time.monotonic()
-        left = (total - done) / rate() if done else 0
-        print(f"{what}: {done} of {total} {unit}, {rate():,.0f} a second, {left:.0f} s left", flush=True)
+        nonlocal reported, told
+        reported, told = time.monotonic(), done
+        left = (total - done) * (reported - started) / done if done else 0
+        print(f"{what}: {done} of {total} {unit}, {rate()} a second, {left:.0f} s left", flush=True)
 
     try:
         yield advance
     finally:
         if bars is not None:
             bars.stop()
-    if bars is None:
+    if bars is None and told != done:
         report()
 
 

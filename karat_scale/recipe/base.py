@@ -20,6 +20,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, core_schema
 from typing_extensions import Self
 
+from karat_scale.foundation.errors import did_you_mean
 from karat_scale.foundation.stores import check_url, check_writable, is_url
 from karat_scale.foundation.tables import TRACKERS
 
@@ -73,6 +74,8 @@ class OneOf:
             return value
         *others, last = [*map(repr, self.names), *(["package.module:Class"] if self._places else [])]
         text = f"{', '.join(others)} or {last}" if others else last
+        if isinstance(value, str) and (hint := did_you_mean(value, self.names)):
+            text += f"; {hint}"
         raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": text})
 
 

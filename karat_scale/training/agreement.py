@@ -22,6 +22,7 @@ from functools import partial
 from karat_scale.engine.distributed import World
 from karat_scale.engine.reporting.goodput import WallTime
 from karat_scale.foundation.console import duration
+from karat_scale.foundation.errors import EXIT_INTERRUPTED
 from karat_scale.foundation.machine import LAUNCHER
 
 _POLL_SECONDS = 1.0
@@ -79,7 +80,7 @@ class StopSignals:
             return
         if self._is_interrupted:
             os.write(2, b"\nquit at once; what came after the last checkpoint is lost\n")
-            os._exit(1)
+            os._exit(EXIT_INTERRUPTED)
         self._is_interrupted = True
         if os.environ.get("RANK", "0") == "0":
             os.write(2, b"\nstopping: the state is saved first; Ctrl-C again quits at once\n")

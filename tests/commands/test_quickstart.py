@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ def save(*_):
     print("saved", flush=True)
     sys.exit(75)
 signal.signal(signal.SIGINT, save)
+signal.signal(signal.SIGTERM, save)
 print("trains", flush=True)
 time.sleep(60)
 """
@@ -35,7 +37,10 @@ except subprocess.CalledProcessError as error:
 """
 
 
-def test_ctrl_c_waits_until_the_run_has_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("send", "number"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)])
+def test_a_signal_waits_until_the_run_has_saved(
+    tmp_path: Path, send: Callable[[int, int], None], number: signal.Signals
+) -> None:
     program = tmp_path / "python"
     program.write_text(SAVES)
     program.chmod(0o755)
@@ -44,7 +49,7 @@ def test_ctrl_c_waits_until_the_run_has_saved(tmp_path: Path) -> None:
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True) as shell:
         assert shell.stdout is not None
         assert [shell.stdout.readline() for _ in range(2)] == ["$ karat train\n", "trains\n"]
-        os.killpg(shell.pid, signal.SIGINT)  # as a terminal does
+        send(shell.pid, number)  # a terminal tells the whole group, docker stop only the command itself
         assert shell.stdout.read() == "saved\n75\n"
 
 

@@ -1,8 +1,10 @@
+import itertools
 import json
 import os
 import signal
 import sys
 import threading
+import time
 
 from karat_scale.foundation.console import (
     ProgressBars,
@@ -43,6 +45,20 @@ def test_a_table_in_a_file_is_aligned_lines_and_progress_a_last_line(capsys):
     assert shown.err == ""
     assert shown.out.startswith("copying: 3 of 3 files, ")
     assert shown.out.endswith(" a second, 0 s left\n")
+    assert shown.out.count("\n") == 1
+
+
+def test_slow_progress_has_a_rate_above_0_and_no_line_twice(capsys, monkeypatch) -> None:
+    seconds = itertools.count(0, 20)
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(seconds)))
+    with progress("training again", 2, "steps") as advance:
+        advance(1)
+        advance(1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "training again: 1 of 2 steps, 0.025 a second, 40 s left",
+        "training again: 2 of 2 steps, 0.02 a second, 0 s left",
+    ]
 
 
 def test_a_terminal_gets_tables_and_bars(capsys, monkeypatch) -> None:

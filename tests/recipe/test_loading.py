@@ -50,6 +50,8 @@ def message(path: Path | str, *overrides: str) -> str:
         ("train.epochs=010", ["override 'train.epochs=010'", "quote it"]),
         ("train.epochs=1:30", ["override 'train.epochs=1:30'", "quote it"]),
         ("attention.blocks={8: {kind: [karat]}}", ["attention.blocks.8.kind", "'softmax', 'karat'"]),
+        ("attention.kind=kart", ["attention.kind = 'kart'", "did you mean karat?"]),
+        ("train.steps=3", ["train.steps: unknown key", "did you mean train.max_steps?"]),
         ("attention.grdi=3", ["attention.grdi", "did you mean attention.grid?"]),
         ("lr=3", ["lr: unknown key", "did you mean optim.lr?"]),
         ("batch_size=64", ["batch_size: unknown key", "did you mean train.global_batch or train.micro_batch?"]),

@@ -143,7 +143,7 @@ karat_scale {version}; these are the {kind} weights after step {step}.
 ## Use
 
 ```python
-import karat_scale.timm_models  # from an installed clone of karat_scale
+import karat_scale.timm_models  # karat_scale must be installed, from its wheel or its clone
 import timm
 from PIL import Image, ImageOps
 

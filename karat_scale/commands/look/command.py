@@ -313,8 +313,10 @@ def look_at_data(path: str, images: int, classes: int, out: str, json_file: str 
     write_json(json_file, {one.name: one.numbers() for one in facts})
     for one in facts:
         _print_split(one)
+        if unknown := one.per_class.keys() - facts[0].per_class.keys():
+            print(f"{one.name} has classes that {facts[0].name} does not have: {', '.join(sorted(unknown)[:5])}")
     write_page(Path(out), str(directory), facts, pictures)
-    print(f"\n{out}")
+    print(f"\npage: {out}")
     return 0
 
 
@@ -364,7 +366,10 @@ def _print_split(facts: SplitFacts) -> None:
     rows = [row for row in rows if len(row) > 1]
     print_table(f"of {numbers['sampled']} sampled images", ["", "smallest", "5 %", "median", "95 %", "largest"], rows)
     print("  " + ", ".join(f"{count} {kind}" for kind, count in facts.kinds.most_common()))
-    for key, what in facts.odd[:10]:
-        print(printable(f"  odd: {key}: {what}"))
-    if len(facts.odd) > 10:
-        print(f"  and {len(facts.odd) - 10} more odd images; the page lists them")
+    alike: dict[str, list[str]] = {}
+    for key, what in sorted(facts.odd, key=lambda one: not one[1].startswith("cannot")):  # what stops a training first
+        alike.setdefault(what, []).append(key)
+    for what, keys in itertools.islice(alike.items(), 10):
+        print(printable(f"  odd: {keys[0]}{f' and {len(keys) - 1:,} more' if len(keys) > 1 else ''}: {what}"))
+    if len(alike) > 10:
+        print(f"  and {sum(map(len, alike.values())) - 10:,} more; the page lists all")

@@ -285,7 +285,8 @@ class FolderSplit(ImageSource):
         shard_format.check_class_count(self._folder, len(self.classes), num_classes)
         if unknown := sorted(set(found) - set(self.classes)):
             raise DataError(
-                f"{self._folder / unknown[0]} is a class that the training split does not have; {FOLDER_FIX}"
+                f"{self._folder / unknown[0]} is a class that the training split does not have; remove it here, or add it "
+                "there"
             )
         numbers = {name: label for label, name in enumerate(self.classes) if name in found}
         visible: list[tuple[int, bytes]] = []
@@ -357,6 +358,8 @@ def class_folders(folder: Path) -> list[str]:
     try:
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
     except FileNotFoundError:
+        if not folder.parent.exists():
+            raise DataError(f"{folder.parent} does not exist; {FOLDER_FIX}") from None
         beside = sorted(path.name for path in folder.parent.glob("*/"))
         if more := len(beside[MOST_SPLITS:]):
             fix = f" and {more:,} more; if these are classes, move them into {folder}"

@@ -92,11 +92,14 @@ def test_odd_images_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "data/train/<b>cat</b>"
     folder.mkdir(parents=True)
     (tmp_path / "data/train/empty").mkdir()
+    (tmp_path / "data/val/dog").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "data/val/dog/one.jpg")
     plain = Image.new("RGB", (64, 64))
     plain.save(folder / "fine.jpg")
     exif = Image.Exif()
     exif[274] = 6
-    plain.save(folder / "turned.jpg", exif=exif)
+    for name in ("turned.jpg", "turned2.jpg"):
+        plain.save(folder / name, exif=exif)
     Image.new("RGB", (300, 40)).save(folder / "narrow.jpg")
     Image.new("CMYK", (64, 64)).save(folder / "cmyk.jpg")
     (folder / "broken.jpg").write_bytes(b"no image")
@@ -104,10 +107,14 @@ def test_odd_images_are_named(tmp_path: Path) -> None:
     said = karat_says("data", str(tmp_path / "data"), "--json", str(out), "--out", str(tmp_path / "p.html"))
     train = json.loads(out.read_text())["train"]
     odd = {Path(one["image"]).name: one["what"] for one in train["odd"]}
-    assert odd.keys() == {"turned.jpg", "narrow.jpg", "cmyk.jpg", "broken.jpg"}
+    assert odd.keys() == {"turned.jpg", "turned2.jpg", "narrow.jpg", "cmyk.jpg", "broken.jpg"}
     assert odd["broken.jpg"].startswith("cannot be read")
     assert train["empty_classes"] == ["empty"]
     assert "without images: empty" in said
+    first, *others = [line for line in said.splitlines() if line.startswith("  odd: ")]
+    assert "broken.jpg: cannot be read" in first
+    assert any("turned.jpg and 1 more: its EXIF orientation is 6" in line for line in others)
+    assert "val has classes that train does not have: dog" in said
     assert "<b>cat</b>" not in (tmp_path / "p.html").read_text()
 
 

@@ -377,7 +377,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"augment": {"hflp": 0.5}}, "hflp: unknown key; did you mean hflip?"),
     ({"prefetsh": 2}, "prefetsh: unknown key; did you mean prefetch?"),
     ({"global_batch": 9, "world_size": 2, "rank": 0}, "does not divide over 2 ranks"),
-    ({"global_batch": 400}, "has 40 samples, fewer than train.global_batch = 400"),
+    ({"global_batch": 400}, "has 40 samples, fewer than global_batch = 400; set global_batch to at most 40"),
+    ({"batch_size": 8}, "batch_size: the argument is global_batch"),
     ({"rank": 2, "world_size": 2}, "rank = 2 and world_size = 2"),
     ({"transform": str}, "transform and collate are for a dataset of your own"),
     ({"dtype": torch.uint8, "augment": {"mixup": 0.8}}, "dtype = torch.uint8: augment mixes images"),
@@ -397,6 +398,7 @@ REFUSED_OF_ONES_OWN: list[tuple[dict[str, Any], str]] = [
 REFUSED_OF_AN_EVALUATION: list[tuple[dict[str, Any], str]] = [
     ({"val_split": "test"}, "val_split = test: use the argument split instead"),
     ({"batch": 0}, "batch = 0: expected 1 or more"),
+    ({"batch_size": 8}, "batch_size: the argument is batch"),
 ]
 
 

@@ -36,6 +36,11 @@ def test_every_image_is_there_once_with_its_class(folder):
     assert split.labels.dtype == np.int32
 
 
+def test_a_place_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(DataError, match="nowhere does not exist; correct data.path"):
+        FolderSplit(tmp_path / "nowhere", "train", 2)
+
+
 def test_labels_follow_the_training_split_and_a_file_that_is_gone_is_named(folder):
     root = folder("train/ant/1.jpg", "train/bee/1.jpg", "train/cat/1.jpg", "val/bee/1.jpg", "val/cat/1.jpg")
     train = FolderSplit(root, "train", 3)
