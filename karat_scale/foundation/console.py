@@ -139,7 +139,7 @@ class ProgressBars:
         """Print a line above the bars."""
         self._progress.console.print(printable(text), markup=False, highlight=False)
 
-    def move(self, name: str, done: int, total: int | None, text: str | None = None, keep: bool = False) -> None:
+    def move(self, name: str, done: float, total: float | None, text: str | None = None, keep: bool = False) -> None:
         """Move the bar `name`, which is added if there is none. `text` stays beside the bar until it is replaced."""
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(printable(name), total=total, text="")
@@ -197,30 +197,34 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]
 
 
 @contextmanager
-def work_display() -> Iterator[Callable[[str, int, int], None]]:
+def work_display(title: str = "") -> Iterator[Callable[[str, float, float], None]]:
     """Show one piece of work after another: a bar on a terminal, elsewhere a line when it starts and every ten seconds.
 
-    Yields a function that takes the current work, the steps done and their total number.
+    Yields a function that takes the current work, the steps done and their total number. With a title, there is one bar
+    of this name, and the steps are percent of all work.
     """
     console = terminal(stderr=True)
     bars = ProgressBars(console) if console else None
-    current, first = "", 0
+    current, first = "", 0.0
     started = reported = time.monotonic()
 
-    def show(what: str, done: int, total: int) -> None:
+    def show(what: str, done: float, total: float) -> None:
         nonlocal current, first, started, reported
         what, now = printable(what), time.monotonic()
         if what != current:
-            if bars is not None:
-                bars.remove(current)
-            else:
+            if bars is None:
                 print(what, file=sys.stderr, flush=True)
-            current, first, started, reported = what, done, now, now
+            if bars is not None and not title:
+                bars.remove(current)
+            if not title or not current:
+                first, started, reported = done, now, now
+            current = what
         if bars is not None:
-            bars.move(what, done, total, keep=True)
-        elif now - reported >= PLAIN_LINE_SECONDS and done > first:
+            bars.move(title or what, done, total, f"%, {what}" if title else None, keep=True)
+        elif now - reported >= PLAIN_LINE_SECONDS and done > first + (2 if title else 0):
             left = (total - done) * (now - started) / (done - first)
-            print(f"{what}: {done} of {total}, about {duration(left)} left", file=sys.stderr, flush=True)
+            steps = f"{done:.0f} % of all" if title else f"{done} of {total}"
+            print(f"{what}: {steps}, about {duration(left)} left", file=sys.stderr, flush=True)
             reported = now
 
     try:

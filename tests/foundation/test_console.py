@@ -128,6 +128,12 @@ def test_each_piece_of_work_is_one_line_in_a_file_and_long_work_says_what_is_lef
     assert second.startswith("count: 2 of 4, about ")
     assert third.startswith("count: 3 of 4, about ")
     assert third.endswith(" left")
+    with work_display("all") as show:
+        for what, done in (("maps", 1), ("maps", 20), ("spectrum", 50)):
+            show(what, done, 100)
+    lines = capsys.readouterr().err.splitlines()
+    shown = [line.partition(", about ")[0] for line in lines]
+    assert shown == ["maps", "maps: 20 % of all", "spectrum", "spectrum: 50 % of all"]
 
 
 def test_json_is_written_only_where_a_file_is_named(tmp_path) -> None:

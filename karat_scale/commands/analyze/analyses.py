@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 from karat_scale.foundation.tables import load
 
-_MATRICES = "A is the matrix of scores of queries and keys. S is what the operator, or softmax, makes of it."
-
 
 class Analysis(NamedTuple):
     """An analysis of each run or, `of_all`, of all runs together.
@@ -18,7 +16,6 @@ class Analysis(NamedTuple):
 
     title: str
     place: str
-    introduction: str = ""
     of_all: bool = False
 
     def __call__(self, *arguments: object) -> Any:
@@ -28,30 +25,16 @@ class Analysis(NamedTuple):
 
 ANALYSES = {
     "training": Analysis("Training", "history:analyze_training", of_all=True),
-    "accuracy": Analysis("Accuracy", "predictions:analyze_accuracy", "Every validation image counts once."),
-    "calibration": Analysis(
-        "Calibration",
-        "predictions:analyze_calibration",
-        "A calibrated model that says 80 % is right in 80 of 100 cases.",
-    ),
-    "mistakes": Analysis(
-        "Mistakes and close calls",
-        "predictions:analyze_mistakes",
-        "Each picture is shown as the model sees it, and beside it with the last block's attention on it.",
-    ),
+    "accuracy": Analysis("Accuracy", "predictions:analyze_accuracy"),
+    "calibration": Analysis("Calibration", "predictions:analyze_calibration"),
+    "mistakes": Analysis("Mistakes and close calls", "predictions:analyze_mistakes"),
     "robustness": Analysis("Other test sets", "history:analyze_robustness", of_all=True),
-    "conversion": Analysis(
-        "Converted attention",
-        "history:analyze_conversion",
-        "An error is the share of the energy of O that a block's new attention misses, on the original's inputs.",
-    ),
-    "spectrum": Analysis("Spectral behaviour", "matrices:analyze_spectrum", _MATRICES),
-    "content": Analysis("What S depends on", "matrices:analyze_content", _MATRICES),
-    "maps": Analysis("Attention maps", "maps:analyze_maps", _MATRICES),
+    "conversion": Analysis("Converted attention", "history:analyze_conversion"),
+    "spectrum": Analysis("Spectral behaviour", "matrices:analyze_spectrum"),
+    "content": Analysis("What S depends on", "matrices:analyze_content"),
+    "maps": Analysis("Attention maps", "maps:analyze_maps"),
     "functions": Analysis("Learned functions", "functions:analyze_functions"),
-    "distributions": Analysis(
-        "Weight distributions", "functions:analyze_distributions", "A smaller tail index means a heavier tail."
-    ),
+    "distributions": Analysis("Weight distributions", "functions:analyze_distributions"),
     "landscape": Analysis("Loss landscape and optimizer path", "landscape:analyze_landscape"),
     "sharpness": Analysis("Sharpness", "landscape:analyze_sharpness"),
 }

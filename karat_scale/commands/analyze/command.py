@@ -4,19 +4,24 @@ The report is one HTML file that opens offline, with every figure inside and eve
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from karat_scale.commands.analyze.analyses import ANALYSES
+from karat_scale.commands.analyze.cost import FIGURE, expected
 from karat_scale.commands.analyze.history import achieved, described
 from karat_scale.commands.analyze.result import (
+    WORTH_TELLING,
     NothingToShowError,
     Result,
     Settings,
@@ -25,14 +30,19 @@ from karat_scale.commands.analyze.result import (
     safe_name,
     write_result,
 )
+from karat_scale.commands.analyze.summary import not_shown
 from karat_scale.commands.analyze.trained_run import TrainedRun, open_run
+from karat_scale.commands.compare.comparison import compare_groups, separating
+from karat_scale.commands.compare.finished import read_run
 from karat_scale.commands.figures import share_axes, themed
 from karat_scale.engine import distributed
-from karat_scale.foundation.console import printable, render_page, work_display
+from karat_scale.foundation.console import duration, printable, render_page, work_display
 from karat_scale.foundation.errors import RunDirectoryError, UserError
-from karat_scale.foundation.files import make_folder, replace_file
+from karat_scale.foundation.files import json_sha256, make_folder, replace_file
 from karat_scale.foundation.machine import launch_environment
 
+_SUMMARISED = {"content": 2, "functions": 1}
+"""How many of an analysis's findings are in the summary."""
 _KINDS = ("figure", "gallery", "table")
 _EMPTY = dict.fromkeys(_KINDS)
 
@@ -41,13 +51,13 @@ _EMPTY = dict.fromkeys(_KINDS)
 class RunSummary:
     """The report's information about a run: its name, its score in large letters, and facts, shown unchanged.
 
-    findings: sentences, each with the analysis that found it.
+    summary: sentences, each with the analysis that found it, or with "".
     """
 
     label: str
     facts: Mapping[str, str]
     score: str = ""
-    findings: Sequence[tuple[str, str]] = ()
+    summary: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -65,16 +75,20 @@ def write_report(
     runs: Sequence[RunSummary],
     written: Mapping[str, Mapping[str, Written]],
     problems: Sequence[Problem],
+    summary: Sequence[str] = (),
 ) -> None:
     """Write the report.
 
     Args:
         written: by analysis, then by the run's label; "" is of all runs together.
+        summary: sentences about all runs.
     """
     page = render_page(
         "karat_scale.commands.analyze",
         "report.html.j2",
         runs=runs,
+        summary=summary,
+        linked=linked,
         sections=[_section(name, by_run) for name, by_run in written.items()],
         problems=[problem for problem in problems if not problem.harmless],
         harmless=[problem for problem in problems if problem.harmless],
@@ -83,13 +97,30 @@ def write_report(
     replace_file(path, page)
 
 
+def linked(text: str, glossary: Mapping[str, str]) -> Markup:
+    """Return escaped text in which the first mention of each term leads to its place in the glossary, and shows it."""
+    terms = sorted(glossary, key=len, reverse=True)
+    any_form = [f"{term[:-1]}(?:y|ies)" if term.endswith("y") else f"{re.escape(term)}s?" for term in terms]
+    pattern = "|".join(f"({form})" if len(form) == 3 else f"((?i:{form}))" for form in any_form)
+    parts: list[Markup] = []
+    end, seen = 0, set[str]()
+    for found in re.finditer(rf"\b(?:{pattern})\b", text):
+        term = terms[(found.lastindex or 1) - 1]
+        if term not in seen:
+            link = Markup('<a class="term" href="#term-{}" title="{}">{}</a>')
+            link = link.format(term.replace(" ", "-"), glossary[term], found[0])
+            parts += [escape(text[end : found.start()]), link]
+            seen, end = {*seen, term}, found.end()
+    return Markup("").join([*parts, escape(text[end:])])
+
+
 def _section(name: str, by_run: Mapping[str, Written]) -> dict[str, Any]:
     """Return one analysis of all runs, for the template."""
     notes = [(label, note) for label, made in by_run.items() for note in made.notes]
     early = "made by an earlier command, whose options may have been others"
     notes += [(label, early) for label, made in by_run.items() if made.earlier]
-    title, _, introduction, _ = ANALYSES[name]
-    return {"name": name, "title": title, "introduction": introduction, "notes": notes, "rows": _rows(by_run)}
+    found = [(label, finding) for label, made in by_run.items() for finding in made.findings]
+    return {"name": name, "title": ANALYSES[name].title, "findings": found, "notes": notes, "rows": _rows(by_run)}
 
 
 def _rows(by_run: Mapping[str, Written]) -> list[dict[str, Any]]:
@@ -162,8 +193,8 @@ def analyze(runs: Sequence[TrainedRun], names: Sequence[str], settings: Settings
     if settings.world.size > 1:
         names = sorted(names, key=lambda name: name != SHARED)
     report = out / "report.html"
-    with work_display() as show:
-        work = _Work(runs, settings, out, show)
+    with work_display("all analyses") as show:
+        work = _Work(runs, names, settings, out, show)
         if not settings.world.is_main:
             if SHARED in names:
                 work.assist()
@@ -188,12 +219,30 @@ class _Work:
     """
 
     def __init__(
-        self, runs: Sequence[TrainedRun], settings: Settings, out: Path, show: Callable[[str, int, int], None]
+        self,
+        runs: Sequence[TrainedRun],
+        names: Sequence[str],
+        settings: Settings,
+        out: Path,
+        show: Callable[[str, float, float], None],
     ) -> None:
         self.runs = dict(zip(unique_labels(runs), runs, strict=True))
         self.written: dict[str, dict[str, Written]] = {}
         self.problems: list[Problem] = []
         self._settings, self._out, self._show = settings, out, show
+        # Of each piece of work: expected seconds and the share that is done.
+        self._seconds: dict[tuple[str, str, str], float] = {}
+        if "training" in names:
+            self._seconds["training", "", "draw figures"] = 5 * FIGURE
+        for label, run in self.runs.items() if settings.world.is_main else ():
+            with suppress(UserError):  # which its analyses will tell
+                costs = expected(run, names, settings)
+                self._seconds |= {(name, label, what): cost for (name, what), cost in costs.items()}
+        self._done = dict.fromkeys(self._seconds, 0.0)
+        of_names = {name: sum(cost for key, cost in self._seconds.items() if key[0] == name) for name in names}
+        if (total := sum(of_names.values())) > WORTH_TELLING:
+            parts = [f"{name} {duration(cost)}" for name, cost in of_names.items() if cost > WORTH_TELLING]
+            print(f"note: about {duration(total)} in all; {', '.join(parts)}", file=sys.stderr, flush=True)
 
     def make(self, name: str) -> None:
         """Make an analysis. It is written when all runs have it, since their figures get the same axes."""
@@ -210,6 +259,7 @@ class _Work:
                 self.written.setdefault(name, {})[label] = written
                 for note in result.notes:
                     print(printable(f"note: {_named(name, label)}: {note}"), file=sys.stderr)
+        self._done |= {key: 1.0 for key in self._done if key[0] == name}
 
     def assist(self) -> None:
         """Compute this rank's share. Rank 0 reports what is not possible."""
@@ -226,12 +276,36 @@ class _Work:
                 made = made or read_written(self._settings_of(name, label).directory, self._fingerprint(label))
                 if made:
                     shown.setdefault(name, {})[label] = made
-        cards = []
+        cards, several = [], len(self.runs) > 1
+        together = self._together("robustness" in shown)
+        of_score = next((name for name in ("accuracy", "training") if name in shown), "")
         for label, run in self.runs.items():
-            score, facts = achieved(run)
-            findings = [(name, text) for name, made in shown.items() if label in made for text in made[label].findings]
-            cards.append(RunSummary(label, {**facts, **described(run)}, score, findings))
-        write_report(path, cards, shown, self.problems)
+            score, facts, accuracy = achieved(run)
+            facts |= described(run)
+            model, attention, budget = (facts.pop(name) for name in ("model", "attention", "budget"))
+            name, _, size = model.partition(", ")
+            trained = f"The model {name} ({size}) with {attention} was trained for {budget}."
+            sentences = [("", trained), (of_score, accuracy)]
+            sentences += [
+                (name, text)
+                for name, count in _SUMMARISED.items()
+                if label in shown.get(name, {})
+                for text in shown[name][label].findings[:count]
+            ]
+            sentences += [("", text) for text in together if not several]
+            cards.append(RunSummary(label, facts, score, [one for one in sentences if one[1]]))
+        write_report(path, cards, shown, self.problems, together if several else ())
+
+    def _together(self, has_other_tests: bool) -> list[str]:
+        """Return what several runs say by their last evaluations, and what all of them cannot say."""
+        kinds = {run.recipe.attention.kind for run in self.runs.values()}
+        seeds = {(json_sha256(separating(run.recipe)), run.recipe.run.seed) for run in self.runs.values()}
+        absent = not_shown(kinds, len({recipe for recipe, _ in seeds}) < len(seeds), has_other_tests)
+        if len(self.runs) > 1:
+            with suppress(UserError):  # one has not finished
+                finished = [read_run(str(run.path)) for run in self.runs.values()]
+                return [*compare_groups(finished, None)[0].summary, *absent]
+        return absent
 
     def _labels(self, name: str) -> list[str]:
         return [""] if ANALYSES[name].of_all else [*self.runs]
@@ -267,9 +341,21 @@ class _Work:
         return replace(
             self._settings,
             directory=self._out / name / safe_name(label) if label else self._out / name,
-            progress=lambda what, done, total: self._show(before + what, done, total),
+            progress=partial(self._progress, name, label),
+            expect=partial(self._expect, name, label),
             tell=lambda text: print(printable(f"note: {before}{text}"), file=sys.stderr, flush=True),
         )
+
+    def _progress(self, name: str, label: str, what: str, done: int, total: int) -> None:
+        self._done |= {key: done / total for key in self._done if key == (name, label, what)}
+        work = sum(self._seconds[key] * share for key, share in self._done.items())
+        shown = f"{label}: {what}" if label else what
+        self._show(shown, 100 * work / (sum(self._seconds.values()) or 1), 100)
+
+    def _expect(self, name: str, label: str, seconds: float) -> None:
+        """Scale the expected seconds of an analysis of a run to what was measured."""
+        own = {key: cost for key, cost in self._seconds.items() if key[:2] == (name, label)}
+        self._seconds |= {key: cost * seconds / (sum(own.values()) or 1) for key, cost in own.items()}
 
 
 def _named(name: str, label: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from karat_scale.attention import KaratOperator
 from karat_scale.attention.bases import BASE_ACTIVATIONS, ElementwiseBasis, FeatureBasis, Fourier
 from karat_scale.attention.operator import AttentionHeads
-from karat_scale.commands.analyze.matrices import SoftmaxFit, can_fit
+from karat_scale.commands.analyze.matrices import FLOOR, SoftmaxFit, can_fit
 from karat_scale.commands.analyze.result import (
     NothingToShowError,
     Result,
@@ -25,6 +25,7 @@ from karat_scale.commands.analyze.result import (
     note_bad_images,
     visit_images,
 )
+from karat_scale.commands.analyze.summary import functions_sentence
 from karat_scale.commands.analyze.trained_run import TrainedRun, ValidationImages
 from karat_scale.commands.figures import GRID, OWN_LIMITS, OWN_X, new_figure, show_map
 from karat_scale.foundation.errors import RunDirectoryError
@@ -130,6 +131,11 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
     )
     _draw_heads_of_blocks(result, "functions", learned, histogram, _draw_curves, caption)
     result.arrays["score_counts"], result.arrays["score_edges"] = histogram.counts, histogram.edges
+    parts = [energy for name, energy in result.arrays.items() if name.endswith("_parts")]
+    constant, line, curve = map(float, np.sum(parts, axis=0))
+    result.numbers["parts"] = {"constant": constant, "line": line, "curve": curve}
+    if constant + line + curve > 0:  # else all scores are 0, or all functions
+        result.findings.append(functions_sentence(constant, line, curve))
     _add_gates(result, model)
     note_bad_images(result, images.bad)
     _add_energy(result, learned)
@@ -153,8 +159,10 @@ def _arguments(operator: KaratOperator, scores: Tensor) -> Tensor:
     return scores @ operator.proj if operator.form == "project_first" and operator.proj is not None else scores
 
 
-Draw = Callable[[Any, Any, int, Tensor], dict[str, Any] | None]
-"""Draws the curves of one head over scores [n] into axes; returns them, or None where it has none."""
+Draw = Callable[[Any, Any, int, Tensor, Tensor], dict[str, Any] | None]
+"""Draws the curves of one head over scores [n] into axes, given how often each occurs [n]; returns arrays of them by
+name, or None where it has none.
+"""
 
 
 def _draw_heads_of_blocks(
@@ -166,11 +174,12 @@ def _draw_heads_of_blocks(
         for head, axes in enumerate(figure.subplots(1, own.num_heads, squeeze=False)[0]):
             low, high = histogram.span(block, head)
             x = torch.linspace(low, high, POINTS, dtype=torch.float64, device=next(own.parameters()).device)
-            if (drawn := draw(axes, own, head, x)) is None:
+            middles = (histogram.edges[1:] + histogram.edges[:-1]) / 2
+            weights = torch.from_numpy(np.interp(x.cpu(), middles, histogram.counts[block, head]))
+            if (drawn := draw(axes, own, head, x, weights / weights.sum().clamp(min=1))) is None:
                 break
             behind = axes.twinx()
             behind.set_label(OWN_LIMITS)
-            middles = (histogram.edges[1:] + histogram.edges[:-1]) / 2
             inside = (middles >= low) & (middles <= high)
             counts = histogram.counts[block, head][inside]
             behind.fill_between(middles[inside], counts, color=GRID, alpha=0.35, linewidth=0, step="mid")
@@ -184,7 +193,7 @@ def _draw_heads_of_blocks(
 
 
 @torch.no_grad()
-def _draw_score_function(axes: Any, heads: AttentionHeads, head: int, x: Tensor) -> dict[str, Any] | None:
+def _draw_score_function(axes: Any, heads: AttentionHeads, head: int, x: Tensor, _: Tensor) -> dict[str, Any] | None:
     curves = heads.function_of_score(x.float().expand(heads.num_heads, 1, -1))
     if curves is None:
         return None
@@ -193,7 +202,7 @@ def _draw_score_function(axes: Any, heads: AttentionHeads, head: int, x: Tensor)
     return {"of_score_x": scores, "of_score": curve}
 
 
-def _draw_curves(axes: Any, operator: KaratOperator, head: int, x: Tensor) -> dict[str, Any]:
+def _draw_curves(axes: Any, operator: KaratOperator, head: int, x: Tensor, weights: Tensor) -> dict[str, Any]:
     curves = unit_curves(operator, head, x).flatten(1).cpu()
     bands = curves.quantile(torch.tensor(QUANTILES, dtype=curves.dtype), dim=1).numpy()
     lively = curves.var(0).topk(min(SHOWN_UNITS, curves.shape[1])).indices
@@ -202,7 +211,20 @@ def _draw_curves(axes: Any, operator: KaratOperator, head: int, x: Tensor) -> di
     axes.fill_between(scores, bands[1], bands[3], alpha=0.35, linewidth=0, color="C0")
     axes.plot(scores, bands[2], color="C0")
     axes.plot(scores, curves[:, lively].numpy(), color="C1", linewidth=0.7, alpha=0.8)
-    return {"x": scores, "quantiles": bands}
+    return {"x": scores, "quantiles": bands, "parts": energy_parts(x.cpu(), curves, weights)}
+
+
+def energy_parts(x: Tensor, curves: Tensor, weights: Tensor) -> npt.NDArray[np.float64]:
+    """Return the energy of curves [n, functions] over scores x [n]: of their constant, line and rest, [3].
+
+    They are those of the best straight line. weights: how often each score occurs [n], with the sum 1.
+    """
+    mean, centred = weights @ curves, x - weights @ x
+    constant = mean.square().sum()
+    slope = (weights * centred) @ curves / (weights @ centred.square()).clamp(min=FLOOR)
+    line = slope.square().sum() * (weights @ centred.square())
+    total = (weights @ curves.square()).sum()
+    return torch.stack((constant, line, (total - constant - line).clamp(min=0))).numpy()
 
 
 def _add_gates(result: Result, model: nn.Module) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from karat_scale.commands.analyze.result import NothingToShowError, Result, Settings, Table
+from karat_scale.commands.analyze.summary import accuracy_sentence
 from karat_scale.commands.analyze.trained_run import TrainedRun
 from karat_scale.commands.evaluate.predictions import SEVERITIES, Evaluation, read_evaluations
 from karat_scale.commands.figures import COLOURS, new_figure
@@ -71,8 +72,8 @@ def read_history(run: TrainedRun) -> History:
     return history
 
 
-def achieved(run: TrainedRun) -> tuple[str, dict[str, str]]:
-    """Return a run's score in one line, and facts by name: what it is, and what it cost.
+def achieved(run: TrainedRun) -> tuple[str, dict[str, str], str]:
+    """Return a run's score in one line, facts by name: what it is, and what it cost; and a sentence about the score.
 
     The score is that of the analysed weights if they were evaluated in training, else the last one.
     """
@@ -81,7 +82,7 @@ def achieved(run: TrainedRun) -> tuple[str, dict[str, str]]:
     with suppress(UserError):  # no checkpoint
         shown = next((point for point in history.evaluations if point["step"] == run.step(run.chosen)), shown)
     score = f"{shown['top1']:.2f} % top-1" if shown else ""
-    facts = {"evaluation": "none yet"}
+    facts, sentence = {"evaluation": "none yet"}, "" if shown else "It has not been evaluated yet."
     if shown:
         facts["evaluation"] = (
             f"on {shown['images']:,.0f} images after step {shown['step']:,.0f}: top-5 {shown['top5']:.2f} %, "
@@ -93,6 +94,10 @@ def achieved(run: TrainedRun) -> tuple[str, dict[str, str]]:
             for name, other in others.items()
             if other["step"] != shown["step"]
         }
+        if shown["images"] > 0:  # nan in the files of an early version
+            chosen_of = len(history.evaluations) if "last" in facts and "best" not in facts else 1
+            classes = run.recipe.model.num_classes
+            sentence = accuracy_sentence(shown["top1"], int(shown["images"]), classes, chosen_of)
     facts["budget"] = _budget(run, history, summary)
     if spent := str(wall_time(read_events(RunDirectory(run.path).metrics_file))):
         facts["wall time"] = spent
@@ -103,7 +108,7 @@ def achieved(run: TrainedRun) -> tuple[str, dict[str, str]]:
         facts["date"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(max(when)))
     if summary.get("exit") != 0:
         facts["outcome"] = f"not finished ({summary['reason']})" if summary.get("reason") else "not finished"
-    return score, facts
+    return score, facts, sentence
 
 
 def described(run: TrainedRun) -> dict[str, str]:
@@ -126,7 +131,7 @@ def _budget(run: TrainedRun, history: History, summary: dict[str, Any]) -> str:
     text = f"{steps:,} steps of {run.recipe.train.global_batch:,} images"
     images = summary.get("train_images")
     if isinstance(images, int) and images > 0:
-        text += f", {steps * run.recipe.train.global_batch / images:.3g} x {images:,} images"
+        text += f", {steps * run.recipe.train.global_batch / images:.3g} times its {images:,} training images"
     return f"{text}, seed {run.recipe.run.seed}"
 
 

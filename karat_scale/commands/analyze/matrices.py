@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from karat_scale.attention import KaratOperator
 from karat_scale.attention.bases import FeatureBasis
 from karat_scale.commands.analyze.result import Result, Settings, Table, note_bad_images, visit_images
+from karat_scale.commands.analyze.summary import constant_sentence, content_sentence, lost_points
 from karat_scale.commands.analyze.trained_run import TrainedRun, ValidationImages
 from karat_scale.commands.figures import new_figure
 from karat_scale.models.attention_matrices import FIGURES, Content, can_be_replaced, mean_over_queries, replaced
@@ -50,9 +51,9 @@ def analyze_content(run: TrainedRun, settings: Settings) -> Result:
         _draw(figures),
         "Share of the energy of S that depends on the query and on the image, and share of scores beyond pi.",
     )
-    by_query, by_image = (f"{100 * share:.1f} %" for share in figures[:, :2].mean(0))
-    result.findings.append(f"Of the energy of S, {by_query} depends on the query and {by_image} on the image.")
-    _add_accuracy(result, run, settings, model, images, content)
+    by_query, by_image = figures[:, :2].T.tolist()
+    result.findings.append(content_sentence(by_query, by_image))
+    _add_accuracy(result, run, settings, model, images, content, max(by_image))
     columns = ["block", "S depends on the query", "S depends on the image", "scores beyond pi", "Frobenius norm of S"]
     rows = [[block, *own] for block, own in enumerate(figures.tolist())]
     result.tables.append(Table("What S depends on", columns, rows))
@@ -68,6 +69,7 @@ def _add_accuracy(
     model: nn.Module,
     images: ValidationImages,
     content: Content,
+    by_image: float,
 ) -> None:
     """Add top-1 as trained, and with each S replaced by its mean over queries or over images."""
     means = [torch.as_tensor(mean) for mean in content.means()]
@@ -80,23 +82,20 @@ def _add_accuracy(
         "mean over queries": lambda: replaced(model, mean_over_queries),
         "mean over images": lambda: replaced(model, lambda block, learned: means[block].to(learned)),
     }
-    right, done = dict.fromkeys(changes, 0), 0
+    right: dict[str, list[bool]] = {name: [] for name in changes}
+    done = 0
     for batch, labels in images.batches(settings.batch, run.device):
         for name, change in changes.items():
             with change():
-                right[name] += int((model(batch).argmax(-1) == labels).sum())
+                right[name] += (model(batch).argmax(-1) == labels).tolist()
         done += len(batch)
         settings.progress("top-1 with averaged S", done, len(images))
-    top1 = {name: 100 * count / done for name, count in right.items()}
-    result.numbers["top1"] = top1
-    trained, by_query, by_image = (f"{value:.1f} %" for value in top1.values())
-    error = 1.96 * (top1["S"] * (100 - top1["S"]) / done) ** 0.5
-    result.findings.append(
-        f"Top-1 of {done:,} images is {trained} (+-{error:.1f}). With each S replaced by its mean over queries it is "
-        f"{by_query}, and by its mean over images {by_image}."
-    )
-    title = f"Top-1 of {done} images with each S replaced"
-    result.tables.append(Table(title, ["by", "top-1, %"], [[name, value] for name, value in top1.items()]))
+    result.numbers["top1"] = {name: 100 * sum(own) / done for name, own in right.items()}
+    result.findings.append(constant_sentence(right["S"], right["mean over images"], by_image))
+    columns = ["each S replaced by", "top-1, %", "lost, points", "95 % from", "to"]
+    rows: list[list[object]] = [[name, value, None, None, None] for name, value in result.numbers["top1"].items()]
+    rows[1:] = [[*row[:2], *lost_points(right["S"], right[str(row[0])])] for row in rows[1:]]
+    result.tables.append(Table(f"Top-1 of {done} images with each S replaced", columns, rows))
 
 
 def _draw(figures: npt.NDArray[np.float64]) -> Figure:

@@ -32,6 +32,7 @@ from karat_scale.engine.engine import forward_for_evaluation
 from karat_scale.foundation.errors import DataError
 
 FILE = "predictions.npz"
+PREDICT = "predict the validation split"
 
 
 def predictions_of(run: TrainedRun, settings: Settings, result: Result) -> Predictions:
@@ -62,7 +63,7 @@ def _computed(run: TrainedRun, settings: Settings) -> Predictions:
         if done == 1:
             seconds, hint = time.perf_counter() - started, "--only leaves out accuracy, calibration and mistakes"
             say_cost(settings, "predicting the validation split", total, seconds, hint)
-        settings.progress("predict the validation split", done, total)
+        settings.progress(PREDICT, done, total)
 
     with closing(open_backend(ImageSpec.of(run.recipe))) as backend:
         run.refuse_other_classes(backend.classes)

@@ -51,6 +51,8 @@ class Settings(Options):
     """Called with the current work, the steps done and the total number of steps."""
     tell: Callable[[str], None] = lambda text: None
     """Called with what work will cost, before it starts."""
+    expect: Callable[[float], None] = lambda seconds: None
+    """Called with the measured seconds of an analysis."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def say_cost(settings: Settings, what: str, count: int, seconds: float, shorter:
 
     shorter: the options that make it shorter.
     """
+    settings.expect(count * seconds)
     if count * seconds > WORTH_TELLING:
         each = f"{count} x {duration(seconds)}"
         settings.tell(f"{what} takes about {duration(count * seconds)} ({each}); {shorter}")

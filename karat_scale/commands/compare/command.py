@@ -113,7 +113,11 @@ def write_files(directory: Path, comparison: Comparison, notes: Sequence[str]) -
 
 def markdown(comparison: Comparison, notes: Sequence[str], pictures: Sequence[str]) -> str:
     """Return the comparison as Markdown that shows the pictures of these names."""
-    parts = [f"# {title(comparison)}", *(_markdown_table(table) for table in comparison.tables())]
+    parts = [
+        f"# {title(comparison)}",
+        _escaped(" ".join(comparison.summary)),
+        *(_markdown_table(table) for table in comparison.tables()),
+    ]
     lines = [*(f"Budgets differ: {line}" for line in comparison.warnings), *notes]
     parts += ["\n".join(f"- {_escaped(line)}" for line in lines)] if lines else []
     parts += [f"![{SCORES[comparison.score].title} over the run]({name})" for name in pictures]
@@ -142,6 +146,7 @@ def page(comparison: Comparison, notes: Sequence[str], pictures: Mapping[str, by
         "karat_scale.commands.compare",
         "compare.html.j2",
         title=title(comparison),
+        summary=comparison.summary,
         tables=comparison.tables(),
         warnings=comparison.warnings,
         notes=notes,

@@ -274,6 +274,46 @@ class Comparison:
         first = self.groups[0].label
         return [f"{first} and {pair.group.label}: {'; '.join(pair.budgets)}" for pair in self.pairs if pair.budgets]
 
+    @property
+    def summary(self) -> list[str]:
+        """Sentences: who leads by how much, whether that is beyond the noise, and what is not comparable."""
+        title, digits = MEASURES[self.measure]
+        figures = [(group, own) for group in self.groups if (own := group.by_seed(self.measure))]
+        means = [(spread([*own.values()]).mean, group) for group, own in figures]
+        means.sort(key=lambda one: one[0], reverse=self.score != "loss")
+        unit = " %" if title.endswith("%") else ""
+        lines = [f"{title.removesuffix(', %').capitalize()}: "]
+        lines[0] += ", ".join(f"{group.label} {mean:,.{digits}f}{unit}" for mean, group in means) + "."
+        if len(means) == 1:
+            one = spread([*figures[0][1].values()])
+            seeds = f"The 95 % interval over {one.count} seeds is {_interval(one.low, one.high, digits)}."
+            return [*lines, seeds if one.count > 1 else "It is one run: the spread over seeds is unknown."]
+        (top, best), (next_, second) = means[:2]
+        lead = abs(top - next_)
+        if lead <= _SAME:
+            return [*lines, f"{best.label} and {second.label} are equal."]
+        leads = f"{best.label} leads by {lead:,.{digits}f}{' points' if unit else ''}"
+        (found,) = compare(second.by_seed(self.measure), [best.by_seed(self.measure)])
+        if found.p is None:
+            lines.append(f"{leads}; what another seed would change is unknown ({found.verdict.partition(':')[0]}).")
+        else:
+            pairs = len(means) * (len(means) - 1) // 2  # each of which might have been the first two
+            beyond = "more" if found.p * pairs < 1 - LEVEL else "not more"
+            interval = (
+                f"95 % interval {_interval(found.low, found.high, digits)}, p {_chance(min(found.p * pairs, 1.0))}"
+            )
+            lines.append(f"{leads}, {beyond} than the spread over {len(found.seeds)} seeds explains ({interval}).")
+        images = best.budget.test_images
+        if images and images == second.budget.test_images and self.score.startswith("top"):
+            error = 1.96 * sum(mean * (100 - mean) / images for mean in (top, next_)) ** 0.5
+            beyond = "more" if lead > error else "not more"
+            lines.append(f"That is {beyond} than the error of a test set of {images:,} images (+-{error:.{digits}f}).")
+        if budgets := budget_differences(second, best):
+            lines.append(f"Their budgets differ, which alone may be the reason: {'; '.join(budgets)}.")
+        if len(keys := differing_settings(second, best)) > 1:
+            lines.append(f"Their recipes differ in {len(keys)} keys: none alone is shown to be the reason.")
+        return lines
+
     def tables(self, keys: int | None = None) -> list[Table]:
         """Return the tables, with at most `keys` of the differing keys of a pair."""
         return [self._groups(), *([self._differences(keys)] if self.pairs else [])]

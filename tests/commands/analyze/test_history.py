@@ -49,21 +49,23 @@ def test_runs_are_drawn_together(karat_run: TrainedRun, softmax_run: TrainedRun)
 
 def test_the_card_says_what_the_run_achieved(karat_run: TrainedRun) -> None:
     summary = json.loads((karat_run.path / "summary.json").read_text())
-    score, facts = achieved(karat_run)
+    score, facts, sentence = achieved(karat_run)
     assert score == f"{summary['last_top1']:.2f} % top-1"
-    assert facts["budget"] == "16 steps of 8 images, 2 x 64 images, seed 0"
+    assert facts["budget"] == "16 steps of 8 images, 2 times its 64 training images, seed 0"
+    assert sentence.startswith(f"It is right on {summary['last_top1']:.1f} % of 28 test images, ")
     assert "images a second on CPU" in facts["speed"]
     assert facts["date"].startswith("20")
     assert "outcome" not in facts
     assert described(karat_run)["weights"].startswith("ema, of step ")
     evaluations = read_history(karat_run).evaluations
     for shown, other in (evaluations, evaluations[::-1]):
-        score, facts = achieved(open_run(karat_run.path, checkpoint=f"step-{shown['step']:08.0f}"))
+        score, facts, sentence = achieved(open_run(karat_run.path, checkpoint=f"step-{shown['step']:08.0f}"))
         assert score == f"{shown['top1']:.2f} % top-1"
         assert f" images after step {shown['step']:.0f}: top-5 " in facts["evaluation"]
         named = {name: fact for name, fact in facts.items() if name in ("best", "last")}
         assert set(named.values()) <= {f"top-1 {other['top1']:.2f} % after step {other['step']:.0f}"}
         assert ("last" in named) == (other is evaluations[-1])
+        assert ("the best of 2" in sentence) == ("best" not in named and "last" in named)
 
 
 def corrupted(run: TrainedRun, directory: Path, corruptions: dict[str, dict[int, float]]) -> TrainedRun:

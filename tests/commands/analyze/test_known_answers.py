@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from karat_scale.attention.variants import SmoothOperator
-from karat_scale.commands.analyze.functions import analyze_functions
+from karat_scale.commands.analyze.functions import analyze_functions, energy_parts
 from karat_scale.commands.analyze.maps import analyze_maps
 from karat_scale.commands.analyze.matrices import analyze_content, analyze_spectrum
 from karat_scale.commands.analyze.result import NothingToShowError, Result, Settings
@@ -87,6 +87,15 @@ def test_a_planted_cosine_is_the_curve_and_all_of_the_energy(karat_run: TrainedR
         np.testing.assert_allclose(quantile, 3 * np.cos(2 * x), atol=1e-6)
     assert not result.arrays["block1_head0_quantiles"].any()
     np.testing.assert_array_equal(result.arrays["energy_share"][:, 1], [[0, 1], [0, 1]])
+    assert "of the functions' energy is a constant" in result.findings[0]
+
+
+def test_the_parts_of_a_parabola_are_those_of_the_best_line() -> None:
+    x = torch.linspace(-1, 1, 2001, dtype=torch.float64)
+    weights = torch.full_like(x, 1 / len(x))
+    parts = energy_parts(x, torch.stack((x**2, 3 * x, torch.full_like(x, 2.0)), 1), weights)
+    # The means of x^2 and x^4 are 1/3 and 1/5.
+    np.testing.assert_allclose(parts, [1 / 9 + 4, 9 / 3, 1 / 5 - 1 / 9], rtol=5e-3)
 
 
 IMAGES = 4
@@ -160,7 +169,7 @@ def test_smooth_has_the_distance_from_softmax(softmax_run: TrainedRun) -> None:
     result = functions_of(softmax_run, "smooth")
     assert "distance" in result.figures
     nearest = min(result.numbers["softmax"], key=lambda head: head["to_fit"])
-    assert result.findings == [
+    assert result.findings[1:] == [
         f"The head nearest to softmax is head {nearest['head']} of block {nearest['block']}: {nearest['to_fit']:.2f} "
         "from its best fit, where 0 is the same and 1 has nothing in common."
     ]
@@ -171,10 +180,10 @@ def test_a_constant_matrix_loses_nothing_by_its_mean_over_images(softmax_run: Tr
     top1 = result.numbers["top1"]
     assert set(top1) == {"S", "mean over queries", "mean over images"}
     assert top1["mean over images"] == top1["S"]
-    depends, accuracy = result.findings
-    assert depends.endswith("depends on the query and 0.0 % on the image.")
-    assert accuracy.endswith(f"over images {top1['S']:.1f} %.")
-    assert accuracy.startswith(f"Top-1 of 8 images is {top1['S']:.1f} % (+-")
+    depends, constant = result.findings
+    assert depends.endswith("and little on the image (0 % of its energy).")
+    assert constant == "Each S is a constant matrix already: no image changes it."
+    assert result.tables[0].rows[2][2:3] == [0.0]
 
 
 def test_the_plain_operator_has_the_same_functions() -> None:

@@ -10,13 +10,14 @@ from karat_scale.commands.compare.comparison import (
     budget_differences,
     changes_text,
     compare,
+    compare_groups,
     differing_settings,
     group_runs,
     holm,
     separating,
     spread,
 )
-from karat_scale.commands.compare.finished import FinishedRun, read_run
+from karat_scale.commands.compare.finished import Budget, FinishedRun, read_run
 from karat_scale.recipe.loading import load_recipe
 from tests.commands.compare.conftest import Copy
 
@@ -137,3 +138,60 @@ def test_a_second_run_of_a_seed_is_left_out(trained: Path, copy: Copy) -> None:
     groups, repeated = group_runs(read(trained / "seed0", copy("again")))
     assert [group.seeds for group in groups] == [(0,)]
     assert "again: has the recipe and the seed of" in repeated[0]
+
+
+def made_up(name: str, lr: float, scores: list[float], images: int | None = 10000, steps: int = 9) -> list[FinishedRun]:
+    """Runs of one recipe with these scores in the last evaluation."""
+    recipes = [
+        load_recipe("cifar10_vit_nano_32px", [f"optim.lr={lr}", f"run.name={name}", f"run.seed={seed}"])
+        for seed in range(len(scores))
+    ]
+    budget = Budget(steps, 1.0, 64, images, 10, "")
+    return [
+        FinishedRun(Path(name), recipe, budget, {"last_top1": score}, (), "CPU")
+        for recipe, score in zip(recipes, scores, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scores", "lines"),
+    [
+        ([[70.0]], ["Last top-1: a 70.00 %.", "It is one run: the spread over seeds is unknown."]),
+        ([[70.0], [70.0]], ["Last top-1: a 70.00 %, b 70.00 %.", "a and b are equal."]),
+        # 1.96 sqrt((70 x 30 + 71.29 x 28.71) / 10000) = 1.262
+        (
+            [[70.0], [71.26]],
+            [
+                "b leads by 1.26 points; what another seed would change is unknown (one run each).",
+                "That is not more than the error of a test set of 10,000 images (+-1.26).",
+            ],
+        ),
+        ([[70.0], [71.27]], ["That is more than the error of a test set"]),
+        (
+            [[70.0, 71.0, 72.0], [72.0, 72.5, 74.5]],
+            [
+                "b leads by 2.00 points, more than the spread over 3 seeds explains (",
+                "95 % interval 0.76 to 3.24, p 0.020",
+            ],
+        ),
+        (
+            [[70.0, 71.0, 72.0], [72.0, 72.5, 74.5], [50.0, 51.0, 52.0]],
+            [
+                "b leads by 2.00 points, not more than the spread over 3 seeds explains (",
+                "95 % interval 0.76 to 3.24, p 0.061",
+            ],
+        ),
+    ],
+)
+def test_the_summary_says_who_leads_and_whether_that_is_noise(scores: list[list[float]], lines: list[str]) -> None:
+    runs = [run for number, own in enumerate(scores) for run in made_up("abc"[number], 0.001 * (number + 1), own)]
+    said = " ".join(compare_groups(runs, None)[0].summary)
+    assert all(line in said for line in lines), said
+    assert "budgets differ" not in said
+
+
+def test_the_summary_says_what_is_not_comparable() -> None:
+    first, other = made_up("a", 1e-3, [70.0]), made_up("b", 2e-3, [75.0], images=None, steps=12)
+    said = " ".join(compare_groups([*first, *other], None)[0].summary)
+    assert "Their budgets differ, which alone may be the reason: steps differ: 9 and 12; test images differ" in said
+    assert "error of a test set" not in said
