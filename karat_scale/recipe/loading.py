@@ -251,7 +251,10 @@ def keys_like(key: str, schema: type[BaseModel] = Recipe) -> list[str]:
     keys = list(schema_keys(schema))
     if called := keys_called(key, keys):
         return called
-    leaf = key.rpartition(".")[2]
+    section, _, leaf = key.rpartition(".")
+    beside = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == section] if section else []
+    if near := difflib.get_close_matches(leaf, beside, n=1, cutoff=0.7):
+        return [f"{section}.{near[0]}"]
     same_leaf = [k for k in keys if k.rpartition(".")[2] == leaf]
     if len(same_leaf) == 1:
         return same_leaf

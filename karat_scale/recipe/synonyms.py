@@ -61,7 +61,6 @@ SYNONYMS = {
     "save_steps": ("checkpoint.every_steps",),
     "save_total_limit": ("checkpoint.keep_last",),
     "smoothing": ("augment.label_smoothing",),
-    "steps": ("train.max_steps",),
     "total_batch_size": ("train.global_batch",),
     "train_batch_size": ("train.global_batch", "train.micro_batch"),
     "val_batch_size": ("train.eval_batch",),

@@ -285,8 +285,8 @@ class FolderSplit(ImageSource):
         shard_format.check_class_count(self._folder, len(self.classes), num_classes)
         if unknown := sorted(set(found) - set(self.classes)):
             raise DataError(
-                f"{self._folder / unknown[0]} is a class that the training split does not have; remove it here, or add it "
-                "there"
+                f"{self._folder / unknown[0]} is a class that the training split does not have; remove it, "
+                "or add it there"
             )
         numbers = {name: label for label, name in enumerate(self.classes) if name in found}
         visible: list[tuple[int, bytes]] = []

@@ -37,7 +37,7 @@ def test_every_image_is_there_once_with_its_class(folder):
 
 
 def test_a_place_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(DataError, match="nowhere does not exist; correct data.path"):
+    with pytest.raises(DataError, match=r"nowhere does not exist; correct data\.path"):
         FolderSplit(tmp_path / "nowhere", "train", 2)
 
 
