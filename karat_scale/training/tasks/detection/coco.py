@@ -231,15 +231,31 @@ def _runs(segmentation: Any, height: int, width: int) -> Any:
 
     if isinstance(segmentation, list):
         return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    is_list = isinstance(segmentation["counts"], list)
-    runs = coco_mask.frPyObjects(segmentation, height, width) if is_list else segmentation
-    if list(runs["size"]) != [height, width]:
-        raise ValueError(f"its mask is {runs['size'][1]} x {runs['size'][0]}")
-    coco_mask.decode(runs)  # raises for more pixels than there are
-    with contextlib.suppress(ValueError):
-        coco_mask.decode({**runs, "size": [height * width - 1, 1]})
-        raise EOFError("its run lengths end before the image")
-    return runs
+    counts = segmentation["counts"]
+    lengths = [int(one) for one in counts] if isinstance(counts, list) else _lengths(counts)
+    if list(segmentation["size"]) != [height, width]:
+        raise ValueError(f"its mask is {segmentation['size'][1]} x {segmentation['size'][0]}")
+    if min(lengths) < 0 or sum(lengths) != height * width:
+        raise ValueError(f"its run lengths are {sum(lengths)} pixels together, not {width} x {height}")
+    return coco_mask.frPyObjects(segmentation, height, width) if isinstance(counts, list) else segmentation
+
+
+def _lengths(compressed: str | bytes) -> list[int]:
+    """Return the run lengths that pycocotools wrote as text.
+
+    Five bits a character, the lowest first; from the fourth on, a length less the one two before it.
+    """
+    lengths: list[int] = []
+    number = shift = 0
+    for character in compressed.encode() if isinstance(compressed, str) else compressed:
+        bits = character - 48
+        number |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            number -= (bits & 16) << shift - 4
+            lengths.append(number + (lengths[-2] if len(lengths) > 2 else 0))
+            number = shift = 0
+    return lengths
 
 
 def _read(file: Path) -> Any:
