@@ -36,7 +36,11 @@ _STDOUT, _EXIT_UNREAD = 1, 128 + signal.SIGPIPE
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser with all commands and their options."""
-    parser = OneLineParser(prog="karat", description="Train Kolmogorov-Arnold Attention ViTs.")
+    parser = OneLineParser(
+        prog="karat",
+        description="Train Kolmogorov-Arnold Attention ViTs.",
+        epilog="Begin with `karat quickstart`. `karat doctor` says what this machine lacks.",
+    )
     parser.add_argument("--version", action="version", version=f"karat_scale {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for group in (preparing, training, results):
