@@ -219,8 +219,9 @@ def work_display(title: str = "") -> Iterator[Callable[[str, float, float], None
             if not title or not current:
                 first, started, reported = done, now, now
             current = what
-        if bars is not None:
-            bars.move(title or what, done, total, f"%, {what}" if title else None, keep=True)
+        if console is not None and bars is not None:
+            room = max(console.width - 62 - len(title), 0)  # beside the other columns, so that the time left stays
+            bars.move(title or what, done, total, f"%, {what}"[:room] if title else None, keep=True)
         elif now - reported >= PLAIN_LINE_SECONDS and done > first + (2 if title else 0):
             left = (total - done) * (now - started) / (done - first)
             steps = f"{done:.0f} % of all" if title else f"{done} of {total}"

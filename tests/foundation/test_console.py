@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -134,6 +135,15 @@ def test_each_piece_of_work_is_one_line_in_a_file_and_long_work_says_what_is_lef
     lines = capsys.readouterr().err.splitlines()
     shown = [line.partition(", about ")[0] for line in lines]
     assert shown == ["maps", "maps: 20 % of all", "spectrum", "spectrum: 50 % of all"]
+
+
+def test_the_time_left_of_all_work_stays_on_a_narrow_terminal(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    with work_display("all") as show:
+        show("softmax: predict the validation split", 50, 100)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err).split("\n")
+    assert re.search(r"all .+ 50/100 %, softmax: \S* +\S+ gone, \S+ left", lines[0]), lines
 
 
 def test_json_is_written_only_where_a_file_is_named(tmp_path) -> None:

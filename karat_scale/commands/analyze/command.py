@@ -193,7 +193,7 @@ def analyze(runs: Sequence[TrainedRun], names: Sequence[str], settings: Settings
     if settings.world.size > 1:
         names = sorted(names, key=lambda name: name != SHARED)
     report = out / "report.html"
-    with work_display("all analyses") as show:
+    with work_display("all") as show:
         work = _Work(runs, names, settings, out, show)
         if not settings.world.is_main:
             if SHARED in names:
