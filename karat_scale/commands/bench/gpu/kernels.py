@@ -79,7 +79,9 @@ class Call:
         """
         if self.dtype == FP32:
             # The gradient of psi is a sum over all pairs, which cancel.
-            return max(1e-5 if self.content else 2e-6, 5e-8 * self.grid * largest_score)
+            limit = max(1e-5 if self.content else 2e-6, 5e-8 * self.grid * largest_score)
+            # FlexAttention has the backward pass of `streaming`: at G = 16 and d = 160 a CPU errs by 0.99 of that.
+            return 2 * limit if self.flex else limit
         if self.dtype == TF32:
             return 4e-3 + 1e-3 * self.grid * self.score_std
         return 5e-3

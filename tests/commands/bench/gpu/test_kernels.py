@@ -88,6 +88,12 @@ def test_a_refusal_is_left_out_and_an_exception_is_a_failure(monkeypatch: pytest
     assert all(row["right"] for row in told["row"])
 
 
+def test_a_card_may_round_otherwise_than_this_cpu() -> None:
+    *_, hardest = flex_calls()
+    row = kernels.check(hardest, make_task()[0])
+    assert row["error"] < 0.75 * row["tolerance"]
+
+
 def test_what_memory_does_not_suffice_for_is_not_wrong() -> None:
     task, told = make_task()
     outcome: Future[dict[str, object]] = Future()
