@@ -3,26 +3,35 @@
 The original's attention and the new one get the same query, key and value: those that the original model has there. So
 all blocks are independent of each other, and no error of one block reaches the next. Two ways bring O = S V closer:
 
-Least squares, for heads with O = F C W^T V, where F are the harmonics of the scores, or of the query, and C the
-coefficients. O is linear in C for a given W, and in W for a given C, so the two are solved for alternately, in float64.
-W starts with the directions in which the original's S has most of its energy. A constant S needs one solution.
+Least squares, in float64, for heads with O = F C W^T V, where F are features of the scores or of the query, and C the
+coefficients. O is linear in C for a given W, and in W for a given C, so the two are solved for alternately. W starts
+with the directions in which the original's S has most of its energy. More is linear, too:
+
+- A base activation adds b 1^T to F C, where b[k] = sum_q b(A[k, q]). Gains are 1, so C has all of the functions' size.
+- `content` adds psi(A) V / N, linear in the 2 G + 1 coefficients of psi. It takes turns with C and W.
+- `centred` has F without its mean over queries, and adds L R^T V, the same with a feature of each position.
+- A constant S needs one solution. What is added to softmax is solved for what softmax lacks.
+
+Where pairs are masked, tokens that see each other are a problem of their own with the same C and W.
 
 Gradient descent, for all parameters of any heads.
 """
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from karat_scale.attention.bases import Fourier
+from karat_scale.attention.bases import BASE_ACTIVATIONS, FeatureBasis, Fourier
+from karat_scale.attention.bases.base import BaseActivation
 from karat_scale.attention.bound import BoundedHeads
-from karat_scale.attention.operator import FourierKaratOperator, HybridHeads, layer_input
-from karat_scale.attention.rivals import QueryOnly
+from karat_scale.attention.operator import HybridHeads, KaratOperator, ResidualHeads, layer_input
+from karat_scale.attention.rivals import Centred, QueryOnly
 from karat_scale.attention.softmax import softmax_attention, softmax_scores
-from karat_scale.attention.variants import SmoothOperator, StaticHeads, WithoutScores
+from karat_scale.attention.variants import ContentOperator, SmoothOperator, StaticHeads, WithoutScores
 from karat_scale.models.layers import attention_layers
 
 # Of the mean of the diagonal of a normal matrix. The harmonics of small scores are nearly dependent; without it their
@@ -45,6 +54,8 @@ class Call(NamedTuple):
     x: Tensor | None
     output: Tensor
     original: "Original"
+    keep: Tensor | None = None
+    """Of a region, 1 for its tokens and 0 for others [B, N, 1], in float64."""
 
     def of_heads(self, heads: slice) -> "Call":
         """Return the call of some of the heads."""
@@ -65,6 +76,23 @@ class Call(NamedTuple):
             )
             x = None if self.x is None else self.x[part]
             yield Call(query, key, value, bias, mask, x, output, self.original)
+
+    def regions(self) -> Iterator["Call"]:
+        """Yield calls of tokens that see each other: with masks such as Swin's, these are parts of a window."""
+        if self.mask is None:
+            yield self
+            return
+        first = self.mask[:, 0].int().argmax(-1)  # that each token sees [B, N]
+        for number in first.unique().tolist():
+            keep = first == number
+            some = keep.any(1)
+            query, key, value, output = (x[some] for x in (self.query, self.key, self.value, self.output))
+            keep = keep[some].unsqueeze(-1).double()
+            yield Call(query, key, value, self.bias, None, None, output, self.original, keep)
+
+    def kept(self, rows: Tensor) -> Tensor:
+        """Return rows [B, N, d] in float64, those of other tokens 0."""
+        return rows.double() if self.keep is None else rows.double() * self.keep
 
     def answer(self, heads: Any) -> Tensor:
         """Return the output of other heads for the same call."""
@@ -222,122 +250,225 @@ def _ratio(missed: Tensor, energy: Tensor) -> Tensor:
 
 
 class _Series(NamedTuple):
-    """Heads with O = F C W^T V: their parameters, and the columns that these are expanded by, if they are."""
+    """A part of O that is F C W^T V, or F C V without a W: its parameters, and what F are features of.
 
-    cos: nn.Parameter
-    sin: nn.Parameter
-    proj: nn.Parameter
+    Attributes:
+        coefs: C as [h, r, K] for each feature; they are parts of parameters.
+        proj: W [h, K, r].
+        basis: whose features they are; None for one of each position.
+        modes: the columns that the parameters are expanded by, if they are.
+        base: the base activation; F has its sum over keys as one more column, and C a row of ones for it.
+    """
+
+    coefs: Sequence[Tensor]
+    proj: Tensor
+    basis: FeatureBasis | None
     modes: Tensor | None = None
     of_query: bool = False
+    is_centred: bool = False
+    base: BaseActivation | None = None
+
+    @property
+    def free(self) -> slice:
+        """The rows of C that are parameters."""
+        return slice(None if self.base is None else -1)
 
     def features(self, call: Call, head: int) -> Tensor:
-        """Return F [B, N, 2 K G], cosines first, in float64."""
-        query, key = (tensor[:, head].double() for tensor in (call.query, call.key))
-        arguments = query if self.of_query else query @ key.mT / query.shape[-1] ** 0.5
-        if call.bias is not None and not self.of_query:
-            bias = call.bias.double()
-            arguments = arguments + (bias[..., head if bias.shape[-3] > 1 else 0, :, :] if bias.dim() > 2 else bias)
-        angles = arguments.unsqueeze(-1) * torch.arange(1, self.cos.shape[-1] + 1, device=query.device)
-        waves = [angles.cos(), angles.sin()]
-        if self.modes is not None:
-            waves = [torch.einsum("bkqm,qj->bkjm", wave, self.modes.double()) for wave in waves]
-        return torch.cat([wave.flatten(-2) for wave in waves], -1)
+        """Return F [B, N, f K], one feature after the other, in float64."""
+        if self.basis is None:
+            tokens = call.query.shape[2]
+            waves = [torch.eye(tokens, dtype=torch.float64, device=call.query.device).expand(len(call.query), -1, -1)]
+        else:
+            arguments = call.query[:, head].double() if self.of_query else _scores(call, head)
+            waves = [*self.basis.value(arguments)]
+            waves += [] if self.base is None else [self.base.value(arguments)]
+            if call.keep is not None and not self.of_query:
+                waves = [wave * call.keep.mT for wave in waves]
+            if self.modes is not None:
+                waves = [wave @ self.modes.double() for wave in waves]
+        if self.base is not None:
+            waves[-1] = waves[-1].sum(-1, keepdim=True)
+        features = call.kept(torch.cat(waves, -1))
+        return call.kept(features - features.mean(1, keepdim=True)) if self.is_centred else features
 
     def values(self, call: Call, head: int) -> Tensor:
         """Return what W^T acts on, [B, K, d], in float64."""
-        value = call.value[:, head].double()
+        value = call.kept(call.value[:, head])
         return value if self.modes is None else self.modes.double().mT @ value
 
     def coefficients(self, head: int) -> Tensor:
-        """Return C [2 K G, r] of a head, in float64."""
-        return torch.cat([part[head].double().flatten(1) for part in (self.cos, self.sin)], 1).mT
+        """Return C [f K, r] of a head, in float64."""
+        coef = torch.cat([part[head].double().mT for part in self.coefs])
+        return coef if self.base is None else torch.cat([coef, torch.ones_like(coef[:1])])
 
     def set(self, head: int, coefficients: Tensor, proj: Tensor) -> None:
         """Set C and W of a head."""
-        for part, values in zip((self.cos, self.sin), coefficients.mT.chunk(2, 1), strict=True):
-            part[head].copy_(values.reshape(part[head].shape))
+        for part, values in zip(self.coefs, coefficients[self.free].chunk(len(self.coefs)), strict=True):
+            part[head].copy_(values.mT)
         self.proj[head].copy_(proj)
+
+
+def _scores(call: Call, head: int) -> Tensor:
+    """Return A [B, N, N] of a head, in float64."""
+    query, key = (tensor[:, head].double() for tensor in (call.query, call.key))
+    scores: Tensor = query @ key.mT / query.shape[-1] ** 0.5
+    if call.bias is not None:
+        bias = call.bias.double()
+        scores = scores + (bias[..., head if bias.shape[-3] > 1 else 0, :, :] if bias.dim() > 2 else bias)
+    return scores
 
 
 def _series_of(heads: Any) -> _Series | None:
     if isinstance(heads, SmoothOperator):
-        return _Series(heads.cos_modes, heads.sin_modes, heads.proj_modes, heads.modes)
+        coefs = _harmonics(heads.cos_modes, heads.sin_modes)
+        return _Series(coefs, heads.proj_modes, Fourier(heads.grid), heads.modes)
     if isinstance(heads, QueryOnly):
-        return _Series(heads.query_cos, heads.query_sin, heads.proj, of_query=True)
-    if isinstance(heads, FourierKaratOperator) and heads.base == "zero" and isinstance(heads.basis, Fourier):
-        if heads.basis.gains or heads.proj is None:
-            return None
-        return _Series(heads.cos_coef, heads.sin_coef, heads.proj)  # type: ignore[arg-type]  # set by name
+        return _Series(_harmonics(heads.query_cos, heads.query_sin), heads.proj, Fourier(heads.grid), of_query=True)
+    if not isinstance(heads, KaratOperator) or heads.form != "modular" or heads.proj is None or heads.simplex:
+        return None
+    base = BASE_ACTIVATIONS[heads.base]
+    parameters = heads.basis_parameters()
+    if isinstance(heads.basis, Fourier):
+        if heads.basis.gains:
+            parameters["gain"].fill_(1)  # the coefficients have all of the functions' size
+        return _Series(_harmonics(parameters["cos_coef"], parameters["sin_coef"]), heads.proj, heads.basis, base=base)
+    if isinstance(heads.basis, FeatureBasis) and [*parameters] == ["coef"]:
+        return _Series(parameters["coef"].unbind(1), heads.proj, heads.basis, base=base)
     return None
+
+
+def _harmonics(*parts: Tensor) -> list[Tensor]:
+    return [harmonic for part in parts for harmonic in part.unbind(-1)]
 
 
 @torch.no_grad()
 def solve(heads: Any, calls: Sequence[Call], rounds: int) -> bool:
     """Match heads with calls of one or more originals by least squares, in place; return whether they are linear.
 
-    Heads that are not, and those of layers whose pairs are masked, do not change.
+    Heads that are not do not change.
     """
-    if rounds == 0 or any(call.mask is not None for call in calls):
+    if rounds == 0:
         return False
     kept = slice(heads.softmax_heads if isinstance(heads, HybridHeads) else 0, None)
-    own = heads.operator if isinstance(heads, HybridHeads) else heads
     calls = [part for call in calls for part in call.parts(CHUNK)]
-    seen = [_as_seen(own, call.of_heads(kept)) for call in calls]
-    inner = own
-    while isinstance(inner, BoundedHeads | WithoutScores):
-        inner = inner.operator
-    if isinstance(inner, StaticHeads):
-        for head in range(inner.num_heads):
-            of_columns = [(call.value[:, head].mT.double(), call.output[:, head].mT.double()) for call in seen]
-            inner.matrix[head].copy_(least_squares((value, None, output) for value, output in of_columns).mT)
+
+    @cache
+    def energy() -> Tensor:
+        """The sum of S^T S [h, N, N] of the originals."""
+        matrices = (call.matrix(call.original)[:, kept].double() for call in calls)
+        total = torch.zeros((), dtype=torch.float64, device=calls[0].query.device)
+        return sum((torch.einsum("bhkj,bhki->hji", matrix, matrix) for matrix in matrices), start=total)
+
+    own = heads.operator if isinstance(heads, HybridHeads) else heads
+    return _solve(own, [call.of_heads(kept) for call in calls], rounds, energy)
+
+
+def _solve(heads: Any, calls: Sequence[Call], rounds: int, energy: Callable[[], Tensor]) -> bool:
+    if isinstance(heads, BoundedHeads):  # in float64, as what follows
+        pairs = [heads.bounded(call.query.double(), call.key.double()) for call in calls]
+        bounded = [call._replace(query=q, key=k) for call, (q, k) in zip(calls, pairs, strict=True)]
+        return _solve(heads.operator, bounded, rounds, energy)
+    if isinstance(heads, WithoutScores):
+        nothing = [torch.zeros_like(call.query) for call in calls]
+        blind = [call._replace(query=x, key=x, bias=None) for call, x in zip(calls, nothing, strict=True)]
+        return _solve(heads.operator, blind, rounds, energy)
+    if isinstance(heads, ResidualHeads):
+        if not heads.gate.all():
+            return False
+        gate = heads.gate[:, None, None]
+        lacks = [call._replace(output=(call.output - softmax_attention(*call[:5])) / gate) for call in calls]
+        return _solve(heads.operator, lacks, rounds, energy)
+    if isinstance(heads, StaticHeads):
+        if any(call.mask is not None for call in calls):
+            return False
+        for head in range(heads.num_heads):
+            of_columns = ((call.value[:, head].mT.double(), None, call.output[:, head].mT.double()) for call in calls)
+            heads.matrix[head].copy_(least_squares(of_columns).mT)
         return True
-    series = _series_of(inner)
+    series = _series_of(heads.operator if isinstance(heads, ContentOperator | Centred) else heads)
     if series is None:
         return False
-    matrices = (call.matrix(call.original)[:, kept].double() for call in calls)
-    energy: Any = sum(torch.einsum("bhkj,bhki->hji", matrix, matrix) for matrix in matrices)
-    for head in range(len(series.proj)):
-        _solve_head(series, head, seen, energy[head], rounds)
+    if isinstance(heads, ContentOperator):
+        dtype = calls[0].value.dtype  # which all kernels take
+        plain = [call._replace(query=call.query.to(dtype), key=call.key.to(dtype)) for call in calls]
+        for number in range(rounds):
+            of_series = [call.answer(heads.operator) for call in plain]
+            _solve_psi(heads, _less(calls, of_series))
+            of_psi = [call.answer(heads) - part for call, part in zip(plain, of_series, strict=True)]
+            _solve_series([series], _less(calls, of_psi), 1, None if number else energy())
+    elif isinstance(heads, Centred):
+        constant = _Series([heads.left.mT], heads.right, None)
+        _solve_series([constant, series._replace(is_centred=True)], calls, rounds, energy())
+    else:
+        _solve_series([series], calls, rounds, energy())
     return True
 
 
-def _as_seen(heads: Any, call: Call) -> Call:
-    """Return the call that the functions of scores get, in float64 where query and key are scaled."""
-    if isinstance(heads, BoundedHeads):
-        query, key = heads.bounded(call.query.double(), call.key.double())
-        return _as_seen(heads.operator, call._replace(query=query, key=key))
-    if isinstance(heads, WithoutScores):
-        nothing = torch.zeros_like(call.query)
-        return _as_seen(heads.operator, call._replace(query=nothing, key=nothing, bias=None))
-    return call
+def _less(calls: Sequence[Call], parts: Sequence[Tensor]) -> list[Call]:
+    """Return calls with the rest of their outputs."""
+    return [call._replace(output=call.output - part) for call, part in zip(calls, parts, strict=True)]
 
 
-def _solve_head(series: _Series, head: int, calls: Sequence[Call], energy: Tensor, rounds: int) -> None:
-    """Solve for C and W of a head in turn. `energy` is the sum of S^T S [N, N] of the original."""
-    if series.modes is not None:
-        energy = series.modes.double().mT @ energy @ series.modes.double()
-    coefficients, proj = series.coefficients(head), series.proj[head].double()
-    ratio = coefficients.norm() / proj.norm()
-    first = torch.linalg.eigh(energy).eigenvectors.flip(1)[:, : proj.shape[1]]
-    proj[:, : first.shape[1]] = first
-    coefficients = torch.zeros_like(coefficients)
-    at_once = max(1, MOST_UNKNOWNS // len(coefficients))
+def _solve_psi(heads: ContentOperator, calls: Sequence[Call]) -> None:
+    """Solve for the function psi of each score."""
+    basis = Fourier(heads.operator.grid)
+    for head in range(heads.num_heads):
 
-    def parts(units: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        def parts(head: int) -> Iterator[tuple[Tensor, None, Tensor]]:
+            for call in calls:
+                scores = _scores(call, head)
+                waves = torch.stack([torch.ones_like(scores), *basis.value(scores)], 1)
+                kept = waves if call.mask is None else waves * call.mask
+                mixed = kept @ call.value[:, head, None].double() / scores.shape[-1]
+                yield mixed.flatten(2).mT, None, call.output[:, head].double().flatten(1).unsqueeze(-1)
+
+        constant, cos, sin = least_squares(parts(head))[:, 0].split([1, basis.grid, basis.grid])
+        heads.psi_constant[head], heads.psi_cos[head], heads.psi_sin[head] = constant[0], cos, sin
+
+
+def _solve_series(terms: Sequence[_Series], calls: Sequence[Call], rounds: int, energy: Tensor | None) -> None:
+    """Solve for C and W of each of the series, whose sum is O, in turn.
+
+    energy: the sum of S^T S [h, N, N] of the original, to start from; None to go on from the parameters.
+    """
+    regions = [region for call in calls for region in call.regions()]
+    for head in range(len(terms[0].proj)):
+        _solve_head(terms, head, regions, rounds, None if energy is None else energy[head])
+
+
+def _solve_head(terms: Sequence[_Series], head: int, calls: Sequence[Call], rounds: int, energy: Tensor | None) -> None:
+    coefs, projs = [one.coefficients(head) for one in terms], [one.proj[head].double() for one in terms]
+    # Of a new W the norm is about 1, where it is not 0.
+    ratios = [coef.norm() / (proj.norm() or 1) for coef, proj in zip(coefs, projs, strict=True)]
+    if energy is not None:
+        for one, coef, proj in zip(terms, coefs, projs, strict=True):
+            seen = energy if one.modes is None else one.modes.double().mT @ energy @ one.modes.double()
+            first = torch.linalg.eigh(seen).eigenvectors.flip(1)[:, : proj.shape[1]]
+            proj[:, : first.shape[1]] = first
+            coef[one.free] = 0
+
+    def parts(number: int, units: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for call in calls:
-            features, values = series.features(call, head), series.values(call, head)
-            hidden, mixed = features @ coefficients, proj.mT @ values
-            rest = call.output[:, head].double() - hidden @ mixed
-            yield (hidden, values, rest) if units is None else (features, mixed[:, units], rest)
+            sides = [(one.features(call, head), one.values(call, head)) for one in terms]
+            halves = [(f @ coef, proj.mT @ v) for (f, v), coef, proj in zip(sides, coefs, projs, strict=True)]
+            rest = call.kept(call.output[:, head]) - sum(hidden @ mixed for hidden, mixed in halves)
+            (features, values), (hidden, mixed) = sides[number], halves[number]
+            if units is None:
+                yield hidden, values, rest
+            else:
+                yield features[..., terms[number].free], mixed[:, units], rest
 
     for _ in range(rounds):
-        for units in torch.arange(proj.shape[1], device=proj.device).split(at_once):
-            coefficients[:, units] += least_squares(parts(units))
-        proj += least_squares(parts(None)).mT
-    # Only the product of a unit's coefficients and its column of W counts; their sizes start as in a new operator.
-    share = (ratio * proj.norm(dim=0) / coefficients.norm(dim=0).clamp(min=1e-30)).sqrt()
-    share = share.where(coefficients.any(0), 1)  # a unit that gives nothing must still be able to learn
-    series.set(head, coefficients * share, proj / share)
+        for number, (coef, proj) in enumerate(zip(coefs, projs, strict=True)):
+            for units in torch.arange(proj.shape[1], device=proj.device).split(max(1, MOST_UNKNOWNS // len(coef))):
+                coef[terms[number].free, units] += least_squares(parts(number, units))
+            proj += least_squares(parts(number, None)).mT
+    for one, coef, proj, ratio in zip(terms, coefs, projs, ratios, strict=True):
+        # Only the product of a unit's coefficients and its column of W counts; their sizes start as in a new operator.
+        share = (ratio * proj.norm(dim=0) / coef.norm(dim=0).clamp(min=1e-30)).sqrt()
+        share = share.where(coef.any(0), 1)  # a unit that gives nothing must still be able to learn
+        share = share if one.base is None else torch.ones_like(share)  # b has a size of its own
+        one.set(head, coef * share, proj / share)
 
 
 def least_squares(parts: Iterable[tuple[Tensor, Tensor | None, Tensor]]) -> Tensor:
