@@ -193,7 +193,7 @@ def _converted(recipe: Mapping[str, Any]) -> dict[str, str]:
     images = recipe.get("convert", {}).get("images")
     if not images:
         return {}
-    how = f"its attention was matched on {plural(images, 'image')} and replaced"
+    how = f"its attention was matched on at most {plural(images, 'image')} and replaced"
     teacher = recipe["distill"]["from"]
     then = f", then the whole model was trained with distillation from `{teacher}`" if teacher else ""
     return {"Converted from": f"`{recipe['init_from']}`, {how}{then}"}

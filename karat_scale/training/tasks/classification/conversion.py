@@ -94,17 +94,28 @@ def begin_conversion(
 ) -> Conversion:
     """Return a model's conversion: every block whose new attention is learned and differs from the original's.
 
-    Raises RecipeError if there is none.
+    Raises UserError if there is none, or if a block's learned attention would become softmax, which learns nothing.
     """
     theirs: nn.Module | None = None
     if attention.learns:
-        theirs = create_model(recipe.model, attention)
+        theirs = create_model(recipe.model, attention.changed(implementation="auto"))  # this device may lack theirs
         take_weights(theirs, weights)
+    elif any(OPERATOR in name for name in weights):
+        raise UserError(
+            "its attention is learned, but it does not say by which recipe; use the run itself, or a file of `karat "
+            "export`"
+        )
     originals: dict[int, nn.Module | None] = {}
     for number, layer in enumerate(attention_layers(model)):
         own, section = recipe.attention.of_block(number), attention.of_block(number)
-        if hasattr(layer.attention, "operator") and _function(own) != _function(section):
-            operator = None if theirs is None else getattr(attention_layers(theirs)[number].attention, "operator", None)
+        operator = None if theirs is None else getattr(attention_layers(theirs)[number].attention, "operator", None)
+        learns = hasattr(layer.attention, "operator")
+        if operator is not None and not learns:
+            raise UserError(
+                f"its block {number} has attention.kind = {section.kind}, which cannot become softmax: that learns "
+                "nothing; give the block a kind that learns in attention.blocks"
+            )
+        if learns and _function(own) != _function(section):
             originals[number] = operator
     if not originals:
         raise UserError("it has this attention already, so there is nothing to convert; set another attention.kind")
@@ -119,6 +130,8 @@ class Stage:
     """
 
     report: Report
+    from_softmax: bool
+    """Whether all that is replaced was softmax."""
 
     def __init__(
         self, task: Task, backend: Backend, conversion: Conversion, directory: RunDirectory, signals: StopSignals
@@ -127,6 +140,7 @@ class Stage:
         self._recipe: Any = task.recipe
         self._world, self._reporter = task.world, task.reporter
         self._path = directory.path / FILE
+        self.from_softmax = all(original.operator is None for original in conversion.originals.values())
         self._agreement, self._beats = Agreement(task.world), itertools.count()
 
     def run(self) -> None:
@@ -137,6 +151,7 @@ class Stage:
         report = world.broadcast(read_report(self._path.parent, identity) if world.is_main else None)
         conversion.model.to(world.device).eval()
         if report is None:
+            world.on_main(lambda: self._path.with_name(SURVEY).unlink(missing_ok=True))  # it is of another matching
             report = self._match()
             states = {number: conversion.new[number].state_dict() for number in conversion.blocks}
             world.on_main(lambda: _write(self._path, states, {"identity": identity, "report": json.dumps(report)}))
@@ -174,25 +189,30 @@ class Stage:
         mine = [group for number, group in enumerate(conversion.groups()) if number % world.size == world.rank]
         blocks = sorted(itertools.chain(*mine))
         count = min(config.images, self._task.num_train)
+        states = {number: _copied(conversion.new[number]) for number in blocks}
+
+        def keep_better(after: Mapping[int, list[float]]) -> None:
+            for group in mine:
+                if sum(sum(after[number]) for number in group) <= sum(sum(kept[number]) for number in group):
+                    kept.update((number, after[number]) for number in group)
+                    states.update((number, _copied(conversion.new[number])) for number in group)
+                else:
+                    conversion.new[group[0]].load_state_dict(states[group[0]])
+
         with world.together():
             shown = self._validation_images()
             found = {"at_once": errors(conversion, blocks, shown)}
+            kept = dict(found["at_once"])
             solved = self._solve(mine, count) if config.rounds else []
-            if solved:
+            if solved:  # too few images fit any unknowns
                 found["least_squares"] = errors(conversion, solved, shown)
+                keep_better(kept | found["least_squares"])
         if config.steps:
-            before = {number: _copied(conversion.new[number]) for number in blocks}
             step = partial(self._on_step, config.steps)
             batches = self._training_images(count, config.steps)
             descend(conversion, blocks, batches, config.steps, config.rate, config.scores, step)
-            earlier = found["at_once"] | found.get("least_squares", {})
-            found["matched"] = errors(conversion, blocks, shown)
-            for group in mine:  # a rate that is too high must not undo what least squares found
-                after, first = (sum(sum(which[number]) for number in group) for which in (found["matched"], earlier))
-                if not after <= first:
-                    conversion.new[group[0]].load_state_dict(before[group[0]])
-        found["matched"] = errors(conversion, blocks, shown)
-        states = {number: _copied(conversion.new[number]) for number in blocks}
+            keep_better(errors(conversion, blocks, shown))  # the rate may be too high
+        found["matched"] = kept
         merged: dict[str, dict[int, list[float]]] = {}
         for their_states, theirs in world.gather((states, found)):
             for number, state in their_states.items():
@@ -241,6 +261,7 @@ class Stage:
         backend, recipe = self._backend, self._recipe.changed(augment__mix_prob=0.0)
         plan = backend.plan(recipe.train.global_batch, recipe.train.global_batch, 0, 1)
         ids = plan.epoch_order(0)[:count]
+        count = len(ids)
         size = min(BATCH, count)
         loader = ExactLoader.of(ImageSpec.of(recipe), plan, backend, self._world.device, torch.float32)
 
@@ -359,7 +380,7 @@ def survey(task_type: type[Task], recipe: Recipe) -> int:
             if directory.store.names():
                 raise RunDirectoryError(f"run.dir = {directory.path} has checkpoints; choose another run.dir")
         reporter = Reporter(choose_display(world.is_main, recipe.run.name), None, world.rank)
-        task: Any = task_type(recipe, world, reporter)
+        task: Any = task_type(recipe, world, reporter).at(0)
         try:
             model = starting_model(task, directory, signals)
             found = _surveyed(task.stage, model, world.device, reporter)
@@ -371,7 +392,7 @@ def survey(task_type: type[Task], recipe: Recipe) -> int:
             reporter.close()
         if world.is_main:
             replace_file(directory.path / SURVEY, json.dumps(found, indent=1) + "\n")
-            _show(found, recipe)
+            _show(found, recipe, task.stage.from_softmax)
         return 0
     return EXIT_STOPPED
 
@@ -424,7 +445,7 @@ def _cost(model: nn.Module, images: Tensor) -> dict[str, float]:
     return {"images_per_second": len(images) / min(seconds), "mb_per_image": held / len(images) / 1e6}
 
 
-def _show(found: Report, recipe: Recipe) -> None:
+def _show(found: Report, recipe: Recipe, from_softmax: bool) -> None:
     rows = []
     for block in found["blocks"]:
         heads = " ".join(f"{error:.3f}" for error in block["matched"])
@@ -442,5 +463,6 @@ def _show(found: Report, recipe: Recipe) -> None:
         converted = found["curve"][count]["blocks"]
         rest = [block["block"] for block in found["blocks"] if block["block"] not in converted]
         others = ", ".join(f"{number}: {{kind: softmax}}" for number in rest)
-        how = f": 'attention.blocks={{{others}}}'" if rest and converted and not recipe.attention.blocks else ""
+        can_say = from_softmax and rest and converted and not recipe.attention.blocks
+        how = f": 'attention.blocks={{{others}}}'" if can_say else ""
         print(f"for a loss of at most {loss} points, before fine-tuning: {plural(count, 'block')}{how}")

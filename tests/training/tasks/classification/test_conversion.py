@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from karat_scale.foundation.errors import UserError
 from karat_scale.models import create_model
 from karat_scale.recipe import AttentionConfig
 from karat_scale.recipe.loading import load_recipe
@@ -19,7 +20,17 @@ from karat_scale.training.tasks.classification.conversion import (
     read_survey,
     take_original,
 )
-from tests.conftest import SMALL, events, karat, karat_done, karat_here, karat_refuses, karat_says, summary
+from tests.conftest import (
+    SMALL,
+    events,
+    karat,
+    karat_done,
+    karat_here,
+    karat_refuses,
+    karat_says,
+    make_image_folder,
+    summary,
+)
 from tests.small_engines import equal
 from tests.training.runs import assert_a_kill_changes_nothing, kill_all, last_tensors, start, stopped_by, wait_until
 from tests.training.test_initial_weights import put_into_cache
@@ -141,6 +152,71 @@ def test_keys_that_do_not_change_the_attention_keep_a_block(recipe) -> None:
         assert torch.equal(model.blocks[0].attn.operator.cos_coef, source.blocks[0].attn.operator.cos_coef), change
 
 
+def test_learned_attention_cannot_become_softmax(convert, converted, tmp_path) -> None:
+    """It would be lost: there is nothing to match it with."""
+    own = ("attention.kind=static", "attention.blocks={0: {kind: softmax}}", "convert.images=8")
+    line = karat_refuses(*convert(tmp_path, *own, source=converted))
+    assert "its block 0 has attention.kind = karat, which cannot become softmax" in line
+
+
+def test_learned_attention_without_its_recipe_is_refused(recipe) -> None:
+    """It would be taken for softmax."""
+    of = load_recipe(recipe, [*SMALL, "schedule.warmup_epochs=0", "attention.kind=karat"])
+    weights = create_model(of.model, of.attention).state_dict()
+    new = of.changed(attention__kind="static")
+    with pytest.raises(UserError, match="its attention is learned, but it does not say by which recipe"):
+        begin_conversion(create_model(new.model, new.attention), new, weights, AttentionConfig())
+
+
+def test_an_original_of_kernels_that_are_not_here_is_computed_by_others(recipe) -> None:
+    of = load_recipe(recipe, [*SMALL, "schedule.warmup_epochs=0", "attention.kind=karat"])
+    weights = create_model(of.model, of.attention).state_dict()
+    new = of.changed(attention__kind="static")
+    model = create_model(new.model, new.attention).eval()
+    conversion = begin_conversion(model, new, weights, of.attention.changed(implementation="triton"))
+    conversion.use(())
+    assert model(torch.randn(2, 3, 16, 16)).isfinite().all()
+
+
+def test_a_survey_from_learned_attention_on_few_images_and_what_becomes_of_it(convert, converted, tmp_path) -> None:
+    """With fewer images than those that time a step. A run that matches anew does not keep what was found before."""
+    make_image_folder(tmp_path / "few", {"train": 3, "val": 2})
+    run = tmp_path / "run"
+    few = (
+        "data.backend=folder",
+        f"data.path={tmp_path / 'few'}",
+        "schedule.image_sizes=[[0, 8], [1, 16]]",
+        "train.epochs=2",
+    )
+    static = convert(run, "attention.kind=static", *few, *QUICK, "convert.steps=1", source=converted)
+    says = karat_says(*static, "--survey")
+    assert read_report(run)["images"] == 12
+    assert "for a loss of at most" in says
+    assert "kind: softmax" not in says  # which the blocks that are not converted do not have
+    assert "matching the attention" not in karat_says(*static, "train.max_steps=1")
+    again = convert(tmp_path / "again", "attention.kind=static", *few, *QUICK, "convert.steps=1", source=converted)
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again/survey.json").write_bytes((run / "survey.json").read_bytes())
+    assert "matching the attention" in karat_says(*again, "train.max_steps=1")
+    assert read_survey(tmp_path / "again") is None
+
+
+def test_a_block_keeps_the_best_that_was_found(convert, recipe, tmp_path) -> None:
+    """Least squares of one image say little about others, and a high rate leads away from what was there."""
+    torch.manual_seed(0)
+    model = create_model(load_recipe(recipe, [*SMALL, "schedule.warmup_epochs=0"]).model, AttentionConfig())
+    for block in model.blocks:
+        block.attn.qkv.weight.data[:64] *= 6  # of query and key: attention that one image does not tell
+    save_file(model.state_dict(), tmp_path / "plain.safetensors")
+    own = ("attention.init=softmax_like", "convert.images=1", "convert.rate=10", "train.max_steps=1")
+    assert karat_here(*convert(tmp_path / "run", *KARAT, *own, source=tmp_path / "plain.safetensors")) == 0
+    blocks = read_report(tmp_path / "run")["blocks"]
+    assert [block["matched"] for block in blocks] == [
+        min(block["at_once"], block["least_squares"], key=sum) for block in blocks
+    ]
+    assert any(sum(block["least_squares"]) > sum(block["at_once"]) for block in blocks)
+
+
 @pytest.mark.slow
 def test_an_exported_folder_and_weights_without_a_word_on_their_model_are_sources(convert, original, recipe, tmp_path):
     short = (*KARAT, "convert.steps=1", "train.max_steps=1")
@@ -173,7 +249,7 @@ def test_the_model_card_says_what_was_converted_from_what(original, converted, t
     arguments = ("--format", "hub-folder", "--weights", "raw", "--out", str(tmp_path / "card"))
     assert karat_here("export", str(converted), *arguments) == 0
     card = (tmp_path / "card/README.md").read_text()
-    assert "| Converted from | `original`, " in card
+    assert "| Converted from | `original`, its attention was matched on at most 24 images" in card
 
 
 def test_mistakes_are_one_line(convert, command, tmp_path) -> None:
