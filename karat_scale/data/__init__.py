@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 from karat_scale.foundation.tables import load
 
 if TYPE_CHECKING:
+    from karat_scale.data.backends.own import SampleFiles
     from karat_scale.data.exact import EvalLoader, ExactLoader
-    from karat_scale.data.sample_files import SampleFiles
 
 __all__ = ["EvalLoader", "ExactLoader", "SampleFiles"]
 
 _PLACES = {
     "EvalLoader": "karat_scale.data.exact:EvalLoader",
     "ExactLoader": "karat_scale.data.exact:ExactLoader",
-    "SampleFiles": "karat_scale.data.sample_files:SampleFiles",
+    "SampleFiles": "karat_scale.data.backends.own:SampleFiles",
 }
 
 

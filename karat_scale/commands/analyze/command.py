@@ -6,6 +6,7 @@ The report is one HTML file that opens offline, with every figure inside and eve
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -14,12 +15,15 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+import torch
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from karat_scale.commands.analyze.analyses import ANALYSES
-from karat_scale.commands.analyze.cost import FIGURE, expected
-from karat_scale.commands.analyze.history import achieved, described
+from karat_scale.commands.analyze.history import achieved, described, read_history
+from karat_scale.commands.analyze.landscape import NEEDED, PROBES, PRODUCTS
+from karat_scale.commands.analyze.predictions import FILE, PREDICT
 from karat_scale.commands.analyze.result import (
     WORTH_TELLING,
     NothingToShowError,
@@ -40,7 +44,12 @@ from karat_scale.foundation.console import duration, printable, render_page, wor
 from karat_scale.foundation.errors import RunDirectoryError, UserError
 from karat_scale.foundation.files import json_sha256, make_folder, replace_file
 from karat_scale.foundation.machine import launch_environment
+from karat_scale.models.factory import layer_sizes
 
+PASSES = 20
+"""Passes of a model that take as long as one of its Hessian-vector products."""
+FIGURE = 0.8
+"""Seconds to draw a figure and to write it as PNG and SVG."""
 _SUMMARISED = {"content": 2, "functions": 1}
 """How many of an analysis's findings are in the summary."""
 _KINDS = ("figure", "gallery", "table")
@@ -212,6 +221,43 @@ def analyze(runs: Sequence[TrainedRun], names: Sequence[str], settings: Settings
     return 0
 
 
+@torch.no_grad()
+def _expected(run: TrainedRun, names: Sequence[str], settings: Settings) -> dict[tuple[str, str], float]:
+    """Return seconds by analysis and by the name under which the work progresses, from random weights and images."""
+    model, side, sizes = run.new_model(), run.recipe.model.image_size, layer_sizes(run.recipe.model)
+    pictures = torch.rand(settings.batch, 3, side, side, device=run.device)
+    matrices = torch.rand(2 * sizes[-1].heads * sizes[-1].sets, sizes[-1].tokens, sizes[-1].tokens, device=run.device)
+    image = _seconds(lambda: model(pictures)) / len(pictures)
+    spectra = len(sizes) * _seconds(lambda: torch.linalg.svdvals(matrices))
+    tested = max((point["images"] for point in read_history(run).evaluations if point["images"] > 0), default=0.0)
+    predicting = next((name for name in names if name in ("accuracy", "calibration", "mistakes")), "")
+    once = settings.images * image
+    grid = settings.grid**2 * settings.samples * image / settings.world.size
+    products = PRODUCTS * settings.eigenvalues + PROBES
+    figures = {"accuracy": 1, "calibration": 1, "spectrum": 2, "content": 1, "maps": 4, "functions": 2 + len(sizes)}
+    figures |= {"distributions": 2, "landscape": 3}
+    seconds = {
+        (predicting, PREDICT): 0.0 if (run.path / FILE).is_file() else tested * image,
+        ("spectrum", "spectrum"): once + settings.images * spectra,
+        ("content", "content"): once,
+        ("content", "top-1 with averaged S"): 3 * once,
+        ("functions", "scores"): once,
+        ("functions", "distance from softmax"): once,
+        ("landscape", "landscape, path"): grid if len(run.in_order) >= NEEDED else 0.0,
+        ("landscape", "landscape, random"): grid,
+        ("sharpness", "sharpness"): products * PASSES * settings.hessian_samples * image,
+        **{(name, "draw figures"): FIGURE * count for name, count in figures.items()},
+    }
+    return {key: cost for key, cost in seconds.items() if key[0] in names}
+
+
+def _seconds(call: Callable[[], Tensor]) -> float:
+    call().cpu()  # warms up
+    started = time.perf_counter()
+    call().cpu()
+    return time.perf_counter() - started
+
+
 class _Work:
     """Makes one analysis after the other for all runs, and remembers what could not be made.
 
@@ -236,7 +282,7 @@ class _Work:
             self._seconds["training", "", "draw figures"] = 5 * FIGURE
         for label, run in self.runs.items() if settings.world.is_main else ():
             with suppress(UserError):  # which its analyses will tell
-                costs = expected(run, names, settings)
+                costs = _expected(run, names, settings)
                 self._seconds |= {(name, label, what): cost for (name, what), cost in costs.items()}
         self._done = dict.fromkeys(self._seconds, 0.0)
         of_names = {name: sum(cost for key, cost in self._seconds.items() if key[0] == name) for name in names}
