@@ -11,6 +11,7 @@ The ranks share the blocks, and each reads all the images.
 import inspect
 import itertools
 import json
+import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +20,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -28,8 +31,9 @@ from karat_scale.attention.bases import basis_class
 from karat_scale.checkpoint.tensor_storage import read_metadata, save_safetensors
 from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.backends import Backend, ImageSpec
-from karat_scale.data.exact import EvalLoader, ExactLoader
-from karat_scale.data.plan import BatchSlice, EvalPlan
+from karat_scale.data.exact import ExactLoader
+from karat_scale.data.loading.device_feed import DeviceFeed
+from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import wait_for
 from karat_scale.engine.engine import allow_tf32
@@ -120,6 +124,14 @@ def begin_conversion(
     if not originals:
         raise UserError("it has this attention already, so there is nothing to convert; set another attention.kind")
     return Conversion(model, originals)
+
+
+def spread_ids(images: int) -> npt.NDArray[np.int64]:
+    """Return at most MEASURED ids of a split, in batches: from all over it, because folders are sorted by class."""
+    count = min(MEASURED, images)
+    ids = np.full((math.ceil(count / BATCH), BATCH), PADDING)
+    ids.flat[:count] = np.linspace(0, images - 1, count).round()
+    return ids
 
 
 class Stage:
@@ -277,8 +289,9 @@ class Stage:
             yield images
 
     def _validation_images(self) -> Tensor:
-        plan = EvalPlan(min(MEASURED, self._backend.num_val), BATCH, 0, 1)
-        feed = EvalLoader.of(self._backend.eval_batches, plan, self._world.device).feed()
+        batches = enumerate(spread_ids(self._backend.num_val))
+        slices = (BatchSlice(0, number, ids) for number, ids in batches)
+        feed = DeviceFeed(self._backend.eval_batches(slices), self._world.device)
         normalize = Normalize(self._recipe.augment.mean, self._recipe.augment.std)
         return torch.cat([normalize(batch.images)[batch.valid] for batch in feed])
 

@@ -9,15 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from karat_scale.data.plan import PADDING
 from karat_scale.foundation.errors import UserError
 from karat_scale.models import create_model
 from karat_scale.recipe import AttentionConfig
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.tasks.classification.conversion import (
+    BATCH,
     FILE,
+    MEASURED,
     begin_conversion,
     read_report,
     read_survey,
+    spread_ids,
     take_original,
 )
 from tests.conftest import (
@@ -218,6 +222,15 @@ def test_a_block_keeps_the_best_that_was_found(convert, recipe, tmp_path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("images", [1, 64, 100, 256, 50_000])
+def test_errors_are_measured_on_images_from_all_over_the_split(images) -> None:
+    batches = spread_ids(images)
+    ids = batches[batches != PADDING]
+    assert batches.shape[1] == BATCH
+    assert len(set(ids.tolist())) == len(ids) == min(images, MEASURED)
+    assert (ids.min(), ids.max()) == (0, images - 1)
+
+
 def test_an_exported_folder_and_weights_without_a_word_on_their_model_are_sources(convert, original, recipe, tmp_path):
     short = (*KARAT, "convert.steps=1", "train.max_steps=1")
     folder = ("--format", "timm", "--weights", "ema", "--out", str(tmp_path / "x"))
