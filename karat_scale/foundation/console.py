@@ -214,7 +214,7 @@ def work_display(title: str = "") -> Iterator[Callable[[str, float, float], None
         if what != current:
             if bars is None:
                 print(what, file=sys.stderr, flush=True)
-            if bars is not None and not title:
+            elif not title:
                 bars.remove(current)
             if not title or not current:
                 first, started, reported = done, now, now

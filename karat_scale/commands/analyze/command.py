@@ -280,9 +280,10 @@ class _Work:
         self._seconds: dict[tuple[str, str, str], float] = {}
         if "training" in names:
             self._seconds["training", "", "draw figures"] = 5 * FIGURE
-        for label, run in self.runs.items() if settings.world.is_main else ():
+        own = [name for name in names if not ANALYSES[name].of_all]
+        for label, run in self.runs.items() if own and settings.world.is_main else ():  # to time a model takes seconds
             with suppress(UserError):  # which its analyses will tell
-                costs = _expected(run, names, settings)
+                costs = _expected(run, own, settings)
                 self._seconds |= {(name, label, what): cost for (name, what), cost in costs.items()}
         self._done = dict.fromkeys(self._seconds, 0.0)
         of_names = {name: sum(cost for key, cost in self._seconds.items() if key[0] == name) for name in names}

@@ -1,4 +1,4 @@
-"""The samples of the user's own map-style dataset, in our order: any samples, not only images.
+"""The samples of the user's own map-style dataset, in our order: any samples, such as all files beside an image.
 
 A sample may use random numbers: its own generator, or those of Python, NumPy and torch. All of them are seeded for each
 sample, so it is the same on any rank, in any worker, and after a resume.

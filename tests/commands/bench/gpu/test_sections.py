@@ -59,7 +59,7 @@ def test_a_loader_whose_library_is_missing_is_left_out(tmp_path: Path, monkeypat
     )
     monkeypatch.setattr(loader, "whole_decoders", lambda *_: {})
     task, told = make_task(kind=FullSizeTask, scratch=tmp_path)
-    loader.measure(task)  # without a GPU there is no library that decodes there
+    loader.measure(task)  # nvJPEG needs a GPU, and there is none
     left_out = [one for one in told["left_out"] if one["what"].startswith("nvjpeg")]
     assert len(left_out) == 2
     assert all("use data.backend=webdataset" in one["why"] for one in left_out)
