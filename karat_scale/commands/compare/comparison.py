@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from karat_scale.commands.compare.finished import MEASURES, SCORES, Budget, FinishedRun
-from karat_scale.foundation.console import printable
+from karat_scale.foundation.console import plural, printable
 from karat_scale.foundation.errors import UserError
 from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.base import Effect
@@ -293,12 +293,16 @@ class Comparison:
         if lead <= _SAME:
             return [*lines, f"{best.label} and {second.label} are equal."]
         leads = f"{best.label} leads by {lead:,.{digits}f}{' points' if unit else ''}"
-        (found,) = compare(second.by_seed(self.measure), [best.by_seed(self.measure)])
-        if found.p is None:
+        theirs, ours = (group.by_seed(self.measure) for group in (second, best))
+        (found,) = compare(theirs, [ours])
+        if found.mean is not None and ours.keys() != theirs.keys():
+            leads += f" ({found.mean:+,.{digits}f} over {plural(len(found.seeds), 'seed')} of both)"
+        if found.p is None or found.mean is None:
             lines.append(f"{leads}; what another seed would change is unknown ({found.verdict.partition(':')[0]}).")
         else:
             pairs = len(means) * (len(means) - 1) // 2  # each of which might have been the first two
-            beyond = "more" if found.p * pairs < 1 - LEVEL else "not more"
+            is_shown = found.p * pairs < 1 - LEVEL and (found.mean > 0) == (top > next_)
+            beyond = "more" if is_shown else "not more"
             interval = (
                 f"95 % interval {_interval(found.low, found.high, digits)}, p {_chance(min(found.p * pairs, 1.0))}"
             )
@@ -325,7 +329,7 @@ class Comparison:
             for group in self.groups:
                 if figures := group.by_seed(name):
                     one = spread(list(figures.values()))
-                    if title.endswith("%") and one.low is not None and one.high is not None:
+                    if "%" in title and one.low is not None and one.high is not None:
                         one = replace(one, low=max(one.low, 0.0), high=min(one.high, 100.0))
                     cells = [f"{one.mean:,.{digits}f}", "" if one.deviation is None else f"{one.deviation:,.{digits}f}"]
                     cells.append(_interval(one.low, one.high, digits))

@@ -73,7 +73,7 @@ SCORES = {
     "box_ap": Measure("box AP, %", 2),
     "mask_ap": Measure("mask AP, %", 2),
 }
-CHOOSING = ("top1", "box_ap")  # the best evaluation is that with the highest
+CHOOSING = ("top1", "mask_ap")  # the best evaluation is that with the highest
 MEASURES = {
     **{
         f"{which}_{name}": Measure(title.format(row.title), row.digits)

@@ -181,6 +181,17 @@ def made_up(name: str, lr: float, scores: list[float], images: int | None = 1000
                 "95 % interval 0.76 to 3.24, p 0.061",
             ],
         ),
+        (  # the seeds that only one group has decide the order of the means
+            [[50.0, 50.0, 90.0, 90.0], [60.0, 60.1]],
+            [
+                "a leads by 9.95 points (-10.05 over 2 seeds of both), not more than the spread over 2 seeds explains",
+                "95 % interval -10.69 to -9.41, p 0.003",
+            ],
+        ),
+        (
+            [[50.0, 90.0], [60.0]],
+            ["a leads by 10.00 points (-10.00 over 1 seed of both); what another seed would change is unknown (one c"],
+        ),
     ],
 )
 def test_the_summary_says_who_leads_and_whether_that_is_noise(scores: list[list[float]], lines: list[str]) -> None:

@@ -6,14 +6,23 @@ from pathlib import Path
 import pytest
 
 from karat_scale.commands.cli import main
+from karat_scale.commands.compare.finished import MEASURES
 from tests.commands.compare.conftest import Copy
 from tests.conftest import karat_done, summary
 
 pytest.importorskip("pycocotools", reason="the extra `detection` is not installed")
 
+from karat_scale.training.tasks.classification.task import TrainState
+from karat_scale.training.tasks.detection.task import DetectionState
 from tests.training.tasks.detection.conftest import coco_set, write_small
 
 __all__ = ["coco_set"]
+
+
+def test_the_score_that_chooses_the_best_evaluation_is_titled_the_best() -> None:
+    for state in (TrainState, DetectionState):
+        titles = {name: MEASURES[f"best_{name}"].title for name in state.scores}
+        assert [name for name, title in titles.items() if title.startswith("best ")] == [state.scores[0]]
 
 
 @pytest.mark.slow
