@@ -48,6 +48,8 @@ def run_sweep(sweep: Sweep, ranks: int = 1) -> dict[str, str]:
         for number, run in enumerate(waiting):
             if child.told:
                 raise StoppedSweepError(number, len(waiting), saved=True)
+            if run.state not in (State.NEW, State.UNFINISHED):  # another process has begun it since
+                continue
             log = logs / f"{run.point.name}.log"
             shown.begin(number, run)
             earlier = log.stat().st_size if log.exists() else 0

@@ -8,15 +8,18 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+
+import yaml
 
 from karat_scale.commands.status.status import read_standing
 from karat_scale.foundation.errors import RecipeError, UserError
 from karat_scale.foundation.files import json_sha256
 from karat_scale.recipe import Recipe, RunRecipe
-from karat_scale.recipe.files import COMMANDS, read_recipe, shipped_recipes
+from karat_scale.recipe.files import COMMANDS, parse, read_recipe, shipped_recipes
 from karat_scale.recipe.loading import differing_keys, flatten, load_recipe, text_digest
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
@@ -191,6 +194,8 @@ def plan_sweep(recipe: str, overrides: Sequence[str], out: str | None) -> Sweep:
     schema = _schema(recipe)
     named = recipe if recipe in shipped_recipes(schema.shipped) else str(Path(recipe).resolve())
     root = Path(out).expanduser() if out else Path("runs") / f"sweep_{Path(recipe).stem}"
+    if not _is_plain(f"{root}/run"):
+        raise UserError(f"--out {root}: YAML reads it as another text; choose one without ' #' and ': '")
     runs = []
     for point in points:
         directory = root / point.name
@@ -206,6 +211,13 @@ def plan_sweep(recipe: str, overrides: Sequence[str], out: str | None) -> Sweep:
     _refuse_idle_keys(runs)
     _refuse_equal_runs(runs)
     return Sweep(COMMANDS[schema.shipped], named, tuple(shared), root, tuple(runs))
+
+
+def _is_plain(text: str) -> bool:
+    """True if an override `key=text` gives the key this text."""
+    with suppress(yaml.YAMLError):
+        return bool(parse(text) == text)
+    return False
 
 
 def _refuse_idle_keys(runs: Sequence[PlannedRun]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from karat_scale.commands.sweep.command import _why
+from karat_scale.commands.sweep.command import _why, run_sweep
 from karat_scale.commands.sweep.grid import PlannedRun, State, plan_sweep
 from karat_scale.engine.heartbeat import Sign, heartbeat_file
 from karat_scale.foundation.errors import UserError
@@ -87,6 +87,26 @@ def test_a_run_whose_process_is_gone_is_unfinished(recipe: Path) -> None:
         heartbeat_file(run.directory, 0).parent.mkdir(exist_ok=True)
         heartbeat_file(run.directory, 0).write_text(json.dumps(asdict(sign)))
         assert run.state is state
+
+
+def test_a_run_that_another_process_begins_meanwhile_is_left_alone(recipe: Path, monkeypatch) -> None:
+    started = recipe.parent / "started"
+    first, second = planned(recipe, "run.seed=0,1")
+    end(second)
+    second.directory.rename(recipe.parent / "ended elsewhere")
+    karat = recipe.parent / "karat"  # while it trains the first run, the second one ends
+    karat.write_text(f"#!/bin/sh\necho $* >>'{started}'\nmv '{recipe.parent}/ended elsewhere' '{second.directory}'\n")
+    karat.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(karat))
+    assert run_sweep(plan_sweep(str(recipe), [*SMALL, *QUICK, "run.seed=0,1"], str(first.directory.parent))) == {}
+    assert f"run.dir={first.directory}" in started.read_text()
+    assert len(started.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["a #1", "a: b", "[a]", " a", "{a}", "*a", "- a", "a\nb"])
+def test_a_directory_that_yaml_reads_as_another_is_refused(recipe: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"(?s)^--out .*: YAML reads it as another text; choose one"):
+        plan_sweep(str(recipe), [*SMALL, *QUICK, "run.seed=0,1"], name)
 
 
 def test_values_that_are_the_same_are_refused(recipe: Path) -> None:
