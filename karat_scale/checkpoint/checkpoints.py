@@ -40,7 +40,7 @@ from karat_scale.checkpoint.restore import (
     saved_layout,
     sidecar_name,
 )
-from karat_scale.checkpoint.store import STATE, CheckpointStore, NearStore, checkpoint_name
+from karat_scale.checkpoint.store import STATE, CheckpointStore, NearStore, checkpoint_name, holding
 from karat_scale.checkpoint.tensor_storage import DurableStorage, checkpoint_bytes, describe
 from karat_scale.checkpoint.weights import fit_state
 from karat_scale.engine.deepspeed_internals import shard_layout, use_storage
@@ -376,21 +376,22 @@ class Checkpoints(Generic[S]):
         if found is None:
             return None
         root, name = found
-        saved = CheckpointStore(root).state(name)
-        self._refuse_another_run(root / name, saved)
-        try:
-            check_teacher(self.engine.module, saved)
-            grows = bool(saved.get("image_size") or getattr(self.recipe.schedule, "image_sizes", ()))
-            is_fitting = fresh is not None and grows
-            ranks = [self.world.rank] if not is_fitting and self._has_my_layout(root / name, saved) else None
-            with self.world.together():  # none must wait in `restore` for one that refuses its files
-                content = read_state(root / name, saved, ranks)
-                if is_fitting and fresh is not None and content.shapes != self._shapes:
-                    content = fit_state(content, fresh())
-            restore(self.engine, self.ema, content, self.world)
-        except (RunDirectoryError, RecipeError) as error:
-            raise RunDirectoryError(f"checkpoint {root / name}: {error}") from error
-        self._restore_generators(root / name, saved)
+        with holding(root / name):  # where it is of another run, that may train on meanwhile
+            saved = CheckpointStore(root).state(name)
+            self._refuse_another_run(root / name, saved)
+            try:
+                check_teacher(self.engine.module, saved)
+                grows = bool(saved.get("image_size") or getattr(self.recipe.schedule, "image_sizes", ()))
+                is_fitting = fresh is not None and grows
+                ranks = [self.world.rank] if not is_fitting and self._has_my_layout(root / name, saved) else None
+                with self.world.together():  # none must wait in `restore` for one that refuses its files
+                    content = read_state(root / name, saved, ranks)
+                    if is_fitting and fresh is not None and content.shapes != self._shapes:
+                        content = fit_state(content, fresh())
+                restore(self.engine, self.ema, content, self.world)
+            except (RunDirectoryError, RecipeError) as error:
+                raise RunDirectoryError(f"checkpoint {root / name}: {error}") from error
+            self._restore_generators(root / name, saved)
         state = self.state_type.from_json(saved)
         changes: dict[str, Any] = {}
         if root != self.store.root:

@@ -29,6 +29,7 @@ from karat_scale.checkpoint.store import (
     CheckpointStore,
     NearStore,
     checkpoint_name,
+    holding,
     parse_manifest,
     step_of,
 )
@@ -490,10 +491,11 @@ def _newest_intact(store: CheckpointStore, reporter: Reporter, check: Check) -> 
 
 
 def _damage(store: CheckpointStore, name: str, reporter: Reporter, check: Check) -> str | None:
-    damage = store.damage(name, reporter.display.verify)
-    if damage is None:
-        try:
-            check(store.root / name, store.state(name))
-        except RunDirectoryError as error:
-            return str(error)
+    with holding(store.root / name):
+        damage = store.damage(name, reporter.display.verify)
+        if damage is None:
+            try:
+                check(store.root / name, store.state(name))
+            except RunDirectoryError as error:
+                return str(error)
     return damage

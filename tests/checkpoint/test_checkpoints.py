@@ -1,9 +1,13 @@
 """A saved state is loaded to the bits, at the same stage and at another."""
 
+import itertools
 import json
 import shutil
+import threading
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -181,6 +185,39 @@ def test_a_checkpoint_of_another_run_or_format_is_one_line(small_recipe, make_ch
     checkpoints.store.commit(checkpoints.store.begin(2), state, {})
     with pytest.raises(RunDirectoryError, match="has format 1, this version reads format 2"):
         checkpoints.load()
+
+
+class ReadMeanwhile(TrainState):
+    """Is read while the run that it is of trains on."""
+
+    train_on: Callable[..., None]
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> TrainState:
+        cls.train_on()
+        return TrainState.from_json(data)
+
+
+def test_a_run_that_trains_on_leaves_the_checkpoint_that_another_branches_from(
+    small_recipe, make_checkpoints, tmp_path, monkeypatch
+) -> None:
+    trunk, branch = (make_checkpoints(small_recipe(), tmp_path / name) for name in ("trunk", "branch"))
+    trunk.save(TrainState(step=1, samples=8))
+    store, steps, alone = trunk.store, itertools.count(2), threading.Lock()
+
+    def train_on(*_: int) -> None:
+        with alone:
+            for step in itertools.islice(steps, 2):
+                store.commit(store.begin(step), {"step": step}, {})
+            store.retain(2)
+
+    monkeypatch.setattr(branch.reporter.display, "verify", train_on)
+    ReadMeanwhile.train_on = train_on
+    branch.state_type = ReadMeanwhile
+    assert branch.load(str(store.root / "step-00000001")).step == 1
+    assert "step-00000002" not in store.names()
+    train_on()
+    assert "step-00000001" not in store.names()
 
 
 class Killed(BaseException):
