@@ -164,7 +164,7 @@ CHECKPOINT_NAME = re.compile(r"step-\d{8,}")
 _UNFINISHED = ".saving-"
 _REPLACED = f"{_UNFINISHED}replaced-"
 _TRIES = 5
-_POINTERS = ("best", "latest")
+POINTERS = ("best", "latest")
 Falsehood = Callable[[Path], str | None]
 """What the files of a checkpoint say that cannot be true, though each is as it was written."""
 
@@ -344,7 +344,7 @@ class CheckpointStore:
         if damage is None:
             return name
         problem = f"checkpoint {self.root / name} is damaged: {damage}"
-        for other in self.names() if wanted in _POINTERS else ():
+        for other in self.names() if wanted in POINTERS else ():
             if other != name and self._hold(other) and self.damage(other) is None:
                 note(f"{problem}; {other} is taken instead")
                 return other
@@ -353,9 +353,10 @@ class CheckpointStore:
     def _find_held(self, wanted: str) -> str | None:
         """The name of a checkpoint that is there and stays. A run that trains meanwhile may move a pointer."""
         for _ in range(_TRIES):
-            name = self.pointed(wanted) if wanted in _POINTERS else wanted
-            if wanted == "best" and name is None:
-                name = self._best_by_state() or self.pointed("latest")
+            name = self.pointed(wanted) if wanted in POINTERS else wanted
+            if wanted == "best" and name is None:  # the run was killed before that, or keeps none
+                best = self.best_by_state()
+                name = best if best in self.names() else self.pointed("latest")
             if name is not None and self._hold(name):
                 return name
         return name if name is not None and name in self.names() else None
@@ -367,12 +368,11 @@ class CheckpointStore:
             self._held.append(handle)
         return handle is not None
 
-    def _best_by_state(self) -> str | None:
-        """The best checkpoint by the newest one's state, for a run that was killed before `best` named it."""
+    def best_by_state(self) -> str | None:
+        """The best checkpoint by the newest one's state, which may not be here; None where that does not say."""
         for newest in self.names()[:1]:
-            with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-                name = checkpoint_name(self.state(newest)["best_step"])
-                return name if name in self.names() else None
+            with suppress(OSError, ValueError, TypeError, KeyError):
+                return checkpoint_name(self.state(newest)["best_step"])
         return None
 
     def pin(self, name: str) -> None:

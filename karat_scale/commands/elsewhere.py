@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from karat_scale.checkpoint.remote import RemoteCheckpoints
-from karat_scale.checkpoint.store import MANIFEST
+from karat_scale.checkpoint.store import MANIFEST, POINTERS
 from karat_scale.engine.tracking.follow import Trackers, check_trackers
 from karat_scale.foundation.console import plural, printable, work_display
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError, UserError
@@ -64,9 +64,6 @@ def _send(run: Path, names: Sequence[str]) -> bool:
     return not late
 
 
-POINTERS = ("best", "latest")
-
-
 def fetch_run(url: str, directory: str, checkpoint: Sequence[str]) -> int:
     """Copy a run from a URL to a directory, which is new or has this run; returns the exit code.
 
@@ -92,10 +89,10 @@ def fetch_run(url: str, directory: str, checkpoint: Sequence[str]) -> int:
         more = f"{run.store.names()[0]}, which {copy.url} does not have yet"
         print(f"note: {directory} has {more}; its log and its `latest` stay as they are")
     damaged = {}
+    keep_run_id(run.path, owner.run)  # first, as the rest may be cut off, and is fetched again then
     with work_display() as show:
         if not is_behind:
             copy.download_files(run.path, lambda size: None)
-        keep_run_id(run.path, owner.run)
         for number, name in enumerate(names):
             show("fetch checkpoints", number, len(names))
             if (damage := _fetch(remote, name, run)) is not None:

@@ -31,7 +31,7 @@ from typing import Protocol
 
 from karat_scale.checkpoint.checkpoints import Background
 from karat_scale.checkpoint.remote import OnBytes, RemoteCheckpoints
-from karat_scale.checkpoint.store import PINNED, checkpoint_name, holding
+from karat_scale.checkpoint.store import PINNED, holding
 from karat_scale.engine.distributed import World
 from karat_scale.engine.reporting.progress import Reporter
 from karat_scale.foundation.errors import EXIT_STOPPED, RecipeError, RunDirectoryError, one_line
@@ -480,10 +480,9 @@ def _bring(recipe: RunRecipe, directory: RunDirectory, url: RunUrl, on_bytes: On
 def _bring_lost_best(directory: RunDirectory, url: RunUrl, on_bytes: OnBytes) -> list[str]:
     """Copy the best checkpoint of the newest state here, if only the URL has it: an earlier start was cut off."""
     store, remote = directory.store, url.checkpoints
-    with suppress(OSError, ValueError, IndexError):
-        saved = store.state(store.names()[0]).get("best_step")
-        name = checkpoint_name(saved) if isinstance(saved, int) else ""
-        if name in remote.names() and name not in store.names():
+    with suppress(OSError):
+        name = store.best_by_state()
+        if name is not None and name in remote.names() and name not in store.names():
             if (damage := remote.download(name, store, on_bytes)) is not None:
                 return [f"warning: the best checkpoint, {name}, is damaged at {url.url}: {damage}"]
             store.point("best", name)
@@ -494,8 +493,8 @@ def _bring_lost_best(directory: RunDirectory, url: RunUrl, on_bytes: OnBytes) ->
 def _bring_best(directory: RunDirectory, url: RunUrl, on_bytes: OnBytes) -> list[str]:
     """Copy the checkpoint that `best` names, and the one that the newest state names: a kill may have been between."""
     store, remote, notes = directory.store, url.checkpoints, []
-    pointed, saved = remote.pointed("best"), store.state(store.names()[0]).get("best_step")
-    best = {pointed, checkpoint_name(saved) if isinstance(saved, int) else None}
+    pointed = remote.pointed("best")
+    best = {pointed, store.best_by_state()}
     for name in [name for name in remote.names() if name in best and name not in store.names()]:
         if (damage := remote.download(name, store, on_bytes)) is not None:
             notes.append(f"warning: the best checkpoint, {name}, is damaged at {url.url}: {damage}")

@@ -49,6 +49,19 @@ def test_a_committed_checkpoint_is_complete_and_latest(store) -> None:
     assert set(files) == {"weights.pt", STATE}
 
 
+def test_a_newest_state_that_is_damaged_names_no_best(store) -> None:
+    assert store.best_by_state() is None
+    file = store.root / save(store, 2) / STATE
+    for text, best in (
+        ('{"best_step": 1}', "step-00000001"),
+        *((text, None) for text in ("", "[]", "{}", '{"best_step": null}', '{"best_step": "1"}')),
+    ):
+        file.write_text(text)
+        assert store.best_by_state() == best
+    file.unlink()
+    assert store.best_by_state() is None
+
+
 def test_an_unfinished_save_is_no_checkpoint_and_goes_with_the_next(store) -> None:
     save(store, 1)
     torn = store.begin(2)

@@ -13,6 +13,7 @@ import pytest
 
 from karat_scale.checkpoint.remote import RemoteCheckpoints
 from karat_scale.checkpoint.store import CheckpointStore
+from karat_scale.commands.elsewhere import fetch_run
 from karat_scale.engine.distributed import ALONE
 from karat_scale.engine.reporting.progress import MetricsLog
 from karat_scale.foundation.errors import RecipeError
@@ -89,6 +90,24 @@ def test_what_cannot_be_fetched_is_one_line(url, tmp_path) -> None:
     }.items():
         assert line in karat_refuses("fetch", place, str(tmp_path / "run"))
         assert not (tmp_path / "run").exists()
+
+
+def test_what_was_cut_off_is_fetched_again(s3, tmp_path) -> None:
+    there, run = tmp_path / "there", tmp_path / "run"
+    (there / "snapshots").mkdir(parents=True)
+    owner = {"run": "id", "name": "tiny", "start": "s", "host": "h", "time": 0.0}
+    for name in ("recipe.yaml", "snapshots/step-00000000.safetensors"):
+        (there / name).write_text("{}")
+    (there / "owner.json").write_text(json.dumps(owner))
+    url = s3(there)
+    run.mkdir()
+    (run / "snapshots").touch()  # a file where a directory must be: the disk does not take the second file
+    with pytest.raises(FileExistsError):
+        fetch_run(url, str(run), ["latest"])
+    assert (run / "recipe.yaml").is_file()
+    (run / "snapshots").unlink()
+    assert fetch_run(url, str(run), ["latest"]) == 0
+    assert (run / "snapshots" / "step-00000000.safetensors").read_text() == "{}"
 
 
 def test_a_damaged_recipe_at_a_url_is_named_by_its_place(recipe_file, s3, tmp_path) -> None:
