@@ -189,6 +189,8 @@ def _why_missing(source: str, folder: Path) -> str:
     if path.is_dir():
         own = path / "recipe.yaml"
         return f"a run's directory; name its {own}" if own.is_file() else "a directory; name a YAML file in it"
+    if path.exists() or path.is_symlink():
+        return "not a regular file, or a link to nothing; name a YAML file"
     if path.suffix in (".yaml", ".yml") or "/" in source:
         close = nearest(path.name, [file.name for file in path.parent.glob("*.y*ml")])
         return f"no such file; did you mean {path.parent / close[0]}?" if close else "no such file"

@@ -1,5 +1,6 @@
 """Recipes: what is accepted, and that each mistake is one line that names the field, the value and the fix."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,13 @@ def test_a_misspelt_file_or_name_is_suggested(recipe):
         load_recipe(recipe.with_name(recipe.name[1:]))
     assert "did you mean imagenet_vit_tiny_g3b?" in message("imagenet_vit_tny_g3b")
     assert "no such file" in message("nowhere/recipe.yaml")
+
+
+def test_a_pipe_and_a_link_to_nothing_are_no_recipe_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "link.yaml").symlink_to("nothing")
+    for name in ("pipe", "link"):
+        assert message(tmp_path / f"{name}.yaml").endswith("not a regular file, or a link to nothing; name a YAML file")
 
 
 @pytest.mark.parametrize(
