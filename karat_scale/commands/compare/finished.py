@@ -187,9 +187,13 @@ def read_run(path: str) -> FinishedRun:
     recipe: RunRecipe = directory.recipe(DetectionRecipe) if is_detector else directory.recipe(Recipe)
     content = read_summary(directory)
     summary = _Summary.of(content, str(directory.summary_file))
-    changed = summary.sha256 is not None and content != sealed(content)
-    if changed or summary.recipe_sha256 not in (None, file_sha256(directory.recipe_file)):
-        raise RunDirectoryError(f"{path}: recipe.yaml or summary.json was changed after the run; put the files back")
+    if summary.sha256 is not None and content != sealed(content):
+        raise RunDirectoryError(f"{directory.summary_file}: was changed after the run; put it back")
+    if summary.recipe_sha256 not in (None, file_sha256(directory.recipe_file)):
+        raise RunDirectoryError(
+            f"{path}: recipe.yaml is not that of summary.json: the run has begun again, or the file was changed; "
+            "finish the run, or put the file back"
+        )
     events: list[_Event] = []
     damaged: list[str] = []
     try:

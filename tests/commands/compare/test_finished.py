@@ -72,7 +72,7 @@ def rewrite(run: Path, **fields: object) -> None:
         (lambda run: rewrite(run, exit=75, reason="stopped by SIGTERM"), r"has not finished \(stopped by SIGTERM\)"),
         (lambda run: rewrite(run, best_step=None), "was never evaluated"),
         (lambda run: (run / "metrics.jsonl").unlink(), "has no evaluation of this run"),
-        (lambda run: (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text() + "# \n"), "was changed"),
+        (lambda run: (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text() + "# \n"), "has begun again"),
         (lambda run: (run / "summary.json").write_text(json.dumps({**summary(run), "steps": 5})), "was changed"),
         (
             lambda run: write_lines(run, [{**line, "top1": 1.0} for line in events(run)]),
