@@ -336,7 +336,7 @@ class CheckpointStore:
         Raises:
             RunDirectoryError: it is not there, or damaged, and so are the others.
         """
-        name = self._find_held(wanted)
+        name = self._find_held(wanted) if "/" not in wanted else None  # a path may be of another run
         if name is None:
             there = ", ".join(self.names()) or "none"
             raise RunDirectoryError(f"{self.root}: no checkpoint {wanted!r}; there are: {there}")

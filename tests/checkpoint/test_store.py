@@ -35,6 +35,14 @@ def test_a_checkpoint_that_is_not_the_newest_is_told_as_such(store) -> None:
     assert said == [f", the best one (the newest is {newest})", f", an earlier one (the newest is {newest})", ""]
 
 
+def test_a_checkpoint_is_chosen_by_its_name_and_not_by_a_path(store) -> None:
+    name = save(store, 1)
+    assert store.find_intact(name) == name
+    for path in (f"{name}/", f"../checkpoints/{name}", str(store.root.absolute() / name)):
+        with pytest.raises(RunDirectoryError, match=f"no checkpoint '{path}'; there are: {name}"):
+            store.find_intact(path)
+
+
 def test_a_committed_checkpoint_is_complete_and_latest(store) -> None:
     name = save(store, 1200)
     assert name == checkpoint_name(1200) == "step-00001200"
