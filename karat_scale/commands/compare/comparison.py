@@ -285,7 +285,7 @@ class Comparison:
         lines = [f"{title.removesuffix(', %').capitalize()}: "]
         lines[0] += ", ".join(f"{group.label} {mean:,.{digits}f}{unit}" for mean, group in means) + "."
         if len(means) == 1:
-            one = spread([*figures[0][1].values()])
+            one = _shown(title, [*figures[0][1].values()])
             seeds = f"The 95 % interval over {one.count} seeds is {_interval(one.low, one.high, digits)}."
             return [*lines, seeds if one.count > 1 else "It is one run: the spread over seeds is unknown."]
         (top, best), (next_, second) = means[:2]
@@ -328,9 +328,7 @@ class Comparison:
             head = title
             for group in self.groups:
                 if figures := group.by_seed(name):
-                    one = spread(list(figures.values()))
-                    if "%" in title and one.low is not None and one.high is not None:
-                        one = replace(one, low=max(one.low, 0.0), high=min(one.high, 100.0))
+                    one = _shown(title, [*figures.values()])
                     cells = [f"{one.mean:,.{digits}f}", "" if one.deviation is None else f"{one.deviation:,.{digits}f}"]
                     cells.append(_interval(one.low, one.high, digits))
                     rows.append([head, group.label, ", ".join(map(str, figures)), *cells])
@@ -444,6 +442,14 @@ def compare_groups(
         for other, difference in zip(others, differences, strict=True)
     ]
     return Comparison(score, groups, pairs, match), left_out
+
+
+def _shown(title: str, values: Sequence[float]) -> Spread:
+    """Return the spread of a measure with this title. An interval of percent ends at 0 and 100."""
+    one = spread(values)
+    if "%" in title and one.low is not None and one.high is not None:
+        one = replace(one, low=max(one.low, 0.0), high=min(one.high, 100.0))
+    return one
 
 
 def _interval(low: float | None, high: float | None, digits: int) -> str:

@@ -157,6 +157,7 @@ def made_up(name: str, lr: float, scores: list[float], images: int | None = 1000
     ("scores", "lines"),
     [
         ([[70.0]], ["Last top-1: a 70.00 %.", "It is one run: the spread over seeds is unknown."]),
+        ([[83.0, 99.0]], ["Last top-1: a 91.00 %.", "The 95 % interval over 2 seeds is 0.00 to 100.00."]),
         ([[70.0], [70.0]], ["Last top-1: a 70.00 %, b 70.00 %.", "a and b are equal."]),
         # 1.96 sqrt((70 x 30 + 71.29 x 28.71) / 10000) = 1.262
         (
