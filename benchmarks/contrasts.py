@@ -58,6 +58,7 @@ EPOCHS = {"rate": 4, "short": 4, "check": 22, "main": 22}
 COMPARED = ("short", "main")  # the stages that see the test images
 CLEAR_LEAD = 1.5  # points on the held-out images after 4 epochs, beyond which a rate is not checked
 HELD_OUT = 500  # images of each class
+REPLACED = 2000  # images on which each S is replaced by a mean
 SECONDS_BETWEEN_LOOKS = 30
 
 
@@ -218,7 +219,7 @@ def finish(trial: Trial, data: Path, directory: Path) -> None:
     """Train to the end, and write the record."""
     karat("train", RECIPE, *settings(trial, data, directory))
     # Also leaves the prediction for each image in the run's directory.
-    which = ("--only", "accuracy", "content", "--checkpoint", "latest")
+    which = ("--only", "accuracy", "content", "--checkpoint", "latest", "--images", str(REPLACED))
     karat("analyze", str(directory), *which, "--out", str(directory / "analysis"))
     RECORDS.mkdir(parents=True, exist_ok=True)
     write_atomically(trial.record, json.dumps(record_of(trial, directory), indent=1) + "\n")
@@ -240,7 +241,7 @@ def record_of(trial: Trial, directory: Path) -> dict[str, Any]:
         "top1": summary["last_top1"],
         "curve": [[event["step"], event["top1"], round(event["loss"], 4)] for event in kinds["eval"]],
         "content": kinds["eval"][-1]["content"],
-        "replaced": numbers["top1"],
+        "replaced": {"images": numbers["images"], **numbers["top1"]},
         "training": by_interval(kinds["train"]),
         "predictions": predictions,
         **facts_of(summary),

@@ -20,6 +20,7 @@ from benchmarks.contrasts import (
     LATER,
     ONE_CHANGE,
     RECORDS,
+    REPLACED,
     REPORTED,
     SEEDS,
     checked_rates,
@@ -40,6 +41,7 @@ Without a test, at 3 seeds.
 """
 # The arms with functions of scores.
 OF_SCORES = ("smooth", "frozen_functions", "bounded", "centred", "early", "middle", "late")
+REPLACEMENTS = ("S", "mean over queries", "mean over images")
 ByArm = dict[str, dict[int, dict[str, Any]]]  # records of the compared runs by arm and seed
 
 
@@ -52,7 +54,8 @@ def write_results() -> None:
 def render() -> str:
     """Return the page.
 
-    Raises ValueError if compared runs are not of one code, or those of a seed saw other images or another order.
+    Raises ValueError if compared runs are not of one code, those of a seed saw other images or another order, or S was
+    replaced on another number of images.
     """
     parts = [HEAD, rates()]
     for stage in COMPARED:
@@ -70,8 +73,10 @@ def render() -> str:
 
 
 def of_arms(records: list[dict[str, Any]], arms: Iterable[str]) -> ByArm:
-    """Return the records of those of the arms that have some. Raises ValueError if they are not of one code."""
+    """Return the records of those of the arms that have some. Raises ValueError if they cannot be compared."""
     own = [record for record in records if record["arm"] in arms]
+    if {record["replaced"]["images"] for record in own} - {REPLACED}:
+        raise ValueError(f"S was not replaced on {REPLACED:,} images in each run")
     if len({record["commit"] for record in own}) > 1:
         raise ValueError("the compared runs are of several commits")
     return {arm: {r["seed"]: r for r in own if r["arm"] == arm} for arm in arms if arm in {r["arm"] for r in own}}
@@ -99,7 +104,7 @@ def compared(by_arm: ByArm) -> str:
         own = [*found.values()]
         ends = [record["top1"] for record in own]
         content = [statistics.mean(x for r in own for x in r["content"][key]) for key in ("by_query", "by_image")]
-        replaced = [statistics.mean(r["replaced"][f"mean over {what}"] for r in own) for what in ("queries", "images")]
+        replaced = [statistics.mean(r["replaced"][what] for r in own) for what in REPLACEMENTS]
         beyond = max(x for r in own for x in r["content"].get("beyond_pi", [0.0]))
         loss = statistics.mean(record["training"][-1][1] for record in own)
         norm = max(norm for record in own for _, _, norm in record["training"])
@@ -118,13 +123,13 @@ def compared(by_arm: ByArm) -> str:
             ]
         )
     columns = ["arm", "rate", "seeds", "top-1", "range", "training loss", "by the query", "by the image"]
-    columns += ["mean over queries", "mean over images", "beyond pi", "norm"]
+    columns += [*REPLACEMENTS, "beyond pi", "norm"]
     text = (
         "On the 10,000 test images; the training loss of the last 200 steps; the "
-        "shares of S's energy that depend on the query and on the image, a mean over blocks; top-1 of 2,000 test "
-        "images with each S replaced by its mean over queries or over images; the largest share of a block's scores "
-        "beyond pi at the end; and the largest norm of the gradient among those of every tenth step, before "
-        "clipping.\n\n"
+        "shares of S's energy that depend on the query and on the image, a mean over blocks; top-1 of "
+        f"{REPLACED:,} test images with each S as it is, or replaced by its mean over queries or over images; the "
+        "largest share of a block's scores beyond pi at the end; and the largest norm of the gradient among those of "
+        "every tenth step, before clipping.\n\n"
     )
     return text + table(columns, rows)
 

@@ -41,7 +41,7 @@ def keep(trial: Trial, top1: float, predictions: str = "") -> None:
         "top1": top1,
         "curve": [[100, top1 / 2, 1.5], [200, top1, 1.0]],
         "content": {"by_query": [0.5, 0.3], "by_image": [0.1, 0.1], "beyond_pi": [0.0, 0.02]},
-        "replaced": {"S": top1, "mean over queries": 60.0, "mean over images": 50.0},
+        "replaced": {"images": 2000, "S": top1, "mean over queries": 60.0, "mean over images": 50.0},
         "training": [[100, 1.7, 2.0], [200, 1.1, 3.0]],
         "commit": "a",
         "data_digest": f"of seed {trial.seed}",
@@ -104,6 +104,10 @@ def test_the_page_has_paired_differences_and_images_that_one_arm_alone_gets_righ
     changed = json.loads(Trial(stage, "static", 1e-3, 5).record.read_text()) | {"seed": 0, "data_digest": "another"}
     Trial(stage, "static", 1e-3, 5).record.write_text(json.dumps(changed))
     with pytest.raises(ValueError, match="did not see the same images"):
+        contrasts_report.render()
+    changed |= {"seed": 5, "replaced": {**changed["replaced"], "images": 64}}
+    Trial(stage, "static", 1e-3, 5).record.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="S was not replaced on 2,000 images"):
         contrasts_report.render()
 
 
