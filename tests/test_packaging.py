@@ -113,3 +113,7 @@ def test_a_wheel_trains_outside_the_clone(tmp_path: Path) -> None:
         [karat[0], "prepare", "verify", "--src", str(tmp_path / "shards")], env=environment, check=False
     )
     assert checked.returncode == 0
+    predicted = subprocess.run(
+        [karat[0], "predict", "cifar10_karat", str(images / "val")], cwd=tmp_path, env=environment, check=False
+    )
+    assert predicted.returncode == 0

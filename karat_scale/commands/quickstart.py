@@ -100,7 +100,7 @@ def _print_results(console: Console) -> None:
     run = CONTENDERS[0][1]
     hints = {
         "see what they learned": f"open {REPORT}/report.html in a browser",
-        "classify a picture": f"karat predict {run} PICTURE, or karat demo for a page",
+        "classify a picture": f"karat predict {run} PICTURE, or karat demo {run} for a page",
         "train longer": f"karat train {RECIPE} data.path={SHARDS} train.epochs=5 run.dir=runs/longer",
         "evaluate again": f"karat eval {run}",
         "other models": "karat recipes",

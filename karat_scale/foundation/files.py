@@ -318,6 +318,13 @@ def shipped_directory(name: str) -> Path:
     return installed if installed.is_dir() else package.parent / name
 
 
+def trained_model(source: str) -> Path:
+    """The path of a model: the one named, or the folder of that name among the models that come with the package."""
+    path = Path(source).expanduser()
+    shipped = shipped_directory("examples/weights")
+    return shipped / source if not path.exists() and shipped / source in shipped.glob("*") else path
+
+
 def lock(file: int | IO[Any], shared: bool = False, wait: bool = True, without: bool | None = True) -> bool:
     """Lock an open file; False where another process has it locked and this one does not wait.
 

@@ -28,7 +28,7 @@ from karat_scale.checkpoint.tensor_storage import read_metadata, save_safetensor
 from karat_scale.checkpoint.weights import describe_weights
 from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError, UserError, nearest, one_line
-from karat_scale.foundation.files import open_regular, open_to_read, parse_json
+from karat_scale.foundation.files import open_regular, open_to_read, parse_json, trained_model
 from karat_scale.foundation.tables import require_trust
 from karat_scale.models import create_model
 from karat_scale.models.init_from import check_heads, differences, spread_operator, take_weights
@@ -304,7 +304,7 @@ def locate(source: str) -> tuple[Path, str]:
     Raises:
         RecipeError: there is no such thing.
     """
-    path = Path(source).expanduser()
+    path = trained_model(source)
     exported = path / "model.safetensors"
     if exported.exists() and (path / "config.json").exists():  # as a hub has it, perhaps with a recipe
         return exported, ""

@@ -1,7 +1,6 @@
 """The parsers of the commands that look at finished runs, compare them, and use a trained model."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from karat_scale.commands.analyze.analyses import ANALYSES, Options
@@ -21,8 +20,10 @@ from karat_scale.foundation.arguments import (
     whole,
 )
 from karat_scale.foundation.errors import RunDirectoryError, UserError
+from karat_scale.foundation.files import trained_model
 from karat_scale.foundation.tables import EXPORT_FORMATS, TRACKERS
 
+SHIPPED = "cifar10_karat"  # in examples/weights
 SCORES = ("top1", "top5", "loss", "box_ap", "mask_ap")
 MATCHES = ("parameters", "step_seconds")
 
@@ -105,7 +106,7 @@ def add_commands(commands: Any) -> None:
     add_trust(predict)
 
     demo = commands.add_parser("demo", help="serve a page on this machine that classifies pictures dropped into it")
-    _add_model(demo, nargs="?", default="runs/quickstart_karat")
+    _add_model(demo, nargs="?", default=SHIPPED)
     demo.add_argument("--port", type=whole(0), default=7860, help="0 takes any that is free (default: %(default)s)")
     add_checkpoint(demo)
     add_weights(demo)
@@ -118,7 +119,8 @@ def _add_runs(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser, **optional: Any) -> None:
-    what = "a run's directory, or what `karat export` wrote" + (" (default: %(default)s)" if optional else "")
+    what = f"a run's directory, what `karat export` wrote, or {SHIPPED}, a small model that comes with the package"
+    what += " (default: %(default)s)" if optional else ""
     parser.add_argument("model", metavar="RUN|FOLDER", type=run_directory, help=what, **optional)
 
 
@@ -129,6 +131,7 @@ def _check_export(options: argparse.Namespace) -> None:
 
 
 def _check_model(options: argparse.Namespace) -> None:
-    path = Path(options.model).expanduser()
+    path = trained_model(options.model)
     if not path.exists() and path.parent.name != "checkpoints":
-        raise RunDirectoryError(f"{options.model}: neither a run's directory nor a folder of karat export; name one")
+        what = f"{options.model}: neither a run's directory nor a folder of karat export; name one"
+        raise RunDirectoryError(f"{what}, or {SHIPPED}, which comes with the package")

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage
 import torch
+import yaml
 from PIL import Image
 
 from karat_scale.commands.analyze.maps import LastBlock
@@ -20,6 +22,7 @@ from karat_scale.models.attention_matrices import watched
 from karat_scale.recipe import Recipe
 from karat_scale.training.run_directory import OpenRun
 from karat_scale.training.tasks.classification.task import ClassificationTask
+from karat_scale.training.weights_file import locate
 from tests.conftest import CLASSES, SMALL, VAL_PER_CLASS, karat, karat_done, karat_here, karat_refuses, karat_says
 from tests.data.prepare.making import prepared
 
@@ -59,6 +62,18 @@ def test_the_logits_are_those_of_evaluation(run: Path, world, weights: str) -> N
     assert torch.equal(found, expected)
     raw = open_classifier(str(run), "best", "ema" if weights == "raw" else "raw")
     assert not torch.equal(torch.cat([logits for _, logits in logits_of(raw, files, 7)]), expected)
+
+
+@pytest.mark.parametrize("name", ["cifar10_karat", "cifar10_softmax"])
+def test_the_models_that_come_with_the_package_are_as_recorded_and_know_a_cat(name: str, tmp_path: Path) -> None:
+    photo, found = tmp_path / "photo.jpg", tmp_path / "found.json"
+    Image.fromarray(skimage.data.chelsea()).save(photo)
+    assert karat_here("predict", name, str(photo), "--json", str(found)) == 0
+    assert "cat" in [guess["class"] for guess in lines_of(found)[0]["predictions"][:2]]
+    facts = json.loads(locate(name)[0].with_name("config.json").read_text())["karat_scale"]
+    trained = yaml.safe_load(facts["recipe"])["run"]["dir"]
+    record = Path(__file__).parents[3] / f"docs/experiments/contrasts/{trained}.json"
+    assert float(facts["top1"]) == json.loads(record.read_text())["top1"]
 
 
 def test_a_camera_photo_is_seen_upright_as_in_shards(run: Path, image_folder: Path, tmp_path: Path) -> None:
