@@ -20,6 +20,7 @@ from karat_scale.foundation.errors import (
     EXIT_INTERRUPTED,
     EXIT_LOST_PEER,
     PeerError,
+    RecipeError,
     UserError,
     of_the_machine,
     on_one_line,
@@ -32,6 +33,16 @@ from karat_scale.foundation.tables import VARIABLE, trackers_hidden
 EXIT_USAGE = 2
 # As a shell says that SIGPIPE ended a command: `karat recipes | head` has read enough.
 _STDOUT, _EXIT_UNREAD = 1, 128 + signal.SIGPIPE
+# The commands by what a user wants, in the order in which one comes to them.
+GROUPS = {
+    "start here": ("quickstart", "doctor", "recipes", "explain", "completion"),
+    "data sets": ("prepare", "index", "data", "show"),
+    "train a model": ("plan", "train", "launch", "convert", "detect", "sweep"),
+    "look at runs": ("status", "eval", "analyze", "compare"),
+    "use a trained model": ("predict", "demo", "export"),
+    "on a cluster": ("submit", "fetch", "track"),
+    "check training": ("replay", "verify", "bench"),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,6 +58,12 @@ def build_parser() -> argparse.ArgumentParser:
         group.add_commands(commands)
     bench = commands.add_parser("bench", help="measure against the usual alternatives")
     add_benches(bench.add_subparsers(dest="bench", required=True, metavar="BENCH"))
+    # argparse lists all commands in one group. Here each group is a section of the help.
+    lines = {line.dest: line for line in commands._choices_actions}
+    for title, names in GROUPS.items():
+        parser.add_argument_group(title)._group_actions += [lines[name] for name in names]
+    parser._positionals._group_actions.clear()
+    parser._action_groups.sort(key=lambda group: group is parser._optionals)
     return parser
 
 
@@ -75,11 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        return _end(str(error), EXIT_USAGE)
+        return _end(EXIT_USAGE, *(error.mistakes if isinstance(error, RecipeError) else [str(error)]))
     except PeerError as error:
-        return _end(str(error), EXIT_LOST_PEER)
+        return _end(EXIT_LOST_PEER, str(error))
     except KeyboardInterrupt:  # before training has begun, or in a command that does not wait for it
-        return _end("stopped; run the same command again", EXIT_INTERRUPTED)
+        return _end(EXIT_INTERRUPTED, "stopped; run the same command again")
     except BrokenPipeError:
         if not _is_unread(_STDOUT):
             raise
@@ -90,15 +107,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if known is None:
             say_to_launcher(on_one_line(f"{type(error).__name__}: {one_line(error)}"))
             raise
-        return _end(*known)
+        line, code = known
+        return _end(code, line)
 
 
-def _end(text: str, code: int) -> int:
-    """Say why this rank ends, in one line; returns the exit code."""
+def _end(code: int, *reasons: str) -> int:
+    """Say why this rank ends, a line for each reason; returns the exit code."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     where = f"[rank {rank}] " if rank != "0" else ""
-    if not say_to_launcher(on_one_line(text)):
-        say_in_one_write(f"{where}error: {on_one_line(text)}")
+    text = f"\n{where}error: ".join(map(on_one_line, reasons))
+    if not say_to_launcher(text):
+        say_in_one_write(f"{where}error: {text}")
     return code
 
 

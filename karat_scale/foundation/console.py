@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from karat_scale import __version__
 from karat_scale.foundation.files import write_atomically
@@ -45,8 +45,27 @@ def terminal(stderr: bool = False) -> "Console | None":
         from rich.console import Console
     except ImportError:
         return None
-    console = Console(stderr=stderr, highlight=False)
+    screen = _Screen(sys.stderr if stderr else sys.stdout)
+    console = Console(file=cast("IO[str]", screen), highlight=False)
     return console if console.is_terminal else None
+
+
+class _Screen:
+    """A standard stream. Where its terminal is closed, the command goes on, and what it says goes nowhere."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        """Write and flush the text."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # also for what is still in the buffer
 
 
 def make_table(title: str, header: Sequence[str] = (), texts: Collection[int] = (0,)) -> "Table":
@@ -178,8 +197,7 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]
             report()
 
     def rate() -> str:
-        found = done / max(time.monotonic() - started, 1e-9)
-        return f"{found:,.0f}" if found >= 10 else f"{found:.2g}"
+        return _rate(done, time.monotonic() - started)
 
     def report() -> None:
         nonlocal reported, told
@@ -224,7 +242,8 @@ def work_display(title: str = "") -> Iterator[Callable[[str, float, float], None
             bars.move(title or what, done, total, f"%, {what}"[:room] if title else None, keep=True)
         elif now - reported >= PLAIN_LINE_SECONDS and done > first + (2 if title else 0):
             left = (total - done) * (now - started) / (done - first)
-            steps = f"{done:.0f} % of all" if title else f"{done} of {total}"
+            steps = f"{done} of {total}, {_rate(done - first, now - started)} a second"
+            steps = f"{done:.0f} % of all" if title else steps
             print(f"{what}: {steps}, about {duration(left)} left", file=sys.stderr, flush=True)
             reported = now
 
@@ -233,6 +252,11 @@ def work_display(title: str = "") -> Iterator[Callable[[str, float, float], None
     finally:
         if bars is not None:
             bars.stop()
+
+
+def _rate(count: float, seconds: float) -> str:
+    found = count / max(seconds, 1e-9)
+    return f"{found:,.0f}" if found >= 10 else f"{found:.2g}"
 
 
 def render_page(package: str, template: str, **values: Any) -> str:

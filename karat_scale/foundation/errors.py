@@ -26,7 +26,11 @@ class UserError(Exception):
 
 
 class RecipeError(UserError):
-    """The recipe or an override is wrong."""
+    """The recipe or an override is wrong. Each mistake is a line."""
+
+    def __init__(self, *mistakes: str) -> None:
+        super().__init__("\n".join(mistakes))
+        self.mistakes = mistakes
 
 
 class DataError(UserError):

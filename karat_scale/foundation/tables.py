@@ -142,9 +142,9 @@ def is_installed(module: str) -> bool:
     return found is not None and found.origin is not None  # W&B's folder `wandb` is no package
 
 
-def how_to_install(extra: str) -> str:
-    """Return the commands that install an extra: in a clone, or of an installed wheel."""
-    debian = EXTRAS[extra].debian
+def how_to_install(*extras: str) -> str:
+    """Return the commands that install extras: in a clone, or of an installed wheel."""
+    debian, extra = " ".join(EXTRAS[name].debian for name in extras).strip(), ",".join(extras)
     first = f"apt-get install {debian}, then " if debian else ""
     if (Path(__file__).resolve().parents[2] / "pyproject.toml").is_file():
         return f"{first}in the clone: pip install -e '.[{extra}]'"

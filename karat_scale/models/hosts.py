@@ -157,9 +157,13 @@ def check_attention(network: nn.Module, model: ModelConfig) -> None:
         and type(module).__name__ not in _POOLS
     }
     if others or not known:
-        what = f"its attention, {min(others)}," if others else f"the attention of a {type(network).__name__}"
+        what = (
+            f"its attention, {min(others)}, cannot be replaced with KArAt"
+            if others
+            else "it has no attention that KArAt can replace"
+        )
         raise RecipeError(
-            f"model.name = {model.name!r}: {what} cannot be replaced with KArAt; use a model with timm's "
+            f"model.name = {model.name!r}: {what}; use a model with timm's "
             "own Attention in each block, a convit_* or a swin_* (docs/models.md)"
         )
 
@@ -508,9 +512,11 @@ class Other(Host):
 
     def build(self, model: ModelConfig, **options: Any) -> nn.Module:
         """See `Host`."""
-        refuse_fields(model, "patch_size", "embed_dim", "depth", "num_heads", why="which is built at timm's own sizes")
         with torch.device("meta"):
-            taken = inspect.signature(type(timm.create_model(model.name))).parameters
+            network = timm.create_model(model.name)
+        check_attention(network, model)  # before its keys: another model is needed then, and not other keys
+        refuse_fields(model, "patch_size", "embed_dim", "depth", "num_heads", why="which is built at timm's own sizes")
+        taken = inspect.signature(type(network)).parameters
         usual = usual_settings(model)
         for field in ("drop_path", "proj_drop"):
             rate = usual[f"{field}_rate"]

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from karat_scale.foundation.console import print_table, write_json
-from karat_scale.foundation.errors import RecipeError, did_you_mean
+from karat_scale.foundation.console import plural, print_table, write_json
+from karat_scale.foundation.errors import RecipeError, nearest
 from karat_scale.foundation.files import shipped_directory
 from karat_scale.recipe.files import COMMANDS, RECIPES, Shipped, part_names, read_recipe, shipped_recipes
 
@@ -61,25 +62,31 @@ def list_recipes(words: Sequence[str], json_file: str | None) -> int:
     by_header = [entry for entry in entries if all(word in f"{entry.name} {entry.trains}".lower() for word in wanted)]
     having = by_name or by_header
     if not having:
-        hint = did_you_mean(words[0], [entry.name for entry in entries], "`karat recipes` lists all")
+        unknown = next((one for one in wanted if not any(one in entry.name for entry in entries)), wanted[0])
+        parts = [part for parts in _parts().values() for part in parts]
+        close = nearest(unknown, [*parts, *(entry.name for entry in entries if entry.paper)], count=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "`karat recipes` lists all"
         raise RecipeError(f"karat recipes {' '.join(words)}: no shipped recipe has these words; {hint}")
     found = [entry for entry in having if entry.paper or entry.result != _NOT_RUN] or having
     write_json(json_file, [asdict(entry) for entry in found])
     print_table(
-        f"{len(found)} recipes. `karat recipes NAME` shows what one trains and how to start it.",
+        f"{plural(len(found), 'recipe')}. `karat recipes NAME` shows what one trains and how to start it.",
         ["recipe", "paper's result", "our result"],
         [[entry.name, entry.paper, entry.result] for entry in found],
         (0, 1, 2),
     )
     print("\nA name is DATA_MODEL. _ATTENTION replaces the model's own, and _CHANGE comes last. All go together:")
-    for title, kinds in (
-        ("data", ["data"]),
-        ("model", ["model"]),
-        ("attention", ["attention", "taught"]),
-        ("change", ["change"]),
-    ):
-        print(f"  {title:<9}  {'  '.join(word for kind in kinds for word in part_names(kind))}")
+    for title, parts in _parts().items():
+        print(f"  {title:<9}  {'  '.join(parts)}")
+    print("g3b is Fourier-KArAt with grid 3 and functions of its own for each block; u shares them between all.")
     return 0
+
+
+def _parts() -> dict[str, list[str]]:
+    """Return the words that names are made of, by what they say."""
+    kinds = {kind: part_names(kind) for kind in ("data", "model", "attention", "change")}
+    kinds["attention"] += part_names("taught")
+    return kinds
 
 
 def _show(entry: Entry) -> None:
@@ -105,7 +112,7 @@ def _entry(name: str, shipped: Shipped, command: str) -> Entry:
     trains = " ".join(re.split(r"(?<=[.:])\s", header, maxsplit=1)[0] for header in headers)
     ours = _our_results().get(name)
     result = ours["result"] if ours else _NOT_RUN
-    header = "\n\n".join(headers) + (f"\n\nOur run: {ours['about']}" if ours else "")
+    header = "\n\n".join([*headers, *([textwrap.fill(f"Our run: {ours['about']}", 118)] if ours else [])])
     return Entry(name, command, trains, _paper_results().get(name, ""), result, header)
 
 

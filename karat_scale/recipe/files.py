@@ -198,9 +198,10 @@ def _why_missing(source: str, folder: Path) -> str:
         if source in shipped_recipes(other):
             return f"not a recipe of this command; train it with: karat {command} {source}"
     shipped = shipped_recipes(folder)
-    few = ", ".join(nearest(source, shipped, count=3, likeness=0.0))
-    hint = did_you_mean(source, shipped, f"some are {few}; `karat recipes` lists them", likeness=0.8)
-    return f"neither a file nor a shipped recipe; {hint}"
+    hint = "recipes train vision transformers (ViT, DeiT, Swin, ConViT); `karat recipes` lists them"
+    if any(source in name for name in shipped):
+        hint = f"`karat recipes {source}` lists those with this in their name"
+    return f"neither a file nor a shipped recipe; {did_you_mean(source, shipped, hint, likeness=0.8)}"
 
 
 def _read_recipe_file(path: Path, folder: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:

@@ -4,11 +4,13 @@
 """
 
 import json
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from karat_scale.foundation.console import print_table
+from karat_scale.foundation.console import print_table, terminal
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.base import NEVER_ALLOWED, Effect
@@ -137,10 +139,17 @@ def _explain(name: str, sections: Sequence[KeySection], schema: type[RunRecipe])
 
 def _print_key(key: Key) -> None:
     default = "required" if key.default is None else f"default {key.default}"
-    print(f"\n{key.name}: {type_in_words(key.schema)} ({default})")
-    print(f"  {key.meaning}")
     effect = Effect.SHAPES if key.name in NEVER_ALLOWED else key.effect
-    print(f"  Another value may change {key.effect.value}. {_ON_RESUME[effect]}")
+    lines = [
+        f"{key.name}: {type_in_words(key.schema)} ({default})",
+        f"  {key.meaning}",
+        f"  Another value may change {key.effect.value}. {_ON_RESUME[effect]}",
+    ]
+    console = terminal()
+    if console is not None:
+        wrap = partial(textwrap.fill, width=console.width, subsequent_indent="  ", break_on_hyphens=False)
+        lines = [wrap(line) for line in lines]
+    print("", *lines, sep="\n")
 
 
 def _print_section(section: KeySection) -> None:

@@ -1,10 +1,11 @@
-"""Load a recipe from a file and dotted overrides, and write it back. Errors are one line.
+"""Load a recipe from a file and dotted overrides, and write it back. Errors are a line for each mistake.
 
 A portable recipe is without the directories of the machine it ran on.
 """
 
 import difflib
 import hashlib
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, TypeVar, overload
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import Effect
@@ -43,6 +45,7 @@ R = TypeVar("R", bound=RunRecipe)
 Schema = type[RunRecipe]
 S = TypeVar("S", bound=BaseModel)
 _LONGEST = 200
+MOST_MISTAKES = 10  # that are said; of the others their number
 
 
 @overload
@@ -62,7 +65,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), schema: Schem
         schema: the kind of recipe.
 
     Raises:
-        RecipeError: one line that names the field, the value and the fix.
+        RecipeError: a line for each mistake, which names the field, the value and the fix.
     """
     name, tree = read_recipe(str(source), schema.shipped)
     return _whole(tree, name, str(source), overrides, schema)
@@ -111,13 +114,18 @@ def validate_recipe(
     """Validate a mapping as a recipe.
 
     Raises:
-        RecipeError: one line, which begins with `source` unless the mistake is in one of the keys `overridden`.
+        RecipeError: a line for each mistake. It begins with `source` unless it is about one of the keys `overridden`.
     """
     try:
         recipe = schema.model_validate(tree)
     except ValidationError as error:
-        line = _one_line(error, schema)
-        raise RecipeError(line if line.startswith(tuple(overridden)) else f"{source}: {line}") from None
+        own = tuple(overridden)
+
+        def is_own(line: str) -> bool:
+            return line.startswith(own) or any(key.startswith(f"{line.partition(':')[0]}.") for key in own)
+
+        lines = _mistakes(error, schema)
+        raise RecipeError(*(line if is_own(line) else f"{source}: {line}" for line in lines)) from None
     unknown = [key for key in recipe.resume.allow if key not in schema_keys(schema)]
     if unknown:
         raise RecipeError(f"{source}: resume.allow = {unknown[0]}: no such key{_nearest(unknown[0], schema)}")
@@ -129,7 +137,7 @@ def section_of(section: type[S], settings: Mapping[str, Any]) -> S:
     try:
         return section(**settings)
     except ValidationError as error:
-        raise RecipeError(_one_line(error, section)) from None
+        raise RecipeError(*_mistakes(error, section)) from None
 
 
 def dump_recipe(recipe: RunRecipe) -> str:
@@ -218,10 +226,18 @@ def leaves(tree: Mapping[str, Any], prefix: str = "", whole: Collection[str] = (
             yield f"{prefix}{key}", value
 
 
-def _one_line(error: ValidationError, schema: type[BaseModel]) -> str:
+def _mistakes(error: ValidationError, schema: type[BaseModel]) -> list[str]:
     errors = sorted(error.errors(), key=lambda one: one["type"] == "missing")  # misspelt keys are why
-    first = _describe(errors[0], schema)
-    return first if len(errors) == 1 else f"{first} (and {len(errors) - 1} more)"
+    lines = [*dict.fromkeys(_describe(one, schema) for one in errors)]
+    left = len(lines) - MOST_MISTAKES
+    return lines if left <= 0 else [*lines[:MOST_MISTAKES], plural(left, "more mistake")]
+
+
+_IN_YAML = {
+    "model_type": "is a section",
+    "tuple_type": "should be a list, such as [a, b]",
+    "dict_type": "should be a section of keys",
+}
 
 
 def _describe(error: Any, schema: type[BaseModel]) -> str:
@@ -235,7 +251,7 @@ def _describe(error: Any, schema: type[BaseModel]) -> str:
     message: str = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" and not isinstance(error["input"], (str, int, float, bool, list)):
         return message  # a validator of several fields names them itself
-    message = "is a section" if error["type"] == "model_type" else message.removeprefix("Input ")
+    message = _IN_YAML.get(error["type"], message.removeprefix("Input ").partition(", unable to parse")[0])
     return f"{key} = {repr(error['input'])[:_LONGEST]}: {message}{_default_of(key, schema)}"
 
 
@@ -279,4 +295,5 @@ def _default_of(key: str, schema: type[BaseModel]) -> str:
     if isinstance(field.default, BaseModel):
         keys = [field.alias or name for name, field in type(field.default).model_fields.items()]
         return f": the keys are {', '.join(keys)}"
-    return f" (default: {field.default})"
+    default = json.dumps(field.default) if isinstance(field.default, tuple) else field.default
+    return f" (default: {default})"

@@ -16,6 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -70,8 +71,8 @@ class StopSignals:
     def _stop_with_launcher(self) -> None:
         while not LAUNCHER.is_gone:
             time.sleep(_POLL_SECONDS)
-        os.write(2, b"the launcher has ended; this rank stops, too\n")
         self._remember(signal.SIGTERM)
+        _tell(b"the launcher has ended; this rank stops, too\n")
 
     def _remember(self, number: int) -> None:
         if number in STOP_SIGNALS and self.received is None:
@@ -79,16 +80,21 @@ class StopSignals:
         if number != signal.SIGINT:
             return
         if self._is_interrupted:
-            os.write(2, b"\nquit at once; what came after the last checkpoint is lost\n")
+            _tell(b"\nquit at once; what came after the last checkpoint is lost\n")
             os._exit(EXIT_INTERRUPTED)
         self._is_interrupted = True
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, b"\nstopping: the state is saved first; Ctrl-C again quits at once\n")
+            _tell(b"\nstopping: the state is saved first; Ctrl-C again quits at once\n")
 
     def check(self) -> None:
         """Raise StoppedError if a stop signal has come."""
         if self.received is not None:
             raise StoppedError
+
+
+def _tell(line: bytes) -> None:
+    with suppress(OSError):  # the terminal may have been closed
+        os.write(2, line)
 
 
 class StoppedError(Exception):

@@ -1,6 +1,7 @@
 """`karat` as a user types it: exit codes, one-line errors, and what it prints."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,8 +13,18 @@ import torch
 import yaml
 
 from karat_scale import __version__
+from karat_scale.commands.cli import GROUPS, build_parser
 from karat_scale.recipe.loading import load_recipe
-from tests.conftest import events, karat_command, karat_done, karat_environment, karat_refuses, karat_says, summary
+from tests.conftest import (
+    events,
+    karat_command,
+    karat_done,
+    karat_environment,
+    karat_here,
+    karat_refuses,
+    karat_says,
+    summary,
+)
 from tests.training.runs import wait_until
 
 Train = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -33,6 +44,32 @@ def test_print_shows_the_resolved_recipe_and_nothing_else_and_trains_nothing(rec
 def test_version_and_help() -> None:
     shown = karat_says("--version") + karat_says("--help")
     assert all(part in shown for part in (__version__, "train", "eval", "bench"))
+
+
+def test_help_lists_each_command_once_by_what_a_user_wants() -> None:
+    parser = build_parser()
+    (commands,) = [action for action in parser._actions if action.dest == "command"]
+    grouped = [name for names in GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(commands.choices)
+    lines = parser.format_help().splitlines()
+    starts = [line.split()[0] for line in lines if re.match(r"  [a-z]", line)]
+    assert starts == grouped
+    assert [line[:-1] for line in lines if line.endswith(":")] == [*GROUPS, "options"]
+
+
+def test_all_mistakes_of_a_recipe_are_said_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert karat_here("train", "fashion_mnist_demo", "optim.lrr=1", "train.epochs=x") == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: optim.lrr: unknown key; did you mean optim.lr?",
+        "error: train.epochs = 'x': should be a valid integer (default: 100)",
+    ]
+
+
+def test_a_mistake_of_the_recipe_is_said_before_one_of_its_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    command = ("train", "fashion_mnist_demo", "data.backend=synthetic", f"run.dir={tmp_path / 'file' / 'run'}")
+    assert "choose another run.dir" in karat_refuses(*command)
+    assert "model.name = 'resnet18': it has no attention" in karat_refuses(*command, "model.name=resnet18")
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

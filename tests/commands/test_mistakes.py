@@ -63,7 +63,7 @@ PUSH = "export kept --push"
         ("compare nowhere", "no run to compare"),
         ("train fashion_mnist_demo model.\x1b[2J=1", "\\x1b[2J"),
         ("train fashion_mnist_demo attention.grdi=3", "attention.grdi: unknown key; did you mean attention.grid?"),
-        ("train fashion_mnist_demo model.name=resnet50 --print", "not supported by resnet50"),
+        ("train fashion_mnist_demo model.name=resnet50 --print", "it has no attention that KArAt can replace"),
         ("train fashion_mnist_demo train.freeze=[blocs.*] --print", "train.freeze = blocs.*: matches no parameter"),
         ("train fashion_mnist_demo attention.basis=no_such:Basis --print", "put its directory on PYTHONPATH"),
         ("train fashion_mnist_demo deepspeed.config=own.json --print", "did you mean gradient_clipping?"),

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -75,6 +76,35 @@ def test_a_terminal_gets_tables_and_bars(capsys, monkeypatch) -> None:
     assert all(part in shown.err for part in ("copying", "3/3", "files/s", "spectrum", "0/5"))
 
 
+CLOSED = """
+import os, pty
+screen, terminal = pty.openpty()
+for number in (0, 1, 2):
+    os.dup2(terminal, number)
+os.close(terminal)
+from karat_scale.foundation import console
+bars = console.ProgressBars(console.terminal())
+bars.move("run", 1, 2)
+os.close(screen)
+for step in range(3):
+    bars.line("saved")
+    bars.move("run", step, 4)
+    print("said")
+bars.stop()
+print("said")
+os.write(int(os.environ["SEEN"]), b"went on")
+"""
+
+
+def test_work_goes_on_where_its_terminal_was_closed() -> None:
+    reader, writer = os.pipe()
+    environment = {**os.environ, "SEEN": str(writer), "TERM": "xterm"}
+    done = subprocess.run([sys.executable, "-c", CLOSED], env=environment, pass_fds=[writer], check=False)
+    os.close(writer)
+    assert (done.returncode, os.read(reader, 100)) == (0, b"went on")
+    os.close(reader)
+
+
 def test_a_process_that_is_forked_while_the_bars_are_drawn_can_warn(capsys, monkeypatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     bars = ProgressBars(terminal(stderr=True))
@@ -124,8 +154,8 @@ def test_each_piece_of_work_is_one_line_in_a_file_and_long_work_says_what_is_lef
             show("count", done, 4)
     first, second, third = capsys.readouterr().err.splitlines()
     assert first == "count"
-    assert second.startswith("count: 2 of 4, about ")
-    assert third.startswith("count: 3 of 4, about ")
+    assert re.fullmatch(r"count: 2 of 4, [\d.,e+]+ a second, about .+ left", second)
+    assert third.startswith("count: 3 of 4, ")
     assert third.endswith(" left")
     with work_display("all") as show:
         for what, done in (("maps", 1), ("maps", 20), ("spectrum", 50)):

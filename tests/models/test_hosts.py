@@ -61,13 +61,13 @@ SWIN = {"name": "swin_mini_patch2_window4_32", "image_size": 32}
 NONE_LEFT = "attention.softmax_heads = 2 leaves no"
 UNEQUAL = "differ in tokens or heads and cannot share functions; use attention.mode=blockwise"
 REFUSED: list[tuple[dict[str, object], dict[str, object], str]] = [
-    ({"name": "resnet18"}, {}, "the attention of a ResNet cannot be replaced with KArAt"),
+    ({"name": "resnet18"}, {}, "it has no attention that KArAt can replace"),
     ({"name": "eva02_tiny_patch14_224"}, {}, "its attention, eva.EvaAttention, cannot"),
     ({"name": "xcit_nano_12_p16_224"}, {}, "cannot be replaced with KArAt"),
     ({"name": "beit_base_patch16_224"}, {}, "its attention, beit.Attention, cannot be replaced"),
     ({"name": "swinv2_tiny_window8_256"}, {}, "its attention, swin_transformer_v2.WindowAttention, cannot be"),
     ({"name": "vit_dwee_patch16_reg1_gap_256"}, {}, "DiffAttention, cannot be replaced"),
-    ({"name": "vit_base_patch16_xp_224"}, {}, "cannot be replaced with KArAt"),
+    ({"name": "vit_base_patch16_xp_224"}, {}, "it has no attention that KArAt can replace"),
     ({"name": "crossvit_9_240"}, {}, "cannot be replaced with KArAt"),
     ({"name": "naflexvit_base_patch16_gap"}, {}, "accepts images of any size, but KArAt needs a fixed number of"),
     ({"name": "vit_intern300m_patch14_448"}, {}, "accepts images of any size"),

@@ -61,7 +61,7 @@ def test_what_cannot_be_swapped_is_one_line() -> None:
             ("vit_tiny_patch16_224", {}, "attention.kind = softmax is what the model has"),
             ("vit_tiny_patch16_384", {"kind": "karat"}, "image_size = 224 does not fit VisionTransformer"),
             ("vit_tiny_patch16_224", {"kind": "karat", "softmax_heads": 5}, "softmax_heads = 5 leaves no head"),
-            ("resnet18", {"kind": "karat"}, "the attention of a ResNet cannot be replaced"),
+            ("resnet18", {"kind": "karat"}, "it has no attention that KArAt can replace"),
             (swapped, {"kind": "karat"}, "has learned attention already"),
             (tied, {"kind": "karat"}, "blocks of this VisionTransformer share an attention layer; give each its own"),
         ):

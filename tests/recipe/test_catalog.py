@@ -44,6 +44,14 @@ def test_the_list_fits_a_terminal_of_100_columns(capsys: pytest.CaptureFixture[s
     assert max(map(len, lines)) <= 100
 
 
+def test_the_list_says_what_names_are_made_of(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "fashion"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("\n1 recipe. ")
+    assert "A name is DATA_MODEL." in said
+    assert "g3b is Fourier-KArAt with grid 3" in said
+
+
 def test_words_filter_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "list.json"
     assert main(["recipes", "ImageNet", "swin", "--json", str(file)]) == 0
@@ -66,7 +74,10 @@ def test_a_name_shows_how_to_start_it_and_the_run_that_it_starts_from(capsys: py
 
 def test_keys_are_explained_and_what_does_not_exist_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, said in {
-        "recipes imagenet_vit_tinny": "did you mean imagenet_vit_tiny?",
+        "recipes imagenet_vit_tinny": "did you mean imagenet_vit_tiny or ",
+        "recipes imagnet": "did you mean imagenet or imagenet_vit_base or imagenet_vit_tiny?",
+        "recipes imagenet swinn": "did you mean swin_tiny?",
+        "recipes zzz": "`karat recipes` lists all",
         "explain foo_bar_x": "no such key",
         "explain detector.window": "no such key; did you mean",
         "explain optim.lrr": "did you mean optim.lr?",
@@ -101,3 +112,14 @@ def test_synonyms_name_keys_that_exist_and_are_no_keys_themselves() -> None:
     keys = set(schema_keys())
     assert {key for meant in SYNONYMS.values() for key in meant} <= keys
     assert not {key.rpartition(".")[2] for key in keys} & SYNONYMS.keys()
+
+
+def test_a_meaning_is_wrapped_at_words_on_a_terminal_and_one_line_elsewhere(capsys, monkeypatch) -> None:
+    assert main(["explain", "optim.lr_batch"]) == 0
+    plain = capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "50")
+    assert main(["explain", "optim.lr_batch"]) == 0
+    wrapped = capsys.readouterr().out
+    assert max(map(len, plain.splitlines())) > 50 >= max(map(len, wrapped.splitlines()))
+    assert wrapped.split() == plain.split()

@@ -91,7 +91,8 @@ def test_fine_tuning_differs_from_training_where_its_parts_say(data_set: str) ->
     [
         ("imagenet_vit", "did you mean imagenet_vit_base?"),
         ("imagnet_vit_tiny_g3b", "did you mean imagenet_vit_tiny_g3b?"),
-        ("zzz", "; some are "),
+        ("resnet50", "recipes train vision transformers (ViT, DeiT, Swin, ConViT); `karat recipes` lists them"),
+        ("vit_tiny", "`karat recipes vit_tiny` lists those with this in their name"),
         (
             "coco_mask_rcnn_vit_base",
             "not a recipe of this command; train it with: karat detect coco_mask_rcnn_vit_base",
@@ -206,7 +207,7 @@ VALUES = [
 def test_a_value_that_is_none_is_one_line(key: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     for value in VALUES:
-        path.write_text(f"run: {{{key}: {value}}}\n", errors="surrogatepass")
+        path.write_text(f"data: {{path: x}}\nrun: {{{key}: {value}}}\n", errors="surrogatepass")
         said = []
         for source, overrides in ((path, ()), ("fashion_mnist_demo", (f"run.{key}={value}",))):
             try:

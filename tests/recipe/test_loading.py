@@ -10,6 +10,7 @@ from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.base import Effect
 from karat_scale.recipe.loading import (
+    MOST_MISTAKES,
     differing_keys,
     dump_recipe,
     effects,
@@ -140,9 +141,23 @@ def test_a_mistake_of_the_command_line_does_not_blame_the_file(recipe: Path) -> 
     assert message(recipe, "optim.lr=1").startswith(f"{recipe}: batch_size: unknown key")
 
 
-def test_a_misspelt_key_comes_before_what_is_missing(tmp_path: Path) -> None:
-    (tmp_path / "new.yaml").write_text("optim: {lrr: 1e-3}\nmodle: {}\n")
-    assert message(tmp_path / "new.yaml").endswith(": optim.lrr: unknown key; did you mean optim.lr? (and 2 more)")
+def test_each_mistake_is_a_line_and_a_misspelt_key_comes_before_what_is_missing(tmp_path: Path) -> None:
+    file = tmp_path / "new.yaml"
+    file.write_text("optim: {lrr: 1e-3}\nmodle: {}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file, ["train.freeze=5", "foo.bar=1"])
+    assert caught.value.mistakes == (
+        f"{file}: optim.lrr: unknown key; did you mean optim.lr?",
+        "train.freeze = 5: should be a list, such as [a, b] (default: [])",
+        f"{file}: modle: unknown key; did you mean model?",
+        "foo: unknown key",
+        f"{file}: data: missing; every recipe needs it",
+    )
+    file.write_text("".join(f"key{number}: 1\n" for number in range(11)) + "data: {path: a}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    assert len(caught.value.mistakes) == MOST_MISTAKES + 1
+    assert caught.value.mistakes[-1] == f"{file}: 1 more mistake"
 
 
 def test_an_override_of_a_section_keeps_its_other_keys(recipe: Path) -> None:

@@ -205,6 +205,28 @@ def test_a_worker_that_only_begins_does_not_tell_of_ctrl_c_a_second_time() -> No
     assert (done.returncode, done.stdout) == (0, "SIGINT\n"), done.stderr
 
 
+UNREAD = """
+import os, signal
+from karat_scale.training import agreement
+reader, writer = os.pipe()
+os.close(reader)
+os.dup2(writer, 2)  # as a terminal that was closed
+class Gone:
+    is_gone = True
+agreement.LAUNCHER = Gone
+signals = agreement.StopSignals()
+signals._stop_with_launcher()
+signals._remember(signal.SIGINT)
+print(signals.received.name, flush=True)
+signals._remember(signal.SIGINT)
+"""
+
+
+def test_a_rank_whose_messages_nobody_reads_stops_all_the_same() -> None:
+    done = subprocess.run([sys.executable, "-c", UNREAD], stdout=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "SIGTERM\n")
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_ranks_stop_with_a_checkpoint_when_their_launcher_is_killed(recipe_file, tmp_path) -> None:

@@ -69,7 +69,7 @@ def _computed(run: TrainedRun, settings: Settings) -> Predictions:
         run.refuse_other_classes(backend.classes)
         forward = forward_for_evaluation(run.model(), run.recipe.train, run.device)
         alone = World(0, 1, 0, run.device)
-        found = collect(forward, backend.eval_batches, backend.num_val, run.recipe, alone, told)
+        found = collect(forward, backend.eval_batches, backend.num_val, run, alone, told)
         return replace(found, classes=backend.classes)
 
 

@@ -64,6 +64,7 @@ def compare_runs(
         print(line, file=sys.stderr)
     for table in comparison.tables(_SHOWN_KEYS):
         print_table(*table)
+    print(f"\n{on_one_line(' '.join(comparison.summary))}")
     for line in comparison.warnings:
         print(f"\nwarning: budgets differ: {on_one_line(line)}", file=sys.stderr)
     write_json(json_file, {**comparison.to_json(), "notes": notes})

@@ -320,7 +320,8 @@ class Comparison:
 
     def tables(self, keys: int | None = None) -> list[Table]:
         """Return the tables, with at most `keys` of the differing keys of a pair."""
-        return [self._groups(), *([self._differences(keys)] if self.pairs else [])]
+        tables = [self._groups(), *([self._differences(keys)] if self.pairs else [])]
+        return [_without_empty_columns(table) for table in tables]
 
     def _groups(self) -> Table:
         rows = []
@@ -381,6 +382,14 @@ class Comparison:
                 for pair in self.pairs
             ],
         }
+
+
+def _without_empty_columns(table: Table) -> Table:
+    """Return a table without what single runs do not have, such as intervals over seeds."""
+    kept = [column for column in range(len(table.header)) if any(row[column] for row in table.rows)]
+    rows = [[row[column] for column in kept] for row in table.rows]
+    texts = tuple(number for number, column in enumerate(kept) if column in table.texts)
+    return Table(table.title, tuple(table.header[column] for column in kept), rows, texts)
 
 
 MATCHED = 0.05  # the largest difference of groups that match, as a share of the first one's

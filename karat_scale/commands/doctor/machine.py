@@ -169,11 +169,15 @@ def installed_version(name: str) -> str | None:
 
 def examine_extras() -> Iterator[Finding]:
     """Yield the optional libraries, and the compiler that the native parts need."""
+    missing = []
     for name, extra in EXTRAS.items():
-        label, fix = f"extra {name}", f"for {extra.needed_for}: {how_to_install(name)}"
+        label, fix = f"extra {name}", f"needed for {extra.needed_for}"
         if not is_installed(extra.module):
+            missing.append(name)
             yield found(label, "not installed", fix, present=False)
             continue
+        if sys.modules.get(extra.module, sys) is None:
+            del sys.modules[extra.module]  # it is hidden from other libraries
         try:
             importlib.import_module(extra.module)
         except Exception as error:  # a missing system library can raise anything
@@ -182,6 +186,10 @@ def examine_extras() -> Iterator[Finding]:
         else:
             installed = next(filter(None, map(installed_version, extra.distributions)), "installed")
             yield found(label, installed, present=True)
+    if missing:
+        yield found(
+            "extras", f"{len(missing)} not installed", f"install those that you need: {how_to_install(*missing)}"
+        )
     if is_in_the_package():
         yield found("C++ compiler", "not needed: the compiled kernels came with the package", path=None)
         return

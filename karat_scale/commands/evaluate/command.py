@@ -50,7 +50,7 @@ from karat_scale.data.shards.shard_format import dataset_directory
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import forward_for_evaluation
-from karat_scale.engine.reporting.progress import PlainDisplay, Reporter, SilentDisplay, choose_display
+from karat_scale.engine.reporting.progress import PlainDisplay, Reporter, SilentDisplay
 from karat_scale.foundation.console import duration, printable, work_display, write_json
 from karat_scale.foundation.errors import DataError, RunDirectoryError, UserError
 from karat_scale.foundation.files import file_sha256, json_sha256, write_atomically
@@ -67,20 +67,22 @@ def collect(
     forward: Callable[[Tensor], Tensor],
     load: Callable[[Iterable[BatchSlice]], Iterator[Batch]],
     images: int,
-    recipe: Recipe,
+    run: OpenRun[Recipe],
     world: World,
     on_batch: OnEvalBatch,
     among: Tensor | None = None,
 ) -> Predictions:
-    """Return the predictions for `images` images, the same on every rank, by `evaluate_batches`. Collective.
+    """Return a run's predictions for `images` images, the same on every rank, by `evaluate_batches`. Collective.
 
     Args:
         among: the labels between which the model may choose; None for all.
 
     Raises:
         DataError: no image can be read.
+        RunDirectoryError: the model's outputs are not finite.
         UserError: memory ran out.
     """
+    recipe = run.recipe
     batch_size, normalize = recipe.train.eval_batch, Normalize(recipe.augment.mean, recipe.augment.std)
     parts: list[dict[str, Any]] = []
 
@@ -92,6 +94,7 @@ def collect(
     whole: dict[str, Any] = {name: np.concatenate([one[name] for one in gathered]) for name in gathered[0]}
     order = np.argsort(whole["ids"], kind="stable")
     ordered: dict[str, Any] = {name: values[order] for name, values in whole.items()}
+    _refuse_nonfinite(run, int((~np.isfinite(ordered["losses"])).sum()), len(order))
     return Predictions(**ordered, bad=int(world.sum(torch.tensor(bad))), classes=())
 
 
@@ -112,6 +115,16 @@ def _of_batch(logits: Tensor, batch: Batch, among: Tensor | None) -> dict[str, A
         "top_probabilities": probabilities.cpu().numpy()[keep],
         "losses": losses.cpu().numpy()[keep],
     }
+
+
+def _refuse_nonfinite(run: OpenRun[Any], number: int, images: int) -> None:
+    """Raise RunDirectoryError if a model's outputs for some images are not finite: they are no predictions."""
+    if number:
+        rounding = "" if run.recipe.train.precision == "fp32" else ", or try train.precision=fp32"
+        raise RunDirectoryError(
+            f"{run.path} {run.chosen} ({run.weights_kind} weights): its outputs for {number:,} of {images:,} images "
+            f"are not finite, so it has no score; name another --checkpoint{rounding}"
+        )
 
 
 @dataclass(frozen=True)
@@ -169,7 +182,7 @@ def evaluate_on(
             model = trained_classifier(run)
             check_implementation(model, world.device)
             forward = forward_for_evaluation(model, recipe.train, world.device)
-            work = _Work(recipe, forward, test_set, world, reporter, show)
+            work = _Work(run, forward, test_set, world, reporter, show)
             if request.corrupt is not None:
                 done = _corrupted(work, run.path, empty, request)
             else:
@@ -188,7 +201,7 @@ def evaluate_on(
 class _Work:
     """What a pass over the test set needs."""
 
-    recipe: Recipe
+    run: OpenRun[Recipe]
     forward: Callable[[Tensor], Tensor]
     test_set: TestSet
     world: World
@@ -203,7 +216,7 @@ class _Work:
             passes: of how many passes this is the first; what all take is told after its first batches.
         """
         among, images = self.test_set.among, len(self.test_set)
-        load = load_test_set(self.test_set, self.recipe, change)
+        load = load_test_set(self.test_set, self.run.recipe, change)
         narrowed = None if len(among) == len(self.test_set.classes) else torch.from_numpy(among).to(self.world.device)
         started = time.monotonic()
 
@@ -215,7 +228,7 @@ class _Work:
                 self.reporter.bad_sample(sample)
             self.show(what, done, total)
 
-        return collect(self.forward, load, images, self.recipe, self.world, told, narrowed)
+        return collect(self.forward, load, images, self.run, self.world, told, narrowed)
 
 
 def _plain(work: _Work, empty: Evaluation, labels_file: str | None) -> Evaluation:
@@ -339,8 +352,11 @@ def evaluate_run(
     """
     run = OpenRun.at(run_dir, task_type.recipe_type, overrides, weights, checkpoint)
     recipe = run.recipe
-    with distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world:
-        reporter = Reporter(choose_display(world.is_main, "evaluate"), None, world.rank)
+    with (
+        distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world,
+        work_display() if world.is_main else nullcontext(lambda what, done, total: None) as show,
+    ):
+        reporter = Reporter(PlainDisplay() if world.is_main else SilentDisplay(), None, world.rank)
         task: Task | None = None
         try:
             run.choose(world)
@@ -356,7 +372,9 @@ def evaluate_run(
             if chosen := describe_implementation(model, world.device):
                 reporter.info(chosen)
             forward = forward_for_evaluation(model, recipe.train, world.device)
-            scores = task.evaluate(forward, reporter.display.evaluate)
+            scores = task.evaluate(forward, partial(show, "evaluate batches"))
+            figures = scores.to_json()
+            _refuse_nonfinite(run, figures.get("nonfinite", 0), figures["images"])
         finally:
             if task is not None:
                 task.close()
@@ -364,6 +382,6 @@ def evaluate_run(
     if world.is_main:
         print(f"{run.path} {run.chosen}{run.store.beside(run.chosen)} ({run.weights_kind} weights): {scores}")
         if json_file:
-            figures = {"run": str(run.path), "checkpoint": run.chosen, "weights": run.weights_kind, **scores.to_json()}
-            write_atomically(Path(json_file), json.dumps(figures, indent=2) + "\n")
+            of = {"run": str(run.path), "checkpoint": run.chosen, "weights": run.weights_kind}
+            write_atomically(Path(json_file), json.dumps({**of, **figures}, indent=2) + "\n")
     return 0

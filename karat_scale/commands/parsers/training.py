@@ -22,7 +22,7 @@ from karat_scale.foundation.arguments import (
     virtual_environment,
     whole,
 )
-from karat_scale.foundation.errors import DataError, UserError
+from karat_scale.foundation.errors import DataError, RunDirectoryError, UserError
 from karat_scale.foundation.machine import known_gpu
 from karat_scale.foundation.stores import is_url
 from karat_scale.foundation.tables import CORRUPTIONS, SCHEMAS, importing, load
@@ -247,14 +247,7 @@ def _train_or_print(recipe: "Recipe", only_print: bool) -> int:
     from karat_scale.recipe.loading import dump_recipe
 
     if only_print:
-        from karat_scale.data.streams.samples import StreamShards
-        from karat_scale.engine.deepspeed_config import check_ds_config
-        from karat_scale.models.factory import outline
-
-        check_ds_config(recipe)
-        outline(recipe)
-        if recipe.data.is_stream:
-            StreamShards(recipe.data, recipe.run.seed)
+        _check_recipe(recipe)
         print(dump_recipe(recipe), end="")
         return 0
     check_data_path(recipe.data)
@@ -262,7 +255,23 @@ def _train_or_print(recipe: "Recipe", only_print: bool) -> int:
         from karat_scale.training.run import train
         from karat_scale.training.tasks.classification.task import ClassificationTask
 
-    return train(ClassificationTask, recipe)
+    try:
+        return train(ClassificationTask, recipe)
+    except RunDirectoryError:  # a recipe that is wrong in itself has no right directory
+        _check_recipe(recipe)
+        raise
+
+
+def _check_recipe(recipe: "Recipe") -> None:
+    """Raise UserError if a recipe cannot be trained in any directory."""
+    from karat_scale.data.streams.samples import StreamShards
+    from karat_scale.engine.deepspeed_config import check_ds_config
+    from karat_scale.models.factory import outline
+
+    check_ds_config(recipe)
+    outline(recipe)
+    if recipe.data.is_stream:
+        StreamShards(recipe.data, recipe.run.seed)
 
 
 def _eval(options: argparse.Namespace) -> int:

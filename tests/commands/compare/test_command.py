@@ -46,6 +46,19 @@ def test_trained_runs_are_compared_by_a_user(trained: Path, tmp_path: Path) -> N
     }
 
 
+def test_what_single_runs_do_not_have_is_no_column(copy: Copy, capsys) -> None:
+    rows = (("a", 1e-3, 50.0), ("b", 2e-3, 60.0))
+    runs = [copy(name, f"optim.lr={rate}", top1=[top1] * 3) for name, rate, top1 in rows]
+    assert main(["compare", *map(str, runs)]) == 0
+    printed = capsys.readouterr().out
+    heads = [line.split("  ") for line in printed.splitlines() if " seeds " in line]
+    assert [[*filter(None, map(str.strip, head))] for head in heads] == [
+        ["group", "seeds", "mean"],
+        ["group", "seeds", "difference", "verdict", "keys that differ"],
+    ]
+    assert "leads by 10.00 points; what another seed would change is unknown" in printed
+
+
 def test_a_difference_that_the_runs_support_is_told(six: list[Path], tmp_path: Path, capsys) -> None:
     out, file = tmp_path / "out", tmp_path / "all.json"
     assert main(["compare", *map(str, six), "--out", str(out), "--json", str(file)]) == 0

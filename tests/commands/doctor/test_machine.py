@@ -15,7 +15,7 @@ from karat_scale.commands.doctor.machine import examine_cache, nearest_existing,
 from karat_scale.commands.doctor.report import Finding, examine
 from karat_scale.foundation import native_build
 from karat_scale.foundation.errors import DataError, RecipeError
-from karat_scale.foundation.tables import EXTRAS
+from karat_scale.foundation.tables import EXTRAS, Extra
 from tests.conftest import ROOT, karat_environment
 
 
@@ -43,16 +43,22 @@ def test_each_implementation_and_decoder_either_runs_or_says_why_not(machine: di
             assert finding.figures["runs"] != finding.value.startswith("cannot run")
 
 
-def test_a_missing_extra_is_a_note_with_the_command_that_installs_it(machine: dict[str, Finding]) -> None:
-    for extra, packages in {
-        "ffcv": "libopencv-dev libturbojpeg0-dev pkg-config g++",
-        "dali": "",
-        "detection": "",
-    }.items():
-        finding = machine[f"extra {extra}"]
-        missing = not finding.figures["present"]
-        assert finding.level == ("note" if missing else "ok")
-        assert not missing or (packages in finding.fix and f"in the clone: pip install -e '.[{extra}]'" in finding.fix)
+def test_missing_extras_are_notes_and_the_command_that_installs_them_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hidden_library.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "hidden_library", None)  # as W&B is from timm
+    rows = {"wandb": "hidden_library", "ffcv": "no_such_library", "dali": "nor_this"}
+    monkeypatch.setattr(machine_checks, "EXTRAS", {name: Extra(module, (), name) for name, module in rows.items()})
+    wandb, ffcv, dali, how, _ = machine_checks.examine_extras()
+    assert (wandb.level, wandb.figures["present"]) == ("ok", True)
+    assert [(one.level, one.value, one.fix) for one in (ffcv, dali)] == [
+        ("note", "not installed", "needed for ffcv"),
+        ("note", "not installed", "needed for dali"),
+    ]
+    assert how.value == "2 not installed"
+    assert "libopencv-dev libturbojpeg0-dev pkg-config g++, then in the clone: pip install -e '.[ffcv,dali]'" in how.fix
 
 
 def test_the_pages_name_the_packages_that_ffcv_is_compiled_with() -> None:

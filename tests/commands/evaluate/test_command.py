@@ -39,6 +39,23 @@ def test_the_runs_own_split_as_another_set_scores_the_same(run: Path, image_fold
     assert line.startswith(f"images: top-1 {kept.top1:.2f} %")
 
 
+def test_long_evaluation_says_in_a_file_how_far_it_is(run: Path, image_folder: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("karat_scale.foundation.console.PLAIN_LINE_SECONDS", 0.0)
+    for more, what in (((), "evaluate batches"), (("--on", str(image_folder)), "evaluate on images")):
+        karat_says("eval", str(run), *more)
+        assert re.search(rf"^{what}: 3 of 4, [\d.,]+ a second, about .+ left$", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_outputs_that_are_not_finite_have_no_score(run: Path, image_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "scores.json"
+    for more in ((), ("--on", str(image_folder))):
+        line = karat_refuses("eval", str(run), "augment.std=[1e-44,1e-44,1e-44]", *more, "--json", str(file))
+        assert f"{run} step-" in line
+        assert f"its outputs for {IMAGES} of {IMAGES} images are not finite, so it has no score; name another" in line
+    assert not file.exists()
+    assert not read_evaluations(run)
+
+
 def test_a_subset_is_scored_among_its_own_classes(run: Path, image_folder: Path, tmp_path: Path) -> None:
     some = tmp_path / "sketch"
     for name in ("class1", "class3"):

@@ -121,18 +121,23 @@ def _this_node() -> str:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Percentages over `images` samples; `bad` samples could not be read and are not among them."""
+    """Percentages over `images` samples; `bad` samples could not be read and are not among them.
+
+    nonfinite: those of `images` for which the model's output was not finite. They count as wrong.
+    """
 
     top1: float
     top5: float
     loss: float
     images: int
     bad: int
+    nonfinite: int = 0
 
     def __str__(self) -> str:
         five = f" top-5 {self.top5:.2f} %" if self.top5 < 100 else ""  # as of a model with five classes
         scores = f"top-1 {self.top1:.2f} %{five} loss {self.loss:.4f}"
-        return f"{scores} on {self.images:,} images, {self.bad} unreadable"
+        odd = f", {self.nonfinite:,} with outputs that are not finite" if self.nonfinite else ""
+        return f"{scores} on {self.images:,} images, {self.bad} unreadable{odd}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for an event."""
@@ -195,24 +200,26 @@ def evaluate(
         DataError: no sample of the split can be read.
         UserError: memory ran out.
     """
-    totals = torch.zeros(4, dtype=torch.float64, device=world.device)
+    totals = torch.zeros(5, dtype=torch.float64, device=world.device)
 
     def count(logits: Tensor, batch: Batch) -> None:
-        """[top-1 hits, top-5 hits, summed loss, samples]"""
+        """[top-1 hits, top-5 hits, summed loss, samples, those with outputs that are not finite]"""
         labels, valid = batch.labels, batch.valid
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = (ranked == labels[:, None]) & valid[:, None]
         loss = F.cross_entropy(logits, labels.clamp(min=0), reduction="none").double()
-        counts = (hits[:, 0].sum(), hits.sum(), torch.where(valid, loss, 0.0).sum(), valid.sum())
+        finite = loss.isfinite()  # else some logit is not, and `topk` takes it for the largest
+        hits = (ranked == labels[:, None]) & (valid & finite)[:, None]
+        summed = torch.where(valid, loss, 0.0).sum()
+        counts = (hits[:, 0].sum(), hits.sum(), summed, valid.sum(), (valid & ~finite).sum())
         totals.add_(torch.stack([one.double() for one in counts]))
 
     number = backend.num_val
     bad = evaluate_batches(forward, backend.eval_batches, number, batch_size, normalize, world, count, on_batch)
-    top1, top5, loss, images = world.sum(totals).tolist()
+    top1, top5, loss, images, nonfinite = world.sum(totals).tolist()
     bad = int(world.sum(torch.tensor(bad)))
     if not images:
         raise DataError(f"none of the {number} validation samples can be read")
-    return EvalResult(100 * top1 / images, 100 * top5 / images, loss / images, int(images), bad)
+    return EvalResult(100 * top1 / images, 100 * top5 / images, loss / images, int(images), bad, int(nonfinite))
 
 
 @dataclass

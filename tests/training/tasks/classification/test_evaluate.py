@@ -49,6 +49,18 @@ def test_top5_and_loss_are_the_textbooks(small_recipe, world) -> None:
     assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
 
 
+def test_an_output_that_is_not_finite_is_no_prediction_and_is_counted(small_recipe, world) -> None:
+    recipe = small_recipe("data.synthetic_samples=24")
+    backend = open_backend(ImageSpec(recipe.data, recipe.augment, 16, CLASSES, 0))
+    logits = 20.0 * torch.nn.functional.one_hot(torch.arange(24) % CLASSES, CLASSES)
+    logits[4, 0] = logits[8] = torch.nan  # the first is of class 0, which `topk` would name
+    logits[9, 2] = torch.inf
+    normalize = Normalize(recipe.augment.mean, recipe.augment.std)
+    result = evaluate(lambda images: logits, backend, normalize, 24, world, lambda *_: None)
+    assert (result.top1, result.images, result.nonfinite) == (pytest.approx(100 * 21 / 24), 24, 3)
+    assert str(result).endswith("on 24 images, 0 unreadable, 3 with outputs that are not finite")
+
+
 def test_running_out_of_memory_names_the_batch_of_the_evaluation(small_recipe, world) -> None:
     recipe = small_recipe()
     backend = open_backend(ImageSpec(recipe.data, recipe.augment, 16, CLASSES, 0))
