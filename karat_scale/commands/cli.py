@@ -62,6 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
     lines = {line.dest: line for line in commands._choices_actions}
     for title, names in GROUPS.items():
         parser.add_argument_group(title)._group_actions += [lines[name] for name in names]
+    for name, line in lines.items():  # a command's own help says it, too
+        own, said = commands.choices[name], str(line.help)
+        own.description = own.description or f"{said[0].upper()}{said[1:]}."
     parser._positionals._group_actions.clear()
     parser._action_groups.sort(key=lambda group: group is parser._optionals)
     return parser
@@ -78,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complete(parser)
     options = parser.parse_args(arguments)
     if options.command == "launch":  # a mistake is said once, and not by each rank
+        if "--ranks" in options.arguments and options.arguments[0] not in ("sweep", "bench"):
+            parser.error("--ranks comes before the command: karat launch --ranks N COMMAND ...")
         options.parsed = parser.parse_args(options.arguments)
     # torch's C++ warns with a stack of its own where a rank is lost, which we tell in a line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

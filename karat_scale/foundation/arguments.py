@@ -41,8 +41,8 @@ class OneLineParser(argparse.ArgumentParser):
             choices = f"choose from {', '.join(names)}"
             hint = did_you_mean(str(value), names, choices, likeness=0.5)  # options are short
             if action.dest == "command":
-                file = f"did you mean karat train {value}?" if str(value).endswith((".yaml", ".yml")) else hint
-                hint = _OTHER_COMMANDS.get(str(value), file)
+                is_recipe = "_" in str(value) or str(value).endswith((".yaml", ".yml"))
+                hint = _OTHER_COMMANDS.get(str(value), f"did you mean karat train {value}?" if is_recipe else hint)
             raise argparse.ArgumentError(action, f"unknown value {value!r}; {hint}")
 
 
@@ -58,8 +58,12 @@ _OTHER_COMMANDS = {
 
 def _why_strange(strange: Sequence[str], takes_overrides: bool) -> str:
     first = next((text for text in strange if text.startswith("-")), strange[0])
-    what = f"unknown option {first.partition('=')[0]}" if first.startswith("-") else f"unexpected argument {first!r}"
-    return what + ("; overrides are key=value" if takes_overrides else "")
+    if not first.startswith("-"):
+        return f"unexpected argument {first!r}" + ("; overrides are key=value" if takes_overrides else "")
+    name = first.partition("=")[0]
+    key = name.strip("-").replace("-", "_")
+    hint = f"; a recipe's key is written key=value, and `karat explain {key}` finds it" if takes_overrides else ""
+    return f"unknown option {name}{hint}"
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -185,7 +189,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
     """Add the choice of a checkpoint's weights."""
-    parser.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto")
+    which = "raw, their moving average (ema), or what the run's recipe evaluates (auto, the default)"
+    parser.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto", help=which)
 
 
 def add_json(parser: argparse.ArgumentParser, what: str = "write all figures to this file") -> None:

@@ -178,8 +178,12 @@ def recipe_of_run(run: Path) -> Path:
     """Return the recipe in a run's directory. Raises RunDirectoryError if it is not one."""
     path = run.expanduser() / "recipe.yaml"
     if not path.exists():
+        around = run.parents[:2] if "checkpoints" in run.parts[-2:] else []
+        inside = [file.parent for file in sorted(run.glob("*/recipe.yaml"))]
         close = nearest(run.name, [beside.parent.name for beside in run.parent.glob("*/recipe.yaml")], likeness=0.8)
-        hint = f"; did you mean {run.parent / close[0]}?" if close else ""
+        meant = [*(folder for folder in around if (folder / "recipe.yaml").exists()), *inside]
+        meant += [run.parent / name for name in close]
+        hint = f"; did you mean {meant[0]}?" if meant else ""
         raise RunDirectoryError(f"{run}: not a run directory (it has no recipe.yaml){hint}")
     return path
 

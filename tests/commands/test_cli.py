@@ -55,6 +55,7 @@ def test_help_lists_each_command_once_by_what_a_user_wants() -> None:
     starts = [line.split()[0] for line in lines if re.match(r"  [a-z]", line)]
     assert starts == grouped
     assert [line[:-1] for line in lines if line.endswith(":")] == [*GROUPS, "options"]
+    assert all(own.description for own in commands.choices.values())
 
 
 def test_all_mistakes_of_a_recipe_are_said_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,7 @@ PUSH = "export kept --push"
         (f"show {SYNTHETIC} --step 999999", "the recipe has steps 1 to"),
         (f"show {SYNTHETIC} --out /nowhere/x.png", "cannot be written"),
         ("data .", "is no data set"),
-        ("status .", "not a run's directory (it has no recipe.yaml)"),
+        ("status .", "not a run directory (it has no recipe.yaml)"),
         ("replay . 3", "not a run directory"),
         ("verify . --to 3", "not a run directory"),
         (f"{PUSH} owls", "--push owls: should be USER/NAME"),
@@ -68,6 +68,11 @@ PUSH = "export kept --push"
         ("train fashion_mnist_demo attention.basis=no_such:Basis --print", "put its directory on PYTHONPATH"),
         ("train fashion_mnist_demo deepspeed.config=own.json --print", "did you mean gradient_clipping?"),
         ("eval nothing", "not a run directory"),
+        ("eval .", ".: not a run directory (it has no recipe.yaml); did you mean kept?"),
+        ("eval kept/checkpoints/step-00000001", "not a run directory (it has no recipe.yaml); did you mean kept?"),
+        ("my_recipe", "unknown value 'my_recipe'; did you mean karat train my_recipe?"),
+        ("launch train fashion_mnist_demo --ranks 2", "--ranks comes before the command: karat launch --ranks N"),
+        ("train fashion_mnist_demo --epochs 5", "`karat explain epochs` finds it"),
     ],
 )
 def test_a_mistake_is_one_line(command: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

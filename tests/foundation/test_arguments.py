@@ -61,7 +61,10 @@ def test_an_option_between_overrides_keeps_its_value_and_those_of_a_bench_stand_
         (["bench", "stpe"], "unknown value 'stpe'; did you mean step?"),
         (["eval", "r", "--weights", "rw"], "--weights: unknown value 'rw'; did you mean raw?"),
         (["train"], "required: RECIPE (karat train"),
-        (["eval", "r", "--foo", "a=1"], "unknown option --foo; overrides are key=value (karat eval"),
+        (
+            ["eval", "r", "--foo", "a=1"],
+            "unknown option --foo; a recipe's key is written key=value, and `karat explain foo` finds it (karat eval",
+        ),
         (["eval", "r", "--checkpoint", "latest", "extra"], "unexpected argument 'extra'; overrides are key=value"),
         (["analyze", "r", "--out", "o", "a=1"], "unexpected argument 'a=1' (karat analyze"),
     ],

@@ -27,7 +27,13 @@ SECONDS = 20.0  # of the timed run of karat doctor
 
 def add_commands(commands: Any) -> None:
     """Add the parsers of these commands."""
-    prepare = commands.add_parser("prepare", help="make, check and copy data sets with the scripts of data_prep")
+    prepare = commands.add_parser(
+        "prepare",
+        help="make, check and copy data sets with the scripts of data_prep",
+        epilog="fetch downloads a data set, and webdataset makes shards of a folder, of ImageNet's tars or of Parquet; "
+        "ffcv makes betons. verify checks shards, stage copies them to a local disk, join adds splits of another set, "
+        "and dali-index writes what DALI reads them with.",
+    )
     prepare.add_argument("script", choices=SCRIPTS, help="the script; `karat prepare SCRIPT --help` lists its options")
     prepare.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own options")
     prepare.set_defaults(run=_prepare)
@@ -79,8 +85,10 @@ def add_commands(commands: Any) -> None:
     plan.add_argument("--gpus", type=count, default=1, help="total number of ranks (default: %(default)s)")
     plan.add_argument("--gpu", metavar="NAME", help="the GPU, such as h100-80 (default: this machine's RAM)")
     plan.add_argument("--memory", type=positive, metavar="GB", help="memory of an unknown GPU, or of a rank's RAM")
-    plan.add_argument("--gpus-per-node", type=count, default=8, help="(default: %(default)s)")
-    plan.add_argument("--cores-per-gpu", type=count, default=12, help="for decoding (default: %(default)s)")
+    plan.add_argument("--gpus-per-node", type=count, default=8, metavar="N", help="(default: %(default)s)")
+    plan.add_argument(
+        "--cores-per-gpu", type=count, default=12, metavar="N", help="for decoding (default: %(default)s)"
+    )
     plan.add_argument("--step-time", type=positive, metavar="S", help="measured seconds of one micro batch on one GPU")
     curve = "show the predicted throughput from 1 to 1,024 GPUs"
     plan.add_argument("--curve", dest="with_curve", action="store_true", help=curve)

@@ -32,9 +32,9 @@ def add_commands(commands: Any) -> None:
     """Add the parsers of these commands."""
     analyze = commands.add_parser("analyze", help="analyse what attention learned: figures, numbers, a report")
     _add_runs(analyze, "a run's directory; several are shown side by side")
-    analyze.add_argument(
-        "--only", nargs="+", choices=tuple(ANALYSES), default=tuple(ANALYSES), help="run only these analyses"
-    )
+    names = tuple(ANALYSES)
+    only = f"run only these analyses: {', '.join(names)}"
+    analyze.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=only)
     analyze.add_argument("--out", metavar="DIR", help="output (default: `analysis` in the first run's directory)")
     analyze.add_argument("--data", metavar="DIR", help="the data, instead of the runs' data.path")
     add_checkpoint(analyze)
@@ -81,7 +81,8 @@ def add_commands(commands: Any) -> None:
     add_run(export)
     export.add_argument("--format", choices=EXPORT_FORMATS, help="(default: safetensors)")
     add_checkpoint(export)
-    export.add_argument("--weights", choices=("raw", "ema", "both"), default="both")
+    kinds = "raw, their moving average (ema), or both (the default)"
+    export.add_argument("--weights", choices=("raw", "ema", "both"), default="both", help=kinds)
     export.add_argument(
         "--out", metavar="PATH", help="a file with the format's suffix, or a directory (default: the run's)"
     )

@@ -48,6 +48,12 @@ _SETTINGS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("conda-env", "modules", "container", "stage"), str),
 }
 """The variables of the scripts in slurm/."""
+_MEANT = {
+    "conda-env": "a conda environment for the nodes",
+    "modules": "modules to load before, such as cuda/12.6",
+    "container": 'a prefix, such as "apptainer exec --nv karat.sif"',
+    "stage": "a local disk of the nodes for a copy of the shards, such as /local/scratch",
+}
 
 
 def add_commands(commands: Any) -> None:
@@ -79,8 +85,9 @@ def add_commands(commands: Any) -> None:
     quick.set_defaults(run=command("karat_scale.commands.quickstart:quickstart"))
 
     several = commands.add_parser("launch", help="run a command on several ranks of this machine, such as its GPUs")
-    several.add_argument("--ranks", type=count, help="(default: one for each GPU)")
-    several.add_argument("arguments", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="of karat")
+    several.add_argument("--ranks", type=count, metavar="N", help="processes (default: one for each GPU)")
+    such_as = "a command of karat with its arguments, such as train RECIPE"
+    several.add_argument("arguments", nargs=argparse.REMAINDER, metavar="COMMAND ...", help=such_as)
     several.set_defaults(run=_launch)
 
     evaluate = commands.add_parser(
@@ -175,8 +182,7 @@ def _add_sbatch_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=kind, help=f"the option --{name} of sbatch{more}")
     parser.add_argument("--venv", type=_SETTINGS["venv"], metavar="DIR", help="a virtual environment for the nodes")
     for name in [*_SETTINGS][1:]:
-        variable = name.upper().replace("-", "_")
-        parser.add_argument(f"--{name}", help=f"{variable} of the scripts in slurm/")
+        parser.add_argument(f"--{name}", help=_MEANT[name])
 
 
 def check_run(options: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from karat_scale.foundation.console import duration, plural, printable
 from karat_scale.foundation.errors import EXIT_STOPPED, RunDirectoryError
 from karat_scale.foundation.files import parse_json, read_text
 from karat_scale.foundation.machine import ask_squeue, this_node
+from karat_scale.recipe.files import recipe_of_run
 
 # Heartbeats are written every two seconds. Without its process, one that is a little old is the last.
 SILENT_SECONDS, LATE_SECONDS = 30.0, 6.0
@@ -96,7 +97,7 @@ def read_standing(run: Path, now: float | None = None) -> Standing:
         RunDirectoryError: `run` is neither a run nor the logs of a run that is about to start.
     """
     if not any((run / name).exists() for name in ("recipe.yaml", "metrics.jsonl", "logs")):
-        raise RunDirectoryError(f"{run}: not a run's directory (it has no recipe.yaml)")
+        recipe_of_run(run)
     standing = Standing(run.name if run.name != "run" else run.resolve().parent.name)
     now = time.time() if now is None else now
     for event in read_events(run / "metrics.jsonl", damaged=lambda _: standing.count_damaged()):
