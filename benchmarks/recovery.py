@@ -13,6 +13,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from karat_scale.engine.heartbeat import read_signs
 from karat_scale.foundation.arguments import OneLineParser, count, new_file
 from karat_scale.foundation.console import print_table, write_json
 from karat_scale.foundation.errors import UserError, run_script
@@ -77,6 +78,8 @@ def _measure(cluster: Cluster, place: Path, nodes: int, victim: str, steps: int,
     wait_until(lambda: bool(list(run.glob("logs/*"))), PATIENCE, "the start")
     begun = time.time()
     wait_for(job, "train", steps // 10)
+    if victim == "stall":  # a heartbeat that still tells of the start has the start's limit
+        wait_until(lambda: any(sign.step for sign in read_signs(run)), PATIENCE, "a heartbeat that tells of a step")
     rank = process_of(job, nodes - 1)
     node, failed = rank.environ()["SLURMD_NODENAME"], time.time()
     if victim == "node":
