@@ -79,7 +79,7 @@ def _measure(cluster: Cluster, place: Path, nodes: int, victim: str, steps: int,
     begun = time.time()
     wait_for(job, "train", steps // 10)
     if victim == "stall":  # a heartbeat that still tells of the start has the start's limit
-        wait_until(lambda: any(sign.step for sign in read_signs(run)), PATIENCE, "a heartbeat that tells of a step")
+        wait_until(lambda: all(sign.step for sign in read_signs(run)), PATIENCE, "heartbeats that tell of a step")
     rank = process_of(job, nodes - 1)
     node, failed = rank.environ()["SLURMD_NODENAME"], time.time()
     if victim == "node":

@@ -26,10 +26,10 @@ class UserError(Exception):
 
 
 class RecipeError(UserError):
-    """The recipe or an override is wrong. Each mistake is a line."""
+    """The recipe or an override is wrong. A command says a line for each mistake; as text they are one line."""
 
     def __init__(self, *mistakes: str) -> None:
-        super().__init__("\n".join(mistakes))
+        super().__init__("; ".join(mistakes))
         self.mistakes = mistakes
 
 

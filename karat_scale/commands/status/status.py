@@ -97,7 +97,7 @@ def read_standing(run: Path, now: float | None = None) -> Standing:
         RunDirectoryError: `run` is neither a run nor the logs of a run that is about to start.
     """
     if not any((run / name).exists() for name in ("recipe.yaml", "metrics.jsonl", "logs")):
-        recipe_of_run(run)
+        recipe_of_run(run)  # says what was meant
     standing = Standing(run.name if run.name != "run" else run.resolve().parent.name)
     now = time.time() if now is None else now
     for event in read_events(run / "metrics.jsonl", damaged=lambda _: standing.count_damaged()):
