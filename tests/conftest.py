@@ -258,7 +258,7 @@ def karat_refuses(*arguments: str) -> str:
 @contextmanager
 def signals_restored() -> Iterator[None]:
     """Undo what a run does to this process's signals, which data workers of later tests would inherit."""
-    from karat_scale.training.agreement import STOP_SIGNALS
+    from karat_scale.foundation.machine import STOP_SIGNALS
 
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}

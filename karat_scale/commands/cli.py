@@ -141,7 +141,7 @@ def entry_point() -> None:
         sys.excepthook(*sys.exc_info())
         code = 1
     # A launcher may repeat its signal. It must not kill an interpreter that is exiting with its own code.
-    for repeated in (signal.SIGTERM, signal.SIGUSR2):
+    for repeated in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(repeated, signal.SIG_IGN)
     # As Python ends, but for its last search among the objects of torch and DeepSpeed: two seconds, for which the other
     # ranks and the next start would wait.

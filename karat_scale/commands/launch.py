@@ -27,7 +27,7 @@ import psutil
 from karat_scale.engine.heartbeat import START
 from karat_scale.foundation.errors import EXIT_LOST_PEER, EXIT_STOPPED, PeerError, UserError, say_in_one_write
 from karat_scale.foundation.files import write_atomically
-from karat_scale.foundation.machine import LAUNCHED, LAUNCHER, usable_cores
+from karat_scale.foundation.machine import LAUNCHED, LAUNCHER, catch_stop_signals, usable_cores
 
 if TYPE_CHECKING:
     from torch.distributed import PrefixStore
@@ -44,7 +44,6 @@ _END_SECONDS = 3
 # How long the launchers of several nodes wait for each other.
 _MEETING = timedelta(minutes=10)
 _POLL_SECONDS = 0.1
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 # CUDA's and ROCm's lists of the GPUs that a process may use. ROCm reads all three.
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 _NVIDIA, _AMD = Path("/dev"), Path("/sys/class/kfd/kfd/topology/nodes")
@@ -252,7 +251,7 @@ def _signals_forwarded() -> Iterator[list[int]]:
             if sent < len(told) and _signal_ranks(told[sent]):
                 sent += 1
 
-    before = {number: signal.signal(number, remember) for number in _FORWARDED}
+    before = catch_stop_signals(remember)
     thread = threading.Thread(target=forward, name="signals", daemon=True)
     thread.start()
     try:

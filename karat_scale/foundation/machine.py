@@ -25,7 +25,7 @@ import socket
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -61,6 +61,17 @@ def be_killed_with_parent() -> None:
     """Let the kernel end this process with the thread that started it, even while it is stopped (SIGSTOP)."""
     with contextlib.suppress(OSError, AttributeError):  # no Linux
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
+"""They ask a run to save and to stop. SIGHUP comes when a terminal or the connection of ssh is closed."""
+
+
+def catch_stop_signals(handler: Callable[[int, Any], Any]) -> dict[signal.Signals, Any]:
+    """Let `handler` handle them, but leave SIGHUP ignored where nohup had it ignored; returns the handlers before."""
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    caught = [number for number in STOP_SIGNALS if not (is_ignored and number == signal.SIGHUP)]
+    return {number: signal.signal(number, handler) for number in caught}
 
 
 def this_node() -> str:

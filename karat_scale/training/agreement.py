@@ -1,9 +1,9 @@
 """Signals that ask a run to stop, and what the ranks decide together between steps: whether to save, and to stop.
 
-SIGTERM, SIGINT and SIGUSR2 set a flag that the loop reads. SIGUSR1 is left alone: NCCL may use it. srun sends a signal
-to a rank's whole process group, where SIGUSR2 would kill the compiler that the rank waits for. So it is blocked, which
-children inherit, and a thread waits for it. The end of the launcher, if one started this process, counts as SIGTERM.
-Otherwise the rank would train on, and the next start would find its run in use.
+SIGTERM, SIGINT, SIGUSR2 and SIGHUP set a flag that the loop reads. SIGUSR1 is left alone: NCCL may use it. srun sends a
+signal to a rank's whole process group, where SIGUSR2 would kill the compiler that the rank waits for. So it is blocked,
+which children inherit, and a thread waits for it. The end of the launcher, if one started this process, counts as
+SIGTERM. Otherwise the rank would train on, and the next start would find its run in use.
 
 Comparing wishes takes a collective, which makes each rank's host wait for the slowest. So they compare about once a
 second. All must do it after the same step, and only rank 0's clock is asked: at each agreement rank 0 tells the others
@@ -24,10 +24,9 @@ from karat_scale.engine.distributed import World
 from karat_scale.engine.reporting.goodput import WallTime
 from karat_scale.foundation.console import duration
 from karat_scale.foundation.errors import EXIT_INTERRUPTED
-from karat_scale.foundation.machine import LAUNCHER
+from karat_scale.foundation.machine import LAUNCHER, STOP_SIGNALS, catch_stop_signals
 
 _POLL_SECONDS = 1.0
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 class StopSignals:
@@ -46,8 +45,7 @@ class StopSignals:
         numbers, into = os.pipe()
         os.set_blocking(into, False)
         signal.set_wakeup_fd(into)
-        for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: None)
+        catch_stop_signals(lambda *_: None)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
         threads: dict[str, Callable[[], None]] = {
             "signals": partial(self._hear, numbers),

@@ -1,9 +1,12 @@
 """The same run, in one piece or in many, ends in the same weights."""
 
+import fcntl
 import json
 import os
 import shutil
 import signal
+import subprocess
+import termios
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from karat_scale.engine.heartbeat import read_signs
 from karat_scale.engine.optimizers import build_schedule
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.tasks.classification.task import TrainState
-from tests.conftest import events, karat_done, karat_here, karat_refuses, summary
+from tests.conftest import events, karat_command, karat_done, karat_environment, karat_here, karat_refuses, summary
 from tests.small_engines import CONVIT, SWIN
 from tests.training.harm import HARMS
 from tests.training.runs import (
@@ -66,6 +69,31 @@ def test_a_signal_saves_at_the_next_step_and_exits_75(recipe_file, tmp_path, num
     assert store.damage(latest) is None
     assert summary(run)["exit"] == 75
     assert summary(run)["steps"] == store.state(latest)["step"]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("launched", [(), ("launch", "--ranks", "2")], ids=["alone", "launched"])
+def test_a_run_saves_and_stops_when_its_terminal_is_closed(recipe_file, tmp_path, launched) -> None:
+    run = tmp_path / "run"
+    line = karat_command([*launched, "train", str(recipe_file), f"run.dir={run}", *ENDLESS, "data.workers=1"])
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        line,
+        env=karat_environment(),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    while not (run / "checkpoints" / "latest").exists():
+        os.read(ours, 10**6)
+    os.close(ours)
+    assert process.wait(60) == 75
+    latest = CheckpointStore(run / "checkpoints").pointed("latest")
+    assert (summary(run)["exit"], latest) == (75, f"step-{summary(run)['steps']:08d}")
 
 
 @pytest.mark.slow

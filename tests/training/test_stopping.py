@@ -171,7 +171,7 @@ def test_signals_are_remembered_spare_a_compiler_and_a_second_ctrl_c_quits_in_a_
     assert process.stdout is not None
     assert process.stderr is not None
     assert {process.stdout.readline(), process.stdout.readline()} == {"ready\n", "at work\n"}
-    for number in (signal.SIGTERM, signal.SIGUSR2):
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         process.send_signal(number)
         assert process.stdout.readline() == f"{number.name}\n"
     os.killpg(process.pid, signal.SIGUSR2)

@@ -25,9 +25,8 @@ from karat_scale.data.shards.shard_format import absolute_path
 from karat_scale.foundation.console import ProgressBars, duration, plural, print_table, printable, terminal
 from karat_scale.foundation.errors import EXIT_STOPPED, UserError, on_one_line
 from karat_scale.foundation.files import open_to_read, parse_json
-from karat_scale.foundation.machine import LAUNCHED
+from karat_scale.foundation.machine import LAUNCHED, catch_stop_signals
 from karat_scale.recipe.loading import text_digest
-from karat_scale.training.agreement import STOP_SIGNALS
 
 _POLL_SECONDS = 1.0
 _LINE_SECONDS = 60.0
@@ -92,7 +91,7 @@ class _Child:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "_Child":
-        self._before = {number: signal.signal(number, self._pass_on) for number in STOP_SIGNALS}
+        self._before = catch_stop_signals(self._pass_on)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -115,7 +115,7 @@ def _run(
     begun.close()
     gc.freeze()  # what a library's destructor does to an object of the trainer is not for this process
     torch.set_num_threads(1)
-    for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     # Blocked here, so that only the watching thread receives it and can read its sender.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

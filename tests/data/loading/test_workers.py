@@ -28,6 +28,7 @@ from karat_scale.data.loading import workers as loading
 from karat_scale.data.loading.workers import OrderedResults, kill_workers, start_worker
 from karat_scale.data.plan import BatchSlice, TrainPlan
 from karat_scale.foundation.errors import DataError, RecipeError
+from karat_scale.foundation.machine import STOP_SIGNALS
 from karat_scale.recipe import AugmentConfig, DataConfig
 from tests.data.backends.helpers import children, running, wait_until
 from tests.warm import PROCESSES
@@ -235,7 +236,7 @@ def test_far_more_workers_than_cores_of_the_control_group_are_refused_before_one
 def train_until_told(directory: str, line: Connection) -> None:
     """Train with two workers, and tell of signals."""
     os.setpgid(0, 0)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: line.send("signal"))
     spec = ImageSpec(DataConfig(path=directory, workers=2), AugmentConfig(), 16, 3, 0)
     batches = open_backend(spec).train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 400))
@@ -260,7 +261,7 @@ def test_workers_ignore_signals_to_the_process_group_and_exit_when_the_parent_is
     workers = line.recv()
     assert len(workers) == 2
     wait_until(lambda: all(map(is_prepared, workers)))  # the first batch is of one of them
-    for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         os.killpg(process.pid, number)
         assert line.recv() == "signal"
     line.send("go on")
