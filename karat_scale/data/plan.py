@@ -142,6 +142,15 @@ def micro_batch_of(recipe: RunRecipe, world_size: int) -> int:
     return choose_micro_batch(train.global_batch, world_size, train.micro_batch, even=mixes)
 
 
+def check_one_batch(num_samples: int, global_batch: int) -> None:
+    """Raise DataError where the training split has not even one whole global batch."""
+    if num_samples < global_batch:
+        raise DataError(
+            f"the training split has {num_samples} samples, fewer than train.global_batch = {global_batch}; "
+            f"set train.global_batch to at most {num_samples}"
+        )
+
+
 def total_steps(steps_per_epoch: int, epochs: int, max_steps: int | None) -> int:
     """Return the number of global batches of a whole run: those of its epochs, or `max_steps` if these are fewer."""
     planned = epochs * steps_per_epoch
@@ -172,11 +181,7 @@ class TrainPlan:
 
     def __post_init__(self) -> None:
         choose_micro_batch(self.global_batch, self.world_size, self.micro_batch, even=False)
-        if self.num_samples < self.global_batch:
-            raise DataError(
-                f"the training split has {self.num_samples} samples, fewer than train.global_batch = "
-                f"{self.global_batch}; set train.global_batch to at most {self.num_samples}"
-            )
+        check_one_batch(self.num_samples, self.global_batch)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -39,7 +39,7 @@ from karat_scale.commands.plan.time import (
 from karat_scale.commands.plan.tracing import count_samples
 from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.backends import Backend, ImageSpec, open_backend
-from karat_scale.data.plan import BatchSlice, EvalPlan, micro_batch_of, total_steps
+from karat_scale.data.plan import BatchSlice, EvalPlan, check_one_batch, micro_batch_of, total_steps
 from karat_scale.data.shards.shard_format import unused_classes
 from karat_scale.engine.deepspeed_config import load_ds_config, zero_stage
 from karat_scale.engine.engine import matrix_peak
@@ -101,6 +101,8 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
     has_time = gpu is not None or request.step_time is not None or isinstance(find_measured(recipe, None), Measured)
     if request.with_curve and not has_time:
         raise UserError("--curve needs --gpu with a name that the table has, or --step-time")
+    samples, samples_from = count_samples(recipe.data)
+    check_one_batch(samples, recipe.train.global_batch)
     subject, own = Subject(recipe, machine.on_gpu), recipe.deepspeed.config
     configs = usable(recipe, STAGES if own in STAGES else [own])
     sizes = list(micro_batches(recipe, machine.world))
@@ -127,7 +129,6 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
         if chosen.train.recompute != recipe.train.recompute:
             subject = Subject(chosen, machine.on_gpu)
         time = estimate(chosen, gpu, subject.footprint, config, subject.sizes.each, subject.teacher.flops)
-    samples, samples_from = count_samples(recipe.data)
     plan = Plan(
         recipe=recipe,
         parameters=parameters,

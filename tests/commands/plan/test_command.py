@@ -68,6 +68,13 @@ def test_stages_that_the_recipe_cannot_use_are_told(tmp_path: Path, capsys: Capt
     assert f"checkpoint.url: each checkpoint copies about {gigabytes(found['checkpoint_bytes'])} there" in printed
 
 
+def test_too_few_images_for_one_batch_are_refused(capsys: Capture) -> None:
+    assert plan("data.backend=synthetic", "data.synthetic_samples=40", "train.global_batch=64") == 2
+    assert (
+        "the training split has 40 samples, fewer than train.global_batch = 64;" in capsys.readouterr().err
+    )
+
+
 @pytest.mark.slow
 def test_too_little_memory_is_told_and_is_no_success(capsys: Capture) -> None:
     assert plan("--memory", "0.5") == 1
