@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from math import isfinite
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 S = TypeVar("S", bound="RunState")
 
@@ -38,6 +38,10 @@ class RunState:
     """Of the names of their classes in the order of the labels; `summary.json` has one of the names in any order."""
     begun_with: dict[str, str] = field(default_factory=dict)
     """Name and recipe of the run that `init_from` took the weights of: later starts may not find it."""
+    unreported_steps: Annotated[int, Field(ge=0)] = 0
+    """Those since the last report of training, which the next one is of, too."""
+    unreported_losses: dict[str, list[Annotated[int, Field(ge=-(2**31), lt=2**31)]]] = field(default_factory=dict)
+    """Each rank's sum of each loss over those steps, as the bits of a float32."""
 
     @property
     def images_per_second(self) -> float | None:

@@ -131,6 +131,7 @@ class Trainer:
         self._beyond_reach: set[int] = set()
         """The blocks that were warned of."""
         self._interval, self._own_time = Interval(world.device), OwnTime(world.device)
+        self._interval.resume_losses(state.unreported_steps, state.unreported_losses, world)
         minutes = FIRST_MINUTES if recipe.checkpoint.every == "auto" else recipe.checkpoint.every_minutes
         self._save_points = SavePoints(world, self.signals, recipe.checkpoint.every_steps, minutes)
         self._best_interval: BestInterval | None = None
@@ -236,11 +237,12 @@ class Trainer:
         Raises StoppedError between them if a signal asks to stop and the step can be given up.
         """
         if self._can_give_up:  # what a step changes before its last micro batch
-            rng, counts, seconds = torch.get_rng_state(), self.task.counts, self._interval.seconds
+            rng, counts, stand = torch.get_rng_state(), self.task.counts, self._interval.stand()
         for number in range(self.plan.accumulation):
             if number and self._can_give_up and self.signals.received is not None:
                 torch.set_rng_state(rng)
-                self.task.counts, self._interval.seconds = counts, seconds
+                self.task.counts = counts
+                self._interval.go_back(stand)
                 raise StoppedError
             yield next(batches)
             batches.fetch_ahead()
@@ -396,6 +398,8 @@ class Trainer:
         with self._interval.paused():
             if not self.checkpoints.holds(self.state):
                 self._fold_interval()
+                state = self.state
+                state.unreported_steps, state.unreported_losses = self._interval.losses_of_ranks(self.world)
             self._save_points.note_save(near)
             if near:
                 return self.checkpoints.save_near(self.state)

@@ -189,6 +189,17 @@ def test_a_branch_starts_from_another_runs_checkpoint(recipe_file, trained) -> N
     assert "is gone" not in again.stdout + again.stderr
 
 
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_line_of_the_log_has_the_loss_of_all_its_steps_after_a_resume_between(trained, processes) -> None:
+    own = ("log.every_steps=4", "checkpoint.every_steps=3", "checkpoint.keep_last=9", "train.max_steps=8")
+    whole = trained("whole", *own, processes=processes)
+    resumed = trained("resumed", *own, f"resume.from={whole}/checkpoints/step-00000003", processes=processes)
+    expected = losses(whole)
+    assert losses(resumed) == {step: expected[step] for step in (4, 8)}
+    assert CheckpointStore(whole / "checkpoints").state("step-00000003")["unreported_steps"] == 2
+
+
 def test_a_branch_never_has_its_trunks_best(small_recipe, make_checkpoints, tmp_path) -> None:
     trunk, branch = (make_checkpoints(small_recipe(), tmp_path / name) for name in ("trunk", "branch"))
     state = TrainState(step=1, samples=8)

@@ -13,11 +13,12 @@ import pytest
 
 from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.engine.distributed import World
+from karat_scale.engine.reporting.progress import MetricsLog, PlainDisplay, Reporter
 from karat_scale.recipe import Recipe
 from karat_scale.training.agreement import StoppedError
 from karat_scale.training.trainer import Trainer
 from tests.small_engines import CONFIGS, equal, make_trainer
-from tests.training.runs import last_tensors
+from tests.training.runs import last_tensors, losses
 
 STEPS_PER_EPOCH = 4  # 32 samples in batches of 8; two epochs
 
@@ -72,25 +73,28 @@ class StoppingTrainer(Trainer):
 
 
 def train_to_the_end(recipe: Recipe, world: World, stop: tuple[int, str] | None = None) -> dict[str, object]:
-    """Train, or go on, in the recipe's directory; returns all that its last checkpoint holds."""
-    with make_trainer(recipe, world, kind=StoppingTrainer) as trainer:
+    """Train, or go on, in the recipe's directory; returns all that its last checkpoint holds, and the losses so far."""
+    run = Path(recipe.run.dir)
+    run.mkdir(exist_ok=True)
+    reporter = Reporter(PlainDisplay(), MetricsLog(run / "metrics.jsonl"))
+    with make_trainer(recipe, world, reporter, kind=StoppingTrainer) as trainer:
         trainer.stop = stop
         trainer.resume()
         with nullcontext() if stop is None else pytest.raises(StoppedError):
             trainer.run()
-    run = Path(recipe.run.dir)
     store = CheckpointStore(run / "checkpoints")
     saved = store.state(store.pointed("latest") or "")
     learned = ("step", "samples", "evaluated_step", "best_top1", "best_step", "last_top1", "data_digest", "stream")
-    return {**last_tensors(run), **{key: saved[key] for key in learned}}
+    return {**last_tensors(run), **{key: saved[key] for key in learned}, "losses": losses(run)}
 
 
 @pytest.mark.parametrize(("config", "precision", "point"), MATRIX)
 def test_resume_is_bit_equal(small_recipe, world, tmp_path, config, precision, point) -> None:
     # Dropout needs each rank's generator to go on where it stood.
     own = [f"deepspeed.config={config}", f"train.precision={precision}", "model.proj_drop=0.1", "data.workers=0"]
+    own.append("log.every_steps=3")  # so that most stops are between two lines of the log
     if POINTS[point][1] == "in a step":
-        own += ["train.micro_batch=2", "augment.mix_prob=0.5", "log.every_steps=3"]
+        own += ["train.micro_batch=2", "augment.mix_prob=0.5"]
     whole = train_to_the_end(small_recipe(*own, f"run.dir={tmp_path / 'whole'}"), world)
     cut = small_recipe(*own, f"run.dir={tmp_path / 'cut'}")
     stopped = train_to_the_end(cut, world, POINTS[point])

@@ -13,7 +13,7 @@ profile/
 
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -90,15 +90,14 @@ class Interval:
             self._warm = True
             self._since = self._now()
 
-    @property
-    def seconds(self) -> float:
-        """The seconds of training since the time was last taken. They can be set back."""
+    def stand(self) -> tuple[float, dict[str, torch.Tensor], torch.Tensor | None]:
+        """What a step changes before it is finished, for `go_back`."""
         with self.paused():
-            return self._seconds
+            return self._seconds, dict(self._losses), self._loss_so_far
 
-    @seconds.setter
-    def seconds(self, seconds: float) -> None:
-        self._seconds = seconds
+    def go_back(self, stand: tuple[float, dict[str, torch.Tensor], torch.Tensor | None]) -> None:
+        """Forget what has been added since."""
+        self._seconds, self._losses, self._loss_so_far = stand
         if self._since is not None:
             self._since = self._now()
 
@@ -121,6 +120,18 @@ class Interval:
             taken = self._timed_steps, self._seconds
             self._timed_steps, self._seconds = 0, 0.0
         return taken
+
+    def losses_of_ranks(self, world: World) -> tuple[int, dict[str, list[int]]]:
+        """Steps since the losses were last taken, and each rank's sums, as the bits of float32. Collective."""
+        ranks = world.gather({name: int(loss.view(torch.int32)) for name, loss in self._losses.items()})
+        return self._steps, {name: [rank[name] for rank in ranks] for name in self._losses}
+
+    def resume_losses(self, steps: int, losses: Mapping[str, Sequence[int]], world: World) -> None:
+        """Go on from what `losses_of_ranks` returned; another number of ranks begins with the mean of the sums."""
+        self._steps = steps
+        for name, bits in losses.items():
+            sums = torch.tensor(bits, dtype=torch.int32, device=self._device).view(torch.float32)
+            self._losses[name] = sums[world.rank] if len(sums) == world.size else sums.mean()
 
     def take_losses(self) -> tuple[dict[str, torch.Tensor], int]:
         """(summed losses by name, steps) since they were last taken."""

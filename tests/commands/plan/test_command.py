@@ -70,9 +70,7 @@ def test_stages_that_the_recipe_cannot_use_are_told(tmp_path: Path, capsys: Capt
 
 def test_too_few_images_for_one_batch_are_refused(capsys: Capture) -> None:
     assert plan("data.backend=synthetic", "data.synthetic_samples=40", "train.global_batch=64") == 2
-    assert (
-        "the training split has 40 samples, fewer than train.global_batch = 64;" in capsys.readouterr().err
-    )
+    assert "the training split has 40 samples, fewer than train.global_batch = 64;" in capsys.readouterr().err
 
 
 @pytest.mark.slow
