@@ -13,9 +13,7 @@ SETTINGS = $(BIN)/python -m pip config list 2>/dev/null | sort -r | sed -E -n "s
 	s/^index-url=/UV_DEFAULT_INDEX=/p; s/^extra-index-url=/UV_INDEX=/p; s/^find-links=/UV_FIND_LINKS=/p; \
 	s/^constraint=/UV_CONSTRAINT=/p; s/^cert=/SSL_CERT_FILE=/p; s/^trusted-host=/UV_INSECURE_HOST=/p"
 INSTALL = with() { env UV_SYSTEM_CERTS=1 $$($(SETTINGS)) $(BIN)/uv pip install --python $(BIN)/python "$$@" || \
-	$(BIN)/python -m pip install --progress-bar off --no-compile "$$@"; }; with --editable
-# Some packages hold files of other Pythons, which do not compile.
-COMPILE = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
+	$(BIN)/python -m pip install --progress-bar off "$$@"; }; with --editable
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
@@ -30,13 +28,11 @@ $(BIN)/python:
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@echo "== installing the project and torch into $(VENV)"
 	@$(INSTALL) .
-	@$(COMPILE)
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "== installing what the tests need"
 	@$(INSTALL) '.[dev]'
-	@$(COMPILE)
 	touch $@
 
 install: $(VENV)/.installed
@@ -76,13 +72,12 @@ extras: packages $(BIN)/python
 	@left=$$(for extra in dev $(EXTRAS); do [ $(VENV)/.installed-$$extra -nt pyproject.toml ] || echo $$extra; done); \
 	if [ -z "$$left" ]; then exit 0; fi; \
 	together=$$(echo $$left | tr ' ' ,); \
-	echo "== installing the project, torch and what the tests need into $(VENV)"; \
-	echo "== $(BIN)/python -m pip install -e '.[$$together]'"; \
+	echo "== installing .[$$together] into $(VENV)"; \
 	if $(INSTALL) ".[$$together]"; then \
-		$(COMPILE); touch $(VENV)/.installed; \
+		touch $(VENV)/.installed; \
 		for extra in $$left; do touch $(VENV)/.installed-$$extra; done; exit 0; fi; \
 	$(MAKE) install && for extra in $$left; do \
-		echo "== $(BIN)/python -m pip install -e '.[$$extra]'"; \
+		echo "== installing .[$$extra] into $(VENV)"; \
 		if $(INSTALL) ".[$$extra]"; then touch $(VENV)/.installed-$$extra; \
 		else echo "note: the extra $$extra does not install, so its tests are skipped"; fi; done
 
