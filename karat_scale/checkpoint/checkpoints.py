@@ -67,14 +67,17 @@ class Background(Generic[T]):
         self._work = work
         self._value: T
         self._error: BaseException | None = None
+        self.seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="background", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
+        begun = time.monotonic()
         try:
             self._value = self._work()
         except BaseException as error:
             self._error = error
+        self.seconds = time.monotonic() - begun
 
     def wait(self, seconds: float) -> bool:
         """Wait for its end; whether it has come."""
@@ -105,7 +108,8 @@ class _Save:
     store: CheckpointStore
     content: dict[str, Any]
     is_best: bool
-    begun: float
+    seconds: float
+    """How long this rank worked on it so far. A save that is ready may have to wait for an evaluation's end."""
     task: Background[_Written] | None
     stall: float | None
     """Seconds that training stood still for it; all of them when None."""
@@ -217,8 +221,9 @@ class Checkpoints(Generic[S]):
             self._void(store, state.step, problem)
             return False
         content = self.world.broadcast(self._content(state))
-        stall = None if wait else time.monotonic() - begun
-        self._under_way = _Save(replace(state), store, content, is_best, begun, Background(self._write), stall)
+        seconds = time.monotonic() - begun
+        stall = None if wait else seconds
+        self._under_way = _Save(replace(state), store, content, is_best, seconds, Background(self._write), stall)
         return self.finish() if wait else True
 
     def _owns(self, store: CheckpointStore) -> bool:
@@ -245,7 +250,10 @@ class Checkpoints(Generic[S]):
         save = self._under_way
         if save is None:
             return True
-        done = save.task.result() if save.task is not None else _Written()
+        done = _Written()
+        if save.task is not None:
+            done = save.task.result()
+            save.seconds += save.task.seconds
         everyone = self.world.gather(done)
         problem = _first(one.problem for one in everyone)
         if problem is not None:
@@ -257,11 +265,10 @@ class Checkpoints(Generic[S]):
             is_near = save.store is self.near
             if done.warning is not None:
                 self.reporter.warn(done.warning)
-            seconds = time.monotonic() - save.begun
-            stall = seconds if save.stall is None else save.stall
+            stall = save.seconds if save.stall is None else save.stall
             if not is_near:
-                self._saved, self.cost = _identity(save.state), (stall, seconds)
-            self.reporter.checkpoint(save.state, checkpoint_name(save.state.step), seconds, stall, is_near)
+                self._saved, self.cost = _identity(save.state), (stall, save.seconds)
+            self.reporter.checkpoint(save.state, checkpoint_name(save.state.step), save.seconds, stall, is_near)
             return True
         files = {name: written for one in everyone for name, written in (one.files or {}).items()}
         save.is_committing = True

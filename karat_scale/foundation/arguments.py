@@ -56,14 +56,23 @@ _OTHER_COMMANDS = {
 }
 
 
+# What people give to another command, and what does it.
+_OTHER_OPTIONS = {
+    "--dry-run": "use karat plan RECIPE --dry-run",
+    "--gpus": "use karat launch --ranks N train RECIPE",
+    "--resume": _OTHER_COMMANDS["resume"],
+}
+
+
 def _why_strange(strange: Sequence[str], takes_overrides: bool) -> str:
     first = next((text for text in strange if text.startswith("-")), strange[0])
     if not first.startswith("-"):
         return f"unexpected argument {first!r}" + ("; overrides are key=value" if takes_overrides else "")
     name = first.partition("=")[0]
     key = name.strip("-").replace("-", "_")
-    hint = f"; a recipe's key is written key=value, and `karat explain {key}` finds it" if takes_overrides else ""
-    return f"unknown option {name}{hint}"
+    hint = f"a recipe's key is written key=value, and `karat explain {key}` finds it" if takes_overrides else ""
+    hint = _OTHER_OPTIONS.get(name, hint)
+    return f"unknown option {name}{'; ' if hint else ''}{hint}"
 
 
 def whole(least: int) -> Callable[[str], int]:

@@ -219,15 +219,16 @@ def work_display(title: str = "") -> Iterator[Callable[[str, float, float], None
     """Show one piece of work after another: a bar on a terminal, elsewhere a line when it starts and every ten seconds.
 
     Yields a function that takes the current work, the steps done and their total number. With a title, there is one bar
-    of this name, and the steps are percent of all work.
+    of this name, and the steps are percent of all work. Lines say what is left once a few steps, or a tenth, are done;
+    the first step, which also pays for the start, does not count for it.
     """
     console = terminal(stderr=True)
     bars = ProgressBars(console) if console else None
-    current, first = "", 0.0
+    current, first, is_warm = "", 0.0, False
     started = reported = time.monotonic()
 
     def show(what: str, done: float, total: float) -> None:
-        nonlocal current, first, started, reported
+        nonlocal current, first, is_warm, started, reported
         what, now = printable(what), time.monotonic()
         if what != current:
             if bars is None:
@@ -235,16 +236,19 @@ def work_display(title: str = "") -> Iterator[Callable[[str, float, float], None
             elif not title:
                 bars.remove(current)
             if not title or not current:
-                first, started, reported = done, now, now
+                first, is_warm, started, reported = done, False, now, now
             current = what
+        if not is_warm and done > first:
+            first, is_warm, started = done, True, now
         if console is not None and bars is not None:
             room = max(console.width - 62 - len(title), 0)  # beside the other columns, so that the time left stays
             bars.move(title or what, done, total, f"%, {what}"[:room] if title else None, keep=True)
-        elif now - reported >= PLAIN_LINE_SECONDS and done > first + (2 if title else 0):
-            left = (total - done) * (now - started) / (done - first)
-            steps = f"{done} of {total}, {_rate(done - first, now - started)} a second"
-            steps = f"{done:.0f} % of all" if title else steps
-            print(f"{what}: {steps}, about {duration(left)} left", file=sys.stderr, flush=True)
+        elif now - reported >= PLAIN_LINE_SECONDS:
+            told = f"{done:.0f} % of all" if title else f"{done} of {total}"
+            if done - first >= (10 if title else 2):
+                rate, left = (done - first) / (now - started), (total - done) * (now - started) / (done - first)
+                told += f"{'' if title else f', {_rate(rate, 1)} a second'}, about {duration(left)} left"
+            print(f"{what}: {told}", file=sys.stderr, flush=True)
             reported = now
 
     try:

@@ -214,8 +214,8 @@ class Content:
         """Return `FIGURES` of each block [L, 4]."""
         energy, shared, norms, beyond = self._sums.T
         same = [float(torch.as_tensor(x).square().sum()) / n for x, n in zip(self._matrices, self._images, strict=True)]
-        shares = 1 - shared / energy, 1 - np.array(same) / energy, beyond / self._pairs
-        return np.stack((*shares, norms / self._count), 1)
+        depends = ((1 - part / energy).round(12) + 0.0 for part in (shared, np.array(same)))  # no -2e-16, no -0
+        return np.stack((*depends, beyond / self._pairs, norms / self._count), 1)
 
 
 @torch.no_grad()

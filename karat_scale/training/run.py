@@ -218,6 +218,6 @@ def headline(trainer: Trainer) -> str:
     pieces = f"{world.size} x {plan.accumulation} x {plan.micro_batch}"
     return (
         f"{trainer.recipe.run.name}: {trainer.engine.parameters:,} parameters, {task.num_train:,} training images of "
-        f"{len(task.classes):,} classes, {plural(trainer.total_steps, 'step')} of {plan.global_batch} ({pieces}) on "
-        f"{device_name(world.device)}"
+        f"{len(task.classes):,} classes, {plural(trainer.total_steps, 'step')} of {plan.global_batch} ({pieces}), "
+        f"learning rate up to {trainer.schedule.peak_lr:.3g}, on {device_name(world.device)}"
     )

@@ -45,6 +45,10 @@ class Scores(Protocol):
 class Schedule(Protocol):
     """The learning rate as a function of the step."""
 
+    @property
+    def peak_lr(self) -> float:
+        """The highest rate."""
+
     def lr(self, step: int) -> float:
         """Return the rate for the update after `step` finished updates."""
 

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from multiprocessing.synchronize import Event
@@ -137,6 +138,20 @@ def test_a_second_save_waits_and_none_is_made_twice(small_recipe, make_checkpoin
     assert checkpoints.save(TrainState(step=2, samples=16, evaluated_step=2), is_best=True)
     assert checkpoints.store.pointed("best") == "step-00000002"
     assert capsys.readouterr().out.count("saved step-") == 3
+
+
+def test_what_a_finished_save_waits_for_training_does_not_count(
+    small_recipe, make_checkpoints, slow_disk: Event, tmp_path: Path, monkeypatch
+) -> None:
+    checkpoints = make_checkpoints(small_recipe(), tmp_path / "c")
+    assert checkpoints.save(TrainState(step=1, samples=8), wait=False)
+    slow_disk.set()
+    while checkpoints.is_busy:
+        time.sleep(0.01)
+    now = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 1e6)  # a long evaluation
+    assert checkpoints.finish()
+    assert checkpoints.cost[1] < 1e6
 
 
 def test_the_same_state_is_not_waited_for(small_recipe, make_checkpoints, slow_disk: Event, tmp_path: Path) -> None:

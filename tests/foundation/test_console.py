@@ -150,19 +150,17 @@ def test_each_piece_of_work_is_one_line_in_a_file_and_long_work_says_what_is_lef
     assert capsys.readouterr().err == "maps\nspectrum\n"
     monkeypatch.setattr("karat_scale.foundation.console.PLAIN_LINE_SECONDS", 0.0)
     with work_display() as show:
-        for done in range(1, 4):
-            show("count", done, 4)
-    first, second, third = capsys.readouterr().err.splitlines()
-    assert first == "count"
-    assert re.fullmatch(r"count: 2 of 4, [\d.,e+]+ a second, about .+ left", second)
-    assert third.startswith("count: 3 of 4, ")
-    assert third.endswith(" left")
+        for done in range(5):
+            show("count", done, 8)
+    *first, last = capsys.readouterr().err.splitlines()
+    assert first[:4] == ["count", "count: 0 of 8", "count: 1 of 8", "count: 2 of 8"]  # too early to say
+    assert re.fullmatch(r"count: 4 of 8, [\d.,e+]+ a second, about .+ left", last)
     with work_display("all") as show:
         for what, done in (("maps", 1), ("maps", 20), ("spectrum", 50)):
             show(what, done, 100)
     lines = capsys.readouterr().err.splitlines()
-    shown = [line.partition(", about ")[0] for line in lines]
-    assert shown == ["maps", "maps: 20 % of all", "spectrum", "spectrum: 50 % of all"]
+    assert lines[:4] == ["maps", "maps: 1 % of all", "maps: 20 % of all", "spectrum"]
+    assert re.fullmatch(r"spectrum: 50 % of all, about .+ left", lines[4])
 
 
 def test_the_time_left_of_all_work_stays_on_a_narrow_terminal(capsys, monkeypatch) -> None:

@@ -84,9 +84,9 @@ def achieved(run: TrainedRun) -> tuple[str, dict[str, str], str]:
     score = f"{shown['top1']:.2f} % top-1" if shown else ""
     facts, sentence = {"evaluation": "none yet"}, "" if shown else "It has not been evaluated yet."
     if shown:
+        five = f"top-5 {shown['top5']:.2f} %, " if shown["top5"] < 100 else ""  # as of a model with five classes
         facts["evaluation"] = (
-            f"on {shown['images']:,.0f} images after step {shown['step']:,.0f}: top-5 {shown['top5']:.2f} %, "
-            f"loss {shown['loss']:.4f}"
+            f"on {shown['images']:,.0f} images after step {shown['step']:,.0f}: {five}loss {shown['loss']:.4f}"
         )
         others = {"best": max(history.evaluations, key=lambda point: point["top1"]), "last": history.evaluations[-1]}
         facts |= {
@@ -182,13 +182,14 @@ def analyze_training(runs: Mapping[str, TrainedRun]) -> Result:
 
 
 def _table(histories: Mapping[str, History]) -> Table:
-    columns = ["run", "step", "images seen", "top-1, %", "top-5, %", "validation loss"]
+    points = [(label, point) for label, history in histories.items() for point in history.evaluations]
+    has_five = any(point["top5"] < 100 for _, point in points)
+    scores = {"top-1, %": "top1", **({"top-5, %": "top5"} if has_five else {}), "validation loss": "loss"}
     rows = [
-        [label, int(point["step"]), int(np.nan_to_num(point["samples"])), point["top1"], point["top5"], point["loss"]]
-        for label, history in histories.items()
-        for point in history.evaluations
+        [label, int(point["step"]), int(np.nan_to_num(point["samples"])), *(point[name] for name in scores.values())]
+        for label, point in points
     ]
-    return Table("Evaluations in training", columns, rows)
+    return Table("Evaluations in training", ["run", "step", "images seen", *scores], rows)
 
 
 def _column(points: Sequence[Point], name: str) -> Any:

@@ -6,6 +6,7 @@ with the attention of the last block on them. Predictions are computed once, and
 """
 
 import io
+import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -29,6 +30,7 @@ from karat_scale.commands.figures import INK, new_figure, show_map
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import forward_for_evaluation
+from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import DataError
 
 FILE = "predictions.npz"
@@ -232,8 +234,11 @@ def analyze_calibration(run: TrainedRun, settings: Settings) -> Result:
         "loss": predictions.scores["loss"],
         "bins": BINS,
     }
-    gap = confidence - accuracy
+    gaps = predictions.confidence - predictions.correct
+    gap, error = confidence - accuracy, float(gaps.std()) / math.sqrt(len(gaps))
     judged = "that fits" if abs(gap) < FITS else "too sure" if gap > 0 else "not sure enough"
+    if FITS <= abs(gap) < 2 * error:
+        judged = f"the difference may be chance, as these are only {plural(len(gaps), 'image')}"
     sure, right = (f"{100 * share:.1f} %" for share in (confidence, accuracy))
     result.findings.append(f"The mean probability of an answer is {sure}, and {right} are right: {judged}.")
     result.arrays = {"edges": found.edges, "counts": found.counts}

@@ -129,6 +129,10 @@ class _Child:
         self._process.send_signal(number)
 
 
+# Of a run, before what is left is judged: it starts slowly.
+_LEAST_DONE = 0.1
+
+
 class _Shown:
     """Where the sweep stands: bars on a terminal, elsewhere a line for each run and one a minute."""
 
@@ -178,8 +182,9 @@ class _Shown:
 
     def _left(self, step: int, total: int) -> str:
         """Return about how long all runs will take, judged by the share of them that is done."""
-        share = (self._number + step / max(total, 1)) / self._total
-        if not 0 < share < 1:
+        done = self._number + step / max(total, 1)
+        share = done / self._total
+        if done < _LEAST_DONE or share >= 1:
             return ""
         seconds = (time.monotonic() - self._begun) * (1 - share) / share
         return f"; about {duration(seconds)} left"

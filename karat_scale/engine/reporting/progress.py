@@ -20,7 +20,7 @@ from karat_scale.engine.heartbeat import Heartbeat
 from karat_scale.engine.reporting.goodput import Stopwatch, submitted
 from karat_scale.engine.run_state import RunState
 from karat_scale.engine.tracking.follow import Trackers
-from karat_scale.foundation.console import ProgressBars, printable, terminal
+from karat_scale.foundation.console import ProgressBars, duration, printable, terminal
 from karat_scale.foundation.errors import not_written, one_line, say_in_one_write
 from karat_scale.foundation.files import append_to, open_to_read, parse_json
 
@@ -131,9 +131,9 @@ class PlainDisplay:
     def advance(self, done: int, total: int) -> None:
         """A training step is done; only a bar shows it."""
 
-    def train(self, done: int, total: int, text: str) -> None:
-        """Show what was measured since the last report."""
-        self.line(f"step {done}/{total} {text}")
+    def train(self, done: int, total: int, text: str, left: float | None = None) -> None:
+        """Show what was measured since the last report, and about how many seconds of training are left."""
+        self.line(f"step {done}/{total} {text}{f', about {duration(left)} left' if left else ''}")
 
     def evaluate(self, done: int, total: int) -> None:
         """Show the progress of an evaluation; only a bar shows it."""
@@ -160,8 +160,8 @@ class TerminalDisplay(PlainDisplay):
         """Move the training bar."""
         self._bars.move(self._title, done, total, keep=True)
 
-    def train(self, done: int, total: int, text: str) -> None:
-        """Show beside the training bar what was measured."""
+    def train(self, done: int, total: int, text: str, left: float | None = None) -> None:
+        """Show beside the training bar what was measured; the bar has its own time left."""
         self._bars.move(self._title, done, total, text, keep=True)
 
     def evaluate(self, done: int, total: int) -> None:
@@ -267,7 +267,8 @@ class Reporter:
         text = f"epoch {figures['epoch']} loss {figures['loss']:.4f} lr {figures['lr']:.2e}"
         text += f" {rate:,.0f} img/s" if rate else ""
         text += f" MFU {figures['mfu']:.1%}" if figures.get("mfu") else ""
-        self.display.train(step, total, text)
+        left = (total - step) * figures["samples"] / step / rate if rate else None
+        self.display.train(step, total, text, left)
         self._write("train", step, **figures)
 
     def converted(self, text: str, report: dict[str, Any]) -> None:

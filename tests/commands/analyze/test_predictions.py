@@ -93,6 +93,7 @@ def test_a_real_run_is_predicted_once_as_karat_eval_scores_it(own_run: TrainedRu
     sure = f"{100 * calibration.numbers['mean_confidence']:.1f} %"
     (finding,) = calibration.findings
     assert finding.startswith(f"The mean probability of an answer is {sure}, and {best['top1']:.1f} % are right: ")
+    assert finding.endswith((": that fits.", f"may be chance, as these are only {CLASSES * VAL_PER_CLASS} images."))
     hardest = min(result.numbers["classes"], key=lambda one: one["accuracy"])
     assert result.findings == [
         f"The hardest class is {hardest['class']}: {hardest['accuracy']:.1f} % right, "

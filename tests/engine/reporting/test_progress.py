@@ -15,7 +15,7 @@ from karat_scale.engine.reporting.progress import MetricsLog, PlainDisplay, Repo
 from karat_scale.engine.run_state import RunState
 from karat_scale.foundation.errors import RunDirectoryError
 
-FIGURES = {"epoch": 0, "loss": 1.25, "lr": 1e-3, "images_per_second": 321.0}
+FIGURES = {"epoch": 0, "samples": 3210, "loss": 1.25, "lr": 1e-3, "images_per_second": 321.0}
 
 
 def test_a_pipe_gets_plain_lines(capsys) -> None:
@@ -26,11 +26,11 @@ def test_a_pipe_gets_plain_lines(capsys) -> None:
     reporter.bad_sample(BadSample(3, "n01/x", "train-000001.tar", "truncated"))
     Reporter(choose_display(True, "run"), None).train(5, 10, {**FIGURES, "tflops": 412.0, "mfu": 0.4164})
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("step 5/10 epoch 0 loss 1.2500 lr 1.00e-03 321 img/s")
+    assert lines[0].endswith("step 5/10 epoch 0 loss 1.2500 lr 1.00e-03 321 img/s, about 10 s left")
     assert lines[1].endswith("eval at step 5: top-1 12.35 %")
     assert lines[2].endswith("saved step-00000005 in 0.5 s, of which training paused 0.1 s")
     assert all(part in lines[3] for part in ("warning", "n01/x", "train-000001.tar", "truncated"))
-    assert lines[4].endswith("321 img/s MFU 41.6%")
+    assert lines[4].endswith("321 img/s MFU 41.6%, about 10 s left")
 
 
 UNREAD = """
