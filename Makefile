@@ -14,6 +14,8 @@ SETTINGS = $(BIN)/python -m pip config list 2>/dev/null | sort -r | sed -E -n "s
 	s/^constraint=/UV_CONSTRAINT=/p; s/^cert=/SSL_CERT_FILE=/p; s/^trusted-host=/UV_INSECURE_HOST=/p"
 INSTALL = with() { env UV_SYSTEM_CERTS=1 $$($(SETTINGS)) $(BIN)/uv pip install --python $(BIN)/python "$$@" || \
 	$(BIN)/python -m pip install --progress-bar off "$$@"; }; with --editable
+# The tests start hundreds of processes: each would compile all that it imports where this is set.
+unexport PYTHONDONTWRITEBYTECODE
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 

@@ -61,7 +61,7 @@ def test_the_card_says_what_the_run_achieved(karat_run: TrainedRun) -> None:
     for shown, other in (evaluations, evaluations[::-1]):
         score, facts, sentence = achieved(open_run(karat_run.path, checkpoint=f"step-{shown['step']:08.0f}"))
         assert score == f"{shown['top1']:.2f} % top-1"
-        assert f" images after step {shown['step']:.0f}: top-5 " in facts["evaluation"]
+        assert f" images after step {shown['step']:.0f}: loss " in facts["evaluation"]  # of three classes
         named = {name: fact for name, fact in facts.items() if name in ("best", "last")}
         assert set(named.values()) <= {f"top-1 {other['top1']:.2f} % after step {other['step']:.0f}"}
         assert ("last" in named) == (other is evaluations[-1])
