@@ -87,6 +87,19 @@ def test_an_undecodable_image_is_refused_or_as_the_advice_says_skipped_reported_
     assert (evaluation["images"], evaluation["bad"]) == (27, 1)
 
 
+def test_files_that_are_left_out_and_classes_without_images_are_said(recipe_file, image_folder, tmp_path) -> None:
+    images = Path(shutil.copytree(image_folder, tmp_path / "images"))
+    for image in (images / "train/class2").iterdir():
+        image.unlink()
+    for name in ("train/class1/a.avif", "train/class0/b.gif", "train/.x"):
+        (images / name).touch()
+    folder = ("data.backend=folder", f"data.path={images}", "train.max_steps=1")
+    said = karat_says("train", str(recipe_file), *folder)
+    first = images / "train/class0/b.gif"
+    assert said.count(f"notice: 2 files left out, {first} and others: no suffix of .jpg, .jpeg, ") == 1
+    assert said.count("notice: 1 of 4 classes without training images: class2") == 1
+
+
 @pytest.mark.slow
 def test_names_that_are_not_utf8_train_and_are_told_when_an_image_is_bad(train_recipe, image_folder, tmp_path) -> None:
     images = tmp_path / "images"

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import sha256
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,8 @@ class ExactLoader(_Loader):
         total_digest: bool = False,
         **options: Any,
     ) -> None:
+        _check_whole(global_batch=global_batch, seed=seed, image_size=image_size)
+        _check_whole(True, rank=rank, world_size=world_size, micro_batch=micro_batch, epochs=epochs)
         rank, world_size = place(rank, world_size)
         if options.get("order") == "stream":
             raise RecipeError("order = stream: only `karat train` reads a stream; use full or block")
@@ -211,11 +214,13 @@ class ExactLoader(_Loader):
             raise DataError("the state has no identity or no step; load what an ExactLoader's state_dict() returned")
         theirs, ours = state["identity"], self.identity
         for name in ours:
-            if theirs.get(name) != ours[name]:
-                raise DataError(
-                    f"{name}: the state is of a loader with {theirs.get(name)!r}, and this one has {ours[name]!r}; use "
-                    "the same, or start from the beginning"
-                )
+            there, here = theirs.get(name), ours[name]
+            if isinstance(there, dict) and isinstance(here, dict) and there != here:
+                key = next(key for key in there | here if there.get(key) != here.get(key))
+                name, there, here = f"{name}.{key}", there.get(key), here.get(key)
+            if there != here:
+                what = f"{name}: the state is of a loader with {there!r}, and this one has {here!r}"
+                raise DataError(f"{what}; use the same, or start from the beginning")
         self.set_step(int(state["step"]))
         if self.plan.rank == 0:
             self.digest = self._digest_of_steps = int(state.get("digest", 0))
@@ -306,6 +311,8 @@ class EvalLoader(_Loader):
         drop_empty: bool = True,
         **options: Any,
     ) -> None:
+        _check_whole(batch=batch, image_size=image_size)
+        _check_whole(True, rank=rank, world_size=world_size)
         rank, world_size = place(rank, world_size)
         if batch < 1:
             raise RecipeError(f"batch = {batch}: expected 1 or more")
@@ -379,6 +386,13 @@ class Finish:
             there = kept.to(images.device)
             images, labels, ids = images[there], labels[there], ids[kept]
         return images if self.normalize is None else self.normalize(images), labels, ids
+
+
+def _check_whole(may_be_none: bool = False, **arguments: object) -> None:
+    """Raise RecipeError for an argument that is not a whole number."""
+    for name, value in arguments.items():
+        if not (isinstance(value, Integral) or (may_be_none and value is None)):
+            raise RecipeError(f"{name} = {value!r}: expected a whole number")
 
 
 def place(rank: int | None, world_size: int | None) -> tuple[int, int]:

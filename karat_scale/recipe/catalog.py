@@ -5,12 +5,13 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from karat_scale.foundation.console import plural, print_table, write_json
+from karat_scale.foundation.console import plural, print_table, terminal, write_json
 from karat_scale.foundation.errors import RecipeError, nearest
 from karat_scale.foundation.files import shipped_directory
 from karat_scale.recipe.files import COMMANDS, RECIPES, Shipped, part_names, read_recipe, shipped_recipes
@@ -24,14 +25,19 @@ _DATA = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A shipped recipe: its command, what it trains, the paper's result, ours, and the headers of its files."""
+    """A shipped recipe: its command, what it trains, the paper's result, ours, and the headers of its files.
+
+    about: on what we got our result. is_base: no word of an attention or a change was added to its name.
+    """
 
     name: str
     command: str
     trains: str
     paper: str
     result: str
+    about: str
     header: str
+    is_base: bool
 
 
 def catalog() -> list[Entry]:
@@ -47,7 +53,8 @@ def list_recipes(words: Sequence[str], json_file: str | None) -> int:
     """Print recipes, and return the exit code.
 
     One that is named is shown whole. Otherwise it is those with all words in their name, or if there are none, in
-    their header. Of these, recipes without a result, of the paper or ours, are shown only if no other is.
+    their header. Of these, those with an attention or a change but no result, of the paper or ours, are shown only if
+    no other is.
 
     Raises:
         RecipeError: no recipe has these words.
@@ -67,7 +74,7 @@ def list_recipes(words: Sequence[str], json_file: str | None) -> int:
         close = nearest(unknown, [*parts, *(entry.name for entry in entries if entry.paper)], count=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "`karat recipes` lists all"
         raise RecipeError(f"karat recipes {' '.join(words)}: no shipped recipe has these words; {hint}")
-    found = [entry for entry in having if entry.paper or entry.result != _NOT_RUN] or having
+    found = [entry for entry in having if entry.paper or entry.result != _NOT_RUN or entry.is_base] or having
     write_json(json_file, [asdict(entry) for entry in found])
     print_table(
         f"{plural(len(found), 'recipe')}. `karat recipes NAME` shows what one trains and how to start it.",
@@ -79,6 +86,8 @@ def list_recipes(words: Sequence[str], json_file: str | None) -> int:
     for title, parts in _parts().items():
         print(f"  {title:<9}  {'  '.join(parts)}")
     print("g3b is Fourier-KArAt with grid 3 and functions of its own for each block; u shares them between all.")
+    if left := len(having) - len(found):
+        print(f"Not listed: {plural(left, 'recipe')} without a result, which add such words to a name above.")
     return 0
 
 
@@ -91,8 +100,13 @@ def _parts() -> dict[str, list[str]]:
 
 def _show(entry: Entry) -> None:
     start = f"karat {entry.command} {entry.name} data.path=DIR"
-    print(f"{entry.name}\n\n{entry.header}\n")
-    print(f"paper's result: {entry.paper or 'none'}\nour result: {entry.result}\n")
+    ours = textwrap.fill(f"our result: {entry.result}{f': {entry.about}' if entry.about else ''}", 118)
+    text = f"{entry.name}\n\n{entry.header}\n\npaper's result: {entry.paper or 'none'}\n\n{ours}\n"
+    if (console := terminal()) is not None:
+        lines = re.sub(r"(?<!\n)\n *(?=[^\s-])", " ", text).split("\n")  # paragraphs, and items of a list
+        wrap = partial(textwrap.fill, width=console.width, break_on_hyphens=False)
+        text = "\n".join(wrap(line, subsequent_indent="    " if line.startswith("  - ") else "") for line in lines)
+    print(text)
     for earlier in _earlier_runs(entry):
         print(f"{f'karat train {earlier} data.path=DIR':<{len(start)}}    first, the run that it starts from")
     print(f"{start}    DIR: {_DATA[entry.command]}")
@@ -112,8 +126,9 @@ def _entry(name: str, shipped: Shipped, command: str) -> Entry:
     trains = " ".join(re.split(r"(?<=[.:])\s", header, maxsplit=1)[0] for header in headers)
     ours = _our_results().get(name)
     result = ours["result"] if ours else _NOT_RUN
-    header = "\n\n".join([*headers, *([textwrap.fill(f"Our run: {ours['about']}", 118)] if ours else [])])
-    return Entry(name, command, trains, _paper_results().get(name, ""), result, header)
+    about = ours["about"] if ours else ""
+    is_base = name == shipped.words["base"]
+    return Entry(name, command, trains, _paper_results().get(name, ""), result, about, "\n\n".join(headers), is_base)
 
 
 @functools.cache

@@ -179,11 +179,14 @@ def recipe_of_run(run: Path) -> Path:
     path = run.expanduser() / "recipe.yaml"
     if not path.exists():
         around = run.parents[:2] if "checkpoints" in run.parts[-2:] else []
-        inside = [file.parent for file in sorted(run.glob("*/recipe.yaml"))]
+        inside = [file.parent for depth in ("*", "*/*") for file in sorted(run.glob(f"{depth}/recipe.yaml"))]
         close = nearest(run.name, [beside.parent.name for beside in run.parent.glob("*/recipe.yaml")], likeness=0.8)
         meant = [*(folder for folder in around if (folder / "recipe.yaml").exists()), *inside]
         meant += [run.parent / name for name in close]
         hint = f"; did you mean {meant[0]}?" if meant else ""
+        if len(inside) > 1:
+            more = f" or {len(inside) - 3} more" if len(inside) > 3 else ""
+            hint = f"; it holds runs: name one of {', '.join(map(str, inside[:3]))}{more}"
         raise RunDirectoryError(f"{run}: not a run directory (it has no recipe.yaml){hint}")
     return path
 
@@ -233,7 +236,8 @@ def _read_extended(path: Path, name: str, folder: Path, extended_by: tuple[Path,
         return _read_recipe_file(parts[name], folder, extended_by)
     if (path.parent / name).is_file():
         return _read_recipe_file(path.parent / name, folder, extended_by)
-    hint = did_you_mean(name, [*shipped_recipes(folder), *parts], "`karat recipes` lists the shipped ones")
+    beside = [file.name for file in path.parent.glob("*.y*ml") if file != path]
+    hint = did_you_mean(name, [*beside, *shipped_recipes(folder), *parts], "`karat recipes` lists the shipped ones")
     raise RecipeError(f"{path}: extends = {name!r}: neither a shipped recipe nor a file beside this one; {hint}")
 
 

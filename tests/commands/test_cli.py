@@ -89,12 +89,12 @@ def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> N
         "replay nowhere 3": "nowhere: not a run directory (it has no recipe.yaml)",
         "verify nowhere": "nowhere: not a run directory (it has no recipe.yaml)",
         "predict nowhere a.jpg": "nowhere: neither a run's directory nor a folder of karat export; name one",
-        "train fashion_mnist_demo data.path=nowhere": "data.path = nowhere is not a directory; make it with "
-        "karat prepare webdataset or correct the path",
+        "train fashion_mnist_demo data.path=nowhere": f"data.path = nowhere is not a directory in {tmp_path}; set "
+        "it to a directory made by karat prepare webdataset",
         "show fashion_mnist_demo data.path=photos": "data.path = photos has no dataset.json; make it with karat "
         "prepare webdataset, set data.backend=folder for a folder of images, or correct the path",
-        "train fashion_mnist_demo data.backend=folder data.path=nowhere": "data.path = nowhere is not a directory; "
-        "set it to a directory of train/<class>/<image> and val/<class>/<image>",
+        "train fashion_mnist_demo data.backend=folder data.path=nowhere": "data.path = nowhere is not a directory "
+        f"in {tmp_path}; set it to a directory of train/<class>/<image> and val/<class>/<image>",
         "plan fashion_mnist_demo --gpu h1000": "--gpu h1000: not in the table",
         "prepare webdataset --src nowhere --out x": "--src nowhere: there is no such file or directory",
         "launch --ranks 2 train fashion_mnist_demo --bogus": "unknown option --bogus",

@@ -94,7 +94,7 @@ def test_an_error_of_all_ranks_is_said_once(recipe: Path) -> None:
     code, error = ended(start(recipe, "data.path=/nowhere"))
     assert code == 2
     assert error.strip().splitlines() == [
-        "error: data.path = /nowhere is not a directory; make it with karat prepare webdataset or correct the path"
+        "error: data.path = /nowhere is not a directory; set it to a directory made by karat prepare webdataset"
     ]
 
 

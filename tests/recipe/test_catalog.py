@@ -72,6 +72,33 @@ def test_a_name_shows_how_to_start_it_and_the_run_that_it_starts_from(capsys: py
     assert "imagenet_vit_small_g3b" not in out
 
 
+def test_a_base_that_was_not_run_is_listed_and_what_adds_words_to_one_is_counted(capsys) -> None:
+    listed = {}
+    for words in ("imagenet small", "bv", "bv g3b"):
+        assert main(["recipes", *words.split()]) == 0
+        listed[words] = capsys.readouterr().out
+    assert "imagenet_vit_small_bv " in listed["imagenet small"]
+    assert "imagenet_vit_small_converted_g3b " in listed["imagenet small"]
+    assert listed["bv"].startswith("\n6 recipes. ")
+    assert "Not listed: 66 recipes without a result" in listed["bv"]
+    assert "imagenet_vit_small_bv_g3b " in listed["bv g3b"]
+
+
+def test_what_a_recipe_trains_is_wrapped_on_a_terminal_and_our_result_begins_with_it(capsys, monkeypatch) -> None:
+    assert main(["recipes", "fashion_mnist_demo"]) == 0
+    assert "\nour result: 84.96 % top-1: 99.63 % top-5, after one pass" in capsys.readouterr().out
+    assert main(["recipes", "imagenet_vit_small_bv"]) == 0
+    plain = capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["recipes", "imagenet_vit_small_bv"]) == 0
+    wrapped = capsys.readouterr().out
+    assert max(map(len, plain.splitlines())) > 100
+    assert max(map(len, wrapped.splitlines()[:-1])) <= 60
+    assert wrapped.split() == plain.split()
+    assert "\n    16, and shifts and turns without interpolation; its\n    Contrast blends with" in wrapped
+
+
 def test_keys_are_explained_and_what_does_not_exist_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, said in {
         "recipes imagenet_vit_tinny": "did you mean imagenet_vit_tiny or ",

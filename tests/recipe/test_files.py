@@ -47,6 +47,7 @@ def test_a_recipe_is_whole_once_it_is_read(tmp_path: Path) -> None:
     [
         ("extends: imagenet_vit_tny\n", ["extends = 'imagenet_vit_tny'", "did you mean imagenet_vit_tiny?"]),
         ("extends: [parts/data/cifar1]\n", ["extends = 'parts/data/cifar1'", "did you mean parts/data/cifar10?"]),
+        ("extends: oter.yaml\n", ["neither a shipped recipe nor a file beside this one; did you mean other.yaml?"]),
         ("extends: 3\n", ["extends = 3", "a recipe's name or a list of names"]),
         ("extends: [[x]]\n", ["extends = [['x']]", "a list of names"]),
         ("extends: other.yaml\n", ["extends goes in a circle: own -> other -> own"]),

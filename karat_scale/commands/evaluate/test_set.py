@@ -152,12 +152,12 @@ class TestSet(ImageSource):
 
     @property
     def notice(self) -> str:
-        """A line about what is left out; "" if nothing is."""
         if not self.unmatched:
-            return ""
+            return self.source.notice
         names = ", ".join(self.unmatched[:_MOST_NAMED]) + (", ..." if len(self.unmatched) > _MOST_NAMED else "")
         images, classes = plural(self.left_out, "image"), "class" if len(self.unmatched) == 1 else "classes"
-        return f"{len(self.unmatched)} {classes} that the run does not have, with {images}, left out: {names}"
+        others = f"; {self.source.notice}" if self.source.notice else ""
+        return f"{len(self.unmatched)} {classes} that the run does not have, with {images}, left out: {names}{others}"
 
 
 def open_test_set(

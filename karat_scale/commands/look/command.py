@@ -1,13 +1,15 @@
 """Look at data: `karat show` draws one global batch as training sees it, `karat data` what a data set holds.
 
-Counts of a data set are of all images; sizes, kinds, colours and oddities are of a sample of them. Its page opens
-offline and escapes every text.
+Counts of a data set are of all images; sizes, kinds, colours and oddities are of a sample of them. What cannot be
+decoded is found among all images of a small data set. Its page opens offline and escapes every text.
 """
 
 import io
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,14 +26,16 @@ from karat_scale.commands.figures import new_figure, rendered, show_map
 from karat_scale.data.batch import Batch
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb, opened
 from karat_scale.data.plan import micro_batch_of
+from karat_scale.data.prepare import DECODED_BELOW
 from karat_scale.data.shards.cache import RemoteUse
-from karat_scale.data.shards.shard_format import DATASET_FILE, dataset_directory
+from karat_scale.data.shards.shard_format import DATASET_FILE, dataset_directory, not_a_directory
 from karat_scale.data.shards.shards import FolderSplit
 from karat_scale.engine import distributed
 from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
 from karat_scale.foundation.console import print_table, printable, progress, render_page, write_json
 from karat_scale.foundation.errors import DataError, UserError
 from karat_scale.foundation.files import write_atomically
+from karat_scale.foundation.machine import usable_cores
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.tasks.classification.task import ClassificationTask
@@ -166,16 +170,25 @@ _ORIENTATION = 274  # the EXIF tag
 
 @dataclass
 class SplitFacts:
-    """What a split holds. Sizes are [n, 2] (width, height) of the sampled images that can be read."""
+    """What a split holds. Sizes are [n, 2] (width, height) of the sampled images that can be decoded."""
 
     name: str
     images: int
+    sampled: int
+    decoded: int
+    notice: str
     per_class: dict[str, int]
     sizes: npt.NDArray[np.int64]
     file_bytes: npt.NDArray[np.int64]
     kinds: Counter[str] = field(default_factory=Counter)
     odd: list[tuple[str, str]] = field(default_factory=list)
-    """Keys of sampled images that are unusual, with the reason."""
+    """Keys of images that cannot be decoded, and of sampled ones that are unusual, with the reason."""
+
+    @property
+    def per_each(self) -> str:
+        """The numbers of images that a class has."""
+        fewest, most = min(self.per_class.values()), max(self.per_class.values())
+        return str(most) if fewest == most else f"{fewest} to {most}"
 
     def numbers(self) -> dict[str, Any]:
         """Return plain data."""
@@ -187,7 +200,8 @@ class SplitFacts:
             "smallest_class": int(counts.min()),
             "largest_class": int(counts.max()),
             "empty_classes": [name for name, count in self.per_class.items() if not count],
-            "sampled": len(self.sizes) + sum(reason.startswith("cannot") for _, reason in self.odd),
+            "sampled": self.sampled,
+            "decoded": self.decoded,
             "width": _percentiles(self.sizes[:, 0]),
             "height": _percentiles(self.sizes[:, 1]),
             "aspect_ratio": _percentiles(ratios),
@@ -205,37 +219,57 @@ def _percentiles(values: npt.NDArray[np.generic]) -> dict[str, float]:
     return {name: round(float(x), 4) for name, x in zip(("min", "p5", "median", "p95", "max"), found, strict=True)}
 
 
-def examine(name: str, split: Split, ids: npt.NDArray[np.int64]) -> SplitFacts:
-    """Return what a split holds, from these samples and all labels. Raises DataError."""
+_AT_ONCE = 32  # encoded images in memory
+
+
+def examine(name: str, split: Split, most: int, decodes_all: bool) -> SplitFacts:
+    """Return what a split holds, from all labels, a sample of at most `most` images, and these or all decoded.
+
+    Raises DataError.
+    """
     counts = np.bincount(split.labels, minlength=len(split.classes))
+    sample = set(np.linspace(0, len(split) - 1, min(most, len(split))).round().astype(int).tolist())
+    ids: Sequence[int] = range(len(split)) if decodes_all else sorted(sample)
     sizes, lengths = [], []
     facts = SplitFacts(
         name,
         len(split),
+        len(sample),
+        len(ids),
+        split.notice,
         {printable(label): int(count) for label, count in zip(split.classes, counts, strict=True)},
         np.empty((0, 2), np.int64),
         np.empty(0, np.int64),
     )
-    split.prepare(ids.tolist())
+    split.prepare(ids)
     keys = split.keys()  # `locate` reads an index for each sample
-    with progress(f"{name}: looking at images", len(ids), "images") as advance:
-        for number in ids.tolist():
-            data = split.read(number)
-            key = printable(keys[number])
-            advance(1)
-            try:
-                with opened(data) as image:
-                    size, kind, what = image.size, f"{image.format} {image.mode}", _oddness(image)
-            except UndecodableImageError as error:
-                facts.odd.append((key, f"cannot be read: {error}"))
-                continue
-            sizes.append(size)
-            lengths.append(len(data))
-            facts.kinds[kind] += 1
-            facts.odd += [(key, one) for one in what]
+    cores = ThreadPoolExecutor(usable_cores())  # decoding lets other threads run
+    with progress(f"{name}: looking at images", len(ids), "images") as advance, cores:
+        for start in range(0, len(ids), _AT_ONCE):
+            part = ids[start : start + _AT_ONCE]
+            encoded = [split.read(number) for number in part]
+            for number, data, (size, kind, what) in zip(part, encoded, cores.map(_look, encoded), strict=True):
+                if number in sample or size is None:
+                    facts.odd += [(printable(keys[number]), one) for one in what]
+                if number in sample and size is not None:
+                    sizes.append(size)
+                    lengths.append(len(data))
+                    facts.kinds[kind] += 1
+            advance(len(part))
     facts.sizes = np.array(sizes, np.int64).reshape(-1, 2)
     facts.file_bytes = np.array(lengths, np.int64)
     return facts
+
+
+def _look(data: bytes) -> tuple[tuple[int, int] | None, str, list[str]]:
+    """Decode an image; return its size, kind and what is unusual, or None and why it cannot be decoded."""
+    try:
+        with opened(data) as image:
+            found = image.size, f"{image.format} {image.mode}", _oddness(image)
+        decode_rgb(data, at_least=(1, 1))  # so a JPEG is read to its end, but not all of its pixels are computed
+    except UndecodableImageError as error:
+        return None, "", [f"cannot be decoded: {error}"]
+    return found
 
 
 def _oddness(image: Image.Image) -> list[str]:
@@ -294,7 +328,7 @@ def look_at_data(path: str, images: int, classes: int, out: str, json_file: str 
     """Print what a data set holds and write an HTML page; returns the exit code.
 
     Args:
-        images: of each split whose sizes are read.
+        images: of each split whose sizes are read; in a small data set, all are decoded.
         classes: of which the page has pictures.
 
     Raises:
@@ -302,14 +336,12 @@ def look_at_data(path: str, images: int, classes: int, out: str, json_file: str 
     """
     directory = dataset_directory(path)
     facts, pictures = [], {}
-    for name, open_split in open_splits(directory).items():
-        split = open_split()
-        try:
-            ids = np.linspace(0, len(split) - 1, min(images, len(split))).round().astype(int)
-            facts.append(examine(name, split, ids))
+    with ExitStack() as opened_splits:
+        splits = {name: opened_splits.enter_context(closing(of())) for name, of in open_splits(directory).items()}
+        decodes_all = isinstance(directory, Path) and sum(map(len, splits.values())) < DECODED_BELOW
+        for name, split in splits.items():
+            facts.append(examine(name, split, images, decodes_all))
             pictures[name] = _pictures(split, classes)
-        finally:
-            split.close()
     write_json(json_file, {one.name: one.numbers() for one in facts})
     for one in facts:
         _print_split(one)
@@ -324,7 +356,9 @@ def open_splits(directory: Path | str) -> dict[str, Callable[[], Split]]:
     """Return what opens each split of shards, betons or an image folder. Raises DataError."""
     if (packed := packed_splits(directory, RemoteUse())) is not None:
         return packed
-    folders = [name for name in _FOLDERS if (Path(directory) / name).is_dir()]
+    if not (directory := Path(directory)).is_dir():
+        raise DataError(f"{not_a_directory(directory)}; name shards, betons or a folder of train/<class>/<image>")
+    folders = [name for name in _FOLDERS if (directory / name).is_dir()]
     if not folders:
         raise DataError(f"{directory} is no data set: no {DATASET_FILE}, no *.beton, no folder {' or '.join(_FOLDERS)}")
     return {name: partial(FolderSplit, directory, name, MOST_CLASSES) for name in folders}
@@ -353,11 +387,10 @@ def _pictures(split: Split, classes_shown: int, each: int = 6) -> dict[str, list
 def _print_split(facts: SplitFacts) -> None:
     numbers = facts.numbers()
     empty = numbers["empty_classes"]
-    counts = (
-        f"\n{facts.name}: {facts.images:,} images of {numbers['classes']} classes, {numbers['smallest_class']} to "
-        f"{numbers['largest_class']} each"
-    )
+    counts = f"\n{facts.name}: {facts.images:,} images of {numbers['classes']} classes, {facts.per_each} each"
     print(printable(counts + (f"; without images: {', '.join(empty[:5])}" if empty else "")))
+    if facts.notice:
+        print(printable(f"  {facts.notice}"))
     names = ("width", "height", "aspect_ratio", "bytes")
     rows = [
         [name.replace("_", " "), *(f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in numbers[name].values())]
@@ -366,6 +399,10 @@ def _print_split(facts: SplitFacts) -> None:
     rows = [row for row in rows if len(row) > 1]
     print_table(f"of {numbers['sampled']} sampled images", ["", "smallest", "5 %", "median", "95 %", "largest"], rows)
     print("  " + ", ".join(f"{count} {kind}" for kind, count in facts.kinds.most_common()))
+    if facts.decoded < facts.images:
+        print(f"  decoded: these {facts.decoded:,} only; --images {facts.images} decodes all, and names truncated ones")
+    else:
+        print(f"  decoded: all {facts.images:,}")
     alike: dict[str, list[str]] = {}
     for key, what in sorted(facts.odd, key=lambda one: not one[1].startswith("cannot")):  # what stops a training first
         alike.setdefault(what, []).append(key)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from karat_scale.data.prepare import SCRIPTS
+from karat_scale.data.prepare import DECODED_BELOW, SCRIPTS
 from karat_scale.foundation.arguments import (
     add_json,
     add_recipe,
@@ -62,7 +62,8 @@ def add_commands(commands: Any) -> None:
 
     data = commands.add_parser("data", help="look at a data set: counts, sizes, odd files, and a page of samples")
     data.add_argument("path", metavar="PATH", help="shards, betons, or a folder with train/<class>/<image>")
-    data.add_argument("--images", type=count, default=1000, help="sampled for their size (default: %(default)s)")
+    sampled = f"sampled for their size, and decoded; below {DECODED_BELOW:,}, all are decoded (default: %(default)s)"
+    data.add_argument("--images", type=count, default=1000, help=sampled)
     data.add_argument("--classes", type=count, default=50, help="shown with samples (default: %(default)s)")
     data.add_argument("--out", metavar="FILE", default="data.html", help="an HTML file (default: %(default)s)")
     add_json(data)

@@ -282,8 +282,10 @@ def _check_recipe(recipe: "Recipe") -> None:
 
 def _eval(options: argparse.Namespace) -> int:
     check_run(options)
-    if options.on is not None and not is_url(options.on) and not Path(options.on).expanduser().exists():
-        raise DataError(f"{options.on} is no test set: there is no such directory")
+    from karat_scale.data.shards.shard_format import not_a_directory
+
+    if options.on is not None and not is_url(options.on) and not (test_set := Path(options.on).expanduser()).is_dir():
+        raise DataError(f"--on {not_a_directory(test_set)}; name shards, betons or a folder of images")
     if options.severity and options.corrupt is None:
         raise UserError("--severity is of --corrupt; add it, or leave out --severity")
     from karat_scale.commands.evaluate.command import evaluate_on, evaluate_run

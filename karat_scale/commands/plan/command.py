@@ -179,7 +179,7 @@ def dry_run(recipe: Recipe, world: int) -> Iterator[str]:
         UserError: the first mistake, as the run would report it.
     """
     stage = zero_stage(load_ds_config(recipe, world, micro_batch_of(recipe, world)))
-    yield f"deepspeed.config = {recipe.deepspeed.config}: ZeRO stage {stage}, right for {plural(world, 'rank')}"
+    yield f"deepspeed.config = {recipe.deepspeed.config}: ZeRO stage {stage}, as {plural(world, 'rank')} can use it"
     data = recipe.data.on_a_cpu().changed(workers=int(recipe.data.is_stream))
     with closing(open_backend(ImageSpec.of(recipe.changed(data=data)))) as backend:
         yield f"data: {backend.num_train:,} training and {backend.num_val:,} validation images"

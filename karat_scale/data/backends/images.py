@@ -8,7 +8,7 @@ augmentation does not apply.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,7 +40,10 @@ class Backend:
     Attributes:
         num_train, num_val: the number of training and of evaluation samples.
         classes: their names in the order of the labels; the model may have more.
+        notices: a line each on what the data lacks, and on files that are left out.
     """
+
+    notices: Sequence[str] = ()
 
     def __init__(self, spec: ImageSpec, num_train: int, num_val: int, classes: tuple[str, ...]) -> None:
         self.spec, self.num_train, self.num_val, self.classes = spec, num_train, num_val, classes
@@ -84,6 +87,13 @@ class SplitBackend(Backend):
     def __init__(self, train: ImageSource, val: ImageSource, spec: ImageSpec) -> None:
         super().__init__(spec, len(train), len(val), train.classes)
         self._train, self._val, self._data = train, val, spec.data
+        notices = [found for found in dict.fromkeys((train.notice, val.notice)) if found]
+        counts = np.bincount(train.labels, minlength=self.num_classes)
+        empty = [name for name, images in zip(train.classes, counts, strict=False) if not images]
+        if empty and spec.trains:
+            names = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+            notices.append(f"{len(empty)} of {self.num_classes} classes without training images: {names}")
+        self.notices = notices
         self._handed_out: weakref.WeakSet[OrderedLoader | RunAhead | FetchedAhead] = weakref.WeakSet()
 
     @property

@@ -10,3 +10,6 @@ SCRIPTS = {
     "fetch": "karat_scale.data.prepare.fetch:main",
 }
 """The scripts by the names that `karat prepare` has for them."""
+
+DECODED_BELOW = 100_000
+"""Images of a data set that are all decoded by default: it takes a minute, and finds a truncated photograph."""

@@ -23,6 +23,7 @@ from pydantic import BaseModel
 
 from karat_scale import __version__
 from karat_scale.data.plan import epoch_order
+from karat_scale.data.prepare import DECODED_BELOW
 from karat_scale.data.prepare.images import OddImageSkippedError, Preparation, Prepared
 from karat_scale.data.prepare.sources import Source, SourceOptions, UnreadableSampleError, open_splits
 from karat_scale.data.prepare.sources.imagefolder import NAME_FILES, find_file, read_synset_names
@@ -306,10 +307,6 @@ def run_in_processes(work: Callable[[Any], T], items: Iterable[Any], workers: in
         raise DataError("a worker process died; use fewer --workers if memory is short") from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-DECODED_BELOW = 100_000
-"""Images of a source that are all decoded by default: it takes a minute, and finds a truncated photograph."""
 
 
 def make_parser(description: str, writes: bool = True) -> OneLineParser:

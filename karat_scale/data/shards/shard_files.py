@@ -36,6 +36,11 @@ class ImageSource:
         """What the samples are, as plain data; of copies it is equal."""
         raise NotImplementedError
 
+    @property
+    def notice(self) -> str:
+        """A line about what is left out; "" if nothing is."""
+        return ""
+
     def read(self, sample_id: int) -> bytes:
         """Return the image's bytes. Raises DataError naming the file if it cannot be read or has changed."""
         raise NotImplementedError

@@ -174,10 +174,20 @@ def _record_text(directory: Path | str, timeout: float) -> str:
     return read_record_text(directory / DATASET_FILE)
 
 
+def not_a_directory(path: Path) -> str:
+    """Return what to say of a path that is no directory: also where it was looked for, if it is relative."""
+    return f"{path} is not a directory{'' if path.is_absolute() else f' in {Path.cwd()}'}"
+
+
+def require_directory(path: Path, files: Files) -> None:
+    """Raise DataError unless `data.path` is a directory. files: what it should have."""
+    if not path.is_dir():
+        raise DataError(f"data.path = {not_a_directory(path)}; set it to {files.value}")
+
+
 def check_has_record(directory: Path) -> None:
     """Raise DataError unless a directory exists and has a dataset.json."""
-    if not directory.is_dir():
-        raise DataError(f"data.path = {directory} is not a directory; {_FIX} or correct the path")
+    require_directory(directory, Files.SHARDS)
     if (directory / DATASET_FILE).is_file():
         return
     inside = list(directory.iterdir())
@@ -409,8 +419,8 @@ def check_data_path(data: DataConfig) -> None:
     must_answer(directory, data.timeout)
     if data.row.files is Files.SHARDS:
         check_has_record(directory)
-    elif not directory.is_dir():
-        raise DataError(f"data.path = {directory} is not a directory; set it to {data.row.files.value}")
+    else:
+        require_directory(directory, data.row.files)
 
 
 def split_fix(split: str, there: Collection[str]) -> str:

@@ -28,6 +28,7 @@ from karat_scale.data.shards.shard_files import (
     ShardFiles,
 )
 from karat_scale.data.shards.tars import BLOCK
+from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import read_image
 from karat_scale.foundation.tables import Files
@@ -290,18 +291,29 @@ class FolderSplit(ImageSource):
             )
         numbers = {name: label for label, name in enumerate(self.classes) if name in found}
         visible: list[tuple[int, bytes]] = []
+        left_out: list[str] = []
         for name, label in numbers.items():
             try:
-                images, _ = images_under(self._folder, name)
+                images, others = images_under(self._folder, name)
             except OSError as error:
                 raise DataError(f"{error.filename} cannot be listed: {error.strerror}; {FOLDER_FIX}") from error
             visible += [(label, os.fsencode(path)) for path in images]
+            left_out += [path for path in others if "/." not in path]
+        self._notice = ""
+        if left_out:
+            which = f"{self._folder / left_out[0]}{' and others' if len(left_out) > 1 else ''}"
+            suffixes = ", ".join(IMAGE_SUFFIXES)
+            self._notice = f"{plural(len(left_out), 'file')} left out, {which}: no suffix of {suffixes}"
         if not visible:
-            raise DataError(f"{self._folder} has no images in its class folders; {FOLDER_FIX}")
+            raise DataError(f"{self._folder} has no images in its class folders; {self._notice or FOLDER_FIX}")
         order = epoch_order(0, 0, len(visible))
         self.labels = np.array([label for label, _ in visible], dtype=np.int32)[order]
         # One array of bytes: every worker that touches a list of a million strings would copy it.
         self._paths = np.array([path for _, path in visible])[order]
+
+    @property
+    def notice(self) -> str:
+        return self._notice
 
     @property
     def identity(self) -> str:
@@ -358,8 +370,7 @@ def class_folders(folder: Path) -> list[str]:
     try:
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
     except FileNotFoundError:
-        if not folder.parent.exists():
-            raise DataError(f"{folder.parent} does not exist; {FOLDER_FIX}") from None
+        shard_format.require_directory(folder.parent, Files.IMAGES)
         beside = sorted(path.name for path in folder.parent.glob("*/"))
         if more := len(beside[MOST_SPLITS:]):
             fix = f" and {more:,} more; if these are classes, move them into {folder}"

@@ -103,19 +103,47 @@ def test_odd_images_are_named(tmp_path: Path) -> None:
     Image.new("RGB", (300, 40)).save(folder / "narrow.jpg")
     Image.new("CMYK", (64, 64)).save(folder / "cmyk.jpg")
     (folder / "broken.jpg").write_bytes(b"no image")
+    (folder / "anim.gif").write_bytes(b"GIF89a")
+    (folder / ".hidden").touch()
     out = tmp_path / "d.json"
     said = karat_says("data", str(tmp_path / "data"), "--json", str(out), "--out", str(tmp_path / "p.html"))
     train = json.loads(out.read_text())["train"]
     odd = {Path(one["image"]).name: one["what"] for one in train["odd"]}
     assert odd.keys() == {"turned.jpg", "turned2.jpg", "narrow.jpg", "cmyk.jpg", "broken.jpg"}
-    assert odd["broken.jpg"].startswith("cannot be read")
+    assert odd["broken.jpg"].startswith("cannot be decoded")
     assert train["empty_classes"] == ["empty"]
     assert "without images: empty" in said
+    assert f"1 file left out, {folder / 'anim.gif'}: no suffix of .jpg" in said
+    assert "val: 1 images of 1 classes, 1 each\n" in said
     first, *others = [line for line in said.splitlines() if line.startswith("  odd: ")]
-    assert "broken.jpg: cannot be read" in first
+    assert "broken.jpg: cannot be decoded" in first
     assert any("turned.jpg and 1 more: its EXIF orientation is 6" in line for line in others)
     assert "val has classes that train does not have: dog" in said
     assert "<b>cat</b>" not in (tmp_path / "p.html").read_text()
+
+
+def test_truncated_images_are_found_beyond_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(6):
+        write(tmp_path / "d/train/ant" / f"{number}.jpg", jpeg(number, width=640, height=480))
+    cut = tmp_path / "d/train/ant/3.jpg"
+    for left in (0.5, 0.95):
+        cut.write_bytes(cut.read_bytes()[: int(left * cut.stat().st_size)])
+
+    def said(images: int) -> tuple[list[str], str]:
+        arguments = ("--images", str(images), "--json", str(tmp_path / "d.json"), "--out", str(tmp_path / "p.html"))
+        text = karat_says("data", str(tmp_path / "d"), *arguments)
+        train = json.loads((tmp_path / "d.json").read_text())["train"]
+        assert train["sampled"] == images
+        return [one["image"] for one in train["odd"]], text
+
+    odd, text = said(images=1)
+    assert odd == ["ant/3.jpg"]
+    assert "odd: ant/3.jpg: cannot be decoded: image file is truncated" in text
+    assert "decoded: all 6" in text
+    monkeypatch.setattr("karat_scale.commands.look.command.DECODED_BELOW", 6)
+    found = {images: said(images) for images in (1, 6)}
+    assert [odd for odd, _ in found.values()] == [[], ["ant/3.jpg"]]
+    assert "decoded: these 1 only; --images 6 decodes all" in found[1][1]
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from karat_scale.commands.submit.within_job import Watch
 from karat_scale.engine.heartbeat import Sign, StallLimits
 from karat_scale.foundation.machine import this_node
 from tests.commands.status.terminal import on_a_terminal
-from tests.conftest import SMALL, karat_says
+from tests.conftest import SMALL, karat_refuses, karat_says
 
 
 def test_a_finished_run_is_shown_from_its_files(recipe_file: Path, tmp_path: Path) -> None:
@@ -42,6 +42,16 @@ def test_time_left_and_restarts_come_from_the_last_events(tmp_path: Path) -> Non
     assert (standing.step, standing.restarts, standing.ended) == (10, 1, None)
     assert standing.seconds_left == 60.0
     assert standing.checkpoint is None
+
+
+def test_a_directory_of_runs_is_told_with_their_names(tmp_path: Path) -> None:
+    for name in ("b", "a", "sweep/c", "sweep/d", "e"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "recipe.yaml").touch()
+    a, b, e = (tmp_path / name for name in "abe")
+    said = f"(it has no recipe.yaml); it holds runs: name one of {a}, {b}, {e} or 2 more"
+    assert karat_refuses("status", str(tmp_path)).endswith(said)
+    assert "name one of" in karat_refuses("status", str(tmp_path / "sweep"))
 
 
 def test_the_copy_at_a_url_is_shown(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_a_state_of_other_settings_images_or_augmentation_is_refused_by_name(mak
     folder = make_image_folder(tmp_path / "folder", {"train": 10, "val": 2})
     for path, changed, named in (
         (folder, {}, "data"),
-        (moved, {"augment": {"hflip": 0.0}}, "augment"),
+        (moved, {"augment": {"hflip": 0.0}}, r"augment\.hflip"),
         (moved, {"image_size": 8}, "image_size"),
     ):
         with pytest.raises(DataError, match=f"^{named}: the state is of a loader with"):
@@ -385,6 +385,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"split": "test"}, "no samples of split 'test'"),
     ({"train_split": "val"}, "train_split = val: use the argument split instead"),
     ({"image_size": 0}, "image_size = 0: expected 1 or more"),
+    ({"image_size": 32.0}, "image_size = 32.0: expected a whole number"),
+    ({"global_batch": "4"}, "global_batch = '4': expected a whole number"),
+    ({"rank": "0", "world_size": "1"}, "rank = '0': expected a whole number"),
     ({"seed": 2**63}, "seed = 9223372036854775808: expected"),
     ({"device": "mps"}, "device = mps: "),
     ({"order": "stream"}, "order = stream: only `karat train`"),
@@ -398,6 +401,7 @@ REFUSED_OF_ONES_OWN: list[tuple[dict[str, Any], str]] = [
 REFUSED_OF_AN_EVALUATION: list[tuple[dict[str, Any], str]] = [
     ({"val_split": "test"}, "val_split = test: use the argument split instead"),
     ({"batch": 0}, "batch = 0: expected 1 or more"),
+    ({"batch": "4"}, "batch = '4': expected a whole number"),
     ({"batch_size": 8}, "batch_size: the argument is batch"),
 ]
 
@@ -406,6 +410,7 @@ def test_a_mistake_is_one_line(make_shards: Make) -> None:
     shards = make_shards()
     cases = [
         *((lambda changed: of_images(shards, **changed), *row) for row in REFUSED),
+        (lambda changed: of_images(Path("photoss")), {}, f"data = photoss is not a directory in {Path.cwd()}; "),
         *((lambda changed: of_numbers(**changed), *row) for row in REFUSED_OF_ONES_OWN),
         *((lambda changed: EvalLoader(shards, workers=0, **changed), *row) for row in REFUSED_OF_AN_EVALUATION),
     ]

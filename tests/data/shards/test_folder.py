@@ -34,10 +34,11 @@ def test_every_image_is_there_once_with_its_class(folder):
     assert [split.read(i).decode() for i in range(3)] == [f"train/{listed[k]}" for k in order]
     assert split.labels.tolist() == [[0, 1, 1][k] for k in order]
     assert split.labels.dtype == np.int32
+    assert split.notice.startswith(f"1 file left out, {root / 'train/ant/notes.txt'}: no suffix of .jpg, ")
 
 
 def test_a_place_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere does not exist; correct data\.path"):
+    with pytest.raises(DataError, match=r"nowhere is not a directory; set it to a directory of"):
         FolderSplit(tmp_path / "nowhere", "train", 2)
 
 
@@ -63,7 +64,7 @@ def test_labels_follow_the_training_split_and_a_file_that_is_gone_is_named(folde
             "the folders there: a, b, c, d, e and 2 more; if these are classes, move them into ",
         ),
         ("train", ["train/x.jpg"], "train has no class folders; correct data.path"),
-        ("train", ["train/ant/x.txt"], "train has no images in its class folders; correct data.path"),
+        ("train", ["train/ant/x.txt"], "train/ant/x.txt: no suffix of .jpg, "),
         ("train", [f"train/{name}/x.jpg" for name in "abc"], "has 3 classes, but model.num_classes = 2"),
         ("val", ["train/ant/1.jpg", "test/ant/1.jpg"], "val does not exist; the folders there: "),
         ("val", ["train/ant/1.jpg", "test/ant/1.jpg"], "; set data.val_split=test"),

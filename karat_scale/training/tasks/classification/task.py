@@ -87,8 +87,9 @@ def open_images(recipe: Recipe, world: World, reporter: Reporter, is_verified: b
             raise
     if copy := staged_copy(recipe.data.path):
         reporter.info(f"the images are read from {copy}, this node's copy")
-    if notice := unused_classes(backend.num_classes, recipe.model.num_classes):
-        reporter.info(f"notice: {notice}")
+    for notice in (*backend.notices, unused_classes(backend.num_classes, recipe.model.num_classes)):
+        if notice:
+            reporter.info(f"notice: {notice}")
     return backend
 
 
