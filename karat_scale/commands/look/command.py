@@ -400,9 +400,9 @@ def _print_split(facts: SplitFacts) -> None:
     print_table(f"of {numbers['sampled']} sampled images", ["", "smallest", "5 %", "median", "95 %", "largest"], rows)
     print("  " + ", ".join(f"{count} {kind}" for kind, count in facts.kinds.most_common()))
     if facts.decoded < facts.images:
-        print(f"  decoded: these {facts.decoded:,} only; --images {facts.images} decodes all, and names truncated ones")
+        print(f"  checked by decoding: these only; --images {facts.images} checks all, and names truncated ones")
     else:
-        print(f"  decoded: all {facts.images:,}")
+        print(f"  checked by decoding: all {facts.images:,}")
     alike: dict[str, list[str]] = {}
     for key, what in sorted(facts.odd, key=lambda one: not one[1].startswith("cannot")):  # what stops a training first
         alike.setdefault(what, []).append(key)

@@ -139,11 +139,11 @@ def test_truncated_images_are_found_beyond_the_sample(tmp_path: Path, monkeypatc
     odd, text = said(images=1)
     assert odd == ["ant/3.jpg"]
     assert "odd: ant/3.jpg: cannot be decoded: image file is truncated" in text
-    assert "decoded: all 6" in text
+    assert "checked by decoding: all 6\n" in text
     monkeypatch.setattr("karat_scale.commands.look.command.DECODED_BELOW", 6)
     found = {images: said(images) for images in (1, 6)}
     assert [odd for odd, _ in found.values()] == [[], ["ant/3.jpg"]]
-    assert "decoded: these 1 only; --images 6 decodes all" in found[1][1]
+    assert "checked by decoding: these only; --images 6 checks all" in found[1][1]
 
 
 @pytest.mark.slow
