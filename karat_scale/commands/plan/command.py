@@ -178,8 +178,8 @@ def dry_run(recipe: Recipe, world: int) -> Iterator[str]:
     Raises:
         UserError: the first mistake, as the run would report it.
     """
-    stage = zero_stage(load_ds_config(recipe, world, micro_batch_of(recipe, world)))
-    yield f"deepspeed.config = {recipe.deepspeed.config}: ZeRO stage {stage}, as {plural(world, 'rank')} can use it"
+    stage, ranks = zero_stage(load_ds_config(recipe, world, micro_batch_of(recipe, world))), plural(world, "rank")
+    yield f"deepspeed.config = {recipe.deepspeed.config}: ZeRO stage {stage}, valid for this recipe on {ranks}"
     data = recipe.data.on_a_cpu().changed(workers=int(recipe.data.is_stream))
     with closing(open_backend(ImageSpec.of(recipe.changed(data=data)))) as backend:
         yield f"data: {backend.num_train:,} training and {backend.num_val:,} validation images"

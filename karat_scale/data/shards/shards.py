@@ -299,11 +299,13 @@ class FolderSplit(ImageSource):
                 raise DataError(f"{error.filename} cannot be listed: {error.strerror}; {FOLDER_FIX}") from error
             visible += [(label, os.fsencode(path)) for path in images]
             left_out += [path for path in others if "/." not in path]
-        self._notice = ""
-        if left_out:
-            which = f"{self._folder / left_out[0]}{' and others' if len(left_out) > 1 else ''}"
-            suffixes = ", ".join(IMAGE_SUFFIXES)
-            self._notice = f"{plural(len(left_out), 'file')} left out, {which}: no suffix of {suffixes}"
+        loose = sorted(file.name for file in self._folder.iterdir() if is_image_name(file.name) and file.is_file())
+        reasons = {f"no suffix of {', '.join(IMAGE_SUFFIXES)}": left_out, "in no class folder": loose}
+        self._notice = "; ".join(
+            f"{plural(len(files), 'file')} left out, {self._folder / files[0]}{' and others' * (len(files) > 1)}: {why}"
+            for why, files in reasons.items()
+            if files
+        )
         if not visible:
             raise DataError(f"{self._folder} has no images in its class folders; {self._notice or FOLDER_FIX}")
         order = epoch_order(0, 0, len(visible))

@@ -43,7 +43,7 @@ def test_long_evaluation_says_in_a_file_how_far_it_is(run: Path, image_folder: P
     monkeypatch.setattr("karat_scale.foundation.console.PLAIN_LINE_SECONDS", 0.0)
     for more, what in (((), "evaluate batches"), (("--on", str(image_folder)), "evaluate on images")):
         karat_says("eval", str(run), *more)
-        assert re.search(rf"^{what}: 3 of 4, [\d.,]+ a second, about .+ left$", capsys.readouterr().err, re.MULTILINE)
+        assert re.search(rf"^{what}: 4 of 4, [\d.,]+ a second, about .+ left$", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_outputs_that_are_not_finite_have_no_score(run: Path, image_folder: Path, tmp_path: Path) -> None:

@@ -103,6 +103,15 @@ def test_a_split_is_chosen_or_named(tmp_path: Path) -> None:
     assert len(labels_by_content(tmp_path / "data", "train")) == CLASSES
 
 
+def test_files_without_an_images_suffix_are_told(tmp_path: Path) -> None:
+    make_image_folder(tmp_path / "data", {"val": 1})
+    (tmp_path / "data/val/class0/a.gif").touch()
+    said = f"1 file left out, {tmp_path / 'data/val/class0/a.gif'}: no suffix of .jpg"
+    assert open_test_set(tmp_path / "data", "", OURS, RemoteUse()).notice.startswith(said)
+    notice = open_test_set(tmp_path / "data", "", OURS[1:], RemoteUse()).notice
+    assert notice.startswith(f"1 class that the run does not have, with 1 image, left out: {OURS[0]}; {said}")
+
+
 def test_what_is_no_test_set_is_one_line(tmp_path: Path, image_folder: Path) -> None:
     with pytest.raises(DataError, match="is no test set"):
         open_test_set(tmp_path, "", OURS, RemoteUse())

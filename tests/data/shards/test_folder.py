@@ -35,6 +35,9 @@ def test_every_image_is_there_once_with_its_class(folder):
     assert split.labels.tolist() == [[0, 1, 1][k] for k in order]
     assert split.labels.dtype == np.int32
     assert split.notice.startswith(f"1 file left out, {root / 'train/ant/notes.txt'}: no suffix of .jpg, ")
+    assert FolderSplit(folder("train/z.jpg", "train/y.png", "train/.x.jpg"), "train", 2).notice.endswith(
+        f"; 2 files left out, {root / 'train/y.png'} and others: in no class folder"
+    )
 
 
 def test_a_place_that_does_not_exist_is_named(tmp_path):
