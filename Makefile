@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 # What the extra `ffcv` and the compiled kernels and decoder are built with, and what opens the report, on Debian.
 PACKAGES := libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config g++ chromium chromium-driver nginx-light
 EXTRAS := ffcv dali export detection parquet remote corruptions demo wandb mlflow trackio mlflow-server
-# Test processes; each needs up to 3 GB.
-WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+# Test processes, one more than cores, as a test often waits; each needs up to 3 GB.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 # uv takes a fifth of pip's time. It reads none of pip's settings, so it gets them. Where it fails, pip installs.
 SETTINGS = $(BIN)/python -m pip config list 2>/dev/null | sort -r | sed -E -n "s/\\\\n/,/g; s/'//g; s/^[^=]*\.//; \

@@ -48,7 +48,7 @@ _PROGRESS_SECONDS = 10.0
 _DOCUMENTS = ("recipe.yaml", "summary.json", "analysis/**/*.html", "analysis/**/*.png", "analysis/**/*.json")
 
 # What the trainer waits for its trackers at its end; less where somebody wants it to stop.
-END_SECONDS, STOP_SECONDS = 30.0, 5.0
+END_SECONDS, STOP_SECONDS = 60.0, 5.0
 # How long a process may go on alone after a trainer that was killed.
 _ORPHAN_SECONDS = 60.0
 # The path comes first: a module of that name in the working directory must not be imported in place of one of ours.
