@@ -116,7 +116,7 @@ class ExactLoader(_Loader):
         **options: Any,
     ) -> None:
         _check_whole(global_batch=global_batch, seed=seed, image_size=image_size)
-        _check_whole(True, rank=rank, world_size=world_size, micro_batch=micro_batch, epochs=epochs)
+        _check_whole(may_be_none=True, rank=rank, world_size=world_size, micro_batch=micro_batch, epochs=epochs)
         rank, world_size = place(rank, world_size)
         if options.get("order") == "stream":
             raise RecipeError("order = stream: only `karat train` reads a stream; use full or block")
@@ -312,7 +312,7 @@ class EvalLoader(_Loader):
         **options: Any,
     ) -> None:
         _check_whole(batch=batch, image_size=image_size)
-        _check_whole(True, rank=rank, world_size=world_size)
+        _check_whole(may_be_none=True, rank=rank, world_size=world_size)
         rank, world_size = place(rank, world_size)
         if batch < 1:
             raise RecipeError(f"batch = {batch}: expected 1 or more")

@@ -8,6 +8,7 @@ import base64
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -121,6 +122,19 @@ def duration(seconds: float) -> str:
 def plural(number: int, noun: str) -> str:
     """Return a count with its noun."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    """Return the first of these names; "..." stands for others."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def wrapped(line: str, indent: str) -> str:
+    """Return a line wrapped to the terminal, with `indent` from its second on; as it is where there is no terminal."""
+    console = terminal()
+    if console is None:
+        return line
+    return textwrap.fill(line, console.width, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _print_past_bars() -> None:

@@ -5,13 +5,12 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from karat_scale.foundation.console import plural, print_table, terminal, write_json
+from karat_scale.foundation.console import plural, print_table, terminal, wrapped, write_json
 from karat_scale.foundation.errors import RecipeError, nearest
 from karat_scale.foundation.files import shipped_directory
 from karat_scale.recipe.files import COMMANDS, RECIPES, Shipped, part_names, read_recipe, shipped_recipes
@@ -102,10 +101,9 @@ def _show(entry: Entry) -> None:
     start = f"karat {entry.command} {entry.name} data.path=DIR"
     ours = textwrap.fill(f"our result: {entry.result}{f': {entry.about}' if entry.about else ''}", 118)
     text = f"{entry.name}\n\n{entry.header}\n\npaper's result: {entry.paper or 'none'}\n\n{ours}\n"
-    if (console := terminal()) is not None:
+    if terminal() is not None:
         lines = re.sub(r"(?<!\n)\n *(?=[^\s-])", " ", text).split("\n")  # paragraphs, and items of a list
-        wrap = partial(textwrap.fill, width=console.width, break_on_hyphens=False)
-        text = "\n".join(wrap(line, subsequent_indent="    " if line.startswith("  - ") else "") for line in lines)
+        text = "\n".join(wrapped(line, "    " if line.startswith("  - ") else "") for line in lines)
     print(text)
     for earlier in _earlier_runs(entry):
         print(f"{f'karat train {earlier} data.path=DIR':<{len(start)}}    first, the run that it starts from")

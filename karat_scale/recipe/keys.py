@@ -4,13 +4,11 @@
 """
 
 import json
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from karat_scale.foundation.console import print_table, terminal
+from karat_scale.foundation.console import print_table, wrapped
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.base import NEVER_ALLOWED, Effect
@@ -145,11 +143,7 @@ def _print_key(key: Key) -> None:
         f"  {key.meaning}",
         f"  Another value may change {key.effect.value}. {_ON_RESUME[effect]}",
     ]
-    console = terminal()
-    if console is not None:
-        wrap = partial(textwrap.fill, width=console.width, subsequent_indent="  ", break_on_hyphens=False)
-        lines = [wrap(line) for line in lines]
-    print("", *lines, sep="\n")
+    print("", *(wrapped(line, "  ") for line in lines), sep="\n")
 
 
 def _print_section(section: KeySection) -> None:

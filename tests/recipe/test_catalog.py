@@ -84,18 +84,24 @@ def test_a_base_that_was_not_run_is_listed_and_what_adds_words_to_one_is_counted
     assert "imagenet_vit_small_bv_g3b " in listed["bv g3b"]
 
 
+def in_a_file_and_on_a_terminal(columns, capsys, monkeypatch, *arguments: str) -> tuple[str, str]:
+    """What a command prints in both places, which is the same words."""
+    assert main([*arguments]) == 0
+    plain = capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main([*arguments]) == 0
+    wrapped = capsys.readouterr().out
+    assert wrapped.split() == plain.split()
+    return plain, wrapped
+
+
 def test_what_a_recipe_trains_is_wrapped_on_a_terminal_and_our_result_begins_with_it(capsys, monkeypatch) -> None:
     assert main(["recipes", "fashion_mnist_demo"]) == 0
     assert "\nour result: 84.96 % top-1: 99.63 % top-5, after one pass" in capsys.readouterr().out
-    assert main(["recipes", "imagenet_vit_small_bv"]) == 0
-    plain = capsys.readouterr().out
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "60")
-    assert main(["recipes", "imagenet_vit_small_bv"]) == 0
-    wrapped = capsys.readouterr().out
+    plain, wrapped = in_a_file_and_on_a_terminal(60, capsys, monkeypatch, "recipes", "imagenet_vit_small_bv")
     assert max(map(len, plain.splitlines())) > 100
     assert max(map(len, wrapped.splitlines()[:-1])) <= 60
-    assert wrapped.split() == plain.split()
     assert "\n    16, and shifts and turns without interpolation; its\n    Contrast blends with" in wrapped
 
 
@@ -142,11 +148,5 @@ def test_synonyms_name_keys_that_exist_and_are_no_keys_themselves() -> None:
 
 
 def test_a_meaning_is_wrapped_at_words_on_a_terminal_and_one_line_elsewhere(capsys, monkeypatch) -> None:
-    assert main(["explain", "optim.lr_batch"]) == 0
-    plain = capsys.readouterr().out
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "50")
-    assert main(["explain", "optim.lr_batch"]) == 0
-    wrapped = capsys.readouterr().out
+    plain, wrapped = in_a_file_and_on_a_terminal(50, capsys, monkeypatch, "explain", "optim.lr_batch")
     assert max(map(len, plain.splitlines())) > 50 >= max(map(len, wrapped.splitlines()))
-    assert wrapped.split() == plain.split()

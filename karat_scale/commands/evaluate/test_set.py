@@ -34,7 +34,7 @@ from karat_scale.data.shards.cache import RemoteUse
 from karat_scale.data.shards.shard_files import ImageSource
 from karat_scale.data.shards.shard_format import DATASET_FILE, must_answer, read_dataset_record
 from karat_scale.data.shards.shards import FolderSplit, ShardSplit
-from karat_scale.foundation.console import plural
+from karat_scale.foundation.console import few, plural
 from karat_scale.foundation.errors import DataError, RecipeError, UserError
 from karat_scale.foundation.files import LARGEST_TEXT, parse_json, read_bytes
 from karat_scale.foundation.tables import CORRUPTIONS, how_to_install
@@ -104,7 +104,6 @@ MOST_CLASSES = 10**9
 Split = ShardSplit | BetonSplit | FolderSplit
 SPLITS = ("val", "test", "validation", "valid", "train")
 """The names of splits, in the order in which one is chosen."""
-_MOST_NAMED = 8
 Change = Callable[[Pixels, int], Pixels]
 """Takes the pixels [H, W, 3] that the model would see of a sample, and its id; returns others."""
 
@@ -154,7 +153,7 @@ class TestSet(ImageSource):
     def notice(self) -> str:
         if not self.unmatched:
             return self.source.notice
-        names = ", ".join(self.unmatched[:_MOST_NAMED]) + (", ..." if len(self.unmatched) > _MOST_NAMED else "")
+        names = few(self.unmatched, 8)
         images, classes = plural(self.left_out, "image"), "class" if len(self.unmatched) == 1 else "classes"
         others = f"; {self.source.notice}" if self.source.notice else ""
         return f"{len(self.unmatched)} {classes} that the run does not have, with {images}, left out: {names}{others}"

@@ -142,7 +142,6 @@ class _Shown:
         self._told = 0.0
         self._number = 0
         self._name = ""
-        self._first: float | None = None
 
     def __enter__(self) -> "_Shown":
         console = terminal(stderr=True)
@@ -157,7 +156,7 @@ class _Shown:
 
     def begin(self, number: int, run: PlannedRun) -> None:
         """The run with this number, from 0, begins."""
-        self._number, self._name, self._first, self._told = number, run.point.name, None, time.monotonic()
+        self._number, self._name, self._told = number, run.point.name, time.monotonic()
         self._line(f"run {number + 1} of {self._total}: {self._name}")
 
     def look(self, directory: Path) -> None:

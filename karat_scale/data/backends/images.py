@@ -27,6 +27,7 @@ from karat_scale.data.shards.beton import BetonSplit
 from karat_scale.data.shards.cache import RemoteUse
 from karat_scale.data.shards.shard_files import ImageSource
 from karat_scale.data.shards.shards import FolderSplit, ShardSplit, class_folders
+from karat_scale.foundation.console import few
 from karat_scale.foundation.errors import DataError
 
 Batches = TypeVar("Batches", OrderedLoader, RunAhead, FetchedAhead)
@@ -91,8 +92,7 @@ class SplitBackend(Backend):
         counts = np.bincount(train.labels, minlength=self.num_classes)
         empty = [name for name, images in zip(train.classes, counts, strict=False) if not images]
         if empty and spec.trains:
-            names = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
-            notices.append(f"{len(empty)} of {self.num_classes} classes without training images: {names}")
+            notices.append(f"{len(empty)} of {self.num_classes} classes without training images: {few(empty)}")
         self.notices = notices
         self._handed_out: weakref.WeakSet[OrderedLoader | RunAhead | FetchedAhead] = weakref.WeakSet()
 
