@@ -46,6 +46,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 settings.register_profile("karat", deadline=None, derandomize=True)
 settings.load_profile("karat")
 
+# What a test starts would inherit that nohup ignores it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 
 @pytest.fixture(autouse=True)
 def nothing_blocked() -> None:
