@@ -96,7 +96,8 @@ def _measure(cluster: Cluster, place: Path, nodes: int, victim: str, steps: int,
             cluster.wait_idle()
     resumed, trained = events(run, "resume")[0], events(run, "train")
     after = next(event["time"] for event in trained if event["time"] > resumed["time"])
-    lost = max(event["step"] for event in trained if event["time"] <= failed) - resumed["step"]
+    # Ranks whose agent has died train on for a moment, and save.
+    lost = max(event["step"] for event in trained if event["time"] <= resumed["time"]) - resumed["step"]
     same = True
     try:
         assert_same_run(run, whole)

@@ -3,8 +3,8 @@
 A training transform first draws what it will do, then does it. Two backends must agree on the record of draws. Every
 draw comes from the sample's own seed, through `random.Random`, whose stream Python keeps stable.
 
-RandAugment is timm's, with every choice drawn before anything is done. Its affine operations are in C++: they give
-the bits of Pillow, which needs several times as long.
+RandAugment is timm's, with every choice drawn before anything is done. Its operations are in C++: they give the
+bits of Pillow, which needs several times as long.
 """
 
 import ctypes
@@ -28,53 +28,131 @@ from karat_scale.foundation.errors import RecipeError
 from karat_scale.foundation.native_build import LoadError, load
 from karat_scale.recipe import AugmentConfig
 
-SOURCE = Path(__file__).parent / "cpp" / "warp.cpp"
+SOURCE = Path(__file__).parent / "cpp" / "randaugment.cpp"
 _BICUBIC = {"bilinear": 0, "bicubic": 1}
 Matrix = tuple[float, float, float, float, float, float]
 Pixels = npt.NDArray[np.uint8]
+Planes = npt.NDArray[np.uint8]
+_RAMP = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
 
 
-class Warp:
-    """Affine warps of RGB images by one filter. The interpreter's lock is released during the work."""
+class Compiled:
+    """The operations of RandAugment in C++. Each takes planes, uint8 [3, height, width], and returns new ones.
+
+    The interpreter's lock is released during the work. Raises LoadError where they cannot be compiled.
+    """
 
     def __init__(self, interpolation: str, fill: Sequence[int]) -> None:
-        library = load(SOURCE, "RandAugment in C++")
-        pointer, integer = ctypes.c_void_p, ctypes.c_int
-        library.karat_warp.restype = integer
-        library.karat_warp.argtypes = pointer, integer, integer, pointer, pointer, integer, pointer
-        self._warp: Any = library.karat_warp
-        self._bicubic = _BICUBIC[interpolation]
+        self._library = load(SOURCE, "RandAugment in C++")
+        self._bicubic = ctypes.c_int(_BICUBIC[interpolation])
         self._fill = np.array(fill, dtype=np.uint8)
 
-    def __call__(self, image: Image.Image, matrix: Matrix) -> Image.Image:
+    def warp(self, planes: Planes, matrix: Matrix) -> Planes:
         """Return the image whose pixel (x, y) comes from a x + b y + c, d x + e y + f, as `Image.transform` does it."""
-        pixels = np.asarray(image)
-        numbers, out = np.array(matrix, dtype=np.float64), np.empty_like(pixels)
-        places = pixels.ctypes.data, image.width, image.height, numbers.ctypes.data, self._fill.ctypes.data
-        if self._warp(*places, self._bicubic, out.ctypes.data):
-            raise MemoryError("out of memory while an image was warped")
-        return Image.fromarray(out)
+        numbers = np.array(matrix, dtype=np.float64)
+        return self._run("karat_warp", planes, _place(numbers), _place(self._fill), self._bicubic)
+
+    def flip(self, planes: Planes) -> Planes:
+        """Return the image with left and right exchanged."""
+        return self._run("karat_flip", planes)
+
+    def enhance(self, planes: Planes, name: str, factor: float) -> Planes:
+        """Do what Pillow's ImageEnhance has under this name."""
+        if name in ("Color", "Sharpness"):
+            return self._run(f"karat_{name.lower()}", planes, ctypes.c_float(factor))
+        level = 0
+        if name == "Contrast":
+            grey = self._histogram(planes)[3]
+            level = int(int(grey @ np.arange(256)) / int(grey.sum()) + 0.5)
+        table = Image.blend(Image.new("L", _RAMP.size, level), _RAMP, factor)
+        return self._look_up(planes, np.tile(np.asarray(table), 3))
+
+    def tabled(self, planes: Planes, function: Callable[..., Any], *arguments: float, **options: Any) -> Planes:
+        """Do what a function for Pillow's images does that calls their `histogram`, or not, and then `point`."""
+        result: Planes = function(_Values(self, planes), *arguments, **options)
+        return result
+
+    def _histogram(self, planes: Planes) -> npt.NDArray[np.int32]:
+        """Return how often red, green, blue and grey have each value, [4, 256]."""
+        counts = np.zeros((4, 256), dtype=np.int32)
+        self._run("karat_histogram", planes, out=counts)
+        return counts
+
+    def _look_up(self, planes: Planes, table: Planes) -> Planes:
+        return self._run("karat_look_up", planes, _place(table))
+
+    def _run(self, name: str, planes: Planes, *arguments: Any, out: npt.NDArray[Any] | None = None) -> Any:
+        planes = np.ascontiguousarray(planes)
+        out = np.empty_like(planes) if out is None else out
+        _, height, width = planes.shape
+        sides = ctypes.c_int(width), ctypes.c_int(height)
+        if self._library[name](_place(planes), *sides, *arguments, _place(out)):
+            raise MemoryError("out of memory while an image was augmented")
+        return out
+
+
+def _place(array: npt.NDArray[Any]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+class _Values:
+    """Takes an image's place in functions that make a table of new values, so the tables are Pillow's and timm's."""
+
+    mode = "RGB"
+
+    def __init__(self, compiled: Compiled, planes: Planes) -> None:
+        self._compiled, self._planes = compiled, planes
+
+    def histogram(self, _mask: None = None) -> list[int]:
+        return self._compiled._histogram(self._planes)[:3].ravel().tolist()
+
+    def point(self, table: list[int]) -> Planes:
+        return self._compiled._look_up(self._planes, np.minimum(table, 255).astype(np.uint8))
+
+
+def image_of(planes: Planes) -> Image.Image:
+    """Return Pillow's image of planes, uint8 [3, height, width]."""
+    return Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
+
+
+def planes_of(image: Image.Image) -> Planes:
+    """Return the planes of an RGB image, uint8 [3, height, width]."""
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def _fill_of(augment: AugmentConfig) -> tuple[int, ...]:
+    return tuple(min(255, round(255 * value)) for value in augment.mean)
+
+
+def find_compiled(augment: AugmentConfig) -> Compiled | None:
+    """Return the operations in C++; None if they cannot be compiled, or if this machine's Pillow has other bits."""
+    return _find_compiled(augment.interpolation, _fill_of(augment))
 
 
 @cache
-def find_warp(interpolation: str, fill: tuple[int, ...]) -> Warp | None:
-    """Return the warp for a filter; None if it cannot be compiled, or if this machine's Pillow has other bits."""
+def _find_compiled(interpolation: str, fill: tuple[int, ...]) -> Compiled | None:
     try:
-        warp = Warp(interpolation, fill)
+        compiled = Compiled(interpolation, fill)
     except LoadError:
         return None
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (19, 23, 3), dtype=np.uint8))
+    noise = np.random.default_rng(0).integers(0, 256, (3, 19, 23), dtype=np.uint8)
+    image = image_of(noise)
     matrices: tuple[Matrix, ...] = (
         (1, 0.3, 0, 0, 1, 0),
         (1, 0, 0, -0.2, 1, 0),
         (1, 0, 3.7, 0, 1, 0),
-        rotation(17.0, *noise.size),
+        rotation(17.0, *image.size),
     )
     for matrix in matrices:
-        theirs = noise.transform(noise.size, Image.Transform.AFFINE, matrix, RESAMPLE[interpolation], fillcolor=fill)
-        if not np.array_equal(np.asarray(warp(noise, matrix)), np.asarray(theirs)):
+        theirs = image.transform(image.size, Image.Transform.AFFINE, matrix, RESAMPLE[interpolation], fillcolor=fill)
+        if not np.array_equal(compiled.warp(noise, matrix), planes_of(theirs)):
             return None
-    return warp
+    for name in ENHANCEMENTS:
+        for factor in (0.4, 1.9):
+            theirs = getattr(ImageEnhance, name)(image).enhance(factor)
+            if not np.array_equal(compiled.enhance(noise, name, factor), planes_of(theirs)):
+                return None
+    return compiled
 
 
 def rotation(degrees: float, width: int, height: int) -> Matrix:
@@ -103,6 +181,11 @@ MATRICES: dict[str, Callable[[float, int, int], Matrix]] = {
     "TranslateXRel": lambda share, width, _h: (1, 0, share * width, 0, 1, 0),
     "TranslateYRel": lambda share, _w, height: (1, 0, 0, 0, 1, share * height),
 }
+
+
+# By timm's names, without "Increasing".
+ENHANCEMENTS = ("Brightness", "Color", "Contrast", "Sharpness")
+TABLED = ("AutoContrast", "Equalize", "Invert", "Posterize", "PosterizeOriginal", "Solarize", "SolarizeAdd")
 
 
 class _OwnRandom(threading.local):
@@ -142,7 +225,7 @@ class RandAugment:
     def __init__(self, augment: AugmentConfig, image_size: int) -> None:
         hparams: dict[str, Any] = {
             "translate_const": int(image_size * 0.45),
-            "img_mean": tuple(min(255, round(255 * value)) for value in augment.mean),
+            "img_mean": _fill_of(augment),
             "interpolation": RESAMPLE[augment.interpolation],
         }
         try:
@@ -156,7 +239,7 @@ class RandAugment:
             if op.name.startswith("Posterize"):
                 op.aug_fn = _posterize
         self.fill: tuple[int, ...] = hparams["img_mean"]
-        self._warp = find_warp(augment.interpolation, self.fill)
+        self._compiled = find_compiled(augment)
         self._count = policy.num_layers
         self._ops: dict[str, Any] = {op.name: op for op in policy.ops}
         self._weights = None if policy.choice_weights is None else list(policy.choice_weights)
@@ -173,15 +256,20 @@ class RandAugment:
         _RANDOM.seed(seed)
         return tuple((name, arguments) for name in names if (arguments := self._arguments(name)) is not None)
 
-    def apply(self, image: Image.Image, operation: Operation) -> Image.Image:
-        """Do a drawn operation to an RGB image."""
+    def apply(self, planes: Planes, operation: Operation) -> Planes:
+        """Do a drawn operation to an image, uint8 [3, height, width]."""
         name, arguments = operation
-        # Pillow turns by right angles without a filter.
-        if self._warp is not None and name in MATRICES and not (name == "Rotate" and arguments[0] % 90 == 0):
-            return self._warp(image, MATRICES[name](arguments[0], *image.size))
-        op = self._ops[name]
-        result: Image.Image = op.aug_fn(image, *arguments, **op.kwargs)
-        return result
+        op, plain = self._ops[name], name.removesuffix("Increasing")
+        if self._compiled is not None:
+            # Pillow turns by right angles without a filter.
+            if plain in MATRICES and not (plain == "Rotate" and arguments[0] % 90 == 0):
+                _, height, width = planes.shape
+                return self._compiled.warp(planes, MATRICES[plain](arguments[0], width, height))
+            if plain in ENHANCEMENTS:
+                return self._compiled.enhance(planes, plain, arguments[0])
+            if plain in TABLED:
+                return self._compiled.tabled(planes, op.aug_fn, *arguments, **op.kwargs)
+        return planes_of(op.aug_fn(image_of(planes), *arguments, **op.kwargs))
 
     def _draw_names(self, rng: random.Random) -> list[str]:
         # timm's own choice uses numpy's global generator; a weighted choice never takes an operation twice.
@@ -206,10 +294,10 @@ class RandAugment:
         return () if op.level_fn is None else tuple(op.level_fn(magnitude, op.hparams))
 
 
-def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+def _posterize(image: Any, bits_to_keep: int, **_: Any) -> Any:
     # At full magnitude timm keeps no bits. Pillow 13 refuses that; before, the image came out black.
     if bits_to_keep < 1:
-        return Image.new(image.mode, image.size)
+        return image.point([0] * 768)
     return ImageOps.posterize(image, bits_to_keep)
 
 
@@ -233,6 +321,8 @@ class TrainTransform:
         self._only_flips = augment.workers_only_flip
         self._fixed_crop = augment.scale == (1.0, 1.0) and augment.ratio == (1.0, 1.0)
         self._randaugment = RandAugment(augment, image_size) if augment.randaugment else None
+        is_for_workers = not self._only_flips and (augment.randaugment or augment.color_jitter > 0)
+        self._compiled = find_compiled(augment) if is_for_workers else None
         self._mean = 255 * np.array(augment.mean, dtype=np.float32)
         self._std = 255 * np.array(augment.std, dtype=np.float32)
 
@@ -290,29 +380,30 @@ class TrainTransform:
         The view is left as it is.
         """
         assert draw is not None
-        if not self._only_flips and (draw.ops or draw.jitter):
-            image = Image.fromarray(pixels)
-            if draw.flip:  # numpy's copy of a flipped image takes ten times as long
-                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            for operation in draw.ops:
-                assert self._randaugment is not None
-                image = self._randaugment.apply(image, operation)
-            for name, factor in draw.jitter:
-                image = getattr(ImageEnhance, JITTERS[name])(image).enhance(factor)
-            pixels = np.asarray(image)
-        elif draw.flip:
-            pixels = pixels[:, ::-1]
-        if not self._only_flips and draw.erase is not None:
-            pixels = self._erased(pixels, draw.erase)
-        planes: Pixels = pixels.transpose(2, 0, 1)
-        return planes
+        planes: Planes = pixels.transpose(2, 0, 1)
+        compiled = self._compiled
+        if draw.flip:
+            # numpy's copy of a flipped image takes ten times as long.
+            planes = compiled.flip(planes) if compiled is not None else planes[:, :, ::-1]
+        if self._only_flips:
+            return planes
+        for operation in draw.ops:
+            assert self._randaugment is not None
+            planes = self._randaugment.apply(planes, operation)
+        for name, factor in draw.jitter:
+            if compiled is not None:
+                planes = compiled.enhance(planes, JITTERS[name], factor)
+            else:
+                planes = planes_of(getattr(ImageEnhance, JITTERS[name])(image_of(planes)).enhance(factor))
+        return planes if draw.erase is None else self._erased(planes, draw.erase)
 
-    def _erased(self, pixels: Pixels, erase: tuple[int, int, int, int, int]) -> Pixels:
+    def _erased(self, planes: Planes, erase: tuple[int, int, int, int, int]) -> Planes:
         left, top, width, height, seed = erase
         # RandomState is the numpy generator whose stream is frozen for good.
         noise = np.random.RandomState(seed).standard_normal((height, width, 3)).astype(np.float32)
-        erased: Pixels = pixels.copy()
-        erased[top : top + height, left : left + width] = np.clip(noise * self._std + self._mean, 0, 255)
+        filling = np.clip(noise * self._std + self._mean, 0, 255)
+        erased: Planes = planes.copy()
+        erased[:, top : top + height, left : left + width] = filling.transpose(2, 0, 1)
         return erased
 
 

@@ -77,7 +77,7 @@ def test_without_a_compiler_the_fix_names_the_packages(monkeypatch: pytest.Monke
 def test_a_wheel_with_compiled_kernels_needs_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(native_build, "__file__", str(tmp_path / "foundation" / "native_build.py"))
-    (tmp_path / "warp-plain.so").touch()
+    (tmp_path / "randaugment-plain.so").touch()
     compiler = list(machine_checks.examine_extras())[-1]
     assert (compiler.level, compiler.value) == ("ok", "not needed: the compiled kernels came with the package")
 
