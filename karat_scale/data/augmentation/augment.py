@@ -81,7 +81,7 @@ class Compiled:
     def _look_up(self, planes: Planes, table: Planes) -> Planes:
         return self._run("karat_look_up", planes, _place(table))
 
-    def _run(self, name: str, planes: Planes, *arguments: Any, out: npt.NDArray[Any] | None = None) -> Any:
+    def _run(self, name: str, planes: Planes, *arguments: Any, out: npt.NDArray[Any] | None = None) -> Planes:
         planes = np.ascontiguousarray(planes)
         out = np.empty_like(planes) if out is None else out
         _, height, width = planes.shape
@@ -104,7 +104,8 @@ class _Values:
         self._compiled, self._planes = compiled, planes
 
     def histogram(self, _mask: None = None) -> list[int]:
-        return self._compiled._histogram(self._planes)[:3].ravel().tolist()
+        counts: list[int] = self._compiled._histogram(self._planes)[:3].ravel().tolist()
+        return counts
 
     def point(self, table: list[int]) -> Planes:
         return self._compiled._look_up(self._planes, np.minimum(table, 255).astype(np.uint8))
@@ -117,7 +118,8 @@ def image_of(planes: Planes) -> Image.Image:
 
 def planes_of(image: Image.Image) -> Planes:
     """Return the planes of an RGB image, uint8 [3, height, width]."""
-    return np.asarray(image).transpose(2, 0, 1)
+    planes: Planes = np.asarray(image).transpose(2, 0, 1)
+    return planes
 
 
 def _fill_of(augment: AugmentConfig) -> tuple[int, ...]:

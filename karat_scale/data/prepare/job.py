@@ -251,6 +251,8 @@ def held_out(
     order = epoch_order(seed, 0, len(labels))
     ranks, sizes = rank_in_class(labels[order]), np.bincount(labels)[labels[order]]
     spare = ranks < sizes - 1
+    if not spare.any():
+        raise DataError(f"{asked}: each class has one image alone, which is for training; add images")
     if not 1 <= total <= spare.sum():
         raise DataError(
             f"{asked} is {total} of {len(labels)} images; choose 1 to {spare.sum()}, so that each class keeps one to "

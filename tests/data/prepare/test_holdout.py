@@ -69,6 +69,11 @@ def test_any_count_is_shared_in_proportion():
         assert np.abs(shares - count * np.bincount(labels) / len(labels)).max() < 1 or count == 190
 
 
+def test_classes_of_one_image_have_none_for_validation():
+    with pytest.raises(DataError, match=r"^--val-count 2: each class has one image alone, which is for training"):
+        held_out(np.arange(5, dtype=np.int32), None, 2, seed=0)
+
+
 def test_classes_without_an_image_are_named(source, tmp_path, capsys):
     src, _ = source
     (src / "eel").mkdir()
