@@ -18,15 +18,15 @@ def add_benches(benches: Any) -> None:
         return parser
 
     parser = add("step", "our loop against a bare PyTorch loop, KArAt against softmax", "model")
-    parser.add_argument("--model", default="vit_tiny_patch16_224")
-    parser.add_argument("--image-size", type=count, default=224)
-    parser.add_argument("--batch", type=count, default=8)
+    parser.add_argument("--model", default="vit_tiny_patch16_224", help="a model of timm (default: %(default)s)")
+    parser.add_argument("--image-size", type=count, default=224, help="(default: %(default)s)")
+    parser.add_argument("--batch", type=count, default=8, help="images per step (default: %(default)s)")
     parser.add_argument("--steps", type=count, default=5, help="steps per round (default: %(default)s)")
     _add_output(parser, 7)
 
     parser = add("attention", "each implementation against SDPA, in time and memory", "model")
     add_attention_options(parser)
-    parser.add_argument("--tokens", type=count, default=197)
+    parser.add_argument("--tokens", type=count, default=197, help="the number of tokens, N (default: %(default)s)")
     names = ("reference", "streaming", "cpu", "triton", "flex")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="only these implementations")
 
@@ -44,15 +44,15 @@ def add_benches(benches: Any) -> None:
 
 def add_attention_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of an operator and of its measurement."""
-    parser.add_argument("--model", choices=("tiny", "small", "base"), default="tiny")
-    parser.add_argument("--batch", type=count, default=32)
-    parser.add_argument("--grid", type=count, default=3)
-    parser.add_argument("--rank", type=count, default=12)
+    parser.add_argument("--model", choices=("tiny", "small", "base"), default="tiny", help="(default: %(default)s)")
+    parser.add_argument("--batch", type=count, default=32, help="images (default: %(default)s)")
+    parser.add_argument("--grid", type=count, default=3, help="the grid, G (default: %(default)s)")
+    parser.add_argument("--rank", type=count, default=12, help="the rank, r (default: %(default)s)")
     parser.add_argument("--basis", default="fourier", help="a name, or package.module:Class (default: %(default)s)")
     forms = ("modular", "project_first", "two_operators", "full_rank", "content")
-    parser.add_argument("--form", choices=forms, default="modular")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--form", choices=forms, default="modular", help="(default: %(default)s)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     parser.add_argument("--threads", type=count, default=1, help="CPU threads (default: %(default)s)")
     _add_output(parser, 9)
 

@@ -40,7 +40,9 @@ def add_commands(commands: Any) -> None:
 
     index = commands.add_parser("index", help="make tars that others wrote readable like our shards, without a copy")
     index.add_argument("source", metavar="SRC", help="a directory or a URL with .tar files, also below it")
-    index.add_argument("--out", type=Path, metavar="DIR", help="for indexes and dataset.json (default: SRC)")
+    index.add_argument(
+        "--out", type=Path, metavar="DIR", help="directory for the indexes and dataset.json (default: SRC)"
+    )
     index.add_argument(
         "--label", default="auto", metavar="RULE", help="where the class is: cls, json:FIELD, txt, path or auto"
     )
@@ -61,22 +63,22 @@ def add_commands(commands: Any) -> None:
     show.set_defaults(run=command("karat_scale.commands.look.command:show_batch", _check_data))
 
     data = commands.add_parser("data", help="look at a data set: counts, sizes, odd files, and a page of samples")
-    data.add_argument("path", metavar="PATH", help="shards, betons, or a folder with train/<class>/<image>")
-    sampled = f"sampled for their size, and decoded; below {DECODED_BELOW:,}, all are decoded (default: %(default)s)"
+    data.add_argument("path", metavar="PATH", help="shards, FFCV's betons, or a folder with train/<class>/<image>")
+    sampled = f"images to measure and decode; a split below {DECODED_BELOW:,} is decoded whole (default: %(default)s)"
     data.add_argument("--images", type=count, default=1000, help=sampled)
-    data.add_argument("--classes", type=count, default=50, help="shown with samples (default: %(default)s)")
+    data.add_argument("--classes", type=count, default=50, help="classes to show samples of (default: %(default)s)")
     data.add_argument("--out", metavar="FILE", default="data.html", help="an HTML file (default: %(default)s)")
     add_json(data)
     data.set_defaults(run=command("karat_scale.commands.look.command:look_at_data"))
 
-    recipes = commands.add_parser("recipes", help="list the shipped recipes: what each trains, needs and gave")
-    recipes.add_argument("words", nargs="*", metavar="WORD", help="a recipe's name, or words that its text has")
+    recipes = commands.add_parser("recipes", help="list the shipped recipes, what they train, and their results")
+    recipes.add_argument("words", nargs="*", metavar="WORD", help="a recipe's name, or words to search for")
     add_json(recipes, "write the list to this file")
     recipes.set_defaults(run=command("karat_scale.recipe.catalog:list_recipes"))
 
     explain = commands.add_parser("explain", help="say what a key of a recipe means, and what it may change")
     explain.add_argument("keys", nargs="*", metavar="KEY", help="a key, a section, or another tool's name for one")
-    explain.add_argument("--detection", action="store_true", help="of the recipes of karat detect")
+    explain.add_argument("--detection", action="store_true", help="keys of karat detect's recipes")
     explain.set_defaults(run=_explain)
 
     plan = commands.add_parser("plan", help="estimate memory, ZeRO stage, micro batch and time, and find mistakes")
@@ -85,10 +87,18 @@ def add_commands(commands: Any) -> None:
     plan.add_argument("overrides", nargs="*", default=[], metavar="RECIPE or key=value", help=overrides)
     plan.add_argument("--gpus", type=count, default=1, help="total number of ranks (default: %(default)s)")
     plan.add_argument("--gpu", metavar="NAME", help="the GPU, such as h100-80 (default: this machine's RAM)")
-    plan.add_argument("--memory", type=positive, metavar="GB", help="memory of an unknown GPU, or of a rank's RAM")
-    plan.add_argument("--gpus-per-node", type=count, default=8, metavar="N", help="(default: %(default)s)")
     plan.add_argument(
-        "--cores-per-gpu", type=count, default=12, metavar="N", help="for decoding (default: %(default)s)"
+        "--memory", type=positive, metavar="GB", help="memory of a GPU that --gpu does not know, or RAM of each rank"
+    )
+    plan.add_argument(
+        "--gpus-per-node", type=count, default=8, metavar="N", help="GPUs of a node (default: %(default)s)"
+    )
+    plan.add_argument(
+        "--cores-per-gpu",
+        type=count,
+        default=12,
+        metavar="N",
+        help="CPU cores that decode for a GPU (default: %(default)s)",
     )
     plan.add_argument("--step-time", type=positive, metavar="S", help="measured seconds of one micro batch on one GPU")
     curve = "show the predicted throughput from 1 to 1,024 GPUs"
@@ -106,7 +116,9 @@ def add_commands(commands: Any) -> None:
     doctor.set_defaults(run=_doctor)
     add_trust(doctor)
 
-    completion = commands.add_parser("completion", help="print the lines that make a shell complete karat")
+    completion = commands.add_parser(
+        "completion", help="print a script with which a shell completes karat's commands, recipes and keys"
+    )
     completion.add_argument("shell", choices=("bash", "zsh", "fish"), help='in bash: eval "$(karat completion bash)"')
     completion.set_defaults(run=command("karat_scale.commands.completion:print_shell_code"))
 

@@ -39,9 +39,9 @@ def add_commands(commands: Any) -> None:
     analyze.add_argument("--data", metavar="DIR", help="the data, instead of the runs' data.path")
     add_checkpoint(analyze)
     add_weights(analyze)
-    images = "for spectrum, content, functions (default: %(default)s)"
+    images = "number of images for spectrum, content and functions (default: %(default)s)"
     analyze.add_argument("--images", type=count, default=Options.images, help=images)
-    maps = "images for the maps (default: four)"
+    maps = "the numbers of the images for the maps (default: four images)"
     analyze.add_argument("--image", dest="image_ids", type=int, nargs="+", metavar="N", help=maps)
     block = "block of the maps; -1 is the last (default: %(default)s)"
     analyze.add_argument("--block", type=int, default=Options.block, help=block)
@@ -49,13 +49,13 @@ def add_commands(commands: Any) -> None:
     analyze.add_argument("--grid", type=whole(2), default=Options.grid, help=grid)
     reach = "factor on the landscape's extent (default: %(default)g)"
     analyze.add_argument("--range", type=positive, default=Options.range, help=reach)
-    samples = "images per point (default: %(default)s)"
+    samples = "images per point of the landscape (default: %(default)s)"
     analyze.add_argument("--samples", type=count, default=Options.samples, help=samples)
-    hessian = "images of the sharpness (default: %(default)s)"
+    hessian = "images for the sharpness (default: %(default)s)"
     analyze.add_argument("--hessian-samples", type=count, default=Options.hessian_samples, metavar="N", help=hessian)
     batch = "images per batch (default: %(default)s)"
     analyze.add_argument("--batch", type=count, default=Options.batch, help=batch)
-    seed = "seed of directions and probes (default: %(default)s)"
+    seed = "seed of the landscape's directions and the sharpness's probes (default: %(default)s)"
     analyze.add_argument("--seed", type=whole(0), default=Options.seed, help=seed)
     analyze.set_defaults(run=command("karat_scale.commands.analyze.command:analyze_paths"))
     add_trust(analyze)
@@ -70,7 +70,7 @@ def add_commands(commands: Any) -> None:
     add_json(compare)
     compare.set_defaults(run=command("karat_scale.commands.compare.command:compare_runs"))
 
-    track = commands.add_parser("track", help="send to trackers what they have not got of a run")
+    track = commands.add_parser("track", help="send trackers what they still lack of a run")
     _add_runs(track, "a run's directory")
     instead = f"{', '.join(TRACKERS)} or package.module:Class, in place of log.trackers; may be repeated"
     track.add_argument("--to", action="append", type=tracker, metavar="TRACKER", help=instead)
@@ -94,7 +94,7 @@ def add_commands(commands: Any) -> None:
     predict = commands.add_parser("predict", help="classify images with a run or an exported folder")
     _add_model(predict)
     predict.add_argument("images", metavar="IMAGES", nargs="+", help="files, folders (with all below) and quoted globs")
-    predict.add_argument("--top", type=count, default=5, help="classes of each image (default: %(default)s)")
+    predict.add_argument("--top", type=count, default=5, help="classes to print for each image (default: %(default)s)")
     predict.add_argument("--batch", type=count, default=32, help="images per batch (default: %(default)s)")
     add_checkpoint(predict)
     add_weights(predict)
@@ -108,7 +108,9 @@ def add_commands(commands: Any) -> None:
 
     demo = commands.add_parser("demo", help="serve a page on this machine that classifies pictures dropped into it")
     _add_model(demo, nargs="?", default=SHIPPED)
-    demo.add_argument("--port", type=whole(0), default=7860, help="0 takes any that is free (default: %(default)s)")
+    demo.add_argument(
+        "--port", type=whole(0), default=7860, help="port of the page; 0 takes any free one (default: %(default)s)"
+    )
     add_checkpoint(demo)
     add_weights(demo)
     demo.set_defaults(run=command("karat_scale.commands.predict.command:serve", _check_model))

@@ -50,8 +50,8 @@ _SETTINGS: dict[str, Callable[[str], Any]] = {
 """The variables of the scripts in slurm/."""
 _MEANT = {
     "conda-env": "a conda environment for the nodes",
-    "modules": "modules to load before, such as cuda/12.6",
-    "container": 'a prefix, such as "apptainer exec --nv karat.sif"',
+    "modules": "modules to load first, such as cuda/12.6",
+    "container": 'a command before Python, such as "apptainer exec --nv karat.sif"',
     "stage": "a local disk of the nodes for a copy of the shards, such as /local/scratch",
 }
 
@@ -71,7 +71,9 @@ def add_commands(commands: Any) -> None:
     source = "a run, a folder or file of `karat export`, a file of weights, or timm:NAME"
     convert.add_argument("source", metavar="SOURCE", help=source)
     add_recipe(convert, "attention.kind=karat convert.images=5000", what)
-    convert.add_argument("--survey", action="store_true", help="only find out which blocks pay; no training")
+    convert.add_argument(
+        "--survey", action="store_true", help="only find out which blocks can be replaced; no training"
+    )
     convert.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
     convert.set_defaults(run=_convert)
     add_trust(convert)
@@ -79,8 +81,8 @@ def add_commands(commands: Any) -> None:
     quick = commands.add_parser(
         "quickstart",
         help="train KArAt, softmax and a control on Fashion-MNIST, and compare them",
-        description="Three runs and a report in data/ and runs/ of this directory: about five minutes on two cores. "
-        "Stopped, it resumes.",
+        description="Train KArAt, softmax and a control on Fashion-MNIST, and compare them. This takes about five "
+        "minutes on two cores, and writes to data/ and runs/ of this directory. If you stop it, run it again.",
     )
     quick.set_defaults(run=command("karat_scale.commands.quickstart:quickstart"))
 
@@ -101,9 +103,9 @@ def add_commands(commands: Any) -> None:
     split = "split of DIR (default: the first of val, test, validation, valid, train)"
     evaluate.add_argument("--split", default="", metavar="NAME", help=split)
     evaluate.add_argument("--labels", metavar="FILE", help="count other labels as right, such as ReaL's real.json")
-    corrupt = "images corrupted as in ImageNet-C"
+    corrupt = "evaluate on images corrupted as in ImageNet-C; without a NAME, in all 15 ways"
     evaluate.add_argument("--corrupt", nargs="*", choices=(*CORRUPTIONS, "all"), metavar="NAME", help=corrupt)
-    severity = "of --corrupt, 1 to 5 (default: all)"
+    severity = "severities for --corrupt, 1 to 5 (default: all)"
     evaluate.add_argument("--severity", type=int, nargs="+", choices=range(1, 6), metavar="N", help=severity)
     evaluate.add_argument("--name", default="", help="keep the result under this name (default: the directory's)")
     add_json(evaluate, "write the result to this file")
@@ -112,27 +114,32 @@ def add_commands(commands: Any) -> None:
 
     replay = commands.add_parser("replay", help="take one step of a run again, and find what in it is not finite")
     add_run(replay)
-    replay.add_argument("step", metavar="STEP", type=count, help="as the run logs it, counted from 1")
-    replay.add_argument("--images", type=count, default=16, help="with the largest losses (default: %(default)s)")
-    replay.add_argument("--out", type=new_file, metavar="FILE", help="a PNG (default: RUN-replay-STEP.png)")
+    replay.add_argument("step", metavar="STEP", type=count, help="the step as the run logs it, counted from 1")
+    replay.add_argument(
+        "--images",
+        type=count,
+        default=16,
+        help="number of images to draw, those with the largest losses (default: %(default)s)",
+    )
+    replay.add_argument("--out", type=new_file, metavar="FILE", help="the PNG (default: RUN-replay-STEP.png)")
     add_json(replay, "write what was found to this file")
     replay.set_defaults(run=command("karat_scale.commands.replay.command:replay", check_run))
     add_trust(replay)
 
     verify = commands.add_parser("verify", help="train between two checkpoints again, and compare with the run's")
     add_run(verify)
-    first = "a checkpoint's step (default: that of the one before the second); 0 is the start of the run"
+    first = "the step of a checkpoint, or 0 for the start of the run (default: the checkpoint before --to)"
     verify.add_argument("--from", dest="begin", type=whole(0), metavar="STEP", help=first)
-    second = "a checkpoint's step (default: that of the newest)"
+    second = "the step of a later checkpoint (default: the newest)"
     verify.add_argument("--to", dest="end", type=count, metavar="STEP", help=second)
     add_json(verify, "write what was compared to this file")
     verify.set_defaults(run=command("karat_scale.commands.replay.verify:verify", check_run))
     add_trust(verify)
 
-    fetch = commands.add_parser("fetch", help="make the directory of a run from its copy at checkpoint.url")
+    fetch = commands.add_parser("fetch", help="restore a run's directory from its copy at checkpoint.url")
     fetch.add_argument("url", metavar="URL", help="the run's checkpoint.url")
     fetch.add_argument("directory", metavar="DIR", help="a new directory, or one of this run")
-    names = "best, latest, all, or names (default: best latest)"
+    names = "checkpoints to fetch: best, latest, all, or names (default: best latest)"
     fetch.add_argument("--checkpoint", nargs="+", default=("best", "latest"), metavar="NAME", help=names)
     fetch.set_defaults(run=command("karat_scale.commands.elsewhere:fetch_run"))
 
@@ -141,9 +148,9 @@ def add_commands(commands: Any) -> None:
     detect.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
     detect.add_argument("--eval", action="store_true", help="evaluate a checkpoint of a run by COCO's mAP")
     detect.add_argument(
-        "--checkpoint", metavar="NAME", help="that --eval uses: best, latest, or a name (default: best)"
+        "--checkpoint", metavar="NAME", help="checkpoint for --eval: best, latest, or a name (default: best)"
     )
-    detect.add_argument("--weights", choices=("auto", "ema", "raw"), help="weights that --eval uses (default: auto)")
+    detect.add_argument("--weights", choices=("auto", "ema", "raw"), help="weights for --eval (default: auto)")
     add_json(detect, "write the result of --eval to this file")
     detect.set_defaults(run=_detect)
     add_trust(detect)
@@ -158,13 +165,13 @@ def add_commands(commands: Any) -> None:
     submit.set_defaults(run=_submit)
     add_trust(submit)
 
-    sweep = commands.add_parser("sweep", help="train every point of a grid of settings, and compare the runs")
+    sweep = commands.add_parser("sweep", help="train a recipe for every combination of settings, and compare the runs")
     add_recipe(sweep, "optim.lr=1e-3,2e-3 run.seed=0..4")
-    sweep.add_argument("--out", metavar="DIR", help="around the runs' directories (default: runs/sweep_RECIPE)")
-    sweep.add_argument("--print", action="store_true", help="show the runs and how far they are, and stop")
-    sweep.add_argument("--ranks", type=count, help="of each run on this machine (default: one for each GPU)")
+    sweep.add_argument("--out", metavar="DIR", help="the directory for all runs (default: runs/sweep_RECIPE)")
+    sweep.add_argument("--print", action="store_true", help="show the runs and their progress, and stop")
+    sweep.add_argument("--ranks", type=count, help="ranks of each run on this machine (default: one for each GPU)")
     sweep.add_argument("--slurm", action="store_true", help="submit a job array, with the options below")
-    sweep.add_argument("--at-once", type=count, metavar="N", help="at most so many jobs of the array run at a time")
+    sweep.add_argument("--at-once", type=count, metavar="N", help="at most N jobs of the array run at a time")
     sweep.add_argument("--yes", action="store_true", help="submit without asking")
     _add_sbatch_options(sweep)
     sweep.set_defaults(run=_sweep)
@@ -172,7 +179,7 @@ def add_commands(commands: Any) -> None:
 
     status = commands.add_parser("status", help="show a run's progress, from its files")
     add_run(status)
-    status.add_argument("--once", action="store_true", help="do not follow the run")
+    status.add_argument("--once", action="store_true", help="show it once and stop, instead of following the run")
     status.set_defaults(run=command("karat_scale.commands.status.status:show_status"))
 
 

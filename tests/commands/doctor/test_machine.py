@@ -62,7 +62,7 @@ def test_missing_extras_are_notes_and_the_command_that_installs_them_is_said_onc
 
 
 def test_the_pages_name_the_packages_that_ffcv_is_compiled_with() -> None:
-    for page in ("README.md", "docs/data.md", "Makefile"):
+    for page in ("docs/data.md", "Makefile"):
         words = (ROOT / page).read_text().replace("`", " ").replace(".", " ").split()
         assert set(EXTRAS["ffcv"].debian.split()) <= set(words)
 
