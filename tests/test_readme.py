@@ -123,6 +123,7 @@ def test_other_commands_by_example(image_folder: Path, tmp_path: Path) -> None:
             "recommended: deepspeed.config=zero0 train.micro_batch=",
         ),
         ("--dry-run", (*small, "schedule.warmup_epochs=0", "train.precision=fp32"), "64 training and 28 validation"),
+        ("karat train cifar10", (*small, "train.epochs=1"), "finished"),
     ):
         (command,) = [line for line in COMMANDS if part in line]
         assert said in run(command, tmp_path, *more).stdout
