@@ -54,9 +54,10 @@ def verify(run_dir: str, begin: int | None, end: int | None, json_file: str | No
         first, last = world.broadcast(names)
         saved = directory.store.state(last)
         if saved["world_size"] != world.size:
-            ranks = plural(saved["world_size"], "rank")
+            ranks = saved["world_size"]
             raise UserError(
-                f"{last} was written by {ranks}, and here {plural(world.size, 'rank')} would train; use as many"
+                f"{last} was written by {plural(ranks, 'rank')}, and here {plural(world.size, 'rank')} would train; "
+                f"use karat launch --ranks {ranks} verify, or a job of as many"
             )
         refuse_other_files(directory, recipe, 0 if first else 1)
         with scratch_recipe(directory, recipe, first, world) as again:
