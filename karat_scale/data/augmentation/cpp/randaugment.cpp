@@ -39,7 +39,8 @@ struct Bilinear {
     template <class Value>
     static Value between(const Value* v, Value t, Value) { return v[0] + (v[1] - v[0]) * t; }
 
-    static void weigh(float t, float* w) { w[0] = 1.0f - t, w[1] = t; }
+    // The same as a sum of both pixels; the weights are `apart` from each other.
+    static void weigh(float t, float* w, int apart) { w[0] = 1.0f - t, w[apart] = t; }
 };
 
 struct Bicubic {
@@ -53,10 +54,9 @@ struct Bicubic {
         return v[1] + t * (p2 + t * (p3 + t * p4));
     }
 
-    // The same as a sum of the four pixels.
-    static void weigh(float t, float* w) {
+    static void weigh(float t, float* w, int apart) {
         const float s = t * t, c = s * t;
-        w[0] = s + s - t - c, w[1] = 1.0f - s - s + c, w[2] = t + s - c, w[3] = c - s;
+        w[0] = s + s - t - c, w[apart] = 1.0f - s - s + c, w[2 * apart] = t + s - c, w[3 * apart] = c - s;
     }
 };
 
@@ -82,70 +82,69 @@ struct Image {
     int64_t index(int x, int y) const { return (y + margin) * stride + x + margin; }
 };
 
-// Where a pixel comes from: its first neighbour, and its place between the middle ones.
+// Pixels between the neighbours that begin at `first`, at dx and dy between the middle ones, by Pillow's operations.
 template <class Filter>
-struct Place {
-    const Single* first;
-    int64_t stride;
-    double dx, dy;
+Exact across(const Single* first, double dx) {
+    if (dx == 0.0) return __builtin_convertvector(first[-Filter::first], Exact);
+    Exact v[Filter::taps];
+    for (int k = 0; k < Filter::taps; ++k) v[k] = __builtin_convertvector(first[k], Exact);
+    return Filter::between(v, Exact{} + dx, Exact{} + 2.0);
+}
 
-    Place(const Image& image, double xin, double yin) : stride(image.stride) {
-        const int left = floor_of(xin - 0.5), top = floor_of(yin - 0.5);
-        dx = xin - 0.5 - left, dy = yin - 0.5 - top;
-        first = image.pixels.data() + image.index(left + Filter::first, top + Filter::first);
-    }
-
-    Single nearly() const {
-        float across[Filter::taps], down[Filter::taps];
-        Filter::weigh(static_cast<float>(dx), across);
-        Filter::weigh(static_cast<float>(dy), down);
-        Single sum{};
-        for (int i = 0; i < Filter::taps; ++i) {
-            Single part{};
-            for (int k = 0; k < Filter::taps; ++k) part += first[i * stride + k] * across[k];
-            sum += part * down[i];
-        }
-        return sum;
-    }
-
-    Exact exactly() const {
-        if (dy == 0.0) return exactly(-Filter::first);
-        Exact v[Filter::taps];
-        for (int i = 0; i < Filter::taps; ++i) v[i] = exactly(i);
-        return Filter::between(v, Exact{} + dy, Exact{} + 2.0);
-    }
-
-    Exact exactly(int row) const {
-        const Single* const at = first + row * stride;
-        if (dx == 0.0) return __builtin_convertvector(at[-Filter::first], Exact);
-        Exact v[Filter::taps];
-        for (int k = 0; k < Filter::taps; ++k) v[k] = __builtin_convertvector(at[k], Exact);
-        return Filter::between(v, Exact{} + dx, Exact{} + 2.0);
-    }
-};
+template <class Filter>
+Exact exactly(const Single* first, int64_t stride, double dx, double dy) {
+    if (dy == 0.0) return across<Filter>(first - Filter::first * stride, dx);
+    Exact v[Filter::taps];
+    for (int i = 0; i < Filter::taps; ++i) v[i] = across<Filter>(first + i * stride, dx);
+    return Filter::between(v, Exact{} + dy, Exact{} + 2.0);
+}
 
 template <class Filter>
 void everywhere(const uint8_t* planes, int width, int height, const double* a, const uint8_t* fill, uint8_t* out) {
+    const int taps = Filter::taps;
     const Image image(planes, width, height);
-    const int64_t plane = static_cast<int64_t>(width) * height;
-    for (int y = 0; y < height; ++y) {
-        for (int x = 0; x < width; ++x, ++out) {
+    const int64_t plane = static_cast<int64_t>(width) * height, stride = image.stride;
+    std::vector<double> xs(width), ys(width);
+    std::vector<int32_t> firsts(width);
+    std::vector<float> weights(2 * taps * width);
+    for (int y = 0; y < height; ++y, out += width) {
+        int begin = width, end = 0;  // of those that come from the image
+        for (int x = 0; x < width; ++x) {
             const double xc = x + 0.5, yc = y + 0.5;
             const double xin = a[0] * xc + a[1] * yc + a[2], yin = a[3] * xc + a[4] * yc + a[5];
-            if (!(xin >= 0.0 && xin < width && yin >= 0.0 && yin < height)) {
-                for (int c = 0; c < 3; ++c) out[c * plane] = fill[c];
-                continue;
+            xs[x] = xin - 0.5, ys[x] = yin - 0.5;
+            if (xin >= 0.0 && xin < width && yin >= 0.0 && yin < height) begin = std::min(begin, x), end = x + 1;
+        }
+        begin = std::min(begin, end);
+        for (int c = 0; c < 3; ++c) {
+            std::memset(out + c * plane, fill[c], begin);
+            std::memset(out + c * plane + end, fill[c], width - end);
+        }
+#pragma omp simd
+        for (int x = begin; x < end; ++x) {
+            const int left = floor_of(xs[x]), top = floor_of(ys[x]);
+            firsts[x] = static_cast<int32_t>(image.index(left + Filter::first, top + Filter::first));
+            Filter::weigh(static_cast<float>(xs[x] - left), weights.data() + x, width);
+            Filter::weigh(static_cast<float>(ys[x] - top), weights.data() + taps * width + x, width);
+        }
+        for (int x = begin; x < end; ++x) {
+            const Single* const first = image.pixels.data() + firsts[x];
+            const float* const w = weights.data() + x;
+            Single v{};
+            for (int i = 0; i < taps; ++i) {
+                Single part{};
+                for (int k = 0; k < taps; ++k) part += first[i * stride + k] * w[k * width];
+                v += part * w[(taps + i) * width];
             }
-            const Place<Filter> place(image, xin, yin);
-            const Single v = place.nearly(), low = Single{}, high = low + MOST;
-            const Single above = v > low ? v : low, inside = above < high ? above : high;
+            const Single low = Single{}, high = low + MOST, above = v > low ? v : low;
+            const Single inside = above < high ? above : high;
             const Whole bytes = __builtin_convertvector(inside - NEAR, Whole);
             const Whole changes = bytes ^ __builtin_convertvector(inside + NEAR, Whole);
+            for (int c = 0; c < 3; ++c) out[c * plane + x] = static_cast<uint8_t>(bytes[c]);
             if (changes[0] | changes[1] | changes[2]) {
-                const Exact value = place.exactly();
-                for (int c = 0; c < 3; ++c) out[c * plane] = byte_of(value[c]);
-            } else {
-                for (int c = 0; c < 3; ++c) out[c * plane] = static_cast<uint8_t>(bytes[c]);
+                const double dx = xs[x] - floor_of(xs[x]), dy = ys[x] - floor_of(ys[x]);
+                const Exact value = exactly<Filter>(first, stride, dx, dy);
+                for (int c = 0; c < 3; ++c) out[c * plane + x] = byte_of(value[c]);
             }
         }
     }
@@ -178,7 +177,7 @@ void slide(const uint8_t* in, int width, int height, double slope, double offset
         for (int i = 1; i <= margin; ++i) values[-i] = values[0], values[width - 1 + i] = values[width - 1];
         const int start = floor_of(place(begin) - 0.5) - begin;
         float w[Filter::taps];
-        Filter::weigh(static_cast<float>(place(begin) - 0.5 - (start + begin)), w);
+        Filter::weigh(static_cast<float>(place(begin) - 0.5 - (start + begin)), w, 1);
         const float* const __restrict first = values + start + Filter::first;
         float* const __restrict sum = sums.data();
         for (int at = begin; at < end; at += block) {
