@@ -113,6 +113,19 @@ def test_a_state_goes_on_with_the_next_batch_on_other_ranks_and_workers(taken: i
     assert seen + [first + second for first, second in zip(*left, strict=True)] == expected
 
 
+def test_a_resume_after_each_batch_gives_an_undisturbed_epoch() -> None:
+    # DALI counted what it skipped at a resume, so the next state was wrong: NVIDIA/DALI#5378.
+    expected = indices(of_numbers(epochs=1))
+    seen: list[list[int]] = []
+    state = of_numbers().state_dict()
+    for _ in expected:
+        loader = of_numbers(epochs=1)
+        loader.load_state_dict(state)
+        seen += indices([next(iter(loader))])
+        state = loader.state_dict()
+    assert seen == expected
+
+
 def test_a_loader_that_was_left_in_the_middle_goes_on_there() -> None:
     whole = indices(of_numbers(epochs=1))
     loader = of_numbers(epochs=1)
