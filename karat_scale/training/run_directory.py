@@ -257,12 +257,12 @@ class RunDirectory:
             )
 
     def keep_data(
-        self, state: RunState, images: int, classes: Sequence[str], recipe: RunRecipe, is_branch: bool
+        self, state: RunState, images: int, identity: str, classes: Sequence[str], recipe: RunRecipe, is_branch: bool
     ) -> str:
         """Let `state` say which data it is of: its cursor counts their images, its labels number their classes.
 
         Args:
-            images: of the training split.
+            images: of the training split; identity: what they are, see `Task.train_identity`.
             classes: their names, in the order of the labels.
             is_branch: the state is of another run, which may have had other data.
 
@@ -276,6 +276,8 @@ class RunDirectory:
         differences = []
         if state.train_images not in (0, images):
             differences.append(f"{images:,} training images where it had {state.train_images:,}")
+        elif _kind(state.train_identity) == _kind(identity) and state.train_identity != identity:
+            differences.append("other training images, as many as before")
         if state.class_order_sha256 not in ("", order):
             differences.append("other classes")
         said = " and ".join(differences)
@@ -284,7 +286,7 @@ class RunDirectory:
                 f"run.dir = {self.path}: its run began with other data: data.path has {said}; correct "
                 "data.path, add 'resume.allow=[data.path]', or choose another run.dir"
             )
-        state.train_images, state.class_order_sha256 = images, order
+        state.train_images, state.train_identity, state.class_order_sha256 = images, identity, order
         return said
 
     def _is_finished(self, recipe: dict[str, Any]) -> bool:
@@ -292,6 +294,10 @@ class RunDirectory:
         summary = self.summary() or {}
         ended = summary.get("exit") == 0 and recipe["train.max_steps"] is None
         return ended and self.store.pointed("latest") == checkpoint_name(summary.get("steps", -1))
+
+
+def _kind(identity: str) -> str:
+    return identity.partition(":")[0]
 
 
 def _write(path: Path, text: str) -> None:

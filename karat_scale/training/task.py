@@ -92,6 +92,11 @@ class Task(ABC):
     def num_train(self) -> int:
         """Number of training images."""
 
+    @property
+    @abstractmethod
+    def train_identity(self) -> str:
+        """What the training images are in their order, `kind of files:digest`; of copies it is equal. "" if unknown."""
+
     @staticmethod
     @abstractmethod
     def less_memory(recipe: Any, world_size: int) -> str:

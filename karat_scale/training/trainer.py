@@ -163,7 +163,9 @@ class Trainer:
         fresh = partial(task.build_fresh, directory)
         state: RunState = self.checkpoints.load(branch, fresh, is_start) or task.begin()
         task.check_resumed(state)
-        other = directory.keep_data(state, task.num_train, task.classes, recipe, is_branch=bool(branch))
+        other = directory.keep_data(
+            state, task.num_train, task.train_identity, task.classes, recipe, is_branch=bool(branch)
+        )
         if other:
             self.reporter.info(f"it continues with other data: {other}")
         self.begin(state)

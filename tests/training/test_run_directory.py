@@ -1,7 +1,9 @@
 import multiprocessing
 import os
+import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from multiprocessing.synchronize import Event
 
 import pytest
@@ -164,16 +166,36 @@ def test_the_recipe_of_a_run_extends_nothing(recipe_file, tmp_path) -> None:
 
 def test_a_state_resumes_only_with_its_own_data(small_recipe) -> None:
     recipe, state = small_recipe(), TrainState()
-    keep_data = RunDirectory(recipe.run.dir).keep_data
-    assert keep_data(state, 64, ("cat", "dog"), recipe, is_branch=False) == ""
+    keep_data = partial(RunDirectory(recipe.run.dir).keep_data, recipe=recipe, is_branch=False)
+    cats, dogs = ("IMAGES:1", ("cat", "dog")), ("IMAGES:1", ("dog", "cat"))
+    assert keep_data(state, 64, *cats) == ""
     state = TrainState.from_json(state.to_json())
-    assert keep_data(state, 64, ("cat", "dog"), recipe, is_branch=False) == ""
+    assert keep_data(state, 64, *cats) == ""
     with pytest.raises(RunDirectoryError, match=r"data.path has 40 training images where it had 64; correct"):
-        keep_data(state, 40, ("cat", "dog"), recipe, is_branch=False)
+        keep_data(state, 40, *cats)
     with pytest.raises(RunDirectoryError, match=r"has other classes; correct data\.path"):
-        keep_data(state, 64, ("dog", "cat"), recipe, is_branch=False)  # the labels mean something else
+        keep_data(state, 64, *dogs)  # the labels mean something else
+    with pytest.raises(RunDirectoryError, match=r"has other training images, as many as before; correct data\.path"):
+        keep_data(state, 64, "IMAGES:2", cats[1])
     changed = "40 training images where it had 64 and other classes"
-    assert keep_data(replace(state), 40, ("dog", "cat"), recipe, is_branch=True) == changed
+    assert keep_data(replace(state), 40, *dogs, is_branch=True) == changed
     allowed = small_recipe("resume.allow=data.path")
-    assert keep_data(state, 40, ("dog", "cat"), allowed, is_branch=False) == changed
-    assert keep_data(state, 40, ("dog", "cat"), recipe, is_branch=False) == ""
+    assert keep_data(state, 40, *dogs, recipe=allowed) == changed
+    assert keep_data(state, 40, *dogs) == ""
+    assert keep_data(state, 40, "SHARDS:3", dogs[1]) == ""  # of a folder and of its shards, nobody can tell
+    assert keep_data(TrainState(train_images=40), 40, *dogs) == ""  # of a version that did not say
+
+
+def test_an_image_in_place_of_another_is_other_data(recipe_file, image_folder, tmp_path, capsys) -> None:
+    """As many images of the same classes, but others in each batch: some twice in an epoch, and some never."""
+    shutil.copytree(image_folder, tmp_path / "images")
+    folder = ("data.backend=folder", f"data.path={tmp_path / 'images'}", "data.workers=0")
+    train = partial(karat_here, "train", str(recipe_file), *folder)
+    assert train("train.max_steps=1") == 0
+    shutil.move(tmp_path / "images", tmp_path / "moved")
+    moved = f"data.path={tmp_path / 'moved'}"
+    (tmp_path / "moved/train/class1/000.jpg").rename(tmp_path / "moved/train/class1/new.jpg")
+    assert train("train.max_steps=2", moved) == 2
+    assert "other training images, as many as before; correct data.path, add" in capsys.readouterr().err
+    (tmp_path / "moved/train/class1/new.jpg").rename(tmp_path / "moved/train/class1/000.jpg")
+    assert train("train.max_steps=2", moved) == 0

@@ -5,12 +5,14 @@ evaluation counts each sample once on any world size. A checkpoint's `state.json
 """
 
 import itertools
+import json
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +283,15 @@ class ClassificationTask(Task):
     def num_train(self) -> int:
         """Number of training images."""
         return self.backend.num_train
+
+    @property
+    def train_identity(self) -> str:
+        """What the training images are; of a stream, nobody knows."""
+        data = self.recipe.data
+        if data.is_stream:
+            return ""
+        kind = data.row.files.name if data.row.files else data.backend
+        return f"{kind}:{sha256(json.dumps(self.backend.identity).encode()).hexdigest()}"
 
     @staticmethod
     def less_memory(recipe: Recipe, world_size: int) -> str:

@@ -4,6 +4,7 @@ Jitter is large-scale (Ghiasi et al., arXiv 2012.07177), as in ViTDet: drawn fir
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -23,6 +24,7 @@ from PIL import Image
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.loading.workers import OrderedResults, Whereabouts
 from karat_scale.data.plan import PADDING, BatchSlice, sample_seed
+from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.foundation.files import read_image
 from karat_scale.foundation.tables import how_to_install
@@ -70,6 +72,11 @@ class CocoSplit:
         if not any(record.objects for record in records.values()):
             raise DataError(f"{self.file} has no image with objects; {FIX}")
         self.image_ids = [image for image, record in records.items() if record.objects or not for_training]
+        self.notices = _left_out(index, len(records) - len(self.image_ids))
+        """A line each on what the annotations have and nothing is done with."""
+        named = [(image, records[image].file_name, len(records[image].objects)) for image in self.image_ids]
+        self.identity = hashlib.sha256(json.dumps(named).encode()).hexdigest()
+        """A hash of the images' ids and names and of the numbers of their objects, in which a copy agrees."""
         self._records = _Packed([records[image] for image in self.image_ids])
         self.index: Any = None if for_training else self._completed(index)
 
@@ -125,7 +132,7 @@ class CocoSplit:
     def _record(self, index: Any, image: int) -> ImageRecord:
         about = index.imgs[image]
         learnable = [
-            (annotation.get("id"), self._category(annotation), annotation.get("segmentation"))
+            (annotation.get("id"), self._category(annotation), self._segmentation(annotation))
             for annotation in index.imgToAnns.get(image, ())
             if not self._is_crowd(annotation) and self._area(annotation) > 0
         ]
@@ -174,6 +181,15 @@ class CocoSplit:
             raise self._wrong(annotation, "category_id", category, "the id of a category")
         return category
 
+    def _segmentation(self, annotation: Any) -> Any:
+        found = annotation.get("segmentation")
+        if not found:
+            raise DataError(
+                f"{self.file}: annotation {annotation.get('id')} has no segmentation, and Mask R-CNN learns "
+                "masks, not boxes alone; add it, or leave the annotation out"
+            )
+        return found
+
     def _is_crowd(self, annotation: Any) -> bool:
         crowd = annotation.get("iscrowd") or 0
         if crowd not in (0, 1):
@@ -189,6 +205,16 @@ class CocoSplit:
     def _wrong(self, annotation: Any, key: str, value: object, what: str) -> DataError:
         number = annotation.get("id")
         return DataError(f"{self.file}: annotation {number} has {key} = {value!r}, not {what}; correct it")
+
+
+def _left_out(index: Any, images: int) -> list[str]:
+    """Return what to say of images without an object to learn, and of annotations without an image."""
+    strangers = [image for image in index.imgToAnns if image not in index.imgs]
+    annotations = sum(len(index.imgToAnns[image]) for image in strangers)
+    notices = [f"{plural(images, 'image')} of {len(index.imgs):,} left out: no object to learn"] if images else []
+    if annotations:
+        notices.append(f"{plural(annotations, 'annotation')} left out: no image has the id {strangers[0]!r}")
+    return notices
 
 
 class _Packed:

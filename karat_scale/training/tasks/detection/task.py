@@ -194,12 +194,20 @@ class DetectionTask(Task):
                 f"category {label} by id is {ours} in {train.file} and {theirs} in {self.val.file}; give the "
                 "categories the same ids and names in both"
             )
+        for split in (train, self.val):
+            for notice in split.notices:
+                self.reporter.info(f"notice: {split.file.name}: {notice}")
         return train
 
     @property
     def num_train(self) -> int:
         """Number of training images, which have objects."""
         return len(self.train)
+
+    @property
+    def train_identity(self) -> str:
+        """What the training images and their objects are."""
+        return f"COCO:{self.train.identity}"
 
     @staticmethod
     def less_memory(recipe: DetectionRecipe, world_size: int) -> str:

@@ -68,6 +68,18 @@ def test_labels_follow_category_ids_and_what_cannot_be_learned_is_left_out(own, 
     assert len(opened(tmp_path, own, for_training=False)) == 2
 
 
+def test_what_is_left_out_is_told_and_other_images_have_another_identity(own, tmp_path) -> None:
+    split = opened(tmp_path, own)
+    assert split.notices == ["1 image of 2 left out: no object to learn"]
+    assert not opened(tmp_path, own, for_training=False).notices
+    strangers = [{**own["annotations"][0], "id": number, "image_id": "0"} for number in (4, 5)]
+    more = opened(tmp_path, {**own, "annotations": [*own["annotations"], *strangers]})
+    assert more.notices[1:] == ["2 annotations left out: no image has the id '0'"]
+    assert more.identity == split.identity
+    renamed = [{**own["images"][0], "file_name": "c.jpg"}, own["images"][1]]
+    assert opened(tmp_path, {**own, "images": renamed}).identity != split.identity
+
+
 def test_an_evaluation_has_what_exporters_leave_out(own, tmp_path) -> None:
     """Area, bounding box and crowd are made up for; an object without area is none; no annotation has number 0."""
     square, nothing, crowd = own["annotations"]
@@ -118,6 +130,7 @@ def test_bad_files_are_one_line_that_names_them(own, tmp_path, monkeypatch) -> N
 
     first, image = own["annotations"][0], own["images"][0]
     unreadable = "annotation 1 has no readable segmentation or box"
+    boxes_alone = "annotation 1 has no segmentation, and Mask R-CNN learns masks, not boxes alone; add it"
     wrong = {"size": [3, 4], "counts": [2, 10]}
     runs = [{"size": [30, 40], "counts": counts} for counts in ([310, 100, 700], [310, 100, 791], "?")]
     for content, said in (
@@ -146,7 +159,10 @@ def test_bad_files_are_one_line_that_names_them(own, tmp_path, monkeypatch) -> N
     ):
         assert said in refused(content)
     # An evaluation reads all of them at its start: pycocotools would not end, or not say which one is wrong.
-    for bad in ([], [[1.0]], {"counts": "?"}, None, *runs):
+    for bad in ([], None, ""):
+        for for_training in (True, False):
+            assert boxes_alone in refused({**own, "annotations": [{**first, "segmentation": bad}]}, for_training)
+    for bad in ([[1.0]], {"counts": "?"}, *runs):
         whole = {**first, "bbox": [10, 10, 10, 10], "segmentation": bad}
         assert unreadable in refused({**own, "annotations": [whole]}, for_training=False)
     for bad in ([1, 2, 3], [1, 2, 3, -4], [1, 2, 3, math.inf], ["left", 2, 3, 4]):
