@@ -33,7 +33,7 @@ from karat_scale.data.shards.beton import BetonSplit
 from karat_scale.data.shards.cache import RemoteUse
 from karat_scale.data.shards.shard_files import ImageSource
 from karat_scale.data.shards.shard_format import DATASET_FILE, must_answer, read_dataset_record
-from karat_scale.data.shards.shards import FolderSplit, ShardSplit
+from karat_scale.data.shards.shards import FolderSplit, ShardSplit, composed
 from karat_scale.foundation.console import few, plural
 from karat_scale.foundation.errors import DataError, RecipeError, UserError
 from karat_scale.foundation.files import LARGEST_TEXT, parse_json, read_bytes
@@ -46,9 +46,10 @@ _WNID = re.compile(r"n\d{8}")
 def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None]:
     """Return the label of each of their classes among ours; None of one that is not there.
 
-    Equal names match first. Others are compared without case, and an underscore is a space, where that names one class
-    alone on both sides. WordNet ids and the names of ImageNet-1K's classes stand for each other. Where all of their
-    names are numbers, as in ImageNet-V2, they are the labels themselves, unless ours are numbers, too.
+    Equal names match first. Others are compared without case, with accents spelled alike and underscores as spaces,
+    where that names one class alone on both sides. WordNet ids and the names of ImageNet-1K's classes stand for each
+    other. Where all of their names are numbers, as in ImageNet-V2, they are the labels themselves, unless ours are
+    numbers, too.
     """
     if list(theirs) == list(ours):
         return list(range(len(ours)))
@@ -97,7 +98,7 @@ def _labels(names: Sequence[str]) -> dict[str, int]:
 
 
 def _plain(name: str) -> str:
-    return " ".join(name.replace("_", " ").casefold().split())
+    return " ".join(composed(name).replace("_", " ").casefold().split())
 
 
 MOST_CLASSES = 10**9

@@ -23,6 +23,7 @@ Its format is v1.2 of DALI's wds2idx: a line `v1.2 <samples>`, then a line per s
 """
 
 import os
+import shlex
 import shutil
 import tempfile
 import time
@@ -37,7 +38,7 @@ import numpy as np
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.indexing.command import is_indexed
 from karat_scale.data.indexing.samples import LabelRule, open_tar, read_samples
-from karat_scale.data.prepare.job import add_shard_options, make_parser, run_in_processes
+from karat_scale.data.prepare.job import add_shard_options, make_parser, run_in_processes, user_path
 from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.tars import scan_members
 from karat_scale.foundation.console import progress
@@ -170,7 +171,7 @@ def stage(arguments: list[str] | None = None) -> None:
         copy_all(src, record.tars_of(src), out, missing, options.workers)
     list_splits(out, record, kept | wanted)
     absent = ", ".join(name for name in record.splits if name not in kept | wanted)
-    then = f"Stage {absent} too before you train from it" if absent else f"Train with data.path={out}"
+    then = f"Stage {absent} too before you train from it" if absent else f"Train with {shlex.quote(f'data.path={out}')}"
     print(f"{len(files)} files in {out} are complete and correct; {len(missing)} were copied. {then}")
 
 
@@ -393,8 +394,10 @@ def _join(src: Path, record: shard_format.DatasetRecord, out: Path) -> None:
 
 def join_splits(arguments: list[str] | None = None) -> None:
     parser = make_parser("Join splits that were made separately into one data set.", writes=False)
-    parser.add_argument("--src", type=Path, required=True, metavar="DIR", help="the directory of the splits to add")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the data set to add them to")
+    parser.add_argument(
+        "--src", type=user_path, required=True, metavar="DIR", help="the directory of the splits to add"
+    )
+    parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="the data set to add them to")
     options = parser.parse_args(arguments)
     print(f"{options.out} has {', '.join(join(options.src, options.out))} now")
 

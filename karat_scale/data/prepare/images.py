@@ -26,9 +26,12 @@ from karat_scale.data.decoders.native import NativeRecoder, result_size
 from karat_scale.data.prepare.sources.base import UnreadableSampleError
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.native_build import PACKAGES, LoadError
+from karat_scale.recipe import DataConfig
 
 # The same as Pillow's limit against decompression bombs.
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
+# A recipe's limit, unless it says another.
+_MOST_IN_TRAINING: int = DataConfig.model_fields["max_pixels"].default
 # The second image in these files is not a second sample.
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg"}
 JPEG_ENDINGS = (".jpg", ".jpeg", ".jpe")
@@ -54,6 +57,7 @@ class ImageFacts:
     """
 
     extension: str
+    pixels: int
     grey: bool = False
     orientation: int = UPRIGHT
     corrupt_exif: bool = False
@@ -83,6 +87,7 @@ def inspect_image(data: bytes, name: str) -> ImageFacts:
     orientation = jpeg_orientation(data, header)
     return ImageFacts(
         extension="jpg",
+        pixels=header.width * header.height,
         grey=header.components == 1,
         orientation=orientation or UPRIGHT,
         corrupt_exif=orientation is None,
@@ -117,7 +122,8 @@ def _inspect_by_pillow(data: bytes, name: str) -> ImageFacts:
     elif name.lower().endswith(JPEG_ENDINGS):
         odd.append(f"{kind} named JPEG")
     grey = mode in ("1", "L", "LA", "I", "I;16")
-    return ImageFacts(extension, grey, orientation, odd=tuple(odd), undecodable=decoding_failure(data) if odd else "")
+    undecodable = decoding_failure(data) if odd else ""
+    return ImageFacts(extension, size[0] * size[1], grey, orientation, odd=tuple(odd), undecodable=undecodable)
 
 
 Encoder = Literal["native", "pillow"]
@@ -225,7 +231,10 @@ class Preparation:
             except UndecodableImageError as error:
                 failure = str(error)
         turned = bool(encoded) and orientation is not None
-        odd = _oddities(facts, turned, failure)
+        convertible = odd = _oddities(facts, turned, failure)
+        if self.resize is None and facts.pixels > _MOST_IN_TRAINING:
+            large = f"{facts.pixels:,} pixels, at which training stops unless data.max_pixels is higher"
+            odd = "; ".join(filter(None, (convertible, large)))
         if odd and self.on_odd == "stop":
             raise DataError(f"{name}: {odd}; choose --on-odd convert, keep or skip")
         if failure or (odd and self.on_odd == "skip"):
@@ -234,7 +243,7 @@ class Preparation:
             done = f"{TURNS[facts.orientation]}, as its EXIF orientation {facts.orientation} asks" if turned else ""
             what = "; ".join(filter(None, (done, odd)))
             return Prepared(encoded, "jpg", facts.grey, what, "turned" if turned else "converted")
-        if odd and self.on_odd == "convert":
+        if convertible and self.on_odd == "convert":
             if not facts.odd:
                 return Prepared(without_exif(data), facts.extension, facts.grey, odd, "converted")
             try:

@@ -26,7 +26,12 @@ from karat_scale.data.plan import epoch_order
 from karat_scale.data.prepare import DECODED_BELOW
 from karat_scale.data.prepare.images import OddImageSkippedError, Preparation, Prepared
 from karat_scale.data.prepare.sources import Source, SourceOptions, UnreadableSampleError, open_splits
-from karat_scale.data.prepare.sources.imagefolder import NAME_FILES, find_file, read_synset_names
+from karat_scale.data.prepare.sources.imagefolder import (
+    NAME_FILES,
+    ImageFolderSource,
+    find_file,
+    read_synset_names,
+)
 from karat_scale.data.shards.shard_format import BetonRecord, OddRecord, SkippedRecord, SplitRecord, dataset_directory
 from karat_scale.foundation.arguments import OneLineParser, count
 from karat_scale.foundation.errors import DataError
@@ -134,7 +139,8 @@ class Job:
     def print_result(self, record: SplitRecord | BetonRecord, where: str, listed_in: str) -> None:
         """Print what was made, and the first images that were skipped or are odd."""
         print(
-            f"{self.split}: {record.samples} samples {where}, {record.bytes / 1e6:,.1f} MB, "
+            f"{self.split}: {record.samples} samples of {len(self.source.classes)} classes {where}, "
+            f"{record.bytes / 1e6:,.1f} MB, "
             f"{len(record.skipped)} skipped, {len(record.odd)} odd"
         )
         lines = [f"skipped {item.path}: {item.reason}" for item in record.skipped]
@@ -225,6 +231,12 @@ class PartOfSource(Source):
 def open_chosen(options: argparse.Namespace, known_classes: list[str] | None) -> dict[str, Source]:
     """Return the splits that the command line asks for. Raises DataError."""
     sources = open_splits(options.src, options.split, known_classes, SourceOptions.of(options))
+    for folder in (source.folder for source in sources.values() if isinstance(source, ImageFolderSource)):
+        if folder.resolve() in options.out.resolve().parents:
+            raise DataError(
+                f"--out {options.out} is among the classes in {folder}, and the next run would take it for one; use "
+                "another directory"
+            )
     if options.val_fraction is None and options.val_count is None:
         return sources
     option = "--val-fraction" if options.val_count is None else "--val-count"
@@ -311,19 +323,24 @@ def run_in_processes(work: Callable[[Any], T], items: Iterable[Any], workers: in
         pool.shutdown(cancel_futures=True)
 
 
+def user_path(text: str) -> Path:
+    """Return the path that an option names. A shell leaves a ~ that follows a =, as in --out=~/data."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111  # Path's refuses the name of an unknown user
+
+
 def make_parser(description: str, writes: bool = True) -> OneLineParser:
     """Return a parser with the options of every script, or of every script that writes."""
     parser = OneLineParser(Path(sys.argv[0]).name, description=description, allow_abbrev=False)
     if not writes:
         return parser
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write to")
+    parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="directory to write to")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and write nothing")
     return parser
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of scripts that convert a source: where it is, its images and their order, and odd ones."""
-    parser.add_argument("--src", type=Path, required=True, metavar="DIR", help="the directory of the images")
+    parser.add_argument("--src", type=user_path, required=True, metavar="DIR", help="the directory of the images")
     parser.add_argument("--split", metavar="NAME", help="make only this split (default: all)")
     _add_workers(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the order in the output (default 0)")
@@ -366,9 +383,13 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--image-column", metavar="NAME", help="Parquet: the column of images, if several could be")
     parser.add_argument("--label-column", metavar="NAME", help="Parquet: the column of labels, if several could be")
-    parser.add_argument("--val-labels", type=Path, metavar="FILE", help="ImageNet's validation labels")
-    parser.add_argument("--synsets", type=Path, metavar="FILE", help="`number wnid` lines for the devkit's numbers")
-    parser.add_argument("--names", type=Path, metavar="FILE", help="`wnid name` lines: readable names of the classes")
+    parser.add_argument("--val-labels", type=user_path, metavar="FILE", help="ImageNet's validation labels")
+    parser.add_argument(
+        "--synsets", type=user_path, metavar="FILE", help="`number wnid` lines for the devkit's numbers"
+    )
+    parser.add_argument(
+        "--names", type=user_path, metavar="FILE", help="`wnid name` lines: readable names of the classes"
+    )
 
 
 def check_source_options(options: argparse.Namespace) -> None:

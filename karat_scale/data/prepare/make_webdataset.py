@@ -37,6 +37,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
+from karat_scale.data.indexing.command import is_indexed
 from karat_scale.data.prepare.images import DEFAULT_QUALITY, Preparation, choose_encoder
 from karat_scale.data.prepare.job import (
     Job,
@@ -288,6 +289,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     out: Path = options.out
     dataset = shard_format.read_dataset_record(out) if (out / shard_format.DATASET_FILE).exists() else None
+    if dataset and is_indexed(dataset):  # to make it again might remove tars that nobody has a copy of
+        raise DataError(
+            f"{out} has a {shard_format.DATASET_FILE} of karat index, of tars that others made; use another --out"
+        )
     known = dataset.classes if dataset else None
     sources = open_chosen(options, known)
     settle_check(options, sum(map(len, sources.values())))

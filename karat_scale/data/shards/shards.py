@@ -6,6 +6,7 @@ A split of shards is checked against dataset.json and the indexes. Both places a
 import copy
 import itertools
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -30,7 +31,7 @@ from karat_scale.data.shards.shard_files import (
 from karat_scale.data.shards.tars import BLOCK
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import DataError
-from karat_scale.foundation.files import read_image
+from karat_scale.foundation.files import read_image, walk
 from karat_scale.foundation.tables import Files
 from karat_scale.recipe import DataConfig
 
@@ -193,6 +194,7 @@ class ShardSplit(IndexedSplit):
         self._remote = remote or RemoteUse()
         record = shard_format.read_dataset_record(self.directory, self._remote.timeout)
         shards = _shards_of(self.directory, record, split)
+        self.made = record.splits[split].made
         shard_format.check_class_count(self.directory, len(record.classes), num_classes)
         indexes = open_place(self.directory, self._remote)
         tars = open_place(record.tars_of(self.directory), self._remote) if record.root else indexes
@@ -285,10 +287,11 @@ class FolderSplit(ImageSource):
         self.classes = classes or tuple(found)
         shard_format.check_class_count(self._folder, len(self.classes), num_classes)
         if unknown := sorted(set(found) - set(self.classes)):
-            raise DataError(
-                f"{self._folder / unknown[0]} is a class that the training split does not have; remove it, "
-                "or add it there"
-            )
+            folder, name = self._folder / unknown[0], unknown[0]
+            for known in self.classes:
+                if composed(known) == composed(name):
+                    raise DataError(f"{folder}: training spells {known!a}, not {name!a}; rename one like the other")
+            raise DataError(f"{folder} is a class that the training split does not have; remove it, or add it there")
         numbers = {name: label for label, name in enumerate(self.classes) if name in found}
         visible: list[tuple[int, bytes]] = []
         left_out: list[str] = []
@@ -340,9 +343,36 @@ class FolderSplit(ImageSource):
         return str(self._folder / self.locate(sample_id)[0])
 
 
+def composed(name: str) -> str:
+    """Return a name with an accent and its letter as one character, which macOS writes as two."""
+    return unicodedata.normalize("NFC", name)
+
+
 def is_image_name(file: str) -> bool:
     """True if a file's name is that of an image, by ImageFolder's rules; hidden files are not."""
     return file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
+
+
+def is_hidden_folder(name: str) -> bool:
+    """True for a folder that holds no images of its own: thumbnails, copies of editors, and what macOS packs beside."""
+    return (name.startswith(".") and name not in (".", "..")) or name in ("__MACOSX", "@eaDir")
+
+
+def refuse_broken_link(path: Path) -> None:
+    """Raise DataError for a link that leads nowhere: what it is to may be on a disk that is not there now."""
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"{path} is a link to {path.readlink()}, where nothing is; put it right, or remove it")
+
+
+def folders_in(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder, sorted, without hidden ones. Raises OSError.
+
+    Raises DataError for a broken link, which may be to a class.
+    """
+    entries = [entry for entry in folder.iterdir() if not is_hidden_folder(entry.name)]
+    for entry in entries:
+        refuse_broken_link(entry)
+    return sorted(entry.name for entry in entries if entry.is_dir())
 
 
 def images_under(folder: Path, name: str) -> tuple[list[str], list[str]]:
@@ -352,15 +382,12 @@ def images_under(folder: Path, name: str) -> tuple[list[str], list[str]]:
     """
     images: list[str] = []
     others: list[str] = []
-    for directory, _, files in os.walk(folder / name, onerror=_raise, followlinks=True):
+    for directory, below, files in walk(folder / name):
+        below[:] = [one for one in below if not is_hidden_folder(one)]
         place = os.path.relpath(directory, folder)
         for file in files:
             (images if is_image_name(file) else others).append(f"{place}/{file}")
     return sorted(images, key=os.fsencode), sorted(others, key=os.fsencode)
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 MOST_SPLITS = 5
@@ -370,7 +397,7 @@ MOST_SPLITS = 5
 def class_folders(folder: Path) -> list[str]:
     """Return the names of the classes of a split, sorted. Raises DataError."""
     try:
-        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
+        names = folders_in(folder)
     except FileNotFoundError:
         shard_format.require_directory(folder.parent, Files.IMAGES)
         beside = sorted(path.name for path in folder.parent.glob("*/"))

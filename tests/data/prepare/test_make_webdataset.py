@@ -71,12 +71,13 @@ def test_without_a_compiler_pillow_encodes_and_native_is_an_error(tmp_path):
     assert "--encoder native cannot run" in done.stderr
 
 
-def test_a_second_split_joins_the_first(folder, tmp_path):
+def test_a_second_split_joins_the_first(folder, tmp_path, capsys):
     out = tmp_path / "out"
     make_shards(folder[0] / "train", out)
     make_shards(folder[0], out, "--split", "val")
     splits = make_shards(folder[0], out, "--split", "test").splits
     assert {name: split.samples for name, split in splits.items()} == {"train": 21, "val": 9, "test": 9}
+    assert capsys.readouterr().out.count("src: its split test becomes val") == 1
     save(folder[0] / "val/dog/0.jpg", 1)
     with pytest.raises(DataError, match="has the class 'dog', which the shards in --out do not"):
         make_shards(folder[0], out, "--split", "val")

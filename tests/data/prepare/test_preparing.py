@@ -17,6 +17,7 @@ from karat_scale.data.prepare.images import (
 )
 from karat_scale.data.prepare.sources import UnreadableSampleError
 from karat_scale.foundation.errors import DataError
+from tests.data.conftest import encode
 from tests.data.prepare.images import jpeg, sample_file, write
 from tests.data.prepare.making import make_shards, shard_samples
 from tests.data.tars import tar_bytes
@@ -169,6 +170,17 @@ def test_scan_agrees_with_pillow_and_a_decompression_bomb_is_refused():
         assert (header.width, header.height, header.components) == (width, height, len(mode))
     assert without_exif(jpeg(1)) == jpeg(1)
     assert scan_jpeg(jpeg(1, kind="PNG")) is None
+
+
+def test_an_image_at_which_training_stops_is_told_and_kept():
+    """A telephone takes it; only a recipe with a higher data.max_pixels reads it."""
+    data = encode(Image.new("1", (9001, 9000)), "PNG")
+    for policy in ("keep", "convert"):
+        made = Preparation(on_odd=policy).prepare(data, "a.png")
+        assert (made.data, made.done) == (data, "kept")
+        assert made.odd == "81,009,000 pixels, at which training stops unless data.max_pixels is higher"
+    with pytest.raises(OddImageSkippedError, match="81,009,000 pixels"):
+        Preparation(on_odd="skip").prepare(data, "a.png")
 
 
 @pytest.mark.parametrize("encoder", ["auto", "pillow"])

@@ -15,7 +15,12 @@ from karat_scale.data.prepare.sources.base import (
     choose_splits,
     names_of_classes,
 )
-from karat_scale.data.prepare.sources.imagefolder import ImageFolderSource, class_folders, split_folders
+from karat_scale.data.prepare.sources.imagefolder import (
+    ImageFolderSource,
+    class_folders,
+    refuse_like_splits,
+    split_folders,
+)
 from karat_scale.data.prepare.sources.parquet import parquet_files, parquet_splits
 from karat_scale.data.prepare.sources.small import cifar_splits, flowers_splits, idx_splits, stl10_splits, svhn_splits
 from karat_scale.data.prepare.sources.tars import folder_tar_splits, has_imagenet_tars, imagenet_splits
@@ -47,6 +52,9 @@ def open_splits(
         raise DataError(f"--src {src} is not a directory, a tar or a Parquet file")
     found, own_classes = _find(src, split, options or SourceOptions(), known_classes)
     chosen = choose_splits(src, found, split)
+    for name, origin in chosen.items():
+        if name != origin:
+            print(f"{src}: its split {origin} becomes {name}")
     if split is None:
         for name in [name for name in found if name not in chosen.values()]:
             print(f"{src}: the split {name} is left out; --split {name} converts it")
@@ -82,6 +90,9 @@ def _find(
             return known, names
     _refuse_unheeded(src, options, "folders of image files", set())
     folders, flat = split_folders(src)
+    if split is None or not folders:
+        names = [path.name for path in src.iterdir() if path.is_dir()]
+        refuse_like_splits(src, names, lambda name: any(path.is_dir() for path in (src / name).iterdir()))
     if folders:
         _refuse_flat(src, folders, flat, split)
     else:

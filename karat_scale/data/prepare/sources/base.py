@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from karat_scale.data.shards.shards import composed
 from karat_scale.foundation.errors import DataError
 
 Encoding = Literal["png", "jpeg"]
@@ -195,5 +196,14 @@ def labelling_splits(src: Path, found: Collection[str], split: str | None) -> se
 
 
 def names_of_classes(src: Path, by_split: Mapping[str, Collection[str]], split: str | None) -> list[str]:
-    """Return the classes of these splits, sorted. See `labelling_splits`."""
-    return sorted({name for origin in labelling_splits(src, by_split, split) for name in by_split[origin]})
+    """Return the classes of these splits, sorted. See `labelling_splits`.
+
+    Raises DataError if two names differ in nothing that one can see, as those of a Mac and of other systems do.
+    """
+    names = sorted({name for origin in labelling_splits(src, by_split, split) for name in by_split[origin]})
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(composed(name), name)
+        if other != name:
+            raise DataError(f"{src}: the class {name} is spelled {other!a} and {name!a}; rename one like the other")
+    return names

@@ -15,16 +15,24 @@ wnid per line in that order, as in meta.mat.
 
 import os
 import re
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from karat_scale.data.prepare.sources.base import ListedSource, UnreadableSampleError, cannot_read, is_of_the_file
-from karat_scale.data.shards.shards import images_under, is_image_name
+from karat_scale.data.shards.shards import (
+    folders_in,
+    images_under,
+    is_hidden_folder,
+    is_image_name,
+    refuse_broken_link,
+)
 from karat_scale.foundation.console import progress
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import read_image
 
 SPLIT_FOLDERS = ("train", "val", "valid", "validation", "test")
+LIKE_SPLITS = {**{name: name for name in SPLIT_FOLDERS}, "training": "train", "testing": "test"}
 NO_IMAGE_NAME = "the name has no image suffix"
 # Threads that ask for the sizes of files, which a network file system answers slowly; and files for each turn.
 _ASKING, _FILES = 16, 1000
@@ -33,19 +41,34 @@ _ASKING, _FILES = 16, 1000
 def split_folders(src: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     """Return the folders of `src` with a split's name that have class folders, and those that have only images."""
     splits, flat = {}, {}
-    for folder in (src / name for name in SPLIT_FOLDERS if (src / name).is_dir()):
-        if any(entry.is_dir() and entry.name[0] != "." for entry in folder.iterdir()):
+    for folder in (src / name for name in SPLIT_FOLDERS):
+        refuse_broken_link(folder)
+        if not folder.is_dir():
+            continue
+        if any(entry.is_dir() and not is_hidden_folder(entry.name) for entry in folder.iterdir()):
             splits[folder.name] = folder
         elif any(is_image_name(entry.name) for entry in folder.iterdir()):
             flat[folder.name] = folder
     return splits, flat
 
 
+def refuse_like_splits(src: Path, names: Iterable[str], has_folders: Callable[[str], bool]) -> None:
+    """Raise DataError for a folder of folders that has nearly a split's name, such as Training: it is no class."""
+    for name in sorted(names):
+        split = LIKE_SPLITS.get(name.lower(), name)
+        if split != name and has_folders(name):
+            raise DataError(
+                f"{src}: the folder {name} looks like a split, and not like a class or a folder to leave out; rename "
+                f"it to {split}, or give it alone as --src with --split {'val' if split == 'test' else split}"
+            )
+
+
 def class_folders(folder: Path) -> list[str]:
     """Return the class names, sorted. Raises DataError if there is none, or if one is not UTF-8."""
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
+    names = folders_in(folder)
     if not names:
-        raise DataError(f"{folder} has no class folders; expected {folder.name}/<class>/<image>")
+        tars = "; for tars that others made, use karat index" if any(folder.glob("*.tar")) else ""
+        raise DataError(f"{folder} has no class folders; expected {folder.name}/<class>/<image>{tars}")
     require_utf8(names, folder)
     return names
 
@@ -65,8 +88,9 @@ class ImageFolderSource(ListedSource):
     """
 
     def __init__(self, folder: Path, classes: list[str]) -> None:
-        self._folder = folder
-        skipped: list[tuple[str, str]] = []
+        self.folder = folder
+        loose = sorted(path.name for path in folder.iterdir() if is_image_name(path.name) and not path.is_dir())
+        skipped = [(name, "it is in no class folder") for name in loose]
         paths: list[str] = []
         labels: list[int] = []
         numbers = {name: label for label, name in enumerate(classes)}
@@ -84,12 +108,19 @@ class ImageFolderSource(ListedSource):
             paths += found
             labels += [numbers[name]] * len(found)
         if not paths:
-            raise DataError(f"{folder} has no images in its class folders")
+            parquet = next((path for path, _ in skipped if path.endswith(".parquet")), "")
+            fix = f"; it has Parquet files: give {folder / parquet.partition('/')[0]} as --src" if parquet else ""
+            raise DataError(f"{folder} has no images in its class folders{fix}")
+        if len(classes) == 1 and all(path.count("/") > 1 for path in paths):  # as in a tar
+            raise DataError(
+                f"{folder}: by paths such as {paths[0]}, all images would be of one class, {classes[0]!r}; give the "
+                "folder of the classes, or of the splits, as --src"
+            )
         super().__init__(classes, paths, labels, _sizes(folder, paths))
         self.skipped = skipped
 
     def read(self, index: int) -> bytes:
-        path = self._folder / self._paths[index]
+        path = self.folder / self._paths[index]
         try:
             return read_image(path)
         except OSError as error:

@@ -27,7 +27,7 @@ from karat_scale.data.prepare.sources.base import (
     UnreadableSampleError,
     labelling_splits,
 )
-from karat_scale.data.prepare.sources.imagefolder import SPLIT_FOLDERS
+from karat_scale.data.prepare.sources.imagefolder import LIKE_SPLITS, SPLIT_FOLDERS
 from karat_scale.data.prepare.sources.small import renumbered
 from karat_scale.data.shards.shard_format import MOST_CLASSES
 from karat_scale.foundation.errors import DataError
@@ -51,17 +51,11 @@ class Columns:
 
 def find_columns(src: Path, schemas: list[Any], options: SourceOptions) -> Columns:
     """Return the columns of files with these Arrow schemas. Raises DataError if they are not clear, or differ."""
-    import pyarrow.types as types
-
     schema = schemas[0]
     features = _features(schema)
     images = [field.name for field in schema if _holds_images(field.type)]
     named = [name for name, feature in features.items() if isinstance(feature.get("names"), list)]
-    plain = [
-        field.name
-        for field in schema
-        if any(fits(field.type) for fits in (types.is_integer, types.is_string, types.is_large_string))
-    ]
+    plain = [field.name for field in schema if _holds_labels(field.type)]
     image = _choose(src, "image", options.image_column, images, images, schema.names)
     label = _choose(src, "label", options.label_column, named or plain, plain, schema.names)
     found = features.get(label, {}).get("names") or []
@@ -73,7 +67,7 @@ def find_columns(src: Path, schemas: list[Any], options: SourceOptions) -> Colum
         ):
             raise DataError(f"{src}: its Parquet files have different columns or classes; give one data set as --src")
     kind = schema.field(image).type
-    if not types.is_struct(kind):
+    if _holds_bytes(kind):
         return Columns(image, image, None, label, _distinct(found))
     has_path = any(part.name == "path" for part in kind)
     return Columns(image, f"{image}.bytes", f"{image}.path" if has_path else None, label, _distinct(found))
@@ -94,21 +88,49 @@ def _sort(kind: Any) -> object:
 
     if types.is_struct(kind):
         return {part.name for part in kind} & {"bytes", "path"}
-    return "integer" if types.is_integer(kind) else str(kind).removeprefix("large_")
+    if _holds_labels(kind):
+        return "text" if _is_text(kind) else "integer"
+    return str(kind).removeprefix("large_")
 
 
 def _holds_images(kind: Any) -> bool:
     import pyarrow.types as types
 
     if types.is_struct(kind):
-        return any(part.name == "bytes" and _holds_images(part.type) for part in kind)
+        return any(part.name == "bytes" and _holds_bytes(part.type) for part in kind)
+    return _holds_bytes(kind)
+
+
+def _holds_bytes(kind: Any) -> bool:
+    import pyarrow.types as types
+
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _holds_labels(kind: Any) -> bool:
+    """True for numbers, texts, true and false, and for what pandas calls categories of these."""
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        return _holds_labels(kind.value_type)
+    return bool(types.is_integer(kind) or types.is_boolean(kind) or _is_text(kind))
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return bool(types.is_string(kind) or types.is_large_string(kind))
 
 
 def _choose(src: Path, what: str, asked: str | None, likely: list[str], fit: list[str], names: list[str]) -> str:
     if asked is not None:
         if asked not in fit:
-            raise DataError(f"--{what}-column {asked}: {src} has no such column of {what}s; it has {', '.join(names)}")
+            raise DataError(
+                f"--{what}-column {asked}: {src} has no such column of {what}s; it has {', '.join(names)}, of which "
+                f"{', '.join(fit) or 'none'} may hold {what}s"
+            )
         return asked
     if what in likely:
         return what
@@ -125,7 +147,11 @@ def _distinct(names: list[str]) -> list[str]:
 
 # The most bytes of images that a process holds, unless a single group has more.
 WINDOW_BYTES = 128_000_000
-_NAME = re.compile(r"(?P<split>\w+)-(?P<number>\d+)-of-(?P<count>\d+)(-[0-9a-f]+)?\.parquet")
+# Some have the data set's name before the split's.
+_NAME = re.compile(
+    r"(?P<before>(?P<prefix>[\w.-]+-)?(?P<split>\w+)-)(?P<number>\d+)-of-(?P<count>\d+)(-[0-9a-f]+)?\.parquet"
+)
+_WORD = re.compile(rf"(?<![a-z])({'|'.join(LIKE_SPLITS)})(?![a-z])", re.IGNORECASE)
 
 
 def parquet_files(src: Path) -> list[Path]:
@@ -147,11 +173,13 @@ def parquet_splits(
     by_split: dict[str, list[Path]] = {}
     for path in files:
         by_split.setdefault(_split_of(path, src) or split or "train", []).append(path)
-    missing = [name for name, paths in by_split.items() for name in _missing(src, paths)]
+    wanted = labelling_splits(src, by_split, split)  # the others may have no labels, or be only partly there
+    missing = [name for origin in by_split if origin in wanted for name in _missing(src, by_split[origin])]
     if missing and not options.any_hash:
         raise DataError(
             f"{src} has no {missing[0]}, and lacks {len(missing)} files in all; fetch them, or go without by --any-hash"
         )
+    files = [path for origin in by_split if origin in wanted for path in by_split[origin]]
     schemas: list[Any] = []
     for path in files:
         with _opened(path) as file:
@@ -163,8 +191,7 @@ def parquet_splits(
             raise DataError(f"{path}: row {found.index(None)} has no {columns.label}; label it, or remove the row")
     own = columns.classes
     if not own:  # the sorted names, or the numbers up to the largest
-        labelling = labelling_splits(src, by_split, split)
-        values = {label for name in labelling for path in by_split[name] for label in labels[path]}
+        values = {label for found in labels.values() for label in found}
         named = all(isinstance(value, str) for value in values)
         if not named and max(values) >= MOST_CLASSES:
             raise DataError(
@@ -174,7 +201,7 @@ def parquet_splits(
         own = sorted(values) if named else [str(number) for number in range(max(values) + 1)]
     facts = {"image_column": columns.image, "label_column": columns.label, "not_as_published": missing}
     return {
-        name: partial(ParquetSource, paths, [labels[path] for path in paths], columns, own, facts)
+        name: partial(ParquetSource, paths, [labels.get(path, []) for path in paths], columns, own, facts)
         for name, paths in by_split.items()
     }, own
 
@@ -253,12 +280,12 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _split_of(path: Path, src: Path) -> str:
     match = _NAME.fullmatch(path.name)
-    if match:
+    if match and not match["prefix"]:
         return match["split"]
-    if path.stem in SPLIT_FOLDERS:
-        return path.stem
-    inside = src not in (path, path.parent) and path.parent.name in SPLIT_FOLDERS
-    return path.parent.name if inside else ""
+    if src not in (path, path.parent) and path.parent.name in SPLIT_FOLDERS:
+        return path.parent.name
+    words = _WORD.findall(path.stem)
+    return LIKE_SPLITS[words[-1].lower()] if words else ""
 
 
 def _missing(src: Path, paths: list[Path]) -> list[str]:
@@ -273,7 +300,7 @@ def _missing(src: Path, paths: list[Path]) -> list[str]:
     first, there = matches[0], {int(match["number"]) for match in matches}
     width = len(first["number"])
     return [
-        f"{first['split']}-{number:0{width}d}-of-{first['count']}.parquet"
+        f"{first['before']}{number:0{width}d}-of-{first['count']}.parquet"
         for number in range(int(first["count"]))
         if number not in there
     ]

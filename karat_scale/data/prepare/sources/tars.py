@@ -32,10 +32,11 @@ from karat_scale.data.prepare.sources.imagefolder import (
     SPLIT_FOLDERS,
     find_file,
     read_val_labels,
+    refuse_like_splits,
     require_utf8,
 )
 from karat_scale.data.shards import shard_format
-from karat_scale.data.shards.shards import ShardSplit, is_image_name
+from karat_scale.data.shards.shards import ShardSplit, is_hidden_folder, is_image_name
 from karat_scale.data.shards.tars import scan_members
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import open_to_read
@@ -140,8 +141,8 @@ class _Place(NamedTuple):
 
     @property
     def hidden(self) -> bool:
-        """True if the class, or a folder above it, is hidden."""
-        return any(part[0] == "." for part in [*self.above, *self.inside[:1]])
+        """True if the class, or a folder above it or in it, is hidden."""
+        return any(map(is_hidden_folder, [*self.above, *self.inside[:1], *self.inside[:-1]]))
 
     @property
     def is_image(self) -> bool:
@@ -167,6 +168,8 @@ def folder_tar_splits(path: Path, split: str | None) -> tuple[Openers, list[str]
     if not split_there and _are_in_a_folder(path, members, folders):
         members = [(_below(place), member) for place, member in members]
         folders = [_below(place) for place in folders]
+    deep = {place.inside[0] for place, _ in members if place.is_image and not place.split and len(place.inside) > 2}
+    refuse_like_splits(path, deep, lambda _: True)
     by_split: dict[str, list[tuple[str, str, Member]]] = {}
     others: list[tuple[str, tuple[str, str, Member]]] = []
     for place, member in members:

@@ -195,3 +195,113 @@ def test_a_pipe_and_a_terabyte_are_listed_and_not_read(ants):
         number = next(n for n in range(len(source)) if source._paths[n].endswith(name))
         with pytest.raises(UnreadableSampleError, match=reason):
             source.read(number)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_split_by_another_name_is_no_class(tmp_path, packed):
+    """As data sets of scans come: all images would be of the classes Testing and Training."""
+
+    def refused(*options):
+        source = tmp_path / "src"
+        if packed:
+            source = tmp_path / "src.tar"
+            with tarfile.open(source, "w") as tar:
+                tar.add(tmp_path / "src", "scans")
+        with pytest.raises(DataError) as caught:
+            make_shards(source, tmp_path / "out", *options)
+        assert not (tmp_path / "out").exists()
+        return str(caught.value)
+
+    for number, name in enumerate(("Training/ant", "Training/bee", "Testing/ant")):
+        write(tmp_path / "src" / name / "0.jpg", jpeg(number))
+    said = "the folder Testing looks like a split, and not like a class or a folder to leave out; rename it to test, "
+    assert said in refused()
+    if not packed:
+        (tmp_path / "src/Training").rename(tmp_path / "src/train")
+        assert f"{said}or give it alone as --src with --split val" in refused()
+        make_shards(tmp_path / "src", tmp_path / "out", "--split", "train")
+        record = make_shards(tmp_path / "src/Testing", tmp_path / "out", "--split", "val")
+        assert {name: split.per_class for name, split in record.splits.items()} == {"train": [1, 1], "val": [1, 0]}
+
+
+def test_the_folder_around_a_data_set_is_no_class(tmp_path):
+    write_folders(tmp_path / "archive" / "flowers", per_class=1)
+    write(tmp_path / "archive" / "__MACOSX" / "flowers" / "._0.jpg", b"what macOS packs beside")
+    with pytest.raises(
+        DataError, match=r"flowers/train/n\S+JPEG, all images would be of one class, 'flowers'; give the"
+    ):
+        make_shards(tmp_path / "archive", tmp_path / "out")
+    assert make_shards(tmp_path / "archive" / "flowers", tmp_path / "out").classes == [*WNIDS]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_thumbnails_in_hidden_folders_are_no_images_of_a_class(tmp_path, packed):
+    src = tmp_path / "src"
+    for place in ("ant", "ant/.ipynb_checkpoints", "ant/@eaDir/0.jpg", "bee", "bee/deep/.thumbs", "__MACOSX/ant"):
+        write(src / place / "0.jpg", jpeg(len(place)))
+    if packed:
+        with tarfile.open(tmp_path / "src.tar", "w") as tar:
+            tar.add(src, ".")
+    record = make_shards(tmp_path / "src.tar" if packed else src, tmp_path / "out")
+    assert (record.classes, record.splits["train"].samples) == (["ant", "bee"], 2)
+    (src / "train").mkdir()
+    for name in ("ant", "bee"):
+        (src / name).rename(src / "train" / name)
+    assert len(FolderSplit(src, "train", 2)) == 2
+
+
+def test_links_that_lead_back_add_no_image_and_broken_ones_take_no_class(ants, tmp_path):
+    """The first has no end, and the second is mostly to a disk that is not mounted."""
+    (ants / "ant" / "all").symlink_to(ants / "ant")
+    (ants / "ant" / "up").symlink_to("..")
+    write(tmp_path / "bees" / "0.jpg", jpeg(9))
+    (ants / "bee").symlink_to(tmp_path / "bees")
+    record = make_shards(ants, tmp_path / "out")
+    assert (record.classes, record.splits["train"].per_class) == (["ant", "bee"], [4, 1])
+    assert FolderSplit(ants.parent, ants.name, 2).labels.sum() == 1
+    (tmp_path / "bees").rename(tmp_path / "gone")
+    said = rf"{ants}/bee is a link to {tmp_path}/bees, where nothing is; put it right, or remove it"
+    for make in (lambda: make_shards(ants, tmp_path / "other"), lambda: FolderSplit(ants.parent, ants.name, 2)):
+        with pytest.raises(DataError, match=said):
+            make()
+    (ants / "bee").unlink()
+    (ants.parent / "whole").mkdir()
+    ants.rename(ants.parent / "whole" / "train")
+    (ants.parent / "whole" / "val").symlink_to("/nowhere")
+    with pytest.raises(DataError, match="whole/val is a link to /nowhere, where nothing is"):
+        make_shards(ants.parent / "whole", tmp_path / "other")
+
+
+def test_two_spellings_of_a_class_are_told(tmp_path):
+    """macOS writes an accent as a character of its own; nobody can see it."""
+    mac, other = "cafe\u0301", "caf\xe9"
+    write(tmp_path / "src" / "train" / mac / "0.jpg", jpeg(0))
+    write(tmp_path / "src" / "val" / other / "0.jpg", jpeg(1))
+    with pytest.raises(DataError, match=r"spelled 'cafe\\u0301' and 'caf\\xe9'; rename one like the other"):
+        make_shards(tmp_path / "src", tmp_path / "out")
+    with pytest.raises(DataError, match=r"training spells 'cafe\\u0301', not 'caf\\xe9'; rename one like the other"):
+        FolderSplit(tmp_path / "src", "val", 1, FolderSplit(tmp_path / "src", "train", 1).classes)
+
+
+def test_other_files_than_images_are_told_to_their_command(tmp_path):
+    write(tmp_path / "hub" / "plain_text" / "train-00000-of-00001.parquet", b"")
+    with pytest.raises(DataError, match=r"; it has Parquet files: give \S+/hub/plain_text as --src"):
+        make_shards(tmp_path / "hub", tmp_path / "out")
+    write(tmp_path / "tars" / "train-000000.tar", b"")
+    with pytest.raises(DataError, match=r"has no class folders; .*; for tars that others made, use karat index"):
+        make_shards(tmp_path / "tars", tmp_path / "out")
+
+
+def test_images_beside_the_classes_are_listed(ants, tmp_path, capsys):
+    write(ants / "9.jpg", jpeg(9))
+    (skipped,) = make_shards(ants, tmp_path / "out").splits["train"].skipped
+    assert (skipped.path, skipped.reason) == ("9.jpg", "it is in no class folder")
+    assert "skipped 9.jpg: it is in no class folder" in capsys.readouterr().out
+
+
+def test_the_output_is_not_among_the_classes(ants, tmp_path):
+    """A run that was killed before it listed its shards would be gone on with one class more."""
+    for out in (ants / "shards", ants / "ant" / "shards"):
+        with pytest.raises(DataError, match=rf"--out {out} is among the classes in {ants}, and the next run would"):
+            make_shards(ants, out)
+        assert not out.exists()

@@ -201,3 +201,49 @@ def test_one_large_image_among_small_ones_fits_into_a_beton(tmp_path, options):
     write(tmp_path / "src/data/train-00000-of-00001.parquet", rows, labels, group=5)
     make_betons(tmp_path / "src", tmp_path / "out", *options)
     assert ("large", 2, large) in beton_samples(tmp_path / "out")
+
+
+def test_a_split_that_is_left_out_needs_no_labels_and_no_other_files(tmp_path):
+    """As a test set whose labels nobody may know."""
+    src = tmp_path / "src"
+    for split in ("train", "val"):
+        write(src / f"{split}.parquet", photos(0, 2), [0, 1])
+    write(src / "test-00001-of-00002.parquet", photos(2, 2), arrow.array([None, None], arrow.int64()))
+    assert list(make_shards(src, tmp_path / "out").splits) == ["train", "val"]
+    for options, said in (
+        ((), "has no test-00000-of-00002.parquet"),
+        (("--any-hash",), r": row 0 has no label; label"),
+    ):
+        with pytest.raises(DataError, match=said):
+            make_shards(src, tmp_path / "test", "--split", "test", *options)
+
+
+def test_the_split_may_be_a_word_of_a_name(tmp_path):
+    """As the hub called files once; test images were trained on."""
+    src = tmp_path / "src"
+    for number, name in enumerate(("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001")):
+        write(src / f"my-pets-{name}.parquet", photos(4 * number, 3), [0, 1, 2])
+    record = make_shards(src, tmp_path / "out")
+    assert {name: split.samples for name, split in record.splits.items()} == {"train": 6, "val": 3}
+    (src / "my-pets-train-00000-of-00002.parquet").unlink()
+    with pytest.raises(DataError, match=r"src has no my-pets-train-00000-of-00002\.parquet"):
+        make_shards(src, tmp_path / "other")
+    write(tmp_path / "one" / "my-pets-00000-of-00001.parquet", photos(0, 2), [0, 1])
+    assert list(make_shards(tmp_path / "one", tmp_path / "train").splits) == ["train"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (arrow.array(["dog", "ant", "dog"]).dictionary_encode(), ["ant", "dog"]),
+        (arrow.array([True, False, True]), ["0", "1"]),
+    ],
+    ids=["pandas' categories", "true and false"],
+)
+def test_labels_as_pandas_writes_them(tmp_path, labels, classes):
+    write(tmp_path / "src/train.parquet", photos(0, 3), labels, metadata={})
+    record = make_shards(tmp_path / "src", tmp_path / "out")
+    assert (record.classes, record.splits["train"].per_class) == (classes, [1, 2])
+    write(tmp_path / "src/train.parquet", photos(0, 2), arrow.array([0.0, 1.0]), metadata={})
+    with pytest.raises(DataError, match="it has image, label, of which none may hold labels"):
+        make_shards(tmp_path / "src", tmp_path / "other", "--label-column", "label")
