@@ -6,6 +6,7 @@ It reads the headers of all tars, and writes an index for each tar and dataset.j
 import hashlib
 import multiprocessing
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,36 +30,58 @@ from karat_scale.data.indexing.samples import (
     read_samples,
 )
 from karat_scale.data.shards import shard_format
+from karat_scale.data.shards.shards import is_hidden_folder, refuse_broken_link
 from karat_scale.foundation.console import plural, printable, progress, write_json
 from karat_scale.foundation.errors import DataError
-from karat_scale.foundation.files import read_text, write_atomically
+from karat_scale.foundation.files import read_text, walk, write_atomically
 from karat_scale.foundation.machine import usable_cores
 from karat_scale.foundation.stores import Store
 
 _NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _WORD = re.compile(rf"(?<![a-z])({'|'.join(_NAMES)})(?![a-z])", re.IGNORECASE)
+_PACKED = re.compile(r"\.(tar\.(gz|bz2|xz|zst)|tgz)$")
 _NAME_IN_RECORD = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
 
 
 def find_tars(source: Path | Store) -> list[str]:
-    """Return the tars in a directory or at a URL and below it, as sorted paths relative to it. Raises DataError."""
+    """Return the tars in a directory or at a URL and below it, as sorted paths relative to it. Raises DataError.
+
+    A line names compressed ones, which are left out.
+    """
     if isinstance(source, Store):
         where, files = source.url, list(source.files())
     elif source.is_dir():
-        where, files = str(source), [str(path.relative_to(source)) for path in source.rglob("*.tar*") if path.is_file()]
+        where, files = str(source), _files_under(source)
     else:
         raise DataError(f"{source} is not a directory; name the one that holds the tars")
     names = sorted(name for name in files if name.endswith(".tar"))
+    packed = sorted(name for name in files if _PACKED.search(name))
     if not names:
-        packed = next((name for name in files if ".tar." in name), None)
-        found = f"only such as {packed}; unpack their compression first" if packed else "and nothing to index"
+        found = f"only such as {packed[0]}; unpack their compression first" if packed else "and nothing to index"
         raise DataError(f"{where} has no *.tar, {found}")
+    if packed:
+        print(printable(f"note: {plural(len(packed), 'compressed tar')} left out, such as {packed[0]}"))
     for name in names:
         if not _NAME_IN_RECORD.fullmatch(name):
             raise DataError(
                 f"{where}/{name}: the name has other characters than letters, digits, _, . and -; rename it"
             )
     return names
+
+
+def _files_under(source: Path) -> list[str]:
+    """Return the files below a directory, also in linked ones, as paths relative to it; hidden ones are passed over.
+
+    Raises DataError for a broken link to a tar, OSError for a folder that cannot be listed.
+    """
+    paths: list[Path] = []
+    for directory, below, files in walk(source):
+        below[:] = [name for name in below if not is_hidden_folder(name)]
+        paths += [Path(directory, name) for name in files if name[0] != "."]
+    for path in paths:
+        if path.suffix == ".tar":
+            refuse_broken_link(path)
+    return [str(path.relative_to(source)) for path in paths]
 
 
 def into_splits(names: Sequence[str], rules: Sequence[str]) -> dict[str, list[str]]:
@@ -346,9 +369,10 @@ def _print_result(record: shard_format.DatasetRecord, out: Path, rule: LabelRule
 def _what_next(record: shard_format.DatasetRecord, out: Path) -> str:
     there = [name for name, split in record.splits.items() if split.samples]
     if "train" not in there:
-        return f"It has nothing to train on; evaluate a run on it with `karat eval RUN --on {out}`"
+        return f"It has nothing to train on; evaluate a run on it with `karat eval RUN --on {shlex.quote(str(out))}`"
+    place = shlex.quote(f"data.path={out}")
     validation = [name for name in ("val", "test", *there) if name in there and name != "train"]
     if not validation:
-        return f"Train with data.path={out}, once it has a validation split: add --split val=PATTERN"
+        return f"Train with {place}, once it has a validation split: add --split val=PATTERN"
     which = "" if validation[0] == "val" else f" data.val_split={validation[0]}"
-    return f"Train with data.path={out}{which}"
+    return f"Train with {place}{which}"

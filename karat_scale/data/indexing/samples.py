@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from karat_scale.data.shards.shard_format import index_bytes
+from karat_scale.data.shards.shards import is_hidden_folder
 from karat_scale.data.shards.tars import Member, scan_members
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import open_to_read
@@ -63,6 +64,8 @@ class LabelRule:
         folder, slash, file = name.removeprefix("./").rpartition("/")
         stem, dot, suffix = file.rpartition(".") if self.kind == "path" else file.partition(".")
         is_hidden = not stem or not dot
+        if self.kind == "path":  # whose stems may have dots, as those that macOS packs beside each file
+            is_hidden = is_hidden or file[0] == "." or any(is_hidden_folder(part) for part in folder.split("/"))
         return ("", "") if is_hidden else (f"{folder}{slash}{stem}", suffix.lower())
 
     def source(self, members: Mapping[str, Member]) -> Member | None:

@@ -11,6 +11,7 @@ import pytest
 
 from karat_scale.commands.cli import main
 from karat_scale.data.indexing import command
+from karat_scale.data.prepare import make_webdataset
 from karat_scale.data.shards.shard_format import read_dataset_record
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError
@@ -325,3 +326,49 @@ def test_a_number_of_thousands_of_digits_is_told_in_a_line(where, tmp_path, caps
             tar.addfile(plain, io.BytesIO(content))
     assert index(tmp_path) == (2 if where == "size" else 0)
     assert ("is cut short at" in capsys.readouterr().err) == (where == "size")
+
+
+def test_what_macos_packs_beside_files_is_no_sample(tmp_path: Path) -> None:
+    """With the class in the path, names may have dots. Training stopped at the first such file."""
+    names = ("./cat/a.1.jpg", "./cat/._a.1.jpg", "./._cat", "__MACOSX/cat/a.jpg", "./cat/.thumbs/a.jpg")
+    write_tar(tmp_path / "train.tar", [(name, image(0)) for name in names])
+    assert index(tmp_path, "--label", "path") == 0
+    split = read_dataset_record(tmp_path).splits["train"]
+    assert (split.samples, read_dataset_record(tmp_path).classes) == (1, ["cat"])
+    assert [one.path for one in split.skipped] == [f"train.tar: {name}" for name in names[1:]]
+
+
+def test_tars_behind_links_are_found_and_none_is_left_out_in_silence(tmp_path: Path, capsys) -> None:
+    """Clusters and caches of the hub are full of links."""
+    source = tmp_path / "source"
+    write_tar(source / "train" / "0.tar", sample(0))
+    write_tar(tmp_path / "elsewhere" / "1.tar", sample(1))
+    (source / "val").symlink_to(tmp_path / "elsewhere")
+    (source / "train" / "back").symlink_to(source)
+    (source / "train" / "2.tar").symlink_to(tmp_path / "blob")
+    (source / "train" / "3.tar.gz").write_bytes(b"")
+    (source / "train" / "._0.tar").write_bytes(b"what macOS keeps beside it on other disks")
+    assert index(source) == 2
+    assert "train/2.tar is a link to " in refused(capsys)
+    write_tar(tmp_path / "blob", sample(2))
+    assert index(source) == 0
+    record = read_dataset_record(source)
+    assert {name: [tar.name for tar in split.shards] for name, split in record.splits.items()} == {
+        "train": ["train/0.tar", "train/2.tar"],
+        "val": ["val/1.tar"],
+    }
+    assert "note: 1 compressed tar left out, such as train/3.tar.gz" in capsys.readouterr().out
+    assert ShardSplit(source, "val", 1).read(0) == image(1)
+
+
+def test_tars_that_others_made_are_never_made_again(image_folder: Path, tmp_path: Path) -> None:
+    """Those of our names, beside which is an index, were taken for leftovers of ours and removed."""
+    source = tmp_path / "source"
+    write_tar(source / "train-000000.tar", sample(0))
+    assert index(source) == 0
+    content = (source / "train-000000.tar").read_bytes()
+    with pytest.raises(
+        DataError, match=r"has a dataset.json of karat index, of tars that others made; use another --o"
+    ):
+        make_webdataset.main(["--src", str(image_folder), "--out", str(source)])
+    assert (source / "train-000000.tar").read_bytes() == content
