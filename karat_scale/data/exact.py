@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import sha256
@@ -247,7 +248,8 @@ class ExactLoader(_Loader):
                 self._taken, self.digest = self.step * self.plan.accumulation, self._digest_of_steps
                 self._ahead = self.feed(self.plan.slices(self.step, self._steps))
             try:
-                batch = next(self._ahead)
+                with named_as_arguments():
+                    batch = next(self._ahead)
             except BaseException:
                 self._stop()
                 raise
@@ -255,7 +257,11 @@ class ExactLoader(_Loader):
             self.digest = (self.digest + batch.digest) % 2**BITS
             if self._taken % self.plan.accumulation == 0:
                 self._digest_of_steps = self.digest
-            yield batch.content if isinstance(self._source, OwnSamples) else self.finish(batch)
+            if isinstance(self._source, OwnSamples):
+                yield batch.content
+            else:
+                _warn_of(batch, "the next one takes its place")
+                yield self.finish(batch)
 
     def feed(self, slices: Iterable[BatchSlice], waiting: Waiting = nullcontext) -> DeviceFeed[Any]:
         """Return the micro batches of `slices` on the device, before `finish`; in `waiting()` it waits for the next."""
@@ -344,8 +350,18 @@ class EvalLoader(_Loader):
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         """Yield all of this rank's batches."""
-        for batch in self.feed():
-            found = (batch.content, batch.sample_ids) if self._finish is None else self._finish.of_eval(batch)
+        batches = self.feed()
+        while True:
+            with named_as_arguments():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            found: tuple[Any, ...]
+            if self._finish is None:
+                found = batch.content, batch.sample_ids
+            else:
+                _warn_of(batch, "it is left out")
+                found = self._finish.of_eval(batch)
             if len(found[-1]) or not self._drop_empty:
                 yield found
 
@@ -388,6 +404,12 @@ class Finish:
         return images if self.normalize is None else self.normalize(images), labels, ids
 
 
+def _warn_of(batch: Batch, done: str) -> None:
+    """Warn of each image that could not be read; `done` says what is done instead."""
+    for bad in batch.bad:
+        warnings.warn(f"{bad}; {done}", stacklevel=3)
+
+
 def _check_whole(may_be_none: bool = False, **arguments: object) -> None:
     """Raise RecipeError for an argument that is not a whole number."""
     for name, value in arguments.items():
@@ -418,10 +440,7 @@ _ARGUMENTS = {"path": "data", "train_split": "split", "val_split": "split"}
 _OF_KEYS = {
     "train.global_batch": "global_batch",
     "train.micro_batch": "micro_batch",
-    "data.train_split": "split",
-    "data.val_split": "split",
-    "data.path": "data",
-    "data.backend": "backend",
+    **{f"data.{key}": _ARGUMENTS.get(key, key) for key in DataConfig.model_fields},
 }
 _FOR_ALL = ("order", "block_samples", "window_blocks", "prefetch", "timeout")
 
@@ -470,6 +489,11 @@ def open_source(
         if key in options and (trains or key != "train_split"):
             raise RecipeError(f"{key} = {options[key]}: use the argument {argument} instead")
     is_own = not isinstance(data, str | Path)
+    if is_own and not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise RecipeError(
+            f"data is a {type(data).__name__}: expected a path, or a dataset with __len__ and __getitem__; give a "
+            "DataLoader's dataset, and no iterable one"
+        )
     path = "" if is_own else str(data)
     backend = options.get("backend") or ("synthetic" if is_own else _backend_of(path, split))
     settings = {**options, "backend": backend, "path": path, "workers": workers, "val_split": split}

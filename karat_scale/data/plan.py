@@ -144,6 +144,8 @@ def micro_batch_of(recipe: RunRecipe, world_size: int) -> int:
 
 def check_one_batch(num_samples: int, global_batch: int) -> None:
     """Raise DataError where the training split has not even one whole global batch."""
+    if num_samples == 0:
+        raise DataError("the training split has no samples")
     if num_samples < global_batch:
         raise DataError(
             f"the training split has {num_samples} samples, fewer than train.global_batch = {global_batch}; "

@@ -206,6 +206,7 @@ class SampleFiles:
 
     def __init__(self, path: str | Path, split: str = "train") -> None:
         self._split = ShardSplit(path, split, sys.maxsize, remote=RemoteUse())
+        self._rule = LabelRule.parse(self._split.made.get("label", "cls"))  # says what of a member's name is the key
 
     def __len__(self) -> int:
         return len(self._split)
@@ -222,16 +223,15 @@ class SampleFiles:
 
     def __getitem__(self, sample_id: int) -> dict[str, Any]:
         key, shard = self._split.locate(sample_id)
-        found = _members(self._split.around(sample_id), shard)
+        found = _members(self._split.around(sample_id), shard, self._rule)
         files = {suffix: content for name, suffix, content in found if name == key}
         if self._split.read(sample_id) not in files.values():
             raise DataError(f"{shard}: the members of sample {key} do not follow each other; make shards of them")
         return {"__key__": key, "__label__": int(self._split.labels[sample_id]), **files}
 
 
-def _members(part: bytes, what: str) -> Iterator[tuple[str, str, bytes]]:
+def _members(part: bytes, what: str, rule: LabelRule) -> Iterator[tuple[str, str, bytes]]:
     """Yield key, suffix and content of the members in a part of a tar, which may end with a header."""
-    rule = LabelRule("cls")
     for member in scan_members(lambda at, size: part[at : at + size], sys.maxsize, what):
         end = member.offset + member.size
         if end > len(part):  # the header of the next image

@@ -8,7 +8,7 @@ import sys
 import tarfile
 from collections import UserDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from karat_scale.data import EvalLoader, ExactLoader, SampleFiles
 from karat_scale.data.backends.own import Collated
@@ -26,6 +26,7 @@ from karat_scale.recipe.loading import load_recipe
 from tests.conftest import ROOT, karat_done, make_image_folder, summary
 from tests.data.backends.helpers import children
 from tests.data.conftest import encode, photo
+from tests.data.tars import write_tar
 
 Make = Callable[..., Path]
 GLOBAL, SEED = 8, 3
@@ -386,6 +387,34 @@ def test_captions_and_labels_beside_images_come_through(tmp_path: Path) -> None:
     assert samples[3]["__key__"] == f"3{long}"
 
 
+def test_the_members_of_a_sample_are_those_that_the_index_took_together(tmp_path: Path) -> None:
+    """With the class in the path, a name may have dots."""
+    tars = tmp_path / "tars"
+    for number, name in enumerate(("cat/a.1", "cat/a.2", "dog/b.1")):
+        caption = (f"{name}.txt", name.encode())
+        write_tar(tars / f"train-{number}.tar", [(f"{name}.jpg", encode(photo(number))), caption])
+    karat_done("index", str(tars), "--label", "path")
+    samples = SampleFiles(tars)
+    assert [samples[number]["txt"] for number in range(3)] == [b"cat/a.1", b"cat/a.2", b"dog/b.1"]
+
+
+def test_a_bad_image_is_told_of_in_the_loaders_words(make_shards: Make, make_sample: Callable[..., Any]) -> None:
+    """Nobody heard of those that were skipped."""
+    samples = [make_sample(number) for number in range(12)]
+    samples[5] = replace(samples[5], data=b"no image")
+    shards = make_shards(samples, samples[:6])
+    said = rf"sample {samples[5].key} in .* cannot be decoded: not an image"
+    for loader in (of_images(shards, global_batch=12), EvalLoader(shards, image_size=16, workers=0)):
+        with pytest.raises(DataError, match=rf"{said}.*, or skip such images: add on_bad_sample=skip$"):
+            list(loader)
+    with pytest.warns(UserWarning, match=f"{said}.*; the next one takes its place") as told:
+        batches = list(of_images(shards, global_batch=12, on_bad_sample="skip"))
+    assert (len(told), len(batches[0][1])) == (1, 12)
+    with pytest.warns(UserWarning, match=f"{said}.*; it is left out"):
+        batches = list(EvalLoader(shards, image_size=16, workers=0, on_bad_sample="skip"))
+    assert [ids.tolist() for _, _, ids in batches] == [[0, 1, 2, 3, 4]]
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"augment": {"hflp": 0.5}}, "hflp: unknown key; did you mean hflip?"),
     ({"prefetsh": 2}, "prefetsh: unknown key; did you mean prefetch?"),
@@ -424,6 +453,8 @@ def test_a_mistake_is_one_line(make_shards: Make) -> None:
     cases = [
         *((lambda changed: of_images(shards, **changed), *row) for row in REFUSED),
         (lambda changed: of_images(Path("photoss")), {}, f"data = photoss is not a directory in {Path.cwd()}; "),
+        (lambda changed: of_images(DataLoader(Numbers())), {}, "data is a DataLoader: expected a path, or a dataset"),
+        (lambda changed: ExactLoader([], global_batch=8), {}, "the training split has no samples"),
         *((lambda changed: of_numbers(**changed), *row) for row in REFUSED_OF_ONES_OWN),
         *((lambda changed: EvalLoader(shards, workers=0, **changed), *row) for row in REFUSED_OF_AN_EVALUATION),
     ]
