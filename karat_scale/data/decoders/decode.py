@@ -1,7 +1,7 @@
 """The interface of all decoders, the view of an image that they return, and decoding to RGB with Pillow.
 
 As in torchvision's ImageFolder, EXIF orientation is ignored and alpha is dropped. Unlike there, 16-bit grey
-is scaled to 8 bits instead of clipped.
+is scaled to 8 bits instead of clipped, and grey of no certain range is refused instead of black or white.
 """
 
 import functools
@@ -70,14 +70,21 @@ def undecodable_reason(error: Exception) -> str:
     return one_line(error)
 
 
+_MOST_IN_16_BITS = 2**16 - 1
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return the whole of an opened image as RGB; raises Pillow's errors."""
     if image.mode == "RGB":
         image.load()
         return image.copy() if image.readonly else image
     if image.mode.startswith("I"):
-        high_byte = np.clip(np.asarray(image, dtype=np.int64) >> 8, 0, 255).astype(np.uint8)
-        return Image.fromarray(high_byte).convert("RGB")
+        grey = np.asarray(image, dtype=np.int64)
+        if grey.max(initial=0) > _MOST_IN_16_BITS:
+            raise ValueError("it has more than 16 bits of grey; store it with 8 or 16")
+        return Image.fromarray(np.clip(grey >> 8, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":  # Pillow would make all of it black where white is 1
+        raise ValueError("its pixels are floating-point numbers of no certain range; store it with 8 or 16 bits")
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")

@@ -133,6 +133,16 @@ def test_other_formats_and_refusals_of_truncated_files_are_pillows(encode_jpeg, 
         assert outcome(decoder, encoded[:end]) == outcome(pillow, encoded[:end])
 
 
+@pytest.mark.parametrize("name", ["pillow", *OTHERS])
+def test_grey_of_no_certain_range_is_refused(decoder_of, name):
+    """It became black, or white, in silence."""
+    decoder, ramp = decoder_of(name), np.linspace(0, 1, 40 * 30).reshape(30, 40)
+    for pixels, said in ((ramp.astype(np.float32), "floating-point"), ((ramp * 2**20).astype(np.int32), "16 bits")):
+        assert said in outcome(decoder, encode(Image.fromarray(pixels), "TIFF"))
+    grey = encode(Image.fromarray((ramp * 65535).astype(np.int32)), "TIFF")
+    assert np.ptp(decoder.read(grey, whole)) > 240
+
+
 def bomb(width, height):
     """A small PNG of many pixels."""
 
