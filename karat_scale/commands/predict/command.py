@@ -36,6 +36,7 @@ from karat_scale.data.decoders.jpeg_header import upright
 from karat_scale.data.loading.assemble import ImageAssembler, ImageSpec, OrderedLoader
 from karat_scale.data.plan import BatchSlice
 from karat_scale.data.shards.shard_files import ImageSource
+from karat_scale.data.shards.shards import is_hidden_folder
 from karat_scale.engine.distributed import device_name
 from karat_scale.engine.engine import forward_for_evaluation
 from karat_scale.engine.memory import one_line_out_of_memory
@@ -152,7 +153,7 @@ def _in_folder(folder: Path, found: Found) -> Iterator[Path]:
             below.clear()
             continue
         visited.add(real)
-        below[:] = sorted(name for name in below if name[0] != ".")
+        below[:] = sorted(name for name in below if not is_hidden_folder(name))
         for name in sorted(name for name in files if name[0] != "."):
             if name.lower().endswith(IMG_EXTENSIONS):
                 images += 1
@@ -326,14 +327,16 @@ def predict(
     predictions += [Prediction(name, error=reason) for name, reason in found.bad]
     bad = [one for one in predictions if one.error]
     good = len(predictions) - len(bad)
-    write_json_lines(json_file, predictions)  # before what is printed, which nobody may read to its end
-    write_csv(csv_file, predictions)
-    if good:
-        which = f"{model} {classifier.checkpoint} ({classifier.weights} weights)"
-        print_predictions(printable(f"{which} on {device_name(classifier.device)}"), predictions)
-    for one in bad:
-        print(printable(f"{one.image}: {one.error}"), file=sys.stderr)
-    print(f"{plural(good, 'image')} predicted, {len(bad)} failed")
+    try:
+        write_json_lines(json_file, predictions)  # before what is printed, which nobody may read to its end
+        write_csv(csv_file, predictions)
+    finally:  # a disk that takes nothing must not cost the predictions
+        if good:
+            which = f"{model} {classifier.checkpoint} ({classifier.weights} weights)"
+            print_predictions(printable(f"{which} on {device_name(classifier.device)}"), predictions)
+        for one in bad:
+            print(printable(f"{one.image}: {one.error}"), file=sys.stderr)
+        print(f"{plural(good, 'image')} predicted, {len(bad)} failed")
     return int(bool(bad)) if good else 2
 
 

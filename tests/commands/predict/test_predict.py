@@ -152,6 +152,15 @@ def test_files_folders_and_globs_with_bad_ones_among_them(run: Path, image_folde
     assert {row["image"] for row in rows if row["error"]} == {n for n, line in found.items() if "error" in line}
 
 
+def test_a_full_disk_does_not_cost_the_predictions(run: Path, image_folder: Path, small_disk: Path, capsys) -> None:
+    (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    images, table = str(image_folder / "val" / "class0"), str(small_disk / "p.csv")
+    assert karat_here("predict", str(run), images, "--csv", table) == 2
+    told = capsys.readouterr()
+    assert f"{VAL_PER_CLASS} images predicted, 0 failed" in told.out
+    assert told.err.splitlines()[-1] == f"error: {table}: No space left on device"
+
+
 def test_nothing_predicted_is_exit_code_2(run: Path, tmp_path: Path, capsys) -> None:
     empty, broken, pipe, huge = (tmp_path / name for name in ("empty", "broken.jpg", "b.jpg", "c.jpg"))
     empty.mkdir()
