@@ -84,7 +84,11 @@ def open_classifier(source: str, checkpoint: str, weights: str) -> Classifier:
     try:
         path, inside = locate(source)
     except UserError:
-        raise RunDirectoryError(f"{source}: neither a run's directory nor a folder of karat export; name one") from None
+        below = sorted(path.parent for path in Path(source).expanduser().glob("*/model.safetensors"))
+        one = f"one in it, such as {below[0]}" if below else "one"
+        raise RunDirectoryError(
+            f"{source}: neither a run's directory nor a folder of karat export; name {one}"
+        ) from None
     if inside:
         run = open_run(path, weights=weights, checkpoint=checkpoint if checkpoint != "best" else inside)
         return Classifier(run.model(), run.recipe, run.directory.classes(), run.chosen, run.weights_kind)

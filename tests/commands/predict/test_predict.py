@@ -191,6 +191,11 @@ def test_what_is_no_model_is_one_line(run: Path, image_folder: Path, tmp_path: P
     (damaged / "model.safetensors").write_bytes(b"damaged")
     for source, options, said in (
         ("nowhere", (), "nowhere: neither a run's directory nor a folder of karat export"),
+        (
+            tmp_path,
+            (),
+            f"{tmp_path}: neither a run's directory nor a folder of karat export; name one in it, such as {damaged}",
+        ),
         (out, ("--weights", "ema"), "holds raw only; leave out --weights, or name the run"),
         (out, ("--checkpoint", "latest"), "leave out --checkpoint"),
         (run, ("--checkpoint", "step-00000099"), "no checkpoint 'step-00000099'"),
