@@ -52,6 +52,12 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def layered(number: int, count: int, width: float = 1.5) -> dict[str, Any]:
+    """Return the style of one of `count` lines. Below a later line that it equals, it is seen, as it is wider."""
+    wider = (count - 1 - number) / max(count - 1, 1)
+    return {"linestyle": ("-", "--", ":", "-.")[number % 4], "linewidth": width + wider}
+
+
 def rendered(figure: Figure, kind: Literal["png", "svg"] = "png", dpi: int = DPI) -> bytes:
     """Return a figure as a file of this kind: a PNG is white behind the figure, an SVG is transparent."""
     content = io.BytesIO()

@@ -6,6 +6,7 @@ bench gpu` run without rich. Pages open offline: every text is escaped, and ever
 
 import base64
 import json
+import math
 import os
 import sys
 import textwrap
@@ -199,7 +200,7 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]
     """
     what, console = printable(what), terminal(stderr=True)
     bars = ProgressBars(console) if console else None
-    done, told = 0, -1
+    done = told = 0
     started = reported = time.monotonic()
 
     def advance(count: int) -> None:
@@ -286,7 +287,7 @@ def render_page(package: str, template: str, **values: Any) -> str:
     )
     kinds = {"png": "image/png", "jpeg": "image/jpeg", "svg": "image/svg+xml"}
     environment.filters |= {name: partial(_data_url, kind) for name, kind in kinds.items()}
-    environment.filters |= {"cell": _cell, "sort_key": lambda value: "" if value is None else str(value)}
+    environment.filters |= {"cell": _cell, "sort_key": lambda value: "" if _is_undefined(value) else str(value)}
     return environment.get_template(template).render(version=__version__, **values)
 
 
@@ -296,6 +297,10 @@ def _data_url(kind: str, data: bytes) -> str:
 
 def _cell(value: Any) -> str:
     """Format a number to four figures; a dash if it is undefined."""
-    if value is None:
+    if _is_undefined(value):
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _is_undefined(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))

@@ -4,7 +4,7 @@ The functions are phi_pq, or psi of `form: content`. With them come the energy p
 softmax. Distributions are those of the first, middle and last checkpoint, with tail indexes (paper, section 5.3).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from karat_scale.commands.analyze.result import (
 )
 from karat_scale.commands.analyze.summary import functions_sentence
 from karat_scale.commands.analyze.trained_run import TrainedRun, ValidationImages
-from karat_scale.commands.figures import GRID, OWN_LIMITS, OWN_X, new_figure, show_map
+from karat_scale.commands.figures import GRID, OWN_LIMITS, OWN_X, layered, new_figure, show_map
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.models.factory import layer_sizes
 from karat_scale.models.layers import attention_layers
@@ -106,7 +106,8 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
     if sections and not any(section.scores for section in sections):
         raise NothingToShowError("attention.scores = false: all functions are the constants phi_pq(0)")
     model = run.model()
-    learned = {block: operator for block, operator in enumerate(operators(model)) if operator is not None}
+    found = {block: operator for block, operator in enumerate(operators(model)) if operator is not None}
+    learned = {block: operator for block, operator in found.items() if attention.of_block(block).scores}
     if not learned:
         raise NothingToShowError(f"attention.kind = {attention.kind} has no learned functions of the scores")
     layers = attention_layers(model)
@@ -121,6 +122,8 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
 
     visit_images(model, run, images, settings, "scores", visit)
     result = Result()
+    if len(learned) < len(found):
+        result.notes.append(f"attention.scores = false has constants phi_pq(0) alone{_left_out(found, learned)}")
     seen = "over the scores that occur (grey: how often)."
     _draw_heads_of_blocks(
         result, "of_score", heads, histogram, _draw_score_function, f"the function of each score alone, {seen}"
@@ -139,14 +142,17 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
     _add_gates(result, model)
     note_bad_images(result, images.bad)
     _add_energy(result, learned)
-    if unlike := [section for section in sections if section.form == "content" or section.kind != "karat"]:
-        what = f"form = {unlike[0].form}" if unlike[0].kind == "karat" else f"kind = {unlike[0].kind}"
-        result.notes.append(f"distance from softmax: not for attention.{what}, whose S is not H W^T")
-    elif any(size.biased for size in layer_sizes(run.recipe.model)):
+    if any(size.biased for size in layer_sizes(run.recipe.model)):
         result.notes.append("distance from softmax: not available for shifted windows, where some pairs are masked")
     else:
         _add_distances(result, model, learned, run, images, settings)
     return result
+
+
+def _left_out(blocks: Collection[int], shown: Collection[int]) -> str:
+    """Say which of the blocks are not shown, unless none is."""
+    others = [str(block) for block in blocks if block not in shown]
+    return f", so not for block{'s' * (len(others) > 1)} {', '.join(others)}" if shown else ""
 
 
 def _places(learned: Learned) -> list[tuple[int, int]]:
@@ -199,6 +205,7 @@ def _draw_score_function(axes: Any, heads: AttentionHeads, head: int, x: Tensor,
         return None
     scores, curve = x.float().cpu().numpy(), curves[head, 0].cpu().numpy()
     axes.plot(scores, curve)
+    axes.set_ylabel("" if head else "function")
     return {"of_score_x": scores, "of_score": curve}
 
 
@@ -211,6 +218,7 @@ def _draw_curves(axes: Any, operator: KaratOperator, head: int, x: Tensor, weigh
     axes.fill_between(scores, bands[1], bands[3], alpha=0.35, linewidth=0, color="C0")
     axes.plot(scores, bands[2], color="C0")
     axes.plot(scores, curves[:, lively].numpy(), color="C1", linewidth=0.7, alpha=0.8)
+    axes.set_ylabel("" if head else "phi")
     return {"x": scores, "quantiles": bands, "parts": energy_parts(x.cpu(), curves, weights)}
 
 
@@ -235,17 +243,20 @@ def _add_gates(result: Result, model: nn.Module) -> None:
 
 
 def _add_energy(result: Result, learned: Learned) -> None:
-    shares = [energy_per_frequency(operator) for operator in learned.values()]
-    energy = [share for share in shares if share is not None]
-    if len(energy) < len(shares):
-        result.notes.append("energy per frequency: only the Fourier basis has frequencies")
+    found = {block: energy_per_frequency(operator) for block, operator in learned.items()}
+    energy = {block: shares for block, shares in found.items() if shares is not None}
+    if len(energy) < len(found):
+        result.notes.append(f"energy per frequency: only the Fourier basis has frequencies{_left_out(found, energy)}")
+    if not energy:
         return
-    rows_of_heads = np.concatenate(energy)
-    places, grid = _places(learned), rows_of_heads.shape[1]
-    result.arrays["energy_share"] = np.full((len(energy), max(map(len, energy)), grid), np.nan)  # nan: fewer heads
-    for number, share in enumerate(energy):
+    places = [(block, head) for block, shares in energy.items() for head in range(len(shares))]
+    grid = max(shares.shape[1] for shares in energy.values())
+    padded = [np.pad(own, ((0, 0), (0, grid - own.shape[1])), constant_values=np.nan) for own in energy.values()]
+    rows_of_heads = np.concatenate(padded)  # nan: a frequency that the block does not have
+    result.arrays["energy_share"] = np.full((len(energy), max(map(len, padded)), grid), np.nan)  # nan: fewer heads
+    for number, share in enumerate(padded):
         result.arrays["energy_share"][number, : len(share)] = share
-    result.numbers["energy_share"] = [share.tolist() for share in energy]
+    result.numbers["energy_share"] = [shares.tolist() for shares in energy.values()]
     figure = new_figure(1.2 + 0.6 * grid, max(1.6, 0.22 * len(places) + 0.8))
     axes = figure.subplots()
     image = show_map(axes, rows_of_heads, vmin=0, aspect="auto", cmap="viridis")
@@ -256,7 +267,10 @@ def _add_energy(result: Result, learned: Learned) -> None:
     caption = "Share of each frequency in a head's squared coefficients; at a random start all are 1 / G."
     result.figures["energy"] = figure, caption
     columns = ["block", "head", *(f"m = {m}, %" for m in range(1, grid + 1))]
-    rows = [[b, h, *(100 * shares).tolist()] for (b, h), shares in zip(places, rows_of_heads, strict=True)]
+    rows = [
+        [*place, *(None if np.isnan(share) else 100 * float(share) for share in shares)]
+        for place, shares in zip(places, rows_of_heads, strict=True)
+    ]
     result.tables.append(Table("Energy per frequency", columns, rows))
 
 
@@ -268,13 +282,17 @@ def _add_distances(
     images: ValidationImages,
     settings: Settings,
 ) -> None:
-    first = next(iter(learned.values()))
-    if not can_fit(first):
-        result.notes.append("distance from softmax: only for base zero and modular or full-rank form with few features")
+    sections = {block: run.recipe.attention.of_block(block) for block in learned}
+    is_product = {block: own.kind == "karat" and own.form != "content" for block, own in sections.items()}
+    fitted = {block: operator for block, operator in learned.items() if is_product[block] and can_fit(operator)}
+    if len(fitted) < len(learned):
+        needs = "S = H W^T with base zero, modular or full-rank form and few features that are linear in coefficients"
+        result.notes.append(f"distance from softmax: only for {needs}{_left_out(learned, fitted)}")
+    if not fitted:
         return
     rows: list[list[Any]] = []
-    everyone = _places(learned)
-    at_once = max(1, FIT_BYTES // SoftmaxFit.bytes_of(first))
+    everyone = _places(fitted)
+    at_once = max(1, FIT_BYTES // max(map(SoftmaxFit.bytes_of, fitted.values())))
     for start in range(0, len(everyone), at_once):
         fits = {(b, h): SoftmaxFit(learned[b], h) for b, h in everyone[start : start + at_once]}
 
@@ -296,13 +314,13 @@ def _add_distances(
         f"The head nearest to softmax is head {nearest[1]} of block {nearest[0]}: {nearest[2]:.2f} from its best fit, "
         "where 0 is the same and 1 has nothing in common."
     )
-    figure = new_figure(max(4.0, 0.3 * len(rows) + 1), 2.8)
+    figure = new_figure(max(5.0, 0.3 * len(rows) + 1), 2.8)  # as wide as the legend
     axes = figure.subplots()
     where = np.arange(len(rows))
     axes.bar(where - 0.2, [row[2] for row in rows], 0.4, label="learned S to the best fit of softmax")
     axes.bar(where + 0.2, [row[4] for row in rows], 0.4, label="the best fit's own error")
     axes.set_xticks(where, [f"{row[0]}.{row[1]}" for row in rows], fontsize=7)
-    axes.set(xlabel="block.head", ylim=(0, None))
+    axes.set(xlabel="block.head", ylabel="distance", ylim=(0, None))
     figure.legend(loc="outside upper center", ncols=2)
     caption = "Distance of each head from the best fit of softmax with its basis, grid and rank (1: unrelated)."
     result.figures["distance"] = figure, caption
@@ -386,7 +404,7 @@ def analyze_distributions(run: TrainedRun, settings: Settings) -> Result:
         _draw_whole(whole, result),
         "All weights of the model except biases and norms, on a logarithmic scale.",
     )
-    if last := groups[max(groups)]:
+    if last := {place: values for place, values in groups[max(groups)].items() if values.size > 1}:
         result.figures["heads"] = (
             _draw_heads(last),
             f"Parameters of each head's attention at step {max(groups)}; one line per head.",
@@ -438,9 +456,9 @@ def _draw_whole(whole: dict[int, Values], result: Result) -> Figure:
         float(np.quantile(np.abs(values[:: max(len(values) // 10**6, 1)]), 0.9999)) for values in whole.values()
     )
     edges = np.linspace(-reach, reach, BINS + 1)
-    for step, values in whole.items():
+    for number, (step, values) in enumerate(whole.items()):
         counts = np.histogram(values, edges)[0]
-        axes.stairs(np.maximum(counts, 0.5), edges, label=f"step {step}")
+        axes.stairs(np.maximum(counts, 0.5), edges, label=f"step {step}", **layered(number, len(whole)))
         result.arrays[f"model_step{step}"] = counts
     result.arrays["model_edges"] = edges
     axes.set(yscale="log", ylim=(0.8, None), xlabel="weight", ylabel="number")
@@ -452,13 +470,20 @@ def _draw_heads(groups: Groups) -> Figure:
     blocks = sorted({block for _, block, _ in groups})
     shown = [blocks[i] for i in np.unique(np.linspace(0, len(blocks) - 1, min(SHOWN_BLOCKS, len(blocks))).astype(int))]
     names = list(dict.fromkeys(name for name, _, _ in groups))
-    figure = new_figure(2.6 * len(shown) + 0.6, 1.9 * len(names))
-    for row, name in zip(figure.subplots(len(names), len(shown), squeeze=False), names, strict=True):
-        for axes, block in zip(row, shown, strict=True):
-            for (what, of_block, head), values in groups.items():
-                if (what, of_block) == (name, block):
-                    density, edges = np.histogram(np.asarray(values, dtype=np.float64), 60, density=True)
-                    axes.stairs(density, edges, label=f"head {head}")
-            axes.set(title=f"{name}, block {block}", yticks=[])
-        row[0].legend()
+    there = {(name, block) for name, block, _ in groups}  # a block may have other attention than the next one
+    cells = [(name, block) for name in names for block in shown if (name, block) in there]
+    rows = -(-len(cells) // len(shown))
+    figure = new_figure(2.6 * len(shown) + 0.6, 1.9 * rows)
+    frames = figure.subplots(rows, len(shown), squeeze=False).flat
+    for number, ((name, block), axes) in enumerate(zip(cells, frames, strict=False)):
+        for (what, of_block, head), values in groups.items():
+            if (what, of_block) == (name, block):
+                density, edges = np.histogram(np.asarray(values, dtype=np.float64), 60, density=True)
+                axes.stairs(density, edges, label=f"head {head}")
+        axes.set(title=f"{name}, block {block}", xlabel="value", yticks=[])
+        axes.set_ylabel("" if number % len(shown) else "density")
+        if name not in [before for before, _ in cells[:number]]:
+            axes.legend()
+    for axes in frames[len(cells) :]:
+        axes.set_axis_off()
     return figure

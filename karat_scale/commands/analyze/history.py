@@ -20,7 +20,7 @@ from karat_scale.commands.analyze.result import NothingToShowError, Result, Sett
 from karat_scale.commands.analyze.summary import accuracy_sentence
 from karat_scale.commands.analyze.trained_run import TrainedRun
 from karat_scale.commands.evaluate.predictions import SEVERITIES, Evaluation, read_evaluations
-from karat_scale.commands.figures import COLOURS, new_figure
+from karat_scale.commands.figures import COLOURS, layered, new_figure
 from karat_scale.engine.reporting.goodput import wall_time
 from karat_scale.engine.reporting.progress import read_events
 from karat_scale.foundation.console import plural
@@ -44,6 +44,8 @@ class History:
     train: list[Point] = field(default_factory=list)
     evaluations: list[Point] = field(default_factory=list)
     damaged_lines: int = 0
+    has_ended: bool = False
+    """Whether the last start has told its end; else the summary is of an earlier one."""
 
     def rewind(self, step: float) -> None:
         """Take back what came after a step: the run resumed there."""
@@ -57,6 +59,8 @@ def read_history(run: TrainedRun) -> History:
     damaged: list[str] = []
     for event in read_events(RunDirectory(run.path).metrics_file, damaged.append):
         kind = event.get("event")
+        if kind in ("start", "train", "end"):
+            history.has_ended = kind == "end"
         if kind not in ("train", "eval", "resume"):
             continue
         point = {name: _number(event.get(name)) for name in _FIGURES}
@@ -106,8 +110,10 @@ def achieved(run: TrainedRun) -> tuple[str, dict[str, str], str]:
         facts["speed"] = f"{rate:,.0f} images a second on {summary.get('device', 'an unknown device')}"
     if when := [point["time"] for point in (*history.train[-1:], *history.evaluations[-1:])]:
         facts["date"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(max(when)))
-    if summary.get("exit") != 0:
-        facts["outcome"] = f"not finished ({summary['reason']})" if summary.get("reason") else "not finished"
+    goes_on = bool(history.train) and not history.has_ended
+    if summary.get("exit") != 0 or goes_on:
+        reason = "" if goes_on else summary.get("reason")
+        facts["outcome"] = f"not finished ({reason})" if reason else "not finished"
     return score, facts, sentence
 
 
@@ -127,7 +133,8 @@ def described(run: TrainedRun) -> dict[str, str]:
 
 
 def _budget(run: TrainedRun, history: History, summary: dict[str, Any]) -> str:
-    steps = summary.get("steps") or (int(history.train[-1]["step"]) if history.train else 0)
+    last = int(history.train[-1]["step"]) if history.train else 0
+    steps = last if last and not history.has_ended else summary.get("steps") or last
     text = f"{steps:,} steps of {run.recipe.train.global_batch:,} images"
     images = summary.get("train_images")
     if isinstance(images, int) and images > 0:
@@ -145,14 +152,20 @@ _COURSE = {
     "images_per_second": "images a second",
     "beyond_reach": "scores beyond the functions' reach,\nshare in the worst block",
 }
-_STYLES = ("-", "--", ":", "-.")  # tell runs apart whose colours are the same
+_MARKED = {"marker": "o", "markersize": 3.5}
+# Of each figure: the events, their value and the style of a curve.
+_CURVES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
+    "loss": [("train", "loss", {}), ("evaluations", "loss", _MARKED)],
+    "accuracy": [("evaluations", "top1", _MARKED), ("evaluations", "top5", {**_MARKED, "alpha": 0.35})],
+    **{name: [("train", name, {})] for name in _COURSE},
+}
 
 
 def analyze_training(runs: Mapping[str, TrainedRun]) -> Result:
-    """Plot what `metrics.jsonl` of each run holds.
+    """Plot what `metrics.jsonl` of each run holds. What has no curve of two points is no figure.
 
     Raises:
-        NothingToShowError: none of the runs has logged anything.
+        NothingToShowError: none of the runs has logged that much.
     """
     histories = {label: read_history(run) for label, run in runs.items()}
     result = Result()
@@ -161,33 +174,40 @@ def analyze_training(runs: Mapping[str, TrainedRun]) -> Result:
             what = plural(history.damaged_lines, "damaged line")
             result.notes.append(f"{label}: {what} of metrics.jsonl skipped")
     histories = {label: history for label, history in histories.items() if history.train or history.evaluations}
-    if not histories:
-        raise NothingToShowError("no run has logged a step yet")
+    evaluations = [point for history in histories.values() for point in history.evaluations]
+    has_five = any(point["top5"] < 100 for point in evaluations)  # not of a model with five classes
+    beyond = [point["beyond_reach"] for history in histories.values() for point in history.train]
     captions = {
-        "loss": "Loss of training (thin; mixing and smoothing raise it) and of the validation split (with marks).",
-        "accuracy": "Validation accuracy: top-1 (solid) and top-5 (faint).",
+        "loss": "Loss of training (mixing and smoothing raise it) and of the validation split (with marks).",
+        "accuracy": f"Validation accuracy: top-1{' and, faint, top-5' if has_five else ''}.",
         **{name: f"{title[0].upper()}{title[1:]} in training." for name, title in _COURSE.items()},
     }
-    if not any(point["beyond_reach"] >= 0 for history in histories.values() for point in history.train):
+    if 0 in beyond and not any(share > 0 for share in beyond):
         del captions["beyond_reach"]
-    result.figures = {name: (_draw(name, histories), caption) for name, caption in captions.items()}
+        result.findings.append("No score that training looked at was beyond the functions' reach.")
+    for name, caption in captions.items():
+        curves = [curve for curve in _CURVES[name] if has_five or curve[1] != "top5"]
+        if any(len(_points(history, *curve[:2])) > 1 for history in histories.values() for curve in curves):
+            result.figures[name] = _draw(name, curves, histories), caption
     for number, (label, history) in enumerate(histories.items()):
         for name in ("samples", "loss", *_COURSE):
             result.arrays[f"train{number}_{name}"] = _column(history.train, name)
         for name in ("samples", "loss", "top1", "top5"):
             result.arrays[f"eval{number}_{name}"] = _column(history.evaluations, name)
         result.numbers[label] = {"arrays": number, "train": len(history.train), "eval": len(history.evaluations)}
-    result.tables.append(_table(histories))
+    if evaluations:
+        result.tables.append(_table(histories, has_five))
+    if not (result.figures or result.tables):
+        raise NothingToShowError("no run has logged two steps or an evaluation yet")
     return result
 
 
-def _table(histories: Mapping[str, History]) -> Table:
-    points = [(label, point) for label, history in histories.items() for point in history.evaluations]
-    has_five = any(point["top5"] < 100 for _, point in points)
+def _table(histories: Mapping[str, History], has_five: bool) -> Table:
     scores = {"top-1, %": "top1", **({"top-5, %": "top5"} if has_five else {}), "validation loss": "loss"}
     rows = [
         [label, int(point["step"]), int(np.nan_to_num(point["samples"])), *(point[name] for name in scores.values())]
-        for label, point in points
+        for label, history in histories.items()
+        for point in history.evaluations
     ]
     return Table("Evaluations in training", ["run", "step", "images seen", *scores], rows)
 
@@ -196,25 +216,24 @@ def _column(points: Sequence[Point], name: str) -> Any:
     return np.array([point[name] for point in points], np.float64)
 
 
-def _style(number: int) -> dict[str, Any]:
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": _STYLES[number // len(COLOURS) % len(_STYLES)]}
+def _points(history: History, events: str, name: str) -> Any:
+    """Return the defined points of a curve [n, 2]: the images seen, and the value."""
+    points = getattr(history, events)
+    both = np.stack((_column(points, "samples"), _column(points, name)), 1)
+    return both[np.isfinite(both).all(1)]
 
 
-def _draw(name: str, histories: Mapping[str, History]) -> Figure:
+def _draw(name: str, curves: Sequence[tuple[str, str, dict[str, Any]]], histories: Mapping[str, History]) -> Figure:
     figure = new_figure(5, 3 + 0.16 * len(histories))
     axes = figure.subplots()
     for number, (label, history) in enumerate(histories.items()):
-        style = _style(number)
-        marked = {"marker": "o", "markersize": 3.5, "linewidth": 1.8, **style}
+        own = {"color": COLOURS[number % len(COLOURS)], **layered(number, len(histories), width=1.0)}
         named: dict[str, Any] = {"label": label.replace("$", r"\$")}
-        tested, trained = _column(history.evaluations, "samples"), _column(history.train, "samples")
-        if name == "accuracy":
-            axes.plot(tested, _column(history.evaluations, "top1"), **marked, **named)
-            axes.plot(tested, _column(history.evaluations, "top5"), alpha=0.35, **marked)
-        else:
-            axes.plot(trained, _column(history.train, name), linewidth=1, **style, **named)
-        if name == "loss":
-            axes.plot(tested, _column(history.evaluations, "loss"), **marked)
+        for events, value, style in curves:
+            points = _points(history, events, value)
+            if len(points):  # else a run would be in the legend without a curve
+                axes.plot(*points.T, **({"marker": "."} if len(points) == 1 else {}) | style | own | named)
+                named = {}
     axes.set(xlabel="images seen", ylabel={"loss": "loss", "accuracy": "accuracy, %", **_COURSE}[name])
     if name in _COURSE:
         axes.set_ylim(0)

@@ -23,7 +23,7 @@ from karat_scale.attention.bases import FeatureBasis
 from karat_scale.commands.analyze.result import Result, Settings, Table, note_bad_images, visit_images
 from karat_scale.commands.analyze.summary import constant_sentence, content_sentence, lost_points
 from karat_scale.commands.analyze.trained_run import TrainedRun, ValidationImages
-from karat_scale.commands.figures import new_figure
+from karat_scale.commands.figures import layered, new_figure
 from karat_scale.models.attention_matrices import FIGURES, Content, can_be_replaced, mean_over_queries, replaced
 from karat_scale.models.factory import layer_sizes
 
@@ -103,8 +103,8 @@ def _draw(figures: npt.NDArray[np.float64]) -> Figure:
     axes = figure.subplots()
     blocks = np.arange(len(figures))
     for number, label in enumerate(("depends on the query", "depends on the image", "scores beyond pi")):
-        axes.plot(blocks, figures[:, number], marker="o", label=label)
-    axes.set(xlabel="block", ylabel="share", xticks=blocks, ylim=(0, 1))
+        axes.plot(blocks, figures[:, number], marker="o", markersize=9 - 3 * number, label=label, **layered(number, 3))
+    axes.set(xlabel="block", ylabel="share", xticks=blocks, ylim=(-0.03, 1.03))  # lines at 0 and 1 are seen, too
     axes.legend()
     return figure
 
@@ -345,7 +345,7 @@ def _draw_ranks(spectrum: Spectrum, what: str) -> Figure:
     blocks = np.arange(len(spectrum.ranks))
     for number, (axes, name) in enumerate(zip(figure.subplots(1, 3), ("effective", "stable", "scree"), strict=True)):
         for stage, label in enumerate(("before: A", f"after: {what}")):
-            axes.plot(blocks, spectrum.ranks[:, stage, number], marker="o", label=label)
+            axes.plot(blocks, spectrum.ranks[:, stage, number], marker="o", label=label, **layered(stage, 2))
         axes.set(xlabel="block", title=f"{name} rank", xticks=blocks, ylim=(0, None))
         axes.legend()
     return figure

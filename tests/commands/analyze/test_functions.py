@@ -10,6 +10,7 @@ from karat_scale.attention import KaratOperator
 from karat_scale.attention.bases import BASES, make_basis
 from karat_scale.commands.analyze.functions import (
     ScoreHistogram,
+    _draw_heads,
     analyze_distributions,
     analyze_functions,
     describe,
@@ -100,6 +101,15 @@ def test_distributions_of_real_runs(any_run: TrainedRun) -> None:
     assert sorted(heads) == sorted((name, block, head) for name in names for block in (0, 1) for head in (0, 1))
     total = sum(p.numel() for p in any_run.model().parameters() if p.dim() > 1)
     assert 0.99 * total < result.arrays["model_step16"].sum() <= total
+
+
+def test_a_block_without_a_parameter_has_no_empty_frame() -> None:
+    values = np.random.default_rng(0).normal(size=50).astype(np.float32)
+    groups = {(name, block, 0): values for name, block in (("W", 0), ("W", 1), ("matrix", 1))}
+    shown = {axes.get_title(): axes for axes in _draw_heads(groups).axes if axes.axison}
+    assert list(shown) == ["W, block 0", "W, block 1", "matrix, block 1"]
+    assert [axes.get_ylabel() for axes in shown.values()] == ["density", "", "density"]
+    assert all(axes.get_xlabel() == "value" and axes.patches for axes in shown.values())
 
 
 def test_what_is_damaged_is_named_and_the_next_one_taken(own_run: TrainedRun) -> None:

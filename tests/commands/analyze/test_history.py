@@ -47,6 +47,41 @@ def test_runs_are_drawn_together(karat_run: TrainedRun, softmax_run: TrainedRun)
     assert result.numbers["karat"]["train"] == 16
 
 
+def test_the_card_of_a_run_that_goes_on_is_not_that_of_its_earlier_end(own_run: TrainedRun) -> None:
+    for event, budget in (({"event": "start", "step": 16}, "16 steps"), (train(17, 1.0), "17 steps")):
+        with (own_run.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(event) + "\n")
+        _, facts, _ = achieved(own_run)
+        assert facts["outcome"] == "not finished"
+        assert facts["budget"].startswith(f"{budget} of 8 images, ")
+
+
+def test_what_has_no_curve_is_no_figure(karat_run: TrainedRun, tmp_path: Path) -> None:
+    tested = {"event": "eval", "step": 3, "samples": 24, "top1": 10.0, "top5": 100.0, "loss": 3.0}
+    first = {**train(1, 4.0), "beyond_reach": 0.0}
+    steps = first, {**train(2, 3.0), "beyond_reach": 0.0}, train(3, 2.0)
+    one = with_events(karat_run, tmp_path / "one", *steps, tested)
+    result = analyze_training({"one": one})
+    assert set(result.figures) == {"loss", "lr"}  # no rate, one evaluation
+    assert len(result.tables[0].rows) == 1
+    assert result.findings == ["No score that training looked at was beyond the functions' reach."]
+    alone = with_events(karat_run, tmp_path / "alone", first)
+    with pytest.raises(NothingToShowError, match="no run has logged two steps or an evaluation"):
+        analyze_training({"alone": alone})
+    axes = analyze_training({"alone": alone, "one": one}).figures["loss"][0].axes[0]
+    point, curve, mark = axes.lines
+    assert (point.get_marker(), len(point.get_xdata()), len(curve.get_xdata())) == (".", 1, 3)
+    assert [line.get_label() for line in (point, curve)] == ["alone", "one"]
+    assert point.get_linestyle() != curve.get_linestyle() == mark.get_linestyle()  # equal curves lie on each other
+    (top1,) = (
+        analyze_training({"a": with_events(karat_run, tmp_path / "a", tested, {**tested, "step": 4, "samples": 32})})
+        .figures["accuracy"][0]
+        .axes[0]
+        .lines
+    )
+    assert top1.get_ydata().tolist() == [10.0, 10.0]  # top-5 is always right
+
+
 def test_the_card_says_what_the_run_achieved(karat_run: TrainedRun) -> None:
     summary = json.loads((karat_run.path / "summary.json").read_text())
     score, facts, sentence = achieved(karat_run)

@@ -108,6 +108,10 @@ BY_SETTINGS: dict[str, dict[str, Any]] = {
     "without scores": {"kind": "karat", "scores": False},
     "content": {"kind": "karat", "form": "content", "softmax_heads": 1},
     "smooth": {"kind": "karat", "form": "smooth", "modes": 4},
+    "another grid": {"kind": "karat", "blocks": {"0": {"grid": 4}}},
+    "another basis": {"kind": "karat", "blocks": {"0": {"basis": "mexican_hat"}}},
+    "another form": {"kind": "karat", "blocks": {"0": {"form": "content"}}},
+    "scores in one block": {"kind": "karat", "blocks": {"0": {"scores": False}}},
 }
 
 
@@ -162,7 +166,29 @@ def test_content_shows_both_kinds_of_functions(softmax_run: TrainedRun) -> None:
     cos, sin = (series.detach().double().numpy()[0] for series in (layer.psi_cos, layer.psi_sin))
     psi = sum(cos[m] * np.cos((m + 1) * x) + sin[m] * np.sin((m + 1) * x) for m in range(len(cos)))
     assert result.arrays["block0_head0_of_score"] == pytest.approx(psi + layer.psi_constant[0].item(), abs=1e-4)
-    assert any("not for attention.form = content" in note for note in result.notes)
+    assert any("distance from softmax: only for S = H W^T" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "energy", "distance", "notes"),
+    [
+        ("another grid", [0, 0, 1, 1], [0, 0, 1, 1], []),
+        ("another basis", [1, 1], [1, 1], ["energy per frequency: only the Fourier", "distance from softmax: only"]),
+        ("another form", [0, 0, 1, 1], [1, 1], ["distance from softmax: only for S = H W^T with base zero"]),
+        ("scores in one block", [1, 1], [1, 1], ["attention.scores = false has constants phi_pq(0) alone"]),
+    ],
+)
+def test_blocks_of_other_attention_are_shown_as_far_as_they_can(name, energy, distance, notes, softmax_run) -> None:
+    result = functions_of(softmax_run, name)
+    (table,) = [table for table in result.tables if table.title == "Energy per frequency"]
+    assert [row[0] for row in table.rows] == energy
+    assert [row["block"] for row in result.numbers["softmax"]] == distance
+    assert [note.partition(", so not for ")[2] for note in result.notes] == ["block 0"] * len(notes)
+    assert all(note.startswith(start) for note, start in zip(result.notes, notes, strict=True))
+    if name == "another grid":
+        assert [len(block[0]) for block in result.numbers["energy_share"]] == [4, 2]
+        assert table.rows[2][4:] == [None, None]
+        assert np.isnan(result.arrays["energy_share"][1, :, 2:]).all()
 
 
 def test_smooth_has_the_distance_from_softmax(softmax_run: TrainedRun) -> None:

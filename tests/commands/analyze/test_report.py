@@ -23,7 +23,7 @@ def make_page(tmp_path: Path) -> Path:
     figure.subplots().plot([1, 2])
     result = Result(numbers={"x": float("nan")}, notes=[NASTY], findings=[NASTY])
     result.figures[NASTY] = figure, NASTY
-    result.tables.append(Table(NASTY, ["class", NASTY], [[NASTY, 1.23456], ["b", None], ["c", -30]]))
+    result.tables.append(Table(NASTY, ["class", NASTY], [[NASTY, 1.23456], ["b", None], ["c", -30], ["d", np.nan]]))
     result.galleries[NASTY] = [Tile(NASTY, [NASTY, "50 %"], PICTURE)]
     written = write_result(result, "run", Settings(directory=tmp_path / "spectrum"))
     runs = [
@@ -49,6 +49,7 @@ def test_text_is_escaped_and_nothing_is_fetched(page: str) -> None:
     assert "1.235" in page
     assert "missing for it: Attention maps, Accuracy" in page
     assert page.count("Not in this report") == 1
+    assert page.count('<td data-key="">-</td>') == 2
     assert page.count('<a href="#spectrum">') == 2  # in the navigation, and after the finding
     assert page.index("12.5 % top-1") < page.index("Spectral behaviour</h2>")
 
