@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count
@@ -201,10 +201,10 @@ def analyze(runs: Sequence[TrainedRun], names: Sequence[str], settings: Settings
         raise RunDirectoryError(f"--out {out}: {error.strerror}; choose another directory") from None
     if settings.world.size > 1:
         names = sorted(names, key=lambda name: name != SHARED)
-    report = out / "report.html"
-    with work_display("all") as show:
+    report, is_main = out / "report.html", settings.world.is_main
+    with work_display("all") if is_main else nullcontext(lambda what, done, total: None) as show:
         work = _Work(runs, names, settings, out, show)
-        if not settings.world.is_main:
+        if not is_main:
             if SHARED in names:
                 work.assist()
             return 0
@@ -345,13 +345,16 @@ class _Work:
 
     def _together(self, has_other_tests: bool) -> list[str]:
         """Return what several runs say by their last evaluations, and what all of them cannot say."""
-        kinds = {run.recipe.attention.kind for run in self.runs.values()}
+        sections = [run.recipe.attention for run in self.runs.values()]
+        kinds = {one.kind for one in sections if not (one.blocks or one.transfer_from)}  # else it is none alone
         seeds = {(json_sha256(separating(run.recipe)), run.recipe.run.seed) for run in self.runs.values()}
         absent = not_shown(kinds, len({recipe for recipe, _ in seeds}) < len(seeds), has_other_tests)
         if len(self.runs) > 1:
-            with suppress(UserError):  # one has not finished
+            try:
                 finished = [read_run(str(run.path)) for run in self.runs.values()]
                 return [*compare_groups(finished, None)[0].summary, *absent]
+            except UserError as error:
+                return [f"The runs are not compared: {error}.", *absent]
         return absent
 
     def _labels(self, name: str) -> list[str]:
@@ -384,13 +387,17 @@ class _Work:
 
     def _settings_of(self, name: str, label: str) -> Settings:
         """Return the settings with the directory of the analysis, and with a progress that names the run."""
-        before = f"{label}: " if label else ""
+
+        def tell(text: str) -> None:
+            if self._settings.world.is_main:
+                print(printable(f"note: {label}{': ' if label else ''}{text}"), file=sys.stderr, flush=True)
+
         return replace(
             self._settings,
             directory=self._out / name / safe_name(label) if label else self._out / name,
             progress=partial(self._progress, name, label),
             expect=partial(self._expect, name, label),
-            tell=lambda text: print(printable(f"note: {before}{text}"), file=sys.stderr, flush=True),
+            tell=tell,
         )
 
     def _progress(self, name: str, label: str, what: str, done: int, total: int) -> None:
@@ -410,9 +417,10 @@ def _named(name: str, label: str) -> str:
 
 
 def unique_labels(runs: Sequence[TrainedRun]) -> list[str]:
-    """Return the names of the run directories, with numbers added to equal names."""
-    labels: list[str] = []
+    """Return the names of the run directories, with numbers added to names that are equal, also in `safe_name`."""
+    labels: dict[str, str] = {}
     for run in runs:
         names = chain([run.label], (f"{run.label} ({number})" for number in count(2)))
-        labels.append(next(name for name in names if name not in labels))
-    return labels
+        label = next(name for name in names if safe_name(name) not in labels)
+        labels[safe_name(label)] = label
+    return [*labels.values()]

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -159,7 +159,8 @@ def replay(run_dir: str, step: int, images: int, out: str | None, json_file: str
             taken = _take(again, step, world, images)
     if world.is_main:
         ranks = f"{len(taken.ranks)} x {taken.accumulation} micro batches"
-        figures = _report(f"{directory.path}, step {step:,}, from {begin or 'the start'}, {ranks}", taken)
+        title = f"{directory.path}, step {step:,}, from {begin or 'the start'}, {ranks}"
+        figures = _report(title, taken, "label_loss" if recipe.distill.from_ else "loss")
         write_json(json_file, {"run": run_dir, "step": step, "checkpoint": begin or None, **figures})
         _show(taken.ranks, images, Path(out or f"{directory.path}-replay-{step}.png"))
     return 0
@@ -253,7 +254,8 @@ def trained_again(
 
 def train_on(trainer: Trainer, batches: DeviceFeed[Any], step: int) -> None:
     """Train until `step` steps are finished."""
-    with progress("training up to the step", step - trainer.state.step, "steps") as advance:
+    steps = progress("training up to the step", step - trainer.state.step, "steps")
+    with steps if trainer.world.is_main else nullcontext(lambda count: None) as advance:
         while trainer.state.step < step:
             trainer.step(trainer.micro_batches(batches))
             advance(1)
@@ -303,11 +305,14 @@ def _worst(losses: list[float], count: int) -> list[int]:
     return sorted(range(len(losses)), key=lambda i: -losses[i] if math.isfinite(losses[i]) else -math.inf)[:count]
 
 
-def _report(title: str, step: _Step) -> dict[str, Any]:
-    """Print what was found; returns the same as plain data."""
+def _report(title: str, step: _Step, name: str) -> dict[str, Any]:
+    """Print what was found; returns the same as plain data.
+
+    name: of the loss in the run's log; a student has another one, from its teacher, which is not of single images.
+    """
     bad = sum(not math.isfinite(loss) for rank in step.ranks for loss in rank.losses)
     samples = sum(len(rank.losses) for rank in step.ranks)
-    print(f"{title}: loss {step.loss:.6g}, gradient norm {step.norm:.6g}")
+    print(f"{title}: {name.replace('_', ' ')} {step.loss:.6g}, gradient norm {step.norm:.6g}")
     lines = [f"{bad} of {samples} samples have a loss that is not finite"] if bad else []
     for number, rank in enumerate(step.ranks):
         where = f"rank {number}: " if len(step.ranks) > 1 else ""
@@ -318,7 +323,7 @@ def _report(title: str, step: _Step) -> dict[str, Any]:
     for line in lines or ["all outputs and gradients are finite"]:
         print(printable(line))
     return {
-        "loss": step.loss if math.isfinite(step.loss) else None,
+        name: step.loss if math.isfinite(step.loss) else None,
         "grad_norm": step.norm if math.isfinite(step.norm) else None,
         "samples": samples,
         "samples_not_finite": bad,

@@ -96,6 +96,8 @@ def test_runs_of_one_name_are_told_apart(karat_run: TrainedRun) -> None:
     assert unique_labels([karat_run, karat_run]) == ["karat", "karat (2)"]
     numbered = dataclasses.replace(karat_run, path=karat_run.path.with_name("karat (2)"))
     assert unique_labels([numbered, karat_run, karat_run]) == ["karat (2)", "karat", "karat (3)"]
+    alike = [dataclasses.replace(karat_run, path=karat_run.path.with_name(name)) for name in ("a b", "a_b")]
+    assert unique_labels(alike) == ["a b", "a_b (2)"]  # whose files would replace the other's
 
 
 def test_off_a_terminal_it_prints_what_it_does_and_nothing_of_others(karat_run: TrainedRun, tmp_path: Path) -> None:
@@ -138,6 +140,20 @@ def test_a_run_that_has_only_begun_has_its_curves(karat_run: TrainedRun, tmp_pat
     page = (out / "report.html").read_text()
     assert page.count('class="problem"') == 1
     assert "not finished" in page
+
+
+def test_what_runs_together_cannot_say_is_said(softmax_run: TrainedRun, own_run: TrainedRun, tmp_path: Path) -> None:
+    recipe = own_run.path / "recipe.yaml"
+    text = recipe.read_text().replace("kind: karat", "kind: softmax")
+    recipe.write_text(text.replace("blocks: {}", "blocks: {'0': {kind: karat}}"))
+    (own_run.path / "summary.json").unlink()
+    arguments = ("--only", "training", "--out", str(tmp_path / "out"))
+    page = tmp_path / "out" / "report.html"
+    for others, absent in (([], True), ([softmax_run], False)):
+        assert main(["analyze", *(str(run.path) for run in (own_run, *others)), *arguments]) == 0
+        assert ("how softmax would do, trained the same way" in page.read_text()) == absent
+        said = f"The runs are not compared: {own_run.path}: has no summary.json, so it has not finished"
+        assert (said in page.read_text()) == bool(others)
 
 
 HAS_NAN = {"calibration", "spectrum"}  # of bins without an image; of singular values that are 0

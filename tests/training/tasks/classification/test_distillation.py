@@ -106,9 +106,12 @@ def test_a_student_stops_resumes_and_is_evaluated_without_its_teachers_run(teach
     try:
         assert karat_here(*student(parts, "train.max_steps=null", "resume.allow=[train.max_steps]")) == 0
         assert karat_here("eval", str(parts), "--json", str(tmp_path / "eval.json")) == 0
+        taken = tmp_path / "taken.json"
+        assert karat_here("replay", str(parts), "6", "--out", str(tmp_path / "6.png"), "--json", str(taken)) == 0
     finally:
         gone.rename(teacher)
     assert losses(parts) == losses(whole)
+    assert json.loads(taken.read_text())["label_loss"] == pytest.approx(losses(parts)[5][1], rel=1e-6)
     assert all(loss == pytest.approx((label + soft) / 2, rel=1e-5) for loss, label, soft in losses(whole))
     assert json.loads((tmp_path / "eval.json").read_text())["top1"] == summary(parts)["best_top1"]
     assert summary(whole)["lineage"]["distill.from"]["name"] == "small"
