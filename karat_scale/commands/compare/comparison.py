@@ -6,7 +6,7 @@ keys in which the groups differ and with what may be said.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from karat_scale.recipe.loading import effects, flatten
 _MOST_KEYS = 3  # in a label
 _SEED = re.compile(r"[-_.]?seed[-_=]?\d+$")  # at the end of a directory's name
 _SAME_RESULT = (Effect.NOTHING, Effect.SPEED)
+_DATA = "data.path"  # mostly of the same data, in another place
 _BUDGET_NAMES = {
     "steps": "steps",
     "epochs": "epochs",
@@ -64,27 +65,35 @@ class Group:
 def group_runs(runs: Sequence[FinishedRun]) -> tuple[list[Group], list[str]]:
     """Return the groups in the order of their first runs, and a line for each run that repeats another's seed.
 
-    Runs with one recipe but another budget, such as another `train.max_steps` or other data, are other groups.
+    Runs with one recipe but another budget, such as another `train.max_steps` or other data, are other groups. Where
+    runs of one recipe and seed have another `data.path`, it is of other data, and separates all runs.
     """
+    paths: dict[str, set[str]] = {}
+    for run in runs:
+        one = json.dumps([separating(run.recipe), run.budget, run.seed])
+        paths.setdefault(one, set()).add(flatten(run.recipe)[_DATA])
+    also = (_DATA,) if any(len(several) > 1 for several in paths.values()) else ()
     found: dict[str, list[FinishedRun]] = {}
     repeated = []
     for run in runs:
-        members = found.setdefault(json.dumps([separating(run.recipe), run.budget]), [])
+        members = found.setdefault(json.dumps([separating(run.recipe, also), run.budget]), [])
         twin = next((member for member in members if member.seed == run.seed), None)
         if twin is None:
             members.append(run)
         else:
             repeated.append(f"{run.path}: has the recipe and the seed of {twin.path}; it says nothing new about seeds")
     ordered = [tuple(sorted(members, key=lambda run: run.seed)) for members in found.values()]
-    groups = [Group("", members, separating(members[0].recipe)) for members in ordered]
+    groups = [Group("", members, separating(members[0].recipe, also)) for members in ordered]
     return [replace(group, label=label) for group, label in zip(groups, _labels(groups), strict=True)], repeated
 
 
-def separating(recipe: RunRecipe) -> dict[str, Any]:
-    """Return the keys of a recipe that put runs into different groups."""
+def separating(recipe: RunRecipe, also: Collection[str] = ()) -> dict[str, Any]:
+    """Return the keys of a recipe that put runs into different groups: what changes the model, and `also`."""
     known = effects(type(recipe))
     return {
-        key: value for key, value in flatten(recipe).items() if key != "run.seed" and known[key] not in _SAME_RESULT
+        key: value
+        for key, value in flatten(recipe).items()
+        if key in also or (key != "run.seed" and known[key] not in _SAME_RESULT)
     }
 
 
@@ -325,7 +334,10 @@ class Comparison:
 
     def _groups(self) -> Table:
         rows = []
+        is_always_right = all(0 < group.budget.classes <= 5 for group in self.groups)  # among the five first
         for name, (title, digits) in MEASURES.items():
+            if is_always_right and name.endswith("top5") and not self.measure.endswith("top5"):
+                continue
             head = title
             for group in self.groups:
                 if figures := group.by_seed(name):

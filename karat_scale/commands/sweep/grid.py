@@ -6,8 +6,9 @@ Each run's recipe is checked. Its directory says how far the run is already.
 import itertools
 import math
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -16,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from karat_scale.commands.status.status import read_standing
+from karat_scale.foundation.console import few, plural
 from karat_scale.foundation.errors import RecipeError, UserError
 from karat_scale.foundation.files import json_sha256
 from karat_scale.recipe import Recipe, RunRecipe
@@ -127,7 +129,7 @@ def _plain(value: str) -> str:
 
 
 # Keys that may have an effect with attention.kind=softmax: a teacher's matrices need an implementation.
-_OF_SOFTMAX = tuple(f"attention.{key}" for key in ("kind", "implementation", "transfer_from", "transfer_heads"))
+_OF_SOFTMAX = {"kind", "implementation", "transfer_from", "transfer_heads"}
 
 
 class State(Enum):
@@ -210,7 +212,7 @@ def plan_sweep(recipe: str, overrides: Sequence[str], out: str | None) -> Sweep:
             raise RecipeError(f"{' '.join(point.settings)}: {error}") from None
     _refuse_idle_keys(runs)
     _refuse_equal_runs(runs)
-    return Sweep(COMMANDS[schema.shipped], named, tuple(shared), root, tuple(runs))
+    return Sweep(COMMANDS[schema.shipped], named, tuple(shared), root, _without_twins(runs))
 
 
 def _is_plain(text: str) -> bool:
@@ -225,18 +227,38 @@ def _refuse_idle_keys(runs: Sequence[PlannedRun]) -> None:
     if any(run.recipe.attention.learns for run in runs):
         return
     for key in (setting.partition("=")[0] for setting in runs[0].point.settings):
-        if key.startswith("attention.") and key not in _OF_SOFTMAX:
+        if key.startswith("attention.") and key.removeprefix("attention.") not in _OF_SOFTMAX:
             raise UserError(
                 f"{key} has no effect with attention.kind = softmax, which all runs have; set attention.kind=karat"
             )
+
+
+def _without_twins(runs: Sequence[PlannedRun]) -> tuple[PlannedRun, ...]:
+    """Return the runs without those of softmax that differ from one before only in keys of KArAt, and say so."""
+    first: dict[str, PlannedRun] = {}
+    twins = []
+    for run in runs:
+        attention = run.recipe.attention
+        idle = () if attention.learns else [f"attention.{key}" for key in attention.model_dump(exclude=_OF_SOFTMAX)]
+        if (one := first.setdefault(_digest(run.recipe, idle), run)) is not run:
+            twins.append(f"{run.point.name} is the same as {one.point.name}")
+    if twins:
+        left = f"{plural(len(twins), 'run')} left out, as no key of KArAt has an effect with attention.kind = softmax"
+        print(f"note: {left}: {few(twins, most=1)}", file=sys.stderr)
+    return tuple(first.values())
+
+
+def _digest(recipe: RunRecipe, without: Collection[str] = ()) -> str:
+    """Return a digest of what a recipe trains, wherever it is kept."""
+    left_out = {"run.dir", "checkpoint.url", *without}
+    return json_sha256({key: value for key, value in flatten(recipe).items() if key not in left_out})
 
 
 def _refuse_equal_runs(runs: Sequence[PlannedRun]) -> None:
     """Raise UserError for two points whose values are written differently, and are the same."""
     seen: dict[str, PlannedRun] = {}
     for run in runs:
-        values = {key: value for key, value in flatten(run.recipe).items() if key not in ("run.dir", "checkpoint.url")}
-        other = seen.setdefault(json_sha256(values), run)
+        other = seen.setdefault(_digest(run.recipe), run)
         if other is not run:
             one, two = (" ".join(each.point.settings) for each in (other, run))
             raise UserError(f"{one} and {two} are the same recipe; leave one out")

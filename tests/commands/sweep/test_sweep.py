@@ -134,10 +134,26 @@ def test_a_key_of_karat_does_not_vary_among_softmax_models(recipe: Path) -> None
     said = r"^attention.grid has no effect with attention.kind = softmax.* set attention.kind=karat$"
     with pytest.raises(UserError, match=said):
         planned(recipe, softmax, "run.seed=0,1", "attention.grid=1,2")
-    assert len(planned(recipe, "attention.kind=softmax,karat", "attention.grid=1,2")) == 4
     assert len(planned(recipe, softmax, "attention.transfer_from=null,elsewhere")) == 2
     assert len(planned(recipe, softmax, "attention.transfer_from=x", "attention.transfer_heads=same,cycle")) == 2
     assert len(planned(recipe, softmax, "attention.grid=1", "run.seed=0,1")) == 2
+
+
+def test_a_model_of_softmax_is_trained_once_for_all_values_of_a_key_of_karat(recipe: Path, capsys) -> None:
+    grid = ("attention.kind=softmax,karat", "attention.grid=1,2", "run.seed=0,1")
+    names = [run.point.name for run in planned(recipe, *grid)]
+    assert names == [
+        f"{point}_seed-{seed}"
+        for point in ("grid-1_kind-softmax", "grid-1_kind-karat", "grid-2_kind-karat")
+        for seed in (0, 1)
+    ]
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note == (
+        "note: 2 runs left out, as no key of KArAt has an effect with attention.kind = softmax: "
+        "grid-2_kind-softmax_seed-0 is the same as grid-1_kind-softmax_seed-0, ..."
+    )
+    blocks = "attention.blocks={0: {kind: karat}}"
+    assert len(planned(recipe, "attention.kind=softmax", blocks, "attention.grid=1,2")) == 2
 
 
 @pytest.mark.slow
