@@ -285,9 +285,6 @@ class CheckpointStore:
 
     def nothing_saved(self) -> RunDirectoryError:
         """What to raise where a run without a checkpoint is asked for one."""
-        run = self.root.parent
-        if (run / "config.json").is_file():
-            return RunDirectoryError(f"{run}: an exported folder, not a run; name its run, or use karat predict")
         return RunDirectoryError(f"{self.root}: no checkpoint; train the run first")
 
     def names(self) -> list[str]:

@@ -52,8 +52,8 @@ def list_recipes(words: Sequence[str], json_file: str | None) -> int:
     """Print recipes, and return the exit code.
 
     One that is named is shown whole. Otherwise it is those with all words in their name, or if there are none, in
-    their header. Of these, those with an attention or a change but no result, of the paper or ours, are shown only if
-    no other is.
+    their command or header. Of these, those with an attention or a change but no result, of the paper or ours, are
+    shown only if no other is.
 
     Raises:
         RecipeError: no recipe has these words.
@@ -65,7 +65,8 @@ def list_recipes(words: Sequence[str], json_file: str | None) -> int:
         return 0
     wanted = [word.lower() for word in words]
     by_name = [entry for entry in entries if all(word in entry.name.lower() for word in wanted)]
-    by_header = [entry for entry in entries if all(word in f"{entry.name} {entry.trains}".lower() for word in wanted)]
+    texts = {entry.name: f"{entry.command} {entry.name} {entry.trains}".lower() for entry in entries}
+    by_header = [entry for entry in entries if all(word in texts[entry.name] for word in wanted)]
     having = by_name or by_header
     if not having:
         unknown = next((one for one in wanted if not any(one in entry.name for entry in entries)), wanted[0])

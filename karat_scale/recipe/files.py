@@ -177,6 +177,8 @@ def read_recipe(source: str, folder: Path = RECIPES) -> tuple[str, dict[str, Any
 def recipe_of_run(run: Path) -> Path:
     """Return the recipe in a run's directory. Raises RunDirectoryError if it is not one."""
     path = run.expanduser() / "recipe.yaml"
+    if path.with_name("config.json").is_file() and path.with_name("model.safetensors").is_file():
+        raise RunDirectoryError(f"{run}: an exported folder, not a run; name its run, or use karat predict")
     if not path.exists():
         around = run.parents[:2] if "checkpoints" in run.parts[-2:] else []
         inside = [file.parent for depth in ("*", "*/*") for file in sorted(run.glob(f"{depth}/recipe.yaml"))]

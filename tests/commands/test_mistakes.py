@@ -47,6 +47,8 @@ PUSH = "export kept --push"
         (f"{SUBMIT} --gpu=h1000", "--gpu h1000: not in the table"),
         (f"{SUBMIT} train.global_batch=130 --nodes=3 --gpu=a100-40", "does not divide over 12 ranks"),
         (f"{SUBMIT} --print --yes", "not allowed with argument"),
+        ("convert kept fashion_mnist_demo --survey --print", "not allowed with argument"),
+        ("detect kept --eval --print", "not allowed with argument"),
         (f"sweep {SYNTHETIC} --out run optim.lr=1e-3,fast", "optim.lr=fast: "),
         (f"sweep {SYNTHETIC} --out run run.dir=a,b", "run.dir: each run of a sweep has its own directory; use --out"),
         (f"sweep {SYNTHETIC} --out run run.seed=0,1 --at-once 2", "no effect without --slurm"),

@@ -59,6 +59,8 @@ def test_words_filter_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "imagenet_swin_tiny_g3b" in capsys.readouterr().out
     assert main(["recipes", "cifar100", "swin"]) == 0
     assert "cifar100_swin_tiny_g3b " in capsys.readouterr().out
+    assert main(["recipes", "detect", "--json", str(file)]) == 0
+    assert {one["command"] for one in json.loads(file.read_text())} == {"detect"}
 
 
 def test_a_name_shows_how_to_start_it_and_the_run_that_it_starts_from(capsys: pytest.CaptureFixture[str]) -> None:

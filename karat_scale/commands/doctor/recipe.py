@@ -200,9 +200,11 @@ def _occupied(recipe: Recipe, directory: RunDirectory) -> Finding:
     if not directory.recipe_file.is_file():
         return found("run.dir", f"{directory.path} can be written")
     try:
-        directory.refuse_another_recipe(recipe)
+        directory.admit(recipe)
     except RunDirectoryError as error:
         return found("run.dir", str(error).removeprefix("run.dir = "), wrong=True)
+    if not directory.store.names():
+        return found("run.dir", f"{directory.path} has a start that left no checkpoint: karat train begins anew")
     return found("run.dir", f"{directory.path} has this run: karat train resumes it")
 
 

@@ -71,10 +71,9 @@ def add_commands(commands: Any) -> None:
     source = "a run, a folder or file of `karat export`, a file of weights, or timm:NAME"
     convert.add_argument("source", metavar="SOURCE", help=source)
     add_recipe(convert, "attention.kind=karat convert.images=5000", what)
-    convert.add_argument(
-        "--survey", action="store_true", help="only find out which blocks can be replaced; no training"
-    )
-    convert.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
+    only = convert.add_mutually_exclusive_group()
+    only.add_argument("--survey", action="store_true", help="only find out which blocks can be replaced; no training")
+    only.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
     convert.set_defaults(run=_convert)
     add_trust(convert)
 
@@ -145,8 +144,9 @@ def add_commands(commands: Any) -> None:
 
     detect = commands.add_parser("detect", help="train or evaluate Mask R-CNN on a ViT, with data in COCO's format")
     add_recipe(detect, "data.path=DIR", "a detection recipe's name or a YAML file; with --eval, a run")
-    detect.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
-    detect.add_argument("--eval", action="store_true", help="evaluate a checkpoint of a run by COCO's mAP")
+    only = detect.add_mutually_exclusive_group()
+    only.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
+    only.add_argument("--eval", action="store_true", help="evaluate a checkpoint of a run by COCO's mAP")
     detect.add_argument(
         "--checkpoint", metavar="NAME", help="checkpoint for --eval: best, latest, or a name (default: best)"
     )

@@ -45,9 +45,10 @@ class Standing:
     step: int = 0
     total_steps: int | None = None
     epoch: int | None = None
-    losses: list[float] = field(default_factory=list)
-    last_top1: float | None = None
-    best_top1: float | None = None
+    trained: list[tuple[int, float]] = field(default_factory=list)
+    """Steps and their losses."""
+    tested: list[tuple[int, float]] = field(default_factory=list)
+    """Steps and their top-1."""
     images_per_second: float | None = None
     beyond_reach: float | None = None
     """The largest share of a block's scores beyond the reach of its functions."""
@@ -74,6 +75,17 @@ class Standing:
         """One more line says nothing."""
         self.damaged_lines += 1
 
+    def go_on_after(self, step: int) -> None:
+        """A start trains from here: what an earlier one logged of later steps is taken back."""
+        self.step, self.ended = step, None
+        self.trained = [one for one in self.trained if one[0] <= step]
+        self.tested = [one for one in self.tested if one[0] <= step]
+
+    @property
+    def losses(self) -> list[float]:
+        """The losses so far."""
+        return [loss for _, loss in self.trained]
+
     @property
     def is_silent(self) -> bool:
         """True if the run says nothing any more and has not ended: it was killed, or all its nodes are gone."""
@@ -96,9 +108,10 @@ def read_standing(run: Path, now: float | None = None) -> Standing:
     Raises:
         RunDirectoryError: `run` is neither a run nor the logs of a run that is about to start.
     """
-    if not any((run / name).exists() for name in ("recipe.yaml", "metrics.jsonl", "logs")):
+    if not any((run / name).exists() for name in ("metrics.jsonl", "logs")):
         recipe_of_run(run)  # says what was meant
-    standing = Standing(run.name if run.name != "run" else run.resolve().parent.name)
+    name = run.name or run.resolve().name  # of the working directory
+    standing = Standing(name if name != "run" else run.resolve().parent.name)
     now = time.time() if now is None else now
     for event in read_events(run / "metrics.jsonl", damaged=lambda _: standing.count_damaged()):
         try:
@@ -133,7 +146,7 @@ def _apply_event(standing: Standing, event: dict[str, Any]) -> None:
     for key in _NUMBERS:  # the trainer writes null for what is not finite
         if event.get(key) is not None and not _is_number(event[key]):
             raise ValueError(key)
-    if kind in ("train", "resume") and event["step"] is None:
+    if kind in ("train", "start", "resume", "eval") and event["step"] is None:
         raise ValueError("step")
     if kind == "train":
         standing.step, standing.ended = event["step"], None
@@ -141,7 +154,7 @@ def _apply_event(standing: Standing, event: dict[str, Any]) -> None:
         standing.total_steps = event.get("total_steps")
         standing.peak_memory_mb = event.get("peak_memory_mb") or standing.peak_memory_mb
         if event.get("loss") is not None:
-            standing.losses.append(event["loss"])
+            standing.trained.append((event["step"], event["loss"]))
         standing.beyond_reach = event.get("beyond_reach")
         rate = event.get("images_per_second")
         if rate:
@@ -149,11 +162,14 @@ def _apply_event(standing: Standing, event: dict[str, Any]) -> None:
             batch = event["samples"] / event["step"]
             if standing.total_steps:
                 standing.seconds_left = (standing.total_steps - event["step"]) * batch / rate
-    elif kind == "eval" and "top1" in event:
-        standing.last_top1 = event["top1"]
-        standing.best_top1 = max(event["top1"], standing.best_top1 or 0.0)
+    elif kind == "eval" and event.get("top1") is not None:
+        standing.tested.append((event["step"], event["top1"]))
+    elif kind == "start":
+        standing.restarts = 0  # one that resumes says so next
+        standing.go_on_after(event["step"])
     elif kind == "resume":
-        standing.restarts, standing.step, standing.ended = event["restarts"], event["step"], None
+        standing.restarts = event["restarts"]
+        standing.go_on_after(event["step"])
     elif kind == "end":
         standing.exit_code = event.get("exit")
         standing.ended = f"{event.get('reason')} (exit {standing.exit_code})"
@@ -242,14 +258,15 @@ def render(standing: Standing) -> Group:
 
 
 def _rows(standing: Standing) -> list[tuple[str, str]]:
-    state = standing.job_state or (standing.ended and "ended") or ("unknown to squeue" if standing.job else None)
+    state = standing.job_state or ("ended" if standing.ended else "unknown to squeue")
     steps = f"{standing.step:,}" + (f" of {standing.total_steps:,}" if standing.total_steps else "")
     silent = top1 = left = None
     if standing.is_silent and standing.silent_seconds is not None:
         since = f"no sign of life for {duration(standing.silent_seconds)}"
         silent = f"not running: {since}; run the same command again to resume"
-    if standing.last_top1 is not None:
-        top1 = f"{standing.last_top1:.2f} %, best {standing.best_top1:.2f} %"
+    if standing.tested:
+        scores = [score for _, score in standing.tested]
+        top1 = f"{scores[-1]:.2f} %, best {max(scores):.2f} %"
     if not (standing.ended or standing.is_silent or standing.seconds_left is None):
         left = f"about {duration(standing.seconds_left)}"
     on_gpu = any(sign.device and not sign.device.startswith("CPU") for sign in standing.signs)
@@ -257,7 +274,7 @@ def _rows(standing: Standing) -> list[tuple[str, str]]:
     beyond = f"{standing.beyond_reach:.1%} of a block's beyond its functions' reach" if standing.beyond_reach else None
     damaged = plural(standing.damaged_lines, "damaged line") if standing.damaged_lines else None
     rows = [
-        ("job", f"{standing.job} {state}" if standing.job else state),
+        ("job", f"{standing.job} {state}" if standing.job else None),
         ("outcome", standing.ended or silent),
         ("step", steps + (f", epoch {standing.epoch}" if standing.epoch is not None else "")),
         ("loss", f"{standing.losses[-1]:.4f}  {sparkline(standing.losses)}" if standing.losses else "none logged yet"),

@@ -92,6 +92,11 @@ def test_a_run_directory_of_another_recipe_or_below_a_file_is_a_problem(subject:
     other = by_name(fit.examine_run_directory(subject("optim.lr=0.5")))["run.dir"]
     assert other.level == "problem"
     assert all(part in other.value for part in ("optim.lr", "resume.allow"))
+    never = by_name(fit.examine_run_directory(subject("resume.mode=never")))["run.dir"]
+    assert (never.level, "has checkpoints and resume.mode = never" in never.value) == ("problem", True)
+    (run / "checkpoints" / "step-00000004").rmdir()
+    anew = by_name(fit.examine_run_directory(subject("optim.lr=0.5")))["run.dir"]  # as training does
+    assert (anew.level, anew.value) == ("ok", f"{run} has a start that left no checkpoint: karat train begins anew")
     (below_a_file,) = fit.examine_run_directory(subject(f"run.dir={run / 'recipe.yaml' / 'run'}"))
     assert below_a_file.level == "problem"
 

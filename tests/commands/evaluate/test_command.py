@@ -169,7 +169,8 @@ def test_a_mistake_is_one_line(run: Path, image_folder: Path, tmp_path: Path) ->
     ):
         assert words in karat_refuses("eval", str(run), *arguments)
     exported = ROOT / "tests/checkpoint/of_0_2_0/exported"
-    assert "an exported folder, not a run" in karat_refuses("eval", str(exported))
+    for command in ("eval", "status", "analyze", "export", "verify"):
+        assert "an exported folder, not a run" in karat_refuses(command, str(exported))
     assert f"the first of {', '.join(SPLITS)})" in " ".join(karat_says("eval", "--help").split())
 
 

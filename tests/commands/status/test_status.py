@@ -44,6 +44,25 @@ def test_time_left_and_restarts_come_from_the_last_events(tmp_path: Path) -> Non
     assert standing.checkpoint is None
 
 
+def test_what_a_start_takes_back_is_not_shown(tmp_path: Path) -> None:
+    start = {"event": "start", "began": 1.0, "anew": False, "last_sign": None, "submitted": None}
+    train = {"event": "train", "samples": 1000, "total_steps": 40}
+    write_events(
+        tmp_path, {**start, "step": 0}, {**train, "step": 10, "loss": 2.0},
+        {"event": "eval", "step": 10, "top1": 40.0}, {"event": "eval", "step": 15, "top1": None},
+        {**train, "step": 20, "loss": 9.0}, {"event": "eval", "step": 20, "top1": 70.0},
+        {"event": "end", "step": 20, "exit": 1, "reason": "killed"},
+        {**start, "step": 10}, {"event": "resume", "step": 10, "restarts": 1},
+    )  # fmt: skip
+    standing = read_standing(tmp_path)
+    assert (standing.step, standing.restarts, standing.losses, standing.ended) == (10, 1, [2.0], None)
+    assert "top-1       40.00 %, best 40.00 %" in shown_text(standing)
+    write_events(tmp_path, {**start, "step": 0})  # its checkpoints are gone
+    standing = read_standing(tmp_path)
+    assert (standing.step, standing.restarts, standing.losses, standing.damaged_lines) == (0, 0, [], 0)
+    assert "top-1" not in shown_text(standing)
+
+
 def test_a_directory_of_runs_is_told_with_their_names(tmp_path: Path) -> None:
     for name in ("b", "a", "sweep/c", "sweep/d", "e"):
         (tmp_path / name).mkdir(parents=True)
