@@ -304,7 +304,8 @@ def _begun(run: OpenRun[Recipe], request: Request, where: Path | str, split: str
     source += f", labels of {Path(request.labels).resolve()}" if request.labels else ""
     source += ", corrupted" if request.corrupt is not None else ""
     labels = hashlib.sha256(test_set.labels.tobytes()).hexdigest()
-    data = {"decoder": run.recipe.data.decoder, "source": source, "labels": labels, "turned": test_set.turns}
+    images = {"images": test_set.source.identity, "labels": labels, "turned": test_set.turns}
+    data = {"decoder": run.recipe.data.decoder, "source": source, **images}
     return Evaluation(
         name=request.name or _name_of(place if request.on is not None else "", request, asked),
         source=source,

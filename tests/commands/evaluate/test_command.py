@@ -210,6 +210,17 @@ def test_another_split_of_as_many_images_is_corrupted_anew(run: Path, image_fold
     assert {one.name for one in read_evaluations(run)} >= {"val-corrupted", "val-test-corrupted"}
 
 
+def test_a_set_with_another_image_is_corrupted_anew(run: Path, image_folder: Path, tmp_path: Path) -> None:
+    """A mean of scores on different images was kept."""
+    pytest.importorskip("imagecorruptions", reason="needs the extra corruptions")
+    shutil.copytree(image_folder / "val", tmp_path / "data")
+    for is_new in (True, False, True):
+        said = karat_says("eval", str(run), "--on", str(tmp_path / "data"), *CONTRAST, "--severity", "1")
+        assert ("contrast 1:" in said) == is_new
+        if not is_new:
+            (tmp_path / "data/class0/000.jpg").rename(tmp_path / "data/class0/new.jpg")
+
+
 def test_only_all_corruptions_at_all_severities_are_complete() -> None:
     whole = {name: dict.fromkeys(SEVERITIES, 50.0) for name in CORRUPTIONS}
     assert is_complete(whole)
