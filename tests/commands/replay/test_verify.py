@@ -173,7 +173,10 @@ def test_a_changed_image_is_found(image_folder, tmp_path, verify, shards) -> Non
 @pytest.mark.multiprocess
 def test_other_kernels_round_within_the_tolerance_and_other_ranks_are_refused(run, tmp_path, monkeypatch) -> None:
     refused = karat("verify", str(run), processes=2).stderr
-    assert "step-00000008 was written by 1 rank, and here 2 ranks would train; use karat launch --ranks 1 verify" in refused
+    assert (
+        "step-00000008 was written by 1 rank, and here 2 ranks would train; use karat launch --ranks 1 verify"
+        in refused
+    )
     file = tmp_path / "found.json"
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
