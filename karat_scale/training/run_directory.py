@@ -139,10 +139,11 @@ class RunDirectory:
         problems = self.store.discard_unfinished()
         for directory in (self.path, self.snapshots, self.profile):
             problems += remove_leftovers(directory)
-        now = {heartbeat_file(self.path, rank) for rank in range(ranks)}
-        for path in set((self.path / "heartbeats").glob("rank-*")) - now:
-            with suppress(OSError):
-                path.unlink()
+        now = {heartbeat_file(self.path, rank).stem for rank in range(ranks)}  # also *.tmp, which may become one now
+        for path in (self.path / "heartbeats").glob("rank-*"):
+            if path.stem not in now:
+                with suppress(OSError):
+                    path.unlink()
         return problems
 
     def start_heartbeat(self, world: World) -> Heartbeat:
