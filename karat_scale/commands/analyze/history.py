@@ -135,7 +135,7 @@ def described(run: TrainedRun) -> dict[str, str]:
 def _budget(run: TrainedRun, history: History, summary: dict[str, Any]) -> str:
     last = int(history.train[-1]["step"]) if history.train else 0
     steps = last if last and not history.has_ended else summary.get("steps") or last
-    text = f"{steps:,} steps of {run.recipe.train.global_batch:,} images"
+    text = f"{plural(steps, 'step')} of {run.recipe.train.global_batch:,} images"
     images = summary.get("train_images")
     if isinstance(images, int) and images > 0:
         text += f", {steps * run.recipe.train.global_batch / images:.3g} times its {images:,} training images"

@@ -346,6 +346,8 @@ def _draw_ranks(spectrum: Spectrum, what: str) -> Figure:
     for number, (axes, name) in enumerate(zip(figure.subplots(1, 3), ("effective", "stable", "scree"), strict=True)):
         for stage, label in enumerate(("before: A", f"after: {what}")):
             axes.plot(blocks, spectrum.ranks[:, stage, number], marker="o", label=label, **layered(stage, 2))
-        axes.set(xlabel="block", title=f"{name} rank", xticks=blocks, ylim=(0, None))
-        axes.legend()
+        axes.set(
+            xlabel="block", title=f"{name} rank", xticks=blocks, ylim=(0, 1.08 * spectrum.ranks[..., number].max())
+        )
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure

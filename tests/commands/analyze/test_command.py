@@ -22,7 +22,8 @@ QUICK = ("--images", "4", "--grid", "3", "--samples", "8", "--hessian-samples", 
 def test_ranks_share_the_landscape(karat_run: TrainedRun, tmp_path: Path) -> None:
     arguments = ["analyze", str(karat_run.path), *QUICK, "--only", "spectrum", "landscape"]
     assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
-    karat_done(*arguments, "--out", str(tmp_path / "two"), processes=2)
+    done = karat_done(*arguments, "--out", str(tmp_path / "two"), processes=2)
+    assert done.stderr.splitlines().count("karat: landscape, random") == 1  # of rank 0 alone
     one, two = (np.load(tmp_path / name / "landscape" / "karat" / "arrays.npz") for name in ("one", "two"))
     for name in one.files:
         np.testing.assert_allclose(one[name], two[name], rtol=1e-5, atol=1e-6)
