@@ -214,16 +214,19 @@ def test_a_start_clears_what_kills_left_in_the_run(tmp_path) -> None:
         directory.store.root / ".latest.abcd_123.unfinished",
         directory.store.root / ".saving-step-00000001" / "part",
         directory.snapshots / ".step-00000001.safetensors.abcd_123.unfinished",
-        directory.path / "heartbeats" / "rank-00001.tmp",
-        heartbeat_file(directory.path, 2),  # of a start with more ranks
+        directory.path / "heartbeats" / "rank-00002.tmp",  # of a start with more ranks
+        heartbeat_file(directory.path, 2),
     ]
     for path in left:
         path.parent.mkdir(exist_ok=True)
         path.write_text("half")
     mine = heartbeat_file(directory.path, 1)
-    mine.write_text("{}")
+    next_one = mine.with_suffix(".tmp")  # which its thread writes now
+    for path in (mine, next_one):
+        path.write_text("{}")
     assert directory.clear(ranks=2) == []
     assert mine.exists()
+    assert next_one.exists()
     assert not [path for path in left if path.exists()]
 
 

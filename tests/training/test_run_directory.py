@@ -40,16 +40,6 @@ def _outlive(begun: Event) -> None:
     time.sleep(60)
 
 
-def test_what_ranks_of_an_earlier_start_wrote_is_cleared_but_not_what_those_of_this_one_write(tmp_path) -> None:
-    heartbeats = tmp_path / "heartbeats"
-    heartbeats.mkdir()
-    for name in ("rank-00000.tmp", "rank-00001.json", "rank-00002.json", "rank-00002.tmp"):
-        (heartbeats / name).touch()
-    assert RunDirectory(tmp_path).clear(ranks=2) == []
-    # Without its temporary file, rank 0 would not get its first heartbeat in place.
-    assert sorted(path.name for path in heartbeats.iterdir()) == ["rank-00000.tmp", "rank-00001.json"]
-
-
 def test_a_process_that_outlives_the_run_does_not_hold_its_directory(small_recipe, tmp_path) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.open(small_recipe())

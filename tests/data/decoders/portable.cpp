@@ -56,13 +56,13 @@ void shrink(void* recoder) {
 }
 
 void warp() {
-  const std::vector<uint8_t> rgb = get_bytes(), fill = get_bytes();
+  const std::vector<uint8_t> planes = get_bytes(), fill = get_bytes();
   double matrix[6];
   int32_t asked[3];  // width, height, and whether bicubic
   get(matrix, 6);
   get(asked, 3);
-  std::vector<uint8_t> out(rgb.size());
-  const bool good = !karat_warp(rgb.data(), asked[0], asked[1], matrix, fill.data(), asked[2], out.data());
+  std::vector<uint8_t> out(planes.size());
+  const bool good = !karat_warp(planes.data(), asked[0], asked[1], matrix, fill.data(), asked[2], out.data());
   put(out.data(), good ? out.size() : 0);
 }
 

@@ -108,13 +108,14 @@ def test_the_warps_give_pillows_bits(program: Path, interpolation: str) -> None:
     requests, expected = [], []
     rng = np.random.default_rng(5)
     for width, height in ((1, 1), (31, 7), (57, 90)):
-        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        planes = rng.integers(0, 256, (3, height, width), dtype=np.uint8)
+        image = augment.image_of(planes)
         matrices = [augment.rotation(31.0, width, height), (1, 0.3, 2.5, -0.2, 1, 0), tuple(rng.uniform(-2, 2, 6))]
         for matrix in matrices:
             asked = struct.pack("<6d3i", *matrix, width, height, int(interpolation == "bicubic"))
-            requests.append(b"w" + sized(image.tobytes()) + sized(bytes(FILL)) + asked)
+            requests.append(b"w" + sized(planes.tobytes()) + sized(bytes(FILL)) + asked)
             theirs = image.transform(
                 image.size, Image.Transform.AFFINE, matrix, RESAMPLE[interpolation], fillcolor=FILL
             )
-            expected.append(theirs.tobytes())
+            expected.append(augment.planes_of(theirs).tobytes())
     assert answers(program, requests) == expected
