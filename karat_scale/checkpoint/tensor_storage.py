@@ -12,7 +12,7 @@ import pickle
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
@@ -194,7 +194,7 @@ class _Copier(pickle.Pickler):
 class _Reader(pickle.Unpickler):
     """Reads what `_Copier` made: a state whose tensors lie in the blocks."""
 
-    def __init__(self, file: io.BytesIO, blocks: dict[int, mmap.mmap]) -> None:
+    def __init__(self, file: io.BytesIO, blocks: Mapping[int, Any]) -> None:
         super().__init__(file)
         self._blocks = blocks
         self._made: dict[Place, torch.Tensor] = {}
@@ -211,6 +211,10 @@ class _Reader(pickle.Unpickler):
 _NICE = 10
 # The writer says so often how far it is.
 _TOLD_BYTES = 32 << 20
+
+
+class WriterEndedError(OSError):
+    """The process that writes checkpoints has ended, such as for want of memory."""
 
 
 class Writer:
@@ -236,7 +240,7 @@ class Writer:
         return self._owner == os.getpid() and self._process.is_alive()
 
     def write(self, path: Path, content: bytes, memory: KeptMemory, on_bytes: Callable[[int], None]) -> Fingerprint:
-        """Write what `_Copier` made of a state, and wait until it is on disk. Raises OSError."""
+        """Write what `_Copier` made of a state, and wait until it is on disk. Raises OSError, WriterEndedError."""
         with self._busy:
             try:
                 while _released:
@@ -251,7 +255,7 @@ class Writer:
                     on_bytes(answer)
             except (EOFError, ConnectionError):
                 self._end()  # it may not be quite gone
-                raise OSError("the process that writes checkpoints has ended") from None
+                raise WriterEndedError("the process that writes checkpoints has ended") from None
         if isinstance(answer, OSError):
             raise answer
         written: Fingerprint = answer
@@ -345,9 +349,13 @@ class DurableStorage:
         while self._files:
             value, path = self._files.pop(0)
             if self._copies and self._writer is not None:
-                written[path] = self._writer.write(path, value, self._memory, self._count)
-            else:
-                written[path] = save_tensors(value, path, self._count)
+                try:
+                    written[path] = self._writer.write(path, value, self._memory, self._count)
+                    continue
+                except WriterEndedError:  # the copy is still here
+                    blocks = {block.number: block.bytes.numpy() for block in self._memory.blocks}
+                    value = _Reader(io.BytesIO(value), blocks).load()
+            written[path] = save_tensors(value, path, self._count)
         return written
 
     def _count(self, size: int) -> None:

@@ -52,14 +52,21 @@ def test_memory_that_there_is_not_takes_no_descriptor() -> None:
     assert psutil.Process().num_fds() == before
 
 
-def test_a_writer_that_ends_is_told_and_the_next_save_has_another(tmp_path) -> None:
-    storage = DurableStorage()
+def test_without_its_writer_a_save_is_written_all_the_same_and_the_next_has_another(tmp_path) -> None:
+    storage, weight = DurableStorage(), torch.ones(3)
     storage.begin(copies=True)
-    storage.save([torch.ones(3)], str(tmp_path / "t.pt"))
-    psutil.Process(tensor_storage.start_writer()._process.pid).kill()
-    with pytest.raises(OSError, match="the process that writes checkpoints has ended"):
-        storage.write()
+    for name in ("t.pt", "u.pt"):
+        storage.save([weight], str(tmp_path / name))
+    writer = tensor_storage.start_writer()
+    psutil.Process(writer._process.pid).kill()
+    weight.zero_()  # a step changes it meanwhile
+    written = storage.write()
+    for path, fingerprint in written.items():
+        assert torch.equal(load_tensors(path)[0], torch.ones(3))
+        assert fingerprint.sha256 == file_sha256(path)
+    assert len(written) == 2
     storage.begin(copies=True)
+    assert tensor_storage.start_writer() is not writer
     storage.save([torch.ones(3)], str(tmp_path / "nowhere" / "t.pt"))
     with pytest.raises(FileNotFoundError) as error:
         storage.write()
