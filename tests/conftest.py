@@ -51,8 +51,13 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
-def nothing_blocked() -> None:
-    """What a test starts must not inherit the signal that a run in the tests' own process blocks."""
+def nothing_blocked() -> Iterator[None]:
+    """What a test starts must not inherit the signal that a run in the tests' own process blocks.
+
+    Nor what a fixture of the session starts before the next test, such as SLURM: no job would hear it.
+    """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+    yield
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
 
 
