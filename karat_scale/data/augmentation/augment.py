@@ -68,7 +68,7 @@ class Compiled:
         return self._look_up(planes, np.tile(np.asarray(table), 3))
 
     def tabled(self, planes: Planes, function: Callable[..., Any], *arguments: float, **options: Any) -> Planes:
-        """Do what a function for Pillow's images does that calls their `histogram`, or not, and then `point`."""
+        """Run a function for Pillow's images that needs only their histogram, and ends with `point`."""
         result: Planes = function(_Values(self, planes), *arguments, **options)
         return result
 
@@ -86,7 +86,7 @@ class Compiled:
         out = np.empty_like(planes) if out is None else out
         _, height, width = planes.shape
         sides = ctypes.c_int(width), ctypes.c_int(height)
-        if self._library[name](_place(planes), *sides, *arguments, _place(out)):
+        if getattr(self._library, name)(_place(planes), *sides, *arguments, _place(out)):
             raise MemoryError("out of memory while an image was augmented")
         return out
 

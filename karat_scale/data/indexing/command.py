@@ -8,7 +8,7 @@ import multiprocessing
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -38,7 +38,6 @@ from karat_scale.foundation.machine import usable_cores
 from karat_scale.foundation.stores import Store
 
 _NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-_WORD = re.compile(rf"(?<![a-z])({'|'.join(_NAMES)})(?![a-z])", re.IGNORECASE)
 _PACKED = re.compile(r"\.(tar\.(gz|bz2|xz|zst)|tgz)$")
 _NAME_IN_RECORD = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
 
@@ -116,9 +115,14 @@ def into_splits(names: Sequence[str], rules: Sequence[str]) -> dict[str, list[st
 def _by_word(names: Sequence[str]) -> dict[str, list[str]]:
     splits: dict[str, list[str]] = {}
     for name in names:
-        words = _WORD.findall(name)
-        splits.setdefault(_NAMES[words[-1].lower()] if words else "train", []).append(name)
+        splits.setdefault(split_named_in(name, _NAMES) or "train", []).append(name)
     return splits
+
+
+def split_named_in(path: str, splits: Mapping[str, str]) -> str:
+    """Return the split that the last of these words in a path stands for; "" without one."""
+    words = re.findall(rf"(?<![a-z])({'|'.join(splits)})(?![a-z])", path, re.IGNORECASE)
+    return splits[words[-1].lower()] if words else ""
 
 
 MADE_BY = "karat index"

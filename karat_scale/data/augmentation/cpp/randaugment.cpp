@@ -24,8 +24,6 @@ typedef int32_t Whole __attribute__((vector_size(16)));
 const float NEAR = 2e-3f;
 const float MOST = 255.5f;
 
-int clamp(int value, int size) { return value < 0 ? 0 : value < size ? value : size - 1; }
-
 int floor_of(double value) {
     const int whole = static_cast<int>(value);
     return value < whole ? whole - 1 : whole;
@@ -71,9 +69,9 @@ struct Image {
         const int64_t plane = static_cast<int64_t>(width) * height;
         Single* to = pixels.data();
         for (int y = -margin; y < height + margin; ++y) {
-            const uint8_t* const row = planes + static_cast<int64_t>(width) * clamp(y, height);
+            const uint8_t* const row = planes + static_cast<int64_t>(width) * std::clamp(y, 0, height - 1);
             for (int x = -margin; x < width + margin; ++x, ++to) {
-                const uint8_t* const at = row + clamp(x, width);
+                const uint8_t* const at = row + std::clamp(x, 0, width - 1);
                 *to = Single{static_cast<float>(at[0]), static_cast<float>(at[plane]), static_cast<float>(at[2 * plane])};
             }
         }
@@ -237,17 +235,6 @@ uint8_t blend(int first, int second, float factor) {
 
 int grey_of(int red, int green, int blue) { return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16; }
 
-// Calls `work` and returns 0, or 1 where memory ran out.
-template <class Work>
-int guarded(const Work& work) {
-    try {
-        work();
-        return 0;
-    } catch (...) {
-        return 1;
-    }
-}
-
 }  // namespace
 
 // planes, out: uint8 [3, height, width]; all return 0, or 1 where memory ran out.
@@ -256,7 +243,12 @@ extern "C" {
 // matrix: the six numbers of Image.transform. fill: of what comes from outside.
 int karat_warp(const uint8_t* planes, int width, int height, const double* matrix, const uint8_t* fill, int bicubic,
                uint8_t* out) {
-    return guarded([&] { (bicubic ? warp<Bicubic> : warp<Bilinear>)(planes, width, height, matrix, fill, out); });
+    try {
+        (bicubic ? warp<Bicubic> : warp<Bilinear>)(planes, width, height, matrix, fill, out);
+        return 0;
+    } catch (...) {
+        return 1;
+    }
 }
 
 int karat_flip(const uint8_t* planes, int width, int height, uint8_t* out) {

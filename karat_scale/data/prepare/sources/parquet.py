@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from karat_scale.data.indexing.command import split_named_in
 from karat_scale.data.prepare.sources.base import (
     ListedSource,
     Openers,
@@ -151,7 +152,6 @@ WINDOW_BYTES = 128_000_000
 _NAME = re.compile(
     r"(?P<before>(?P<prefix>[\w.-]+-)?(?P<split>\w+)-)(?P<number>\d+)-of-(?P<count>\d+)(-[0-9a-f]+)?\.parquet"
 )
-_WORD = re.compile(rf"(?<![a-z])({'|'.join(LIKE_SPLITS)})(?![a-z])", re.IGNORECASE)
 
 
 def parquet_files(src: Path) -> list[Path]:
@@ -284,8 +284,7 @@ def _split_of(path: Path, src: Path) -> str:
         return match["split"]
     if src not in (path, path.parent) and path.parent.name in SPLIT_FOLDERS:
         return path.parent.name
-    words = _WORD.findall(path.stem)
-    return LIKE_SPLITS[words[-1].lower()] if words else ""
+    return split_named_in(path.stem, LIKE_SPLITS)
 
 
 def _missing(src: Path, paths: list[Path]) -> list[str]:
