@@ -24,7 +24,7 @@ import psutil
 
 from karat_scale.commands.cli import EXIT_USAGE
 from karat_scale.engine.reporting.progress import Reporter
-from karat_scale.foundation.errors import EXIT_LOST_PEER, EXIT_STOPPED
+from karat_scale.foundation.errors import EXIT_INTERRUPTED, EXIT_LOST_PEER, EXIT_STOPPED
 from tests.conftest import make_image_folder, run_script
 from tests.faults import runs
 from tests.faults.runs import FINISHES_WITHIN, Campaign, command_line, tiny_recipe, torn
@@ -108,13 +108,13 @@ class Signals(Campaign):
             outcome.problems.append(f"{kind} in {phase}: exit codes {codes}")
 
     def _wait(self, ranks: ForkedRanks) -> tuple[bool, bool]:
-        """Until all have ended. Returns whether a signal killed a rank, and whether the others then ended in time."""
+        """Until all have ended. Returns whether a signal ended a rank at once, and whether the others ended in time."""
         deadline, deadly = time.monotonic() + FINISHES_WITHIN, False
         while ranks.running() and time.monotonic() < deadline:
-            if not deadly and any(code < 0 for code in ranks.codes.values()):
+            if not deadly and any(map(_is_deadly, ranks.codes.values())):
                 deadline, deadly = time.monotonic() + SURVIVORS_END_WITHIN, True
             time.sleep(0.005)
-        deadly = deadly or any(code < 0 for code in ranks.codes.values())
+        deadly = deadly or any(map(_is_deadly, ranks.codes.values()))
         return deadly, ranks.wait(0)
 
     def _send(self, ranks: ForkedRanks, name: str) -> str:
@@ -137,6 +137,11 @@ class Signals(Campaign):
         except psutil.NoSuchProcess:
             return ""
         return f"{name} to {whom}"
+
+
+def _is_deadly(code: int) -> bool:
+    """Whether a signal ended a rank at once: it was killed, or interrupted early. A launcher ends the others then."""
+    return code < 0 or code == EXIT_INTERRUPTED
 
 
 def _tell(phase: str, times: int, pipe: int) -> None:

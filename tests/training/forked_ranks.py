@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from karat_scale.commands.cli import main
+from karat_scale.foundation.errors import EXIT_INTERRUPTED
 from karat_scale.foundation.machine import be_killed_with_parent
 from tests.conftest import free_port
 
@@ -87,6 +88,8 @@ def _be_a_rank(
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         prepare(rank)
         code = main(arguments)
+    except KeyboardInterrupt:  # before it could catch one
+        code = EXIT_INTERRUPTED
     finally:
         os._exit(code)
 
