@@ -34,7 +34,7 @@ from karat_scale.foundation.files import (
     commit_file,
     open_regular,
     open_to_read,
-    temporary_file,
+    temporary_folder,
 )
 from karat_scale.recipe import RunRecipe
 
@@ -62,12 +62,13 @@ def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dic
     Raises:
         OSError: it could not be written.
     """
-    with temporary_file(path) as temporary:
+    # In a folder: safetensors has a temporary file of its own, which a kill leaves, and loses the lock of ours.
+    with temporary_folder(path) as folder:
         try:
-            save_file(tensors, temporary, metadata)
+            save_file(tensors, folder / path.name, metadata)
         except SafetensorError as error:
             raise as_os_error(error) from error
-        commit_file(temporary, path)
+        commit_file(folder / path.name, path)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

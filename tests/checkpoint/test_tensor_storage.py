@@ -1,13 +1,21 @@
 import os
+import signal
 from collections import OrderedDict
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
 from karat_scale.checkpoint import tensor_storage
-from karat_scale.checkpoint.tensor_storage import DurableStorage, load_tensors, read_metadata, save_tensors
-from karat_scale.foundation.files import file_sha256
+from karat_scale.checkpoint.tensor_storage import (
+    DurableStorage,
+    load_tensors,
+    read_metadata,
+    save_safetensors,
+    save_tensors,
+)
+from karat_scale.foundation.files import commit_file, file_sha256, remove_leftovers
 
 
 def test_tensors_survive_the_round_trip(tmp_path) -> None:
@@ -82,3 +90,24 @@ def test_nobody_waits_at_a_pipe_in_place_of_tensors(read, tmp_path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="not a regular file"):
         read(tmp_path / "pipe")
+
+
+def test_what_is_being_written_is_no_leftover_to_others_until_its_writer_is_gone(tmp_path, monkeypatch) -> None:
+    def commit(temporary: Path, path: Path) -> None:
+        if not os.fork():  # a second writer while the first still writes
+            os._exit(len(remove_leftovers(tmp_path)))
+        assert os.wait()[1] == 0
+        assert temporary.is_file()
+        commit_file(temporary, path)
+
+    monkeypatch.setattr(tensor_storage, "commit_file", commit)
+    save_safetensors({"weight": torch.ones(3)}, tmp_path / "at.safetensors", {"step": "1"})
+    assert read_metadata(tmp_path / "at.safetensors") == {"step": "1"}
+
+    monkeypatch.setattr(tensor_storage, "commit_file", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    if not os.fork():
+        save_safetensors({"weight": torch.zeros(3)}, tmp_path / "at.safetensors", {"step": "2"})
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGKILL
+    assert len([*tmp_path.iterdir()]) == 2
+    assert remove_leftovers(tmp_path) == []
+    assert [*tmp_path.iterdir()] == [tmp_path / "at.safetensors"]
