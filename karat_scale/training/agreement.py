@@ -27,6 +27,8 @@ from karat_scale.foundation.errors import EXIT_INTERRUPTED
 from karat_scale.foundation.machine import LAUNCHER, STOP_SIGNALS, catch_stop_signals
 
 _POLL_SECONDS = 1.0
+# How long a rank that should stop waits for the others: one that waits for a rank which has gone would wait for long.
+_MEETING_SECONDS = 5.0
 
 
 class StopSignals:
@@ -74,6 +76,7 @@ class StopSignals:
 
     def _remember(self, number: int) -> None:
         if number in STOP_SIGNALS and self.received is None:
+            self._since = time.monotonic()
             self.received = signal.Signals(number)
         if number != signal.SIGINT:
             return
@@ -85,8 +88,8 @@ class StopSignals:
             _tell(b"\nstopping: the state is saved first; Ctrl-C again quits at once\n")
 
     def check(self) -> None:
-        """Raise StoppedError if a stop signal has come."""
-        if self.received is not None:
+        """Raise StoppedError some seconds after a stop signal: the ranks that are starting meet, and stop together."""
+        if self.received is not None and time.monotonic() - self._since > _MEETING_SECONDS:
             raise StoppedError
 
 

@@ -44,6 +44,8 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
         suppress(StoppedError),
         distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes, signals.check) as world,
     ):
+        if world.any(signals.received is not None):
+            raise StoppedError
         # Kept memory would take back what recomputation saves.
         if world.device.type == "cpu" and recipe.train.recompute.policy == "none":
             keep_freed_memory()
@@ -111,7 +113,7 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
                 )
                 reporter.info(f"finished{scored}; next: {task.reader} {shlex.quote(str(directory.path))}")
         return outcome.code
-    print("stopped before all ranks had met; run the same command to resume", flush=True)
+    print("stopped before training began; run the same command to resume", flush=True)
     return EXIT_STOPPED
 
 

@@ -6,6 +6,7 @@ said.
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -110,6 +111,25 @@ def stopped(scratch: Path) -> dict[str, Any]:
     return _outcome(ranks, log)
 
 
+def stopped_alone(scratch: Path, rank: int) -> dict[str, Any]:
+    """One of two ranks is told to stop before the other has come."""
+    log, go = scratch / f"stopped-alone-{rank}.log", scratch / f"go-{rank}"
+    arguments = _arguments(scratch, scratch / f"stopped-alone-{rank}")
+    ranks = ForkedRanks(arguments, 2, log, lambda other: _wait_for(go) if other != rank else None)
+    deadline = time.monotonic() + WITHIN
+    while not _catches(ranks.ranks[rank], signal.SIGTERM) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(ranks.ranks[rank], signal.SIGTERM)
+    time.sleep(0.5)
+    go.touch()
+    return _outcome(ranks, log)
+
+
+def _catches(pid: int, number: int) -> bool:
+    (caught,) = re.findall(r"SigCgt:\t(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
 def _wait_for(path: Path) -> None:
     deadline = time.monotonic() + WITHIN
     while not path.exists() and time.monotonic() < deadline:
@@ -122,6 +142,7 @@ def main(arguments: Sequence[str]) -> None:
     outcomes = {f"killed {victim}": killed(scratch, victim) for victim in (0, 1)}
     outcomes |= {f"absent {rank}": absent(scratch, rank) for rank in (0, 1)}
     outcomes["stopped"] = stopped(scratch)
+    outcomes |= {f"stopped alone {rank}": stopped_alone(scratch, rank) for rank in (0, 1)}
     outcomes |= {f"evaluation {stage}": failed_evaluation(scratch, stage) for stage in STAGES}
     if os.geteuid() == 0:
         outcomes |= {f"disk {size}": full_disk(scratch, size) for size in DISKS}

@@ -50,7 +50,16 @@ def test_a_rank_that_waits_for_another_stops_on_a_signal(outcomes) -> None:
     found = outcomes["stopped"]
     assert found["ended"], found["said"]
     assert found["codes"] == [EXIT_STOPPED], found["said"]
-    assert "stopped before all ranks had met; run the same command to resume" in found["said"]
+    assert "stopped before training began; run the same command to resume" in found["said"]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_are_starting_stop_together_on_a_signal_to_one(outcomes, rank) -> None:
+    found = outcomes[f"stopped alone {rank}"]
+    assert found["ended"], found["said"]
+    assert found["codes"] == [EXIT_STOPPED, EXIT_STOPPED], found["said"]
+    assert found["said"].count("stopped before training began; run the same command to resume") == 2
 
 
 @pytest.mark.multiprocess
