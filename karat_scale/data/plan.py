@@ -142,6 +142,14 @@ def micro_batch_of(recipe: RunRecipe, world_size: int) -> int:
     return choose_micro_batch(train.global_batch, world_size, train.micro_batch, even=mixes)
 
 
+def possible_micro_batch(recipe: RunRecipe, world_size: int) -> int | None:
+    """As `micro_batch_of`, but None where there is none."""
+    try:
+        return micro_batch_of(recipe, world_size)
+    except RecipeError:
+        return None
+
+
 def check_one_batch(num_samples: int, global_batch: int) -> None:
     """Raise DataError where the training split has not even one whole global batch."""
     if num_samples == 0:

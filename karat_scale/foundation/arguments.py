@@ -179,6 +179,13 @@ def command(place: str, check: Callable[[argparse.Namespace], None] | None = Non
     return run
 
 
+def add_number(
+    parser: argparse.ArgumentParser, name: str, default: float, what: str = "", kind: Any = count, **more: Any
+) -> None:
+    """Add an option that is a number; its help says the default."""
+    parser.add_argument(name, type=kind, default=default, help=f"{what} (default: %(default)g)".lstrip(), **more)
+
+
 def add_recipe(parser: argparse.ArgumentParser, such_as: str, what: str = "", nargs: str | None = None) -> None:
     """Add RECIPE and the overrides."""
     what = what or "a shipped recipe's name or a YAML file"

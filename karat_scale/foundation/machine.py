@@ -74,6 +74,18 @@ def catch_stop_signals(handler: Callable[[int, Any], Any]) -> dict[signal.Signal
     return {number: signal.signal(number, handler) for number in caught}
 
 
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Catch them inside the context; yields the numbers of those that have come."""
+    told: list[int] = []
+    before = catch_stop_signals(lambda number, _: told.append(number))
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def this_node() -> str:
     """Return this node's name, as SLURM says it where it runs."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
