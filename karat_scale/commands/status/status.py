@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from psutil import pid_exists
 from rich.console import Console, Group
 from rich.live import Live
@@ -28,10 +29,8 @@ from karat_scale.recipe.files import recipe_of_run
 
 # Heartbeats are written every two seconds. Without its process, one that is a little old is the last.
 SILENT_SECONDS, LATE_SECONDS = 30.0, 6.0
-_NUMBERS = (
-    *("step", "samples", "total_steps", "epoch", "loss", "images_per_second", "peak_memory_mb", "top1", "restarts"),
-    *("exit", "beyond_reach"),
-)
+_FIGURES = ("total_steps", "epoch", "images_per_second", "peak_memory_mb", "beyond_reach")
+_NUMBERS = (*_FIGURES, "step", "samples", "loss", "top1", "restarts", "exit")
 _FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 
@@ -43,17 +42,13 @@ class Standing:
     job: str | None = None
     job_state: str | None = None
     step: int = 0
-    total_steps: int | None = None
-    epoch: int | None = None
+    known: dict[str, float] = field(default_factory=dict)
+    """The newest value of each of _FIGURES."""
     trained: list[tuple[int, float]] = field(default_factory=list)
     """Steps and their losses."""
     tested: list[tuple[int, float]] = field(default_factory=list)
     """Steps and their top-1."""
-    images_per_second: float | None = None
-    beyond_reach: float | None = None
-    """The largest share of a block's scores beyond the reach of its functions."""
     seconds_left: float | None = None
-    peak_memory_mb: float | None = None
     restarts: int = 0
     checkpoint: str | None = None
     checkpoint_age: float | None = None
@@ -70,16 +65,6 @@ class Standing:
     wall_time: WallTime = field(default_factory=WallTime)
     damaged_lines: int = 0
     """Of `metrics.jsonl`: what a disk that was full has cut off, and what is no event."""
-
-    def count_damaged(self) -> None:
-        """One more line says nothing."""
-        self.damaged_lines += 1
-
-    def go_on_after(self, step: int) -> None:
-        """A start trains from here: what an earlier one logged of later steps is taken back."""
-        self.step, self.ended = step, None
-        self.trained = [one for one in self.trained if one[0] <= step]
-        self.tested = [one for one in self.tested if one[0] <= step]
 
     @property
     def losses(self) -> list[float]:
@@ -113,11 +98,13 @@ def read_standing(run: Path, now: float | None = None) -> Standing:
     name = run.name or run.resolve().name  # of the working directory
     standing = Standing(name if name != "run" else run.resolve().parent.name)
     now = time.time() if now is None else now
-    for event in read_events(run / "metrics.jsonl", damaged=lambda _: standing.count_damaged()):
+    damaged: list[Any] = []
+    for event in read_events(run / "metrics.jsonl", damaged=damaged.append):
         try:
             _apply_event(standing, event)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
-            standing.count_damaged()
+        except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+            damaged.append(error)
+    standing.damaged_lines = len(damaged)
     _read_checkpoints(standing, run / "checkpoints", now)
     with suppress(OSError, ValueError, TypeError, KeyError):
         copy = parse_json(read_text(run / "copy.json", 65536))
@@ -134,7 +121,10 @@ def read_standing(run: Path, now: float | None = None) -> Standing:
         standing.slow = slow_ranks(standing.signs, slow_factor(run))
         standing.silent_seconds = max(now - newest.written, 0.0)
         standing.wall_time.reach(newest.written, standing.signs[0].doing)
-    standing.job = _newest_job(run / "logs")
+    # Of each start there is a directory: the launch wrapper names it JOB-RESTART; JOB of an array is ARRAY_ELEMENT.
+    starts = [path for path in (run / "logs").glob("*-*") if path.is_dir()]
+    newest_start = max(starts, key=lambda path: path.stat().st_mtime, default=None)
+    standing.job = newest_start.name.rpartition("-")[0] if newest_start else None
     standing.job_state = ask_squeue(standing.job, "%T") if standing.job else None
     return standing
 
@@ -149,27 +139,20 @@ def _apply_event(standing: Standing, event: dict[str, Any]) -> None:
     if kind in ("train", "start", "resume", "eval") and event["step"] is None:
         raise ValueError("step")
     if kind == "train":
-        standing.step, standing.ended = event["step"], None
-        standing.epoch = event.get("epoch")
-        standing.total_steps = event.get("total_steps")
-        standing.peak_memory_mb = event.get("peak_memory_mb") or standing.peak_memory_mb
+        step = standing.step = event["step"]
+        standing.ended = None
+        standing.known |= {key: event[key] for key in _FIGURES if event.get(key) is not None}
         if event.get("loss") is not None:
-            standing.trained.append((event["step"], event["loss"]))
-        standing.beyond_reach = event.get("beyond_reach")
-        rate = event.get("images_per_second")
-        if rate:
-            standing.images_per_second = rate
-            batch = event["samples"] / event["step"]
-            if standing.total_steps:
-                standing.seconds_left = (standing.total_steps - event["step"]) * batch / rate
+            standing.trained.append((step, event["loss"]))
+        if (rate := event.get("images_per_second")) and (total := standing.known.get("total_steps")):
+            standing.seconds_left = (total - step) * event["samples"] / step / rate
     elif kind == "eval" and event.get("top1") is not None:
         standing.tested.append((event["step"], event["top1"]))
-    elif kind == "start":
-        standing.restarts = 0  # one that resumes says so next
-        standing.go_on_after(event["step"])
-    elif kind == "resume":
-        standing.restarts = event["restarts"]
-        standing.go_on_after(event["step"])
+    elif kind in ("start", "resume"):  # what an earlier start logged of later steps is taken back
+        standing.step, standing.ended = event["step"], None
+        standing.restarts = event["restarts"] if kind == "resume" else 0  # one that resumes says so next
+        standing.trained = [one for one in standing.trained if one[0] <= standing.step]
+        standing.tested = [one for one in standing.tested if one[0] <= standing.step]
     elif kind == "end":
         standing.exit_code = event.get("exit")
         standing.ended = f"{event.get('reason')} (exit {standing.exit_code})"
@@ -192,15 +175,8 @@ def _read_checkpoints(standing: Standing, root: Path, now: float) -> None:
     if isinstance(state, dict):
         if isinstance(step := state.get("step"), int):  # which may not have been logged yet
             standing.step = max(standing.step, step)
-        if _is_number(peak := state.get("peak_memory_mb")):
-            standing.peak_memory_mb = standing.peak_memory_mb or peak or None
-
-
-def _newest_job(logs: Path) -> str | None:
-    """Return the start's directory: the launch wrapper names it JOB-RESTART; JOB of an array is ARRAY_ELEMENT."""
-    starts = [path for path in logs.glob("*-*") if path.is_dir()] if logs.is_dir() else []
-    newest = max(starts, key=lambda path: path.stat().st_mtime, default=None)
-    return newest.name.rpartition("-")[0] if newest else None
+        if _is_number(peak := state.get("peak_memory_mb", 0)):
+            standing.known["peak_memory_mb"] = standing.known.get("peak_memory_mb") or peak
 
 
 REFRESH_SECONDS = 2.0
@@ -219,24 +195,17 @@ def show_status(run_dir: str, once: bool) -> int:
     if once or not console.is_terminal or standing.is_over:
         console.print(render(standing))
         return 0
-    with Live(render(standing), console=console, auto_refresh=False) as live:
-        try:
-            while not standing.is_over:
-                time.sleep(REFRESH_SECONDS)
-                standing = read_standing(path)
-                live.update(render(standing), refresh=True)
-        except KeyboardInterrupt:
-            pass
+    with Live(render(standing), console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
+        while not standing.is_over:
+            time.sleep(REFRESH_SECONDS)
+            standing = read_standing(path)
+            live.update(render(standing), refresh=True)
     return 0
 
 
-def sparkline(values: list[float], width: int = _WIDTH) -> str:
+def sparkline(values: list[float]) -> str:
     """Return the values as bars; each bar is the mean of an equal share of them, and the lowest is the lowest bar."""
-    if not values:
-        return ""
-    width = min(width, len(values))
-    shares = [values[len(values) * i // width : len(values) * (i + 1) // width] for i in range(width)]
-    means = [sum(share) / len(share) for share in shares]
+    means = [float(share.mean()) for share in np.array_split(values, min(_WIDTH, len(values)))]
     low, high = min(means), max(means)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((mean - low) * scale)] for mean in means)
@@ -250,16 +219,15 @@ def render(standing: Standing) -> Group:
     for label, value in _rows(standing):
         table.add_row(label, Text(printable(value)))
     title = Text(printable(standing.name), style="bold")
-    if not standing.total_steps:
+    if not (total := standing.known.get("total_steps")):
         return Group(title, table)
     bar = Table.grid()  # a bar alone does not end its line
-    bar.add_row(ProgressBar(total=standing.total_steps, completed=standing.step, width=_WIDTH))
+    bar.add_row(ProgressBar(total=total, completed=standing.step, width=_WIDTH))
     return Group(title, bar, table)
 
 
 def _rows(standing: Standing) -> list[tuple[str, str]]:
     state = standing.job_state or ("ended" if standing.ended else "unknown to squeue")
-    steps = f"{standing.step:,}" + (f" of {standing.total_steps:,}" if standing.total_steps else "")
     silent = top1 = left = None
     if standing.is_silent and standing.silent_seconds is not None:
         since = f"no sign of life for {duration(standing.silent_seconds)}"
@@ -271,21 +239,22 @@ def _rows(standing: Standing) -> list[tuple[str, str]]:
         left = f"about {duration(standing.seconds_left)}"
     on_gpu = any(sign.device and not sign.device.startswith("CPU") for sign in standing.signs)
     age = duration(standing.checkpoint_age or 0)
-    beyond = f"{standing.beyond_reach:.1%} of a block's beyond its functions' reach" if standing.beyond_reach else None
     damaged = plural(standing.damaged_lines, "damaged line") if standing.damaged_lines else None
+
+    def known(key: str, text: str) -> str:
+        value = standing.known.get(key)
+        return text.format(value) if value or (value == 0 and key == "epoch") else ""
+
     rows = [
         ("job", f"{standing.job} {state}" if standing.job else None),
         ("outcome", standing.ended or silent),
-        ("step", steps + (f", epoch {standing.epoch}" if standing.epoch is not None else "")),
+        ("step", f"{standing.step:,}{known('total_steps', ' of {:,}')}{known('epoch', ', epoch {}')}"),
         ("loss", f"{standing.losses[-1]:.4f}  {sparkline(standing.losses)}" if standing.losses else "none logged yet"),
         ("top-1", top1),
-        ("scores", beyond),
+        ("scores", known("beyond_reach", "{:.1%} of a block's beyond its functions' reach")),
         *(("tested on", line) for line in standing.evaluations),
-        ("images/s", f"{standing.images_per_second:,.0f}" if standing.images_per_second else None),
-        (
-            "GPU memory" if on_gpu else "memory",
-            f"peak {standing.peak_memory_mb:,.0f} MB" if standing.peak_memory_mb else None,
-        ),
+        ("images/s", known("images_per_second", "{:,.0f}")),
+        ("GPU memory" if on_gpu else "memory", known("peak_memory_mb", "peak {:,.0f} MB")),
         ("restarts", str(standing.restarts)),
         ("wall time", str(standing.wall_time)),
         ("time left", left),
