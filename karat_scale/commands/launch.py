@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count, takewhile
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -27,10 +26,9 @@ import psutil
 from karat_scale.engine.heartbeat import START
 from karat_scale.foundation.errors import EXIT_LOST_PEER, EXIT_STOPPED, PeerError, UserError, say_in_one_write
 from karat_scale.foundation.files import write_atomically
-from karat_scale.foundation.machine import LAUNCHED, LAUNCHER, catch_stop_signals, usable_cores
+from karat_scale.foundation.machine import LAUNCHED, LAUNCHER, stop_signals, usable_cores
 
 if TYPE_CHECKING:
-    from torch.distributed import PrefixStore
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 STOPPED = "KARAT_STOPPED"
@@ -62,14 +60,15 @@ def launch(arguments: Sequence[str], ranks: int, run_directory: Callable[[], Pat
     idle, most = 0, os.environ.get("IDLE_RESTARTS", "3")
     if not most.isdecimal():
         raise UserError(f"IDLE_RESTARTS = {most}: should be a whole number")
-    held: list[PrefixStore] = []
     with _signals_forwarded() as told:
         for attempt in count():
             begun = time.time()
-            code, line = _run(command, ranks, attempt, trained, told, held)
+            # Held here, the store keeps its port to the end of this launcher.
+            code, line, _store = _run(command, ranks, attempt, trained, told)
             if code in (0, 2, EXIT_STOPPED) or trained is None or told:
                 break
-            idle = 0 if _has_saved(trained(), begun) else idle + 1
+            latest = trained() / "checkpoints" / "latest"
+            idle = 0 if latest.exists() and latest.stat().st_mtime > begun else idle + 1
             if idle > int(most):
                 break
             say_in_one_write(f"{line}; training begins again from the newest checkpoint")
@@ -113,17 +112,9 @@ def default_ranks() -> int:
 
 
 def _run(
-    command: Sequence[str],
-    ranks: int,
-    attempt: int,
-    trained: Callable[[], Path] | None,
-    told: Sequence[int],
-    held: "list[PrefixStore]",
-) -> tuple[int, str]:
-    """Run the ranks of this node once; returns an exit code and, if it is a failure's, what to say.
-
-    held: gets the store of this attempt in place of the last one's. So the port stays this launcher's to the end.
-    """
+    command: Sequence[str], ranks: int, attempt: int, trained: Callable[[], Path] | None, told: Sequence[int]
+) -> tuple[int, str, Any]:
+    """Run the ranks of this node once; returns an exit code, what to say if it is a failure's, and the ranks' store."""
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import PContext, SubprocessContext
@@ -145,12 +136,12 @@ def _run(
         if WRAPPER not in os.environ:
             os.environ |= {STOPPED: str(stopped), START: stopped.parent.name if nodes == 1 else _step(attempt)}
         try:
-            endpoint, held[:] = _meet(node, nodes, told)
+            endpoint, store = _meet(node, nodes, told)
         except (StoppedError, PeerError):
             if not told:  # else node 0 may have stopped first
                 raise
             print("stopped before all nodes had met; run the same command to resume", flush=True)
-            return EXIT_STOPPED, ""
+            return EXIT_STOPPED, "", None
         config = LaunchConfig(
             min_nodes=nodes,
             max_nodes=nodes,
@@ -168,10 +159,10 @@ def _run(
                 elastic_launch(config, command[0])(*command[1:])
         except ChildFailedError as error:
             code, line = _first_failure(error.failures)
-            return (1, verdict[0]) if verdict else (code, line)
+            return (1, verdict[0], store) if verdict else (code, line, store)
         except DistError as error:
             raise PeerError(f"lost another node: {str(error)[:200]}") from None
-        return (EXIT_STOPPED if stopped.exists() else 0), ""
+        return (EXIT_STOPPED if stopped.exists() else 0), "", store
 
 
 def _node_of_step(environ: Mapping[str, str]) -> tuple[int, int]:
@@ -182,7 +173,7 @@ def _node_of_step(environ: Mapping[str, str]) -> tuple[int, int]:
     return (int(environ["SLURM_PROCID"]) if nodes > 1 else 0), nodes
 
 
-def _meet(node: int, nodes: int, told: Sequence[int]) -> "tuple[str, list[PrefixStore]]":
+def _meet(node: int, nodes: int, told: Sequence[int]) -> tuple[str, Any]:
     """Wait for the launchers of all nodes; returns where, and the store, which the agents and the ranks use, too.
 
     torch's own meeting would wait where no signal can end it. A node that is early finds nothing that the last meeting
@@ -203,7 +194,7 @@ def _meet(node: int, nodes: int, told: Sequence[int]) -> "tuple[str, list[Prefix
 
     host, port = ("127.0.0.1", 0) if nodes == 1 else meeting_place()
     store: Any = meet(Place(host, port, node, nodes, _MEETING, "launchers", check, "node"))
-    return f"{host}:{store.underlying_store.port}", [store]
+    return f"{host}:{store.underlying_store.port}", store
 
 
 def _step(attempt: int) -> str:
@@ -224,26 +215,14 @@ def _first_failure(failures: "Mapping[int, ProcessFailure]") -> tuple[int, str]:
     return code, where + first.message.removeprefix("error: ")
 
 
-def _has_saved(run: Path, since: float) -> bool:
-    """Return whether the run has completed a checkpoint since then."""
-    with suppress(OSError):
-        return (run / "checkpoints" / "latest").stat().st_mtime > since
-    return False
-
-
 @contextmanager
 def _signals_forwarded() -> Iterator[list[int]]:
     """Pass on the signals that ask for a checkpoint, and the end of this launcher's own; yields what came.
 
     The ranks are in sessions of their own, so a terminal's Ctrl-C reaches this process alone.
     """
-    told: list[int] = []
-    ended = threading.Event()
 
-    def remember(number: int, _: FrameType | None) -> None:
-        told.append(number)
-
-    def forward() -> None:
+    def forward(ended: threading.Event) -> None:
         sent = 0
         while not ended.wait(_POLL_SECONDS):
             if LAUNCHER.is_gone and not told:
@@ -251,16 +230,21 @@ def _signals_forwarded() -> Iterator[list[int]]:
             if sent < len(told) and _signal_ranks(told[sent]):
                 sent += 1
 
-    before = catch_stop_signals(remember)
-    thread = threading.Thread(target=forward, name="signals", daemon=True)
+    with stop_signals() as told, _beside(forward):
+        yield told
+
+
+@contextmanager
+def _beside(run: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Run a function in a thread until the context ends, which its event says."""
+    ended = threading.Event()
+    thread = threading.Thread(target=run, args=[ended], daemon=True)
     thread.start()
     try:
-        yield told
+        yield
     finally:
         ended.set()
         thread.join()
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _signal_ranks(number: int) -> bool:
@@ -280,23 +264,15 @@ def _stalls_ended(trained: Callable[[], Path] | None, ranks: int) -> Iterator[li
 
     verdict: list[str] = []
     try:
-        limits, ended = StallLimits.parse(os.environ.get("KARAT_STALL_SECONDS", "")), threading.Event()
+        limits = StallLimits.parse(os.environ.get("KARAT_STALL_SECONDS", ""))
     except ValueError as error:
         raise UserError(f"KARAT_STALL_SECONDS: {error}") from None
 
-    def look(trained: Callable[[], Path]) -> None:
+    def look(ended: threading.Event) -> None:
         with suppress(UserError):  # the ranks say it
-            if found := watch(trained(), ranks, limits, ended):
+            if trained and limits and (found := watch(trained(), ranks, limits, ended)):
                 verdict.append(found)
                 _signal_ranks(signal.SIGKILL)
 
-    if trained is None or not limits:
+    with _beside(look):
         yield verdict
-        return
-    thread = threading.Thread(target=look, args=[trained], name="stalls", daemon=True)
-    thread.start()
-    try:
-        yield verdict
-    finally:
-        ended.set()
-        thread.join()
