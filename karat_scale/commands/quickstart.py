@@ -12,10 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from karat_scale.foundation.console import print_table
 from karat_scale.foundation.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 
 # Relative to the current directory, so that printed commands can be typed.
@@ -82,21 +81,15 @@ def _summary(run: Path) -> dict[str, Any]:
 
 
 def _print_results(console: Console) -> None:
-    # Narrow enough for a terminal of 80 columns.
-    title = "Fashion-MNIST: 15,000 training images once, 10,000 test images"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column in ("attention", "top-1 %", "top-5 %", "peak MB", "params"):
-        table.add_column(column, justify="left" if column == "attention" else "right")
-    for title, run, _ in CONTENDERS:
+    rows = []
+    for attention, run, _ in CONTENDERS:
         summary = _summary(run)
-        table.add_row(
-            title,
-            f"{summary['last_top1']:.2f}",
-            f"{summary['last_top5']:.2f}",
-            f"{summary['peak_memory_mb']:.0f}",
-            f"{summary['parameters'] / 1e6:.2f} M",
-        )
-    console.print(table)
+        scores = [f"{summary[score]:.2f}" for score in ("last_top1", "last_top5")]
+        size = [f"{summary['peak_memory_mb']:.0f}", f"{summary['parameters'] / 1e6:.2f} M"]
+        rows.append([attention, *scores, *size])
+    title = "Fashion-MNIST: 15,000 training images once, 10,000 test images"
+    # Narrow enough for a terminal of 80 columns.
+    print_table(title, ("attention", "top-1 %", "top-5 %", "peak MB", "params"), rows)
     run = CONTENDERS[0][1]
     hints = {
         "see what they learned": f"open {REPORT}/report.html in a browser",
