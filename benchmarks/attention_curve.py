@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from karat_scale.commands.bench.commands import add_attention_options
-from karat_scale.commands.bench.model import case_of
-from karat_scale.commands.measure.attention import SDPA, Case, clock_for, forward_backward, forward_backward_once
-from karat_scale.commands.measure.interleaved import interleaved_seconds, peak_memory_of
+from karat_scale.commands.bench.training import case_of
+from karat_scale.commands.measure.attention import SDPA, Case, clock_for, forward_backward, peak_memory
+from karat_scale.commands.measure.interleaved import interleaved_seconds
+from karat_scale.commands.parsers.preparing import add_attention_options
 from karat_scale.foundation.arguments import OneLineParser, count
 from karat_scale.foundation.console import print_table, write_json
 from karat_scale.foundation.errors import run_script
@@ -42,7 +42,7 @@ def curve_point(case: Case, rounds: int, threads: int) -> dict[str, Any]:
     both = interleaved_seconds(
         {name: forward_backward(name, case) for name in contenders}, rounds, clock_for(case.device, threads)
     )
-    memory = {name: peak_memory_of(forward_backward_once, (name, case), case.device) for name in contenders}
+    memory = {name: peak_memory(name, case) for name in contenders}
     return {
         "tokens": case.tokens,
         "forward_backward_ms": round(1e3 * both.median(AUTO), 3),

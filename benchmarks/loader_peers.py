@@ -22,7 +22,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
 from karat_scale.commands.bench.data import decode_whole
-from karat_scale.commands.measure.data import AUGMENTS, SIZE
+from karat_scale.commands.measure.loading import AUGMENTS, SIZE
 from karat_scale.data import ExactLoader
 from karat_scale.data.shards.shard_format import DatasetRecord, SplitRecord, write_dataset_record
 from karat_scale.data.shards.tars import EncodedSample, shard_name, write_shard

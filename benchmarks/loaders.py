@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 from benchmarks.loader_peers import OURS, PEERS, WHOLE, Peer, State, Use
-from karat_scale.commands.measure.data import photo_like
+from karat_scale.commands.measure.loading import photo_like
 from karat_scale.foundation.arguments import OneLineParser, new_file, whole
 from karat_scale.foundation.console import write_json
 from karat_scale.foundation.errors import UserError, run_script

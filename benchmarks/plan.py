@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.live_tensors import live_tensor_peak
-from karat_scale.commands.plan.choose import Machine, consider, micro_batches
-from karat_scale.commands.plan.memory import Subject
+from karat_scale.commands.plan.memory import Machine, Subject, consider, micro_batches
 from karat_scale.foundation.arguments import OneLineParser, new_file
 from karat_scale.foundation.console import print_table, write_json
 from karat_scale.foundation.errors import run_script

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from karat_scale.commands.measure.data import AUGMENTS, BATCH, SIZE
 from karat_scale.commands.measure.interleaved import Rounds, interleaved, processor_seconds
+from karat_scale.commands.measure.loading import AUGMENTS, BATCH, SIZE
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.plan import BLOCK_SAMPLES, WINDOW_BLOCKS, TrainPlan
 from karat_scale.data.shards.cache import VARIABLE

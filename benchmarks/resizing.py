@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from karat_scale.commands.bench.data import Contender
-from karat_scale.commands.measure.data import AUGMENTS, SIZE, prepare_images
 from karat_scale.commands.measure.interleaved import interleaved_seconds, processor_seconds
+from karat_scale.commands.measure.loading import AUGMENTS, SIZE, prepare_images
 from karat_scale.data.augmentation.augment import EvalTransform, TrainTransform
 from karat_scale.data.decoders import Decoder, make_decoder
 from karat_scale.data.decoders.decode import View

@@ -12,21 +12,10 @@ from contextlib import suppress
 
 import karat_scale.foundation.machine  # noqa: F401  # it looks for its parent now, before torch is imported
 from karat_scale import __version__
-from karat_scale.commands.bench.commands import add_benches
 from karat_scale.commands.launch import code_for_launcher, say_to_launcher
-from karat_scale.commands.parsers import preparing, results, training
-from karat_scale.foundation.arguments import OneLineParser
-from karat_scale.foundation.errors import (
-    EXIT_INTERRUPTED,
-    EXIT_LOST_PEER,
-    PeerError,
-    RecipeError,
-    UserError,
-    of_the_machine,
-    on_one_line,
-    one_line,
-    say_in_one_write,
-)
+from karat_scale.commands.parsers import preparing, training
+from karat_scale.foundation import errors
+from karat_scale.foundation.arguments import OneLineParser, add_trust
 from karat_scale.foundation.machine import may_have_gpu, use_local_caches
 from karat_scale.foundation.tables import VARIABLE, trackers_hidden
 
@@ -43,6 +32,11 @@ GROUPS = {
     "on a cluster": ("submit", "fetch", "track"),
     "check training": ("replay", "verify", "bench"),
 }
+# The commands that may read what others wrote.
+TRUSTING = {
+    *("plan", "doctor", "train", "convert", "eval", "replay", "verify", "detect", "submit", "sweep"),
+    *("analyze", "track", "export", "predict", "demo"),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,10 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"karat_scale {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in (preparing, training, results):
-        group.add_commands(commands)
-    bench = commands.add_parser("bench", help="measure against the usual alternatives")
-    add_benches(bench.add_subparsers(dest="bench", required=True, metavar="BENCH"))
+    preparing.add_commands(commands)
+    training.add_commands(commands)
     # argparse lists all commands in one group. Here each group is a section of the help.
     lines = {line.dest: line for line in commands._choices_actions}
     for title, names in GROUPS.items():
@@ -65,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name, line in lines.items():  # a command's own help says it, too
         own, said = commands.choices[name], str(line.help)
         own.description = own.description or f"{said[0].upper()}{said[1:]}."
+        if name in TRUSTING:
+            add_trust(own)
     parser._positionals._group_actions.clear()
     parser._action_groups.sort(key=lambda group: group is parser._optionals)
     return parser
@@ -96,21 +90,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code: int = options.run(options)
         sys.stdout.flush()
         return code
-    except UserError as error:
-        return _end(EXIT_USAGE, *(error.mistakes if isinstance(error, RecipeError) else [str(error)]))
-    except PeerError as error:
-        return _end(EXIT_LOST_PEER, str(error))
+    except errors.UserError as error:
+        return _end(EXIT_USAGE, *(error.mistakes if isinstance(error, errors.RecipeError) else [str(error)]))
+    except errors.PeerError as error:
+        return _end(errors.EXIT_LOST_PEER, str(error))
     except KeyboardInterrupt:  # before training has begun, or in a command that does not wait for it
-        return _end(EXIT_INTERRUPTED, "stopped; run the same command again")
+        return _end(errors.EXIT_INTERRUPTED, "stopped; run the same command again")
     except BrokenPipeError:
-        if not _is_unread(_STDOUT):
+        poll = select.poll()
+        poll.register(_STDOUT, 0)
+        if not any(event & select.POLLERR for _, event in poll.poll(0)):  # its reader is still there
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)  # for what is still in Python's buffer
         return _EXIT_UNREAD
     except Exception as error:
-        known = of_the_machine(error)
+        known = errors.of_the_machine(error)
         if known is None:
-            say_to_launcher(on_one_line(f"{type(error).__name__}: {one_line(error)}"))
+            say_to_launcher(errors.on_one_line(f"{type(error).__name__}: {errors.one_line(error)}"))
             raise
         line, code = known
         return _end(code, line)
@@ -120,17 +116,10 @@ def _end(code: int, *reasons: str) -> int:
     """Say why this rank ends, a line for each reason; returns the exit code."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     where = f"[rank {rank}] " if rank != "0" else ""
-    text = f"\n{where}error: ".join(map(on_one_line, reasons))
+    text = f"\n{where}error: ".join(map(errors.on_one_line, reasons))
     if not say_to_launcher(text):
-        say_in_one_write(f"{where}error: {text}")
+        errors.say_in_one_write(f"{where}error: {text}")
     return code
-
-
-def _is_unread(output: int) -> bool:
-    """Return whether the reader of this pipe has gone."""
-    poll = select.poll()
-    poll.register(output, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def entry_point() -> None:

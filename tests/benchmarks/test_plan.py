@@ -7,8 +7,7 @@ import pytest
 
 from benchmarks.live_tensors import measure
 from benchmarks.plan import CASES, STEPS, Case, compare, recipe_of
-from karat_scale.commands.plan.choose import Machine, consider
-from karat_scale.commands.plan.memory import Subject
+from karat_scale.commands.plan.memory import Machine, Subject, consider
 from karat_scale.recipe import Recipe
 from tests.conftest import free_port
 from tests.engine.fp16_on_cpu import allow_fp16

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.commands.plan.memory import Subject
-from karat_scale.commands.plan.zero import kept
+from karat_scale.commands.plan.zero import Case, kept
 from karat_scale.data.prepare import SCRIPTS
 from karat_scale.engine.deepspeed_config import load_ds_config
 from karat_scale.foundation import tables
@@ -170,7 +170,7 @@ def test_plan_counts_what_the_row_of_an_optimizer_says(tmp_path, parts_of_mine) 
     for name in ("sgd", "adamw"):
         recipe = load_recipe(source, [*overrides, f"optim.name={name}"])
         sizes = Subject(recipe, True).sizes
-        bytes_of[name] = kept(sizes, load_ds_config(recipe, 1, 8), recipe, 1, 1, True).moments / sizes.total
+        bytes_of[name] = kept(Case(sizes, load_ds_config(recipe, 1, 8), recipe, 1, 1, True)).moments / sizes.total
     assert bytes_of == {"sgd": 4, "adamw": 8}
 
 

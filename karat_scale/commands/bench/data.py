@@ -8,8 +8,8 @@ the loaders of other libraries.
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,21 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from karat_scale.commands.measure.data import (
-    AUGMENTS,
-    BATCH,
-    CLASSES,
-    SIZE,
-    SampleImages,
-    lacking_library,
-    prepare_images,
-)
+from karat_scale.commands.measure import loading
 from karat_scale.commands.measure.interleaved import interleaved_seconds, processor_seconds
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.decoders.decode import decode_rgb
 from karat_scale.data.decoders.libraries import JpegDecoder, find_jpeg_decoder
 from karat_scale.data.plan import TrainPlan
-from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.console import print_table, write_json
 from karat_scale.foundation.errors import RecipeError, UserError
 from karat_scale.foundation.machine import usable_cores
@@ -50,7 +41,7 @@ DESCRIPTIONS = {
     "device": "the workers' part of augment.run_on=device",
 }
 CROP_ALONE: dict[str, Any] = {"randaugment": "", "color_jitter": 0.0, "erasing": 0.0}
-TWO_WORKERS, ONE_WORKER = "2 workers", "1 worker"
+
 
 Contender = Callable[[], object]
 
@@ -58,29 +49,22 @@ Contender = Callable[[], object]
 def bench_data(options: argparse.Namespace) -> int:
     """Measure, print a table, and write the file of `--json`; returns 0. Raises UserError if it cannot measure."""
     backends = list(options.backend or BACKENDS)
-    for name in backends:
-        if name not in BACKENDS:
-            raise UserError(f"--backend {name}: no such backend; choose from {', '.join(BACKENDS)}")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="karat-bench-") as scratch:
-        images = prepare_images(Path(scratch), options.images, options.path, options.tar)
+        images = loading.prepare_images(Path(scratch), options.images, options.path, options.tar)
         ours = Contenders(images, options, backends)
         whole = ours.whole()
         loaders = ours.backends()
         seconds = interleaved_seconds({**whole, **loaders}, options.rounds, processor_seconds)
         scaling = device = None
         if "webdataset" in backends:
-            workers = {
-                ONE_WORKER: ours.passes("webdataset", "auto", 1, SCALING_PASSES),
-                TWO_WORKERS: ours.passes("webdataset", "auto", 2, SCALING_PASSES),
-            }
+            workers = {f"{count}": ours.passes("webdataset", "auto", count, SCALING_PASSES) for count in (1, 2)}
             rounds = min(options.rounds, SCALING_ROUNDS)
-            # Wall time needs two idle cores.
-            found = {
-                "wall": interleaved_seconds(workers, rounds),
-                "processor": interleaved_seconds(workers, rounds, processor_seconds),
+            clocks = {"wall": time.perf_counter, "processor": processor_seconds}  # wall time needs two idle cores
+            scaling = {
+                name: round(interleaved_seconds(workers, rounds, clock).ratio("1", "2"), 2)
+                for name, clock in clocks.items()
             }
-            scaling = {clock: round(of.ratio(ONE_WORKER, TWO_WORKERS), 2) for clock, of in found.items()}
             if options.augment == "device":
                 augments = {"device": ours.augment, "crop": ours.augment.changed(**CROP_ALONE)}
                 parts = {
@@ -111,7 +95,20 @@ def bench_data(options: argparse.Namespace) -> int:
         "two_workers_over_one": scaling,
         "device_over_crop": device and round(device.ratio("device", "crop"), 3),
     }
-    _print(result)
+    what = DESCRIPTIONS[result["augment"]]
+    title = f"{result['images']} images of {result['mean_kb']:.0f} KB ({Path(result['source']).name}), {what}, "
+    title += f"workers: {result['workers']}"
+    rows = [(row["contender"], f"{row['images_per_core_second']:.0f}", f"{row['ratio']:.2f}") for row in result["rows"]]
+    print_table(title, ("contender", "images/s and core", "over whole decode"), rows)
+    for name, reason in result["not_measured"].items():
+        print(f"not measured: {name}: {reason}")
+    if scaling := result["two_workers_over_one"]:
+        print(
+            f"two workers over one: {scaling['wall']:.2f} times as fast by the clock (on {result['cores']} cores, "
+            f"if idle), {scaling['processor']:.2f} of the images a core's second"
+        )
+    if result["device_over_crop"] is not None:
+        print(f"an image takes {result['device_over_crop']:.3f} of the processor time of crop and flip alone")
     write_json(options.json, result)
     return 0
 
@@ -152,10 +149,10 @@ def decode_whole(data: bytes) -> torch.Tensor:
 class Contenders:
     """The contenders over one set of images. `missing`: the reasons why some cannot run, by name."""
 
-    def __init__(self, images: SampleImages, options: argparse.Namespace, backends: Sequence[str]) -> None:
-        self.images, self.augment, self.requested = images, AUGMENTS[options.augment], backends
-        self.ffcv, self.workers = Path(options.ffcv or ""), options.workers
-        self.batch = min(BATCH, len(images.encoded))
+    def __init__(self, images: loading.SampleImages, options: argparse.Namespace, backends: Sequence[str]) -> None:
+        self.images, self.augment, self.requested = images, loading.AUGMENTS[options.augment], backends
+        self.ffcv, self.workers = options.ffcv, options.workers
+        self.batch = min(loading.BATCH, len(images.encoded))
         # Loaders drop the last incomplete batch.
         self.loader_images = PASSES * (len(images.encoded) // self.batch * self.batch)
         self.missing: dict[str, str] = {}
@@ -172,9 +169,8 @@ class Contenders:
         found[f"whole decode, {decoder.library if decoder else 'Pillow'}"] = each_of(encoded, decode_whole)
 
         def read_bytes() -> None:
-            with closing(ShardSplit(self.images.shards, "train", CLASSES)) as split:
-                for sample_id in range(len(split)):
-                    split.read(sample_id)
+            for _ in loading.encoded_images(str(self.images.shards), None):
+                pass
 
         return {**found, "reading bytes alone": read_bytes}
 
@@ -184,33 +180,26 @@ class Contenders:
         for backend in self.requested:
             for decoder in DECODERS if backend == "webdataset" else ("auto",):
                 name = f"karat {backend}" + ("" if decoder == "auto" else f", {decoder}")
-                reason = self.lacks(backend)
                 try:
-                    if not reason:
-                        found[name] = self.passes(backend, decoder, self.workers)
+                    found[name] = self.passes(backend, decoder, self.workers)
                 except UserError as error:
-                    reason = str(error)
-                if reason:
-                    self.missing[name] = reason
+                    self.missing[name] = str(error)
         return found
 
     def passes(
         self, backend: str, decoder: str, workers: int, times: int = PASSES, augment: AugmentConfig | None = None
     ) -> Contender:
-        """Return `times` passes over the images by our backend. Raises UserError if it cannot be opened."""
-        count = len(self.images.encoded)
-        by_files: dict[Files | None, Path] = {Files.IMAGES: self.images.folder, Files.BETONS: self.ffcv}
-        config = DataConfig.model_validate(
-            {
-                "backend": backend,
-                "path": str(by_files.get(BACKENDS[backend].files, self.images.shards)),
-                "decoder": decoder,
-                "workers": workers,
-                "on_bad_sample": "skip",
-                "synthetic_samples": count,
-            }
-        )
-        opened = open_backend(ImageSpec(config, augment or self.augment, SIZE, CLASSES, 0))
+        """Return `times` passes over the images by our backend. Raises UserError if it cannot run here."""
+        count, files = len(self.images.encoded), BACKENDS[backend].files
+        if lack := loading.lacking_library(backend):
+            raise UserError(lack)
+        if files is Files.BETONS and not self.ffcv:
+            raise UserError("name a directory made by data_prep/make_ffcv.py with --ffcv")
+        by_files: dict[Files | None, Any] = {Files.IMAGES: self.images.folder, Files.BETONS: self.ffcv}
+        path = str(by_files.get(files, self.images.shards))
+        chosen = {"backend": backend, "path": path, "decoder": decoder, "workers": workers}
+        config = DataConfig.model_validate({**chosen, "on_bad_sample": "skip", "synthetic_samples": count})
+        opened = open_backend(ImageSpec(config, augment or self.augment, loading.SIZE, loading.CLASSES, 0))
         plan = TrainPlan(0, min(opened.num_train, count), self.batch, self.batch, 0, 1)
 
         def run() -> None:
@@ -218,26 +207,3 @@ class Contenders:
                 pass
 
         return run
-
-    def lacks(self, backend: str) -> str:
-        """Return why a backend cannot run; empty if it can."""
-        if backend == "ffcv" and self.ffcv == Path() and not lacking_library(backend):
-            return "name a directory made by data_prep/make_ffcv.py with --ffcv"
-        return lacking_library(backend)
-
-
-def _print(result: dict[str, Any]) -> None:
-    what = DESCRIPTIONS[result["augment"]]
-    title = f"{result['images']} images of {result['mean_kb']:.0f} KB ({Path(result['source']).name}), {what}, "
-    title += f"workers: {result['workers']}"
-    rows = [(row["contender"], f"{row['images_per_core_second']:.0f}", f"{row['ratio']:.2f}") for row in result["rows"]]
-    print_table(title, ("contender", "images/s and core", "over whole decode"), rows)
-    for name, reason in result["not_measured"].items():
-        print(f"not measured: {name}: {reason}")
-    if scaling := result["two_workers_over_one"]:
-        print(
-            f"two workers over one: {scaling['wall']:.2f} times as fast by the clock (on {result['cores']} cores, "
-            f"if idle), {scaling['processor']:.2f} of the images a core's second"
-        )
-    if result["device_over_crop"] is not None:
-        print(f"an image takes {result['device_over_crop']:.3f} of the processor time of crop and flip alone")

@@ -17,36 +17,19 @@ from torch import nn
 
 from karat_scale.checkpoint.tensor_storage import planned_bytes
 from karat_scale.commands.doctor import machine
-from karat_scale.commands.doctor.report import (
-    Finding,
-    Report,
-    Row,
-    Setting,
-    Stage,
-    Verdict,
-    examine,
-    found,
-    judge,
-)
-from karat_scale.commands.measure.data import (
-    DataFiles,
-    DataSpeed,
-    StorageSpeed,
-    find_data_files,
-    measure_storage,
-    read_into_page_cache,
-    sampled_ids,
-)
-from karat_scale.commands.measure.step import Communication, LoopSpeed, Stages, optimizer_seconds
+from karat_scale.commands.doctor.report import Finding, Report, Setting, Stage, Verdict, examine, found, judge
+from karat_scale.commands.measure import loading
+from karat_scale.commands.measure.step import LoopSpeed, Stages, optimizer_seconds
+from karat_scale.commands.plan.memory import loader_bytes
 from karat_scale.data.backends import Backend, ImageSpec, open_backend
 from karat_scale.data.decoders import make_decoder
-from karat_scale.data.plan import micro_batch_of
+from karat_scale.data.plan import micro_batch_of, possible_micro_batch
 from karat_scale.engine import distributed
 from karat_scale.engine.deepspeed_config import load_ds_config, zero_stage
 from karat_scale.engine.distributed import World
 from karat_scale.engine.memory import one_line_out_of_memory
-from karat_scale.foundation.console import gigabytes, plural
-from karat_scale.foundation.errors import RecipeError, RunDirectoryError
+from karat_scale.foundation.console import gigabytes, plural, print_table
+from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.foundation.machine import cpu_has_bf16, usable_cores
 from karat_scale.foundation.stores import WritableStore
 from karat_scale.models import parameter_count
@@ -81,8 +64,7 @@ class Subject:
     def cores_of_a_rank(self) -> int:
         """The cores that this rank may use. srun gives each task its own; a launcher's ranks share them."""
         own = "SLURM_STEP_NUM_TASKS" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ
-        shared = 1 if own else self.local_ranks
-        return max(1, usable_cores() // shared)
+        return max(1, usable_cores() // (1 if own else self.local_ranks))
 
 
 def examine_data(subject: Subject, backend: Backend) -> Iterator[Finding]:
@@ -92,39 +74,37 @@ def examine_data(subject: Subject, backend: Backend) -> Iterator[Finding]:
     train, val, classes = backend.num_train, backend.num_val, backend.num_classes
     counts = f"{train:,} training and {val:,} validation images, {classes} classes"
     yield found("data", f"{recipe.data.backend}, {source}: {counts}", train=train, val=val, classes=classes)
-    files = find_data_files(recipe, backend.num_train)
+    files = loading.find_data_files(recipe, backend.num_train)
     if files is not None:
         yield _page_cache(files, recipe.data.cache_gb)
 
 
-def stays_cached(files: DataFiles | None) -> bool:
+def stays_cached(files: loading.DataFiles | None) -> bool:
     """Report whether the available memory holds all the data."""
     return files is None or files.total_bytes < machine.cache_memory()
 
 
-def _page_cache(files: DataFiles, cache_gb: float) -> Finding:
-    room = machine.cache_memory()
+def _page_cache(files: loading.DataFiles, cache_gb: float) -> Finding:
+    data_bytes, size = files.total_bytes, gigabytes(files.total_bytes)
     if not files.paths:
-        text = f"{gigabytes(files.total_bytes)} of data at a URL, data.cache_gb = {cache_gb:g}"
-        stays = files.total_bytes < 1e9 * cache_gb
-        text += ": fetched only in the first epoch" if stays else ": fetched again in each epoch"
+        stays = data_bytes < 1e9 * cache_gb
+        text = f"{size} of data at a URL, data.cache_gb = {cache_gb:g}: fetched "
+        text += "only in the first epoch" if stays else "again in each epoch"
         fix = "" if stays else "raise data.cache_gb if the disk has room, or copy the data with data_prep/stage.py"
-        return found("cache", text, fix, stays=stays, data_bytes=files.total_bytes)
-    text = f"{gigabytes(files.total_bytes)} of data, {gigabytes(room)} of memory available"
-    stays, fix = stays_cached(files), ""
-    if stays:
-        text += ": read from the disk only in the first epoch"
-    else:
-        fix = "every epoch reads the disk, so its speed matters; data_prep/stage.py copies the data to a local disk"
-    image_bytes = round(files.image_bytes)
-    return found("page cache", text, fix, stays=stays, data_bytes=files.total_bytes, image_bytes=image_bytes)
+        return found("cache", text, fix, stays=stays, data_bytes=data_bytes)
+    stays = stays_cached(files)
+    text = f"{size} of data, {gigabytes(machine.cache_memory())} of memory available"
+    text += ": read from the disk only in the first epoch" if stays else ""
+    slow = "every epoch reads the disk, so its speed matters; data_prep/stage.py copies the data to a local disk"
+    image_bytes, fix = round(files.image_bytes), "" if stays else slow
+    return found("page cache", text, fix, stays=stays, data_bytes=data_bytes, image_bytes=image_bytes)
 
 
 def examine_batches(subject: Subject, backend: Backend) -> Iterator[Finding]:
     """Report how the global batch is divided, and the world sizes that divide it. Raises UserError if none."""
     recipe, world, micro = subject.recipe, subject.world, subject.micro_batch
     plan = backend.plan(recipe.train.global_batch, micro, world.rank, world.size)
-    fits = [size for size in (1, 2, 4, 8, 16, 32, 64, 128) if _divides(recipe, size)]
+    fits = [size for size in (1, 2, 4, 8, 16, 32, 64, 128) if possible_micro_batch(recipe, size)]
     text = (
         f"{plan.global_batch} = {plural(world.size, 'rank')} x {plan.accumulation} x {micro}, "
         f"{plan.steps_per_epoch:,} steps an epoch; divides over {', '.join(map(str, fits))} ranks"
@@ -134,14 +114,6 @@ def examine_batches(subject: Subject, backend: Backend) -> Iterator[Finding]:
     if world.size == 1 and gpus > 1:
         start = f"torchrun --nproc-per-node={gpus} -m karat_scale doctor ... times them all"
         yield found("ranks", f"1 of {gpus} GPUs is used", start)
-
-
-def _divides(recipe: Recipe, size: int) -> bool:
-    try:
-        micro_batch_of(recipe, size)
-    except RecipeError:
-        return False
-    return True
 
 
 def examine_workers(subject: Subject) -> Iterator[Finding]:
@@ -154,10 +126,7 @@ def examine_workers(subject: Subject) -> Iterator[Finding]:
     busy = data.workers + (subject.world.device.type == "cuda")
     fix = f"more workers than cores: set data.workers={max(1, cores - 1)}" if busy > max(2, cores) else ""
     yield found("workers", text, fix, workers=data.workers, cores=cores)
-    side = subject.recipe.model.image_size
-    under_way = data.workers * data.prefetch
-    needed = ranks * under_way * subject.micro_batch * 3 * side * side
-    free = machine.cache_memory()
+    needed, free = ranks * loader_bytes(subject.recipe, subject.micro_batch), machine.cache_memory()
     fix = "set a smaller data.prefetch or fewer data.workers" if needed > free else ""
     text = f"prefetched batches take up to {gigabytes(needed)} of {gigabytes(free)} available"
     yield found("memory for batches", text, fix, wrong=needed > free, needed_bytes=needed)
@@ -225,13 +194,13 @@ class Figures:
     subject: Subject
     micro_batch: int
     global_batch: int
-    files: DataFiles | None
-    storage: StorageSpeed | None
-    data: DataSpeed
+    files: loading.DataFiles | None
+    storage: loading.StorageSpeed | None
+    data: loading.DataSpeed
     transfer: float
     model: float
     optimizer: float
-    communication: Communication | None
+    communication: dict[str, float] | None
     loop: LoopSpeed
 
     @property
@@ -256,7 +225,7 @@ class Figures:
         rates["model"] = ranks * self.micro_batch / self.model
         rates["optimizer"] = wanted / self.optimizer
         if self.communication is not None:
-            rates["communication"] = wanted / self.communication.seconds
+            rates["communication"] = wanted / self.communication["seconds"]
         return rates
 
     def to_json(self) -> dict[str, Any]:
@@ -267,7 +236,7 @@ class Figures:
             "data_path": {**asdict(self.data), "decode_share": self.data.decode_share},
             "device": {
                 **{f"{name}_seconds": getattr(self, name) for name in ("transfer", "model", "optimizer")},
-                "communication": asdict(self.communication) if self.communication else None,
+                "communication": self.communication,
             },
             "loop": {**asdict(self.loop), "micro_batch": self.micro_batch, "global_batch": self.global_batch},
         }
@@ -277,22 +246,22 @@ def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: flo
     """Measure for about `seconds`. Writes only below a temporary directory, and leaves no process. Raises DataError."""
     recipe, world = subject.recipe, subject.world
     budget = {name: share * seconds for name, share in SHARES.items()}
-    files = find_data_files(recipe, num_train)
+    files = loading.find_data_files(recipe, num_train)
     storage = None
     if files is not None and files.paths:
         with report.busy("timing the disk"):
             readers = max(1, recipe.data.workers)
             block = round(files.image_bytes)
             paths = files.paths[world.rank :: world.size] or files.paths  # a folder's files are an image each
-            found_here = measure_storage(paths, block, readers, budget["storage"], world.rank)
+            found_here = loading.measure_storage(paths, block, readers, budget["storage"], world.rank)
             storage = min(world.gather(found_here), key=lambda speed: speed.random)
     with report.busy("timing decoding and augmentation"):
         # A stream's samples have no ids, and it may say that there are very many.
-        ids = np.arange(1) if recipe.data.is_stream else sampled_ids(num_train, recipe.run.seed)
+        ids = np.arange(1) if recipe.data.is_stream else loading.sampled_ids(num_train, recipe.run.seed)
         if files is not None and not files.paths:  # at a URL, consecutive images need few requests
             ids = np.arange(len(ids))
-        read_into_page_cache(recipe, ids)
-        data = DataSpeed.of(recipe, ids, subject.micro_batch, budget["data"], world)
+        loading.read_into_page_cache(recipe, ids)
+        data = loading.DataSpeed.of(recipe, ids, subject.micro_batch, budget["data"], world)
     with report.busy("timing the model"):
         stages = Stages(model, recipe, world)
         look = min(FIRST_LOOK, subject.micro_batch)
@@ -303,7 +272,7 @@ def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: flo
         model_seconds = stages.model_seconds(micro_batch, budget["model"])
         transfer = stages.transfer_seconds(micro_batch, budget["transfer"])
         communication = stages.communication(budget["communication"])
-        stages.leave_device()
+        model.to("cpu")  # the device's memory is for what follows
     timed = recipe.changed(train__global_batch=global_batch, train__micro_batch=micro_batch)
     with report.busy("timing the whole loop"), tempfile.TemporaryDirectory(prefix="karat-doctor-") as scratch:
         # Few prefetched batches: a short run must not profit from those made before it began.
@@ -356,11 +325,8 @@ def check_up(recipe: Recipe, seconds: float, report: Report, before: Callable[[]
         before()
         num_train = _fit(subject, report)
         if num_train is not None:
-            verdict = _examined(
-                world,
-                "timed run",
-                lambda: _judge(time_recipe(subject, model, num_train, seconds, report), report),
-            )
+            timed = partial(time_recipe, subject, model, num_train, seconds, report)
+            verdict = _examined(world, "timed run", lambda: _judge(timed(), report))
             report.add("verdict", "what bounds training", verdict)
     finally:
         distributed.stop()
@@ -378,11 +344,7 @@ def _fit(subject: Subject, report: Report) -> int | None:
         yield from examine_batches(subject, backend)
 
     findings = _examined(subject.world, "data", data)
-    others = {
-        "workers": examine_workers,
-        "run.dir": examine_run_directory,
-        "checkpoint.url": examine_checkpoint_url,
-    }
+    others = {"workers": examine_workers, "run.dir": examine_run_directory, "checkpoint.url": examine_checkpoint_url}
     for name, examination in others.items():
         findings += examine(name, partial(examination, subject))
     report.add("recipe", f"recipe {subject.recipe.run.name}", findings)
@@ -432,11 +394,12 @@ def _judge(figures: Figures, report: Report) -> list[Finding]:
         "data_images_per_second": round(verdict.data_rate, 2),
         "device_images_per_second": round(verdict.device_rate, 2),
     }
-    report.table("images per second of each stage by itself", ("stage", "img/s", ""), _rows(figures))
+    if report.is_main:
+        print_table("images per second of each stage by itself", ("stage", "img/s", ""), _rows(figures), (0, 2))
     return [found("bound", f"{verdict.bound}: {verdict.reason}", verdict.advice), *_remarks(figures, verdict)]
 
 
-def _rows(figures: Figures) -> list[Row]:
+def _rows(figures: Figures) -> list[tuple[str, str, str]]:
     data, storage, exchange, loop = figures.data, figures.storage, figures.communication, figures.loop
     workers = f"in {plural(figures.workers, 'worker')}" if figures.workers else "in the trainer"
     images, batch = f"for {figures.micro_batch} images", figures.subject.recipe.train.global_batch
@@ -453,7 +416,8 @@ def _rows(figures: Figures) -> list[Row]:
             f"{storage.random_again / MB:,.0f} again"
         )
     if exchange is not None:
-        details["communication"] = f"all-reduce of {exchange.bytes / MB:,.0f} MB in {1000 * exchange.seconds:,.1f} ms"
+        sent, took = exchange["bytes"] / MB, 1000 * exchange["seconds"]
+        details["communication"] = f"all-reduce of {sent:,.0f} MB in {took:,.1f} ms"
     rows = [(stage, f"{rate:,.0f}", details[stage]) for stage, rate in figures.rates.items()]
     waits = f"{100 * loop.waiting_share:.0f} % of the time waits for data"
     batches = f"{plural(loop.steps, 'step')} of {figures.global_batch}; {waits}"
@@ -473,11 +437,8 @@ def _remarks(figures: Figures, verdict: Verdict) -> Iterable[Finding]:
         yield found("close", text, "to gain much, change both; --seconds measures for longer")
     if figures.workers and figures.global_batch == wanted and loop.images_per_second < HINDERED * slower:
         text = f"the loop makes {loop.images_per_second:,.0f} img/s, and its slower side by itself makes {slower:,.0f}"
-        yield found(
-            "together",
-            text,
-            "data workers, the trainer and other processes hinder each other: they share cores and memory",
-        )
+        fix = "data workers, the trainer and other processes hinder each other: they share cores and memory"
+        yield found("together", text, fix)
     storage = figures.rates.get("storage")
     if storage is not None and storage < slower and verdict.bound != "storage":
         text = f"the first epoch reads {storage:,.0f} img/s from the disk, less than the {slower:,.0f} of what follows"

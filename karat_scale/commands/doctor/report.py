@@ -4,13 +4,13 @@ It is tables on a terminal, plain lines elsewhere, and JSON. This module needs n
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from karat_scale import __version__
-from karat_scale.foundation.console import make_table, plural, print_table, printable, terminal, write_json
+from karat_scale.foundation.console import make_table, plural, printable, terminal, write_json
 from karat_scale.foundation.errors import DataError, UserError
 from karat_scale.foundation.native_build import PACKAGES
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 Level = Literal["ok", "note", "problem"]
 COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
-Row = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ def examine(name: str, examination: Callable[[], Iterable[Finding]]) -> list[Fin
 class Report:
     """Collects the findings, prints each at once on rank 0, and knows the exit code."""
 
-    def __init__(self, is_main: bool = True) -> None:
-        self._is_main, self._console = is_main, terminal() if is_main else None
+    def __init__(self, is_main: bool) -> None:
+        self.is_main, self._console = is_main, terminal() if is_main else None
         self.figures: dict[str, Any] = {}
         self._sections: dict[str, list[Finding]] = {}
 
@@ -90,14 +89,9 @@ class Report:
             table.add_row(Text(finding.level, style=COLOURS[finding.level]), Text(finding.name), said)
         self._console.print(table)
 
-    def table(self, title: str, header: Row, rows: Sequence[Row]) -> None:
-        """Print figures: a name, a number, and a detail."""
-        if self._is_main:
-            print_table(title, header, rows, texts=(0, 2))
-
     def line(self, text: str) -> None:
         """Print a line."""
-        if self._is_main:
+        if self.is_main:
             print(text, flush=True)
 
     def busy(self, text: str) -> AbstractContextManager[Any]:
@@ -107,36 +101,19 @@ class Report:
         self.line(f"  {text} ...")
         return nullcontext()
 
-    @property
-    def problems(self) -> list[Finding]:
-        """The findings that keep training from working."""
-        return [finding for section in self._sections.values() for finding in section if finding.level == "problem"]
-
-    @property
-    def exit_code(self) -> int:
-        """0 without a problem, 1 with at least one."""
-        return 1 if self.problems else 0
-
-    def conclude(self) -> None:
-        """Print the last line."""
-        notes = sum(finding.level == "note" for section in self._sections.values() for finding in section)
-        problems = [finding.name for finding in self.problems]
+    def conclude(self, json_file: str | None) -> int:
+        """Print the last line, and write everything as JSON; returns the exit code: 1 with a problem, else 0."""
+        levels = [(finding.level, finding.name) for section in self._sections.values() for finding in section]
+        problems = [name for level, name in levels if level == "problem"]
         names = f" ({', '.join(problems)})" if problems else ""
+        notes = sum(level == "note" for level, _ in levels)
         self.line(f"\n{plural(len(problems), 'problem')}{names}, {plural(notes, 'note')}")
-
-    def write(self, file: str) -> None:
-        """Write everything as JSON. Raises UserError if the file cannot be written."""
-        content = {
-            "version": __version__,
-            "exit": self.exit_code,
-            "problems": [finding.name for finding in self.problems],
-            **{key: [finding.to_json() for finding in section] for key, section in self._sections.items()},
-            **self.figures,
-        }
-        try:
-            write_json(file, content)
-        except OSError as error:
-            raise UserError(f"--json {file}: {error.strerror}; name a file in an existing directory") from None
+        code = int(bool(problems))
+        if self.is_main:
+            sections = {key: [finding.to_json() for finding in section] for key, section in self._sections.items()}
+            about = {"version": __version__, "exit": code, "problems": problems}
+            write_json(json_file, {**about, **sections, **self.figures})
+        return code
 
 
 Stage = Literal["storage", "decode", "augmentation", "transfer", "model", "optimizer", "communication"]
@@ -197,25 +174,20 @@ def judge(rates: Mapping[Stage, float], setting: Setting) -> Verdict:
     workers = cost.get("decode", 0.0) + cost.get("augmentation", 0.0)
     device = sum(cost.get(stage, 0.0) for stage in DEVICE_STAGES)
     data = max(storage, workers) if setting.workers else storage + workers
-    data_rate, device_rate = _rate(data), _rate(device)
-    counted: dict[Stage, float] = {**cost, "storage": storage}
+    data_rate, device_rate = (1 / seconds if seconds else math.inf for seconds in (data, device))
     if setting.workers == 0:
         candidates: tuple[Stage, ...] = (*DATA_STAGES, *DEVICE_STAGES)
     elif data <= device:
         candidates = DEVICE_STAGES
     else:
         candidates = ("storage",) if storage >= workers else ("decode", "augmentation")
-    bound = max(candidates, key=lambda stage: counted.get(stage, 0.0))
+    bound = max(candidates, key=lambda stage: {**cost, "storage": storage}.get(stage, 0.0))
     reason = _reason(bound, data_rate, device_rate, setting)
     advice = _advice(bound, device_rate, setting)
     turns = setting.workers == 0 and not setting.is_generated
     if turns and bound in DEVICE_STAGES and data > WORTH_A_WORKER * (data + device):
         advice = f"{_more_workers(device_rate, setting)}, so that they no longer take turns; then {advice}"
     return Verdict(bound, data_rate, device_rate, reason, advice)
-
-
-def _rate(seconds_per_image: float) -> float:
-    return 1 / seconds_per_image if seconds_per_image else math.inf
 
 
 def _reason(bound: Stage, data_rate: float, device_rate: float, setting: Setting) -> str:
@@ -227,13 +199,10 @@ def _reason(bound: Stage, data_rate: float, device_rate: float, setting: Setting
     if bound == "storage":
         return f"the disk gives {data_rate:,.0f} img/s, {trainer}"
     if bound in DATA_STAGES:
-        return f"{_sustain(setting)} {data_rate:,.0f} img/s, {trainer}"
+        each = " on each rank" if setting.world_size > 1 else ""
+        verb = "sustains" if setting.workers == 1 else "sustain"
+        return f"{plural(setting.workers, 'worker')}{each} {verb} {data_rate:,.0f} img/s, {trainer}"
     return f"{trainer}, the data path gives {data_rate:,.0f}"
-
-
-def _sustain(setting: Setting) -> str:
-    each = " on each rank" if setting.world_size > 1 else ""
-    return f"1 worker{each} sustains" if setting.workers == 1 else f"{setting.workers} workers{each} sustain"
 
 
 def _advice(bound: Stage, device_rate: float, setting: Setting) -> str:
@@ -245,8 +214,15 @@ def _advice(bound: Stage, device_rate: float, setting: Setting) -> str:
         )
     if setting.is_generated and bound in DATA_STAGES:
         return "synthetic images are only for measuring the other stages"
-    if bound in ("decode", "augmentation"):
-        return _advise_workers(bound, device_rate, setting)
+    if bound in DATA_STAGES:
+        pieces = [_more_workers(device_rate, setting)]
+        if bound == "decode" and setting.decoder not in ("native", ""):
+            pieces.append(f"use data.decoder=native (apt-get install {PACKAGES})")
+        if bound == "decode":
+            pieces.append("re-encode the images smaller (karat prepare webdataset --resize 256)")
+        else:
+            pieces.append("use a weaker augment.randaugment or augment.color_jitter")
+        return ", or ".join(filter(None, pieces))
     if bound == "model":
         return _advise_model(setting)
     if bound == "transfer" and setting.device == "cpu":
@@ -262,17 +238,6 @@ def _advice(bound: Stage, device_rate: float, setting: Setting) -> str:
         "gradients are exchanged once per global batch: raise train.global_batch, and check by NCCL_DEBUG=INFO that "
         "NCCL uses the fast network"
     )
-
-
-def _advise_workers(bound: Stage, device_rate: float, setting: Setting) -> str:
-    pieces = [_more_workers(device_rate, setting)]
-    if bound == "decode" and setting.decoder not in ("native", ""):
-        pieces.append(f"use data.decoder=native (apt-get install {PACKAGES})")
-    if bound == "decode":
-        pieces.append("re-encode the images smaller (karat prepare webdataset --resize 256)")
-    if bound == "augmentation":
-        pieces.append("use a weaker augment.randaugment or augment.color_jitter")
-    return ", or ".join(filter(None, pieces)) or "give the job more cores"
 
 
 def _more_workers(device_rate: float, setting: Setting) -> str:

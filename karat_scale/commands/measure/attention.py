@@ -4,9 +4,14 @@ The peers are `scaled_dot_product_attention` (SDPA), which a user has without us
 holds the N x N matrix as the literature's code does. Contenders run in turn; ratios are medians over rounds.
 """
 
+import ctypes
+import gc
+import multiprocessing
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +20,7 @@ from torch.nn import functional
 
 from karat_scale.attention import FourierKaratOperator, KaratOperator, make_basis
 from karat_scale.attention.variants import ContentOperator
-from karat_scale.commands.measure.interleaved import interleaved_seconds, peak_memory_of
+from karat_scale.commands.measure.interleaved import cuda_peak, interleaved_seconds
 from karat_scale.engine.distributed import wait_for
 from karat_scale.foundation.errors import UserError
 
@@ -117,9 +122,33 @@ def forward_backward(name: str, case: Case) -> Callable[[], None]:
     return waiting(passes(case.attend_by(name), case.inputs())[1], case.device)
 
 
-def forward_backward_once(name: str, case: Case, warm_up: bool) -> Callable[[], None]:
-    """Return the call whose memory is measured; as a warm-up, a small one that loads and builds all it needs."""
-    return forward_backward(name, replace(case, batch=1, tokens=16) if warm_up else case)
+def peak_memory(name: str, case: Case) -> float:
+    """Return the peak of extra megabytes of a contender's call, in a process of its own.
+
+    A small call before loads and builds all it needs. On CUDA this is the allocator's peak; on the CPU the peak of the
+    resident set (Linux).
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_memory, (name, case))
+
+
+def _peak_memory(name: str, case: Case) -> float:
+    torch.set_num_threads(1)
+    forward_backward(name, replace(case, batch=1, tokens=16))()
+    run = forward_backward(name, case)
+    if case.device == "cuda":
+        return cuda_peak(run)
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _status_mb("VmRSS")
+    run()
+    return _status_mb("VmHWM") - before
+
+
+def _status_mb(key: str) -> float:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:")]
+    return int(line.split()[1]) * 1024 / 1e6
 
 
 def clock_for(device: str, threads: int) -> Callable[[], float]:
@@ -134,26 +163,19 @@ def attention_rows(case: Case, rounds: int, names: Sequence[str], threads: int =
         UserError: none of them can.
     """
     case.check()
-
-    def can_run(name: str) -> bool:
-        try:
+    runnable = []
+    for name in names:
+        with suppress(ValueError):
             case.attend_by(name)(*replace(case, batch=1).inputs())
-        except ValueError:
-            return False
-        return True
-
-    runnable = list(filter(can_run, names))
+            runnable.append(name)
     if not runnable:
         raise UserError(f"none of {', '.join(names)} can run {case}")
     contenders = [SDPA, SOFTMAX, *runnable]
-    memory = {name: peak_memory_of(forward_backward_once, (name, case), case.device) for name in contenders}
+    memory = {name: peak_memory(name, case) for name in contenders}
     pairs = {name: passes(case.attend_by(name), case.inputs()) for name in contenders}
+    clock = clock_for(case.device, threads)
     forward, both = (
-        interleaved_seconds(
-            {name: waiting(pair[way], case.device) for name, pair in pairs.items()},
-            rounds,
-            clock_for(case.device, threads),
-        )
+        interleaved_seconds({name: waiting(pair[way], case.device) for name, pair in pairs.items()}, rounds, clock)
         for way in (0, 1)
     )
     return [

@@ -1,15 +1,10 @@
 """Times of several contenders in turn, so that a machine's drift falls on all alike; time and memory of one call."""
 
-import ctypes
 import functools
-import gc
-import multiprocessing
 import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -123,32 +118,3 @@ def cuda_peak(run: Callable[[], object]) -> float:
     run()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 1e6
-
-
-def peak_memory_of(make: Callable[..., Callable[[], None]], arguments: tuple[Any, ...], device: str) -> float:
-    """Return the peak of extra megabytes of `make(*arguments, False)()`, after the warm-up `make(*arguments, True)()`.
-
-    `make` is a module's function, since a new process imports it. On CUDA this is the allocator's peak; on the CPU
-    the peak of the resident set (Linux).
-    """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure, (make, arguments, device))
-
-
-def _measure(make: Callable[..., Callable[[], None]], arguments: tuple[Any, ...], device: str) -> float:
-    torch.set_num_threads(1)
-    make(*arguments, True)()
-    run = make(*arguments, False)
-    if device == "cuda":
-        return cuda_peak(run)
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _status_mb("VmRSS")
-    run()
-    return _status_mb("VmHWM") - before
-
-
-def _status_mb(key: str) -> float:
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:")]
-    return int(line.split()[1]) * 1024 / 1e6

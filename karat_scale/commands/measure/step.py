@@ -18,19 +18,19 @@ import torch.distributed as dist
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.autograd import DeviceType
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from karat_scale.commands.measure.interleaved import cuda_peak, wall_seconds
 from karat_scale.data.augmentation.augment import TrainTransform
-from karat_scale.data.augmentation.device_augment import DeviceAugment, Normalize
-from karat_scale.data.augmentation.mixing import Mixer
-from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.data.backends.images import TRAIN_STREAM, SyntheticBackend
+from karat_scale.data.backends import ImageSpec
+from karat_scale.data.backends.images import SyntheticBackend
 from karat_scale.data.batch import Batch, with_digest
-from karat_scale.data.plan import BatchSlice, TrainPlan
+from karat_scale.data.exact import Finish
+from karat_scale.data.plan import BatchSlice
 from karat_scale.engine.distributed import World, wait_for
 from karat_scale.engine.engine import PRECISIONS, cast_images, pixel_dtype
-from karat_scale.engine.optimizers import build_optimizer, build_schedule
+from karat_scale.engine.optimizers import build_optimizer
 from karat_scale.models import create_model, parameter_count
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
@@ -39,6 +39,7 @@ from karat_scale.training.trainer import Trainer, silent_trainer
 
 MANY = 10**6
 FEWEST = 2  # steps, or measurements of a stage
+WARM_UP = 3  # steps, on a card
 STEP = "karat step"
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
@@ -52,28 +53,39 @@ def synthetic_recipe(directory: str | Path, source: str, **sections: dict[str, A
         "checkpoint": {"every_minutes": None},
         "log": {"every_steps": 1000, "trackers": []},
     }
-    for name, section in sections.items():
-        tree[name] = {**tree.get(name, {}), **section}
+    tree |= {name: {**tree.get(name, {}), **section} for name, section in sections.items()}
     return validate_recipe(tree, source)
 
 
+def held_batch(spec: ImageSpec, size: int) -> Batch:
+    """Return a batch of noise, the same for the same size, in page-locked memory if there is a GPU."""
+    generator, side = torch.Generator().manual_seed(0), spec.image_size
+    transform = TrainTransform(spec.augment, side)
+    batch = Batch(
+        images=torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator),
+        labels=torch.randint(0, spec.num_classes, (size,), generator=generator),
+        sample_ids=torch.arange(size),
+        valid=torch.ones(size, dtype=torch.bool),
+        draws=tuple(transform.draw(seed, side, side) for seed in range(size)),
+    )
+    return with_digest(batch.pin_memory() if torch.cuda.is_available() else batch)
+
+
 class HeldBatches(SyntheticBackend):
-    """The synthetic backend with its first batch again and again: to make one takes longer than a step may."""
+    """Yields one batch again and again: to make one takes longer than a step may."""
 
     def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
-        """Yield one batch again and again, in page-locked memory if there is a GPU."""
+        """Yield a batch as large as the first slice."""
         held: Batch | None = None
         for part in slices:
-            if held is None:
-                held = with_digest(self._batch(part, TRAIN_STREAM))
-                held = held.pin_memory() if torch.cuda.is_initialized() else held
+            held = held or held_batch(self.spec, len(part.sample_ids))
             yield held
 
 
 class OurLoop:
     """A run's trainer, fed with one batch again and again. On a card it counts what steps take there."""
 
-    def __init__(self, recipe: Recipe, world: World, on_card: bool, warm_up: int) -> None:
+    def __init__(self, recipe: Recipe, world: World, on_card: bool = False) -> None:
         self._device, self._on_card = world.device, on_card
         before = torch.cuda.memory_allocated() if on_card else 0
         self.trainer = silent_trainer(recipe, world, ClassificationTask)
@@ -83,7 +95,7 @@ class OurLoop:
         self.task = task
         self.task.backend = HeldBatches(ImageSpec.of(recipe))
         self._batches = self.trainer.feed(MANY)
-        self.run(warm_up)
+        self.run(WARM_UP if on_card else 1)
         self._memory = torch.cuda.memory_allocated() - before if on_card else 0
 
     def launch(self, steps: int) -> None:
@@ -119,49 +131,34 @@ class OurLoop:
         }
 
 
-def batches_on(device: torch.device, recipe: Recipe) -> list[Batch]:
-    """Return an epoch's batches of a recipe on synthetic images."""
-    backend, batch = open_backend(ImageSpec.of(recipe)), recipe.train.global_batch
-    plan = TrainPlan(0, backend.num_train, batch, batch, 0, 1)
-    return [with_digest(one).to(device) for one in backend.train_batches(plan.slices(0, plan.steps_per_epoch))]
+def bare_step(recipe: Recipe, world: World, shared: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a step in plain PyTorch: it takes images and targets, and returns the loss. shared: between all ranks."""
+    torch.manual_seed(recipe.run.seed)
+    model: Any = create_model(recipe.model, recipe.attention).to(world.device)
+    optimizer, precision = build_optimizer(model, recipe.optim, world.device), PRECISIONS[recipe.train.precision]
+    called = DistributedDataParallel(model) if shared else model
 
+    def step(images: Tensor, targets: Tensor) -> Tensor:
+        with precision.autocast(world.device.type):
+            logits = called(images)
+        loss = nn.functional.cross_entropy(logits.float(), targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
-def our_loop(recipe: Recipe, steps: int, world: World) -> Callable[[], None]:
-    """Return so many steps of our loop over the recipe's batches, which are on the device."""
-    trainer = silent_trainer(recipe, world, ClassificationTask)
-    trainer.resume()
-    batches = batches_on(world.device, recipe)
-
-    def run() -> None:
-        for number in range(steps):
-            trainer.step([batches[number % len(batches)]])
-            trainer.save_or_stop()
-        wait_for(world.device)
-
-    return run
+    return step
 
 
 def bare_loop(recipe: Recipe, steps: int, world: World) -> Callable[[], None]:
-    """Return the same steps in plain PyTorch."""
-    torch.manual_seed(recipe.run.seed)
-    model: Any = create_model(recipe.model, recipe.attention).to(world.device)
-    optimizer = build_optimizer(model, recipe.optim, world.device)
-    criterion, prepare = SoftTargetCrossEntropy(), Preparation(recipe, world.device)
-    batches = batches_on(world.device, recipe)
-    schedule = build_schedule(recipe, len(batches))
-    done = 0
+    """Return so many steps in plain PyTorch, each with the batch of `OurLoop`, which is on the device."""
+    step, prepare = bare_step(recipe, world), preparation(recipe, world.device)
+    held = held_batch(ImageSpec.of(recipe), recipe.train.global_batch).to(world.device)
 
     def run() -> None:
-        nonlocal done
-        for number in range(steps):
-            images, targets = prepare(batches[number % len(batches)])
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.lr(done)
-            criterion(model(images), targets).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad or math.inf)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            done += 1
+        for _ in range(steps):
+            step(*prepare(held))
         wait_for(world.device)
 
     return run
@@ -206,9 +203,9 @@ class LoopSpeed:
             trainer.step(counted())
             steps += 1
         wait_for(world.device)
-        elapsed = slowest(time.perf_counter() - begun, world)
-        rate = steps * trainer.plan.global_batch / elapsed
-        return cls(rate, slowest(waited / elapsed, world), steps, unreadable)
+        elapsed = max(world.gather(time.perf_counter() - begun))
+        waiting_share = max(world.gather(waited / elapsed))
+        return cls(steps * trainer.plan.global_batch / elapsed, waiting_share, steps, unreadable)
 
 
 def repeated(measure: Callable[[], float], seconds: float, world: World) -> float:
@@ -221,50 +218,14 @@ def repeated(measure: Callable[[], float], seconds: float, world: World) -> floa
     measured: list[float] = []
     while len(measured) < FEWEST or not world.any(time.perf_counter() - begun > seconds):
         measured.append(measure())
-    return slowest(statistics.median(measured), world)
+    return max(world.gather(statistics.median(measured)))
 
 
-def slowest(value: float, world: World) -> float:
-    """Return the largest of all ranks' values."""
-    return max(world.gather(value))
-
-
-def random_batch(recipe: Recipe, size: int) -> Batch:
-    """Return a batch of noise, in page-locked memory if there is a GPU, as from the loader."""
-    side = recipe.model.image_size
-    transform = TrainTransform(recipe.augment, side)
-    batch = Batch(
-        images=torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8),
-        labels=torch.randint(0, recipe.model.num_classes, (size,)),
-        sample_ids=torch.arange(size),
-        valid=torch.ones(size, dtype=torch.bool),
-        draws=tuple(transform.draw(seed, side, side) for seed in range(size)),
-    )
-    return batch.pin_memory() if torch.cuda.is_available() else batch
-
-
-class Preparation:
-    """Convert a batch in RAM to the model's input: transfer, augment, normalise, mix."""
-
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self._augment = DeviceAugment(recipe.augment, recipe.model.image_size)
-        self._normalize = Normalize(recipe.augment.mean, recipe.augment.std, pixel_dtype(recipe.train, device))
-        self._mixer = Mixer(recipe.augment, recipe.model.num_classes, recipe.run.seed)
-        self._device = device
-
-    def __call__(self, cpu_batch: Batch) -> tuple[Tensor, Tensor]:
-        batch = cpu_batch.to(self._device)
-        mix = self._mixer.params(batch.epoch, batch.batch, *batch.images.shape[-2:])
-        images = self._normalize(self._augment(batch.images, batch.draws), mix)
-        return images, self._mixer.targets(batch.labels, mix)
-
-
-@dataclass(frozen=True)
-class Communication:
-    """The all-reduce of all gradients at once: seconds, and bytes that each rank sends."""
-
-    seconds: float
-    bytes: int
+def preparation(recipe: Recipe, device: torch.device) -> Finish:
+    """Return what makes images and soft targets, as the model takes them, of a batch on the device."""
+    finish = Finish(ImageSpec.of(recipe), pixel_dtype(recipe.train, device), recipe.model.num_classes)
+    finish.soft = True
+    return finish
 
 
 class Stages:
@@ -274,20 +235,16 @@ class Stages:
         self._precision = PRECISIONS[recipe.train.precision]
         self._model = model.to(world.device, self._precision.weights).train()
         self._recipe, self._world = recipe, world
-        self._prepare = Preparation(recipe, world.device)
-
-    def leave_device(self) -> None:
-        """Free the device's memory."""
-        self._model.to("cpu")
+        self._prepare = preparation(recipe, world.device)
 
     def transfer_seconds(self, micro_batch: int, seconds: float) -> float:
         """Return the seconds to transfer one micro batch and to augment (if asked), normalise and mix it there."""
-        batch = random_batch(self._recipe, micro_batch)
-        return self._repeated(lambda: self._prepare(batch), seconds)
+        batch = held_batch(ImageSpec.of(self._recipe), micro_batch)
+        return self._repeated(lambda: self._prepare(batch.to(self._world.device)), seconds)
 
     def model_seconds(self, micro_batch: int, seconds: float) -> float:
         """Return the seconds of one forward and backward over a micro batch."""
-        images, targets = self._prepare(random_batch(self._recipe, micro_batch))
+        images, targets = self._prepare(held_batch(ImageSpec.of(self._recipe), micro_batch).to(self._world.device))
         images, objective = cast_images(images, self._precision), SoftTargetCrossEntropy()
 
         def pass_through() -> None:
@@ -298,13 +255,13 @@ class Stages:
 
         return self._repeated(pass_through, seconds)
 
-    def communication(self, seconds: float) -> Communication | None:
-        """Time an all-reduce of the size of the gradients, or return None for a single rank."""
+    def communication(self, seconds: float) -> dict[str, float] | None:
+        """Return the "seconds" and "bytes" of an all-reduce of all gradients at once; None for a single rank."""
         if self._world.size == 1:
             return None
         gradients = torch.zeros(parameter_count(self._model), dtype=self._precision.weights, device=self._world.device)
         one = self._repeated(lambda: dist.all_reduce(gradients), seconds)
-        return Communication(one, gradients.numel() * gradients.element_size())
+        return {"seconds": one, "bytes": gradients.numel() * gradients.element_size()}
 
     def _repeated(self, run: Callable[[], object], seconds: float) -> float:
         return repeated(partial(wall_seconds, run, 1, self._world.device), seconds, self._world)
@@ -312,7 +269,8 @@ class Stages:
 
 def optimizer_seconds(trainer: Trainer, recipe: Recipe, micro_batch: int, seconds: float) -> float:
     """Return the seconds of the engine's step on existing gradients, with clipping and the EMA."""
-    images, targets = Preparation(recipe, trainer.world.device)(random_batch(recipe, micro_batch))
+    device = trainer.world.device
+    images, targets = preparation(recipe, device)(held_batch(ImageSpec.of(recipe), micro_batch).to(device))
     objective, steps = SoftTargetCrossEntropy(), 0
 
     def finish() -> None:
@@ -327,6 +285,6 @@ def optimizer_seconds(trainer: Trainer, recipe: Recipe, micro_batch: int, second
             if micro:
                 trainer.engine.step()
             trainer.engine.backward(objective(trainer.engine.forward(images), targets))
-        return wall_seconds(finish, 1, trainer.world.device)
+        return wall_seconds(finish, 1, device)
 
     return repeated(step, seconds, trainer.world)

@@ -1,4 +1,4 @@
-"""The parsers of the commands before training: data, recipes, plans, and a check of the machine."""
+"""The parsers of the commands before training: data, recipes, plans, a check of the machine, and benches."""
 
 import argparse
 import itertools
@@ -7,20 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from karat_scale.commands.bench.gpu.report import add_options as add_gpu_options
 from karat_scale.data.prepare import DECODED_BELOW, SCRIPTS
-from karat_scale.foundation.arguments import (
-    add_json,
-    add_recipe,
-    add_trust,
-    call,
-    command,
-    count,
-    positive,
-)
+from karat_scale.foundation.arguments import add_json, add_number, add_recipe, call, command, new_file, positive, whole
 from karat_scale.foundation.errors import DataError, UserError
 from karat_scale.foundation.machine import known_gpu
 from karat_scale.foundation.stores import is_url
-from karat_scale.foundation.tables import SCHEMAS, load
+from karat_scale.foundation.tables import BACKENDS, SCHEMAS, load
 
 SECONDS = 20.0  # of the timed run of karat doctor
 
@@ -40,33 +33,30 @@ def add_commands(commands: Any) -> None:
 
     index = commands.add_parser("index", help="make tars that others wrote readable like our shards, without a copy")
     index.add_argument("source", metavar="SRC", help="a directory or a URL with .tar files, also below it")
-    index.add_argument(
-        "--out", type=Path, metavar="DIR", help="directory for the indexes and dataset.json (default: SRC)"
-    )
-    index.add_argument(
-        "--label", default="auto", metavar="RULE", help="where the class is: cls, json:FIELD, txt, path or auto"
-    )
+    where = "directory for the indexes and dataset.json (default: SRC)"
+    index.add_argument("--out", type=Path, metavar="DIR", help=where)
+    rule = "where the class is: cls, json:FIELD, txt, path or auto"
+    index.add_argument("--label", default="auto", metavar="RULE", help=rule)
     by_name = "tars of a split (default: by their names)"
     index.add_argument("--split", dest="splits", action="append", default=[], metavar="NAME=GLOB", help=by_name)
     index.add_argument("--classes", type=Path, metavar="FILE", help="a name on each line, in the order of the labels")
-    index.add_argument(
-        "--hash", dest="with_hashes", action="store_true", help="also read the tars, to notice any later change in them"
-    )
+    hashed = "also read the tars, to notice any later change in them"
+    index.add_argument("--hash", dest="with_hashes", action="store_true", help=hashed)
     add_json(index, "write the counts to this file")
-    index.set_defaults(run=_index)
+    index.set_defaults(run=command("karat_scale.data.indexing.command:index_tars", _read_source))
 
     show = commands.add_parser("show", help="draw a batch as training sees it: augmented, mixed, with its targets")
     add_recipe(show, "data.path=DIR")
-    show.add_argument("--step", type=count, default=1, help="the training step (default: %(default)s)")
-    show.add_argument("--images", type=count, default=32, help="at most this many (default: %(default)s)")
+    add_number(show, "--step", 1, "the training step")
+    add_number(show, "--images", 32, "at most this many")
     show.add_argument("--out", metavar="FILE", help="a PNG (default: RUN.DIR-step-N.png)")
     show.set_defaults(run=command("karat_scale.commands.look.command:show_batch", _check_data))
 
     data = commands.add_parser("data", help="look at a data set: counts, sizes, odd files, and a page of samples")
     data.add_argument("path", metavar="PATH", help="shards, FFCV's betons, or a folder with train/<class>/<image>")
-    sampled = f"images to measure and decode; a split below {DECODED_BELOW:,} is decoded whole (default: %(default)s)"
-    data.add_argument("--images", type=count, default=1000, help=sampled)
-    data.add_argument("--classes", type=count, default=50, help="classes to show samples of (default: %(default)s)")
+    sampled = f"images to measure and decode; a split below {DECODED_BELOW:,} is decoded whole"
+    add_number(data, "--images", 1000, sampled)
+    add_number(data, "--classes", 50, "classes to show samples of")
     data.add_argument("--out", metavar="FILE", default="data.html", help="an HTML file (default: %(default)s)")
     add_json(data)
     data.set_defaults(run=command("karat_scale.commands.look.command:look_at_data"))
@@ -79,27 +69,18 @@ def add_commands(commands: Any) -> None:
     explain = commands.add_parser("explain", help="say what a key of a recipe means, and what it may change")
     explain.add_argument("keys", nargs="*", metavar="KEY", help="a key, a section, or another tool's name for one")
     explain.add_argument("--detection", action="store_true", help="keys of karat detect's recipes")
-    explain.set_defaults(run=_explain)
+    explain.set_defaults(run=command("karat_scale.recipe.keys:explain", _choose_schema))
 
     plan = commands.add_parser("plan", help="estimate memory, ZeRO stage, micro batch and time, and find mistakes")
     plan.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     overrides = "such as train.precision=bf16; another RECIPE is shown side by side, with the same keys"
     plan.add_argument("overrides", nargs="*", default=[], metavar="RECIPE or key=value", help=overrides)
-    plan.add_argument("--gpus", type=count, default=1, help="total number of ranks (default: %(default)s)")
+    add_number(plan, "--gpus", 1, "total number of ranks")
     plan.add_argument("--gpu", metavar="NAME", help="the GPU, such as h100-80 (default: this machine's RAM)")
-    plan.add_argument(
-        "--memory", type=positive, metavar="GB", help="memory of a GPU that --gpu does not know, or RAM of each rank"
-    )
-    plan.add_argument(
-        "--gpus-per-node", type=count, default=8, metavar="N", help="GPUs of a node (default: %(default)s)"
-    )
-    plan.add_argument(
-        "--cores-per-gpu",
-        type=count,
-        default=12,
-        metavar="N",
-        help="CPU cores that decode for a GPU (default: %(default)s)",
-    )
+    memory = "memory of a GPU that --gpu does not know, or RAM of each rank"
+    plan.add_argument("--memory", type=positive, metavar="GB", help=memory)
+    add_number(plan, "--gpus-per-node", 8, "GPUs of a node", metavar="N")
+    add_number(plan, "--cores-per-gpu", 12, "CPU cores that decode for a GPU", metavar="N")
     plan.add_argument("--step-time", type=positive, metavar="S", help="measured seconds of one micro batch on one GPU")
     curve = "show the predicted throughput from 1 to 1,024 GPUs"
     plan.add_argument("--curve", dest="with_curve", action="store_true", help=curve)
@@ -107,20 +88,88 @@ def add_commands(commands: Any) -> None:
     plan.add_argument("--dry-run", dest="only_dry_run", action="store_true", help=dry_run)
     add_json(plan)
     plan.set_defaults(run=_plan)
-    add_trust(plan)
 
     doctor = commands.add_parser("doctor", help="check this machine, and find what limits a recipe's speed on it")
     add_recipe(doctor, "data.workers=4", nargs="?")
     doctor.add_argument("--seconds", type=positive, help=f"length of the timed run (default: {SECONDS:g})")
     add_json(doctor)
-    doctor.set_defaults(run=_doctor)
-    add_trust(doctor)
+    doctor.set_defaults(run=command("karat_scale.commands.doctor.checkup:doctor", _check_seconds))
 
-    completion = commands.add_parser(
-        "completion", help="print a script with which a shell completes karat's commands, recipes and keys"
-    )
+    bench = commands.add_parser("bench", help="measure against the usual alternatives")
+    _add_benches(bench.add_subparsers(dest="bench", required=True, metavar="BENCH"))
+
+    completes = "print a script with which a shell completes karat's commands, recipes and keys"
+    completion = commands.add_parser("completion", help=completes)
     completion.add_argument("shell", choices=("bash", "zsh", "fish"), help='in bash: eval "$(karat completion bash)"')
     completion.set_defaults(run=command("karat_scale.commands.completion:print_shell_code"))
+
+
+def _add_benches(benches: Any) -> None:
+    """Add each bench to the subparsers of `karat bench`."""
+
+    def add(name: str, what: str, module: str = "") -> argparse.ArgumentParser:
+        place = f"karat_scale.commands.bench.{module or name}:bench_{name}"
+        parser: argparse.ArgumentParser = benches.add_parser(name, help=what)
+        parser.set_defaults(run=lambda options: int(load(place)(options)))
+        return parser
+
+    parser = add("step", "our loop against a bare PyTorch loop, KArAt against softmax", "training")
+    parser.add_argument("--model", default="vit_tiny_patch16_224", help="a model of timm (default: %(default)s)")
+    add_number(parser, "--image-size", 224)
+    add_number(parser, "--batch", 8, "images per step")
+    add_number(parser, "--steps", 5, "steps per round")
+    _add_output(parser, 7)
+
+    parser = add("attention", "each implementation against SDPA, in time and memory", "training")
+    add_attention_options(parser)
+    add_number(parser, "--tokens", 197, "the number of tokens, N")
+    names = ("reference", "streaming", "cpu", "triton", "flex")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="only these implementations")
+
+    parser = add("resume", "what an interruption costs: signal to saved, start to first step", "training")
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", default="imagenet_vit_base_g1b")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as deepspeed.config=zero3")
+    add_number(parser, "--ranks", 1, "processes")
+    add_number(parser, "--batch", 2, "images per rank")
+    add_number(parser, "--rounds", 3)
+    _add_output(parser)
+
+    add_gpu_options(add("gpu", "whether training is right on this card, and how fast it is", "gpu.command"))
+    _add_data_options(add("data", "each backend and decoder against whole decodes"))
+
+
+def add_attention_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of an operator and of its measurement."""
+    parser.add_argument("--model", choices=("tiny", "small", "base"), default="tiny", help="(default: %(default)s)")
+    add_number(parser, "--batch", 32, "images")
+    add_number(parser, "--grid", 3, "the grid, G")
+    add_number(parser, "--rank", 12, "the rank, r")
+    parser.add_argument("--basis", default="fourier", help="a name, or package.module:Class (default: %(default)s)")
+    forms = ("modular", "project_first", "two_operators", "full_rank", "content")
+    parser.add_argument("--form", choices=forms, default="modular", help="(default: %(default)s)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    add_number(parser, "--threads", 1, "CPU threads")
+    _add_output(parser, 9)
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add all options of `karat bench data`."""
+    parser.add_argument("--path", metavar="DIR", help="a directory of shards (default: photo-like images made here)")
+    parser.add_argument("--tar", metavar="FILE", help="a tar of JPEGs")
+    parser.add_argument("--ffcv", metavar="DIR", help="made by data_prep/make_ffcv.py, to measure that backend")
+    repeated = "may be repeated (default: all)"
+    parser.add_argument("--backend", metavar="NAME", choices=BACKENDS, action="append", help=repeated)
+    parser.add_argument("--augment", choices=("crop", "paper", "device"), default="crop")
+    add_number(parser, "--workers", 1, "0 for none", whole(0))
+    add_number(parser, "--images", 512)
+    _add_output(parser, 7)
+
+
+def _add_output(parser: argparse.ArgumentParser, rounds: int | None = None) -> None:
+    if rounds:
+        add_number(parser, "--rounds", rounds, "interleaved rounds")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also write all figures to this file")
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -133,12 +182,10 @@ def _prepare(options: argparse.Namespace) -> int:
     os.execv(sys.executable, [sys.executable, "-m", "karat_scale.data.prepare", options.script, *options.arguments])
 
 
-def _index(options: argparse.Namespace) -> int:
-    from karat_scale.data.indexing.command import index_tars
+def _read_source(options: argparse.Namespace) -> None:
     from karat_scale.data.shards.shard_format import dataset_directory
 
     options.source, options.splits = dataset_directory(options.source), tuple(options.splits)
-    return call(index_tars, options)
 
 
 def _check_data(options: argparse.Namespace) -> None:
@@ -148,10 +195,8 @@ def _check_data(options: argparse.Namespace) -> None:
     check_data_path(load_recipe(options.recipe, options.overrides).data)
 
 
-def _explain(options: argparse.Namespace) -> int:
-    from karat_scale.recipe.keys import explain
-
-    return explain(options.keys, load(SCHEMAS["detect" if options.detection else "train"]))
+def _choose_schema(options: argparse.Namespace) -> None:
+    options.names, options.schema = options.keys, load(SCHEMAS["detect" if options.detection else "train"])
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -162,18 +207,14 @@ def _plan(options: argparse.Namespace) -> int:
     if options.only_dry_run:
         if options.json_file:
             raise UserError("--dry-run makes no plan, so --json has nothing to write; leave one of them out")
-        makes_a_plan = {"--curve": options.with_curve, "--gpu": options.gpu}
-        makes_a_plan |= {"--memory": options.memory, "--step-time": options.step_time}
-        if idle := [name for name, value in makes_a_plan.items() if value]:
+        plans = {"curve": options.with_curve, "gpu": options.gpu, "memory": options.memory}
+        if idle := [f"--{name}" for name, value in {**plans, "step-time": options.step_time}.items() if value]:
             print(f"note: --dry-run makes no plan, so {', '.join(idle)} has no effect", file=sys.stderr)
     options.source = options.recipe
     return call(plan_recipe, options)
 
 
-def _doctor(options: argparse.Namespace) -> int:
-    from karat_scale.commands.doctor.checkup import doctor
-
+def _check_seconds(options: argparse.Namespace) -> None:
     if options.seconds and options.recipe is None:
         raise UserError("--seconds is the length of a recipe's timed run; name a RECIPE, or remove it")
     options.seconds = options.seconds or SECONDS
-    return call(doctor, options)

@@ -1,36 +1,44 @@
-"""The parsers of the commands that train, here or as jobs, and that look at a run's progress and its steps."""
+"""The parsers of the commands that train, here or as jobs, look at runs, compare them, and use a trained model."""
 
 import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from karat_scale.commands.analyze.analyses import ANALYSES, Options
 from karat_scale.commands.launch import default_ranks, launch
 from karat_scale.foundation.arguments import (
     add_checkpoint,
     add_json,
+    add_number,
     add_recipe,
     add_run,
-    add_trust,
     add_weights,
     call,
     command,
     count,
     new_file,
+    positive,
+    run_directory,
     time_limit,
+    tracker,
     virtual_environment,
     whole,
 )
 from karat_scale.foundation.errors import DataError, RunDirectoryError, UserError
+from karat_scale.foundation.files import trained_model
 from karat_scale.foundation.machine import known_gpu
 from karat_scale.foundation.stores import is_url
-from karat_scale.foundation.tables import CORRUPTIONS, SCHEMAS, importing, load
+from karat_scale.foundation.tables import CORRUPTIONS, EXPORT_FORMATS, SCHEMAS, TRACKERS, importing, load
 
 if TYPE_CHECKING:
     from karat_scale.commands.submit.sbatch import Job
     from karat_scale.recipe import Recipe
 
+SHIPPED = "cifar10_karat"  # in examples/weights
+SCORES = ("top1", "top5", "loss", "box_ap", "mask_ap")
+MATCHES = ("parameters", "step_seconds")
 _SEE_ALSO = (
     "`karat recipes WORD` filters the recipes, `karat explain KEY` says what a key means, and `karat completion SHELL` "
     "completes both in bash, zsh and fish."
@@ -43,17 +51,14 @@ _SBATCH: dict[str, Callable[[str], Any]] = {
     "cpus-per-task": whole(1),
 }
 """The options of sbatch, with the types of their values."""
-_SETTINGS: dict[str, Callable[[str], Any]] = {
-    "venv": virtual_environment,
-    **dict.fromkeys(("conda-env", "modules", "container", "stage"), str),
-}
-"""The variables of the scripts in slurm/."""
-_MEANT = {
+_SETTINGS = {
+    "venv": "a virtual environment for the nodes",
     "conda-env": "a conda environment for the nodes",
     "modules": "modules to load first, such as cuda/12.6",
     "container": 'a command before Python, such as "apptainer exec --nv karat.sif"',
     "stage": "a local disk of the nodes for a copy of the shards, such as /local/scratch",
 }
+"""The variables of the scripts in slurm/."""
 
 
 def add_commands(commands: Any) -> None:
@@ -63,7 +68,6 @@ def add_commands(commands: Any) -> None:
     add_recipe(train, "optim.lr=1e-3; `karat explain` lists all", what)
     train.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
     train.set_defaults(run=_train)
-    add_trust(train)
 
     convert = commands.add_parser(
         "convert", help="replace the attention of a trained model, then train it by a recipe", epilog=_SEE_ALSO
@@ -75,7 +79,6 @@ def add_commands(commands: Any) -> None:
     only.add_argument("--survey", action="store_true", help="only find out which blocks can be replaced; no training")
     only.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
     convert.set_defaults(run=_convert)
-    add_trust(convert)
 
     quick = commands.add_parser(
         "quickstart",
@@ -91,9 +94,8 @@ def add_commands(commands: Any) -> None:
     several.add_argument("arguments", nargs=argparse.REMAINDER, metavar="COMMAND ...", help=such_as)
     several.set_defaults(run=_launch)
 
-    evaluate = commands.add_parser(
-        "eval", help="evaluate a run's checkpoint, on its validation split or another test set"
-    )
+    evaluates = "evaluate a run's checkpoint, on its validation split or another test set"
+    evaluate = commands.add_parser("eval", help=evaluates)
     add_run(evaluate)
     evaluate.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
     add_checkpoint(evaluate)
@@ -109,21 +111,14 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("--name", default="", help="keep the result under this name (default: the directory's)")
     add_json(evaluate, "write the result to this file")
     evaluate.set_defaults(run=_eval)
-    add_trust(evaluate)
 
     replay = commands.add_parser("replay", help="take one step of a run again, and find what in it is not finite")
     add_run(replay)
     replay.add_argument("step", metavar="STEP", type=count, help="the step as the run logs it, counted from 1")
-    replay.add_argument(
-        "--images",
-        type=count,
-        default=16,
-        help="number of images to draw, those with the largest losses (default: %(default)s)",
-    )
+    add_number(replay, "--images", 16, "number of images to draw, those with the largest losses")
     replay.add_argument("--out", type=new_file, metavar="FILE", help="the PNG (default: RUN-replay-STEP.png)")
     add_json(replay, "write what was found to this file")
     replay.set_defaults(run=command("karat_scale.commands.replay.command:replay", check_run))
-    add_trust(replay)
 
     verify = commands.add_parser("verify", help="train between two checkpoints again, and compare with the run's")
     add_run(verify)
@@ -132,8 +127,7 @@ def add_commands(commands: Any) -> None:
     second = "the step of a later checkpoint (default: the newest)"
     verify.add_argument("--to", dest="end", type=count, metavar="STEP", help=second)
     add_json(verify, "write what was compared to this file")
-    verify.set_defaults(run=command("karat_scale.commands.replay.verify:verify", check_run))
-    add_trust(verify)
+    verify.set_defaults(run=command("karat_scale.commands.replay.command:verify", check_run))
 
     fetch = commands.add_parser("fetch", help="restore a run's directory from its copy at checkpoint.url")
     fetch.add_argument("url", metavar="URL", help="the run's checkpoint.url")
@@ -147,13 +141,11 @@ def add_commands(commands: Any) -> None:
     only = detect.add_mutually_exclusive_group()
     only.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
     only.add_argument("--eval", action="store_true", help="evaluate a checkpoint of a run by COCO's mAP")
-    detect.add_argument(
-        "--checkpoint", metavar="NAME", help="checkpoint for --eval: best, latest, or a name (default: best)"
-    )
+    which = "checkpoint for --eval: best, latest, or a name (default: best)"
+    detect.add_argument("--checkpoint", metavar="NAME", help=which)
     detect.add_argument("--weights", choices=("auto", "ema", "raw"), help="weights for --eval (default: auto)")
     add_json(detect, "write the result of --eval to this file")
     detect.set_defaults(run=_detect)
-    add_trust(detect)
 
     submit = commands.add_parser("submit", help="write a recipe's sbatch script, show it, and submit it")
     add_recipe(submit, "data.path=DIR")
@@ -162,8 +154,7 @@ def add_commands(commands: Any) -> None:
     how = submit.add_mutually_exclusive_group()
     how.add_argument("--yes", action="store_true", help="submit without asking")
     how.add_argument("--print", action="store_true", help="show the script, and neither write nor submit it")
-    submit.set_defaults(run=_submit)
-    add_trust(submit)
+    submit.set_defaults(run=command("karat_scale.commands.submit.sbatch:submit", _check_submit))
 
     sweep = commands.add_parser("sweep", help="train a recipe for every combination of settings, and compare the runs")
     add_recipe(sweep, "optim.lr=1e-3,2e-3 run.seed=0..4")
@@ -174,22 +165,95 @@ def add_commands(commands: Any) -> None:
     sweep.add_argument("--at-once", type=count, metavar="N", help="at most N jobs of the array run at a time")
     sweep.add_argument("--yes", action="store_true", help="submit without asking")
     _add_sbatch_options(sweep)
-    sweep.set_defaults(run=_sweep)
-    add_trust(sweep)
+    sweep.set_defaults(run=command("karat_scale.commands.sweep.command:sweep", _check_sweep))
 
     status = commands.add_parser("status", help="show a run's progress, from its files")
     add_run(status)
     status.add_argument("--once", action="store_true", help="show it once and stop, instead of following the run")
     status.set_defaults(run=command("karat_scale.commands.status.status:show_status"))
+    _add_results(commands)
+
+
+def _add_results(commands: Any) -> None:
+    """Add the parsers of the commands that look at finished runs, compare them, and use a trained model."""
+    analyze = commands.add_parser("analyze", help="analyse what attention learned: figures, numbers, a report")
+    _add_runs(analyze, "a run's directory; several are shown side by side")
+    names = tuple(ANALYSES)
+    only = f"run only these analyses: {', '.join(names)}"
+    analyze.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=only)
+    analyze.add_argument("--out", metavar="DIR", help="output (default: `analysis` in the first run's directory)")
+    analyze.add_argument("--data", metavar="DIR", help="the data, instead of the runs' data.path")
+    add_checkpoint(analyze)
+    add_weights(analyze)
+    add_number(analyze, "--images", Options.images, "number of images for spectrum, content and functions")
+    maps = "the numbers of the images for the maps (default: four images)"
+    analyze.add_argument("--image", dest="image_ids", type=int, nargs="+", metavar="N", help=maps)
+    add_number(analyze, "--block", Options.block, "block of the maps; -1 is the last", int)
+    add_number(analyze, "--grid", Options.grid, "landscape points per side", whole(2))
+    add_number(analyze, "--range", Options.range, "factor on the landscape's extent", positive)
+    add_number(analyze, "--samples", Options.samples, "images per point of the landscape")
+    add_number(analyze, "--hessian-samples", Options.hessian_samples, "images for the sharpness", metavar="N")
+    add_number(analyze, "--batch", Options.batch, "images per batch")
+    seed = "seed of the landscape's directions and the sharpness's probes"
+    add_number(analyze, "--seed", Options.seed, seed, whole(0))
+    analyze.set_defaults(run=command("karat_scale.commands.analyze.command:analyze_paths"))
+
+    compare = commands.add_parser("compare", help="compare finished runs over their seeds: spread, differences, curves")
+    _add_runs(compare, "a run's directory; the first one's group is the base")
+    metric = "what the groups are compared by (default: top1; box_ap of detectors)"
+    compare.add_argument("--metric", choices=SCORES, help=metric)
+    match = "leave out groups that differ by more than 5 %% from the first one in this"
+    compare.add_argument("--match", choices=MATCHES, help=match)
+    compare.add_argument("--out", metavar="DIR", help="write compare.md, compare.csv, compare.html and the curves here")
+    add_json(compare)
+    compare.set_defaults(run=command("karat_scale.commands.compare.command:compare_runs"))
+
+    track = commands.add_parser("track", help="send trackers what they still lack of a run")
+    _add_runs(track, "a run's directory")
+    instead = f"{', '.join(TRACKERS)} or package.module:Class, in place of log.trackers; may be repeated"
+    track.add_argument("--to", action="append", type=tracker, metavar="TRACKER", help=instead)
+    track.set_defaults(run=command("karat_scale.commands.elsewhere:track_runs"))
+
+    export = commands.add_parser("export", help="write a run's model for timm, torch.export, ONNX or a model hub")
+    add_run(export)
+    export.add_argument("--format", choices=EXPORT_FORMATS, help="(default: safetensors)")
+    add_checkpoint(export)
+    kinds = "raw, their moving average (ema), or both (the default)"
+    export.add_argument("--weights", choices=("raw", "ema", "both"), default="both", help=kinds)
+    out = "a file with the format's suffix, or a directory (default: the run's)"
+    export.add_argument("--out", metavar="PATH", help=out)
+    export.add_argument("--push", metavar="USER/NAME", help="upload a hub-folder to the Hugging Face hub")
+    export.add_argument("--private", action="store_true", help="with --push: a new repository is not public")
+    export.set_defaults(run=command("karat_scale.commands.export.command:export_run", _check_export))
+
+    predict = commands.add_parser("predict", help="classify images with a run or an exported folder")
+    _add_model(predict)
+    predict.add_argument("images", metavar="IMAGES", nargs="+", help="files, folders (with all below) and quoted globs")
+    add_number(predict, "--top", 5, "classes to print for each image")
+    add_number(predict, "--batch", 32, "images per batch")
+    add_checkpoint(predict)
+    add_weights(predict)
+    add_json(predict, "write a line of JSON for each image")
+    rows = "also write a row of CSV for each class"
+    predict.add_argument("--csv", dest="csv_file", type=new_file, metavar="FILE", help=rows)
+    predict.add_argument("--attention", metavar="DIR", help="also draw where the model looks: a PNG for each image")
+    predict.set_defaults(run=command("karat_scale.commands.predict.command:predict", _check_model))
+
+    demo = commands.add_parser("demo", help="serve a page on this machine that classifies pictures dropped into it")
+    _add_model(demo, nargs="?", default=SHIPPED)
+    add_number(demo, "--port", 7860, "port of the page; 0 takes any free one", whole(0))
+    add_checkpoint(demo)
+    add_weights(demo)
+    demo.set_defaults(run=command("karat_scale.commands.predict.command:serve", _check_model))
 
 
 def _add_sbatch_options(parser: argparse.ArgumentParser) -> None:
     for name, kind in _SBATCH.items():
         more = ", such as 12:00:00 or 1-12" if name == "time" else ""
         parser.add_argument(f"--{name}", type=kind, help=f"the option --{name} of sbatch{more}")
-    parser.add_argument("--venv", type=_SETTINGS["venv"], metavar="DIR", help="a virtual environment for the nodes")
-    for name in [*_SETTINGS][1:]:
-        parser.add_argument(f"--{name}", help=_MEANT[name])
+    for name, meant in _SETTINGS.items():
+        typed: dict[str, Any] = {"type": virtual_environment, "metavar": "DIR"} if name == "venv" else {}
+        parser.add_argument(f"--{name}", help=meant, **typed)
 
 
 def check_run(options: argparse.Namespace) -> None:
@@ -200,10 +264,10 @@ def check_run(options: argparse.Namespace) -> None:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    return launch(options.arguments, options.ranks or default_ranks(), run_directory(options.parsed))
+    return launch(options.arguments, options.ranks or default_ranks(), directory_finder(options.parsed))
 
 
-def run_directory(parsed: argparse.Namespace) -> Callable[[], Path] | None:
+def directory_finder(parsed: argparse.Namespace) -> Callable[[], Path] | None:
     """Return what finds the directory of the run that a command line trains; None of one that does not train."""
     only = any(getattr(parsed, option, False) for option in ("print", "eval", "survey"))
     if only or parsed.command not in (*SCHEMAS, "convert"):
@@ -237,9 +301,7 @@ def _converted(options: argparse.Namespace) -> "Recipe":
     if not any(text.startswith("distill.from=") for text in own):
         own.append(f"distill.from={source}")
     recipe = load_recipe(options.recipe, own)
-    if not recipe.convert.images:
-        recipe = load_recipe(options.recipe, [*own, f"convert.images={IMAGES}"])
-    return recipe
+    return recipe if recipe.convert.images else load_recipe(options.recipe, [*own, f"convert.images={IMAGES}"])
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -317,11 +379,8 @@ def _detect(options: argparse.Namespace) -> int:
 
         checkpoint, weights = options.checkpoint or "best", options.weights or "auto"
         return evaluate_run(DetectionTask, options.recipe, options.overrides, checkpoint, weights, options.json_file)
-    for name, value in {
-        "checkpoint": options.checkpoint,
-        "weights": options.weights,
-        "json": options.json_file,
-    }.items():
+    of_eval = {"checkpoint": options.checkpoint, "weights": options.weights, "json": options.json_file}
+    for name, value in of_eval.items():
         if value:
             raise UserError(f"--{name} is of --eval; add it, or leave out --{name}")
     recipe = load_recipe(options.recipe, options.overrides, DetectionRecipe)
@@ -336,30 +395,27 @@ def _detect(options: argparse.Namespace) -> int:
     return train(DetectionTask, recipe)
 
 
-def _submit(options: argparse.Namespace) -> int:
+def _check_submit(options: argparse.Namespace) -> None:
     if options.gpu:
         known_gpu(options.gpu)
-    from karat_scale.commands.submit.sbatch import submit
-
     options.job = _job(options)
-    return call(submit, options)
 
 
 def _job(options: argparse.Namespace) -> "Job":
     """Return how the options of a command line submit a job."""
     from karat_scale.commands.submit.sbatch import Job
 
-    given = {name: getattr(options, name.replace("-", "_")) for name in (*_SBATCH, *_SETTINGS)}
-    chosen = {name: str(value) for name, value in given.items() if value is not None and name in _SBATCH}
+    values = {name: getattr(options, name.replace("-", "_")) for name in (*_SBATCH, *_SETTINGS)}
+    given = {name: str(value) for name, value in values.items() if value is not None}
+    chosen = {name: value for name, value in given.items() if name in _SBATCH}
     if "gpus-per-node" in chosen:  # one task for each GPU; one on a node without GPUs
         chosen["ntasks-per-node"] = str(max(options.gpus_per_node, 1))
-    settings = {name.upper().replace("-", "_"): given[name] for name in _SETTINGS if given[name] is not None}
-    return Job(chosen, settings, "print" if options.print else "yes" if options.yes else "ask")
+    settings = {name.upper().replace("-", "_"): value for name, value in given.items() if name in _SETTINGS}
+    decision: Literal["ask", "yes", "print"] = "print" if options.print else "yes" if options.yes else "ask"
+    return Job(chosen, settings, decision, getattr(options, "at_once", None))
 
 
-def _sweep(options: argparse.Namespace) -> int:
-    from karat_scale.commands.sweep.command import sweep
-
+def _check_sweep(options: argparse.Namespace) -> None:
     job = _job(options)
     if not options.slurm and (job.options or job.settings or options.at_once or options.yes):
         raise UserError("options of SLURM have no effect without --slurm; add it, or remove them")
@@ -367,4 +423,26 @@ def _sweep(options: argparse.Namespace) -> int:
         raise UserError(f"--ranks {options.ranks} is for this machine; with --slurm use --nodes and --gpus-per-node")
     options.only_print, options.job = options.print, job if options.slurm else None
     options.ranks = options.ranks or default_ranks()
-    return call(sweep, options)
+
+
+def _add_runs(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("runs", metavar="RUN", type=run_directory, nargs="+", help=what)
+
+
+def _add_model(parser: argparse.ArgumentParser, **optional: Any) -> None:
+    what = f"a run's directory, what `karat export` wrote, or {SHIPPED}, a small model that comes with the package"
+    what += " (default: %(default)s)" if optional else ""
+    parser.add_argument("model", metavar="RUN|FOLDER", type=run_directory, help=what, **optional)
+
+
+def _check_export(options: argparse.Namespace) -> None:
+    if options.private and not options.push:
+        raise UserError("--private is of --push; add it, or leave out --private")
+    check_run(options)
+
+
+def _check_model(options: argparse.Namespace) -> None:
+    path = trained_model(options.model)
+    if not path.exists() and path.parent.name != "checkpoints":
+        what = f"{options.model}: neither a run's directory nor a folder of karat export; name one"
+        raise RunDirectoryError(f"{what}, or {SHIPPED}, which comes with the package")

@@ -3,7 +3,6 @@
 A dry run finds what would stop a run of any world size, in one process, before the queue.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -11,31 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from karat_scale.commands.plan.choose import (
-    STAGES,
-    Choice,
-    Machine,
-    choose,
-    consider,
-    micro_batches,
-    preferred,
-    recommended,
-    refused_stages,
-    usable,
-)
-from karat_scale.commands.plan.memory import Subject
+from karat_scale.commands.plan.memory import STAGES, Machine, Subject, refused_stages, search
 from karat_scale.commands.plan.report import Plan, show, show_side_by_side
-from karat_scale.commands.plan.time import (
-    ComputeTime,
-    Measured,
-    Node,
-    curve,
-    data_need,
-    estimate,
-    find_measured,
-    links_of,
-    traffic,
-)
+from karat_scale.commands.plan.time import Node, curve, data_need, find_measured, find_time, links_of, traffic
 from karat_scale.commands.plan.tracing import count_samples
 from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.backends import Backend, ImageSpec, open_backend
@@ -43,7 +20,7 @@ from karat_scale.data.plan import BatchSlice, EvalPlan, check_one_batch, micro_b
 from karat_scale.data.shards.shard_format import unused_classes
 from karat_scale.engine.deepspeed_config import load_ds_config, zero_stage
 from karat_scale.engine.engine import matrix_peak
-from karat_scale.foundation.console import plural, work_display, write_json
+from karat_scale.foundation.console import plural, write_json
 from karat_scale.foundation.errors import DataError, RecipeError, UserError
 from karat_scale.foundation.machine import Gpu, known_gpu, usable_memory
 from karat_scale.models import create_model, parameter_count
@@ -98,37 +75,19 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
     """The whole plan, nothing printed. Raises UserError as `plan_recipe`."""
     gpu = known_gpu(request.gpu) if request.gpu else None
     machine = _machine(recipe, request, gpu)
-    has_time = gpu is not None or request.step_time is not None or isinstance(find_measured(recipe, None), Measured)
-    if request.with_curve and not has_time:
+    has_time = gpu is not None or request.step_time is not None
+    if request.with_curve and not has_time and isinstance(find_measured(recipe, None), str | None):
         raise UserError("--curve needs --gpu with a name that the table has, or --step-time")
     samples, samples_from = count_samples(recipe.data)
     check_one_batch(samples, recipe.train.global_batch)
-    subject, own = Subject(recipe, machine.on_gpu), recipe.deepspeed.config
-    configs = usable(recipe, STAGES if own in STAGES else [own])
-    sizes = list(micro_batches(recipe, machine.world))
-    grid: dict[str, list[Choice]] = {config: [] for config in configs}
-    with work_display() as show_work:
-        for number, (name, size) in enumerate(itertools.product(configs, sizes)):
-            show_work("plan each stage and micro batch", number, len(configs) * len(sizes))
-            grid[name].append(consider(subject, machine, name, size))
-    choice = recommended(map(preferred, grid.values()))
-    if not choice.fits:
-        choice = choose(recipe, machine, configs)
+    subject = Subject(recipe, machine.on_gpu)
+    grid, choice = search(subject, machine)
     a_node = request.gpus_per_node
     node = Node(a_node if request.with_curve else min(a_node, request.gpus), links_of(gpu.key if gpu else ""))
     chosen = recipe.changed(deepspeed__config=choice.config, train__recompute__policy=choice.recompute)
-    config = load_ds_config(chosen, machine.world, choice.micro_batch)
-    parameters, time = subject.sizes.total, None
-    found = None if request.step_time is not None else find_measured(chosen, gpu)
-    if isinstance(found, Measured):
-        time = found.compute_time(parameters, Node(a_node, node.links))
-    elif request.step_time is not None:
-        source = f"from --step-time, of {choice.micro_batch} images"
-        time = ComputeTime(request.step_time / choice.micro_batch, source)
-    elif gpu is not None:
-        if chosen.train.recompute != recipe.train.recompute:
-            subject = Subject(chosen, machine.on_gpu)
-        time = estimate(chosen, gpu, subject.footprint, config, subject.sizes.each, subject.teacher.flops)
+    parameters, micro_batch = subject.sizes.total, choice.micro_batch
+    config = load_ds_config(chosen, machine.world, micro_batch)
+    time, not_measured = find_time(chosen, subject, gpu, config, request.step_time, Node(a_node, node.links))
     plan = Plan(
         recipe=recipe,
         parameters=parameters,
@@ -136,14 +95,14 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
         gpu=gpu,
         node=node,
         grid=grid,
-        refused={} if own not in STAGES else refused_stages(recipe),
+        refused=refused_stages(recipe) if recipe.deepspeed.config in STAGES else {},
         choice=choice,
         load=traffic(parameters, config, choice.accumulation, recipe.train.precision),
         time=time,
-        not_measured=found if isinstance(found, str) else "",
+        not_measured=not_measured,
         samples=samples,
         samples_from=samples_from,
-        curve=curve(recipe, parameters, config, choice.micro_batch, time, node) if request.with_curve and time else [],
+        curve=curve(recipe, parameters, config, micro_batch, time, node) if request.with_curve and time else [],
     )
     if gpu is None or plan.step is None:
         return plan
@@ -187,9 +146,15 @@ def dry_run(recipe: Recipe, world: int) -> Iterator[str]:
         counts = f"{backend.num_classes} in the data, {recipe.model.num_classes} in the model"
         yield f"classes: {notice or counts}"
         yield _check_batches(recipe, world, backend)
-        images = _read(recipe, backend)
-    yield f"images: {PROBED} read, 3 x {recipe.model.image_size} x {recipe.model.image_size}"
-    yield _check_model(recipe, images)
+        ids = np.arange(min(PROBED, backend.num_train), dtype=np.int64)
+        batch, size = next(iter(backend.train_batches([BatchSlice(0, 0, ids)]))), recipe.model.image_size
+        if tuple(batch.images.shape[1:]) != (3, size, size):
+            shape = " x ".join(map(str, batch.images.shape[1:]))
+            raise DataError(f"{recipe.data.path}: images come as {shape}, but the model takes 3 x {size} x {size}")
+        if int(batch.labels.max()) >= recipe.model.num_classes:
+            raise DataError(f"{recipe.data.path}: a label is {int(batch.labels.max())}, beyond model.num_classes")
+    yield f"images: {PROBED} read, 3 x {size} x {size}"
+    yield _check_model(recipe, batch.images)
 
 
 def _check_batches(recipe: Recipe, world: int, backend: Backend) -> str:
@@ -208,19 +173,6 @@ def _check_batches(recipe: Recipe, world: int, backend: Backend) -> str:
         f"batches: {plural(total, 'step')} of {plan.global_batch} = {world} x {plan.accumulation} x "
         f"{plan.micro_batch}; an evaluation takes {evaluation:,} of {recipe.train.eval_batch} a rank"
     )
-
-
-def _read(recipe: Recipe, backend: Backend) -> torch.Tensor:
-    """uint8 [2, 3, H, W] of the first samples. Raises DataError where they are not what the model takes."""
-    ids = np.arange(min(PROBED, backend.num_train), dtype=np.int64)
-    batch = next(iter(backend.train_batches([BatchSlice(0, 0, ids)])))
-    size = recipe.model.image_size
-    if tuple(batch.images.shape[1:]) != (3, size, size):
-        shape = " x ".join(map(str, batch.images.shape[1:]))
-        raise DataError(f"{recipe.data.path}: images come as {shape}, but the model takes 3 x {size} x {size}")
-    if int(batch.labels.max()) >= recipe.model.num_classes:
-        raise DataError(f"{recipe.data.path}: a label is {int(batch.labels.max())}, beyond model.num_classes")
-    return batch.images
 
 
 def _check_model(recipe: Recipe, images: torch.Tensor) -> str:

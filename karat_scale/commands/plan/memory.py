@@ -1,14 +1,17 @@
-"""A rank's memory at the worst moment of training or of an evaluation, by parts.
+"""A rank's memory at the worst moment of training or of an evaluation, by parts, and the way to train that fits.
 
 What a micro batch of any size allocates and launches follows from traces of two sizes, by a straight line through each
 pair of figures. A trace does not see the tiles of attention, so their memory and traffic are counted here. The tiles of
 `streaming` stay within an operation. Those of query rows (`attend_rows`) are not traced, as their number follows from
 the batch.
+
+Recommended is the lowest ZeRO stage that fits, with its largest micro batch: higher stages and small batches cost time.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -20,8 +23,11 @@ from karat_scale.attention.kernels.triton_fourier import LARGEST_WIDTH
 from karat_scale.attention.routes import MIN_ROWS, workspace_budget
 from karat_scale.attention.variants import HELD, planning
 from karat_scale.commands.plan.tracing import OUTSIDE, Launches, Trace, fake_copy, trace_step
-from karat_scale.commands.plan.zero import FP32, Kept, ParameterSizes
+from karat_scale.commands.plan.zero import FP32, Case, Kept, ParameterSizes, kept
+from karat_scale.data.plan import micro_batch_of
+from karat_scale.engine.deepspeed_config import load_ds_config, stage_refusal, zero_stage
 from karat_scale.engine.engine import PRECISIONS
+from karat_scale.foundation.console import work_display
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.models.factory import layer_sizes, outline
 from karat_scale.models.layers import LayerSize, blocks_of
@@ -69,18 +75,15 @@ class Footprint:
 
     def live(self, batch: int) -> Bytes:
         """Bytes alive after each event, parameters' gradients left out."""
-        constant, slope = self._live
-        return constant + batch * slope
+        bytes_ = self.constant + batch * self.slope
+        changes = np.append(np.where(self.gradient, 0.0, bytes_), 0.0)
+        np.add.at(changes, self.died[~self.gradient], -bytes_[~self.gradient])
+        return np.cumsum(changes)[:-1]
 
     @cached_property
     def gradients_made(self) -> Bytes:
         """Bytes of parameters' gradients that have been made up to each event, its own included."""
-        return np.cumsum(self.gradient_in_hand)
-
-    @cached_property
-    def gradient_in_hand(self) -> Bytes:
-        """Bytes of the gradient that is made at each event, if one is."""
-        return np.where(self.gradient, self.constant, 0.0)
+        return np.cumsum(np.where(self.gradient, self.constant, 0.0))
 
     def saved_by_part(self, batch: int, event: int) -> dict[int, int]:
         """Bytes from the forward pass alive after `event`, by part."""
@@ -93,15 +96,6 @@ class Footprint:
     def written(self, batch: int) -> float:
         """Bytes of all that is ever allocated: what a step writes, at least."""
         return float(np.sum(self.constant + batch * self.slope))
-
-    @cached_property
-    def _live(self) -> tuple[Bytes, Bytes]:
-        return self._accumulated(self.constant), self._accumulated(self.slope)
-
-    def _accumulated(self, bytes_: Bytes) -> Bytes:
-        changes = np.append(np.where(self.gradient, 0.0, bytes_), 0.0)
-        np.add.at(changes, self.died[~self.gradient], -bytes_[~self.gradient])
-        return np.cumsum(changes)[:-1]
 
 
 # Two sizes that mixup's pairs allow.
@@ -230,7 +224,7 @@ def _backward(state: Kept, footprint: Footprint, batch: Batch) -> Peak:
     if state.passing:
         gradients = gradients + np.minimum((1 - state.keeps_gradients) * made, state.passing)
     elif state.keeps_gradients != 1:
-        gradients = gradients + footprint.gradient_in_hand
+        gradients = gradients + np.diff(made, prepend=0.0)  # that which is made at an event
     share_left = 1 - made / max(made[-1], 1)
     in_backward = np.arange(len(live)) >= footprint.forward
     # DeepSpeed keeps the flat buffer of weights that it gathers together until the last of them is used.
@@ -273,7 +267,8 @@ def attention_workspace(recipe: Recipe, images: int, on_gpu: bool) -> int:
             workspace = max(workspace, tile * (features + ARRAYS_OF_A_TILE))
         if _tiles_rows(attention, size, on_gpu):
             held = HELD_BY_A_HARMONIC * _harmonics(attention) + HELD_BY_ROWS
-            workspace = max(workspace, _rows(size, images, budget) * held)
+            tile = max(budget // HELD, MIN_ROWS * size.heads * size.tokens)
+            workspace = max(workspace, min(tile, images * size.heads * size.scores) * held)
     return FP32 * workspace
 
 
@@ -292,11 +287,6 @@ def _layers(recipe: Recipe) -> list[tuple[LayerSize, AttentionConfig]]:
 
 def _harmonics(attention: AttentionConfig) -> int:
     return attention.grid if attention.form == "content" else 0
-
-
-def _rows(size: LayerSize, images: int, budget: int) -> int:
-    """Scores in a tile of query rows."""
-    return min(max(budget // HELD, MIN_ROWS * size.heads * size.tokens), images * size.heads * size.scores)
 
 
 def _tiles_rows(attention: AttentionConfig, size: LayerSize, on_gpu: bool) -> bool:
@@ -319,3 +309,180 @@ def _streams(attention: AttentionConfig, size: LayerSize, on_gpu: bool) -> bool:
     has_kernel = attention.is_modular_series and (on_gpu or attention.base == "zero")
     has_kernel &= not (on_gpu and size.width > LARGEST_WIDTH)
     return attention.implementation != "auto" or not has_kernel
+
+
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+# On a GPU: CUDA's context, cuBLAS's and NCCL's buffers. On a CPU: Python with torch, timm and DeepSpeed, which were
+# measured at 0.50 to 0.53 GB beyond the live tensors.
+GPU_OVERHEAD, CPU_OVERHEAD = 1_000_000_000, 600_000_000
+# What the allocator holds beyond live tensors.
+FRAGMENTATION = 0.06
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to train a recipe, and what it needs on a rank.
+
+    config: of DeepSpeed, by name or path. recompute: the policy of `train.recompute`. eval_batch: the recipe's, or a
+    smaller one where that is too large beside training. peak: live tensors at the worst moment. margin: bytes for all
+    else. host: bytes of the peak's that offload moves to the CPU. available: of the GPU, or of this rank's share of
+    the RAM.
+    """
+
+    config: str
+    stage: int
+    recompute: str
+    micro_batch: int
+    accumulation: int
+    eval_batch: int
+    peak: Peak
+    margin: int
+    host: int
+    available: int
+
+    @property
+    def needed(self) -> int:
+        """Bytes on the GPU, or in RAM."""
+        return self.peak.total + self.margin - self.host
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.available
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a rank gets: `memory` bytes, on a GPU or of a node's RAM; `world` ranks in all."""
+
+    world: int
+    memory: int
+    on_gpu: bool
+
+
+def choose(recipe: Recipe, machine: Machine, configs: Sequence[str] = STAGES) -> Choice:
+    """The recommended way to train `recipe` on a machine.
+
+    `train.micro_batch` of the recipe is kept if it is set, and so is a policy of recomputation; where nothing fits
+    without one, one is tried. Where nothing fits at all, the way that needs least; its `fits` is false. `configs` are
+    the DeepSpeed configurations to choose from, the best first.
+
+    Raises:
+        RecipeError: the global batch does not divide over the ranks, or the model cannot be built.
+    """
+    own, configs = recipe.train.recompute.policy, usable(recipe, configs)
+    return recommended(
+        best(subject, machine, config)
+        for policy in ((own, "attention", "all") if own == "none" else (own,))  # the cheapest first
+        for subject in (Subject(recipe.changed(train__recompute__policy=policy), machine.on_gpu),)
+        for config in configs
+    )
+
+
+def search(subject: Subject, machine: Machine) -> tuple[dict[str, list[Choice]], Choice]:
+    """Each configuration's choices by micro batch, and the recommended one, as `choose`. Shows how far it is."""
+    own, grid = subject.recipe.deepspeed.config, dict[str, list[Choice]]()
+    configs = usable(subject.recipe, STAGES if own in STAGES else [own])
+    sizes = list(micro_batches(subject.recipe, machine.world))
+    with work_display() as show_work:
+        for number, (config, size) in enumerate(itertools.product(configs, sizes)):
+            show_work("plan each stage and micro batch", number, len(configs) * len(sizes))
+            grid.setdefault(config, []).append(consider(subject, machine, config, size))
+    choice = recommended(map(preferred, grid.values()))
+    return grid, choice if choice.fits else choose(subject.recipe, machine, configs)
+
+
+def usable(recipe: Recipe, configs: Sequence[str]) -> list[str]:
+    """Those of `configs` that the recipe can train under; a single one is not judged here, but refused when read."""
+    refused = refused_stages(recipe)
+    return [config for config in configs if config not in refused or len(configs) == 1]
+
+
+def refused_stages(recipe: Recipe) -> dict[str, str]:
+    """Those of STAGES that cannot train the recipe, and why."""
+    refusals = {config: stage_refusal(recipe, stage) for stage, config in enumerate(STAGES)}
+    return {config: refusal for config, refusal in refusals.items() if refusal}
+
+
+def recommended(candidates: Iterable[Choice]) -> Choice:
+    """The first that fits, else the one that needs least."""
+    considered = []
+    for choice in candidates:
+        if choice.fits:
+            return choice
+        considered.append(choice)
+    return min(considered, key=lambda choice: choice.needed)
+
+
+def preferred(choices: Iterable[Choice]) -> Choice:
+    """The first that fits, else the last: of micro batches from the largest on, the smallest."""
+    for choice in choices:
+        if choice.fits:
+            break
+    return choice
+
+
+def best(subject: Subject, machine: Machine, config: str) -> Choice:
+    """Under one DeepSpeed configuration the largest micro batch that fits, else the smallest there is."""
+    return preferred(consider(subject, machine, config, m) for m in micro_batches(subject.recipe, machine.world))
+
+
+def micro_batches(recipe: Recipe, world: int) -> Iterator[int]:
+    """The micro batches that the recipe allows on `world` ranks, the largest first; just its own where it names one.
+
+    CUDA graphs do not accumulate gradients, so a recipe that records them has only the largest.
+
+    Raises RecipeError where there is none.
+    """
+    even = recipe.augment.mixes
+    largest = micro_batch_of(recipe, world)
+    if recipe.train.micro_batch or recipe.train.records_graphs:
+        yield largest
+        return
+    yield from (m for m in range(largest, 0, -1) if largest % m == 0 and not (even and m % 2))
+
+
+def consider(subject: Subject, machine: Machine, config: str, micro_batch: int) -> Choice:
+    """What training needs under one configuration with one micro batch.
+
+    Evaluations take the recipe's batch, or halve it until they fit, or need no more than training does.
+    """
+    recipe = subject.recipe.changed(deepspeed__config=config)
+    filled = load_ds_config(recipe, machine.world, micro_batch)
+    stage = zero_stage(filled)
+    accumulation = recipe.train.global_batch // machine.world // micro_batch
+    teacher = subject.teacher.parameters * PRECISIONS[recipe.train.precision].weights.itemsize
+    case = Case(subject.sizes, filled, recipe, machine.world, accumulation, machine.on_gpu)
+    state = replace(kept(case), teacher=teacher)
+    loaded = loader_bytes(recipe, micro_batch)
+
+    def choice(worst: Peak, eval_batch: int, loaded: int) -> Choice:
+        way = config, stage, recipe.train.recompute.policy, micro_batch, accumulation, eval_batch
+        overhead = GPU_OVERHEAD if machine.on_gpu else CPU_OVERHEAD + loaded
+        margin, host = overhead + round(FRAGMENTATION * worst.total), min(state.host, worst.total)
+        return Choice(*way, peak=worst, margin=margin, host=host, available=machine.memory)
+
+    step = _batch(subject, micro_batch, accumulation)
+    training = choice(peak(state, subject.footprint, step), recipe.train.eval_batch, loaded)
+    images = recipe.train.eval_batch
+    while True:
+        rest = evaluation(state, subject.evaluation, _batch(subject, images, 1))
+        evaluating = choice(rest, images, loaded + loader_bytes(recipe, images))
+        if images == 1 or evaluating.needed <= max(machine.memory, training.needed):
+            break
+        images //= 2
+    return max(replace(training, eval_batch=images), evaluating, key=lambda choice: choice.needed)
+
+
+def _batch(subject: Subject, images: int, accumulation: int) -> Batch:
+    """uint8 images of a whole step on the CPU, of a micro batch on a GPU, and of both what the model sees."""
+    recipe = subject.recipe
+    pixels = images * 3 * recipe.model.image_size**2
+    raw = pixels * (1 if subject.on_gpu else accumulation)
+    made, weights = subject.pixels.itemsize, PRECISIONS[recipe.train.precision].weights.itemsize
+    seen = made if made <= weights else made + weights  # the engine rounds them to the weights' dtype
+    return Batch(images, raw + seen * pixels, attention_workspace(recipe, images, subject.on_gpu))
+
+
+def loader_bytes(recipe: Recipe, micro_batch: int) -> int:
+    """Bytes of the batches that workers have made ahead, in /dev/shm."""
+    return recipe.data.workers * recipe.data.prefetch * micro_batch * 3 * recipe.model.image_size**2

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from karat_scale.checkpoint.tensor_storage import planned_bytes
-from karat_scale.commands.plan.choose import Choice, Machine
+from karat_scale.commands.plan.memory import Choice, Machine
 from karat_scale.commands.plan.time import ComputeTime, DataNeed, Node, Point, Traffic, seconds, step_seconds
 from karat_scale.data.plan import total_steps
 from karat_scale.foundation.console import duration, gigabytes, plural, print_table
@@ -101,7 +101,7 @@ class Plan:
                 "epoch": self.step and self.step * self.steps_per_epoch,
                 "training": self.training,
             },
-            "launches": asdict(self.time.launches) if self.time and self.time.launches else None,
+            "launches": asdict(self.time.launches) if self.time and self.time.launches.step else None,
             "data": self.data and asdict(self.data),
             "samples": self.samples,
             "curve": [asdict(point) for point in self.curve],
@@ -115,7 +115,11 @@ def _to_json(choice: Choice) -> dict[str, Any]:
 def show(plan: Plan) -> None:
     """Print the plan's tables, at most a hundred columns wide."""
     choice, recipe, world = plan.choice, plan.recipe, plan.machine.world
-    shown = _shown(plan)
+    # Some micro batches: from one above the largest that fits anywhere, if there are so many.
+    count = len(next(iter(plan.grid.values())))
+    fitting = [number for choices in plan.grid.values() for number, choice in enumerate(choices) if choice.fits]
+    first = max(0, min(min(fitting, default=count) - 1, count - SHOWN_MICRO_BATCHES))
+    shown = slice(first, first + SHOWN_MICRO_BATCHES)
     sizes = [str(choice.micro_batch) for choice in next(iter(plan.grid.values()))[shown]]
     rows = [
         [config, *(f"{choice.needed / 1e9:.2f}{'' if choice.fits else ' -'}" for choice in choices[shown])]
@@ -198,14 +202,6 @@ def line(choice: Choice, recipe: Recipe) -> str:
     return f"recommended: {how} ({choice.accumulation} a step): {needs}{note}"
 
 
-def _shown(plan: Plan) -> slice:
-    """Some micro batches: from one above the largest that fits anywhere, if there are so many."""
-    count = len(next(iter(plan.grid.values())))
-    fitting = [number for choices in plan.grid.values() for number, choice in enumerate(choices) if choice.fits]
-    first = max(0, min(min(fitting, default=count) - 1, count - SHOWN_MICRO_BATCHES))
-    return slice(first, first + SHOWN_MICRO_BATCHES)
-
-
 def _show_time(plan: Plan) -> None:
     print()
     if sent := plan.load.sent(plan.machine.world):
@@ -233,9 +229,7 @@ def _show_time(plan: Plan) -> None:
 def launch_note(plan: Plan) -> str:
     """What to change where the GPU waits for launches; "" where it does not."""
     micro_batch, accumulation = plan.choice.micro_batch, plan.choice.accumulation
-    if plan.time is None or plan.time.launches is None:
-        return ""
-    if not plan.time.is_bound_by_launches(micro_batch, accumulation):
+    if plan.time is None or not plan.time.is_bound_by_launches(micro_batch, accumulation):
         return ""
     host, device = plan.time.host(accumulation), plan.time.device(micro_batch, accumulation)
     kernels = accumulation * plan.time.launches.micro_batch + plan.time.launches.step

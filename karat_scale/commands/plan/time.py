@@ -18,15 +18,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from karat_scale.commands.measure.data import images_per_second
-from karat_scale.commands.plan.memory import Footprint, written_by_rows
+from karat_scale.commands.measure.loading import images_per_second
+from karat_scale.commands.plan.memory import Footprint, Subject, micro_batches, written_by_rows
 from karat_scale.commands.plan.tracing import Launches
-from karat_scale.commands.plan.zero import ALL_REDUCE, BUCKET, PERSISTENT
-from karat_scale.data.plan import micro_batch_of
+from karat_scale.commands.plan.zero import ALL_REDUCE, BUCKET, PERSISTENT, overlaps_collectives
+from karat_scale.data.plan import micro_batch_of, possible_micro_batch
 from karat_scale.engine.deepspeed_config import load_ds_config, offloads_optimizer, zero_stage
 from karat_scale.engine.engine import PRECISIONS, matrix_peak
 from karat_scale.engine.reporting.progress import read_events
-from karat_scale.foundation.errors import RecipeError, UserError
+from karat_scale.foundation.errors import UserError
 from karat_scale.foundation.machine import Gpu, find_gpu
 from karat_scale.models.factory import layer_sizes
 from karat_scale.models.flops import flops_per_image
@@ -108,22 +108,21 @@ class StepLaunches:
 class ComputeTime:
     """What a rank spends on a step beside collectives, and where the figures come from.
 
-    image: seconds of the GPU's work on an image, forward and backward. launches: None where `image` is measured, and
-    holds what launches cost.
+    image: seconds of the GPU's work on an image, forward and backward. launches: none where `image` is measured, and
+    holds what they cost.
     """
 
     image: float
     source: str
-    launches: StepLaunches | None = None
+    launches: StepLaunches = StepLaunches(0, 0, 0.0, 0.0)
 
     def device(self, images: int, accumulation: int) -> float:
         """Seconds of the GPU on a step of `accumulation` micro batches of `images`, if the host is ahead of it."""
-        gaps = self.launches.gaps(accumulation) if self.launches else 0.0
-        return accumulation * images * self.image + gaps
+        return accumulation * images * self.image + self.launches.gaps(accumulation)
 
     def host(self, accumulation: int) -> float:
         """Seconds of the host to launch it all."""
-        return self.launches.host(accumulation) if self.launches else 0.0
+        return self.launches.host(accumulation)
 
     def seconds(self, images: int, accumulation: int) -> float:
         """Of a step: host and GPU work at once, and the slower of them sets the time."""
@@ -146,26 +145,21 @@ def estimate(
     config: Mapping[str, Any],
     parameters: Sequence[int],
     teacher_flops: int = 0,
-) -> ComputeTime | None:
+) -> ComputeTime:
     """Matrix products at a share of the peak, all else at a share of the memory's bandwidth, and launches.
 
-    Each byte that a pass allocates is written once and read about twice. None where the GPU lacks the precision.
+    Each byte that a pass allocates is written once and read about twice. The GPU has the recipe's precision.
     footprint: of a training step. config: DeepSpeed's, filled. parameters: elements of each tensor that learns.
     teacher_flops: of a teacher's forward pass for an image, of which only matrix products count.
     """
     peak = matrix_peak(recipe.train, gpu.peaks)
-    if peak is None:
-        return None
+    assert peak is not None
     flops = flops_per_image(recipe.model, recipe.attention, recipe.train.freeze).training + teacher_flops
     products = flops / (MATRIX_EFFICIENCY * peak)
-    blocks = len(layer_sizes(recipe.model))
     written = footprint.written(2) - footprint.written(1) + written_by_rows(recipe, on_gpu=True)
-    bytes_ = TRAFFIC_PER_BYTE * written
-    return ComputeTime(
-        image=products + bytes_ / (BANDWIDTH_EFFICIENCY * gpu.bandwidth),
-        source="estimated from operations, bytes and launches",
-        launches=StepLaunches.of(footprint.launches, recipe.train, config, parameters, blocks),
-    )
+    moved = TRAFFIC_PER_BYTE * written / (BANDWIDTH_EFFICIENCY * gpu.bandwidth)
+    launches = StepLaunches.of(footprint.launches, recipe.train, config, parameters, len(layer_sizes(recipe.model)))
+    return ComputeTime(products + moved, "estimated from operations, bytes and launches", launches)
 
 
 GB = 1e9
@@ -240,25 +234,16 @@ def traffic(parameters: int, config: Mapping[str, Any], accumulation: int, preci
     """
     stage, zero = zero_stage(config), config.get("zero_optimization", {})
     size = PRECISIONS[precision].weights.itemsize * parameters
-    overlaps = zero.get("overlap_comm")
-    if overlaps is None:
-        overlaps = stage == 3
-    bucket = int(zero.get("reduce_bucket_size", BUCKET))
+    overlaps = overlaps_collectives(config)
     if stage == 0:
         return Traffic(size, 0, 0, math.ceil(parameters / ALL_REDUCE))
-    calls = math.ceil(parameters / bucket)
+    calls = math.ceil(parameters / int(zero.get("reduce_bucket_size", BUCKET)))
     if stage == 3:
         return Traffic(0, accumulation * size, accumulation * size, 2 * accumulation * calls, float(overlaps))
     reductions = accumulation if stage == 2 else 1
     overlaps = overlaps and not (stage == 1 and precision == "bf16_weights")
-    return Traffic(
-        all_reduced=reductions * size,
-        gathered=size,
-        scattered=0,
-        calls=reductions * calls + 1,
-        hidden=2 * reductions / (2 * reductions + 1) if overlaps else 0.0,
-        passes=reductions / accumulation,
-    )
+    hidden = 2 * reductions / (2 * reductions + 1) if overlaps else 0.0
+    return Traffic(reductions * size, size, 0, reductions * calls + 1, hidden, reductions / accumulation)
 
 
 def seconds(load: Traffic, world: int, per_node: int, links: Links) -> float:
@@ -304,7 +289,7 @@ class Point:
     """A number of GPUs, and images a second.
 
     weak: each GPU has the same micro batch, and so the global batch grows. efficiency: of that, over as many times one
-    GPU. strong: the recipe's global batch is shared by all; None where it does not divide.
+    GPU. strong: the recipe's global batch is shared by all; None where it does not divide, or into too large parts.
     """
 
     gpus: int
@@ -324,21 +309,13 @@ def curve(
         return gpus * images * accumulation / step_seconds(time.seconds(images, accumulation), load, communication)
 
     def strong(gpus: int) -> float | None:
-        try:
-            part = micro_batch_of(recipe.changed(train__micro_batch=None), gpus)
-        except RecipeError:
-            return None
-        even = recipe.augment.mixes
-        sizes = (m for m in range(1, min(part, micro_batch) + 1) if part % m == 0 and not (even and m % 2))
-        images = max(sizes, default=part)
-        return rate(gpus, images, part // images)
+        shared = recipe.changed(train__micro_batch=None)
+        sizes = micro_batches(shared, gpus) if possible_micro_batch(shared, gpus) else ()
+        images = next((size for size in sizes if size <= micro_batch), None)
+        return rate(gpus, images, recipe.train.global_batch // gpus // images) if images else None
 
-    one = rate(1, micro_batch, 1)
-    points = []
-    for gpus in GPUS:
-        weak = rate(gpus, micro_batch, 1)
-        points.append(Point(gpus, weak, weak / (gpus * one), strong(gpus)))
-    return points
+    weak = {gpus: rate(gpus, micro_batch, 1) for gpus in GPUS}
+    return [Point(gpus, weak[gpus], weak[gpus] / (gpus * weak[1]), strong(gpus)) for gpus in GPUS]
 
 
 # One core reads, decodes and augments batches of so many images for about so long.
@@ -376,11 +353,8 @@ class DataNeed:
             return ["data: not timed here; karat doctor times it on the machine that trains"]
         need = f"the GPUs take {self.needed:,.0f} images a second, a core of this machine makes {self.per_core:,.0f},"
         if not self.is_bound:
-            busy = self.needed / self.per_core
-            return [
-                f"data: {need}",
-                f"  so {busy:,.1f} of {self.cores} cores are busy: training does not wait for data",
-            ]
+            busy = f"{self.needed / self.per_core:,.1f} of {self.cores} cores are busy"
+            return [f"data: {need}", f"  so {busy}: training does not wait for data"]
         advice = ["more cores (--cores-per-gpu)", "smaller images (karat prepare webdataset --resize)"]
         if not self.on_device:
             advice.insert(0, "augment.run_on=device")
@@ -406,15 +380,8 @@ def data_need(recipe: Recipe, needed: float, gpus: int, cores_per_gpu: int) -> D
 
 # What sets the speed of a rank: keys, or sections that stand for all their keys.
 SPEED_KEYS = (
-    "model",
-    "attention",
-    "optim.name",
-    "train.precision",
-    "train.compile",
-    "train.freeze",
-    "train.recompute",
-    "augment.run_on",
-    "distill.from",
+    *("model", "attention", "optim.name", "augment.run_on", "distill.from"),
+    *("train.precision", "train.compile", "train.freeze", "train.recompute"),
 )
 
 
@@ -461,8 +428,11 @@ def find_measured(recipe: Recipe, gpu: Gpu | None) -> Measured | str | None:
         old = directory.recipe()
         if old.deepspeed.config == recipe.deepspeed.config:  # the user names the file too, so it may be read
             old = old.changed(deepspeed=recipe.deepspeed)
-        if differing := _differing(old, recipe):
-            return f"{refused}it ran with {differing}"
+        before, after = flatten(old), flatten(recipe)
+        speed = tuple(f"{key}." for key in SPEED_KEYS)
+        if keys := [key for key in after if before.get(key) != after[key] and f"{key}.".startswith(speed)]:
+            value, more = before.get(keys[0]), f", and {len(keys) - 1} more" if keys[1:] else ""
+            return f"{refused}it ran with {keys[0]} = {'(empty)' if value == '' else value}{more}"
         config = load_ds_config(old, int(world), micro_batch_of(old, int(world)))
         source = f"measured in {directory.path} on {device}"
         return Measured(old, int(world), config, statistics.median(rates[-100:]), source)
@@ -470,16 +440,21 @@ def find_measured(recipe: Recipe, gpu: Gpu | None) -> Measured | str | None:
         return f"{refused}{error}"
 
 
-def _differing(old: Recipe, new: Recipe) -> str:
-    """The first key of SPEED_KEYS that differs, with its old value, and how many more do; "" if none."""
-    before, after = flatten(old), flatten(new)
-    keys = [
-        key
-        for key in after
-        if before.get(key) != after[key] and any(key == speed or key.startswith(f"{speed}.") for speed in SPEED_KEYS)
-    ]
-    more = f", and {len(keys) - 1} more" if keys[1:] else ""
-    if not keys:
-        return ""
-    value = before.get(keys[0])
-    return f"{keys[0]} = {value if value != '' else '(empty)'}{more}"
+def find_time(
+    recipe: Recipe, subject: Subject, gpu: Gpu | None, config: Mapping[str, Any], step_time: float | None, node: Node
+) -> tuple[ComputeTime | None, str]:
+    """What `step_time` says, else what the recipe's run measured, else an estimate; and why no run was of use, or "".
+
+    recipe, config: the way to train that the plan recommends. step_time: seconds of a micro batch.
+    """
+    if step_time is not None:
+        micro_batch = config["train_micro_batch_size_per_gpu"]
+        return ComputeTime(step_time / micro_batch, f"from --step-time, of {micro_batch} images"), ""
+    found = find_measured(recipe, gpu)
+    if isinstance(found, Measured):
+        return found.compute_time(subject.sizes.total, node), ""
+    if gpu is None:
+        return None, found or ""
+    if subject.recipe.train.recompute != recipe.train.recompute:
+        subject = Subject(recipe, subject.on_gpu)
+    return estimate(recipe, gpu, subject.footprint, config, subject.sizes.each, subject.teacher.flops), found or ""

@@ -11,7 +11,7 @@ Images are counted from the data's records alone: no image, decoder or hash is t
 import gc
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,15 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from karat_scale.data.shards.shard_format import (
-    beton_path,
-    chosen_splits,
-    dataset_directory,
-    must_answer,
-    read_dataset_record,
-    read_record,
-    staged_copy,
-)
+from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.shards import FolderSplit
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.tables import Files
@@ -75,10 +67,8 @@ class Launches:
         for operation in operations:
             name = operation._schema.name.partition("::")[2]
             if operation.namespace == "karat_scale":
-                forward, backward = (
-                    (PSI_FORWARD, PSI_BACKWARD) if "psi" in name else (OPERATOR_FORWARD, OPERATOR_BACKWARD)
-                )
-                products += backward if "backward" in name else forward
+                passes = (PSI_FORWARD, PSI_BACKWARD) if "psi" in name else (OPERATOR_FORWARD, OPERATOR_BACKWARD)
+                products += passes["backward" in name]
             elif name in _PRODUCTS or name.startswith(_ATTENTION):
                 products += _KERNELS.get(name, 1)
             else:
@@ -138,13 +128,7 @@ def fake_copy(model: nn.Module, dtype: torch.dtype | None = None) -> FakeTensorM
 
 
 def trace_step(
-    model: Any,
-    mode: FakeTensorMode,
-    batch: int,
-    size: int,
-    autocast: bool,
-    pixels: torch.dtype | None = None,
-    trains: bool = True,
+    model: Any, mode: FakeTensorMode, batch: int, size: int, autocast: bool, pixels: torch.dtype | None, trains: bool
 ) -> Trace:
     """Forward, soft-target cross-entropy and backward of `batch` images [3, size, size] on a `fake_copy`.
 
@@ -165,11 +149,11 @@ def trace_step(
             if trains:
                 loss = torch.sum(-targets * torch.log_softmax(logits.float(), dim=-1), dim=-1).mean()
                 del logits
+                forward = tracker.births
+                loss.backward()
             else:
                 logits = logits.float()
-            forward = tracker.births
-            if trains:
-                loss.backward()
+                forward = tracker.births
         trace = tracker.trace(forward, [p.grad for p in parameters if p.grad is not None])
     for hook in hooks:
         hook.remove()
@@ -181,14 +165,12 @@ def trace_step(
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """Keep the collector from letting go of tensors at moments of its own."""
-    was_on = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         yield
     finally:
-        if was_on:
-            gc.enable()
+        gc.enable()
 
 
 class _Tracker(TorchDispatchMode):
@@ -216,13 +198,10 @@ class _Tracker(TorchDispatchMode):
     def follow(self, number: int, block: nn.Module) -> list[Any]:
         """Hooks that know which block runs."""
 
-        def begin(*_: Any) -> None:
-            self._part = number
+        def note(part: int) -> Callable[..., None]:
+            return lambda *_: setattr(self, "_part", part)
 
-        def end(*_: Any) -> None:
-            self._part = OUTSIDE
-
-        return [block.register_forward_pre_hook(begin), block.register_forward_hook(end)]
+        return [block.register_forward_pre_hook(note(number)), block.register_forward_hook(note(OUTSIDE))]
 
     def trace(self, forward: int, gradients: Iterable[Tensor]) -> Trace:
         """What was noted so far; later deaths are not."""
@@ -275,15 +254,13 @@ def _recorded(data: DataConfig) -> int:
         return data.synthetic_samples
     if data.stream_samples is not None:
         return data.stream_samples
-    directory = dataset_directory(staged_copy(data.path) or data.path)
-    if isinstance(directory, str):
-        record = read_dataset_record(directory, min(data.timeout, _PATIENCE))
-        (split,) = chosen_splits(directory, record, data.train_split).values()
-        return split.samples
-    must_answer(directory, data.timeout)
-    if data.row.files is Files.IMAGES:
-        return len(FolderSplit(directory, data.train_split, num_classes=sys.maxsize))
-    if data.row.files is Files.BETONS:
-        return read_record(beton_path(directory, data.train_split)).samples
-    (split,) = chosen_splits(directory, read_dataset_record(directory), data.train_split).values()
+    directory = shard_format.dataset_directory(shard_format.staged_copy(data.path) or data.path)
+    if not isinstance(directory, str):
+        shard_format.must_answer(directory, data.timeout)
+        if data.row.files is Files.IMAGES:
+            return len(FolderSplit(directory, data.train_split, num_classes=sys.maxsize))
+        if data.row.files is Files.BETONS:
+            return shard_format.read_record(shard_format.beton_path(directory, data.train_split)).samples
+    record = shard_format.read_dataset_record(directory, min(data.timeout, _PATIENCE))
+    (split,) = shard_format.chosen_splits(directory, record, data.train_split).values()
     return split.samples

@@ -78,41 +78,39 @@ class ParameterSizes:
     @classmethod
     def of(cls, model: nn.Module, optim: OptimConfig) -> "ParameterSizes":
         """Of a model, in the groups of the engine's optimizer."""
-        parameters = list(model.parameters())
+        learned = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
         own = own_matrices(model, optim)
         return cls(
             total=parameter_count(model),
             groups=tuple(sum(p.numel() for p in group["params"]) for group in parameter_groups(model, optim)),
-            each=tuple(p.numel() for p in parameters if p.requires_grad),
-            frozen=sum(p.numel() for p in parameters if not p.requires_grad),
-            matrices=tuple(p.numel() for name, p in model.named_parameters() if name in own and p.requires_grad),
+            each=tuple(learned.values()),
+            frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
+            matrices=tuple(size for name, size in learned.items() if name in own),
         )
 
 
-def kept(
-    sizes: ParameterSizes, config: Mapping[str, Any], recipe: Recipe, world: int, accumulation: int, on_gpu: bool
-) -> Kept:
-    """What a rank of `world` keeps under a filled DeepSpeed `config`, with `accumulation` micro batches a step."""
-    case = _Case(sizes, config, recipe, world, accumulation, on_gpu)
-    stage_1 = _bf16_stage_1 if recipe.train.precision == "bf16_weights" else _stages_1_and_2
-    return {0: _stage_0, 1: stage_1, 2: _stages_1_and_2, 3: _stage_3}[case.stage](case)
+def overlaps_collectives(config: Mapping[str, Any]) -> bool:
+    """Whether a bucket is reduced while the next one is filled: by default at stage 3."""
+    overlaps = config.get("zero_optimization", {}).get("overlap_comm")
+    return zero_stage(config) == 3 if overlaps is None else bool(overlaps)
 
 
-class _Case:
-    """What the stages count with, in bytes."""
+@dataclass
+class Case:
+    """A filled DeepSpeed `config` on `world` ranks, with `accumulation` micro batches a step; its figures are bytes."""
 
-    def __init__(
-        self,
-        sizes: ParameterSizes,
-        config: Mapping[str, Any],
-        recipe: Recipe,
-        world: int,
-        accumulation: int,
-        on_gpu: bool,
-    ) -> None:
-        self.sizes, self.world, self.on_gpu, self.optimizer = sizes, world, on_gpu, recipe.optim.row
+    sizes: ParameterSizes
+    config: Mapping[str, Any]
+    recipe: Recipe
+    world: int
+    accumulation: int
+    on_gpu: bool
+
+    def __post_init__(self) -> None:
+        sizes, recipe, config, world, on_gpu = self.sizes, self.recipe, self.config, self.world, self.on_gpu
         self.stage, self.zero = zero_stage(config), config.get("zero_optimization", {})
-        self.accumulates = accumulation > 1
+        self.optimizer = recipe.optim.row
+        self.accumulates = self.accumulation > 1
         self.offloads = on_gpu and offloads_optimizer(config)
         # Of a parameter that the module holds. Beside one of 16 bits there is an fp32 master.
         self.width = PRECISIONS[recipe.train.precision].weights.itemsize
@@ -125,16 +123,11 @@ class _Case:
         self.whole_ema = self.whole if recipe.train.ema_decay else 0
         # What does not learn: with the weights, and beside a CPU's in fp32, as the engine's copy.
         self.frozen = sizes.frozen * (self.width + (0 if on_gpu else FP32))
-        self.shared = {
-            "masters": self.shard,
-            "moments": len(self.optimizer.states) * self.shard,
-            "ema": -(-self.whole_ema // world),
-        }
+        moments = len(self.optimizer.states) * self.shard
+        self.shared = {"masters": self.shard, "moments": moments, "ema": -(-self.whole_ema // world)}
         self.on_host = self.shard + sum(self.shared.values()) if self.offloads else 0
         self.bucket = (FP32 if self.stage == 1 else self.width) * int(self.zero.get("reduce_bucket_size", BUCKET))
-        # A bucket is reduced while the next one is filled: by default at stage 3.
-        overlaps = self.zero.get("overlap_comm")
-        self.overlaps = self.stage == 3 if overlaps is None else bool(overlaps)
+        self.overlaps = overlaps_collectives(config)
         # Gradients are copied into a buffer as they come: stages 1 and 2 do so with offload in any case.
         is_forced = self.stage < 3 and offloads_optimizer(config)
         self.is_contiguous = is_forced or bool(self.zero.get("contiguous_gradients", True))
@@ -144,7 +137,13 @@ class _Case:
         return 0 if self.on_gpu else (self.optimizer.temporaries + more) * tensor_bytes
 
 
-def _stage_0(case: _Case) -> Kept:
+def kept(case: Case) -> Kept:
+    """What a rank keeps."""
+    stage_1 = _bf16_stage_1 if case.recipe.train.precision == "bf16_weights" else _stages_1_and_2
+    return {0: _stage_0, 1: stage_1, 2: _stages_1_and_2, 3: _stage_3}[case.stage](case)
+
+
+def _stage_0(case: Case) -> Kept:
     """fp32 weights, also under autocast; several ranks all-reduce gradients after backward in a flat copy."""
     row, matrices = case.optimizer, FP32 * sum(case.sizes.matrices)
     of_matrices = len(row.states if row.matrix_states is None else row.matrix_states) * matrices
@@ -164,7 +163,7 @@ def _stage_0(case: _Case) -> Kept:
     )
 
 
-def _bf16_stage_1(case: _Case) -> Kept:
+def _bf16_stage_1(case: Case) -> Kept:
     """bf16 weights and gradients, fp32 gradients of all parameters from the start, masters of a share."""
     low = case.low
     return Kept(
@@ -179,7 +178,7 @@ def _bf16_stage_1(case: _Case) -> Kept:
     )
 
 
-def _stages_1_and_2(case: _Case) -> Kept:
+def _stages_1_and_2(case: Case) -> Kept:
     """Flat weights, fp32 masters of a share beside them, and a bucket through which gradients go.
 
     Stage 1 (fp32, fp16) keeps all gradients in fp32 until the step; fp16's are cast back to be sent. Stage 2 keeps a
@@ -229,7 +228,7 @@ def _stages_1_and_2(case: _Case) -> Kept:
     )
 
 
-def _stage_3(case: _Case) -> Kept:
+def _stage_3(case: Case) -> Kept:
     """A share of everything, buffers that stay, and the weights whole from their first use to their last.
 
     DeepSpeed keeps what is used again within `stage3_max_reuse_distance` elements, so a model of less than 1e9

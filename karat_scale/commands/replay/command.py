@@ -1,33 +1,41 @@
-"""`karat replay`: takes one step of a run again, bit for bit, and says what in it is not finite, with its images.
+"""`karat replay` and `karat verify`: train a part of a run again, and look at what happens or compare it with the run.
 
-It finds the first module and tensor that is not finite: in the forward pass, then in the backward pass.
+A replay takes one step, bit for bit, and finds the first module and tensor that is not finite, in the forward pass and
+in the backward pass. It shows the step's images.
+
+A verification trains between two checkpoints, and compares data, losses and weights. On as many ranks, and a processor
+and versions as the run had, all must be the same bits. Elsewhere rounding differs, so losses and weights may differ
+within a tolerance: LOSSES of a loss, and WEIGHTS of the way that the weights moved. What the optimizer keeps, and a
+network beside its weights, follows them: it may differ by STATES of its size or way.
 """
 
 import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from karat_scale.checkpoint.store import CheckpointStore
+from karat_scale.checkpoint.restore import SavedState, read_state
+from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
 from karat_scale.commands.look.command import ShownBatch, draw
-from karat_scale.data.batch import Batch
 from karat_scale.data.loading.device_feed import DeviceFeed
 from karat_scale.engine import distributed
-from karat_scale.engine.distributed import World
-from karat_scale.engine.reporting.progress import MetricsLog, PlainDisplay, Reporter, SilentDisplay
-from karat_scale.foundation.console import print_table, printable, progress, write_json
+from karat_scale.engine.distributed import World, device_name
+from karat_scale.engine.reporting.progress import MetricsLog, PlainDisplay, Reporter, SilentDisplay, read_events
+from karat_scale.engine.shards import Fragment, Pieces
+from karat_scale.foundation.console import plural, print_table, printable, progress, write_json
 from karat_scale.foundation.errors import RunDirectoryError, UserError
-from karat_scale.foundation.files import write_atomically
+from karat_scale.foundation.files import file_sha256, write_atomically
+from karat_scale.foundation.machine import library_versions, processor_name
 from karat_scale.foundation.tables import refuse_untrusted
 from karat_scale.recipe import Recipe
 from karat_scale.training.outcome import checkpoints_before
@@ -35,53 +43,36 @@ from karat_scale.training.run_directory import OpenRun, RunDirectory
 from karat_scale.training.tasks.classification.conversion import FILE as MATCHED_FILE
 from karat_scale.training.tasks.classification.distillation_teacher import FILE as DISTILL_FILE
 from karat_scale.training.tasks.classification.distillation_teacher import TEACHER_FILE
-from karat_scale.training.tasks.classification.task import ClassificationTask
+from karat_scale.training.tasks.classification.task import ClassificationTask, TrainState
 from karat_scale.training.trainer import Trainer
 
 _NEVER = 10**9
-_PASSES = ("forward", "backward")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A tensor with values that are not finite.
-
-    Attributes:
-        what: which tensor, such as "output of blocks.0.attn (KaratAttention)".
-        bad, total: values that are not finite, and all.
-        before: what the pass had computed just before it, with the largest finite magnitude in it.
-    """
-
-    what: str
-    bad: int
-    total: int
-    before: str = ""
-
-    def __str__(self) -> str:
-        after = f"; before it: {self.before}" if self.before else ""
-        return f"{self.what}: {self.bad:,} of {self.total:,} values{after}"
 
 
 @dataclass
 class Findings:
-    """The first tensor that is not finite in each pass, and what the network saw and returned."""
+    """The first tensor that is not finite in each pass, by the pass, and what the network saw and returned.
 
-    forward: Finding | None = None
-    backward: Finding | None = None
+    seen, returned: images and logits of each micro batch.
+    """
+
+    found: dict[str, str] = field(default_factory=dict)
     seen: list[Tensor] = field(default_factory=list)
-    """The images of each micro batch."""
     returned: list[Tensor] = field(default_factory=list)
-    """The logits of each micro batch."""
-    _before: dict[str, str] = field(default_factory=lambda: dict.fromkeys(_PASSES, ""))
+    _before: dict[str, str] = field(default_factory=dict)
 
     def look(self, which: str, what: str, values: Tensor) -> None:
-        """Look at what a pass has computed, unless it has found something before."""
-        if getattr(self, which) is None:
-            setattr(self, which, _finding(what, values, self._before[which]))
+        """Look at what a pass has computed, unless it has found something before.
+
+        What it found ends with what the pass had computed just before, and the largest finite magnitude in that.
+        """
+        if which not in self.found:
+            if finding := not_finite(what, values):
+                self.found[which] = finding + self._before.get(which, "")
             finite = values.detach().float()
             finite = finite[torch.isfinite(finite)]
             largest = float(finite.abs().max()) if finite.numel() else 0.0
-            self._before[which] = f"{what} within {largest:.3g}"
+            self._before[which] = f"; before it: {what} within {largest:.3g}"
 
 
 @contextmanager
@@ -109,14 +100,10 @@ def watched(network: nn.Module) -> Iterator[Findings]:
         yield findings
 
 
-def not_finite(parameters: Iterator[tuple[str, Tensor]]) -> Finding | None:
-    """Return the first parameter with values that are not finite; those that ZeRO stage 3 keeps elsewhere are empty."""
-    return next((found for name, values in parameters if (found := _finding(f"weight {name}", values, ""))), None)
-
-
-def _finding(what: str, values: Tensor, before: str) -> Finding | None:
+def not_finite(what: str, values: Tensor) -> str:
+    """Say how many of a tensor's values are not finite; "" if all are."""
     bad = int((~torch.isfinite(values.detach())).sum())
-    return Finding(what, bad, values.numel(), before) if bad else None
+    return f"{what}: {bad:,} of {values.numel():,} values" if bad else ""
 
 
 @dataclass(frozen=True)
@@ -124,6 +111,7 @@ class Replayed:
     """A step as one rank took it.
 
     Attributes:
+        findings: what was not finite in each pass.
         losses: of each of its samples.
         weights: what was not finite before the step; None if all were.
         shown: the images with the largest losses, of which the first one has the largest.
@@ -156,13 +144,13 @@ def replay(run_dir: str, step: int, images: int, out: str | None, json_file: str
             train__compile=False, train__on_nonfinite="skip", train__max_skipped_steps=_NEVER, log__every_steps=_NEVER
         )
         with scratch_recipe(directory, as_found, begin, world) as again:
-            taken = _take(again, step, world, images)
+            ranks, norm, accumulation = _take(again, step, world, images)
     if world.is_main:
-        ranks = f"{len(taken.ranks)} x {taken.accumulation} micro batches"
-        title = f"{directory.path}, step {step:,}, from {begin or 'the start'}, {ranks}"
-        figures = _report(title, taken, "label_loss" if recipe.distill.from_ else "loss")
+        micro_batches = f"{world.size} x {accumulation} micro batches"
+        print(f"{directory.path}, step {step:,}, from {begin or 'the start'}, {micro_batches}: ", end="")
+        figures = _report(ranks, norm, "label_loss" if recipe.distill.from_ else "loss")
         write_json(json_file, {"run": run_dir, "step": step, "checkpoint": begin or None, **figures})
-        _show(taken.ranks, images, Path(out or f"{directory.path}-replay-{step}.png"))
+        _show(ranks, images, Path(out or f"{directory.path}-replay-{step}.png"))
     return 0
 
 
@@ -261,43 +249,22 @@ def train_on(trainer: Trainer, batches: DeviceFeed[Any], step: int) -> None:
             advance(1)
 
 
-def _take(recipe: Recipe, step: int, world: World, count: int) -> "_Step":
+def _take(recipe: Recipe, step: int, world: World, count: int) -> tuple[list[Replayed], float, int]:
+    """Take the step; returns what each rank found, the norm of the gradients, and the micro batches of a rank."""
     with trained_again(recipe, step, world) as (task, trainer):
         batches = trainer.feed(step)
         train_on(trainer, batches, step - 1)
-        weights = not_finite(trainer.engine.module.named_parameters())
+        parameters = trainer.engine.module.named_parameters()  # those that ZeRO stage 3 keeps elsewhere are empty
+        weights = next(filter(None, (not_finite(f"weight {name}", values) for name, values in parameters)), None)
         taken = list(trainer.micro_batches(batches))
         with watched(trainer.engine.module) as findings:
-            norm = trainer.step(taken)
-        mine = _replayed(task, taken, findings, str(weights) if weights else None, count)
-        return _Step(world.gather(mine), float(norm), trainer.plan.accumulation)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What all ranks found, the norm of the gradients, and the micro batches of each rank."""
-
-    ranks: list[Replayed]
-    norm: float
-    accumulation: int
-
-    @property
-    def loss(self) -> float:
-        losses = [loss for rank in self.ranks for loss in rank.losses]
-        return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan
-
-
-def _replayed(
-    task: ClassificationTask, taken: list[Batch], findings: Findings, weights: str | None, count: int
-) -> Replayed:
-    """Return what one rank found, with its images of the largest losses."""
-    losses: list[float] = []
-    targets = [task.as_trained(batch)[1].float().cpu() for batch in taken]
-    for soft, logits in zip(targets, findings.returned, strict=True):
-        losses += (-(soft * torch.log_softmax(logits, -1)).sum(-1)).tolist()
-    shown = ShownBatch.of(task, zip(taken, findings.seen, targets, strict=True)).chosen(_worst(losses, count))
-    found = {name: str(finding) for name in _PASSES if (finding := getattr(findings, name)) is not None}
-    return Replayed(found, losses, weights, shown)
+            norm = float(trainer.step(taken))
+        losses: list[float] = []
+        targets = [task.as_trained(batch)[1].float().cpu() for batch in taken]
+        for soft, logits in zip(targets, findings.returned, strict=True):
+            losses += (-(soft * torch.log_softmax(logits, -1)).sum(-1)).tolist()
+        shown = ShownBatch.of(task, zip(taken, findings.seen, targets, strict=True)).chosen(_worst(losses, count))
+        return world.gather(Replayed(findings.found, losses, weights, shown)), norm, trainer.plan.accumulation
 
 
 def _worst(losses: list[float], count: int) -> list[int]:
@@ -305,29 +272,30 @@ def _worst(losses: list[float], count: int) -> list[int]:
     return sorted(range(len(losses)), key=lambda i: -losses[i] if math.isfinite(losses[i]) else -math.inf)[:count]
 
 
-def _report(title: str, step: _Step, name: str) -> dict[str, Any]:
+def _report(ranks: list[Replayed], norm: float, name: str) -> dict[str, Any]:
     """Print what was found; returns the same as plain data.
 
     name: of the loss in the run's log; a student has another one, from its teacher, which is not of single images.
     """
-    bad = sum(not math.isfinite(loss) for rank in step.ranks for loss in rank.losses)
-    samples = sum(len(rank.losses) for rank in step.ranks)
-    print(f"{title}: {name.replace('_', ' ')} {step.loss:.6g}, gradient norm {step.norm:.6g}")
-    lines = [f"{bad} of {samples} samples have a loss that is not finite"] if bad else []
-    for number, rank in enumerate(step.ranks):
-        where = f"rank {number}: " if len(step.ranks) > 1 else ""
+    losses = [loss for rank in ranks for loss in rank.losses]
+    bad = sum(not math.isfinite(loss) for loss in losses)
+    loss = math.nan if bad else math.fsum(losses) / len(losses)
+    print(f"{name.replace('_', ' ')} {loss:.6g}, gradient norm {norm:.6g}")
+    lines = [f"{bad} of {len(losses)} samples have a loss that is not finite"] if bad else []
+    for number, rank in enumerate(ranks):
+        where = f"rank {number}: " if len(ranks) > 1 else ""
         lines += [f"{where}before the step: {rank.weights}"] if rank.weights else []
-        lines += [f"{where}{name} pass, first not finite: {text}" for name, text in rank.findings.items()]
-    if not lines and not math.isfinite(step.norm):
+        lines += [f"{where}{which} pass, first not finite: {text}" for which, text in rank.findings.items()]
+    if not lines and not math.isfinite(norm):
         lines = ["all gradients are finite, but the sum of their squares overflows"]
     for line in lines or ["all outputs and gradients are finite"]:
         print(printable(line))
     return {
-        name: step.loss if math.isfinite(step.loss) else None,
-        "grad_norm": step.norm if math.isfinite(step.norm) else None,
-        "samples": samples,
+        name: None if bad else loss,
+        "grad_norm": norm if math.isfinite(norm) else None,
+        "samples": len(losses),
         "samples_not_finite": bad,
-        "ranks": [{**rank.findings, "weights": rank.weights} for rank in step.ranks],
+        "ranks": [{**rank.findings, "weights": rank.weights} for rank in ranks],
     }
 
 
@@ -342,3 +310,240 @@ def _show(ranks: list[Replayed], count: int, path: Path) -> None:
     print_table("images of the largest losses", ["loss", "target", "from"], rows, (1, 2))
     write_atomically(path, draw(shown))
     print(f"\n{path}")
+
+
+LOSSES, WEIGHTS, STATES = 0.01, 0.05, 0.5
+
+
+def verify(run_dir: str, begin: int | None, end: int | None, json_file: str | None) -> int:
+    """Train from one checkpoint to another again, and print what differs; returns the exit code, 1 if something does.
+
+    Args:
+        begin: the step of the first checkpoint; the one before the second when None. 0: from the start.
+        end: the step of the second checkpoint; the newest when None.
+
+    Raises:
+        UserError: no such run or checkpoints, or data that do not fit.
+    """
+    opened = OpenRun.at(run_dir, Recipe)
+    directory, recipe = opened.directory, opened.recipe
+    with distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world:
+        with world.together():
+            names = _segment(directory.store, begin, end) if world.is_main else ("", "")
+        first, last = world.broadcast(names)
+        saved = directory.store.state(last)
+        if saved["world_size"] != world.size:
+            ranks = saved["world_size"]
+            raise UserError(
+                f"{last} was written by {plural(ranks, 'rank')}, and here {plural(world.size, 'rank')} would train; "
+                f"use karat launch --ranks {ranks} verify, or a job of as many"
+            )
+        refuse_other_files(directory, recipe, 0 if first else 1)
+        with scratch_recipe(directory, recipe, first, world) as again:
+            refuse_unshared(Path(again.run.dir), world)
+            found = _train(again, directory, first, saved, world)
+    if not world.is_main:
+        return 0
+    others = _other_machine(directory.summary() or {}, recipe, world)
+    if _has_other_recipe(directory, saved):
+        print("note: recipe.yaml is not the one that the checkpoint was trained with")
+    tolerance = f"losses may differ by {LOSSES:.0%} and weights by {WEIGHTS:.0%} of the way that they moved"
+    for other in others:
+        print(printable(f"note: {other}; so {tolerance}"))
+    print(f"{directory.path}, from {first or 'the start'} to {last}, on {plural(world.size, 'rank')}")
+    for comparison in found:
+        print(printable(f"{comparison.what}: {comparison.text}"))
+    is_good = all(one.is_same or (bool(others) and one.is_close) for one in found)
+    bits = "the same bits" if all(one.is_same for one in found) else "the same within the tolerance"
+    print(f"verified: {bits}" if is_good else "NOT verified: the run was trained in another way")
+    write_json(
+        json_file,
+        {"run": run_dir, "from": first or None, "to": last, "verified": is_good, "other_machine": others}
+        | {one.what: {name: value for name, value in asdict(one).items() if name != "what"} for one in found},
+    )
+    return 0 if is_good else 1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of what the run has with what was trained again. `is_close`: within the tolerance."""
+
+    what: str
+    is_same: bool
+    is_close: bool
+    text: str
+
+
+def _segment(store: CheckpointStore, begin: int | None, end: int | None) -> tuple[str, str]:
+    """Return the names of the two checkpoints, which are intact; the first is empty for the start of the run.
+
+    Raises:
+        RunDirectoryError: one is missing or damaged.
+    """
+    names = store.names()
+    if not names:
+        raise store.nothing_saved()
+    last = store.find_intact(names[0] if end is None else checkpoint_name(end))
+    if begin is None:
+        first = next((name for name in names if name < last), "")
+    else:
+        first = checkpoint_name(begin) if begin else ""
+    if first >= last:
+        raise UserError(f"--from {begin} should be before {last}")
+    return (store.find_intact(first) if first else ""), last
+
+
+def _train(
+    recipe: Recipe, directory: RunDirectory, first: str, saved: Mapping[str, Any], world: World
+) -> list[Comparison]:
+    """Train to the step of `saved` in the scratch directory of `recipe`, and compare; the result counts on rank 0."""
+    scratch = Path(recipe.run.dir)
+    log = MetricsLog(scratch / "metrics.jsonl") if world.is_main else None
+    with trained_again(recipe, saved["step"], world, log) as (task, trainer):
+        began = trainer.state.step
+        if not first and not trainer.checkpoints.save(trainer.state):
+            raise trainer.checkpoints.store.not_saved(trainer.checkpoints.problem)
+        train_on(trainer, trainer.feed(saved["step"]), saved["step"])
+        trainer.look()
+        state = trainer.state
+        assert isinstance(state, TrainState)
+        task.fold(state)
+        if not trainer.checkpoints.save(state):
+            raise trainer.checkpoints.store.not_saved(trainer.checkpoints.problem)
+    if not world.is_main:
+        return []
+    theirs, ours = directory.store, CheckpointStore(scratch / "checkpoints")
+    before = (theirs, first) if first else (ours, checkpoint_name(0))
+    states = [
+        read_state(store.root / name, store.state(name))
+        for store, name in (before, (theirs, checkpoint_name(saved["step"])), (ours, checkpoint_name(saved["step"])))
+    ]
+    same = state.data_digest == saved["data_digest"]
+    data = Comparison("data", same, same, "the same digest" if same else "another digest: not the same samples")
+    kept, starts = _lines(directory.metrics_file, began, saved["step"])
+    again, _ = _lines(scratch / "metrics.jsonl", began, saved["step"])
+    # A start before may have had another recipe, which asked for other lines.
+    missing = set() if _has_other_recipe(directory, saved) else (again.keys() ^ kept.keys()) - starts
+    return [data, _compare_losses(kept, again, missing), *_compare_weights(*states)]
+
+
+class _Line(NamedTuple):
+    """The mean of the steps after `begin`."""
+
+    begin: int
+    loss: Any
+    digest: Any
+
+
+def _lines(log: Path, begin: int, end: int) -> tuple[dict[int, _Line], set[int]]:
+    """What a log has of the steps after `begin` up to `end`, by the last step of a line; and where training started."""
+    found: dict[int, _Line] = {}
+    before, starts = begin, set()
+    for event in read_events(log):
+        step = event.get("step")
+        if not isinstance(step, int):
+            continue
+        if event.get("event") in ("resume", "start"):
+            found = {last: line for last, line in found.items() if last <= step}
+            before = step
+            starts.add(step)
+        elif event.get("event") == "train":
+            found[step] = _Line(before, event.get("loss"), event.get("data_digest"))
+            before = step
+    return {last: line for last, line in found.items() if begin < last <= end}, starts
+
+
+def _compare_losses(kept: Mapping[int, _Line], again: Mapping[int, _Line], missing: Set[int]) -> Comparison:
+    if missing:
+        return Comparison("losses", False, False, f"only one log has a line of step {min(missing)}")
+    both = sorted(last for last, line in again.items() if last in kept and kept[last].begin == line.begin)
+    if not both:
+        return Comparison("losses", True, True, "the log has no line of these steps alone")
+    others = [last for last in both if kept[last] != again[last]]
+    if not others:
+        return Comparison("losses", True, True, f"the same bits in {plural(len(both), 'line')} of the log")
+    far = max(_apart(kept[last].loss, again[last].loss) for last in both)
+    was, now = kept[others[0]], again[others[0]]
+    text = f"{len(others)} of {plural(len(both), 'line')} differ, by at most {far:.2g} of the loss; the first is of "
+    text += f"steps {was.begin + 1} to {others[0]}: {was.loss} in the run and {now.loss} now"
+    return Comparison("losses", False, far <= LOSSES, text)
+
+
+def _apart(one: Any, other: Any) -> float:
+    if not isinstance(one, int | float) or not isinstance(other, int | float):
+        return 0.0 if one == other else float("inf")
+    return abs(one - other) / max(abs(one), abs(other), 1e-12)
+
+
+def _compare_weights(before: SavedState, kept: SavedState, again: SavedState) -> Iterator[Comparison]:
+    fits = before.shapes == kept.shapes  # it may be of a smaller image size
+    masters = before.masters if fits else None
+    yield _compare_pieces("weights", kept.shapes, masters, kept.masters, again.masters, WEIGHTS)
+    if kept.ema is not None:
+        averages = before.ema or before.masters if fits else None
+        yield _compare_pieces("averages", kept.shapes, averages, kept.ema, again.ema or Pieces(), WEIGHTS)
+    for key, pieces in kept.elementwise.items():
+        there = again.elementwise.get(key, Pieces())
+        yield _compare_pieces(f"optimizer, {key}", kept.shapes, None, pieces, there, STATES)
+    if shapes := {name: tuple(value.shape) for name, value in kept.buffers.items() if value.is_floating_point()}:
+        was, now, old = (_pieces(state.buffers) for state in (kept, again, before))
+        yield _compare_pieces("buffers", shapes, old if fits else None, was, now, STATES)
+    other = [name for name, count in _counts(kept).items() if _counts(again).get(name) != count]
+    yield Comparison("counts", not other, not other, f"{', '.join(other)} differ" if other else "the same")
+
+
+def _pieces(tensors: Mapping[str, torch.Tensor]) -> Pieces:
+    pieces = Pieces()
+    for name, tensor in tensors.items():
+        pieces.add([Fragment(name, 0, 0, tensor.numel())], tensor)
+    return pieces
+
+
+def _counts(state: SavedState) -> dict[str, Any]:
+    """What must be the same on any machine, by name."""
+    scalars = {f"{key} of {name}": value for key, values in state.scalars.items() for name, value in values.items()}
+    buffers = {name: value.tolist() for name, value in state.buffers.items() if not value.is_floating_point()}
+    return {**state.counters, **scalars, **buffers}
+
+
+def _compare_pieces(
+    what: str, shapes: Mapping[str, Iterable[int]], before: Pieces | None, kept: Pieces, again: Pieces, tolerance: float
+) -> Comparison:
+    """Compare tensors by name; where rounding differs, by the way from `before`, or their size without it."""
+    others, far, way = [], 0.0, 0.0
+    for name, shape in shapes.items():
+        if name not in kept and name not in again:
+            continue
+        was, now = (_whole(name, shape, pieces) for pieces in (kept, again))
+        way += float((was - (_whole(name, shape, before) if before else 0)).double().square().sum())
+        if not torch.equal(was, now):
+            others.append(name)
+            far += float((was - now).double().square().sum())
+    if not others:
+        return Comparison(what, True, True, "the same bits")
+    count = plural(len(others), "tensor")
+    share = (far / way) ** 0.5 if way else float("inf")
+    scale = "the way that they moved" if before else "their size"
+    text = f"{count} differ, by {share:.2g} of {scale}; the first is {others[0]}"
+    return Comparison(what, False, share <= tolerance, text)
+
+
+def _whole(name: str, shape: Iterable[int], pieces: Pieces) -> torch.Tensor:
+    whole = torch.full((torch.Size(shape).numel(),), float("nan"))
+    pieces.copy_into(name, whole)
+    return whole
+
+
+def _other_machine(summary: Mapping[str, Any], recipe: Recipe, world: World) -> list[str]:
+    """Return why rounding may differ from that of the machine that trained last; empty if it may not."""
+    has_softmax = any(one.kind == "softmax" or one.softmax_heads for one in recipe.attention.sections)
+    if world.device.type != "cpu" and has_softmax:
+        return ["softmax attention adds in no fixed order on a GPU"]
+    here = {"device": device_name(world.device), "processor": processor_name(), "versions": library_versions()}
+    if not summary:
+        return ["the run has no summary.json, which names its machine"]
+    return [f"{name} {summary.get(name)} there, {here[name]} here" for name in here if summary.get(name) != here[name]]
+
+
+def _has_other_recipe(directory: RunDirectory, saved: Mapping[str, Any]) -> bool:
+    return saved.get("recipe_sha256") != file_sha256(directory.recipe_file)

@@ -33,12 +33,14 @@ def slurm_home() -> Path:
 class Job:
     """How a job is submitted.
 
-    options: of sbatch, by their long names. settings: variables of the script, such as VENV.
+    options: of sbatch, by their long names. settings: variables of the script, such as VENV. at_once: at most so many
+    elements of an array run at a time.
     """
 
     options: Mapping[str, str]
     settings: Mapping[str, str]
     decision: Literal["ask", "yes", "print"]
+    at_once: int | None = None
 
     def script(
         self, name: str, options: Mapping[str, str], settings: Mapping[str, str], overrides: Sequence[str]
@@ -78,13 +80,11 @@ class Job:
                 write_atomically(path, content)
         except OSError as error:
             raise UserError(f"{refused}: {error.strerror}; choose another {refused.partition(' ')[0]}") from None
-        has_terminal = sys.stdin.isatty()
-        if self.decision == "ask" and not (
-            has_terminal and input("submit this? [y/N] ").strip().lower() in ("y", "yes")
-        ):
-            print(f"not submitted; when you want to: sbatch {script}")
-            return None
-        return sbatch(script)
+        is_asked = self.decision == "ask" and sys.stdin.isatty()
+        if self.decision == "yes" or (is_asked and input("submit this? [y/N] ").strip().lower() in ("y", "yes")):
+            return sbatch(script)
+        print(f"not submitted; when you want to: sbatch {script}")
+        return None
 
 
 def submit(recipe: str, overrides: Sequence[str], job: Job, gpu: str | None) -> int:
@@ -119,8 +119,7 @@ def submit(recipe: str, overrides: Sequence[str], job: Job, gpu: str | None) -> 
         print(said, file=sys.stderr)
     with redirect_stdout(sys.stderr if job.decision == "print" else sys.stdout):
         kept += planned_overrides(resolved, overrides, taken * on_a_node, gpu)
-    output = {"job-name": resolved.run.name, "output": str(run / "%x-%j.out")}
-    text = job.script(SCRIPT, output, filled, kept)
+    text = job.script(SCRIPT, {"job-name": resolved.run.name, "output": str(run / "%x-%j.out")}, filled, kept)
     if resolved.data.row.files is not None and isinstance(directory, Path) and not directory.exists():
         print(f"note: data.path = {resolved.data.path} is not on this machine; the job needs it", file=sys.stderr)
     if job.decision == "print" and not run.is_dir():
@@ -133,9 +132,8 @@ def submit(recipe: str, overrides: Sequence[str], job: Job, gpu: str | None) -> 
 
 def _directives(name: str) -> dict[str, str]:
     """Return the options of sbatch that a script of slurm/ has."""
-    lines = (slurm_home() / "slurm" / name).read_text(encoding="utf-8").splitlines()
-    options = [line.removeprefix("#SBATCH --").partition("=") for line in lines if line.startswith("#SBATCH --")]
-    return {key: value for key, _, value in options}
+    text = (slurm_home() / "slurm" / name).read_text(encoding="utf-8")
+    return dict(re.findall(r"^#SBATCH --([^=\n]*)=?(.*)", text, re.MULTILINE))
 
 
 def spare_nodes(name: str) -> int:
@@ -179,7 +177,7 @@ def planned_overrides(recipe: Recipe, overrides: Sequence[str], ranks: int, gpu:
         print("not planned: name the GPU with --gpu, such as h100-80; karat plan --memory GB plans for any GPU\n")
         return []
     memory = known_gpu(gpu).memory_bytes
-    from karat_scale.commands.plan.choose import STAGES, Machine, choose
+    from karat_scale.commands.plan.memory import STAGES, Machine, choose
     from karat_scale.commands.plan.report import line
 
     named = {override.partition("=")[0] for override in overrides}

@@ -15,21 +15,11 @@ import math
 import sys
 import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from karat_scale.engine.heartbeat import (
-    WRITE_SECONDS,
-    Sign,
-    StallLimits,
-    Stragglers,
-    pause,
-    read_signs,
-    slow_factor,
-    this_start,
-)
+from karat_scale.engine import heartbeat
 from karat_scale.foundation.arguments import add_trust
 from karat_scale.foundation.errors import run_script
 from karat_scale.foundation.machine import gpu_faults
@@ -39,16 +29,16 @@ if TYPE_CHECKING:
 
 EXIT_STALLED = 3
 # A rank dumps its stacks at `stall`, and writes its file. The verdict comes a little later, so that both are there.
-GRACE_SECONDS = WRITE_SECONDS
+GRACE_SECONDS = heartbeat.WRITE_SECONDS
 # A process without a new file for that long is stopped or gone, whatever its ranks wait for.
-_SILENT_SECONDS = 4 * WRITE_SECONDS
+_SILENT_SECONDS = 4 * heartbeat.WRITE_SECONDS
 
 
 @dataclass
 class Seen:
     """A rank's newest heartbeat, and when this process saw it make progress and write."""
 
-    sign: Sign
+    sign: heartbeat.Sign
     got_on: float
     wrote: float
 
@@ -56,36 +46,24 @@ class Seen:
 class Watch:
     """Remembers when each rank made progress; `verdict` names the rank that the others wait for."""
 
-    def __init__(self, ranks: int, limits: StallLimits, now: float) -> None:
+    def __init__(self, ranks: int, limits: heartbeat.StallLimits, now: float) -> None:
         self._ranks = ranks
         self._limits = limits
         self._begun = now
         self._seen: dict[int, Seen] = {}
 
-    def look(self, signs: list[Sign], now: float) -> str | None:
-        """Add the ranks' heartbeats at time `now` in seconds. Return a verdict, or None while all make progress."""
+    def look(self, signs: list[heartbeat.Sign], now: float) -> str | None:
+        """Add the ranks' heartbeats at time `now` in seconds. Return a verdict, or None while one makes progress."""
         for sign in signs:
             seen = self._seen.get(sign.rank)
             if seen is None or sign.beats != seen.sign.beats:
                 self._seen[sign.rank] = Seen(sign, now - sign.since_beat, now)
             elif sign.written != seen.sign.written:
                 seen.sign, seen.wrote = sign, now
-        return self._verdict(now)
-
-    @property
-    def deadline(self) -> float:
-        """When the verdict comes, should no rank make progress until then."""
-        ends = (seen.got_on + self._limits.of(seen.sign.doing) for seen in self._seen.values())
-        return max(ends, default=math.inf)
-
-    def _verdict(self, now: float) -> str | None:
-        absent = [rank for rank in range(self._ranks) if rank not in self._seen]
-        if absent:
+        if absent := [rank for rank in range(self._ranks) if rank not in self._seen]:
             start = self._limits.of("starting")
-            if now - self._begun <= start:
-                return None
-            return f"rank {absent[0]} gave no sign of life in {start:g} s"
-        if any(now - seen.got_on <= self._limits.of(seen.sign.doing) for seen in self._seen.values()):
+            return f"rank {absent[0]} gave no sign of life in {start:g} s" if now - self._begun > start else None
+        if now <= self.deadline:
             return None  # such as a rank that writes to a slow disk: the others wait for it
         silent = [seen for seen in self._seen.values() if now - seen.wrote > _SILENT_SECONDS]
         worst = min(silent or self._seen.values(), key=lambda seen: (seen.sign.beats, seen.got_on))
@@ -98,22 +76,28 @@ class Watch:
             f"{sign.doing!r} of step {sign.step} ({how}){waiting}"
         )
 
+    @property
+    def deadline(self) -> float:
+        """When the verdict comes, should no rank make progress until then."""
+        ends = (seen.got_on + self._limits.of(seen.sign.doing) for seen in self._seen.values())
+        return max(ends, default=math.inf)
 
-def _limits(text: str) -> StallLimits:
+
+def _limits(text: str) -> heartbeat.StallLimits:
     try:
-        return StallLimits.parse(text)
+        return heartbeat.StallLimits.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def watch(run: Path, ranks: int, limits: StallLimits, ended: threading.Event) -> str:
+def watch(run: Path, ranks: int, limits: heartbeat.StallLimits, ended: threading.Event) -> str:
     """Watch this start's ranks; returns the verdict, or nothing once `ended` is set."""
     seen = Watch(ranks, limits.plus(GRACE_SECONDS), time.monotonic())
-    stragglers, start, verdict = Stragglers(), this_start(), None
-    while not verdict and not ended.wait(pause(seen.deadline)):
-        ours = [sign for sign in read_signs(run) if sign.start == start]
+    stragglers, start, verdict = heartbeat.Stragglers(), heartbeat.this_start(), None
+    while not verdict and not ended.wait(heartbeat.pause(seen.deadline)):
+        ours = [sign for sign in heartbeat.read_signs(run) if sign.start == start]
         verdict = seen.look(ours, time.monotonic())
-        for line in stragglers.look(ours, slow_factor(run)):
+        for line in stragglers.look(ours, heartbeat.slow_factor(run)):
             print(f"{time.strftime('%H:%M:%S')} slow: {line}", file=sys.stderr, flush=True)
     return verdict or ""
 
@@ -123,14 +107,10 @@ def most_nodes(recipe: "RunRecipe", nodes: int, ranks_per_node: int) -> int:
 
     If there is none, return `nodes`: the trainer then reports the problem with the batch.
     """
-    from karat_scale.data.plan import micro_batch_of
-    from karat_scale.foundation.errors import RecipeError
+    from karat_scale.data.plan import possible_micro_batch
 
-    for count in range(nodes, 0, -1):
-        with suppress(RecipeError):
-            micro_batch_of(recipe, count * ranks_per_node)
-            return count
-    return nodes
+    divided = (count for count in range(nodes, 0, -1) if possible_micro_batch(recipe, count * ranks_per_node))
+    return next(divided, nodes)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,32 +1,285 @@
 """`karat sweep RECIPE key=a,b,c run.seed=0..4`: train every point of a grid, and print one table of all runs.
 
+Before anything runs, each run's recipe is checked. Its directory says how far the run is already.
+
 On this machine each run has a process of its own. A run that fails is named, and the rest goes on. Stop signals are
 passed on: the run saves, and the sweep ends. If the sweep is killed, the run saves and stops, too. A SLURM job array
 has one element for each run that has not finished.
 """
 
+import itertools
+import math
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
 from itertools import groupby
 from pathlib import Path
-from types import FrameType
-from typing import Any
+
+import yaml
 
 from karat_scale.commands.compare.command import compare_runs
+from karat_scale.commands.status.status import read_standing
 from karat_scale.commands.submit.sbatch import Job
-from karat_scale.commands.sweep.grid import PlannedRun, State, Sweep, plan_sweep
 from karat_scale.data.shards.shard_format import absolute_path
-from karat_scale.foundation.console import ProgressBars, duration, plural, print_table, printable, terminal
-from karat_scale.foundation.errors import EXIT_STOPPED, UserError, on_one_line
-from karat_scale.foundation.files import open_to_read, parse_json
-from karat_scale.foundation.machine import LAUNCHED, catch_stop_signals
-from karat_scale.recipe.loading import text_digest
+from karat_scale.foundation.console import few, plural, print_table, printable, work_display
+from karat_scale.foundation.errors import EXIT_STOPPED, RecipeError, UserError, on_one_line
+from karat_scale.foundation.files import json_sha256, open_to_read, parse_json
+from karat_scale.foundation.machine import LAUNCHED, stop_signals
+from karat_scale.recipe import Recipe, RunRecipe
+from karat_scale.recipe.files import COMMANDS, parse, read_recipe, shipped_recipes
+from karat_scale.recipe.loading import differing_keys, flatten, load_recipe, text_digest
+from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.tasks.detection.recipe import DetectionRecipe
+
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+_CLOSING = {"[": "]", "{": "}", "(": ")"}
+_MOST_POINTS = 10_000
+_LONGEST_NAME = 120
+_DIGITS = 8
+SEED = "run.seed"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep. `settings` are its values of the keys that vary, as overrides."""
+
+    name: str
+    settings: tuple[str, ...]
+
+
+def read_grid(overrides: Sequence[str]) -> tuple[list[str], list[Point]]:
+    """Return the overrides that all runs share, and the runs; the last key varies fastest, and seeds fastest of all.
+
+    Raises:
+        UserError: an override cannot be read, or no key has several values.
+    """
+    values: dict[str, list[str]] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"{override!r}: should be key=value or key=value,value, such as run.seed=0..4")
+        values[key] = _values(key, text)  # the last one counts, as in karat train
+    shared = [f"{key}={only[0]}" for key, only in values.items() if len(only) == 1]
+    varied = {key: several for key, several in values.items() if len(several) > 1}
+    if not varied:
+        raise UserError("no key has several values, so there is one run: use karat train, or key=a,b")
+    if SEED in varied:
+        varied[SEED] = varied.pop(SEED)
+    if (count := math.prod(map(len, varied.values()))) > _MOST_POINTS:
+        raise UserError(f"the grid has {count:,} runs; at most {_MOST_POINTS:,} are possible")
+    return shared, _points(varied)
+
+
+def _points(varied: dict[str, list[str]]) -> list[Point]:
+    leaves = Counter(key.rpartition(".")[2] for key in varied)
+    short = {key: leaf if leaves[leaf := key.rpartition(".")[2]] == 1 else key for key in varied}
+    names: set[str] = set()
+    points = []
+    for values in itertools.product(*varied.values()):
+        pairs = list(zip(varied, values, strict=True))
+        settings = tuple(f"{key}={value}" for key, value in pairs)
+        name = "_".join(f"{short[key]}-{_plain(value)}" for key, value in pairs)
+        if len(name) > _LONGEST_NAME or name in names:  # other names stay as they are when values are added
+            digest = text_digest("\n".join(settings))[:_DIGITS]
+            name = f"{name[: _LONGEST_NAME - _DIGITS - 1]}_{digest}"
+        names.add(name)
+        points.append(Point(name, settings))
+    return points
+
+
+def _values(key: str, text: str) -> list[str]:
+    """Return the values of a list. Commas inside brackets and quotes do not separate; 0..4 are five integers."""
+    values: list[str] = []
+    for piece in map(str.strip, _split(text)):
+        counted = _RANGE.fullmatch(piece)
+        if counted is None:
+            values.append(piece)
+            continue
+        first, last = int(counted[1]), int(counted[2])
+        if not 0 <= last - first < _MOST_POINTS:
+            raise UserError(f"{key}={text[:100]}: {piece} should count up, over at most {_MOST_POINTS:,} integers")
+        values += map(str, range(first, last + 1))
+    if len(values) > 1 and "" in values:
+        raise UserError(f"{key}={text[:100]}: a value is empty; write null for none")
+    if len(set(values)) < len(values):
+        raise UserError(f"{key}={text[:100]}: {Counter(values).most_common(1)[0][0]} is there twice")
+    return values
+
+
+def _split(text: str) -> Iterator[str]:
+    piece, quote = "", ""
+    expected: list[str] = []
+    for character in text:
+        if character == "," and not expected and not quote:
+            yield piece
+            piece = ""
+            continue
+        piece += character
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in _CLOSING:
+            expected.append(_CLOSING[character])
+        elif expected and character == expected[-1]:
+            expected.pop()
+    if expected or quote:
+        raise UserError(f"{text[:100]!r}: {quote or expected[-1]} is missing at the end")
+    yield piece
+
+
+def _plain(value: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", value).strip("-.") or "none"
+
+
+# Keys that may have an effect with attention.kind=softmax: a teacher's matrices need an implementation.
+_OF_SOFTMAX = {"kind", "implementation", "transfer_from", "transfer_heads"}
+
+
+class State(Enum):
+    """How far a run of the sweep is."""
+
+    NEW = "new"
+    UNFINISHED = "unfinished"
+    RUNNING = "running now"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of a sweep.
+
+    Attributes:
+        overrides: all of the run's, with its directory and its checkpoint.url.
+    """
+
+    point: Point
+    directory: Path
+    overrides: tuple[str, ...]
+    recipe: RunRecipe
+
+    @property
+    def state(self) -> State:
+        """What stands in the directory now."""
+        directory = RunDirectory(self.directory)
+        if not directory.recipe_file.is_file():
+            return State.NEW
+        standing = read_standing(self.directory)
+        if standing.signs and standing.ended is None and not standing.is_silent:
+            return State.RUNNING
+        # Without the second, the run was killed after it began again, and the summary is of its earlier end.
+        if (directory.summary() or {}).get("exit") != 0 or standing.ended is None:
+            return State.UNFINISHED
+        # Of another recipe, or a shorter one, karat train goes on or says why not.
+        recorded = directory.recipe(type(self.recipe))
+        is_as_long = recorded.train.max_steps == self.recipe.train.max_steps  # which changes nothing that is learned
+        return State.FINISHED if is_as_long and not differing_keys(recorded, self.recipe) else State.UNFINISHED
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All runs of a sweep, and the command that trains one."""
+
+    command: str
+    recipe: str
+    shared: tuple[str, ...]
+    out: Path
+    runs: tuple[PlannedRun, ...]
+
+
+def plan_sweep(recipe: str, overrides: Sequence[str], out: str | None) -> Sweep:
+    """Read the grid and check the recipe of every run.
+
+    Raises:
+        UserError: the grid or a recipe is wrong; the line names the run.
+    """
+    shared, points = read_grid(overrides)
+    if any(setting.startswith("run.dir=") for setting in (*shared, *points[0].settings)):
+        raise UserError("run.dir: each run of a sweep has its own directory; use --out for the one around them")
+    schema = _schema(recipe)
+    named = recipe if recipe in shipped_recipes(schema.shipped) else str(Path(recipe).resolve())
+    root = Path(out).expanduser() if out else Path("runs") / f"sweep_{Path(recipe).stem}"
+    if not _is_plain(f"{root}/run"):
+        raise UserError(f"--out {root}: YAML reads it as another text; choose one without ' #' and ': '")
+    runs = []
+    for point in points:
+        directory = root / point.name
+        own = (*shared, *point.settings, f"run.dir={directory}")
+        try:
+            checked = load_recipe(recipe, own, schema)
+            if checked.checkpoint.url:  # one for each run
+                own = (*own, f"checkpoint.url={checked.checkpoint.url.rstrip('/')}/{point.name}")
+                checked = load_recipe(recipe, own, schema)
+            runs.append(PlannedRun(point, directory, own, checked))
+        except RecipeError as error:
+            raise RecipeError(f"{' '.join(point.settings)}: {error}") from None
+    _refuse_idle_keys(runs)
+    return Sweep(COMMANDS[schema.shipped], named, tuple(shared), root, _without_twins(runs))
+
+
+def _is_plain(text: str) -> bool:
+    """True if an override `key=text` gives the key this text."""
+    with suppress(yaml.YAMLError):
+        return bool(parse(text) == text)
+    return False
+
+
+def _refuse_idle_keys(runs: Sequence[PlannedRun]) -> None:
+    """Raise UserError for a key of KArAt that varies where all runs have softmax: their models would be the same."""
+    if any(run.recipe.attention.learns for run in runs):
+        return
+    for key in (setting.partition("=")[0] for setting in runs[0].point.settings):
+        if key.startswith("attention.") and key.removeprefix("attention.") not in _OF_SOFTMAX:
+            raise UserError(
+                f"{key} has no effect with attention.kind = softmax, which all runs have; set attention.kind=karat"
+            )
+
+
+def _without_twins(runs: Sequence[PlannedRun]) -> tuple[PlannedRun, ...]:
+    """Return the runs without those of softmax that differ from one before only in keys of KArAt, and say so.
+
+    Raises UserError for two points whose values are written differently, and are the same.
+    """
+    first: dict[str, PlannedRun] = {}
+    twins = []
+    for run in runs:
+        attention = run.recipe.attention
+        idle = () if attention.learns else [f"attention.{key}" for key in attention.model_dump(exclude=_OF_SOFTMAX)]
+        if (one := first.setdefault(_digest(run.recipe, idle), run)) is run:
+            continue
+        if _digest(one.recipe) == _digest(run.recipe):
+            written = " and ".join(" ".join(each.point.settings) for each in (one, run))
+            raise UserError(f"{written} are the same recipe; leave one out")
+        twins.append(f"{run.point.name} is the same as {one.point.name}")
+    if twins:
+        left = f"{plural(len(twins), 'run')} left out, as no key of KArAt has an effect with attention.kind = softmax"
+        print(f"note: {left}: {few(twins, most=1)}", file=sys.stderr)
+    return tuple(first.values())
+
+
+def _digest(recipe: RunRecipe, without: Collection[str] = ()) -> str:
+    """Return a digest of what a recipe trains, wherever it is kept."""
+    left_out = {"run.dir", "checkpoint.url", *without}
+    return json_sha256({key: value for key, value in flatten(recipe).items() if key not in left_out})
+
+
+def _schema(recipe: str) -> type[RunRecipe]:
+    """Return the kind of a recipe: of `karat detect` if it has a detector."""
+    try:
+        _, tree = read_recipe(recipe, DetectionRecipe.shipped)
+    except RecipeError:
+        return Recipe  # it is a shipped one, or this says what is wrong
+    return DetectionRecipe if "detector" in tree else Recipe
+
 
 _POLL_SECONDS = 1.0
 _LINE_SECONDS = 60.0
@@ -42,25 +295,35 @@ def run_sweep(sweep: Sweep, ranks: int = 1) -> dict[str, str]:
     waiting = [run for run in sweep.runs if run.state in (State.NEW, State.UNFINISHED)]
     logs = make_logs(sweep)
     karat = [sys.executable, "-m", "karat_scale", *(["launch", "--ranks", str(ranks)] if ranks > 1 else [])]
+    if skipped := len(sweep.runs) - len(waiting):
+        _say(f"{plural(skipped, 'run')} of the sweep are finished or running now")
     failures = {}
-    with _Shown(len(waiting), len(sweep.runs) - len(waiting)) as shown, _Child() as child:
+    with work_display("sweep", _LINE_SECONDS) as show, stop_signals() as told:
         for number, run in enumerate(waiting):
-            if child.told:
+            if told:
                 raise StoppedSweepError(number, len(waiting), saved=True)
             if run.state not in (State.NEW, State.UNFINISHED):  # another process has begun it since
                 continue
+
+            def look(number: int = number, run: PlannedRun = run) -> None:
+                step, steps = last_step(run.directory) or (0, 1)
+                share = (number + step / max(steps, 1)) / len(waiting)
+                show(f"run {number + 1} of {len(waiting)}: {run.point.name}", 100 * share, 100)
+
+            look()
             log = logs / f"{run.point.name}.log"
-            shown.begin(number, run)
             earlier = log.stat().st_size if log.exists() else 0
-            code = child.run(
-                [*karat, sweep.command, sweep.recipe, *run.overrides], log, lambda run=run: shown.look(run.directory)
-            )
-            if child.told:
+            code = _run([*karat, sweep.command, sweep.recipe, *run.overrides], log, told, look)
+            if told:
                 raise StoppedSweepError(number + (code == 0), len(waiting), saved=code in (0, EXIT_STOPPED))
             if code != 0:
                 failures[run.point.name] = _why(code, log, earlier)
-            shown.end(run, failures.get(run.point.name))
+            _say(f"{run.point.name}: {f'failed: {failures[run.point.name]}' if code else 'finished'}")
     return failures
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {printable(text)}", file=sys.stderr, flush=True)
 
 
 def make_logs(sweep: Sweep) -> Path:
@@ -81,118 +344,30 @@ class StoppedSweepError(Exception):
         self.saved = saved
 
 
-class _Child:
-    """The process of a run. While there is one, it gets the stop signals that this process gets."""
+def _run(command: Sequence[str], log: Path, told: Sequence[int], look: Callable[[], None]) -> int:
+    """Run a command to its end and return its exit code. About once a second it gets what has been `told`.
 
-    def __init__(self) -> None:
-        self.told: signal.Signals | None = None
-        self._is_sent = False
-        self._process: subprocess.Popen[bytes] | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "_Child":
-        self._before = catch_stop_signals(self._pass_on)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def run(self, command: Sequence[str], log: Path, look: Any) -> int:
-        """Run a command to its end and return its exit code; `look` is called about once a second."""
-        with log.open("ab") as output:
-            # In a session of its own, so that a terminal's Ctrl-C reaches it once, through us.
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**os.environ, LAUNCHED: "1"},
-            )
-        if self.told is not None and not self._is_sent:  # while it started
-            self._send(self.told)
-        while True:
-            try:
-                return self._process.wait(_POLL_SECONDS)
-            except subprocess.TimeoutExpired:
-                look()
-
-    def _pass_on(self, number: int, _: FrameType | None) -> None:
-        self.told = signal.Signals(number)
-        self._send(self.told)
-
-    def _send(self, number: signal.Signals) -> None:
-        if self._process is None or self._process.poll() is not None:
-            return
-        self._is_sent = True
-        self._process.send_signal(number)
-
-
-# Of a run, before what is left is judged: it starts slowly.
-_LEAST_DONE = 0.1
-
-
-class _Shown:
-    """Where the sweep stands: bars on a terminal, elsewhere a line for each run and one a minute."""
-
-    def __init__(self, total: int, skipped: int) -> None:
-        self._total, self._skipped = total, skipped
-        self._begun = time.monotonic()
-        self._told = 0.0
-        self._number = 0
-        self._name = ""
-
-    def __enter__(self) -> "_Shown":
-        console = terminal(stderr=True)
-        self._bars = ProgressBars(console) if console else None
-        if self._skipped:
-            self._line(f"{plural(self._skipped, 'run')} of the sweep are finished or running now")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-
-    def begin(self, number: int, run: PlannedRun) -> None:
-        """The run with this number, from 0, begins."""
-        self._number, self._name, self._told = number, run.point.name, time.monotonic()
-        self._line(f"run {number + 1} of {self._total}: {self._name}")
-
-    def look(self, directory: Path) -> None:
-        """Show how far the run is."""
-        found = last_step(directory)
-        if found is None:
-            return
-        step, total = found
-        if self._bars is not None:
-            self._bars.move("sweep", self._number, self._total, self._left(step, total).removeprefix("; "), keep=True)
-            self._bars.move(self._name, step, total, keep=True)
-        elif time.monotonic() - self._told > _LINE_SECONDS:
-            self._told = time.monotonic()
-            self._line(f"{self._name}: step {step:,} of {total:,}{self._left(step, total)}")
-
-    def end(self, run: PlannedRun, failure: str | None) -> None:
-        """The run has ended."""
-        if self._bars is not None:
-            self._bars.remove(self._name)
-            self._bars.move("sweep", self._number + 1, self._total, keep=True)
-        self._line(f"{self._name}: {f'failed: {failure}' if failure else 'finished'}{self._left(1, 1)}")
-
-    def _left(self, step: int, total: int) -> str:
-        """Return about how long all runs will take, judged by the share of them that is done."""
-        done = self._number + step / max(total, 1)
-        share = done / self._total
-        if done < _LEAST_DONE or share >= 1:
-            return ""
-        seconds = (time.monotonic() - self._begun) * (1 - share) / share
-        return f"; about {duration(seconds)} left"
-
-    def _line(self, text: str) -> None:
-        if self._bars is not None:
-            self._bars.line(text)
-        else:
-            print(f"{time.strftime('%H:%M:%S')} {printable(text)}", file=sys.stderr, flush=True)
+    look: called as often.
+    """
+    with log.open("ab") as output:
+        # In a session of its own, so that a terminal's Ctrl-C reaches it once, through us.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, LAUNCHED: "1"},
+        )
+    sent = 0
+    while True:
+        for number in told[sent:]:
+            process.send_signal(number)
+            sent += 1
+        try:
+            return process.wait(_POLL_SECONDS)
+        except subprocess.TimeoutExpired:
+            look()
 
 
 def last_step(directory: Path) -> tuple[int, int] | None:
@@ -228,10 +403,8 @@ def _why(code: int, log: Path, begin: int) -> str:
 SCRIPT = "sweep_grid.sh"
 
 
-def submit_sweep(sweep: Sweep, job: Job, at_once: int | None) -> None:
+def submit_sweep(sweep: Sweep, job: Job) -> None:
     """Write OUT/sweep.sh and a folder in OUT/points, show the script, and submit it if the user agrees.
-
-    at_once: at most so many elements run at a time.
 
     Raises:
         UserError: a file cannot be written, or sbatch refuses the script.
@@ -255,7 +428,7 @@ def submit_sweep(sweep: Sweep, job: Job, at_once: int | None) -> None:
         "SHARDS": data.pop() if len(data) == 1 else "",  # else each point has its own
         "POINTS": str(folder),
     }
-    array = ranges(elements) + (f"%{at_once}" if at_once else "")
+    array = ranges(elements) + (f"%{job.at_once}" if job.at_once else "")
     output = {"job-name": out.name, "output": str(out / "logs" / "%A_%a.out"), "array": array}
     kept = [setting for setting in sweep.shared if not setting.startswith("data.path=")]
     text = job.script(SCRIPT, output, filled, kept)
@@ -278,15 +451,7 @@ def ranges(numbers: Sequence[int]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def sweep(
-    recipe: str,
-    overrides: Sequence[str],
-    out: str | None,
-    only_print: bool,
-    ranks: int,
-    job: Job | None,
-    at_once: int | None,
-) -> int:
+def sweep(recipe: str, overrides: Sequence[str], out: str | None, only_print: bool, ranks: int, job: Job | None) -> int:
     """Train what has not finished, here or by SLURM, and compare what has; returns the exit code.
 
     Args:
@@ -295,7 +460,7 @@ def sweep(
         out: the directory around the runs; None is `runs/sweep_RECIPE`.
         only_print: show the runs and how far they are, and do nothing.
         ranks: of each run on this machine.
-        job: how to submit a job array instead, of which at most `at_once` elements run at a time.
+        job: how to submit a job array instead.
 
     Raises:
         UserError: the grid or a recipe is wrong, or SLURM refuses the jobs.
@@ -307,7 +472,7 @@ def sweep(
     is_left = any(state in (State.NEW, State.UNFINISHED) for state in states.values())
     failures: dict[str, str] = {}
     if job and is_left:
-        submit_sweep(planned, job, at_once)
+        submit_sweep(planned, job)
         return 0
     if only_print:
         return 0

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from karat_scale.attention import fourier_karat_attention, fourier_karat_scores
-from karat_scale.commands.measure.attention import Case, forward_backward_once
-from karat_scale.commands.measure.interleaved import peak_memory_of
+from karat_scale.commands.measure.attention import Case, peak_memory
 from tests.attention.calls import assert_close, make_call, output_and_gradients, relative_error
 
 pytestmark = pytest.mark.usefixtures("isa")
@@ -274,7 +273,7 @@ def test_backward_takes_little_memory_beside_its_results(isa):
     """At small batches the sums of threads and parts of the batch would otherwise be as large as the results."""
     case = Case("tiny", batch=4, grid=3, rank=12, dtype="fp32", device="cpu")
     results = 4 * 4 * 3 * 197 * (4 * 64 + 12) + 4 * 3 * 197 * 12 * 7  # O, dQ, dK, dV, H; those of the parameters
-    assert peak_memory_of(forward_backward_once, ("cpu", case), "cpu") < results / 1e6 + 0.8
+    assert peak_memory("cpu", case) < results / 1e6 + 0.8
 
 
 def test_registered_operation_is_well_behaved():

@@ -15,9 +15,9 @@ from PIL import Image
 
 from karat_scale.attention import BASES
 from karat_scale.commands.bench.data import torchs_decoder
-from karat_scale.commands.bench.model import seconds_to_first_step
+from karat_scale.commands.bench.training import seconds_to_first_step
 from karat_scale.commands.measure.attention import Case, attention_rows
-from karat_scale.commands.measure.data import photo_like, prepare_images
+from karat_scale.commands.measure.loading import photo_like, prepare_images
 from karat_scale.foundation.errors import UserError
 from tests.conftest import SMALL, karat_done, karat_says
 
@@ -127,7 +127,7 @@ def test_two_starts_and_their_ends_are_timed(tmp_path: Path) -> None:
 def test_a_large_batch_has_a_first_step(tmp_path: Path) -> None:
     tiny = {"name": "vit_mini_patch4_28", "image_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 1}
     assert seconds_to_first_step(tiny, 130, tmp_path / "run") > 0
-    with pytest.raises(UserError, match=r"karat train ended with exit code 2: error: .*num_heads"):
+    with pytest.raises(UserError, match=r"a rank ended with code 2: error: .*num_heads"):
         seconds_to_first_step({**tiny, "num_heads": 3}, 2, tmp_path / "other")
 
 

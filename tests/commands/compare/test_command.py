@@ -15,7 +15,7 @@ from karat_scale.commands.compare.command import mean_and_spread
 from karat_scale.commands.compare.comparison import group_runs
 from karat_scale.commands.compare.finished import SCORES as KNOWN
 from karat_scale.commands.compare.finished import read_run
-from karat_scale.commands.parsers.results import MATCHES, SCORES
+from karat_scale.commands.parsers.training import MATCHES, SCORES
 from tests.commands.analyze.browser import open_browser
 from tests.commands.compare.conftest import Copy
 from tests.conftest import karat_done, karat_refuses, summary

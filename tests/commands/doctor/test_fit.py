@@ -10,7 +10,7 @@ import torch
 from karat_scale.commands.doctor import recipe as fit
 from karat_scale.commands.doctor.recipe import Subject
 from karat_scale.commands.doctor.report import Finding, examine
-from karat_scale.commands.measure.data import find_data_files
+from karat_scale.commands.measure.loading import find_data_files
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.engine.distributed import World
 from karat_scale.foundation.stores import Store

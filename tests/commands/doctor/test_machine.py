@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from karat_scale.commands.doctor import machine as machine_checks
-from karat_scale.commands.doctor.checkup import examine_machine
-from karat_scale.commands.doctor.machine import examine_cache, nearest_existing, usable_cores
+from karat_scale.commands.doctor.machine import examine_cache, examine_machine, nearest_existing, usable_cores
 from karat_scale.commands.doctor.report import Finding, examine
 from karat_scale.foundation import native_build
 from karat_scale.foundation.errors import DataError, RecipeError
@@ -94,7 +93,7 @@ def test_the_wanted_versions_are_those_of_the_package() -> None:
     wanted = machine_checks.wanted_versions()
     assert wanted["timm"]
     assert set(machine_checks.LIBRARIES) <= wanted.keys()
-    assert {finding.name for finding in machine_checks.examine_libraries()} == {*wanted, "triton"}
+    assert {finding.name for finding in machine_checks.examine_libraries()} == {*wanted, "python", "triton"}
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.commands.measure.data import _random_spans, _sequential_spans, measure_storage
+from karat_scale.commands.measure.loading import _random_spans, _sequential_spans, measure_storage
 
 
 @pytest.fixture

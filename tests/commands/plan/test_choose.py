@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from karat_scale.commands.plan.choose import STAGES, Choice, Machine, best, choose, consider, micro_batches
-from karat_scale.commands.plan.memory import Subject
+from karat_scale.commands.plan.memory import STAGES, Choice, Machine, Subject, best, choose, consider, micro_batches
 from karat_scale.commands.plan.report import line
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import Recipe

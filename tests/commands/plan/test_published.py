@@ -40,9 +40,7 @@ def recipe_of(model: str, *keys: str) -> Recipe:
 def time_of(model: str, key: str, precision: str = "bf16", compiles: str = "false") -> ComputeTime:
     recipe, gpu = recipe_of(model, f"train.precision={precision}", f"train.compile={compiles}"), find_gpu(key)
     assert gpu is not None
-    time = estimate(recipe, gpu, footprint_of(model, precision), {"zero_optimization": {"stage": 0}}, [1] * 152)
-    assert time is not None
-    return time
+    return estimate(recipe, gpu, footprint_of(model, precision), {"zero_optimization": {"stage": 0}}, [1] * 152)
 
 
 @pytest.mark.parametrize(

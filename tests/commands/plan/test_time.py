@@ -23,9 +23,11 @@ from karat_scale.commands.plan.time import (
     DataNeed,
     Links,
     Measured,
+    Node,
     StepLaunches,
     Traffic,
     compute_seconds,
+    curve,
     find_measured,
     seconds,
     step_seconds,
@@ -34,7 +36,7 @@ from karat_scale.commands.plan.time import (
 from karat_scale.commands.plan.tracing import OPERATOR_BACKWARD, OPERATOR_FORWARD, PSI_BACKWARD, PSI_FORWARD, Launches
 from karat_scale.foundation.machine import find_gpu
 from karat_scale.recipe import Recipe, TrainConfig
-from karat_scale.recipe.loading import dump_recipe
+from karat_scale.recipe.loading import dump_recipe, load_recipe
 from tests.conftest import SMALL
 
 LINKS = Links(within=100e9, between=10e9)
@@ -140,8 +142,16 @@ def test_a_step_takes_as_long_as_the_slower_of_host_and_gpu() -> None:
     least = time.least_micro_batch(1)
     assert time.is_bound_by_launches(least // 2, 1)
     assert not time.is_bound_by_launches(least, 1)
-    measured = replace(time, launches=None)
+    measured = ComputeTime(image=1e-4, source="")
     assert (measured.seconds(1, 1), measured.is_bound_by_launches(1, 1)) == (1e-4, False)
+
+
+@pytest.mark.parametrize(("compiles", "expected"), [("default", [160.0, 640.0]), ("reduce-overhead", [None, 640.0])])
+def test_a_shared_global_batch_is_not_accumulated_by_recorded_graphs(compiles: str, expected: list[float]) -> None:
+    keys = ("data.path=.", "train.global_batch=64", f"train.compile={compiles}")
+    time = ComputeTime(0.0, "", StepLaunches(0, 0, host_micro_batch=0.1, host_step=0.0))
+    found = curve(load_recipe("imagenet_vit_tiny", keys), 1, {}, 16, time, Node(8, Links(1e30, 1e30)))
+    assert [found[0].strong, found[2].strong] == [pytest.approx(rate, rel=1e-3) if rate else None for rate in expected]
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def small_recipe(small_recipe: Load) -> Load:
 
 def trace_of(recipe: Recipe, batch: int, dtype: torch.dtype | None = None, autocast: bool = False) -> Trace:
     model = create_model(recipe.model, recipe.attention)
-    return trace_step(model, fake_copy(model, dtype), batch, SIZE, autocast)
+    return trace_step(model, fake_copy(model, dtype), batch, SIZE, autocast, None, True)
 
 
 def really_allocated(recipe: Recipe, batch: int) -> tuple[int, int]:
@@ -129,7 +129,8 @@ def test_tiles_of_rows_write_what_is_planned(small_recipe: Load, keys: tuple[str
     recipe = small_recipe(*keys)
     model = create_model(recipe.model, recipe.attention)
     size = recipe.model.image_size
-    traces = {batch: trace_step(model, fake_copy(model), batch, size, False) for batch in (2, 4)}  # of one tile each
+    # Of one tile each.
+    traces = {batch: trace_step(model, fake_copy(model), batch, size, False, None, True) for batch in (2, 4)}
     planned, traced = Subject(recipe, on_gpu=False).footprint, Footprint.through(traces)
     tiles = (traced.written(4) - traced.written(2) - planned.written(4) + planned.written(2)) / 2
     assert written_by_rows(recipe, on_gpu=False) == pytest.approx(tiles, rel=0.15)

@@ -4,8 +4,7 @@ import re
 
 import pytest
 
-from karat_scale.commands.sweep.command import ranges
-from karat_scale.commands.sweep.grid import read_grid
+from karat_scale.commands.sweep.command import ranges, read_grid
 from karat_scale.foundation.errors import UserError
 
 

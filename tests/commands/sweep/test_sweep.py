@@ -13,8 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from karat_scale.commands.sweep.command import _Shown, _why, run_sweep
-from karat_scale.commands.sweep.grid import PlannedRun, State, plan_sweep
+from karat_scale.commands.sweep.command import PlannedRun, State, _why, plan_sweep, run_sweep
 from karat_scale.engine.heartbeat import Sign, heartbeat_file
 from karat_scale.foundation.errors import UserError
 from karat_scale.foundation.machine import this_node
@@ -74,12 +73,6 @@ def test_a_finished_run_of_fewer_steps_or_that_began_again_trains_on(recipe: Pat
     with (run.directory / "metrics.jsonl").open("a") as file:
         file.write('{"event": "resume", "step": 2, "restarts": 0}\n')
     assert run.state is State.UNFINISHED
-
-
-def test_what_is_left_is_said_once_a_tenth_of_a_run_is_done() -> None:
-    shown = _Shown(total=2, skipped=0)
-    assert shown._left(step=1, total=75) == ""
-    assert shown._left(step=8, total=75).startswith("; about ")
 
 
 def test_a_run_whose_process_is_gone_is_unfinished(recipe: Path) -> None:

@@ -12,15 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from karat_scale.commands.bench.gpu.kernels import tf32
 from karat_scale.commands.bench.gpu.worker import CompilerThreads, Task, is_fatal, one_line
+from karat_scale.commands.measure import interleaved as timing
 from karat_scale.commands.measure.attention import SDPA, TOKENS, Case, passes
-from karat_scale.commands.measure.interleaved import (
-    Rounds,
-    calls_for,
-    cuda_peak,
-    device_seconds,
-    interleaved,
-    wall_seconds,
-)
 from karat_scale.foundation.errors import is_out_of_memory
 
 BACKENDS = {
@@ -63,15 +56,14 @@ class Timed:
             except Exception as error:
                 if is_out_of_memory(error) or is_fatal(error):
                     raise
-                reasons = [str(one.message).split(" (Triggered")[0] for one in caught]
-                return "; ".join([one_line(error), *reasons])
+                return "; ".join([one_line(error), *(str(one.message).split(" (Triggered")[0] for one in caught)])
         return None
 
     def measure(self, way: str, clock: Callable[..., float], device: str) -> Callable[[], float]:
         """Return what measures the seconds of a call."""
         run = getattr(self, way)
         with self.setting():
-            calls = calls_for(run, device)
+            calls = timing.calls_for(run, device)
 
         def seconds() -> float:
             with self.setting():
@@ -113,21 +105,21 @@ def _compile(task: Task, dtypes: list[str], tokens: int) -> None:
 
 def _compare(task: Task, case: Case, what: str) -> None:
     contenders = dict(_contenders(task, case, what))
-    figures: dict[tuple[str, Any], Rounds] = {
-        (way, clock): interleaved(
+    figures: dict[tuple[str, Any], timing.Rounds] = {
+        (way, clock): timing.interleaved(
             {name: timed.measure(way, clock, task.device) for name, timed in contenders.items()},
             1 if task.toy else ROUNDS,
         )
         for way in ("forward", "both")
-        for clock in (device_seconds, wall_seconds)
+        for clock in (timing.device_seconds, timing.wall_seconds)
     }
-    forward, both = figures["forward", device_seconds], figures["both", device_seconds]
+    forward, both = figures["forward", timing.device_seconds], figures["both", timing.device_seconds]
     best = min((name for name in contenders if name.startswith("SDPA")), key=both.median)
     for name, timed in contenders.items():
         peak = None
         if not task.toy:
             with timed.setting():
-                peak = round(cuda_peak(timed.both), 1)
+                peak = round(timing.cuda_peak(timed.both), 1)
         task.channel.row(
             case=f"{what}, B {case.batch}",
             attention=name,
@@ -136,8 +128,8 @@ def _compare(task: Task, case: Case, what: str) -> None:
             ratio_forward=round(forward.ratio(name, CHOSEN), 3),
             ratio_both=round(both.ratio(name, CHOSEN), 3),
             ratio_best=round(both.ratio(name, best), 3),
-            forward_wall_ms=round(1e3 * figures["forward", wall_seconds].median(name), 4),
-            both_wall_ms=round(1e3 * figures["both", wall_seconds].median(name), 4),
+            forward_wall_ms=round(1e3 * figures["forward", timing.wall_seconds].median(name), 4),
+            both_wall_ms=round(1e3 * figures["both", timing.wall_seconds].median(name), 4),
             peak_mb=peak,
         )
 
@@ -145,16 +137,13 @@ def _compare(task: Task, case: Case, what: str) -> None:
 def _contenders(task: Task, case: Case, what: str) -> Iterator[tuple[str, Timed]]:
     """Those that run: torch has not every backend for every card and dtype, but KArAt should."""
     yield CHOSEN, Timed.of(SDPA, case)
-    of_torch = {name: Timed.of(SDPA, case, partial(sdpa_kernel, backend)) for name, backend in BACKENDS.items()}
-    of_torch |= {name: Timed.of("flex", replace(case, grid=grid, form=form)) for name, (grid, form) in FLEX.items()}
-    for name, timed in of_torch.items():
+    others = {name: Timed.of(SDPA, case, partial(sdpa_kernel, backend)) for name, backend in BACKENDS.items()}
+    for implementation, operators in (("flex", FLEX), (task.implementation, OPERATORS)):
+        for name, (grid, form) in operators.items():
+            others[name] = Timed.of(implementation, replace(case, grid=grid, form=form))
+    for name, timed in others.items():
         if why := timed.refusal():
-            task.channel.left_out(f"{what}: {name}", why)
-        else:
-            yield name, timed
-    for name, (grid, form) in OPERATORS.items():
-        timed = Timed.of(task.implementation, replace(case, grid=grid, form=form))
-        if why := timed.refusal():
-            task.channel.failed(f"{what}: {name}", why)
+            report = task.channel.failed if name in OPERATORS else task.channel.left_out
+            report(f"{what}: {name}", why)
         else:
             yield name, timed

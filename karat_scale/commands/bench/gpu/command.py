@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
@@ -79,7 +80,7 @@ def _run_all(chosen: Sequence[Section], device: str, minutes: float, report: Rep
     ranks = torch.cuda.device_count() if device == "cuda" else RANKS_ON_A_CPU
 
     def lack(section: Section) -> str:
-        if lacking := section.lacks():
+        if lacking := [name for name in section.packages if find_spec(name) is None]:
             return f"it needs {', '.join(lacking)}"
         return "there is one card" if section.ranks and ranks < 2 else ""
 
@@ -119,8 +120,7 @@ def _run(section: Section, device: str, ranks: int, seconds: float, limit: float
             except TimeoutError as error:
                 if not heard:
                     report.receive("left_out", late(report.running, str(error)))
-            except HungError as error:
-                trouble = str(error)
+
         if "again" not in heard:
             if why := heard.get("ended", trouble):
                 report.receive("failed", {"what": report.running, "why": why})
@@ -129,20 +129,16 @@ def _run(section: Section, device: str, ranks: int, seconds: float, limit: float
         report.receive("notice", f"out of memory, so the batch is {batch}")
 
 
-class HungError(Exception):
-    """A process did not move any more."""
-
-
 def run_process(
     command: Sequence[str], receive: Callable[[str, Any], None], seconds: float, hung: float = HUNG_SECONDS
 ) -> str | None:
     """Run `command` for at most `seconds`; `receive` gets the kind and the content of each event as it comes.
 
-    Returns why it ended badly, with the last lines of its standard error; None where it ended well.
+    Returns why it ended badly, with the last lines of its standard error; None where it ended well. One that said once
+    that it moves, and for `hung` seconds not again, is ended, and its stack is told.
 
     Raises:
         TimeoutError: it was ended, as the time was up.
-        HungError: it was ended, as it said once that it moves, and for `hung` seconds not again; with its stack.
     """
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
@@ -170,7 +166,7 @@ def run_process(
         if code == 0:
             return None
         if is_hung:
-            raise HungError(f"hung: it has not moved for {hung:.0f} s\n{_stack(log)}".strip())
+            return f"hung: it has not moved for {hung:.0f} s\n{_stack(log)}".strip()
         if is_late:
             raise TimeoutError(f"it was stopped after {seconds:.0f} s")
         ending = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -103,8 +103,7 @@ def core_calls(dtypes: tuple[str, ...]) -> Iterator[Call]:
         *({"topic": "large scores", "score_std": std} for std in (4.0, 10.0)),
         {"topic": "odd shapes", "tokens": 50, "width": 48, "batch": 3, "heads": 1},
         {"topic": "odd shapes", "tokens": 65, "rank": 1, "batch": 1},
-        {"topic": "grid", "grid": 1},
-        {"topic": "grid", "grid": 2},
+        *({"topic": "grid", "grid": grid} for grid in (1, 2)),
         {"topic": "bias", "bias": True},
         *({"topic": "base", "base": base} for base in BASE_FUNCTIONS),
         {"topic": "mask", "mask": True},
@@ -157,11 +156,8 @@ def make_inputs(call: Call, device: str) -> Inputs:
     heads, tokens, rank, grid = call.heads, call.tokens, call.rank, call.grid
     lay_out, dtype = LAYOUTS[call.layout], TORCH_DTYPES[call.dtype]
     rows = (call.batch, heads, tokens, call.width)
-    wide = {
-        "query": normal(*rows, std=call.score_std**0.5),
-        "key": normal(*rows, std=call.score_std**0.5),
-        "value": normal(*rows),
-    }
+    std = call.score_std**0.5
+    wide = {"query": normal(*rows, std=std), "key": normal(*rows, std=std), "value": normal(*rows)}
     learned = {
         "cos_coef": normal(heads, rank, tokens, grid, std=(tokens * grid) ** -0.5),
         "sin_coef": normal(heads, rank, tokens, grid, std=(tokens * grid) ** -0.5),
@@ -230,9 +226,7 @@ def plain_attention(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     base: str = "zero",
-    psi_constant: Tensor | None = None,
-    psi_cos: Tensor | None = None,
-    psi_sin: Tensor | None = None,
+    **psi: Tensor,
 ) -> Tensor:
     """O = H (W^T V) with H[k, p] = sum_q phi_pq(A[k, q]) (arXiv 2503.10632, section 4), as matrix products.
 
@@ -254,11 +248,11 @@ def plain_attention(
         activated = activated if mask is None else activated * mask
         hidden = hidden + activated.sum(-1, keepdim=True)
     output: Tensor = hidden @ (proj.mT @ value) if mask is None else ((hidden @ proj.mT) * mask) @ value
-    if psi_constant is None or psi_cos is None or psi_sin is None:
+    if not psi:
         return output
-    learned = psi_constant[:, None, None].expand_as(scores)
-    for order in range(1, psi_cos.shape[-1] + 1):
-        cos, sin = (coef[:, order - 1, None, None] for coef in (psi_cos, psi_sin))
+    learned = psi["psi_constant"][:, None, None].expand_as(scores)
+    for order in range(1, psi["psi_cos"].shape[-1] + 1):
+        cos, sin = (psi[name][:, order - 1, None, None] for name in ("psi_cos", "psi_sin"))
         learned = learned + cos * torch.cos(order * scores) + sin * torch.sin(order * scores)
     return output + learned @ value / key.shape[-2]
 
@@ -326,8 +320,7 @@ def content_attention(
 ) -> Tensor:
     """Return O of the content form, whose module takes the parameters that are given."""
     heads, rank, tokens, grid = learned["cos_coef"].shape
-    operator = FourierKaratOperator(tokens, heads, rank, grid, base=base, implementation=implementation)
-    module = ContentOperator(operator)
+    module = ContentOperator(FourierKaratOperator(tokens, heads, rank, grid, base=base, implementation=implementation))
     named = {name if name in psi_shapes(grid) else f"operator.{name}": x for name, x in learned.items()}
     output: Tensor = functional_call(module, named, (query, key, value), {"mask": mask}, strict=True)
     return output

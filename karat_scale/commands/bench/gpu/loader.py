@@ -9,15 +9,7 @@ from typing import Any
 import torch
 
 from karat_scale.commands.bench.gpu.worker import Task, one_line
-from karat_scale.commands.measure.data import (
-    AUGMENTS,
-    CLASSES,
-    SIZE,
-    SampleImages,
-    lacking_library,
-    prepare_images,
-    rate,
-)
+from karat_scale.commands.measure import loading
 from karat_scale.data.augmentation.device_augment import DeviceAugment
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.plan import TrainPlan
@@ -36,7 +28,7 @@ MANY = 10**6
 
 def measure(task: Task) -> None:
     """A row for each loader. They run one after another, since each takes all cores."""
-    images = prepare_images(task.scratch, TOY_IMAGES if task.toy else IMAGES, None, None)
+    images = loading.prepare_images(task.scratch, TOY_IMAGES if task.toy else IMAGES, None, None)
     ours, first = our_loaders(task, images), None
     rounds, seconds, warm_up = (1, 0.0, 1) if task.toy else (ROUNDS, SECONDS, WARM_UP)
     for name, loader in {**ours, **whole_decoders(task, images)}.items():
@@ -48,7 +40,7 @@ def measure(task: Task) -> None:
         try:
             for _ in range(rounds):
                 with closing(loader()) as batches:
-                    rates.append(rate(batches, seconds, warm_up))
+                    rates.append(loading.rate(batches, seconds, warm_up))
         except RecipeError as error:  # a library is missing
             task.channel.left_out(name, str(error))
             continue
@@ -61,15 +53,15 @@ def measure(task: Task) -> None:
         task.channel.row(loader=name, images_per_second=round(found, 1), ratio=round(found / first, 3))
 
 
-def our_loaders(task: Task, images: SampleImages) -> dict[str, Loader]:
+def our_loaders(task: Task, images: loading.SampleImages) -> dict[str, Loader]:
     """Return our backends: DALI's only if it is installed, and nvJPEG's only on a GPU."""
     count, batch = 1 if task.toy else usable_cores(), TOY_BATCH if task.toy else BATCH
 
     def loader(name: str, augment: AugmentConfig) -> Loader:
         def batches() -> Generator[int, None, None]:
             data = DataConfig(backend=name, path=str(images.shards), workers=count)
-            on_device = DeviceAugment(augment, SIZE)
-            with closing(open_backend(ImageSpec(data, augment, SIZE, CLASSES, 0))) as backend:
+            on_device = DeviceAugment(augment, loading.SIZE)
+            with closing(open_backend(ImageSpec(data, augment, loading.SIZE, loading.CLASSES, 0))) as backend:
                 plan = TrainPlan(0, backend.num_train, batch, batch, 0, 1)
                 for made in backend.train_batches(plan.slices(0, MANY)):
                     on_device(made.to(task.device).images, made.draws)
@@ -78,23 +70,22 @@ def our_loaders(task: Task, images: SampleImages) -> dict[str, Loader]:
 
         return batches
 
-    workers, where = plural(count, "worker"), "on the CPU" if task.toy else "by nvJPEG"
-    rows = [
-        ("webdataset", f"webdataset, {workers}, crop and flip", "crop"),
-        ("webdataset", f"webdataset, {workers}, the paper's augmentation", "paper"),
-    ]
+    labels = {"webdataset": f"webdataset, {plural(count, 'worker')}"}
     if not task.toy:
-        rows.append(("nvjpeg", "nvjpeg, crop and flip", "crop"))
-        rows.append(("nvjpeg", "nvjpeg, the paper's augmentation on the device", "device"))
-    if lack := lacking_library("dali"):
+        labels["nvjpeg"] = "nvjpeg"
+    if lack := loading.lacking_library("dali"):
         task.channel.left_out("DALI", lack)
     else:
-        rows.append(("dali", f"dali {where}, crop and flip", "crop"))
-        rows.append(("dali", f"dali {where}, the paper's augmentation on the device", "device"))
-    return {label: loader(backend, AUGMENTS[augment]) for backend, label, augment in rows}
+        labels["dali"] = f"dali {'on the CPU' if task.toy else 'by nvJPEG'}"
+    loaders = {}
+    for backend, label in labels.items():
+        where, augment = ("", "paper") if backend == "webdataset" else (" on the device", "device")
+        loaders[f"{label}, crop and flip"] = loader(backend, loading.AUGMENTS["crop"])
+        loaders[f"{label}, the paper's augmentation{where}"] = loader(backend, loading.AUGMENTS[augment])
+    return loaders
 
 
-def whole_decoders(task: Task, images: SampleImages) -> dict[str, Loader]:
+def whole_decoders(task: Task, images: loading.SampleImages) -> dict[str, Loader]:
     """Return the decoders of whole images."""
     encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in images.encoded]
     options: dict[str, Any] = {"mode": "RGB", "device": task.device}

@@ -132,15 +132,12 @@ def note_dtypes(model: nn.Module, seen: dict[str, str]) -> None:
     linear = next(module for name, module in model.named_modules() if name.endswith("mlp.fc1"))
     operator = next(module for module in model.modules() if isinstance(module, KaratOperator))
 
-    def note(key: str, dtype_of: Callable[[Tensor], torch.dtype]) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            if key not in seen and output.requires_grad:
-                seen[key] = str(dtype_of(output)).removeprefix("torch.")
+    def note(key: str, dtype_of: Callable[[Tensor], torch.dtype], _module: nn.Module, _: Any, output: Tensor) -> None:
+        if key not in seen and output.requires_grad:
+            seen[key] = str(dtype_of(output)).removeprefix("torch.")
 
-        return hook
-
-    linear.register_forward_hook(note(LINEAR, lambda output: output.dtype))
-    operator.register_forward_hook(note(OPERATOR, dtype_of_hidden))
+    linear.register_forward_hook(partial(note, LINEAR, lambda output: output.dtype))
+    operator.register_forward_hook(partial(note, OPERATOR, dtype_of_hidden))
 
 
 def dtype_of_hidden(output: Tensor) -> torch.dtype:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +45,6 @@ class Section:
         """The key of a row and the heading of each column."""
         parts = (column.partition("=") for column in self.table.split("|"))
         return [(key.strip(), heading.strip() or key.strip()) for key, _, heading in parts]
-
-    def lacks(self) -> list[str]:
-        """The packages that are not installed."""
-        return [name for name in self.packages if find_spec(name) is None]
 
 
 _TRAINER = ("timm", "deepspeed", "pydantic", "torchvision", "rich", "psutil", "yaml")
@@ -135,8 +130,17 @@ NAMED = 3
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the Markdown of a report, finished or not."""
-    machine = report["machine"]
-    lines = [f"### {machine.get('card', 'no card yet')}: {report['verdict']}", "", _about(report, machine), ""]
+    machine, card = report["machine"], report["machine"].get("card", "no card yet")
+    versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
+    about = [
+        f"`{report['command']}`, {report['started']}, karat_scale {report['karat_scale']}",
+        "driver {driver}, CUDA {cuda}, cuDNN {cudnn}".format_map(machine) if machine.get("driver") else "",
+        f"{machine['cards']} cards" if machine.get("cards", 1) > 1 else "",
+        versions,
+        "a slice of a card (MIG), whose peak is not known, so there is no MFU" if " MIG " in card else "",
+        "" if report["finished"] else "**not finished**",
+    ]
+    lines = [f"### {card}: {report['verdict']}", "", f"{'; '.join(filter(None, about))}.", ""]
     for name, found in report["sections"].items():
         lines += [f"#### {SECTIONS[name].title}", ""]
         if found["rows"] and name == KERNELS.name:
@@ -184,22 +188,6 @@ def verdict_of(sections: Mapping[str, Mapping[str, Any]]) -> tuple[bool | None, 
     return True, f"training is right in all {len(checks)} checks"
 
 
-def _about(report: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
-    parts = [f"`{report['command']}`, {report['started']}, karat_scale {report['karat_scale']}"]
-    if machine.get("driver"):
-        parts.append(f"driver {machine['driver']}, CUDA {machine['cuda']}, cuDNN {machine['cudnn']}")
-    if machine.get("cards", 1) > 1:
-        parts.append(f"{machine['cards']} cards")
-    if versions:
-        parts.append(versions)
-    if " MIG " in machine.get("card", ""):
-        parts.append("a slice of a card (MIG), whose peak is not known, so there is no MFU")
-    if not report["finished"]:
-        parts.append("**not finished**")
-    return "; ".join(parts) + "."
-
-
 def _summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a line for each topic and a column for each dtype; the JSON has the figures of each call."""
     groups: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
@@ -237,8 +225,6 @@ class Report:
     def __init__(self, path: Path, command: str) -> None:
         self._path = path
         self._begun = time.monotonic()
-        self._section: Section
-        self._now: dict[str, Any]
         self._data: dict[str, Any] = {
             "verdict": "",
             "right": None,
@@ -260,7 +246,7 @@ class Report:
         """Start a section; the events that follow belong to it."""
         self._section, self._section_begun = section, time.monotonic()
         self.running = "the section"  # what its process does now, as far as it said
-        self._now = {"rows": [], "notices": [], "left_out": [], "failed": []}
+        self._now: dict[str, Any] = {"rows": [], "notices": [], "left_out": [], "failed": []}
         self._data["sections"][section.name] = self._now
 
     def end(self) -> None:
@@ -291,10 +277,8 @@ class Report:
 
     def finish(self) -> int:
         """Print where the files are; return the command's exit code."""
-        sections = self._data["sections"].values()
-        checks = [row["right"] for section in sections for row in section["rows"] if "right" in row]
-        failures = sum(len(section["failed"]) for section in sections)
-        code = 0 if all(checks) and not failures else 1
+        failures = sum(len(section["failed"]) for section in self._data["sections"].values())
+        code = int(failures > 0 or verdict_of(self._data["sections"])[0] is False)
         self._data.update(finished=True, exit=code)
         self.write()
         print(f"{self._data['verdict']}; {failures} failures", flush=True)

@@ -14,16 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from karat_scale.commands.bench.gpu.losses import ALLOWED
 from karat_scale.commands.bench.gpu.worker import Task, is_fatal, one_line
 from karat_scale.commands.measure.interleaved import interleaved_seconds, timed
-from karat_scale.commands.measure.step import MANY, OurLoop, synthetic_recipe
+from karat_scale.commands.measure.step import MANY, OurLoop, bare_step, synthetic_recipe
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World, wait_for
 from karat_scale.engine.engine import Engine
-from karat_scale.engine.optimizers import build_optimizer
 from karat_scale.foundation.errors import is_out_of_memory
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
@@ -32,7 +30,7 @@ from karat_scale.recipe import Recipe
 MODES = {"eager": False, "compiled": "default", "graphs": "reduce-overhead"}
 SOFTMAX = "softmax"
 GRIDS = {"KArAt G1": 1, "KArAt G3": 3}
-WARM_UP, ROUNDS, SECONDS_A_ROUND, MOST_STEPS = 3, 5, 0.3, 20
+ROUNDS, SECONDS_A_ROUND, MOST_STEPS = 5, 0.3, 20
 TOY_MODEL = {"image_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 2, "num_classes": 10}
 
 
@@ -76,8 +74,7 @@ def compare_attention(task: Task, world: World, group: Group, batch: int) -> Non
     try:
         for name in group.attentions:
             try:
-                recipe = _recipe(task, group, name, batch)
-                loops[name] = OurLoop(recipe, world, not task.toy, 1 if task.toy else WARM_UP)
+                loops[name] = OurLoop(_recipe(task, group, name, batch), world, not task.toy)
             except Exception as error:
                 if is_out_of_memory(error) or is_fatal(error):
                     raise
@@ -204,7 +201,7 @@ def compare_stages(case: StagesCase, world: World) -> list[dict[str, Any]]:
     losses: dict[str, list[Tensor]] = {name: [] for name in (DDP, *STAGES)}
 
     def repeated(name: str) -> Callable[[], None]:
-        step = _ddp(case, world) if name == DDP else _engine(case, name, world)
+        step = bare_step(case.recipe("zero0"), world, True) if name == DDP else _engine(case, name, world)
         # Building a stage 3 engine replaces it for the whole process: each contender has its own.
         linear = nn.functional.linear
 
@@ -238,33 +235,10 @@ def compare_stages(case: StagesCase, world: World) -> list[dict[str, Any]]:
     ]
 
 
-def _model(recipe: Recipe) -> Any:
-    torch.manual_seed(0)
-    return create_model(recipe.model, recipe.attention)
-
-
-def _ddp(case: StagesCase, world: World) -> Callable[[Tensor, Tensor], Tensor]:
-    recipe = case.recipe("zero0")
-    model = _model(recipe).to(world.device)
-    optimizer = build_optimizer(model, recipe.optim, world.device)
-    wrapped = DistributedDataParallel(model)
-
-    def step(images: Tensor, labels: Tensor) -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=case.precision == "bf16"):
-            logits = wrapped(images)
-        loss = nn.functional.cross_entropy(logits.float(), labels)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad)
-        optimizer.step()
-        return loss.detach()
-
-    return step
-
-
 def _engine(case: StagesCase, stage: str, world: World) -> Callable[[Tensor, Tensor], Tensor]:
     recipe = case.recipe(stage)
-    engine = Engine(_model(recipe), recipe, world, case.batch)
+    torch.manual_seed(recipe.run.seed)
+    engine = Engine(create_model(recipe.model, recipe.attention), recipe, world, case.batch)
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
         loss = nn.functional.cross_entropy(engine.forward(images), labels)

@@ -176,13 +176,7 @@ class Task:
         return "triton" if torch.cuda.get_device_capability() >= OLDEST_CAPABILITY else "auto"
 
     def part(
-        self,
-        what: str,
-        kind: str,
-        guess: float,
-        run: Callable[[], None],
-        count: int = 1,
-        world: "World | None" = None,
+        self, what: str, kind: str, guess: float, run: Callable[[], None], count: int = 1, world: "World | None" = None
     ) -> None:
         """Run a part of the section if there is time for `count` of its kind. The ranks of a world decide together."""
         too_late = not self.budget.allows(kind, guess, count)
@@ -227,12 +221,11 @@ class Task:
 
 def machine_facts(device: str) -> dict[str, Any]:
     """Card, driver, CUDA and versions. On CUDA this process takes the card up."""
-    found = {name: installed for name in PACKAGES if (installed := installed_version(name))}
-    # A build's own version says more, such as 2.13.0+cu130.
-    facts = {"cores": usable_cores(), "python": platform.python_version()}
-    versions = {**found, "torch": torch.__version__}
+    versions = {name: installed for name in PACKAGES if (installed := installed_version(name))}
+    versions["torch"] = torch.__version__  # a build's own version says more, such as 2.13.0+cu130
+    facts = {"cores": usable_cores(), "python": platform.python_version(), "versions": versions}
     if device == "cpu":
-        return {"card": f"CPU with {torch.backends.cpu.get_cpu_capability()}", **facts, "versions": versions}
+        return {"card": f"CPU with {torch.backends.cpu.get_cpu_capability()}", **facts}
     properties = torch.cuda.get_device_properties(0)
     return {
         "card": properties.name,
@@ -244,7 +237,6 @@ def machine_facts(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         **facts,
-        "versions": versions,
     }
 
 
@@ -301,6 +293,7 @@ def main(section: str, settings: str) -> None:
     given = json.loads(settings)
     task = Task(given["device"], Budget(given["seconds"]), channel, Path(given["scratch"]), given["batch"])
     watch(channel, task.device)
+    code = 0
     try:
         if os.environ.get("RANK", "0") == "0":
             channel.send("machine", machine_facts(task.device))
@@ -309,8 +302,6 @@ def main(section: str, settings: str) -> None:
         traceback.print_exc()
         channel.send("ended", one_line(error))
         code = 1
-    else:
-        code = 0
     sys.stderr.flush()
     os._exit(code)  # what CUDA and NCCL do on the way out may wait for ever
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,14 +26,8 @@ from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.decoders.jpeg_header import read_frame
 from karat_scale.data.plan import PADDING, BatchSlice, epoch_order
+from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.cache import RemoteUse
-from karat_scale.data.shards.shard_format import (
-    DatasetRecord,
-    SplitRecord,
-    dataset_directory,
-    read_dataset_record,
-    write_dataset_record,
-)
 from karat_scale.data.shards.shards import FolderSplit, ShardSplit
 from karat_scale.data.shards.tars import EncodedSample, shard_name, write_shard
 from karat_scale.engine.distributed import World
@@ -51,6 +45,7 @@ FOLIO = 2 << 20
 
 State = Literal["cold", "warm", "unknown"]
 Span = tuple[int, int, int]  # descriptor, offset, length
+Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -170,7 +165,7 @@ class DataFiles:
     image_bytes: float
 
 
-def sampled_ids(num_train: int, seed: int) -> npt.NDArray[np.int64]:
+def sampled_ids(num_train: int, seed: int) -> Ids:
     """Return some random training samples, int64 [at most SAMPLED_IMAGES]."""
     return epoch_order(seed, 0, num_train)[:SAMPLED_IMAGES]
 
@@ -182,10 +177,7 @@ def find_data_files(recipe: Recipe, num_train: int) -> DataFiles | None:
         return None
     if data.row.files is Files.BETONS:
         directory = Path(data.path).expanduser()
-        betons = [directory / f"{split}.beton" for split in (data.train_split, data.val_split)]
-        for path in betons:
-            if not path.is_file():
-                raise DataError(f"{path} is missing; make it with data_prep/make_ffcv.py")
+        betons = [shard_format.beton_path(directory, split) for split in (data.train_split, data.val_split)]
         train, val_bytes = (path.stat().st_size for path in betons)
         return DataFiles((betons[0],), train + val_bytes, train / num_train)
     with closing(_open_split(recipe)) as split:
@@ -195,13 +187,13 @@ def find_data_files(recipe: Recipe, num_train: int) -> DataFiles | None:
             image = sum(path.stat().st_size for path in paths) / len(paths)
             val = FolderSplit(data.path, data.val_split, recipe.model.num_classes, split.classes)
             return DataFiles(paths, round(image * (num_train + len(val))), image)
-    splits = read_dataset_record(dataset_directory(data.path), data.timeout).splits
+    splits = shard_format.read_dataset_record(shard_format.dataset_directory(data.path), data.timeout).splits
     bytes_of = {name: sum(shard.bytes for shard in split.shards) for name, split in splits.items()}
     total = sum(bytes_of[name] for name in {data.train_split, data.val_split})
     return DataFiles(paths, total, bytes_of[data.train_split] / num_train)
 
 
-def read_into_page_cache(recipe: Recipe, ids: npt.NDArray[np.int64]) -> None:
+def read_into_page_cache(recipe: Recipe, ids: Ids) -> None:
     """Read these training images, so that timing the decoder does not time the disk. Raises DataError."""
     if recipe.data.row.files in (Files.IMAGES, Files.SHARDS) and not recipe.data.is_stream:
         with closing(_open_split(recipe)) as split:
@@ -233,12 +225,7 @@ AUGMENTS = {
 
 
 def images_per_second(
-    recipe: Recipe,
-    workers: int,
-    batch: int,
-    seconds: float,
-    ids: npt.NDArray[np.int64] | None = None,
-    ready: Callable[[], object] = tuple,
+    recipe: Recipe, workers: int, batch: int, seconds: float, ids: Ids | None = None, ready: Callable[[], Any] = tuple
 ) -> float:
     """Time training batches for about `seconds`, once all workers have started. Raises UserError as the backend does.
 
@@ -300,9 +287,7 @@ class DataSpeed:
         return min(1.0, self.one_core / self.decode_one_core)
 
     @classmethod
-    def of(
-        cls, recipe: Recipe, ids: npt.NDArray[np.int64], micro_batch: int, seconds: float, world: World
-    ) -> "DataSpeed":
+    def of(cls, recipe: Recipe, ids: Ids, micro_batch: int, seconds: float, world: World) -> "DataSpeed":
         """Time the backend for about `seconds`; all ranks measure at the same time. Raises DataError."""
         bare = recipe.changed(augment__randaugment="", augment__color_jitter=0.0)
         is_generated = recipe.data.row.files is None
@@ -348,13 +333,8 @@ def prepare_images(scratch: Path, count: int, shards: str | None, tar: str | Non
 
     Only grey and colour JPEGs that are whole, which every contender can read. Raises DataError where there are none.
     """
-    if shards:
-        found, source = _from_shards(shards), shards
-    elif tar:
-        found, source = _from_tar(tar), tar
-    else:
-        found, source = (photo_like(seed) for seed in itertools.count()), "made here"
-    encoded = list(itertools.islice(filter(_is_ordinary, found), count))
+    source = shards or tar or "made here"
+    encoded = list(itertools.islice(filter(_is_ordinary, encoded_images(shards, tar)), count))
     if not encoded:
         raise DataError(f"{source} holds no JPEG; name another by --path or --tar")
     classes = [f"class-{label:02d}" for label in range(min(CLASSES, len(encoded)))]
@@ -365,8 +345,9 @@ def prepare_images(scratch: Path, count: int, shards: str | None, tar: str | Non
         write_shard(images.shards, shard_name("train", number), samples[start : start + PER_SHARD])
         for number, start in enumerate(range(0, len(samples), PER_SHARD))
     ]
-    split = SplitRecord(samples=len(samples), bytes=sum(shard.bytes for shard in written), shards=written)
-    write_dataset_record(images.shards, DatasetRecord(classes=classes, splits={"train": split, "val": split}))
+    split = shard_format.SplitRecord(samples=len(samples), bytes=sum(shard.bytes for shard in written), shards=written)
+    record = shard_format.DatasetRecord(classes=classes, splits={"train": split, "val": split})
+    shard_format.write_dataset_record(images.shards, record)
     for sample in samples:
         path = images.folder / "train" / classes[sample.label] / f"{sample.key}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -403,16 +384,18 @@ def _is_ordinary(data: bytes) -> bool:
     return True
 
 
-def _from_shards(directory: str) -> Iterator[bytes]:
-    with closing(ShardSplit(directory, "train", num_classes=1 << 30)) as split:
-        yield from map(split.read, range(len(split)))
-
-
-def _from_tar(path: str) -> Iterator[bytes]:
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.name.lower().endswith(JPEG_ENDINGS) and (file := tar.extractfile(member)):
-                    yield file.read()
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"--tar {path} cannot be read: {error}") from error
+def encoded_images(shards: str | None, tar: str | None) -> Iterator[bytes]:
+    """Yield the images of shards, or else of a tar, or else ever new ones. Raises DataError."""
+    if shards:
+        with closing(ShardSplit(shards, "train", num_classes=1 << 30)) as split:
+            yield from map(split.read, range(len(split)))
+    elif tar:
+        try:
+            with tarfile.open(tar) as members:
+                for member in members:
+                    if member.name.lower().endswith(JPEG_ENDINGS) and (file := members.extractfile(member)):
+                        yield file.read()
+        except (OSError, tarfile.TarError) as error:
+            raise DataError(f"--tar {tar} cannot be read: {error}") from error
+    else:
+        yield from map(photo_like, itertools.count())
