@@ -33,7 +33,9 @@ _BICUBIC = {"bilinear": 0, "bicubic": 1}
 Matrix = tuple[float, float, float, float, float, float]
 Pixels = npt.NDArray[np.uint8]
 Planes = npt.NDArray[np.uint8]
-_RAMP = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+Values = npt.NDArray[np.int64]
+_VALUES = np.arange(256)
+_RAMP = Image.fromarray(_VALUES.astype(np.uint8)[None])
 
 
 class Compiled:
@@ -63,14 +65,16 @@ class Compiled:
         level = 0
         if name == "Contrast":
             grey = self._histogram(planes)[3]
-            level = int(int(grey @ np.arange(256)) / int(grey.sum()) + 0.5)
+            level = int(int(grey @ _VALUES) / int(grey.sum()) + 0.5)
         table = Image.blend(Image.new("L", _RAMP.size, level), _RAMP, factor)
         return self._look_up(planes, np.tile(np.asarray(table), 3))
 
-    def tabled(self, planes: Planes, function: Callable[..., Any], *arguments: float, **options: Any) -> Planes:
-        """Run a function for Pillow's images that needs only their histogram, and ends with `point`."""
-        result: Planes = function(_Values(self, planes), *arguments, **options)
-        return result
+    def tabled(self, planes: Planes, name: str, *arguments: Any) -> Planes:
+        """Do timm's operation of this name, one of TABLES or HISTOGRAM_TABLES."""
+        if name in TABLES:
+            return self._look_up(planes, _table(name, *arguments))
+        counts = self._histogram(planes)[:3]
+        return self._look_up(planes, np.concatenate([HISTOGRAM_TABLES[name](of) for of in counts]).astype(np.uint8))
 
     def _histogram(self, planes: Planes) -> npt.NDArray[np.int32]:
         """Return how often red, green, blue and grey have each value, [4, 256]."""
@@ -95,20 +99,34 @@ def _place(array: npt.NDArray[Any]) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
-class _Values:
-    """Takes an image's place in functions that make a table of new values, so the tables are Pillow's and timm's."""
+@cache
+def _table(name: str, *arguments: Any) -> Planes:
+    return np.tile(TABLES[name](*arguments), 3).astype(np.uint8)
 
-    mode = "RGB"
 
-    def __init__(self, compiled: Compiled, planes: Planes) -> None:
-        self._compiled, self._planes = compiled, planes
+def _contrasted(counts: npt.NDArray[np.int32]) -> Values:
+    low, high = np.flatnonzero(counts)[[0, -1]].tolist()
+    scale = 255.0 / (high - low) if high > low else 1.0
+    offset = -low * scale if high > low else 0.0
+    table: Values = np.clip(_VALUES * scale + offset, 0, 255).astype(np.int64)
+    return table
 
-    def histogram(self, _mask: None = None) -> list[int]:
-        counts: list[int] = self._compiled._histogram(self._planes)[:3].ravel().tolist()
-        return counts
 
-    def point(self, table: list[int]) -> Planes:
-        return self._compiled._look_up(self._planes, np.minimum(table, 255).astype(np.uint8))
+def _equalized(counts: npt.NDArray[np.int32]) -> Values:
+    step = int(counts.sum() - counts[counts > 0][-1]) // 255
+    table: Values = (step // 2 + np.cumsum(counts) - counts) // step if step else _VALUES
+    return np.minimum(table, 255)
+
+
+# The new values of 0 .. 255, as Pillow and timm have them, by timm's names; from an argument, or from the histogram of
+# each channel.
+TABLES: dict[str, Callable[..., Values]] = {
+    "Invert": lambda: 255 - _VALUES,
+    **dict.fromkeys(("Posterize", "PosterizeOriginal"), lambda bits: _VALUES & ~(2 ** max(8 - bits, 0) - 1)),
+    "Solarize": lambda least: np.where(least > _VALUES, _VALUES, 255 - _VALUES),
+    "SolarizeAdd": lambda more: np.where(_VALUES < 128, np.minimum(_VALUES + more, 255), _VALUES),
+}
+HISTOGRAM_TABLES = {"AutoContrast": _contrasted, "Equalize": _equalized}
 
 
 def image_of(planes: Planes) -> Image.Image:
@@ -154,6 +172,11 @@ def _find_compiled(interpolation: str, fill: tuple[int, ...]) -> Compiled | None
             theirs = getattr(ImageEnhance, name)(image).enhance(factor)
             if not np.array_equal(compiled.enhance(noise, name, factor), planes_of(theirs)):
                 return None
+    dim = noise // 2
+    for function, *arguments in (("AutoContrast",), ("Equalize",), ("Invert",), ("Posterize", 3), ("Solarize", 99)):
+        theirs = getattr(ImageOps, function.lower())(image_of(dim), *arguments)
+        if not np.array_equal(compiled.tabled(dim, function, *arguments), planes_of(theirs)):
+            return None
     return compiled
 
 
@@ -187,7 +210,6 @@ MATRICES: dict[str, Callable[[float, int, int], Matrix]] = {
 
 # By timm's names, without "Increasing".
 ENHANCEMENTS = ("Brightness", "Color", "Contrast", "Sharpness")
-TABLED = ("AutoContrast", "Equalize", "Invert", "Posterize", "PosterizeOriginal", "Solarize", "SolarizeAdd")
 
 
 class _OwnRandom(threading.local):
@@ -269,8 +291,8 @@ class RandAugment:
                 return self._compiled.warp(planes, MATRICES[plain](arguments[0], width, height))
             if plain in ENHANCEMENTS:
                 return self._compiled.enhance(planes, plain, arguments[0])
-            if plain in TABLED:
-                return self._compiled.tabled(planes, op.aug_fn, *arguments, **op.kwargs)
+            if plain in TABLES or plain in HISTOGRAM_TABLES:
+                return self._compiled.tabled(planes, plain, *arguments)
         return planes_of(op.aug_fn(image_of(planes), *arguments, **op.kwargs))
 
     def _draw_names(self, rng: random.Random) -> list[str]:
