@@ -111,5 +111,5 @@ def test_the_start_page_leads_to_the_guides(site: Path, browser: Browser) -> Non
     assert browser.run("return document.querySelector('.md-content a[href=\"contributing.html\"]') !== null")
     assert 'href="../attention.html"' in (site / "api" / "attention.html").read_text()
     browser.click(".md-content a[href='data.html']")
-    assert browser.run(TEXTS, "h1")[0].startswith("The data path")
+    assert browser.run(TEXTS, "h1")[0].startswith("Data")
     assert browser.messages() == []

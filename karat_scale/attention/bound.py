@@ -14,7 +14,7 @@ from karat_scale.attention.call import compute_dtype
 from karat_scale.attention.operator import AttentionHeads, WrappedHeads
 
 START = 1.0
-"""The first tau; docs/attention.md compares it with others."""
+"""The first tau."""
 # Added to squared lengths, so that a query of 0 has scores of 0 and a finite gradient.
 TINY = 1e-12
 
