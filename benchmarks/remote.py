@@ -27,7 +27,7 @@ from karat_scale.commands.measure.interleaved import Rounds, interleaved, proces
 from karat_scale.commands.measure.loading import AUGMENTS, BATCH, SIZE
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.plan import BLOCK_SAMPLES, WINDOW_BLOCKS, TrainPlan
-from karat_scale.data.shards.cache import VARIABLE
+from karat_scale.data.shards.remote import VARIABLE
 from karat_scale.data.shards.shard_format import read_dataset_record, write_dataset_record
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.arguments import OneLineParser, count, new_file, positive

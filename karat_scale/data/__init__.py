@@ -13,15 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["EvalLoader", "ExactLoader", "SampleFiles"]
 
-_PLACES = {
-    "EvalLoader": "karat_scale.data.exact:EvalLoader",
-    "ExactLoader": "karat_scale.data.exact:ExactLoader",
-    "SampleFiles": "karat_scale.data.backends.own:SampleFiles",
-}
-
 
 def __getattr__(name: str) -> Any:
     # Not imported before they are used: every module below this package runs this file first.
-    if name in _PLACES:
-        return load(_PLACES[name])
+    if name in __all__:
+        return load(f"karat_scale.data.{'backends.own' if name == 'SampleFiles' else 'exact'}:{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@ that was stopped and resumed. Two runs with the same digest trained on the same 
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b, sha256
 from typing import Any
@@ -106,20 +106,14 @@ class Batch:
 
         `sample_ids` stay on the host, which is the only one to use them.
         """
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=non_blocking),
-            labels=self.labels.to(device, non_blocking=non_blocking),
-            valid=self.valid.to(device, non_blocking=non_blocking),
-        )
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """Return the same batch in page-locked memory, except what is on a device."""
-        return replace(self, images=_pinned(self.images), labels=_pinned(self.labels), valid=_pinned(self.valid))
+        return self._with_each(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
 
-
-def _pinned(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
+    def _with_each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        return replace(self, images=change(self.images), labels=change(self.labels), valid=change(self.valid))
 
 
 BITS = 40  # sums over thousands of ranks stay exact in float64

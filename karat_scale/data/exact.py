@@ -126,9 +126,9 @@ class ExactLoader(_Loader):
             spec, source = open_source(data, split, True, seed, workers, images_only, transform, collate, options)
             mixes = not isinstance(source, OwnSamples) and spec.augment.mixes
             micro = choose_micro_batch(global_batch, world_size, micro_batch, even=mixes)
-            plan = source.plan(global_batch, micro, rank, world_size, lanes=0)
-        self._set_up(spec, plan, source, _usable(device), dtype, epochs)
-        self._total_digest = total_digest
+            plan = source.plan(global_batch, micro, rank, world_size)
+        self._set_up(spec, plan, source, _usable(device), dtype)
+        self._steps, self._total_digest = sys.maxsize if epochs is None else epochs * plan.steps_per_epoch, total_digest
 
     @classmethod
     def of(
@@ -136,25 +136,18 @@ class ExactLoader(_Loader):
     ) -> "ExactLoader":
         """Return the loader of images that are open, in the order of a plan."""
         loader = cls.__new__(cls)
-        loader._set_up(spec, plan, backend, device, dtype, None)
+        loader._set_up(spec, plan, backend, device, dtype)
         loader.finish.soft = True
         return loader
 
     def _set_up(
-        self,
-        spec: ImageSpec,
-        plan: TrainPlan,
-        source: Backend,
-        device: torch.device,
-        dtype: torch.dtype,
-        epochs: int | None,
+        self, spec: ImageSpec, plan: TrainPlan, source: Backend, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.plan, self._spec, self._source, self._device = plan, spec, source, device
-        self._steps = sys.maxsize if epochs is None else epochs * plan.steps_per_epoch
+        self._steps, self._total_digest = sys.maxsize, False
         self._taken = 0  # micro batches since the start of training
         self._ahead: DeviceFeed[Any] | None = None
         self._reading: Any = None
-        self._total_digest = False
         self.digest = self._digest_of_steps = 0
         """A sum over the samples of this rank since it was made or set; over all ranks, modulo 2^40, that of the run.
         Two runs with the same digest trained on the same samples with the same random choices."""
@@ -325,20 +318,17 @@ class EvalLoader(_Loader):
         images_only = {"image_size": image_size, "augment": augment, "dtype": dtype}
         with named_as_arguments():
             spec, source = open_source(data, split, False, 0, workers, images_only, transform, collate, options)
-        plan = EvalPlan(source.num_val, batch, rank, world_size)
-        self._set_up(source.eval_batches, plan, _usable(device))
-        self._source, self._drop_empty = source, drop_empty
+        self._load: Load = source.eval_batches
+        self.plan = EvalPlan(source.num_val, batch, rank, world_size)
+        self._source, self._device, self._drop_empty = source, _usable(device), drop_empty
         self._finish = None if isinstance(source, OwnSamples) else Finish(spec, dtype, source.num_classes)
 
     @classmethod
     def of(cls, load: Load, plan: EvalPlan, device: torch.device) -> "EvalLoader":
         """Return the loader of batches that `load` makes of slices, as a backend's `eval_batches` does."""
         loader = cls.__new__(cls)
-        loader._set_up(load, plan, device)
+        loader._load, loader.plan, loader._device = load, plan, device
         return loader
-
-    def _set_up(self, load: Load, plan: EvalPlan, device: torch.device) -> None:
-        self._load, self.plan, self._device = load, plan, device
 
     def __len__(self) -> int:
         """The batches of this rank."""

@@ -38,13 +38,10 @@ def epoch_order(
     """Return the samples of one epoch in training order: int64 [num_samples], a permutation of 0 .. num_samples - 1.
 
     `full` ranks the samples by independent 64-bit random numbers. `block` is for disks with slow seeks: it permutes
-    blocks of consecutive samples, then shuffles within windows of that many blocks. Raises ValueError for another
-    policy.
+    blocks of consecutive samples, then shuffles within windows of that many blocks.
     """
     if policy == "full":
         return _permutation(_digest(b"order", 16, seed, epoch), num_samples)
-    if policy != "block":
-        raise ValueError(f"unknown order policy {policy!r}; use 'full' or 'block'")
     blocks = _permutation(_digest(b"blocks", 16, seed, epoch), -(-num_samples // block_samples))
     ids = (blocks[:, None] * block_samples + np.arange(block_samples)).ravel()
     ids = ids[ids < num_samples]
@@ -205,7 +202,11 @@ class TrainPlan:
     def slices(self, start_step: int, stop_step: int) -> Iterator[BatchSlice]:
         """Yield the micro batches of steps start_step .. stop_step - 1, counted from the start of training."""
         if self.lanes:
-            yield from self._slices_of_lanes(start_step, stop_step)
+            ids = np.full(self.micro_batch, PADDING, dtype=np.int64)
+            for number in range(start_step * self.accumulation, stop_step * self.accumulation):
+                epoch, batch = divmod(number // self.accumulation, self.steps_per_epoch)
+                lane = self.rank * self.lanes + number % self.lanes
+                yield BatchSlice(epoch, batch, ids, lane, self.lanes * self.world_size)
             return
         order_epoch, order = -1, np.empty(0, dtype=np.int64)
         for step in range(start_step, stop_step):
@@ -213,13 +214,6 @@ class TrainPlan:
             if epoch != order_epoch:
                 order, order_epoch = self.epoch_order(epoch), epoch
             yield from self.cut(order, epoch, batch)
-
-    def _slices_of_lanes(self, start_step: int, stop_step: int) -> Iterator[BatchSlice]:
-        ids = np.full(self.micro_batch, PADDING, dtype=np.int64)
-        for number in range(start_step * self.accumulation, stop_step * self.accumulation):
-            epoch, batch = divmod(number // self.accumulation, self.steps_per_epoch)
-            lane = self.rank * self.lanes + number % self.lanes
-            yield BatchSlice(epoch, batch, ids, lane, self.lanes * self.world_size)
 
     def epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
         """Return the samples of an epoch, int64 [num_samples], the same on every rank."""

@@ -183,7 +183,7 @@ BACKENDS = {
     "webdataset": BackendRow(
         "karat_scale.data.backends.images:open_webdataset",
         Files.SHARDS,
-        streams="karat_scale.data.streams.assemble:StreamBackend",
+        streams="karat_scale.data.streams:StreamBackend",
     ),
     "ffcv": BackendRow("karat_scale.data.backends.images:open_ffcv", Files.BETONS, "ffcv", own_decoder=True),
     "dali": BackendRow(

@@ -38,8 +38,6 @@ def test_orders_are_pinned():
     assert epoch_order(0, 0, 10, "block", 3, 2).tolist() == [4, 1, 9, 3, 2, 0, 7, 6, 8, 5]
     assert sample_seed(1, 2, 3) == 8829882195302039915
     assert batch_seed(1, 2, 3) == 5931935650869668317
-    with pytest.raises(ValueError, match="use 'full'"):
-        epoch_order(0, 0, 4, "sorted")
 
 
 def test_epochs_and_seeds_differ_and_are_well_mixed():

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from karat_scale.commands.cli import build_parser
-from karat_scale.data.streams.samples import StreamShards, read_tar
+from karat_scale.data.streams import StreamShards, read_tar
 from karat_scale.foundation.errors import DataError, UserError
 from karat_scale.foundation.tables import VARIABLE
 from karat_scale.recipe import DataConfig

@@ -11,7 +11,7 @@ import pytest
 
 from karat_scale.commands.evaluate.test_set import OtherLabels
 from karat_scale.commands.sweep.command import last_step
-from karat_scale.data.indexing.samples import open_tar
+from karat_scale.data.indexing import open_tar
 from karat_scale.foundation.errors import DataError, UserError
 from tests.conftest import karat_here, made_once
 from tests.faults.conftest import TooLongError, no_longer_than

@@ -34,7 +34,7 @@ OWN = ("data.workers=0", "train.micro_batch=4", "model.proj_drop=0.1")
 class FeedAhead(device_feed.DeviceFeed):
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
-        self._copies = device_feed._Copies(torch.device("cpu"))
+        self._copies = torch.cuda.Stream(torch.device("cpu"))
 
 
 def feed_ahead(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:

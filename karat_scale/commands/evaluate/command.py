@@ -45,7 +45,7 @@ from karat_scale.commands.evaluate.test_set import (
 from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.batch import BadSample, Batch
 from karat_scale.data.plan import BatchSlice
-from karat_scale.data.shards.cache import RemoteUse
+from karat_scale.data.shards.remote import RemoteUse
 from karat_scale.data.shards.shard_format import dataset_directory
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World

@@ -30,7 +30,7 @@ from karat_scale.data.decoders.jpeg_header import turned_by_default, upright
 from karat_scale.data.loading.assemble import ImageAssembler, ImageSpec, OrderedLoader, Pixels
 from karat_scale.data.plan import BatchSlice
 from karat_scale.data.shards.beton import BetonSplit
-from karat_scale.data.shards.cache import RemoteUse
+from karat_scale.data.shards.remote import RemoteUse
 from karat_scale.data.shards.shard_files import ImageSource
 from karat_scale.data.shards.shard_format import DATASET_FILE, must_answer, read_dataset_record
 from karat_scale.data.shards.shards import FolderSplit, ShardSplit, composed

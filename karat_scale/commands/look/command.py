@@ -27,7 +27,7 @@ from karat_scale.data.batch import Batch
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb, opened
 from karat_scale.data.plan import micro_batch_of
 from karat_scale.data.prepare import DECODED_BELOW
-from karat_scale.data.shards.cache import RemoteUse
+from karat_scale.data.shards.remote import RemoteUse
 from karat_scale.data.shards.shard_format import DATASET_FILE, dataset_directory, not_a_directory
 from karat_scale.data.shards.shards import FolderSplit
 from karat_scale.engine import distributed

@@ -27,7 +27,7 @@ from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.decoders.jpeg_header import read_frame
 from karat_scale.data.plan import PADDING, BatchSlice, epoch_order
 from karat_scale.data.shards import shard_format
-from karat_scale.data.shards.cache import RemoteUse
+from karat_scale.data.shards.remote import RemoteUse
 from karat_scale.data.shards.shards import FolderSplit, ShardSplit
 from karat_scale.data.shards.tars import EncodedSample, shard_name, write_shard
 from karat_scale.engine.distributed import World
@@ -375,7 +375,7 @@ def photo_like(seed: int) -> bytes:
 
 def _is_ordinary(data: bytes) -> bool:
     frame = read_frame(data)
-    if frame is None or not frame.is_grey_or_colour:
+    if frame is None:
         return False
     try:
         decode_rgb(data)

@@ -43,7 +43,7 @@ def add_commands(commands: Any) -> None:
     hashed = "also read the tars, to notice any later change in them"
     index.add_argument("--hash", dest="with_hashes", action="store_true", help=hashed)
     add_json(index, "write the counts to this file")
-    index.set_defaults(run=command("karat_scale.data.indexing.command:index_tars", _read_source))
+    index.set_defaults(run=command("karat_scale.data.indexing:index_tars", _read_source))
 
     show = commands.add_parser("show", help="draw a batch as training sees it: augmented, mixed, with its targets")
     add_recipe(show, "data.path=DIR")

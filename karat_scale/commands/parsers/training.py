@@ -339,7 +339,7 @@ def _train_or_print(recipe: "Recipe", only_print: bool) -> int:
 
 def _check_recipe(recipe: "Recipe") -> None:
     """Raise UserError if a recipe cannot be trained in any directory."""
-    from karat_scale.data.streams.samples import StreamShards
+    from karat_scale.data.streams import StreamShards
     from karat_scale.engine.deepspeed_config import check_ds_config
     from karat_scale.models.factory import outline
 

@@ -10,7 +10,7 @@ augmentation does not apply.
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,17 +20,16 @@ from karat_scale.data.batch import Batch
 from karat_scale.data.decoders import Decoder, make_decoder
 from karat_scale.data.decoders.libraries import FfcvDecoder
 from karat_scale.data.loading.assemble import Assembler, ImageAssembler, ImageSpec, OrderedLoader
-from karat_scale.data.loading.device_feed import RunAhead
 from karat_scale.data.loading.workers import FetchedAhead
 from karat_scale.data.plan import PADDING, BatchSlice, TrainPlan, sample_seed
 from karat_scale.data.shards.beton import BetonSplit
-from karat_scale.data.shards.cache import RemoteUse
+from karat_scale.data.shards.remote import RemoteUse
 from karat_scale.data.shards.shard_files import ImageSource
 from karat_scale.data.shards.shards import FolderSplit, ShardSplit, class_folders
 from karat_scale.foundation.console import few
 from karat_scale.foundation.errors import DataError
 
-Batches = TypeVar("Batches", OrderedLoader, RunAhead, FetchedAhead)
+B = TypeVar("B")
 
 
 class Backend:
@@ -48,6 +47,7 @@ class Backend:
 
     def __init__(self, spec: ImageSpec, num_train: int, num_val: int, classes: tuple[str, ...]) -> None:
         self.spec, self.num_train, self.num_val, self.classes = spec, num_train, num_val, classes
+        self._handed_out: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @property
     def num_classes(self) -> int:
@@ -78,8 +78,15 @@ class Backend:
         """Return centre-cropped batches. Ids of PADDING give zeros with valid = False."""
         raise NotImplementedError
 
+    def _handing_out(self, batches: B) -> B:
+        """Remember batches that `close` must stop."""
+        self._handed_out.add(batches)
+        return batches
+
     def close(self) -> None:
         """Stop workers and close files. Iterators handed out before yield no more."""
+        for batches in list(self._handed_out):
+            batches.close()
 
 
 class SplitBackend(Backend):
@@ -94,24 +101,17 @@ class SplitBackend(Backend):
         if empty and spec.trains:
             notices.append(f"{len(empty)} of {self.num_classes} classes without training images: {few(empty)}")
         self.notices = notices
-        self._handed_out: weakref.WeakSet[OrderedLoader | RunAhead | FetchedAhead] = weakref.WeakSet()
 
     @property
     def identity(self) -> object:
         return self._train.identity
-
-    def _handing_out(self, batches: Batches) -> Batches:
-        """Remember batches that `close` must stop."""
-        self._handed_out.add(batches)
-        return batches
 
     def _fetched_ahead(self, source: ImageSource, slices: Iterable[BatchSlice]) -> Iterable[BatchSlice]:
         """Return the slices; if their samples are at a URL, a process fetches them ahead."""
         return self._handing_out(FetchedAhead(source, slices, source.ahead)) if source.ahead else slices
 
     def close(self) -> None:
-        for batches in list(self._handed_out):
-            batches.close()
+        super().close()
         self._train.close()
         self._val.close()
 

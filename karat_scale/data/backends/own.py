@@ -8,7 +8,6 @@ import copy
 import inspect
 import random
 import sys
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -22,11 +21,10 @@ from torch.utils.data import default_collate
 
 from karat_scale.data.backends.images import Backend
 from karat_scale.data.batch import digest_sum
-from karat_scale.data.indexing.samples import LabelRule
+from karat_scale.data.indexing import LabelRule
 from karat_scale.data.loading.assemble import ImageSpec
 from karat_scale.data.loading.workers import OrderedResults, Whereabouts, worker_number
 from karat_scale.data.plan import PADDING, BatchSlice, sample_seed
-from karat_scale.data.shards.cache import RemoteUse
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.data.shards.tars import scan_members
 from karat_scale.foundation.errors import DataError
@@ -90,7 +88,6 @@ class OwnSamples(Backend):
             self._steps.append((transform, _takes_generator(transform)))
         self._collate = collate or default_collate
         self._at = Whereabouts()
-        self._handed_out: weakref.WeakSet[OrderedResults[Collated]] = weakref.WeakSet()
 
     @property
     def identity(self) -> str:
@@ -101,18 +98,11 @@ class OwnSamples(Backend):
     def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Any]:
         """Return the batches of `slices`, each `Collated`, in their order."""
         data = self.spec.data
-        loader: OrderedResults[Collated] = OrderedResults(
-            self._make, slices, data.workers, data.prefetch, data.timeout, self._whereabouts
+        return self._handing_out(
+            OrderedResults(self._make, slices, data.workers, data.prefetch, data.timeout, self._whereabouts)
         )
-        self._handed_out.add(loader)
-        return loader
 
     eval_batches = train_batches
-
-    def close(self) -> None:
-        """Stop the workers."""
-        for one in list(self._handed_out):
-            one.close()
 
     def _make(self, part: BatchSlice) -> Collated:
         ids: npt.NDArray[np.int64] = part.sample_ids[part.sample_ids != PADDING]
@@ -205,7 +195,7 @@ class SampleFiles:
     """
 
     def __init__(self, path: str | Path, split: str = "train") -> None:
-        self._split = ShardSplit(path, split, sys.maxsize, remote=RemoteUse())
+        self._split = ShardSplit(path, split, sys.maxsize)
         self._rule = LabelRule.parse(self._split.made.get("label", "cls"))  # says what of a member's name is the key
 
     def __len__(self) -> int:
@@ -223,19 +213,14 @@ class SampleFiles:
 
     def __getitem__(self, sample_id: int) -> dict[str, Any]:
         key, shard = self._split.locate(sample_id)
-        found = _members(self._split.around(sample_id), shard, self._rule)
-        files = {suffix: content for name, suffix, content in found if name == key}
+        part, files = self._split.around(sample_id), {}
+        for member in scan_members(lambda at, size: part[at : at + size], sys.maxsize, shard):
+            end = member.offset + member.size
+            if end > len(part):  # the header of the next image
+                break
+            name, suffix = self._rule.split_name(member.name)
+            if member.kind == "file" and name == key:
+                files[suffix] = part[member.offset : end]
         if self._split.read(sample_id) not in files.values():
             raise DataError(f"{shard}: the members of sample {key} do not follow each other; make shards of them")
         return {"__key__": key, "__label__": int(self._split.labels[sample_id]), **files}
-
-
-def _members(part: bytes, what: str, rule: LabelRule) -> Iterator[tuple[str, str, bytes]]:
-    """Yield key, suffix and content of the members in a part of a tar, which may end with a header."""
-    for member in scan_members(lambda at, size: part[at : at + size], sys.maxsize, what):
-        end = member.offset + member.size
-        if end > len(part):  # the header of the next image
-            return
-        key, suffix = rule.split_name(member.name)
-        if member.kind == "file" and key:
-            yield key, suffix, part[member.offset : end]

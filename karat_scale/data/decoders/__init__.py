@@ -14,14 +14,10 @@ def make_decoder(data: DataConfig, interpolation: str) -> Decoder:
     Call it before workers are forked. Raises RecipeError if the named decoder cannot run.
     """
     names = list(DECODERS) if data.decoder == "auto" else [data.decoder]
-    for name in names[:-1]:
+    while True:
         try:
-            return _make(name, interpolation, data.max_pixels)
+            decoder: Decoder = load(DECODERS[names.pop(0)])(interpolation, data.max_pixels)
+            return decoder
         except RecipeError:
-            continue
-    return _make(names[-1], interpolation, data.max_pixels)
-
-
-def _make(name: str, interpolation: str, max_pixels: int) -> Decoder:
-    decoder: Decoder = load(DECODERS[name])(interpolation, max_pixels)
-    return decoder
+            if not names:
+                raise

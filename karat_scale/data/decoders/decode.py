@@ -49,7 +49,8 @@ def opened(data: bytes) -> Iterator[Image.Image]:
     except (MemoryError, UndecodableImageError):
         raise
     except Exception as error:  # damaged files make Pillow raise nearly any error
-        raise UndecodableImageError(undecodable_reason(error)) from error
+        reason = "not an image in a supported format" if isinstance(error, UnidentifiedImageError) else one_line(error)
+        raise UndecodableImageError(reason) from error
 
 
 def decode_rgb(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
@@ -61,13 +62,6 @@ def decode_rgb(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Im
         if at_least is not None:
             image.draft(None, at_least)
         return to_rgb(image)
-
-
-def undecodable_reason(error: Exception) -> str:
-    """Return the reason why Pillow refused an image, on one line."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image in a supported format"
-    return one_line(error)
 
 
 _MOST_IN_16_BITS = 2**16 - 1

@@ -67,18 +67,17 @@ class Frame:
     height: int
     components: int
 
-    @property
-    def is_grey_or_colour(self) -> bool:
-        """True if every JPEG decoder reads it equally: one component or three, so neither CMYK nor YCCK."""
-        return self.components in (1, 3)
-
 
 def read_frame(data: bytes) -> Frame | None:
-    """Return the frame of a JPEG with 8 bits per sample; None for other data and for junk between segments."""
+    """Return the frame of a grey or colour JPEG, which all decoders read equally; None for other data.
+
+    That is also more than 8 bits per sample, CMYK, YCCK, and junk between segments.
+    """
     for marker, at, end in _segments(data):
         if marker in FRAMES and at + 10 <= len(data):
             frame = Frame(*_dimensions(data, at))
-            return frame if data[at + 4] == 8 and frame.width and frame.height else None
+            is_usual = data[at + 4] == 8 and frame.components in (1, 3)
+            return frame if is_usual and frame.width and frame.height else None
         # Arithmetic, lossless and hierarchical frames, a scan before any frame, and what no ordinary file has.
         if marker in FRAME_MARKERS or marker in (START_OF_SCAN, FILL) or marker < 0xC0 or end < at + 4:
             return None
@@ -155,19 +154,16 @@ def upright(data: bytes) -> bytes:
 
     A picture that has an orientation and cannot be decoded raises UndecodableImageError.
     """
-    orientation = _orientation_of(data)
-    return data if orientation == UPRIGHT else upright_jpeg(data, orientation)
-
-
-def _orientation_of(data: bytes) -> int:
     if (header := scan_jpeg(data)) is not None:
-        return jpeg_orientation(data, header) or UPRIGHT
-    try:
-        with warnings.catch_warnings(), open_image(data) as image:
-            warnings.simplefilter("ignore")
-            return image_orientation(image)
-    except Exception:  # any error of Pillow; the decoder will say what is wrong
-        return UPRIGHT
+        orientation = jpeg_orientation(data, header) or UPRIGHT
+    else:
+        try:
+            with warnings.catch_warnings(), open_image(data) as image:
+                warnings.simplefilter("ignore")
+                orientation = image_orientation(image)
+        except Exception:  # any error of Pillow; the decoder will say what is wrong
+            return data
+    return data if orientation == UPRIGHT else upright_jpeg(data, orientation)
 
 
 def upright_jpeg(data: bytes, orientation: int) -> bytes:

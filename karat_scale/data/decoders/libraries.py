@@ -102,7 +102,7 @@ class WholeDecoder(ABC):
     def _pixels(self, data: bytes) -> Pixels | None:
         """Return the whole image, uint8 [h, w, 3]; None if Pillow must read it. Raises UndecodableImageError."""
         frame = read_frame(data)
-        if frame is None or not frame.is_grey_or_colour:
+        if frame is None:
             return None
         check_pixels(frame.width, frame.height, self._max_pixels)
         return self._decoded(data, frame)

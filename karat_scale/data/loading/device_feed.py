@@ -40,10 +40,10 @@ class DeviceFeed(Iterator[B], Generic[B]):
         device: torch.device,
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._batches = iter(batches)
-        self._waiting = waiting
-        self._copies = None if device.type == "cpu" else _Copies(device)
-        self._ahead: Any = None
+        self._batches, self._waiting, self._device = iter(batches), waiting, device
+        self._copies = None if device.type == "cpu" else torch.cuda.Stream(device)
+        self._launched: deque[torch.cuda.Event] = deque()
+        self._ahead: Any = None  # a batch on the device with the event after which it is there, or an error
 
     def __next__(self) -> B:
         if self._copies is None:
@@ -52,62 +52,37 @@ class DeviceFeed(Iterator[B], Generic[B]):
         ahead, self._ahead = self._ahead, None
         if isinstance(ahead, Exception):
             raise ahead
-        copied: Any = self._copies.finish(*ahead)
-        return cast(B, copied)
+        copy, copied = ahead
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(copied)
+        for tensor in copy.tensors:
+            tensor.record_stream(current)  # its memory is the other stream's until this one is done with it, too
+        return cast(B, copy)
 
     def fetch_ahead(self) -> None:
-        """Begin to copy the next batch, if there is one and its copy has not begun."""
+        """Begin to copy the next batch, if there is one and its copy has not begun.
+
+        First the device must have done all but the last LAUNCHED_AHEAD batches that were launched.
+        """
         if self._copies is None or self._ahead is not None:
             return
-        self._copies.limit_work_ahead()
+        self._launched.append(torch.cuda.Event(blocking=True))
+        self._launched[-1].record(torch.cuda.current_stream(self._device))
+        if len(self._launched) > LAUNCHED_AHEAD and not (oldest := self._launched.popleft()).query():
+            oldest.synchronize()
         try:
             batch: Any = self._fetch()
-            self._ahead = self._copies.begin(batch)
+            pinned, copied = batch.pin_memory(), torch.cuda.Event()
+            with torch.cuda.stream(self._copies):
+                copy = pinned.to(self._device)
+            copied.record(self._copies)
+            self._ahead = copy, copied
         except Exception as error:
             self._ahead = error
 
     def _fetch(self) -> B:
         with self._waiting():
             return next(self._batches)
-
-
-_Copy = tuple[Batch, torch.cuda.Event]
-
-
-class _Copies:
-    """Copies to one GPU, on a stream of their own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._launched: deque[torch.cuda.Event] = deque()
-
-    def begin(self, batch: Batch) -> _Copy:
-        """The batch on the device, and the event after which it is there."""
-        batch = batch.pin_memory()
-        with torch.cuda.stream(self._stream):
-            copy = batch.to(self._device)
-        copied = torch.cuda.Event()
-        copied.record(self._stream)
-        return copy, copied
-
-    def finish(self, copy: Batch, copied: torch.cuda.Event) -> Batch:
-        """The copy, for work that is launched from now on."""
-        current = torch.cuda.current_stream(self._device)
-        current.wait_event(copied)
-        for tensor in copy.tensors:
-            tensor.record_stream(current)  # its memory is the other stream's until this one is done with it, too
-        return copy
-
-    def limit_work_ahead(self) -> None:
-        """Wait until the device has done all but the last LAUNCHED_AHEAD batches that were launched."""
-        launched = torch.cuda.Event(blocking=True)
-        launched.record(torch.cuda.current_stream(self._device))
-        self._launched.append(launched)
-        if len(self._launched) > LAUNCHED_AHEAD:
-            oldest = self._launched.popleft()
-            if not oldest.query():
-                oldest.synchronize()
 
 
 # How long `close` waits for the batch in progress.

@@ -20,7 +20,7 @@ from pathlib import Path
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN, FashionMNIST, Flowers102
 from torchvision.datasets.utils import calculate_md5, check_integrity
 
-from karat_scale.data.prepare.job import make_parser
+from karat_scale.data.prepare.making import make_parser
 from karat_scale.data.prepare.sources.small import CLASSES_FILE, read_idx
 from karat_scale.foundation.console import progress
 from karat_scale.foundation.errors import DataError
@@ -28,7 +28,6 @@ from karat_scale.foundation.files import commit_file, write_atomically
 
 TIMEOUT_SECONDS = 20
 _MB = 1_000_000
-_RANGE_NOT_SATISFIABLE = 416
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def _append(url: str, part: Path) -> None:
     try:
         answer = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
-        if have and error.code == _RANGE_NOT_SATISFIABLE:
+        if have and error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
             return  # nothing is missing
         raise
     with answer:
@@ -116,7 +115,18 @@ def take_files(package: str, names: list[str], out: Path) -> None:
         raise DataError("this system has no apt-get and dpkg-deb")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        _download(package, work)
+        print(f"downloading {package} with apt-get")
+        download = ["apt-get", "download", package, *APT_OPTIONS]
+        try:
+            _command(download, work)
+        except DataError:
+            print("apt-get does not know the package; updating a private package list")
+            for name in ("lists/partial", "archives/partial"):
+                (work / name).mkdir(parents=True)
+            places = {"State::Lists": work / "lists", "Cache": work, "Cache::Archives": work / "archives"}
+            private = [f"-oDir::{name}={place}" for name, place in places.items()]
+            _command(["apt-get", "update", *APT_OPTIONS, *private], work)
+            _command([*download, *private], work)
         file = next(work.glob(f"{package}_*.deb"))
         _command(["dpkg-deb", "-x", str(file), "files"], work)
         for name in names:
@@ -124,25 +134,6 @@ def take_files(package: str, names: list[str], out: Path) -> None:
             if found is None:
                 raise DataError(f"{file.name} has no {name}")
             write_atomically(out / name, found.read_bytes())
-
-
-def _download(package: str, work: Path) -> None:
-    print(f"downloading {package} with apt-get")
-    download = ["apt-get", "download", package, *APT_OPTIONS]
-    try:
-        _command(download, work)
-        return
-    except DataError:
-        print("apt-get does not know the package; updating a private package list")
-    for name in ("lists/partial", "archives/partial"):
-        (work / name).mkdir(parents=True)
-    private = [
-        f"-oDir::State::Lists={work / 'lists'}",
-        f"-oDir::Cache={work}",
-        f"-oDir::Cache::Archives={work / 'archives'}",
-    ]
-    _command(["apt-get", "update", *APT_OPTIONS, *private], work)
-    _command([*download, *private], work)
 
 
 def _command(words: list[str], cwd: Path) -> None:

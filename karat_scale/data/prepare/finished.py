@@ -36,9 +36,8 @@ from pathlib import Path
 import numpy as np
 
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
-from karat_scale.data.indexing.command import is_indexed
-from karat_scale.data.indexing.samples import LabelRule, open_tar, read_samples
-from karat_scale.data.prepare.job import add_shard_options, make_parser, run_in_processes, user_path
+from karat_scale.data.indexing import LabelRule, is_indexed, open_tar, read_samples
+from karat_scale.data.prepare.making import make_parser, run_in_processes, shard_parser, user_path
 from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.tars import scan_members
 from karat_scale.foundation.console import progress
@@ -130,27 +129,8 @@ def list_splits(out: Path, source: shard_format.DatasetRecord, splits: Splits) -
             (out / name).unlink(missing_ok=True)
 
 
-def copy_all(
-    src: Path | str, tars: Path | str, out: Path, missing: list[shard_format.FileRecord], workers: int
-) -> None:
-    """Copy these files if there is space for them. Raises DataError."""
-    needed, free = sum(file.bytes for file in missing), shutil.disk_usage(out).free
-    if needed + SPARE_BYTES > free:
-        raise DataError(
-            f"{out} needs {needed / 1e9:.2f} GB and has {free / 1e9:.2f} GB free; train from data.path={src} instead"
-        )
-    with progress("copying", needed, "bytes") as advance, ThreadPoolExecutor(workers) as pool:
-
-        def copy(file: shard_format.FileRecord) -> None:
-            copy_checked(tars if isinstance(file, shard_format.ShardRecord) else src, out, file, advance)
-
-        list(pool.map(copy, missing))
-
-
 def stage(arguments: list[str] | None = None) -> None:
-    parser = make_parser("Copy shards to a local disk, and verify every byte.")
-    add_shard_options(parser)
-    options = parser.parse_args(arguments)
+    options = shard_parser("Copy shards to a local disk, and verify every byte.").parse_args(arguments)
     src, out = options.src, options.out
     if isinstance(src, Path) and src.resolve() == out.resolve():
         raise DataError(f"--out {out} is --src; use a directory on the local disk")
@@ -168,7 +148,17 @@ def stage(arguments: list[str] | None = None) -> None:
         list_splits(out, record, kept)
         for file in missing:  # an old tar must not stay beside its new index
             (out / file.name).unlink(missing_ok=True)
-        copy_all(src, record.tars_of(src), out, missing, options.workers)
+        needed, free = sum(file.bytes for file in missing), shutil.disk_usage(out).free
+        if needed + SPARE_BYTES > free:
+            sizes = f"needs {needed / 1e9:.2f} GB and has {free / 1e9:.2f} GB free"
+            raise DataError(f"{out} {sizes}; train from data.path={src} instead")
+        with progress("copying", needed, "bytes") as advance, ThreadPoolExecutor(options.workers) as pool:
+
+            def copy(file: shard_format.FileRecord) -> None:
+                place = record.tars_of(src) if isinstance(file, shard_format.ShardRecord) else src
+                copy_checked(place, out, file, advance)
+
+            list(pool.map(copy, missing))
     list_splits(out, record, kept | wanted)
     absent = ", ".join(name for name in record.splits if name not in kept | wanted)
     then = f"Stage {absent} too before you train from it" if absent else f"Train with {shlex.quote(f'data.path={out}')}"
@@ -188,26 +178,16 @@ def verify_shard(
     rule: where the labels are in a tar that `karat index` has indexed; None for our own shards.
     """
     tars = record.tars_of(directory)
-    if isinstance(directory, Path) and isinstance(tars, Path):
-        return _verify_files(directory, tars, record, rule, shard)
-    with tempfile.TemporaryDirectory(prefix="karat-verify-") as scratch:
-        local = Path(scratch)
-        try:
-            for place, file in ((directory, shard.index), (tars, shard)):
-                copy_checked(place, local, file, lambda _: None)
-        except DataError as error:
-            return [str(error)], []
-        problems, per_class = _verify_files(local, local, record, rule, shard)
-    return [problem.replace(scratch, str(tars)) for problem in problems], per_class
-
-
-def _verify_files(
-    directory: Path,
-    tars: Path,
-    record: shard_format.DatasetRecord,
-    rule: LabelRule | None,
-    shard: shard_format.ShardRecord,
-) -> tuple[list[str], list[int]]:
+    if not isinstance(directory, Path) or not isinstance(tars, Path):
+        with tempfile.TemporaryDirectory(prefix="karat-verify-") as scratch:
+            try:
+                for source, file in ((directory, shard.index), (tars, shard)):
+                    copy_checked(source, Path(scratch), file, lambda _: None)
+            except DataError as error:
+                return [str(error)], []
+            fetched = record.model_copy(update={"root": ""})
+            problems, per_class = verify_shard(Path(scratch), fetched, rule, shard)
+        return [problem.replace(scratch, str(tars)) for problem in problems], per_class
     path, classes = tars / shard.name, len(record.classes)
     problems = []
     for place, file in ((directory, shard.index), (tars, shard)):
@@ -277,29 +257,8 @@ def count_problems(name: str, split: shard_format.SplitRecord, per_class: list[i
     return problems
 
 
-def verify_split(
-    directory: Path | str, name: str, split: shard_format.SplitRecord, record: shard_format.DatasetRecord, workers: int
-) -> tuple[list[str], list[int]]:
-    """Return the problems of a split's shards, and its samples per class; shards are read in parallel."""
-    problems: list[str] = []
-    per_class = np.zeros(len(record.classes), dtype=np.int64)
-    rule = LabelRule.parse(split.made["label"]) if is_indexed(record) else None
-    check = partial(verify_shard, directory, record, rule)
-    with (
-        progress(f"{name}: verifying", split.samples, "images") as advance,
-        closing(run_in_processes(check, split.shards, workers)) as checked,
-    ):
-        for shard, (found, counts) in zip(split.shards, checked, strict=True):
-            problems += found
-            if counts:
-                per_class += counts
-            advance(shard.samples)
-    return problems, per_class.tolist()
-
-
 def verify(arguments: list[str] | None = None) -> None:
-    parser = make_parser("Check shards: hashes, labels, counts, and that every image decodes.", writes=False)
-    add_shard_options(parser)
+    parser = shard_parser("Check shards: hashes, labels, counts, and that every image decodes.", writes=False)
     parser.add_argument("--imagenet", action="store_true", help="expect ImageNet-1K's classes and counts")
     options = parser.parse_args(arguments)
     record = shard_format.read_dataset_record(options.src)
@@ -308,10 +267,20 @@ def verify(arguments: list[str] | None = None) -> None:
     if options.imagenet and len(record.classes) != IMAGENET_CLASSES:
         problems.append(f"dataset.json lists {len(record.classes)} classes, ImageNet has {IMAGENET_CLASSES}")
     for name, split in splits.items():
-        found, per_class = verify_split(options.src, name, split, record, options.workers)
+        found, per_class = [], np.zeros(len(record.classes), dtype=np.int64)
+        rule = LabelRule.parse(split.made["label"]) if is_indexed(record) else None
+        check = partial(verify_shard, options.src, record, rule)
+        with (
+            progress(f"{name}: verifying", split.samples, "images") as advance,
+            closing(run_in_processes(check, split.shards, options.workers)) as checked,
+        ):
+            for shard, (of_shard, counts) in zip(split.shards, checked, strict=True):
+                found += of_shard
+                per_class += counts or 0
+                advance(shard.samples)
         problems += found
         # Counts of shards that could not be read would be reported twice.
-        problems += [] if found else count_problems(name, split, per_class, options.imagenet)
+        problems += [] if found else count_problems(name, split, per_class.tolist(), options.imagenet)
     for problem in problems:
         print(f"problem: {problem}")
     if problems:
@@ -365,11 +334,8 @@ def join(src: Path, out: Path) -> list[str]:
 
 
 def _join(src: Path, record: shard_format.DatasetRecord, out: Path) -> None:
-    joined = (
-        shard_format.read_dataset_record(out)
-        if (out / shard_format.DATASET_FILE).exists()
-        else record.model_copy(update={"splits": {}})
-    )
+    has_some = (out / shard_format.DATASET_FILE).exists()
+    joined = shard_format.read_dataset_record(out) if has_some else record.model_copy(update={"splits": {}})
     if record.root or joined.root:
         raise DataError(f"{src} and {out}: one lists tars that are elsewhere; run `karat index` on all tars at once")
     if joined.classes != record.classes:
@@ -419,9 +385,7 @@ def dali_index(tar_path: Path) -> str:
 
 
 def make_dali_index(arguments: list[str] | None = None) -> None:
-    parser = make_parser("Write index files for DALI's webdataset reader.")
-    add_shard_options(parser)
-    options = parser.parse_args(arguments)
+    options = shard_parser("Write index files for DALI's webdataset reader.").parse_args(arguments)
     record = shard_format.read_dataset_record(options.src)
     tars, splits = record.tars_of(options.src), shard_format.chosen_splits(options.src, record, options.split)
     if isinstance(tars, str):

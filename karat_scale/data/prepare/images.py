@@ -11,7 +11,7 @@ from typing import Literal
 
 from PIL import Image
 
-from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb, open_image, undecodable_reason
+from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb, opened
 from karat_scale.data.decoders.jpeg_header import (
     CONVERT_QUALITY,
     TRANSPOSES,
@@ -107,12 +107,12 @@ def decoding_failure(data: bytes) -> str:
 
 def _inspect_by_pillow(data: bytes, name: str) -> ImageFacts:
     try:
-        with warnings.catch_warnings(), open_image(data) as image:
+        with warnings.catch_warnings(), opened(data) as image:
             warnings.simplefilter("ignore")
             size, kind, mode = image.size, image.format, image.mode
             orientation = image_orientation(image)
-    except Exception as error:  # damaged files make Pillow raise nearly any error
-        raise UnreadableSampleError(undecodable_reason(error)) from error
+    except (MemoryError, UndecodableImageError) as error:  # a damaged header may ask for any memory
+        raise UnreadableSampleError(str(error) or "out of memory") from error
     if min(size) < 1 or kind is None:
         raise UnreadableSampleError("the image has no pixels")
     odd = ["CMYK"] if mode == "CMYK" else []
@@ -127,6 +127,7 @@ def _inspect_by_pillow(data: bytes, name: str) -> ImageFacts:
 
 
 Encoder = Literal["native", "pillow"]
+native_recoder = functools.cache(NativeRecoder)  # one in each process; raises LoadError if it cannot be compiled
 # A JPEG that is scaled while decoding stays larger than its result by this factor, so that the resize is good.
 DRAFT_MARGIN = 2
 
@@ -143,12 +144,6 @@ def choose_encoder(asked: Literal["auto", "native", "pillow"]) -> Encoder:
             raise DataError(f"--encoder native cannot run: {error}; {fix}") from error
         return "pillow"
     return "native"
-
-
-@functools.cache
-def native_recoder() -> NativeRecoder:
-    """Return the recoder of this process. Raises LoadError if it cannot be compiled."""
-    return NativeRecoder()
 
 
 def resized_jpeg(
@@ -213,11 +208,7 @@ class Preparation:
 
     def prepare(self, data: bytes, name: str) -> Prepared:
         """Return the image to store. Raises UnreadableSampleError to leave it out, DataError to stop."""
-        try:
-            facts = inspect_image(data, name)
-        except UnreadableSampleError as error:
-            self.check_left_out(name, error)
-            raise
+        facts = inspect_image(data, name)
         failure, encoded = facts.undecodable, b""
         orientation = facts.orientation if self.exif == "turn" and facts.orientation in TURNS else None
         if not failure and self.check == "decode" and self.resize is None:
@@ -231,7 +222,11 @@ class Preparation:
             except UndecodableImageError as error:
                 failure = str(error)
         turned = bool(encoded) and orientation is not None
-        convertible = odd = _oddities(facts, turned, failure)
+        found = [*facts.odd, "corrupt EXIF"] if facts.corrupt_exif else [*facts.odd]
+        if facts.orientation in TURNS and not turned:
+            shown = f"viewers show it {TURNS[facts.orientation]}, training does not"
+            found.append(f"EXIF orientation {facts.orientation}: {shown}")
+        convertible = odd = "; ".join(filter(None, (*found, failure)))
         if self.resize is None and facts.pixels > _MOST_IN_TRAINING:
             large = f"{facts.pixels:,} pixels, at which training stops unless data.max_pixels is higher"
             odd = "; ".join(filter(None, (convertible, large)))
@@ -252,19 +247,3 @@ class Preparation:
                 raise OddImageSkippedError(f"{odd}; {error}") from error
             return Prepared(encoded, "jpg", facts.grey, odd, "converted")
         return Prepared(data, facts.extension, facts.grey, odd)
-
-    def check_left_out(self, name: str, error: UnreadableSampleError) -> None:
-        """Raise DataError if the policy is to stop at an image that cannot be used."""
-        if self.on_odd == "stop":
-            raise DataError(f"{name}: {error}; remove it, or choose another --on-odd than stop") from error
-
-
-def _oddities(facts: ImageFacts, turned: bool, failure: str) -> str:
-    found = list(facts.odd)
-    if facts.corrupt_exif:
-        found.append("corrupt EXIF")
-    if facts.orientation in TURNS and not turned:
-        found.append(
-            f"EXIF orientation {facts.orientation}: viewers show it {TURNS[facts.orientation]}, training does not"
-        )
-    return "; ".join([*found, failure] if failure else found)

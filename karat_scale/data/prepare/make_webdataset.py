@@ -6,7 +6,7 @@ The source is one of
 
     an ImageFolder, with or without train/ and val/ or test/, as a directory or as one uncompressed tar
     ImageNet's official tars, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar with the validation labels
-    (sources/imagefolder.py lists their formats); they are read in place, nothing is unpacked
+    (sources/tars.py lists their formats); they are read in place, nothing is unpacked
     the official files of CIFAR-10, CIFAR-100, SVHN, STL-10 or Oxford Flowers-102 (see sources/small.py),
     whose published hashes are checked
     IDX files such as MNIST's
@@ -26,7 +26,7 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -35,24 +35,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ValidationError
 
-from karat_scale.data.indexing.command import is_indexed
+from karat_scale.data.indexing import is_indexed
+from karat_scale.data.prepare import making
 from karat_scale.data.prepare.images import DEFAULT_QUALITY, Preparation, choose_encoder
-from karat_scale.data.prepare.job import (
-    Job,
-    Notes,
-    add_source_options,
-    check_source_options,
-    class_names,
-    made_by,
-    make_parser,
-    open_chosen,
-    run_in_processes,
-    settle_check,
-    shuffled,
-)
-from karat_scale.data.prepare.sources import Source, default_exif
+from karat_scale.data.prepare.sources import Source
 from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.tars import EncodedSample, shard_name, write_shard
 from karat_scale.foundation.arguments import count
@@ -63,7 +50,7 @@ from karat_scale.foundation.files import lock, write_atomically
 DEFAULT_SHARD_SAMPLES = 5000
 
 
-class MadeShard(Notes):
+class MadeShard(making.Notes):
     """A shard that was written, and the notes about its images."""
 
     number: int
@@ -71,7 +58,7 @@ class MadeShard(Notes):
 
 
 @dataclass(frozen=True)
-class ShardJob(Job):
+class ShardJob(making.Job):
     """One split to make; `shards` holds the samples of each shard."""
 
     shards: list[npt.NDArray[np.int64]]
@@ -91,7 +78,7 @@ def split_order(
 
 def make_shard(job: ShardJob, number: int) -> MadeShard:
     """Write one shard of a job, and then the file that marks it as finished."""
-    notes = Notes()
+    notes = making.Notes()
 
     def samples() -> Iterator[EncodedSample]:
         for index in job.shards[number].tolist():
@@ -110,42 +97,22 @@ def make_shard(job: ShardJob, number: int) -> MadeShard:
 
 def make_shards(job: ShardJob, numbers: Sequence[int], workers: int) -> Generator[MadeShard, None, None]:
     """Write these shards of a job in parallel, and yield them. Raises DataError if a process dies."""
-    return run_in_processes(partial(make_shard, job), numbers, min(workers, len(numbers)))
+    return making.run_in_processes(partial(make_shard, job), numbers, min(workers, len(numbers)))
 
 
 def _mark_path(job: ShardJob, number: int) -> Path:
     return job.out / f".{shard_name(job.split, number)}.made.json"
 
 
-def finished_shards(job: ShardJob, workers: int, advance: Callable[[int], None]) -> list[MadeShard]:
-    """Return the shards of this job that an earlier run finished and that still have their hash."""
-    found = []
-    with ThreadPoolExecutor(workers) as pool:
-        for made in pool.map(partial(_finished_shard, job), range(len(job.shards))):
-            if made is not None:
-                found.append(made)
-                advance(len(job.shards[made.number]))
-    return found
-
-
-def _finished_shard(job: ShardJob, number: int) -> MadeShard | None:
+def finished_shard(job: ShardJob, number: int) -> MadeShard | None:
+    """Return a shard of this job that an earlier run finished, if it still has its hash."""
     try:
         mark = json.loads(_mark_path(job, number).read_bytes())
         made = MadeShard.model_validate(mark["shard"])
-        if mark["made"] != job.made_with() or made.number != number:
-            return None
-        return made if damage_of(job.out, made.record) is None else None
-    except (OSError, ValueError, KeyError, TypeError, ValidationError):
-        return None
-
-
-def damage_of(out: Path, shard: shard_format.ShardRecord) -> DataError | None:
-    """Return what is wrong with a shard or its index, by their hashes; None if they are as they were written."""
-    try:
-        for file in (shard, shard.index):
-            shard_format.check_file(out / file.name, file, by_hash=True)
-    except DataError as error:
-        return error
+        if mark["made"] == job.made_with() and made.number == number:
+            return None if shard_format.damage_of(job.out, made.record) else made
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
     return None
 
 
@@ -156,10 +123,8 @@ def remove_leftovers(job: ShardJob, kept: list[MadeShard]) -> None:
     """
     # A hidden file's temporary name has two dots.
     ours = re.compile(rf"\.{{0,2}}{job.split}-\d{{6}}\.(tar|index\.npz|made\.json)(\..+)?")
-    safe = {shard_name(job.split, shard.number) for shard in kept}
-    whole = {f"{name}{end}" for name in safe for end in (".tar", ".index.npz")} | {
-        f".{name}.made.json" for name in safe
-    }
+    names = [shard_name(job.split, shard.number) for shard in kept]
+    whole = {file for name in names for file in (f"{name}.tar", f"{name}.index.npz", f".{name}.made.json")}
     found = [path for path in sorted(job.out.iterdir()) if ours.fullmatch(path.name) and path.name not in whole]
     for path in found:
         if path.suffix == ".tar" and path.name[0] != "." and not path.with_suffix(".index.npz").exists():
@@ -170,24 +135,21 @@ def remove_leftovers(job: ShardJob, kept: list[MadeShard]) -> None:
 
 def plan_job(split: str, source: Source, options: argparse.Namespace) -> ShardJob:
     """Return the job of one split, from the command line."""
-    order = shuffled(source, options.seed, options.subset)
+    order = making.shuffled(source, options.seed, options.subset)
     quality = options.quality or DEFAULT_QUALITY
     encoder = choose_encoder(options.encoder) if options.resize else "pillow"
-    exif = options.exif or default_exif(source.classes)
-    made = made_by(
+    preparation = Preparation(options.check, options.on_odd, options.resize, quality, encoder, options.exif)
+    made = making.made_by(
         "make_webdataset.py",
         source,
         options,
+        preparation,
         shard_samples=None if options.shard_bytes else options.shard_samples or DEFAULT_SHARD_SAMPLES,
         shard_bytes=options.shard_bytes,
         resize=options.resize,
         quality=quality if options.resize else None,
         encoder=encoder if options.resize else None,
-        check=options.check,
-        on_odd=options.on_odd,
-        exif=exif,
     )
-    preparation = Preparation(options.check, options.on_odd, options.resize, quality, encoder, exif)
     shards = split_order(order, source, options.shard_samples, options.shard_bytes)
     return ShardJob(split, source, options.out, preparation, made, shards)
 
@@ -195,7 +157,11 @@ def plan_job(split: str, source: Source, options: argparse.Namespace) -> ShardJo
 def make_split(job: ShardJob, workers: int) -> shard_format.SplitRecord:
     """Write the missing shards of a split; returns its record. Raises DataError if no image is left."""
     with progress(f"{job.split}: writing", sum(map(len, job.shards)), "images") as advance:
-        done = finished_shards(job, workers, advance)
+        done = []
+        with ThreadPoolExecutor(workers) as pool:
+            for made in filter(None, pool.map(partial(finished_shard, job), range(len(job.shards)))):
+                done.append(made)
+                advance(len(job.shards[made.number]))
         remove_leftovers(job, done)
         if done:
             print(f"{job.split}: {len(done)} of {len(job.shards)} shards were finished before; resuming")
@@ -205,7 +171,7 @@ def make_split(job: ShardJob, workers: int) -> shard_format.SplitRecord:
                 done.append(shard)
                 advance(len(job.shards[shard.number]))
     done.sort(key=lambda shard: shard.number)
-    records, notes = [shard.record for shard in done], Notes()
+    records, notes = [shard.record for shard in done], making.Notes()
     for shard in done:
         notes.add(shard)
     return shard_format.SplitRecord(
@@ -224,9 +190,9 @@ def check_split(job: ShardJob, found: shard_format.SplitRecord, workers: int) ->
         progress(f"{job.split}: checking", len(found.shards), "shards") as advance,
         ThreadPoolExecutor(workers) as pool,
     ):
-        for number, error in enumerate(pool.map(partial(damage_of, job.out), found.shards)):
-            if error is not None:
-                print(f"{error.args[0].split(';')[0]}; making it again")
+        for number, error in enumerate(pool.map(partial(shard_format.damage_of, job.out), found.shards)):
+            if error:
+                print(f"{error}; making it again")
                 damaged.append(number)
             advance(1)
     for made in make_shards(job, damaged, workers):
@@ -240,8 +206,9 @@ def check_split(job: ShardJob, found: shard_format.SplitRecord, workers: int) ->
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line. Raises DataError for options that exclude each other."""
-    parser = make_parser("Convert an ImageFolder, or a data set's official files, to indexed WebDataset shards.")
-    add_source_options(parser)
+    parser = making.source_parser(
+        "Convert an ImageFolder, or a data set's official files, to indexed WebDataset shards."
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--shard-samples", type=count, metavar="N", help=f"samples per shard (default {DEFAULT_SHARD_SAMPLES})"
@@ -258,7 +225,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="with --resize: C++ or Pillow; auto uses native if it can be compiled (default auto)",
     )
     options = parser.parse_args(arguments)
-    check_source_options(options)
+    making.check_source_options(options)
     if options.quality is not None and (options.resize is None or options.quality > 100):
         raise DataError(f"--quality {options.quality} needs --resize and is at most 100")
     if options.encoder != "auto" and options.resize is None:
@@ -294,8 +261,8 @@ def main(arguments: list[str] | None = None) -> None:
             f"{out} has a {shard_format.DATASET_FILE} of karat index, of tars that others made; use another --out"
         )
     known = dataset.classes if dataset else None
-    sources = open_chosen(options, known)
-    settle_check(options, sum(map(len, sources.values())))
+    sources = making.open_chosen(options, known)
+    making.settle(options, sources)
     jobs = [plan_job(split, source, options) for split, source in sources.items()]
     if options.dry_run:
         for job in jobs:
@@ -303,7 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     classes = jobs[0].source.classes
-    dataset = dataset or shard_format.DatasetRecord(classes=classes, names=class_names(options, classes))
+    dataset = dataset or shard_format.DatasetRecord(classes=classes, names=making.class_names(options, classes))
     for job in jobs:
         if job.split in dataset.splits:
             check_split(job, dataset.splits[job.split], options.workers)

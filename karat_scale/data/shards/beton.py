@@ -39,15 +39,7 @@ from karat_scale.data.shards.shards import IndexedSplit, LocalPlace
 # As FFCV numbers the ways in which it stores an image.
 MODES = {"jpg": 0, "raw": 1}
 RAW = MODES["raw"]
-COLUMNS = {
-    "offset": np.int64,
-    "size": np.int64,
-    "label": np.int32,
-    "crc32": np.uint32,
-    "mode": np.uint8,
-    "width": np.int32,
-    "height": np.int32,
-}
+COLUMNS = {**shard_format.INDEX_FIELDS, "mode": np.uint8, "width": np.int32, "height": np.int32}
 Column = npt.NDArray[Any]
 
 
@@ -60,7 +52,7 @@ def index_bytes(columns: dict[str, Column], keys: list[str]) -> bytes:
 
 
 class BetonFiles(LocalShardFiles):
-    """The images of one beton. See ShardFiles.
+    """The images of one beton. See LocalShardFiles.
 
     `read` compares a JPEG with its checksum. Raw pixels are read as a PPM image and rely on verify="hash", since a
     checksum would cost a third of their reading.
@@ -93,6 +85,8 @@ class BetonFiles(LocalShardFiles):
 class BetonSplit(IndexedSplit):
     """The images of one beton. See IndexedSplit and BetonFiles."""
 
+    kinds = COLUMNS
+
     def __init__(
         self,
         directory: Path | str,
@@ -103,14 +97,12 @@ class BetonSplit(IndexedSplit):
         lends: bool = False,
     ) -> None:
         self.path = beton_path(Path(directory).expanduser(), split)
-        self._lends = lends
         record = read_record(self.path)
         record.name, record.index.name = self.path.name, index_path(self.path).name  # they may have been renamed
         shard_format.check_class_count(self.path, len(record.classes), num_classes)
-        place = LocalPlace(self.path.parent, BETON_WORDING)
-        super().__init__(
-            record.classes, [record], place, place, verify, COLUMNS, record_path(self.path).name, readahead
-        )
+        place, self.listed_in = LocalPlace(self.path.parent, BETON_WORDING), record_path(self.path).name
+        super().__init__(record.classes, [record], place, place, verify, readahead)
+        self._files = BetonFiles(self.path.parent, self.places, readahead, self._columns, lends)
 
     def _check_columns(self, columns: dict[str, Column]) -> None:
         """Raise ValueError for an image without pixels, of an unknown mode, or of another size than its pixels."""
@@ -123,9 +115,6 @@ class BetonSplit(IndexedSplit):
                 f"sample {number} is stored in mode {mode[number]} with {width[number]} x {height[number]} pixels in "
                 f"{columns['size'][number]} bytes"
             )
-
-    def _open_files(self, columns: dict[str, Column], readahead: Blocks) -> BetonFiles:
-        return BetonFiles(self.path.parent, self.places, readahead, columns, self._lends)
 
 
 MIN_PAGE_BYTES = 8 << 20
@@ -167,9 +156,7 @@ class BetonWriter:
         self._rows: list[tuple[int, ...]] = []
 
     def add(self, image: StoredImage, label: int) -> None:
-        """Append a sample. Raises ValueError if it is larger than a page or a side is over MAX_SIDE."""
-        if max(image.width, image.height) > MAX_SIDE:
-            raise ValueError(f"{image.width} x {image.height} pixels do not fit FFCV's format")
+        """Append a sample, which is at most a page, and whose sides are at most MAX_SIDE."""
         self._pages.set_current_sample(len(self._rows))
         offset, room = self._pages.malloc(len(image.data))
         room[:] = np.frombuffer(image.data, dtype=np.uint8)

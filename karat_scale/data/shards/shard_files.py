@@ -74,38 +74,6 @@ class Blocks(NamedTuple):
 NO_BLOCKS = Blocks()
 
 
-class Readahead:
-    """Asks the system to read each block when one of its samples is read, once in an epoch.
-
-    It remembers little more than a window: a part of a block at its start, and blocks that files cut, are more parts.
-    So it has forgotten a block when the next epoch comes to it.
-    offsets, sizes: int64 [samples], the position of each sample in its file, in bytes.
-    """
-
-    def __init__(self, blocks: Blocks, offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> None:
-        self._block_samples, self._window = blocks
-        self._offsets, self._sizes = offsets, sizes
-        self._remembered = self._window + self._window // 2 + 2
-        self._asked: OrderedDict[int, None] = OrderedDict()
-
-    def ask(self, file: int, sample_id: int, start: int, stop: int) -> None:
-        """Request the part of a sample's block that is in the open `file`, whose samples are start .. stop - 1."""
-        if not self._block_samples:
-            return
-        block = sample_id // self._block_samples
-        # Blocks and files are both in order, so the first sample identifies the part.
-        first = max(block * self._block_samples, start)
-        if first in self._asked:
-            return
-        self._asked[first] = None
-        if len(self._asked) > self._remembered:
-            self._asked.popitem(last=False)
-        last = min((block + 1) * self._block_samples, stop) - 1
-        begin, end = int(self._offsets[first]), int(self._offsets[last] + self._sizes[last])
-        if hasattr(os, "posix_fadvise"):  # not on every system, and only a hint
-            os.posix_fadvise(file, begin, end - begin, os.POSIX_FADV_WILLNEED)
-
-
 MAX_OPEN_SHARDS = 256
 
 
@@ -135,8 +103,16 @@ class ChangedSampleError(Exception):
 CUT_SHORT, CHANGED = "is cut short", "has changed since its index was written"
 
 
-class ShardFiles:
-    """The bytes of samples by their id. A copy has its own open files."""
+class LocalShardFiles:
+    """The bytes of samples by their id, in tars on a file system. A copy has its own open files.
+
+    readahead: the blocks that the system reads ahead when one of their samples is read, once in an epoch.
+    """
+
+    def __init__(self, directory: Path, places: SamplePlaces, readahead: Blocks) -> None:
+        self._directory, self._places, self._readahead = directory, places, readahead
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._asked: OrderedDict[int, None] = OrderedDict()
 
     def read(self, sample_id: int) -> bytes:
         """Return a sample's bytes, checked against their CRC if that is known.
@@ -146,35 +122,6 @@ class ShardFiles:
             ChangedSampleError: they are others than when they were indexed, or fewer.
             DataError: the store or the cache fails.
         """
-        raise NotImplementedError
-
-    def span(self, sample_id: int, begin: int, end: int) -> bytes:
-        """Return these bytes of the file that holds a sample. Raises OSError, DataError."""
-        raise NotImplementedError
-
-    def prepare(self, sample_ids: Iterable[int]) -> None:
-        """Fetch what is needed for some samples at a URL, several at a time. Raises DataError."""
-
-    def hint(self, sample_ids: Iterable[int]) -> None:
-        """Fetch samples at a URL into the node's cache, except those that another process fetches. Raises DataError."""
-
-    def close(self) -> None:
-        """Close open files; a later read opens them again."""
-        raise NotImplementedError
-
-
-class LocalShardFiles(ShardFiles):
-    """Samples in tars on a file system. See ShardFiles.
-
-    readahead: the blocks that the system reads ahead when one of their samples is read.
-    """
-
-    def __init__(self, directory: Path, places: SamplePlaces, readahead: Blocks) -> None:
-        self._directory, self._places = directory, places
-        self._files: OrderedDict[int, int] = OrderedDict()
-        self._readahead = Readahead(readahead, places.offsets, places.sizes)
-
-    def read(self, sample_id: int) -> bytes:
         places, size = self._places, int(self._places.sizes[sample_id])
         number, file = self._opened(sample_id)
         data = os.pread(file, size, int(places.offsets[sample_id]))
@@ -185,6 +132,7 @@ class LocalShardFiles(ShardFiles):
         return data
 
     def span(self, sample_id: int, begin: int, end: int) -> bytes:
+        """Return these bytes of the file that holds a sample. Raises OSError, DataError."""
         return os.pread(self._opened(sample_id)[1], end - begin, begin)
 
     def _opened(self, sample_id: int) -> tuple[int, int]:
@@ -197,11 +145,37 @@ class LocalShardFiles(ShardFiles):
                 os.close(self._files.popitem(last=False)[1])
             path = self._directory / places.shards[number].name
             self._files[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        file = self._files[number]
-        self._readahead.ask(file, sample_id, int(places.starts[number]), int(places.starts[number + 1]))
-        return number, file
+        self._read_ahead(number, sample_id)
+        return number, self._files[number]
+
+    def _read_ahead(self, number: int, sample_id: int) -> None:
+        """Request the part of a sample's block that is in the open shard of this number.
+
+        It remembers little more than a window: a part of a block at its start, and blocks that files cut, are more
+        parts. So it has forgotten a block when the next epoch comes to it.
+        """
+        places, (samples, window) = self._places, self._readahead
+        if not samples or not hasattr(os, "posix_fadvise"):  # not on every system, and only a hint
+            return
+        # Blocks and files are both in order, so the first sample identifies the part.
+        first = max(sample_id // samples * samples, int(places.starts[number]))
+        if first in self._asked:
+            return
+        self._asked[first] = None
+        if len(self._asked) > window + window // 2 + 2:
+            self._asked.popitem(last=False)
+        last = min((sample_id // samples + 1) * samples, int(places.starts[number + 1])) - 1
+        begin, end = int(places.offsets[first]), int(places.offsets[last] + places.sizes[last])
+        os.posix_fadvise(self._files[number], begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+    def prepare(self, sample_ids: Iterable[int]) -> None:
+        """See ImageSource."""
+
+    def hint(self, sample_ids: Iterable[int]) -> None:
+        """See ImageSource."""
 
     def close(self) -> None:
+        """Close open files; a later read opens them again."""
         while self._files:
             os.close(self._files.popitem()[1])
 

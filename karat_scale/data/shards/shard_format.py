@@ -64,6 +64,11 @@ class FileRecord(BaseModel):
     sha256: str
 
 
+def file_record(name: str, content: bytes) -> FileRecord:
+    """Return the record of a file with this content."""
+    return FileRecord(name=name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
 class ShardRecord(FileRecord):
     """A tar shard and its index.
 
@@ -191,13 +196,9 @@ def check_has_record(directory: Path) -> None:
     if (directory / DATASET_FILE).is_file():
         return
     inside = list(directory.iterdir())
-    if any(path.is_dir() for path in inside):
-        raise DataError(
-            f"data.path = {directory} has no {DATASET_FILE}; {_FIX}, set data.backend=folder for a folder of images, "
-            "or correct the path"
-        )
     found = f"has no {DATASET_FILE}" if inside else "is empty"
-    raise DataError(f"data.path = {directory} {found}; {_FIX} or correct the path")
+    folders = ", set data.backend=folder for a folder of images," if any(path.is_dir() for path in inside) else ""
+    raise DataError(f"data.path = {directory} {found}; {_FIX}{folders} or correct the path")
 
 
 def read_record_text(path: Path) -> str:
@@ -237,8 +238,6 @@ class BetonRecord(ShardRecord):
     made: the source and the settings. modes: samples by their storage mode. odd: images on which decoders
     disagree, and those that no decoder reads.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     format: Literal["karat-beton"] = "karat-beton"
     version: Literal[1] = 1
@@ -468,6 +467,16 @@ def check_file(path: Path, record: FileRecord, by_hash: bool, wording: Wording =
     if by_hash:
         for _ in hash_file(path, record, wording):
             pass
+
+
+def damage_of(directory: Path, record: ShardRecord, wording: Wording = SHARD_WORDING) -> str:
+    """Return what is wrong with a file or its index, by their hashes; "" if they are as they were written."""
+    try:
+        for file in (record, record.index):
+            check_file(directory / file.name, file, by_hash=True, wording=wording)
+    except DataError as error:
+        return str(error).split(";")[0]
+    return ""
 
 
 def hash_file(path: Path, record: FileRecord, wording: Wording) -> Iterator[None]:

@@ -17,8 +17,7 @@ import numpy.typing as npt
 
 from karat_scale.data.plan import epoch_order
 from karat_scale.data.shards import shard_format
-from karat_scale.data.shards.cache import RemoteUse
-from karat_scale.data.shards.remote import RemotePlace, RemoteShardFiles
+from karat_scale.data.shards.remote import RemotePlace, RemoteShardFiles, RemoteUse
 from karat_scale.data.shards.shard_files import (
     NO_BLOCKS,
     Blocks,
@@ -26,7 +25,6 @@ from karat_scale.data.shards.shard_files import (
     ImageSource,
     LocalShardFiles,
     SamplePlaces,
-    ShardFiles,
 )
 from karat_scale.data.shards.tars import BLOCK
 from karat_scale.foundation.console import plural
@@ -59,7 +57,7 @@ class LocalPlace:
         """Yield small files, in order, after comparing each with its record."""
         return map(self.read_checked, records)
 
-    def files(self, places: SamplePlaces, readahead: Blocks) -> ShardFiles:
+    def files(self, places: SamplePlaces, readahead: Blocks) -> LocalShardFiles:
         """Return what reads samples. readahead: the blocks that a file system reads ahead."""
         return LocalShardFiles(self._directory, places, readahead)
 
@@ -83,6 +81,9 @@ class IndexedSplit(ImageSource):
     of their samples is read.
     """
 
+    kinds: Mapping[str, Any] = shard_format.INDEX_FIELDS
+    listed_in = shard_format.DATASET_FILE
+
     def __init__(
         self,
         classes: Sequence[str],
@@ -90,29 +91,24 @@ class IndexedSplit(ImageSource):
         indexes: Place,
         tars: Place,
         verify: Literal["size", "hash"],
-        kinds: Mapping[str, Any],
-        listed_in: str,
         readahead: Blocks,
     ) -> None:
-        self.classes, self._shards = tuple(classes), shards
-        self._indexes, self._tars, self._listed_in = indexes, tars, listed_in
+        self.classes, self._shards, self._indexes, self._tars = tuple(classes), shards, indexes, tars
         tars.check(shards, by_hash=verify == "hash")
-        parts: dict[str, list[npt.NDArray[Any]]] = {name: [np.empty(0, kind)] for name, kind in kinds.items()}
+        parts: dict[str, list[npt.NDArray[Any]]] = {name: [np.empty(0, kind)] for name, kind in self.kinds.items()}
         found = indexes.read_all_checked([shard.index for shard in shards])
         for shard, data in zip(shards, found, strict=True):
-            for name, values in self._read_columns(shard, data, kinds).items():
+            for name, values in self._read_columns(shard, data).items():
                 parts[name].append(values)
         columns = {name: np.concatenate(values) for name, values in parts.items()}
         self.labels = columns["label"]
         starts = np.cumsum([0, *(shard.samples for shard in shards)])
         self.places = SamplePlaces(shards, starts, columns["offset"], columns["size"], columns["crc32"])
-        self._files = self._open_files(columns, readahead)
+        self._columns, self._files = columns, tars.files(self.places, readahead)
 
-    def _read_columns(
-        self, shard: shard_format.ShardRecord, data: bytes, kinds: Mapping[str, Any]
-    ) -> dict[str, npt.NDArray[Any]]:
+    def _read_columns(self, shard: shard_format.ShardRecord, data: bytes) -> dict[str, npt.NDArray[Any]]:
         try:
-            columns = shard_format.read_columns(data, kinds, shard.samples, shard.bytes)
+            columns = shard_format.read_columns(data, self.kinds, shard.samples, shard.bytes)
             self._check_columns(columns)
         except ValueError as error:
             path = self._indexes.where(shard.index.name)
@@ -121,17 +117,13 @@ class IndexedSplit(ImageSource):
         if len(wrong):
             sample, label = shard_format.key_of(data, wrong[0]), columns["label"][wrong[0]]
             raise DataError(
-                f"{self._indexes.where(shard.name)}: sample {sample} has label {label}, but {self._listed_in} lists "
+                f"{self._indexes.where(shard.name)}: sample {sample} has label {label}, but {self.listed_in} lists "
                 f"{len(self.classes)} classes; correct them and make both again"
             )
         return columns
 
     def _check_columns(self, columns: dict[str, npt.NDArray[Any]]) -> None:
         """Raise ValueError if the columns of an index cannot be true."""
-
-    def _open_files(self, columns: dict[str, npt.NDArray[Any]], readahead: Blocks) -> ShardFiles:
-        """Return what reads the samples that the columns of all indexes describe."""
-        return self._tars.files(self.places, readahead)
 
     @property
     def identity(self) -> list[tuple[int, str]]:
@@ -149,7 +141,8 @@ class IndexedSplit(ImageSource):
             raise DataError(f"{where} {error}: sample {key} differs; {self._tars.fix}") from None
 
     def locate(self, sample_id: int) -> tuple[str, str]:
-        shard, number = self._shard_of(sample_id)
+        place = self.places.shard_of(sample_id)
+        shard, number = self._shards[place], sample_id - int(self.places.starts[place])
         try:
             return shard_format.key_of(self._indexes.read_checked(shard.index), number), shard.name
         except (DataError, ValueError, IndexError):  # the index has changed: the place is all that is known
@@ -160,12 +153,7 @@ class IndexedSplit(ImageSource):
         return [key for shard in self._shards for key in shard_format.keys_of(self._indexes.read_checked(shard.index))]
 
     def file_of(self, sample_id: int) -> str:
-        return self._tars.where(self._shard_of(sample_id)[0].name)
-
-    def _shard_of(self, sample_id: int) -> tuple[shard_format.ShardRecord, int]:
-        """Return the file of a sample, and the sample's number in it."""
-        number = self.places.shard_of(sample_id)
-        return self._shards[number], sample_id - int(self.places.starts[number])
+        return self._tars.where(self._shards[self.places.shard_of(sample_id)].name)
 
     def close(self) -> None:
         self._files.close()
@@ -193,13 +181,21 @@ class ShardSplit(IndexedSplit):
         self.directory = shard_format.dataset_directory(directory)
         self._remote = remote or RemoteUse()
         record = shard_format.read_dataset_record(self.directory, self._remote.timeout)
-        shards = _shards_of(self.directory, record, split)
-        self.made = record.splits[split].made
+        if split not in record.splits or record.splits[split].samples == 0:
+            there = [name for name, found in record.splits.items() if found.samples]
+            raise DataError(
+                f"{self.directory} has no samples of split {split!r}; the splits there: {', '.join(there) or 'none'}"
+                + shard_format.split_fix(split, there)
+            )
+        found = record.splits[split]
+        if found.samples != sum(shard.samples for shard in found.shards):
+            place, fix = f"{self.directory}/{shard_format.DATASET_FILE}", shard_format.SHARD_WORDING.fix
+            raise DataError(f"{place}: {split} has not as many samples as its shards; {fix}")
+        self.made = found.made
         shard_format.check_class_count(self.directory, len(record.classes), num_classes)
         indexes = open_place(self.directory, self._remote)
         tars = open_place(record.tars_of(self.directory), self._remote) if record.root else indexes
-        listed = shard_format.INDEX_FIELDS, shard_format.DATASET_FILE
-        super().__init__(record.classes, shards, indexes, tars, verify, *listed, readahead)
+        super().__init__(record.classes, found.shards, indexes, tars, verify, readahead)
         self.ahead = self._remote.ahead if isinstance(self._files, RemoteShardFiles) else 0
 
     def around(self, sample_id: int) -> bytes:
@@ -220,22 +216,6 @@ class ShardSplit(IndexedSplit):
 
     def hint(self, sample_ids: Iterable[int]) -> None:
         self._files.hint(sample_ids)
-
-
-def _shards_of(directory: Path | str, record: shard_format.DatasetRecord, split: str) -> list[shard_format.ShardRecord]:
-    if split not in record.splits or record.splits[split].samples == 0:
-        there = [name for name, found in record.splits.items() if found.samples]
-        raise DataError(
-            f"{directory} has no samples of split {split!r}; the splits there: {', '.join(there) or 'none'}"
-            + shard_format.split_fix(split, there)
-        )
-    found = record.splits[split]
-    if found.samples != sum(shard.samples for shard in found.shards):
-        fix = shard_format.SHARD_WORDING.fix
-        raise DataError(
-            f"{directory}/{shard_format.DATASET_FILE}: {split} has not as many samples as its shards; {fix}"
-        )
-    return found.shards
 
 
 def is_hashed(data: DataConfig) -> bool:

@@ -8,7 +8,6 @@ go to the file directly. The same samples give the same bytes. Every file is wri
 dataset.json last.
 """
 
-import hashlib
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from karat_scale.data.shards.shard_format import FileRecord, ShardRecord, index_bytes
+from karat_scale.data.shards.shard_format import ShardRecord, file_record, index_bytes
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import (
     FingerprintedFile,
@@ -79,7 +78,9 @@ def scan_members(read: Read, size: int, what: str) -> Iterator[Member]:
         if header[:1] == b"\0" or len(header) < BLOCK:
             if len(header) < BLOCK or header.count(0) < BLOCK:
                 raise _no_header(header, offset, what)
-            _check_nothing_follows(read, offset, size, what)
+            rest = read(offset, min(size - offset, _SEARCHED_AFTER_END))
+            if rest.count(0) != len(rest):  # a reader would silently stop after the first of tars joined by cat
+                raise DataError(f"{what} holds more after its end mark, as tars joined by cat do; split it into tars")
             return
         kind, length = header[156], _checked_size(header, offset, what)
         offset += BLOCK
@@ -97,14 +98,8 @@ def scan_members(read: Read, size: int, what: str) -> Iterator[Member]:
             length = 0 if kind in _WITHOUT_DATA else length
             if offset + length > size:
                 raise DataError(f"{what} is cut short at {name!r}; fetch it again")
-            is_folder = kind == _FOLDER or name[-1:] == "/"
-            yield Member(
-                name,
-                offset,
-                length,
-                "directory" if is_folder else _kind(kind, changes),
-                target if kind == _HARD_LINK else "",
-            )
+            sort: Kind = "directory" if kind == _FOLDER or name[-1:] == "/" else _kind(kind, changes)
+            yield Member(name, offset, length, sort, target if kind == _HARD_LINK else "")
             changes = {}
         offset += -(-length // BLOCK) * BLOCK
 
@@ -179,13 +174,6 @@ def _number(digits: str | bytes) -> int:
     return int(digits) if len(digits) < 20 else 10**20
 
 
-def _check_nothing_follows(read: Read, offset: int, size: int, what: str) -> None:
-    """Refuse tars that were joined by cat: a reader would silently stop after the first."""
-    rest = read(offset, min(size - offset, _SEARCHED_AFTER_END))
-    if rest.count(0) != len(rest):
-        raise DataError(f"{what} holds more after its end mark, as tars joined by cat do; split it into tars")
-
-
 # Owner and mode of the members, as webdataset sets them.
 OWNER, MODE = "bigdata", 0o444
 
@@ -221,16 +209,11 @@ def write_shard(directory: Path, name: str, samples: Iterable[EncodedSample]) ->
             stream.write(bytes(2 * BLOCK))
             stream.write(bytes(-stream.bytes % tarfile.RECORDSIZE))
         index = index_bytes(rows, keys)
-        index_name = f"{name}.index.npz"
+        listed = file_record(f"{name}.index.npz", index)
         # The index is renamed first, so a tar under its final name always has one.
-        write_atomically(directory / index_name, index)
+        write_atomically(directory / listed.name, index)
         commit_file(temporary, path)
-    return ShardRecord(
-        name=path.name,
-        **stream.fingerprint()._asdict(),
-        samples=len(rows),
-        index=FileRecord(name=index_name, bytes=len(index), sha256=hashlib.sha256(index).hexdigest()),
-    )
+    return ShardRecord(name=path.name, **stream.fingerprint()._asdict(), samples=len(rows), index=listed)
 
 
 def _add_member(stream: FingerprintedFile, name: str, data: bytes) -> int:

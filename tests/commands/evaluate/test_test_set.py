@@ -18,7 +18,7 @@ from karat_scale.commands.evaluate.test_set import (
     with_other_labels,
 )
 from karat_scale.data.shards import shard_format
-from karat_scale.data.shards.cache import RemoteUse
+from karat_scale.data.shards.remote import RemoteUse
 from karat_scale.foundation.errors import DataError
 from tests.conftest import CLASSES, VAL_PER_CLASS, karat_here, make_image_folder
 from tests.data.betons import need_ffcv

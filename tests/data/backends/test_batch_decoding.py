@@ -6,7 +6,7 @@ import numpy as np
 import psutil
 import pytest
 
-from karat_scale.data.backends.batch_decoding import RowReader, _readers_with_files
+from karat_scale.data.backends.gpu_decoders import RowReader, _readers_with_files
 from karat_scale.data.decoders.decode import crop_view
 from karat_scale.data.decoders.libraries import PillowDecoder
 from karat_scale.data.plan import PADDING, BatchSlice

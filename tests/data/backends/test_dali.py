@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from karat_scale.data.backends import ImageSpec, gpu_decoders
-from karat_scale.data.backends.batch_decoding import BatchDecodingBackend, Request
-from karat_scale.data.backends.gpu_decoders import DaliDecoder
+from karat_scale.data.backends.gpu_decoders import BatchDecodingBackend, DaliDecoder, Request
 from karat_scale.data.backends.images import open_shards
 from karat_scale.data.decoders.decode import crop_view
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan

@@ -11,8 +11,7 @@ from PIL import Image
 
 from karat_scale.data.augmentation.device_augment import resize_on_device
 from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.data.backends.batch_decoding import BatchDecodingBackend, Request
-from karat_scale.data.backends.gpu_decoders import NvjpegDecoder, _is_of_an_image
+from karat_scale.data.backends.gpu_decoders import BatchDecodingBackend, NvjpegDecoder, Request, _is_of_an_image
 from karat_scale.data.backends.images import open_shards
 from karat_scale.data.decoders.decode import centre_view, crop_view
 from karat_scale.data.decoders.libraries import RESAMPLE, find_jpeg_decoder, resized

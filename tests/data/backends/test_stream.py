@@ -13,7 +13,7 @@ import torch
 from karat_scale.data.backends import Backend
 from karat_scale.data.batch import Batch
 from karat_scale.data.plan import TrainPlan
-from karat_scale.data.streams.assemble import StreamProgress
+from karat_scale.data.streams import StreamProgress
 from karat_scale.foundation.errors import DataError
 from tests.data.backends.helpers import SIZE, children, contents, wait_until
 from tests.data.tars import image, sample, write_tar

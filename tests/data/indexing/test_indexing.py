@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.commands.cli import main
-from karat_scale.data.indexing import command
+from karat_scale.data import indexing
 from karat_scale.data.prepare import make_webdataset
 from karat_scale.data.shards.shard_format import read_dataset_record
 from karat_scale.data.shards.shards import ShardSplit
@@ -250,7 +250,7 @@ def test_a_class_whose_name_is_no_utf8_is_skipped_and_a_worker_that_dies_is_one_
         skipped = read_dataset_record(tmp_path / name).splits["train"].skipped
         said = "no label: the name of the class is no UTF-8"
         assert (said in [one.reason for one in skipped]) == (name != "name")
-    monkeypatch.setattr(command, "read_samples", lambda *arguments, **more: os._exit(9))
+    monkeypatch.setattr(indexing, "read_samples", lambda *arguments, **more: os._exit(9))
     capsys.readouterr()
     assert index(tmp_path / "path") == 2
     assert "a worker process died; use fewer cores" in refused(capsys)

@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from karat_scale.data.prepare.job import held_out
+from karat_scale.data.prepare.making import held_out
 from karat_scale.foundation.errors import DataError
 from tests.data.prepare.images import contents, jpeg, write
 from tests.data.prepare.making import make_shards, shard_samples

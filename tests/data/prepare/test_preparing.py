@@ -15,7 +15,7 @@ from karat_scale.data.prepare.images import (
     scan_jpeg,
     without_exif,
 )
-from karat_scale.data.prepare.sources import UnreadableSampleError
+from karat_scale.data.prepare.sources.base import UnreadableSampleError
 from karat_scale.foundation.errors import DataError
 from tests.data.conftest import encode
 from tests.data.prepare.images import jpeg, sample_file, write
@@ -125,9 +125,14 @@ def test_what_cannot_be_decoded_is_left_out_or_stops():
         for data in (b"", b"text", b"\xff\xd8\xff", jpeg(1)[:40]):
             with pytest.raises(UnreadableSampleError):
                 preparation.prepare(data, "a.JPEG")
-    for data, match in ((TRUNCATED, "truncated"), (b"text", "choose another --on-odd than stop")):
-        with pytest.raises(DataError, match=match):
-            Preparation(on_odd="stop").prepare(data, "a.JPEG")
+    with pytest.raises(DataError, match="truncated"):
+        Preparation(on_odd="stop").prepare(TRUNCATED, "a.JPEG")
+
+
+def test_a_file_that_is_no_image_stops(tmp_path):
+    write(tmp_path / "src/ant/a.jpg", b"text")
+    with pytest.raises(DataError, match=r"ant/a.jpg: not an image .*; remove it, or choose another --on-odd than stop"):
+        make_shards(tmp_path / "src", tmp_path / "out", "--on-odd", "stop")
 
 
 def test_all_images_of_a_small_source_are_decoded_and_of_a_large_one_the_headers(tmp_path, monkeypatch, capsys):
@@ -137,7 +142,7 @@ def test_all_images_of_a_small_source_are_decoded_and_of_a_large_one_the_headers
     record = make_shards(tmp_path / "src", tmp_path / "small").splits["train"]
     assert "skipped ant/b.bmp: image file is truncated" in capsys.readouterr().out
     assert (record.samples, record.made["check"]) == (1, "decode")
-    monkeypatch.setattr("karat_scale.data.prepare.job.DECODED_BELOW", 2)
+    monkeypatch.setattr("karat_scale.data.prepare.making.DECODED_BELOW", 2)
     record = make_shards(tmp_path / "src", tmp_path / "large").splits["train"]
     assert (record.samples, record.made["check"]) == (2, "header")
 

@@ -93,12 +93,12 @@ def hashed_together(monkeypatch):
     """Waits at each tar until two are hashed at the same time; False if only one ever is."""
     real, both, met = shard_format.check_file, threading.Barrier(2), []
 
-    def check(path, record, by_hash):
+    def check(path, record, **more):
         if record.name.endswith(".tar"):
             with contextlib.suppress(threading.BrokenBarrierError):
                 both.wait(timeout=20)
                 met.append(record.name)
-        real(path, record, by_hash)
+        real(path, record, **more)
 
     monkeypatch.setattr(shard_format, "check_file", check)
     return met

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.data.shards.cache import NodeCache, Part, RemoteUse, data_cache_directory
+from karat_scale.data.shards.remote import NodeCache, Part, RemoteUse, data_cache_directory
 from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import DataConfig
 from tests.data.backends.helpers import wait_until

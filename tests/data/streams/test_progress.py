@@ -3,7 +3,7 @@
 import pytest
 
 from karat_scale.data.plan import LanePlace, TrainPlan
-from karat_scale.data.streams.assemble import StreamProgress, StreamState
+from karat_scale.data.streams import StreamProgress, StreamState
 
 
 def places(progress: StreamProgress) -> dict[int, tuple[int, int]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.data.plan import LanePlace
-from karat_scale.data.streams.samples import StreamSample, StreamShards, StreamSource
+from karat_scale.data.streams import StreamSample, StreamShards, StreamSource
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.tables import UntrustedError
 from tests.data.tars import image, sample, write_tar

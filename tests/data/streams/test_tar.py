@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.data.streams.samples import DOUBLED, read_tar
+from karat_scale.data.streams import DOUBLED, read_tar
 from karat_scale.foundation.errors import DataError
 from tests.data.backends.helpers import flip, running, wait_until
 from tests.data.tars import image, sample, write_tar

@@ -4,17 +4,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
-from karat_scale.data.decoders.jpeg_header import turned_by_default
-from karat_scale.data.prepare.sources.base import (
-    Openers,
-    Source,
-    SourceOptions,
-    UnreadableSampleError,
-    choose_splits,
-    names_of_classes,
-)
+from karat_scale.data.prepare.sources.base import Openers, Source, SourceOptions, choose_splits, names_of_classes
 from karat_scale.data.prepare.sources.imagefolder import (
     ImageFolderSource,
     class_folders,
@@ -26,7 +17,7 @@ from karat_scale.data.prepare.sources.small import cifar_splits, flowers_splits,
 from karat_scale.data.prepare.sources.tars import folder_tar_splits, has_imagenet_tars, imagenet_splits
 from karat_scale.foundation.errors import DataError
 
-__all__ = ["Source", "SourceOptions", "UnreadableSampleError", "default_exif", "open_splits"]
+__all__ = ["Source", "SourceOptions", "open_splits"]
 
 # Each looks for the official files of its data set and returns splits and classes. With it, the options it uses.
 DATA_SETS: dict[Callable[[Path, SourceOptions], tuple[Openers, list[str]]], set[str]] = {
@@ -65,11 +56,6 @@ def open_splits(
     return {name: found[origin](classes) for name, origin in chosen.items()}
 
 
-def default_exif(classes: list[str]) -> Literal["turn", "keep"]:
-    """Return what to do with EXIF orientations unless the user says."""
-    return "turn" if turned_by_default(classes) else "keep"
-
-
 def _find(
     src: Path, split: str | None, options: SourceOptions, known_classes: list[str] | None
 ) -> tuple[Openers, list[str]]:
@@ -93,10 +79,16 @@ def _find(
     if split is None or not folders:
         names = [path.name for path in src.iterdir() if path.is_dir()]
         refuse_like_splits(src, names, lambda name: any(path.is_dir() for path in (src / name).iterdir()))
-    if folders:
-        _refuse_flat(src, folders, flat, split)
-    else:
-        folders = {split or "train": src}
+    for name in choose_splits(src, [*folders, *flat], split).values() if folders else ():
+        if name in flat:  # like val of Kaggle's ImageNet
+            raise DataError(
+                f"{flat[name]} has images but no class folders; sort them into classes, "
+                f"or make only --split {next(iter(folders))}"
+            )
+    if folders and split is None:
+        for name in flat:
+            print(f"{src}: the split {name} is left out; its images are in no class folders")
+    folders = folders or {split or "train": src}
     names = names_of_classes(src, {name: class_folders(folder) for name, folder in folders.items()}, split)
     return {name: partial(ImageFolderSource, path) for name, path in folders.items()}, names
 
@@ -106,16 +98,3 @@ def _refuse_unheeded(src: Path, options: SourceOptions, kind: str, heeded: set[s
     for field in fields(options):
         if getattr(options, field.name) and field.name not in heeded:
             raise DataError(f"--{field.name.replace('_', '-')} has no effect on {kind}, as in {src}; remove it")
-
-
-def _refuse_flat(src: Path, folders: dict[str, Path], flat: dict[str, Path], split: str | None) -> None:
-    """Raise DataError if a requested split has images but no class folders, like val of Kaggle's ImageNet."""
-    for name in choose_splits(src, [*folders, *flat], split).values():
-        if name in flat:
-            raise DataError(
-                f"{flat[name]} has images but no class folders; sort them into classes, "
-                f"or make only --split {next(iter(folders))}"
-            )
-    if split is None:
-        for name in flat:
-            print(f"{src}: the split {name} is left out; its images are in no class folders")

@@ -22,6 +22,7 @@ from karat_scale.foundation.errors import DataError
 
 Encoding = Literal["png", "jpeg"]
 MAX_KEY_BYTES = 90  # a tar name holds 100
+WNID = re.compile(r"n\d{8}")
 _UNFIT = re.compile(r"[\x00-\x20\x7f\s]")
 _OF_ONE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM}
 _OF_ONE_FILE |= {errno.EINVAL, errno.EFBIG}  # no regular file, or larger than an image can be
@@ -31,21 +32,34 @@ class UnreadableSampleError(Exception):
     """A source image that cannot be used; the message is the reason."""
 
 
-def is_of_the_file(error: OSError) -> bool:
-    """True for an error that one file has, such as a lack of permission; others may be gone the next time."""
-    return error.errno in _OF_ONE_FILE
+def cannot_read(path: Path, error: OSError, whole: bool = True) -> DataError | UnreadableSampleError:
+    """Return what ends the run, as a file or folder cannot be read; it may be readable the next time.
 
-
-def cannot_read(path: Path, error: OSError) -> DataError:
-    """Return what ends the run: a file or folder that must be readable is not."""
+    whole: the source must be readable. If not, an error that one file has, such as a lack of permission, ends nothing.
+    """
+    if not whole and error.errno in _OF_ONE_FILE:
+        return UnreadableSampleError(error.strerror or str(error))
     return DataError(f"{path} cannot be read: {error.strerror or error}; put it right, and run the same command again")
+
+
+def find_file(src: Path, names: tuple[str, ...]) -> Path | None:
+    """Return the first of these files in `src`."""
+    return next((src / name for name in names if (src / name).is_file()), None)
+
+
+def lines_of(path: Path) -> list[str]:
+    """Return the lines of a text file that are not blank, without blanks around them. Raises DataError."""
+    try:
+        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True)
 class SourceOptions:
     """Options for reading a source.
 
-    val_labels, synsets: files with ImageNet's validation labels, as in imagefolder.py. encoding: of images that a
+    val_labels, synsets: files with ImageNet's validation labels, as in tars.py. encoding: of images that a
     source holds as raw pixels; None uses the source's own. any_hash: accept files of a published data set with
     another hash than the published one, or without some files. image_column, label_column: of Parquet files.
     """
@@ -78,14 +92,12 @@ class Source(ABC):
     window: int = 1
     grey: int = 0
 
-    def __init__(
-        self, classes: list[str], labels: npt.ArrayLike, sizes: npt.ArrayLike, facts: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, classes: list[str], labels: npt.ArrayLike, sizes: npt.ArrayLike) -> None:
         self.classes = classes
         self.labels: npt.NDArray[np.int32] = np.asarray(labels, dtype=np.int32)
         self.sizes: npt.NDArray[np.int64] = np.asarray(sizes, dtype=np.int64)
         self.skipped: list[tuple[str, str]] = []
-        self.facts = facts or {}
+        self.facts: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -114,15 +126,8 @@ Openers = dict[str, Callable[[list[str]], Source]]
 class ListedSource(Source):
     """Common code of sources of image files with paths: the same files give the same shards from any of them."""
 
-    def __init__(
-        self,
-        classes: list[str],
-        paths: list[str],
-        labels: npt.ArrayLike,
-        sizes: npt.ArrayLike,
-        facts: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(classes, labels, sizes, facts)
+    def __init__(self, classes: list[str], paths: list[str], labels: npt.ArrayLike, sizes: npt.ArrayLike) -> None:
+        super().__init__(classes, labels, sizes)
         self._paths = paths
         self._keys = unique_keys(paths)
 
@@ -198,11 +203,14 @@ def labelling_splits(src: Path, found: Collection[str], split: str | None) -> se
 def names_of_classes(src: Path, by_split: Mapping[str, Collection[str]], split: str | None) -> list[str]:
     """Return the classes of these splits, sorted. See `labelling_splits`.
 
-    Raises DataError if two names differ in nothing that one can see, as those of a Mac and of other systems do.
+    Raises DataError for a name that is not UTF-8, and for two that differ in nothing that one can see, as those of a
+    Mac and of other systems do.
     """
     names = sorted({name for origin in labelling_splits(src, by_split, split) for name in by_split[origin]})
     seen: dict[str, str] = {}
     for name in names:
+        if (shown := os.fsencode(name).decode(errors="backslashreplace")) != name:
+            raise DataError(f"{src}: the name of class {shown} is not UTF-8; rename it")
         other = seen.setdefault(composed(name), name)
         if other != name:
             raise DataError(f"{src}: the class {name} is spelled {other!a} and {name!a}; rename one like the other")

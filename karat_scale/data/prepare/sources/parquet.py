@@ -20,14 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from karat_scale.data.indexing.command import split_named_in
-from karat_scale.data.prepare.sources.base import (
-    ListedSource,
-    Openers,
-    SourceOptions,
-    UnreadableSampleError,
-    labelling_splits,
-)
+from karat_scale.data.indexing import split_named_in
+from karat_scale.data.prepare.sources import base
 from karat_scale.data.prepare.sources.imagefolder import LIKE_SPLITS, SPLIT_FOLDERS
 from karat_scale.data.prepare.sources.small import renumbered
 from karat_scale.data.shards.shard_format import MOST_CLASSES
@@ -50,13 +44,13 @@ class Columns:
     classes: list[str]
 
 
-def find_columns(src: Path, schemas: list[Any], options: SourceOptions) -> Columns:
+def find_columns(src: Path, schemas: list[Any], options: base.SourceOptions) -> Columns:
     """Return the columns of files with these Arrow schemas. Raises DataError if they are not clear, or differ."""
     schema = schemas[0]
     features = _features(schema)
-    images = [field.name for field in schema if _holds_images(field.type)]
+    images = [field.name for field in schema if "bytes" in _content(field.type)]
     named = [name for name, feature in features.items() if isinstance(feature.get("names"), list)]
-    plain = [field.name for field in schema if _holds_labels(field.type)]
+    plain = [field.name for field in schema if _content(field.type) <= {"text", "integers"}]
     image = _choose(src, "image", options.image_column, images, images, schema.names)
     label = _choose(src, "label", options.label_column, named or plain, plain, schema.names)
     found = features.get(label, {}).get("names") or []
@@ -64,14 +58,14 @@ def find_columns(src: Path, schemas: list[Any], options: SourceOptions) -> Colum
         if (
             set(other.names) != set(schema.names)
             or (_features(other).get(label, {}).get("names") or []) != found
-            or any(_sort(other.field(name).type) != _sort(schema.field(name).type) for name in (image, label))
+            or any(_content(other.field(name).type) != _content(schema.field(name).type) for name in (image, label))
         ):
             raise DataError(f"{src}: its Parquet files have different columns or classes; give one data set as --src")
-    kind = schema.field(image).type
-    if _holds_bytes(kind):
+    content = _content(schema.field(image).type)
+    if "struct" not in content:
         return Columns(image, image, None, label, _distinct(found))
-    has_path = any(part.name == "path" for part in kind)
-    return Columns(image, f"{image}.bytes", f"{image}.path" if has_path else None, label, _distinct(found))
+    image_path = f"{image}.path" if "path" in content else None
+    return Columns(image, f"{image}.bytes", image_path, label, _distinct(found))
 
 
 def _features(schema: Any) -> dict[str, Any]:
@@ -83,46 +77,24 @@ def _features(schema: Any) -> dict[str, Any]:
         return {}
 
 
-def _sort(kind: Any) -> object:
-    """Return what of a column's type must be the same in all files."""
-    import pyarrow.types as types
+def _content(kind: Any) -> set[str]:
+    """Return what a column of this type holds, which must be the same in all files: bytes, text, integers, or others.
 
-    if types.is_struct(kind):
-        return {part.name for part in kind} & {"bytes", "path"}
-    if _holds_labels(kind):
-        return "text" if _is_text(kind) else "integer"
-    return str(kind).removeprefix("large_")
-
-
-def _holds_images(kind: Any) -> bool:
-    import pyarrow.types as types
-
-    if types.is_struct(kind):
-        return any(part.name == "bytes" and _holds_bytes(part.type) for part in kind)
-    return _holds_bytes(kind)
-
-
-def _holds_bytes(kind: Any) -> bool:
-    import pyarrow.types as types
-
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
-
-
-def _holds_labels(kind: Any) -> bool:
-    """True for numbers, texts, true and false, and for what pandas calls categories of these."""
+    A struct has the `bytes` of an image and perhaps its path. True and false are integers. What pandas calls categories
+    hold what their values are.
+    """
     import pyarrow.types as types
 
     if types.is_dictionary(kind):
-        return _holds_labels(kind.value_type)
-    return bool(types.is_integer(kind) or types.is_boolean(kind) or _is_text(kind))
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow.types as types
-
-    if types.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    return bool(types.is_string(kind) or types.is_large_string(kind))
+        return _content(kind.value_type)
+    if types.is_struct(kind):
+        has_bytes = any(part.name == "bytes" and _content(part.type) == {"bytes"} for part in kind)
+        return {"struct"} | ({part.name for part in kind} & {"path"}) | ({"bytes"} if has_bytes else set())
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        return {"bytes"}
+    if types.is_string(kind) or types.is_large_string(kind):
+        return {"text"}
+    return {"integers" if types.is_integer(kind) or types.is_boolean(kind) else str(kind).removeprefix("large_")}
 
 
 def _choose(src: Path, what: str, asked: str | None, likely: list[str], fit: list[str], names: list[str]) -> str:
@@ -167,13 +139,13 @@ def parquet_files(src: Path) -> list[Path]:
 
 
 def parquet_splits(
-    src: Path, files: list[Path], split: str | None, options: SourceOptions
-) -> tuple[Openers, list[str]]:
+    src: Path, files: list[Path], split: str | None, options: base.SourceOptions
+) -> tuple[base.Openers, list[str]]:
     """Return the splits of Parquet files, and their classes. Raises DataError."""
     by_split: dict[str, list[Path]] = {}
     for path in files:
         by_split.setdefault(_split_of(path, src) or split or "train", []).append(path)
-    wanted = labelling_splits(src, by_split, split)  # the others may have no labels, or be only partly there
+    wanted = base.labelling_splits(src, by_split, split)  # the others may have no labels, or be only partly there
     missing = [name for origin in by_split if origin in wanted for name in _missing(src, by_split[origin])]
     if missing and not options.any_hash:
         raise DataError(
@@ -206,7 +178,7 @@ def parquet_splits(
     }, own
 
 
-class ParquetSource(ListedSource):
+class ParquetSource(base.ListedSource):
     """The rows of some Parquet files, in order. See Source. Raises DataError for a label that is no class.
 
     own: the source's classes, which the labels number; `classes`, the shards', may have them in another order.
@@ -238,7 +210,8 @@ class ParquetSource(ListedSource):
                 weights.append(size)
         if not paths:
             raise DataError(f"{files[0]} has no rows")
-        super().__init__(classes, paths, np.concatenate(numbers), np.repeat(sizes, counts), facts)
+        super().__init__(classes, paths, np.concatenate(numbers), np.repeat(sizes, counts))
+        self.facts = facts
         self.blocks = np.repeat(np.arange(len(counts)), counts)
         self.window = max(1, WINDOW_BYTES // max(1, max(weights)))
         self._firsts = np.cumsum(counts) - counts
@@ -253,7 +226,7 @@ class ParquetSource(ListedSource):
             self._held[group] = self._read_group(group)
         data = self._held[group][index - int(self._firsts[group])]
         if data is None:
-            raise UnreadableSampleError("the row has no bytes of an image")
+            raise base.UnreadableSampleError("the row has no bytes of an image")
         return data
 
     def _read_group(self, number: int) -> list[bytes | None]:

@@ -45,7 +45,7 @@ from PIL import Image
 from scipy.io import loadmat
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN, Flowers102
 
-from karat_scale.data.prepare.sources.base import Encoding, ListedSource, Openers, Source, SourceOptions
+from karat_scale.data.prepare.sources.base import Encoding, ListedSource, Openers, Source, SourceOptions, lines_of
 from karat_scale.foundation.console import progress
 from karat_scale.foundation.errors import DataError
 
@@ -56,63 +56,62 @@ class PublishedFiles:
     """Some files of one data set in `src`: members of `folder` in `archive`, or plain files in `folder` or `src`.
 
     md5: the published hash by file name, None if there is none. fetched_by: the data set's name for fetch.py.
+    place: the archive or the folder; None if they are not in `src`.
     """
 
     def __init__(
         self, src: Path, fetched_by: str, md5: dict[str, str | None], archive: str = "", folder: str = "."
     ) -> None:
-        self._md5 = md5
+        self._md5, self._inside = md5, folder
         self.facts: dict[str, Any] = {}
         self._fix = f"fetch it again: python data_prep/fetch.py {fetched_by} --out {src}"
-        self._archive: Path | None = None
-        self._folder: Path | None = None
-        if archive and (src / archive).is_file():
-            self._archive, self._inside = src / archive, folder
-            return
-        for place in (src / folder, src):
+        self.place = src / archive if archive and (src / archive).is_file() else None
+        for place in (src / folder, src) if self.place is None else ():
             missing = [name for name in md5 if not (place / name).is_file()]
             if not missing:
-                self._folder = place
+                self.place = place
                 return
             # In `src` itself, names such as train and meta may belong to anything.
             if len(missing) < len(md5) and (place != src or not archive):
                 raise DataError(f"{place} has no {missing[0]}; {self._fix}")
-
-    @property
-    def are_there(self) -> bool:
-        """True if the archive or all of the files are in the source."""
-        return self._archive is not None or self._folder is not None
 
     def read(self, any_hash: bool) -> dict[str, bytes]:
         """Return each file's bytes, by name; `facts` says in dataset.json which are not the published ones.
 
         Raises DataError if one is missing, the archive is damaged or, unless `any_hash` is set, a hash is another one.
         """
-        if self._archive is not None:
-            contents = self._unpacked(self._archive)
+        assert self.place is not None
+        if self.place.is_file():
+            contents = self._unpacked(self.place)
         else:
-            assert self._folder is not None
-            contents = {name: (self._folder / name).read_bytes() for name in self._md5}
+            contents = {name: (self.place / name).read_bytes() for name in self._md5}
         found = {name: hashlib.md5(data, usedforsecurity=False).hexdigest() for name, data in contents.items()}
         others = {name: found[name] for name, md5 in self._md5.items() if md5 and found[name] != md5}
-        where = self._archive or self._folder
         if others and not any_hash:
             name = next(iter(others))
             raise DataError(
-                f"{where}: {name} has the MD5 {others[name]}, and the published one is {self._md5[name]}; {self._fix}, "
-                "or accept it with --any-hash"
+                f"{self.place}: {name} has the MD5 {others[name]}, and the published one is {self._md5[name]}; "
+                f"{self._fix}, or accept it with --any-hash"
             )
         if others:
-            print(f"warning: {where}: not as published: {', '.join(others)} (--any-hash)", file=sys.stderr)
+            print(f"warning: {self.place}: not as published: {', '.join(others)} (--any-hash)", file=sys.stderr)
         self.facts = {"not_as_published": list(others)}
         return contents
 
     def _unpacked(self, archive: Path) -> dict[str, bytes]:
+        found: dict[str, bytes] = {}
         wanted = {f"{self._inside}/{name}": name for name in self._md5}
         size = archive.stat().st_size
         try:
             with archive.open("rb") as file, progress(f"reading {archive.name}", -(-size // _MB), "MB") as advance:
-                found = _read_members(_CountedReads(file, advance), wanted)
+                packed: Any = _CountedReads(file, advance)
+                with tarfile.open(fileobj=packed, mode="r|gz") as tar:
+                    for member in tar:
+                        name = wanted.get(str(PurePosixPath(member.name)))
+                        if name and member.isreg() and (data := tar.extractfile(member)):
+                            found[name] = data.read()
+                        if len(found) == len(wanted):
+                            break
                 advance(-(-size // _MB) - file.tell() // _MB)
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise DataError(f"{archive} is damaged or cut short ({error}); {self._fix}") from error
@@ -132,20 +131,6 @@ class _CountedReads:
         data = self._file.read(size)
         self._advance(self._file.tell() // _MB - before)
         return data
-
-
-def _read_members(packed: _CountedReads, wanted: dict[str, str]) -> dict[str, bytes]:
-    """Return the members of a gzipped tar whose paths are keys of `wanted`, by its values; stops after the last one."""
-    found: dict[str, bytes] = {}
-    with tarfile.open(fileobj=packed, mode="r|gz") as tar:  # type: ignore[call-overload]
-        for member in tar:
-            name = wanted.get(str(PurePosixPath(member.name)))
-            file = tar.extractfile(member) if name and member.isreg() else None
-            if name and file:
-                found[name] = file.read()
-            if len(found) == len(wanted):
-                break
-    return found
 
 
 def mat_array(name: str, data: bytes, variable: str) -> npt.NDArray[Any]:
@@ -187,8 +172,8 @@ class PixelSource(Source):
             raise DataError(f"{file} holds no images")
         # Sizes are unknown before encoding; the pixels are about the upper limit.
         sizes = np.full(len(images), images[0].size)
-        facts = {**(facts or {}), "encoding": encoding}
-        super().__init__(classes, renumbered(file, labels, own, classes), sizes, facts)
+        super().__init__(classes, renumbered(file, labels, own, classes), sizes)
+        self.facts = {**(facts or {}), "encoding": encoding}
         self._file, self._images, self._encoding = file, images, encoding
 
     def name(self, index: int) -> str:
@@ -246,7 +231,7 @@ def cifar_splits(name: str, src: Path, options: SourceOptions) -> tuple[Openers,
     md5 = {data_set.meta["filename"]: data_set.meta["md5"]}
     md5 |= {file: md5 for files in lists.values() for file, md5 in files}
     files = PublishedFiles(src, name, md5, data_set.filename, data_set.base_folder)
-    if not files.are_there:
+    if files.place is None:
         return {}, []
     contents, folder, encoding = files.read(options.any_hash), data_set.base_folder, options.encoding or "png"
     own = _read(data_set.meta["filename"], contents)[data_set.meta["key"]]
@@ -298,10 +283,14 @@ CLASSES: list[str] = getattr(Flowers102, "classes", None) or [str(number) for nu
 def flowers_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str]]:
     """Return the splits of the Flowers-102 in `src`, and its classes; both empty if there is none. Raises DataError."""
     files = PublishedFiles(src, "flowers102", dict(Flowers102._file_dict.values()), folder=FOLDER)
-    if not files.are_there:
+    if files.place is None:
         return {}, []
     contents = files.read(options.any_hash)
-    images = _images(contents[IMAGES])
+    try:
+        with tarfile.open(fileobj=io.BytesIO(contents[IMAGES]), mode="r:gz") as tar:
+            images = {member.name: tar.extractfile(member).read() for member in tar if member.isreg()}  # type: ignore[union-attr]
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{IMAGES} is damaged or cut short ({error}); fetch it again") from error
     labels = mat_array(LABELS, contents[LABELS], "labels").reshape(-1)
     found: Openers = {}
     for split, parts in _SPLITS.items():
@@ -326,24 +315,15 @@ class FlowersSource(ListedSource):
         if missing is not None or ids.max(initial=0) > len(labels):
             raise DataError(f"{SETS} names {missing or paths[-1]}, which has no image or label; fetch all again")
         own = renumbered(LABELS, labels[ids.astype(np.int64) - 1].astype(np.int64) - 1, CLASSES, classes)
-        super().__init__(classes, paths, own, [len(images[path]) for path in paths], facts)
-        self._images = images
+        super().__init__(classes, paths, own, [len(images[path]) for path in paths])
+        self._images, self.facts = images, facts
 
     def read(self, index: int) -> bytes:
         return self._images[self._paths[index]]
 
 
-def _images(archive: bytes) -> dict[str, bytes]:
-    try:
-        with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
-            return {member.name: tar.extractfile(member).read() for member in tar if member.isreg()}  # type: ignore[union-attr]
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{IMAGES} is damaged or cut short ({error}); fetch it again") from error
-
-
 CLASSES_FILE = "classes.txt"
 _IMAGES = re.compile(r"(?P<split>\w+)-images[-.]idx3-ubyte(\.gz)?")
-_LABELS = "labels{}idx1-ubyte"
 
 
 def idx_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str]]:
@@ -356,11 +336,7 @@ def idx_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str]]:
     if not found:
         return {}, []
     if (src / CLASSES_FILE).is_file():
-        try:
-            text = (src / CLASSES_FILE).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{src / CLASSES_FILE} cannot be read: {error}") from error
-        own = [line.strip() for line in text.splitlines() if line.strip()]
+        own = lines_of(src / CLASSES_FILE)
     else:  # the numbers up to the largest label
         largest = max(int(read_idx(_labels_of(path)).max(initial=0)) for path in found.values())
         own = [str(label) for label in range(largest + 1)]
@@ -393,7 +369,7 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
 def _labels_of(images: Path) -> Path:
     for separator in "-.":
         for ending in (".gz", ""):
-            name = images.name.split("-images")[0] + "-" + _LABELS.format(separator) + ending
+            name = f"{images.name.split('-images')[0]}-labels{separator}idx1-ubyte{ending}"
             if (images.parent / name).is_file():
                 return images.parent / name
     raise DataError(f"{images} has no labels file beside it; expected {images.name.replace('images', 'labels')}")
@@ -407,7 +383,7 @@ def stl10_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str]]
     md5: dict[str, str | None] = {STL10.class_names_file: None}
     md5 |= {file: md5 for file, md5 in (*STL10.train_list, *STL10.test_list) if not file.startswith("unlabeled")}
     files = PublishedFiles(src, "stl10", md5, STL10.filename, STL10.base_folder)
-    if not files.are_there:
+    if files.place is None:
         return {}, []
     contents = files.read(options.any_hash)
     own = contents[STL10.class_names_file].decode("utf-8", "replace").split()
@@ -434,7 +410,7 @@ def svhn_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str]]:
     found: Openers = {}
     for split, (_, file, md5) in SVHN.split_list.items():
         files = PublishedFiles(src, "svhn_extra" if split == "extra" else "svhn", {file: md5})
-        if files.are_there:
+        if files.place is not None:
             found[split] = partial(_open_svhn, file, files, options)
     return found, DIGITS if found else []
 

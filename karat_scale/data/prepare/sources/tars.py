@@ -4,12 +4,24 @@ Headers are scanned once, and nothing is unpacked. The paths of an ImageFolder's
 Shards keep the order, keys and labels of their samples. ImageNet's tars are
 
 ILSVRC2012_img_train.tar    one tar per class: n01440764.tar, ...
-ILSVRC2012_img_val.tar      ILSVRC2012_val_00000001.JPEG, ...; the labels come from a file beside it (imagefolder.py)
+ILSVRC2012_img_val.tar      ILSVRC2012_val_00000001.JPEG, ...
+
+The classes of the latter come from one of these files beside it:
+
+    LOC_val_solution.csv                          Kaggle: `ILSVRC2012_val_00048981,n03995372 85 1 499 272`
+    any text or CSV file                          lines `filename wnid`, separated by blank or comma, suffix optional
+    imagenet_2012_validation_synset_labels.txt    one wnid per line, in the order of the images' names
+    val.txt                                       lines `filename number`, counted from 0 over the sorted wnids
+    ILSVRC2012_validation_ground_truth.txt        the devkit: one number per line, from 1, in its own class order
+
+The devkit's order is not the sorted one. It comes from a mapping file (--synsets) with lines `number wnid ...`, or a
+wnid per line in that order, as in meta.mat.
 """
 
 import hashlib
 import os
 import posixpath
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,23 +30,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from karat_scale.data.prepare.sources.base import (
-    ListedSource,
-    Openers,
-    Source,
-    SourceOptions,
-    cannot_read,
-    names_of_classes,
-)
-from karat_scale.data.prepare.sources.imagefolder import (
-    LABEL_FILES,
-    NO_IMAGE_NAME,
-    SPLIT_FOLDERS,
-    find_file,
-    read_val_labels,
-    refuse_like_splits,
-    require_utf8,
-)
+from karat_scale.data.prepare.sources import base
+from karat_scale.data.prepare.sources.imagefolder import NO_IMAGE_NAME, SPLIT_FOLDERS, refuse_like_splits
 from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.shards import ShardSplit, is_hidden_folder, is_image_name
 from karat_scale.data.shards.tars import scan_members
@@ -84,7 +81,7 @@ def scan_tar(path: Path, within: Member | None = None, folders: list[str] | None
                 yield Member(found.name, 0, 0, why)
 
 
-class TarSource(ListedSource):
+class TarSource(base.ListedSource):
     """Image members of one tar as a source. See Source.
 
     members: (class name, path for reports and keys, member). They are sorted in the order of an ImageFolder of the
@@ -101,8 +98,6 @@ class TarSource(ListedSource):
             if member.unusable or not is_image_name(path.rpartition("/")[2]):
                 skipped.append((path, member.unusable or NO_IMAGE_NAME))
                 continue
-            if name not in numbers:
-                raise DataError(f"{archive}: {member.name} is of class {name!r}, which the shards do not have")
             found.append((name, path, member))
         if not found:
             raise DataError(f"{archive} has no images")
@@ -119,7 +114,7 @@ class TarSource(ListedSource):
                 self._file = os.open(self._archive, os.O_RDONLY | os.O_CLOEXEC)
             data = os.pread(self._file, size, int(self._offsets[index]))
         except OSError as error:
-            raise cannot_read(self._archive, error) from error
+            raise base.cannot_read(self._archive, error) from error
         if len(data) != size:
             raise DataError(f"{self._archive} has become shorter; it ends in {self.name(index)}")
         return data
@@ -153,7 +148,7 @@ class _Place(NamedTuple):
 _Placed = list[tuple[_Place, Member]]
 
 
-def folder_tar_splits(path: Path, split: str | None) -> tuple[Openers, list[str]]:
+def folder_tar_splits(path: Path, split: str | None) -> tuple[base.Openers, list[str]]:
     """Return splits and classes of a tar of an ImageFolder: [<anything>/][train|val/]<class>/<image>.
 
     split: the requested one, or None for all; the name of the only split of a tar that names none.
@@ -180,7 +175,13 @@ def folder_tar_splits(path: Path, split: str | None) -> tuple[Openers, list[str]
         elif len(place.inside) > 1 and bool(place.split) == split_there:
             by_split.setdefault(place.split, []).append((place.inside[0], inside, member))
         elif place.is_image:
-            raise _in_no_class(path, member, split_there)
+            where = f"{path}: {member.name} is in no class folder"
+            if not split_there:
+                raise DataError(f"{where}; expected <class>/<image>")
+            raise DataError(
+                f"{where} of a split, as other images are; sort such images into <split>/<class>/<image>, or remove "
+                "them"
+            )
         else:
             others.append((place.split, ("", inside or member.name, member)))
     if not by_split:
@@ -191,10 +192,10 @@ def folder_tar_splits(path: Path, split: str | None) -> tuple[Openers, list[str]
             classes[place.split].add(place.inside[0])
     for name, other in others:
         by_split.get(name, next(iter(by_split.values()))).append(other)
-    openers: Openers = {name or split or "train": partial(TarSource, path, items) for name, items in by_split.items()}
-    names = names_of_classes(path, dict(zip(openers, classes.values(), strict=True)), split)
-    require_utf8(names, path)
-    return openers, names
+    openers: base.Openers = {
+        name or split or "train": partial(TarSource, path, items) for name, items in by_split.items()
+    }
+    return openers, base.names_of_classes(path, dict(zip(openers, classes.values(), strict=True)), split)
 
 
 def _place(name: str, own: int) -> _Place:
@@ -227,15 +228,16 @@ def _are_in_a_folder(path: Path, members: _Placed, folders: list[_Place]) -> boo
     return is_one
 
 
-def _in_no_class(path: Path, member: Member, split_there: bool) -> DataError:
-    if not split_there:
-        return DataError(f"{path}: {member.name} is in no class folder; expected <class>/<image>")
-    return DataError(
-        f"{path}: {member.name} is in no class folder of a split, as other images are; sort such images into "
-        "<split>/<class>/<image>, or remove them"
-    )
-
-
+_NUMBER_IN_NAME = re.compile(r"_(\d{8})$")
+_COLUMNS = re.compile(r"[\s,]+")
+LABEL_FILES = (
+    "LOC_val_solution.csv",
+    "ILSVRC2012_validation_ground_truth.txt",
+    "imagenet_2012_validation_synset_labels.txt",
+    "val_labels.csv",
+    "val_labels.txt",
+    "val.txt",
+)
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
 
@@ -246,20 +248,32 @@ def has_imagenet_tars(src: Path) -> bool:
 
 
 def imagenet_splits(
-    src: Path, split: str | None, options: SourceOptions, known_classes: list[str] | None
-) -> tuple[Openers, list[str]]:
+    src: Path, split: str | None, options: base.SourceOptions, known_classes: list[str] | None
+) -> tuple[base.Openers, list[str]]:
     """Return the splits whose tars are in `src`, and their classes: the sorted wnids. Raises DataError."""
-    found: Openers = {}
+    found: base.Openers = {}
     wnids: set[str] = set()
     if (src / TRAIN_TAR).is_file():
         inner = [member for member in scan_tar(src / TRAIN_TAR) if member.name.endswith(".tar")]
         if not inner:
             raise DataError(f"{src / TRAIN_TAR} holds no tars of classes; it is not the official one")
         wnids |= {_wnid(member) for member in inner}
-        found["train"] = partial(TarSource, src / TRAIN_TAR, _train_images(src / TRAIN_TAR, inner))
+        images = (
+            (_wnid(tar), f"{_wnid(tar)}/{member.name}", member)
+            for tar in inner
+            for member in scan_tar(src / TRAIN_TAR, within=tar)
+        )
+        found["train"] = partial(TarSource, src / TRAIN_TAR, images)
     if (src / VAL_TAR).is_file() and split != "train":
         members = list(scan_tar(src / VAL_TAR))
-        labels = _val_labels(src, members, options, sorted(wnids) or known_classes)
+        path = options.val_labels or base.find_file(src, LABEL_FILES)
+        if path is None:
+            raise DataError(
+                f"{src / VAL_TAR} has no labels beside it; put LOC_val_solution.csv there or use --val-labels FILE, "
+                f"or make only --split train"
+            )
+        stems = [_stem(member.name) for member in members if is_image_name(_file(member))]
+        labels = read_val_labels(path, stems, sorted(wnids) or known_classes, options.synsets)
         wnids |= set(labels.values())
         found["val"] = partial(TarSource, src / VAL_TAR, _val_images(members, labels))
     return found, sorted(wnids)
@@ -269,38 +283,92 @@ def _wnid(member: Member) -> str:
     return _file(member).removesuffix(".tar")
 
 
-def _stem(member: Member) -> str:
-    return _file(member).rpartition(".")[0]
+def _stem(name: str) -> str:
+    file = name.replace("\\", "/").rpartition("/")[2]
+    return file.rpartition(".")[0] or file
 
 
 def _file(member: Member) -> str:
     return member.name.rpartition("/")[2]
 
 
-def _train_images(path: Path, inner: list[Member]) -> Iterator[tuple[str, str, Member]]:
-    for tar in inner:
-        for member in scan_tar(path, within=tar):
-            yield _wnid(tar), f"{_wnid(tar)}/{member.name}", member
-
-
 def _val_images(members: list[Member], labels: dict[str, str]) -> Iterator[tuple[str, str, Member]]:
     for member in members:
-        wnid = labels.get(_stem(member), "")
+        wnid = labels.get(_stem(member.name), "")
         yield wnid, f"{wnid}/{_file(member)}" if wnid else member.name, member
 
 
-def _val_labels(src: Path, members: list[Member], options: SourceOptions, wnids: list[str] | None) -> dict[str, str]:
-    path = options.val_labels or find_file(src, LABEL_FILES)
-    if path is None:
+def read_val_labels(path: Path, stems: list[str], wnids: list[str] | None, synsets: Path | None) -> dict[str, str]:
+    """Return the wnid by image name without suffix, for the images `stems`, from a label file.
+
+    wnids: the sorted classes, if known, for numbers counted from 0. synsets: the devkit's class order. Raises
+    DataError if an image has no label, or a line has an unknown form.
+    """
+    rows = [_COLUMNS.split(line) for line in base.lines_of(path)]
+    if rows and rows[0][0] == "ImageId":
+        rows = rows[1:]
+    if not rows:
+        raise DataError(f"{path} is empty")
+    if len(rows[0]) == 1:
+        named = _by_position(path, [row[0] for row in rows], stems)
+        if all(value.isdigit() for value in named.values()):
+            named = _from_devkit(path, named, synsets)
+    else:
+        named = {_stem(row[0]): row[1] for row in rows if len(row) > 1}
+        if all(value.isdigit() for value in named.values()):
+            named = _from_sorted(path, named, wnids)
+    missing = [stem for stem in stems if stem not in named]
+    if missing:
+        raise DataError(f"{path} has no label for {missing[0]} and {len(missing) - 1} other images")
+    wrong = next((stem for stem in stems if not base.WNID.fullmatch(named[stem])), None)
+    if wrong:
+        raise DataError(f"{path}: the label of {wrong} is {named[wrong]!r}, which is not a wnid such as n01440764")
+    return named
+
+
+def _by_position(path: Path, values: list[str], stems: list[str]) -> dict[str, str]:
+    """Match line n with the image with n in its name, else with the n-th name."""
+    numbers = [_NUMBER_IN_NAME.search(stem) for stem in stems]
+    if all(numbers):
+        places = {stem: int(found[1]) for stem, found in zip(stems, numbers, strict=True) if found}
+    elif len(values) == len(stems):
+        places = {stem: place for place, stem in enumerate(sorted(stems), 1)}
+    else:
+        raise DataError(f"{path} has {len(values)} lines for {len(stems)} images; use lines `filename wnid`")
+    return {stem: values[place - 1] for stem, place in places.items() if 1 <= place <= len(values)}
+
+
+def _from_devkit(path: Path, numbers: dict[str, str], synsets: Path | None) -> dict[str, str]:
+    if synsets is None:
         raise DataError(
-            f"{src / VAL_TAR} has no labels beside it; put LOC_val_solution.csv there or use --val-labels FILE, "
-            f"or make only --split train"
+            f"{path} holds the devkit's class numbers; use --synsets FILE with lines `number wnid` (from meta.mat), "
+            f"or use LOC_val_solution.csv"
         )
-    stems = [_stem(member) for member in members if is_image_name(_file(member))]
-    return read_val_labels(path, stems, wnids, options.synsets)
+    rows = [_COLUMNS.split(line) for line in base.lines_of(synsets)]
+    if all(row[0].isdigit() and len(row) > 1 for row in rows):
+        order = {int(row[0]): row[1] for row in rows}
+    else:
+        order = {number: row[0] for number, row in enumerate(rows, 1)}
+        if list(order.values()) == sorted(order.values()):
+            raise DataError(f"{synsets} is sorted by wnid, which is not the devkit's order; use lines `number wnid`")
+    if (wrong := next((number for number in map(int, numbers.values()) if number not in order), None)) is not None:
+        raise DataError(f"{path} has the class number {wrong}, but the mapping has {len(order)} classes")
+    return {stem: order[int(number)] for stem, number in numbers.items()}
 
 
-class ShardSource(Source):
+def _from_sorted(path: Path, numbers: dict[str, str], wnids: list[str] | None) -> dict[str, str]:
+    if not wnids:
+        raise DataError(f"{path} numbers the classes, but their wnids are unknown; make the train split with it")
+    order = dict(enumerate(sorted(wnids)))
+    if max(map(int, numbers.values())) >= len(order):
+        raise DataError(
+            f"{path} has class numbers up to {max(map(int, numbers.values()))}; counted from 0 over "
+            f"{len(order)} sorted wnids they end at {len(order) - 1}"
+        )
+    return {stem: order[int(number)] for stem, number in numbers.items()}
+
+
+class ShardSource(base.Source):
     """One split of a directory of shards. See Source. Raises DataError if the shards are not right."""
 
     def __init__(self, directory: Path, split: str, record: shard_format.DatasetRecord) -> None:

@@ -30,8 +30,7 @@ from karat_scale.data.loading.device_feed import DeviceFeed
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan, micro_batch_of
 from karat_scale.data.shards.shard_format import staged_copy, unused_classes
 from karat_scale.data.shards.shards import hash_files, is_hashed
-from karat_scale.data.streams.assemble import StreamProgress, StreamState
-from karat_scale.data.streams.samples import StreamShards
+from karat_scale.data.streams import StreamProgress, StreamShards, StreamState
 from karat_scale.engine.deepspeed_internals import whole_parameters
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import Engine, pixel_dtype

@@ -10,7 +10,7 @@ pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
 import pyarrow as arrow
 from pyarrow.parquet import write_table
 
-from karat_scale.data.prepare.job import held_out, shuffled
+from karat_scale.data.prepare.making import held_out, shuffled
 from karat_scale.data.prepare.sources import SourceOptions, open_splits
 from karat_scale.foundation.errors import DataError
 from tests.data.betons import need_ffcv

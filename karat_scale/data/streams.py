@@ -1,8 +1,13 @@
-"""The shards of a stream, and the samples of a lane from a given place on, shuffled and without end.
+"""The `webdataset` backend with `data.order: stream`: training batches of tars without an index.
 
-All cycles over the shards follow each other in an endless list. The webdataset library opens shards, reads their
-samples and groups them. Its reader ends without a word at a damaged header, at a missing end, and where another tar
-follows. So the bytes are watched on their way to it, and what it leaves is looked at. A shard is whole, or an error.
+All cycles over the shards follow each other in an endless list. The samples of a lane are those of every so many shards
+of it, from a given place on, shuffled and without end. A batch is made from the next samples of a lane: they are
+decoded, transformed and collected. The progress of a rank is where its lanes stand after the last batch that was
+trained on. A checkpoint holds it.
+
+The webdataset library opens shards, reads their samples and groups them. Its reader ends without a word at a damaged
+header, at a missing end, and where another tar follows. So the bytes are watched on their way to it, and what it leaves
+is looked at. A shard is whole, or an error.
 """
 
 import contextlib
@@ -11,22 +16,32 @@ import random
 import re
 import signal
 import subprocess
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
 from hashlib import blake2b
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlparse
 
 import psutil
+from pydantic import Field
 from webdataset.filters import shuffle
 from webdataset.gopen import Pipe, gopen, gopen_schemes, rewrite_url
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from karat_scale.data.indexing.samples import IMAGES, LabelRule, NoLabelError, number_of
-from karat_scale.data.plan import LanePlace, epoch_order, shuffle_seed
+from karat_scale.data.backends.images import ImageBackend
+from karat_scale.data.batch import Batch, Streamed
+from karat_scale.data.decoders import Decoder, make_decoder
+from karat_scale.data.decoders.decode import UndecodableImageError
+from karat_scale.data.indexing import IMAGES, LabelRule, NoLabelError, number_of
+from karat_scale.data.loading.assemble import MAX_REPLACEMENTS, Assembler, ImageSpec, Sample
+from karat_scale.data.loading.workers import lead_own_commands
+from karat_scale.data.plan import BatchSlice, LanePlace, TrainPlan, epoch_order, shuffle_seed
+from karat_scale.data.shards.remote import RemoteUse
+from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.tables import refuse_untrusted
@@ -54,15 +69,25 @@ class StreamShards:
     """
 
     def __init__(self, data: DataConfig, seed: int) -> None:
-        self._seed = seed
-        self.urls = _expanded(data.stream)
-        self.names = [_without_values(url, _variables(data.stream)) for url in self.urls]
+        try:
+            self.urls: list[str] = expand_urls(data.stream)
+        except AssertionError as error:
+            name = str(error).partition("wds_WDS_")[2]
+            raise DataError(
+                f"data.stream: ${{{name}}} is the variable WDS_{name} of the environment, which is not set; set it, or "
+                f"write ${name} for a variable of the command's shell"
+            ) from None
+        except ValueError:
+            raise DataError(r"data.stream has a { without its }, or one too many; write \{ for the character") from None
+        if not all(self.urls):
+            raise DataError("data.stream has an empty name between two ::")
+        self.names = _without_values(self.urls, data.stream)
         for url, name in zip(self.urls, self.names, strict=True):
             scheme = _check_can_be_opened(url, name)
             # A URL with the value of a variable would tell it to the server.
             if data.found_in and scheme not in _FILES and not (scheme in _READ_ONLY and url == name):
                 refuse_untrusted(f"{data.found_in}: data.stream = {name} runs a command or sends a variable's value")
-        self._order = lru_cache(maxsize=2)(self._order_of)
+        self._order = lru_cache(maxsize=2)(lambda cycle: epoch_order(seed, cycle, len(self)).tolist())
 
     def __len__(self) -> int:
         return len(self.urls)
@@ -70,11 +95,8 @@ class StreamShards:
     def at(self, entry: int) -> int:
         """Return the number of the shard at an entry of the endless list."""
         cycle, place = divmod(entry, len(self))
-        return self._order(cycle)[place]
-
-    def _order_of(self, cycle: int) -> list[int]:
-        order: list[int] = epoch_order(self._seed, cycle, len(self)).tolist()
-        return order
+        shard: int = self._order(cycle)[place]
+        return shard
 
     def check_lanes(self, ranks: int, per_rank: int) -> None:
         """Refuse fewer shards than lanes, since two lanes would read the same. Raises DataError."""
@@ -87,35 +109,15 @@ class StreamShards:
             )
 
 
-def _expanded(text: str) -> list[str]:
-    try:
-        urls: list[str] = expand_urls(text)
-    except AssertionError as error:
-        name = str(error).partition("wds_WDS_")[2]
-        raise DataError(
-            f"data.stream: ${{{name}}} is the variable WDS_{name} of the environment, which is not set; set it, or "
-            f"write ${name} for a variable of the command's shell"
-        ) from None
-    except ValueError:
-        raise DataError(r"data.stream has a { without its }, or one too many; write \{ for the character") from None
-    if not all(urls):
-        raise DataError("data.stream has an empty name between two ::")
-    return urls
-
-
-def _variables(text: str) -> list[str]:
-    """Return the names of the variables in a text, and of those in their values."""
+def _without_values(urls: list[str], text: str) -> list[str]:
+    """Return URLs with the names of the variables in their text, and of those in their values, instead of these."""
     names = list(dict.fromkeys(_VARIABLE.findall(text)))
     for name in names:  # which grows
         names += [inner for inner in _VARIABLE.findall(os.environ[f"WDS_{name}"]) if inner not in names]
-    return names
-
-
-def _without_values(url: str, variables: list[str]) -> str:
-    for name in reversed(variables):
+    for name in reversed(names):
         if value := os.environ[f"WDS_{name}"]:
-            url = url.replace(value, f"${{{name}}}")
-    return url
+            urls = [url.replace(value, f"${{{name}}}") for url in urls]
+    return urls
 
 
 def _check_can_be_opened(url: str, name: str) -> str:
@@ -351,31 +353,25 @@ class StreamSource:
         entry, used = place
         while True:
             shard = self.shards.at(entry)
+            name = self.shards.names[shard]
             begins(shard)
             mix = shuffle(self._buffer, initial=_INITIAL, rng=random.Random(shuffle_seed(self._seed, entry)))
-            samples: Iterator[StreamSample] = mix(self._samples(shard))
+            stored = read_tar(self.shards.urls[shard], name)
+            samples: Iterator[StreamSample] = mix(self._sample(members, name) for members in stored)
             there = sum(1 for _ in islice(samples, used))
             if there < used:
-                name = self._name(shard)
                 raise DataError(f"data.stream: {name} has {plural(there, 'sample')}, and the run has used {used}")
             for sample in samples:
                 used += 1
                 yield InLane(sample, entry // len(self.shards), shard, LanePlace(entry, used))
             if not used:
-                raise DataError(f"data.stream: {self._name(shard)} has no sample; take it out of data.stream")
+                raise DataError(f"data.stream: {name} has no sample; take it out of data.stream")
             entry, used = entry + lanes, 0
-
-    def _name(self, shard: int) -> str:
-        return self.shards.names[shard]
-
-    def _samples(self, shard: int) -> Iterator[StreamSample]:
-        name = self._name(shard)
-        for members in read_tar(self.shards.urls[shard], name):
-            yield self._sample(members, name)
 
     def _sample(self, members: Mapping[str, Any], shard: str) -> StreamSample:
         key = members["__key__"]
-        number = _stable_id(shard, key)
+        digest = blake2b(f"{shard}\0{key}".encode(errors="surrogateescape"), digest_size=8).digest()
+        number = int.from_bytes(digest, "little") >> 1  # below 2^63; it tells a sample from others
         suffix = next((suffix for suffix in members if suffix in IMAGES), "")
         try:
             if not members.get(suffix):
@@ -387,10 +383,7 @@ class StreamSource:
             return StreamSample(number, key, b"", 0, str(error))
 
     def _label(self, members: Mapping[str, Any], image: str) -> int:
-        kind = self._rule.kind
-        if kind != "path" and kind not in members:
-            raise NoLabelError(f"no label: .{kind} is missing")
-        label = self._rule.label(image, b"" if kind == "path" else members[kind])
+        label = self._rule.label(image, self._rule.source(members) or b"")
         try:
             number = number_of(label, self._numbers)
         except KeyError:
@@ -400,7 +393,141 @@ class StreamSource:
         return number
 
 
-def _stable_id(shard: str, key: str) -> int:
-    """Return a number below 2^63 that tells a sample from others."""
-    digest = blake2b(f"{shard}\0{key}".encode(errors="surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+class UnusableSampleError(UndecodableImageError):
+    """A sample of a stream lacks an image or a right label; the message is the reason."""
+
+    done = "used"
+
+
+class StreamAssembler(Assembler):
+    """Makes training batches of a stream. Each worker reads its own lane; its next sample replaces a bad one."""
+
+    def __init__(self, source: StreamSource, spec: ImageSpec, decoder: Decoder) -> None:
+        super().__init__(spec, decoder, training=True)
+        self._source = source
+        self._lanes: dict[int, Generator[InLane, None, None]] = {}
+        self._used: list[InLane] = []  # the last candidate of each row of the batch
+
+    def _candidates(self, part: BatchSlice) -> Iterator[Iterator[Sample]]:
+        if part.place is not None or part.lane not in self._lanes:
+            lead_own_commands()
+            place = part.place or LanePlace(part.lane)
+            self._lanes[part.lane] = self._source.lane(place, part.lanes, self._whereabouts.tell)
+        return (self._next_of(self._lanes[part.lane], row) for row in range(len(part.sample_ids)))
+
+    def _next_of(self, lane: Iterator[InLane], row: int) -> Iterator[Sample]:
+        for one in islice(lane, MAX_REPLACEMENTS):
+            self._used[row:] = [one]
+            locate = partial(self._locate, one)
+            yield Sample(one.sample.id, one.sample.label, one.cycle, partial(_image_of, one), locate)
+
+    def _locate(self, one: InLane) -> tuple[str, str]:
+        return one.sample.key, self._source.shards.names[one.shard]
+
+    def _streamed(self, part: BatchSlice) -> Streamed:
+        return Streamed(part.lane, self._used[-1].place, tuple(map(self._locate, self._used)))
+
+    def whereabouts(self, workers: int) -> str:
+        return self._whereabouts.told(workers, lambda i: f"reads {self._source.shards.names[i]}")
+
+    def close(self) -> None:
+        """Stop the commands of lanes that this process itself reads."""
+        lanes, self._lanes = self._lanes, {}
+        for lane in lanes.values():
+            lane.close()
+
+
+def _image_of(one: InLane) -> bytes:
+    if one.sample.problem:
+        raise UnusableSampleError(one.sample.problem)
+    return one.sample.image
+
+
+class StreamBackend(ImageBackend):
+    """Trains on a stream, and evaluates on an indexed split, which also names the classes. See Backend."""
+
+    def __init__(self, spec: ImageSpec) -> None:
+        data = spec.data
+        remote = RemoteUse.of(data, training=False)
+        val = ShardSplit(data.path, data.val_split, spec.num_classes, data.verify, remote=remote)
+        super().__init__(val, val, spec)
+        self.num_train = data.stream_samples or 0
+
+    def plan(
+        self, global_batch: int, micro_batch: int, rank: int, world_size: int, lanes: int | None = None
+    ) -> TrainPlan:
+        plan = super().plan(global_batch, micro_batch, rank, world_size, lanes)
+        StreamShards(self._data, self.spec.seed).check_lanes(world_size, plan.lanes)
+        return plan
+
+    @cached_property
+    def _make_stream(self) -> StreamAssembler:  # not before it is used: an evaluation needs none of it
+        source = StreamSource(self._data, self.spec.seed, self.classes)
+        decoder = make_decoder(self._data, self.spec.augment.interpolation)
+        return StreamAssembler(source, self.spec, decoder)
+
+    def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
+        return self._load(self._make_stream, slices)
+
+    def close(self) -> None:
+        super().close()
+        if "_make_stream" in self.__dict__:
+            self._make_stream.close()
+
+
+Count = Annotated[int, Field(ge=0, lt=2**40)]
+
+
+@dataclass
+class StreamState:
+    """What a checkpoint says of a stream. shards: their number. lanes: of all ranks, the entry and the used samples."""
+
+    shards: Annotated[int, Field(ge=1)]
+    lanes: Annotated[list[tuple[Count, Count]], Field(min_length=1)]
+
+
+class StreamProgress:
+    """The places of this rank's lanes.
+
+    lanes: of each rank. shards: the number of the stream's shards.
+    """
+
+    def __init__(self, rank: int, ranks: int, lanes: int, shards: int) -> None:
+        self._mine = range(rank * lanes, (rank + 1) * lanes)
+        self._all, self._shards = ranks * lanes, shards
+        self.places = {lane: LanePlace(lane) for lane in self._mine}
+
+    def from_here(self, slices: Iterable[BatchSlice]) -> Iterator[BatchSlice]:
+        """Yield the slices; the first one of each lane says where it stands."""
+        waiting = dict(self.places)
+        for part in slices:
+            yield replace(part, place=waiting.pop(part.lane, None))
+
+    def note(self, batch: Batch) -> None:
+        """A batch was trained on."""
+        if batch.streamed is not None:
+            self.places[batch.streamed.lane] = batch.streamed.place
+
+    def mine(self) -> list[LanePlace]:
+        """Return the places of this rank's lanes in order."""
+        return [self.places[lane] for lane in self._mine]
+
+    def state(self, places: Iterable[LanePlace]) -> StreamState:
+        """Return what a checkpoint says, given the places of all ranks."""
+        return StreamState(self._shards, [(place.entry, place.used) for place in places])
+
+    def resume(self, saved: StreamState | None) -> str:
+        """Go on where a checkpoint stands; returns why that cannot be done exactly, and what happens instead."""
+        if saved is None:
+            return ""
+        if (saved.shards, len(saved.lanes)) == (self._shards, self._all):
+            self.places = {lane: LanePlace(*saved.lanes[lane]) for lane in self._mine}
+            return ""
+        cycle = max(entry for entry, _ in saved.lanes) // saved.shards + 1
+        self.places = {lane: LanePlace(cycle * self._shards + lane) for lane in self._mine}
+        now, then = _described(self._shards, self._all), _described(saved.shards, len(saved.lanes))
+        return f"the stream now has {now}, and {then} in the checkpoint: each lane begins at cycle {cycle}"
+
+
+def _described(shards: int, lanes: int) -> str:
+    return f"{plural(shards, 'tar')} and {plural(lanes, 'lane')} (ranks x data workers)"

@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -22,16 +22,13 @@ import numpy.typing as npt
 from pydantic import BaseModel
 
 from karat_scale import __version__
+from karat_scale.data.decoders.jpeg_header import turned_by_default
 from karat_scale.data.plan import epoch_order
 from karat_scale.data.prepare import DECODED_BELOW
 from karat_scale.data.prepare.images import OddImageSkippedError, Preparation, Prepared
-from karat_scale.data.prepare.sources import Source, SourceOptions, UnreadableSampleError, open_splits
-from karat_scale.data.prepare.sources.imagefolder import (
-    NAME_FILES,
-    ImageFolderSource,
-    find_file,
-    read_synset_names,
-)
+from karat_scale.data.prepare.sources import Source, SourceOptions, open_splits
+from karat_scale.data.prepare.sources.base import UnreadableSampleError, find_file
+from karat_scale.data.prepare.sources.imagefolder import NAME_FILES, ImageFolderSource, read_synset_names
 from karat_scale.data.shards.shard_format import BetonRecord, OddRecord, SkippedRecord, SplitRecord, dataset_directory
 from karat_scale.foundation.arguments import OneLineParser, count
 from karat_scale.foundation.errors import DataError
@@ -106,8 +103,8 @@ class Job:
             data = self.source.read(index)
             return self.preparation.prepare(data, path) if self.preparation else Prepared(data, "", False)
         except UnreadableSampleError as error:
-            if self.preparation:
-                self.preparation.check_left_out(path, error)
+            if self.preparation and self.preparation.on_odd == "stop":
+                raise DataError(f"{path}: {error}; remove it, or choose another --on-odd than stop") from error
             notes.skipped.append(SkippedRecord(path=path, reason=str(error)))
             if isinstance(error, OddImageSkippedError):
                 notes.odd.append(OddRecord(path=path, what=str(error), done="skipped"))
@@ -170,18 +167,18 @@ class Job:
             )
 
 
-def made_by(tool: str, source: Source, options: argparse.Namespace, **settings: Any) -> dict[str, Any]:
+def made_by(
+    tool: str, source: Source, options: argparse.Namespace, preparation: Preparation | None, **settings: Any
+) -> dict[str, Any]:
     """Return the `made` of a record: the script, the source and the settings."""
     return {
         "tool": f"data_prep/{tool}",
         "version": __version__,
         "source": os.fsencode(options.src.resolve().name).decode(errors="backslashreplace"),
         "source_sha256": source.fingerprint(),
-        "seed": options.seed,
-        "subset": options.subset,
-        "val_fraction": options.val_fraction,
-        "val_count": options.val_count,
+        **{name: getattr(options, name) for name in ("seed", "subset", "val_fraction", "val_count")},
         **settings,
+        **{name: getattr(preparation, name, None) for name in PREPARING},
         **source.facts,
     }
 
@@ -211,8 +208,8 @@ class PartOfSource(Source):
     """The samples `indices` of another source, in this order. See Source."""
 
     def __init__(self, whole: Source, indices: npt.NDArray[np.int64]) -> None:
-        super().__init__(whole.classes, whole.labels[indices], whole.sizes[indices], whole.facts)
-        self._whole, self._indices, self.exact_sizes = whole, indices, whole.exact_sizes
+        super().__init__(whole.classes, whole.labels[indices], whole.sizes[indices])
+        self._whole, self._indices, self.exact_sizes, self.facts = whole, indices, whole.exact_sizes, whole.facts
         self.blocks, self.window = None if whole.blocks is None else whole.blocks[indices], whole.window
 
     def name(self, index: int) -> str:
@@ -338,8 +335,9 @@ def make_parser(description: str, writes: bool = True) -> OneLineParser:
     return parser
 
 
-def add_source_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of scripts that convert a source: where it is, its images and their order, and odd ones."""
+def source_parser(description: str) -> OneLineParser:
+    """Return a parser with the options of scripts that convert a source: where it is, its images, and odd ones."""
+    parser = make_parser(description)
     parser.add_argument("--src", type=user_path, required=True, metavar="DIR", help="the directory of the images")
     parser.add_argument("--split", metavar="NAME", help="make only this split (default: all)")
     _add_workers(parser)
@@ -390,6 +388,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--names", type=user_path, metavar="FILE", help="`wnid name` lines: readable names of the classes"
     )
+    return parser
 
 
 def check_source_options(options: argparse.Namespace) -> None:
@@ -409,16 +408,20 @@ def check_source_options(options: argparse.Namespace) -> None:
             raise DataError(f"--{name.replace('_', '-')} {path}: the file does not exist")
 
 
-def settle_check(options: argparse.Namespace, images: int) -> None:
-    """Choose `--check` by the number of images, where the command line does not."""
-    options.check = options.check or ("decode" if images < DECODED_BELOW else "header")
+def settle(options: argparse.Namespace, sources: Mapping[str, Source]) -> None:
+    """Choose `--check` by the number of images, and `--exif` by the classes, where the command line does not."""
+    classes = next(iter(sources.values())).classes
+    options.check = options.check or ("decode" if sum(map(len, sources.values())) < DECODED_BELOW else "header")
+    options.exif = options.exif or ("turn" if turned_by_default(classes) else "keep")
 
 
-def add_shard_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of scripts that read finished shards."""
+def shard_parser(description: str, writes: bool = True) -> OneLineParser:
+    """Return a parser with the options of scripts that read finished shards, and perhaps of those that write."""
+    parser = make_parser(description, writes)
     parser.add_argument("--src", type=dataset_directory, required=True, metavar="DIR", help="shards, also at a URL")
     parser.add_argument("--split", metavar="NAME", help="use only this split (default: all)")
     _add_workers(parser)
+    return parser
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:

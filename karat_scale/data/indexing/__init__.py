@@ -1,1 +1,0 @@
-"""`karat index`: makes tars that others wrote readable like our shards, from their headers, without copying them."""

@@ -1,1 +1,0 @@
-"""Tars that are read once from their start, by the webdataset library: `data.order: stream`."""
