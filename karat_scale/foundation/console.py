@@ -230,9 +230,7 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]
 
 
 @contextmanager
-def work_display(
-    title: str = "", line_seconds: float = PLAIN_LINE_SECONDS
-) -> Iterator[Callable[[str, float, float], None]]:
+def work_display(title: str = "", line_seconds: float | None = None) -> Iterator[Callable[[str, float, float], None]]:
     """Show one piece of work after another: a bar on a terminal, elsewhere a line when it starts and every ten seconds.
 
     Yields a function that takes the current work, the steps done and their total number. With a title, there is one bar
@@ -260,7 +258,7 @@ def work_display(
         if console is not None and bars is not None:
             room = max(console.width - 62 - len(title), 0)  # beside the other columns, so that the time left stays
             bars.move(title or what, done, total, f"%, {what}"[:room] if title else None, keep=True)
-        elif now - reported >= line_seconds:
+        elif now - reported >= (PLAIN_LINE_SECONDS if line_seconds is None else line_seconds):
             told = f"{done:.0f} % of all" if title else f"{done} of {total}"
             if done - first >= (10 if title else 2):
                 rate, left = (done - first) / (now - started), (total - done) * (now - started) / (done - first)
