@@ -1,19 +1,15 @@
 """Jobs that depend on each other, and the sweep: from images to an evaluated model."""
 
-import io
 import json
 import re
 import subprocess
-import tarfile
 from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
-from PIL import Image
 
 from karat_scale.commands.status.status import read_standing
 from karat_scale.data.shards.shard_format import read_dataset_record
 from tests.conftest import SMALL, events, summary
+from tests.data.prepare.images import write_official
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.jobs import Job, submit
 from tests.slurm.test_submit import karat
@@ -113,45 +109,13 @@ def test_each_element_of_an_array_comes_back_by_itself(cluster, shards, recipe, 
         assert read_standing(run).job == f"{job.id}_{element}"
 
 
-def jpeg(rng: np.random.Generator) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
-
-
-def make_official_tars(root: Path, classes: int) -> None:
-    """ILSVRC2012's two tars: one tar per class inside the first, flat images inside the second, and their labels."""
-    rng = np.random.default_rng(0)
-    wnids = [f"n{number:08d}" for number in range(classes)]
-    with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as outer:
-        for wnid in wnids:
-            buffer = io.BytesIO()
-            with tarfile.open(fileobj=buffer, mode="w") as inner:
-                add(inner, f"{wnid}_1.JPEG", jpeg(rng))
-            add(outer, f"{wnid}.tar", buffer.getvalue())
-    labels = wnids[:8]
-    with tarfile.open(root / "ILSVRC2012_img_val.tar", "w") as outer:
-        for number in range(1, len(labels) + 1):
-            add(outer, f"ILSVRC2012_val_{number:08d}.JPEG", jpeg(rng))
-    rows = [f"ILSVRC2012_val_{number:08d}.JPEG {wnid}\n" for number, wnid in enumerate(labels, start=1)]
-    (root / "val_labels.txt").write_text("".join(rows))
-
-
 def test_imagenet_from_its_tars_trains_at_224_pixels(cluster, tmp_path) -> None:
-    images = tmp_path / "images"
-    images.mkdir()
-    make_official_tars(images, classes=1000)
-    shards, run = tmp_path / "shards", tmp_path / "run"
+    images, shards, run = tmp_path / "images", tmp_path / "shards", tmp_path / "run"
+    write_official(images)
     prepare = submit(cluster, "prepare_imagenet.sh", cwd=tmp_path / "1", IMAGES=images, SHARDS=shards)
     overrides = (
         "model.embed_dim=48", "model.depth=2", "model.num_heads=2", "train.global_batch=8", "train.max_steps=4",
-        "data.workers=1", "train.precision=fp32", "deepspeed.config=zero0", "log.trackers=[]",
+        "model.num_classes=3", "data.workers=1", "train.precision=fp32", "deepspeed.config=zero0", "log.trackers=[]",
     )  # fmt: skip
     train = submit(
         cluster, "imagenet_fourier_karat.sh", *overrides, options=("--nodes=2", f"--dependency=afterok:{prepare.id}"),
