@@ -52,14 +52,6 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_sections_are_listed_without_importing_torch() -> None:
-    code = (
-        "import sys, karat_scale.commands.cli; print([name for name in ('torch', 'pydantic') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=karat_environment())
-    assert done.stdout.strip() == "[]", done.stderr
-
-
 @pytest.mark.slow
 def test_torch_alone_is_enough_for_the_first_sections(tmp_path: Path) -> None:
     lacking = f"import sys; sys.modules.update(dict.fromkeys({HEAVY}))"
