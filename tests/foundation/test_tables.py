@@ -1,12 +1,9 @@
 """The tables of parts: a row leads to its code, a part is one module and one row, and another's part needs trust."""
 
 import importlib
-import json
 import os
 import re
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,76 +15,26 @@ from karat_scale.engine.deepspeed_config import load_ds_config
 from karat_scale.foundation import tables
 from karat_scale.foundation.tables import VARIABLE
 from karat_scale.recipe.loading import load_recipe
-from tests.conftest import ROOT, SMALL, karat_environment, karat_here
+from tests.conftest import ROOT, SMALL, karat_here, karat_run_here, summary
 
-TABLES = {
-    "backend": tables.BACKENDS,
-    "decoder": tables.DECODERS,
-    "basis": tables.BASES,
-    "optimizer": tables.OPTIMIZERS,
-    "export format": tables.EXPORT_FORMATS,
-    "tracker": tables.TRACKERS,
-}
 MODULE = '''
 import torch
-from karat_scale.foundation import tables
-from karat_scale.attention import FeatureBasis
-from karat_scale.data.backends.images import SyntheticBackend
 from karat_scale.engine.optimizers import parameter_groups
-
-
-class Negatives(SyntheticBackend):
-    """The synthetic backend's images, inverted."""
-
-    def _image(self, sample_id, label, stream):
-        return 255 - super()._image(sample_id, label, stream)
-
-
-class Cubes(FeatureBasis):
-    """phi(x) = a x^3."""
-
-    num_features = 1
-
-    def value(self, x):
-        return [x**3]
-
-    def derivative(self, x):
-        return [3 * x**2]
 
 
 def build_sgd(model, optim, device, groups=None):
     """SGD with momentum."""
     return torch.optim.SGD(groups or parameter_groups(model, optim), lr=optim.lr, momentum=0.9)
-
-
-class Lines:
-    """Writes each event's name to a file."""
-
-    url = ""
-
-    def __init__(self, run):
-        self.file = (run.directory / f"mine-{run.settings['optim.name']}.txt").open("a")
-
-    def write(self, events):
-        self.file.writelines(f"{event['event']} {event['step']}\\n" for event in events)
-
-    def upload(self, file, name):
-        self.file.write(f"file {name}\\n")
-
-    def close(self, summary):
-        self.file.close()
-
-
-def add_rows():
-    tables.BACKENDS["negatives"] = tables.BackendRow("parts_of_mine:Negatives", files=None)
-    tables.BASES["cubes"] = tables.BasisRow("parts_of_mine:Cubes")
-    tables.OPTIMIZERS["sgd"] = tables.OptimizerRow("parts_of_mine:build_sgd", states=("momentum_buffer",))
-    tables.TRACKERS["lines"] = tables.TrackerRow("parts_of_mine:Lines")
 '''
 
 
 def test_a_row_leads_to_its_code() -> None:
-    for row in (row for table in TABLES.values() for row in table.values()):
+    images = tables.BACKENDS, tables.DECODERS
+    for row in (
+        row
+        for table in (*images, tables.BASES, tables.OPTIMIZERS, tables.EXPORT_FORMATS, tables.TRACKERS)
+        for row in table.values()
+    ):
         assert callable(tables.load(row if isinstance(row, str) else row.place)), row
 
 
@@ -117,55 +64,32 @@ def test_libraries_do_not_find_trackers_while_a_command_runs_but_we_do(monkeypat
 
 
 @pytest.fixture
-def parts_of_mine(tmp_path, monkeypatch) -> Iterator[None]:
-    """A module with a part of four kinds, and a row for each."""
+def with_sgd(tmp_path, monkeypatch) -> list[str]:
+    """A row for an optimizer in a module; the path of a recipe that names it, and overrides that make it small."""
     (tmp_path / "parts_of_mine.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
-    before = {kind: set(table) for kind, table in TABLES.items()}
-    importlib.import_module("parts_of_mine").add_rows()
-    yield
-    for kind, table in TABLES.items():
-        for name in set(table) - before[kind]:
-            del table[name]
-    del sys.modules["parts_of_mine"]
-
-
-def write_recipe(tmp_path: Path) -> list[str]:
-    """The path of a recipe of all four parts, and overrides that make it small."""
+    monkeypatch.delitem(sys.modules, "parts_of_mine", raising=False)
+    row = tables.OptimizerRow("parts_of_mine:build_sgd", states=("momentum_buffer",))
+    monkeypatch.setitem(tables.OPTIMIZERS, "sgd", row)
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
-        "data: {backend: negatives, synthetic_samples: 32}\nattention: {kind: karat, basis: cubes}\n"
-        "optim: {name: sgd, lr: 0.01}\nlog: {trackers: [lines], histogram_every_steps: 2}\n"
+        "data: {backend: synthetic, synthetic_samples: 32}\nattention: {kind: karat}\noptim: {name: sgd, lr: 0.01}\n"
     )
-    small = [setting for setting in SMALL if not setting.startswith("log.trackers")]
-    return [str(recipe), *small, "schedule.warmup_epochs=0", "run.device=cpu", f"run.dir={tmp_path / 'run'}"]
+    return [str(recipe), *SMALL, "schedule.warmup_epochs=0", "run.device=cpu", f"run.dir={tmp_path / 'run'}"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["zero0", "zero2", "zero3"])
-def test_a_run_trains_and_resumes_with_parts_that_are_one_module_and_one_row(tmp_path, parts_of_mine, config) -> None:
-    command = (
-        "import sys, parts_of_mine; parts_of_mine.add_rows(); "
-        "from karat_scale.commands.cli import main; sys.exit(main())"
-    )
-    environment = {**karat_environment(), "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+def test_a_run_trains_and_resumes_with_an_optimizer_that_is_one_module_and_one_row(tmp_path, with_sgd, config) -> None:
+    """Parts of other kinds: tests/test_contributing.py."""
     for steps in (2, 4):
-        arguments = [*write_recipe(tmp_path), f"train.max_steps={steps}", f"deepspeed.config={config}"]
-        done = subprocess.run(
-            [sys.executable, "-c", command, "train", *arguments], env=environment, capture_output=True, text=True
-        )
+        done = karat_run_here("train", *with_sgd, f"train.max_steps={steps}", f"deepspeed.config={config}")
         assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (summary["steps"], summary["restarts"]) == (4, 1)
-    lines = (tmp_path / "run" / "mine-sgd.txt").read_text().splitlines()
-    assert [line for line in lines if line.startswith("train")] == [f"train {step}" for step in (1, 2, 3, 4)]
-    assert lines.count("histograms 2") == 1
-    assert "file summary.json" in lines
-    assert any(line.startswith("resume") for line in lines)
+    assert (summary(tmp_path / "run")["steps"], summary(tmp_path / "run")["restarts"]) == (4, 1)
 
 
-def test_plan_counts_what_the_row_of_an_optimizer_says(tmp_path, parts_of_mine) -> None:
-    source, *overrides = write_recipe(tmp_path)
+def test_plan_counts_what_the_row_of_an_optimizer_says(with_sgd) -> None:
+    source, *overrides = with_sgd
     bytes_of = {}
     for name in ("sgd", "adamw"):
         recipe = load_recipe(source, [*overrides, f"optim.name={name}"])
