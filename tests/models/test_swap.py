@@ -7,15 +7,12 @@ import torch
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model, swap_attention
 from karat_scale.recipe import AttentionConfig, ModelConfig
+from tests.models.test_variants import HOSTS
 
-HOSTS = {
-    "vit": {"name": "vit_mini_patch4_28", "image_size": 16, "embed_dim": 32, "depth": 2},
-    "swin": {"name": "swin_mini_patch2_window4_32", "image_size": 32},
-    "convit": {"name": "convit_tiny", "image_size": 32, "depth": 3, "num_heads": 4, "embed_dim": 48},
-}
+KINDS = ("vit", "swin", "convit")
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("host", KINDS)
 def test_what_starts_as_softmax_changes_nothing(host: str) -> None:
     torch.manual_seed(0)
     model = ModelConfig(**HOSTS[host], num_classes=3)
@@ -70,7 +67,7 @@ def test_what_cannot_be_swapped_is_one_line() -> None:
                 swap_attention(network, AttentionConfig(**section))
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("host", KINDS)
 def test_dropout_of_the_matrix_is_refused_and_nothing_has_changed(host: str) -> None:
     model = ModelConfig(**HOSTS[host], num_classes=3)
     network = create_model(model, AttentionConfig(), attn_drop_rate=0.1)
