@@ -34,11 +34,6 @@ def test_scores_need_no_value_and_have_gradients():
     assert call.proj.grad.norm() > 0
 
 
-def test_auto_is_an_implementation_by_name():
-    call = make_call(1, 2, 6, 4, 3, 2)
-    assert torch.equal(fourier_karat_attention(*call), fourier_karat_attention(*call, implementation="streaming"))
-
-
 BAD_TENSORS = {
     "query": [(2, 7, 8), (2, 3, 6, 8), (2, 3, 7, 0)],
     "key": [(2, 3, 6, 8), (2, 3, 7, 4), (7, 8)],

@@ -75,25 +75,9 @@ def test_a_handful_of_tokens():
         assert_close(fast(call, upstream), oracle(call, upstream), 2e-5)
 
 
-@settings(max_examples=20)
+@settings(max_examples=50)
 @given(
-    dtype=st.sampled_from((torch.bfloat16, torch.float16)),
-    batch=st.integers(1, 3),
-    tokens=st.integers(8, 48),
-    width=st.sampled_from((20, 32, 64)),
-    grid=st.integers(1, 11),
-    seed=st.integers(0, 2**16),
-)
-def test_sixteen_bits_match_the_oracle(dtype, batch, tokens, width, grid, seed):
-    call = make_call(batch, 2, tokens, width, 12, grid, seed=seed).to(dtype)
-    upstream = normal(call.value.shape, seed, dtype)
-    actual = fast(call, upstream)
-    assert all(x.dtype == dtype for x in actual)
-    assert_close(actual, oracle(call, upstream), 5e-3)
-
-
-@settings(max_examples=40)
-@given(
+    dtype=st.sampled_from((torch.bfloat16, torch.bfloat16, torch.float16)),
     batch=st.integers(1, 4),
     heads=st.integers(1, 3),
     tokens=st.integers(20, 150),
@@ -104,14 +88,15 @@ def test_sixteen_bits_match_the_oracle(dtype, batch, tokens, width, grid, seed):
     fused=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_bfloat16_matches_the_oracle(batch, heads, tokens, width, rank, grid, logits, fused, seed):
-    call = make_call(batch, heads, tokens, width, rank, grid, logits=logits, seed=seed).to(torch.bfloat16)
-    upstream = normal(call.value.shape, seed, torch.bfloat16)
+def test_sixteen_bits_match_the_oracle(dtype, batch, heads, tokens, width, rank, grid, logits, fused, seed):
+    call = make_call(batch, heads, tokens, width, rank, grid, logits=logits, seed=seed).to(dtype)
+    upstream = normal(call.value.shape, seed, dtype)
     if fused:
         query, key, value = as_one_projection(call)
         call = call._replace(query=query, key=key, value=value)
         upstream = upstream.transpose(1, 2).contiguous().transpose(1, 2)
     actual = fast(call, upstream)
+    assert all(x.dtype == dtype for x in actual)
     assert_close(actual, oracle(call, upstream), 5e-3)
 
 
