@@ -32,6 +32,14 @@ def write_tar(path: Path, members: Members) -> None:
     path.write_bytes(tar_bytes(members))
 
 
+def tar_of(folder: Path, name: str = ".") -> Path:
+    """A tar of a folder, beside it, under a name."""
+    path = folder.with_name(f"{folder.name}.tar")
+    with tarfile.open(path, "w") as tar:
+        tar.add(folder, name)
+    return path
+
+
 def sample(number: int, label: object = 0) -> list[tuple[str, bytes]]:
     """The members of a sample with its class in .cls."""
     return [(f"s{number}.jpg", image(number)), (f"s{number}.cls", str(label).encode())]

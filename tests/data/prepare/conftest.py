@@ -9,12 +9,20 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
+from tests.data.prepare.images import write_folders
 
 SCRIPTS = ROOT / "data_prep"
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
     return b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small ImageNet in folders."""
+    write_folders(tmp_path / "src")
+    return tmp_path / "src"
 
 
 @pytest.fixture

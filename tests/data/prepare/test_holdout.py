@@ -1,8 +1,5 @@
 """Validation images held out from a source with one split, and classes without an image."""
 
-import io
-import tarfile
-
 import numpy as np
 import pytest
 
@@ -10,7 +7,7 @@ from karat_scale.data.prepare.making import held_out
 from karat_scale.foundation.errors import DataError
 from tests.data.prepare.images import contents, jpeg, write
 from tests.data.prepare.making import make_shards, shard_samples
-from tests.data.tars import tar_bytes
+from tests.data.tars import tar_of
 
 SIZES = {"ant": 20, "bee": 10, "cat": 5, "dog": 1}
 
@@ -33,10 +30,7 @@ def keys(out, split):
 @pytest.mark.parametrize("packed", [False, True])
 def test_train_and_val_divide_the_images_by_class(source, tmp_path, packed):
     src, files = source
-    if packed:
-        (tmp_path / "src.tar").write_bytes(tar_bytes({f"{key}.jpg": data for key, data in files.items()}))
-        src = tmp_path / "src.tar"
-    record = make_shards(src, tmp_path / "out", "--val-fraction", "0.2")
+    record = make_shards(tar_of(src) if packed else src, tmp_path / "out", "--val-fraction", "0.2")
     assert record.splits["val"].per_class == [4, 2, 1, 0]
     assert record.splits["train"].per_class == [16, 8, 4, 1]
     train, val = keys(tmp_path / "out", "train"), keys(tmp_path / "out", "val")
@@ -84,11 +78,7 @@ def test_classes_without_an_image_are_named(source, tmp_path, capsys):
     assert record.splits["train"].empty_classes == ["eel", "fox"]
     assert set(record.splits["val"].empty_classes) >= {"dog", "eel", "fox"}
     # An empty folder of a tar is the same class.
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        tar.add(src, arcname=".")
-    (tmp_path / "src.tar").write_bytes(buffer.getvalue())
-    of_tar = make_shards(tmp_path / "src.tar", tmp_path / "tar")
+    of_tar = make_shards(tar_of(src), tmp_path / "tar")
     assert (of_tar.splits["train"].empty_classes, of_tar.classes) == (["eel", "fox"], record.classes)
     for number in range(5):
         (src / f"class{number}").mkdir()

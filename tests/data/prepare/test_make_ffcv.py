@@ -26,12 +26,6 @@ def _ffcv_is_there():
     need_ffcv()
 
 
-@pytest.fixture
-def folder(tmp_path):
-    write_folders(tmp_path / "src")
-    return tmp_path / "src"
-
-
 @pytest.mark.parametrize("source", ["folder", "official", "shards"])
 def test_ids_keys_labels_and_bytes_are_those_of_the_shards(tmp_path, source):
     src, shards = tmp_path / "src", tmp_path / "shards"

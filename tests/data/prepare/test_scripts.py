@@ -10,17 +10,11 @@ from karat_scale.foundation.errors import DataError, run_script
 from tests.data.backends.helpers import flip
 from tests.data.betons import need_ffcv
 from tests.data.prepare.conftest import SCRIPTS
-from tests.data.prepare.images import WNIDS, contents, jpeg, write, write_folders
+from tests.data.prepare.images import WNIDS, contents, jpeg, write
 from tests.data.prepare.making import run
 
 FILES = {"shards": ("train-000001.tar", "val-000000.index.npz"), "betons": ("train.beton", "val.beton.index.npz")}
 RIGHT = {"shards": "train: 18 samples in 3 shards", "betons": "train: 18 samples in train.beton"}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    write_folders(tmp_path / "src")
-    return tmp_path / "src"
 
 
 @pytest.fixture(params=["shards", "betons"])

@@ -15,6 +15,7 @@ from karat_scale.data.shards.shards import FolderSplit
 from karat_scale.foundation.errors import DataError
 from tests.data.prepare.images import WNIDS, contents, jpeg, write, write_folders
 from tests.data.prepare.making import make_shards, shard_samples
+from tests.data.tars import tar_of
 
 
 @pytest.fixture
@@ -54,10 +55,7 @@ def test_a_split_that_is_left_out_adds_no_class_and_is_named(tmp_path, capsys, p
     write_folders(src, per_class=1)
     write(src / "test" / "all" / "0.JPEG", jpeg(7))  # as torchvision reads images without labels
     write(src / "val" / "n99999999" / "0.JPEG", jpeg(8))
-    if packed:
-        with tarfile.open(tmp_path / "src.tar", "w") as tar:
-            tar.add(src, ".")
-        src = tmp_path / "src.tar"
+    src = tar_of(src) if packed else src
     record = make_shards(src, out)
     assert f"{src}: the split test is left out; --split test converts it" in capsys.readouterr().out
     assert (record.classes, list(record.splits)) == ([*WNIDS, "n99999999"], ["train", "val"])
@@ -75,10 +73,8 @@ def test_names_that_are_no_utf8_have_the_same_place_in_folder_tar_and_shards(tmp
     names = (b"\xff\xfe.jpg", "\uff41.jpg".encode(), "😀.jpg".encode(), b"a.jpg", b"sub/\xff.jpg")
     for number, name in enumerate(names):
         write(src / "train" / "ant" / os.fsdecode(name), jpeg(number))
-    with tarfile.open(tmp_path / "src.tar", "w") as tar:
-        tar.add(src / "train", "train")
     folder = FolderSplit(src, "train", 1)
-    for source in (src, tmp_path / "src.tar"):
+    for source in (src, tar_of(src)):
         make_shards(source, tmp_path / f"{source.name}-shards")
         found = [data for _, _, data in shard_samples(tmp_path / f"{source.name}-shards")]
         assert found == [folder.read(i) for i in range(5)]
@@ -93,9 +89,7 @@ def test_a_name_that_is_no_utf8_is_reported_as_text(tmp_path):
     assert sorted(record.path for record in skipped) == [r"ant/\xfe.jpg", r"ant/\xff.txt"]
 
     write(src / os.fsdecode(b"\xfd") / "0.jpg", jpeg(1))
-    with tarfile.open(tmp_path / "src.tar", "w") as tar:
-        tar.add(src, "train")
-    for source in (src, tmp_path / "src.tar"):
+    for source in (src, tar_of(src, "train")):
         with pytest.raises(DataError, match=r"the name of class \\xfd is not UTF-8; rename it"):
             make_shards(source, tmp_path / "other")
 
@@ -127,11 +121,7 @@ def test_a_file_that_cannot_be_read_is_listed_or_stops_the_run(ants, tmp_path):
     ("packed", "number"), [(False, errno.EIO), (False, errno.EMFILE), (True, errno.ESTALE), (True, errno.EACCES)]
 )
 def test_an_error_of_the_file_system_leaves_no_image_out(ants, tmp_path, monkeypatch, packed, number):
-    source = ants
-    if packed:
-        source = tmp_path / "src.tar"
-        with tarfile.open(source, "w") as tar:
-            tar.add(ants, ".")
+    source = tar_of(ants) if packed else ants
     options = ("--shard-samples", "2")
     make_shards(source, tmp_path / "whole", *options)
     pread, read_image, done = os.pread, imagefolder.read_image, []
@@ -202,11 +192,7 @@ def test_a_split_by_another_name_is_no_class(tmp_path, packed):
     """As data sets of scans come: all images would be of the classes Testing and Training."""
 
     def refused(*options):
-        source = tmp_path / "src"
-        if packed:
-            source = tmp_path / "src.tar"
-            with tarfile.open(source, "w") as tar:
-                tar.add(tmp_path / "src", "scans")
+        source = tar_of(tmp_path / "src", "scans") if packed else tmp_path / "src"
         with pytest.raises(DataError) as caught:
             make_shards(source, tmp_path / "out", *options)
         assert not (tmp_path / "out").exists()
@@ -239,10 +225,7 @@ def test_thumbnails_in_hidden_folders_are_no_images_of_a_class(tmp_path, packed)
     src = tmp_path / "src"
     for place in ("ant", "ant/.ipynb_checkpoints", "ant/@eaDir/0.jpg", "bee", "bee/deep/.thumbs", "__MACOSX/ant"):
         write(src / place / "0.jpg", jpeg(len(place)))
-    if packed:
-        with tarfile.open(tmp_path / "src.tar", "w") as tar:
-            tar.add(src, ".")
-    record = make_shards(tmp_path / "src.tar" if packed else src, tmp_path / "out")
+    record = make_shards(tar_of(src) if packed else src, tmp_path / "out")
     assert (record.classes, record.splits["train"].samples) == (["ant", "bee"], 2)
     (src / "train").mkdir()
     for name in ("ant", "bee"):
