@@ -23,7 +23,17 @@ from karat_scale.models import create_model
 from karat_scale.models.layers import freeze
 from karat_scale.recipe import Recipe
 from karat_scale.training.tasks.classification.task import TrainState
-from tests.small_engines import CELLS, CONFIGS, VARIANTS, checkpoints_of, equal, train_once, train_steps, weights
+from tests.small_engines import (
+    CELLS,
+    CONFIGS,
+    FEW_CELLS,
+    VARIANTS,
+    checkpoints_of,
+    equal,
+    train_once,
+    train_steps,
+    weights,
+)
 from tests.training.harm import POINTERS, point
 
 
@@ -307,7 +317,7 @@ def build(recipe: Recipe, world: World, seed: int) -> tuple[Engine, Checkpoints]
     return engine, checkpoints_of(engine, recipe, world, Path(recipe.run.dir) / "checkpoints")
 
 
-@pytest.mark.parametrize(("config", "precision"), CELLS)
+@pytest.mark.parametrize(("config", "precision"), FEW_CELLS)
 def test_frozen_weights_stay_and_come_back(small_recipe, world, config, precision) -> None:
     recipe = small_recipe(*TUNED, f"deepspeed.config={config}", f"train.precision={precision}")
     engine, checkpoints = build(recipe, world, seed=0)

@@ -20,7 +20,7 @@ from karat_scale.checkpoint import tensor_storage
 from karat_scale.checkpoint.checkpoints import Checkpoints
 from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.training.tasks.classification.task import TrainState
-from tests.small_engines import CELLS, equal, train_steps
+from tests.small_engines import FEW_CELLS, equal, train_steps
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def _to_the_end(checkpoints: Checkpoints) -> bool:
     return good
 
 
-@pytest.mark.parametrize(("config", "precision"), CELLS)
+@pytest.mark.parametrize(("config", "precision"), FEW_CELLS)
 def test_a_save_beside_training_is_of_its_step(small_recipe, make_checkpoints, slow_disk, tmp_path, config, precision):
     recipe = small_recipe(f"deepspeed.config={config}", f"train.precision={precision}")
     beside, blocking = (make_checkpoints(recipe, tmp_path / name) for name in ("beside", "blocking"))

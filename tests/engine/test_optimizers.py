@@ -34,7 +34,7 @@ from karat_scale.models import create_model, no_weight_decay_names
 from karat_scale.recipe import OptimConfig
 from karat_scale.training.tasks.classification.task import TrainState
 from tests.models.test_init_from import model
-from tests.small_engines import CELLS, equal, train_once, train_steps, weights
+from tests.small_engines import FEW_CELLS, equal, train_once, train_steps, weights
 
 MUON = "optim.name=muon"
 CPU = torch.device("cpu")
@@ -207,7 +207,7 @@ def test_the_decay_is_timms(warmup) -> None:
         assert ema_decay(step, 0.999, warmup) == pytest.approx(theirs.get_decay(step), abs=1e-12)
 
 
-@pytest.mark.parametrize(("config", "precision"), CELLS)
+@pytest.mark.parametrize(("config", "precision"), FEW_CELLS)
 def test_the_average_is_the_plain_formulas_and_what_evaluation_sees(small_recipe, make_engine, config, precision):
     recipe = small_recipe(
         f"deepspeed.config={config}", f"train.precision={precision}", "train.ema_decay=0.9", "train.ema_warmup=false"

@@ -36,7 +36,7 @@ def train_with(recipe: Recipe, world) -> tuple[str, list[object]]:
 slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize("drops", [(), DROPS], ids=["plain", "with dropout"])
+@pytest.mark.parametrize("drops", [pytest.param((), marks=slow), DROPS], ids=["plain", "with dropout"])
 @pytest.mark.parametrize(
     ("config", "precision", "mode"),
     [

@@ -10,15 +10,8 @@ import torch
 from karat_scale.engine.deepspeed_internals import master_weights
 from karat_scale.foundation.errors import DivergedError
 from karat_scale.training.trainer import Trainer
-from tests.small_engines import CONFIGS, equal, make_trainer
+from tests.small_engines import FEW_CELLS, equal, make_trainer
 from tests.training.nonfinite import KINDS, NonfiniteTrainer
-
-SAMPLE = {("zero0", "fp32"), ("zero1", "bf16"), ("zero2_offload", "fp32"), ("zero3", "bf16")}
-CASES = [
-    pytest.param(config, precision, marks=() if (config, precision) in SAMPLE else pytest.mark.slow)
-    for config in CONFIGS
-    for precision in ("fp32", "bf16")
-]
 
 
 def _learned(trainer: Trainer) -> list[object]:
@@ -30,7 +23,7 @@ def _learned(trainer: Trainer) -> list[object]:
     return [torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), part) for part in kept]
 
 
-@pytest.mark.parametrize(("config", "precision"), CASES)
+@pytest.mark.parametrize(("config", "precision"), FEW_CELLS)
 def test_nothing_is_learned_from_what_is_not_finite(small_recipe, world, config, precision) -> None:
     own = (f"deepspeed.config={config}", f"train.precision={precision}", "data.workers=0", "train.micro_batch=4")
     trainer = make_trainer(small_recipe(*own, "train.epochs=3"), world, kind=NonfiniteTrainer)
