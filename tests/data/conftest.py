@@ -24,6 +24,12 @@ def encode(image: np.ndarray | Image.Image, kind: str = "JPEG", **options: objec
     return buffer.getvalue()
 
 
+def exif(orientation: int) -> bytes:
+    block = Image.Exif()
+    block[0x0112] = orientation
+    return block.tobytes()
+
+
 def photo(seed: int, width: int = 24, height: int = 20) -> np.ndarray:
     """A smooth colour image that JPEG keeps well, different for every seed."""
     rng = np.random.default_rng(seed)

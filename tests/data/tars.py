@@ -32,6 +32,12 @@ def write_tar(path: Path, members: Members) -> None:
     path.write_bytes(tar_bytes(members))
 
 
+def tar_files(path: Path) -> dict[str, bytes]:
+    """What is in a tar's files, by their names."""
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
+
+
 def tar_of(folder: Path, name: str = ".") -> Path:
     """A tar of a folder, beside it, under a name."""
     path = folder.with_name(f"{folder.name}.tar")

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import tarfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from karat_scale.commands.measure.attention import Case, attention_rows
 from karat_scale.commands.measure.loading import photo_like, prepare_images
 from karat_scale.foundation.errors import UserError
 from tests.conftest import SMALL, karat_done, karat_says
+from tests.data.tars import write_tar
 
 SLOW = pytest.mark.slow
 
@@ -79,13 +79,9 @@ def test_every_way_to_load_data_is_measured_or_named(tmp_path: Path, augment: st
 
 def test_images_of_ones_own(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
-    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
-        for number in range(4):
-            # One of them is cut short, and no contender shall meet it.
-            data = photo_like(number)[: -2000 if number == 3 else None]
-            member = tarfile.TarInfo(f"photo-{number}.JPEG")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+    photos = [photo_like(number) for number in range(4)]
+    photos[3] = photos[3][:-2000]  # is cut short, and no contender shall meet it
+    write_tar(tmp_path / "photos.tar", [(f"photo-{number}.JPEG", data) for number, data in enumerate(photos)])
     (tmp_path / "scratch").mkdir()
     shards = prepare_images(tmp_path / "scratch", 3, None, None).shards
     for option in (("--tar", str(tmp_path / "photos.tar")), ("--path", str(shards))):

@@ -1,7 +1,6 @@
 """The dali backend: DALI decodes, and all else is as elsewhere."""
 
 import gc
-import tarfile
 from contextlib import contextmanager
 
 import numpy as np
@@ -18,6 +17,7 @@ from karat_scale.data.shards.tars import EncodedSample
 from karat_scale.foundation.errors import DataError
 from tests.data.backends.helpers import CROP_AND_FLIP, SIZE, contents, hollow, noise, odd_samples, wait_until
 from tests.data.conftest import encode, photo
+from tests.data.tars import tar_files
 
 
 @pytest.mark.parametrize(("workers", "order"), [(0, "full"), (1, "block"), (3, "full"), (3, "block")])
@@ -86,8 +86,7 @@ def with_hollow(make_sample) -> list[EncodedSample]:
 
 
 def odd_set(sample_data) -> list[EncodedSample]:
-    with tarfile.open(sample_data / "odd_jpegs.tar") as tar:
-        files = [(member.name, tar.extractfile(member).read()) for member in tar if member.isfile()]
+    files = tar_files(sample_data / "odd_jpegs.tar").items()
     return [EncodedSample(name, "jpg", data, number % 3) for number, (name, data) in enumerate(files)]
 
 

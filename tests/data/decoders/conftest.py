@@ -1,5 +1,4 @@
 import io
-import tarfile
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +10,7 @@ from karat_scale.data.decoders.libraries import FfcvDecoder
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import DataConfig
 from tests.data.betons import need_ffcv
+from tests.data.tars import tar_files
 
 EncodeJpeg = Callable[..., bytes]
 
@@ -67,5 +67,4 @@ def decoder_of(request) -> Callable[..., Decoder]:
 @pytest.fixture
 def odd_images(sample_data) -> list[tuple[str, bytes]]:
     """The awkward files by name."""
-    with tarfile.open(sample_data / "odd_jpegs.tar") as tar:
-        return [(member.name, tar.extractfile(member).read()) for member in tar if member.isfile()]
+    return [*tar_files(sample_data / "odd_jpegs.tar").items()]

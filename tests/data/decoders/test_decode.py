@@ -1,6 +1,5 @@
 import io
 import os
-import tarfile
 import warnings
 
 import numpy as np
@@ -10,7 +9,7 @@ from torchvision.datasets.folder import pil_loader
 
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.decoders.jpeg_header import turned_by_default, upright
-from tests.data.conftest import encode
+from tests.data.conftest import encode, exif
 from tests.data.prepare.images import jpeg
 from tests.data.prepare.making import prepared
 
@@ -61,27 +60,22 @@ def test_damaged_bytes_raise_with_a_reason():
         assert "BytesIO" not in str(caught.value)
 
 
-def test_odd_jpegs(sample_data, tmp_path):
+def test_odd_jpegs(odd_images, tmp_path):
     refused = []
-    with tarfile.open(sample_data / "odd_jpegs.tar") as tar:
-        for member in tar:
-            if member.isfile():
-                data = tar.extractfile(member).read()
-                try:
-                    image = decode_rgb(data)
-                except UndecodableImageError:
-                    refused.append(member.name)
-                    continue
-                (tmp_path / "image").write_bytes(data)
-                assert np.array_equal(np.asarray(image), np.asarray(pil_loader(tmp_path / "image"))), member.name
+    for name, data in odd_images:
+        try:
+            image = decode_rgb(data)
+        except UndecodableImageError:
+            refused.append(name)
+            continue
+        (tmp_path / "image").write_bytes(data)
+        assert np.array_equal(np.asarray(image), np.asarray(pil_loader(tmp_path / "image"))), name
     assert refused == ["odd/truncated_jpeg.jpg", "odd/ultrahdr.jpg"]
 
 
 # Pictures are turned upright as viewers show them, with the bytes that data_prep stores.
 def with_orientation(number, kind="JPEG", **options):
-    exif = Image.Exif()
-    exif[0x0112] = number
-    return jpeg(3, 64, 48, kind, exif=exif.tobytes(), **options)
+    return jpeg(3, 64, 48, kind, exif=exif(number), **options)
 
 
 def test_a_picture_is_turned_as_viewers_and_data_prep_turn_it():

@@ -22,7 +22,7 @@ from karat_scale.data.shards.beton import RAW
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import DataConfig
 from tests.data.betons import need_ffcv
-from tests.data.conftest import encode, photo
+from tests.data.conftest import encode, exif, photo
 
 FAST = ["native", "torchvision"]
 # FFCV's DCT is fast and less exact.
@@ -191,19 +191,13 @@ def library(request, monkeypatch):
             pytest.skip(str(error))
 
 
-def with_orientation(encode_jpeg, number):
-    exif = Image.Exif()
-    exif[0x0112] = number
-    return encode_jpeg(50, 40, exif=exif.tobytes())
-
-
 def test_the_pixels_of_whole_decodes_do_not_depend_on_the_library(library, encode_jpeg, odd_images, decoder_of):
     plain = [encode_jpeg(61, 47, mode=mode, progressive=way) for mode in ("RGB", "L") for way in (False, True)]
     unscaled, view = (View((0, 0, 40, 30), (0, 0, 40, 30), size) for size in ((40, 30), (24, 18)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decoder, pillow = decoder_of("torchvision"), decoder_of("pillow")
-        for data in (*plain, *(with_orientation(encode_jpeg, number) for number in range(9))):
+        for data in (*plain, *(encode_jpeg(50, 40, exif=exif(number)) for number in range(9))):
             assert np.array_equal(decoder.read(data, lambda *_: unscaled), pillow.read(data, lambda *_: unscaled))
             assert difference(decoder.read(data, lambda *_: view), pillow.read(data, lambda *_: view)).max() <= 24
     for file, data in odd_images:
@@ -213,7 +207,7 @@ def test_the_pixels_of_whole_decodes_do_not_depend_on_the_library(library, encod
 
 
 def test_exif_is_hidden_and_pixels_stay(encode_jpeg):
-    data = with_orientation(encode_jpeg, 6)
+    data = encode_jpeg(50, 40, exif=exif(6))
     copy = bytearray(data)
     assert hide_exif(copy)
     with Image.open(io.BytesIO(data)) as before, Image.open(io.BytesIO(copy)) as after:

@@ -5,11 +5,9 @@ import random
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections import UserDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -357,22 +355,15 @@ def test_what_collate_returns_is_of_the_same_type_on_a_device() -> None:
     assert batch.content[1].first is one
 
 
-def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, BytesIO(content))
-
-
 def test_captions_and_labels_beside_images_come_through(tmp_path: Path) -> None:
-    tars = tmp_path / "tars"
-    tars.mkdir()
+    tars, members = tmp_path / "tars", []
     long = "a-key-longer-than-a-header-has-room-for-" * 4
-    with tarfile.open(tars / "train-0.tar", "w") as tar:
-        for number in range(6):
-            key = f"{number}{long if number == 3 else ''}"
-            parts = {"txt": f"caption {number}".encode(), "jpg": encode(photo(number)), "cls": b"%d" % (number % 2)}
-            for suffix in sorted(parts, reverse=number % 2 == 0):  # what is beside it comes before or after the image
-                add(tar, f"{key}.{suffix}", parts[suffix])
+    for number in range(6):
+        key = f"{number}{long if number == 3 else ''}"
+        parts = {"txt": f"caption {number}".encode(), "jpg": encode(photo(number)), "cls": b"%d" % (number % 2)}
+        for suffix in sorted(parts, reverse=number % 2 == 0):  # what is beside it comes before or after the image
+            members.append((f"{key}.{suffix}", parts[suffix]))
+    write_tar(tars / "train-0.tar", members)
     karat_done("index", str(tars), "--label", "cls")
     samples = SampleFiles(tars)
 

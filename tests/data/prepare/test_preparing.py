@@ -1,5 +1,4 @@
 import io
-import tarfile
 
 import numpy as np
 import pytest
@@ -17,17 +16,10 @@ from karat_scale.data.prepare.images import (
 )
 from karat_scale.data.prepare.sources.base import UnreadableSampleError
 from karat_scale.foundation.errors import DataError
-from tests.data.conftest import encode
+from tests.data.conftest import encode, exif
 from tests.data.prepare.images import jpeg, sample_file, write
 from tests.data.prepare.making import make_shards, shard_samples
-from tests.data.tars import tar_bytes
-
-
-def exif(orientation):
-    block = Image.Exif()
-    block[0x0112] = orientation
-    return block.tobytes()
-
+from tests.data.tars import tar_files, write_tar
 
 ROTATED = jpeg(1, exif=exif(6))
 CORRUPT = jpeg(1, exif=b"Exif\0\0" + b"\xff" * 40)
@@ -217,9 +209,7 @@ EXPECTED_ODD = {
 
 @pytest.mark.parametrize("policy", ["convert", *(pytest.param(p, marks=pytest.mark.slow) for p in ("keep", "skip"))])
 def test_the_odd_collection(tmp_path, policy):
-    with tarfile.open(sample_file("odd_jpegs.tar")) as tar:
-        files = {info.name: tar.extractfile(info).read() for info in tar if info.isfile()}
-    (tmp_path / "odd.tar").write_bytes(tar_bytes(files))
+    write_tar(tmp_path / "odd.tar", tar_files(sample_file("odd_jpegs.tar")).items())
     made = make_shards(tmp_path / "odd.tar", tmp_path / "out", "--on-odd", policy, "--exif", "keep")
     record = made.splits["train"]
     found = {item.path.removeprefix("odd/"): item for item in record.odd}

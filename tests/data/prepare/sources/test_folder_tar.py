@@ -11,7 +11,7 @@ import pytest
 from karat_scale.foundation.errors import DataError
 from tests.data.prepare.images import contents, jpeg, write
 from tests.data.prepare.making import make_shards, shard_samples
-from tests.data.tars import tar_bytes
+from tests.data.tars import tar_bytes, tar_of
 
 HIDDEN = "it is in a hidden folder, or hidden"
 
@@ -93,8 +93,7 @@ def test_hard_links_are_images_and_other_links_are_listed(tmp_path: Path) -> Non
     (src / "bee").mkdir()
     os.link(src / "ant/1.jpg", src / "bee/1.jpg")
     os.link(src / "ant/1.jpg", src / "bee/2.jpg")
-    with tarfile.open(tmp_path / "src.tar", "w") as tar:
-        tar.add(src, ".")
+    with tarfile.open(tar_of(src)) as tar:
         assert [info.name for info in tar if info.islnk()] == ["./bee/1.jpg", "./bee/2.jpg"]
     classes, samples, skipped = made(tmp_path / "src.tar")
     assert (classes, samples) == made(src)[:2]
