@@ -278,6 +278,19 @@ def signals_restored() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def run_to_end(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Any program at its end, and what it has said; started in the clone and its environment, unless told otherwise."""
+    given: dict[str, Any] = {"cwd": ROOT, "env": karat_environment(), "timeout": 600, **options}
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, **given)
+
+
+def output_of(*command: object, **options: Any) -> str:
+    """What a program prints that must end well."""
+    done = run_to_end(*command, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def benchmark(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m benchmarks.NAME` to its end."""
     return run_program(f"benchmarks.{name}", arguments, [karat_environment()], timeout=300, directory=Path.cwd())

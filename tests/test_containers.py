@@ -2,14 +2,13 @@
 
 import re
 import shlex
-import subprocess
 
 import pytest
 import yaml
 
 from karat_scale.commands.cli import build_parser
 from karat_scale.recipe.loading import load_recipe
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_to_end
 
 KUBERNETES, SKYPILOT = (ROOT / "slurm" / f"{name}.yaml" for name in ("kubernetes", "skypilot"))
 INSTALL = ROOT / "containers" / "install.sh"
@@ -59,5 +58,5 @@ def test_an_image_runs_the_script_with_the_wheels(name: str) -> None:
 
 
 def test_an_unknown_kind_of_image_is_named() -> None:
-    done = subprocess.run(["sh", INSTALL, "rocm", "/nowhere"], capture_output=True, text=True)
+    done = run_to_end("sh", INSTALL, "rocm", "/nowhere")
     assert (done.returncode, done.stderr) == (2, "error: rocm is not cpu, cuda12 or cuda13\n")

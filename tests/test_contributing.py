@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import re
 import shlex
 import shutil
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT, karat_environment
+from tests.conftest import ROOT, karat_environment, output_of, run_to_end
 
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 SECTIONS = dict(re.findall(r"^## (Add .*?)\n(.*?)(?=^## |\Z)", CONTRIBUTING, flags=re.DOTALL | re.MULTILINE))
@@ -38,23 +37,13 @@ def apply(section: str, copy: Path) -> None:
         (copy / title).write_text(text)
     for _, text in blocks(section, "diff"):
         command = ["git", "apply", "--recount", "--unidiff-zero", "-"]
-        done = subprocess.run(command, cwd=copy, input=text, capture_output=True, text=True, check=False)
+        done = run_to_end(*command, cwd=copy, input=text)
         assert done.returncode == 0, f"{done.stderr}CONTRIBUTING.md has lines that the files no longer have:\n{text}"
 
 
 def karat(copy: Path, *arguments: str) -> None:
     """Run Python in the copy, which is the only karat_scale that it can import."""
-    environment = {**karat_environment(), "PYTHONPATH": str(copy)}
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=copy,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    output_of(sys.executable, *arguments, cwd=copy, env={**karat_environment(), "PYTHONPATH": str(copy)})
 
 
 def png(brightness: int) -> bytes:
@@ -126,8 +115,5 @@ def test_the_added_tracker_has_written_each_step(copy: Path) -> None:
 @pytest.mark.slow(together=True)
 def test_the_added_modules_pass_the_checks(copy: Path) -> None:
     added = [title for section in SECTIONS.values() for title, _ in blocks(section, "python")]
-    environment = {**os.environ, "PYTHONPATH": str(copy)}
     for check in (["check"], ["format", "--check"]):
-        command = [sys.executable, "-m", "ruff", *check, "--config", str(ROOT / "pyproject.toml"), *added]
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout
+        karat(copy, "-m", "ruff", *check, "--config", str(ROOT / "pyproject.toml"), *added)

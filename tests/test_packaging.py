@@ -1,12 +1,12 @@
 """A wheel installed outside the clone finds its recipes, DeepSpeed configurations and compiled kernels."""
 
 import ast
+import functools
 import importlib.metadata
 import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import venv
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from karat_scale.foundation.tables import EXTRAS
-from tests.conftest import ROOT, SMALL, make_image_folder
+from tests.conftest import ROOT, SMALL, make_image_folder, output_of, run_to_end
 
 
 def test_every_package_it_imports_is_installed_with_it_or_by_an_extra_for_users() -> None:
@@ -69,7 +69,7 @@ def test_a_wheel_trains_outside_the_clone(tmp_path: Path) -> None:
     machine = platform.machine()
     compiled = bool(shutil.which(f"{machine}-linux-gnu-g++")) and Path("/usr/include/jpeglib.h").is_file()
     made_for = {"KARAT_WHEEL": machine} if compiled else {}
-    subprocess.run(build, env=os.environ | made_for, check=True, capture_output=True, timeout=500)
+    output_of(*build, env=os.environ | made_for)
     (wheel,) = tmp_path.glob("*.whl")
     home = tmp_path / "venv"
     venv.create(home, with_pip=True)
@@ -77,43 +77,27 @@ def test_a_wheel_trains_outside_the_clone(tmp_path: Path) -> None:
     (site,) = home.glob("lib/python*/site-packages")
     here = [path for path in sys.path if path.endswith("site-packages")]
     python = str(home / "bin" / "python")
-    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run(install, check=True, capture_output=True, timeout=300)
+    output_of(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, env=None)
     # Not a .pth file: that would also bring in an editable install of the clone.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *here]), "OMP_NUM_THREADS": "1"}
     # Without a compiler on PATH, and with a cache that shows what was compiled.
     environment |= {"PATH": str(home / "bin"), "KARAT_CACHE_DIR": str(tmp_path / "cache")}
-    karat = [str(home / "bin" / "karat"), "train", "imagenet_vit_tiny_g3b"]
+    in_it = functools.partial(run_to_end, cwd=tmp_path, env=environment)
+    karat = home / "bin" / "karat"
     overrides = [*SMALL, "schedule.warmup_epochs=0", "data.backend=synthetic", "data.synthetic_samples=16"]
     overrides += ["run.dir=run", "train.max_steps=1", "deepspeed.config=zero1"]
-    done = subprocess.run(
-        [*karat, *overrides], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = in_it(karat, "train", "imagenet_vit_tiny_g3b", *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ("is not available" in done.stdout + done.stderr) != compiled
     assert not list(tmp_path.glob("cache/*.so"))
-    where = subprocess.run(
-        [python, "-c", "import karat_scale; print(karat_scale.__file__)"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert str(home) in where.stdout
+    assert str(home) in in_it(python, "-c", "import karat_scale; print(karat_scale.__file__)").stdout
     assert (tmp_path / "run" / "summary.json").is_file()
     images = make_image_folder(tmp_path / "images", {"train": 4, "val": 2})
-    options = ["--src", str(images), "--out", str(tmp_path / "shards")]
-    made = subprocess.run(
-        [karat[0], "prepare", "webdataset", *options], cwd=tmp_path, env=environment, check=False, timeout=300
-    )
-    assert made.returncode == 0
+    for command in (
+        ("prepare", "webdataset", "--src", images, "--out", "shards"),
+        ("prepare", "verify", "--src", "shards"),
+        ("predict", "cifar10_karat", images / "val"),
+    ):
+        done = in_it(karat, *command)
+        assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "shards" / "dataset.json").is_file()
-    checked = subprocess.run(
-        [karat[0], "prepare", "verify", "--src", str(tmp_path / "shards")], env=environment, check=False
-    )
-    assert checked.returncode == 0
-    predicted = subprocess.run(
-        [karat[0], "predict", "cifar10_karat", str(images / "val")], cwd=tmp_path, env=environment, check=False
-    )
-    assert predicted.returncode == 0

@@ -1,7 +1,6 @@
 """Which tests the options select: twelve turns run every slow test once."""
 
 import os
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from tests import test_readme
-from tests.conftest import ROOT
+from tests.conftest import ROOT, output_of
 from tests.selection import TURNS, longest_files_first, runs
 
 TESTS = """
@@ -100,5 +99,5 @@ def test_files_that_train_come_first_and_keep_their_order(select, tmp_path: Path
 @pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="runs in a worker of pytest-xdist")
 def test_a_worker_computes_with_one_thread() -> None:
     assert torch.get_num_threads() == 1
-    shown = subprocess.run([sys.executable, "-c", "import torch; print(torch.get_num_threads())"], capture_output=True)
-    assert shown.stdout.strip() == b"1"
+    program = "import torch; print(torch.get_num_threads())"
+    assert output_of(sys.executable, "-c", program, env=None) == "1\n"

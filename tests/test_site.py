@@ -15,7 +15,7 @@ from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import schema_keys
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 from tests.commands.analyze.browser import Browser, open_browser
-from tests.conftest import ROOT
+from tests.conftest import ROOT, karat_environment, output_of, run_to_end
 
 TEXTS = "return [...document.querySelectorAll(arguments[0])].map(element => element.textContent.trim())"
 
@@ -24,15 +24,8 @@ TEXTS = "return [...document.querySelectorAll(arguments[0])].map(element => elem
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("material", reason="needs the extra docs")
     out = tmp_path_factory.mktemp("site")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)],
-        cwd=ROOT,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    command = (sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", out)
+    done = run_to_end(*command, env={**karat_environment(), "NO_MKDOCS_2_WARNING": "1"})
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
     return out
@@ -86,22 +79,15 @@ def test_each_version_of_the_site_stays(tmp_path: Path) -> None:
     subprocess.run(["git", "clone", "-q", "--depth=1", f"file://{ROOT}", "clone"], cwd=tmp_path, check=True)
     clone = tmp_path / "clone"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {
-        "PATH": path,
-        "DOCS_VERSIONS": "mike",
-        "NO_MKDOCS_2_WARNING": "1",
-        "PYTHONPATH": str(clone),
-    }
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(clone)}
+    environment |= {"DOCS_VERSIONS": "mike", "NO_MKDOCS_2_WARNING": "1"}
     environment |= dict.fromkeys(("GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME"), "a")
     environment |= dict.fromkeys(("GIT_AUTHOR_EMAIL", "GIT_COMMITTER_EMAIL"), "a@b")
     for version in ("0.2", "0.3"):
-        deploy = ["mike", "deploy", "--update-aliases", version, "latest"]
-        subprocess.run(deploy, cwd=clone, env=environment, check=True, capture_output=True, timeout=300)
-    show = ["git", "show", "gh-pages:versions.json"]
-    versions = json.loads(subprocess.run(show, cwd=clone, check=True, capture_output=True, text=True).stdout)
+        output_of("mike", "deploy", "--update-aliases", version, "latest", cwd=clone, env=environment)
+    versions = json.loads(output_of("git", "show", "gh-pages:versions.json", cwd=clone))
     assert {entry["version"]: entry["aliases"] for entry in versions} == {"0.3": ["latest"], "0.2": []}
-    page = ["git", "show", "gh-pages:0.2/index.html"]
-    assert '"provider": "mike"' in subprocess.run(page, cwd=clone, check=True, capture_output=True, text=True).stdout
+    assert '"provider": "mike"' in output_of("git", "show", "gh-pages:0.2/index.html", cwd=clone)
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """The public functions: agreement of the two, and a clear refusal of every bad call."""
 
 import re
-import subprocess
 import sys
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 
 from karat_scale.attention import fourier_karat_attention, fourier_karat_scores
 from tests.attention.calls import make_call, relative_error
+from tests.conftest import output_of
 
 
 @pytest.mark.parametrize("implementation", ["auto", "reference", "streaming"])
@@ -88,6 +88,5 @@ def test_importing_brings_in_no_library_but_torch_and_none_of_our_rooms_but_the_
         "print(sorted(m for m in new if m.split('.')[0] not in sys.stdlib_module_names)); "
         "print(sorted({'.'.join(m.split('.')[:2]) for m in ours}))"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     ours = ["karat_scale", "karat_scale.attention", "karat_scale.foundation"]
-    assert result.stdout.split("\n")[:2] == ["[]", str(ours)]
+    assert output_of(sys.executable, "-c", program).splitlines() == ["[]", str(ours)]

@@ -23,6 +23,8 @@ from tests.conftest import (
     karat_here,
     karat_refuses,
     karat_says,
+    output_of,
+    run_to_end,
     summary,
 )
 from tests.training.runs import wait_until
@@ -35,8 +37,7 @@ def test_print_shows_the_resolved_recipe_and_nothing_else_and_trains_nothing(rec
     own.write_text('{"zero_optimization": {"stage": 1}}')
     # A process of its own: DeepSpeed must not write between the lines when it is imported.
     command = karat_command(["train", str(recipe_file), "optim.lr=0.25", f"deepspeed.config={own}", "--print"])
-    shown = subprocess.run(command, env=karat_environment(), capture_output=True, text=True, check=True)
-    recipe = yaml.safe_load(shown.stdout)
+    recipe = yaml.safe_load(output_of(*command))
     assert (recipe["optim"]["lr"], recipe["deepspeed"]["config"]) == (0.25, str(own))
     assert not (tmp_path / "run").exists()
 
@@ -76,8 +77,7 @@ def test_a_mistake_of_the_recipe_is_said_before_one_of_its_directory(tmp_path: P
 def test_importing_the_package_loads_nothing_heavy() -> None:
     heavy = "('torch', 'timm', 'deepspeed', 'pydantic', 'sklearn', 'matplotlib')"
     code = f"import sys, karat_scale, karat_scale.commands.cli; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert output_of(sys.executable, "-c", code) == "[]\n"
 
 
 def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> N
         "    except SystemExit as error: code = error.code\n"
         "    assert (code, 'torch' in sys.modules) == (2, False), line\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, *refusals], cwd=tmp_path, capture_output=True, text=True)
+    done = run_to_end(sys.executable, "-c", code, *refusals, cwd=tmp_path)
     lines = done.stderr.splitlines()
     assert len(lines) == len(refusals), done.stderr
     for line, said in zip(lines, refusals.values(), strict=True):
@@ -127,8 +127,7 @@ def test_a_reader_that_has_read_enough_is_no_error(unbuffered: str) -> None:
 
 def test_a_closed_output_is_no_error() -> None:
     for closed, code, arguments in ((">&-", 0, ["recipes"]), (">&- 2>&-", 2, ["status", "nowhere"])):
-        command = ["sh", "-c", f'"$@" {closed}', "sh", *karat_command(arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, env=karat_environment(), check=False)
+        done = run_to_end("sh", "-c", f'"$@" {closed}', "sh", *karat_command(arguments))
         assert (done.returncode, done.stderr) == (code, "")
 
 
@@ -193,8 +192,7 @@ def test_threads_and_exit_handlers_have_their_turn_at_the_end() -> None:
         "atexit.register(print, 'handler');"
         "threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start(); entry_point()"
     )
-    command = [sys.executable, "-c", code, "export", "nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True, env=karat_environment(), check=False)
+    done = run_to_end(sys.executable, "-c", code, "export", "nowhere")
     assert (done.returncode, done.stdout) == (2, "thread\nhandler\n"), done.stderr
 
 

@@ -1,14 +1,13 @@
 """Completion in a real bash, as README sets it up."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from karat_scale.commands.cli import main
-from tests.conftest import karat_environment
+from tests.conftest import karat_environment, output_of
 
 COMPLETION = 'eval "$(karat completion bash)"'
 ASK = (
@@ -33,10 +32,7 @@ def completed(tmp_path: Path, *lines: str) -> list[list[str]]:
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m karat_scale "$@"\n')
     command.chmod(0o755)
     environment = {**karat_environment(), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "-c", ASK, "bash", *lines], env=environment, capture_output=True, text=True, check=True
-    )
-    return [line.split() for line in done.stdout.splitlines()]
+    return [line.split() for line in output_of("bash", "-c", ASK, "bash", *lines, env=environment).splitlines()]
 
 
 def test_bash_completes_commands_recipes_keys_and_values(tmp_path: Path) -> None:

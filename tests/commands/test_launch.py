@@ -19,7 +19,7 @@ from karat_scale.commands.launch import default_ranks, say_to_launcher
 from karat_scale.commands.parsers.training import directory_finder
 from karat_scale.engine.heartbeat import read_signs
 from karat_scale.foundation.errors import EXIT_LOST_PEER, UserError
-from tests.conftest import SMALL, events, free_port, karat_command, karat_environment, summary
+from tests.conftest import SMALL, events, free_port, karat_command, karat_environment, run_to_end, summary
 from tests.data.backends.helpers import wait_until
 from tests.training.runs import assert_same_run
 
@@ -102,8 +102,7 @@ def test_an_error_of_all_ranks_is_said_once(recipe: Path) -> None:
 @pytest.mark.multiprocess
 def test_torchrun_ends_with_the_error_and_no_rank_says_it_before(recipe: Path) -> None:
     arguments = ["train", str(recipe), *SMALL, *QUICK, "data.path=/nowhere", f"run.dir={recipe.parent / 'run'}"]
-    command = karat_command(arguments, processes=2)
-    done = subprocess.run(command, env=karat_environment(), capture_output=True, text=True, timeout=300)
+    done = run_to_end(*karat_command(arguments, processes=2))
     before, _, after = done.stderr.partition("Traceback")
     assert "/nowhere" not in before
     assert "error: data.path = /nowhere is not a directory" in after.strip().splitlines()[-2]

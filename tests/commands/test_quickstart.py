@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from karat_scale.commands.quickstart import CONTENDERS, SHARDS
-from tests.conftest import ROOT, karat_environment
+from tests.conftest import ROOT, karat_command, output_of
 
 SAVES = f"""#!{sys.executable}
 import signal, sys, time
@@ -56,15 +56,7 @@ def test_a_signal_waits_until_the_run_has_saved(
 @pytest.mark.slow
 def test_it_ends_with_a_report_and_commands_that_run(tmp_path: Path) -> None:
     def karat(*words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "karat_scale", *words],
-            cwd=tmp_path,
-            env=karat_environment(),
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        return output_of(*karat_command(words), cwd=tmp_path)
 
     folder = tmp_path / "images"
     for number in range(230):

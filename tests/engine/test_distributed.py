@@ -31,7 +31,7 @@ from karat_scale.engine.distributed import (
 )
 from karat_scale.foundation.errors import UserError
 from karat_scale.foundation.machine import launch_environment
-from tests.conftest import ROOT, free_port, karat_environment, rank_environments
+from tests.conftest import ROOT, free_port, karat_environment, output_of, rank_environments, run_to_end
 from tests.warm import run_code
 
 
@@ -184,8 +184,7 @@ distributed.stop()
 @pytest.mark.slow
 def test_run_device_cpu_holds_for_deepspeed_too_where_there_is_a_gpu() -> None:
     given = {key: value for key, value in karat_environment().items() if key != "DS_ACCELERATOR"}
-    done = subprocess.run([sys.executable, "-c", ON_THE_CPU], env=given, capture_output=True, text=True, timeout=200)
-    assert done.stdout == "cpu\n", done.stderr
+    assert output_of(sys.executable, "-c", ON_THE_CPU, env=given) == "cpu\n"
 
 
 def test_another_device_than_deepspeed_was_imported_for_is_one_line(world) -> None:
@@ -287,9 +286,8 @@ def test_too_few_threads_are_one_line_and_no_hang(limit, tmp_path) -> None:
         *(sys.executable, "-m", "karat_scale", "train", "fashion_mnist_demo", "data.backend=synthetic"),
         *("data.synthetic_samples=64", "train.global_batch=32", "train.max_steps=2", f"run.dir={tmp_path / 'run'}"),
     )
-    command = [*AS_ANOTHER, "bash", "-c", f'ulimit -u {limit}; exec "$@"', "bash", *train]
-    environment = {**karat_environment(), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    command = (*AS_ANOTHER, "bash", "-c", f'ulimit -u {limit}; exec "$@"', "bash", *train)
+    done = run_to_end(*command, env={**karat_environment(), "HOME": str(tmp_path)}, cwd=tmp_path, timeout=120)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if "OpenBLAS" not in line]
     assert line.startswith("error: no more processes or threads; raise `ulimit -u`")

@@ -1,7 +1,6 @@
 """Memory: what is freed is kept for the next step, and where it runs out one line says what to change."""
 
 import platform
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from karat_scale.engine.distributed import World
 from karat_scale.engine.memory import memory_snapshot, one_line_out_of_memory, record_memory
 from karat_scale.foundation.errors import UserError
 from karat_scale.training.tasks.classification.task import ClassificationTask
-from tests.conftest import karat_environment
+from tests.conftest import karat_environment, output_of
 
 STEPS = """
 import resource, sys
@@ -35,10 +34,7 @@ print(faults() - before)
 def steps(**settings: str) -> tuple[bool, int]:
     """Whether memory is kept, and the page faults of 20 steps that write 64 MB each."""
     environment = {name: value for name, value in karat_environment().items() if not name.startswith("MALLOC_")}
-    done = subprocess.run(
-        [sys.executable, "-c", STEPS], env={**environment, **settings}, capture_output=True, text=True, check=True
-    )
-    kept, faults = done.stdout.split()
+    kept, faults = output_of(sys.executable, "-c", STEPS, env={**environment, **settings}).split()
     return kept == "True", int(faults)
 
 

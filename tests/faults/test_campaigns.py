@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, karat_environment
+from tests.conftest import karat_environment, run_to_end
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
@@ -29,15 +29,9 @@ def campaign(share, record, tmp_path):
     """Play a campaign of this directory; returns its outcome."""
 
     def play(program: str, *options: str, **environment: str) -> dict[str, Any]:
-        command = [sys.executable, "-m", f"tests.faults.{program}", "--seed", str(share.seed), *options]
         out = tmp_path / "out.json"
-        done = subprocess.run(
-            [*command, "--json", str(out)],
-            env={**karat_environment(), **environment},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        command = (sys.executable, "-m", f"tests.faults.{program}", "--seed", share.seed, *options, "--json", out)
+        done = run_to_end(*command, env={**karat_environment(), **environment}, timeout=None)
         assert out.is_file(), done.stdout + done.stderr
         outcome = json.loads(out.read_text())
         record(outcome)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.foundation import native_build
-from tests.conftest import ROOT, karat_environment
+from tests.conftest import karat_environment, run_to_end
 
 SETS = (*native_build._available_instruction_sets(), native_build.PLAIN)
 # A fault ends the process. Python's own memory is malloc's, so that a read beyond a JPEG's end is seen.
@@ -41,9 +41,7 @@ pytestmark = [
 def sanitized(*arguments: str, isa: str) -> "subprocess.CompletedProcess[str]":
     """A Python program that has the C++ built with sanitizers."""
     environment = {**karat_environment(), **OPTIONS, "LD_PRELOAD": " ".join(RUNTIMES), "KARAT_CPU_ISA": isa}
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    return run_to_end(sys.executable, *arguments, env=environment, timeout=None)
 
 
 def tried(program: str, count: int, seed: int, isa: str, last: Path) -> dict[str, int]:

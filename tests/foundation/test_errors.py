@@ -3,7 +3,6 @@
 import io
 import os
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from karat_scale.commands.cli import main
 from karat_scale.foundation import native_build
 from karat_scale.foundation.errors import nearest, of_the_machine
-from tests.conftest import ROOT, karat_environment
+from tests.conftest import karat_command, run_to_end
 
 
 @pytest.mark.parametrize(
@@ -55,15 +54,9 @@ def test_a_user_without_a_home_has_a_place_for_caches(monkeypatch) -> None:
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_too_few_file_descriptors_are_one_line(tmp_path) -> None:
-    command = [sys.executable, "-m", "karat_scale", "train", "fashion_mnist_demo", "data.backend=synthetic"]
-    done = subprocess.run(
-        [*command, f"run.dir={tmp_path / 'run'}", "train.max_steps=1", "data.workers=2"],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (9, 9)),
-        env=karat_environment(),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    own = ("data.backend=synthetic", f"run.dir={tmp_path / 'run'}", "train.max_steps=1", "data.workers=2")
+    command = karat_command(["train", "fashion_mnist_demo", *own])
+    done = run_to_end(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (9, 9)))
     assert done.returncode != 0
     assert "Traceback" not in done.stderr, done.stderr
 

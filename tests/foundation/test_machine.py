@@ -1,7 +1,6 @@
 """The limits of a machine, its caches, and the versions that a run records."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from karat_scale.commands.parsers import preparing
 from karat_scale.engine.engine import slow_precision
 from karat_scale.foundation.errors import UserError
 from karat_scale.foundation.machine import cpu_quota, is_local, known_gpu, memory_limit, use_local_caches
+from tests.conftest import output_of
 from tests.nvml import nvml_environment
 
 
@@ -161,8 +161,7 @@ except OSError as error:
 
 
 def test_a_lack_of_descriptors_is_not_taken_for_a_missing_package() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "EMFILE\n", done.stderr
+    assert output_of(sys.executable, "-c", PROGRAM) == "EMFILE\n"
 
 
 @pytest.mark.parametrize(
@@ -183,5 +182,5 @@ def test_a_lack_of_descriptors_is_not_taken_for_a_missing_package() -> None:
 def test_a_gpu_that_is_not_sound_is_named_with_its_node(tmp_path: Path, fault: str, said: str | None) -> None:
     program = "from karat_scale.foundation.machine import gpu_faults; print(*gpu_faults(), sep='\\n')"
     environment = os.environ | nvml_environment(tmp_path, fault) | {"SLURMD_NODENAME": "node7"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == (f"GPU 1 on node7: {said}" if said else "")
+    found = output_of(sys.executable, "-c", program, env=environment)
+    assert found.strip() == (f"GPU 1 on node7: {said}" if said else "")

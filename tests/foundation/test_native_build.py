@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.foundation import native_build
-from tests.conftest import ROOT, karat_environment
+from tests.conftest import ROOT, karat_environment, run_to_end
 from tests.warm import run_code
 
 pytestmark = pytest.mark.skipif(not native_build._available_instruction_sets(), reason="no AVX2 on this machine")
@@ -224,7 +223,7 @@ begun.wait()
 
 def test_what_a_thread_may_be_using_is_not_freed_at_the_end():
     # Not a fork, which ends without what Python does at its end.
-    done = subprocess.run([sys.executable, "-c", ENDS_DURING_A_CALL], cwd=ROOT, capture_output=True, text=True)
+    done = run_to_end(sys.executable, "-c", ENDS_DURING_A_CALL)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_to_end
 from tests.slurm.cluster import Cluster, wait_until
 
 SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh") if "#SBATCH" in path.read_text())
@@ -28,16 +28,7 @@ def submission(
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     environment.pop("PYTHONPATH", None)
     command = ["sbatch", *options, str(ROOT / "slurm" / script), *arguments]
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    return run_to_end(*command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, timeout=30)
 
 
 @dataclass(frozen=True)

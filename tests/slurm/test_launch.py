@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.data.shards.shard_format import read_dataset_record
-from tests.conftest import ROOT
+from tests.conftest import ROOT, output_of, run_to_end
 from tests.slurm.jobs import SCRIPTS
 
 
@@ -33,9 +33,7 @@ def test_a_copy_of_a_script_finds_its_clone(script, arguments, tmp_path) -> None
     shutil.copy(ROOT / "slurm" / script, spool / "slurm_script")
     kept = {key: value for key, value in os.environ.items() if key != "KARAT_HOME"}
     environment = {**kept, "PATH": f"{commands}:{kept['PATH']}", "SLURM_JOB_ID": "812", "VENV": "/nowhere"}
-    done = subprocess.run(
-        ["bash", spool / "slurm_script"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    done = run_to_end("bash", spool / "slurm_script", cwd=tmp_path, env=environment)
     # It is launch.sh that says so.
     assert (done.returncode, done.stderr) == (2, "error: VENV = /nowhere: no bin/activate there\n")
 
@@ -44,8 +42,7 @@ def run(script: str, *arguments: str, **settings: str) -> "subprocess.CompletedP
     """A script as in a job, but without SLURM. What it accepts ends at the environment, which does not exist."""
     kept = {key: value for key, value in os.environ.items() if key not in ("RUN", "SHARDS", "STAGE", "KARAT_HOME")}
     environment = {**kept, "SLURM_JOB_ID": "812", "VENV": "/nowhere", **settings}
-    command = ["bash", str(ROOT / "slurm" / script), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return run_to_end("bash", ROOT / "slurm" / script, *arguments, env=environment)
 
 
 TRAINING = ("imagenet_fourier_karat.sh", "imagenet_vit_baseline.sh", "finetune.sh", "sweep_grid.sh")
@@ -126,14 +123,7 @@ def test_a_job_and_an_element_of_an_array_requeue_themselves(element: dict[str, 
     stub(tmp_path, "sleep", ":")
     stub(tmp_path, "scontrol", f'echo "$@" >>{tmp_path}/asked; exit 1')
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "812", **element}
-    done = subprocess.run(
-        ["bash", "-c", 'source slurm/launch.sh; requeue "told to stop"'],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_to_end("bash", "-c", 'source slurm/launch.sh; requeue "told to stop"', env=environment)
     assert done.returncode == 75, done.stderr
     assert done.stdout.endswith(f"job {job}: told to stop; requeued\n")
     assert (tmp_path / "asked").read_text() == f"requeue {job}\n"
@@ -149,9 +139,7 @@ def in_a_job(commands: Path, run: Path, script: str, **settings: str) -> "subpro
         "KARAT_HOME": str(ROOT), "PYTHONPATH": str(ROOT), **settings,
     }  # fmt: skip
     script = f"source slurm/launch.sh; PYTHON=(python); {script}"
-    return subprocess.run(
-        ["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    return run_to_end("bash", "-c", script, env=environment)
 
 
 @pytest.mark.parametrize("call", [1, 4], ids=["the first", "another"])
@@ -219,6 +207,7 @@ def with_three_nodes(script: str, second: str, third: str, directory: Path) -> s
     stub(directory, "srun", f"case $* in *=n2\\ *) {second} ;; *=n3\\ *) {third} ;; esac")
     environment = {**os.environ, "PATH": f"{directory}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n[1-3]"}
     script = f"source slurm/launch.sh; PYTHON=(python) LOGS={directory} NODES=$'n1\\nn2'; {script}"
+    # Its standard error is not waited for: a silent node's command holds it.
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, stdout=-1, text=True, check=False)
     return done.stdout
 
@@ -265,9 +254,7 @@ def test_a_split_is_joined_without_locks_and_the_users_workers_count(image_folde
         "SLURM_JOB_ID": "813", "SLURM_ARRAY_JOB_ID": "812", "SLURM_ARRAY_TASK_ID": "1",
         "SLURM_CPUS_PER_TASK": "16", "IMAGES": str(image_folder), "SHARDS": str(shards),
     }  # fmt: skip
-    command = ["bash", "slurm/prepare_imagenet.sh", "--workers", "1"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    output_of("bash", "slurm/prepare_imagenet.sh", "--workers", "1", env=environment)
     assert list(read_dataset_record(shards).splits) == ["val"]
     assert not list(shards.glob(".*"))
     (made,) = [line for line in (tmp_path / "noted").read_text().splitlines() if "make_webdataset" in line]

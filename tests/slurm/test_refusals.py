@@ -1,10 +1,8 @@
 """What cannot work ends at once, with one line that says why, and is not requeued."""
 
-import subprocess
-
 import pytest
 
-from tests.conftest import ROOT, SMALL
+from tests.conftest import ROOT, SMALL, output_of, run_to_end
 from tests.slurm.jobs import SCRIPTS, submission, submit
 from tests.slurm.packages import SHELLCHECK, missing_reason
 
@@ -17,10 +15,7 @@ def test_every_script_passes_shellcheck() -> None:
     if reason:
         pytest.skip(reason)
     scripts = sorted(str(path.name) for path in (ROOT / "slurm").glob("*.sh"))
-    done = subprocess.run(
-        ["shellcheck", "--external-sources", *scripts], cwd=ROOT / "slurm", capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout
+    output_of("shellcheck", "--external-sources", *scripts, cwd=ROOT / "slurm")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -74,6 +69,6 @@ def test_gpus_without_a_task_each_are_refused(cluster, tmp_path) -> None:
 
 
 def test_outside_a_job_the_script_says_how_to_run_it() -> None:
-    done = subprocess.run(["bash", f"slurm/{SCRIPT}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_to_end("bash", f"slurm/{SCRIPT}")
     assert done.returncode == 2
     assert done.stderr == "error: this is a batch script: run it by sbatch\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands.status.terminal import on_a_terminal
-from tests.conftest import SMALL, events, karat_environment, summary
+from tests.conftest import SMALL, events, karat_command, karat_environment, run_to_end, summary
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job
 
@@ -21,9 +21,7 @@ def environment_of(cluster: Cluster) -> dict[str, str]:
 
 
 def karat(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "karat_scale", *arguments]
-    environment = environment_of(cluster)
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return run_to_end(*karat_command(arguments), env=environment_of(cluster), timeout=60)
 
 
 def test_a_submitted_recipe_trains_and_its_status_names_the_job(cluster, recipe, shards, tmp_path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMALL, karat_command, karat_environment, summary
+from tests.conftest import SMALL, karat_command, run_to_end, summary
 
 CAP = 1000 << 20
 
@@ -14,15 +14,7 @@ CAP = 1000 << 20
 def train_capped(run: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """`karat train` with at most so many bytes of data, as `ulimit -d` sets it."""
     command = karat_command(["train", *arguments, f"run.dir={run}"])
-    return subprocess.run(
-        command,
-        env=karat_environment(),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (CAP, CAP)),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    return run_to_end(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (CAP, CAP)))
 
 
 @pytest.mark.slow

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from typing import Any
 
 import pytest
 
 from karat_scale.foundation.errors import EXIT_LOST_PEER, EXIT_STOPPED
-from tests.conftest import ROOT, karat_environment
+from tests.conftest import karat_environment, output_of
 from tests.training.peers import DISKS, STAGES
 
 pytestmark = pytest.mark.slow
@@ -20,9 +19,7 @@ def outcomes(tmp_path_factory) -> dict[str, Any]:
     """The exit codes and the words of two ranks, by case."""
     scratch = tmp_path_factory.mktemp("peers")
     environment = {**karat_environment(), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    command = [sys.executable, "-m", "tests.training.peers", str(scratch)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
+    output_of(sys.executable, "-m", "tests.training.peers", scratch, env=environment, timeout=900)
     found: dict[str, Any] = json.loads((scratch / "outcomes.json").read_text())
     return found
 

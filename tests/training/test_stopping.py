@@ -15,7 +15,7 @@ from karat_scale.engine.distributed import ALONE, World
 from karat_scale.engine.reporting.goodput import PARTS, WallTime
 from karat_scale.training.agreement import LEAST_SECONDS, MOST_STEPS, Agreement, BestInterval, SavePoints, StopSignals
 from tests.clock import Clock
-from tests.conftest import karat_done, summary
+from tests.conftest import karat_done, output_of, summary
 from tests.small_engines import make_trainer
 from tests.training.runs import start_torchrun, wait_for_checkpoint
 
@@ -200,9 +200,7 @@ print(signals.received.name)
 
 
 def test_a_worker_that_only_begins_does_not_tell_of_ctrl_c_a_second_time() -> None:
-    line = [sys.executable, "-c", FORK]
-    done = subprocess.run(line, capture_output=True, text=True, start_new_session=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "SIGINT\n"), done.stderr
+    assert output_of(sys.executable, "-c", FORK, start_new_session=True, timeout=60) == "SIGINT\n"
 
 
 UNREAD = """

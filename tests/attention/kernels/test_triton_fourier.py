@@ -1,7 +1,6 @@
 """The Triton implementation, where it can run and where it cannot."""
 
 import importlib.metadata
-import subprocess
 import sys
 import types
 
@@ -13,6 +12,7 @@ from karat_scale.attention import fourier_karat_attention, functional
 from karat_scale.attention.kernels import triton_fourier
 from tests.attention.calls import make_call, relative_error
 from tests.attention.kernels.in_interpreter import run_interpreted
+from tests.conftest import output_of
 
 
 def test_interpreted_kernels_agree_with_the_oracle_at_a_few_sizes():
@@ -46,8 +46,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip().endswith("the package triton is not installed")
+    assert output_of(sys.executable, "-c", script).endswith("the package triton is not installed\n")
 
 
 @pytest.mark.parametrize(

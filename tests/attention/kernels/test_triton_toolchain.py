@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from karat_scale.attention.kernels import triton_toolchain
-from tests.conftest import ROOT
+from tests.conftest import ROOT, output_of
 
 LACKS_COMPILER = "Triton needs a C compiler, and none of gcc, clang is on PATH; install gcc or set CC"
 
@@ -124,10 +123,8 @@ def test_auto_falls_back_with_its_reason_where_there_is_no_compiler(tmp_path):
     pytest.importorskip("triton")
     ours = {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "PATH": ""}
     environment = {**os.environ, **ours, "PATH_WITH_COMPILER": os.environ["PATH"]}
-    command = [sys.executable, "-c", SLIM_IMAGE]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    without, its_graph, with_one, other_graph = done.stdout.splitlines()
+    said = output_of(sys.executable, "-c", SLIM_IMAGE, env=environment)
+    without, its_graph, with_one, other_graph = said.splitlines()
     assert without == f"learned attention: 2 layers by streaming (triton cannot: {LACKS_COMPILER})"
     assert "karat_scale.streaming" in its_graph
     assert with_one == "learned attention: 2 layers by triton"

@@ -1,7 +1,6 @@
 """The machine's part, on this machine and on ones that lack something."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import Mock
@@ -15,7 +14,7 @@ from karat_scale.commands.doctor.report import Finding, examine
 from karat_scale.foundation import native_build
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.foundation.tables import EXTRAS, Extra
-from tests.conftest import ROOT, karat_environment
+from tests.conftest import ROOT, run_to_end
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +103,7 @@ def test_no_missing_library_makes_it_crash(missing: str) -> None:
         "from karat_scale.commands.doctor.checkup import doctor\n"
         "sys.exit(doctor(None, [], 1.0, None))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=karat_environment())
+    done = run_to_end(sys.executable, "-c", code)
     assert done.returncode == (0 if missing == "rich" else 1), done.stderr
     assert done.stderr == ""
     assert "C++ compiler" in done.stdout

@@ -1,6 +1,5 @@
 """Corrupted copies are the same in each process, and harder with severity."""
 
-import subprocess
 import sys
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 
 from karat_scale.commands.evaluate.test_set import Corruption, chosen_corruptions
 from karat_scale.foundation.tables import CORRUPTIONS
+from tests.conftest import output_of
 
 pytest.importorskip("imagecorruptions", reason="needs the extra corruptions")
 
@@ -52,6 +52,5 @@ def test_another_process_makes_the_same(picture: np.ndarray) -> None:
         "y, x = np.mgrid[0:64, 0:64]\np = np.stack([4 * x, 4 * y, 2 * (x + y)], axis=-1).astype(np.uint8)\n"
         "print(sum(int(Corruption(n, 2)(p, 5).astype(int).sum()) for n in ('snow', 'glass_blur', 'shot_noise')))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     here = sum(int(Corruption(n, 2)(picture, 5).astype(int).sum()) for n in ("snow", "glass_blur", "shot_noise"))
-    assert int(done.stdout) == here
+    assert int(output_of(sys.executable, "-c", code)) == here

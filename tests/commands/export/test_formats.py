@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from karat_scale.recipe.loading import text_digest
 from karat_scale.training.run_directory import OpenRun, RunDirectory
 from karat_scale.training.tasks.classification.distillation_teacher import build_model
 from tests.commands.export.conftest import CLASSES
-from tests.conftest import SMALL, karat_done
+from tests.conftest import SMALL, karat_done, output_of
 from tests.small_engines import VARIANTS
 
 SWIN = (
@@ -148,8 +147,7 @@ def test_torch_export_needs_nothing_of_ours(exported, model: str, tmp_path: Path
     if model == "universal":
         code = f"import sys, torch; m = torch.export.load({str(file)!r}).module(); x = torch.zeros(7, 3, 16, 16)\n"
         code += "print(m(x).shape, m(x[:1]).shape)\nassert not {'timm', 'karat_scale'} & set(sys.modules)"
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert "[7, 4]) torch.Size([1, 4])" in done.stdout, done.stderr
+        assert "[7, 4]) torch.Size([1, 4])" in output_of(sys.executable, "-c", code, cwd=tmp_path)
 
 
 @pytest.mark.slow

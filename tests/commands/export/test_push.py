@@ -12,7 +12,7 @@ from karat_scale.commands.export.command import Source
 from karat_scale.recipe import Recipe
 from karat_scale.training.run_directory import OpenRun
 from tests.commands.export.hub import TOKEN, Hub, serve
-from tests.conftest import karat_environment
+from tests.conftest import karat_environment, run_to_end
 
 LOAD = """
 import sys, timm, torch, karat_scale.timm_models
@@ -32,9 +32,7 @@ def hub() -> Iterator[Hub]:
 def here(hub: Hub, home: Path, *arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
     """Run Python where the hub is the server, as the variables say when its client is imported."""
     own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token}
-    command = [sys.executable, *arguments]
-    environment = {**karat_environment(), **own}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return run_to_end(sys.executable, *arguments, env={**karat_environment(), **own})
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from karat_scale.commands.submit.sbatch import SCRIPT, Job, slurm_home
 from karat_scale.commands.submit.within_job import most_nodes
 from karat_scale.recipe.loading import load_recipe
 from tests.commands.status.terminal import on_a_terminal
-from tests.conftest import karat, karat_environment
+from tests.conftest import karat, output_of
 
 
 def test_the_script_has_everything_filled_in(tmp_path: Path) -> None:
@@ -179,8 +179,7 @@ def test_without_a_gpu_it_says_that_it_did_not_plan(tmp_path: Path, capsys: Capt
 
 def test_submitting_without_a_plan_does_not_import_torch() -> None:
     code = "import sys, karat_scale.commands.submit.sbatch; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert output_of(sys.executable, "-c", code) == "False\n"
 
 
 RECIPE = ("imagenet_vit_tiny_g3b", "data.path=/shards")
@@ -204,6 +203,5 @@ def test_the_largest_number_of_nodes_that_the_batch_divides(overrides: tuple[str
 @pytest.mark.parametrize("recipe", [("train", *RECIPE), ("detect", "coco_mask_rcnn_vit_base", "data.path=/coco")])
 def test_the_launch_wrapper_gets_a_number(recipe: tuple[str, ...]) -> None:
     module = ("-m", "karat_scale.commands.submit.within_job")
-    command = [sys.executable, *module, "nodes", "3", "4", *recipe, "train.global_batch=96", "--trust"]
-    done = subprocess.run(command, env=karat_environment(), capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
+    command = (sys.executable, *module, "nodes", "3", "4", *recipe, "train.global_batch=96", "--trust")
+    assert output_of(*command) == "3\n"

@@ -18,7 +18,7 @@ from karat_scale.engine.heartbeat import Sign, heartbeat_file
 from karat_scale.foundation.errors import UserError
 from karat_scale.foundation.machine import this_node
 from karat_scale.recipe.loading import dump_recipe
-from tests.conftest import SMALL, karat_environment, karat_here, summary
+from tests.conftest import SMALL, karat_command, karat_environment, karat_here, run_to_end, summary
 
 QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null")
 
@@ -31,9 +31,8 @@ def recipe(tmp_path: Path, shards: Path) -> Path:
 
 
 def sweep(recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "karat_scale", "sweep", str(recipe), *SMALL, *QUICK, *arguments]
-    command += ["--out", str(recipe.parent / "out")]
-    return subprocess.run(command, env=karat_environment(), capture_output=True, text=True, timeout=300, check=False)
+    command = ["sweep", str(recipe), *SMALL, *QUICK, *arguments, "--out", str(recipe.parent / "out")]
+    return run_to_end(*karat_command(command))
 
 
 def test_print_shows_the_runs_and_writes_nothing(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,7 +178,7 @@ def test_a_failed_run_is_named_the_rest_goes_on_and_the_same_command_finishes_it
 
 def until_it_trains(recipe: Path, *arguments: str) -> "subprocess.Popen[str]":
     """Start a sweep over two seeds, and wait until its first run logs steps."""
-    command = [sys.executable, "-m", "karat_scale", "sweep", str(recipe), *SMALL, *QUICK, *arguments]
+    command = karat_command(["sweep", str(recipe), *SMALL, *QUICK, *arguments])
     process = subprocess.Popen(command, env=karat_environment(), stderr=subprocess.PIPE, text=True)
     metrics = recipe.parent / "out" / "seed-0" / "metrics.jsonl"
     deadline = time.monotonic() + 120

@@ -1,8 +1,6 @@
 """The kernels of augmentation: what they compute, how many they are, and that ptxas takes them."""
 
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -23,7 +21,7 @@ from karat_scale.data.augmentation.mixing import MixParams
 from karat_scale.data.batch import Draw
 from karat_scale.data.decoders.decode import crop_view
 from karat_scale.recipe import AugmentConfig
-from tests.conftest import ROOT
+from tests.conftest import karat_environment, output_of
 
 
 @pytest.mark.slow
@@ -31,10 +29,8 @@ def test_the_kernels_compute_what_torch_does():
     """By Triton's interpreter, in a process of its own."""
     pytest.importorskip("triton")
     file = Path(__file__).with_name("interpreted_augment.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file)
+    output_of(*command, env={**karat_environment(), "TRITON_INTERPRET": "1"})
 
 
 @pytest.mark.slow
@@ -71,8 +67,7 @@ def resources(kernel: Any, constants: dict[str, Any], architecture: int) -> tupl
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        command = [tool, "-res-usage", cubin.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = output_of(tool, "-res-usage", cubin.name)
     return int(re.search(r"REG:(\d+)", usage)[1]), int(re.search(r"STACK:(\d+)", usage)[1])
 
 

@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
 
-from tests.conftest import ROOT, karat_environment
+from tests.conftest import output_of
 from tests.data.betons import make_betons, need_ffcv
 
 EPOCHS, SETTLED = 10, 3
@@ -31,15 +30,8 @@ def test_ten_epochs_take_no_more_memory_than_three(image_folder, shards, tmp_pat
             pytest.importorskip("nvidia.dali", reason="the extra `dali` is not installed")
         directory = image_folder if backend == "folder" else shards
     config = data_config(directory, backend=backend, decoder=decoder, workers=1).model_dump_json()
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.data.backends.epoch_memory", config, str(EPOCHS)],
-        cwd=ROOT,
-        env=karat_environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    after = json.loads(done.stdout.splitlines()[-1])
+    said = output_of(sys.executable, "-m", "tests.data.backends.epoch_memory", config, EPOCHS)
+    after = json.loads(said.splitlines()[-1])
     assert len(after) == EPOCHS
     # An epoch of decoded images is 3 MB: 22 MB more than at the third epoch if they stayed.
     assert after[-1] - after[SETTLED - 1] < 7, after

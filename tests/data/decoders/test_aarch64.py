@@ -18,6 +18,7 @@ from karat_scale.data.decoders import native
 from karat_scale.data.decoders.decode import View, centre_view, crop_view
 from karat_scale.data.decoders.libraries import RESAMPLE
 from karat_scale.foundation.native_build import FLAGS
+from tests.conftest import output_of
 from tests.data.conftest import encode, photo
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
@@ -40,9 +41,7 @@ def sized(data: bytes) -> bytes:
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("aarch64") / "portable"
     flags = [flag for flag in FLAGS if flag != "-fPIC"]
-    command = [COMPILER, *flags, "-ffp-contract=off", "-static", *map(str, SOURCES), "-ljpeg", "-o", str(program)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    output_of(COMPILER, *flags, "-ffp-contract=off", "-static", *SOURCES, "-ljpeg", "-o", program)
     return program
 
 

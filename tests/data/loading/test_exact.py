@@ -3,7 +3,6 @@
 import gc
 import random
 import shutil
-import subprocess
 import sys
 from collections import UserDict
 from collections.abc import Callable, Iterable
@@ -21,7 +20,7 @@ from karat_scale.data import EvalLoader, ExactLoader, SampleFiles
 from karat_scale.data.backends.own import Collated
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.recipe.loading import load_recipe
-from tests.conftest import ROOT, karat_done, make_image_folder, summary
+from tests.conftest import karat_done, make_image_folder, output_of, summary
 from tests.data.backends.helpers import children
 from tests.data.conftest import encode, photo
 from tests.data.tars import write_tar
@@ -497,5 +496,4 @@ print([name for name in ("deepspeed", "timm", "torchvision", "webdataset", "trit
 
 
 def test_reading_a_recipe_needs_no_torch_and_importing_the_loaders_neither_deepspeed_nor_timm() -> None:
-    ended = subprocess.run([sys.executable, "-c", IMPORTS], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ended.stdout == "[]\n[]\n"
+    assert output_of(sys.executable, "-c", IMPORTS) == "[]\n[]\n"

@@ -30,6 +30,7 @@ from karat_scale.data.plan import BatchSlice, TrainPlan
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.foundation.machine import STOP_SIGNALS
 from karat_scale.recipe import AugmentConfig, DataConfig
+from tests.conftest import run_to_end
 from tests.data.backends.helpers import children, running, wait_until
 from tests.warm import PROCESSES
 
@@ -298,8 +299,7 @@ FOUR = """
 def test_workers_need_no_dev_shm_and_say_nothing_of_their_number() -> None:
     """`karat doctor` says in one line that there are more workers than cores."""
     mount = 'mount -t tmpfs -o ro tmpfs /dev/shm && exec "$0" -c "$1"'
-    command = ["unshare", "-m", "sh", "-c", mount, sys.executable, textwrap.dedent(FOUR)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_to_end("unshare", "-m", "sh", "-c", mount, sys.executable, textwrap.dedent(FOUR))
     if "unshare" in done.stderr or "mount" in done.stderr:
         pytest.skip("this machine allows no mount of one's own")
     assert (done.stdout, done.stderr) == ("[1, 2, 3, 4]\n", "")

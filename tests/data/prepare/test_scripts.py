@@ -1,12 +1,12 @@
 """What make_webdataset.py and make_ffcv.py share: the same bytes, checks of what is there, mistakes as one line."""
 
-import subprocess
 import sys
 
 import pytest
 
 from karat_scale.data.prepare import make_ffcv, make_webdataset
 from karat_scale.foundation.errors import DataError, run_script
+from tests.conftest import ROOT, run_to_end
 from tests.data.backends.helpers import flip
 from tests.data.betons import need_ffcv
 from tests.data.prepare.conftest import SCRIPTS
@@ -130,13 +130,7 @@ def test_a_mistake_ends_the_script_with_one_line(tmp_path, capsys):
 def test_the_script_ends_as_promised(kind, folder, tmp_path):
     script = {"shards": "make_webdataset.py", "betons": "make_ffcv.py"}[kind]
     for src, code, said in ((folder, 0, "train: writing: 18 of 18 images"), ("nowhere", 2, "")):
-        done = subprocess.run(
-            [sys.executable, str(SCRIPTS / script), "--src", str(src), "--out", str(tmp_path / "out")],
-            cwd=SCRIPTS.parent,
-            env={"PYTHONPATH": str(SCRIPTS.parent), "PATH": ""},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = (sys.executable, SCRIPTS / script, "--src", src, "--out", tmp_path / "out")
+        done = run_to_end(*command, env={"PYTHONPATH": str(ROOT), "PATH": ""})
         assert (done.returncode, said in done.stdout) == (code, True)
         assert done.stderr == ("error: --src nowhere is not a directory, a tar or a Parquet file\n" if code else "")

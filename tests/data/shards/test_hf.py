@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from tests.conftest import karat_environment
+from tests.conftest import karat_environment, output_of
 from tests.servers import Answering, serving
 
 pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: pip install -e '.[remote]'")
@@ -105,10 +104,8 @@ print(json.dumps({
 def test_shards_of_the_hub_train_like_those_on_disk(shards: Path, tmp_path: Path) -> None:
     with serving(Hub, directory=shards) as endpoint:
         own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "KARAT_DATA_CACHE": str(tmp_path / "cache")}
-        command = [sys.executable, "-c", READ, str(shards), URL]
-        done = subprocess.run(command, env={**karat_environment(), **own}, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+        said = output_of(sys.executable, "-c", READ, shards, URL, env={**karat_environment(), **own})
+    found = json.loads(said)
     text = (shards / "dataset.json").read_text()
     assert found["files"] == sorted(path.name for path in shards.iterdir())
     assert (found["bytes"], found["part"]) == (len(text), text[2:9])

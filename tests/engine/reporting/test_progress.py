@@ -4,7 +4,6 @@ import errno
 import io
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -14,6 +13,7 @@ from karat_scale.data.batch import BadSample
 from karat_scale.engine.reporting.progress import MetricsLog, PlainDisplay, Reporter, TerminalDisplay, choose_display
 from karat_scale.engine.run_state import RunState
 from karat_scale.foundation.errors import RunDirectoryError
+from tests.conftest import run_to_end
 
 FIGURES = {"epoch": 0, "samples": 3210, "loss": 1.25, "lr": 1e-3, "images_per_second": 321.0}
 
@@ -46,7 +46,7 @@ for output in (writer, os.open("/dev/full", os.O_WRONLY)):
 
 
 def test_a_run_goes_on_where_its_lines_are_not_read_or_find_no_room() -> None:
-    done = subprocess.run([sys.executable, "-c", UNREAD], capture_output=True, text=True, check=False)
+    done = run_to_end(sys.executable, "-c", UNREAD)
     said = [f"({os.strerror(number)})" for number in (errno.EPIPE, errno.ENOSPC)]
     assert [word in line for word, line in zip(said, done.stderr.splitlines(), strict=True)] == [True, True]
     assert done.returncode == 0

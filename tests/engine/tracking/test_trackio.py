@@ -1,12 +1,12 @@
 """trackio's database on this machine, read back with its own reader."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 
 from karat_scale.engine.tracking.follow import cursor_file
+from tests.conftest import output_of
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("trackio")
@@ -25,8 +25,7 @@ def _database(tmp_path, monkeypatch) -> None:
 
 
 def runs() -> list[list[dict]]:
-    done = subprocess.run([sys.executable, "-c", READ], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(output_of(sys.executable, "-c", READ).splitlines()[-1])
 
 
 def test_two_starts_are_one_run_without_gap_or_repetition(written, tmp_path) -> None:

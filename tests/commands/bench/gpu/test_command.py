@@ -19,7 +19,7 @@ import torch
 from karat_scale.commands.bench.gpu import command
 from karat_scale.commands.bench.gpu.report import SECTIONS
 from karat_scale.commands.doctor.machine import driver_version, no_gpu
-from tests.conftest import ROOT, karat_command, karat_environment, karat_refuses
+from tests.conftest import ROOT, karat_command, karat_environment, karat_refuses, output_of
 from tests.data.backends.helpers import wait_until
 
 HEAVY = ("timm", "rich", "deepspeed", "torchvision", "pydantic", "yaml", "psutil", "webdataset")
@@ -30,8 +30,7 @@ HEAVY = ("timm", "rich", "deepspeed", "torchvision", "pydantic", "yaml", "psutil
 def test_sections_run_and_both_files_hold_their_figures(tmp_path: Path) -> None:
     out, names = tmp_path / "gpu.json", ["attention", "loader", "ranks"]
     arguments = ["bench", "gpu", "--device", "cpu", "--minutes", "10", "--only", *names, "--json", str(out)]
-    done = subprocess.run(karat_command(arguments), capture_output=True, text=True, env=karat_environment())
-    assert done.returncode == 0, done.stdout + done.stderr
+    output_of(*karat_command(arguments))
     result = json.loads(out.read_text())
     sections = result["sections"]
     assert list(sections) == names
@@ -58,13 +57,8 @@ def test_torch_alone_is_enough_for_the_first_sections(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(lacking)
     out = tmp_path / "gpu.json"
     arguments = ["--device", "cpu", "--only", "loader", "kernels", "attention", "--json", str(out)]
-    done = subprocess.run(
-        [sys.executable, "-m", "karat_scale.commands.bench.gpu", *arguments],
-        capture_output=True,
-        text=True,
-        env={**karat_environment(), "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    environment = {**karat_environment(), "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    output_of(sys.executable, "-m", "karat_scale.commands.bench.gpu", *arguments, env=environment)
     sections = json.loads(out.read_text())["sections"]
     assert sections["kernels"]["rows"]
     assert sections["attention"]["rows"]
