@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMALL, events, karat, run_script
+from tests.conftest import SMALL, events, karat_done, run_script
 from tests.data.prepare import official
 
 LAYOUTS = {
@@ -31,8 +31,7 @@ def train(recipe: str, shards: Path, run: Path, *overrides: str) -> None:
     classes = CLASSES.get(recipe.split("_")[0], 10)
     short = (f"model.num_classes={classes}", "train.epochs=1", "train.precision=fp32", "schedule.warmup_epochs=0")
     paths = (f"data.path={shards}", f"run.dir={run}", "deepspeed.config=zero0")
-    done = karat("train", recipe, *SMALL, *short, *paths, *overrides)
-    assert done.returncode == 0, done.stdout + done.stderr
+    karat_done("train", recipe, *SMALL, *short, *paths, *overrides)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import events, karat, karat_environment, rank_environments, run_script, summary
+from tests.conftest import events, karat_done, karat_environment, rank_environments, run_script, summary
 from tests.data.prepare.images import jpeg, sample_file, write
 from tests.data.tars import tar_bytes
 from tests.training.runs import stopped_by, wait_for_step
@@ -98,8 +98,7 @@ class Imagenet:
         return ["train", str(self.recipe), *SMALL_MODEL, *data, *sizes]
 
     def train(self, backend: str, run: str, processes: int = 1) -> Path:
-        done = karat(*self.command(backend, run), processes=processes)
-        assert done.returncode == 0, done.stdout + done.stderr
+        karat_done(*self.command(backend, run), processes=processes)
         return self.root / run
 
 
@@ -124,8 +123,7 @@ def digests(run: Path) -> dict[int, int]:
 
 
 def test_the_shards_are_verified(imagenet: Imagenet) -> None:
-    done = run_script("data_prep/verify.py", "--src", str(imagenet.path("webdataset")))
-    assert done.returncode == 0
+    run_script("data_prep/verify.py", "--src", str(imagenet.path("webdataset")))
     record = json.loads((imagenet.path("webdataset") / "dataset.json").read_text())
     assert [record["splits"][split]["samples"] for split in ("train", "val")] == [imagenet.samples] * 2
     assert len(set(record["classes"])) == imagenet.classes
@@ -152,6 +150,5 @@ def test_every_backend_and_world_trains_on_the_same_samples(imagenet: Imagenet, 
     # Folder and shards are decoded alike; other decoders differ by a grey level here and there.
     assert np.allclose(losses, expected, rtol=1e-5 if backend in ("webdataset", "folder") else 0.02)
 
-    done = karat("eval", str(run), "--json", str(run / "eval.json"))
-    assert done.returncode == 0, done.stderr
+    karat_done("eval", str(run), "--json", str(run / "eval.json"))
     assert json.loads((run / "eval.json").read_text())["images"] == imagenet.samples

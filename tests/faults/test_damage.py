@@ -15,7 +15,7 @@ from karat_scale.foundation.errors import DataError, RunDirectoryError, UserErro
 from karat_scale.models.transfer import weights_digest
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.weights_file import load_exported, read_exported
-from tests.conftest import karat
+from tests.conftest import karat_done
 from tests.data.conftest import CLASSES, sample, write_split
 from tests.faults.damage import try_damages
 from tests.faults.runs import tiny_recipe
@@ -32,8 +32,7 @@ def run(tmp_path_factory) -> Path:
         ["train", str(recipe), f"run.dir={directory / 'run'}"],
         ["export", str(directory / "run"), "--weights", "raw"],
     ):
-        done = karat(*arguments)
-        assert done.returncode == 0, done.stdout + done.stderr
+        karat_done(*arguments)
     return directory / "run"
 
 

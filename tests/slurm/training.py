@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from tests.conftest import SMALL, events, karat
+from tests.conftest import SMALL, events, karat_done
 from tests.slurm.cluster import wait_until
 from tests.slurm.jobs import END_SECONDS, Job
 from tests.training.runs import assert_same_run, last_tensors
@@ -22,8 +22,7 @@ Train = Callable[..., Job]
 
 def train_alone(recipe: Path, shards: Path, run: Path, *overrides: str) -> Path:
     """Train to the end in one process, without SLURM; returns the run."""
-    done = karat("train", str(recipe), *OVERRIDES, *overrides, f"data.path={shards}", f"run.dir={run}")
-    assert done.returncode == 0, done.stderr
+    karat_done("train", str(recipe), *OVERRIDES, *overrides, f"data.path={shards}", f"run.dir={run}")
     return run
 
 

@@ -10,7 +10,7 @@ from karat_scale.data.shards.shard_format import read_dataset_record
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe.loading import load_recipe
-from tests.conftest import karat, karat_environment, run_script, summary
+from tests.conftest import karat, karat_done, karat_environment, run_script, summary
 from tests.servers import FaultyProxy
 from tests.training.runs import kill_all, start, wait_for_checkpoint
 from tests.warm import run_program
@@ -125,9 +125,7 @@ def test_a_credential_in_a_url_is_refused_and_not_repeated(recipe_file):
 def test_plan_show_and_doctor(recipe_file, tmp_path, shards, nginx, capsys):
     url = f"data.path=http://127.0.0.1:{nginx(shards)}"
     assert main(["show", str(recipe_file), url, "--out", str(tmp_path / "batch.png")]) == 0
-    done = karat("plan", str(recipe_file), url)
-    assert done.returncode == 0, done.stderr
-    assert "ImageNet-1K's" not in done.stdout
+    assert "ImageNet-1K's" not in karat_done("plan", str(recipe_file), url).stdout
     capsys.readouterr()
     assert main(["submit", str(recipe_file), url, f"run.dir={tmp_path / 'run'}", "--print"]) == 0
     script, notes = capsys.readouterr()
@@ -144,8 +142,7 @@ def test_a_run_that_is_killed_and_resumed_saw_what_a_run_from_disk_saw(
 ):
     """With faults of the store before and after; the second start has another number of ranks."""
     settings = [f"data.order={order}", "data.block_samples=8", "data.window_blocks=2", "checkpoint.every_steps=2"]
-    done = karat("train", str(recipe_file), f"run.dir={tmp_path / 'disk'}", *settings)
-    assert done.returncode == 0, done.stderr
+    karat_done("train", str(recipe_file), f"run.dir={tmp_path / 'disk'}", *settings)
     spoilt = {3: "503", 7: "cut", 11: "short", 13: "slow", 17: "cut", 29: "503"}
     with FaultyProxy(s3_port, latency=0.05, spoil=lambda number, asked: spoilt.get(number)) as proxy:
         url = f"data.path={s3(shards, proxy.port)}"
@@ -153,8 +150,7 @@ def test_a_run_that_is_killed_and_resumed_saw_what_a_run_from_disk_saw(
         process = start(recipe_file, run, url, *settings)
         wait_for_checkpoint(run, 4, process)
         kill_all(process)
-        done = karat("train", str(recipe_file), f"run.dir={run}", url, *settings, processes=2)
-        assert done.returncode == 0, done.stdout + done.stderr
+        karat_done("train", str(recipe_file), f"run.dir={run}", url, *settings, processes=2)
         assert len(proxy.requests) < 500
     digests = [summary(tmp_path / name)["data_digest"] for name in ("disk", "bucket")]
     assert digests[0] == digests[1]

@@ -22,7 +22,7 @@ from karat_scale.engine.reporting.progress import MetricsLog, PlainDisplay, Repo
 from karat_scale.models.flops import flops_per_image
 from karat_scale.recipe import TrainConfig
 from tests.clock import Clock
-from tests.conftest import karat
+from tests.conftest import karat_done
 from tests.small_engines import equal, train_once, weights
 from tests.streams import streams
 
@@ -199,8 +199,7 @@ def test_none_without_tensorboard_without_a_rate_and_without_operators(small_rec
 @pytest.mark.multiprocess
 def test_two_ranks_at_stage_3(recipe_file, tmp_path) -> None:
     own = ("deepspeed.config=zero3", "log.trackers=tensorboard", "log.histogram_every_steps=4", "train.epochs=1")
-    done = karat("train", str(recipe_file), *own, processes=2)
-    assert done.returncode == 0, done.stderr
+    karat_done("train", str(recipe_file), *own, processes=2)
     board = board_of(tmp_path / "run" / "tensorboard")
     assert sorted(board.Tags()["histograms"]) == sorted(HEADS)
     assert [event.step for event in board.Histograms(HEADS[0])] == [4, 8]
