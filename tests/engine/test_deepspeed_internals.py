@@ -11,21 +11,7 @@ from karat_scale.engine.deepspeed_internals import (
     shard_layout,
 )
 from karat_scale.engine.shards import Fragment, Pieces
-from tests.small_engines import CELLS, CONFIGS, train_once, weights
-
-
-@pytest.mark.parametrize(("config", "precision"), CELLS)
-def test_masters_hold_every_weight_and_the_module_follows_them(small_recipe, make_engine, config, precision) -> None:
-    engine = make_engine(small_recipe(f"deepspeed.config={config}", f"train.precision={precision}"))
-    train_once(engine, 0)
-    masters = master_weights(engine.deepspeed)
-    assert all(master.dtype == torch.float32 for master in masters)
-    assert sum(map(torch.numel, masters)) >= sum(map(torch.numel, weights(engine)))
-    with torch.no_grad():
-        for master in masters:
-            master.data.fill_(0.5)
-    refresh_module(engine.deepspeed)
-    assert all(bool((tensor == 0.5).all()) for tensor in weights(engine))
+from tests.small_engines import CELLS, train_once, weights
 
 
 def test_an_engine_is_built_without_a_word_or_the_shared_memory_build(small_recipe, make_engine, capfd) -> None:
@@ -37,9 +23,11 @@ def test_an_engine_is_built_without_a_word_or_the_shared_memory_build(small_reci
     assert __compatible_ops__["deepspeed_shm_comm"] is False
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_a_layout_covers_each_weight_once_and_states_go_in_and_out(small_recipe, make_engine, config):
-    engine = make_engine(small_recipe(f"deepspeed.config={config}"))
+@pytest.mark.parametrize(("config", "precision"), CELLS)
+def test_a_layout_covers_each_weight_once_and_states_and_masters_go_in_and_out(
+    small_recipe, make_engine, config, precision
+):
+    engine = make_engine(small_recipe(f"deepspeed.config={config}", f"train.precision={precision}"))
     layout = shard_layout(engine.deepspeed)
     pieces = Pieces()
     for fragments, master in zip(layout, master_weights(engine.deepspeed), strict=True):
@@ -57,6 +45,11 @@ def test_a_layout_covers_each_weight_once_and_states_go_in_and_out(small_recipe,
         assert torch.equal(base.state[master]["exp_avg_sq"], state["exp_avg_sq"])
     train_once(engine, 1)
     assert [float(base.state[master]["step"]) for master in _masters(engine)] == [8.0] * len(states)
+    assert all(master.dtype == torch.float32 for master in _masters(engine))
+    for master in _masters(engine):
+        master.data.fill_(0.5)
+    refresh_module(engine.deepspeed)
+    assert all(bool((tensor == 0.5).all()) for tensor in weights(engine))
 
 
 def _masters(engine) -> list[torch.Tensor]:
