@@ -135,12 +135,11 @@ def test_a_kernel_that_cannot_give_s_leaves_it_to_another(form: str, transferred
 def test_windows_that_see_unlike_parts_do_not_make_s_depend_on_the_image() -> None:
     """In a shifted block, the windows at the edge mask some of the pairs that others keep."""
     torch.manual_seed(0)
-    swin = ModelConfig(name="swin_mini_patch2_window4_32", image_size=32, num_classes=3)
-    model = create_model(swin, AttentionConfig(kind="static")).eval()
+    model = create_model(SWIN, AttentionConfig(kind="static")).eval()
     figures = content_of(model, model, torch.randn(3, 3, 32, 32))
     assert figures["by_image"] == pytest.approx([0, 0, 0, 0], abs=1e-6)
     assert min(figures["by_query"]) > 0.5
-    softmax = create_model(swin, AttentionConfig()).eval()
+    softmax = create_model(SWIN, AttentionConfig()).eval()
     for parameter in softmax.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     assert max(content_of(softmax, softmax, torch.randn(3, 3, 32, 32))["by_image"]) > 0.01

@@ -14,6 +14,7 @@ from karat_scale.commands.status.status import read_standing
 from karat_scale.data.shards.shard_format import read_dataset_record, write_dataset_record
 from karat_scale.foundation.tables import CORRUPTIONS
 from tests.conftest import CLASSES, ROOT, VAL_PER_CLASS, karat_done, karat_here, karat_refuses, karat_says
+from tests.data.conftest import exif
 from tests.servers import nginx
 
 __all__ = ["nginx"]
@@ -104,11 +105,9 @@ def test_other_labels_of_the_runs_own_split(run: Path, tmp_path: Path) -> None:
 
 def test_the_runs_own_folder_is_scored_as_plain_evaluation_scores_it(run: Path, image_folder: Path, tmp_path) -> None:
     shutil.copytree(image_folder, tmp_path / "photos")
-    exif = Image.Exif()
-    exif[0x0112] = 6
     for path in (tmp_path / "photos" / "val").rglob("*.jpg"):
         with Image.open(path) as image:
-            image.save(path, quality=95, exif=exif)
+            image.save(path, quality=95, exif=exif(6))
     data = ("data.backend=folder", f"data.path={tmp_path / 'photos'}")
     plain = scores(karat_says("eval", str(run), *data))
     assert scores(karat_says("eval", str(run), *data, "--name", "own")) == plain

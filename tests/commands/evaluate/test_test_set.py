@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from karat_scale.commands.evaluate.predictions import Predictions
 from karat_scale.commands.evaluate.test_set import (
@@ -22,6 +21,7 @@ from karat_scale.data.shards.remote import RemoteUse
 from karat_scale.foundation.errors import DataError
 from tests.conftest import CLASSES, VAL_PER_CLASS, karat_here, make_image_folder
 from tests.data.betons import need_ffcv
+from tests.data.conftest import exif
 from tests.data.prepare.images import jpeg
 from tests.data.prepare.making import make_betons, make_shards
 
@@ -52,11 +52,9 @@ def test_folders_shards_and_indexed_tars_hold_the_same(image_folder: Path, shard
 
 
 def turned_pictures(root: Path, names: tuple[str, ...]) -> Path:
-    exif = Image.Exif()
-    exif[0x0112] = 6
     for number, name in enumerate(names):
         (root / name).mkdir(parents=True)
-        (root / name / "photo.jpg").write_bytes(jpeg(number, exif=exif.tobytes()))
+        (root / name / "photo.jpg").write_bytes(jpeg(number, exif=exif(6)))
         (root / name / "plain.jpg").write_bytes(jpeg(10 + number))
     return root
 

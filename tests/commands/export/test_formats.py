@@ -23,13 +23,8 @@ from karat_scale.training.run_directory import OpenRun, RunDirectory
 from karat_scale.training.tasks.classification.distillation_teacher import build_model
 from tests.commands.export.conftest import CLASSES
 from tests.conftest import SMALL, karat_done, output_of
-from tests.small_engines import VARIANTS
+from tests.small_engines import SWIN, VARIANTS
 
-SWIN = (
-    "model.name=swin_mini_patch2_window4_32",
-    "model.image_size=32",
-    *(f"model.{size}=" for size in ("patch_size", "embed_dim", "depth", "num_heads")),
-)
 MODELS = {
     "softmax": ("attention.kind=softmax",),
     "fourier": (),

@@ -16,6 +16,7 @@ from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.tasks.classification.task import ClassificationTask
 from tests.conftest import CLASSES, SIZE, SMALL, TRAIN_PER_CLASS, karat_says
 from tests.data.betons import need_ffcv
+from tests.data.conftest import exif
 from tests.data.prepare.images import jpeg, write
 from tests.data.prepare.making import make_betons
 
@@ -96,10 +97,8 @@ def test_odd_images_are_named(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "data/val/dog/one.jpg")
     plain = Image.new("RGB", (64, 64))
     plain.save(folder / "fine.jpg")
-    exif = Image.Exif()
-    exif[274] = 6
     for name in ("turned.jpg", "turned2.jpg"):
-        plain.save(folder / name, exif=exif)
+        plain.save(folder / name, exif=exif(6))
     Image.new("RGB", (300, 40)).save(folder / "narrow.jpg")
     Image.new("CMYK", (64, 64)).save(folder / "cmyk.jpg")
     (folder / "broken.jpg").write_bytes(b"no image")

@@ -14,6 +14,7 @@ from karat_scale.commands.plan.tracing import IMAGENET, Trace, count_samples, fa
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
+from tests.small_engines import SWIN
 
 Load = Callable[..., Recipe]
 SIZE = 16
@@ -88,11 +89,6 @@ def test_the_line_through_two_traces_holds_for_another_batch(small_recipe: Load,
 
 
 CONTENT = ("attention.form=content", "attention.implementation=streaming")
-SWIN = (
-    "model.name=swin_mini_patch2_window4_32",
-    "model.image_size=32",
-    *(f"model.{size}=null" for size in ("patch_size", "embed_dim", "depth", "num_heads")),
-)
 ROWS = [
     pytest.param(CONTENT, id="streaming"),
     pytest.param((*SWIN, "attention.form=content"), id="swin", marks=pytest.mark.slow),

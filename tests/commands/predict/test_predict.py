@@ -24,7 +24,9 @@ from karat_scale.training.run_directory import OpenRun
 from karat_scale.training.tasks.classification.task import ClassificationTask
 from karat_scale.training.weights_file import locate
 from tests.conftest import CLASSES, SMALL, VAL_PER_CLASS, karat, karat_done, karat_here, karat_refuses, karat_says
+from tests.data.conftest import exif
 from tests.data.prepare.making import prepared
+from tests.small_engines import SWIN
 
 IMAGES = CLASSES * VAL_PER_CLASS
 NAMES = [f"class{label}" for label in range(CLASSES)]
@@ -78,10 +80,8 @@ def test_the_models_that_come_with_the_package_are_as_recorded_and_know_a_cat(na
 
 def test_a_camera_photo_is_seen_upright_as_in_shards(run: Path, image_folder: Path, tmp_path: Path) -> None:
     photo, in_shards = tmp_path / "photo.jpg", tmp_path / "in-shards.jpg"
-    exif = Image.Exif()
-    exif[0x0112] = 6
     with Image.open(image_folder / "val" / "class0" / "000.jpg") as image:
-        image.crop((0, 0, 20, 15)).save(photo, quality=95, exif=exif)
+        image.crop((0, 0, 20, 15)).save(photo, quality=95, exif=exif(6))
     in_shards.write_bytes(prepared(photo.read_bytes()))
     classifier = open_classifier(str(run), "best", "raw")
     ((batch, logits),) = logits_of(classifier, [str(photo), str(in_shards)], 2)
@@ -231,12 +231,6 @@ def test_a_student_predicts_with_the_teacher_that_its_run_keeps(image_folder: Pa
     assert "its attention needs its teacher" in karat_refuses("predict", str(out), image)
 
 
-SWIN = (
-    "model.name=swin_mini_patch2_window4_32",
-    *(f"model.{size}=null" for size in ("patch_size", "embed_dim", "depth", "num_heads")),
-)
-
-
 def test_every_image_that_can_be_read_has_an_overlay(run: Path, image_folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
@@ -288,7 +282,7 @@ def test_without_a_class_token_the_mean_over_the_patches_is_shown(small_recipe) 
 
 
 def test_predictions_go_on_without_a_map(make_run, small_recipe, image_folder: Path, tmp_path: Path, capsys) -> None:
-    run, *_ = make_run(small_recipe(*SWIN, "model.image_size=32"))
+    run, *_ = make_run(small_recipe(*SWIN))
     image = str(image_folder / "val" / "class0" / "000.jpg")
     assert karat_here("predict", str(run), image, "--attention", str(tmp_path / "maps")) == 0
     said = capsys.readouterr()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from karat_scale.data.shards.tars import EncodedSample
 from karat_scale.recipe import AugmentConfig
-from tests.data.conftest import encode, photo
+from tests.data.conftest import encode, exif, photo
 
 SIZE = 16
 CROP_AND_FLIP = AugmentConfig(color_jitter=0, randaugment="")
@@ -72,11 +72,9 @@ def noise(number: int, size: int = 64) -> np.ndarray:
 def odd_samples() -> Iterator[EncodedSample]:
     pixels = photo(3, 50, 40)
     image = Image.fromarray(pixels)
-    exif = Image.Exif()
-    exif[0x0112] = 6
     trailing = encode(pixels, quality=95) + b"\0\0"
     variants = {
-        "rotated": encode(pixels, quality=95, exif=exif),
+        "rotated": encode(pixels, quality=95, exif=exif(6)),
         "grey": encode(np.asarray(image.convert("L")), quality=95),
         "cmyk": encode(image.convert("CMYK")),
         "progressive": encode(pixels, progressive=True),
