@@ -246,19 +246,8 @@ class AttentionRow:
 
 
 _OF_KARAT = (
-    "bound",
-    "form",
-    "basis",
-    "simplex",
-    "gains",
-    "base",
-    "init",
-    "grid",
-    "degree",
-    "range",
-    "orders",
-    "rank",
-    "modes",
+    *("bound", "form", "basis", "simplex", "gains", "base", "init"),
+    *("grid", "degree", "range", "orders", "rank", "modes"),
 )
 ATTENTIONS = {
     # A recipe of KArAt with attention.kind=softmax is a baseline, so keys that name another model are refused only

@@ -236,12 +236,10 @@ def learn(
 
 def _check_blocks(attention: AttentionConfig, model: ModelConfig, can_learn: Sequence[bool]) -> None:
     """Raise RecipeError for a range of blocks that the model does not have, or that cannot learn their attention."""
-    for text, (first, last, _), section in zip(
-        attention.blocks, attention.ranges(), attention.sections[1:], strict=True
-    ):
-        if last >= len(can_learn):
+    for text, numbers, section in attention.ranges():
+        if numbers[-1] >= len(can_learn):
             raise RecipeError(f"attention.blocks.{text}: {model.name} has the blocks 0 to {len(can_learn) - 1}")
-        stuck = [number for number in range(first, last + 1) if not can_learn[number]]
+        stuck = [number for number in numbers if not can_learn[number]]
         if stuck and section.kind != "softmax":
             able = [str(number) for number, can in enumerate(can_learn) if can]
             raise RecipeError(

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import nearest
@@ -97,23 +97,22 @@ class AttentionConfig(Section):
 
     def of_block(self, number: int) -> "AttentionConfig":
         """Return the section of one block, with its own keys."""
-        own = next((own for first, last, own in self.ranges() if first <= number <= last), {})
-        return self._with(own)
+        return next((own for _, numbers, own in self.ranges() if number in numbers), self._with({}))
 
     @property
     def sections(self) -> "tuple[AttentionConfig, ...]":
         """Return the section of the blocks that are in no range, then that of each range."""
-        return (self._with({}), *(self._with(own) for *_, own in self.ranges()))
+        return (self._with({}), *(own for *_, own in self.ranges()))
 
     @property
     def learns(self) -> bool:
         """True if a block has other attention than softmax."""
         return any(section.kind != "softmax" for section in self.sections)
 
-    def ranges(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        """Yield the first block, the last block and the keys of each range."""
+    def ranges(self) -> Iterator[tuple[str, range, "AttentionConfig"]]:
+        """Yield each range as `blocks` has it, its numbers and its section."""
         for text, own in self.blocks.items():
-            yield *_ends(text), own
+            yield text, _numbers(text), self._with(own)
 
     def _with(self, own: dict[str, Any]) -> "AttentionConfig":
         if not own:
@@ -164,47 +163,30 @@ class AttentionConfig(Section):
             if key not in taken and value != type(self).model_fields[key].default:
                 raise ValueError(f"attention.{key} = {value} has no effect with attention.kind = {self.kind}")
 
-    @model_validator(mode="after")
-    def _keys_belong_to_the_kind(self) -> "AttentionConfig":
+    def _refusals(self) -> Iterator[str]:
         if self.row is not None:  # what a class of the user's takes is known only where it is built
             self.refuse_keys(self.row.keys)
-        return self
 
-    @model_validator(mode="after")
-    def _implementation_has_the_operator(self) -> "AttentionConfig":
         if not self.is_modular_series and self.implementation not in ("auto", "reference", "streaming"):
-            raise ValueError(
+            yield (
                 f"attention.implementation = {self.implementation} supports only the modular Fourier operator without "
                 "simplex; use auto"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _operator_can_start_like_softmax(self) -> "AttentionConfig":
         near = self.is_series and self.form in ("modular", "full_rank") and self.base == "zero"
         if self.init == "softmax_like" and not near:
-            raise ValueError(
+            yield (
                 "attention.init = softmax_like needs attention.basis=fourier, attention.form=modular or full_rank and "
                 "attention.base=zero; use variance_preserving"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _only_the_modular_form_has_hidden_units(self) -> "AttentionConfig":
         if self.simplex == "hidden" and self.form != "modular":
-            raise ValueError(f"attention.simplex = hidden needs attention.form=modular, not {self.form}")
-        return self
+            yield f"attention.simplex = hidden needs attention.form=modular, not {self.form}"
 
-    @model_validator(mode="after")
-    def _operator_is_a_series(self) -> "AttentionConfig":
         if self.init == "fourier_kan" and not self.is_series:
-            raise ValueError(f"attention.init = fourier_kan needs attention.basis=fourier, not {self.basis}")
+            yield f"attention.init = fourier_kan needs attention.basis=fourier, not {self.basis}"
         if self.gains and not (self.is_series and self.base == "zero"):
-            raise ValueError("attention.gains = true needs attention.basis=fourier and attention.base=zero")
-        return self
+            yield "attention.gains = true needs attention.basis=fourier and attention.base=zero"
 
-    @model_validator(mode="after")
-    def _variants_are_of_the_plain_series(self) -> "AttentionConfig":
         if self.kind == "karat" and self.form in VARIANTS:
             plain = {
                 "basis": "fourier",
@@ -215,62 +197,51 @@ class AttentionConfig(Section):
             }
             for key, only in plain.items():
                 if (value := getattr(self, key)) != only:
-                    raise ValueError(f"attention.form = {self.form} has attention.{key}={only} only, not {value}")
-        return self
+                    yield f"attention.form = {self.form} has attention.{key}={only} only, not {value}"
 
-    @model_validator(mode="after")
-    def _there_are_scores_to_bound(self) -> "AttentionConfig":
         if self.bound is not None and not self.scores:
-            raise ValueError(f"attention.bound = {self.bound:g} has no effect with attention.scores = false")
-        return self
+            yield f"attention.bound = {self.bound:g} has no effect with attention.scores = false"
 
-    @model_validator(mode="after")
-    def _blocks_have_one_section_each(self) -> "AttentionConfig":
         if self.blocks and self.transfer_from:
-            raise ValueError("attention.blocks has no effect with attention.transfer_from; remove one of them")
+            yield "attention.blocks has no effect with attention.transfer_from; remove one of them"
         own_keys = [key for key in type(self).model_fields if key not in _OF_ALL]
         taken: dict[int, str] = {}
         for text, own in self.blocks.items():
             key = f"attention.blocks.{text}"
             if not re.fullmatch(r"\d{1,3}(-\d{1,3})?", text):
-                raise ValueError(f"{key}: should be the number of a block, such as 8, or a range, such as 8-11")
-            first, last = _ends(text)
-            numbers = range(first, last + 1)
+                yield f"{key}: should be the number of a block, such as 8, or a range, such as 8-11"
+            numbers = _numbers(text)
             if not numbers or not own:
-                raise ValueError(f"{key}: {'has no keys' if numbers else 'its last block is before its first'}")
+                yield f"{key}: {'has no keys' if numbers else 'its last block is before its first'}"
             if both := [number for number in numbers if number in taken]:
-                raise ValueError(f"{key}: block {both[0]} is in {taken[both[0]]} already")
+                yield f"{key}: block {both[0]} is in {taken[both[0]]} already"
             taken |= dict.fromkeys(numbers, text)
             for name in own:
                 if name in _OF_ALL and name != "blocks":
-                    raise ValueError(f"{key}.{name}: holds for all blocks; set attention.{name}")
+                    yield f"{key}.{name}: holds for all blocks; set attention.{name}"
                 if name not in own_keys:
                     hint = f"; did you mean {close[0]}?" if (close := nearest(name, own_keys)) else ""
-                    raise ValueError(f"{key}.{name}: unknown key{hint}")
+                    yield f"{key}.{name}: unknown key{hint}"
             try:
                 self._with(own)
             except ValidationError as error:
                 first_error = error.errors()[0]
                 at = ".".join(["", *map(str, first_error["loc"])])
-                raise ValueError(f"{key}{at}: {first_error['msg'].removeprefix('Value error, ')}") from None
-        return self
+                yield f"{key}{at}: {first_error['msg'].removeprefix('Value error, ')}"
 
-    @model_validator(mode="after")
-    def _only_a_plain_model_takes_matrices(self) -> "AttentionConfig":
         if self.transfer_heads != "same" and not self.transfer_from:
-            raise ValueError(f"attention.transfer_heads = {self.transfer_heads} has no effect without transfer_from")
+            yield f"attention.transfer_heads = {self.transfer_heads} has no effect without transfer_from"
         if self.transfer_from and self.kind != "softmax":
-            raise ValueError(
+            yield (
                 f"attention.kind = {self.kind} computes its own matrices, but attention.transfer_from = "
                 f"{self.transfer_from} uses another model's; use attention.kind=softmax or remove transfer_from"
             )
-        return self
 
 
-def _ends(text: str) -> tuple[int, int]:
-    """The first and the last block of a range such as 8-11, or twice the block of one number."""
+def _numbers(text: str) -> range:
+    """The blocks of a range such as 8-11, or the one of a number."""
     first, _, last = text.partition("-")
-    return int(first), int(last or first)
+    return range(int(first), int(last or first) + 1)
 
 
 def describe_attention(attention: AttentionConfig) -> str:
@@ -279,10 +250,8 @@ def describe_attention(attention: AttentionConfig) -> str:
     Blocks with a section of their own follow: `softmax attention; block 3: ...; blocks 8-11: ...`.
     """
     own = [
-        f"block{'s' * (first < last)} {text}: {describe_attention(section)}"
-        for text, section, (first, last, _) in zip(
-            attention.blocks, attention.sections[1:], attention.ranges(), strict=True
-        )
+        f"block{'s' * (len(numbers) > 1)} {text}: {describe_attention(section)}"
+        for text, numbers, section in attention.ranges()
     ]
     return "; ".join([_describe(attention), *own])
 

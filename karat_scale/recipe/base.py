@@ -4,12 +4,13 @@ The sections are `checkpoint`, `resume` and `log`: what a run saves, resumes fro
 """
 
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
@@ -84,6 +85,8 @@ Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Triple = tuple[float, float, float]
+# Of a tuple: a text alone is a list of it.
+ONE_IS_A_LIST = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 
 
 class Section(BaseModel):
@@ -120,6 +123,16 @@ class Section(BaseModel):
             section, _, key = name.partition("__")
             update[section] = update.get(section, getattr(self, section)).changed(**{key: value}) if key else value
         return self.model_copy(update=update)
+
+    def _refusals(self) -> Iterator[str]:
+        """Yield a line on each of the values that do not fit together, of which the first is told."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        for line in self._refusals():
+            raise ValueError(line)
+        return self
 
     @field_validator("*", mode="before")
     @classmethod
@@ -180,13 +193,11 @@ class SaveConfig(Section):
             raise ValueError("should be a directory of each node, such as /dev/shm")
         return value
 
-    @model_validator(mode="after")
-    def _url_can_be_written(self) -> Self:
+    def _refusals(self) -> Iterator[str]:
         if self.url and not is_url(self.url):
-            raise ValueError(f"checkpoint.url = {self.url} is no URL; use s3:// or gs://, or run.dir for a directory")
+            yield f"checkpoint.url = {self.url} is no URL; use s3:// or gs://, or run.dir for a directory"
         if self.url:
             check_writable(check_url(self.url))
-        return self
 
 
 class CheckpointConfig(SaveConfig):
@@ -206,13 +217,8 @@ class ResumeConfig(Section):
     """`auto` resumes from the last intact checkpoint of the run. `never` starts from the beginning."""
     from_: str = Field("", alias="from")
     """The run directory or the checkpoint that a new run branches from. It is used only at the first start."""
-    allow: tuple[str, ...] = ()
+    allow: Annotated[tuple[str, ...], ONE_IS_A_LIST] = ()
     """Keys or sections in which the recipe may differ from the recipe in the run directory."""
-
-    @field_validator("allow", mode="before")
-    @classmethod
-    def _one_key_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
 
 class LogConfig(Section):
@@ -220,7 +226,7 @@ class LogConfig(Section):
 
     every_steps: Count = 50
     """Print and record the metrics every this many steps, and after the first step."""
-    trackers: tuple[Annotated[str, OneOf(TRACKERS, places=True)], ...] = ("tensorboard",)
+    trackers: Annotated[tuple[Annotated[str, OneOf(TRACKERS, places=True)], ...], ONE_IS_A_LIST] = ("tensorboard",)
     """What shows the metrics, beside `metrics.jsonl`: names, or `package.module:Class` for your own. `[]` is none."""
     project: str = ""
     """The project of W&B and trackio, and the experiment of MLflow. Empty: what the library's own variable names, or
@@ -235,11 +241,6 @@ class LogConfig(Section):
     memory_history: bool = False
     """Record where each allocation on the GPU was made, for the snapshot that a run out of memory leaves. It costs some
     speed."""
-
-    @field_validator("trackers", mode="before")
-    @classmethod
-    def _one_tracker_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
     @field_validator("profile_steps")
     @classmethod

@@ -3,7 +3,7 @@
 import functools
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,28 +106,20 @@ def _show(entry: Entry) -> None:
         lines = re.sub(r"(?<!\n)\n *(?=[^\s-])", " ", text).split("\n")  # paragraphs, and items of a list
         text = "\n".join(wrapped(line, "    " if line.startswith("  - ") else "") for line in lines)
     print(text)
-    for earlier in _earlier_runs(entry):
-        print(f"{f'karat train {earlier} data.path=DIR':<{len(start)}}    first, the run that it starts from")
-    print(f"{start}    DIR: {_DATA[entry.command]}")
-
-
-def _earlier_runs(entry: Entry) -> Iterator[str]:
-    """Yield the shipped recipes whose runs this one starts from."""
     folder = next(folder for folder, command in COMMANDS.items() if command == entry.command)
     _, tree = read_recipe(entry.name, folder)
     for run in (tree.get("init_from"), tree["attention"].get("transfer_from")):
-        if run and Path(run).name in shipped_recipes(RECIPES):
-            yield Path(run).name
+        if run and (earlier := Path(run).name) in shipped_recipes(RECIPES):
+            print(f"{f'karat train {earlier} data.path=DIR':<{len(start)}}    first, the run that it starts from")
+    print(f"{start}    DIR: {_DATA[entry.command]}")
 
 
 def _entry(name: str, shipped: Shipped, command: str) -> Entry:
     headers = [_header(path) for path in shipped.files]
     trains = " ".join(re.split(r"(?<=[.:])\s", header, maxsplit=1)[0] for header in headers)
-    ours = _our_results().get(name)
-    result = ours["result"] if ours else _NOT_RUN
-    about = ours["about"] if ours else ""
+    paper, ours = _paper_results().get(name, ""), _table("ours.yaml").get(name, {"result": _NOT_RUN, "about": ""})
     is_base = name == shipped.words["base"]
-    return Entry(name, command, trains, _paper_results().get(name, ""), result, about, "\n\n".join(headers), is_base)
+    return Entry(name, command, trains, paper, ours["result"], ours["about"], "\n\n".join(headers), is_base)
 
 
 @functools.cache
@@ -136,12 +128,6 @@ def _header(path: Path) -> str:
     lines = path.read_text(encoding="utf-8").splitlines()
     end = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
     return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:end])
-
-
-@functools.cache
-def _our_results() -> Mapping[str, Mapping[str, str]]:
-    results: dict[str, dict[str, str]] = _table("ours.yaml")
-    return results
 
 
 @functools.cache
@@ -164,5 +150,6 @@ def _paper_result(row: Mapping[str, Any]) -> str:
     return f"{row['top1']:.2f} % top-1"
 
 
+@functools.cache
 def _table(name: str) -> Any:
     return yaml.safe_load((shipped_directory("paper") / name).read_text(encoding="utf-8"))

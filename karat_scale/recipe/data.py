@@ -4,9 +4,10 @@ Of a stream (`data.order: stream`) it says how its tars are spelled, and where t
 """
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from karat_scale.foundation.stores import check_url, is_url
 from karat_scale.foundation.tables import BACKENDS, DECODERS, BackendRow, Files
@@ -31,13 +32,6 @@ def check_tars(text: str) -> None:
             "data.stream has a user, a query or a secret in it, which the recipe, the log and each checkpoint would "
             "repeat; leave these out, and let the command take them from a variable of the environment, such as $TOKEN"
         )
-
-
-def check_label(text: str) -> None:
-    """Refuse what says no place of a class. Raises ValueError."""
-    kind, _, field = text.partition(":")
-    if text not in _LABELS and not (kind == "json" and field):
-        raise ValueError(f"data.stream_label = {text}: should be one of cls, json:FIELD, txt, path")
 
 
 class DataConfig(Section):
@@ -113,45 +107,41 @@ class DataConfig(Section):
         """The workers that it takes to read a batch: a stream may stay silent, and only a worker can be given up."""
         return 1 if self.row.own_threads or self.is_stream else 0
 
-    @model_validator(mode="after")
-    def _stream_is_whole(self) -> "DataConfig":
+    def _refusals(self) -> Iterator[str]:
         if not self.is_stream:
             for name in ("stream", "stream_samples"):
                 if getattr(self, name):
-                    raise ValueError(
+                    yield (
                         f"data.{name} is set, but data.order = {self.order} reads data.path; add data.order=stream or "
                         f"unset it by data.{name}="
                     )
-            return self
-        if not self.row.streams:
-            those = " or ".join(name for name, row in BACKENDS.items() if row.streams)
-            raise ValueError(f"data.order = stream needs data.backend={those}, and not {self.backend}")
-        if not self.stream:
-            raise ValueError(
-                "data.order = stream: data.stream is empty; set it to the tars to train on, such as "
-                "'data.stream=pipe:cat data/train-{000..146}.tar'"
-            )
-        if self.stream_samples is None:
-            raise ValueError(
-                "data.order = stream: nothing says how long an epoch is; set data.stream_samples to the images that "
-                "count as one"
-            )
-        check_tars(self.stream)
-        check_label(self.stream_label)
-        return self
-
-    @model_validator(mode="after")
-    def _backend_has_a_source(self) -> "DataConfig":
+        else:
+            if not self.row.streams:
+                those = " or ".join(name for name, row in BACKENDS.items() if row.streams)
+                yield f"data.order = stream needs data.backend={those}, and not {self.backend}"
+            if not self.stream:
+                yield (
+                    "data.order = stream: data.stream is empty; set it to the tars to train on, such as "
+                    "'data.stream=pipe:cat data/train-{000..146}.tar'"
+                )
+            if self.stream_samples is None:
+                yield (
+                    "data.order = stream: nothing says how long an epoch is; set data.stream_samples to the images "
+                    "that count as one"
+                )
+            check_tars(self.stream)
+            kind, _, field = self.stream_label.partition(":")
+            if self.stream_label not in _LABELS and not (kind == "json" and field):
+                yield f"data.stream_label = {self.stream_label}: should be one of cls, json:FIELD, txt, path"
         if self.row.files is not None and not self.path:
-            raise ValueError(f"data.path is empty; set it to {self.row.files.value}")
+            yield f"data.path is empty; set it to {self.row.files.value}"
         if self.row.files is not None and is_url(self.path):
             check_url(self.path)
             if self.row.files is not Files.SHARDS:
-                raise ValueError(
+                yield (
                     f"data.backend = {self.backend} reads a file system; only shards can be at a URL, with "
                     "data.backend=webdataset, dali or nvjpeg"
                 )
-        return self
 
 
 class AugmentConfig(Section):
@@ -213,11 +203,9 @@ class AugmentConfig(Section):
             raise ValueError("should be empty or timm's RandAugment string, such as rand-m9-mstd0.5-inc1")
         return value
 
-    @model_validator(mode="after")
-    def _ranges_ascend(self) -> "AugmentConfig":
+    def _refusals(self) -> Iterator[str]:
         for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
             if low > high:
-                raise ValueError(f"augment.{name} = [{low}, {high}] is not in ascending order; swap the two")
+                yield f"augment.{name} = [{low}, {high}] is not in ascending order; swap the two"
         if self.scale[1] == 0:
-            raise ValueError("augment.scale = [0, 0] makes empty crops; use [0.08, 1.0]")
-        return self
+            yield "augment.scale = [0, 0] makes empty crops; use [0.08, 1.0]"

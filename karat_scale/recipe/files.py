@@ -14,7 +14,7 @@ It is YAML with plain values, each key once, and never more than a recipe can ne
 import functools
 import itertools
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def parse(text: str) -> Any:
     except RecursionError:
         raise yaml.YAMLError("nested too deeply; a recipe has sections and keys") from None
     _check_nodes(tree)
-    return _without_aliases(tree)
+    return mapped(tree, lambda value: value)  # an alias becomes a copy, so an override of one section changes no other
 
 
 class _Loader(yaml.SafeLoader):
@@ -91,11 +91,11 @@ def _check_nodes(tree: object) -> None:
         left += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
 
 
-def _without_aliases(value: Any) -> Any:
-    """Return the tree with a copy for each alias, so that an override of one section changes no other."""
-    if isinstance(value, dict):
-        return {key: _without_aliases(part) for key, part in value.items()}
-    return [_without_aliases(part) for part in value] if isinstance(value, list) else value
+def mapped(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a copy of a tree with each of its values changed."""
+    if isinstance(tree, dict):
+        return {key: mapped(part, change) for key, part in tree.items()}
+    return [mapped(part, change) for part in tree] if isinstance(tree, list) else change(tree)
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -247,14 +247,12 @@ def _read_shipped(name: str, folder: Path, extended_by: tuple[Path, ...]) -> dic
     shipped, tree = shipped_recipes(folder)[name], dict[str, Any]()
     for file in shipped.files:
         lay_over(tree, _read_recipe_file(file, folder, extended_by))
-    filled: dict[str, Any] = _filled(tree, shipped.words)
+
+    def fill(value: Any) -> Any:
+        return value.format(**shipped.words) if isinstance(value, str) and "{" in value else value
+
+    filled: dict[str, Any] = mapped(tree, fill)
     return filled
-
-
-def _filled(value: Any, words: Mapping[str, str]) -> Any:
-    if isinstance(value, dict):
-        return {key: _filled(part, words) for key, part in value.items()}
-    return value.format(**words) if isinstance(value, str) and "{" in value else value
 
 
 def read_run_recipe(path: Path) -> dict[str, Any]:

@@ -108,7 +108,9 @@ def explain(names: Sequence[str], schema: type[RunRecipe]) -> int:
     """
     sections = sections_of(schema)
     if not names:
-        _print_sections(sections)
+        rows = [[section.name or "(top)", " ".join(section.meaning.split())] for section in sections if section.keys]
+        title = "Sections of a recipe. `karat explain SECTION` lists its keys."
+        print_table(title, ["section", "meaning"], rows, (0, 1))
     for name in names:
         _explain(name, sections, schema)
     return 0
@@ -149,8 +151,3 @@ def _print_key(key: Key) -> None:
 def _print_section(section: KeySection) -> None:
     rows = [[key.name, "required" if key.default is None else key.default, key.meaning] for key in section.keys]
     print_table(f"{section.name}: {' '.join(section.meaning.split())}", ["key", "default", "meaning"], rows, (0, 1, 2))
-
-
-def _print_sections(sections: Sequence[KeySection]) -> None:
-    rows = [[section.name or "(top)", " ".join(section.meaning.split())] for section in sections if section.keys]
-    print_table("Sections of a recipe. `karat explain SECTION` lists its keys.", ["section", "meaning"], rows, (0, 1))

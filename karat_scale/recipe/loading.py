@@ -9,22 +9,23 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeGuard, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import Effect
-from karat_scale.recipe.files import lay_over, parse, read_recipe, read_run_recipe
+from karat_scale.recipe.files import lay_over, mapped, parse, read_recipe, read_run_recipe
 from karat_scale.recipe.synonyms import elsewhere, keys_called
 
 
 def portable_recipe(recipe: RunRecipe) -> str:
     """Return the resolved recipe as YAML. Absolute paths, and those with `~` or `..`, are cut to the last name."""
-    tree = _portable(recipe.model_dump(mode="json", by_alias=True))
+    tree = mapped(recipe.model_dump(mode="json", by_alias=True), _portable)
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=110)
 
 
@@ -34,8 +35,6 @@ def text_digest(text: str) -> str:
 
 
 def _portable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _portable(part) for key, part in value.items()}
     if isinstance(value, str) and (value.startswith(("/", "~")) or ".." in Path(value).parts):
         return Path(value).name
     return value
@@ -167,31 +166,33 @@ def rounding_keys(old: RunRecipe, new: RunRecipe) -> list[str]:
 
 def effects(schema: Schema = Recipe) -> dict[str, Effect]:
     """What each leaf of a recipe may change, by dotted key."""
-    return dict(_effects(schema, "", Effect.MODEL))
+    return {key: effect for key, field, effect in _fields(schema) if not _is_section(field.annotation)}
 
 
-def _effects(model: type[BaseModel], prefix: str, inherited: Effect) -> Iterator[tuple[str, Effect]]:
+def schema_keys(schema: type[BaseModel] = Recipe) -> Iterator[str]:
+    """Yield every valid dotted key: sections and leaves."""
+    return (key for key, *_ in _fields(schema))
+
+
+def _fields(
+    model: type[BaseModel], prefix: str = "", inherited: Effect = Effect.MODEL
+) -> Iterator[tuple[str, FieldInfo, Effect]]:
+    """Yield sections and leaves, each after the section that it is in, and what they may change."""
     for name, field in model.model_fields.items():
         key = f"{prefix}{field.alias or name}"
         effect = next((mark for mark in field.metadata if isinstance(mark, Effect)), inherited)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _effects(field.annotation, f"{key}.", effect)
-        else:
-            yield key, effect
+        yield key, field, effect
+        if _is_section(field.annotation):
+            yield from _fields(field.annotation, f"{key}.", effect)
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _changed(old: RunRecipe, new: RunRecipe, *kinds: Effect) -> list[str]:
     before, after, known = flatten(old), flatten(new), effects(type(new))
     return [key for key in after if before.get(key) != after[key] and known[key] in kinds]
-
-
-def schema_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
-    """Yield every valid dotted key: sections and leaves."""
-    for name, field in model.model_fields.items():
-        key = f"{prefix}{field.alias or name}"
-        yield key
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from schema_keys(field.annotation, f"{key}.")
 
 
 def _apply_override(tree: dict[str, Any], override: str, schema: Schema) -> None:
@@ -282,14 +283,7 @@ def keys_like(key: str, schema: type[BaseModel] = Recipe) -> list[str]:
 
 
 def _default_of(key: str, schema: type[BaseModel]) -> str:
-    model: Any = schema
-    *sections, leaf = key.split(".")
-    for name in sections:
-        field = getattr(model, "model_fields", {}).get(name)
-        if field is None:
-            return ""
-        model = field.annotation
-    field = getattr(model, "model_fields", {}).get(leaf)
+    field = next((field for known, field, _ in _fields(schema) if known == key), None)
     if field is None or field.is_required() or field.default in (None, ""):
         return ""
     if isinstance(field.default, BaseModel):

@@ -5,10 +5,11 @@ The defaults are the paper's training recipe (arXiv 2503.10632, which follows De
 modules beside this one.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from karat_scale.foundation.stores import is_url
 from karat_scale.recipe.attention import AttentionConfig
@@ -101,19 +102,15 @@ class ModelConfig(Section):
             [self.name, f"{self.image_size} px", *(f"{name} {value}" for name, value in own.items() if value)]
         )
 
-    @model_validator(mode="after")
-    def _patches_tile_the_image(self) -> "ModelConfig":
+    def _refusals(self) -> Iterator[str]:
         if self.patch_size and self.image_size % self.patch_size:
             nearest = max(self.image_size // self.patch_size, 1) * self.patch_size
-            raise ValueError(
+            yield (
                 f"model.image_size = {self.image_size} is not a multiple of model.patch_size = "
                 f"{self.patch_size}; use {nearest}"
             )
         if self.embed_dim and self.num_heads and self.embed_dim % self.num_heads:
-            raise ValueError(
-                f"model.embed_dim = {self.embed_dim} is not a multiple of model.num_heads = {self.num_heads}"
-            )
-        return self
+            yield f"model.embed_dim = {self.embed_dim} is not a multiple of model.num_heads = {self.num_heads}"
 
 
 class RunRecipe(Section):
@@ -150,34 +147,24 @@ class RunRecipe(Section):
     log: Annotated[LogConfig, Effect.NOTHING] = LogConfig()
     """What to report, and how often."""
 
-    @model_validator(mode="after")
-    def _runs_are_directories(self) -> "RunRecipe":
+    def _refusals(self) -> Iterator[str]:
         for key, value in {"init_from": self.init_from, "resume.from": self.resume.from_}.items():
             if is_url(value):
-                raise ValueError(f"{key} is a URL; `karat fetch URL DIR` makes a directory of the run there")
+                yield f"{key} is a URL; `karat fetch URL DIR` makes a directory of the run there"
         if is_url(self.run.dir):
-            raise ValueError("run.dir is a URL; use a directory, and checkpoint.url for a copy of the run")
-        return self
-
-    @model_validator(mode="after")
-    def _has_one_start(self) -> "RunRecipe":
+            yield "run.dir is a URL; use a directory, and checkpoint.url for a copy of the run"
         if self.init_from and self.resume.from_:
-            raise ValueError(
+            yield (
                 f"init_from = {self.init_from} and resume.from = {self.resume.from_} both set the start of the run; "
                 "unset one of them, such as init_from="
             )
-        return self
-
-    @model_validator(mode="after")
-    def _training_fits_together(self) -> "RunRecipe":
         if self.train.micro_batch and self.train.global_batch % self.train.micro_batch:
-            raise ValueError(
+            yield (
                 f"train.global_batch = {self.train.global_batch} is not a multiple of train.micro_batch = "
                 f"{self.train.micro_batch}"
             )
         if self.train.eval_weights == "ema" and self.train.ema_decay == 0:
-            raise ValueError("train.eval_weights = ema, but with train.ema_decay = 0 there is no EMA; use auto or raw")
-        return self
+            yield "train.eval_weights = ema, but with train.ema_decay = 0 there is no EMA; use auto or raw"
 
 
 class Recipe(RunRecipe):
@@ -198,88 +185,64 @@ class Recipe(RunRecipe):
     convert: ConvertConfig = ConvertConfig()
     """Replacing the attention of a trained model."""
 
-    @model_validator(mode="after")
-    def _attention_is_converted(self) -> "Recipe":
-        changed = self.convert.model_dump(exclude_defaults=True)
-        if not changed:
-            return self
-        key, value = next(iter(changed.items()))
-        if not self.convert.images:
-            raise ValueError(f"convert.{key} = {value} has no effect without convert.images; set both or none")
-        if not self.init_from:
-            raise ValueError(f"convert.images = {self.convert.images} needs the trained model; name it by init_from")
-        if not self.attention.learns:
-            raise ValueError(
-                "attention.kind = softmax learns nothing, so a model cannot be converted to it; set "
-                "attention.kind=karat, or another kind"
-            )
-        if self.data.is_stream:
-            raise ValueError("convert.images counts images, which data.order = stream cannot; use data.order=full")
-        return self
+    def _refusals(self) -> Iterator[str]:
+        yield from super()._refusals()
+        for key, value in self.convert.model_dump(exclude_defaults=True).items():
+            if not self.convert.images:
+                yield f"convert.{key} = {value} has no effect without convert.images; set both or none"
+        if self.convert.images:
+            if not self.init_from:
+                yield f"convert.images = {self.convert.images} needs the trained model; name it by init_from"
+            if not self.attention.learns:
+                yield (
+                    "attention.kind = softmax learns nothing, so a model cannot be converted to it; set "
+                    "attention.kind=karat, or another kind"
+                )
+            if self.data.is_stream:
+                yield "convert.images counts images, which data.order = stream cannot; use data.order=full"
 
-    @model_validator(mode="after")
-    def _keys_of_distill_have_a_teacher(self) -> "Recipe":
-        changed = self.distill.model_dump(by_alias=True, exclude_defaults=True)
-        if changed and not self.distill.from_:
-            key, value = next(iter(changed.items()))
-            default = getattr(DistillConfig(), key)
-            fix = f"set distill.from, or distill.{key}={default}"
-            raise ValueError(f"distill.{key} = {value} has no effect without distill.from; {fix}")
-        return self
-
-    @model_validator(mode="after")
-    def _optimizer_takes_the_precision(self) -> "Recipe":
+        for key, value in self.distill.model_dump(by_alias=True, exclude_defaults=True).items():
+            if not self.distill.from_:
+                fix = f"set distill.from, or distill.{key}={getattr(DistillConfig(), key)}"
+                yield f"distill.{key} = {value} has no effect without distill.from; {fix}"
         if self.optim.row.whole_matrices and self.train.holds_16_bits:
-            raise ValueError(
+            yield (
                 f"train.precision = {self.train.precision} needs ZeRO stage 1 or higher, where optim.name = "
                 f"{self.optim.name} is not possible; use train.precision=bf16"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _images_grow(self) -> "Recipe":
-        sizes = self.schedule.image_sizes
-        if not sizes:
-            return self
-        name, last = "schedule.image_sizes", sizes[-1]
-        if last[1] != self.model.image_size:
-            size = self.model.image_size
-            raise ValueError(f"{name} ends with {last[1]}, but model.image_size = {size}; set both alike")
-        if last[0] >= self.train.epochs:
-            raise ValueError(f"{name}: its last epoch is {last[0]}, but train.epochs = {self.train.epochs}; shorten it")
-        if self.checkpoint.snapshots:
-            raise ValueError(f"checkpoint.snapshots needs one image size, and {name} has several; set it to 0")
-        if self.attention.transfer_from:
-            raise ValueError(f"attention.transfer_from has matrices of one image size, and {name} has several")
-        for _, size in sizes if self.model.patch_size else ():
-            if size % (self.model.patch_size or 1):
-                raise ValueError(f"{name}: {size} is not a multiple of model.patch_size = {self.model.patch_size}")
-        return self
+        if sizes := self.schedule.image_sizes:
+            name, (last, largest) = "schedule.image_sizes", sizes[-1]
+            if largest != self.model.image_size:
+                yield f"{name} ends with {largest}, but model.image_size = {self.model.image_size}; set both alike"
+            if last >= self.train.epochs:
+                yield f"{name}: its last epoch is {last}, but train.epochs = {self.train.epochs}; shorten it"
+            if self.checkpoint.snapshots:
+                yield f"checkpoint.snapshots needs one image size, and {name} has several; set it to 0"
+            if self.attention.transfer_from:
+                yield f"attention.transfer_from has matrices of one image size, and {name} has several"
+            for _, size in sizes:
+                if self.model.patch_size and size % self.model.patch_size:
+                    yield f"{name}: {size} is not a multiple of model.patch_size = {self.model.patch_size}"
 
-    @model_validator(mode="after")
-    def _parts_fit_together(self) -> "Recipe":
-        if self.augment.mixes and self.train.global_batch % 2:
-            raise ValueError(
-                f"train.global_batch = {self.train.global_batch} is odd, but mixup and cutmix mix pairs; "
-                "use an even number or set augment.mix_prob=0"
-            )
-        if self.augment.mixes and self.train.micro_batch and self.train.micro_batch % 2:
-            raise ValueError(
-                f"train.micro_batch = {self.train.micro_batch} is odd, but mixup and cutmix mix pairs; "
-                "use an even number or set augment.mix_prob=0"
-            )
+        for key in ("global_batch", "micro_batch"):
+            if self.augment.mixes and (size := getattr(self.train, key)) and size % 2:
+                yield (
+                    f"train.{key} = {size} is odd, but mixup and cutmix mix pairs; "
+                    "use an even number or set augment.mix_prob=0"
+                )
         if self.schedule.warmup_steps is None and self.schedule.warmup_epochs > self.train.epochs:
-            raise ValueError(
+            yield (
                 f"schedule.warmup_epochs = {self.schedule.warmup_epochs:g} is longer than train.epochs = "
                 f"{self.train.epochs}; shorten the warm-up, such as schedule.warmup_epochs={self.train.epochs / 10:g}"
             )
+
         # A batch far below lr_batch scales the peak below these defaults. So compare with the unscaled lr, too.
         scale = self.train.global_batch / self.optim.lr_batch if self.optim.lr_batch else 1.0
         highest = self.optim.lr * max(scale, 1.0)
         for name, rate in (("warmup_lr", self.schedule.warmup_lr), ("min_lr", self.schedule.min_lr)):
             if rate > highest:
-                raise ValueError(
+                yield (
                     f"schedule.{name} = {rate:g} is above the peak that optim.lr = {self.optim.lr:g} gives, "
                     f"{self.optim.lr * scale:g}; lower it, such as schedule.{name}=0"
                 )
-        return self

@@ -3,12 +3,13 @@
 And what a run learns from a trained classifier: `distill`, beside the labels, and `convert`, before the first step.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from karat_scale.foundation.tables import OPTIMIZERS, OptimizerRow
-from karat_scale.recipe.base import Count, Effect, NonNegative, OneOf, Positive, Section
+from karat_scale.recipe.base import ONE_IS_A_LIST, Count, Effect, NonNegative, OneOf, Positive, Section
 
 # No useful rate is larger; beyond it are typing errors.
 Rate = Annotated[float, Field(gt=0.0, le=1e3)]
@@ -118,7 +119,7 @@ class TrainConfig(Section):
     """Images in one forward pass of evaluation."""
     eval_weights: Literal["auto", "raw", "ema"] = "auto"
     """The weights to evaluate. `auto` means the EMA if there is one."""
-    freeze: tuple[str, ...] = ()
+    freeze: Annotated[tuple[str, ...], ONE_IS_A_LIST] = ()
     """Patterns of the names of parameters that do not learn, such as `blocks.0.*`."""
     recompute: Annotated[RecomputeConfig, Effect.SPEED] = RecomputeConfig()
     """Activation checkpointing."""
@@ -150,27 +151,16 @@ class TrainConfig(Section):
     def _true_is_the_default_mode(cls, value: Any) -> Any:
         return "default" if value is True else value
 
-    @field_validator("freeze", mode="before")
-    @classmethod
-    def _one_pattern_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _skips_overflows(self) -> "TrainConfig":
+    def _refusals(self) -> Iterator[str]:
         if self.precision == "fp16" and self.on_nonfinite == "stop":
-            raise ValueError(
+            yield (
                 "train.on_nonfinite = stop with train.precision = fp16 would end the run at the first overflow of the "
                 "loss scale; use skip, which train.max_skipped_steps limits"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _compiles(self) -> "TrainConfig":
         if self.compile and self.recompute.policy != "none" and self.recompute.method == "deepspeed":
-            raise ValueError(
+            yield (
                 f"train.compile = {self.compile} cannot trace DeepSpeed's checkpoint; use train.recompute.method=torch"
             )
-        return self
 
 
 class DeepSpeedConfig(Section):

@@ -5,10 +5,11 @@ The defaults are ViTDet's for a plain ViT-B on COCO (Li et al., arXiv 2203.16527
 training. The anchors are a quarter of those that ViTDet uses at 1,024 px.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from karat_scale.recipe import ModelConfig, OptimConfig, RunRecipe, TrainConfig
 from karat_scale.recipe.base import Count, Effect, Fraction, NonNegative, Positive, Section, Triple
@@ -150,11 +151,10 @@ class DetectionTrainConfig(TrainConfig):
     eval_batch: Annotated[Count, Effect.SPEED] = 8
     """Images in one forward pass of evaluation."""
 
-    @model_validator(mode="after")
-    def _is_not_compiled(self) -> "DetectionTrainConfig":
+    def _refusals(self) -> Iterator[str]:
+        yield from super()._refusals()
         if self.compile:
-            raise ValueError(f"train.compile = {self.compile} has no meaning in detection; remove it")
-        return self
+            yield f"train.compile = {self.compile} has no meaning in detection; remove it"
 
 
 class DetectionRecipe(RunRecipe):
@@ -187,34 +187,21 @@ class DetectionRecipe(RunRecipe):
         """The backbone on one window, for which the attention is built."""
         return self.model.changed(image_size=self.detector.window * self.patch_size)
 
-    @model_validator(mode="after")
-    def _model_is_a_backbone(self) -> "DetectionRecipe":
+    def _refusals(self) -> Iterator[str]:
+        yield from super()._refusals()
         if self.model.patch_size is None:
-            raise ValueError(
-                "model.patch_size is unset, but windows are counted in patches; set it, such as model.patch_size=16"
-            )
+            yield "model.patch_size is unset, but windows are counted in patches; set it, such as model.patch_size=16"
         if self.model.pool is not None:
-            raise ValueError(f"model.pool = {self.model.pool} has no meaning in detection; remove it")
-        return self
-
-    @model_validator(mode="after")
-    def _windows_tile_the_image(self) -> "DetectionRecipe":
+            yield f"model.pool = {self.model.pool} has no meaning in detection; remove it"
         window = self.detector.window * self.patch_size
         if self.model.image_size % window:
             nearest = max(round(self.model.image_size / window), 1) * window
-            raise ValueError(
+            yield (
                 f"model.image_size = {self.model.image_size} is not a multiple of the attention window, {window} px: "
                 f"detector.window = {self.detector.window} patches of {self.patch_size} px, since N is fixed; "
                 f"use {nearest}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _parts_fit_together(self) -> "DetectionRecipe":
         if self.attention.blocks:
-            raise ValueError("attention.blocks is not supported in detection; use detector.global_blocks for softmax")
+            yield "attention.blocks is not supported in detection; use detector.global_blocks for softmax"
         if self.attention.transfer_from:
-            raise ValueError(
-                f"attention.transfer_from = {self.attention.transfer_from} has no meaning in detection; remove it"
-            )
-        return self
+            yield f"attention.transfer_from = {self.attention.transfer_from} has no meaning in detection; remove it"
