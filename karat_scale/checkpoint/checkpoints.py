@@ -12,7 +12,6 @@ does what rank 0 does for the run's directory.
 """
 
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -51,44 +50,13 @@ from karat_scale.engine.reporting.progress import Reporter
 from karat_scale.engine.run_state import RunState
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError
 from karat_scale.foundation.files import Fingerprint
+from karat_scale.foundation.machine import Background
 from karat_scale.models.transfer import teacher_of
 from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.loading import dump_recipe, text_digest
 
 _BEAT_SECONDS = 1.0
 S = TypeVar("S", bound=RunState)
-T = TypeVar("T")
-
-
-class Background(Generic[T]):
-    """Work beside training, in a thread that does not outlive the process."""
-
-    def __init__(self, work: Callable[[], T]) -> None:
-        self._work = work
-        self._value: T
-        self._error: BaseException | None = None
-        self.seconds = 0.0
-        self._thread = threading.Thread(target=self._run, name="background", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        begun = time.monotonic()
-        try:
-            self._value = self._work()
-        except BaseException as error:
-            self._error = error
-        self.seconds = time.monotonic() - begun
-
-    def wait(self, seconds: float) -> bool:
-        """Wait for its end; whether it has come."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
-
-    def result(self) -> T:
-        """What the finished work returned; raises what it raised."""
-        if self._error is not None:
-            raise self._error
-        return self._value
 
 
 @dataclass

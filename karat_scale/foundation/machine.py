@@ -25,16 +25,19 @@ import socket
 import stat
 import subprocess
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from karat_scale import __version__
 from karat_scale.foundation.errors import UserError, nearest
 from karat_scale.foundation.native_build import cpu_flags, home
 
+T = TypeVar("T")
 ROOT = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 # Version 1 writes the largest multiple of a page for "no limit".
@@ -383,6 +386,37 @@ def local_directory(mounts: Path = MOUNTS) -> Path | None:
         if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
             return directory
     return None
+
+
+class Background(Generic[T]):
+    """Work beside training, in a thread that does not outlive the process."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = work
+        self._value: T
+        self._error: BaseException | None = None
+        self.seconds = 0.0
+        self._thread = threading.Thread(target=self._run, name="background", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        begun = time.monotonic()
+        try:
+            self._value = self._work()
+        except BaseException as error:
+            self._error = error
+        self.seconds = time.monotonic() - begun
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for its end; whether it has come."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def result(self) -> T:
+        """What the finished work returned; raises what it raised."""
+        if self._error is not None:
+            raise self._error
+        return self._value
 
 
 LAUNCHED = "KARAT_LAUNCHED"

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.machine import Background
 from karat_scale.foundation.tables import how_to_install, load
 
 T = TypeVar("T")
@@ -102,53 +103,6 @@ _PATIENCE = 0.8
 # The share of that time that one try may take.
 _TRY = 1 / 3
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0
-
-
-class Retries:
-    """How long to try: for most of `timeout` seconds, a request with all its tries. `setting` is the recipe's key."""
-
-    def __init__(self, timeout: float, setting: str) -> None:
-        self._setting, self._timeout, self._patience = setting, timeout, _PATIENCE * timeout
-
-    def deadline(self) -> float:
-        """Return the time, of time.monotonic, at which a request that begins now is given up."""
-        return time.monotonic() + self._patience
-
-    def persist(self, where: str, ask: Callable[[float], T], deadline: float | None = None) -> T:
-        """Return what `ask`, given the seconds of one try, returns; tries again until the deadline.
-
-        Args:
-            where: the URL that errors name.
-
-        Raises:
-            StoreError: no try was good, or one met an error that is final.
-        """
-        begun = time.monotonic()
-        deadline = begun + self._patience if deadline is None else deadline
-        pause, tries, jitter = _FIRST_PAUSE, 0, random.Random()  # its own, for training's must not change
-        while True:
-            left = deadline - time.monotonic()
-            try:
-                return ask(max(0.01, min(left, _TRY * self._patience)))
-            except DataError:  # final, or of the sink
-                raise
-            except Exception as error:
-                tries += 1
-                reason, is_final = judged(error)
-            if is_final:
-                kind = MissingFileError if reason.startswith(_MISSING) else StoreError
-                raise kind(f"{where}: {reason}")
-            pause = min(2 * pause, _LONGEST_PAUSE)
-            wait = pause * (0.5 + jitter.random())
-            if time.monotonic() + wait >= deadline:
-                spent = time.monotonic() - begun
-                raise StoreError(
-                    f"{where}: {reason}, {tries} times in {spent:.0f} s; check the store, or raise "
-                    f"{self._setting} (now {self._timeout:g} s) if it is only slow"
-                )
-            time.sleep(wait)
-
-
 # What fsspec needs for each protocol.
 PROTOCOLS = {"s3": "s3fs", "gs": "gcsfs", "https": "aiohttp", "http": "aiohttp", "hf": "huggingface_hub"}
 _WRITABLE = ("s3", "gs")
@@ -193,13 +147,13 @@ class FileFacts(NamedTuple):
     etag: str
 
 
-def facts_of(info: Mapping[str, Any]) -> FileFacts:
+def _facts_of(info: Mapping[str, Any]) -> FileFacts:
     """Return what one of fsspec's answers says of a file. The size is -1 where it is not said."""
     size = info.get("size")
-    return FileFacts(-1 if size is None else int(size), tag_of(info))
+    return FileFacts(-1 if size is None else int(size), _tag_of(info))
 
 
-def tag_of(info: Mapping[str, Any]) -> str:
+def _tag_of(info: Mapping[str, Any]) -> str:
     """Return what tells one content of a file from another."""
     lfs = info.get("lfs")
     values = [info.get(name) for name in ("ETag", "etag", "md5Hash", "blob_id")]
@@ -217,7 +171,7 @@ class Sink(Protocol):
         """Take the next piece."""
 
 
-class InMemory(io.BytesIO):
+class _InMemory(io.BytesIO):
     """See Sink."""
 
     def restart(self) -> None:
@@ -226,7 +180,7 @@ class InMemory(io.BytesIO):
         self.truncate()
 
 
-class OneTry:
+class _OneTry:
     """Passes the pieces of one try on to a sink, until it is over: the library may go on with one that was given up."""
 
     def __init__(self, sink: Sink) -> None:
@@ -249,83 +203,196 @@ class OneTry:
 
 
 _POLL_SECONDS = 0.5
+_THREADS = 16
+_PIECE = 16 << 20
 # All file systems of this process, and of those that it was forked from. What frees one closes its connections: in a
 # forked process those of the parent, whose sockets its event loop would then no longer watch, as both share the epoll.
 _KEPT: dict[int, Any] = {}
 
 
-class _Progress:
-    """Hears how many bytes of a file were taken; remembers when the last of them were."""
+class Store:
+    """The files below a URL. It may be used by any process and thread; each process has its own connections.
 
-    def __init__(self, on_bytes: Callable[[int], None]) -> None:
-        self._on_bytes, self._taken, self.at = on_bytes, 0, time.monotonic()
-
-    def __call__(self, size: int, value: int, **_: Any) -> None:
-        if value > self._taken:
-            self._on_bytes(value - self._taken)
-            self._taken, self.at = value, time.monotonic()
-
-
-class Connection:
-    """What a store asks of fsspec. It may be used by any process and thread.
+    timeout: a request, with all its tries, is given up after most of these seconds.
 
     Raises:
-        StoreError: the library of the protocol is not installed.
+        StoreError: the URL cannot be used, the library of its protocol is not installed, or a file cannot be read.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    setting = "data.timeout"
+    """The recipe's key for the timeout."""
+
+    def __init__(self, url: str, timeout: float = DEFAULT_TIMEOUT) -> None:
+        try:
+            self.url = check_url(url)
+        except ValueError as error:
+            raise StoreError(str(error)) from None
+        self._timeout, self._patience = timeout, _PATIENCE * timeout
         self._protocol = urlsplit(url).scheme
-        self.is_web = self._protocol in ("http", "https")
+        self._is_web = self._protocol in ("http", "https")
         self._opened: tuple[int, Any] | None = None
         self._system()
 
-    def path(self, name: str) -> str:
+    def where(self, name: str) -> str:
+        """Return the URL of a file."""
+        return f"{self.url}/{name}" if name else self.url
+
+    def deadline(self) -> float:
+        """Return the time, of time.monotonic, at which a read that begins now is given up."""
+        return time.monotonic() + self._patience
+
+    def read(self, name: str, start: int, stop: int, etag: str = "", deadline: float | None = None) -> bytes:
+        """Return exactly the bytes start .. stop - 1 of a file; see `copy`. Raises StoreError."""
+        memory = _InMemory()
+        self.copy(name, start, stop, memory, etag, deadline)
+        return memory.getvalue()
+
+    def copy(self, name: str, start: int, stop: int, sink: Sink, etag: str = "", deadline: float | None = None) -> None:
+        """Write exactly the bytes start .. stop - 1 of a file to a sink.
+
+        Args:
+            etag: what the file had when it was indexed, if that is to be checked.
+            deadline: when to give up; see `deadline`.
+
+        Raises:
+            ChangedFileError: it has another ETag.
+            StoreError: it cannot be read.
+        """
+
+        def ask(seconds: float) -> None:
+            one_try = _OneTry(sink)
+            try:
+                self._range(name, start, stop, one_try, etag, seconds)
+            finally:
+                one_try.end()
+            if one_try.size == stop - start:
+                return
+            # Of a file that is shorter now, servers send what there is.
+            if 0 <= self._facts(name, seconds).bytes < stop:
+                raise ChangedFileError(f"{self.where(name)} is cut short, or has changed since it was indexed")
+            raise EOFError(f"{one_try.size} of {stop - start} bytes came")
+
+        if stop > start:
+            self._persist(name, ask, deadline)
+
+    def read_small(self, name: str, most: int) -> bytes:
+        """Return a whole file of at most `most` bytes. Raises StoreError."""
+        facts = self.facts(name)
+        if facts.bytes > most:
+            raise StoreError(f"{self.where(name)} has {facts.bytes} bytes; it should have at most {most}")
+        return self.read(name, 0, facts.bytes)
+
+    def pieces(self, name: str, size: int, etag: str = "") -> Iterator[bytes]:
+        """Yield a whole file of `size` bytes, piece by piece; see `read`. Raises StoreError."""
+        for start in range(0, size, _PIECE):
+            yield self.read(name, start, min(start + _PIECE, size), etag)
+
+    def facts(self, name: str, deadline: float | None = None) -> FileFacts:
+        """Return the facts of a file. Raises StoreError."""
+        return self._persist(name, functools.partial(self._facts, name), deadline)
+
+    def facts_of(self, names: list[str]) -> dict[str, FileFacts]:
+        """Return the facts of many files: by one listing if the store's listings have them. Raises StoreError."""
+        if self._is_web:
+            ask = functools.partial(self.facts, deadline=self.deadline())
+            with ThreadPool(min(_THREADS, max(1, len(names)))) as pool:
+                return dict(zip(names, pool.imap(ask, names), strict=True))
+        found = self.files()
+        missing = next((name for name in names if name not in found), None)
+        if missing is not None:
+            raise StoreError(f"{self.where(missing)} is missing")
+        return {name: found[name] for name in names}
+
+    def files(self) -> dict[str, FileFacts]:
+        """Return all files below the URL, by their names relative to it. Raises StoreError.
+
+        A web server must list its folders as pages with links. Such pages have no sizes: these are -1.
+        """
+        if self._is_web:
+            return dict(self._linked(f"{self.url}/"))
+        path = self._path("")
+        listed = self._persist("", lambda seconds: self._call("find", seconds, path, detail=True))
+        return {name[len(path) :].lstrip("/"): _facts_of(info) for name, info in listed.items()}
+
+    def _linked(self, folder: str) -> Iterator[tuple[str, FileFacts]]:
+        """Yield the files to which the page of a folder links, and those of the folders in it.
+
+        fsspec's own walk leaves out a folder that it cannot read.
+        """
+        listed = self._persist("", lambda seconds: self._call("ls", seconds, folder, detail=True))
+        for link in sorted(info["name"] for info in listed):
+            if not link.startswith(folder) or link == folder or "?" in link:  # back, or the same page in another order
+                continue
+            if link.endswith("/"):
+                yield from self._linked(link)
+            else:
+                yield unquote(link[len(self.url) + 1 :]), FileFacts(-1, "")
+
+    def _facts(self, name: str, seconds: float) -> FileFacts:
+        return _facts_of(self._call("info", seconds, self._path(name)))
+
+    def _range(self, name: str, start: int, stop: int, sink: _OneTry, etag: str, seconds: float) -> None:
+        """Write a part of a file to a sink. Raises ChangedFileError, and what the library raises."""
+        system, path = self._system(), self._path(name)
+        if self._is_web:
+            from fsspec.asyn import sync
+
+            found = sync(system.loop, _web_range, system, path, start, stop, sink, timeout=seconds)
+        else:
+            # Libraries that are not asynchronous open the file, and would read ahead.
+            options = {} if getattr(system, "async_impl", False) else {"cache_type": "none"}
+            sink.write(self._call("cat_file", seconds, path, start=start, end=stop, **options))
+            found = self._facts(name, seconds).etag if etag else ""
+        if etag and found != etag:
+            raise ChangedFileError(f"{self.where(name)} has changed since it was indexed; run karat index again")
+
+    def _persist(self, name: str, ask: Callable[[float], T], deadline: float | None = None) -> T:
+        """Return what `ask`, given the seconds of one try, returns; tries again until the deadline.
+
+        Raises:
+            StoreError: no try was good, or one met an error that is final.
+        """
+        begun = time.monotonic()
+        deadline = self.deadline() if deadline is None else deadline
+        pause, tries, jitter = _FIRST_PAUSE, 0, random.Random()  # its own, for training's must not change
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                return ask(max(0.01, min(left, _TRY * self._patience)))
+            except DataError:  # final, or of the sink
+                raise
+            except Exception as error:
+                tries += 1
+                reason, is_final = judged(error)
+            if is_final:
+                kind = MissingFileError if reason.startswith(_MISSING) else StoreError
+                raise kind(f"{self.where(name)}: {reason}")
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            wait = pause * (0.5 + jitter.random())
+            if time.monotonic() + wait >= deadline:
+                spent = time.monotonic() - begun
+                raise StoreError(
+                    f"{self.where(name)}: {reason}, {tries} times in {spent:.0f} s; check the store, or raise "
+                    f"{self.setting} (now {self._timeout:g} s) if it is only slow"
+                )
+            time.sleep(wait)
+
+    def _path(self, name: str) -> str:
         """Return the path of a file for fsspec, which keeps whole URLs for web servers."""
-        if self.is_web:
-            return f"{self.url}/{quote(name)}" if name else self.url
-        path: str = self._system()._strip_protocol(f"{self.url}/{name}" if name else self.url)
+        path: str = self.where(quote(name)) if self._is_web else self._system()._strip_protocol(self.where(name))
         return path
 
-    def call(self, method: str, seconds: float, *args: Any, **options: Any) -> Any:
+    def _call(self, method: str, seconds: float, *args: Any, **options: Any) -> Any:
         """Call a method of the file system, and raise TimeoutError if it takes longer."""
         system = self._system()
         if getattr(system, "async_impl", False):
             from fsspec.asyn import sync
 
             return sync(system.loop, getattr(system, f"_{method}"), *args, timeout=seconds, **options)
-        return _in_time(functools.partial(getattr(system, method), *args, **options), seconds)
-
-    def web_range(self, name: str, start: int, stop: int, sink: OneTry, seconds: float) -> str:
-        """Write a range of a file on a web server to a sink, piece by piece; return its ETag."""
-        from fsspec.asyn import sync
-
-        system = self._system()
-        tag: str = sync(system.loop, _web_range, system, self.path(name), start, stop, sink, timeout=seconds)
-        return tag
-
-    def object_range(self, name: str, start: int, stop: int, seconds: float) -> bytes:
-        """Return a range of a file in an object store."""
-        # Libraries that are not asynchronous open the file, and would read ahead.
-        options = {} if getattr(self._system(), "async_impl", False) else {"cache_type": "none"}
-        data: bytes = self.call("cat_file", seconds, self.path(name), start=start, end=stop, **options)
-        return data
-
-    def put_file(self, file: Path, name: str, part: int, on_bytes: Callable[[int], None], seconds: float) -> None:
-        """Write a local file in parts of `part` bytes. Raises TimeoutError if for so many seconds none is taken."""
-        import asyncio
-        import concurrent.futures
-
-        from fsspec.callbacks import Callback
-
-        progress, system = _Progress(on_bytes), self._system()
-        put = system._put_file(str(file), self.path(name), callback=Callback(hooks={"": progress}), chunksize=part)
-        task = asyncio.run_coroutine_threadsafe(put, system.loop)
-        while not concurrent.futures.wait([task], _POLL_SECONDS).done:
-            if time.monotonic() - progress.at > seconds:
-                task.cancel()
-                raise TimeoutError
-        task.result()
+        call = Background(functools.partial(getattr(system, method), *args, **options))
+        if not call.wait(seconds):  # it goes on in its thread
+            raise TimeoutError
+        return call.result()
 
     def _system(self) -> Any:
         """Return this process's file system. Connections of a parent process cannot be used after a fork."""
@@ -353,8 +420,11 @@ def _file_system(protocol: str) -> Any:
     return kind(use_listings_cache=False)
 
 
-async def _web_range(system: Any, url: str, start: int, stop: int, sink: OneTry) -> str:
-    """See Connection.web_range. A server that sends all of the file is refused."""
+async def _web_range(system: Any, url: str, start: int, stop: int, sink: _OneTry) -> str:
+    """Write a range of a file on a web server to a sink, piece by piece; return its ETag.
+
+    A server that sends all of the file is refused.
+    """
     session = await system.set_session()
     options = dict(system.kwargs)
     headers = {**options.pop("headers", {}), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
@@ -364,159 +434,7 @@ async def _web_range(system: Any, url: str, start: int, stop: int, sink: OneTry)
             raise FinalError("the server does not answer requests for a part of a file; use one that does")
         async for piece in answer.content.iter_any():  # as it comes: parts are large, and several are under way
             sink.write(piece)
-        return tag_of(answer.headers)
-
-
-def _in_time(call: Callable[[], T], seconds: float) -> T:
-    """Return what a call returns that knows no time limit. Raises TimeoutError; the call may then go on in a thread."""
-    result: list[T] = []
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            result.append(call())
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=run, name="karat-store", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failure:
-        raise failure[0]
-    if not result:
-        raise TimeoutError
-    return result[0]
-
-
-_THREADS = 16
-_PIECE = 16 << 20
-
-
-class Store:
-    """The files below a URL. It may be used by any process and thread; each process has its own connections.
-
-    timeout: a file that cannot be read for most of these seconds is given up. `setting` is the recipe's key for it.
-
-    Raises:
-        StoreError: the URL cannot be used, or a file cannot be read.
-    """
-
-    def __init__(self, url: str, timeout: float = DEFAULT_TIMEOUT, setting: str = "data.timeout") -> None:
-        try:
-            self.url = check_url(url)
-        except ValueError as error:
-            raise StoreError(str(error)) from None
-        self._connection, self._retries = Connection(self.url), Retries(timeout, setting)
-
-    def where(self, name: str) -> str:
-        """Return the URL of a file."""
-        return f"{self.url}/{name}" if name else self.url
-
-    def deadline(self) -> float:
-        """Return the time, of time.monotonic, at which a read that begins now is given up."""
-        return self._retries.deadline()
-
-    def read(self, name: str, start: int, stop: int, etag: str = "", deadline: float | None = None) -> bytes:
-        """Return exactly the bytes start .. stop - 1 of a file; see `copy`. Raises StoreError."""
-        memory = InMemory()
-        self.copy(name, start, stop, memory, etag, deadline)
-        return memory.getvalue()
-
-    def copy(self, name: str, start: int, stop: int, sink: Sink, etag: str = "", deadline: float | None = None) -> None:
-        """Write exactly the bytes start .. stop - 1 of a file to a sink.
-
-        Args:
-            etag: what the file had when it was indexed, if that is to be checked.
-            deadline: when to give up; see `deadline`.
-
-        Raises:
-            ChangedFileError: it has another ETag.
-            StoreError: it cannot be read.
-        """
-
-        def ask(seconds: float) -> None:
-            one_try = OneTry(sink)
-            try:
-                self._range(name, start, stop, one_try, etag, seconds)
-            finally:
-                one_try.end()
-            if one_try.size == stop - start:
-                return
-            # Of a file that is shorter now, servers send what there is.
-            if 0 <= self._facts(name, seconds).bytes < stop:
-                raise ChangedFileError(f"{self.where(name)} is cut short, or has changed since it was indexed")
-            raise EOFError(f"{one_try.size} of {stop - start} bytes came")
-
-        if stop > start:
-            self._retries.persist(self.where(name), ask, deadline)
-
-    def read_small(self, name: str, most: int, deadline: float | None = None) -> bytes:
-        """Return a whole file of at most `most` bytes. Raises StoreError."""
-        facts = self.facts(name, deadline)
-        if facts.bytes > most:
-            raise StoreError(f"{self.where(name)} has {facts.bytes} bytes; it should have at most {most}")
-        return self.read(name, 0, facts.bytes, deadline=deadline)
-
-    def pieces(self, name: str, size: int, etag: str = "") -> Iterator[bytes]:
-        """Yield a whole file of `size` bytes, piece by piece; see `read`. Raises StoreError."""
-        for start in range(0, size, _PIECE):
-            yield self.read(name, start, min(start + _PIECE, size), etag)
-
-    def facts(self, name: str, deadline: float | None = None) -> FileFacts:
-        """Return the facts of a file. Raises StoreError."""
-        return self._retries.persist(self.where(name), functools.partial(self._facts, name), deadline)
-
-    def facts_of(self, names: list[str]) -> dict[str, FileFacts]:
-        """Return the facts of many files: by one listing if the store's listings have them. Raises StoreError."""
-        if self._connection.is_web:
-            ask = functools.partial(self.facts, deadline=self.deadline())
-            with ThreadPool(min(_THREADS, max(1, len(names)))) as pool:
-                return dict(zip(names, pool.imap(ask, names), strict=True))
-        found = self.files()
-        missing = next((name for name in names if name not in found), None)
-        if missing is not None:
-            raise StoreError(f"{self.where(missing)} is missing")
-        return {name: found[name] for name in names}
-
-    def files(self) -> dict[str, FileFacts]:
-        """Return all files below the URL, by their names relative to it. Raises StoreError.
-
-        A web server must list its folders as pages with links. Such pages have no sizes: these are -1.
-        """
-        if self._connection.is_web:
-            return dict(self._linked(f"{self.url}/"))
-        path = self._connection.path("")
-        ask = functools.partial(self._connection.call, "find")
-        listed = self._retries.persist(self.url, lambda seconds: ask(seconds, path, detail=True))
-        return {name[len(path) :].lstrip("/"): facts_of(info) for name, info in listed.items()}
-
-    def _linked(self, folder: str) -> Iterator[tuple[str, FileFacts]]:
-        """Yield the files to which the page of a folder links, and those of the folders in it.
-
-        fsspec's own walk leaves out a folder that it cannot read.
-        """
-        ask = functools.partial(self._connection.call, "ls")
-        listed = self._retries.persist(self.url, lambda seconds: ask(seconds, folder, detail=True))
-        for link in sorted(info["name"] for info in listed):
-            if not link.startswith(folder) or link == folder or "?" in link:  # back, or the same page in another order
-                continue
-            if link.endswith("/"):
-                yield from self._linked(link)
-            else:
-                yield unquote(link[len(self.url) + 1 :]), FileFacts(-1, "")
-
-    def _facts(self, name: str, seconds: float) -> FileFacts:
-        return facts_of(self._connection.call("info", seconds, self._connection.path(name)))
-
-    def _range(self, name: str, start: int, stop: int, sink: OneTry, etag: str, seconds: float) -> None:
-        """Write a part of a file to a sink. Raises ChangedFileError, and what the library raises."""
-        if self._connection.is_web:
-            found = self._connection.web_range(name, start, stop, sink, seconds)
-        else:
-            sink.write(self._connection.object_range(name, start, stop, seconds))
-            found = self._facts(name, seconds).etag if etag else ""
-        if etag and found != etag:
-            raise ChangedFileError(f"{self.where(name)} has changed since it was indexed; run karat index again")
+        return _tag_of(answer.headers)
 
 
 # A library holds about ten parts of a file in memory at a time. An object has at most 10,000.
@@ -526,8 +444,10 @@ _PART, _MOST_PARTS = 8 << 20, 9_000
 class WritableStore(Store):
     """A Store that is written, too. An object appears when all its parts have come: a killed writer leaves none."""
 
+    setting = "checkpoint.timeout"
+
     def __init__(self, url: str, timeout: float = DEFAULT_TIMEOUT) -> None:
-        super().__init__(url, timeout, "checkpoint.timeout")
+        super().__init__(url, timeout)
         try:
             check_writable(self.url)
         except ValueError as error:
@@ -535,8 +455,7 @@ class WritableStore(Store):
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file. Raises StoreError."""
-        path = self._connection.path(name)
-        self._send(name, lambda seconds: self._connection.call("pipe_file", seconds, path, data))
+        self._send(name, lambda seconds: self._call("pipe_file", seconds, self._path(name), data))
 
     def put(self, name: str, file: Path, on_bytes: Callable[[int], None]) -> None:
         """Write a local file. That may take long, as long as the store takes parts of it.
@@ -549,19 +468,43 @@ class WritableStore(Store):
             OSError: there is no such file.
         """
         part = max(_PART, -(-file.stat().st_size // _MOST_PARTS // _PART) * _PART)
-        self._send(name, functools.partial(self._connection.put_file, file, name, part, on_bytes))
+        self._send(name, functools.partial(self._put, file, name, part, on_bytes))
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files, one after another. Raises StoreError."""
         for name in names:
-            self._retries.persist(self.where(name), functools.partial(self._remove, self._connection.path(name)))
+            self._persist(name, functools.partial(self._remove, name))
 
     def _send(self, name: str, ask: Callable[[float], object]) -> None:
         try:
-            self._retries.persist(self.where(name), ask)
+            self._persist(name, ask)
         except MissingFileError:
             raise StoreError(f"{self.where(name)} cannot be written: there is no such bucket") from None
 
-    def _remove(self, path: str, seconds: float) -> None:
+    def _put(self, file: Path, name: str, part: int, on_bytes: Callable[[int], None], seconds: float) -> None:
+        """Write a local file in parts of `part` bytes. Raises TimeoutError if for so many seconds none is taken."""
+        import asyncio
+        import concurrent.futures
+
+        from fsspec.callbacks import Callback
+
+        taken, taken_at = 0, time.monotonic()
+
+        def hear(size: int, value: int, **_: Any) -> None:
+            nonlocal taken, taken_at
+            if value > taken:
+                on_bytes(value - taken)
+                taken, taken_at = value, time.monotonic()
+
+        system = self._system()
+        put = system._put_file(str(file), self._path(name), callback=Callback(hooks={"": hear}), chunksize=part)
+        task = asyncio.run_coroutine_threadsafe(put, system.loop)
+        while not concurrent.futures.wait([task], _POLL_SECONDS).done:
+            if time.monotonic() - taken_at > seconds:
+                task.cancel()
+                raise TimeoutError
+        task.result()
+
+    def _remove(self, name: str, seconds: float) -> None:
         with suppress(FileNotFoundError):
-            self._connection.call("rm_file", seconds, path)
+            self._call("rm_file", seconds, self._path(name))

@@ -29,7 +29,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from karat_scale.checkpoint.checkpoints import Background
 from karat_scale.checkpoint.remote import OnBytes, RemoteCheckpoints
 from karat_scale.checkpoint.store import PINNED, holding
 from karat_scale.engine.distributed import World
@@ -43,6 +42,7 @@ from karat_scale.foundation.files import (
     replace_file,
     temporary_file,
 )
+from karat_scale.foundation.machine import Background
 from karat_scale.foundation.stores import DEFAULT_TIMEOUT, MissingFileError, StoreError, WritableStore
 from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.loading import differing_keys, load_run_recipe
