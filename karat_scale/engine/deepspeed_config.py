@@ -175,16 +175,21 @@ def _read(recipe: RunRecipe, values: dict[str, Any], with_keys: bool) -> tuple[d
     """The file's content with every "auto" filled from `values`, and what an error of it begins with."""
     path = _find(recipe.deepspeed)
     source = f"deepspeed.config = {path}"
+
+    def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # `dict` would keep the last of several in silence
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                raise RecipeError(f"{source}: {key} is given twice; remove one of them")
+        return dict(pairs)
+
     try:
-        config = json.loads(read_text(path), object_pairs_hook=_once_each)
+        config = json.loads(read_text(path), object_pairs_hook=once_each)
     except ValueError as error:  # of JSON, of its text, or of a number with thousands of digits
         raise RecipeError(f"{source}: not valid JSON: {str(error).partition('; ')[0]}") from None
     except OSError as error:
         raise RecipeError(f"{source}: cannot be read: {error.strerror}") from None
     except RecursionError:
         raise RecipeError(f"{source}: nested too deeply") from None
-    except _TwiceError as error:
-        raise RecipeError(f"{source}: {error} is given twice; remove one of them") from None
     if not isinstance(config, dict):
         raise RecipeError(f"{source}: should be a JSON object")
     _fill_auto(config, values, source)
@@ -194,19 +199,6 @@ def _read(recipe: RunRecipe, values: dict[str, Any], with_keys: bool) -> tuple[d
     if refusal := stage_refusal(recipe, stage):
         raise RecipeError(f"{source}: {refusal}; use deepspeed.config={'zero1' if stage == 0 else 'zero0'}")
     return config, source
-
-
-class _TwiceError(Exception):
-    """A key that is given twice in one object."""
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """As `dict`, which would keep the last of several values in silence."""
-    counts = Counter(key for key, _ in pairs)
-    for key, count in counts.items():
-        if count > 1:
-            raise _TwiceError(key)
-    return dict(pairs)
 
 
 def _recipe_values(recipe: RunRecipe) -> dict[str, Any]:

@@ -97,11 +97,11 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def on_main(self, action: Callable[[], None]) -> None:
-        """Rank 0 acts; what it refuses is raised on every rank."""
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What rank 0's action returns, on every rank; what it refuses is raised on every rank."""
         with self.together():
-            if self.is_main:
-                action()
+            returned: Any = action() if self.is_main else None
+        return self.broadcast(returned)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -160,10 +160,11 @@ def start(device: str, patience_minutes: float = PATIENCE_MINUTES, check: Callab
     patience = timedelta(minutes=patience_minutes)
     rank, size, local_rank = launch_environment(os.environ)
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if use_cuda and not torch.cuda.is_available():
-        raise UserError("run.device = cuda, but torch sees no CUDA device; use run.device=auto or cpu")
-    here = torch.device("cuda", gpu_index(local_rank, torch.cuda.device_count())) if use_cuda else torch.device("cpu")
+    here = torch.device("cpu")
     if use_cuda:
+        if not torch.cuda.is_available():
+            raise UserError("run.device = cuda, but torch sees no CUDA device; use run.device=auto or cpu")
+        here = torch.device("cuda", gpu_index(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(here)
     tell_deepspeed(here.type)
     # DeepSpeed insists on it, and takes the GPU of that number.
@@ -188,7 +189,7 @@ def _join(
     """Make the group of all ranks and, beside NCCL's, one for `World.control`."""
     if dist.is_initialized():
         return None
-    record_collectives()
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives of each group that is made from here on
     _need_threads()
     backend = "nccl" if device.type == "cuda" else "gloo"
     if size == 1:
@@ -208,8 +209,10 @@ def _join(
 def meeting_place() -> tuple[str, int]:
     """Return the address and the port at which the ranks of this job meet, which the environment then has."""
     os.environ["MASTER_ADDR"] = os.environ.get("MASTER_ADDR") or _first_slurm_host()
-    os.environ["MASTER_PORT"] = os.environ.get("MASTER_PORT") or default_port(os.environ)
-    return os.environ["MASTER_ADDR"], _port()
+    port = os.environ["MASTER_PORT"] = os.environ.get("MASTER_PORT") or default_port(os.environ)
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"MASTER_PORT = {port}: should be a number from 1 to 65535")
+    return os.environ["MASTER_ADDR"], int(port)
 
 
 def _need_threads() -> None:
@@ -225,13 +228,6 @@ def _need_threads() -> None:
         go_on.set()
         for thread in started:
             thread.join()
-
-
-def _port() -> int:
-    given = os.environ["MASTER_PORT"]
-    if not given.isdecimal() or not 0 < int(given) < 2**16:
-        raise UserError(f"MASTER_PORT = {given}: should be a number from 1 to 65535")
-    return int(given)
 
 
 def default_port(environ: Mapping[str, str]) -> str:
@@ -328,14 +324,6 @@ def refuse_shared(cards: Sequence[str]) -> None:
         first = cards.index(name)
         if first < rank:
             raise UserError(f"ranks {first} and {rank} have one GPU, {name}; start one task per GPU")
-
-
-_COLLECTIVES = "2000"
-
-
-def record_collectives() -> None:
-    """Let torch record the collectives of process groups that are made from here on, unless the user decided."""
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _COLLECTIVES)
 
 
 def write_flight_record(directory: Path, rank: int) -> None:

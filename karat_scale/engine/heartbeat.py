@@ -131,11 +131,11 @@ START = "KARAT_START"
 """In the environment of each rank: a name that no other start of the run has, as its launcher chose it."""
 
 
-def this_start(environ: Mapping[str, str] = os.environ) -> str:
+def this_start() -> str:
     """Return the name of this start; without our launchers that of SLURM's step, else none."""
-    job = environ.get("SLURM_JOB_ID", "")
-    of_slurm = f"{job}-{environ.get('SLURM_RESTART_COUNT', '0')}" if job else ""
-    return environ.get(START, of_slurm)
+    job = os.environ.get("SLURM_JOB_ID", "")
+    of_slurm = f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else ""
+    return os.environ.get(START, of_slurm)
 
 
 class Heartbeat:
@@ -192,16 +192,13 @@ class Heartbeat:
     def _write_until_ended(self) -> None:
         while True:
             self._write()
-            self._look_for_stall()
+            beats, late = self._sign.beats, time.monotonic() - self._last_beat > self._limits.of(self._sign.doing)
+            if self._on_stall is not None and late and beats != self._told_of:
+                self._told_of = beats
+                self._on_stall(self._diagnostics, self._sign.rank)
             if self._ended.wait(pause(self._last_beat + self._limits.of(self._sign.doing) + _AFTER_STACKS)):
                 self._write()
                 return
-
-    def _look_for_stall(self) -> None:
-        beats, late = self._sign.beats, time.monotonic() - self._last_beat > self._limits.of(self._sign.doing)
-        if self._on_stall is not None and late and beats != self._told_of:
-            self._told_of = beats
-            self._on_stall(self._diagnostics, self._sign.rank)
 
     def _write(self) -> None:
         self._sign.written = round(time.time(), 3)

@@ -328,17 +328,12 @@ def lerp_where(averages: list[torch.Tensor], weights: list[torch.Tensor], weight
     if averages_one_by_one(share.device):
         for average, other in zip(averages, weights, strict=True):
             average.lerp_(other, share)
-    else:
-        lerp_by_foreach(averages, weights, share)
+    else:  # three kernels for all tensors
+        difference = torch._foreach_sub(weights, averages)
+        torch._foreach_mul_(difference, share)
+        torch._foreach_add_(averages, difference)
 
 
 def averages_one_by_one(device: torch.device) -> bool:
     """Return True on a CPU, where three passes over memory cost more than a call for each tensor."""
     return device.type == "cpu"
-
-
-def lerp_by_foreach(averages: list[torch.Tensor], weights: list[torch.Tensor], share: torch.Tensor) -> None:
-    """averages += share * (weights - averages), share 0-dim, in three kernels for all tensors."""
-    difference = torch._foreach_sub(weights, averages)
-    torch._foreach_mul_(difference, share)
-    torch._foreach_add_(averages, difference)

@@ -11,52 +11,35 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from errno import EINVAL
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
 
-_SUFFIX = ".unfinished"
 _UMASK = os.umask(0o077)  # only setting it tells it, which is not safe once there are threads
 os.umask(_UMASK)
 _NAME = re.compile(r"\.(?P<of>.+)\.[a-z0-9_]{8}\.unfinished", re.DOTALL)
 
 
-@contextmanager
-def temporary_file(path: Path) -> Iterator[Path]:
+def temporary_file(path: Path) -> AbstractContextManager[Path]:
     """An empty file beside `path`; gone after the block, unless it was renamed."""
-
-    def make(prefix: str, directory: Path) -> Path:
-        handle, name = tempfile.mkstemp(_SUFFIX, prefix, directory)
-        os.close(handle)
-        return Path(name)
-
-    with _held(path, make) as temporary:
-        try:
-            yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
+    return _temporary(path, lambda made: made.touch(0o600, exist_ok=False), lambda made: made.unlink(missing_ok=True))
 
 
-@contextmanager
-def temporary_folder(path: Path) -> Iterator[Path]:
+def temporary_folder(path: Path) -> AbstractContextManager[Path]:
     """An empty folder beside `path`; gone after the block, unless it was renamed."""
-    with _held(path, lambda prefix, directory: Path(tempfile.mkdtemp(_SUFFIX, prefix, directory))) as temporary:
-        try:
-            yield temporary
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    return _temporary(path, lambda made: made.mkdir(0o700), lambda made: shutil.rmtree(made, ignore_errors=True))
 
 
 @contextmanager
-def _held(path: Path, make: Callable[[str, Path], Path]) -> Iterator[Path]:
+def _temporary(path: Path, make: Callable[[Path], None], remove: Callable[[Path], None]) -> Iterator[Path]:
     remove_leftovers(path.parent, path.name)
     while True:
-        temporary = make(f".{path.name}.", path.parent)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
+        make(temporary)
         try:
             handle = _open(temporary, 0)
         except FileNotFoundError:  # another writer took it for a leftover
@@ -64,7 +47,10 @@ def _held(path: Path, make: Callable[[str, Path], Path]) -> Iterator[Path]:
         try:
             # Another writer may have locked it as a leftover, and removes it then.
             if lock(handle, wait=False) and temporary.exists():
-                yield temporary
+                try:
+                    yield temporary
+                finally:
+                    remove(temporary)
                 return
         finally:
             os.close(handle)
@@ -381,7 +367,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[int | None]:
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(EINVAL, "not a regular file; remove it", str(path))
+            raise OSError(errno.EINVAL, "not a regular file; remove it", str(path))
         yield handle if lock(handle, wait=wait) else None
     finally:
         os.close(handle)

@@ -35,7 +35,7 @@ from typing import Any, Generic, TypeVar
 
 from karat_scale import __version__
 from karat_scale.foundation.errors import UserError, nearest
-from karat_scale.foundation.native_build import cpu_flags, home
+from karat_scale.foundation.native_build import cpu_flags, cpuinfo, home
 
 T = TypeVar("T")
 ROOT = Path("/sys/fs/cgroup")
@@ -111,11 +111,7 @@ def usable_memory() -> int:
 
 def processor_name() -> str:
     """This machine's processor, as the kernel names it; its architecture where the kernel does not."""
-    try:
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    return cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def cpu_has_bf16() -> bool:
@@ -207,15 +203,13 @@ _USUAL = {"h100": "h100-80", "a100": "a100-80"}
 
 def known_gpu(name: str) -> Gpu:
     """The GPU of that name, or the usual or only one whose name begins with it. Raises UserError, which lists names."""
-    gpu = find_gpu(_USUAL.get(name.lower(), name))
-    alike = [gpu.key for gpu in GPUS if gpu.key.startswith(f"{name.lower()}-")]
-    if gpu is None and len(alike) == 1:
-        gpu = find_gpu(alike[0])
+    keys = [gpu.key for gpu in GPUS]
+    alike = [key for key in keys if key.startswith(f"{name.lower()}-")]
+    gpu = find_gpu(_USUAL.get(name.lower(), name)) or (find_gpu(alike[0]) if len(alike) == 1 else None)
     if gpu is None:
-        if close := alike or nearest(name.lower(), [gpu.key for gpu in GPUS], count=3):
-            raise UserError(f"--gpu {name}: not in the table; did you mean {' or '.join(close)}? {_OTHER_GPU}")
-        keys = ", ".join(gpu.key for gpu in GPUS)
-        raise UserError(f"--gpu {name}: not in the table ({keys}). {_OTHER_GPU}")
+        close = alike or nearest(name.lower(), keys, count=3)
+        known = f"; did you mean {' or '.join(close)}?" if close else f" ({', '.join(keys)})."
+        raise UserError(f"--gpu {name}: not in the table{known} {_OTHER_GPU}")
     return gpu
 
 

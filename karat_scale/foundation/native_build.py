@@ -116,13 +116,18 @@ def _available_instruction_sets() -> tuple[str, ...]:
     return {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(capability, ())
 
 
-def cpu_flags() -> set[str]:
-    """Return the features of this machine's processor that Linux lists, such as "avx2"; none on other systems."""
+def cpuinfo(key: str) -> str:
+    """Return what Linux says of this machine's first processor by a key, a pattern; nothing on other systems."""
     try:
-        found = re.search(r"^(?:flags|Features)\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = re.search(rf"^(?:{key})\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
         found = None
-    return set(found[1].split()) if found else set()
+    return found[1].strip() if found else ""
+
+
+def cpu_flags() -> set[str]:
+    """Return the features of this machine's processor that Linux lists, such as "avx2"; none on other systems."""
+    return set(cpuinfo("flags|Features").split())
 
 
 def _may_use_amx() -> bool:
