@@ -376,8 +376,7 @@ class Checkpoints(Generic[S]):
             if self.world.is_main:
                 repair_latest(self.store, name, self.reporter)
             if self.recipe.checkpoint.keep_best:
-                mine = repair_best(self.store, state, self.reporter) if self.world.is_main else {}
-                changes = self.world.broadcast(mine)
+                changes = self.world.on_main(lambda: repair_best(self.store, state, self.reporter))
         for field, value in changes.items():
             setattr(state, field, value)
         if is_start:

@@ -451,9 +451,7 @@ def agree_on_checkpoint(
     Raises:
         RunDirectoryError: on all ranks alike, where no checkpoint is intact.
     """
-    with world.together():
-        found = _choose(store, state_of, reporter, check) if world.is_main else None
-    return world.broadcast(found)
+    return world.on_main(lambda: _choose(store, state_of, reporter, check))
 
 
 def _choose(store: CheckpointStore, state_of: str, reporter: Reporter, check: Check) -> tuple[Path, str] | None:

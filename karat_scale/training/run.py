@@ -138,15 +138,13 @@ def claim_directory(recipe: RunRecipe, world: World, signals: StopSignals) -> tu
 
     Returns the directory, on rank 0 what copies it to the URL, and what the recipe changes on purpose.
     """
-    directory, changes = RunDirectory(recipe.run.dir), ""
-    with world.together():  # before the URL: a start that is refused here takes it from nobody
-        if world.is_main:
-            changes = directory.open(recipe)
+    directory = RunDirectory(recipe.run.dir)
+    # Before the URL: a start that is refused here takes it from nobody.
+    changes = world.on_main(lambda: directory.open(recipe))
     copy = open_copy(recipe, world, directory, signals)
-    with world.together():
-        if copy is not None:
-            changes = directory.admit(recipe)  # to what came from there
-    return directory, copy, world.broadcast(changes)
+    if recipe.checkpoint.url:
+        changes = world.on_main(lambda: directory.admit(recipe))  # to what came from there
+    return directory, copy, changes
 
 
 def open_reporter(recipe: RunRecipe, world: World, directory: RunDirectory) -> Reporter:
@@ -175,9 +173,7 @@ def open_near(recipe: RunRecipe, directory: RunDirectory, world: World, reporter
     Raises:
         RunDirectoryError: a node cannot write there, or the recipe cannot go on with what it has.
     """
-    with world.together():
-        if world.is_main and not run_id(directory.path):
-            keep_run_id(directory.path, secrets.token_hex(8))
+    world.on_main(lambda: keep_run_id(directory.path, run_id(directory.path) or secrets.token_hex(8)))
     nodes = sum(world.gather(world.local_rank == 0))
     near = NearStore(Path(recipe.checkpoint.local).expanduser(), directory.path, run_id(directory.path), nodes)
     with world.together():
@@ -200,9 +196,7 @@ def open_near(recipe: RunRecipe, directory: RunDirectory, world: World, reporter
         reporter.warn(problem)
     if name is not None:
         reporter.info(f"{name} was saved on each node after the last one in the run's directory, and copied there")
-        with world.together():
-            if world.is_main:
-                directory.admit(recipe)
+        world.on_main(lambda: directory.admit(recipe))
 
 
 def how_to_extend(trainer: Trainer) -> str:

@@ -380,13 +380,12 @@ def open_copy(recipe: RunRecipe, world: World, directory: RunDirectory, signals:
         heartbeat.stop()
 
 
-class _Start:
+class _Start(Background[RunCopy]):
     """Rank 0's part of `open_copy`, in a thread."""
 
     def __init__(self, recipe: RunRecipe, directory: RunDirectory) -> None:
         self.moved = 0
-        self._background = Background(lambda: _begin(recipe, directory, self._count))
-        self.wait, self.result = self._background.wait, self._background.result
+        super().__init__(lambda: _begin(recipe, directory, self._count))
 
     def _count(self, size: int) -> None:
         self.moved += size

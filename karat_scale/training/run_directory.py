@@ -100,7 +100,21 @@ class RunDirectory:
         """Create the directory if need be, and keep other processes out. Raises RunDirectoryError."""
         try:
             self.store.root.mkdir(parents=True, exist_ok=True)
-            self._claim()
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+            file = os.fdopen(open_regular(self.path / ".lock", flags), "a+", encoding="utf-8")
+            if not lock(file, wait=False):
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise RunDirectoryError(
+                    f"run.dir = {self.path} is in use by {holder}; wait for it or choose another run.dir"
+                )
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            self._lock = file  # held until the process ends
+            # Data workers outlive a killed trainer by a second; with the lock, they would refuse its next start.
+            mine = weakref.ref(file)
+            os.register_at_fork(after_in_child=lambda: _close(mine()))
             self.last_sign = max((sign.written for sign in read_signs(self.path)), default=None)
             self.store.put_back()
         except OSError as error:
@@ -115,9 +129,10 @@ class RunDirectory:
             )
         if recipe.resume.mode == "never" or not self.recipe_file.is_file():
             return ""
+        old = self.recipe(type(recipe))
         if self.store.names():
-            self.refuse_another_recipe(recipe)
-        return self.changes(recipe)
+            self._refuse_another_recipe(old, recipe)
+        return describe_keys(old, recipe, [*differing_keys(old, recipe), *rounding_keys(old, recipe)])
 
     def begins_anew(self, recipe: RunRecipe) -> bool:
         """Whether nothing of an earlier start here counts for `recipe`; asked before `begin`.
@@ -219,36 +234,16 @@ class RunDirectory:
         """Replace `summary.json`. Raises RunDirectoryError when the disk does not take it."""
         _write(self.summary_file, json.dumps(summary, indent=2) + "\n")
 
-    def _claim(self) -> None:
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-        file = os.fdopen(open_regular(self.path / ".lock", flags), "a+", encoding="utf-8")
-        if not lock(file, wait=False):
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise RunDirectoryError(
-                f"run.dir = {self.path} is in use by {holder}; wait for it or choose another run.dir"
-            )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        self._lock = file  # held until the process ends
-        # Data workers outlive a killed trainer by a second; with the lock, they would refuse its next start.
-        mine = weakref.ref(file)
-        os.register_at_fork(after_in_child=lambda: _close(mine()))
-
-    def changes(self, recipe: RunRecipe) -> str:
-        """The keys that differ from the recipe recorded here and may change the result, with both values."""
-        old = self.recipe(type(recipe))
-        return describe_keys(old, recipe, [*differing_keys(old, recipe), *rounding_keys(old, recipe)])
-
-    def refuse_another_recipe(self, recipe: RunRecipe) -> None:
+    def _refuse_another_recipe(self, old: RunRecipe, recipe: RunRecipe) -> None:
         """Raise RunDirectoryError, with what can be done, if the run here cannot go on with this recipe."""
-        old = self.recipe(type(recipe))
         keys = differing_keys(old, recipe, recipe.resume.allow)
         before, after = flatten(old), flatten(recipe)
         fixed = [key for key in NEVER_ALLOWED if before.get(key) != after.get(key)] + _unseen(before, after)
+        summary = self.summary() or {}
+        ended = summary.get("exit") == 0 and before["train.max_steps"] is None
+        is_finished = ended and self.store.pointed("latest") == checkpoint_name(summary.get("steps", -1))
         is_longer = keys == ["train.epochs"] and after["train.epochs"] > before["train.epochs"]
-        if is_longer and not fixed and self._is_finished(before):
+        if is_longer and not fixed and is_finished:
             return  # asking for more of a finished run cannot be a mistake
         keys += [key for key in fixed if key not in keys]
         if keys:
@@ -289,12 +284,6 @@ class RunDirectory:
             )
         state.train_images, state.train_identity, state.class_order_sha256 = images, identity, order
         return said
-
-    def _is_finished(self, recipe: dict[str, Any]) -> bool:
-        """Whether the newest checkpoint is the end of the run that `recipe`, by dotted key, says."""
-        summary = self.summary() or {}
-        ended = summary.get("exit") == 0 and recipe["train.max_steps"] is None
-        return ended and self.store.pointed("latest") == checkpoint_name(summary.get("steps", -1))
 
 
 def _kind(identity: str) -> str:
@@ -417,9 +406,7 @@ class OpenRun(Generic[R]):
 
     def choose(self, world: World) -> str:
         """Return `chosen`, which rank 0 alone looks for. Collective; raises the same on all ranks."""
-        with world.together():
-            name = self.chosen if world.is_main else ""
-        self.chosen = world.broadcast(name)
+        self.chosen = world.on_main(lambda: self.chosen)
         return self.chosen
 
     @property

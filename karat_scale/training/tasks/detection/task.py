@@ -104,7 +104,7 @@ def evaluate(
     finally:
         batches.close()
     everything = [one for part in world.gather(found) for one in part]
-    return world.broadcast(score(split, everything) if world.is_main else None)  # type: ignore[return-value]
+    return world.on_main(lambda: score(split, everything))
 
 
 def describe(batch: DetectionBatch, predictions: list[dict[str, Tensor]], split: CocoSplit) -> list[dict[str, Any]]:
