@@ -169,10 +169,6 @@ Falsehood = Callable[[Path], str | None]
 """What the files of a checkpoint say that cannot be true, though each is as it was written."""
 
 
-def _print_note(text: str) -> None:
-    print(f"note: {printable(text)}", file=sys.stderr)
-
-
 def checkpoint_name(step: int) -> str:
     """The directory's name of the checkpoint after `step` finished steps."""
     return f"step-{step:08d}"
@@ -324,10 +320,10 @@ class CheckpointStore:
         damage = damage_of(path, progress)
         return self._falsehood(path) if damage is None and self._falsehood is not None else damage
 
-    def find_intact(self, wanted: str, note: Callable[[str], None] = _print_note) -> str:
+    def find_intact(self, wanted: str) -> str:
         """The name of the checkpoint `wanted`: best, latest or a name; `best` falls back on `latest`.
 
-        Where `best` or `latest` is damaged, `note` says so and the newest one that is not is taken. A run that trains
+        Where `best` or `latest` is damaged, a line says so and the newest one that is not is taken. A run that trains
         meanwhile does not remove it as long as this store exists.
 
         Raises:
@@ -343,7 +339,7 @@ class CheckpointStore:
         problem = f"checkpoint {self.root / name} is damaged: {damage}"
         for other in self.names() if wanted in POINTERS else ():
             if other != name and self._hold(other) and self.damage(other) is None:
-                note(f"{problem}; {other} is taken instead")
+                print(f"note: {printable(problem)}; {other} is taken instead", file=sys.stderr)
                 return other
         raise RunDirectoryError(f"{problem}; choose another")
 

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from karat_scale.data.loading.workers import kill_workers, start_worker
 from karat_scale.engine.deepspeed_internals import checkpoint_globals
 from karat_scale.engine.engine import PRECISIONS
-from karat_scale.foundation.errors import RunDirectoryError, one_line
+from karat_scale.foundation.errors import RunDirectoryError, causes, one_line
 from karat_scale.foundation.files import (
     Fingerprint,
     FingerprintedFile,
@@ -137,20 +137,16 @@ class KeptMemory:
         """Copy a tensor, or only begin that if a GPU has it; returns its place. Raises OSError."""
         stride = torch.empty_like(tensor, device="meta").stride()
         size = tensor.numel() * tensor.element_size()
-        start = self._reserve(size)
-        block = self.blocks[self._block]
-        flat = block.bytes[start : start + size].view(tensor.dtype)
-        flat.as_strided(tensor.shape, stride).copy_(tensor.detach(), non_blocking=True)
-        return block.number, start, tensor.dtype, tuple(tensor.shape), stride
-
-    def _reserve(self, size: int) -> int:
         while self._block < len(self.blocks) and self._end + size > self.blocks[self._block].bytes.numel():
             self._block, self._end = self._block + 1, 0
         if self._block == len(self.blocks):
             # The blocks grow with what there is: each takes a descriptor.
             self._add(max(size, _BLOCK_BYTES, sum(block.bytes.numel() for block in self.blocks) // 4))
-        start, self._end = self._end, -(-(self._end + size) // _ALIGNED) * _ALIGNED
-        return start
+        block, start = self.blocks[self._block], self._end
+        self._end = -(-(start + size) // _ALIGNED) * _ALIGNED
+        flat = block.bytes[start : start + size].view(tensor.dtype)
+        flat.as_strided(tensor.shape, stride).copy_(tensor.detach(), non_blocking=True)
+        return block.number, start, tensor.dtype, tuple(tensor.shape), stride
 
     def _add(self, size: int) -> None:
         descriptor = os.memfd_create("karat-save")
@@ -413,10 +409,7 @@ def describe(error: OSError) -> str:
 
 def as_os_error(error: Exception) -> OSError:
     """The OSError behind a failed write, or one that says the same."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    return cause if isinstance(cause, OSError) else OSError(one_line(error))
+    return next((cause for cause in causes(error) if isinstance(cause, OSError)), OSError(one_line(error)))
 
 
 def checkpoint_bytes(parameters: int, stage: int, has_ema: bool, weight_bytes: int) -> int:

@@ -36,9 +36,11 @@ def one_line_out_of_memory(fix: Callable[[], str], snapshot: Callable[[], str] =
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        # torch's CPU allocator begins with its source line; CUDA's continues with all that it has allocated.
+        failed = one_line(error).rpartition("DefaultCPUAllocator: ")[2].partition(" GPU ")[0].rstrip(". ")
         where = snapshot()
         look = f"; {where} shows what is allocated (drop it on pytorch.org/memory_viz)" if where else ""
-        raise UserError(f"out of memory: {_what_failed(error)}; {fix()}{look}") from error
+        raise UserError(f"out of memory: {failed}; {fix()}{look}") from error
 
 
 def record_memory(device: torch.device) -> None:
@@ -58,12 +60,6 @@ def memory_snapshot(directory: Path, world: World) -> str:
     except (OSError, RuntimeError):  # the disk may be full, too
         return ""
     return str(path)
-
-
-def _what_failed(error: BaseException) -> str:
-    # torch's CPU allocator begins with its source line; CUDA's continues with all that it has allocated.
-    text = one_line(error).rpartition("DefaultCPUAllocator: ")[2].partition(" GPU ")[0]
-    return text.rstrip(". ")
 
 
 # Names of malloc.h: the free memory at the heap's end that is given back, what it grows by, and the size from which

@@ -108,13 +108,8 @@ def explaining() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_of_a_collective(error):
+        said = "gloo" in str(error) or "peer" in str(error)  # gloo raises plain RuntimeErrors; only their text tells
+        if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and said):
             raise
         lost = "the launcher" if LAUNCHER.is_gone else "another rank"
         raise PeerError(f"{lost} has ended ({one_line(error)[:160]})") from error
-
-
-def _is_of_a_collective(error: BaseException) -> bool:
-    """gloo raises plain RuntimeErrors; only their text tells."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and ("gloo" in text or "peer" in text))

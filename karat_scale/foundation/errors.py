@@ -5,7 +5,7 @@ Also: the nearest known name for an unknown one, and how a failed allocation is 
 
 import errno
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -80,13 +80,22 @@ _WORDS = {
 }
 
 
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception, and what it came from."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        seen.append(cause)
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
 def of_the_machine(error: BaseException) -> tuple[str, int] | None:
     """Return a line and an exit code for what a machine lacks or its file system refuses; None for any other error.
 
     The code is 1 where the machine lacks something, and 2 where a file is not what the user thought.
     """
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes(error):
         if isinstance(cause, MemoryError):
             return _LACKS[errno.ENOMEM], 1
         number = cause.errno if isinstance(cause, OSError) else None
@@ -94,7 +103,6 @@ def of_the_machine(error: BaseException) -> tuple[str, int] | None:
             number = next((number for words, number in _WORDS.items() if words in str(cause)), None)
         if number in _LACKS:
             return _LACKS[number], 1
-        cause = cause.__cause__ or cause.__context__
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{str(error.filename)[:200]}: {error.strerror}", 2
     if isinstance(error, RuntimeError) and "home directory" in str(error):

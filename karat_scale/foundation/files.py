@@ -65,8 +65,11 @@ def remove_leftovers(directory: Path, of: str | None = None) -> list[str]:
     Returns:
         A line for each one that cannot be removed.
     """
-    problems = []
-    for path in _unfinished(directory, of):
+    problems, found = [], list[Path]()
+    with suppress(OSError):
+        names = [(path, _NAME.fullmatch(path.name)) for path in directory.iterdir()]
+        found = [path for path, match in names if match and of in (None, match["of"])]
+    for path in found:
         try:
             handle = _open(path, os.O_NONBLOCK | os.O_NOFOLLOW)
         except FileNotFoundError:
@@ -87,13 +90,6 @@ def remove_leftovers(directory: Path, of: str | None = None) -> list[str]:
 def _open(path: Path, flags: int) -> int:
     """Open it for a lock: NFS locks only files that are open for writing, and folders cannot be."""
     return os.open(path, flags | (os.O_RDWR if path.is_file() and os.access(path, os.W_OK) else os.O_RDONLY))
-
-
-def _unfinished(directory: Path, of: str | None) -> list[Path]:
-    with suppress(OSError):
-        found = [(path, _NAME.fullmatch(path.name)) for path in directory.iterdir()]
-        return [path for path, match in found if match and of in (None, match["of"])]
-    return []
 
 
 def _line(path: Path, error: OSError) -> str:
@@ -151,7 +147,9 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
     A link's target is replaced, not the link. A device, a pipe or a socket is written to as it is.
     """
-    if _is_special(path):
+    is_other = path.exists() and not path.is_file() and not path.is_dir()
+    # What a rename must not replace: devices, pipes, and a standard stream by its name in /dev.
+    if is_other or (path.absolute().parts[:2] in (("/", "dev"), ("/", "proc")) and path.exists()):
         with name_in_errors(path), path.open("wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
         return
@@ -262,12 +260,6 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-
-
-def _is_special(path: Path) -> bool:
-    """True for what a rename must not replace: devices, pipes, and a standard stream by its name in /dev."""
-    is_other = path.exists() and not path.is_file() and not path.is_dir()
-    return is_other or (path.absolute().parts[:2] in (("/", "dev"), ("/", "proc")) and path.exists())
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
-from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.errors import DataError, causes
 from karat_scale.foundation.machine import Background
 from karat_scale.foundation.tables import how_to_install, load
 
@@ -53,8 +53,7 @@ _MISSING = "it is missing"
 
 def judged(error: BaseException) -> tuple[str, bool]:
     """Return what an error means, and whether it is final."""
-    causes = list(_causes(error))
-    for cause in causes:
+    for cause in causes(error):
         if isinstance(cause, FinalError):
             return str(cause), True
         if (status := _status(cause)) is not None:
@@ -67,21 +66,12 @@ def judged(error: BaseException) -> tuple[str, bool]:
         return _MISSING, True
     if isinstance(error, PermissionError):
         return "access is refused; check the credentials that the store's library finds", True
-    if any(isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__ for cause in causes):
+    if any(isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__ for cause in causes(error)):
         return "no answer came in time", False
     if isinstance(error, EOFError):
         return f"the answer was cut short: {error}", False
-    words = next((cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror), "")
+    words = next((cause.strerror for cause in causes(error) if isinstance(cause, OSError) and cause.strerror), "")
     return f"the connection failed ({words or type(error).__name__})", False
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in seen:
-        seen.append(cause)
-        yield cause
-        cause = cause.__cause__ or cause.__context__
 
 
 def _status(error: BaseException) -> int | None:

@@ -25,7 +25,6 @@ T = TypeVar("T")
 
 KINDS = ("train", "eval", "histograms")
 """The kinds of events that have figures; of each kind, a step has one."""
-_NOT_FIGURES = ("step", "time")
 
 
 @dataclass(frozen=True)
@@ -69,19 +68,22 @@ class Tracker(Protocol):
 
 def figures(event: Event) -> dict[str, float]:
     """Return the numbers of a "train" or "eval" event by the names that trackers show, such as `train/loss`."""
-    return dict(_figures(event)) if event.get("event") in ("train", "eval") else {}
-
-
-def _figures(event: Event) -> Iterator[tuple[str, float]]:
-    for name, value in numbers(event):
-        if name not in _NOT_FIGURES:
-            yield f"{event['event']}/{name}", value
+    if event.get("event") not in ("train", "eval"):
+        return {}
+    found = {f"{event['event']}/{name}": value for name, value in numbers(event) if name not in ("step", "time")}
     for block, share in (event.get("beyond_reach_by_block") or {}).items():
-        yield f"scores beyond the reach of the functions/block {block}", share
+        found[f"scores beyond the reach of the functions/block {block}"] = share
     for name, blocks in (event.get("content") or {}).items():
-        for block, value in enumerate(blocks):
-            if value is not None:
-                yield f"content, {name}/block {block}", value
+        found |= {f"content, {name}/block {block}": x for block, x in enumerate(blocks) if x is not None}
+    return found
+
+
+def _with_histograms(event: Event, histogram: Any) -> dict[str, Any]:
+    """Return its figures, and its histograms by the library's class of them, which W&B and trackio have alike."""
+    found: dict[str, Any] = dict(figures(event))
+    for name, one in event.get("histograms", {}).items():
+        found[f"{event['event']}/{name}"] = histogram(np_histogram=(one["counts"], one["edges"]))
+    return found
 
 
 def numbers(event: Event) -> Iterator[tuple[str, float]]:
@@ -112,7 +114,8 @@ class TensorBoard:
         """Add scalars and histograms."""
         records = []
         for event in events:
-            if values := [*self._scalars(event), *self._histograms(event)]:
+            scalars = [self._values.Value(tag=tag, simple_value=value) for tag, value in figures(event).items()]
+            if values := [*scalars, *self._histograms(event)]:
                 summary = self._values(value=values)
                 records.append(self._event(wall_time=event["time"], step=event["step"], summary=summary))
         self._append(records)
@@ -136,10 +139,6 @@ class TensorBoard:
         except OSError:
             self._file.truncate(before)
             raise
-
-    def _scalars(self, event: Event) -> Iterator[Any]:
-        for name, value in figures(event).items():
-            yield self._values.Value(tag=name, simple_value=value)
 
     def _histograms(self, event: Event) -> Iterator[Any]:
         for name, one in event.get("histograms", {}).items():
@@ -186,12 +185,8 @@ class WandB:
     def write(self, events: Sequence[Event]) -> None:
         """Log figures and histograms, each kind over its own steps: a resumed run of W&B does not go back a step."""
         for event in events:
-            kind = event["event"]
-            values: dict[str, Any] = dict(figures(event))
-            for name, one in event.get("histograms", {}).items():
-                values[f"{kind}/{name}"] = self._histogram(np_histogram=(one["counts"], one["edges"]))
-            if values:
-                self._run.log({**values, f"{kind}/step": event["step"]})
+            if values := _with_histograms(event, self._histogram):
+                self._run.log({**values, f"{event['event']}/step": event["step"]})
 
     def upload(self, file: Path, name: str) -> None:
         """Save a file of the run."""
@@ -229,7 +224,9 @@ class MLflow:
             raise ValueError("set MLFLOW_TRACKING_URI to a server, or install mlflow, which has a database of its own")
         self._client = MlflowClient()
         self._summary_file = run.directory / "summary.json"
-        experiment = self._experiment(run.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "karat")
+        named = run.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "karat"
+        known = self._client.get_experiment_by_name(named)
+        experiment = known.experiment_id if known is not None else self._client.create_experiment(named)
         found = self._client.search_runs([experiment], f"tags.`{_TAG}` = '{run.id}'", max_results=1)
         one = found[0] if found else self._client.create_run(experiment, tags={_TAG: run.id}, run_name=run.name)
         self._id = one.info.run_id
@@ -261,11 +258,6 @@ class MLflow:
             metrics = [metric(_name(name), value, when, steps) for name, value in numbers(summary)]
             self._client.log_batch(self._id, metrics=metrics)
             self._client.set_terminated(self._id, _STATES.get(summary["exit"], "FAILED"))
-
-    def _experiment(self, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        identifier: str = found.experiment_id if found is not None else self._client.create_experiment(name)
-        return identifier
 
     def _describe(self, settings: Mapping[str, Any], known: Mapping[str, str]) -> None:
         """Log the settings. A parameter of MLflow cannot change, so what a later start changes becomes a tag."""
@@ -320,10 +312,7 @@ class Trackio:
     def write(self, events: Sequence[Event]) -> None:
         """Log figures and histograms."""
         for event in events:
-            values: dict[str, Any] = dict(figures(event))
-            for name, one in event.get("histograms", {}).items():
-                values[f"{event['event']}/{name}"] = self._histogram(np_histogram=(one["counts"], one["edges"]))
-            if values:
+            if values := _with_histograms(event, self._histogram):
                 self._run.log(values, step=event["step"])
                 self._given[event["event"]] = event["step"]
 
