@@ -160,29 +160,17 @@ def patch_modules() -> None:
     from deepspeed.runtime import bf16_optimizer, utils
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
+    combine = stage3.combine_grad_norm_groups
     for module in (bf16_optimizer, stage_1_and_2, stage3):
         module.is_invalid_grad_norm = lambda norm: _judge[0](norm)
-    for module in (utils, stage_1_and_2):
-        module.mask_nan_or_inf_with_val_inplace = _leave_as_it_is
+    for module in (utils, stage_1_and_2):  # a norm that is not finite says so itself
+        module.mask_nan_or_inf_with_val_inplace = lambda *_, **__: None
     bf16_optimizer.clip_tensors_by_global_norm = _clip_by_norm
-    bf16_optimizer.get_global_norm_of_tensors = _norm_of_whole_gradients
-    stage3.combine_grad_norm_groups = functools.partial(_combined, stage3.combine_grad_norm_groups)
+    # Each rank has the gradients whole.
+    bf16_optimizer.get_global_norm_of_tensors = lambda input_tensors, **_: _square(input_tensors).sqrt().float()
+    stage3.combine_grad_norm_groups = lambda norms, **how: norms[0] if len(norms) == 1 else combine(norms, **how)
     # It would print the machine's memory, after a garbage collection each time.
-    bf16_optimizer.see_memory_usage = _leave_as_it_is
-
-
-def _leave_as_it_is(*_: Any, **__: Any) -> None:
-    """A norm that is not finite says so itself."""
-
-
-def _combined(combine: Callable[..., torch.Tensor], norms: list[torch.Tensor], **how: Any) -> torch.Tensor:
-    """As DeepSpeed's, where there is something to combine."""
-    return norms[0] if len(norms) == 1 else combine(norms, **how)
-
-
-def _norm_of_whole_gradients(input_tensors: list[torch.Tensor], **_: Any) -> torch.Tensor:
-    """As DeepSpeed's for gradients that each rank has whole."""
-    return _square(input_tensors).sqrt().float()
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
 
 
 def _clip_by_norm(input_tensors: list[torch.Tensor], max_norm: float, global_norm: torch.Tensor, **_: Any) -> None:

@@ -47,20 +47,18 @@ def watched(model: nn.Module, visit: Visit) -> Iterator[None]:
     """
     with ExitStack() as hooks:
         for number, layer in enumerate(attention_layers(model)):
-            hooks.enter_context(layer.attention.register_forward_pre_hook(_hook(number, visit), with_kwargs=True))
+            show = partial(_show, number, visit)
+            hooks.enter_context(layer.attention.register_forward_pre_hook(show, with_kwargs=True))
         yield
 
 
-def _hook(number: int, visit: Visit) -> Callable[[Any, tuple[Tensor, ...], dict[str, Any]], None]:
-    @torch.no_grad()
-    def before(attention: Any, inputs: tuple[Tensor, ...], settings: dict[str, Any]) -> None:
-        matrices = next((read for kind, read in _READERS.items() if isinstance(attention, kind)), None)
-        if matrices is None:
-            raise UserError(f"the attention matrices of {type(attention).__name__} cannot be read; add it to _READERS")
-        raw, learned = matrices(attention, inputs[0], settings.get("mask"))
-        visit(number, *(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (raw, learned)))
-
-    return before
+@torch.no_grad()
+def _show(number: int, visit: Visit, attention: Any, inputs: tuple[Tensor, ...], settings: dict[str, Any]) -> None:
+    matrices = next((read for kind, read in _READERS.items() if isinstance(attention, kind)), None)
+    if matrices is None:
+        raise UserError(f"the attention matrices of {type(attention).__name__} cannot be read; add it to _READERS")
+    raw, learned = matrices(attention, inputs[0], settings.get("mask"))
+    visit(number, *(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (raw, learned)))
 
 
 def _of_transferred(attention: Any, *_: Any) -> Matrices:
@@ -154,23 +152,20 @@ def replaced(model: nn.Module, replace: Replace) -> Iterator[None]:
     """Run each attention layer inside the `with` as O = S' V with S' = replace(block, S)."""
     with ExitStack() as hooks:
         for number, layer in enumerate(attention_layers(model)):
-            hooks.enter_context(layer.attention.register_forward_hook(_replacing(number, replace)))
+            hooks.enter_context(layer.attention.register_forward_hook(partial(_join, number, replace)))
         yield
+
+
+@torch.no_grad()
+def _join(number: int, replace: Replace, attention: Any, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
+    query, key, value = query_key_value(attention, inputs[0])
+    learned = scores_and_matrix(query, key, getattr(attention, "operator", None), inputs[0])[1]
+    return hosts.join_heads(attention, inputs[0], replace(number, learned).to(value.dtype) @ value)
 
 
 def mean_over_queries(_: int, learned: Tensor) -> Tensor:
     """Give each query the mean of all queries' rows."""
     return learned.mean(2, keepdim=True).expand_as(learned)
-
-
-def _replacing(number: int, replace: Replace) -> Callable[[Any, tuple[Tensor, ...], Tensor], Tensor]:
-    @torch.no_grad()
-    def after(attention: Any, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
-        query, key, value = query_key_value(attention, inputs[0])
-        learned = scores_and_matrix(query, key, getattr(attention, "operator", None), inputs[0])[1]
-        return hosts.join_heads(attention, inputs[0], replace(number, learned).to(value.dtype) @ value)
-
-    return after
 
 
 FIGURES = ("by_query", "by_image", "beyond_pi", "frobenius_norm")
@@ -250,29 +245,25 @@ def beyond_reach(model: nn.Module, forward: Callable[[Tensor], object], images: 
     """
     shares: list[Tensor] = []
 
-    def hook(reach: float) -> Callable[[Any, tuple[Tensor, ...], dict[str, Any]], None]:
-        @torch.no_grad()
-        def before(attention: Any, inputs: tuple[Tensor, ...], settings: dict[str, Any]) -> None:
-            query, key, bias, keep = _inputs(attention, inputs[0], settings.get("mask"))
-            rows = slice(None, None, math.ceil(query.shape[2] / _QUERIES))
-            heads = heads_of(attention)
-            assert heads is not None
-            scores = scores_of(query[:, -heads.num_heads :, rows], key[:, -heads.num_heads :], heads)
-            if bias is not None:
-                scores = scores + bias[:, -heads.num_heads :, rows]
-            beyond = scores.abs() > reach
-            if keep is None:
-                shares.append(beyond.float().mean())
-            else:
-                kept = keep[:, :, rows].expand_as(beyond)
-                shares.append((beyond & kept).sum() / kept.sum())
-
-        return before
+    def look(reach: float, attention: Any, inputs: tuple[Tensor, ...], settings: dict[str, Any]) -> None:
+        query, key, bias, keep = _inputs(attention, inputs[0], settings.get("mask"))
+        rows = slice(None, None, math.ceil(query.shape[2] / _QUERIES))
+        heads = heads_of(attention)
+        assert heads is not None
+        scores = scores_of(query[:, -heads.num_heads :, rows], key[:, -heads.num_heads :], heads)
+        if bias is not None:
+            scores = scores + bias[:, -heads.num_heads :, rows]
+        beyond = scores.abs() > reach
+        if keep is None:
+            shares.append(beyond.float().mean())
+        else:
+            kept = keep[:, :, rows].expand_as(beyond)
+            shares.append((beyond & kept).sum() / kept.sum())
 
     layers = attention_layers(model)
     with ExitStack() as hooks, torch.compiler.set_stance("force_eager"):
         for number, reach in reaches(model).items():
             attention = layers[number].attention
-            hooks.enter_context(attention.register_forward_pre_hook(hook(reach), with_kwargs=True))
+            hooks.enter_context(attention.register_forward_pre_hook(partial(look, reach), with_kwargs=True))
         forward(images)
     return torch.stack(shares)

@@ -157,11 +157,9 @@ def check_attention(network: nn.Module, model: ModelConfig) -> None:
         and type(module).__name__ not in _POOLS
     }
     if others or not known:
-        what = (
-            f"its attention, {min(others)}, cannot be replaced with KArAt"
-            if others
-            else "it has no attention that KArAt can replace"
-        )
+        what = "it has no attention that KArAt can replace"
+        if others:
+            what = f"its attention, {min(others)}, cannot be replaced with KArAt"
         raise RecipeError(
             f"model.name = {model.name!r}: {what}; use a model with timm's "
             "own Attention in each block, a convit_* or a swin_* (docs/models.md)"
@@ -171,25 +169,19 @@ def check_attention(network: nn.Module, model: ModelConfig) -> None:
 def _check_patches(network: Any, model: ModelConfig) -> None:
     """Check that patches tile the image: pixels beyond the last whole patch would be dropped silently."""
     embed = getattr(network, "patch_embed", None)
-    if isinstance(embed, ConvEmbedding):
-        _check_overlapping(embed.conv, model)
+    if isinstance(embed, ConvEmbedding):  # of PiT, whose patches overlap
+        (side, *_), (step, *_) = embed.conv.kernel_size, embed.conv.stride
+        if rest := (model.image_size - side) % step:
+            raise RecipeError(
+                f"model.image_size = {model.image_size} does not fit {model.name}'s patches, {side} pixels wide, "
+                f"{step} apart; use {model.image_size - rest}"
+            )
     if isinstance(embed, PatchEmbed) and model.image_size % embed.patch_size[0]:
         side = embed.patch_size[0]
         nearest = max(model.image_size // side, 1) * side
         raise RecipeError(
             f"model.image_size = {model.image_size} is not a multiple of the patch size of {model.name}, {side}; "
             f"use {nearest}"
-        )
-
-
-def _check_overlapping(conv: nn.Conv2d, model: ModelConfig) -> None:
-    """Check the same for PiT, whose patches overlap."""
-    (side, *_), (step, *_) = conv.kernel_size, conv.stride
-    rest = (model.image_size - side) % step
-    if rest:
-        raise RecipeError(
-            f"model.image_size = {model.image_size} does not fit {model.name}'s patches, {side} pixels wide, "
-            f"{step} apart; use {model.image_size - rest}"
         )
 
 
@@ -214,12 +206,7 @@ class KaratAttention(Attention):
         refuse_dropout(self)
         self.operator = _MAKE_OPERATOR.get()(self.num_heads, self.head_dim)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Compute attention on tokens [B, N, D].
 
         A boolean `attn_mask` keeps pairs. A float one is added to scores; as in PyTorch, -inf keeps a pair out.
@@ -260,30 +247,21 @@ def build_vit(model: ModelConfig, attn_layer: type[Attention] | None = None, **o
     """
     own = VIT_SIZES.get(model.name, {})
     asked = {name: getattr(model, name) for name in ("patch_size", "embed_dim", "depth", "num_heads")}
-    sizes = {name: value for name, value in asked.items() if value is not None}
-    settings: dict[str, Any] = {**own, **sizes, **_plain_options(model), **options}
+    settings: dict[str, Any] = {**own, **{name: value for name, value in asked.items() if value is not None}}
+    if model.weight_init == "jax":
+        settings["weight_init"] = "jax"
+    if model.pool is not None:
+        # The average of normed patches, as in arXiv 2205.01580; timm's default is the norm of their average.
+        settings |= {"global_pool": model.pool, "class_token": model.pool == "token", "fc_norm": False}
     if attn_layer is not None:
         settings["attn_layer"] = attn_layer
-    network = build_timm(
-        model,
-        VIT_BASE if own else model.name,
-        **usual_settings(model),
-        **settings,
-    )
+    name = VIT_BASE if own else model.name
+    network = build_timm(model, name, **usual_settings(model), **{**settings, **options})
     try:
         _start(network, model)
     except ValueError as error:
         raise cannot_be_built(model, error) from error
     return network
-
-
-def _plain_options(model: ModelConfig) -> dict[str, Any]:
-    """Return timm's options for the input of the head and the first weights."""
-    options: dict[str, Any] = {"weight_init": "jax"} if model.weight_init == "jax" else {}
-    if model.pool is not None:
-        # The average of normed patches, as in arXiv 2205.01580; timm's default is the norm of their average.
-        options |= {"global_pool": model.pool, "class_token": model.pool == "token", "fc_norm": False}
-    return options
 
 
 @torch.no_grad()
@@ -385,17 +363,10 @@ class KaratMHSA(MHSA):
 
 
 def query_key_value(attention: Any, x: Tensor) -> tuple[Tensor, ...]:
-    """Return query, key and value [B, h, N, d] of an MHSA layer for tokens [B, N, D]."""
+    """Return query, key and value [B, h, N, d] of a layer with one product for all three, for tokens [B, N, D]."""
     qkv: Tensor = attention.qkv(x)
     parts: tuple[Tensor, ...] = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return parts
-
-
-def _own_sizes(name: str) -> tuple[int, int]:
-    """Return a model's number of heads and width."""
-    with torch.device("meta"):
-        network: Any = timm.create_model(name)
-    return int(network.blocks[0].attn.num_heads), int(network.embed_dim)
 
 
 class Convit(Host):
@@ -414,18 +385,14 @@ class Convit(Host):
                 )
             sizes |= {"depth": model.depth, "local_up_to_layer": model.depth - PLAIN_BLOCKS}
         if model.num_heads is not None or model.embed_dim is not None:
-            own_heads, own_width = _own_sizes(model.name)
-            heads, width = model.num_heads or own_heads, model.embed_dim or own_width
+            with torch.device("meta"):
+                own: Any = timm.create_model(model.name)
+            heads = model.num_heads or own.blocks[0].attn.num_heads
+            width = model.embed_dim or own.embed_dim
             if width % heads:
                 raise RecipeError(f"model.embed_dim = {width} is not a multiple of the {heads} heads")
             sizes |= {"num_heads": heads, "embed_dim": width // heads}  # timm's is the width of a head
-        network: Any = build_timm(
-            model,
-            model.name,
-            **usual_settings(model),
-            **sizes,
-            **options,
-        )
+        network: Any = build_timm(model, model.name, **usual_settings(model), **sizes, **options)
         for layer in attention_layers(network):
             # Else it is made in the first forward pass, in whatever mode that runs.
             if isinstance(layer.attention, GPSA):
@@ -480,8 +447,7 @@ def parts_of(
         query, key and value [windows B, h, N, d]; the bias [1, h, N, N]; the mask [windows B, 1, N, N], true where a
         pair takes part, or None.
     """
-    qkv: Tensor = attention.qkv(x)
-    query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    query, key, value = query_key_value(attention, x)
     # timm adds the mask, 0 or -100, to softmax's scores. `len` would fix the batch size when a model is traced.
     keep = None if mask is None else (mask == 0).repeat(x.shape[0] // mask.shape[0], 1, 1).unsqueeze(1)
     return query, key, value, attention._get_rel_pos_bias(), keep

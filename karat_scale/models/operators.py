@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from karat_scale.attention import FourierKaratOperator, HybridHeads, KaratOperator, ResidualHeads, make_basis
-from karat_scale.attention.bases import Basis
 from karat_scale.attention.bound import BoundedHeads
 from karat_scale.attention.functional import KERNELS_OF
 from karat_scale.attention.operator import AttentionHeads, LayerCall
@@ -181,22 +180,21 @@ def _karat_maker(attention: AttentionConfig) -> _Maker:
     basis = make_basis(attention.basis, **settings)
 
     def make(num_tokens: int, num_heads: int, *_: int) -> AttentionHeads:
-        operator = _make_operator(attention, basis, num_tokens, num_heads)
+        named: dict[str, Any] = {name: getattr(attention, name) for name in ("rank", "implementation")}
+        named |= {"num_tokens": num_tokens, "num_heads": num_heads}
+        operator: AttentionHeads
+        if attention.form == "smooth":
+            operator = SmoothOperator(**named, grid=attention.grid, modes=attention.modes)
+        else:
+            named |= {"base": attention.base, "init": attention.init}
+            if attention.is_modular_series:
+                operator = FourierKaratOperator(**named, grid=attention.grid, gains=attention.gains)
+                operator = ContentOperator(operator) if attention.form == "content" else operator
+            else:
+                operator = KaratOperator(**named, basis=basis, form=attention.form, simplex=attention.simplex)
         return operator if attention.scores else WithoutScores(operator)
 
     return make
-
-
-def _make_operator(attention: AttentionConfig, basis: Basis, num_tokens: int, num_heads: int) -> AttentionHeads:
-    sizes: dict[str, Any] = {"num_tokens": num_tokens, "num_heads": num_heads, "rank": attention.rank}
-    if attention.form == "smooth":
-        more: dict[str, Any] = {"modes": attention.modes, "implementation": attention.implementation}
-        return SmoothOperator(**sizes, grid=attention.grid, **more)
-    named: dict[str, Any] = {"base": attention.base, "init": attention.init, "implementation": attention.implementation}
-    if attention.is_modular_series:
-        operator = FourierKaratOperator(**sizes, **named, grid=attention.grid, gains=attention.gains)
-        return ContentOperator(operator) if attention.form == "content" else operator
-    return KaratOperator(**sizes, **named, basis=basis, form=attention.form, simplex=attention.simplex)
 
 
 def learn(
