@@ -361,12 +361,16 @@ class Checkpoints(Generic[S]):
                 ranks = [self.world.rank] if not is_fitting and self._has_my_layout(root / name, saved) else None
                 with self.world.together():  # none must wait in `restore` for one that refuses its files
                     content = read_state(root / name, saved, ranks)
-                    if is_fitting and fresh is not None and content.shapes != self._shapes:
+                    if is_fitting and fresh is not None and content.shapes != self.engine.all_shapes:
                         content = fit_state(content, fresh())
                 restore(self.engine, self.ema, content, self.world)
             except (RunDirectoryError, RecipeError) as error:
                 raise RunDirectoryError(f"checkpoint {root / name}: {error}") from error
-            self._restore_generators(root / name, saved)
+            # A rank resumes with the generators of its number. If there are none, they start from the step.
+            if (sidecar := root / name / sidecar_name(self.world.rank)).is_file():
+                restore_generators(read_record(sidecar, Sidecar), self.world.device)
+            else:
+                seed_generators(self.recipe.run.seed, saved["step"], self.world.rank)
         state = self.state_type.from_json(saved)
         changes: dict[str, Any] = {}
         if root != self.store.root:
@@ -383,10 +387,6 @@ class Checkpoints(Generic[S]):
             state.restarts += 1
             state.seconds_to_first_step = None  # each start has its own
         return state
-
-    @property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {**self.engine.shapes, **{name: tuple(x.shape) for name, x in self.engine.frozen.items()}}
 
     def _has_my_layout(self, checkpoint: Path, saved: dict[str, Any]) -> bool:
         """Whether each rank finds all it needs in the files of its own number."""
@@ -419,14 +419,6 @@ class Checkpoints(Generic[S]):
                 f"checkpoint {path.name} was written with train.global_batch = {written}, this run has "
                 f"{batch}; use train.global_batch={written}"
             )
-
-    def _restore_generators(self, checkpoint: Path, saved: dict[str, Any]) -> None:
-        """A rank resumes with the generators of its number. If there are none, they start from the step."""
-        path = checkpoint / sidecar_name(self.world.rank)
-        if path.is_file():
-            restore_generators(read_record(path, Sidecar), self.world.device)
-        else:
-            seed_generators(self.recipe.run.seed, saved["step"], self.world.rank)
 
 
 def _identity(state: RunState) -> tuple[int, int]:

@@ -65,7 +65,8 @@ def _states(values: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _tuple(value: Any) -> Any:
+def as_tuple(value: Any) -> Any:
+    """Return a list as a tuple, and anything else as it is."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -79,8 +80,8 @@ def _scaler(value: Any) -> Any:
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 AnyTensor = Annotated[Any, AfterValidator(_plain)]
 Floats = Annotated[Any, AfterValidator(_plain), AfterValidator(_floats)]
-Shape = Annotated[tuple[Count, ...], BeforeValidator(_tuple)]
-Place = Annotated[tuple[str, Count, Count, Count], BeforeValidator(_tuple)]
+Shape = Annotated[tuple[Count, ...], BeforeValidator(as_tuple)]
+Place = Annotated[tuple[str, Count, Count, Count], BeforeValidator(as_tuple)]
 
 
 class Record(BaseModel):

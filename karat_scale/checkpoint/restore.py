@@ -232,7 +232,7 @@ def restore(engine: Engine, ema: Ema | None, saved: SavedState, world: World) ->
 
 def _fill(engine: Engine, ema: Ema | None, saved: SavedState) -> list[dict[str, Any]]:
     """Fill this rank's own tensors; returns the optimizer's states of each."""
-    check_shapes({**engine.shapes, **{name: tuple(x.shape) for name, x in engine.frozen.items()}}, saved.shapes)
+    check_shapes(engine.all_shapes, saved.shapes)
     check_buffers(engine.module, saved.buffers)
     for name in sorted(saved.frozen ^ engine.frozen.keys()):
         where = "there and not here" if name in saved.frozen else "here and not there"

@@ -205,6 +205,7 @@ class Engine:
             for name, p in model.named_parameters()
             if not p.requires_grad
         }
+        self.all_shapes = self.shapes | {name: tuple(x.shape) for name, x in self.frozen.items()}
         self._offloads = offloads_optimizer(config)
         choice = recipe.deepspeed.cpu_adam if recipe.optim.row.on_cpu and self._offloads else "torch"
         on_gpu = choice == "auto" and world.device.type == "cuda"

@@ -131,8 +131,10 @@ def _explain(name: str, sections: Sequence[KeySection], schema: type[RunRecipe])
     if name not in found:
         print(f"{name} is {' or '.join(found)} here.")
     for one in found:
-        if one in by_name:
-            _print_section(by_name[one])
+        if section := by_name.get(one):
+            rows = [[key.name, "required" if key.default is None else key.default, key.meaning] for key in section.keys]
+            title = f"{section.name}: {' '.join(section.meaning.split())}"
+            print_table(title, ["key", "default", "meaning"], rows, (0, 1, 2))
         else:
             _print_key(keys[one])
 
@@ -146,8 +148,3 @@ def _print_key(key: Key) -> None:
         f"  Another value may change {key.effect.value}. {_ON_RESUME[effect]}",
     ]
     print("", *(wrapped(line, "  ") for line in lines), sep="\n")
-
-
-def _print_section(section: KeySection) -> None:
-    rows = [[key.name, "required" if key.default is None else key.default, key.meaning] for key in section.keys]
-    print_table(f"{section.name}: {' '.join(section.meaning.split())}", ["key", "default", "meaning"], rows, (0, 1, 2))

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
 from karat_scale.data.batch import classes_digest
 from karat_scale.data.plan import TrainPlan
@@ -208,16 +210,10 @@ class Spikes:
         for position, loss in enumerate(losses):
             if not math.isfinite(loss):
                 continue
-            limit = self._limit()
+            limit = math.inf
+            if len(self._last) >= LEAST:
+                limit = float(np.mean(self._last) + self._deviations * np.std(self._last))
             if loss > limit:
                 found.append((position, loss, limit))
             self._last.append(loss)
         return found
-
-    def _limit(self) -> float:
-        count = len(self._last)
-        if count < LEAST:
-            return math.inf
-        mean = math.fsum(self._last) / count
-        variance = math.fsum((loss - mean) ** 2 for loss in self._last) / count
-        return mean + self._deviations * math.sqrt(variance)

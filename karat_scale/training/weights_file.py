@@ -16,13 +16,13 @@ from typing import Annotated, Any, NamedTuple
 import timm
 import yaml
 from huggingface_hub.utils import LocalEntryNotFoundError
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from karat_scale.checkpoint.records import Count, Record, validated
+from karat_scale.checkpoint.records import Count, Record, as_tuple, validated
 from karat_scale.checkpoint.restore import check_shapes
 from karat_scale.checkpoint.tensor_storage import read_metadata, save_safetensors
 from karat_scale.checkpoint.weights import describe_weights
@@ -52,32 +52,18 @@ Three = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_
 Sizes = Annotated[list[Annotated[int, Field(ge=1, lt=2**31)]], Field(min_length=3, max_length=3)]
 
 
-class _Run(Record):
+class _Run(Record, extra="allow"):
     name: str
 
 
-class _Augment(Record):
+class _Augment(Record, extra="allow"):
     mean: Three
     std: Three
 
 
-class _OfRecipe(Record):
+class _OfRecipe(Record, extra="allow"):
     run: _Run
     augment: _Augment
-
-
-def _has_sections(tree: dict[str, Any] | None) -> dict[str, Any]:
-    try:
-        _OfRecipe.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    return tree or {}
-
-
-def _parse_names(text: Any) -> Any:
-    names = parse_json(text)
-    return tuple(names) if isinstance(names, list) else names
 
 
 class Preprocessing(Record):
@@ -107,9 +93,9 @@ class ExportFacts(Record):
     weights_sha256: str | None = None
     model: Annotated[dict[str, Any] | None, Json] = None
     attention: Annotated[dict[str, Any] | None, Json] = None
-    recipe: Annotated[dict[str, Any] | None, BeforeValidator(_parse_recipe), AfterValidator(_has_sections)] = None
+    recipe: Annotated[_OfRecipe | None, BeforeValidator(_parse_recipe)] = None
     recipe_sha256: str | None = None
-    classes: Annotated[tuple[str, ...], BeforeValidator(_parse_names)] = ()
+    classes: Annotated[tuple[str, ...], BeforeValidator(as_tuple), Json] = ()
     preprocessing: Annotated[Preprocessing | None, Json] = None
     timm: Annotated[TimmNetwork | None, Json] = None
 
@@ -336,8 +322,8 @@ def _weights_of_file(path: Path) -> SourceWeights:
     origin = None
     with suppress(ValueError):  # of another version; the weights tell what they are
         origin = Origin(ModelConfig.model_validate(facts.model), AttentionConfig.model_validate(facts.attention))
-    augment = facts.recipe and facts.recipe["augment"]
-    return SourceWeights(weights, origin, (tuple(augment["mean"]), tuple(augment["std"])) if augment else None)
+    augment: Any = facts.recipe and facts.recipe.augment
+    return SourceWeights(weights, origin, (tuple(augment.mean), tuple(augment.std)) if augment else None)
 
 
 def _check_kind(path: Path) -> None:
@@ -380,7 +366,7 @@ def run_behind(source: str) -> dict[str, str]:
     facts = export_facts(path)
     if facts.recipe is None or facts.recipe_sha256 is None:
         return {}
-    return {"name": facts.recipe["run"]["name"], "recipe_sha256": facts.recipe_sha256}
+    return {"name": facts.recipe.run.name, "recipe_sha256": facts.recipe_sha256}
 
 
 def timm_model(name: str) -> nn.Module:

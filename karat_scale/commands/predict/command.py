@@ -105,7 +105,7 @@ def _of_export(path: Path, checkpoint: str, weights: str) -> Classifier:
     if facts.checkpoint is None or facts.weights is None or facts.recipe is None:
         raise RunDirectoryError(f"{path}: not a whole file of karat export; export the run again")
     held = {"checkpoint": facts.checkpoint, "weights": facts.weights}
-    recipe = validate_recipe(facts.recipe, str(path))
+    recipe = validate_recipe(facts.recipe.model_dump(), str(path))
     if recipe.attention.transfer_from:
         raise RunDirectoryError(f"{path}: its attention needs its teacher, which the run keeps; name the run instead")
     wanted = {"checkpoint": (checkpoint, "best"), "weights": (weights, "auto")}

@@ -212,7 +212,11 @@ class Stage:
                     conversion.new[group[0]].load_state_dict(states[group[0]])
 
         with world.together():
-            shown = self._validation_images()
+            ids = enumerate(spread_ids(self._backend.num_val))
+            batches = self._backend.eval_batches(BatchSlice(0, number, of_batch) for number, of_batch in ids)
+            normalize = Normalize(self._recipe.augment.mean, self._recipe.augment.std)
+            feed = DeviceFeed(batches, world.device)
+            shown = torch.cat([normalize(batch.images)[batch.valid] for batch in feed])
             found = {"at_once": errors(conversion, blocks, shown)}
             kept = dict(found["at_once"])
             solved = self._solve(mine, count) if config.rounds else []
@@ -221,8 +225,8 @@ class Stage:
                 keep_better(kept | found["least_squares"])
         if config.steps:
             step = partial(self._on_step, config.steps)
-            batches = self._training_images(count, config.steps)
-            descend(conversion, blocks, batches, config.steps, config.rate, config.scores, step)
+            training = self._training_images(count, config.steps)
+            descend(conversion, blocks, training, config.steps, config.rate, config.scores, step)
             keep_better(errors(conversion, blocks, shown))  # the rate may be too high
         found["matched"] = kept
         merged: dict[str, dict[int, list[float]]] = {}
@@ -287,13 +291,6 @@ class Stage:
             images = loader.finish(batch)[0]
             feed.fetch_ahead()
             yield images
-
-    def _validation_images(self) -> Tensor:
-        batches = enumerate(spread_ids(self._backend.num_val))
-        slices = (BatchSlice(0, number, ids) for number, ids in batches)
-        feed = DeviceFeed(self._backend.eval_batches(slices), self._world.device)
-        normalize = Normalize(self._recipe.augment.mean, self._recipe.augment.std)
-        return torch.cat([normalize(batch.images)[batch.valid] for batch in feed])
 
     def _identity(self) -> str:
         """What the result depends on, as a digest."""

@@ -296,7 +296,14 @@ def keep_teacher(recipe: Recipe, into: Path) -> None:
         return
     try:
         run = OpenRun.at(source, Recipe)
-        _check_fits(run.recipe, recipe)
+        theirs = run.recipe
+        check_transfers(theirs.model.name)
+        if theirs.attention.transfer_from:
+            raise RecipeError(f"it has its matrices from {theirs.attention.transfer_from}; name that run")
+        for key in ("mean", "std"):
+            there, here = getattr(theirs.augment, key), getattr(recipe.augment, key)
+            if there != here:
+                raise RecipeError(f"it was trained with augment.{key} = {list(there)}; use the same, not {list(here)}")
         write_weights(run, run.weights_kind, kept)
     except UserError as error:
         raise RecipeError(f"attention.transfer_from = {source}: {error}") from error
@@ -314,16 +321,6 @@ def build_model(recipe: Recipe, run: Path) -> nn.Module:
         teacher = Teacher(read_exported(run / TEACHER_FILE, recipe.attention.implementation))
         give_teacher(model, teacher, recipe.attention.transfer_from, recipe.attention.transfer_heads)
     return model
-
-
-def _check_fits(theirs: Recipe, ours: Recipe) -> None:
-    check_transfers(theirs.model.name)
-    if theirs.attention.transfer_from:
-        raise RecipeError(f"it has its matrices from {theirs.attention.transfer_from}; name that run")
-    for key in ("mean", "std"):
-        there, here = getattr(theirs.augment, key), getattr(ours.augment, key)
-        if there != here:
-            raise RecipeError(f"it was trained with augment.{key} = {list(there)}; use the same, not {list(here)}")
 
 
 def trained_classifier(run: OpenRun[Recipe]) -> nn.Module:

@@ -21,6 +21,7 @@ from timm.layers import LayerNorm2d
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from torch.utils._pytree import tree_map
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
@@ -84,22 +85,18 @@ _OPTIONS = {"class_token": False, "reg_tokens": 0, "global_pool": "", "num_class
 _ABOVE_BLOCKS = ("head.", "norm.", "fc_norm.", "attn_pool.")
 
 
-def build_vit(recipe: DetectionRecipe) -> VisionTransformer:
-    """Return the backbone's ViT for one window, freshly initialised.
+def build_vit(recipe: DetectionRecipe, attention: AttentionConfig | None = None) -> VisionTransformer:
+    """Return the backbone's ViT for one window, freshly initialised, with the recipe's attention or another.
 
     Raises:
         RecipeError: it is not a plain ViT, or timm cannot build it at these sizes.
     """
-    return _create(recipe, recipe.attention)
-
-
-def _create(recipe: DetectionRecipe, attention: AttentionConfig) -> VisionTransformer:
     if host_of_name(recipe.model.name) is not VIT:
         raise RecipeError(
             f"model.name = {recipe.model.name} is not a plain ViT, whose tokens form a map; use one such as "
             "vit_base_patch16_224"
         )
-    return cast(VisionTransformer, create_model(recipe.window_model, attention, **_OPTIONS))
+    return cast(VisionTransformer, create_model(recipe.window_model, attention or recipe.attention, **_OPTIONS))
 
 
 def take_backbone_weights(
@@ -136,7 +133,11 @@ class ViTBackbone(nn.Module):
             count, depth = recipe.detector.global_blocks, len(vit.blocks)
             # The last block of each of `count` equal parts, as in ViTDet.
             self.global_blocks = frozenset((part + 1) * depth // count - 1 for part in range(count))
-            _let_attend_by_softmax(vit, recipe, self.global_blocks)
+            if recipe.attention.kind != "softmax" and count:  # softmax needs no fixed N
+                plain = build_vit(recipe, AttentionConfig())
+                for number in self.global_blocks:
+                    plain.blocks[number].load_state_dict(vit.blocks[number].state_dict(), strict=False)
+                    vit.blocks[number] = plain.blocks[number]
             vit.set_input_size((recipe.model.image_size, recipe.model.image_size))
         self.vit = vit
         self.pyramid = SimpleFeaturePyramid(vit.embed_dim, recipe.detector.channels)
@@ -178,16 +179,6 @@ def _check_global_blocks(recipe: DetectionRecipe, depth: int) -> None:
         raise RecipeError(
             f"detector.global_blocks = {count}, but the model has {depth} blocks{why}; use {most} at most"
         )
-
-
-def _let_attend_by_softmax(vit: VisionTransformer, recipe: DetectionRecipe, blocks: frozenset[int]) -> None:
-    """Give these blocks attention without a fixed N, with their query, key and value."""
-    if recipe.attention.kind == "softmax" or not blocks:
-        return
-    plain = _create(recipe, AttentionConfig())
-    for number in blocks:
-        plain.blocks[number].load_state_dict(vit.blocks[number].state_dict(), strict=False)
-        vit.blocks[number] = plain.blocks[number]
 
 
 def detector_groups(model: Any, optim: AdamWConfig) -> Groups:
@@ -294,31 +285,8 @@ class Transform(GeneralizedRCNNTransform):
         return interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)[0], target
 
 
-class ProposalHead(RPNHead):
-    """Objectness and boxes of the anchors, float32."""
-
-    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return both for each map."""
-        logits, boxes = super().forward(x)
-        return [one.float() for one in logits], [one.float() for one in boxes]
-
-
-class BoxPredictor(FastRCNNPredictor):
-    """Classes and boxes of regions, float32."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both for features [n, d]."""
-        scores, boxes = super().forward(x)
-        return scores.float(), boxes.float()
-
-
-class MaskPredictor(MaskRCNNPredictor):
-    """Masks of regions for each class, float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits [n, classes, 2 h, 2 w] for features [n, channels, h, w]."""
-        logits: Tensor = super().forward(x)
-        return logits.float()
+def _to_float32(_: nn.Module, __: Any, output: Any) -> Any:
+    return tree_map(Tensor.float, output)
 
 
 _RATIOS = (0.5, 1.0, 2.0)
@@ -340,7 +308,7 @@ def build_detector(vit: VisionTransformer, recipe: DetectionRecipe) -> MaskRCNN:
     mask_rcnn = MaskRCNN(
         ViTBackbone(vit, recipe),
         rpn_anchor_generator=Anchors(detector.anchor_sizes, _RATIOS, strides),
-        rpn_head=ProposalHead(channels, len(_RATIOS), conv_depth=2),
+        rpn_head=RPNHead(channels, len(_RATIOS), conv_depth=2),
         rpn_batch_size_per_image=detector.anchors,
         rpn_pre_nms_top_n_train=detector.candidates_in_training or 2 * detector.proposals,
         rpn_pre_nms_top_n_test=detector.candidates or detector.proposals,
@@ -348,13 +316,15 @@ def build_detector(vit: VisionTransformer, recipe: DetectionRecipe) -> MaskRCNN:
         rpn_post_nms_top_n_test=detector.proposals,
         box_roi_pool=RoIAlign(*maps, output_size=7),
         box_head=FastRCNNConvFCHead((channels, 7, 7), convolutions, [detector.box_features], norm_layer=LayerNorm2d),
-        box_predictor=BoxPredictor(detector.box_features, classes),
+        box_predictor=FastRCNNPredictor(detector.box_features, classes),
         box_score_thresh=detector.min_score,
         box_batch_size_per_image=detector.rois,
         box_detections_per_img=detector.detections,
         mask_roi_pool=RoIAlign(*maps, output_size=14),
         mask_head=MaskRCNNHeads(channels, convolutions, 1, norm_layer=LayerNorm2d),
-        mask_predictor=MaskPredictor(channels, channels, classes),
+        mask_predictor=MaskRCNNPredictor(channels, channels, classes),
     )
+    for head in (mask_rcnn.rpn.head, mask_rcnn.roi_heads.box_predictor, mask_rcnn.roi_heads.mask_predictor):
+        head.register_forward_hook(_to_float32)
     mask_rcnn.transform = Transform(size, size, list(augment.mean), list(augment.std), size_divisible=size)
     return mask_rcnn
