@@ -92,10 +92,10 @@ def _check_nodes(tree: object) -> None:
 
 
 def mapped(tree: Any, change: Callable[[Any], Any]) -> Any:
-    """Return a copy of a tree with each of its values changed."""
-    if isinstance(tree, dict):
+    """Return a copy of plain data with each of its values changed."""
+    if isinstance(tree, Mapping):
         return {key: mapped(part, change) for key, part in tree.items()}
-    return [mapped(part, change) for part in tree] if isinstance(tree, list) else change(tree)
+    return [mapped(part, change) for part in tree] if isinstance(tree, list | tuple) else change(tree)
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -84,7 +84,10 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             reporter.start_trackers(directory.path, recipe.log.trackers, is_anew)
             reporter.begin(outcome.state.step, is_anew, directory.last_sign)
             if outcome.state.restarts:  # only now, as the end of a start that was refused is not told
-                reporter.resumed(outcome.state, checkpoint_name(outcome.state.step))
+                state, name = outcome.state, checkpoint_name(outcome.state.step)
+                said = f"resumed from {name}: step {state.step}, {state.samples:,} samples seen"
+                figures = {"samples": state.samples, "name": name, "restarts": state.restarts}
+                reporter.event("resume", state.step, said, figures)
             if copy is not None:
                 copy.begin()
             outcome.begun = True

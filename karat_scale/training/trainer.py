@@ -347,7 +347,8 @@ class Trainer:
             self._compiles_evaluation = False
             figures = {"samples": state.samples, **scores.to_json(), **more}
             is_best = state.record(figures)
-            self.reporter.evaluated(state.step, f"{scores} ({figures['weights']} weights)", figures)
+            said = f"eval at step {state.step}: {scores} ({figures['weights']} weights)"
+            self.reporter.event("eval", state.step, said, figures)
             if is_best and self.recipe.checkpoint.keep_best:
                 self._save()
 

@@ -23,6 +23,7 @@ from karat_scale.engine.tracking.follow import Trackers
 from karat_scale.foundation.console import ProgressBars, duration, printable, terminal
 from karat_scale.foundation.errors import not_written, one_line, say_in_one_write
 from karat_scale.foundation.files import append_to, open_to_read, parse_json
+from karat_scale.recipe.files import mapped
 
 
 class MetricsLog:
@@ -72,7 +73,7 @@ class MetricsLog:
 
 def _line(event: str, step: int, figures: Mapping[str, Any]) -> str:
     record = {"event": event, "step": step, "time": round(time.time(), 3), **figures}
-    return json.dumps(_finite_or_none(record), allow_nan=False) + "\n"
+    return json.dumps(mapped(record, _finite_or_none), allow_nan=False) + "\n"
 
 
 def read_events(path: Path, damaged: Callable[[str], None] = lambda line: None) -> Iterator[dict[str, Any]]:
@@ -104,11 +105,6 @@ def _ends_with_newline(file: Path) -> bool:
 
 
 def _finite_or_none(value: Any) -> Any:
-    """Return plain data with None in place of figures that are not finite."""
-    if isinstance(value, Mapping):
-        return {key: _finite_or_none(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite_or_none(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -271,15 +267,10 @@ class Reporter:
         self.display.train(step, total, text, left)
         self._write("train", step, **figures)
 
-    def converted(self, text: str, report: dict[str, Any]) -> None:
-        """What became of a trained model's attention before the first step, in words and as figures."""
+    def event(self, event: str, step: int, text: str, figures: Mapping[str, Any]) -> None:
+        """What has happened, in words, and as figures for the log."""
         self.info(text)
-        self._write("convert", 0, **report)
-
-    def evaluated(self, step: int, text: str, figures: dict[str, Any]) -> None:
-        """The result of an evaluation, in words and as figures."""
-        self.info(f"eval at step {step}: {text}")
-        self._write("eval", step, **figures)
+        self._write(event, step, **figures)
 
     def histograms(self, step: int, histograms: Mapping[str, Mapping[str, Any]]) -> None:
         """Distributions of weights, by name."""
@@ -293,11 +284,6 @@ class Reporter:
             self.info(f"saved {name} in {seconds:.1f} s, of which training paused {stall:.1f} s")
         figures = {"seconds": round(seconds, 3), "stall_seconds": round(stall, 3), **({"near": True} if near else {})}
         self._write("checkpoint", state.step, samples=state.samples, name=name, **figures)
-
-    def resumed(self, state: RunState, name: str) -> None:
-        """Training resumes from a checkpoint."""
-        self.info(f"resumed from {name}: step {state.step}, {state.samples:,} samples seen")
-        self._write("resume", state.step, samples=state.samples, name=name, restarts=state.restarts)
 
     def spike(self, step: int, loss: float, limit: float, advice: str) -> None:
         """The loss of a step is far above those before."""

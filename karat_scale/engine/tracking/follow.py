@@ -182,7 +182,10 @@ class Follower:
                 if events:
                     tracker.write(events)
                 self._keep(after)
-                self._tell_progress(file)
+                left, now = file.stat().st_size - after.offsets[name], time.monotonic()
+                if left > 0 and now - self._told > _PROGRESS_SECONDS:
+                    self._told = now
+                    self._say(f"{left / 1e6:.1f} MB of {name} are left to send")
 
     def finish(self) -> None:
         """Send what the run has left, once it has ended."""
@@ -226,43 +229,27 @@ class Follower:
         cursor.save(self._file)
         self._cursor = cursor
 
-    def _tell_progress(self, file: Path) -> None:
-        left = file.stat().st_size - self._cursor.offsets[file.name]
-        now = time.monotonic()
-        if left > 0 and now - self._told > _PROGRESS_SECONDS:
-            self._told = now
-            self._say(f"{left / 1e6:.1f} MB of {file.name} are left to send")
-
 
 def _tracked(run: Path, identifier: str) -> TrackedRun:
     recipe = read_run_recipe(run / "recipe.yaml")
     name, project = (recipe.get(section, {}).get(key, "") for section, key in (("run", "name"), ("log", "project")))
     directory = run.resolve().name
-    settings = {
-        **dict(leaves(recipe)),
-        **{f"versions.{library}": version for library, version in library_versions().items()},
-    }
-    return TrackedRun(
-        identifier, name if name == directory else f"{name} {directory}", project, run.absolute(), settings
-    )
+    title = name if name == directory else f"{name} {directory}"
+    settings = dict(leaves({**recipe, "versions": library_versions()}))
+    return TrackedRun(identifier, title, project, run.absolute(), settings)
 
 
 def _documents(run: Path, with_checkpoints: bool) -> list[Path]:
     patterns = list(_DOCUMENTS)
     log = read_run_recipe(run / "recipe.yaml").get("log") if with_checkpoints else None
     if isinstance(log, dict) and log.get("track_checkpoints"):
-        names = {_pointed(run / "checkpoints" / pointer) for pointer in ("latest", "best")} - {""}
-        patterns += [f"checkpoints/{name}/*" for name in sorted(names)]
+        for pointer in ("best", "latest"):
+            with suppress(OSError, ValueError):
+                name = read_text(run / "checkpoints" / pointer, 4096).strip()
+                patterns += [f"checkpoints/{name}/*"] if re.fullmatch(r"step-\d+", name) else []
     inside = run.resolve()  # a run of somebody else's may link to files of ours
-    found = [file for pattern in patterns for file in sorted(run.glob(pattern)) if file.is_file()]
+    found = [file for pattern in dict.fromkeys(patterns) for file in sorted(run.glob(pattern)) if file.is_file()]
     return [file for file in found if file.resolve().is_relative_to(inside)]
-
-
-def _pointed(pointer: Path) -> str:
-    with suppress(OSError, ValueError):
-        name = read_text(pointer, 4096).strip()
-        return name if re.fullmatch(r"step-\d+", name) else ""
-    return ""
 
 
 def _read_mapping(file: Path) -> Event:
@@ -360,21 +347,14 @@ def main(arguments: Sequence[str]) -> int:
 def check_trackers(names: Sequence[str]) -> None:
     """Raise UserError for the first tracker of a recipe whose package or module is not installed."""
     for name in names:
-        row = TRACKERS.get(name)
-        if row is None:
-            _check_place(name)
-        elif row.extra and not is_installed(EXTRAS[row.extra].module):
+        row, module = TRACKERS.get(name), name.partition(":")[0]
+        if row is not None and row.extra and not is_installed(EXTRAS[row.extra].module):
             raise UserError(f"log.trackers = {name}: {name} is not installed; {how_to_install(row.extra)}")
-
-
-def _check_place(place: str) -> None:
-    module = place.partition(":")[0]
-    try:
-        found = find_spec(module)
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
-        raise UserError(f"log.trackers = {place}: no module {module}; put its directory on PYTHONPATH")
+        if row is None:
+            with suppress(ModuleNotFoundError):  # of its parent package
+                if find_spec(module) is not None:
+                    continue
+            raise UserError(f"log.trackers = {name}: no module {module}; put its directory on PYTHONPATH")
 
 
 class Trackers:

@@ -21,7 +21,7 @@ FIGURES = {"epoch": 0, "samples": 3210, "loss": 1.25, "lr": 1e-3, "images_per_se
 def test_a_pipe_gets_plain_lines(capsys) -> None:
     reporter = Reporter(PlainDisplay(), None)
     reporter.train(5, 10, FIGURES)
-    reporter.evaluated(5, "top-1 12.35 %", {"top1": 12.345})
+    reporter.event("eval", 5, "eval at step 5: top-1 12.35 %", {"top1": 12.345})
     reporter.checkpoint(RunState(step=5), "step-00000005", 0.5, 0.1)
     reporter.bad_sample(BadSample(3, "n01/x", "train-000001.tar", "truncated"))
     Reporter(choose_display(True, "run"), None).train(5, 10, {**FIGURES, "tflops": 412.0, "mfu": 0.4164})

@@ -177,7 +177,7 @@ class Stage:
         conversion.use(conversion.blocks)
         conversion.model.to("cpu").train()
         self.report = report
-        self._reporter.converted(told(report), report)
+        self._reporter.event("convert", 0, told(report), report)
 
     def evaluate(self, blocks: Collection[int]) -> float:
         """Return top-1 on the validation split with the new attention in these blocks. Collective."""
