@@ -17,7 +17,6 @@ from torch import nn
 from karat_scale.checkpoint.records import (
     ModelFile,
     OptimizerStates,
-    Partition,
     PartitionFile,
     Sidecar,
     read_record,
@@ -148,7 +147,14 @@ def read_state(checkpoint: Path, saved: Mapping[str, Any], ranks: Iterable[int] 
         ranks = ()
     for rank in range(saved["world_size"]) if ranks is None else ranks:
         sidecar = read_record(checkpoint / sidecar_name(rank), Sidecar)
-        partition = _read_partition(checkpoint, rank, stage)
+        # DeepSpeed puts "bf16_" before the name in bf16.
+        paths = list(checkpoint.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
+        if len(paths) != 1:
+            raise RunDirectoryError(f"{len(paths)} files of rank {rank}'s part of the optimizer")
+        partition = read_record(paths[0], PartitionFile).optimizer_state_dict
+        if partition.zero_stage not in (None, stage):
+            said = int(partition.zero_stage)
+            raise RunDirectoryError(f"{paths[0].name}: is of stage {said}, and {STATE} says {stage}")
         state.loss_scaler = partition.loss_scaler
         _add_rank(state, rank, sidecar, partition.masters, partition.states)
     for name, value in frozen.items():
@@ -156,17 +162,6 @@ def read_state(checkpoint: Path, saved: Mapping[str, Any], ranks: Iterable[int] 
             if pieces is not None:
                 pieces.add([Fragment(name, 0, 0, value.numel())], value)
     return state
-
-
-def _read_partition(checkpoint: Path, rank: int, stage: int) -> Partition:
-    # DeepSpeed puts "bf16_" before the name in bf16.
-    paths = list(checkpoint.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
-    if len(paths) != 1:
-        raise RunDirectoryError(f"{len(paths)} files of rank {rank}'s part of the optimizer")
-    partition = read_record(paths[0], PartitionFile).optimizer_state_dict
-    if partition.zero_stage not in (None, stage):
-        raise RunDirectoryError(f"{paths[0].name}: is of stage {int(partition.zero_stage)}, and {STATE} says {stage}")
-    return partition
 
 
 def _add_rank(

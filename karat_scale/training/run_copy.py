@@ -454,9 +454,8 @@ def _bring(recipe: RunRecipe, directory: RunDirectory, url: RunUrl, on_bytes: On
     """Copy the newest intact checkpoint that is newer than the directory's, and the best one; returns what to tell."""
     store, remote = directory.store, url.checkpoints
     newer = [name for name in remote.names() if name > max(store.names(), default="")]
-    if not newer:
-        return _bring_lost_best(directory, url, on_bytes) if recipe.checkpoint.keep_best else []
-    url.download_files(directory.path, on_bytes)
+    if newer:
+        url.download_files(directory.path, on_bytes)
     notes = []
     for name in newer:
         damage = remote.download(name, store, on_bytes)
@@ -466,37 +465,31 @@ def _bring(recipe: RunRecipe, directory: RunDirectory, url: RunUrl, on_bytes: On
             break
         notes.append(f"warning: checkpoint {name} at {url.url} is damaged: {damage}; trying the one before")
     else:
-        if not store.names():
+        if newer and not store.names():
             raise RunDirectoryError(
                 f"checkpoint.url = {url.url}: none of {len(newer)} checkpoints is intact ({damage}); choose another "
                 "checkpoint.url to start from the beginning"
             )
     if recipe.checkpoint.keep_best:
-        notes += _bring_best(directory, url, on_bytes)
+        notes += _bring_best(directory, url, on_bytes, bool(newer))
     return notes
 
 
-def _bring_lost_best(directory: RunDirectory, url: RunUrl, on_bytes: OnBytes) -> list[str]:
-    """Copy the best checkpoint of the newest state here, if only the URL has it: an earlier start was cut off."""
-    store, remote = directory.store, url.checkpoints
-    with suppress(OSError):
-        name = store.best_by_state()
-        if name is not None and name in remote.names() and name not in store.names():
-            if (damage := remote.download(name, store, on_bytes)) is not None:
-                return [f"warning: the best checkpoint, {name}, is damaged at {url.url}: {damage}"]
-            store.point("best", name)
-            return [f"{name}, the best checkpoint, was fetched from {url.url}"]
-    return []
+def _bring_best(directory: RunDirectory, url: RunUrl, on_bytes: OnBytes, has_newer: bool) -> list[str]:
+    """Copy the best checkpoint of the newest state here, if only the URL has it: an earlier start was cut off.
 
-
-def _bring_best(directory: RunDirectory, url: RunUrl, on_bytes: OnBytes) -> list[str]:
-    """Copy the checkpoint that `best` names, and the one that the newest state names: a kill may have been between."""
+    Where newer ones came from there, also copy the one that `best` names there: a kill may have been between.
+    """
     store, remote, notes = directory.store, url.checkpoints, []
-    pointed = remote.pointed("best")
-    best = {pointed, store.best_by_state()}
-    for name in [name for name in remote.names() if name in best and name not in store.names()]:
-        if (damage := remote.download(name, store, on_bytes)) is not None:
-            notes.append(f"warning: the best checkpoint, {name}, is damaged at {url.url}: {damage}")
-    if pointed is not None and pointed in store.names():
-        store.point("best", pointed)
+    with suppress(OSError):
+        pointed = remote.pointed("best") if has_newer else None
+        best = {pointed, store.best_by_state()}
+        for name in [name for name in remote.names() if name in best and name not in store.names()]:
+            if (damage := remote.download(name, store, on_bytes)) is not None:
+                notes.append(f"warning: the best checkpoint, {name}, is damaged at {url.url}: {damage}")
+            elif not has_newer:
+                store.point("best", name)
+                notes.append(f"{name}, the best checkpoint, was fetched from {url.url}")
+        if pointed is not None and pointed in store.names():
+            store.point("best", pointed)
     return notes
