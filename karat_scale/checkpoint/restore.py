@@ -33,14 +33,7 @@ from karat_scale.checkpoint.store import (
     step_of,
 )
 from karat_scale.checkpoint.tensor_storage import describe
-from karat_scale.engine.deepspeed_internals import (
-    load_loss_scaler,
-    load_optimizer_states,
-    master_weights,
-    refresh_module,
-    set_frozen,
-    shard_layout,
-)
+from karat_scale.engine import deepspeed_internals as internals
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.optimizers import Ema
@@ -216,10 +209,10 @@ def restore(engine: Engine, ema: Ema | None, saved: SavedState, world: World) ->
     """
     with world.together():  # what follows is collective: none may wait there for one that refuses its files
         states = _fill(engine, ema, saved)
-    load_optimizer_states(engine.deepspeed, states)
-    load_loss_scaler(engine.deepspeed, saved.loss_scaler)
-    refresh_module(engine.deepspeed)
-    set_frozen(engine.deepspeed, engine.frozen)
+    internals.load_optimizer_states(engine.deepspeed, states)
+    internals.load_loss_scaler(engine.deepspeed, saved.loss_scaler)
+    internals.refresh_module(engine.deepspeed)
+    internals.set_frozen(engine.deepspeed, engine.frozen)
     copy_buffers(engine.module, saved.buffers)
     for counter, value in saved.counters.items():
         setattr(engine.deepspeed, counter, value)
@@ -236,7 +229,7 @@ def _fill(engine: Engine, ema: Ema | None, saved: SavedState) -> list[dict[str, 
         kept = [name for name, row in OPTIMIZERS.items() if saved.elementwise.keys() == row.all_states]
         fix = f"set optim.name={kept[0]} or start another run" if kept else "start another run"
         raise RunDirectoryError(f"it holds the optimizer states {', '.join(sorted(saved.elementwise))}; {fix}")
-    layout, masters = shard_layout(engine.deepspeed), master_weights(engine.deepspeed)
+    layout, masters = internals.shard_layout(engine.deepspeed), internals.master_weights(engine.deepspeed)
     states = []
     try:
         for fragments, master in zip(layout, masters, strict=True):

@@ -18,25 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from karat_scale.engine import deepspeed_internals as internals
 from karat_scale.engine.deepspeed_config import load_ds_config, offloads_optimizer, zero_stage
-from karat_scale.engine.deepspeed_internals import (
-    average_gradients_in_few_copies,
-    check_by_the_norm,
-    device_waits_for_itself,
-    forget_gradients,
-    gathers_wait_for_the_weights,
-    grow_loss_scale_after_the_step,
-    keep_least_loss_scale,
-    loss_scale,
-    master_weights,
-    patch_modules,
-    quieten_and_skip_builds,
-    reduce_in_few_operations,
-    shard_layout,
-    share_world_group,
-    step_judged_by,
-    use_torchs_own_linear,
-)
 from karat_scale.engine.distributed import World
 from karat_scale.engine.optimizers import (
     Groups,
@@ -191,7 +174,7 @@ class Engine:
         torch.backends.cudnn.deterministic = True
         self._precision = PRECISIONS[recipe.train.precision]
         config = load_ds_config(recipe, world.size, micro_batch)
-        quieten_and_skip_builds()
+        internals.quieten_and_skip_builds()
         import deepspeed
 
         self.stage = zero_stage(config)
@@ -211,7 +194,7 @@ class Engine:
         on_gpu = choice == "auto" and world.device.type == "cuda"
         cpu_adam = choice == "deepspeed" or (on_gpu and cpu_adam_can_be_built())
         config["zero_force_ds_cpu_optimizer"] = cpu_adam
-        use_torchs_own_linear()
+        internals.use_torchs_own_linear()
         initial = Pieces()
         for name, p in model.named_parameters():
             initial.add([Fragment(name, 0, 0, p.numel())], p.detach().to("cpu", torch.float32, copy=True))
@@ -220,11 +203,13 @@ class Engine:
         if cpu_adam:
             build_cpu_adam()
         optimizer = build_optimizer(model, recipe.optim, world.device, cpu_adam, groups)
-        share_world_group(world.size, world.patience)
-        patch_modules()
+        internals.share_world_group(world.size, world.patience)
+        internals.patch_modules()
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         if self.stage > 0:  # DeepSpeed's masters begin at what 16 bits have left of the weights
-            for fragments, master in zip(shard_layout(self.deepspeed), master_weights(self.deepspeed), strict=True):
+            for fragments, master in zip(
+                internals.shard_layout(self.deepspeed), internals.master_weights(self.deepspeed), strict=True
+            ):
                 initial.fill(fragments, master)
             for buffer in self.deepspeed.module.buffers():  # DeepSpeed casts parameters alone, which meet these
                 if buffer.is_floating_point():
@@ -236,13 +221,13 @@ class Engine:
         reads_norms = recipe.train.precision == "fp16" or self._offloads
         self._skips_on_device = heeds_found_inf(self.deepspeed.basic_optimizer) and not reads_norms
         if self.stage == 0:
-            average_gradients_in_few_copies(self.deepspeed)
+            internals.average_gradients_in_few_copies(self.deepspeed)
         else:
-            check_by_the_norm(self.deepspeed)
-            reduce_in_few_operations(self.deepspeed)
+            internals.check_by_the_norm(self.deepspeed)
+            internals.reduce_in_few_operations(self.deepspeed)
             if recipe.train.precision == "fp16":
-                grow_loss_scale_after_the_step(self.deepspeed)
-        keep_least_loss_scale(self.deepspeed)
+                internals.grow_loss_scale_after_the_step(self.deepspeed)
+        internals.keep_least_loss_scale(self.deepspeed)
         self._records_graphs, self._is_compiled = recipe.train.records_graphs, False
 
     @property
@@ -296,7 +281,7 @@ class Engine:
 
         A loss that is not finite makes them NaN, on all ranks once they are reduced, also where they would be finite.
         """
-        with device_waits_for_itself(self.deepspeed):
+        with internals.device_waits_for_itself(self.deepspeed):
             self.deepspeed.backward(loss * (0 * loss.detach() + 1))  # 0 * x is NaN where x is not finite
 
     def step(self) -> torch.Tensor | None:
@@ -314,7 +299,7 @@ class Engine:
     @property
     def loss_scale(self) -> float | None:
         """What losses are multiplied by in fp16 before the backward pass; None in another precision."""
-        return loss_scale(self.deepspeed) if self._precision.weights == torch.float16 else None
+        return internals.loss_scale(self.deepspeed) if self._precision.weights == torch.float16 else None
 
     def take_skipped_steps(self) -> int:
         """Steps skipped since they were last taken. Reads the device."""
@@ -341,11 +326,11 @@ class Engine:
             norms.append(torch.where(norm < 0, math.nan, norm) if self._offloads else norm)
             return self._must_skip(norms[0])
 
-        with step_judged_by(is_invalid), device_waits_for_itself(self.deepspeed):
+        with internals.step_judged_by(is_invalid), internals.device_waits_for_itself(self.deepspeed):
             self.deepspeed.step()
-        gathers_wait_for_the_weights(self.deepspeed)
+        internals.gathers_wait_for_the_weights(self.deepspeed)
         if not self.deepspeed.was_step_applied():
-            forget_gradients(self.deepspeed)
+            internals.forget_gradients(self.deepspeed)
         return norms[0]
 
     def _must_skip(self, norm: torch.Tensor) -> bool:

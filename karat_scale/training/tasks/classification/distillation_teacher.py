@@ -32,21 +32,8 @@ from karat_scale.models.init_from import take_weights
 from karat_scale.models.transfer import Teacher, give_teacher, weights_digest
 from karat_scale.recipe import AttentionConfig, Recipe
 from karat_scale.recipe.train import DistillConfig
+from karat_scale.training import weights_file
 from karat_scale.training.run_directory import OpenRun, RunDirectory
-from karat_scale.training.weights_file import (
-    TIMM,
-    TimmNetwork,
-    export_facts,
-    exported_sections,
-    load_exported,
-    locate,
-    read_exported,
-    read_facts,
-    read_weights,
-    timm_model,
-    write_model,
-    write_weights,
-)
 
 FILE = "distill.safetensors"
 
@@ -81,14 +68,14 @@ def keep_distillation_teacher(recipe: Recipe, into: Path) -> None:
     if not source or (kept.is_file() and not RunDirectory(into).begins_anew(recipe)):
         return
     try:
-        if source.startswith(TIMM):
-            _keep_timm_model(source.removeprefix(TIMM), kept)
+        if source.startswith(weights_file.TIMM):
+            _keep_timm_model(source.removeprefix(weights_file.TIMM), kept)
             return
-        path, checkpoint = locate(source)
+        path, checkpoint = weights_file.locate(source)
         if checkpoint:
             run = OpenRun.at(path, Recipe, checkpoint=checkpoint)
             _refuse_student(run.recipe.attention)
-            write_weights(run, run.weights_kind, kept)
+            weights_file.write_weights(run, run.weights_kind, kept)
         else:
             _keep_file(recipe, path, kept)
     except UserError as error:
@@ -108,11 +95,11 @@ def read_distillation_teacher(recipe: Recipe, classes: Sequence[str], run: Path)
     path = run / FILE
     if not path.is_file():
         raise RunDirectoryError(f"{path} is missing; put it back, the run cannot go on without its teacher")
-    facts = read_facts(path)
+    facts = weights_file.read_facts(path)
     seen, digest = facts.preprocessing, facts.weights_sha256
     if seen is None or digest is None:
         raise RunDirectoryError(f"{path} does not say how its images are prepared; put the whole file back")
-    network = _timm_network(path, facts.timm) if facts.timm else read_exported(path)
+    network = _timm_network(path, facts.timm) if facts.timm else weights_file.read_exported(path)
     network.requires_grad_(False)
     _check_classes(recipe, network, classes, facts.classes)
     return DistillationTeacher(network, seen.input_size[-1], tuple(seen.mean), tuple(seen.std), digest)
@@ -141,14 +128,14 @@ def planned_cost(recipe: Recipe) -> TeacherCost:
         return TeacherCost(0, 0)
     try:
         with torch.device("meta"):
-            if source.startswith(TIMM):
-                network: Any = timm.create_model(source.removeprefix(TIMM))
+            if source.startswith(weights_file.TIMM):
+                network: Any = timm.create_model(source.removeprefix(weights_file.TIMM))
                 return cost_of(network, network.pretrained_cfg["input_size"][-1])
-            path, checkpoint = locate(source)
+            path, checkpoint = weights_file.locate(source)
             theirs = OpenRun.at(path, Recipe).recipe if checkpoint else None
-            if theirs is None and export_facts(path).preprocessing is None:
+            if theirs is None and weights_file.export_facts(path).preprocessing is None:
                 theirs = recipe.changed(attention=AttentionConfig())
-            model, attention = (theirs.model, theirs.attention) if theirs else exported_sections(path)
+            model, attention = (theirs.model, theirs.attention) if theirs else weights_file.exported_sections(path)
             _refuse_student(attention)
             return cost_of(create_model(model, attention), model.image_size)
     except (UserError, RuntimeError) as error:
@@ -165,18 +152,18 @@ def describe_teacher(recipe: Recipe, teacher: DistillationTeacher) -> str:
 
 
 def _keep_file(recipe: Recipe, path: Path, kept: Path) -> None:
-    if export_facts(path).preprocessing is not None:
-        _refuse_student(exported_sections(path)[1])
-        write_model(read_exported(path), kept, read_metadata(path))
+    if weights_file.export_facts(path).preprocessing is not None:
+        _refuse_student(weights_file.exported_sections(path)[1])
+        weights_file.write_model(weights_file.read_exported(path), kept, read_metadata(path))
         return
     # Weights by timm's names, without a word on their model: that of the recipe, with softmax.
     attention = AttentionConfig()
     network = create_model(recipe.model, attention)
-    take_weights(network, read_weights(str(path)).tensors, new_head=False)
+    take_weights(network, weights_file.read_weights(str(path)).tensors, new_head=False)
     sections = {"model": recipe.model, "attention": attention}
     facts = {name: json.dumps(section.model_dump(mode="json")) for name, section in sections.items()}
     facts |= {"preprocessing": json.dumps(preprocessing(recipe)), "weights_sha256": weights_digest(network)}
-    write_model(network, kept, facts)
+    weights_file.write_model(network, kept, facts)
 
 
 def _refuse_student(attention: AttentionConfig) -> None:
@@ -185,19 +172,19 @@ def _refuse_student(attention: AttentionConfig) -> None:
 
 
 def _keep_timm_model(name: str, kept: Path) -> None:
-    network = timm_model(name)
+    network = weights_file.timm_model(name)
     known: Any = network.pretrained_cfg
     seen = {"input_size": list(known["input_size"]), "mean": list(known["mean"]), "std": list(known["std"])}
     architecture = json.dumps({"name": name.partition(".")[0], "num_classes": known["num_classes"]})
     facts = {"timm": architecture, "preprocessing": json.dumps(seen), "weights_sha256": weights_digest(network)}
-    write_model(network, kept, facts)
+    weights_file.write_model(network, kept, facts)
 
 
-def _timm_network(path: Path, made: TimmNetwork) -> nn.Module:
+def _timm_network(path: Path, made: weights_file.TimmNetwork) -> nn.Module:
     if not timm.is_model(made.name):  # timm would look for other names in folders and on the hub
         raise RunDirectoryError(f"{path}: timm has no {made.name}; put a whole copy back")
     network: nn.Module = timm.create_model(made.name, num_classes=made.num_classes)
-    load_exported(network, path)
+    weights_file.load_exported(network, path)
     return network
 
 
@@ -304,7 +291,7 @@ def keep_teacher(recipe: Recipe, into: Path) -> None:
             there, here = getattr(theirs.augment, key), getattr(recipe.augment, key)
             if there != here:
                 raise RecipeError(f"it was trained with augment.{key} = {list(there)}; use the same, not {list(here)}")
-        write_weights(run, run.weights_kind, kept)
+        weights_file.write_weights(run, run.weights_kind, kept)
     except UserError as error:
         raise RecipeError(f"attention.transfer_from = {source}: {error}") from error
 
@@ -318,7 +305,7 @@ def build_model(recipe: Recipe, run: Path) -> nn.Module:
     """
     model = create_model(recipe.model, recipe.attention)
     if recipe.attention.transfer_from:
-        teacher = Teacher(read_exported(run / TEACHER_FILE, recipe.attention.implementation))
+        teacher = Teacher(weights_file.read_exported(run / TEACHER_FILE, recipe.attention.implementation))
         give_teacher(model, teacher, recipe.attention.transfer_from, recipe.attention.transfer_heads)
     return model
 

@@ -49,19 +49,8 @@ from karat_scale.recipe import AttentionConfig, DataConfig, Recipe
 from karat_scale.training.agreement import StopSignals
 from karat_scale.training.run_directory import OpenRun, RunDirectory
 from karat_scale.training.task import AfterStep, BeyondReach, OnBatch, Task, Waiting
+from karat_scale.training.tasks.classification import distillation_teacher as teachers
 from karat_scale.training.tasks.classification.conversion import Stage, begin_conversion, take_original
-from karat_scale.training.tasks.classification.distillation_teacher import FILE as DISTILL_FILE
-from karat_scale.training.tasks.classification.distillation_teacher import TEACHER_FILE as FILE
-from karat_scale.training.tasks.classification.distillation_teacher import (
-    Distillation,
-    build_model,
-    describe_teacher,
-    keep_distillation_teacher,
-    keep_teacher,
-    read_distillation_teacher,
-    trained_classifier,
-    use_distillation_token,
-)
 from karat_scale.training.weights_file import run_behind
 
 # How long a rank reads before it meets the others: far less than any of them waits for a hang.
@@ -270,7 +259,7 @@ class ClassificationTask(Task):
         self._digest = self._bad = 0
         self.stream_differs = ""
         """Why a resumed run does not go on with the next samples of its stream; mostly empty."""
-        self._distillation: Distillation | None = None
+        self._distillation: teachers.Distillation | None = None
         self._conversion: Conversion | None = None
         self.stage: Stage | None = None
         """What a start with `convert.images` did before the first step."""
@@ -349,19 +338,19 @@ class ClassificationTask(Task):
         """Copy the teachers of `attention.transfer_from` and `distill.from`, if any, into the run's directory."""
         for _, size in self.recipe.schedule.image_sizes:
             layer_sizes(self.recipe.model.changed(image_size=size))  # else it ends in the middle, at a size that is no
-        self.world.on_main(lambda: keep_teacher(self.recipe, directory.path))
-        self.world.on_main(lambda: keep_distillation_teacher(self.recipe, directory.path))
+        self.world.on_main(lambda: teachers.keep_teacher(self.recipe, directory.path))
+        self.world.on_main(lambda: teachers.keep_distillation_teacher(self.recipe, directory.path))
         if self.recipe.distill.from_:
             with self.world.together():
-                teacher = read_distillation_teacher(self.recipe, self.classes, directory.path)
+                teacher = teachers.read_distillation_teacher(self.recipe, self.classes, directory.path)
             if self.world.is_main:  # it counts the teacher's operations
-                self.reporter.info(describe_teacher(self.recipe, teacher))
-            self._distillation = Distillation(self.recipe, teacher, self.world.device)
+                self.reporter.info(teachers.describe_teacher(self.recipe, teacher))
+            self._distillation = teachers.Distillation(self.recipe, teacher, self.world.device)
 
     def build_backbone(self, directory: RunDirectory) -> nn.Module:
         """Return the classifier, with its teacher if it has one."""
-        model = build_model(self.recipe, directory.path)
-        if self._distillation is not None and use_distillation_token(model):
+        model = teachers.build_model(self.recipe, directory.path)
+        if self._distillation is not None and teachers.use_distillation_token(model):
             self.reporter.info("the distillation token learns from the teacher, the class token from the labels")
         return model
 
@@ -380,7 +369,7 @@ class ClassificationTask(Task):
 
     def trained_model(self, run: OpenRun[Recipe]) -> nn.Module:
         """Return a checkpoint's model; interpolated if the recipe has another image size than it was trained at."""
-        return trained_classifier(run)
+        return teachers.trained_classifier(run)
 
     def after_step(self, engine: Engine, directory: RunDirectory, total_steps: int) -> list[AfterStep]:
         """Return the snapshots of `checkpoint.snapshots`."""
@@ -512,7 +501,7 @@ class ClassificationTask(Task):
                     "init_from"
                 )
             raise RunDirectoryError(
-                f"the run's checkpoint learned from another teacher than {DISTILL_FILE} holds; put that "
+                f"the run's checkpoint learned from another teacher than {teachers.FILE} holds; put that "
                 "file back, or start another run"
             )
 
@@ -521,8 +510,8 @@ class ClassificationTask(Task):
 
     def facts(self, state: TrainState) -> dict[str, Any]:
         """Return the data's digest, and the runs behind `init_from` and `attention.transfer_from`, by key."""
-        teacher = RunDirectory(self.recipe.run.dir).path / FILE
-        kept = teacher.with_name(DISTILL_FILE)
+        teacher = RunDirectory(self.recipe.run.dir).path / teachers.TEACHER_FILE
+        kept = teacher.with_name(teachers.FILE)
         taught = self.recipe.attention.transfer_from and teacher.is_file()
         runs = {"init_from": state.begun_with}
         with suppress(UserError):  # they were read at the start; what became of them does not end a trained run
