@@ -54,13 +54,7 @@ def karat(
     if kwargs.get("features_only") and "out_indices" not in kwargs:
         features["out_indices"] = min(_FEATURE_MAPS, _levels(sections))
     return build_model_with_cfg(
-        _build,
-        "karat",
-        pretrained,
-        pretrained_filter_fn=_fit,
-        feature_cfg=features,
-        sections=sections,
-        **kwargs,
+        _build, "karat", pretrained, pretrained_filter_fn=_fit, feature_cfg=features, sections=sections, **kwargs
     )
 
 

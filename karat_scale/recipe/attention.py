@@ -188,14 +188,8 @@ class AttentionConfig(Section):
             yield "attention.gains = true needs attention.basis=fourier and attention.base=zero"
 
         if self.kind == "karat" and self.form in VARIANTS:
-            plain = {
-                "basis": "fourier",
-                "simplex": False,
-                "base": "zero",
-                "gains": False,
-                "init": "variance_preserving",
-            }
-            for key, only in plain.items():
+            plain = {"basis": "fourier", "simplex": False, "base": "zero", "gains": False}
+            for key, only in {**plain, "init": "variance_preserving"}.items():
                 if (value := getattr(self, key)) != only:
                     yield f"attention.form = {self.form} has attention.{key}={only} only, not {value}"
 

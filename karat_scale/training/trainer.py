@@ -49,14 +49,7 @@ from karat_scale.foundation.errors import DivergedError
 from karat_scale.models.layers import freeze
 from karat_scale.models.operators import check_implementation, describe_implementation
 from karat_scale.recipe import RunRecipe
-from karat_scale.training.agreement import (
-    FIRST_MINUTES,
-    Agreement,
-    BestInterval,
-    SavePoints,
-    StoppedError,
-    StopSignals,
-)
+from karat_scale.training.agreement import FIRST_MINUTES, Agreement, BestInterval, SavePoints, StoppedError, StopSignals
 from karat_scale.training.outcome import Incidents, Spikes
 from karat_scale.training.run_directory import RunDirectory, refuse_another_model
 from karat_scale.training.task import AfterStep, OnBatch, Scores, Task, Waiting
@@ -104,15 +97,7 @@ class Trainer:
             reporter.info(f"the first step compiles the model (train.compile = {recipe.train.compile})")
         self.ema = Ema(engine.deepspeed, recipe.train) if recipe.train.ema_decay else None
         self.checkpoints: Checkpoints[Any] = Checkpoints(
-            directory.store,
-            engine,
-            self.ema,
-            world,
-            recipe,
-            reporter,
-            task.kind,
-            task.state_type,
-            directory.near,
+            directory.store, engine, self.ema, world, recipe, reporter, task.kind, task.state_type, directory.near
         )
         histograms = HeadHistograms(engine, recipe.log, reporter)
         self.after_step: list[AfterStep] = [histograms, *task.after_step(engine, directory, self.total_steps)]

@@ -69,7 +69,13 @@ def keep_distillation_teacher(recipe: Recipe, into: Path) -> None:
         return
     try:
         if source.startswith(weights_file.TIMM):
-            _keep_timm_model(source.removeprefix(weights_file.TIMM), kept)
+            name = source.removeprefix(weights_file.TIMM)
+            network: Any = weights_file.timm_model(name)
+            known = network.pretrained_cfg
+            seen = {"input_size": list(known["input_size"]), "mean": list(known["mean"]), "std": list(known["std"])}
+            made = {"name": name.partition(".")[0], "num_classes": known["num_classes"]}
+            facts = {"timm": json.dumps(made), "preprocessing": json.dumps(seen)}
+            weights_file.write_model(network, kept, {**facts, "weights_sha256": weights_digest(network)})
             return
         path, checkpoint = weights_file.locate(source)
         if checkpoint:
@@ -99,7 +105,13 @@ def read_distillation_teacher(recipe: Recipe, classes: Sequence[str], run: Path)
     seen, digest = facts.preprocessing, facts.weights_sha256
     if seen is None or digest is None:
         raise RunDirectoryError(f"{path} does not say how its images are prepared; put the whole file back")
-    network = _timm_network(path, facts.timm) if facts.timm else weights_file.read_exported(path)
+    if facts.timm is None:
+        network = weights_file.read_exported(path)
+    else:
+        if not timm.is_model(facts.timm.name):  # timm would look for other names in folders and on the hub
+            raise RunDirectoryError(f"{path}: timm has no {facts.timm.name}; put a whole copy back")
+        network = timm.create_model(facts.timm.name, num_classes=facts.timm.num_classes)
+        weights_file.load_exported(network, path)
     network.requires_grad_(False)
     _check_classes(recipe, network, classes, facts.classes)
     return DistillationTeacher(network, seen.input_size[-1], tuple(seen.mean), tuple(seen.std), digest)
@@ -169,23 +181,6 @@ def _keep_file(recipe: Recipe, path: Path, kept: Path) -> None:
 def _refuse_student(attention: AttentionConfig) -> None:
     if attention.transfer_from:
         raise RecipeError("its attention comes from a teacher of its own; name a run without attention.transfer_from")
-
-
-def _keep_timm_model(name: str, kept: Path) -> None:
-    network = weights_file.timm_model(name)
-    known: Any = network.pretrained_cfg
-    seen = {"input_size": list(known["input_size"]), "mean": list(known["mean"]), "std": list(known["std"])}
-    architecture = json.dumps({"name": name.partition(".")[0], "num_classes": known["num_classes"]})
-    facts = {"timm": architecture, "preprocessing": json.dumps(seen), "weights_sha256": weights_digest(network)}
-    weights_file.write_model(network, kept, facts)
-
-
-def _timm_network(path: Path, made: weights_file.TimmNetwork) -> nn.Module:
-    if not timm.is_model(made.name):  # timm would look for other names in folders and on the hub
-        raise RunDirectoryError(f"{path}: timm has no {made.name}; put a whole copy back")
-    network: nn.Module = timm.create_model(made.name, num_classes=made.num_classes)
-    weights_file.load_exported(network, path)
-    return network
 
 
 def _check_classes(recipe: Recipe, network: nn.Module, classes: Sequence[str], theirs: Sequence[str]) -> None:

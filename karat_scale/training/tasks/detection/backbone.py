@@ -13,7 +13,6 @@ input, or a patch of 14 px, makes wrong. Boxes are float32 whatever the precisio
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -199,42 +198,25 @@ def detector_groups(model: Any, optim: AdamWConfig) -> Groups:
     return groups
 
 
-@dataclass(frozen=True)
 class StepSchedule:
-    """Linear warm-up to `peak_lr`, which is multiplied by `drop_factor` at each of the steps `drops`.
+    """Linear warm-up to `peak_lr`, which is multiplied by `drop_factor` at each of the recipe's `drops`.
 
-    It is also multiplied by `epoch_decay` after each of `steps_per_epoch` steps.
+    It is also multiplied by `epoch_decay` after each epoch.
     """
 
-    peak_lr: float
-    warmup_steps: int
-    warmup_factor: float
-    drops: tuple[int, ...]
-    drop_factor: float
-    epoch_decay: float
-    steps_per_epoch: int
+    def __init__(self, recipe: DetectionRecipe, steps_per_epoch: int) -> None:
+        self._config, self._steps_per_epoch, optim = recipe.schedule, steps_per_epoch, recipe.optim
+        self._drops = [round(share * (recipe.train.epochs * steps_per_epoch)) for share in recipe.schedule.drops]
+        self.peak_lr = optim.lr * (recipe.train.global_batch / optim.lr_batch if optim.lr_batch else 1.0)
 
     def lr(self, step: int) -> float:
         """Return the rate for the update after `step` finished updates."""
-        rate = self.peak_lr * self.drop_factor ** sum(step >= drop for drop in self.drops)
-        rate *= self.epoch_decay ** (step // self.steps_per_epoch)
-        if step < self.warmup_steps:
-            rate *= self.warmup_factor + (1 - self.warmup_factor) * step / self.warmup_steps
+        config = self._config
+        rate = self.peak_lr * config.drop_factor ** sum(step >= drop for drop in self._drops)
+        rate *= config.epoch_decay ** (step // self._steps_per_epoch)
+        if step < config.warmup_steps:
+            rate *= config.warmup_factor + (1 - config.warmup_factor) * step / config.warmup_steps
         return rate
-
-
-def build_schedule(recipe: DetectionRecipe, steps_per_epoch: int) -> StepSchedule:
-    """Return the recipe's schedule in steps."""
-    total, config, optim = recipe.train.epochs * steps_per_epoch, recipe.schedule, recipe.optim
-    return StepSchedule(
-        peak_lr=optim.lr * (recipe.train.global_batch / optim.lr_batch if optim.lr_batch else 1.0),
-        warmup_steps=config.warmup_steps,
-        warmup_factor=config.warmup_factor,
-        drops=tuple(round(share * total) for share in config.drops),
-        drop_factor=config.drop_factor,
-        epoch_decay=config.epoch_decay,
-        steps_per_epoch=steps_per_epoch,
-    )
 
 
 Target = dict[str, Tensor]

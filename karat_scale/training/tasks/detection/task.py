@@ -31,7 +31,6 @@ from karat_scale.training.task import OnBatch, Task, Waiting
 from karat_scale.training.tasks.detection.backbone import (
     StepSchedule,
     build_detector,
-    build_schedule,
     build_vit,
     detector_groups,
     take_backbone_weights,
@@ -228,7 +227,7 @@ class DetectionTask(Task):
 
     def schedule(self, steps_per_epoch: int) -> StepSchedule:
         """Return the recipe's schedule in steps."""
-        return build_schedule(self.recipe, steps_per_epoch)
+        return StepSchedule(self.recipe, steps_per_epoch)
 
     def build_backbone(self, directory: RunDirectory) -> VisionTransformer:
         """Return the ViT."""

@@ -22,10 +22,10 @@ from karat_scale.training.tasks.detection.backbone import (
     Anchors,
     RoIAlign,
     SimpleFeaturePyramid,
+    StepSchedule,
     Transform,
     ViTBackbone,
     build_detector,
-    build_schedule,
     build_vit,
     detector_groups,
     join_windows,
@@ -340,5 +340,5 @@ def test_rates_fall_block_by_block_below_the_pyramid_as_in_vitdet(small) -> None
 )
 def test_the_rate_decays_after_each_epoch_or_warms_up_and_drops(small, optim, schedule, epochs, steps, rates) -> None:
     recipe = small(optim={"lr": 1e-3, **optim}, schedule=schedule, train={"epochs": epochs, "global_batch": 8})
-    found = build_schedule(recipe, steps_per_epoch=6)
+    found = StepSchedule(recipe, steps_per_epoch=6)
     assert [found.lr(step) for step in steps] == pytest.approx(rates)
