@@ -398,27 +398,24 @@ def _bring(
     store: CheckpointStore, near: NearStore, name: str, manifest: str, mine: list[str], world: World
 ) -> str | None:
     """Copy this rank's files of a checkpoint, and let rank 0 name it. Returns what prevents it, on all ranks alike."""
-    unfinished, written = store.unfinished(step_of(name)), parse_manifest(manifest)
-    problem = None
-    with world.together():
-        if world.is_main:
-            store.discard_unfinished()
-            unfinished.mkdir(parents=True)
+    written, problem = parse_manifest(manifest), None
+    unfinished = world.on_main(lambda: store.begin(step_of(name)))
     with world.together():
         for file in mine:
             shutil.copyfile(near.root / name / file, unfinished / file)
             flush_to_disk(unfinished / file)
             if file_sha256(unfinished / file) != written[file].sha256:
                 problem = f"{file} has changed since it was written"
-    problem = next((one for one in world.gather(problem) if one is not None), None)
-    with world.together():
-        if world.is_main and problem is None:
-            problem = store.adopt(unfinished, manifest)
-            if problem is None:
-                store.point("latest", name)
-        if world.is_main:
-            store.discard_unfinished()
-    return world.broadcast(problem)
+    met = next((one for one in world.gather(problem) if one is not None), None)
+
+    def adopt() -> str | None:
+        problem = met or store.adopt(unfinished, manifest)
+        if problem is None:
+            store.point("latest", name)
+        store.discard_unfinished()
+        return problem
+
+    return world.on_main(adopt)
 
 
 Check = Callable[[Path, dict[str, Any]], object]

@@ -9,11 +9,12 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar, overload
+from typing import Any, TypeGuard
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from typing_extensions import TypeVar
 
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import RecipeError
@@ -40,22 +41,14 @@ def _portable(value: Any) -> Any:
     return value
 
 
-R = TypeVar("R", bound=RunRecipe)
+R = TypeVar("R", bound=RunRecipe, default=Recipe)
 Schema = type[RunRecipe]
 S = TypeVar("S", bound=BaseModel)
 _LONGEST = 200
 MOST_MISTAKES = 10  # that are said; of the others their number
 
 
-@overload
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe: ...
-
-
-@overload
-def load_recipe(source: str | Path, overrides: Sequence[str], schema: type[R]) -> R: ...
-
-
-def load_recipe(source: str | Path, overrides: Sequence[str] = (), schema: Schema = Recipe) -> Any:
+def load_recipe(source: str | Path, overrides: Sequence[str] = (), schema: type[R] = Recipe) -> R:  # type: ignore[assignment]
     """Read and validate a recipe.
 
     Args:
@@ -80,11 +73,11 @@ def load_run_recipe(path: Path, overrides: Sequence[str], schema: type[R]) -> R:
     Raises:
         RecipeError: it is damaged, or an override does not fit it.
     """
-    recipe: R = _whole(read_run_recipe(path), path.stem, str(path), overrides, schema)
+    recipe = _whole(read_run_recipe(path), path.stem, str(path), overrides, schema)
     return recipe.changed(data=recipe.data.of(path), deepspeed=recipe.deepspeed.of(path))
 
 
-def _whole(tree: dict[str, Any], name: str, source: str, overrides: Sequence[str], schema: Schema) -> Any:
+def _whole(tree: dict[str, Any], name: str, source: str, overrides: Sequence[str], schema: type[R]) -> R:
     for override in overrides:
         _apply_override(tree, override, schema)
     for key, value in leaves(tree):
@@ -99,17 +92,12 @@ def _whole(tree: dict[str, Any], name: str, source: str, overrides: Sequence[str
     return validate_recipe(tree, source, schema, [override.partition("=")[0] for override in overrides])
 
 
-@overload
-def validate_recipe(tree: Mapping[str, Any], source: str) -> Recipe: ...
-
-
-@overload
-def validate_recipe(tree: Mapping[str, Any], source: str, schema: type[R], overridden: Collection[str] = ()) -> R: ...
-
-
 def validate_recipe(
-    tree: Mapping[str, Any], source: str, schema: Schema = Recipe, overridden: Collection[str] = ()
-) -> Any:
+    tree: Mapping[str, Any],
+    source: str,
+    schema: type[R] = Recipe,  # type: ignore[assignment]
+    overridden: Collection[str] = (),
+) -> R:
     """Validate a mapping as a recipe.
 
     Raises:

@@ -24,10 +24,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Protocol
+
+from pydantic import TypeAdapter
 
 from karat_scale.checkpoint.remote import OnBytes, RemoteCheckpoints
 from karat_scale.checkpoint.store import PINNED, holding
@@ -37,7 +39,6 @@ from karat_scale.foundation.errors import EXIT_STOPPED, RecipeError, RunDirector
 from karat_scale.foundation.files import (
     commit_file,
     name_in_errors,
-    parse_json,
     read_text,
     replace_file,
     temporary_file,
@@ -111,11 +112,10 @@ class RunUrl:
             RunDirectoryError: the file that says it is damaged.
         """
         try:
-            content = parse_json(self._store.read_small(_OWNER, _OWNER_BYTES))
-            return Owner(**{field.name: content[field.name] for field in fields(Owner)})
+            return TypeAdapter(Owner).validate_json(self._store.read_small(_OWNER, _OWNER_BYTES), strict=True)
         except MissingFileError:
             return None
-        except (ValueError, TypeError, KeyError):
+        except ValueError:
             raise RunDirectoryError(f"{self._store.where(_OWNER)} is damaged; remove it, or use another URL") from None
 
     def take(self, run: str, name: str) -> None:

@@ -26,10 +26,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar, overload
+from typing import IO, Any, Generic
 
 from torch import nn
-from typing_extensions import Self
+from typing_extensions import Self, TypeVar
 
 from karat_scale.checkpoint.restore import falsehood
 from karat_scale.checkpoint.store import CheckpointStore, NearStore, checkpoint_name
@@ -61,7 +61,7 @@ COPIED = (
     *("incidents/*.json", "snapshots/*.safetensors"),
 )
 FIXED = ".safetensors"
-R = TypeVar("R", bound=RunRecipe)
+R = TypeVar("R", bound=RunRecipe, default=Recipe)
 
 
 class RunDirectory:
@@ -198,13 +198,7 @@ class RunDirectory:
         """The command that trains the run, `train` or `detect`. Raises RunDirectoryError: not a run directory."""
         return "detect" if "detector" in read_run_recipe(recipe_of_run(self.path)) else "train"
 
-    @overload
-    def recipe(self, *, overrides: Sequence[str] = ()) -> Recipe: ...
-
-    @overload
-    def recipe(self, schema: type[R], overrides: Sequence[str] = ()) -> R: ...
-
-    def recipe(self, schema: type[RunRecipe] = Recipe, overrides: Sequence[str] = ()) -> RunRecipe:
+    def recipe(self, schema: type[R] = Recipe, overrides: Sequence[str] = ()) -> R:  # type: ignore[assignment]
         """The recipe of an existing run, of the kind `schema`, with overrides of the user.
 
         Raises:

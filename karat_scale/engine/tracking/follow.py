@@ -24,10 +24,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from karat_scale.engine.tracking.trackers import KINDS, Event, TrackedRun, Tracker
 from karat_scale.foundation.errors import UserError, on_one_line, one_line
@@ -82,14 +84,9 @@ class Cursor:
     def load(cls, file: Path) -> "Cursor":
         """Read a cursor; a new one if there is none, or if it is damaged."""
         try:
-            content = parse_json(read_text(file))
-            known = {one.name: content[one.name] for one in fields(cls)}
-        except (OSError, ValueError, TypeError, KeyError):
+            return TypeAdapter(cls).validate_json(read_text(file), strict=True)
+        except (OSError, ValueError):
             return cls()
-        is_whole = isinstance(known["id"], str) and all(
-            isinstance(known[name], dict) for name in ("begin", "offsets", "steps", "sent")
-        )
-        return cls(**known) if is_whole else cls()
 
     def save(self, file: Path) -> None:
         """Replace the file."""
