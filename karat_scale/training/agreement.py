@@ -179,7 +179,8 @@ class SavePoints:
     ) -> None:
         self._world, self._signals, self._clock = world, signals, clock
         self._every_steps, self.every_minutes = every_steps, every_minutes
-        self._agreement = Agreement(world, clock)
+        self.agreement = Agreement(world, clock)
+        """Tells after which steps `decide` compares the ranks' wishes."""
         self._saved_at = self._saved_near_at = clock()
 
     def note_save(self, near: bool = False) -> None:
@@ -188,15 +189,11 @@ class SavePoints:
         if not near:
             self._saved_at = self._saved_near_at
 
-    def is_agreement_due(self, step: int) -> bool:
-        """Whether `decide` compares the ranks' wishes after `step` finished steps; the same on all ranks."""
-        return self._agreement.is_due(step)
-
     def decide(self, step: int, is_busy: bool = False) -> Decision:
         """What to do after `step` finished steps. `is_busy`: this rank still writes the last save."""
         every = self._every_steps
         save, near = (bool(every) and step % max((every or 1) // often, 1) == 0 for often in (1, NEAR))
-        agreed = self._agreement.maxima(step, self._signals.received is not None, self._is_time_to_save, is_busy)
+        agreed = self.agreement.maxima(step, self._signals.received is not None, self._is_time_to_save, is_busy)
         if agreed is None:
             return Decision(save, save_near=near)
         stop, timely, busy = agreed

@@ -355,6 +355,8 @@ class OpenRun(Generic[R]):
     checkpoint: str = "best"
 
     def __post_init__(self) -> None:
+        self.directory = RunDirectory(self.path)
+        self.store = self.directory.store
         require_trust(self.recipe.attention.classes, self.directory.recipe_file)
 
     @classmethod
@@ -375,16 +377,6 @@ class OpenRun(Generic[R]):
         """
         directory = RunDirectory(path)
         return cls(directory.path, directory.recipe(schema, overrides), weights, checkpoint)
-
-    @cached_property
-    def directory(self) -> RunDirectory:
-        """The run's files."""
-        return RunDirectory(self.path)
-
-    @property
-    def store(self) -> CheckpointStore:
-        """The run's checkpoints."""
-        return self.directory.store
 
     @cached_property
     def trained(self) -> R:

@@ -353,7 +353,7 @@ class Trainer:
     def save_or_stop(self) -> None:
         """What the ranks agree to do after a step."""
         step, checkpoints = self.state.step, self.checkpoints
-        if self._save_points.is_agreement_due(step):
+        if self._save_points.agreement.is_due(step):
             self.look()
         decision = self._save_points.decide(step, checkpoints.is_busy)
         if decision.is_idle and checkpoints.is_under_way:

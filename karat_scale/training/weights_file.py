@@ -240,23 +240,14 @@ def initialise(model: nn.Module, recipe: RunRecipe, world: World, take: Take | N
             note = take(model, weights, attention) if take else take_weights(model, weights, attention=attention)
             notes = [note] if note else []
             notes += [] if origin is None else differences(origin, (recipe.model, recipe.attention))
-            notes += _other_pixels(normalised, recipe)
+            here: Any = recipe.augment  # each kind of recipe has its own, with both keys
+            for key, theirs in zip(("mean", "std"), normalised or (), strict=False):
+                if tuple(theirs) != tuple(ours := getattr(here, key)):
+                    both = f"{list(theirs)}, not {list(ours)}"
+                    notes.append(f"the weights are of images with augment.{key} = {both}; best use the same")
     except UserError as error:
         raise RecipeError(f"init_from = {source}: {str(error).removeprefix(f'{source}: ')}") from error
     return "; ".join([f"begins with the weights of {source}", *notes])
-
-
-def _other_pixels(normalised: tuple[Triple, Triple] | None, recipe: RunRecipe) -> list[str]:
-    """Return a note if the model's images are normalised in another way than those that the weights know."""
-    if normalised is None:
-        return []
-    here: Any = recipe.augment  # each kind of recipe has its own, with both keys
-    pairs = [("mean", normalised[0], here.mean), ("std", normalised[1], here.std)]
-    return [
-        f"the weights are of images with augment.{key} = {list(theirs)}, not {list(ours)}; best use the same"
-        for key, theirs, ours in pairs
-        if tuple(theirs) != tuple(ours)
-    ]
 
 
 def read_weights(source: str) -> SourceWeights:
@@ -380,24 +371,16 @@ def timm_model(name: str) -> nn.Module:
         close = nearest(name, known)
         hint = f"did you mean {TIMM}{close[0]}?" if close else "`timm.list_pretrained('vit*')` lists them"
         raise RecipeError(f"timm has no weights of that name; {hint}")
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # the hub's client announces each of its retries; the last one's error is told
     try:
-        with _quiet_hub():
-            model: nn.Module = timm.create_model(name, pretrained=True)
+        model: nn.Module = timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub and what carries it have many
         is_away = isinstance(error, LocalEntryNotFoundError)
         reason = "neither the Hugging Face hub nor its cache has them" if is_away else one_line(error)
         fix = "fetch them where there is a network (HF_HOME names the cache) or name a file"
         raise RecipeError(f"cannot be fetched: {reason}; {fix}") from error
-    return model
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """The hub's client announces each of its retries; the last one's error is told here."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
     finally:
         logger.setLevel(level)
+    return model

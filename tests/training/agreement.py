@@ -204,7 +204,7 @@ def stops(world: World, scratch: Path) -> dict[str, Any]:
             clock.go(seconds(step) * (1 if world.is_main else 7))
             if step == 150 and world.rank == 1:
                 signals.received = signal.SIGTERM
-            asked += points.is_agreement_due(step)
+            asked += points.agreement.is_due(step)
             decision = points.decide(step)
             if decision.save:
                 saves.append(step)
