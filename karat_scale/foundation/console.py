@@ -203,22 +203,16 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]
     done = told = 0
     started = reported = time.monotonic()
 
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
+    def advance(count: int, is_last: bool = False) -> None:
+        nonlocal done, reported, told
+        done, now = done + count, time.monotonic()
+        rate = _rate(done, now - started)
         if bars is not None:
-            bars.move(what, done, total, f"{rate()} {unit}/s", keep=True)
-        elif time.monotonic() - reported >= PLAIN_LINE_SECONDS:
-            report()
-
-    def rate() -> str:
-        return _rate(done, time.monotonic() - started)
-
-    def report() -> None:
-        nonlocal reported, told
-        reported, told = time.monotonic(), done
-        left = (total - done) * (reported - started) / done if done else 0
-        print(f"{what}: {done} of {total} {unit}, {rate()} a second, {left:.0f} s left", flush=True)
+            bars.move(what, done, total, f"{rate} {unit}/s", keep=True)
+        elif is_last or now - reported >= PLAIN_LINE_SECONDS:
+            reported, told = now, done
+            left = (total - done) * (now - started) / done if done else 0
+            print(f"{what}: {done} of {total} {unit}, {rate} a second, {left:.0f} s left", flush=True)
 
     try:
         yield advance
@@ -226,7 +220,7 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]
         if bars is not None:
             bars.stop()
     if bars is None and told != done:
-        report()
+        advance(0, is_last=True)
 
 
 @contextmanager
