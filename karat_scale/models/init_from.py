@@ -31,6 +31,9 @@ from karat_scale.models.hosts import host_of
 from karat_scale.models.layers import attention_layers, fit_prefix, is_sincos_2d, places_of, prefix_tokens
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
+Places = Sequence[int | None]
+"""Of each class and register token of one grid: its position in another, or None if it is not there."""
+
 
 @dataclass(frozen=True)
 class TokenGrid:
@@ -77,11 +80,7 @@ def tokens_of(operator: AttentionHeads, tensors: Mapping[str, Tensor]) -> int:
 
 
 def resize_operator(
-    operator: AttentionHeads,
-    tensors: Mapping[str, Tensor],
-    old: TokenGrid,
-    new: TokenGrid,
-    places: Sequence[int | None] | None = None,
+    operator: AttentionHeads, tensors: Mapping[str, Tensor], old: TokenGrid, new: TokenGrid, places: Places
 ) -> dict[str, Tensor]:
     """Convert an operator's tensors by name to another grid. For the same grid, the tensors are returned unchanged.
 
@@ -89,13 +88,11 @@ def resize_operator(
         operator: of the new size; it gives the initial values of class or register tokens that the old grid lacks.
         tensors: its parameters and buffers by name.
         old, new: the grid of the tensors, and the grid to convert to.
-        places: the position of each class and register token of the new grid in the old one, or None if missing; the
-            default is the first ones.
+        places: of the new grid's tokens in the old one.
 
     Raises ValueError if the tensors are of another operator, or the basis does not say what multiplies phi.
     """
     _check_positions(operator, tensors, old.tokens)
-    places = range(new.prefix) if places is None else places
     if old == new and list(places) == list(range(new.prefix)):
         return dict(tensors)
     if isinstance(operator, SmoothOperator):
@@ -110,21 +107,12 @@ def resize_operator(
     return resized
 
 
-def resize_tokens(
-    tensor: Tensor,
-    axis: int,
-    old: TokenGrid,
-    new: TokenGrid,
-    scale: float = 1.0,
-    places: Sequence[int | None] | None = None,
-) -> Tensor:
+def resize_tokens(tensor: Tensor, axis: int, old: TokenGrid, new: TokenGrid, scale: float, places: Places) -> Tensor:
     """A tensor whose `axis` is one of tokens for another grid: patches bicubic and scaled, the others as they are.
 
-    `places` says which of the old grid's class and register tokens the new ones are, None being zero; else they are the
-    first.
+    Tokens that have no place in the old grid are zero.
     """
     prefix, patches = tensor.movedim(axis, -1).split([old.prefix, old.patches], -1)
-    places = range(new.prefix) if places is None else places
     prefix = functional.pad(prefix, (1, 0))[..., [0 if place is None else place + 1 for place in places]]
     if (old.height, old.width) == (new.height, new.width):
         return torch.cat((prefix, patches * scale), -1).movedim(-1, axis).contiguous()
@@ -144,11 +132,7 @@ def _is_summed(operator: AttentionHeads, name: str, axis: int) -> bool:
 
 
 def _resize_modes(
-    operator: SmoothOperator,
-    tensors: Mapping[str, Tensor],
-    old: TokenGrid,
-    new: TokenGrid,
-    places: Sequence[int | None],
+    operator: SmoothOperator, tensors: Mapping[str, Tensor], old: TokenGrid, new: TokenGrid, places: Places
 ) -> dict[str, Tensor]:
     """The coefficients that are nearest to the resampled functions; 0 at a token that has no place in the old grid."""
     resampled = resize_tokens(tensors["modes"].double(), 0, old, new, old.patches / new.patches, places)
@@ -160,7 +144,7 @@ def _resize_modes(
     return {"modes": operator.modes, **fitted}
 
 
-def _with_new_tokens(own: Tensor, tensor: Tensor, axes: Sequence[int], places: Sequence[int | None]) -> Tensor:
+def _with_new_tokens(own: Tensor, tensor: Tensor, axes: Sequence[int], places: Places) -> Tensor:
     """`tensor`, but `own` wherever one of its axes of tokens is at a token that has no place in the old grid."""
     new = torch.tensor([number for number, place in enumerate(places) if place is None], dtype=torch.long)
     is_new = torch.zeros(tensor.shape, dtype=torch.bool)

@@ -197,12 +197,12 @@ def _karat_maker(attention: AttentionConfig) -> _Maker:
     return make
 
 
+Classes = Mapping[type[nn.Module], type[nn.Module]]
+"""Of attention layers of timm's, and of the learned layers in their places."""
+
+
 def learn(
-    network: nn.Module,
-    model: ModelConfig,
-    attention: AttentionConfig,
-    sizes: tuple[LayerSize, ...],
-    classes: Mapping[type[nn.Module], type[nn.Module]],
+    network: nn.Module, model: ModelConfig, attention: AttentionConfig, sizes: tuple[LayerSize, ...], classes: Classes
 ) -> nn.Module:
     """Give an `operator` to each attention layer whose class is in `classes`, and set its class to the one there.
 
@@ -247,10 +247,7 @@ def _check_blocks(attention: AttentionConfig, model: ModelConfig, can_learn: Seq
 
 
 def _learn_layers(
-    model: ModelConfig,
-    attention: AttentionConfig,
-    turned: Sequence[tuple[Any, LayerSize]],
-    classes: Mapping[type[nn.Module], type[nn.Module]],
+    model: ModelConfig, attention: AttentionConfig, turned: Sequence[tuple[Any, LayerSize]], classes: Classes
 ) -> None:
     """Do it for the layers of one section."""
     shapes = {(size.tokens, size.heads) for _, size in turned}

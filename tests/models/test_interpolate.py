@@ -57,7 +57,7 @@ def test_the_class_token_sees_the_same_through_more_patches(basis: str, form: st
     before, after = operator(old, basis, form), operator(new, basis, form)
     tensors = smooth_parameters(before, old)
     before.load_state_dict(tensors)
-    after.load_state_dict(resize_operator(after, tensors, old, new))
+    after.load_state_dict(resize_operator(after, tensors, old, new, range(new.prefix)))
 
     def attend(module: KaratOperator, grid: TokenGrid) -> Tensor:
         query, key, value = (smooth((8, HEADS, grid.tokens, DIM), 2, grid, seed) for seed in (7, 8, 9))
@@ -84,7 +84,7 @@ def test_a_variant_gives_the_same_through_more_patches(name: str) -> None:
         one = smooth((HEADS, 1, old.tokens), 2, old, 0)
         tensors["matrix"] = one.expand(HEADS, old.tokens, old.tokens) / old.tokens
     before.load_state_dict(tensors)
-    after.load_state_dict(resize_operator(after, tensors, old, new))
+    after.load_state_dict(resize_operator(after, tensors, old, new, range(new.prefix)))
     assert tokens_of(after, tensors) == old.tokens
 
     def attend(module: AttentionHeads, grid: TokenGrid) -> Tensor:
@@ -94,7 +94,7 @@ def test_a_variant_gives_the_same_through_more_patches(name: str) -> None:
     with torch.no_grad():
         left, right = attend(before, old), attend(after, new)
     assert (left - right).norm() / left.norm() < 0.05
-    same = resize_operator(before, tensors, old, old)
+    same = resize_operator(before, tensors, old, old, range(old.prefix))
     assert all(torch.equal(same[key], x) for key, x in tensors.items())
 
 
@@ -102,7 +102,7 @@ def test_a_variant_gives_the_same_through_more_patches(name: str) -> None:
 def test_the_same_grid_gives_the_same_tensors(form: str) -> None:
     grid = TokenGrid(2, 3, 3)
     module = operator(grid, form=form)
-    resized = resize_operator(module, module.state_dict(), grid, grid)
+    resized = resize_operator(module, module.state_dict(), grid, grid, range(2))
     assert all(torch.equal(resized[name], x) for name, x in module.state_dict().items())
 
 
@@ -119,7 +119,7 @@ def test_a_sum_over_equal_patches_stays_and_the_prefix_is_untouched(prefix, old,
     tensor = torch.full((2, 3, 4), value, dtype=torch.float64)
     tensor = tensor.narrow(axis, 0, 1).repeat_interleave(before.tokens, axis)
     tensor.narrow(axis, 0, prefix).copy_(torch.randn_like(tensor.narrow(axis, 0, prefix)))
-    resized = resize_tokens(tensor, axis, before, after, before.patches / after.patches)
+    resized = resize_tokens(tensor, axis, before, after, before.patches / after.patches, range(prefix))
     assert torch.equal(resized.narrow(axis, 0, prefix), tensor.narrow(axis, 0, prefix))
     assert resized.shape[axis] == after.tokens
     torch.testing.assert_close(resized.sum(axis), tensor.sum(axis))
@@ -128,7 +128,7 @@ def test_a_sum_over_equal_patches_stays_and_the_prefix_is_untouched(prefix, old,
 def test_rows_stay_rows() -> None:
     old, new = TokenGrid(0, 4, 2), TokenGrid(0, 8, 2)
     ramp = torch.arange(4.0).repeat_interleave(2).unsqueeze(0)
-    resized = resize_tokens(ramp, 1, old, new).view(8, 2)
+    resized = resize_tokens(ramp, 1, old, new, 1.0, ()).view(8, 2)
     assert torch.equal(resized[:, 0], resized[:, 1])
     assert (resized[1:, 0] > resized[:-1, 0]).all()
 
@@ -136,7 +136,7 @@ def test_rows_stay_rows() -> None:
 def test_a_fresh_operator_keeps_its_variance_on_smooth_images() -> None:
     old, new = TokenGrid(0, 8, 8), TokenGrid(0, 16, 16)
     before, after = operator(old), operator(new)
-    after.load_state_dict(resize_operator(after, before.state_dict(), old, new))
+    after.load_state_dict(resize_operator(after, before.state_dict(), old, new, ()))
 
     def variance(module: KaratOperator, grid: TokenGrid) -> float:
         query, key, value = (smooth((32, HEADS, grid.tokens, DIM), 2, grid, seed) for seed in (1, 2, 3))
@@ -152,7 +152,7 @@ def test_other_operators_are_refused_by_name() -> None:
     tensors = dict(module.state_dict())
     assert tokens_of(module, tensors) == 5
     with pytest.raises(ValueError, match=r"expected cos_coef, sin_coef, proj, not cos_coef, sin_coef"):
-        resize_operator(module, {k: x for k, x in tensors.items() if k != "proj"}, grid, grid)
+        resize_operator(module, {k: x for k, x in tensors.items() if k != "proj"}, grid, grid, (0,))
     with pytest.raises(ValueError, match=r"cos_coef is \[2, 3, 5, 2\] there, \[2, 3, 5, 3\] expected"):
         tokens_of(module, {**tensors, "cos_coef": tensors["cos_coef"][..., :2]})
     variant = SmoothOperator(grid.tokens, HEADS, RANK, 3, 4)

@@ -358,12 +358,7 @@ class Trackers:
     """One process for each tracker of a run. A process that cannot be started is told in `messages`."""
 
     def __init__(
-        self,
-        run: Path,
-        names: Sequence[str],
-        anew: bool = False,
-        patient: bool = False,
-        say: Callable[[str], None] | None = None,
+        self, run: Path, names: Sequence[str], anew: bool = False, patient: bool = False, say: Say | None = None
     ) -> None:
         """Start the processes.
 

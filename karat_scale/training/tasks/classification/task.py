@@ -135,13 +135,15 @@ class EvalResult:
         return asdict(self)
 
 
+Forward = Callable[[Tensor], Tensor]
+"""From normalised images [b, 3, H, W] to logits [b, classes]."""
 OnEvalBatch = Callable[[int, int, tuple[BadSample, ...]], None]
 """Hears how many batches of an evaluation are done, of how many, and what could not be read in the last one."""
 
 
 @torch.no_grad()
 def evaluate_batches(
-    forward: Callable[[Tensor], Tensor],
+    forward: Forward,
     load: Callable[[Iterable[BatchSlice]], Iterator[Batch]],
     images: int,
     batch_size: int,
@@ -153,7 +155,6 @@ def evaluate_batches(
     """Compute the logits of `images` images, each on one rank; returns how many could not be read on this one.
 
     Args:
-        forward: from normalised images [b, 3, H, W] to logits [b, classes].
         load: from slices of the ids 0 to images - 1 to batches, as a backend's `eval_batches`.
         take: gets the logits of each batch, float32, and the batch.
         on_batch: called after each batch, equally often on every rank; it may raise to stop.
@@ -178,12 +179,7 @@ def evaluate_batches(
 
 
 def evaluate(
-    forward: Callable[[Tensor], Tensor],
-    backend: Backend,
-    normalize: Normalize,
-    batch_size: int,
-    world: World,
-    on_batch: OnEvalBatch,
+    forward: Forward, backend: Backend, normalize: Normalize, batch_size: int, world: World, on_batch: OnEvalBatch
 ) -> EvalResult:
     """Return the scores on the validation split; the arguments are those of `evaluate_batches`.
 

@@ -45,6 +45,8 @@ from karat_scale.training.tasks.detection.coco import (
 )
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 
+Predictions = list[dict[str, Tensor]]
+"""torchvision's, of each image."""
 _KINDS = {"box": "bbox", "mask": "segm"}
 
 
@@ -73,17 +75,13 @@ class DetectionScores:
 
 @torch.no_grad()
 def evaluate(
-    forward: Callable[..., list[dict[str, Tensor]]],
-    split: CocoSplit,
-    recipe: DetectionRecipe,
-    world: World,
-    on_batch: Callable[[int, int], None],
+    forward: Callable[..., Predictions], split: CocoSplit, recipe: DetectionRecipe, world: World, on_batch: OnBatch
 ) -> DetectionScores:
     """Evaluate a detector on all images of a split. Collective; the same scores on every rank.
 
     `forward` maps images, float [3, h, w] in 0 .. 1 each, to torchvision's predictions.
 
-    `on_batch(done, total)` is called after each batch, equally often on every rank; it may raise to stop.
+    `on_batch` is called after each batch, equally often on every rank; it may raise to stop.
 
     Raises:
         UserError: memory ran out.
@@ -106,7 +104,7 @@ def evaluate(
     return world.on_main(lambda: score(split, everything))
 
 
-def describe(batch: DetectionBatch, predictions: list[dict[str, Tensor]], split: CocoSplit) -> list[dict[str, Any]]:
+def describe(batch: DetectionBatch, predictions: Predictions, split: CocoSplit) -> list[dict[str, Any]]:
     """Return detections as COCO's results: boxes [left, top, width, height], run-length masks at the image's size."""
     from pycocotools import mask as coco_mask
 
