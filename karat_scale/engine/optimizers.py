@@ -126,10 +126,8 @@ def heeds_found_inf(optimizer: torch.optim.Optimizer) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
-def build_adamw(
-    model: nn.Module, optim: OptimConfig, device: torch.device, groups: Groups | None = None
-) -> torch.optim.AdamW:
-    """Return AdamW over `groups`, by default all that learns."""
+def build_adamw(model: nn.Module, optim: OptimConfig, device: torch.device, groups: Groups | None) -> torch.optim.AdamW:
+    """Return AdamW over `groups`, or over all that learns."""
     groups = groups or parameter_groups(model, optim)
     fused = steps_fused(device)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)

@@ -98,9 +98,7 @@ def build_vit(recipe: DetectionRecipe, attention: AttentionConfig | None = None)
     return cast(VisionTransformer, create_model(recipe.window_model, attention or recipe.attention, **_OPTIONS))
 
 
-def take_backbone_weights(
-    vit: nn.Module, weights: Mapping[str, Tensor], attention: AttentionConfig | None = None
-) -> str:
+def take_backbone_weights(vit: nn.Module, weights: Mapping[str, Tensor], attention: AttentionConfig | None) -> str:
     """Copy a classifier's weights into the backbone's ViT, in place; returns a line on what was not simply copied.
 
     The class token and the layers above the blocks are left out. `attention` is as in `take_weights`.

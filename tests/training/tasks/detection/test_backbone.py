@@ -62,7 +62,7 @@ def test_what_no_detector_can_be_made_of_is_one_line(small) -> None:
         (lambda: blocks(2, "karat"), "no block would keep KArAt; use 1 at most"),
         (lambda: blocks(5, "softmax"), "the model has 2 blocks; use 2 at most"),
         (
-            lambda: take_backbone_weights(build_vit(small()), wide.state_dict()),
+            lambda: take_backbone_weights(build_vit(small()), wide.state_dict(), None),
             r"96.* in the weights and .*64.* in the model",
         ),
         *(
@@ -119,7 +119,7 @@ def test_a_classifiers_weights_lose_class_token_and_head(small, attention) -> No
     classifier = create_model(recipe.window_model, attention)  # 65 tokens
     vit = build_vit(recipe)
     start = operators(vit)[0].cos_coef.clone()
-    notes = take_backbone_weights(vit, classifier.state_dict())
+    notes = take_backbone_weights(vit, classifier.state_dict(), None)
     assert notes.startswith("without its class token")
     assert torch.equal(vit.pos_embed, classifier.pos_embed[:, 1:])
     assert torch.equal(vit.blocks[1].mlp.fc1.weight, classifier.blocks[1].mlp.fc1.weight)
@@ -137,7 +137,7 @@ def test_init_from_a_file_gives_the_backbone_its_weights(small, tmp_path) -> Non
     torch.save({**classifier.state_dict(), **pooled}, tmp_path / "classifier.pth")
     vit = build_vit(small())
     recipe = small().model_copy(update={"init_from": str(tmp_path / "classifier.pth")})
-    line = initialise(vit, recipe, ALONE, lambda model, weights, _: take_backbone_weights(model, weights))
+    line = initialise(vit, recipe, ALONE, lambda model, weights, _: take_backbone_weights(model, weights, None))
     assert "without its class token; the attention operators keep their initial values" in line
     assert torch.equal(vit.blocks[0].attn.qkv.weight, classifier.blocks[0].attn.qkv.weight)
 
