@@ -450,8 +450,7 @@ def _choose(store: CheckpointStore, state_of: str, reporter: Reporter, check: Ch
         if found is None:
             raise RunDirectoryError(f"resume.from = {state_of}: this run has no checkpoints yet")
         return found
-    damage = _damage(CheckpointStore(path.parent, falsehood), path.name, reporter, check)
-    if damage:
+    if damage := _damage(CheckpointStore(path.parent, falsehood), path.name, reporter, check):
         raise RunDirectoryError(f"resume.from = {state_of}: {damage}; name a complete checkpoint or a run's directory")
     return path.parent, path.name
 

@@ -218,8 +218,7 @@ def gathers_wait_for_the_weights(engine: Any) -> None:
     from deepspeed.accelerator import get_accelerator
 
     offload = getattr(engine.optimizer, "parameter_offload", None)
-    gathers = getattr(offload, "_DeepSpeedZeRoOffload__allgather_stream", None)
-    if gathers is not None:
+    if (gathers := getattr(offload, "_DeepSpeedZeRoOffload__allgather_stream", None)) is not None:
         gathers.wait_stream(get_accelerator().current_stream())
 
 
@@ -259,8 +258,7 @@ def use_torchs_own_linear() -> None:
     """
     from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 
-    own = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
-    if own is not None:
+    if (own := getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", None)) is not None:
         torch.nn.functional.linear = own
 
 
@@ -346,8 +344,7 @@ def refresh_module(engine: Any) -> None:
         optimizer._partition_all_parameters()
         for number in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
-        persistent = optimizer.persistent_parameters  # small ones, whole on each rank at all times
-        if persistent:
+        if persistent := optimizer.persistent_parameters:  # small ones, whole on each rank at all times
             persistent[0].all_gather(persistent)
         gathers_wait_for_the_weights(engine)
 

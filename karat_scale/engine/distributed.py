@@ -111,9 +111,9 @@ class World:
             yield
         except (UserError, OSError) as error:
             mine = error
-        met = next((error for error in self.gather(mine) if error is not None), None)
-        if met is not None:
-            raise met
+        for met in self.gather(mine):
+            if met is not None:
+                raise met
 
     def gather(self, value: T) -> list[T]:
         """Each rank's picklable `value`, in rank order, on every rank."""

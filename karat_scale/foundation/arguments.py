@@ -23,8 +23,7 @@ class OneLineParser(argparse.ArgumentParser):
         """Parse like argparse. Some versions leave positionals after an option unparsed; here they become overrides."""
         options, left = super().parse_known_args(args, namespace)
         takes_overrides = hasattr(options, "overrides")
-        strange = [text for text in left if text.startswith("-") or "=" not in text or not takes_overrides]
-        if strange:
+        if strange := [text for text in left if text.startswith("-") or "=" not in text or not takes_overrides]:
             self.error(_why_strange(strange, takes_overrides))
         if left:
             options.overrides = [*options.overrides, *left]

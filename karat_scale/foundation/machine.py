@@ -345,8 +345,7 @@ def use_local_caches(environ: MutableMapping[str, str] = os.environ, mounts: Pat
         can_be_written = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
         if not environ.get(name) and not (can_be_written and is_local(directory, mounts)):
             poor.append(name)
-    local = local_directory(mounts) if poor else None
-    if local is not None:
+    if poor and (local := local_directory(mounts)) is not None:
         for name in poor:
             environ[name] = str(local / name.partition("_")[0].lower())
 

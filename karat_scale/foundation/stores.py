@@ -288,9 +288,8 @@ class Store:
             with ThreadPool(min(_THREADS, max(1, len(names)))) as pool:
                 return dict(zip(names, pool.imap(ask, names), strict=True))
         found = self.files()
-        missing = next((name for name in names if name not in found), None)
-        if missing is not None:
-            raise StoreError(f"{self.where(missing)} is missing")
+        if missing := [name for name in names if name not in found]:
+            raise StoreError(f"{self.where(missing[0])} is missing")
         return {name: found[name] for name in names}
 
     def files(self) -> dict[str, FileFacts]:

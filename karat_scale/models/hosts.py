@@ -136,8 +136,7 @@ def build_timm(model: ModelConfig, name: str, **settings: Any) -> nn.Module:
 def refuse_fields(model: ModelConfig, *fields: str, why: str) -> None:
     """Raise RecipeError if the recipe sets a key that this host's models do not support."""
     for field in fields:
-        value = getattr(model, field)
-        if value is not None:
+        if (value := getattr(model, field)) is not None:
             raise RecipeError(f"model.{field} = {value} is not supported by {model.name}, {why}; remove it")
 
 

@@ -53,8 +53,7 @@ def heads_of(attention: nn.Module) -> AttentionHeads | None:
 def check_implementation(model: nn.Module, device: torch.device) -> None:
     """Raise RecipeError if the recipe's implementation of attention cannot run on a device."""
     for operator, layer in _operators_and_layers(model, device):
-        why = operator.refusal(layer)
-        if why is not None:
+        if (why := operator.refusal(layer)) is not None:
             raise RecipeError(
                 f"attention.implementation = {operator.implementation} cannot run here: {why}; "
                 "use attention.implementation=auto"
@@ -79,8 +78,7 @@ def describe_implementation(model: nn.Module, device: torch.device) -> str | Non
 def _operators_and_layers(model: nn.Module, device: torch.device) -> Iterator[tuple[AttentionHeads, LayerCall]]:
     """What learns in each attention layer where something does, and what the layer gives it."""
     for layer in attention_layers(model):
-        operator = heads_of(layer.attention)
-        if operator is not None:
+        if (operator := heads_of(layer.attention)) is not None:
             width = round(layer.attention.scale**-2)  # d: timm scales scores by d^-1/2
             biased, masked = isinstance(layer.attention, BIASED), getattr(layer.block, "attn_mask", None) is not None
             yield operator, LayerCall(width, device, biased, masked)

@@ -83,9 +83,9 @@ def _check_nodes(tree: object) -> None:
     while left:
         node = left.pop()
         seen += 1
-        others = [key for key in node if not isinstance(key, str)] if isinstance(node, dict) else []
-        if others:
-            raise yaml.YAMLError(f"key {str(others[0])[:100]} should be a name")
+        for key in node if isinstance(node, dict) else ():
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"key {str(key)[:100]} should be a name")
         if seen > _MOST_NODES:
             raise yaml.YAMLError(f"more than {_MOST_NODES:,} values, aliases written out")
         left += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()

@@ -73,8 +73,7 @@ def type_in_words(schema: Mapping[str, Any], quote: Callable[[str], str] = str) 
     if ("const" in schema or "enum" in schema) and (choices := choices_of(schema)):
         return ", ".join(map(quote, choices))
     if schema["type"] == "array":
-        parts = schema.get("prefixItems")
-        if parts:
+        if parts := schema.get("prefixItems"):
             return f"[{', '.join(type_in_words(part, quote) for part in parts)}]"
         return f"list of {type_in_words(schema['items'], quote)}"
     bounds = [f"{sign} {schema[bound]:,.10g}" for bound, sign in _BOUNDS.items() if bound in schema]

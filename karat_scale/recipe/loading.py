@@ -113,8 +113,7 @@ def validate_recipe(
 
         lines = _mistakes(error, schema)
         raise RecipeError(*(line if is_own(line) else f"{source}: {line}" for line in lines)) from None
-    unknown = [key for key in recipe.resume.allow if key not in schema_keys(schema)]
-    if unknown:
+    if unknown := [key for key in recipe.resume.allow if key not in schema_keys(schema)]:
         raise RecipeError(f"{source}: resume.allow = {unknown[0]}: no such key{_nearest(unknown[0], schema)}")
     return recipe
 

@@ -413,12 +413,10 @@ def _take(recipe: RunRecipe, directory: RunDirectory, url: RunUrl) -> None:
     there = url.checkpoints.names()
     if owner is None and there:
         raise RunDirectoryError(f"checkpoint.url = {url.url} has checkpoints of an unknown run; choose another one")
-    if owner is not None:
-        other = _difference(recipe, directory, url, owner, mine)
-        if other:
-            raise RunDirectoryError(
-                f"checkpoint.url = {url.url} belongs to another run, {owner.name} ({other}); use another checkpoint.url"
-            )
+    if owner is not None and (other := _difference(recipe, directory, url, owner, mine)):
+        raise RunDirectoryError(
+            f"checkpoint.url = {url.url} belongs to another run, {owner.name} ({other}); use another checkpoint.url"
+        )
     if there and recipe.resume.mode == "never":
         raise RunDirectoryError(
             f"checkpoint.url = {url.url} has checkpoints and resume.mode = never; choose another checkpoint.url or use "

@@ -319,8 +319,7 @@ def _unseen(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 def _advice(path: Path, keys: list[str], fixed: list[str], before: dict[str, Any], known: dict[str, Effect]) -> str:
     """What to do about differing keys, of which `fixed` may never differ."""
-    shaping = [key for key in keys if known[key] is Effect.SHAPES and key not in NEVER_ALLOWED]
-    if shaping:
+    if shaping := [key for key in keys if known[key] is Effect.SHAPES and key not in NEVER_ALLOWED]:
         fits = all(key in _FITTED for key in shaping)
         weights = f", with init_from={path} to start from its weights" if fits else ""
         return f"another model cannot resume from its checkpoints: choose another run.dir{weights}"

@@ -300,8 +300,7 @@ def _read(file: Path) -> Any:
         raise DataError(f"{file} is not JSON: {error}; replace it with a complete copy") from error
     except (AssertionError, KeyError, TypeError) as error:
         raise DataError(f"{file} is not in COCO's format: {type(error).__name__}: {error}; {FIX}") from error
-    missing = [key for key in ("images", "annotations", "categories") if not index.dataset.get(key)]
-    if missing:
+    if missing := [key for key in ("images", "annotations", "categories") if not index.dataset.get(key)]:
         raise DataError(f"{file} is not in COCO's format for instances: it has no {missing[0]}; {FIX}")
     for key, one_of_each in {"images": index.imgs, "categories": index.cats}.items():
         if len(one_of_each) != len(index.dataset[key]):
