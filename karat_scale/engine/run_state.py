@@ -3,10 +3,9 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from math import isfinite
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 S = TypeVar("S", bound="RunState")
 
@@ -18,6 +17,7 @@ class RunState:
     A kind of run adds `best_NAME` and `last_NAME` for each of its `scores`.
     """
 
+    __pydantic_config__: ClassVar = ConfigDict(allow_inf_nan=False)
     scores: ClassVar[tuple[str, ...]] = ()
     """The scores to keep. The first one tells which evaluation is the best."""
 
@@ -84,9 +84,6 @@ class RunState:
         """
         data = {"class_order_sha256": data.get("classes_sha256", ""), **data}
         known = {known.name: data[known.name] for known in fields(cls) if known.name in data}
-        endless = next((key for key, value in known.items() if isinstance(value, float) and not isfinite(value)), None)
-        if endless is not None:
-            raise ValueError(f"{endless}: should be a finite number")
         try:
             return TypeAdapter(cls).validate_json(json.dumps(known), strict=True)
         except ValidationError as error:

@@ -33,7 +33,9 @@ def recompute(model: nn.Module, choices: Sequence[Choice], by: Checkpoint | None
     """Make each block recompute its choice, with `by` (default: `torch_checkpoint`). Call it once for a model."""
     for layer, choice in zip(attention_layers(model), choices, strict=True):
         if choice != "nothing":
-            _let_recompute(layer.attention if choice == "attention" else layer.block, by or torch_checkpoint)
+            part: Any = layer.attention if choice == "attention" else layer.block
+            # A new class, as in torch's parametrizations: unlike a new attribute, it is also right for a copy.
+            part.__class__ = _recomputing(type(part), by or torch_checkpoint)
 
 
 def torch_checkpoint(function: Callable[..., Any], *tensors: Tensor) -> Any:
@@ -54,11 +56,6 @@ class _Recomputing:
         """Return the module's own result."""
         forward = functools.partial(super().forward, **settings)  # type: ignore[misc]
         return self.checkpoint(forward, *tensors) if torch.is_grad_enabled() else forward(*tensors)
-
-
-def _let_recompute(module: nn.Module, by: Checkpoint) -> None:
-    # A new class, as in torch's parametrizations: unlike a new attribute, it is also right for a copy of the module.
-    module.__class__ = _recomputing(type(module), by)  # type: ignore[arg-type]  # a class has a hash
 
 
 @functools.cache  # equal blocks stay equal, so that they run the same compiled code

@@ -28,6 +28,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Generic
 
+from pydantic import TypeAdapter
 from torch import nn
 from typing_extensions import Self, TypeVar
 
@@ -184,14 +185,13 @@ class RunDirectory:
             RunDirectoryError: the file is damaged.
         """
         try:
-            names = parse_json(read_text(self.classes_file))
+            return TypeAdapter(tuple[str, ...]).validate_json(read_text(self.classes_file), strict=True)
         except FileNotFoundError:
             return ()
         except (OSError, ValueError):
-            names = None
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise RunDirectoryError(f"{self.classes_file}: not a JSON list of names; put it right or remove it")
-        return tuple(names)
+            raise RunDirectoryError(
+                f"{self.classes_file}: not a JSON list of names; put it right or remove it"
+            ) from None
 
     @property
     def command(self) -> str:
