@@ -76,7 +76,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Fingerprint]:
     return parse_manifest(read_text(checkpoint / MANIFEST))
 
 
-def damage_of(checkpoint: Path, progress: Progress | None = None) -> str | None:
+def damage_of(checkpoint: Path, progress: Progress = lambda done, total: None) -> str | None:
     """What is wrong with the files of a checkpoint, in a few words; None if each one is as it was written.
 
     Files are hashed side by side.
@@ -92,15 +92,13 @@ def damage_of(checkpoint: Path, progress: Progress | None = None) -> str | None:
 
     def count(size: int) -> None:
         nonlocal done
-        if progress is not None:
-            with counting:
-                done += size
-                progress(done, total)
+        with counting:
+            done += size
+            progress(done, total)
 
     with ThreadPoolExecutor(min(_HASHING_THREADS, usable_cores())) as threads:
         found = list(threads.map(lambda name: _damage(checkpoint / name, files[name], count), files))
-    if progress is not None:
-        progress(total, total)  # damaged or not
+    progress(total, total)  # damaged or not
     return next((damage for damage in found if damage is not None), None)
 
 
@@ -314,7 +312,7 @@ class CheckpointStore:
         except (OSError, ValueError):
             return 0
 
-    def damage(self, name: str, progress: Progress | None = None) -> str | None:
+    def damage(self, name: str, progress: Progress = lambda done, total: None) -> str | None:
         """What is wrong with a checkpoint, in a few words; None if each file is as it was written, and true."""
         path = self.root / name
         damage = damage_of(path, progress)

@@ -39,7 +39,7 @@ from karat_scale.foundation.files import (
 from karat_scale.recipe import RunRecipe
 
 
-def save_tensors(value: Any, path: Path, on_bytes: Callable[[int], None] | None = None) -> Fingerprint:
+def save_tensors(value: Any, path: Path, on_bytes: Callable[[int], object] = lambda size: None) -> Fingerprint:
     """Write tensors and plain data, and wait until they are on disk.
 
     Raises:

@@ -118,7 +118,7 @@ class FingerprintedFile:
     `on_bytes` is called with the size of each piece that has been written.
     """
 
-    def __init__(self, file: IO[bytes], on_bytes: Callable[[int], None] | None = None) -> None:
+    def __init__(self, file: IO[bytes], on_bytes: Callable[[int], object] = lambda size: None) -> None:
         self._file = file
         self._on_bytes = on_bytes
         self.bytes = 0
@@ -129,8 +129,7 @@ class FingerprintedFile:
         self._digest.update(data)
         written = self._file.write(data)
         self.bytes += written
-        if self._on_bytes is not None:
-            self._on_bytes(written)
+        self._on_bytes(written)
         return written
 
     def flush(self) -> None:
@@ -289,14 +288,13 @@ def flush_to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def file_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+def file_sha256(path: Path, on_bytes: Callable[[int], object] = lambda size: None) -> str:
     """Return the SHA-256 of a file as hex. `on_bytes` is called with the size of each piece that has been read."""
     digest = hashlib.sha256()
     with open_to_read(path) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
-            if on_bytes is not None:
-                on_bytes(len(block))
+            on_bytes(len(block))
     return digest.hexdigest()
 
 
