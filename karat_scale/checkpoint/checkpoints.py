@@ -21,24 +21,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from karat_scale.checkpoint.records import (
-    FORMAT,
-    Sidecar,
-    generator_states,
-    read_record,
-    restore_generators,
-    seed_generators,
-)
-from karat_scale.checkpoint.restore import (
-    agree_on_checkpoint,
-    check_teacher,
-    read_state,
-    repair_best,
-    repair_latest,
-    restore,
-    saved_layout,
-    sidecar_name,
-)
+from karat_scale.checkpoint import records, restore
 from karat_scale.checkpoint.store import STATE, CheckpointStore, NearStore, checkpoint_name, holding
 from karat_scale.checkpoint.tensor_storage import DurableStorage, checkpoint_bytes, describe
 from karat_scale.checkpoint.weights import fit_state
@@ -295,13 +278,13 @@ class Checkpoints(Generic[S]):
         # At stage 0 all ranks hold the same, and rank 0 keeps it.
         owns = self.engine.stage > 0 or self.world.is_main
         sidecar = {
-            **generator_states(self.world.device),
+            **records.generator_states(self.world.device),
             "shapes": self.engine.shapes if owns else None,
             "layout": [list(map(tuple, one)) for one in shard_layout(self.engine.deepspeed)] if owns else None,
             "ema": self.ema.shards if self.ema and owns else None,
             "frozen": self.engine.frozen if self.world.is_main else None,
         }
-        self._storage.save(sidecar, str(directory / sidecar_name(self.world.rank)))
+        self._storage.save(sidecar, str(directory / restore.sidecar_name(self.world.rank)))
         if copies:
             wait_for(self.world.device)  # once, for all copies
         return describe(self._storage.error) if self._storage.error is not None else None
@@ -310,7 +293,7 @@ class Checkpoints(Generic[S]):
         """What `state.json` will hold."""
         teacher = teacher_of(self.engine.module)
         return {
-            "format": FORMAT,
+            "format": records.FORMAT,
             "kind": self.kind,
             **state.to_json(),
             "world_size": self.world.size,
@@ -347,7 +330,7 @@ class Checkpoints(Generic[S]):
             RunDirectoryError: no checkpoint is intact, or it is of another model, global batch, version or kind of run.
         """
         check = self._refuse_another_kind if state_of else self._refuse_another_run
-        found = agree_on_checkpoint(self.store, state_of, self.world, self.reporter, check)
+        found = restore.agree_on_checkpoint(self.store, state_of, self.world, self.reporter, check)
         if found is None:
             return None
         root, name = found
@@ -355,22 +338,22 @@ class Checkpoints(Generic[S]):
             saved = CheckpointStore(root).state(name)
             self._refuse_another_run(root / name, saved)
             try:
-                check_teacher(self.engine.module, saved)
+                restore.check_teacher(self.engine.module, saved)
                 grows = bool(saved.get("image_size") or getattr(self.recipe.schedule, "image_sizes", ()))
                 is_fitting = fresh is not None and grows
                 ranks = [self.world.rank] if not is_fitting and self._has_my_layout(root / name, saved) else None
                 with self.world.together():  # none must wait in `restore` for one that refuses its files
-                    content = read_state(root / name, saved, ranks)
+                    content = restore.read_state(root / name, saved, ranks)
                     if is_fitting and fresh is not None and content.shapes != self.engine.all_shapes:
                         content = fit_state(content, fresh())
-                restore(self.engine, self.ema, content, self.world)
+                restore.restore(self.engine, self.ema, content, self.world)
             except (RunDirectoryError, RecipeError) as error:
                 raise RunDirectoryError(f"checkpoint {root / name}: {error}") from error
             # A rank resumes with the generators of its number. If there are none, they start from the step.
-            if (sidecar := root / name / sidecar_name(self.world.rank)).is_file():
-                restore_generators(read_record(sidecar, Sidecar), self.world.device)
+            if (sidecar := root / name / restore.sidecar_name(self.world.rank)).is_file():
+                records.restore_generators(records.read_record(sidecar, records.Sidecar), self.world.device)
             else:
-                seed_generators(self.recipe.run.seed, saved["step"], self.world.rank)
+                records.seed_generators(self.recipe.run.seed, saved["step"], self.world.rank)
         state = self.state_type.from_json(saved)
         changes: dict[str, Any] = {}
         if root != self.store.root:
@@ -378,9 +361,9 @@ class Checkpoints(Generic[S]):
         else:
             self._saved = _identity(state)
             if self.world.is_main:
-                repair_latest(self.store, name, self.reporter)
+                restore.repair_latest(self.store, name, self.reporter)
             if self.recipe.checkpoint.keep_best:
-                changes = self.world.on_main(lambda: repair_best(self.store, state, self.reporter))
+                changes = self.world.on_main(lambda: restore.repair_best(self.store, state, self.reporter))
         for field, value in changes.items():
             setattr(state, field, value)
         if is_start:
@@ -394,8 +377,8 @@ class Checkpoints(Generic[S]):
         differs = saved["world_size"] != self.world.size or stage != self.engine.stage
         with self.world.together():
             if not differs and stage > 0:
-                sidecar = read_record(checkpoint / sidecar_name(self.world.rank), Sidecar)
-                differs = saved_layout(sidecar) != shard_layout(self.engine.deepspeed)
+                sidecar = records.read_record(checkpoint / restore.sidecar_name(self.world.rank), records.Sidecar)
+                differs = restore.saved_layout(sidecar) != shard_layout(self.engine.deepspeed)
         return not self.world.any(differs)
 
     def _refuse_another_kind(self, path: Path, saved: dict[str, Any]) -> None:

@@ -14,14 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from karat_scale.checkpoint.records import (
-    ModelFile,
-    OptimizerStates,
-    PartitionFile,
-    Sidecar,
-    read_record,
-    read_state_record,
-)
+from karat_scale.checkpoint import records
 from karat_scale.checkpoint.store import (
     CHECKPOINT_NAME,
     STATE,
@@ -72,7 +65,7 @@ def sidecar_name(rank: int) -> str:
     return f"rank-{rank:05d}.pt"
 
 
-def saved_layout(sidecar: Sidecar) -> Layout:
+def saved_layout(sidecar: records.Sidecar) -> Layout:
     """The layout in a rank's sidecar."""
     return [[Fragment(*fragment) for fragment in fragments] for fragments in sidecar.layout or []]
 
@@ -83,7 +76,7 @@ def falsehood(checkpoint: Path) -> str | None:
     Its hashes are right: it was written so. All files are opened, and no tensor is read.
     """
     try:
-        saved = read_state_record(checkpoint)
+        saved = records.read_state_record(checkpoint)
         if CHECKPOINT_NAME.fullmatch(checkpoint.name) and checkpoint.name != checkpoint_name(saved.step):
             return f"{STATE}: its step is {saved.step}"
         if saved.samples % max(saved.step, 1) or (saved.samples > 0) != (saved.step > 0):
@@ -92,7 +85,7 @@ def falsehood(checkpoint: Path) -> str | None:
         if len(ranks) != saved.world_size or ranks != [sidecar_name(rank) for rank in range(len(ranks))]:
             return f"{STATE}: its world size is {saved.world_size}, and there are {len(ranks)} files rank-*.pt"
         for rank in ranks:
-            read_record(checkpoint / rank, Sidecar)
+            records.read_record(checkpoint / rank, records.Sidecar)
         state = read_state(checkpoint, saved.model_dump())
         _check_whole(state, saved.has_ema)
     except (RunDirectoryError, OSError) as error:
@@ -113,8 +106,8 @@ def read_state(checkpoint: Path, saved: Mapping[str, Any], ranks: Iterable[int] 
     """
     stage = saved["zero_stage"]
     model_file = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
-    model = read_record(checkpoint / model_file, ModelFile)
-    first = read_record(checkpoint / sidecar_name(0), Sidecar)
+    model = records.read_record(checkpoint / model_file, records.ModelFile)
+    first = records.read_record(checkpoint / sidecar_name(0), records.Sidecar)
     if first.shapes is None or first.layout is None:
         raise RunDirectoryError(f"{sidecar_name(0)}: no shapes or no layout")
     frozen = first.frozen or {}
@@ -139,12 +132,12 @@ def read_state(checkpoint: Path, saved: Mapping[str, Any], ranks: Iterable[int] 
         _add_rank(state, 0, first, masters, model.optimizer)
         ranks = ()
     for rank in range(saved["world_size"]) if ranks is None else ranks:
-        sidecar = read_record(checkpoint / sidecar_name(rank), Sidecar)
+        sidecar = records.read_record(checkpoint / sidecar_name(rank), records.Sidecar)
         # DeepSpeed puts "bf16_" before the name in bf16.
         paths = list(checkpoint.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
         if len(paths) != 1:
             raise RunDirectoryError(f"{len(paths)} files of rank {rank}'s part of the optimizer")
-        partition = read_record(paths[0], PartitionFile).optimizer_state_dict
+        partition = records.read_record(paths[0], records.PartitionFile).optimizer_state_dict
         if partition.zero_stage not in (None, stage):
             said = int(partition.zero_stage)
             raise RunDirectoryError(f"{paths[0].name}: is of stage {said}, and {STATE} says {stage}")
@@ -158,7 +151,7 @@ def read_state(checkpoint: Path, saved: Mapping[str, Any], ranks: Iterable[int] 
 
 
 def _add_rank(
-    state: SavedState, rank: int, sidecar: Sidecar, masters: list[torch.Tensor], states: OptimizerStates
+    state: SavedState, rank: int, sidecar: records.Sidecar, masters: list[torch.Tensor], states: records.OptimizerStates
 ) -> None:
     layout, averages = saved_layout(sidecar), sidecar.ema
     if not len(layout) == len(masters) == (len(masters) if averages is None else len(averages)):

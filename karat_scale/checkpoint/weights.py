@@ -20,14 +20,7 @@ import torch
 from torch import nn
 
 from karat_scale import __version__
-from karat_scale.checkpoint.restore import (
-    SavedState,
-    check_buffers,
-    check_shapes,
-    check_teacher,
-    copy_buffers,
-    read_state,
-)
+from karat_scale.checkpoint import restore
 from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
 from karat_scale.checkpoint.tensor_storage import describe, save_safetensors
 from karat_scale.engine.deepspeed_internals import master_weights, shard_layout
@@ -44,7 +37,7 @@ from karat_scale.recipe.loading import portable_recipe, text_digest
 _SQUARES = "exp_avg_sq"
 
 
-def fit_state(saved: SavedState, model: nn.Module) -> SavedState:
+def fit_state(saved: restore.SavedState, model: nn.Module) -> restore.SavedState:
     """Return `saved` for the image size of `model`, unchanged if it is the same.
 
     Everything is interpolated as `karat_scale.models.init_from` does it with weights. Second moments are interpolated
@@ -60,7 +53,7 @@ def fit_state(saved: SavedState, model: nn.Module) -> SavedState:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if shapes == saved.shapes:
         return saved
-    fitted = SavedState(
+    fitted = restore.SavedState(
         shapes, scalars=saved.scalars, frozen=saved.frozen, counters=saved.counters, loss_scaler=saved.loss_scaler
     )
     for key, pieces in saved.elementwise.items():
@@ -73,7 +66,7 @@ def fit_state(saved: SavedState, model: nn.Module) -> SavedState:
     return fitted
 
 
-def _fit(pieces: Pieces, saved: SavedState, model: nn.Module, power: float = 1.0) -> Pieces:
+def _fit(pieces: Pieces, saved: restore.SavedState, model: nn.Module, power: float = 1.0) -> Pieces:
     """Return values by parameter name for the model's size; each is raised to `power` while it is interpolated."""
     values = {}
     for name, shape in saved.shapes.items():
@@ -118,19 +111,19 @@ def load_weights(model: nn.Module, checkpoint: Path, saved: Mapping[str, Any], e
     if ema and not saved.get("has_ema"):
         raise RunDirectoryError(f"{checkpoint}: has no EMA weights; use --weights raw")
     parameters = dict(model.named_parameters())
-    state = read_state(checkpoint, saved)
+    state = restore.read_state(checkpoint, saved)
     try:
-        check_teacher(model, saved)
+        restore.check_teacher(model, saved)
         if saved.get("image_size"):  # of a run whose images grow; the model is of its last size
             state = fit_state(state, model)
-        check_shapes({name: tuple(parameter.shape) for name, parameter in parameters.items()}, state.shapes)
-        check_buffers(model, state.buffers)
+        restore.check_shapes({name: tuple(parameter.shape) for name, parameter in parameters.items()}, state.shapes)
+        restore.check_buffers(model, state.buffers)
         pieces = state.ema if ema and state.ema is not None else state.masters
         for name, parameter in parameters.items():
             pieces.fill([Fragment(name, 0, 0, parameter.numel())], parameter)
     except (RunDirectoryError, KeyError) as error:
         raise RunDirectoryError(f"checkpoint {checkpoint}: {error.args[0]}") from error
-    copy_buffers(model, state.buffers)
+    restore.copy_buffers(model, state.buffers)
 
 
 def describe_weights(

@@ -19,16 +19,10 @@ import torch
 from torch import nn
 
 from karat_scale.engine import deepspeed_internals as internals
+from karat_scale.engine import optimizers
 from karat_scale.engine.deepspeed_config import load_ds_config, offloads_optimizer, zero_stage
 from karat_scale.engine.distributed import World
-from karat_scale.engine.optimizers import (
-    Groups,
-    build_cpu_adam,
-    build_optimizer,
-    cpu_adam_can_be_built,
-    heeds_found_inf,
-    state_names,
-)
+from karat_scale.engine.optimizers import Groups
 from karat_scale.engine.shards import Fragment, Pieces
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.foundation.machine import cpu_has_bf16
@@ -180,7 +174,7 @@ class Engine:
         self.stage = zero_stage(config)
         # At stage 3 the partitioned module's parameters look empty.
         self.parameters = parameter_count(model)
-        self.optimizer_states = state_names(model, recipe.optim)
+        self.optimizer_states = optimizers.state_names(model, recipe.optim)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
         # What does not learn, as it was before a lower precision or partitioning.
         self.frozen = {
@@ -192,7 +186,7 @@ class Engine:
         self._offloads = offloads_optimizer(config)
         choice = recipe.deepspeed.cpu_adam if recipe.optim.row.on_cpu and self._offloads else "torch"
         on_gpu = choice == "auto" and world.device.type == "cuda"
-        cpu_adam = choice == "deepspeed" or (on_gpu and cpu_adam_can_be_built())
+        cpu_adam = choice == "deepspeed" or (on_gpu and optimizers.cpu_adam_can_be_built())
         config["zero_force_ds_cpu_optimizer"] = cpu_adam
         internals.use_torchs_own_linear()
         initial = Pieces()
@@ -201,8 +195,8 @@ class Engine:
         model = model.to(world.device)
         autocast_inside(model, self._precision, world.device.type)
         if cpu_adam:
-            build_cpu_adam()
-        optimizer = build_optimizer(model, recipe.optim, world.device, cpu_adam, groups)
+            optimizers.build_cpu_adam()
+        optimizer = optimizers.build_optimizer(model, recipe.optim, world.device, cpu_adam, groups)
         internals.share_world_group(world.size, world.patience)
         internals.patch_modules()
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -219,7 +213,7 @@ class Engine:
         self._clip = recipe.optim.clip_grad
         # An offloaded step would read `found_inf` on the CPU before it has come there from the GPU.
         reads_norms = recipe.train.precision == "fp16" or self._offloads
-        self._skips_on_device = heeds_found_inf(self.deepspeed.basic_optimizer) and not reads_norms
+        self._skips_on_device = optimizers.heeds_found_inf(self.deepspeed.basic_optimizer) and not reads_norms
         if self.stage == 0:
             internals.average_gradients_in_few_copies(self.deepspeed)
         else:

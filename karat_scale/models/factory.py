@@ -7,22 +7,13 @@ import torch
 from torch import nn
 
 from karat_scale.foundation.errors import RecipeError, one_line
-from karat_scale.models.hosts import (
-    HOSTS,
-    OTHER,
-    VIT,
-    build_vit,
-    check_attention,
-    host_of_name,
-    refuse_fields,
-    shapes_alone,
-)
+from karat_scale.models import hosts
 from karat_scale.models.layers import LayerSize, attention_layers, freeze, measure_layers
 from karat_scale.models.operators import learn
 from karat_scale.models.transfer import TransferredAttention
 from karat_scale.recipe import AttentionConfig, ModelConfig, Recipe
 
-_CLASSES = {own: ours for host in (OTHER, *HOSTS.values()) for own, ours in host.classes.items()}
+_CLASSES = {own: ours for host in (hosts.OTHER, *hosts.HOSTS.values()) for own, ours in host.classes.items()}
 
 
 def swap_attention(network: Any, attention: AttentionConfig, image_size: int = 224) -> None:
@@ -43,7 +34,7 @@ def swap_attention(network: Any, attention: AttentionConfig, image_size: int = 2
     if not attention.learns:  # the default
         raise RecipeError("attention.kind = softmax is what the model has; use karat, or another kind that learns")
     name = type(network).__name__
-    check_attention(network, ModelConfig(name=name, image_size=image_size))
+    hosts.check_attention(network, ModelConfig(name=name, image_size=image_size))
     if not any(type(module) in _CLASSES for module in network.modules()):
         raise RecipeError(f"this {name} has learned attention already")
     try:
@@ -70,12 +61,12 @@ def create_model(model: ModelConfig, attention: AttentionConfig, **options: Any)
         RecipeError: timm does not know the name, the model's attention is not supported, or the model does not support
             the sizes or the kind of attention in the recipe.
     """
-    host = host_of_name(model.name)
-    if host is not VIT:
-        refuse_fields(model, "pool", "pos_embed", "weight_init", why="which is not a plain ViT")
+    host = hosts.host_of_name(model.name)
+    if host is not hosts.VIT:
+        hosts.refuse_fields(model, "pool", "pos_embed", "weight_init", why="which is not a plain ViT")
     if attention.transfer_from:
         check_transfers(model.name)
-        return build_vit(model, TransferredAttention, **options)
+        return hosts.build_vit(model, TransferredAttention, **options)
     if not attention.learns and not attention.blocks:
         return host.softmax(model, **options)
     return host.learn(model, attention, host.sizes(model, **options), **options)
@@ -83,7 +74,7 @@ def create_model(model: ModelConfig, attention: AttentionConfig, **options: Any)
 
 def outline(recipe: Recipe) -> nn.Module:
     """Return the model that a recipe trains, on the meta device: all shapes, no values. Raises as training would."""
-    with shapes_alone():
+    with hosts.shapes_alone():
         model = create_model(recipe.model, recipe.attention)
     if recipe.train.freeze:
         freeze(model, recipe.train.freeze)
@@ -92,12 +83,12 @@ def outline(recipe: Recipe) -> nn.Module:
 
 def layer_sizes(model: ModelConfig) -> tuple[LayerSize, ...]:
     """Return the sizes of the attention layers of a recipe's model, in order. Raises like `create_model`."""
-    return host_of_name(model.name).sizes(model)
+    return hosts.host_of_name(model.name).sizes(model)
 
 
 def check_transfers(name: str) -> None:
     """Raise RecipeError unless the model of a name supports attention transfer."""
-    if host_of_name(name) is not VIT:
+    if hosts.host_of_name(name) is not hosts.VIT:
         raise RecipeError(
             f"model.name = {name!r}: attention can be transferred only between plain ViTs; use a vit_* or deit*"
         )

@@ -34,15 +34,8 @@ from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.memory import apply_recompute
 from karat_scale.engine.optimizers import Ema
+from karat_scale.engine.reporting import interval
 from karat_scale.engine.reporting.goodput import wall_time
-from karat_scale.engine.reporting.interval import (
-    HeadHistograms,
-    Interval,
-    OwnTime,
-    StepProfiler,
-    peak_memory_mb,
-    resident_memory_mb,
-)
 from karat_scale.engine.reporting.progress import Reporter, SilentDisplay, read_events
 from karat_scale.engine.run_state import RunState
 from karat_scale.foundation.errors import DivergedError
@@ -99,9 +92,9 @@ class Trainer:
         self.checkpoints: Checkpoints[Any] = Checkpoints(
             directory.store, engine, self.ema, world, recipe, reporter, task.kind, task.state_type, directory.near
         )
-        histograms = HeadHistograms(engine, recipe.log, reporter)
+        histograms = interval.HeadHistograms(engine, recipe.log, reporter)
         self.after_step: list[AfterStep] = [histograms, *task.after_step(engine, directory, self.total_steps)]
-        self._profiler = StepProfiler(recipe.log.profile_steps, directory.profile, world, reporter)
+        self._profiler = interval.StepProfiler(recipe.log.profile_steps, directory.profile, world, reporter)
         self._incidents = Incidents(directory.path / "incidents", directory.store, plan, task.replays)
         self.begin(task.state_type())
 
@@ -115,7 +108,7 @@ class Trainer:
         self._spikes = Spikes(deviations) if deviations is not None else None
         self._beyond_reach: set[int] = set()
         """The blocks that were warned of."""
-        self._interval, self._own_time = Interval(world.device), OwnTime(world.device)
+        self._interval, self._own_time = interval.Interval(world.device), interval.OwnTime(world.device)
         self._interval.resume_losses(state.unreported_steps, state.unreported_losses, world)
         minutes = FIRST_MINUTES if recipe.checkpoint.every == "auto" else recipe.checkpoint.every_minutes
         self._save_points = SavePoints(world, self.signals, recipe.checkpoint.every_steps, minutes)
@@ -292,7 +285,7 @@ class Trainer:
             **more,
             "skipped_steps": state.skipped_steps,
             "peak_memory_mb": state.peak_memory_mb,
-            "resident_memory_mb": round(resident_memory_mb(), 1),
+            "resident_memory_mb": round(interval.resident_memory_mb(), 1),
         }
         self.reporter.train(state.step, self.total_steps, figures)
 
@@ -314,7 +307,7 @@ class Trainer:
         state.timed_samples += samples
         state.timed_seconds += seconds
         state.skipped_steps += self.engine.take_skipped_steps()
-        state.peak_memory_mb = max(state.peak_memory_mb, world.max(int(peak_memory_mb(world.device))))
+        state.peak_memory_mb = max(state.peak_memory_mb, world.max(int(interval.peak_memory_mb(world.device))))
         self.task.fold(state)
         return samples / seconds if samples else None
 

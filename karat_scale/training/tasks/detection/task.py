@@ -28,21 +28,8 @@ from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import AttentionConfig
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.task import OnBatch, Task, Waiting
-from karat_scale.training.tasks.detection.backbone import (
-    StepSchedule,
-    build_detector,
-    build_vit,
-    detector_groups,
-    take_backbone_weights,
-)
-from karat_scale.training.tasks.detection.coco import (
-    CocoSplit,
-    DetectionBatch,
-    EvalMaker,
-    TrainMaker,
-    load_batches,
-    open_split,
-)
+from karat_scale.training.tasks.detection import backbone as detector
+from karat_scale.training.tasks.detection import coco
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 
 Predictions = list[dict[str, Tensor]]
@@ -75,7 +62,7 @@ class DetectionScores:
 
 @torch.no_grad()
 def evaluate(
-    forward: Callable[..., Predictions], split: CocoSplit, recipe: DetectionRecipe, world: World, on_batch: OnBatch
+    forward: Callable[..., Predictions], split: coco.CocoSplit, recipe: DetectionRecipe, world: World, on_batch: OnBatch
 ) -> DetectionScores:
     """Evaluate a detector on all images of a split. Collective; the same scores on every rank.
 
@@ -89,7 +76,7 @@ def evaluate(
     size = recipe.train.eval_batch
     plan = EvalPlan(len(split), size, world.rank, world.size)
     found: list[dict[str, Any]] = []
-    batches = load_batches(EvalMaker(split), plan.slices(), recipe.data)
+    batches = coco.load_batches(coco.EvalMaker(split), plan.slices(), recipe.data)
     try:
         for done, batch in enumerate(batches, start=1):
             with one_line_out_of_memory(lambda: f"lower train.eval_batch (now {size}) or detector.detections"):
@@ -104,7 +91,7 @@ def evaluate(
     return world.on_main(lambda: score(split, everything))
 
 
-def describe(batch: DetectionBatch, predictions: Predictions, split: CocoSplit) -> list[dict[str, Any]]:
+def describe(batch: coco.DetectionBatch, predictions: Predictions, split: coco.CocoSplit) -> list[dict[str, Any]]:
     """Return detections as COCO's results: boxes [left, top, width, height], run-length masks at the image's size."""
     from pycocotools import mask as coco_mask
 
@@ -127,7 +114,7 @@ def describe(batch: DetectionBatch, predictions: Predictions, split: CocoSplit) 
     return results
 
 
-def score(split: CocoSplit, results: list[dict[str, Any]]) -> DetectionScores:
+def score(split: coco.CocoSplit, results: list[dict[str, Any]]) -> DetectionScores:
     """Return COCO's averages of results over all images of an evaluation split; 0 if nothing was found."""
     from pycocotools.cocoeval import COCOeval
 
@@ -173,17 +160,17 @@ class DetectionTask(Task):
 
     def __init__(self, recipe: DetectionRecipe, world: World, reporter: Reporter) -> None:
         super().__init__(recipe, world, reporter)
-        self.val = open_split(recipe, "val")
+        self.val = coco.open_split(recipe, "val")
         self.classes = tuple(self.val.classes)
-        self._loader: OrderedResults[DetectionBatch] | None = None
+        self._loader: OrderedResults[coco.DetectionBatch] | None = None
 
     @cached_property
-    def train(self) -> CocoSplit:
+    def train(self) -> coco.CocoSplit:
         """The training split. An evaluation needs none.
 
         Raises DataError if its labels are not those of the validation split.
         """
-        train = open_split(self.recipe, "train")
+        train = coco.open_split(self.recipe, "train")
         if train.classes != self.val.classes:
             pairs = zip(train.classes, self.val.classes, strict=True)
             label, (ours, theirs) = next((n, pair) for n, pair in enumerate(pairs, start=1) if pair[0] != pair[1])
@@ -223,32 +210,32 @@ class DetectionTask(Task):
             world_size=world.size,
         )
 
-    def schedule(self, steps_per_epoch: int) -> StepSchedule:
+    def schedule(self, steps_per_epoch: int) -> detector.StepSchedule:
         """Return the recipe's schedule in steps."""
-        return StepSchedule(self.recipe, steps_per_epoch)
+        return detector.StepSchedule(self.recipe, steps_per_epoch)
 
     def build_backbone(self, directory: RunDirectory) -> VisionTransformer:
         """Return the ViT."""
-        return build_vit(self.recipe)
+        return detector.build_vit(self.recipe)
 
     def take_weights(self, backbone: nn.Module, weights: Mapping[str, Tensor], attention: AttentionConfig) -> str:
         """Copy a classifier's weights into the ViT; returns what was not simply copied."""
-        return take_backbone_weights(backbone, weights, attention)
+        return detector.take_backbone_weights(backbone, weights, attention)
 
     def build_model(self, backbone: nn.Module) -> MaskRCNN:
         """Return Mask R-CNN on the ViT."""
-        return build_detector(cast(VisionTransformer, backbone), self.recipe)
+        return detector.build_detector(cast(VisionTransformer, backbone), self.recipe)
 
     def groups(self, model: nn.Module) -> Groups:
         """Return the optimizer's groups, with layer-wise learning rates."""
-        return detector_groups(model, self.recipe.optim)
+        return detector.detector_groups(model, self.recipe.optim)
 
-    def train_batches(self, slices: Iterable[BatchSlice], waiting: Waiting) -> DeviceFeed[DetectionBatch]:
+    def train_batches(self, slices: Iterable[BatchSlice], waiting: Waiting) -> DeviceFeed[coco.DetectionBatch]:
         """Return this rank's micro batches, on the host: their images differ in size."""
-        self._loader = load_batches(TrainMaker(self.train, self.recipe), slices, self.recipe.data)
+        self._loader = coco.load_batches(coco.TrainMaker(self.train, self.recipe), slices, self.recipe.data)
         return DeviceFeed(self._loader, torch.device("cpu"), waiting)
 
-    def losses(self, forward: Callable[..., dict[str, Tensor]], batch: DetectionBatch) -> dict[str, Tensor]:
+    def losses(self, forward: Callable[..., dict[str, Tensor]], batch: coco.DetectionBatch) -> dict[str, Tensor]:
         """Return the sum of Mask R-CNN's losses, and each of them."""
         images, targets = batch.to(self.world.device)
         parts = {name: loss.float() for name, loss in forward(images, targets).items()}
