@@ -32,15 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from karat_scale.attention.operator import layer_input
 from karat_scale.foundation.errors import RecipeError, nearest
-from karat_scale.models.layers import (
-    KNOWN,
-    LayerSize,
-    attention_layers,
-    cannot_be_built,
-    measure_layers,
-    refuse_dropout,
-    sincos_2d,
-)
+from karat_scale.models import layers
 from karat_scale.models.operators import learn, operator_maker
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
@@ -61,7 +53,7 @@ class Host:
         raise NotImplementedError
 
     def learn(
-        self, model: ModelConfig, attention: AttentionConfig, sizes: tuple[LayerSize, ...], **options: Any
+        self, model: ModelConfig, attention: AttentionConfig, sizes: tuple[layers.LayerSize, ...], **options: Any
     ) -> nn.Module:
         """Return the model with KArAt where it is supported; `sizes` are those of all attention layers."""
         return learn(self.build(model, **options), model, attention, sizes, self.classes)
@@ -82,16 +74,16 @@ class Host:
         return network
 
     @functools.cache  # noqa: B019  # hosts are few and live as long as the program
-    def sizes(self, model: ModelConfig, **options: Any) -> tuple[LayerSize, ...]:
+    def sizes(self, model: ModelConfig, **options: Any) -> tuple[layers.LayerSize, ...]:
         """Return the sizes of the model's attention layers. Raises like `softmax`."""
         if self.blocks_are_alike and model.depth and model.depth > 1:
             return self.sizes(model.changed(depth=1), **options) * model.depth
         with shapes_alone():
             network = self.softmax(model, **options).eval()
             try:
-                return measure_layers(network, model.image_size)
+                return layers.measure_layers(network, model.image_size)
             except (AssertionError, RuntimeError, ValueError) as error:
-                raise cannot_be_built(model, error) from error
+                raise layers.cannot_be_built(model, error) from error
 
 
 @contextmanager
@@ -130,7 +122,7 @@ def build_timm(model: ModelConfig, name: str, **settings: Any) -> nn.Module:
         network: nn.Module = timm.create_model(name, pretrained=False, **{"num_classes": model.num_classes, **settings})
         return network
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
-        raise cannot_be_built(model, error) from error
+        raise layers.cannot_be_built(model, error) from error
 
 
 def refuse_fields(model: ModelConfig, *fields: str, why: str) -> None:
@@ -147,12 +139,12 @@ def check_attention(network: nn.Module, model: ModelConfig) -> None:
             f"model.name = {model.name!r} accepts images of any size, but KArAt needs a fixed number of tokens; use a "
             "model of one size, such as vit_small_patch16_224"
         )
-    known = {id(layer.attention) for layer in attention_layers(network)}
+    known = {id(layer.attention) for layer in layers.attention_layers(network)}
     others = {
         f"{type(module).__module__.rpartition('.')[2]}.{type(module).__name__}"
         for module in network.modules()
         if id(module) not in known
-        and (isinstance(module, KNOWN) or re.search(r"Attention|Attn", type(module).__name__))
+        and (isinstance(module, layers.KNOWN) or re.search(r"Attention|Attn", type(module).__name__))
         and type(module).__name__ not in _POOLS
     }
     if others or not known:
@@ -202,7 +194,7 @@ class KaratAttention(Attention):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        refuse_dropout(self)
+        layers.refuse_dropout(self)
         self.operator = _MAKE_OPERATOR.get()(self.num_heads, self.head_dim)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -259,7 +251,7 @@ def build_vit(model: ModelConfig, attn_layer: type[Attention] | None = None, **o
     try:
         _start(network, model)
     except ValueError as error:
-        raise cannot_be_built(model, error) from error
+        raise layers.cannot_be_built(model, error) from error
     return network
 
 
@@ -280,7 +272,7 @@ def _start(network: Any, model: ModelConfig) -> None:
         raise ValueError("it has no position embedding for pos_embed = sincos2d")
     if positions is not None and (model.pos_embed == "sincos2d" or model.weight_init == "mimetic"):
         height, width = network.patch_embed.grid_size
-        grid = sincos_2d(height, width, network.embed_dim)
+        grid = layers.sincos_2d(height, width, network.embed_dim)
         prefix = grid.new_zeros(positions.shape[1] - len(grid), network.embed_dim)
         positions.copy_(torch.cat([prefix, grid])[None]).requires_grad_(model.pos_embed is None)
 
@@ -325,7 +317,7 @@ class Vit(Host):
         return build_vit(model, **options)
 
     def learn(
-        self, model: ModelConfig, attention: AttentionConfig, sizes: tuple[LayerSize, ...], **options: Any
+        self, model: ModelConfig, attention: AttentionConfig, sizes: tuple[layers.LayerSize, ...], **options: Any
     ) -> nn.Module:
         """See `Host`. Where blocks differ, layers are converted as those of other models are."""
         if attention.blocks:
@@ -392,7 +384,7 @@ class Convit(Host):
                 raise RecipeError(f"model.embed_dim = {width} is not a multiple of the {heads} heads")
             sizes |= {"num_heads": heads, "embed_dim": width // heads}  # timm's is the width of a head
         network: Any = build_timm(model, model.name, **usual_settings(model), **sizes, **options)
-        for layer in attention_layers(network):
+        for layer in layers.attention_layers(network):
             # Else it is made in the first forward pass, in whatever mode that runs.
             if isinstance(layer.attention, GPSA):
                 index = layer.attention.get_rel_indices(network.num_patches)

@@ -36,13 +36,7 @@ from karat_scale.checkpoint.store import PINNED, holding
 from karat_scale.engine.distributed import World
 from karat_scale.engine.reporting.progress import Reporter
 from karat_scale.foundation.errors import EXIT_STOPPED, RecipeError, RunDirectoryError, one_line
-from karat_scale.foundation.files import (
-    commit_file,
-    name_in_errors,
-    read_text,
-    replace_file,
-    temporary_file,
-)
+from karat_scale.foundation.files import commit_file, name_in_errors, read_text, replace_file, temporary_file
 from karat_scale.foundation.machine import Background
 from karat_scale.foundation.stores import DEFAULT_TIMEOUT, MissingFileError, StoreError, WritableStore
 from karat_scale.recipe import RunRecipe
