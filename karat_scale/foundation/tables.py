@@ -305,11 +305,6 @@ class OptimizerRow:
     temporaries: int = 2
     matrix_temporaries: int = 0
 
-    @property
-    def all_states(self) -> set[str]:
-        """The names of the states of all parameters."""
-        return {*self.states, *(self.matrix_states or ())}
-
 
 OPTIMIZERS = {
     "adamw": OptimizerRow(

@@ -383,15 +383,14 @@ class Convit(Host):
             if width % heads:
                 raise RecipeError(f"model.embed_dim = {width} is not a multiple of the {heads} heads")
             sizes |= {"num_heads": heads, "embed_dim": width // heads}  # timm's is the width of a head
-        network: Any = build_timm(model, model.name, **usual_settings(model), **sizes, **options)
+        network = build_timm(model, model.name, **usual_settings(model), **sizes, **options)
         for layer in layers.attention_layers(network):
             # Else it is made in the first forward pass, in whatever mode that runs.
             if isinstance(layer.attention, GPSA):
                 index = layer.attention.get_rel_indices(network.num_patches)
                 del layer.attention.rel_indices  # a plain attribute in older versions, so it would not move to a GPU
                 layer.attention.register_buffer("rel_indices", index, persistent=False)
-        built: nn.Module = network
-        return built
+        return network
 
     def fit(self, weights: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
         """See `Host`."""

@@ -22,12 +22,7 @@ from karat_scale.foundation.machine import ask_squeue
 _WORK = ("training", "waiting for data", "evaluating", "saving")
 PARTS = (*_WORK, "compiling", "starting", "lost", "queue")
 # What heartbeats say; everything else is training.
-_PART_OF = {
-    **{part: part for part in PARTS},
-    "fetching": "starting",
-    "snapshot": "saving",
-    "copying": "saving",
-}
+_PART_OF = {**{part: part for part in PARTS}, "fetching": "starting", "snapshot": "saving", "copying": "saving"}
 
 
 class Stopwatch:

@@ -103,10 +103,6 @@ class Cursor:
         new = [event for event in map(_parsed, lines) if event is not None and _is_new(event, steps)]
         return new, replace(self, offsets={**self.offsets, file.name: offset}, steps=steps)
 
-    def back_to(self, steps: Mapping[str, int]) -> "Cursor":
-        """Return a cursor at the run's begin that passes over all up to these steps."""
-        return replace(self, offsets=dict(self.begin), steps=dict(steps))
-
 
 def cursor_file(run: Path, name: str) -> Path:
     """Return the file of a tracker's cursor; `name` may be the place of a class."""
@@ -116,12 +112,6 @@ def cursor_file(run: Path, name: str) -> Path:
 def how_to_send(run: Path) -> str:
     """Return what sends the rest of a run, for messages."""
     return f"the run's next start sends the rest, or: karat track {shlex.quote(str(run))}"
-
-
-def begin_anew(run: Path, name: str) -> None:
-    """Let a tracker begin another run at what comes from now on."""
-    sizes = {file: (run / file).stat().st_size for file in FILES if (run / file).is_file()}
-    Cursor(begin=sizes, offsets=sizes).save(cursor_file(run, name))
 
 
 def _next_lines(file: Path, offset: int) -> tuple[Sequence[bytes], int]:
@@ -187,7 +177,10 @@ class Follower:
     def finish(self) -> None:
         """Send what the run has left, once it has ended."""
         self.advance()
-        summary = _read_mapping(self._run / "summary.json")
+        summary: Event = {}
+        with suppress(OSError, ValueError):
+            content = parse_json(read_text(self._run / "summary.json"))
+            summary = content if isinstance(content, dict) else {}
         self._upload(_documents(self._run, with_checkpoints=summary.get("exit") == 0))
         self._open().close(summary)
         self._tracker = None
@@ -206,7 +199,7 @@ class Follower:
             self._tracker = tracker
             arrived = getattr(tracker, "steps", None)
             if arrived is not None:  # read from the start, and pass over what has arrived
-                self._keep(self._cursor.back_to(arrived))
+                self._keep(replace(self._cursor, offsets=dict(self._cursor.begin), steps=dict(arrived)))
             if tracker.url:
                 self._say(f"the run is at {tracker.url}")
             self._upload(_documents(self._run, with_checkpoints=False))
@@ -247,13 +240,6 @@ def _documents(run: Path, with_checkpoints: bool) -> list[Path]:
     inside = run.resolve()  # a run of somebody else's may link to files of ours
     found = [file for pattern in dict.fromkeys(patterns) for file in sorted(run.glob(pattern)) if file.is_file()]
     return [file for file in found if file.resolve().is_relative_to(inside)]
-
-
-def _read_mapping(file: Path) -> Event:
-    with suppress(OSError, ValueError):
-        content = parse_json(read_text(file))
-        return content if isinstance(content, dict) else {}
-    return {}
 
 
 def follow(follower: Follower, ended: threading.Event, say: Say, hint: str) -> int:
@@ -378,8 +364,9 @@ class Trackers:
         self._lock = threading.Lock()
         for name in names:
             try:
-                if anew:
-                    begin_anew(run, name)
+                if anew:  # it begins at what comes from now on
+                    sizes = {file: (run / file).stat().st_size for file in FILES if (run / file).is_file()}
+                    Cursor(begin=sizes, offsets=sizes).save(cursor_file(run, name))
                 self._processes[name] = self._start(run, name, 0.0 if patient else _ORPHAN_SECONDS)
             except OSError as error:
                 self._say(f"warning: {name}: cannot be started, so it gets no figures: {error.strerror}")
