@@ -135,7 +135,7 @@ def write_model(model: nn.Module, path: Path, facts: dict[str, str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_safetensors(tensors, path, facts)
     except OSError as error:
-        raise RunDirectoryError(f"{path}: {error.strerror or error}; choose another --out") from None
+        raise RunDirectoryError(f"{path}: {error.strerror or error}; make room, or choose another directory") from None
 
 
 def read_exported(path: Path, implementation: str = "auto") -> nn.Module:

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from karat_scale.attention.bases import basis_class
-from karat_scale.checkpoint.tensor_storage import read_metadata, save_safetensors
+from karat_scale.checkpoint.tensor_storage import read_metadata
 from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.backends import Backend, ImageSpec
 from karat_scale.data.exact import ExactLoader
@@ -51,6 +51,7 @@ from karat_scale.training.agreement import Agreement, StoppedError, StopSignals
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.task import Task
 from karat_scale.training.trainer import starting_model
+from karat_scale.training.weights_file import write_model
 
 FILE = "matched.safetensors"
 SURVEY = "survey.json"
@@ -162,18 +163,15 @@ class Stage:
         identity = self._identity()
         report = world.broadcast(read_report(self._path.parent, identity) if world.is_main else None)
         conversion.model.to(world.device).eval()
+        new = nn.ModuleDict({str(number): heads for number, heads in conversion.new.items()})
         if report is None:
             world.on_main(lambda: self._path.with_name(SURVEY).unlink(missing_ok=True))  # it is of another matching
             report = self._match()
-            states = {number: conversion.new[number].state_dict() for number in conversion.blocks}
-            world.on_main(lambda: _write(self._path, states, {"identity": identity, "report": json.dumps(report)}))
+            facts = {"identity": identity, "report": json.dumps(report)}
+            world.on_main(lambda: write_model(new, self._path, facts))
         # A finished descent is read back, too: so the weights do not depend on the ranks that made it.
         with world.together():
-            tensors = load_file(self._path)
-            for number in conversion.blocks:
-                prefix = f"{number}."
-                own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-                conversion.new[number].load_state_dict(own)
+            new.load_state_dict(load_file(self._path))
         conversion.use(conversion.blocks)
         conversion.model.to("cpu").train()
         self.report = report
@@ -320,14 +318,6 @@ class Stage:
 
 def _copied(heads: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in heads.state_dict().items()}
-
-
-def _write(path: Path, states: Mapping[int, Mapping[str, Tensor]], facts: dict[str, str]) -> None:
-    tensors = {f"{number}.{name}": x.cpu().clone() for number, state in states.items() for name, x in state.items()}
-    try:
-        save_safetensors(tensors, path, facts)
-    except OSError as error:
-        raise RunDirectoryError(f"{path}: {error.strerror or error}; choose another run.dir") from None
 
 
 def read_report(run: Path, identity: str | None = None) -> Report | None:
