@@ -78,7 +78,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def load_tensors(path: Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
+def load_tensors(path: Path, mmap: bool = False) -> Any:
     """Read what `save_tensors` wrote, with `mmap` each tensor when it is used.
 
     Raises:
@@ -92,7 +92,7 @@ def load_tensors(path: Path, map_location: Any = "cpu", mmap: bool = False) -> A
     with torch.serialization.safe_globals(checkpoint_globals()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's of a TorchScript program
         try:
-            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except (OSError, MemoryError):
             raise
         except pickle.UnpicklingError:
@@ -379,10 +379,6 @@ class DurableStorage:
         except (MemoryError, RuntimeError, OSError) as error:
             self.error = self.error or as_os_error(error)
         self._files.append((content.getvalue(), Path(path)))
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """Read one file of DeepSpeed's."""
-        return load_tensors(Path(path), map_location)
 
     def commit(self, info: Any) -> bool:
         """DeepSpeed has handed over its files; ours follow, so there is nothing to commit yet."""

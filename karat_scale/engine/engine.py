@@ -200,12 +200,14 @@ class Engine:
         internals.share_world_group(world.size, world.patience)
         internals.patch_modules()
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.module: nn.Module = self.deepspeed.module
+        """The model as it trains, its parameters as `train.precision` holds them; at stage 3 each rank's own part."""
         if self.stage > 0:  # DeepSpeed's masters begin at what 16 bits have left of the weights
             for fragments, master in zip(
                 internals.shard_layout(self.deepspeed), internals.master_weights(self.deepspeed), strict=True
             ):
                 initial.fill(fragments, master)
-            for buffer in self.deepspeed.module.buffers():  # DeepSpeed casts parameters alone, which meet these
+            for buffer in self.module.buffers():  # DeepSpeed casts parameters alone, which meet these
                 if buffer.is_floating_point():
                     buffer.data = buffer.to(self._precision.weights)
         self._device = world.device
@@ -224,12 +226,6 @@ class Engine:
         internals.keep_least_loss_scale(self.deepspeed)
         self._records_graphs, self._is_compiled = recipe.train.records_graphs, False
 
-    @property
-    def module(self) -> nn.Module:
-        """The model as it trains, its parameters as `train.precision` holds them; at stage 3 each rank's own part."""
-        module: nn.Module = self.deepspeed.module
-        return module
-
     def set_lr(self, lr: float) -> None:
         """The learning rate of the next step, which each parameter group scales."""
         for group in self.deepspeed.optimizer.param_groups:
@@ -238,7 +234,7 @@ class Engine:
     def release(self) -> None:
         """Let go of weights, gradients and optimizer states; the engine cannot be used afterwards."""
         self.deepspeed.destroy()
-        del self.deepspeed
+        del self.deepspeed, self.module
         if self._is_compiled:  # its graphs would count against the next model's, of which there may be few
             torch.compiler.reset()
         gc.collect()

@@ -159,11 +159,7 @@ def nearest(name: str, names: Iterable[str], count: int = 1, likeness: float = 0
 
     The beginning is compared first: people omit the long endings of model names, and seldom mistype the start.
     """
-
-    def score(other: str) -> tuple[float, float]:
-        return _ratio(other[: len(name)], name), _ratio(other, name)
-
-    scores = {other: score(other) for other in names}
+    scores = {other: (_ratio(other[: len(name)], name), _ratio(other, name)) for other in names}
     alike = [other for other in scores if scores[other][0] >= likeness]
     return sorted(alike, key=lambda other: scores[other], reverse=True)[:count]
 

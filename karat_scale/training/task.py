@@ -7,6 +7,7 @@ checkpoints, signals and outcome.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -35,11 +36,13 @@ class BeyondReach(NamedTuple):
     reach: float
 
 
-class Scores(Protocol):
+@dataclass(frozen=True)
+class Scores:
     """The result of an evaluation; as text, it is one line for a person."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data for an event."""
+        return asdict(self)
 
 
 class Schedule(Protocol):

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -48,7 +48,7 @@ from karat_scale.models.matching import Conversion
 from karat_scale.recipe import AttentionConfig, DataConfig, Recipe
 from karat_scale.training.agreement import StopSignals
 from karat_scale.training.run_directory import OpenRun, RunDirectory
-from karat_scale.training.task import AfterStep, BeyondReach, OnBatch, Task, Waiting
+from karat_scale.training.task import AfterStep, BeyondReach, OnBatch, Scores, Task, Waiting
 from karat_scale.training.tasks.classification import distillation_teacher as teachers
 from karat_scale.training.tasks.classification.conversion import Stage, begin_conversion, take_original
 from karat_scale.training.weights_file import run_behind
@@ -111,7 +111,7 @@ def _this_node() -> str:
 
 
 @dataclass(frozen=True)
-class EvalResult:
+class EvalResult(Scores):
     """Percentages over `images` samples; `bad` samples could not be read and are not among them.
 
     nonfinite: those of `images` for which the model's output was not finite. They count as wrong.
@@ -129,10 +129,6 @@ class EvalResult:
         scores = f"top-1 {self.top1:.2f} %{five} loss {self.loss:.4f}"
         odd = f", {self.nonfinite:,} with outputs that are not finite" if self.nonfinite else ""
         return f"{scores} on {self.images:,} images, {self.bad} unreadable{odd}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for an event."""
-        return asdict(self)
 
 
 Forward = Callable[[Tensor], Tensor]

@@ -6,7 +6,7 @@ An evaluation counts each image once at any world size.
 import contextlib
 import io
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from karat_scale.engine.run_state import RunState
 from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import AttentionConfig
 from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.task import OnBatch, Task, Waiting
+from karat_scale.training.task import OnBatch, Scores, Task, Waiting
 from karat_scale.training.tasks.detection import backbone as detector
 from karat_scale.training.tasks.detection import coco
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
@@ -38,7 +38,7 @@ _KINDS = {"box": "bbox", "mask": "segm"}
 
 
 @dataclass(frozen=True)
-class DetectionScores:
+class DetectionScores(Scores):
     """COCO's averages in percent: precision over IoU 0.50 to 0.95, at 0.50 and at 0.75, of boxes and of masks."""
 
     box_ap: float
@@ -54,10 +54,6 @@ class DetectionScores:
         box = f"box AP {self.box_ap:.2f} % (AP50 {self.box_ap50:.2f}, AP75 {self.box_ap75:.2f})"
         mask = f"mask AP {self.mask_ap:.2f} % (AP50 {self.mask_ap50:.2f}, AP75 {self.mask_ap75:.2f})"
         return f"{box} {mask} on {self.images:,} images, {self.detections:,} detections"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data for an event."""
-        return asdict(self)
 
 
 @torch.no_grad()
