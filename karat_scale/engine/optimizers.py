@@ -269,6 +269,9 @@ def ema_decay(step: int, decay: float, warmup: bool) -> float:
     return min(decay, 1.0 - float(step) ** (-2.0 / 3.0)) if warmup else decay
 
 
+_TAKEN = torch.tensor(True)
+
+
 class Ema:
     """average = decay * average + (1 - decay) * weights, on each rank's own fp32 shard.
 
@@ -282,18 +285,23 @@ class Ema:
         self.shards = [master.detach().clone() for master in master_weights(engine)]
 
     @torch.no_grad()
-    def update(self, step: int, was_taken: torch.Tensor | None = None) -> None:
+    def update(self, step: int, was_taken: torch.Tensor = _TAKEN) -> None:
         """Take in the weights after `step` finished steps, but for a step that was not taken.
 
         Args:
-            was_taken: bool, 0-dim, on any device, which is not read; None for True.
+            was_taken: bool, 0-dim, on any device, which is not read.
         """
-        weight = 1.0 - ema_decay(step, self._decay, self._warmup)
         masters = master_weights(self._engine)
-        if was_taken is None:
-            torch._foreach_lerp_(self.shards, masters, weight)
-        else:
-            lerp_where(self.shards, masters, weight, was_taken)
+        if not masters:
+            return
+        share = (was_taken * (1.0 - ema_decay(step, self._decay, self._warmup))).to(masters[0].device)
+        if averages_one_by_one(share.device):
+            for average, master in zip(self.shards, masters, strict=True):
+                average.lerp_(master, share)
+        else:  # three kernels for all tensors
+            difference = torch._foreach_sub(masters, self.shards)
+            torch._foreach_mul_(difference, share)
+            torch._foreach_add_(self.shards, difference)
 
     @contextmanager
     def in_place_of_weights(self, *shared: type[Exception]) -> Iterator[None]:
@@ -316,20 +324,6 @@ class Ema:
             average.copy_(master)
             master.data.copy_(held)
         refresh_module(self._engine)
-
-
-def lerp_where(averages: list[torch.Tensor], weights: list[torch.Tensor], weight: float, where: torch.Tensor) -> None:
-    """averages += weight * (weights - averages) where `where`, bool, 0-dim, is True. `where` is not read."""
-    if not averages:
-        return
-    share = (where * weight).to(averages[0].device)
-    if averages_one_by_one(share.device):
-        for average, other in zip(averages, weights, strict=True):
-            average.lerp_(other, share)
-    else:  # three kernels for all tensors
-        difference = torch._foreach_sub(weights, averages)
-        torch._foreach_mul_(difference, share)
-        torch._foreach_add_(averages, difference)
 
 
 def averages_one_by_one(device: torch.device) -> bool:

@@ -100,14 +100,10 @@ def concluded(
         outcome.code = EXIT_STOPPED if stopped.saved else 1
         outcome.reason = f"stopped by {name}"
         reporter.info(f"{outcome.reason} at step {outcome.state.step}; run the same command to resume")
-    except UserError as error:
-        outcome.code, outcome.reason = 2, str(error)
-        raise
-    except PeerError as error:
-        outcome.reason = str(error)
-        raise
     except BaseException as error:
-        outcome.reason = f"{type(error).__name__}: {error}"
+        is_foreseen = isinstance(error, UserError | PeerError)
+        outcome.code = 2 if isinstance(error, UserError) else outcome.code
+        outcome.reason = str(error) if is_foreseen else f"{type(error).__name__}: {error}"
         raise
     finally:
         is_shared = outcome.code in (0, EXIT_STOPPED)  # else a rank may be here alone
@@ -158,13 +154,18 @@ class Incidents:
         if self._noted >= MOST:
             return f"this start has noted {MOST} others already"
         self._noted += 1
-        checkpoint = next(iter(checkpoints_before(self._store, step)), None)
+        checkpoint, plan = next(iter(checkpoints_before(self._store, step)), None), self._plan
+        epoch, batch = divmod(step - 1, plan.steps_per_epoch)
+        samples = None  # only the ranks that have read them know the samples of a stream
+        if not plan.lanes:  # in the order of the ranks and of their micro batches
+            samples = plan.epoch_order(epoch)[batch * plan.global_batch : (batch + 1) * plan.global_batch].tolist()
         record = {
             "step": step,
             "kind": kind,
             **{name: value if math.isfinite(value) else str(value) for name, value in figures.items()},
             "checkpoint": checkpoint,
-            **self._batch(step),
+            **{"epoch": epoch, "batch": batch, "world_size": plan.world_size, "micro_batch": plan.micro_batch},
+            "samples": samples,
         }
         path = self._directory / f"{checkpoint_name(step)}.json"
         try:
@@ -177,16 +178,6 @@ class Incidents:
         if not self._replays:
             return f"{path} has its samples"
         return f"karat replay {shlex.quote(str(self._directory.parent))} {step} looks into it"
-
-    def _batch(self, step: int) -> dict[str, Any]:
-        """The samples of a step in the order of the ranks and of their micro batches."""
-        plan = self._plan
-        epoch, batch = divmod(step - 1, plan.steps_per_epoch)
-        sizes = {"world_size": plan.world_size, "micro_batch": plan.micro_batch}
-        if plan.lanes:  # only the ranks that have read them know the samples of a stream
-            return {"epoch": epoch, "batch": batch, **sizes, "samples": None}
-        ids = plan.epoch_order(epoch)[batch * plan.global_batch : (batch + 1) * plan.global_batch]
-        return {"epoch": epoch, "batch": batch, **sizes, "samples": ids.tolist()}
 
 
 def checkpoints_before(store: CheckpointStore, step: int) -> list[str]:
