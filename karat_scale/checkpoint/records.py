@@ -20,7 +20,6 @@ from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.foundation.files import read_text
 
 FORMAT = 2
-_CUDA_GENERATOR_BYTES = 16
 _LONGEST = 200
 R = TypeVar("R", bound="Record")
 
@@ -46,7 +45,7 @@ def _generator(value: Tensor) -> Tensor:
 
 
 def _cuda_generator(value: Tensor) -> Tensor:
-    if value.dtype != torch.uint8 or value.shape != (_CUDA_GENERATOR_BYTES,):
+    if value.dtype != torch.uint8 or value.shape != (16,):
         raise ValueError("should be the state of a GPU's random generator")
     return value
 

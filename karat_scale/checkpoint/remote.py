@@ -13,7 +13,6 @@ from karat_scale.foundation.files import LARGEST_TEXT, Fingerprint, Fingerprinte
 from karat_scale.foundation.stores import ChangedFileError, FileFacts, MissingFileError, WritableStore
 
 _FOLDER = "checkpoints"
-_POINTER_BYTES = 4096
 _THREADS = 4
 OnBytes = Callable[[int], None]
 """Hears, in any thread, how many more bytes have come or gone."""
@@ -137,7 +136,7 @@ class RemoteCheckpoints:
     def _text(self, pointer: str) -> str:
         if _path(pointer) not in self._files:
             return ""
-        return self._store.read_small(_path(pointer), _POINTER_BYTES).decode(errors="replace")
+        return self._store.read_small(_path(pointer), 4096).decode(errors="replace")
 
     def _remove(self, name: str, files: list[str]) -> None:
         self._manifests.pop(name, None)

@@ -47,7 +47,6 @@ from karat_scale.foundation.machine import this_node, usable_cores
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-_HASHING_THREADS = 8
 Progress = Callable[[int, int], None]
 """Hears how many bytes are done, and of how many."""
 
@@ -96,7 +95,7 @@ def damage_of(checkpoint: Path, progress: Progress = lambda done, total: None) -
             done += size
             progress(done, total)
 
-    with ThreadPoolExecutor(min(_HASHING_THREADS, usable_cores())) as threads:
+    with ThreadPoolExecutor(min(8, usable_cores())) as threads:
         found = list(threads.map(lambda name: _damage(checkpoint / name, files[name], count), files))
     progress(total, total)  # damaged or not
     return next((damage for damage in found if damage is not None), None)

@@ -205,7 +205,6 @@ class _Reader(pickle.Unpickler):
         return self._made[place]
 
 
-_NICE = 10
 # The writer says so often how far it is.
 _TOLD_BYTES = 32 << 20
 
@@ -260,7 +259,7 @@ class Writer:
 
 
 def _write_for(line: Connection) -> None:
-    os.nice(_NICE)
+    os.nice(10)
     blocks: dict[int, mmap.mmap] = {}
     while True:
         kind, what = line.recv()

@@ -181,9 +181,6 @@ def _accuracy(recipe: Recipe, saved: Mapping[str, Any], kind: str) -> dict[str, 
     return {"top1": str(saved["last_top1"]), "top5": str(saved["last_top5"])}
 
 
-_SUFFIX = ".safetensors"
-
-
 def snapshot_steps(total_steps: int, parts: int) -> frozenset[int]:
     """Step 0 and the last step of each of `parts` equal parts of training; none for 0 parts."""
     return frozenset(round(total_steps * part / parts) for part in range(parts + 1)) if parts else frozenset()
@@ -212,7 +209,7 @@ class Snapshots:
         Rank 0 holds them whole on the host, the other ranks one parameter at a time.
         """
         self.reporter.beat("snapshot")
-        path = self.directory / f"{checkpoint_name(step)}{_SUFFIX}"
+        path = self.directory / f"{checkpoint_name(step)}.safetensors"
         is_kept = path.is_file() and self.store.pointed("latest") == path.stem
         if self.world.broadcast(is_kept):
             return

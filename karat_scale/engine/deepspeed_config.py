@@ -92,9 +92,6 @@ def _check_by_deepspeed(config: Mapping[str, Any], source: str) -> None:
         raise RecipeError(f"{source}: DeepSpeed cannot read it: {message}") from None
 
 
-_NEVER = 10**9
-
-
 def config_directory() -> Path:
     """Where the shipped files lie: inside an installed wheel, or at the top of a clone."""
     return shipped_directory("ds_configs")
@@ -243,6 +240,6 @@ def _settle(config: dict[str, Any], values: dict[str, Any], source: str) -> None
         if node.setdefault(leaf, value) != value:
             fix = 'set it to "auto"' if name != "bf16.enabled" else 'set it to "auto", or train.precision=bf16_weights'
             raise RecipeError(f"{source}: {name} = {node[leaf]!r}, but the recipe makes it {value!r}; {fix}")
-    config.setdefault("steps_per_print", _NEVER)
+    config.setdefault("steps_per_print", 10**9)
     # It would stop the host at each micro batch until the device is done.
     config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)

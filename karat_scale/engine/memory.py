@@ -22,8 +22,6 @@ from karat_scale.models.layers import blocks_of
 from karat_scale.models.recompute import choices_by_rule, recompute, torch_checkpoint
 from karat_scale.recipe import RunRecipe
 
-_REMEMBERED = 100_000
-
 
 @contextlib.contextmanager
 def one_line_out_of_memory(fix: Callable[[], str], snapshot: Callable[[], str] = str) -> Iterator[None]:
@@ -46,7 +44,7 @@ def one_line_out_of_memory(fix: Callable[[], str], snapshot: Callable[[], str] =
 def record_memory(device: torch.device) -> None:
     """Record the stack of each allocation on a GPU from here on."""
     if device.type == "cuda":
-        torch.cuda.memory._record_memory_history(max_entries=_REMEMBERED)
+        torch.cuda.memory._record_memory_history(max_entries=100_000)
 
 
 def memory_snapshot(directory: Path, world: World) -> str:

@@ -43,7 +43,6 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 # Version 1 writes the largest multiple of a page for "no limit".
 UNLIMITED = 1 << 60
 _PR_SET_PDEATHSIG = 1
-_SQUEUE_SECONDS = 5
 _LIBRARIES = ("torch", "timm", "deepspeed")
 
 
@@ -325,7 +324,7 @@ def ask_squeue(job: str, what: str) -> str | None:
         return None
     command = ["squeue", "--noheader", f"--jobs={job}", f"--format={what}"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SQUEUE_SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return next(iter(done.stdout.split()), None) if done.returncode == 0 else None

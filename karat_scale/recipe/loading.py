@@ -42,7 +42,6 @@ def _portable(value: Any) -> Any:
 
 
 R = TypeVar("R", bound=RunRecipe, default=Recipe)
-Schema = type[RunRecipe]
 S = TypeVar("S", bound=BaseModel)
 _LONGEST = 200
 MOST_MISTAKES = 10  # that are said; of the others their number
@@ -151,7 +150,7 @@ def rounding_keys(old: RunRecipe, new: RunRecipe) -> list[str]:
     return _changed(old, new, Effect.ROUNDING)
 
 
-def effects(schema: Schema = Recipe) -> dict[str, Effect]:
+def effects(schema: type[RunRecipe] = Recipe) -> dict[str, Effect]:
     """What each leaf of a recipe may change, by dotted key."""
     return {key: effect for key, field, effect in _fields(schema) if not _is_section(field.annotation)}
 
@@ -182,7 +181,7 @@ def _changed(old: RunRecipe, new: RunRecipe, *kinds: Effect) -> list[str]:
     return [key for key in after if before.get(key) != after[key] and known[key] in kinds]
 
 
-def _apply_override(tree: dict[str, Any], override: str, schema: Schema) -> None:
+def _apply_override(tree: dict[str, Any], override: str, schema: type[RunRecipe]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"override {override[:_LONGEST]!r}: should be key=value, such as optim.lr=1e-3")

@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -125,10 +125,11 @@ class RunUrl:
 
     def upload_files(self, run: Path, on_bytes: OnBytes) -> None:
         """Copy what has changed of the run's own files since the last call. Raises OSError, too."""
-        for name, path in _own_files(run):
+        found = (path for pattern in COPIED for path in sorted(run.glob(pattern)) if path.is_file())
+        for name, path in ((path.relative_to(run).as_posix(), path) for path in found):
             facts = path.stat()
             mark = facts.st_size, facts.st_mtime_ns
-            if self._sent.get(name) == mark:
+            if not _is_own(name) or self._sent.get(name) == mark:
                 continue
             if path.suffix != FIXED:
                 data = path.read_bytes()  # of a log, whole lines
@@ -182,13 +183,6 @@ def keep_run_id(run: Path, name: str) -> None:
     """Let a directory be of the run with this id. Raises OSError."""
     if run_id(run) != name:
         replace_file(run / _ID, f"{name}\n")
-
-
-def _own_files(run: Path) -> Iterator[tuple[str, Path]]:
-    for pattern in COPIED:
-        for path in sorted(run.glob(pattern)):
-            if path.is_file() and _is_own(name := path.relative_to(run).as_posix()):
-                yield name, path
 
 
 def _is_own(name: str) -> bool:

@@ -5,8 +5,9 @@ import random
 from collections.abc import Callable
 from functools import cache, partial
 
+from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.files import shipped_recipes
-from karat_scale.recipe.loading import Schema, flatten, load_recipe
+from karat_scale.recipe.loading import flatten, load_recipe
 
 NUMBERS = ("0", "-1", "1", "3.5", "1e-3", "1e400", "-1e400", ".nan", ".inf", "-.inf", "1_000", "0x1F", "0o17", "0b11")
 DATES = ("2001-01-01", "2001-02-30", "2001-13-45", "0000-00-00", "99999-01-01", "2001-01-01T25:61:61Z", "190:20:30")
@@ -41,7 +42,7 @@ CUTS = (
 class Grammar:
     """Random recipes of one kind."""
 
-    def __init__(self, schema: Schema, random_numbers: random.Random) -> None:
+    def __init__(self, schema: type[RunRecipe], random_numbers: random.Random) -> None:
         self._random, self._schema = random_numbers, schema
         # Few odd things in most recipes: the first one that is refused hides the others.
         self._oddness = self._random.choice((0.01, 0.05, 0.3))
@@ -120,7 +121,7 @@ class Grammar:
 
 
 @cache
-def _fitting(schema: Schema, name: str) -> dict[str, str]:
+def _fitting(schema: type[RunRecipe], name: str) -> dict[str, str]:
     """The values of a shipped recipe by key, as YAML; also those of its sections."""
     recipe = load_recipe(name, (), schema)
     values = {key: json.dumps(value) for key, value in flatten(recipe).items() if key not in ("run.name", "run.dir")}

@@ -248,9 +248,6 @@ class Efficiency:
         return flops_per_image(self._recipe.model, self._recipe.attention, self._recipe.train.freeze).training
 
 
-_BINS = 64
-
-
 class HeadHistograms:
     """Written each `log.histogram_every_steps`; rank 0 writes, and at stage 3 all ranks bring their parts."""
 
@@ -279,16 +276,13 @@ def _histogram(values: torch.Tensor) -> dict[str, Any]:
     """Count the finite values in bins of equal width."""
     numbers = values.double().flatten().cpu().numpy()
     numbers = numbers[np.isfinite(numbers)]
-    counts, edges = np.histogram(numbers, _BINS)
+    counts, edges = np.histogram(numbers, 64)
     return {
         "counts": counts.tolist(),
         "edges": [float(f"{edge:.7g}") for edge in edges],
         "sum": float(numbers.sum()),
         "sum_squares": float(np.square(numbers).sum()),
     }
-
-
-TABLE_ROWS = 40
 
 
 class StepProfiler:
@@ -327,7 +321,7 @@ class StepProfiler:
                 self._profile.export_chrome_trace(str(unfinished))
                 commit_file(unfinished, trace)
             on = "cuda" if self._world.device.type == "cuda" else "cpu"
-            times = self._profile.key_averages().table(sort_by=f"self_{on}_time_total", row_limit=TABLE_ROWS)
+            times = self._profile.key_averages().table(sort_by=f"self_{on}_time_total", row_limit=40)
             replace_file(self._directory / f"{name}.txt", f"{times}\n")
         except OSError as error:  # training is worth more than its profile
             self._reporter.warn(f"profile of steps {self._first} to {self._last} not written: {error}")
