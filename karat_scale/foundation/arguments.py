@@ -5,7 +5,7 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -24,7 +24,14 @@ class OneLineParser(argparse.ArgumentParser):
         options, left = super().parse_known_args(args, namespace)
         takes_overrides = hasattr(options, "overrides")
         if strange := [text for text in left if text.startswith("-") or "=" not in text or not takes_overrides]:
-            self.error(_why_strange(strange, takes_overrides))
+            first = next((text for text in strange if text.startswith("-")), strange[0])
+            if not first.startswith("-"):
+                self.error(f"unexpected argument {first!r}" + ("; overrides are key=value" if takes_overrides else ""))
+            name = first.partition("=")[0]
+            key = name.strip("-").replace("-", "_")
+            hint = f"a recipe's key is written key=value, and `karat explain {key}` finds it" if takes_overrides else ""
+            hint = _OTHER_OPTIONS.get(name, hint)
+            self.error(f"unknown option {name}{'; ' if hint else ''}{hint}")
         if left:
             options.overrides = [*options.overrides, *left]
         return options, []
@@ -61,17 +68,6 @@ _OTHER_OPTIONS = {
     "--gpus": "use karat launch --ranks N train RECIPE",
     "--resume": _OTHER_COMMANDS["resume"],
 }
-
-
-def _why_strange(strange: Sequence[str], takes_overrides: bool) -> str:
-    first = next((text for text in strange if text.startswith("-")), strange[0])
-    if not first.startswith("-"):
-        return f"unexpected argument {first!r}" + ("; overrides are key=value" if takes_overrides else "")
-    name = first.partition("=")[0]
-    key = name.strip("-").replace("-", "_")
-    hint = f"a recipe's key is written key=value, and `karat explain {key}` finds it" if takes_overrides else ""
-    hint = _OTHER_OPTIONS.get(name, hint)
-    return f"unknown option {name}{'; ' if hint else ''}{hint}"
 
 
 def whole(least: int) -> Callable[[str], int]:

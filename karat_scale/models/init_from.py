@@ -28,7 +28,7 @@ from karat_scale.attention.variants import SmoothOperator, mode_columns
 from karat_scale.foundation.errors import RecipeError, one_line
 from karat_scale.models.factory import layer_sizes
 from karat_scale.models.hosts import host_of
-from karat_scale.models.layers import attention_layers, fit_prefix, is_sincos_2d, places_of, prefix_tokens
+from karat_scale.models.layers import attention_layers, fit_prefix, is_sincos_2d, prefix_tokens
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 Places = Sequence[int | None]
@@ -226,7 +226,7 @@ def operators_for(
     _check_layers(_layers(weights), _layers(own))
     _check_kinds(model, weights)
     here = prefix_tokens(own)
-    places = places_of(here, there)
+    places = [there.index(token) if token in there else None for token in here]
     resized: dict[str, Tensor] = {}
     taken: dict[int, tuple[str, dict[str, Tensor]]] = {}
     others: list[TokenGrid] = []

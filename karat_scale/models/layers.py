@@ -158,11 +158,6 @@ def prefix_tokens(state: Mapping[str, Tensor]) -> list[str]:
     return [f"{name}.{number}" for name in _TOKENS if name in state for number in range(state[name].shape[1])]
 
 
-def places_of(tokens: Sequence[str], there: Sequence[str]) -> list[int | None]:
-    """Return the position of each of `tokens` in `there`; None if it is not there."""
-    return [there.index(token) if token in there else None for token in tokens]
-
-
 def fit_prefix(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Return a state dict with a model's prefix tokens and their positions; the operators do not change.
 

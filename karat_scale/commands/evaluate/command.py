@@ -224,8 +224,7 @@ class _Work:
             if done == min(2, total) and passes > 1:
                 cost = passes * (time.monotonic() - started) * total / done
                 self.reporter.info(f"{passes} passes over {images:,} images take about {duration(cost)}")
-            for sample in bad:
-                self.reporter.bad_sample(sample)
+            self.reporter.bad_samples(bad)
             self.show(what, done, total)
 
         return collect(self.forward, load, images, self.run, self.world, told, narrowed)

@@ -253,9 +253,10 @@ class Reporter:
         else:
             self.display.line(f"warning: {text}")
 
-    def bad_sample(self, sample: BadSample) -> None:
-        """A sample that could not be read, by its place."""
-        self.warn(f"unreadable image {sample.key} in {sample.shard}: {sample.reason}")
+    def bad_samples(self, samples: Sequence[BadSample]) -> None:
+        """Samples that could not be read, by their places."""
+        for sample in samples:
+            self.warn(f"unreadable image {sample.key} in {sample.shard}: {sample.reason}")
 
     def train(self, step: int, total: int, figures: dict[str, Any]) -> None:
         """Figures of the steps since the last report."""

@@ -23,7 +23,7 @@ def test_a_pipe_gets_plain_lines(capsys) -> None:
     reporter.train(5, 10, FIGURES)
     reporter.event("eval", 5, "eval at step 5: top-1 12.35 %", {"top1": 12.345})
     reporter.checkpoint(RunState(step=5), "step-00000005", 0.5, 0.1)
-    reporter.bad_sample(BadSample(3, "n01/x", "train-000001.tar", "truncated"))
+    reporter.bad_samples([BadSample(3, "n01/x", "train-000001.tar", "truncated")])
     Reporter(choose_display(True, "run"), None).train(5, 10, {**FIGURES, "tflops": 412.0, "mfu": 0.4164})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("step 5/10 epoch 0 loss 1.2500 lr 1.00e-03 321 img/s, about 10 s left")

@@ -258,6 +258,7 @@ class ClassificationTask(Task):
         self._to_look_at: Tensor | None = None
         self._last_images: Tensor | None = None
         self._learns_attention = recipe.attention.learns
+        self._growing_size = recipe.model.image_size if recipe.schedule.image_sizes else 0
 
     @property
     def num_train(self) -> int:
@@ -378,7 +379,7 @@ class ClassificationTask(Task):
         """Return the mean cross-entropy of a micro batch with its soft targets; with a teacher, also both parts."""
         self._bad += len(batch.bad)
         self._digest = (self._digest + batch_digest(batch)) % 2**BITS
-        self._tell_of(batch.bad)
+        self.reporter.bad_samples(batch.bad)
         if self._stream is not None:
             self._stream.note(batch)
         images, targets = self.as_trained(batch)
@@ -397,7 +398,7 @@ class ClassificationTask(Task):
         """Evaluate the validation split."""
 
         def told(done: int, total: int, bad: tuple[BadSample, ...]) -> None:
-            self._tell_of(bad)
+            self.reporter.bad_samples(bad)
             on_batch(done, total)
 
         def noted(images: Tensor) -> Tensor:
@@ -431,10 +432,6 @@ class ClassificationTask(Task):
             model.train()
         means = self.world.sum(shares) / self.world.size
         return {block: BeyondReach(*both) for block, *both in zip(blocks, means.tolist(), blocks.values(), strict=True)}
-
-    def _tell_of(self, bad: tuple[BadSample, ...]) -> None:
-        for sample in bad:
-            self.reporter.bad_sample(sample)
 
     @property
     def counts(self) -> tuple[Any, ...]:
@@ -470,10 +467,6 @@ class ClassificationTask(Task):
             distilled_from=self._teachers_digest(),
             image_size=self._growing_size,
         )
-
-    @property
-    def _growing_size(self) -> int:
-        return self.recipe.model.image_size if self.recipe.schedule.image_sizes else 0
 
     def check_resumed(self, state: TrainState) -> None:
         """Go on in the stream, if there is one, and check that the teacher is the one of the checkpoint's run.
