@@ -184,8 +184,7 @@ class CheckpointStore:
     """
 
     def __init__(self, root: Path, falsehood: Falsehood | None = None) -> None:
-        self.root = root
-        self._falsehood = falsehood
+        self.root, self._falsehood = root, falsehood
         self._held: list[BinaryIO] = []
         self.on_change: Callable[[], object] = lambda: None
         """Is called, by any thread, when a checkpoint is complete or pinned."""

@@ -66,11 +66,6 @@ class RunState:
         """The fields to set so that the next evaluation is the best."""
         return {known.name: None for known in fields(self) if known.name.startswith("best_")}
 
-    def kept_scores(self) -> dict[str, Any]:
-        """The best and the last scores by name, and the step of the best."""
-        names = [f"{which}_{name}" for which in ("best", "last") for name in self.scores]
-        return {name: getattr(self, name) for name in [*names, "best_step"]}
-
     def to_json(self) -> dict[str, Any]:
         """Plain data for `state.json`."""
         return asdict(self)

@@ -119,8 +119,7 @@ class FingerprintedFile:
     """
 
     def __init__(self, file: IO[bytes], on_bytes: Callable[[int], object] = lambda size: None) -> None:
-        self._file = file
-        self._on_bytes = on_bytes
+        self._file, self._on_bytes = file, on_bytes
         self.bytes = 0
         self._digest = hashlib.sha256()
 

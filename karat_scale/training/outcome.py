@@ -55,6 +55,7 @@ class Outcome:
             return {**previous, "exit": self.code, "reason": self.reason}
         rate, task = self.state.images_per_second, self.task
         data: dict[str, Any] = {}
+        scores = [f"{which}_{name}" for which in ("best", "last") for name in self.state.scores]
         if task is not None:
             classes = {"classes": len(task.classes), "classes_sha256": classes_digest(task.classes)}
             data = {"train_images": task.num_train, **classes, **task.facts(self.state)}
@@ -64,7 +65,7 @@ class Outcome:
             "reason": self.reason,
             "steps": self.state.step,
             "samples": self.state.samples,
-            **self.state.kept_scores(),
+            **{name: getattr(self.state, name) for name in [*scores, "best_step"]},
             "wall_time": spent.to_json(),
             "images_per_second": round(rate, 2) if rate else None,
             "seconds_to_first_step": self.state.seconds_to_first_step,

@@ -266,7 +266,7 @@ class RunDirectory:
         differences = []
         if state.train_images not in (0, images):
             differences.append(f"{images:,} training images where it had {state.train_images:,}")
-        elif _kind(state.train_identity) == _kind(identity) and state.train_identity != identity:
+        elif state.train_identity.partition(":")[0] == identity.partition(":")[0] and state.train_identity != identity:
             differences.append("other training images, as many as before")
         if state.class_order_sha256 not in ("", order):
             differences.append("other classes")
@@ -278,10 +278,6 @@ class RunDirectory:
             )
         state.train_images, state.train_identity, state.class_order_sha256 = images, identity, order
         return said
-
-
-def _kind(identity: str) -> str:
-    return identity.partition(":")[0]
 
 
 def _write(path: Path, text: str) -> None:

@@ -47,8 +47,7 @@ class Interval:
         self._step_losses: list[torch.Tensor] = []
         self._loss_so_far: torch.Tensor | None = None
         self._norms: list[torch.Tensor] = []
-        self._steps = 0
-        self._timed_steps = 0
+        self._steps = self._timed_steps = 0
         self._seconds = 0.0
         self._since: float | None = None
         self._warm = False

@@ -195,10 +195,7 @@ class Reporter:
     def __init__(
         self, display: PlainDisplay, log: MetricsLog | None, rank: int = 0, heartbeat: Heartbeat | None = None
     ) -> None:
-        self.display = display
-        self._log = log
-        self._rank = rank
-        self._heartbeat = heartbeat
+        self.display, self._log, self._rank, self._heartbeat = display, log, rank, heartbeat
         self._trackers: Trackers | None = None
         self._others: list[Callable[[], list[str]]] = []
         self._has_histograms = True
