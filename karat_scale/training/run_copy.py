@@ -467,7 +467,7 @@ def _bring_best(directory: RunDirectory, url: RunUrl, on_bytes: OnBytes, has_new
     Where newer ones came from there, also copy the one that `best` names there: a kill may have been between.
     """
     store, remote, notes = directory.store, url.checkpoints, []
-    with suppress(OSError):
+    with suppress(*(() if has_newer else (OSError,))):
         pointed = remote.pointed("best") if has_newer else None
         best = {pointed, store.best_by_state()}
         for name in [name for name in remote.names() if name in best and name not in store.names()]:
