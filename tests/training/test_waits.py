@@ -30,7 +30,7 @@ def test_a_step_reads_nothing(small_recipe, world, as_on_a_gpu, precision) -> No
     for _ in range(20):  # now the ranks have agreed on when to agree next
         trainer.step(trainer.micro_batches(batches))
         trainer.save_or_stop()
-    trainer._save_points._agreement._next = 1000
+    trainer._save_points.agreement._next = 1000
     for _ in range(5):
         with Counting() as counts:
             trainer.step(trainer.micro_batches(batches))
