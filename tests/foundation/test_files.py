@@ -5,7 +5,6 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
@@ -163,18 +162,17 @@ def test_a_killed_writers_files_go_on_nfs(tmp_path) -> None:
 
 def test_a_file_that_another_writer_takes_for_a_leftover_is_not_used(tmp_path, monkeypatch) -> None:
     """It locks the file before its own writer does, and removes it once that has begun to write."""
-    make, taken = tempfile.mkstemp, []
+    make, taken = Path.touch, []
 
-    def mkstemp(*arguments):
-        handle, name = make(*arguments)
+    def touch(path, *arguments, **options):
+        make(path, *arguments, **options)
         if not taken:
-            taken.append((name, os.open(name, os.O_RDWR)))
+            taken.append((path, os.open(path, os.O_RDWR)))
             assert lock(taken[0][1], wait=False)
-        return handle, name
 
-    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    monkeypatch.setattr(Path, "touch", touch)
     with temporary_file(tmp_path / "x") as mine:
-        assert str(mine) != taken[0][0]
+        assert mine != taken[0][0]
     os.close(taken[0][1])
 
 
