@@ -219,8 +219,8 @@ def _fill(engine: Engine, ema: Ema | None, saved: SavedState) -> list[dict[str, 
         where = "there and not here" if name in saved.frozen else "here and not there"
         raise RunDirectoryError(f"{name} is frozen {where} (train.freeze); use its list, or init_from to begin with it")
     if saved.elementwise and saved.elementwise.keys() != engine.optimizer_states:
-        states = {name: {*row.states, *(row.matrix_states or ())} for name, row in OPTIMIZERS.items()}
-        kept = [name for name, theirs in states.items() if saved.elementwise.keys() == theirs]
+        known = {name: {*row.states, *(row.matrix_states or ())} for name, row in OPTIMIZERS.items()}
+        kept = [name for name, theirs in known.items() if saved.elementwise.keys() == theirs]
         fix = f"set optim.name={kept[0]} or start another run" if kept else "start another run"
         raise RunDirectoryError(f"it holds the optimizer states {', '.join(sorted(saved.elementwise))}; {fix}")
     layout, masters = internals.shard_layout(engine.deepspeed), internals.master_weights(engine.deepspeed)

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed
@@ -100,7 +100,7 @@ class World:
     def on_main(self, action: Callable[[], T]) -> T:
         """What rank 0's action returns, on every rank; what it refuses is raised on every rank."""
         with self.together():
-            returned: Any = action() if self.is_main else None
+            returned = action() if self.is_main else cast(T, None)
         return self.broadcast(returned)
 
     @contextmanager

@@ -387,7 +387,7 @@ class Convit(Host):
         for layer in layers.attention_layers(network):
             # Else it is made in the first forward pass, in whatever mode that runs.
             if isinstance(layer.attention, GPSA):
-                index = layer.attention.get_rel_indices(network.num_patches)
+                index = layer.attention.get_rel_indices(network.num_patches)  # type: ignore[arg-type]  # an int
                 del layer.attention.rel_indices  # a plain attribute in older versions, so it would not move to a GPU
                 layer.attention.register_buffer("rel_indices", index, persistent=False)
         return network

@@ -35,7 +35,7 @@ def recompute(model: nn.Module, choices: Sequence[Choice], by: Checkpoint | None
         if choice != "nothing":
             part: Any = layer.attention if choice == "attention" else layer.block
             # A new class, as in torch's parametrizations: unlike a new attribute, it is also right for a copy.
-            part.__class__ = _recomputing(type(part), by or torch_checkpoint)
+            part.__class__ = _recomputing(type(part), by or torch_checkpoint)  # type: ignore[arg-type]  # a class has a hash
 
 
 def torch_checkpoint(function: Callable[..., Any], *tensors: Tensor) -> Any:

@@ -1,7 +1,7 @@
 """The `attention` section of a recipe, and what it says in words."""
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
@@ -109,7 +109,7 @@ class AttentionConfig(Section):
         """True if a block has other attention than softmax."""
         return any(section.kind != "softmax" for section in self.sections)
 
-    def ranges(self) -> Iterator[tuple[str, range, "AttentionConfig"]]:
+    def ranges(self) -> Iterator[tuple[str, Sequence[int], "AttentionConfig"]]:
         """Yield each range as `blocks` has it, its numbers and its section."""
         for text, own in self.blocks.items():
             yield text, _numbers(text), self._with(own)
