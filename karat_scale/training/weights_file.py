@@ -42,7 +42,7 @@ from karat_scale.training.run_directory import OpenRun, RunDirectory
 
 def _parse_recipe(text: Any) -> Any:
     try:
-        return parse(text)
+        return parse(text) or {}  # an empty one has no run
     except (yaml.YAMLError, AttributeError):  # the latter of what is no text
         raise ValueError("should be a recipe in YAML") from None
 

@@ -80,10 +80,10 @@ def test_a_step_that_is_not_finite_is_found_between_log_lines(small_recipe, worl
         trainer.step(trainer.micro_batches(batches))
     assert trainer.state.skipped_in_row == 0
     assert "warning" not in capsys.readouterr().out
-    trainer._save_points._agreement._next = 4
+    trainer._save_points.agreement._next = 4
     trainer.save_or_stop()
     assert "warning" not in capsys.readouterr().out
-    trainer._save_points._agreement._next = 3
+    trainer._save_points.agreement._next = 3
     trainer.save_or_stop()
     assert "warning: step 2 has a loss or gradients that are not finite; skipped" in capsys.readouterr().out
     assert trainer.state.skipped_in_row == 0  # step 3 was good
