@@ -5,7 +5,6 @@ once on any number of ranks. The validation split is evaluated whatever the run'
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -53,7 +53,7 @@ from karat_scale.engine.engine import forward_for_evaluation
 from karat_scale.engine.reporting.progress import PlainDisplay, Reporter, SilentDisplay
 from karat_scale.foundation.console import duration, printable, work_display, write_json
 from karat_scale.foundation.errors import DataError, RunDirectoryError, UserError
-from karat_scale.foundation.files import file_sha256, json_sha256, write_atomically
+from karat_scale.foundation.files import file_sha256, json_sha256
 from karat_scale.models.operators import check_implementation, describe_implementation
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import flatten
@@ -84,10 +84,19 @@ def collect(
     """
     recipe = run.recipe
     batch_size, normalize = recipe.train.eval_batch, Normalize(recipe.augment.mean, recipe.augment.std)
-    parts: list[dict[str, Any]] = []
+    parts: list[dict[str, npt.NDArray[Any]]] = []
 
     def take(logits: Tensor, batch: Batch) -> None:
-        parts.append(_of_batch(logits, batch, among))
+        if among is not None:
+            masked = torch.full_like(logits, -torch.inf)
+            masked[:, among] = logits[:, among]
+            logits = masked
+        top = logits.softmax(-1).topk(min(KEPT, logits.shape[1] if among is None else len(among)))
+        losses = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+        arrays = {"ids": batch.sample_ids, "labels": batch.labels}
+        arrays |= {"top_labels": top.indices, "top_probabilities": top.values, "losses": losses}
+        keep = batch.valid.cpu().numpy()  # the images that could be read
+        parts.append({name: values.cpu().numpy()[keep] for name, values in arrays.items()})
 
     bad = evaluate_batches(forward, load, images, batch_size, normalize, world, take, on_batch)
     gathered = world.gather({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
@@ -96,25 +105,6 @@ def collect(
     ordered: dict[str, Any] = {name: values[order] for name, values in whole.items()}
     _refuse_nonfinite(run, int((~np.isfinite(ordered["losses"])).sum()), len(order))
     return Predictions(**ordered, bad=int(world.sum(torch.tensor(bad))), classes=())
-
-
-def _of_batch(logits: Tensor, batch: Batch, among: Tensor | None) -> dict[str, Any]:
-    """Return the arrays of `Predictions` of the images that could be read."""
-    if among is not None:
-        masked = torch.full_like(logits, -torch.inf)
-        masked[:, among] = logits[:, among]
-        logits = masked
-    count = min(KEPT, logits.shape[1] if among is None else len(among))
-    probabilities, labels = logits.softmax(-1).topk(count)
-    losses = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
-    keep = batch.valid.cpu().numpy()
-    return {
-        "ids": batch.sample_ids.numpy()[keep],
-        "labels": batch.labels.cpu().numpy()[keep],
-        "top_labels": labels.cpu().numpy()[keep],
-        "top_probabilities": probabilities.cpu().numpy()[keep],
-        "losses": losses.cpu().numpy()[keep],
-    }
 
 
 def _refuse_nonfinite(run: OpenRun[Any], number: int, images: int) -> None:
@@ -171,8 +161,11 @@ def evaluate_on(
         run.choose(world)
         with world.together():
             use = RemoteUse.of(recipe.data, training=False)
+            if request.on is None and recipe.data.row.files is None:
+                raise UserError(f"data.backend = {recipe.data.backend} has no files; name a directory by --on")
+            where = dataset_directory(recipe.data.path if request.on is None else request.on)
+            split = request.split or ("" if request.on is not None else recipe.data.val_split)
             as_stored = request.on is None  # as plain `karat eval` sees them
-            where, split = _where(recipe, request)
             test_set = open_test_set(where, split, classes, use, as_stored)
         with closing(test_set):
             if test_set.notice:
@@ -250,34 +243,20 @@ def _corrupted(work: _Work, run: Path, empty: Evaluation, request: Request) -> E
     found = dict(earlier.corruptions) if earlier and earlier.identity == empty.identity else {}
     severities = sorted(set(request.severity or SEVERITIES))
     left = [(name, severity) for name in names for severity in severities if severity not in found.get(name, {})]
-    done = empty
+    done = earlier or empty
     for number, (name, severity) in enumerate(left):
         started = time.monotonic()
         passes = len(left) if number == 0 else 1
         predictions = work.predictions(f"{name} {severity}", Corruption(name, severity), passes)
         found[name] = {**found.get(name, {}), severity: predictions.scores["top1"]}
         counted = {"images": len(predictions), "unreadable": predictions.bad, "corruptions": found}
-        done = empty.model_copy(update=counted)
-        work.world.on_main(partial(keep_evaluation, run, _with_mean(done)))
+        top1 = mean_over(found) if is_complete(found) else None
+        done = empty.model_copy(update={**counted, "top1": top1})
+        work.world.on_main(partial(keep_evaluation, run, done))
         seconds = time.monotonic() - started
         rest = f", {number + 1} of {len(left)}, about {duration(seconds * (len(left) - number - 1))} left"
         work.reporter.info(f"{name} {severity}: top-1 {found[name][severity]:.2f} % in {duration(seconds)}{rest}")
-    return _with_mean(done if left else earlier or empty)
-
-
-def _with_mean(evaluation: Evaluation) -> Evaluation:
-    """Return a corrupted set's evaluation with the mean, if nothing is missing."""
-    found = evaluation.corruptions
-    return evaluation.model_copy(update={"top1": mean_over(found) if is_complete(found) else None})
-
-
-def _where(recipe: Recipe, request: Request) -> tuple[Path | str, str]:
-    """Return the directory or the URL, and the split."""
-    if request.on is not None:
-        return dataset_directory(request.on), request.split
-    if recipe.data.row.files is None:
-        raise UserError(f"data.backend = {recipe.data.backend} has no files; name a directory by --on")
-    return dataset_directory(recipe.data.path), request.split or recipe.data.val_split
+    return done
 
 
 def identity_of(run: OpenRun[Recipe], **data: Any) -> str:
@@ -357,10 +336,8 @@ def evaluate_run(
         work_display() if world.is_main else nullcontext(lambda what, done, total: None) as show,
     ):
         reporter = Reporter(PlainDisplay() if world.is_main else SilentDisplay(), None, world.rank)
-        task: Task | None = None
-        try:
-            run.choose(world)
-            task = task_type(recipe, world, reporter)
+        run.choose(world)
+        with closing(reporter), closing(task_type(recipe, world, reporter)) as task:
             if (classes := run.directory.classes()) and classes != task.classes:
                 by_name = f"use `karat eval {run.path} --on DIR`, which matches classes by name"
                 raise DataError(
@@ -375,13 +352,8 @@ def evaluate_run(
             scores = task.evaluate(forward, partial(show, "evaluate batches"))
             figures = scores.to_json()
             _refuse_nonfinite(run, figures.get("nonfinite", 0), figures["images"])
-        finally:
-            if task is not None:
-                task.close()
-            reporter.close()
     if world.is_main:
         print(f"{run.path} {run.chosen}{run.store.beside(run.chosen)} ({run.weights_kind} weights): {scores}")
-        if json_file:
-            of = {"run": str(run.path), "checkpoint": run.chosen, "weights": run.weights_kind}
-            write_atomically(Path(json_file), json.dumps({**of, **figures}, indent=2) + "\n")
+        of = {"run": str(run.path), "checkpoint": run.chosen, "weights": run.weights_kind}
+        write_json(json_file, {**of, **figures})
     return 0

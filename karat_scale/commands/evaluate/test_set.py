@@ -13,7 +13,7 @@ import inspect
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -226,8 +226,8 @@ def _open(directory: Path | str, split: str, use: RemoteUse) -> Split:
 
 
 def load_test_set(
-    test_set: TestSet, recipe: Recipe, change: Change | None = None
-) -> Callable[[Iterable[BatchSlice]], Iterator[Batch]]:
+    test_set: ImageSource, recipe: Recipe, change: Change | None = None
+) -> Callable[[Iterable[BatchSlice]], OrderedLoader]:
     """Return what makes batches of slices of a test set, as evaluation does, with each image changed by `change`."""
     data = recipe.data
     decoder = make_decoder(data, recipe.augment.interpolation)
@@ -270,7 +270,6 @@ class OtherLabels:
     """
 
     def __init__(self, file: Path, classes: Sequence[str]) -> None:
-        self._file, self._classes = file, classes
         try:
             content = parse_json(read_bytes(file, LARGEST_TEXT))
         except (OSError, ValueError) as error:
@@ -278,38 +277,28 @@ class OtherLabels:
             raise DataError(f"--labels {file}: {reason}; name a JSON file such as ReaL's real.json") from None
         if not isinstance(content, list | dict) or not content:
             raise DataError(f"--labels {file}: should be a JSON list or object of labels")
-        self._by_number = self._of_list(content) if isinstance(content, list) else {}
-        self._by_name = self._of_object(content) if isinstance(content, dict) else {}
+        entries: dict[Any, Any]
+        labels: dict[Any, int | None]
+        if isinstance(content, list):
+            entries = dict(enumerate(content, start=1))
+            labels = dict(enumerate(match_classes(imagenet_wnids(), classes)))
+        else:
+            entries = {key: entry if isinstance(entry, list) else [entry] for key, entry in content.items()}
+            names = sorted({one for entry in entries.values() for one in entry if isinstance(one, str)})
+            labels = dict(zip(names, match_classes(names, classes), strict=True)) | dict(enumerate(range(len(classes))))
+        self._accepted: dict[int | str, Accepted] = {}
+        for key, entry in entries.items():
+            if not isinstance(entry, list) or not all(isinstance(one, int | str) for one in entry):
+                raise DataError(f"--labels {file}: {str(entry)[:60]!r} should be a list of labels")
+            found = (labels.get(one) for one in entry)
+            self._accepted[key] = frozenset(label for label in found if label is not None)
 
     def of(self, key: str) -> Accepted | None:
         """Return the labels of an image by its key or path; None if the file does not have the image."""
         name = key.rpartition("/")[2]
-        if self._by_number:
-            found = _NUMBER.search(name)
-            return self._by_number.get(int(found[1])) if found else None
-        for candidate in (key, name, name.rpartition(".")[0]):
-            if candidate in self._by_name:
-                return self._by_name[candidate]
-        return None
-
-    def _of_list(self, content: list[Any]) -> dict[int, Accepted]:
-        labels = self._as_run_labels([*range(1000)], imagenet_wnids())
-        return {number: self._accepted(entry, labels) for number, entry in enumerate(content, start=1)}
-
-    def _of_object(self, content: dict[str, Any]) -> dict[str, Accepted]:
-        entries = {key: entry if isinstance(entry, list) else [entry] for key, entry in content.items()}
-        names = sorted({one for entry in entries.values() for one in entry if isinstance(one, str)})
-        labels = self._as_run_labels(names, names) | {label: label for label in range(len(self._classes))}
-        return {key: self._accepted(entry, labels) for key, entry in entries.items()}
-
-    def _as_run_labels(self, keys: Sequence[Any], names: Sequence[str]) -> dict[Any, int]:
-        matched = match_classes(names, self._classes)
-        return {key: label for key, label in zip(keys, matched, strict=True) if label is not None}
-
-    def _accepted(self, entry: Any, labels: dict[Any, int]) -> Accepted:
-        if not isinstance(entry, list) or not all(isinstance(one, int | str) for one in entry):
-            raise DataError(f"--labels {self._file}: {str(entry)[:60]!r} should be a list of labels")
-        return frozenset(labels[one] for one in entry if one in labels)
+        number = _NUMBER.search(name)
+        names: list[int | str] = [int(number[1]) if number else 0, key, name, name.rpartition(".")[0]]
+        return next((self._accepted[one] for one in names if one in self._accepted), None)
 
 
 def with_other_labels(predictions: Predictions, keys: Sequence[str], labels: OtherLabels) -> tuple[float, int, str]:
