@@ -52,6 +52,12 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def new_axes(width: float, height: float) -> tuple[Figure, Any]:
+    """Return a figure of this size in inches, and its only axes."""
+    figure = new_figure(width, height)
+    return figure, figure.subplots()
+
+
 def layered(number: int, count: int, width: float = 1.5) -> dict[str, Any]:
     """Return the style of one of `count` lines. Below a later line that it equals, it is seen, as it is wider."""
     wider = (count - 1 - number) / max(count - 1, 1)
@@ -94,7 +100,12 @@ def share_axes(figures: Sequence[Figure]) -> None:
     if len({len(figure.axes) for figure in figures}) != 1:
         return
     for place in zip(*(figure.axes for figure in figures), strict=True):
-        _share_colours(place)
+        scaled = [[one for one in (*axes.images, *axes.collections) if one.get_array() is not None] for axes in place]
+        for group in zip(*scaled, strict=False):
+            colours = [one.get_clim() for one in group]
+            if all(None not in pair for pair in colours):
+                for one in group:
+                    one.set_clim(min(low for low, _ in colours), max(high for _, high in colours))
         labels = {axes.get_label() for axes in place}
         fixed = labels & {OWN_LIMITS, "<colorbar>"} or any(axes.images for axes in place)
         for side in "" if fixed else "yz" if OWN_X in labels else "xyz":
@@ -102,13 +113,3 @@ def share_axes(figures: Sequence[Figure]) -> None:
                 limits = np.array([getattr(axes, f"get_{side}lim")() for axes in place])
                 for axes in place:
                     getattr(axes, f"set_{side}lim")(limits[:, 0].min(), limits[:, 1].max())
-
-
-def _share_colours(place: Sequence[Any]) -> None:
-    """Let what has a colour scale, at the same place of each axes, have the same one."""
-    scaled = [[one for one in (*axes.images, *axes.collections) if one.get_array() is not None] for axes in place]
-    for group in zip(*scaled, strict=False):
-        limits = [one.get_clim() for one in group]
-        if all(None not in pair for pair in limits):
-            for one in group:
-                one.set_clim(min(low for low, _ in limits), max(high for _, high in limits))

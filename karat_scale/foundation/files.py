@@ -226,18 +226,18 @@ def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
     return read_bytes(path, most).decode("utf-8")
 
 
-def walk(top: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def walk(top: Path, onerror: Callable[[OSError], None] = _raise) -> Iterator[tuple[str, list[str], list[str]]]:
     """As os.walk, also behind links, except those that lead back to a folder around them: they would have no end.
 
-    Raises OSError if a folder cannot be listed.
+    Raises OSError if a folder cannot be listed, unless `onerror` takes it.
     """
-
-    def fail(error: OSError) -> None:
-        raise error
-
     real = Path(os.path.realpath(top))
     around = {str(top): {str(real), *map(str, real.parents)}}
-    for directory, below, files in os.walk(top, onerror=fail, followlinks=True):
+    for directory, below, files in os.walk(top, onerror=onerror, followlinks=True):
         above = around.pop(directory)
         for name in [*below]:
             path = os.path.join(directory, name)  # noqa: PTH118  # as os.walk writes it

@@ -155,7 +155,8 @@ def test_an_evaluation_in_training_reports_it(tmp_path: Path, stage: str) -> Non
     own = (f"run.dir={run}", f"deepspeed.config={stage}", "train.eval_batch=16", "log.trackers=[tensorboard]")
     assert main(["train", str(recipe), *SMALL, *own]) == 0
     trained = open_run(run, checkpoint="latest")
-    images, _ = next(iter(ValidationImages(trained.recipe, 16, tuple(range(16))).batches(16, torch.device("cpu"))))
+    chosen = ValidationImages(trained.recipe, 16, tuple(range(16)))
+    images, _ = next(chosen.batches(chosen.raw(16), torch.device("cpu")))
     model = trained.model()
     expected = content_of(model, model, images)
     found = events(run, "eval")[-1]["content"]

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
@@ -29,7 +29,6 @@ from karat_scale.commands.analyze.result import (
     NothingToShowError,
     Result,
     Settings,
-    Written,
     read_written,
     safe_name,
     write_result,
@@ -40,6 +39,7 @@ from karat_scale.commands.compare.comparison import compare_groups, separating
 from karat_scale.commands.compare.finished import read_run
 from karat_scale.commands.figures import share_axes, themed
 from karat_scale.engine import distributed
+from karat_scale.engine.distributed import ALONE
 from karat_scale.foundation.console import duration, printable, render_page, work_display
 from karat_scale.foundation.errors import RunDirectoryError, UserError
 from karat_scale.foundation.files import json_sha256, make_folder, replace_file
@@ -56,39 +56,25 @@ _KINDS = ("figure", "gallery", "table")
 _EMPTY = dict.fromkeys(_KINDS)
 
 
-@dataclass(frozen=True)
-class RunSummary:
-    """The report's information about a run: its name, its score in large letters, and facts, shown unchanged.
-
-    summary: sentences, each with the analysis that found it, or with "".
-    """
-
-    label: str
-    facts: Mapping[str, str]
-    score: str = ""
-    summary: Sequence[tuple[str, str]] = ()
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Analyses of a run that were not possible, for one reason. It is `harmless` if they do not apply to the run."""
-
-    analyses: Sequence[str]
-    label: str
-    message: str
-    harmless: bool = False
+Show = Callable[[str, float, float], None]
+Problems = dict[tuple[str, str, bool], list[str]]
+"""The titles of analyses of a run that were not possible for one reason, by the run's label, the reason, and whether
+that is harmless: they do not apply to the run.
+"""
 
 
 def write_report(
     path: Path,
-    runs: Sequence[RunSummary],
-    written: Mapping[str, Mapping[str, Written]],
-    problems: Sequence[Problem],
+    runs: Sequence[Mapping[str, Any]],
+    written: Mapping[str, Mapping[str, Result]],
+    problems: Problems,
     summary: Sequence[str] = (),
 ) -> None:
     """Write the report.
 
     Args:
+        runs: of each its `label`, its `score` in large letters, `facts` by name, and in `summary` sentences, each with
+            the analysis that found it, or with "".
         written: by analysis, then by the run's label; "" is of all runs together.
         summary: sentences about all runs.
     """
@@ -98,9 +84,8 @@ def write_report(
         runs=runs,
         summary=summary,
         linked=linked,
-        sections=[_section(name, by_run) for name, by_run in written.items()],
-        problems=[problem for problem in problems if not problem.harmless],
-        harmless=[problem for problem in problems if problem.harmless],
+        sections=[(name, ANALYSES[name].title, by_run, _rows(by_run)) for name, by_run in written.items()],
+        problems=problems,
         themed=themed,
     )
     replace_file(path, page)
@@ -123,27 +108,16 @@ def linked(text: str, glossary: Mapping[str, str]) -> Markup:
     return Markup("").join([*parts, escape(text[end:])])
 
 
-def _section(name: str, by_run: Mapping[str, Written]) -> dict[str, Any]:
-    """Return one analysis of all runs, for the template."""
-    notes = [(label, note) for label, made in by_run.items() for note in made.notes]
-    early = "made by an earlier command, whose options may have been others"
-    notes += [(label, early) for label, made in by_run.items() if made.earlier]
-    found = [(label, finding) for label, made in by_run.items() for finding in made.findings]
-    return {"name": name, "title": ANALYSES[name].title, "findings": found, "notes": notes, "rows": _rows(by_run)}
-
-
-def _rows(by_run: Mapping[str, Written]) -> list[dict[str, Any]]:
+def _rows(by_run: Mapping[str, Result]) -> list[dict[str, Any]]:
     """Return rows of the same figure, table or gallery of several runs, in the order of the run that has most."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for label, made in sorted(by_run.items(), key=lambda item: -len(item[1].figures)):
-        parts: list[tuple[str, str, Any]] = [("figure", figure.name, figure) for figure in made.figures]
-        parts += [("table", table.title, table) for table in made.tables]
+    for label, made in sorted(by_run.items(), key=lambda item: -len(item[1].svgs)):
+        # One figure has all runs, so different figures stand side by side.
+        parts: list[tuple[str, str, Any]] = [("figure", one.name if label else "", one) for one in made.svgs]
         parts += [("gallery", title, tiles) for title, tiles in made.galleries.items()]
+        parts += [("table", table.title, table) for table in made.tables]
         for kind, title, part in parts:
             found.setdefault((kind, title), []).append({**_EMPTY, "label": label, kind: part})
-    if "" in by_run:  # one figure has all runs, so different figures stand side by side
-        figures = [cells[0] for (kind, _), cells in found.items() if kind == "figure"]
-        found = {key: cells for key, cells in found.items() if key[0] != "figure"} | {("figure", ""): figures}
     rows = []
     for (kind, title), cells in sorted(found.items(), key=lambda item: _KINDS.index(item[0][0])):
         captions = {cell["figure"].caption for cell in cells if kind == "figure"}
@@ -166,48 +140,37 @@ def analyze_paths(
     weights: str,
     settings: Settings,
 ) -> int:
-    """Call `analyze` with the options of the command line. Under torchrun, the ranks share the landscape.
+    """Run the analyses `only` on each run and write OUT/report.html; return the exit code.
+
+    OUT/<analysis>/<run>/ holds figures and numbers. The report also shows what an earlier command wrote there for the
+    same models. The exit code is 0 if any analysis ran; else it is 2 and no report is written. Ctrl-C leaves a report
+    of what was finished. Under torchrun, the ranks share the landscape. It comes first, so that they need not wait for
+    rank 0, which does the rest.
 
     Raises:
-        UserError: the run does not exist.
+        UserError: the run does not exist, or OUT cannot be written.
     """
     opened = [open_run(path, data, weights, checkpoint) for path in runs]
     own = opened[0].path / "analysis"
     if not out and own.is_symlink():  # in a run of somebody else, it may lead anywhere
         raise RunDirectoryError(f"{own}: is a link, and nothing is written where it leads; add --out DIR")
     directory = Path(out) if out else own
-    if launch_environment(os.environ)[1] == 1:
-        return analyze(opened, only, settings, directory)
-    world = distributed.start("auto")
     try:
-        return analyze(opened, only, replace(settings, world=world), directory)
-    finally:
-        distributed.stop()
-
-
-def analyze(runs: Sequence[TrainedRun], names: Sequence[str], settings: Settings, out: Path) -> int:
-    """Run the analyses `names` on each run and write OUT/report.html; return the exit code.
-
-    OUT/<analysis>/<run>/ holds figures and numbers. The report also shows what an earlier command wrote there for the
-    same models. The exit code is 0 if any analysis ran; else it is 2 and no report is written. Ctrl-C leaves a report
-    of what was finished. Work that ranks share comes first, so that they need not wait for rank 0, which does the rest.
-
-    Raises:
-        UserError: OUT cannot be written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunDirectoryError(f"--out {out}: {error.strerror}; choose another directory") from None
-    if settings.world.size > 1:
-        names = sorted(names, key=lambda name: name != SHARED)
-    report, is_main = out / "report.html", settings.world.is_main
-    with work_display("all") if is_main else nullcontext(lambda what, done, total: None) as show:
-        work = _Work(runs, names, settings, out, show)
-        if not is_main:
+        raise RunDirectoryError(f"--out {directory}: {error.strerror}; choose another directory") from None
+    is_alone = launch_environment(os.environ)[1] == 1
+    with (
+        nullcontext(ALONE) if is_alone else distributed.joined("auto") as world,
+        work_display("all") if world.is_main else nullcontext(lambda what, done, total: None) as show,
+    ):
+        names = only if is_alone else sorted(only, key=lambda name: name != SHARED)
+        work = _Work(opened, names, replace(settings, world=world), directory, show)
+        if not world.is_main:
             if SHARED in names:
                 work.assist()
             return 0
+        report = directory / "report.html"
         try:
             for name in names:
                 work.make(name)
@@ -261,20 +224,15 @@ def _seconds(call: Callable[[], Tensor]) -> float:
 class _Work:
     """Makes one analysis after the other for all runs, and remembers what could not be made.
 
-    runs: by their labels. written: by analysis, then by the run's label; "" is of all runs together.
+    runs: by their labels. written: the analyses that were made, with the run's label; "" is of all runs together.
     """
 
     def __init__(
-        self,
-        runs: Sequence[TrainedRun],
-        names: Sequence[str],
-        settings: Settings,
-        out: Path,
-        show: Callable[[str, float, float], None],
+        self, runs: Sequence[TrainedRun], names: Sequence[str], settings: Settings, out: Path, show: Show
     ) -> None:
         self.runs = dict(zip(unique_labels(runs), runs, strict=True))
-        self.written: dict[str, dict[str, Written]] = {}
-        self.problems: list[Problem] = []
+        self.written: set[tuple[str, str]] = set()
+        self.problems: Problems = {}
         self._settings, self._out, self._show = settings, out, show
         # Of each piece of work: expected seconds and the share that is done.
         self._seconds: dict[tuple[str, str, str], float] = {}
@@ -302,8 +260,8 @@ class _Work:
             share_axes([one for one in found if isinstance(one, Figure)])
         for label, result in results.items():
             with self._told_if_impossible(name, label):
-                written = write_result(result, self._fingerprint(label), self._settings_of(name, label))
-                self.written.setdefault(name, {})[label] = written
+                write_result(result, self._fingerprint(label), self._settings_of(name, label))
+                self.written.add((name, label))
                 for note in result.notes:
                     print(printable(f"note: {_named(name, label)}: {note}"), file=sys.stderr)
         self._done |= {key: 1.0 for key in self._done if key[0] == name}
@@ -316,12 +274,12 @@ class _Work:
 
     def report(self, path: Path) -> None:
         """Write the report of the new results, and of earlier ones of the same models, in the order of ANALYSES."""
-        shown: dict[str, dict[str, Written]] = {}
+        shown: dict[str, dict[str, Result]] = {}
         for name in ANALYSES:
             for label in self._labels(name):
-                made = self.written.get(name, {}).get(label)
-                made = made or read_written(self._settings_of(name, label).directory, self._fingerprint(label))
+                made = read_written(self._settings_of(name, label).directory, self._fingerprint(label))
                 if made:
+                    made.is_earlier = (name, label) not in self.written
                     shown.setdefault(name, {})[label] = made
         cards, several = [], len(self.runs) > 1
         together = self._together("robustness" in shown)
@@ -340,7 +298,8 @@ class _Work:
                 for text in shown[name][label].findings[:count]
             ]
             sentences += [("", text) for text in together if not several]
-            cards.append(RunSummary(label, facts, score, [one for one in sentences if one[1]]))
+            said = [one for one in sentences if one[1]]
+            cards.append({"label": label, "facts": facts, "score": score, "summary": said})
         write_report(path, cards, shown, self.problems, together if several else ())
 
     def _together(self, has_other_tests: bool) -> list[str]:
@@ -370,17 +329,14 @@ class _Work:
     @contextmanager
     def _told_if_impossible(self, name: str, label: str) -> Iterator[None]:
         """Add a problem, and print it, unless it was printed for another analysis of this run."""
-        title = ANALYSES[name].title
         try:
             yield
         except (UserError, OSError) as error:
             message, harmless = " ".join(str(error).split()), isinstance(error, NothingToShowError)
-            for number, known in enumerate(self.problems):
-                if (known.label, known.message) == (label, message):
-                    self.problems[number] = replace(known, analyses=(*known.analyses, title))
-                    return
-            self.problems.append(Problem((title,), label, message, harmless))
-            print(printable(f"{'note' if harmless else 'error'}: {_named(name, label)}: {message}"), file=sys.stderr)
+            if (label, message, harmless) not in self.problems:
+                told = f"{'note' if harmless else 'error'}: {_named(name, label)}: {message}"
+                print(printable(told), file=sys.stderr)
+            self.problems.setdefault((label, message, harmless), []).append(ANALYSES[name].title)
 
     def _fingerprint(self, label: str) -> str:
         return self.runs[label].fingerprint if label else " ".join(run.fingerprint for run in self.runs.values())

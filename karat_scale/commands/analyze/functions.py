@@ -27,7 +27,7 @@ from karat_scale.commands.analyze.result import (
 )
 from karat_scale.commands.analyze.summary import functions_sentence
 from karat_scale.commands.analyze.trained_run import TrainedRun, ValidationImages
-from karat_scale.commands.figures import GRID, OWN_LIMITS, OWN_X, layered, new_figure, show_map
+from karat_scale.commands.figures import GRID, OWN_LIMITS, OWN_X, layered, new_axes, new_figure, show_map
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.models.factory import layer_sizes
 from karat_scale.models.layers import attention_layers
@@ -35,7 +35,7 @@ from karat_scale.models.operators import gates, head_parameters, heads_of, opera
 
 POINTS = 200
 LIMIT, SCORE_BINS = 64.0, 2048
-Counts = npt.NDArray[np.int64]
+Shares = npt.NDArray[np.float64]
 
 
 @torch.no_grad()
@@ -53,16 +53,6 @@ def unit_curves(operator: KaratOperator, head: int, x: Tensor) -> Tensor:
     return curves if base is None else curves + base.value(x)[:, None, None]
 
 
-@torch.no_grad()
-def energy_per_frequency(operator: KaratOperator) -> npt.NDArray[np.float64] | None:
-    """Return the share of each harmonic m in sum_pq a_pqm^2 + b_pqm^2, [h, G]; None if the basis is not Fourier."""
-    if not isinstance(operator.basis, Fourier):
-        return None
-    cos, sin = operator.basis.series(operator.basis_parameters())
-    energy = cos.double().square().sum((1, 2)) + sin.double().square().sum((1, 2))
-    return (energy / energy.sum(-1, keepdim=True)).cpu().numpy()
-
-
 class ScoreHistogram:
     """A histogram of the scores, per block and head; scores beyond +-64 count in the outermost bins.
 
@@ -72,7 +62,7 @@ class ScoreHistogram:
     edges = np.linspace(-LIMIT, LIMIT, SCORE_BINS + 1)
 
     def __init__(self, blocks: int, heads: int) -> None:
-        self.counts: Counts = np.zeros((blocks, heads, SCORE_BINS), dtype=np.int64)
+        self.counts: npt.NDArray[np.int64] = np.zeros((blocks, heads, SCORE_BINS), dtype=np.int64)
 
     def add(self, block: int, scores: Tensor) -> None:
         """Add scores [B, h, rows, columns]."""
@@ -117,8 +107,10 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
 
     def visit(block: int, raw: Tensor, _: Tensor) -> None:
         if block in heads:
-            scores = raw[:, raw.shape[1] - heads[block].num_heads :]
-            histogram.add(block, _arguments(learned[block], scores))
+            scores, operator = raw[:, raw.shape[1] - heads[block].num_heads :], learned[block]
+            if operator.form == "project_first" and operator.proj is not None:  # the functions read A W
+                scores = scores @ operator.proj
+            histogram.add(block, scores)
 
     visit_images(model, run, images, settings, "scores", visit)
     result = Result()
@@ -139,7 +131,10 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
     result.numbers["parts"] = {"constant": constant, "line": line, "curve": curve}
     if constant + line + curve > 0:  # else all scores are 0, or all functions
         result.findings.append(functions_sentence(constant, line, curve))
-    _add_gates(result, model)
+    found_gates = [(block, gate.tolist()) for block, gate in enumerate(gates(model)) if gate is not None]
+    if rows := [[block, head, value] for block, values in found_gates for head, value in enumerate(values)]:
+        title = "Gates: S = softmax + gate x learned, and all figures here show the learned part"
+        result.add_records("gates", rows, title, {"block": "block", "head": "head", "gate": "gate"})
     note_bad_images(result, images.bad)
     _add_energy(result, learned)
     if any(size.biased for size in layer_sizes(run.recipe.model)):
@@ -153,16 +148,6 @@ def _left_out(blocks: Collection[int], shown: Collection[int]) -> str:
     """Say which of the blocks are not shown, unless none is."""
     others = [str(block) for block in blocks if block not in shown]
     return f", so not for block{'s' * (len(others) > 1)} {', '.join(others)}" if shown else ""
-
-
-def _places(learned: Learned) -> list[tuple[int, int]]:
-    """Return (block, head) of every learned head."""
-    return [(block, head) for block, operator in learned.items() for head in range(operator.num_heads)]
-
-
-def _arguments(operator: KaratOperator, scores: Tensor) -> Tensor:
-    """Return the inputs of the functions: the scores of the learned heads or, if W comes first, A W."""
-    return scores @ operator.proj if operator.form == "project_first" and operator.proj is not None else scores
 
 
 Draw = Callable[[Any, Any, int, Tensor, Tensor], dict[str, Any] | None]
@@ -222,7 +207,7 @@ def _draw_curves(axes: Any, operator: KaratOperator, head: int, x: Tensor, weigh
     return {"x": scores, "quantiles": bands, "parts": energy_parts(x.cpu(), curves, weights)}
 
 
-def energy_parts(x: Tensor, curves: Tensor, weights: Tensor) -> npt.NDArray[np.float64]:
+def energy_parts(x: Tensor, curves: Tensor, weights: Tensor) -> Shares:
     """Return the energy of curves [n, functions] over scores x [n]: of their constant, line and rest, [3].
 
     They are those of the best straight line. weights: how often each score occurs [n], with the sum 1.
@@ -235,30 +220,28 @@ def energy_parts(x: Tensor, curves: Tensor, weights: Tensor) -> npt.NDArray[np.f
     return torch.stack((constant, line, (total - constant - line).clamp(min=0))).numpy()
 
 
-def _add_gates(result: Result, model: nn.Module) -> None:
-    found = [(block, gate.detach().tolist()) for block, gate in enumerate(gates(model)) if gate is not None]
-    if rows := [[block, head, value] for block, values in found for head, value in enumerate(values)]:
-        title = "Gates: S = softmax + gate x learned, and all figures here show the learned part"
-        result.add_records("gates", rows, title, {"block": "block", "head": "head", "gate": "gate"})
-
-
+@torch.no_grad()
 def _add_energy(result: Result, learned: Learned) -> None:
-    found = {block: energy_per_frequency(operator) for block, operator in learned.items()}
-    energy = {block: shares for block, shares in found.items() if shares is not None}
-    if len(energy) < len(found):
-        result.notes.append(f"energy per frequency: only the Fourier basis has frequencies{_left_out(found, energy)}")
+    """Add the share of each harmonic m in a head's sum_pq a_pqm^2 + b_pqm^2."""
+    energy: dict[int, Shares] = {}
+    for block, operator in learned.items():
+        if isinstance(operator.basis, Fourier):
+            cos, sin = operator.basis.series(operator.basis_parameters())
+            squares = cos.double().square().sum((1, 2)) + sin.double().square().sum((1, 2))
+            energy[block] = (squares / squares.sum(-1, keepdim=True)).cpu().numpy()
+    if len(energy) < len(learned):
+        result.notes.append(f"energy per frequency: only the Fourier basis has frequencies{_left_out(learned, energy)}")
     if not energy:
         return
-    places = [(block, head) for block, shares in energy.items() for head in range(len(shares))]
-    grid = max(shares.shape[1] for shares in energy.values())
-    padded = [np.pad(own, ((0, 0), (0, grid - own.shape[1])), constant_values=np.nan) for own in energy.values()]
-    rows_of_heads = np.concatenate(padded)  # nan: a frequency that the block does not have
-    result.arrays["energy_share"] = np.full((len(energy), max(map(len, padded)), grid), np.nan)  # nan: fewer heads
-    for number, share in enumerate(padded):
-        result.arrays["energy_share"][number, : len(share)] = share
+    heads, grid = np.max([own.shape for own in energy.values()], axis=0).tolist()
+    padded = np.full((len(energy), heads, grid), np.nan)  # nan: what a block does not have
+    for number, own in enumerate(energy.values()):
+        padded[number, : own.shape[0], : own.shape[1]] = own
+    places = [(block, head) for block, own in energy.items() for head in range(len(own))]
+    rows_of_heads = np.concatenate([rows[: len(own)] for rows, own in zip(padded, energy.values(), strict=True)])
+    result.arrays["energy_share"] = padded
     result.numbers["energy_share"] = [shares.tolist() for shares in energy.values()]
-    figure = new_figure(1.2 + 0.6 * grid, max(1.6, 0.22 * len(places) + 0.8))
-    axes = figure.subplots()
+    figure, axes = new_axes(1.2 + 0.6 * grid, max(1.6, 0.22 * len(places) + 0.8))
     image = show_map(axes, rows_of_heads, vmin=0, aspect="auto", cmap="viridis")
     axes.set_xticks(range(grid), [str(m) for m in range(1, grid + 1)])
     axes.set_yticks(range(len(places)), [f"{b}.{h}" for b, h in places], fontsize=7)
@@ -267,20 +250,12 @@ def _add_energy(result: Result, learned: Learned) -> None:
     caption = "Share of each frequency in a head's squared coefficients; at a random start all are 1 / G."
     result.figures["energy"] = figure, caption
     columns = ["block", "head", *(f"m = {m}, %" for m in range(1, grid + 1))]
-    rows = [
-        [*place, *(None if np.isnan(share) else 100 * float(share) for share in shares)]
-        for place, shares in zip(places, rows_of_heads, strict=True)
-    ]
+    rows = [[*place, *shares] for place, shares in zip(places, (100 * rows_of_heads).tolist(), strict=True)]
     result.tables.append(Table("Energy per frequency", columns, rows))
 
 
 def _add_distances(
-    result: Result,
-    model: nn.Module,
-    learned: Learned,
-    run: TrainedRun,
-    images: ValidationImages,
-    settings: Settings,
+    result: Result, model: nn.Module, learned: Learned, run: TrainedRun, images: ValidationImages, settings: Settings
 ) -> None:
     sections = {block: run.recipe.attention.of_block(block) for block in learned}
     is_product = {block: own.kind == "karat" and own.form != "content" for block, own in sections.items()}
@@ -291,7 +266,7 @@ def _add_distances(
     if not fitted:
         return
     rows: list[list[Any]] = []
-    everyone = _places(fitted)
+    everyone = [(block, head) for block, operator in fitted.items() for head in range(operator.num_heads)]
     at_once = max(1, FIT_BYTES // max(map(SoftmaxFit.bytes_of, fitted.values())))
     for start in range(0, len(everyone), at_once):
         fits = {(b, h): SoftmaxFit(learned[b], h) for b, h in everyone[start : start + at_once]}
@@ -302,9 +277,7 @@ def _add_distances(
                     fit.add(raw[:, raw.shape[1] - learned[block].num_heads + head].flatten(0, 1))
 
         visit_images(model, run, images, settings, "distance from softmax", visit)
-        for place, fit in fits.items():
-            distance = fit.distance()
-            rows.append([*place, distance.to_fit, distance.to_softmax, distance.fit_error])
+        rows += [[*place, *fit.distance()] for place, fit in fits.items()]
     title = "Distance from the best fit of softmax (0 the same, 1 nothing in common)"
     columns = {"block": "block", "head": "head", "to_fit": "S to best fit"}
     columns |= {"to_softmax": "S to softmax", "fit_error": "error of the fit"}
@@ -314,8 +287,7 @@ def _add_distances(
         f"The head nearest to softmax is head {nearest[1]} of block {nearest[0]}: {nearest[2]:.2f} from its best fit, "
         "where 0 is the same and 1 has nothing in common."
     )
-    figure = new_figure(max(5.0, 0.3 * len(rows) + 1), 2.8)  # as wide as the legend
-    axes = figure.subplots()
+    figure, axes = new_axes(max(5.0, 0.3 * len(rows) + 1), 2.8)  # as wide as the legend
     where = np.arange(len(rows))
     axes.bar(where - 0.2, [row[2] for row in rows], 0.4, label="learned S to the best fit of softmax")
     axes.bar(where + 0.2, [row[4] for row in rows], 0.4, label="the best fit's own error")
@@ -386,9 +358,8 @@ def analyze_distributions(run: TrainedRun, settings: Settings) -> Result:
     result = Result()
     weights = _at_moments(run, result, settings)
     if len(weights) < 3:
-        result.notes.append(
-            f"the run has only {len(weights)} checkpoints and snapshots, so start, middle or end is missing"
-        )
+        kept = f"{len(weights)} checkpoints and snapshots"
+        result.notes.append(f"the run has only {kept}, so start, middle or end is missing")
     whole = {step: values for step, (values, _) in weights.items()}
     groups = {step: parts for step, (_, parts) in weights.items()}
     figures = {"mean": "mean", "std": "std", "kurtosis": "excess kurtosis", "tail_index": "tail index"}
@@ -396,27 +367,36 @@ def analyze_distributions(run: TrainedRun, settings: Settings) -> Result:
     of_model, of_heads = {"step": "step", **figures}, {**places, "step": "step", **figures}
     rows: list[list[Any]] = [[step, *describe(values).values()] for step, values in whole.items()]
     result.add_records("model", rows, "All weights except biases and norms", of_model)
-    rows = [
-        [*place, step, *describe(values).values()] for step, parts in groups.items() for place, values in parts.items()
-    ]
+    every = [(*place, step, own) for step, parts in groups.items() for place, own in parts.items()]
+    rows = [[*place, *describe(own).values()] for *place, own in every]
     result.add_records("heads", rows, "Coefficients and W by head", of_heads)
-    result.figures["model"] = (
-        _draw_whole(whole, result),
-        "All weights of the model except biases and norms, on a logarithmic scale.",
-    )
+    figure, axes = new_axes(6, 3.4)
+    # The few weights far outside would compress all others.
+    reach = max(float(np.quantile(np.abs(own[:: max(len(own) // 10**6, 1)]), 0.9999)) for own in whole.values())
+    edges = np.linspace(-reach, reach, BINS + 1)
+    for number, (step, values) in enumerate(whole.items()):
+        counts = np.histogram(values, edges)[0]
+        axes.stairs(np.maximum(counts, 0.5), edges, label=f"step {step}", **layered(number, len(whole)))
+        result.arrays[f"model_step{step}"] = counts
+    result.arrays["model_edges"] = edges
+    axes.set(yscale="log", ylim=(0.8, None), xlabel="weight", ylabel="number")
+    axes.legend()
+    result.figures["model"] = figure, "All weights of the model except biases and norms, on a logarithmic scale."
     if last := {place: values for place, values in groups[max(groups)].items() if values.size > 1}:
-        result.figures["heads"] = (
-            _draw_heads(last),
-            f"Parameters of each head's attention at step {max(groups)}; one line per head.",
-        )
+        caption = f"Parameters of each head's attention at step {max(groups)}; one line per head."
+        result.figures["heads"] = _draw_heads(last), caption
     return result
 
 
 def _at_moments(run: TrainedRun, result: Result, settings: Settings) -> dict[int, tuple[Values, Groups]]:
-    """Return the weights, by step, of the checkpoints that load; the others are noted."""
+    """Return the weights, by step, of the checkpoints that load; the others are noted.
+
+    The weights of the whole model are without biases and norms, whose values of about 1 would dominate the tail.
+    """
     model, names = run.new_model(), run.in_order
     found: dict[str, tuple[Values, Groups]] = {}
-    while missing := [name for name in moments(names, run.step) if name not in found]:
+    chosen = moments(names, run.step)
+    while missing := [name for name in chosen if name not in found]:
         name = missing[0]
         try:
             run.load(model, name, "raw")
@@ -425,18 +405,12 @@ def _at_moments(run: TrainedRun, result: Result, settings: Settings) -> dict[int
             if not names:
                 raise
             result.notes.append(f"left out: {error}")
+            chosen = moments(names, run.step)
         else:
-            found[name] = all_weights(model), by_head(model)
-            settings.progress(
-                "distributions", len(moments(names, run.step)) - len(missing) + 1, len(moments(names, run.step))
-            )
-    return {run.step(name): found[name] for name in moments(names, run.step)}
-
-
-def all_weights(model: nn.Module) -> Values:
-    """Return every trainable number except biases and norms, whose values of about 1 would dominate the tail."""
-    matrices = [p.detach().flatten().float().cpu() for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    return torch.cat(matrices).numpy()
+            matrices = [p.detach().flatten().cpu() for p in model.parameters() if p.requires_grad and p.dim() > 1]
+            found[name] = torch.cat(matrices).float().numpy(), by_head(model)
+            settings.progress("distributions", len(chosen) - len(missing) + 1, len(chosen))
+    return {run.step(name): found[name] for name in chosen}
 
 
 def by_head(model: nn.Module) -> Groups:
@@ -446,24 +420,6 @@ def by_head(model: nn.Module) -> Groups:
         for name, block, parameter in head_parameters(model)
         for head, values in enumerate(parameter.detach().float().cpu())
     }
-
-
-def _draw_whole(whole: dict[int, Values], result: Result) -> Figure:
-    figure = new_figure(6, 3.4)
-    axes = figure.subplots()
-    # The few weights far outside would compress all others.
-    reach = max(
-        float(np.quantile(np.abs(values[:: max(len(values) // 10**6, 1)]), 0.9999)) for values in whole.values()
-    )
-    edges = np.linspace(-reach, reach, BINS + 1)
-    for number, (step, values) in enumerate(whole.items()):
-        counts = np.histogram(values, edges)[0]
-        axes.stairs(np.maximum(counts, 0.5), edges, label=f"step {step}", **layered(number, len(whole)))
-        result.arrays[f"model_step{step}"] = counts
-    result.arrays["model_edges"] = edges
-    axes.set(yscale="log", ylim=(0.8, None), xlabel="weight", ylabel="number")
-    axes.legend()
-    return figure
 
 
 def _draw_heads(groups: Groups) -> Figure:

@@ -19,15 +19,14 @@ from matplotlib.figure import Figure
 from karat_scale.commands.analyze.result import NothingToShowError, Result, Settings, Table
 from karat_scale.commands.analyze.summary import accuracy_sentence
 from karat_scale.commands.analyze.trained_run import TrainedRun
-from karat_scale.commands.evaluate.predictions import SEVERITIES, Evaluation, read_evaluations
-from karat_scale.commands.figures import COLOURS, layered, new_figure
+from karat_scale.commands.evaluate.predictions import SEVERITIES, read_evaluations
+from karat_scale.commands.figures import COLOURS, layered, new_axes, new_figure
 from karat_scale.engine.reporting.goodput import wall_time
 from karat_scale.engine.reporting.progress import read_events
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import UserError
 from karat_scale.models.factory import parameter_count
 from karat_scale.recipe.attention import describe_attention
-from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.classification.conversion import mean_error, read_report, read_survey
 
 Point = dict[str, float]
@@ -47,31 +46,28 @@ class History:
     has_ended: bool = False
     """Whether the last start has told its end; else the summary is of an earlier one."""
 
-    def rewind(self, step: float) -> None:
-        """Take back what came after a step: the run resumed there."""
-        self.train = [point for point in self.train if point["step"] <= step]
-        self.evaluations = [point for point in self.evaluations if point["step"] <= step]
-
 
 def read_history(run: TrainedRun) -> History:
     """Read the run's events. A file that is missing has none."""
     history = History()
     damaged: list[str] = []
-    for event in read_events(RunDirectory(run.path).metrics_file, damaged.append):
+    for event in read_events(run.directory.metrics_file, damaged.append):
         kind = event.get("event")
         if kind in ("start", "train", "end"):
             history.has_ended = kind == "end"
         if kind not in ("train", "eval", "resume"):
             continue
-        point = {name: _number(event.get(name)) for name in _FIGURES}
+        given = {name: event.get(name) for name in _FIGURES}
+        point = {name: float(x) if isinstance(x, int | float) else math.nan for name, x in given.items()}
         if math.isnan(point["step"]):
             damaged.append(str(event))
             continue
-        following = history.train if kind == "train" else history.evaluations
-        if kind == "resume" or (following and point["step"] <= following[-1]["step"]):
-            history.rewind(point["step"] - (kind != "resume"))
-        if kind != "resume":
-            (history.train if kind == "train" else history.evaluations).append(point)
+        own = {"train": history.train, "eval": history.evaluations}.get(kind)
+        if own is None or (own and point["step"] <= own[-1]["step"]):  # the run went back to this or the step before
+            for points in (history.train, history.evaluations):
+                points[:] = [one for one in points if one["step"] <= point["step"] - (kind != "resume")]
+        if own is not None:
+            own.append(point)
     history.damaged_lines = len(damaged)
     return history
 
@@ -81,7 +77,7 @@ def achieved(run: TrainedRun) -> tuple[str, dict[str, str], str]:
 
     The score is that of the analysed weights if they were evaluated in training, else the last one.
     """
-    history, summary = read_history(run), RunDirectory(run.path).summary() or {}
+    history, summary = read_history(run), run.directory.summary() or {}
     shown = history.evaluations[-1] if history.evaluations else None
     with suppress(UserError):  # no checkpoint
         shown = next((point for point in history.evaluations if point["step"] == run.step(run.chosen)), shown)
@@ -102,15 +98,21 @@ def achieved(run: TrainedRun) -> tuple[str, dict[str, str], str]:
             chosen_of = len(history.evaluations) if "last" in facts and "best" not in facts else 1
             classes = run.recipe.model.num_classes
             sentence = accuracy_sentence(shown["top1"], int(shown["images"]), classes, chosen_of)
-    facts["budget"] = _budget(run, history, summary)
-    if spent := str(wall_time(read_events(RunDirectory(run.path).metrics_file))):
+    goes_on = bool(history.train) and not history.has_ended
+    last = int(history.train[-1]["step"]) if history.train else 0
+    steps = last if goes_on else summary.get("steps") or last
+    batch, images = run.recipe.train.global_batch, summary.get("train_images")
+    facts["budget"] = f"{plural(steps, 'step')} of {batch:,} images"
+    if isinstance(images, int) and images > 0:
+        facts["budget"] += f", {steps * batch / images:.3g} times its {images:,} training images"
+    facts["budget"] += f", seed {run.recipe.run.seed}"
+    if spent := str(wall_time(read_events(run.directory.metrics_file))):
         facts["wall time"] = spent
     rate = summary.get("images_per_second")
     if isinstance(rate, int | float):
         facts["speed"] = f"{rate:,.0f} images a second on {summary.get('device', 'an unknown device')}"
     if when := [point["time"] for point in (*history.train[-1:], *history.evaluations[-1:])]:
         facts["date"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(max(when)))
-    goes_on = bool(history.train) and not history.has_ended
     if summary.get("exit") != 0 or goes_on:
         reason = "" if goes_on else summary.get("reason")
         facts["outcome"] = f"not finished ({reason})" if reason else "not finished"
@@ -130,20 +132,6 @@ def described(run: TrainedRun) -> dict[str, str]:
         facts["weights"] = str(error)
     facts["directory"] = str(run.path)
     return facts
-
-
-def _budget(run: TrainedRun, history: History, summary: dict[str, Any]) -> str:
-    last = int(history.train[-1]["step"]) if history.train else 0
-    steps = last if last and not history.has_ended else summary.get("steps") or last
-    text = f"{plural(steps, 'step')} of {run.recipe.train.global_batch:,} images"
-    images = summary.get("train_images")
-    if isinstance(images, int) and images > 0:
-        text += f", {steps * run.recipe.train.global_batch / images:.3g} times its {images:,} training images"
-    return f"{text}, seed {run.recipe.run.seed}"
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 _COURSE = {
@@ -196,20 +184,16 @@ def analyze_training(runs: Mapping[str, TrainedRun]) -> Result:
             result.arrays[f"eval{number}_{name}"] = _column(history.evaluations, name)
         result.numbers[label] = {"arrays": number, "train": len(history.train), "eval": len(history.evaluations)}
     if evaluations:
-        result.tables.append(_table(histories, has_five))
+        scores = {"top-1, %": "top1", **({"top-5, %": "top5"} if has_five else {}), "validation loss": "loss"}
+        rows = [
+            [label, *(int(np.nan_to_num(point[x])) for x in ("step", "samples")), *(point[x] for x in scores.values())]
+            for label, history in histories.items()
+            for point in history.evaluations
+        ]
+        result.tables.append(Table("Evaluations in training", ["run", "step", "images seen", *scores], rows))
     if not (result.figures or result.tables):
         raise NothingToShowError("no run has logged two steps or an evaluation yet")
     return result
-
-
-def _table(histories: Mapping[str, History], has_five: bool) -> Table:
-    scores = {"top-1, %": "top1", **({"top-5, %": "top5"} if has_five else {}), "validation loss": "loss"}
-    rows = [
-        [label, int(point["step"]), int(np.nan_to_num(point["samples"])), *(point[name] for name in scores.values())]
-        for label, history in histories.items()
-        for point in history.evaluations
-    ]
-    return Table("Evaluations in training", ["run", "step", "images seen", *scores], rows)
 
 
 def _column(points: Sequence[Point], name: str) -> Any:
@@ -224,8 +208,7 @@ def _points(history: History, events: str, name: str) -> Any:
 
 
 def _draw(name: str, curves: Sequence[tuple[str, str, dict[str, Any]]], histories: Mapping[str, History]) -> Figure:
-    figure = new_figure(5, 3 + 0.16 * len(histories))
-    axes = figure.subplots()
+    figure, axes = new_axes(5, 3 + 0.16 * len(histories))
     for number, (label, history) in enumerate(histories.items()):
         own = {"color": COLOURS[number % len(COLOURS)], **layered(number, len(histories), width=1.0)}
         named: dict[str, Any] = {"label": label.replace("$", r"\$")}
@@ -264,44 +247,34 @@ def analyze_robustness(runs: Mapping[str, TrainedRun]) -> Result:
             "not measured; `karat eval RUN --on DIR` evaluates on another test set, and `--corrupt` on corrupted images"
         )
     result = Result()
-    rows = [_row(label, one) for label, evaluations in found.items() for one in evaluations]
-    columns = ["test set", "run", "top-1, %", "top-5, %", "loss", "images", "among classes", "checkpoint"]
-    result.tables.append(Table("Other test sets", columns, sorted(rows, key=lambda row: (str(row[0]), str(row[1])))))
-    result.numbers = {label: [one.model_dump() for one in evaluations] for label, evaluations in found.items()}
-    for name in sorted({one.name for evaluations in found.values() for one in evaluations if one.corruptions}):
-        of_runs = {
-            label: one.corruptions
-            for label, own in found.items()
-            for one in own
-            if one.name == name and one.corruptions
-        }
-        _add_corruptions(result, name, of_runs)
+    rows: list[list[Any]] = []
+    corrupted: dict[str, dict[str, dict[str, dict[int, float]]]] = {}
     for label, evaluations in found.items():
         for one in evaluations:
-            if one.corruptions and one.top1 is None:
-                result.notes.append(f"{label} on {one.name}: {one.text}; evaluate the others for a top-1")
+            of = [f"{one.among} of {one.classes}", f"{one.checkpoint}, {one.weights}"]
+            rows.append([one.name, label, one.top1, one.top5, one.loss, one.images, *of])
+            if one.corruptions:
+                corrupted.setdefault(one.name, {})[label] = one.corruptions
+                if one.top1 is None:
+                    result.notes.append(f"{label} on {one.name}: {one.text}; evaluate the others for a top-1")
             if one.unmatched:
                 what = f"{len(one.unmatched)} classes that the run does not have and their {one.left_out} images"
                 result.notes.append(f"{label} on {one.name}: {what} are left out")
+    columns = ["test set", "run", "top-1, %", "top-5, %", "loss", "images", "among classes", "checkpoint"]
+    result.tables.append(Table("Other test sets", columns, sorted(rows, key=lambda row: row[:2])))
+    result.numbers = {label: [one.model_dump() for one in evaluations] for label, evaluations in found.items()}
+    for name, of_runs in sorted(corrupted.items()):
+        _add_corruptions(result, name, of_runs)
     return result
 
 
-def _row(label: str, one: Evaluation) -> list[object]:
-    step = f"{one.checkpoint}, {one.weights}"
-    return [one.name, label, one.top1, one.top5, one.loss, one.images, f"{one.among} of {one.classes}", step]
-
-
 def _add_corruptions(result: Result, name: str, of_runs: Corrupted) -> None:
-    kinds = list(dict.fromkeys(kind for corruptions in of_runs.values() for kind in corruptions))
-    if shared := _shared(of_runs):
-        result.figures[f"severities_{name}"] = (
-            _draw_severities(shared),
-            f"{name}: accuracy by severity, the mean over corruptions.",
-        )
-        result.figures[f"corruptions_{name}"] = (
-            _draw_kinds(shared),
-            f"{name}: accuracy by corruption, the mean over severities.",
-        )
+    # The means are over what all runs have.
+    first, *others = of_runs.values()
+    cells = [(kind, s) for kind in first for s in first[kind] if all(s in other.get(kind, {}) for other in others)]
+    if cells:
+        _draw_means(result, name, of_runs, cells)
+    kinds = dict.fromkeys(kind for corruptions in of_runs.values() for kind in corruptions)
     for label, corruptions in of_runs.items():
         rows: list[list[object]] = [
             [kind.replace("_", " "), *(corruptions[kind].get(severity) for severity in SEVERITIES)]
@@ -313,41 +286,26 @@ def _add_corruptions(result: Result, name: str, of_runs: Corrupted) -> None:
         result.tables.append(Table(f"{name}: top-1 in percent{of}", columns, rows))
 
 
-def _shared(of_runs: Corrupted) -> Corrupted:
-    """Return what all runs have, so that their means are over the same corruptions; empty if that is nothing."""
-    first, *others = of_runs.values()
-    cells = [(kind, s) for kind in first for s in first[kind] if all(s in other.get(kind, {}) for other in others)]
-    shared: dict[str, dict[str, dict[int, float]]] = {}
-    for label, own in of_runs.items():
-        for kind, severity in cells:
-            shared.setdefault(label, {}).setdefault(kind, {})[severity] = own[kind][severity]
-    return shared
-
-
-def _draw_severities(of_runs: Corrupted) -> Figure:
-    figure = new_figure(5, 3 + 0.16 * len(of_runs))
-    axes = figure.subplots()
-    for label, corruptions in of_runs.items():
-        done = [severity for severity in SEVERITIES if any(severity in by for by in corruptions.values())]
-        means = [fmean([by[severity] for by in corruptions.values() if severity in by]) for severity in done]
-        axes.plot(done, means, marker="o", label=label.replace("$", r"\$"))
-    axes.set(xlabel="severity", ylabel="top-1, %", xticks=SEVERITIES, ylim=(0, 1.08 * axes.get_ylim()[1]))
-    return _with_legend(figure, of_runs)
-
-
-def _draw_kinds(of_runs: Corrupted) -> Figure:
-    kinds = list(next(iter(of_runs.values())))
-    figure = new_figure(6, 3.6 + 0.16 * len(of_runs))
-    axes = figure.subplots()
+def _draw_means(result: Result, name: str, of_runs: Corrupted, cells: Sequence[tuple[str, int]]) -> None:
+    """Draw the means over corruptions by severity, and those over severities by corruption, both of `cells` alone."""
+    severities, kinds = sorted({severity for _, severity in cells}), [*dict.fromkeys(kind for kind, _ in cells)]
+    lines, line_axes = new_axes(5, 3 + 0.16 * len(of_runs))
+    bars, bar_axes = new_axes(6, 3.6 + 0.16 * len(of_runs))
     width = 0.8 / len(of_runs)
-    for number, (label, corruptions) in enumerate(of_runs.items()):
-        own = [fmean([*corruptions[kind].values()]) for kind in kinds]
-        places = np.arange(len(kinds)) + (number + 0.5) * width - 0.4
-        axes.bar(places, own, width, label=label.replace("$", r"\$"))
+    for number, (label, own) in enumerate(of_runs.items()):
+        shown = label.replace("$", r"\$")
+        means = [fmean([own[kind][s] for kind, s in cells if s == severity]) for severity in severities]
+        line_axes.plot(severities, means, marker="o", label=shown)
+        means = [fmean([own[kind][s] for kind, s in cells if kind == one]) for one in kinds]
+        bar_axes.bar(np.arange(len(kinds)) + (number + 0.5) * width - 0.4, means, width, label=shown)
+    line_axes.set(xlabel="severity", ylabel="top-1, %", xticks=SEVERITIES, ylim=(0, 1.08 * line_axes.get_ylim()[1]))
     names = [kind.replace("_", " ") for kind in kinds]
-    axes.set_xticks(range(len(kinds)), names, rotation=55, ha="right", rotation_mode="anchor", fontsize=7.5)
-    axes.set(ylabel="top-1, %", ylim=(0, None))
-    return _with_legend(figure, of_runs)
+    bar_axes.set_xticks(range(len(kinds)), names, rotation=55, ha="right", rotation_mode="anchor", fontsize=7.5)
+    bar_axes.set(ylabel="top-1, %", ylim=(0, None))
+    caption = f"{name}: accuracy by severity, the mean over corruptions."
+    result.figures[f"severities_{name}"] = _with_legend(lines, of_runs), caption
+    caption = f"{name}: accuracy by corruption, the mean over severities."
+    result.figures[f"corruptions_{name}"] = _with_legend(bars, of_runs), caption
 
 
 _STAGES = {"at_once": "at once", "least_squares": "least squares", "matched": "matched"}
@@ -370,24 +328,16 @@ def analyze_conversion(run: TrainedRun, _: Settings) -> Result:
     title = f"Top-1 in percent; from {report['from']}, matched on {plural(report['images'], 'image')}"
     result.tables.append(Table(title, ["", "top-1"], rows))
     alone = {block["block"]: block["top1_alone"] for block in survey["blocks"]} if survey else {}
-    result.tables.append(
-        Table(
-            "Error of each block, the mean of its heads",
-            ["block", *_STAGES.values(), "of each head, matched", *(["top-1 with it alone"] if survey else [])],
-            [
-                [
-                    block["block"],
-                    *(round(mean_error(block, stage), 4) if stage in block else None for stage in _STAGES),
-                    " ".join(f"{head:.3f}" for head in block["matched"]),
-                    *([alone.get(block["block"])] if survey else []),
-                ]
-                for block in report["blocks"]
-            ],
-        )
-    )
+    rows = []
+    for block in report["blocks"]:
+        errors = [round(mean_error(block, stage), 4) if stage in block else None for stage in _STAGES]
+        heads = " ".join(f"{head:.3f}" for head in block["matched"])
+        rows.append([block["block"], *errors, heads, *([alone.get(block["block"])] if survey else [])])
+    columns = ["block", *_STAGES.values(), "of each head, matched", *(["top-1 with it alone"] if survey else [])]
+    result.tables.append(Table("Error of each block, the mean of its heads", columns, rows))
     if survey:
         caption = "Blocks converted one after the other, from the least loss to the greatest, before fine-tuning."
-        result.figures["blocks"] = (_draw_survey(survey["curve"]), caption)
+        result.figures["blocks"] = _draw_survey(survey["curve"]), caption
         counts = [[float(loss), count] for loss, count in survey["most_blocks_for_a_loss"].items()]
         result.tables.append(Table("What to convert", ["loss of at most, points", "blocks converted"], counts))
     return result
@@ -397,11 +347,9 @@ def _draw_survey(curve: Sequence[Mapping[str, Any]]) -> Figure:
     figure = new_figure(9, 3)
     top1 = [point["top1"] for point in curve]
     share = [100 * len(point["blocks"]) / (len(curve) - 1) for point in curve]
-    costs = {
-        "blocks converted, %": share,
-        "images a second, forward and backward": [point["images_per_second"] for point in curve],
-        "MB kept for each image": [point["mb_per_image"] for point in curve],
-    }
+    costs = {"blocks converted, %": share}
+    costs["images a second, forward and backward"] = [point["images_per_second"] for point in curve]
+    costs["MB kept for each image"] = [point["mb_per_image"] for point in curve]
     for axes, (label, values) in zip(figure.subplots(1, 3, sharey=True), costs.items(), strict=True):
         axes.plot(values, top1, marker="o")
         axes.set(xlabel=label, ylim=(0, 1.08 * max(*top1, 1.0)))

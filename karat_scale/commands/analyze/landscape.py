@@ -28,8 +28,8 @@ from torch.nn.functional import cross_entropy
 from karat_scale.attention import KaratOperator
 from karat_scale.attention.forms import SECOND
 from karat_scale.commands.analyze.result import Result, Settings, Table, note_bad_images, say_cost
-from karat_scale.commands.analyze.trained_run import ImagesInMemory, TrainedRun
-from karat_scale.commands.figures import OWN_LIMITS, new_figure
+from karat_scale.commands.analyze.trained_run import TrainedRun
+from karat_scale.commands.figures import OWN_LIMITS, new_axes, new_figure
 from karat_scale.engine.distributed import ALONE, World
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.foundation.files import open_to_read, replace_file
@@ -37,6 +37,8 @@ from karat_scale.models.factory import layer_sizes
 
 CHUNK = 1 << 20
 NEEDED = 3
+Array = npt.NDArray[np.float64]
+Directions = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -64,33 +66,30 @@ def flatten(model: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten().float().cpu() for _, parameter in trainable(model)])
 
 
-class _OnDisk:
-    """Float32 [n, P] in a file. Each piece is a new mapping, since the pages of one mapping would add up in memory."""
-
-    def __init__(self, path: Path, shape: tuple[int, int]) -> None:
-        self._path, self.shape = path, shape
-
-    def __getitem__(self, where: tuple[slice, slice]) -> npt.NDArray[np.float32]:
-        return np.array(np.memmap(self._path, dtype=np.float32, mode="r", shape=self.shape)[where])
-
-
-def principal_plane(changes: "npt.NDArray[np.float32] | _OnDisk", names: list[str]) -> Plane:
+def principal_plane(changes: Path, names: list[str]) -> Plane:
     """Return the PCA of changes [n, P] from the last checkpoint, not centred, so that the plane contains the origin.
 
-    Only the n x n matrix of inner products is decomposed, and P is processed in pieces.
+    Only the n x n matrix of inner products is decomposed, and P is processed in pieces. changes: a file of float32.
     """
-    gram = np.zeros((changes.shape[0], changes.shape[0]))
-    for start in range(0, changes.shape[1], CHUNK):
-        piece = changes[:, start : start + CHUNK].astype(np.float64)
-        gram += piece @ piece.T
+    rows, length = len(names), changes.stat().st_size // (4 * len(names))
+    parts = [slice(start, start + CHUNK) for start in range(0, length, CHUNK)]
+
+    def piece(part: slice) -> Array:
+        # A new mapping, since the pages of one mapping would add up in memory.
+        mapped = np.memmap(changes, dtype=np.float32, mode="r", shape=(rows, length))
+        return np.array(mapped[:, part], dtype=np.float64)
+
+    gram = np.zeros((rows, rows))
+    for part in parts:
+        own = piece(part)
+        gram += own @ own.T
     values, vectors = np.linalg.eigh(gram)
     values, vectors = values[::-1][:2].clip(min=1e-30), vectors[:, ::-1][:, :2]
     # Signs that do not depend on the machine: all ranks need the same plane.
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), [0, 1]])
-    directions = np.empty((2, changes.shape[1]), dtype=np.float32)
-    for start in range(0, changes.shape[1], CHUNK):
-        piece = changes[:, start : start + CHUNK].astype(np.float64)
-        directions[:, start : start + CHUNK] = (vectors / np.sqrt(values)).T @ piece
+    directions = np.empty((2, length), dtype=np.float32)
+    for part in parts:
+        directions[:, part] = (vectors / np.sqrt(values)).T @ piece(part)
     coordinates = vectors * np.sqrt(values)
     return Plane(names, coordinates, values / max(float(np.trace(gram)), 1e-30), directions)
 
@@ -126,20 +125,7 @@ def plane_of_run(
                 f"{run.path}: {len(names)} checkpoints and snapshots, but PCA of the path needs {NEEDED}; "
                 "train with checkpoint.snapshots=10"
             )
-        return principal_plane(_OnDisk(path, (len(names), len(last))), names)
-
-
-Array = npt.NDArray[np.float64]
-Directions = npt.NDArray[np.float32]
-
-
-@dataclass
-class _Known:
-    """The losses [len(second), len(first)] so far, and a mask of those that are done, for the inputs with `key`."""
-
-    key: str
-    losses: Array
-    done: npt.NDArray[np.bool_]
+        return principal_plane(path, names)
 
 
 def loss_grid(
@@ -170,40 +156,40 @@ def loss_grid(
         return sorted(unfinished.parent.glob(f"{unfinished.name}-*.npz"))
 
     origin = flatten(model)
-    known: Any = None
+    shape = (len(second), len(first))
+    key, losses, done = "", np.full(shape, np.nan), np.zeros(shape, dtype=bool)
     with world.together():
         if world.is_main:
             digest = hashlib.sha256(identity.encode())
             for array in (origin.numpy(), directions, first, second):
                 digest.update(np.ascontiguousarray(array).tobytes())
-            key, shape = digest.hexdigest(), (len(second), len(first))
-            known = _Known(key, np.full(shape, np.nan), np.zeros(shape, dtype=bool))
+            key = digest.hexdigest()
             for path in files():  # which the ranks of an earlier command saved
                 with open_to_read(path) as file, np.load(file) as content:
-                    if str(content["key"]) == known.key:
-                        known.losses[content["done"]] = content["losses"][content["done"]]
-                        known.done |= content["done"]
-    known = world.broadcast(known)
-    mine = np.flatnonzero(~known.done)[world.rank :: world.size]
+                    if str(content["key"]) == key:
+                        losses[content["done"]] = content["losses"][content["done"]]
+                        done |= content["done"]
+    key, losses, done = world.broadcast((key, losses, done))
+    mine = np.flatnonzero(~done)[world.rank :: world.size]
     with world.together():
         try:
             for number, point in enumerate(mine, start=1):
                 row, column = divmod(int(point), len(first))
                 _move(model, origin, directions, float(first[column]), float(second[row]))
-                known.losses[row, column], known.done[row, column] = loss(), True
+                losses[row, column], done[row, column] = loss(), True
                 progress(number, len(mine))
                 if number % len(first) == 0:
-                    content = io.BytesIO()
-                    np.savez(content, key=known.key, losses=known.losses, done=known.done)
-                    replace_file(unfinished.with_name(f"{unfinished.name}-{world.rank}.npz"), content.getvalue())
+                    saved = io.BytesIO()
+                    np.savez(saved, key=key, losses=losses, done=done)
+                    replace_file(unfinished.with_name(f"{unfinished.name}-{world.rank}.npz"), saved.getvalue())
         finally:
             _move(model, origin, directions, 0.0, 0.0)
-    for points, values in world.gather((mine, known.losses.flat[mine])):
-        known.losses.flat[points] = values
+    for points, values in world.gather((mine, losses.flat[mine])):
+        losses.flat[points] = values
     if world.is_main:
         for path in files():
             path.unlink()
-    return np.asarray(known.losses)
+    return losses
 
 
 def filter_normalised(model: nn.Module, seed: int) -> Directions:
@@ -212,7 +198,13 @@ def filter_normalised(model: nn.Module, seed: int) -> Directions:
     A filter is the weights of one output. In KArAt's parameters an output is a unit p of a head, whose filter is all
     its functions phi_pq, or the token of a row of W. Biases and norms do not move.
     """
-    units = _unit_axes(model)
+    units = {  # the axis of the units p of each parameter of the operators' functions
+        f"{prefix}.{before}{name}": shape.index(-1)
+        for prefix, module in model.named_modules()
+        if isinstance(module, KaratOperator)
+        for name, shape in module.basis.shapes(1, -1, 1).items()
+        for before in ("", SECOND)
+    }
     generator = torch.Generator().manual_seed(seed)
     directions = np.empty((2, len(flatten(model))), dtype=np.float32)
     for direction in torch.from_numpy(directions):
@@ -230,16 +222,6 @@ def filter_normalised(model: nn.Module, seed: int) -> Directions:
                 size = noise.square().sum(over, keepdim=True).sqrt().clamp(min=1e-12)
                 noise *= weights.square().sum(over, keepdim=True).sqrt() / size
     return directions
-
-
-def _unit_axes(model: nn.Module) -> dict[str, int]:
-    """Return the axis of the units p of each parameter of the operators' functions, by the parameter's name."""
-    axes: dict[str, int] = {}
-    for prefix, module in model.named_modules():
-        if isinstance(module, KaratOperator):
-            own = {name: shape.index(-1) for name, shape in module.basis.shapes(1, -1, 1).items()}
-            axes |= {f"{prefix}.{before}{name}": axis for name, axis in own.items() for before in ("", SECOND)}
-    return axes
 
 
 @torch.no_grad()
@@ -270,26 +252,30 @@ def analyze_landscape(run: TrainedRun, settings: Settings) -> Result:
         model = run.new_model()
         last = run.load_newest(model)
         images = run.images(settings.samples)
-        held_out = images.in_memory(max(settings.batch, 32), run.device)
+        kept = list(images.raw(max(settings.batch, 32)))  # as bytes
         note_bad_images(result, images.bad)
         try:
             plane = plane_of_run(run, result.notes, partial(settings.progress, "read the path"))
         except RunDirectoryError as error:
             result.notes.append(str(error))
-    mean_loss(model, held_out)  # warms up
+
+    @torch.no_grad()
+    def loss() -> float:
+        batches = images.batches(kept, run.device)
+        return sum(float(cross_entropy(model(x), y, reduction="sum")) for x, y in batches) / count
+
+    count = len(images) - images.bad
+    loss()  # warms up
     started = time.perf_counter()
-    mean_loss(model, held_out)
+    loss()
     points = -(-(1 if plane is None else 2) * settings.grid**2 // settings.world.size)
     say_cost(settings, "landscape", points, time.perf_counter() - started, "--grid and --samples make it shorter")
     identity = f"{last} {images.ids} {run.data_identity}"
-    result.numbers["checkpoint"], result.numbers["images"] = last, len(held_out)
+    result.numbers["checkpoint"], result.numbers["images"] = last, count
 
     def losses(name: str, directions: Directions, first: Array, second: Array) -> tuple[Array, Array, Array]:
-        unfinished, progress = (
-            settings.directory / f".landscape-{name}",
-            partial(settings.progress, f"landscape, {name}"),
-        )
-        loss = partial(mean_loss, model, held_out)
+        unfinished = settings.directory / f".landscape-{name}"
+        progress = partial(settings.progress, f"landscape, {name}")
         found = loss_grid(model, loss, directions, first, second, unfinished, identity, progress, settings.world)
         return first, second, found
 
@@ -305,12 +291,6 @@ def analyze_landscape(run: TrainedRun, settings: Settings) -> Result:
     return result
 
 
-def mean_loss(model: nn.Module, images: ImagesInMemory) -> float:
-    """Return the mean cross-entropy over the images."""
-    with torch.no_grad():
-        return sum(float(cross_entropy(model(x), y, reduction="sum")) for x, y in images) / len(images)
-
-
 def _add_path(result: Result, run: TrainedRun, plane: Plane, grid: tuple[Array, Array, Array], last: str) -> None:
     steps = [run.step(name) for name in plane.names]
     shares = (100 * plane.shares).tolist()
@@ -322,8 +302,7 @@ def _add_path(result: Result, run: TrainedRun, plane: Plane, grid: tuple[Array, 
     }
     result.arrays["path"] = plane.coordinates
     _add_surface(result, "path", grid, "the plane of the path's two main components", last)
-    figure = new_figure(5.4, 4.2)
-    axes = figure.subplots()
+    figure, axes = new_axes(5.4, 4.2)
     axes.set_label(OWN_LIMITS)  # each run has its own plane
     filled = axes.contourf(*grid[:2], np.log10(grid[2]), levels=20, cmap="viridis")
     filled.set_edgecolor("face")
@@ -373,32 +352,21 @@ ROWS = 4
 Vector = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Eigenvalue:
-    """`converged`: True if ||H v - value v|| is at most TOLERANCE |value| for its unit vector v."""
-
-    value: float
-    converged: bool
-
-
-def basis_size(count: int, length: int) -> int:
-    """Return how many vectors of the operator's length are held in memory."""
-    return min(ROWS * (count + 1), length)
-
-
 def largest_eigenvalues(
     times: Callable[[Vector], Vector], length: int, count: int, products: int, seed: int
-) -> list[Eigenvalue]:
-    """Return the `count` eigenvalues largest in size, with sign, largest first; all of them if there are fewer.
+) -> tuple[list[float], bool]:
+    """Return the `count` eigenvalues largest in size, with sign, largest first, and whether all have converged.
 
-    One more is computed: of two equal eigenvalues, the last would often be missed. If not all have converged, the
-    values that were found are marked, since a larger one may be missing; those that were not found are NaN.
+    That is to say that ||H v - value v|| is at most TOLERANCE |value| for the unit vector v of each; else a larger one
+    may be missing. Of fewer than `count`, all are returned; those that were not found are NaN. One more is computed: of
+    two equal eigenvalues, the last would often be missed.
 
     Args:
         times: returns H v for v [length].
         products: most products.
     """
-    count, rows = min(count, length), basis_size(count, length)
+    count = min(count, length)
+    rows = min(ROWS * (count + 1), length)
 
     def product(vector: Vector) -> Vector:
         found = times(vector.ravel())
@@ -422,10 +390,7 @@ def largest_eigenvalues(
     except (ArpackError, FloatingPointError):
         pass
     ordered = [*sorted(map(float, values), key=abs, reverse=True), *[float("nan")] * count]
-    return [Eigenvalue(value, converged) for value in ordered[:count]]
-
-
-Vectors = list[Tensor]
+    return ordered[:count], converged
 
 
 class Hessian:
@@ -441,7 +406,7 @@ class Hessian:
         self._parameters = [p for p in parameters if p.requires_grad]
         self._losses = losses
 
-    def times(self, vectors: Sequence[Tensor]) -> Vectors:
+    def times(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Return H v, in parts with the parameters' shapes."""
         total = [torch.zeros_like(v) for v in vectors]
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
@@ -454,8 +419,8 @@ class Hessian:
                 del loss, grads, inner, parts  # as large as the model, beside the next part's graph
         return total
 
-    def top_eigenvalues(self, count: int, products: int, seed: int) -> list[Eigenvalue]:
-        """Return the `count` eigenvalues largest in size, with sign, largest first. See `largest_eigenvalues`."""
+    def top_eigenvalues(self, count: int, products: int, seed: int) -> tuple[list[float], bool]:
+        """Return what `largest_eigenvalues` finds."""
         sizes = [p.numel() for p in self._parameters]
 
         def times(vector: Vector) -> Vector:
@@ -497,7 +462,8 @@ def analyze_sharpness(run: TrainedRun, settings: Settings) -> Result:
     chosen = run.images(settings.hessian_samples)
     scores = sum(size.heads * size.scores for size in layer_sizes(run.recipe.model))
     in_a_graph = max(1, GRAPH_BYTES // (4 * GRAPH_MATRICES * scores))
-    images = chosen.in_memory(in_a_graph, run.device)
+    kept = list(chosen.raw(in_a_graph))
+    count = len(chosen) - chosen.bad
     note_bad_images(result, chosen.bad)
     most, products = PRODUCTS * settings.eigenvalues + PROBES, 0
 
@@ -505,30 +471,28 @@ def analyze_sharpness(run: TrainedRun, settings: Settings) -> Result:
         nonlocal products
         products += 1
         settings.progress("sharpness", min(products, most), most)
-        for x, y in images:
-            yield cross_entropy(model(x), y, reduction="sum") / len(images)
+        for x, y in chosen.batches(kept, run.device):
+            yield cross_entropy(model(x), y, reduction="sum") / count
 
     hessian = Hessian(list(model.parameters()), losses)
     started = time.perf_counter()
     hessian.times([torch.zeros_like(parameter) for parameter in model.parameters() if parameter.requires_grad])
     say_cost(settings, "sharpness", most, time.perf_counter() - started, "--hessian-samples makes it shorter")
-    values = hessian.top_eigenvalues(settings.eigenvalues, PRODUCTS * settings.eigenvalues, settings.seed)
+    values, converged = hessian.top_eigenvalues(settings.eigenvalues, PRODUCTS * settings.eigenvalues, settings.seed)
     trace, error = hessian.trace(PROBES, settings.seed)
     result.numbers = {
         "checkpoint": run.chosen,
         "weights": run.weights_kind,
-        "images": len(images),
+        "images": count,
         "products": products,
-        "top_eigenvalues": [found.value for found in values],
-        "converged": [found.converged for found in values],
+        "top_eigenvalues": values,
+        "converged": [converged] * len(values),
         "trace": trace,
         "trace_error": error,
     }
-    rows: list[list[object]] = [
-        [f"eigenvalue {i}{'' if found.converged else ', not converged'}", found.value]
-        for i, found in enumerate(values, start=1)
-    ]
+    unsure = "" if converged else ", not converged"
+    rows: list[list[object]] = [[f"eigenvalue {i}{unsure}", value] for i, value in enumerate(values, start=1)]
     rows += [["trace", trace], ["standard error of the trace", error]]
-    title = f"Hessian of the held-out loss on {len(images)} images, {run.chosen} ({run.weights_kind} weights)"
+    title = f"Hessian of the held-out loss on {count} images, {run.chosen} ({run.weights_kind} weights)"
     result.tables.append(Table(title, ["figure", "value"], rows))
     return result

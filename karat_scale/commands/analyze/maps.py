@@ -5,17 +5,15 @@ get, in the dominant head.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from karat_scale.commands.analyze.result import NothingToShowError, Result, Settings, Table, note_bad_images
 from karat_scale.commands.analyze.trained_run import TrainedRun
@@ -28,39 +26,6 @@ from karat_scale.recipe import ModelConfig
 
 MAX_HEADS = 12
 REGION_SHARE = 0.6
-Map = npt.NDArray[np.float64]
-
-
-@dataclass
-class ClassTokenMaps:
-    """The class token's rows of one block, and the rollout over all blocks, for each image.
-
-    raw, learned: [images, h, patches]; rollout: [images, patches].
-    """
-
-    block: int
-    prefix: int
-    raw: list[Tensor] = field(default_factory=list)
-    learned: list[Tensor] = field(default_factory=list)
-    rollout: list[Tensor] = field(default_factory=list)
-    _joint: Tensor | None = None
-
-    def add(self, number: int, raw: Tensor, learned: Tensor) -> None:
-        """Add A and S [B, h, N, N] of the next block."""
-        if number == self.block:
-            self.raw.append(raw[:, :, 0, self.prefix :].cpu())
-            self.learned.append(learned[:, :, 0, self.prefix :].cpu())
-        step = rollout_step(learned)
-        if number == 0 or self._joint is None:
-            self._joint = step
-        else:
-            self._joint = step @ _with_prefix(self._joint, step.shape[-1])
-
-    def end_of_batch(self) -> None:
-        """Return the maps; only now does the rollout cover all blocks."""
-        assert self._joint is not None
-        self.rollout.append(self._joint[:, 0, self.prefix :].cpu())
-        self._joint = None
 
 
 def rollout_step(learned: Tensor) -> Tensor:
@@ -123,24 +88,31 @@ def analyze_maps(run: TrainedRun, settings: Settings) -> Result:
         raise RunDirectoryError(
             f"{run.path}: --block {block}: {host} adds the class token in block {first}; use that or a later one"
         )
-    maps = ClassTokenMaps(block, prefix)
     pictures, labels, ids = [], [], []
-    with watched(model, maps.add):
+    # The class token's rows: raw, learned [images, h, patches] of one block, rollout [images, patches] over all.
+    rows_of: dict[str, list[Tensor]] = {"raw": [], "learned": [], "rollout": []}
+    joint = torch.empty(0)
+
+    def visit(number: int, raw: Tensor, learned: Tensor) -> None:
+        nonlocal joint
+        if number == block:
+            rows_of["raw"].append(raw[:, :, 0, prefix:].cpu())
+            rows_of["learned"].append(learned[:, :, 0, prefix:].cpu())
+        step = rollout_step(learned)
+        joint = step if number == 0 else step @ _with_prefix(joint, step.shape[-1])
+
+    with watched(model, visit):
         for batch in images.raw(settings.batch):
             pictures.append(batch.images)
             labels += batch.labels.tolist()
             ids += batch.sample_ids.tolist()
             model(images.normalized(batch, run.device))
-            maps.end_of_batch()
-            settings.progress("maps", sum(map(len, maps.rollout)), len(images))
-    raw, learned, rollout = (torch.cat(parts) for parts in (maps.raw, maps.learned, maps.rollout))
+            rows_of["rollout"].append(joint[:, 0, prefix:].cpu())  # only now it covers all blocks
+            settings.progress("maps", len(ids), len(images))
+    raw, learned, rollout = (torch.cat(parts) for parts in rows_of.values())
     result = Result()
-    result.arrays = {
-        "raw": raw.numpy(),
-        "learned": learned.numpy(),
-        "rollout": rollout.numpy(),
-        "sample_ids": np.array(ids),
-    }
+    result.arrays = {"raw": raw.numpy(), "learned": learned.numpy(), "rollout": rollout.numpy()}
+    result.arrays["sample_ids"] = np.array(ids)
     what = run.matrix_name
     rows = []
     for index, picture in enumerate(torch.cat(pictures)):
@@ -150,19 +122,15 @@ def analyze_maps(run: TrainedRun, settings: Settings) -> Result:
         rows.append([ids[index], name, head, 100 * negative, float(learned[index].sum(-1).mean())])
         figure = partial(_draw, picture, raw[index], learned[index], rollout[index], head, grid, what)
         caption = (
-            f"Image {ids[index]} ({name}), block {maps.block}. Top: the scores A of the class token; below: {what}; "
+            f"Image {ids[index]} ({name}), block {block}. Top: the scores A of the class token; below: {what}; "
             "negatives as 0, each map from 0 (dark) to its largest value. Left: the image, the region with "
             f"{REGION_SHARE:.0%} of the dominant head's positive scores (head {head}), and the rollout over all blocks."
         )
         result.figures[f"image_{ids[index]}"] = figure, caption
-    result.numbers = {
-        "block": maps.block,
-        "images": [
-            {"id": row[0], "class": row[1], "dominant_head": row[2], "negative_percent": row[3]} for row in rows
-        ],
-    }
+    names = ("id", "class", "dominant_head", "negative_percent")
+    result.numbers = {"block": block, "images": [dict(zip(names, row, strict=False)) for row in rows]}
     columns = ["image", "class", "dominant head", "weights below zero, %", "sum over patches, mean of heads"]
-    result.tables.append(Table(f"Class token of block {maps.block}", columns, rows))
+    result.tables.append(Table(f"Class token of block {block}", columns, rows))
     note_bad_images(result, images.bad)
     return result
 
@@ -176,11 +144,11 @@ def _draw(
     pixels = picture.permute(1, 2, 0).numpy()
     show_map(axes[0, 0], pixels, "image")
     mask = _enlarged(region(raw[head]).double().view(grid), pixels.shape[:2])
-    show_map(axes[1, 0], (pixels * (0.25 + 0.75 * mask[..., None])).astype(np.uint8), f"head {head}'s region")
+    show_map(axes[1, 0], (pixels * (0.25 + 0.75 * mask[..., None].numpy())).astype(np.uint8), f"head {head}'s region")
     show_map(axes[0, 1], rollout.view(grid).numpy(), "rollout", **_from_zero(rollout))
     show_map(axes[1, 1], pixels)
     overlay = _enlarged(rollout.view(grid).double(), pixels.shape[:2])
-    show_map(axes[1, 1], overlay, "rollout on it", alpha=0.55, cmap="magma", **_from_zero(rollout))
+    show_map(axes[1, 1], overlay.numpy(), "rollout on it", alpha=0.55, cmap="magma", **_from_zero(rollout))
     shown = [*range(heads - 1), max(head, heads - 1)]  # the dominant head in any case
     for column, number in enumerate(shown, 2):
         mark = " *" if number == head else ""
@@ -196,9 +164,9 @@ def _from_zero(weights: Tensor) -> dict[str, float]:
     return {"vmin": 0.0, "vmax": max(float(weights.max()), 1e-12)}
 
 
-def _enlarged(values: Tensor, size: tuple[int, ...]) -> Map:
+def _enlarged(values: Tensor, size: tuple[int, ...]) -> Tensor:
     """Return a map of patches [rows, columns] in the image's own pixels."""
-    return torch.nn.functional.interpolate(values[None, None], size=size[:2], mode="nearest")[0, 0].numpy()
+    return interpolate(values[None, None], size=size, mode="nearest")[0, 0]
 
 
 class NoMapError(Exception):
@@ -228,9 +196,13 @@ class LastBlock:
         last = sizes[-1]
         if last.sets != 1:
             raise NoMapError(f"the last block of {config.name} attends within {last.sets} windows, not over the image")
-        prefix, grid = _layout(model, last.tokens)
-        if prefix is None:
-            raise NoMapError(f"the {last.tokens} tokens of {config.name}'s last block are no square grid")
+        grid: Any = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        prefix = last.tokens - grid[0] * grid[1] if grid else -1
+        if prefix < 0 or prefix != getattr(model, "num_prefix_tokens", 0):
+            side = math.isqrt(last.tokens)  # of the last of several stages
+            if side**2 != last.tokens:
+                raise NoMapError(f"the {last.tokens} tokens of {config.name}'s last block are no square grid")
+            prefix, grid = 0, (side, side)
         has_class_token = prefix > 0 and getattr(model, "cls_token", None) is not None
         return cls(len(sizes) - 1, prefix, grid, has_class_token)
 
@@ -240,28 +212,11 @@ class LastBlock:
         Negative weights are shown as 0. The head is chosen by the scores, as in `karat analyze`.
         """
         head = dominant_head(self.scores[row])
-        weights = self.weights[row, head].clamp(min=0).view(1, 1, *self.grid)
-        return head, torch.nn.functional.interpolate(weights, size=size, mode="nearest")[0, 0]
+        return head, _enlarged(self.weights[row, head].clamp(min=0).view(self.grid), size)
 
-    @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Keep what the last block of each forward pass computes."""
-        with watched(model, self._visit):
-            yield
-
-    def _visit(self, number: int, raw: Tensor, learned: Tensor) -> None:
+    def visit(self, number: int, raw: Tensor, learned: Tensor) -> None:
+        """Keep what the last block of a forward pass computes, given A and S [B, h, N, N]. See `watched`."""
         if number == self.block:
-            self.scores, self.weights = self._rows(raw), self._rows(learned)
-
-    def _rows(self, matrices: Tensor) -> Tensor:
-        queries = matrices[:, :, 0] if self.has_class_token else matrices[:, :, self.prefix :].mean(2)
-        return queries[..., self.prefix :].cpu()
-
-
-def _layout(model: Any, tokens: int) -> tuple[int | None, tuple[int, int]]:
-    """Return the number of tokens before the patches, and the grid of the patches; None where there is no grid."""
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    if grid is not None and 0 <= tokens - grid[0] * grid[1] == getattr(model, "num_prefix_tokens", 0):
-        return tokens - grid[0] * grid[1], (grid[0], grid[1])
-    side = math.isqrt(tokens)  # of the last of several stages
-    return (0 if side**2 == tokens else None), (side, side)
+            both = torch.stack((raw, learned))
+            rows = both[..., 0, :] if self.has_class_token else both[..., self.prefix :, :].mean(-2)
+            self.scores, self.weights = rows[..., self.prefix :].cpu()

@@ -10,12 +10,11 @@ It follows from X^T X and X^T softmax(A), so the rows need not be kept.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from karat_scale.attention import KaratOperator
@@ -23,7 +22,7 @@ from karat_scale.attention.bases import FeatureBasis
 from karat_scale.commands.analyze.result import Result, Settings, Table, note_bad_images, visit_images
 from karat_scale.commands.analyze.summary import constant_sentence, content_sentence, lost_points
 from karat_scale.commands.analyze.trained_run import TrainedRun, ValidationImages
-from karat_scale.commands.figures import layered, new_figure
+from karat_scale.commands.figures import layered, new_axes, new_figure
 from karat_scale.models.attention_matrices import FIGURES, Content, can_be_replaced, mean_over_queries, replaced
 from karat_scale.models.factory import layer_sizes
 
@@ -47,13 +46,27 @@ def analyze_content(run: TrainedRun, settings: Settings) -> Result:
     blocks = [dict(zip(FIGURES, own, strict=True)) for own in figures.tolist()]
     result.numbers = {"images": done, "blocks": blocks}
     result.arrays = {"shares": figures[:, :3], "frobenius_norm": figures[:, 3]}
-    result.figures["shares"] = (
-        _draw(figures),
-        "Share of the energy of S that depends on the query and on the image, and share of scores beyond pi.",
-    )
+    figure, axes = new_axes(6, 3.2)
+    for number, label in enumerate(("depends on the query", "depends on the image", "scores beyond pi")):
+        axes.plot(figures[:, number], marker="o", markersize=9 - 3 * number, label=label, **layered(number, 3))
+    ticks = range(len(figures))
+    axes.set(xlabel="block", ylabel="share", xticks=ticks, ylim=(-0.03, 1.03))  # lines at 0 and 1 are seen, too
+    axes.legend()
+    caption = "Share of the energy of S that depends on the query and on the image, and share of scores beyond pi."
+    result.figures["shares"] = figure, caption
     by_query, by_image = figures[:, :2].T.tolist()
     result.findings.append(content_sentence(by_query, by_image))
-    _add_accuracy(result, run, settings, model, images, content, max(by_image))
+    right = _right_with_means(run, settings, model, images, content)
+    if right is None:
+        result.notes.append("top-1 with averaged S: only for plain ViTs with O = S V, without attention transfer")
+    else:
+        top1 = {name: 100 * sum(own) / done for name, own in right.items()}
+        result.numbers["top1"] = top1
+        result.findings.append(constant_sentence(right["S"], right["mean over images"], max(by_image)))
+        lost = {name: lost_points(right["S"], own) for name, own in right.items() if name != "S"}
+        rows: list[list[Any]] = [[name, value, *lost.get(name, [None] * 3)] for name, value in top1.items()]
+        columns = ["each S replaced by", "top-1, %", "lost, points", "95 % from", "to"]
+        result.tables.append(Table(f"Top-1 of {done} images with each S replaced", columns, rows))
     columns = ["block", "S depends on the query", "S depends on the image", "scores beyond pi", "Frobenius norm of S"]
     rows = [[block, *own] for block, own in enumerate(figures.tolist())]
     result.tables.append(Table("What S depends on", columns, rows))
@@ -62,66 +75,43 @@ def analyze_content(run: TrainedRun, settings: Settings) -> Result:
 
 
 @torch.no_grad()
-def _add_accuracy(
-    result: Result,
-    run: TrainedRun,
-    settings: Settings,
-    model: nn.Module,
-    images: ValidationImages,
-    content: Content,
-    by_image: float,
-) -> None:
-    """Add top-1 as trained, and with each S replaced by its mean over queries or over images."""
+def _right_with_means(
+    run: TrainedRun, settings: Settings, model: nn.Module, images: ValidationImages, content: Content
+) -> dict[str, list[bool]] | None:
+    """Return on which images a model is right, as trained, and with each S its mean over queries or over images.
+
+    None if that is not known of its attention.
+    """
     means = [torch.as_tensor(mean) for mean in content.means()]
     # A mean of several sets of tokens is one for each: windows, or the patch sets of a MobileViT.
     if not can_be_replaced(model) or any(len(mean) > 1 for mean in means):
-        result.notes.append("top-1 with averaged S: only for plain ViTs with O = S V, without attention transfer")
-        return
+        return None
     changes: dict[str, Callable[[], AbstractContextManager[None]]] = {
         "S": nullcontext,
         "mean over queries": lambda: replaced(model, mean_over_queries),
         "mean over images": lambda: replaced(model, lambda block, learned: means[block].to(learned)),
     }
     right: dict[str, list[bool]] = {name: [] for name in changes}
-    done = 0
-    for batch, labels in images.batches(settings.batch, run.device):
+    for batch, labels in images.batches(images.raw(settings.batch), run.device):
         for name, change in changes.items():
             with change():
                 right[name] += (model(batch).argmax(-1) == labels).tolist()
-        done += len(batch)
-        settings.progress("top-1 with averaged S", done, len(images))
-    result.numbers["top1"] = {name: 100 * sum(own) / done for name, own in right.items()}
-    result.findings.append(constant_sentence(right["S"], right["mean over images"], by_image))
-    columns = ["each S replaced by", "top-1, %", "lost, points", "95 % from", "to"]
-    rows: list[list[object]] = [[name, value, None, None, None] for name, value in result.numbers["top1"].items()]
-    rows[1:] = [[*row[:2], *lost_points(right["S"], right[str(row[0])])] for row in rows[1:]]
-    result.tables.append(Table(f"Top-1 of {done} images with each S replaced", columns, rows))
-
-
-def _draw(figures: npt.NDArray[np.float64]) -> Figure:
-    figure = new_figure(6, 3.2)
-    axes = figure.subplots()
-    blocks = np.arange(len(figures))
-    for number, label in enumerate(("depends on the query", "depends on the image", "scores beyond pi")):
-        axes.plot(blocks, figures[:, number], marker="o", markersize=9 - 3 * number, label=label, **layered(number, 3))
-    axes.set(xlabel="block", ylabel="share", xticks=blocks, ylim=(-0.03, 1.03))  # lines at 0 and 1 are seen, too
-    axes.legend()
-    return figure
+        settings.progress("top-1 with averaged S", len(right["S"]), len(images))
+    return right
 
 
 MAX_FEATURES = 4096
 RIDGE = 1e-8
 
 
-@dataclass(frozen=True)
-class Distance:
+class Distance(NamedTuple):
     """`fit_error` is |softmax - fit| / |softmax|: how well the operator can fit softmax. `to_fit` and `to_softmax` are
     |S - c fit| / |S| and |S - c softmax| / |S| at the best factor c, between 0 (the same) and 1 (nothing in common).
     """
 
-    fit_error: float
     to_fit: float
     to_softmax: float
+    fit_error: float
 
 
 def can_fit(operator: KaratOperator) -> bool:
@@ -142,8 +132,7 @@ class SoftmaxFit:
     def __init__(self, operator: KaratOperator, head: int) -> None:
         assert isinstance(operator.basis, FeatureBasis)
         self._operator, self._head, self._basis = operator, head, operator.basis
-        tokens = operator.num_tokens
-        size = self._basis.num_features * tokens
+        tokens, size = operator.num_tokens, operator.basis.num_features * operator.num_tokens
         device = next(operator.parameters()).device
         self._xx = torch.zeros(size, size, dtype=torch.float64, device=device)
         self._xy = torch.zeros(size, tokens, dtype=torch.float64, device=device)
@@ -191,11 +180,9 @@ class SoftmaxFit:
         size = float((learned * (self._xx @ learned)).sum())
         fit = float((best * (self._xx @ best)).sum())
         error = self._yy - 2 * float((best * self._xy).sum()) + fit
-        return Distance(
-            fit_error=(max(error, 0.0) / self._yy) ** 0.5,
-            to_fit=_apart(float((learned * (self._xx @ best)).sum()), size, fit),
-            to_softmax=_apart(float((learned * self._xy).sum()), size, self._yy),
-        )
+        to_fit = _apart(float((learned * (self._xx @ best)).sum()), size, fit)
+        to_softmax = _apart(float((learned * self._xy).sum()), size, self._yy)
+        return Distance(to_fit, to_softmax, (max(error, 0.0) / self._yy) ** 0.5)
 
 
 def _apart(inner: float, first: float, second: float) -> float:
@@ -301,35 +288,23 @@ def analyze_spectrum(run: TrainedRun, settings: Settings) -> Result:
     }
     result.arrays = dict(zip(("ln_min", "ln_mean", "ln_max"), spectrum.logs(), strict=True))
     what = run.matrix_name
-    result.figures["last_block"] = (
-        _draw_block(spectrum, len(sizes) - 1, what),
-        "Singular values of the last block's attention matrices: natural logarithms of the mean (line), the smallest "
-        "and the largest over all heads and images. Values within the rounding error of float32 are left out.",
-    )
-    result.figures["ranks"] = (
-        _draw_ranks(spectrum, what),
-        "Mean rank of each block's matrices, before and after the operator. Effective: exp of the entropy of the "
-        "singular values' shares of their sum. Stable: the sum of their squares over the largest square. Scree: how "
-        "many come before the elbow of their curve.",
-    )
+    _draw_block(result, spectrum, what)
+    _draw_ranks(result, spectrum, what)
     of_scores, of_learned = spectrum.ranks[-1, :, 0]
     result.findings.append(
         f"In the last block, the scores A have an effective rank of {of_scores:.1f}, and {what}, made of them, of "
         f"{of_learned:.1f}."
     )
-    rows = [
-        [block, *(float(x) for pair in zip(*spectrum.ranks[block].tolist(), strict=True) for x in pair)]
-        for block in range(len(sizes))
-    ]
+    rows = [[block, *own.T.flatten().tolist()] for block, own in enumerate(spectrum.ranks)]
     columns = ["block", *(f"{name.split('_')[0]} rank, {of}" for name in names for of in ("A", what))]
     result.tables.append(Table("Ranks of the attention matrices", columns, rows))
     note_bad_images(result, images.bad)
     return result
 
 
-def _draw_block(spectrum: Spectrum, block: int, what: str) -> Figure:
-    figure = new_figure(6, 3.6)
-    axes = figure.subplots()
+def _draw_block(result: Result, spectrum: Spectrum, what: str) -> None:
+    figure, axes = new_axes(6, 3.6)
+    block = len(spectrum.ranks) - 1
     low, mean, high = (values[block] for values in spectrum.logs())
     index = np.arange(1, mean.shape[-1] + 1)
     for stage, name in enumerate((f"before: A, block {block}", f"after: {what}, block {block}")):
@@ -337,17 +312,25 @@ def _draw_block(spectrum: Spectrum, block: int, what: str) -> Figure:
         axes.fill_between(index, low[stage], high[stage], alpha=0.2, color=line.get_color(), linewidth=0)
     axes.set(xlabel="index of the singular value", ylabel="ln of the singular value")
     axes.legend()
-    return figure
+    caption = (
+        "Singular values of the last block's attention matrices: natural logarithms of the mean (line), the smallest "
+        "and the largest over all heads and images. Values within the rounding error of float32 are left out."
+    )
+    result.figures["last_block"] = figure, caption
 
 
-def _draw_ranks(spectrum: Spectrum, what: str) -> Figure:
+def _draw_ranks(result: Result, spectrum: Spectrum, what: str) -> None:
     figure = new_figure(9, 3.2)
-    blocks = np.arange(len(spectrum.ranks))
+    ranks = spectrum.ranks
     for number, (axes, name) in enumerate(zip(figure.subplots(1, 3), ("effective", "stable", "scree"), strict=True)):
         for stage, label in enumerate(("before: A", f"after: {what}")):
-            axes.plot(blocks, spectrum.ranks[:, stage, number], marker="o", label=label, **layered(stage, 2))
-        axes.set(
-            xlabel="block", title=f"{name} rank", xticks=blocks, ylim=(0, 1.08 * spectrum.ranks[..., number].max())
-        )
+            axes.plot(ranks[:, stage, number], marker="o", label=label, **layered(stage, 2))
+        top = 1.08 * ranks[..., number].max()
+        axes.set(xlabel="block", title=f"{name} rank", xticks=range(len(ranks)), ylim=(0, top))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return figure
+    caption = (
+        "Mean rank of each block's matrices, before and after the operator. Effective: exp of the entropy of the "
+        "singular values' shares of their sum. Stable: the sum of their squares over the largest square. Scree: how "
+        "many come before the elbow of their curve."
+    )
+    result.figures["ranks"] = figure, caption

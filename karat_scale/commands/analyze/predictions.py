@@ -10,8 +10,8 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -19,19 +19,19 @@ import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor
 
 from karat_scale.commands.analyze.maps import LastBlock, NoMapError
 from karat_scale.commands.analyze.result import Result, Settings, Table, Tile, say_cost
 from karat_scale.commands.analyze.trained_run import TrainedRun
 from karat_scale.commands.evaluate.command import collect, identity_of
 from karat_scale.commands.evaluate.predictions import Predictions, read_predictions, write_predictions
-from karat_scale.commands.figures import INK, new_figure, show_map
+from karat_scale.commands.figures import INK, new_axes, new_figure, show_map
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import forward_for_evaluation
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import DataError
+from karat_scale.models.attention_matrices import watched
 
 FILE = "predictions.npz"
 PREDICT = "predict the validation split"
@@ -48,17 +48,9 @@ def predictions_of(run: TrainedRun, settings: Settings, result: Result) -> Predi
     identity = f"{identity_of(run, **run.data_identity)} {run.data_digest}"
     path = run.path / FILE
     known: Predictions | None = run.shared.get(FILE) or read_predictions(path, identity)
-    if known is None:
-        known = replace(_computed(run, settings), identity=identity)
-        try:
-            write_predictions(path, known)
-        except OSError as error:
-            result.notes.append(f"the predictions are not kept: {path}: {error.strerror}")
-    run.shared[FILE] = known
-    return known
-
-
-def _computed(run: TrainedRun, settings: Settings) -> Predictions:
+    if known is not None:
+        run.shared[FILE] = known
+        return known
     started = time.perf_counter()
 
     def told(done: int, total: int, _: object) -> None:
@@ -70,9 +62,13 @@ def _computed(run: TrainedRun, settings: Settings) -> Predictions:
     with closing(open_backend(ImageSpec.of(run.recipe))) as backend:
         run.refuse_other_classes(backend.classes)
         forward = forward_for_evaluation(run.model(), run.recipe.train, run.device)
-        alone = World(0, 1, 0, run.device)
-        found = collect(forward, backend.eval_batches, backend.num_val, run, alone, told)
-        return replace(found, classes=backend.classes)
+        found = collect(forward, backend.eval_batches, backend.num_val, run, World(0, 1, 0, run.device), told)
+    run.shared[FILE] = found = replace(found, classes=backend.classes, identity=identity)
+    try:
+        write_predictions(path, found)
+    except OSError as error:
+        result.notes.append(f"the predictions are not kept: {path}: {error.strerror}")
+    return found
 
 
 MOST_NAMED = 30
@@ -102,11 +98,17 @@ def analyze_accuracy(run: TrainedRun, settings: Settings) -> Result:
             f"The hardest class is {name}: {accuracy:.1f} % right, most often taken for {taken_for}."
         )
     result.arrays = {"confusion": matrix}
-    result.figures["confusion"] = (
-        _draw_confusion(predictions, matrix),
-        "Rows: the images of a class. Columns: the class that the model says, in percent of the row.",
-    )
-    result.tables.append(_confused_pairs(predictions, matrix))
+    caption = "Rows: the images of a class. Columns: the class that the model says, in percent of the row."
+    result.figures["confusion"] = _draw_confusion(predictions, matrix), caption
+    wrong = matrix - np.diag(np.diag(matrix))
+    rows: list[list[Any]] = []
+    for place in np.argsort(-wrong, axis=None, kind="stable")[:MOST_PAIRS].tolist():
+        true, said = divmod(place, len(matrix))
+        if count := int(wrong[true, said]):
+            names = predictions.class_name(true), predictions.class_name(said)
+            rows.append([*names, count, 100 * count / int(matrix[true].sum())])
+    columns_of_pairs = ["class", "taken for", "images", "% of the class"]
+    result.tables.append(Table("Classes that are confused most often", columns_of_pairs, rows))
     if predictions.bad:
         result.notes.append(f"{predictions.bad} images of the split cannot be read and are left out")
     return result
@@ -123,33 +125,14 @@ def confusion(predictions: Predictions) -> Counts:
 
 def class_figures(predictions: Predictions, matrix: Counts) -> list[list[Any]]:
     """Return name, images, accuracy and precision in percent (None if undefined) and the commonest error by class."""
-    from sklearn.metrics import precision_recall_fscore_support
-
-    labels = np.arange(len(matrix))
-    precision, recall, _, support = precision_recall_fscore_support(
-        predictions.labels, predictions.predicted, labels=labels, zero_division=np.nan
-    )
-    wrong = matrix - np.diag(np.diag(matrix))
+    right, images, answers = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+    wrong = matrix - np.diag(right)
     rows: list[list[Any]] = []
-    for label in labels.tolist():
-        worst = int(wrong[label].argmax())
+    for label, worst in enumerate(wrong.argmax(1).tolist()):
         taken_for = f"{predictions.class_name(worst)} ({wrong[label, worst]})" if wrong[label, worst] else ""
-        accuracy, own = (None if np.isnan(x) else 100 * float(x) for x in (recall[label], precision[label]))
-        rows.append([predictions.class_name(label), int(support[label]), accuracy, own, taken_for])
+        shares = [100 * (int(right[label]) / int(of[label])) if of[label] else None for of in (images, answers)]
+        rows.append([predictions.class_name(label), int(images[label]), *shares, taken_for])
     return rows
-
-
-def _confused_pairs(predictions: Predictions, matrix: Counts) -> Table:
-    wrong = matrix - np.diag(np.diag(matrix))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_PAIRS]
-    pairs = [divmod(int(place), len(matrix)) for place in order]
-    totals = matrix.sum(1)
-    rows: list[list[object]] = []
-    for true, said in pairs:
-        if count := int(wrong[true, said]):
-            share = 100 * count / int(totals[true])
-            rows.append([predictions.class_name(true), predictions.class_name(said), count, share])
-    return Table("Classes that are confused most often", ["class", "taken for", "images", "% of the class"], rows)
 
 
 def _draw_confusion(predictions: Predictions, matrix: Counts) -> Figure:
@@ -157,8 +140,7 @@ def _draw_confusion(predictions: Predictions, matrix: Counts) -> Figure:
     count = len(matrix)
     named = count <= MOST_NAMED
     side = min(2.6 + 0.26 * count, 8.5) if named else 6.5
-    figure = new_figure(side + 1, side)
-    axes = figure.subplots()
+    figure, axes = new_axes(side + 1, side)
     image = show_map(axes, shares, vmin=0, vmax=100, cmap="viridis")
     figure.colorbar(image, label="% of the row", shrink=0.8)
     axes.set(xlabel="the model says", ylabel="class")
@@ -179,41 +161,35 @@ FITS = 0.02
 Floats = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Reliability:
+class Reliability(NamedTuple):
     """The images in bins of equal width by the probability of their most probable class.
 
-    counts, confidence and accuracy: [bins]; the means of a bin without images are nan.
+    counts, confidence and accuracy: [bins]; the means of a bin without images are nan. error: the expected calibration
+    error, from 0 to 1 (Guo et al., 2017): the mean gap, weighted by images. largest_gap: of a bin.
     """
 
     edges: Floats
     counts: Floats
     confidence: Floats
     accuracy: Floats
-
-    @property
-    def error(self) -> float:
-        """The expected calibration error, from 0 to 1 (Guo et al., 2017): the mean gap, weighted by images."""
-        gaps = np.nan_to_num(np.abs(self.accuracy - self.confidence))
-        return float((gaps * self.counts).sum() / self.counts.sum())
-
-    @property
-    def largest_gap(self) -> float:
-        """The largest gap of a bin."""
-        return float(np.nanmax(np.abs(self.accuracy - self.confidence)))
+    error: float
+    largest_gap: float
 
 
 def reliability(predictions: Predictions, bins: int = BINS) -> Reliability:
     """Sort the images into bins."""
     edges = np.linspace(0, 1, bins + 1)
-    confidence = predictions.confidence.astype(np.float64)
-    places = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    chances = predictions.confidence.astype(np.float64)
+    places = np.clip(np.searchsorted(edges, chances, side="left") - 1, 0, bins - 1)
     counts, sums, hits = (
         np.bincount(places, weights=weights, minlength=bins).astype(np.float64)
-        for weights in (np.ones(len(places)), confidence, predictions.correct.astype(np.float64))
+        for weights in (np.ones(len(places)), chances, predictions.correct.astype(np.float64))
     )
     with np.errstate(invalid="ignore"):
-        return Reliability(edges, counts, sums / counts, hits / counts)
+        confidence, accuracy = sums / counts, hits / counts
+    gaps = np.abs(accuracy - confidence)
+    error = float((np.nan_to_num(gaps) * counts).sum() / counts.sum())
+    return Reliability(edges, counts, confidence, accuracy, error, float(np.nanmax(gaps)))
 
 
 def analyze_calibration(run: TrainedRun, settings: Settings) -> Result:
@@ -243,11 +219,11 @@ def analyze_calibration(run: TrainedRun, settings: Settings) -> Result:
     result.findings.append(f"The mean probability of an answer is {sure}, and {right} are right: {judged}.")
     result.arrays = {"edges": found.edges, "counts": found.counts}
     result.arrays |= {"confidence": found.confidence, "accuracy": found.accuracy}
-    result.figures["reliability"] = (
-        _draw(found),
+    caption = (
         "Top: how often the model is right, by the probability that it gives; on the dashed line it is calibrated, and "
-        "below it too sure. Bottom: the share of images with such a probability.",
+        "below it too sure. Bottom: the share of images with such a probability."
     )
+    result.figures["reliability"] = _draw(found), caption
     rows: list[list[object]] = [
         ["expected calibration error, %", 100 * found.error],
         [f"largest gap of {BINS} bins, %", 100 * found.largest_gap],
@@ -309,15 +285,12 @@ def most_telling(predictions: Predictions, hits: bool, count: int = SHOWN) -> An
 
 
 def _described(predictions: Predictions, place: int) -> dict[str, Any]:
+    labels, chances = predictions.top_labels[place, :2].tolist(), predictions.top_probabilities[place, :2].tolist()
+    names = map(predictions.class_name, labels)
     return {
         "image": int(predictions.ids[place]),
         "class": predictions.class_name(int(predictions.labels[place])),
-        "predicted": [
-            {"class": predictions.class_name(int(label)), "probability": float(probability)}
-            for label, probability in zip(
-                predictions.top_labels[place, :2], predictions.top_probabilities[place, :2], strict=True
-            )
-        ],
+        "predicted": [{"class": name, "probability": p} for name, p in zip(names, chances, strict=True)],
     }
 
 
@@ -336,8 +309,6 @@ def _tile(predictions: Predictions, place: int, pictures: dict[int, bytes]) -> T
 @torch.no_grad()
 def _pictures(run: TrainedRun, settings: Settings, result: Result, ids: list[int]) -> Iterator[tuple[int, bytes]]:
     """Yield the id and the picture of each image: as the model sees it, and the same with the attention on it."""
-    if not ids:
-        return
     model = run.model()
     maps: LastBlock | None = None
     try:
@@ -351,24 +322,20 @@ def _pictures(run: TrainedRun, settings: Settings, result: Result, ids: list[int
         result.notes.append(f"no pictures: {error}")
         return
     done = 0
-    with maps.watching(model) if maps else nullcontext():
+    with watched(model, maps.visit) if maps else nullcontext():
         for batch in raw:
             if maps:
                 model(images.normalized(batch, run.device))
             for row, sample_id in enumerate(batch.sample_ids.tolist()):
-                size = batch.images.shape[2], batch.images.shape[3]
-                yield sample_id, _png(batch.images[row], maps.overlay(row, size)[1] if maps else None)
+                pixels = batch.images[row].permute(1, 2, 0).numpy()
+                sides = [pixels]
+                if maps:
+                    weights = maps.overlay(row, (pixels.shape[0], pixels.shape[1]))[1]
+                    scale = weights / weights.max().clamp(min=1e-12)
+                    colours = 255 * matplotlib.colormaps["magma"](scale.numpy())[..., :3]
+                    sides.append(((1 - STRENGTH) * pixels + STRENGTH * colours).round().astype(np.uint8))
+                content = io.BytesIO()
+                Image.fromarray(np.concatenate(sides, axis=1)).save(content, "png")
+                yield sample_id, content.getvalue()
             done += len(batch.sample_ids)
             settings.progress("pictures", done, len(ids))
-
-
-def _png(picture: Tensor, weights: Tensor | None) -> bytes:
-    pixels = picture.permute(1, 2, 0).numpy()
-    sides = [pixels]
-    if weights is not None:
-        scale = weights / weights.max().clamp(min=1e-12)
-        colours = 255 * matplotlib.colormaps["magma"](scale.numpy())[..., :3]
-        sides.append(((1 - STRENGTH) * pixels + STRENGTH * colours).round().astype(np.uint8))
-    content = io.BytesIO()
-    Image.fromarray(np.concatenate(sides, axis=1)).save(content, "png")
-    return content.getvalue()

@@ -6,13 +6,13 @@ The files of a result are figures as PNG and SVG, numbers as JSON, and arrays as
 
 import io
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -73,6 +73,14 @@ class Tile:
     png: bytes
 
 
+class Drawn(NamedTuple):
+    """A figure that was written."""
+
+    name: str
+    caption: str
+    svg: bytes
+
+
 @dataclass
 class Result:
     """One analysis of one run, or of all runs together.
@@ -80,7 +88,8 @@ class Result:
     numbers: values of JSON's types. arrays: the data of the figures, for npz. figures: by file name, each with a
     caption; a figure that is a function is drawn when it is written, since very many would not fit in memory.
     galleries: pictures by title. notes: what the reader must know about this run, such as images that could not be
-    read. findings: sentences for the top of the report.
+    read. findings: sentences for the top of the report. svgs: of a result that was written, instead of the figures.
+    is_earlier: another command wrote it.
     """
 
     numbers: dict[str, Any] = field(default_factory=dict)
@@ -90,6 +99,8 @@ class Result:
     galleries: dict[str, list[Tile]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
+    svgs: list[Drawn] = field(default_factory=list)
+    is_earlier: bool = False
 
     def add_records(self, name: str, rows: list[list[Any]], title: str, columns: Mapping[str, str]) -> None:
         """Add numbers, an object for each row, and a table of the same if there are rows.
@@ -125,7 +136,7 @@ def visit_images(
     """Call `visit` for each block on each batch of images, and show the progress as `what`; return their number."""
     done = 0
     with watched(model, visit):
-        for batch, _ in images.batches(settings.batch, run.device):
+        for batch, _ in images.batches(images.raw(settings.batch), run.device):
             model(batch)
             done += len(batch)
             settings.progress(what, done, len(images))
@@ -135,29 +146,7 @@ def visit_images(
 SHOWN = "shown.json"
 
 
-@dataclass(frozen=True)
-class WrittenFigure:
-    """One figure on disk. `svg` is its bytes, for the report."""
-
-    name: str
-    caption: str
-    svg: bytes
-    path: Path
-
-
-@dataclass(frozen=True)
-class Written:
-    """One analysis of one run, on disk. `earlier` is True if an earlier command wrote it."""
-
-    figures: list[WrittenFigure]
-    tables: list[Table]
-    notes: list[str]
-    galleries: dict[str, list[Tile]]
-    findings: list[str]
-    earlier: bool = False
-
-
-def write_result(result: Result, fingerprint: str, settings: Settings) -> Written:
+def write_result(result: Result, fingerprint: str, settings: Settings) -> None:
     """Write NAME.png, NAME.svg, numbers.json, arrays.npz and shown.json into the directory of the settings.
 
     fingerprint: of the analysed run; `read_written` requires the same one.
@@ -165,52 +154,45 @@ def write_result(result: Result, fingerprint: str, settings: Settings) -> Writte
     directory = settings.directory
     make_folder(directory)
     (directory / SHOWN).unlink(missing_ok=True)  # until all files that it lists exist
-    figures = []
-    for number, (name, (figure, caption)) in enumerate(result.figures.items(), start=1):
-        figure = figure if isinstance(figure, Figure) else figure()
-        path, svg = directory / f"{safe_name(name)}.png", rendered(figure, "svg")
-        replace_file(path, rendered(figure, "png"))
-        replace_file(path.with_suffix(".svg"), svg)
-        figures.append(WrittenFigure(name, caption, svg, path))
+    for number, (name, (figure, _)) in enumerate(result.figures.items(), start=1):
+        drawn = figure if isinstance(figure, Figure) else figure()
+        svg = rendered(drawn, "svg")  # before the PNG, which has another resolution
+        replace_file(directory / f"{safe_name(name)}.png", rendered(drawn, "png"))
+        replace_file(directory / f"{safe_name(name)}.svg", svg)
         settings.progress("draw figures", number, len(result.figures))
     if result.galleries:
         make_folder(directory / "pictures")
-    for tiles in result.galleries.values():
-        for tile in tiles:
-            replace_file(_picture(directory, tile.name), tile.png)
-    numbers = {**result.numbers, "notes": result.notes}
-    replace_file(directory / "numbers.json", json.dumps(_plain(numbers), indent=2) + "\n")
+    for tile in chain(*result.galleries.values()):
+        replace_file(_picture(directory, tile.name), tile.png)
+    replace_file(directory / "numbers.json", _json({**result.numbers, "notes": result.notes}, indent=2))
     content = io.BytesIO()
     np.savez_compressed(content, **result.arrays)  # type: ignore[arg-type]
     replace_file(directory / "arrays.npz", content.getvalue())
     shown = {
         "fingerprint": fingerprint,
-        "figures": [[figure.name, figure.caption] for figure in figures],
+        "figures": [[name, caption] for name, (_, caption) in result.figures.items()],
         "tables": [asdict(table) for table in result.tables],
         "galleries": {title: [[tile.name, tile.lines] for tile in tiles] for title, tiles in result.galleries.items()},
         "notes": result.notes,
         "findings": result.findings,
     }
-    replace_file(directory / SHOWN, json.dumps(_plain(shown)) + "\n")
-    return Written(figures, result.tables, result.notes, result.galleries, result.findings)
+    replace_file(directory / SHOWN, _json(shown))
 
 
-def read_written(directory: Path, fingerprint: str) -> Written | None:
+def read_written(directory: Path, fingerprint: str) -> Result | None:
     """Read what `write_result` wrote to `directory`. None if it is missing, incomplete or of another fingerprint."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         shown = parse_json(read_text(directory / SHOWN))
         if shown["fingerprint"] == fingerprint:
-            paths = [directory / f"{safe_name(name)}.png" for name, _ in shown["figures"]]
-            figures = [
-                WrittenFigure(name, caption, read_image(path.with_suffix(".svg")), path)
-                for (name, caption), path in zip(shown["figures"], paths, strict=True)
-            ]
-            galleries = {
-                title: [Tile(name, lines, read_image(_picture(directory, name))) for name, lines in tiles]
-                for title, tiles in shown["galleries"].items()
-            }
-            tables = [Table(**table) for table in shown["tables"]]
-            return Written(figures, tables, shown["notes"], galleries, shown["findings"], earlier=True)
+            found = Result(notes=shown["notes"], findings=shown["findings"])
+            for name, caption in shown["figures"]:
+                found.svgs.append(Drawn(name, caption, read_image(directory / f"{safe_name(name)}.svg")))
+            for title, tiles in shown["galleries"].items():
+                found.galleries[title] = [
+                    Tile(name, lines, read_image(_picture(directory, name))) for name, lines in tiles
+                ]
+            found.tables += [Table(**table) for table in shown["tables"]]
+            return found
     return None
 
 
@@ -223,10 +205,7 @@ def _picture(directory: Path, name: str) -> Path:
     return directory / "pictures" / f"{safe_name(name)}.png"
 
 
-def _plain(value: Any) -> Any:
-    """Replace nan and infinity by None, since JSON has neither."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _json(content: Any, indent: int | None = None) -> str:
+    """Return content as JSON, which has neither nan nor infinity: they become null."""
+    plain = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    return json.dumps(plain, indent=indent) + "\n"

@@ -3,7 +3,7 @@
 Images are chosen ones of the run's validation split, read through the run's own backend.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +18,7 @@ from karat_scale.checkpoint.store import MANIFEST, step_of
 from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.batch import Batch
-from karat_scale.data.plan import PADDING, BatchSlice
+from karat_scale.data.plan import PADDING, EvalPlan
 from karat_scale.data.shards.shard_format import absolute_path, beton_path, dataset_directory, read_dataset_record
 from karat_scale.data.shards.shards import images_under
 from karat_scale.foundation.errors import DataError, RunDirectoryError, UserError
@@ -59,11 +59,9 @@ class ValidationImages:
     def raw(self, batch_size: int) -> Iterator[Batch]:
         """Yield batches of bytes on the host, without the images that could not be read."""
         self.bad, read = 0, 0
-        slices = []
-        for number, start in enumerate(range(0, len(self.ids), batch_size)):
-            own = self.ids[start : start + batch_size]
-            padded = np.array([*own, *[PADDING] * (batch_size - len(own))], dtype=np.int64)
-            slices.append(BatchSlice(0, number, padded))
+        ids = np.array([*self.ids, PADDING], dtype=np.int64)  # PADDING is the index of its own place
+        parts = EvalPlan(len(self.ids), batch_size, rank=0, world_size=1).slices()
+        slices = [replace(part, sample_ids=ids[part.sample_ids]) for part in parts]
         with closing(open_backend(self._spec)) as backend:
             for batch in backend.eval_batches(slices):
                 # DALI and nvJPEG leave them on the GPU, and pictures are drawn on the host.
@@ -76,34 +74,14 @@ class ValidationImages:
             if not read:
                 raise DataError(f"none of the {len(self.ids)} chosen validation images can be read")
 
-    def batches(self, batch_size: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield normalised float32 images [b, 3, H, W] and labels [b]."""
-        for batch in self.raw(batch_size):
+    def batches(self, raw: Iterable[Batch], device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield normalised float32 images [b, 3, H, W] and labels [b] of batches of bytes."""
+        for batch in raw:
             yield self.normalized(batch, device), batch.labels.to(device)
 
     def normalized(self, batch: Batch, device: torch.device) -> torch.Tensor:
         """Return a batch's bytes as normalised float32 images [b, 3, H, W]."""
         return self._normalize(batch.images.to(device))
-
-    def in_memory(self, batch_size: int, device: torch.device) -> "ImagesInMemory":
-        """The batches of `batches` for many passes: decoded once and kept as bytes."""
-        return ImagesInMemory(self, list(self.raw(batch_size)), device)
-
-
-@dataclass(frozen=True)
-class ImagesInMemory:
-    """Yield normalised float32 images [b, 3, H, W] and labels [b], converted from the bytes in each pass."""
-
-    images: ValidationImages
-    kept: list[Batch]
-    device: torch.device
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for batch in self.kept:
-            yield self.images.normalized(batch, self.device), batch.labels.to(self.device)
-
-    def __len__(self) -> int:
-        return sum(len(batch.labels) for batch in self.kept)
 
 
 SNAPSHOT = ".safetensors"
@@ -129,7 +107,7 @@ class TrainedRun(OpenRun[Recipe]):
 
         Raises RunDirectoryError if there is none.
         """
-        snapshots = {path.stem: path.name for path in self.snapshots.glob(f"step-*{SNAPSHOT}")}
+        snapshots = {path.stem: path.name for path in self.directory.snapshots.glob(f"step-*{SNAPSHOT}")}
         by_step = {**snapshots, **{name: name for name in self.store.names()}}
         if not by_step:
             raise self.store.nothing_saved()
@@ -173,11 +151,6 @@ class TrainedRun(OpenRun[Recipe]):
         except (OSError, DataError):
             return ""
 
-    @property
-    def snapshots(self) -> Path:
-        """The directory of the snapshots (`checkpoint.snapshots`), if the run has any."""
-        return self.path / "snapshots"
-
     def step(self, name: str) -> int:
         """Return the number of finished steps at a checkpoint or snapshot."""
         return step_of(name.removesuffix(SNAPSHOT))
@@ -218,17 +191,16 @@ class TrainedRun(OpenRun[Recipe]):
         """
         name = name or self.chosen
         if name.endswith(SNAPSHOT):
-            directory = self.snapshots / name
-            load_exported(model, directory)
+            path = self.directory.snapshots / name
+            load_exported(model, path)
         else:
-            directory = self.store.root / name
-            damage = self.store.damage(name)
-            if damage:
-                raise RunDirectoryError(f"checkpoint {directory} is damaged: {damage}; choose another")
+            path = self.store.root / name
+            if damage := self.store.damage(name):
+                raise RunDirectoryError(f"checkpoint {path} is damaged: {damage}; choose another")
             super().load(model, name, weights)
         bad = next((n for n, parameter in model.named_parameters() if not parameter.isfinite().all()), None)
         if bad is not None:
-            raise RunDirectoryError(f"checkpoint {directory}: {bad} is not finite: the run diverged; choose another")
+            raise RunDirectoryError(f"checkpoint {path}: {bad} is not finite: the run diverged; choose another")
 
     def load_newest(self, model: nn.Module) -> str:
         """Load the raw weights of the newest checkpoint or snapshot that can be loaded, and return its name.
@@ -247,9 +219,8 @@ class TrainedRun(OpenRun[Recipe]):
 
     @property
     def device(self) -> torch.device:
-        """A GPU if the recipe allows it and there is one."""
-        use_cuda = self.recipe.run.device != "cpu" and torch.cuda.is_available()
-        return torch.device("cuda" if use_cuda else "cpu")
+        """See `device_of`."""
+        return device_of(self.recipe)
 
     @property
     def matrix_name(self) -> str:
@@ -262,6 +233,11 @@ class TrainedRun(OpenRun[Recipe]):
         found = ValidationImages(self.recipe, count, ids)
         self.refuse_other_classes(found.classes)
         return found
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """Return a GPU if the recipe allows it and there is one."""
+    return torch.device("cuda" if recipe.run.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def open_run(path: str | Path, data: str | None = None, weights: str = "auto", checkpoint: str = "best") -> TrainedRun:

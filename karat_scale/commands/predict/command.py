@@ -13,8 +13,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,15 @@ from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from karat_scale.commands.analyze.maps import LastBlock, NoMapError
-from karat_scale.commands.analyze.trained_run import open_run
+from karat_scale.commands.analyze.trained_run import device_of, open_run
+from karat_scale.commands.evaluate.test_set import load_test_set
 from karat_scale.commands.figures import new_figure, rendered, show_map
 from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.batch import Batch
-from karat_scale.data.decoders import Decoder, make_decoder
+from karat_scale.data.decoders import make_decoder
 from karat_scale.data.decoders.decode import UndecodableImageError
 from karat_scale.data.decoders.jpeg_header import upright
-from karat_scale.data.loading.assemble import ImageAssembler, ImageSpec, OrderedLoader
+from karat_scale.data.loading.assemble import OrderedLoader
 from karat_scale.data.plan import BatchSlice
 from karat_scale.data.shards.shard_files import ImageSource
 from karat_scale.data.shards.shards import is_hidden_folder
@@ -42,9 +43,10 @@ from karat_scale.engine.engine import forward_for_evaluation
 from karat_scale.engine.memory import one_line_out_of_memory
 from karat_scale.foundation.console import plural, print_table, printable, progress, terminal
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError, UserError
-from karat_scale.foundation.files import read_image, write_atomically
+from karat_scale.foundation.files import read_image, walk, write_atomically
 from karat_scale.foundation.machine import usable_cores
 from karat_scale.foundation.tables import EXTRAS, how_to_install, is_installed
+from karat_scale.models.attention_matrices import watched
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import validate_recipe
 from karat_scale.training.weights_file import locate, read_exported, read_facts
@@ -63,8 +65,7 @@ class Classifier:
     @property
     def device(self) -> torch.device:
         """A GPU if the recipe allows it and there is one."""
-        use_cuda = self.recipe.run.device != "cpu" and torch.cuda.is_available()
-        return torch.device("cuda" if use_cuda else "cpu")
+        return device_of(self.recipe)
 
     def class_name(self, label: int) -> str:
         """Return the name of a label; its number where the run recorded no names."""
@@ -97,24 +98,19 @@ def open_classifier(source: str, checkpoint: str, weights: str) -> Classifier:
             f"{source}: not a .safetensors file; name the run, or what karat export wrote as safetensors, timm or "
             "hub-folder"
         )
-    return _of_export(path, checkpoint, weights)
-
-
-def _of_export(path: Path, checkpoint: str, weights: str) -> Classifier:
     facts = read_facts(path)
     if facts.checkpoint is None or facts.weights is None or facts.recipe is None:
         raise RunDirectoryError(f"{path}: not a whole file of karat export; export the run again")
-    held = {"checkpoint": facts.checkpoint, "weights": facts.weights}
     recipe = validate_recipe(facts.recipe.model_dump(), str(path))
     if recipe.attention.transfer_from:
         raise RunDirectoryError(f"{path}: its attention needs its teacher, which the run keeps; name the run instead")
-    wanted = {"checkpoint": (checkpoint, "best"), "weights": (weights, "auto")}
-    for option, (asked, default) in wanted.items():
-        if asked not in (default, held[option]):
+    wanted = {"checkpoint": (checkpoint, "best", facts.checkpoint), "weights": (weights, "auto", facts.weights)}
+    for option, (asked, default, held) in wanted.items():
+        if asked not in (default, held):
             raise RunDirectoryError(
-                f"--{option} {asked}: {path} holds {held[option]} only; leave out --{option}, or name the run"
+                f"--{option} {asked}: {path} holds {held} only; leave out --{option}, or name the run"
             )
-    return Classifier(read_exported(path), recipe, facts.classes, **held)
+    return Classifier(read_exported(path), recipe, facts.classes, facts.checkpoint, facts.weights)
 
 
 @dataclass
@@ -146,17 +142,12 @@ def find_images(arguments: Sequence[str]) -> Found:
 
 def _in_folder(folder: Path, found: Found) -> Iterator[Path]:
     """Yield the images below a folder, by name. Hidden files are left out, as in training."""
-    problems = len(found.bad)
-    visited, images = set(), 0
+    problems, images = len(found.bad), 0
 
     def note(error: OSError) -> None:
         found.bad.append((str(error.filename), f"cannot be read: {error.strerror}"))
 
-    for directory, below, files in os.walk(folder, onerror=note, followlinks=True):
-        if (real := os.path.realpath(directory)) in visited:  # a link that leads back
-            below.clear()
-            continue
-        visited.add(real)
+    for directory, below, files in walk(folder, note):
         below[:] = sorted(name for name in below if not is_hidden_folder(name))
         for name in sorted(name for name in files if name[0] != "."):
             if name.lower().endswith(IMG_EXTENSIONS):
@@ -196,32 +187,18 @@ class FileSource(ImageSource):
 
 def evaluation_batches(files: Sequence[str], recipe: Recipe, batch_size: int) -> OrderedLoader:
     """Return batches of the files in order, decoded, resized and cropped as `karat eval` does."""
-    spec = ImageSpec.of(recipe.changed(data__on_bad_sample="skip"))
-    make = ImageAssembler(FileSource(files), spec, _decoder(recipe), training=False)
     ids = np.arange(len(files), dtype=np.int64)
-    slices = [
-        BatchSlice(0, number, ids[start : start + batch_size])
-        for number, start in enumerate(range(0, len(files), batch_size))
-    ]
+    starts = range(0, len(files), batch_size)
+    slices = [BatchSlice(0, number, ids[start : start + batch_size]) for number, start in enumerate(starts)]
     workers = min(recipe.data.workers, usable_cores()) if len(slices) > 1 else 0
-    return OrderedLoader(make, slices, workers, recipe.data.prefetch, recipe.data.timeout)
-
-
-def _decoder(recipe: Recipe) -> Decoder:
-    """Return the recipe's decoder; where it cannot run here, another one."""
+    recipe = recipe.changed(data__on_bad_sample="skip", data__workers=workers)
     try:
-        return make_decoder(recipe.data, recipe.augment.interpolation)
-    except RecipeError as error:
-        decoder = make_decoder(recipe.changed(data__decoder="auto").data, recipe.augment.interpolation)
+        make_decoder(recipe.data, recipe.augment.interpolation)
+    except RecipeError as error:  # the recipe's cannot run here
+        recipe = recipe.changed(data__decoder="auto")
+        decoder = make_decoder(recipe.data, recipe.augment.interpolation)
         print(f"note: {error}; {decoder.name} decodes these images", file=sys.stderr)
-        return decoder
-
-
-def left_out(found: Found) -> str:
-    """Return a line about files in folders that are no images by their names; "" if there are none."""
-    if not found.others:
-        return ""
-    return f"{plural(found.others, 'file')} in folders left out: no suffix of {', '.join(IMG_EXTENSIONS)}"
+    return load_test_set(FileSource(files), recipe)(slices)
 
 
 # On a terminal; elsewhere all are printed.
@@ -230,20 +207,14 @@ COLUMNS = ("image", "rank", "label", "class", "probability", "error")
 
 
 @dataclass(frozen=True)
-class Guess:
-    """One class with its probability, from 0 to 1."""
-
-    label: int
-    name: str
-    probability: float
-
-
-@dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of an image, the first one first; or the reason why it has none."""
+    """The most probable classes of an image, the first one first; or the reason why it has none.
+
+    guesses: each with its `label`, `class` and `probability` from 0 to 1.
+    """
 
     image: str
-    guesses: tuple[Guess, ...] = ()
+    guesses: Sequence[Mapping[str, Any]] = ()
     error: str = ""
     overlay: str = ""
 
@@ -253,7 +224,7 @@ def print_predictions(title: str, predictions: Sequence[Prediction]) -> None:
     good = [prediction for prediction in predictions if prediction.guesses]
     shown = good if terminal() is None else good[:MOST_SHOWN]
     rows = [
-        [printable(one.image) if rank == 0 else "", printable(guess.name), f"{100 * guess.probability:.2f} %"]
+        ["" if rank else printable(one.image), printable(guess["class"]), f"{100 * guess['probability']:.2f} %"]
         for one in shown
         for rank, guess in enumerate(one.guesses)
     ]
@@ -262,30 +233,26 @@ def print_predictions(title: str, predictions: Sequence[Prediction]) -> None:
         print(f"and {len(good) - len(shown)} more images; --json FILE and --csv FILE hold all")
 
 
-def write_json_lines(file: str | None, predictions: Sequence[Prediction]) -> None:
-    """Write an object on each line for each image, in order; without a file, do nothing."""
-    lines: list[dict[str, object]] = []
+def json_lines(predictions: Sequence[Prediction]) -> str:
+    """Return an object on each line for each image, in order."""
+    lines = []
     for one in predictions:
-        guesses = [{"label": g.label, "class": g.name, "probability": g.probability} for g in one.guesses]
-        found = {"error": one.error} if one.error else {"predictions": guesses}
-        lines.append({"image": one.image, **found, **({"attention": one.overlay} if one.overlay else {})})
-    if file:
-        write_atomically(Path(file), "".join(json.dumps(line) + "\n" for line in lines))
+        found = {"error": one.error} if one.error else {"predictions": one.guesses}
+        line = {"image": one.image, **found, **({"attention": one.overlay} if one.overlay else {})}
+        lines.append(json.dumps(line) + "\n")
+    return "".join(lines)
 
 
-def write_csv(file: str | None, predictions: Sequence[Prediction]) -> None:
-    """Write a row for each class of each image, and one for an image with an error; without a file, do nothing."""
-    if not file:
-        return
+def csv_lines(predictions: Sequence[Prediction]) -> bytes:
+    """Return a row for each class of each image, and one for an image with an error."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for one in predictions:
-        for rank, guess in enumerate(one.guesses, 1):
-            writer.writerow([one.image, rank, guess.label, guess.name, guess.probability, ""])
+        writer.writerows([one.image, rank, *guess.values(), ""] for rank, guess in enumerate(one.guesses, 1))
         if one.error:
             writer.writerow([one.image, "", "", "", "", one.error])
-    write_atomically(Path(file), text.getvalue().encode("utf-8", "surrogateescape"))  # names need not be UTF-8
+    return text.getvalue().encode("utf-8", "surrogateescape")  # names need not be UTF-8
 
 
 def write_overlay(path: Path, picture: Tensor, maps: LastBlock, row: int, title: str) -> None:
@@ -325,15 +292,18 @@ def predict(
     """
     classifier = open_classifier(model, checkpoint, weights)
     found = find_images(images)
-    if notice := left_out(found):
-        print(f"note: {notice}", file=sys.stderr)
+    if found.others:
+        suffixes = ", ".join(IMG_EXTENSIONS)
+        print(f"note: {plural(found.others, 'file')} in folders left out: no suffix of {suffixes}", file=sys.stderr)
     predictions = list(predict_files(classifier, found.files, top, batch, attention)) if found.files else []
     predictions += [Prediction(name, error=reason) for name, reason in found.bad]
     bad = [one for one in predictions if one.error]
     good = len(predictions) - len(bad)
-    try:
-        write_json_lines(json_file, predictions)  # before what is printed, which nobody may read to its end
-        write_csv(csv_file, predictions)
+    try:  # before what is printed, which nobody may read to its end
+        if json_file:
+            write_atomically(Path(json_file), json_lines(predictions))
+        if csv_file:
+            write_atomically(Path(csv_file), csv_lines(predictions))
     finally:  # a disk that takes nothing must not cost the predictions
         if good:
             which = f"{model} {classifier.checkpoint} ({classifier.weights} weights)"
@@ -354,15 +324,14 @@ def logits_of(
     recipe, device = classifier.recipe, classifier.device
     forward = forward_for_evaluation(classifier.model, recipe.train, device)
     normalize = Normalize(recipe.augment.mean, recipe.augment.std)
-    batches = evaluation_batches(files, recipe, batch_size)
-    try:
-        with maps.watching(classifier.model) if maps else nullcontext():
-            for batch in batches:
-                with one_line_out_of_memory(lambda: f"lower --batch (now {batch_size})"):
-                    logits = forward(normalize(batch.images.to(device))).float().cpu()
-                yield batch, logits
-    finally:
-        batches.close()
+    with (
+        closing(evaluation_batches(files, recipe, batch_size)) as batches,
+        watched(classifier.model, maps.visit) if maps else nullcontext(),
+    ):
+        for batch in batches:
+            with one_line_out_of_memory(lambda: f"lower --batch (now {batch_size})"):
+                logits = forward(normalize(batch.images.to(device))).float().cpu()
+            yield batch, logits
 
 
 def predict_files(
@@ -384,18 +353,21 @@ def predict_files(
             finite = logits.isfinite().all(1)
             reasons = dict.fromkeys(batch.sample_ids[~finite].tolist(), "the model's output is not finite")
             reasons |= {sample.sample_id: sample.reason for sample in batch.bad}
-            for row, (number, guesses) in enumerate(
-                zip(batch.sample_ids.tolist(), _guesses(classifier, logits, top), strict=True)
-            ):
+            tops = logits.softmax(-1).topk(min(top, logits.shape[1]))
+            for row, number in enumerate(batch.sample_ids.tolist()):
                 if number in reasons:
                     yield Prediction(files[number], error=reasons[number])
                     continue
+                guesses = [
+                    {"label": label, "class": classifier.class_name(label), "probability": chance}
+                    for label, chance in zip(tops.indices[row].tolist(), tops.values[row].tolist(), strict=True)
+                ]
                 overlay = ""
                 if maps:
                     # A file system takes 255 bytes of a name with number, suffix and temporary name.
                     stem = os.fsencode(Path(files[number]).stem)[:150].decode(errors="ignore")
                     path = folder / f"{number + 1:0{digits}}-{stem}.png"
-                    title = f"{guesses[0].name} {guesses[0].probability:.1%}"
+                    title = f"{guesses[0]['class']} {guesses[0]['probability']:.1%}"
                     try:
                         write_overlay(path, batch.images[row], maps, row, title)
                     except OSError as error:
@@ -403,13 +375,6 @@ def predict_files(
                     overlay = str(path)
                 yield Prediction(files[number], guesses, overlay=overlay)
             advance(len(logits))
-
-
-def _guesses(classifier: Classifier, logits: Tensor, top: int) -> Iterator[tuple[Guess, ...]]:
-    """Yield the most probable classes of each row."""
-    probabilities, labels = logits.softmax(-1).topk(min(top, logits.shape[1]))
-    for row, chances in zip(labels.tolist(), probabilities.tolist(), strict=True):
-        yield tuple(Guess(label, classifier.class_name(label), p) for label, p in zip(row, chances, strict=True))
 
 
 _EXTRA = "demo"
@@ -430,7 +395,8 @@ def serve(model: str, checkpoint: str, weights: str, port: int) -> int:
         raise UserError(f"karat demo needs gradio; {how_to_install(_EXTRA)}")
     classifier = open_classifier(model, checkpoint, weights)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, so that no upload stays
-    with _uploads():
+    with tempfile.TemporaryDirectory(prefix="karat-demo-", dir=os.environ.get("GRADIO_TEMP_DIR")) as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads  # where gradio keeps them
         page = build_page(classifier, f"{model}, {classifier.checkpoint} ({classifier.weights} weights)")
         url = open_page(page, port)
         print(f"{url} classifies pictures with {model}; Ctrl-C ends it", flush=True)
@@ -462,14 +428,6 @@ def open_page(page: Any, port: int) -> str:
     return str(url)
 
 
-@contextmanager
-def _uploads() -> Iterator[None]:
-    """Let gradio keep uploads in a folder that is gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="karat-demo-", dir=os.environ.get("GRADIO_TEMP_DIR")) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        yield
-
-
 def build_page(classifier: Classifier, title: str) -> Any:
     """Return gradio's page for a classifier. It loads nothing from other machines."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -494,7 +452,7 @@ def build_page(classifier: Classifier, title: str) -> Any:
                 with Image.open(prediction.overlay) as image:  # whose file is about to be removed
                     overlay = image.convert("RGB").copy()
         # Of classes with one name the most probable, which comes first.
-        return {guess.name: guess.probability for guess in reversed(prediction.guesses)}, overlay
+        return {guess["class"]: guess["probability"] for guess in reversed(prediction.guesses)}, overlay
 
     with gradio.Blocks(title=f"karat demo: {title}", analytics_enabled=False) as page:
         gradio.Markdown(f"### {title}")

@@ -115,7 +115,7 @@ def test_a_block_without_a_parameter_has_no_empty_frame() -> None:
 def test_what_is_damaged_is_named_and_the_next_one_taken(own_run: TrainedRun) -> None:
     run = own_run
     first, middle = run.in_order[0], run.in_order[2]
-    (run.snapshots / first).write_bytes(b"torn")
+    (run.directory.snapshots / first).write_bytes(b"torn")
     (run.store.root / middle / "state.json").write_text("{}")
     result = analyze_distributions(run, Settings())
     assert [row["step"] for row in result.numbers["model"]] == [4, 12, 16]

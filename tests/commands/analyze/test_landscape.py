@@ -79,7 +79,7 @@ def test_a_stopped_grid_of_another_range_or_other_data_is_not_resumed(karat_run:
 
 def test_too_few_checkpoints_leave_the_other_figures(own_run: TrainedRun, tmp_path: Path) -> None:
     names = own_run.in_order[1:-1]
-    shutil.rmtree(own_run.snapshots)
+    shutil.rmtree(own_run.directory.snapshots)
     for name in names:
         shutil.rmtree(own_run.store.root / name)
     result = analyze_landscape(open_run(own_run.path), QUICK, tmp_path)
@@ -98,12 +98,13 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_takes_its_plac
     assert f"{last} is damaged" in note
 
 
-def test_a_path_in_a_plane_is_found_with_its_coordinates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_in_a_plane_is_found_with_its_coordinates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("karat_scale.commands.analyze.landscape.CHUNK", 7)
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(100, 2)))[0].T
     path = np.array([[8.0, 0.0], [-8.0, 1.0], [4.0, -2.0], [0.0, 0.0]])
-    plane = principal_plane((path @ basis).astype(np.float32), list("abcd"))
+    (path @ basis).astype(np.float32).tofile(tmp_path / "changes")
+    plane = principal_plane(tmp_path / "changes", list("abcd"))
     assert plane.shares.sum() == pytest.approx(1)
     np.testing.assert_allclose(plane.directions @ plane.directions.T, np.eye(2), atol=1e-5)
     np.testing.assert_allclose(plane.coordinates @ plane.directions, path @ basis, atol=1e-5)

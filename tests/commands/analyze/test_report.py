@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from karat_scale.commands.analyze.command import Problem, RunSummary, write_report
+from karat_scale.commands.analyze.command import write_report
 from karat_scale.commands.analyze.result import Result, Settings, Table, Tile, read_written, write_result
 from karat_scale.commands.figures import INK, OWN_LIMITS, new_figure, rendered, share_axes, show_map, themed
 
@@ -25,13 +25,14 @@ def make_page(tmp_path: Path) -> Path:
     result.figures[NASTY] = figure, NASTY
     result.tables.append(Table(NASTY, ["class", NASTY], [[NASTY, 1.23456], ["b", None], ["c", -30], ["d", np.nan]]))
     result.galleries[NASTY] = [Tile(NASTY, [NASTY, "50 %"], PICTURE)]
-    written = write_result(result, "run", Settings(directory=tmp_path / "spectrum"))
+    write_result(result, "run", Settings(directory=tmp_path / "spectrum"))
+    written = read_written(tmp_path / "spectrum", "run")
     runs = [
-        RunSummary(NASTY, {"directory": NASTY}, NASTY, [("spectrum", NASTY)]),
-        RunSummary("other", {}, "12.5 % top-1"),
+        {"label": NASTY, "facts": {"directory": NASTY}, "score": NASTY, "summary": [("spectrum", NASTY)]},
+        {"label": "other", "facts": {}, "score": "12.5 % top-1", "summary": []},
     ]
     path = tmp_path / "report.html"
-    problems = [Problem(("Attention maps", "Accuracy"), "other", NASTY), Problem(("Sharpness",), "other", NASTY, True)]
+    problems = {("other", NASTY, False): ["Attention maps", "Accuracy"], ("other", NASTY, True): ["Sharpness"]}
     write_report(path, runs, {"spectrum": {NASTY: written}}, problems)
     return path
 
@@ -65,10 +66,11 @@ def test_files_beside_the_report(page: str, tmp_path: Path) -> None:
 def test_what_was_written_can_be_shown_again(page: str, tmp_path: Path) -> None:
     again = read_written(tmp_path / "spectrum", "run")
     assert again is not None
-    assert again.earlier
+    again.is_earlier = True
     assert again.findings == [NASTY]
     report = tmp_path / "again.html"
-    write_report(report, [RunSummary(NASTY, {})], {"spectrum": {NASTY: again}}, [])
+    run = {"label": NASTY, "facts": {}, "score": "", "summary": []}
+    write_report(report, [run], {"spectrum": {NASTY: again}}, {})
     for part in (
         "data:image/svg+xml;base64,PD94",
         "data:image/png;base64,iVBOR",

@@ -40,7 +40,7 @@ def test_the_model_scores_what_the_run_recorded(any_run: TrainedRun) -> None:
     with torch.no_grad():
         losses = [
             torch.nn.functional.cross_entropy(model(x), y, reduction="none")
-            for x, y in images.batches(5, any_run.device)
+            for x, y in images.batches(images.raw(5), any_run.device)
         ]
     events = [json.loads(line) for line in (any_run.path / "metrics.jsonl").read_text().splitlines()]
     recorded = [event["loss"] for event in events if event["event"] == "eval"][-1]
@@ -115,7 +115,7 @@ def test_a_snapshot_is_the_raw_weights_of_its_step(own_run: TrainedRun) -> None:
     snapshot, whole = (own_run.model(name, "raw").state_dict() for name in (f"{last}.safetensors", last))
     assert all(torch.equal(snapshot[key], whole[key]) for key in whole)
     assert own_run.model(first).state_dict()["head.weight"].std() == pytest.approx(0.02, rel=0.5)
-    (own_run.snapshots / first).write_bytes(b"torn")
+    (own_run.directory.snapshots / first).write_bytes(b"torn")
     with pytest.raises(RunDirectoryError, match=f"{first}: not a whole file of karat export"):
         own_run.model(first)
 

@@ -275,7 +275,7 @@ def test_without_a_class_token_the_mean_over_the_patches_is_shown(small_recipe) 
     with (
         torch.no_grad(),
         watched(model, lambda number, _, learned: seen.update({number: learned})),
-        maps.watching(model),
+        watched(model, maps.visit),
     ):
         model(torch.rand(2, 3, 16, 16))
     torch.testing.assert_close(maps.weights, seen[maps.block].mean(2))
