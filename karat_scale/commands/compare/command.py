@@ -7,15 +7,15 @@ hours: the mean of a group, and its spread as a band.
 import csv
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from karat_scale.commands.compare.comparison import Comparison, Group, Table, compare_groups
+from karat_scale.commands.compare.comparison import Comparison, Group, compare_groups
 from karat_scale.commands.compare.finished import MEASURES, SCORES, FinishedRun, read_run
-from karat_scale.commands.figures import COLOURS, new_figure, rendered
+from karat_scale.commands.figures import COLOURS, new_axes, rendered
 from karat_scale.foundation.console import print_table, printable, render_page, write_json
 from karat_scale.foundation.errors import UserError, on_one_line
 from karat_scale.foundation.files import write_atomically
@@ -50,10 +50,8 @@ def compare_runs(
     if not usable:
         for line in notes if len(notes) > 1 else ():
             print(on_one_line(line), file=sys.stderr)
-        why = (
-            notes[0] if len(notes) == 1 else f"none of the {len(notes)} is finished and whole; the lines above say why"
-        )
-        raise UserError(f"no run to compare: {why}")
+        several = f"none of the {len(notes)} is finished and whole; the lines above say why"
+        raise UserError(f"no run to compare: {notes[0] if len(notes) == 1 else several}")
     comparison, left_out = compare_groups(usable, metric, match)
     notes += [f"left out: {line}" for line in left_out]
     machines = dict.fromkeys(run.machine for run in usable)
@@ -98,11 +96,11 @@ def write_files(directory: Path, comparison: Comparison, notes: Sequence[str]) -
     """Write all files and return their paths. Raises UserError if the directory cannot be written."""
     pictures = draw_curves(comparison.groups, comparison.score)
     contents: dict[str, bytes | str] = {f"curve_{axis}.png": picture for axis, picture in pictures.items()}
-    contents |= {
-        "compare.md": markdown(comparison, notes, list(contents)),
-        "compare.csv": run_lines(comparison),
-        "compare.html": page(comparison, notes, pictures),
-    }
+    contents["compare.md"] = markdown(comparison, notes, list(contents))
+    contents["compare.csv"] = run_lines(comparison)
+    values = {"comparison": comparison, "title": title(comparison), "score": SCORES[comparison.score].title}
+    page = render_page("karat_scale.commands.compare", "compare.html.j2", **values, notes=notes, pictures=pictures)
+    contents["compare.html"] = page
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
@@ -114,13 +112,13 @@ def write_files(directory: Path, comparison: Comparison, notes: Sequence[str]) -
 
 def markdown(comparison: Comparison, notes: Sequence[str], pictures: Sequence[str]) -> str:
     """Return the comparison as Markdown that shows the pictures of these names."""
-    parts = [
-        f"# {title(comparison)}",
-        _escaped(" ".join(comparison.summary)),
-        *(_markdown_table(table) for table in comparison.tables()),
-    ]
-    lines = [*(f"Budgets differ: {line}" for line in comparison.warnings), *notes]
-    parts += ["\n".join(f"- {_escaped(line)}" for line in lines)] if lines else []
+    parts = [f"# {title(comparison)}", _escaped(" ".join(comparison.summary))]
+    for table in comparison.tables():
+        rule = ["---" if column in table.texts else "---:" for column in range(len(table.header))]
+        lines = [table.header, rule, *([_escaped(cell) for cell in row] for row in table.rows)]
+        parts += [f"## {_escaped(table.title)}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    if said := [*(f"Budgets differ: {line}" for line in comparison.warnings), *notes]:
+        parts.append("\n".join(f"- {_escaped(line)}" for line in said))
     parts += [f"![{SCORES[comparison.score].title} over the run]({name})" for name in pictures]
     return "\n\n".join(parts) + "\n"
 
@@ -134,38 +132,15 @@ def run_lines(comparison: Comparison) -> str:
     writer.writerow(["group", "run", "seed", *used, *budget])
     for group in comparison.groups:
         for run in group.runs:
-            figures = [run.values.get(name, "") for name in used]
-            writer.writerow(
-                [group.label, printable(str(run.path)), run.seed, *figures, *(getattr(run.budget, f) for f in budget)]
-            )
+            figures = [run.values.get(name, "") for name in used] + [getattr(run.budget, field) for field in budget]
+            writer.writerow([group.label, printable(str(run.path)), run.seed, *figures])
     return text.getvalue()
-
-
-def page(comparison: Comparison, notes: Sequence[str], pictures: Mapping[str, bytes]) -> str:
-    """Return the HTML page; every text is escaped, and the pictures are inside."""
-    return render_page(
-        "karat_scale.commands.compare",
-        "compare.html.j2",
-        title=title(comparison),
-        summary=comparison.summary,
-        tables=comparison.tables(),
-        warnings=comparison.warnings,
-        notes=notes,
-        score=SCORES[comparison.score].title,
-        pictures=pictures,
-    )
 
 
 def title(comparison: Comparison) -> str:
     """Return the heading of the page."""
     labels = [group.label for group in comparison.groups]
     return f"{labels[0]} over its seeds" if len(labels) == 1 else f"Runs compared with {labels[0]}"
-
-
-def _markdown_table(table: Table) -> str:
-    rule = ["---" if column in table.texts else "---:" for column in range(len(table.header))]
-    lines = [[*table.header], rule, *([_escaped(cell) for cell in row] for row in table.rows)]
-    return f"## {_escaped(table.title)}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _escaped(text: str) -> str:
@@ -179,8 +154,7 @@ def draw_curves(groups: Sequence[Group], score: str) -> dict[str, bytes]:
     """Return a PNG for each axis. A group whose runs share no range of steps is not in it."""
     pictures = {}
     for axis in AXES:
-        figure = new_figure(6, 3.6 + 0.2 * len(groups))
-        axes = figure.subplots()
+        figure, axes = new_axes(6, 3.6 + 0.2 * len(groups))
         for number, group in enumerate(groups):
             if (band := mean_and_spread(group, score, axis)) is None:
                 continue
@@ -202,10 +176,8 @@ def mean_and_spread(group: Group, score: str, axis: str) -> tuple[Array, Array, 
     Runs are compared at equal steps, over all steps at which one of them was evaluated; a run that was not is
     interpolated. Over hours, x is the mean of the runs' hours at those steps.
     """
-    curves = []
-    for run in group.runs:
-        if rows := [(p.step, p.samples, p.hours, p.scores[score]) for p in run.curve if score in p.scores]:
-            curves.append(np.array(rows, np.float64))
+    evaluated = [[point for point in run.curve if score in point.scores] for run in group.runs]
+    curves = [np.array([(p.step, p.samples, p.hours, p.scores[score]) for p in own]) for own in evaluated if own]
     if not curves:
         return None
     low, high = max(curve[0, 0] for curve in curves), min(curve[-1, 0] for curve in curves)

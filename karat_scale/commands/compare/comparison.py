@@ -48,11 +48,6 @@ class Group:
     settings: Mapping[str, Any]
 
     @property
-    def seeds(self) -> tuple[int, ...]:
-        """The seeds of the runs."""
-        return tuple(run.seed for run in self.runs)
-
-    @property
     def budget(self) -> Budget:
         """The budget, which is the same in all runs of a group."""
         return self.runs[0].budget
@@ -160,7 +155,7 @@ class Spread:
     high: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Difference:
     """Another group minus the first one, paired by seed.
 
@@ -187,16 +182,20 @@ def spread(values: Sequence[float]) -> Spread:
     mean = float(np.mean(values))
     if len(values) < 2:
         return Spread(len(values), mean)
-    error = stats.sem(values)
-    margin = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * error)
+    margin = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * stats.sem(values))
     return Spread(len(values), mean, float(np.std(values, ddof=1)), mean - margin, mean + margin)
 
 
 def compare(first: Mapping[int, float], others: Sequence[Mapping[int, float]]) -> list[Difference]:
     """Compare each other group with the first one. Groups are figures by seed."""
     found = [_difference(first, other) for other in others]
-    adjusted = iter(holm([one.p for one in found if one.p is not None]))
-    return [one if one.p is None else _judged(one, next(adjusted)) for one in found]
+    tested = [one for one in found if one.p is not None]
+    for one, adjusted in zip(tested, holm([one.p or 0.0 for one in tested]), strict=True):
+        low, high = one.low or 0.0, one.high or 0.0
+        one.adjusted, one.is_shown = adjusted, adjusted < 1 - LEVEL and not low <= 0 <= high
+        not_shown = "not shown" if low <= 0 <= high else "not shown after Holm's correction"
+        one.verdict = not_shown if not one.is_shown else "higher" if low > 0 else "lower"
+    return found
 
 
 def holm(chances: Sequence[float]) -> list[float]:
@@ -222,15 +221,6 @@ def _difference(first: Mapping[int, float], other: Mapping[int, float]) -> Diffe
     test = stats.ttest_rel(theirs, ours)
     interval = test.confidence_interval(LEVEL)
     return Difference(seeds, mean, float(interval.low), float(interval.high), float(test.pvalue))
-
-
-def _judged(difference: Difference, adjusted: float) -> Difference:
-    low, high = difference.low or 0.0, difference.high or 0.0
-    if low <= 0 <= high:
-        return replace(difference, adjusted=adjusted, verdict="not shown")
-    if adjusted >= 1 - LEVEL:
-        return replace(difference, adjusted=adjusted, verdict="not shown after Holm's correction")
-    return replace(difference, adjusted=adjusted, verdict="higher" if low > 0 else "lower", is_shown=True)
 
 
 class Table(NamedTuple):
@@ -328,23 +318,30 @@ class Comparison:
         return lines
 
     def tables(self, keys: int | None = None) -> list[Table]:
-        """Return the tables, with at most `keys` of the differing keys of a pair."""
-        tables = [self._groups(), *([self._differences(keys)] if self.pairs else [])]
-        return [_without_empty_columns(table) for table in tables]
+        """Return the tables, with at most `keys` of the differing keys of a pair.
+
+        What single runs do not have, such as intervals over seeds, is no column.
+        """
+        tables = []
+        for table in (self._groups(), *([self._differences(keys)] if self.pairs else [])):
+            kept = [column for column in range(len(table.header)) if any(row[column] for row in table.rows)]
+            header, *rows = ([line[column] for column in kept] for line in (table.header, *table.rows))
+            texts = tuple(number for number, column in enumerate(kept) if column in table.texts)
+            tables.append(Table(table.title, tuple(header), rows, texts))
+        return tables
 
     def _groups(self) -> Table:
         rows = []
         is_always_right = all(0 < group.budget.classes <= 5 for group in self.groups)  # among the five first
-        for name, (title, digits) in MEASURES.items():
+        for name, (head, digits) in MEASURES.items():
             if is_always_right and name.endswith("top5") and not self.measure.endswith("top5"):
                 continue
-            head = title
             for group in self.groups:
                 if figures := group.by_seed(name):
-                    one = _shown(title, [*figures.values()])
+                    one = _shown(MEASURES[name].title, [*figures.values()])
                     cells = [f"{one.mean:,.{digits}f}", "" if one.deviation is None else f"{one.deviation:,.{digits}f}"]
-                    cells.append(_interval(one.low, one.high, digits))
-                    rows.append([head, group.label, ", ".join(map(str, figures)), *cells])
+                    interval = _interval(one.low, one.high, digits)
+                    rows.append([head, group.label, ", ".join(map(str, figures)), *cells, interval])
                     head = ""
         return Table("Runs over seeds", ("", "group", "seeds", "mean", "sd", "95 % interval"), rows, (0, 1, 2))
 
@@ -355,9 +352,8 @@ class Comparison:
             one = pair.difference
             seeds = ", ".join(map(str, one.seeds)) or "none"
             figures = ["" if one.mean is None else f"{one.mean:+,.{digits}f}", _interval(one.low, one.high, digits)]
-            chances = [_chance(one.p), _chance(one.adjusted)]
-            changes = changes_text(pair.settings, keys) or "none"
-            rows.append([pair.group.label, seeds, *figures, *chances, pair.verdict, changes])
+            figures += [_chance(one.p), _chance(one.adjusted)]
+            rows.append([pair.group.label, seeds, *figures, pair.verdict, changes_text(pair.settings, keys) or "none"])
         header = ("group", "seeds", "difference", "95 % interval", "p", "p (Holm)", "verdict", "keys that differ")
         title = f"Difference from {self.groups[0].label} in {title}, paired by seed"
         if self.match:
@@ -366,42 +362,19 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
-        return {
-            "measure": self.measure,
-            "match": self.match,
-            "groups": [
-                {
-                    "label": group.label,
-                    "budget": group.budget._asdict(),
-                    "runs": [{"path": str(run.path), "seed": run.seed, **run.values} for run in group.runs],
-                    "measures": {
-                        name: asdict(spread(list(values.values())))
-                        for name in MEASURES
-                        if (values := group.by_seed(name))
-                    },
-                }
-                for group in self.groups
-            ],
-            "differences": [
-                {
-                    "group": pair.group.label,
-                    "first": self.groups[0].label,
-                    "keys": {key: list(values) for key, values in pair.settings.items()},
-                    "budgets": pair.budgets,
-                    **asdict(pair.difference),
-                    "verdict": pair.verdict,
-                }
-                for pair in self.pairs
-            ],
-        }
-
-
-def _without_empty_columns(table: Table) -> Table:
-    """Return a table without what single runs do not have, such as intervals over seeds."""
-    kept = [column for column in range(len(table.header)) if any(row[column] for row in table.rows)]
-    rows = [[row[column] for column in kept] for row in table.rows]
-    texts = tuple(number for number, column in enumerate(kept) if column in table.texts)
-    return Table(table.title, tuple(table.header[column] for column in kept), rows, texts)
+        groups, differences = [], []
+        for group in self.groups:
+            found = {name: [*group.by_seed(name).values()] for name in MEASURES}
+            measures = {name: asdict(spread(values)) for name, values in found.items() if values}
+            runs = [{"path": str(run.path), "seed": run.seed, **run.values} for run in group.runs]
+            budget = group.budget._asdict()
+            groups.append({"label": group.label, "budget": budget, "runs": runs, "measures": measures})
+        for pair in self.pairs:
+            names = {"group": pair.group.label, "first": self.groups[0].label}
+            keys = {key: list(values) for key, values in pair.settings.items()}
+            own = {**asdict(pair.difference), "verdict": pair.verdict}
+            differences.append({**names, "keys": keys, "budgets": pair.budgets, **own})
+        return {"measure": self.measure, "match": self.match, "groups": groups, "differences": differences}
 
 
 MATCHED = 0.05  # the largest difference of groups that match, as a share of the first one's

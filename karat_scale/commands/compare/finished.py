@@ -11,7 +11,6 @@ from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.foundation.files import file_sha256, sealed
 from karat_scale.recipe import Recipe, RunRecipe
-from karat_scale.recipe.files import read_run_recipe
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 
@@ -78,10 +77,7 @@ MEASURES = {
     **{
         f"{which}_{name}": Measure(title.format(row.title), row.digits)
         for name, row in SCORES.items()
-        for which, title in (
-            ("last", "last {}"),
-            ("best", "best {}" if name in CHOOSING else "{} at the best"),
-        )
+        for which, title in (("last", "last {}"), ("best", "best {}" if name in CHOOSING else "{} at the best"))
     },
     "images_per_second": Measure("images a second", 1),
     "step_seconds": Measure("seconds a step", 4),
@@ -118,7 +114,7 @@ class FinishedRun:
         values: a figure for each of `MEASURES` that the run has.
         curve: the evaluations, by step.
         machine: what it trained on, last.
-        damaged_lines: lines of metrics.jsonl that were skipped.
+        damage: what was skipped in the run's files; empty if nothing was.
     """
 
     path: Path
@@ -127,18 +123,12 @@ class FinishedRun:
     values: dict[str, float]
     curve: tuple[Point, ...]
     machine: str
-    damaged_lines: int = 0
+    damage: str = ""
 
     @property
     def seed(self) -> int:
         """The seed of the run."""
         return self.recipe.run.seed
-
-    @property
-    def damage(self) -> str:
-        """What was skipped in the run's files; empty if nothing was."""
-        lines = self.damaged_lines
-        return f"{self.path}: {plural(lines, 'damaged line')} of metrics.jsonl skipped" if lines else ""
 
     @property
     def scores(self) -> tuple[str, ...]:
@@ -183,8 +173,9 @@ def read_run(path: str) -> FinishedRun:
         UserError: it is no run, or an unfinished, a damaged or a changed one.
     """
     directory = RunDirectory(path)
-    is_detector = directory.recipe_file.is_file() and "detector" in read_run_recipe(directory.recipe_file)
-    recipe: RunRecipe = directory.recipe(DetectionRecipe) if is_detector else directory.recipe(Recipe)
+    is_detector = directory.command == "detect"
+    schema: type[RunRecipe] = DetectionRecipe if is_detector else Recipe
+    recipe = directory.recipe(schema)
     content = read_summary(directory)
     summary = _Summary.of(content, str(directory.summary_file))
     if summary.sha256 is not None and content != sealed(content):
@@ -205,10 +196,10 @@ def read_run(path: str) -> FinishedRun:
                     damaged.append("")
     except OSError as error:
         raise RunDirectoryError(f"{directory.metrics_file}: {error.strerror}; make it readable") from error
-    curve = _curve(events, DETECTION if is_detector else CLASSIFICATION)
+    curve, hours = _curve(events, DETECTION if is_detector else CLASSIFICATION)
     if summary.best_step is None:
         raise RunDirectoryError(f"{path}: was never evaluated, so there is nothing to compare")
-    values = {"parameters": float(summary.parameters), "hours": _clock(events)[-1] if events else 0.0}
+    values = {"parameters": float(summary.parameters), "hours": hours}
     if summary.images_per_second:
         values["images_per_second"] = summary.images_per_second
         values["step_seconds"] = recipe.train.global_batch / summary.images_per_second
@@ -217,7 +208,8 @@ def read_run(path: str) -> FinishedRun:
     epochs = round(summary.samples / summary.train_images, 2) if summary.train_images else None
     budget = Budget(summary.steps, epochs, summary.train_images, tested[-1], summary.classes, summary.classes_sha256)
     machine = f"{summary.world_size} x {summary.device} ({summary.processor})"
-    return FinishedRun(Path(path), recipe, budget, values, curve, machine, len(damaged))
+    damage = f"{path}: {plural(len(damaged), 'damaged line')} of metrics.jsonl skipped" if damaged else ""
+    return FinishedRun(Path(path), recipe, budget, values, curve, machine, damage)
 
 
 def _last_and_best(path: str, curve: tuple[Point, ...], best_step: int, summary: dict[str, Any]) -> dict[str, float]:
@@ -240,22 +232,16 @@ def _last_and_best(path: str, curve: tuple[Point, ...], best_step: int, summary:
     return values | {name: float(value) for name, value in kept.items() if isinstance(value, int | float)}
 
 
-def _curve(events: list[_Event], scores: tuple[str, ...]) -> tuple[Point, ...]:
-    """Return the evaluations. A start that went back to an earlier step takes back what came after that step."""
+def _curve(events: list[_Event], scores: tuple[str, ...]) -> tuple[tuple[Point, ...], float]:
+    """Return the evaluations and the hours of work.
+
+    A start that went back to an earlier step takes back what came after that step. The time between two starts is no
+    work; the steps that were repeated are.
+    """
     points: dict[int, Point] = {}
-    for event, hours in zip(events, _clock(events), strict=True):
-        while points and next(reversed(points)) > event.step:
-            points.popitem()
-        if event.event == "eval":
-            found = {name: value for name in scores if (value := getattr(event, name)) is not None}
-            points[event.step] = Point(event.step, event.samples or 0, hours, found)
-    return tuple(points.values())
-
-
-def _clock(events: list[_Event]) -> list[float]:
-    """Return the hours of work until each event: without the time between two starts, with steps that were repeated."""
-    hours, seconds = [], 0.0
-    for before, event in zip([None, *events], events, strict=False):
+    seconds = 0.0
+    before: _Event | None = None
+    for event in events:
         # An evaluation may follow its training step.
         is_start = before is None or (
             event.step < before.step or (event.event == before.event == "train" and event.step == before.step)
@@ -264,5 +250,10 @@ def _clock(events: list[_Event]) -> list[float]:
             seconds += (event.samples or 0) / event.images_per_second if event.images_per_second else 0.0
         elif event.event != "resume":
             seconds += max(event.time - before.time, 0.0)
-        hours.append(seconds / 3600)
-    return hours
+        while points and next(reversed(points)) > event.step:
+            points.popitem()
+        if event.event == "eval":
+            found = {name: value for name in scores if (value := getattr(event, name)) is not None}
+            points[event.step] = Point(event.step, event.samples or 0, seconds / 3600, found)
+        before = event
+    return tuple(points.values()), seconds / 3600

@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from karat_scale.commands.compare.comparison import (
+    Group,
     budget_differences,
     changes_text,
     compare,
@@ -86,6 +87,10 @@ def read(*paths: Path) -> list[FinishedRun]:
     return [read_run(str(path)) for path in paths]
 
 
+def seeds_of(groups: list[Group]) -> list[tuple[int, ...]]:
+    return [tuple(run.seed for run in group.runs) for group in groups]
+
+
 def test_seeds_names_and_speed_do_not_separate_shipped_recipes() -> None:
     data = "data.path=/data"
     base = separating(load_recipe("imagenet_vit_tiny_g3b", [data]))
@@ -101,14 +106,14 @@ def test_seeds_names_and_speed_do_not_separate_shipped_recipes() -> None:
 def test_runs_that_differ_by_seed_alone_are_one_group(trained: Path, copy: Copy) -> None:
     faster = copy("other", "run.seed=2", "run.name=another", "data.workers=0")
     groups, repeated = group_runs(read(trained / "seed1", trained / "seed0", faster))
-    assert [group.seeds for group in groups] == [(0, 1, 2)]
+    assert seeds_of(groups) == [(0, 1, 2)]
     assert repeated == []
 
 
 def test_groups_keep_the_order_of_their_first_runs_and_are_named_by_what_differs(trained: Path, copy: Copy) -> None:
     wide = copy("wide", "optim.lr=0.002", "run.seed=1")
     groups, _ = group_runs(read(wide, trained / "seed0", trained / "seed1"))
-    assert [group.seeds for group in groups] == [(1,), (0, 1)]
+    assert seeds_of(groups) == [(1,), (0, 1)]
     assert [group.label for group in groups] == ["optim.lr=0.002", "optim.lr=0.0005"]
     changes = differing_settings(*groups)
     assert changes == {"optim.lr": (0.002, 0.0005)}
@@ -128,7 +133,7 @@ def test_another_budget_is_another_group(trained: Path, copy: Copy) -> None:
     short = copy("short", "run.seed=1", "train.max_steps=16", steps=16, samples=128)
     other_data = copy("data", "run.seed=2", train_images=80)
     groups, _ = group_runs(read(trained / "seed0", short, other_data))
-    assert [group.seeds for group in groups] == [(0,), (1,), (2,)]
+    assert seeds_of(groups) == [(0,), (1,), (2,)]
     assert len({group.label for group in groups}) == 3
     assert budget_differences(groups[0], groups[1]) == ["steps differ: 24 and 16", "epochs differ: 3 and 2"]
     assert budget_differences(groups[0], groups[2]) == ["epochs differ: 3 and 2.4", "training images differ: 64 and 80"]
@@ -136,17 +141,17 @@ def test_another_budget_is_another_group(trained: Path, copy: Copy) -> None:
 
 def test_a_second_run_of_a_seed_is_left_out(trained: Path, copy: Copy) -> None:
     groups, repeated = group_runs(read(trained / "seed0", copy("again")))
-    assert [group.seeds for group in groups] == [(0,)]
+    assert seeds_of(groups) == [(0,)]
     assert "again: has the recipe and the seed of" in repeated[0]
 
 
 def test_a_path_separates_only_where_one_seed_has_several(trained: Path, copy: Copy) -> None:
     moved = copy("moved", "run.seed=2", "data.path=elsewhere")
     groups, repeated = group_runs(read(trained / "seed0", moved))
-    assert ([group.seeds for group in groups], repeated) == ([(0, 2)], [])
+    assert (seeds_of(groups), repeated) == ([(0, 2)], [])
     other = copy("other", "data.path=others")  # as a sweep over data.path leaves
     groups, repeated = group_runs(read(trained / "seed0", other, copy("other1", "data.path=others", "run.seed=1")))
-    assert ([group.seeds for group in groups], repeated) == ([(0,), (0, 1)], [])
+    assert (seeds_of(groups), repeated) == ([(0,), (0, 1)], [])
     assert differing_settings(*groups).keys() == {"data.path"}
     assert groups[1].label == "data.path=others"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.commands.compare.finished import _clock, _Event, read_run
+from karat_scale.commands.compare.finished import _curve, _Event, read_run
 from karat_scale.foundation.errors import UserError
 from karat_scale.foundation.files import sealed
 from tests.commands.compare.conftest import Copy, write_lines
@@ -55,7 +55,7 @@ def test_the_time_between_two_starts_is_no_work_and_lost_evaluations_do_not_coun
 def test_a_start_from_the_beginning_that_repeats_the_first_line_is_no_work_between() -> None:
     steps = [(1, 0.0), (1, 86400.0), (50, 86410.0)]
     lines = [_Event(event="train", step=step, time=time, samples=8 * step) for step, time in steps]
-    assert _clock(lines)[-1] * 3600 == pytest.approx(10)
+    assert _curve(lines, ())[1] * 3600 == pytest.approx(10)
 
 
 def rewrite(run: Path, **fields: object) -> None:
