@@ -7,7 +7,7 @@ decoded is found among all images of a small data set. Its page opens offline an
 import io
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from karat_scale.commands.evaluate.test_set import MOST_CLASSES, Split, packed_splits
@@ -132,10 +132,10 @@ def read_batch(recipe: Recipe, step: int, count: int) -> ShownBatch:
     if recipe.data.is_stream and step > 1:
         raise UserError(f"--step {step}: a stream (data.order = stream) is read from its start; use --step 1")
     recipe = recipe.changed(data=recipe.data.on_a_cpu().changed(workers=recipe.data.fewest_workers))
-    world = distributed.start("cpu")
-    task: ClassificationTask | None = None
-    try:
-        task = ClassificationTask(recipe, world, Reporter(SilentDisplay(), None)).at(step - 1)
+    with (
+        distributed.joined("cpu") as world,
+        closing(ClassificationTask(recipe, world, Reporter(SilentDisplay(), None)).at(step - 1)) as task,
+    ):
         plan = task.plan()
         last = plan.steps_per_epoch * recipe.train.epochs
         if not 1 <= step <= last:
@@ -145,10 +145,6 @@ def read_batch(recipe: Recipe, step: int, count: int) -> ShownBatch:
         taken = ((batch, *task.as_trained(batch)) for batch in task.backend.train_batches(slices))
         shown = ShownBatch.of(task, taken)
         return shown.chosen(range(min(count, len(shown.images))))
-    finally:
-        if task is not None:
-            task.close()
-        distributed.stop()
 
 
 def draw(shown: ShownBatch) -> bytes:
@@ -165,12 +161,9 @@ def draw(shown: ShownBatch) -> bytes:
     return rendered(figure)
 
 
-_ORIENTATION = 274  # the EXIF tag
-
-
 @dataclass
 class SplitFacts:
-    """What a split holds. Sizes are [n, 2] (width, height) of the sampled images that can be decoded."""
+    """What a split holds."""
 
     name: str
     images: int
@@ -178,8 +171,8 @@ class SplitFacts:
     decoded: int
     notice: str
     per_class: dict[str, int]
-    sizes: npt.NDArray[np.int64]
-    file_bytes: npt.NDArray[np.int64]
+    sizes: list[tuple[int, int, int]] = field(default_factory=list)
+    """Width, height and bytes of the sampled images that can be decoded."""
     kinds: Counter[str] = field(default_factory=Counter)
     odd: list[tuple[str, str]] = field(default_factory=list)
     """Keys of images that cannot be decoded, and of sampled ones that are unusual, with the reason."""
@@ -192,30 +185,29 @@ class SplitFacts:
 
     def numbers(self) -> dict[str, Any]:
         """Return plain data."""
-        ratios = self.sizes[:, 0] / self.sizes[:, 1]
-        counts = np.array(list(self.per_class.values()))
+        width, height, file_bytes = np.array(self.sizes, np.float64).reshape(-1, 3).T
         return {
             "images": self.images,
             "classes": len(self.per_class),
-            "smallest_class": int(counts.min()),
-            "largest_class": int(counts.max()),
+            "smallest_class": min(self.per_class.values()),
+            "largest_class": max(self.per_class.values()),
             "empty_classes": [name for name, count in self.per_class.items() if not count],
             "sampled": self.sampled,
             "decoded": self.decoded,
-            "width": _percentiles(self.sizes[:, 0]),
-            "height": _percentiles(self.sizes[:, 1]),
-            "aspect_ratio": _percentiles(ratios),
-            "bytes": _percentiles(self.file_bytes),
+            "width": _percentiles(width),
+            "height": _percentiles(height),
+            "aspect_ratio": _percentiles(width / height),
+            "bytes": _percentiles(file_bytes),
             "kinds": dict(self.kinds),
             "odd": [{"image": key, "what": what} for key, what in self.odd],
             "per_class": self.per_class,
         }
 
 
-def _percentiles(values: npt.NDArray[np.generic]) -> dict[str, float]:
+def _percentiles(values: npt.NDArray[np.float64]) -> dict[str, float]:
     if not len(values):
         return {}
-    found = np.percentile(values.astype(np.float64), [0, 5, 50, 95, 100])
+    found = np.percentile(values, [0, 5, 50, 95, 100])
     return {name: round(float(x), 4) for name, x in zip(("min", "p5", "median", "p95", "max"), found, strict=True)}
 
 
@@ -227,20 +219,11 @@ def examine(name: str, split: Split, most: int, decodes_all: bool) -> SplitFacts
 
     Raises DataError.
     """
-    counts = np.bincount(split.labels, minlength=len(split.classes))
+    counts = np.bincount(split.labels, minlength=len(split.classes)).tolist()
+    per_class = dict(zip(map(printable, split.classes), counts, strict=True))
     sample = set(np.linspace(0, len(split) - 1, min(most, len(split))).round().astype(int).tolist())
     ids: Sequence[int] = range(len(split)) if decodes_all else sorted(sample)
-    sizes, lengths = [], []
-    facts = SplitFacts(
-        name,
-        len(split),
-        len(sample),
-        len(ids),
-        split.notice,
-        {printable(label): int(count) for label, count in zip(split.classes, counts, strict=True)},
-        np.empty((0, 2), np.int64),
-        np.empty(0, np.int64),
-    )
+    facts = SplitFacts(name, len(split), len(sample), len(ids), split.notice, per_class)
     split.prepare(ids)
     keys = split.keys()  # `locate` reads an index for each sample
     cores = ThreadPoolExecutor(usable_cores())  # decoding lets other threads run
@@ -252,12 +235,9 @@ def examine(name: str, split: Split, most: int, decodes_all: bool) -> SplitFacts
                 if number in sample or size is None:
                     facts.odd += [(printable(keys[number]), one) for one in what]
                 if number in sample and size is not None:
-                    sizes.append(size)
-                    lengths.append(len(data))
+                    facts.sizes.append((*size, len(data)))
                     facts.kinds[kind] += 1
             advance(len(part))
-    facts.sizes = np.array(sizes, np.int64).reshape(-1, 2)
-    facts.file_bytes = np.array(lengths, np.int64)
     return facts
 
 
@@ -279,7 +259,7 @@ def _oddness(image: Image.Image) -> list[str]:
         found.append(f"its mode is {image.mode}")
     if getattr(image, "n_frames", 1) > 1:
         found.append("it has several frames")
-    if (turned := image.getexif().get(_ORIENTATION, 1)) not in (0, 1):
+    if (turned := image.getexif().get(ExifTags.Base.Orientation, 1)) not in (0, 1):
         found.append(f"its EXIF orientation is {turned}: training sees it as it is stored")
     width, height = image.size
     if min(width, height) < 32:
@@ -289,31 +269,14 @@ def _oddness(image: Image.Image) -> list[str]:
     return found
 
 
-Pictures = Mapping[str, Mapping[str, Sequence[bytes]]]
-"""Small JPEGs by split and class."""
-
-
-def write_page(path: Path, place: str, splits: Sequence[SplitFacts], pictures: Pictures) -> None:
-    """Write the page. Raises DataError if the file cannot be written."""
-    values = {
-        "place": place,
-        "splits": splits,
-        "pictures": pictures,
-        "charts": {one.name: _charts(one) for one in splits},
-    }
-    try:
-        write_atomically(path, render_page("karat_scale.commands.look", "data.html.j2", **values))
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
-
-
 def _charts(facts: SplitFacts) -> bytes:
     """Return histograms of the sampled sizes and of the classes' sizes, as a PNG."""
     figure = new_figure(12, 2.6)
     left, middle, right = figure.subplots(1, 3)
-    if len(facts.sizes):
-        left.scatter(facts.sizes[:, 0], facts.sizes[:, 1], s=4, alpha=0.4)
-        middle.hist(facts.sizes[:, 0] / facts.sizes[:, 1], bins=40)
+    if facts.sizes:
+        width, height, _ = np.array(facts.sizes).T
+        left.scatter(width, height, s=4, alpha=0.4)
+        middle.hist(width / height, bins=40)
     left.set(xlabel="width", ylabel="height", title="pixels")
     middle.set(xlabel="width / height", ylabel="images", title="aspect ratio")
     right.plot(sorted(facts.per_class.values(), reverse=True))
@@ -347,7 +310,13 @@ def look_at_data(path: str, images: int, classes: int, out: str, json_file: str 
         _print_split(one)
         if unknown := one.per_class.keys() - facts[0].per_class.keys():
             print(f"{one.name} has classes that {facts[0].name} does not have: {', '.join(sorted(unknown)[:5])}")
-    write_page(Path(out), str(directory), facts, pictures)
+    values = {"place": str(directory), "splits": facts, "pictures": pictures}
+    charts = {one.name: _charts(one) for one in facts}
+    try:
+        page = render_page("karat_scale.commands.look", "data.html.j2", **values, charts=charts)
+        write_atomically(Path(out), page)
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error.strerror}; choose another --out") from error
     print(f"\npage: {out}")
     return 0
 
