@@ -6,6 +6,7 @@ HF_ENDPOINT names. ONNX and torch.export are graphs that run without this packag
 compute the same logits as its source.
 """
 
+import hashlib
 import importlib.util
 import io
 import json
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from karat_scale.checkpoint.weights import describe_weights, preprocessing
 from karat_scale.foundation.console import plural, work_display
 from karat_scale.foundation.errors import RunDirectoryError, UserError, one_line
-from karat_scale.foundation.files import file_sha256, flush_to_disk, replace_file, temporary_folder, write_atomically
+from karat_scale.foundation.files import flush_to_disk, replace_file, temporary_folder, write_atomically
 from karat_scale.foundation.tables import ATTENTIONS, EXPORT_FORMATS, FormatRow, how_to_install, load
 from karat_scale.models import create_model, parameter_count
 from karat_scale.models.transfer import teacher_of, weights_digest
@@ -170,10 +171,14 @@ def model_card(facts: Mapping[str, str], model: nn.Module, title: str) -> str:
         "Mean, standard deviation": f"{preprocessing['mean']}, {preprocessing['std']}, of RGB in [0, 1]",
         f"{'Top-1, top-5' if has_top5 else 'Top-1'} on its validation split": ", ".join(scores)
         or "not evaluated at this step",
-        **_converted(parse(facts.get("recipe", "{}"))),
-        "Recipe, SHA-256": facts["recipe_sha256"],
-        "Weights, SHA-256": facts["weights_sha256"],
     }
+    recipe = parse(facts.get("recipe", "{}"))
+    if images := recipe.get("convert", {}).get("images"):
+        how = f"its attention was matched on at most {plural(images, 'image')} and replaced"
+        teacher = recipe["distill"]["from"]
+        then = f", then the whole model was trained with distillation from `{teacher}`" if teacher else ""
+        rows["Converted from"] = f"`{recipe['init_from']}`, {how}{then}"
+    rows |= {"Recipe, SHA-256": facts["recipe_sha256"], "Weights, SHA-256": facts["weights_sha256"]}
     described, karat = describe_attention(AttentionConfig(**attention)), ATTENTIONS["karat"].words
     return _CARD.format(
         title=title,
@@ -186,17 +191,6 @@ def model_card(facts: Mapping[str, str], model: nn.Module, title: str) -> str:
         step=f"{int(facts['step']):,}",
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     )
-
-
-def _converted(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """Return a row on what a recipe converts, if it does."""
-    images = recipe.get("convert", {}).get("images")
-    if not images:
-        return {}
-    how = f"its attention was matched on at most {plural(images, 'image')} and replaced"
-    teacher = recipe["distill"]["from"]
-    then = f", then the whole model was trained with distillation from `{teacher}`" if teacher else ""
-    return {"Converted from": f"`{recipe['init_from']}`, {how}{then}"}
 
 
 CONFIG, WEIGHTS, RECIPE, CARD, SUMS = "config.json", "model.safetensors", "recipe.yaml", "README.md", "SHA256SUMS"
@@ -214,10 +208,10 @@ def write_timm_folder(source: Source, path: Path) -> str:
 
 def write_hub_folder(source: Source, path: Path) -> str:
     """Write the same with the recipe, a model card and every file's SHA-256. Raises the same as `write_timm_folder`."""
-    card = model_card(source.facts, source.model, source.run.recipe.run.name)
-    return _write(
-        path, {**_timm_files(source), RECIPE: source.facts["recipe"].encode(), CARD: card.encode()}, sums=True
-    )
+    files = {**_timm_files(source), RECIPE: source.facts["recipe"].encode()}
+    files[CARD] = model_card(source.facts, source.model, source.run.recipe.run.name).encode()
+    sums = "".join(f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in sorted(files))
+    return _write(path, {**files, SUMS: sums.encode()})
 
 
 def _timm_files(source: Source) -> dict[str, bytes]:
@@ -254,20 +248,17 @@ def timm_config(source: Source) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, files: dict[str, bytes], sums: bool = False) -> str:
+def _write(path: Path, files: dict[str, bytes]) -> str:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunDirectoryError(f"{path} exists already; remove it or choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(path) as unfinished:
         for name, content in files.items():
             write_atomically(unfinished / name, content)
-        if sums:
-            lines = [f"{file_sha256(unfinished / name)}  {name}\n" for name in sorted(files)]
-            write_atomically(unfinished / SUMS, "".join(lines))
         unfinished.chmod(0o755)
         unfinished.replace(path)
         flush_to_disk(path.parent)
-    return f"{len(files) + sums} files"
+    return f"{len(files)} files"
 
 
 TOLERANCE = 1e-4
@@ -341,32 +332,32 @@ def export_run(
     if push is not None:
         if len(kinds) > 1:
             raise RunDirectoryError("--push takes one kind of weights; add --weights ema or raw")
-        return _push(Source(run, kinds[0]), out, push, private)
+        source = Source(run, kinds[0])
+        with temporary_folder(run.path / "hub") as scratch:
+            folder = Path(out).expanduser() if out else scratch / "model"
+            note, size = _written(source, EXPORT_FORMATS[HUB], folder)
+            print(f"uploading {source.kind} weights of {run.chosen}, {note}, {size}", flush=True)
+            print(push_folder(folder, push, private))
+        return 0
     for kind in kinds:
         path = _target(out, run.path, f"{run.chosen}-{kind}", row, alone=len(kinds) == 1)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with work_display() as show:
-                show(f"{kind} weights of {run.chosen}", 0, 1)
-                note = load(row.place)(Source(run, kind), path)
-        except OSError as error:
-            raise RunDirectoryError(f"{path}: {error.strerror or error}; choose another --out") from None
+        note, size = _written(Source(run, kind), row, path)
         which = f"{kind} weights of {run.chosen}{run.store.beside(run.chosen)}"
-        print(f"{path}: {which}, {_size(path) / 1e6:.1f} MB{note and f', {note}'}")
+        print(f"{path}: {which}, {size}{note and f', {note}'}")
     return 0
 
 
-def _push(source: Source, out: str | None, repository: str, private: bool) -> int:
-    with temporary_folder(source.run.path / "hub") as scratch:
-        folder = Path(out).expanduser() if out else scratch / "model"
-        try:
-            note = load(EXPORT_FORMATS[HUB].place)(source, folder)
-        except OSError as error:
-            raise RunDirectoryError(f"{folder}: {error.strerror or error}; choose another --out") from None
-        size = _size(folder)
-        print(f"uploading {source.kind} weights of {source.run.chosen}, {note}, {size / 1e6:.1f} MB", flush=True)
-        print(push_folder(folder, repository, private))
-    return 0
+def _written(source: Source, row: FormatRow, path: Path) -> tuple[str, str]:
+    """Write a format; returns its note and the size."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with work_display() as show:
+            show(f"{source.kind} weights of {source.run.chosen}", 0, 1)
+            note = load(row.place)(source, path)
+    except OSError as error:
+        raise RunDirectoryError(f"{path}: {error.strerror or error}; choose another --out") from None
+    files = path.iterdir() if path.is_dir() else [path]
+    return note, f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
 
 
 def _target(out: str | None, run: Path, name: str, row: FormatRow, alone: bool) -> Path:
@@ -381,11 +372,6 @@ def _target(out: str | None, run: Path, name: str, row: FormatRow, alone: bool) 
         raise RunDirectoryError(f"--out {out} is not a {row.suffix} file; use {meant}, or {out}/ for a directory")
     path = Path(out).expanduser()
     return path if names_it else path / f"{name}{row.suffix}"
-
-
-def _size(path: Path) -> int:
-    files = path.iterdir() if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)
 
 
 _NEEDS = ("onnx", "onnxscript", "onnxruntime")
@@ -404,8 +390,16 @@ def write_onnx(source: Source, path: Path) -> str:
         raise UserError(f"--format onnx needs {', '.join(missing)}; {how_to_install('export')}")
     model, facts = source.traceable_model(), source.facts
     size = source.run.recipe.model.image_size
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    shapes = ({0: torch.export.Dim("batch")},)
+    names: Any = {"input_names": ["images"], "output_names": ["logits"]}
     try:
-        proto = _convert(model, example_images(size, 2))
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            inputs = (example_images(size, 2),)
+            program = torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=shapes, **names, verbose=False)
+        assert program is not None
+        proto: Any = program.model_proto
         for key, value in facts.items():
             proto.metadata_props.add(key=key, value=value)
         content = proto.SerializeToString()
@@ -427,23 +421,6 @@ def onnx_session(model: bytes | str) -> Callable[[Tensor], Tensor]:
         return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
     return run
-
-
-def _convert(model: nn.Module, images: Tensor) -> Any:
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            model,
-            (images,),
-            dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            input_names=["images"],
-            output_names=["logits"],
-            verbose=False,
-        )
-    assert program is not None
-    return program.model_proto
 
 
 FACTS = "karat_scale.json"
