@@ -27,12 +27,25 @@ def track_runs(runs: Sequence[str], to: Sequence[str] | None) -> int:
     Raises:
         UserError: a path is no run, or a tracker is not installed, unknown or not trusted.
     """
-    recipes = {path: recipe_of_run(Path(path)) for path in runs}
-    chosen = {path: to or _trackers_in_recipe(recipe) for path, recipe in recipes.items()}
+    chosen = {Path(path): to or _trackers_in_recipe(recipe_of_run(Path(path))) for path in runs}
     for trackers in chosen.values():
         check_trackers(trackers)
-    late = [path for path, trackers in chosen.items() if not _send(Path(path), trackers)]
-    return 1 if late else 0
+    code = 0
+    for run, trackers in chosen.items():
+
+        def say(text: str, run: Path = run) -> None:
+            print(printable(f"{run}: {text}"), flush=True)
+
+        try:
+            late = Trackers(run, trackers, patient=True, say=say).finish(None)
+        except KeyboardInterrupt:
+            raise UserError(f"{run}: stopped; run the same command to send the rest") from None
+        for name in trackers:
+            if name in late:  # what is late has said so
+                code = 1
+            else:
+                say(f"{name}: has everything")
+    return code
 
 
 def _trackers_in_recipe(file: Path) -> Sequence[str]:
@@ -46,22 +59,6 @@ def _trackers_in_recipe(file: Path) -> Sequence[str]:
     for name in trackers:
         require_trust({"log.trackers": name}, file)
     return trackers
-
-
-def _send(run: Path, names: Sequence[str]) -> bool:
-    """Send a run to its trackers; whether they have everything."""
-
-    def say(text: str) -> None:
-        print(printable(f"{run}: {text}"), flush=True)
-
-    try:
-        late = Trackers(run, names, patient=True, say=say).finish(None)
-    except KeyboardInterrupt:
-        raise UserError(f"{run}: stopped; run the same command to send the rest") from None
-    for name in names:
-        if name not in late:  # what is late has said so
-            say(f"{name}: has everything")
-    return not late
 
 
 def fetch_run(url: str, directory: str, checkpoint: Sequence[str]) -> int:
@@ -95,7 +92,9 @@ def fetch_run(url: str, directory: str, checkpoint: Sequence[str]) -> int:
             copy.download_files(run.path, lambda size: None)
         for number, name in enumerate(names):
             show("fetch checkpoints", number, len(names))
-            if (damage := _fetch(remote, name, run)) is not None:
+            if run.store.damage(name) is None and remote.is_same(name, run.store.root / name / MANIFEST):
+                continue  # it is here
+            if (damage := remote.download(name, run.store, lambda size: None)) is not None:
                 damaged[name] = damage
         show("fetch checkpoints", len(names), len(names))
     for pointer in () if is_behind else POINTERS:
@@ -132,10 +131,3 @@ def _chosen(remote: RemoteCheckpoints, wanted: Sequence[str], url: str) -> list[
         else:
             raise RunDirectoryError(f"{url}: no checkpoint {one!r}; there are: {', '.join(there) or 'none'}")
     return [name for name in there if name in chosen]
-
-
-def _fetch(remote: RemoteCheckpoints, name: str, directory: RunDirectory) -> str | None:
-    """Copy a checkpoint unless it is in the directory; how it is damaged, if so."""
-    if directory.store.damage(name) is None and remote.is_same(name, directory.store.root / name / MANIFEST):
-        return None
-    return remote.download(name, directory.store, lambda size: None)
