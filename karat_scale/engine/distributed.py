@@ -129,7 +129,9 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 @contextmanager
-def joined(device: str, patience_minutes: float, check: Callable[[], object] = lambda: None) -> Iterator[World]:
+def joined(
+    device: str, patience_minutes: float = PATIENCE_MINUTES, check: Callable[[], object] = lambda: None
+) -> Iterator[World]:
     """Be in the process group inside the block.
 
     Args:

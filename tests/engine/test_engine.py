@@ -58,7 +58,11 @@ def _mixed_precision_norms(recipe, clip: float) -> list[float]:
     return norms
 
 
-@pytest.mark.parametrize("config", ["zero1", "zero2_offload", "zero3"])  # each of DeepSpeed's optimizers
+# Each of DeepSpeed's optimizers; the other stages by turns.
+_OTHERS = (pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3_offload", "zero3_offload_params"))
+
+
+@pytest.mark.parametrize("config", ["zero1", "zero2_offload", "zero3", *_OTHERS])
 def test_16_bit_weights_step_as_fp32_masters_do(small_recipe, make_engine, config) -> None:
     recipe = small_recipe(f"deepspeed.config={config}", "train.precision=bf16_weights", "optim.clip_grad=0.5")
     engine = make_engine(recipe)
