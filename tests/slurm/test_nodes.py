@@ -37,7 +37,8 @@ def test_a_killed_node_brings_the_job_back(train, on_two_nodes, cluster, keeps) 
     finally:
         cluster.start_node(cluster.nodes[1])
     assert_ends_like(job, on_two_nodes)
-    assert (f"lost {cluster.nodes[1]}; requeued" in job.log) == bool(keeps)
+    if keeps:  # else SLURM or the script requeues it, whichever is first
+        assert f"lost {cluster.nodes[1]}; requeued" in job.log
 
 
 def test_a_spare_node_takes_the_place_of_a_lost_one(

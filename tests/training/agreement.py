@@ -21,6 +21,7 @@ import torch
 
 from karat_scale.checkpoint.checkpoints import Checkpoints
 from karat_scale.checkpoint.store import MANIFEST, STATE
+from karat_scale.checkpoint.tensor_storage import start_writer
 from karat_scale.checkpoint.weights import load_weights, whole_masters
 from karat_scale.engine import distributed
 from karat_scale.engine.deepspeed_internals import master_weights
@@ -117,20 +118,24 @@ def failing_rank(world: World, scratch: Path) -> dict[str, Any]:
         checkpoints = trainer.checkpoints
         good = checkpoints.save(TrainState(step=1, samples=8))
         unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-        for wait in (True, False):
+        # What fails: the rank that writes, the copy in its memory, or the process that writes beside training.
+        for step, (way, pid) in enumerate(
+            (("blocking", 0), ("copying", 0), ("beside", start_writer()._process.pid)), 2
+        ):
             if world.rank == 1:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, unlimited[1]))
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (10_000, unlimited[1]))
             with redirect_stdout(StringIO()) as said:
-                checkpoints.save(TrainState(step=2, samples=16), wait=wait)
-                voided = not checkpoints.finish() or wait
-            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-            outcomes[f"{config} {'blocking' if wait else 'beside'}"] = {
+                begun = checkpoints.save(TrainState(step=step, samples=8 * step), wait=way == "blocking")
+                voided = not (begun and checkpoints.finish())
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
+            outcomes[f"{config} {way}"] = {
                 "good": good,
                 "voided": world.gather(voided),
                 "names": checkpoints.store.names(),
                 "said": said.getvalue(),
+                "step": step,
             }
-        outcomes[f"{config} after"] = {"good": checkpoints.save(TrainState(step=3, samples=24))}
+        outcomes[f"{config} after"] = {"good": checkpoints.save(TrainState(step=5, samples=40))}
     return outcomes
 
 
