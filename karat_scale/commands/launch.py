@@ -67,8 +67,10 @@ def launch(arguments: Sequence[str], ranks: int, run_directory: Callable[[], Pat
             code, line, _store = _run(command, ranks, attempt, trained, told)
             if code in (0, 2, EXIT_STOPPED) or trained is None or told:
                 break
-            latest = trained() / "checkpoints" / "latest"
-            idle = 0 if latest.exists() and latest.stat().st_mtime > begun else idle + 1
+            saved_at = 0.0
+            with suppress(OSError):
+                saved_at = (trained() / "checkpoints" / "latest").stat().st_mtime
+            idle = 0 if saved_at > begun else idle + 1
             if idle > int(most):
                 break
             say_in_one_write(f"{line}; training begins again from the newest checkpoint")

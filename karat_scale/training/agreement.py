@@ -40,6 +40,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._since = math.inf
         self._is_interrupted = False
 
     def install(self) -> "StopSignals":
@@ -89,7 +90,7 @@ class StopSignals:
 
     def check(self) -> None:
         """Raise StoppedError some seconds after a stop signal: the ranks that are starting meet, and stop together."""
-        if self.received is not None and time.monotonic() - self._since > _MEETING_SECONDS:
+        if time.monotonic() - self._since > _MEETING_SECONDS:
             raise StoppedError
 
 

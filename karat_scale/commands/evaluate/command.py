@@ -239,7 +239,7 @@ def _plain(work: _Work, empty: Evaluation, labels_file: str | None) -> Evaluatio
 def _corrupted(work: _Work, run: Path, empty: Evaluation, request: Request) -> Evaluation:
     """Evaluate each corruption at each severity. Each result is kept at once, so a stopped command goes on there."""
     names = chosen_corruptions(request.corrupt or ())
-    earlier = work.world.broadcast(read_evaluation(evaluation_file(run, empty.name)) if work.world.is_main else None)
+    earlier = work.world.on_main(lambda: read_evaluation(evaluation_file(run, empty.name)))
     found = dict(earlier.corruptions) if earlier and earlier.identity == empty.identity else {}
     severities = sorted(set(request.severity or SEVERITIES))
     left = [(name, severity) for name in names for severity in severities if severity not in found.get(name, {})]

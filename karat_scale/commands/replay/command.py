@@ -136,9 +136,7 @@ def replay(run_dir: str, step: int, images: int, out: str | None, json_file: str
     opened = OpenRun.at(run_dir, Recipe)
     directory, recipe = opened.directory, opened.recipe
     with distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world:
-        with world.together():
-            begin = _checkpoint(directory.store, step) if world.is_main else ""
-        begin = world.broadcast(begin)
+        begin = world.on_main(lambda: _checkpoint(directory.store, step))
         refuse_other_files(directory, recipe, step if not begin else 0)
         as_found = recipe.changed(  # a compiled model has no modules to watch
             train__compile=False, train__on_nonfinite="skip", train__max_skipped_steps=_NEVER, log__every_steps=_NEVER
@@ -192,7 +190,7 @@ def refuse_unshared(scratch: Path, world: World) -> None:
 @contextmanager
 def scratch_recipe(directory: RunDirectory, recipe: Recipe, begin: str, world: World) -> Iterator[Recipe]:
     """Yield a run's recipe in a temporary directory that continues from a checkpoint, and writes nothing else."""
-    path = Path(world.broadcast(tempfile.mkdtemp(prefix="karat-replay-") if world.is_main else ""))
+    path = Path(world.on_main(lambda: tempfile.mkdtemp(prefix="karat-replay-")))
     names = (TEACHER_FILE, DISTILL_FILE, MATCHED_FILE)
     kept = [file for name in names if (file := directory.path / name).is_file()]
     try:
@@ -328,9 +326,7 @@ def verify(run_dir: str, begin: int | None, end: int | None, json_file: str | No
     opened = OpenRun.at(run_dir, Recipe)
     directory, recipe = opened.directory, opened.recipe
     with distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world:
-        with world.together():
-            names = _segment(directory.store, begin, end) if world.is_main else ("", "")
-        first, last = world.broadcast(names)
+        first, last = world.on_main(lambda: _segment(directory.store, begin, end))
         saved = directory.store.state(last)
         if saved["world_size"] != world.size:
             ranks = saved["world_size"]

@@ -161,7 +161,7 @@ class Stage:
         conversion, world = self._conversion, self._world
         allow_tf32(self._recipe.train.tf32)
         identity = self._identity()
-        report = world.broadcast(read_report(self._path.parent, identity) if world.is_main else None)
+        report = world.on_main(lambda: read_report(self._path.parent, identity))
         conversion.model.to(world.device).eval()
         new = nn.ModuleDict({str(number): heads for number, heads in conversion.new.items()})
         if report is None:
