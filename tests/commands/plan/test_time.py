@@ -166,7 +166,8 @@ def test_a_plan_names_the_batch_that_is_not_bound_by_launches(small_recipe: Load
     )
     assert found
     assert int(found[2]) == 2 * int(found[1])
-    enough = small_recipe(f"train.micro_batch={found[1]}", f"train.global_batch={found[2]}")
+    batch = (f"train.micro_batch={found[1]}", f"train.global_batch={found[2]}", f"data.synthetic_samples={found[2]}")
+    enough = small_recipe(*batch)
     assert launch_note(make_plan(enough, Request(gpus=2, gpu="h100-80"))) == ""
 
 
@@ -195,7 +196,7 @@ def test_another_device_and_a_damaged_recipe_are_told(small_recipe: Load) -> Non
 def test_a_measured_rate_holds_its_own_collectives_already(small_recipe: Load, config: str, tmp_path: Path) -> None:
     own = tmp_path / "own.json"  # a name of its own keeps the plan from choosing another stage
     own.write_text(json.dumps({"zero_optimization": {"stage": int(config[-1])}, "zero_allow_untested_optimizer": True}))
-    keys = (f"deepspeed.config={own}", "model.embed_dim=256", "train.global_batch=256")
+    keys = (f"deepspeed.config={own}", "model.embed_dim=256", "train.global_batch=256", "data.synthetic_samples=256")
     leave_a_run(small_recipe(*keys), 4, rate=256 / 0.01)
     same, alone, more = (make_plan(small_recipe(*keys), Request(gpus=gpus, gpu="h100-80")) for gpus in (4, 1, 16))
     assert same.communication > 0

@@ -113,7 +113,7 @@ def _forgotten_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load(self: Checkpoints[Any], *arguments: Any) -> Any:
         state = real(self, *arguments)
-        for moments in self._engine.deepspeed.basic_optimizer.state.values():
+        for moments in self.engine.deepspeed.basic_optimizer.state.values():
             moments["exp_avg"].zero_()
         return state
 
