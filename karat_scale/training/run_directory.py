@@ -28,7 +28,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Generic
 
-from pydantic import TypeAdapter
 from torch import nn
 from typing_extensions import Self, TypeVar
 
@@ -185,13 +184,14 @@ class RunDirectory:
             RunDirectoryError: the file is damaged.
         """
         try:
-            return TypeAdapter(tuple[str, ...]).validate_json(read_text(self.classes_file), strict=True)
+            names = parse_json(read_text(self.classes_file))  # pydantic refuses a folder's name that is not UTF-8
         except FileNotFoundError:
             return ()
         except (OSError, ValueError):
-            raise RunDirectoryError(
-                f"{self.classes_file}: not a JSON list of names; put it right or remove it"
-            ) from None
+            names = None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise RunDirectoryError(f"{self.classes_file}: not a JSON list of names; put it right or remove it")
+        return tuple(names)
 
     @property
     def command(self) -> str:

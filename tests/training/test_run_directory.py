@@ -28,6 +28,8 @@ def test_a_new_directory_is_claimed_by_one_and_begun(small_recipe, tmp_path, mon
     directory.begin(recipe, ("cat", "dog"))
     assert dump_recipe(directory.recipe()) == dump_recipe(recipe)
     assert directory.classes() == ("cat", "dog")
+    directory.begin(recipe, ("caf\udce9", "dog"))  # of a folder whose name is Latin-1
+    assert directory.classes() == ("caf\udce9", "dog")
     directory.write_summary({"exit": 0})
     assert directory.summary() == {"exit": 0}
     (tmp_path / "file").write_text("")
