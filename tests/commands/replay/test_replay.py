@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -110,6 +111,15 @@ def test_a_step_that_went_well_is_taken_bit_for_bit(train: Train, tmp_path: Path
         assert found["grad_norm"] == was["grad_norm"]
         assert found["loss"] == pytest.approx(was["loss"], rel=1e-6)
         assert found["ranks"] == [{"weights": None}]
+
+
+def test_a_weight_that_is_not_finite_before_the_step_is_named(train: Train, tmp_path: Path, capsys) -> None:
+    run, _ = train(*EXPLODES, "optim.weight_decay=1e38", "train.max_steps=2")
+    figures = tmp_path / "found.json"
+    assert karat_here("replay", str(run), "2", "--out", str(tmp_path / "x.png"), "--json", str(figures)) == 0
+    said = re.search(r"before the step: (weight (\S+): [\d,]+ of [\d,]+ values)\n", capsys.readouterr().out)
+    assert said is not None
+    assert json.loads(figures.read_text())["ranks"][0]["weights"] == said[1]
 
 
 def test_a_damaged_checkpoint_before_the_step_is_named_and_an_older_one_serves(train: Train, tmp_path, capsys) -> None:
