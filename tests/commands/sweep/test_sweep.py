@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,16 @@ def test_a_run_that_another_process_begins_meanwhile_is_left_alone(recipe: Path,
     assert run_sweep(plan_sweep(str(recipe), [*SMALL, *QUICK, "run.seed=0,1"], str(first.directory.parent))) == {}
     assert f"run.dir={first.directory}" in started.read_text()
     assert len(started.read_text().splitlines()) == 1
+
+
+def test_how_much_of_all_runs_is_done_is_said(recipe: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _, second = planned(recipe, "run.seed=0,1")
+    end(second)  # but for what its log says
+    (second.directory / "metrics.jsonl").write_text('{"event": "train", "step": 3, "total_steps": 4}\n')
+    monkeypatch.setattr(sys, "executable", shutil.which("true"))
+    monkeypatch.setattr("karat_scale.commands.sweep.command._LINE_SECONDS", 0.0)
+    run_sweep(plan_sweep(str(recipe), [*SMALL, *QUICK, "run.seed=0,1"], str(second.directory.parent)))
+    assert "run 2 of 2: seed-1: 88 % of all\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a #1", "a: b", "[a]", " a", "{a}", "*a", "- a", "a\nb"])
