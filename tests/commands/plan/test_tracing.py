@@ -140,7 +140,7 @@ def test_passes_that_differ_have_no_line(small_recipe: Load) -> None:
 
 def test_no_decoder_is_made_and_no_shard_hashed(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load_recipe(recipe_file, ["data.verify=hash", "data.decoder=native"]).data
-    for place in ("karat_scale.data.decoders.make_decoder", "karat_scale.data.shards.shard_format.check_file"):
+    for place in ("karat_scale.data.backends.images.make_decoder", "karat_scale.data.shards.shard_format.check_file"):
         monkeypatch.setattr(place, lambda *_, place=place: pytest.fail(f"{place} was called"))
     assert count_samples(data)[0] == 64
 
