@@ -143,11 +143,16 @@ def find_images(arguments: Sequence[str]) -> Found:
 def _in_folder(folder: Path, found: Found) -> Iterator[Path]:
     """Yield the images below a folder, by name. Hidden files are left out, as in training."""
     problems, images = len(found.bad), 0
+    visited: set[str] = set()
 
     def note(error: OSError) -> None:
         found.bad.append((str(error.filename), f"cannot be read: {error.strerror}"))
 
     for directory, below, files in walk(folder, note):
+        if (real := os.path.realpath(directory)) in visited:  # a link to a folder that is in here, too
+            below.clear()
+            continue
+        visited.add(real)
         below[:] = sorted(name for name in below if not is_hidden_folder(name))
         for name in sorted(name for name in files if name[0] != "."):
             if name.lower().endswith(IMG_EXTENSIONS):

@@ -112,6 +112,13 @@ def test_a_name_may_look_like_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert find_images(["~$x.png", "~nobody/y.png"]).files == ["~$x.png"]
 
 
+def test_a_folder_with_two_names_is_searched_once(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.jpg").touch()
+    (tmp_path / "b").symlink_to("a")
+    assert find_images([str(tmp_path)]).files == [str(tmp_path / "a" / "x.jpg")]
+
+
 def test_files_folders_and_globs_with_bad_ones_among_them(run: Path, image_folder: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     (mine / "below").mkdir(parents=True)
