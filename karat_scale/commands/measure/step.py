@@ -58,7 +58,7 @@ def synthetic_recipe(directory: str | Path, source: str, **sections: dict[str, A
 
 
 def held_batch(spec: ImageSpec, size: int) -> Batch:
-    """Return a batch of noise, the same for the same size, in page-locked memory if there is a GPU."""
+    """Return a batch of noise, the same for the same size, in page-locked memory if this process uses a GPU."""
     generator, side = torch.Generator().manual_seed(0), spec.image_size
     transform = TrainTransform(spec.augment, side)
     batch = Batch(
@@ -68,7 +68,7 @@ def held_batch(spec: ImageSpec, size: int) -> Batch:
         valid=torch.ones(size, dtype=torch.bool),
         draws=tuple(transform.draw(seed, side, side) for seed in range(size)),
     )
-    return with_digest(batch.pin_memory() if torch.cuda.is_available() else batch)
+    return with_digest(batch.pin_memory() if torch.cuda.is_initialized() else batch)
 
 
 class HeldBatches(SyntheticBackend):

@@ -16,8 +16,11 @@ from karat_scale.attention import BASES
 from karat_scale.commands.bench.data import torchs_decoder
 from karat_scale.commands.bench.training import seconds_to_first_step
 from karat_scale.commands.measure.attention import Case, attention_rows
-from karat_scale.commands.measure.loading import photo_like, prepare_images
+from karat_scale.commands.measure.loading import AUGMENTS, photo_like, prepare_images
+from karat_scale.commands.measure.step import held_batch
+from karat_scale.data.backends import ImageSpec
 from karat_scale.foundation.errors import UserError
+from karat_scale.recipe import DataConfig
 from tests.conftest import SMALL, karat_done, karat_says
 from tests.data.tars import write_tar
 
@@ -99,6 +102,12 @@ def test_made_images_are_alike_in_size_and_the_same_each_time() -> None:
         assert image.size == (500, 375)
         assert np.asarray(image).std() > 20
     assert 60_000 < len(made) < 160_000
+
+
+def test_a_loop_on_the_cpu_leaves_a_card_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    spec = ImageSpec(DataConfig(backend="synthetic"), AUGMENTS["crop"], 32, 10, 0)
+    assert not held_batch(spec, 2).images.is_pinned()  # page-locked memory would take it up
 
 
 @SLOW
