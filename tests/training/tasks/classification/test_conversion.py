@@ -1,6 +1,7 @@
 """`karat convert` from end to end: stage 1, what it keeps, kills in both stages, other sources, and the survey."""
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -191,7 +192,10 @@ def test_a_survey_from_learned_attention_on_few_images_and_what_becomes_of_it(co
     assert read_report(run)["images"] == 12
     assert "for a loss of at most" in says
     assert "kind: softmax" not in says  # which the blocks that are not converted do not have
+    assert "matching the attention" not in karat_says(*static, "train.max_steps=1")
+    shutil.rmtree(run / "checkpoints")
     (run / FILE).unlink()
+    assert read_survey(run) is not None
     assert "matching the attention" in karat_says(*static, "train.max_steps=1")
     assert read_survey(run) is None
 
