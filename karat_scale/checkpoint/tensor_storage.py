@@ -187,6 +187,13 @@ class _Copier(pickle.Pickler):
             self._copied[source] = item, self._memory.copy(item)
         return self._copied[source][1]
 
+    def reducer_override(self, item: Any) -> Any:
+        """Let an empty tensor be one of the CPU: at ZeRO stage 3 all of a module's are, and the writer has no GPU."""
+        if isinstance(item, torch.Tensor) and item.device.type != "cpu":
+            item = torch.empty_strided(item.shape, item.stride(), dtype=item.dtype)
+            return item.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        return NotImplemented
+
 
 class _Reader(pickle.Unpickler):
     """Reads what `_Copier` made: a state whose tensors lie in the blocks."""

@@ -33,6 +33,7 @@ def test_a_copy_keeps_what_was_there_and_what_belongs_together(tmp_path) -> None
         weight = torch.arange(start, start + size)
         state = OrderedDict(a=weight, b=weight, part=weight[2:4], nested={"list": [weight[2:4], (1, "x")]})
         state |= {"columns": weight[:6].view(2, 3).t(), "empty": torch.empty(0, 3), "flags": weight[:3] > 1}
+        state["elsewhere"] = torch.empty(0, dtype=torch.bfloat16, device="meta")  # as of a GPU at ZeRO stage 3
         state._metadata = {"version": 1}  # type: ignore[attr-defined]  # as torch's state_dict has it
         storage.begin(copies=True)
         storage.save(state, str(tmp_path / "t.pt"))
@@ -50,6 +51,8 @@ def test_a_copy_keeps_what_was_there_and_what_belongs_together(tmp_path) -> None
         assert torch.equal(twin["columns"], torch.arange(start, start + 6).view(2, 3).t())
         assert twin["columns"].stride() == (1, 3)
         assert twin["empty"].shape == (0, 3)
+        assert (twin["elsewhere"].shape, twin["elsewhere"].dtype) == ((0,), torch.bfloat16)
+        assert twin["elsewhere"].device.type == "cpu"
         assert twin["flags"].tolist() == [start + number > 1 for number in range(3)]
 
 
