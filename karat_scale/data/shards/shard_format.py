@@ -443,7 +443,9 @@ def check_class_count(place: Path | str, classes: int, num_classes: int) -> None
 
 
 def unused_classes(classes: int, num_classes: int) -> str:
-    """Return a notice if the model has more classes than the data; else an empty text."""
+    """Return a notice if the data has a single class, or fewer than the model; else an empty text."""
+    if classes == 1 < num_classes:
+        return "the data has one class, so each answer is right; put the images of each class into a folder of its own"
     if classes >= num_classes:
         return ""
     return (

@@ -261,6 +261,7 @@ def test_a_path_that_is_missing_is_told_at_once_and_so_are_classes_that_are_neve
         open_backend(ImageSpec(data_config(tmp_path / "nowhere", timeout=300), AugmentConfig(), 16, 3, 0))
     assert unused_classes(4, 4) == ""
     assert "the data has 4 classes, but model.num_classes = 5" in unused_classes(4, 5)
+    assert unused_classes(1, 5).startswith("the data has one class, so each answer is right; put the images")
 
 
 def test_only_a_whole_copy_of_just_these_shards_is_taken(tmp_path: Path) -> None:
