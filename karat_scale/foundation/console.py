@@ -205,7 +205,8 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]
 
     def advance(count: int, is_last: bool = False) -> None:
         nonlocal done, reported, told
-        done, now = done + count, time.monotonic()
+        done += count  # at once: several threads count, and a call would let another one in between
+        now = time.monotonic()
         rate = _rate(done, now - started)
         if bars is not None:
             bars.move(what, done, total, f"{rate} {unit}/s", keep=True)

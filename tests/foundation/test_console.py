@@ -61,6 +61,22 @@ def test_slow_progress_has_a_rate_above_0_and_no_line_twice(capsys, monkeypatch)
     assert re.fullmatch(r"training again: 2 of 2 steps, 0\.0\d+ a second, 0 s left", last)
 
 
+def test_progress_counts_what_several_threads_do_at_a_time(capsys, monkeypatch) -> None:
+    clock = time.monotonic
+    with progress("copying", 2, "files") as advance:
+        other = threading.Thread(target=advance, args=(1,))
+
+        def interrupted() -> float:
+            if other.ident is None:  # the other thread has its turn while this one asks for the time
+                other.start()
+                other.join()
+            return clock()
+
+        monkeypatch.setattr(time, "monotonic", interrupted)
+        advance(1)
+    assert capsys.readouterr().out.startswith("copying: 2 of 2 files, ")
+
+
 def test_a_terminal_gets_tables_and_bars(capsys, monkeypatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
