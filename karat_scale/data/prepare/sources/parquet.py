@@ -81,12 +81,12 @@ def _content(kind: Any) -> set[str]:
     """Return what a column of this type holds, which must be the same in all files: bytes, text, integers, or others.
 
     A struct has the `bytes` of an image and perhaps its path. True and false are integers. What pandas calls categories
-    hold what their values are.
+    hold what their values are if these may be labels; of bytes, they are no images.
     """
     import pyarrow.types as types
 
-    if types.is_dictionary(kind):
-        return _content(kind.value_type)
+    if types.is_dictionary(kind) and (values := _content(kind.value_type)) <= {"text", "integers"}:
+        return values
     if types.is_struct(kind):
         has_bytes = any(part.name == "bytes" and _content(part.type) == {"bytes"} for part in kind)
         return {"struct"} | ({part.name for part in kind} & {"path"}) | ({"bytes"} if has_bytes else set())

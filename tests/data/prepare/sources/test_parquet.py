@@ -129,6 +129,13 @@ def test_one_file_of_plain_bytes_and_numbers(tmp_path):
     assert set(samples(tmp_path / "out")) == {"pets/000000", "pets/000001"}
 
 
+def test_categories_of_bytes_are_no_images(tmp_path):
+    camera = arrow.array([b"a7", b"x1"]).dictionary_encode()
+    write_table(arrow.table({"img": [jpeg(1), jpeg(2)], "camera": camera, "fine": [1, 0]}), tmp_path / "pets.parquet")
+    make_shards(tmp_path / "pets.parquet", tmp_path / "out")
+    assert samples(tmp_path / "out") == {"pets/000000": (jpeg(1), 1), "pets/000001": (jpeg(2), 0)}
+
+
 def test_a_missing_file_is_named_unless_it_is_accepted(images, tmp_path):
     (images[0] / "data/train-00000-of-00002.parquet").unlink()
     with pytest.raises(
