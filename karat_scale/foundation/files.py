@@ -146,8 +146,9 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     A link's target is replaced, not the link. A device, a pipe or a socket is written to as it is.
     """
     is_other = path.exists() and not path.is_file() and not path.is_dir()
-    # What a rename must not replace: devices, pipes, and a standard stream by its name in /dev.
-    if is_other or (path.absolute().parts[:2] in (("/", "dev"), ("/", "proc")) and path.exists()):
+    # What a rename must not replace: devices, pipes, and a standard stream by its name in /dev; /dev/shm has files.
+    top = path.absolute().parts[1:3]
+    if is_other or (top[:1] in (("dev",), ("proc",)) and top != ("dev", "shm") and path.exists()):
         with name_in_errors(path), path.open("wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
         return

@@ -5,6 +5,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -73,6 +74,16 @@ def test_standard_output_by_its_name_takes_the_text(tmp_path, to) -> None:
     out = (tmp_path / "out").open("w") if to == "file" else subprocess.PIPE
     done = subprocess.run([sys.executable, "-c", program], stdout=out, text=True, check=True, timeout=60)
     assert (done.stdout if to == "pipe" else (tmp_path / "out").read_text()) == "x"
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="there is no /dev/shm")
+def test_a_file_in_shared_memory_is_replaced_whole() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:  # as of shards that are staged there
+        file, before = Path(folder, "dataset.json"), Path(folder, "before")
+        write_atomically(file, "old")
+        os.link(file, before)
+        write_atomically(file, "new")
+        assert (file.read_text(), before.read_text()) == ("new", "old")
 
 
 def test_what_is_no_small_text_file_is_refused_at_once(tmp_path) -> None:
