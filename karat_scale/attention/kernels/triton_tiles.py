@@ -150,10 +150,13 @@ def choose_psi_tiles(kernel: str, sizes: Sizes, products: Products) -> Tiles:
 
 
 def readout_rows(sizes: Sizes, products: Products, masked: bool) -> int:
-    """Rows of a tile of the readout's backward pass: wide float32 rows must fit 99 KB of shared memory."""
+    """Rows of a tile of the readout's backward pass.
+
+    Wide float32 rows must fit 99 KB of shared memory, and those of more than 16 ranks the registers (Triton 3.9).
+    """
     if block(sizes.value_width) <= 64 and not masked:
         return 64
-    return 16 if products.dtype == torch.float32 else 32
+    return 16 if products.dtype == torch.float32 or block(sizes.rank) > 16 else 32
 
 
 def _covers(tokens: int, rows: int) -> bool:
