@@ -451,7 +451,9 @@ def _lines(log: Path, begin: int, end: int) -> tuple[dict[int, _Line], set[int]]
 
 def _compare_losses(kept: Mapping[int, _Line], again: Mapping[int, _Line], missing: Set[int]) -> Comparison:
     if missing:
-        return Comparison("losses", False, False, f"only one log has a line of step {min(missing)}")
+        step = min(missing)
+        text = f"a line of step {step}, which was not written again" if step in kept else f"no line of step {step}"
+        return Comparison("losses", False, False, f"metrics.jsonl has {text}")
     both = sorted(last for last, line in again.items() if last in kept and kept[last].begin == line.begin)
     if not both:
         return Comparison("losses", True, True, "the log has no line of these steps alone")

@@ -98,7 +98,7 @@ def test_a_line_of_the_log_at_another_step_is_found(run, verify) -> None:
     log.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     code, said, _ = verify(run)
     assert code == 1
-    assert "losses: only one log has a line of step 7\n" in said
+    assert "losses: metrics.jsonl has a line of step 7, which was not written again\n" in said
 
 
 def test_the_states_of_the_optimizer_are_near_also_on_another_machine(run, verify) -> None:
