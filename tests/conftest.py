@@ -332,8 +332,9 @@ def recipe_file(tmp_path: Path, shards: Path) -> Path:
 
 def events(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The events of a run's metrics.jsonl."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if kind in (None, event["event"])]
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    whole = (line for line in lines if line.endswith("\n"))  # a run that goes on may be writing the last one
+    return [event for event in map(json.loads, whole) if kind in (None, event["event"])]
 
 
 def summary(run: Path) -> dict[str, Any]:
