@@ -188,7 +188,7 @@ class _Copier(pickle.Pickler):
         return self._copied[source][1]
 
     def reducer_override(self, item: Any) -> Any:
-        """Let an empty tensor be one of the CPU: at ZeRO stage 3 all of a module's are, and the writer has no GPU."""
+        """Make an empty tensor of a GPU one of the CPU: the writer has no GPU, and at ZeRO 3 a module's are empty."""
         if isinstance(item, torch.Tensor) and item.device.type != "cpu":
             item = torch.empty_strided(item.shape, item.stride(), dtype=item.dtype)
             return item.__reduce_ex__(pickle.HIGHEST_PROTOCOL)

@@ -152,7 +152,7 @@ def choose_psi_tiles(kernel: str, sizes: Sizes, products: Products) -> Tiles:
 def readout_rows(sizes: Sizes, products: Products, masked: bool) -> int:
     """Rows of a tile of the readout's backward pass.
 
-    Wide float32 rows must fit 99 KB of shared memory, and those of more than 16 ranks the registers (Triton 3.9).
+    Wide float32 rows must fit 99 KB of shared memory. With Triton 3.9, 32 wide rows of more than 16 ranks spill.
     """
     if block(sizes.value_width) <= 64 and not masked:
         return 64
