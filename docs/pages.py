@@ -70,7 +70,8 @@ def generated_pages() -> dict[str, str]:
 
 
 def page_of_root(text: str) -> str:
-    """Return a page of the clone's root with its links as they are relative to docs/."""
+    """Return a page of the clone's root with its links as they are relative to docs/, without the badges of its CI."""
+    text = re.sub(r"^\[!\[.*\n", "", text, flags=re.MULTILINE)
     return re.sub(r"\]\((?!https?:|#)(?:docs/)?", lambda link: "](" if link[0].endswith("docs/") else "](../", text)
 
 

@@ -1,6 +1,10 @@
-"""`.ci/run` itself, in a clone whose `make` and Python only write down how they were called; the hooks of a commit."""
+"""`.ci/run` itself, in a clone whose `make` and Python only write down how they were called; the hooks of a commit.
+
+Also GitHub's workflows that run `.ci/run` and `.ci/newest`.
+"""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,3 +80,16 @@ def test_the_hooks_of_a_commit_are_programs_that_make_installs() -> None:
     assert {program.parent for program in programs} == {Path(".venv/bin")}
     installed = Path(sys.executable).parent
     assert [program.name for program in programs if not (installed / program.name).is_file()] == []
+
+
+def test_the_workflows_fit_the_schema_and_run_our_scripts() -> None:
+    pytest.importorskip("check_jsonschema", reason="needs the extra dev")
+    files = sorted((ROOT / ".github" / "workflows").iterdir())
+    check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", *files]
+    subprocess.run(check, check=True)
+    workflows = {file.stem: yaml.safe_load(file.read_text())["jobs"] for file in files}
+    scripts = {name: next(iter(jobs.values()))["steps"][-1]["run"] for name, jobs in workflows.items()}
+    assert scripts == {"ci": ".ci/run", "newest": ".ci/newest"}
+    assert all(os.access(ROOT / script, os.X_OK) for script in scripts.values())
+    badges = re.findall(r"actions/workflows/(\w+)\.yml/badge", (ROOT / "README.md").read_text())
+    assert sorted(badges) == sorted(scripts)
