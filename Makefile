@@ -12,7 +12,8 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 SETTINGS = $(BIN)/python -m pip config list 2>/dev/null | sort -r | sed -E -n "s/\\\\n/,/g; s/'//g; s/^[^=]*\.//; \
 	s/^index-url=/UV_DEFAULT_INDEX=/p; s/^extra-index-url=/UV_INDEX=/p; s/^find-links=/UV_FIND_LINKS=/p; \
 	s/^constraint=/UV_CONSTRAINT=/p; s/^cert=/SSL_CERT_FILE=/p; s/^trusted-host=/UV_INSECURE_HOST=/p"
-INSTALL = with() { env UV_SYSTEM_CERTS=1 $$($(SETTINGS)) $(BIN)/uv pip install --python $(BIN)/python "$$@" || \
+INSTALL = with() { { test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --progress-bar off uv; } && \
+	env UV_SYSTEM_CERTS=1 $$($(SETTINGS)) $(BIN)/uv pip install --python $(BIN)/python "$$@" || \
 	$(BIN)/python -m pip install --progress-bar off "$$@"; }; with --editable
 # The tests start hundreds of processes: each would compile all that it imports where this is set.
 unexport PYTHONDONTWRITEBYTECODE
@@ -24,7 +25,6 @@ SHELL := bash
 $(BIN)/python:
 	@echo "== making $(VENV)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }  # a part of one would count as whole
-	@$(BIN)/python -m pip install --quiet --progress-bar off uv || true
 
 # One marker file per set of extras, older than pyproject.toml when that changes.
 $(VENV)/.installed: pyproject.toml | $(BIN)/python

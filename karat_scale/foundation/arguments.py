@@ -64,7 +64,7 @@ _OTHER_COMMANDS = {
 
 # What people give to another command, and what does it.
 _OTHER_OPTIONS = {
-    "--dry-run": "use karat plan RECIPE --dry-run",
+    "--dry-run": "use karat plan RECIPE --dry-run, or karat sweep ... --print",
     "--gpus": "use karat launch --ranks N train RECIPE",
     "--resume": _OTHER_COMMANDS["resume"],
 }

@@ -242,7 +242,7 @@ def work_display(title: str = "", line_seconds: float | None = None) -> Iterator
         what, now = printable(what), time.monotonic()
         if what != current:
             if bars is None:
-                print(what, file=sys.stderr, flush=True)
+                print(f"{what} ...", file=sys.stderr, flush=True)
             elif not title:
                 bars.remove(current)
             if not title or not current:

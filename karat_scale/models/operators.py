@@ -168,9 +168,19 @@ def _maker_of_kind(attention: AttentionConfig) -> _Maker:
         for name in ("num_heads", *(["num_tokens"] if heads.token_axes else [])):
             if getattr(heads, name, None) != sizes[name]:
                 raise ValueError(f"kind = {kind!r}: its constructor must set self.{name}, here to {sizes[name]}")
+        if of_user:
+            heads.register_forward_hook(functools.partial(_check_output, kind))
         return heads
 
     return make
+
+
+def _check_output(kind: str, _: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    """Raise RecipeError unless the output of a user's class has the shape of its input value, [B, h, N, d]."""
+    shape, right = getattr(output, "shape", None), inputs[2].shape
+    if shape != right:
+        found = f"a {type(output).__name__}" if shape is None else list(shape)
+        raise RecipeError(f"attention.kind = {kind!r}: its forward returned {found}, not [B, h, N, d] = {list(right)}")
 
 
 def _karat_maker(attention: AttentionConfig) -> _Maker:

@@ -100,7 +100,7 @@ class TrainConfig(Section):
     global_batch: Count = 128
     """Images in one optimizer step, over all ranks."""
     micro_batch: Annotated[Count | None, Effect.ROUNDING] = None
-    """Images in one forward pass of a rank. Null means the largest that the number of ranks allows."""
+    """Images in one forward pass of a rank. Null means its whole part of a global batch."""
     precision: Literal["fp32", "bf16", "bf16_weights", "fp16"] = "fp32"
     """`bf16` keeps fp32 weights and computes under autocast, at every ZeRO stage. `bf16_weights` holds the weights
     in 16 bits from stage 1 on, with fp32 master weights, for models that need the memory. `fp16`, with a loss

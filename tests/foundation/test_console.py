@@ -163,19 +163,19 @@ def test_each_piece_of_work_is_one_line_in_a_file_and_long_work_says_what_is_lef
     with work_display() as show:
         for what, done in (("maps", 0), ("maps", 1), ("spectrum", 0)):
             show(what, done, 2)
-    assert capsys.readouterr().err == "maps\nspectrum\n"
+    assert capsys.readouterr().err == "maps ...\nspectrum ...\n"
     monkeypatch.setattr("karat_scale.foundation.console.PLAIN_LINE_SECONDS", 0.0)
     with work_display() as show:
         for done in range(5):
             show("count", done, 8)
     *first, last = capsys.readouterr().err.splitlines()
-    assert first[:4] == ["count", "count: 0 of 8", "count: 1 of 8", "count: 2 of 8"]  # too early to say
+    assert first[:4] == ["count ...", "count: 0 of 8", "count: 1 of 8", "count: 2 of 8"]  # too early to say
     assert re.fullmatch(r"count: 4 of 8, [\d.,e+]+ a second, about .+ left", last)
     with work_display("all") as show:
         for what, done in (("maps", 1), ("maps", 20), ("spectrum", 50)):
             show(what, done, 100)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[:4] == ["maps", "maps: 1 % of all", "maps: 20 % of all", "spectrum"]
+    assert lines[:4] == ["maps ...", "maps: 1 % of all", "maps: 20 % of all", "spectrum ..."]
     assert re.fullmatch(r"spectrum: 50 % of all, about .+ left", lines[4])
 
 

@@ -1,12 +1,16 @@
+from itertools import product
+
 import pytest
 import torch
 from timm.layers import Attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from karat_scale.attention import FourierKaratOperator, fourier_karat_attention
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.models import create_model, parameter_count
 from karat_scale.models.factory import outline
 from karat_scale.recipe import AttentionConfig, ModelConfig
+from karat_scale.recipe.files import part_names
 from karat_scale.recipe.loading import load_recipe
 
 MINI = ModelConfig(name="vit_mini_patch4_28", image_size=28, patch_size=4, num_classes=10)
@@ -120,3 +124,14 @@ def test_the_outline_of_a_deep_model_computes_nothing_for_each_block() -> None:
 
     operations(1)  # also measures a block
     assert (operations(20) - operations(10)) / 10 < 40  # of them 33 make tensors
+
+
+def test_the_words_of_a_recipes_name_go_together_but_for_those_that_karat_recipes_names() -> None:
+    refused = set()
+    for model, attention in product(part_names("model"), part_names("attention") + part_names("taught")):
+        try:
+            outline(load_recipe(f"flowers102_{model}_{attention}"))
+        except RecipeError:
+            refused.add((model, attention))
+    transfers = {("swin_tiny", "transfer"), ("convit_tiny", "transfer")}
+    assert refused == {("swin_tiny", "g1u"), ("swin_tiny", "g3u"), *transfers}

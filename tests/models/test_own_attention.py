@@ -1,5 +1,6 @@
 """An attention of the user's, named in a recipe by the place of its class."""
 
+import re
 import sys
 
 import pytest
@@ -40,6 +41,10 @@ class Input(InputHeads, Linearised):
 class Forgetful(Linearised):
     def __init__(self, num_heads):
         super(Linearised, self).__init__()
+
+class Narrow(Linearised):
+    def forward(self, query, key, value, bias=None, mask=None):
+        return value[:, :, :1]
 
 class Demanding(Linearised):
     def __init__(self, num_tokens, num_heads, secret):
@@ -114,6 +119,9 @@ def test_what_is_no_attention_is_one_line_and_a_foreign_one_needs_trust(mine, mo
     ):
         with pytest.raises(RecipeError, match=f"^{message}"):
             build(f"{mine}:{name}", **settings)
+    message = f"attention.kind = '{mine}:Narrow': its forward returned [1, 2, 1, 16], not [B, h, N, d] = [1, 2, 17, 16]"
+    with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
+        build(f"{mine}:Narrow")(torch.zeros(1, 3, 16, 16))
     monkeypatch.delenv(VARIABLE, raising=False)
     require_trust(AttentionConfig(kind="karat").classes, "run")
     with pytest.raises(UntrustedError, match=r"^run: attention.kind = theirs:Heads runs the code of the module theirs"):

@@ -82,7 +82,7 @@ def test_a_base_that_was_not_run_is_listed_and_what_adds_words_to_one_is_counted
     assert "imagenet_vit_small_bv " in listed["imagenet small"]
     assert "imagenet_vit_small_converted_g3b " in listed["imagenet small"]
     assert listed["bv"].startswith("\n6 recipes. ")
-    assert "Not listed: 66 recipes without a result" in listed["bv"]
+    assert "Not listed: 66 recipes that add such words" in listed["bv"]
     assert "imagenet_vit_small_bv_g3b " in listed["bv g3b"]
 
 

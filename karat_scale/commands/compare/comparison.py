@@ -117,6 +117,8 @@ def _labels(groups: Sequence[Group]) -> list[str]:
     """Return a name for each group: the first that differs in all groups, of those that its first run offers."""
     keys = dict.fromkeys(key for group in groups for key in differing_settings(groups[0], group))
     names = [group.runs[0].recipe.run.name for group in groups]
+    if len(groups) == len(groups[0].runs) == 1:
+        return [printable(groups[0].runs[0].path.resolve().name)]
     settings = [", ".join(f"{key}={setting_text(group.settings.get(key))}" for key in keys) for group in groups]
     offers = [names]
     if len(keys) <= _MOST_KEYS:
@@ -125,6 +127,11 @@ def _labels(groups: Sequence[Group]) -> list[str]:
     offers.append([_SEED.sub("", printable(group.runs[0].path.resolve().name)) for group in groups])
     offers.append([f"{name} #{number}" for number, name in enumerate(names, 1)])
     return next(offer for offer in offers if len(set(offer)) == len(offer))
+
+
+def _seeds(numbers: Collection[int]) -> str:
+    """The seeds of some runs, so that seed 0 does not look like none."""
+    return f"{'seed' if len(numbers) == 1 else 'seeds'} {', '.join(map(str, numbers))}" if numbers else "none"
 
 
 def setting_text(value: Any) -> str:
@@ -341,7 +348,7 @@ class Comparison:
                     one = _shown(MEASURES[name].title, [*figures.values()])
                     cells = [f"{one.mean:,.{digits}f}", "" if one.deviation is None else f"{one.deviation:,.{digits}f}"]
                     interval = _interval(one.low, one.high, digits)
-                    rows.append([head, group.label, ", ".join(map(str, figures)), *cells, interval])
+                    rows.append([head, group.label, _seeds(figures), *cells, interval])
                     head = ""
         return Table("Runs over seeds", ("", "group", "seeds", "mean", "sd", "95 % interval"), rows, (0, 1, 2))
 
@@ -350,10 +357,17 @@ class Comparison:
         rows = []
         for pair in self.pairs:
             one = pair.difference
-            seeds = ", ".join(map(str, one.seeds)) or "none"
             figures = ["" if one.mean is None else f"{one.mean:+,.{digits}f}", _interval(one.low, one.high, digits)]
             figures += [_chance(one.p), _chance(one.adjusted)]
-            rows.append([pair.group.label, seeds, *figures, pair.verdict, changes_text(pair.settings, keys) or "none"])
+            rows.append(
+                [
+                    pair.group.label,
+                    _seeds(one.seeds),
+                    *figures,
+                    pair.verdict,
+                    changes_text(pair.settings, keys) or "none",
+                ]
+            )
         header = ("group", "seeds", "difference", "95 % interval", "p", "p (Holm)", "verdict", "keys that differ")
         title = f"Difference from {self.groups[0].label} in {title}, paired by seed"
         if self.match:

@@ -304,7 +304,7 @@ def _name_of(place: str, request: Request, split: str) -> str:
     base = "val"
     if place:
         whole = Path(place)
-        base = (whole.parent if whole.name in SPLITS else whole).name or "other"
+        base = (f"{whole.parent.name}-{whole.name}" if whole.name in SPLITS else whole.name) or "other"
     base += f"-{split}" if split else ""
     base += f"-{Path(request.labels).stem}" if request.labels else ""
     return base + ("-corrupted" if request.corrupt is not None else "")

@@ -456,7 +456,7 @@ def _compare_losses(kept: Mapping[int, _Line], again: Mapping[int, _Line], missi
         return Comparison("losses", False, False, f"metrics.jsonl has {text}")
     both = sorted(last for last, line in again.items() if last in kept and kept[last].begin == line.begin)
     if not both:
-        return Comparison("losses", True, True, "the log has no line of these steps alone")
+        return Comparison("losses", True, True, "not compared: the log has no line of just these steps")
     others = [last for last in both if kept[last] != again[last]]
     if not others:
         return Comparison("losses", True, True, f"the same bits in {plural(len(both), 'line')} of the log")

@@ -7,6 +7,7 @@ is scaled to 8 bits instead of clipped, and grey of no certain range is refused 
 import functools
 import io
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from PIL import Image, UnidentifiedImageError
 
 from karat_scale.foundation.errors import one_line
 
+# Such as that of corrupt EXIF data, which are not used: it names a line of Pillow, not the image.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 # Pillow knows more, and starts Ghostscript for an EPS file, whatever its name.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "AVIF", "JPEG2000")
 

@@ -338,7 +338,8 @@ def make_parser(description: str, writes: bool = True) -> OneLineParser:
 def source_parser(description: str) -> OneLineParser:
     """Return a parser with the options of scripts that convert a source: where it is, its images, and odd ones."""
     parser = make_parser(description)
-    parser.add_argument("--src", type=user_path, required=True, metavar="DIR", help="the directory of the images")
+    images = "the images: a directory, or a tar that is not compressed"
+    parser.add_argument("--src", type=user_path, required=True, metavar="DIR", help=images)
     parser.add_argument("--split", metavar="NAME", help="make only this split (default: all)")
     _add_workers(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the order in the output (default 0)")

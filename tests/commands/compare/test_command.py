@@ -144,17 +144,25 @@ def test_an_interval_of_an_accuracy_ends_at_0_and_100(copy: Copy, capsys) -> Non
     runs = [copy(f"seed{seed}", f"run.seed={seed}", top1=[5.0, 5.0, last]) for seed, last in ((1, 5.0), (2, 95.0))]
     assert main(["compare", *map(str, runs)]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "last top-1" in line]
+    assert "seeds 1, 2 " in line
     assert "0.00 to 100.00" in line
+
+
+def test_a_single_run_has_the_name_of_its_directory(copy: Copy, capsys) -> None:
+    assert main(["compare", str(copy("mine", "run.seed=0", "run.name=other"))]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "last top-1" in line]
+    assert line.split("%")[1].split()[:3] == ["mine", "seed", "0"]
 
 
 def test_what_is_left_out_is_named_and_the_rest_is_compared(trained: Path, copy: Copy, tmp_path: Path, capsys) -> None:
     half = copy("half", "run.seed=3", exit=75, reason="stopped by SIGTERM")
-    paths = [trained / "seed0", half, tmp_path / "nowhere", trained / "seed0"]
+    (tmp_path / "other").mkdir()
+    paths = [trained / "seed0", half, tmp_path / "other", trained / "seed0"]
     assert main(["compare", *map(str, paths)]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert "has not finished (stopped by SIGTERM)" in lines[0]
-    assert "nowhere: not a run directory" in lines[1]
+    assert "other: not a run directory" in lines[1]
     assert "seed0 is the directory of" in lines[2]
 
 
@@ -194,6 +202,7 @@ def test_what_cannot_be_compared_is_one_line(trained: Path, six: list[Path], tmp
     (tmp_path / "file").write_text("")
     first = str(trained / "seed0")
     assert "choose another directory" in karat_refuses("compare", first, "--out", str(tmp_path / "file"))
+    assert "nowhere: there is no such directory" in karat_refuses("compare", first, str(tmp_path / "nowhere"))
     line = karat_refuses("compare", *map(str, six), "--metric", "box_ap")
     assert "--metric box_ap: these runs have top1, top5, loss" in line
 

@@ -143,6 +143,12 @@ def test_data_at_a_url_are_corrupted_as_on_disk(run: Path, shards: Path, url: st
     assert there.corruptions == here.corruptions != {}
 
 
+def test_the_folder_of_a_split_keeps_a_result_of_its_own(run: Path, image_folder: Path) -> None:
+    for split in ("train", "val"):
+        karat_says("eval", str(run), "--on", str(image_folder / split))
+    assert [kept.name for kept in read_evaluations(run)] == ["images-train", "images-val"]
+
+
 def test_data_of_other_classes_are_not_scored_by_number(run: Path, shards: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(shards, other)

@@ -14,7 +14,7 @@ from karat_scale.data.shards import shard_format
 from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.tasks.classification.task import ClassificationTask
-from tests.conftest import CLASSES, SIZE, SMALL, TRAIN_PER_CLASS, karat_says
+from tests.conftest import CLASSES, SIZE, SMALL, TRAIN_PER_CLASS, karat_done, karat_says
 from tests.data.betons import need_ffcv
 from tests.data.conftest import exif
 from tests.data.prepare.images import jpeg, write
@@ -119,6 +119,15 @@ def test_odd_images_are_named(tmp_path: Path) -> None:
     assert any("turned.jpg and 1 more: its EXIF orientation is 6" in line for line in others)
     assert "val has classes that train does not have: dog" in said
     assert "<b>cat</b>" not in (tmp_path / "p.html").read_text()
+
+
+def test_a_library_says_nothing_of_exif_data_that_are_cut_short(tmp_path: Path) -> None:
+    cut = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"
+    plain = jpeg(0, width=64, height=64)
+    segment = b"\xff\xe1" + (len(cut) + 2).to_bytes(2, "big") + cut
+    write(tmp_path / "d/train/ant/0.jpg", plain[:2] + segment + plain[2:])
+    done = karat_done("data", str(tmp_path / "d"), "--out", str(tmp_path / "p.html"))
+    assert "UserWarning" not in done.stdout + done.stderr
 
 
 def test_truncated_images_are_found_beyond_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def keep_distillation_teacher(recipe: Recipe, into: Path) -> None:
         else:
             _keep_file(recipe, path, kept)
     except UserError as error:
-        raise RecipeError(f"distill.from = {source}: {str(error).removeprefix(f'{source}: ')}") from error
+        raise RecipeError(f"{_named(recipe)}: {str(error).removeprefix(f'{source}: ')}") from error
 
 
 def read_distillation_teacher(recipe: Recipe, classes: Sequence[str], run: Path) -> DistillationTeacher:
@@ -151,7 +151,7 @@ def planned_cost(recipe: Recipe) -> TeacherCost:
             _refuse_student(attention)
             return cost_of(create_model(model, attention), model.image_size)
     except (UserError, RuntimeError) as error:
-        raise RecipeError(f"distill.from = {source}: {str(error).removeprefix(f'{source}: ')}") from error
+        raise RecipeError(f"{_named(recipe)}: {str(error).removeprefix(f'{source}: ')}") from error
 
 
 def describe_teacher(recipe: Recipe, teacher: DistillationTeacher) -> str:
@@ -178,22 +178,26 @@ def _keep_file(recipe: Recipe, path: Path, kept: Path) -> None:
     weights_file.write_model(network, kept, facts)
 
 
+def _named(recipe: Recipe) -> str:
+    """The teacher as the user gave it: a key of the recipe, or the SOURCE of `karat convert`."""
+    source = recipe.distill.from_
+    return f"SOURCE {source}" if recipe.convert.images and source == recipe.init_from else f"distill.from = {source}"
+
+
 def _refuse_student(attention: AttentionConfig) -> None:
     if attention.transfer_from:
         raise RecipeError("its attention comes from a teacher of its own; name a run without attention.transfer_from")
 
 
 def _check_classes(recipe: Recipe, network: nn.Module, classes: Sequence[str], theirs: Sequence[str]) -> None:
-    source, ours = recipe.distill.from_, recipe.model.num_classes
+    ours = recipe.model.num_classes
     there = getattr(network, "num_classes", ours)
     if there != ours:
-        raise RecipeError(
-            f"distill.from = {source} has {there} classes, but model.num_classes = {ours}; they must agree"
-        )
+        raise RecipeError(f"{_named(recipe)} has {there} classes, but model.num_classes = {ours}; they must agree")
     for number, (here, other) in enumerate(zip(classes, theirs, strict=False)):
         if here != other:
             raise RecipeError(
-                f"distill.from = {source}: its class {number} is {other!r}, but this data's is {here!r}; the teacher "
+                f"{_named(recipe)}: its class {number} is {other!r}, but this data's is {here!r}; the teacher "
                 "must have learned the same classes in the same order"
             )
 

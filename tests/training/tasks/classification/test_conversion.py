@@ -261,7 +261,7 @@ def test_mistakes_are_one_line(convert, command, tmp_path) -> None:
     refused = {
         "attention.kind = softmax learns nothing, so a model cannot be converted to it": convert(tmp_path),
         "timm has no such model": convert(tmp_path, *KARAT, "model.name=vit_tinny"),
-        "neither a run's directory": convert(tmp_path, *KARAT, source="nowhere"),
+        "SOURCE nowhere: neither a run's directory": convert(tmp_path, *KARAT, source="nowhere"),
         "use model.depth=2": convert(tmp_path, *KARAT, "model.depth=3"),
         "convert.images = 8 needs the trained model; name it by init_from": [
             *command(tmp_path, "attention.kind=karat", "convert.images=8")
