@@ -4,7 +4,7 @@ Each error names the argument, its shape and what is expected. The projection ta
 the probability simplex {x >= 0, sum x = 1}; its derivative is here too.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -148,6 +148,39 @@ def refuse_second_derivative(implementation: str) -> None:
 def as_4d(tensor: Tensor | None) -> Tensor | None:
     """Return a bias or a mask with the four dimensions that it broadcasts to."""
     return None if tensor is None else tensor[(None,) * (4 - tensor.dim())]
+
+
+def empty_gradients(_: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Room for the gradients of some inputs, with their strides; the first argument is the output's gradient."""
+    return tuple(map(torch.empty_like, inputs))
+
+
+def register_psi(
+    library: torch.library.Library,
+    name: str,
+    forward: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]],
+) -> None:
+    """Register O = psi(A) V of query, key, value and psi, and its gradients. It is differentiable once."""
+    inputs = "Tensor query, Tensor key, Tensor value, Tensor psi"
+    library.define(f"{name}_psi_forward({inputs}) -> Tensor")
+    library.define(f"{name}_psi_backward(Tensor grad_output, {inputs}) -> (Tensor, Tensor, Tensor, Tensor)")
+    library.impl(f"{name}_psi_forward", forward, "CompositeExplicitAutograd")
+    library.impl(f"{name}_psi_backward", backward, "CompositeExplicitAutograd")
+
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor, ...]:
+        refuse_second_derivative(name)
+        operation = getattr(torch.ops.karat_scale, f"{name}_psi_backward")
+        grads: tuple[Tensor, ...] = operation(grad_output, *ctx.saved_tensors)
+        return grads
+
+    own = f"karat_scale::{name}_psi_"
+    torch.library.register_fake(f"{own}forward", lambda query, _, value, __: empty_output(query, value), lib=library)
+    torch.library.register_fake(f"{own}backward", empty_gradients, lib=library)
+    torch.library.register_autograd(f"{own}forward", differentiate, setup_context=setup_context, lib=library)
 
 
 def empty_output(query: Tensor, value: Tensor) -> Tensor:

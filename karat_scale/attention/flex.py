@@ -27,7 +27,7 @@ from karat_scale.attention.call import (
     compute_dtype,
     empty_output,
     full_precision,
-    refuse_second_derivative,
+    register_psi,
 )
 from karat_scale.attention.routes import plan_tiles, workspace_budget
 
@@ -227,29 +227,4 @@ def _psi_backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor
     return *(grad.to(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True)), grad_psi
 
 
-def _psi_fake_backward(_: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-    return tuple(map(torch.empty_like, given))
-
-
-def _psi_setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _psi_differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor, ...]:
-    refuse_second_derivative("flex")
-    grads: tuple[Tensor, ...] = torch.ops.karat_scale.flex_psi_backward(grad_output, *ctx.saved_tensors)
-    return grads
-
-
-_PSI_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor psi"
-_library.define(f"flex_psi_forward({_PSI_INPUTS}) -> Tensor")
-_library.define(f"flex_psi_backward(Tensor grad_output, {_PSI_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)")
-_library.impl("flex_psi_forward", _psi_forward, "CompositeExplicitAutograd")
-_library.impl("flex_psi_backward", _psi_backward, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "karat_scale::flex_psi_forward", lambda query, _, value, __: empty_output(query, value), lib=_library
-)
-torch.library.register_fake("karat_scale::flex_psi_backward", _psi_fake_backward, lib=_library)
-torch.library.register_autograd(
-    "karat_scale::flex_psi_forward", _psi_differentiate, setup_context=_psi_setup_context, lib=_library
-)
+register_psi(_library, "flex", _psi_forward, _psi_backward)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from karat_scale.attention.call import FourierCall, empty_output, refuse_second_derivative
+from karat_scale.attention.call import FourierCall, empty_output, refuse_second_derivative, register_psi
 from karat_scale.attention.kernels.triton_tiles import MASK_WORD, block, padded_tokens, products_of
 from karat_scale.attention.kernels.triton_toolchain import launch_problem
 
@@ -286,29 +286,4 @@ def _psi_backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor
     return grads
 
 
-def _psi_fake_backward(grad_output: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-    return tuple(map(torch.empty_like, given))
-
-
-def _psi_setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _psi_differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor, ...]:
-    refuse_second_derivative("triton")
-    grads: tuple[Tensor, ...] = torch.ops.karat_scale.triton_psi_backward(grad_output, *ctx.saved_tensors)
-    return grads
-
-
-_PSI_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor psi"
-_library.define(f"triton_psi_forward({_PSI_INPUTS}) -> Tensor")
-_library.define(f"triton_psi_backward(Tensor grad_output, {_PSI_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)")
-_library.impl("triton_psi_forward", _psi_forward, "CompositeExplicitAutograd")
-_library.impl("triton_psi_backward", _psi_backward, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "karat_scale::triton_psi_forward", lambda query, _, value, __: empty_output(query, value), lib=_library
-)
-torch.library.register_fake("karat_scale::triton_psi_backward", _psi_fake_backward, lib=_library)
-torch.library.register_autograd(
-    "karat_scale::triton_psi_forward", _psi_differentiate, setup_context=_psi_setup_context, lib=_library
-)
+register_psi(_library, "triton", _psi_forward, _psi_backward)
