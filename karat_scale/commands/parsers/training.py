@@ -296,6 +296,8 @@ IMAGES = 1000
 def _converted(options: argparse.Namespace) -> "Recipe":
     from karat_scale.recipe.loading import load_recipe
 
+    if "convert.images=0" in options.overrides:
+        raise UserError("convert.images = 0 matches nothing; use 1 or more, or karat train RECIPE init_from=SOURCE")
     source = json.dumps(options.source)  # a text in YAML, whatever it has in it
     own = [f"init_from={source}", *options.overrides]
     if not any(text.startswith("distill.from=") for text in own):

@@ -165,7 +165,7 @@ class Stage:
         conversion.model.to(world.device).eval()
         new = nn.ModuleDict({str(number): heads for number, heads in conversion.new.items()})
         if report is None:
-            world.on_main(lambda: self._path.with_name(SURVEY).unlink(missing_ok=True))  # it is of another matching
+            world.on_main(lambda: _drop_survey_of_another(self._path.parent, self._recipe))
             report = self._match()
             facts = {"identity": identity, "report": json.dumps(report)}
             world.on_main(lambda: write_model(new, self._path, facts))
@@ -341,6 +341,17 @@ def read_survey(run: Path) -> Report | None:
     return None
 
 
+def _drop_survey_of_another(run: Path, recipe: Recipe) -> None:
+    """Remove what a survey found of another original or attention. That other blocks convert is what it proposes."""
+    found = read_survey(run)
+    if found is not None and (found["from"], found["attention"]) != (recipe.init_from, _surveyed_attention(recipe)):
+        (run / SURVEY).unlink(missing_ok=True)
+
+
+def _surveyed_attention(recipe: Recipe) -> dict[str, Any]:
+    return recipe.attention.model_dump(mode="json", exclude={"blocks", "implementation"})
+
+
 def mean_error(block: Mapping[str, Any], stage: str = "matched") -> float:
     """Return the mean error of a block's heads in a report."""
     heads: list[float] = block[stage]
@@ -368,6 +379,11 @@ def survey(task_type: type[Task], recipe: Recipe) -> int:
     Raises:
         UserError: the recipe does not fit the source, the data or the run directory, or the run there has begun.
     """
+    if recipe.distill.from_ != recipe.init_from:  # whose classes are checked
+        raise UserError(
+            f"distill.from = {recipe.distill.from_ or '(empty)'}: --survey compares with SOURCE, which must have the "
+            "classes of the data; leave distill.from out"
+        )
     signals = StopSignals().install()
     with (
         suppress(StoppedError),
@@ -391,7 +407,8 @@ def survey(task_type: type[Task], recipe: Recipe) -> int:
             task.close()
             reporter.close()
         if world.is_main:
-            replace_file(directory.path / SURVEY, json.dumps(found, indent=1) + "\n")
+            kept = {**found, "attention": _surveyed_attention(recipe)}
+            replace_file(directory.path / SURVEY, json.dumps(kept, indent=1) + "\n")
             _show(found, recipe, task.stage.from_softmax)
         return 0
     return EXIT_STOPPED

@@ -40,6 +40,7 @@ from karat_scale.engine.reporting.interval import Efficiency, device_peak
 from karat_scale.engine.reporting.progress import Reporter
 from karat_scale.engine.run_state import RunState
 from karat_scale.foundation.errors import DataError, RunDirectoryError, UserError
+from karat_scale.foundation.tables import require_trust
 from karat_scale.models.attention_matrices import beyond_reach, can_be_watched, content_of, reaches
 from karat_scale.models.factory import layer_sizes
 from karat_scale.models.init_from import take_weights
@@ -351,6 +352,7 @@ class ClassificationTask(Task):
         """Copy the weights of `init_from` into the classifier; returns what was not simply copied."""
         if not self.recipe.convert.images:
             return take_weights(backbone, weights, attention=attention)
+        require_trust(attention.classes, self.recipe.init_from)  # a file says what it is, and they are built
         self._conversion = begin_conversion(backbone, self.recipe, weights, attention)
         return take_original(backbone, self.recipe, weights, attention)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from karat_scale.data.plan import PADDING
@@ -196,8 +197,19 @@ def test_a_survey_from_learned_attention_on_few_images_and_what_becomes_of_it(co
     shutil.rmtree(run / "checkpoints")
     (run / FILE).unlink()
     assert read_survey(run) is not None
-    assert "matching the attention" in karat_says(*static, "train.max_steps=1")
+    other = [text.replace("kind=static", "kind=query_only") for text in static]
+    assert "matching the attention" in karat_says(*other, "train.max_steps=1")
     assert read_survey(run) is None
+
+
+def test_the_run_that_a_survey_proposes_keeps_it(convert, tmp_path) -> None:
+    run = tmp_path / "run"
+    karat_says(*convert(run, *KARAT, "convert.steps=2"), "--survey")
+    found = read_survey(run)
+    karat_says(*convert(run, *KARAT, "convert.steps=2", "train.max_steps=1", "attention.blocks={1: {kind: softmax}}"))
+    assert read_survey(run) == found
+    assert karat_here("analyze", str(run), "--only", "conversion") == 0
+    assert "from the least loss to the greatest" in (run / "analysis/report.html").read_text()
 
 
 def test_a_block_keeps_the_best_that_was_found(convert, recipe, tmp_path) -> None:
@@ -266,10 +278,29 @@ def test_mistakes_are_one_line(convert, command, tmp_path) -> None:
         "convert.images = 8 needs the trained model; name it by init_from": [
             *command(tmp_path, "attention.kind=karat", "convert.images=8")
         ],
+        "convert.images = 0 matches nothing": convert(tmp_path, *KARAT, "convert.images=0"),
+        "leave distill.from out": [*convert(tmp_path, *KARAT, "model.num_classes=10", "distill.from="), "--survey"],
         "convert.steps = 3 has no effect without convert.images": [*command(tmp_path, "convert.steps=3")],
     }
     for words, arguments in refused.items():
         assert words in karat_refuses(*arguments)
+
+
+@pytest.mark.parametrize("place", ["basis", "kind", "blocks"])
+def test_a_file_that_names_a_class_needs_trust(place, convert, converted, tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "foreign_class.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Foreign: pass\n")
+    file = tmp_path / "theirs.safetensors"
+    assert karat_here("export", str(converted), "--weights", "raw", "--format", "safetensors", "--out", str(file)) == 0
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    changed = {"basis": "foreign_class:Foreign"} if place == "basis" else {"kind": "foreign_class:Foreign"}
+    attention = {"blocks": {"0": changed}} if place == "blocks" else {"kind": "karat", **changed}
+    save_file(load_file(file), file, {**metadata, "attention": json.dumps(attention)})
+    for teacher in ("distill.from=", f"distill.from={converted}"):
+        line = karat_refuses(*convert(tmp_path / "run", "attention.kind=static", teacher, source=file))
+        assert "runs the code of the module foreign_class; if you trust it, add --trust" in line
+    assert not (tmp_path / "ran").exists()
 
 
 def test_print_shows_the_whole_recipe(convert, original, tmp_path) -> None:
