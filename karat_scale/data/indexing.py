@@ -451,8 +451,10 @@ def index_tars(request: IndexRequest) -> int:
         DataError: there are no tars, one is damaged, a label is not of a class, or the output cannot be written.
     """
     source = Store(request.source) if isinstance(request.source, str) else request.source.expanduser().resolve()
-    out = _output(source, request.out)
+    if isinstance(source, Store) and request.out is None:
+        raise DataError(f"add --out DIR, a directory for the indexes of {source.url}")
     names = find_tars(source)
+    out = _output(source, request.out)
     splits = into_splits(names, request.splits)
     if request.label == "auto":
         with open_tar(source, names[0]) as tar:
@@ -488,8 +490,7 @@ def index_tars(request: IndexRequest) -> int:
 def _output(source: Path | Store, out: Path | None) -> Path:
     """Return where to write, once that is known to work. Raises DataError."""
     if out is None:
-        if isinstance(source, Store):
-            raise DataError(f"add --out DIR, a directory for the indexes of {source.url}")
+        assert isinstance(source, Path)
         out = source
     out = out.expanduser().resolve()
     if (out / shard_format.DATASET_FILE).is_file() and not is_indexed(shard_format.read_dataset_record(out)):

@@ -88,6 +88,8 @@ def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> N
         "export nowhere": "nowhere: not a run directory (it has no recipe.yaml)",
         "replay nowhere 3": "nowhere: not a run directory (it has no recipe.yaml)",
         "verify nowhere": "nowhere: not a run directory (it has no recipe.yaml)",
+        "analyze nowhere": "nowhere: there is no such directory; name the directories of runs",
+        "compare nowhere": "nowhere: there is no such directory; name the directories of runs",
         "predict nowhere a.jpg": "nowhere: neither a run's directory nor a folder of karat export; name one",
         "train fashion_mnist_demo data.path=nowhere": f"data.path = nowhere is not a directory in {tmp_path}; set "
         "it to a directory made by karat prepare webdataset",

@@ -58,7 +58,7 @@ PUSH = "export kept --push"
         (f"{PUSH} owls", "--push owls: should be USER/NAME"),
         (f"{PUSH} jane/owls --format onnx", "--format onnx: --push uploads a hub-folder"),
         (f"{PUSH} jane/owls --weights raw", "run `hf auth login`, or set HF_TOKEN"),
-        ("compare nowhere", "nowhere: there is no such directory; name finished runs"),
+        ("compare nowhere", "nowhere: there is no such directory; name the directories of runs"),
         ("train fashion_mnist_demo model.\x1b[2J=1", "\\x1b[2J"),
         ("train fashion_mnist_demo attention.grdi=3", "attention.grdi: unknown key; did you mean attention.grid?"),
         ("train fashion_mnist_demo model.name=resnet50 --print", "it has no attention that KArAt can replace"),

@@ -82,8 +82,6 @@ def _read(paths: Sequence[str]) -> tuple[list[FinishedRun], list[str]]:
         if place in runs:
             notes.append(f"left out: {path} is the directory of {runs[place].path}")
             continue
-        if not place.exists():
-            raise UserError(f"{path}: there is no such directory; name finished runs")
         try:
             runs[place] = read_run(path)
         except UserError as error:

@@ -196,7 +196,7 @@ def _add_results(commands: Any) -> None:
     add_number(analyze, "--batch", Options.batch, "images per batch")
     seed = "seed of the landscape's directions and the sharpness's probes"
     add_number(analyze, "--seed", Options.seed, seed, whole(0))
-    analyze.set_defaults(run=command("karat_scale.commands.analyze.command:analyze_paths"))
+    analyze.set_defaults(run=command("karat_scale.commands.analyze.command:analyze_paths", _check_runs))
 
     compare = commands.add_parser("compare", help="compare finished runs over their seeds: spread, differences, curves")
     _add_runs(compare, "a run's directory; the first one's group is the base")
@@ -206,7 +206,7 @@ def _add_results(commands: Any) -> None:
     compare.add_argument("--match", choices=MATCHES, help=match)
     compare.add_argument("--out", metavar="DIR", help="write compare.md, compare.csv, compare.html and the curves here")
     add_json(compare)
-    compare.set_defaults(run=command("karat_scale.commands.compare.command:compare_runs"))
+    compare.set_defaults(run=command("karat_scale.commands.compare.command:compare_runs", _check_runs))
 
     track = commands.add_parser("track", help="send trackers what they still lack of a run")
     _add_runs(track, "a run's directory")
@@ -429,6 +429,12 @@ def _check_sweep(options: argparse.Namespace) -> None:
 
 def _add_runs(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("runs", metavar="RUN", type=run_directory, nargs="+", help=what)
+
+
+def _check_runs(options: argparse.Namespace) -> None:
+    for run in options.runs:
+        if not Path(run).expanduser().exists():
+            raise RunDirectoryError(f"{run}: there is no such directory; name the directories of runs")
 
 
 def _add_model(parser: argparse.ArgumentParser, **optional: Any) -> None:

@@ -15,7 +15,7 @@ from karat_scale.data.prepare import make_webdataset
 from karat_scale.data.shards.shard_format import read_dataset_record
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError
-from tests.conftest import SMALL, events, karat_here, run_script
+from tests.conftest import SMALL, events, karat_here, karat_refuses, run_script
 from tests.data.backends.helpers import flip
 from tests.data.tars import image, sample, write_tar
 
@@ -371,3 +371,8 @@ def test_tars_that_others_made_are_never_made_again(image_folder: Path, tmp_path
     ):
         make_webdataset.main(["--src", str(image_folder), "--out", str(source)])
     assert (source / "train-000000.tar").read_bytes() == content
+
+
+def test_a_source_that_is_not_there_is_refused_and_not_made(tmp_path: Path) -> None:
+    assert "nowhere is not a directory" in karat_refuses("index", str(tmp_path / "nowhere"))
+    assert not (tmp_path / "nowhere").exists()
