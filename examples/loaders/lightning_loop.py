@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
@@ -42,13 +42,34 @@ class Classifier(LightningModule):
             print(f"step {self.global_step} loss {outputs['loss'].item():.4f}", flush=True)
 
 
+class Data(LightningDataModule):
+    """Saves the loader's state and gives it back. Lightning alone loses the state of an epoch's end."""
+
+    def __init__(self, loader: ExactLoader) -> None:
+        super().__init__()
+        self.loader = loader
+
+    def train_dataloader(self) -> ExactLoader:
+        """Return the loader."""
+        return self.loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the loader is."""
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on there."""
+        self.loader.load_state_dict(state_dict)
+
+
 seed_everything(0)
-saves = ModelCheckpoint(run, filename="{step:06d}", every_n_train_steps=3, save_top_k=-1, save_last=True)
+steps = ModelCheckpoint(run / "steps", filename="{step:06d}", every_n_train_steps=3, save_top_k=-1, save_last=True)
+epochs = ModelCheckpoint(run / "epochs", filename="{epoch:03d}", save_top_k=-1, save_last=True)
 trainer = Trainer(
     devices=world_size,
     strategy="ddp",
     max_epochs=EPOCHS,
-    callbacks=[saves],
+    callbacks=[steps, epochs],
     use_distributed_sampler=False,  # the loader gives each rank its part already
     logger=False,
     enable_progress_bar=False,
@@ -64,8 +85,7 @@ loader = ExactLoader(
     image_size=32,
     total_digest=True,
 )
-# Lightning saves the loader's state with the model, and gives it back.
-trainer.fit(Classifier(), loader, ckpt_path="last")
+trainer.fit(Classifier(), datamodule=Data(loader), ckpt_path="last")
 digest = loader.run_digest()
 if trainer.is_global_zero:
     print(f"digest {digest}")

@@ -1,4 +1,4 @@
-"""The exact loader in other people's loops: killed in mid-epoch, resumed on other ranks, nothing lost or repeated."""
+"""The exact loader in other people's loops: killed anywhere, resumed on other ranks, nothing lost or repeated."""
 
 import re
 import signal
@@ -14,7 +14,8 @@ from karat_scale.data import ExactLoader
 from tests.conftest import ROOT, rank_environments
 
 GLOBAL, EPOCHS = 12, 3  # as in the examples
-KILLED_AT, SAVED_AT = 8, 6  # in mid-epoch: an epoch has five steps
+MID_EPOCH = 8, 6  # the steps at which it is killed, and of its last checkpoint: an epoch has five
+EPOCH_END = 11, 10
 
 
 def run(command: list[str], ranks: int) -> tuple[list[int], str]:
@@ -44,21 +45,24 @@ def steps(said: str) -> list[int]:
 
 
 EXAMPLES = [
-    ("ddp", "torch", (2, 3)),
-    ("timm_train", "timm", (2, 1)),
-    ("accelerate_loop", "accelerate", (2, 1)),
-    ("lightning_loop", "lightning", (2, 1)),
-    ("torchdata_checkpoint", "torch", (2, 1)),
-    ("torchtitan_loader", "torch", (1, 2)),
+    ("ddp", "torch", (2, 3), MID_EPOCH),
+    ("timm_train", "timm", (2, 1), MID_EPOCH),
+    ("accelerate_loop", "accelerate", (2, 1), MID_EPOCH),
+    ("lightning_loop", "lightning", (2, 1), MID_EPOCH),
+    ("lightning_loop", "lightning", (2, 1), EPOCH_END),
+    ("torchdata_checkpoint", "torch", (2, 1), MID_EPOCH),
+    ("torchtitan_loader", "torch", (1, 2), MID_EPOCH),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("example", "library", "ranks"), EXAMPLES)
-def test_a_killed_run_goes_on_with_the_next_sample_on_other_ranks(example, library, ranks, image_folder, tmp_path):
+@pytest.mark.parametrize(("example", "library", "ranks", "place"), EXAMPLES)
+def test_a_killed_run_goes_on_with_the_next_sample_on_other_ranks(
+    example, library, ranks, place, image_folder, tmp_path
+):
     pytest.importorskip(library, reason=f"{library} is not installed: pip install -e '.[loaders]'")
-    before, after = ranks
+    (before, after), (killed_at, saved_at) = ranks, place
     checkpoints = tmp_path / "run"
     checkpoints.mkdir()
     script = str(ROOT / f"examples/loaders/{example}.py")
@@ -76,10 +80,10 @@ def test_a_killed_run_goes_on_with_the_next_sample_on_other_ranks(example, libra
             pass
 
     killer = str(Path(__file__).with_name("killed.py"))
-    codes, said = run([killer, str(KILLED_AT), script, str(data), str(checkpoints), "1"], before)
+    codes, said = run([killer, str(killed_at), script, str(data), str(checkpoints), "1"], before)
     assert codes == [-signal.SIGKILL] * before, said
-    assert steps(said) == list(range(1, KILLED_AT + 1))
+    assert steps(said) == list(range(1, killed_at + 1))
     codes, said = run([script, str(data), str(checkpoints), "2"], after)
     assert codes == [0] * after, said
-    assert steps(said) == list(range(SAVED_AT + 1, whole.step + 1))
+    assert steps(said) == list(range(saved_at + 1, whole.step + 1))
     assert f"digest {whole.digest}\n" in said
