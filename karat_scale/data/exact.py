@@ -119,6 +119,8 @@ class ExactLoader(_Loader):
         _check_whole(global_batch=global_batch, seed=seed, image_size=image_size)
         _check_whole(may_be_none=True, rank=rank, world_size=world_size, micro_batch=micro_batch, epochs=epochs)
         rank, world_size = place(rank, world_size)
+        if epochs is not None and epochs < 0:
+            raise RecipeError(f"epochs = {epochs}: expected 0 or more")
         if options.get("order") == "stream":
             raise RecipeError("order = stream: only `karat train` reads a stream; use full or block")
         images_only = {"image_size": image_size, "augment": augment, "dtype": dtype, "num_classes": num_classes}
@@ -169,9 +171,9 @@ class ExactLoader(_Loader):
         return self._taken // len(self)
 
     def set_step(self, step: int) -> None:
-        """Go on with the first batch of this step, counted from the start of training. Raises ValueError below 0."""
-        if step < 0:
-            raise ValueError(f"step = {step}: expected 0 or more")
+        """Go on with the first batch of this step, counted from the start of training. Raises ValueError."""
+        if not (isinstance(step, Integral) and 0 <= step < sys.maxsize):
+            raise ValueError(f"step = {step!r}: expected a whole number from 0 to 2^63")
         self._taken, self.digest, self._digest_of_steps = step * self.plan.accumulation, 0, 0
         self._stop()
 
@@ -204,8 +206,9 @@ class ExactLoader(_Loader):
         Raises:
             DataError: it had other data or settings, or the state is no loader's.
         """
-        if not {"identity", "step"} <= set(state):
-            raise DataError("the state has no identity or no step; load what an ExactLoader's state_dict() returned")
+        fix = "load what an ExactLoader's state_dict() returned"
+        if not (isinstance(state, Mapping) and isinstance(state.get("identity"), Mapping) and "step" in state):
+            raise DataError(f"the state has no identity or no step; {fix}")
         theirs, ours = state["identity"], self.identity
         for name in ours:
             there, here = theirs.get(name), ours[name]
@@ -215,7 +218,10 @@ class ExactLoader(_Loader):
             if there != here:
                 what = f"{name}: the state is of a loader with {there!r}, and this one has {here!r}"
                 raise DataError(f"{what}; use the same, or start from the beginning")
-        self.set_step(int(state["step"]))
+        try:
+            self.set_step(state["step"])
+        except ValueError as error:
+            raise DataError(f"the state has {error}; {fix}") from error
         if self.plan.rank == 0:
             self.digest = self._digest_of_steps = int(state.get("digest", 0))
 

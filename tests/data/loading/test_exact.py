@@ -144,8 +144,9 @@ def test_a_step_is_reached_without_reading_what_comes_before_it() -> None:
     loader.set_step(2 * len(loader) + 1)
     assert next(iter(loader))["index"].tolist() == Counted.read
     assert (loader.epoch, loader.step) == (3, 6)  # the batch was the last of the third epoch
-    with pytest.raises(ValueError, match="step = -1"):
-        loader.set_step(-1)
+    for step in (-1, 2.5, 10**30):
+        with pytest.raises(ValueError, match=f"step = {step}: expected a whole number"):
+            loader.set_step(step)
 
 
 def test_a_state_of_other_settings_images_or_augmentation_is_refused_by_name(make_shards: Make, tmp_path: Path) -> None:
@@ -421,6 +422,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"global_batch": "4"}, "global_batch = '4': expected a whole number"),
     ({"rank": "0", "world_size": "1"}, "rank = '0': expected a whole number"),
     ({"seed": 2**63}, "seed = 9223372036854775808: expected"),
+    ({"epochs": -3}, "epochs = -3: expected 0 or more"),
     ({"device": "mps"}, "device = mps: "),
     ({"order": "stream"}, "order = stream: only `karat train`"),
 ]
@@ -456,8 +458,13 @@ def test_a_mistake_is_one_line(make_shards: Make) -> None:
 
 
 def test_a_state_of_nothing_and_a_digest_without_a_group_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match="the state has no identity or no step"):
-        of_numbers().load_state_dict({})
+    state = of_numbers().state_dict()
+    for nothing in ({}, None, {**state, "identity": None}):
+        with pytest.raises(DataError, match="the state has no identity or no step"):
+            of_numbers().load_state_dict(nothing)
+    for step in (-1, 2.7, 10**30, None):
+        with pytest.raises(DataError, match=f"the state has step = {step}: expected a whole number"):
+            of_numbers().load_state_dict({**state, "step": step})
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # an earlier test may have joined a group
     with pytest.raises(RecipeError, match=r"world_size = 2: .* needs torch.distributed; call"):
         of_numbers(rank=0, world_size=2, total_digest=True).state_dict()
