@@ -145,9 +145,9 @@ def prepare(name: str, folder: Path, use: Use) -> None:
 
 @functools.cache
 def fresh_processes() -> Any:
-    """Return the context of processes that have imported this module and done nothing else."""
+    """Return the context of processes that have imported what is slow to import and done nothing else."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.loaders"])
+    context.set_forkserver_preload(["benchmarks.loader_peers"])  # not this module: each process runs it as its main
     return context
 
 
@@ -176,7 +176,7 @@ def _answer(answer: Path, work: Any, arguments: tuple[Any, ...]) -> None:
         found = work(*arguments, *save)
     except BaseException as error:
         answer.write_bytes(pickle.dumps(f"{type(error).__name__}: {error}".splitlines()[0]))
-        raise
+        raise SystemExit(1) from error  # without a traceback
     answer.write_bytes(pickle.dumps(found))
 
 

@@ -1,6 +1,7 @@
 """Each benchmark at a small size: what it prints, and the figures in its file."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,15 @@ def test_the_loaders_of_other_libraries_are_measured_beside_ours(measure: Measur
     assert rows[theirs]["repeated_0"] == 4  # it has no state: the epoch begins anew, of which half had been seen
     assert rows[ours]["memory_mb"] > 0
     assert rows[ours]["prepare_mb"] > 0 == rows[theirs]["prepare_mb"]
+
+
+@SLOW
+def test_a_library_that_refuses_is_one_line() -> None:
+    pytest.importorskip("torchdata", reason="torchdata is not installed: pip install -e '.[loaders]'")
+    small = ("--count", "8", "--batch", "2", "--rounds", "1", "--epochs", "1")
+    done = benchmark("loaders", *small, "--only", "torchdata StatefulDataLoader")  # it takes no other number of workers
+    assert "|refused: AssertionError" in done.stdout
+    assert not re.search("Traceback|found in sys.modules", done.stderr), done.stderr
 
 
 def test_a_place_without_images_is_named(tmp_path: Path) -> None:
