@@ -1,4 +1,4 @@
-"""The exact loader as torchtitan's `BaseDataLoader`, over your own tokens, on any number of data-parallel ranks.
+"""The exact loader as `BaseDataLoader` of torchtitan 0.3, over your own tokens, on any number of data-parallel ranks.
 
 In torchtitan, set the trainer's `dataloader` to `ExactTokens.Config(...)`; its checkpoints hold the loader's state.
 Below is the part of its trainer that uses a loader. torchtitan need not be installed:
@@ -9,6 +9,7 @@ torchrun --nproc-per-node 2 examples/loaders/torchtitan_loader.py DATA RUN WORKE
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from karat_scale.data import ExactLoader
 
-try:
+if find_spec("torchtitan"):
     from torchtitan.components.dataloader import BaseDataLoader
-except ImportError:
+else:
 
     class BaseDataLoader(Stateful):  # type: ignore[no-redef]
         """What torchtitan asks of a loader."""

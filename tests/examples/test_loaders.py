@@ -1,5 +1,6 @@
 """The exact loader in other people's loops: killed anywhere, resumed on other ranks, nothing lost or repeated."""
 
+import ast
 import re
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from examples.loaders.torchtitan_loader import Tokens
+from examples.loaders.torchtitan_loader import ExactTokens, Tokens
 from karat_scale.data import ExactLoader
 from tests.conftest import ROOT, rank_environments
 
@@ -87,3 +88,21 @@ def test_a_killed_run_goes_on_with_the_next_sample_on_other_ranks(
     assert codes == [0] * after, said
     assert steps(said) == list(range(saved_at + 1, whole.step + 1))
     assert f"digest {whole.digest}\n" in said
+
+
+def test_torchtitans_trainer_builds_the_loader_of_its_example(tmp_path):
+    titan = pytest.importorskip("torchtitan", reason="torchtitan is not installed: pip install torchtitan")
+    assert {kind.__module__ for kind in ExactTokens.__mro__} >= {"torchtitan.components.dataloader"}
+    trainer = ast.parse((Path(titan.__path__[0]) / "trainer.py").read_text())
+    [build] = (
+        node
+        for node in ast.walk(trainer)
+        if isinstance(node, ast.Call) and "dataloader.build" in ast.unparse(node.func)
+    )
+    np.arange(41, dtype=np.int32).tofile(tmp_path / "tokens")
+    sizes = {"dp_world_size": 1, "dp_rank": 0, "local_batch_size": 2, "seq_len": 4}
+    config = ExactTokens.Config(dataset_path=str(tmp_path / "tokens"), global_batch=2, workers=0, epochs=1)
+    loader = config.build(**{name.arg: sizes.get(name.arg) for name in build.keywords})
+    for inputs, labels in loader:
+        assert (inputs["input"] + 1).tolist() == labels.tolist()
+    assert (loader.state_dict()["step"], labels.shape) == (5, (2, 4))
