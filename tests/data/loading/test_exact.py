@@ -171,6 +171,17 @@ def test_a_state_of_other_settings_images_or_augmentation_is_refused_by_name(mak
             of_images(path, **changed).load_state_dict(state)
 
 
+def test_of_a_folder_names_and_labels_count_and_neither_contents_nor_the_decoder(tmp_path: Path) -> None:
+    folder = make_image_folder(tmp_path, {"train": 10, "val": 1})
+    image = folder / "train/class0/000.jpg"
+    state = of_images(folder).state_dict()
+    image.write_bytes(encode(photo(1)))
+    of_images(folder, decoder="pillow").load_state_dict(state)
+    image.rename(image.with_stem("first"))
+    with pytest.raises(DataError, match=r"^data: the state is of a loader with"):
+        of_images(folder).load_state_dict(state)
+
+
 def test_images_are_normalised_and_their_labels_are_numbers_or_mixed(make_shards: Make) -> None:
     shards = make_shards()
     images, labels = next(iter(of_images(shards)))
