@@ -58,17 +58,20 @@ def of_images(path: Path, **options: Any) -> ExactLoader:
     return ExactLoader(path, **{**settings, **options})
 
 
-def test_an_epoch_has_each_sample_once_and_the_next_is_in_another_order() -> None:
-    loader = of_numbers(global_batch=5, epochs=2)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_epoch_has_each_sample_once_and_the_next_is_in_another_order(workers: int) -> None:
+    loader = of_numbers(global_batch=5, workers=workers, epochs=2)
     first, state = indices(loader), loader.state_dict()
     second, third = indices(loader), indices(loader)
     assert sorted(chain(*first)) == sorted(chain(*second)) == list(range(20))
     assert first != second
     assert third == []
     assert len(loader) == len(first) == 4
-    resumed = of_numbers(global_batch=5, epochs=2)
+    resumed = of_numbers(global_batch=5, workers=workers, epochs=2)
     resumed.load_state_dict(state)  # torchdata's loader gave an empty epoch first: meta-pytorch/data#1437
     assert indices(resumed) == second
+    loader.close()
+    resumed.close()
 
 
 @pytest.mark.parametrize(("ranks", "workers", "micro_batch"), [(1, 2, 4), (2, 1, None), (4, 0, 1)])
@@ -122,6 +125,18 @@ def test_a_resume_after_each_batch_gives_an_undisturbed_epoch() -> None:
         seen += indices([next(iter(loader))])
         state = loader.state_dict()
     assert seen == expected
+
+
+def test_a_resume_gives_the_random_crops_of_an_undisturbed_epoch(make_shards: Make) -> None:
+    # DALI could save nothing where a pipeline had a random resized crop: NVIDIA/DALI#5289.
+    shards = make_shards()
+    loader = of_images(shards, epochs=1)
+    first = next(iter(loader))
+    with of_images(shards, workers=1, epochs=1) as resumed:
+        resumed.load_state_dict(loader.state_dict())
+        batches = [first, *resumed]
+    for found, expected in zip(batches, of_images(shards, epochs=1), strict=True):
+        assert all(map(torch.equal, found, expected))
 
 
 def test_a_loader_that_was_left_in_the_middle_goes_on_there() -> None:
