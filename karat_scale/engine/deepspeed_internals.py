@@ -13,8 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from karat_scale.engine.shards import Fragment, Layout
+
+# What ranks that are all there need at most to connect over gloo.
+CONNECTING = timedelta(minutes=1)
 
 
 def average_gradients_in_few_copies(engine: Any) -> None:
@@ -240,7 +244,12 @@ def share_world_group(size: int, patience: timedelta) -> None:
     from deepspeed.utils import groups
 
     if size > 1 and groups._WORLD_GROUP is None:
-        groups._WORLD_GROUP = dist.new_group(list(range(size)), timeout=patience)
+        is_gloo = dist.get_backend() == "gloo"
+        if is_gloo:  # all are here then, so the others need not wait long for one that is killed while they connect
+            dist.barrier()
+        group = dist.new_group(list(range(size)), timeout=min(patience, CONNECTING) if is_gloo else patience)
+        distributed_c10d._set_pg_timeout(patience, group)
+        groups._WORLD_GROUP = group
 
 
 def forget_groups() -> None:

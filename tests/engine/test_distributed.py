@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -106,6 +107,39 @@ with joined("cpu", 7) as world:
 def test_deepspeed_waits_as_long_as_the_recipe_says() -> None:
     """Gradients are reduced in a group of DeepSpeed's own."""
     assert two_ranks(OWN_GROUP, MASTER_PORT=str(free_port())) == ["0:07:00"] * 2
+
+
+KILLED = """
+import os, signal, time
+import torch.distributed as dist
+from datetime import timedelta
+from karat_scale.engine import deepspeed_internals
+from karat_scale.engine.distributed import joined
+from karat_scale.foundation.errors import PeerError
+deepspeed_internals.CONNECTING = timedelta(seconds=2)
+try:
+    with joined("cpu", 7) as world:
+        if world.rank == 1:
+            deepspeed_internals.dist.new_group = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        began = time.monotonic()
+        deepspeed_internals.share_world_group(world.size, world.patience)
+except PeerError:
+    print(time.monotonic() - began < 60, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.multiprocess
+def test_a_rank_that_is_killed_while_a_group_is_made_is_not_awaited_as_long_as_a_slow_one() -> None:
+    given = {**karat_environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", KILLED]  # alone: a launcher would end both
+    ranks = [
+        subprocess.Popen(command, env={**given, "RANK": rank, "LOCAL_RANK": rank}, cwd=ROOT, stdout=subprocess.PIPE)
+        for rank in "01"
+    ]
+    left, killed = (rank.communicate(timeout=120)[0] for rank in ranks)
+    assert (left, killed) == (b"True\n", b"")
+    assert [rank.returncode for rank in ranks] == [0, -signal.SIGKILL]
 
 
 WAITS = """
