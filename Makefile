@@ -67,7 +67,7 @@ cross:
 # Builds the native libraries for aarch64 and runs them in an emulator. CI runs it.
 test-aarch64: extras cross
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends qemu-user
-	$(BIN)/python -m pytest --slow=all tests/data/decoders/test_aarch64.py
+	$(BIN)/python -m pytest --slow=all tests/data/decoders/test_aarch64.py tests/attention/kernels/test_aarch64.py
 
 # All at once, which takes the least time; one by one where that fails, so that one alone is missing.
 extras: packages $(BIN)/python
@@ -134,6 +134,7 @@ release: $(VENV)/.installed-dev packages cross
 		--wheel-dir build/release dist/*.tar.gz || exit 1; done
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --wheel-dir dist build/release/*.whl
 	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m zipfile -l dist/*_aarch64.whl | grep attention-neon.so
 	$(PYTHON) -m venv build/release/venv
 	build/release/venv/bin/python -m pip install dist/*_$$(uname -m).whl
 	cd build/release && mkdir home && alone="env -i HOME=$$PWD/home PATH=$$PWD/venv/bin karat" && \

@@ -28,7 +28,8 @@ class CompiledLibraries(BuildHookInterface):
         self.folder = tempfile.TemporaryDirectory()
         for source in sorted((root / "karat_scale").rglob("*.cpp")):
             arguments, portable = native["build_arguments"](source)
-            sets = native["INSTRUCTION_SETS"] if machine == "x86_64" else {}
+            known = native["INSTRUCTION_SETS"]
+            sets = {isa: known[isa] for isa in known if (isa == "neon") == (machine == "aarch64")}
             for isa, flags in {**sets, **({native["PLAIN"]: ()} if portable else {})}.items():
                 library = native["in_the_package"](source, isa)
                 built = Path(self.folder.name) / library.name

@@ -31,11 +31,12 @@ PACKAGES = "g++ libjpeg-dev"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast")
 # For KARAT_SANITIZE, such as address,undefined: what is found ends the process and says its line.
 SANITIZER_FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
-# What each instruction set needs beyond plain x86-64, in the order of preference.
+# What each instruction set needs beyond plain x86-64, in the order of preference, and what every aarch64 has.
 INSTRUCTION_SETS = {
     "amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
     "avx512": AVX512,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "neon": ("-march=armv8-a",),
 }
 # What every CPU runs, for sources that are written for it too.
 PLAIN = "plain"
@@ -74,7 +75,7 @@ def _load_or_reason(source: Path, what: str, requested: str) -> ctypes.CDLL | st
     _, portable = build_arguments(source)
     available = (*_available_instruction_sets(), *((PLAIN,) if portable else ()))
     if not available:
-        return "it needs an x86-64 CPU with AVX2 or AVX-512 and Linux"
+        return "it needs Linux and an x86-64 CPU with AVX2 or AVX-512, or an aarch64 CPU"
     if requested and requested not in available:
         return f"KARAT_CPU_ISA = {requested!r}: this CPU offers {', '.join(available)}"
     for isa in (requested,) if requested else available:
@@ -105,8 +106,9 @@ def is_in_the_package() -> bool:
 
 
 def _available_instruction_sets() -> tuple[str, ...]:
-    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        return ()
+    here = platform.system(), platform.machine()
+    if here != ("Linux", "x86_64"):
+        return ("neon",) if here == ("Linux", "aarch64") else ()
     # PyTorch's own detection; it obeys ATEN_CPU_CAPABILITY.
     import torch  # here, so that the doctor reports its absence and does not crash
 
@@ -141,6 +143,8 @@ def _may_use_amx() -> bool:
 
 def _load(source: Path, isa: str) -> ctypes.CDLL:
     """The library of the wheel, or else of the cache: built first where no process has, and again if it is damaged."""
+    if isa == "neon":
+        _share_openmp()
     sanitizers = os.environ.get("KARAT_SANITIZE")  # mostly none; the process must preload their runtime
     if in_the_package(source, isa).is_file() and not sanitizers:
         return ctypes.CDLL(str(in_the_package(source, isa)))
@@ -165,6 +169,12 @@ def _load(source: Path, isa: str) -> ctypes.CDLL:
             if not _is_ours(library):
                 _build([compiler, *flags, str(source), *arguments], library)
     return ctypes.CDLL(str(library))
+
+
+def _share_openmp() -> None:
+    """Let what is loaded next use the OpenMP library that torch has loaded. On aarch64 torch keeps it to itself."""
+    for path in set(re.findall(r" (/.*/libgomp[^/\n]*)$", Path("/proc/self/maps").read_text(), re.MULTILINE)):
+        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
 
 
 def home() -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.foundation import native_build
-from tests.conftest import ROOT, karat_environment, run_to_end
+from tests.conftest import ROOT, karat_environment, output_of, run_to_end
 from tests.warm import run_code
 
 pytestmark = pytest.mark.skipif(not native_build._available_instruction_sets(), reason="no AVX2 on this machine")
@@ -205,6 +205,32 @@ def test_what_a_compiler_says_is_text_in_any_encoding(tmp_path):
     out, err = run(code, tmp_path / "cache", CXX=write_compiler(tmp_path / "compiler", script))
     assert out == "torch.Size([1, 2, 9, 8])"
     assert r"failed with x: err\xffor: \x1b[31m bad" in err
+
+
+def test_a_machine_of_another_kind_has_other_instruction_sets(monkeypatch):
+    for machine, offered in (("aarch64", ("neon",)), ("riscv64", ())):
+        monkeypatch.setattr(native_build.platform, "machine", lambda machine=machine: machine)
+        assert native_build._available_instruction_sets() == offered
+
+
+SHARES = """
+import ctypes, sys
+from karat_scale.foundation import native_build
+hidden = ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_LOCAL)
+try:
+    ctypes.CDLL(sys.argv[1])
+except OSError as error:
+    assert "omp_get_num_procs" in str(error)
+    native_build._share_openmp()
+    print(ctypes.CDLL(sys.argv[1]).processors() == hidden.omp_get_num_procs())
+"""
+
+
+def test_openmp_that_torch_keeps_to_itself_is_found(tmp_path):
+    source, library = tmp_path / "source.cpp", tmp_path / "library.so"
+    source.write_text('extern "C" { int omp_get_num_procs(); int processors() { return omp_get_num_procs(); } }\n')
+    output_of("c++", "-shared", "-fPIC", source, "-o", library)
+    assert output_of(sys.executable, "-c", SHARES, library, cwd=ROOT) == "True\n"
 
 
 ENDS_DURING_A_CALL = """

@@ -1,4 +1,4 @@
-"""The modular Fourier operator as one compiled kernel for x86-64 CPUs, at about the price of softmax attention.
+"""The modular Fourier operator as one compiled kernel for CPUs, at about the price of softmax attention.
 
 Scores, harmonics and sums are float32 whatever the inputs. Where the CPU has AMX and the inputs are bfloat16 (N >= 32,
 r >= 4, no bias and no mask), its tiles multiply, and features and coefficients are rounded to bfloat16 for them. A mask

@@ -1,9 +1,12 @@
-// Fourier-KArAt attention for x86-64 CPUs: H = sum_f f(A) C_f^T and O = H (W^T V), and psi(A) V for the content form.
+// Fourier-KArAt attention for CPUs: H = sum_f f(A) C_f^T and O = H (W^T V), and psi(A) V for the content form.
 //
 // Inputs are float32, bfloat16 or float16; scores, harmonics and sums are float32. With AMX the operands of bfloat16's
 // products are rounded to it (pair_*.h), unless there is a bias or a mask; all else is multiplied in float32. Results do
 // not depend on the number of threads. Beside inputs and outputs only H is kept: backward computes scores and features
 // again.
+//
+// For aarch64, GCC would order instructions before it gives out registers, and so need more than the 32 there are.
+// Build with: -fno-schedule-insns
 
 #include "backward.h"
 #include "forward.h"

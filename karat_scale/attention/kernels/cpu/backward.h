@@ -11,12 +11,8 @@
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr long SLOPE_BLOCK = 4;
-#else
-constexpr long SLOPE_BLOCK = 2;
-#endif
-constexpr long QUERY_ROWS = 32; // of a tile
+constexpr long SLOPE_BLOCK = BLOCK / 2; // rows
+constexpr long QUERY_ROWS = 32;         // of a tile
 
 // The slopes of a head [feature][unit][token]: phi' = sum_m (m b_m) cos(m x) - (m a_m) sin(m x).
 void pack_for_backward(const Call& c, const Shape& s, long h, float* out) {

@@ -10,11 +10,7 @@
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr long BLOCK = 8;
-#else
-constexpr long BLOCK = 4;
-#endif
+constexpr long BLOCK = REGISTERS / 4;      // rows
 constexpr long MAX_VECTORS = 3;            // of a register block; BLOCK x MAX_VECTORS sums fill the registers
 constexpr long TILE = MAX_VECTORS * LANES; // columns of a tile
 constexpr long SCORE_PART = 32;            // of the width, summed at once

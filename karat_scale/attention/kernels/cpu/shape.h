@@ -8,7 +8,8 @@
 
 namespace {
 
-constexpr long UNIT = 16, ROW_UNIT = 8; // tokens as columns and as rows are padded to multiples of these
+// Tokens as columns and as rows are padded to multiples of these; never to more rows than whole vectors of columns.
+constexpr long UNIT = 16, ROW_UNIT = std::min(8l, LANES);
 
 struct Shape : Sizes {
   long vectors;       // of a row of tokens

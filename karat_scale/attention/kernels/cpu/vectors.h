@@ -2,7 +2,11 @@
 
 #pragma once
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#else
 #include <immintrin.h>
+#endif
 
 #include <cstdint>
 #include <utility>
@@ -13,9 +17,11 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr long LANES = 16;
+constexpr long LANES = 16, REGISTERS = 32;
+#elif defined(__aarch64__)
+constexpr long LANES = 4, REGISTERS = 32;
 #else
-constexpr long LANES = 8;
+constexpr long LANES = 8, REGISTERS = 16;
 #endif
 
 using Vec = float __attribute__((vector_size(4 * LANES)));
@@ -48,6 +54,12 @@ INLINE Vec clamp(Vec x, float limit) {
 }
 INLINE Vec load(const float16* p) { return (Vec)_mm512_cvtph_ps((__m256i)load_bits(p)); }
 INLINE void store(float16* p, Vec v) { store_bits(p, (HalfBits)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT)); }
+#elif defined(__aarch64__)
+INLINE Vec clamp(Vec x, float limit) {
+  return (Vec)vmaxq_f32(vdupq_n_f32(-limit), vminq_f32(vdupq_n_f32(limit), (float32x4_t)x));
+}
+INLINE Vec load(const float16* p) { return (Vec)vcvt_f32_f16((float16x4_t)load_bits(p)); }
+INLINE void store(float16* p, Vec v) { store_bits(p, (HalfBits)vcvt_f16_f32((float32x4_t)v)); }
 #else
 INLINE Vec clamp(Vec x, float limit) {
   return (Vec)_mm256_max_ps(_mm256_set1_ps(-limit), _mm256_min_ps(_mm256_set1_ps(limit), (__m256)x));
@@ -83,11 +95,10 @@ INLINE void exchange_all(Vec (&rows)[LANES]) {
     if (!(i & S)) exchange<S>(rows[i], rows[i + S], std::make_integer_sequence<int, LANES>{});
 }
 
+template <int S = 1>
 INLINE void transpose(Vec (&rows)[LANES]) {
-  exchange_all<1>(rows);
-  exchange_all<2>(rows);
-  exchange_all<4>(rows);
-  if constexpr (LANES == 16) exchange_all<8>(rows);
+  exchange_all<S>(rows);
+  if constexpr (2 * S < LANES) transpose<2 * S>(rows);
 }
 
 // out[j][i] = in[i][j], for multiples of LANES.
