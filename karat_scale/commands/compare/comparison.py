@@ -359,15 +359,8 @@ class Comparison:
             one = pair.difference
             figures = ["" if one.mean is None else f"{one.mean:+,.{digits}f}", _interval(one.low, one.high, digits)]
             figures += [_chance(one.p), _chance(one.adjusted)]
-            rows.append(
-                [
-                    pair.group.label,
-                    _seeds(one.seeds),
-                    *figures,
-                    pair.verdict,
-                    changes_text(pair.settings, keys) or "none",
-                ]
-            )
+            said = [pair.verdict, changes_text(pair.settings, keys) or "none"]
+            rows.append([pair.group.label, _seeds(one.seeds), *figures, *said])
         header = ("group", "seeds", "difference", "95 % interval", "p", "p (Holm)", "verdict", "keys that differ")
         title = f"Difference from {self.groups[0].label} in {title}, paired by seed"
         if self.match:

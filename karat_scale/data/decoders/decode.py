@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from karat_scale.foundation.errors import one_line
 
-# Such as that of corrupt EXIF data, which are not used: it names a line of Pillow, not the image.
+# Pillow's warning of corrupt EXIF data names a line of Pillow's, and not the image, which is whole.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 # Pillow knows more, and starts Ghostscript for an EPS file, whatever its name.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "AVIF", "JPEG2000")

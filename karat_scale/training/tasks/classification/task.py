@@ -352,7 +352,7 @@ class ClassificationTask(Task):
         """Copy the weights of `init_from` into the classifier; returns what was not simply copied."""
         if not self.recipe.convert.images:
             return take_weights(backbone, weights, attention=attention)
-        require_trust(attention.classes, self.recipe.init_from)  # a file says what it is, and they are built
+        require_trust(attention.classes, self.recipe.init_from)  # of a file, too: they would be imported
         self._conversion = begin_conversion(backbone, self.recipe, weights, attention)
         return take_original(backbone, self.recipe, weights, attention)
 
