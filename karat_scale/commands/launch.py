@@ -47,16 +47,15 @@ _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES
 _NVIDIA, _AMD = Path("/dev"), Path("/sys/class/kfd/kfd/topology/nodes")
 
 
-def launch(arguments: Sequence[str], ranks: int, run_directory: Callable[[], Path] | None) -> int:
+def launch(arguments: Sequence[str], ranks: int, trained: Path | None) -> int:
     """Run `karat` with these arguments on `ranks` processes of each node.
 
-    run_directory: returns that of the run that the command trains; None of one that does not train.
+    trained: the directory of the run that the command trains, or None.
 
     Returns the exit code of the first one that failed.
     """
     wrapper = [word for word in os.environ.get(WRAPPER, "").split("\t") if word]
     command = [*wrapper, sys.executable, "-m", "karat_scale", *arguments]
-    trained = None if wrapper else run_directory
     idle, most = 0, os.environ.get("IDLE_RESTARTS", "3")
     if not most.isdecimal():
         raise UserError(f"IDLE_RESTARTS = {most}: should be a whole number")
@@ -69,7 +68,7 @@ def launch(arguments: Sequence[str], ranks: int, run_directory: Callable[[], Pat
                 break
             saved_at = 0.0
             with suppress(OSError):
-                saved_at = (trained() / "checkpoints" / "latest").stat().st_mtime
+                saved_at = (trained / "checkpoints" / "latest").stat().st_mtime
             idle = 0 if saved_at > begun else idle + 1
             if idle > int(most):
                 break
@@ -114,7 +113,7 @@ def default_ranks() -> int:
 
 
 def _run(
-    command: Sequence[str], ranks: int, attempt: int, trained: Callable[[], Path] | None, told: Sequence[int]
+    command: Sequence[str], ranks: int, attempt: int, trained: Path | None, told: Sequence[int]
 ) -> tuple[int, str, Any]:
     """Run the ranks of this node once; returns an exit code, what to say if it is a failure's, and the ranks' store."""
     from torch.distributed import DistError
@@ -259,7 +258,7 @@ def _signal_ranks(number: int) -> bool:
 
 
 @contextmanager
-def _stalls_ended(trained: Callable[[], Path] | None, ranks: int) -> Iterator[list[str]]:
+def _stalls_ended(trained: Path | None, ranks: int) -> Iterator[list[str]]:
     """Kill this node's ranks if one of all makes no progress for KARAT_STALL_SECONDS; yields which one, once it has."""
     from karat_scale.commands.submit.within_job import watch
     from karat_scale.engine.heartbeat import StallLimits
@@ -271,10 +270,9 @@ def _stalls_ended(trained: Callable[[], Path] | None, ranks: int) -> Iterator[li
         raise UserError(f"KARAT_STALL_SECONDS: {error}") from None
 
     def look(ended: threading.Event) -> None:
-        with suppress(UserError):  # the ranks say it
-            if trained and limits and (found := watch(trained(), ranks, limits, ended)):
-                verdict.append(found)
-                _signal_ranks(signal.SIGKILL)
+        if trained and limits and (found := watch(trained, ranks, limits, ended)):
+            verdict.append(found)
+            _signal_ranks(signal.SIGKILL)
 
     with _beside(look):
         yield verdict

@@ -91,6 +91,16 @@ def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> N
         "analyze nowhere": "nowhere: there is no such directory; name the directories of runs",
         "compare nowhere": "nowhere: there is no such directory; name the directories of runs",
         "predict nowhere a.jpg": "nowhere: neither a run's directory nor a folder of karat export; name one",
+        "predict cifar10_karat a.jpg": "a.jpg: no such file; name images, folders or quoted globs",
+        "status nowhere": "nowhere: not a run directory (it has no recipe.yaml)",
+        "track nowhere": "nowhere: not a run directory (it has no recipe.yaml)",
+        "detect nowhere": "recipe 'nowhere': neither a file nor a shipped recipe",
+        "detect nowhere --eval": "nowhere: not a run directory (it has no recipe.yaml)",
+        "sweep nowhere optim.lr=1,2": "optim.lr=1: recipe 'nowhere': neither a file nor a shipped recipe",
+        "plan fashion_mnist_demo nowhere": "recipe 'nowhere': neither a file nor a shipped recipe",
+        "doctor nowhere": "recipe 'nowhere': neither a file nor a shipped recipe",
+        "launch --ranks 2 train nowhere": "recipe 'nowhere': neither a file nor a shipped recipe",
+        "data nowhere": f"nowhere is not a directory in {tmp_path}; name shards, betons or a folder of train/<class>/",
         "train fashion_mnist_demo data.path=nowhere": f"data.path = nowhere is not a directory in {tmp_path}; set "
         "it to a directory made by karat prepare webdataset",
         "show fashion_mnist_demo data.path=photos": "data.path = photos has no dataset.json; make it with karat "

@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from karat_scale.commands import launch
 from karat_scale.commands.cli import build_parser
 from karat_scale.commands.launch import default_ranks, say_to_launcher
-from karat_scale.commands.parsers.training import directory_finder
+from karat_scale.commands.parsers.training import trained_directory
 from karat_scale.engine.heartbeat import read_signs
 from karat_scale.foundation.errors import EXIT_LOST_PEER, UserError
 from tests.conftest import SMALL, events, free_port, karat_command, karat_environment, run_to_end, summary
@@ -142,15 +142,15 @@ def test_a_step_of_srun_has_one_agent_on_each_node() -> None:
     ],
 )
 def test_only_a_command_that_trains_is_started_again(arguments: list[str], trained: str | None) -> None:
-    found = directory_finder(build_parser().parse_args(arguments))
-    assert (found and str(found())) == trained
+    found = trained_directory(build_parser().parse_args(arguments))
+    assert (found and str(found)) == trained
 
 
 def test_a_wrong_limit_of_stalls_is_one_line(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # It sets variables for ranks, which no other test may see.
     monkeypatch.setattr(os, "environ", {**os.environ, "KARAT_STALL_SECONDS": "15m"})
     with pytest.raises(UserError, match="KARAT_STALL_SECONDS: '15m' should be seconds"):
-        launch.launch(["train", str(recipe)], 1, lambda: recipe.parent)
+        launch.launch(["train", str(recipe)], 1, recipe.parent)
 
 
 def node_of_two(number: int, port: int) -> dict[str, str]:

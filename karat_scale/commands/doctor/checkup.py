@@ -33,10 +33,10 @@ def doctor(recipe: str | None, overrides: Sequence[str], seconds: float, json_fi
             examine_this_machine()
         else:
             try:  # without a recipe, none of these is needed
-                from karat_scale.commands.doctor.recipe import check_up
                 from karat_scale.recipe.loading import load_recipe
 
-                loaded = load_recipe(recipe, overrides)
+                loaded = load_recipe(recipe, overrides)  # before torch is imported
+                from karat_scale.commands.doctor.recipe import check_up
             except ImportError as error:
                 examine_this_machine()
                 reason = f"cannot be examined while a library is missing: {error}"

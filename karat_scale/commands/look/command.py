@@ -28,7 +28,7 @@ from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb, 
 from karat_scale.data.plan import micro_batch_of
 from karat_scale.data.prepare import DECODED_BELOW
 from karat_scale.data.shards.remote import RemoteUse
-from karat_scale.data.shards.shard_format import DATASET_FILE, dataset_directory, not_a_directory
+from karat_scale.data.shards.shard_format import DATASET_FILE, dataset_directory
 from karat_scale.data.shards.shards import FolderSplit
 from karat_scale.engine import distributed
 from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
@@ -325,8 +325,7 @@ def open_splits(directory: Path | str) -> dict[str, Callable[[], Split]]:
     """Return what opens each split of shards, betons or an image folder. Raises DataError."""
     if (packed := packed_splits(directory, RemoteUse())) is not None:
         return packed
-    if not (directory := Path(directory)).is_dir():
-        raise DataError(f"{not_a_directory(directory)}; name shards, betons or a folder of train/<class>/<image>")
+    directory = Path(directory)
     folders = [name for name in _FOLDERS if (directory / name).is_dir()]
     if not folders:
         raise DataError(f"{directory} is no data set: no {DATASET_FILE}, no *.beton, no folder {' or '.join(_FOLDERS)}")

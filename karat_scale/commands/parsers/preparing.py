@@ -59,7 +59,7 @@ def add_commands(commands: Any) -> None:
     add_number(data, "--classes", 50, "classes to show samples of")
     data.add_argument("--out", metavar="FILE", default="data.html", help="an HTML file (default: %(default)s)")
     add_json(data)
-    data.set_defaults(run=command("karat_scale.commands.look.command:look_at_data"))
+    data.set_defaults(run=command("karat_scale.commands.look.command:look_at_data", _check_path))
 
     recipes = commands.add_parser("recipes", help="list the shipped recipes, what they train, and their results")
     recipes.add_argument("words", nargs="*", metavar="WORD", help="a recipe's name, or words to search for")
@@ -195,23 +195,35 @@ def _check_data(options: argparse.Namespace) -> None:
     check_data_path(load_recipe(options.recipe, options.overrides).data)
 
 
+def _check_path(options: argparse.Namespace) -> None:
+    from karat_scale.data.shards.shard_format import dataset_directory, not_a_directory
+
+    directory = dataset_directory(options.path)
+    if isinstance(directory, Path) and not directory.is_dir():
+        raise DataError(f"{not_a_directory(directory)}; name shards, betons or a folder of train/<class>/<image>")
+
+
 def _choose_schema(options: argparse.Namespace) -> None:
     options.names, options.schema = options.keys, load(SCHEMAS["detect" if options.detection else "train"])
 
 
 def _plan(options: argparse.Namespace) -> int:
     if options.gpu:
-        known_gpu(options.gpu)  # before torch is imported
-    from karat_scale.commands.plan.command import plan_recipe
+        known_gpu(options.gpu)  # before torch is imported, as the recipes
+    from karat_scale.recipe.loading import load_recipe
 
+    keys = [text for text in options.overrides if "=" in text]
+    more = [text for text in options.overrides if "=" not in text]  # the plans of several are shown side by side
+    options.recipes = [load_recipe(name, keys) for name in (options.recipe, *more)]
     if options.only_dry_run:
         if options.json_file:
             raise UserError("--dry-run makes no plan, so --json has nothing to write; leave one of them out")
         plans = {"curve": options.with_curve, "gpu": options.gpu, "memory": options.memory}
         if idle := [f"--{name}" for name, value in {**plans, "step-time": options.step_time}.items() if value]:
             print(f"note: --dry-run makes no plan, so {', '.join(idle)} has no effect", file=sys.stderr)
-    options.source = options.recipe
-    return call(plan_recipe, options)
+    from karat_scale.commands.plan.command import plan_recipes
+
+    return call(plan_recipes, options)
 
 
 def _check_seconds(options: argparse.Namespace) -> None:

@@ -1,13 +1,15 @@
 """The parsers of the commands that train, here or as jobs, look at runs, compare them, and use a trained model."""
 
 import argparse
+import glob
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from karat_scale.commands.analyze.analyses import ANALYSES, Options
-from karat_scale.commands.launch import default_ranks, launch
+from karat_scale.commands.launch import WRAPPER, default_ranks, launch
 from karat_scale.foundation.arguments import (
     add_checkpoint,
     add_json,
@@ -212,7 +214,7 @@ def _add_results(commands: Any) -> None:
     _add_runs(track, "a run's directory")
     instead = f"{', '.join(TRACKERS)} or package.module:Class, in place of log.trackers; may be repeated"
     track.add_argument("--to", action="append", type=tracker, metavar="TRACKER", help=instead)
-    track.set_defaults(run=command("karat_scale.commands.elsewhere:track_runs"))
+    track.set_defaults(run=command("karat_scale.commands.elsewhere:track_runs", _check_tracked))
 
     export = commands.add_parser("export", help="write a run's model for timm, torch.export, ONNX or a model hub")
     add_run(export)
@@ -237,7 +239,7 @@ def _add_results(commands: Any) -> None:
     rows = "also write a row of CSV for each class"
     predict.add_argument("--csv", dest="csv_file", type=new_file, metavar="FILE", help=rows)
     predict.add_argument("--attention", metavar="DIR", help="also draw where the model looks: a PNG for each image")
-    predict.set_defaults(run=command("karat_scale.commands.predict.command:predict", _check_model))
+    predict.set_defaults(run=command("karat_scale.commands.predict.command:predict", _check_images))
 
     demo = commands.add_parser("demo", help="serve a page on this machine that classifies pictures dropped into it")
     _add_model(demo, nargs="?", default=SHIPPED)
@@ -264,23 +266,21 @@ def check_run(options: argparse.Namespace) -> None:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    return launch(options.arguments, options.ranks or default_ranks(), directory_finder(options.parsed))
+    # Within a wrapper, such as a container, a recipe may lie where this process does not see it.
+    trained = None if os.environ.get(WRAPPER) else trained_directory(options.parsed)
+    return launch(options.arguments, options.ranks or default_ranks(), trained)
 
 
-def directory_finder(parsed: argparse.Namespace) -> Callable[[], Path] | None:
-    """Return what finds the directory of the run that a command line trains; None of one that does not train."""
+def trained_directory(parsed: argparse.Namespace) -> Path | None:
+    """Return the directory of the run that a command line trains; None of one that does not train. Raises UserError."""
     only = any(getattr(parsed, option, False) for option in ("print", "eval", "survey"))
     if only or parsed.command not in (*SCHEMAS, "convert"):
         return None
+    from karat_scale.recipe.loading import load_recipe
 
-    def find() -> Path:
-        from karat_scale.recipe.loading import load_recipe
-
-        if parsed.command == "convert":
-            return Path(_converted(parsed).run.dir)
-        return Path(load_recipe(parsed.recipe, parsed.overrides, load(SCHEMAS[parsed.command])).run.dir)
-
-    return find
+    if parsed.command == "convert":
+        return Path(_converted(parsed).run.dir)
+    return Path(load_recipe(parsed.recipe, parsed.overrides, load(SCHEMAS[parsed.command])).run.dir)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -370,11 +370,14 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _detect(options: argparse.Namespace) -> int:
+    from karat_scale.recipe.files import recipe_of_run
     from karat_scale.recipe.loading import dump_recipe, load_recipe
-    from karat_scale.training.tasks.detection.coco import require_pycocotools
     from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 
     if options.eval:
+        recipe_of_run(Path(options.recipe))
+        from karat_scale.training.tasks.detection.coco import require_pycocotools
+
         require_pycocotools()
         from karat_scale.commands.evaluate.command import evaluate_run
         from karat_scale.training.tasks.detection.task import DetectionTask
@@ -389,6 +392,8 @@ def _detect(options: argparse.Namespace) -> int:
     if options.print:
         print(dump_recipe(recipe), end="")
         return 0
+    from karat_scale.training.tasks.detection.coco import require_pycocotools
+
     require_pycocotools()
     with importing(for_good=True):
         from karat_scale.training.run import train
@@ -437,10 +442,26 @@ def _check_runs(options: argparse.Namespace) -> None:
             raise RunDirectoryError(f"{run}: there is no such directory; name the directories of runs")
 
 
+def _check_tracked(options: argparse.Namespace) -> None:
+    from karat_scale.recipe.files import recipe_of_run
+
+    for run in options.runs:
+        recipe_of_run(Path(run))
+
+
 def _add_model(parser: argparse.ArgumentParser, **optional: Any) -> None:
     what = f"a run's directory, what `karat export` wrote, or {SHIPPED}, a small model that comes with the package"
     what += " (default: %(default)s)" if optional else ""
     parser.add_argument("model", metavar="RUN|FOLDER", type=run_directory, help=what, **optional)
+
+
+def _check_images(options: argparse.Namespace) -> None:
+    _check_model(options)
+    for name in options.images:
+        path = os.path.expanduser(name)  # noqa: PTH111  # as in find_images
+        if os.path.lexists(path) or glob.has_magic(path):
+            return
+    raise UserError(f"{options.images[0]}: no such file; name images, folders or quoted globs")
 
 
 def _check_export(options: argparse.Namespace) -> None:

@@ -25,7 +25,6 @@ from karat_scale.foundation.errors import DataError, RecipeError, UserError
 from karat_scale.foundation.machine import Gpu, known_gpu, usable_memory
 from karat_scale.models import create_model, parameter_count
 from karat_scale.recipe import Recipe
-from karat_scale.recipe.loading import load_recipe
 
 
 @dataclass(frozen=True)
@@ -43,17 +42,15 @@ class Request:
     json_file: str | None = None
 
 
-def plan_recipe(source: str, overrides: Sequence[str], request: Request) -> int:
-    """Plan a recipe and print the plan, or only check it; returns 0, or 1 where nothing fits.
+def plan_recipes(recipes: Sequence[Recipe], request: Request) -> int:
+    """Plan recipes and print the plans, or only check them; returns 0, or 1 where one fits nowhere.
 
-    Overrides without "=" are more recipes: what sets their plans apart is printed side by side.
+    What sets several plans apart is printed side by side.
 
     Raises:
-        UserError: a recipe is wrong, does not fit its data or the world, or a GPU is unknown.
+        UserError: a recipe does not fit its data or the world, or a GPU is unknown.
     """
-    more = [text for text in overrides if "=" not in text]
-    keys = [text for text in overrides if "=" in text]
-    recipes = [load_recipe(name, keys) for name in (source, *more)]
+    more = len(recipes) > 1
     if more and request.with_curve:
         raise UserError("--curve takes one recipe; name one, or leave out --curve")
     if request.only_dry_run:
@@ -72,7 +69,7 @@ def plan_recipe(source: str, overrides: Sequence[str], request: Request) -> int:
 
 
 def make_plan(recipe: Recipe, request: Request) -> Plan:
-    """The whole plan, nothing printed. Raises UserError as `plan_recipe`."""
+    """The whole plan, nothing printed. Raises UserError as `plan_recipes`."""
     gpu = known_gpu(request.gpu) if request.gpu else None
     machine = _machine(recipe, request, gpu)
     has_time = gpu is not None or request.step_time is not None

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import yaml
 
-from karat_scale.commands.compare.command import compare_runs
 from karat_scale.commands.status.status import read_standing
 from karat_scale.commands.submit.sbatch import Job
 from karat_scale.data.shards.shard_format import absolute_path
@@ -37,7 +36,6 @@ from karat_scale.foundation.machine import LAUNCHED, stop_signals
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.files import COMMANDS, parse, read_recipe, shipped_recipes
 from karat_scale.recipe.loading import differing_keys, flatten, load_recipe, text_digest
-from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
@@ -170,6 +168,8 @@ class PlannedRun:
     @property
     def state(self) -> State:
         """What stands in the directory now."""
+        from karat_scale.training.run_directory import RunDirectory  # imports torch
+
         directory = RunDirectory(self.directory)
         if not directory.recipe_file.is_file():
             return State.NEW
@@ -502,6 +502,8 @@ def _conclude(planned: Sweep, failures: dict[str, str]) -> int:
     """Print the table of what has finished, and a line for each run that has not."""
     finished = [str(run.directory) for run in planned.runs if run.state is State.FINISHED]
     if finished:
+        from karat_scale.commands.compare.command import compare_runs  # imports torch
+
         try:
             compare_runs(finished)
         except UserError as error:

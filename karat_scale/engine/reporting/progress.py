@@ -11,11 +11,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from karat_scale.data.batch import BadSample
 from karat_scale.engine.heartbeat import Heartbeat
 from karat_scale.engine.reporting.goodput import Stopwatch, submitted
 from karat_scale.engine.run_state import RunState
@@ -24,6 +23,9 @@ from karat_scale.foundation.console import ProgressBars, duration, printable, te
 from karat_scale.foundation.errors import not_written, one_line, say_in_one_write
 from karat_scale.foundation.files import append_to, open_to_read, parse_json
 from karat_scale.recipe.files import mapped
+
+if TYPE_CHECKING:
+    from karat_scale.data.batch import BadSample
 
 
 class MetricsLog:
@@ -250,7 +252,7 @@ class Reporter:
         else:
             self.display.line(f"warning: {text}")
 
-    def bad_samples(self, samples: Sequence[BadSample]) -> None:
+    def bad_samples(self, samples: Sequence["BadSample"]) -> None:
         """Samples that could not be read, by their places."""
         for sample in samples:
             self.warn(f"unreadable image {sample.key} in {sample.shard}: {sample.reason}")
