@@ -111,7 +111,8 @@ def achieved(run: TrainedRun) -> tuple[str, dict[str, str], str]:
     rate = summary.get("images_per_second")
     if isinstance(rate, int | float):
         facts["speed"] = f"{rate:,.0f} images a second on {summary.get('device', 'an unknown device')}"
-    if when := [point["time"] for point in (*history.train[-1:], *history.evaluations[-1:])]:
+    when = [point["time"] for point in (*history.train[-1:], *history.evaluations[-1:])]
+    with suppress(ValueError, OverflowError):  # no date
         facts["date"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(max(when)))
     if summary.get("exit") != 0 or goes_on:
         reason = "" if goes_on else summary.get("reason")

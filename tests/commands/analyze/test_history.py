@@ -57,6 +57,13 @@ def test_the_card_of_a_run_that_goes_on_is_not_that_of_its_earlier_end(own_run: 
         assert facts["budget"].startswith(f"{budget} of 8 images, ")
 
 
+@pytest.mark.parametrize("when", [{}, {"time": 1e300}])
+def test_the_card_of_a_log_without_times_has_no_date(when: dict[str, float], own_run: TrainedRun) -> None:
+    (own_run.path / "metrics.jsonl").write_text(json.dumps({**train(1, 4.0), **when}) + "\n")
+    _, facts, _ = achieved(own_run)
+    assert "date" not in facts
+
+
 def test_what_has_no_curve_is_no_figure(karat_run: TrainedRun, tmp_path: Path) -> None:
     tested = {"event": "eval", "step": 3, "samples": 24, "top1": 10.0, "top5": 100.0, "loss": 3.0}
     first = {**train(1, 4.0), "beyond_reach": 0.0}
