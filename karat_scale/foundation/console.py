@@ -226,7 +226,7 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]
 
 @contextmanager
 def work_display(title: str = "", line_seconds: float | None = None) -> Iterator[Callable[[str, float, float], None]]:
-    """Show one piece of work after another: a bar on a terminal, elsewhere a line when it starts and every ten seconds.
+    """Show one piece of work after another: a bar on a terminal, elsewhere a line for a new name and every ten seconds.
 
     Yields a function that takes the current work, the steps done and their total number. With a title, there is one bar
     of this name, and the steps are percent of all work. Lines say what is left once a few steps, or a tenth, are done;
@@ -234,16 +234,17 @@ def work_display(title: str = "", line_seconds: float | None = None) -> Iterator
     """
     console = terminal(stderr=True)
     bars = ProgressBars(console) if console else None
-    current, first, is_warm = "", 0.0, False
+    current, first, is_warm, said = "", 0.0, False, set[str]()
     started = reported = time.monotonic()
 
     def show(what: str, done: float, total: float) -> None:
         nonlocal current, first, is_warm, started, reported
         what, now = printable(what), time.monotonic()
         if what != current:
-            if bars is None:
+            if bars is None and what not in said:
                 print(f"{what} ...", file=sys.stderr, flush=True)
-            elif not title:
+            said.add(what)
+            if bars is not None and not title:
                 bars.remove(current)
             if not title or not current:
                 first, is_warm, started, reported = done, False, now, now

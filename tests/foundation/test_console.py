@@ -161,7 +161,7 @@ def test_text_of_others_is_neither_markup_nor_a_command_to_the_terminal(capsys, 
 
 def test_each_piece_of_work_is_one_line_in_a_file_and_long_work_says_what_is_left(capsys, monkeypatch) -> None:
     with work_display() as show:
-        for what, done in (("maps", 0), ("maps", 1), ("spectrum", 0)):
+        for what, done in (("maps", 0), ("maps", 1), ("spectrum", 0), ("maps", 0)):
             show(what, done, 2)
     assert capsys.readouterr().err == "maps ...\nspectrum ...\n"
     monkeypatch.setattr("karat_scale.foundation.console.PLAIN_LINE_SECONDS", 0.0)
