@@ -150,35 +150,41 @@ def as_4d(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor[(None,) * (4 - tensor.dim())]
 
 
-def empty_gradients(_: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Room for the gradients of some inputs, with their strides; the first argument is the output's gradient."""
-    return tuple(map(torch.empty_like, inputs))
+def empty_gradients(_: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    """Room for the gradients of those inputs that are tensors; the first argument is the output's gradient."""
+    return tuple(torch.empty_like(x) for x in inputs if isinstance(x, Tensor))
 
 
-def register_psi(
+def register_function(
     library: torch.library.Library,
     name: str,
-    forward: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]],
+    forward: Callable[..., Tensor],
+    backward: Callable[..., tuple[Tensor, ...]],
+    settings: str,
 ) -> None:
-    """Register O = psi(A) V of query, key, value and psi, and its gradients. It is differentiable once."""
-    inputs = "Tensor query, Tensor key, Tensor value, Tensor psi"
-    library.define(f"{name}_psi_forward({inputs}) -> Tensor")
-    library.define(f"{name}_psi_backward(Tensor grad_output, {inputs}) -> (Tensor, Tensor, Tensor, Tensor)")
-    library.impl(f"{name}_psi_forward", forward, "CompositeExplicitAutograd")
-    library.impl(f"{name}_psi_backward", backward, "CompositeExplicitAutograd")
+    """Register O = f(A) V of query, key, value and the settings of f, and the gradients. It is differentiable once.
 
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    Args:
+        settings: their types and names, as torch.library has them.
+    """
+    inputs = f"Tensor query, Tensor key, Tensor value, {settings}"
+    gradients = ", ".join(["Tensor"] * inputs.count("Tensor "))
+    library.define(f"{name}_forward({inputs}) -> Tensor")
+    library.define(f"{name}_backward(Tensor grad_output, {inputs}) -> ({gradients})")
+    library.impl(f"{name}_forward", forward, "CompositeExplicitAutograd")
+    library.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
 
-    def differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor, ...]:
-        refuse_second_derivative(name)
-        operation = getattr(torch.ops.karat_scale, f"{name}_psi_backward")
-        grads: tuple[Tensor, ...] = operation(grad_output, *ctx.saved_tensors)
-        return grads
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+        ctx.others = [x for x in inputs if not isinstance(x, Tensor)]
 
-    own = f"karat_scale::{name}_psi_"
-    torch.library.register_fake(f"{own}forward", lambda query, _, value, __: empty_output(query, value), lib=library)
+    def differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative(name.partition("_")[0])
+        operation = getattr(torch.ops.karat_scale, f"{name}_backward")
+        return *operation(grad_output, *ctx.saved_tensors, *ctx.others), *(None for _ in ctx.others)
+
+    own = f"karat_scale::{name}_"
+    torch.library.register_fake(f"{own}forward", lambda query, _, value, *__: empty_output(query, value), lib=library)
     torch.library.register_fake(f"{own}backward", empty_gradients, lib=library)
     torch.library.register_autograd(f"{own}forward", differentiate, setup_context=setup_context, lib=library)
 

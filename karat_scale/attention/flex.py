@@ -13,10 +13,11 @@ On a GPU, torch.compile makes one kernel of it. On a CPU, PyTorch has only a for
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from karat_scale.attention.call import (
     compute_dtype,
     empty_output,
     full_precision,
-    register_psi,
+    register_function,
 )
 from karat_scale.attention.routes import plan_tiles, workspace_budget
 
@@ -44,18 +45,28 @@ def refusal(call: FourierCall) -> str | None:
     device = call.query.device
     if device.type == "cpu":
         return _base_or_mask(call)
-    if device.type != "cuda":
+    return (call_refusal(call) if device.type == "cuda" else None) or device_refusal(device)
+
+
+def device_refusal(device: torch.device) -> str | None:
+    """Why FlexAttention does not run on a device, or None."""
+    if device.type not in ("cpu", "cuda"):
         return f"it needs tensors on a GPU or a CPU and these are on {device.type}"
-    return call_refusal(call) or problem()
+    return problem() if device.type == "cuda" else None
 
 
 def call_refusal(call: FourierCall) -> str | None:
     """Why `attend` cannot take the call on a GPU that runs FlexAttention, or None."""
     if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in call):
         return "it computes in float32 on a GPU and an argument is float64"
-    if min(call.query.shape[-1], call.value.shape[-1]) < LEAST_WIDTH:
-        return f"on a GPU its heads are at least {LEAST_WIDTH} wide and query's are {call.query.shape[-1]}"
-    return _base_or_mask(call)
+    return width_refusal(min(call.query.shape[-1], call.value.shape[-1])) or _base_or_mask(call)
+
+
+def width_refusal(width: int) -> str | None:
+    """Why FlexAttention's kernels for GPUs cannot take heads of a width, or None."""
+    if width < LEAST_WIDTH:
+        return f"on a GPU its heads are at least {LEAST_WIDTH} wide and these are {width}"
+    return None
 
 
 def _base_or_mask(call: FourierCall) -> str | None:
@@ -198,11 +209,38 @@ def _psi_forward(query: Tensor, key: Tensor, value: Tensor, psi: Tensor) -> Tens
 
 
 def _psi_backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, psi: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of query, key, value and psi, a tile of scores at a time."""
+    grid, grad_psi = psi.shape[1] // 2, torch.zeros_like(psi)
+
+    def function(head: int, scores: Tensor, by_entry: Tensor) -> tuple[Tensor, Tensor]:
+        entries, slope = psi[head, 0].expand_as(scores), torch.zeros_like(scores)
+        grad_psi[head, 0] += by_entry.sum()
+        for order in range(1, grid + 1):
+            cos, sin = torch.cos(order * scores), torch.sin(order * scores)
+            a, b = psi[head, order], psi[head, grid + order]
+            entries = entries + a * cos + b * sin
+            slope += order * (b * cos - a * sin)
+            grad_psi[head, order] += (by_entry * cos).sum()
+            grad_psi[head, grid + order] += (by_entry * sin).sum()
+        return entries, slope
+
+    return *_pull_back(grad_output, query, key, value, psi.dtype, function), grad_psi
+
+
+def _pull_back(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dtype: torch.dtype,
+    function: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, ...]:
+    """The gradients of query, key and value of O = f(A) V, a tile of scores at a time.
+
+    function: takes a head, scores and the gradient of f(A) there; returns f(A) and its derivative.
+    """
     batch, heads, tokens, width = query.shape
-    grid, scale, dtype = psi.shape[1] // 2, width**-0.5, psi.dtype
+    scale = width**-0.5
     grads = [torch.zeros_like(x, dtype=dtype) for x in (query, key, value)]
-    grad_psi = torch.zeros_like(psi)
     tiling = plan_tiles(max(batch, 1), tokens, 6 * tokens, workspace_budget(query.device))
     with full_precision(query.device):
         for head in range(heads):
@@ -211,20 +249,79 @@ def _psi_backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor
             for items, rows in tiling.tiles():
                 q, k, v, upstream = given[0][items, rows], given[1][items], given[2][items], given[3][items, rows]
                 scores, by_entry = scale * q @ k.mT, upstream @ v.mT
-                entries, slope = psi[head, 0].expand_as(scores), torch.zeros_like(scores)
-                grad_psi[head, 0] += by_entry.sum()
-                for order in range(1, grid + 1):
-                    cos, sin = torch.cos(order * scores), torch.sin(order * scores)
-                    a, b = psi[head, order], psi[head, grid + order]
-                    entries = entries + a * cos + b * sin
-                    slope += order * (b * cos - a * sin)
-                    grad_psi[head, order] += (by_entry * cos).sum()
-                    grad_psi[head, grid + order] += (by_entry * sin).sum()
+                entries, slope = function(head, scores, by_entry)
                 by_value[items] += entries.mT @ upstream
                 by_score = scale * slope * by_entry
                 by_query[items, rows] += by_score @ k
                 by_key[items] += by_score.mT @ q
-    return *(grad.to(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True)), grad_psi
+    return tuple(grad.to(x.dtype) for grad, x in zip(grads, (query, key, value), strict=True))
 
 
-register_psi(_library, "flex", _psi_forward, _psi_backward)
+register_function(_library, "flex_psi", _psi_forward, _psi_backward, "Tensor psi")
+
+
+class Pointwise(NamedTuple):
+    """A fixed function f of a score x. `size` is N, the tokens for which the heads were built.
+
+    log: of x, size and a sign s, the logarithm of the positive part of s f(x). negative: whether f has a negative part.
+    slope: of x and size, f and its derivative.
+    """
+
+    log: Callable[[Tensor, int, int], Tensor]
+    slope: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    negative: bool = False
+
+
+def _sigmoid(score: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    value = (score - math.log(size)).sigmoid()
+    return value, value * (1 - value)
+
+
+POINTWISE = {
+    "sigmoid": Pointwise(lambda x, size, _: torch.log(torch.sigmoid(x - math.log(size))), _sigmoid),
+    "polynomial": Pointwise(
+        lambda x, size, sign: 3 * torch.log(torch.relu(sign * x)) - math.log(size) / 2,
+        lambda x, size: (x**3 / size**0.5, 3 * x**2 / size**0.5),
+        negative=True,
+    ),
+}
+"""By `attention.kind`; the formulas are those of `PointwiseHeads`."""
+
+
+def attend_pointwise(kind: str, size: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """O [B, h, N, dv] = f(A) V with f of `POINTWISE`, in the value's dtype; differentiable once.
+
+    `width_refusal` and `device_refusal` must have said None on a GPU.
+    """
+    output: Tensor = torch.ops.karat_scale.flex_pointwise_forward(query, key, value, kind, size)
+    return output
+
+
+def _pointwise_forward(query: Tensor, key: Tensor, value: Tensor, kind: str, size: int) -> Tensor:
+    output, function = empty_output(query, value), POINTWISE[kind]
+    if query.shape[0] == 0:
+        return output
+    with full_precision(query.device):
+        heads = [x.to(compute_dtype(query, key, value)) for x in (query, key, value)]
+        whole = torch.zeros_like(heads[2])
+        for sign in (1, -1) if function.negative else (1,):
+
+            def log(score: Tensor, item: Tensor, head: Tensor, row: Tensor, column: Tensor, sign: int = sign) -> Tensor:
+                return function.log(score, size, sign)
+
+            read, total = _attend_by(log, *heads)
+            whole += sign * torch.where(total == 0, 0, read * total)
+        output.copy_(whole)
+    return output
+
+
+def _pointwise_backward(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, kind: str, size: int
+) -> tuple[Tensor, ...]:
+    dtype = compute_dtype(query, key, value)
+    return _pull_back(
+        grad_output, query, key, value, dtype, lambda head, scores, _: POINTWISE[kind].slope(scores, size)
+    )
+
+
+register_function(_library, "flex_pointwise", _pointwise_forward, _pointwise_backward, "str kind, int size")

@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from karat_scale.attention import flex
 from karat_scale.attention.call import FourierCall, compute_dtype, full_precision, output_dtype
 from karat_scale.attention.functional import call_scores
-from karat_scale.attention.operator import AttentionHeads, FourierKaratOperator, InputHeads, WrappedHeads
+from karat_scale.attention.operator import AttentionHeads, FourierKaratOperator, InputHeads, LayerCall, WrappedHeads
 from karat_scale.attention.softmax import softmax_attention, softmax_scores
 from karat_scale.attention.variants import Rule, attend_rows, rows_of_scores
+
+_BIAS_OR_MASK = "it has no bias and no mask for these kinds"
 
 
 class PointwiseHeads(AttentionHeads):
@@ -27,19 +30,30 @@ class PointwiseHeads(AttentionHeads):
     Args:
         num_tokens: N, class token included.
         num_heads: h.
+        implementation: "flex" is PyTorch's FlexAttention, without bias or mask; others form S a tile of rows at a time.
     """
 
-    _shown = ("num_tokens", "num_heads")
+    kind: str
+    _shown = ("num_tokens", "num_heads", "implementation")
 
-    def __init__(self, num_tokens: int, num_heads: int) -> None:
+    def __init__(self, num_tokens: int, num_heads: int, implementation: str = "auto") -> None:
         super().__init__()
         self.num_tokens, self.num_heads = num_tokens, num_heads
+        self.implementation = "flex" if implementation == "flex" else "auto"
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """O [B, h, N, d] of query, key and value [B, h, N, d]; bias and mask as in `karat_attention`."""
-        return attend_rows(self._rule(), query, key, value, bias, mask)
+        """O [B, h, N, d] of query, key and value [B, h, N, d]; bias and mask as in `karat_attention`.
+
+        Raises ValueError for a bias or a mask that FlexAttention is to take.
+        """
+        if self.implementation == "auto":
+            return attend_rows(self._rule(), query, key, value, bias, mask)
+        if bias is not None or mask is not None:
+            raise ValueError(f"implementation = 'flex' cannot take this call: {_BIAS_OR_MASK}")
+        output = flex.attend_pointwise(self.kind, self.num_tokens, query, key, value)
+        return output.to(output_dtype(value))
 
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """S [B, h, N, N]."""
@@ -48,6 +62,15 @@ class PointwiseHeads(AttentionHeads):
     def flops(self, tokens: int, width: int, masked: bool = False) -> int:
         """See `AttentionHeads`."""
         return 4 * self.num_heads * tokens * tokens * width
+
+    def refusal(self, layer: LayerCall) -> str | None:
+        """See `AttentionHeads`."""
+        if self.implementation == "auto":
+            return None
+        if layer.biased or layer.masked:
+            return _BIAS_OR_MASK
+        width = flex.width_refusal(layer.width) if layer.device.type == "cuda" else None
+        return width or flex.device_refusal(layer.device)
 
     def _rule(self) -> Rule:
         def rule(scores: Tensor, keep: Tensor | None) -> Tensor:
@@ -64,6 +87,8 @@ class SigmoidHeads(PointwiseHeads):
     The bias makes a row of S sum to about 1 at the start. It is fixed, as in the authors' code.
     """
 
+    kind = "sigmoid"
+
     def function_of_score(self, scores: Tensor) -> Tensor:
         """sigmoid(A - log N) [..., h, n, N]."""
         return (scores - math.log(self.num_tokens)).sigmoid()
@@ -74,6 +99,8 @@ class PolynomialHeads(PointwiseHeads):
 
     The scale keeps the Frobenius norm of S of the order sqrt(N), as softmax's is.
     """
+
+    kind = "polynomial"
 
     def function_of_score(self, scores: Tensor) -> Tensor:
         """A^3 / sqrt(N) [..., h, n, N]."""

@@ -235,7 +235,7 @@ class AttentionRow:
     words: what it is. place: of its class, as CONTRIBUTING.md describes one; "" for timm's softmax and for KArAt, whose
     class depends on its form. keys: the keys of the recipe's section that have an effect, beside `mode`.
     gate: of each head, the first factor of what is added to softmax; None where nothing is added to it.
-    by_rows: it forms S a tile of query rows at a time, in PyTorch.
+    by_rows: it forms S a tile of query rows at a time, in PyTorch, unless `flex` computes it.
     """
 
     words: str

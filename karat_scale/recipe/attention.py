@@ -84,7 +84,7 @@ class AttentionConfig(Section):
         "auto"
     )
     """The implementation of the operator. `auto` uses the fastest that supports the operator, the device and the
-    precision. `flex` is PyTorch's FlexAttention, to check and to compare the kernels with."""
+    precision. `flex` is PyTorch's FlexAttention, to check and to compare with; also for `sigmoid` and `polynomial`."""
     blocks: Annotated[dict[str, dict[str, Any]], Effect.SHAPES] = Field(default={})
     """Blocks that differ from the section, by their numbers from 0, such as `{8-11: {kind: karat, grid: 5}}`. A range
     may have any key of the section but mode, implementation, transfer_from and transfer_heads."""
@@ -153,11 +153,10 @@ class AttentionConfig(Section):
 
     def refuse_keys(self, taken: Collection[str]) -> None:
         """Raise ValueError for a key that names another model, but is not among the keys that the kind takes."""
-        if "implementation" not in taken and self.implementation in ("cpu", "triton", "flex"):
-            raise ValueError(
-                f"attention.implementation = {self.implementation} supports only attention.kind=karat, not "
-                f"{self.kind}; use auto"
-            )
+        able = {"flex"} if self.row is not None and self.row.by_rows else set()
+        if "implementation" not in taken and self.implementation in {"cpu", "triton", "flex"} - able:
+            named = f"attention.implementation = {self.implementation}"
+            raise ValueError(f"{named} does not support attention.kind={self.kind}; use auto")
         for key in _NAMING:
             value = getattr(self, key)
             if key not in taken and value != type(self).model_fields[key].default:

@@ -8,8 +8,15 @@ import torch
 from karat_scale.attention import flex, fourier_karat_attention
 from karat_scale.attention.call import FourierCall
 from karat_scale.attention.functional import automatic, choosing_as_on_a_gpu
+from karat_scale.attention.operator import LayerCall
+from karat_scale.attention.rivals import PolynomialHeads, SigmoidHeads
 from karat_scale.foundation import native_build
 from tests.attention.calls import content_module, gradients_of, make_call, output_and_gradients, relative_error
+
+
+@pytest.fixture(params=[SigmoidHeads, PolynomialHeads])
+def pointwise(request):
+    return request.param
 
 
 def random_case(seed):
@@ -58,6 +65,35 @@ def test_psi_of_the_content_form_agrees_with_its_formula(tokens):
     assert max(relative_errors(*by_name.values())) < 1e-12
     module = content_module(tokens, implementation="flex")
     assert max(relative_errors(gradients_of(module, [x.float() for x in heads], upstream), by_name["reference"])) < 1e-5
+
+
+def test_sigmoid_and_polynomial_attention_agree_with_their_formulas(pointwise):
+    generator = torch.Generator().manual_seed(1)
+    query, key, value, upstream = torch.randn(4, 2, 3, 21, 8, dtype=torch.float64, generator=generator)
+    heads = [query, key, value]
+    with torch.no_grad():  # a query without a positive score, and one without a negative
+        key[:, :, :, 0] = key[:, :, :, 0].abs()
+        query[:, 0, 3], query[:, 0, 4] = -torch.eye(8, dtype=torch.float64)[0], torch.eye(8, dtype=torch.float64)[0]
+    by_rows, by_flex = (gradients_of(pointwise(21, 3, name), heads, upstream) for name in ("auto", "flex"))
+    assert max(relative_errors(by_flex, by_rows)) < 1e-12
+    narrow = gradients_of(pointwise(21, 3, "flex"), [x.float() for x in heads], upstream.float())
+    assert max(relative_errors(narrow, by_rows)) < 2e-6
+    torch.library.opcheck(torch.ops.karat_scale.flex_pointwise_forward.default, (*heads, pointwise.kind, 21))
+    assert pointwise(21, 3, "flex")(*(x[:0] for x in heads)).shape == (0, 3, 21, 8)
+
+
+def test_they_take_no_bias_there_and_say_so(pointwise):
+    heads = pointwise(6, 2, "flex")
+    why = "it has no bias and no mask for these kinds"
+    with pytest.raises(ValueError, match=f"implementation = 'flex' cannot take this call: {why}"):
+        heads(*make_call(1, 2, 6, 4, 3, 2)[:3], bias=torch.zeros(6, 6))
+    cpu = LayerCall(4, torch.device("cpu"))
+    assert (heads.refusal(cpu), heads.refusal(cpu._replace(masked=True))) == (None, why)
+    assert (
+        heads.refusal(cpu._replace(device=torch.device("cuda")))
+        == "on a GPU its heads are at least 16 wide and these are 4"
+    )
+    assert pointwise(6, 2, "streaming").chosen(cpu) == ("PyTorch", None)
 
 
 @pytest.mark.parametrize(

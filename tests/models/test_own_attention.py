@@ -115,7 +115,7 @@ def test_what_is_no_attention_is_one_line_and_a_foreign_one_needs_trust(mine, mo
         ("Demanding", {}, f"attention.kind = '{mine}:Demanding': .*cannot be built: .*secret"),
         ("Forgetful", {}, f"attention.kind = '{mine}:Forgetful': .*must set self.num_heads, here to 2"),
         ("Linearised", {"form": "content"}, "attention.form = content has no effect with attention.kind = "),
-        ("Linearised", {"implementation": "cpu"}, "attention.implementation = cpu supports only attention.kind=karat"),
+        ("Linearised", {"implementation": "cpu"}, "attention.implementation = cpu does not support attention.kind="),
     ):
         with pytest.raises(RecipeError, match=f"^{message}"):
             build(f"{mine}:{name}", **settings)

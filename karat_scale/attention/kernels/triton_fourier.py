@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from karat_scale.attention.call import FourierCall, empty_output, refuse_second_derivative, register_psi
+from karat_scale.attention.call import FourierCall, empty_output, refuse_second_derivative, register_function
 from karat_scale.attention.kernels.triton_tiles import MASK_WORD, block, padded_tokens, products_of
 from karat_scale.attention.kernels.triton_toolchain import launch_problem
 
@@ -286,4 +286,4 @@ def _psi_backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor
     return grads
 
 
-register_psi(_library, "triton", _psi_forward, _psi_backward)
+register_function(_library, "triton_psi", _psi_forward, _psi_backward, "Tensor psi")
