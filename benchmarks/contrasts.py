@@ -14,8 +14,9 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +138,12 @@ def chosen_rate(arm: str) -> float | None:
     return max(found, key=found.__getitem__) if wanted and set(wanted) <= set(found) else None
 
 
-def next_trials() -> list[Trial] | None:
-    """Return the runs that may start now, in order; None when all have finished."""
-    trials: list[Trial] = []
-    for group in (ARMS, LATER):
-        tuned = [arm for arm in group if arm not in ONE_CHANGE]
-        trials += [Trial("rate", arm, rate, SPARE_SEED) for arm in tuned for rate in wanted_rates(arm)]
-        trials += compared("short", {arm: rate for arm in group if (rate := best_rate(arm)) is not None})
+def next_trials(only_short: bool = False) -> list[Trial] | None:
+    """Return the runs that may start now, in order; None when all have finished.
+
+    Those of 22 epochs come before other attention, or not at all with `only_short`.
+    """
+    trials = short_trials(ARMS)
     trials += [
         Trial("check", arm, rate, SPARE_SEED)
         for arm in ARMS
@@ -151,10 +151,19 @@ def next_trials() -> list[Trial] | None:
         for rate in checked_rates(arm)
     ]
     chosen = {arm: rate for arm in ARMS if (rate := chosen_rate(arm)) is not None}
-    trials += compared("main", chosen)
-    left = [trial for trial in trials if not trial.record.exists()]
-    known = len(chosen) == len(ARMS) and all(best_rate(arm) for arm in LATER)
+    trials += [*compared("main", chosen), *short_trials(LATER)]
+    wanted = [trial for trial in trials if not (only_short and EPOCHS[trial.stage] == EPOCHS["main"])]
+    left = [trial for trial in wanted if not trial.record.exists()]
+    known = (only_short or len(chosen) == len(ARMS)) and all(best_rate(arm) for arm in (*ARMS, *LATER))
     return left if left or not known else None
+
+
+def short_trials(group: Iterable[str]) -> list[Trial]:
+    """Return the runs of 4 epochs of some arms: those that choose rates, then those that are compared."""
+    trials = [
+        Trial("rate", arm, rate, SPARE_SEED) for arm in group if arm not in ONE_CHANGE for rate in wanted_rates(arm)
+    ]
+    return trials + compared("short", {arm: rate for arm in group if (rate := best_rate(arm)) is not None})
 
 
 def compared(stage: str, rates: Mapping[str, float]) -> list[Trial]:
@@ -163,9 +172,9 @@ def compared(stage: str, rates: Mapping[str, float]) -> list[Trial]:
     return [Trial(stage, arm, rate, seed) for seed in seeds for arm, rate in rates.items() if seed in SEEDS[arm]]
 
 
-def run(data: Path, work: Path) -> None:
-    """Run trial after trial until all have finished."""
-    work_through(next_trials, lambda trial: finish(trial, data, work / trial.name), work)
+def run(data: Path, work: Path, only_short: bool) -> None:
+    """Run trial after trial until all have finished; with `only_short`, none of 22 epochs."""
+    work_through(partial(next_trials, only_short), lambda trial: finish(trial, data, work / trial.name), work)
 
 
 def work_through(next_trials: Callable[[], Sequence[Any] | None], finish: Callable[[Any], None], work: Path) -> None:
@@ -324,11 +333,13 @@ def main() -> None:
         command = commands.add_parser(name)
         for place in places:
             command.add_argument(place, type=Path)
+        if name == "run":
+            command.add_argument("--short", action="store_true", help="leave out runs of 22 epochs")
     asked = parser.parse_args()
     if asked.command == "split":
         split(asked.images, asked.data)
     elif asked.command == "run":
-        run(asked.data, asked.work)
+        run(asked.data, asked.work, asked.short)
     else:
         from benchmarks.contrasts_report import write_results  # imports scipy
 
