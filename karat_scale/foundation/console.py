@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+_WIDE = 110  # columns of a terminal with room for all of a bar
 PLAIN_LINE_SECONDS = 10.0
 
 
@@ -149,23 +150,34 @@ os.register_at_fork(after_in_child=_print_past_bars)
 
 
 class ProgressBars:
-    """Bars on a terminal, one for each name, with the time left. A full bar disappears unless it is kept."""
+    """Bars on a terminal, one for each name, with the time left. A full bar disappears unless it is kept.
+
+    On a narrow terminal, names and texts are cut, so that the numbers stay whole.
+    """
 
     def __init__(self, console: "Console") -> None:
         from rich import progress
+        from rich.table import Column
 
+        def whole() -> Column:
+            return Column(no_wrap=True)
+
+        is_wide = console.width >= _WIDE
+        bar, gone = 24 if is_wide else 8, (progress.TimeElapsedColumn(whole()), progress.TextColumn("gone,"))
         self._progress = progress.Progress(
             progress.TextColumn("{task.description}", style="bold", markup=False),
-            progress.BarColumn(bar_width=24),
-            progress.MofNCompleteColumn(),
+            progress.BarColumn(bar_width=bar),
+            progress.MofNCompleteColumn(table_column=whole()),
             progress.TextColumn("{task.fields[text]}", markup=False),
-            progress.TimeElapsedColumn(),
-            progress.TextColumn("gone,"),
-            progress.TimeRemainingColumn(),
+            *(gone if is_wide else ()),
+            progress.TimeRemainingColumn(table_column=whole()),
             progress.TextColumn("left"),
             console=console,
             speed_estimate_period=120,
         )
+        self._name_room = 32 if is_wide else 20
+        # A time takes 7 columns, and one separates two.
+        self._room = console.width - bar - (30 if is_wide else 16)
         self._tasks: dict[str, progress.TaskID] = {}
         self._progress.start()
 
@@ -175,9 +187,13 @@ class ProgressBars:
 
     def move(self, name: str, done: float, total: float | None, text: str | None = None, keep: bool = False) -> None:
         """Move the bar `name`, which is added if there is none. `text` stays beside the bar until it is replaced."""
+        shown = printable(name)[: self._name_room]
         if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(printable(name), total=total, text="")
-        fields: dict[str, Any] = {} if text is None else {"text": printable(text)}
+            self._tasks[name] = self._progress.add_task(shown, total=total, text="")
+        numbers = 2 * len(str(total)) + 1
+        fields: dict[str, Any] = (
+            {} if text is None else {"text": printable(text)[: max(self._room - len(shown) - numbers, 0)]}
+        )
         self._progress.update(self._tasks[name], completed=done, total=total, **fields)
         if total is not None and done >= total and not keep:
             self.remove(name)
@@ -252,8 +268,7 @@ def work_display(title: str = "", line_seconds: float | None = None) -> Iterator
         if not is_warm and done > first:
             first, is_warm, started = done, True, now
         if console is not None and bars is not None:
-            room = max(console.width - 62 - len(title), 0)  # beside the other columns, so that the time left stays
-            bars.move(title or what, done, total, f"%, {what}"[:room] if title else None, keep=True)
+            bars.move(title or what, done, total, f"%, {what}" if title else None, keep=True)
         elif now - reported >= (PLAIN_LINE_SECONDS if line_seconds is None else line_seconds):
             told = f"{done:.0f} % of all" if title else f"{done} of {total}"
             if done - first >= (10 if title else 2):

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -68,6 +69,18 @@ def test_a_terminal_gets_a_live_bar_with_lines_above_it() -> None:
     assert "5/10" in shown
     assert "100/200" in shown
     assert "left" in shown
+
+
+def test_a_narrow_terminal_keeps_the_step_the_loss_and_the_time_left() -> None:
+    screen = io.StringIO()
+    display = TerminalDisplay(
+        Console(file=screen, force_terminal=True, width=80), "quickstart_karat_with_a_longer_name"
+    )
+    for step in (500, 501):
+        display.train(step, 1404, "epoch 0 loss 0.5329 lr 1.39e-04 1,455 img/s")
+    display.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert re.search(r"quickstart_karat_wit \S+ +501/1404 epoch 0 loss 0.5329 .* \d:\d\d:\d\d left", shown), shown
 
 
 def test_other_ranks_say_only_warnings_on_standard_error(capsys) -> None:
