@@ -29,7 +29,7 @@ from karat_scale.data.plan import micro_batch_of
 from karat_scale.data.prepare import DECODED_BELOW
 from karat_scale.data.shards.remote import RemoteUse
 from karat_scale.data.shards.shard_format import DATASET_FILE, dataset_directory
-from karat_scale.data.shards.shards import FolderSplit
+from karat_scale.data.shards.shards import SPLITS, FolderSplit
 from karat_scale.engine import distributed
 from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
 from karat_scale.foundation.console import print_table, printable, progress, render_page, write_json
@@ -284,9 +284,6 @@ def _charts(facts: SplitFacts) -> bytes:
     return rendered(figure, dpi=110)
 
 
-_FOLDERS = ("train", "val", "test", "valid", "validation")
-
-
 def look_at_data(path: str, images: int, classes: int, out: str, json_file: str | None) -> int:
     """Print what a data set holds and write an HTML page; returns the exit code.
 
@@ -310,6 +307,8 @@ def look_at_data(path: str, images: int, classes: int, out: str, json_file: str 
         _print_split(one)
         if unknown := one.per_class.keys() - facts[0].per_class.keys():
             print(f"{one.name} has classes that {facts[0].name} does not have: {', '.join(sorted(unknown)[:5])}")
+        if missing := facts[0].per_class.keys() - one.per_class.keys():
+            print(f"{one.name} lacks classes that {facts[0].name} has: {', '.join(sorted(missing)[:5])}")
     values = {"place": str(directory), "splits": facts, "pictures": pictures}
     charts = {one.name: _charts(one) for one in facts}
     try:
@@ -326,9 +325,9 @@ def open_splits(directory: Path | str) -> dict[str, Callable[[], Split]]:
     if (packed := packed_splits(directory, RemoteUse())) is not None:
         return packed
     directory = Path(directory)
-    folders = [name for name in _FOLDERS if (directory / name).is_dir()]
+    folders = [name for name in SPLITS if (directory / name).is_dir()]
     if not folders:
-        raise DataError(f"{directory} is no data set: no {DATASET_FILE}, no *.beton, no folder {' or '.join(_FOLDERS)}")
+        raise DataError(f"{directory} is no data set: no {DATASET_FILE}, no *.beton, no folder {' or '.join(SPLITS)}")
     return {name: partial(FolderSplit, directory, name, MOST_CLASSES) for name in folders}
 
 

@@ -96,10 +96,18 @@ class SplitBackend(Backend):
         super().__init__(spec, len(train), len(val), train.classes)
         self._train, self._val, self._data = train, val, spec.data
         notices = [found for found in dict.fromkeys((train.notice, val.notice)) if found]
-        counts = np.bincount(train.labels, minlength=self.num_classes)
-        empty = [name for name, images in zip(train.classes, counts, strict=False) if not images]
+        trained, tested = (np.bincount(split.labels, minlength=self.num_classes) for split in (train, val))
+        empty = [name for name, images in zip(train.classes, trained, strict=False) if not images]
+        untested = [
+            name for name, images, seen in zip(train.classes, tested, trained, strict=False) if seen and not images
+        ]
         if empty and spec.trains:
             notices.append(f"{len(empty)} of {self.num_classes} classes without training images: {few(empty)}")
+        if untested:
+            missing = f"{len(untested)} of {self.num_classes} classes without validation images: {few(untested)}"
+            notices.append(f"{missing}; top-1 is over the others")
+        if spec.trains and spec.data.train_split == spec.data.val_split:
+            notices.append("data.val_split is data.train_split, so top-1 is of the images that are trained on")
         self.notices = notices
 
     @property

@@ -431,7 +431,8 @@ def split_fix(split: str, there: Collection[str]) -> str:
     others = [name for name in ("val", "validation", "valid", "test") if name in there]
     if others:
         return f"; set data.val_split={others[0]}"
-    return "; set data.val_split to one of them, or make one by karat prepare webdataset --val-fraction 0.1"
+    one_of_them = "set data.val_split to one of them, or " if {*there} - {"train"} else ""
+    return f"; {one_of_them}make one by karat prepare webdataset --val-fraction 0.1"
 
 
 def check_class_count(place: Path | str, classes: int, num_classes: int) -> None:

@@ -118,6 +118,7 @@ def test_odd_images_are_named(tmp_path: Path) -> None:
     assert "broken.jpg: cannot be decoded" in first
     assert any("turned.jpg and 1 more: its EXIF orientation is 6" in line for line in others)
     assert "val has classes that train does not have: dog" in said
+    assert "val lacks classes that train has: <b>cat<, empty" in said
     assert "<b>cat</b>" not in (tmp_path / "p.html").read_text()
 
 

@@ -56,6 +56,12 @@ def test_labels_follow_the_training_split_and_a_file_that_is_gone_is_named(folde
         val.read(0)
 
 
+def test_the_folder_of_a_split_is_not_the_data_set(folder):
+    root = folder("train/ant/1.jpg", "val/ant/1.jpg")
+    with pytest.raises(DataError, match=rf"train/train does not exist; set data.path={root}, which has it"):
+        FolderSplit(root / "train", "train", 2)
+
+
 @pytest.mark.parametrize(
     ("split", "files", "message"),
     [
@@ -66,12 +72,13 @@ def test_labels_follow_the_training_split_and_a_file_that_is_gone_is_named(folde
             [f"{name}/x.jpg" for name in "gfedcba"],
             "the folders there: a, b, c, d, e and 2 more; if these are classes, move them into ",
         ),
-        ("train", ["train/x.jpg"], "train has no class folders; correct data.path"),
+        ("train", ["train/x.jpg"], "train has no class folders; put the images of each class into a folder"),
         ("train", ["train/ant/x.txt"], "train/ant/x.txt: no suffix of .jpg, "),
         ("train", [f"train/{name}/x.jpg" for name in "abc"], "has 3 classes, but model.num_classes = 2"),
         ("val", ["train/ant/1.jpg", "test/ant/1.jpg"], "val does not exist; the folders there: "),
         ("val", ["train/ant/1.jpg", "test/ant/1.jpg"], "; set data.val_split=test"),
-        ("val", ["train/ant/1.jpg"], "or make one by karat prepare webdataset --val-fraction 0.1"),
+        ("val", ["train/ant/1.jpg"], "there: train; make one by karat prepare webdataset --val-fraction 0.1"),
+        ("val", ["train/ant/1.jpg", "new/ant/1.jpg"], "; set data.val_split to one of them, or make one by karat "),
         ("val", ["val/ant/1.jpg", "val/wasp/1.jpg"], "val/wasp is a class that the training split does not have"),
     ],
 )
