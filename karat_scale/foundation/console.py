@@ -307,10 +307,12 @@ def _data_url(kind: str, data: bytes) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Format a number to four figures; a dash if it is undefined."""
+    """Format a number to four figures, a whole one with commas; a dash if it is undefined."""
     if _is_undefined(value):
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:#.4g}".rstrip(".")
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _is_undefined(value: Any) -> bool:

@@ -111,9 +111,8 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             if not was_finished:
                 state, name = outcome.state, outcome.state.scores[0]
                 best = getattr(state, f"best_{name}")
-                scored = (
-                    "" if best is None else f", best {name.replace('top', 'top-')} {best:.2f} at step {state.best_step}"
-                )
+                unit, what = " %" if name.startswith("top") else "", name.replace("top", "top-")
+                scored = "" if best is None else f", best {what} {best:.2f}{unit} at step {state.best_step}"
                 reporter.info(f"finished{scored}; next: {task.reader} {shlex.quote(str(directory.path))}")
         return outcome.code
     print("stopped before training began; run the same command to resume", flush=True)

@@ -325,7 +325,8 @@ class Trainer:
             self._compiles_evaluation = False
             figures = {"samples": state.samples, **scores.to_json(), **more}
             is_best = state.record(figures)
-            said = f"eval at step {state.step}: {scores} ({figures['weights']} weights)"
+            of = f" ({figures['weights']} weights)" if self.recipe.train.ema_decay else ""
+            said = f"eval at step {state.step}: {scores}{of}"
             self.reporter.event("eval", state.step, said, figures)
             if is_best and self.recipe.checkpoint.keep_best:
                 self._save()

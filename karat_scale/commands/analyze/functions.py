@@ -36,6 +36,7 @@ from karat_scale.models.operators import gates, head_parameters, heads_of, opera
 POINTS = 200
 LIMIT, SCORE_BINS = 64.0, 2048
 Shares = npt.NDArray[np.float64]
+_NEAR = 0.5  # a distance from softmax below which a head is near it
 
 
 @torch.no_grad()
@@ -283,9 +284,10 @@ def _add_distances(
     columns |= {"to_softmax": "S to softmax", "fit_error": "error of the fit"}
     result.add_records("softmax", rows, title, columns)
     nearest = min(rows, key=lambda row: row[2])
+    far = "No head is near softmax. " if nearest[2] > _NEAR else ""
     result.findings.append(
-        f"The head nearest to softmax is head {nearest[1]} of block {nearest[0]}: {nearest[2]:.2f} from its best fit, "
-        "where 0 is the same and 1 has nothing in common."
+        f"{far}The head nearest to softmax is head {nearest[1]} of block {nearest[0]}: {nearest[2]:.2f} from its best "
+        "fit, where 0 is the same and 1 has nothing in common."
     )
     figure, axes = new_axes(max(5.0, 0.3 * len(rows) + 1), 2.8)  # as wide as the legend
     where = np.arange(len(rows))

@@ -141,6 +141,13 @@ _COURSE = {
     "images_per_second": "images a second",
     "beyond_reach": "scores beyond the functions' reach,\nshare in the worst block",
 }
+# Of one run, what tells its curves apart.
+_LEGENDS = {
+    "loss": {"train": "training", "evaluations": "validation"},
+    "accuracy": {"top1": "top-1", "top5": "top-5"},
+}
+# Evaluations and a rise of their loss from which training is said to learn its images by heart.
+_FEWEST, _RISEN = 4, 1.1
 _MARKED = {"marker": "o", "markersize": 3.5}
 # Of each figure: the events, their value and the style of a curve.
 _CURVES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
@@ -179,6 +186,8 @@ def analyze_training(runs: Mapping[str, TrainedRun]) -> Result:
         if any(len(_points(history, *curve[:2])) > 1 for history in histories.values() for curve in curves):
             result.figures[name] = _draw(name, curves, histories), caption
     for number, (label, history) in enumerate(histories.items()):
+        if said := _learned_by_heart(history):
+            result.findings.append(f"{label}: {said}" if len(histories) > 1 else said)
         for name in ("samples", "loss", *_COURSE):
             result.arrays[f"train{number}_{name}"] = _column(history.train, name)
         for name in ("samples", "loss", "top1", "top5"):
@@ -195,6 +204,22 @@ def analyze_training(runs: Mapping[str, TrainedRun]) -> Result:
     if not (result.figures or result.tables):
         raise NothingToShowError("no run has logged two steps or an evaluation yet")
     return result
+
+
+def _learned_by_heart(history: History) -> str:
+    """Return a sentence if the validation loss has risen while the training loss fell; else an empty text."""
+    trained, tested = (_points(history, events, "loss") for events in ("train", "evaluations"))
+    if len(tested) < _FEWEST or not len(trained):
+        return ""
+    (seen, least), (_, last) = tested[tested[:, 1].argmin()], tested[-1]
+    then = trained[np.abs(trained[:, 0] - seen).argmin(), 1]
+    if last < _RISEN * least or trained[-1, 1] >= then:
+        return ""
+    return (
+        f"The validation loss was lowest after {seen:,.0f} images ({least:.2f}) and is {last:.2f} at the end, while "
+        f"the training loss went from {then:.2f} to {trained[-1, 1]:.2f}: since then the model learns its training "
+        "images by heart. More images, stronger augmentation or fewer steps help."
+    )
 
 
 def _column(points: Sequence[Point], name: str) -> Any:
@@ -215,6 +240,8 @@ def _draw(name: str, curves: Sequence[tuple[str, str, dict[str, Any]]], historie
         named: dict[str, Any] = {"label": label.replace("$", r"\$")}
         for events, value, style in curves:
             points = _points(history, events, value)
+            if len(histories) == 1 and name in _LEGENDS:
+                named = {"label": _LEGENDS[name][value if name == "accuracy" else events]}
             if len(points):  # else a run would be in the legend without a curve
                 axes.plot(*points.T, **({"marker": "."} if len(points) == 1 else {}) | style | own | named)
                 named = {}
@@ -222,12 +249,12 @@ def _draw(name: str, curves: Sequence[tuple[str, str, dict[str, Any]]], historie
     if name in _COURSE:
         axes.set_ylim(0)
     axes.set_xlim(left=0)  # also of one point, which matplotlib shows in a window of its own
-    return _with_legend(figure, histories)
+    return _with_legend(figure, histories, is_needed=len(axes.lines) > 1)
 
 
-def _with_legend(figure: Figure, runs: Mapping[str, object]) -> Figure:
-    """Return the figure, with the names of the runs if there are several."""
-    if len(runs) > 1:
+def _with_legend(figure: Figure, runs: Mapping[str, object], is_needed: bool = False) -> Figure:
+    """Return the figure, with the names of the runs if there are several, or if a legend is needed."""
+    if len(runs) > 1 or is_needed:
         figure.legend(loc="outside lower center", ncols=2)
     return figure
 

@@ -92,10 +92,11 @@ def analyze_accuracy(run: TrainedRun, settings: Settings) -> Result:
     columns |= {"precision": "precision, %", "taken_for": "most often taken for"}
     classes = class_figures(predictions, matrix)
     result.add_records("classes", classes, "Accuracy of each class", columns)
-    name, _, accuracy, _, taken_for = min(classes, key=lambda row: 100.0 if row[2] is None else row[2])
+    name, images, accuracy, _, taken_for = min(classes, key=lambda row: 100.0 if row[2] is None else row[2])
     if taken_for:
         result.findings.append(
-            f"The hardest class is {name}: {accuracy:.1f} % right, most often taken for {taken_for}."
+            f"The hardest class is {name}: {accuracy:.1f} % of its {plural(images, 'image')} are right, and it is most "
+            f"often taken for {taken_for}."
         )
     result.arrays = {"confusion": matrix}
     caption = "Rows: the images of a class. Columns: the class that the model says, in percent of the row."

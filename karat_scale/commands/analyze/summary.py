@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 
 Z = 1.96
 LITTLE, MOSTLY = 0.1, 0.5
+BENT = 0.25  # the share of curves in what is not constant, from which functions do more than straight lines
 """Shares below the first are called little, and from the second on mostly."""
 AS_WELL = 1.0
 """Points of top-1 up to which a change of the model counts as none."""
@@ -60,10 +61,10 @@ def lost_points(right: Sequence[bool], changed: Sequence[bool]) -> tuple[float, 
     return 100 * (lost - gained) / len(pairs), 100 * max(mean - margin, -1), 100 * min(mean + margin, 1)
 
 
-def constant_sentence(right: Sequence[bool], changed: Sequence[bool], by_image: float) -> str:
+def constant_sentence(right: Sequence[bool], changed: Sequence[bool], by_image: float, is_all: bool = False) -> str:
     """Say whether a constant matrix would do as well: on which images a model is right, and with each S its mean.
 
-    by_image: the largest share of a block's energy that depends on the image.
+    by_image: the largest share of a block's energy that depends on the image. is_all: there are no other images.
     """
     images = len(right)
     if by_image < 1e-6 and images > 1:
@@ -81,7 +82,7 @@ def constant_sentence(right: Sequence[bool], changed: Sequence[bool], by_image: 
         )
     return (
         f"These {images:,} images cannot tell whether a constant matrix in place of each S would do as well in the "
-        f"trained model: {change}; --images takes more of them."
+        f"trained model: {change}; {'the split has no more' if is_all else '--images takes more of them'}."
     )
 
 
@@ -90,7 +91,7 @@ def functions_sentence(constant: float, line: float, curve: float) -> str:
     total = constant + line + curve
     if line + curve < LITTLE * total:
         judged = "they hardly read the scores"
-    elif curve < LITTLE * (line + curve):
+    elif curve < BENT * (line + curve):
         judged = "they read the scores nearly as straight lines would"
     else:
         judged = "they do more with the scores than a straight line could"

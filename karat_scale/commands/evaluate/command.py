@@ -353,7 +353,7 @@ def evaluate_run(
             figures = scores.to_json()
             _refuse_nonfinite(run, figures.get("nonfinite", 0), figures["images"])
     if world.is_main:
-        print(f"{run.path} {run.chosen}{run.store.beside(run.chosen)} ({run.weights_kind} weights): {scores}")
+        print(f"{run.path} {run.chosen}{run.store.beside(run.chosen)}, {run.weights_kind} weights: {scores}")
         of = {"run": str(run.path), "checkpoint": run.chosen, "weights": run.weights_kind}
         write_json(json_file, {**of, **figures})
     return 0

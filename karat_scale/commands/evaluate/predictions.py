@@ -155,7 +155,8 @@ class Evaluation(BaseModel):
         scores += f" top-5 {self.top5:.2f} %" if self.top5 is not None and self.top5 < 100 else ""
         scores += f" loss {self.loss:.4f}" if self.loss is not None else ""
         among = f", among {self.among} of {self.classes:,} classes" if self.among < self.classes else ""
-        return f"{scores} on {self.images:,} images{among}, {self.unreadable} unreadable"
+        bad = f", {self.unreadable} unreadable" if self.unreadable else ""
+        return f"{scores} on {self.images:,} images{among}{bad}"
 
 
 def mean_over(corruptions: Mapping[str, Mapping[int, float]]) -> float:

@@ -109,9 +109,9 @@ def cursor_file(run: Path, name: str) -> Path:
     return run / "trackers" / f"{re.sub(r'[^A-Za-z0-9_.]', '.', name)}.json"
 
 
-def how_to_send(run: Path) -> str:
-    """Return what sends the rest of a run, for messages."""
-    return f"the run's next start sends the rest, or: karat track {shlex.quote(str(run))}"
+def how_to_send(run: Path, name: str) -> str:
+    """Return what sends a tracker the rest of a run, for messages."""
+    return f"`karat track {shlex.quote(str(run))} --to {name}` sends the rest"
 
 
 def _next_lines(file: Path, offset: int) -> tuple[Sequence[bytes], int]:
@@ -316,11 +316,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with alone(run, name, ended) as held:
             if held:
-                code = follow(Follower(run, name, place, say), ended, say, how_to_send(run))
+                code = follow(Follower(run, name, place, say), ended, say, how_to_send(run, name))
             else:
                 say("warning: another process sends to it now")
     except OSError as error:  # of the lock, or of a file of ours
-        say(f"warning: {error.filename or name}: {error.strerror or error}; {how_to_send(run)}")
+        say(f"warning: {error.filename or name}: {error.strerror or error}; {how_to_send(run, name)}")
     sys.stdout.flush()
     with suppress(OSError):
         os.write(messages, FAREWELL.encode())
@@ -355,7 +355,7 @@ class Trackers:
             patient: a process may take as long as it needs, once `finish` is called.
             say: is called with each message at once, by another thread; without it, `messages` returns them.
         """
-        self._hint = how_to_send(run)
+        self._run = run
         self._messages: deque[str] = deque()
         self._say = say or self._messages.append
         self._processes: dict[str, subprocess.Popen[str]] = {}
@@ -389,7 +389,7 @@ class Trackers:
                     process.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0))
                 except subprocess.TimeoutExpired:
                     self._kill(name, process)
-                    self._say(f"warning: {name}: has not got everything in time; {self._hint}")
+                    self._say(f"warning: {name}: has not got everything in time; {how_to_send(self._run, name)}")
         except KeyboardInterrupt:
             for name, process in self._processes.items():
                 self._kill(name, process)
@@ -438,7 +438,8 @@ class Trackers:
         code = process.wait()
         if self._note_end(name, in_order=False):
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            self._say(f"warning: {name}: its process has ended ({how}), so it gets no more figures; {self._hint}")
+            then = how_to_send(self._run, name)
+            self._say(f"warning: {name}: its process has ended ({how}), so it gets no more figures; {then}")
 
     def _kill(self, name: str, process: subprocess.Popen[str]) -> None:
         self._note_end(name, in_order=False)

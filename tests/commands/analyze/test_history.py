@@ -57,6 +57,22 @@ def test_the_card_of_a_run_that_goes_on_is_not_that_of_its_earlier_end(own_run: 
         assert facts["budget"].startswith(f"{budget} of 8 images, ")
 
 
+@pytest.mark.parametrize(("losses", "says"), [((3.0, 1.0, 1.05, 1.2), True), ((3.0, 1.0, 1.05, 1.09), False)])
+def test_a_model_that_learns_its_training_images_by_heart_is_told(
+    losses: tuple[float, ...], says: bool, karat_run: TrainedRun, tmp_path: Path
+) -> None:
+    steps = [
+        [train(step, 4.0 / step), {"event": "eval", "step": step, "samples": 8 * step, "top1": 50.0, "loss": loss}]
+        for step, loss in enumerate(losses, 1)
+    ]
+    run = with_events(karat_run, tmp_path / "run", *(event for own in steps for event in own))
+    findings = analyze_training({"run": run}).findings
+    assert (findings[-1:] or [""])[0].startswith(
+        "The validation loss was lowest after 16 images (1.00) and is 1.20 at the end, while the training loss went "
+        "from 2.00 to 1.00: "
+    ) == says
+
+
 @pytest.mark.parametrize("when", [{}, {"time": 1e300}])
 def test_the_card_of_a_log_without_times_has_no_date(when: dict[str, float], own_run: TrainedRun) -> None:
     (own_run.path / "metrics.jsonl").write_text(json.dumps({**train(1, 4.0), **when}) + "\n")

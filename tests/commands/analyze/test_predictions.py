@@ -96,8 +96,8 @@ def test_a_real_run_is_predicted_once_as_karat_eval_scores_it(own_run: TrainedRu
     assert finding.endswith((": that fits.", f"may be chance, as these are only {CLASSES * VAL_PER_CLASS} images."))
     hardest = min(result.numbers["classes"], key=lambda one: one["accuracy"])
     assert result.findings == [
-        f"The hardest class is {hardest['class']}: {hardest['accuracy']:.1f} % right, "
-        f"most often taken for {hardest['taken_for']}."
+        f"The hardest class is {hardest['class']}: {hardest['accuracy']:.1f} % of its {VAL_PER_CLASS} images are "
+        f"right, and it is most often taken for {hardest['taken_for']}."
     ]
     assert (own_run.path / FILE).stat().st_mtime_ns == written
     tiles = [tile for gallery in shown.galleries.values() for tile in gallery]

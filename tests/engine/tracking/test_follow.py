@@ -85,7 +85,7 @@ def test_a_tracker_that_is_away_for_a_while_has_no_gap_and_is_told_once(written,
     written.train(1, 2)
     late, said = written.send(PLACE)
     assert late == [PLACE]
-    hint = f"the run's next start sends the rest, or: karat track {written.path}"
+    hint = f"`karat track {written.path} --to {PLACE}` sends the rest"
     assert said[-1] == f"warning: {PLACE}: has not got everything (no route to http://host); {hint}"
     assert lines() == []
 
@@ -144,7 +144,7 @@ def test_a_tracker_that_dies_is_told_at_once_and_is_late(written, lines, end, ho
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     said += trackers.messages()
-    hint = f"the run's next start sends the rest, or: karat track {written.path}"
+    hint = f"`karat track {written.path} --to {PLACE}` sends the rest"
     assert said[1:] == [f"warning: {PLACE}: its process has ended ({how}), so it gets no more figures; {hint}"]
 
 

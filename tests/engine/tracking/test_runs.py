@@ -44,8 +44,8 @@ def test_one_rank_of_two_has_trackers_and_they_may_be_away(recipe_file, tmp_path
     done = karat_done("train", str(recipe_file), *TRACKED, "train.epochs=1", processes=2)
     assert summary(run)["exit"] == 0
     last = done.stdout.splitlines()[-1]
-    assert f"warning: {PLACE}: has not got everything (no route to http://host); the run's next start" in last
-    assert last.endswith(f", or: karat track {run}")
+    assert f"warning: {PLACE}: has not got everything (no route to http://host); `karat track" in last
+    assert last.endswith(f" {run} --to {PLACE}` sends the rest")
     assert "secret" not in done.stdout + done.stderr
     (tmp_path / "away").unlink()
     karat_done("track", str(run), "--trust")

@@ -128,8 +128,9 @@ class EvalResult(Scores):
     def __str__(self) -> str:
         five = f" top-5 {self.top5:.2f} %" if self.top5 < 100 else ""  # as of a model with five classes
         scores = f"top-1 {self.top1:.2f} %{five} loss {self.loss:.4f}"
+        bad = f", {self.bad} unreadable" if self.bad else ""
         odd = f", {self.nonfinite:,} with outputs that are not finite" if self.nonfinite else ""
-        return f"{scores} on {self.images:,} images, {self.bad} unreadable{odd}"
+        return f"{scores} on {self.images:,} images{bad}{odd}"
 
 
 Forward = Callable[[Tensor], Tensor]

@@ -58,7 +58,7 @@ def test_an_output_that_is_not_finite_is_no_prediction_and_is_counted(small_reci
     normalize = Normalize(recipe.augment.mean, recipe.augment.std)
     result = evaluate(lambda images: logits, backend, normalize, 24, world, lambda *_: None)
     assert (result.top1, result.images, result.nonfinite) == (pytest.approx(100 * 21 / 24), 24, 3)
-    assert str(result).endswith("on 24 images, 0 unreadable, 3 with outputs that are not finite")
+    assert str(result).endswith("on 24 images, 3 with outputs that are not finite")
 
 
 def test_running_out_of_memory_names_the_batch_of_the_evaluation(small_recipe, world) -> None:
@@ -71,5 +71,5 @@ def test_running_out_of_memory_names_the_batch_of_the_evaluation(small_recipe, w
 
 def test_top5_of_few_classes_is_not_told() -> None:
     """It is 100 % of any model with five classes."""
-    assert str(EvalResult(60.0, 100.0, 1.0, 10, 0)) == "top-1 60.00 % loss 1.0000 on 10 images, 0 unreadable"
+    assert str(EvalResult(60.0, 100.0, 1.0, 10, 0)) == "top-1 60.00 % loss 1.0000 on 10 images"
     assert "top-5 90.00 %" in str(EvalResult(60.0, 90.0, 1.0, 10, 0))
