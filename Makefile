@@ -84,6 +84,7 @@ extras: packages $(BIN)/python
 		else echo "note: the extra $$extra does not install, so its tests are skipped"; fi; done
 
 demo: $(VENV)/.installed
+	@echo "== to type karat yourself: . $(BIN)/activate"
 	$(BIN)/karat quickstart
 
 $(VENV)/.installed-docs: $(VENV)/.installed

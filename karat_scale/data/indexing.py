@@ -653,6 +653,6 @@ def _what_next(record: shard_format.DatasetRecord, out: Path) -> str:
     place = shlex.quote(f"data.path={out}")
     validation = [name for name in ("val", "test", *there) if name in there and name != "train"]
     if not validation:
-        return f"Train with {place}, once it has a validation split: add --split val=PATTERN"
+        return f"Train with {place}, once it has a validation split: add --split val=GLOB"
     which = "" if validation[0] == "val" else f" data.val_split={validation[0]}"
     return f"Train with {place}{which}"

@@ -213,7 +213,7 @@ def how_to_extend(trainer: Trainer) -> str:
 def headline(trainer: Trainer) -> str:
     """One line on what is trained, on how much data and on what."""
     world, plan, task = trainer.world, trainer.plan, trainer.task
-    pieces = f"{world.size} x {plan.accumulation} x {plan.micro_batch}"
+    pieces = f"{plural(world.size, 'rank')} x {plan.accumulation} x {plan.micro_batch}"
     return (
         f"{trainer.recipe.run.name}: {trainer.engine.parameters:,} parameters, {task.num_train:,} training images of "
         f"{len(task.classes):,} classes, {plural(trainer.total_steps, 'step')} of {plan.global_batch} ({pieces}), "

@@ -167,7 +167,7 @@ def _check_batches(recipe: Recipe, world: int, backend: Backend) -> str:
             raise RecipeError(f"train.global_batch = {plan.global_batch}: {world} ranks do not cut it into its parts")
     evaluation = EvalPlan(backend.num_val, recipe.train.eval_batch, 0, world).num_batches
     return (
-        f"batches: {plural(total, 'step')} of {plan.global_batch} = {world} x {plan.accumulation} x "
+        f"batches: {plural(total, 'step')} of {plan.global_batch} = {plural(world, 'rank')} x {plan.accumulation} x "
         f"{plan.micro_batch}; an evaluation takes {evaluation:,} of {recipe.train.eval_batch} a rank"
     )
 

@@ -15,7 +15,7 @@ from karat_scale.models.flops import Flops, flops_per_image
 from karat_scale.recipe import Recipe
 
 SHOWN_MICRO_BATCHES = 6
-_TIME_UNKNOWN = "unknown; karat doctor RECIPE times a step here, --gpu and --step-time give one of another machine"
+_TIME_UNKNOWN = "unknown; karat doctor RECIPE times a step here, --gpu estimates one, and --step-time takes yours"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Plan:
 
     @property
     def training(self) -> float | None:
-        """Seconds of all steps, evaluations apart."""
+        """Seconds of all steps, without evaluations."""
         return self.step and self.step * self.steps
 
     @property
@@ -219,7 +219,7 @@ def _show_time(plan: Plan) -> None:
     whole = plural(plan.steps, "step") if is_cut else plural(plan.recipe.train.epochs, "epoch")
     print(f"time: {duration(plan.step)} a step, {rate:,.0f} images a second ({plan.time.source});")
     print(f"  {duration(epoch)} an epoch of {plan.samples:,} images ({plan.samples_from});")
-    print(f"  {duration(plan.step * plan.steps)} for {whole}, evaluations apart")
+    print(f"  {duration(plan.step * plan.steps)} for {whole}, without evaluations")
     if note := launch_note(plan):
         print(note)
     for text in plan.data.lines() if plan.data else ():
@@ -234,12 +234,13 @@ def launch_note(plan: Plan) -> str:
     host, device = plan.time.host(accumulation), plan.time.device(micro_batch, accumulation)
     kernels = accumulation * plan.time.launches.micro_batch + plan.time.launches.step
     images = plan.time.least_micro_batch(accumulation)
-    fix = f"train.micro_batch={images}"
+    fix, changes = f"train.micro_batch={images}", ""
     if plan.recipe.train.global_batch < images * plan.machine.world:
         fix += f" train.global_batch={images * plan.machine.world}"
+        changes = ", but a larger batch is another training"
     if accumulation == 1 and plan.choice.stage < 3 and not plan.recipe.train.records_graphs:
         fix += ",\n  or with train.compile=reduce-overhead"
     return (
         f"bound by launches: the host takes {duration(host)} to launch {kernels:,} kernels, the GPU {duration(device)} "
-        f"to run them;\n  it would not be with {fix}"
+        f"to run them;\n  {fix} would end that{changes}"
     )

@@ -59,9 +59,9 @@ class Job:
         for key, value in directives.items():
             quoted = f'"{value}"' if " " in value else value  # sbatch splits a line at other blanks
             lines.append(f"#SBATCH --{key}={quoted}" if value else f"#SBATCH --{key}")
-        if not {"account", "partition"} <= self.options.keys():
-            lines += ["# Many sites need these two options. Remove one # from each line to set them:"]
-            lines += [f"##SBATCH --{key}=" for key in ("account", "partition") if key not in self.options]
+        if unset := [key for key in ("account", "partition") if key not in self.options]:
+            lines += ["# Many sites need an account and a partition. Remove one # from a line to set it:"]
+            lines += [f"##SBATCH --{key}=" for key in unset]
         lines += ["", *(f"{key}={shlex.quote(value)}" for key, value in filled.items())]
         lines += [f"set -- {shlex.join(overrides)}".rstrip(), f'source "$KARAT_HOME/slurm/{name}"']
         return "\n".join(lines) + "\n"

@@ -84,7 +84,7 @@ def test_a_measured_step_takes_the_place_of_the_estimate(tmp_path: Path, capsys:
     file = tmp_path / "plan.json"
     measured = ("train.micro_batch=64", "train.max_steps=100", "--memory", "80", "--step-time", "0.64")
     assert plan(*measured, "--json", str(file)) == 0
-    assert " for 100 steps, evaluations apart" in capsys.readouterr().out
+    assert " for 100 steps, without evaluations" in capsys.readouterr().out
     found = json.loads(file.read_text())["seconds"]
     assert found["image"] == pytest.approx(0.01)
     assert found["step"] == pytest.approx(2.56)
@@ -123,7 +123,7 @@ def changed(recipe: Recipe, section: str, **fields: object) -> Recipe:
 def test_a_right_recipe_is_right_on_four_ranks(recipe: Recipe) -> None:
     lines = list(dry_run(recipe, 4))
     assert "64 training and 28 validation images" in "\n".join(lines)
-    assert "16 steps of 8 = 4 x 1 x 2" in "\n".join(lines)
+    assert "16 steps of 8 = 4 ranks x 1 x 2" in "\n".join(lines)
     assert "4 logits" in lines[-1]
 
 

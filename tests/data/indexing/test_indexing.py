@@ -200,7 +200,7 @@ def test_the_last_line_says_what_the_tars_are_good_for(tmp_path: Path, capsys: p
     for tars, said in {
         "train val": "Train with data.path={out}",
         "train test": "Train with data.path={out} data.val_split=test",
-        "train": "Train with data.path={out}, once it has a validation split: add --split val=PATTERN",
+        "train": "Train with data.path={out}, once it has a validation split: add --split val=GLOB",
         "test": "It has nothing to train on; evaluate a run on it with `karat eval RUN --on {out}`",
     }.items():
         out = tmp_path / tars.replace(" ", "-")
