@@ -189,7 +189,9 @@ def recipe_of_run(run: Path) -> Path:
         if len(inside) > 1:
             more = f" or {len(inside) - 3} more" if len(inside) > 3 else ""
             hint = f"; it holds runs: name one of {', '.join(map(str, inside[:3]))}{more}"
-        raise RunDirectoryError(f"{run}: not a run directory (it has no recipe.yaml){hint}")
+        exists = run.expanduser().exists()
+        why = "not a run directory (it has no recipe.yaml)" if exists else "there is no such directory"
+        raise RunDirectoryError(f"{run}: {why}{hint}")
     return path
 
 

@@ -234,7 +234,7 @@ def _describe(error: Any, schema: type[BaseModel]) -> str:
     if error["type"] == "missing":
         if isinstance(error["loc"][-1], int):
             return f"{key.rpartition('.')[0]} = {error['input']!r}: too few values"
-        return f"{key}: missing; every recipe needs it"
+        return f"{key}: missing; every recipe needs it, or begins with `extends: RECIPE`"
     message: str = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" and not isinstance(error["input"], (str, int, float, bool, list)):
         return message  # a validator of several fields names them itself

@@ -96,11 +96,10 @@ class ModelConfig(Section):
 
     @property
     def described(self) -> str:
-        """The model, the size of its images, and what overrides the named model's own."""
+        """The model, the size of its images, and what is not as in timm's model of this name."""
         own = {"patch": self.patch_size, "width": self.embed_dim, "depth": self.depth, "heads": self.num_heads}
-        return ", ".join(
-            [self.name, f"{self.image_size} px", *(f"{name} {value}" for name, value in own.items() if value)]
-        )
+        changed = [f"{name} {value}" for name, value in own.items() if value]
+        return ", ".join([self.name, f"{self.image_size} px", *(["but " + ", ".join(changed)] if changed else [])])
 
     def _refusals(self) -> Iterator[str]:
         if self.patch_size and self.image_size % self.patch_size:

@@ -66,7 +66,7 @@ PUSH = "export kept --push"
         ("train fashion_mnist_demo attention.basis=no_such:Basis --print", "put its directory on PYTHONPATH"),
         ("train fashion_mnist_demo deepspeed.config=own.json --print", "did you mean gradient_clipping?"),
         ("eval .", ".: not a run directory (it has no recipe.yaml); did you mean kept?"),
-        ("eval kept/checkpoints/step-00000001", "not a run directory (it has no recipe.yaml); did you mean kept?"),
+        ("eval kept/checkpoints/step-00000001", "there is no such directory; did you mean kept?"),
         ("my_recipe", "unknown value 'my_recipe'; did you mean karat train my_recipe?"),
         ("launch train fashion_mnist_demo --ranks 2", "--ranks comes before the command: karat launch --ranks N"),
         ("train fashion_mnist_demo --epochs 5", "`karat explain epochs` finds it"),

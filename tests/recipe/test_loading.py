@@ -151,7 +151,7 @@ def test_each_mistake_is_a_line_and_a_misspelt_key_comes_before_what_is_missing(
         "train.freeze = 5: should be a list, such as [a, b] (default: [])",
         f"{file}: modle: unknown key; did you mean model?",
         "foo: unknown key",
-        f"{file}: data: missing; every recipe needs it",
+        f"{file}: data: missing; every recipe needs it, or begins with `extends: RECIPE`",
     )
     file.write_text("".join(f"key{number}: 1\n" for number in range(11)) + "data: {path: a}\n")
     with pytest.raises(RecipeError) as caught:
