@@ -82,13 +82,13 @@ def list_recipes(words: Sequence[str], json_file: str | None) -> int:
         [[entry.name, entry.paper, entry.result] for entry in found],
         (0, 1, 2),
     )
-    print("\nA name is DATA_MODEL. _ATTENTION replaces the model's own, and _CHANGE comes last. All go together,")
-    print("but that swin has no u, and only a vit has transfer:")
+    print("\nA name is DATA_MODEL. _ATTENTION replaces the model's own, and _CHANGE comes last.")
+    print("Every combination can be trained, except u with swin, and transfer with a model other than vit:")
     for title, parts in _parts().items():
         print(f"  {title:<9}  {'  '.join(parts)}")
     print("g3b is Fourier-KArAt with grid 3 and functions of its own for each block; u shares them between all.")
     if left := len(having) - len(found):
-        print(f"Not listed: {plural(left, 'recipe')} that add such words to a name above and have no result.")
+        print(f"Not listed: {plural(left, 'recipe')} with an _ATTENTION or a _CHANGE and without a result.")
     return 0
 
 

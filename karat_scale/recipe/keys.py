@@ -97,6 +97,17 @@ _ON_RESUME = {
     Effect.MODEL: "A run resumes with another value only if resume.allow names the key.",
     Effect.SHAPES: "A run cannot resume with another value.",
 }
+# Of keys to which neither line applies as it stands.
+_SAID_OF = {
+    "data.path": (
+        "Another path changes nothing that is learned, if the same data are there. A run may resume with it. With "
+        "other training images or classes it resumes only if resume.allow names the key."
+    ),
+    "train.epochs": (
+        "Another value may change the model that is learned. A finished run resumes with a larger value. In any other "
+        "case, a run resumes with another value only if resume.allow names the key."
+    ),
+}
 
 
 def explain(names: Sequence[str], schema: type[RunRecipe]) -> int:
@@ -141,9 +152,11 @@ def _explain(name: str, sections: Sequence[KeySection], schema: type[RunRecipe])
 def _print_key(key: Key) -> None:
     default = "required" if key.default is None else f"default {key.default}"
     effect = Effect.SHAPES if key.name in NEVER_ALLOWED else key.effect
+    changes = "changes" if key.effect is Effect.NOTHING else "may change"
+    said = _SAID_OF.get(key.name, f"Another value {changes} {key.effect.value}. {_ON_RESUME[effect]}")
     lines = [
         f"{key.name}: {type_in_words(key.schema)} ({default})",
         f"  {key.meaning}",
-        f"  Another value may change {key.effect.value}. {_ON_RESUME[effect]}",
+        f"  {said}",
     ]
     print("", *(wrapped(line, "  ") for line in lines), sep="\n")

@@ -265,7 +265,8 @@ def keys_like(key: str, schema: type[BaseModel] = Recipe) -> list[str]:
     if not close and key == leaf:
         alike = difflib.get_close_matches(key, [k.rpartition(".")[2] for k in keys], n=1, cutoff=0.7)
         close = [k for k in keys if k.rpartition(".")[2] in alike][:1]
-    return close or difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
+    longer = [k for k in keys if k.rpartition(".")[2].startswith(f"{leaf}_")]
+    return close or longer[:1] or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
 
 
 def _default_of(key: str, schema: type[BaseModel]) -> str:

@@ -108,7 +108,8 @@ class TrainConfig(Section):
     tf32: Annotated[bool, Effect.ROUNDING] = True
     """Allow fp32 matrix products to round their inputs to TF32 (10 bits of mantissa) on GPUs that have it."""
     compile: Annotated[Literal[False, "default", "reduce-overhead", "max-autotune"], Effect.ROUNDING] = False
-    """The mode of torch.compile; `true` means `default`. The other two record CUDA graphs."""
+    """The mode of torch.compile; `true` means `default`. `reduce-overhead` and `max-autotune` record CUDA
+    graphs."""
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99992
     """Decay of the exponential moving average (EMA) of the weights. 0 turns it off."""
     ema_warmup: bool = True

@@ -82,7 +82,7 @@ def test_a_base_that_was_not_run_is_listed_and_what_adds_words_to_one_is_counted
     assert "imagenet_vit_small_bv " in listed["imagenet small"]
     assert "imagenet_vit_small_converted_g3b " in listed["imagenet small"]
     assert listed["bv"].startswith("\n6 recipes. ")
-    assert "Not listed: 66 recipes that add such words" in listed["bv"]
+    assert "Not listed: 66 recipes with an _ATTENTION" in listed["bv"]
     assert "imagenet_vit_small_bv_g3b " in listed["bv g3b"]
 
 
@@ -117,6 +117,7 @@ def test_keys_are_explained_and_what_does_not_exist_is_one_line(capsys: pytest.C
         "explain detector.window": "no such key; did you mean",
         "explain optim.lrr": "did you mean optim.lr?",
         "explain lrr": "did you mean optim.lr?",
+        "explain nonsense": "no such key; `karat explain` lists the sections",
     }.items():
         assert main(arguments.split()) == 2
         (line,) = capsys.readouterr().err.splitlines()
@@ -125,6 +126,7 @@ def test_keys_are_explained_and_what_does_not_exist_is_one_line(capsys: pytest.C
         "optim.lr": ["optim.lr: number > 0", "default 0.0005", "only if resume.allow names the key"],
         "lr": ["lr is optim.lr here", "optim.lr: number"],
         "train.global_batch": ["train.global_batch: integer", "cannot resume with another value"],
+        "train.epochs": ["A finished run resumes with a larger value"],
         "batch_size": ["batch_size is train.global_batch or train.micro_batch here", "train.micro_batch: integer"],
         "train.recompute": ["train.recompute.every", "being kept"],
         "--detection detector.window": ["detector.window: integer", "cannot resume"],
