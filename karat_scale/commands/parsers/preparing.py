@@ -54,7 +54,7 @@ def add_commands(commands: Any) -> None:
 
     data = commands.add_parser("data", help="look at a data set: counts, sizes, odd files, and a page of samples")
     data.add_argument("path", metavar="PATH", help="shards, FFCV's betons, or a folder with train/<class>/<image>")
-    sampled = f"images to measure and decode; a split below {DECODED_BELOW:,} is decoded whole"
+    sampled = f"images of each split to measure and decode; below {DECODED_BELOW:,} images in all, all are decoded"
     add_number(data, "--images", 1000, sampled)
     add_number(data, "--classes", 50, "classes to show samples of")
     data.add_argument("--out", metavar="FILE", default="data.html", help="an HTML file (default: %(default)s)")
@@ -109,13 +109,14 @@ def _add_benches(benches: Any) -> None:
 
     def add(name: str, what: str, module: str = "") -> argparse.ArgumentParser:
         place = f"karat_scale.commands.bench.{module or name}:bench_{name}"
-        parser: argparse.ArgumentParser = benches.add_parser(name, help=what)
+        description = f"Measure {what}."
+        parser: argparse.ArgumentParser = benches.add_parser(name, help=what, description=description)
         parser.set_defaults(run=lambda options: int(load(place)(options)))
         return parser
 
     parser = add("step", "our loop against a bare PyTorch loop, KArAt against softmax", "training")
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="a model of timm (default: %(default)s)")
-    add_number(parser, "--image-size", 224)
+    add_number(parser, "--image-size", 224, "height and width of the images in pixels")
     add_number(parser, "--batch", 8, "images per step")
     add_number(parser, "--steps", 5, "steps per round")
     _add_output(parser, 7)
@@ -127,11 +128,12 @@ def _add_benches(benches: Any) -> None:
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="only these implementations")
 
     parser = add("resume", "what an interruption costs: signal to saved, start to first step", "training")
-    parser.add_argument("recipe", metavar="RECIPE", nargs="?", default="imagenet_vit_base_g1b")
+    of = "a shipped recipe's name or a YAML file (default: %(default)s)"
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", default="imagenet_vit_base_g1b", help=of)
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as deepspeed.config=zero3")
     add_number(parser, "--ranks", 1, "processes")
     add_number(parser, "--batch", 2, "images per rank")
-    add_number(parser, "--rounds", 3)
+    add_number(parser, "--rounds", 3, "how often to start, interrupt and resume")
     _add_output(parser)
 
     add_gpu_options(add("gpu", "whether training is right on this card, and how fast it is", "gpu.command"))
@@ -160,9 +162,10 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ffcv", metavar="DIR", help="made by data_prep/make_ffcv.py, to measure that backend")
     repeated = "may be repeated (default: all)"
     parser.add_argument("--backend", metavar="NAME", choices=BACKENDS, action="append", help=repeated)
-    parser.add_argument("--augment", choices=("crop", "paper", "device"), default="crop")
+    as_in = "crop: crop and flip; paper: the paper's, on the CPU; device: that on the device (default: %(default)s)"
+    parser.add_argument("--augment", choices=("crop", "paper", "device"), default="crop", help=as_in)
     add_number(parser, "--workers", 1, "0 for none", whole(0))
-    add_number(parser, "--images", 512)
+    add_number(parser, "--images", 512, "images to measure on")
     _add_output(parser, 7)
 
 

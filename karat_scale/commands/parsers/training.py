@@ -45,14 +45,24 @@ _SEE_ALSO = (
     "`karat recipes WORD` filters the recipes, `karat explain KEY` says what a key means, and `karat completion SHELL` "
     "completes both in bash, zsh and fish."
 )
-_SBATCH: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("account", "partition", "qos", "constraint", "mem", "dependency", "mail-type", "mail-user"), str),
-    "time": time_limit,
-    "nodes": whole(1),
-    "gpus-per-node": whole(0),
-    "cpus-per-task": whole(1),
+_SBATCH: dict[str, tuple[Callable[[str], Any], str]] = {
+    "account": (str, "the account that pays for the job (default: yours on the cluster)"),
+    "partition": (str, "the partition, a queue of the cluster (default: the cluster's)"),
+    "qos": (str, "the quality of service, which sets priority and limits (default: the account's)"),
+    "constraint": (str, "only nodes with this feature, such as a100 (default: any)"),
+    "mem": (str, "memory of each node, such as 200G (default: the cluster's)"),
+    "dependency": (str, "start after other jobs, such as afterok:JOB (default: none)"),
+    "mail-type": (str, "events that send a mail, such as END,FAIL (default: none)"),
+    "mail-user": (str, "who gets the mail (default: you)"),
+    "time": (time_limit, "time limit, such as 12:00:00 or 1-12 (default: 24:00:00)"),
+    "nodes": (whole(1), "number of nodes (default: 1)"),
+    "gpus-per-node": (whole(0), "GPUs of each node, with a rank for each; 0: one rank without GPU (default: 4)"),
+    "cpus-per-task": (whole(1), "CPU cores of each rank (default: 8)"),
 }
-"""The options of sbatch, with the types of their values."""
+"""The options of sbatch, with the types of their values and their meaning.
+
+Their numbers are those in the scripts of slurm/.
+"""
 _SETTINGS = {
     "venv": "a virtual environment for the nodes",
     "conda-env": "a conda environment for the nodes",
@@ -65,7 +75,13 @@ _SETTINGS = {
 
 def add_commands(commands: Any) -> None:
     """Add the parsers of these commands."""
-    train = commands.add_parser("train", help="train a recipe, or resume its run", epilog=_SEE_ALSO)
+    train = commands.add_parser(
+        "train",
+        help="train a recipe, or resume its run",
+        description="Train a recipe, or resume its run. The run goes to the directory run.dir, by default runs/NAME "
+        "with the name of the recipe. The same command resumes a run that was stopped.",
+        epilog=_SEE_ALSO,
+    )
     what = "a shipped recipe's name, which `karat recipes` lists, or a YAML file"
     add_recipe(train, "optim.lr=1e-3; `karat explain` lists all", what)
     train.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
@@ -85,8 +101,9 @@ def add_commands(commands: Any) -> None:
     quick = commands.add_parser(
         "quickstart",
         help="train KArAt, softmax and a control on Fashion-MNIST, and compare them",
-        description="Train KArAt, softmax and a control on Fashion-MNIST, and compare them. This takes about five "
-        "minutes on two cores, and writes to data/ and runs/ of this directory. If you stop it, run it again.",
+        description="Train KArAt, softmax and a control on Fashion-MNIST, and compare them. This downloads 31 MB, "
+        "takes about five minutes on two cores, and writes to data/ and runs/ of this directory. If you stop it, run "
+        "it again.",
     )
     quick.set_defaults(run=command("karat_scale.commands.quickstart:quickstart"))
 
@@ -250,9 +267,9 @@ def _add_results(commands: Any) -> None:
 
 
 def _add_sbatch_options(parser: argparse.ArgumentParser) -> None:
-    for name, kind in _SBATCH.items():
-        more = ", such as 12:00:00 or 1-12" if name == "time" else ""
-        parser.add_argument(f"--{name}", type=kind, help=f"the option --{name} of sbatch{more}")
+    of_sbatch = parser.add_argument_group("options of sbatch")
+    for name, (kind, meant) in _SBATCH.items():
+        of_sbatch.add_argument(f"--{name}", type=kind, help=meant)
     for name, meant in _SETTINGS.items():
         typed: dict[str, Any] = {"type": virtual_environment, "metavar": "DIR"} if name == "venv" else {}
         parser.add_argument(f"--{name}", help=meant, **typed)

@@ -72,6 +72,18 @@ def test_print_shows_the_script_and_writes_nothing(tmp_path: Path, capsys: pytes
     assert not any(line.startswith("VENV=") for line in lines)
 
 
+@pytest.mark.parametrize("command", ["submit", "sweep"])
+def test_the_help_says_the_numbers_that_the_script_has(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    script = {"submit": SCRIPT, "sweep": "sweep_grid.sh"}[command]
+    text = (slurm_home() / "slurm" / script).read_text()
+    for option in ("nodes", "gpus-per-node", "cpus-per-task", "time"):
+        (value,) = re.findall(rf"^#SBATCH --{option}=(.*)$", text, re.MULTILINE)
+        assert re.findall(rf"--{option} [A-Z_]+ .*?\(default: (.*?)\)", out)[0] == value
+
+
 def test_print_says_which_directory_slurm_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "my run"
     command = ["submit", "imagenet_vit_tiny_g3b", f"run.dir={run}", f"data.path={tmp_path}", "--print"]
