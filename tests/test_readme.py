@@ -19,7 +19,7 @@ from tests.warm import run_program
 
 README = (ROOT / "README.md").read_text()
 
-OURS = ("eval", "train", "launch", "plan", "export", "recipes", "explain")
+OURS = ("eval", "train", "launch", "plan", "export", "prepare", "recipes", "explain")
 
 
 def blocks(language: str) -> list[str]:
@@ -48,7 +48,7 @@ def find(start: str) -> str:
 def test_every_command_is_run_here_or_by_the_ci_script() -> None:
     ours = ("python data_prep/", *(f"karat {name}" for name in OURS), COMPLETION)
     # By .ci/run (tests/test_ci.py); the extras of `all` by the Makefile, with uv, and by .ci/newest.
-    elsewhere = ("make demo", "make test", "make release", "pip install -e '.[all]'")
+    elsewhere = ("make demo", "make test", "make release", "pip install -e .", "pip install -e '.[all]'")
     elsewhere += ("pip install dist/karat_scale-*_x86_64.whl",)  # `make release` does
     # tests/slurm submits these scripts to a SLURM of its own.
     submitted = "".join(path.read_text() for path in (ROOT / "tests" / "slurm").glob("test_*.py"))
