@@ -19,7 +19,7 @@ def test_every_program_that_the_docs_name_exists() -> None:
 
 def test_every_recipe_in_the_docs_is_valid(tmp_path: Path) -> None:
     texts = [text for page in PAGES for text in re.findall(r"```yaml\n(extends:.*?)```", page.read_text(), re.DOTALL)]
-    assert len(texts) == 2
+    assert len(texts) == 3
     for text in texts:
         (tmp_path / "photos.yaml").write_text(text)
         load_recipe(str(tmp_path / "photos.yaml"))
