@@ -30,7 +30,8 @@ class PointwiseHeads(AttentionHeads):
     Args:
         num_tokens: N, class token included.
         num_heads: h.
-        implementation: "flex" is PyTorch's FlexAttention, without bias or mask; others form S a tile of rows at a time.
+        implementation: "flex" is PyTorch's FlexAttention, without bias or mask; "reference" forms all of S; any other
+            name forms a tile of rows at a time.
     """
 
     kind: str
@@ -39,7 +40,7 @@ class PointwiseHeads(AttentionHeads):
     def __init__(self, num_tokens: int, num_heads: int, implementation: str = "auto") -> None:
         super().__init__()
         self.num_tokens, self.num_heads = num_tokens, num_heads
-        self.implementation = "flex" if implementation == "flex" else "auto"
+        self.implementation = implementation if implementation in ("flex", "reference") else "auto"
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
@@ -48,8 +49,8 @@ class PointwiseHeads(AttentionHeads):
 
         Raises ValueError for a bias or a mask that FlexAttention is to take.
         """
-        if self.implementation == "auto":
-            return attend_rows(self._rule(), query, key, value, bias, mask)
+        if self.implementation != "flex":
+            return attend_rows(self._rule(), query, key, value, bias, mask, self.implementation == "reference")
         if bias is not None or mask is not None:
             raise ValueError(f"implementation = 'flex' cannot take this call: {_BIAS_OR_MASK}")
         output = flex.attend_pointwise(self.kind, self.num_tokens, query, key, value)
@@ -65,7 +66,7 @@ class PointwiseHeads(AttentionHeads):
 
     def refusal(self, layer: LayerCall) -> str | None:
         """See `AttentionHeads`."""
-        if self.implementation == "auto":
+        if self.implementation != "flex":
             return None
         if layer.biased or layer.masked:
             return _BIAS_OR_MASK

@@ -8,8 +8,9 @@ from collections.abc import Collection, Sequence
 
 Z = 1.96
 LITTLE, MOSTLY = 0.1, 0.5
-BENT = 0.25  # the share of curves in what is not constant, from which functions do more than straight lines
 """Shares below the first are called little, and from the second on mostly."""
+BENT = 0.25
+"""The share of curves in what is not constant, from which functions do more than straight lines."""
 AS_WELL = 1.0
 """Points of top-1 up to which a change of the model counts as none."""
 
