@@ -111,7 +111,7 @@ def _let_operators_pass(network: nn.Module) -> Collection[_PassedOperator]:
         for name, child in list(module.named_children()):
             if isinstance(child, AttentionHeads) and type(child).flops is not AttentionHeads.flops:
                 setattr(module, name, passed.setdefault(child, _PassedOperator(child)))
-            else:
+            elif not isinstance(child, _PassedOperator):  # which a layer that blocks share has already
                 replace_in(child)
 
     replace_in(network)

@@ -29,12 +29,13 @@ def test_modular_fourier_is_the_papers_algebra(grid: int, rank: int, mode: str) 
     assert flops_per_image(TINY, attention) == Flops(forward, 3 * forward - PATCHES)
 
 
-def test_hybrid_heads_are_counted_each_by_its_own() -> None:
+@pytest.mark.parametrize("mode", ["blockwise", "universal"])
+def test_hybrid_heads_are_counted_each_by_its_own(mode: str) -> None:
     softmax = flops_per_image(TINY, AttentionConfig())
-    karat = flops_per_image(TINY, AttentionConfig(kind="karat"))
-    hybrid = flops_per_image(TINY, AttentionConfig(kind="karat", softmax_heads=1))
+    karat = flops_per_image(TINY, AttentionConfig(kind="karat", mode=mode))
+    hybrid = flops_per_image(TINY, AttentionConfig(kind="karat", softmax_heads=1, mode=mode))
     assert hybrid.forward * 3 == softmax.forward + 2 * karat.forward
-    residual = flops_per_image(TINY, AttentionConfig(kind="karat", residual=True))
+    residual = flops_per_image(TINY, AttentionConfig(kind="karat", residual=True, mode=mode))
     assert residual.forward == softmax.forward + karat.forward - OUTSIDE
 
 
