@@ -212,5 +212,5 @@ def add_json(parser: argparse.ArgumentParser, what: str = "write all figures to 
 def add_trust(parser: argparse.ArgumentParser) -> None:
     """Add the option `--trust` of the commands that may read what others wrote."""
     parser.add_argument(
-        "--trust", action="store_true", help="run classes that a run or a file of weights names; or set KARAT_TRUST=1"
+        "--trust", action="store_true", help="allow code that a run or a file of weights names; or set KARAT_TRUST=1"
     )

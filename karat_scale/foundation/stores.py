@@ -111,6 +111,8 @@ def check_url(url: str) -> str:
             repeat that.
     """
     parts = urlsplit(url)
+    if not is_url(url):
+        raise ValueError(f"{url[:100]!r} is no URL; use one that begins with s3:// or gs://")
     if parts.scheme not in PROTOCOLS:
         raise ValueError(f"{parts.scheme}:// is not supported; use {', '.join(f'{name}://' for name in PROTOCOLS)}")
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -191,7 +191,8 @@ def recipe_of_run(run: Path) -> Path:
             hint = f"; it holds runs: name one of {', '.join(map(str, inside[:3]))}{more}"
         exists = run.expanduser().exists()
         why = "not a run directory (it has no recipe.yaml)" if exists else "there is no such directory"
-        raise RunDirectoryError(f"{run}: {why}{hint}")
+        fix = hint or ("" if exists else "; name that of a run")
+        raise RunDirectoryError(f"{run}: {why}{fix}")
     return path
 
 

@@ -49,7 +49,7 @@ class OptimConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """A linear warm-up, then a cosine to `min_lr`, per step. The rates are absolute, as in the paper."""
+    """A linear warm-up, then a cosine to `min_lr`, per step. `optim.lr_batch` scales neither end."""
 
     warmup_epochs: NonNegative = 5.0
     """Length of the warm-up in epochs."""
@@ -90,7 +90,7 @@ class TrainConfig(Section):
     """Length of training, batch sizes, precision, EMA and evaluation.
 
     A step whose loss or gradients are not finite is never taken. Such a step is noticed at the next log line,
-    evaluation or save, or about a second later. A run that must stop may take more steps first, but never saves them.
+    evaluation or save, or about a second later. The run may take more steps until then, and never saves them.
     """
 
     epochs: Count = 100

@@ -143,7 +143,7 @@ LOOKS = [
     ("eval",),
     ("export",),
     ("analyze", "--only", "maps"),
-    ("predict", "photo.jpg"),
+    ("predict", "*.jpg"),
     ("train", "init_from"),
     ("train", "attention.transfer_from"),
     ("plan", "distill.from"),
@@ -185,7 +185,7 @@ def test_an_exported_folder_needs_trust_too(foreign_run, monkeypatch, capsys) ->
     with pytest.raises(Exception, match="foreign_basis:Foreign runs the code of the module foreign_basis"):
         timm.create_model(f"local-dir:{folder}", pretrained=True)
     capsys.readouterr()
-    assert karat_here("predict", str(folder), "photo.jpg") == 2
+    assert karat_here("predict", str(folder), "*.jpg") == 2
     refused = f"{folder}/model.safetensors: attention.basis = foreign_basis:Foreign runs the code"
     assert refused in capsys.readouterr().err
     assert not (foreign_run.parent / "it_ran").exists()

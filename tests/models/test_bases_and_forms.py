@@ -145,7 +145,7 @@ def test_operators_of_any_kind_go_without_weight_decay():
         ({"kind": "softmax", "scores": False}, "attention.scores = False has no effect with attention.kind = "),
         ({"kind": "softmax", "residual": True}, "attention.residual = True has no effect with attention.kind = "),
         ({"kind": "softmax", "softmax_heads": 1}, "attention.softmax_heads = 1 has no effect with attention.kind = "),
-        ({"kind": "static", "implementation": "cpu"}, "attention.implementation = cpu supports only"),
+        ({"kind": "static", "implementation": "cpu"}, "attention.implementation = cpu does not support"),
     ],
 )
 def test_what_a_recipe_cannot_mean(settings, part):

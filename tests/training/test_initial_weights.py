@@ -219,7 +219,7 @@ def exported(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("number", range(3))
 def test_a_lie_beside_weights_is_one_line_before_training(number, exported, tmp_path) -> None:
     """Whoever reads the weights: a third of the lies each."""
-    lie, image = tmp_path / "lie.safetensors", str(tmp_path / "x.jpg")
+    lie, image = tmp_path / "lie.safetensors", str(tmp_path / "*.jpg")
     quick = ("train", str(exported.with_name("base.yaml")), *SMALL, "train.max_steps=1", "schedule.warmup_epochs=0")
     for place, (key, text) in enumerate(LIES[number::3]):
         save_file(load_file(exported), lie, {**read_metadata(exported), key: text})

@@ -139,7 +139,7 @@ def test_show_draws_the_first_batch(recipe, tmp_path, capsys) -> None:
 def test_a_dry_run_reads_the_stream_and_counts_its_tars(recipe) -> None:
     lines = list(dry_run(load_recipe(recipe, [*SMALL, *QUICK]), 2))
     assert "data: 64 training and 28 validation images" in lines
-    assert any("16 steps of 8 = 2 x 2 x 2" in line for line in lines)
+    assert any("16 steps of 8 = 2 ranks x 2 x 2" in line for line in lines)
     with pytest.raises(DataError, match="6 tars, fewer than 8 = 4 ranks x 2 data workers"):
         list(dry_run(load_recipe(recipe, [*SMALL, *QUICK, "data.workers=2"]), 4))
 

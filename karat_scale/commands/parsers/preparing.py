@@ -76,7 +76,7 @@ def add_commands(commands: Any) -> None:
     overrides = "such as train.precision=bf16; another RECIPE is shown side by side, with the same keys"
     plan.add_argument("overrides", nargs="*", default=[], metavar="RECIPE or key=value", help=overrides)
     add_number(plan, "--gpus", 1, "total number of ranks")
-    plan.add_argument("--gpu", metavar="NAME", help="the GPU, such as h100-80 (default: this machine's RAM)")
+    plan.add_argument("--gpu", metavar="NAME", help="the GPU, such as h100-80 (default: plan for this machine's RAM)")
     memory = "memory of a GPU that --gpu does not know, or RAM of each rank"
     plan.add_argument("--memory", type=positive, metavar="GB", help=memory)
     add_number(plan, "--gpus-per-node", 8, "GPUs of a node", metavar="N")

@@ -83,7 +83,7 @@ def add_commands(commands: Any) -> None:
         epilog=_SEE_ALSO,
     )
     what = "a shipped recipe's name, which `karat recipes` lists, or a YAML file"
-    add_recipe(train, "optim.lr=1e-3; `karat explain` lists all", what)
+    add_recipe(train, "optim.lr=1e-3; `karat explain` lists their sections", what)
     train.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
     train.set_defaults(run=_train)
 
@@ -235,9 +235,10 @@ def _add_results(commands: Any) -> None:
 
     export = commands.add_parser("export", help="write a run's model for timm, torch.export, ONNX or a model hub")
     add_run(export)
-    export.add_argument("--format", choices=EXPORT_FORMATS, help="(default: safetensors)")
+    formats = "a file of weights, a folder for timm or for a model hub, or a graph (default: safetensors)"
+    export.add_argument("--format", choices=EXPORT_FORMATS, help=formats)
     add_checkpoint(export)
-    kinds = "raw, their moving average (ema), or both (the default)"
+    kinds = "raw, their moving average (ema), or both, if the run has them (the default)"
     export.add_argument("--weights", choices=("raw", "ema", "both"), default="both", help=kinds)
     out = "a file with the format's suffix, or a directory (default: the run's)"
     export.add_argument("--out", metavar="PATH", help=out)
@@ -315,6 +316,10 @@ def _converted(options: argparse.Namespace) -> "Recipe":
 
     if "convert.images=0" in options.overrides:
         raise UserError("convert.images = 0 matches nothing; use 1 or more, or karat train RECIPE init_from=SOURCE")
+    path = trained_model(options.source)
+    if not options.source.startswith("timm:") and not path.exists() and path.parent.name != "checkpoints":
+        what = "neither a run's directory, nor a folder or file of weights; name one"
+        raise UserError(f"SOURCE {options.source}: {what}")
     source = json.dumps(options.source)  # a text in YAML, whatever it has in it
     own = [f"init_from={source}", *options.overrides]
     if not any(text.startswith("distill.from=") for text in own):

@@ -378,7 +378,7 @@ def source_parser(description: str) -> OneLineParser:
     parser.add_argument(
         "--any-hash",
         action="store_true",
-        help="accept a published data set of which files have another hash, or Parquet files are missing",
+        help="accept files with another hash than published, and missing Parquet files",
     )
     parser.add_argument("--image-column", metavar="NAME", help="Parquet: the column of images, if several could be")
     parser.add_argument("--label-column", metavar="NAME", help="Parquet: the column of labels, if several could be")

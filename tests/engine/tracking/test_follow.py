@@ -113,7 +113,7 @@ def test_a_tracker_that_hangs_is_ended_in_time_and_goes_on_later(written, lines)
     trackers = Trackers(written.path, [PLACE])
     (process,) = trackers._processes.values()
     assert trackers.finish(2) == [PLACE]
-    assert "has not got everything in time; the run's next start" in trackers.messages()[-1]
+    assert "has not got everything in time; `karat track " in trackers.messages()[-1]
     assert time.monotonic() - begun < 60
     assert not psutil.pid_exists(process.pid)
     module.write_text(quick)

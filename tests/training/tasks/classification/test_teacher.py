@@ -118,7 +118,7 @@ def test_another_teacher_is_noticed_whoever_reads_the_checkpoint(stopped, studen
 
 def test_what_cannot_be_transferred_is_one_line(stopped, student_command, tmp_path) -> None:
     cases = {
-        "attention.transfer_from=nowhere": "attention.transfer_from = nowhere: nowhere: not a run directory",
+        "attention.transfer_from=nowhere": "attention.transfer_from = nowhere: nowhere: there is no such directory",
         f"attention.transfer_from={stopped}": "it has its matrices from",
         "attention.kind=karat": "use attention.kind=softmax or remove transfer_from",
         "model.depth=3": "its depth is 2, this model's is 3; they must be the same",

@@ -74,7 +74,7 @@ def test_a_recipe_of_the_paper_trains_at_a_small_size(recipe, coco_set, tmp_path
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path) -> None:
     assert "did you mean coco_mask_rcnn_vit_base?" in karat_refuses("detect", "coco_mask_rcnn_vit_bse")
-    assert "not a run directory" in karat_refuses("detect", "--eval", str(tmp_path / "nothing"))
+    assert "there is no such directory" in karat_refuses("detect", "--eval", str(tmp_path / "nothing"))
 
 
 def test_a_run_of_another_kind_is_called_so(small, tmp_path) -> None:
