@@ -34,6 +34,7 @@ SANITIZER_FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recove
 # What each instruction set needs beyond plain x86-64, in the order of preference, and what every aarch64 has.
 INSTRUCTION_SETS = {
     "amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "avx512bf16": (*AVX512, "-mavx512bf16"),
     "avx512": AVX512,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "neon": ("-march=armv8-a",),
@@ -113,9 +114,10 @@ def _available_instruction_sets() -> tuple[str, ...]:
     import torch  # here, so that the doctor reports its absence and does not crash
 
     capability = torch.backends.cpu.get_cpu_capability()
-    if capability == "AVX512" and _may_use_amx():
-        return ("amx", "avx512", "avx2")
-    return {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(capability, ())
+    if capability != "AVX512":
+        return ("avx2",) if capability == "AVX2" else ()
+    pairs = ("avx512bf16",) if "avx512_bf16" in cpu_flags() else ()
+    return (*(("amx",) if _may_use_amx() else ()), *pairs, "avx512", "avx2")
 
 
 def cpuinfo(key: str) -> str:

@@ -1,10 +1,10 @@
 """The modular Fourier operator as one compiled kernel for CPUs, at about the price of softmax attention.
 
-Scores, harmonics and sums are float32 whatever the inputs. Where the CPU has AMX and the inputs are bfloat16 (N >= 32,
-r >= 4, no bias and no mask), its tiles multiply, and features and coefficients are rounded to bfloat16 for them. A mask
-acts on entries of S, which are then formed tile by tile. Beside inputs and outputs only H is kept, and the features of
-one tile per thread; backward recomputes scores and features. Results do not depend on the number of threads. Forward
-and backward are registered with torch.library: torch.compile takes each as one opaque operation.
+Scores, harmonics and sums are float32 whatever the inputs. Where the CPU multiplies bfloat16 (AMX or AVX-512) and the
+inputs are bfloat16 (N >= 32, r >= 4, no bias and no mask), features and coefficients are rounded to it as operands. A
+mask acts on entries of S, which are then formed tile by tile. Beside inputs and outputs only H is kept, and the
+features of one tile per thread; backward recomputes scores and features. Results do not depend on the number of
+threads. Forward and backward are registered with torch.library: torch.compile takes each as one opaque operation.
 """
 
 import ctypes

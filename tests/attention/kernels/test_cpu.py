@@ -102,7 +102,7 @@ def test_sixteen_bits_match_the_oracle(dtype, batch, heads, tokens, width, rank,
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_are_rounded_as_pytorch_rounds_them(dtype, isa):
-    if (dtype, isa) == (torch.bfloat16, "amx"):
+    if dtype == torch.bfloat16 and isa in ("amx", "avx512bf16"):
         pytest.skip("its products round their operands")
     call = make_call(1, 2, 37, 20, 4, 2).to(dtype)
     wide = [x.detach().float() for x in call]

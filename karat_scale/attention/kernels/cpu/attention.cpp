@@ -1,9 +1,9 @@
 // Fourier-KArAt attention for CPUs: H = sum_f f(A) C_f^T and O = H (W^T V), and psi(A) V for the content form.
 //
-// Inputs are float32, bfloat16 or float16; scores, harmonics and sums are float32. With AMX the operands of bfloat16's
-// products are rounded to it (pair_*.h), unless there is a bias or a mask; all else is multiplied in float32. Results do
-// not depend on the number of threads. Beside inputs and outputs only H is kept: backward computes scores and features
-// again.
+// Inputs are float32, bfloat16 or float16; scores, harmonics and sums are float32. Where the CPU multiplies bfloat16, its
+// products' operands are rounded to it (pair_*.h), unless there is a bias or a mask; all else is multiplied in float32.
+// Results do not depend on the number of threads. Beside inputs and outputs only H is kept: backward computes scores and
+// features again.
 //
 // For aarch64, GCC would order instructions before it gives out registers, and so need more than the 32 there are.
 // Build with: -fno-schedule-insns
@@ -12,14 +12,14 @@
 #include "forward.h"
 #include "run.h"
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 #include "pair_backward.h"
 #include "pair_forward.h"
 #endif
 
 namespace {
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
 // Over a handful of tokens or units the roundings of features do not average out against sums that happen to cancel.
 bool takes_pairs(const Call& c) { return c.tokens >= 32 && c.rank >= 4 && !c.psi && !c.bias.data && !c.mask.data; }

@@ -71,7 +71,8 @@ void backward_keys(const PairShape& s, const PairBackwardScratch& w, const Pair*
                     s.width_step / DEPTH);
     multiply<false>({slopes + key * s.unit_step, s.unit_step, s.token_step * s.unit_step, PAIRS},
                     Operand::right(w.grad_hidden_columns + query + q, s.token_step),
-                    Result{w.slopes, DEPTH, KEYS * DEPTH}, s.features(), 2, s.unit_step / PAIRS);
+                    Result{w.slopes, DEPTH, KEYS * DEPTH}, s.features(), 2,
+                    PARTS == 2 ? s.unit_step / PAIRS : 1, PARTS == 2 ? PAIRS : (s.rank + 1) / 2);
     for_grid(s.grid, [&](auto grid) {
       const auto fill = queries - q > 16 ? fill_pair_gradients<true, grid> : fill_pair_gradients<false, grid>;
       fill(w.scores, w.slopes, w.features + q / 2, w.grad_scores + q / 2, grad_pairs + q, half_turn, keys, s.grid);
@@ -80,7 +81,7 @@ void backward_keys(const PairShape& s, const PairBackwardScratch& w, const Pair*
   const long depth = (queries + DEPTH - 1) / DEPTH;
   multiply_parts<true>({w.features, FEATURE_ROW, KEYS * FEATURE_ROW, PAIRS}, 0,
                        Operand::right(w.grad_hidden_pairs + query / 2 * s.unit_step, s.unit_step),
-                       s.token_step / 2 * s.unit_step,
+                       PARTS == 2 ? s.token_step / 2 * s.unit_step : 0,
                        Result{grad_coef + key * s.unit_step, s.unit_step, s.token_step * s.unit_step}, s.features(),
                        s.unit_step / 16, depth);
   multiply<true>(Operand::left(w.grad_scores, FEATURE_ROW),

@@ -78,9 +78,10 @@ void pull_back_pairs(const Call& c, const PairShape& s, const PairBackwardScratc
   split_narrow(s, w);
   multiply_parts<false>(Operand::left(w.grad_output, width_pairs), 0, Operand::right(w.narrow_columns, 2 * DEPTH),
                         DEPTH, Result::rows(w.sums, s.unit_step), token_tiles, unit_tiles, s.width_step / DEPTH);
-  split_rows(w.sums, s.unit_step, w.grad_hidden, PAIRS, s.token_step * PAIRS, s.token_step, s.unit_step);
+  constexpr bool split = PARTS == 2;
+  split_rows<split>(w.sums, s.unit_step, w.grad_hidden, PAIRS, s.token_step * PAIRS, s.token_step, s.unit_step);
   pair_rows(w.grad_hidden, PAIRS, w.grad_hidden_pairs, s.unit_step, 2 * s.token_step, s.unit_step);
-  split_units(w.sums, w.grad_hidden, s.token_step, s.unit_step);
+  split_units<split>(w.sums, w.grad_hidden, s.token_step, s.unit_step);
   transpose(w.grad_hidden, s.unit_step, w.grad_hidden_columns, s.token_step, s.token_step, s.unit_step);
 
   // dU = H^T dO, dW += V dU^T, dV = W dU.

@@ -1,4 +1,4 @@
-// Products of matrices of bfloat16 pairs, summed in float32, by AMX tiles.
+// Products of matrices of bfloat16 pairs, summed in float32: by AMX tiles, or by AVX-512's products of pairs.
 
 #pragma once
 
@@ -24,6 +24,10 @@ struct Result {
 
   static Result rows(float* data, long row) { return {data, row, 16 * row}; }
 };
+
+#if defined(__AMX_BF16__)
+
+constexpr long PARTS = 2; // of dH for the gradients of scores and coefficients: tiles are cheap
 
 // The tile registers of a thread, all 16 rows of 64 bytes, from construction to destruction.
 class Tiles {
@@ -56,7 +60,7 @@ INLINE void multiply_tiles() {
 
 // ROWS x COLUMNS tiles of sums, each 1 or 2: registers 0..3 hold sums, 4 and 5 left tiles, 6 and 7 right ones.
 template <bool ADD, int ROWS, int COLUMNS>
-INLINE void multiply_block(Operand left, Operand right, Result out, long depth) {
+INLINE void multiply_block(Operand left, Operand right, Result out, long depth, long) {
   constexpr bool lower = ROWS == 2, further = COLUMNS == 2;
   float *upper_out = out.data, *lower_out = out.data + out.tile;
   if constexpr (ADD) {
@@ -81,19 +85,57 @@ INLINE void multiply_block(Operand left, Operand right, Result out, long depth) 
   if constexpr (lower && further) store_tile<3>(lower_out + 16, out.row);
 }
 
-// out (+)= left right, for `rows` x `columns` tiles and `depth` blocks of 16 pairs.
+#else
+
+constexpr long PARTS = 1;
+
+struct Tiles {}; // there are none to set up
+
+// ROWS x COLUMNS tiles of sums, each 1 or 2, of which 16 vectors at a time are in registers.
+template <bool ADD, int ROWS, int COLUMNS>
+INLINE void multiply_block(Operand left, Operand right, Result out, long depth, long pairs) {
+  constexpr long AT_ONCE = 16 / COLUMNS;
+  for (long rows = 0; rows < 16 * ROWS; rows += AT_ONCE) {
+    const long t = rows / 16, i = rows % 16;
+    float* sums = out.data + t * out.tile + i * out.row;
+    Vec sum[AT_ONCE][COLUMNS] = {};
+    if constexpr (ADD)
+      UNROLL for (long n = 0; n < AT_ONCE; n++)
+        UNROLL for (long u = 0; u < COLUMNS; u++) sum[n][u] = load(sums + n * out.row + 16 * u);
+    for (long k = 0; k < depth; k++) {
+      const Pair *from = left.at(t, k) + i * left.row, *first = right.at(0, k);
+      for (long pair = 0; pair < pairs; pair++) {
+        __m512i column[COLUMNS];
+        UNROLL for (long u = 0; u < COLUMNS; u++) column[u] = load(first + u * right.tile + pair * right.row);
+        UNROLL for (long n = 0; n < AT_ONCE; n++) {
+          int both;
+          std::memcpy(&both, from + n * left.row + pair, sizeof(both));
+          const __m512bh row = (__m512bh)_mm512_set1_epi32(both);
+          UNROLL for (long u = 0; u < COLUMNS; u++)
+            sum[n][u] = (Vec)_mm512_dpbf16_ps((__m512)sum[n][u], row, (__m512bh)column[u]);
+        }
+      }
+    }
+    UNROLL for (long n = 0; n < AT_ONCE; n++)
+      UNROLL for (long u = 0; u < COLUMNS; u++) store(sums + n * out.row + 16 * u, sum[n][u]);
+  }
+}
+
+#endif
+
+// out (+)= left right, for `rows` x `columns` tiles and `depth` blocks of 16 pairs, of which AVX-512 takes `pairs`.
 template <bool ADD>
-INLINE void multiply(Operand left, Operand right, Result out, long rows, long columns, long depth) {
+INLINE void multiply(Operand left, Operand right, Result out, long rows, long columns, long depth, long pairs = PAIRS) {
   for (long u = 0; u < columns; u += 2)
     for (long t = 0; t < rows; t += 2) {
       const Operand l{left.at(t, 0), left.row, left.tile, left.block};
       const Operand r{right.at(u, 0), right.row, right.tile, right.block};
       const Result o{out.data + t * out.tile + u * 16, out.row, out.tile};
       const bool lower = t + 1 < rows, further = u + 1 < columns;
-      if (lower && further) multiply_block<ADD, 2, 2>(l, r, o, depth);
-      else if (lower) multiply_block<ADD, 2, 1>(l, r, o, depth);
-      else if (further) multiply_block<ADD, 1, 2>(l, r, o, depth);
-      else multiply_block<ADD, 1, 1>(l, r, o, depth);
+      if (lower && further) multiply_block<ADD, 2, 2>(l, r, o, depth, pairs);
+      else if (lower) multiply_block<ADD, 2, 1>(l, r, o, depth, pairs);
+      else if (further) multiply_block<ADD, 1, 2>(l, r, o, depth, pairs);
+      else multiply_block<ADD, 1, 1>(l, r, o, depth, pairs);
     }
 }
 

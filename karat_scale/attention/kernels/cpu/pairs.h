@@ -57,24 +57,26 @@ INLINE Vec high_part(Vec v) { return (Vec)((Bits)v & 0xffff0000); }
 INLINE Vec low_part(Vec v) { return v - high_part(v); }
 
 // Floats [rows][width], a multiple of 16 wide, become rows of pairs, zero up to a whole vector: the high parts at
-// `out`, the low parts `low` pairs further.
+// `out`, the low parts `low` pairs further. Unless SPLIT, the first are the floats, rounded, as no product takes the rest.
+template <bool SPLIT = true>
 void split_rows(const float* in, long in_row, Pair* out, long out_row, long low, long rows, long width) {
   for (long n = 0; n < rows; n++)
     for (long e = 0; e < width; e += DEPTH) {
       const float* from = in + n * in_row + e;
       const Vec first = load(from), second = width - e > LANES ? load(from + LANES) : Vec{};
       Pair* to = out + n * out_row + e / 2;
-      store(to, round_to_pairs(high_part(first), high_part(second)));
+      store(to, SPLIT ? round_to_pairs(high_part(first), high_part(second)) : round_to_pairs(first, second));
       store(to + low, round_to_pairs(low_part(first), low_part(second)));
     }
 }
 
-// Floats [rows][unit_step] become rows of pairs twice as wide: high parts, then low parts.
+// Floats [rows][unit_step] become rows of pairs twice as wide: high parts, then low parts; SPLIT as in split_rows.
+template <bool SPLIT>
 void split_units(const float* in, Pair* out, long rows, long unit_step) {
-  if (unit_step == DEPTH) return split_rows(in, DEPTH, out, DEPTH, PAIRS, rows, DEPTH);
+  if (unit_step == DEPTH) return split_rows<SPLIT>(in, DEPTH, out, DEPTH, PAIRS, rows, DEPTH);
   for (long n = 0; n < rows; n++) {
     const Vec v = load(in + n * LANES);
-    store(out + n * PAIRS, round_to_pairs(high_part(v), low_part(v)));
+    store(out + n * PAIRS, round_to_pairs(SPLIT ? high_part(v) : v, low_part(v)));
   }
 }
 
