@@ -13,6 +13,7 @@ import torch
 from karat_scale.models import swap_attention
 from karat_scale.recipe import AttentionConfig
 
+torch.manual_seed(0)
 trained = "--random" not in sys.argv
 vit: Any = timm.create_model("vit_tiny_patch16_224", pretrained=trained, num_classes=10).eval()
 images, labels = torch.randn(4, 3, 224, 224), torch.tensor([1, 2, 3, 4])
