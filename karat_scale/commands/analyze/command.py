@@ -247,8 +247,8 @@ class _Work:
         of_names = {name: sum(cost for key, cost in self._seconds.items() if key[0] == name) for name in names}
         if (total := sum(of_names.values())) > WORTH_TELLING:
             parts = [f"{name} {duration(cost)}" for name, cost in of_names.items() if cost > WORTH_TELLING]
-            said = "; ".join([f"about {duration(total)} in all", *([", ".join(parts)] if parts else [])])
-            print(f"note: {said}", file=sys.stderr, flush=True)
+            longest = f"; {', '.join(parts)}" if parts else ""
+            print(f"note: about {duration(total)} in all{longest}", file=sys.stderr, flush=True)
 
     def make(self, name: str) -> None:
         """Make an analysis. It is written when all runs have it, since their figures get the same axes."""

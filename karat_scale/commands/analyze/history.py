@@ -141,18 +141,16 @@ _COURSE = {
     "images_per_second": "images a second",
     "beyond_reach": "scores beyond the functions' reach,\nshare in the worst block",
 }
-# Of one run, what tells its curves apart.
-_LEGENDS = {
-    "loss": {"train": "training", "evaluations": "validation"},
-    "accuracy": {"top1": "top-1", "top5": "top-5"},
-}
 # Evaluations and a rise of their loss from which training is said to learn its images by heart.
 _FEWEST, _RISEN = 4, 1.1
 _MARKED = {"marker": "o", "markersize": 3.5}
-# Of each figure: the events, their value and the style of a curve.
+# Of each figure: the events, their value and the style of a curve, whose label tells the curves of one run apart.
 _CURVES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
-    "loss": [("train", "loss", {}), ("evaluations", "loss", _MARKED)],
-    "accuracy": [("evaluations", "top1", _MARKED), ("evaluations", "top5", {**_MARKED, "alpha": 0.35})],
+    "loss": [("train", "loss", {"label": "training"}), ("evaluations", "loss", {**_MARKED, "label": "validation"})],
+    "accuracy": [
+        ("evaluations", "top1", {**_MARKED, "label": "top-1"}),
+        ("evaluations", "top5", {**_MARKED, "label": "top-5", "alpha": 0.35}),
+    ],
     **{name: [("train", name, {})] for name in _COURSE},
 }
 
@@ -237,14 +235,12 @@ def _draw(name: str, curves: Sequence[tuple[str, str, dict[str, Any]]], historie
     figure, axes = new_axes(5, 3 + 0.16 * len(histories))
     for number, (label, history) in enumerate(histories.items()):
         own = {"color": COLOURS[number % len(COLOURS)], **layered(number, len(histories), width=1.0)}
-        named: dict[str, Any] = {"label": label.replace("$", r"\$")}
+        named: dict[str, Any] = {"label": label.replace("$", r"\$")} if len(histories) > 1 else {}
         for events, value, style in curves:
             points = _points(history, events, value)
-            if len(histories) == 1 and name in _LEGENDS:
-                named = {"label": _LEGENDS[name][value if name == "accuracy" else events]}
             if len(points):  # else a run would be in the legend without a curve
                 axes.plot(*points.T, **({"marker": "."} if len(points) == 1 else {}) | style | own | named)
-                named = {}
+                named = {"label": None} if named else {}
     axes.set(xlabel="images seen", ylabel={"loss": "loss", "accuracy": "accuracy, %", **_COURSE}[name])
     if name in _COURSE:
         axes.set_ylim(0)

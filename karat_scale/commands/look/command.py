@@ -29,7 +29,7 @@ from karat_scale.data.plan import micro_batch_of
 from karat_scale.data.prepare import DECODED_BELOW
 from karat_scale.data.shards.remote import RemoteUse
 from karat_scale.data.shards.shard_format import DATASET_FILE, dataset_directory
-from karat_scale.data.shards.shards import SPLITS, FolderSplit
+from karat_scale.data.shards.shards import SPLIT_FOLDERS, FolderSplit
 from karat_scale.engine import distributed
 from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
 from karat_scale.foundation.console import print_table, printable, progress, render_page, write_json
@@ -325,9 +325,11 @@ def open_splits(directory: Path | str) -> dict[str, Callable[[], Split]]:
     if (packed := packed_splits(directory, RemoteUse())) is not None:
         return packed
     directory = Path(directory)
-    folders = [name for name in SPLITS if (directory / name).is_dir()]
+    folders = [name for name in SPLIT_FOLDERS if (directory / name).is_dir()]
     if not folders:
-        raise DataError(f"{directory} is no data set: no {DATASET_FILE}, no *.beton, no folder {' or '.join(SPLITS)}")
+        raise DataError(
+            f"{directory} is no data set: no {DATASET_FILE}, no *.beton, no folder {' or '.join(SPLIT_FOLDERS)}"
+        )
     return {name: partial(FolderSplit, directory, name, MOST_CLASSES) for name in folders}
 
 

@@ -316,8 +316,7 @@ def _converted(options: argparse.Namespace) -> "Recipe":
 
     if "convert.images=0" in options.overrides:
         raise UserError("convert.images = 0 matches nothing; use 1 or more, or karat train RECIPE init_from=SOURCE")
-    path = trained_model(options.source)
-    if not options.source.startswith("timm:") and not path.exists() and path.parent.name != "checkpoints":
+    if not options.source.startswith("timm:") and _is_missing(options.source):
         what = "neither a run's directory, nor a folder or file of weights; name one"
         raise UserError(f"SOURCE {options.source}: {what}")
     source = json.dumps(options.source)  # a text in YAML, whatever it has in it
@@ -492,8 +491,12 @@ def _check_export(options: argparse.Namespace) -> None:
     check_run(options)
 
 
+def _is_missing(model: str) -> bool:
+    path = trained_model(model)
+    return not path.exists() and path.parent.name != "checkpoints"  # a wrong checkpoint is told with those there are
+
+
 def _check_model(options: argparse.Namespace) -> None:
-    path = trained_model(options.model)
-    if not path.exists() and path.parent.name != "checkpoints":
+    if _is_missing(options.model):
         what = f"{options.model}: neither a run's directory nor a folder of karat export; name one"
         raise RunDirectoryError(f"{what}, or {SHIPPED}, which comes with the package")

@@ -370,7 +370,7 @@ def images_under(folder: Path, name: str) -> tuple[list[str], list[str]]:
     return sorted(images, key=os.fsencode), sorted(others, key=os.fsencode)
 
 
-SPLITS = ("train", "val", "test", "valid", "validation")
+SPLIT_FOLDERS = ("train", "val", "test", "valid", "validation")
 MOST_SPLITS = 5
 """More folders beside a split that is missing are probably classes."""
 
@@ -382,7 +382,7 @@ def class_folders(folder: Path) -> list[str]:
     except FileNotFoundError:
         shard_format.require_directory(folder.parent, Files.IMAGES)
         beside = sorted(path.name for path in folder.parent.glob("*/"))
-        if folder.parent.name in SPLITS and folder.parent.with_name(folder.name).is_dir():
+        if folder.parent.name in SPLIT_FOLDERS and folder.parent.with_name(folder.name).is_dir():
             raise DataError(f"{folder} does not exist; set data.path={folder.parent.parent}, which has it") from None
         if more := len(beside[MOST_SPLITS:]):
             fix = f" and {more:,} more; if these are classes, move them into {folder}"
