@@ -36,6 +36,8 @@ class RunState:
     """Of the data it trains on; 0 where nobody said."""
     train_identity: str = ""
     """What these images are: `kind of files:digest`. Only digests of one kind can be compared."""
+    val_images: int = 0
+    """Those that the scores are of; 0 where nobody said."""
     class_order_sha256: str = ""
     """Of the names of their classes in the order of the labels; `summary.json` has one of the names in any order."""
     begun_with: dict[str, str] = field(default_factory=dict)

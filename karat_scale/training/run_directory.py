@@ -247,13 +247,21 @@ class RunDirectory:
             )
 
     def keep_data(
-        self, state: RunState, images: int, identity: str, classes: Sequence[str], recipe: RunRecipe, is_branch: bool
+        self,
+        state: RunState,
+        images: int,
+        identity: str,
+        classes: Sequence[str],
+        tested: int,
+        recipe: RunRecipe,
+        is_branch: bool,
     ) -> str:
         """Let `state` say which data it is of: its cursor counts their images, its labels number their classes.
 
         Args:
             images: of the training split; identity: what they are, see `Task.train_identity`.
             classes: their names, in the order of the labels.
+            tested: images of the validation split; another number is told, not refused.
             is_branch: the state is of another run, which may have had other data.
 
         Returns:
@@ -276,8 +284,14 @@ class RunDirectory:
                 f"run.dir = {self.path}: its run began with other data: data.path has {said}; correct "
                 "data.path, add 'resume.allow=[data.path]', or choose another run.dir"
             )
+        if state.val_images not in (0, tested):
+            differences.append(
+                f"{tested:,} validation images where it had {state.val_images:,}, so its scores are of other images "
+                "than before"
+            )
         state.train_images, state.train_identity, state.class_order_sha256 = images, identity, order
-        return said
+        state.val_images = tested
+        return " and ".join(differences)
 
 
 def _write(path: Path, text: str) -> None:

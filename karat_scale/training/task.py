@@ -97,6 +97,11 @@ class Task(ABC):
 
     @property
     @abstractmethod
+    def num_val(self) -> int:
+        """Number of validation images."""
+
+    @property
+    @abstractmethod
     def train_identity(self) -> str:
         """What the training images are in their order, `kind of files:digest`; of copies it is equal. "" if unknown."""
 

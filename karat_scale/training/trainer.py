@@ -141,10 +141,8 @@ class Trainer:
         fresh = partial(task.build_fresh, directory)
         state: RunState = self.checkpoints.load(branch, fresh, is_start) or task.begin()
         task.check_resumed(state)
-        other = directory.keep_data(
-            state, task.num_train, task.train_identity, task.classes, recipe, is_branch=bool(branch)
-        )
-        if other:
+        data = task.num_train, task.train_identity, task.classes, task.num_val
+        if other := directory.keep_data(state, *data, recipe, is_branch=bool(branch)):
             self.reporter.info(f"it continues with other data: {other}")
         self.begin(state)
         return state

@@ -168,7 +168,7 @@ def test_the_recipe_of_a_run_extends_nothing(recipe_file, tmp_path) -> None:
 
 def test_a_state_resumes_only_with_its_own_data(small_recipe) -> None:
     recipe, state = small_recipe(), TrainState()
-    keep_data = partial(RunDirectory(recipe.run.dir).keep_data, recipe=recipe, is_branch=False)
+    keep_data = partial(RunDirectory(recipe.run.dir).keep_data, tested=10, recipe=recipe, is_branch=False)
     cats, dogs = ("IMAGES:1", ("cat", "dog")), ("IMAGES:1", ("dog", "cat"))
     assert keep_data(state, 64, *cats) == ""
     state = TrainState.from_json(state.to_json())
@@ -186,6 +186,9 @@ def test_a_state_resumes_only_with_its_own_data(small_recipe) -> None:
     assert keep_data(state, 40, *dogs) == ""
     assert keep_data(state, 40, "SHARDS:3", dogs[1]) == ""  # of a folder and of its shards, nobody can tell
     assert keep_data(TrainState(train_images=40), 40, *dogs) == ""  # of a version that did not say
+    other = "9 validation images where it had 10, so its scores are of other images than before"
+    assert keep_data(state, 40, *dogs, tested=9) == other
+    assert keep_data(state, 40, *dogs, tested=9) == ""
 
 
 def test_an_image_in_place_of_another_is_other_data(recipe_file, image_folder, tmp_path, capsys) -> None:

@@ -268,6 +268,11 @@ class ClassificationTask(Task):
         return self.backend.num_train
 
     @property
+    def num_val(self) -> int:
+        """Number of validation images."""
+        return self.backend.num_val
+
+    @property
     def train_identity(self) -> str:
         """What the training images are; of a stream, nobody knows."""
         data = self.recipe.data

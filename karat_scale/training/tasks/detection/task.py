@@ -185,6 +185,11 @@ class DetectionTask(Task):
         return len(self.train)
 
     @property
+    def num_val(self) -> int:
+        """Number of validation images."""
+        return len(self.val)
+
+    @property
     def train_identity(self) -> str:
         """What the training images and their objects are."""
         return f"COCO:{self.train.identity}"
