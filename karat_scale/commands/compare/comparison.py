@@ -318,8 +318,8 @@ class Comparison:
             error = 1.96 * sum(mean * (100 - mean) / images for mean in (top, next_)) ** 0.5
             beyond = "more" if lead > error else "not more"
             lines.append(f"That is {beyond} than the error of a test set of {images:,} images (+-{error:.{digits}f}).")
-        if budgets := budget_differences(second, best):
-            lines.append(f"Their budgets differ, which alone may be the reason: {'; '.join(budgets)}.")
+        if budget_differences(second, best):  # `warnings` has the values
+            lines.append("Their budgets differ, which alone may be the reason.")
         if len(keys := differing_settings(second, best)) > 1:
             lines.append(f"Their recipes differ in {len(keys)} keys: none alone is shown to be the reason.")
         return lines

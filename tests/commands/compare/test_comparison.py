@@ -220,6 +220,9 @@ def test_the_summary_says_who_leads_and_whether_that_is_noise(scores: list[list[
 
 def test_the_summary_says_what_is_not_comparable() -> None:
     first, other = made_up("a", 1e-3, [70.0]), made_up("b", 2e-3, [75.0], images=None, steps=12)
-    said = " ".join(compare_groups([*first, *other], None)[0].summary)
-    assert "Their budgets differ, which alone may be the reason: steps differ: 9 and 12; test images differ" in said
+    compared = compare_groups([*first, *other], None)[0]
+    said = " ".join(compared.summary)
+    assert "Their budgets differ, which alone may be the reason." in said
+    (warning,) = compared.warnings
+    assert warning.startswith("a and b: steps differ: 9 and 12; test images differ")
     assert "error of a test set" not in said
