@@ -103,6 +103,8 @@ _SAID_OF = {
         "Another path changes nothing that is learned, if the same data are there. A run may resume with it. With "
         "other training images or classes it resumes only if resume.allow names the key."
     ),
+    "resume.from": "Another value starts from other weights. It is used at the first start only.",
+    "train.max_steps": "Another value trains for more or fewer steps. A run may resume with another value.",
     "train.epochs": (
         "Another value may change the model that is learned. A finished run resumes with a larger value. In any other "
         "case, a run resumes with another value only if resume.allow names the key."

@@ -23,7 +23,7 @@ from karat_scale.recipe.loading import effects, flatten
 _MOST_KEYS = 3  # in a label
 _SEED = re.compile(r"[-_.]?seed[-_=]?\d+$")  # at the end of a directory's name
 _SAME_RESULT = (Effect.NOTHING, Effect.SPEED)
-_DATA = "data.path"  # mostly of the same data, in another place
+_PLACES = ("data.path", "resume.from")  # mostly of the same data, or of a start with the same seed
 _BUDGET_NAMES = {
     "steps": "steps",
     "epochs": "epochs",
@@ -61,13 +61,13 @@ def group_runs(runs: Sequence[FinishedRun]) -> tuple[list[Group], list[str]]:
     """Return the groups in the order of their first runs, and a line for each run that repeats another's seed.
 
     Runs with one recipe but another budget, such as another `train.max_steps` or other data, are other groups. Where
-    runs of one recipe and seed have another `data.path`, it is of other data, and separates all runs.
+    runs of one recipe and seed differ in one of `_PLACES`, it is of something else, and separates all runs.
     """
-    paths: dict[str, set[str]] = {}
+    alike: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         one = json.dumps([separating(run.recipe), run.budget, run.seed])
-        paths.setdefault(one, set()).add(flatten(run.recipe)[_DATA])
-    also = (_DATA,) if any(len(several) > 1 for several in paths.values()) else ()
+        alike.setdefault(one, []).append(flatten(run.recipe))
+    also = [key for key in _PLACES if any(len({own[key] for own in several}) > 1 for several in alike.values())]
     found: dict[str, list[FinishedRun]] = {}
     repeated = []
     for run in runs:

@@ -145,15 +145,16 @@ def test_a_second_run_of_a_seed_is_left_out(trained: Path, copy: Copy) -> None:
     assert "again: has the recipe and the seed of" in repeated[0]
 
 
-def test_a_path_separates_only_where_one_seed_has_several(trained: Path, copy: Copy) -> None:
-    moved = copy("moved", "run.seed=2", "data.path=elsewhere")
+@pytest.mark.parametrize("key", ["data.path", "resume.from"])
+def test_a_path_separates_only_where_one_seed_has_several(trained: Path, copy: Copy, key: str) -> None:
+    moved = copy("moved", "run.seed=2", f"{key}=elsewhere")
     groups, repeated = group_runs(read(trained / "seed0", moved))
     assert (seeds_of(groups), repeated) == ([(0, 2)], [])
-    other = copy("other", "data.path=others")  # as a sweep over data.path leaves
-    groups, repeated = group_runs(read(trained / "seed0", other, copy("other1", "data.path=others", "run.seed=1")))
+    other = copy("other", f"{key}=others")  # as a sweep over the key leaves
+    groups, repeated = group_runs(read(trained / "seed0", other, copy("other1", f"{key}=others", "run.seed=1")))
     assert (seeds_of(groups), repeated) == ([(0,), (0, 1)], [])
-    assert differing_settings(*groups).keys() == {"data.path"}
-    assert groups[1].label == "data.path=others"
+    assert differing_settings(*groups).keys() == {key}
+    assert groups[1].label == f"{key}=others"
 
 
 def made_up(name: str, lr: float, scores: list[float], images: int | None = 10000, steps: int = 9) -> list[FinishedRun]:
