@@ -3,9 +3,10 @@
 #
 #   SHARDS=/scratch/imagenet sbatch --account=A --partition=P slurm/imagenet_fourier_karat.sh [key=value ...]
 #
-# key=value are overrides of the recipe, such as model.name=vit_small_patch16_224. Options of sbatch on the command line
-# override the #SBATCH lines, and variables in the environment override the defaults below. To train longer, or to resume
-# after a failure, submit the same line again: the run resumes from its last checkpoint.
+# key=value are overrides of the recipe, such as optim.lr=1e-3; another model is another recipe, such as
+# RECIPE=imagenet_vit_small_g3b. Options of sbatch on the command line override the #SBATCH lines, and variables in the
+# environment override the defaults below. To train longer, or to resume after a failure, submit the same line again: the
+# run resumes from its last checkpoint.
 
 #SBATCH --job-name=fourier_karat
 #SBATCH --nodes=1

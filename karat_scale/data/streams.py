@@ -360,7 +360,10 @@ class StreamSource:
             samples: Iterator[StreamSample] = mix(self._sample(members, name) for members in stored)
             there = sum(1 for _ in islice(samples, used))
             if there < used:
-                raise DataError(f"data.stream: {name} has {plural(there, 'sample')}, and the run has used {used}")
+                raise DataError(
+                    f"data.stream: {name} has {plural(there, 'sample')}, and the run has used {used}; put back "
+                    "the tar that it began with"
+                )
             for sample in samples:
                 used += 1
                 yield InLane(sample, entry // len(self.shards), shard, LanePlace(entry, used))

@@ -160,7 +160,9 @@ class AttentionConfig(Section):
         for key in _NAMING:
             value = getattr(self, key)
             if key not in taken and value != type(self).model_fields[key].default:
-                raise ValueError(f"attention.{key} = {value} has no effect with attention.kind = {self.kind}")
+                raise ValueError(
+                    f"attention.{key} = {value} has no effect with attention.kind = {self.kind}; remove one of them"
+                )
 
     def _refusals(self) -> Iterator[str]:
         if self.row is not None:  # what a class of the user's takes is known only where it is built
@@ -190,10 +192,10 @@ class AttentionConfig(Section):
             plain = {"basis": "fourier", "simplex": False, "base": "zero", "gains": False}
             for key, only in {**plain, "init": "variance_preserving"}.items():
                 if (value := getattr(self, key)) != only:
-                    yield f"attention.form = {self.form} has attention.{key}={only} only, not {value}"
+                    yield f"attention.{key} = {value} does not work with attention.form = {self.form}; use {only}"
 
         if self.bound is not None and not self.scores:
-            yield f"attention.bound = {self.bound:g} has no effect with attention.scores = false"
+            yield f"attention.bound = {self.bound:g} has no effect with attention.scores = false; remove one of them"
 
         if self.blocks and self.transfer_from:
             yield "attention.blocks has no effect with attention.transfer_from; remove one of them"
@@ -207,7 +209,7 @@ class AttentionConfig(Section):
             if not numbers or not own:
                 yield f"{key}: {'has no keys' if numbers else 'its last block is before its first'}"
             if both := [number for number in numbers if number in taken]:
-                yield f"{key}: block {both[0]} is in {taken[both[0]]} already"
+                yield f"{key}: block {both[0]} is also in {taken[both[0]]}; leave it in one of them"
             taken |= dict.fromkeys(numbers, text)
             for name in own:
                 if name in _OF_ALL and name != "blocks":
@@ -223,7 +225,7 @@ class AttentionConfig(Section):
                 yield f"{key}{at}: {first_error['msg'].removeprefix('Value error, ')}"
 
         if self.transfer_heads != "same" and not self.transfer_from:
-            yield f"attention.transfer_heads = {self.transfer_heads} has no effect without transfer_from"
+            yield f"attention.transfer_heads = {self.transfer_heads} has no effect without transfer_from; remove it"
         if self.transfer_from and self.kind != "softmax":
             yield (
                 f"attention.kind = {self.kind} computes its own matrices, but attention.transfer_from = "

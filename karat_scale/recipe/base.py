@@ -170,7 +170,7 @@ class SaveConfig(Section):
     keep_last: Annotated[int, Field(ge=2)] = 2
     """Number of the last checkpoints to keep. At least 2, so that there is another one if the last is damaged."""
     keep_best: bool = True
-    """Also keep the checkpoint with the best evaluation."""
+    """Also keep the checkpoint with the best top-1 (mask AP for detection) of `train.eval_weights`."""
     local: str = ""
     """A directory on a disk of each node, or below /dev/shm, that gets the newest state ten times as often, so that a
     start on the same nodes loses less. The state is removed when the run ends."""

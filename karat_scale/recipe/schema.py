@@ -5,6 +5,7 @@ The defaults are the paper's training recipe (arXiv 2503.10632, which follows De
 modules beside this one.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -109,7 +110,11 @@ class ModelConfig(Section):
                 f"{self.patch_size}; use {nearest}"
             )
         if self.embed_dim and self.num_heads and self.embed_dim % self.num_heads:
-            yield f"model.embed_dim = {self.embed_dim} is not a multiple of model.num_heads = {self.num_heads}"
+            fits = self.embed_dim // self.num_heads * self.num_heads or self.num_heads
+            yield (
+                f"model.embed_dim = {self.embed_dim} is not a multiple of model.num_heads = {self.num_heads}; "
+                f"use {fits}"
+            )
 
 
 class RunRecipe(Section):
@@ -160,7 +165,7 @@ class RunRecipe(Section):
         if self.train.micro_batch and self.train.global_batch % self.train.micro_batch:
             yield (
                 f"train.global_batch = {self.train.global_batch} is not a multiple of train.micro_batch = "
-                f"{self.train.micro_batch}"
+                f"{self.train.micro_batch}; use {math.gcd(self.train.global_batch, self.train.micro_batch)}"
             )
         if self.train.eval_weights == "ema" and self.train.ema_decay == 0:
             yield "train.eval_weights = ema, but with train.ema_decay = 0 there is no EMA; use auto or raw"
@@ -215,14 +220,18 @@ class Recipe(RunRecipe):
             if largest != self.model.image_size:
                 yield f"{name} ends with {largest}, but model.image_size = {self.model.image_size}; set both alike"
             if last >= self.train.epochs:
-                yield f"{name}: its last epoch is {last}, but train.epochs = {self.train.epochs}; shorten it"
+                yield (
+                    f"{name}: the last size begins at epoch {last}, but train.epochs = {self.train.epochs}; begin it "
+                    "earlier, or train longer"
+                )
             if self.checkpoint.snapshots:
                 yield f"checkpoint.snapshots needs one image size, and {name} has several; set it to 0"
             if self.attention.transfer_from:
-                yield f"attention.transfer_from has matrices of one image size, and {name} has several"
+                yield f"attention.transfer_from needs one image size, and {name} has several; remove one of the two"
             for _, size in sizes:
                 if self.model.patch_size and size % self.model.patch_size:
-                    yield f"{name}: {size} is not a multiple of model.patch_size = {self.model.patch_size}"
+                    fits = max(size // self.model.patch_size, 1) * self.model.patch_size
+                    yield f"{name}: {size} is not a multiple of model.patch_size = {self.model.patch_size}; use {fits}"
 
         for key in ("global_batch", "micro_batch"):
             if self.augment.mixes and (size := getattr(self.train, key)) and size % 2:

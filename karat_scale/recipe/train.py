@@ -29,7 +29,7 @@ class OptimConfig(Section):
     lr_batch: Count | None = 512
     """The peak learning rate is lr * train.global_batch / lr_batch. Null does not scale it."""
     weight_decay: NonNegative = 0.05
-    """Weight decay of the weights that have any; norms and biases do not."""
+    """Weight decay of weights with two or more dimensions; norms and biases have none."""
     karat_weight_decay: bool | Literal["all"] = False
     """Weight decay of KArAt's parameters. `true`: of those with two or more dimensions, which is timm's and DeiT's rule
     for all parameters. `all`: of its gates with one dimension too."""
@@ -89,8 +89,8 @@ class RecomputeConfig(Section):
 class TrainConfig(Section):
     """Length of training, batch sizes, precision, EMA and evaluation.
 
-    A step whose loss or gradients are not finite is never taken. Such a step is noticed at the next log line,
-    evaluation or save, or about a second later. The run may take more steps until then, and never saves them.
+    A step whose loss or gradients are not finite never changes the weights. The run notices it at the next log line,
+    evaluation or save, or about a second later. With `on_nonfinite: stop`, steps taken until then are not saved.
     """
 
     epochs: Count = 100
@@ -103,8 +103,8 @@ class TrainConfig(Section):
     """Images in one forward pass of a rank. Null means its whole part of a global batch."""
     precision: Literal["fp32", "bf16", "bf16_weights", "fp16"] = "fp32"
     """`bf16` keeps fp32 weights and computes under autocast, at every ZeRO stage. `bf16_weights` holds the weights
-    in 16 bits from stage 1 on, with fp32 master weights, for models that need the memory. `fp16`, with a loss
-    scale, is for GPUs from stage 1 on."""
+    in 16 bits from stage 1 on, with fp32 master weights, for models that need the memory. `fp16` has a loss
+    scale and needs a GPU and stage 1 or higher."""
     tf32: Annotated[bool, Effect.ROUNDING] = True
     """Allow fp32 matrix products to round their inputs to TF32 (10 bits of mantissa) on GPUs that have it."""
     compile: Annotated[Literal[False, "default", "reduce-overhead", "max-autotune"], Effect.ROUNDING] = False

@@ -133,10 +133,10 @@ def test_a_parser_without_overrides_takes_none(capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["detect", "r", "--json", "x.json"], "--json is of --eval"),
-        (["detect", "r", "--checkpoint", "latest"], "--checkpoint is of --eval"),
+        (["detect", "r", "--json", "x.json"], "--json has no effect without --eval"),
+        (["detect", "r", "--checkpoint", "latest"], "--checkpoint has no effect without --eval"),
         (["plan", "r", "--dry-run", "--json", "x.json"], "--dry-run makes no plan, so --json has nothing to write"),
-        (["export", "{run}", "--private"], "--private is of --push"),
+        (["export", "{run}", "--private"], "--private has no effect without --push"),
         (["doctor", "--seconds", "3"], "--seconds is the length of a recipe's timed run; name a RECIPE"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -133,9 +133,15 @@ def test_operators_of_any_kind_go_without_weight_decay():
         ({"init": "softmax_like", "basis": "dog"}, "needs attention.basis=fourier"),
         ({"kind": "static", "form": "full_rank"}, "attention.form = full_rank has no effect with attention.kind = "),
         ({"kind": "static", "scores": False}, "attention.scores = False has no effect with attention.kind = "),
-        ({"kind": "karat", "form": "smooth", "init": "paper"}, "has attention.init=variance_preserving only"),
-        ({"kind": "karat", "form": "smooth", "basis": "bspline"}, "has attention.basis=fourier only"),
-        ({"kind": "karat", "form": "smooth", "gains": True}, "has attention.gains=False only"),
+        (
+            {"kind": "karat", "form": "smooth", "init": "paper"},
+            "attention.init = paper does not work with attention.form = smooth; use var",
+        ),
+        (
+            {"kind": "karat", "form": "smooth", "basis": "bspline"},
+            "attention.basis = bspline does not work with attention.form = smooth",
+        ),
+        ({"kind": "karat", "form": "smooth", "gains": True}, "does not work with attention.form = smooth; use False"),
         ({"kind": "karat", "basis": "dog", "init": "fourier_kan"}, "needs attention.basis=fourier, not dog"),
         ({"kind": "karat", "base": "silu", "gains": True}, "needs attention.basis=fourier and attention.base=zero"),
         ({"bound": 0}, "bound"),

@@ -89,7 +89,10 @@ def test_blocks_that_a_model_cannot_have_are_one_line(host, blocks, message) -> 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("{8-11: {kind: karat}, 9: {kind: static}}", "attention.blocks.9: block 9 is in 8-11 already"),
+        (
+            "{8-11: {kind: karat}, 9: {kind: static}}",
+            "attention.blocks.9: block 9 is also in 8-11; leave it in one of them",
+        ),
         ("{8-11: {gird: 3}}", "attention.blocks.8-11.gird: unknown key; did you mean grid?"),
         ("{8-11: {grid: 50}}", "attention.blocks.8-11.grid: Input should be less than or equal to 16"),
         ("{eight: {kind: karat}}", "attention.blocks.eight: should be the number of a block, such as 8, or a range"),

@@ -139,7 +139,7 @@ def test_a_checkpoint_of_a_smaller_size_is_read_at_the_last_size(whole, tmp_path
 
 def test_a_step_whose_size_has_no_checkpoint_is_not_replayed_at_another(whole, tmp_path) -> None:
     run = cut_after(whole, 3, tmp_path / "run")
-    assert "no checkpoint with the same image size before it is left" in karat_refuses("replay", str(run), "11")
+    assert "no checkpoint of its image size is left before it" in karat_refuses("replay", str(run), "11")
 
 
 CONVIT = ("model.name=convit_tiny", "model.image_size=32", *(f"model.{key}=null" for key in SIZES))
@@ -151,7 +151,7 @@ CONVIT = ("model.name=convit_tiny", "model.image_size=32", *(f"model.{key}=null"
         ("[[0, 8], [1, 12]]", (), "ends with 12, but model.image_size = 16"),
         ("[[1, 8], [2, 16]]", (), "should begin with epoch 0"),
         ("[[0, 8], [2, 12], [1, 16]]", (), "its epochs should increase"),
-        ("[[0, 8], [3, 16]]", (), "its last epoch is 3, but train.epochs = 3"),
+        ("[[0, 8], [3, 16]]", (), "the last size begins at epoch 3, but train.epochs = 3"),
         ("[[0, 9], [1, 16]]", (), "9 is not a multiple of model.patch_size = 4"),
         ("[[0, 16], [1, 24], [2, 32]]", CONVIT, "24 is not a multiple of the patch size of convit_tiny, 16"),
     ],

@@ -52,7 +52,7 @@ def examine_gpus() -> Iterator[Finding]:
         text += f"compute capability {properties.major}.{properties.minor}"
         fix = ""
         if capability < OLDEST_CAPABILITY:
-            fix = "below 8.0 there are no Triton kernels and bf16 is slow; use train.precision=fp32"
+            fix = "below 8.0 there are no Triton kernels and bf16 is slow; use train.precision=fp32, or fp16"
         elif free < 0.9 * total:
             fix = "another process uses a part of its memory; see nvidia-smi"
         figures: dict[str, Any] = {"total_bytes": total, "free_bytes": free, "capability": capability}

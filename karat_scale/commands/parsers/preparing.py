@@ -95,7 +95,7 @@ def add_commands(commands: Any) -> None:
     add_json(doctor)
     doctor.set_defaults(run=command("karat_scale.commands.doctor.checkup:doctor", _check_seconds))
 
-    bench = commands.add_parser("bench", help="measure against the usual alternatives")
+    bench = commands.add_parser("bench", help="measure attention, data, steps or a resume, or check a GPU")
     _add_benches(bench.add_subparsers(dest="bench", required=True, metavar="BENCH"))
 
     completes = "print a script with which a shell completes karat's commands, recipes and keys"

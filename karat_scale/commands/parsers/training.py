@@ -160,7 +160,7 @@ def add_commands(commands: Any) -> None:
     only = detect.add_mutually_exclusive_group()
     only.add_argument("--print", action="store_true", help="show the resolved recipe and stop")
     only.add_argument("--eval", action="store_true", help="evaluate a checkpoint of a run by COCO's mAP")
-    which = "checkpoint for --eval: best, latest, or a name (default: best)"
+    which = "checkpoint for --eval: best, latest, or such as step-00001200 (default: best)"
     detect.add_argument("--checkpoint", metavar="NAME", help=which)
     detect.add_argument("--weights", choices=("auto", "ema", "raw"), help="weights for --eval (default: auto)")
     add_json(detect, "write the result of --eval to this file")
@@ -209,7 +209,7 @@ def _add_results(commands: Any) -> None:
     analyze.add_argument("--image", dest="image_ids", type=int, nargs="+", metavar="N", help=maps)
     add_number(analyze, "--block", Options.block, "block of the maps; -1 is the last", int)
     add_number(analyze, "--grid", Options.grid, "landscape points per side", whole(2))
-    add_number(analyze, "--range", Options.range, "factor on the landscape's extent", positive)
+    add_number(analyze, "--range", Options.range, "the landscape's extent, relative to the default", positive)
     add_number(analyze, "--samples", Options.samples, "images per point of the landscape")
     add_number(analyze, "--hessian-samples", Options.hessian_samples, "images for the sharpness", metavar="N")
     add_number(analyze, "--batch", Options.batch, "images per batch")
@@ -379,7 +379,7 @@ def _eval(options: argparse.Namespace) -> int:
     if options.on is not None and not is_url(options.on) and not (test_set := Path(options.on).expanduser()).is_dir():
         raise DataError(f"--on {not_a_directory(test_set)}; name shards, betons or a folder of images")
     if options.severity and options.corrupt is None:
-        raise UserError("--severity is of --corrupt; add it, or leave out --severity")
+        raise UserError("--severity has no effect without --corrupt; add that, or remove --severity")
     from karat_scale.commands.evaluate.command import evaluate_on, evaluate_run
 
     if options.on is not None or options.labels or options.corrupt is not None or options.split or options.name:
@@ -408,7 +408,7 @@ def _detect(options: argparse.Namespace) -> int:
     of_eval = {"checkpoint": options.checkpoint, "weights": options.weights, "json": options.json_file}
     for name, value in of_eval.items():
         if value:
-            raise UserError(f"--{name} is of --eval; add it, or leave out --{name}")
+            raise UserError(f"--{name} has no effect without --eval; add that, or remove --{name}")
     recipe = load_recipe(options.recipe, options.overrides, DetectionRecipe)
     if options.print:
         print(dump_recipe(recipe), end="")
@@ -446,7 +446,9 @@ def _job(options: argparse.Namespace) -> "Job":
 def _check_sweep(options: argparse.Namespace) -> None:
     job = _job(options)
     if not options.slurm and (job.options or job.settings or options.at_once or options.yes):
-        raise UserError("options of SLURM have no effect without --slurm; add it, or remove them")
+        given = [*job.options, *(name.lower().replace("_", "-") for name in job.settings)]
+        given += [name for name, value in {"at-once": job.at_once, "yes": options.yes}.items() if value]
+        raise UserError(f"--{given[0]} has no effect without --slurm; add that, or remove --{given[0]}")
     if options.slurm and options.ranks:
         raise UserError(f"--ranks {options.ranks} is for this machine; with --slurm use --nodes and --gpus-per-node")
     options.only_print, options.job = options.print, job if options.slurm else None
@@ -487,7 +489,7 @@ def _check_images(options: argparse.Namespace) -> None:
 
 def _check_export(options: argparse.Namespace) -> None:
     if options.private and not options.push:
-        raise UserError("--private is of --push; add it, or leave out --private")
+        raise UserError("--private has no effect without --push; add that, or remove --private")
     check_run(options)
 
 

@@ -164,7 +164,10 @@ def _check_batches(recipe: Recipe, world: int, backend: Backend) -> str:
         cut = [part.sample_ids for rank in range(world) for part in replace(plan, rank=rank).cut(order, epoch, batch)]
         whole = order[batch * plan.global_batch : (batch + 1) * plan.global_batch]
         if not np.array_equal(np.concatenate(cut), whole):
-            raise RecipeError(f"train.global_batch = {plan.global_batch}: {world} ranks do not cut it into its parts")
+            raise RecipeError(
+                f"train.global_batch = {plan.global_batch}: the parts of {world} ranks are not the batch; "
+                "please report this"
+            )
     evaluation = EvalPlan(backend.num_val, recipe.train.eval_batch, 0, world).num_batches
     return (
         f"batches: {plural(total, 'step')} of {plan.global_batch} = {plural(world, 'rank')} x {plan.accumulation} x "

@@ -230,7 +230,7 @@ def trained_again(
         if not state.step < step <= trainer.total_steps:
             raise UserError(f"step {step}: the run has steps 1 to {trainer.total_steps:,}")
         if task.size_at(state.step) != task.size_at(step - 1):
-            raise UserError(f"step {step}: no checkpoint with the same image size before it is left")
+            raise UserError(f"step {step}: no checkpoint of its image size is left before it; take a later step")
         yield task, trainer
     finally:
         if task is not None:

@@ -109,7 +109,7 @@ def _values(key: str, text: str) -> list[str]:
     if len(values) > 1 and "" in values:
         raise UserError(f"{key}={text[:100]}: a value is empty; write null for none")
     if len(set(values)) < len(values):
-        raise UserError(f"{key}={text[:100]}: {Counter(values).most_common(1)[0][0]} is there twice")
+        raise UserError(f"{key}={text[:100]}: {Counter(values).most_common(1)[0][0]} is there twice; remove one")
     return values
 
 

@@ -181,8 +181,8 @@ class DeviceAugment:
         self._fill = policy.fill if policy else (0, 0, 0)
         if self._active and policy and (lacking := [name for name in policy.names if name not in KINDS]):
             raise RecipeError(
-                f"augment.randaugment = {augment.randaugment!r} may use {lacking[0]}, which no device does here; "
-                "set augment.run_on=workers"
+                f"augment.randaugment = {augment.randaugment!r} may use {lacking[0]}, which has no form for a "
+                "device; set augment.run_on=workers"
             )
 
     def __call__(self, images: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:

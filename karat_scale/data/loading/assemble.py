@@ -127,7 +127,9 @@ class Assembler(ABC):
                     draws.append(draw)
                 break
             if not valid[row] and self._training:
-                raise DataError(f"{bad[-1]}, nor can any that may replace it be used; put the data set right")
+                raise DataError(
+                    f"{bad[-1]}, and no other image can replace it; look for bad images with karat data DIR"
+                )
         pixels[~valid] = 0
         more = {"bad": tuple(bad), "draws": tuple(draws), "streamed": self._streamed(part)}
         return Batch.of(replace(part, sample_ids=ids), images, labels, valid, **more)

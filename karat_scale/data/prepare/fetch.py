@@ -201,7 +201,7 @@ def fetch(missing: list[RemoteFile], out: Path, ways: dict[str, Way]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     known = data_sets()
     parser = make_parser("Download a data set's official files.")
-    parser.add_argument("data_set", choices=list(known), help="which")
+    parser.add_argument("data_set", choices=list(known), help="the data set to download")
     parser.add_argument("--source", choices=("web", "debian"), help="use only this source")
     options = parser.parse_args(arguments)
     out: Path = options.out

@@ -338,7 +338,7 @@ def make_parser(description: str, writes: bool = True) -> OneLineParser:
 def source_parser(description: str) -> OneLineParser:
     """Return a parser with the options of scripts that convert a source: where it is, its images, and odd ones."""
     parser = make_parser(description)
-    images = "the images: a directory, or a tar that is not compressed"
+    images = "the images: a directory, a tar that is not compressed, or a Parquet file"
     parser.add_argument("--src", type=user_path, required=True, metavar="DIR", help=images)
     parser.add_argument("--split", metavar="NAME", help="make only this split (default: all)")
     _add_workers(parser)
@@ -351,7 +351,8 @@ def source_parser(description: str) -> OneLineParser:
         metavar="F",
         help="divide the only split into train and val, this share of each class",
     )
-    held_out.add_argument("--val-count", type=count, metavar="N", help="the same, so many images over all classes")
+    by_number = "like --val-fraction, but N images over all classes"
+    held_out.add_argument("--val-count", type=count, metavar="N", help=by_number)
     parser.add_argument(
         "--check",
         choices=("header", "decode"),
@@ -361,8 +362,8 @@ def source_parser(description: str) -> OneLineParser:
         "--on-odd",
         choices=("convert", "keep", "skip", "stop"),
         default="keep",
-        help="what to do with CMYK, misnamed images and corrupt EXIF (default keep); images that cannot be decoded are "
-        "skipped, or stop",
+        help="what to do with CMYK, misnamed images and corrupt EXIF (default keep); an image that "
+        "cannot be decoded is skipped; with stop, it ends the command",
     )
     parser.add_argument(
         "--exif",

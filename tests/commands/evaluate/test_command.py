@@ -167,7 +167,7 @@ def test_a_mistake_is_one_line(run: Path, image_folder: Path, tmp_path: Path) ->
         (("--on", str(tmp_path / "copy"), "--name", "a"), "choose another --name"),
         (("--on", str(tmp_path / "copy"), "--name", "../a"), "should be a file's name"),
         (("--on", str(tmp_path / "nowhere")), "nowhere is not a directory; name shards"),
-        (("--severity", "3"), "--severity is of --corrupt"),
+        (("--severity", "3"), "--severity has no effect without --corrupt"),
         (("--severity", "6", "--corrupt"), "unknown value 6"),
         (("--corrupt", "fogg"), "did you mean fog?"),
         (("--corrupt", "fog", "--labels", "x"), "exclude each other"),
