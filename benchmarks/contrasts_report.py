@@ -125,8 +125,8 @@ def compared(by_arm: ByArm) -> str:
     columns = ["arm", "rate", "seeds", "top-1", "range", "training loss", "by the query", "by the image"]
     columns += [*REPLACEMENTS, "beyond pi", "norm"]
     text = (
-        "On the 10,000 test images; the training loss of the last 200 steps; the "
-        "shares of S's energy that depend on the query and on the image, a mean over blocks; top-1 of "
+        "On the 10,000 test images; the training loss of the last 200 steps; the shares of S's energy that depend on "
+        "the query and on the image, of 16 test images, a mean over blocks; top-1 of "
         f"{REPLACED:,} test images with each S as it is, or replaced by its mean over queries or over images; the "
         "largest share of a block's scores beyond pi at the end; and the largest norm of the gradient among those of "
         "every tenth step, before clipping.\n\n"
@@ -145,17 +145,19 @@ def contrasts(by_arm: ByArm, epochs: int) -> str:
     for pair, own in gaps.items():
         name = " - ".join(pair)
         p = f"{corrected[name]:.3f}" if name in corrected else ""
-        rows.append([name, len(own), difference(own) if len(own) > 1 else "not yet run", p])
+        said = [difference(own), f"+-{error_of_images(by_arm, *pair):.2f}"] if len(own) > 1 else ["not yet run", ""]
+        rows.append([name, len(own), *said, p])
     text = (
-        f"### Contrasts after {epochs} epochs\n\nThe mean difference by seed with its 95 % t interval; and p of a "
-        "paired t test, corrected by Holm for the three contrasts of the protocol, once all their seeds have run."
+        f"### Contrasts after {epochs} epochs\n\nThe mean difference by seed with its 95 % t interval over seeds; "
+        "its error by the choice of the test images, 1.96 standard errors; and p of a paired t test, corrected by Holm "
+        "for the three contrasts of the protocol, once all their seeds have run."
         + (f" The softmax to beat is `{others[0]}`." if len(others) > 1 else "")
         + "\n\n"
     )
     pairs = [[a, b, disagreement(by_arm, a, b)] for a, b in itertools.combinations(by_arm, 2)]
     only = f"\n### Images that one arm alone gets right after {epochs} epochs\n\nOver all seeds that both have.\n\n"
     columns = ["arm", "other arm", "only the first, only the second"]
-    return text + table(["contrast", "seeds", "points", "p"], rows) + only + table(columns, pairs)
+    return text + table(["contrast", "seeds", "points", "test images", "p"], rows) + only + table(columns, pairs)
 
 
 def beside_smooth(by_arm: ByArm) -> str:
@@ -176,6 +178,17 @@ def paired(by_arm: ByArm, arm: str, other: str) -> list[float]:
     """Return one arm's top-1 less another's, for each seed that both have."""
     seeds = sorted(by_arm.get(arm, {}).keys() & by_arm.get(other, {}).keys())
     return [by_arm[arm][seed]["top1"] - by_arm[other][seed]["top1"] for seed in seeds]
+
+
+def error_of_images(by_arm: ByArm, arm: str, other: str) -> float:
+    """Return 1.96 standard errors, in points, of two arms' mean difference over the seeds that both have.
+
+    It is the error by the choice of the test images, for just these seeds.
+    """
+    seeds = by_arm[arm].keys() & by_arm[other].keys()
+    gaps = [correct(by_arm[arm][seed]).astype(float) - correct(by_arm[other][seed]) for seed in seeds]
+    by_image = np.mean(gaps, 0)
+    return float(196 * by_image.std(ddof=1) / len(by_image) ** 0.5)
 
 
 def disagreement(by_arm: ByArm, arm: str, other: str) -> str:

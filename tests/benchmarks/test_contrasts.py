@@ -90,14 +90,15 @@ def test_the_grid_widens_until_the_best_rate_is_inside() -> None:
 def test_the_page_has_paired_differences_and_images_that_one_arm_alone_gets_right(stage: str, epochs: int) -> None:
     for seed, (own, other) in enumerate([(72.0, 70.0), (73.0, 70.0), (74.0, 70.0), (72.0, 70.0), (73.0, 70.0)]):
         if seed == 2:  # no p before all seeds have run
-            assert "|smooth - static|2|+2.50 (-3.85 to +8.85)||" in contrasts_report.render()
+            assert "|smooth - static|2|+2.50 (-3.85 to +8.85)|+-98.00||" in contrasts_report.render()
         keep(Trial(stage, "smooth", 1e-3, seed), own, "34")
         for arm in ("without_scores", "static_softmax", "static"):
             keep(Trial(stage, arm, 1e-3, seed), other, "94")
     page = contrasts_report.render()
     assert f"## After {epochs} epochs" in page
     # 2.8 +- 2.776 * 0.8367 / sqrt(5); p = 0.0017, three times by Holm.
-    assert "|smooth - without_scores|5|+2.80 (+1.76 to +3.84)|0.005|" in page
+    # One of two images is right in one arm alone: 1.96 * 0.7071 / sqrt(2).
+    assert "|smooth - without_scores|5|+2.80 (+1.76 to +3.84)|+-98.00|0.005|" in page
     assert "|smooth - biased_softmax|0|not yet run||" in page
     assert "|smooth|static|5, 0|" in page
     keep(Trial(stage, "static", 1e-3, 5), 70.0, "94")
