@@ -499,6 +499,9 @@ def open_source(
     if not isinstance(augment, AugmentConfig):
         augment = section_of(AugmentConfig, {**PLAIN, **(augment or {})})
     config, num_classes = section_of(DataConfig, settings), images.get("num_classes") or sys.maxsize
+    if backend == "synthetic" and not is_own and num_classes == sys.maxsize:
+        fix = "pass num_classes" if trains else "evaluate on a data set"
+        raise RecipeError(f"backend = synthetic has no classes of its own; {fix}")
     spec = ImageSpec(config, augment, image_size, num_classes, seed, trains)
     if is_own:
         defaults = inspect.signature(ExactLoader).parameters

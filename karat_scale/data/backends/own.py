@@ -212,15 +212,20 @@ class SampleFiles:
         return self._split.identity
 
     def __getitem__(self, sample_id: int) -> dict[str, Any]:
-        key, shard = self._split.locate(sample_id)
-        part, files = self._split.around(sample_id), {}
-        for member in scan_members(lambda at, size: part[at : at + size], sys.maxsize, shard):
+        self._split.read(sample_id)  # checks it
+        begin, part = self._split.around(sample_id)
+        what, by_key = self._split.file_of(sample_id), dict[str, dict[str, bytes]]()
+        found = None
+        for member in scan_members(lambda at, size: part[at : at + size], sys.maxsize, what) if part else ():
             end = member.offset + member.size
             if end > len(part):  # the header of the next image
                 break
-            name, suffix = self._rule.split_name(member.name)
-            if member.kind == "file" and name == key:
-                files[suffix] = part[member.offset : end]
-        if self._split.read(sample_id) not in files.values():
+            if member.kind == "file":
+                key, suffix = self._rule.split_name(member.name)
+                by_key.setdefault(key, {})[suffix] = part[member.offset : end]
+                if begin + member.offset == self._split.places.offsets[sample_id]:
+                    found = key
+        if found is None:
+            key, shard = self._split.locate(sample_id)
             raise DataError(f"{shard}: the members of sample {key} do not follow each other; make shards of them")
-        return {"__key__": key, "__label__": int(self._split.labels[sample_id]), **files}
+        return {"__key__": found, "__label__": int(self._split.labels[sample_id]), **by_key[found]}

@@ -7,6 +7,7 @@ import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -164,9 +165,11 @@ class LocalShardFiles:
         self._asked[first] = None
         if len(self._asked) > window + window // 2 + 2:
             self._asked.popitem(last=False)
-        last = min((sample_id // samples + 1) * samples, int(places.starts[number + 1])) - 1
-        begin, end = int(places.offsets[first]), int(places.offsets[last] + places.sizes[last])
-        os.posix_fadvise(self._files[number], begin, end - begin, os.POSIX_FADV_WILLNEED)
+        part = slice(first, min((sample_id // samples + 1) * samples, int(places.starts[number + 1])))
+        # In the tars of others, an image may lie before that of the sample before it.
+        begin, end = int(places.offsets[part].min()), int((places.offsets[part] + places.sizes[part]).max())
+        with suppress(OSError):
+            os.posix_fadvise(self._files[number], begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def prepare(self, sample_ids: Iterable[int]) -> None:
         """See ImageSource."""

@@ -198,8 +198,11 @@ class ShardSplit(IndexedSplit):
         super().__init__(record.classes, found.shards, indexes, tars, verify, readahead)
         self.ahead = self._remote.ahead if isinstance(self._files, RemoteShardFiles) else 0
 
-    def around(self, sample_id: int) -> bytes:
-        """Return what is between the sample before and the one after, with the latter's header. Raises DataError."""
+    def around(self, sample_id: int) -> tuple[int, bytes]:
+        """Return what is between the sample before and the one after, with the latter's header, and where it begins.
+
+        It is nothing where the samples are not in the order of their numbers. Raises DataError.
+        """
         places, number = self.places, self.places.shard_of(sample_id)
         begin, end = 0, self._shards[number].bytes
         if sample_id > places.starts[number]:
@@ -207,7 +210,7 @@ class ShardSplit(IndexedSplit):
         if sample_id + 1 < places.starts[number + 1]:
             end = int(places.offsets[sample_id + 1])
         try:
-            return self._files.span(sample_id, begin, end)
+            return begin, self._files.span(sample_id, begin, max(begin, end))
         except OSError as error:
             raise DataError(f"{self.file_of(sample_id)} cannot be read: {error.strerror}; {self._tars.fix}") from error
 

@@ -415,6 +415,30 @@ def test_the_members_of_a_sample_are_those_that_the_index_took_together(tmp_path
     assert [samples[number]["txt"] for number in range(3)] == [b"cat/a.1", b"cat/a.2", b"dog/b.1"]
 
 
+@pytest.mark.parametrize("names", ["a.cls b.jpg b.cls a.jpg", "a.cls b.cls c.cls c.jpg b.jpg a.jpg"])
+def test_samples_whose_members_stand_apart_are_read_in_each_order(names: str, tmp_path: Path) -> None:
+    """The first image lies behind the last one."""
+    label = {"a": b"0", "b": b"1", "c": b"2"}
+    members = [(name, encode(photo(1)) if "jpg" in name else label[name[0]]) for name in names.split()]
+    write_tar(tmp_path / "train-0.tar", members)
+    karat_done("index", str(tmp_path), "--label", "cls")
+    count, batches = len(members) // 2, {}
+    for order in ("full", "block"):
+        loader = ExactLoader(tmp_path, global_batch=count, image_size=16, workers=0, epochs=1, order=order)
+        batches[order] = sorted(label for _, labels in loader for label in labels.tolist())
+        loader.close()
+    assert batches["full"] == batches["block"] == list(range(count))
+    with pytest.raises(DataError, match=r"the members of sample . do not follow each other; make shards of them"):
+        list(map(SampleFiles(tmp_path).__getitem__, range(2)))
+
+
+def test_synthetic_images_need_a_number_of_classes() -> None:
+    with pytest.raises(RecipeError, match="backend = synthetic has no classes of its own; pass num_classes"):
+        ExactLoader("any", backend="synthetic", global_batch=2)
+    with pytest.raises(RecipeError, match="backend = synthetic has no classes of its own; evaluate on a data set"):
+        EvalLoader("any", backend="synthetic", batch=2)
+
+
 def test_a_bad_image_is_told_of_in_the_loaders_words(make_shards: Make, make_sample: Callable[..., Any]) -> None:
     """Nobody heard of those that were skipped."""
     samples = [make_sample(number) for number in range(12)]
