@@ -250,7 +250,7 @@ class Checkpoints(Generic[S]):
         if not self._owns(store):
             return None
         try:
-            store.root.mkdir(parents=True, exist_ok=True)
+            store.open()
             store.discard_unfinished()
             # The recipe may keep fewer than before. Each node has the last one whole by now.
             store.retain(1 if store is self.near else self.recipe.checkpoint.keep_last)
@@ -292,6 +292,8 @@ class Checkpoints(Generic[S]):
     def _content(self, state: S) -> dict[str, Any]:
         """What `state.json` will hold."""
         teacher = teacher_of(self.engine.module)
+        sizes = getattr(self.recipe.schedule, "image_sizes", ())  # the run's own recipe has the last one
+        recipe = self.recipe.changed(model__image_size=sizes[-1][1]) if sizes else self.recipe
         return {
             "format": records.FORMAT,
             "kind": self.kind,
@@ -300,7 +302,7 @@ class Checkpoints(Generic[S]):
             "zero_stage": self.engine.stage,
             "has_ema": self.ema is not None,
             "teacher": teacher.digest if teacher else None,
-            "recipe_sha256": text_digest(dump_recipe(self.recipe)),
+            "recipe_sha256": text_digest(dump_recipe(recipe)),
         }
 
     def _write(self) -> _Written:
@@ -362,6 +364,7 @@ class Checkpoints(Generic[S]):
             self._saved = _identity(state)
             if self.world.is_main:
                 restore.repair_latest(self.store, name, self.reporter)
+                self.store.passed_over = {other for other in self.store.names() if other > name}
             if self.recipe.checkpoint.keep_best:
                 changes = self.world.on_main(lambda: restore.repair_best(self.store, state, self.reporter))
         for field, value in changes.items():

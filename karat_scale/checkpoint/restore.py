@@ -313,15 +313,17 @@ def _optimizer_state(fragments: list[Fragment], master: torch.Tensor, saved: Sav
 
 
 def repair_latest(store: CheckpointStore, name: str, reporter: Reporter) -> None:
-    """Let `latest` name the checkpoint that a run resumes from, if it names none; rank 0 calls it."""
-    if store.pointed("latest") is not None:
+    """Let `latest` name the checkpoint that a run resumes from; rank 0 calls it."""
+    pointed = store.pointed("latest")
+    if pointed == name:
         return
+    was = f"it named {pointed}, which is damaged" if pointed else "it named no checkpoint"
     try:
         store.point("latest", name)
     except OSError as error:
         reporter.warn(f"{store.root / 'latest'} cannot be repaired: {describe(error)}; remove it")
     else:
-        reporter.warn(f"latest names {name} again: it named no checkpoint")
+        reporter.warn(f"latest names {name} again: {was}")
 
 
 def repair_best(store: CheckpointStore, state: RunState, reporter: Reporter) -> dict[str, Any]:
@@ -372,9 +374,10 @@ def bring_near(store: CheckpointStore, near: NearStore, world: World) -> tuple[s
         OSError: on all ranks, where it cannot be copied.
     """
     offers = world.gather(near.offers() if world.local_rank == 0 else {})
-    newest = world.broadcast(max(store.names(), default=""))
+    names = {name for offer in offers for name in offer}
+    newest = world.on_main(lambda: store.newest_intact() if names else "")
     problems: list[str] = []
-    for name in sorted({name for offer in offers for name in offer if name > newest}, reverse=True):
+    for name in sorted((name for name in names if name > newest), reverse=True):
         having = [(rank, *offer[name]) for rank, offer in enumerate(offers) if name in offer]
         manifest = having[0][1]
         # Each file, from the first rank that has it.

@@ -186,8 +186,14 @@ class CheckpointStore:
     def __init__(self, root: Path, falsehood: Falsehood | None = None) -> None:
         self.root, self._falsehood = root, falsehood
         self._held: list[BinaryIO] = []
+        self.passed_over: set[str] = set()
+        """Newer than the one that training resumed from, because they are damaged: `retain` does not count them."""
         self.on_change: Callable[[], object] = lambda: None
         """Is called, by any thread, when a checkpoint is complete or pinned."""
+
+    def open(self) -> None:
+        """Make the directory, if need be. Raises OSError."""
+        self.root.mkdir(parents=True, exist_ok=True)
 
     def unfinished(self, step: int) -> Path:
         """The directory of a checkpoint that is being written."""
@@ -249,6 +255,7 @@ class CheckpointStore:
         if final.exists():  # the same step again, say after a damaged save: the new one takes its place
             final.rename(replaced)
         unfinished.rename(final)
+        self.passed_over.discard(name)
         flush_to_disk(self.root)
         shutil.rmtree(replaced, ignore_errors=True)
         return name
@@ -316,6 +323,10 @@ class CheckpointStore:
         damage = damage_of(path, progress)
         return self._falsehood(path) if damage is None and self._falsehood is not None else damage
 
+    def newest_intact(self) -> str:
+        """The name of the newest checkpoint that is not damaged; empty without one."""
+        return next((name for name in self.names() if self.damage(name) is None), "")
+
     def find_intact(self, wanted: str) -> str:
         """The name of the checkpoint `wanted`: best, latest or a name; `best` falls back on `latest`.
 
@@ -382,10 +393,11 @@ class CheckpointStore:
 
         Returns one line for each that cannot be removed: an old checkpoint must never prevent a new one.
         """
-        kept = {*self.names()[:keep_last], self.pointed("latest"), self.pointed("best"), *self.pinned()}
+        kept = {self.pointed("latest"), self.pointed("best"), *self.pinned()}
+        last = [name for name in self.names() if name not in self.passed_over][:keep_last]
         problems = []
         for name in self.names():
-            if name in kept:
+            if name in kept or name >= min(last, default=""):
                 continue
             try:
                 self._remove(name)

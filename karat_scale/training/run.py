@@ -105,6 +105,7 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
                 reporter.beat("starting")
                 task = trainer.task
                 trainer.engine.release()
+                directory.near = trainer.checkpoints.near  # none, if a disk failed
                 del trainer  # and all that it holds, before the next one is built
                 step = outcome.state.step
                 trainer = begin_or_go_on(task.at(step), step, directory, signals, outcome, is_start=False)
@@ -192,7 +193,7 @@ def open_near(recipe: RunRecipe, directory: RunDirectory, world: World, reporter
     name, problems = bring_near(directory.store, near, world)
     with world.together():
         if world.local_rank == 0:
-            near.empty()  # it has nothing now that the run's directory lacks
+            near.empty()  # the run's directory has all of it that is whole
     directory.near = near
     for problem in problems:
         reporter.warn(problem)

@@ -439,7 +439,9 @@ def _difference(recipe: RunRecipe, directory: RunDirectory, url: RunUrl, owner: 
 def _bring(recipe: RunRecipe, directory: RunDirectory, url: RunUrl, on_bytes: OnBytes) -> list[str]:
     """Copy the newest intact checkpoint that is newer than the directory's, and the best one; returns what to tell."""
     store, remote = directory.store, url.checkpoints
-    newer = [name for name in remote.names() if name > max(store.names(), default="")]
+    there = remote.names()
+    newest = store.newest_intact() if there else ""
+    newer = [name for name in there if name > newest]
     if newer:
         url.download_files(directory.path, on_bytes)
     notes = []

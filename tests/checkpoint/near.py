@@ -68,12 +68,18 @@ def damaged(scratch: Path, folders: list[Path]) -> None:
     file.write_bytes(content)
 
 
+def damaged_later(scratch: Path, folders: list[Path]) -> None:
+    """The run's directory has a newer one, which is damaged."""
+    store = scratch / "damaged_later/checkpoints"
+    shutil.copytree(store / f"step-{SHARED:08d}", store / f"step-{KILLED + 1:08d}")
+
+
 def anew(scratch: Path, folders: list[Path]) -> None:
     """The run's directory is removed, and another run begins there."""
     shutil.rmtree(scratch / "anew")
 
 
-CASES = {case.__name__: case for case in (back, without_a_node, damaged, anew)}
+CASES = {case.__name__: case for case in (back, without_a_node, damaged, damaged_later, anew)}
 
 
 def main(scratch: Path, names: Sequence[str]) -> None:

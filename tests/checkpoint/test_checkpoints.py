@@ -286,6 +286,21 @@ def test_a_best_that_is_gone_is_said_and_replaced(small_recipe, make_checkpoints
     assert (resumed.best_step, resumed.best_top5) == (3, 60.0)
 
 
+def test_a_damaged_newest_checkpoint_costs_no_intact_one(small_recipe, make_checkpoints, tmp_path, capsys):
+    recipe = small_recipe("checkpoint.keep_last=2", "checkpoint.keep_best=false")
+    first, second = (make_checkpoints(recipe, tmp_path / "c") for _ in range(2))
+    for step in (1, 2, 3):
+        first.save(TrainState(step=step, samples=8 * step))
+    (first.store.root / "step-00000003/state.json").write_text("{}")
+    assert second.load().step == 2
+    assert "latest names step-00000002 again: it named step-00000003, which is damaged" in capsys.readouterr().out
+    assert second.store.pointed("latest") == "step-00000002"
+    second.save(TrainState(step=4, samples=32))
+    assert second.store.names() == ["step-00000004", "step-00000003", "step-00000002"]  # two of them are whole
+    second.save(TrainState(step=5, samples=40))
+    assert second.store.names() == ["step-00000005", "step-00000004"]
+
+
 def test_a_latest_that_names_nothing_is_repaired(small_recipe, make_checkpoints, tmp_path, capsys):
     first, second = (make_checkpoints(small_recipe(), tmp_path / "c") for _ in range(2))
     first.save(state(1, 40.0, 1, 40.0), is_best=True)

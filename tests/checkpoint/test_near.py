@@ -33,10 +33,11 @@ def test_a_run_goes_on_from_the_newest_state_that_the_nodes_have(tmp_path) -> No
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_what_a_node_has_lost_and_what_is_damaged_or_of_another_run_is_left_alone(tmp_path) -> None:
-    found = outcomes(tmp_path, "without_a_node", "damaged", "anew")
+    found = outcomes(tmp_path, "without_a_node", "damaged", "damaged_later", "anew")
     assert found["without_a_node"]["resumed"] == [SHARED]
     assert found["damaged"]["resumed"] == [KILLED - 1]
     assert "has changed since it was written; trying the one before" in found["damaged"]["said"]
+    assert found["damaged_later"]["resumed"] == [KILLED]
     assert found["anew"]["resumed"] == []
 
 

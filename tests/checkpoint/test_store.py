@@ -164,6 +164,18 @@ def test_retention_keeps_the_newest_and_the_best_and_a_users_copy(store) -> None
     assert copy.is_dir()
 
 
+def test_retention_counts_none_that_a_resume_passed_over(store) -> None:
+    for step in range(1, 6):
+        save(store, step)
+    store.passed_over = {checkpoint_name(5), checkpoint_name(3)}
+    store.point("latest", checkpoint_name(4))
+    store.retain(keep_last=2)
+    assert store.names() == [checkpoint_name(step) for step in (5, 4, 3, 2)]
+    save(store, 5)  # in its place
+    store.retain(keep_last=2)
+    assert store.names() == [checkpoint_name(step) for step in (5, 4)]
+
+
 def test_an_old_checkpoint_that_cannot_be_removed_is_a_line_and_stays(store, tmp_path) -> None:
     for step in range(1, 4):
         save(store, step)

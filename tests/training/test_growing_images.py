@@ -11,6 +11,7 @@ import torch
 from karat_scale.checkpoint.restore import read_state
 from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.checkpoint.weights import fit_state
+from karat_scale.foundation.files import file_sha256
 from karat_scale.models import create_model
 from karat_scale.recipe.loading import load_recipe
 from tests.conftest import SMALL, events, karat_done, karat_here, karat_refuses, summary
@@ -93,6 +94,22 @@ def test_two_ranks_grow_alike(command, whole, tmp_path, stage) -> None:
         karat_done(*command(run, f"deepspeed.config=zero{stage}", f"train.max_steps={steps}"), processes=2)
     assert losses(run) == pytest.approx(losses(whole), rel=2e-4)
     assert summary(run)["data_digest"] == summary(whole)["data_digest"]
+
+
+def test_each_checkpoint_names_the_runs_own_recipe(whole) -> None:
+    recipe = file_sha256(whole / "recipe.yaml")
+    store = CheckpointStore(whole / "checkpoints")
+    assert {store.state(name)["recipe_sha256"] for name in store.names()} == {recipe}
+
+
+def test_a_disk_of_the_node_that_fails_is_left_alone_at_the_next_size(command, tmp_path, monkeypatch, capsys) -> None:
+    near, usage = tmp_path / "near", shutil.disk_usage
+    full = usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full if near in Path(path).parents else usage(path))
+    local = ("checkpoint.every_steps=20", "checkpoint.asynchronous=false", f"checkpoint.local={near}")
+    assert karat_here(*command(tmp_path / "run", *local)) == 0
+    assert capsys.readouterr().out.count("this start saves there no more") == 1
+    assert list(near.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -299,6 +299,18 @@ def test_damage_at_the_url_is_named_and_the_one_before_is_taken(train, url, tmp_
 
 
 @pytest.mark.slow
+def test_a_copy_takes_the_place_of_a_damaged_checkpoint(train, url, tmp_path) -> None:
+    train("run", "checkpoint.every_steps=3", "train.max_steps=6")
+    store = CheckpointStore(tmp_path / "run/checkpoints")
+    newest = store.names()[0]
+    for name in store.names():
+        (store.root / name / "state.json").write_text("{}")
+    done = train("run", "checkpoint.every_steps=3", "train.max_steps=8")
+    assert f"{newest} and the log were fetched from {url}" in done.stdout
+    assert f"resumed from {newest}" in done.stdout
+
+
+@pytest.mark.slow
 def test_two_runs_do_not_mix(train, trained, url, tmp_path) -> None:
     own = ("train.max_steps=2", "checkpoint.keep_best=false")
     train("first", *own)
