@@ -264,6 +264,8 @@ class ExactLoader(_Loader):
 
     def feed(self, slices: Iterable[BatchSlice], waiting: Waiting = nullcontext) -> DeviceFeed[Any]:
         """Return the micro batches of `slices` on the device, before `finish`; in `waiting()` it waits for the next."""
+        if self._reading is not None:  # of a step that training does not go on from
+            self._reading.close()
         self._reading = self._source.train_batches(slices)
         return DeviceFeed(map(with_digest, self._reading), self._device, waiting)
 

@@ -69,12 +69,6 @@ def _of_transferred(attention: Any, *_: Any) -> Matrices:
     return teacher.matrices(raw), teacher.matrices(learned)
 
 
-def query_key_value(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return query, key and value [B, h, N, d] of timm's attention layer for tokens [B, N, D]."""
-    qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4)
-    return attention.q_norm(qkv[0]), attention.k_norm(qkv[1]), qkv[2]
-
-
 def _of_gated(attention: Any, x: Tensor, _: None) -> Matrices:
     """Return A of the patches' contents only; the layer mixes its softmax with that of the positions."""
     query, key = attention.qk(x).unflatten(-1, (2, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -98,8 +92,7 @@ def _inputs(attention: Any, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Ten
     if isinstance(attention, WindowAttention):
         query, key, _, bias, keep = hosts.parts_of(attention, x, mask)
         return query, key, bias, keep
-    read = hosts.query_key_value if isinstance(attention, MHSA) else query_key_value
-    query, key = read(attention, x)[:2]
+    query, key, _ = hosts.query_key_value(attention, x)
     return query, key, None, None
 
 
@@ -158,7 +151,7 @@ def replaced(model: nn.Module, replace: Replace) -> Iterator[None]:
 
 @torch.no_grad()
 def _join(number: int, replace: Replace, attention: Any, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
-    query, key, value = query_key_value(attention, inputs[0])
+    query, key, value = hosts.query_key_value(attention, inputs[0])
     learned = scores_and_matrix(query, key, getattr(attention, "operator", None), inputs[0])[1]
     return hosts.join_heads(attention, inputs[0], replace(number, learned).to(value.dtype) @ value)
 

@@ -204,16 +204,25 @@ class KaratAttention(Attention):
         """
         if is_causal:
             raise ValueError("is_causal is not supported: KArAt is tied to the positions of image tokens")
-        batch, tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
-        # CUDA's autocast, unlike a CPU's, norms in float32; scores of wider queries would take slower products.
-        query, key = (x.to(value.dtype) for x in (self.q_norm(query), self.k_norm(key)))
+        query, key, value = query_key_value(self, x)
         bias, mask = None, attn_mask
         if attn_mask is not None and attn_mask.dtype != torch.bool:
             bias, mask = attn_mask, ~attn_mask.isneginf()
         out = self.operator(query, key, value, bias=bias, mask=mask, **layer_input(self.operator, x))
         return join_heads(self, x, out)
+
+
+def query_key_value(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return query, key and value [B, h, N, d] of a layer with one product for all three, for tokens [B, N, D].
+
+    Query and key have their norms, in a layer that has some, and are of the value's dtype.
+    """
+    qkv: Tensor = attention.qkv(x)
+    query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    if isinstance(attention, Attention):
+        # CUDA's autocast, unlike a CPU's, norms in float32; scores of wider queries would take slower products.
+        query, key = (normed.to(value.dtype) for normed in (attention.q_norm(query), attention.k_norm(key)))
+    return query, key, value
 
 
 def join_heads(attention: Attention, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -351,13 +360,6 @@ class KaratMHSA(MHSA):
         out: Tensor = self.operator(query, key, value, **layer_input(self.operator, x))
         tokens: Tensor = self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
         return tokens
-
-
-def query_key_value(attention: Any, x: Tensor) -> tuple[Tensor, ...]:
-    """Return query, key and value [B, h, N, d] of a layer with one product for all three, for tokens [B, N, D]."""
-    qkv: Tensor = attention.qkv(x)
-    parts: tuple[Tensor, ...] = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    return parts
 
 
 class Convit(Host):

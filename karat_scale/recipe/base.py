@@ -197,7 +197,7 @@ class SaveConfig(Section):
 
 
 class CheckpointConfig(SaveConfig):
-    """When to save, and what to keep. A checkpoint is always written at the end."""
+    __doc__ = SaveConfig.__doc__
 
     snapshots: Annotated[int, Field(ge=0)] = 0
     """Keep the weights, without optimizer states, at the start and at the end of each of this many equal parts of

@@ -135,7 +135,7 @@ class Trainer:
             RunDirectoryError: no checkpoint is intact, or it is of another model, or of other data.
         """
         recipe, task, directory = self.recipe, self.task, self.directory
-        branch = "" if directory.store.names() else recipe.resume.from_
+        branch = "" if has_checkpoints(directory, self.world) else recipe.resume.from_
         if branch:
             refuse_another_model(Path(branch).expanduser(), recipe)
         fresh = partial(task.build_fresh, directory)
@@ -457,10 +457,15 @@ def starting_model(task: Task, directory: RunDirectory, signals: StopSignals) ->
     check_implementation(backbone, world.device)
     if chosen := describe_implementation(backbone, world.device):
         reporter.info(chosen)
-    if recipe.init_from and not directory.store.names():
+    if recipe.init_from and not has_checkpoints(directory, world):
         reporter.info(initialise(backbone, recipe, world, task.take_weights))
         task.convert(backbone, directory, signals)
     return backbone
+
+
+def has_checkpoints(directory: RunDirectory, world: World) -> bool:
+    """Whether the run has checkpoints, by rank 0: a network file system may show other ranks older listings."""
+    return world.broadcast(bool(directory.store.names()))
 
 
 def silent_trainer(recipe: RunRecipe, world: World, task_type: type[Task]) -> Trainer:

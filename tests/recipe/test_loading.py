@@ -202,6 +202,7 @@ def test_a_pipe_and_a_link_to_nothing_are_no_recipe_files(tmp_path: Path) -> Non
         ("data:\n  path: [\n", "not valid YAML"),
         ("", "data: missing"),
         ("data:\n", "data.path is empty"),
+        ("data: {path: a, backend: folder, verify: hash}", "no file of data.backend = folder has a hash to compare"),
         ("data: 3\n", "data = 3"),
         ("\x89PNG\xff\xfe\x00", "YAML"),
     ],

@@ -97,6 +97,8 @@ class SplitBackend(Backend):
         self._train, self._val, self._data = train, val, spec.data
         notices = [found for found in dict.fromkeys((train.notice, val.notice)) if found]
         trained, tested = (np.bincount(split.labels, minlength=self.num_classes) for split in (train, val))
+        if spec.data.is_stream:  # what it trains on, nobody knows
+            trained = np.ones_like(tested)
         empty = [name for name, images in zip(train.classes, trained, strict=False) if not images]
         untested = [
             name for name, images, seen in zip(train.classes, tested, trained, strict=False) if seen and not images

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class MetricsLog:
-    """Appends events; every line is on disk before the next step can be lost.
+    """Appends events; the system has each line at once, so a killed run loses none.
 
     Raises:
         RunDirectoryError: the disk does not take the file.

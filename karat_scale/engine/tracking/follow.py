@@ -39,7 +39,7 @@ from karat_scale.foundation.tables import EXTRAS, TRACKERS, how_to_install, is_i
 from karat_scale.recipe.files import read_run_recipe
 from karat_scale.recipe.loading import leaves
 
-# Written by reporting/metrics.py.
+# Written by reporting/progress.py.
 FILES = ("metrics.jsonl", "histograms.jsonl")
 _MOST_BYTES = 2**20  # read at a time
 FAREWELL = "\x04\n"

@@ -59,6 +59,13 @@ def test_batches_hold_what_they_say(streamed, tars: Path) -> None:
         assert all(shard.startswith(str(tars)) for _, shard in batch.streamed.sources)
 
 
+def test_classes_that_the_evaluation_lacks_are_those_of_its_own_split(opened, make_shards, data_config, make_sample):
+    directory = make_shards(val=[make_sample(3 * number) for number in range(4)])
+    stream = {"order": "stream", "stream": "a.tar", "stream_samples": 8}
+    missing = "2 of 3 classes without validation images: bee, cat; top-1 is over the others"
+    assert opened(data_config(directory, **stream)).notices == [missing]
+
+
 def test_a_sample_is_augmented_anew_in_each_cycle(streamed, tars: Path) -> None:
     draws: dict[str, list[object]] = {}
     for batch in train(streamed(f"{tars}/2.tar"), 2):

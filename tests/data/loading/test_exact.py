@@ -432,6 +432,19 @@ def test_samples_whose_members_stand_apart_are_read_in_each_order(names: str, tm
         list(map(SampleFiles(tmp_path).__getitem__, range(2)))
 
 
+def test_a_feed_that_begins_elsewhere_ends_the_workers_of_the_one_before(make_shards: Make) -> None:
+    before = children()
+    loader = of_images(make_shards(), workers=1)
+    first = loader.feed(loader.plan.slices(0, 5))
+    (worker,) = children() - before
+    second = loader.feed(loader.plan.slices(2, 5))
+    assert worker not in children()
+    assert len(children() - before) == 1
+    assert len(next(second).labels) == GLOBAL
+    del first
+    loader.close()
+
+
 def test_synthetic_images_need_a_number_of_classes() -> None:
     with pytest.raises(RecipeError, match="backend = synthetic has no classes of its own; pass num_classes"):
         ExactLoader("any", backend="synthetic", global_batch=2)

@@ -47,6 +47,8 @@ from karat_scale.models.layers import attention_layers
 from karat_scale.models.matching import Conversion, descend, errors, solve
 from karat_scale.models.transfer import weights_digest
 from karat_scale.recipe import AttentionConfig, Recipe
+from karat_scale.recipe.base import Effect
+from karat_scale.recipe.loading import effects, flatten
 from karat_scale.training.agreement import Agreement, StoppedError, StopSignals
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.task import Task
@@ -293,10 +295,15 @@ class Stage:
     def _identity(self) -> str:
         """What the result depends on, as a digest."""
         recipe, conversion = self._recipe, self._conversion
-        sections = (recipe.convert, recipe.model, recipe.attention, recipe.augment, recipe.data)
-        originals = [weights_digest(one) for one in conversion.originals.values()]
-        data = [self._task.num_train, recipe.run.seed, recipe.train.tf32, *originals, weights_digest(conversion.model)]
-        text = json.dumps([*(section.model_dump(mode="json") for section in sections), *data])
+        effect_of, sections = effects(type(recipe)), ("convert", "model", "attention", "augment", "data")
+        keys = {
+            key: value
+            for key, value in flatten(recipe).items()
+            if key.partition(".")[0] in sections and effect_of[key] not in (Effect.NOTHING, Effect.SPEED)
+        }
+        weights = [weights_digest(one) for one in (*conversion.originals.values(), conversion.model)]
+        images = self._task.train_identity, self._task.num_train, self._task.num_val
+        text = json.dumps([keys, *images, recipe.run.seed, recipe.train.tf32, *weights])
         return sha256(text.encode()).hexdigest()
 
     def _on_step(self, steps: int, step: int) -> None:

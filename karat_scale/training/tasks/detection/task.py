@@ -233,6 +233,7 @@ class DetectionTask(Task):
 
     def train_batches(self, slices: Iterable[BatchSlice], waiting: Waiting) -> DeviceFeed[coco.DetectionBatch]:
         """Return this rank's micro batches, on the host: their images differ in size."""
+        self._stop_workers()
         self._loader = coco.load_batches(coco.TrainMaker(self.train, self.recipe), slices, self.recipe.data)
         return DeviceFeed(self._loader, torch.device("cpu"), waiting)
 
@@ -248,5 +249,8 @@ class DetectionTask(Task):
 
     def close(self) -> None:
         """Stop the data workers."""
+        self._stop_workers()
+
+    def _stop_workers(self) -> None:
         if self._loader is not None:
             self._loader.close()
