@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from karat_scale.commands.analyze.predictions import FILE
+from karat_scale.foundation.errors import EXIT_STOPPED
 from karat_scale.foundation.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,7 +182,7 @@ def work_through(next_trials: Callable[[], Sequence[Any] | None], finish: Callab
     """Finish trials, each with a `name` and a `record`, until there are no more, one thread for each process.
 
     It waits while other processes run those that the next one needs, and goes on after one that fails. SystemExit at
-    the end names those.
+    the end names those; or one that was stopped, at once.
     """
     os.nice(max(0, 19 - os.nice(0)))
     work.mkdir(parents=True, exist_ok=True)
@@ -199,6 +200,8 @@ def work_through(next_trials: Callable[[], Sequence[Any] | None], finish: Callab
             if not trial.record.exists():
                 finish(trial)
         except subprocess.CalledProcessError as error:
+            if error.returncode == EXIT_STOPPED:  # to go on later
+                raise SystemExit(f"{trial.name} was stopped; run the same command to go on") from None
             failed.add(trial.name)
             print(f"{trial.name}: exit code {error.returncode}", flush=True)
         lock.close()
@@ -301,9 +304,9 @@ def digits(classes: npt.NDArray[np.int64]) -> str:
     return "".join(map(str, classes))
 
 
-def karat(*arguments: str) -> None:
-    """Run a command on one thread. Raises CalledProcessError if it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def karat(*arguments: str, threads: int = 1) -> None:
+    """Run a command. Raises CalledProcessError if it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "karat_scale", *arguments]
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
 
