@@ -72,8 +72,8 @@ def comparison(records: Records) -> str:
     columns = ["arm", "seeds", "top-1", "range", "at a quarter", "by the query", "by the image"]
     text = (
         "## Comparison\n\nTop-1 in percent on the 10,000 test images at the last step of two epochs, its range over "
-        "seeds, and at a quarter of the steps. The last columns are the shares of S's energy that depend on the query "
-        "and on the image, a mean over blocks.\n\n"
+        "seeds, and at a quarter of the steps; the shares of S's energy that depend on the query and on the image, a "
+        "mean over blocks.\n\n"
     )
     return "\n".join((text + table(columns, rows), leads(by_arm), intervals(by_arm), replacements(by_arm)))
 
@@ -97,7 +97,7 @@ def leads(by_arm: ByArm) -> str:
         gaps = {key: gaps_between(arm, "softmax", by_arm, key) for key in ("top1_at_a_quarter", "top1")}
         if arm != "softmax" and gaps["top1"]:
             rows.append([arm, *(f"{statistics.mean(own):+.2f}" for own in gaps.values())])
-    text = "Mean lead over softmax in points, paired by seed. A lead that shrinks is a lead in speed.\n\n"
+    text = "Mean lead over softmax in points, by seed. A lead that shrinks is a lead in speed.\n\n"
     return text + table(["arm", "at a quarter", "at the end"], rows)
 
 
@@ -135,8 +135,8 @@ def replacements(by_arm: ByArm) -> str:
             own = [record["replaced"] for record in found.values()]
             rows.append([arm, *(f"{statistics.mean(figures[name] for figures in own):.1f}" for name in own[0])])
     text = (
-        "Top-1 in percent of the trained models on 2,000 of the test images, as they are and with each S replaced by "
-        "its mean over queries or over images, a mean over seeds.\n\n"
+        "Top-1 of 2,000 test images, with each S as it is, or replaced by its mean over queries or images; a mean over "
+        "seeds.\n\n"
     )
     return text + table(["arm", "S", "mean over queries", "mean over images"], rows) if rows else ""
 

@@ -84,16 +84,16 @@ def of_arms(records: list[dict[str, Any]], arms: Iterable[str]) -> ByArm:
 
 def rates() -> str:
     """Return the tables of learning rates, with what has run."""
-    text = "## Learning rates\n\nOn the 5,000 held-out images, seed 99.\n\n"
+    text = "## Learning rates\n\nOn the 5,000 held-out images, seed 99 (-: not needed).\n\n"
     rows = []
     for arm in (arm for arm in (*ARMS, *LATER) if arm not in ONE_CHANGE):
         short, long = results(arm, "rate"), results(arm, "check")
         cells = [", ".join(f"{rate:g}: {top1:.2f}" for rate, top1 in found.items()) for found in (short, long)]
         if arm in LATER or len(checked_rates(arm)) == 1:
-            cells[1] = "not needed"
+            cells[1] = "-"
         elif long and chosen_rate(arm) is None:
             cells[1] += " (not finished)"
-        rows.append([arm, *(cell or "not yet run" for cell in cells)])
+        rows.append([arm, *cells])
     return text + table(["arm", "4 epochs", "22 epochs"], rows)
 
 
