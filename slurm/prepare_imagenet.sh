@@ -36,6 +36,7 @@ for option in "$@"; do
       refuse "$option: each element of the array makes one split, so none can divide one into train and val;" \
         "run \`karat prepare webdataset\` in a job of your own"
       ;;
+    --dry-run) refuse "$option: run \`karat prepare webdataset --src IMAGES --out SHARDS --dry-run\`" ;;
     --src | --src=* | --out | --out=* | --split | --split=*)
       refuse "$option: set IMAGES, SHARDS and SPLITS instead of --src, --out and --split"
       ;;

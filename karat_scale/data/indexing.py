@@ -566,7 +566,8 @@ def _classes(tars: dict[str, TarSamples], rule: LabelRule, file: Path | None, us
     if known is not None and (not known or len(set(known)) < len(known) or not all(known)):
         raise DataError(f"--classes {file}: should have one name on each line, and no name twice")
     if rule.kind == "txt" and known is None and len(names) > sum(len(tar.labels) for tar in tars.values()) / 2:
-        raise DataError(f".txt has {len(names)} different texts, such as {names[0][:60]!r}, no classes; choose --label")
+        fix = "give --classes FILE or choose another --label"
+        raise DataError(f".txt has {len(names)} different texts, such as {names[0][:60]!r}, no classes; {fix}")
     if names:
         if known is not None and (unknown := sorted(set(names) - set(known))):
             raise DataError(f"--classes {file} does not list {unknown[0]!r}")

@@ -49,6 +49,7 @@ class FinalError(Exception):
 
 
 _MISSING = "it is missing"
+NO_SIZE = "the server does not say how large the file is; use one that does"
 
 
 def judged(error: BaseException) -> tuple[str, bool]:
@@ -62,7 +63,8 @@ def judged(error: BaseException) -> tuple[str, bool]:
             return f"{what} (HTTP {status}){hint}", status < 500 and status not in _PASSING
         if type(cause).__name__ in _FINAL or isinstance(cause, ssl.SSLCertVerificationError):
             return f"{type(cause).__name__}; check the credentials, the endpoint and the certificates", True
-    if isinstance(error, FileNotFoundError):
+    # fsspec makes one of any error while it asks a web server for a file's facts.
+    if isinstance(error, FileNotFoundError) and not any(_is_of_connection(c) for c in causes(error) if c is not error):
         return _MISSING, True
     if isinstance(error, PermissionError):
         return "access is refused; check the credentials that the store's library finds", True
@@ -72,6 +74,10 @@ def judged(error: BaseException) -> tuple[str, bool]:
         return f"the answer was cut short: {error}", False
     words = next((cause.strerror for cause in causes(error) if isinstance(cause, OSError) and cause.strerror), "")
     return f"the connection failed ({words or type(error).__name__})", False
+
+
+def _is_of_connection(error: BaseException) -> bool:
+    return isinstance(error, OSError | TimeoutError) or type(error).__module__.partition(".")[0] == "aiohttp"
 
 
 def _status(error: BaseException) -> int | None:
@@ -270,6 +276,8 @@ class Store:
     def read_small(self, name: str, most: int) -> bytes:
         """Return a whole file of at most `most` bytes. Raises StoreError."""
         facts = self.facts(name)
+        if facts.bytes < 0:
+            raise StoreError(f"{self.where(name)}: {NO_SIZE}")
         if facts.bytes > most:
             raise StoreError(f"{self.where(name)} has {facts.bytes} bytes; it should have at most {most}")
         return self.read(name, 0, facts.bytes)

@@ -70,14 +70,15 @@ def load_class(key: str, place: str, *parents: type) -> type:
     """
     module, _, name = place.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
-    except AttributeError:
-        raise ValueError(f"{key} = {place!r}: module {module} has no {name}") from None
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{key} = {place!r}: {error}; put its directory on PYTHONPATH") from error
+        imported = importlib.import_module(module)
     except Exception as error:  # a module of others may raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+            raise ValueError(f"{key} = {place!r}: {error}; put its directory on PYTHONPATH") from error
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{key} = {place!r}: {module} cannot be imported: {reason}") from error
+    if not hasattr(imported, name):
+        raise ValueError(f"{key} = {place!r}: module {module} has no {name}")
+    found = getattr(imported, name)
     if not (inspect.isclass(found) and issubclass(found, parents)):
         raise ValueError(f"{key} = {place!r}: expected a subclass of {' or '.join(own.__name__ for own in parents)}")
     if inspect.isabstract(found):

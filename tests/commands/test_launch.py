@@ -137,6 +137,7 @@ def test_a_step_of_srun_has_one_agent_on_each_node() -> None:
         (["convert", "timm:vit_tiny_patch16_224", "cifar10_vit_tiny", "attention.kind=karat", "run.dir=a"], "a"),
         (["convert", "timm:vit_tiny_patch16_224", "cifar10_vit_tiny", "--survey"], None),
         (["train", "cifar10_vit_tiny", "--print"], None),
+        (["train", "imagenet_vit_tiny", "run.dir=~/a"], str(Path("~/a").expanduser())),
         (["detect", "some/run", "--eval"], None),
         (["eval", "some/run"], None),
     ],

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from karat_scale.commands import quickstart
 from karat_scale.commands.quickstart import CONTENDERS, SHARDS
+from karat_scale.data.shards.shard_format import read_dataset_record, write_dataset_record
 from tests.conftest import ROOT, karat_command, output_of
 
 SAVES = f"""#!{sys.executable}
@@ -35,6 +38,16 @@ try:
 except subprocess.CalledProcessError as error:
     print(error.returncode)
 """
+
+
+def test_a_start_that_was_stopped_between_two_splits_goes_on(shards: Path, tmp_path: Path, monkeypatch) -> None:
+    place = shutil.copytree(shards, tmp_path / "shards")
+    monkeypatch.setattr(quickstart, "SHARDS", place)
+    assert quickstart._is_prepared()
+    record = read_dataset_record(place)
+    record.splits.pop("val")
+    write_dataset_record(place, record)
+    assert not quickstart._is_prepared()
 
 
 @pytest.mark.parametrize(("send", "number"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)])

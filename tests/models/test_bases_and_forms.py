@@ -42,6 +42,8 @@ class Not:
 @pytest.fixture
 def own_module(tmp_path, monkeypatch):
     (tmp_path / "shapes_of_mine.py").write_text(TRIANGLE)
+    (tmp_path / "shapes_of_mine_fails.py").write_text("import numpy\nnumpy.nothing\n")
+    (tmp_path / "shapes_of_mine_lacks.py").write_text("import no_such_library\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield "shapes_of_mine"
     sys.modules.pop("shapes_of_mine", None)
@@ -88,6 +90,8 @@ def test_a_basis_of_ones_own_learns(own_module):
         ("{}:Half", "the class lacks derivative"),
         ("{}:Not", "expected a subclass of FeatureBasis or ElementwiseBasis"),
         ("{}:Nothing", "has no Nothing"),
+        ("{}_fails:Half", "fails cannot be imported: module 'numpy' has no attribute 'nothing'"),
+        ("{}_lacks:Half", "lacks cannot be imported: No module named 'no_such_library'"),
         ("no_such_module_of_mine:Half", "No module named 'no_such_module_of_mine'; put its directory on PYTHONPATH"),
     ],
 )

@@ -259,8 +259,13 @@ def _oddness(image: Image.Image) -> list[str]:
         found.append(f"its mode is {image.mode}")
     if getattr(image, "n_frames", 1) > 1:
         found.append("it has several frames")
-    if (turned := image.getexif().get(ExifTags.Base.Orientation, 1)) not in (0, 1):
-        found.append(f"its EXIF orientation is {turned}: training sees it as it is stored")
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a damaged block makes Pillow raise nearly any error
+        found.append("its EXIF cannot be read")
+    else:
+        if turned not in (0, 1):
+            found.append(f"its EXIF orientation is {turned}: training sees it as it is stored")
     width, height = image.size
     if min(width, height) < 32:
         found.append(f"it is small: {width} x {height}")

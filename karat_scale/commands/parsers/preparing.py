@@ -157,8 +157,9 @@ def add_attention_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add all options of `karat bench data`."""
-    parser.add_argument("--path", metavar="DIR", help="a directory of shards (default: photo-like images made here)")
-    parser.add_argument("--tar", metavar="FILE", help="a tar of JPEGs")
+    images = parser.add_mutually_exclusive_group()
+    images.add_argument("--path", metavar="DIR", help="a directory of shards (default: photo-like images made here)")
+    images.add_argument("--tar", metavar="FILE", help="a tar of JPEGs")
     parser.add_argument("--ffcv", metavar="DIR", help="made by data_prep/make_ffcv.py, to measure that backend")
     repeated = "may be repeated (default: all)"
     parser.add_argument("--backend", metavar="NAME", choices=BACKENDS, action="append", help=repeated)

@@ -297,8 +297,8 @@ def trained_directory(parsed: argparse.Namespace) -> Path | None:
     from karat_scale.recipe.loading import load_recipe
 
     if parsed.command == "convert":
-        return Path(_converted(parsed).run.dir)
-    return Path(load_recipe(parsed.recipe, parsed.overrides, load(SCHEMAS[parsed.command])).run.dir)
+        return Path(_converted(parsed).run.dir).expanduser()
+    return Path(load_recipe(parsed.recipe, parsed.overrides, load(SCHEMAS[parsed.command])).run.dir).expanduser()
 
 
 def _train(options: argparse.Namespace) -> int:

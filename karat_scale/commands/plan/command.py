@@ -108,6 +108,8 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
 
 
 def _machine(recipe: Recipe, request: Request, gpu: Gpu | None) -> Machine:
+    if gpu is not None and recipe.run.device == "cpu":
+        raise UserError(f"--gpu {gpu.key} has no effect with run.device = cpu; remove one of them")
     if gpu is not None and matrix_peak(recipe.train, gpu.peaks) is None:
         raise UserError(f"train.precision = {recipe.train.precision}: {gpu.key} has no such matrix units; use fp32")
     on_gpu = recipe.run.device != "cpu" and (gpu is not None or request.memory is not None)

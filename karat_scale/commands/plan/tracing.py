@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.shards import FolderSplit
 from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.stores import StoreError
 from karat_scale.foundation.tables import Files
 from karat_scale.models.layers import blocks_of
 from karat_scale.recipe import DataConfig
@@ -244,23 +245,35 @@ def count_samples(data: DataConfig) -> tuple[int, str]:
     """Training images, and where the number comes from; ImageNet-1K's where the recipe's data is not here."""
     try:
         return _recorded(data), "of the recipe's data"
-    except DataError:
+    except _AbsentError:
         return IMAGENET, "ImageNet-1K's, since the recipe's data is not here"
 
 
+class _AbsentError(DataError):
+    """There is nothing at data.path, or it does not answer."""
+
+
 def _recorded(data: DataConfig) -> int:
-    """The number in the records of the data's format; a folder of images is listed. Raises DataError."""
+    """The number in the records of the data's format; a folder of images is listed. Raises DataError, _AbsentError."""
     if data.row.files is None:
         return data.synthetic_samples
     if data.stream_samples is not None:
         return data.stream_samples
     directory = shard_format.dataset_directory(shard_format.staged_copy(data.path) or data.path)
     if not isinstance(directory, str):
-        shard_format.must_answer(directory, data.timeout)
+        try:
+            shard_format.must_answer(directory, data.timeout)
+        except DataError as error:
+            raise _AbsentError from error
+        if not directory.is_dir():
+            raise _AbsentError
         if data.row.files is Files.IMAGES:
             return len(FolderSplit(directory, data.train_split, num_classes=sys.maxsize))
         if data.row.files is Files.BETONS:
             return shard_format.read_record(shard_format.beton_path(directory, data.train_split)).samples
-    record = shard_format.read_dataset_record(directory, min(data.timeout, _PATIENCE))
+    try:
+        record = shard_format.read_dataset_record(directory, min(data.timeout, _PATIENCE))
+    except StoreError as error:
+        raise _AbsentError from error
     (split,) = shard_format.chosen_splits(directory, record, data.train_split).values()
     return split.samples

@@ -30,7 +30,7 @@ from karat_scale.recipe.files import recipe_of_run
 # Heartbeats are written every two seconds. Without its process, one that is a little old is the last.
 SILENT_SECONDS, LATE_SECONDS = 30.0, 6.0
 _FIGURES = ("total_steps", "epoch", "images_per_second", "peak_memory_mb", "beyond_reach")
-_NUMBERS = (*_FIGURES, "step", "samples", "loss", "top1", "restarts", "exit")
+_NUMBERS = (*_FIGURES, "step", "samples", "loss", "top1", "mask_ap", "restarts", "exit")
 _FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 
@@ -47,7 +47,8 @@ class Standing:
     trained: list[tuple[int, float]] = field(default_factory=list)
     """Steps and their losses."""
     tested: list[tuple[int, float]] = field(default_factory=list)
-    """Steps and their top-1."""
+    """Steps and their `score`."""
+    score: str = "top-1"
     seconds_left: float | None = None
     restarts: int = 0
     checkpoint: str | None = None
@@ -146,8 +147,9 @@ def _apply_event(standing: Standing, event: dict[str, Any]) -> None:
             standing.trained.append((step, event["loss"]))
         if (rate := event.get("images_per_second")) and (total := standing.known.get("total_steps")):
             standing.seconds_left = (total - step) * event["samples"] / step / rate
-    elif kind == "eval" and event.get("top1") is not None:
-        standing.tested.append((event["step"], event["top1"]))
+    elif kind == "eval" and (score := event.get("top1", event.get("mask_ap"))) is not None:
+        standing.tested.append((event["step"], score))
+        standing.score = "top-1" if "top1" in event else "mask AP"
     elif kind in ("start", "resume"):  # what an earlier start logged of later steps is taken back
         standing.step, standing.ended = event["step"], None
         standing.restarts = event["restarts"] if kind == "resume" else 0  # one that resumes says so next
@@ -234,7 +236,8 @@ def _rows(standing: Standing) -> list[tuple[str, str]]:
         silent = f"not running: {since}; run the same command again to resume"
     if standing.tested:
         scores = [score for _, score in standing.tested]
-        top1 = f"{scores[-1]:.2f} %, best {max(scores):.2f} %"
+        unit = " %" if standing.score == "top-1" else ""
+        top1 = f"{scores[-1]:.2f}{unit}, best {max(scores):.2f}{unit}"
     if not (standing.ended or standing.is_silent or standing.seconds_left is None):
         left = f"about {duration(standing.seconds_left)}"
     on_gpu = any(sign.device and not sign.device.startswith("CPU") for sign in standing.signs)
@@ -250,7 +253,7 @@ def _rows(standing: Standing) -> list[tuple[str, str]]:
         ("outcome", standing.ended or silent),
         ("step", f"{standing.step:,}{known('total_steps', ' of {:,}')}{known('epoch', ', epoch {}')}"),
         ("loss", f"{standing.losses[-1]:.4f}  {sparkline(standing.losses)}" if standing.losses else "none logged yet"),
-        ("top-1", top1),
+        (standing.score, top1),
         ("scores", known("beyond_reach", "{:.1%} of a block's beyond its functions' reach")),
         *(("tested on", line) for line in standing.evaluations),
         ("images/s", known("images_per_second", "{:,.0f}")),

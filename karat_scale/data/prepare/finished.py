@@ -36,7 +36,7 @@ from pathlib import Path
 import numpy as np
 
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
-from karat_scale.data.indexing import LabelRule, is_indexed, open_tar, read_samples
+from karat_scale.data.indexing import MADE_BY, LabelRule, is_indexed, open_tar, read_samples
 from karat_scale.data.prepare.making import make_parser, run_in_processes, shard_parser, user_path
 from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.tars import scan_members
@@ -129,18 +129,32 @@ def list_splits(out: Path, source: shard_format.DatasetRecord, splits: Splits) -
             (out / name).unlink(missing_ok=True)
 
 
+def _has_index(out: Path) -> bool:
+    try:
+        return is_indexed(shard_format.read_dataset_record(out))
+    except DataError:
+        return False
+
+
+_STAGED = ".staged"  # in a directory with copies of others' tars, which may go
+
+
 def stage(arguments: list[str] | None = None) -> None:
     options = shard_parser("Copy shards to a local disk, and verify every byte.").parse_args(arguments)
     src, out = options.src, options.out
     if isinstance(src, Path) and src.resolve() == out.resolve():
         raise DataError(f"--out {out} is --src; use a directory on the local disk")
-    record = shard_format.read_dataset_record(src)
+    record = shard_format.read_dataset_record(src, what="--src")
     wanted = shard_format.chosen_splits(src, record, options.split)
+    if not (out / _STAGED).exists() and _has_index(out):  # its tars may be the only ones
+        raise DataError(f"--out {out} has tars that karat index has indexed there; use another directory")
     files = files_of(wanted)
     if options.dry_run:
         print(f"would copy {len(files)} files, {sum(file.bytes for file in files) / 1e6:,.1f} MB, to {out}")
         return
     out.mkdir(parents=True, exist_ok=True)
+    if is_indexed(record):
+        (out / _STAGED).touch()
     before = staged_before(out, record, wanted)
     kept = {name: split for name, split in before.items() if not missing_files(out, {name: split}, options.workers)}
     missing = missing_files(out, wanted, options.workers)
@@ -207,7 +221,10 @@ def verify_shard(
     for number in np.flatnonzero((labels < 0) | (labels >= classes)):
         problems.append(f"{path}: sample {keys[number]} has label {labels[number]} of {classes} classes")
     expected = list(zip(keys, *(columns[name].tolist() for name in shard_format.INDEX_FIELDS), strict=True))
-    problems += [f"{path}: {problem}" for problem in _sample_problems(path, expected, rule, record.classes)]
+    try:
+        problems += [f"{path}: {problem}" for problem in _sample_problems(path, expected, rule, record.classes)]
+    except DataError as error:  # a tar that was indexed without its hash
+        problems.append(str(error))
     inside = labels[(labels >= 0) & (labels < classes)]
     return problems, np.bincount(inside, minlength=classes).tolist()
 
@@ -261,14 +278,14 @@ def verify(arguments: list[str] | None = None) -> None:
     parser = shard_parser("Check shards: hashes, labels, counts, and that every image decodes.", writes=False)
     parser.add_argument("--imagenet", action="store_true", help="expect ImageNet-1K's classes and counts")
     options = parser.parse_args(arguments)
-    record = shard_format.read_dataset_record(options.src)
+    record = shard_format.read_dataset_record(options.src, what="--src")
     splits = shard_format.chosen_splits(options.src, record, options.split)
     problems = []
     if options.imagenet and len(record.classes) != IMAGENET_CLASSES:
         problems.append(f"dataset.json lists {len(record.classes)} classes, ImageNet has {IMAGENET_CLASSES}")
     for name, split in splits.items():
         found, per_class = [], np.zeros(len(record.classes), dtype=np.int64)
-        rule = LabelRule.parse(split.made["label"]) if is_indexed(record) else None
+        rule = LabelRule.parse(split.made["label"]) if split.made.get("by") == MADE_BY else None
         check = partial(verify_shard, options.src, record, rule)
         with (
             progress(f"{name}: verifying", split.samples, "images") as advance,
@@ -326,7 +343,7 @@ def _turn(src: Path, out: Path) -> Iterator[None]:
 
 def join(src: Path, out: Path) -> list[str]:
     """Move the splits of `src` into `out`; returns their names. Raises DataError if the two do not fit together."""
-    record = shard_format.read_dataset_record(src)
+    record = shard_format.read_dataset_record(src, what="--src")
     out.mkdir(parents=True, exist_ok=True)
     with _turn(src, out):
         _join(src, record, out)
@@ -335,7 +352,9 @@ def join(src: Path, out: Path) -> list[str]:
 
 def _join(src: Path, record: shard_format.DatasetRecord, out: Path) -> None:
     has_some = (out / shard_format.DATASET_FILE).exists()
-    joined = shard_format.read_dataset_record(out) if has_some else record.model_copy(update={"splits": {}})
+    joined = (
+        shard_format.read_dataset_record(out, what="--out") if has_some else record.model_copy(update={"splits": {}})
+    )
     if record.root or joined.root:
         raise DataError(f"{src} and {out}: one lists tars that are elsewhere; run `karat index` on all tars at once")
     if joined.classes != record.classes:
@@ -344,6 +363,9 @@ def _join(src: Path, record: shard_format.DatasetRecord, out: Path) -> None:
         left = any((src / file.name).exists() for file in files_of({name: split}))
         if name in joined.splits and (left or joined.splits[name] != split):  # else an earlier run joined it
             raise DataError(f"{out} has a split {name} already; use another --out")
+    for file in files_of(record.splits):
+        if (src / file.name).exists() and (out / file.name).exists():
+            raise DataError(f"{out / file.name} is there already; rename the tars of one, and index them again")
     for file in files_of(record.splits):
         if (src / file.name).exists():  # else an earlier run moved it
             (out / file.name).parent.mkdir(parents=True, exist_ok=True)
@@ -384,9 +406,16 @@ def dali_index(tar_path: Path) -> str:
     return "\n".join([f"v1.2 {len(samples)}", *(" ".join(parts) for parts in samples.values())]) + "\n"
 
 
+def _write_dali_index(tars: Path, out: Path, shard: shard_format.ShardRecord) -> None:
+    shard_format.check_file(tars / shard.name, shard, by_hash=False)
+    path = out / Path(shard.name).with_suffix(".idx")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, dali_index(tars / shard.name))
+
+
 def make_dali_index(arguments: list[str] | None = None) -> None:
     options = shard_parser("Write index files for DALI's webdataset reader.").parse_args(arguments)
-    record = shard_format.read_dataset_record(options.src)
+    record = shard_format.read_dataset_record(options.src, what="--src")
     tars, splits = record.tars_of(options.src), shard_format.chosen_splits(options.src, record, options.split)
     if isinstance(tars, str):
         raise DataError(f"the tars are at {tars}; this needs them on a file system")
@@ -395,11 +424,11 @@ def make_dali_index(arguments: list[str] | None = None) -> None:
         print(f"would write {len(shards)} index files to {options.out}")
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    with progress("indexing", len(shards), "shards") as advance:
-        for shard in shards:
-            shard_format.check_file(tars / shard.name, shard, by_hash=False)
-            path = options.out / Path(shard.name).with_suffix(".idx")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, dali_index(tars / shard.name))
+    write = partial(_write_dali_index, tars, options.out)
+    with (
+        progress("indexing", len(shards), "shards") as advance,
+        closing(run_in_processes(write, shards, options.workers)) as written,
+    ):
+        for _ in written:
             advance(1)
     print(f"{len(shards)} index files are in {options.out}")

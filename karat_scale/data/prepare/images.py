@@ -109,8 +109,11 @@ def _inspect_by_pillow(data: bytes, name: str) -> ImageFacts:
     try:
         with warnings.catch_warnings(), opened(data) as image:
             warnings.simplefilter("ignore")
-            size, kind, mode = image.size, image.format, image.mode
-            orientation = image_orientation(image)
+            size, kind, mode, corrupt_exif = image.size, image.format, image.mode, False
+            try:
+                orientation = image_orientation(image)
+            except Exception:  # a damaged block makes Pillow raise nearly any error
+                orientation, corrupt_exif = UPRIGHT, True
     except (MemoryError, UndecodableImageError) as error:  # a damaged header may ask for any memory
         raise UnreadableSampleError(str(error) or "out of memory") from error
     if min(size) < 1 or kind is None:
@@ -123,7 +126,7 @@ def _inspect_by_pillow(data: bytes, name: str) -> ImageFacts:
         odd.append(f"{kind} named JPEG")
     grey = mode in ("1", "L", "LA", "I", "I;16")
     undecodable = decoding_failure(data) if odd else ""
-    return ImageFacts(extension, size[0] * size[1], grey, orientation, odd=tuple(odd), undecodable=undecodable)
+    return ImageFacts(extension, size[0] * size[1], grey, orientation, corrupt_exif, tuple(odd), undecodable)
 
 
 Encoder = Literal["native", "pillow"]
@@ -240,7 +243,8 @@ class Preparation:
             return Prepared(encoded, "jpg", facts.grey, what, "turned" if turned else "converted")
         if convertible and self.on_odd == "convert":
             if not facts.odd:
-                return Prepared(without_exif(data), facts.extension, facts.grey, odd, "converted")
+                bare = without_exif(data)  # of a JPEG; other kinds keep theirs
+                return Prepared(bare, facts.extension, facts.grey, odd, "kept" if bare == data else "converted")
             try:
                 encoded = to_jpeg(decode_rgb(data), CONVERT_QUALITY)
             except UndecodableImageError as error:

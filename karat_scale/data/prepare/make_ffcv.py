@@ -199,9 +199,12 @@ ROOM_BYTES = 64 << 20
 
 def plan_job(split: str, source: Source, names: list[str], options: argparse.Namespace) -> BetonJob:
     """Return the job of one split, from the command line."""
+    beton = shard_format.beton_path(options.out, split)
+    found = shard_format.read_record(beton).made if shard_format.record_path(beton).exists() else {}
     from_shards = has_shards(options.src)
     order = np.arange(len(source)) if from_shards else making.shuffled(source, options.seed, options.subset)
-    preparation = None if from_shards else Preparation(options.check, options.on_odd, exif=options.exif)
+    check = making.check_of(options, source, found)
+    preparation = None if from_shards else Preparation(check, options.on_odd, exif=options.exif)
     settings = {name: getattr(options, name) for name in SETTINGS}
     made = making.made_by("make_ffcv.py", source, options, preparation, from_shards=from_shards, **settings)
     packing = Packing(

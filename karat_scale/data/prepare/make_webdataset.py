@@ -26,12 +26,13 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -133,12 +134,13 @@ def remove_leftovers(job: ShardJob, kept: list[MadeShard]) -> None:
         path.unlink()
 
 
-def plan_job(split: str, source: Source, options: argparse.Namespace) -> ShardJob:
-    """Return the job of one split, from the command line."""
+def plan_job(split: str, source: Source, options: argparse.Namespace, found: Mapping[str, Any]) -> ShardJob:
+    """Return the job of one split, from the command line. found: what a split is made with that exists."""
     order = making.shuffled(source, options.seed, options.subset)
     quality = options.quality or DEFAULT_QUALITY
     encoder = choose_encoder(options.encoder) if options.resize else "pillow"
-    preparation = Preparation(options.check, options.on_odd, options.resize, quality, encoder, options.exif)
+    check = making.check_of(options, source, found)
+    preparation = Preparation(check, options.on_odd, options.resize, quality, encoder, options.exif)
     made = making.made_by(
         "make_webdataset.py",
         source,
@@ -241,7 +243,7 @@ def _list_split(
     try:
         lock(folder)
         if (out / shard_format.DATASET_FILE).exists():
-            found = shard_format.read_dataset_record(out)
+            found = shard_format.read_dataset_record(out, what="--out")
             if found.classes != dataset.classes:
                 raise DataError(f"{out} has shards of other classes by now; use another --out")
             dataset = found
@@ -255,7 +257,8 @@ def _list_split(
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     out: Path = options.out
-    dataset = shard_format.read_dataset_record(out) if (out / shard_format.DATASET_FILE).exists() else None
+    has_record = (out / shard_format.DATASET_FILE).exists()
+    dataset = shard_format.read_dataset_record(out, what="--out") if has_record else None
     if dataset and is_indexed(dataset):  # to make it again might remove tars that nobody has a copy of
         raise DataError(
             f"{out} has a {shard_format.DATASET_FILE} of karat index, of tars that others made; use another --out"
@@ -263,14 +266,18 @@ def main(arguments: list[str] | None = None) -> None:
     known = dataset.classes if dataset else None
     sources = making.open_chosen(options, known)
     making.settle(options, sources)
-    jobs = [plan_job(split, source, options) for split, source in sources.items()]
+    before = {name: split.made for name, split in dataset.splits.items()} if dataset else {}
+    jobs = [plan_job(split, source, options, before.get(split, {})) for split, source in sources.items()]
     if options.dry_run:
         for job in jobs:
             job.print_plan(np.concatenate(job.shards), f"{len(job.shards)} shards in {out}")
         return
     out.mkdir(parents=True, exist_ok=True)
     classes = jobs[0].source.classes
-    dataset = dataset or shard_format.DatasetRecord(classes=classes, names=making.class_names(options, classes))
+    names = making.class_names(options, classes)
+    if dataset and options.names and names != dataset.names:
+        raise DataError(f"--names has no effect: {out / shard_format.DATASET_FILE} has other names; correct it there")
+    dataset = dataset or shard_format.DatasetRecord(classes=classes, names=names)
     for job in jobs:
         if job.split in dataset.splits:
             check_split(job, dataset.splits[job.split], options.workers)

@@ -25,7 +25,7 @@ from karat_scale import __version__
 from karat_scale.data.decoders.jpeg_header import turned_by_default
 from karat_scale.data.plan import epoch_order
 from karat_scale.data.prepare import DECODED_BELOW
-from karat_scale.data.prepare.images import OddImageSkippedError, Preparation, Prepared
+from karat_scale.data.prepare.images import Check, OddImageSkippedError, Preparation, Prepared
 from karat_scale.data.prepare.sources import Source, SourceOptions, open_splits
 from karat_scale.data.prepare.sources.base import UnreadableSampleError, find_file
 from karat_scale.data.prepare.sources.imagefolder import NAME_FILES, ImageFolderSource, read_synset_names
@@ -404,16 +404,23 @@ def check_source_options(options: argparse.Namespace) -> None:
             "--val-fraction and --val-count make train and val of a source with one split; remove --split, or give "
             "that split's folder as --src"
         )
+    if not -(2**63) <= options.seed < 2**63:
+        raise DataError(f"--seed {options.seed}: expected a number of 64 bits with sign")
     for name in ("val_labels", "synsets", "names"):
         path = getattr(options, name)
         if path is not None and not path.is_file():
             raise DataError(f"--{name.replace('_', '-')} {path}: the file does not exist")
 
 
+def check_of(options: argparse.Namespace, source: Source, made: Mapping[str, Any]) -> Check:
+    """Return `--check`; without it, what a split is `made` with that exists, or what its number of images asks for."""
+    chosen: Check = options.check or made.get("check") or ("decode" if len(source) < DECODED_BELOW else "header")
+    return chosen
+
+
 def settle(options: argparse.Namespace, sources: Mapping[str, Source]) -> None:
-    """Choose `--check` by the number of images, and `--exif` by the classes, where the command line does not."""
+    """Choose `--exif` by the classes, where the command line does not."""
     classes = next(iter(sources.values())).classes
-    options.check = options.check or ("decode" if sum(map(len, sources.values())) < DECODED_BELOW else "header")
     options.exif = options.exif or ("turn" if turned_by_default(classes) else "keep")
 
 

@@ -38,7 +38,7 @@ from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import lock, locked
 from karat_scale.foundation.machine import is_local, local_directory
 from karat_scale.foundation.native_build import cache_directory
-from karat_scale.foundation.stores import DEFAULT_TIMEOUT, Store
+from karat_scale.foundation.stores import DEFAULT_TIMEOUT, NO_SIZE, Store
 from karat_scale.recipe import DataConfig
 
 VARIABLE = "KARAT_DATA_CACHE"
@@ -506,6 +506,8 @@ class RemotePlace:
         facts = self._store.facts_of([shard.name for shard in shards])
         for shard in shards:
             found = facts[shard.name]
+            if found.bytes < 0:
+                raise DataError(f"{self.where(shard.name)}: {NO_SIZE}")
             if found.bytes != shard.bytes:
                 raise DataError(
                     f"{self.where(shard.name)} {_CHANGED}: {found.bytes} bytes, {DATASET_FILE} says {shard.bytes}; "

@@ -146,16 +146,20 @@ def absolute_path(path: str) -> str:
     return directory if isinstance(directory, str) else str(directory.absolute())
 
 
-def read_dataset_record(directory: Path | str, timeout: float = DEFAULT_TIMEOUT) -> DatasetRecord:
+def read_dataset_record(
+    directory: Path | str, timeout: float = DEFAULT_TIMEOUT, what: str = "data.path"
+) -> DatasetRecord:
     """Read dataset.json of a directory or at a URL.
 
     Args:
         timeout: data.timeout, for a URL.
+        what: the key or the option that names the directory, for messages.
 
     Raises:
         DataError: the directory or the file is missing, empty or damaged.
     """
-    return _validated(DatasetRecord, f"{directory}/{DATASET_FILE}", lambda: _record_text(directory, timeout), _FIX)
+    fix = "remove it and run again" if what == "--out" else _FIX
+    return _validated(DatasetRecord, f"{directory}/{DATASET_FILE}", lambda: _record_text(directory, timeout, what), fix)
 
 
 def _validated(kind: type[M], path: object, read: Callable[[], str], fix: str) -> M:
@@ -172,10 +176,10 @@ def _validated(kind: type[M], path: object, read: Callable[[], str], fix: str) -
         raise DataError(f"{path} is damaged or of another version ({where}: {first['msg']}); {fix}") from error
 
 
-def _record_text(directory: Path | str, timeout: float) -> str:
+def _record_text(directory: Path | str, timeout: float, what: str) -> str:
     if isinstance(directory, str):
         return Store(directory, timeout).read_small(DATASET_FILE, LARGEST_RECORD).decode("utf-8")
-    check_has_record(directory)
+    check_has_record(directory, what)
     return read_record_text(directory / DATASET_FILE)
 
 
@@ -184,21 +188,22 @@ def not_a_directory(path: Path) -> str:
     return f"{path} is not a directory{'' if path.is_absolute() else f' in {Path.cwd()}'}"
 
 
-def require_directory(path: Path, files: Files) -> None:
-    """Raise DataError unless `data.path` is a directory. files: what it should have."""
+def require_directory(path: Path, files: Files, what: str = "data.path") -> None:
+    """Raise DataError unless the path in the key or option `what` is a directory. files: what it should have."""
     if not path.is_dir():
-        raise DataError(f"data.path = {not_a_directory(path)}; set it to {files.value}")
+        raise DataError(f"{what} = {not_a_directory(path)}; set it to {files.value}")
 
 
-def check_has_record(directory: Path) -> None:
-    """Raise DataError unless a directory exists and has a dataset.json."""
-    require_directory(directory, Files.SHARDS)
+def check_has_record(directory: Path, what: str = "data.path") -> None:
+    """Raise DataError unless a directory, which the key or option `what` names, exists and has a dataset.json."""
+    require_directory(directory, Files.SHARDS, what)
     if (directory / DATASET_FILE).is_file():
         return
     inside = list(directory.iterdir())
     found = f"has no {DATASET_FILE}" if inside else "is empty"
-    folders = ", set data.backend=folder for a folder of images," if any(path.is_dir() for path in inside) else ""
-    raise DataError(f"data.path = {directory} {found}; {_FIX}{folders} or correct the path")
+    has_folders = what == "data.path" and any(path.is_dir() for path in inside)
+    folders = ", set data.backend=folder for a folder of images," if has_folders else ""
+    raise DataError(f"{what} = {directory} {found}; {_FIX}{folders} or correct the path")
 
 
 def read_record_text(path: Path) -> str:

@@ -362,6 +362,7 @@ class Trackers:
         self._listeners: list[threading.Thread] = []
         self._ended: dict[str, bool] = {}  # those of which it is known how they ended, and whether it was in good order
         self._lock = threading.Lock()
+        self._never_began: list[str] = []
         for name in names:
             try:
                 if anew:  # it begins at what comes from now on
@@ -369,6 +370,7 @@ class Trackers:
                     Cursor(begin=sizes, offsets=sizes).save(cursor_file(run, name))
                 self._processes[name] = self._start(run, name, 0.0 if patient else _ORPHAN_SECONDS)
             except OSError as error:
+                self._never_began.append(name)
                 self._say(f"warning: {name}: cannot be started, so it gets no figures: {error.strerror}")
 
     def messages(self) -> list[str]:
@@ -400,7 +402,7 @@ class Trackers:
             self._tell_of_death(name, process)
         late = [name for name, process in self._processes.items() if process.returncode or not self._ended[name]]
         self._processes, self._listeners = {}, []
-        return late
+        return [*late, *self._never_began]
 
     def _start(self, run: Path, name: str, seconds: float) -> subprocess.Popen[str]:
         place = TRACKERS[name].place if name in TRACKERS else name

@@ -11,6 +11,7 @@ from karat_scale.foundation.console import gigabytes
 from karat_scale.foundation.errors import UserError
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
+from tests.conftest import karat_refuses
 
 Capture = pytest.CaptureFixture[str]
 SMALL_VIT = ("model.depth=1", "model.image_size=64", "train.precision=bf16", "train.global_batch=256")
@@ -71,6 +72,11 @@ def test_stages_that_the_recipe_cannot_use_are_told(tmp_path: Path, capsys: Capt
 def test_too_few_images_for_one_batch_are_refused(capsys: Capture) -> None:
     assert plan("data.backend=synthetic", "data.synthetic_samples=40", "train.global_batch=64") == 2
     assert "the training split has 40 samples, fewer than train.global_batch = 64;" in capsys.readouterr().err
+
+
+def test_a_gpu_and_a_run_on_a_cpu_exclude_each_other() -> None:
+    line = karat_refuses("plan", "imagenet_vit_tiny_g3b", "run.device=cpu", "--gpu", "h100")
+    assert "--gpu h100-80 has no effect with run.device = cpu; remove one of them" in line
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from karat_scale.attention import routes, variants
 from karat_scale.commands.plan import memory
 from karat_scale.commands.plan.memory import Footprint, Subject, attention_workspace, written_by_rows
 from karat_scale.commands.plan.tracing import IMAGENET, Trace, count_samples, fake_copy, trace_step
+from karat_scale.foundation.errors import DataError
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
@@ -146,6 +147,17 @@ def test_no_decoder_is_made_and_no_shard_hashed(recipe_file: Path, monkeypatch: 
 
 
 STREAM = ("data.order=stream", "data.stream=pipe:cat a.tar", "data.stream_samples=48")
+
+
+def test_data_that_are_here_and_damaged_are_not_imagenet(recipe_file, image_folder, tmp_path) -> None:
+    (tmp_path / "dataset.json").write_text("{")
+    for keys, message in {
+        ("data.train_split=trian",): "has no split 'trian'",
+        (f"data.path={tmp_path}",): "is damaged or of another version",
+        ("data.backend=folder", f"data.path={image_folder}", "data.train_split=trian"): "trian",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            count_samples(load_recipe(recipe_file, keys).data)
 
 
 @pytest.mark.parametrize(

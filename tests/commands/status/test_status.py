@@ -63,6 +63,14 @@ def test_what_a_start_takes_back_is_not_shown(tmp_path: Path) -> None:
     assert "top-1" not in shown_text(standing)
 
 
+def test_a_detectors_scores_are_its_average_precisions(tmp_path: Path) -> None:
+    train = {"event": "train", "samples": 1000, "total_steps": 40, "step": 10, "loss": 2.0}
+    write_events(tmp_path, train, {"event": "eval", "step": 10, "box_ap": 0.3, "mask_ap": 0.25})
+    shown = shown_text(read_standing(tmp_path))
+    assert "mask AP     0.25, best 0.25" in shown
+    assert "top-1" not in shown
+
+
 def test_a_directory_of_runs_is_told_with_their_names(tmp_path: Path) -> None:
     for name in ("b", "a", "sweep/c", "sweep/d", "e"):
         (tmp_path / name).mkdir(parents=True)

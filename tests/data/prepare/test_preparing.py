@@ -139,6 +139,30 @@ def test_all_images_of_a_small_source_are_decoded_and_of_a_large_one_the_headers
     assert (record.samples, record.made["check"]) == (2, "header")
 
 
+def test_the_check_of_a_split_does_not_depend_on_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("karat_scale.data.prepare.making.DECODED_BELOW", 2)
+    for split, count in (("train", 3), ("val", 1)):
+        for number in range(count):
+            write(tmp_path / f"src/{split}/ant/{number}.jpg", jpeg(number))
+    make_shards(tmp_path / "src", tmp_path / "out", "--split", "val")
+    record = make_shards(tmp_path / "src", tmp_path / "out")
+    assert {name: split.made["check"] for name, split in record.splits.items()} == {"val": "decode", "train": "header"}
+    monkeypatch.setattr("karat_scale.data.prepare.making.DECODED_BELOW", 9)  # as in another version
+    make_shards(tmp_path / "src", tmp_path / "out")
+    assert "train: 3 samples in 1 shards are complete and correct" in capsys.readouterr().out
+    with pytest.raises(DataError, match="holds split train made with check = header, now decode"):
+        make_shards(tmp_path / "src", tmp_path / "out", "--check", "decode")
+
+
+def test_a_png_keeps_an_exif_block_that_cannot_be_read_or_removed():
+    """Pillow decodes it, so training and prediction read it."""
+    corrupt = jpeg(1, kind="PNG", exif=b"garbage-" * 4)
+    kept = Preparation().prepare(corrupt, "a.png")
+    assert (kept.data, kept.odd, kept.done) == (corrupt, "corrupt EXIF", "kept")
+    turned = jpeg(1, kind="PNG", exif=exif(6))
+    assert Preparation(on_odd="convert", exif="keep").prepare(turned, "a.png").done == "kept"
+
+
 def test_ordinary_images_pass_every_policy():
     for data, name in ((jpeg(1), "a.JPEG"), (jpeg(1, kind="PNG"), "a.png"), (jpeg(1, progressive=True), "a.jpg")):
         for policy in ("convert", "keep", "skip", "stop"):

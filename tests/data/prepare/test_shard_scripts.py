@@ -264,6 +264,57 @@ def test_tars_in_folders_are_joined(tmp_path):
     finished.verify(["--src", str(tmp_path / "out")])
 
 
+def test_tars_of_one_name_are_not_joined(tmp_path):
+    for split in ("train", "val"):
+        write_tar(tmp_path / split / "0.tar", sample("tv".index(split[0])))
+        assert karat_here("index", str(tmp_path / split), "--split", f"{split}=*.tar") == 0
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    with pytest.raises(DataError, match=r"train/0\.tar is there already; rename the tars of one"):
+        finished.join(tmp_path / "val", tmp_path / "train")
+    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+
+
+def test_own_and_indexed_splits_of_one_data_set_are_verified(shards, tmp_path, capsys):
+    record = read_dataset_record(shards)
+    write_tar(tmp_path / "val" / "v.tar", [("a.jpg", jpeg(1)), ("a.cls", b"1")])
+    (tmp_path / "classes.txt").write_text("\n".join(record.classes))
+    classes = ("--classes", str(tmp_path / "classes.txt"))
+    assert karat_here("index", str(tmp_path / "val"), "--split", "other=*.tar", *classes) == 0
+    finished.join(tmp_path / "val", shards)
+    check(shards)
+    assert "other: 1 samples of 3 classes in 1 shards are right" in capsys.readouterr().out
+
+
+def test_a_damaged_tar_without_a_hash_hides_no_other_problem(tmp_path, capsys):
+    for number in range(2):
+        write_tar(tmp_path / f"train-{number}.tar", sample(number))
+    assert karat_here("index", str(tmp_path)) == 0
+    for number in range(2):
+        flip(tmp_path / f"train-{number}.tar", 3)  # the checksum of a header
+    with pytest.raises(DataError, match="2 problems in total"):
+        check(tmp_path)
+    assert capsys.readouterr().out.count("problem: ") == 2
+
+
+def test_a_copy_never_takes_the_place_of_tars_that_were_indexed_where_they_are(tmp_path):
+    for name in ("theirs", "source"):
+        write_tar(tmp_path / name / "train-0.tar", sample(len(name)))
+        assert karat_here("index", str(tmp_path / name)) == 0
+    for _ in range(2):  # a copy may be made again
+        finished.stage(["--src", str(tmp_path / "source"), "--out", str(tmp_path / "copy")])
+    before = (tmp_path / "theirs/train-0.tar").read_bytes()
+    with pytest.raises(DataError, match="has tars that karat index has indexed there; use another directory"):
+        finished.stage(["--src", str(tmp_path / "source"), "--out", str(tmp_path / "theirs")])
+    assert (tmp_path / "theirs/train-0.tar").read_bytes() == before
+
+
+def test_a_directory_without_a_record_is_named_by_its_option(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match=rf"^--src = {tmp_path} has no dataset.json; make it with") as error:
+        check(tmp_path)
+    assert "data.backend" not in str(error.value)
+
+
 def test_usage_names_the_command_that_was_typed() -> None:
     assert karat_done("prepare", "verify", "--help").stdout.startswith("usage: karat prepare verify ")
     assert run_script("data_prep/verify.py", "--help").stdout.startswith("usage: verify.py ")

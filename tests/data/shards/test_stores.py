@@ -8,8 +8,8 @@ import pytest
 
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError
-from karat_scale.foundation.stores import ChangedFileError, Store, StoreError, check_url, is_url
-from tests.conftest import karat_environment, karat_here
+from karat_scale.foundation.stores import ChangedFileError, FileFacts, Store, StoreError, check_url, is_url
+from tests.conftest import free_port, karat_environment, karat_here
 from tests.data.tars import image, write_tar
 from tests.servers import Answering, FaultyProxy, serving
 from tests.warm import run_code
@@ -136,6 +136,17 @@ def test_a_try_that_was_given_up_writes_nothing_more(files, nginx):
     assert sink.tries == 2
     time.sleep(0.5)
     assert b"".join(sink.pieces) == content[:5000]
+
+
+def test_a_server_that_is_not_there_is_not_a_missing_file():
+    with pytest.raises(StoreError, match=r"a\.tar: the connection failed .* times"):
+        Store(f"http://127.0.0.1:{free_port()}", timeout=1).facts("a.tar")
+
+
+def test_a_server_that_states_no_size_is_named(monkeypatch):
+    monkeypatch.setattr(Store, "facts", lambda self, name: FileFacts(-1, ""))
+    with pytest.raises(StoreError, match=r"dataset\.json: the server does not say how large the file is"):
+        Store("http://127.0.0.1:1").read_small("dataset.json", 100)
 
 
 def test_refused_access_is_not_tried_again_and_no_server_is_named(files, nginx):

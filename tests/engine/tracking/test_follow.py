@@ -64,6 +64,16 @@ def test_a_restart_at_an_older_checkpoint_repeats_nothing_and_a_run_that_begins_
     assert len({one["open"] for one in lines() if "open" in one}) == 2
 
 
+def test_a_tracker_whose_process_cannot_start_has_not_got_everything(written, monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(follow.subprocess, "Popen", refuse)
+    trackers = Trackers(written.path, [PLACE])
+    assert trackers.finish(1) == [PLACE]
+    assert f"{PLACE}: cannot be started" in trackers.messages()[0]
+
+
 def test_it_follows_while_the_run_writes_and_waits_for_the_end_of_a_line(written, lines) -> None:
     trackers = Trackers(written.path, [PLACE])
     written.train(1)

@@ -69,11 +69,12 @@ def _find(
     if has_imagenet_tars(src):
         _refuse_unheeded(src, options, "ImageNet's tars", {"val_labels", "synsets"})
         return imagenet_splits(src, split, options, known_classes)
-    for look_for, heeded in DATA_SETS.items():
-        known, names = look_for(src, options)
-        if known:
-            _refuse_unheeded(src, options, "a data set's official files", heeded)
-            return known, names
+    official = [(heeded, *found) for look_for, heeded in DATA_SETS.items() if (found := look_for(src, options))[0]]
+    if len(official) > 1:
+        raise DataError(f"{src} has the official files of several data sets; give each a directory of its own")
+    for heeded, known, names in official:
+        _refuse_unheeded(src, options, "a data set's official files", heeded)
+        return known, names
     _refuse_unheeded(src, options, "folders of image files", set())
     folders, flat = split_folders(src)
     if split is None or not folders:

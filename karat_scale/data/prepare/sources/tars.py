@@ -402,4 +402,8 @@ def open_shards(src: Path, split: str | None) -> tuple[dict[str, ShardSource], l
     """Return the requested splits of a directory of shards, and its classes' readable names. Raises DataError."""
     record = shard_format.read_dataset_record(src)
     chosen = shard_format.chosen_splits(src, record, split)
+    if empty := [name for name, found in chosen.items() if not found.samples]:
+        if len(empty) == len(chosen):
+            raise DataError(f"{src} has no samples of {' and '.join(empty)}; choose another split or source")
+        print(f"{src}: {' and '.join(empty)} without samples: left out")
     return {name: ShardSource(src, name, record) for name, found in chosen.items() if found.samples}, record.names

@@ -73,6 +73,13 @@ def test_torchvision_reads_the_same(tmp_path, monkeypatch, name, data_set, argum
             np.testing.assert_array_equal(np.asarray(ours), np.asarray(image))
 
 
+def test_two_data_sets_in_one_directory_are_refused(tmp_path):
+    for fine in (False, True):
+        official.write_cifar(tmp_path, fine=fine)
+    with pytest.raises(DataError, match="has the official files of several data sets; give each a directory"):
+        open_splits(tmp_path, None, None, ANY)
+
+
 def test_flowers_train_on_training_and_validation_images(tmp_path):
     images = official.write_flowers(tmp_path)
     found = open_splits(tmp_path, None, None, ANY)
