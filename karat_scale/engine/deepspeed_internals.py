@@ -353,6 +353,7 @@ def refresh_module(engine: Any) -> None:
         optimizer._partition_all_parameters()
         for number in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
+        optimizer.invalidate_secondary_tensor()  # the copies within a node of zero_hpz_partition_size
         if persistent := optimizer.persistent_parameters:  # small ones, whole on each rank at all times
             persistent[0].all_gather(persistent)
         gathers_wait_for_the_weights(engine)

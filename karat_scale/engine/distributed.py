@@ -143,11 +143,15 @@ def joined(
         UserError: as `start`.
         PeerError: another rank has ended.
     """
+    of_launcher, is_orderly = os.environ.get("LOCAL_RANK"), False
     try:
         with explaining():
             yield start(device, patience_minutes, check)
+        is_orderly = True
     finally:
-        stop()
+        stop(is_orderly)
+        os.environ.pop("LOCAL_RANK", None)  # `start` has set the GPU's number
+        os.environ.update({} if of_launcher is None else {"LOCAL_RANK": of_launcher})
 
 
 def start(device: str, patience_minutes: float = PATIENCE_MINUTES, check: Callable[[], object] = lambda: None) -> World:
@@ -172,9 +176,12 @@ def start(device: str, patience_minutes: float = PATIENCE_MINUTES, check: Callab
     return World(rank, size, local_rank, here, _join(rank, size, here, patience, check), patience)
 
 
-def stop() -> None:
-    """Leave the process group. Another run may start in this process."""
-    if dist.is_initialized():
+def stop(is_orderly: bool = True) -> None:
+    """Leave the process group. Another run may start in this process, except after an error on a GPU.
+
+    NCCL would then wait for the other ranks, which wait for this one. They notice it when the process has ended.
+    """
+    if dist.is_initialized() and (is_orderly or dist.get_backend() != "nccl" or dist.get_world_size() == 1):
         dist.destroy_process_group()
     if "deepspeed" in sys.modules:
         from karat_scale.engine.deepspeed_internals import forget_groups, use_torchs_own_linear

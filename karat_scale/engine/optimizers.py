@@ -128,7 +128,7 @@ def heeds_found_inf(optimizer: torch.optim.Optimizer) -> bool:
 
 def build_adamw(model: nn.Module, optim: OptimConfig, device: torch.device, groups: Groups | None) -> torch.optim.AdamW:
     """Return AdamW over `groups`, or over all that learns."""
-    groups = groups or parameter_groups(model, optim)
+    groups = parameter_groups(model, optim) if groups is None else groups
     fused = steps_fused(device)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
 
@@ -149,14 +149,15 @@ def build_muon(
     if groups is not None:
         raise RecipeError("optim.name = muon: this task groups its parameters in another way; use optim.name=adamw")
     hidden = hidden_matrices(model)
-    adamw = build_adamw(model, optim, device, parameter_groups(model, optim, apart=hidden))
+    others = parameter_groups(model, optim, apart=hidden)
     matrices = parameter_groups(model, optim, apart={name for name, _ in model.named_parameters()} - hidden)
+    adamw = [build_adamw(model, optim, device, others)] if others else []
     if not matrices:
-        return adamw
+        return adamw[0]
     if not hasattr(torch.optim, "Muon"):
         raise RecipeError(f"optim.name = muon: torch {torch.__version__} has no Muon; install torch 2.9 or newer")
     # Updates of the size of AdamW's (arXiv 2502.16982): one learning rate and one weight decay are right for both.
-    return MuonWithAdamW(torch.optim.Muon(matrices, lr=optim.lr, adjust_lr_fn="match_rms_adamw"), adamw)
+    return MuonWithAdamW(torch.optim.Muon(matrices, lr=optim.lr, adjust_lr_fn="match_rms_adamw"), *adamw)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

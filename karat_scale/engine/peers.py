@@ -5,6 +5,7 @@ those that are left when one fails: torchrun's agent, or srun with --kill-on-bad
 """
 
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -108,8 +109,20 @@ def explaining() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = "gloo" in str(error) or "peer" in str(error)  # gloo raises plain RuntimeErrors; only their text tells
-        if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and said):
+        if not _tells_of_a_loss(error):
             raise
         lost = "the launcher" if LAUNCHER.is_gone else "another rank"
         raise PeerError(f"{lost} has ended ({one_line(error)[:160]})") from error
+
+
+def _tells_of_a_loss(error: Exception) -> bool:
+    """Whether an error is of a connection to another process, and not of what this rank met itself."""
+    if isinstance(error, dist.DistBackendError):  # NCCL's, for a full /dev/shm or GPU, too
+        return "remote process exited" in str(error) or _OF_GLOO.search(str(error)) is not None
+    # gloo raises plain RuntimeErrors; only their text tells.
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and _OF_GLOO.search(str(error)) is not None
+    )
+
+
+_OF_GLOO = re.compile(r"\[\S*gloo/\S+\.(cc|h):\d+\]|Connection closed by peer \[")

@@ -14,6 +14,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -154,13 +155,13 @@ def _load(source: Path, isa: str) -> ctypes.CDLL:
     checked = (f"-fsanitize={sanitizers}", *SANITIZER_FLAGS) if sanitizers else ()
     arguments, _ = build_arguments(source)
     flags = (*FLAGS, "-shared", *INSTRUCTION_SETS.get(isa, ()), *checked)
-    version = _run([compiler, "--version"])
+    version = _run([*compiler, "--version"])
     ours = (path.read_text() for path in (source, *sorted(source.parent.glob("*.h"))))
     import torch
 
     from karat_scale.foundation.files import locked  # not on every system, and this module is imported on all
 
-    ingredients = (*ours, version, torch.__version__, *flags, *arguments)
+    ingredients = (*ours, version, torch.__version__, *compiler[1:], *flags, *arguments)
     key = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:20]
     directory = cache_directory()
     library = directory / f"{source.stem}-{isa}-{key}.so"
@@ -169,7 +170,7 @@ def _load(source: Path, isa: str) -> ctypes.CDLL:
     if not _is_ours(library):
         with locked(directory / f"{library.name}.lock"):
             if not _is_ours(library):
-                _build([compiler, *flags, str(source), *arguments], library)
+                _build([*compiler, *flags, str(source), *arguments], library)
     return ctypes.CDLL(str(library))
 
 
@@ -193,12 +194,13 @@ def cache_directory() -> Path:
     return Path(chosen).expanduser() if chosen else home() / ".cache" / "karat_scale"
 
 
-def find_compiler() -> str:
-    """Return the path of the C++ compiler: CXX, or the first of `COMPILERS`. Raises LoadError."""
+def find_compiler() -> list[str]:
+    """Return the C++ compiler as a command: CXX, such as `ccache g++`, or one of `COMPILERS`. Raises LoadError."""
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
     for candidate in candidates:
-        if found := shutil.which(candidate):
-            return found
+        program, *arguments = shlex.split(candidate)
+        if found := shutil.which(program):
+            return [found, *arguments]
     raise LoadError(f"no C++ compiler ({', '.join(candidates)}) is on PATH; install g++")
 
 

@@ -1,11 +1,13 @@
 """A run goes on at another world size and ZeRO stage as if nothing had happened."""
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.engine.stage_jobs import Job, launch_jobs
 from tests.small_engines import CONFIGS, VARIANTS
 
@@ -65,6 +67,18 @@ def test_every_pair_of_stages_takes_over_for_fifty_steps(tmp_path, before, world
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_two_ranks_resume_to_the_same_bits_at_every_stage(tmp_path, precision) -> None:
     _check_same_bits(tmp_path, {config: Job(config, precision=precision) for config in CONFIGS})
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_copies_within_a_node_follow_a_resume_and_the_average(tmp_path) -> None:
+    """DeepSpeed's hpZ gathers from these copies, which nothing but a step made anew."""
+    config = json.loads((ROOT / "ds_configs/zero3.json").read_text())
+    config["zero_optimization"]["zero_hpz_partition_size"] = 2
+    (tmp_path / "hpz.json").write_text(json.dumps(config))
+    _check_same_bits(tmp_path, {"hpz": Job(str(tmp_path / "hpz.json"))})
+    plain, copies = launch_jobs([Job("zero3"), Job(str(tmp_path / "hpz.json"))], 2, tmp_path / "both")
+    assert copies["ema"] == plain["ema"]
 
 
 @pytest.mark.slow

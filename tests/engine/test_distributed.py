@@ -30,10 +30,54 @@ from karat_scale.engine.distributed import (
     start,
     tell_deepspeed,
 )
-from karat_scale.foundation.errors import UserError
+from karat_scale.engine.peers import explaining
+from karat_scale.foundation.errors import PeerError, UserError
 from karat_scale.foundation.machine import launch_environment
 from tests.conftest import ROOT, free_port, karat_environment, output_of, rank_environments, run_to_end
 from tests.warm import run_code
+
+
+def test_a_rank_that_fails_on_a_gpu_leaves_nccl_as_it_is(monkeypatch) -> None:
+    """NCCL would wait for the ranks that wait for this one; they notice the end of the process."""
+    left: list[str] = []
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append("left"))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    for backend, is_orderly, is_left in (("nccl", False, False), ("nccl", True, True), ("gloo", False, True)):
+        monkeypatch.setattr(dist, "get_backend", lambda backend=backend: backend)
+        left.clear()
+        distributed.stop(is_orderly)
+        assert bool(left) == is_left
+
+
+def test_the_launchers_local_rank_comes_back() -> None:
+    code = """
+        import os
+        from karat_scale.engine.distributed import joined
+        with joined("cpu"):
+            os.environ["LOCAL_RANK"] = "7"  # as it is with the number of a GPU
+        print(os.environ["LOCAL_RANK"])
+    """
+    environment = {**karat_environment(), "LOCAL_RANK": "0"}
+    assert output_of(sys.executable, "-c", textwrap.dedent(code), env=environment).strip() == "0"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_a_loss"),
+    [
+        (dist.DistBackendError("NCCL error in: x.cpp:94, remote process exited or there was a network error"), True),
+        (dist.DistBackendError("NCCL error in: x.cpp:94\nLast error:\nNo space left on device /dev/shm"), False),
+        (dist.DistNetworkError("Connection reset by peer"), True),
+        (RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:5"), True),
+        (RuntimeError("PytorchStreamReader failed reading zip archive /data/peer_review/gloo/a.pt"), False),
+        (OSError("Connection reset by peer"), False),
+    ],
+)
+def test_only_a_lost_connection_between_ranks_is_the_end_of_another(error: Exception, is_a_loss: bool) -> None:
+    with pytest.raises(PeerError if is_a_loss else type(error)) as raised, explaining():
+        raise error
+    assert isinstance(raised.value, PeerError) == is_a_loss
 
 
 def two_ranks(script: str, *arguments: object, **environment: str) -> list[str]:

@@ -47,6 +47,19 @@ def test_hidden_matrices_are_the_blocks_linear_weights(small_recipe) -> None:
     assert hidden == {f"blocks.{block}.{layer}.weight" for block in (0, 1) for layer in layers}
 
 
+def test_muon_alone_trains_where_all_else_is_frozen(small_recipe) -> None:
+    recipe = small_recipe(MUON, "optim.lr=0.01")
+    model = create_model(recipe.model, recipe.attention)
+    hidden = hidden_matrices(model)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in hidden)
+    optimizer = build_optimizer(model, recipe.optim, CPU)
+    model(torch.randn(2, 3, 16, 16)).square().mean().backward()
+    optimizer.step()
+    assert {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])} == hidden
+
+
 def test_each_parameter_moves_as_under_the_optimizer_that_has_it(small_recipe) -> None:
     recipe = small_recipe(MUON, "optim.lr=0.01")
     torch.manual_seed(0)

@@ -59,6 +59,16 @@ def loaded(cache):
 ATTEND = 'print(fourier_karat_attention(*call, implementation="cpu").sum().item())'
 
 
+def test_a_compiler_may_be_a_command_with_arguments(monkeypatch):
+    monkeypatch.setenv("CXX", "env LANG=C g++")
+    program, *arguments = native_build.find_compiler()
+    assert (program, arguments) == (shutil.which("env"), ["LANG=C", "g++"])
+    assert "Free Software" in native_build._run([program, *arguments, "--version"])
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    with pytest.raises(native_build.LoadError, match=r"no C\+\+ compiler \(no-such-compiler -O2\) is on PATH"):
+        native_build.find_compiler()
+
+
 @pytest.mark.slow
 def test_racing_processes_build_once_and_later_ones_not_at_all(tmp_path):
     log = tmp_path / "builds"

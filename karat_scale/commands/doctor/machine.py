@@ -184,7 +184,7 @@ def examine_extras() -> Iterator[Finding]:
         return
     try:
         compiler = find_compiler()
-        yield found("C++ compiler", compiler, path=compiler)
+        yield found("C++ compiler", " ".join(compiler), path=compiler[0])
     except LoadError as error:
         fix = f"the CPU attention kernel and the native JPEG decoder need it: apt-get install {PACKAGES}"
         yield found("C++ compiler", str(error).partition(";")[0], fix, path=None)

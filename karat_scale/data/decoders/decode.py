@@ -143,7 +143,7 @@ def _centre(length: int, scaled: int, size: int) -> tuple[float, float, int, int
     """Along one axis: the box's ends, and those of the pixels that the filter uses."""
     step = length / scaled
     start = round((scaled - size) / 2.0)
-    low, high = start * step, (start + size) * step
+    low, high = start * step, min((start + size) * step, length)  # rounding must not take it beyond the image
     reach = FILTER_REACH * max(step, 1.0) + 1
     return low, high, max(0, math.floor(low - reach)), min(length, math.ceil(high + reach))
 

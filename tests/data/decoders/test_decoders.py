@@ -326,3 +326,12 @@ def test_a_centre_is_resized_as_pillow_does_to_the_bit(dimensions, interpolation
     left, top, right, bottom = view.region
     expected = np.asarray(resized(Image.fromarray(pixels), view, RESAMPLE[interpolation]))
     assert np.array_equal(resize_region(pixels[top:bottom, left:right], view, interpolation), expected)
+
+
+@pytest.mark.parametrize("size", [28, 112, 224, 240, 299, 336, 448])
+def test_a_centre_crop_of_the_whole_short_side_stays_within_the_image(size: int) -> None:
+    """Rounding took it beyond, and another decoder then read such images as a whole."""
+    for short in range(size, 4 * size):
+        left, top, right, bottom = centre_view(short, short + 3, size, size).box
+        assert 0 <= left < right <= short
+        assert 0 <= top < bottom <= short + 3
