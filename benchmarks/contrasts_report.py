@@ -88,7 +88,7 @@ def rates() -> str:
     rows = []
     for arm in (arm for arm in (*ARMS, *LATER) if arm not in ONE_CHANGE):
         short, long = results(arm, "rate"), results(arm, "check")
-        cells = [", ".join(f"{rate:g}: {top1:.2f}" for rate, top1 in found.items()) for found in (short, long)]
+        cells = [", ".join(f"{rate:g}:{top1:.2f}" for rate, top1 in found.items()) for found in (short, long)]
         if arm in LATER or len(checked_rates(arm)) == 1:
             cells[1] = "-"
         elif long and chosen_rate(arm) is None:

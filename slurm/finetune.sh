@@ -22,7 +22,7 @@ SCRIPT=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Comman
 KARAT_HOME=${KARAT_HOME:-$(dirname "$(dirname "${SCRIPT:-$(realpath "$0")}")")}
 
 FROM=${FROM:-}                    # the directory of the run to start from
-CHECKPOINT=${CHECKPOINT:-best}    # its file that names a checkpoint, best or latest, or the name itself
+CHECKPOINT=${CHECKPOINT:-best}    # best, latest, or the name of a checkpoint
 RECIPE=${RECIPE:-$FROM/recipe.yaml}
 SHARDS=${SHARDS:-}       # a directory or URL of shards; empty: the recipe's data.path
 RUN=${RUN:-${FROM%/}-finetune}
@@ -39,7 +39,7 @@ enter_environment
 [[ -d $FROM/checkpoints ]] || refuse "FROM = $FROM is not a run's directory: it has no checkpoints; karat fetch makes one from a URL"
 NAME=$(cat "$FROM/checkpoints/$CHECKPOINT" 2>/dev/null || echo "$CHECKPOINT")
 BEGIN=(${SHARDS:+"data.path=$SHARDS"} "run.dir=$RUN" "resume.from=" "init_from=$FROM/checkpoints/$NAME")
-[[ $RECIPE != "$FROM/recipe.yaml" ]] || BEGIN+=("checkpoint.url=") # which that run has for itself
+[[ $RECIPE != "$FROM/recipe.yaml" ]] || BEGIN+=("checkpoint.url=") # which belongs to that run
 check_recipe train "$RECIPE" "${BEGIN[@]}" "$@"
 count_restart
 stage_shards "$SHARDS"

@@ -14,7 +14,7 @@ set -uo pipefail
 
 # These may be set, too. The number of restarts in a row that may end without a new checkpoint.
 : "${IDLE_RESTARTS:=3}"
-# So many nodes wait to replace lost ones, and those with a GPU that is not sound. It needs `sbatch --no-kill`, or SLURM
+# This many nodes wait to replace lost ones, and those with a GPU that is not sound. It needs `sbatch --no-kill`, or SLURM
 # ends the job with the first lost node.
 : "${SPARES:=0}"
 # If a rank makes no progress for this many seconds, it is named and the ranks start again. 0: never. Phases may have

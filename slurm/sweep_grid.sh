@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train the runs of a sweep: a job array, one run per element. `karat sweep RECIPE key=a,b ... --slurm` writes what it
-# needs, fills it in and submits it.
+# Train the runs of a sweep: a job array, one run per element. `karat sweep RECIPE key=a,b ... --slurm` writes the
+# overrides, fills in this script and submits it.
 #
 #   POINTS=runs/sweep/points/DIGEST SHARDS=/scratch/imagenet sbatch --array=0-11%4 slurm/sweep_grid.sh [key=value ...]
 #

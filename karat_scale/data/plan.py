@@ -128,7 +128,7 @@ def choose_micro_batch(global_batch: int, world_size: int, wanted: int | None, e
         best = max((m for m in fits if m <= micro), default=fits[0])
         raise RecipeError(
             f"train.micro_batch = {micro} does not divide each rank's {part} samples of a global batch"
-            f"{' into even parts' if even else ''}; use {best}"
+            f"{' into even parts' if even else ''}; set train.micro_batch={best}"
         )
     return micro
 
@@ -150,7 +150,7 @@ def possible_micro_batch(recipe: RunRecipe, world_size: int) -> int | None:
 def check_one_batch(num_samples: int, global_batch: int) -> None:
     """Raise DataError where the training split has not even one whole global batch."""
     if num_samples == 0:
-        raise DataError("the training split has no samples")
+        raise DataError("the training split has no samples; correct data.path or data.train_split")
     if num_samples < global_batch:
         raise DataError(
             f"the training split has {num_samples} samples, fewer than train.global_batch = {global_batch}; "

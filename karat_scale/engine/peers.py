@@ -73,7 +73,7 @@ def meet(place: Place) -> dist.PrefixStore:
             raise PeerError(f"the launcher has ended before all {kind}s had met")
         waited = time.monotonic() - begun
         if waited >= patience:
-            raise UserError(f"{whom()} did not come in {limit}; see why")
+            raise UserError(f"{whom()} did not come in {limit}; read its output, or raise the limit")
         if waited >= next_notice:
             next_notice = 2 * waited
             say_in_one_write(f"[{kind} {place.rank}] has waited {waited:.0f} s for {whom()}; at most {limit}")

@@ -126,7 +126,8 @@ def operator_maker(attention: AttentionConfig) -> Callable[[int, int, int], nn.M
     def make(num_tokens: int, num_heads: int, width: int) -> nn.Module:
         softmax_heads = attention.softmax_heads
         if softmax_heads >= num_heads:
-            raise ValueError(f"attention.softmax_heads = {softmax_heads} leaves none of {num_heads} heads for KArAt")
+            none = f"attention.softmax_heads = {softmax_heads} leaves none of {num_heads} heads for KArAt"
+            raise ValueError(f"{none}; set at most {num_heads - 1}")
         try:
             operator = make_heads(num_tokens, num_heads - softmax_heads, width, width * num_heads)
         except ValueError as error:
@@ -244,7 +245,8 @@ def _check_blocks(attention: AttentionConfig, model: ModelConfig, can_learn: Seq
     """Raise RecipeError for a range of blocks that the model does not have, or that cannot learn their attention."""
     for text, numbers, section in attention.ranges():
         if numbers[-1] >= len(can_learn):
-            raise RecipeError(f"attention.blocks.{text}: {model.name} has the blocks 0 to {len(can_learn) - 1}")
+            last = len(can_learn) - 1
+            raise RecipeError(f"attention.blocks.{text}: {model.name} has the blocks 0 to {last}; name some of those")
         stuck = [number for number in numbers if not can_learn[number]]
         if stuck and section.kind != "softmax":
             able = [str(number) for number, can in enumerate(can_learn) if can]

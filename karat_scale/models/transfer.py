@@ -162,7 +162,7 @@ def give_teacher(student: Any, teacher: Teacher, source: str, heads: str = "same
             if ours % theirs:
                 raise RecipeError(
                     f"attention.transfer_heads = {heads}: the {ours} heads of this model are not a multiple of the "
-                    f"{theirs} of {source}"
+                    f"{theirs} of {source}; set model.num_heads to a multiple"
                 )
             teacher.mix_heads(mix_of(heads, theirs, ours))
         elif theirs != ours:

@@ -215,7 +215,10 @@ def leaves(tree: Mapping[str, Any], prefix: str = "", whole: Collection[str] = (
 
 def _mistakes(error: ValidationError, schema: type[BaseModel]) -> list[str]:
     errors = sorted(error.errors(), key=lambda one: one["type"] == "missing")  # misspelt keys are why
-    lines = [*dict.fromkeys(_describe(one, schema) for one in errors)]
+    by_key: dict[str, list[Any]] = {}
+    for one in errors:
+        by_key.setdefault(_key_of(one), []).append(one)
+    lines = [*dict.fromkeys(line for key, own in by_key.items() for line in _descriptions(key, own, schema))]
     left = len(lines) - MOST_MISTAKES
     return lines if left <= 0 else [*lines[:MOST_MISTAKES], plural(left, "more mistake")]
 
@@ -227,19 +230,41 @@ _IN_YAML = {
 }
 
 
-def _describe(error: Any, schema: type[BaseModel]) -> str:
-    key = ".".join(str(part) for part in error["loc"] if not str(part).startswith("function-"))
+# What pydantic adds to a key for a type among several that the key may have.
+_TYPE = re.compile(r"function-.*|bool|int|float|str|none|(literal|constrained|tuple|list|dict)\W.*")
+
+
+def _key_of(error: Any) -> str:
+    return ".".join(part for part in map(str, error["loc"]) if not _TYPE.fullmatch(part))
+
+
+def _descriptions(key: str, errors: Sequence[Any], schema: type[BaseModel]) -> list[str]:
+    """Return a line for each error of a key; one, if the value has none of the types that the key may have."""
+    lines = [_describe(key, one, schema) for one in errors]
+    wanted = [_wanted(one) for one in errors]
+    if len({*wanted}) < 2 or not all(text.startswith("should be ") for text in wanted):
+        return lines
+    others = [text.removeprefix("should be ") for text in wanted[1:]]
+    given = repr(errors[0]["input"])[:_LONGEST]
+    return [f"{key} = {given}: {' or '.join([wanted[0], *others])}{_default_of(key, schema)}"]
+
+
+def _wanted(error: Any) -> str:
+    message: str = error["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to")[0]
+    return _IN_YAML.get(error["type"], message)
+
+
+def _describe(key: str, error: Any, schema: type[BaseModel]) -> str:
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key{_nearest(key, schema)}"
     if error["type"] == "missing":
         if isinstance(error["loc"][-1], int):
             return f"{key.rpartition('.')[0]} = {error['input']!r}: too few values"
         return f"{key}: missing; every recipe needs it, or begins with `extends: RECIPE`"
-    message: str = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" and not isinstance(error["input"], (str, int, float, bool, list)):
-        return message  # a validator of several fields names them itself
-    message = _IN_YAML.get(error["type"], message.removeprefix("Input ").partition(", unable to parse")[0])
-    return f"{key} = {repr(error['input'])[:_LONGEST]}: {message}{_default_of(key, schema)}"
+        named: str = error["msg"].removeprefix("Value error, ")
+        return named  # a validator of several fields names them itself
+    return f"{key} = {repr(error['input'])[:_LONGEST]}: {_wanted(error)}{_default_of(key, schema)}"
 
 
 def _nearest(key: str, schema: type[BaseModel]) -> str:

@@ -88,7 +88,7 @@ class ModelConfig(Section):
     """`sincos2d` uses a fixed position embedding in a plain ViT. Null keeps the model's own, which is learned."""
     weight_init: Literal["jax", "mimetic"] | None = None
     """`jax` initialises a plain ViT like JAX's ViTs: Xavier's matrices, and a head of zeros. `mimetic` starts its
-    attention as that of trained ViTs looks (arXiv 2305.09828): a query asks for tokens like its own, and the output is
+    attention like that of trained ViTs (arXiv 2305.09828): a query asks for tokens like its own, and the output is
     about minus the values; position embeddings start as sines and cosines. Null keeps timm's."""
     drop_path: Fraction = 0.0
     """Highest probability of dropping a residual branch (stochastic depth)."""
@@ -107,13 +107,13 @@ class ModelConfig(Section):
             nearest = max(self.image_size // self.patch_size, 1) * self.patch_size
             yield (
                 f"model.image_size = {self.image_size} is not a multiple of model.patch_size = "
-                f"{self.patch_size}; use {nearest}"
+                f"{self.patch_size}; set model.image_size={nearest}"
             )
         if self.embed_dim and self.num_heads and self.embed_dim % self.num_heads:
             fits = self.embed_dim // self.num_heads * self.num_heads or self.num_heads
             yield (
                 f"model.embed_dim = {self.embed_dim} is not a multiple of model.num_heads = {self.num_heads}; "
-                f"use {fits}"
+                f"set model.embed_dim={fits}"
             )
 
 
@@ -165,7 +165,8 @@ class RunRecipe(Section):
         if self.train.micro_batch and self.train.global_batch % self.train.micro_batch:
             yield (
                 f"train.global_batch = {self.train.global_batch} is not a multiple of train.micro_batch = "
-                f"{self.train.micro_batch}; use {math.gcd(self.train.global_batch, self.train.micro_batch)}"
+                f"{self.train.micro_batch}; set train.micro_batch="
+                f"{math.gcd(self.train.global_batch, self.train.micro_batch)}"
             )
         if self.train.eval_weights == "ema" and self.train.ema_decay == 0:
             yield "train.eval_weights = ema, but with train.ema_decay = 0 there is no EMA; use auto or raw"

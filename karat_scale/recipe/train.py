@@ -198,13 +198,12 @@ class DistillConfig(Section):
 class ConvertConfig(Section):
     """How the attention of a trained model is replaced, as `karat convert` does it.
 
-    Before the first step, the attention of each block learns to give what that of `init_from` gave there, from training
+    Before the first step, the attention of each block learns to reproduce what that of `init_from` gave, from training
     images without their labels: by least squares where it is linear in its parameters, and then by gradient descent.
     """
 
     images: Annotated[int, Field(ge=0)] = 0
-    """The images: the first of the training order, or all if there are not so many. 0 keeps the attention of
-    `init_from`."""
+    """Number of training images for this, the first in the order of training. 0 keeps the attention of `init_from`."""
     rounds: Annotated[int, Field(ge=0)] = 2
     """Rounds of least squares; each solves for the coefficients, and then for W."""
     steps: Annotated[int, Field(ge=0)] = 500

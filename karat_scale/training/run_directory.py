@@ -166,7 +166,7 @@ class RunDirectory:
         try:
             heartbeat = Heartbeat(self.path, world.rank, device_name(world.device), write_flight_record)
         except ValueError as error:
-            raise UserError(f"STALL_SECONDS: {error}") from None
+            raise UserError(f"KARAT_STALL_SECONDS (in a SLURM job STALL_SECONDS): {error}") from None
         return heartbeat.start()
 
     def begin(self, recipe: RunRecipe, classes: Sequence[str] = ()) -> None:

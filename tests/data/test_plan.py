@@ -107,9 +107,9 @@ def test_micro_batches_and_too_few_samples():
     for none in (0, -4):
         with pytest.raises(RecipeError, match=rf"train.global_batch = {none} .* 2 ranks; use .* such as 2$"):
             choose_micro_batch(none, 2, None, False)
-        with pytest.raises(RecipeError, match=rf"train.micro_batch = {none} .* use 2$"):
+        with pytest.raises(RecipeError, match=rf"train.micro_batch = {none} .* set train.micro_batch=2$"):
             choose_micro_batch(128, 2, none, True)
-    with pytest.raises(RecipeError, match=r"train.micro_batch = 40 .* use 32"):
+    with pytest.raises(RecipeError, match=r"train.micro_batch = 40 .* set train.micro_batch=32"):
         choose_micro_batch(128, 2, 40, True)
     with pytest.raises(DataError, match=r"63 samples.*at most 63"):
         TrainPlan(0, 63, 64, 64, 0, 1)

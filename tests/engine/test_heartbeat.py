@@ -153,7 +153,7 @@ def test_a_mistake_ends_the_run_and_the_watch_with_one_line(tmp_path, monkeypatc
     overrides = (*SMALL, "data.backend=synthetic", "schedule.warmup_epochs=0", f"run.dir={tmp_path}")
     assert main(["train", "imagenet_vit_tiny_g3b", *overrides]) == 2
     line = "'15m' should be seconds, or PHASE=seconds after the first"
-    assert capsys.readouterr().err == f"error: STALL_SECONDS: {line}\n"
+    assert capsys.readouterr().err == f"error: KARAT_STALL_SECONDS (in a SLURM job STALL_SECONDS): {line}\n"
     with pytest.raises(SystemExit):
         within_job(["watch", str(tmp_path), "--ranks", "1", "--stall", "15m"])
     assert line in capsys.readouterr().err

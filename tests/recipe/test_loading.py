@@ -89,10 +89,15 @@ def message(path: Path | str, *overrides: str) -> str:
             (f"augment.randaugment={policy}", ["augment.randaugment", "rand-m9-mstd0.5-inc1"])
             for policy in ("auto", "rand-", "rand-foo", "rand-m9-x")
         ),
-        ("model.patch_size=15", ["model.image_size = 224", "model.patch_size = 15", "use 210"]),
+        ("model.patch_size=15", ["model.image_size = 224", "model.patch_size = 15", "set model.image_size=210"]),
         ("train.global_batch=127", ["train.global_batch = 127", "odd", "augment.mix_prob=0"]),
-        ("train.micro_batch=6", ["train.global_batch = 128", "train.micro_batch = 6"]),
+        ("train.micro_batch=6", ["train.global_batch = 128", "train.micro_batch = 6", "set train.micro_batch=2"]),
         ("train.epochs=3", ["schedule.warmup_epochs = 5", "train.epochs = 3"]),
+        (
+            "optim.karat_weight_decay=some",
+            ["optim.karat_weight_decay = 'some': should be a valid boolean or 'all' (def"],
+        ),
+        ("train.compile=7", ["train.compile = 7: should be False, 'default', 'reduce-overhead' or 'max-autotune'"]),
         ("train.recompute.polcy=all", ["train.recompute.polcy", "did you mean train.recompute.policy?"]),
         ("recompute=all", ["recompute: unknown key", "did you mean train.recompute?"]),
         ("train.recompute=all", ["train.recompute = 'all'", "the keys are policy, every"]),

@@ -110,7 +110,9 @@ class Subject:
 
     def __init__(self, recipe: Recipe, on_gpu: bool) -> None:
         if recipe.attention.transfer_from:
-            raise RecipeError("attention.transfer_from: a teacher's memory is not known; plan without it, and add it")
+            raise RecipeError(
+                "attention.transfer_from: a teacher's memory is not known; plan with attention.transfer_from="
+            )
         self.recipe, self.on_gpu = recipe, on_gpu
         self.teacher = planned_cost(recipe)
         self.sizes = ParameterSizes.of(outline(recipe), recipe.optim)

@@ -193,7 +193,9 @@ def _check_classes(recipe: Recipe, network: nn.Module, classes: Sequence[str], t
     ours = recipe.model.num_classes
     there = getattr(network, "num_classes", ours)
     if there != ours:
-        raise RecipeError(f"{_named(recipe)} has {there} classes, but model.num_classes = {ours}; they must agree")
+        raise RecipeError(
+            f"{_named(recipe)} has {there} classes, but model.num_classes = {ours}; name a teacher of as many classes"
+        )
     for number, (here, other) in enumerate(zip(classes, theirs, strict=False)):
         if here != other:
             raise RecipeError(
