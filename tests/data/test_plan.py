@@ -89,7 +89,7 @@ def test_a_chosen_micro_batch_divides_evenly_or_is_refused_on_one_line(batch, wo
     part, rest = divmod(batch, world)
     micro = min(wanted or part, part)
     if rest or part == 0 or part % micro or (even and (part % 2 or micro % 2)):
-        with pytest.raises(RecipeError, match=r"^train\.[^\n]*; use [^\n]*\d$"):
+        with pytest.raises(RecipeError, match=r"^train\.[^\n]*; (use|set) [^\n]*\d$"):
             choose_micro_batch(batch, world, wanted, even)
         return
     micro = choose_micro_batch(batch, world, wanted, even)

@@ -43,6 +43,8 @@ class History:
     train: list[Point] = field(default_factory=list)
     evaluations: list[Point] = field(default_factory=list)
     damaged_lines: int = 0
+    weights: str = ""
+    """Of the evaluations: raw or ema; empty in the files of an early version."""
     has_ended: bool = False
     """Whether the last start has told its end; else the summary is of an earlier one."""
 
@@ -57,6 +59,8 @@ def read_history(run: TrainedRun) -> History:
             history.has_ended = kind == "end"
         if kind not in ("train", "eval", "resume"):
             continue
+        if kind == "eval":
+            history.weights = str(event.get("weights", ""))
         given = {name: event.get(name) for name in _FIGURES}
         point = {name: float(x) if isinstance(x, int | float) else math.nan for name, x in given.items()}
         if math.isnan(point["step"]):
@@ -81,20 +85,24 @@ def achieved(run: TrainedRun) -> tuple[str, dict[str, str], str]:
     shown = history.evaluations[-1] if history.evaluations else None
     with suppress(UserError):  # no checkpoint
         shown = next((point for point in history.evaluations if point["step"] == run.step(run.chosen)), shown)
-    score = f"{shown['top1']:.2f} % top-1" if shown else ""
+    whose = ""
+    with suppress(UserError):
+        whose = "" if history.weights in ("", run.weights_kind) else f" of the {history.weights} weights"
+    score = f"{shown['top1']:.2f} % top-1{whose}" if shown else ""
     facts, sentence = {"evaluation": "none yet"}, "" if shown else "It has not been evaluated yet."
     if shown:
         five = f"top-5 {shown['top5']:.2f} %, " if shown["top5"] < 100 else ""  # as of a model with five classes
-        facts["evaluation"] = (
-            f"on {shown['images']:,.0f} images after step {shown['step']:,.0f}: {five}loss {shown['loss']:.4f}"
-        )
+        step = f"{shown['step']:,.0f}{whose}"
+        facts["evaluation"] = f"on {shown['images']:,.0f} images after step {step}: {five}loss {shown['loss']:.4f}"
         others = {"best": max(history.evaluations, key=lambda point: point["top1"]), "last": history.evaluations[-1]}
         facts |= {
             name: f"top-1 {other['top1']:.2f} % after step {other['step']:,.0f}"
             for name, other in others.items()
             if other["step"] != shown["step"]
         }
-        if shown["images"] > 0:  # nan in the files of an early version
+        if whose:
+            sentence = f"In training, other weights were evaluated: those{whose}."
+        elif shown["images"] > 0:  # nan in the files of an early version
             chosen_of = len(history.evaluations) if "last" in facts and "best" not in facts else 1
             classes = run.recipe.model.num_classes
             sentence = accuracy_sentence(shown["top1"], int(shown["images"]), classes, chosen_of)

@@ -270,7 +270,7 @@ def analyze_landscape(run: TrainedRun, settings: Settings) -> Result:
     loss()
     points = -(-(1 if plane is None else 2) * settings.grid**2 // settings.world.size)
     say_cost(settings, "landscape", points, time.perf_counter() - started, "--grid and --samples make it shorter")
-    identity = f"{last} {images.ids} {run.data_identity}"
+    identity = f"{last} {images.ids} {run.data_identity} {run.data_digest}"
     result.numbers["checkpoint"], result.numbers["images"] = last, count
 
     def losses(name: str, directions: Directions, first: Array, second: Array) -> tuple[Array, Array, Array]:

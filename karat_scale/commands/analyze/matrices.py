@@ -62,7 +62,7 @@ def analyze_content(run: TrainedRun, settings: Settings) -> Result:
     else:
         top1 = {name: 100 * sum(own) / done for name, own in right.items()}
         result.numbers["top1"] = top1
-        is_all = done < settings.images
+        is_all = len(images) == images.total
         result.findings.append(constant_sentence(right["S"], right["mean over images"], max(by_image), is_all))
         lost = {name: lost_points(right["S"], own) for name, own in right.items() if name != "S"}
         rows: list[list[Any]] = [[name, value, *lost.get(name, [None] * 3)] for name, value in top1.items()]

@@ -34,7 +34,7 @@ from karat_scale.training.weights_file import load_exported
 class ValidationImages:
     """The same images in the same order in each pass, in batches, so that memory does not grow with their number.
 
-    `bad` counts the images that could not be read, in the last pass.
+    `bad` counts the images that could not be read, in the last pass; `total` those of the split.
     """
 
     def __init__(self, recipe: Recipe, count: int, ids: Sequence[int] | None = None) -> None:
@@ -43,7 +43,8 @@ class ValidationImages:
         self._normalize = Normalize(recipe.augment.mean, recipe.augment.std)
         self.bad = 0
         with closing(open_backend(self._spec)) as backend:
-            self.classes, total = backend.classes, backend.num_val
+            self.classes, self.total = backend.classes, backend.num_val
+        total = self.total
         if ids is None:
             ids = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
         outside = [i for i in ids if not 0 <= i < total]

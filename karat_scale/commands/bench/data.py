@@ -200,7 +200,9 @@ class Contenders:
         chosen = {"backend": backend, "path": path, "decoder": decoder, "workers": workers}
         config = DataConfig.model_validate({**chosen, "on_bad_sample": "skip", "synthetic_samples": count})
         opened = open_backend(ImageSpec(config, augment or self.augment, loading.SIZE, loading.CLASSES, 0))
-        plan = TrainPlan(0, min(opened.num_train, count), self.batch, self.batch, 0, 1)
+        if opened.num_train < count:
+            raise UserError(f"{path} has {opened.num_train} images, fewer than --images {count}; set --images lower")
+        plan = TrainPlan(0, count, self.batch, self.batch, 0, 1)
 
         def run() -> None:
             for _ in opened.train_batches(plan.slices(0, times * plan.steps_per_epoch)):

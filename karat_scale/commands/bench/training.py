@@ -46,6 +46,8 @@ FIRST_STEP_RUNS = 3
 def bench_step(options: argparse.Namespace) -> int:
     """Measure, print a table and the seconds to a first step, and write the file of `--json`; returns 0."""
     model, batch, steps = {"name": options.model, "image_size": options.image_size}, options.batch, options.steps
+    if batch % 2:
+        raise UserError(f"--batch {batch} is odd, but mixup and cutmix mix pairs; use an even number")
     world = distributed.start("auto")
     try:
         with tempfile.TemporaryDirectory() as scratch:
@@ -155,16 +157,17 @@ def bench_resume(options: argparse.Namespace) -> int:
     Raises:
         UserError: the recipe is wrong, or the run does not stop as it should.
     """
-    ranks, batch = options.ranks, options.batch
+    ranks, batch, recipe, overrides = options.ranks, options.batch, options.recipe, options.overrides
     fixed = ["data.backend=synthetic", f"data.synthetic_samples={64 * ranks * batch}", "log.trackers=[]"]
     fixed += ["log.every_steps=1", "checkpoint.every_minutes=null", f"train.global_batch={ranks * batch}"]
+    fixed += ["checkpoint.url=", "checkpoint.local=", "resume.from="]  # which are the user's own
     starts: dict[str, list[Start]] = {"fresh": [], "resumed": []}
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as scratch:
             directory = Path(scratch) / "run"
-            overrides = [*fixed, *options.overrides, f"run.dir={directory}"]
-            load_recipe(options.recipe, overrides)
-            command = [sys.executable, "-m", "karat_scale", "train", options.recipe, *overrides]
+            own = [*fixed, *overrides, f"run.dir={directory}"]
+            load_recipe(recipe, own)
+            command = [sys.executable, "-m", "karat_scale", "train", recipe, *own]
             for found in starts.values():
                 found.append(start_and_stop(command, directory, ranks))
             newest = max((directory / "checkpoints").glob("step-*"))
@@ -172,8 +175,8 @@ def bench_resume(options: argparse.Namespace) -> int:
             summary = RunDirectory(directory).summary() or {}
     first_steps = ([start["to_first_step"] or 0.0 for start in starts[kind]] for kind in ("resumed", "fresh"))
     result: dict[str, Any] = {
-        "recipe": options.recipe,
-        "overrides": options.overrides,
+        "recipe": recipe,
+        "overrides": overrides,
         "ranks": ranks,
         "images_per_rank": batch,
         "rounds": options.rounds,
@@ -187,7 +190,7 @@ def bench_resume(options: argparse.Namespace) -> int:
         [label, *("" if (value := result[kind][name]) is None else f"{value:.1f}" for kind in starts)]
         for name, label in FIGURES.items()
     ]
-    title = f"{options.recipe}, {ranks} x {batch} images, {result['device']}, "
+    title = f"{recipe}, {ranks} x {batch} images, {result['device']}, "
     print_table(f"{title}checkpoint {result['checkpoint_mb']:,.0f} MB", ("seconds", *starts), rows)
     print(f"a resumed start takes {result['ratio_of_starts']:.2f} times as long as a fresh one")
     write_json(options.json, result)
@@ -244,7 +247,7 @@ def start_and_stop(command: Sequence[str], directory: Path, ranks: int) -> Start
             process.kill()
             process.wait()
     if codes != {EXIT_STOPPED}:
-        raise early(max(codes))
+        raise early(next(code for code in codes if code != EXIT_STOPPED))
     resumed = find("resume", begun)
     return {
         "to_resumed": resumed["time"] - begun if resumed else None,

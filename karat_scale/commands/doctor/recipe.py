@@ -17,6 +17,7 @@ from torch import nn
 
 from karat_scale.checkpoint.tensor_storage import planned_bytes
 from karat_scale.commands.doctor import machine
+from karat_scale.commands.doctor.machine import OLDEST_CAPABILITY
 from karat_scale.commands.doctor.report import Finding, Report, Setting, Stage, Verdict, examine, found, judge
 from karat_scale.commands.measure import loading
 from karat_scale.commands.measure.step import LoopSpeed, Stages, optimizer_seconds
@@ -27,12 +28,13 @@ from karat_scale.data.plan import micro_batch_of, possible_micro_batch
 from karat_scale.engine import distributed
 from karat_scale.engine.deepspeed_config import load_ds_config, zero_stage
 from karat_scale.engine.distributed import World
-from karat_scale.engine.memory import one_line_out_of_memory
+from karat_scale.engine.memory import apply_recompute, one_line_out_of_memory
 from karat_scale.foundation.console import gigabytes, plural, print_table
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.foundation.machine import cpu_has_bf16, usable_cores
 from karat_scale.foundation.stores import WritableStore
 from karat_scale.models import parameter_count
+from karat_scale.models.layers import freeze
 from karat_scale.recipe import Recipe
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.classification.distillation_teacher import build_model, keep_teacher
@@ -144,8 +146,14 @@ def examine_run_directory(subject: Subject) -> Iterator[Finding]:
     kept = checkpoint.keep_last + checkpoint.keep_best + 1 + bool(checkpoint.url)  # one that is copied may stay longer
     one = subject.checkpoint_bytes
     free = shutil.disk_usage(machine.nearest_existing(directory.path)).free
-    text = f"{kept} checkpoints of {gigabytes(one)} (one of them while it is written), {gigabytes(free)} free"
-    short = kept * one > free
+    text = f"{kept} checkpoints of {gigabytes(one)} (one of them while it is written)"
+    needed = kept * one
+    if checkpoint.snapshots:
+        snapshots = (checkpoint.snapshots + 1) * 4 * subject.parameters
+        needed += snapshots
+        text += f" and {checkpoint.snapshots + 1} snapshots of {gigabytes(snapshots)} in all"
+    text += f", {gigabytes(free)} free"
+    short = needed > free
     fix = "free space, choose another run.dir, or lower checkpoint.keep_last" if short else ""
     yield found("room for checkpoints", text, fix, wrong=short, checkpoint_bytes=one, kept=kept, free_bytes=free)
 
@@ -321,15 +329,24 @@ def check_up(recipe: Recipe, seconds: float, report: Report, before: Callable[[]
         with tempfile.TemporaryDirectory(prefix="karat-doctor-") as scratch:
             keep_teacher(recipe, Path(scratch))
             model = build_model(recipe, Path(scratch))
+        if recipe.train.freeze:
+            freeze(model, recipe.train.freeze)
+        apply_recompute(model, recipe)
         subject = Subject(recipe, world, micro_batch, parameter_count(model))
         before()
         num_train = _fit(subject, report)
         if num_train is not None:
             timed = partial(time_recipe, subject, model, num_train, seconds, report)
-            verdict = _examined(world, "timed run", lambda: _judge(timed(), report))
+            verdict = _examined(subject, "timed run", lambda: _judge(timed(), report))
             report.add("verdict", "what bounds training", verdict)
     finally:
         distributed.stop()
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
+    return cpu_has_bf16()
 
 
 def _fit(subject: Subject, report: Report) -> int | None:
@@ -343,7 +360,7 @@ def _fit(subject: Subject, report: Report) -> int | None:
         yield from examine_data(subject, backend)
         yield from examine_batches(subject, backend)
 
-    findings = _examined(subject.world, "data", data)
+    findings = _examined(subject, "data", data)
     others = {"workers": examine_workers, "run.dir": examine_run_directory, "checkpoint.url": examine_checkpoint_url}
     for name, examination in others.items():
         findings += examine(name, partial(examination, subject))
@@ -354,10 +371,10 @@ def _fit(subject: Subject, report: Report) -> int | None:
         return backend.num_train
 
 
-def _examined(world: World, name: str, examination: Callable[[], Iterable[Finding]]) -> list[Finding]:
+def _examined(subject: Subject, name: str, examination: Callable[[], Iterable[Finding]]) -> list[Finding]:
     """Examine like `examine`; but with several ranks, raise, since one rank must not continue while the others wait."""
-    fix = "lower train.micro_batch, or set train.precision=bf16"
-    if world.size > 1:
+    fix = ClassificationTask.less_memory(subject.recipe, subject.world.size)
+    if subject.world.size > 1:
         with one_line_out_of_memory(lambda: fix):
             return list(examination())
 
@@ -382,7 +399,7 @@ def _judge(figures: Figures, report: Report) -> list[Finding]:
         world_size=subject.world.size,
         decoder=make_decoder(data, recipe.augment.interpolation).name if has_decoder else "",
         device=subject.world.device.type,
-        has_bf16=cpu_has_bf16(),
+        has_bf16=_has_bf16(subject.world.device),
         accumulation=recipe.train.global_batch // (subject.world.size * subject.micro_batch),
         stays_cached=stays_cached(figures.files),
     )

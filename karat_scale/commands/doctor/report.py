@@ -130,7 +130,7 @@ class Setting:
     """The settings on which the advice depends.
 
     workers: that make the images, none of generated ones. worker_rate: images a second of one worker process on a core
-    of its own. cores: that one rank may use. has_bf16: whether the processor has bf16 instructions.
+    of its own. cores: that one rank may use. has_bf16: whether the device computes in bf16.
     stays_cached: whether all data stays in the page cache after the first epoch.
     """
 
@@ -262,7 +262,7 @@ def _advise_model(setting: Setting) -> str:
     if setting.device == "cpu":
         pieces.append("train on a GPU; on a CPU, only a smaller model or image helps")
     else:
-        if setting.recipe.train.precision == "fp32":
+        if setting.recipe.train.precision == "fp32" and setting.has_bf16:
             pieces.append("set train.precision=bf16")
         if setting.accumulation > 1:
             pieces.append("raise train.micro_batch as far as memory allows")

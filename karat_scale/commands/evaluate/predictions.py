@@ -147,15 +147,15 @@ class Evaluation(BaseModel):
     @property
     def text(self) -> str:
         """The result in a line."""
+        among = f", among {self.among} of {self.classes:,} classes" if self.among < self.classes else ""
+        bad = f", {self.unreadable} unreadable" if self.unreadable else ""
         if self.corruptions:
             done, of = sum(map(len, self.corruptions.values())), len(CORRUPTIONS) * len(SEVERITIES)
             mean = f"top-1 {mean_over(self.corruptions):.2f} %, mean of {done} kinds and severities"
-            return f"{mean}{f' of {of}' if done < of else ''} on {self.images:,} images each"
+            return f"{mean}{f' of {of}' if done < of else ''} on {self.images:,} images each{among}{bad}"
         scores = f"top-1 {self.top1:.2f} %" if self.top1 is not None else "not complete"
         scores += f" top-5 {self.top5:.2f} %" if self.top5 is not None and self.top5 < 100 else ""
         scores += f" loss {self.loss:.4f}" if self.loss is not None else ""
-        among = f", among {self.among} of {self.classes:,} classes" if self.among < self.classes else ""
-        bad = f", {self.unreadable} unreadable" if self.unreadable else ""
         return f"{scores} on {self.images:,} images{among}{bad}"
 
 

@@ -287,10 +287,14 @@ class OtherLabels:
             names = sorted({one for entry in entries.values() for one in entry if isinstance(one, str)})
             labels = dict(zip(names, match_classes(names, classes), strict=True)) | dict(enumerate(range(len(classes))))
         self._accepted: dict[int | str, Accepted] = {}
+        self.unknown: list[str] = []
+        """Its labels that the run does not have; not of a list, which has ImageNet's."""
         for key, entry in entries.items():
             if not isinstance(entry, list) or not all(isinstance(one, int | str) for one in entry):
                 raise DataError(f"--labels {file}: {str(entry)[:60]!r} should be a list of labels")
-            found = (labels.get(one) for one in entry)
+            found = [labels.get(one) for one in entry]
+            if not isinstance(content, list):
+                self.unknown += [str(one) for one, label in zip(entry, found, strict=True) if label is None]
             self._accepted[key] = frozenset(label for label in found if label is not None)
 
     def of(self, key: str) -> Accepted | None:
@@ -310,12 +314,19 @@ def with_other_labels(predictions: Predictions, keys: Sequence[str], labels: Oth
     accepted = [labels.of(key) for key in keys]
     counted = np.array([bool(one) for one in accepted])
     unknown = sum(one is None for one in accepted)
+    not_here = ""
+    if labels.unknown:
+        not_here = (
+            f"{plural(len(labels.unknown), 'label')} that the run does not have, such as {labels.unknown[0][:60]!r}"
+        )
     if not counted.any():
-        raise DataError(f"--labels has labels for none of the {plural(len(keys), 'image')}, such as {keys[0]!r}")
+        why = f"; it has {not_here}" if not_here else ""
+        raise DataError(f"--labels has labels for none of the {plural(len(keys), 'image')}, such as {keys[0]!r}{why}")
     right = [label in one for label, one in zip(predictions.predicted.tolist(), accepted, strict=True) if one]
     without = len(keys) - int(counted.sum()) - unknown
     left_out = [f"{plural(without, 'image')} without a label"] if without else []
     left_out += [f"{plural(unknown, 'image')} that the file does not have"] if unknown else []
+    left_out += [not_here] if not_here else []
     return 100 * sum(right) / len(right), len(right), " and ".join(left_out)
 
 

@@ -367,7 +367,10 @@ def _target(out: str | None, run: Path, name: str, row: FormatRow, alone: bool) 
     names_it = suffix == row.suffix if row.suffix else alone
     if names_it and not alone:
         raise RunDirectoryError(f"--out {out} is one file for two kinds of weights; add --weights raw or ema")
-    if alone and not names_it and suffix and not out.endswith("/") and not Path(out).expanduser().is_dir():
+    is_file = suffix and not out.endswith("/") and not Path(out).expanduser().is_dir()
+    if is_file and not names_it and (others := [key for key, one in EXPORT_FORMATS.items() if one.suffix == suffix]):
+        raise RunDirectoryError(f"--out {out} is a file of another format; add --format {others[0]}, or name a folder")
+    if is_file and not names_it and alone:
         meant = Path(out).with_suffix(row.suffix)
         raise RunDirectoryError(f"--out {out} is not a {row.suffix} file; use {meant}, or {out}/ for a directory")
     path = Path(out).expanduser()

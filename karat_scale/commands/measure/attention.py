@@ -9,7 +9,6 @@ import gc
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from karat_scale.attention import FourierKaratOperator, KaratOperator, make_basi
 from karat_scale.attention.variants import ContentOperator
 from karat_scale.commands.measure.interleaved import cuda_peak, interleaved_seconds
 from karat_scale.engine.distributed import wait_for
-from karat_scale.foundation.errors import UserError
+from karat_scale.foundation.errors import UserError, one_line
 
 HEADS = {"tiny": 3, "small": 6, "base": 12}
 TOKENS, HEAD_WIDTH = 197, 64
@@ -163,13 +162,17 @@ def attention_rows(case: Case, rounds: int, names: Sequence[str], threads: int =
         UserError: none of them can.
     """
     case.check()
-    runnable = []
+    runnable, why = [], []
     for name in names:
-        with suppress(ValueError):
+        try:
             case.attend_by(name)(*replace(case, batch=1).inputs())
             runnable.append(name)
+        except ValueError as error:
+            why.append(f"{name}: {one_line(error)}")
     if not runnable:
-        raise UserError(f"none of {', '.join(names)} can run {case}")
+        raise UserError(f"no implementation can run this: {'; '.join(why)}; name others by --only")
+    for line in why:
+        print(f"not measured: {line}")
     contenders = [SDPA, SOFTMAX, *runnable]
     memory = {name: peak_memory(name, case) for name in contenders}
     pairs = {name: passes(case.attend_by(name), case.inputs()) for name in contenders}

@@ -111,7 +111,14 @@ def _add_benches(benches: Any) -> None:
         place = f"karat_scale.commands.bench.{module or name}:bench_{name}"
         description = f"Measure {what}."
         parser: argparse.ArgumentParser = benches.add_parser(name, help=what, description=description)
-        parser.set_defaults(run=lambda options: int(load(place)(options)))
+
+        def run(options: argparse.Namespace) -> int:
+            if "=" in getattr(options, "recipe", ""):  # an override, without a recipe before it
+                options.overrides = [options.recipe, *options.overrides]
+                options.recipe = parser.get_default("recipe")
+            return int(load(place)(options))
+
+        parser.set_defaults(run=run)
         return parser
 
     parser = add("step", "our loop against a bare PyTorch loop, KArAt against softmax", "training")

@@ -234,8 +234,10 @@ def launch_note(plan: Plan) -> str:
     host, device = plan.time.host(accumulation), plan.time.device(micro_batch, accumulation)
     kernels = accumulation * plan.time.launches.micro_batch + plan.time.launches.step
     images = plan.time.least_micro_batch(accumulation)
-    fix, changes = f"train.micro_batch={images}", ""
-    if plan.recipe.train.global_batch < images * plan.machine.world:
+    part, even = plan.recipe.train.global_batch // plan.machine.world, plan.recipe.augment.mixes
+    fits = [m for m in range(images, part + 1) if part % m == 0 and not (even and m % 2)]
+    fix, changes = f"train.micro_batch={fits[0] if fits else images}", ""
+    if not fits:
         fix += f" train.global_batch={images * plan.machine.world}"
         changes = ", but a larger batch is another training"
     if accumulation == 1 and plan.choice.stage < 3 and not plan.recipe.train.records_graphs:

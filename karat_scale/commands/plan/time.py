@@ -350,7 +350,7 @@ class DataNeed:
     def lines(self) -> list[str]:
         """Return what to print."""
         if self.per_core is None:
-            return ["data: not timed here; karat doctor times it on the machine that trains"]
+            return [f"data: not timed here{f': {self.why}' if self.why else ''}"]
         need = f"the GPUs take {self.needed:,.0f} images a second, a core of this machine makes {self.per_core:,.0f},"
         if not self.is_bound:
             busy = f"{self.needed / self.per_core:,.1f} of {self.cores} cores are busy"

@@ -108,6 +108,13 @@ def test_what_has_no_curve_is_no_figure(karat_run: TrainedRun, tmp_path: Path) -
     assert top1.get_ydata().tolist() == [10.0, 10.0]  # top-5 is always right
 
 
+def test_the_card_says_of_which_weights_a_score_is(karat_run: TrainedRun) -> None:
+    score, facts, sentence = achieved(open_run(karat_run.path, weights="raw"))
+    assert score.endswith(" % top-1 of the ema weights")
+    assert " of the ema weights: loss " in facts["evaluation"]
+    assert sentence == "In training, other weights were evaluated: those of the ema weights."
+
+
 def test_the_card_says_what_the_run_achieved(karat_run: TrainedRun) -> None:
     summary = json.loads((karat_run.path / "summary.json").read_text())
     score, facts, sentence = achieved(karat_run)

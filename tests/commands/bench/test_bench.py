@@ -15,16 +15,42 @@ from PIL import Image
 from karat_scale.attention import BASES
 from karat_scale.commands.bench.data import torchs_decoder
 from karat_scale.commands.bench.training import seconds_to_first_step
+from karat_scale.commands.cli import build_parser
 from karat_scale.commands.measure.attention import Case, attention_rows
 from karat_scale.commands.measure.loading import AUGMENTS, photo_like, prepare_images
 from karat_scale.commands.measure.step import held_batch
+from karat_scale.commands.parsers import preparing
 from karat_scale.data.backends import ImageSpec
 from karat_scale.foundation.errors import UserError
 from karat_scale.recipe import DataConfig
-from tests.conftest import SMALL, karat_done, karat_says
+from tests.conftest import SMALL, karat_done, karat_refuses, karat_says
 from tests.data.tars import write_tar
 
 SLOW = pytest.mark.slow
+
+
+def test_a_bench_takes_an_override_without_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(
+        preparing, "load", lambda _: lambda options: given.append((options.recipe, options.overrides)) or 0
+    )
+    for arguments in (["deepspeed.config=zero3", "train.seed=1"], ["small.yaml", "a=b"], []):
+        options = build_parser().parse_args(["bench", "resume", *arguments])
+        assert options.run(options) == 0
+    base = "imagenet_vit_base_g1b"
+    assert given == [(base, ["deepspeed.config=zero3", "train.seed=1"]), ("small.yaml", ["a=b"]), (base, [])]
+
+
+def test_what_cannot_be_measured_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    case = case_of(batch=1)
+    with pytest.raises(UserError, match=r"no implementation can run this: triton: .*; name others by --only"):
+        attention_rows(case, 1, ["triton"])
+    rows = attention_rows(case, 1, ["triton", "reference"])
+    assert [row["implementation"] for row in rows] == ["sdpa", "softmax", "reference"]
+    assert "not measured: triton: " in capsys.readouterr().out
+    assert "--batch 3 is odd, but mixup and cutmix mix pairs; use an even" in karat_refuses(
+        "bench", "step", "--batch", "3"
+    )
 
 
 @SLOW

@@ -76,6 +76,8 @@ def test_checkpoints_that_the_disk_cannot_hold_are_a_problem(subject: MakeSubjec
     assert small["room for checkpoints"].figures["checkpoint_bytes"] == 16 * 50_000
     apart = by_name(fit.examine_run_directory(subject("deepspeed.config=zero1", "train.precision=bf16_weights")))
     assert apart["room for checkpoints"].figures["checkpoint_bytes"] == 18 * 50_000
+    several = by_name(fit.examine_run_directory(subject("checkpoint.snapshots=10")))
+    assert "and 11 snapshots of " in several["room for checkpoints"].value
     huge = dataclasses.replace(subject(), parameters=10**15)
     assert by_name(fit.examine_run_directory(huge))["room for checkpoints"].level == "problem"
     assert not (tmp_path / "run").exists()

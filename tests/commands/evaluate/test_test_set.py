@@ -197,6 +197,14 @@ def test_an_object_names_classes_or_numbers(labels_of) -> None:
     assert [labels.of(key) for key in ("a", "dog/b.png", "x/c", "d", "e")] == [{0}, {0, 1}, {1}, set(), None]
 
 
+def test_labels_that_the_run_does_not_have_are_told(labels_of) -> None:
+    labels = labels_of({"a": ["cat", "dgo"], "b": "dgo", "c": 7}, ("cat", "dog"))
+    *_, left_out = with_other_labels(predicted(0, 1), ["a", "b"], labels)
+    assert left_out == "1 image without a label and 3 labels that the run does not have, such as 'dgo'"
+    with pytest.raises(DataError, match="none of the 1 image, such as 'b'; it has 3 labels that the run does not have"):
+        with_other_labels(predicted(0), ["b"], labels)
+
+
 def test_a_wrong_file_is_one_line(labels_of, tmp_path: Path) -> None:
     for content, words in (("[", "it is no JSON"), ("{}", "JSON list or object"), ("[3]", "'3' should be a list")):
         with pytest.raises(DataError, match=words):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,6 +170,21 @@ def test_a_plan_names_the_batch_that_is_not_bound_by_launches(small_recipe: Load
     batch = (f"train.micro_batch={found[1]}", f"train.global_batch={found[2]}", f"data.synthetic_samples={found[2]}")
     enough = small_recipe(*batch)
     assert launch_note(make_plan(enough, Request(gpus=2, gpu="h100-80"))) == ""
+
+
+@pytest.mark.parametrize(
+    ("batch", "advice"), [(2500, "train.micro_batch=1250"), (1500, "train.micro_batch=1500"), (999, "micro_batch=1024")]
+)
+def test_the_advice_is_a_batch_that_a_rank_can_take(batch: int, advice: str, small_recipe: Load) -> None:
+    plan = make_plan(
+        small_recipe(f"train.global_batch={batch}", "augment.mix_prob=0", "data.synthetic_samples=4000"),
+        Request(memory=80.0),
+    )
+    time = SimpleNamespace(
+        is_bound_by_launches=lambda *_: True, host=lambda *_: 1.0, device=lambda *_: 0.5,
+        launches=SimpleNamespace(micro_batch=9, step=9), least_micro_batch=lambda _: 1024,
+    )  # fmt: skip
+    assert advice in launch_note(replace(plan, time=time))
 
 
 H100 = "NVIDIA H100 80GB HBM3"

@@ -159,6 +159,7 @@ class DetectionTask(Task):
         self.val = coco.open_split(recipe, "val")
         self.classes = tuple(self.val.classes)
         self._loader: OrderedResults[coco.DetectionBatch] | None = None
+        self._tell(self.val)
 
     @cached_property
     def train(self) -> coco.CocoSplit:
@@ -174,10 +175,12 @@ class DetectionTask(Task):
                 f"category {label} by id is {ours} in {train.file} and {theirs} in {self.val.file}; give the "
                 "categories the same ids and names in both"
             )
-        for split in (train, self.val):
-            for notice in split.notices:
-                self.reporter.info(f"notice: {split.file.name}: {notice}")
+        self._tell(train)
         return train
+
+    def _tell(self, split: coco.CocoSplit) -> None:
+        for notice in split.notices:
+            self.reporter.info(f"notice: {split.file.name}: {notice}")
 
     @property
     def num_train(self) -> int:
