@@ -20,6 +20,7 @@ from karat_scale.checkpoint.store import (
     STATE,
     CheckpointStore,
     NearStore,
+    Progress,
     checkpoint_name,
     holding,
     parse_manifest,
@@ -365,8 +366,12 @@ def _scores(store: CheckpointStore, name: str, state_type: type[RunState]) -> di
     return {**scores, "best_step": saved.step}
 
 
-def bring_near(store: CheckpointStore, near: NearStore, world: World) -> tuple[str | None, list[str]]:
+def bring_near(
+    store: CheckpointStore, near: NearStore, world: World, progress: Progress
+) -> tuple[str | None, list[str]]:
     """Copy the newest checkpoint that the nodes have together to the run's, if it is newer. Collective.
+
+    progress: of rank 0, which first reads the run's own newest one.
 
     Returns its name, if there is one, and lines on those that are damaged.
 
@@ -375,7 +380,7 @@ def bring_near(store: CheckpointStore, near: NearStore, world: World) -> tuple[s
     """
     offers = world.gather(near.offers() if world.local_rank == 0 else {})
     names = {name for offer in offers for name in offer}
-    newest = world.on_main(lambda: store.newest_intact() if names else "")
+    newest = world.on_main(lambda: store.newest_intact(progress) if names else "")
     problems: list[str] = []
     for name in sorted((name for name in names if name > newest), reverse=True):
         having = [(rank, *offer[name]) for rank, offer in enumerate(offers) if name in offer]
@@ -471,7 +476,7 @@ def _newest_intact(store: CheckpointStore, reporter: Reporter, check: Check) -> 
 
 def _damage(store: CheckpointStore, name: str, reporter: Reporter, check: Check) -> str | None:
     with holding(store.root / name):
-        damage = store.damage(name, reporter.display.verify)
+        damage = None if name == store.verified else store.damage(name, reporter.display.verify)
         if damage is None:
             try:
                 check(store.root / name, store.state(name))

@@ -186,6 +186,8 @@ class CheckpointStore:
     def __init__(self, root: Path, falsehood: Falsehood | None = None) -> None:
         self.root, self._falsehood = root, falsehood
         self._held: list[BinaryIO] = []
+        self.verified = ""
+        """One that this process has just read whole; it need not do so again."""
         self.passed_over: set[str] = set()
         """Newer than the one that training resumed from, because they are damaged: `retain` does not count them."""
         self.on_change: Callable[[], object] = lambda: None
@@ -323,9 +325,11 @@ class CheckpointStore:
         damage = damage_of(path, progress)
         return self._falsehood(path) if damage is None and self._falsehood is not None else damage
 
-    def newest_intact(self) -> str:
-        """The name of the newest checkpoint that is not damaged; empty without one."""
-        return next((name for name in self.names() if self.damage(name) is None), "")
+    def newest_intact(self, progress: Progress = lambda done, total: None) -> str:
+        """The name of the newest checkpoint that is not damaged; empty without one. It is `verified` then."""
+        names = self.names()
+        self.verified = next((n for n in names if n == self.verified or self.damage(n, progress) is None), "")
+        return self.verified
 
     def find_intact(self, wanted: str) -> str:
         """The name of the checkpoint `wanted`: best, latest or a name; `best` falls back on `latest`.

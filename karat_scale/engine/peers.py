@@ -64,6 +64,7 @@ def meet(place: Place) -> dist.PrefixStore:
     """
     kind, at, patience = place.kind, f"{place.host}:{place.port}", place.patience.total_seconds()
     limit = f"{patience / 60:g} minutes{' (run.peer_timeout_minutes)' if kind == 'rank' else ''}"
+    longer = ", or raise run.peer_timeout_minutes" if kind == "rank" else ""
     begun, next_notice = time.monotonic(), _FIRST_NOTICE_SECONDS
 
     def wait(whom: Callable[[], str]) -> None:
@@ -73,7 +74,7 @@ def meet(place: Place) -> dist.PrefixStore:
             raise PeerError(f"the launcher has ended before all {kind}s had met")
         waited = time.monotonic() - begun
         if waited >= patience:
-            raise UserError(f"{whom()} did not come in {limit}; read its output, or raise the limit")
+            raise UserError(f"{whom()} did not come in {limit}; read its output{longer}")
         if waited >= next_notice:
             next_notice = 2 * waited
             say_in_one_write(f"[{kind} {place.rank}] has waited {waited:.0f} s for {whom()}; at most {limit}")
@@ -118,11 +119,12 @@ def explaining() -> Iterator[None]:
 def _tells_of_a_loss(error: Exception) -> bool:
     """Whether an error is of a connection to another process, and not of what this rank met itself."""
     if isinstance(error, dist.DistBackendError):  # NCCL's, for a full /dev/shm or GPU, too
-        return "remote process exited" in str(error) or _OF_GLOO.search(str(error)) is not None
+        signs = ("remote process exited", "aborted")
+        return any(sign in str(error) for sign in signs) or _OF_GLOO.search(str(error)) is not None
     # gloo raises plain RuntimeErrors; only their text tells.
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and _OF_GLOO.search(str(error)) is not None
     )
 
 
-_OF_GLOO = re.compile(r"\[\S*gloo/\S+\.(cc|h):\d+\]|Connection closed by peer \[")
+_OF_GLOO = re.compile(r"\[(enforce fail at )?\S*gloo/\S+\.(cc|h):\d+\]|Connection closed by peer \[")

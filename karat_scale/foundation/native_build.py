@@ -23,6 +23,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c")
@@ -198,9 +199,12 @@ def find_compiler() -> list[str]:
     """Return the C++ compiler as a command: CXX, such as `ccache g++`, or one of `COMPILERS`. Raises LoadError."""
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
     for candidate in candidates:
-        program, *arguments = shlex.split(candidate)
-        if found := shutil.which(program):
-            return [found, *arguments]
+        if found := shutil.which(candidate):  # a path may have blanks
+            return [found]
+        with suppress(ValueError):  # of quotes without an end, or nothing
+            program, *arguments = shlex.split(candidate)
+            if found := shutil.which(program):
+                return [found, *arguments]
     raise LoadError(f"no C++ compiler ({', '.join(candidates)}) is on PATH; install g++")
 
 

@@ -77,7 +77,8 @@ def judged(error: BaseException) -> tuple[str, bool]:
 
 
 def _is_of_connection(error: BaseException) -> bool:
-    return isinstance(error, OSError | TimeoutError) or type(error).__module__.partition(".")[0] == "aiohttp"
+    is_one = isinstance(error, OSError | TimeoutError) and not isinstance(error, FileNotFoundError)
+    return is_one or type(error).__module__.partition(".")[0] == "aiohttp"
 
 
 def _status(error: BaseException) -> int | None:

@@ -133,8 +133,6 @@ class DataConfig(Section):
             kind, _, field = self.stream_label.partition(":")
             if self.stream_label not in _LABELS and not (kind == "json" and field):
                 yield f"data.stream_label = {self.stream_label}: should be one of cls, json:FIELD, txt, path"
-        if self.verify == "hash" and self.row.files is Files.IMAGES:
-            yield f"data.verify = hash: no file of data.backend = {self.backend} has a hash to compare; use size"
         if self.row.files is not None and not self.path:
             yield f"data.path is empty; set it to {self.row.files.value}"
         if self.row.files is not None and is_url(self.path):

@@ -235,7 +235,9 @@ _TYPE = re.compile(r"function-.*|bool|int|float|str|none|(literal|constrained|tu
 
 
 def _key_of(error: Any) -> str:
-    return ".".join(part for part in map(str, error["loc"]) if not _TYPE.fullmatch(part))
+    parts = [*map(str, error["loc"])]
+    unknown = parts[-1:] if error["type"] == "extra_forbidden" else []  # as it was written
+    return ".".join([*(part for part in parts[: len(parts) - len(unknown)] if not _TYPE.fullmatch(part)), *unknown])
 
 
 def _descriptions(key: str, errors: Sequence[Any], schema: type[BaseModel]) -> list[str]:

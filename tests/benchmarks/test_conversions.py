@@ -17,13 +17,13 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversions, "RECORDS", tmp_path)
 
 
-def keep(trial: Trial, top1: float, commit: str = "a") -> None:
+def keep(trial: Trial, top1: float, original: str = "a") -> None:
     """Write the record of a run; it has two points more on the test images."""
     matched = {"blocks": [{"block": 0, "matched": [0.25, 0.35]}], "top1": {"at_once": 10.0, "matched": 50.0}}
     found = {"stage": trial.stage, "arm": trial.arm, "images": trial.images, "epochs": trial.epochs, "seed": trial.seed}
     found |= {"held_out": top1, "tested": top1 + 2, "matched": matched if trial.is_converted else None}
     found |= {"curve": [[step, top1 - 5 + step, 1.0] for step in range(1, 6)]}
-    trial.record.write_text(json.dumps({**found, "commit": commit, "original_sha256": "b"}))
+    trial.record.write_text(json.dumps({**found, "original_sha256": original}))
 
 
 def stages(trials: Iterable[Trial]) -> list[tuple[str, str, int, int]]:
@@ -99,8 +99,8 @@ def test_one_run_follows_from_the_others() -> None:
     assert "|softmax|1,000||||71.00|75.00|77.00|1|" in page
     assert "|hybrid - static|3|+0.67 (-2.20 to +3.54)|" in page
     assert "|whole|hybrid|65|75.00|77.00|" in page
-    keep(Trial("unmatched", "static", 45000, 5e-4), 70.0, commit="c")
-    with pytest.raises(ValueError, match="the runs differ in commit"):
+    keep(Trial("unmatched", "static", 45000, 5e-4), 70.0, original="b")
+    with pytest.raises(ValueError, match="the runs are not from one original"):
         conversions.render()
 
 

@@ -164,6 +164,17 @@ def test_retention_keeps_the_newest_and_the_best_and_a_users_copy(store) -> None
     assert copy.is_dir()
 
 
+def test_what_was_just_read_whole_is_not_read_again(store, monkeypatch) -> None:
+    for step in (1, 2, 3):
+        save(store, step)
+    (store.root / checkpoint_name(3) / "weights.pt").write_bytes(b"")
+    assert store.newest_intact() == store.verified == checkpoint_name(2)
+    asked = []
+    monkeypatch.setattr(store, "damage", lambda name, *_: asked.append(name) or "damaged")
+    assert store.newest_intact() == checkpoint_name(2)
+    assert asked == [checkpoint_name(3)]
+
+
 def test_retention_counts_none_that_a_resume_passed_over(store) -> None:
     for step in range(1, 6):
         save(store, step)

@@ -59,11 +59,19 @@ def loaded(cache):
 ATTEND = 'print(fourier_karat_attention(*call, implementation="cpu").sum().item())'
 
 
-def test_a_compiler_may_be_a_command_with_arguments(monkeypatch):
+def test_a_compiler_may_be_a_command_with_arguments(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "env LANG=C g++")
     program, *arguments = native_build.find_compiler()
     assert (program, arguments) == (shutil.which("env"), ["LANG=C", "g++"])
     assert "Free Software" in native_build._run([program, *arguments, "--version"])
+    blank = tmp_path / "my tools"
+    write_compiler(blank, "exec c++")
+    monkeypatch.setenv("CXX", str(blank))
+    assert native_build.find_compiler() == [str(blank)]
+    for wrong in ("'g++", "  "):
+        monkeypatch.setenv("CXX", wrong)
+        with pytest.raises(native_build.LoadError, match="is on PATH; install g"):
+            native_build.find_compiler()
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     with pytest.raises(native_build.LoadError, match=r"no C\+\+ compiler \(no-such-compiler -O2\) is on PATH"):
         native_build.find_compiler()

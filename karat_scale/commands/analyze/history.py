@@ -101,7 +101,7 @@ def achieved(run: TrainedRun) -> tuple[str, dict[str, str], str]:
             if other["step"] != shown["step"]
         }
         if whose:
-            sentence = f"In training, other weights were evaluated: those{whose}."
+            sentence = f"In training, other weights were evaluated: {history.weights}."
         elif shown["images"] > 0:  # nan in the files of an early version
             chosen_of = len(history.evaluations) if "last" in facts and "best" not in facts else 1
             classes = run.recipe.model.num_classes

@@ -44,12 +44,16 @@ from karat_scale.training.trainer import silent_trainer
 
 @dataclass(frozen=True)
 class Subject:
-    """The subject of the checks: the recipe, this rank's world, its micro batch, and the model's trainable scalars."""
+    """The subject of the checks: the recipe, this rank's world, its micro batch, and the model's trainable scalars.
+
+    frozen: its other scalars.
+    """
 
     recipe: Recipe
     world: World
     micro_batch: int
     parameters: int
+    frozen: int = 0
 
     @property
     def local_ranks(self) -> int:
@@ -60,7 +64,7 @@ class Subject:
     def checkpoint_bytes(self) -> int:
         """The size of a checkpoint."""
         stage = zero_stage(load_ds_config(self.recipe, self.world.size, self.micro_batch))
-        return planned_bytes(self.recipe, stage, self.parameters)
+        return planned_bytes(self.recipe, stage, self.parameters) + 4 * self.frozen
 
     @property
     def cores_of_a_rank(self) -> int:
@@ -149,12 +153,13 @@ def examine_run_directory(subject: Subject) -> Iterator[Finding]:
     text = f"{kept} checkpoints of {gigabytes(one)} (one of them while it is written)"
     needed = kept * one
     if checkpoint.snapshots:
-        snapshots = (checkpoint.snapshots + 1) * 4 * subject.parameters
+        snapshots = (checkpoint.snapshots + 1) * 4 * (subject.parameters + subject.frozen)
         needed += snapshots
         text += f" and {checkpoint.snapshots + 1} snapshots of {gigabytes(snapshots)} in all"
     text += f", {gigabytes(free)} free"
     short = needed > free
-    fix = "free space, choose another run.dir, or lower checkpoint.keep_last" if short else ""
+    fewer = " or checkpoint.snapshots" if checkpoint.snapshots else ""
+    fix = f"free space, choose another run.dir, or lower checkpoint.keep_last{fewer}" if short else ""
     yield found("room for checkpoints", text, fix, wrong=short, checkpoint_bytes=one, kept=kept, free_bytes=free)
 
 
@@ -332,7 +337,8 @@ def check_up(recipe: Recipe, seconds: float, report: Report, before: Callable[[]
         if recipe.train.freeze:
             freeze(model, recipe.train.freeze)
         apply_recompute(model, recipe)
-        subject = Subject(recipe, world, micro_batch, parameter_count(model))
+        frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+        subject = Subject(recipe, world, micro_batch, parameter_count(model), frozen)
         before()
         num_train = _fit(subject, report)
         if num_train is not None:

@@ -113,7 +113,8 @@ def _add_benches(benches: Any) -> None:
         parser: argparse.ArgumentParser = benches.add_parser(name, help=what, description=description)
 
         def run(options: argparse.Namespace) -> int:
-            if "=" in getattr(options, "recipe", ""):  # an override, without a recipe before it
+            recipe = getattr(options, "recipe", "")
+            if "=" in recipe and not Path(recipe).exists():  # an override, without a recipe before it
                 options.overrides = [options.recipe, *options.overrides]
                 options.recipe = parser.get_default("recipe")
             return int(load(place)(options))

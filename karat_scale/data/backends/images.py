@@ -28,6 +28,7 @@ from karat_scale.data.shards.shard_files import ImageSource
 from karat_scale.data.shards.shards import FolderSplit, ShardSplit, class_folders
 from karat_scale.foundation.console import few
 from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.tables import Files
 
 B = TypeVar("B")
 
@@ -108,6 +109,8 @@ class SplitBackend(Backend):
         if untested:
             missing = f"{len(untested)} of {self.num_classes} classes without validation images: {few(untested)}"
             notices.append(f"{missing}; top-1 is over the others")
+        if spec.data.verify == "hash" and spec.data.row.files is Files.IMAGES:
+            notices.append("data.verify=hash has no effect: no hashes of image files are known")
         if spec.trains and spec.data.train_split == spec.data.val_split:
             notices.append("data.val_split is data.train_split, so top-1 is of the images that are trained on")
         self.notices = notices

@@ -129,11 +129,14 @@ def list_splits(out: Path, source: shard_format.DatasetRecord, splits: Splits) -
             (out / name).unlink(missing_ok=True)
 
 
-def _has_index(out: Path) -> bool:
+def _has_others(out: Path, source: shard_format.DatasetRecord) -> bool:
+    """Whether `out` has indexed tars that are not the source's."""
     try:
-        return is_indexed(shard_format.read_dataset_record(out))
+        found = shard_format.read_dataset_record(out)
     except DataError:
         return False
+    own = {name: split.shards for name, split in source.splits.items()}
+    return is_indexed(found) and any(own.get(name) != split.shards for name, split in found.splits.items())
 
 
 _STAGED = ".staged"  # in a directory with copies of others' tars, which may go
@@ -146,7 +149,7 @@ def stage(arguments: list[str] | None = None) -> None:
         raise DataError(f"--out {out} is --src; use a directory on the local disk")
     record = shard_format.read_dataset_record(src, what="--src")
     wanted = shard_format.chosen_splits(src, record, options.split)
-    if not (out / _STAGED).exists() and _has_index(out):  # its tars may be the only ones
+    if not (out / _STAGED).exists() and _has_others(out, record):  # which may be the only ones
         raise DataError(f"--out {out} has tars that karat index has indexed there; use another directory")
     files = files_of(wanted)
     if options.dry_run:

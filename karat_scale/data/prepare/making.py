@@ -356,7 +356,7 @@ def source_parser(description: str) -> OneLineParser:
     parser.add_argument(
         "--check",
         choices=("header", "decode"),
-        help=f"read only headers, or decode every image (default: decode below {DECODED_BELOW:,} images)",
+        help=f"read only headers, or decode every image (default: decode a split below {DECODED_BELOW:,} images)",
     )
     parser.add_argument(
         "--on-odd",

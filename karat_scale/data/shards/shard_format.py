@@ -158,7 +158,7 @@ def read_dataset_record(
     Raises:
         DataError: the directory or the file is missing, empty or damaged.
     """
-    fix = "remove it and run again" if what == "--out" else _FIX
+    fix = "restore it, or use another --out" if what == "--out" else _FIX
     return _validated(DatasetRecord, f"{directory}/{DATASET_FILE}", lambda: _record_text(directory, timeout, what), fix)
 
 

@@ -112,7 +112,7 @@ def test_the_card_says_of_which_weights_a_score_is(karat_run: TrainedRun) -> Non
     score, facts, sentence = achieved(open_run(karat_run.path, weights="raw"))
     assert score.endswith(" % top-1 of the ema weights")
     assert " of the ema weights: loss " in facts["evaluation"]
-    assert sentence == "In training, other weights were evaluated: those of the ema weights."
+    assert sentence == "In training, other weights were evaluated: ema."
 
 
 def test_the_card_says_what_the_run_achieved(karat_run: TrainedRun) -> None:

@@ -271,3 +271,8 @@ def test_the_error_says_what_to_install_and_another_decoder_reads_betons(betons)
     assert ffcv.startswith("FFCV cannot be imported (")
     assert "; apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++, then in the clone: pip install" in ffcv
     assert counted == "11"
+
+
+def test_hashes_that_a_folder_does_not_have_are_told(opened, image_folder) -> None:
+    (notice,) = opened(image_folder, classes=4, backend="folder", verify="hash").notices
+    assert notice == "data.verify=hash has no effect: no hashes of image files are known"

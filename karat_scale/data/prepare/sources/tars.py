@@ -400,7 +400,7 @@ def has_shards(src: Path) -> bool:
 
 def open_shards(src: Path, split: str | None) -> tuple[dict[str, ShardSource], list[str]]:
     """Return the requested splits of a directory of shards, and its classes' readable names. Raises DataError."""
-    record = shard_format.read_dataset_record(src)
+    record = shard_format.read_dataset_record(src, what="--src")
     chosen = shard_format.chosen_splits(src, record, split)
     if empty := [name for name, found in chosen.items() if not found.samples]:
         if len(empty) == len(chosen):
