@@ -62,6 +62,8 @@ def launch(arguments: Sequence[str], ranks: int, trained: Path | None) -> int:
     with _signals_forwarded() as told:
         for attempt in count():
             begun = time.time()
+            if attempt or int(os.environ.get("SLURM_RESTART_COUNT") or 0):  # `never` was for the first start
+                command = [word.replace("resume.mode=never", "resume.mode=auto") for word in command]
             # Held here, the store keeps its port to the end of this launcher.
             code, line, _store = _run(command, ranks, attempt, trained, told)
             if code in (0, 2, EXIT_STOPPED) or trained is None or told:

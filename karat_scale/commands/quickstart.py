@@ -84,7 +84,11 @@ def _run(*arguments: str) -> None:
 
 def _summary(run: Path) -> dict[str, Any]:
     path = run / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or damaged: training writes it again
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _print_results(console: Console) -> None:

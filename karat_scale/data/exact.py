@@ -116,11 +116,15 @@ class ExactLoader(_Loader):
         total_digest: bool = False,
         **options: Any,
     ) -> None:
-        _check_whole(global_batch=global_batch, seed=seed, image_size=image_size)
-        _check_whole(may_be_none=True, rank=rank, world_size=world_size, micro_batch=micro_batch, epochs=epochs)
+        global_batch, seed, image_size = _whole(global_batch=global_batch, seed=seed, image_size=image_size)
+        counts = {"micro_batch": micro_batch, "epochs": epochs, "num_classes": num_classes}
+        rank, world_size, *rest = _whole(may_be_none=True, rank=rank, world_size=world_size, **counts)
+        micro_batch, epochs, num_classes = rest
         rank, world_size = place(rank, world_size)
         if epochs is not None and epochs < 0:
             raise RecipeError(f"epochs = {epochs}: expected 0 or more")
+        if num_classes is not None and num_classes < 1:
+            raise RecipeError(f"num_classes = {num_classes}: expected 1 or more")
         if options.get("order") == "stream":
             raise RecipeError("order = stream: only `karat train` reads a stream; use full or block")
         images_only = {"image_size": image_size, "augment": augment, "dtype": dtype, "num_classes": num_classes}
@@ -174,7 +178,7 @@ class ExactLoader(_Loader):
         """Go on with the first batch of this step, counted from the start of training. Raises ValueError."""
         if not (isinstance(step, Integral) and 0 <= step < sys.maxsize):
             raise ValueError(f"step = {step!r}: expected a whole number from 0 to 2^63")
-        self._taken, self.digest, self._digest_of_steps = step * self.plan.accumulation, 0, 0
+        self._taken, self.digest, self._digest_of_steps = int(step) * self.plan.accumulation, 0, 0
         self._stop()
 
     def run_digest(self) -> int:
@@ -209,6 +213,8 @@ class ExactLoader(_Loader):
         fix = "load what an ExactLoader's state_dict() returned"
         if not (isinstance(state, Mapping) and isinstance(state.get("identity"), Mapping) and "step" in state):
             raise DataError(f"the state has no identity or no step; {fix}")
+        if not isinstance(digest := state.get("digest", 0), Integral):
+            raise DataError(f"the state has digest = {digest!r}; {fix}")
         theirs, ours = state["identity"], self.identity
         for name in ours:
             there, here = theirs.get(name), ours[name]
@@ -223,7 +229,7 @@ class ExactLoader(_Loader):
         except ValueError as error:
             raise DataError(f"the state has {error}; {fix}") from error
         if self.plan.rank == 0:
-            self.digest = self._digest_of_steps = int(state.get("digest", 0))
+            self.digest = self._digest_of_steps = int(digest)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -318,8 +324,8 @@ class EvalLoader(_Loader):
         drop_empty: bool = True,
         **options: Any,
     ) -> None:
-        _check_whole(batch=batch, image_size=image_size)
-        _check_whole(may_be_none=True, rank=rank, world_size=world_size)
+        batch, image_size = _whole(batch=batch, image_size=image_size)
+        rank, world_size = _whole(may_be_none=True, rank=rank, world_size=world_size)
         rank, world_size = place(rank, world_size)
         if batch < 1:
             raise RecipeError(f"batch = {batch}: expected 1 or more")
@@ -376,7 +382,9 @@ class Finish:
         from karat_scale.data.augmentation.mixing import Mixer
 
         augment, raw = spec.augment, dtype == torch.uint8
-        if raw and augment.mixes:
+        if not (raw or dtype.is_floating_point):
+            raise RecipeError(f"dtype = {dtype}: expected a floating point type, or torch.uint8")
+        if raw and augment.mixes and spec.trains:
             raise RecipeError("dtype = torch.uint8: augment mixes images, which are float32 then; use mix_prob=0")
         self.soft = augment.mixes or augment.label_smoothing > 0
         num_classes = classes_of_data if spec.num_classes == sys.maxsize else spec.num_classes
@@ -394,7 +402,7 @@ class Finish:
         """Return the images that could be read of an evaluation's batch, their labels, and their ids."""
         images, labels, ids = batch.images, batch.labels, batch.sample_ids
         # From what the host has: to ask the device would wait for it.
-        bad = torch.tensor([sample.sample_id for sample in batch.bad], dtype=torch.int64)
+        bad = torch.tensor([sample.sample_id for sample in batch.bad], dtype=torch.int64, device="cpu")
         kept = ((ids != PADDING) & ~torch.isin(ids, bad)).nonzero()[:, 0]
         if len(kept) < len(ids):
             there = kept.to(images.device)
@@ -408,11 +416,12 @@ def _warn_of(batch: Batch, done: str) -> None:
         warnings.warn(f"{bad}; {done}", stacklevel=3)
 
 
-def _check_whole(may_be_none: bool = False, **arguments: object) -> None:
-    """Raise RecipeError for an argument that is not a whole number."""
+def _whole(may_be_none: bool = False, **arguments: Any) -> list[Any]:
+    """Return whole numbers, such as numpy's, as ints. Raises RecipeError for an argument that is none."""
     for name, value in arguments.items():
         if not (isinstance(value, Integral) or (may_be_none and value is None)):
             raise RecipeError(f"{name} = {value!r}: expected a whole number")
+    return [None if value is None else int(value) for value in arguments.values()]
 
 
 def place(rank: int | None, world_size: int | None) -> tuple[int, int]:
@@ -438,6 +447,7 @@ _ARGUMENTS = {"path": "data", "train_split": "split", "val_split": "split"}
 _OF_KEYS = {
     "train.global_batch": "global_batch",
     "train.micro_batch": "micro_batch",
+    "model.num_classes": "num_classes",
     **{f"data.{key}": _ARGUMENTS.get(key, key) for key in DataConfig.model_fields},
 }
 _FOR_ALL = ("order", "block_samples", "window_blocks", "prefetch", "timeout")
@@ -492,6 +502,12 @@ def open_source(
             f"data is a {type(data).__name__}: expected a path, or a dataset with __len__ and __getitem__; give a "
             "DataLoader's dataset, and no iterable one"
         )
+    if is_own:
+        defaults = inspect.signature(ExactLoader).parameters
+        unused = [name for name, value in images.items() if value != defaults[name].default]
+        unused += [key for key in options if key in DataConfig.model_fields and key not in _FOR_ALL]
+        if unused:
+            raise RecipeError(f"{unused[0]} is for images; with a dataset of your own, leave it out")
     path = "" if is_own else str(data)
     backend = options.get("backend") or ("synthetic" if is_own else _backend_of(path, split))
     settings = {**options, "backend": backend, "path": path, "workers": workers, "val_split": split}
@@ -500,16 +516,13 @@ def open_source(
     augment = images["augment"]
     if not isinstance(augment, AugmentConfig):
         augment = section_of(AugmentConfig, {**PLAIN, **(augment or {})})
-    config, num_classes = section_of(DataConfig, settings), images.get("num_classes") or sys.maxsize
+    given = images.get("num_classes")
+    config, num_classes = section_of(DataConfig, settings), sys.maxsize if given is None else given
     if backend == "synthetic" and not is_own and num_classes == sys.maxsize:
         fix = "pass num_classes" if trains else "evaluate on a data set"
         raise RecipeError(f"backend = synthetic has no classes of its own; {fix}")
     spec = ImageSpec(config, augment, image_size, num_classes, seed, trains)
     if is_own:
-        defaults = inspect.signature(ExactLoader).parameters
-        unused = [name for name, value in images.items() if value != defaults[name].default]
-        if unused := [*unused, *(key for key in options if key not in _FOR_ALL)]:
-            raise RecipeError(f"{unused[0]} is for images; with a dataset of your own, leave it out")
         return spec, OwnSamples(data, spec, transform, collate)
     if transform is not None or collate is not None:
         raise RecipeError(

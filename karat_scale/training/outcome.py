@@ -134,6 +134,8 @@ def _record(outcome: Outcome, directory: RunDirectory, reporter: Reporter, finis
 
 
 def _write_summary(outcome: Outcome, directory: RunDirectory, previous: dict[str, Any] | None) -> None:
+    if previous is None and directory.store.names():  # what a start that fails knows is not the run's
+        previous = {"name": outcome.recipe.run.name}
     spent = wall_time(read_events(directory.metrics_file))  # to the last event, which is there by now
     directory.write_summary(sealed(outcome.summary(previous, spent)))
 

@@ -436,7 +436,8 @@ class Trainer:
                 self.reporter.warn(f"{what}; skipped{advice}")
             return
         self.checkpoints.finish()
-        rule = "train.on_nonfinite = stop" if stop else f"the last of train.max_skipped_steps = {state.skipped_in_row}"
+        allowed = f"the last of {state.skipped_in_row} in a row (train.max_skipped_steps = {train.max_skipped_steps})"
+        rule = "train.on_nonfinite = stop" if stop else allowed
         last = self.checkpoints.store.pointed("latest") or "none"
         raise DivergedError(
             f"{what}, {rule}; the last checkpoint is {last}; lower optim.lr or look into the data{advice}"

@@ -32,6 +32,7 @@ from karat_scale.foundation.files import open_regular, open_to_read, parse_json,
 from karat_scale.foundation.tables import require_trust
 from karat_scale.models import create_model
 from karat_scale.models.init_from import check_heads, differences, spread_operator, take_weights
+from karat_scale.models.layers import attention_layers
 from karat_scale.models.transfer import weights_digest
 from karat_scale.recipe import AttentionConfig, ModelConfig, Recipe, RunRecipe
 from karat_scale.recipe.base import Triple
@@ -213,11 +214,15 @@ class Origin(NamedTuple):
 
 
 class SourceWeights(NamedTuple):
-    """Whole weights by parameter name, their origin, and by what the images were normalised: mean and std."""
+    """Whole weights by parameter name, their origin, and by what the images were normalised: mean and std.
+
+    heads: of each attention layer of a timm model.
+    """
 
     tensors: dict[str, Tensor]
     origin: Origin | None = None
     normalised: tuple[Triple, Triple] | None = None
+    heads: tuple[int, ...] = ()
 
 
 def initialise(model: nn.Module, recipe: RunRecipe, world: World, take: Take | None = None) -> str:
@@ -232,7 +237,11 @@ def initialise(model: nn.Module, recipe: RunRecipe, world: World, take: Take | N
     source = recipe.init_from
     try:
         with world.together():
-            weights, origin, normalised = read_weights(source)
+            weights, origin, normalised, heads = read_weights(source)
+            ours = heads_of_layers(model)
+            if len(heads) == len(ours) and heads != ours:
+                fix = f"use model.num_heads={heads[0]}"
+                raise RecipeError(f"the weights have {heads[0]} heads per layer, the model has {ours[0]}; {fix}")
             if origin is not None:
                 check_heads(origin.model, recipe.model)
             attention = AttentionConfig() if origin is None else origin.attention
@@ -249,6 +258,12 @@ def initialise(model: nn.Module, recipe: RunRecipe, world: World, take: Take | N
     return "; ".join([f"begins with the weights of {source}", *notes])
 
 
+def heads_of_layers(model: nn.Module) -> tuple[int, ...]:
+    """Return the number of heads of each attention layer that has one."""
+    layers = (layer.attention for layer in attention_layers(model))
+    return tuple(int(layer.num_heads) for layer in layers if hasattr(layer, "num_heads"))
+
+
 def read_weights(source: str) -> SourceWeights:
     """The weights of a source, averaged ones where there are any.
 
@@ -262,7 +277,8 @@ def read_weights(source: str) -> SourceWeights:
     if source.startswith(TIMM):
         model: Any = timm_model(source.removeprefix(TIMM))
         about = model.pretrained_cfg
-        return SourceWeights(model.state_dict(), None, (tuple(about["mean"]), tuple(about["std"])))
+        normalised = tuple(about["mean"]), tuple(about["std"])
+        return SourceWeights(model.state_dict(), None, normalised, heads_of_layers(model))
     path, checkpoint = locate(source)
     if not checkpoint:
         return _weights_of_file(path)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from karat_scale.checkpoint.tensor_storage import read_metadata
 from karat_scale.commands.export.command import export_run
+from karat_scale.engine.distributed import ALONE
 from karat_scale.foundation.errors import RecipeError, UserError
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
@@ -41,7 +42,7 @@ def run(small_recipe, world) -> Path:
 
 
 def test_a_run_its_checkpoint_and_its_export_are_the_same_weights(run, tmp_path, monkeypatch) -> None:
-    weights, origin, normalised = read_weights(str(run))
+    weights, origin, normalised, _ = read_weights(str(run))
     assert normalised == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     name = (run / "checkpoints" / "best").read_text().strip()
     assert equal_weights(weights, read_weights(str(run / "checkpoints" / name)).tensors)
@@ -155,6 +156,10 @@ def test_timms_weights_come_from_its_cache_without_a_network(tmp_path, monkeypat
     weights = read_weights(f"timm:{NAME}")
     assert equal_weights(weights.tensors, model.state_dict())
     assert weights.normalised == (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+    recipe = load_recipe("imagenet_vit_tiny", [f"init_from=timm:{NAME}", "model.num_heads=6"])
+    other = create_model(recipe.model, recipe.attention)
+    with pytest.raises(RecipeError, match=r"have 3 heads per layer, the model has 6; use model\.num_heads=3"):
+        initialise(other, recipe, ALONE)
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch) -> None:

@@ -320,9 +320,9 @@ def _converted(options: argparse.Namespace) -> "Recipe":
         what = "neither a run's directory, nor a folder or file of weights; name one"
         raise UserError(f"SOURCE {options.source}: {what}")
     source = json.dumps(options.source)  # a text in YAML, whatever it has in it
-    own = [f"init_from={source}", *options.overrides]
-    if not any(text.startswith("distill.from=") for text in own):
-        own.append(f"distill.from={source}")
+    if any(text.partition("=")[0].strip() == "init_from" for text in options.overrides):
+        raise UserError("init_from: SOURCE is that; remove the override")
+    own = [f"init_from={source}", f"distill.from={source}", *options.overrides]
     recipe = load_recipe(options.recipe, own)
     return recipe if recipe.convert.images else load_recipe(options.recipe, [*own, f"convert.images={IMAGES}"])
 

@@ -38,6 +38,7 @@ from karat_scale.foundation.files import file_sha256, write_atomically
 from karat_scale.foundation.machine import library_versions, processor_name
 from karat_scale.foundation.tables import refuse_untrusted
 from karat_scale.recipe import Recipe
+from karat_scale.recipe.loading import dump_recipe
 from karat_scale.training.outcome import checkpoints_before
 from karat_scale.training.run_directory import OpenRun, RunDirectory
 from karat_scale.training.tasks.classification.conversion import FILE as MATCHED_FILE
@@ -193,22 +194,26 @@ def scratch_recipe(directory: RunDirectory, recipe: Recipe, begin: str, world: W
     path = Path(world.on_main(lambda: tempfile.mkdtemp(prefix="karat-replay-")))
     names = (TEACHER_FILE, DISTILL_FILE, MATCHED_FILE)
     kept = [file for name in names if (file := directory.path / name).is_file()]
+    own = recipe.changed(
+        run__dir=str(path),
+        init_from=recipe.init_from if not begin else "",
+        convert=recipe.convert if not begin else type(recipe.convert)(),  # which init_from belongs to
+        resume__mode="auto",
+        resume__from_=str(directory.store.root / begin) if begin else recipe.resume.from_,
+        log__histogram_every_steps=None,
+        log__trackers=(),
+        log__profile_steps=None,
+        checkpoint__snapshots=0,
+    )
     try:
         with world.together():
             if world.is_main:
-                for file in (directory.recipe_file, *kept):
+                (path / "recipe.yaml").write_text(dump_recipe(own))  # the same run, so it keeps its teachers
+                for file in kept:
                     shutil.copy(file, path / file.name)
         if kept:
             refuse_unshared(path, world)
-        yield recipe.changed(
-            run__dir=str(path),
-            init_from=recipe.init_from if not begin else "",
-            resume__from_=str(directory.store.root / begin) if begin else recipe.resume.from_,
-            log__histogram_every_steps=None,
-            log__trackers=(),
-            log__profile_steps=None,
-            checkpoint__snapshots=0,
-        )
+        yield own
     finally:
         if world.is_main:
             shutil.rmtree(path, ignore_errors=True)

@@ -152,6 +152,9 @@ def _apply_event(standing: Standing, event: dict[str, Any]) -> None:
         standing.score = "top-1" if "top1" in event else "mask AP"
     elif kind in ("start", "resume"):  # what an earlier start logged of later steps is taken back
         standing.step, standing.ended = event["step"], None
+        if kind == "start":  # which may have another length; the first report says it
+            standing.seconds_left = None
+            standing.known = {} if event["anew"] else {k: v for k, v in standing.known.items() if k != "total_steps"}
         standing.restarts = event["restarts"] if kind == "resume" else 0  # one that resumes says so next
         standing.trained = [one for one in standing.trained if one[0] <= standing.step]
         standing.tested = [one for one in standing.tested if one[0] <= standing.step]

@@ -62,7 +62,7 @@ class Mixer:
         """int64 [b] to smoothed and mixed float32 targets [b, classes]."""
         smoothing = self._augment.label_smoothing
         off = smoothing / self._num_classes
-        targets = torch.full((len(labels), self._num_classes), off, device=labels.device)
+        targets = torch.full((len(labels), self._num_classes), off, dtype=torch.float32, device=labels.device)
         targets.scatter_(1, labels[:, None], 1 - smoothing + off)
         return targets if mix.kind == "none" else targets * mix.lam + _partners(targets) * (1 - mix.lam)
 

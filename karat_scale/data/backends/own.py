@@ -27,7 +27,7 @@ from karat_scale.data.loading.workers import OrderedResults, Whereabouts, worker
 from karat_scale.data.plan import PADDING, BatchSlice, sample_seed
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.data.shards.tars import scan_members
-from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.errors import DataError, RecipeError
 
 
 class Dataset(Protocol):
@@ -80,6 +80,8 @@ class OwnSamples(Backend):
         collate: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         super().__init__(spec, len(dataset), len(dataset), ())
+        if callable(getattr(dataset, "identity", None)):
+            raise RecipeError("the dataset's identity is a method; make it a property")
         self._dataset = dataset
         self._steps: list[tuple[Callable[..., Any], bool]] = [
             (dataset.__getitem__, _takes_generator(type(dataset).__getitem__))
@@ -212,6 +214,9 @@ class SampleFiles:
         return self._split.identity
 
     def __getitem__(self, sample_id: int) -> dict[str, Any]:
+        if not -len(self) <= sample_id < len(self):
+            raise IndexError(f"sample {sample_id} of {len(self)}")
+        sample_id %= len(self)
         self._split.read(sample_id)  # checks it
         begin, part = self._split.around(sample_id)
         what, by_key = self._split.file_of(sample_id), dict[str, dict[str, bytes]]()

@@ -89,7 +89,7 @@ class Assembler(ABC):
         return len(part.sample_ids), 3, self._image_size, self._image_size
 
     def __getitem__(self, part: BatchSlice) -> Batch:
-        return self.fill(part, torch.empty(self.shape(part), dtype=torch.uint8))
+        return self.fill(part, torch.empty(self.shape(part), dtype=torch.uint8, device="cpu"))
 
     @abstractmethod
     def _candidates(self, part: BatchSlice) -> Iterator[Iterator[Sample]]:
@@ -208,7 +208,7 @@ class ImageSlots:
     def unpack(self, packed: Packed) -> Batch:
         """Return the batch with a copy of its images, page-locked if this process uses a GPU."""
         offset, shape, batch = packed
-        images = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized())
+        images = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=torch.cuda.is_initialized())
         return replace(batch, images=images.copy_(self._at(offset, shape)))
 
     def _at(self, offset: int, shape: Shape) -> torch.Tensor:

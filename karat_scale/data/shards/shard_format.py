@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.errors import DataError, nearest
 from karat_scale.foundation.files import read_text, write_atomically
 from karat_scale.foundation.stores import DEFAULT_TIMEOUT, Store, is_url
 from karat_scale.foundation.tables import Files
@@ -433,7 +433,10 @@ def split_fix(split: str, there: Collection[str]) -> str:
         return ""
     if split == "train":
         return "; set data.train_split to one of them"
-    others = [name for name in ("val", "validation", "valid", "test") if name in there]
+    usual = ("val", "validation", "valid", "test")
+    if split not in usual and (close := nearest(split, there)):
+        return f"; did you mean {close[0]}?"
+    others = [name for name in usual if name in there]
     if others:
         return f"; set data.val_split={others[0]}"
     one_of_them = "set data.val_split to one of them, or " if {*there} - {"train"} else ""

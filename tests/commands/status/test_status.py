@@ -63,6 +63,18 @@ def test_what_a_start_takes_back_is_not_shown(tmp_path: Path) -> None:
     assert "top-1" not in shown_text(standing)
 
 
+def test_what_a_new_start_does_not_know_yet_is_not_shown(tmp_path: Path) -> None:
+    train = {"event": "train", "samples": 1000, "total_steps": 40, "images_per_second": 50.0, "step": 40}
+    start = {"event": "start", "began": 1.0, "anew": False, "last_sign": None, "submitted": None, "step": 40}
+    write_events(tmp_path, train, {"event": "end", "step": 40, "exit": 0, "reason": "finished"}, start)  # extended
+    standing = read_standing(tmp_path)
+    assert standing.seconds_left is None
+    assert "of 40" not in shown_text(standing)
+    assert "50" in shown_text(standing)
+    write_events(tmp_path, {**start, "anew": True, "step": 0})
+    assert read_standing(tmp_path).known == {}
+
+
 def test_a_detectors_scores_are_its_average_precisions(tmp_path: Path) -> None:
     train = {"event": "train", "samples": 1000, "total_steps": 40, "step": 10, "loss": 2.0}
     write_events(tmp_path, train, {"event": "eval", "step": 10, "box_ap": 0.3, "mask_ap": 0.25})

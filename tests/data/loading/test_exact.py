@@ -412,7 +412,14 @@ def test_the_members_of_a_sample_are_those_that_the_index_took_together(tmp_path
         write_tar(tars / f"train-{number}.tar", [(f"{name}.jpg", encode(photo(number))), caption])
     karat_done("index", str(tars), "--label", "path")
     samples = SampleFiles(tars)
-    assert [samples[number]["txt"] for number in range(3)] == [b"cat/a.1", b"cat/a.2", b"dog/b.1"]
+    captions = [b"cat/a.1", b"cat/a.2", b"dog/b.1"]
+    assert [samples[number]["txt"] for number in range(3)] == captions
+    assert [(one["txt"], one["__label__"]) for one in map(samples.__getitem__, (-3, -1))] == [
+        (captions[0], 0),
+        (captions[2], 1),
+    ]
+    with pytest.raises(IndexError, match="sample 3 of 3"):
+        samples[3]
 
 
 @pytest.mark.parametrize("names", ["a.cls b.jpg b.cls a.jpg", "a.cls b.cls c.cls c.jpg b.jpg a.jpg"])
@@ -443,6 +450,59 @@ def test_a_feed_that_begins_elsewhere_ends_the_workers_of_the_one_before(make_sh
     assert len(next(second).labels) == GLOBAL
     del first
     loader.close()
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    plain, numpys = of_numbers(epochs=1), of_numbers(global_batch=np.int64(GLOBAL), seed=np.int64(SEED), epochs=1)
+    numpys.set_step(np.int64(0))
+    assert indices(plain) == indices(numpys)
+    assert plain.digest == numpys.digest
+    torch.save(numpys.state_dict(), tmp_path / "state.pt")
+    plain.load_state_dict(torch.load(tmp_path / "state.pt"))
+    with pytest.raises(DataError, match="the state has digest = None"):
+        plain.load_state_dict({**plain.state_dict(), "digest": None})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": 0}, "num_classes = 0: expected 1 or more"),
+        ({"num_classes": "10"}, "num_classes = '10': expected a whole number"),
+        ({"num_classes": 2}, r"but num_classes = 2; set num_classes=3"),
+        ({"dtype": torch.int32}, r"dtype = torch.int32: expected a floating point type, or torch.uint8"),
+        ({"split": "trian"}, "did you mean train"),
+    ],
+)
+def test_what_images_cannot_be_is_one_line(options: dict[str, Any], message: str, make_shards: Make) -> None:
+    with pytest.raises((RecipeError, DataError), match=message):
+        of_images(make_shards(), **options)
+
+
+def test_an_evaluation_mixes_nothing(make_shards: Make) -> None:
+    loader = EvalLoader(make_shards(), augment={"mix_prob": 1.0, "mixup": 0.8}, dtype=torch.uint8, image_size=16)
+    assert next(iter(loader))[0].dtype == torch.uint8
+    loader.close()
+
+
+def test_a_method_is_no_identity_of_data() -> None:
+    class Named(Numbers):
+        def identity(self) -> str:
+            return "numbers"
+
+    with pytest.raises(RecipeError, match="the dataset's identity is a method; make it a property"):
+        ExactLoader(Named(), global_batch=2)
+    with pytest.raises(RecipeError, match="backend is for images; with a dataset of your own, leave it out"):
+        of_numbers(backend="folder")
+
+
+def test_labels_are_float32_whatever_torchs_default_is(make_shards: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        loader = of_images(make_shards(), augment={"label_smoothing": 0.1})
+        assert next(iter(loader))[1].dtype == torch.float32
+        loader.close()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_synthetic_images_need_a_number_of_classes() -> None:

@@ -493,6 +493,10 @@ class ClassificationTask(Task):
                     "the run's checkpoint learned from no teacher; remove distill.from, or start another run with "
                     "init_from"
                 )
+            if self._distillation is None:
+                raise RunDirectoryError(
+                    "the checkpoint learned from a teacher; set distill.from to it, or start another run with init_from"
+                )
             raise RunDirectoryError(
                 f"the run's checkpoint learned from another teacher than {teachers.FILE} holds; put that "
                 "file back, or start another run"

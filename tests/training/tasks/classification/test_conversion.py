@@ -308,6 +308,21 @@ def test_print_shows_the_whole_recipe(convert, original, tmp_path) -> None:
     assert f"init_from: {original}" in says
     assert "from: elsewhere" in says
     assert "images: 1000" in says
+    section = karat_says(*convert(tmp_path, "attention.kind=static", "distill={from: elsewhere}"), "--print")
+    assert "from: elsewhere" in section
+    line = karat_refuses(*convert(tmp_path, "attention.kind=static", "init_from=other"), "--print")
+    assert "init_from: SOURCE is that; remove the override" in line
+
+
+def test_a_conversion_is_taken_again_where_its_source_is_gone(convert, original, tmp_path) -> None:
+    """The run has kept its teacher."""
+    source = shutil.copytree(original, tmp_path / "source")
+    assert karat_here(*convert(tmp_path / "run", *KARAT, "checkpoint.every_steps=2", source=source)) == 0
+    shutil.rmtree(source)
+    arguments = ("--out", str(tmp_path / "x.png"), "--json", str(tmp_path / "x.json"))
+    assert karat_here("replay", str(tmp_path / "run"), "7", *arguments) == 0
+    norm = next(event["grad_norm"] for event in events(tmp_path / "run", "train") if event["step"] == 7)
+    assert json.loads((tmp_path / "x.json").read_text())["grad_norm"] == norm
 
 
 def wait_for_line(process: Started, words: str) -> None:
