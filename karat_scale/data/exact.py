@@ -533,6 +533,11 @@ def open_source(
 
 
 def _backend_of(path: str, split: str) -> str:
-    if is_url(path) or (Path(path).expanduser() / DATASET_FILE).is_file():
+    folder = Path(path).expanduser()
+    if is_url(path) or (folder / DATASET_FILE).is_file():
         return "webdataset"
-    return "ffcv" if beton_path(Path(path).expanduser(), split).is_file() else "folder"
+    if beton_path(folder, split).is_file():
+        return "ffcv"
+    there = set() if (folder / split).is_dir() else {file.suffix for file in folder.glob("*.*")}
+    # Tars that have no index, or betons of other splits: the backend says what is missing.
+    return "webdataset" if ".tar" in there else "ffcv" if ".beton" in there else "folder"

@@ -197,7 +197,10 @@ class SampleFiles:
     """
 
     def __init__(self, path: str | Path, split: str = "train") -> None:
-        self._split = ShardSplit(path, split, sys.maxsize)
+        try:
+            self._split = ShardSplit(path, split, sys.maxsize)
+        except DataError as error:
+            raise DataError(str(error).replace("data.path", "path")) from None
         self._rule = LabelRule.parse(self._split.made.get("label", "cls"))  # says what of a member's name is the key
 
     def __len__(self) -> int:

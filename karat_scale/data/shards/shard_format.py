@@ -203,7 +203,8 @@ def check_has_record(directory: Path, what: str = "data.path") -> None:
     found = f"has no {DATASET_FILE}" if inside else "is empty"
     has_folders = what == "data.path" and any(path.is_dir() for path in inside)
     folders = ", set data.backend=folder for a folder of images," if has_folders else ""
-    raise DataError(f"{what} = {directory} {found}; {_FIX}{folders} or correct the path")
+    fix = "index its tars with karat index" if any(path.suffix == ".tar" for path in inside) else _FIX
+    raise DataError(f"{what} = {directory} {found}; {fix}{folders} or correct the path")
 
 
 def read_record_text(path: Path) -> str:

@@ -478,6 +478,15 @@ def test_what_images_cannot_be_is_one_line(options: dict[str, Any], message: str
         of_images(make_shards(), **options)
 
 
+def test_tars_without_an_index_are_told_as_such(tmp_path: Path) -> None:
+    write_tar(tmp_path / "train-0.tar", [("a.jpg", encode(photo(1))), ("a.cls", b"0")])
+    fix = "has no dataset.json; index its tars with karat index or correct the path"
+    with pytest.raises(DataError, match=rf"^data = \S+ {fix}"):
+        of_images(tmp_path)
+    with pytest.raises(DataError, match=rf"^path = \S+ {fix}"):
+        SampleFiles(tmp_path)
+
+
 def test_an_evaluation_mixes_nothing(make_shards: Make) -> None:
     loader = EvalLoader(make_shards(), augment={"mix_prob": 1.0, "mixup": 0.8}, dtype=torch.uint8, image_size=16)
     assert next(iter(loader))[0].dtype == torch.uint8
