@@ -165,7 +165,7 @@ def _find(section: DeepSpeedConfig) -> Path:
                 refuse_untrusted(f"{section.found_in}: deepspeed.config = {name} is a file of this machine")
             return candidate
     shipped = ", ".join(sorted(path.stem for path in directory.glob("*.json")))
-    raise RecipeError(f"deepspeed.config = {name!r}: neither a file nor a shipped configuration ({shipped})")
+    raise RecipeError(f"deepspeed.config = {name!r}: no such file; use one of {shipped}, or the path of a JSON file")
 
 
 def _read(recipe: RunRecipe, values: dict[str, Any], with_keys: bool) -> tuple[dict[str, Any], str]:

@@ -191,7 +191,7 @@ def recipe_of_run(run: Path) -> Path:
             hint = f"; it holds runs: name one of {', '.join(map(str, inside[:3]))}{more}"
         exists = run.expanduser().exists()
         why = "not a run directory (it has no recipe.yaml)" if exists else "there is no such directory"
-        fix = hint or ("" if exists else "; name that of a run")
+        fix = hint or "; name that of a run, such as runs/NAME"
         raise RunDirectoryError(f"{run}: {why}{fix}")
     return path
 
@@ -205,7 +205,7 @@ def _why_missing(source: str, folder: Path) -> str:
         return "not a regular file, or a link to nothing; name a YAML file"
     if path.suffix in (".yaml", ".yml") or "/" in source:
         close = nearest(path.name, [file.name for file in path.parent.glob("*.y*ml")])
-        return f"no such file; did you mean {path.parent / close[0]}?" if close else "no such file"
+        return f"no such file; did you mean {path.parent / close[0]}?" if close else "no such file; correct the path"
     for other, command in COMMANDS.items():
         if source in shipped_recipes(other):
             return f"not a recipe of this command; train it with: karat {command} {source}"

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from typing_extensions import TypeVar
 
 from karat_scale.foundation.console import plural
-from karat_scale.foundation.errors import RecipeError
+from karat_scale.foundation.errors import RecipeError, did_you_mean
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import Effect
 from karat_scale.recipe.files import lay_over, mapped, parse, read_recipe, read_run_recipe
@@ -253,6 +253,9 @@ def _descriptions(key: str, errors: Sequence[Any], schema: type[BaseModel]) -> l
 
 def _wanted(error: Any) -> str:
     message: str = error["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to")[0]
+    if error["type"] == "literal_error" and isinstance(error["input"], str) and "did you mean" not in message:
+        names = re.findall(r"'([^']*)'", message)
+        message += f"; {hint}" if (hint := did_you_mean(error["input"], names)) else ""
     return _IN_YAML.get(error["type"], message)
 
 

@@ -317,7 +317,10 @@ def refuse_another_model(source: Path, recipe: RunRecipe) -> None:
     theirs = load_run_recipe(file, (), type(recipe))
     before, after = flatten(theirs), flatten(recipe)
     if keys := _unseen(before, after):
-        raise RunDirectoryError(f"resume.from = {source}: is of another model: {describe_keys(theirs, recipe, keys)}")
+        raise RunDirectoryError(
+            f"resume.from = {source}: is of another model: {describe_keys(theirs, recipe, keys)}; "
+            "set the keys as it has them"
+        )
 
 
 def _unseen(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

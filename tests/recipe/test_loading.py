@@ -64,6 +64,7 @@ def message(path: Path | str, *overrides: str) -> str:
         ("train.resume=true", ["did you mean resume?"]),
         ("resume=true", ["resume = True: is a section: the keys are mode, from, allow"]),
         ("modl.name=x", ["modl", "did you mean model"]),
+        ("data.backend=webdatset", ["'synthetic'; did you mean webdataset? (default: webdataset)"]),
         ("optim.lr=fast", ["optim.lr = 'fast'", "number", "0.0005"]),
         ("optim.lr=-1", ["optim.lr = -1", "greater than 0"]),
         ("optim.lr=.inf", ["optim.lr = inf", "finite", "0.0005"]),

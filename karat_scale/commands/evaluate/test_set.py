@@ -180,13 +180,13 @@ def open_test_set(
         source.close()
         raise DataError(
             f"{directory}: the run knows none of its {len(to_run)} classes; the first ones are "
-            f"{', '.join(source.classes[:3])}, and the run's are {', '.join(classes[:3])}"
+            f"{', '.join(source.classes[:3])}, and the run's are {', '.join(classes[:3])}; name another"
         )
     labels = to_run[source.labels]
     kept = np.flatnonzero(labels >= 0)
     if not len(kept):
         source.close()
-        raise DataError(f"{directory}: all of its images are of classes that the run does not have")
+        raise DataError(f"{directory}: the run has no class of its images; name a test set of its classes")
     present = np.unique(to_run[to_run >= 0]).astype(np.int64)
     unmatched = tuple(name for name, label in zip(source.classes, matched, strict=True) if label is None)
     left_out = len(labels) - len(kept)
@@ -213,7 +213,9 @@ def _open(directory: Path | str, split: str, use: RemoteUse) -> Split:
         directory = Path(directory)
         folders = [path for path in directory.iterdir() if path.is_dir()] if directory.is_dir() else []
         if not folders:
-            raise DataError(f"{directory} is no test set: no {DATASET_FILE}, no *.beton and no folders of classes")
+            raise DataError(
+                f"{directory} is no test set: no {DATASET_FILE}, no *.beton and no folders of classes; name one"
+            )
         around = [path.name for path in folders if any(entry.is_dir() for entry in path.iterdir())]
         if not split and not {*around} & {*SPLITS}:
             whole = directory.resolve()

@@ -83,7 +83,8 @@ def copy_checked(src: Path | str, out: Path, record: shard_format.FileRecord, ad
                     shutil.copyfileobj(source, copy, BLOCK)
         found = copy.fingerprint()
         if found.bytes != record.bytes or record.sha256 not in ("", found.sha256):
-            raise DataError(f"{src}/{record.name} has changed since it was written: its size or its SHA-256 differs")
+            what = f"{src}/{record.name} has changed since it was written: its size or its SHA-256 differs"
+            raise DataError(f"{what}; copy it again, or make the shards again")
         commit_file(temporary, out / record.name)
 
 

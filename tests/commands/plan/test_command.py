@@ -143,10 +143,10 @@ def test_classes_that_are_never_seen_are_told(recipe: Recipe) -> None:
     [
         ("train", {}, 3, "does not divide over 3 ranks"),
         ("train", {}, 8, "in even parts"),
-        ("train", {"micro_batch": 6}, 1, "use 4"),
+        ("train", {"micro_batch": 6}, 1, "set train.micro_batch=4"),
         ("train", {"global_batch": 128}, 4, "fewer than train.global_batch"),
         ("model", {"num_classes": 2}, 1, "set model.num_classes=4"),
-        ("deepspeed", {"config": "zero7"}, 1, "neither a file nor a shipped configuration"),
+        ("deepspeed", {"config": "zero7"}, 1, "no such file; use one of zero"),
         ("data", {"train_split": "test"}, 1, "no samples of split 'test'"),
         ("model", {"name": "vit_tinny"}, 1, "timm has no such model"),
     ],

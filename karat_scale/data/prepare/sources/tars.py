@@ -100,7 +100,7 @@ class TarSource(base.ListedSource):
                 continue
             found.append((name, path, member))
         if not found:
-            raise DataError(f"{archive} has no images")
+            raise DataError(f"{archive} has no images; name a tar of images")
         found.sort(key=lambda item: (item[0], os.fsencode(item[1])))
         labels, sizes = [numbers[name] for name, _, _ in found], [member.size for _, _, member in found]
         super().__init__(classes, [path for _, path, _ in found], labels, sizes)
@@ -308,7 +308,7 @@ def read_val_labels(path: Path, stems: list[str], wnids: list[str] | None, synse
     if rows and rows[0][0] == "ImageId":
         rows = rows[1:]
     if not rows:
-        raise DataError(f"{path} is empty")
+        raise DataError(f"{path} is empty; fetch it again")
     if len(rows[0]) == 1:
         named = _by_position(path, [row[0] for row in rows], stems)
         if all(value.isdigit() for value in named.values()):
@@ -319,10 +319,10 @@ def read_val_labels(path: Path, stems: list[str], wnids: list[str] | None, synse
             named = _from_sorted(path, named, wnids)
     missing = [stem for stem in stems if stem not in named]
     if missing:
-        raise DataError(f"{path} has no label for {missing[0]} and {len(missing) - 1} other images")
+        raise DataError(f"{path} has no label for {missing[0]} and {len(missing) - 1} other images; add them")
     wrong = next((stem for stem in stems if not base.WNID.fullmatch(named[stem])), None)
     if wrong:
-        raise DataError(f"{path}: the label of {wrong} is {named[wrong]!r}, which is not a wnid such as n01440764")
+        raise DataError(f"{path}: the label of {wrong} is {named[wrong]!r}; expected a wnid such as n01440764")
     return named
 
 
