@@ -119,7 +119,7 @@ def explaining() -> Iterator[None]:
 def _tells_of_a_loss(error: Exception) -> bool:
     """Whether an error is of a connection to another process, and not of what this rank met itself."""
     if isinstance(error, dist.DistBackendError):  # NCCL's, for a full /dev/shm or GPU, too
-        signs = ("remote process exited", "aborted")
+        signs = ("remote process exited", "aborted", "store->get")
         return any(sign in str(error) for sign in signs) or _OF_GLOO.search(str(error)) is not None
     # gloo raises plain RuntimeErrors; only their text tells.
     return isinstance(error, dist.DistError) or (

@@ -5,7 +5,6 @@ The defaults are the paper's training recipe (arXiv 2503.10632, which follows De
 modules beside this one.
 """
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -163,10 +162,11 @@ class RunRecipe(Section):
                 "unset one of them, such as init_from="
             )
         if self.train.micro_batch and self.train.global_batch % self.train.micro_batch:
+            whole, micro = self.train.global_batch, self.train.micro_batch
+            fits = next(size for size in range(micro, 0, -1) if whole % size == 0)
             yield (
-                f"train.global_batch = {self.train.global_batch} is not a multiple of train.micro_batch = "
-                f"{self.train.micro_batch}; set train.micro_batch="
-                f"{math.gcd(self.train.global_batch, self.train.micro_batch)}"
+                f"train.global_batch = {whole} is not a multiple of train.micro_batch = {micro}; "
+                f"set train.micro_batch={fits}"
             )
         if self.train.eval_weights == "ema" and self.train.ema_decay == 0:
             yield "train.eval_weights = ema, but with train.ema_decay = 0 there is no EMA; use auto or raw"

@@ -238,14 +238,15 @@ def initialise(model: nn.Module, recipe: RunRecipe, world: World, take: Take | N
     try:
         with world.together():
             weights, origin, normalised, heads = read_weights(source)
-            ours = heads_of_layers(model)
-            if len(heads) == len(ours) and heads != ours:
-                fix = f"use model.num_heads={heads[0]}"
-                raise RecipeError(f"the weights have {heads[0]} heads per layer, the model has {ours[0]}; {fix}")
             if origin is not None:
                 check_heads(origin.model, recipe.model)
             attention = AttentionConfig() if origin is None else origin.attention
             note = take(model, weights, attention) if take else take_weights(model, weights, attention=attention)
+            # The tensors fit, also where another number of heads shares their width.
+            for there, own in zip(heads, heads_of_layers(model), strict=False):
+                if there != own:
+                    fix = f"use model.num_heads={there}"
+                    raise RecipeError(f"the weights have {there} heads per layer, the model has {own}; {fix}")
             notes = [note] if note else []
             notes += [] if origin is None else differences(origin, (recipe.model, recipe.attention))
             here: Any = recipe.augment  # each kind of recipe has its own, with both keys

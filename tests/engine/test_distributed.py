@@ -68,6 +68,7 @@ def test_the_launchers_local_rank_comes_back() -> None:
     [
         (dist.DistBackendError("NCCL error in: x.cpp:94, remote process exited or there was a network error"), True),
         (dist.DistBackendError("NCCL error in: x.cpp:94\nLast error:\nNo space left on device /dev/shm"), False),
+        (dist.DistBackendError("retrieving ncclUniqueId from [0], but store->get('0') got error: it was closed"), True),
         (dist.DistNetworkError("Connection reset by peer"), True),
         (RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:5"), True),
         (RuntimeError("PytorchStreamReader failed reading zip archive /data/peer_review/gloo/a.pt"), False),

@@ -92,7 +92,7 @@ def message(path: Path | str, *overrides: str) -> str:
         ),
         ("model.patch_size=15", ["model.image_size = 224", "model.patch_size = 15", "set model.image_size=210"]),
         ("train.global_batch=127", ["train.global_batch = 127", "odd", "augment.mix_prob=0"]),
-        ("train.micro_batch=6", ["train.global_batch = 128", "train.micro_batch = 6", "set train.micro_batch=2"]),
+        ("train.micro_batch=6", ["train.global_batch = 128", "train.micro_batch = 6", "set train.micro_batch=4"]),
         ("train.epochs=3", ["schedule.warmup_epochs = 5", "train.epochs = 3"]),
         (
             "optim.karat_weight_decay=some",

@@ -160,6 +160,9 @@ def test_timms_weights_come_from_its_cache_without_a_network(tmp_path, monkeypat
     other = create_model(recipe.model, recipe.attention)
     with pytest.raises(RecipeError, match=r"have 3 heads per layer, the model has 6; use model\.num_heads=3"):
         initialise(other, recipe, ALONE)
+    small = load_recipe("imagenet_vit_small", [f"init_from=timm:{NAME}"])
+    with pytest.raises(RecipeError, match="width of 192 in the weights and 384 in the model"):
+        initialise(create_model(small.model, small.attention), small, ALONE)
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch) -> None:

@@ -47,7 +47,7 @@ class Predictions:
 
     def __post_init__(self) -> None:
         if not len(self.ids):
-            raise DataError(f"none of the {self.bad} images can be read; karat data DIR says why")
+            raise DataError(f"none of the {self.bad} images can be read; data.on_bad_sample=stop says why")
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -180,7 +180,7 @@ def open_test_set(
         source.close()
         raise DataError(
             f"{directory}: the run knows none of its {len(to_run)} classes; the first ones are "
-            f"{', '.join(source.classes[:3])}, and the run's are {', '.join(classes[:3])}; name another"
+            f"{', '.join(source.classes[:3])}, and the run's are {', '.join(classes[:3])}; name another test set"
         )
     labels = to_run[source.labels]
     kept = np.flatnonzero(labels >= 0)
@@ -213,9 +213,7 @@ def _open(directory: Path | str, split: str, use: RemoteUse) -> Split:
         directory = Path(directory)
         folders = [path for path in directory.iterdir() if path.is_dir()] if directory.is_dir() else []
         if not folders:
-            raise DataError(
-                f"{directory} is no test set: no {DATASET_FILE}, no *.beton and no folders of classes; name one"
-            )
+            raise DataError(f"{directory} is no test set: no {DATASET_FILE}, no *.beton and no folders of classes")
         around = [path.name for path in folders if any(entry.is_dir() for entry in path.iterdir())]
         if not split and not {*around} & {*SPLITS}:
             whole = directory.resolve()

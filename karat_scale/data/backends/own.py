@@ -7,6 +7,7 @@ sample, so it is the same on any rank, in any worker, and after a resume.
 import copy
 import inspect
 import random
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -200,7 +201,7 @@ class SampleFiles:
         try:
             self._split = ShardSplit(path, split, sys.maxsize)
         except DataError as error:
-            raise DataError(str(error).replace("data.path", "path")) from None
+            raise DataError(re.sub(r"data\.(?:val_|train_)?(?=path|split)", "", str(error))) from None
         self._rule = LabelRule.parse(self._split.made.get("label", "cls"))  # says what of a member's name is the key
 
     def __len__(self) -> int:

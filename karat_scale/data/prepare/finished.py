@@ -84,7 +84,7 @@ def copy_checked(src: Path | str, out: Path, record: shard_format.FileRecord, ad
         found = copy.fingerprint()
         if found.bytes != record.bytes or record.sha256 not in ("", found.sha256):
             what = f"{src}/{record.name} has changed since it was written: its size or its SHA-256 differs"
-            raise DataError(f"{what}; copy it again, or make the shards again")
+            raise DataError(f"{what}; restore it, make the shards again, or index them again")
         commit_file(temporary, out / record.name)
 
 
@@ -369,7 +369,9 @@ def _join(src: Path, record: shard_format.DatasetRecord, out: Path) -> None:
             raise DataError(f"{out} has a split {name} already; use another --out")
     for file in files_of(record.splits):
         if (src / file.name).exists() and (out / file.name).exists():
-            raise DataError(f"{out / file.name} is there already; rename the tars of one, and index them again")
+            raise DataError(
+                f"{out / file.name} is there already; use another --out, or rename one and index its tars again"
+            )
     for file in files_of(record.splits):
         if (src / file.name).exists():  # else an earlier run moved it
             (out / file.name).parent.mkdir(parents=True, exist_ok=True)

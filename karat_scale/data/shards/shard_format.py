@@ -203,7 +203,11 @@ def check_has_record(directory: Path, what: str = "data.path") -> None:
     found = f"has no {DATASET_FILE}" if inside else "is empty"
     has_folders = what == "data.path" and any(path.is_dir() for path in inside)
     folders = ", set data.backend=folder for a folder of images," if has_folders else ""
-    fix = "index its tars with karat index" if any(path.suffix == ".tar" for path in inside) else _FIX
+    fix = _FIX
+    if any(path.name.endswith(".index.npz") for path in inside):
+        fix = "finish it with the command that began it"
+    elif any(path.suffix == ".tar" for path in inside):
+        fix = "index its tars with karat index"
     raise DataError(f"{what} = {directory} {found}; {fix}{folders} or correct the path")
 
 

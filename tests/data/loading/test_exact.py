@@ -487,6 +487,15 @@ def test_tars_without_an_index_are_told_as_such(tmp_path: Path) -> None:
         SampleFiles(tmp_path)
 
 
+def test_shards_that_are_not_finished_are_not_indexed(make_shards: Make) -> None:
+    shards = make_shards()
+    with pytest.raises(DataError, match=r"^\S+ has no samples of split 'test'; .*; set split="):
+        SampleFiles(shards, "test")
+    (shards / "dataset.json").unlink()
+    with pytest.raises(DataError, match=r"has no dataset\.json; finish it with the command that began it or correct"):
+        SampleFiles(shards)
+
+
 def test_an_evaluation_mixes_nothing(make_shards: Make) -> None:
     loader = EvalLoader(make_shards(), augment={"mix_prob": 1.0, "mixup": 0.8}, dtype=torch.uint8, image_size=16)
     assert next(iter(loader))[0].dtype == torch.uint8

@@ -269,7 +269,7 @@ def test_tars_of_one_name_are_not_joined(tmp_path):
         write_tar(tmp_path / split / "0.tar", sample("tv".index(split[0])))
         assert karat_here("index", str(tmp_path / split), "--split", f"{split}=*.tar") == 0
     before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
-    with pytest.raises(DataError, match=r"train/0\.tar is there already; rename the tars of one"):
+    with pytest.raises(DataError, match=r"train/0\.tar is there already; use another --out, or rename"):
         finished.join(tmp_path / "val", tmp_path / "train")
     assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
 

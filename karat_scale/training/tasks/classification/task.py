@@ -203,7 +203,7 @@ def evaluate(
     top1, top5, loss, images, nonfinite = world.sum(totals).tolist()
     bad = int(world.sum(torch.tensor(bad)))
     if not images:
-        raise DataError(f"none of the {number} validation samples can be read; karat data DIR says why")
+        raise DataError(f"none of the {number} validation samples can be read; data.on_bad_sample=stop says why")
     return EvalResult(100 * top1 / images, 100 * top5 / images, loss / images, int(images), bad, int(nonfinite))
 
 

@@ -72,7 +72,8 @@ class CocoSplit:
         if not any(record.objects for record in records.values()):
             raise DataError(f"{self.file} has no image with objects; {FIX}")
         self.image_ids = [image for image, record in records.items() if record.objects or not for_training]
-        self.notices = _left_out(index, len(records) - len(self.image_ids))
+        flat = sum(self._area(one) <= 0 for image in index.imgs for one in index.imgToAnns.get(image, ()))
+        self.notices = _left_out(index, len(records) - len(self.image_ids), flat)
         """A line each on what the annotations have and nothing is done with."""
         named = [(image, records[image].file_name, len(records[image].objects)) for image in self.image_ids]
         self.identity = hashlib.sha256(json.dumps(named).encode()).hexdigest()
@@ -207,11 +208,13 @@ class CocoSplit:
         return DataError(f"{self.file}: annotation {number} has {key} = {value!r}, not {what}; correct it")
 
 
-def _left_out(index: Any, images: int) -> list[str]:
-    """Return what to say of images without an object to learn, and of annotations without an image."""
+def _left_out(index: Any, images: int, flat: int) -> list[str]:
+    """Return what to say of images without an object to learn, and of annotations without an area or an image."""
     strangers = [image for image in index.imgToAnns if image not in index.imgs]
     annotations = sum(len(index.imgToAnns[image]) for image in strangers)
     notices = [f"{plural(images, 'image')} of {len(index.imgs):,} left out: no object to learn"] if images else []
+    if flat:
+        notices.append(f"{plural(flat, 'annotation')} left out: no area above 0")
     if annotations:
         notices.append(f"{plural(annotations, 'annotation')} left out: no image has the id {strangers[0]!r}")
     return notices

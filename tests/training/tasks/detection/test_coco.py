@@ -70,11 +70,12 @@ def test_labels_follow_category_ids_and_what_cannot_be_learned_is_left_out(own, 
 
 def test_what_is_left_out_is_told_and_other_images_have_another_identity(own, tmp_path) -> None:
     split = opened(tmp_path, own)
-    assert split.notices == ["1 image of 2 left out: no object to learn"]
-    assert not opened(tmp_path, own, for_training=False).notices
+    flat = "1 annotation left out: no area above 0"
+    assert split.notices == ["1 image of 2 left out: no object to learn", flat]
+    assert opened(tmp_path, own, for_training=False).notices == [flat]
     strangers = [{**own["annotations"][0], "id": number, "image_id": "0"} for number in (4, 5)]
     more = opened(tmp_path, {**own, "annotations": [*own["annotations"], *strangers]})
-    assert more.notices[1:] == ["2 annotations left out: no image has the id '0'"]
+    assert more.notices[2:] == ["2 annotations left out: no image has the id '0'"]
     assert more.identity == split.identity
     renamed = [{**own["images"][0], "file_name": "c.jpg"}, own["images"][1]]
     assert opened(tmp_path, {**own, "images": renamed}).identity != split.identity
