@@ -119,9 +119,9 @@ def wanted_rates(arm: str) -> list[float]:
 
 def chosen_rate(arm: str) -> float | None:
     """Return an arm's rate, or None before it is known."""
-    found = rate_results(arm if arm in TUNED else TUNED[0])
-    wanted = wanted_rates(arm if arm in TUNED else TUNED[0])
-    return max(found, key=found.__getitem__) if set(wanted) <= set(found) else None
+    tuned = arm if arm in TUNED else TUNED[0]
+    found = rate_results(tuned)
+    return max(found, key=found.__getitem__) if set(wanted_rates(tuned)) <= set(found) else None
 
 
 def best() -> str | None:

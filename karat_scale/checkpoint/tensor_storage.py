@@ -423,7 +423,10 @@ def checkpoint_bytes(parameters: int, stage: int, has_ema: bool, weight_bytes: i
     return parameters * (4 * fp32_tensors + (weight_bytes if stage else 0))
 
 
-def planned_bytes(recipe: RunRecipe, stage: int, parameters: int) -> int:
-    """Return the bytes of a checkpoint of a run of this recipe."""
-    weights = PRECISIONS[recipe.train.precision].weights
-    return checkpoint_bytes(parameters, stage, recipe.train.ema_decay > 0, weights.itemsize)
+def planned_bytes(recipe: RunRecipe, stage: int, parameters: int, frozen: int) -> int:
+    """Return the bytes of a checkpoint of a run of this recipe.
+
+    parameters: those that learn. frozen: the others, which DeepSpeed saves as they are, and rank 0 in fp32.
+    """
+    size = PRECISIONS[recipe.train.precision].weights.itemsize
+    return checkpoint_bytes(parameters, stage, recipe.train.ema_decay > 0, size) + (size + 4) * frozen

@@ -150,8 +150,10 @@ def joined(
         is_orderly = True
     finally:
         stop(is_orderly)
-        os.environ.pop("LOCAL_RANK", None)  # `start` has set the GPU's number
-        os.environ.update({} if of_launcher is None else {"LOCAL_RANK": of_launcher})
+        if of_launcher is None:
+            os.environ.pop("LOCAL_RANK", None)  # `start` has set the GPU's number
+        else:
+            os.environ["LOCAL_RANK"] = of_launcher
 
 
 def start(device: str, patience_minutes: float = PATIENCE_MINUTES, check: Callable[[], object] = lambda: None) -> World:

@@ -118,13 +118,11 @@ def explaining() -> Iterator[None]:
 
 def _tells_of_a_loss(error: Exception) -> bool:
     """Whether an error is of a connection to another process, and not of what this rank met itself."""
+    if isinstance(error, RuntimeError) and _OF_GLOO.search(str(error)):  # gloo's are plain; only their text tells
+        return True
     if isinstance(error, dist.DistBackendError):  # NCCL's, for a full /dev/shm or GPU, too
-        signs = ("remote process exited", "aborted", "store->get")
-        return any(sign in str(error) for sign in signs) or _OF_GLOO.search(str(error)) is not None
-    # gloo raises plain RuntimeErrors; only their text tells.
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and _OF_GLOO.search(str(error)) is not None
-    )
+        return any(sign in str(error) for sign in ("remote process exited", "aborted", "store->get"))
+    return isinstance(error, dist.DistError)
 
 
 _OF_GLOO = re.compile(r"\[(enforce fail at )?\S*gloo/\S+\.(cc|h):\d+\]|Connection closed by peer \[")

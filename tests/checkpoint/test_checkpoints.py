@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 import threading
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from karat_scale.checkpoint.checkpoints import Checkpoints
-from karat_scale.checkpoint.tensor_storage import load_tensors
+from karat_scale.checkpoint.tensor_storage import load_tensors, planned_bytes
 from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine.deepspeed_internals import master_weights
 from karat_scale.engine.distributed import World
@@ -366,6 +367,25 @@ def test_frozen_weights_stay_and_come_back(small_recipe, world, config, precisio
     name = checkpoints.store.pointed("latest")
     load_weights(plain, checkpoints.store.root / name, checkpoints.store.state(name), ema=True)
     assert all(torch.equal(plain.get_parameter(key), value) for key, value in kept.items())
+
+
+@pytest.mark.parametrize(("config", "precision"), FEW_CELLS)
+def test_frozen_weights_are_in_the_planned_size(small_recipe, world, config, precision) -> None:
+    own = (
+        "train.freeze=[blocks.*]",
+        "model.embed_dim=192",
+        f"deepspeed.config={config}",
+        f"train.precision={precision}",
+    )
+    recipe = small_recipe(*own)
+    engine, checkpoints = build(recipe, world, seed=0)
+    train_once(engine, seed=1)
+    assert checkpoints.save(TrainState(step=1, samples=8))
+    frozen = sum(value.numel() for value in engine.frozen.values())
+    learning = sum(map(math.prod, engine.all_shapes.values())) - frozen
+    planned = planned_bytes(recipe, engine.stage, learning, frozen)
+    files = (checkpoints.store.root / checkpoints.store.names()[0]).iterdir()
+    assert sum(file.stat().st_size for file in files) == pytest.approx(planned, rel=0.1)
 
 
 def test_another_stage_takes_over_and_another_list_is_refused(small_recipe, world) -> None:

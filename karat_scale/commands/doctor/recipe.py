@@ -64,7 +64,7 @@ class Subject:
     def checkpoint_bytes(self) -> int:
         """The size of a checkpoint."""
         stage = zero_stage(load_ds_config(self.recipe, self.world.size, self.micro_batch))
-        return planned_bytes(self.recipe, stage, self.parameters) + 4 * self.frozen
+        return planned_bytes(self.recipe, stage, self.parameters, self.frozen)
 
     @property
     def cores_of_a_rank(self) -> int:

@@ -88,6 +88,7 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
     plan = Plan(
         recipe=recipe,
         parameters=parameters,
+        frozen=subject.sizes.frozen,
         machine=machine,
         gpu=gpu,
         node=node,

@@ -22,11 +22,13 @@ _TIME_UNKNOWN = "unknown; karat doctor RECIPE times a step here, --gpu estimates
 class Plan:
     """All that was found. `grid` holds each configuration's choices by micro batch, `choice` the recommended one.
 
-    refused: configurations that cannot train the recipe, and why. not_measured: why a run's log was of no use, or "".
+    parameters: those that learn; frozen: the others. refused: configurations that cannot train the recipe, and why.
+    not_measured: why a run's log was of no use, or "".
     """
 
     recipe: Recipe
     parameters: int
+    frozen: int
     machine: Machine
     gpu: Gpu | None
     node: Node
@@ -52,7 +54,7 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        return planned_bytes(self.recipe, self.choice.stage, self.parameters)
+        return planned_bytes(self.recipe, self.choice.stage, self.parameters, self.frozen)
 
     @property
     def communication(self) -> float:
