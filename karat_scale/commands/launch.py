@@ -47,10 +47,11 @@ _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES
 _NVIDIA, _AMD = Path("/dev"), Path("/sys/class/kfd/kfd/topology/nodes")
 
 
-def launch(arguments: Sequence[str], ranks: int, trained: Path | None) -> int:
+def launch(arguments: Sequence[str], ranks: int, trains: bool, trained: Path | None) -> int:
     """Run `karat` with these arguments on `ranks` processes of each node.
 
-    trained: the directory of the run that the command trains, or None.
+    trains: whether the command trains a run.
+    trained: the directory of that run, or None. A wrapper starts the command again itself.
 
     Returns the exit code of the first one that failed.
     """
@@ -62,8 +63,9 @@ def launch(arguments: Sequence[str], ranks: int, trained: Path | None) -> int:
     with _signals_forwarded() as told:
         for attempt in count():
             begun = time.time()
-            if attempt or int(os.environ.get("SLURM_RESTART_COUNT") or 0):  # `never` was for the first start
-                command = [word.replace("resume.mode=never", "resume.mode=auto") for word in command]
+            again = int(os.environ.get("SLURM_RESTART_COUNT") or 0) or (wrapper and "." in os.environ.get(START, ""))
+            if trains and (attempt or again):  # a recipe's `never` was for the first start
+                command = [*(word for word in command if not word.startswith("resume.mode=")), "resume.mode=auto"]
             # Held here, the store keeps its port to the end of this launcher.
             code, line, _store = _run(command, ranks, attempt, trained, told)
             if code in (0, 2, EXIT_STOPPED) or trained is None or told:

@@ -151,7 +151,7 @@ def test_a_wrong_limit_of_stalls_is_one_line(recipe: Path, monkeypatch: pytest.M
     # It sets variables for ranks, which no other test may see.
     monkeypatch.setattr(os, "environ", {**os.environ, "KARAT_STALL_SECONDS": "15m"})
     with pytest.raises(UserError, match="KARAT_STALL_SECONDS: '15m' should be seconds"):
-        launch.launch(["train", str(recipe)], 1, recipe.parent)
+        launch.launch(["train", str(recipe)], 1, True, recipe.parent)
 
 
 def node_of_two(number: int, port: int) -> dict[str, str]:
@@ -247,6 +247,7 @@ def test_a_killed_and_then_a_stopped_rank_change_nothing_but_the_time(recipe: Pa
     own = ("train.epochs=60", "checkpoint.every_steps=8", "train.eval_every_epochs=60")
     code, error = ended(start(recipe, *own, f"run.dir={whole}"))
     assert code == 0, error
+    recipe.write_text(f"{recipe.read_text()}resume: {{mode: never}}\n")  # it is for the first start alone
     process = start(recipe, *own, KARAT_STALL_SECONDS="60,step=4", IDLE_RESTARTS="2")
     for number, hurt in enumerate((signal.SIGKILL, signal.SIGSTOP)):
         wait_until(lambda number=number: read(run, "resume") == number and read(run, "checkpoint") > number, 200)

@@ -27,7 +27,7 @@ def test_restarts_that_save_nothing_new_end_the_job(train: Train, cluster: Clust
 
 @pytest.mark.parametrize("victim", ["rank", "agent"])
 def test_a_killed_rank_or_agent_starts_again_in_the_job(train: Train, on_two_nodes: Path, victim: str) -> None:
-    job = train(options=("--nodes=2",))
+    job = train("resume.mode=never", options=("--nodes=2",))  # it is for the first start alone
     wait_for(job, "checkpoint", 2)
     rank = process_of(job, rank=1)
     if victim == "agent":

@@ -286,13 +286,17 @@ def check_run(options: argparse.Namespace) -> None:
 def _launch(options: argparse.Namespace) -> int:
     # Within a wrapper, such as a container, a recipe may lie where this process does not see it.
     trained = None if os.environ.get(WRAPPER) else trained_directory(options.parsed)
-    return launch(options.arguments, options.ranks or default_ranks(), trained)
+    return launch(options.arguments, options.ranks or default_ranks(), _trains(options.parsed), trained)
+
+
+def _trains(parsed: argparse.Namespace) -> bool:
+    only = any(getattr(parsed, option, False) for option in ("print", "eval", "survey"))
+    return not only and parsed.command in (*SCHEMAS, "convert")
 
 
 def trained_directory(parsed: argparse.Namespace) -> Path | None:
     """Return the directory of the run that a command line trains; None of one that does not train. Raises UserError."""
-    only = any(getattr(parsed, option, False) for option in ("print", "eval", "survey"))
-    if only or parsed.command not in (*SCHEMAS, "convert"):
+    if not _trains(parsed):
         return None
     from karat_scale.recipe.loading import load_recipe
 
