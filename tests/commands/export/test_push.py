@@ -43,7 +43,7 @@ def test_timm_loads_what_was_pushed_and_what_the_hub_refuses_is_one_line(small_r
     done = here(hub, tmp_path, *push, "--weights", "ema", token="hf_wrong")
     assert (done.returncode, "hf_wrong" in done.stdout + done.stderr) == (2, False)
     said, line = done.stderr.splitlines()
-    assert said == "ema weights of step-00000003"
+    assert said == "ema weights of step-00000003 ..."
     assert line.startswith("error: --push jane/owls: ")
     assert "401" in line
     done = here(hub, tmp_path, *push, "--weights", "ema")

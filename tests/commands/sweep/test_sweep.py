@@ -178,7 +178,7 @@ def test_a_failed_run_is_named_the_rest_goes_on_and_the_same_command_finishes_it
     assert again.returncode == 0, again.stdout + again.stderr
     assert "3 runs of the sweep are finished or running now" in again.stderr
     assert "run 1 of 1: grid-1_seed-1" in again.stderr
-    assert "attention.grid=2  0, 1" in again.stdout
+    assert "attention.grid=2  seeds 0, 1" in again.stdout
     in_order = " ".join(str(out / f"grid-{grid}_seed-{seed}") for grid in (1, 2) for seed in (0, 1))
     assert f"for files and curves: karat compare {in_order} --out DIR" in again.stdout
     assert summary(out / "grid-2_seed-0") == first
