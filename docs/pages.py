@@ -5,6 +5,7 @@
 | index.md              | README.md                                    |
 | contributing.md       | CONTRIBUTING.md                              |
 | changelog.md          | CHANGELOG.md                                 |
+| security.md           | SECURITY.md                                  |
 | recipe*.md            | the schemas of the recipes                   |
 | commands/<command>.md | the parser of `karat`                        |
 """
@@ -26,7 +27,8 @@ from karat_scale.recipe.keys import Key, KeySection, sections_of, type_in_words
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
-_PAGES_OF_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+_PAGES_OF_ROOT = {f"{name}.md": f"{name.lower()}.md" for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY")}
+_PAGES_OF_ROOT["README.md"] = "index.md"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -45,7 +47,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Replace a link to a file outside docs/ by its text, unless the site has a page made from that file."""
+    """Replace a link to a file outside docs/ by the file's path, unless the site has a page made from that file."""
     here = posixpath.dirname(page.file.src_uri)
 
     def on_the_site(link: re.Match[str]) -> str:
@@ -53,7 +55,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         target = posixpath.normpath(posixpath.join("docs", here, path))
         if target in _PAGES_OF_ROOT:
             return f"[{text}]({posixpath.relpath(_PAGES_OF_ROOT[target], here or '.')}{anchor})"
-        return link[0] if target.startswith("docs/") else f"`{text}`"
+        return link[0] if target.startswith("docs/") else f"{text} (`{target}`)"
 
     return re.sub(r"\[([^\]]+)\]\((\.\./[^)#]+)(#[^)]*)?\)", on_the_site, markdown)
 

@@ -32,10 +32,9 @@ COMMANDS = [line for block in blocks("bash") for line in block.strip().splitline
 
 def run(command: str, cwd: Path, *more: str) -> "subprocess.CompletedProcess[str]":
     """Run a command to its good end."""
-    first, *words = shlex.split(command, comments=True)
-    arguments = ["2" if before == "--ranks" else word for before, word in itertools.pairwise([first, *words])]
-    program = str(cwd / arguments.pop(0)) if first == "python" else "karat_scale"
-    done = run_program(program, [*arguments, *more], [karat_environment()], timeout=300, directory=cwd)
+    words = shlex.split(command, comments=True)
+    arguments = ["2" if before == "--ranks" else word for before, word in itertools.pairwise(words)]
+    done = run_program("karat_scale", [*arguments, *more], [karat_environment()], timeout=300, directory=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -46,7 +45,7 @@ def find(start: str) -> str:
 
 
 def test_every_command_is_run_here_or_by_the_ci_script() -> None:
-    ours = ("python data_prep/", *(f"karat {name}" for name in OURS), COMPLETION)
+    ours = (*(f"karat {name}" for name in OURS), COMPLETION)
     # By .ci/run (tests/test_ci.py); the extras of `all` by the Makefile, with uv, and by .ci/newest.
     elsewhere = ("make demo", "make test", "make release", "pip install -e .", "pip install -e '.[all]'")
     elsewhere += ("pip install dist/karat_scale-*_x86_64.whl",)  # `make release` does
@@ -86,7 +85,7 @@ def link_the_clone(here: Path) -> None:
 def test_imagenet_in_three_steps(image_folder: Path, tmp_path: Path) -> None:
     link_the_clone(tmp_path)
     (tmp_path / "data").mkdir()
-    run(find("python data_prep/make_webdataset.py --src /").replace("/path/to/imagenet", str(image_folder)), tmp_path)
+    run(find("karat prepare webdataset --src /").replace("/path/to/imagenet", str(image_folder)), tmp_path)
     small = [*SMALL, "schedule.warmup_epochs=0", "train.precision=fp32"]
     for steps in (8, 10):  # the second call is the resume
         run(find("karat launch"), tmp_path, *small, f"train.max_steps={steps}")

@@ -40,8 +40,8 @@ class Effect(Enum):
 
 
 # No `resume.allow` helps: the data cursor counts global batches, so another size would train on other samples; what was
-# frozen has no optimizer state that it could resume with; and a run keeps the teacher that it began with.
-NEVER_ALLOWED = ("train.global_batch", "train.freeze", "distill.from", "attention.transfer_from")
+# frozen, or another optimizer, has no state that it could resume with; and a run keeps the teacher that it began with.
+NEVER_ALLOWED = ("train.global_batch", "train.freeze", "optim.name", "distill.from", "attention.transfer_from")
 
 
 def is_place(text: str) -> bool:

@@ -208,7 +208,7 @@ def _why_missing(source: str, folder: Path) -> str:
         return f"no such file; did you mean {path.parent / close[0]}?" if close else "no such file; correct the path"
     for other, command in COMMANDS.items():
         if source in shipped_recipes(other):
-            return f"not a recipe of this command; train it with: karat {command} {source}"
+            return f"only `karat {command}` takes this recipe: karat {command} {source}"
     shipped = shipped_recipes(folder)
     hint = "recipes train vision transformers (ViT, DeiT, Swin, ConViT); `karat recipes` lists them"
     if any(source in name for name in shipped):

@@ -129,8 +129,8 @@ class RunRecipe(Section):
     attention: AttentionConfig = AttentionConfig()
     """Softmax or KArAt."""
     init_from: str = ""
-    """The source of a new run's first weights: a run directory, a checkpoint in one, a file of `karat export` or of
-    timm, or `timm:NAME`. Everything else starts from the beginning."""
+    """The source of a new run's first weights: a run directory, a checkpoint in one, a file or folder of `karat export`
+    or of timm, a model of the package, or `timm:NAME`. Everything else starts from the beginning."""
     resume: Annotated[ResumeConfig, Effect.NOTHING] = ResumeConfig()
     """Resume, or branch from, an earlier run."""
     data: Section

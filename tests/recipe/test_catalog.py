@@ -114,7 +114,7 @@ def test_keys_are_explained_and_what_does_not_exist_is_one_line(capsys: pytest.C
         "recipes imagenet swinn": "did you mean swin_tiny?",
         "recipes zzz": "`karat recipes` lists all",
         "explain foo_bar_x": "no such key",
-        "explain detector.window": "no such key; did you mean",
+        "explain detector.windw": "did you mean detector.window?",
         "explain optim.lrr": "did you mean optim.lr?",
         "explain lrr": "did you mean optim.lr?",
         "explain nonsense": "no such key; `karat explain` lists the sections",
@@ -125,6 +125,7 @@ def test_keys_are_explained_and_what_does_not_exist_is_one_line(capsys: pytest.C
     for keys, texts in {
         "optim.lr": ["optim.lr: number > 0", "default 0.0005", "only if resume.allow names the key"],
         "lr": ["lr is optim.lr here", "optim.lr: number"],
+        "detector.window": ["detector.window: integer"],
         "train.global_batch": ["train.global_batch: integer", "cannot resume with another value"],
         "train.epochs": ["A finished run resumes with a larger value"],
         "batch_size": ["batch_size is train.global_batch or train.micro_batch here", "train.micro_batch: integer"],

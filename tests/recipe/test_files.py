@@ -96,7 +96,7 @@ def test_fine_tuning_differs_from_training_where_its_parts_say(data_set: str) ->
         ("vit_tiny", "`karat recipes vit_tiny` lists those with this in their name"),
         (
             "coco_mask_rcnn_vit_base",
-            "not a recipe of this command; train it with: karat detect coco_mask_rcnn_vit_base",
+            "only `karat detect` takes this recipe: karat detect coco_mask_rcnn_vit_base",
         ),
     ],
 )

@@ -73,6 +73,7 @@ def test_keys_that_do_not_matter_or_are_allowed_may_change(begun, small_recipe) 
 
 
 AUGMENT = [f"augment.{key}=0" for key in ("hflip", "mixup", "cutmix", "mix_prob", "label_smoothing")]
+FIXED = {"model.num_heads": 4, "attention.basis": "morlet", "distill.from": "runs/other", "optim.name": "muon"}
 REFUSED = [
     (["resume.mode=never"], r"has checkpoints and resume.mode = never; choose another run.dir or use"),
     (["optim.lr=1"], r"optim.lr \(0.0005 -> 1.0\); add 'resume.allow=\[optim.lr\]'"),
@@ -86,7 +87,7 @@ REFUSED = [
     (["model.num_classes=5"], r"choose another run.dir, with init_from=.*/run to start"),
     *(
         ([f"{key}={value}", f"resume.allow={key}", *longer], key)
-        for key, value in {"model.num_heads": 4, "attention.basis": "morlet", "distill.from": "runs/other"}.items()
+        for key, value in FIXED.items()
         for longer in ([], ["train.epochs=200"])
     ),
 ]

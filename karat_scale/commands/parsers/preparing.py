@@ -216,7 +216,8 @@ def _check_path(options: argparse.Namespace) -> None:
 
 
 def _choose_schema(options: argparse.Namespace) -> None:
-    options.names, options.schema = options.keys, load(SCHEMAS["detect" if options.detection else "train"])
+    detects = options.detection or any(key.partition(".")[0] == "detector" for key in options.keys)
+    options.names, options.schema = options.keys, load(SCHEMAS["detect" if detects else "train"])
 
 
 def _plan(options: argparse.Namespace) -> int:
