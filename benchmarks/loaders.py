@@ -87,12 +87,13 @@ class LoaderFailedError(Exception):
 def write_images(folder: Path, place: str | None, wanted: int, batch: int) -> int:
     """Write whole colour JPEGs as a folder, each its own class; return how many, a multiple of `batch`.
 
-    Raises UserError where there are fewer than a batch.
+    Raises UserError where there are fewer than two batches, of which the second can be resumed.
     """
     found = list(itertools.islice(filter(is_colour, jpegs(place)), wanted))
     used = len(found) // batch * batch
-    if not used:
-        raise UserError(f"{place}: {len(found)} whole colour JPEGs, fewer than --batch {batch}; name another place")
+    if used < 2 * batch:
+        few = f"{len(found)} whole colour JPEGs, fewer than two batches of {batch}"
+        raise UserError(f"{place or '--count'}: {few}; use more images or a smaller --batch")
     for number, data in enumerate(found[:used]):
         path = folder / f"train/{number:06d}/image.jpg"
         path.parent.mkdir(parents=True)

@@ -133,6 +133,7 @@ class ExactLoader(_Loader):
             mixes = not isinstance(source, OwnSamples) and spec.augment.mixes
             micro = choose_micro_batch(global_batch, world_size, micro_batch, even=mixes)
             plan = source.plan(global_batch, micro, rank, world_size)
+        _warn_of_notices(source, rank)
         self._set_up(spec, plan, source, _usable(device), dtype)
         self._steps, self._total_digest = sys.maxsize if epochs is None else epochs * plan.steps_per_epoch, total_digest
 
@@ -332,6 +333,7 @@ class EvalLoader(_Loader):
         images_only = {"image_size": image_size, "augment": augment, "dtype": dtype}
         with named_as_arguments():
             spec, source = open_source(data, split, False, 0, workers, images_only, transform, collate, options)
+        _warn_of_notices(source, rank)
         self._load: Load = source.eval_batches
         self.plan = EvalPlan(source.num_val, batch, rank, world_size)
         self._source, self._device, self._drop_empty = source, _usable(device), drop_empty
@@ -433,6 +435,11 @@ def place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if rank is None or world_size is None or not 0 <= rank < world_size:
         raise RecipeError(f"rank = {rank} and world_size = {world_size}: give both, with rank below world_size")
     return rank, world_size
+
+
+def _warn_of_notices(source: Backend, rank: int) -> None:
+    for notice in source.notices if rank == 0 else ():
+        warnings.warn(notice, stacklevel=3)
 
 
 def _usable(device: torch.device | str) -> torch.device:

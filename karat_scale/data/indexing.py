@@ -298,8 +298,8 @@ def _small(tar: Tar, member: Member) -> bytes:
     return tar.read(member.offset, min(member.size, _LARGEST_LABEL))
 
 
-def guess_label_rule(tar: Tar) -> LabelRule:
-    """Return where the samples of a tar have their class, judged by its members.
+def guess_label_rule(tar: Tar) -> LabelRule | None:
+    """Return where the samples of a tar have their class, judged by its members; None if it has none.
 
     Raises:
         DataError: nothing in it is a class for certain.
@@ -321,6 +321,8 @@ def guess_label_rule(tar: Tar) -> LabelRule:
             if field in fields:
                 return LabelRule("json", field)
         raise DataError(f"{tar.name}: choose the class by --label json:FIELD; .json has the fields {', '.join(fields)}")
+    if not suffixes:
+        return None
     return LabelRule("txt") if "txt" in suffixes else LabelRule("path")
 
 
@@ -351,11 +353,17 @@ def find_tars(source: Path | Store) -> list[str]:
         raise DataError(f"{source} is not a directory; name the one that holds the tars")
     names = sorted(name for name in files if name.endswith(".tar"))
     packed = sorted(name for name in files if _PACKED.search(name))
+    renamed = sorted(name for name in files if name.lower().endswith(".tar") and not name.endswith(".tar"))
     if not names:
-        found = f"only such as {packed[0]}; unpack their compression first" if packed else "and nothing to index"
+        found = "and nothing to index"
+        if renamed:
+            found = f"only such as {renamed[0]}; rename them to .tar"
+        elif packed:
+            found = f"only such as {packed[0]}; unpack their compression first"
         raise DataError(f"{where} has no *.tar, {found}")
-    if packed:
-        print(printable(f"note: {plural(len(packed), 'compressed tar')} left out, such as {packed[0]}"))
+    for left_out, what in ((packed, "compressed tar"), (renamed, "tar whose name does not end in .tar")):
+        if left_out:
+            print(printable(f"note: {plural(len(left_out), what)} left out, such as {left_out[0]}"))
     for name in names:
         if not _NAME_IN_RECORD.fullmatch(name):
             raise DataError(
@@ -456,11 +464,15 @@ def index_tars(request: IndexRequest) -> int:
     names = find_tars(source)
     out = _output(source, request.out)
     splits = into_splits(names, request.splits)
-    if request.label == "auto":
-        with open_tar(source, names[0]) as tar:
-            rule = guess_label_rule(tar)
-    else:
+    rule = LabelRule("path")
+    if request.label != "auto":
         rule = LabelRule.parse(request.label)
+    else:
+        for name in splits.get("train", names):
+            with open_tar(source, name) as tar:
+                if found := guess_label_rule(tar):
+                    rule = found
+                    break
     tars = _read_all(source, names, rule, request.with_hashes)
     usual: list[str] = []
     if not request.classes and isinstance(source, Path) and (source / "classnames.txt").exists():
@@ -498,7 +510,7 @@ def _output(source: Path | Store, out: Path | None) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / ".karat-index", "")
-        (out / ".karat-index").unlink()
+        (out / ".karat-index").unlink(missing_ok=True)  # another run may have done it
     except OSError as error:
         fix = "add --out DIR, for tars that nobody may change" if out == source else "choose another --out"
         raise DataError(f"{out} cannot be written: {error.strerror}; {fix}") from error
@@ -557,7 +569,7 @@ def _classes(tars: dict[str, TarSamples], rule: LabelRule, file: Path | None, us
     if not labels:
         reasons = Counter(reason for tar in tars.values() for _, reason in tar.skipped)
         most = reasons.most_common(1)[0][0] if reasons else "the tars are empty"
-        raise DataError(f"no sample has an image and a label: {most}")
+        raise DataError(f"no sample has an image and a label: {most}; --label {rule} was used")
     names = sorted(label for label in labels if isinstance(label, str))
     numbers = sorted(label for label in labels if not isinstance(label, str))
     if names and numbers:

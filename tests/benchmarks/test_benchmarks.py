@@ -74,7 +74,7 @@ def test_a_library_that_refuses_is_one_line() -> None:
 
 
 def test_a_place_without_images_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="0 whole colour JPEGs, fewer than --batch 32; name another place"):
+    with pytest.raises(UserError, match="0 whole colour JPEGs, fewer than two batches of 32; use more images"):
         loaders.main([str(tmp_path)])
     with pytest.raises(UserError, match="--only tensorflow: no such loader; choose from: whole decode; "):
         loaders.main(["--only", "tensorflow"])

@@ -111,8 +111,6 @@ class SplitBackend(Backend):
             notices.append(f"{missing}; top-1 is over the others")
         if spec.data.verify == "hash" and spec.data.row.files is Files.IMAGES:
             notices.append("data.verify=hash has no effect: no hashes of image files are known")
-        if spec.trains and spec.data.train_split == spec.data.val_split:
-            notices.append("data.val_split is data.train_split, so top-1 is of the images that are trained on")
         self.notices = notices
 
     @property

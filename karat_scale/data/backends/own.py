@@ -125,9 +125,14 @@ class OwnSamples(Backend):
         np.random.seed(seed % 2**32)
         torch.random.default_generator.manual_seed(seed)
         made: Any = sample_id
-        for step, takes_generator in self._steps:
-            # From the same seed each, so that a transform draws the same whatever the dataset drew.
-            made = step(made, generator=torch.Generator().manual_seed(seed)) if takes_generator else step(made)
+        try:
+            for step, takes_generator in self._steps:
+                # From the same seed each, so that a transform draws the same whatever the dataset drew.
+                made = step(made, generator=torch.Generator().manual_seed(seed)) if takes_generator else step(made)
+        except Exception as error:
+            if hasattr(error, "add_note"):  # since Python 3.11
+                error.add_note(f"at sample {sample_id}")
+            raise
         return made
 
     def _whereabouts(self, workers: int) -> str:
@@ -231,7 +236,11 @@ class SampleFiles:
                 break
             if member.kind == "file":
                 key, suffix = self._rule.split_name(member.name)
-                by_key.setdefault(key, {})[suffix] = part[member.offset : end]
+                if suffix in by_key.setdefault(key, {}):  # the next sample has the same key
+                    if found == key:
+                        break
+                    by_key[key] = {}
+                by_key[key][suffix] = part[member.offset : end]
                 if begin + member.offset == self._split.places.offsets[sample_id]:
                     found = key
         if found is None:

@@ -14,13 +14,14 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN, FashionMNIST, Flowers102
 from torchvision.datasets.utils import calculate_md5, check_integrity
 
-from karat_scale.data.prepare.making import make_parser
+from karat_scale.data.prepare.making import alone_in, make_parser
 from karat_scale.data.prepare.sources.small import CLASSES_FILE, read_idx
 from karat_scale.foundation.console import progress
 from karat_scale.foundation.errors import DataError
@@ -213,16 +214,18 @@ def main(arguments: list[str] | None = None) -> None:
         if options.source not in ways:
             raise DataError(f"--source {options.source} has only {FASHION_MNIST}; remove it")
         ways = {options.source: ways[options.source]}
-    missing = [remote for remote in known[options.data_set] if not remote.is_in(out)]
-    if not missing and (not fashion or (out / CLASSES_FILE).is_file()):
-        print(f"{options.data_set} is complete and correct in {out}")
-        return
-    if options.dry_run:
-        print(f"would fetch {', '.join(remote.name for remote in missing)} into {out}, trying {', then '.join(ways)}")
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    if fashion:
-        # The order of the classes is that of the labels; without this file their names would be 0 to 9.
-        write_atomically(out / CLASSES_FILE, "".join(f"{name}\n" for name in FashionMNIST.classes).encode())
-    if missing:
-        print(f"{options.data_set} is in {out}, from {fetch(missing, out, ways)}")
+    if not options.dry_run:
+        out.mkdir(parents=True, exist_ok=True)
+    with nullcontext() if options.dry_run else alone_in(out):
+        missing = [remote for remote in known[options.data_set] if not remote.is_in(out)]
+        if options.dry_run and missing:
+            names = ", ".join(remote.name for remote in missing)
+            print(f"would fetch {names} into {out}, trying {', then '.join(ways)}")
+            return
+        if fashion and not options.dry_run and not (out / CLASSES_FILE).is_file():
+            # The order of the classes is that of the labels; without this file their names would be 0 to 9.
+            write_atomically(out / CLASSES_FILE, "".join(f"{name}\n" for name in FashionMNIST.classes).encode())
+        if missing:
+            print(f"{options.data_set} is in {out}, from {fetch(missing, out, ways)}")
+        else:
+            print(f"{options.data_set} is complete and correct in {out}")

@@ -37,7 +37,7 @@ import numpy as np
 
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.indexing import MADE_BY, LabelRule, is_indexed, open_tar, read_samples
-from karat_scale.data.prepare.making import make_parser, run_in_processes, shard_parser, user_path
+from karat_scale.data.prepare.making import alone_in, make_parser, run_in_processes, shard_parser, user_path
 from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.tars import scan_members
 from karat_scale.foundation.console import progress
@@ -159,9 +159,19 @@ def stage(arguments: list[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if is_indexed(record):
         (out / _STAGED).touch()
+    with alone_in(out):
+        copied, absent = _stage(src, out, record, wanted, options.workers)
+    then = f"Stage {absent} too before you train from it" if absent else f"Train with {shlex.quote(f'data.path={out}')}"
+    print(f"{len(files)} files in {out} are complete and correct; {copied} were copied. {then}")
+
+
+def _stage(
+    src: Path | str, out: Path, record: shard_format.DatasetRecord, wanted: Splits, workers: int
+) -> tuple[int, str]:
+    """Copy what is missing; returns the number of files, and the splits that are not in `out`."""
     before = staged_before(out, record, wanted)
-    kept = {name: split for name, split in before.items() if not missing_files(out, {name: split}, options.workers)}
-    missing = missing_files(out, wanted, options.workers)
+    kept = {name: split for name, split in before.items() if not missing_files(out, {name: split}, workers)}
+    missing = missing_files(out, wanted, workers)
     if missing:  # until all are copied, the directory must not look complete
         list_splits(out, record, kept)
         for file in missing:  # an old tar must not stay beside its new index
@@ -170,7 +180,7 @@ def stage(arguments: list[str] | None = None) -> None:
         if needed + SPARE_BYTES > free:
             sizes = f"needs {needed / 1e9:.2f} GB and has {free / 1e9:.2f} GB free"
             raise DataError(f"{out} {sizes}; train from data.path={src} instead")
-        with progress("copying", needed, "bytes") as advance, ThreadPoolExecutor(options.workers) as pool:
+        with progress("copying", needed, "bytes") as advance, ThreadPoolExecutor(workers) as pool:
 
             def copy(file: shard_format.FileRecord) -> None:
                 place = record.tars_of(src) if isinstance(file, shard_format.ShardRecord) else src
@@ -178,9 +188,7 @@ def stage(arguments: list[str] | None = None) -> None:
 
             list(pool.map(copy, missing))
     list_splits(out, record, kept | wanted)
-    absent = ", ".join(name for name in record.splits if name not in kept | wanted)
-    then = f"Stage {absent} too before you train from it" if absent else f"Train with {shlex.quote(f'data.path={out}')}"
-    print(f"{len(files)} files in {out} are complete and correct; {len(missing)} were copied. {then}")
+    return len(missing), ", ".join(name for name in record.splits if name not in kept | wanted)
 
 
 # ImageNet-1K as published: images, and the smallest and largest class.
@@ -347,9 +355,10 @@ def _turn(src: Path, out: Path) -> Iterator[None]:
 
 def join(src: Path, out: Path) -> list[str]:
     """Move the splits of `src` into `out`; returns their names. Raises DataError if the two do not fit together."""
-    record = shard_format.read_dataset_record(src, what="--src")
+    shard_format.read_dataset_record(src, what="--src")  # else there may be no directory
     out.mkdir(parents=True, exist_ok=True)
-    with _turn(src, out):
+    with alone_in(src), _turn(src, out):
+        record = shard_format.read_dataset_record(src, what="--src")  # another run may have joined it meanwhile
         _join(src, record, out)
     return list(record.splits)
 

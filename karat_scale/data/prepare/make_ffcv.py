@@ -289,9 +289,12 @@ def main(arguments: list[str] | None = None) -> None:
     for job in jobs:
         if options.dry_run:
             job.print_plan(job.order, str(job.path))
-        elif shard_format.record_path(job.path).exists():
-            check_split(job, shard_format.read_record(job.path), options.workers)
-        else:
+            continue
+        options.out.mkdir(parents=True, exist_ok=True)
+        with making.alone_in(options.out / f".{job.split}.making", made=True):
+            if shard_format.record_path(job.path).exists():
+                check_split(job, shard_format.read_record(job.path), options.workers)
+                continue
             if job.path.exists():
                 raise DataError(
                     f"{job.path} exists and was not finished by this script; delete it or use another --out"

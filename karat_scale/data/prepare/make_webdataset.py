@@ -24,7 +24,6 @@ validation split.
 
 import argparse
 import json
-import os
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +45,7 @@ from karat_scale.data.shards.tars import EncodedSample, shard_name, write_shard
 from karat_scale.foundation.arguments import count
 from karat_scale.foundation.console import progress
 from karat_scale.foundation.errors import DataError
-from karat_scale.foundation.files import lock, write_atomically
+from karat_scale.foundation.files import write_atomically
 
 DEFAULT_SHARD_SAMPLES = 5000
 
@@ -239,9 +238,7 @@ def _list_split(
     out: Path, dataset: shard_format.DatasetRecord, name: str, split: shard_format.SplitRecord
 ) -> shard_format.DatasetRecord:
     """Add a split to dataset.json, where another run may have added one meanwhile; returns the record."""
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        lock(folder)
+    with making.alone_in(out):
         if (out / shard_format.DATASET_FILE).exists():
             found = shard_format.read_dataset_record(out, what="--out")
             if found.classes != dataset.classes:
@@ -249,8 +246,6 @@ def _list_split(
             dataset = found
         dataset.splits[name] = split
         shard_format.write_dataset_record(out, dataset)
-    finally:
-        os.close(folder)
     return dataset
 
 
@@ -279,11 +274,14 @@ def main(arguments: list[str] | None = None) -> None:
         raise DataError(f"--names has no effect: {out / shard_format.DATASET_FILE} has other names; correct it there")
     dataset = dataset or shard_format.DatasetRecord(classes=classes, names=names)
     for job in jobs:
-        if job.split in dataset.splits:
-            check_split(job, dataset.splits[job.split], options.workers)
-        else:
-            made = make_split(job, options.workers)
-            dataset = _list_split(out, dataset, job.split, made)
-            job.print_result(made, f"in {len(made.shards)} shards", shard_format.DATASET_FILE)
-        for mark in out.glob(f".{job.split}-*.made.json"):  # dataset.json has their content
-            mark.unlink()
+        with making.alone_in(out / f".{job.split}.making", made=True):
+            if (out / shard_format.DATASET_FILE).exists():  # another run may have made the split by now
+                dataset = shard_format.read_dataset_record(out, what="--out")
+            if job.split in dataset.splits:
+                check_split(job, dataset.splits[job.split], options.workers)
+            else:
+                made = make_split(job, options.workers)
+                dataset = _list_split(out, dataset, job.split, made)
+                job.print_result(made, f"in {len(made.shards)} shards", shard_format.DATASET_FILE)
+            for mark in out.glob(f".{job.split}-*.made.json"):  # dataset.json has their content
+                mark.unlink()

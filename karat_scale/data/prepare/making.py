@@ -10,9 +10,10 @@ import re
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +33,7 @@ from karat_scale.data.prepare.sources.imagefolder import NAME_FILES, ImageFolder
 from karat_scale.data.shards.shard_format import BetonRecord, OddRecord, SkippedRecord, SplitRecord, dataset_directory
 from karat_scale.foundation.arguments import OneLineParser, count
 from karat_scale.foundation.errors import DataError
+from karat_scale.foundation.files import lock
 from karat_scale.foundation.machine import be_killed_with_parent, usable_cores
 
 # These may differ between two runs that make the same bytes.
@@ -297,6 +299,32 @@ def _start_worker(work: Callable[[Any], Any]) -> None:
 def _do(item: Any) -> Any:
     assert _work is not None
     return _work(item)
+
+
+@contextmanager
+def alone_in(folder: Path, made: bool = False) -> Iterator[None]:
+    """Let one of the processes that want to write into a folder into the block at a time; a line says that it waits.
+
+    made: the folder is for this alone. It is made before, and removed after the block.
+    """
+    while True:
+        if made:
+            folder.mkdir(exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            if not lock(handle, wait=False):
+                print(f"waiting for the end of another run that writes {folder.parent if made else folder}", flush=True)
+                lock(handle)
+            if made and not (folder.is_dir() and os.path.samestat(folder.stat(), os.fstat(handle))):
+                continue  # the other run has removed it
+            try:
+                yield
+            finally:
+                if made:
+                    folder.rmdir()
+            return
+        finally:
+            os.close(handle)
 
 
 def run_in_processes(work: Callable[[Any], T], items: Iterable[Any], workers: int) -> Generator[T, None, None]:

@@ -390,7 +390,7 @@ class Wording:
 
 SHARD_WORDING = Wording(
     DATASET_FILE,
-    "copy the shards again or make them again with karat prepare webdataset",
+    "copy the shards again or make them again with karat prepare webdataset (tars of others: karat index)",
     f"is missing, though {DATASET_FILE} lists it",
 )
 BETON_WORDING = Wording("its record", "copy it again or make it again with data_prep/make_ffcv.py")

@@ -267,6 +267,7 @@ class FolderSplit(ImageSource):
     def __init__(self, root: Path | str, split: str, num_classes: int, classes: tuple[str, ...] | None = None) -> None:
         self._folder = Path(root).expanduser() / split
         found = class_folders(self._folder)
+        refuse_two_spellings(self._folder, found)
         self.classes = classes or tuple(found)
         shard_format.check_class_count(self._folder, len(self.classes), num_classes)
         if unknown := sorted(set(found) - set(self.classes)):
@@ -329,6 +330,15 @@ class FolderSplit(ImageSource):
 def composed(name: str) -> str:
     """Return a name with an accent and its letter as one character, which macOS writes as two."""
     return unicodedata.normalize("NFC", name)
+
+
+def refuse_two_spellings(place: Path, names: Iterable[str]) -> None:
+    """Raise DataError for names that differ in nothing that one can see, as those of a Mac and of other systems do."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(composed(name), name)
+        if other != name:
+            raise DataError(f"{place}: the class {name} is spelled {other!a} and {name!a}; rename one like the other")
 
 
 def is_image_name(file: str) -> bool:

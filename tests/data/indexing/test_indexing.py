@@ -116,6 +116,17 @@ def test_where_the_class_is(rule: str, suffix: str, label, tmp_path: Path) -> No
     assert split.read(3) == image(3, kind)
 
 
+def test_the_first_tar_of_training_images_that_is_not_empty_says_where_the_class_is(tmp_path: Path) -> None:
+    write_tar(tmp_path / "test-0.tar", [("test/i.jpg", image(0))])
+    write_tar(tmp_path / "train-0.tar", [])
+    for name in ("train-1.tar", "val-0.tar"):
+        write_tar(tmp_path / name, [*sample(1, 0), *sample(2, 1)])
+    assert index(tmp_path) == 0
+    record = read_dataset_record(tmp_path)
+    assert record.classes == ["0", "1"]
+    assert {name: split.samples for name, split in record.splits.items()} == {"train": 2, "val": 2, "test": 0}
+
+
 def test_what_is_not_used_is_named_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = [("a.jpg", image(0)), ("a.cls", b"0"), ("b.jpg", image(1)), ("b.cls", b"1")]
     odd = [("no_label.jpg", image(2)), ("no_image.cls", b"0"), ("bad.jpg", image(3)), ("bad.cls", b"\xff")]
@@ -346,6 +357,7 @@ def test_tars_behind_links_are_found_and_none_is_left_out_in_silence(tmp_path: P
     (source / "train" / "back").symlink_to(source)
     (source / "train" / "2.tar").symlink_to(tmp_path / "blob")
     (source / "train" / "3.tar.gz").write_bytes(b"")
+    write_tar(source / "train" / "4.TAR", sample(4))
     (source / "train" / "._0.tar").write_bytes(b"what macOS keeps beside it on other disks")
     assert index(source) == 2
     assert "train/2.tar is a link to " in refused(capsys)
@@ -356,7 +368,9 @@ def test_tars_behind_links_are_found_and_none_is_left_out_in_silence(tmp_path: P
         "train": ["train/0.tar", "train/2.tar"],
         "val": ["val/1.tar"],
     }
-    assert "note: 1 compressed tar left out, such as train/3.tar.gz" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "note: 1 compressed tar left out, such as train/3.tar.gz" in said
+    assert "note: 1 tar whose name does not end in .tar left out, such as train/4.TAR" in said
     assert ShardSplit(source, "val", 1).read(0) == image(1)
 
 

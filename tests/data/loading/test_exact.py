@@ -4,6 +4,7 @@ import gc
 import random
 import shutil
 import sys
+import traceback
 from collections import UserDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -317,6 +318,23 @@ def test_an_error_of_a_sample_is_never_the_end_and_comes_again(workers: int) -> 
                 list(exact)
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have notes since Python 3.11")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_sample_says_which_one_it_was(workers: int) -> None:
+    class Damaged(Numbers):
+        def __getitem__(self, index: int) -> Any:
+            if index == 17:
+                raise OSError("image file is truncated")
+            return super().__getitem__(index)
+
+    with (
+        ExactLoader(Damaged(), global_batch=5, workers=workers) as loader,
+        pytest.raises(OSError, match="truncated") as raised,
+    ):
+        list(loader)
+    assert "at sample 17" in "".join(traceback.format_exception(raised.value))
+
+
 def test_a_loop_goes_on_with_the_batch_in_which_it_was_interrupted() -> None:
     class Interrupted(Numbers):
         left: ClassVar[list[int]] = [11]
@@ -420,6 +438,29 @@ def test_the_members_of_a_sample_are_those_that_the_index_took_together(tmp_path
     ]
     with pytest.raises(IndexError, match="sample 3 of 3"):
         samples[3]
+
+
+def test_samples_in_a_row_with_the_same_key_keep_their_own_parts(tmp_path: Path) -> None:
+    members = []
+    for number in range(3):
+        members += [("a.cls", b"%d" % number), ("a.txt", b"caption %d" % number), ("a.jpg", encode(photo(number)))]
+    write_tar(tmp_path / "train-0.tar", members)
+    karat_done("index", str(tmp_path))
+    samples = SampleFiles(tmp_path)
+    for number in range(3):
+        sample = samples[number]
+        assert (sample["__label__"], sample["cls"], sample["txt"]) == (number, b"%d" % number, b"caption %d" % number)
+
+
+def test_files_that_are_left_out_are_a_warning(tmp_path: Path) -> None:
+    folder = make_image_folder(tmp_path, {"train": 4})
+    clean = of_images(folder)
+    clean.close()
+    next(folder.rglob("train/*/*.jpg")).with_suffix(".gif").touch()
+    with pytest.warns(UserWarning, match=r"1 file left out, .*\.gif: no suffix of"):
+        of_images(folder).close()
+    with pytest.warns(UserWarning, match="1 file left out"):
+        EvalLoader(folder, "train", batch=4, image_size=16, workers=0).close()
 
 
 @pytest.mark.parametrize("names", ["a.cls b.jpg b.cls a.jpg", "a.cls b.cls c.cls c.jpg b.jpg a.jpg"])

@@ -1,5 +1,6 @@
 import shutil
 import tarfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -7,13 +8,15 @@ import pytest
 from PIL import Image
 from timm.data import create_dataset
 
-from karat_scale.data.prepare import make_webdataset
+from karat_scale.data.prepare import make_ffcv, make_webdataset, making
 from karat_scale.data.prepare.images import choose_encoder
 from karat_scale.data.prepare.make_webdataset import main, make_split
 from karat_scale.data.shards.shard_format import read_dataset_record
 from karat_scale.foundation.errors import DataError, run_script
 from tests.conftest import ROOT
-from tests.data.prepare.making import make_shards, shard_samples
+from tests.data.backends.helpers import wait_until
+from tests.data.prepare.images import contents
+from tests.data.prepare.making import make_shards, run, shard_samples
 from tests.warm import run_code
 
 
@@ -92,6 +95,46 @@ def test_two_runs_at_a_time_for_one_output_lose_no_split(folder, tmp_path, monke
 
     monkeypatch.setattr(make_webdataset, "make_split", other_ends_first)
     assert make_shards(folder[0], tmp_path / "out", "--split", "train").splits.keys() == {"train", "val"}
+
+
+@pytest.mark.parametrize("script", [make_webdataset, make_ffcv])
+def test_a_run_that_comes_late_keeps_what_another_made_meanwhile(script, folder, tmp_path, monkeypatch, capsys):
+    if script is make_ffcv:
+        pytest.importorskip("ffcv")
+    out, settle = tmp_path / "out", making.settle
+    before: dict[str, bytes] = {}
+
+    def other_ends_first(*arguments):
+        monkeypatch.undo()
+        run(script, folder[0], out)
+        before.update(contents(out, "*"))
+        settle(*arguments)
+
+    monkeypatch.setattr(making, "settle", other_ends_first)
+    run(script, folder[0], out)
+    assert contents(out, "*") == before
+    assert "train: 21 samples in 1 shards are complete and correct" in capsys.readouterr().out or script is make_ffcv
+    with pytest.raises(DataError, match="holds split train"):
+        run(script, folder[0], out, "--seed", "5")
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_who_comes_second_waits_for_the_first(made, tmp_path, capsys):
+    order, place = [], tmp_path / "place"
+    place.mkdir()
+
+    def second():
+        with making.alone_in(place, made):
+            order.append("second")
+
+    with making.alone_in(place, made):
+        thread = threading.Thread(target=second)
+        thread.start()
+        wait_until(lambda: f"another run that writes {tmp_path if made else place}" in capsys.readouterr().out)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    assert place.exists() is not made
 
 
 def test_a_source_whose_name_is_no_utf8_is_recorded(folder, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.data.prepare import finished
+from karat_scale.data.prepare.making import alone_in
 from karat_scale.data.shards.shard_format import SplitRecord, read_dataset_record, write_dataset_record
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.data.shards.tars import EncodedSample, write_shard
@@ -239,6 +240,29 @@ def test_one_waits_for_the_other_and_none_is_lost(parts: tuple[Path, Path], tmp_
     assert not os.path.lexists(out / finished.TURN)
     assert not train.exists()
     assert not val.exists()
+
+
+@pytest.mark.parametrize("command", ["join", "stage"])
+def test_a_second_run_of_one_source_waits_and_finds_it_done(command, parts, tmp_path) -> None:
+    train, out, said = parts[0], tmp_path / "out", tmp_path / "said"
+    out.mkdir()
+    script = str(ROOT / "data_prep" / ("stage.py" if command == "stage" else "join_splits.py"))
+    options = ["--src", str(train), "--out", str(out)]
+    with alone_in(out if command == "stage" else train):
+        waiting = start(script, options, karat_environment(), ROOT, said, tmp_path / "errors")
+        wait_until(lambda: said.exists() and "waiting for the end of another run" in said.read_text())
+        if command == "stage":
+            finished.list_splits(out, read_dataset_record(train), {})
+            for path in train.iterdir():
+                shutil.copy(path, out)
+        else:
+            (train / "dataset.json").rename(out / "dataset.json")
+    waiting.join(60)
+    assert waiting.exitcode == (0 if command == "stage" else 2)
+    if command == "stage":
+        assert "0 were copied" in said.read_text()
+    else:
+        assert "train has no dataset.json" in (tmp_path / "errors").read_text()
 
 
 def test_a_join_resumes_after_its_last_step_but_one_and_leaves_other_files(parts, tmp_path):

@@ -56,6 +56,12 @@ def test_labels_follow_the_training_split_and_a_file_that_is_gone_is_named(folde
         val.read(0)
 
 
+def test_a_class_in_two_spellings_is_refused(folder):
+    root = folder("train/caf\u00e9/1.jpg", "train/cafe\u0301/1.jpg")
+    with pytest.raises(DataError, match=r"is spelled .* and .*; rename one like the other"):
+        FolderSplit(root, "train", 2)
+
+
 def test_the_folder_of_a_split_is_not_the_data_set(folder):
     root = folder("train/ant/1.jpg", "val/ant/1.jpg")
     with pytest.raises(DataError, match=rf"train/train does not exist; set data.path={root}, which has it"):

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from karat_scale.data.shards.shards import composed
+from karat_scale.data.shards.shards import refuse_two_spellings
 from karat_scale.foundation.errors import DataError
 
 Encoding = Literal["png", "jpeg"]
@@ -207,11 +207,8 @@ def names_of_classes(src: Path, by_split: Mapping[str, Collection[str]], split: 
     Mac and of other systems do.
     """
     names = sorted({name for origin in labelling_splits(src, by_split, split) for name in by_split[origin]})
-    seen: dict[str, str] = {}
     for name in names:
         if (shown := os.fsencode(name).decode(errors="backslashreplace")) != name:
             raise DataError(f"{src}: the name of class {shown} is not UTF-8; rename it")
-        other = seen.setdefault(composed(name), name)
-        if other != name:
-            raise DataError(f"{src}: the class {name} is spelled {other!a} and {name!a}; rename one like the other")
+    refuse_two_spellings(src, names)
     return names

@@ -94,7 +94,12 @@ class TarSource(base.ListedSource):
         self._file: int | None = None
         numbers = {name: label for label, name in enumerate(classes)}
         found: list[tuple[str, str, Member]] = []
-        for name, path, member in members:
+        members = list(members)
+        last = {path: number for number, (_, path, _) in enumerate(members)}
+        for number, (name, path, member) in enumerate(members):
+            if number != last[path]:
+                skipped.append((path, "a later file of the tar replaces it"))
+                continue
             if member.unusable or not is_image_name(path.rpartition("/")[2]):
                 skipped.append((path, member.unusable or NO_IMAGE_NAME))
                 continue

@@ -78,7 +78,9 @@ def open_images(recipe: Recipe, world: World, reporter: Reporter, is_verified: b
             raise
     if copy := staged_copy(recipe.data.path):
         reporter.info(f"the images are read from {copy}, this node's copy")
-    for notice in (*backend.notices, unused_classes(backend.num_classes, recipe.model.num_classes)):
+    seen = "data.val_split is data.train_split, so top-1 is of the images that are trained on"
+    same = seen if recipe.data.val_split == recipe.data.train_split else ""
+    for notice in (*backend.notices, same, unused_classes(backend.num_classes, recipe.model.num_classes)):
         if notice:
             reporter.info(f"notice: {notice}")
     return backend

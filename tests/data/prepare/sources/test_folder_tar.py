@@ -47,6 +47,15 @@ def test_a_folder_around_the_classes_is_no_class(tmp_path: Path) -> None:
     assert contents(tmp_path / "flowers.tar-shards", parts) == contents(tmp_path / "flowers-shards", parts)
 
 
+def test_a_file_that_was_updated_is_its_last_version(tmp_path: Path) -> None:
+    """As unpacking has it: `tar -u` appends."""
+    members = [("ant/1.jpg", jpeg(0)), ("bee/1.jpg", jpeg(1)), ("ant/1.jpg", jpeg(2))]
+    (tmp_path / "a.tar").write_bytes(tar_bytes(members))
+    _, samples, skipped = made(tmp_path / "a.tar")
+    assert [data for _, _, data in samples] == [jpeg(2), jpeg(1)]
+    assert skipped == {"ant/1.jpg": "a later file of the tar replaces it"}
+
+
 def test_classes_with_folders_in_them_are_classes(tmp_path: Path) -> None:
     classes, samples, _ = made(a_tar(tmp_path / "a.tar", ["rose/old/1.jpg", "tulip/new/2.jpg"]))
     assert (classes, [label for _, label, _ in samples]) == (["rose", "tulip"], [0, 1])
