@@ -249,7 +249,8 @@ def check_shapes(here: dict[str, tuple[int, ...]], there: dict[str, tuple[int, .
     for name in [*here, *there]:
         if here.get(name) != (tuple(there[name]) if name in there else None):
             sizes = [f"[{', '.join(map(str, s[name]))}]" if name in s else "not" for s in (there, here)]
-            raise RunDirectoryError(f"it holds another model: {name} is {sizes[0]} there and {sizes[1]} here")
+            fix = "use the model and the attention of its recipe"
+            raise RunDirectoryError(f"it holds another model: {name} is {sizes[0]} there and {sizes[1]} here; {fix}")
 
 
 _MODES = ".operator.modes"

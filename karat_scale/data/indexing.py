@@ -355,7 +355,7 @@ def find_tars(source: Path | Store) -> list[str]:
     packed = sorted(name for name in files if _PACKED.search(name))
     renamed = sorted(name for name in files if name.lower().endswith(".tar") and not name.endswith(".tar"))
     if not names:
-        found = "and nothing to index"
+        found = "and nothing to index; name the directory that holds the tars"
         if renamed:
             found = f"only such as {renamed[0]}; rename them to .tar"
         elif packed:

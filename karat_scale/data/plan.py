@@ -117,7 +117,7 @@ def choose_micro_batch(global_batch: int, world_size: int, wanted: int | None, e
     part, rest = divmod(global_batch, world_size)
     unit = 2 * world_size if even else world_size
     if rest or part < 1 or (even and part % 2):
-        pairs = " in even parts, as mixup and cutmix need" if even and not rest and part else ""
+        pairs = " in even parts, as mixup and cutmix need" if even else ""
         raise RecipeError(
             f"train.global_batch = {global_batch} does not divide over {world_size} ranks{pairs}; "
             f"use a multiple of {unit}, such as {max(1, math.ceil(global_batch / unit)) * unit}"

@@ -30,7 +30,7 @@ class OneLineParser(argparse.ArgumentParser):
             name = first.partition("=")[0]
             key = name.strip("-").replace("-", "_")
             hint = f"a recipe's key is written key=value, and `karat explain {key}` finds it" if takes_overrides else ""
-            hint = _OTHER_OPTIONS.get(name, hint)
+            hint = _OTHER_OPTIONS.get(name) or did_you_mean(name, self._option_string_actions, hint, likeness=0.75)
             self.error(f"unknown option {name}{'; ' if hint else ''}{hint}")
         if left:
             options.overrides = [*options.overrides, *left]
@@ -45,6 +45,8 @@ class OneLineParser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             names = [str(choice) for choice in action.choices]
             choices = f"choose from {', '.join(names)}"
+            if action.option_strings and Path(str(value)).exists():
+                raise argparse.ArgumentError(action, f"{value!r} is none of its values; name it before the option")
             hint = did_you_mean(str(value), names, choices, likeness=0.5)  # options are short
             if action.dest == "command":
                 is_recipe = "_" in str(value) or str(value).endswith((".yaml", ".yml"))

@@ -71,16 +71,24 @@ class _Screen:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # also for what is still in the buffer
 
 
-def make_table(title: str, header: Sequence[str] = (), texts: Collection[int] = (0,)) -> "Table":
+def make_table(header: Sequence[str] = (), texts: Collection[int] = (0,)) -> "Table":
     """Return an empty table of rich in our style. Columns that are not in `texts` are right-aligned."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(printable(title)), title_justify="left", title_style="bold", box=box.SIMPLE)
+    table = Table(box=box.SIMPLE)
     for number, name in enumerate(header):
         table.add_column(Text(printable(name)), justify="left" if number in texts else "right", overflow="fold")
     return table
+
+
+def print_titled(console: "Console", title: str, table: "Table") -> None:
+    """Print a table below its title, which rich's own title would wrap to the width of the columns."""
+    from rich.text import Text
+
+    console.print(Text(f"\n{printable(title)}", style="bold"))
+    console.print(table)
 
 
 def print_table(
@@ -98,10 +106,10 @@ def print_table(
         return
     from rich.text import Text
 
-    table = make_table(title, header, texts)
+    table = make_table(header, texts)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    console.print(table)
+    print_titled(console, title, table)
 
 
 def gigabytes(size: float) -> str:

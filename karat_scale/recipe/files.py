@@ -203,7 +203,7 @@ def _why_missing(source: str, folder: Path) -> str:
         return f"a run's directory; name its {own}" if own.is_file() else "a directory; name a YAML file in it"
     if path.exists() or path.is_symlink():
         return "not a regular file, or a link to nothing; name a YAML file"
-    if path.suffix in (".yaml", ".yml") or "/" in source:
+    if path.suffix.startswith(".y") or "/" in source:
         close = nearest(path.name, [file.name for file in path.parent.glob("*.y*ml")])
         return f"no such file; did you mean {path.parent / close[0]}?" if close else "no such file; correct the path"
     for other, command in COMMANDS.items():
@@ -241,6 +241,9 @@ def _read_extended(path: Path, name: str, folder: Path, extended_by: tuple[Path,
         return _read_recipe_file(parts[name], folder, extended_by)
     if (path.parent / name).is_file():
         return _read_recipe_file(path.parent / name, folder, extended_by)
+    for other, command in COMMANDS.items():
+        if name in shipped_recipes(other):
+            raise RecipeError(f"{path} extends {name}, a recipe of `karat {command}`: karat {command} {path}")
     beside = [file.name for file in path.parent.glob("*.y*ml") if file != path]
     hint = did_you_mean(name, [*beside, *shipped_recipes(folder), *parts], "`karat recipes` lists the shipped ones")
     raise RecipeError(f"{path}: extends = {name!r}: neither a shipped recipe nor a file beside this one; {hint}")

@@ -188,7 +188,9 @@ def _apply_override(tree: dict[str, Any], override: str, schema: type[RunRecipe]
     try:
         value = parse(text)
     except yaml.YAMLError:
-        raise RecipeError(f"override {override[:_LONGEST]!r}: the value is not valid YAML; quote it") from None
+        raise RecipeError(
+            f"override {override[:_LONGEST]!r}: the value is not valid YAML; quote it, or close its brackets"
+        ) from None
     if re.search(r"(^|\s)#", text) and "#" not in str(value):
         raise RecipeError(f"override {override[:_LONGEST]!r}: `#` begins a comment in YAML; quote the value")
     node = tree

@@ -79,8 +79,10 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             step = world.broadcast(directory.store.newest_step())
             trainer = begin_or_go_on(task.at(step), step, directory, signals, outcome)
             trainer.checkpoints.check_room()
+            was_finished = outcome.state.step >= trainer.total_steps
             is_anew = world.is_main and directory.begins_anew(recipe)
-            world.on_main(lambda: directory.begin(recipe, task.classes))
+            if not (was_finished and outcome.state.restarts):  # it keeps the recipe that it was trained with
+                world.on_main(lambda: directory.begin(recipe, task.classes))
             reporter.start_trackers(directory.path, recipe.log.trackers, is_anew)
             reporter.begin(outcome.state.step, is_anew, directory.last_sign)
             if outcome.state.restarts:  # only now, as the end of a start that was refused is not told
@@ -96,7 +98,6 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
                 for fault in chain(*world.gather(gpu_faults() if world.local_rank == 0 else [])):
                     if world.is_main:
                         reporter.warn(fault)
-            was_finished = outcome.state.step >= trainer.total_steps
             if was_finished:
                 reporter.info(f"nothing is left to do: {how_to_extend(trainer)}")
             elif slow := slow_precision(recipe.train.precision, world.device):

@@ -98,6 +98,9 @@ class RunDirectory:
 
     def claim(self) -> None:
         """Create the directory if need be, and keep other processes out. Raises RunDirectoryError."""
+        for around in self.path.absolute().parents:
+            if (around / "recipe.yaml").is_file() and (around / "checkpoints").is_dir():
+                raise RunDirectoryError(f"run.dir = {self.path} lies in {around}, another run; choose another run.dir")
         try:
             self.store.root.mkdir(parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
@@ -318,7 +321,7 @@ def refuse_another_model(source: Path, recipe: RunRecipe) -> None:
     before, after = flatten(theirs), flatten(recipe)
     if keys := _unseen(before, after):
         raise RunDirectoryError(
-            f"resume.from = {source}: is of another model: {describe_keys(theirs, recipe, keys)}; "
+            f"resume.from = {source} is of another model: {describe_keys(theirs, recipe, keys)}; "
             "set the keys as it has them"
         )
 
@@ -336,14 +339,20 @@ def _advice(path: Path, keys: list[str], fixed: list[str], before: dict[str, Any
         fits = all(key in _FITTED for key in shaping)
         weights = f", with init_from={path} to start from its weights" if fits else ""
         return f"another model cannot resume from its checkpoints: choose another run.dir{weights}"
-    advice = [f"use {key}={before[key]}" for key in fixed] or [f"add 'resume.allow=[{','.join(keys)}]'"]
+    advice = [f"use {key}={before[key]}" for key in fixed]
+    if others := [key for key in keys if key not in fixed]:
+        advice.append(f"add 'resume.allow=[{','.join(others)}]'")
     return f"{' and '.join(advice)}, or choose another run.dir"
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value) or "''"
 
 
 def describe_keys(old: RunRecipe, new: RunRecipe, keys: list[str]) -> str:
     """Differing keys with both values, as text."""
-    before, after = flatten(old), flatten(new)
-    listed = ", ".join(f"{key} ({before.get(key)} -> {after[key]})" for key in keys[:6])
+    before, after = ({key: _shown(value) for key, value in flatten(one).items()} for one in (old, new))
+    listed = ", ".join(f"{key} ({before.get(key, 'null')} -> {after[key]})" for key in keys[:6])
     return listed + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
 
 

@@ -58,7 +58,14 @@ PUSH = "export kept --push"
         (f"{PUSH} owls", "--push owls: should be USER/NAME"),
         (f"{PUSH} jane/owls --format onnx", "--format onnx: --push uploads a hub-folder"),
         (f"{PUSH} jane/owls --weights raw", "run `hf auth login`, or set HF_TOKEN"),
-        ("compare nowhere", "nowhere: there is no such directory; name the directories of runs"),
+        ("compare nowhere", "nowhere: there is no such directory; name that of a run, such as runs/NAME"),
+        ("compare kep", "kep: there is no such directory; did you mean kept?"),
+        ("eval kept --weigths ema", "unknown option --weigths; did you mean --weights?"),
+        ("analyze --only training kept", "'kept' is none of its values; name it before the option"),
+        ("detect kept/seven.yaml", "seven.yaml extends cifar10_vit_tiny, a recipe of `karat train`: karat train kept/"),
+        ("plan kept/seven.yaml", "model.num_heads = 7 does not divide the model's width; use a divisor of it"),
+        ("train kept/seven.yaml attention.blocks={0-1:{kind:karat}", "quote it, or close its brackets"),
+        ("doctor kept/seven.yamll", "no such file; did you mean kept/seven.yaml?"),
         ("train fashion_mnist_demo model.\x1b[2J=1", "\\x1b[2J"),
         ("train fashion_mnist_demo attention.grdi=3", "attention.grdi: unknown key; did you mean attention.grid?"),
         ("train fashion_mnist_demo model.name=resnet50 --print", "it has no attention that KArAt can replace"),
@@ -80,6 +87,8 @@ def test_a_mistake_is_one_line(command: str, said: str, tmp_path: Path, monkeypa
     (tmp_path / "own.json").write_text('{"gradient_cliping": 1.0}')
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "recipe.yaml").touch()
+    (tmp_path / "kept" / "checkpoints").mkdir()
+    (tmp_path / "kept" / "seven.yaml").write_text("extends: cifar10_vit_tiny\nmodel: {num_heads: 7}\n")
     line = karat_refuses(*command.split(" "))
     assert said in line
     assert "\x1b" not in line

@@ -158,6 +158,9 @@ def test_a_finished_run_stays_finished(train_recipe, trained) -> None:
     assert len(events(run, "eval")) == 1
     for key in ("steps", "best_top1", "images_per_second"):
         assert summary(run)[key] == before[key]
+    recipe = (run / "recipe.yaml").read_bytes()
+    train_recipe("train.epochs=1", "optim.lr=1", "resume.allow=optim.lr")
+    assert (run / "recipe.yaml").read_bytes() == recipe  # nothing was trained at that rate
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(train_recipe, trained) -> None:

@@ -68,7 +68,7 @@ def begun(small_recipe, tmp_path) -> RunDirectory:
 
 def test_keys_that_do_not_matter_or_are_allowed_may_change(begun, small_recipe) -> None:
     same = ("data.workers=0", "log.every_steps=3", "train.micro_batch=2", "data.on_bad_sample=skip")
-    assert begun.open(small_recipe(*same)) == "train.micro_batch (None -> 2)"
+    assert begun.open(small_recipe(*same)) == "train.micro_batch (null -> 2)"
     assert begun.admit(small_recipe("optim.lr=1", "resume.allow=optim.lr")) == "optim.lr (0.0005 -> 1.0)"
 
 
@@ -78,6 +78,8 @@ REFUSED = [
     (["resume.mode=never"], r"has checkpoints and resume.mode = never; choose another run.dir or use"),
     (["optim.lr=1"], r"optim.lr \(0.0005 -> 1.0\); add 'resume.allow=\[optim.lr\]'"),
     (["train.global_batch=16", "resume.allow=train.global_batch"], r"\(8 -> 16\); use train.global_batch=8, or choose"),
+    (["train.global_batch=16", "optim.lr=1"], r"; use train.global_batch=8 and add 'resume.allow=\[optim.lr\]', or"),
+    (["init_from=runs/a"], r"init_from \('' -> runs/a\)"),
     ([*AUGMENT, "augment.color_jitter=0.1", "optim.lr=1"], "and 1 more"),
     # No leave is advised for another model, and none helps.
     *(
@@ -97,6 +99,11 @@ REFUSED = [
 def test_another_recipe_is_refused_with_the_fix(begun, small_recipe, overrides, line) -> None:
     with pytest.raises(RunDirectoryError, match=line):
         begun.open(small_recipe(*overrides))
+
+
+def test_no_run_begins_within_another(begun, small_recipe) -> None:
+    with pytest.raises(RunDirectoryError, match=f"lies in {begun.path}, another run; choose another run.dir"):
+        RunDirectory(begun.path / "checkpoints" / "new").open(small_recipe())
 
 
 def test_a_branch_is_of_the_same_model(small_recipe, tmp_path) -> None:

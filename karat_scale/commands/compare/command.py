@@ -80,7 +80,7 @@ def _read(paths: Sequence[str]) -> tuple[list[FinishedRun], list[str]]:
     for path in paths:
         place = Path(path).expanduser().resolve()
         if place in runs:
-            notes.append(f"left out: {path} is the directory of {runs[place].path}")
+            notes.append(f"left out: {path} is named twice")
             continue
         try:
             runs[place] = read_run(path)

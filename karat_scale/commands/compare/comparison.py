@@ -136,7 +136,7 @@ def _seeds(numbers: Collection[int]) -> str:
 
 def setting_text(value: Any) -> str:
     """Return the value of a key as a recipe has it."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return value or "''" if isinstance(value, str) else json.dumps(value)
 
 
 def changes_text(changes: Mapping[str, tuple[Any, Any]], most: int | None = None) -> str:

@@ -177,7 +177,7 @@ def examine_extras() -> Iterator[Finding]:
             installed = next(filter(None, map(installed_version, extra.distributions)), "installed")
             yield found(label, installed, present=True)
     if missing:
-        fix = f"install those that you need: {how_to_install(*missing)}"
+        fix = f"install what you need by its name, {missing[0]} for example: {how_to_install(missing[0])}"
         yield found("extras", f"{len(missing)} not installed", fix)
     if is_in_the_package():
         yield found("C++ compiler", "not needed: the compiled kernels came with the package", path=None)

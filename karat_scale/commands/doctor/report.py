@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from karat_scale import __version__
-from karat_scale.foundation.console import make_table, plural, printable, terminal, write_json
+from karat_scale.foundation.console import make_table, plural, print_titled, printable, terminal, write_json
 from karat_scale.foundation.errors import DataError, UserError
 from karat_scale.foundation.native_build import PACKAGES
 
@@ -80,14 +80,14 @@ class Report:
             return
         from rich.text import Text
 
-        table = make_table(title, ("", "", ""), texts=(0, 1, 2))
+        table = make_table(("", "", ""), texts=(0, 1, 2))
         table.show_header = False
         for finding in findings:
             said = Text(printable(finding.value))
             if finding.fix:
                 said.append(f"\n{printable(finding.fix)}", style="dim")
             table.add_row(Text(finding.level, style=COLOURS[finding.level]), Text(finding.name), said)
-        self._console.print(table)
+        print_titled(self._console, title, table)
 
     def line(self, text: str) -> None:
         """Print a line."""

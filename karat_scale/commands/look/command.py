@@ -284,6 +284,8 @@ def _charts(facts: SplitFacts) -> bytes:
         middle.hist(width / height, bins=40)
     left.set(xlabel="width", ylabel="height", title="pixels")
     middle.set(xlabel="width / height", ylabel="images", title="aspect ratio")
+    right.xaxis.get_major_locator().set_params(integer=True)
+    right.yaxis.get_major_locator().set_params(integer=True)
     right.plot(sorted(facts.per_class.values(), reverse=True))
     right.set(xlabel="class, largest first", ylabel="images", title="images of a class", ylim=(0, None))
     return rendered(figure, dpi=110)
@@ -333,7 +335,8 @@ def open_splits(directory: Path | str) -> dict[str, Callable[[], Split]]:
     folders = [name for name in SPLIT_FOLDERS if (directory / name).is_dir()]
     if not folders:
         raise DataError(
-            f"{directory} is no data set: no {DATASET_FILE}, no *.beton, no folder {' or '.join(SPLIT_FOLDERS)}"
+            f"{directory} is no data set: no {DATASET_FILE}, no *.beton, no folder {' or '.join(SPLIT_FOLDERS)}; name "
+            "the directory that has one"
         )
     return {name: partial(FolderSplit, directory, name, MOST_CLASSES) for name in folders}
 

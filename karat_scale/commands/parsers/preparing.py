@@ -189,7 +189,7 @@ def _prepare(options: argparse.Namespace) -> int:
     for option, value in itertools.pairwise([word for text in options.arguments for word in text.split("=", 1)]):
         # The script would say so, too, after seconds of imports.
         if option == "--src" and not is_url(value) and not Path(value).expanduser().exists():
-            raise DataError(f"--src {value}: there is no such file or directory")
+            raise DataError(f"--src {value}: there is no such file or directory; correct the path")
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "karat_scale.data.prepare", options.script, *options.arguments])
 

@@ -316,6 +316,7 @@ IMAGES = 1000
 
 
 def _converted(options: argparse.Namespace) -> "Recipe":
+    from karat_scale.recipe.files import read_run_recipe
     from karat_scale.recipe.loading import load_recipe
 
     if "convert.images=0" in options.overrides:
@@ -328,6 +329,9 @@ def _converted(options: argparse.Namespace) -> "Recipe":
         raise UserError("init_from: SOURCE is that; remove the override")
     own = [f"init_from={source}", f"distill.from={source}", *options.overrides]
     recipe = load_recipe(options.recipe, own)
+    here = Path(recipe.run.dir).expanduser()
+    if (here / "checkpoints" / "latest").is_file() and read_run_recipe(here / "recipe.yaml").get("init_from") == "":
+        raise RunDirectoryError(f"run.dir = {here} holds a run that began without SOURCE; add run.dir=DIR, a new one")
     return recipe if recipe.convert.images else load_recipe(options.recipe, [*own, f"convert.images={IMAGES}"])
 
 
@@ -464,9 +468,11 @@ def _add_runs(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _check_runs(options: argparse.Namespace) -> None:
+    from karat_scale.recipe.files import recipe_of_run
+
     for run in options.runs:
         if not Path(run).expanduser().exists():
-            raise RunDirectoryError(f"{run}: there is no such directory; name the directories of runs")
+            recipe_of_run(Path(run))  # what is no run is left out of a comparison
 
 
 def _check_tracked(options: argparse.Namespace) -> None:

@@ -387,7 +387,7 @@ def search(subject: Subject, machine: Machine) -> tuple[dict[str, list[Choice]],
     sizes = list(micro_batches(subject.recipe, machine.world))
     with work_display() as show_work:
         for number, (config, size) in enumerate(itertools.product(configs, sizes)):
-            show_work("plan each stage and micro batch", number, len(configs) * len(sizes))
+            show_work("plan", number, len(configs) * len(sizes))
             grid.setdefault(config, []).append(consider(subject, machine, config, size))
     choice = recommended(map(preferred, grid.values()))
     return grid, choice if choice.fits else choose(subject.recipe, machine, configs)

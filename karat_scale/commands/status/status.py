@@ -249,12 +249,14 @@ def _rows(standing: Standing) -> list[tuple[str, str]]:
 
     def known(key: str, text: str) -> str:
         value = standing.known.get(key)
-        return text.format(value) if value or (value == 0 and key == "epoch") else ""
+        return text.format(value) if value else ""
+
+    epoch = f", epoch {standing.known['epoch'] + 1:.0f}" if "epoch" in standing.known else ""
 
     rows = [
         ("job", f"{standing.job} {state}" if standing.job else None),
         ("outcome", standing.ended or silent),
-        ("step", f"{standing.step:,}{known('total_steps', ' of {:,}')}{known('epoch', ', epoch {}')}"),
+        ("step", f"{standing.step:,}{known('total_steps', ' of {:,}')}{epoch}"),
         ("loss", f"{standing.losses[-1]:.4f}  {sparkline(standing.losses)}" if standing.losses else "none logged yet"),
         (standing.score, top1),
         ("scores", known("beyond_reach", "{:.1%} of a block's beyond its functions' reach")),

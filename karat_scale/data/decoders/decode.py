@@ -52,7 +52,8 @@ def opened(data: bytes) -> Iterator[Image.Image]:
     except (MemoryError, UndecodableImageError):
         raise
     except Exception as error:  # damaged files make Pillow raise nearly any error
-        reason = "not an image in a supported format" if isinstance(error, UnidentifiedImageError) else one_line(error)
+        unknown = "not an image in a supported format" if data else "the file is empty"
+        reason = unknown if isinstance(error, UnidentifiedImageError) else one_line(error)
         raise UndecodableImageError(reason) from error
 
 

@@ -43,7 +43,7 @@ from karat_scale.data.prepare.sources import Source
 from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.tars import EncodedSample, shard_name, write_shard
 from karat_scale.foundation.arguments import count
-from karat_scale.foundation.console import progress
+from karat_scale.foundation.console import plural, progress
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import write_atomically
 
@@ -227,8 +227,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     making.check_source_options(options)
-    if options.quality is not None and (options.resize is None or options.quality > 100):
-        raise DataError(f"--quality {options.quality} needs --resize and is at most 100")
+    if options.quality is not None and options.quality > 100:
+        raise DataError(f"--quality {options.quality} should be at most 100")
+    if options.quality is not None and options.resize is None:
+        raise DataError(f"--quality {options.quality} needs --resize; without it, no image is encoded")
     if options.encoder != "auto" and options.resize is None:
         raise DataError(f"--encoder {options.encoder} needs --resize; without it, no image is encoded")
     return options
@@ -265,7 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
     jobs = [plan_job(split, source, options, before.get(split, {})) for split, source in sources.items()]
     if options.dry_run:
         for job in jobs:
-            job.print_plan(np.concatenate(job.shards), f"{len(job.shards)} shards in {out}")
+            job.print_plan(np.concatenate(job.shards), f"{plural(len(job.shards), 'shard')} in {out}")
         return
     out.mkdir(parents=True, exist_ok=True)
     classes = jobs[0].source.classes
@@ -282,6 +284,6 @@ def main(arguments: list[str] | None = None) -> None:
             else:
                 made = make_split(job, options.workers)
                 dataset = _list_split(out, dataset, job.split, made)
-                job.print_result(made, f"in {len(made.shards)} shards", shard_format.DATASET_FILE)
+                job.print_result(made, f"in {plural(len(made.shards), 'shard')}", shard_format.DATASET_FILE)
             for mark in out.glob(f".{job.split}-*.made.json"):  # dataset.json has their content
                 mark.unlink()

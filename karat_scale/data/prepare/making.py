@@ -353,12 +353,20 @@ def user_path(text: str) -> Path:
     return Path(os.path.expanduser(text))  # noqa: PTH111  # Path's refuses the name of an unknown user
 
 
+def output_directory(text: str) -> Path:
+    """Return the path of a directory to write to, which may not exist yet. Raises argparse.ArgumentTypeError."""
+    path = user_path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file; name a directory")
+    return path
+
+
 def make_parser(description: str, writes: bool = True) -> OneLineParser:
     """Return a parser with the options of every script, or of every script that writes."""
     parser = OneLineParser(Path(sys.argv[0]).name, description=description, allow_abbrev=False)
     if not writes:
         return parser
-    parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="directory to write to")
+    parser.add_argument("--out", type=output_directory, required=True, metavar="DIR", help="directory to write to")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and write nothing")
     return parser
 

@@ -132,6 +132,8 @@ def _checked_size(header: bytes, offset: int, what: str) -> int:
 def _no_header(header: bytes, offset: int, what: str) -> DataError:
     if header.startswith((b"\x1f\x8b", b"BZ", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")) and offset == 0:
         return DataError(f"{what} is compressed; decompress it first, for example with gunzip")
+    if offset == 0 and header:
+        return DataError(f"{what} is no tar, or damaged from its first byte; name another file, or fetch it again")
     if len(header) < BLOCK:
         return DataError(f"{what} is cut short: it has no end mark; fetch it again")
     return DataError(f"{what} is damaged, or no tar: at byte {offset} is no tar header; fetch it again")

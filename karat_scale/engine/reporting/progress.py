@@ -260,7 +260,7 @@ class Reporter:
     def train(self, step: int, total: int, figures: dict[str, Any]) -> None:
         """Figures of the steps since the last report."""
         rate = figures["images_per_second"]
-        text = f"epoch {figures['epoch']} loss {figures['loss']:.4f} lr {figures['lr']:.2e}"
+        text = f"epoch {figures['epoch'] + 1} loss {figures['loss']:.4f} lr {figures['lr']:.2e}"
         text += f" {rate:,.0f} img/s" if rate else ""
         text += f" MFU {figures['mfu']:.1%}" if figures.get("mfu") else ""
         left = (total - step) * figures["samples"] / step / rate if rate else None

@@ -163,7 +163,7 @@ def test_what_is_left_out_is_named_and_the_rest_is_compared(trained: Path, copy:
     assert len(lines) == 3
     assert "has not finished (stopped by SIGTERM)" in lines[0]
     assert "other: not a run directory" in lines[1]
-    assert "seed0 is the directory of" in lines[2]
+    assert "seed0 is named twice" in lines[2]
 
 
 def test_speeds_of_other_machines_are_noted_and_their_steps_not_matched(trained, copy, capsys) -> None:

@@ -22,7 +22,7 @@ from tests.conftest import SMALL, karat_refuses, karat_says
 def test_a_finished_run_is_shown_from_its_files(recipe_file: Path, tmp_path: Path) -> None:
     karat_says("train", str(recipe_file), *SMALL, "train.epochs=1")
     shown = karat_says("status", str(tmp_path / "run"))
-    assert all(part in shown for part in ("finished (exit 0)", "8 of 8, epoch 0", "step-00000008, ", "best"))
+    assert all(part in shown for part in ("finished (exit 0)", "8 of 8, epoch 1", "step-00000008, ", "best"))
 
 
 def write_events(run: Path, *events: dict[str, object], tail: str = "") -> None:

@@ -92,6 +92,7 @@ MISTAKES = {
     "--src SRC/nowhere": r"--src .*/nowhere is not a directory, a tar or a Parquet file",
     "--src SRC/bare": "has no class folders",
     "--src SRC/empty": "has no images in its class folders",
+    "--src SRC/text/ant/a.jpg": r"a.jpg is no tar, or damaged from its first byte; name another file",
     "--src SRC/text": r"no image of split train is usable; first: ant/a.jpg",
 }
 OF_SHARDS = {
@@ -124,6 +125,9 @@ def test_a_mistake_ends_the_script_with_one_line(tmp_path, capsys):
             run_script(lambda options=options: make_webdataset.main([*options, "--out", str(tmp_path / "out")]))
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
+    with pytest.raises(SystemExit, match="2"):
+        run_script(lambda: make_webdataset.main(["--src", ".", "--out", __file__]))
+    assert "test_scripts.py is a file; name a directory" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def test_a_pipe_gets_plain_lines(capsys) -> None:
     reporter.bad_samples([BadSample(3, "n01/x", "train-000001.tar", "truncated")])
     Reporter(choose_display(True, "run"), None).train(5, 10, {**FIGURES, "tflops": 412.0, "mfu": 0.4164})
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("step 5/10 epoch 0 loss 1.2500 lr 1.00e-03 321 img/s, about 10 s left")
+    assert lines[0].endswith("step 5/10 epoch 1 loss 1.2500 lr 1.00e-03 321 img/s, about 10 s left")
     assert lines[1].endswith("eval at step 5: top-1 12.35 %")
     assert lines[2].endswith("saved step-00000005 in 0.5 s, of which training paused 0.1 s")
     assert all(part in lines[3] for part in ("warning", "n01/x", "train-000001.tar", "truncated"))
