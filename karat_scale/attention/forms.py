@@ -307,7 +307,8 @@ def karat_flops(
         output = 2 * n * n * r + values if simplex is True or masked else 4 * n * r * d
         head = scores + function * n * n * r + output
     elif form == "project_first":
-        head = 4 * n * r * d + function * n * n * r + values
+        # A mask is of pairs, so that it needs A itself.
+        head = (scores + 2 * n * n * r if masked else 4 * n * r * d) + function * n * n * r + values
     elif form == "two_operators":
         head = scores + 2 * function * n * n * r + values
     else:

@@ -73,6 +73,8 @@ class AttentionHeads(nn.Module):
     """Whether they are `InputHeads`, or around such heads."""
     is_linear = True
     """Whether O = S V, with the S of `scores`."""
+    multiplies_parameters = True
+    """Whether a factor of the products that `flops` counts is a parameter, if the heads have any."""
     token_axes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     """By parameter, its axes of N tokens: images of another size interpolate it along them."""
     summed_axes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
@@ -290,6 +292,10 @@ class KaratOperator(FourierHeads):
         if has_projector(form):
             self.proj = nn.Parameter(torch.empty((num_heads, num_tokens, rank), device=device, dtype=dtype))
         self.reset_parameters()
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        key_of(self.basis)  # in another process nothing has named it
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -119,6 +119,7 @@ class GatedHeads(InputHeads):
     """
 
     _shown = ("num_heads", "embed_dim")
+    multiplies_parameters = False
 
     def __init__(
         self,
@@ -174,6 +175,7 @@ class DifferentialHeads(AttentionHeads):
 
     _shown = ("num_heads", "width")
     is_linear = False
+    multiplies_parameters = False
     start = 0.8
     epsilon = 1e-5
 

@@ -80,7 +80,7 @@ def start_like_softmax(parameters: Mapping[str, Tensor], proj: Tensor | None) ->
     share = (float(torch.cat((exp_cos, exp_sin)).norm()) * tokens) ** -0.5
     cos.copy_(torch.cat((constant, share * weights * exp_cos)))
     sin.copy_(torch.cat((torch.zeros_like(constant), share * weights * exp_sin)))
-    proj.copy_(torch.cat((torch.ones_like(modes[:, :1]), modes / share), 1) / tokens)
+    proj.copy_(torch.cat((modes.new_ones(tokens, 1), modes / share), 1) / tokens)
 
 
 def fourier_fits(grid: int) -> tuple[Tensor, Tensor, Tensor]:

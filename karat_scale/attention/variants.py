@@ -150,6 +150,7 @@ class ScaledSoftmax(ControlHeads):
     """
 
     parameter = "gain"
+    multiplies_parameters = False
     gain: nn.Parameter
 
     def shape(self) -> tuple[int, ...]:
@@ -187,6 +188,7 @@ class BiasedSoftmax(ControlHeads):
     """
 
     parameter = "position_bias"
+    multiplies_parameters = False
     token_axes = MappingProxyType({"position_bias": (1, 2)})
     position_bias: nn.Parameter
 
@@ -260,7 +262,7 @@ def attend_rows(
     batch, heads, tokens, _ = query.shape
     with full_precision(query.device):
         q, k, v = (x.to(dtype) for x in (query, key, value))
-        if whole or batch == 0:
+        if whole or batch == 0 or torch.jit.is_tracing() or torch.compiler.is_exporting():  # keeps the number of tiles
             tiling = Tiling([slice(None)], [slice(None)])
         elif _plans:
             tiling = Tiling([slice(0, 1)], [slice(0, 1)])

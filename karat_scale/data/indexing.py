@@ -361,7 +361,7 @@ def find_tars(source: Path | Store) -> list[str]:
         elif packed:
             found = f"only such as {packed[0]}; unpack their compression first"
         raise DataError(f"{where} has no *.tar, {found}")
-    for left_out, what in ((packed, "compressed tar"), (renamed, "tar whose name does not end in .tar")):
+    for left_out, what in ((packed, "compressed tar"), (renamed, "misnamed tar")):
         if left_out:
             print(printable(f"note: {plural(len(left_out), what)} left out, such as {left_out[0]}"))
     for name in names:
@@ -569,7 +569,7 @@ def _classes(tars: dict[str, TarSamples], rule: LabelRule, file: Path | None, us
     if not labels:
         reasons = Counter(reason for tar in tars.values() for _, reason in tar.skipped)
         most = reasons.most_common(1)[0][0] if reasons else "the tars are empty"
-        raise DataError(f"no sample has an image and a label: {most}; --label {rule} was used")
+        raise DataError(f"no sample has an image and a label, by --label {rule}: {most}")
     names = sorted(label for label in labels if isinstance(label, str))
     numbers = sorted(label for label in labels if not isinstance(label, str))
     if names and numbers:

@@ -16,7 +16,7 @@ from karat_scale.recipe import AttentionConfig, ModelConfig, Recipe
 _CLASSES = {own: ours for host in (hosts.OTHER, *hosts.HOSTS.values()) for own, ours in host.classes.items()}
 
 
-def swap_attention(network: Any, attention: AttentionConfig, image_size: int = 224) -> None:
+def swap_attention(network: Any, attention: AttentionConfig, image_size: int | tuple[int, int] = 224) -> None:
     """Replace softmax in a timm model's attention layers, in place. All weights stay as they are.
 
     Operators are added, on the device and in the dtype of their layers. With `residual=True`, the model computes what
@@ -25,7 +25,7 @@ def swap_attention(network: Any, attention: AttentionConfig, image_size: int = 2
     Args:
         network: a timm ViT, ConViT (its last blocks), Swin, or another model with timm's attention.
         attention: the kind of attention, as in a recipe.
-        image_size: side of the images in pixels; the operators are made for this number of tokens.
+        image_size: side of the images in pixels, or height and width; the operators are made for this number of tokens.
 
     Raises:
         RecipeError: the section names softmax, the model has none of these attention layers,
@@ -34,7 +34,8 @@ def swap_attention(network: Any, attention: AttentionConfig, image_size: int = 2
     if not attention.learns:  # the default
         raise RecipeError("attention.kind = softmax is what the model has; use karat, or another kind that learns")
     name = type(network).__name__
-    hosts.check_attention(network, ModelConfig(name=name, image_size=image_size))
+    model = ModelConfig(name=name)
+    hosts.check_attention(network, model)
     if not any(type(module) in _CLASSES for module in network.modules()):
         raise RecipeError(f"this {name} has learned attention already")
     try:
@@ -43,7 +44,7 @@ def swap_attention(network: Any, attention: AttentionConfig, image_size: int = 2
         raise RecipeError(
             f"image_size = {image_size} does not fit {name}: {one_line(error)}; pass image_size="
         ) from error
-    learn(network, ModelConfig(name=name, image_size=image_size), attention, sizes, _CLASSES)
+    learn(network, model, attention, sizes, _CLASSES)
     for _, _, layer in attention_layers(network):
         if hasattr(layer, "operator"):
             layer.operator.to(layer.qkv.weight.device, layer.qkv.weight.dtype)

@@ -74,8 +74,8 @@ class _PassedOperator(nn.Module):
         self.flops = self.backward_flops = 0
         parameters = list(operator.parameters())
         self._learns = [parameter for parameter in parameters if parameter.requires_grad][:1]
-        # Without parameters both factors of each product are activations, which have gradients.
-        self._products = 1 if self._learns or not parameters else 0
+        # Where no product has a parameter, both factors are activations.
+        self._of_parameters = operator.multiplies_parameters and bool(parameters)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
@@ -85,7 +85,8 @@ class _PassedOperator(nn.Module):
         flops = batch * self._counted.flops(tokens, width, masked=mask is not None)
         passed = query + key + value
         self.flops += flops
-        self.backward_flops += flops * (passed.requires_grad + self._products)
+        others = bool(self._learns) if self._of_parameters else passed.requires_grad
+        self.backward_flops += flops * (passed.requires_grad + others)
         return passed + sum(0 * parameter.sum() for parameter in self._learns)
 
 

@@ -28,6 +28,7 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.pit import ConvEmbedding
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from torch.overrides import TorchFunctionMode
 
 from karat_scale.attention.operator import layer_input
@@ -483,6 +484,15 @@ class Other(Host):
                     f"model.{field} = {rate:g} is not supported by {model.name}, which has no {field}_rate; use 0"
                 )
         return build_timm(model, model.name, **{name: x for name, x in usual.items() if name in taken}, **options)
+
+    def fit(self, weights: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+        """See `Host`."""
+        fitted, own = dict(weights), getattr(model, "pos_embed", None)
+        there = fitted.get("pos_embed")
+        if own is not None and there is not None and there.dim() == 4:  # [1, D, height, width] of PiT's patches
+            sides = own.shape[2:]
+            fitted["pos_embed"] = interpolate(there.float(), sides, mode="bicubic", antialias=True).to(there.dtype)
+        return fitted
 
 
 VIT, CONVIT, SWIN, OTHER = Vit(), Convit(), Swin(), Other()

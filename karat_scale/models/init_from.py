@@ -302,7 +302,9 @@ def _keys(state: Mapping[str, Tensor], prefix: str, heads: int) -> tuple[str, ..
     softmax_heads = max(heads - learned, 0) if others else 0
     return (
         "attention.kind=centred" if centred else "another attention.kind than centred",
-        f"attention.residual={str(residual).lower()}",
+        "attention.residual=true or attention.kind=static_softmax"
+        if residual
+        else "attention.residual=false and no attention.kind=static_softmax",
         f"attention.softmax_heads={softmax_heads}",
         "attention.form=content" if content else "another attention.form than content",
         "a number as attention.bound" if bounded else "attention.bound=null",
@@ -454,10 +456,12 @@ def check_heads(there: ModelConfig, here: ModelConfig) -> None:
 
 def differences(there: tuple[ModelConfig, AttentionConfig], here: tuple[ModelConfig, AttentionConfig]) -> list[str]:
     """Return the differences in how the same parameters are used: `attention.base = silu in the weights, zero here`."""
-    pairs = [("model.name", there[0].name, here[0].name)]
+    pairs: list[tuple[str, Any, Any]] = [("model.name", there[0].name, here[0].name)]
     rows = there[1].row, here[1].row
     if there[1].kind != here[1].kind and any(row is not None and row.by_rows for row in rows):  # without parameters
         pairs += [("attention.kind", there[1].kind, here[1].kind)]
+    if all(row is not None and row.by_rows for row in rows):
+        pairs += [("attention.softmax_heads", there[1].softmax_heads, here[1].softmax_heads)]
     if (there[1].kind == here[1].kind and here[1].learns) or there[1].blocks != here[1].blocks:
         taken = [key for key in _OF_OPERATORS if key == "blocks" or rows[1] is None or key in rows[1].keys]
         pairs += [(f"attention.{key}", getattr(there[1], key), getattr(here[1], key)) for key in taken]

@@ -83,7 +83,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def measure_layers(model: nn.Module, image_size: int) -> tuple[LayerSize, ...]:
+def measure_layers(model: nn.Module, image_size: int | tuple[int, int]) -> tuple[LayerSize, ...]:
     """Return the size of each attention layer, from a forward pass of one image; the model is on the meta device.
 
     Raises RecipeError if blocks share one layer.
@@ -96,7 +96,8 @@ def measure_layers(model: nn.Module, image_size: int) -> tuple[LayerSize, ...]:
     layers = attention_layers(model)
     hooks = [layer.attention.register_forward_pre_hook(note) for layer in layers]
     channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))  # of its stem
-    model(torch.empty(1, channels, image_size, image_size, device="meta"))
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    model(torch.empty(1, channels, *sides, device="meta"))
     for hook in hooks:
         hook.remove()
     if len(shapes) != len(layers):

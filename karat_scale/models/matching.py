@@ -445,7 +445,7 @@ def _solve_head(terms: Sequence[_Series], head: int, calls: Sequence[Call], roun
             seen = energy if one.modes is None else one.modes.double().mT @ energy @ one.modes.double()
             first = torch.linalg.eigh(seen).eigenvectors.flip(1)[:, : proj.shape[1]]
             proj[:, : first.shape[1]] = first
-            coef[one.free] = 0
+            coef[one.free, : first.shape[1]] = 0  # a unit without a direction must still be able to learn
 
     def parts(number: int, units: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for call in calls:
@@ -458,6 +458,9 @@ def _solve_head(terms: Sequence[_Series], head: int, calls: Sequence[Call], roun
             else:
                 yield features[..., terms[number].free], mixed[:, units], rest
 
+    for number, one in enumerate(terms):
+        if energy is not None and one.base is not None:  # b is there from the start, and W must fit it
+            projs[number] += least_squares(parts(number, None)).mT
     for _ in range(rounds):
         for number, (coef, proj) in enumerate(zip(coefs, projs, strict=True)):
             for units in torch.arange(proj.shape[1], device=proj.device).split(max(1, MOST_UNKNOWNS // len(coef))):

@@ -236,8 +236,12 @@ def learn(
             "attention.mode = universal: all blocks share one operator, but attention.blocks gives them "
             f"{len(groups)} different ones; use attention.mode=blockwise"
         )
-    for section, turned in groups:
-        _learn_layers(model, section, turned, classes)
+    made = [_operators_of(model, section, turned) for section, turned in groups]  # all, before any layer changes
+    for (_, turned), operators in zip(groups, made, strict=True):
+        for (layer, _), operator in zip(turned, operators, strict=True):
+            # A new class, as in torch's parametrizations: names and weights stay timm's.
+            layer.__class__ = classes[type(layer)]
+            layer.operator = operator
     return network
 
 
@@ -256,10 +260,10 @@ def _check_blocks(attention: AttentionConfig, model: ModelConfig, can_learn: Seq
             )
 
 
-def _learn_layers(
-    model: ModelConfig, attention: AttentionConfig, turned: Sequence[tuple[Any, LayerSize]], classes: Classes
-) -> None:
-    """Do it for the layers of one section."""
+def _operators_of(
+    model: ModelConfig, attention: AttentionConfig, turned: Sequence[tuple[Any, LayerSize]]
+) -> list[nn.Module]:
+    """Return the operators of the layers of one section."""
     shapes = {(size.tokens, size.heads) for _, size in turned}
     if attention.mode == "universal" and len(shapes) > 1:
         raise RecipeError(
@@ -276,10 +280,6 @@ def _learn_layers(
     try:
         for layer, _ in turned:
             refuse_dropout(layer)
-        operators = [make(size.tokens, size.heads, size.width) for _, size in turned]
+        return [make(size.tokens, size.heads, size.width) for _, size in turned]
     except ValueError as error:
         raise cannot_be_built(model, error) from error
-    for (layer, _), operator in zip(turned, operators, strict=True):
-        # A new class, as in torch's parametrizations: names and weights stay timm's.
-        layer.__class__ = classes[type(layer)]
-        layer.operator = operator

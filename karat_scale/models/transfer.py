@@ -18,6 +18,7 @@ from karat_scale.attention.call import autocast_is_on
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.models.hosts import join_heads, num_tokens
 from karat_scale.models.layers import attention_layers
+from karat_scale.models.operators import heads_of
 
 
 class Matrices(Protocol):
@@ -43,8 +44,8 @@ class Teacher:
         self._passes: list[tuple[Tensor, Tensor]] = []
         self._queries: dict[int, Tensor] = {}
         self._keys: dict[int, Tensor] = {}
-        self._attentions = [layer.attention for layer in attention_layers(model)]
-        for number, attention in enumerate(self._attentions):
+        self.attentions = [layer.attention for layer in attention_layers(model)]
+        for number, attention in enumerate(self.attentions):
             attention.q_norm.register_forward_hook(functools.partial(_keep, self._queries, number))
             attention.k_norm.register_forward_hook(functools.partial(_keep, self._keys, number))
 
@@ -66,7 +67,7 @@ class Teacher:
 
     def operator(self, block: int) -> nn.Module | None:
         """Return the block's learned operator; None for softmax."""
-        operator: nn.Module | None = getattr(self._attentions[block], "operator", None)
+        operator: nn.Module | None = getattr(self.attentions[block], "operator", None)
         return operator
 
     def mix_heads(self, mix: Tensor) -> None:
@@ -173,10 +174,10 @@ def give_teacher(student: Any, teacher: Teacher, source: str, heads: str = "same
                 f"attention.transfer_from = {source}: its {what} is {theirs}, this model's is {ours}; {fix}"
             )
     layers = attention_layers(student)
-    if any(getattr(teacher.operator(block), "sees_input", False) for block in range(len(layers))):
+    if any(heads and (heads.sees_input or not heads.is_linear) for heads in map(heads_of, teacher.attentions)):
         raise RecipeError(
-            f"attention.transfer_from = {source}: its attention also depends on what its layers get, so its matrices "
-            "cannot be given to another model; use a run of another attention.kind"
+            f"attention.transfer_from = {source}: its attention is no matrix of queries and keys times the values, so "
+            "it cannot be given to another model; use a run of another attention.kind"
         )
     for number, layer in enumerate(layers):
         layer.attention.teacher, layer.attention.block = teacher, number

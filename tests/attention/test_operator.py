@@ -1,11 +1,14 @@
 """The module: parameters, starts, gradients and state."""
 
+import sys
+
 import pytest
 import torch
 
 from karat_scale.attention import FourierKaratOperator, KaratOperator, fourier_karat_attention, fourier_karat_scores
 from karat_scale.attention.bases import BASES, Chebyshev, Fourier
 from karat_scale.attention.forms import FORMS
+from tests.conftest import output_of
 
 
 def draw(batch, heads, tokens, width, seed=0):
@@ -109,6 +112,33 @@ def test_a_basis_without_amplitudes_starts_as_it_draws_itself():
     modular = KaratOperator(65, 8, Fixed(), rank=65)
     full = KaratOperator(65, 8, Fixed(), form="full_rank")
     assert full.coef.std().item() == pytest.approx(modular.coef.std().item(), rel=0.02)
+
+
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_parameters_of_16_bits_start_as_numbers(dtype, basis):
+    operator = KaratOperator(17, 2, basis, 4, dtype=dtype)
+    assert all(parameter.isfinite().all() for parameter in operator.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("basis", ["chebyshev", "morlet"])
+def test_what_was_saved_computes_in_another_process(basis, tmp_path):
+    operator, inputs = KaratOperator(17, 2, basis, 4), [torch.randn(1, 2, 17, 8) for _ in range(3)]
+    torch.save((operator, inputs, operator(*inputs)), tmp_path / "whole.pt")
+    torch.jit.save(torch.jit.trace(operator, inputs), tmp_path / "traced.pt")
+    code = (
+        "import sys, torch, karat_scale.attention\n"
+        "operator, inputs, expected = torch.load(sys.argv[1], weights_only=False)\n"
+        "torch.testing.assert_close(torch.compile(operator, backend='aot_eager')(*inputs), expected)\n"
+    )
+    alone = (
+        "import sys, torch, karat_scale.attention\n"
+        "inputs = [torch.randn(1, 2, 17, 8) for _ in range(3)]\n"
+        "assert torch.jit.load(sys.argv[1])(*inputs).isfinite().all()\n"
+    )
+    output_of(sys.executable, "-c", code, str(tmp_path / "whole.pt"))
+    output_of(sys.executable, "-c", alone, str(tmp_path / "traced.pt"))
 
 
 def test_reset_draws_anew_and_is_repeatable():

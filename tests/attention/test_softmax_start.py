@@ -26,6 +26,11 @@ def test_the_series_fit_what_they_should(grid, error):
     assert torch.stack((cos, sin, one)).abs().max() < 5
 
 
+def test_rank_one_is_the_mean_of_all_values():
+    operator = KaratOperator(17, 2, rank=1, init="softmax_like")
+    assert torch.equal(operator.proj, torch.full((2, 17, 1), 1 / 17))
+
+
 @pytest.mark.parametrize(("tokens", "count"), [(197, 11), (65, 64), (49, 23), (201, 11), (7, 3), (2, 1), (1, 0)])
 def test_modes_are_orthonormal_and_sum_to_zero(tokens, count):
     modes = smooth_modes(tokens, count)

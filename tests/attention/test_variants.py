@@ -85,13 +85,17 @@ def units(scores, cos_coef, sin_coef, keep):
     return (each * keep[..., None, :]).sum(-1)
 
 
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
 @pytest.mark.parametrize("kind", [SigmoidHeads, PolynomialHeads])
-def test_a_tracer_records_a_large_matrix_for_any_batch(kind):
-    heads = kind(300, 2, "reference")
+def test_a_tracer_records_a_large_matrix_for_any_batch(kind, implementation):
+    heads = kind(300, 2, implementation)
     dynamic = ({0: torch.export.Dim("batch")},) * 3
     program = torch.export.export(heads, tuple(torch.randn(3, 2, 2, 300, 4)), dynamic_shapes=dynamic)
     query, key, value = torch.randn(3, 5, 2, 300, 4)
-    torch.testing.assert_close(program.module()(query, key, value), kind(300, 2)(query, key, value))
+    expected = kind(300, 2)(query, key, value)
+    torch.testing.assert_close(program.module()(query, key, value), expected)
+    traced = torch.jit.trace(heads, tuple(torch.randn(3, 2, 2, 300, 4)))
+    torch.testing.assert_close(traced(query, key, value), expected)
 
 
 def matrix_by_equation(name, module, query, key, x, bias, keep):

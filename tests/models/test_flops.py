@@ -63,6 +63,20 @@ def test_every_form_and_basis_is_counted_without_memory(softmax_heads: int) -> N
             assert 2.5 * count.forward < count.training < 3 * count.forward
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "polynomial", "scaled_softmax", "softmax_bias", "gated", "differential"])
+def test_products_without_parameters_have_the_gradients_of_their_factors(kind: str) -> None:
+    whole = flops_per_image(TINY, AttentionConfig(kind=kind))
+    frozen = flops_per_image(TINY, AttentionConfig(kind=kind), ["[!h]*"])  # all but head.*
+    assert frozen.training == frozen.forward + 2 * D * 1000
+    if kind not in ("sigmoid", "polynomial"):
+        assert flops_per_image(TINY, AttentionConfig(kind=kind), ["*.operator.*"]).training == whole.training
+
+
+def test_a_mask_of_pairs_makes_projected_keys_need_the_scores() -> None:
+    operator = KaratOperator(17, 2, "fourier", 4, form="project_first")
+    assert operator.flops(17, 16, masked=True) - operator.flops(17, 16) == 2 * (2 * 17**2 * (16 + 4) - 4 * 17 * 4 * 16)
+
+
 @pytest.mark.parametrize("section", [{}, {"kind": "karat"}])
 def test_frozen_parameters_need_no_gradient(section: dict[str, str]) -> None:
     model, attention = TINY, AttentionConfig(**section)

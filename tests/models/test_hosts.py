@@ -74,7 +74,11 @@ REFUSED: list[tuple[dict[str, object], dict[str, object], str]] = [
     ({"name": "convit_tinny"}, {}, "timm has no such model; did you mean convit_tiny?"),
     ({"name": "vit_tinny_patch16_224"}, {}, "did you mean vit_tiny_patch16_224?"),
     ({"name": "vit_tinny"}, {}, "did you mean vit_tiny_patch16_224?"),
-    ({"name": "vit_tiny_patch16_224", "num_heads": 5}, {"kind": "karat"}, "cannot be built"),
+    (
+        {"name": "vit_tiny_patch16_224", "num_heads": 5},
+        {"kind": "karat"},
+        "model.num_heads = 5 does not divide the model's width",
+    ),
     ({"name": "vit_tiny_patch16_224", "image_size": 100}, {}, "model.image_size = 100 is not a multiple of the patch"),
     ({**VIT, "pos_embed": "sincos2d", "embed_dim": 6}, {}, "positions need a width of 8, 12"),
     (VIT, {"kind": "karat", "softmax_heads": 2}, "attention.softmax_heads = 2 leaves none of 2 heads for KArAt"),

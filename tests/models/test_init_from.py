@@ -187,6 +187,18 @@ def test_a_distillation_token_and_its_head_come_and_go(attention: AttentionConfi
     assert all(torch.equal(x, plain.state_dict()[name]) for name, x in again.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["softmax", "karat"])
+def test_positions_and_operators_of_a_pit_go_to_another_size(kind: str) -> None:
+    attention = AttentionConfig(kind=kind, **({"rank": 2} if kind == "karat" else {}))
+    small, large = (create_model(ModelConfig(name="pit_ti_224", image_size=size), attention) for size in (48, 80))
+    with torch.no_grad():
+        small.pos_embed.copy_(torch.linspace(0, 1, small.pos_embed.shape[-1]).expand_as(small.pos_embed))
+    take_weights(large, small.state_dict())
+    left, *_, right = large.pos_embed[0, 0, 0].tolist()
+    assert left < 0.2 < 0.8 < right
+    assert torch.equal(large.head.weight, small.head.weight)
+
+
 def test_positions_of_prefix_tokens_may_be_in_the_tokens_themselves() -> None:
     """Some models embed the patches alone; what reaches the first block is the same."""
 
@@ -281,8 +293,9 @@ def test_operators_of_other_blocks_are_refused(there: dict[str, object], here: d
 @pytest.mark.parametrize(
     ("there", "here", "field"),
     [
-        ({}, {"residual": True}, "attention.residual=false"),
-        ({"residual": True}, {}, "attention.residual=true"),
+        ({}, {"residual": True}, "attention.residual=false and no attention.kind=static_softmax"),
+        ({"residual": True}, {}, "attention.residual=true or attention.kind=static_softmax"),
+        ({"kind": "static_softmax"}, {"kind": "static"}, "attention.residual=true or attention.kind=static_softmax"),
         ({}, {"softmax_heads": 1}, "attention.softmax_heads=0"),
         ({"softmax_heads": 1}, {}, "attention.softmax_heads=1"),
         ({"softmax_heads": 1, "residual": True}, {"residual": True}, "attention.softmax_heads=1"),
@@ -323,6 +336,8 @@ def test_kinds_without_parameters_differ_by_name() -> None:
     assert take_weights(model(1, kind="sigmoid"), model(0, kind="softmax").state_dict()) == ""
     assert differences((sizes, there), (sizes, here)) == ["attention.kind = softmax in the weights, sigmoid here"]
     assert differences((sizes, there), (sizes, AttentionConfig(kind="karat"))) == []
+    hybrid = AttentionConfig(kind="sigmoid", softmax_heads=1)
+    assert differences((sizes, hybrid), (sizes, here)) == ["attention.softmax_heads = 1 in the weights, 0 here"]
 
 
 def test_only_keys_that_a_kind_takes_differ() -> None:

@@ -137,6 +137,30 @@ def test_each_round_comes_closer_to_a_teacher_of_the_same_parts(name, masked) ->
     assert found[-1] < 0.05
 
 
+@pytest.mark.parametrize("base", ["gelu", "silu", "identity"])
+@pytest.mark.parametrize("kind", ["karat", "centred"])
+def test_a_base_leaves_least_squares_as_good_as_without_one(kind: str, base: str) -> None:
+    def heads(name: str) -> Any:
+        of = {"karat": FourierKaratOperator, "centred": Centred}[kind]
+        return of(TOKENS, HEADS, RANK, GRID, base=name)
+
+    calls, missed = calls_of(Original(None)), {}
+    for name in (base, "zero"):
+        torch.manual_seed(1)
+        made = heads(name)
+        solve(made, calls, 2)
+        missed[name] = error(made, calls)
+    assert missed[base] < 1.3 * missed["zero"]
+
+
+def test_more_units_than_tokens_can_all_learn() -> None:
+    heads = ContentOperator(FourierKaratOperator(TOKENS, HEADS, TOKENS + 2, GRID))
+    solve(heads, calls_of(Original(None)), 1)
+    operator = heads.operator
+    still = (operator.proj.abs().sum((0, 1)) == 0) & (operator.cos_coef.abs().sum((0, 2, 3)) == 0)
+    assert not still.any()
+
+
 def test_units_that_are_solved_for_in_turn_come_to_the_same(monkeypatch) -> None:
     original = Original(fourier())
     calls, heads = calls_of(original), fourier()

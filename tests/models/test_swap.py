@@ -77,6 +77,22 @@ def test_dropout_of_the_matrix_is_refused_and_nothing_has_changed(host: str) -> 
     assert [type(module) for module in network.modules()] == classes
 
 
+def test_a_section_that_a_later_block_refuses_changes_none() -> None:
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=45, num_heads=3)
+    classes = [type(module) for module in network.modules()]
+    section = AttentionConfig(kind="karat", blocks={"2": {"kind": "differential"}})  # whose heads have an even width
+    with pytest.raises(RecipeError, match="differential"):
+        swap_attention(network, section, 32)
+    assert [type(module) for module in network.modules()] == classes
+
+
+def test_images_that_are_not_square() -> None:
+    network = timm.create_model("vit_tiny_patch16_224", img_size=(32, 64), depth=1, num_classes=3)
+    swap_attention(network, AttentionConfig(kind="karat"), (32, 64))
+    assert network(torch.zeros(2, 3, 32, 64)).shape == (2, 3)
+    assert network.blocks[0].attn.operator.num_tokens == 9
+
+
 def test_a_model_of_other_channels() -> None:
     network = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, in_chans=1, num_classes=3)
     swap_attention(network, AttentionConfig(kind="karat"), image_size=32)

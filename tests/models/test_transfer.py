@@ -246,8 +246,9 @@ def test_a_student_without_a_teacher_says_so() -> None:
         student(torch.randn(1, 3, 16, 16))
 
 
+@pytest.mark.parametrize("kind", ["gated", "differential"])
 @pytest.mark.parametrize("softmax_heads", [0, 1])
-def test_matrices_that_need_the_layers_input_are_refused(softmax_heads: int) -> None:
-    message = r"attention.transfer_from = runs/teacher: its attention also depends on what its layers get"
+def test_attention_that_is_no_matrix_of_queries_and_keys_is_refused(softmax_heads: int, kind: str) -> None:
+    message = r"attention.transfer_from = runs/teacher: its attention is no matrix of queries and keys times the values"
     with pytest.raises(RecipeError, match=message):
-        pair(AttentionConfig(kind="gated", softmax_heads=softmax_heads))
+        pair(AttentionConfig(kind=kind, softmax_heads=softmax_heads))

@@ -93,8 +93,9 @@ class Rational(ElementwiseBasis):
             return
 
         def square(x: Tensor) -> Tensor:
-            points = x.to(b.device, b.dtype).view(-1, 1, 1, 1)
-            below = (_horner(points, b.unbind(1)) * points).abs() + 1
+            wide = b.to(torch.promote_types(b.dtype, torch.float32))  # x^10 is too large for float16
+            points = x.to(wide.device, wide.dtype).view(-1, 1, 1, 1)
+            below = (_horner(points, wide.unbind(1)) * points).abs() + 1
             return sum(points.pow(2 * i) for i in range(a.shape[1])) / below.square()
 
         a.mul_((normal_mean(square) * a.shape[3]).rsqrt().unsqueeze(1))

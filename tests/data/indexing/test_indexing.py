@@ -156,7 +156,7 @@ NO_CLASSES = [
     ([A, ("a.cls", b"-1")], [], "a.tar: sample a has label -1"),
     ([A, ("a.cls", b"99999999999")], [], "has label 99999999999"),
     ([*GOOD, B, ("b.cls", b"cat")], [], "choose --label"),
-    ([("a.cls", b"1")], [], "no sample has an image and a label"),
+    ([("a.cls", b"1")], [], "no sample has an image and a label, by --label cls"),
     (GOOD, ["--label", "csv"], "should be one of auto, cls"),
     (GOOD, ["--split", "train=b*.tar"], "no tar that is left has such a path"),
     (GOOD, ["--classes", "/nowhere"], "cannot be read"),
@@ -370,7 +370,7 @@ def test_tars_behind_links_are_found_and_none_is_left_out_in_silence(tmp_path: P
     }
     said = capsys.readouterr().out
     assert "note: 1 compressed tar left out, such as train/3.tar.gz" in said
-    assert "note: 1 tar whose name does not end in .tar left out, such as train/4.TAR" in said
+    assert "note: 1 misnamed tar left out, such as train/4.TAR" in said
     assert ShardSplit(source, "val", 1).read(0) == image(1)
 
 
