@@ -55,7 +55,9 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         target = posixpath.normpath(posixpath.join("docs", here, path))
         if target in _PAGES_OF_ROOT:
             return f"[{text}]({posixpath.relpath(_PAGES_OF_ROOT[target], here or '.')}{anchor})"
-        return link[0] if target.startswith("docs/") else f"{text} (`{target}`)"
+        if target.startswith("docs/"):
+            return link[0]
+        return f"`{target}`" if text == target else f"{text} (`{target}`)"
 
     return re.sub(r"\[([^\]]+)\]\((\.\./[^)#]+)(#[^)]*)?\)", on_the_site, markdown)
 

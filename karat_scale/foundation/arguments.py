@@ -45,7 +45,7 @@ class OneLineParser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             names = [str(choice) for choice in action.choices]
             choices = f"choose from {', '.join(names)}"
-            if action.option_strings and Path(str(value)).exists():
+            if action.option_strings and action.nargs and value and os.path.exists(str(value)):  # noqa: PTH110  # any length
                 raise argparse.ArgumentError(action, f"{value!r} is none of its values; name it before the option")
             hint = did_you_mean(str(value), names, choices, likeness=0.5)  # options are short
             if action.dest == "command":

@@ -81,7 +81,7 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             trainer.checkpoints.check_room()
             was_finished = outcome.state.step >= trainer.total_steps
             is_anew = world.is_main and directory.begins_anew(recipe)
-            if not (was_finished and outcome.state.restarts):  # it keeps the recipe that it was trained with
+            if not (was_finished and world.broadcast(directory.recipe_file.is_file())):  # it keeps its own recipe
                 world.on_main(lambda: directory.begin(recipe, task.classes))
             reporter.start_trackers(directory.path, recipe.log.trackers, is_anew)
             reporter.begin(outcome.state.step, is_anew, directory.last_sign)

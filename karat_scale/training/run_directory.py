@@ -98,7 +98,7 @@ class RunDirectory:
 
     def claim(self) -> None:
         """Create the directory if need be, and keep other processes out. Raises RunDirectoryError."""
-        for around in self.path.absolute().parents:
+        for around in self.path.resolve().parents:
             if (around / "recipe.yaml").is_file() and (around / "checkpoints").is_dir():
                 raise RunDirectoryError(f"run.dir = {self.path} lies in {around}, another run; choose another run.dir")
         try:

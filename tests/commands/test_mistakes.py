@@ -61,6 +61,8 @@ PUSH = "export kept --push"
         ("compare nowhere", "nowhere: there is no such directory; name that of a run, such as runs/NAME"),
         ("compare kep", "kep: there is no such directory; did you mean kept?"),
         ("eval kept --weigths ema", "unknown option --weigths; did you mean --weights?"),
+        ("eval kept --weights kept", "unknown value 'kept'; choose from auto, raw, ema"),
+        (f"eval kept --corrupt {'x' * 300}", "choose from"),
         ("analyze --only training kept", "'kept' is none of its values; name it before the option"),
         ("detect kept/seven.yaml", "seven.yaml extends cifar10_vit_tiny, a recipe of `karat train`: karat train kept/"),
         ("plan kept/seven.yaml", "model.num_heads = 7 does not divide the model's width; use a divisor of it"),

@@ -161,6 +161,10 @@ def test_a_finished_run_stays_finished(train_recipe, trained) -> None:
     recipe = (run / "recipe.yaml").read_bytes()
     train_recipe("train.epochs=1", "optim.lr=1", "resume.allow=optim.lr")
     assert (run / "recipe.yaml").read_bytes() == recipe  # nothing was trained at that rate
+    branch = run.with_name("branch")
+    train_recipe("train.epochs=1", f"run.dir={branch}", f"resume.from={run}")
+    assert (branch / "recipe.yaml").is_file()
+    assert (branch / "classes.json").is_file()
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(train_recipe, trained) -> None:

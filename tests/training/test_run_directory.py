@@ -104,6 +104,7 @@ def test_another_recipe_is_refused_with_the_fix(begun, small_recipe, overrides, 
 def test_no_run_begins_within_another(begun, small_recipe) -> None:
     with pytest.raises(RunDirectoryError, match=f"lies in {begun.path}, another run; choose another run.dir"):
         RunDirectory(begun.path / "checkpoints" / "new").open(small_recipe())
+    RunDirectory(begun.path / ".." / "beside").open(small_recipe())
 
 
 def test_a_branch_is_of_the_same_model(small_recipe, tmp_path) -> None:

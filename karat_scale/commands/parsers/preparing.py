@@ -216,7 +216,7 @@ def _check_path(options: argparse.Namespace) -> None:
 
 
 def _choose_schema(options: argparse.Namespace) -> None:
-    detects = options.detection or any(key.partition(".")[0] == "detector" for key in options.keys)
+    detects = options.detection or {key.partition(".")[0] for key in options.keys} == {"detector"}
     options.names, options.schema = options.keys, load(SCHEMAS["detect" if detects else "train"])
 
 

@@ -227,21 +227,32 @@ class SampleFiles:
             raise IndexError(f"sample {sample_id} of {len(self)}")
         sample_id %= len(self)
         self._split.read(sample_id)  # checks it
-        begin, part = self._split.around(sample_id)
-        what, by_key = self._split.file_of(sample_id), dict[str, dict[str, bytes]]()
-        found = None
-        for member in scan_members(lambda at, size: part[at : at + size], sys.maxsize, what) if part else ():
-            end = member.offset + member.size
-            if end > len(part):  # the header of the next image
-                break
-            if member.kind == "file":
+        first = sample_id
+        while first and self._split.locate(first - 1) == self._split.locate(sample_id):
+            first -= 1  # a suffix that comes again tells where a sample begins among those of its key
+        by_key, found = dict[str, dict[str, bytes]](), None
+        for number in range(first, sample_id + 1):
+            begin, part = self._split.around(number)
+            what = self._split.file_of(number)
+
+            def read(at: int, size: int, part: bytes = part) -> bytes:
+                return part[at : at + size]
+
+            for member in scan_members(read, sys.maxsize, what) if part else ():
+                end = member.offset + member.size
+                if end > len(part):  # the header of the next image
+                    break
+                if member.kind != "file":
+                    continue
                 key, suffix = self._rule.split_name(member.name)
-                if suffix in by_key.setdefault(key, {}):  # the next sample has the same key
+                if suffix in by_key.setdefault(key, {}):
                     if found == key:
                         break
                     by_key[key] = {}
                 by_key[key][suffix] = part[member.offset : end]
-                if begin + member.offset == self._split.places.offsets[sample_id]:
+                if begin + member.offset == self._split.places.offsets[number]:
+                    if number < sample_id:
+                        break  # what follows is around the next image, too
                     found = key
         if found is None:
             key, shard = self._split.locate(sample_id)

@@ -243,12 +243,16 @@ def _list_split(
     with making.alone_in(out):
         if (out / shard_format.DATASET_FILE).exists():
             found = shard_format.read_dataset_record(out, what="--out")
-            if found.classes != dataset.classes:
-                raise DataError(f"{out} has shards of other classes by now; use another --out")
+            _refuse_other_classes(out, found, dataset.classes)
             dataset = found
         dataset.splits[name] = split
         shard_format.write_dataset_record(out, dataset)
     return dataset
+
+
+def _refuse_other_classes(out: Path, found: shard_format.DatasetRecord, classes: list[str]) -> None:
+    if found.classes != classes:
+        raise DataError(f"{out} has shards of other classes by now; use another --out")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -279,6 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
         with making.alone_in(out / f".{job.split}.making", made=True):
             if (out / shard_format.DATASET_FILE).exists():  # another run may have made the split by now
                 dataset = shard_format.read_dataset_record(out, what="--out")
+                _refuse_other_classes(out, dataset, classes)
             if job.split in dataset.splits:
                 check_split(job, dataset.splits[job.split], options.workers)
             else:

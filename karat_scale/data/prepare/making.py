@@ -310,7 +310,12 @@ def alone_in(folder: Path, made: bool = False) -> Iterator[None]:
     while True:
         if made:
             folder.mkdir(exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            if not made:
+                raise
+            continue  # the other run has just removed it
         try:
             if not lock(handle, wait=False):
                 print(f"waiting for the end of another run that writes {folder.parent if made else folder}", flush=True)

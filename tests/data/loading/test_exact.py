@@ -5,6 +5,7 @@ import random
 import shutil
 import sys
 import traceback
+import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -440,10 +441,12 @@ def test_the_members_of_a_sample_are_those_that_the_index_took_together(tmp_path
         samples[3]
 
 
-def test_samples_in_a_row_with_the_same_key_keep_their_own_parts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", ["cls txt jpg", "jpg cls txt", "cls jpg txt"])
+def test_samples_in_a_row_with_the_same_key_keep_their_own_parts(order: str, tmp_path: Path) -> None:
     members = []
     for number in range(3):
-        members += [("a.cls", b"%d" % number), ("a.txt", b"caption %d" % number), ("a.jpg", encode(photo(number)))]
+        parts = {"cls": b"%d" % number, "txt": b"caption %d" % number, "jpg": encode(photo(number))}
+        members += [(f"a.{suffix}", parts[suffix]) for suffix in order.split()]
     write_tar(tmp_path / "train-0.tar", members)
     karat_done("index", str(tmp_path))
     samples = SampleFiles(tmp_path)
@@ -454,8 +457,9 @@ def test_samples_in_a_row_with_the_same_key_keep_their_own_parts(tmp_path: Path)
 
 def test_files_that_are_left_out_are_a_warning(tmp_path: Path) -> None:
     folder = make_image_folder(tmp_path, {"train": 4})
-    clean = of_images(folder)
-    clean.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        of_images(folder).close()
     next(folder.rglob("train/*/*.jpg")).with_suffix(".gif").touch()
     with pytest.warns(UserWarning, match=r"1 file left out, .*\.gif: no suffix of"):
         of_images(folder).close()

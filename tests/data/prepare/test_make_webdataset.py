@@ -114,8 +114,23 @@ def test_a_run_that_comes_late_keeps_what_another_made_meanwhile(script, folder,
     run(script, folder[0], out)
     assert contents(out, "*") == before
     assert "train: 21 samples in 1 shards are complete and correct" in capsys.readouterr().out or script is make_ffcv
-    with pytest.raises(DataError, match="holds split train"):
+    with pytest.raises(DataError, match="seed = 0, now 5"):
         run(script, folder[0], out, "--seed", "5")
+
+
+def test_a_split_of_other_classes_does_not_join_one_that_was_made_meanwhile(folder, tmp_path, monkeypatch):
+    out, settle = tmp_path / "out", making.settle
+    for split in ("train", "test"):
+        shutil.copytree(folder[0] / split / "ant", tmp_path / "other" / split / "wasp")
+
+    def other_ends_first(*arguments):
+        monkeypatch.undo()
+        make_shards(folder[0], out, "--split", "train")
+        settle(*arguments)
+
+    monkeypatch.setattr(making, "settle", other_ends_first)
+    with pytest.raises(DataError, match="has shards of other classes by now"):
+        make_shards(tmp_path / "other", out, "--split", "val")
 
 
 @pytest.mark.parametrize("made", [False, True])

@@ -50,7 +50,7 @@ def test_a_mistake_is_one_line_with_its_fix() -> None:
         (BASE, "attention.transfer_from=runs/a", r"attention.transfer_from = runs/a has no meaning in detection"),
         (BASE, "train.micro_batch=7", r"train.global_batch = 64 is not a multiple of train.micro_batch = 7; set .*=4"),
         (BASE, "resume.from=runs/a", r"init_from = timm.* and resume.from = runs/a both set"),
-        ("imagenet_vit_tiny", "run.seed=1", "train it with: karat train imagenet_vit_tiny"),
+        ("imagenet_vit_tiny", "run.seed=1", "only `karat train` takes this recipe: karat train imagenet_vit_tiny"),
     ):
         with pytest.raises(RecipeError, match=message) as caught:
             load_recipe(name, [override], DetectionRecipe)
