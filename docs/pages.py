@@ -27,8 +27,10 @@ from karat_scale.recipe.keys import Key, KeySection, sections_of, type_in_words
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
-_PAGES_OF_ROOT = {f"{name}.md": f"{name.lower()}.md" for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY")}
-_PAGES_OF_ROOT["README.md"] = "index.md"
+_PAGES_OF_ROOT = {
+    "README.md": "index.md",
+    **{f"{name}.md": f"{name.lower()}.md" for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY")},
+}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:

@@ -298,12 +298,20 @@ def _small(tar: Tar, member: Member) -> bytes:
     return tar.read(member.offset, min(member.size, _LARGEST_LABEL))
 
 
-def guess_label_rule(tar: Tar) -> LabelRule | None:
-    """Return where the samples of a tar have their class, judged by its members; None if it has none.
+def guess_label_rule(source: Path | Store, names: Sequence[str]) -> LabelRule:
+    """Return where samples have their class, judged by the members of the first of these tars that has some.
 
     Raises:
         DataError: nothing in it is a class for certain.
     """
+    for name in names:
+        with open_tar(source, name) as tar:
+            if rule := _rule_of(tar):
+                return rule
+    return LabelRule("path")
+
+
+def _rule_of(tar: Tar) -> LabelRule | None:
     content: bytes | None = None
     suffixes: set[str] = set()
     for member in scan_members(tar.read, tar.size, tar.name):
@@ -464,15 +472,8 @@ def index_tars(request: IndexRequest) -> int:
     names = find_tars(source)
     out = _output(source, request.out)
     splits = into_splits(names, request.splits)
-    rule = LabelRule("path")
-    if request.label != "auto":
-        rule = LabelRule.parse(request.label)
-    else:
-        for name in splits.get("train", names):
-            with open_tar(source, name) as tar:
-                if found := guess_label_rule(tar):
-                    rule = found
-                    break
+    is_guessed = request.label == "auto"
+    rule = guess_label_rule(source, splits.get("train", names)) if is_guessed else LabelRule.parse(request.label)
     tars = _read_all(source, names, rule, request.with_hashes)
     usual: list[str] = []
     if not request.classes and isinstance(source, Path) and (source / "classnames.txt").exists():

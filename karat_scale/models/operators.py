@@ -236,12 +236,12 @@ def learn(
             "attention.mode = universal: all blocks share one operator, but attention.blocks gives them "
             f"{len(groups)} different ones; use attention.mode=blockwise"
         )
-    made = [_operators_of(model, section, turned) for section, turned in groups]  # all, before any layer changes
-    for (_, turned), operators in zip(groups, made, strict=True):
-        for (layer, _), operator in zip(turned, operators, strict=True):
-            # A new class, as in torch's parametrizations: names and weights stay timm's.
-            layer.__class__ = classes[type(layer)]
-            layer.operator = operator
+    made = [operator for section, turned in groups for operator in _operators_of(model, section, turned)]
+    learning = [layer for _, turned in groups for layer, _ in turned]
+    for layer, operator in zip(learning, made, strict=True):  # only now, as some section may have been refused
+        # A new class, as in torch's parametrizations: names and weights stay timm's.
+        layer.__class__ = classes[type(layer)]
+        layer.operator = operator
     return network
 
 

@@ -136,6 +136,11 @@ def flatten(recipe: RunRecipe) -> dict[str, Any]:
     return dict(leaves(recipe.model_dump(mode="json", by_alias=True), whole=effects(type(recipe))))
 
 
+def setting_text(value: Any) -> str:
+    """Return the value of a leaf as a recipe has it."""
+    return value or "''" if isinstance(value, str) else json.dumps(value)
+
+
 def differing_keys(old: RunRecipe, new: RunRecipe, allowed: Sequence[str] = ()) -> list[str]:
     """Return the dotted keys whose values differ and affect what is learned, except those in `allowed`.
 

@@ -44,7 +44,15 @@ from karat_scale.foundation.tables import require_trust
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import NEVER_ALLOWED, Effect
 from karat_scale.recipe.files import COMMANDS, read_run_recipe, recipe_of_run
-from karat_scale.recipe.loading import differing_keys, dump_recipe, effects, flatten, load_run_recipe, rounding_keys
+from karat_scale.recipe.loading import (
+    differing_keys,
+    dump_recipe,
+    effects,
+    flatten,
+    load_run_recipe,
+    rounding_keys,
+    setting_text,
+)
 
 _RECIPE = "recipe.yaml"
 # What two models with tensors of the same shapes may differ in.
@@ -345,14 +353,10 @@ def _advice(path: Path, keys: list[str], fixed: list[str], before: dict[str, Any
     return f"{' and '.join(advice)}, or choose another run.dir"
 
 
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value) or "''"
-
-
 def describe_keys(old: RunRecipe, new: RunRecipe, keys: list[str]) -> str:
     """Differing keys with both values, as text."""
-    before, after = ({key: _shown(value) for key, value in flatten(one).items()} for one in (old, new))
-    listed = ", ".join(f"{key} ({before.get(key, 'null')} -> {after[key]})" for key in keys[:6])
+    before, after = flatten(old), flatten(new)
+    listed = ", ".join(f"{key} ({setting_text(before.get(key))} -> {setting_text(after[key])})" for key in keys[:6])
     return listed + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
 
 

@@ -18,7 +18,7 @@ from karat_scale.foundation.console import plural, printable
 from karat_scale.foundation.errors import UserError
 from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.base import Effect
-from karat_scale.recipe.loading import effects, flatten
+from karat_scale.recipe.loading import effects, flatten, setting_text
 
 _MOST_KEYS = 3  # in a label
 _SEED = re.compile(r"[-_.]?seed[-_=]?\d+$")  # at the end of a directory's name
@@ -132,11 +132,6 @@ def _labels(groups: Sequence[Group]) -> list[str]:
 def _seeds(numbers: Collection[int]) -> str:
     """The seeds of some runs, so that seed 0 does not look like none."""
     return f"{'seed' if len(numbers) == 1 else 'seeds'} {', '.join(map(str, numbers))}" if numbers else "none"
-
-
-def setting_text(value: Any) -> str:
-    """Return the value of a key as a recipe has it."""
-    return value or "''" if isinstance(value, str) else json.dumps(value)
 
 
 def changes_text(changes: Mapping[str, tuple[Any, Any]], most: int | None = None) -> str:

@@ -10,8 +10,9 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -208,6 +209,8 @@ class SampleFiles:
         except DataError as error:
             raise DataError(re.sub(r"data\.(?:val_|train_)?(?=path|split)", "", str(error))) from None
         self._rule = LabelRule.parse(self._split.made.get("label", "cls"))  # says what of a member's name is the key
+        self._repeats: dict[int, set[int]] = {}
+        """By the number of a tar, its samples whose key is that of the sample before."""
 
     def __len__(self) -> int:
         return len(self._split)
@@ -227,30 +230,15 @@ class SampleFiles:
             raise IndexError(f"sample {sample_id} of {len(self)}")
         sample_id %= len(self)
         self._split.read(sample_id)  # checks it
-        first = sample_id
-        while first and self._split.locate(first - 1) == self._split.locate(sample_id):
-            first -= 1  # a suffix that comes again tells where a sample begins among those of its key
         by_key, found = dict[str, dict[str, bytes]](), None
-        for number in range(first, sample_id + 1):
-            begin, part = self._split.around(number)
-            what = self._split.file_of(number)
-
-            def read(at: int, size: int, part: bytes = part) -> bytes:
-                return part[at : at + size]
-
-            for member in scan_members(read, sys.maxsize, what) if part else ():
-                end = member.offset + member.size
-                if end > len(part):  # the header of the next image
-                    break
-                if member.kind != "file":
-                    continue
-                key, suffix = self._rule.split_name(member.name)
-                if suffix in by_key.setdefault(key, {}):
+        for number in range(self._first_of_its_key(sample_id), sample_id + 1):
+            for key, suffix, offset, content in self._members(number):
+                if suffix in by_key.setdefault(key, {}):  # another sample of the same key begins
                     if found == key:
                         break
                     by_key[key] = {}
-                by_key[key][suffix] = part[member.offset : end]
-                if begin + member.offset == self._split.places.offsets[number]:
+                by_key[key][suffix] = content
+                if offset == self._split.places.offsets[number]:
                     if number < sample_id:
                         break  # what follows is around the next image, too
                     found = key
@@ -258,3 +246,26 @@ class SampleFiles:
             key, shard = self._split.locate(sample_id)
             raise DataError(f"{shard}: the members of sample {key} do not follow each other; make shards of them")
         return {"__key__": found, "__label__": int(self._split.labels[sample_id]), **by_key[found]}
+
+    def _members(self, sample_id: int) -> Iterator[tuple[str, str, int, bytes]]:
+        """Yield key, suffix, offset and content of the files from the image before to the image after a sample's."""
+        begin, part = self._split.around(sample_id)
+        what = self._split.file_of(sample_id)
+        for member in scan_members(lambda at, size: part[at : at + size], sys.maxsize, what) if part else ():
+            end = member.offset + member.size
+            if end > len(part):  # the header of the next image
+                return
+            if member.kind == "file":
+                yield *self._rule.split_name(member.name), begin + member.offset, part[member.offset : end]
+
+    def _first_of_its_key(self, sample_id: int) -> int:
+        """Return the first of the samples in a row that have this one's key. Each index is read once."""
+        place = self._split.places.shard_of(sample_id)
+        if place not in self._repeats:
+            start, keys = int(self._split.places.starts[place]), list[str]()
+            with suppress(DataError):  # it has changed since it was opened
+                keys = self._split.keys_of(place)
+            self._repeats[place] = {start + n for n, pair in enumerate(pairwise(keys), 1) if pair[0] == pair[1]}
+        while sample_id in self._repeats[place]:
+            sample_id -= 1
+        return sample_id

@@ -14,7 +14,6 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,20 +180,25 @@ def from_web(wanted: list[RemoteFile], out: Path) -> None:
         download(remote, out)
 
 
+def missing_of(wanted: list[RemoteFile], out: Path) -> list[RemoteFile]:
+    """Return the files that are not in `out`, or not as published."""
+    return [remote for remote in wanted if not remote.is_in(out)]
+
+
 def fetch(missing: list[RemoteFile], out: Path, ways: dict[str, Way]) -> str:
     """Try the sources in turn until every file is right; returns the one that succeeded. Raises DataError."""
     failures = []
     for name, way in ways.items():
         try:
-            way([remote for remote in missing if not remote.is_in(out)])
+            way(missing_of(missing, out))
         except DataError as error:
             failures.append(f"{name}: {error}")
             print(f"not from {name}: {error}")
             continue
-        wrong = [remote.name for remote in missing if not remote.is_in(out)]
+        wrong = missing_of(missing, out)
         if not wrong:
             return name
-        failures.append(f"{name}: {wrong[0]} has the wrong content")
+        failures.append(f"{name}: {wrong[0].name} has the wrong content")
     names = ", ".join(remote.name for remote in missing)
     raise DataError(f"download failed ({'; '.join(failures)}); put {names} into {out} yourself and run this again")
 
@@ -214,18 +218,15 @@ def main(arguments: list[str] | None = None) -> None:
         if options.source not in ways:
             raise DataError(f"--source {options.source} has only {FASHION_MNIST}; remove it")
         ways = {options.source: ways[options.source]}
-    if not options.dry_run:
-        out.mkdir(parents=True, exist_ok=True)
-    with nullcontext() if options.dry_run else alone_in(out):
-        missing = [remote for remote in known[options.data_set] if not remote.is_in(out)]
-        if options.dry_run and missing:
-            names = ", ".join(remote.name for remote in missing)
-            print(f"would fetch {names} into {out}, trying {', then '.join(ways)}")
-            return
-        if fashion and not options.dry_run and not (out / CLASSES_FILE).is_file():
+    wanted, complete = known[options.data_set], f"{options.data_set} is complete and correct in {out}"
+    if options.dry_run:
+        names = ", ".join(remote.name for remote in missing_of(wanted, out))
+        print(f"would fetch {names} into {out}, trying {', then '.join(ways)}" if names else complete)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with alone_in(out):
+        if fashion and not (out / CLASSES_FILE).is_file():
             # The order of the classes is that of the labels; without this file their names would be 0 to 9.
             write_atomically(out / CLASSES_FILE, "".join(f"{name}\n" for name in FashionMNIST.classes).encode())
-        if missing:
-            print(f"{options.data_set} is in {out}, from {fetch(missing, out, ways)}")
-        else:
-            print(f"{options.data_set} is complete and correct in {out}")
+        missing = missing_of(wanted, out)
+        print(f"{options.data_set} is in {out}, from {fetch(missing, out, ways)}" if missing else complete)

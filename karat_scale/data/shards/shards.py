@@ -150,7 +150,11 @@ class IndexedSplit(ImageSource):
 
     def keys(self) -> list[str]:
         """Return the key of each sample. Raises DataError if an index has changed."""
-        return [key for shard in self._shards for key in shard_format.keys_of(self._indexes.read_checked(shard.index))]
+        return [key for place in range(len(self._shards)) for key in self.keys_of(place)]
+
+    def keys_of(self, place: int) -> list[str]:
+        """Return the keys of the samples in one file, of which `places` says the number. Raises DataError likewise."""
+        return shard_format.keys_of(self._indexes.read_checked(self._shards[place].index))
 
     def file_of(self, sample_id: int) -> str:
         return self._tars.where(self._shards[self.places.shard_of(sample_id)].name)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from karat_scale.data import EvalLoader, ExactLoader, SampleFiles
 from karat_scale.data.backends.own import Collated
+from karat_scale.data.shards.shards import LocalPlace
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.recipe.loading import load_recipe
 from tests.conftest import karat_done, make_image_folder, output_of, summary
@@ -453,6 +454,26 @@ def test_samples_in_a_row_with_the_same_key_keep_their_own_parts(order: str, tmp
     for number in range(3):
         sample = samples[number]
         assert (sample["__label__"], sample["cls"], sample["txt"]) == (number, b"%d" % number, b"caption %d" % number)
+
+
+def test_samples_are_read_without_their_tars_whole_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its hash alone took ten times as long as a sample."""
+    for tar in range(2):
+        members = [
+            (f"{n}.{suffix}", encode(photo(ord(n))) if suffix == "jpg" else b"0")
+            for n in "abc"
+            for suffix in ("cls", "jpg")
+        ]
+        write_tar(tmp_path / f"train-{tar}.tar", members)
+    karat_done("index", str(tmp_path))
+    samples, read = SampleFiles(tmp_path), []
+    checked = LocalPlace.read_checked
+    monkeypatch.setattr(
+        LocalPlace, "read_checked", lambda place, record: read.append(record.name) or checked(place, record)
+    )
+    for number in [*range(6)] * 2:
+        assert samples[number]["__key__"] == "abc"[number % 3]
+    assert len(read) == 2
 
 
 def test_files_that_are_left_out_are_a_warning(tmp_path: Path) -> None:

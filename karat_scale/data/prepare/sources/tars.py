@@ -95,9 +95,9 @@ class TarSource(base.ListedSource):
         numbers = {name: label for label, name in enumerate(classes)}
         found: list[tuple[str, str, Member]] = []
         members = list(members)
-        last = {path: number for number, (_, path, _) in enumerate(members)}
-        for number, (name, path, member) in enumerate(members):
-            if number != last[path]:
+        latest = {path: member for _, path, member in members}
+        for name, path, member in members:
+            if member is not latest[path]:
                 skipped.append((path, "a later file of the tar replaces it"))
                 continue
             if member.unusable or not is_image_name(path.rpartition("/")[2]):
