@@ -134,6 +134,18 @@ def test_huge_scores_stay_bounded_and_nan_stays_nan(dtype):
     assert output[5].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_stays_in_its_image(dtype):
+    call = make_call(2, 1, 40, 20, 12, 3).to(dtype)  # the last block of 32 is more than half padding
+    upstream = normal(call.value.shape, 1, dtype)
+    whole = fast(call, upstream)
+    query = call.query.detach().clone()
+    query[0] = float("nan")
+    damaged = fast(call._replace(query=query.requires_grad_()), upstream)
+    for before, after in zip(whole[:4], damaged[:4], strict=True):  # O, dQ, dK and dV
+        assert torch.equal(before[1], after[1])
+
+
 @settings(max_examples=40)
 @given(
     dtype=st.sampled_from((torch.float32, torch.float32, torch.bfloat16, torch.float16)),

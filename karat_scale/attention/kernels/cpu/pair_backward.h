@@ -17,8 +17,8 @@ namespace {
 // scale that dA is to be multiplied by: phi' = sum_m (m b_m) cos(m x) - (m a_m) sin(m x).
 void pack_pairs_for_backward(const Call& c, const PairShape& s, long h, Pair* out) {
   bfloat16* at = &out->first;
-  for (long p = 0; p < s.rank; p++)
-    for (long q = 0; q < s.tokens; q++)
+  for (long q = 0; q < s.tokens; q++)
+    for (long p = 0; p < s.rank; p++)
       for (long m = 0; m < s.grid; m++) {
         const long from = s.coefficient(h, p, q, m);
         const float times = (m + 1) * s.scale;
@@ -30,8 +30,8 @@ void pack_pairs_for_backward(const Call& c, const PairShape& s, long h, Pair* ou
 }
 
 // From scores [keys][32] and their slopes [feature][KEYS][32] to features and dA = sum_f (D_f^T dH) f(A), rows of pairs
-// of queries, and to dA as pairs of keys. Beyond WHOLE columns, of which 16 are queries, the features of the first 16
-// stand again: dH and with it the slopes are zero.
+// of queries, and to dA as pairs of keys. Beyond WHOLE columns, of which 16 are queries, dA is zero and the features of
+// the first 16 stand again: dH is zero.
 template <bool WHOLE, long GRID>
 void fill_pair_gradients(const float* scores, const float* slopes, Pair* features, Pair* grad_scores, Pair* grad_pairs,
                          float half_turn, long keys, long grid) {
@@ -49,8 +49,10 @@ void fill_pair_gradients(const float* scores, const float* slopes, Pair* feature
       const float *cosine = slopes + (m - 1) * SLOPES + i * DEPTH, *sine = cosine + count * SLOPES;
       grad[0] += load(cosine) * first.cosine[m];
       grad[0] += load(sine) * first.sine[m];
-      grad[1] += load(cosine + LANES) * second.cosine[m];
-      grad[1] += load(sine + LANES) * second.sine[m];
+      if constexpr (WHOLE) {
+        grad[1] += load(cosine + LANES) * second.cosine[m];
+        grad[1] += load(sine + LANES) * second.sine[m];
+      }
     }
     const __m512i row = round_to_pairs(grad[0], grad[1]);
     store(grad_scores + i * FEATURE_ROW, row);
@@ -66,27 +68,28 @@ void backward_keys(const PairShape& s, const PairBackwardScratch& w, const Pair*
   const long width_pairs = s.width_step / 2, keys = std::min(KEYS, s.tokens - key);
   const float half_turn = 0x1.45f306p-2f * s.scale; // scores in units of pi
   for (long q = 0; q < queries; q += DEPTH) {
+    const long columns = std::min(DEPTH, queries - q);
     multiply<false>(Operand::left(w.key + key * width_pairs, width_pairs),
-                    Operand::right(w.query_columns + query + q, s.token_step), Result::rows(w.scores, DEPTH), 1, 2,
-                    s.width_step / DEPTH);
+                    Operand::right(w.query_columns + query + q, s.token_step), Result::rows(w.scores, DEPTH), keys,
+                    columns, s.width_pairs);
     multiply<false>({slopes + key * s.unit_step, s.unit_step, s.token_step * s.unit_step, PAIRS},
                     Operand::right(w.grad_hidden_columns + query + q, s.token_step),
-                    Result{w.slopes, DEPTH, KEYS * DEPTH}, s.features(), 2,
-                    PARTS == 2 ? s.unit_step / PAIRS : 1, PARTS == 2 ? PAIRS : (s.rank + 1) / 2);
+                    Result{w.slopes, DEPTH, KEYS * DEPTH}, s.features() * KEYS, columns,
+                    PARTS == 2 ? s.unit_step : s.unit_pairs);
     for_grid(s.grid, [&](auto grid) {
-      const auto fill = queries - q > 16 ? fill_pair_gradients<true, grid> : fill_pair_gradients<false, grid>;
+      const auto fill = columns > 16 ? fill_pair_gradients<true, grid> : fill_pair_gradients<false, grid>;
       fill(w.scores, w.slopes, w.features + q / 2, w.grad_scores + q / 2, grad_pairs + q, half_turn, keys, s.grid);
     });
   }
-  const long depth = (queries + DEPTH - 1) / DEPTH;
+  const long pairs = (queries + 1) / 2;
   multiply_parts<true>({w.features, FEATURE_ROW, KEYS * FEATURE_ROW, PAIRS}, 0,
                        Operand::right(w.grad_hidden_pairs + query / 2 * s.unit_step, s.unit_step),
                        PARTS == 2 ? s.token_step / 2 * s.unit_step : 0,
-                       Result{grad_coef + key * s.unit_step, s.unit_step, s.token_step * s.unit_step}, s.features(),
-                       s.unit_step / 16, depth);
+                       Result{grad_coef + key * s.unit_step, s.unit_step, s.token_step * s.unit_step},
+                       s.features() * KEYS, s.unit_step, pairs);
   multiply<true>(Operand::left(w.grad_scores, FEATURE_ROW),
                  Operand::right(w.query_pairs + query / 2 * s.width_step, s.width_step),
-                 Result::rows(w.grad_key + key * s.width_step, s.width_step), 1, s.width_step / 16, depth);
+                 Result::rows(w.grad_key + key * s.width_step, s.width_step), keys, s.width_step, pairs);
 }
 
 struct PairBackward {
@@ -123,15 +126,15 @@ struct PairBackward {
       const long queries = std::min(end, s.tokens) - first;
       clear(w.grad_query, s.width_step * CHUNK_STEP);
       for (long key = 0; key < s.tokens; key += GROUP) {
-        const long keys = std::min(GROUP, s.tokens - key), depth = (keys + DEPTH - 1) / DEPTH;
+        const long keys = std::min(GROUP, s.tokens - key), pairs = (keys + 1) / 2;
         for (long k = 0; k < keys; k += KEYS)
           backward_keys(s, w, reinterpret_cast<const Pair*>(slopes), sums.coefficients, key + k, first, queries,
                         w.grad_score_pairs + k / 2 * CHUNK_STEP);
-        for (long pair = (keys + 1) / 2; pair < depth * PAIRS; pair++)
+        for (long pair = pairs; pair < round_up(pairs, PAIRS); pair++)
           std::memset(w.grad_score_pairs + pair * CHUNK_STEP, 0, CHUNK * sizeof(Pair));
         multiply<true>(Operand::left(w.key_columns + key / 2, token_pairs),
                        Operand::right(w.grad_score_pairs, CHUNK_STEP), Result::rows(w.grad_query, CHUNK_STEP),
-                       s.width_step / 16, (queries + 15) / 16, depth);
+                       s.width_step, queries, pairs);
       }
       write_query_gradient(c, s, w, first, queries, b, h);
     }

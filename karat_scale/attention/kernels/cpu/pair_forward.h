@@ -53,8 +53,8 @@ void fill_pair_features(const float* scores, Pair* features, float half_turn, lo
 // C of a head as pairs of keys, [block of 32 keys][feature][pair][unit]: the order in which a tile's features come.
 void pack_pairs_for_forward(const Call& c, const PairShape& s, long h, Pair* out) {
   bfloat16* at = &out->first;
-  for (long p = 0; p < s.rank; p++)
-    for (long q = 0; q < s.tokens; q++)
+  for (long q = 0; q < s.tokens; q++)
+    for (long p = 0; p < s.rank; p++)
       for (long m = 0; m < s.grid; m++) {
         const long from = s.coefficient(h, p, q, m), block = q / DEPTH * s.features() * PAIRS, pair = q % DEPTH / 2;
         at[((block + m * PAIRS + pair) * s.unit_step + p) * 2 + q % 2] = rounded(c.cosines[from]);
@@ -64,26 +64,25 @@ void pack_pairs_for_forward(const Call& c, const PairShape& s, long h, Pair* out
 
 // H of 32 queries or fewer, from token `first` on.
 void sum_hidden(const PairShape& s, const PairForwardScratch& w, const Pair* coef, long first, long rows) {
-  const long row_tiles = rows > 16 ? 2 : 1, width_blocks = s.width_step / DEPTH, unit_tiles = s.unit_step / 16;
   const float half_turn = s.scale * 0x1.45f306p-2f; // scores in units of pi
   clear(w.hidden, DEPTH * s.unit_step);
   for (long k = 0; k < s.tokens; k += KEY_BLOCKS * DEPTH) {
     const long blocks = std::min(KEY_BLOCKS, (s.tokens - k + DEPTH - 1) / DEPTH);
     for (long block = 0; block < blocks; block++) {
-      const long key = k + block * DEPTH;
+      const long key = k + block * DEPTH, keys = std::min(DEPTH, s.tokens - key);
       multiply<false>(Operand::left(w.query + first * s.width_step / 2, s.width_step / 2),
-                      Operand::right(w.key_columns + key, s.token_step), Result::rows(w.scores, DEPTH), row_tiles, 2,
-                      width_blocks);
+                      Operand::right(w.key_columns + key, s.token_step), Result::rows(w.scores, DEPTH), rows, keys,
+                      s.width_pairs);
       Pair* features = w.features + block * s.features() * FEATURE_STEP;
       for_grid(s.grid, [&](auto grid) {
-        if (s.tokens - key > 16) fill_pair_features<true, grid>(w.scores, features, half_turn, rows, s.grid);
+        if (keys > 16) fill_pair_features<true, grid>(w.scores, features, half_turn, rows, s.grid);
         else fill_pair_features<false, grid>(w.scores, features, half_turn, rows, s.grid);
       });
     }
-    const long depth = blocks * s.features();
+    const long in_block = blocks == 1 ? std::min(PAIRS, s.token_pairs - k / 2) : PAIRS;
     multiply<true>({w.features, PAIRS, 16 * PAIRS, FEATURE_STEP},
                    Operand::right(coef + k / DEPTH * s.features() * PAIRS * s.unit_step, s.unit_step),
-                   Result::rows(w.hidden, s.unit_step), row_tiles, unit_tiles, depth);
+                   Result::rows(w.hidden, s.unit_step), rows, s.unit_step, blocks * s.features() * in_block, in_block);
   }
 }
 
@@ -101,13 +100,13 @@ struct PairForward {
 
   static void run(const Call& c, const Shape& s, const Scratch& w, const float* coef, const float* projector, long b,
                   long h) {
-    const long width_pairs = s.width_step / 2, width_tiles = s.width_step / 16;
+    const long width_pairs = s.width_step / 2;
     // U = W^T V.
     read_pairs(item<bfloat16>(c.value, b, h), c.value.token, w.rows, width_pairs, s.tokens, s.width);
     pair_rows(w.rows, width_pairs, w.value, s.width_step, s.token_step, s.width_step);
     multiply_parts<false>(Operand::left(reinterpret_cast<const Pair*>(projector), s.token_step / 2),
                           s.unit_step * s.token_step / 2, Operand::right(w.value, s.width_step), 0,
-                          Result::rows(w.narrow, s.width_step), s.unit_step / 16, width_tiles, s.token_step / DEPTH);
+                          Result::rows(w.narrow, s.width_step), s.unit_step, s.width_step, s.token_pairs);
     split_rows(w.narrow, s.width_step, w.narrow_rows, width_pairs, DEPTH * width_pairs, s.unit_step, s.width_step);
     pair_rows(w.narrow_rows, width_pairs, w.narrow_pairs, s.width_step, 2 * DEPTH, s.width_step);
 
@@ -124,7 +123,7 @@ struct PairForward {
       split_rows(w.hidden, s.unit_step, w.hidden_pairs, PAIRS, DEPTH * PAIRS, rows, s.unit_step);
       multiply_parts<false>(Operand::left(w.hidden_pairs, PAIRS), DEPTH * PAIRS,
                             Operand::right(w.narrow_pairs, s.width_step), PAIRS * s.width_step,
-                            Result::rows(w.out, s.width_step), rows > 16 ? 2 : 1, width_tiles, 1);
+                            Result::rows(w.out, s.width_step), rows, s.width_step, s.unit_pairs);
       write_rounded(w.out, s.width_step, item<bfloat16>(c.output, b, h) + first * c.output.token, c.output.token, rows,
                     s.width);
     }

@@ -63,7 +63,6 @@ void split_narrow(const PairShape& s, const PairBackwardScratch& w) {
 void pull_back_pairs(const Call& c, const PairShape& s, const PairBackwardScratch& w, const Pair* projector,
                      float* grad_projector, long b, long h) {
   const long width_pairs = s.width_step / 2, token_pairs = s.token_step / 2;
-  const long width_tiles = s.width_step / 16, token_tiles = s.token_step / 16, unit_tiles = s.unit_step / 16;
   const long projector_low = s.token_step * PAIRS, narrow_low = PAIRS * s.width_step;
   const Pair* projector_columns = projector + 2 * projector_low;
   read_pairs(item<bfloat16>(c.value, b, h), c.value.token, w.value, width_pairs, s.tokens, s.width);
@@ -74,10 +73,10 @@ void pull_back_pairs(const Call& c, const PairShape& s, const PairBackwardScratc
   // U = W^T V, dH = dO U^T.
   multiply_parts<false>(Operand::left(projector_columns, token_pairs), s.unit_step * token_pairs,
                         Operand::right(w.value_pairs, s.width_step), 0, Result::rows(w.narrow_sums, s.width_step),
-                        unit_tiles, width_tiles, s.token_step / DEPTH);
+                        s.unit_step, s.width_step, s.token_pairs);
   split_narrow(s, w);
   multiply_parts<false>(Operand::left(w.grad_output, width_pairs), 0, Operand::right(w.narrow_columns, 2 * DEPTH),
-                        DEPTH, Result::rows(w.sums, s.unit_step), token_tiles, unit_tiles, s.width_step / DEPTH);
+                        DEPTH, Result::rows(w.sums, s.unit_step), s.token_step, s.unit_step, s.width_pairs);
   constexpr bool split = PARTS == 2;
   split_rows<split>(w.sums, s.unit_step, w.grad_hidden, PAIRS, s.token_step * PAIRS, s.token_step, s.unit_step);
   pair_rows(w.grad_hidden, PAIRS, w.grad_hidden_pairs, s.unit_step, 2 * s.token_step, s.unit_step);
@@ -92,12 +91,12 @@ void pull_back_pairs(const Call& c, const PairShape& s, const PairBackwardScratc
   transpose(w.hidden_pairs, s.unit_step, w.hidden_columns, s.token_step, s.token_step, s.unit_step);
   multiply_parts<false>(Operand::left(w.hidden_columns, s.token_step), token_pairs,
                         Operand::right(w.grad_output_pairs, s.width_step), 0,
-                        Result::rows(w.narrow_sums, s.width_step), unit_tiles, width_tiles, s.token_step / DEPTH);
+                        Result::rows(w.narrow_sums, s.width_step), s.unit_step, s.width_step, s.token_pairs);
   split_narrow(s, w);
   multiply_parts<true>(Operand::left(w.value, width_pairs), 0, Operand::right(w.narrow_columns, 2 * DEPTH), DEPTH,
-                       Result::rows(grad_projector, s.unit_step), token_tiles, unit_tiles, s.width_step / DEPTH);
+                       Result::rows(grad_projector, s.unit_step), s.tokens, s.unit_step, s.width_pairs);
   multiply_parts<false>(Operand::left(projector, PAIRS), projector_low, Operand::right(w.narrow_pairs, s.width_step),
-                        narrow_low, Result::rows(w.sums, s.width_step), token_tiles, width_tiles, 1);
+                        narrow_low, Result::rows(w.sums, s.width_step), s.tokens, s.width_step, s.unit_pairs);
   write_rounded(w.sums, s.width_step, item<bfloat16>(c.grad_value, b, h), c.grad_value.token, s.tokens, s.width);
 }
 

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <algorithm>
+
 #include "pairs.h"
 
 namespace {
@@ -58,9 +60,10 @@ INLINE void multiply_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(LEFT), "i"(RIGHT));
 }
 
-// ROWS x COLUMNS tiles of sums, each 1 or 2: registers 0..3 hold sums, 4 and 5 left tiles, 6 and 7 right ones.
+// ROWS x COLUMNS tiles of sums, each 1 or 2: registers 0..3 hold sums, 4 and 5 left tiles, 6 and 7 right ones. Tiles
+// are taken whole: pairs beyond the last are zero in one operand.
 template <bool ADD, int ROWS, int COLUMNS>
-INLINE void multiply_block(Operand left, Operand right, Result out, long depth, long) {
+INLINE void multiply_block(Operand left, Operand right, Result out, long, long pairs, long in_block) {
   constexpr bool lower = ROWS == 2, further = COLUMNS == 2;
   float *upper_out = out.data, *lower_out = out.data + out.tile;
   if constexpr (ADD) {
@@ -71,7 +74,7 @@ INLINE void multiply_block(Operand left, Operand right, Result out, long depth, 
   } else {
     zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
   }
-  for (long k = 0; k < depth; k++) {
+  for (long k = 0; k * in_block < pairs; k++) {
     load_tile<4>(left.at(0, k), left.row);
     load_tile<6>(right.at(0, k), right.row);
     multiply_tiles<0, 4, 6>();
@@ -93,18 +96,19 @@ struct Tiles {}; // there are none to set up
 
 // ROWS x COLUMNS tiles of sums, each 1 or 2, of which 16 vectors at a time are in registers.
 template <bool ADD, int ROWS, int COLUMNS>
-INLINE void multiply_block(Operand left, Operand right, Result out, long depth, long pairs) {
+INLINE void multiply_block(Operand left, Operand right, Result out, long rows, long pairs, long in_block) {
   constexpr long AT_ONCE = 16 / COLUMNS;
-  for (long rows = 0; rows < 16 * ROWS; rows += AT_ONCE) {
-    const long t = rows / 16, i = rows % 16;
+  for (long begin = 0; begin < std::min(16l * ROWS, rows); begin += AT_ONCE) {
+    const long t = begin / 16, i = begin % 16;
     float* sums = out.data + t * out.tile + i * out.row;
     Vec sum[AT_ONCE][COLUMNS] = {};
     if constexpr (ADD)
       UNROLL for (long n = 0; n < AT_ONCE; n++)
         UNROLL for (long u = 0; u < COLUMNS; u++) sum[n][u] = load(sums + n * out.row + 16 * u);
-    for (long k = 0; k < depth; k++) {
+    for (long k = 0; k * in_block < pairs; k++) {
       const Pair *from = left.at(t, k) + i * left.row, *first = right.at(0, k);
-      for (long pair = 0; pair < pairs; pair++) {
+      const long count = std::min(in_block, pairs - k * in_block);
+      for (long pair = 0; pair < count; pair++) {
         __m512i column[COLUMNS];
         UNROLL for (long u = 0; u < COLUMNS; u++) column[u] = load(first + u * right.tile + pair * right.row);
         UNROLL for (long n = 0; n < AT_ONCE; n++) {
@@ -123,19 +127,22 @@ INLINE void multiply_block(Operand left, Operand right, Result out, long depth, 
 
 #endif
 
-// out (+)= left right, for `rows` x `columns` tiles and `depth` blocks of 16 pairs, of which AVX-512 takes `pairs`.
+// out (+)= left right: `rows` x `columns` sums over `pairs` in depth, the first `in_block` of each block of 16. Columns
+// are written to whole tiles, rows to half ones at least.
 template <bool ADD>
-INLINE void multiply(Operand left, Operand right, Result out, long rows, long columns, long depth, long pairs = PAIRS) {
-  for (long u = 0; u < columns; u += 2)
-    for (long t = 0; t < rows; t += 2) {
+INLINE void multiply(Operand left, Operand right, Result out, long rows, long columns, long pairs,
+                     long in_block = PAIRS) {
+  for (long u = 0; 16 * u < columns; u += 2)
+    for (long t = 0; 16 * t < rows; t += 2) {
       const Operand l{left.at(t, 0), left.row, left.tile, left.block};
       const Operand r{right.at(u, 0), right.row, right.tile, right.block};
       const Result o{out.data + t * out.tile + u * 16, out.row, out.tile};
-      const bool lower = t + 1 < rows, further = u + 1 < columns;
-      if (lower && further) multiply_block<ADD, 2, 2>(l, r, o, depth, pairs);
-      else if (lower) multiply_block<ADD, 2, 1>(l, r, o, depth, pairs);
-      else if (further) multiply_block<ADD, 1, 2>(l, r, o, depth, pairs);
-      else multiply_block<ADD, 1, 1>(l, r, o, depth, pairs);
+      const long rest = rows - 16 * t;
+      const bool lower = rest > 16, further = 16 * (u + 1) < columns;
+      if (lower && further) multiply_block<ADD, 2, 2>(l, r, o, rest, pairs, in_block);
+      else if (lower) multiply_block<ADD, 2, 1>(l, r, o, rest, pairs, in_block);
+      else if (further) multiply_block<ADD, 1, 2>(l, r, o, rest, pairs, in_block);
+      else multiply_block<ADD, 1, 1>(l, r, o, rest, pairs, in_block);
     }
 }
 
@@ -143,10 +150,10 @@ INLINE void multiply(Operand left, Operand right, Result out, long rows, long co
 // none. The product of two low parts is too small to count.
 template <bool ADD>
 void multiply_parts(Operand left, long left_low, Operand right, long right_low, Result out, long rows, long columns,
-                    long depth) {
-  multiply<ADD>(left, right, out, rows, columns, depth);
-  if (left_low) multiply<true>(left.moved(left_low), right, out, rows, columns, depth);
-  if (right_low) multiply<true>(left, right.moved(right_low), out, rows, columns, depth);
+                    long pairs) {
+  multiply<ADD>(left, right, out, rows, columns, pairs);
+  if (left_low) multiply<true>(left.moved(left_low), right, out, rows, columns, pairs);
+  if (right_low) multiply<true>(left, right.moved(right_low), out, rows, columns, pairs);
 }
 
 } // namespace

@@ -108,10 +108,12 @@ struct PairShape : Sizes {
   long token_step; // N, padded
   long width_step; // d, padded
   long unit_step;  // r, padded as columns; twice as many are the depth of two parts
+  long token_pairs, width_pairs, unit_pairs; // of which products are summed, not padded
 
   explicit PairShape(const Call& c)
       : Sizes(c), token_step(round_up(tokens, DEPTH)), width_step(round_up(width, DEPTH)),
-        unit_step(round_up(rank, LANES)) {}
+        unit_step(round_up(rank, LANES)), token_pairs((tokens + 1) / 2), width_pairs((width + 1) / 2),
+        unit_pairs((rank + 1) / 2) {}
 };
 
 // W of a head in two parts, token n and unit p at n * token + p * unit of `out`, the low ones `low` elements further.

@@ -17,29 +17,31 @@ namespace {
 
 constexpr long SUMMANDS = 32; // parts the gradient of a head's parameters is summed from, over heads
 
-// The memory of a call: packed parameters of as many heads as are worked on at once, and each thread's own.
+// The memory of a call: packed parameters and sums of as many heads as are worked on at once, and each thread's own.
 template <class Pass>
 class Room {
  public:
-  Room(const Call& c, const typename Pass::Shape& s, long shared, long own)
+  Room(const Call& c, const typename Pass::Shape& s, long shared, long sums, long own)
       : group(std::max(1l, std::min(s.heads, (long)c.threads))), coefficients_(round_up(Pass::coefficients(s), 16)),
-        projector_(round_up(Pass::projector(s), 16)), shared_(round_up(shared, 16)) {
+        projector_(round_up(Pass::projector(s), 16)), head_(coefficients_ + projector_ + sums),
+        shared_(round_up(shared, 16)) {
     Arena needed;
     typename Pass::Scratch(s, needed);
     own_ = own + needed.used();
-    base_ = memory.zeros(group * (coefficients_ + projector_) + shared_ + c.threads * own_);
+    base_ = memory.zeros(group * head_ + shared_ + c.threads * own_);
   }
 
   const long group; // heads
 
   bool is_there() const { return base_; }
-  float* coefficients(long h) const { return base_ + h % group * (coefficients_ + projector_); }
+  float* coefficients(long h) const { return base_ + h % group * head_; }
   float* projector(long h) const { return coefficients(h) + coefficients_; }
-  float* shared() const { return base_ + group * (coefficients_ + projector_); }
+  float* sums(long h) const { return projector(h) + projector_; }
+  float* shared() const { return base_ + group * head_; }
   float* own(long thread) const { return shared() + shared_ + thread * own_; }
 
  private:
-  const long coefficients_, projector_, shared_;
+  const long coefficients_, projector_, head_, shared_;
   long own_;
   float* base_;
 };
@@ -47,7 +49,7 @@ class Room {
 template <class Pass>
 int run_forward(const Call& c) {
   const typename Pass::Shape s(c);
-  const Room<Pass> room(c, s, 0, 0);
+  const Room<Pass> room(c, s, 0, 0, 0);
   if (!room.is_there()) return 1;
 #pragma omp parallel num_threads(c.threads)
   {
@@ -73,28 +75,25 @@ inline long grad_bias_size(const Call& c) {
   return (c.grad_bias.query ? c.tokens : 1) * (c.grad_bias.key ? c.tokens : 1);
 }
 
-inline void put(float& total, float summand, bool first) { total = first ? summand : total + summand; }
-
-// Adds the sums of one part of the batch to the gradients of a head, or begins them with the first part.
+// Writes the gradients of a head's parameters from their sums, which are padded and in the order of the pass.
 template <class Pass>
-void add_part(const Call& c, const typename Pass::Shape& s, const HeadGradients& sums, long grad_feature, long h,
-              bool first) {
-  for (long p = 0; p < s.rank; p++)
-    for (long q = 0; q < s.tokens; q++) {
+void write_gradients(const Call& c, const typename Pass::Shape& s, const HeadGradients& sums, long grad_feature,
+                     long h) {
+  for (long q = 0; q < s.tokens; q++)
+    for (long p = 0; p < s.rank; p++) {
       const float* from = sums.coefficients + Pass::grad_coefficient(s, p, q);
       const long to = s.coefficient(h, p, q, 0);
       for (long m = 0; m < s.grid; m++) {
-        put(c.grad_cosines[to + m], from[m * grad_feature], first);
-        put(c.grad_sines[to + m], from[(s.grid + m) * grad_feature], first);
+        c.grad_cosines[to + m] = from[m * grad_feature];
+        c.grad_sines[to + m] = from[(s.grid + m) * grad_feature];
       }
     }
   for (long q = 0; q < s.tokens; q++)
     for (long p = 0; p < s.rank; p++)
-      put(c.grad_projector[(h * s.tokens + q) * s.rank + p], sums.projector[q * s.unit_step + p], first);
+      c.grad_projector[(h * s.tokens + q) * s.rank + p] = sums.projector[q * s.unit_step + p];
   if (sums.bias) {
     const long size = grad_bias_size(c);
-    float* bias = static_cast<float*>(c.grad_bias.data) + h * size;
-    for (long i = 0; i < size; i++) put(bias[i], sums.bias[i], first);
+    std::memcpy(static_cast<float*>(c.grad_bias.data) + h * size, sums.bias, size * sizeof(float));
   }
 }
 
@@ -107,15 +106,17 @@ int run_backward(const Call& c) {
   const long grad_coefficients = s.features() * grad_feature;
   const bool sums_bias = c.grad_bias.data && !c.grad_bias.batch;
   const long sums_size = grad_coefficients + grad_projector + (sums_bias ? round_up(grad_bias_size(c), 16) : 0);
-  const Room<Pass> room(c, s, s.heads, sums_size);
+  const Room<Pass> room(c, s, s.heads, sums_size, sums_size);
   if (!room.is_there()) return 1;
   int* const done = reinterpret_cast<int*>(room.shared()); // parts of each head
+  const auto gradients_in = [&](float* data) {
+    float* bias = data + grad_coefficients + grad_projector;
+    return HeadGradients{data, data + grad_coefficients, sums_bias ? bias : nullptr, nullptr};
+  };
   long next;
 #pragma omp parallel num_threads(c.threads)
   {
     float* own = room.own(omp_get_thread_num());
-    const HeadGradients sums{own, own + grad_coefficients, sums_bias ? own + grad_coefficients + grad_projector : nullptr,
-                             nullptr};
     Arena arena(own + sums_size);
     const typename Pass::Scratch mine(s, arena);
     for (long first = 0; first < s.heads; first += room.group) {
@@ -133,9 +134,12 @@ int run_backward(const Call& c) {
         const long h = first + t % heads, part = t / heads;
         clear(own, sums_size);
         for (long b = s.batch * part / parts; b < s.batch * (part + 1) / parts; b++)
-          Pass::run(c, s, mine, room.coefficients(h), room.projector(h), sums, b, h);
+          Pass::run(c, s, mine, room.coefficients(h), room.projector(h), gradients_in(own), b, h);
         while (__atomic_load_n(done + h, __ATOMIC_ACQUIRE) < part) sched_yield();
-        add_part<Pass>(c, s, sums, grad_feature, h, part == 0);
+        float* total = room.sums(h);
+        for (long i = 0; i < sums_size; i += LANES)
+          store(total + i, part ? load(total + i) + load(own + i) : load(own + i));
+        if (part == parts - 1) write_gradients<Pass>(c, s, gradients_in(total), grad_feature, h);
         __atomic_store_n(done + h, part + 1, __ATOMIC_RELEASE);
       }
 #pragma omp barrier
