@@ -37,7 +37,14 @@ import numpy as np
 
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.indexing import MADE_BY, LabelRule, is_indexed, open_tar, read_samples
-from karat_scale.data.prepare.making import alone_in, make_parser, run_in_processes, shard_parser, user_path
+from karat_scale.data.prepare.making import (
+    alone_in,
+    make_parser,
+    output_directory,
+    run_in_processes,
+    shard_parser,
+    user_path,
+)
 from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.tars import scan_members
 from karat_scale.foundation.console import progress
@@ -400,7 +407,9 @@ def join_splits(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--src", type=user_path, required=True, metavar="DIR", help="the directory of the splits to add"
     )
-    parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="the data set to add them to")
+    parser.add_argument(
+        "--out", type=output_directory, required=True, metavar="DIR", help="the data set to add them to"
+    )
     options = parser.parse_args(arguments)
     print(f"{options.out} has {', '.join(join(options.src, options.out))} now")
 

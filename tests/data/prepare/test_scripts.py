@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from karat_scale.data.prepare import make_ffcv, make_webdataset
+from karat_scale.data.prepare import finished, make_ffcv, make_webdataset
 from karat_scale.foundation.errors import DataError, run_script
 from tests.conftest import ROOT, run_to_end
 from tests.data.backends.helpers import flip
@@ -125,9 +125,10 @@ def test_a_mistake_ends_the_script_with_one_line(tmp_path, capsys):
             run_script(lambda options=options: make_webdataset.main([*options, "--out", str(tmp_path / "out")]))
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
-    with pytest.raises(SystemExit, match="2"):
-        run_script(lambda: make_webdataset.main(["--src", ".", "--out", __file__]))
-    assert "test_scripts.py is a file; name a directory" in capsys.readouterr().err
+    for script in (make_webdataset.main, finished.join_splits):
+        with pytest.raises(SystemExit, match="2"):
+            run_script(lambda script=script: script(["--src", ".", "--out", __file__]))
+        assert "test_scripts.py is a file; name a directory" in capsys.readouterr().err
 
 
 @pytest.mark.slow
