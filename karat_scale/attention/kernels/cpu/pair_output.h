@@ -32,10 +32,10 @@ struct PairBackwardScratch {
     query_columns = take_pairs(arena, wide);
     query_pairs = grad_output_pairs = take_pairs(arena, wide);
     hidden = take_pairs(arena, 2 * s.token_step * PAIRS);
-    hidden_pairs = take_pairs(arena, units);
+    hidden_pairs = take_pairs(arena, units + PAIRS); // as pair_rows writes DEPTH columns of each row
     hidden_columns = take_pairs(arena, units);
     grad_hidden = take_pairs(arena, s.token_step * DEPTH);
-    grad_hidden_pairs = take_pairs(arena, units);
+    grad_hidden_pairs = take_pairs(arena, units + PAIRS);
     grad_hidden_columns = take_pairs(arena, units);
     narrow = take_pairs(arena, small);
     narrow_pairs = take_pairs(arena, small);

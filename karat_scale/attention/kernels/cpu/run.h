@@ -75,6 +75,11 @@ inline long grad_bias_size(const Call& c) {
   return (c.grad_bias.query ? c.tokens : 1) * (c.grad_bias.key ? c.tokens : 1);
 }
 
+// Adds the sums of one part of the batch to those of a head, or begins them with the first part.
+inline void add_part(const float* part, float* total, long count, bool first) {
+  for (long i = 0; i < count; i++) total[i] = first ? part[i] : total[i] + part[i];
+}
+
 // Writes the gradients of a head's parameters from their sums, which are padded and in the order of the pass.
 template <class Pass>
 void write_gradients(const Call& c, const typename Pass::Shape& s, const HeadGradients& sums, long grad_feature,
@@ -91,10 +96,6 @@ void write_gradients(const Call& c, const typename Pass::Shape& s, const HeadGra
   for (long q = 0; q < s.tokens; q++)
     for (long p = 0; p < s.rank; p++)
       c.grad_projector[(h * s.tokens + q) * s.rank + p] = sums.projector[q * s.unit_step + p];
-  if (sums.bias) {
-    const long size = grad_bias_size(c);
-    std::memcpy(static_cast<float*>(c.grad_bias.data) + h * size, sums.bias, size * sizeof(float));
-  }
 }
 
 // The gradients are summed over a fixed split of the batch and in its order, so the number of threads changes no bit.
@@ -103,20 +104,17 @@ int run_backward(const Call& c) {
   const typename Pass::Shape s(c);
   const long parts = std::max(1l, std::min(s.batch, (SUMMANDS + s.heads - 1) / s.heads));
   const long grad_feature = round_up(Pass::grad_feature(s), 16), grad_projector = round_up(Pass::grad_projector(s), 16);
-  const long grad_coefficients = s.features() * grad_feature;
-  const bool sums_bias = c.grad_bias.data && !c.grad_bias.batch;
-  const long sums_size = grad_coefficients + grad_projector + (sums_bias ? round_up(grad_bias_size(c), 16) : 0);
-  const Room<Pass> room(c, s, s.heads, sums_size, sums_size);
+  const long grad_coefficients = s.features() * grad_feature, head_size = grad_coefficients + grad_projector;
+  const long bias_size = c.grad_bias.data && !c.grad_bias.batch ? grad_bias_size(c) : 0;
+  const long sums_size = head_size + round_up(bias_size, 16);
+  const Room<Pass> room(c, s, s.heads, head_size, sums_size);
   if (!room.is_there()) return 1;
   int* const done = reinterpret_cast<int*>(room.shared()); // parts of each head
-  const auto gradients_in = [&](float* data) {
-    float* bias = data + grad_coefficients + grad_projector;
-    return HeadGradients{data, data + grad_coefficients, sums_bias ? bias : nullptr, nullptr};
-  };
   long next;
 #pragma omp parallel num_threads(c.threads)
   {
-    float* own = room.own(omp_get_thread_num());
+    float *own = room.own(omp_get_thread_num()), *own_bias = bias_size ? own + head_size : nullptr;
+    const HeadGradients sums{own, own + grad_coefficients, own_bias, nullptr};
     Arena arena(own + sums_size);
     const typename Pass::Scratch mine(s, arena);
     for (long first = 0; first < s.heads; first += room.group) {
@@ -134,12 +132,13 @@ int run_backward(const Call& c) {
         const long h = first + t % heads, part = t / heads;
         clear(own, sums_size);
         for (long b = s.batch * part / parts; b < s.batch * (part + 1) / parts; b++)
-          Pass::run(c, s, mine, room.coefficients(h), room.projector(h), gradients_in(own), b, h);
+          Pass::run(c, s, mine, room.coefficients(h), room.projector(h), sums, b, h);
         while (__atomic_load_n(done + h, __ATOMIC_ACQUIRE) < part) sched_yield();
         float* total = room.sums(h);
-        for (long i = 0; i < sums_size; i += LANES)
-          store(total + i, part ? load(total + i) + load(own + i) : load(own + i));
-        if (part == parts - 1) write_gradients<Pass>(c, s, gradients_in(total), grad_feature, h);
+        add_part(own, total, head_size, part == 0);
+        add_part(own_bias, static_cast<float*>(c.grad_bias.data) + h * bias_size, bias_size, part == 0);
+        if (part == parts - 1)
+          write_gradients<Pass>(c, s, {total, total + grad_coefficients, nullptr, nullptr}, grad_feature, h);
         __atomic_store_n(done + h, part + 1, __ATOMIC_RELEASE);
       }
 #pragma omp barrier
