@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from karat_scale.commands.analyze.predictions import FILE
+from karat_scale.engine.reporting.progress import read_events
 from karat_scale.foundation.errors import EXIT_STOPPED
 from karat_scale.foundation.files import write_atomically
 
@@ -199,11 +200,11 @@ def work_through(next_trials: Callable[[], Sequence[Any] | None], finish: Callab
         try:
             if not trial.record.exists():
                 finish(trial)
-        except subprocess.CalledProcessError as error:
-            if error.returncode == EXIT_STOPPED:  # to go on later
+        except (subprocess.CalledProcessError, OSError, ValueError) as error:
+            if isinstance(error, subprocess.CalledProcessError) and error.returncode == EXIT_STOPPED:  # to go on later
                 raise SystemExit(f"{trial.name} was stopped; run the same command to go on") from None
             failed.add(trial.name)
-            print(f"{trial.name}: exit code {error.returncode}", flush=True)
+            print(f"{trial.name}: {error}", flush=True)
         lock.close()
 
 
@@ -229,21 +230,25 @@ def settings(trial: Trial, data: Path, directory: Path) -> list[str]:
 
 def finish(trial: Trial, data: Path, directory: Path) -> None:
     """Train to the end, and write the record."""
+    commit_of(directory)
     karat("train", RECIPE, *settings(trial, data, directory))
+    numbers = directory / "analysis/content" / directory.name / "numbers.json"
+    for old in (numbers, directory / FILE):  # as the analysis succeeds with one of two
+        old.unlink(missing_ok=True)
     # Also leaves the prediction for each image in the run's directory.
     which = ("--only", "accuracy", "content", "--checkpoint", "latest", "--images", str(REPLACED))
     karat("analyze", str(directory), *which, "--out", str(directory / "analysis"))
     RECORDS.mkdir(parents=True, exist_ok=True)
-    write_atomically(trial.record, json.dumps(record_of(trial, directory), indent=1) + "\n")
+    write_atomically(trial.record, json.dumps(record_of(trial, directory, numbers), indent=1) + "\n")
     print(f"{trial.name}: {trial.top1():.2f} %", flush=True)
 
 
-def record_of(trial: Trial, directory: Path) -> dict[str, Any]:
-    """Return what is kept of a finished run."""
+def record_of(trial: Trial, directory: Path, content: Path) -> dict[str, Any]:
+    """Return what is kept of a finished run, with the numbers of the analysis of its content."""
     kinds, summary = events_of(directory), json.loads((directory / "summary.json").read_text())
     found = np.load(directory / FILE)  # in the order of the images' ids
     predictions = digits(found["top_labels"][:, 0]) if trial.stage in COMPARED else ""
-    numbers = json.loads((directory / "analysis/content" / directory.name / "numbers.json").read_text())
+    numbers = json.loads(content.read_text())
     if predictions:
         write_atomically(LABELS, digits(found["labels"]) + "\n")
     return {
@@ -256,12 +261,17 @@ def record_of(trial: Trial, directory: Path) -> dict[str, Any]:
         "replaced": {"images": numbers["images"], **numbers["top1"]},
         "training": by_interval(kinds["train"]),
         "predictions": predictions,
-        **facts_of(summary),
+        **facts_of(summary, directory),
     }
 
 
 def by_interval(events: Sequence[dict[str, Any]]) -> list[list[float]]:
-    """Return for each 200 steps, counted from the last, its last step, mean loss and largest reported gradient norm."""
+    """Return for each 200 steps, counted from the last, its last step, mean loss and largest reported gradient norm.
+
+    Raises ValueError where one of them was not finite.
+    """
+    if any(event["loss"] is None or event["grad_norm"] is None for event in events):
+        raise ValueError("a loss or a gradient was not finite")
     last, before = events[-1]["step"], 0
     parts: dict[int, list[tuple[int, dict[str, Any]]]] = {}
     for event in events:  # its loss is the mean since the one before
@@ -279,24 +289,34 @@ def by_interval(events: Sequence[dict[str, Any]]) -> list[list[float]]:
 
 def events_of(directory: Path) -> dict[str, list[dict[str, Any]]]:
     """Return a run's evaluations and its reports of training, in order."""
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
     # A step that ran again after an interruption is there twice; the later line counts.
-    events = {(event["event"], event.get("step")): event for event in map(json.loads, lines)}
+    events = {(event["event"], event.get("step")): event for event in read_events(directory / "metrics.jsonl")}
     return {kind: [own for (name, _), own in sorted(events.items()) if name == kind] for kind in ("eval", "train")}
 
 
-def facts_of(summary: dict[str, Any]) -> dict[str, Any]:
-    """Return what identifies a finished run: its code, its recipe, its data and its machine.
+def facts_of(summary: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Return what identifies a finished run: its code, its recipe, its data and its machine."""
+    kept = ("parameters", "seed", "data_digest", "recipe_sha256", "skipped_steps", "restarts", "versions", "processor")
+    return {"commit": commit_of(directory), **{name: summary[name] for name in kept}}
 
-    Raises SystemExit if the code has changes that are not committed.
+
+def commit_of(directory: Path) -> str:
+    """Return the commit of the code, which is that of all starts of the run in `directory`.
+
+    Raises SystemExit if it is not, or if the code has changes that are not committed.
     """
     changed = ["git", "diff", "--stat", "HEAD", "--", "karat_scale", "benchmarks"]
     if said := subprocess.run(changed, cwd=ROOT, capture_output=True, text=True, check=True).stdout:
         raise SystemExit(f"commit first:\n{said}")
-    kept = ("parameters", "seed", "data_digest", "recipe_sha256", "skipped_steps", "restarts", "versions", "processor")
     show = ["git", "rev-parse", "HEAD"]
     commit = subprocess.run(show, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    return {"commit": commit, **{name: summary[name] for name in kept}}
+    file = directory / "commit"
+    if not file.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, commit)
+    if (begun := file.read_text()) != commit:
+        raise SystemExit(f"{directory} was begun with commit {begun}; go on with that, in a worktree of its own")
+    return commit
 
 
 def digits(classes: npt.NDArray[np.int64]) -> str:

@@ -54,8 +54,8 @@ def write_results() -> None:
 def render() -> str:
     """Return the page.
 
-    Raises ValueError if compared runs are not of one code, those of a seed saw other images or another order, or S was
-    replaced on another number of images.
+    Raises ValueError if runs of one table are not of one code, those of a seed saw other images or another order, or S
+    was replaced on another number of images.
     """
     parts = [HEAD, rates()]
     for stage in COMPARED:
@@ -161,12 +161,19 @@ def contrasts(by_arm: ByArm, epochs: int) -> str:
 
 
 def beside_smooth(by_arm: ByArm) -> str:
-    """Return the table of differences to KArAt with smooth functions."""
+    """Return the table of differences to KArAt with smooth functions, and from which commits they are."""
     rows = []
+    commits: set[str] = set()
     for arm in LATER:
         if len(own := paired(by_arm, arm, "smooth")) > 1:
             rows.append([f"{arm} - smooth", len(own), difference(own)])
-    return table(["difference", "seeds", "points"], rows) if rows else ""
+            commits |= {record["commit"] for record in by_arm[arm].values()}
+    if not rows:
+        return ""
+    (own_commit,) = {record["commit"] for record in by_arm["smooth"].values()}
+    others = ", ".join(sorted(commit[:8] for commit in commits - {own_commit}))
+    said = f"`smooth` is of commit {own_commit[:8]}, the others are of {others}.\n\n" if others else ""
+    return said + table(["difference", "seeds", "points"], rows)
 
 
 def mean_top1(by_arm: ByArm, arm: str) -> float:

@@ -1,6 +1,7 @@
 """The second experiment: each arm is a recipe, the next runs follow from the records, and so does the page."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def keep(trial: Trial, top1: float, predictions: str = "") -> None:
+def keep(trial: Trial, top1: float, predictions: str = "", commit: str = "a") -> None:
     """Write the record of a run."""
     found = {
         "stage": trial.stage,
@@ -43,7 +44,7 @@ def keep(trial: Trial, top1: float, predictions: str = "") -> None:
         "content": {"by_query": [0.5, 0.3], "by_image": [0.1, 0.1], "beyond_pi": [0.0, 0.02]},
         "replaced": {"images": 2000, "S": top1, "mean over queries": 60.0, "mean over images": 50.0},
         "training": [[100, 1.7, 2.0], [200, 1.1, 3.0]],
-        "commit": "a",
+        "commit": commit,
         "data_digest": f"of seed {trial.seed}",
         "predictions": predictions,
     }
@@ -125,8 +126,9 @@ def test_other_attention_runs_last_and_has_its_own_table() -> None:
     assert "short-gated-lr0.001-seed3" not in trials
     for seed, top1 in enumerate([72.0, 73.0]):
         keep(Trial("short", "smooth", 1e-3, seed), 70.0, "34")
-        keep(Trial("short", "gated", 1e-3, seed), top1, "34")
+        keep(Trial("short", "gated", 1e-3, seed), top1, "34", commit="0123456789")
     page = contrasts_report.render()
+    assert "`smooth` is of commit a, the others are of 01234567." in page
     assert "|gated|0.001|2|72.50|72.00 to 73.00|" in page.partition("## Other attention")[2]
     assert "|gated - smooth|2|+2.50 (-3.85 to +8.85)|" in page
 
@@ -135,3 +137,46 @@ def test_losses_are_weighted_by_steps_and_counted_from_the_last() -> None:
     steps = [1, *range(50, 451, 50), 466]
     events = [{"step": step, "loss": float(step > 266), "grad_norm": float(step)} for step in steps]
     assert contrasts.by_interval(events) == [[50, 0.0, 50.0], [250, 0.0, 250.0], [466, 1.0, 466.0]]
+    with pytest.raises(ValueError, match="not finite"):
+        contrasts.by_interval([*events, {"step": 470, "loss": None, "grad_norm": 1.0}])
+
+
+def test_a_run_stays_with_the_commit_of_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+
+    def commit(content: str) -> None:
+        (tmp_path / "karat_scale/a.py").write_text(content)
+        for command in (["add", "."], ["commit", "-m", content]):
+            subprocess.run([*git, *command], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+
+    for folder in ("karat_scale", "benchmarks"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.py").touch()
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    monkeypatch.setattr(contrasts, "ROOT", tmp_path)
+    commit("1")
+    first = contrasts.commit_of(tmp_path.parent / f"{tmp_path.name}-run")
+    commit("2")
+    with pytest.raises(SystemExit, match=f"was begun with commit {first}"):
+        contrasts.commit_of(tmp_path.parent / f"{tmp_path.name}-run")
+    (tmp_path / "karat_scale/a.py").write_text("3")
+    with pytest.raises(SystemExit, match="commit first"):
+        contrasts.commit_of(tmp_path / "other")
+
+
+def test_a_run_without_a_record_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrasts.os, "nice", lambda more: 0)
+
+    class One:
+        def __init__(self, name: str) -> None:
+            self.name, self.record = name, tmp_path / f"{name}.json"
+
+    def finish(trial: One) -> None:
+        if trial.name == "damaged":
+            raise ValueError("a loss or a gradient was not finite")
+        trial.record.touch()
+
+    trials = [One("damaged"), One("next")]
+    with pytest.raises(SystemExit, match="these failed: damaged"):
+        contrasts.work_through(lambda: [x for x in trials if not x.record.exists()], finish, tmp_path / "work")
+    assert trials[1].record.exists()

@@ -17,13 +17,17 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversions, "RECORDS", tmp_path)
 
 
-def keep(trial: Trial, top1: float, original: str = "a") -> None:
+def keep(trial: Trial, top1: float, original: str = "a", commit: str = "c") -> None:
     """Write the record of a run; it has two points more on the test images."""
-    matched = {"blocks": [{"block": 0, "matched": [0.25, 0.35]}], "top1": {"at_once": 10.0, "matched": 50.0}}
+    errors = [0.0, 0.25, 0.35] if trial.arm == "hybrid" else [0.2, 0.25, 0.35]
+    matched = {
+        "blocks": [{"block": 0, "matched": errors}, {"block": 1, "matched": [0.5]}],
+        "top1": {"at_once": 10.0, "matched": 50.0},
+    }
     found = {"stage": trial.stage, "arm": trial.arm, "images": trial.images, "epochs": trial.epochs, "seed": trial.seed}
     found |= {"held_out": top1, "tested": top1 + 2, "matched": matched if trial.is_converted else None}
     found |= {"curve": [[step, top1 - 5 + step, 1.0] for step in range(1, 6)]}
-    trial.record.write_text(json.dumps({**found, "original_sha256": original}))
+    trial.record.write_text(json.dumps({**found, "original_sha256": original, "commit": commit}))
 
 
 def stages(trials: Iterable[Trial]) -> list[tuple[str, str, int, int]]:
@@ -64,6 +68,30 @@ def test_an_original_that_is_too_weak_is_not_converted() -> None:
         next_trials()
 
 
+def test_all_originals_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep(ORIGINAL, 77.0, commit="b")
+    weak = conversions.weights()
+    monkeypatch.setattr(conversions, "ORIGINAL_EPOCHS", 90)
+    assert next_trials() == [ORIGINAL]
+    assert conversions.weights() != weak
+    keep(ORIGINAL, 80.0, original="b")
+    for trial in next_trials():
+        keep(trial, 60.0, original="b")
+    assert (
+        "The original: 79.00 % of the test images after 60 epochs, 82.00 % of the test images after 90 epochs."
+    ) in conversions.render()
+
+
+def test_arms_with_functions_wait_for_the_rate_of_the_control() -> None:
+    keep(ORIGINAL, 81.0)
+    keep_rates()
+    for rate in RATES:
+        Trial("rate", "static", 45000, rate, 99).record.unlink()
+    for arm in ("smooth", "bound", "hybrid"):
+        keep(Trial("convert", arm, 45000, 5e-4), 70.0)
+    assert stages(next_trials()) == [("rate", "static", 45000, 99)] * 3 + [("convert", "softmax", 45000, 0)]
+
+
 def test_the_grid_of_rates_widens_until_the_best_is_inside() -> None:
     keep(ORIGINAL, 81.0)
     assert [trial.rate for trial in next_trials()] == [*RATES, *RATES]
@@ -94,13 +122,16 @@ def test_one_run_follows_from_the_others() -> None:
         keep(trial, 75.0)
     assert next_trials() is None
     page = conversions.render()
-    assert "The original: 83.00 % of the test images." in page
-    assert "|hybrid|45,000|0.300|10.00|50.00|70.33|74.33|75.00, 77.00, 77.00|3|" in page
+    assert "The original: 83.00 % of the test images after 60 epochs." in page
+    assert "|hybrid|45,000|0.300, 0.500|10.00|50.00|70.33|74.33|75.00, 77.00, 77.00|3|" in page
     assert "|softmax|1,000||||71.00|75.00|77.00|1|" in page
     assert "|hybrid - static|3|+0.67 (-2.20 to +3.54)|" in page
     assert "|whole|hybrid|65|75.00|77.00|" in page
     keep(Trial("unmatched", "static", 45000, 5e-4), 70.0, original="b")
     with pytest.raises(ValueError, match="the runs are not from one original"):
+        conversions.render()
+    keep(Trial("unmatched", "static", 45000, 5e-4), 70.0, commit="d")
+    with pytest.raises(ValueError, match="the runs are not of one commit"):
         conversions.render()
 
 
