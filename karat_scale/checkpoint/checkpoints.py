@@ -23,7 +23,7 @@ from torch import nn
 
 from karat_scale.checkpoint import records, restore
 from karat_scale.checkpoint.store import STATE, CheckpointStore, NearStore, checkpoint_name, holding
-from karat_scale.checkpoint.tensor_storage import DurableStorage, checkpoint_bytes, describe
+from karat_scale.checkpoint.tensor_storage import DurableStorage, describe, planned_bytes
 from karat_scale.checkpoint.weights import fit_state
 from karat_scale.engine.deepspeed_internals import shard_layout, use_storage
 from karat_scale.engine.distributed import World, wait_for
@@ -97,6 +97,7 @@ class Checkpoints(Generic[S]):
         self._under_way: _Save | None = None
         self._saved: tuple[int, int] | None = None
         self._told_of = -1
+        self._lost_best: int | None = None
 
     @property
     def is_under_way(self) -> bool:
@@ -113,6 +114,14 @@ class Checkpoints(Generic[S]):
     def has_only_failed(self) -> bool:
         """Whether a save has failed and the run has no checkpoint: to go on might be for nothing. The same on all."""
         return bool(self.problem) and self._saved is None and self._under_way is None
+
+    def forget_lost_best(self, state: RunState) -> None:
+        """Set `state` back to the best checkpoint that there is, if that of its best step was not saved. Collective."""
+        if self._lost_best is None or self._lost_best != state.best_step or self._saved == _identity(state):
+            return
+        self._lost_best = None
+        for field, value in self.world.on_main(lambda: restore.repair_best(self.store, state, self.reporter)).items():
+            setattr(state, field, value)
 
     def check_room(self) -> None:
         """Raise RunDirectoryError on all ranks, if a run without a checkpoint has no room for one. Collective."""
@@ -169,7 +178,7 @@ class Checkpoints(Generic[S]):
             directory = store.unfinished(state.step)
             problem = _first(self.world.gather(self._collect(directory, copies=not wait)))
         if problem is not None:
-            self._void(store, state.step, problem)
+            self._void(store, state.step, problem, is_best)
             return False
         content = self.world.broadcast(self._content(state))
         seconds = time.monotonic() - begun
@@ -209,7 +218,7 @@ class Checkpoints(Generic[S]):
         problem = _first(one.problem for one in everyone)
         if problem is not None:
             self._under_way = None
-            self._void(save.store, save.state.step, problem)
+            self._void(save.store, save.state.step, problem, save.is_best)
             return False
         if save.is_committing:
             self._under_way = None
@@ -226,7 +235,7 @@ class Checkpoints(Generic[S]):
         save.task = Background(lambda: self._commit(save, files)) if self._owns(save.store) else None
         return True
 
-    def _void(self, store: CheckpointStore, step: int, problem: str) -> None:
+    def _void(self, store: CheckpointStore, step: int, problem: str, is_best: bool) -> None:
         self._storage.begin(copies=False)  # lets go of what was not written
         if store is self.near:
             self.near = None
@@ -236,6 +245,8 @@ class Checkpoints(Generic[S]):
                 self.reporter.warn(f"checkpoint.local: {problem}; this start saves there no more")
             return
         self.problem = problem
+        if is_best:
+            self._lost_best = step
         if self.world.is_main:
             with suppress(OSError):  # on this rank alone
                 self.store.discard_unfinished()
@@ -263,10 +274,11 @@ class Checkpoints(Generic[S]):
 
     def _lack(self, store: CheckpointStore) -> str | None:
         """What the disk lacks for the next checkpoint, in a few words."""
-        weight_bytes = next(self.engine.module.parameters()).element_size()
-        sizes = self.engine.parameters, self.engine.stage, self.ema is not None, weight_bytes
-        nodes = store.nodes if isinstance(store, NearStore) and self.engine.stage > 0 else 1
-        needed = store.newest_bytes() or checkpoint_bytes(*sizes) // nodes
+        engine = self.engine
+        nodes = store.nodes if isinstance(store, NearStore) and engine.stage > 0 else 1
+        frozen = sum(weight.numel() for weight in engine.frozen.values())
+        planned = planned_bytes(self.recipe, engine.stage, engine.parameters, frozen)
+        needed = store.newest_bytes() or planned // nodes
         free = shutil.disk_usage(store.root).free
         is_enough = free >= needed
         return None if is_enough else f"it needs {_megabytes(needed)} and {store.root} has {_megabytes(free)} free"
@@ -359,7 +371,9 @@ class Checkpoints(Generic[S]):
         state = self.state_type.from_json(saved)
         changes: dict[str, Any] = {}
         if root != self.store.root:
-            changes = state.without_best()  # the other run's; this one has no such checkpoint
+            # The other run's: this one has no such checkpoint, and its own pace and peak.
+            own = {"timed_samples": 0, "timed_seconds": 0.0, "peak_memory_mb": 0.0}
+            changes = {**state.without_best(), **own}
         else:
             self._saved = _identity(state)
             if self.world.is_main:

@@ -114,9 +114,13 @@ class RemoteCheckpoints:
         if text and self._text(pointer) != text:
             self._store.write(_path(pointer), text.encode())
 
-    def retain(self, keep_last: int) -> None:
-        """Remove all but the newest ones, those that pointers name, and pinned ones. Raises StoreError."""
-        kept = {*self.names()[:keep_last], self.pointed("latest"), self.pointed("best"), *self.pinned()}
+    def retain(self, keep_last: int, damaged: Collection[str] = ()) -> None:
+        """Remove all but the newest ones, those that pointers name, and pinned ones. Raises StoreError.
+
+        damaged: ones that the run has passed over, which do not count.
+        """
+        intact = [name for name in self.names() if name not in damaged]
+        kept = {*intact[:keep_last], self.pointed("latest"), self.pointed("best"), *self.pinned()}
         for name in sorted(self._folders() - kept):
             files = [path.rpartition("/")[2] for path in self._files if path.startswith(f"{_path(name)}/")]
             self._remove(name, sorted(files, key=lambda file: file != MANIFEST))

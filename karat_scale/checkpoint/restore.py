@@ -23,6 +23,7 @@ from karat_scale.checkpoint.store import (
     Progress,
     checkpoint_name,
     holding,
+    not_readable,
     parse_manifest,
     step_of,
 )
@@ -74,7 +75,7 @@ def saved_layout(sidecar: records.Sidecar) -> Layout:
 def falsehood(checkpoint: Path) -> str | None:
     """What a checkpoint's files say that cannot be true, in a few words; None if they fit each other.
 
-    Its hashes are right: it was written so. All files are opened, and no tensor is read.
+    Its hashes are right: it was written so. All files are opened, and no tensor is read. Raises OSError as `damage_of`.
     """
     try:
         saved = records.read_state_record(checkpoint)
@@ -89,8 +90,10 @@ def falsehood(checkpoint: Path) -> str | None:
             records.read_record(checkpoint / rank, records.Sidecar)
         state = read_state(checkpoint, saved.model_dump())
         _check_whole(state, saved.has_ema)
-    except (RunDirectoryError, OSError) as error:
+    except RunDirectoryError as error:
         return str(error)
+    except OSError as error:
+        return str(not_readable(error))
     return None
 
 
@@ -176,7 +179,8 @@ def _add_rank(
             if isinstance(value, torch.Tensor):
                 state.elementwise.setdefault(key, Pieces()).add(fragments, value)
             else:
-                state.scalars.setdefault(key, {}).update({fragment.name: value for fragment in fragments})
+                # A part that is all padding has its value under no name.
+                state.scalars.setdefault(key, {}).update({f.name: value for f in fragments} or {"": value})
         if average is not None:
             state.ema = state.ema or Pieces()
             state.ema.add(fragments, average)

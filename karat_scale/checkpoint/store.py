@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from karat_scale.foundation.console import printable
-from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.foundation.errors import FAULTS_OF_SERVERS, RunDirectoryError
 from karat_scale.foundation.files import (
     Fingerprint,
     file_sha256,
@@ -78,14 +78,16 @@ def read_manifest(checkpoint: Path) -> dict[str, Fingerprint]:
 def damage_of(checkpoint: Path, progress: Progress = lambda done, total: None) -> str | None:
     """What is wrong with the files of a checkpoint, in a few words; None if each one is as it was written.
 
-    Files are hashed side by side.
+    Files are hashed side by side. Raises OSError where one cannot be read now: that says nothing of the checkpoint.
     """
     try:
         files = read_manifest(checkpoint)
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError):
+    except ValueError:
         return f"{MANIFEST} is not readable"
+    except OSError as error:
+        return f"{MANIFEST} cannot be read: {not_readable(error)}"
     total = sum(file.bytes for file in files.values())
     counting, done = threading.Lock(), 0
 
@@ -111,8 +113,19 @@ def _damage(path: Path, written: Fingerprint, count: Callable[[int], None]) -> s
     except FileNotFoundError:
         return f"{path.name} is missing"
     except OSError as error:
-        return f"{path.name} cannot be read: {error.strerror}"
+        return f"{path.name} cannot be read: {not_readable(error)}"
     return None
+
+
+# What a file server or a limit says of an intact file.
+_NO_DAMAGE = {*FAULTS_OF_SERVERS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
+def not_readable(error: OSError) -> str:
+    """Why a file is damaged, in a few words. Raises the error itself where it does not say that."""
+    if error.errno in _NO_DAMAGE:
+        raise error
+    return error.strerror or str(error)
 
 
 def hold(checkpoint: Path) -> BinaryIO | None:

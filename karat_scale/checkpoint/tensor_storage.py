@@ -98,6 +98,8 @@ def load_tensors(path: Path, mmap: bool = False) -> Any:
         except pickle.UnpicklingError:
             raise RunDirectoryError(f"{path}: holds more than tensors and plain data; it is not read") from None
         except Exception as error:  # the many of a file that is not what it says
+            if "Cannot allocate memory" in str(error):  # for mmap
+                raise MemoryError(f"{path}: {one_line(error)[:200]}") from None
             raise RunDirectoryError(f"{path}: not a whole file of tensors: {one_line(error)[:200]}") from None
 
 
@@ -414,19 +416,12 @@ def as_os_error(error: Exception) -> OSError:
     return next((cause for cause in causes(error) if isinstance(cause, OSError)), OSError(one_line(error)))
 
 
-def checkpoint_bytes(parameters: int, stage: int, has_ema: bool, weight_bytes: int) -> int:
-    """Return the bytes of a checkpoint of a model with so many parameters, with all that AdamW keeps.
-
-    stage: of ZeRO. weight_bytes: of a parameter in the module. From stage 1 on the fp32 weights are apart from these.
-    """
-    fp32_tensors = 3 + has_ema  # weights, two moments, averages
-    return parameters * (4 * fp32_tensors + (weight_bytes if stage else 0))
-
-
 def planned_bytes(recipe: RunRecipe, stage: int, parameters: int, frozen: int) -> int:
-    """Return the bytes of a checkpoint of a run of this recipe.
+    """Return the bytes of a checkpoint of a run of this recipe, with all that AdamW keeps.
 
-    parameters: those that learn. frozen: the others, which DeepSpeed saves as they are, and rank 0 in fp32.
+    stage: of ZeRO; from stage 1 on the fp32 weights are apart from the module's. parameters: those that learn. frozen:
+    the others, which DeepSpeed saves as they are, and rank 0 in fp32.
     """
     size = PRECISIONS[recipe.train.precision].weights.itemsize
-    return checkpoint_bytes(parameters, stage, recipe.train.ema_decay > 0, size) + (size + 4) * frozen
+    fp32_tensors = 3 + (recipe.train.ema_decay > 0)  # weights, two moments, averages
+    return parameters * (4 * fp32_tensors + (size if stage else 0)) + (size + 4) * frozen

@@ -229,10 +229,13 @@ class TrainPlan:
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """The evaluation batches of one rank: every sample once over all ranks, as many batches on each."""
+    """The evaluation batches of one rank: every sample once over all ranks, as many batches on each.
+
+    most: samples of a batch; no batch is larger than what a rank has.
+    """
 
     num_samples: int
-    batch: int
+    most: int
     rank: int
     world_size: int
 
@@ -241,16 +244,20 @@ class EvalPlan:
         return math.ceil(self.num_samples / self.world_size)
 
     @property
+    def _batch(self) -> int:
+        return min(self.most, self._per_rank)
+
+    @property
     def num_batches(self) -> int:
-        return math.ceil(self._per_rank / self.batch)
+        return math.ceil(self._per_rank / self.most)
 
     def slices(self) -> Iterator[BatchSlice]:
-        """Yield all batches of this rank, in the split's own order, each of `batch` ids, padded with PADDING."""
+        """Yield all batches of this rank, in the split's own order, each of as many ids, padded with PADDING."""
         first = self.rank * self._per_rank
         last = min(first + self._per_rank, self.num_samples)
         for number in range(self.num_batches):
-            start = first + number * self.batch
-            ids = np.full(self.batch, PADDING, dtype=np.int64)
-            count = max(0, min(self.batch, last - start))
+            start = first + number * self._batch
+            ids = np.full(self._batch, PADDING, dtype=np.int64)
+            count = max(0, min(self._batch, last - start))
             ids[:count] = np.arange(start, start + count)
             yield BatchSlice(0, number, ids)

@@ -37,6 +37,7 @@ _ACCEPTED = (
     ("zero_optimization", "compute_grad_norm", (True,), "the norm is clipped by and reported"),
     ("zero_optimization", "round_robin_gradients", (False,), "DeepSpeed names the parts of other parameters then"),
     ("zero_optimization", "zenflow", (None,), "checkpoints would lack what it keeps"),
+    ("zero_optimization", "elastic_checkpoint", (False,), "checkpoints would have another layout"),
     ("zero_optimization.offload_optimizer", "super_offload", (False,), "checkpoints would lack what it keeps"),
     ("zero_optimization.offload_optimizer", "ratio", (1, 1.0), "checkpoints would lack the other part"),
     ("zero_optimization.offload_optimizer", "device", ("none", "cpu"), "checkpoints hold what is in memory"),

@@ -16,6 +16,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from karat_scale.engine import deepspeed_internals as internals
@@ -230,6 +231,15 @@ class Engine:
         """The learning rate of the next step, which each parameter group scales."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+
+    def share_statistics(self) -> None:
+        """Give all ranks rank 0's running statistics of BatchNorm, as checkpoints have these. Collective."""
+        if not dist.is_initialized():
+            return
+        for module in self.module.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                for buffer in module.buffers():
+                    dist.broadcast(buffer, 0)
 
     def release(self) -> None:
         """Let go of weights, gradients and optimizer states; the engine cannot be used afterwards."""

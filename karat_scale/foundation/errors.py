@@ -80,6 +80,10 @@ _WORDS = {
 }
 
 
+FAULTS_OF_SERVERS = {errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN}
+"""The errors of a network file system that may pass."""
+
+
 def causes(error: BaseException) -> Iterator[BaseException]:
     """Yield an exception, and what it came from."""
     seen: list[BaseException] = []
@@ -93,7 +97,8 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 def of_the_machine(error: BaseException) -> tuple[str, int] | None:
     """Return a line and an exit code for what a machine lacks or its file system refuses; None for any other error.
 
-    The code is 1 where the machine lacks something, and 2 where a file is not what the user thought.
+    The code is 1 where the machine lacks something or a file server has a fault, and 2 where a file is not what the
+    user thought.
     """
     for cause in causes(error):
         if isinstance(cause, MemoryError):
@@ -104,7 +109,7 @@ def of_the_machine(error: BaseException) -> tuple[str, int] | None:
         if number in _LACKS:
             return _LACKS[number], 1
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{str(error.filename)[:200]}: {error.strerror}", 2
+        return f"{str(error.filename)[:200]}: {error.strerror}", 1 if error.errno in FAULTS_OF_SERVERS else 2
     if isinstance(error, RuntimeError) and "home directory" in str(error):
         return f"{one_line(error)}; write paths without ~, or set HOME", 2
     return None

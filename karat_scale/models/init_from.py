@@ -313,7 +313,7 @@ def _keys(state: Mapping[str, Tensor], prefix: str, heads: int) -> tuple[str, ..
 
 
 # Keys of an operator that can differ while all parameters have the same names and shapes.
-_OF_OPERATORS = ("basis", "form", "simplex", "base", "range", "grid", "degree", "bound", "blocks")
+KEYS_OF_OPERATORS = ("basis", "form", "simplex", "base", "range", "grid", "degree", "bound", "blocks")
 _FIX = "use the model and attention sections it was trained with"
 _PATCHES = "patch_embed.proj.weight"
 _POSITIONS = "pos_embed"
@@ -463,7 +463,7 @@ def differences(there: tuple[ModelConfig, AttentionConfig], here: tuple[ModelCon
     if all(row is not None and row.by_rows for row in rows):
         pairs += [("attention.softmax_heads", there[1].softmax_heads, here[1].softmax_heads)]
     if (there[1].kind == here[1].kind and here[1].learns) or there[1].blocks != here[1].blocks:
-        taken = [key for key in _OF_OPERATORS if key == "blocks" or rows[1] is None or key in rows[1].keys]
+        taken = [key for key in KEYS_OF_OPERATORS if key == "blocks" or rows[1] is None or key in rows[1].keys]
         pairs += [(f"attention.{key}", getattr(there[1], key), getattr(here[1], key)) for key in taken]
     return [
         f"{key} = {_text(theirs)} in the weights, {_text(ours)} here" for key, theirs, ours in pairs if theirs != ours

@@ -29,7 +29,7 @@ class OptimConfig(Section):
     lr_batch: Count | None = 512
     """The peak learning rate is lr * train.global_batch / lr_batch. Null does not scale it."""
     weight_decay: NonNegative = 0.05
-    """Weight decay of weights with two or more dimensions; norms and biases have none."""
+    """Weight decay of weights with two or more dimensions; norms, biases, and class tokens and positions have none."""
     karat_weight_decay: bool | Literal["all"] = False
     """Weight decay of KArAt's parameters. `true`: of those with two or more dimensions, which is timm's and DeiT's rule
     for all parameters. `all`: of its gates with one dimension too."""

@@ -25,7 +25,14 @@ from karat_scale.engine.reporting.goodput import WallTime, wall_time
 from karat_scale.engine.reporting.progress import Reporter, read_events
 from karat_scale.engine.run_state import RunState
 from karat_scale.engine.tracking.follow import END_SECONDS, STOP_SECONDS
-from karat_scale.foundation.errors import EXIT_STOPPED, PeerError, RunDirectoryError, UserError
+from karat_scale.foundation.errors import (
+    EXIT_LOST_PEER,
+    EXIT_STOPPED,
+    PeerError,
+    RunDirectoryError,
+    UserError,
+    of_the_machine,
+)
 from karat_scale.foundation.files import replace_file, sealed
 from karat_scale.foundation.machine import library_versions, processor_name
 from karat_scale.recipe import RunRecipe
@@ -45,6 +52,7 @@ class Outcome:
     state: RunState
     task: Task | None = None
     begun: bool = False
+    was_finished: bool = False
     parameters: int = 0
     code: int = 1
     reason: str = "error"
@@ -103,7 +111,10 @@ def concluded(
         reporter.info(f"{outcome.reason} at step {outcome.state.step}; run the same command to resume")
     except BaseException as error:
         is_foreseen = isinstance(error, UserError | PeerError)
-        outcome.code = 2 if isinstance(error, UserError) else outcome.code
+        if is_foreseen:
+            outcome.code = 2 if isinstance(error, UserError) else EXIT_LOST_PEER
+        elif (lack := of_the_machine(error)) is not None:
+            outcome.code = lack[1]
         outcome.reason = str(error) if is_foreseen else f"{type(error).__name__}: {error}"
         raise
     finally:
@@ -126,7 +137,9 @@ def _record(outcome: Outcome, directory: RunDirectory, reporter: Reporter, finis
             last.callback(outcome.task.close)
         # What has ended the run is told, not that the same disk does not take the news of it.
         told = nullcontext() if outcome.code in (0, EXIT_STOPPED) else suppress(RunDirectoryError)
-        if outcome.world.is_main and is_told:
+        # A start that trained nothing has another machine, and may have another recipe.
+        is_kept = outcome.was_finished and previous is not None and previous.get("exit") == 0
+        if outcome.world.is_main and is_told and not is_kept:
             last.enter_context(told)
             last.callback(_write_summary, outcome, directory, previous)
         if is_told:

@@ -79,7 +79,7 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             step = world.broadcast(directory.store.newest_step())
             trainer = begin_or_go_on(task.at(step), step, directory, signals, outcome)
             trainer.checkpoints.check_room()
-            was_finished = outcome.state.step >= trainer.total_steps
+            was_finished = outcome.was_finished = outcome.state.step >= trainer.total_steps
             is_anew = world.is_main and directory.begins_anew(recipe)
             if not (was_finished and world.broadcast(directory.recipe_file.is_file())):  # it keeps its own recipe
                 world.on_main(lambda: directory.begin(recipe, task.classes))
@@ -206,7 +206,8 @@ def open_near(recipe: RunRecipe, directory: RunDirectory, world: World, reporter
 def how_to_extend(trainer: Trainer) -> str:
     """One line on a finished run: which keys say its length, and what trains it longer."""
     train = trainer.recipe.train
-    if train.max_steps is not None and trainer.total_steps == train.max_steps:
+    of_epochs = train.epochs * trainer.plan.steps_per_epoch
+    if train.max_steps is not None and train.max_steps < of_epochs:
         return f"the run has taken its train.max_steps = {train.max_steps:,} steps; raise it to go on"
     more = " and add 'resume.allow=[train.epochs]'" if train.max_steps is not None else ""
     return f"the run has trained its train.epochs = {train.epochs}; for more, raise it{more}"

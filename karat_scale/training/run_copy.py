@@ -285,7 +285,8 @@ class RunCopy:
         problems: list[str] = []
         try:
             self._url.check_mine()
-            names = store.names()  # before the log is sent, which then has the lines of their steps
+            # Before the log is sent, which then has the lines of their steps.
+            names = [name for name in store.names() if name not in store.passed_over]
             self._url.upload_files(self._directory.path, self._count)
             remote.look()
             # The best one first: the state of a newer one names it.
@@ -298,8 +299,8 @@ class RunCopy:
                     remote.point(pointer, [pointed])
             remote.point(PINNED, remote.pinned() | set(store.pinned()))
             self._url.check_mine()
-            remote.retain(self._keep_last)
-            self._copied = next(iter(remote.names()), None)
+            remote.retain(self._keep_last, store.passed_over)
+            self._copied = next((name for name in remote.names() if name not in store.passed_over), None)
         except Exception as error:  # whatever it is, training goes on
             problems.append(one_line(error))
         return "; ".join(problems)
@@ -329,7 +330,7 @@ def finish_copy(copy: RunCopy | None, world: World, reporter: Reporter, signals:
     """
     if copy is None and world.size == 1:  # another rank than 0, which is alone here
         return
-    limits = [time.monotonic() + COPY_SECONDS[code]]
+    limits = [time.monotonic() + COPY_SECONDS.get(code, COPY_SECONDS[1])]
 
     def is_late() -> bool:
         now = time.monotonic()

@@ -20,6 +20,7 @@ snapshots/       see checkpoint/weights.py
 import json
 import os
 import socket
+import time
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
@@ -36,11 +37,12 @@ from karat_scale.checkpoint.store import CheckpointStore, NearStore, checkpoint_
 from karat_scale.checkpoint.weights import load_weights, wants_ema
 from karat_scale.data.batch import class_order_digest
 from karat_scale.engine.distributed import World, device_name, write_flight_record
-from karat_scale.engine.heartbeat import Heartbeat, heartbeat_file, read_signs
+from karat_scale.engine.heartbeat import WRITE_SECONDS, Heartbeat, heartbeat_file, read_signs
 from karat_scale.engine.run_state import RunState
 from karat_scale.foundation.errors import RunDirectoryError, UserError, not_written
 from karat_scale.foundation.files import lock, open_regular, parse_json, read_text, remove_leftovers, replace_file
 from karat_scale.foundation.tables import require_trust
+from karat_scale.models.init_from import KEYS_OF_OPERATORS
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.base import NEVER_ALLOWED, Effect
 from karat_scale.recipe.files import COMMANDS, read_run_recipe, recipe_of_run
@@ -56,10 +58,9 @@ from karat_scale.recipe.loading import (
 
 _RECIPE = "recipe.yaml"
 # What two models with tensors of the same shapes may differ in.
-_UNSEEN = (
-    *("model.num_heads", "attention.kind", "attention.basis", "attention.form", "attention.softmax_heads"),
-    "attention.blocks",
-)
+_UNSEEN = ("model.num_heads", *(f"attention.{key}" for key in ("kind", "softmax_heads", *KEYS_OF_OPERATORS)))
+# How long a file server may keep the lock of a node that is gone: NFS 4 does for 90 seconds.
+_LOCK_SECONDS = 120.0
 # Of the keys that change the shapes of tensors, those for which init_from makes weights fit.
 _FITTED = ("model.image_size", "model.num_classes", "model.patch_size")
 # What a run needs elsewhere beside its checkpoints; the rest can be made again. A file of the suffix FIXED tells at its
@@ -113,7 +114,7 @@ class RunDirectory:
             self.store.root.mkdir(parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
             file = os.fdopen(open_regular(self.path / ".lock", flags), "a+", encoding="utf-8")
-            if not lock(file, wait=False):
+            if not self._lock_alone(file):
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise RunDirectoryError(
@@ -130,6 +131,32 @@ class RunDirectory:
             self.store.put_back()
         except OSError as error:
             raise RunDirectoryError(f"run.dir = {self.path}: {error.strerror}; choose another run.dir") from None
+
+    def _lock_alone(self, file: IO[str]) -> bool:
+        """Lock the directory, whether by its file or, where the file system has no locks, as nobody else trains here.
+
+        A file server keeps the lock of a lost node for a while. So wait for one whose holder shows no life.
+        """
+        try:
+            if lock(file, wait=False, without=None):
+                return True
+            seconds = _LOCK_SECONDS
+        except OSError:
+            seconds = 0.0
+        signs = read_signs(self.path)
+        if not signs:
+            return not seconds
+        begun, is_told = time.monotonic(), False
+        while (passed := time.monotonic() - begun) < max(seconds, 2 * WRITE_SECONDS):
+            time.sleep(0.2)
+            if read_signs(self.path) != signs:
+                return False
+            if seconds and lock(file, wait=False):
+                return True
+            if passed > 2 * WRITE_SECONDS and not is_told:
+                is_told = True
+                print(f"{self.path / '.lock'}: waiting, as its holder shows no life", flush=True)
+        return not seconds
 
     def admit(self, recipe: RunRecipe) -> str:
         """Let `recipe` train in the directory, which is claimed; returns and raises as `open` does."""
@@ -254,7 +281,7 @@ class RunDirectory:
         if keys:
             raise RunDirectoryError(
                 f"run.dir = {self.path} belongs to another recipe: {describe_keys(old, recipe, keys)}; "
-                f"{_advice(self.path, keys, fixed, before, effects(type(recipe)))}"
+                f"{_advice(self.path, keys, fixed, before, effects(type(recipe)), recipe.resume.allow)}"
             )
 
     def keep_data(
@@ -291,9 +318,10 @@ class RunDirectory:
             differences.append("other classes")
         said = " and ".join(differences)
         if said and not is_branch and not {"data", "data.path"} & set(recipe.resume.allow):
+            allowed = ",".join((*recipe.resume.allow, "data.path"))
             raise RunDirectoryError(
                 f"run.dir = {self.path}: its run began with other data: data.path has {said}; correct "
-                "data.path, add 'resume.allow=[data.path]', or choose another run.dir"
+                f"data.path, add 'resume.allow=[{allowed}]', or choose another run.dir"
             )
         if state.val_images not in (0, tested):
             differences.append(
@@ -318,13 +346,16 @@ def _close(file: IO[str] | None) -> None:
 
 
 def refuse_another_model(source: Path, recipe: RunRecipe) -> None:
-    """Raise RunDirectoryError if a run, or the run of a checkpoint, trained another model than a recipe builds.
+    """Raise RunDirectoryError if a run, or the run of a checkpoint, is of another command or model than a recipe.
 
-    Only by what the shapes of tensors do not show: the number of heads and the kind of functions.
+    Of the model only by what the shapes of tensors do not show: the number of heads and the kind of functions.
     """
     file = next((path for path in (source / _RECIPE, source.parent.parent / _RECIPE) if path.is_file()), None)
     if file is None:
         return
+    command, wanted = RunDirectory(file.parent).command, COMMANDS[type(recipe).shipped]
+    if command != wanted:
+        raise RunDirectoryError(f"resume.from = {source} is of a run of karat {command}, not of karat {wanted}")
     theirs = load_run_recipe(file, (), type(recipe))
     before, after = flatten(theirs), flatten(recipe)
     if keys := _unseen(before, after):
@@ -341,15 +372,22 @@ def _unseen(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return [key for key in keys if not is_softmax or key.startswith("model.")]
 
 
-def _advice(path: Path, keys: list[str], fixed: list[str], before: dict[str, Any], known: dict[str, Effect]) -> str:
-    """What to do about differing keys, of which `fixed` may never differ."""
+def _advice(
+    path: Path,
+    keys: list[str],
+    fixed: list[str],
+    before: dict[str, Any],
+    known: dict[str, Effect],
+    allowed: Sequence[str],
+) -> str:
+    """What to do about differing keys, of which `fixed` may never differ; those in `allowed` may already."""
     if shaping := [key for key in keys if known[key] is Effect.SHAPES and key not in NEVER_ALLOWED]:
         fits = all(key in _FITTED for key in shaping)
         weights = f", with init_from={path} to start from its weights" if fits else ""
         return f"another model cannot resume from its checkpoints: choose another run.dir{weights}"
     advice = [f"use {key}={before[key]}" for key in fixed]
     if others := [key for key in keys if key not in fixed]:
-        advice.append(f"add 'resume.allow=[{','.join(others)}]'")
+        advice.append(f"add 'resume.allow=[{','.join((*allowed, *others))}]'")
     return f"{' and '.join(advice)}, or choose another run.dir"
 
 

@@ -94,7 +94,10 @@ class Trainer:
         )
         histograms = interval.HeadHistograms(engine, recipe.log, reporter)
         self.after_step: list[AfterStep] = [histograms, *task.after_step(engine, directory, self.total_steps)]
-        self._profiler = interval.StepProfiler(recipe.log.profile_steps, directory.profile, world, reporter)
+        window = recipe.log.profile_steps
+        if window is not None and window[1] > self.total_steps and world.is_main:
+            reporter.warn(f"log.profile_steps = {[*window]}: training has {self.total_steps} steps, so none is traced")
+        self._profiler = interval.StepProfiler(window, directory.profile, world, reporter)
         self._incidents = Incidents(directory.path / "incidents", directory.store, plan, task.replays)
         self.begin(task.state_type())
 
@@ -322,6 +325,7 @@ class Trainer:
             scores, more = self.evaluate(self._during_evaluation)
             self._compiles_evaluation = False
             figures = {"samples": state.samples, **scores.to_json(), **more}
+            self.checkpoints.forget_lost_best(state)
             is_best = state.record(figures)
             of = f" ({figures['weights']} weights)" if self.recipe.train.ema_decay else ""
             said = f"eval at step {state.step}: {scores}{of}"
@@ -391,6 +395,7 @@ class Trainer:
         """Evaluate the weights that the recipe names; returns the scores, and what else the event says of the model."""
         use_ema = self.ema is not None and self.recipe.train.eval_weights != "raw"
         weights = self.ema.in_place_of_weights(StoppedError) if use_ema and self.ema else nullcontext()
+        self.engine.share_statistics()
         self.engine.module.eval()
         try:
             with weights:

@@ -7,13 +7,16 @@ import shutil
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from karat_scale.checkpoint.checkpoints import Checkpoints
+from karat_scale.checkpoint.restore import SavedState, _optimizer_state
 from karat_scale.checkpoint.tensor_storage import load_tensors, planned_bytes
 from karat_scale.checkpoint.weights import load_weights
 from karat_scale.engine.deepspeed_internals import master_weights
@@ -287,6 +290,36 @@ def test_a_best_that_is_gone_is_said_and_replaced(small_recipe, make_checkpoints
     assert (resumed.best_step, resumed.best_top5) == (3, 60.0)
 
 
+@pytest.mark.parametrize("is_one_kept", [True, False])
+def test_a_best_that_was_not_saved_does_not_stay_the_best(
+    small_recipe, make_checkpoints, tmp_path, monkeypatch, is_one_kept
+) -> None:
+    checkpoints = make_checkpoints(small_recipe(), tmp_path / "c")
+    if is_one_kept:
+        checkpoints.save(state(1, 10.0, 1, 10.0), is_best=True)
+    lost, begin = state(2, 50.0, 2, 50.0), checkpoints.store.begin
+
+    def full(step: int) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.store, "begin", full)
+    assert not checkpoints.save(lost, is_best=True)
+    monkeypatch.setattr(checkpoints.store, "begin", begin)
+    later = replace(lost, step=3, samples=24)
+    checkpoints.forget_lost_best(later)
+    assert (later.best_step, later.best_top1) == ((1, 10.0) if is_one_kept else (None, None))
+    assert later.record({"top1": 30.0, "top5": 30.0})
+    saved = replace(lost, step=4, samples=32, best_step=4)
+    checkpoints.save(saved, is_best=True)
+    checkpoints.forget_lost_best(saved)
+    assert saved.best_step == 4
+
+
+def test_a_rank_with_nothing_but_padding_has_the_steps_of_the_others() -> None:
+    saved = SavedState({}, scalars={"step": {"": 3.0}})
+    assert _optimizer_state([], torch.empty(0), saved) == {"step": 3.0}
+
+
 def test_a_damaged_newest_checkpoint_costs_no_intact_one(small_recipe, make_checkpoints, tmp_path, capsys):
     recipe = small_recipe("checkpoint.keep_last=2", "checkpoint.keep_best=false")
     first, second = (make_checkpoints(recipe, tmp_path / "c") for _ in range(2))
@@ -331,6 +364,16 @@ def build(recipe: Recipe, world: World, seed: int) -> tuple[Engine, Checkpoints]
         freeze(model, recipe.train.freeze)
     engine = Engine(model, recipe, world, recipe.train.global_batch)
     return engine, checkpoints_of(engine, recipe, world, Path(recipe.run.dir) / "checkpoints")
+
+
+def test_the_room_for_a_checkpoint_counts_frozen_weights(small_recipe, world, monkeypatch) -> None:
+    engine, checkpoints = build(small_recipe("train.freeze=['blocks.*','patch_embed.*']"), world, seed=0)
+    frozen = sum(x.numel() for x in engine.frozen.values())
+    assert 4 * frozen > 16 * engine.parameters
+    checkpoints.store.open()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4 * frozen))
+    with pytest.raises(RunDirectoryError, match="there is no room for a checkpoint"):
+        checkpoints.check_room()
 
 
 @pytest.mark.parametrize(("config", "precision"), FEW_CELLS)

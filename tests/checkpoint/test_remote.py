@@ -176,6 +176,14 @@ def test_retention_is_that_of_the_directory(store, url) -> None:
     remote.look()
     remote.retain(keep_last=2)
     assert remote.names() == [names[5], names[4], names[1], names[0]]
+    remote.point("best", [names[5]])
+    remote.point("pinned", ["step-00000099"])
+    remote.look()
+    remote.retain(keep_last=2, damaged=[names[4]])  # which does not count
+    assert remote.names() == [names[5], names[1]]
+    upload(remote, store, names[0])
+    remote.point("pinned", [names[0]])
+    remote.look()
     (store.root / names[0] / "b.pt").write_bytes(b"b")  # a local file that is cut is not copied
     empty = opened(f"{url}/other")
     with pytest.raises(OSError, match=r"b\.pt of step-00000001 has 1 bytes, not 5000"):

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.checkpoint.store import MANIFEST, STATE, CheckpointStore, alone, checkpoint_name, holding
-from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.foundation.errors import RunDirectoryError, of_the_machine
 from karat_scale.foundation.files import Fingerprint
 from tests.conftest import ROOT
 from tests.training.harm import HARMS
@@ -137,6 +138,23 @@ def test_a_file_that_is_not_as_its_writer_says_is_not_committed(store) -> None:
     with pytest.raises(OSError, match=r"weights\.pt has 5 bytes, but 6 were written"):
         store.commit(directory, {}, {"weights.pt": Fingerprint(6, "")})
     assert store.names() == []
+
+
+@pytest.mark.parametrize(("number", "is_damage"), [(errno.ESTALE, False), (errno.EACCES, False), (errno.EIO, True)])
+@pytest.mark.parametrize("what", ["file_sha256", "read_text"])
+def test_what_cannot_be_read_now_is_no_damage(store, monkeypatch, number, is_damage, what) -> None:
+    name = save(store, 1)
+
+    def fail(path: Path, *_: object) -> str:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(f"karat_scale.checkpoint.store.{what}", fail)
+    if is_damage:
+        assert "cannot be read: Input/output error" in (store.damage(name) or "")
+        return
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        store.damage(name)
+    assert of_the_machine(caught.value)[1] == (1 if number == errno.ESTALE else 2)  # a job may try again
 
 
 def test_a_missing_or_broken_manifest_is_damage(store) -> None:

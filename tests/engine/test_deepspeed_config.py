@@ -75,6 +75,7 @@ def test_a_users_own_file_works_and_what_only_deepspeed_knows_is_passed_on(small
             '{"zero_optimization": {"stage": 1, "round_robin_gradients": true}}',
             "round_robin_gradients = True: DeepSpeed names the parts of other parameters then; remove it",
         ),
+        ('{"zero_optimization": {"stage": 1, "elastic_checkpoint": true}}', "checkpoints would have another layout"),
         (
             '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}',
             "zero_optimization.offload_param.device = 'nvme': checkpoints hold what is in memory",

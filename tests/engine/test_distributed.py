@@ -348,6 +348,27 @@ def test_the_rank_that_is_missing_from_a_collective_is_named(tmp_path) -> None:
     assert all((tmp_path / "diagnostics" / f"flight-{rank}").stat().st_size for rank in range(2))
 
 
+@pytest.mark.multiprocess
+def test_all_ranks_evaluate_with_the_statistics_of_the_first(tmp_path) -> None:
+    program = textwrap.dedent(
+        """
+        from types import SimpleNamespace
+        from torch import nn
+        from karat_scale.engine import distributed
+        from karat_scale.engine.engine import Engine
+
+        world = distributed.start("cpu")
+        norm = nn.BatchNorm2d(2)
+        norm.running_mean += world.rank
+        Engine.share_statistics(SimpleNamespace(module=nn.Sequential(norm)))
+        print(world.gather(norm.running_mean.tolist()))
+        distributed.stop()
+        """
+    )
+    done = run_code(program, environments=rank_environments(2), directory=tmp_path)
+    assert done.stdout.count("[[0.0, 0.0], [0.0, 0.0]]") == 2, done.stdout + done.stderr
+
+
 # Root has no such limit. Another user has, who may read all that the tests read.
 AS_ANOTHER = (
     *("setpriv", "--reuid=12345", "--regid=12345", "--clear-groups"),

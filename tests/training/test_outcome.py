@@ -1,11 +1,17 @@
 """What a run says of its end, and leaves in summary.json."""
 
+import errno
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
+from karat_scale.foundation.errors import PeerError, RunDirectoryError
+from karat_scale.training.outcome import Outcome, concluded
+from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.tasks.classification.task import TrainState
 from tests.conftest import events, karat_here, karat_says, summary
 from tests.small_engines import make_trainer
 
@@ -83,6 +89,24 @@ def test_a_start_that_fails_is_told_of_a_run_that_is_not_finished(train_recipe, 
     assert summary(tmp_path / "run")["exit"] == 2
     assert train_recipe("model.num_classes=2").returncode == 2
     assert "model.num_classes = 2" in summary(tmp_path / "run")["reason"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (PeerError("rank 1 is gone"), 76),
+        (OSError(errno.EACCES, "Permission denied", "a.tar"), 2),
+        (OSError(errno.ESTALE, "Stale file handle", "a.tar"), 1),
+        (KeyError("a"), 1),
+    ],
+)
+def test_the_summary_has_the_exit_code_of_the_command(small_recipe, world, tmp_path, error, code) -> None:
+    recipe, directory = small_recipe(), RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    outcome, reporter = Outcome(recipe, world, TrainState(), begun=True), Reporter(PlainDisplay(), None)
+    with pytest.raises(type(error)), concluded(outcome, directory, SimpleNamespace(received=None), reporter, None):
+        raise error
+    assert summary(directory.path)["exit"] == code
 
 
 def test_notices_are_told_once_and_a_damaged_summary_is_written_anew(train_recipe, tmp_path) -> None:

@@ -156,11 +156,11 @@ def test_a_finished_run_stays_finished(train_recipe, trained) -> None:
     again = train_recipe("train.epochs=1")
     assert "nothing is left to do: the run has trained its train.epochs = 1" in again.stdout
     assert len(events(run, "eval")) == 1
-    for key in ("steps", "best_top1", "images_per_second"):
-        assert summary(run)[key] == before[key]
+    assert summary(run) == before
     recipe = (run / "recipe.yaml").read_bytes()
     train_recipe("train.epochs=1", "optim.lr=1", "resume.allow=optim.lr")
     assert (run / "recipe.yaml").read_bytes() == recipe  # nothing was trained at that rate
+    assert summary(run) == before
     branch = run.with_name("branch")
     train_recipe("train.epochs=1", f"run.dir={branch}", f"resume.from={run}")
     assert (branch / "recipe.yaml").is_file()
@@ -211,9 +211,11 @@ def test_a_branch_never_has_its_trunks_best(small_recipe, make_checkpoints, tmp_
     trunk, branch = (make_checkpoints(small_recipe(), tmp_path / name) for name in ("trunk", "branch"))
     state = TrainState(step=1, samples=8)
     state.record({"top1": 99.0, "top5": 99.5})
+    state.timed_samples, state.timed_seconds, state.peak_memory_mb = 8, 1.0, 99.0
     assert trunk.save(state)
     begun = branch.load(str(trunk.store.root / "step-00000001"))
     assert (begun.best_step, begun.best_top1, begun.last_top1) == (None, None, 99.0)
+    assert (begun.images_per_second, begun.peak_memory_mb) == (None, 0.0)
 
 
 def test_a_branch_of_another_image_size_or_from_nowhere_is_one_line(recipe_file, tmp_path) -> None:

@@ -1,15 +1,20 @@
+import errno
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from dataclasses import replace
 from functools import partial
 from multiprocessing.synchronize import Event
+from pathlib import Path
 
 import pytest
 
+from karat_scale.engine.heartbeat import Heartbeat
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError
 from karat_scale.recipe.loading import dump_recipe
+from karat_scale.training import run_directory
 from karat_scale.training.run_directory import RunDirectory, refuse_another_model
 from karat_scale.training.tasks.classification.task import TrainState
 from tests.conftest import karat_here
@@ -80,6 +85,7 @@ REFUSED = [
     (["train.global_batch=16", "resume.allow=train.global_batch"], r"\(8 -> 16\); use train.global_batch=8, or choose"),
     (["train.global_batch=16", "optim.lr=1"], r"; use train.global_batch=8 and add 'resume.allow=\[optim.lr\]', or"),
     (["init_from=runs/a"], r"init_from \('' -> runs/a\)"),
+    (["optim.lr=1", "schedule.min_lr=1e-6", "resume.allow=optim.lr"], r"resume.allow=\[optim.lr,schedule.min_lr\]'"),
     ([*AUGMENT, "augment.color_jitter=0.1", "optim.lr=1"], "and 1 more"),
     # No leave is advised for another model, and none helps.
     *(
@@ -117,6 +123,54 @@ def test_a_branch_is_of_the_same_model(small_recipe, tmp_path) -> None:
         refuse_another_model(source, small_recipe(*same))
         with pytest.raises(RunDirectoryError, match=r"attention.basis \(mexican_hat -> morlet\)"):
             refuse_another_model(source, small_recipe("attention.basis=morlet"))
+        for key, value in {"base": "silu", "simplex": "true", "range": "1"}.items():
+            with pytest.raises(RunDirectoryError, match=rf"attention.{key} \("):
+                refuse_another_model(source, small_recipe(*same, f"attention.{key}={value}"))
+    (trunk.path / "recipe.yaml").write_text("detector: {}\n")
+    with pytest.raises(RunDirectoryError, match="is of a run of karat detect, not of karat train"):
+        refuse_another_model(checkpoint, small_recipe())
+
+
+def hold(path: Path, held: Event, ended: Event, beats: bool) -> None:
+    """Claim a directory, with heartbeats that stop at once if not `beats`."""
+    directory = RunDirectory(path)
+    directory.claim()
+    heartbeat = Heartbeat(path, 0).start()
+    if not beats:
+        heartbeat.stop()
+    held.set()
+    ended.wait(60)
+    heartbeat.stop()
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+@pytest.mark.parametrize("beats", [True, False])
+def test_a_lock_whose_holder_shows_no_life_is_waited_for(tmp_path, monkeypatch, capsys, beats, has_locks) -> None:
+    context = multiprocessing.get_context("fork")
+    held, ended = context.Event(), context.Event()
+    holder = context.Process(target=hold, args=(tmp_path / "run", held, ended, beats))
+    holder.start()
+    assert held.wait(30)
+    if not has_locks:
+
+        def no_locks(*_: object, without: bool | None = True, **__: object) -> bool:
+            if without is None:
+                raise OSError(errno.ENOSYS, "Function not implemented")
+            return without
+
+        monkeypatch.setattr(run_directory, "lock", no_locks)
+    elif not beats:
+        threading.Timer(5.0, ended.set).start()
+    try:
+        if beats:
+            with pytest.raises(RunDirectoryError, match=rf"is in use by process {holder.pid} on "):
+                RunDirectory(tmp_path / "run").claim()
+        else:
+            RunDirectory(tmp_path / "run").claim()
+            assert ("waiting, as its holder shows no life" in capsys.readouterr().out) == has_locks
+    finally:
+        ended.set()
+        holder.join()
 
 
 def test_a_start_that_left_no_checkpoint_does_not_hold_the_directory(small_recipe, tmp_path) -> None:

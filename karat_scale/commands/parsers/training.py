@@ -316,7 +316,7 @@ IMAGES = 1000
 
 
 def _converted(options: argparse.Namespace) -> "Recipe":
-    from karat_scale.recipe.files import read_run_recipe
+    from karat_scale.recipe.files import read_recipe, read_run_recipe
     from karat_scale.recipe.loading import load_recipe
 
     if "convert.images=0" in options.overrides:
@@ -327,12 +327,15 @@ def _converted(options: argparse.Namespace) -> "Recipe":
     source = json.dumps(options.source)  # a text in YAML, whatever it has in it
     if any(text.partition("=")[0].strip() == "init_from" for text in options.overrides):
         raise UserError("init_from: SOURCE is that; remove the override")
-    own = [f"init_from={source}", f"distill.from={source}", *options.overrides]
+    section = read_recipe(options.recipe)[1].get("convert")
+    has_images = isinstance(section, dict) and section.get("images")
+    images = [] if has_images else [f"convert.images={IMAGES}"]
+    own = [f"init_from={source}", f"distill.from={source}", *images, *options.overrides]
     recipe = load_recipe(options.recipe, own)
     here = Path(recipe.run.dir).expanduser()
     if (here / "checkpoints" / "latest").is_file() and read_run_recipe(here / "recipe.yaml").get("init_from") == "":
         raise RunDirectoryError(f"run.dir = {here} holds a run that began without SOURCE; add run.dir=DIR, a new one")
-    return recipe if recipe.convert.images else load_recipe(options.recipe, [*own, f"convert.images={IMAGES}"])
+    return recipe
 
 
 def _convert(options: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from karat_scale.foundation.console import duration
+from karat_scale.foundation.errors import EXIT_LOST_PEER
 from karat_scale.foundation.machine import ask_squeue
 
 _WORK = ("training", "waiting for data", "evaluating", "saving")
@@ -46,14 +47,15 @@ class Stopwatch:
         return {part: round(seconds, 3) for part, seconds in self._spent.items()}
 
 
-def submitted() -> float | None:
-    """When SLURM was given this job, in seconds since the epoch; None where nobody knows."""
+def queued() -> tuple[float, float] | None:
+    """When SLURM was given this job and when it started it, in seconds since the epoch; None where nobody knows."""
     job = os.environ.get("SLURM_JOB_ID")
-    told = ask_squeue(job, "%V") if job else None
+    told = ask_squeue(job, "%V,%S") if job else None
     try:
-        return datetime.fromisoformat(told).timestamp() if told else None
+        given, started = (datetime.fromisoformat(one).timestamp() for one in (told or "").split(","))
     except ValueError:
         return None
+    return given, started
 
 
 @dataclass
@@ -114,7 +116,7 @@ class WallTime:
 
     def _start(self, event: Mapping[str, Any]) -> None:
         began, step = _number(event["began"]), event["step"]
-        asked = began if event["submitted"] is None else _number(event["submitted"])
+        asked, started = (began if event.get(key) is None else _number(event[key]) for key in ("submitted", "started"))
         if event["anew"] or self._until is None:
             self.parts, self.seconds = dict.fromkeys(PARTS, 0.0), 0.0
             self._marks, self._end, self.failures = [], None, 0
@@ -123,9 +125,11 @@ class WallTime:
             if event["last_sign"] is not None:
                 self.reach(min(_number(event["last_sign"]), began), "training")
             self._lose(step)
-            self.failures += self._end in (None, 1)
+            self.failures += self._end in (None, 1, EXIT_LOST_PEER)
         self._until = max(asked, self._until)
-        self.parts["queue"] += max(began - self._until, 0.0)
+        queue = max(min(started, began) - self._until, 0.0)
+        self.parts["queue"] += queue
+        self.parts["starting"] += max(began - self._until - queue, 0.0)
         self._move(began)
         self._of_start, self._end = {}, None
 

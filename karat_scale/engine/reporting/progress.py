@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 from rich.console import Console
 
 from karat_scale.engine.heartbeat import Heartbeat
-from karat_scale.engine.reporting.goodput import Stopwatch, submitted
+from karat_scale.engine.reporting.goodput import Stopwatch, queued
 from karat_scale.engine.run_state import RunState
 from karat_scale.engine.tracking.follow import Trackers
 from karat_scale.foundation.console import ProgressBars, duration, printable, terminal
@@ -226,8 +226,9 @@ class Reporter:
         """
         if self._log is not None:
             self._stopwatch = Stopwatch()
-            asked = submitted()
-            self._write("start", step, began=self._stopwatch.began, anew=anew, last_sign=last_sign, submitted=asked)
+            asked, started = queued() or (None, None)
+            more = {"last_sign": last_sign, "submitted": asked, "started": started}
+            self._write("start", step, began=self._stopwatch.began, anew=anew, **more)
 
     def beat(self, doing: str, step: int = 0) -> None:
         """This rank got on: it begins with `doing` now, for whoever watches for hangs."""

@@ -7,6 +7,7 @@ from karat_scale.engine.reporting.goodput import Stopwatch, wall_time
 
 def start(began: float, step: int = 0, **more: object) -> dict[str, object]:
     event = {"event": "start", "began": began, "anew": step == 0, "submitted": None, "last_sign": None}
+    event |= {"started": began if more.get("submitted") else None}
     return {**event, "step": step, "time": began + 10, "spent": {"starting": 10.0}, **more}
 
 
@@ -32,6 +33,14 @@ def test_what_came_after_the_checkpoint_is_lost_and_the_rest_is_time_in_the_queu
     assert found.parts["training"] == 40 + 49
     assert found.parts["starting"] == 20
     assert str(found) == "27 min 40 s: training 5.4 %, saving 0.18 %, starting 1.2 %, lost 3.6 %, queue 90 %"
+
+
+def test_a_restart_in_the_same_job_is_not_in_the_queue() -> None:
+    first = {**KILLED[0], "started": 960}
+    found = wall_time([first, *KILLED[1:], start(2000, 5, last_sign=1112, submitted=400, started=960)])
+    assert found.parts["queue"] == 560
+    assert found.parts["starting"] == 40 + 10 + (2000 - 1112) + 10
+    assert found.seconds == 2010 - 400 == pytest.approx(sum(found.parts.values()))
 
 
 @pytest.mark.parametrize(("submitted", "queue"), [(1500, 500), (None, 0)])

@@ -204,7 +204,12 @@ class StepSchedule:
 
     def __init__(self, recipe: DetectionRecipe, steps_per_epoch: int) -> None:
         self._config, self._steps_per_epoch, optim = recipe.schedule, steps_per_epoch, recipe.optim
-        self._drops = [round(share * (recipe.train.epochs * steps_per_epoch)) for share in recipe.schedule.drops]
+        total = recipe.train.epochs * steps_per_epoch
+        if recipe.schedule.warmup_steps >= total:
+            raise RecipeError(
+                f"schedule.warmup_steps = {recipe.schedule.warmup_steps}: training has {total} steps; use fewer"
+            )
+        self._drops = [round(share * total) for share in recipe.schedule.drops]
         self.peak_lr = optim.lr * (recipe.train.global_batch / optim.lr_batch if optim.lr_batch else 1.0)
 
     def lr(self, step: int) -> float:

@@ -111,7 +111,7 @@ class AdamWConfig(OptimConfig):
     lr_batch: Count | None = 64
     """The peak learning rate is lr * train.global_batch / lr_batch. Null does not scale it."""
     weight_decay: NonNegative = 0.1
-    """Weight decay of weights with two or more dimensions; norms and biases have none."""
+    """Weight decay of weights with two or more dimensions; norms, biases, and class tokens and positions have none."""
     eps: Positive = 1e-8
     """AdamW's epsilon."""
     clip_grad: NonNegative = 0.0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -284,6 +285,17 @@ def test_mistakes_are_one_line(convert, command, tmp_path) -> None:
     }
     for words, arguments in refused.items():
         assert words in karat_refuses(*arguments)
+
+
+@pytest.mark.parametrize(("own", "images"), [((), 1000), (("convert.images=8",), 8)])
+def test_other_keys_of_the_conversion_may_be_given_without_the_images(own, images, tmp_path) -> None:
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("extends: cifar10_vit_nano_32px\nattention: {kind: karat}\nconvert: {steps: 20}\n")
+    source = ("convert", "timm:vit_tiny_patch16_224", str(recipe), "convert.rounds=3", *own, "--print")
+    found = yaml.safe_load(karat_says(*source))["convert"]
+    assert (found["images"], found["rounds"], found["steps"]) == (images, 3, 20)
+    recipe.write_text(recipe.read_text().replace("{steps: 20}", "{images: 40, steps: 20}"))
+    assert yaml.safe_load(karat_says(*source))["convert"]["images"] == (8 if own else 40)
 
 
 @pytest.mark.parametrize("place", ["basis", "kind", "blocks"])

@@ -342,3 +342,9 @@ def test_the_rate_decays_after_each_epoch_or_warms_up_and_drops(small, optim, sc
     recipe = small(optim={"lr": 1e-3, **optim}, schedule=schedule, train={"epochs": epochs, "global_batch": 8})
     found = StepSchedule(recipe, steps_per_epoch=6)
     assert [found.lr(step) for step in steps] == pytest.approx(rates)
+
+
+def test_a_warm_up_as_long_as_training_is_refused(small) -> None:
+    recipe = small(schedule={"warmup_steps": 12}, train={"epochs": 2, "global_batch": 8})
+    with pytest.raises(RecipeError, match=r"schedule.warmup_steps = 12: training has 12 steps; use fewer"):
+        StepSchedule(recipe, steps_per_epoch=6)
