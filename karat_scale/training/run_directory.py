@@ -58,7 +58,11 @@ from karat_scale.recipe.loading import (
 
 _RECIPE = "recipe.yaml"
 # What two models with tensors of the same shapes may differ in.
-_UNSEEN = ("model.num_heads", *(f"attention.{key}" for key in ("kind", "softmax_heads", *KEYS_OF_OPERATORS)))
+_UNSEEN = (
+    *("model.num_heads", "attention.kind", "attention.basis", "attention.form", "attention.softmax_heads"),
+    "attention.blocks",
+)
+_UNSEEN_IN_BRANCHES = tuple(dict.fromkeys((*_UNSEEN, *(f"attention.{key}" for key in KEYS_OF_OPERATORS))))
 # How long a file server may keep the lock of a node that is gone: NFS 4 does for 90 seconds.
 _LOCK_SECONDS = 120.0
 # Of the keys that change the shapes of tensors, those for which init_from makes weights fit.
@@ -358,17 +362,17 @@ def refuse_another_model(source: Path, recipe: RunRecipe) -> None:
         raise RunDirectoryError(f"resume.from = {source} is of a run of karat {command}, not of karat {wanted}")
     theirs = load_run_recipe(file, (), type(recipe))
     before, after = flatten(theirs), flatten(recipe)
-    if keys := _unseen(before, after):
+    if keys := _unseen(before, after, _UNSEEN_IN_BRANCHES):
         raise RunDirectoryError(
             f"resume.from = {source} is of another model: {describe_keys(theirs, recipe, keys)}; "
             "set the keys as it has them"
         )
 
 
-def _unseen(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Return the keys of `_UNSEEN` that differ. A null stands for the model's own number, which is not known here."""
+def _unseen(before: dict[str, Any], after: dict[str, Any], among: Sequence[str] = _UNSEEN) -> list[str]:
+    """Return the keys that differ. A null stands for the model's own number, which is not known here."""
     is_softmax = all(one["attention.kind"] == "softmax" and not one["attention.blocks"] for one in (before, after))
-    keys = [key for key in _UNSEEN if None not in (before.get(key), after.get(key)) and before[key] != after[key]]
+    keys = [key for key in among if None not in (before.get(key), after.get(key)) and before[key] != after[key]]
     return [key for key in keys if not is_softmax or key.startswith("model.")]
 
 
