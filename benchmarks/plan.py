@@ -102,7 +102,7 @@ def recipe_of(case: Case, scratch: str) -> Recipe:
         "run": {"name": "bench-plan", "dir": f"{scratch}/run", "device": "cpu"},
         "model": {"name": "vit_tiny_patch16_224", "image_size": 112, "depth": 4, "num_classes": 100},
         "attention": {"kind": "karat"},
-        "data": {"backend": "synthetic", "synthetic_samples": 64},
+        "data": {"backend": "synthetic", "synthetic_samples": 128},  # an evaluation's batch for each of two ranks
         "schedule": {"warmup_epochs": 0},
         "train": {"global_batch": 16, "ema_decay": 0.99},
         "deepspeed": {"config": case.config},

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -38,7 +39,8 @@ def kill_all(process: Started) -> None:
     ranks = [psutil.Process(pid) for pid in process.pids]
     family = [*(worker for rank in ranks for worker in rank.children(recursive=True)), *ranks]
     for member in family:
-        member.send_signal(signal.SIGKILL)
+        with suppress(psutil.NoSuchProcess):  # a command that it ran may have ended meanwhile
+            member.send_signal(signal.SIGKILL)
     process.communicate()
     psutil.wait_procs(family, timeout=30)
 
