@@ -28,7 +28,7 @@ from karat_scale.recipe import RunRecipe
 from karat_scale.training.agreement import StoppedError, StopSignals
 from karat_scale.training.outcome import Outcome, concluded
 from karat_scale.training.run_copy import RunCopy, keep_run_id, open_copy, run_id
-from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.run_directory import RunDirectory, leave_for
 from karat_scale.training.task import Task
 from karat_scale.training.trainer import Trainer
 
@@ -209,7 +209,7 @@ def how_to_extend(trainer: Trainer) -> str:
     of_epochs = train.epochs * trainer.plan.steps_per_epoch
     if train.max_steps is not None and train.max_steps < of_epochs:
         return f"the run has taken its train.max_steps = {train.max_steps:,} steps; raise it to go on"
-    more = " and add 'resume.allow=[train.epochs]'" if train.max_steps is not None else ""
+    more = f" and {leave_for(trainer.recipe, 'train.epochs')}" if train.max_steps is not None else ""
     return f"the run has trained its train.epochs = {train.epochs}; for more, raise it{more}"
 
 

@@ -35,7 +35,7 @@ from karat_scale.checkpoint.remote import OnBytes, RemoteCheckpoints
 from karat_scale.checkpoint.store import PINNED, holding
 from karat_scale.engine.distributed import World
 from karat_scale.engine.reporting.progress import Reporter
-from karat_scale.foundation.errors import EXIT_STOPPED, RecipeError, RunDirectoryError, one_line
+from karat_scale.foundation.errors import EXIT_LOST_PEER, EXIT_STOPPED, RecipeError, RunDirectoryError, one_line
 from karat_scale.foundation.files import commit_file, name_in_errors, read_text, replace_file, temporary_file
 from karat_scale.foundation.machine import Background
 from karat_scale.foundation.stores import DEFAULT_TIMEOUT, MissingFileError, StoreError, WritableStore
@@ -195,7 +195,7 @@ def _is_own(name: str) -> bool:
 
 # How long the last copy may take, by exit code. A job's signal comes two minutes before its end; after another rank's
 # error, the launcher ends this one sooner.
-COPY_SECONDS = {0: math.inf, EXIT_STOPPED: 60.0, 2: 20.0, 1: 5.0}
+COPY_SECONDS = {0: math.inf, EXIT_STOPPED: 60.0, 2: 20.0, 1: 5.0, EXIT_LOST_PEER: 5.0}
 _SOON = 1.0
 
 
@@ -330,7 +330,7 @@ def finish_copy(copy: RunCopy | None, world: World, reporter: Reporter, signals:
     """
     if copy is None and world.size == 1:  # another rank than 0, which is alone here
         return
-    limits = [time.monotonic() + COPY_SECONDS.get(code, COPY_SECONDS[1])]
+    limits = [time.monotonic() + COPY_SECONDS[code]]
 
     def is_late() -> bool:
         now = time.monotonic()

@@ -144,23 +144,23 @@ class RunDirectory:
         try:
             if lock(file, wait=False, without=None):
                 return True
-            seconds = _LOCK_SECONDS
+            has_locks = True
         except OSError:
-            seconds = 0.0
-        signs = read_signs(self.path)
+            has_locks = False
+        signs, two_beats = read_signs(self.path), 2 * WRITE_SECONDS
         if not signs:
-            return not seconds
+            return not has_locks
         begun, is_told = time.monotonic(), False
-        while (passed := time.monotonic() - begun) < max(seconds, 2 * WRITE_SECONDS):
+        while (passed := time.monotonic() - begun) < (_LOCK_SECONDS if has_locks else two_beats):
             time.sleep(0.2)
             if read_signs(self.path) != signs:
                 return False
-            if seconds and lock(file, wait=False):
+            if has_locks and lock(file, wait=False):
                 return True
-            if passed > 2 * WRITE_SECONDS and not is_told:
+            if passed > two_beats and not is_told:
                 is_told = True
                 print(f"{self.path / '.lock'}: waiting, as its holder shows no life", flush=True)
-        return not seconds
+        return not has_locks
 
     def admit(self, recipe: RunRecipe) -> str:
         """Let `recipe` train in the directory, which is claimed; returns and raises as `open` does."""
@@ -285,7 +285,7 @@ class RunDirectory:
         if keys:
             raise RunDirectoryError(
                 f"run.dir = {self.path} belongs to another recipe: {describe_keys(old, recipe, keys)}; "
-                f"{_advice(self.path, keys, fixed, before, effects(type(recipe)), recipe.resume.allow)}"
+                f"{_advice(self.path, keys, fixed, before, recipe)}"
             )
 
     def keep_data(
@@ -322,10 +322,9 @@ class RunDirectory:
             differences.append("other classes")
         said = " and ".join(differences)
         if said and not is_branch and not {"data", "data.path"} & set(recipe.resume.allow):
-            allowed = ",".join((*recipe.resume.allow, "data.path"))
             raise RunDirectoryError(
                 f"run.dir = {self.path}: its run began with other data: data.path has {said}; correct "
-                f"data.path, add 'resume.allow=[{allowed}]', or choose another run.dir"
+                f"data.path, {leave_for(recipe, 'data.path')}, or choose another run.dir"
             )
         if state.val_images not in (0, tested):
             differences.append(
@@ -376,22 +375,21 @@ def _unseen(before: dict[str, Any], after: dict[str, Any], among: Sequence[str] 
     return [key for key in keys if not is_softmax or key.startswith("model.")]
 
 
-def _advice(
-    path: Path,
-    keys: list[str],
-    fixed: list[str],
-    before: dict[str, Any],
-    known: dict[str, Effect],
-    allowed: Sequence[str],
-) -> str:
-    """What to do about differing keys, of which `fixed` may never differ; those in `allowed` may already."""
+def leave_for(recipe: RunRecipe, *keys: str) -> str:
+    """How to let keys differ, beside those that the recipe lets differ already."""
+    return f"add 'resume.allow=[{','.join((*recipe.resume.allow, *keys))}]'"
+
+
+def _advice(path: Path, keys: list[str], fixed: list[str], before: dict[str, Any], recipe: RunRecipe) -> str:
+    """What to do about keys that differ in `recipe`, of which `fixed` may never differ."""
+    known = effects(type(recipe))
     if shaping := [key for key in keys if known[key] is Effect.SHAPES and key not in NEVER_ALLOWED]:
         fits = all(key in _FITTED for key in shaping)
         weights = f", with init_from={path} to start from its weights" if fits else ""
         return f"another model cannot resume from its checkpoints: choose another run.dir{weights}"
     advice = [f"use {key}={before[key]}" for key in fixed]
     if others := [key for key in keys if key not in fixed]:
-        advice.append(f"add 'resume.allow=[{','.join((*allowed, *others))}]'")
+        advice.append(leave_for(recipe, *others))
     return f"{' and '.join(advice)}, or choose another run.dir"
 
 

@@ -92,10 +92,8 @@ void write_gradients(const Call& c, const typename Pass::Shape& s, const HeadGra
         c.grad_cosines[to + m] = from[m * grad_feature];
         c.grad_sines[to + m] = from[(s.grid + m) * grad_feature];
       }
-    }
-  for (long q = 0; q < s.tokens; q++)
-    for (long p = 0; p < s.rank; p++)
       c.grad_projector[(h * s.tokens + q) * s.rank + p] = sums.projector[q * s.unit_step + p];
+    }
 }
 
 // The gradients are summed over a fixed split of the batch and in its order, so the number of threads changes no bit.
