@@ -161,6 +161,7 @@ class Heartbeat:
     def start(self) -> "Heartbeat":
         """Write the first heartbeat and start the thread that writes the next ones."""
         self.beat("starting")
+        self._write()
         self._writer.start()
         return self
 
@@ -190,15 +191,13 @@ class Heartbeat:
         self._writer.join()
 
     def _write_until_ended(self) -> None:
-        while True:
+        while not self._ended.wait(pause(self._last_beat + self._limits.of(self._sign.doing) + _AFTER_STACKS)):
             self._write()
             beats, late = self._sign.beats, time.monotonic() - self._last_beat > self._limits.of(self._sign.doing)
             if self._on_stall is not None and late and beats != self._told_of:
                 self._told_of = beats
                 self._on_stall(self._diagnostics, self._sign.rank)
-            if self._ended.wait(pause(self._last_beat + self._limits.of(self._sign.doing) + _AFTER_STACKS)):
-                self._write()
-                return
+        self._write()
 
     def _write(self) -> None:
         self._sign.written = round(time.time(), 3)

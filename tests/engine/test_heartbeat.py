@@ -30,6 +30,7 @@ def test_the_last_sign_says_where_the_rank_stood_and_a_torn_one_is_passed_over(t
     monkeypatch.setenv("SLURMD_NODENAME", "node7")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     heartbeat = Heartbeat(tmp_path, 3).start()
+    assert [sign.rank for sign in read_signs(tmp_path)] == [3]  # from the start: a second start looks for it
     heartbeat.beat("forward", 41)
     heartbeat.beat("backward", 41)
     heartbeat.stop()
