@@ -20,7 +20,6 @@ from karat_scale.checkpoint.store import (
     STATE,
     CheckpointStore,
     NearStore,
-    Progress,
     checkpoint_name,
     holding,
     not_readable,
@@ -372,11 +371,9 @@ def _scores(store: CheckpointStore, name: str, state_type: type[RunState]) -> di
 
 
 def bring_near(
-    store: CheckpointStore, near: NearStore, world: World, progress: Progress
+    store: CheckpointStore, near: NearStore, world: World, reporter: Reporter
 ) -> tuple[str | None, list[str]]:
     """Copy the newest checkpoint that the nodes have together to the run's, if it is newer. Collective.
-
-    progress: of rank 0, which first reads the run's own newest one.
 
     Returns its name, if there is one, and lines on those that are damaged.
 
@@ -385,7 +382,7 @@ def bring_near(
     """
     offers = world.gather(near.offers() if world.local_rank == 0 else {})
     names = {name for offer in offers for name in offer}
-    newest = world.on_main(lambda: store.newest_intact(progress) if names else "")
+    newest = world.on_main(lambda: store.newest_intact(reporter.verify) if names else "")
     problems: list[str] = []
     for name in sorted((name for name in names if name > newest), reverse=True):
         having = [(rank, *offer[name]) for rank, offer in enumerate(offers) if name in offer]
@@ -395,14 +392,20 @@ def bring_near(
         if any(text != manifest for _, text, _ in having) or places.keys() != parse_manifest(manifest).keys():
             continue  # of a save that was cut off, or a node is another one
         mine = [file for file, rank in places.items() if rank == world.rank]
-        if (problem := _bring(store, near, name, manifest, mine, world)) is None:
+        if (problem := _bring(store, near, name, manifest, mine, world, reporter)) is None:
             return name, problems
         problems.append(f"{name} in {near.root}: {problem}; trying the one before")
     return None, problems
 
 
 def _bring(
-    store: CheckpointStore, near: NearStore, name: str, manifest: str, mine: list[str], world: World
+    store: CheckpointStore,
+    near: NearStore,
+    name: str,
+    manifest: str,
+    mine: list[str],
+    world: World,
+    reporter: Reporter,
 ) -> str | None:
     """Copy this rank's files of a checkpoint, and let rank 0 name it. Returns what prevents it, on all ranks alike."""
     written, problem = parse_manifest(manifest), None
@@ -411,7 +414,7 @@ def _bring(
         for file in mine:
             shutil.copyfile(near.root / name / file, unfinished / file)
             flush_to_disk(unfinished / file)
-            if file_sha256(unfinished / file) != written[file].sha256:
+            if file_sha256(unfinished / file, lambda _: reporter.beat("starting")) != written[file].sha256:
                 problem = f"{file} has changed since it was written"
     met = next((one for one in world.gather(problem) if one is not None), None)
 
@@ -481,7 +484,7 @@ def _newest_intact(store: CheckpointStore, reporter: Reporter, check: Check) -> 
 
 def _damage(store: CheckpointStore, name: str, reporter: Reporter, check: Check) -> str | None:
     with holding(store.root / name):
-        damage = None if name == store.verified else store.damage(name, reporter.display.verify)
+        damage = None if name == store.verified else store.damage(name, reporter.verify)
         if damage is None:
             try:
                 check(store.root / name, store.state(name))

@@ -191,7 +191,7 @@ def open_near(recipe: RunRecipe, directory: RunDirectory, world: World, reporter
                 ) from None
             if recipe.resume.mode == "never":
                 near.empty()
-    name, problems = bring_near(directory.store, near, world, reporter.display.verify)
+    name, problems = bring_near(directory.store, near, world, reporter)
     with world.together():
         if world.local_rank == 0:
             near.empty()  # the run's directory has all of it that is whole

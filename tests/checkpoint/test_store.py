@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from karat_scale.checkpoint.restore import agree_on_checkpoint
 from karat_scale.checkpoint.store import MANIFEST, STATE, CheckpointStore, alone, checkpoint_name, holding
+from karat_scale.engine.heartbeat import Heartbeat, read_signs
+from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
 from karat_scale.foundation.errors import RunDirectoryError, of_the_machine
 from karat_scale.foundation.files import Fingerprint
 from tests.conftest import ROOT
@@ -56,6 +59,14 @@ def test_a_committed_checkpoint_is_complete_and_latest(store) -> None:
     assert store.state(name) == {"step": 1200}
     files = json.loads((store.root / name / MANIFEST).read_text())["files"]
     assert set(files) == {"weights.pt", STATE}
+
+
+def test_a_rank_gets_on_while_it_verifies(store, world, tmp_path) -> None:
+    name, heartbeat = save(store, 3), Heartbeat(tmp_path, 0)
+    found = agree_on_checkpoint(store, "", world, Reporter(PlainDisplay(), None, 0, heartbeat))
+    heartbeat.start().stop()
+    assert found == (store.root, name)
+    assert [sign.beats for sign in read_signs(tmp_path)] == [4]  # one for each file, one at its end, and the start
 
 
 def test_a_newest_state_that_is_damaged_names_no_best(store) -> None:

@@ -237,6 +237,11 @@ class Reporter:
         if self._heartbeat is not None:
             self._heartbeat.beat(doing, step)
 
+    def verify(self, done: int, total: int) -> None:
+        """So many bytes of a checkpoint are verified: this rank goes on, however long a large one takes."""
+        self.beat("starting")
+        self.display.verify(done, total)
+
     def pace(self, own_seconds: float) -> None:
         """What a step takes this rank of its own, for whoever watches for slow ones."""
         if self._heartbeat is not None:
