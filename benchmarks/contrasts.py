@@ -121,14 +121,24 @@ def best_rate(arm: str) -> float | None:
 def checked_rates(arm: str) -> list[float]:
     """Return the rates that are checked; [] before the first stage has finished.
 
-    The best and its better neighbour, or the best alone if its lead is clear: then nothing is left to check.
+    The best and its better neighbour, and those beyond as long as the best of the checked ones is at an edge. The best
+    alone if its lead is clear: then nothing is left to check.
     """
     found, best = results(arm, "rate"), best_rate(arm)
     if best is None:
         return []
     beside = [rate for rate in (best / 2, best * 2) if rate in found]
     second = max(beside, key=found.__getitem__)
-    return [best] if found[best] - found[second] >= CLEAR_LEAD else [best, second]
+    if found[best] - found[second] >= CLEAR_LEAD:
+        return [best]
+    rates, found = {best, second}, results(arm, "check")
+    while rates <= found.keys():
+        best = max(rates, key=found.__getitem__)
+        beyond = {rate for rate in (best / 2, best * 2) if WIDEST[0] <= rate <= WIDEST[1]} - rates
+        if not beyond:
+            break
+        rates |= beyond
+    return sorted(rates)
 
 
 def chosen_rate(arm: str) -> float | None:

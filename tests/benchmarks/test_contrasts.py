@@ -77,6 +77,10 @@ def test_the_grid_widens_until_the_best_rate_is_inside() -> None:
     keep(Trial("check", "static", 2e-3, 99), 70.0)
     assert chosen_rate("static") is None
     keep(Trial("check", "static", 4e-3, 99), 70.5)
+    assert checked_rates("static") == [2e-3, 4e-3, 8e-3]
+    assert chosen_rate("static") is None
+    keep(Trial("check", "static", 8e-3, 99), 70.4)
+    assert checked_rates("static") == [2e-3, 4e-3, 8e-3]
     assert chosen_rate("static") == 4e-3
     trials = next_trials()
     assert trials is not None
