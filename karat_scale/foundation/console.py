@@ -231,7 +231,7 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]
         nonlocal done, reported, told
         done += count  # at once: several threads count, and a call would let another one in between
         now = time.monotonic()
-        rate = _rate(done, now - started)
+        rate = per_second(done, now - started)
         if bars is not None:
             bars.move(what, done, total, f"{rate} {unit}/s", keep=True)
         elif is_last or now - reported >= PLAIN_LINE_SECONDS:
@@ -281,7 +281,7 @@ def work_display(title: str = "", line_seconds: float | None = None) -> Iterator
             told = f"{done:.0f} % of all" if title else f"{done} of {total}"
             if done - first >= (10 if title else 2):
                 rate, left = (done - first) / (now - started), (total - done) * (now - started) / (done - first)
-                told += f"{'' if title else f', {_rate(rate, 1)} a second'}, about {duration(left)} left"
+                told += f"{'' if title else f', {per_second(rate, 1)} a second'}, about {duration(left)} left"
             print(f"{what}: {told}", file=sys.stderr, flush=True)
             reported = now
 
@@ -292,7 +292,8 @@ def work_display(title: str = "", line_seconds: float | None = None) -> Iterator
             bars.stop()
 
 
-def _rate(count: float, seconds: float) -> str:
+def per_second(count: float, seconds: float = 1.0) -> str:
+    """Return a rate with at least two digits, as on a CPU it may be below 10."""
     found = count / max(seconds, 1e-9)
     return f"{found:,.0f}" if found >= 10 else f"{found:.2g}"
 

@@ -157,7 +157,7 @@ class Files(Enum):
 
     IMAGES = "a directory of train/<class>/<image> and val/<class>/<image>"
     SHARDS = "a directory made by karat prepare webdataset"
-    BETONS = "a directory made by data_prep/make_ffcv.py"
+    BETONS = "a directory made by karat prepare ffcv"
 
 
 @dataclass(frozen=True)

@@ -96,10 +96,10 @@ class ModelConfig(Section):
 
     @property
     def described(self) -> str:
-        """The model, the size of its images, and what is not as in timm's model of this name."""
+        """The model, the size of its images, and what the recipe sets instead of timm's own."""
         own = {"patch": self.patch_size, "width": self.embed_dim, "depth": self.depth, "heads": self.num_heads}
         changed = [f"{name} {value}" for name, value in own.items() if value]
-        return ", ".join([self.name, f"{self.image_size} px", *(["but " + ", ".join(changed)] if changed else [])])
+        return ", ".join([self.name, f"{self.image_size} px", *changed])
 
     def _refusals(self) -> Iterator[str]:
         if self.patch_size and self.image_size % self.patch_size:

@@ -89,7 +89,7 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
                 state, name = outcome.state, checkpoint_name(outcome.state.step)
                 said = f"resumed from {name}: step {state.step}, {state.samples:,} samples seen"
                 figures = {"samples": state.samples, "name": name, "restarts": state.restarts}
-                reporter.event("resume", state.step, said, figures)
+                reporter.event("resume", state.step, said, {**figures, **({"changed": changes} if changes else {})})
             if copy is not None:
                 copy.begin()
             outcome.begun = True

@@ -248,7 +248,7 @@ class _Work:
         if (total := sum(of_names.values())) > WORTH_TELLING:
             parts = [f"{name} {duration(cost)}" for name, cost in of_names.items() if cost > WORTH_TELLING]
             longest = f"; {', '.join(parts)}" if parts else ""
-            print(f"note: about {duration(total)} in all{longest}", file=sys.stderr, flush=True)
+            print(f"note: up to about {duration(total)} in all{longest}", file=sys.stderr, flush=True)
 
     def make(self, name: str) -> None:
         """Make an analysis. It is written when all runs have it, since their figures get the same axes."""

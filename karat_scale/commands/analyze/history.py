@@ -45,6 +45,8 @@ class History:
     damaged_lines: int = 0
     weights: str = ""
     """Of the evaluations: raw or ema; empty in the files of an early version."""
+    changes: list[str] = field(default_factory=list)
+    """What resumed runs changed in the recipe."""
     has_ended: bool = False
     """Whether the last start has told its end; else the summary is of an earlier one."""
 
@@ -59,6 +61,8 @@ def read_history(run: TrainedRun) -> History:
             history.has_ended = kind == "end"
         if kind not in ("train", "eval", "resume"):
             continue
+        if kind == "resume" and event.get("changed"):
+            history.changes.append(f"after step {event.get('step')}: {event['changed']}")
         if kind == "eval":
             history.weights = str(event.get("weights", ""))
         given = {name: event.get(name) for name in _FIGURES}
@@ -114,6 +118,8 @@ def achieved(run: TrainedRun) -> tuple[str, dict[str, str], str]:
     if isinstance(images, int) and images > 0:
         facts["budget"] += f", {steps * batch / images:.3g} times its {images:,} training images"
     facts["budget"] += f", seed {run.recipe.run.seed}"
+    if history.changes:
+        facts["recipe changed"] = "; ".join(history.changes)
     if spent := str(wall_time(read_events(run.directory.metrics_file))):
         facts["wall time"] = spent
     rate = summary.get("images_per_second")

@@ -312,10 +312,11 @@ def _add_path(result: Result, run: TrainedRun, plane: Plane, grid: tuple[Array, 
     axes.plot(*plane.coordinates[-1], "*", color="C1", markersize=11, label=f"step {steps[-1]}")
     axes.set(xlabel=f"component 1 ({shares[0]:.0f} % of the path)", ylabel=f"component 2 ({shares[1]:.0f} %)")
     axes.legend(labelcolor="white")
-    caption = (
-        "The optimizer's path over the held-out loss; the plane holds "
-        f"{sum(shares):.1f} % of the squared distances from the last checkpoint."
-    )
+    caption = "The optimizer's path over the held-out loss."
+    if len(steps) > 3:  # of fewer, a plane holds all
+        caption = (
+            f"{caption[:-1]}; the plane holds {sum(shares):.1f} % of the squared distances from the last checkpoint."
+        )
     result.figures["optimizer_path"] = figure, caption
 
 
@@ -465,20 +466,22 @@ def analyze_sharpness(run: TrainedRun, settings: Settings) -> Result:
     kept = list(chosen.raw(in_a_graph))
     count = len(chosen) - chosen.bad
     note_bad_images(result, chosen.bad)
-    most, products = PRODUCTS * settings.eigenvalues + PROBES, 0
+    most, done = PRODUCTS * settings.eigenvalues + PROBES, 0
 
     def losses() -> Iterator[Tensor]:
-        nonlocal products
-        products += 1
-        settings.progress("sharpness", min(products, most), most)
+        nonlocal done
+        done += 1
+        settings.progress("sharpness", min(done, most), most)
         for x, y in chosen.batches(kept, run.device):
             yield cross_entropy(model(x), y, reduction="sum") / count
 
     hessian = Hessian(list(model.parameters()), losses)
     started = time.perf_counter()
     hessian.times([torch.zeros_like(parameter) for parameter in model.parameters() if parameter.requires_grad])
-    say_cost(settings, "sharpness", most, time.perf_counter() - started, "--hessian-samples makes it shorter")
+    shorter = "less if its eigenvalues converge early; --hessian-samples makes it shorter"
+    say_cost(settings, "sharpness", most, time.perf_counter() - started, shorter)
     values, converged = hessian.top_eigenvalues(settings.eigenvalues, PRODUCTS * settings.eigenvalues, settings.seed)
+    products, done = done + PROBES, max(done, most - PROBES)  # what converged early is done
     trace, error = hessian.trace(PROBES, settings.seed)
     result.numbers = {
         "checkpoint": run.chosen,

@@ -194,7 +194,7 @@ class Contenders:
         if lack := loading.lacking_library(backend):
             raise UserError(lack)
         if files is Files.BETONS and not self.ffcv:
-            raise UserError("name a directory made by data_prep/make_ffcv.py with --ffcv")
+            raise UserError("name a directory made by karat prepare ffcv with --ffcv")
         by_files: dict[Files | None, Any] = {Files.IMAGES: self.images.folder, Files.BETONS: self.ffcv}
         path = str(by_files.get(files, self.images.shards))
         chosen = {"backend": backend, "path": path, "decoder": decoder, "workers": workers}

@@ -316,7 +316,7 @@ class Comparison:
         if budget_differences(second, best):  # `warnings` has the values
             lines.append("Their budgets differ, which alone may be the reason.")
         if len(keys := differing_settings(second, best)) > 1:
-            lines.append(f"Their recipes differ in {len(keys)} keys: none alone is shown to be the reason.")
+            lines.append(f"Their recipes differ in {', '.join(keys)}: none alone is shown to be the reason.")
         return lines
 
     def tables(self, keys: int | None = None) -> list[Table]:

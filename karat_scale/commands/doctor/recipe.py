@@ -96,12 +96,12 @@ def _page_cache(files: loading.DataFiles, cache_gb: float) -> Finding:
         stays = data_bytes < 1e9 * cache_gb
         text = f"{size} of data at a URL, data.cache_gb = {cache_gb:g}: fetched "
         text += "only in the first epoch" if stays else "again in each epoch"
-        fix = "" if stays else "raise data.cache_gb if the disk has room, or copy the data with data_prep/stage.py"
+        fix = "" if stays else "raise data.cache_gb if the disk has room, or copy the data with karat prepare stage"
         return found("cache", text, fix, stays=stays, data_bytes=data_bytes)
     stays = stays_cached(files)
     text = f"{size} of data, {gigabytes(machine.cache_memory())} of memory available"
     text += ": read from the disk only in the first epoch" if stays else ""
-    slow = "every epoch reads the disk, so its speed matters; data_prep/stage.py copies the data to a local disk"
+    slow = "every epoch reads the disk, so its speed matters; karat prepare stage copies the data to a local disk"
     image_bytes, fix = round(files.image_bytes), "" if stays else slow
     return found("page cache", text, fix, stays=stays, data_bytes=data_bytes, image_bytes=image_bytes)
 
@@ -425,7 +425,8 @@ def _judge(figures: Figures, report: Report) -> list[Finding]:
 def _rows(figures: Figures) -> list[tuple[str, str, str]]:
     data, storage, exchange, loop = figures.data, figures.storage, figures.communication, figures.loop
     workers = f"in {plural(figures.workers, 'worker')}" if figures.workers else "in the trainer"
-    images, batch = f"for {figures.micro_batch} images", figures.subject.recipe.train.global_batch
+    few = " (fewer than a micro batch, to fit --seconds)" if figures.micro_batch < figures.subject.micro_batch else ""
+    images, batch = f"for {figures.micro_batch} images{few}", figures.subject.recipe.train.global_batch
     details = {
         "decode": f"{workers}; {data.decode_one_core:,.0f} on one core",
         "augmentation": f"{workers}; {100 * (1 - data.decode_share):.0f} % of the data path",
@@ -436,7 +437,7 @@ def _rows(figures: Figures) -> list[tuple[str, str, str]]:
     if storage is not None:
         details["storage"] = (
             f"{storage.random / MB:,.0f} MB/s at random, {storage.sequential / MB:,.0f} in sequence, {storage.state}; "
-            f"{storage.random_again / MB:,.0f} again"
+            f"{storage.random_again / MB:,.0f} read again"
         )
     if exchange is not None:
         sent, took = exchange["bytes"] / MB, 1000 * exchange["seconds"]
@@ -450,7 +451,7 @@ def _rows(figures: Figures) -> list[tuple[str, str, str]]:
 def _remarks(figures: Figures, verdict: Verdict) -> Iterable[Finding]:
     loop = figures.loop
     if loop.unreadable:
-        yield found("samples", f"{loop.unreadable} could not be decoded", "data_prep/verify.py lists them")
+        yield found("samples", f"{loop.unreadable} could not be decoded", "karat prepare verify lists them")
     wanted = figures.subject.recipe.train.global_batch
     if figures.global_batch != wanted:
         yield found("timed batch", f"{figures.global_batch} instead of {wanted}, to save time; see --seconds")
@@ -465,4 +466,4 @@ def _remarks(figures: Figures, verdict: Verdict) -> Iterable[Finding]:
     storage = figures.rates.get("storage")
     if storage is not None and storage < slower and verdict.bound != "storage":
         text = f"the first epoch reads {storage:,.0f} img/s from the disk, less than the {slower:,.0f} of what follows"
-        yield found("first epoch", text, "copy the data to a local disk: data_prep/stage.py")
+        yield found("first epoch", text, "copy the data to a local disk: karat prepare stage")

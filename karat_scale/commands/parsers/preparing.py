@@ -150,14 +150,15 @@ def _add_benches(benches: Any) -> None:
 
 def add_attention_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of an operator and of its measurement."""
-    parser.add_argument("--model", choices=("tiny", "small", "base"), default="tiny", help="(default: %(default)s)")
+    parser.add_argument("--model", choices=("tiny", "small", "base"), default="tiny", help="ViT (default: %(default)s)")
     add_number(parser, "--batch", 32, "images")
     add_number(parser, "--grid", 3, "the grid, G")
     add_number(parser, "--rank", 12, "the rank, r")
     parser.add_argument("--basis", default="fourier", help="a name, or package.module:Class (default: %(default)s)")
     forms = ("modular", "project_first", "two_operators", "full_rank", "content")
-    parser.add_argument("--form", choices=forms, default="modular", help="(default: %(default)s)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="(default: %(default)s)")
+    parser.add_argument("--form", choices=forms, default="modular", help="as attention.form (default: %(default)s)")
+    dtypes = ("fp32", "bf16", "fp16")
+    parser.add_argument("--dtype", choices=dtypes, default="fp32", help="of the inputs (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     add_number(parser, "--threads", 1, "CPU threads")
     _add_output(parser, 9)
@@ -168,7 +169,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--path", metavar="DIR", help="a directory of shards (default: photo-like images made here)")
     images.add_argument("--tar", metavar="FILE", help="a tar of JPEGs")
-    parser.add_argument("--ffcv", metavar="DIR", help="made by data_prep/make_ffcv.py, to measure that backend")
+    parser.add_argument("--ffcv", metavar="DIR", help="made by karat prepare ffcv, to measure that backend")
     repeated = "may be repeated (default: all)"
     parser.add_argument("--backend", metavar="NAME", choices=BACKENDS, action="append", help=repeated)
     as_in = "crop: crop and flip; paper: the paper's, on the CPU; device: that on the device (default: %(default)s)"

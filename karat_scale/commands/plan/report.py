@@ -238,13 +238,13 @@ def launch_note(plan: Plan) -> str:
     images = plan.time.least_micro_batch(accumulation)
     part, even = plan.recipe.train.global_batch // plan.machine.world, plan.recipe.augment.mixes
     fits = [m for m in range(images, part + 1) if part % m == 0 and not (even and m % 2)]
-    fix, changes = f"train.micro_batch={fits[0] if fits else images}", ""
+    fix = f"train.micro_batch={fits[0] if fits else images}"
     if not fits:
-        fix += f" train.global_batch={images * plan.machine.world}"
-        changes = ", but a larger batch is another training"
+        fix += f" train.global_batch={images * plan.machine.world} (which is another training)"
+    fix += " would end that"
     if accumulation == 1 and plan.choice.stage < 3 and not plan.recipe.train.records_graphs:
-        fix += ",\n  or with train.compile=reduce-overhead"
+        fix += ",\n  and so would train.compile=reduce-overhead"
     return (
         f"bound by launches: the host takes {duration(host)} to launch {kernels:,} kernels, the GPU {duration(device)} "
-        f"to run them;\n  {fix} would end that{changes}"
+        f"to run them;\n  {fix}"
     )

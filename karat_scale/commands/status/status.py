@@ -21,7 +21,7 @@ from karat_scale.commands.evaluate.predictions import read_evaluations
 from karat_scale.engine.heartbeat import Sign, read_signs, slow_factor, slow_ranks
 from karat_scale.engine.reporting.goodput import WallTime
 from karat_scale.engine.reporting.progress import read_events
-from karat_scale.foundation.console import duration, plural, printable
+from karat_scale.foundation.console import duration, per_second, plural, printable
 from karat_scale.foundation.errors import EXIT_STOPPED, RunDirectoryError
 from karat_scale.foundation.files import parse_json, read_text
 from karat_scale.foundation.machine import ask_squeue, this_node
@@ -251,6 +251,7 @@ def _rows(standing: Standing) -> list[tuple[str, str]]:
         value = standing.known.get(key)
         return text.format(value) if value else ""
 
+    rate = standing.known.get("images_per_second")
     epoch = f", epoch {standing.known['epoch'] + 1:.0f}" if "epoch" in standing.known else ""
 
     rows = [
@@ -261,7 +262,7 @@ def _rows(standing: Standing) -> list[tuple[str, str]]:
         (standing.score, top1),
         ("scores", known("beyond_reach", "{:.1%} of a block's beyond its functions' reach")),
         *(("tested on", line) for line in standing.evaluations),
-        ("images/s", known("images_per_second", "{:,.0f}")),
+        ("images/s", per_second(rate) if rate else None),
         ("GPU memory" if on_gpu else "memory", known("peak_memory_mb", "peak {:,.0f} MB")),
         ("restarts", str(standing.restarts)),
         ("wall time", str(standing.wall_time)),

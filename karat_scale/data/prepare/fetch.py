@@ -207,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
     known = data_sets()
     parser = make_parser("Download a data set's official files.")
     parser.add_argument("data_set", choices=list(known), help="the data set to download")
-    parser.add_argument("--source", choices=("web", "debian"), help="use only this source")
+    parser.add_argument("--source", choices=("web", "debian"), help="use only this one; debian has fashion_mnist")
     options = parser.parse_args(arguments)
     out: Path = options.out
     fashion = options.data_set == FASHION_MNIST

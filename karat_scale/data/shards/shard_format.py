@@ -281,7 +281,7 @@ def index_path(beton: Path) -> Path:
 def read_record(beton: Path) -> BetonRecord:
     """Read the JSON file beside a beton. Raises DataError if it is missing or damaged."""
     path = record_path(beton)
-    fix = "make the beton with data_prep/make_ffcv.py, or correct data.path"
+    fix = "make the beton with karat prepare ffcv, or correct data.path"
     return _validated(BetonRecord, path, lambda: read_record_text(path), fix)
 
 
@@ -393,7 +393,7 @@ SHARD_WORDING = Wording(
     "copy the shards again or make them again with karat prepare webdataset (tars of others: karat index)",
     f"is missing, though {DATASET_FILE} lists it",
 )
-BETON_WORDING = Wording("its record", "copy it again or make it again with data_prep/make_ffcv.py")
+BETON_WORDING = Wording("its record", "copy it again or make it again with karat prepare ffcv")
 
 
 def must_answer(path: Path, timeout: float) -> None:

@@ -19,7 +19,7 @@ from karat_scale.engine.heartbeat import Heartbeat
 from karat_scale.engine.reporting.goodput import Stopwatch, queued
 from karat_scale.engine.run_state import RunState
 from karat_scale.engine.tracking.follow import Trackers
-from karat_scale.foundation.console import ProgressBars, duration, printable, terminal
+from karat_scale.foundation.console import ProgressBars, duration, per_second, printable, terminal
 from karat_scale.foundation.errors import not_written, one_line, say_in_one_write
 from karat_scale.foundation.files import append_to, open_to_read, parse_json
 from karat_scale.recipe.files import mapped
@@ -267,7 +267,7 @@ class Reporter:
         """Figures of the steps since the last report."""
         rate = figures["images_per_second"]
         text = f"epoch {figures['epoch'] + 1} loss {figures['loss']:.4f} lr {figures['lr']:.2e}"
-        text += f" {rate:,.0f} img/s" if rate else ""
+        text += f" {per_second(rate)} img/s" if rate else ""
         text += f" MFU {figures['mfu']:.1%}" if figures.get("mfu") else ""
         left = (total - step) * figures["samples"] / step / rate if rate else None
         self.display.train(step, total, text, left)

@@ -162,8 +162,8 @@ def test_a_plan_names_the_batch_that_is_not_bound_by_launches(small_recipe: Load
     assert small.step is not None
     assert small.time is not None
     assert small.step >= small.time.host(1)
-    assert note.endswith("train.compile=reduce-overhead would end that, but a larger batch is another training")
-    found = re.search(r"train.micro_batch=(\d+) train.global_batch=(\d+),\n  or with train.compile", note)
+    assert note.endswith(" would end that,\n  and so would train.compile=reduce-overhead")
+    found = re.search(r"train.micro_batch=(\d+) train.global_batch=(\d+) \(which is another training\)", note)
     assert found
     assert int(found[2]) == 2 * int(found[1])
     batch = (f"train.micro_batch={found[1]}", f"train.global_batch={found[2]}", f"data.synthetic_samples={found[2]}")

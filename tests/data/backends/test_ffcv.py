@@ -105,4 +105,4 @@ def test_betons_that_are_not_right_are_refused_when_opened(betons, opened):
     (directory / "train.beton.json").write_text("{")
     refuses("train.beton.json is damaged or of another version")
     shutil.rmtree(directory)
-    refuses(r"train.beton.json cannot be read: No such file .*; make the beton with data_prep/make_ffcv.py")
+    refuses(r"train.beton.json cannot be read: No such file .*; make the beton with karat prepare ffcv")

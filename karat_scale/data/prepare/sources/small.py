@@ -64,7 +64,7 @@ class PublishedFiles:
     ) -> None:
         self._md5, self._inside = md5, folder
         self.facts: dict[str, Any] = {}
-        self._fix = f"fetch it again: python data_prep/fetch.py {fetched_by} --out {src}"
+        self._fix = f"fetch it again: karat prepare fetch {fetched_by} --out {src}"
         self.place = src / archive if archive and (src / archive).is_file() else None
         for place in (src / folder, src) if self.place is None else ():
             missing = [name for name in md5 if not (place / name).is_file()]

@@ -96,7 +96,7 @@ def test_the_published_hash_is_asked_for_and_a_waiver_recorded(tmp_path, capsys)
     with pytest.raises(
         DataError,
         match=r"cifar-10-python.tar.gz: batches.meta has the MD5 \w+, and the published .*"
-        r"fetch it again: python data_prep/fetch.py cifar10 --out \S+, or accept it with --any-",
+        r"fetch it again: karat prepare fetch cifar10 --out \S+, or accept it with --any-",
     ):
         make_shards(tmp_path / "src", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -145,9 +145,9 @@ WRONG = [
     ("cifar10 unpacked", BATCH, holding(b"\x80\x02]q\x00."), "data_batch_3 is not a file"),
     ("cifar10 unpacked", BATCH, holding(pickle.dumps({b"data": 3})), "data_batch_3 does not have the images"),
     ("cifar10 unpacked", BATCH, Path.unlink, "cifar-10-batches-py has no data_batch_3; fetch it again"),
-    ("cifar10", "cifar-10-python.tar.gz", halve, r"fetch it again: python data_prep/fetch.py cifar10"),
+    ("cifar10", "cifar-10-python.tar.gz", halve, r"fetch it again: karat prepare fetch cifar10"),
     ("cifar10", "cifar-10-python.tar.gz", holding(b"<html>not found</html>"), "cifar-10-python.tar.gz is damaged"),
-    ("stl10", "stl10_binary.tar.gz", halve, r"fetch it again: python data_prep/fetch.py stl10"),
+    ("stl10", "stl10_binary.tar.gz", halve, r"fetch it again: karat prepare fetch stl10"),
     (
         "stl10",
         "stl10_binary.tar.gz",
@@ -165,7 +165,7 @@ WRONG = [
         "train_32x32.mat (is not a complete|has no array of integers 'X')",
     ),
     ("svhn", "train_32x32.mat", halve, "train_32x32.mat is not a complete MATLAB file"),
-    ("flowers", "setid.mat", Path.unlink, r"has no setid.mat; fetch it again: python data_prep/fetch.py flowers102"),
+    ("flowers", "setid.mat", Path.unlink, r"has no setid.mat; fetch it again: karat prepare fetch flowers102"),
     ("flowers", "102flowers.tgz", halve, "102flowers.tgz is damaged or cut short"),
     (
         "flowers",
