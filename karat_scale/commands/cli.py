@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except errors.PeerError as error:
         return _end(errors.EXIT_LOST_PEER, str(error))
     except KeyboardInterrupt:  # before training has begun, or in a command that does not wait for it
-        return _end(errors.EXIT_INTERRUPTED, "stopped; run the same command again")
+        return _end(errors.EXIT_INTERRUPTED, errors.INTERRUPTED)
     except BrokenPipeError:
         poll = select.poll()
         poll.register(_STDOUT, 0)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from karat_scale.foundation.errors import did_you_mean, on_one_line
+from karat_scale.foundation.errors import ctrl_c_quits, did_you_mean, on_one_line
 from karat_scale.foundation.stores import is_url
 from karat_scale.foundation.tables import TRACKERS, load
 
@@ -171,7 +171,9 @@ def command(place: str, check: Callable[[argparse.Namespace], None] | None = Non
     def run(options: argparse.Namespace) -> int:
         if check is not None:
             check(options)
-        return int(call(load(place), options))
+        with ctrl_c_quits():
+            function = load(place)
+        return int(call(function, options))
 
     return run
 

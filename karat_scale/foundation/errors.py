@@ -4,9 +4,12 @@ Also: the nearest known name for an unknown one, and how a failed allocation is 
 """
 
 import errno
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import NoReturn
@@ -19,6 +22,7 @@ EXIT_STOPPED = 75
 EXIT_LOST_PEER = 76
 # As a shell says that Ctrl-C ended a command.
 EXIT_INTERRUPTED = 130
+INTERRUPTED = "stopped; run the same command again"
 
 
 class UserError(Exception):
@@ -125,6 +129,25 @@ def say_in_one_write(line: str) -> None:
         sys.stderr.flush()
 
 
+@contextmanager
+def ctrl_c_quits() -> Iterator[None]:
+    """End the process at once on Ctrl-C inside the block, which imports: an exception could get into C++ and abort."""
+
+    def end(*_: object) -> NoReturn:
+        say_in_one_write(f"error: {INTERRUPTED}")
+        os._exit(EXIT_INTERRUPTED)
+
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script and exit with its code; 2 with one line on stderr for what the user can fix, 130 for Ctrl-C."""
     try:
@@ -134,7 +157,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except OSError as error:
         code, message = 2, _described(error)
     except KeyboardInterrupt:
-        code, message = EXIT_INTERRUPTED, "stopped; run the same command again"
+        code, message = EXIT_INTERRUPTED, INTERRUPTED
     say_in_one_write(f"error: {on_one_line(message)}")
     sys.exit(code)
 

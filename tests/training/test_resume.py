@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from karat_scale.checkpoint.store import CheckpointStore
+from karat_scale.commands.analyze.history import achieved
+from karat_scale.commands.analyze.trained_run import open_run
 from karat_scale.engine.heartbeat import read_signs
 from karat_scale.engine.optimizers import build_schedule
 from karat_scale.recipe.loading import load_recipe
@@ -233,6 +235,8 @@ def test_a_finished_run_is_extended_on_the_longer_runs_schedule(train_recipe, tr
     run = trained("run", "train.epochs=1")
     longer = train_recipe("train.epochs=3")
     assert "differs from that of the earlier start: train.epochs (1 -> 3)" in longer.stdout
+    _, facts, _ = achieved(open_run(run))
+    assert facts["recipe changed"].endswith(": train.epochs (1 -> 3)")
     recipe = load_recipe(run / "recipe.yaml")
     assert recipe.train.epochs == 3
     schedule = build_schedule(recipe, 8)
