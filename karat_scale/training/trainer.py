@@ -244,10 +244,11 @@ class Trainer:
         self._interval.finish_step()
         if state.seconds_to_first_step is None:
             state.seconds_to_first_step = round(time.time() - psutil.Process().create_time(), 2)
-        self.reporter.display.advance(state.step, self.total_steps)
         # The first step, too: people look whether a loss is there.
         if state.step % self.recipe.log.every_steps == 0 or state.step in (1, self.total_steps):
             self._report(lr)
+        else:
+            self.reporter.display.advance(state.step, self.total_steps)
         return norm
 
     def _pass_through(self, batch: Any) -> torch.Tensor | None:

@@ -115,11 +115,20 @@ _LARGE = 10**8
 _STDOUT = 1
 
 
+# Without a bar, nobody should wait longer for a word.
+_QUIET_SECONDS = 60.0
+
+
 class PlainDisplay:
-    """Prints one line per report, with the time of day."""
+    """Prints one line per report, with the time of day, and how far work is if there has been none for a minute."""
+
+    def __init__(self) -> None:
+        self._told = time.monotonic()
+        self._first: tuple[int, float] | None = None
 
     def line(self, text: str) -> None:
         """Print a line that stays. A run goes on where nobody reads it any more, or its disk is full."""
+        self._told = time.monotonic()
         try:
             print(f"{time.strftime('%H:%M:%S')} {printable(text)}", flush=True)
         except OSError as error:
@@ -127,14 +136,21 @@ class PlainDisplay:
             say_in_one_write(f"warning: standard output takes no more ({error.strerror}): there are no more lines")
 
     def advance(self, done: int, total: int) -> None:
-        """A training step is done; only a bar shows it."""
+        """A training step without a report is done."""
+        now = time.monotonic()
+        first, begun = self._first = self._first or (done, now)  # the first step also pays for the start
+        if now - self._told >= _QUIET_SECONDS:
+            left = f", about {duration((total - done) * (now - begun) / (done - first))} left" if done > first else ""
+            self.line(f"step {done}/{total}{left}")
 
     def train(self, done: int, total: int, text: str, left: float | None = None) -> None:
         """Show what was measured since the last report, and about how many seconds of training are left."""
         self.line(f"step {done}/{total} {text}{f', about {duration(left)} left' if left else ''}")
 
     def evaluate(self, done: int, total: int) -> None:
-        """Show the progress of an evaluation; only a bar shows it."""
+        """Show the progress of an evaluation."""
+        if time.monotonic() - self._told >= _QUIET_SECONDS:
+            self.line(f"evaluated {done} of {total} batches")
 
     def verify(self, done: int, total: int) -> None:
         """Show how many bytes of a checkpoint are verified; only a bar shows it. Any thread may call it."""

@@ -143,3 +143,18 @@ def test_histograms_are_lines_of_a_file_of_their_own_that_a_full_disk_only_stops
     reporter.end(RunState(), 0, "finished")
     reporter.close()
     assert [json.loads(line)["event"] for line in file.read_text().splitlines()] == ["end"]
+
+
+def test_a_slow_run_without_a_bar_says_after_a_minute_how_far_it_is(capsys, monkeypatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("karat_scale.engine.reporting.progress.time.monotonic", lambda: now)
+    display = PlainDisplay()
+    for step in range(1, 6):
+        now += 25.0
+        display.advance(step, 20)
+    now += 9.0
+    display.evaluate(1, 8)
+    now += 1.0
+    display.evaluate(2, 8)
+    said = [line.split(" ", 1)[1] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["step 3/20, about 7 min 5 s left", "evaluated 2 of 8 batches"]
