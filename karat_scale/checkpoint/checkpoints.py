@@ -11,6 +11,7 @@ With `checkpoint.local`, saves in between go to a disk of each node, in the same
 does what rank 0 does for the run's directory.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -281,7 +282,10 @@ class Checkpoints(Generic[S]):
         needed = store.newest_bytes() or planned // nodes
         free = shutil.disk_usage(store.root).free
         is_enough = free >= needed
-        return None if is_enough else f"it needs {_megabytes(needed)} and {store.root} has {_megabytes(free)} free"
+        if is_enough:
+            return None
+        needed, free = math.ceil(needed / 1e5), free // 10**5  # in tenths of MB, and never the same
+        return f"it needs {needed / 10:,.1f} MB and {store.root} has {free / 10:,.1f} MB free"
 
     def _collect(self, directory: Path, copies: bool) -> str | None:
         """Hand all that this rank will write to the storage. Returns what went wrong, in a few words."""
@@ -424,10 +428,6 @@ class Checkpoints(Generic[S]):
 def _identity(state: RunState) -> tuple[int, int]:
     """An evaluation makes another state of the same step."""
     return state.step, state.evaluated_step
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
 
 
 def _first(problems: Iterable[str | None]) -> str | None:

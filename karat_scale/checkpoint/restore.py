@@ -451,12 +451,14 @@ def agree_on_checkpoint(
 
 def _choose(store: CheckpointStore, state_of: str, reporter: Reporter, check: Check) -> tuple[Path, str] | None:
     if not state_of:
-        return _newest_intact(store, reporter, check)
+        fix = "remove the directory to start from the beginning, or restore one from a copy"
+        return _newest_intact(store, reporter, check, fix)
     path = Path(state_of).expanduser()
     if not path.is_dir():
         raise RunDirectoryError(f"resume.from = {state_of} is no directory; name a checkpoint's or a run's")
-    if (path / "checkpoints").is_dir():
-        found = _newest_intact(CheckpointStore(path / "checkpoints", falsehood), reporter, check)
+    fix = "name another run or checkpoint"
+    if (path / "checkpoints").is_dir() or (path / "recipe.yaml").is_file():
+        found = _newest_intact(CheckpointStore(path / "checkpoints", falsehood), reporter, check, fix)
         if found is None:
             raise RunDirectoryError(f"resume.from = {state_of}: this run has no checkpoints yet")
         return found
@@ -465,7 +467,7 @@ def _choose(store: CheckpointStore, state_of: str, reporter: Reporter, check: Ch
     return path.parent, path.name
 
 
-def _newest_intact(store: CheckpointStore, reporter: Reporter, check: Check) -> tuple[Path, str] | None:
+def _newest_intact(store: CheckpointStore, reporter: Reporter, check: Check, fix: str) -> tuple[Path, str] | None:
     names = store.names()
     latest = store.pointed("latest")
     damage = None
@@ -475,10 +477,7 @@ def _newest_intact(store: CheckpointStore, reporter: Reporter, check: Check) -> 
             return store.root, name
         reporter.warn(f"checkpoint {name} is damaged: {damage}; trying the one before")
     if names:
-        raise RunDirectoryError(
-            f"{store.root}: none of {len(names)} checkpoints is intact ({damage}); "
-            "remove the directory to start from the beginning, or restore one from a copy"
-        )
+        raise RunDirectoryError(f"{store.root}: none of {len(names)} checkpoints is intact ({damage}); {fix}")
     return None
 
 

@@ -87,7 +87,9 @@ def _check_by_deepspeed(config: Mapping[str, Any], source: str) -> None:
         first = error.errors(include_url=False)[0]
         key, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
         given = "" if isinstance(first["input"], Mapping) else f" = {first['input']!r}"
-        raise RecipeError(f"{source}: {error.title}: {key}{given}: {message.removeprefix('Input ')}") from None
+        section = "zero_optimization." if error.title == "DeepSpeedZeroConfig" else ""
+        wanted = "should be 0, 1, 2 or 3" if f"{section}{key}" == "zero_optimization.stage" else message
+        raise RecipeError(f"{source}: {section}{key}{given}: {wanted.removeprefix('Input ')}") from None
     except Exception as error:  # it raises nearly anything
         message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise RecipeError(f"{source}: DeepSpeed cannot read it: {message}") from None
@@ -166,7 +168,8 @@ def _find(section: DeepSpeedConfig) -> Path:
                 refuse_untrusted(f"{section.found_in}: deepspeed.config = {name} is a file of this machine")
             return candidate
     shipped = ", ".join(sorted(path.stem for path in directory.glob("*.json")))
-    raise RecipeError(f"deepspeed.config = {name!r}: no such file; use one of {shipped}, or the path of a JSON file")
+    what = "is a directory" if Path(name).expanduser().is_dir() else "no such file"
+    raise RecipeError(f"deepspeed.config = {name!r}: {what}; use one of {shipped}, or the path of a JSON file")
 
 
 def _read(recipe: RunRecipe, values: dict[str, Any], with_keys: bool) -> tuple[dict[str, Any], str]:

@@ -316,6 +316,12 @@ def shipped_directory(name: str) -> Path:
     return installed if installed.is_dir() else package.parent / name
 
 
+def run_around(path: Path) -> Path | None:
+    """Return the run in whose directory a path lies, if it lies in one."""
+    found = (one for one in path.resolve().parents if (one / "recipe.yaml").is_file())
+    return next((one for one in found if (one / "checkpoints").is_dir()), None)
+
+
 def trained_model(source: str) -> Path:
     """The path of a model: the one named, or the folder of that name among the models that come with the package."""
     path = Path(source).expanduser()

@@ -309,12 +309,25 @@ NETWORK_FILE_SYSTEMS = (
 
 
 def launch_environment(environ: Mapping[str, str]) -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun or srun gave them; (0, 1, 0) for a process on its own."""
+    """(rank, world size, local rank) as torchrun or srun gave them; (0, 1, 0) for a process on its own.
+
+    Raises UserError where one is no number, or the rank is not in the world.
+    """
+
+    def number(name: str, default: str = "") -> int:
+        text = environ.get(name, default)
+        if not text.isdecimal():
+            raise UserError(f"{name} = {text!r}: should be a whole number; unset it, or correct the launcher")
+        return int(text)
+
     if "RANK" in environ and "WORLD_SIZE" in environ:
-        return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", "0"))
+        rank, size = number("RANK"), number("WORLD_SIZE")
+        if rank >= size:
+            raise UserError(f"RANK = {rank}: should be less than WORLD_SIZE = {size}; correct the launcher")
+        return rank, size, number("LOCAL_RANK", "0")
     # Only a step started by srun has this; the batch script and `salloc` shells do not.
-    if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        return (int(environ["SLURM_PROCID"]), int(environ["SLURM_STEP_NUM_TASKS"]), int(environ["SLURM_LOCALID"]))
+    if (tasks := number("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return number("SLURM_PROCID"), tasks, number("SLURM_LOCALID")
     return 0, 1, 0
 
 

@@ -135,8 +135,9 @@ def check_url(url: str) -> str:
 
 def check_writable(url: str) -> None:
     """Raise ValueError if files at a URL cannot be written."""
-    if urlsplit(url).scheme not in _WRITABLE:
-        raise ValueError(f"{url} cannot be written; use {' or '.join(f'{name}://' for name in _WRITABLE)}")
+    scheme = urlsplit(url).scheme
+    if is_url(url) and scheme not in _WRITABLE:
+        raise ValueError(f"{scheme}:// is no place for a run; use {' or '.join(f'{name}://' for name in _WRITABLE)}")
 
 
 class FileFacts(NamedTuple):
@@ -447,11 +448,11 @@ class WritableStore(Store):
     setting = "checkpoint.timeout"
 
     def __init__(self, url: str, timeout: float = DEFAULT_TIMEOUT) -> None:
-        super().__init__(url, timeout)
         try:
-            check_writable(self.url)
+            check_writable(url)
         except ValueError as error:
             raise StoreError(str(error)) from None
+        super().__init__(url, timeout)
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file. Raises StoreError."""

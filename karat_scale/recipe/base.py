@@ -192,8 +192,11 @@ class SaveConfig(Section):
     def _refusals(self) -> Iterator[str]:
         if self.url and not is_url(self.url):
             yield f"checkpoint.url = {self.url} is no URL; use s3:// or gs://, or run.dir for a directory"
-        if self.url:
-            check_writable(check_url(self.url))
+        elif self.url:
+            try:
+                check_writable(check_url(self.url))
+            except ValueError as error:
+                yield f"checkpoint.url: {error}"
 
 
 class CheckpointConfig(SaveConfig):

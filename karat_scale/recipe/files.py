@@ -263,9 +263,11 @@ def _read_shipped(name: str, folder: Path, extended_by: tuple[Path, ...]) -> dic
 
 def read_run_recipe(path: Path) -> dict[str, Any]:
     """Read the recipe of a run, which may be somebody else's. So it may name no other file. Raises RecipeError."""
-    tree = _read_yaml(path)
+    tree, fix = _read_yaml(path), "the recipe of a run is whole; put back the one that training wrote"
     if EXTENDS in tree:
-        raise RecipeError(f"{path}: extends: the recipe of a run is whole; put back the one that training wrote")
+        raise RecipeError(f"{path}: extends: {fix}")
+    if not tree:
+        raise RecipeError(f"{path}: empty; {fix}, or remove the file and run the same karat train again")
     return tree
 
 
@@ -286,7 +288,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: {error.strerror}; name a recipe's YAML file") from None
     except yaml.MarkedYAMLError as error:
         where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise RecipeError(f"{path}{where}: not valid YAML: {error.problem}") from None
+        fix = "; indent by spaces, not tabs" if "\\t" in str(error.problem) else ""
+        raise RecipeError(f"{path}{where}: not valid YAML: {error.problem}{fix}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not a text file in YAML: {str(error).splitlines()[0]}") from None
     if tree is None:

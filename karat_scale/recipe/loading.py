@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -105,6 +106,10 @@ def validate_recipe(
     try:
         recipe = schema.model_validate(tree)
     except ValidationError as error:
+        if issubclass(schema, RunRecipe) and schema is not Recipe:
+            with suppress(ValidationError):
+                Recipe.model_validate(tree)
+                raise RecipeError(f"{source}: a recipe of `karat train`: karat train {source}") from None
         own = tuple(overridden)
 
         def is_own(line: str) -> bool:

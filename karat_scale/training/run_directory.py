@@ -40,7 +40,15 @@ from karat_scale.engine.distributed import World, device_name, write_flight_reco
 from karat_scale.engine.heartbeat import WRITE_SECONDS, Heartbeat, heartbeat_file, read_signs
 from karat_scale.engine.run_state import RunState
 from karat_scale.foundation.errors import RunDirectoryError, UserError, not_written
-from karat_scale.foundation.files import lock, open_regular, parse_json, read_text, remove_leftovers, replace_file
+from karat_scale.foundation.files import (
+    lock,
+    open_regular,
+    parse_json,
+    read_text,
+    remove_leftovers,
+    replace_file,
+    run_around,
+)
 from karat_scale.foundation.tables import require_trust
 from karat_scale.models.init_from import KEYS_OF_OPERATORS
 from karat_scale.recipe import Recipe, RunRecipe
@@ -111,9 +119,8 @@ class RunDirectory:
 
     def claim(self) -> None:
         """Create the directory if need be, and keep other processes out. Raises RunDirectoryError."""
-        for around in self.path.resolve().parents:
-            if (around / "recipe.yaml").is_file() and (around / "checkpoints").is_dir():
-                raise RunDirectoryError(f"run.dir = {self.path} lies in {around}, another run; choose another run.dir")
+        if around := run_around(self.path):
+            raise RunDirectoryError(f"run.dir = {self.path} lies in {around}, another run; choose another run.dir")
         try:
             self.store.root.mkdir(parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW

@@ -444,10 +444,9 @@ class Trainer:
         self.checkpoints.finish()
         allowed = f"the last of {state.skipped_in_row} in a row (train.max_skipped_steps = {train.max_skipped_steps})"
         rule = "train.on_nonfinite = stop" if stop else allowed
-        last = self.checkpoints.store.pointed("latest") or "none"
-        raise DivergedError(
-            f"{what}, {rule}; the last checkpoint is {last}; lower optim.lr or look into the data{advice}"
-        )
+        last = self.checkpoints.store.pointed("latest")
+        kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+        raise DivergedError(f"{what}, {rule}; {kept}; lower optim.lr or look into the data{advice}")
 
 
 def starting_model(task: Task, directory: RunDirectory, signals: StopSignals) -> nn.Module:

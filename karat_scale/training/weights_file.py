@@ -4,6 +4,7 @@ The file is one of safetensors, for timm and anything else, with what is needed 
 with the weights of a run, a file, a folder of `karat export`, or timm.
 """
 
+import errno
 import logging
 import os
 import zipfile
@@ -136,7 +137,8 @@ def write_model(model: nn.Module, path: Path, facts: dict[str, str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_safetensors(tensors, path, facts)
     except OSError as error:
-        raise RunDirectoryError(f"{path}: {error.strerror or error}; make room, or choose another directory") from None
+        room = "make room, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise RunDirectoryError(f"{path}: {error.strerror or error}; {room}choose another directory") from None
 
 
 def read_exported(path: Path, implementation: str = "auto") -> nn.Module:

@@ -59,8 +59,8 @@ def test_a_users_own_file_works_and_what_only_deepspeed_knows_is_passed_on(small
         ('{"bf16": 3}', "bf16 = 3: should be an object"),
         ('{"optimizer": {"type": "auto"}}', 'optimizer.type = "auto" has no source'),
         # What DeepSpeed cannot read.
-        ('{"zero_optimization": {"stage": 4}}', "DeepSpeedZeroConfig: stage = 4: should be 0, 1, 2"),
-        ('{"zero_optimization": {"reduce_bucket": 5}}', "DeepSpeedZeroConfig: reduce_bucket = 5: Extra inputs"),
+        ('{"zero_optimization": {"stage": 4}}', "zero_optimization.stage = 4: should be 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"reduce_bucket": 5}}', "zero_optimization.reduce_bucket = 5: Extra inputs"),
         ('{"fp16": {"loss_scale": -1}}', "loss_scale = -1: fp16.loss_scale must be >= 0"),
         ('{"communication_data_type": "int3"}', "DeepSpeed cannot read it: ValueError: Invalid communication"),
         # What contradicts the recipe.

@@ -102,6 +102,17 @@ def test_ranks_are_read_from_the_launcher() -> None:
         assert launch_environment(environ) == expected
 
 
+def test_what_a_launcher_got_wrong_is_named() -> None:
+    for environ, said in (
+        ({"RANK": "", "WORLD_SIZE": "2"}, "RANK = '': should be a whole number"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK = '-1': should be a whole number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK = 2: should be less than WORLD_SIZE = 2"),
+        ({"SLURM_STEP_NUM_TASKS": "x"}, "SLURM_STEP_NUM_TASKS = 'x': should be a whole number"),
+    ):
+        with pytest.raises(UserError, match=f"^{said}"):
+            launch_environment(environ)
+
+
 def test_one_process_agrees_with_itself(world) -> None:
     assert world.is_main
     assert world.any(True)

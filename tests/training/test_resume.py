@@ -183,6 +183,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(train_recipe, 
     assert again.returncode == 2
     assert "none of 3 checkpoints is intact" in again.stderr
     assert "Traceback" not in again.stderr
+    branch = train_recipe(*own, f"run.dir={run}-branch", f"resume.from={run}")
+    assert branch.stderr.endswith("; name another run or checkpoint\n")
 
 
 @pytest.mark.slow

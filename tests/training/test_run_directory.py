@@ -227,6 +227,9 @@ def test_the_recipe_of_a_run_extends_nothing(recipe_file, tmp_path) -> None:
     (tmp_path / "recipe.yaml").write_text(f"extends: {recipe_file}\n")
     with pytest.raises(RecipeError, match=r"recipe.yaml: extends: the recipe of a run is whole"):
         RunDirectory(tmp_path).recipe()
+    (tmp_path / "recipe.yaml").write_text("")
+    with pytest.raises(RecipeError, match=r"recipe.yaml: empty; .* or remove the file and run the same karat train"):
+        RunDirectory(tmp_path).recipe()
 
 
 def test_a_state_resumes_only_with_its_own_data(small_recipe) -> None:

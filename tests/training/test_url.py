@@ -63,8 +63,8 @@ def spoiling(port: int, spoil: Callable[[int, Asked], Fault | None]) -> Iterator
 
 def test_what_cannot_be_a_url_of_checkpoints(small_recipe) -> None:
     for value, line in {
-        "https://host/run": "https://host/run cannot be written; use s3:// or gs://",
-        "hf://datasets/user/set": "cannot be written; use s3:// or gs://",
+        "https://host/run": "https:// is no place for a run; use s3:// or gs://",
+        "hf://datasets/user/set": "hf:// is no place for a run; use s3:// or gs://",
         "ftp://host/run": "ftp:// is not supported",
         "s3://key:secret@bucket/run": "s3://bucket/run has a user",
         "/scratch/run": "is no URL; use s3:// or gs://, or run.dir for a directory",
@@ -86,7 +86,8 @@ def test_a_url_in_place_of_a_run_names_the_command_that_fetches_it(command) -> N
 def test_what_cannot_be_fetched_is_one_line(url, tmp_path) -> None:
     for place, line in {
         url: f"{url} has no run (it has no owner.json)",
-        "https://host/run": "cannot be written",
+        "https://host/run": "https:// is no place for a run; use s3:// or gs://",
+        "file:///scratch/run": "file:// is no place for a run; use s3:// or gs://",
     }.items():
         assert line in karat_refuses("fetch", place, str(tmp_path / "run"))
         assert not (tmp_path / "run").exists()

@@ -159,6 +159,8 @@ def analyze_paths(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunDirectoryError(f"--out {directory}: {error.strerror}; choose another directory") from None
+    if not os.access(directory, os.W_OK):
+        raise RunDirectoryError(f"{directory} is not writable; choose another directory by --out")
     is_alone = launch_environment(os.environ)[1] == 1
     with (
         nullcontext(ALONE) if is_alone else distributed.joined("auto") as world,
@@ -334,6 +336,8 @@ class _Work:
             yield
         except (UserError, OSError) as error:
             message, harmless = " ".join(str(error).split()), isinstance(error, NothingToShowError)
+            if message.startswith("data.path = "):  # which is no option here
+                message = f"{message.partition(';')[0]}; give the directory of the data by --data"
             if (label, message, harmless) not in self.problems:
                 told = f"{'note' if harmless else 'error'}: {_named(name, label)}: {message}"
                 print(printable(told), file=sys.stderr)

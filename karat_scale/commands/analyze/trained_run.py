@@ -14,13 +14,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from karat_scale.checkpoint.store import MANIFEST, step_of
+from karat_scale.checkpoint.store import MANIFEST, POINTERS, step_of
 from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.batch import Batch
 from karat_scale.data.plan import PADDING, EvalPlan
-from karat_scale.data.shards.shard_format import absolute_path, beton_path, dataset_directory, read_dataset_record
+from karat_scale.data.shards.shard_format import (
+    absolute_path,
+    beton_path,
+    dataset_directory,
+    read_dataset_record,
+)
 from karat_scale.data.shards.shards import images_under
+from karat_scale.engine.distributed import ALONE
 from karat_scale.foundation.errors import DataError, RunDirectoryError, UserError
 from karat_scale.foundation.files import file_sha256, json_sha256
 from karat_scale.foundation.tables import Files
@@ -248,13 +254,15 @@ def open_run(path: str | Path, data: str | None = None, weights: str = "auto", c
         data: the directory of the data, if it is no longer at `data.path`.
 
     Raises:
-        RunDirectoryError: this is not a run directory, or it is a detector's.
+        RunDirectoryError: this is not a run directory, or it is a detector's, or it lacks the checkpoint.
         RecipeError: its recipe cannot be read.
         UntrustedError: its recipe names a class.
     """
     run = TrainedRun.at(path, Recipe, [] if data is None else [f"data.path={data}"], weights, checkpoint)
     if run.device.type == "cpu":
-        return replace(run, recipe=run.recipe.changed(data=run.recipe.data.on_a_cpu()))
-    if run.recipe.data.row.without_gpu:
+        run = replace(run, recipe=run.recipe.changed(data=run.recipe.data.on_a_cpu()))
+    elif run.recipe.data.row.without_gpu:
         torch.cuda.init()  # nvJPEG decodes on the GPU that the process uses
+    if checkpoint not in POINTERS:
+        run.choose(ALONE)
     return run

@@ -32,7 +32,7 @@ from karat_scale.data.shards.shard_format import DATASET_FILE, dataset_directory
 from karat_scale.data.shards.shards import SPLIT_FOLDERS, FolderSplit
 from karat_scale.engine import distributed
 from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
-from karat_scale.foundation.console import print_table, printable, progress, render_page, write_json
+from karat_scale.foundation.console import plural, print_table, printable, progress, render_page, write_json
 from karat_scale.foundation.errors import DataError, UserError
 from karat_scale.foundation.files import write_atomically
 from karat_scale.foundation.machine import usable_cores
@@ -364,7 +364,8 @@ def _pictures(split: Split, classes_shown: int, each: int = 6) -> dict[str, list
 def _print_split(facts: SplitFacts) -> None:
     numbers = facts.numbers()
     empty = numbers["empty_classes"]
-    counts = f"\n{facts.name}: {facts.images:,} images of {numbers['classes']} classes, {facts.per_each} each"
+    classes = "1 class" if numbers["classes"] == 1 else f"{numbers['classes']} classes"
+    counts = f"\n{facts.name}: {plural(facts.images, 'image')} of {classes}, {facts.per_each} each"
     print(printable(counts + (f"; without images: {', '.join(empty[:5])}" if empty else "")))
     if facts.notice:
         print(printable(f"  {facts.notice}"))

@@ -57,7 +57,9 @@ def add_commands(commands: Any) -> None:
     sampled = f"images of each split to measure and decode; below {DECODED_BELOW:,} images in all, all are decoded"
     add_number(data, "--images", 1000, sampled)
     add_number(data, "--classes", 50, "classes to show samples of")
-    data.add_argument("--out", metavar="FILE", default="data.html", help="an HTML file (default: %(default)s)")
+    data.add_argument(
+        "--out", type=new_file, metavar="FILE", default="data.html", help="an HTML file (default: %(default)s)"
+    )
     add_json(data)
     data.set_defaults(run=command("karat_scale.commands.look.command:look_at_data", _check_path))
 

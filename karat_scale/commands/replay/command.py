@@ -10,6 +10,7 @@ network beside its weights, follows them: it may differ by STATES of its size or
 """
 
 import math
+import os
 import shutil
 import sys
 import tempfile
@@ -25,15 +26,16 @@ import torch
 from torch import Tensor, nn
 
 from karat_scale.checkpoint.restore import SavedState, read_state
-from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name
+from karat_scale.checkpoint.store import CheckpointStore, checkpoint_name, step_of
 from karat_scale.commands.look.command import ShownBatch, draw
 from karat_scale.data.loading.device_feed import DeviceFeed
+from karat_scale.data.shards.shard_format import check_data_path
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World, device_name
 from karat_scale.engine.reporting.progress import MetricsLog, PlainDisplay, Reporter, SilentDisplay, read_events
 from karat_scale.engine.shards import Fragment, Pieces
 from karat_scale.foundation.console import plural, print_table, printable, progress, write_json
-from karat_scale.foundation.errors import RunDirectoryError, UserError
+from karat_scale.foundation.errors import DataError, RunDirectoryError, UserError
 from karat_scale.foundation.files import file_sha256, write_atomically
 from karat_scale.foundation.machine import library_versions, processor_name
 from karat_scale.foundation.tables import refuse_untrusted
@@ -136,6 +138,9 @@ def replay(run_dir: str, step: int, images: int, out: str | None, json_file: str
     """
     opened = OpenRun.at(run_dir, Recipe)
     directory, recipe = opened.directory, opened.recipe
+    drawn = Path(out or f"{directory.path}-replay-{step}.png")
+    if not os.access(drawn.parent, os.W_OK):
+        raise UserError(f"{drawn.parent} is not writable; choose another --out")
     with distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world:
         begin = world.on_main(lambda: _checkpoint(directory.store, step))
         refuse_other_files(directory, recipe, step if not begin else 0)
@@ -149,12 +154,17 @@ def replay(run_dir: str, step: int, images: int, out: str | None, json_file: str
         print(f"{directory.path}, step {step:,}, from {begin or 'the start'}, {micro_batches}: ", end="")
         figures = _report(ranks, norm, "label_loss" if recipe.distill.from_ else "loss")
         write_json(json_file, {"run": run_dir, "step": step, "checkpoint": begin or None, **figures})
-        _show(ranks, images, Path(out or f"{directory.path}-replay-{step}.png"))
+        _show(ranks, images, drawn)
     return 0
 
 
 def refuse_other_files(directory: RunDirectory, recipe: Recipe, from_start: int) -> None:
     """Refuse what would be read in place of the run's own files, which names files anywhere. Raises UserError."""
+    try:
+        check_data_path(recipe.data)
+    except DataError as error:
+        problem = str(error).partition(";")[0]
+        raise DataError(f"{problem}; correct data.path in {directory.recipe_file}") from None
     for source, name in ((recipe.attention.transfer_from, TEACHER_FILE), (recipe.distill.from_, DISTILL_FILE)):
         if source and not (directory.path / name).is_file():
             raise RunDirectoryError(f"{directory.path / name} is missing; put it back, the run has learned from it")
@@ -384,6 +394,10 @@ def _segment(store: CheckpointStore, begin: int | None, end: int | None) -> tupl
     names = store.names()
     if not names:
         raise store.nothing_saved()
+    for option, step in (("--from", begin), ("--to", end)):
+        if step and checkpoint_name(step) not in names:
+            there = ", ".join(str(step_of(name)) for name in reversed(names))
+            raise UserError(f"{option} {step}: no checkpoint is of this step; there are {there}")
     last = store.find_intact(names[0] if end is None else checkpoint_name(end))
     if begin is None:
         first = next((name for name in names if name < last), "")

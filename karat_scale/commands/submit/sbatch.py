@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from karat_scale.commands.submit.within_job import most_nodes
+from karat_scale.data.plan import micro_batch_of
 from karat_scale.data.shards.shard_format import absolute_path, dataset_directory
 from karat_scale.engine.deepspeed_config import check_ds_config
 from karat_scale.foundation.errors import UserError
@@ -174,6 +175,7 @@ def planned_overrides(recipe: Recipe, overrides: Sequence[str], ranks: int, gpu:
         UserError: the GPU is unknown, the recipe does not divide over the ranks, or its model cannot be built.
     """
     if gpu is None:
+        micro_batch_of(recipe, ranks)
         print("not planned: name the GPU with --gpu, such as h100-80; karat plan --memory GB plans for any GPU\n")
         return []
     memory = known_gpu(gpu).memory_bytes

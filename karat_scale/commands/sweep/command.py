@@ -31,7 +31,7 @@ from karat_scale.commands.submit.sbatch import Job
 from karat_scale.data.shards.shard_format import absolute_path
 from karat_scale.foundation.console import few, plural, print_table, printable, work_display
 from karat_scale.foundation.errors import EXIT_STOPPED, RecipeError, UserError, on_one_line
-from karat_scale.foundation.files import json_sha256, open_to_read, parse_json
+from karat_scale.foundation.files import json_sha256, open_to_read, parse_json, run_around
 from karat_scale.foundation.machine import LAUNCHED, stop_signals
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.files import COMMANDS, parse, read_recipe, shipped_recipes
@@ -210,6 +210,9 @@ def plan_sweep(recipe: str, overrides: Sequence[str], out: str | None) -> Sweep:
     root = Path(out).expanduser() if out else Path("runs") / f"sweep_{Path(recipe).stem}"
     if not _is_plain(f"{root}/run"):
         raise UserError(f"--out {root}: YAML reads it as another text; choose one without ' #' and ': '")
+    if root.is_file() or (around := run_around(root / "run")):
+        what = "is a file" if root.is_file() else f"lies in {around}, a run" if around != root.resolve() else "is a run"
+        raise UserError(f"--out {root} {what}; choose another directory")
     runs = []
     for point in points:
         directory = root / point.name

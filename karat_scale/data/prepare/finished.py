@@ -47,7 +47,7 @@ from karat_scale.data.prepare.making import (
 )
 from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.tars import scan_members
-from karat_scale.foundation.console import progress
+from karat_scale.foundation.console import plural, progress
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import (
     FingerprintedFile,
@@ -320,7 +320,7 @@ def verify(arguments: list[str] | None = None) -> None:
     for problem in problems:
         print(f"problem: {problem}")
     if problems:
-        raise DataError(f"{problems[0]} ({len(problems)} problems in total)")
+        raise DataError(f"{problems[0]} ({plural(len(problems), 'problem')} in total)")
     for name, split in splits.items():
         print(
             f"{name}: {split.samples} samples of {len(record.classes)} classes in {len(split.shards)} shards are right"

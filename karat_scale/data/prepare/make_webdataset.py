@@ -202,7 +202,8 @@ def check_split(job: ShardJob, found: shard_format.SplitRecord, workers: int) ->
                 f"{job.out / made.record.name} differs from {shard_format.DATASET_FILE}; "
                 f"delete {job.out / shard_format.DATASET_FILE} and run again"
             )
-    print(f"{job.split}: {found.samples} samples in {len(found.shards)} shards are complete and correct")
+    counts = f"{plural(found.samples, 'sample')} in {plural(len(found.shards), 'shard')}"
+    print(f"{job.split}: {counts} are complete and correct")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

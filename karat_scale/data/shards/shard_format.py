@@ -158,7 +158,7 @@ def read_dataset_record(
     Raises:
         DataError: the directory or the file is missing, empty or damaged.
     """
-    fix = "restore it, or use another --out" if what == "--out" else _FIX
+    fix = "restore or remove it, or use another --out" if what == "--out" else _FIX
     return _validated(DatasetRecord, f"{directory}/{DATASET_FILE}", lambda: _record_text(directory, timeout, what), fix)
 
 
@@ -173,6 +173,7 @@ def _validated(kind: type[M], path: object, read: Callable[[], str], fix: str) -
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "JSON"
+        fix = f"remove it and {fix}" if fix == _FIX else fix
         raise DataError(f"{path} is damaged or of another version ({where}: {first['msg']}); {fix}") from error
 
 

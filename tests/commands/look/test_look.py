@@ -113,7 +113,7 @@ def test_odd_images_are_named(tmp_path: Path) -> None:
     assert train["empty_classes"] == ["empty"]
     assert "without images: empty" in said
     assert f"1 file left out, {folder / 'anim.gif'}: no suffix of .jpg" in said
-    assert "val: 1 images of 1 classes, 1 each\n" in said
+    assert "val: 1 image of 1 class, 1 each\n" in said
     first, *others = [line for line in said.splitlines() if line.startswith("  odd: ")]
     assert "broken.jpg: cannot be decoded" in first
     assert any("turned.jpg and 1 more: its EXIF orientation is 6" in line for line in others)

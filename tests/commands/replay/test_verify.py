@@ -1,6 +1,7 @@
 """`karat verify`: what a run was not trained with is found, and rounding is told from it."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,16 @@ def test_an_honest_run_has_the_same_bits(trained, verify, arguments, segment, li
     assert said.endswith("verified: the same bits\n")
     assert "note:" not in said
     assert {"data", "losses", "weights", "averages", "optimizer, exp_avg"} <= found.keys()
+
+
+def test_a_step_without_a_checkpoint_and_data_that_have_moved_are_told(trained, run, capsys) -> None:
+    for option in ("--from", "--to"):
+        assert karat_here("verify", str(trained), option, "4") == 2
+        assert f"error: {option} 4: no checkpoint is of this step; there are 3, 6, 8\n" in capsys.readouterr().err
+    recipe = run / "recipe.yaml"
+    recipe.write_text(re.sub(r" path: \S+,", " path: /nowhere,", recipe.read_text(), count=1))
+    assert karat_here("verify", str(run)) == 2
+    assert f"error: data.path = /nowhere is not a directory; correct data.path in {recipe}\n" in capsys.readouterr().err
 
 
 def test_a_changed_recipe_is_found(run, verify) -> None:

@@ -187,6 +187,9 @@ def test_an_evaluation_that_would_not_fit_gets_a_smaller_batch(tmp_path: Path, c
 def test_without_a_gpu_it_says_that_it_did_not_plan(tmp_path: Path, capsys: Capture) -> None:
     assert "train.micro_batch" not in script_of(tmp_path, *SHAPE)
     assert "not planned: " in capsys.readouterr().out
+    odd = ("--nodes=1", "--gpus-per-node=3", f"run.dir={tmp_path / 'odd'}", f"data.path={tmp_path}")
+    assert main(["submit", "imagenet_vit_tiny_g3b", *odd]) == 2
+    assert "does not divide over 3 ranks" in capsys.readouterr().err
 
 
 def test_submitting_without_a_plan_does_not_import_torch() -> None:

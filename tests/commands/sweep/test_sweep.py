@@ -118,6 +118,15 @@ def test_a_directory_that_yaml_reads_as_another_is_refused(recipe: Path, name: s
         plan_sweep(str(recipe), [*SMALL, *QUICK, "run.seed=0,1"], name)
 
 
+def test_a_directory_within_a_run_is_refused(recipe: Path) -> None:
+    run = recipe.parent / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "recipe.yaml").touch()
+    for out, said in ((run, "is a run"), (run / "x", f"lies in {run}, a run"), (run / "recipe.yaml", "is a file")):
+        with pytest.raises(UserError, match=f"^--out {out} {said}; choose another directory"):
+            plan_sweep(str(recipe), [*SMALL, *QUICK, "run.seed=0,1"], str(out))
+
+
 def test_values_that_are_the_same_are_refused(recipe: Path) -> None:
     with pytest.raises(UserError, match=r"^optim.lr=1e-3 and optim.lr=0.001 are the same recipe; leave one out$"):
         planned(recipe, "optim.lr=1e-3,2e-3,0.001")

@@ -113,7 +113,7 @@ def test_a_run_that_comes_late_keeps_what_another_made_meanwhile(script, folder,
     monkeypatch.setattr(making, "settle", other_ends_first)
     run(script, folder[0], out)
     assert contents(out, "*") == before
-    assert "train: 21 samples in 1 shards are complete and correct" in capsys.readouterr().out or script is make_ffcv
+    assert "train: 21 samples in 1 shard are complete and correct" in capsys.readouterr().out or script is make_ffcv
     with pytest.raises(DataError, match="seed = 0, now 5"):
         run(script, folder[0], out, "--seed", "5")
 

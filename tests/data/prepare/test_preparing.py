@@ -149,7 +149,7 @@ def test_the_check_of_a_split_does_not_depend_on_the_others(tmp_path, monkeypatc
     assert {name: split.made["check"] for name, split in record.splits.items()} == {"val": "decode", "train": "header"}
     monkeypatch.setattr("karat_scale.data.prepare.making.DECODED_BELOW", 9)  # as in another version
     make_shards(tmp_path / "src", tmp_path / "out")
-    assert "train: 3 samples in 1 shards are complete and correct" in capsys.readouterr().out
+    assert "train: 3 samples in 1 shard are complete and correct" in capsys.readouterr().out
     with pytest.raises(DataError, match="holds split train made with check = header, now decode"):
         make_shards(tmp_path / "src", tmp_path / "out", "--check", "decode")
 

@@ -1,7 +1,7 @@
 import pytest
 
 from karat_scale.foundation.errors import RecipeError
-from karat_scale.recipe.loading import flatten, load_recipe
+from karat_scale.recipe.loading import dump_recipe, flatten, load_recipe
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 
 BASE = "coco_mask_rcnn_vit_base"
@@ -55,3 +55,11 @@ def test_a_mistake_is_one_line_with_its_fix() -> None:
         with pytest.raises(RecipeError, match=message) as caught:
             load_recipe(name, [override], DetectionRecipe)
         assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_of_karat_train_is_told_as_such(tmp_path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(load_recipe("imagenet_vit_tiny")))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(file), [], DetectionRecipe)
+    assert caught.value.mistakes == (f"{file}: a recipe of `karat train`: karat train {file}",)
