@@ -11,7 +11,7 @@ checkpoints/
 
 With `checkpoint.local` each node has such a directory, too, on a disk of its own: NearStore.
 
-Who reads a checkpoint locks its manifest, so that nobody removes it meanwhile. Some file systems have no locks.
+A reader of a checkpoint locks its manifest, so that nobody removes it. Some file systems have no locks.
 """
 
 import errno

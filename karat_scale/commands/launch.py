@@ -3,7 +3,7 @@
 In a step of srun with one task on each node, each task is the agent of its node, and the ranks of all nodes meet.
 
 If a rank is killed, crashes or stalls, training begins again from the newest checkpoint, up to IDLE_RESTARTS times (3)
-without a new one. In a job slurm/launch.sh does that instead, for it survives a lost agent or node.
+without a new one. In a job slurm/launch.sh does that instead, as it survives a lost agent or node.
 """
 
 import json

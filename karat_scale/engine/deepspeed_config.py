@@ -1,6 +1,6 @@
 """DeepSpeed's configuration file, with its "auto" fields filled from the recipe.
 
-What contradicts the recipe or would go wrong in silence is refused here. The rest of the file is DeepSpeed's own, which
+What contradicts the recipe or would silently go wrong is refused here. The rest of the file is DeepSpeed's own, which
 reads it and says what is wrong.
 """
 
@@ -177,7 +177,7 @@ def _read(recipe: RunRecipe, values: dict[str, Any], with_keys: bool) -> tuple[d
     path = _find(recipe.deepspeed)
     source = f"deepspeed.config = {path}"
 
-    def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # `dict` would keep the last of several in silence
+    def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # `dict` would keep the last
         for key, count in Counter(key for key, _ in pairs).items():
             if count > 1:
                 raise RecipeError(f"{source}: {key} is given twice; remove one of them")

@@ -1,6 +1,6 @@
 """The private corners of DeepSpeed that we touch; a test fails when a release moves one.
 
-Among them are the places where DeepSpeed makes the host wait for the device, and what we put there instead.
+It also replaces the places where DeepSpeed makes the host wait for the device.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """The DeepSpeed engine and its precision, and what DeepSpeed leaves to its caller at ZeRO stage 0.
 
-The model is built whole and partitioned by `deepspeed.initialize`: under `deepspeed.zero.Init` timm's initialisation
-would be passed over in silence.
+The model is built whole and partitioned by `deepspeed.initialize`: `deepspeed.zero.Init` would silently skip timm's
+initialisation.
 
 Only this module says what `train.precision` and `train.tf32` mean: dtypes, autocast, and torch's switches. Optimizer
 states, master weights, the EMA and sums of gradients are float32 in every precision.

@@ -1,4 +1,4 @@
-"""Lets the attention of a model give what other attention gave in its place, block by block.
+"""Fits new attention to the output of the attention that it replaces, block by block.
 
 The original's attention and the new one get the same query, key and value: those that the original model has there. So
 all blocks are independent of each other, and no error of one block reaches the next. Two ways bring O = S V closer:

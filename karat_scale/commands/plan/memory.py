@@ -5,7 +5,7 @@ pair of figures. A trace does not see the tiles of attention, so their memory an
 `streaming` stay within an operation. Those of query rows (`attend_rows`) are not traced, as their number follows from
 the batch.
 
-Recommended is the lowest ZeRO stage that fits, with its largest micro batch: higher stages and small batches cost time.
+It recommends the lowest ZeRO stage that fits, with its largest micro batch: higher stages and small batches cost time.
 """
 
 import itertools
