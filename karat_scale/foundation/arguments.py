@@ -30,7 +30,7 @@ class OneLineParser(argparse.ArgumentParser):
             name = first.partition("=")[0]
             key = name.strip("-").replace("-", "_")
             hint = f"a recipe's key is written key=value, and `karat explain {key}` finds it" if takes_overrides else ""
-            hint = _OTHER_OPTIONS.get(name) or did_you_mean(name, self._option_string_actions, hint, likeness=0.75)
+            hint = _OTHER_OPTIONS.get(name) or did_you_mean(name, self._option_string_actions, hint, likeness=0.8)
             self.error(f"unknown option {name}{'; ' if hint else ''}{hint}")
         if left:
             options.overrides = [*options.overrides, *left]

@@ -236,7 +236,6 @@ def _mistakes(error: ValidationError, schema: type[BaseModel]) -> list[str]:
 
 
 _IN_YAML = {
-    "model_type": "is a section",
     "tuple_type": "should be a list, such as [a, b]",
     "dict_type": "should be a section of keys",
 }
@@ -278,10 +277,14 @@ def _describe(key: str, error: Any, schema: type[BaseModel]) -> str:
         if isinstance(error["loc"][-1], int):
             return f"{key.rpartition('.')[0]} = {error['input']!r}: too few values"
         return f"{key}: missing; every recipe needs it, or begins with `extends: RECIPE`"
+    if error["type"] == "model_type":
+        keys = [own.rpartition(".")[2] for own in schema_keys(schema) if own.rpartition(".")[0] == key]
+        return f"{key} = {error['input']!r}: is a section: the keys are {', '.join(keys)}"
     if error["type"] == "value_error" and not isinstance(error["input"], (str, int, float, bool, list)):
         named: str = error["msg"].removeprefix("Value error, ")
         return named  # a validator of several fields names them itself
-    return f"{key} = {repr(error['input'])[:_LONGEST]}: {_wanted(error)}{_default_of(key, schema)}"
+    given = "null" if error["input"] is None else repr(error["input"])[:_LONGEST]
+    return f"{key} = {given}: {_wanted(error)}{_default_of(key, schema)}"
 
 
 def _nearest(key: str, schema: type[BaseModel]) -> str:
@@ -315,8 +318,5 @@ def _default_of(key: str, schema: type[BaseModel]) -> str:
     field = next((field for known, field, _ in _fields(schema) if known == key), None)
     if field is None or field.is_required() or field.default in (None, ""):
         return ""
-    if isinstance(field.default, BaseModel):
-        keys = [field.alias or name for name, field in type(field.default).model_fields.items()]
-        return f": the keys are {', '.join(keys)}"
     default = json.dumps(field.default) if isinstance(field.default, tuple) else field.default
     return f" (default: {default})"

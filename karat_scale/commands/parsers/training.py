@@ -238,7 +238,7 @@ def _add_results(commands: Any) -> None:
     formats = "a file of weights, a folder for timm or for a model hub, or a graph (default: safetensors)"
     export.add_argument("--format", choices=EXPORT_FORMATS, help=formats)
     add_checkpoint(export)
-    kinds = "raw, their moving average (ema), or both, if the run has them (the default)"
+    kinds = "raw weights, their moving average (ema), or both, if the run has them (the default)"
     export.add_argument("--weights", choices=("raw", "ema", "both"), default="both", help=kinds)
     out = "a file with the format's suffix, or a directory (default: the run's)"
     export.add_argument("--out", metavar="PATH", help=out)

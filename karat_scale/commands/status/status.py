@@ -252,12 +252,14 @@ def _rows(standing: Standing) -> list[tuple[str, str]]:
         return text.format(value) if value else ""
 
     rate = standing.known.get("images_per_second")
+    begun = 0 if standing.ended else max((sign.step for sign in standing.signs), default=0)
+    step = max(standing.step, begun - 1)  # the log has no more than each log.every_steps
     epoch = f", epoch {standing.known['epoch'] + 1:.0f}" if "epoch" in standing.known else ""
 
     rows = [
         ("job", f"{standing.job} {state}" if standing.job else None),
-        ("outcome", standing.ended or silent),
-        ("step", f"{standing.step:,}{known('total_steps', ' of {:,}')}{epoch}"),
+        ("outcome", standing.ended or silent or ("running" if standing.signs else None)),
+        ("step", f"{step:,}{known('total_steps', ' of {:,}')}{epoch}"),
         ("loss", f"{standing.losses[-1]:.4f}  {sparkline(standing.losses)}" if standing.losses else "none logged yet"),
         (standing.score, top1),
         ("scores", known("beyond_reach", "{:.1%} of a block's beyond its functions' reach")),

@@ -159,6 +159,9 @@ class PlainDisplay:
         """Leave the terminal as it was."""
 
 
+_EVALUATE, _VERIFY = "evaluate", "verify, MB"
+
+
 class TerminalDisplay(PlainDisplay):
     """Live bars: training, and below it an evaluation or a check of files while there is one."""
 
@@ -180,15 +183,17 @@ class TerminalDisplay(PlainDisplay):
 
     def evaluate(self, done: int, total: int) -> None:
         """Move the evaluation bar; it disappears when it is full."""
-        self._bars.move("evaluate", done, total)
+        self._bars.move(_EVALUATE, done, total)
 
     def verify(self, done: int, total: int) -> None:
         """Move the bar of the check, in MB; it disappears when it is full."""
         if total >= _LARGE:
-            self._bars.move("verify, MB", done // 10**6, total // 10**6)
+            self._bars.move(_VERIFY, done // 10**6, total // 10**6)
 
     def close(self) -> None:
-        """Stop the bars where they are."""
+        """Leave the training bar where it is. What was cut off goes."""
+        for name in (_EVALUATE, _VERIFY):
+            self._bars.remove(name)
         self._bars.stop()
 
 

@@ -155,8 +155,11 @@ def test_memory_slow_ranks_and_silence_are_shown(tmp_path: Path) -> None:
     assert "time left" not in shown
     assert "2 of 40" in shown
     assert not any("━" in line and "step" in line for line in shown.splitlines())  # the bar has a line of its own
-    write_signs(run, {"written": 100.0, "host": this_node(), "pid": os.getpid()})
+    write_signs(run, {"written": 100.0, "host": this_node(), "pid": os.getpid(), "step": 9})
     assert not read_standing(run, now=120.0).is_silent
+    shown = shown_text(read_standing(run, now=120.0))
+    assert "outcome     running " in shown
+    assert "8 of 40" in shown  # the log has step 2, the heartbeat begins with step 9
     ended = subprocess.Popen(["true"])
     ended.wait()
     write_signs(run, {"written": 100.0, "host": this_node(), "pid": ended.pid})

@@ -62,12 +62,14 @@ def test_a_terminal_gets_a_live_bar_with_lines_above_it() -> None:
     display.evaluate(2, 2)
     display.verify(10, 20)  # too small to be shown
     display.verify(10**8, 2 * 10**8)
+    display._bars._progress.refresh()
     reporter.info("text with [brackets]")
     reporter.close()
     shown = screen.getvalue()
     assert "text with [brackets]" in shown
     assert "5/10" in shown
     assert "100/200" in shown
+    assert "verify" not in shown.rpartition("\x1b[2K")[2]  # what was cut off does not stay
     assert "left" in shown
 
 
