@@ -281,8 +281,7 @@ class Checkpoints(Generic[S]):
         planned = planned_bytes(self.recipe, engine.stage, engine.parameters, frozen)
         needed = store.newest_bytes() or planned // nodes
         free = shutil.disk_usage(store.root).free
-        is_enough = free >= needed
-        if is_enough:
+        if free >= needed:
             return None
         needed, free = math.ceil(needed / 1e5), free // 10**5  # in tenths of MB, and never the same
         return f"it needs {needed / 10:,.1f} MB and {store.root} has {free / 10:,.1f} MB free"

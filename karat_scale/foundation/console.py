@@ -281,7 +281,7 @@ def work_display(title: str = "", line_seconds: float | None = None) -> Iterator
             told = f"{done:.0f} % of all" if title else f"{done} of {total}"
             if done - first >= (10 if title else 2):
                 rate, left = (done - first) / (now - started), (total - done) * (now - started) / (done - first)
-                told += f"{'' if title else f', {per_second(rate, 1)} a second'}, about {duration(left)} left"
+                told += f"{'' if title else f', {per_second(rate)} a second'}, about {duration(left)} left"
             print(f"{what}: {told}", file=sys.stderr, flush=True)
             reported = now
 

@@ -106,7 +106,7 @@ def validate_recipe(
     try:
         recipe = schema.model_validate(tree)
     except ValidationError as error:
-        if issubclass(schema, RunRecipe) and schema is not Recipe:
+        if schema is not Recipe:
             with suppress(ValidationError):
                 Recipe.model_validate(tree)
                 raise RecipeError(f"{source}: a recipe of `karat train`: karat train {source}") from None

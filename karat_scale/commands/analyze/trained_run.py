@@ -19,12 +19,7 @@ from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.batch import Batch
 from karat_scale.data.plan import PADDING, EvalPlan
-from karat_scale.data.shards.shard_format import (
-    absolute_path,
-    beton_path,
-    dataset_directory,
-    read_dataset_record,
-)
+from karat_scale.data.shards.shard_format import absolute_path, beton_path, dataset_directory, read_dataset_record
 from karat_scale.data.shards.shards import images_under
 from karat_scale.engine.distributed import ALONE
 from karat_scale.foundation.errors import DataError, RunDirectoryError, UserError

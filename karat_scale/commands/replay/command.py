@@ -159,7 +159,7 @@ def replay(run_dir: str, step: int, images: int, out: str | None, json_file: str
 
 
 def refuse_other_files(directory: RunDirectory, recipe: Recipe, from_start: int) -> None:
-    """Refuse what would be read in place of the run's own files, which names files anywhere. Raises UserError."""
+    """Refuse data that have moved, and what would be read in place of the run's own files. Raises UserError."""
     try:
         check_data_path(recipe.data)
     except DataError as error:
