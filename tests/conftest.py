@@ -15,6 +15,7 @@ import errno
 import fcntl
 import gc
 import io
+import itertools
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -182,11 +183,19 @@ def locks_of_nfs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", flock)
 
 
+_PORTS = 200  # of each worker of pytest-xdist
+_probed = itertools.count()
+
+
 def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing uses, nor takes before the test does: kernels hand out those from 32,768 on."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 13
+    for number in itertools.islice(_probed, _PORTS):
+        port = 30_000 + _PORTS * worker + number % _PORTS
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError(f"none of {_PORTS} ports is free")
 
 
 def karat_command(arguments: Sequence[str], processes: int = 1) -> list[str]:
