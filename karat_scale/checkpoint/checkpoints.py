@@ -243,7 +243,7 @@ class Checkpoints(Generic[S]):
             if self._owns(store):
                 store.remove()
             if self.world.is_main:
-                self.reporter.warn(f"checkpoint.local: {problem}; this start saves there no more")
+                self.reporter.warn(f"checkpoint.local: {problem}; this start saves nothing there any more")
             return
         self.problem = problem
         if is_best:

@@ -346,7 +346,7 @@ def repair_best(store: CheckpointStore, state: RunState, reporter: Reporter) -> 
     try:
         if name in store.names() and store.damage(name) is None:
             store.point("best", name)
-            reporter.warn(f"best names {name} again: the run ended before it did")
+            reporter.warn(f"best now names {name}: the run ended before this was written")
             return {}
         kept = _scores(store, pointed, type(state)) if pointed is not None else None
     except (OSError, ValueError) as error:

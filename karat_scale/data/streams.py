@@ -277,7 +277,7 @@ def read_tar(url: str, name: str) -> Iterator[dict[str, Any]]:
             shard.check_end()
     except ShardError as error:
         after = f" after {plural(count, 'sample')}" if count else ""
-        text = f"data.stream: {name} {error.reason}{after}; put it right, or take it out of data.stream"
+        text = f"data.stream: {name} {error.reason}{after}; fix it, or take it out of data.stream"
         raise DataError(text) from None
 
 

@@ -92,8 +92,8 @@ class AttentionConfig(Section):
     """The directory of a trained run whose attention matrices this model uses (the paper's attention transfer). The
     model then has no query and key, and learns only what to do with the values. Needs `kind: softmax`."""
     transfer_heads: Literal["same", "repeat", "cycle", "interpolate"] = "same"
-    """How the heads of `transfer_from` serve those of this model. `same`: one to one. For a multiple of them, `repeat`
-    serves neighbours (0, 0, 1, 1), `cycle` goes round (0, 1, 0, 1), and `interpolate` blends two matrices linearly."""
+    """How this model's heads use those of `transfer_from`. `same`: one to one. With a multiple of heads, `repeat` takes
+    them as 0, 0, 1, 1, `cycle` as 0, 1, 0, 1, and `interpolate` blends two matrices linearly."""
 
     def of_block(self, number: int) -> "AttentionConfig":
         """Return the section of one block, with its own keys."""

@@ -389,7 +389,7 @@ def _begin(recipe: RunRecipe, directory: RunDirectory, on_bytes: OnBytes) -> Run
     except StoreError as error:
         kept = directory.store.pointed("latest")
         raise RunDirectoryError(
-            f"checkpoint.url: {error}; put that right, or go on without it by checkpoint.url= "
+            f"checkpoint.url: {error}; fix that, or resume without a copy by checkpoint.url=  "
             f"(from {f'{kept}, the newest in run.dir' if kept else 'the beginning: run.dir has no checkpoint'})"
         ) from None
     return RunCopy(url, directory, checkpoint.keep_last, notes)
@@ -432,7 +432,7 @@ def _difference(recipe: RunRecipe, directory: RunDirectory, url: RunUrl, owner: 
             theirs = load_run_recipe(file, (), type(recipe))
         except RecipeError as error:
             said = str(error).replace(str(file), f"checkpoint.url = {url.url}: recipe.yaml")
-            raise RecipeError(f"{said}; put it right, or use another checkpoint.url") from None
+            raise RecipeError(f"{said}; fix it, or use another checkpoint.url") from None
     keys = [key for key in differing_keys(theirs, recipe, recipe.resume.allow) if key != "train.epochs"]
     return describe_keys(theirs, recipe, keys)
 

@@ -239,7 +239,7 @@ class RunDirectory:
         except (OSError, ValueError):
             names = None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise RunDirectoryError(f"{self.classes_file}: not a JSON list of names; put it right or remove it")
+            raise RunDirectoryError(f"{self.classes_file}: not a JSON list of names; fix it or remove it")
         return tuple(names)
 
     @property

@@ -108,7 +108,7 @@ def test_a_disk_of_the_node_that_fails_is_left_alone_at_the_next_size(command, t
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full if near in Path(path).parents else usage(path))
     local = ("checkpoint.every_steps=20", "checkpoint.asynchronous=false", f"checkpoint.local={near}")
     assert karat_here(*command(tmp_path / "run", *local)) == 0
-    assert capsys.readouterr().out.count("this start saves there no more") == 1
+    assert capsys.readouterr().out.count("this start saves nothing there any more") == 1
     assert list(near.iterdir()) == []
 
 

@@ -120,7 +120,7 @@ def test_a_damaged_recipe_at_a_url_is_named_by_its_place(recipe_file, s3, tmp_pa
     url = s3(there)
     line = karat_refuses("train", str(recipe_file), f"checkpoint.url={url}")
     assert line.startswith(f"error: checkpoint.url = {url}: recipe.yaml: model.depth = 'deep'")
-    assert line.endswith("put it right, or use another checkpoint.url")
+    assert line.endswith("fix it, or use another checkpoint.url")
 
 
 def test_ranks_beat_while_a_store_moves() -> None:

@@ -29,8 +29,8 @@ def accuracy_sentence(top1: float, images: int, classes: int, evaluations: int =
     middle = share + extra / 2
     margin = Z * math.sqrt((share * (1 - share) + extra / 4) / images)
     low, high = (100 * (middle + sign * margin) / (1 + extra) for sign in (-1, 1))
-    text = f"It is right on {top1:.1f} % of {images:,} test images, and by the error of a test set of this size on "
-    text += f"{low:.1f} to {high:.1f} % of all such images. "
+    text = f"It is right on {top1:.1f} % of {images:,} test images (95 % interval for all such images: "
+    text += f"{low:.1f} to {high:.1f} %). "
     guess = f"a guess between {classes} classes is right on {100 / classes:.3g} %."
     text += guess.capitalize() if low > 100 / classes else f"That is not shown to be more than chance: {guess}"
     if evaluations > 1:

@@ -1,9 +1,8 @@
 """What a device does to a whole batch of images: resize, RandAugment, colour jitter, erasing, and the model's input.
 
-What a sample gets is drawn with its crop. So it is what the workers would do to it, except that some pixels differ by a
-grey level. Where Triton runs, a turn is at most two kernels for all images (`device_fused`). Elsewhere each
-operation is done at once to all images that get it at the same turn. Only the noise of erased boxes is the device's
-own.
+A sample's operations are drawn with its crop, so they are those that workers would apply, though some pixels differ by
+a grey level. Where Triton runs, a turn is at most two kernels for all images (`device_fused`). Elsewhere each operation
+is done at once to all images that get it at the same turn. Only the noise of erased boxes is the device's own.
 
 The operations are Pillow's, on batches of uint8 images. All integers are Pillow's, and floats are float32 or better.
 The resize of a part of an image is Pillow's too: antialiased, with a box whose ends may lie within pixels. At the

@@ -358,7 +358,7 @@ def is_hidden_folder(name: str) -> bool:
 def refuse_broken_link(path: Path) -> None:
     """Raise DataError for a link that leads nowhere: what it is to may be on a disk that is not there now."""
     if path.is_symlink() and not path.exists():
-        raise DataError(f"{path} is a link to {path.readlink()}, where nothing is; put it right, or remove it")
+        raise DataError(f"{path} is a link to {path.readlink()}, where nothing is; fix the link, or remove it")
 
 
 def folders_in(folder: Path) -> list[str]:

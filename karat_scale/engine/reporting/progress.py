@@ -133,7 +133,7 @@ class PlainDisplay:
             print(f"{time.strftime('%H:%M:%S')} {printable(text)}", flush=True)
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)  # also for what is still in Python's buffer
-            say_in_one_write(f"warning: standard output takes no more ({error.strerror}): there are no more lines")
+            say_in_one_write(f"warning: standard output cannot be written ({error.strerror}), so printing stops")
 
     def advance(self, done: int, total: int) -> None:
         """A training step without a report is done."""
@@ -303,7 +303,7 @@ class Reporter:
         """Distributions of weights, by name."""
         if self._log is not None and self._has_histograms and (problem := self._log.histograms(step, histograms)):
             self._has_histograms = False
-            self.warn(f"{problem}; there are no more histograms")
+            self.warn(f"{problem}; no further histograms are written")
 
     def checkpoint(self, state: RunState, name: str, seconds: float, stall: float, near: bool = False) -> None:
         """A checkpoint is complete; training stood still for `stall` of its seconds. `near`: only on each node."""

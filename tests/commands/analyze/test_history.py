@@ -120,7 +120,7 @@ def test_the_card_says_what_the_run_achieved(karat_run: TrainedRun) -> None:
     score, facts, sentence = achieved(karat_run)
     assert score == f"{summary['last_top1']:.2f} % top-1"
     assert facts["budget"] == "16 steps of 8 images, 2 times its 64 training images, seed 0"
-    assert sentence.startswith(f"It is right on {summary['last_top1']:.1f} % of 28 test images, ")
+    assert sentence.startswith(f"It is right on {summary['last_top1']:.1f} % of 28 test images (95 % ")
     assert "images a second on CPU" in facts["speed"]
     assert facts["date"].startswith("20")
     assert "outcome" not in facts

@@ -15,8 +15,8 @@ from karat_scale.commands.analyze.summary import (
 
 def test_a_score_is_above_chance_only_where_its_interval_is() -> None:
     chance, above = accuracy_sentence(15.0, 100, 10), accuracy_sentence(16.0, 100, 10)
-    assert "on 9.3 to 23.3 % of all such images. That is not shown to be more than chance" in chance
-    assert above.endswith("10.1 to 24.4 % of all such images. A guess between 10 classes is right on 10 %.")
+    assert "(95 % interval for all such images: 9.3 to 23.3 %). That is not shown to be more than chance" in chance
+    assert above.endswith("10.1 to 24.4 %). A guess between 10 classes is right on 10 %.")
     assert "best of 3 evaluations" in accuracy_sentence(16.0, 100, 10, 3)
 
 

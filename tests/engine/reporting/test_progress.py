@@ -140,7 +140,7 @@ def test_histograms_are_lines_of_a_file_of_their_own_that_a_full_disk_only_stops
         reporter.histograms(step, {"W": {"counts": [0] * 30_000}})
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert "histograms.jsonl" in warning
-    assert warning.endswith("there are no more histograms")
+    assert warning.endswith("no further histograms are written")
     (small_disk / "histograms.jsonl").unlink()
     reporter.end(RunState(), 0, "finished")
     reporter.close()

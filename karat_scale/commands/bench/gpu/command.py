@@ -1,4 +1,4 @@
-"""The command itself: starts the sections' processes in turn, hears them, and never takes the card up itself."""
+"""The command itself: starts the sections' processes in turn, reads their output, and never uses the card itself."""
 
 import argparse
 import json

@@ -39,7 +39,7 @@ def cannot_read(path: Path, error: OSError, whole: bool = True) -> DataError | U
     """
     if not whole and error.errno in _OF_ONE_FILE:
         return UnreadableSampleError(error.strerror or str(error))
-    return DataError(f"{path} cannot be read: {error.strerror or error}; put it right, and run the same command again")
+    return DataError(f"{path} cannot be read: {error.strerror or error}; fix that, and run the same command again")
 
 
 def find_file(src: Path, names: tuple[str, ...]) -> Path | None:

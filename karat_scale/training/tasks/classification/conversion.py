@@ -119,8 +119,8 @@ def begin_conversion(
         learns = hasattr(layer.attention, "operator")
         if operator is not None and not learns:
             raise UserError(
-                f"its block {number} has attention.kind = {section.kind}, which cannot become softmax: that learns "
-                "nothing; give the block a kind that learns in attention.blocks"
+                f"its block {number} has attention.kind = {section.kind}, which cannot be "
+                "converted to softmax; in attention.blocks, give this block a learned kind"
             )
         if learns and _function(own) != _function(section):
             originals[number] = operator

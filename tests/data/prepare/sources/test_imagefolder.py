@@ -243,7 +243,7 @@ def test_links_that_lead_back_add_no_image_and_broken_ones_take_no_class(ants, t
     assert (record.classes, record.splits["train"].per_class) == (["ant", "bee"], [4, 1])
     assert FolderSplit(ants.parent, ants.name, 2).labels.sum() == 1
     (tmp_path / "bees").rename(tmp_path / "gone")
-    said = rf"{ants}/bee is a link to {tmp_path}/bees, where nothing is; put it right, or remove it"
+    said = rf"{ants}/bee is a link to {tmp_path}/bees, where nothing is; fix the link, or remove it"
     for make in (lambda: make_shards(ants, tmp_path / "other"), lambda: FolderSplit(ants.parent, ants.name, 2)):
         with pytest.raises(DataError, match=said):
             make()

@@ -162,7 +162,7 @@ def test_learned_attention_cannot_become_softmax(convert, converted, tmp_path) -
     """It would be lost: there is nothing to match it with."""
     own = ("attention.kind=static", "attention.blocks={0: {kind: softmax}}", "convert.images=8")
     line = karat_refuses(*convert(tmp_path, *own, source=converted))
-    assert "its block 0 has attention.kind = karat, which cannot become softmax" in line
+    assert "its block 0 has attention.kind = karat, which cannot be converted to softmax" in line
 
 
 def test_learned_attention_without_its_recipe_is_refused(recipe) -> None:
