@@ -1,7 +1,7 @@
 """Ours and other libraries' loaders over the same JPEGs, each as its documentation shows it.
 
-Each prepares what it reads, and then yields (epoch, ids, state) of its batches: `state()` is what a user can save to go
-on with the next batch. Where a library has no such state, it is the epoch's number, and a resume starts that epoch
+Each prepares what it reads, and then yields (epoch, ids, state) of its batches: `state()` is what a user can save to
+resume with the next batch. Where a library has no such state, it is the epoch's number, and a resume starts that epoch
 over. Each crops at random to 224 px, mirrors, and batches uint8; the label of an image is its id.
 """
 

@@ -1,8 +1,8 @@
-"""What data_prep/make_webdataset.py costs over the least its work could cost: `python -m benchmarks.prepare`.
+"""The time of data_prep/make_webdataset.py over the least its result needs: `python -m benchmarks.prepare`.
 
-With --resize, over a whole decode of each image and an encode of one of the result's size by libjpeg-turbo alone, with
-no resize, check, hash or tar. Without, over copying the members of a tar by tarfile. With --check decode, over a whole
-decode of each image by the same decoder. Processor time, in turn, one process; a ratio is the plain work's time over
+With --resize, the least is to decode each image whole and to encode one of the result's size, by libjpeg-turbo alone:
+no resize, check, hash or tar. Without, it is to copy the members of a tar by tarfile. With --check decode, it is to
+decode each image whole by the same decoder. Processor time, in turn, one process; a ratio is the plain work's time over
 ours.
 """
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels cost an H100, without one: `python -m benchmarks.triton_sass [--grid 3] [--heads 6]`.
+"""The Triton kernels' cost on an H100, predicted: `python -m benchmarks.triton_sass [--grid 3] [--heads 6]`.
 
 Compiles a forward and a backward pass for sm_90 through Triton's own binder, counts registers, spills and instructions
 in what ptxas made, and predicts times against softmax attention by FlashAttention-2. A prediction within 30 % at best:

@@ -1,4 +1,4 @@
-"""Attention by others, to compare with, and two rivals of our own.
+"""Published attention to compare with, and two rivals of our own.
 
 Published: sigmoid and polynomial attention, which replace softmax by a function of each score; gated attention, whose
 heads can be switched off by their input; differential attention, the difference of two softmaxes.

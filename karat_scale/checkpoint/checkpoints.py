@@ -3,9 +3,9 @@
 All ranks agree on every outcome: a checkpoint that one rank could not write exists for none, and all ranks load the
 same one.
 
-A save goes on beside training, which stands still only while each rank copies its state to host memory. A process of
-each rank writes the copy, and a thread waits for it. At the first agreement at which all are done, rank 0's thread
-gives the checkpoint its manifest and its name. At the next agreement all ranks hear of it.
+A save runs beside training, which pauses only while each rank copies its state to host memory. A process of each rank
+writes the copy, and a thread waits for it. At the first agreement at which all are done, rank 0's thread gives the
+checkpoint its manifest and its name. At the next agreement all ranks learn of it.
 
 With `checkpoint.local`, saves in between go to a disk of each node, in the same way: there the first rank of each node
 does what rank 0 does for the run's directory.

@@ -9,7 +9,7 @@ checkpoints/
   latest, best          a checkpoint's name, replaced atomically
   pinned                names of old checkpoints that are kept, one on a line
 
-With `checkpoint.local` each node has such a directory, too, on a disk of its own: NearStore.
+With `checkpoint.local` each node has such a directory on its own disk: NearStore.
 
 A reader of a checkpoint locks its manifest, so that nobody removes it. Some file systems have no locks.
 """

@@ -1,4 +1,4 @@
-"""How ranks meet, and the launchers of several nodes; and what one says that has lost another.
+"""How ranks and the launchers of several nodes meet, and what one says that has lost another.
 
 No rank waits longer than `run.peer_timeout_minutes`, and one that waits says for whom. Whoever started the ranks ends
 those that are left when one fails: torchrun's agent, or srun with --kill-on-bad-exit.

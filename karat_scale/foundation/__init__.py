@@ -1,1 +1,1 @@
-"""What every room stands on: errors, files, the console, the machine, tables of parts, stores."""
+"""What all other packages use: errors, files, the console, the machine, tables of parts, stores."""

@@ -1,4 +1,4 @@
-"""`karat recipes`: what a shipped recipe trains, by the headers of its files, and gave, by the tables in `paper/`."""
+"""`karat recipes`: what each shipped recipe trains, by its files' headers, and its results in the tables of `paper/`."""
 
 import functools
 import re

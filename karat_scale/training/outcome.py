@@ -1,7 +1,7 @@
 """What a run leaves of its end and its failures: exit code, last event, `summary.json`, and the steps that went wrong.
 
-RUN/incidents/step-00001234.json is such a step, so that `karat replay` can take it again. It says which samples the
-step had, on which ranks, and from which checkpoint training reaches it. That checkpoint is kept.
+RUN/incidents/step-00001234.json is such a step, so that `karat replay` can repeat it. It says which samples the step
+had, on which ranks, and from which checkpoint training reaches it. That checkpoint is kept.
 """
 
 import json

@@ -1,7 +1,7 @@
 """One run from a recipe to an exit code, whatever its task.
 
 `train` claims the directory, opens the data, builds the trainer and lets it train. Where the images grow, by
-`schedule.image_sizes`, each size has a trainer of its own, which goes on from the checkpoint of the one before.
+`schedule.image_sizes`, each size has its own trainer, which resumes from the previous one's checkpoint.
 """
 
 import secrets

@@ -1,12 +1,12 @@
-"""A run's copy at `checkpoint.url`: brought when the run starts, and kept while it trains.
+"""A run's copy at `checkpoint.url`: read when the run starts, and updated while it trains.
 
-A start asks whose the files there are, and brings what the run's directory lacks of them. While the run trains, a
+A start checks who owns the files there, and fetches those that the run's directory lacks. While the run trains, a
 thread of rank 0 copies, for which training never waits. It makes the URL like the run's directory: it copies what is
 missing there, the best and the newest checkpoint first, and removes what the run does not keep. So the next copy, or
 the next start, makes up for one that failed or was cut off.
 
-All ranks wait for what rank 0 does with a store, which may be slow. A run at a URL has the files of its directory that
-it needs elsewhere, its checkpoints, and whose it is.
+All ranks wait for what rank 0 does with a store, which may be slow. The URL holds the files that the run needs
+elsewhere, its checkpoints, and its owner.
 
 URL/
   owner.json       the run's id and name, and which start of it writes here

@@ -1,6 +1,6 @@
 """The trainer of one rank: model, engine and data of a recipe, and the loop over its steps.
 
-A trainer is built in the order in which mistakes show soonest: plan, model, engine. It goes on from a checkpoint, takes
+A trainer is built in the order in which mistakes show soonest: plan, model, engine. It resumes from a checkpoint, takes
 global batches in order, evaluates, saves, and stops when asked. Training is a function of the state: `run` may stop
 after any step and resume from its checkpoint, and the weights come out the same.
 
@@ -8,9 +8,9 @@ The host launches a step's work and does not wait for it. Loss and gradient norm
 an evaluation, a save, or an agreement of the ranks, about once a second. Steps that were skipped, as their gradients
 are not finite, and losses that jump are then found and noted; the recipe says when the run ends at them.
 
-On a CPU a step is given up between two micro batches, so that a stop need not wait for minutes. Weights change only at
-a step's end. What changes before is put back, and the resumed run takes the step again, with the same bits. Gradients
-are not kept in a checkpoint.
+On a CPU a stop may abandon a step between two micro batches, so that it need not wait for minutes. Weights change only
+at a step's end. What changes before is restored, and the resumed run repeats the step with the same bits. Gradients are
+not kept in a checkpoint.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""`karat bench step`, `attention` and `resume`: what a training step costs, attention by itself, and an interruption.
+"""`karat bench step`, `attention` and `resume`: the cost of a training step, attention and an interruption.
 
-Of steps, our training loop is measured against a bare PyTorch loop, and KArAt against softmax in ours. Each contender
-trains the same model from the same weights on the same in-memory batch with the same optimizer and gradient clip. Of
+For steps, our training loop is measured against a bare PyTorch loop, and KArAt against softmax in ours. Each contender
+trains the same model from the same weights on the same in-memory batch with the same optimizer and gradient clip. For
 attention, each implementation of an operator is measured against softmax, in time and memory. Contenders run in turn,
 and ratios are medians over rounds.
 

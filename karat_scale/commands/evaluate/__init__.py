@@ -1,1 +1,1 @@
-"""What a trained classifier makes of whole sets of labelled images: its own validation split and other test sets."""
+"""Evaluate a trained classifier on labelled images: its own validation split and other test sets."""

@@ -5,8 +5,8 @@ in the backward pass. It shows the step's images.
 
 A verification trains between two checkpoints, and compares data, losses and weights. On as many ranks, and a processor
 and versions as the run had, all must be the same bits. Elsewhere rounding differs, so losses and weights may differ
-within a tolerance: LOSSES of a loss, and WEIGHTS of the way that the weights moved. What the optimizer keeps, and a
-network beside its weights, follows them: it may differ by STATES of its size or way.
+within a tolerance: LOSSES of a loss, and WEIGHTS of the way that the weights moved. The optimizer's states and a
+network's buffers follow the weights: they may differ by STATES of their size, or of the way they moved.
 """
 
 import math

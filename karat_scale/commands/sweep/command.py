@@ -2,7 +2,7 @@
 
 Before anything runs, each run's recipe is checked. Its directory says how far the run is already.
 
-On this machine each run has a process of its own. A run that fails is named, and the rest goes on. Stop signals are
+On this machine each run has a process of its own. A run that fails is named, and the others continue. Stop signals are
 passed on: the run saves, and the sweep ends. If the sweep is killed, the run saves and stops, too. A SLURM job array
 has one element for each run that has not finished.
 """

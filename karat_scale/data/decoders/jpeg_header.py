@@ -1,4 +1,4 @@
-"""What the header of an image says: its dimensions, and by EXIF how viewers turn it; and the file that is upright.
+"""The header of an image: its dimensions, how viewers turn it by EXIF, and the file turned upright.
 
 The dimensions of an ordinary JPEG are read from its first few hundred bytes, without a library.
 """

@@ -1,1 +1,1 @@
-"""Shows a run elsewhere: in TensorBoard, W&B, MLflow or trackio, or by a class of yours."""
+"""Shows a run elsewhere: in TensorBoard, W&B, MLflow or trackio, or by your own class."""

@@ -4,10 +4,10 @@
 
 A section has the device, its time, the channel to the command, and threads that compile.
 
-One that waits for ever must not look like one that is slow, so a worker tells about once a second if it moves: one of
-its threads is elsewhere in Python than before, tensors are allocated on the device, or a processor works for it. A
-thread that waits for a device may keep its core busy, so on CUDA only the other processes of its group count there. A
-worker that does not move has its stacks printed.
+A worker that hangs must not look like a slow one. So about once a second it reports whether it makes progress: one of
+its threads is elsewhere in Python than before, tensors were allocated on the device, or a processor works for it. A
+thread that waits for a device may keep its core busy, so on CUDA only the processor time of the group's other processes
+counts. If a worker makes no progress, its stacks are printed.
 """
 
 import faulthandler

@@ -1,9 +1,9 @@
 """Converting a trained model: what happens before the first step of a run with `convert.images`, and the survey.
 
-The model begins with the weights of `init_from`, but the attention of its blocks is new. Each block learns to give what
-the original's attention gives there, from training images, all blocks at once. This depends on recipe, data and start
-weights alone: a run that is killed in it begins it again, and comes to the same bits. RUN/matched.safetensors keeps the
-result until the run has a checkpoint, and the report on it for good. Then training goes on like any other.
+The model begins with the weights of `init_from`, but the attention of its blocks is new. From training images, each
+block learns to reproduce the output of the original's attention, all blocks at once. This matching depends only on
+recipe, data and start weights: a run that is killed during it repeats it with the same bits. RUN/matched.safetensors
+keeps the result until the run has a checkpoint, and the report on it for good. Then training continues as usual.
 
 The ranks share the blocks, and each reads all the images.
 """
