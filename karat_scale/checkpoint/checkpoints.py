@@ -199,7 +199,7 @@ class Checkpoints(Generic[S]):
             while self._under_way.task is not None and not self._under_way.task.wait(_BEAT_SECONDS):
                 if self._storage.written != seen:  # a disk that is slow is no hang
                     seen = self._storage.written
-                    self.reporter.beat("saving")
+                    self.reporter.move("saving")
             good = self.advance()
         return good
 

@@ -344,24 +344,24 @@ def repair_best(store: CheckpointStore, state: RunState, reporter: Reporter) -> 
     if pointed == name or (pointed is not None and pointed > checkpoint_name(state.step)):
         return {}  # a later one is evaluated again when training comes to it
     try:
-        if name in store.names() and store.damage(name) is None:
+        if name in store.names() and store.damage(name, reporter.verify) is None:
             store.point("best", name)
             reporter.warn(f"best now names {name}: the run ended before this was written")
             return {}
-        kept = _scores(store, pointed, type(state)) if pointed is not None else None
+        kept = _scores(store, pointed, type(state), reporter) if pointed is not None else None
     except (OSError, ValueError) as error:
         reporter.warn(f"best cannot be repaired: {error}")
         return {}
     if kept is not None:
-        reporter.warn(f"the best checkpoint, {name}, is gone; the best one is {pointed}")
+        reporter.warn(f"the best checkpoint, {name}, is missing; the best one is {pointed}")
         return kept
-    reporter.warn(f"the best checkpoint, {name}, is gone; the next evaluation is the best")
+    reporter.warn(f"the best checkpoint, {name}, is missing; the next evaluation is the best")
     return state.without_best()
 
 
-def _scores(store: CheckpointStore, name: str, state_type: type[RunState]) -> dict[str, Any] | None:
+def _scores(store: CheckpointStore, name: str, state_type: type[RunState], reporter: Reporter) -> dict[str, Any] | None:
     """What a state must say for a checkpoint to be its best; None where that one is damaged or was not evaluated."""
-    if store.damage(name) is not None:
+    if store.damage(name, reporter.verify) is not None:
         return None
     saved = state_type.from_json(store.state(name))
     if saved.evaluated_step != saved.step:
@@ -414,7 +414,7 @@ def _bring(
         for file in mine:
             shutil.copyfile(near.root / name / file, unfinished / file)
             flush_to_disk(unfinished / file)
-            if file_sha256(unfinished / file, lambda _: reporter.beat("starting")) != written[file].sha256:
+            if file_sha256(unfinished / file, lambda _: reporter.move("starting")) != written[file].sha256:
                 problem = f"{file} has changed since it was written"
     met = next((one for one in world.gather(problem) if one is not None), None)
 

@@ -4,7 +4,7 @@ RUN/heartbeats/rank-00003.json      {"rank": 3, "host": "node2", "beats": 812, "
 
 This small file has a rank's current work, and is rewritten while the process lives. `beats` counts the places in the
 program that a rank has passed. Ranks train in step. So if no rank makes progress, the others wait for the one with the
-fewest beats.
+fewest beats. `moves` counts progress within long work that one rank may do alone, such as to verify a file.
 
 KARAT_STALL_SECONDS says how long a rank may do the same before it counts as stalled: `900`, or
 `900,compile=3600,save=1800`. The first number holds for the phases that are not named. 0 turns the alarm off.
@@ -120,6 +120,7 @@ class Sign:
     since_beat: float = 0.0
     device: str = ""
     own_seconds: float = 0.0
+    moves: int = 0
 
 
 def heartbeat_file(directory: Path, rank: int) -> Path:
@@ -167,10 +168,15 @@ class Heartbeat:
 
     def beat(self, doing: str, step: int = 0) -> None:
         """Record progress: this rank now starts `doing`."""
-        self._last_beat = now = time.monotonic()  # first, as the other thread looks how long it has been `doing` this
         self._sign.beats += 1
-        self._sign.doing = doing
         self._sign.step = step or self._sign.step
+        self.move(doing)
+
+    def move(self, doing: str) -> None:
+        """Record progress within `doing`."""
+        self._last_beat = now = time.monotonic()  # first, as the other thread looks how long it has been `doing` this
+        self._sign.moves += 1
+        self._sign.doing = doing
         limit = self._limits.of(doing)
         if self._limits and (now - self._armed >= _ARM_SECONDS or limit != self._armed_for):
             self._armed, self._armed_for = now, limit
@@ -191,13 +197,14 @@ class Heartbeat:
         self._writer.join()
 
     def _write_until_ended(self) -> None:
-        while not self._ended.wait(pause(self._last_beat + self._limits.of(self._sign.doing) + _AFTER_STACKS)):
-            self._write()
-            beats, late = self._sign.beats, time.monotonic() - self._last_beat > self._limits.of(self._sign.doing)
-            if self._on_stall is not None and late and beats != self._told_of:
-                self._told_of = beats
+        has_ended = False
+        while not has_ended:
+            moves, late = self._sign.moves, time.monotonic() - self._last_beat > self._limits.of(self._sign.doing)
+            if self._on_stall is not None and late and moves != self._told_of:
+                self._told_of = moves
                 self._on_stall(self._diagnostics, self._sign.rank)
-        self._write()
+            has_ended = self._ended.wait(pause(self._last_beat + self._limits.of(self._sign.doing) + _AFTER_STACKS))
+            self._write()
 
     def _write(self) -> None:
         self._sign.written = round(time.time(), 3)

@@ -1,4 +1,4 @@
-"""`karat recipes`: what each shipped recipe trains, by its files' headers, and its results in the tables of `paper/`."""
+"""`karat recipes`: what each shipped recipe trains, from its files, and its results, from the tables in `paper/`."""
 
 import functools
 import re

@@ -53,7 +53,7 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             directory, copy, changes = claim_directory(recipe, world, signals)
         except StoppedError:
             if world.is_main:
-                print("stopped before the checkpoint was fetched; run the same command to resume", flush=True)
+                print("stopped before training began; run the same command to resume", flush=True)
             return EXIT_STOPPED
         reporter = open_reporter(recipe, world, directory)
         if copy is not None:
@@ -143,8 +143,20 @@ def claim_directory(recipe: RunRecipe, world: World, signals: StopSignals) -> tu
     Returns the directory, on rank 0 what copies it to the URL, and what the recipe changes on purpose.
     """
     directory = RunDirectory(recipe.run.dir)
+
+    def stop_if_asked() -> None:
+        if signals.received is not None:
+            raise StoppedError
+
+    def opened() -> str | None:
+        try:
+            return directory.open(recipe, stop_if_asked)
+        except StoppedError:
+            return None
+
     # Before the URL: a start that is refused here takes it from nobody.
-    changes = world.on_main(lambda: directory.open(recipe))
+    if (changes := world.on_main(opened)) is None:
+        raise StoppedError
     copy = open_copy(recipe, world, directory, signals)
     if recipe.checkpoint.url:
         changes = world.on_main(lambda: directory.admit(recipe))  # to what came from there

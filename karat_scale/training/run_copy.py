@@ -389,7 +389,7 @@ def _begin(recipe: RunRecipe, directory: RunDirectory, on_bytes: OnBytes) -> Run
     except StoreError as error:
         kept = directory.store.pointed("latest")
         raise RunDirectoryError(
-            f"checkpoint.url: {error}; fix that, or resume without a copy by checkpoint.url=  "
+            f"checkpoint.url: {error}; fix that, or resume without a copy by checkpoint.url= "
             f"(from {f'{kept}, the newest in run.dir' if kept else 'the beginning: run.dir has no checkpoint'})"
         ) from None
     return RunCopy(url, directory, checkpoint.keep_last, notes)
@@ -441,7 +441,7 @@ def _bring(recipe: RunRecipe, directory: RunDirectory, url: RunUrl, on_bytes: On
     """Copy the newest intact checkpoint that is newer than the directory's, and the best one; returns what to tell."""
     store, remote = directory.store, url.checkpoints
     there = remote.names()
-    newest = store.newest_intact() if there else ""
+    newest = store.newest_intact(lambda *_: on_bytes(1)) if there else ""
     newer = [name for name in there if name > newest]
     if newer:
         url.download_files(directory.path, on_bytes)

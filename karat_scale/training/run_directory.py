@@ -22,7 +22,7 @@ import os
 import socket
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +37,7 @@ from karat_scale.checkpoint.store import CheckpointStore, NearStore, checkpoint_
 from karat_scale.checkpoint.weights import load_weights, wants_ema
 from karat_scale.data.batch import class_order_digest
 from karat_scale.engine.distributed import World, device_name, write_flight_record
-from karat_scale.engine.heartbeat import WRITE_SECONDS, Heartbeat, heartbeat_file, read_signs
+from karat_scale.engine.heartbeat import WRITE_SECONDS, Heartbeat, Sign, heartbeat_file, read_signs
 from karat_scale.engine.run_state import RunState
 from karat_scale.foundation.errors import RunDirectoryError, UserError, not_written
 from karat_scale.foundation.files import (
@@ -104,8 +104,11 @@ class RunDirectory:
         self.last_sign: float | None = None
         """When an earlier start was last seen, in seconds since the epoch; known once the directory is claimed."""
 
-    def open(self, recipe: RunRecipe) -> str:
+    def open(self, recipe: RunRecipe, check: Callable[[], object] = lambda: None) -> str:
         """Claim the directory for `recipe`, creating it if need be.
+
+        Args:
+            check: called while it waits for a lock; what it raises ends that.
 
         Returns:
             What the recipe changes on purpose in the run that is here, as text; mostly nothing.
@@ -114,18 +117,19 @@ class RunDirectory:
             RunDirectoryError: it holds another recipe's run, is in use, cannot be written, or has
                 checkpoints that `resume.mode=never` must not overwrite.
         """
-        self.claim()
+        self.claim(check)
         return self.admit(recipe)
 
-    def claim(self) -> None:
+    def claim(self, check: Callable[[], object] = lambda: None) -> None:
         """Create the directory if need be, and keep other processes out. Raises RunDirectoryError."""
-        if around := run_around(self.path):
+        is_new = not self.recipe_file.is_file() and not self.store.names()
+        if is_new and (around := run_around(self.path)):
             raise RunDirectoryError(f"run.dir = {self.path} lies in {around}, another run; choose another run.dir")
         try:
             self.store.root.mkdir(parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
             file = os.fdopen(open_regular(self.path / ".lock", flags), "a+", encoding="utf-8")
-            if not self._lock_alone(file):
+            if not self._lock_alone(file, check):
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise RunDirectoryError(
@@ -143,10 +147,11 @@ class RunDirectory:
         except OSError as error:
             raise RunDirectoryError(f"run.dir = {self.path}: {error.strerror}; choose another run.dir") from None
 
-    def _lock_alone(self, file: IO[str]) -> bool:
+    def _lock_alone(self, file: IO[str], check: Callable[[], object]) -> bool:
         """Lock the directory, whether by its file or, where the file system has no locks, as nobody else trains here.
 
-        A file server keeps the lock of a lost node for a while. So wait for one whose holder shows no life.
+        A file server keeps the lock of a lost node for a while. So wait for one whose holder, which is always rank 0,
+        shows no life.
         """
         try:
             if lock(file, wait=False, without=None):
@@ -154,13 +159,14 @@ class RunDirectory:
             has_locks = True
         except OSError:
             has_locks = False
-        signs, two_beats = read_signs(self.path), 2 * WRITE_SECONDS
-        if not signs:
+        two_beats = 2 * WRITE_SECONDS
+        if not (before := self._signs_of_holder()):
             return not has_locks
         begun, is_told = time.monotonic(), False
         while (passed := time.monotonic() - begun) < (_LOCK_SECONDS if has_locks else two_beats):
             time.sleep(0.2)
-            if read_signs(self.path) != signs:
+            check()
+            if (now := self._signs_of_holder()) and now != before:
                 return False
             if has_locks and lock(file, wait=False):
                 return True
@@ -168,6 +174,9 @@ class RunDirectory:
                 is_told = True
                 print(f"{self.path / '.lock'}: waiting, as its holder shows no life", flush=True)
         return not has_locks
+
+    def _signs_of_holder(self) -> list[Sign]:
+        return [sign for sign in read_signs(self.path) if sign.rank == 0]
 
     def admit(self, recipe: RunRecipe) -> str:
         """Let `recipe` train in the directory, which is claimed; returns and raises as `open` does."""
@@ -368,7 +377,8 @@ def refuse_another_model(source: Path, recipe: RunRecipe) -> None:
         raise RunDirectoryError(f"resume.from = {source} is of a run of karat {command}, not of karat {wanted}")
     theirs = load_run_recipe(file, (), type(recipe))
     before, after = flatten(theirs), flatten(recipe)
-    if keys := _unseen(before, after, _UNSEEN_IN_BRANCHES):
+    allowed = {*recipe.resume.allow}.difference(_UNSEEN)
+    if keys := [key for key in _unseen(before, after, _UNSEEN_IN_BRANCHES) if key not in allowed]:
         raise RunDirectoryError(
             f"resume.from = {source} is of another model: {describe_keys(theirs, recipe, keys)}; "
             "set the keys as it has them"

@@ -280,7 +280,7 @@ def test_a_best_that_is_gone_is_said_and_replaced(small_recipe, make_checkpoints
     shutil.rmtree(tmp_path / "c" / "step-00000002")
     resumed = second.load()
     assert resumed.step == 3
-    assert "the best checkpoint, step-00000002, is gone; the " in capsys.readouterr().out
+    assert "the best checkpoint, step-00000002, is missing; the " in capsys.readouterr().out
     kept = (1, 40.0, 40.0) if is_one_kept else (None, None, None)
     assert (resumed.best_step, resumed.best_top1, resumed.best_top5) == kept
     assert resumed.last_top1 == 45.0

@@ -185,19 +185,21 @@ def test_space_is_asked_for_before_anything_is_written(small_recipe, make_checkp
 @pytest.mark.parametrize("wait", [True, False], ids=["blocking", "beside training"])
 @pytest.mark.parametrize("config", ["zero0", "zero2"])
 def test_a_disk_that_fills_up_voids_the_save_and_leaves_the_last_good_one(
-    small_recipe, make_checkpoints, slow_disk, small_disk, capsys, config, wait
+    small_recipe, make_checkpoints, small_disk, monkeypatch, capsys, config, wait
 ) -> None:
     checkpoints = make_checkpoints(small_recipe(f"deepspeed.config={config}"), small_disk / "c")
 
-    def fill() -> None:
-        (small_disk / "filler").write_bytes(bytes(_free(small_disk) - 100_000))
-        slow_disk.set()
+    begin = checkpoints._begin
 
-    slow_disk.set()
+    def fill_after(*arguments: Any) -> object:
+        problem = begin(*arguments)
+        (small_disk / "filler").write_bytes(bytes(_free(small_disk) - 100_000))
+        return problem
+
     assert checkpoints.save(TrainState(step=1, samples=8))
-    slow_disk.clear()
-    threading.Timer(0.2, fill).start()
-    assert checkpoints.save(TrainState(step=2, samples=16), wait=wait) != wait
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_begin", fill_after)
+        assert checkpoints.save(TrainState(step=2, samples=16), wait=wait) != wait
     assert _to_the_end(checkpoints) == wait
     output = capsys.readouterr().out
     assert "step-00000002 not saved: No space left on device" in output

@@ -66,7 +66,7 @@ def test_a_rank_gets_on_while_it_verifies(store, world, tmp_path) -> None:
     found = agree_on_checkpoint(store, "", world, Reporter(PlainDisplay(), None, 0, heartbeat))
     heartbeat.start().stop()
     assert found == (store.root, name)
-    assert [sign.beats for sign in read_signs(tmp_path)] == [4]  # one for each file, one at its end, and the start
+    assert [(sign.beats, sign.moves) for sign in read_signs(tmp_path)] == [(1, 4)]  # each file, its end, and the start
 
 
 def test_a_newest_state_that_is_damaged_names_no_best(store) -> None:

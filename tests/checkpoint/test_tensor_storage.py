@@ -97,9 +97,9 @@ def test_nobody_waits_at_a_pipe_in_place_of_tensors(read, tmp_path) -> None:
 
 def test_what_is_being_written_is_no_leftover_to_others_until_its_writer_is_gone(tmp_path, monkeypatch) -> None:
     def commit(temporary: Path, path: Path) -> None:
-        if not os.fork():  # a second writer while the first still writes
+        if not (other := os.fork()):  # a second writer while the first still writes
             os._exit(len(remove_leftovers(tmp_path)))
-        assert os.wait()[1] == 0
+        assert os.waitpid(other, 0)[1] == 0
         assert temporary.is_file()
         commit_file(temporary, path)
 
@@ -108,9 +108,9 @@ def test_what_is_being_written_is_no_leftover_to_others_until_its_writer_is_gone
     assert read_metadata(tmp_path / "at.safetensors") == {"step": "1"}
 
     monkeypatch.setattr(tensor_storage, "commit_file", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    if not os.fork():
+    if not (writer := os.fork()):
         save_safetensors({"weight": torch.zeros(3)}, tmp_path / "at.safetensors", {"step": "2"})
-    assert os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGKILL
+    assert os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]) == -signal.SIGKILL
     assert len([*tmp_path.iterdir()]) == 2
     assert remove_leftovers(tmp_path) == []
     assert [*tmp_path.iterdir()] == [tmp_path / "at.safetensors"]

@@ -165,9 +165,9 @@ def node_of_two(number: int, port: int) -> dict[str, str]:
 def test_two_nodes_of_srun_are_one_start_and_begin_again_together(recipe: Path, tmp_path: Path) -> None:
     own = ("train.epochs=60", "checkpoint.every_steps=4", "train.eval_every_epochs=60")
     with socket.socket() as neighbour:  # of the job with the next number, which has the next port
-        neighbour.bind(("127.0.0.1", 0))
+        port = free_port()
+        neighbour.bind(("127.0.0.1", port + 1))
         neighbour.listen()
-        port = neighbour.getsockname()[1] - 1
         nodes = [
             start(recipe, *own, ranks=1, KARAT_STALL_SECONDS="90", **node_of_two(number, port)) for number in range(2)
         ]
@@ -248,7 +248,7 @@ def test_a_killed_and_then_a_stopped_rank_change_nothing_but_the_time(recipe: Pa
     code, error = ended(start(recipe, *own, f"run.dir={whole}"))
     assert code == 0, error
     recipe.write_text(f"{recipe.read_text()}resume: {{mode: never}}\n")  # it is for the first start alone
-    process = start(recipe, *own, KARAT_STALL_SECONDS="60,step=4", IDLE_RESTARTS="2")
+    process = start(recipe, *own, KARAT_STALL_SECONDS="60,step=20", IDLE_RESTARTS="2")
     for number, hurt in enumerate((signal.SIGKILL, signal.SIGSTOP)):
         wait_until(lambda number=number: read(run, "resume") == number and read(run, "checkpoint") > number, 200)
         ranks_of(process)[1].send_signal(hurt)

@@ -1,8 +1,6 @@
 """Told to stop at any moment, a job saves, comes back, and ends in the weights of one that nobody disturbed."""
 
-import re
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import pytest
 from karat_scale.engine.heartbeat import read_signs
 from tests.conftest import events, summary
 from tests.slurm.cluster import wait_until
-from tests.slurm.training import Train, assert_ends_like, process_of, run_of, train_alone, wait_for
+from tests.slurm.training import Train, assert_ends_like, process_of, run_of, signal_held, train_alone, wait_for
 from tests.training.runs import assert_same_run
 
 LIMIT_OUTLASTED = 90  # seconds
@@ -28,7 +26,7 @@ SLURM_COMMANDS = ("sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun")
 def test_preempted_by_signal_it_saves_comes_back_and_ends_alike(train, uninterrupted, kind, step) -> None:
     job = train()
     wait_for(job, kind, step)
-    job.signal_batch()
+    signal_held(job)
     assert_ends_like(job, uninterrupted)
     assert job.starts == 2
     assert "requeued" in job.log
@@ -37,19 +35,9 @@ def test_preempted_by_signal_it_saves_comes_back_and_ends_alike(train, uninterru
 def test_told_before_its_first_step_it_takes_one_and_saves(train, uninterrupted) -> None:
     job = train()
     wait_until(lambda: bool(read_signs(run_of(job))), 60, "a rank is starting")
-    rank = process_of(job, rank=0)
-    rank.suspend()  # eight small steps may take less time than the signal
-    job.signal_batch()
-    wait_until(lambda: is_pending(rank, signal.SIGUSR2), 60, "the signal reaches the rank")
-    rank.resume()
+    signal_held(job)
     assert_ends_like(job, uninterrupted)
     assert events(run_of(job), "resume")[0]["step"] == 1
-
-
-def is_pending(process: psutil.Process, number: signal.Signals) -> bool:
-    """Whether the signal was sent to the process, which is stopped."""
-    (mask,) = re.findall(r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
-    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 @pytest.mark.night
@@ -117,7 +105,7 @@ def test_ranks_that_see_no_scontrol_are_requeued_by_the_batch_step(
     assert shutil.which("scontrol", path=path) is None
     job = train(CONTAINER=f"env PATH={path}")
     wait_for(job, "train", 3)
-    job.signal_batch()
+    signal_held(job)
     assert_ends_like(job, uninterrupted)
     assert job.starts == 2
 
@@ -125,6 +113,7 @@ def test_ranks_that_see_no_scontrol_are_requeued_by_the_batch_step(
 def test_a_cancelled_job_does_not_come_back(train, cluster) -> None:
     job = train()
     wait_for(job, "train", 2)
+    process_of(job, rank=0).suspend()  # SLURM wakes it, too
     cluster.command("scancel", job.id)
     assert job.wait().startswith("CANCELLED")
     cluster.wait_idle()

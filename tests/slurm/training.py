@@ -1,6 +1,8 @@
 """A small training run as a job: how to wait for a moment of it, and what to compare in the end."""
 
 import contextlib
+import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +71,21 @@ def process_of(job: Job, rank: int) -> psutil.Process:
                 if is_python and parent is not None and parent.name() == "bash":
                     return process
     raise AssertionError(f"job {job.id} has no rank {rank}:\n{job.log}")
+
+
+def signal_held(job: Job) -> None:
+    """USR2 to the batch script while rank 0 stands still: small steps may take less time than the signal."""
+    rank = process_of(job, rank=0)
+    rank.suspend()
+    job.signal_batch()
+    wait_until(lambda: is_pending(rank, signal.SIGUSR2), 60, "the signal reaches the rank")
+    rank.resume()
+
+
+def is_pending(process: psutil.Process, number: signal.Signals) -> bool:
+    """Whether the signal was sent to the process, which is stopped."""
+    (mask,) = re.findall(r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def assert_ends_like(job: Job, whole: Path, seconds: float = END_SECONDS) -> None:

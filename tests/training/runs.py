@@ -36,6 +36,7 @@ def start_torchrun(recipe: Path, run: Path, *overrides: str) -> subprocess.Popen
 
 def kill_all(process: Started) -> None:
     """SIGKILL to the ranks and their workers."""
+    process.send_signal(signal.SIGSTOP)  # else it may end before all of its processes are found
     ranks = [psutil.Process(pid) for pid in process.pids]
     family = [*(worker for rank in ranks for worker in rank.children(recursive=True)), *ranks]
     for member in family:
@@ -47,7 +48,9 @@ def kill_all(process: Started) -> None:
 
 def stopped_by(process: Started, number: signal.Signals) -> str:
     """Send a signal to a run, which then saves and stops; returns all that it has said."""
+    process.send_signal(signal.SIGSTOP)  # small steps may take less time than the signal takes to all ranks
     process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 75, output
     return output

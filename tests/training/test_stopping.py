@@ -195,6 +195,8 @@ os.register_at_fork(after_in_child=lambda: time.sleep(0.5))
 signals = StopSignals().install()
 threading.Timer(0.2, os.killpg, (0, signal.SIGINT)).start()
 start_worker(0, abs, 0).join()
+while signals.received is None:
+    time.sleep(0.01)
 print(signals.received.name)
 """
 

@@ -156,7 +156,7 @@ def test_a_signal_while_a_checkpoint_is_fetched_ends_the_start(recipe_file, trai
         process = start(recipe_file, run, "train.max_steps=2", f"checkpoint.url={url}")
         assert asked.wait(60)
         output = stopped_by(process, signal.SIGTERM)
-    assert "stopped before the checkpoint was fetched; run the same command to resume" in output
+    assert "stopped before training began; run the same command to resume" in output
     assert CheckpointStore(run / "checkpoints").names() == []
     assert "resumed from step-00000002" in train("run", "train.max_steps=2").stdout
 
@@ -334,7 +334,9 @@ def test_two_runs_do_not_mix(train, trained, url, tmp_path) -> None:
 def test_a_store_that_is_down_at_the_start_is_one_line(train, s3_port, tmp_path) -> None:
     with spoiling(s3_port, lambda number, asked: "503"):
         (line,) = train("run", "checkpoint.timeout=3", code=2).stderr.splitlines()
-    assert re.match(r"error: checkpoint\.url: s3://\S+: .* or go on without it by checkpoint\.url= \(from the b", line)
+    assert re.match(
+        r"error: checkpoint\.url: s3://\S+: .* or resume without a copy by checkpoint\.url= \(from the b", line
+    )
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

@@ -429,7 +429,7 @@ def open_page(page: Any, port: int) -> str:
             prevent_thread_lock=True,
         )
     except OSError as error:
-        raise UserError(f"--port {port} is in use; choose another, or 0 for any free one") from error
+        raise UserError(f"--port {port} is in use or not allowed; choose another, or 0 for any free one") from error
     except OverflowError:
         raise UserError(f"--port {port}: the highest is 65535; choose another, or 0 for any free one") from None
     return str(url)

@@ -164,7 +164,7 @@ def refuse_other_files(directory: RunDirectory, recipe: Recipe, from_start: int)
         check_data_path(recipe.data)
     except DataError as error:
         problem = str(error).partition(";")[0]
-        raise DataError(f"{problem}; correct data.path in {directory.recipe_file}") from None
+        raise DataError(f"{problem}; put the data, or a link to them, there") from None
     for source, name in ((recipe.attention.transfer_from, TEACHER_FILE), (recipe.distill.from_, DISTILL_FILE)):
         if source and not (directory.path / name).is_file():
             raise RunDirectoryError(f"{directory.path / name} is missing; put it back, the run has learned from it")

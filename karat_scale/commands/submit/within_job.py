@@ -56,7 +56,7 @@ class Watch:
         """Add the ranks' heartbeats at time `now` in seconds. Return a verdict, or None while one makes progress."""
         for sign in signs:
             seen = self._seen.get(sign.rank)
-            if seen is None or sign.beats != seen.sign.beats:
+            if seen is None or (sign.beats, sign.moves) != (seen.sign.beats, seen.sign.moves):
                 self._seen[sign.rank] = Seen(sign, now - sign.since_beat, now)
             elif sign.written != seen.sign.written:
                 seen.sign, seen.wrote = sign, now

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ from karat_scale.data.prepare.sources.imagefolder import NAME_FILES, ImageFolder
 from karat_scale.data.shards.shard_format import BetonRecord, OddRecord, SkippedRecord, SplitRecord, dataset_directory
 from karat_scale.foundation.arguments import OneLineParser, count
 from karat_scale.foundation.errors import DataError
-from karat_scale.foundation.files import lock
+from karat_scale.foundation.files import lock, unlock
 from karat_scale.foundation.machine import be_killed_with_parent, usable_cores
 
 # These may differ between two runs that make the same bytes.
@@ -326,7 +326,9 @@ def alone_in(folder: Path, made: bool = False) -> Iterator[None]:
                 yield
             finally:
                 if made:
-                    folder.rmdir()
+                    with suppress(OSError):  # without locks, another run may write here, or be done
+                        folder.rmdir()
+                unlock(handle)  # also for workers, which have a copy of it
             return
         finally:
             os.close(handle)

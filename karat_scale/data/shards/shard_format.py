@@ -202,7 +202,7 @@ def check_has_record(directory: Path, what: str = "data.path") -> None:
         return
     inside = list(directory.iterdir())
     found = f"has no {DATASET_FILE}" if inside else "is empty"
-    has_folders = what == "data.path" and any(path.is_dir() for path in inside)
+    has_folders = what == "data.path" and any(path.is_dir() and not path.name.startswith(".") for path in inside)
     folders = ", set data.backend=folder for a folder of images," if has_folders else ""
     fix = _FIX
     if any(path.name.endswith(".index.npz") for path in inside):

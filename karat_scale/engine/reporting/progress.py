@@ -258,9 +258,16 @@ class Reporter:
         if self._heartbeat is not None:
             self._heartbeat.beat(doing, step)
 
+    def move(self, doing: str) -> None:
+        """This rank makes progress within `doing`, which others may not do."""
+        if self._stopwatch is not None:
+            self._stopwatch.begin(doing)
+        if self._heartbeat is not None:
+            self._heartbeat.move(doing)
+
     def verify(self, done: int, total: int) -> None:
-        """So many bytes of a checkpoint are verified: this rank goes on, however long a large one takes."""
-        self.beat("starting")
+        """So many bytes of a checkpoint are verified."""
+        self.move("starting")
         self.display.verify(done, total)
 
     def pace(self, own_seconds: float) -> None:

@@ -361,12 +361,12 @@ def test_workers_end_with_a_loop_that_is_left_and_with_their_loader() -> None:
         evaluation = EvalLoader(Numbers(), batch=4, workers=2)
         for _ in evaluation:
             break
-        assert children() == before
+        assert children() <= before
         loader = of_numbers(workers=2, epochs=1)
         list(loader)
         assert len(children() - before) == 2
         del loader
-        assert children() == before
+        assert children() <= before
     finally:
         gc.enable()
 

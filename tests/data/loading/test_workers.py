@@ -168,7 +168,7 @@ def test_a_child_that_hangs_or_is_interrupted_before_it_begins_is_left_behind_by
     monkeypatch.setattr(loading.connection, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         loading.start_worker(0, time.sleep, 60)
-    assert children() == before
+    assert children() <= before
 
 
 def die(part: BatchSlice) -> None:
@@ -227,7 +227,7 @@ def test_far_more_workers_than_cores_of_the_control_group_are_refused_before_one
     before = children()
     with pytest.raises(RecipeError, match=r"data.workers = 5000 processes for each rank, .* at most \d+$"):
         OrderedResults(abs, range(9), 5000, 1, 30.0, str)
-    assert children() == before
+    assert children() <= before
     monkeypatch.setattr(loading, "usable_cores", lambda: 1)  # as under a quota of one core
     loading.check_worker_count(36)
     with pytest.raises(RecipeError, match=r"data.workers = 37 processes .* here are 1; use about 1, at most 36"):

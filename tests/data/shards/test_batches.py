@@ -241,7 +241,7 @@ def test_training_goes_on_without_the_fetching_process(make_shards, remote, ngin
         plan = TrainPlan(5, 40, 12, 12, 0, 1, **BLOCKS)
         closed = backend.train_batches(plan.slices(0, 6))
         closed.close()
-        assert children() == before
+        assert children() <= before
         batches = backend.train_batches(plan.slices(0, 6))
         (fetcher,) = children() - before
         os.kill(fetcher, signal.SIGKILL)

@@ -72,7 +72,7 @@ def open_images(recipe: Recipe, world: World, reporter: Reporter, is_verified: b
     backend = open_backend(replace(spec, data=spec.data.changed(verify="size")) if shares else spec)
     if shares and not is_verified:
         try:
-            hash_together(spec.data, world, lambda: reporter.beat("starting"))
+            hash_together(spec.data, world, lambda: reporter.move("starting"))
         except BaseException:
             backend.close()
             raise
