@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import subprocess
 import sys
 import textwrap
@@ -127,6 +128,21 @@ def test_a_compilation_may_take_longer_than_a_step() -> None:
     assert all(verdict("compiling", second, 1) is None for second in range(500))
     assert all(verdict("forward", 500 + second, 2) is None for second in range(60))
     assert verdict("forward", 561, 2) is not None
+
+
+def test_a_rank_that_verifies_files_alone_is_not_taken_for_one_that_is_ahead(tmp_path: Path) -> None:
+    watch, ranks = Watch(2, StallLimits(60), 0.0), [Heartbeat(tmp_path, rank) for rank in range(2)]
+    for _ in range(9):
+        ranks[0].move("starting")
+    for rank in ranks:
+        rank.beat("waiting for data", 1)
+    ranks[1].beat("forward", 1)
+    for rank in ranks:
+        rank.start().stop()
+    assert watch.look(read_signs(tmp_path), 0.0) is None
+    verdict = watch.look(read_signs(tmp_path), 100.0)
+    assert verdict is not None
+    assert re.match(r"rank 0 on .*; 1 of 2 ranks wait for it$", verdict)
 
 
 def test_a_verdict_counts_from_the_last_beat_not_from_when_it_was_seen() -> None:

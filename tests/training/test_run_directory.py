@@ -110,6 +110,8 @@ def test_no_run_begins_within_another(begun, small_recipe) -> None:
     with pytest.raises(RunDirectoryError, match=f"lies in {begun.path}, another run; choose another run.dir"):
         RunDirectory(begun.path / "checkpoints" / "new").open(small_recipe())
     RunDirectory(begun.path / ".." / "beside").open(small_recipe())
+    inside = shutil.copytree(begun.path, begun.path / "moved here")
+    RunDirectory(inside).open(small_recipe())  # nothing is lost
 
 
 def test_a_branch_is_of_the_same_model(small_recipe, tmp_path) -> None:
@@ -125,6 +127,7 @@ def test_a_branch_is_of_the_same_model(small_recipe, tmp_path) -> None:
         for key, value in {"base": "silu", "simplex": "true", "range": "1"}.items():
             with pytest.raises(RunDirectoryError, match=rf"attention.{key} \("):
                 refuse_another_model(source, small_recipe(*same, f"attention.{key}={value}"))
+        refuse_another_model(source, small_recipe(*same, "attention.base=silu", "resume.allow=attention.base"))
     (trunk.path / "recipe.yaml").write_text("detector: {}\n")
     with pytest.raises(RunDirectoryError, match="is of a run of karat detect, not of karat train"):
         refuse_another_model(checkpoint, small_recipe())
@@ -162,6 +165,7 @@ def test_a_lock_whose_holder_shows_no_life_is_waited_for(tmp_path, monkeypatch, 
 
         def tell(*texts: object, **options: bool) -> None:
             print(*texts, **options)
+            Heartbeat(tmp_path / "run", 1).start().stop()  # of another node, which tells nothing of rank 0
             ended.set()
 
         monkeypatch.setattr(run_directory, "print", tell, raising=False)

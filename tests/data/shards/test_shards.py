@@ -106,7 +106,8 @@ def test_what_is_no_data_set_is_one_line(tmp_path):
     assert "nowhere is not a directory" in refusal(tmp_path / "nowhere")
     assert "is empty; make it with karat prepare webdataset" in refusal(tmp_path)
     (tmp_path / "file").touch()
-    assert "has no dataset.json" in refusal(tmp_path)
+    (tmp_path / ".train.making").mkdir()  # while it is made
+    assert "has no dataset.json; make it with karat prepare webdataset or correct the path" in refusal(tmp_path)
     for text in ("", "{", '{"classes": 3}', '{"classes": [], "version": 9}'):
         (tmp_path / "dataset.json").write_text(text)
         assert "dataset.json is damaged or of another version" in refusal(tmp_path)
