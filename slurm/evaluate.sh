@@ -29,6 +29,6 @@ CONTAINER=${CONTAINER:-} # a prefix, such as "apptainer exec --nv karat.sif"
 # shellcheck source-path=SCRIPTDIR source=launch.sh
 source "$KARAT_HOME/slurm/launch.sh" || exit 2
 enter_environment
-[[ -n $RUN ]] || refuse "RUN is not set; give the directory of a run: RUN=DIR sbatch $0"
+[[ -n $RUN ]] || refuse "RUN is not set; give the directory of a run: RUN=DIR sbatch ${SCRIPT:-$0}"
 [[ -f $RUN/recipe.yaml ]] || refuse "RUN = $RUN is not a run's directory: it has no recipe.yaml"
 launch eval "$RUN" ${SHARDS:+"data.path=$SHARDS"} "$@" --checkpoint "$CHECKPOINT" --json "$RUN/eval-$CHECKPOINT.json"

@@ -35,7 +35,7 @@ STAGE=${STAGE:-}         # a local disk of the node for a copy of the shards, su
 # shellcheck source-path=SCRIPTDIR source=launch.sh
 source "$KARAT_HOME/slurm/launch.sh" || exit 2
 enter_environment
-[[ -n $FROM ]] || refuse "FROM is not set; give the directory of a run: FROM=DIR sbatch $0"
+[[ -n $FROM ]] || refuse "FROM is not set; give the directory of a run: FROM=DIR sbatch ${SCRIPT:-$0}"
 [[ -d $FROM/checkpoints ]] || refuse "FROM = $FROM is not a run's directory: it has no checkpoints; karat fetch makes one from a URL"
 NAME=$(cat "$FROM/checkpoints/$CHECKPOINT" 2>/dev/null || echo "$CHECKPOINT")
 BEGIN=(${SHARDS:+"data.path=$SHARDS"} "run.dir=$RUN" "resume.from=" "init_from=$FROM/checkpoints/$NAME")

@@ -43,7 +43,7 @@ for option in "$@"; do
   esac
 done
 enter_environment
-[[ -n $IMAGES ]] || refuse "IMAGES is not set; give the directory of ImageNet's tars or folders: IMAGES=DIR sbatch $0"
+[[ -n $IMAGES ]] || refuse "IMAGES is not set; give the directory of ImageNet's tars or folders: IMAGES=DIR sbatch ${SCRIPT:-$0}"
 [[ -e $IMAGES ]] || refuse "IMAGES = $IMAGES: no such directory"
 read -ra splits <<<"$SPLITS"
 index=${SLURM_ARRAY_TASK_ID:-0}

@@ -451,7 +451,7 @@ def agree_on_checkpoint(
 
 def _choose(store: CheckpointStore, state_of: str, reporter: Reporter, check: Check) -> tuple[Path, str] | None:
     if not state_of:
-        fix = "remove the directory to start from the beginning, or restore one from a copy"
+        fix = "choose another run.dir to start from the beginning, or restore a checkpoint from a copy"
         return _newest_intact(store, reporter, check, fix)
     path = Path(state_of).expanduser()
     if not path.is_dir():

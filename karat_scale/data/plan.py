@@ -120,7 +120,7 @@ def choose_micro_batch(global_batch: int, world_size: int, wanted: int | None, e
         pairs = " in even parts, as mixup and cutmix need" if even else ""
         raise RecipeError(
             f"train.global_batch = {global_batch} does not divide over {world_size} ranks{pairs}; "
-            f"use a multiple of {unit}, such as {max(1, math.ceil(global_batch / unit)) * unit}"
+            f"use a multiple of {unit}, such as {max(1, math.ceil(global_batch / unit)) * unit}, or other ranks"
         )
     micro = part if wanted is None else min(wanted, part)
     if micro < 1 or part % micro or (even and micro % 2):
@@ -153,7 +153,7 @@ def check_one_batch(num_samples: int, global_batch: int) -> None:
         raise DataError("the training split has no samples; correct data.path or data.train_split")
     if num_samples < global_batch:
         raise DataError(
-            f"the training split has {num_samples} samples, fewer than train.global_batch = {global_batch}; "
+            f"an epoch has {num_samples} samples, fewer than train.global_batch = {global_batch}; "
             f"set train.global_batch to at most {num_samples}"
         )
 

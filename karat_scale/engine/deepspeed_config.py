@@ -198,7 +198,8 @@ def _read(recipe: RunRecipe, values: dict[str, Any], with_keys: bool) -> tuple[d
         _check(config, values, source)
     stage = zero_stage(config)
     if refusal := stage_refusal(recipe, stage):
-        raise RecipeError(f"{source}: {refusal}; use deepspeed.config={'zero1' if stage == 0 else 'zero0'}")
+        fits = next(name for number, name in enumerate(("zero0", "zero1")) if stage_refusal(recipe, number) is None)
+        raise RecipeError(f"{source}: {refusal}; use deepspeed.config={fits}")
     return config, source
 
 

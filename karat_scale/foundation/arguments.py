@@ -66,8 +66,8 @@ _OTHER_COMMANDS = {
 
 # What people give to another command, and what does it.
 _OTHER_OPTIONS = {
-    "--dry-run": "use karat plan RECIPE --dry-run, or karat sweep ... --print",
-    "--gpus": "use karat launch --ranks N train RECIPE",
+    "--dry-run": "use karat plan RECIPE --dry-run, or the option --print where there is one",
+    "--gpus": "use karat launch --ranks N COMMAND ...",
     "--resume": _OTHER_COMMANDS["resume"],
 }
 

@@ -69,10 +69,10 @@ def on_one_line(text: str) -> str:
 
 
 _LACKS = {
-    errno.EMFILE: "too few file descriptors; raise `ulimit -n`, or lower data.workers",
-    errno.ENFILE: "too few file descriptors on this machine; lower data.workers",
-    errno.EAGAIN: "no more processes or threads; raise `ulimit -u` or the control group's limit, or lower data.workers",
-    errno.ENOMEM: "out of memory; lower data.workers or train.micro_batch",
+    errno.EMFILE: "too few file descriptors; raise `ulimit -n`, or use fewer workers",
+    errno.ENFILE: "too few file descriptors on this machine; use fewer workers",
+    errno.EAGAIN: "no more processes or threads; raise `ulimit -u` or the control group's limit, or use fewer workers",
+    errno.ENOMEM: "out of memory; use fewer workers or smaller batches",
 }
 # What libraries say instead of an OSError.
 _WORDS = {

@@ -136,7 +136,10 @@ class DataConfig(Section):
         if self.row.files is not None and not self.path:
             yield f"data.path is empty; set it to {self.row.files.value}"
         if self.row.files is not None and is_url(self.path):
-            check_url(self.path)
+            try:
+                check_url(self.path)
+            except ValueError as error:
+                yield f"data.path: {error}"
             if self.row.files is not Files.SHARDS:
                 yield (
                     f"data.backend = {self.backend} reads a file system; only shards can be at a URL, with "

@@ -197,10 +197,10 @@ def _apply_override(tree: dict[str, Any], override: str, schema: type[RunRecipe]
         raise RecipeError(f"override {override[:_LONGEST]!r}: should be key=value, such as optim.lr=1e-3")
     try:
         value = parse(text)
-    except yaml.YAMLError:
-        raise RecipeError(
-            f"override {override[:_LONGEST]!r}: the value is not valid YAML; quote it, or close its brackets"
-        ) from None
+    except yaml.YAMLError as error:
+        syntax = "the value is not valid YAML; quote it, or close its brackets"
+        why = error.problem if isinstance(error, yaml.constructor.ConstructorError) else syntax
+        raise RecipeError(f"override {override[:_LONGEST]!r}: {why}") from None
     if re.search(r"(^|\s)#", text) and "#" not in str(value):
         raise RecipeError(f"override {override[:_LONGEST]!r}: `#` begins a comment in YAML; quote the value")
     node = tree

@@ -153,7 +153,7 @@ class RunRecipe(Section):
     def _refusals(self) -> Iterator[str]:
         for key, value in {"init_from": self.init_from, "resume.from": self.resume.from_}.items():
             if is_url(value):
-                yield f"{key} is a URL; `karat fetch URL DIR` makes a directory of the run there"
+                yield f"{key} is a URL; get a run there by `karat fetch URL DIR`, or download a file of weights"
         if is_url(self.run.dir):
             yield "run.dir is a URL; use a directory, and checkpoint.url for a copy of the run"
         if self.init_from and self.resume.from_:
@@ -163,7 +163,8 @@ class RunRecipe(Section):
             )
         if self.train.micro_batch and self.train.global_batch % self.train.micro_batch:
             whole, micro = self.train.global_batch, self.train.micro_batch
-            fits = next(size for size in range(micro, 0, -1) if whole % size == 0)
+            unit = 2 if isinstance(self, Recipe) and self.augment.mixes and whole % 2 == 0 else 1
+            fits = next(size for size in range(max(micro, unit), 0, -1) if whole % size == 0 and size % unit == 0)
             yield (
                 f"train.global_batch = {whole} is not a multiple of train.micro_batch = {micro}; "
                 f"set train.micro_batch={fits}"

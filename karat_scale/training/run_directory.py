@@ -187,6 +187,8 @@ class RunDirectory:
             )
         if recipe.resume.mode == "never" or not self.recipe_file.is_file():
             return ""
+        if self.command != COMMANDS[type(recipe).shipped]:
+            raise RunDirectoryError(f"run.dir = {self.path} has a run of karat {self.command}; choose another run.dir")
         old = self.recipe(type(recipe))
         if self.store.names():
             self._refuse_another_recipe(old, recipe)
@@ -245,10 +247,14 @@ class RunDirectory:
             names = parse_json(read_text(self.classes_file))  # pydantic refuses a folder's name that is not UTF-8
         except FileNotFoundError:
             return ()
+        except PermissionError as error:
+            raise RunDirectoryError(f"{self.classes_file}: {error.strerror}; make it readable") from None
         except (OSError, ValueError):
             names = None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise RunDirectoryError(f"{self.classes_file}: not a JSON list of names; fix it or remove it")
+            raise RunDirectoryError(
+                f"{self.classes_file}: not a JSON list of names; write those of the classes, in the order of the labels"
+            )
         return tuple(names)
 
     @property

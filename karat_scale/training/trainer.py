@@ -44,7 +44,7 @@ from karat_scale.models.operators import check_implementation, describe_implemen
 from karat_scale.recipe import RunRecipe
 from karat_scale.training.agreement import FIRST_MINUTES, Agreement, BestInterval, SavePoints, StoppedError, StopSignals
 from karat_scale.training.outcome import Incidents, Spikes
-from karat_scale.training.run_directory import RunDirectory, refuse_another_model
+from karat_scale.training.run_directory import RunDirectory, leave_for, refuse_another_model
 from karat_scale.training.task import AfterStep, OnBatch, Scores, Task, Waiting
 from karat_scale.training.weights_file import initialise
 
@@ -446,7 +446,8 @@ class Trainer:
         rule = "train.on_nonfinite = stop" if stop else allowed
         last = self.checkpoints.store.pointed("latest")
         kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
-        raise DivergedError(f"{what}, {rule}; {kept}; lower optim.lr or look into the data{advice}")
+        leave = f" ({leave_for(self.recipe, 'optim.lr')})" if last else ""
+        raise DivergedError(f"{what}, {rule}; {kept}; lower optim.lr{leave} or look into the data{advice}")
 
 
 def starting_model(task: Task, directory: RunDirectory, signals: StopSignals) -> nn.Module:

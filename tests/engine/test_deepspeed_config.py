@@ -102,6 +102,10 @@ def test_a_file_for_one_number_of_ranks_is_not_refused_before_that_is_known(smal
         check_ds_config(small_recipe("train.precision=fp16", "deepspeed.config=zero0"))
     with pytest.raises(RecipeError, match=r"bf16_weights needs ZeRO stage 1 or higher; use deepspeed\.config=zero1"):
         check_ds_config(small_recipe("train.precision=bf16_weights", "deepspeed.config=zero0"))
+    for precision, fits in {"bf16": "zero0", "bf16_weights": "zero1"}.items():
+        graphs = ("train.compile=max-autotune", f"train.precision={precision}", "deepspeed.config=zero3")
+        with pytest.raises(RecipeError, match=rf"records CUDA graphs, .*; use deepspeed\.config={fits}$"):
+            check_ds_config(small_recipe(*graphs))
 
 
 def test_the_shipped_files_are_found() -> None:

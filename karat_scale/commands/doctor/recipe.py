@@ -101,7 +101,7 @@ def _page_cache(files: loading.DataFiles, cache_gb: float) -> Finding:
     stays = stays_cached(files)
     text = f"{size} of data, {gigabytes(machine.cache_memory())} of memory available"
     text += ": read from the disk only in the first epoch" if stays else ""
-    slow = "every epoch reads the disk, so its speed matters; karat prepare stage copies the data to a local disk"
+    slow = "every epoch reads the disk, so its speed matters; copy the data to a local disk"
     image_bytes, fix = round(files.image_bytes), "" if stays else slow
     return found("page cache", text, fix, stays=stays, data_bytes=data_bytes, image_bytes=image_bytes)
 
@@ -451,7 +451,7 @@ def _rows(figures: Figures) -> list[tuple[str, str, str]]:
 def _remarks(figures: Figures, verdict: Verdict) -> Iterable[Finding]:
     loop = figures.loop
     if loop.unreadable:
-        yield found("samples", f"{loop.unreadable} could not be decoded", "karat prepare verify lists them")
+        yield found("samples", f"{loop.unreadable} could not be decoded", "`karat data DIR` lists them")
     wanted = figures.subject.recipe.train.global_batch
     if figures.global_batch != wanted:
         yield found("timed batch", f"{figures.global_batch} instead of {wanted}, to save time; see --seconds")
@@ -466,4 +466,4 @@ def _remarks(figures: Figures, verdict: Verdict) -> Iterable[Finding]:
     storage = figures.rates.get("storage")
     if storage is not None and storage < slower and verdict.bound != "storage":
         text = f"the first epoch reads {storage:,.0f} img/s from the disk, less than the {slower:,.0f} of what follows"
-        yield found("first epoch", text, "copy the data to a local disk: karat prepare stage")
+        yield found("first epoch", text, "copy the data to a local disk")

@@ -208,10 +208,7 @@ def _reason(bound: Stage, data_rate: float, device_rate: float, setting: Setting
 def _advice(bound: Stage, device_rate: float, setting: Setting) -> str:
     if bound == "storage":
         block = "" if setting.recipe.data.order == "block" else "set data.order=block to read in sequence, or "
-        return (
-            f"copy the data to a local disk (karat prepare stage), or {block}"
-            "make smaller files (karat prepare webdataset --resize 256)"
-        )
+        return f"copy the data to a local disk, or {block}make smaller files (karat prepare webdataset --resize 256)"
     if setting.is_generated and bound in DATA_STAGES:
         return "synthetic images are only for measuring the other stages"
     if bound in DATA_STAGES:

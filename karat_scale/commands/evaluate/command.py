@@ -110,7 +110,7 @@ def collect(
 def _refuse_nonfinite(run: OpenRun[Any], number: int, images: int) -> None:
     """Raise RunDirectoryError if a model's outputs for some images are not finite: they are no predictions."""
     if number:
-        rounding = "" if run.recipe.train.precision == "fp32" else ", or try train.precision=fp32"
+        rounding = "" if run.recipe.train.precision == "fp32" else ", or try karat eval with train.precision=fp32"
         raise RunDirectoryError(
             f"{run.path} {run.chosen} ({run.weights_kind} weights): its outputs for {number:,} of {images:,} images "
             f"are not finite, so it has no score; name another --checkpoint{rounding}"
@@ -152,7 +152,9 @@ def evaluate_on(
     if request.corrupt is not None:
         check_corruptible(recipe.model.image_size)
     if not classes:
-        raise RunDirectoryError(f"{run.path}: this run did not record the names of its classes; train it again")
+        raise RunDirectoryError(
+            f"{run.directory.classes_file} is missing; write the names of the classes there, in the order of the labels"
+        )
     with (
         distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world,
         work_display() if world.is_main else nullcontext(lambda what, done, total: None) as show,

@@ -218,7 +218,7 @@ def _timm_files(source: Source) -> dict[str, bytes]:
     if source.run.recipe.attention.transfer_from:
         raise RunDirectoryError(
             f"{source.run.path}: it uses its teacher's attention matrices, and this format cannot hold a teacher; "
-            "use --format onnx or torch-export"
+            "use --format onnx or torch-export, without --push"
         )
     model = source.model
     names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}

@@ -37,7 +37,7 @@ from karat_scale.engine.shards import Fragment, Pieces
 from karat_scale.foundation.console import plural, print_table, printable, progress, write_json
 from karat_scale.foundation.errors import DataError, RunDirectoryError, UserError
 from karat_scale.foundation.files import file_sha256, write_atomically
-from karat_scale.foundation.machine import library_versions, processor_name
+from karat_scale.foundation.machine import library_versions, processor_name, usable_cores
 from karat_scale.foundation.tables import refuse_untrusted
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import dump_recipe
@@ -188,7 +188,7 @@ def _checkpoint(store: CheckpointStore, step: int) -> str:
             damage.append(error)
             print(printable(f"note: {str(error).removesuffix('; choose another')}"), file=sys.stderr)
     if damage:
-        raise damage[0]
+        raise RunDirectoryError(f"{store.root}: none before step {step} is intact; take a step after an intact one")
     return ""
 
 
@@ -214,6 +214,7 @@ def scratch_recipe(directory: RunDirectory, recipe: Recipe, begin: str, world: W
         log__trackers=(),
         log__profile_steps=None,
         checkpoint__snapshots=0,
+        data__workers=min(recipe.data.workers, usable_cores()),  # the run may have had a larger machine
     )
     try:
         with world.together():

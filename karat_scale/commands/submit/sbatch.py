@@ -182,6 +182,8 @@ def planned_overrides(recipe: Recipe, overrides: Sequence[str], ranks: int, gpu:
     from karat_scale.commands.plan.memory import STAGES, Machine, choose
     from karat_scale.commands.plan.report import line
 
+    if recipe.attention.transfer_from:
+        raise UserError("--gpu: a teacher's memory is not known; leave --gpu out, and set train.micro_batch")
     named = {override.partition("=")[0] for override in overrides}
     own = recipe.deepspeed.config
     configs = (own,) if "deepspeed.config" in named or own not in STAGES else STAGES

@@ -95,7 +95,7 @@ class Job:
             if found != value:
                 raise DataError(
                     f"{what} made with {key} = {found}, now {value}; use another --out, or delete {delete} "
-                    "to make it again"
+                    "to make all that is in it again"
                 )
 
     def prepare(self, index: int, notes: Notes) -> Prepared | None:
@@ -265,9 +265,10 @@ def held_out(
     if not spare.any():
         raise DataError(f"{asked}: each class has one image alone, which is for training; add images")
     if not 1 <= total <= spare.sum():
+        of = "a fraction that makes " if count is None else ""
         raise DataError(
-            f"{asked} is {total} of {len(labels)} images; choose 1 to {spare.sum()}, so that each class keeps one to "
-            "train on"
+            f"{asked} is {total} of {len(labels)} images; choose {of}1 to {spare.sum()}, so that each class keeps one "
+            "to train on"
         )
     # Webster's rule of proportion. Among equals, the order that the seed draws decides.
     turns = np.where(spare, (ranks + 0.5) / sizes, np.inf)

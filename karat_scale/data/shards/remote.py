@@ -17,6 +17,7 @@ the cache.
 """
 
 import errno
+import math
 import os
 import stat
 import time
@@ -554,7 +555,7 @@ class RemotePlace:
         if needed > self._use.cache_gb:  # the samples that the order needs at a time have no place
             raise DataError(
                 f"data.cache_gb = {self._use.cache_gb:g} is too small for the order of the samples of "
-                f"{self._store.url}: it needs {needed:.3g} GB at a time; set data.cache_gb={needed:.3g} or more"
+                f"{self._store.url}: it needs {needed:.3g} GB at a time; set data.cache_gb={math.ceil(needed)} or more"
                 + (", or lower data.window_blocks or data.block_samples" if self._use.together > 1 else "")
             )
         return RemoteShardFiles(self._store, self._cache, places, self._use.together)

@@ -453,7 +453,8 @@ def check_class_count(place: Path | str, classes: int, num_classes: int) -> None
     """Refuse data with more classes than the model. Raises DataError."""
     if classes > num_classes:
         raise DataError(
-            f"{place} has {classes} classes, but model.num_classes = {num_classes}; set model.num_classes={classes}"
+            f"{place} has {classes} classes, but model.num_classes = {num_classes}; use other data, or train with "
+            f"model.num_classes={classes}"
         )
 
 

@@ -287,7 +287,7 @@ class FolderSplit(ImageSource):
             try:
                 images, others = images_under(self._folder, name)
             except OSError as error:
-                raise DataError(f"{error.filename} cannot be listed: {error.strerror}; {FOLDER_FIX}") from error
+                raise DataError(f"{error.filename} cannot be listed: {error.strerror}; make it readable") from error
             visible += [(label, os.fsencode(path)) for path in images]
             left_out += [path for path in others if "/." not in path]
         loose = sorted(file.name for file in self._folder.iterdir() if is_image_name(file.name) and file.is_file())
@@ -318,7 +318,7 @@ class FolderSplit(ImageSource):
         try:
             return read_image(Path(path))
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}; {FOLDER_FIX}") from error
+            raise DataError(f"{path} cannot be read: {error.strerror}; make it readable, or remove it") from error
 
     def locate(self, sample_id: int) -> tuple[str, str]:
         return os.fsdecode(bytes(self._paths[sample_id])), str(self._folder)

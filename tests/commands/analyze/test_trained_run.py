@@ -8,6 +8,8 @@ import torch
 
 from karat_scale.commands.analyze import trained_run
 from karat_scale.commands.analyze.history import described
+from karat_scale.commands.analyze.predictions import analyze_accuracy
+from karat_scale.commands.analyze.result import Settings
 from karat_scale.commands.analyze.trained_run import TrainedRun, ValidationImages, open_run
 from karat_scale.data.backends import Backend, ImageSpec, open_backend
 from karat_scale.data.batch import Batch
@@ -91,6 +93,19 @@ def test_images_outside_the_split_and_data_of_other_classes_are_refused(own_run:
     file.write_text(json.dumps(json.loads(file.read_text())[::-1]))
     with pytest.raises(DataError, match="has other classes than the run"):
         own_run.images(3)
+
+
+def test_analyses_need_no_training_images(own_run: TrainedRun, shards: Path, tmp_path: Path) -> None:
+    record = json.loads((shards / "dataset.json").read_text())
+    del record["splits"]["train"]
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "dataset.json").write_text(json.dumps(record))
+    for file in shards.glob("val-*"):
+        (tmp_path / "val" / file.name).symlink_to(file)
+    run = open_run(own_run.path, data=str(tmp_path / "val"))
+    assert run.images(3).ids == own_run.images(3).ids
+    settings = Settings(directory=tmp_path / "out")
+    assert analyze_accuracy(run, settings).findings
 
 
 def test_what_was_frozen_is_frozen(karat_run: TrainedRun) -> None:

@@ -71,7 +71,7 @@ def test_stages_that_the_recipe_cannot_use_are_told(tmp_path: Path, capsys: Capt
 
 def test_too_few_images_for_one_batch_are_refused(capsys: Capture) -> None:
     assert plan("data.backend=synthetic", "data.synthetic_samples=40", "train.global_batch=64") == 2
-    assert "the training split has 40 samples, fewer than train.global_batch = 64;" in capsys.readouterr().err
+    assert "an epoch has 40 samples, fewer than train.global_batch = 64;" in capsys.readouterr().err
 
 
 def test_a_gpu_and_a_run_on_a_cpu_exclude_each_other() -> None:
@@ -145,7 +145,7 @@ def test_classes_that_are_never_seen_are_told(recipe: Recipe) -> None:
         ("train", {}, 8, "in even parts"),
         ("train", {"micro_batch": 6}, 1, "set train.micro_batch=4"),
         ("train", {"global_batch": 128}, 4, "fewer than train.global_batch"),
-        ("model", {"num_classes": 2}, 1, "set model.num_classes=4"),
+        ("model", {"num_classes": 2}, 1, "train with model.num_classes=4"),
         ("deepspeed", {"config": "zero7"}, 1, "no such file; use one of zero"),
         ("data", {"train_split": "test"}, 1, "no samples of split 'test'"),
         ("model", {"name": "vit_tinny"}, 1, "timm has no such model"),

@@ -107,6 +107,14 @@ def test_an_option_the_script_does_not_have_is_added_to_the_others() -> None:
 
 
 Capture = pytest.CaptureFixture[str]
+
+
+def test_a_teacher_cannot_be_planned(tmp_path, capsys) -> None:
+    own = (f"run.dir={tmp_path / 'run'}", f"data.path={tmp_path}", f"attention.transfer_from={tmp_path}")
+    assert main(["submit", "cifar10_vit_tiny_transfer", *own, "--gpu=h100-80", "--print"]) == 2
+    assert "error: --gpu: a teacher's memory is not known; leave --gpu out" in capsys.readouterr().err
+
+
 SHAPE = ("model.depth=1", "model.image_size=64", "train.global_batch=256", "--nodes=2", "--gpus-per-node=4")
 
 

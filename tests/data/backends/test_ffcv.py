@@ -92,7 +92,10 @@ def test_betons_that_are_not_right_are_refused_when_opened(betons, opened):
             opened(directory, backend="ffcv", classes=classes)
         assert "\n" not in str(caught.value)
 
-    refuses(r"train.beton has 3 classes, but model.num_classes = 2; set model.num_classes=3", classes=2)
+    refuses(
+        r"train.beton has 3 classes, but model.num_classes = 2; use other data, or train with ",
+        classes=2,
+    )
     whole = (directory / "train.beton").read_bytes()
     (directory / "train.beton").write_bytes(whole[:-9])
     refuses("train.beton is cut short")

@@ -87,7 +87,7 @@ MISTAKES = {
     "--val-fraction 1": r"^--val-fraction 1.0 is not between 0 and 1$",
     "--val-fraction nan": r"^--val-fraction nan is not between 0 and 1$",
     "--val-count 3 --split train": r"remove --split, or give that split's folder as --src$",
-    "--src SRC/train --val-fraction 0.01": r"^--val-fraction 0.01 is 0 of 18 images; choose 1 to 15, so that each",
+    "--src SRC/train --val-fraction 0.01": r"^--val-fraction 0.01 is 0 of 18 images; choose a fraction that makes 1",
     "--src SRC/train --val-count 16": r"^--val-count 16 is 16 of 18 images; choose 1 to 15",
     "--src SRC/nowhere": r"--src .*/nowhere is not a directory, a tar or a Parquet file",
     "--src SRC/bare": "has no class folders",

@@ -166,7 +166,9 @@ def test_a_split_that_is_not_there_and_more_classes_than_the_model_or_the_record
     assert "sample 0001 has label 7, but dataset.json lists 3 classes" in refusal(directory, split="val")
     said = refusal(directory, split="test")
     assert "no samples of split 'test'; the splits there: train, val; set data.val_split=val" in said
-    assert "has 3 classes, but model.num_classes = 2; set model.num_classes=3" in refusal(directory, num_classes=2)
+    assert "has 3 classes, but model.num_classes = 2; use other data, or train with model.num_classes=3" in refusal(
+        directory, num_classes=2
+    )
     assert len(ShardSplit(directory, "train", 10)) == 40
 
 
