@@ -184,7 +184,7 @@ def locks_of_nfs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 _PORTS = 200  # of each worker of pytest-xdist
-_probed = itertools.count()
+_probed = itertools.count(os.getpid())  # where another session of tests hardly is
 
 
 def free_port() -> int:

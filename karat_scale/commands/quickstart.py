@@ -3,7 +3,6 @@
 Each part is a command that a user could type. A finished part is skipped, and a run that was stopped resumes.
 """
 
-import contextlib
 import json
 import shlex
 import signal
@@ -72,12 +71,24 @@ def _is_prepared() -> bool:
 
 def _run(*arguments: str) -> None:
     print(f"$ karat {shlex.join(arguments)}", flush=True)
-    with subprocess.Popen([sys.executable, "-m", "karat_scale", *arguments]) as process:
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # or it would train on, alone
-        while process.poll() is None:
-            with contextlib.suppress(KeyboardInterrupt):  # the terminal sends it to the process, too, which then saves
-                process.wait()
-        signal.signal(signal.SIGTERM, before)
+    process: subprocess.Popen[bytes] | None = None
+    is_told = False
+
+    def end(*_: object) -> None:
+        nonlocal is_told
+        is_told = True
+        if process is not None:
+            process.terminate()
+
+    # Or it would train on, alone. A terminal sends Ctrl-C to the process, too, which then saves.
+    handlers = {signal.SIGTERM: end, signal.SIGINT: lambda *_: None}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    process = subprocess.Popen([sys.executable, "-m", "karat_scale", *arguments])
+    if is_told:
+        process.terminate()
+    process.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, process.args)
 

@@ -52,6 +52,9 @@ _MISSING = "it is missing"
 NO_SIZE = "the server does not say how large the file is; use one that does"
 
 
+_NO_ANSWER = "no answer came in time"
+
+
 def judged(error: BaseException) -> tuple[str, bool]:
     """Return what an error means, and whether it is final."""
     for cause in causes(error):
@@ -69,7 +72,7 @@ def judged(error: BaseException) -> tuple[str, bool]:
     if isinstance(error, PermissionError):
         return "access is refused; check the credentials that the store's library finds", True
     if any(isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__ for cause in causes(error)):
-        return "no answer came in time", False
+        return _NO_ANSWER, False
     if isinstance(error, EOFError):
         return f"the answer was cut short: {error}", False
     words = next((cause.strerror for cause in causes(error) if isinstance(cause, OSError) and cause.strerror), "")
@@ -356,15 +359,18 @@ class Store:
         begun = time.monotonic()
         deadline = self.deadline() if deadline is None else deadline
         pause, tries, jitter = _FIRST_PAUSE, 0, random.Random()  # its own, for training's must not change
+        whole, reason = _TRY * self._patience, ""
         while True:
-            left = deadline - time.monotonic()
+            seconds = max(0.01, min(deadline - time.monotonic(), whole))
             try:
-                return ask(max(0.01, min(left, _TRY * self._patience)))
+                return ask(seconds)
             except DataError:  # final, or of the sink
                 raise
             except Exception as error:
                 tries += 1
-                reason, is_final = judged(error)
+                found, is_final = judged(error)
+                if not reason or seconds == whole or found != _NO_ANSWER:  # one that was cut short says nothing
+                    reason = found
             if is_final:
                 kind = MissingFileError if reason.startswith(_MISSING) else StoreError
                 raise kind(f"{self.where(name)}: {reason}")

@@ -27,7 +27,6 @@ from tests.conftest import (
     run_to_end,
     summary,
 )
-from tests.training.runs import wait_until
 
 Train = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -209,17 +208,19 @@ def test_threads_and_exit_handlers_have_their_turn_at_the_end() -> None:
 
 
 def test_ctrl_c_while_a_command_starts_is_one_line(tmp_path: Path) -> None:
-    at_a_terminal = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # not in the background
-    code = f"{at_a_terminal}; from karat_scale.commands.cli import entry_point; entry_point()"
-    command = [sys.executable, "-c", code, "train", "fashion_mnist_demo", "data.backend=synthetic"]
-    command.append(f"run.dir={tmp_path / 'run'}")
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=karat_environment())
-    maps = Path(f"/proc/{process.pid}/maps")
-    wait_until(lambda: "libtorch" in maps.read_text(), process)  # it imports torch
-    process.send_signal(signal.SIGINT)
-    assert process.stderr is not None
-    assert process.communicate()[1] == "error: stopped; run the same command again\n"
-    assert process.returncode == 130
+    code = (
+        "import os, signal, sys\n"
+        "class CtrlC:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch.nn': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, CtrlC())\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # as at a terminal, not in the background
+        "from karat_scale.commands.cli import entry_point\n"
+        "entry_point()\n"
+    )
+    options = ("fashion_mnist_demo", "data.backend=synthetic", f"run.dir={tmp_path / 'run'}")
+    done = run_to_end(sys.executable, "-c", code, "train", *options)
+    assert (done.returncode, done.stderr) == (130, "error: stopped; run the same command again\n")
 
 
 @pytest.mark.slow

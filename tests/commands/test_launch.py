@@ -20,7 +20,7 @@ from karat_scale.commands.parsers.training import trained_directory
 from karat_scale.engine.heartbeat import read_signs
 from karat_scale.foundation.errors import EXIT_LOST_PEER, UserError
 from tests.conftest import SMALL, events, free_port, karat_command, karat_environment, run_to_end, summary
-from tests.data.backends.helpers import wait_until
+from tests.data.backends.helpers import running, wait_until
 from tests.training.runs import assert_same_run
 
 LAUNCH = (sys.executable, "-m", "karat_scale", "launch", "--ranks")
@@ -212,7 +212,7 @@ def wait_for_steps(run: Path, more_than: int) -> None:
 
 
 def all_ended(ranks: list[psutil.Process]) -> bool:
-    return not any(rank.is_running() and rank.status() != "zombie" for rank in ranks)
+    return not any(running(rank.pid) for rank in ranks)
 
 
 @pytest.mark.slow

@@ -204,21 +204,25 @@ class NodeCache:
 
     def _make_room(self) -> None:
         """Remove the entries that were not used for the longest. One process does so at a time; the others go on."""
-        with locked(self.directory / "making_room", wait=False) as held:
-            if held is None:
-                return
-            with self._total() as (before, _):
+        total = math.inf
+        while total > self._limit:  # others add entries meanwhile, and leave it to this one to make room
+            with locked(self.directory / "making_room", wait=False) as held:
+                if held is None:
+                    return
+                with self._total() as (before, _):
+                    pass
+                entries = sorted(self._entries())
+                left = sum(size for _, size, _ in entries)
+                for _, size, path in entries:
+                    if left <= _KEPT * self._limit:
+                        break
+                    with suppress(FileNotFoundError):
+                        Path(path).unlink()
+                    left -= size
+                with self._total() as (now, write):
+                    write(left + max(0, now - before))
+            with self._total() as (total, _):
                 pass
-            entries = sorted(self._entries())
-            left = sum(size for _, size, _ in entries)
-            for _, size, path in entries:
-                if left <= _KEPT * self._limit:
-                    break
-                with suppress(FileNotFoundError):
-                    Path(path).unlink()
-                left -= size
-            with self._total() as (now, write):
-                write(left + max(0, now - before))
 
     def _entries(self) -> Iterator[tuple[int, int, str]]:
         """Yield the time of the last use, the bytes and the path of each entry; parts without a maker are removed."""

@@ -11,6 +11,7 @@ QUIET = (
     "--headless=new",
     "--no-sandbox",
     "--disable-gpu",
+    "--disable-dev-shm-usage",  # which containers often have too little of
     "--disable-quic",
     "--disable-sync",
     "--no-first-run",

@@ -58,6 +58,11 @@ def flip(path: Path, at: int, by: int = 0xFF) -> None:
     path.write_bytes(data)
 
 
+def all_ended_since(before: set[int]) -> bool:
+    """Whether all children have ended that were not there before; one may not be waited for yet."""
+    return not any(map(running, children() - before))
+
+
 def wait_until(condition, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

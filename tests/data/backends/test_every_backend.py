@@ -21,7 +21,7 @@ from karat_scale.data.plan import PADDING, BatchSlice, EvalPlan, TrainPlan
 from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import AugmentConfig
 from tests.conftest import ROOT, karat_environment
-from tests.data.backends.helpers import SIZE, broken, children, contents, flip, wait_until
+from tests.data.backends.helpers import SIZE, all_ended_since, broken, children, contents, flip, wait_until
 from tests.data.betons import make_betons
 from tests.training.runs import assert_a_kill_changes_nothing
 from tests.warm import run_code
@@ -118,17 +118,18 @@ def test_the_trainer_process_stays_as_it_is(lay_out, workers):
     _, open_it = lay_out()
 
     def state():
-        threads = torch.get_num_threads(), threading.active_count()
-        return threads, random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        generators = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        return torch.get_num_threads(), *generators
 
-    before = state()
+    before, others = state(), {*threading.enumerate()}
     backends = [open_it(workers=workers) for _ in range(2)]
     readers = [backend.train_batches(TrainPlan(0, 40, 8, 8, 0, 1).slices(0, 5)) for backend in backends]
     for one, two in zip(*readers, strict=True):
         assert torch.equal(one.images, two.images)
     for backend in backends:
         backend.close()
-    wait_until(lambda: state() == before)
+    assert state() == before
+    wait_until(lambda: {*threading.enumerate()} <= others)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -206,7 +207,7 @@ def test_a_file_system_that_stalls_is_an_error_that_names_the_file(backend, lay_
         assert "(most recent call first)" in stack
         assert "in _serve" in stack
     opened.close()
-    wait_until(lambda: not children() - before)
+    wait_until(lambda: all_ended_since(before))
     with contextlib.suppress(OSError):  # let go of threads that wait
         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
 

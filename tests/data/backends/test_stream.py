@@ -1,5 +1,6 @@
 """Batches of a stream: the same from the same lanes, ended when a source is silent, and bad samples told of."""
 
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from karat_scale.data.batch import Batch
 from karat_scale.data.plan import TrainPlan
 from karat_scale.data.streams import StreamProgress
 from karat_scale.foundation.errors import DataError
-from tests.data.backends.helpers import SIZE, children, contents, wait_until
+from tests.data.backends.helpers import SIZE, all_ended_since, children, contents, wait_until
 from tests.data.tars import image, sample, write_tar
 
 ENDLESS = """
@@ -92,15 +93,16 @@ def test_ranks_and_workers_resume_exactly_and_read_each_sample_once(streamed, ta
 
 def test_a_silent_source_is_named_in_time_and_nothing_is_left(streamed, tars: Path) -> None:
     before = children()
-    command = f"cat {tars}/0.tar; sleep 1234"
+    seconds = str(10**6 + os.getpid())
+    command = f"cat {tars}/0.tar; sleep {seconds}"
     backend = streamed(f"pipe:{command}", workers=1, timeout=1.5)
     begun = time.monotonic()
-    said = r"no batch came for data.timeout = 1.5 s: worker 0 reads pipe:cat .*sleep 1234"
+    said = r"no batch came for data.timeout = 1.5 s: worker 0 reads pipe:cat .*sleep 1"
     with pytest.raises(DataError, match=said):
         train(backend, 50)
     assert time.monotonic() - begun < 60
-    wait_until(lambda: not children() - before)
-    wait_until(lambda: not [p for p in psutil.process_iter(["cmdline"]) if "1234" in (p.info["cmdline"] or [])])
+    wait_until(lambda: all_ended_since(before))
+    wait_until(lambda: not [p for p in psutil.process_iter(["cmdline"]) if seconds in (p.info["cmdline"] or [])])
 
 
 def test_an_endless_command_goes_on(streamed, tmp_path: Path) -> None:

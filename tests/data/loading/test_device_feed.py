@@ -150,7 +150,7 @@ def test_batches_come_in_order_and_no_more_than_asked_are_made_ahead():
     for source.asked in range(1, 21):
         numbers.append(next(ahead).batch)
     assert numbers == list(range(20))
-    assert source.ended.wait(5)
+    assert source.ended.wait(60)
     assert source.ahead == 3
     assert next(ahead, None) is None
 
@@ -164,7 +164,7 @@ def test_closing_and_forgetting_end_the_thread():
         end(ahead)
         del ahead
         gc.collect()
-        assert source.ended.wait(5)
+        assert source.ended.wait(60)
     assert threads() == before
 
 
@@ -178,6 +178,7 @@ def test_a_batch_that_does_not_come_is_an_error_that_says_what_is_waited_for(mon
         held.wait()
 
     ahead = RunAhead(batches(), 2, 0.2, lambda: "reading sample 7 in a.tar")
+    wait_until(lambda: not ahead._made.empty())
     next(ahead)
     with pytest.raises(DataError, match=r"^no batch came for data.timeout = 0.2 s: reading sample 7 in a.tar \(raise"):
         next(ahead)

@@ -31,7 +31,7 @@ from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.foundation.machine import STOP_SIGNALS
 from karat_scale.recipe import AugmentConfig, DataConfig
 from tests.conftest import run_to_end
-from tests.data.backends.helpers import children, running, wait_until
+from tests.data.backends.helpers import all_ended_since, children, running, wait_until
 from tests.warm import PROCESSES
 
 
@@ -101,7 +101,7 @@ def test_closing_ends_the_workers_and_the_iterators(begun, stopped):
     if stopped:
         os.kill(min(workers), signal.SIGSTOP)
     backend.close()
-    wait_until(lambda: not workers & children())
+    wait_until(lambda: not any(map(running, workers)))
     assert next(batches, None) is None
 
 
@@ -168,7 +168,7 @@ def test_a_child_that_hangs_or_is_interrupted_before_it_begins_is_left_behind_by
     monkeypatch.setattr(loading.connection, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         loading.start_worker(0, time.sleep, 60)
-    assert children() <= before
+    wait_until(lambda: all_ended_since(before))
 
 
 def die(part: BatchSlice) -> None:
@@ -186,7 +186,7 @@ def test_a_worker_that_dies_at_work_does_not_hang_the_trainer(is_closed: bool):
     else:
         wait_until(lambda: any(psutil.Process(child).status() == "zombie" for child in children() - before))
         del results
-    wait_until(lambda: not children() - before)
+    wait_until(lambda: all_ended_since(before))
 
 
 class UnsendableError(Exception):
@@ -227,7 +227,7 @@ def test_far_more_workers_than_cores_of_the_control_group_are_refused_before_one
     before = children()
     with pytest.raises(RecipeError, match=r"data.workers = 5000 processes for each rank, .* at most \d+$"):
         OrderedResults(abs, range(9), 5000, 1, 30.0, str)
-    assert children() <= before
+    wait_until(lambda: all_ended_since(before))
     monkeypatch.setattr(loading, "usable_cores", lambda: 1)  # as under a quota of one core
     loading.check_worker_count(36)
     with pytest.raises(RecipeError, match=r"data.workers = 37 processes .* here are 1; use about 1, at most 36"):

@@ -162,7 +162,7 @@ def test_one_split_is_staged_and_a_full_disk_names_the_way_out(shards, tmp_path,
     assert list(read_dataset_record(tmp_path / "local").splits) == ["val"]
     with pytest.raises(DataError, match="has no split 'test'; the splits there: train, val"):
         stage_split(shards, tmp_path / "other", "test")
-    monkeypatch.setattr(finished, "SPARE_BYTES", shutil.disk_usage(tmp_path).free)
+    monkeypatch.setattr(finished, "SPARE_BYTES", shutil.disk_usage(tmp_path).total)
     with pytest.raises(DataError, match=r"GB free; train from data.path=.* instead$"):
         finished.stage(["--src", str(shards), "--out", str(tmp_path / "local")])
 

@@ -20,7 +20,7 @@ from karat_scale.commands.bench.gpu import command
 from karat_scale.commands.bench.gpu.report import SECTIONS
 from karat_scale.commands.doctor.machine import driver_version, no_gpu
 from tests.conftest import ROOT, karat_command, karat_environment, karat_refuses, output_of
-from tests.data.backends.helpers import wait_until
+from tests.data.backends.helpers import running, wait_until
 
 HEAVY = ("timm", "rich", "deepspeed", "torchvision", "pydantic", "yaml", "psutil", "webdataset")
 
@@ -156,7 +156,7 @@ def test_no_process_is_left_by_a_command_that_is_ended(number: signal.Signals, t
         (worker,) = psutil.Process(bench.pid).children()
         bench.send_signal(number)
         said = bench.stdout.read()
-    wait_until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+    wait_until(lambda: not running(worker.pid))
     assert bench.returncode == (1 if number == signal.SIGTERM else -number)
     assert number == signal.SIGKILL or said.splitlines()[-1].startswith("interrupted; ")
 
@@ -190,7 +190,15 @@ def watched(does: str) -> str | None:
     return command.run_process([sys.executable, "-c", f"{WATCHED}{does}()"], lambda *_: None, 60, hung=3)
 
 
-def test_a_process_that_waits_for_ever_is_hung_and_its_stack_is_told() -> None:
+def test_a_process_that_waits_for_ever_is_hung_and_its_stack_is_told(monkeypatch) -> None:
+    end = command._end
+
+    def end_once_told(process: subprocess.Popen[bytes]) -> None:
+        log = Path(f"/proc/{process.pid}/fd/2")
+        wait_until(lambda: process.poll() is not None or "in lock_twice" in log.read_text())
+        end(process)
+
+    monkeypatch.setattr(command, "_end", end_once_told)
     assert re.fullmatch(r"hung: it has not moved for 3 s\n(.|\n)*in lock_twice", watched("lock_twice"))
 
 
