@@ -173,7 +173,6 @@ PINNED = "pinned"
 CHECKPOINT_NAME = re.compile(r"step-\d{8,}")
 _UNFINISHED = ".saving-"
 _REPLACED = f"{_UNFINISHED}replaced-"
-_TRIES = 5
 POINTERS = ("best", "latest")
 Falsehood = Callable[[Path], str | None]
 """What the files of a checkpoint say that cannot be true, though each is as it was written."""
@@ -369,14 +368,17 @@ class CheckpointStore:
 
     def _find_held(self, wanted: str) -> str | None:
         """The name of a checkpoint that is there and stays. A run that trains meanwhile may move a pointer."""
-        for _ in range(_TRIES):
+        before = ""
+        while True:
             name = self.pointed(wanted) if wanted in POINTERS else wanted
             if wanted == "best" and name is None:  # the run was killed before that, or keeps none
                 best = self.best_by_state()
                 name = best if best in self.names() else self.pointed("latest")
             if name is not None and self._hold(name):
                 return name
-        return name if name is not None and name in self.names() else None
+            if name in (before, None):  # no pointer moves
+                return name if name in self.names() else None
+            before = name
 
     def _hold(self, name: str) -> bool:
         """Keep `retain` of another process from removing a checkpoint; whether it is still there."""

@@ -271,13 +271,14 @@ import sys
 from pathlib import Path
 from karat_scale.checkpoint.store import CheckpointStore
 root, count = Path(sys.argv[1]), 0
-print("ready", flush=True)
 while not (root / "stop").exists():
     store = CheckpointStore(root)
     name = store.find_intact("latest")
     assert len((root / name / "weights.pt").read_bytes()) == 2560
     assert store.state(name)["step"] == int(name.removeprefix("step-"))
     count += 1
+    if count == 1:
+        print("ready", flush=True)
 print(count)
 """
 

@@ -49,6 +49,7 @@ def test_a_rank_that_stalls_shows_its_stack(tmp_path) -> None:
         from karat_scale.engine.heartbeat import Heartbeat
 
         def wait_in_a_collective():
+            heartbeat.beat("forward", 1)
             sys.stdin.read()
 
         heartbeat = Heartbeat(Path({str(tmp_path)!r}), 0).start()
@@ -56,7 +57,7 @@ def test_a_rank_that_stalls_shows_its_stack(tmp_path) -> None:
         heartbeat.stop()
         """
     )
-    environment = {**karat_environment(), "KARAT_STALL_SECONDS": "0.5"}
+    environment = {**karat_environment(), "KARAT_STALL_SECONDS": "0,step=0.5"}
     command, pipe = [sys.executable, "-c", program], subprocess.PIPE
     with subprocess.Popen(command, env=environment, stdin=pipe, stderr=pipe, text=True) as process:
         shown = list(itertools.takewhile(lambda line: "in wait_in_a_collective" not in line, process.stderr))

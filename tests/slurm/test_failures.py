@@ -40,7 +40,8 @@ def test_a_killed_rank_or_agent_starts_again_in_the_job(train: Train, on_two_nod
 
 
 def test_the_first_rank_to_fail_has_the_last_word(train) -> None:
-    job = train("checkpoint.every_steps=null", options=("--nodes=2",), IDLE_RESTARTS="0")
+    own = ("train.epochs=200", "train.eval_every_epochs=200", "checkpoint.every_steps=null")
+    job = train(*own, options=("--nodes=2",), IDLE_RESTARTS="0")
     wait_for(job, "train", 2)
     process_of(job, rank=1).kill()
     assert job.wait() == "FAILED 1", job.log
@@ -64,7 +65,7 @@ def test_an_exception_has_the_last_word(train, tmp_path) -> None:
 
 
 def test_a_first_checkpoint_that_cannot_be_saved_ends_the_job(train) -> None:
-    job = train("checkpoint.every_steps=null")
+    job = train("train.epochs=40", "train.eval_every_epochs=40", "checkpoint.every_steps=null")
     wait_for(job, "train", 2)
     checkpoints = run_of(job) / "checkpoints"
     shutil.rmtree(checkpoints)

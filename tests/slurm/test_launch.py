@@ -179,7 +179,9 @@ def test_another_start_of_the_ranks_has_another_port(tmp_path: Path) -> None:
 
 def test_a_signal_while_the_nodes_wait_for_each_other_requeues_the_job(tmp_path: Path) -> None:
     stub(tmp_path, "scontrol", "[ $1 = show ] && echo n1")
-    stub(tmp_path, "agent", f"kill -USR2 $(cat {tmp_path}/job); sleep 0.5; exit 75")
+    stub(tmp_path, "sleep", f'touch {tmp_path}/waits; exec /bin/sleep "$@"')
+    until_it_waits = f"until [ -e {tmp_path}/waits ]; do /bin/sleep 0.02; done"
+    stub(tmp_path, "agent", f"{until_it_waits}; kill -USR2 $(cat {tmp_path}/job); /bin/sleep 0.5; exit 75")
     done = in_a_job(tmp_path, tmp_path / "run", f"echo $$ >{tmp_path}/job; KARAT=(agent); launch train recipe")
     assert done.returncode == 75, done.stderr
     assert done.stdout.endswith("told to stop; requeued\n")
@@ -213,26 +215,31 @@ def with_three_nodes(script: str, second: str, third: str, directory: Path) -> s
 
 
 @pytest.mark.parametrize(
-    ("needed", "third", "found"),
+    ("needed", "second", "third", "found"),
     [
-        (2, "sleep 0.2", "n2: n1 ,n3 ,"),
-        (3, "sleep 0.2", ": n1 ,n3 ,n2 ,"),
-        (2, "sleep 0.2; echo GPU 1; echo GPU 2", ": n1 ,n3 GPU 1; GPU 2,n2 ,"),
-        (1, "exit 1", "n2,n3: n1 ,"),
+        (2, "sleep 60", ":", "n2: n1 ,n3 ,"),
+        (3, "sleep 1", ":", ": n1 ,n2 ,n3 ,"),
+        (2, "sleep 1", "echo GPU 1; echo GPU 2", ": n1 ,n2 ,n3 GPU 1; GPU 2,"),
+        (1, "sleep 60", "exit 1", "n2,n3: n1 ,"),
     ],
     ids=["enough others", "needed", "needed for an unsound one", "no answer"],
 )
-def test_a_silent_node_is_waited_for_only_if_it_is_needed(needed: int, third: str, found: str, tmp_path: Path) -> None:
-    script = f"look {needed} 1; echo $LOST: ${{ANSWERS//$'\\n'/,}}"
-    assert with_three_nodes(script, "sleep 4", third, tmp_path) == f"{found}\n"
+def test_a_silent_node_is_waited_for_only_if_it_is_needed(
+    needed: int, second: str, third: str, found: str, tmp_path: Path
+) -> None:
+    script = f"look {needed} 1; ANSWERS=$(sort <<<\"${{ANSWERS%$'\\n'}}\"); echo $LOST: ${{ANSWERS//$'\\n'/,}},"
+    assert with_three_nodes(script, second, third, tmp_path) == f"{found}\n"
 
 
 @pytest.mark.parametrize("silent", ["n2", "n3"])
 def test_a_step_is_left_when_only_a_lost_node_holds_it_up(silent: str, tmp_path: Path) -> None:
     # One of two ranks has failed, and n3 is a spare: without n2, there is none to wait for.
     (tmp_path / "rank-00000.exit").write_text("76 n1 1.0 0\n")
-    script = "(sleep 3; echo the step ended) & STEP=$!; leave_step 2 1"
-    shown = with_three_nodes(script, *("sleep 9" if node == silent else ":" for node in ("n2", "n3")), tmp_path)
+    script = (
+        f'sleep() {{ touch {tmp_path}/waits; command sleep "$@"; }}; '  # it waits for the nodes that answer
+        f"(until [[ -e {tmp_path}/waits ]]; do command sleep 0.05; done; echo the step ended) & STEP=$!; leave_step 2 1"
+    )
+    shown = with_three_nodes(script, *("sleep 60" if node == silent else ":" for node in ("n2", "n3")), tmp_path)
     assert shown == ("" if silent == "n2" else "the step ended\n")
 
 

@@ -31,6 +31,7 @@ def test_two_nodes_train_what_one_process_trains(on_two_nodes, uninterrupted) ->
 def test_a_killed_node_brings_the_job_back(train, on_two_nodes, cluster, keeps) -> None:
     job = train(options=("--nodes=2", *keeps))
     wait_for(job, "checkpoint", 3)
+    process_of(job, 1).suspend()  # or the run may end before its node does
     cluster.kill_node(cluster.nodes[1])
     if not keeps:  # SLURM takes seconds to notice, and the script may be first
         cluster.command("scontrol", "update", f"NodeName={cluster.nodes[1]}", "State=DOWN", "Reason=power")
@@ -76,6 +77,7 @@ def test_a_spare_node_takes_the_place_of_one_with_a_bad_gpu(
 def test_it_continues_with_the_remaining_nodes(train, uninterrupted, cluster) -> None:
     job = train(options=("--nodes=1-2",))
     wait_for(job, "checkpoint", 3)
+    process_of(job, 1).suspend()  # or the run may end before its node does
     cluster.kill_node(cluster.nodes[1])
     try:
         assert job.wait() == "COMPLETED 0", job.log

@@ -7,7 +7,7 @@ from karat_scale.training.run_directory import RunDirectory
 from tests.conftest import SMALL, disk_of, summary
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job, submit
-from tests.slurm.training import SCRIPT, assert_ends_like, wait_for
+from tests.slurm.training import SCRIPT, assert_ends_like, signal_held, wait_for
 
 
 def train_staged(cluster: Cluster, recipe: Path, shards: Path, run: Path, stage: Path) -> Job:
@@ -36,7 +36,7 @@ def test_shards_are_staged_once_and_read_from_there(cluster, recipe, shards, tmp
 def test_a_requeued_job_finds_its_copy(train, uninterrupted, tmp_path) -> None:
     job = train(STAGE=tmp_path / "disk")
     wait_for(job, "train", 3)
-    job.signal_batch()
+    signal_held(job)
     assert_ends_like(job, uninterrupted)
     assert job.log.index("12 were copied") < job.log.index("; requeued") < job.log.index("0 were copied")
 

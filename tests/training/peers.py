@@ -17,8 +17,10 @@ from typing import Any
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
+import karat_scale.engine.peers
+import karat_scale.training.agreement
 import karat_scale.training.run
-import karat_scale.training.tasks.classification.task  # noqa: F401
+import karat_scale.training.tasks.classification.task
 from karat_scale.data.backends.images import SyntheticBackend
 from karat_scale.data.batch import Batch
 from karat_scale.data.plan import BatchSlice
@@ -96,7 +98,11 @@ def absent(scratch: Path, rank: int) -> dict[str, Any]:
     """One of two ranks never comes."""
     log = scratch / f"absent-{rank}.log"
     arguments = _arguments(scratch, scratch / f"absent-{rank}", "run.peer_timeout_minutes=0.2")
-    ranks = ForkedRanks(arguments, 2, log, absent=rank)
+
+    def notice_soon(rank: int) -> None:
+        karat_scale.engine.peers._FIRST_NOTICE_SECONDS = 1.0  # long before it gives up
+
+    ranks = ForkedRanks(arguments, 2, log, notice_soon, absent=rank)
     return _outcome(ranks, log)
 
 
@@ -115,7 +121,14 @@ def stopped_alone(scratch: Path, rank: int) -> dict[str, Any]:
     """One of two ranks is told to stop before the other has come."""
     log, go = scratch / f"stopped-alone-{rank}.log", scratch / f"go-{rank}"
     arguments = _arguments(scratch, scratch / f"stopped-alone-{rank}")
-    ranks = ForkedRanks(arguments, 2, log, lambda other: _wait_for(go) if other != rank else None)
+
+    def prepare(other: int) -> None:
+        if other == rank:
+            karat_scale.training.agreement._MEETING_SECONDS = WITHIN  # a loaded machine is slow
+        else:
+            _wait_for(go)
+
+    ranks = ForkedRanks(arguments, 2, log, prepare)
     deadline = time.monotonic() + WITHIN
     while not _catches(ranks.ranks[rank], signal.SIGTERM) and time.monotonic() < deadline:
         time.sleep(0.01)

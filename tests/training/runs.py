@@ -16,6 +16,7 @@ from tests.conftest import events, karat_command, karat_done, karat_environment,
 from tests.small_engines import equal
 from tests.warm import Started
 
+HELD = Path(__file__).with_name("held.py")
 STEPS = 16  # 2 epochs of 64 samples in batches of 8
 
 
@@ -23,6 +24,15 @@ def start(recipe: Path, run: Path, *overrides: str, processes: int = 1, by: str 
     """A run on so many ranks, without a launcher."""
     environments = rank_environments(processes) if processes > 1 else [karat_environment()]
     return Started("karat_scale", [by, str(recipe), f"run.dir={run}", *overrides], environments)
+
+
+def start_held(recipe: Path, run: Path, text: str, *overrides: str, processes: int = 1, by: str = "train") -> Started:
+    """A run whose rank 0 stands still once it has said the text, so that it does nothing more before a signal."""
+    environments = rank_environments(processes) if processes > 1 else [karat_environment()]
+    environments = [{**one, "HELD_AT": "no text" if rank else text} for rank, one in enumerate(environments)]
+    process = Started(str(HELD), [by, str(recipe), f"run.dir={run}", *overrides], environments)
+    wait_until(lambda: psutil.Process(process.pids[0]).status() == psutil.STATUS_STOPPED, process)
+    return process
 
 
 def start_torchrun(recipe: Path, run: Path, *overrides: str) -> subprocess.Popen[str]:
@@ -107,9 +117,7 @@ def assert_a_kill_changes_nothing(recipe: Path, scratch: Path, *overrides: str, 
     whole, cut = scratch / "whole", scratch / "cut"
     own = ("checkpoint.every_steps=1", "checkpoint.keep_last=2", *overrides)
     karat_done("train", str(recipe), f"run.dir={whole}", *own, processes=processes)
-    killed = start(recipe, cut, *own, processes=processes)
-    wait_for_checkpoint(cut, 3, killed)
-    kill_all(killed)
+    kill_all(start_held(recipe, cut, "saved step-00000003 in", *own, processes=processes))
     karat_done("train", str(recipe), f"run.dir={cut}", *own, processes=processes)
     (resume,) = events(cut, "resume")
     assert 3 <= resume["step"] < STEPS

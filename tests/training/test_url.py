@@ -271,13 +271,13 @@ def test_the_best_checkpoint_comes_along(train, url, tmp_path) -> None:
     WritableStore(f"{url}/checkpoints").remove(["best"])  # as if a kill had been before it
     shutil.rmtree(tmp_path / "run")
     store = CheckpointStore(tmp_path / "elsewhere" / "checkpoints")
-    assert "is gone" not in train("elsewhere", "checkpoint.every_steps=2").stdout
+    assert "is missing" not in train("elsewhere", "checkpoint.every_steps=2").stdout
     assert set(store.names()) == {best, f"step-{STEPS:08d}"}
     assert store.pointed("best") == best
     # A start that is cut off after the newest one, before the best.
     shutil.rmtree(store.root / best)
     (store.root / "best").unlink()
-    assert "is gone" not in train("elsewhere", "checkpoint.every_steps=2").stdout
+    assert "is missing" not in train("elsewhere", "checkpoint.every_steps=2").stdout
     assert store.pointed("best") == best
 
 

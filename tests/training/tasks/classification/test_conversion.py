@@ -38,9 +38,8 @@ from tests.conftest import (
     summary,
 )
 from tests.small_engines import equal
-from tests.training.runs import assert_a_kill_changes_nothing, kill_all, last_tensors, start, stopped_by, wait_until
+from tests.training.runs import assert_a_kill_changes_nothing, kill_all, last_tensors, start_held, stopped_by
 from tests.training.test_initial_weights import put_into_cache
-from tests.warm import Started
 
 QUICK = ("convert.images=24", "convert.steps=8", "convert.rounds=1")
 KARAT = ("attention.kind=karat", *QUICK)
@@ -337,22 +336,15 @@ def test_a_conversion_is_taken_again_where_its_source_is_gone(convert, original,
     assert json.loads((tmp_path / "x.json").read_text())["grad_norm"] == norm
 
 
-def wait_for_line(process: Started, words: str) -> None:
-    wait_until(lambda: words in process.said(), process)
-
-
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_kill_or_a_signal_in_stage_1_changes_nothing(recipe_file, original, tmp_path) -> None:
     own = (f"init_from={original}", f"distill.from={original}", *KARAT, "convert.steps=200", "train.max_steps=3")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     karat_done("train", str(recipe_file), f"run.dir={whole}", *own)
-    killed = start(recipe_file, cut, *own)
-    wait_for_line(killed, "step 40 of 200")
-    kill_all(killed)
+    kill_all(start_held(recipe_file, cut, "step 40 of 200", *own))
     assert not (cut / FILE).exists()
-    stopped = start(recipe_file, cut, *own)
-    wait_for_line(stopped, "step 40 of 200")
+    stopped = start_held(recipe_file, cut, "step 40 of 200", *own)
     assert "run the same command to resume" in stopped_by(stopped, signal.SIGTERM)
     assert not (cut / "checkpoints" / "latest").exists()
     karat_done("train", str(recipe_file), f"run.dir={cut}", *own)
