@@ -88,7 +88,7 @@ def test_imagenet_in_three_steps(image_folder: Path, tmp_path: Path) -> None:
     run(find("karat prepare webdataset --src /").replace("/path/to/imagenet", str(image_folder)), tmp_path)
     small = [*SMALL, "schedule.warmup_epochs=0", "train.precision=fp32"]
     for steps in (8, 10):  # the second call is the resume
-        run(find("karat launch"), tmp_path, *small, f"train.max_steps={steps}")
+        run(find("karat launch").replace("launch", "launch --ranks 2", 1), tmp_path, *small, f"train.max_steps={steps}")
     assert [event["step"] for event in events(tmp_path / "runs/tiny_g3b", "resume")] == [8]
     assert "on 28 images" in run(find("karat eval runs/tiny"), tmp_path).stdout
 

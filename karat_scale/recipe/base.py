@@ -173,7 +173,7 @@ class SaveConfig(Section):
     """Also keep the checkpoint with the best top-1 (mask AP for detection) of `train.eval_weights`."""
     local: str = ""
     """A directory on a disk of each node, or below /dev/shm, that gets the newest state ten times as often, so that a
-    start on the same nodes loses less. The state is removed when the run ends."""
+    start on the same nodes loses less. The state is removed when the run finishes."""
     asynchronous: bool = True
     """Training pauses only for a copy to host memory, and continues while the copy is written."""
     url: str = ""

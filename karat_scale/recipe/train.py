@@ -171,7 +171,7 @@ class DeepSpeedConfig(Section):
     """The name of a file in `ds_configs/`, or the path of your own."""
     cpu_adam: Literal["auto", "torch", "deepspeed"] = "auto"
     """The optimizer for what is offloaded to the CPU: torch's AdamW, or DeepSpeed's, which takes minutes to compile
-    on first use. `auto` uses DeepSpeed's on a machine with a GPU, and torch's elsewhere."""
+    on first use. `auto` uses DeepSpeed's on a machine with a GPU, ninja and a C++ compiler, and torch's elsewhere."""
 
 
 class DistillConfig(Section):

@@ -118,7 +118,7 @@ def examine_batches(subject: Subject, backend: Backend) -> Iterator[Finding]:
     yield found("global batch", text, accumulation=plan.accumulation, micro_batch=micro, world_sizes=fits)
     gpus = torch.cuda.device_count() if world.device.type == "cuda" else 0
     if world.size == 1 and gpus > 1:
-        start = f"torchrun --nproc-per-node={gpus} -m karat_scale doctor ... times them all"
+        start = "`karat launch doctor ...` times them all"
         yield found("ranks", f"1 of {gpus} GPUs is used", start)
 
 
