@@ -180,14 +180,13 @@ def _checkpoint(store: CheckpointStore, step: int) -> str:
     Raises:
         RunDirectoryError: there are some, and all are damaged.
     """
-    damage: list[RunDirectoryError] = []
-    for name in checkpoints_before(store, step):
+    names = [*checkpoints_before(store, step)]
+    for name in names:
         try:
             return store.find_intact(name)
         except RunDirectoryError as error:
-            damage.append(error)
             print(printable(f"note: {str(error).removesuffix('; choose another')}"), file=sys.stderr)
-    if damage:
+    if names:
         raise RunDirectoryError(f"{store.root}: none before step {step} is intact; take a step after an intact one")
     return ""
 
@@ -214,7 +213,8 @@ def scratch_recipe(directory: RunDirectory, recipe: Recipe, begin: str, world: W
         log__trackers=(),
         log__profile_steps=None,
         checkpoint__snapshots=0,
-        data__workers=min(recipe.data.workers, usable_cores()),  # the run may have had a larger machine
+        # The run may have had a larger machine. A stream's order depends on the workers.
+        data__workers=recipe.data.workers if recipe.data.is_stream else min(recipe.data.workers, usable_cores()),
     )
     try:
         with world.together():
