@@ -4,7 +4,7 @@ RUN/heartbeats/rank-00003.json      {"rank": 3, "host": "node2", "beats": 812, "
 
 This small file has a rank's current work, and is rewritten while the process lives. `beats` counts the places in the
 program that a rank has passed. Ranks train in step. So if no rank makes progress, the others wait for the one with the
-fewest beats. `moves` counts progress within long work that one rank may do alone, such as to verify a file.
+fewest beats. `moves` also counts progress within long work that one rank may do alone, such as to verify a file.
 
 KARAT_STALL_SECONDS says how long a rank may do the same before it counts as stalled: `900`, or
 `900,compile=3600,save=1800`. The first number holds for the phases that are not named. 0 turns the alarm off.

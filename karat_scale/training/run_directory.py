@@ -187,8 +187,8 @@ class RunDirectory:
             )
         if recipe.resume.mode == "never" or not self.recipe_file.is_file():
             return ""
-        if self.command != COMMANDS[type(recipe).shipped]:
-            raise RunDirectoryError(f"run.dir = {self.path} has a run of karat {self.command}; choose another run.dir")
+        if (command := self.command) != COMMANDS[type(recipe).shipped]:
+            raise RunDirectoryError(f"run.dir = {self.path} has a run of karat {command}; choose another run.dir")
         old = self.recipe(type(recipe))
         if self.store.names():
             self._refuse_another_recipe(old, recipe)

@@ -59,7 +59,7 @@ def predictions_of(run: TrainedRun, settings: Settings, result: Result) -> Predi
             say_cost(settings, "predicting the validation split", total, seconds, hint)
         settings.progress(PREDICT, done, total)
 
-    with closing(open_backend(replace(ImageSpec.of(run.recipe), trains=False))) as backend:
+    with closing(open_backend(ImageSpec.of(run.recipe, trains=False))) as backend:
         run.refuse_other_classes(backend.classes)
         forward = forward_for_evaluation(run.model(), run.recipe.train, run.device)
         found = collect(forward, backend.eval_batches, backend.num_val, run, World(0, 1, 0, run.device), told)

@@ -40,7 +40,7 @@ class ValidationImages:
 
     def __init__(self, recipe: Recipe, count: int, ids: Sequence[int] | None = None) -> None:
         # Few images need no workers, and analyses of several runs should not need more processes.
-        self._spec = replace(ImageSpec.of(recipe.changed(data__workers=0)), trains=False)
+        self._spec = ImageSpec.of(recipe.changed(data__workers=0), trains=False)
         self._normalize = Normalize(recipe.augment.mean, recipe.augment.std)
         self.bad = 0
         with closing(open_backend(self._spec)) as backend:

@@ -44,9 +44,10 @@ class ImageSpec:
     trains: bool = True
 
     @classmethod
-    def of(cls, recipe: Recipe) -> "ImageSpec":
+    def of(cls, recipe: Recipe, trains: bool = True) -> "ImageSpec":
         """Return what a recipe asks for."""
-        return cls(recipe.data, recipe.augment, recipe.model.image_size, recipe.model.num_classes, recipe.run.seed)
+        size, classes = recipe.model.image_size, recipe.model.num_classes
+        return cls(recipe.data, recipe.augment, size, classes, recipe.run.seed, trains)
 
     @property
     def readahead(self) -> Blocks:

@@ -329,7 +329,7 @@ class Reporter:
         if self.is_recording:
             self.warn(
                 f"{share:.0%} of the scores of block {block} lie beyond +-{reach:.3g}, where its functions repeat or "
-                f"end, so training may become unstable; start again with a lower optim.lr or "
+                "end, so training may become unstable; start again with a lower optim.lr or "
                 f"attention.bound={reach:.3g}"
             )
         self._write("beyond_reach", step, block=block, share=share, reach=reach)

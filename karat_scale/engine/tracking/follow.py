@@ -1,5 +1,4 @@
-"""Trackers beside training: how far each has got, the process that follows a run's files, and the trainer's
-side.
+"""Trackers beside training: how far each has got, the process that follows a run's files, the trainer's side.
 
 The trainer starts a process for each tracker (`Trackers`), and so does `karat track`. The process follows the run's
 files and tells one tracker what is new (`Follower`). How far the tracker has got is in `RUN/trackers/NAME.json`
