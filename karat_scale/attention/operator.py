@@ -1,7 +1,7 @@
 """The modules that replace softmax in an attention layer: KArAt's operator, alone or beside softmax.
 
-They own KArAt's parameters: those of every unit, and the projector W of every head. `AttentionHeads` is what the rest
-of the project asks any of them.
+They own KArAt's parameters: those of every unit, and the projector W of every head. `AttentionHeads` is the interface
+that the rest of the project uses.
 
 Hybrid heads: softmax on a block's first heads, KArAt on the others (arXiv 2503.10632).
 

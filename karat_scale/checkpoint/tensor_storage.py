@@ -1,7 +1,7 @@
 """Tensors on disk: how they are written, how they are read, and how many bytes a checkpoint of them takes.
 
 What is written is flushed to the disk. What is read is data, never code. The size is known before anything is written.
-Beside training, a process of its own writes a copy of the state in memory that both see.
+During training, a separate process writes a copy of the state from shared memory.
 """
 
 import io

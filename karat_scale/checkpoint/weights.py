@@ -245,7 +245,7 @@ class Snapshots:
 def whole_masters(engine: Engine, world: World) -> Iterator[tuple[str, torch.Tensor]]:
     """Each trainable parameter's fp32 master, one at a time; whole on rank 0 alone. Collective from stage 1 on.
 
-    No rank may leave off before the end.
+    Every rank must iterate to the end.
     """
     mine = Pieces()
     for fragments, master in zip(shard_layout(engine.deepspeed), master_weights(engine.deepspeed), strict=True):

@@ -62,20 +62,20 @@ class ExactLoader(_Loader):
 
     Iterating yields what is left of the current epoch; the next iteration yields the next epoch. A batch of images is
     (images, labels): float32 [b, 3, H, W], normalised, and int64 [b]; or float32 [b, classes] where `augment` mixes or
-    smooths labels. A batch of your own dataset is what `collate` returns. In the body of the loop, `state_dict` counts
-    the batch that the body has.
+    smooths labels. A batch of your own dataset is what `collate` returns. Inside the loop body, `state_dict` already
+    counts the current batch.
 
     Args:
         data: images, as `karat train` reads them: a folder of classes, shards, betons, or the index of tars, also at a
             URL. Or your own dataset, with `__len__` and `__getitem__(index)`, or `__getitem__(index, generator)`.
-        split: of the images.
+        split: the split of the images to read.
         global_batch: samples of a step, over all ranks.
         seed: of the order, and of all that is drawn.
         rank, world_size: by default those of torch.distributed, or of the launcher's environment, or 0 of 1.
         workers: processes that read and decode; 0 does it in this process.
         micro_batch: samples of a batch of this rank; by default its whole part of a step. With a smaller one, a part is
             several batches.
-        epochs: where to end; None never ends.
+        epochs: the number of epochs; None never ends.
         image_size: H and W.
         augment: settings of the recipe's `augment` section, over a plain random resized crop and flip.
         transform: of your own dataset: what is done to each sample, `transform(sample)` or

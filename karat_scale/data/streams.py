@@ -1,12 +1,12 @@
 """The `webdataset` backend with `data.order: stream`: training batches of tars without an index.
 
-The shards, cycle after cycle, are an endless list. A lane takes every so many shards of it, from a given place on, and
+The shards, cycle after cycle, are an endless list. Lane l of L reads every L-th shard, from a given place on, and
 shuffles their samples. A batch is made from the next samples of a lane: they are decoded, transformed and collected.
 The progress of a rank is where its lanes stand after the last batch that was trained on. A checkpoint holds it.
 
-The webdataset library opens shards, reads their samples and groups them. Its reader ends without a word at a damaged
-header, at a missing end, and where another tar follows. So the bytes are watched on their way to it, and what it leaves
-is looked at. A shard is whole, or an error.
+The webdataset library opens shards, reads their samples and groups them. Its reader stops silently at a damaged
+header, at a missing end, and where another tar follows. So the bytes are watched on their way to it, and what it
+leaves unread is checked. A shard is read whole, or it is an error.
 """
 
 import contextlib

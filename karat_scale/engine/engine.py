@@ -69,7 +69,7 @@ def pixel_dtype(train: TrainConfig, device: torch.device) -> torch.dtype:
 def cast_images(images: Any, precision: Precision) -> Any:
     """A batch in the dtype of the weights: one tensor [b, 3, H, W], or a list of tensors [3, h, w].
 
-    One that is in what the model computes in stays so: autocast would round it to that.
+    A tensor that already has the compute dtype keeps it: autocast would round it to that dtype anyway.
     """
     if not isinstance(images, torch.Tensor):
         return [cast_images(image, precision) for image in images]

@@ -97,8 +97,9 @@ def build_optimizer(
 def hidden_matrices(model: nn.Module) -> set[str]:
     """Return the names of the weights of the linear layers inside blocks.
 
-    The patch embedding and the head are not among them, as Muon's authors advise. Nor is what KArAt learns: its
-    coefficients are many small functions and its W a stack for heads, and none of them maps one activation to the next.
+    The patch embedding and the head are not among them, as Muon's authors advise. KArAt's parameters are
+    not either: coefficients are many small functions, W is a stack over heads, and none maps one activation to the
+    next.
     """
     inside = {module for block in blocks_of(model) for module in block.modules()}
     return {

@@ -1,7 +1,7 @@
-"""How ranks and the launchers of several nodes meet, and what one says that has lost another.
+"""How ranks and the launchers of several nodes meet, and what a rank reports when it has lost another.
 
-No rank waits longer than `run.peer_timeout_minutes`, and one that waits says for whom. Whoever started the ranks ends
-those that are left when one fails: torchrun's agent, or srun with --kill-on-bad-exit.
+No rank waits longer than `run.peer_timeout_minutes`, and a waiting rank says which ranks it waits for. When a rank
+fails, whatever started the ranks (torchrun's agent, or srun with --kill-on-bad-exit) ends the others.
 """
 
 import os

@@ -1,8 +1,8 @@
 """Atomic file writes, locks and hashes of files, and the folders that ship beside the package.
 
-What is being written has a temporary name, `.NAME.RANDOM.unfinished`, a file or a folder. The writer holds a lock on
-it. A kill releases the lock, so what a killed writer left behind is known by it, and the next writer of that name, or
-the next start of the run, removes it. Some file systems have no locks.
+A file or folder that is being written has a temporary name, `.NAME.RANDOM.unfinished`, and its writer holds a lock on
+it. A kill releases the lock. So the next writer of that name, or the next start of the run, recognises what a killed
+writer left behind and removes it. Some file systems have no locks.
 """
 
 import errno

@@ -2,7 +2,7 @@
 
 Credentials and endpoints come from the usual places of the library of each protocol. They are in no URL of ours, and no
 message repeats what a library says, since that may hold a signed URL. An error that may pass is tried again, with
-longer and longer pauses, until a deadline. A file that is written is whole, or as it was before.
+longer and longer pauses, until a deadline. A write leaves the whole new file, or the old one.
 """
 
 import functools

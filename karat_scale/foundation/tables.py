@@ -34,7 +34,8 @@ def importing(for_good: bool = False) -> Iterator[None]:
     torch and DeepSpeed make hundreds of thousands of objects, and nearly all stay: the search takes a seventh of a
     start.
 
-    for_good: never look among the objects that there are at the end. Of commands that import much and train long.
+    for_good: also leave out of later searches all objects that exist at the end; for commands that import much and
+    train long.
     """
     known, was_enabled = len(sys.modules), gc.isenabled()
     gc.disable()

@@ -345,7 +345,7 @@ def _harmonics(*parts: Tensor) -> list[Tensor]:
 def solve(heads: Any, calls: Sequence[Call], rounds: int) -> bool:
     """Match heads with calls of one or more originals by least squares, in place; return whether they are linear.
 
-    Heads that are not do not change.
+    Heads that are not linear do not change.
     """
     if rounds == 0:
         return False

@@ -25,9 +25,10 @@ from karat_scale.recipe import AttentionConfig, ModelConfig
 
 
 def operators(model: nn.Module) -> list[KaratOperator | None]:
-    """Return each attention layer's operator with functions phi; None if it has none. All are one in universal mode.
+    """Return each attention layer's operator with functions phi; None if it has none.
 
-    That of `smooth` heads is a plain operator with a copy of their functions.
+    In universal mode they are all the same object. For `smooth` heads it is a plain operator with a copy of their
+    functions.
     """
     return [operator_of(layer.attention) for layer in attention_layers(model)]
 

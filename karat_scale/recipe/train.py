@@ -198,8 +198,9 @@ class DistillConfig(Section):
 class ConvertConfig(Section):
     """How the attention of a trained model is replaced, as `karat convert` does it.
 
-    Before the first step, the attention of each block learns to reproduce what that of `init_from` gave, from training
-    images without their labels: by least squares where it is linear in its parameters, and then by gradient descent.
+    Before the first step, the attention of each block learns to reproduce the output of the original
+    (`init_from`), from training images without their labels: by least squares where it is linear in its parameters, and
+    then by gradient descent.
     """
 
     images: Annotated[int, Field(ge=0)] = 0

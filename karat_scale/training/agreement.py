@@ -1,13 +1,13 @@
 """Signals that ask a run to stop, and what the ranks decide together between steps: whether to save, and to stop.
 
 SIGTERM, SIGINT, SIGUSR2 and SIGHUP set a flag that the loop reads. SIGUSR1 is left alone: NCCL may use it. srun sends a
-signal to a rank's whole process group, where SIGUSR2 would kill the compiler that the rank waits for. So it is blocked,
-which children inherit, and a thread waits for it. The end of the launcher, if one started this process, counts as
-SIGTERM. Otherwise the rank would train on, and the next start would find its run in use.
+signal to a rank's whole process group, where SIGUSR2 would kill the compiler that the rank waits for. So SIGUSR2 is
+blocked, children inherit that, and a thread waits for the signal. The end of the launcher, if one started this process,
+counts as SIGTERM. Otherwise the rank would train on, and the next start would find its run in use.
 
-Comparing wishes takes a collective, which makes each rank's host wait for the slowest. So they compare about once a
-second. All must do it after the same step, and only rank 0's clock is asked: at each agreement rank 0 tells the others
-how many steps later the next one is.
+Comparing wishes takes a collective, which makes each rank's host wait for the slowest. So the ranks compare only about
+once a second. All must do it after the same step, and only rank 0's clock is asked: at each agreement rank 0 tells the
+others how many steps later the next one is.
 """
 
 import math

@@ -1,7 +1,7 @@
 """A run's copy at `checkpoint.url`: read when the run starts, and updated while it trains.
 
 A start checks who owns the files there, and fetches those that the run's directory lacks. While the run trains, a
-thread of rank 0 copies, for which training never waits. It makes the URL like the run's directory: it copies what is
+thread of rank 0 copies, and training never waits for it. It makes the URL like the run's directory: it copies what is
 missing there, the best and the newest checkpoint first, and removes what the run does not keep. So the next copy, or
 the next start, makes up for one that failed or was cut off.
 
@@ -100,10 +100,10 @@ class RunUrl:
         self._mine: Owner | None = None
 
     def owner(self) -> Owner | None:
-        """Whose the files are; None where there is no run.
+        """The owner of the files; None if there is no run.
 
         Raises:
-            RunDirectoryError: the file that says it is damaged.
+            RunDirectoryError: the owner file is damaged.
         """
         try:
             return TypeAdapter(Owner).validate_json(self._store.read_small(_OWNER, _OWNER_BYTES), strict=True)

@@ -197,7 +197,7 @@ class RunDirectory:
     def begins_anew(self, recipe: RunRecipe) -> bool:
         """Whether nothing of an earlier start here counts for `recipe`; asked before `begin`.
 
-        So it is without a checkpoint, with `resume.mode=never` or where the earlier start had another recipe.
+        True if there is no checkpoint, and `resume.mode=never` is set, no recipe is there, or it is another recipe.
         """
         return not self.store.names() and (
             recipe.resume.mode == "never"
@@ -373,7 +373,7 @@ def _close(file: IO[str] | None) -> None:
 def refuse_another_model(source: Path, recipe: RunRecipe) -> None:
     """Raise RunDirectoryError if a run, or the run of a checkpoint, is of another command or model than a recipe.
 
-    Of the model only by what the shapes of tensors do not show: the number of heads and the kind of functions.
+    Models are compared only in what the shapes of tensors do not show: the number of heads and the kind of functions.
     """
     file = next((path for path in (source / _RECIPE, source.parent.parent / _RECIPE) if path.is_file()), None)
     if file is None:

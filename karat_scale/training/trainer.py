@@ -5,8 +5,8 @@ global batches in order, evaluates, saves, and stops when asked. Training is a f
 after any step and resume from its checkpoint, and the weights come out the same.
 
 The host launches a step's work and does not wait for it. Loss and gradient norms stay on the device until a log line,
-an evaluation, a save, or an agreement of the ranks, about once a second. Steps that were skipped, as their gradients
-are not finite, and losses that jump are then found and noted; the recipe says when the run ends at them.
+an evaluation, a save, or an agreement of the ranks, about once a second. Only then are skipped steps
+(gradients that are not finite) and loss spikes found and noted; the recipe says when they end the run.
 
 On a CPU a stop may abandon a step between two micro batches, so that it need not wait for minutes. Weights change only
 at a step's end. What changes before is restored, and the resumed run repeats the step with the same bits. Gradients are

@@ -1,7 +1,7 @@
 """The backward kernels of H, which recompute scores: dA = sum_m m (dH b_m^T) cos(m A) - m (dH a_m^T) sin(m A).
 
 With z = exp(i A) that is the real part of sum_m m dH (b_m + i a_m)^T z^m, evaluated by Horner's rule: the tensor cores
-add the next order onto z times what there is, so that registers do not grow with G. No sum runs across programs: what
+add the next order to z times the sum so far, so that registers do not grow with G. No sum runs across programs: what
 several of them add to goes through partial sums.
 """
 

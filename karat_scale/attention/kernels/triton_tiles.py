@@ -108,7 +108,7 @@ def choose_tiles(kernel: str, sizes: Sizes, products: Products, architecture: in
     """The tiles of "forward", "grad_query", "grad_key" (with dC), "grad_key_alone" or "grad_coef" on compute capability
     8.0 (80), 9.0 (90) and so on.
 
-    So narrow that nothing spills out of the registers: tests compile the kernels for each architecture and count.
+    Tiles are so narrow that no register spills: tests compile the kernels for each architecture and count spills.
     `paired` calls have a bias or a mask, whose addresses take registers too.
     """
     # With a limit of its own ptxas does not spill a register or two to raise occupancy.

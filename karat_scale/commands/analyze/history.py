@@ -1,8 +1,8 @@
 """What runs' own files say: the curves of training, what was achieved, and the results on other test sets.
 
 The curves are losses, accuracy, learning rate, gradient norm and speed of `metrics.jsonl`, of all runs in one figure.
-The results are those of `karat eval --on`, `--labels` and `--corrupt`, of all runs in one table. Of a converted model,
-how well its new attention does what the original's did.
+The results are those of `karat eval --on`, `--labels` and `--corrupt`, of all runs in one table. For a converted model,
+they also say how closely its new attention reproduces the original's output.
 """
 
 import math

@@ -208,7 +208,7 @@ class _Work:
 
         Args:
             what: names the progress.
-            passes: of how many passes this is the first; what all take is told after its first batches.
+            passes: the number of passes, of which this is the first; their total time is told after two batches.
         """
         among, images = self.test_set.among, len(self.test_set)
         load = load_test_set(self.test_set, self.run.recipe, change)

@@ -1,8 +1,8 @@
 """What DeepSpeed and this project's engine keep on a rank, stage by stage, read from their code and measured.
 
 P is the model's parameters, W the ranks. Sizes are bytes. DeepSpeed 0.19: `runtime/zero/stage_1_and_2.py`, `stage3.py`
-and `runtime/bf16_optimizer.py`, which is stage 1 with bf16 weights; stage 1 in fp16 is the first file's. To DeepSpeed
-autocast (`train.precision: bf16`) is fp32: its weights and gradients are.
+and `runtime/bf16_optimizer.py`, which is stage 1 with bf16 weights; stage 1 in fp16 is the first file's. DeepSpeed
+takes autocast (`train.precision: bf16`) for fp32, because weights and gradients are fp32.
 """
 
 from collections.abc import Mapping

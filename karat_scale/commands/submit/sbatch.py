@@ -70,7 +70,8 @@ class Job:
     def submit(self, script: Path, text: str, files: Mapping[Path, str], refused: str) -> str | None:
         """Show the script and, unless it is only shown, write it and other files, and submit it if the user agrees.
 
-        refused: names what says where, if it cannot be written. Returns the number of the job if it was submitted.
+        refused: what the error names if a file cannot be written, such as `--out DIR`. Returns the number of the job if
+        it was submitted.
         """
         print(text, end="" if self.decision == "print" else "\n")
         if self.decision == "print":

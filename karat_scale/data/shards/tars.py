@@ -46,7 +46,7 @@ _USED_KEYS = (b"path=", b"size=", b"GNU.sparse.")  # linkpath= among them
 class Member(NamedTuple):
     """A member of a tar: its bytes are `size` from `offset`. Names are decoded like file names.
 
-    target: of a hard link, the name of a member before it, whose bytes it has.
+    target: for a hard link, the name of the earlier member whose bytes it shares.
     """
 
     name: str

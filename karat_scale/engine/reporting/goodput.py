@@ -1,6 +1,6 @@
 """How a run's wall time was spent, over all its starts.
 
-Rank 0's time is cut wherever its heartbeat says that it begins with something else. So the parts of a start add up to
+Rank 0's time is divided wherever its heartbeat reports a new activity. So the parts of a start add up to
 its wall time, and each event of `metrics.jsonl` has them as `spent`. What a start did after the checkpoint that the
 next start resumes from was lost. A job is in the queue from when SLURM takes it to when it starts. The time without a
 job does not count.

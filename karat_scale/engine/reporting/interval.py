@@ -223,11 +223,11 @@ def device_peak(device: torch.device, train: TrainConfig) -> float | None:
 
 
 class Efficiency:
-    """What a rate of images is in FLOP/s of one device (arXiv 2204.02311, appendix B, defines MFU).
+    """Converts images per second to FLOP/s per device and MFU (defined in arXiv 2204.02311, appendix B).
 
     Args:
-        devices: how many devices the images are shared by.
-        peak: FLOP/s of one, or None when nobody knows.
+        devices: the number of devices that share the images.
+        peak: peak FLOP/s of one device; None if unknown.
     """
 
     def __init__(self, recipe: Recipe, devices: int, peak: float | None) -> None:

@@ -330,7 +330,7 @@ def _copied(heads: nn.Module) -> dict[str, Tensor]:
 def read_report(run: Path, identity: str | None = None) -> Report | None:
     """Return the report of a run that was converted; None for others, or if the file is damaged.
 
-    identity: what the result must depend on; anything if None.
+    identity: the digest of what the result depends on; None accepts any.
     """
     with suppress(OSError, SafetensorError, KeyError, ValueError):
         facts = read_metadata(run / FILE)
