@@ -60,6 +60,12 @@ def test_an_image_runs_the_script_with_the_wheels(name: str) -> None:
     assert all(part in text for part in ("containers/install.sh", "dist/*.whl", "debian:bookworm-slim"))
 
 
+def test_apptainer_keeps_nothing_in_tmp() -> None:
+    """In %post, the host's /tmp lies over the image's."""
+    lines = (ROOT / "containers" / "karat.def").read_text().splitlines()
+    assert not [line for line in lines if "/tmp" in line and not line.startswith("#")]
+
+
 def test_an_unknown_kind_of_image_is_named() -> None:
     done = run_to_end("sh", INSTALL, "rocm", "/nowhere")
     assert (done.returncode, done.stderr) == (2, "error: rocm is not cpu, cuda12 or cuda13\n")
