@@ -14,22 +14,22 @@ from karat_scale.attention.call import compute_dtype
 from karat_scale.attention.operator import AttentionHeads, WrappedHeads
 
 START = 1.0
-"""The first tau."""
+"""The initial tau."""
 # Added to squared lengths, so that a query of 0 has scores of 0 and a finite gradient.
 TINY = 1e-12
 
 
 class BoundedHeads(WrappedHeads):
-    """An operator on A = tau cos(q, k) plus the bias, with tau = bound sigmoid(t) and a learned t of each head.
+    """An operator on A = tau cos(q, k) plus the bias, with tau = bound sigmoid(t) and a learned t for each head.
 
     The parameter is `tau_logit` [h]. tau is in (0, bound), whatever t is, and weight decay takes it towards bound / 2.
     Scores are rounded like query and key, so in bfloat16 one can exceed the bound by 1 %. A bias, such as Swin's
     positions, is added to the scores afterwards and has no bound.
 
     Args:
-        operator: gets the scaled query and key.
+        operator: the operator that gets the scaled query and key.
         bound: the largest |A|.
-        start: of tau; at most 0.9 of the bound.
+        start: the initial tau, limited to 0.9 of the bound.
     """
 
     _shown = ("bound",)
@@ -43,7 +43,7 @@ class BoundedHeads(WrappedHeads):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set tau to its start again."""
+        """Reset tau to its initial value."""
         share = min(self.start / self.bound, 0.9)
         self.tau_logit.fill_(math.log(share / (1 - share)))
 
@@ -69,7 +69,7 @@ class BoundedHeads(WrappedHeads):
 
 
 def _scaled(heads: Tensor, length: Tensor | float) -> Tensor:
-    """Return vectors [B, h, N, d] scaled to a length, or one of each head [h, 1], in their own dtype."""
+    """Return vectors [B, h, N, d] scaled to a length, or to a length for each head [h, 1], in the vectors' dtype."""
     tokens = heads.transpose(1, 2)  # the order in memory, where a CPU is several times faster
     squares = tokens.to(compute_dtype(heads)).square().sum(-1, keepdim=True)
     return (tokens * (length * (squares + TINY).rsqrt())).to(heads.dtype).transpose(1, 2)

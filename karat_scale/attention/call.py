@@ -40,7 +40,7 @@ class UnitsCall(NamedTuple):
         bias: added to the scores; broadcastable to [B, h, N, M].
         mask: boolean, broadcastable to [B, h, N, M]; a false pair adds nothing to H.
         cut: boolean, broadcastable to [B, h, N, P]; where false, S is 0.
-        basis, base: phi_pq(x) less b(x), and b(x) by name.
+        basis, base: the basis of the learnable part of phi_pq(x), and the name of b(x).
         on_simplex: projects each row of S onto the simplex.
     """
 
@@ -74,7 +74,7 @@ def check_call(call: FourierCall) -> None:
 
 
 def check_tokens(query: Tensor, key: Tensor, value: Tensor | None) -> tuple[int, int]:
-    """h and N of query, key and value; raises ValueError where these do not fit each other."""
+    """Return h and N of query, key and value; raise ValueError if their shapes or dtypes do not fit."""
     _check_float("query", query, "[B, h, N, d]")
     if query.dim() != 4 or 0 in query.shape[1:]:
         raise _wrong_shape("query", query, "[B, h, N, d] with h, N and d of at least 1")
@@ -165,7 +165,7 @@ def register_function(
     """Register O = f(A) V of query, key, value and the settings of f, and the gradients. It is differentiable once.
 
     Args:
-        settings: their types and names, as torch.library has them.
+        settings: the types and names of f's settings, in torch.library's notation.
     """
     inputs = f"Tensor query, Tensor key, Tensor value, {settings}"
     gradients = ", ".join(["Tensor"] * inputs.count("Tensor "))
@@ -216,7 +216,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
 
 
 def autocast_is_on(device_type: str) -> bool:
-    """Return whether operations on such a device are cast now."""
+    """Return whether autocast is on for this type of device."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
@@ -234,7 +234,7 @@ def project(rows: Tensor, keep: Tensor | None = None) -> Tensor:
     counts = torch.arange(1, rows.shape[-1] + 1, dtype=rows.dtype, device=rows.device)
     in_support = descending * counts > descending.cumsum(-1) - 1
     size = in_support.sum(-1, keepdim=True).clamp_(min=1)
-    # The kept sum is taken of the rows themselves, so that autograd sees lambda.
+    # lambda is computed from the rows themselves, so that autograd sees it.
     smallest = descending.gather(-1, size - 1)
     support = (rows >= smallest) & rows.isfinite()
     threshold = (torch.where(support, rows, 0).sum(-1, keepdim=True) - 1) / support.sum(-1, keepdim=True).clamp_(min=1)
@@ -243,7 +243,7 @@ def project(rows: Tensor, keep: Tensor | None = None) -> Tensor:
 
 
 def pull_back(projected: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of the rows: on the support, less its mean there; elsewhere 0."""
+    """Return the gradient of the rows: `grad` minus its mean on the support, and 0 elsewhere."""
     support = projected > 0
     kept = torch.where(support, grad, 0)
     mean = kept.sum(-1, keepdim=True) / support.sum(-1, keepdim=True).clamp_(min=1)

@@ -1,4 +1,4 @@
-"""KArAt attention by PyTorch's FlexAttention, which shares no line and no kernel with the other implementations.
+"""KArAt attention by PyTorch's FlexAttention, whose kernels share nothing with those of the other implementations.
 
 FlexAttention changes each score by a function and applies softmax. A positive function g needs no softmax: with log g
 as the new score, softmax gives g / l, where l is the sum of g over the keys, and FlexAttention returns log l as well.
@@ -7,7 +7,7 @@ A shift c makes a bounded function f positive, so with O' = softmax(log(f(A) + c
     sum_q f(A[k, q]) C[q] = l[k] O'[k] - c sum_q C[q].
 
 For H, the 2 G harmonics are a batch of such calls. For the content form, f is psi and the C[q] are the values. The
-backward pass is written out in plain PyTorch: that of `streaming` for H, and one of its own for psi.
+backward pass is written out in plain PyTorch: for H it is the one of `streaming`, for psi it is in this file.
 
 On a GPU, torch.compile makes one kernel of it. On a CPU, PyTorch has only a forward pass that holds every f(A).
 """
@@ -32,7 +32,7 @@ from karat_scale.attention.call import (
 )
 from karat_scale.attention.routes import plan_tiles, workspace_budget
 
-# What is added to a cosine or sine. Nearer to 1 the logarithm is steeper; farther off, more digits cancel.
+# The shift c of a cosine or sine. Nearer to 1 the logarithm is steeper; farther off, more digits cancel.
 SHIFT = 1.5
 # The least width of heads that FlexAttention's kernels for GPUs take.
 LEAST_WIDTH = 16
@@ -41,7 +41,7 @@ WRONG = 0.02
 
 
 def refusal(call: FourierCall) -> str | None:
-    """Why `attend` cannot take the call, or None."""
+    """Return why `attend` cannot take the call, or None."""
     device = call.query.device
     if device.type == "cpu":
         return _base_or_mask(call)
@@ -49,21 +49,21 @@ def refusal(call: FourierCall) -> str | None:
 
 
 def device_refusal(device: torch.device) -> str | None:
-    """Why FlexAttention does not run on a device, or None."""
+    """Return why FlexAttention does not run on a device, or None."""
     if device.type not in ("cpu", "cuda"):
         return f"it needs tensors on a GPU or a CPU and these are on {device.type}"
     return problem() if device.type == "cuda" else None
 
 
 def call_refusal(call: FourierCall) -> str | None:
-    """Why `attend` cannot take the call on a GPU that runs FlexAttention, or None."""
+    """Return why `attend` cannot take the call on a GPU that runs FlexAttention, or None."""
     if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in call):
         return "it computes in float32 on a GPU and an argument is float64"
     return width_refusal(min(call.query.shape[-1], call.value.shape[-1])) or _base_or_mask(call)
 
 
 def width_refusal(width: int) -> str | None:
-    """Why FlexAttention's kernels for GPUs cannot take heads of a width, or None."""
+    """Return why FlexAttention's kernels for GPUs cannot take heads of a width, or None."""
     if width < LEAST_WIDTH:
         return f"on a GPU its heads are at least {LEAST_WIDTH} wide and these are {width}"
     return None
@@ -76,11 +76,11 @@ def _base_or_mask(call: FourierCall) -> str | None:
 
 
 def problem() -> str | None:
-    """Why FlexAttention does not run on this machine's GPU, or None; found out once a process by a small call."""
+    """Return why FlexAttention does not run on this GPU, or None; each process finds out once, by a small call."""
     return _problem()
 
 
-# What torch.compiler.assume_constant_result does, without the second that importing the compiler takes.
+# The same as torch.compiler.assume_constant_result, without the second that importing the compiler takes.
 problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -100,7 +100,7 @@ def _problem() -> str | None:
 
 
 def attend(call: FourierCall) -> Tensor:
-    """O [B, h, N, dv] in the value's dtype; differentiable once. `refusal` must have said None.
+    """O [B, h, N, dv] in the value's dtype; differentiable once. `refusal` must have returned None.
 
     Scores, features and sums are float32 or, on a CPU, float64 where an argument is.
     """
@@ -123,7 +123,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         return torch.log(torch.where(feature < grid, torch.cos(angle), torch.sin(angle)) + SHIFT)
 
     with full_precision(query.device):
-        # The batch of the call is that of the features, which all read the same queries and keys.
+        # The features are the batch of the call: all of them read the same queries and keys.
         q, k = (x.to(dtype).flatten(0, 1).expand(2 * grid, -1, -1, -1) for x in (query, key))
         columns = coef.permute(1, 0, 3, 2)
         read, total = _attend_by(log_feature, q, k, columns.repeat(1, batch, 1, 1))
@@ -176,7 +176,7 @@ torch.library.register_autograd(
 def attend_psi(query: Tensor, key: Tensor, value: Tensor, psi: Tensor) -> Tensor:
     """O [B, h, N, dv] = psi(A) V, A = Q K^T / sqrt(d), in the value's dtype; differentiable once.
 
-    `refusal` must have said None of a call with these tensors.
+    `refusal` must have returned None for a call with these tensors.
 
     Args:
         psi: [h, 2 G + 1], c, a_1 to a_G and b_1 to b_G of psi(x) = c + sum_m a_m cos(m x) + b_m sin(m x).
@@ -236,7 +236,7 @@ def _pull_back(
 ) -> tuple[Tensor, ...]:
     """The gradients of query, key and value of O = f(A) V, a tile of scores at a time.
 
-    function: takes a head, scores and the gradient of f(A) there; returns f(A) and its derivative.
+    `function` takes a head, its scores and the gradient of f(A) there; it returns f(A) and its derivative.
     """
     batch, heads, tokens, width = query.shape
     scale = width**-0.5
@@ -263,8 +263,8 @@ register_function(_library, "flex_psi", _psi_forward, _psi_backward, "Tensor psi
 class Pointwise(NamedTuple):
     """A fixed function f of a score x. `size` is N, the tokens for which the heads were built.
 
-    log: of x, size and a sign s, the logarithm of the positive part of s f(x). negative: whether f has a negative part.
-    slope: of x and size, f and its derivative.
+    `log` takes x, size and a sign s and returns the logarithm of the positive part of s f(x). `slope` takes x and size
+    and returns f and its derivative. `negative` says whether f has a negative part.
     """
 
     log: Callable[[Tensor, int, int], Tensor]
@@ -285,13 +285,13 @@ POINTWISE = {
         negative=True,
     ),
 }
-"""By `attention.kind`; the formulas are those of `PointwiseHeads`."""
+"""The functions by `attention.kind`; the formulas are those of `PointwiseHeads`."""
 
 
 def attend_pointwise(kind: str, size: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """O [B, h, N, dv] = f(A) V with f of `POINTWISE`, in the value's dtype; differentiable once.
 
-    `width_refusal` and `device_refusal` must have said None on a GPU.
+    On a GPU, `width_refusal` and `device_refusal` must have returned None.
     """
     output: Tensor = torch.ops.karat_scale.flex_pointwise_forward(query, key, value, kind, size)
     return output

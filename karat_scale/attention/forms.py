@@ -18,7 +18,7 @@ from karat_scale.attention.call import FourierCall, UnitsCall, compute_dtype, fu
 FORMS = ("modular", "project_first", "two_operators", "full_rank")
 # What is projected onto the simplex: nothing, the N entries of each row of S, or the r of each row of H, before W.
 Simplex = bool | Literal["hidden"]
-# Before the names of the second operator's parameters.
+# The prefix of the names of the second operator's parameters.
 SECOND = "second_"
 
 
@@ -43,7 +43,7 @@ def check_simplex(simplex: Simplex, form: str) -> None:
 
 
 def has_projector(form: str) -> bool:
-    """Whether the form has a W."""
+    """Return whether the form has a W."""
     return form in ("modular", "project_first")
 
 
@@ -87,13 +87,13 @@ def check_parameters(given: FormCall) -> None:
 
 
 def check_names(parameters: Mapping[str, Tensor], expected: Collection[str]) -> None:
-    """Raises ValueError unless the parameters bear just these names."""
+    """Raises ValueError unless the parameters have exactly these names."""
     if set(parameters) != set(expected):
         raise ValueError(f"parameters are named {', '.join(parameters)}: expected {', '.join(expected)}")
 
 
 def _first_rank(basis: Basis, parameters: Mapping[str, Tensor], heads: int, tokens: int) -> int:
-    """r, read off the first parameter."""
+    """Return r, read from the shape of the first parameter."""
     name, shape = next(iter(basis.shapes(heads, -1, tokens).items()))
     found = parameters.get(name)
     if isinstance(found, Tensor) and found.dim() == len(shape):
@@ -134,8 +134,8 @@ def karat_attention(
 
     Args:
         query, key, value: [B, h, N, d], of any floating dtype and strides.
-        basis: a basis, or the name of one with its default settings.
-        parameters: by name, of the shapes of `parameter_shapes`.
+        basis: a basis, or the name of a basis, which then has its default settings.
+        parameters: the basis's parameters by name, with the shapes of `parameter_shapes`.
         proj: W [h, N, r], for the first two forms.
         base: b(x): "zero", "identity", "silu" or "gelu".
         bias: added to the scores; broadcastable to [B, h, N, N].
@@ -143,7 +143,7 @@ def karat_attention(
             adds nothing to Phi(A)[k, :] or to (A W)[k, :], and S[k, q] = 0.
         simplex: True projects each row of S onto the probability simplex, and "hidden" each row of H, in the modular
             form.
-        implementation: "reference", "streaming" or "auto"; others have the modular Fourier form only.
+        implementation: "reference", "streaming" or "auto"; the others support only the modular Fourier form.
 
     Returns:
         O [B, h, N, d], in the value's dtype or, under autocast, in autocast's.
@@ -212,7 +212,7 @@ def _check(given: FormCall, implementation: str) -> FourierCall | None:
 
 
 def fourier_call(given: FormCall) -> FourierCall:
-    """Return the call of `fourier_karat_attention` that is the same."""
+    """Return the equivalent call of `fourier_karat_attention`."""
     assert isinstance(given.basis, Fourier)
     assert given.proj is not None
     coefficients = given.basis.series(given.parameters)
@@ -275,7 +275,7 @@ def _hidden(attend: Callable[[UnitsCall], Tensor], units: UnitsCall) -> Tensor:
     return attend(units._replace(value=values, proj=proj, cut=None, on_simplex=False))
 
 
-# By which a masked W A is an H.
+# With this basis, H is a masked A W.
 _LINEAR = Linear()
 key_of(_LINEAR)  # a compiled call may not be the first to name it
 
@@ -307,7 +307,7 @@ def karat_flops(
         output = 2 * n * n * r + values if simplex is True or masked else 4 * n * r * d
         head = scores + function * n * n * r + output
     elif form == "project_first":
-        # A mask is of pairs, so that it needs A itself.
+        # A mask applies to pairs, so it needs A itself.
         head = (scores + 2 * n * n * r if masked else 4 * n * r * d) + function * n * n * r + values
     elif form == "two_operators":
         head = scores + 2 * function * n * n * r + values

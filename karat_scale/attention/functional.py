@@ -18,7 +18,7 @@ IMPLEMENTATIONS: dict[str, Callable[[FourierCall], Tensor]] = {
     "triton": triton_fourier.attend,
     "flex": flex.attend,
 }
-# Why an implementation cannot take a call, or None. Others take any.
+# For each implementation: why it cannot take a call, or None. The others take any call.
 REFUSALS: dict[str, Callable[[FourierCall], str | None]] = {
     "cpu": cpu.refusal,
     "triton": triton_fourier.refusal,
@@ -30,7 +30,7 @@ REFUSALS_ON_A_GPU = {
     "triton": triton_fourier.call_refusal,
     "flex": flex.call_refusal,
 }
-# What "auto" tries, the fastest first. On a CPU, FlexAttention holds all features at once.
+# The implementations that "auto" tries, the fastest first. On a CPU, FlexAttention holds all features at once.
 AUTOMATIC = ("triton", "cpu", "streaming")
 AUTOMATIC_ON_A_GPU = ("triton", "flex", "streaming")
 # The kernels that are made for a kind of device.
@@ -68,7 +68,7 @@ def fourier_karat_attention(
 
     Returns:
         O, [B, h, N, d], in the value's dtype or, under autocast, in autocast's. Scores, features and sums are
-        float32 (float64 where an input is), under autocast too. The gradient reaches all but the mask, once.
+        float32 (float64 where an input is), under autocast too. All tensors but the mask have gradients, once.
 
     Raises:
         ValueError: a shape, dtype, device or name does not fit, or the implementation asked for by name cannot take
@@ -126,10 +126,10 @@ def identity(query: Tensor) -> Tensor:
 def content_kernel(call: FourierCall, implementation: str) -> str | None:
     """Return what computes psi of the content form of a call: "cpu", "triton", "flex", or None where none does.
 
-    "cpu" computes psi and units together. The others compute psi(A) V alone. None does with a bias or a mask.
+    "cpu" computes psi and units together. The others compute only psi(A) V. None supports a bias or a mask.
 
     Args:
-        implementation: as of `fourier_karat_attention`.
+        implementation: a name, or "auto", as in `fourier_karat_attention`.
     """
     attend = _check_and_choose(implementation, call)
     if call.bias is not None or call.mask is not None:
@@ -137,7 +137,7 @@ def content_kernel(call: FourierCall, implementation: str) -> str | None:
     return next((name for name in ("cpu", "triton", "flex") if attend is IMPLEMENTATIONS[name]), None)
 
 
-# What was chosen for calls like those so far, on devices where checking and choosing takes longer than the launches.
+# The implementations chosen so far, by what calls look like, on devices where checking takes longer than launching.
 _chosen: dict[tuple[Any, ...], Callable[[FourierCall], Tensor]] = {}
 _REMEMBERED_DEVICES = ("cuda",)
 _MOST_REMEMBERED = 4096

@@ -1,4 +1,4 @@
-"""The modules that replace softmax in an attention layer: KArAt's operator, alone or beside softmax.
+"""The modules that replace softmax in an attention layer: KArAt's operator, alone or combined with softmax.
 
 They own KArAt's parameters: those of every unit, and the projector W of every head. `AttentionHeads` is the interface
 that the rest of the project uses.
@@ -49,7 +49,7 @@ from karat_scale.attention.softmax import softmax_attention, softmax_scores, sta
 
 
 class LayerCall(NamedTuple):
-    """What a layer gives its heads: their width d, the device, and whether there are a bias and a mask."""
+    """A layer's call of its heads: their width d, the device, and whether there are a bias and a mask."""
 
     width: int
     device: torch.device
@@ -60,7 +60,7 @@ class LayerCall(NamedTuple):
 class AttentionHeads(nn.Module):
     """Computes O = S V from query, key and value [B, h, N, d] of `num_heads` heads, with the optional bias and mask.
 
-    `forward(query, key, value, bias, mask)` is every subclass's own. The first axis of each parameter is that of heads.
+    Every subclass defines `forward(query, key, value, bias, mask)`. The first axis of each parameter is the heads.
     """
 
     num_heads: int
@@ -68,20 +68,20 @@ class AttentionHeads(nn.Module):
     _shown: tuple[str, ...] = ()
     """The settings that `repr` shows."""
     without_kernels = "PyTorch"
-    """What runs if `implementation` is "auto" and the heads have no kernels."""
+    """The name of what runs if `implementation` is "auto" and the heads have no kernels."""
     sees_input = False
-    """Whether they are `InputHeads`, or around such heads."""
+    """Whether the heads are `InputHeads`, or wrap such heads."""
     is_linear = True
     """Whether O = S V, with the S of `scores`."""
     multiplies_parameters = True
     """Whether a factor of the products that `flops` counts is a parameter, if the heads have any."""
     token_axes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
-    """By parameter, its axes of N tokens: images of another size interpolate it along them."""
+    """The axes of N tokens by parameter: for images of another size, the parameter is interpolated along them."""
     summed_axes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
-    """Those of `token_axes` over which attention sums, so that twice as many tokens halve the parameter."""
+    """The axes in `token_axes` over which attention sums, so that twice as many tokens halve the parameter."""
 
     def scores(self, query: Tensor, key: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Return the learned attention S [B, h, N, N], for analysis: by default what the heads make of V = 1."""
+        """Return the learned attention S [B, h, N, N], for analysis: by default the heads' output for V = I."""
         matrix: Tensor = self(query, key, _identity(query), bias, mask)
         return matrix
 
@@ -95,15 +95,15 @@ class AttentionHeads(nn.Module):
         return query, key
 
     def function_of_score(self, scores: Tensor) -> Tensor | None:
-        """Return what each head makes of each score alone [..., h, n, N], of scores [..., h, n, N]; None by default."""
+        """Return each head's function of every single score, for scores [..., h, n, N]; None by default."""
         return None
 
     def flops(self, tokens: int, width: int, masked: bool = False) -> int:
         """Return the operations of a forward pass on one item of N tokens and heads of width d, as the equations need.
 
-        A multiply-add is two. Elementwise work does not count, as is usual for MFU; a function with K coefficients
-        counts as K multiply-adds per evaluation. masked: pairs are masked, so that S is needed. Heads without a method
-        of their own are counted by what PyTorch runs.
+        A multiply-add counts as two. Elementwise work does not count, as is usual for MFU; a function with K
+        coefficients counts as K multiply-adds per evaluation. masked: pairs are masked, so that S is needed. Heads
+        that do not override this method are counted by what PyTorch runs.
         """
         raise NotImplementedError
 
@@ -112,7 +112,7 @@ class AttentionHeads(nn.Module):
         return None
 
     def refusal(self, layer: LayerCall) -> str | None:
-        """Return why the requested implementation cannot run what the layer gives; None if it can."""
+        """Return why the requested implementation cannot run the layer's call; None if it can."""
         call = self.example(layer)
         return None if call is None else functional.refusal(self.implementation, call)
 
@@ -153,7 +153,7 @@ class InputHeads(AttentionHeads):
 
 
 def _identity(query: Tensor) -> Tensor:
-    """[B, h, N, N]."""
+    """The identity [B, h, N, N]."""
     tokens = query.shape[2]
     return torch.eye(tokens, dtype=query.dtype, device=query.device).expand(*query.shape[:2], tokens, tokens)
 
@@ -233,17 +233,17 @@ class KaratOperator(FourierHeads):
     Args:
         num_tokens: N, class token included.
         num_heads: h.
-        basis: a basis, or the name of one with its default settings.
+        basis: a basis, or the name of a basis, which then has its default settings.
         rank: r, the width of H; without effect in the full-rank form.
         form: "modular", "project_first", "two_operators" or "full_rank" (see `karat_attention`).
         base: base activation b(x): "zero", "identity", "silu" or "gelu".
-        init: "variance_preserving", by which O has the values' variance while the scores are standard normal; "paper"
+        init: "variance_preserving", with which O has the values' variance while the scores are standard normal; "paper"
             (see the basis's `initialise`, and `initialise_projector`); "fourier_kan", the paper's with Fourier
-            coefficients from N(0, 1 / (q G)), for q inputs; "wav_kan", the paper's with the weights of wavelets
-            uniform in +-1 / sqrt(q); or "softmax_like" (see `start_like_softmax`).
+            coefficients from N(0, 1 / (q G)), for q inputs; "wav_kan", the paper's with the weights of wavelets uniform
+            in +-1 / sqrt(q); or "softmax_like" (see `start_like_softmax`).
         simplex: as in `karat_attention`.
         implementation: as in `karat_attention`.
-        device, dtype: of the parameters.
+        device, dtype: the device and dtype of the parameters.
 
     Raises ValueError when a count is not a positive integer or a name is unknown.
     """
@@ -313,7 +313,7 @@ class KaratOperator(FourierHeads):
         if second:
             self.basis.initialise(second, drawn)
         if self.init == VARIANCE_PRESERVING and self.form != "modular":
-            # These functions give the entries of S, of which N meet the values.
+            # These functions give the entries of S, and each output sums N of them.
             for name in self.basis.amplitudes:
                 (second or first)[name].mul_(self.num_tokens**-0.5)
 
@@ -357,7 +357,7 @@ class FourierKaratOperator(KaratOperator):
 
     Args:
         grid: G, the number of harmonics.
-        gains: adds KAN's two gains of each function, see `Fourier`. The others are those of `KaratOperator`.
+        gains: whether each function also has KAN's two gains, see `Fourier`. The other arguments are `KaratOperator`'s.
     """
 
     _shown = ("num_tokens", "num_heads", "rank", "grid", "base", "init", "implementation")
@@ -398,9 +398,9 @@ class FourierKaratOperator(KaratOperator):
         mask: Tensor | None = None,
         attend: Callable[[FourierCall], Tensor] | None = None,
     ) -> Tensor:
-        """Return O as `KaratOperator` does, or what `attend` makes of the call.
+        """Return O as `KaratOperator` does, or `attend` of the call.
 
-        A form that builds on this one passes `attend`: only during this forward are the parameters whole at ZeRO-3.
+        A form that builds on this one passes `attend`: at ZeRO-3 the parameters are whole only during this forward.
         """
         if attend is None:
             return super().forward(query, key, value, bias, mask)
@@ -524,7 +524,7 @@ class HybridHeads(nn.Module):
         return torch.cat((softmax_scores(*alone).to(learned.dtype), learned), 1)
 
     def bounded(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """See `AttentionHeads`; those of softmax heads do not change."""
+        """See `AttentionHeads`; query and key of softmax heads do not change."""
         alone = self.softmax_heads
         bounded = self.operator.bounded(query[:, alone:], key[:, alone:])
         return torch.cat((query[:, :alone], bounded[0]), 1), torch.cat((key[:, :alone], bounded[1]), 1)
@@ -537,7 +537,7 @@ class HybridHeads(nn.Module):
         """Return the parts of softmax's heads and of the others, of a tensor [..., h or 1, N, d or N]."""
         if tensor is None or tensor.dim() < 3 or tensor.shape[-3] == 1:
             return tensor, tensor
-        # Its backward pass writes each gradient once, where slices would fill and add a whole tensor each.
+        # The backward pass of a split writes each gradient once; slices would each fill and add a whole tensor.
         alone, others = tensor.split((self.softmax_heads, self.operator.num_heads), -3)
         return alone, others
 

@@ -3,8 +3,8 @@
 Published: sigmoid and polynomial attention, which replace softmax by a function of each score; gated attention, whose
 heads can be switched off by their input; differential attention, the difference of two softmaxes.
 
-Ours: `QueryOnly` keeps KArAt's functions and W but has no scores, so that nothing is N x N. `Centred` takes out of S
-what all queries share, which is nearly all of a trained KArAt's S, and gives it a matrix of its own.
+Ours: `QueryOnly` keeps KArAt's functions and W but has no scores, so that nothing is N x N. `Centred` moves the part of
+S that all queries share, nearly all of a trained KArAt's S, into a separate matrix.
 """
 
 import math
@@ -47,7 +47,7 @@ class PointwiseHeads(AttentionHeads):
     ) -> Tensor:
         """O [B, h, N, d] of query, key and value [B, h, N, d]; bias and mask as in `karat_attention`.
 
-        Raises ValueError for a bias or a mask that FlexAttention is to take.
+        Raises ValueError for a bias or a mask if the implementation is FlexAttention.
         """
         if self.implementation != "flex":
             return attend_rows(self._rule(), query, key, value, bias, mask, self.implementation == "reference")
@@ -110,12 +110,12 @@ class PolynomialHeads(PointwiseHeads):
 
 
 class GatedHeads(InputHeads):
-    """O = sigmoid(x w) softmax(A) V, gated attention (arXiv 2505.06708), in its form with one gate of each head.
+    """O = sigmoid(x w) softmax(A) V, gated attention (arXiv 2505.06708), in its form with one gate per head.
 
     Args:
         num_heads: h.
         embed_dim: D, the width of the layer's input x.
-        device, dtype: of `gate_weight` w [h, D].
+        device, dtype: the device and dtype of `gate_weight` w [h, D].
     """
 
     _shown = ("num_heads", "embed_dim")
@@ -136,7 +136,7 @@ class GatedHeads(InputHeads):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start as timm's linear layers do, with gates near 1/2."""
+        """Initialise like timm's linear layers, with gates near 1/2."""
         nn.init.trunc_normal_(self.gate_weight, std=0.02)
 
     def forward(
@@ -164,13 +164,13 @@ class DifferentialHeads(AttentionHeads):
 
     The two scores are of the two halves of query and key. O is 0.2 RMSNorm(S V) by head, and lambda =
     exp(l_q1 l_k1) - exp(l_q2 l_k2) + 0.8. The paper's 0.8 falls to 0.2 towards the first block; it also tries 0.8 in
-    all blocks, and calls its results relatively robust to that. Each head learns a lambda and a norm of its own; the
-    paper's heads share them.
+    all blocks, and calls its results relatively robust to that. Each head learns its own lambda and norm; the paper's
+    heads share them.
 
     Args:
         num_heads: h.
         width: d, which must be even.
-        device, dtype: of the parameters: the four `lambda_*` [h, d / 2], and `norm_weight` [h, d].
+        device, dtype: the device and dtype of the parameters, four `lambda_*` [h, d / 2] and `norm_weight` [h, d].
     """
 
     _shown = ("num_heads", "width")
@@ -235,10 +235,10 @@ class DifferentialHeads(AttentionHeads):
 
 
 class QueryOnly(AttentionHeads):
-    """S = H W^T where H[k] is a KAN layer of the query alone: H[k, p] = sum_i phi_pi(Q[k, i]), a Fourier series each.
+    """S = H W^T where H[k] is a KAN layer of only the query: H[k, p] = sum_i phi_pi(Q[k, i]), a Fourier series each.
 
-    KArAt without scores: each token asks for r mixtures of all values by what it is, and sees no key. The cost grows
-    with N, not with its square. A bias of pairs has no effect; for a mask, S is formed. Ours, not the paper's.
+    KArAt without scores: each token weights r mixtures of all values by its query, and sees no key. The cost grows with
+    N, not with its square. A bias of pairs has no effect; with a mask, S is formed. Ours, not the paper's.
 
     Args:
         num_tokens: N, class token included.
@@ -246,7 +246,7 @@ class QueryOnly(AttentionHeads):
         width: d.
         rank: r.
         grid: G.
-        device, dtype: of `query_cos` and `query_sin` [h, r, d, G], and W, `proj` [h, N, r].
+        device, dtype: the device and dtype of `query_cos` and `query_sin` [h, r, d, G], and of W, `proj` [h, N, r].
     """
 
     _shown = ("num_tokens", "num_heads", "width", "rank", "grid")
@@ -323,16 +323,16 @@ class Centred(WrappedHeads):
 
     More than nine tenths of the energy of a trained KArAt's S is the same row for every query. Here that part, and all
     else that is the same for every image, is a learned matrix of rank r, and the functions learn what differs between
-    queries. O needs no N x N matrix: the mean over queries of K V is that of the operator's output. For a mask S is
-    formed; K is then without masked pairs, and so is S. Ours, not the paper's.
+    queries. O needs no N x N matrix: the mean over queries of K V is the mean of the operator's output. With a mask, S
+    is formed, and masked pairs are 0 in K and in S. Ours, not the paper's.
 
     Args:
         num_tokens: N, class token included.
         num_heads: h.
-        rank: r, of both parts.
+        rank: the rank r of both parts.
         grid: G.
         base, init, implementation: as in `FourierKaratOperator`.
-        device, dtype: of the operator, and of `left` L and `right` R [h, N, r].
+        device, dtype: the device and dtype of the operator, and of `left` L and `right` R [h, N, r].
     """
 
     token_axes = MappingProxyType({"left": (1,), "right": (1,)})

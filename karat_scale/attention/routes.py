@@ -3,7 +3,7 @@
 A tile is a slice of the batch and of the query rows of one head: scores [b, rows, M] over M keys. M is N, except in
 forms whose scores are no matrix of token pairs.
 
-There are three routes. The cheapest that is possible is taken.
+There are three routes, and the cheapest possible one is taken.
 
 - Narrow: with a W, O = H (W^T V), and the r x dv matrix W^T V stands for all keys.
 - Rows: what acts on entries or rows of S (a mask, the simplex) needs these, formed one tile at a time.
@@ -24,12 +24,12 @@ from karat_scale.attention import call as simplex
 from karat_scale.attention.bases import BaseActivation, ElementwiseBasis, FeatureBasis
 from karat_scale.attention.call import UnitsCall
 
-# Matrix products over fewer rows than this are slow, so very long sequences take more room instead.
+# Matrix products over fewer rows than this are slow, so very long sequences take more memory instead.
 MIN_ROWS = 32
 
 
 class Tiling(NamedTuple):
-    """The slices that cut a head."""
+    """The slices that divide a head into tiles."""
 
     batches: list[slice]
     rows: list[slice]
@@ -40,7 +40,7 @@ class Tiling(NamedTuple):
 
     @property
     def one_item(self) -> bool:
-        """Whether no tile holds two items of the batch."""
+        """Return whether no tile holds two items of the batch."""
         return all(batch.stop - batch.start == 1 for batch in self.batches)
 
 
@@ -50,9 +50,9 @@ def workspace_budget(device: torch.device) -> int:
 
 
 def plan_tiles(batch: int, queries: int, row: int, budget: int) -> Tiling:
-    """As many whole score matrices as fit, else some rows of one.
+    """Return tiles of as many whole score matrices as fit, else of some rows of one.
 
-    `row` is what a tile holds for each row, in elements; a tile holds at most `budget` (or MIN_ROWS rows).
+    `row` is the number of elements that a tile holds for each row; a tile holds at most `budget` (or MIN_ROWS rows).
     """
     matrices = budget // (queries * row)
     if matrices > 0:
@@ -106,7 +106,7 @@ class Tile(ABC):
     def pull_back(
         self, grad_hidden: Tensor, coef: Tensor, grad_coef: Tensor, activation: BaseActivation | None
     ) -> Tensor:
-        """The gradient of the scores, in an array the next tile overwrites; adds to that of coef [K, r, M]."""
+        """The gradient of the scores, in an array the next tile overwrites; adds to the gradient of coef [K, r, M]."""
         grad_scores = self._pull_back_learned(grad_hidden, coef, grad_coef)
         if activation is not None:
             grad_scores += activation.derivative(self._scores) * grad_hidden.sum(-1, keepdim=True)
@@ -218,7 +218,7 @@ class Workspace:
 class Head:
     """One head's share of a call: V [B, P, dv], C [K, r, M], W [P, r] and, where there is a W, H [B, N, r].
 
-    is_cut: some entries of S are 0.
+    `is_cut` says that some entries of S are 0.
     """
 
     value: Tensor
@@ -241,27 +241,27 @@ class HeadGradients:
 
 
 class Route:
-    """A head's tiles, all of them and in order, go through `read`, or through `pull_back`."""
+    """All tiles of a head go, in order, through `read` or through `pull_back`."""
 
     def __init__(self, head: Head) -> None:
         self._head = head
 
     def read(self, tile: Tile, cut: Tensor | None, batch: slice, rows: slice, output: Tensor) -> None:
-        """Reads a tile at (batch, rows), of whose S the entries where `cut` is false are 0, into O [B, N, dv]."""
+        """Reads the tile at (batch, rows) into O [B, N, dv]. Entries of its S where `cut` is false are 0."""
         raise NotImplementedError
 
     def finish_reading(self, output: Tensor) -> None:
-        """What is left to write into O after the last tile."""
+        """Writes into O what is left after the last tile."""
 
     def start_pull_back(self, grads: HeadGradients) -> None:
-        """What is to be done before the first tile."""
+        """Prepares for the first tile."""
 
     def pull_back(self, tile: Tile, cut: Tensor | None, batch: slice, rows: slice, grads: HeadGradients) -> Tensor:
-        """The gradient of a tile's scores, in an array the next tile overwrites; adds to the head's others."""
+        """The gradient of a tile's scores, in an array the next tile overwrites; adds to the head's other gradients."""
         raise NotImplementedError
 
     def finish_pull_back(self, grads: HeadGradients) -> None:
-        """What is left to add after the last tile."""
+        """Adds what is left after the last tile."""
 
 
 class Narrow(Route):
@@ -272,11 +272,11 @@ class Narrow(Route):
         tile.sum_units(self._head.coef, self._head.activation, out=self._head.hidden[batch, rows])
 
     def finish_reading(self, output: Tensor) -> None:
-        """Every O at once."""
+        """Computes every O at once."""
         output.copy_(torch.bmm(self._head.hidden, self._values()))
 
     def start_pull_back(self, grads: HeadGradients) -> None:
-        """The gradients of H, V and W."""
+        """Computes the gradients of H, V and W."""
         head = self._head
         assert head.proj is not None
         self._grad_hidden = torch.bmm(grads.output, self._values().mT)
@@ -331,7 +331,7 @@ class Rows(Route):
 class Spread(Route):
     """O = sum_f f(A) U_f with U_f = C_f^T V, for tiles of one item of the batch.
 
-    U_f^T [dv, M] are to the item what C_f [r, M] are to a head: its "H" is O.
+    For an item, U_f^T [dv, M] takes the place of a head's C_f [r, M], and O the place of H.
     """
 
     _item = -1
@@ -350,7 +350,7 @@ class Spread(Route):
         return tile.pull_back(grads.output[batch, rows], self._spread, self._grad_spread, None)
 
     def finish_pull_back(self, grads: HeadGradients) -> None:
-        """From an item's U back to V and C."""
+        """Propagates the gradient of an item's U to V and C."""
         if self._item < 0:
             return
         value, coef = self._head.value[self._item], self._head.coef

@@ -1,15 +1,14 @@
-"""Softmax attention with the arguments of KArAt's, and initial values with which KArAt's S is near softmax(A).
+"""Softmax attention with KArAt's arguments, and initial values with which KArAt's S is near softmax(A).
 
 The attention is for heads that keep softmax. The initial values are for the Fourier operator, modular or of full rank.
-At the start of a ViT scores are small, and there
+In an untrained ViT scores are small, and there
 
     softmax(A) ~ (1 / N) (1 1^T + exp(A) P),  P = I - 1 1^T / N,
 
 up to the spread of the rows' sums, which is of second order in A. A Fourier series of G harmonics fits exp(x), except
 for a constant that P removes. Another one, of cosines, fits 1. So the full-rank form is softmax up to these fits.
-The modular form has r - 1 units in addition to that of the constant: P becomes U U^T, where the columns of U
-[N, r - 1] are orthonormal and sum to zero. Unit j is phi_jq(x) = U_qj exp(x), and W_j = U_j / N. This is ours, not
-the paper's.
+The modular form has r - 1 units in addition to the constant's unit: P becomes U U^T, where the columns of U [N, r - 1]
+are orthonormal and sum to zero. Unit j is phi_jq(x) = U_qj exp(x), and W_j = U_j / N. This is ours, not the paper's.
 """
 
 import math
@@ -43,7 +42,7 @@ def softmax_scores(query: Tensor, key: Tensor, bias: Tensor | None = None, mask:
 
 
 def _join(bias: Tensor | None, mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """The two as one `attn_mask` of PyTorch's, which must have N columns."""
+    """Return bias and mask as PyTorch's one `attn_mask`, which must have N columns."""
     if bias is None:
         return None if mask is None else mask.expand(*mask.shape[:-2], *query.shape[2:3] * 2)
     bias = bias.to(query.dtype)
@@ -51,7 +50,7 @@ def _join(bias: Tensor | None, mask: Tensor | None, query: Tensor) -> Tensor | N
     return joined.expand(*joined.shape[:-2], *query.shape[2:3] * 2)
 
 
-# Half the width of the scores fitted: their standard deviation at a ViT's start is about 4e-4 D.
+# Half the width of the fitted range of scores: in an untrained ViT, their standard deviation is about 4e-4 D.
 REACH = 0.5
 POINTS = 201
 
@@ -112,9 +111,9 @@ def _phases(grid: int) -> tuple[Tensor, Tensor]:
 def smooth_modes(tokens: int, count: int) -> Tensor:
     """U [N, count], float64: orthonormal columns that sum to zero, of class and register tokens and of low frequencies.
 
-    N tokens are taken for the largest square of patches, and class and register tokens before it. Columns have the
-    signs of the Gram-Schmidt process: those of LAPACK's differ between libraries, and checkpoints rely on them. Raises
-    ValueError when there are fewer than `count` such columns.
+    N tokens are taken as the largest square of patches, with class and register tokens before it. Columns have the
+    signs of the Gram-Schmidt process: LAPACK's signs differ between libraries, and checkpoints rely on the signs.
+    Raises ValueError when there are fewer than `count` such columns.
     """
     if count >= tokens:
         raise ValueError(

@@ -34,7 +34,7 @@ Forward = Callable[..., tuple[Tensor, Tensor]]
 def attend(call: FourierCall, forward: Forward | None = None) -> Tensor:
     """O [B, h, N, dv] in the value's dtype, of the modular Fourier form; differentiable once in all but the mask.
 
-    forward: an operation in place of `streaming_forward`, of the same arguments and results.
+    `forward` replaces the operation `streaming_forward`, and has the same arguments and results.
     """
     query, key, value, cos_coef, sin_coef, proj, bias, mask, base = call
     dtype = compute_dtype(*call[:7])
@@ -60,7 +60,7 @@ key_of(_ANY_FOURIER)  # a compiled call may not be the first to name it
 
 
 def _call_of(arguments: Sequence[Any]) -> UnitsCall:
-    """The call of an operation's arguments, which are those of `UnitsCall` but for the name of the basis."""
+    """Return the call of an operation's arguments, which are those of `UnitsCall` with the basis by name."""
     return UnitsCall._make((*arguments[:8], basis_of(arguments[8]), *arguments[9:]))
 
 
@@ -125,7 +125,7 @@ def _heads(call: UnitsCall, hidden: Tensor) -> Iterator[Head]:
 
 
 def _room_like(target: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room to compute `target` in: itself where the dtype allows."""
+    """Return a tensor to compute `target` in: `target` itself if it has the dtype."""
     return target if target.dtype == dtype else torch.empty_like(target, dtype=dtype)
 
 
@@ -137,7 +137,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def differentiate(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of the arguments of `streaming_forward`, from that of O."""
+    """Return the gradients of the arguments of `streaming_forward`, from the gradient of O."""
     if grad_output is None:
         return (None,) * 11
     refuse_second_derivative("streaming")
@@ -164,7 +164,7 @@ _library.impl("streaming_backward", _streaming_backward, "CompositeExplicitAutog
 
 
 def fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Room for what `streaming_forward` returns."""
+    """Return empty tensors for the results of `streaming_forward`."""
     query, _, value, coef, proj, *_ = arguments
     batch, heads, tokens, _ = query.shape
     hidden = coef.new_empty(0) if proj is None else coef.new_empty(heads, batch, tokens, coef.shape[2])

@@ -4,7 +4,7 @@ The controls lack one part of what KArAt has. Static heads see neither queries n
 scores are all 0, so that S is a learned constant. `ScaledSoftmax` is softmax with the size of KArAt's S.
 
 The variants: functions and a projector that vary smoothly over the image, and content addressing, a learned function of
-each score beside the operator of low rank.
+each score added to the operator of low rank.
 
 `attend_rows` computes O = S V in bounded memory, for any rule that makes rows of S from rows of scores.
 """
@@ -35,12 +35,12 @@ from karat_scale.attention.softmax import fourier_fit_of_exp, smooth_modes, soft
 
 
 class ControlHeads(AttentionHeads):
-    """Heads whose only parameter is one that belongs to each head, of the name `parameter`.
+    """Heads with a single parameter, named by `parameter`, which has a part for each head.
 
     Args:
         num_tokens: N, class token included.
         num_heads: h.
-        device, dtype: of the parameter.
+        device, dtype: the device and dtype of the parameter.
     """
 
     parameter: str
@@ -71,8 +71,8 @@ class ControlHeads(AttentionHeads):
 class StaticHeads(ControlHeads):
     """S is a learned constant: `matrix` [h, N, N], the same for every image. It mixes positions and has no function.
 
-    What KArAt gains over softmax counts as the functions' work only where it also gains over this. The matrix starts
-    at N(0, 1 / N), so that O has the values' variance.
+    A gain of KArAt over softmax is the functions' work only if KArAt also gains over this. The matrix is drawn from
+    N(0, 1 / N), so that O has the values' variance.
     """
 
     parameter = "matrix"
@@ -109,9 +109,9 @@ class StaticHeads(ControlHeads):
 
 
 class WithoutScores(WrappedHeads):
-    """An operator on A = 0. It has the operator's parameters and its start, but sees neither queries nor keys.
+    """An operator on A = 0. It has the operator's parameters and initial values, but sees neither queries nor keys.
 
-    What KArAt gains over this, it gains by what its functions do with the scores. Its operations count as if the scores
+    A gain of KArAt over this comes from what its functions do with the scores. Its operations count as if the scores
     were not 0.
     """
 
@@ -143,10 +143,10 @@ class WithoutScores(WrappedHeads):
 
 
 class ScaledSoftmax(ControlHeads):
-    """S = g softmax(A), with a learned gain g of each head that starts at sqrt(N).
+    """S = g softmax(A), with a learned gain g per head, initially sqrt(N).
 
-    A row of softmax sums to 1, so at the start O is a mean of the values, with 1 / N of their variance where these are
-    independent. KArAt and `StaticHeads` start with all of it. What they gain over softmax, they may gain by that alone.
+    A row of softmax sums to 1, so initially O is a mean of the values, with 1 / N of their variance if they are
+    independent. KArAt and `StaticHeads` start with the full variance. Their gain over softmax may come only from that.
     """
 
     parameter = "gain"
@@ -183,8 +183,9 @@ class ScaledSoftmax(ControlHeads):
 class BiasedSoftmax(ControlHeads):
     """S = softmax(A + B), with a learned bias B [h, N, N] of each pair of positions, which starts at 0.
 
-    Softmax that can mix positions as `StaticHeads` does, and weigh them by content at once. Swin (arXiv 2103.14030) and
-    BEiT (arXiv 2106.08254) share such a bias among all pairs at the same offset; here each pair has its own.
+    Softmax that can mix positions as `StaticHeads` does, and weigh them by content at the same time. Swin
+    (arXiv 2103.14030) and BEiT (arXiv 2106.08254) share such a bias among all pairs at the same offset; here each pair
+    has its own.
     """
 
     parameter = "position_bias"
@@ -198,7 +199,7 @@ class BiasedSoftmax(ControlHeads):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start as softmax."""
+        """Set the bias to 0, which gives softmax."""
         nn.init.zeros_(self.position_bias)
 
     def forward(
@@ -221,8 +222,8 @@ class BiasedSoftmax(ControlHeads):
         return self.position_bias if bias is None else bias + self.position_bias
 
 
-# Rows of S [..., n, N] from scores [..., n, N] and, with a mask, from what takes part [..., n, N]. A rule holds the
-# parameters of its call: the backward pass computes rows again, and the module may have other parameters by then.
+# Rows of S [..., n, N] from scores [..., n, N] and, with a mask, from which pairs take part [..., n, N]. A rule holds
+# the parameters of its call: the backward pass computes rows again, and the module may have other parameters by then.
 Rule = Callable[[Tensor, Tensor | None], Tensor]
 # Tensors of the size of the scores that a rule holds at once, roughly.
 HELD = 4
@@ -258,8 +259,8 @@ def attend_rows(
 ) -> Tensor:
     """O [B, h, N, d] = rule(A) V with A = Q K^T / sqrt(d) + bias, a tile of query rows at a time.
 
-    The backward pass computes each tile again, so nothing of N x N stays. Parameters of the rule learn. Scores and S
-    are float32, or float64 where an input is. The result has the dtype that PyTorch's attention would have.
+    The backward pass computes each tile again, so nothing of size N x N is kept. Parameters of the rule learn. Scores
+    and S are float32, or float64 where an input is. The result has the dtype that PyTorch's attention would have.
     `whole` makes one tile of everything, which a tracer can record for any batch.
     """
     dtype = compute_dtype(query, key, value, bias)
@@ -343,7 +344,7 @@ class SmoothOperator(FourierHeads):
         grid: G.
         modes: K.
         implementation: as in `fourier_karat_attention`.
-        device, dtype: of `cos_modes` and `sin_modes` [h, r, K, G] and `proj_modes` [h, K, r].
+        device, dtype: the device and dtype of `cos_modes` and `sin_modes` [h, r, K, G] and `proj_modes` [h, K, r].
 
     Raises ValueError when there are fewer than K modes.
     """
@@ -368,7 +369,7 @@ class SmoothOperator(FourierHeads):
         self.num_modes, self.implementation = modes, implementation
         columns = mode_columns(num_tokens, modes)
         kept = torch.get_default_dtype() if dtype is None else dtype
-        # In checkpoints too, where it shows N.
+        # The buffer is also in checkpoints, where it shows N.
         where = torch.get_default_device() if device is None else device
         self.register_buffer("modes", columns.to(where, kept))
 
@@ -426,11 +427,11 @@ class ContentOperator(WrappedHeads):
 
     In the paper's modular form S[k, q] depends on all scores of query k and not on A[k, q] itself, so a query cannot
     ask for the tokens that answer it. psi(x) = c + sum_{m=1..G} a_m cos(m x) + b_m sin(m x), with 2 G + 1 numbers for
-    each head, adds that. Ours, not the paper's. It starts near softmax: psi at the fit of exp over small scores, which
-    softmax is up to its denominator, and W at 0.
+    each head, adds that. Ours, not the paper's. It starts near softmax: psi is fitted to exp over small scores (softmax
+    up to its denominator), and W is 0.
 
     Args:
-        operator: H and W; its W is set to 0.
+        operator: the operator with H and W; its W is set to 0.
     """
 
     operator: FourierKaratOperator

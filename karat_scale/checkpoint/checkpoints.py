@@ -3,7 +3,7 @@
 All ranks agree on every outcome: a checkpoint that one rank could not write exists for none, and all ranks load the
 same one.
 
-A save runs beside training, which pauses only while each rank copies its state to host memory. A process of each rank
+A save runs during training, which pauses only while each rank copies its state to host memory. A process of each rank
 writes the copy, and a thread waits for it. At the first agreement at which all are done, rank 0's thread gives the
 checkpoint its manifest and its name. At the next agreement all ranks learn of it.
 
@@ -45,7 +45,7 @@ S = TypeVar("S", bound=RunState)
 
 @dataclass
 class _Written:
-    """How writing, or committing, ended: what is wrong, and the files by name."""
+    """The result of writing or committing: what is wrong, and the files by name."""
 
     problem: str | None = None
     files: dict[str, Fingerprint] | None = None
@@ -61,10 +61,10 @@ class _Save:
     content: dict[str, Any]
     is_best: bool
     seconds: float
-    """How long this rank worked on it so far. A save that is ready may have to wait for an evaluation's end."""
+    """The time that this rank has worked on it. A save that is ready may have to wait for an evaluation's end."""
     task: Background[_Written] | None
     stall: float | None
-    """Seconds that training stood still for it; all of them when None."""
+    """The seconds that training paused for it; None means all of them."""
     is_committing: bool = False
 
 
@@ -75,9 +75,9 @@ class Checkpoints(Generic[S]):
     Attributes:
         kind: the kind of run. A checkpoint of another kind is refused.
         state_type: the state of this kind of run.
-        near: where this node keeps the newest checkpoints, too.
-        cost: the seconds that training stood still for the last save there, and those until it was complete.
-        problem: why the last save in the run's directory came to nothing, if it did; the same on all ranks.
+        near: the store in which this node also keeps the newest checkpoints.
+        cost: the seconds that training paused for the last save in `store`, and those until it was complete.
+        problem: why the last save in the run's directory failed, if it did; the same on all ranks.
     """
 
     store: CheckpointStore
@@ -102,22 +102,22 @@ class Checkpoints(Generic[S]):
 
     @property
     def is_under_way(self) -> bool:
-        """Whether a save has begun whose outcome the ranks do not know yet; the same on all."""
+        """Return whether a save has begun whose outcome the ranks do not know yet; the same on all."""
         return self._under_way is not None
 
     @property
     def is_busy(self) -> bool:
-        """Whether this rank still works on the save under way."""
+        """Return whether this rank still works on the save under way."""
         task = self._under_way.task if self._under_way else None
         return task is not None and not task.wait(0)
 
     @property
     def has_only_failed(self) -> bool:
-        """Whether a save has failed and the run has no checkpoint: to go on might be for nothing. The same on all."""
+        """Return whether a save has failed and the run has no checkpoint: its work may be lost. The same on all."""
         return bool(self.problem) and self._saved is None and self._under_way is None
 
     def forget_lost_best(self, state: RunState) -> None:
-        """Set `state` back to the best checkpoint that there is, if that of its best step was not saved. Collective."""
+        """Set `state` back to the best existing checkpoint if that of its best step was not saved. Collective."""
         if self._lost_best is None or self._lost_best != state.best_step or self._saved == _identity(state):
             return
         self._lost_best = None
@@ -134,17 +134,17 @@ class Checkpoints(Generic[S]):
                 )
 
     def holds(self, state: RunState) -> bool:
-        """Whether `state` is saved, or being saved; the same on all ranks."""
+        """Return whether `state` is saved, or being saved; the same on all ranks."""
         save = self._under_way
         under_way = save is not None and save.store is self.store and _identity(save.state) == _identity(state)
         return under_way or self._saved == _identity(state)
 
     def saves_near(self, state: RunState) -> bool:
-        """Whether `save_near` would save `state`; the same on all ranks."""
+        """Return whether `save_near` would save `state`; the same on all ranks."""
         return self.near is not None and self._under_way is None and not self.holds(state)
 
     def save_near(self, state: S) -> bool:
-        """Save `state` on a disk of each node, or begin to; whether that is so. Collective."""
+        """Save `state` on a disk of each node, or begin to; return whether that worked. Collective."""
         assert self.near is not None
         wait = not self.recipe.checkpoint.asynchronous
         return self._launch(state, self.near, is_best=False, wait=wait, begun=time.monotonic())
@@ -155,13 +155,13 @@ class Checkpoints(Generic[S]):
             self.near.remove()
 
     def save(self, state: S, is_best: bool = False, wait: bool = True) -> bool:
-        """Save `state` unless that is done; collective. A save of another state that is under way is waited for first.
+        """Save `state` unless that is done; collective. It first waits for a save of another state that is under way.
 
         Args:
             is_best: let `best` name the checkpoint, too.
-            wait: until it is complete; else return after the copy.
+            wait: wait until it is complete; else return after the copy.
 
-        Returns: whether it is saved, or without `wait` begun. Where not, nothing has changed.
+        Returns: whether it is saved or, without `wait`, begun. If not, nothing has changed.
         """
         begun = time.monotonic()
         wait = wait or not self.recipe.checkpoint.asynchronous
@@ -188,11 +188,11 @@ class Checkpoints(Generic[S]):
         return self.finish() if wait else True
 
     def _owns(self, store: CheckpointStore) -> bool:
-        """Whether this rank changes the directory of a store."""
+        """Return whether this rank changes the directory of a store."""
         return self.world.is_main if store is self.store else self.world.local_rank == 0
 
     def finish(self) -> bool:
-        """Wait for the save under way, if there is one, and agree on its outcome; whether it is good. Collective."""
+        """Wait for the save under way, if any, and agree on its outcome; return whether it is good. Collective."""
         good = True
         while self._under_way is not None:
             seen = -1
@@ -204,7 +204,7 @@ class Checkpoints(Generic[S]):
         return good
 
     def advance(self) -> bool:
-        """Take the save under way, on which no rank is busy, to its next stage; False when it came to nothing.
+        """Take the save under way, on which no rank is busy, to its next stage; return False if it has failed.
 
         Collective.
         """
@@ -274,7 +274,7 @@ class Checkpoints(Generic[S]):
             return describe(error)
 
     def _lack(self, store: CheckpointStore) -> str | None:
-        """What the disk lacks for the next checkpoint, in a few words."""
+        """Return what the disk lacks for the next checkpoint, in a few words, or None."""
         engine = self.engine
         nodes = store.nodes if isinstance(store, NearStore) and engine.stage > 0 else 1
         frozen = sum(weight.numel() for weight in engine.frozen.values())
@@ -305,7 +305,7 @@ class Checkpoints(Generic[S]):
         return describe(self._storage.error) if self._storage.error is not None else None
 
     def _content(self, state: S) -> dict[str, Any]:
-        """What `state.json` will hold."""
+        """Return the content of `state.json`."""
         teacher = teacher_of(self.engine.module)
         sizes = getattr(self.recipe.schedule, "image_sizes", ())  # the run's own recipe has the last one
         recipe = self.recipe.changed(model__image_size=sizes[-1][1]) if sizes else self.recipe
@@ -339,8 +339,8 @@ class Checkpoints(Generic[S]):
         """Load the newest intact checkpoint, or the one in directory `state_of`. None when there is none.
 
         Args:
-            fresh: builds the engine's model anew. With it, and where either run has `schedule.image_sizes`, a state of
-                another image size is interpolated. Else it is refused.
+            fresh: a function that builds the engine's model anew. With it, and if either run has
+                `schedule.image_sizes`, a state of another image size is interpolated. Else it is refused.
             is_start: false if the run only continues with another model.
 
         Raises:
@@ -351,7 +351,7 @@ class Checkpoints(Generic[S]):
         if found is None:
             return None
         root, name = found
-        with holding(root / name):  # where it is of another run, that may train on meanwhile
+        with holding(root / name):  # if it is another run's, that run may train on meanwhile
             saved = CheckpointStore(root).state(name)
             self._refuse_another_run(root / name, saved)
             try:
@@ -374,7 +374,7 @@ class Checkpoints(Generic[S]):
         state = self.state_type.from_json(saved)
         changes: dict[str, Any] = {}
         if root != self.store.root:
-            # The other run's: this one has no such checkpoint, and its own pace and peak.
+            # These are the other run's: this run does not have that best checkpoint, and has its own pace and peak.
             own = {"timed_samples": 0, "timed_seconds": 0.0, "peak_memory_mb": 0.0}
             changes = {**state.without_best(), **own}
         else:
@@ -392,7 +392,7 @@ class Checkpoints(Generic[S]):
         return state
 
     def _has_my_layout(self, checkpoint: Path, saved: dict[str, Any]) -> bool:
-        """Whether each rank finds all it needs in the files of its own number."""
+        """Return whether each rank finds all it needs in the files of its own number."""
         stage = saved.get("zero_stage", 0)
         differs = saved["world_size"] != self.world.size or stage != self.engine.stage
         with self.world.together():
@@ -425,7 +425,7 @@ class Checkpoints(Generic[S]):
 
 
 def _identity(state: RunState) -> tuple[int, int]:
-    """An evaluation makes another state of the same step."""
+    """Return the identity of a state: an evaluation makes another state of the same step."""
     return state.step, state.evaluated_step
 
 

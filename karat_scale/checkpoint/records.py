@@ -1,7 +1,7 @@
-"""What each file of a checkpoint must say.
+"""The content that each file of a checkpoint must have.
 
-A file whose hash is right may still lie: something else wrote it, or wrote it wrongly. So each one is validated when it
-is read, and what it says is used only then. torch's random generators of one rank are among them.
+A file whose hash is right may still be wrong: something else wrote it, or wrote it wrongly. So each one is validated
+when it is read, before its content is used. The states of torch's random generators of one rank are among them.
 """
 
 import math
@@ -90,7 +90,7 @@ class Record(BaseModel):
 
 
 class StateRecord(Record):
-    """What `state.json` says of its checkpoint; `RunState` is where training stood."""
+    """The part of `state.json` that describes its checkpoint; `RunState` is the state of training."""
 
     format: int
     kind: str = "classification"
@@ -107,7 +107,7 @@ class _Version(Record):
 
 
 class Sidecar(Record):
-    """A rank's own file. At stage 0, those of the ranks after rank 0 have only the generators."""
+    """A rank's own file. At stage 0, the files of ranks other than 0 have only the generators."""
 
     rng: Annotated[AnyTensor, AfterValidator(_generator)]
     cuda_rng: Annotated[AnyTensor, AfterValidator(_cuda_generator)] | None = None
@@ -118,7 +118,7 @@ class Sidecar(Record):
 
 
 class OptimizerStates(Record):
-    """By the number of the master tensor."""
+    """The optimizer's states by the number of the master tensor."""
 
     state: dict[Count, Annotated[dict[str, Any], AfterValidator(_states)]]
 
@@ -150,20 +150,20 @@ class PartitionFile(Record):
 
 
 def read_record(path: Path, kind: type[R]) -> R:
-    """A file of tensors, mapped into memory.
+    """Read a file of tensors, mapped into memory.
 
     Raises:
-        RunDirectoryError: it does not say what a file of this kind says.
+        RunDirectoryError: it does not have the content of a file of this kind.
         OSError: it cannot be read.
     """
     return validated(path.name, lambda: kind.model_validate(load_tensors(path, mmap=True)))
 
 
 def read_state_record(checkpoint: Path) -> StateRecord:
-    """The `state.json` of a checkpoint.
+    """Read the `state.json` of a checkpoint.
 
     Raises:
-        RunDirectoryError: it is not one, or is that of another version.
+        RunDirectoryError: its content is not valid, or is that of another version.
         OSError: it cannot be read.
     """
     try:
@@ -179,7 +179,7 @@ def read_state_record(checkpoint: Path) -> StateRecord:
 
 
 def validated(file: str, read: Callable[[], R]) -> R:
-    """What a file says. Raises RunDirectoryError with one line, which begins with `file`, if that cannot be."""
+    """Return the result of `read`. Raises RunDirectoryError, with a line that begins with `file`, if it is invalid."""
     try:
         return read()
     except ValidationError as error:
@@ -190,12 +190,12 @@ def validated(file: str, read: Callable[[], R]) -> R:
 
 
 def generator_states(device: torch.device) -> dict[str, Any]:
-    """Those of the CPU and, where the rank trains on one, of its GPU, as they are now."""
+    """Return the current states of the CPU's generator and, if the rank trains on a GPU, of the GPU's."""
     return {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
 
 
 def restore_generators(states: Sidecar, device: torch.device) -> None:
-    """Let them be as `generator_states` found them."""
+    """Restore the generators' states that `generator_states` returned."""
     torch.set_rng_state(states.rng)
     if states.cuda_rng is not None and device.type == "cuda":
         torch.cuda.set_rng_state(states.cuda_rng)

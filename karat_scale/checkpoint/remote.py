@@ -15,7 +15,7 @@ from karat_scale.foundation.stores import ChangedFileError, FileFacts, MissingFi
 _FOLDER = "checkpoints"
 _THREADS = 4
 OnBytes = Callable[[int], None]
-"""Hears, in any thread, how many more bytes have come or gone."""
+"""A function that is called, in any thread, with the number of bytes just sent or received."""
 
 
 class RemoteCheckpoints:
@@ -41,18 +41,18 @@ class RemoteCheckpoints:
         return name if name in self.names() else None
 
     def pinned(self) -> set[str]:
-        """The names of the checkpoints that are kept for a reason of their own. Raises StoreError."""
+        """Return the names of the pinned checkpoints, which are kept. Raises StoreError."""
         return set(self._text(PINNED).split())
 
     def upload(self, local: CheckpointStore, name: str, on_bytes: OnBytes, before_commit: Callable[[], None]) -> None:
         """Copy a checkpoint from a run's directory, unless the same one is there.
 
         Args:
-            before_commit: is called when only the manifest is missing; may raise.
+            before_commit: a function to call when only the manifest is missing; it may raise.
 
         Raises:
             StoreError: the store does not take it.
-            OSError: it is not there any more, or a file is not as it was written.
+            OSError: the checkpoint is not there any more, or a file is not as it was written.
         """
         directory = local.root / name
         text = read_text(directory / MANIFEST)
@@ -76,7 +76,7 @@ class RemoteCheckpoints:
         self.look()
 
     def is_same(self, name: str, manifest: Path) -> bool:
-        """Whether a checkpoint with this local manifest is there. Raises StoreError, and OSError without a manifest."""
+        """Return whether a checkpoint with this local manifest is there. Raises StoreError, or OSError without one."""
         try:
             return self._has(name, MANIFEST) and self._manifest(name) == read_text(manifest)
         except UnicodeDecodeError:
@@ -115,9 +115,9 @@ class RemoteCheckpoints:
             self._store.write(_path(pointer), text.encode())
 
     def retain(self, keep_last: int, damaged: Collection[str] = ()) -> None:
-        """Remove all but the newest ones, those that pointers name, and pinned ones. Raises StoreError.
+        """Remove all checkpoints but the newest, those that pointers name, and pinned ones. Raises StoreError.
 
-        damaged: ones that the run has passed over, which do not count.
+        `damaged` are checkpoints that the run has skipped; they do not count.
         """
         intact = [name for name in self.names() if name not in damaged]
         kept = {*intact[:keep_last], self.pointed("latest"), self.pointed("best"), *self.pinned()}
@@ -149,7 +149,7 @@ class RemoteCheckpoints:
             del self._files[_path(name, file)]
 
     def _fetch(self, path: str, to: Path, written: Fingerprint, on_bytes: OnBytes) -> str | None:
-        """Fetch a file; how it is damaged, if so."""
+        """Fetch a file; return how it is damaged, if so."""
         with name_in_errors(to), to.open("wb") as file:
             fetched = FingerprintedFile(file, on_bytes)
             try:

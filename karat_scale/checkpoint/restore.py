@@ -45,7 +45,7 @@ class SavedState:
     """Masters, optimizer states and averages, read as they are needed from memory-mapped files."""
 
     shapes: dict[str, tuple[int, ...]]
-    """Of all parameters, frozen ones too."""
+    """The shapes of all parameters, frozen ones too."""
     masters: Pieces = field(default_factory=Pieces)
     elementwise: dict[str, Pieces] = field(default_factory=dict)
     """Optimizer states of the parameter's size, such as exp_avg and exp_avg_sq."""
@@ -53,16 +53,16 @@ class SavedState:
     """Optimizer states that are one number, such as step: by key, then by parameter name."""
     ema: Pieces | None = None
     frozen: frozenset[str] = frozenset()
-    """Parameters that do not learn: in `masters` and `ema` like the others, but without optimizer states."""
+    """The frozen parameters: in `masters` and `ema` like the others, but without optimizer states."""
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=dict)
     """DeepSpeed's own counts of steps and samples."""
     loss_scaler: Any = None
-    """DeepSpeed's, the same on all ranks; of meaning in fp16."""
+    """DeepSpeed's loss scaler, the same on all ranks; it has a meaning only in fp16."""
 
 
 def sidecar_name(rank: int) -> str:
-    """The file that holds what DeepSpeed's files do not: a rank's random generators, layout and averages."""
+    """Return the name of the file with what DeepSpeed's files lack: a rank's random generators, layout and averages."""
     return f"rank-{rank:05d}.pt"
 
 
@@ -72,9 +72,10 @@ def saved_layout(sidecar: records.Sidecar) -> Layout:
 
 
 def falsehood(checkpoint: Path) -> str | None:
-    """What a checkpoint's files say that cannot be true, in a few words; None if they fit each other.
+    """Return what cannot be true in a checkpoint's files, in a few words; None if they fit each other.
 
-    Its hashes are right: it was written so. All files are opened, and no tensor is read. Raises OSError as `damage_of`.
+    The hashes are right: the files were written like this. All files are opened, and no tensor is read. Raises OSError
+    like `damage_of`.
     """
     try:
         saved = records.read_state_record(checkpoint)
@@ -100,12 +101,12 @@ def read_state(checkpoint: Path, saved: Mapping[str, Any], ranks: Iterable[int] 
     """Open a checkpoint.
 
     Args:
-        checkpoint: its directory, verified.
-        saved: its `state.json`.
-        ranks: the ranks whose files to open; all that hold something of their own when None.
+        checkpoint: the checkpoint's directory, verified.
+        saved: the content of `state.json`.
+        ranks: the ranks whose files to open; by default all that have their own part.
 
     Raises:
-        RunDirectoryError: a file does not say what it must.
+        RunDirectoryError: a file does not have the content it must have.
     """
     stage = saved["zero_stage"]
     model_file = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
@@ -204,7 +205,7 @@ def restore(engine: Engine, ema: Ema | None, saved: SavedState, world: World) ->
     Raises:
         RunDirectoryError: the checkpoint is of another model or optimizer.
     """
-    with world.together():  # what follows is collective: none may wait there for one that refuses its files
+    with world.together():  # what follows is collective: no rank may wait there for one that refuses its files
         states = _fill(engine, ema, saved)
     internals.load_optimizer_states(engine.deepspeed, states)
     internals.load_loss_scaler(engine.deepspeed, saved.loss_scaler)
@@ -247,7 +248,7 @@ def check_shapes(here: dict[str, tuple[int, ...]], there: dict[str, tuple[int, .
     """Refuse a checkpoint whose parameters are not this model's.
 
     Raises:
-        RunDirectoryError: names the first parameter that differs.
+        RunDirectoryError: a parameter differs; the message names the first one.
     """
     for name in [*here, *there]:
         if here.get(name) != (tuple(there[name]) if name in there else None):
@@ -263,8 +264,8 @@ def check_buffers(model: nn.Module, there: Mapping[str, torch.Tensor]) -> None:
     """Refuse a checkpoint whose buffers are not of this model's shapes. It may have others, or none.
 
     Raises:
-        RunDirectoryError: names the first buffer that differs, or the modes of `form=smooth` that an early version
-            left out.
+        RunDirectoryError: a buffer differs, or the modes of `form=smooth`, which an early version left out, are
+            missing.
     """
     for name, _ in model.named_buffers():
         if name.endswith(_MODES) and name not in there:
@@ -281,10 +282,10 @@ def copy_buffers(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
 
 
 def check_teacher(model: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of a student whose teacher is not this model's; a model without one has none to compare.
+    """Refuse a checkpoint of a student whose teacher is not this model's; a model without a teacher is not checked.
 
     Raises:
-        RunDirectoryError: says which teacher is where.
+        RunDirectoryError: the teachers differ; the message says which is where.
     """
     teacher, theirs = teacher_of(model), saved.get("teacher")
     if teacher is not None and theirs != teacher.digest:
@@ -335,8 +336,8 @@ def repair_best(store: CheckpointStore, state: RunState, reporter: Reporter) -> 
     """Let `best` name the checkpoint that `state` says is the best; rank 0 calls it when a run resumes.
 
     Returns:
-        The fields of `state` to set, for a best checkpoint that does not exist any more: those of the one that `best`
-        names, or none at all, so that the next evaluation is the best.
+        The fields of `state` to set if its best checkpoint does not exist any more: those of the checkpoint that `best`
+        names, or None for each, so that the next evaluation is the best.
     """
     if state.best_step is None:
         return {}
@@ -360,7 +361,7 @@ def repair_best(store: CheckpointStore, state: RunState, reporter: Reporter) -> 
 
 
 def _scores(store: CheckpointStore, name: str, state_type: type[RunState], reporter: Reporter) -> dict[str, Any] | None:
-    """What a state must say for a checkpoint to be its best; None where that one is damaged or was not evaluated."""
+    """Return the fields of a state whose best checkpoint is this one; None if it is damaged or was not evaluated."""
     if store.damage(name, reporter.verify) is not None:
         return None
     saved = state_type.from_json(store.state(name))
@@ -373,12 +374,12 @@ def _scores(store: CheckpointStore, name: str, state_type: type[RunState], repor
 def bring_near(
     store: CheckpointStore, near: NearStore, world: World, reporter: Reporter
 ) -> tuple[str | None, list[str]]:
-    """Copy the newest checkpoint that the nodes have together to the run's, if it is newer. Collective.
+    """Copy the newest checkpoint that the nodes have together to the run's directory, if it is newer. Collective.
 
     Returns its name, if there is one, and lines on those that are damaged.
 
     Raises:
-        OSError: on all ranks, where it cannot be copied.
+        OSError: it cannot be copied; on all ranks.
     """
     offers = world.gather(near.offers() if world.local_rank == 0 else {})
     names = {name for offer in offers for name in offer}
@@ -429,22 +430,22 @@ def _bring(
 
 
 Check = Callable[[Path, dict[str, Any]], object]
-"""Looks at the state in a checkpoint's directory; raises RunDirectoryError where it will not do."""
+"""A function that checks the state in a checkpoint's directory; it raises RunDirectoryError to refuse it."""
 
 
 def agree_on_checkpoint(
     store: CheckpointStore, state_of: str, world: World, reporter: Reporter, check: Check = lambda path, state: None
 ) -> tuple[Path, str] | None:
-    """The newest intact checkpoint of a run, or the one in `state_of`: its store's root and its name. Collective.
+    """Return the newest intact checkpoint of a run, or the one in `state_of`, as store's root and name. Collective.
 
     Args:
         state_of: a run's directory or a checkpoint in one, for a run that branches from it; empty for `store`'s own.
 
     Returns:
-        None where there is none yet.
+        None if there is none yet.
 
     Raises:
-        RunDirectoryError: on all ranks alike, where no checkpoint is intact.
+        RunDirectoryError: no checkpoint is intact; on all ranks alike.
     """
     return world.on_main(lambda: _choose(store, state_of, reporter, check))
 

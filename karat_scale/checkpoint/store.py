@@ -1,4 +1,4 @@
-"""The files of a run's checkpoints. Knows directories and hashes, nothing of DeepSpeed.
+"""The files of a run's checkpoints. This module knows directories and hashes, nothing of DeepSpeed.
 
 checkpoints/
   step-00001200/        complete: it has this name only after everything in it is on disk
@@ -48,7 +48,7 @@ from karat_scale.foundation.machine import this_node, usable_cores
 MANIFEST = "manifest.json"
 STATE = "state.json"
 Progress = Callable[[int, int], None]
-"""Hears how many bytes are done, and of how many."""
+"""A function that is called with how many bytes are done, and of how many."""
 
 
 def manifest_text(files: Mapping[str, Fingerprint]) -> str:
@@ -71,14 +71,14 @@ def parse_manifest(text: str) -> dict[str, Fingerprint]:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Fingerprint]:
-    """The files that the manifest of a checkpoint lists. Raises OSError, and ValueError as `parse_manifest`."""
+    """Return the files that a checkpoint's manifest lists. Raises OSError, and ValueError like `parse_manifest`."""
     return parse_manifest(read_text(checkpoint / MANIFEST))
 
 
 def damage_of(checkpoint: Path, progress: Progress = lambda done, total: None) -> str | None:
-    """What is wrong with the files of a checkpoint, in a few words; None if each one is as it was written.
+    """Return what is wrong with the files of a checkpoint, in a few words; None if each one is as it was written.
 
-    Files are hashed side by side. Raises OSError where one cannot be read now: that says nothing of the checkpoint.
+    Files are hashed in parallel. Raises OSError if one cannot be read now: that says nothing of the checkpoint.
     """
     try:
         files = read_manifest(checkpoint)
@@ -117,12 +117,12 @@ def _damage(path: Path, written: Fingerprint, count: Callable[[int], None]) -> s
     return None
 
 
-# What a file server or a limit says of an intact file.
+# Errors that a file server or a limit gives for an intact file.
 _NO_DAMAGE = {*FAULTS_OF_SERVERS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 def not_readable(error: OSError) -> str:
-    """Why a file is damaged, in a few words. Raises the error itself where it does not say that."""
+    """Return why a file is damaged, in a few words. Raises the error itself if it does not mean damage."""
     if error.errno in _NO_DAMAGE:
         raise error
     return error.strerror or str(error)
@@ -143,7 +143,7 @@ def hold(checkpoint: Path) -> BinaryIO | None:
 
 @contextmanager
 def holding(checkpoint: Path) -> Iterator[bool]:
-    """Keep a checkpoint from being removed inside the block; whether it is there."""
+    """Keep a checkpoint from being removed inside the block; yield whether it is there."""
     handle = hold(checkpoint)
     if handle is None:
         yield False
@@ -175,7 +175,7 @@ _UNFINISHED = ".saving-"
 _REPLACED = f"{_UNFINISHED}replaced-"
 POINTERS = ("best", "latest")
 Falsehood = Callable[[Path], str | None]
-"""What the files of a checkpoint say that cannot be true, though each is as it was written."""
+"""A function that returns what cannot be true in a checkpoint's files, though each is as it was written."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -189,21 +189,21 @@ def step_of(name: str) -> int:
 
 
 class CheckpointStore:
-    """The `checkpoints` directory of one run; rank 0 alone changes it.
+    """The `checkpoints` directory of one run; only rank 0 changes it.
 
     Args:
-        falsehood: looks into a checkpoint whose hashes are right; without it, hashes are all that is verified.
+        falsehood: a function that looks into a checkpoint whose hashes are right; without it, only hashes are verified.
     """
 
     def __init__(self, root: Path, falsehood: Falsehood | None = None) -> None:
         self.root, self._falsehood = root, falsehood
         self._held: list[BinaryIO] = []
         self.verified = ""
-        """One that this process has just read whole; it need not do so again."""
+        """The name of a checkpoint that this process has just read whole, and need not read again."""
         self.passed_over: set[str] = set()
-        """Newer than the one that training resumed from, because they are damaged: `retain` does not count them."""
+        """Damaged checkpoints newer than the one that training resumed from: `retain` does not count them."""
         self.on_change: Callable[[], object] = lambda: None
-        """Is called, by any thread, when a checkpoint is complete or pinned."""
+        """A function that any thread calls when a checkpoint is complete or pinned."""
 
     def open(self) -> None:
         """Make the directory, if need be. Raises OSError."""
@@ -214,7 +214,7 @@ class CheckpointStore:
         return self.root / f"{_UNFINISHED}{checkpoint_name(step)}"
 
     def begin(self, step: int) -> Path:
-        """An empty directory to write the files of a new checkpoint into."""
+        """Make an empty directory for the files of a new checkpoint, and return it."""
         self.discard_unfinished()
         path = self.unfinished(step)
         path.mkdir(parents=True)
@@ -223,11 +223,11 @@ class CheckpointStore:
     def commit(
         self, unfinished: Path, state: dict[str, Any], files: Mapping[str, Fingerprint], is_best: bool = False
     ) -> str:
-        """Give a written checkpoint its manifest and its name, and point `latest` at it, and `best` if it is.
+        """Give a written checkpoint its manifest and its name, and point `latest` at it, and `best` if `is_best`.
 
         Args:
             files: the fingerprints of its files, by name, from those who wrote them.
-            is_best: it is better than the one that `best` names.
+            is_best: whether it is better than the one that `best` names.
 
         Raises:
             OSError: a file is not there as it was written, or the disk does not take the rest.
@@ -247,14 +247,14 @@ class CheckpointStore:
         return name
 
     def _to_check(self, unfinished: Path, files: Mapping[str, Fingerprint]) -> Iterable[str]:
-        """Those of the files of a checkpoint that must be in this directory."""
+        """Return which files of a checkpoint must be in this directory."""
         return files
 
     def adopt(self, unfinished: Path, manifest: str) -> str | None:
         """Give a copy of a checkpoint, whose files are as its manifest says, the manifest and its name.
 
         Returns:
-            What its files say that cannot be true; it is removed then. Raises OSError as `commit`.
+            What cannot be true in its files; the copy is removed then. Raises OSError like `commit`.
         """
         if self._falsehood is not None and (damage := self._falsehood(unfinished)) is not None:
             shutil.rmtree(unfinished)
@@ -266,7 +266,7 @@ class CheckpointStore:
     def _give_name(self, unfinished: Path) -> str:
         name = unfinished.name.removeprefix(_UNFINISHED)
         final, replaced = self.root / name, self.root / f"{_REPLACED}{name}"
-        if final.exists():  # the same step again, say after a damaged save: the new one takes its place
+        if final.exists():  # the same step again, as after a damaged save: the new one takes its place
             final.rename(replaced)
         unfinished.rename(final)
         self.passed_over.discard(name)
@@ -287,7 +287,7 @@ class CheckpointStore:
         return name if name in self.names() else None
 
     def not_saved(self, problem: str) -> RunDirectoryError:
-        """The end of a run without its last checkpoint, or without any, as an error to raise."""
+        """Return the error to raise if a run ends without its last checkpoint, or without any."""
         kept = self.pointed("latest")
         what = "the last checkpoint could not" if kept else "no checkpoint could"
         begins = f"resumes from {kept}" if kept else "starts from the beginning"
@@ -297,7 +297,7 @@ class CheckpointStore:
         )
 
     def nothing_saved(self) -> RunDirectoryError:
-        """What to raise where a run without a checkpoint is asked for one."""
+        """Return the error to raise if a run without a checkpoint is asked for one."""
         return RunDirectoryError(f"{self.root}: no checkpoint; train the run first")
 
     def names(self) -> list[str]:
@@ -306,7 +306,7 @@ class CheckpointStore:
         return sorted((path.name for path in own if path.is_dir()), reverse=True)
 
     def beside(self, name: str) -> str:
-        """What to add to the name of a checkpoint that is not the newest, for a person; else nothing."""
+        """Return what to add, for a person, to the name of a checkpoint that is not the newest; else an empty text."""
         newest = self.names()[:1]
         which = "the best one" if name == self.pointed("best") else "an earlier one"
         return f", {which} (the newest is {newest[0]})" if newest and newest[0] != name else ""
@@ -321,7 +321,7 @@ class CheckpointStore:
         return max(map(step_of, self.names()), default=0)
 
     def newest_bytes(self) -> int:
-        """The bytes here of the newest checkpoint; 0 when there is none, or one without optimizer states."""
+        """Return the bytes here of the newest checkpoint; 0 if there is none, or it has no optimizer states."""
         name = self.pointed("latest")
         if name is None or name == checkpoint_name(0):
             return 0
@@ -332,22 +332,22 @@ class CheckpointStore:
             return 0
 
     def damage(self, name: str, progress: Progress = lambda done, total: None) -> str | None:
-        """What is wrong with a checkpoint, in a few words; None if each file is as it was written, and true."""
+        """Return what is wrong with a checkpoint, in a few words; None if each file is as it was written, and true."""
         path = self.root / name
         damage = damage_of(path, progress)
         return self._falsehood(path) if damage is None and self._falsehood is not None else damage
 
     def newest_intact(self, progress: Progress = lambda done, total: None) -> str:
-        """The name of the newest checkpoint that is not damaged; empty without one. It is `verified` then."""
+        """Return the name of the newest checkpoint that is not damaged, or an empty text; it is `verified` then."""
         names = self.names()
         self.verified = next((n for n in names if n == self.verified or self.damage(n, progress) is None), "")
         return self.verified
 
     def find_intact(self, wanted: str) -> str:
-        """The name of the checkpoint `wanted`: best, latest or a name; `best` falls back on `latest`.
+        """Return the name of the checkpoint `wanted`: best, latest or a name; `best` falls back to `latest`.
 
-        Where `best` or `latest` is damaged, a line says so and the newest one that is not is taken. A run that trains
-        meanwhile does not remove it as long as this store exists.
+        If `best` or `latest` is damaged, a line says so and the newest intact one is taken. A run that trains meanwhile
+        does not remove the checkpoint as long as this store exists.
 
         Raises:
             RunDirectoryError: it is not there, or damaged, and so are the others.
@@ -367,7 +367,7 @@ class CheckpointStore:
         raise RunDirectoryError(f"{problem}; choose another")
 
     def _find_held(self, wanted: str) -> str | None:
-        """The name of a checkpoint that is there and stays. A run that trains meanwhile may move a pointer."""
+        """Return the name of a checkpoint that exists and stays. A run that trains meanwhile may move a pointer."""
         before = ""
         while True:
             name = self.pointed(wanted) if wanted in POINTERS else wanted
@@ -381,14 +381,14 @@ class CheckpointStore:
             before = name
 
     def _hold(self, name: str) -> bool:
-        """Keep `retain` of another process from removing a checkpoint; whether it is still there."""
+        """Keep `retain` of another process from removing a checkpoint; return whether it is still there."""
         handle = hold(self.root / name)
         if handle is not None:
             self._held.append(handle)
         return handle is not None
 
     def best_by_state(self) -> str | None:
-        """The best checkpoint by the newest one's state, which may not be here; None where that does not say."""
+        """Return the best checkpoint by the newest one's state; None if that does not say. It may not be here."""
         for newest in self.names()[:1]:
             with suppress(OSError, ValueError, TypeError, KeyError):
                 return checkpoint_name(self.state(newest)["best_step"])
@@ -400,7 +400,7 @@ class CheckpointStore:
         self.on_change()
 
     def pinned(self) -> list[str]:
-        """The names of the checkpoints that are kept for a reason of their own, and are there."""
+        """Return the names of the pinned checkpoints that exist."""
         try:
             listed = read_text(self.root / PINNED).split()
         except (OSError, UnicodeDecodeError):
@@ -445,14 +445,14 @@ class CheckpointStore:
             raise
 
     def put_back(self) -> None:
-        """Give a checkpoint its name again that a kill caught while the next of its step was to take its place."""
+        """Give a checkpoint its name again if a kill interrupted its replacement by a new one of the same step."""
         for path in self.root.glob(f"{_REPLACED}*"):
             final = self.root / path.name.removeprefix(_REPLACED)
             if not final.exists():
                 path.rename(final)
 
     def discard_unfinished(self) -> list[str]:
-        """Remove what saves that never finished left behind; returns a line for each one that cannot be removed."""
+        """Remove the remains of unfinished saves; returns a line for each one that cannot be removed."""
         self.put_back()
         problems = remove_leftovers(self.root)
         for path in self.root.glob(f"{_UNFINISHED}*"):
@@ -471,8 +471,8 @@ class NearStore(CheckpointStore):
     Args:
         place: a directory of each node, such as /dev/shm.
         run: the run's directory.
-        run_id: names the run: another one may have been in this directory.
-        nodes: of the run.
+        run_id: the id of the run: another run may have been in this directory.
+        nodes: the number of the run's nodes.
     """
 
     def __init__(self, place: Path, run: Path, run_id: str, nodes: int = 1) -> None:
@@ -481,7 +481,7 @@ class NearStore(CheckpointStore):
         self._id, self.nodes = run_id, nodes
 
     def open(self) -> None:
-        """Make the directory, if need be, and empty it of another run. Raises OSError, also if it is another user's."""
+        """Make the directory, or empty it if it is another run's. Raises OSError, also if it is another user's."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self.root.is_symlink() or self.root.stat().st_uid != os.getuid():
             raise PermissionError(errno.EPERM, "belongs to another user", str(self.root))
@@ -497,11 +497,11 @@ class NearStore(CheckpointStore):
         replace_file(self.root / "run_id", self._id)
 
     def remove(self) -> None:
-        """Remove all of it."""
+        """Remove the directory."""
         shutil.rmtree(self.root, ignore_errors=True)
 
     def offers(self) -> dict[str, tuple[str, set[str]]]:
-        """The manifest of each checkpoint, and those of its files that are here, by the checkpoint's name."""
+        """Return each checkpoint's manifest, and which of its files are here, by the checkpoint's name."""
         found = {}
         for name in self.names():
             with suppress(OSError, ValueError):

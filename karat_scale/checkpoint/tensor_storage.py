@@ -1,6 +1,6 @@
 """Tensors on disk: how they are written, how they are read, and how many bytes a checkpoint of them takes.
 
-What is written is flushed to the disk. What is read is data, never code. The size is known before anything is written.
+Written files are flushed to the disk. Only data is read, never code. The size is known before anything is written.
 During training, a separate process writes a copy of the state from shared memory.
 """
 
@@ -48,7 +48,7 @@ def save_tensors(value: Any, path: Path, on_bytes: Callable[[int], object] = lam
     with path.open("wb") as file:
         fingerprinted = FingerprintedFile(file, on_bytes)
         try:
-            torch.save(value, fingerprinted)  # type: ignore[arg-type]  # it asks for `write` and `flush` alone
+            torch.save(value, fingerprinted)  # type: ignore[arg-type]  # it asks only for `write` and `flush`
         except RuntimeError as error:
             raise as_os_error(error) from error
         file.flush()
@@ -62,7 +62,7 @@ def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dic
     Raises:
         OSError: it could not be written.
     """
-    # In a folder: safetensors has a temporary file of its own, which a kill leaves, and loses the lock of ours.
+    # In a folder: safetensors has its own temporary file, which a kill leaves behind, and loses the lock of ours.
     with temporary_folder(path) as folder:
         try:
             save_file(tensors, folder / path.name, metadata)
@@ -90,14 +90,14 @@ def load_tensors(path: Path, mmap: bool = False) -> Any:
         if file.read(2) != b"PK":
             raise RunDirectoryError(f"{path}: not a file of tensors")
     with torch.serialization.safe_globals(checkpoint_globals()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's of a TorchScript program
+        warnings.simplefilter("ignore")  # torch's warning of a TorchScript program
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except (OSError, MemoryError):
             raise
         except pickle.UnpicklingError:
             raise RunDirectoryError(f"{path}: holds more than tensors and plain data; it is not read") from None
-        except Exception as error:  # the many of a file that is not what it says
+        except Exception as error:  # one of the many errors of a file that is not what it says
             if "Cannot allocate memory" in str(error):  # for mmap
                 raise MemoryError(f"{path}: {one_line(error)[:200]}") from None
             raise RunDirectoryError(f"{path}: not a whole file of tensors: {one_line(error)[:200]}") from None
@@ -105,7 +105,7 @@ def load_tensors(path: Path, mmap: bool = False) -> Any:
 
 _BLOCK_BYTES, _ALIGNED = 128 << 20, 64
 Place = tuple[int, int, torch.dtype, tuple[int, ...], tuple[int, ...]]
-"""Of a tensor in kept memory: the number of its block, its first byte there, dtype, size and strides."""
+"""The place of a tensor in kept memory: the number of its block, its first byte there, dtype, size and strides."""
 _numbers = itertools.count()
 _released: list[int] = []
 """The blocks that the writer need not keep any more."""
@@ -123,7 +123,7 @@ class Block(NamedTuple):
 class KeptMemory:
     """Host memory for the copy of a state. It is kept from save to save, page-locked for a GPU, and the writer sees it.
 
-    It grows by blocks, of which each is a file in memory. Only what is used of them takes memory.
+    It grows by blocks, each of which is a file in memory. Only their used part takes memory.
     """
 
     def __init__(self) -> None:
@@ -132,7 +132,7 @@ class KeptMemory:
         weakref.finalize(self, _release, self.blocks).atexit = False
 
     def begin(self) -> None:
-        """Nothing in it is needed any more."""
+        """Begin again: nothing in it is needed any more."""
         self._block = self._end = 0
 
     def copy(self, tensor: torch.Tensor) -> Place:
@@ -173,7 +173,7 @@ def _release(blocks: list[Block]) -> None:
 
 
 class _Copier(pickle.Pickler):
-    """Pickles a state with its tensors in kept memory. Tensors that are one memory are one there, too."""
+    """Pickles a state with its tensors in kept memory. The same tensor is copied only once."""
 
     def __init__(self, file: io.BytesIO, memory: KeptMemory) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
@@ -190,7 +190,7 @@ class _Copier(pickle.Pickler):
         return self._copied[source][1]
 
     def reducer_override(self, item: Any) -> Any:
-        """Make an empty tensor of a GPU one of the CPU: the writer has no GPU, and at ZeRO 3 a module's are empty."""
+        """Make an empty GPU tensor a CPU one: the writer has no GPU, and at ZeRO stage 3 a module's are empty."""
         if isinstance(item, torch.Tensor) and item.device.type != "cpu":
             item = torch.empty_strided(item.shape, item.stride(), dtype=item.dtype)
             return item.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
@@ -214,16 +214,16 @@ class _Reader(pickle.Unpickler):
         return self._made[place]
 
 
-# The writer says so often how far it is.
+# The writer reports its progress each time it has written this many bytes.
 _TOLD_BYTES = 32 << 20
 
 
 class WriterEndedError(OSError):
-    """The process that writes checkpoints has ended, such as for want of memory."""
+    """The process that writes checkpoints has ended, for example for lack of memory."""
 
 
 class Writer:
-    """A process that writes files of tensors from kept memory, beside training's Python and after it on shared cores.
+    """A process besides training that writes files of tensors from kept memory, with lower priority on shared cores.
 
     Raises:
         OSError: there can be no more processes.
@@ -241,7 +241,7 @@ class Writer:
 
     @property
     def is_there(self) -> bool:
-        """Whether this process has started it, and it has not ended."""
+        """Return whether this process has started the writer, and the writer has not ended."""
         return self._owner == os.getpid() and self._process.is_alive()
 
     def write(self, path: Path, content: bytes, memory: KeptMemory, on_bytes: Callable[[int], None]) -> Fingerprint:
@@ -300,7 +300,7 @@ def _write(line: Connection, path: Path, content: bytes, blocks: dict[int, mmap.
 
 
 _writer: Writer | None = None
-"""The one of this process."""
+"""The writer of this process."""
 
 
 def start_writer() -> Writer:
@@ -316,7 +316,7 @@ def start_writer() -> Writer:
 
 
 class DurableStorage:
-    """In place of DeepSpeed's `CheckpointEngine`: it only collects checkpoint files, and `write` puts them on the disk.
+    """Replaces DeepSpeed's `CheckpointEngine`: it only collects checkpoint files, and `write` puts them on the disk.
 
     So nothing that a disk does can raise inside DeepSpeed's collective save, where the other ranks would wait for this
     one for ever. What still fails there is kept in `error`, and the caller lets all ranks agree on the outcome.
@@ -326,7 +326,7 @@ class DurableStorage:
         self.name = "durable"
         self.error: OSError | None = None
         self.written = 0
-        """Bytes that the file system has taken so far: they tell a slow disk from one that hangs."""
+        """The number of bytes that the file system has taken so far: it tells a slow disk from one that hangs."""
         self._copies = False
         self._files: list[tuple[Any, Path]] = []
         self._memory = KeptMemory()
@@ -345,7 +345,7 @@ class DurableStorage:
                 self.error = error
 
     def write(self) -> dict[Path, Fingerprint]:
-        """Write the collected files and flush them to the disk, and let go of each one after it.
+        """Write the collected files and flush them to the disk; free the memory of each one afterwards.
 
         Raises:
             OSError: one could not be written.
@@ -367,7 +367,7 @@ class DurableStorage:
         self.written += size
 
     def create(self, info: Any) -> None:
-        """DeepSpeed announces a save; `begin` did so already."""
+        """Do nothing: DeepSpeed announces a save, which `begin` did already."""
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Create a directory of the checkpoint."""
@@ -389,19 +389,19 @@ class DurableStorage:
         self._files.append((content.getvalue(), Path(path)))
 
     def commit(self, info: Any) -> bool:
-        """DeepSpeed has handed over its files; ours follow, so there is nothing to commit yet."""
+        """Do nothing: DeepSpeed has handed over its files; ours follow, so there is nothing to commit yet."""
         return True
 
     def is_data_parallel_writer(self, dp_rank: int) -> bool:
-        """Which of the ranks that hold the same writes it."""
+        """Return whether this rank, of those that hold the same data, writes it."""
         return dp_rank == 0
 
     def is_decoupled(self) -> bool:
-        """Whether DeepSpeed has to commit at a later step."""
+        """Return whether DeepSpeed has to commit at a later step."""
         return False
 
     def preserves_storage_sharing(self) -> bool:
-        """Whether tensors that are one memory are written as one."""
+        """Return whether tensors that share memory are written once."""
         return True
 
 
@@ -412,15 +412,15 @@ def describe(error: OSError) -> str:
 
 
 def as_os_error(error: Exception) -> OSError:
-    """The OSError behind a failed write, or one that says the same."""
+    """Return the OSError behind a failed write, or a new one with the same message."""
     return next((cause for cause in causes(error) if isinstance(cause, OSError)), OSError(one_line(error)))
 
 
 def planned_bytes(recipe: RunRecipe, stage: int, parameters: int, frozen: int) -> int:
     """Return the bytes of a checkpoint of a run of this recipe, with all that AdamW keeps.
 
-    stage: of ZeRO; from stage 1 on the fp32 weights are apart from the module's. parameters: those that learn. frozen:
-    the others, which DeepSpeed saves as they are, and rank 0 in fp32.
+    From ZeRO stage 1 on, the fp32 weights are separate from the module's. `parameters` and `frozen` are the numbers of
+    trainable and frozen weights. DeepSpeed saves the frozen ones as they are, and rank 0 saves them in fp32.
     """
     size = PRECISIONS[recipe.train.precision].weights.itemsize
     fp32_tensors = 3 + (recipe.train.ema_decay > 0)  # weights, two moments, averages

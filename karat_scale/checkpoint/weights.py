@@ -41,11 +41,11 @@ def fit_state(saved: restore.SavedState, model: nn.Module) -> restore.SavedState
     """Return `saved` for the image size of `model`, unchanged if it is the same.
 
     Everything is interpolated as `karat_scale.models.init_from` does it with weights. Second moments are interpolated
-    by their square roots: so they stay positive, and the ratio of the moments, which is the size of an update, is
+    by their square roots, so that they stay positive, and the ratio of the moments, which is the size of an update, is
     interpolated with them.
 
     Args:
-        model: of the wanted size, whole, not used otherwise: its values are changed.
+        model: a whole model of the wanted size. Its values are changed, so it must not be used otherwise.
 
     Raises:
         RecipeError: the state is of another model.
@@ -73,7 +73,7 @@ def _fit(pieces: Pieces, saved: restore.SavedState, model: nn.Module, power: flo
         whole = torch.zeros(shape)
         pieces.copy_into(name, whole.view(-1))
         values[name] = whole**power
-    # Also named as buffers are the parameters of an operator that blocks share, once for each further block.
+    # The parameters of an operator that blocks share are also named as buffers, once for each further block.
     own = dict(model.named_buffers())
     for name, buffer in saved.buffers.items():
         if name in own:
@@ -88,7 +88,7 @@ def _fit(pieces: Pieces, saved: restore.SavedState, model: nn.Module, power: flo
 
 
 def wants_ema(weights: str, recipe: RunRecipe, saved: Mapping[str, Any]) -> bool:
-    """Whether "raw", "ema" or "auto" (what the recipe evaluates) means the averages in a checkpoint."""
+    """Return whether "raw", "ema" or "auto" (what the recipe evaluates) means the averages in a checkpoint."""
     wanted = recipe.train.eval_weights if weights == "auto" else weights
     return bool(saved.get("has_ema")) if wanted == "auto" else wanted == "ema"
 
@@ -101,8 +101,8 @@ def load_weights(model: nn.Module, checkpoint: Path, saved: Mapping[str, Any], e
 
     Args:
         model: the model the checkpoint is of, not partitioned.
-        checkpoint: its directory, verified.
-        saved: its `state.json`.
+        checkpoint: the checkpoint's directory, verified.
+        saved: the content of `state.json`.
         ema: take the averaged weights, else the raw ones.
 
     Raises:
@@ -129,15 +129,15 @@ def load_weights(model: nn.Module, checkpoint: Path, saved: Mapping[str, Any], e
 def describe_weights(
     recipe: Recipe, saved: Mapping[str, Any], name: str, kind: str, classes: Sequence[str] = ()
 ) -> dict[str, str]:
-    """What is said of weights wherever they go, as strings; structured values are JSON, the recipe is YAML.
+    """Return the description that weights always carry, as strings; structured values are JSON, the recipe is YAML.
 
     `model` and `attention` are what `karat_scale.models.create_model` needs to build the model again.
 
     Args:
         saved: the checkpoint's `state.json`.
-        name: the checkpoint's.
+        name: the checkpoint's name.
         kind: "raw" or "ema".
-        classes: names in the order of the labels, where they are known.
+        classes: the class names in the order of the labels, if they are known.
     """
     text = portable_recipe(recipe)
     return {
@@ -158,7 +158,7 @@ def describe_weights(
 
 
 def preprocessing(recipe: Recipe) -> dict[str, Any]:
-    """What an RGB image, scaled to [0, 1], goes through before the model, in the terms of timm's pretrained_cfg.
+    """Return the preprocessing of an RGB image, scaled to [0, 1], in the terms of timm's pretrained_cfg.
 
     The short side is resized to input_size / crop_pct pixels and the centre is cropped.
     """
@@ -173,7 +173,7 @@ def preprocessing(recipe: Recipe) -> dict[str, Any]:
 
 
 def _accuracy(recipe: Recipe, saved: Mapping[str, Any], kind: str) -> dict[str, str]:
-    """Top-1 and top-5 in percent, where these very weights were evaluated, on images of the recipe's size."""
+    """Return top-1 and top-5 in percent, if exactly these weights were evaluated, on images of the recipe's size."""
     if saved.get("image_size") not in (None, 0, recipe.model.image_size):
         return {}
     if saved.get("evaluated_step") != saved["step"] or wants_ema("auto", recipe, saved) != (kind == "ema"):
@@ -199,7 +199,7 @@ class Snapshots:
     reporter: Reporter
 
     def due(self, step: int) -> bool:
-        """Whether there is a snapshot to take after `step` finished steps."""
+        """Return whether there is a snapshot to take after `step` finished steps."""
         return step in self.steps
 
     def write(self, step: int) -> None:
@@ -228,7 +228,7 @@ class Snapshots:
             self.reporter.warn(f"snapshot {path.name} not saved: {describe(error)}")
 
     def _state(self, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """As the plain model's `state_dict`: a module that blocks share is there once for each."""
+        """Return the plain model's `state_dict`: a module that blocks share is there once for each block."""
         names = {parameter: name for name, parameter in self.engine.module.named_parameters()}
         fp32 = {**whole, **self.engine.frozen}
         state, taken = {}, set()
@@ -243,7 +243,7 @@ class Snapshots:
 
 
 def whole_masters(engine: Engine, world: World) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each trainable parameter's fp32 master, one at a time; whole on rank 0 alone. Collective from stage 1 on.
+    """Yield each trainable parameter's fp32 master weight; whole only on rank 0. Collective from stage 1 on.
 
     Every rank must iterate to the end.
     """

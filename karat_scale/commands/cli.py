@@ -20,9 +20,9 @@ from karat_scale.foundation.machine import may_have_gpu, use_local_caches
 from karat_scale.foundation.tables import VARIABLE, trackers_hidden
 
 EXIT_USAGE = 2
-# As a shell says that SIGPIPE ended a command: `karat recipes | head` has read enough.
+# The exit code by which a shell reports SIGPIPE: in `karat recipes | head`, `head` has read enough.
 _STDOUT, _EXIT_UNREAD = 1, 128 + signal.SIGPIPE
-# The commands by what a user wants, in the order in which one comes to them.
+# The commands by what a user wants, in the order in which a user needs them.
 GROUPS = {
     "start here": ("quickstart", "doctor", "recipes", "explain", "completion"),
     "data sets": ("prepare", "index", "data", "show"),
@@ -32,7 +32,7 @@ GROUPS = {
     "on a cluster": ("submit", "fetch", "track"),
     "check training": ("replay", "verify", "bench"),
 }
-# The commands that may read what others wrote.
+# The commands that may read files that others wrote.
 TRUSTING = {
     *("plan", "doctor", "train", "convert", "eval", "replay", "verify", "detect", "submit", "sweep"),
     *("analyze", "track", "export", "predict", "demo"),
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     lines = {line.dest: line for line in commands._choices_actions}
     for title, names in GROUPS.items():
         parser.add_argument_group(title)._group_actions += [lines[name] for name in names]
-    for name, line in lines.items():  # a command's own help says it, too
+    for name, line in lines.items():  # a command's own help shows its line, too
         own, said = commands.choices[name], str(line.help)
         own.description = own.description or f"{said[0].upper()}{said[1:]}."
         if name in TRUSTING:
@@ -74,11 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         complete(parser)
     options = parser.parse_args(arguments)
-    if options.command == "launch":  # a mistake is said once, and not by each rank
+    if options.command == "launch":  # a mistake is reported once, not by each rank
         if "--ranks" in options.arguments and options.arguments[0] not in ("sweep", "bench"):
             parser.error("--ranks comes before the command: karat launch --ranks N COMMAND ...")
         options.parsed = parser.parse_args(options.arguments)
-    # torch's C++ warns with a stack of its own where a rank is lost, which we tell in a line.
+    # When a rank is lost, torch's C++ prints a stack trace. We report the loss in one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not may_have_gpu():  # without this, DeepSpeed warns that it guessed the CPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         poll = select.poll()
         poll.register(_STDOUT, 0)
-        if not any(event & select.POLLERR for _, event in poll.poll(0)):  # its reader is still there
+        if not any(event & select.POLLERR for _, event in poll.poll(0)):  # the pipe still has a reader
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)  # for what is still in Python's buffer
         return _EXIT_UNREAD
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _end(code: int, *reasons: str) -> int:
-    """Say why this rank ends, a line for each reason; returns the exit code."""
+    """Report why this rank ends, one line for each reason; returns the exit code."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     where = f"[rank {rank}] " if rank != "0" else ""
     text = f"\n{where}error: ".join(map(errors.on_one_line, reasons))
@@ -129,11 +129,11 @@ def entry_point() -> None:
     except Exception:
         sys.excepthook(*sys.exc_info())
         code = 1
-    # A launcher may repeat its signal. It must not kill an interpreter that is exiting with its own code.
+    # A launcher may repeat its signal, which must not kill an interpreter that is exiting with its own code.
     for repeated in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(repeated, signal.SIG_IGN)
-    # As Python ends, but for its last search among the objects of torch and DeepSpeed: two seconds, for which the other
-    # ranks and the next start would wait.
+    # Exit as Python does, but without its last garbage collection of torch's and DeepSpeed's objects. It takes two
+    # seconds, for which the other ranks and the next start would wait.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     with suppress(OSError):

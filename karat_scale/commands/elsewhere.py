@@ -1,4 +1,4 @@
-"""`karat track` and `karat fetch`: what goes from a run to its trackers, and what comes from its copy at a URL."""
+"""`karat track` and `karat fetch`: bring the trackers of runs up to date, and copy a run from a URL."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +21,11 @@ def track_runs(runs: Sequence[str], to: Sequence[str] | None) -> int:
     """Bring the trackers of runs up to date, one run after the other; returns the exit code.
 
     Args:
-        runs: their directories.
-        to: the trackers, in place of those in the runs' recipes.
+        runs: the directories of the runs.
+        to: the trackers to use instead of those in the runs' recipes.
 
     Raises:
-        UserError: a path is no run, or a tracker is not installed, unknown or not trusted.
+        UserError: a path is not a run, or a tracker is not installed, unknown or not trusted.
     """
     chosen = {Path(path): to or _trackers_in_recipe(recipe_of_run(Path(path))) for path in runs}
     for trackers in chosen.values():
@@ -41,7 +41,7 @@ def track_runs(runs: Sequence[str], to: Sequence[str] | None) -> int:
         except KeyboardInterrupt:
             raise UserError(f"{run}: stopped; run the same command to send the rest") from None
         for name in trackers:
-            if name in late:  # what is late has said so
+            if name in late:  # a late tracker has reported it
                 code = 1
             else:
                 say(f"{name}: has everything")
@@ -62,14 +62,14 @@ def _trackers_in_recipe(file: Path) -> Sequence[str]:
 
 
 def fetch_run(url: str, directory: str, checkpoint: Sequence[str]) -> int:
-    """Copy a run from a URL to a directory, which is new or has this run; returns the exit code.
+    """Copy a run from a URL to a directory that is new or already has this run; returns the exit code.
 
     Args:
-        checkpoint: best, latest, all, or names.
+        checkpoint: the checkpoints to copy: best, latest, all, or names.
 
     Raises:
         StoreError: the store does not answer.
-        RunDirectoryError: there is no run, the directory is another's, or a wanted checkpoint is missing or damaged.
+        RunDirectoryError: there is no run, the directory has another run, or a wanted checkpoint is missing or damaged.
     """
     copy, run = RunUrl(url), RunDirectory(directory)
     owner, remote = copy.owner(), copy.checkpoints
@@ -86,7 +86,7 @@ def fetch_run(url: str, directory: str, checkpoint: Sequence[str]) -> int:
         more = f"{run.store.names()[0]}, which {copy.url} does not have yet"
         print(f"note: {directory} has {more}; its log and its `latest` stay as they are")
     damaged = {}
-    keep_run_id(run.path, owner.run)  # first, as the rest may be cut off, and is fetched again then
+    keep_run_id(run.path, owner.run)  # first: if the rest is interrupted, the next command fetches it
     with work_display() as show:
         if not is_behind:
             copy.download_files(run.path, lambda size: None)
@@ -118,7 +118,7 @@ def fetch_run(url: str, directory: str, checkpoint: Sequence[str]) -> int:
 
 
 def _chosen(remote: RemoteCheckpoints, wanted: Sequence[str], url: str) -> list[str]:
-    """The names of the checkpoints that are wanted, newest first."""
+    """Return the names of the wanted checkpoints, newest first."""
     there = remote.names()
     chosen: set[str | None] = set()
     for one in wanted:

@@ -1,6 +1,6 @@
 """Figures in one style, drawn without a window and without pyplot's global state.
 
-An SVG has no background of its own: `themed` makes its ink follow the reader's dark mode.
+An SVG has no background of its own: `themed` adapts its lines and text to the reader's dark mode.
 """
 
 import io
@@ -17,10 +17,10 @@ DPI = 130
 INK, GRID = "#1d1d1b", "#8a8a86"
 # Distinct also for colour-blind readers (Okabe and Ito; grey instead of black, which dark mode would hide).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c88")
-# What takes the place of a colour in dark mode; the others are bright enough.
+# The replacements of colours in dark mode; the other colours are bright enough.
 _DARK = {INK: "#ececea", "#0072b2": "#4ba6e0", "#d55e00": "#ff8a3d", "#009e73": "#2dc79a"}
 OWN_LIMITS, OWN_X = "own limits", "own x limits"
-"""The labels of axes of which `share_axes` does not touch any limits, or those of x."""
+"""Labels of axes: `share_axes` leaves all limits of the first, and the x limits of the second, as they are."""
 
 STYLE: Any = {
     "axes.prop_cycle": cycler(color=COLOURS),
@@ -59,7 +59,7 @@ def new_axes(width: float, height: float) -> tuple[Figure, Any]:
 
 
 def layered(number: int, count: int, width: float = 1.5) -> dict[str, Any]:
-    """Return the style of one of `count` lines. Below a later line that it equals, it is seen, as it is wider."""
+    """Return the style of one of `count` lines. Earlier ones are wider, so they show below equal later ones."""
     wider = (count - 1 - number) / max(count - 1, 1)
     return {"linestyle": ("-", "--", ":", "-.")[number % 4], "linewidth": width + wider}
 
@@ -74,7 +74,7 @@ def rendered(figure: Figure, kind: Literal["png", "svg"] = "png", dpi: int = DPI
 
 
 def themed(svg: bytes) -> bytes:
-    """Return an SVG of `rendered` whose ink is bright where the page that shows it is dark."""
+    """Return an SVG of `rendered` with bright lines and text where the page around it is dark."""
     text = svg.decode()
     for number, colour in enumerate(_DARK):
         text = text.replace(colour, f"var(--c{number})")
@@ -95,7 +95,7 @@ def show_map(axes: Any, values: npt.NDArray[Any], title: str = "", **options: An
 def share_axes(figures: Sequence[Figure]) -> None:
     """Give the axes of the same place in each figure the same limits and colours, so that figures can be compared.
 
-    Figures with other numbers of axes stay as they are, and so do the limits of images and of `OWN_LIMITS`.
+    Figures with different numbers of axes stay as they are, and so do the limits of images and of `OWN_LIMITS`.
     """
     if len({len(figure.axes) for figure in figures}) != 1:
         return

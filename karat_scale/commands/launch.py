@@ -1,9 +1,9 @@
-"""`karat launch`: a command on several ranks. torchrun's agent runs them; the first failure is said once, at the end.
+"""`karat launch`: run a command on several ranks by torchrun's agent. The first failure is reported once, at the end.
 
-In a step of srun with one task on each node, each task is the agent of its node, and the ranks of all nodes meet.
+In a step of srun with one task on each node, each task is the agent of its node, and all nodes' ranks form one group.
 
-If a rank is killed, crashes or stalls, training begins again from the newest checkpoint, up to IDLE_RESTARTS times (3)
-without a new one. In a job slurm/launch.sh does that instead, as it survives a lost agent or node.
+If a rank is killed, crashes or stalls, training resumes from the newest checkpoint, up to IDLE_RESTARTS (3) times
+without a new checkpoint. In a job, slurm/launch.sh does that instead, as it survives a lost agent or node.
 """
 
 import json
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 STOPPED = "KARAT_STOPPED"
-"""In the environment of each rank: the file that says that it saved on a signal. To the agent it has not failed."""
+"""Environment variable of each rank: the file that it creates if it saved on a signal, which is no failure."""
 ERROR = "TORCHELASTIC_ERROR_FILE"
-"""In the environment of each rank that torchrun or we start: the file that takes its error."""
+"""Environment variable of each rank that torchrun or we start: the file to which it writes its error."""
 WRAPPER = "KARAT_RANK_WRAPPER"
-"""In the environment of a launcher: what runs each rank, and sees to restarts and to the last line; tabs part words."""
-# The agent asks the ranks that are left to end. They may wait for the one that failed, so they get no more than this.
+"""Environment variable of a launcher: a tab-separated command that runs each rank; its caller restarts and reports."""
+# The agent asks the remaining ranks to end. They may be waiting for the failed one, so they get no more time than this.
 _END_SECONDS = 3
 # How long the launchers of several nodes wait for each other.
 _MEETING = timedelta(minutes=10)
@@ -51,9 +51,9 @@ def launch(arguments: Sequence[str], ranks: int, trains: bool, trained: Path | N
     """Run `karat` with these arguments on `ranks` processes of each node.
 
     trains: whether the command trains a run.
-    trained: the directory of that run, or None. A wrapper starts the command again itself.
+    trained: the directory of that run; None if there is none, or if a wrapper restarts the command itself.
 
-    Returns the exit code of the first one that failed.
+    Returns the exit code of the first process that failed.
     """
     wrapper = [word for word in os.environ.get(WRAPPER, "").split("\t") if word]
     command = [*wrapper, sys.executable, "-m", "karat_scale", *arguments]
@@ -66,7 +66,7 @@ def launch(arguments: Sequence[str], ranks: int, trains: bool, trained: Path | N
             again = int(os.environ.get("SLURM_RESTART_COUNT") or 0) or (wrapper and "." in os.environ.get(START, ""))
             if trains and (attempt or again):  # a recipe's `never` was for the first start
                 command = [*(word for word in command if not word.startswith("resume.mode=")), "resume.mode=auto"]
-            # Held here, the store keeps its port to the end of this launcher.
+            # This reference keeps the store and its port until this launcher ends.
             code, line, _store = _run(command, ranks, attempt, trained, told)
             if code in (0, 2, EXIT_STOPPED) or trained is None or told:
                 break
@@ -84,7 +84,7 @@ def launch(arguments: Sequence[str], ranks: int, trains: bool, trained: Path | N
 
 
 def say_to_launcher(text: str) -> bool:
-    """Leave a rank's last error to the launcher; returns whether there is one that says it."""
+    """Leave a rank's last error to the launcher; returns whether a launcher will print it."""
     file = None if WRAPPER in os.environ else os.environ.get(ERROR)
     try:
         if file:
@@ -95,7 +95,7 @@ def say_to_launcher(text: str) -> bool:
 
 
 def code_for_launcher(code: int) -> int:
-    """Return the exit code that a launcher of ours is to see."""
+    """Return the exit code that our launcher should see."""
     if code != EXIT_STOPPED or STOPPED not in os.environ:
         return code
     Path(os.environ[STOPPED]).touch()
@@ -103,7 +103,7 @@ def code_for_launcher(code: int) -> int:
 
 
 def default_ranks() -> int:
-    """Return one rank for each GPU that this process may use; one if there is none. Does not import torch."""
+    """Return the number of GPUs that this process may use, or 1 if there is none. Does not import torch."""
     lists = [os.environ[name].split(",") for name in _VISIBLE if name in os.environ]
     if lists:  # CUDA and ROCm stop at the first name that is empty or negative
         named = [takewhile(lambda name: name.strip() and not name.strip().startswith("-"), names) for names in lists]
@@ -119,7 +119,7 @@ def default_ranks() -> int:
 def _run(
     command: Sequence[str], ranks: int, attempt: int, trained: Path | None, told: Sequence[int]
 ) -> tuple[int, str, Any]:
-    """Run the ranks of this node once; returns an exit code, what to say if it is a failure's, and the ranks' store."""
+    """Run the ranks of this node once; returns an exit code, the error if they failed, and the ranks' store."""
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import PContext, SubprocessContext
@@ -132,7 +132,7 @@ def _run(
         PContext.close(self, death_sig, min(timeout, _END_SECONDS))
 
     SubprocessContext.close = close  # type: ignore[method-assign]  # the agent's own 30 s cannot be set
-    logging.disable()  # what the agent logs, we say in a line
+    logging.disable()  # we report in one line what the agent logs
     node, nodes = _node_of_step(os.environ)
     with tempfile.TemporaryDirectory(prefix="karat-launch-") as files:
         stopped = Path(files, "stopped")
@@ -171,7 +171,7 @@ def _run(
 
 
 def _node_of_step(environ: Mapping[str, str]) -> tuple[int, int]:
-    """Return this node's number, and how many there are. Raises UserError."""
+    """Return this node's number and the number of nodes. Raises UserError."""
     nodes, tasks = (int(environ.get(f"SLURM_STEP_NUM_{what}", "1")) for what in ("NODES", "TASKS"))
     if tasks > nodes:
         raise UserError(f"srun started {tasks} of these on {nodes} nodes; start one on each: --ntasks-per-node=1")
@@ -179,10 +179,10 @@ def _node_of_step(environ: Mapping[str, str]) -> tuple[int, int]:
 
 
 def _meet(node: int, nodes: int, told: Sequence[int]) -> tuple[str, Any]:
-    """Wait for the launchers of all nodes; returns where, and the store, which the agents and the ranks use, too.
+    """Wait for the launchers of all nodes; returns the address and the store, which the agents and the ranks use, too.
 
-    torch's own meeting would wait where no signal can end it. A node that is early finds nothing that the last meeting
-    left, as each start has names of its own.
+    torch's own rendezvous would wait where no signal can end it. Each start has its own names, so an early node finds
+    nothing of the last start.
 
     Raises:
         UserError: the port is taken, or a node does not come.
@@ -203,28 +203,28 @@ def _meet(node: int, nodes: int, told: Sequence[int]) -> tuple[str, Any]:
 
 
 def _step(attempt: int) -> str:
-    """Return the name of a start in a step of srun, the same on all of its nodes."""
+    """Return the name of a start in a step of srun. It is the same on all nodes of the step."""
     job, restart, step = (os.environ.get(f"SLURM_{what}", "0") for what in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
     return f"{job}-{restart}.{step}.{attempt}"
 
 
 def _first_failure(failures: "Mapping[int, ProcessFailure]") -> tuple[int, str]:
-    """Return the exit code of the rank that failed first, and its error. One that lost another did not."""
+    """Return the exit code and the error of the rank that failed first. A rank that lost another one comes last."""
     rank, first = min(failures.items(), key=lambda each: (each[1].exitcode == EXIT_LOST_PEER, each[1].timestamp))
     code = 1 if first.exitcode == EXIT_LOST_PEER else first.exitcode
     if code < 0:
-        return 128 - code, f"rank {rank} was ended by {first.signal_name()}"  # as a shell says it
+        return 128 - code, f"rank {rank} was ended by {first.signal_name()}"  # as a shell reports it
     if not Path(first.error_file).is_file():
         return code, f"rank {rank} ended with exit code {code}"
-    where = "" if code == 2 else f"rank {rank}: "  # a mistake of the user's is that of all ranks
+    where = "" if code == 2 else f"rank {rank}: "  # all ranks report a mistake of the user
     return code, where + first.message.removeprefix("error: ")
 
 
 @contextmanager
 def _signals_forwarded() -> Iterator[list[int]]:
-    """Pass on the signals that ask for a checkpoint, and the end of this launcher's own; yields what came.
+    """Forward the signals that ask for a checkpoint, and SIGTERM if this launcher's own launcher ends; yields them.
 
-    The ranks are in sessions of their own, so a terminal's Ctrl-C reaches this process alone.
+    The ranks are in sessions of their own, so a terminal's Ctrl-C reaches only this process.
     """
 
     def forward(ended: threading.Event) -> None:
@@ -241,7 +241,7 @@ def _signals_forwarded() -> Iterator[list[int]]:
 
 @contextmanager
 def _beside(run: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Run a function in a thread until the context ends, which its event says."""
+    """Run a function in a thread during the context. Its event is set when the context ends."""
     ended = threading.Event()
     thread = threading.Thread(target=run, args=[ended], daemon=True)
     thread.start()
@@ -253,7 +253,7 @@ def _beside(run: Callable[[threading.Event], None]) -> Iterator[None]:
 
 
 def _signal_ranks(number: int) -> bool:
-    """Send a signal to all ranks, also behind their wrapper; returns whether there are any."""
+    """Send a signal to all ranks, also to those in a wrapper; returns whether there are any."""
     ranks = psutil.Process().children()
     for rank in ranks:
         with suppress(psutil.NoSuchProcess, ProcessLookupError):
@@ -263,7 +263,7 @@ def _signal_ranks(number: int) -> bool:
 
 @contextmanager
 def _stalls_ended(trained: Path | None, ranks: int) -> Iterator[list[str]]:
-    """Kill this node's ranks if one of all makes no progress for KARAT_STALL_SECONDS; yields which one, once it has."""
+    """Kill this node's ranks if any rank makes no progress for KARAT_STALL_SECONDS; yields a list that will name it."""
     from karat_scale.commands.submit.within_job import watch
     from karat_scale.engine.heartbeat import StallLimits
 

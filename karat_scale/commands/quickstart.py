@@ -21,7 +21,7 @@ RAW, SHARDS = Path("data/fashion_mnist_raw"), Path("data/fashion_mnist_quick")
 RECIPE = "fashion_mnist_demo"
 REPORT = Path("runs/quickstart_report")
 IMAGES_OF_A_CLASS = 1500
-# Of a quarter of the images, smaller batches make as many steps as learn something.
+# With a quarter of the images, only smaller batches give enough steps to learn something.
 FEWER_IMAGES = (f"data.path={SHARDS}", "train.global_batch=64")
 # (row title, run directory, overrides)
 CONTENDERS = (
@@ -63,7 +63,7 @@ def quickstart() -> int:
 
 
 def _is_prepared() -> bool:
-    """Whether both splits are there: an earlier start may have been stopped between them."""
+    """Return whether both splits are there: an earlier command may have been stopped between them."""
     from karat_scale.data.shards.shard_format import DATASET_FILE, read_dataset_record
 
     return (SHARDS / DATASET_FILE).is_file() and {"train", "val"} <= read_dataset_record(SHARDS).splits.keys()
@@ -80,7 +80,7 @@ def _run(*arguments: str) -> None:
         if process is not None:
             process.terminate()
 
-    # Or it would train on, alone. A terminal sends Ctrl-C to the process, too, which then saves.
+    # Without this, the process would go on training. A terminal also sends Ctrl-C to it, and it then saves.
     handlers = {signal.SIGTERM: end, signal.SIGINT: lambda *_: None}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     process = subprocess.Popen([sys.executable, "-m", "karat_scale", *arguments])

@@ -23,7 +23,7 @@ Operation = tuple[str, tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Draw:
-    """What one sample's augmentation does: what two backends must agree on.
+    """The augmentation of one sample, as it was drawn. Two backends must agree on it.
 
     box: left, top, width, height in source pixels. ops: RandAugment's operations with their arguments. jitter:
     (name, factor) in the order applied. erase: left, top, width, height in pixels of the result, and the seed of the
@@ -39,7 +39,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that could not be decoded, or of a stream not be used, and the reason."""
+    """A sample that could not be decoded (or, in a stream, used), and the reason."""
 
     sample_id: int
     key: str
@@ -53,7 +53,7 @@ class BadSample:
 
 @dataclass(frozen=True)
 class Streamed:
-    """What a batch says of its stream: its lane, the place after its last sample, and (key, shard) of each sample."""
+    """A batch's position in its stream: its lane, the place after its last sample, and (key, shard) of each sample."""
 
     lane: int
     place: LanePlace
@@ -64,11 +64,11 @@ class Streamed:
 class Batch:
     """One micro batch.
 
-    images: uint8 [b, 3, H, W]. labels: int64 [b]; 0 in padding. sample_ids: int64 [b]; if training
-    replaced an unreadable sample, the id of its replacement. valid: bool [b]; False for padding
-    and for unreadable samples of an evaluation. bad: the unreadable samples. draws: the augmentation of each
-    sample of a training batch. epoch and batch: the slice's own. digest: the value of `batch_digest`, if the maker of
-    the batch has computed it. streamed: of a batch of a stream.
+    images: uint8 [b, 3, H, W]. labels: int64 [b]; 0 in padding. sample_ids: int64 [b]; if training replaced an
+    unreadable sample, the id of its replacement. valid: bool [b]; False for padding and for unreadable samples of an
+    evaluation. bad: the unreadable samples. draws: the augmentation of each sample of a training batch. epoch and
+    batch: those of the slice. digest: the value of `batch_digest`, if the maker of the batch has computed it. streamed:
+    the position in the stream; None if the batch is not from a stream.
     """
 
     images: torch.Tensor
@@ -104,7 +104,7 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
         """Return the same batch on `device`; the copy overlaps with other work if the memory is pinned.
 
-        `sample_ids` stay on the host, which is the only one to use them.
+        `sample_ids` stay on the host, because only the host uses them.
         """
         return self._with_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
@@ -120,7 +120,7 @@ BITS = 40  # sums over thousands of ranks stay exact in float64
 
 
 def batch_digest(batch: Batch) -> int:
-    """Return the batch's part of the sum, below 2^40: global batch, id, label and draw of each sample."""
+    """Return the batch's part of the digest sum, below 2^40: of each sample's global batch, id, label and draw."""
     if batch.digest is not None:
         return batch.digest
     draws = batch.draws or (None,) * len(batch.labels)
@@ -129,7 +129,7 @@ def batch_digest(batch: Batch) -> int:
 
 
 def digest_sum(rows: Iterable[tuple[Any, ...]]) -> int:
-    """Return the sum of the digests of what `repr` shows of each row, modulo 2^40."""
+    """Return the sum of the digests of each row's `repr`, modulo 2^40."""
     digests = (blake2b(repr(row).encode(), digest_size=BITS // 8).digest() for row in rows)
     return sum(int.from_bytes(digest, "little") for digest in digests) % (1 << BITS)
 

@@ -31,14 +31,14 @@ from karat_scale.foundation.stores import is_url
 from karat_scale.recipe import AugmentConfig, DataConfig
 from karat_scale.recipe.loading import section_of
 
-# A random resized crop and a flip: what is on if nobody says otherwise.
+# The default augmentation: a random resized crop and a flip.
 PLAIN = {"randaugment": "", "mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0}
 Waiting = Callable[[], AbstractContextManager[None]]
 Load = Callable[[Iterable[BatchSlice]], Iterator[Any]]
 
 
 class _Loader:
-    """What is closed at the end of a `with` block."""
+    """A loader that a `with` block closes at its end."""
 
     _source: Backend
 
@@ -54,13 +54,13 @@ class _Loader:
 
 
 class ExactLoader(_Loader):
-    """Training batches in an order that depends on the data, the seed and the global batch alone.
+    """Training batches in an order that depends only on the data, the seed and the global batch.
 
     Rank k of W gets the k-th part of each global batch. So the samples of a step, and all that is drawn for them, are
     the same for any number of ranks, workers and micro batches. The last incomplete global batch of an epoch is left
     out.
 
-    Iterating yields what is left of the current epoch; the next iteration yields the next epoch. A batch of images is
+    Iterating yields the rest of the current epoch; the next iteration yields the next epoch. A batch of images is
     (images, labels): float32 [b, 3, H, W], normalised, and int64 [b]; or float32 [b, classes] where `augment` mixes or
     smooths labels. A batch of your own dataset is what `collate` returns. Inside the loop body, `state_dict` already
     counts the current batch.
@@ -69,25 +69,26 @@ class ExactLoader(_Loader):
         data: images, as `karat train` reads them: a folder of classes, shards, betons, or the index of tars, also at a
             URL. Or your own dataset, with `__len__` and `__getitem__(index)`, or `__getitem__(index, generator)`.
         split: the split of the images to read.
-        global_batch: samples of a step, over all ranks.
-        seed: of the order, and of all that is drawn.
-        rank, world_size: by default those of torch.distributed, or of the launcher's environment, or 0 of 1.
-        workers: processes that read and decode; 0 does it in this process.
-        micro_batch: samples of a batch of this rank; by default its whole part of a step. With a smaller one, a part is
-            several batches.
+        global_batch: the samples of a step, over all ranks.
+        seed: the seed of the order and of all random draws.
+        rank, world_size: the rank of this process and the number of ranks; by default those of torch.distributed, else
+            of the launcher's environment, else 0 and 1.
+        workers: the number of processes that read and decode; with 0, this process does it.
+        micro_batch: the samples of a batch on this rank; by default the rank's whole part of a step. A smaller one
+            divides the part into several batches.
         epochs: the number of epochs; None never ends.
-        image_size: H and W.
-        augment: settings of the recipe's `augment` section, over a plain random resized crop and flip.
-        transform: of your own dataset: what is done to each sample, `transform(sample)` or
+        image_size: H and W of the images.
+        augment: settings of the recipe's `augment` section; the default is a plain random resized crop and flip.
+        transform: for your own dataset, a function of each sample: `transform(sample)` or
             `transform(sample, generator)`.
-        collate: of your own dataset: makes a batch of a list of samples; torch's by default.
-        device: of the tensors. Copies to a GPU run beside the work on the batch before.
-        dtype: of the images. torch.uint8 leaves them as they were read.
-        num_classes: for labels that are mixed or smoothed; by default that of the data.
-        total_digest: `state_dict` has the digest of the whole run, which it adds up over all ranks. So all of them must
+        collate: for your own dataset, the function that makes a batch from a list of samples; by default torch's.
+        device: the device of the tensors. Copies to a GPU overlap with the work on the previous batch.
+        dtype: the dtype of the images. torch.uint8 leaves them as they were read.
+        num_classes: the number of classes, for labels that are mixed or smoothed; by default that of the data.
+        total_digest: whether `state_dict` has the digest of the whole run, a sum over all ranks. If so, all ranks must
             call it, as they do in DCP, Lightning and accelerate.
-        options: of the recipe's `data` section, such as backend, decoder, order, prefetch, timeout, on_bad_sample,
-            verify.
+        options: settings of the recipe's `data` section, such as backend, decoder, order, prefetch, timeout,
+            on_bad_sample, verify.
 
     Raises:
         DataError: the data cannot be used, or an epoch has no whole global batch.
@@ -141,7 +142,7 @@ class ExactLoader(_Loader):
     def of(
         cls, spec: ImageSpec, plan: TrainPlan, backend: Backend, device: torch.device, dtype: torch.dtype
     ) -> "ExactLoader":
-        """Return the loader of images that are open, in the order of a plan."""
+        """Return the loader of an open backend's images, in the order of a plan."""
         loader = cls.__new__(cls)
         loader._set_up(spec, plan, backend, device, dtype)
         loader.finish.soft = True
@@ -156,18 +157,20 @@ class ExactLoader(_Loader):
         self._ahead: DeviceFeed[Any] | None = None
         self._reading: Any = None
         self.digest = self._digest_of_steps = 0
-        """A sum over the samples of this rank since it was made or set; over all ranks, modulo 2^40, that of the run.
-        Two runs with the same digest trained on the same samples with the same random choices."""
+        """The digest of this rank's samples since the loader was made or set to a step.
+
+        The sum over all ranks, modulo 2^40, is the run's. Two runs with the same digest trained on the same samples
+        with the same random choices."""
         if not isinstance(source, OwnSamples):
             self.finish = Finish(spec, dtype, source.num_classes)
 
     def __len__(self) -> int:
-        """The batches of a whole epoch on this rank."""
+        """The number of batches of a whole epoch on this rank."""
         return self.plan.steps_per_epoch * self.plan.accumulation
 
     @property
     def step(self) -> int:
-        """The steps whose batches have all been taken, since the start of training."""
+        """The number of steps since the start of training whose batches have all been taken."""
         return self._taken // self.plan.accumulation
 
     @property
@@ -176,16 +179,16 @@ class ExactLoader(_Loader):
         return self._taken // len(self)
 
     def set_step(self, step: int) -> None:
-        """Go on with the first batch of this step, counted from the start of training. Raises ValueError."""
+        """Continue with the first batch of this step, counted from the start of training. Raises ValueError."""
         if not (isinstance(step, Integral) and 0 <= step < sys.maxsize):
             raise ValueError(f"step = {step!r}: expected a whole number from 0 to 2^63")
         self._taken, self.digest, self._digest_of_steps = int(step) * self.plan.accumulation, 0, 0
         self._stop()
 
     def run_digest(self) -> int:
-        """Return the sum of the digests of the whole steps of all ranks, which must all call this.
+        """Return the sum of the digests of all whole steps, over all ranks. Every rank must call this.
 
-        It is that of the whole run if each state that was loaded came of a loader with `total_digest`.
+        It covers the whole run if each loaded state came from a loader with `total_digest`.
         """
         if self.plan.world_size == 1:
             return self._digest_of_steps
@@ -201,15 +204,15 @@ class ExactLoader(_Loader):
         return total % (1 << BITS)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the loader is, and of what data and settings. It is the same on every rank."""
+        """Return the loader's step, and the identity of its data and settings. It is the same on every rank."""
         state = {"step": self.step, "identity": self.identity}
         return {**state, "digest": self.run_digest()} if self._total_digest else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another loader was, on any number of ranks and workers.
+        """Resume where another loader was, on any number of ranks and workers.
 
         Raises:
-            DataError: it had other data or settings, or the state is no loader's.
+            DataError: the other loader had other data or settings, or the state is not from a loader.
         """
         fix = "load what an ExactLoader's state_dict() returned"
         if not (isinstance(state, Mapping) and isinstance(state.get("identity"), Mapping) and "step" in state):
@@ -234,7 +237,7 @@ class ExactLoader(_Loader):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Data and settings, in which a state must agree with the loader that takes it."""
+        """The data and settings that must be equal in a state and in the loader that loads it."""
         plan = self.plan
         found: dict[str, Any] = {
             "data": sha256(json.dumps(self._source.identity).encode()).hexdigest(),
@@ -270,7 +273,7 @@ class ExactLoader(_Loader):
                 yield self.finish(batch)
 
     def feed(self, slices: Iterable[BatchSlice], waiting: Waiting = nullcontext) -> DeviceFeed[Any]:
-        """Return the micro batches of `slices` on the device, before `finish`; in `waiting()` it waits for the next."""
+        """Return the micro batches of `slices` on the device, before `finish`; it waits for each inside `waiting()`."""
         if self._reading is not None:  # of a step that training does not go on from
             self._reading.close()
         self._reading = self._source.train_batches(slices)
@@ -291,17 +294,17 @@ class EvalLoader(_Loader):
     """Every sample of a split exactly once over any number of ranks.
 
     Iterating yields (images, labels, ids): float32 [b, 3, H, W], int64 [b] and int64 [b], the numbers of the samples in
-    the split; of your own dataset, (batch, ids). It may be iterated again. Every rank has the same number of batches.
+    the split; for your own dataset, (batch, ids). It may be iterated again. Every rank has the same number of batches.
     The last ones may be smaller, or empty where there are too few samples. Empty ones are left out; with
     drop_empty=False they are yielded too, for loops with collective calls. An image that cannot be read is
-    left out, or ends the loop, as `on_bad_sample` says. The labels of a folder are those of `train_split`, if it is
-    there.
+    left out, or ends the loop, as `on_bad_sample` says. A folder's labels number the classes of `train_split`, if that
+    exists.
 
-    The arguments that are not here are those of `ExactLoader`.
+    The arguments that are not listed here are those of `ExactLoader`.
 
     Args:
-        batch: samples of a batch, on each rank.
-        drop_empty: leave out empty batches.
+        batch: the samples of a batch, on each rank.
+        drop_empty: whether to leave out empty batches.
 
     Raises:
         DataError, RecipeError: as `ExactLoader`.
@@ -341,13 +344,13 @@ class EvalLoader(_Loader):
 
     @classmethod
     def of(cls, load: Load, plan: EvalPlan, device: torch.device) -> "EvalLoader":
-        """Return the loader of batches that `load` makes of slices, as a backend's `eval_batches` does."""
+        """Return the loader of the batches that `load` makes from slices, as a backend's `eval_batches` does."""
         loader = cls.__new__(cls)
         loader._load, loader.plan, loader._device = load, plan, device
         return loader
 
     def __len__(self) -> int:
-        """The batches of this rank."""
+        """The number of batches of this rank."""
         return self.plan.num_batches
 
     def feed(self) -> DeviceFeed[Any]:
@@ -373,10 +376,10 @@ class EvalLoader(_Loader):
 
 
 class Finish:
-    """What is done to a batch of images on the device: augmentation, normalisation, mixing, and targets."""
+    """Finishes a batch of images on the device: augmentation, normalisation, mixing, and targets."""
 
     soft: bool
-    """Targets are float32 [b, classes], also where a label is one class."""
+    """Whether targets are float32 [b, classes], even where a label is one class."""
 
     def __init__(self, spec: ImageSpec, dtype: torch.dtype, classes_of_data: int) -> None:
         # They look for Triton, which takes time.
@@ -401,7 +404,7 @@ class Finish:
         return images, self.mixer.targets(batch.labels, mix) if self.soft else batch.labels
 
     def of_eval(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the images that could be read of an evaluation's batch, their labels, and their ids."""
+        """Return the readable images of an evaluation's batch, their labels, and their ids."""
         images, labels, ids = batch.images, batch.labels, batch.sample_ids
         # From what the host has: to ask the device would wait for it.
         bad = torch.tensor([sample.sample_id for sample in batch.bad], dtype=torch.int64, device="cpu")
@@ -419,7 +422,7 @@ def _warn_of(batch: Batch, done: str) -> None:
 
 
 def _whole(may_be_none: bool = False, **arguments: Any) -> list[Any]:
-    """Return whole numbers, such as numpy's, as ints. Raises RecipeError for an argument that is none."""
+    """Return whole numbers, such as numpy's, as ints. Raises RecipeError for any other argument."""
     for name, value in arguments.items():
         if not (isinstance(value, Integral) or (may_be_none and value is None)):
             raise RecipeError(f"{name} = {value!r}: expected a whole number")
@@ -462,7 +465,7 @@ _FOR_ALL = ("order", "block_samples", "window_blocks", "prefetch", "timeout")
 
 @contextmanager
 def named_as_arguments() -> Iterator[None]:
-    """Let an error that names keys of a recipe name the loader's arguments."""
+    """Make an error that names keys of a recipe name the loader's arguments instead."""
     try:
         yield
     except UserError as error:
@@ -484,10 +487,10 @@ def open_source(
     collate: Any,
     options: Mapping[str, Any],
 ) -> tuple[ImageSpec, Backend]:
-    """Open the images at a place, or the samples of the user's own dataset; return also what was asked of them.
+    """Open the images at a path, or the user's own dataset; return the spec and the backend.
 
     Args:
-        images: the arguments that are for images alone.
+        images: the arguments that apply only to images.
 
     Raises:
         DataError, RecipeError: as `ExactLoader`.

@@ -56,7 +56,7 @@ class LabelRule:
     """Reads the label of a sample.
 
     Attributes:
-        kind: the suffix of the member that has it, or "path".
+        kind: the suffix of the member that has the label, or "path".
         field: the field of a JSON object, with dots for objects inside; "" for other kinds.
     """
 
@@ -75,7 +75,7 @@ class LabelRule:
         return LabelRule(kind, field)
 
     def split_name(self, name: str) -> tuple[str, str]:
-        """Return the key and the suffix, in small letters, of a member; an empty key for one that is in no sample."""
+        """Return the key and the suffix, in lower case, of a member; the key is empty if it is in no sample."""
         folder, slash, file = name.removeprefix("./").rpartition("/")
         stem, dot, suffix = file.rpartition(".") if self.kind == "path" else file.partition(".")
         is_hidden = not stem or not dot
@@ -84,7 +84,7 @@ class LabelRule:
         return ("", "") if is_hidden else (f"{folder}{slash}{stem}", suffix.lower())
 
     def source(self, members: Mapping[str, T]) -> T | None:
-        """Return the member to read; None if the path says the class. Raises NoLabelError."""
+        """Return the member that has the label; None if the path has it. Raises NoLabelError."""
         if self.kind == "path":
             return None
         if self.kind not in members:
@@ -149,10 +149,10 @@ class Tar:
     """A tar to read.
 
     Attributes:
-        name: its path or URL.
-        size: in bytes.
-        read: returns `size` bytes from `offset`; fewer only at the end.
-        etag: what its server says of its content; empty on a file system.
+        name: the tar's path or URL.
+        size: the tar's bytes.
+        read: a function of (offset, size) that returns `size` bytes from `offset`; fewer only at the end.
+        etag: the server's tag of the tar's content; empty on a file system.
     """
 
     name: str
@@ -179,7 +179,7 @@ def open_tar(place: Path | Store, name: str) -> Iterator[Tar]:
 
 @contextmanager
 def _remote_tar(store: Store, name: str) -> Iterator[Tar]:
-    """Open a tar at a URL. What is read of it is fetched once, in large pieces, to a file that has no name."""
+    """Open a tar at a URL. Each part that is read is fetched once, in large pieces, to a file without a name."""
     where, facts = store.where(name), store.facts(name)
     if facts.bytes < 0:
         raise DataError(f"{where}: the server does not say its size; use one that does")
@@ -208,7 +208,7 @@ _LARGEST_LABEL = 1 << 20
 
 @dataclass
 class TarSamples:
-    """What one tar holds. The lists go in step; `crcs` is empty unless the images were read."""
+    """The samples of one tar. The lists are parallel; `crcs` is empty unless the images were read."""
 
     keys: list[str] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
@@ -223,10 +223,10 @@ class TarSamples:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """Members and samples that are not used, with the reason."""
     notes: Counter[str] = field(default_factory=Counter)
-    """How many samples are unusual in a way, and used."""
+    """The number of samples that are used though they are unusual, for each reason."""
 
     def index(self, labels: list[int]) -> bytes:
-        """Return the index file of the tar, with the classes' numbers of its samples."""
+        """Return the index file of the tar, given the class numbers of its samples."""
         rows = zip(self.offsets, self.sizes, labels, self.crcs or [0] * len(labels), strict=True)
         return shard_format.index_bytes(list(rows), self.keys)
 
@@ -236,7 +236,7 @@ def read_samples(tar: Tar, rule: LabelRule, with_crc: bool = False, any_image: b
 
     Args:
         with_crc: also read each image, for its CRC-32.
-        any_image: as in shards of ours, every member but the label is an image.
+        any_image: take every member but the label for an image, as in our own shards.
 
     Raises:
         DataError: the tar cannot be read, or is damaged.
@@ -271,7 +271,7 @@ def read_samples(tar: Tar, rule: LabelRule, with_crc: bool = False, any_image: b
 
 
 def _group(members: Iterator[Member], rule: LabelRule, found: TarSamples) -> list[tuple[str, dict[str, Member]]]:
-    """Return keys and members by suffix of the samples, in the order of their first members; others are skipped."""
+    """Return each sample's key and members by suffix, in the order of first members; note others as skipped."""
     samples: list[tuple[str, dict[str, Member]]] = []
     latest: dict[str, dict[str, Member]] = {}
     for member in members:
@@ -299,10 +299,10 @@ def _small(tar: Tar, member: Member) -> bytes:
 
 
 def guess_label_rule(source: Path | Store, names: Sequence[str]) -> LabelRule:
-    """Return where samples have their class, judged by the members of the first of these tars that has some.
+    """Return the rule for the class of samples, judged by the first of these tars that has members.
 
     Raises:
-        DataError: nothing in it is a class for certain.
+        DataError: nothing in the tar is certain to be a class.
     """
     for name in names:
         with open_tar(source, name) as tar:
@@ -335,7 +335,7 @@ def _rule_of(tar: Tar) -> LabelRule | None:
 
 
 def _json_object(content: bytes) -> dict[str, Any]:
-    """Return what a .json holds; nothing if it is damaged or no object."""
+    """Return the object in a .json; an empty one if it is damaged or no object."""
     try:
         found = json.loads(content)
     except (ValueError, RecursionError):
@@ -351,7 +351,7 @@ _NAME_IN_RECORD = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
 def find_tars(source: Path | Store) -> list[str]:
     """Return the tars in a directory or at a URL and below it, as sorted paths relative to it. Raises DataError.
 
-    A line names compressed ones, which are left out.
+    It leaves out compressed and misnamed tars, and prints a line about them.
     """
     if isinstance(source, Store):
         where, files = source.url, list(source.files())
@@ -381,7 +381,7 @@ def find_tars(source: Path | Store) -> list[str]:
 
 
 def _files_under(source: Path) -> list[str]:
-    """Return the files below a directory, also in linked ones, as paths relative to it; hidden ones are passed over.
+    """Return the files below a directory and in linked ones, as paths relative to it; hidden ones are skipped.
 
     Raises DataError for a broken link to a tar, OSError for a folder that cannot be listed.
     """
@@ -440,7 +440,7 @@ _REQUESTS = 32
 
 @dataclass(frozen=True)
 class IndexRequest:
-    """What to index and how.
+    """A request to index tars.
 
     Attributes:
         source: the directory of the tars, or its URL.
@@ -501,7 +501,7 @@ def index_tars(request: IndexRequest) -> int:
 
 
 def _output(source: Path | Store, out: Path | None) -> Path:
-    """Return where to write, once that is known to work. Raises DataError."""
+    """Return the output directory, after a check that it can be written. Raises DataError."""
     if out is None:
         assert isinstance(source, Path)
         out = source
@@ -519,14 +519,14 @@ def _output(source: Path | Store, out: Path | None) -> Path:
 
 
 def is_indexed(record: shard_format.DatasetRecord) -> bool:
-    """Return whether a data set was made by `karat index`, of tars that others wrote."""
+    """Return whether a data set was made by `karat index`, from tars that others wrote."""
     return any(split.made.get("by") == MADE_BY for split in record.splits.values())
 
 
 def _read_all(source: Path | Store, names: Sequence[str], rule: LabelRule, with_hashes: bool) -> dict[str, TarSamples]:
-    """Read tars on a file system by processes, and those at a URL by threads, which mostly wait.
+    """Read tars on a file system in processes, and tars at a URL in threads, which mostly wait.
 
-    No process is forked while connections are open: a lock that another thread held then would stay locked in it.
+    No process is forked while connections are open: a lock that another thread held would stay locked in the child.
     """
     read, tars = partial(_read_one, source, rule, with_hashes), {}
     pool: ThreadPool | ProcessPoolExecutor
@@ -560,11 +560,11 @@ def _classes(tars: dict[str, TarSamples], rule: LabelRule, file: Path | None, us
     """Return the names of the classes, in order.
 
     Args:
-        file: given by the user, with the names.
+        file: the user's file of names.
         usual: the names in the file that open_clip's data sets have beside their tars; empty if there is none.
 
     Raises:
-        DataError: labels are of both kinds, or not of classes.
+        DataError: some labels are names and others numbers, or labels are not classes.
     """
     labels = {label for tar in tars.values() for label in tar.labels}
     if not labels:

@@ -1,8 +1,8 @@
 """The order of an epoch, every seed of the data path, and the samples of each batch on each rank, as pure functions.
 
-Nothing here depends on workers, backend or the history of the run, and all is planned before anything is read. Streams
-come from BLAKE2 and from Philox's raw output, which numpy never changes, so an order is the same under every numpy
-version.
+Nothing here depends on workers, backend or the history of the run, and all is planned before anything is read. Random
+numbers come from BLAKE2 and from Philox's raw output, which numpy never changes, so an order is the same under every
+numpy version.
 """
 
 import math
@@ -38,7 +38,7 @@ def epoch_order(
     """Return the samples of one epoch in training order: int64 [num_samples], a permutation of 0 .. num_samples - 1.
 
     `full` ranks the samples by independent 64-bit random numbers. `block` is for disks with slow seeks: it permutes
-    blocks of consecutive samples, then shuffles within windows of that many blocks.
+    blocks of consecutive samples, then shuffles within windows of `window_blocks` blocks.
     """
     if policy == "full":
         return _permutation(_digest(b"order", 16, seed, epoch), num_samples)
@@ -90,8 +90,8 @@ class BatchSlice:
     `sample_ids` is int64 [b]; PADDING (-1) fills up the last batch of an evaluation. `batch` counts global
     batches within the epoch.
 
-    A slice of a stream has PADDING for all ids. lane: which of the `lanes` of all ranks it is read from, see
-    `karat_scale.data.streams`. place: where to begin to read; None to go on.
+    A slice of a stream has PADDING for all ids. lane: the lane that it is read from, one of the `lanes` of all ranks;
+    see `karat_scale.data.streams`. place: the place to start reading at; None to continue.
     """
 
     epoch: int
@@ -112,7 +112,7 @@ def choose_micro_batch(global_batch: int, world_size: int, wanted: int | None, e
     """Return the micro batch of every rank: `wanted` limited to the rank's part, or the whole part.
 
     `even` requires even micro batches, because mixup and cutmix mix neighbours. Raises RecipeError if the
-    global batch cannot be divided so.
+    global batch cannot be divided in this way.
     """
     part, rest = divmod(global_batch, world_size)
     unit = 2 * world_size if even else world_size
@@ -134,13 +134,13 @@ def choose_micro_batch(global_batch: int, world_size: int, wanted: int | None, e
 
 
 def micro_batch_of(recipe: RunRecipe, world_size: int) -> int:
-    """Return the micro batch of a recipe on so many ranks. Raises RecipeError as `choose_micro_batch`."""
+    """Return the micro batch of a recipe on `world_size` ranks. Raises RecipeError like `choose_micro_batch`."""
     train, mixes = recipe.train, isinstance(recipe, Recipe) and recipe.augment.mixes
     return choose_micro_batch(train.global_batch, world_size, train.micro_batch, even=mixes)
 
 
 def possible_micro_batch(recipe: RunRecipe, world_size: int) -> int | None:
-    """As `micro_batch_of`, but None where there is none."""
+    """Return what `micro_batch_of` returns, or None if there is no such micro batch."""
     try:
         return micro_batch_of(recipe, world_size)
     except RecipeError:
@@ -148,7 +148,7 @@ def possible_micro_batch(recipe: RunRecipe, world_size: int) -> int | None:
 
 
 def check_one_batch(num_samples: int, global_batch: int) -> None:
-    """Raise DataError where the training split has not even one whole global batch."""
+    """Raise DataError if the training split is smaller than one global batch."""
     if num_samples == 0:
         raise DataError("the training split has no samples; correct data.path or data.train_split")
     if num_samples < global_batch:
@@ -159,7 +159,7 @@ def check_one_batch(num_samples: int, global_batch: int) -> None:
 
 
 def total_steps(steps_per_epoch: int, epochs: int, max_steps: int | None) -> int:
-    """Return the number of global batches of a whole run: those of its epochs, or `max_steps` if these are fewer."""
+    """Return the number of global batches of a whole run: those of its epochs, or `max_steps` if that is fewer."""
     planned = epochs * steps_per_epoch
     return min(planned, max_steps or planned)
 
@@ -172,7 +172,8 @@ class TrainPlan:
     contiguous part, in contiguous micro batches. Raises DataError when an epoch has no whole batch and
     RecipeError when the global batch does not divide.
 
-    lanes: of a stream, the lanes of each rank, from which its micro batches come in turn; 0 if samples have ids.
+    lanes: for a stream, the number of lanes of each rank, which supply its micro batches in turn; 0 if samples have
+    ids.
     """
 
     seed: int
@@ -220,7 +221,7 @@ class TrainPlan:
         return epoch_order(self.seed, epoch, self.num_samples, self.order, self.block_samples, self.window_blocks)
 
     def cut(self, order: npt.NDArray[np.int64], epoch: int, batch: int) -> Iterator[BatchSlice]:
-        """Yield this rank's micro batches of one global batch of an epoch in that order."""
+        """Yield this rank's micro batches of one global batch, given the epoch's order."""
         part = self.accumulation * self.micro_batch
         first = batch * self.global_batch + self.rank * part
         for start in range(first, first + part, self.micro_batch):
@@ -229,9 +230,9 @@ class TrainPlan:
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """The evaluation batches of one rank: every sample once over all ranks, as many batches on each.
+    """The evaluation batches of one rank: every sample once over all ranks, and the same number of batches on each.
 
-    most: samples of a batch; no batch is larger than what a rank has.
+    most: the most samples of a batch; a batch is never larger than the rank's share.
     """
 
     num_samples: int
@@ -252,7 +253,7 @@ class EvalPlan:
         return math.ceil(self._per_rank / self.most)
 
     def slices(self) -> Iterator[BatchSlice]:
-        """Yield all batches of this rank, in the split's own order, each of as many ids, padded with PADDING."""
+        """Yield all batches of this rank, in the order of the split, padded with PADDING to the same size."""
         first = self.rank * self._per_rank
         last = min(first + self._per_rank, self.num_samples)
         for number in range(self.num_batches):

@@ -59,12 +59,12 @@ class StreamShards:
     endless list, whose entries are counted from 0. Lane l of L lanes reads the entries l, l + L, l + 2 L, ...
 
     Attributes:
-        urls: what the library opens.
-        names: the same for messages, without the values of `${NAME}`, which may be secret.
+        urls: the URLs that the library opens.
+        names: the same URLs for messages, without the values of `${NAME}`, which may be secret.
 
     Raises:
-        DataError: the library cannot read `data.stream`, or it has a credential.
-        UntrustedError: it is of a run that may be somebody else's, and what is opened may do more than read.
+        DataError: the library cannot read `data.stream`, or `data.stream` has a credential.
+        UntrustedError: `data.stream` is from a run that may be somebody else's, and opening it may do more than read.
     """
 
     def __init__(self, data: DataConfig, seed: int) -> None:
@@ -83,7 +83,7 @@ class StreamShards:
         self.names = _without_values(self.urls, data.stream)
         for url, name in zip(self.urls, self.names, strict=True):
             scheme = _check_can_be_opened(url, name)
-            # A URL with the value of a variable would tell it to the server.
+            # A URL that has the value of a variable would send it to the server.
             if data.found_in and scheme not in _FILES and not (scheme in _READ_ONLY and url == name):
                 refuse_untrusted(f"{data.found_in}: data.stream = {name} runs a command or sends a variable's value")
         self._order = lru_cache(maxsize=2)(lambda cycle: epoch_order(seed, cycle, len(self)).tolist())
@@ -109,7 +109,7 @@ class StreamShards:
 
 
 def _without_values(urls: list[str], text: str) -> list[str]:
-    """Return URLs with the names of the variables in their text, and of those in their values, instead of these."""
+    """Return URLs with the names of variables instead of their values, for those in `text` and those in values."""
     names = list(dict.fromkeys(_VARIABLE.findall(text)))
     for name in names:  # which grows
         names += [inner for inner in _VARIABLE.findall(os.environ[f"WDS_{name}"]) if inner not in names]
@@ -152,7 +152,7 @@ _PATIENCE = 5.0
 
 
 class ShardError(Exception):
-    """What is wrong with a shard, in words that follow its name. The library adds to the arguments of exceptions."""
+    """A fault of a shard; `reason` follows the shard's name in messages. The library adds to exceptions' arguments."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -160,7 +160,7 @@ class ShardError(Exception):
 
 
 class ShardBytes:
-    """The bytes of a shard, for the library to read. is_empty: there are none."""
+    """The bytes of a shard, for the library to read. is_empty: whether there are none."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -169,7 +169,7 @@ class ShardBytes:
         self.is_empty = True
 
     def read(self, size: int) -> bytes:
-        """Return at most so many bytes; none at the end. Raises ShardError."""
+        """Return at most `size` bytes; none at the end. Raises ShardError."""
         while not self._has_ended and len(self._held) < size + _HELD_BACK:
             self._fetch(size)
         if self._has_ended:
@@ -178,7 +178,7 @@ class ShardBytes:
         return self._given
 
     def check_end(self) -> None:
-        """Look at what the reader left. Raises ShardError if that is not the end of a tar, or the command failed."""
+        """Check what the reader left. Raises ShardError if that is not the end of a tar, or if the command failed."""
         unread = self._given[-_BLOCK:] + self._held
         while not unread.strip(b"\0") and not self._has_ended:
             unread = self._fetch(_PIECE)
@@ -190,7 +190,7 @@ class ShardBytes:
             raise ShardError(failed)
 
     def explained(self, reason: str) -> ShardError:
-        """Return the reason, or that the command failed, if that is why."""
+        """Return an error with the reason; if the command failed, with that instead."""
         return ShardError(_failure(self._stream, _PATIENCE if self._has_ended else 0.0) or reason)
 
     def _fetch(self, size: int) -> bytes:
@@ -258,11 +258,11 @@ DOUBLED = "__doubled__"
 def read_tar(url: str, name: str) -> Iterator[dict[str, Any]]:
     """Yield the samples of a shard as the library makes them, in the shard's order.
 
-    A sample in which a suffix occurs twice has DOUBLED, and the first of the two.
+    A sample in which a suffix occurs twice has the key DOUBLED, and only the first of the two members.
 
     Args:
-        url: what to open.
-        name: what messages call it.
+        url: the URL to open.
+        name: the shard's name in messages.
 
     Raises:
         DataError: the shard cannot be opened, is damaged or ends early, or its command fails.
@@ -306,7 +306,7 @@ _INITIAL = 100
 
 
 class StreamSample(NamedTuple):
-    """A sample as it is stored. problem: why it cannot be used; its image and label say nothing then."""
+    """A sample as it is stored. problem: why it cannot be used; its image and label are meaningless then."""
 
     id: int
     key: str
@@ -316,7 +316,7 @@ class StreamSample(NamedTuple):
 
 
 class InLane(NamedTuple):
-    """A sample of a lane. shard: its number. place: of the lane after it."""
+    """A sample of a lane. shard: the number of its shard. place: the lane's place after the sample."""
 
     sample: StreamSample
     cycle: int
@@ -325,7 +325,7 @@ class InLane(NamedTuple):
 
 
 class StreamSource:
-    """The shards of a recipe's stream, and how its samples say their class.
+    """The shards of a recipe's stream, and the rule for the class of a sample.
 
     classes: the names of the classes, in the order of the labels.
     """
@@ -339,12 +339,12 @@ class StreamSource:
     def lane(self, place: LanePlace, lanes: int, begins: Callable[[int], None]) -> Generator[InLane, None, None]:
         """Yield the samples of a lane from a place on, without end.
 
-        The order in a shard is a function of the seed and the shard's entry in the endless list. So to go on inside a
-        shard, its samples are read and shuffled once more from its start, and those that were used are dropped.
+        The order in a shard is a function of the seed and the shard's entry in the endless list. So to resume inside a
+        shard, its samples are read and shuffled again from its start, and those that were used are skipped.
 
         Args:
-            lanes: of all ranks.
-            begins: is told the number of each shard before it is opened.
+            lanes: the number of lanes of all ranks.
+            begins: is called with the number of each shard before it is opened.
 
         Raises:
             DataError: a shard cannot be read, is not whole or has no sample.
@@ -396,7 +396,7 @@ class StreamSource:
 
 
 class UnusableSampleError(UndecodableImageError):
-    """A sample of a stream lacks an image or a right label; the message is the reason."""
+    """A sample of a stream lacks an image or a valid label; the message is the reason."""
 
     done = "used"
 
@@ -482,7 +482,7 @@ Count = Annotated[int, Field(ge=0, lt=2**40)]
 
 @dataclass
 class StreamState:
-    """What a checkpoint says of a stream. shards: their number. lanes: of all ranks, the entry and the used samples."""
+    """A stream's state in a checkpoint. shards: their number. lanes: (entry, used samples) of all ranks' lanes."""
 
     shards: Annotated[int, Field(ge=1)]
     lanes: Annotated[list[tuple[Count, Count]], Field(min_length=1)]
@@ -491,7 +491,7 @@ class StreamState:
 class StreamProgress:
     """The places of this rank's lanes.
 
-    lanes: of each rank. shards: the number of the stream's shards.
+    lanes: the number of lanes of each rank. shards: the number of the stream's shards.
     """
 
     def __init__(self, rank: int, ranks: int, lanes: int, shards: int) -> None:
@@ -500,13 +500,13 @@ class StreamProgress:
         self.places = {lane: LanePlace(lane) for lane in self._mine}
 
     def from_here(self, slices: Iterable[BatchSlice]) -> Iterator[BatchSlice]:
-        """Yield the slices; the first one of each lane says where it stands."""
+        """Yield the slices; the first slice of each lane has the lane's place."""
         waiting = dict(self.places)
         for part in slices:
             yield replace(part, place=waiting.pop(part.lane, None))
 
     def note(self, batch: Batch) -> None:
-        """A batch was trained on."""
+        """Note that a batch was trained on."""
         if batch.streamed is not None:
             self.places[batch.streamed.lane] = batch.streamed.place
 
@@ -515,11 +515,11 @@ class StreamProgress:
         return [self.places[lane] for lane in self._mine]
 
     def state(self, places: Iterable[LanePlace]) -> StreamState:
-        """Return what a checkpoint says, given the places of all ranks."""
+        """Return the state for a checkpoint, given the places of all ranks' lanes."""
         return StreamState(self._shards, [(place.entry, place.used) for place in places])
 
     def resume(self, saved: StreamState | None) -> str:
-        """Go on where a checkpoint stands; returns why that cannot be done exactly, and what happens instead."""
+        """Resume from a checkpoint; returns why that is not exact and what happens instead, or an empty text."""
         if saved is None:
             return ""
         if (saved.shards, len(saved.lanes)) == (self._shards, self._all):

@@ -1,7 +1,7 @@
 """DeepSpeed's configuration file, with its "auto" fields filled from the recipe.
 
-What contradicts the recipe or would silently go wrong is refused here. The rest of the file is DeepSpeed's own, which
-reads it and says what is wrong.
+Keys that contradict the recipe or would silently go wrong are refused here. DeepSpeed itself reads the rest of the file
+and reports what is wrong.
 """
 
 import json
@@ -19,7 +19,7 @@ from karat_scale.foundation.tables import importing, refuse_untrusted
 from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.train import DeepSpeedConfig
 
-# Sections that would do again, or otherwise, what the recipe says.
+# Sections that would repeat or contradict the recipe.
 _REFUSED = {
     "optimizer": "the recipe's optim section makes the optimizer",
     "scheduler": "the recipe's schedule section sets the learning rate",
@@ -43,7 +43,7 @@ _ACCEPTED = (
     ("zero_optimization.offload_optimizer", "device", ("none", "cpu"), "checkpoints hold what is in memory"),
     ("zero_optimization.offload_param", "device", ("none", "cpu"), "checkpoints hold what is in memory"),
 )
-# What is read here, so that DeepSpeed never sees a wrong one.
+# Sections that are read here, so that DeepSpeed never sees a wrong one.
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types", "timers")
 
 
@@ -52,14 +52,14 @@ def _check(config: Mapping[str, Any], values: Mapping[str, Any], source: str) ->
 
     Args:
         config: a DeepSpeed configuration without "auto".
-        values: what the recipe says, by key.
-        source: begins the error.
+        values: the recipe's values by key.
+        source: the beginning of the error.
     """
     known = {*_SECTIONS, *(name.partition(".")[0] for name in values)}
     for key in config:
         if key in _REFUSED:
             raise RecipeError(f"{source}: {key}: {_REFUSED[key]}; remove it")
-        # DeepSpeed would pass over it.
+        # DeepSpeed would ignore it.
         if key not in known and (hint := did_you_mean(key, known, likeness=0.85)):
             raise RecipeError(f"{source}: {key}: unknown key; {hint}")
     for key in _SECTIONS:
@@ -81,7 +81,7 @@ def _check_by_deepspeed(config: Mapping[str, Any], source: str) -> None:
     batches = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     plain = {key: value for key, value in config.items() if key not in batches}
     try:
-        # A batch that goes with any world size: this process may plan for another one.
+        # A batch that fits any world size: this process may plan for another one.
         Parsed({**plain, "train_micro_batch_size_per_gpu": 1})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -96,16 +96,16 @@ def _check_by_deepspeed(config: Mapping[str, Any], source: str) -> None:
 
 
 def config_directory() -> Path:
-    """Where the shipped files lie: inside an installed wheel, or at the top of a clone."""
+    """Return the directory of the shipped files: inside an installed wheel, or at the top of a clone."""
     return shipped_directory("ds_configs")
 
 
 def load_ds_config(recipe: RunRecipe, world_size: int, micro_batch: int) -> dict[str, Any]:
-    """The configuration DeepSpeed gets: the file the recipe names, every "auto" and missing number filled.
+    """Return DeepSpeed's configuration: the file the recipe names, with every "auto" and missing number filled.
 
     Raises:
-        RecipeError: no such file, not JSON, an "auto" we cannot fill, a key given twice, what DeepSpeed cannot read
-            or contradicts the recipe, or CUDA graphs with accumulated gradients.
+        RecipeError: the file does not exist, is not JSON, has an "auto" we cannot fill or a key twice, cannot be read
+            by DeepSpeed or contradicts the recipe, or CUDA graphs would accumulate gradients.
     """
     values = {**_recipe_values(recipe), **_batch_values(recipe, world_size, micro_batch)}
     config, source = _read(recipe, values, with_keys=True)
@@ -117,19 +117,19 @@ def load_ds_config(recipe: RunRecipe, world_size: int, micro_batch: int) -> dict
             "micro batches; use train.compile=default or a larger train.micro_batch"
         )
     if zero_stage(config) == 0:
-        config["gradient_clipping"] = 0.0  # DeepSpeed would not tell the norm and would step on NaN; the engine clips
+        config["gradient_clipping"] = 0.0  # DeepSpeed would not return the norm and would step on NaN; the engine clips
     return config
 
 
 def check_ds_config(recipe: RunRecipe) -> None:
-    """Refuse a file that no world can train with. Raises RecipeError as `load_ds_config`.
+    """Refuse a file that no world size can train with. Raises RecipeError like `load_ds_config`.
 
-    The keys of a shipped file are not looked at: for those DeepSpeed would be imported, which takes seconds.
+    The keys of a shipped file are not checked: that would import DeepSpeed, which takes seconds.
     """
     values = _recipe_values(recipe)
     any_batch = _batch_values(recipe, world_size=1, micro_batch=1)
     own = config_directory() != _find(recipe.deepspeed).parent
-    logging.disable(logging.WARNING)  # DeepSpeed talks on standard output when it is imported
+    logging.disable(logging.WARNING)  # DeepSpeed prints to standard output when it is imported
     try:
         config, source = _read(recipe, {**values, **any_batch}, with_keys=own)
     finally:
@@ -143,7 +143,7 @@ def zero_stage(config: Mapping[str, Any]) -> int:
 
 
 def stage_refusal(recipe: RunRecipe, stage: int) -> str | None:
-    """What the recipe asks for and this ZeRO stage cannot do."""
+    """Return what the recipe asks for and this ZeRO stage cannot do, or None."""
     if recipe.train.holds_16_bits and stage == 0:
         return f"train.precision = {recipe.train.precision} needs ZeRO stage 1 or higher"
     if recipe.train.records_graphs and stage == 3:
@@ -154,7 +154,7 @@ def stage_refusal(recipe: RunRecipe, stage: int) -> str | None:
 
 
 def offloads_optimizer(config: Mapping[str, Any]) -> bool:
-    """Whether the optimizer's states and steps are on the CPU."""
+    """Return whether the optimizer's states and steps are on the CPU."""
     zero = config.get("zero_optimization", {})
     device = (zero.get("offload_optimizer") or {}).get("device", "none")
     return zero_stage(config) > 0 and bool(device != "none" or zero.get("cpu_offload"))
@@ -173,7 +173,7 @@ def _find(section: DeepSpeedConfig) -> Path:
 
 
 def _read(recipe: RunRecipe, values: dict[str, Any], with_keys: bool) -> tuple[dict[str, Any], str]:
-    """The file's content with every "auto" filled from `values`, and what an error of it begins with."""
+    """Return the file's content with every "auto" filled from `values`, and the beginning of its errors."""
     path = _find(recipe.deepspeed)
     source = f"deepspeed.config = {path}"
 
@@ -204,11 +204,11 @@ def _read(recipe: RunRecipe, values: dict[str, Any], with_keys: bool) -> tuple[d
 
 
 def _recipe_values(recipe: RunRecipe) -> dict[str, Any]:
-    """What the recipe alone says."""
+    """Return the values that depend only on the recipe."""
     return {
         "train_batch_size": recipe.train.global_batch,
         "gradient_clipping": recipe.optim.clip_grad,
-        # To DeepSpeed a precision is what it holds weights in; of our autocast it need not know.
+        # For DeepSpeed, a precision is the dtype of the weights; it need not know of our autocast.
         "bf16.enabled": recipe.train.precision == "bf16_weights",
         "fp16.enabled": recipe.train.precision == "fp16",
         "data_types.grad_accum_dtype": "fp32",
@@ -216,7 +216,7 @@ def _recipe_values(recipe: RunRecipe) -> dict[str, Any]:
 
 
 def _batch_values(recipe: RunRecipe, world_size: int, micro_batch: int) -> dict[str, Any]:
-    """What hangs on the number of ranks."""
+    """Return the values that depend on the number of ranks."""
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": recipe.train.global_batch // (world_size * micro_batch),
@@ -236,7 +236,7 @@ def _fill_auto(node: dict[str, Any], values: dict[str, Any], source: str, prefix
 
 
 def _settle(config: dict[str, Any], values: dict[str, Any], source: str) -> None:
-    """Fill what the file leaves out; refuse what it sets to something else than the recipe."""
+    """Fill in what the file omits; refuse values that differ from the recipe's."""
     for name, value in values.items():
         node = config
         *parents, leaf = name.split(".")

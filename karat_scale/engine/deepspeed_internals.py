@@ -1,4 +1,4 @@
-"""The private corners of DeepSpeed that we touch; a test fails when a release moves one.
+"""The private parts of DeepSpeed that we use; a test fails when a release moves one.
 
 It also replaces the places where DeepSpeed makes the host wait for the device.
 """
@@ -17,12 +17,12 @@ from torch.distributed import distributed_c10d
 
 from karat_scale.engine.shards import Fragment, Layout
 
-# What ranks that are all there need at most to connect over gloo.
+# The longest time that ranks need to connect over gloo once all of them are there.
 CONNECTING = timedelta(minutes=1)
 
 
 def average_gradients_in_few_copies(engine: Any) -> None:
-    """Stage 0: copy a bucket's averages back by one operation, not one a parameter, and none where one rank trains."""
+    """Stage 0: copy a bucket's averages back in one operation, not one per parameter; in none if one rank trains."""
     average = engine.allreduce_bucket
 
     def average_in_place(bucket: list[torch.Tensor], group: Any, world_size: Any = None) -> None:
@@ -34,7 +34,7 @@ def average_gradients_in_few_copies(engine: Any) -> None:
 
 
 def check_by_the_norm(engine: Any) -> None:
-    """Stages 1 to 3: leave out the search for overflows, gradient by gradient; the norm of all of them tells."""
+    """Stages 1 to 3: skip the search for overflows in each gradient; the norm of all gradients shows them."""
     optimizer = engine.optimizer
     optimizer.check_overflow = lambda *_, **__: None
     optimizer.update_offload_overflow_tracker = lambda *_: None
@@ -44,7 +44,7 @@ def check_by_the_norm(engine: Any) -> None:
 
 
 def _norm_of_shards(optimizer: Any) -> torch.Tensor:
-    """As DeepSpeed's, which handles each gradient and each parameter group by itself. Collective."""
+    """Return DeepSpeed's norm, which DeepSpeed computes gradient by gradient and group by group. Collective."""
     gradients = [gradient for group in optimizer.averaged_gradients.values() for gradient in group]
     total = _square(gradients)
     dist.all_reduce(total, group=optimizer.dp_process_group)
@@ -59,8 +59,8 @@ def _square(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
 def reduce_in_few_operations(engine: Any) -> None:
     """Stages 1 to 3 without `contiguous_gradients`: handle a bucket's gradients at once where DeepSpeed has a loop.
 
-    With it, at stages 1 and 2: keep the gradient of a parameter larger than a bucket until the stream that reduces it
-    is done. DeepSpeed frees it before.
+    With `contiguous_gradients`, at stages 1 and 2: keep the gradient of a parameter larger than a bucket until the
+    stream that reduces it is done. DeepSpeed frees it before.
     """
     optimizer, is_stage_3 = engine.optimizer, engine.zero_optimization_stage() == 3
     if not getattr(optimizer, "contiguous_gradients", True):
@@ -81,9 +81,9 @@ def reduce_in_few_operations(engine: Any) -> None:
 
 
 def _wait_for_hooks_on_other_streams(optimizer: Any) -> None:
-    """torch.compile may let hooks of gradients run on other streams than the passes (DeepSpeed's issue 8061).
+    """Let reductions wait for gradient hooks on other streams, as with torch.compile (DeepSpeed's issue 8061).
 
-    DeepSpeed waits for the whole device here, and in `device_waits_for_itself` only two streams wait for each other.
+    DeepSpeed waits for the whole device here; in `device_waits_for_itself`, only two streams wait for each other.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -131,15 +131,15 @@ def _keep_own_parts(optimizer: Any, params: list[Any], parts: list[torch.Tensor]
 
 
 _judge: list[Callable[[torch.Tensor], bool]] = []
-"""Of the step under way: one, or none between steps."""
+"""The judge of the current step: one, or none between steps."""
 
 
 @contextlib.contextmanager
 def step_judged_by(is_invalid: Callable[[torch.Tensor], bool]) -> Iterator[None]:
-    """Stages 1 to 3: inside the block DeepSpeed asks `is_invalid` once a step about the gradients' norm.
+    """Stages 1 to 3: inside the block DeepSpeed asks `is_invalid` once per step about the gradients' norm.
 
-    `is_invalid` gets the norm of the scaled gradients, not read yet, not finite where a gradient is not. DeepSpeed
-    skips the step where the answer is true.
+    `is_invalid` gets the norm of the scaled gradients, which is still on the device, and not finite if a gradient is
+    not. DeepSpeed skips the step if the answer is True.
     """
     answers: list[bool] = []
 
@@ -157,9 +157,9 @@ def step_judged_by(is_invalid: Callable[[torch.Tensor], bool]) -> Iterator[None]
 
 @functools.cache
 def patch_modules() -> None:
-    """Let DeepSpeed's modules, for the rest of this process, ask the judge of the step, and otherwise not read norms.
+    """Let DeepSpeed's modules ask the step's judge, for the rest of this process, and not read norms themselves.
 
-    DeepSpeed itself would read the norm once a parameter group, and once more to put -1 in its place.
+    DeepSpeed would read the norm once per parameter group, and once more to replace it with -1.
     """
     from deepspeed.runtime import bf16_optimizer, utils
     from deepspeed.runtime.zero import stage3, stage_1_and_2
@@ -178,17 +178,17 @@ def patch_modules() -> None:
 
 
 def _clip_by_norm(input_tensors: list[torch.Tensor], max_norm: float, global_norm: torch.Tensor, **_: Any) -> None:
-    """As DeepSpeed's, which reads the norm to see whether there is something to clip."""
+    """Clip as DeepSpeed does, but without reading the norm to see whether there is something to clip."""
     torch._foreach_mul_(list(input_tensors), (max_norm / (global_norm + 1e-6)).clamp(max=1.0))
 
 
 @contextlib.contextmanager
 def device_waits_for_itself(engine: Any) -> Iterator[None]:
-    """Inside the block DeepSpeed does not stop the host until the device is done.
+    """Inside the block, DeepSpeed does not make the host wait for the device.
 
-    It does so to order its own streams (for reductions, and at stage 3 for gathers) after what came before and before
-    what comes next; they and the device's current stream can wait for each other instead. Not with offload, where the
-    host takes over what they write.
+    DeepSpeed makes it wait to order its own streams (for reductions, and at stage 3 for gathers) after earlier and
+    before later work. Here these streams and the device's current stream wait for each other instead. With offload the
+    host still waits, because it takes over what the streams write.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -217,7 +217,7 @@ def device_waits_for_itself(engine: Any) -> Iterator[None]:
 def gathers_wait_for_the_weights(engine: Any) -> None:
     """Stage 3: after the weights have changed, let the stream that gathers them wait until they are written.
 
-    DeepSpeed counts on the host, which `device_waits_for_itself` no longer stops after a step.
+    DeepSpeed relies on the host's wait, which no longer happens after a step in `device_waits_for_itself`.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -227,7 +227,7 @@ def gathers_wait_for_the_weights(engine: Any) -> None:
 
 
 def quieten_and_skip_builds() -> None:
-    """Before DeepSpeed joins a process group: no CPU op compiled at start, no banner on standard output."""
+    """Before DeepSpeed joins a process group: compile no CPU op, print no banner on standard output."""
     from deepspeed import ops
     from deepspeed.utils import logger
 
@@ -240,7 +240,7 @@ def quieten_and_skip_builds() -> None:
 
 
 def share_world_group(size: int, patience: timedelta) -> None:
-    """Give DeepSpeed its group of all ranks, with our patience: NCCL's own is ten minutes. Collective."""
+    """Give DeepSpeed its group of all ranks, with our patience: NCCL's default is ten minutes. Collective."""
     from deepspeed.utils import groups
 
     if size > 1 and groups._WORLD_GROUP is None:
@@ -253,7 +253,7 @@ def share_world_group(size: int, patience: timedelta) -> None:
 
 
 def forget_groups() -> None:
-    """Let the next engine make groups of its own: DeepSpeed keeps those of a process group that is destroyed."""
+    """Let the next engine make new groups: DeepSpeed keeps the groups of a destroyed process group."""
     from deepspeed.utils import groups
 
     groups._WORLD_GROUP = None
@@ -282,13 +282,13 @@ def master_weights(engine: Any) -> list[torch.Tensor]:
         return [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if stage == 3:
         return list(optimizer.fp32_partitioned_groups_flat)
-    if hasattr(optimizer, "fp32_groups_flat_partition"):  # stage 1 in bf16 has an optimizer of its own
+    if hasattr(optimizer, "fp32_groups_flat_partition"):  # stage 1 in bf16 has a separate optimizer
         return list(optimizer.fp32_groups_flat_partition)
     return list(optimizer.single_partition_of_fp32_groups)
 
 
 def shard_layout(engine: Any) -> Layout:
-    """What lies where in each of `master_weights(engine)`."""
+    """Return which parameters lie where in each of `master_weights(engine)`."""
     optimizer = engine.optimizer
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     stage = engine.zero_optimization_stage()
@@ -393,7 +393,7 @@ def forget_gradients(engine: Any) -> None:
 
 
 def loss_scale(engine: Any) -> float:
-    """What fp16 losses are multiplied by now."""
+    """Return the factor by which fp16 losses are multiplied now."""
     return float(engine.optimizer.loss_scaler.cur_scale)
 
 
@@ -405,7 +405,7 @@ def keep_least_loss_scale(engine: Any) -> None:
 
 
 def grow_loss_scale_after_the_step(engine: Any) -> None:
-    """Stages 1 to 3 in fp16: DeepSpeed raises the loss scale before it divides the step's gradients by it."""
+    """Stages 1 to 3 in fp16: raise the loss scale after the step, not before gradients are divided by it."""
     optimizer = engine.optimizer
     step, update = optimizer.step, optimizer._update_scale
 
@@ -422,7 +422,7 @@ def grow_loss_scale_after_the_step(engine: Any) -> None:
 
 
 def load_loss_scaler(engine: Any, saved: Any) -> None:
-    """Resume a dynamic loss scale from that of a checkpoint, if both are dynamic."""
+    """Resume the loss scale from a checkpoint's, if both are dynamic."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is not None and scaler.dynamic and getattr(saved, "dynamic", False):
         for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"):
@@ -432,8 +432,8 @@ def load_loss_scaler(engine: Any, saved: Any) -> None:
 def use_storage(engine: Any, storage: Any) -> None:
     """Let `storage` write and read DeepSpeed's checkpoint files.
 
-    DeepSpeed copies its converter scripts beside them itself, on one rank, in the middle of a collective save: where
-    the disk does not take them the storage must know, and nothing be raised.
+    DeepSpeed itself copies its converter scripts next to them, on one rank, in the middle of a collective save. If the
+    disk does not take them, the storage must know, and nothing may be raised.
     """
     engine.checkpoint_engine = storage
     copy_scripts = engine._copy_recovery_script
@@ -448,7 +448,7 @@ def use_storage(engine: Any, storage: Any) -> None:
 
 
 def checkpoint_globals() -> list[Any]:
-    """The classes of DeepSpeed's own that its checkpoint files hold; all else in them is plain data."""
+    """Return DeepSpeed's own classes that its checkpoint files hold; everything else in them is plain data."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -457,9 +457,9 @@ def checkpoint_globals() -> list[Any]:
 
 
 class _RecomputeFirst(torch.autograd.Function):
-    """The identity, at the end of what is recomputed: asking for a saved tensor, its backward pass sets that off.
+    """The identity at the end of what is recomputed; its backward pass reads a saved tensor, which starts recomputing.
 
-    Set off by the last layer, it would end with stage 3 taking back the weight that this layer had just been given.
+    If the last layer started it, stage 3 would end it by releasing the weight that this layer had just gathered.
     """
 
     @staticmethod
@@ -476,7 +476,7 @@ class _RecomputeFirst(torch.autograd.Function):
 def deepspeed_checkpoint() -> Callable[..., Any]:
     """DeepSpeed's non-reentrant activation checkpoint, set up for this process.
 
-    Its reentrant one adds up the gradients of a parameter that blocks share in another order, and ZeRO meets each part.
+    Its reentrant one adds up the gradients of a shared parameter in another order, and ZeRO gets each part separately.
     """
     quieten_and_skip_builds()
     import deepspeed

@@ -1,11 +1,11 @@
-"""Who this process is among the ranks, and the few collectives the trainer needs.
+"""The place of this process among the ranks, and the few collectives the trainer needs.
 
-One process alone, `torchrun`, and `srun` with one task per device all end in the same `World`. Each rank has a device
-of its own, and DeepSpeed works on the same.
+A single process, `torchrun`, and `srun` with one task per device all end in the same `World`. Each rank has its own
+device, and DeepSpeed uses the same one.
 
-torch records the last collectives of each rank: which one a stalled rank waits in, and which the others have. For NCCL,
-`python -m torch.distributed.flight_recorder.fr_trace RUN/diagnostics -p flight-` compares the files of all ranks; torch
-2.13 cannot read gloo's.
+torch records the last collectives of each rank. They show which one a stalled rank waits in, and where the others are.
+For NCCL, `python -m torch.distributed.flight_recorder.fr_trace RUN/diagnostics -p flight-` compares the files of all
+ranks; torch 2.13 cannot read gloo's.
 """
 
 import itertools
@@ -35,7 +35,8 @@ from karat_scale.foundation.machine import launch_environment
 
 T = TypeVar("T")
 PATIENCE_MINUTES = 30.0
-# A rank has about so many threads and data workers at once. gloo and torch wait for ever if they cannot start one.
+# About the number of threads and data workers that a rank has at once. gloo and torch wait for ever if they cannot
+# start one.
 _THREADS = 16
 # The ranks that have read all GPUs' names, and how long rank 0 waits for them.
 _READ, _READ_SECONDS = "read", 30.0
@@ -44,9 +45,9 @@ _meetings = itertools.count()
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size` ranks; `control` carries small CPU tensors beside NCCL's device traffic.
+    """This process among `size` ranks; `control` carries small CPU tensors, apart from NCCL's device traffic.
 
-    patience: how long a collective waits for another rank.
+    `patience` is how long a collective waits for another rank.
     """
 
     rank: int
@@ -58,11 +59,11 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, the one that writes and reports."""
+        """Return whether this is rank 0, which writes and reports."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """True on all ranks when `flag` is true on one of them."""
+        """Return True on all ranks if `flag` is true on any of them."""
         return self.max(int(flag)) > 0
 
     def max(self, value: int) -> int:
@@ -70,7 +71,7 @@ class World:
         return self.maxima(value)[0]
 
     def maxima(self, *values: int) -> list[int]:
-        """The largest of all ranks for each of the values, in one collective."""
+        """Return the maximum over all ranks of each of the values, in one collective."""
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.int64)
@@ -85,12 +86,12 @@ class World:
         return total
 
     def add_up_on_main(self, tensor: torch.Tensor) -> None:
-        """Let rank 0's tensor, on this world's device, become the sum of all ranks'; the others' are used up."""
+        """Replace rank 0's tensor, on this world's device, by the sum over ranks; the other ranks' become invalid."""
         if self.size > 1:
             dist.reduce(tensor, dst=0)
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's picklable `value`, on every rank."""
+        """Return rank 0's picklable `value` on every rank."""
         if self.size == 1:
             return value
         box = [value]
@@ -98,14 +99,14 @@ class World:
         return box[0]
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """What rank 0's action returns, on every rank; what it refuses is raised on every rank."""
+        """Return the result of rank 0's action on every rank; its UserError or OSError is raised on every rank."""
         with self.together():
             returned = action() if self.is_main else cast(T, None)
         return self.broadcast(returned)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What one rank meets inside, a UserError or an OSError, is raised on every rank at the end of the block."""
+        """Raise a UserError or OSError of one rank in the block on every rank, at the end of the block."""
         mine: Exception | None = None
         try:
             yield
@@ -132,15 +133,15 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 def joined(
     device: str, patience_minutes: float = PATIENCE_MINUTES, check: Callable[[], object] = lambda: None
 ) -> Iterator[World]:
-    """Be in the process group inside the block.
+    """Join the process group for the block.
 
     Args:
         device: auto, cpu or cuda.
         patience_minutes: how long to wait for another rank.
-        check: called while the ranks are awaited; it may raise to give up.
+        check: a function to call while waiting for the ranks; it may raise to give up.
 
     Raises:
-        UserError: as `start`.
+        UserError: as in `start`.
         PeerError: another rank has ended.
     """
     of_launcher, is_orderly = os.environ.get("LOCAL_RANK"), False
@@ -181,7 +182,7 @@ def start(device: str, patience_minutes: float = PATIENCE_MINUTES, check: Callab
 def stop(is_orderly: bool = True) -> None:
     """Leave the process group. Another run may start in this process, except after an error on a GPU.
 
-    NCCL would then wait for the other ranks, which wait for this one. They notice it when the process has ended.
+    NCCL would then wait for the other ranks, which wait for this one. They notice when this process has ended.
     """
     if dist.is_initialized() and (is_orderly or dist.get_backend() != "nccl" or dist.get_world_size() == 1):
         dist.destroy_process_group()
@@ -195,7 +196,7 @@ def stop(is_orderly: bool = True) -> None:
 def _join(
     rank: int, size: int, device: torch.device, patience: timedelta, check: Callable[[], object]
 ) -> dist.ProcessGroup | None:
-    """Make the group of all ranks and, beside NCCL's, one for `World.control`."""
+    """Make the group of all ranks and, if it is NCCL's, another one for `World.control`."""
     if dist.is_initialized():
         return None
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives of each group that is made from here on
@@ -216,7 +217,7 @@ def _join(
 
 
 def meeting_place() -> tuple[str, int]:
-    """Return the address and the port at which the ranks of this job meet, which the environment then has."""
+    """Return the address and the port at which the ranks of this job meet, and set them in the environment."""
     os.environ["MASTER_ADDR"] = os.environ.get("MASTER_ADDR") or _first_slurm_host()
     port = os.environ["MASTER_PORT"] = os.environ.get("MASTER_PORT") or default_port(os.environ)
     if not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -240,14 +241,14 @@ def _need_threads() -> None:
 
 
 def default_port(environ: Mapping[str, str]) -> str:
-    """The rendezvous' port where nobody named one: by SLURM's job, so that two jobs on a node seldom meet."""
+    """Return the default port of the rendezvous: by SLURM's job, so that two jobs on a node seldom collide."""
     return str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 10000)  # below the ports that kernels hand out
 
 
 def have_a_gpu_each(store: dist.Store, rank: int, size: int, mine: str) -> None:
-    """Tell the other ranks this rank's `card`, and hear theirs. Raises UserError, on all, if two have the same.
+    """Compare this rank's `card` with those of the other ranks. Raises UserError on all ranks if two are the same.
 
-    The store may end with rank 0, so that one waits until all have read.
+    The store may end with rank 0, so before the error rank 0 waits until all have read.
     """
     if torch.cuda.device_count() == 1:
         print(f"[rank {rank}] takes the one GPU that it is shown: {mine}", flush=True)
@@ -275,10 +276,10 @@ def _first_slurm_host() -> str:
 
 
 def gpu_index(local_rank: int, shown: int) -> int:
-    """The number of this rank's GPU among the `shown` ones.
+    """Return the number of this rank's GPU among the `shown` ones.
 
-    Of one alone it is 0: srun's --gpu-bind and --gpus-per-task show each task its own, or all ranks the same, which
-    `refuse_shared` can tell.
+    If one GPU is shown, it is 0: srun's --gpu-bind and --gpus-per-task show each task its own GPU, or all ranks the
+    same, which `refuse_shared` detects.
 
     Raises:
         UserError: there are several GPUs, and fewer than ranks.
@@ -291,7 +292,7 @@ def gpu_index(local_rank: int, shown: int) -> int:
 
 
 def tell_deepspeed(device_type: str) -> None:
-    """Let DeepSpeed work on "cpu" or "cuda". Left alone it takes a GPU where torch sees one, once it is imported.
+    """Make DeepSpeed use "cpu" or "cuda". By default it takes a GPU if torch sees one when it is imported.
 
     Raises:
         UserError: this process has imported DeepSpeed for another kind of device.
@@ -321,9 +322,9 @@ def wait_for(device: torch.device | str) -> None:
 
 
 def card(device: torch.device) -> str:
-    """The node and the GPU behind a device of this process, as no other GPU is called."""
+    """Return a name of the node and the GPU behind a device of this process that no other GPU has."""
     properties = torch.cuda.get_device_properties(device)
-    marks = (getattr(properties, name, "") for name in ("uuid", "pci_bus_id"))  # no build of torch tells less than one
+    marks = (getattr(properties, name, "") for name in ("uuid", "pci_bus_id"))  # every build of torch has one
     return " ".join([socket.gethostname(), properties.name, *map(str, marks)])
 
 
@@ -349,7 +350,7 @@ def write_flight_record(directory: Path, rank: int) -> None:
 
 def _newest_record(torch_c: Any) -> tuple[list[dict[str, Any]], bytes]:
     """Return the newer of NCCL's and gloo's records: its entries, and the record as torch writes it."""
-    # An older torch has none, and a torch for CPUs has not the first.
+    # An older torch has neither, and a torch for CPUs lacks the first.
     names = [name for name in ("_dump_nccl_trace", "_dump_fr_trace") if hasattr(torch_c, name)]
     found = {name: json.loads(getattr(torch_c, f"{name}_json")()).get("entries", []) for name in names}
     if not found:

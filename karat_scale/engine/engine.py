@@ -34,18 +34,18 @@ from karat_scale.recipe import RunRecipe, TrainConfig
 
 @dataclass(frozen=True)
 class Precision:
-    """What the forward pass computes in, and what the module's parameters and inputs are."""
+    """The dtype that the forward pass computes in, and the dtype of the module's parameters and inputs."""
 
     compute: torch.dtype
     weights: torch.dtype
 
     @property
     def autocasts(self) -> bool:
-        """Whether autocast rounds the weights on the way, since they are held in more bits."""
+        """Return whether autocast rounds the weights in the forward pass, since they are held in more bits."""
         return self.compute != self.weights
 
     def autocast(self, device_type: str) -> AbstractContextManager[Any]:
-        """Autocast as this precision needs it, for code that no DeepSpeed engine surrounds."""
+        """Return the autocast context that this precision needs, for code outside a DeepSpeed engine."""
         return torch.autocast(device_type, self.compute if self.autocasts else None, enabled=self.autocasts)
 
 
@@ -55,13 +55,13 @@ PRECISIONS = {
     "bf16_weights": Precision(torch.bfloat16, torch.bfloat16),
     "fp16": Precision(torch.float16, torch.float16),
 }
-"""By `train.precision`, at every ZeRO stage that takes it."""
+"""The precisions by `train.precision`, at every ZeRO stage that supports them."""
 
 
 def pixel_dtype(train: TrainConfig, device: torch.device) -> torch.dtype:
-    """What images are made in for a model that is trained on the device.
+    """Return the dtype of images for a model that is trained on the device.
 
-    On a GPU it is what the model computes in, to which it would round them first. On a CPU it is float32.
+    On a GPU it is the compute dtype, to which the model would round them first. On a CPU it is float32.
     """
     return torch.float32 if device.type == "cpu" else PRECISIONS[train.precision].compute
 
@@ -79,8 +79,8 @@ def cast_images(images: Any, precision: Precision) -> Any:
 def forward_for_evaluation(model: nn.Module, train: TrainConfig, device: torch.device) -> Callable[[Any], Any]:
     """Move a model to a device, in evaluation mode and its precision; return its forward pass without gradients.
 
-    A recipe's fp16 is computed in fp32 on a CPU. torch's switches for TF32 are the recipe's only within: what else a
-    command computes is not to depend on whether it has evaluated.
+    A recipe's fp16 is computed in fp32 on a CPU. torch's switches for TF32 are set only during the forward pass: other
+    results of a command must not depend on whether it has evaluated.
     """
     slow = train.precision == "fp16" and device.type == "cpu"
     precision = PRECISIONS["fp32" if slow else train.precision]
@@ -119,7 +119,7 @@ def slow_precision(precision: str, device: torch.device) -> str:
 def autocast_inside(model: nn.Module, precision: Precision, device_type: str) -> None:
     """Let autocast begin inside the model's own forward pass.
 
-    DeepSpeed switches off, inside its engine, an autocast of CUDA's that began outside.
+    Inside its engine, DeepSpeed switches off an autocast of CUDA that began outside.
     """
     if not precision.autocasts:
         return
@@ -134,7 +134,7 @@ def autocast_inside(model: nn.Module, precision: Precision, device_type: str) ->
 
 
 def matrix_peak(train: TrainConfig, peaks: Mapping[str, float]) -> float | None:
-    """FLOP/s of a GPU's matrix products as a recipe has them, of `hardware.Gpu.peaks`; None where it has no such units.
+    """Return FLOP/s of a GPU for a recipe's matrix products, from `hardware.Gpu.peaks`; None if it has no such units.
 
     A GPU without TF32 computes in fp32 whatever `train.tf32` says.
     """
@@ -153,7 +153,7 @@ class Engine:
     """Forward, backward and step of one model on one rank.
 
     Args:
-        groups: the optimizer's, if they are not `parameter_groups`.
+        groups: the optimizer's parameter groups, if they are not those of `parameter_groups`.
 
     Raises:
         RecipeError: the device or the DeepSpeed file cannot do what the recipe asks for.
@@ -164,7 +164,7 @@ class Engine:
     ) -> None:
         check_precision(recipe.train.precision, world.device)
         allow_tf32(recipe.train.tf32)
-        # Not with algorithms that add in no fixed order: a run that resumes must end with the same bits. Only patch
+        # Use no algorithm that adds in no fixed order: a run that resumes must end with the same bits. Only patch
         # embeddings and stems are convolutions.
         torch.backends.cudnn.deterministic = True
         self._precision = PRECISIONS[recipe.train.precision]
@@ -177,7 +177,7 @@ class Engine:
         self.parameters = parameter_count(model)
         self.optimizer_states = optimizers.state_names(model, recipe.optim)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-        # What does not learn, as it was before a lower precision or partitioning.
+        # The frozen parameters, as they were before a lower precision or partitioning.
         self.frozen = {
             name: p.detach().to("cpu", torch.float32, copy=True)
             for name, p in model.named_parameters()
@@ -202,13 +202,13 @@ class Engine:
         internals.patch_modules()
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.module: nn.Module = self.deepspeed.module
-        """The model as it trains, its parameters as `train.precision` holds them; at stage 3 each rank's own part."""
-        if self.stage > 0:  # DeepSpeed's masters begin at what 16 bits have left of the weights
+        """The model in training, its parameters as `train.precision` holds them; at stage 3 only this rank's part."""
+        if self.stage > 0:  # DeepSpeed's master weights start from weights rounded to 16 bits
             for fragments, master in zip(
                 internals.shard_layout(self.deepspeed), internals.master_weights(self.deepspeed), strict=True
             ):
                 initial.fill(fragments, master)
-            for buffer in self.module.buffers():  # DeepSpeed casts parameters alone, which meet these
+            for buffer in self.module.buffers():  # DeepSpeed casts only parameters, which meet these
                 if buffer.is_floating_point():
                     buffer.data = buffer.to(self._precision.weights)
         self._device = world.device
@@ -228,12 +228,12 @@ class Engine:
         self._records_graphs, self._is_compiled = recipe.train.records_graphs, False
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate of the next step, which each parameter group scales."""
+        """Set the learning rate of the next step, which each parameter group scales."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
     def share_statistics(self) -> None:
-        """Give all ranks rank 0's running statistics of BatchNorm, as checkpoints have these. Collective."""
+        """Give all ranks rank 0's running statistics of BatchNorm, which checkpoints hold. Collective."""
         if not dist.is_initialized():
             return
         for module in self.module.modules():
@@ -252,10 +252,11 @@ class Engine:
             torch.cuda.empty_cache()
 
     def compile(self, mode: str) -> None:
-        """Let torch.compile compile the model, in a mode of its own, at the first step.
+        """Let torch.compile compile the model, in one of its modes, at the first step.
 
-        Where blocks repeat, each is compiled by itself, so one does it for all. CUDA graphs are of the whole model: a
-        graph for each pass of each block would leave the rest to be launched. At stage 3 DeepSpeed's hooks differ.
+        If blocks repeat, each is compiled separately, so one compilation serves all. CUDA graphs are of the whole
+        model: a graph for each pass of each block would leave the rest to be launched. At stage 3 DeepSpeed's hooks
+        differ between blocks.
         """
         self._is_compiled = True
         blocks = [] if self._records_graphs or self.stage == 3 else repeated_blocks(self.module)
@@ -265,11 +266,11 @@ class Engine:
             self.deepspeed.compile(compile_kwargs={"mode": mode})
 
     def forward(self, images: Any, *targets: Any) -> Any:
-        """What the model returns for a batch. A single tensor, such as logits, is returned as float32.
+        """Return the model's output for a batch. A single tensor, such as logits, is returned as float32.
 
         Args:
             images: one float tensor [b, 3, H, W], or a list of tensors [3, h, w].
-            targets: what else the model takes.
+            targets: the model's other arguments.
         """
         if self._records_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # what the last graph returned is not needed any more
@@ -279,7 +280,8 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients of a micro batch's mean loss; the last of a step reduces them over ranks.
 
-        A loss that is not finite makes them NaN, on all ranks once they are reduced, also where they would be finite.
+        A loss that is not finite makes all gradients NaN, even those that would be finite; after the reduction, on all
+        ranks.
         """
         with internals.device_waits_for_itself(self.deepspeed):
             self.deepspeed.backward(loss * (0 * loss.detach() + 1))  # 0 * x is NaN where x is not finite
@@ -298,11 +300,11 @@ class Engine:
 
     @property
     def loss_scale(self) -> float | None:
-        """What losses are multiplied by in fp16 before the backward pass; None in another precision."""
+        """Return the factor of losses before the backward pass in fp16; None in another precision."""
         return internals.loss_scale(self.deepspeed) if self._precision.weights == torch.float16 else None
 
     def take_skipped_steps(self) -> int:
-        """Steps skipped since they were last taken. Reads the device."""
+        """Return the number of steps skipped since the last call. Reads the device."""
         taken = int(self._skipped_steps)
         self._skipped_steps.zero_()
         return taken
@@ -312,7 +314,7 @@ class Engine:
         norm = nn.utils.clip_grad_norm_(parameters, self._clip or math.inf)
         if self._must_skip(norm):
             for parameter in parameters:
-                parameter.grad = None  # the optimizer passes over parameters without a gradient
+                parameter.grad = None  # the optimizer skips parameters without a gradient
         self.deepspeed.step()
         return norm
 
@@ -334,7 +336,7 @@ class Engine:
         return norms[0]
 
     def _must_skip(self, norm: torch.Tensor) -> bool:
-        """Count a step to skip; whether the caller has to skip it: False where the optimizer does, on the device."""
+        """Count a step to skip; return whether the caller must skip it: False if the optimizer does, on the device."""
         is_skipped = (0 * norm != 0).float()
         self._skipped_steps += is_skipped
         if self._skips_on_device:

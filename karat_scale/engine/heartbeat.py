@@ -1,10 +1,10 @@
-"""The heartbeat of each rank, and what it tells: which rank has stalled, and which is slow.
+"""The heartbeat of each rank, and what it shows: which rank has stalled, and which is slow.
 
 RUN/heartbeats/rank-00003.json      {"rank": 3, "host": "node2", "beats": 812, "doing": "backward", "step": 203, ...}
 
 This small file has a rank's current work, and is rewritten while the process lives. `beats` counts the places in the
 program that a rank has passed. Ranks train in step. So if no rank makes progress, the others wait for the one with the
-fewest beats. `moves` also counts progress within long work that one rank may do alone, such as to verify a file.
+fewest beats. `moves` also counts progress within long work that a single rank may do, such as verifying a file.
 
 KARAT_STALL_SECONDS says how long a rank may do the same before it counts as stalled: `900`, or
 `900,compile=3600,save=1800`. The first number holds for the phases that are not named. 0 turns the alarm off.
@@ -31,7 +31,7 @@ from karat_scale.foundation.files import parse_json, read_text
 from karat_scale.foundation.machine import this_node
 
 PHASES = ("start", "compile", "data", "step", "save")
-# What heartbeats say, by phase; everything else is part of a step.
+# The phase of each activity that heartbeats name; every other activity is part of a step.
 _PHASE_OF = {
     "starting": "start",
     "fetching": "start",
@@ -71,7 +71,7 @@ class StallLimits:
         return cls(general, by_phase)
 
     def of(self, doing: str) -> float:
-        """Return the limit while a rank does what its heartbeat says; infinity if it has none."""
+        """Return the limit for the activity that a heartbeat names; infinity if it has none."""
         seconds = self.by_phase.get(_PHASE_OF.get(doing, "step"), self.general)
         return seconds or math.inf
 
@@ -95,7 +95,7 @@ def pause(deadline: float) -> float:
 
 # Moving the alarm costs a thread, so do not move it at each beat of a fast step.
 _ARM_SECONDS = 1.0
-# What dumps the stacks reads those of threads that run, too, and crashes if they change. So this one waits a little.
+# The dump of the stacks also reads those of running threads, and crashes if they change. So the writer waits a little.
 _AFTER_STACKS = 0.3
 _STANDARD_ERROR = 2
 _KINDS: Mapping[Any, Any] = {int: int, str: str, float: int | float}
@@ -129,11 +129,11 @@ def heartbeat_file(directory: Path, rank: int) -> Path:
 
 
 START = "KARAT_START"
-"""In the environment of each rank: a name that no other start of the run has, as its launcher chose it."""
+"""The environment variable with a name, chosen by the launcher, that no other start of the run has."""
 
 
 def this_start() -> str:
-    """Return the name of this start; without our launchers that of SLURM's step, else none."""
+    """Return the name of this start; without our launchers SLURM's job and restart count, else an empty text."""
     job = os.environ.get("SLURM_JOB_ID", "")
     of_slurm = f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else ""
     return os.environ.get(START, of_slurm)
@@ -144,7 +144,7 @@ class Heartbeat:
 
     KARAT_STALL_SECONDS of the environment says how long that is (`StallLimits`); without it, nothing is dumped.
 
-    on_stall: called once at each stall, in a thread of its own, with a directory for what it writes.
+    `on_stall` is called once at each stall, in the writing thread, with a directory for what it writes and the rank.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Heartbeat:
 
     def move(self, doing: str) -> None:
         """Record progress within `doing`."""
-        self._last_beat = now = time.monotonic()  # first, as the other thread looks how long it has been `doing` this
+        self._last_beat = now = time.monotonic()  # first, as the other thread checks how long it has been `doing` this
         self._sign.moves += 1
         self._sign.doing = doing
         limit = self._limits.of(doing)
@@ -245,12 +245,12 @@ def slow_factor(directory: Path) -> float:
 
 
 def slow_ranks(signs: Sequence[Sign], factor: float = SLOW) -> list[str]:
-    """Yield a line for each rank whose own time per step is `factor` times that of the others, or more."""
+    """Return a line for each rank whose own time per step is `factor` times that of the others, or more."""
     return [line for sign, line in _judged(signs, factor) if line]
 
 
 class Stragglers:
-    """Reports each rank once that is slow in two reports in a row, since one may be chance."""
+    """Reports, once, each rank that is slow in two reports in a row, since a single one may be chance."""
 
     def __init__(self) -> None:
         self._reported: dict[int, float] = {}

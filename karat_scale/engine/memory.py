@@ -1,4 +1,4 @@
-"""The memory of training: keeping what is freed, recomputing what the recipe says, and one line where memory runs out.
+"""The memory of training: keeping freed memory, recomputing as the recipe says, and one line if memory runs out.
 
 That line says what to change, on the CPU or a GPU.
 
@@ -25,9 +25,9 @@ from karat_scale.recipe import RunRecipe
 
 @contextlib.contextmanager
 def one_line_out_of_memory(fix: Callable[[], str], snapshot: Callable[[], str] = str) -> Iterator[None]:
-    """Turn an allocation that fails within into a UserError that ends with `fix()`; other exceptions pass.
+    """Turn an allocation that fails inside the block into a UserError that ends with `fix()`; other exceptions pass.
 
-    snapshot: writes what is allocated, and returns where that is; an empty text for nothing.
+    `snapshot` writes what is allocated, and returns the file's path, or an empty text if there is no file.
     """
     try:
         yield
@@ -82,7 +82,7 @@ def keep_freed_memory() -> bool:
 def apply_recompute(model: nn.Module, recipe: RunRecipe) -> str:
     """Let `model` recompute what the recipe's `train.recompute` says; returns what that is, in words, or "".
 
-    Raises RecipeError where the policy does not suit the model.
+    Raises RecipeError if the policy does not suit the model.
     """
     config = recipe.train.recompute
     if config.policy == "none":

@@ -1,6 +1,6 @@
 """The recipe's optimizer over a model's parameters, the learning rate of each step, and the average of the weights.
 
-Trainable parameters are in groups of one weight decay and one share of the learning rate. The optimizers are torch's
+The trainable parameters of a group share a weight decay and a scale of the learning rate. The optimizers are torch's
 AdamW, fused on a GPU; torch's Muon for the linear layers inside blocks, with AdamW for all other parameters; and
 DeepSpeed's AdamW for CPUs, which is compiled when it is first used. Each is one row in
 `karat_scale.foundation.tables.OPTIMIZERS`. The learning rate is a pure function of the step.
@@ -33,10 +33,10 @@ Groups = list[dict[str, Any]]
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig, apart: Collection[str] = ()) -> Groups:
-    """The groups of a model's trainable parameters.
+    """Return the groups of a model's trainable parameters.
 
-    With `optim.layer_decay` d the layer that is n layers below the head has the scale d^n. An operator learns at the
-    rate of its block, and one that blocks share at that of the last.
+    With `optim.layer_decay` d the layer that is n layers below the head has the scale d^n. An operator has the scale of
+    its block; an operator that blocks share has the scale of the last one.
 
     Args:
         apart: names of parameters to leave out.
@@ -53,7 +53,7 @@ def parameter_groups(model: nn.Module, optim: OptimConfig, apart: Collection[str
 
 
 def layer_scales(model: Any, decay: float) -> dict[str, float]:
-    """What each parameter's rate is multiplied by; layers are timm's: the stem, each block, and the head.
+    """Return the factor of each parameter's learning rate; layers are timm's: the stem, each block, and the head.
 
     Raises:
         RecipeError: timm does not say what the model's layers are.
@@ -67,7 +67,7 @@ def layer_scales(model: Any, decay: float) -> dict[str, float]:
     layers: dict[str, int] = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     last_names = {parameter: name for name, parameter in model.named_parameters(remove_duplicate=False)}
     for name, parameter in model.named_parameters():
-        if (last := last_names[parameter]) != name:  # beside it are parameters that its attention layer alone has
+        if (last := last_names[parameter]) != name:  # next to it are parameters that only its attention layer has
             of_layer = last.partition("operator.")[0]
             layers[name] = next(layer for other, layer in layers.items() if other.startswith(of_layer))
     top = max(layers.values())
@@ -79,8 +79,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimizer of `optim.name`; with `on_cpu`, DeepSpeed's version of it for an offloaded step.
 
-    groups: of the parameters that learn, each with its weight decay and its scale of the rate; by default those of
-    `parameter_groups`.
+    `groups` are groups of the trainable parameters, each with its weight decay and its scale of the rate; by default
+    those of `parameter_groups`.
 
     Raises:
         RecipeError: this torch does not have the optimizer.
@@ -120,32 +120,32 @@ def state_names(model: nn.Module, optim: OptimConfig) -> set[str]:
 
 
 def heeds_found_inf(optimizer: torch.optim.Optimizer) -> bool:
-    """True if `step` changes nothing where the tensor `optimizer.found_inf` is 1, without a read of it on the host.
+    """Return True if `step` changes nothing when the tensor `optimizer.found_inf` is 1, without reading it on the host.
 
-    torch's fused optimizers do so, and say it to torch's gradient scaler.
+    torch's fused optimizers do so, and declare it to torch's gradient scaler.
     """
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def build_adamw(model: nn.Module, optim: OptimConfig, device: torch.device, groups: Groups | None) -> torch.optim.AdamW:
-    """Return AdamW over `groups`, or over all that learns."""
+    """Return AdamW over `groups`, or over all trainable parameters."""
     groups = parameter_groups(model, optim) if groups is None else groups
     fused = steps_fused(device)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
 
 
 def steps_fused(device: torch.device) -> bool:
-    """True if a step takes few operations. A CPU would gain little, and its runs would round in other places."""
+    """Return True if a step takes few operations. A CPU would gain little, and its runs would round in other places."""
     return device.type == "cuda"
 
 
 def build_muon(
     model: nn.Module, optim: OptimConfig, device: torch.device, groups: Groups | None = None
 ) -> torch.optim.Optimizer:
-    """Return both as one optimizer; AdamW alone if no matrix learns.
+    """Return Muon and AdamW as one optimizer; only AdamW if no matrix is trainable.
 
     Raises:
-        RecipeError: this torch has no Muon, or the task has groups of its own.
+        RecipeError: this torch has no Muon, or the task has its own groups.
     """
     if groups is not None:
         raise RecipeError("optim.name = muon: this task groups its parameters in another way; use optim.name=adamw")
@@ -184,14 +184,14 @@ QUIET_SECONDS = 60.0
 
 
 def cpu_adam_can_be_built() -> bool:
-    """Whether this machine has what it is compiled with. DeepSpeed's own `is_compatible` does not look."""
+    """Return whether this machine can compile DeepSpeed's AdamW. DeepSpeed's own `is_compatible` does not check."""
     from torch.utils.cpp_extension import get_cxx_compiler, is_ninja_available
 
     return is_ninja_available() and shutil.which(shlex.split(get_cxx_compiler())[0]) is not None
 
 
 def build_cpu_adam() -> None:
-    """Compile it, if that has not been done, one process at a time.
+    """Compile DeepSpeed's AdamW for CPUs, if that has not been done, one process at a time.
 
     torch marks a build with a file and waits until that file is gone. A build that was killed leaves its file, and
     every later one would wait forever. Our lock ends with the process that holds it.
@@ -288,7 +288,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int, was_taken: torch.Tensor = _TAKEN) -> None:
-        """Take in the weights after `step` finished steps, but for a step that was not taken.
+        """Take in the weights after `step` finished steps, unless the last step was not taken.
 
         Args:
             was_taken: bool, 0-dim, on any device, which is not read.
@@ -309,7 +309,8 @@ class Ema:
     def in_place_of_weights(self, *shared: type[Exception]) -> Iterator[None]:
         """Let the module hold the averages inside the block, and its own weights again after it. Collective.
 
-        After an error they stay there, as one rank may have met it alone, unless all ranks raise it: one of `shared`.
+        After an error the averages stay, as only one rank may have raised it. After one of `shared`, which all ranks
+        raise, the weights return.
         """
         self._swap()
         try:

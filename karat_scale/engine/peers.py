@@ -26,7 +26,7 @@ _ARRIVED = "arrived"
 
 
 class Place(NamedTuple):
-    """Where ranks or nodes meet, and which one this is."""
+    """The place where ranks or nodes meet, and which of them this one is."""
 
     host: str
     port: int
@@ -34,19 +34,19 @@ class Place(NamedTuple):
     size: int
     patience: timedelta
     meeting: str
-    """A name that no other meeting of this start has: one must not find what another left."""
+    """A name that no other meeting of this start has: a meeting must not find what another one left."""
     check: Callable[[], object] = lambda: None
-    """Called while the others are awaited; it may raise to give up."""
+    """A function to call while waiting for the others; it may raise to give up."""
     kind: str = "rank"
 
     @property
     def is_host(self) -> bool:
-        """Whether this one keeps the store. torchrun keeps one itself."""
+        """Return whether this process keeps the store. torchrun keeps one itself."""
         return self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
     def connect(self, timeout: timedelta) -> dist.PrefixStore:
-        """A connection of its own to the store. Raises torch's DistError, or an OSError, after `timeout`."""
-        if not self.is_host:  # torch tells of each try with a stack of its own
+        """Return a new connection to the store. Raises torch's DistError, or an OSError, after `timeout`."""
+        if not self.is_host:  # torch prints a stack at each failed try
             socket.create_connection((self.host, self.port), timeout.total_seconds()).close()
         store = dist.TCPStore(
             self.host, self.port, self.size, self.is_host, timeout, wait_for_workers=False, multi_tenant=True
@@ -106,7 +106,7 @@ def _absent(store: dist.Store, size: int) -> str:
 
 @contextmanager
 def explaining() -> Iterator[None]:
-    """A collective that breaks inside the block raises PeerError: another rank has ended, or the launcher."""
+    """Raise PeerError if a collective inside the block breaks because another rank or the launcher has ended."""
     try:
         yield
     except Exception as error:
@@ -117,7 +117,7 @@ def explaining() -> Iterator[None]:
 
 
 def _tells_of_a_loss(error: Exception) -> bool:
-    """Whether an error is of a connection to another process, and not of what this rank met itself."""
+    """Return whether an error is from a connection to another process, and not this rank's own."""
     if isinstance(error, RuntimeError) and _OF_GLOO.search(str(error)):  # gloo's are plain; only their text tells
         return True
     if isinstance(error, dist.DistBackendError):  # NCCL's, for a full /dev/shm or GPU, too

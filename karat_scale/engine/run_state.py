@@ -1,4 +1,4 @@
-"""Where training stands: what a checkpoint must remember besides tensors."""
+"""The state of training: what a checkpoint must remember besides tensors."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ S = TypeVar("S", bound="RunState")
 
 @dataclass
 class RunState:
-    """Of any kind of run. The cursor is `step`, finished global batches; `samples` follows from it and their size.
+    """The state of any run. The cursor is `step`, finished global batches; `samples` follows from it and their size.
 
     A kind of run adds `best_NAME` and `last_NAME` for each of its `scores`.
     """
@@ -33,27 +33,27 @@ class RunState:
     restarts: int = 0
     seconds_to_first_step: float | None = None
     train_images: int = 0
-    """Of the data it trains on; 0 where nobody said."""
+    """The number of images it trains on; 0 if unknown."""
     train_identity: str = ""
-    """What these images are: `kind of files:digest`. Only digests of one kind can be compared."""
+    """The identity of these images: `kind of files:digest`. Only digests of one kind can be compared."""
     val_images: int = 0
-    """Those that the scores are of; 0 where nobody said."""
+    """The number of images that the scores are of; 0 if unknown."""
     class_order_sha256: str = ""
-    """Of the names of their classes in the order of the labels; `summary.json` has one of the names in any order."""
+    """The digest of the class names in the order of the labels; `summary.json` has one of the names in any order."""
     begun_with: dict[str, str] = field(default_factory=dict)
     """Name and recipe of the run that `init_from` took the weights of: later starts may not find it."""
     unreported_steps: Annotated[int, Field(ge=0)] = 0
-    """Those since the last report of training, which the next one is of, too."""
+    """The steps since the last report of training, which the next report includes."""
     unreported_losses: dict[str, list[Annotated[int, Field(ge=-(2**31), lt=2**31)]]] = field(default_factory=dict)
     """Each rank's sum of each loss over those steps, as the bits of a float32."""
 
     @property
     def images_per_second(self) -> float | None:
-        """Training images a second over all restarts, without evaluation, saving and each start's first step."""
+        """Training images per second over all restarts, without evaluation, saving and each start's first step."""
         return self.timed_samples / self.timed_seconds if self.timed_seconds else None
 
     def record(self, evaluation: Mapping[str, Any]) -> bool:
-        """Keep the scores of an evaluation at this step; whether it is the best so far."""
+        """Keep the scores of an evaluation at this step; return whether it is the best so far."""
         self.evaluated_step = self.step
         best = getattr(self, f"best_{self.scores[0]}")
         is_best = best is None or evaluation[self.scores[0]] > best
@@ -74,7 +74,7 @@ class RunState:
 
     @classmethod
     def from_json(cls: type[S], data: dict[str, Any]) -> S:
-        """Read `state.json`, passing over keys that are not the state's. Older ones name the class order otherwise.
+        """Read `state.json`, skipping unknown keys. Older files have another name for the class order.
 
         Raises:
             ValueError: a value is not of its field's kind; the message is one line.

@@ -1,6 +1,6 @@
-"""Which elements of which parameter lie where in the flat fp32 tensors that one rank steps.
+"""Layouts: which elements of which parameter lie where in the flat fp32 tensors that one rank steps.
 
-A layout is the one thing that ZeRO stages and world sizes differ in. A checkpoint keeps each rank's, so that its
+A layout is the one thing that ZeRO stages and world sizes differ in. A checkpoint keeps each rank's layout, so that its
 tensors can be read by parameter name and put into any other layout.
 """
 
@@ -40,7 +40,7 @@ class Pieces:
             self._parts[name].append((param_start, flat[master_start : master_start + length]))
 
     def covers(self, name: str, size: int) -> bool:
-        """Whether the parts of a parameter of `size` elements are all of it, and each element is in one of them."""
+        """Return whether the parts of a parameter of `size` elements hold each of its elements once."""
         end = 0
         for start, part in sorted(self._parts.get(name, ()), key=lambda found: found[0]):
             if start != end:
@@ -49,7 +49,7 @@ class Pieces:
         return end == size
 
     def copy_into(self, name: str, flat: torch.Tensor) -> None:
-        """Copy the parts there are of a parameter to their places in its flattened tensor."""
+        """Copy the available parts of a parameter to their places in its flattened tensor."""
         for start, part in self._parts.get(name, ()):
             flat[start : start + part.numel()].copy_(part)
 
@@ -57,7 +57,7 @@ class Pieces:
         """Copy the elements of `fragments` into a master tensor, whatever parts they come from; zero its padding.
 
         Raises:
-            KeyError: elements that no part has.
+            KeyError: no part has some of the elements.
         """
         flat = master.detach().view(-1)
         zero_padding(fragments, master)
@@ -74,7 +74,7 @@ class Pieces:
 
 
 def zero_padding(fragments: Sequence[Fragment], master: torch.Tensor) -> None:
-    """Zero what no fragment covers; DeepSpeed leaves what was in memory there at stage 3."""
+    """Zero what no fragment covers; at stage 3, DeepSpeed leaves old memory there."""
     flat = master.detach().view(-1)
     end = 0
     for fragment in sorted(fragments, key=lambda f: f.master_start):

@@ -1,1 +1,1 @@
-"""What all other packages use: errors, files, the console, the machine, tables of parts, stores."""
+"""The base of all other packages: errors, files, the console, the machine, tables of parts, stores."""

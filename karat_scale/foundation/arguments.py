@@ -118,7 +118,7 @@ def new_file(text: str) -> str:
 
 
 def run_directory(text: str) -> str:
-    """Refuse the URL of a run's copy where its directory is wanted. Raises argparse.ArgumentTypeError."""
+    """Refuse the URL of a run's copy where a directory is wanted. Raises argparse.ArgumentTypeError."""
     if is_url(text):
         raise argparse.ArgumentTypeError("it is a URL; `karat fetch URL DIR` makes a directory of the run there")
     return text
@@ -149,9 +149,9 @@ def virtual_environment(text: str) -> str:
 
 
 def call(function: Callable[..., T], options: argparse.Namespace) -> T:
-    """Call a function with those of the options that its parameters are named after.
+    """Call a function with the options that have its parameters' names.
 
-    A parameter that is no option keeps its default. Without one, it is a dataclass, made from the options alike.
+    A parameter that is no option keeps its default. Without a default, it is a dataclass, made in the same way.
     """
     given = {}
     for name, parameter in inspect.signature(function).parameters.items():
@@ -163,9 +163,9 @@ def call(function: Callable[..., T], options: argparse.Namespace) -> T:
 
 
 def command(place: str, check: Callable[[argparse.Namespace], None] | None = None) -> Callable[[Any], int]:
-    """Return what runs the command at `module:function`, which is imported only then.
+    """Return the function that runs the command at `module:function`, which is imported only then.
 
-    check: called before. What it refuses is said at once, and not after seconds of imports.
+    check: called before the import, so that its errors come at once and not after seconds of imports.
     """
 
     def run(options: argparse.Namespace) -> int:
@@ -181,7 +181,7 @@ def command(place: str, check: Callable[[argparse.Namespace], None] | None = Non
 def add_number(
     parser: argparse.ArgumentParser, name: str, default: float, what: str = "", kind: Any = count, **more: Any
 ) -> None:
-    """Add an option that is a number; its help says the default."""
+    """Add an option that is a number; its help has the default."""
     parser.add_argument(name, type=kind, default=default, help=f"{what} (default: %(default)g)".lstrip(), **more)
 
 

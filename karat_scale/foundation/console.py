@@ -54,7 +54,7 @@ def terminal(stderr: bool = False) -> "Console | None":
 
 
 class _Screen:
-    """A standard stream. Where its terminal is closed, the command goes on, and what it says goes nowhere."""
+    """A standard stream. If its terminal is closed, the command goes on, and its output is dropped."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -148,7 +148,7 @@ def wrapped(line: str, indent: str) -> str:
 
 
 def _print_past_bars() -> None:
-    """Give a forked process its own stdout and stderr: those of rich wait for a lock that a thread may have held."""
+    """Give a forked process the plain stdout and stderr: rich's wait for a lock that a thread may have held."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         setattr(sys, name, getattr(stream, "rich_proxied_file", stream))
@@ -253,8 +253,8 @@ def work_display(title: str = "", line_seconds: float | None = None) -> Iterator
     """Show one piece of work after another: a bar on a terminal, elsewhere a line for a new name and every ten seconds.
 
     Yields a function that takes the current work, the steps done and their total number. With a title, there is one bar
-    of this name, and the steps are percent of all work. Lines say what is left once a few steps, or a tenth, are done;
-    the first step, which also pays for the start, does not count for it.
+    of this name, and the steps are percent of all work. Lines have the time left once a few steps, or a tenth, are
+    done; the first step, which includes the startup, does not count.
     """
     console = terminal(stderr=True)
     bars = ProgressBars(console) if console else None

@@ -18,7 +18,7 @@ from karat_scale.foundation.console import printable
 
 # The exit code of a run that saved on a signal and should be run again: sysexits' EX_TEMPFAIL.
 EXIT_STOPPED = 75
-# That of a rank that lost another one, so that it does not count as the first to fail: EX_PROTOCOL.
+# The exit code of a rank that lost another one, so that it does not count as the first to fail: EX_PROTOCOL.
 EXIT_LOST_PEER = 76
 # As a shell says that Ctrl-C ended a command.
 EXIT_INTERRUPTED = 130
@@ -30,7 +30,7 @@ class UserError(Exception):
 
 
 class RecipeError(UserError):
-    """The recipe or an override is wrong. A command says a line for each mistake; as text they are one line."""
+    """The recipe or an override is wrong. A command prints a line for each mistake; as text they are one line."""
 
     def __init__(self, *mistakes: str) -> None:
         super().__init__("; ".join(mistakes))
@@ -89,7 +89,7 @@ FAULTS_OF_SERVERS = {errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOST
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception, and what it came from."""
+    """Yield an exception, and then the chain of its causes."""
     seen: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in seen:
@@ -120,7 +120,7 @@ def of_the_machine(error: BaseException) -> tuple[str, int] | None:
 
 
 def say_in_one_write(line: str) -> None:
-    """Write a line to standard error at once, if it takes one.
+    """Write a line to standard error in one call; if that fails, do nothing.
 
     Where Python does not buffer, `print` writes the end of a line separately, and the lines of several ranks mix.
     """

@@ -25,12 +25,12 @@ _NAME = re.compile(r"\.(?P<of>.+)\.[a-z0-9_]{8}\.unfinished", re.DOTALL)
 
 
 def temporary_file(path: Path) -> AbstractContextManager[Path]:
-    """An empty file beside `path`; gone after the block, unless it was renamed."""
+    """Make an empty file beside `path`; it is removed after the block, unless it was renamed."""
     return _temporary(path, lambda made: made.touch(0o600, exist_ok=False), lambda made: made.unlink(missing_ok=True))
 
 
 def temporary_folder(path: Path) -> AbstractContextManager[Path]:
-    """An empty folder beside `path`; gone after the block, unless it was renamed."""
+    """Make an empty folder beside `path`; it is removed after the block, unless it was renamed."""
     return _temporary(path, lambda made: made.mkdir(0o700), lambda made: shutil.rmtree(made, ignore_errors=True))
 
 
@@ -88,7 +88,7 @@ def remove_leftovers(directory: Path, of: str | None = None) -> list[str]:
 
 
 def _open(path: Path, flags: int) -> int:
-    """Open it for a lock: NFS locks only files that are open for writing, and folders cannot be."""
+    """Open a path for a lock: NFS locks only files that are open for writing, which folders cannot be."""
     return os.open(path, flags | (os.O_RDWR if path.is_file() and os.access(path, os.W_OK) else os.O_RDONLY))
 
 
@@ -101,7 +101,7 @@ _BLOCK = 1 << 20
 LARGEST_TEXT = 64 * 2**20
 # An uncompressed image of 80 million pixels with 16 bits in each channel is smaller.
 _LARGEST_IMAGE = 512 * 2**20
-# What the system calls empty may be a file of its own, such as those in /proc.
+# A file that the system calls empty may have content, such as those in /proc.
 _LEAST_READ = 1 << 16
 
 
@@ -136,7 +136,7 @@ class FingerprintedFile:
         self._file.flush()
 
     def fingerprint(self) -> Fingerprint:
-        """The fingerprint of everything written so far."""
+        """Return the fingerprint of everything written so far."""
         return Fingerprint(self.bytes, self._digest.hexdigest())
 
 
@@ -156,7 +156,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 def replace_file(path: Path, content: bytes | str) -> None:
-    """Write a file of ours like `write_atomically`. What has its name is replaced, also a link or a pipe."""
+    """Write a file of ours like `write_atomically`, but replace whatever has its name, even a link or a pipe."""
     data = content.encode() if isinstance(content, str) else content
     with name_in_errors(path), temporary_file(path) as temporary:
         temporary.write_bytes(data)
@@ -232,7 +232,7 @@ def _raise(error: OSError) -> None:
 
 
 def walk(top: Path, onerror: Callable[[OSError], None] = _raise) -> Iterator[tuple[str, list[str], list[str]]]:
-    """As os.walk, also behind links, except those that lead back to a folder around them: they would have no end.
+    """Walk like os.walk, and follow links, except those that lead back to a folder above: they would have no end.
 
     Raises OSError if a folder cannot be listed, unless `onerror` takes it.
     """
@@ -254,7 +254,7 @@ def _not_regular(path: Path) -> OSError:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return what a JSON text says. ValueError where it is none, or is nested too deeply to be read."""
+    """Return the value of a JSON text. Raises ValueError if it is no JSON, or is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -310,20 +310,20 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shipped_directory(name: str) -> Path:
-    """The folder `name`: inside the package of an installed wheel, or at the top of a clone."""
+    """Return the folder `name`: inside the package of an installed wheel, or at the top of a clone."""
     package = Path(__file__).resolve().parents[1]
     installed = package / name
     return installed if installed.is_dir() else package.parent / name
 
 
 def run_around(path: Path) -> Path | None:
-    """Return the run in whose directory a path lies, if it lies in one."""
+    """Return the directory of the run that contains a path; None if no run does."""
     found = (one for one in path.resolve().parents if (one / "recipe.yaml").is_file())
     return next((one for one in found if (one / "checkpoints").is_dir()), None)
 
 
 def trained_model(source: str) -> Path:
-    """The path of a model: the one named, or the folder of that name among the models that come with the package."""
+    """Return the path of a model: a path as it is, or the folder of that name among the package's models."""
     path = Path(source).expanduser()
     shipped = shipped_directory("examples/weights")
     return shipped / source if not path.exists() and shipped / source in shipped.glob("*") else path

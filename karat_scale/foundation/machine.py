@@ -66,11 +66,11 @@ def be_killed_with_parent() -> None:
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
-"""They ask a run to save and to stop. SIGHUP comes when a terminal or the connection of ssh is closed."""
+"""The signals that ask a run to save and stop. SIGHUP comes when a terminal or an ssh connection is closed."""
 
 
 def catch_stop_signals(handler: Callable[[int, Any], Any]) -> dict[signal.Signals, Any]:
-    """Let `handler` handle them, but leave SIGHUP ignored where nohup had it ignored; returns the handlers before."""
+    """Let `handler` handle the stop signals, except a SIGHUP that nohup ignores; returns the previous handlers."""
     is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     caught = [number for number in STOP_SIGNALS if not (is_ignored and number == signal.SIGHUP)]
     return {number: signal.signal(number, handler) for number in caught}
@@ -78,7 +78,7 @@ def catch_stop_signals(handler: Callable[[int, Any], Any]) -> dict[signal.Signal
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Catch them inside the context; yields the numbers of those that have come."""
+    """Catch the stop signals inside the context; yields the numbers of those that have come."""
     told: list[int] = []
     before = catch_stop_signals(lambda number, _: told.append(number))
     try:
@@ -89,7 +89,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def this_node() -> str:
-    """Return this node's name, as SLURM says it where it runs."""
+    """Return this node's name; under SLURM, the one that SLURM uses."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -109,12 +109,12 @@ def usable_memory() -> int:
 
 
 def processor_name() -> str:
-    """This machine's processor, as the kernel names it; its architecture where the kernel does not."""
+    """Return the kernel's name for this machine's processor; if it has none, the architecture."""
     return cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def cpu_has_bf16() -> bool:
-    """Return whether the processor multiplies bf16 by instructions of its own; True where nothing is known."""
+    """Return whether the processor has instructions that multiply bf16; True if nothing is known."""
     flags = cpu_flags()
     return not flags or bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
@@ -143,7 +143,7 @@ def memory_limit(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int | None
 
 
 def _directories(root: Path, membership: Path, controller: str) -> Iterator[Path]:
-    """Yield the groups of this process for a controller, and those above. A container may show its own as the root."""
+    """Yield this process's groups for a controller, and those above. A container may show its own group as the root."""
     for line in (_text(membership) or "").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -170,7 +170,7 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 class Gpu:
     """A kind of GPU.
 
-    `peaks` holds FLOP/s by precision, sums in fp32; a precision that its matrix units lack is not in it.
+    `peaks` holds FLOP/s by precision, with sums in fp32; it leaves out precisions that the matrix units lack.
     """
 
     key: str
@@ -183,9 +183,9 @@ class Gpu:
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """The GPU of a key such as "h100-80" or of a name that CUDA reports; None for one that is not in the table.
+    """Return the GPU with a key such as "h100-80" or with a name that CUDA reports; None if it is not in the table.
 
-    A slice of a GPU (MIG) and a variant (Laptop, D) have longer names, and are none of them.
+    A slice of a GPU (MIG) and a variant (Laptop, D) have longer names, and are not in the table.
     """
     for gpu in GPUS:
         if name == gpu.key or re.search(rf"\b{re.escape(gpu.cuda_name)}$", name):
@@ -196,12 +196,12 @@ def find_gpu(name: str) -> Gpu | None:
 _OTHER_GPU = "For any other card, use karat plan RECIPE --memory GB"
 
 
-# What most machines with such a card have: the one with NVLink, of the larger memory.
+# The variant that most machines with such a card have: with NVLink and the larger memory.
 _USUAL = {"h100": "h100-80", "a100": "a100-80"}
 
 
 def known_gpu(name: str) -> Gpu:
-    """The GPU of that name, or the usual or only one whose name begins with it. Raises UserError, which lists names."""
+    """Return the GPU of that name, or the usual or only one that begins with it. Raises UserError that lists names."""
     keys = [gpu.key for gpu in GPUS]
     alike = [key for key in keys if key.startswith(f"{name.lower()}-")]
     gpu = find_gpu(_USUAL.get(name.lower(), name)) or (find_gpu(alike[0]) if len(alike) == 1 else None)
@@ -258,8 +258,8 @@ GPUS = (
 def gpu_faults() -> list[str]:
     """Return a line on each GPU of this node that is not sound, by NVML; none without nvidia-ml-py or a driver.
 
-    NVML knows errors that the memory could not correct, rows of it that wait for a reset to be replaced, clocks that
-    are lowered by heat or a lack of power, and lanes and links that are missing.
+    NVML reports errors that the memory could not correct, rows of memory that wait for a reset to be replaced, clocks
+    that are lowered by heat or a lack of power, and missing lanes and links.
     """
     try:
         nvml: Any = importlib.import_module("pynvml")
@@ -309,9 +309,9 @@ NETWORK_FILE_SYSTEMS = (
 
 
 def launch_environment(environ: Mapping[str, str]) -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun or srun gave them; (0, 1, 0) for a process on its own.
+    """Return (rank, world size, local rank) as torchrun or srun set them; (0, 1, 0) for a process on its own.
 
-    Raises UserError where one is no number, or the rank is not in the world.
+    Raises UserError if one of them is no number, or if the rank is not below the world size.
     """
 
     def number(name: str, default: str = "") -> int:
@@ -332,7 +332,7 @@ def launch_environment(environ: Mapping[str, str]) -> tuple[int, int, int]:
 
 
 def ask_squeue(job: str, what: str) -> str | None:
-    """Return what squeue says of a job, by a format such as `%T`; None if it does not know the job or is not there."""
+    """Return squeue's answer on a job, in a format such as `%T`; None if squeue is missing or does not know the job."""
     if shutil.which("squeue") is None:
         return None
     command = ["squeue", "--noheader", f"--jobs={job}", f"--format={what}"]
@@ -344,9 +344,9 @@ def ask_squeue(job: str, what: str) -> str | None:
 
 
 def use_local_caches(environ: MutableMapping[str, str] = os.environ, mounts: Path = MOUNTS) -> None:
-    """Set TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR to directories of this node where their defaults are none.
+    """Set TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR to directories of this node if their defaults are elsewhere.
 
-    What the user set stays. A default stays where it is on a local disk and can be written. Call it before Triton or
+    What the user set stays. A default stays if it is on a local disk and can be written. Call it before Triton or
     Inductor is imported. All ranks of a node share the directories: both libraries rename complete files into place.
     """
     base = Path(environ.get("TRITON_HOME") or home())
@@ -363,7 +363,7 @@ def use_local_caches(environ: MutableMapping[str, str] = os.environ, mounts: Pat
 
 
 def is_local(path: Path, mounts: Path = MOUNTS) -> bool:
-    """True if a path, which need not exist, is not on a network file system or the system does not say."""
+    """True if a path, which need not exist, is not on a network file system, or if the system does not say."""
     try:
         lines = [line.split() for line in mounts.read_text().splitlines()]
     except OSError:
@@ -378,7 +378,7 @@ def is_local(path: Path, mounts: Path = MOUNTS) -> bool:
 
 
 def local_directory(mounts: Path = MOUNTS) -> Path | None:
-    """A directory on this node that nobody else can write, for what is in it is loaded as code."""
+    """Return a directory on this node that only this user can write, since it holds code to load; None without one."""
     for base in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/dev/shm")):
         directory = Path(base) / f"karat-{os.getuid()}"
         if not is_local(directory, mounts):
@@ -394,7 +394,7 @@ def local_directory(mounts: Path = MOUNTS) -> Path | None:
 
 
 class Background(Generic[T]):
-    """Work beside training, in a thread that does not outlive the process."""
+    """Work in the background, in a thread that does not outlive the process."""
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._work = work
@@ -413,12 +413,12 @@ class Background(Generic[T]):
         self.seconds = time.monotonic() - begun
 
     def wait(self, seconds: float) -> bool:
-        """Wait for its end; whether it has come."""
+        """Wait at most `seconds` for the work to end; return whether it has."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def result(self) -> T:
-        """What the finished work returned; raises what it raised."""
+        """Return what the finished work returned; raise what it raised."""
         if self._error is not None:
             raise self._error
         return self._value
@@ -429,7 +429,7 @@ LAUNCHED = "KARAT_LAUNCHED"
 
 
 class Launcher:
-    """The parent process, if it is one of those. Any other parent may end: a shell, or `nohup`."""
+    """The parent process, if it is a launcher. Any other parent may end: a shell, or `nohup`."""
 
     def __init__(self) -> None:
         self._pid = os.getppid() if {"TORCHELASTIC_RUN_ID", LAUNCHED} & os.environ.keys() else None
@@ -441,7 +441,7 @@ class Launcher:
 
     @property
     def is_gone(self) -> bool:
-        """Whether it has ended, which leaves this process to another parent."""
+        """Whether the launcher has ended, which leaves this process to another parent."""
         return self._pid is not None and os.getppid() != self._pid
 
 

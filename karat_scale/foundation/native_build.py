@@ -31,7 +31,7 @@ COMPILERS = ("g++", "c++", "clang++")
 # Debian's packages for our sources.
 PACKAGES = "g++ libjpeg-dev"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast")
-# For KARAT_SANITIZE, such as address,undefined: what is found ends the process and says its line.
+# For KARAT_SANITIZE, such as address,undefined: a finding ends the process and names its line.
 SANITIZER_FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
 # What each instruction set needs beyond plain x86-64, in the order of preference, and what every aarch64 has.
 INSTRUCTION_SETS = {
@@ -54,14 +54,14 @@ class LoadError(Exception):
 
 
 def load(source: Path, what: str) -> ctypes.CDLL:
-    """The compiled source, for the instruction set named by KARAT_CPU_ISA or else the best this CPU has.
+    """Return the compiled source, for the instruction set in KARAT_CPU_ISA or else the best that this CPU has.
 
     Args:
-        source: a C++ file; what it includes of ours are headers (*.h) in its own folder.
-        what: what is not available when the build fails, for the warning.
+        source: a C++ file; the headers of ours that it includes (*.h) are in its folder.
+        what: the name of what the source provides, for the warning when the build fails.
 
     What is compiled here is kept under KARAT_CACHE_DIR, by default ~/.cache/karat_scale. Raises LoadError. A failed
-    attempt is not repeated in this process, and the first to fail for want of a compiler, library or cache warns.
+    attempt is not repeated in this process. The first failure for lack of a compiler, library or cache warns.
     """
     with _one_at_a_time:
         found = _load_or_reason(source, what, os.environ.get("KARAT_CPU_ISA", ""))
@@ -92,14 +92,14 @@ def _load_or_reason(source: Path, what: str, requested: str) -> ctypes.CDLL | st
 
 
 def build_arguments(source: Path) -> tuple[list[str], bool]:
-    """What a source is compiled and linked with beside FLAGS, and whether it needs no instruction set ("portable")."""
+    """Return the compiler and linker options besides FLAGS, and whether it needs no instruction set ("portable")."""
     line = re.search(r"^// Build with: (.*)$", source.read_text(), re.MULTILINE)
     words = line[1].split() if line else []
     return [word for word in words if word.startswith("-")], "portable" in words
 
 
 def in_the_package(source: Path, isa: str) -> Path:
-    """Return where a wheel has the compiled source."""
+    """Return the path of the compiled source in a wheel."""
     return source.with_name(f"{source.stem}-{isa}.so")
 
 
@@ -123,7 +123,7 @@ def _available_instruction_sets() -> tuple[str, ...]:
 
 
 def cpuinfo(key: str) -> str:
-    """Return what Linux says of this machine's first processor by a key, a pattern; nothing on other systems."""
+    """Return Linux's entry on this machine's first processor whose key matches a pattern; empty on other systems."""
     try:
         found = re.search(rf"^(?:{key})\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -146,7 +146,7 @@ def _may_use_amx() -> bool:
 
 
 def _load(source: Path, isa: str) -> ctypes.CDLL:
-    """The library of the wheel, or else of the cache: built first where no process has, and again if it is damaged."""
+    """Return the library of the wheel, or else of the cache, where it is built if it is missing or damaged."""
     if isa == "neon":
         _share_openmp()
     sanitizers = os.environ.get("KARAT_SANITIZE")  # mostly none; the process must preload their runtime
@@ -182,7 +182,7 @@ def _share_openmp() -> None:
 
 
 def home() -> Path:
-    """Return the user's home directory; where there is none, as for a user of a container, that of temporary files."""
+    """Return the user's home directory; if there is none, as in some containers, one among temporary files."""
     try:
         return Path.home()
     except RuntimeError:
@@ -274,7 +274,7 @@ Free = Callable[[int], None]
 
 
 class PerThread:
-    """`handle()` is the calling thread's own object, which `new` makes at its first call and `free` frees."""
+    """An object for each thread: `handle()` makes it by `new` at the thread's first call, and `free` frees it."""
 
     def __init__(self, new: New, free: Free) -> None:
         self._new, self._free = new, free

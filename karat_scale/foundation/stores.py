@@ -1,4 +1,4 @@
-"""Files by URL, in object stores and on web servers: listings, ranged reads, and writes, all retried. By fsspec.
+"""Files by URL, in object stores and on web servers, by fsspec: listings, ranged reads, and writes, all retried.
 
 Credentials and endpoints come from the usual places of the library of each protocol. They are in no URL of ours, and no
 message repeats what a library says, since that may hold a signed URL. An error that may pass is tried again, with
@@ -26,7 +26,7 @@ from karat_scale.foundation.machine import Background
 from karat_scale.foundation.tables import how_to_install, load
 
 T = TypeVar("T")
-# Answers of a server that may be other ones later; all others from 400 to 499 are final.
+# The codes of a server's answers that may change later; all others from 400 to 499 are final.
 _PASSING = (408, 425, 429)
 # Libraries' errors that no second try changes, by name, since these libraries may not be installed.
 _FINAL = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError", "NoSuchBucket")
@@ -45,7 +45,7 @@ class ChangedFileError(StoreError):
 
 
 class FinalError(Exception):
-    """The reason of an error that another try would not change."""
+    """An error that another try would not change; the message is the reason."""
 
 
 _MISSING = "it is missing"
@@ -85,7 +85,7 @@ def _is_of_connection(error: BaseException) -> bool:
 
 
 def _status(error: BaseException) -> int | None:
-    """Return the HTTP status in the answer that an error of any of the libraries tells of."""
+    """Return the HTTP status of the answer that caused an error of any of the libraries; None without one."""
     if type(error).__module__.startswith("aiohttp.http_"):  # of aiohttp's parser: the code is its own, of a cut answer
         return None
     response = getattr(error, "response", None)
@@ -117,8 +117,8 @@ def check_url(url: str) -> str:
     """Return a URL without a slash at its end.
 
     Raises:
-        ValueError: the protocol is unknown, there is no place in it, or it holds a credential. The message does not
-            repeat that.
+        ValueError: the protocol is unknown, the URL names no place, or it holds a credential. The message does not
+            repeat the credential.
     """
     parts = urlsplit(url)
     if not is_url(url):
@@ -144,20 +144,20 @@ def check_writable(url: str) -> None:
 
 
 class FileFacts(NamedTuple):
-    """The size of a file, and what its server says of its content: an ETag, a hash or a time; empty if nothing."""
+    """The size of a file, and the server's tag of its content: an ETag, a hash or a time; empty if there is none."""
 
     bytes: int
     etag: str
 
 
 def _facts_of(info: Mapping[str, Any]) -> FileFacts:
-    """Return what one of fsspec's answers says of a file. The size is -1 where it is not said."""
+    """Return the facts of a file in one of fsspec's answers. The size is -1 if it is unknown."""
     size = info.get("size")
     return FileFacts(-1 if size is None else int(size), _tag_of(info))
 
 
 def _tag_of(info: Mapping[str, Any]) -> str:
-    """Return what tells one content of a file from another."""
+    """Return the tag that tells one content of a file from another; empty if there is none."""
     lfs = info.get("lfs")
     values = [info.get(name) for name in ("ETag", "etag", "md5Hash", "blob_id")]
     values = [lfs.get("sha256") if isinstance(lfs, Mapping) else None, *values, info.get("Last-Modified")]
@@ -165,7 +165,7 @@ def _tag_of(info: Mapping[str, Any]) -> str:
 
 
 class Sink(Protocol):
-    """What takes the bytes of a part of a file, piece by piece. Its own errors are DataErrors."""
+    """A receiver of the bytes of a part of a file, piece by piece. Its own errors are DataErrors."""
 
     def restart(self) -> None:
         """Forget what was written: the part comes from its start, for the first time or again."""
@@ -184,7 +184,7 @@ class _InMemory(io.BytesIO):
 
 
 class _OneTry:
-    """Passes the pieces of one try on to a sink, until it is over: the library may go on with one that was given up."""
+    """Passes the pieces of one try on to a sink until the try is over: the library may go on with it even then."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink, self._lock, self._is_over = sink, threading.Lock(), False
@@ -200,7 +200,7 @@ class _OneTry:
             self.size += len(data)
 
     def end(self) -> None:
-        """Pass nothing on from here."""
+        """Pass nothing on from now on."""
         with self._lock:
             self._is_over = True
 
@@ -208,8 +208,8 @@ class _OneTry:
 _POLL_SECONDS = 0.5
 _THREADS = 16
 _PIECE = 16 << 20
-# All file systems of this process, and of those that it was forked from. What frees one closes its connections: in a
-# forked process those of the parent, whose sockets its event loop would then no longer watch, as both share the epoll.
+# All file systems of this process, and of those that it was forked from. To free one would close its connections: in a
+# forked process the parent's. As both share the epoll, the parent's event loop would no longer watch its sockets.
 _KEPT: dict[int, Any] = {}
 
 
@@ -241,7 +241,7 @@ class Store:
         return f"{self.url}/{name}" if name else self.url
 
     def deadline(self) -> float:
-        """Return the time, of time.monotonic, at which a read that begins now is given up."""
+        """Return the time, by time.monotonic, at which a read that begins now is given up."""
         return time.monotonic() + self._patience
 
     def read(self, name: str, start: int, stop: int, etag: str = "", deadline: float | None = None) -> bytes:
@@ -254,12 +254,12 @@ class Store:
         """Write exactly the bytes start .. stop - 1 of a file to a sink.
 
         Args:
-            etag: what the file had when it was indexed, if that is to be checked.
+            etag: the file's ETag when it was indexed, if that is to be checked.
             deadline: when to give up; see `deadline`.
 
         Raises:
-            ChangedFileError: it has another ETag.
-            StoreError: it cannot be read.
+            ChangedFileError: the file has another ETag, or is too short.
+            StoreError: the file cannot be read.
         """
 
         def ask(seconds: float) -> None:
@@ -351,10 +351,10 @@ class Store:
             raise ChangedFileError(f"{self.where(name)} has changed since it was indexed; run karat index again")
 
     def _persist(self, name: str, ask: Callable[[float], T], deadline: float | None = None) -> T:
-        """Return what `ask`, given the seconds of one try, returns; tries again until the deadline.
+        """Return the result of `ask`, which takes the seconds of one try; try again until the deadline.
 
         Raises:
-            StoreError: no try was good, or one met an error that is final.
+            StoreError: no try succeeded, or one met an error that is final.
         """
         begun = time.monotonic()
         deadline = self.deadline() if deadline is None else deadline
@@ -449,7 +449,7 @@ _PART, _MOST_PARTS = 8 << 20, 9_000
 
 
 class WritableStore(Store):
-    """A Store that is written, too. An object appears when all its parts have come: a killed writer leaves none."""
+    """A Store that can be written, too. An object appears when all its parts have come: a killed writer leaves none."""
 
     setting = "checkpoint.timeout"
 
@@ -465,10 +465,10 @@ class WritableStore(Store):
         self._send(name, lambda seconds: self._call("pipe_file", seconds, self._path(name), data))
 
     def put(self, name: str, file: Path, on_bytes: Callable[[int], None]) -> None:
-        """Write a local file. That may take long, as long as the store takes parts of it.
+        """Write a local file. That may take any time, as long as the store keeps taking parts.
 
         Args:
-            on_bytes: is called with the size of each part that the store has taken, by another thread.
+            on_bytes: is called, in another thread, with the size of each part that the store has taken.
 
         Raises:
             StoreError: the store does not take it.
@@ -489,7 +489,7 @@ class WritableStore(Store):
             raise StoreError(f"{self.where(name)} cannot be written: there is no such bucket") from None
 
     def _put(self, file: Path, name: str, part: int, on_bytes: Callable[[int], None], seconds: float) -> None:
-        """Write a local file in parts of `part` bytes. Raises TimeoutError if for so many seconds none is taken."""
+        """Write a local file in parts of `part` bytes. Raises TimeoutError if none is taken for `seconds`."""
         import asyncio
         import concurrent.futures
 

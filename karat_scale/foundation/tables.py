@@ -29,13 +29,13 @@ from karat_scale.foundation.errors import UserError
 
 @contextmanager
 def importing(for_good: bool = False) -> Iterator[None]:
-    """Let Python look for no unused objects while modules are imported.
+    """Turn garbage collection off while modules are imported.
 
-    torch and DeepSpeed make hundreds of thousands of objects, and nearly all stay: the search takes a seventh of a
-    start.
+    torch and DeepSpeed make hundreds of thousands of objects, and nearly all stay: the collections take a seventh of
+    the startup time.
 
-    for_good: also leave out of later searches all objects that exist at the end; for commands that import much and
-    train long.
+    for_good: whether to exclude all objects that exist at the end from later collections, too; for commands that import
+    much and train long.
     """
     known, was_enabled = len(sys.modules), gc.isenabled()
     gc.disable()
@@ -64,7 +64,7 @@ SCHEMAS = {
 
 
 def load_class(key: str, place: str, *parents: type) -> type:
-    """Return a class of the user's at `package.module:Class`, the value of a key. Its module may be anybody's.
+    """Return the user's class at `package.module:Class`, the value of a key. Its module may be anybody's.
 
     Raises:
         ValueError: it cannot be imported, or it is not a class that can be built and descends from one of `parents`.
@@ -92,8 +92,9 @@ def load_class(key: str, place: str, *parents: type) -> type:
 class Extra:
     """A group of optional dependencies in pyproject.toml.
 
-    module: can be imported if the extra is installed. distributions: the names of its main one, the default first.
-    needed_for: as a user writes it. debian: the packages that its installation needs.
+    module: a module that can be imported if the extra is installed. distributions: the possible names of its main
+    distribution, the default first. needed_for: what needs it, as a user writes it. debian: the Debian packages that
+    its installation needs.
     """
 
     module: str
@@ -121,9 +122,9 @@ EXTRAS = {
 
 @contextmanager
 def trackers_hidden() -> Iterator[None]:
-    """Let nothing import these trackers, which processes of their own write to.
+    """Keep these trackers from being imported in the block; separate processes write to them.
 
-    timm tries W&B and DeepSpeed tries MLflow, and neither uses it here. Both together take a third of a start.
+    timm tries W&B and DeepSpeed tries MLflow, and neither uses it here. Both together take a third of the startup time.
     """
     hidden = [module for module in ("mlflow", "wandb") if module not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
@@ -165,10 +166,11 @@ class Files(Enum):
 class BackendRow:
     """A source of batches.
 
-    place: of a function that takes an `ImageSpec` and returns a `Backend`. files: None if it generates its images.
-    extra: the key of EXTRAS that it needs. own_decoder: `data.decoder = auto` means its own. own_threads: it works on
-    threads of its own, so that it needs at least one worker. streams: the place of such a function for
-    `data.order = stream`. without_gpu: the backend that reads its files for commands without a GPU, if it needs one.
+    place: the place of a function that takes an `ImageSpec` and returns a `Backend`. files: the kind of its files; None
+    if it generates its images. extra: the key of EXTRAS that it needs. own_decoder: whether `data.decoder = auto` means
+    the backend's decoder. own_threads: whether it works on threads of its own, and so needs at least one worker.
+    streams: the place of such a function for `data.order = stream`. without_gpu: if it needs a GPU, the backend that
+    reads its files for commands without one.
     """
 
     place: str
@@ -211,7 +213,10 @@ DECODERS = {
 
 @dataclass(frozen=True)
 class BasisRow:
-    """A basis of the functions phi. is_series: it is the Fourier series, which has kernels and can start as softmax."""
+    """A basis of the functions phi.
+
+    is_series: whether it is the Fourier series, which has kernels and can be initialised as softmax.
+    """
 
     place: str
     is_series: bool = False
@@ -234,10 +239,10 @@ BASES = {
 class AttentionRow:
     """A kind of attention.
 
-    words: what it is. place: of its class, as CONTRIBUTING.md describes one; "" for timm's softmax and for KArAt, whose
-    class depends on its form. keys: the keys of the recipe's section that have an effect, beside `mode`.
-    gate: of each head, the first factor of what is added to softmax; None where nothing is added to it.
-    by_rows: it forms S a tile of query rows at a time, in PyTorch, unless `flex` computes it.
+    words: its name in words. place: the place of its class, as CONTRIBUTING.md describes one; "" for timm's softmax and
+    for KArAt, whose class depends on its form. keys: the keys of the recipe's section that have an effect, besides
+    `mode`. gate: each head's initial factor of the term that is added to softmax; None if nothing is added to it.
+    by_rows: whether it forms S one tile of query rows at a time, in PyTorch, unless `flex` computes it.
     """
 
     words: str
@@ -290,13 +295,13 @@ ATTENTIONS = {
 class OptimizerRow:
     """An optimizer.
 
-    place: of a function that takes (model, optim, device, groups of parameters or None) and returns a torch optimizer.
+    place: the place of a function (model, optim, device, groups of parameters or None) that returns a torch optimizer.
     states: the names of the fp32 tensors that it keeps for a parameter, each of the parameter's size.
-    matrix_states: the same for the linear layers inside blocks, if it updates them in another way.
-    whole_matrices: these must be whole, so that only ZeRO stage 0 works.
+    matrix_states: the same for the matrices of linear layers inside blocks, if it updates them in another way.
+    whole_matrices: whether these matrices must be whole, so that only ZeRO stage 0 works.
     on_cpu: the place of DeepSpeed's version for an offloaded step, if there is one; it takes (groups, lr, betas, eps).
-    temporaries: tensors of a parameter's size that a step on a CPU holds beside the states.
-    matrix_temporaries: bytes of a step for each element of such a matrix.
+    temporaries: the number of tensors of a parameter's size that a step on a CPU holds besides the states.
+    matrix_temporaries: the temporary bytes of a step for each element of such a matrix.
     """
 
     place: str
@@ -327,9 +332,9 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class FormatRow:
-    """A format of `karat export`. place: of a function that takes (source, path) and returns a note.
+    """A format of `karat export`. place: the place of a function that takes (source, path) and returns a note.
 
-    suffix: of its file; a folder has none.
+    suffix: the suffix of its file; a folder has none.
     """
 
     place: str
@@ -347,9 +352,9 @@ EXPORT_FORMATS = {
 
 @dataclass(frozen=True)
 class TrackerRow:
-    """What shows a run elsewhere.
+    """A tracker, which shows a run elsewhere.
 
-    place: of a class that takes a `TrackedRun`; see `karat_scale.engine.tracking.trackers`.
+    place: the place of a class that takes a `TrackedRun`; see `karat_scale.engine.tracking.trackers`.
     extra: the key of EXTRAS that it needs.
     """
 
@@ -364,7 +369,7 @@ TRACKERS = {
     "trackio": TrackerRow("karat_scale.engine.tracking.trackers:Trackio", "trackio"),
 }
 
-# Those of ImageNet-C, by the names that the library imagecorruptions gives them.
+# The corruptions of ImageNet-C, by the names that the library imagecorruptions gives them.
 CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise"),
     *("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
@@ -384,11 +389,11 @@ def require_trust(values: Mapping[str, str], source: object) -> None:
     """Refuse the place of a class, unless the environment has KARAT_TRUST=1, which `--trust` sets.
 
     Args:
-        values: of keys that may name a class, in a recipe that was not on the command line.
+        values: the values of keys that may name a class, in a recipe that was not on the command line.
         source: where they were found.
 
     Raises:
-        UntrustedError: with the class and where it is named.
+        UntrustedError: a class is named; the message says which, and where.
     """
     for key, value in values.items():
         module = value.partition(":")[0]

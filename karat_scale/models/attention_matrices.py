@@ -1,7 +1,7 @@
 """The attention matrices of a model, block by block, while it runs: how to watch, replace and measure them.
 
-Watching shows the scores before the operator and the weights after it. A plain ViT also runs with other attention
-matrices than its own: what it loses is what it used them for.
+Watching shows the scores before the operator and the weights after it. A plain ViT also runs with attention matrices
+other than its own: what it then loses shows what it used them for.
 
 The measures say what S depends on: how much of it changes with the query and with the image, and how large it is.
 Attention that gives each query the same row, or each image the same matrix, mixes positions as a constant would. So
@@ -41,9 +41,9 @@ Matrices = tuple[Tensor, Tensor]
 def watched(model: nn.Module, visit: Visit) -> Iterator[None]:
     """Call `visit` for each block of each forward pass inside the `with`, in order; nothing is kept.
 
-    Both are computed in the precision of the forward pass, and are float32 or better. A includes the scale 1 / sqrt(d),
-    and the norms of query and key if the model has them. Controls that do not read A (`static`, `scores: false`)
-    have it too: it is what their layer's query and key give.
+    A and S are computed in the precision of the forward pass, and are float32 or better. A includes the scale
+    1 / sqrt(d), and the norms of query and key if the model has them. For controls that do not read A (`static`,
+    `scores: false`), A is computed from their layer's query and key.
     """
     with ExitStack() as hooks:
         for number, layer in enumerate(attention_layers(model)):
@@ -121,16 +121,16 @@ _READERS: dict[type[nn.Module], Callable[..., Matrices]] = {
 
 
 def can_be_watched(model: nn.Module) -> bool:
-    """Return whether `watched` can read every attention layer: those of a family of your own may be unknown."""
+    """Return whether `watched` can read every attention layer; layers of your own model family may be unknown."""
     return all(isinstance(layer.attention, tuple(_READERS)) for layer in attention_layers(model))
 
 
 Replace = Callable[[int, Tensor], Tensor]
-"""A function of the block's index and S [B, h, N, N] that returns what to use as S, with or without B."""
+"""A function of the block's index and S [B, h, N, N] that returns the matrix to use as S, with or without axis B."""
 
 
 def can_be_replaced(model: nn.Module) -> bool:
-    """Return whether `replaced` knows all attention layers: those of plain ViTs where O = S V, without transfer."""
+    """Return whether `replaced` supports all attention layers: plain ViTs with O = S V and without transfer."""
     layers = [layer.attention for layer in attention_layers(model)]
     return all(
         isinstance(layer, Attention)
@@ -162,12 +162,12 @@ def mean_over_queries(_: int, learned: Tensor) -> Tensor:
 
 
 FIGURES = ("by_query", "by_image", "beyond_pi", "frobenius_norm")
-"""Of a block: the shares of S's energy that depend on the query and on the image, the share of scores with |A| > pi,
-and the mean Frobenius norm of S."""
+"""The figures of a block: the shares of S's energy that depend on the query and on the image, the share of scores with
+|A| > pi, and the mean Frobenius norm of S."""
 
 
 class Content:
-    """Sums over images of one model's S and A, by block; of matrices only their sum over images is kept, by head."""
+    """Sums over images of one model's S and A, by block; of the matrices, only the sum over images is kept, by head."""
 
     def __init__(self, blocks: int) -> None:
         self._matrices: list[Tensor | float] = [0.0] * blocks
@@ -178,8 +178,8 @@ class Content:
     def add(self, block: int, raw: Tensor, learned: Tensor, images: int | None = None) -> None:
         """Add A and S [B, h, N, N] of one block.
 
-        images: their number, where B is a multiple of it. Windows of one image differ by what they may see, so a window
-        is compared with the same window of the other images.
+        `images` is the number of images, by default B; B is a multiple of it. Windows of one image differ by what they
+        may see, so a window is compared with the same window of the other images.
         """
         learned = learned.double()
         queries, images = learned.shape[2], images or len(learned)
@@ -219,7 +219,7 @@ def content_of(model: nn.Module, forward: Callable[[Tensor], object], images: Te
     return dict(zip(FIGURES, values, strict=True))
 
 
-# Of each image, at most so many queries are looked at.
+# The largest number of queries of an image that are looked at.
 _QUERIES = 64
 
 

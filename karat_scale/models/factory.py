@@ -56,7 +56,7 @@ def create_model(model: ModelConfig, attention: AttentionConfig, **options: Any)
     A model with `attention.transfer_from` has its own parameters, and computes only after `give_teacher`.
 
     Args:
-        options: of timm's model, instead of the named model's own, such as `class_token=False`.
+        options: options of timm's model that override the named model's, such as `class_token=False`.
 
     Raises:
         RecipeError: timm does not know the name, the model's attention is not supported, or the model does not support

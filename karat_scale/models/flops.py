@@ -23,7 +23,7 @@ from karat_scale.recipe import AttentionConfig, ModelConfig
 
 
 class Flops(NamedTuple):
-    """Return the operations for one image."""
+    """The operations for one image."""
 
     forward: int
     training: int
@@ -99,10 +99,10 @@ class _AnyMatrices:
 
 
 def _let_operators_pass(network: nn.Module) -> Collection[_PassedOperator]:
-    """Let operators and teachers be counted instead of computed; return what stands for the operators.
+    """Let operators and teachers be counted instead of computed; return the modules that replace the operators.
 
-    An operator that all blocks share is replaced once; an operator within another counts with that one. One that does
-    not count itself computes.
+    An operator that all blocks share is replaced once; an operator within another counts with the outer one. An
+    operator that does not define `flops` is computed.
     """
     passed: dict[nn.Module, _PassedOperator] = {}
 
@@ -112,7 +112,7 @@ def _let_operators_pass(network: nn.Module) -> Collection[_PassedOperator]:
         for name, child in list(module.named_children()):
             if isinstance(child, AttentionHeads) and type(child).flops is not AttentionHeads.flops:
                 setattr(module, name, passed.setdefault(child, _PassedOperator(child)))
-            elif not isinstance(child, _PassedOperator):  # which a layer that blocks share has already
+            elif not isinstance(child, _PassedOperator):  # a layer that blocks share already has one
                 replace_in(child)
 
     replace_in(network)

@@ -37,20 +37,20 @@ from karat_scale.models import layers
 from karat_scale.models.operators import learn, operator_maker
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
-# Pools patches into the classifier's input, once and after all blocks, so it is not between tokens.
+# Attention that pools patches into the classifier's input once, after all blocks, so it is not between tokens.
 _POOLS = ("AttentionPoolLatent", "AttentionPool2d")
 
 
 class Host:
-    """A family of models; a subclass says what differs from timm's own build, and from timm's own names of weights."""
+    """A family of models; a subclass defines what differs from timm's build and from timm's names of weights."""
 
     blocks_are_alike = False
-    """The attention layers of each model are of the same size."""
+    """Whether all attention layers of a model have the same size."""
     classes: ClassVar[dict[type[nn.Module], type[nn.Module]]] = {}
     """The classes of timm's attention layers, and those of the learned layers in their places."""
 
     def build(self, model: ModelConfig, **options: Any) -> nn.Module:
-        """Return timm's model for a recipe's `model` section and options of timm's."""
+        """Return timm's model for a recipe's `model` section and timm's options."""
         raise NotImplementedError
 
     def learn(
@@ -89,7 +89,7 @@ class Host:
 
 @contextmanager
 def shapes_alone() -> Iterator[None]:
-    """Build models on the meta device, and leave out what gives their tensors values."""
+    """Build models on the meta device, and skip the operations that give their tensors values."""
     with torch.device("meta"), _WithoutValues():
         yield
 
@@ -114,7 +114,7 @@ def usual_settings(model: ModelConfig) -> dict[str, Any]:
 
 
 def build_timm(model: ModelConfig, name: str, **settings: Any) -> nn.Module:
-    """Return timm's model `name`, freshly initialised, with the recipe's classes unless `settings` override them.
+    """Return timm's model `name`, freshly initialised; the number of classes is the recipe's unless `settings` has one.
 
     Raises:
         RecipeError: timm cannot build it.
@@ -134,7 +134,7 @@ def refuse_fields(model: ModelConfig, *fields: str, why: str) -> None:
 
 
 def check_attention(network: nn.Module, model: ModelConfig) -> None:
-    """Raise RecipeError for a model of which not all attention can be replaced."""
+    """Raise RecipeError unless all of the model's attention can be replaced."""
     if getattr(network, "dynamic_img_size", False) or isinstance(network, NaFlexVit):
         raise RecipeError(
             f"model.name = {model.name!r} accepts images of any size, but KArAt needs a fixed number of tokens; use a "
@@ -182,8 +182,8 @@ VIT_BASE = "vit_tiny_patch16_224"
 VIT_SIZES: dict[str, dict[str, int]] = {
     "vit_mini_patch4_28": {"patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 2},
 }
-# Makes the operator of a layer with so many heads of a width, for the model that is being built. A class of its own for
-# each model would do it too, but pickle could not find that class.
+# Makes the operator of a layer, given the number and width of its heads, for the model that is being built. A separate
+# class for each model would do it too, but pickle could not find that class.
 _MAKE_OPERATOR: ContextVar[Callable[[int, int], nn.Module]] = ContextVar("make_operator")
 
 
@@ -216,7 +216,7 @@ class KaratAttention(Attention):
 def query_key_value(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return query, key and value [B, h, N, d] of a layer with one product for all three, for tokens [B, N, D].
 
-    Query and key have their norms, in a layer that has some, and are of the value's dtype.
+    Query and key are normed if the layer has norms for them, and have the value's dtype.
     """
     qkv: Tensor = attention.qkv(x)
     query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -288,10 +288,11 @@ def _start(network: Any, model: ModelConfig) -> None:
 
 
 def _mimic_trained(attention: Any) -> None:
-    """Give an attention layer of timm's, or a student's, the start of arXiv 2305.09828, in place.
+    """Give an attention layer of timm's, or a student's, the initial values of arXiv 2305.09828, in place.
 
-    With Z ~ N(0, 1 / D), a new one for each: W_q W_k^T = 0.7 Z + 0.7 I for each head, as far as its width allows, and
-    W_v W_proj = 0.4 Z - 0.4 I for all heads together. Matrices act on row vectors here; torch's weights are transposed.
+    With Z ~ N(0, 1 / D), drawn anew for each product: W_q W_k^T = 0.7 Z + 0.7 I for each head, as far as its width
+    allows, and W_v W_proj = 0.4 Z - 0.4 I for all heads together. Matrices act on row vectors here; torch's weights are
+    transposed.
     """
     width, inner = attention.proj.weight.shape
     if hasattr(attention, "qkv"):
@@ -309,7 +310,7 @@ def _mimic_trained(attention: Any) -> None:
 
 
 def _factors(noise: float, identity: float, width: int, rank: int) -> tuple[Tensor, Tensor]:
-    """L [D, rank] and R [rank, D], whose product is the nearest of its rank to noise Z + identity I."""
+    """L [D, rank] and R [rank, D], whose product is the best approximation of this rank to noise Z + identity I."""
     wanted = noise * torch.randn(width, width) / width**0.5 + identity * torch.eye(width)
     left, values, right = torch.linalg.svd(wanted)
     share = values[:rank].sqrt()
@@ -329,7 +330,7 @@ class Vit(Host):
     def learn(
         self, model: ModelConfig, attention: AttentionConfig, sizes: tuple[layers.LayerSize, ...], **options: Any
     ) -> nn.Module:
-        """See `Host`. Where blocks differ, layers are converted as those of other models are."""
+        """See `Host`. If blocks differ, layers are converted as in other models."""
         if attention.blocks:
             return super().learn(model, attention, sizes, **options)
         token = _MAKE_OPERATOR.set(functools.partial(operator_maker(attention), sizes[0].tokens))
@@ -405,7 +406,7 @@ class Convit(Host):
         return fitted
 
 
-# The same of timm's Swin-Tiny.
+# Our own small Swins, by name: their changes to timm's Swin-Tiny.
 SWIN_BASE = "swin_tiny_patch4_window7_224"
 SWIN_SIZES: dict[str, dict[str, Any]] = {
     "swin_mini_patch2_window4_32": {
@@ -447,7 +448,7 @@ def parts_of(
 
 
 class Swin(Host):
-    """timm's Swins, whose stages have sizes of their own."""
+    """timm's Swins, whose stages differ in size."""
 
     classes: ClassVar = {WindowAttention: KaratWindowAttention}
 
@@ -496,7 +497,7 @@ class Other(Host):
 
 
 VIT, CONVIT, SWIN, OTHER = Vit(), Convit(), Swin(), Other()
-# By the names of timm's modules.
+# Hosts by the names of timm's modules.
 HOSTS = {
     "vision_transformer": VIT,
     "vision_transformer_hybrid": VIT,
@@ -504,7 +505,7 @@ HOSTS = {
     "convit": CONVIT,
     "swin_transformer": SWIN,
 }
-# Names of our own small models, and the timm models that they are sizes of.
+# Names of our own small models, and the timm models that they resize.
 OWN = {**dict.fromkeys(VIT_SIZES, VIT_BASE), **dict.fromkeys(SWIN_SIZES, SWIN_BASE)}
 
 

@@ -32,7 +32,7 @@ from karat_scale.models.layers import attention_layers, fit_prefix, is_sincos_2d
 from karat_scale.recipe import AttentionConfig, ModelConfig
 
 Places = Sequence[int | None]
-"""Of each class and register token of one grid: its position in another, or None if it is not there."""
+"""For each class and register token of one grid: its position in another grid, or None if it is not there."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ def resize_operator(
     """Convert an operator's tensors by name to another grid. For the same grid, the tensors are returned unchanged.
 
     Args:
-        operator: of the new size; it gives the initial values of class or register tokens that the old grid lacks.
-        tensors: its parameters and buffers by name.
+        operator: an operator of the new size, with initial values for class or register tokens that the old grid lacks.
+        tensors: the parameters and buffers to convert, by name.
         old, new: the grid of the tensors, and the grid to convert to.
-        places: of the new grid's tokens in the old one.
+        places: the places of the new grid's tokens in the old one.
 
     Raises ValueError if the tensors are of another operator, or the basis does not say what multiplies phi.
     """
@@ -108,7 +108,7 @@ def resize_operator(
 
 
 def resize_tokens(tensor: Tensor, axis: int, old: TokenGrid, new: TokenGrid, scale: float, places: Places) -> Tensor:
-    """A tensor whose `axis` is one of tokens for another grid: patches bicubic and scaled, the others as they are.
+    """Convert a tensor's axis of tokens to another grid: patches bicubically and scaled, other tokens unchanged.
 
     Tokens that have no place in the old grid are zero.
     """
@@ -145,7 +145,7 @@ def _resize_modes(
 
 
 def _with_new_tokens(own: Tensor, tensor: Tensor, axes: Sequence[int], places: Places) -> Tensor:
-    """`tensor`, but `own` wherever one of its axes of tokens is at a token that has no place in the old grid."""
+    """Return `tensor`, but `own` wherever an axis of tokens is at a token that has no place in the old grid."""
     new = torch.tensor([number for number, place in enumerate(places) if place is None], dtype=torch.long)
     is_new = torch.zeros(tensor.shape, dtype=torch.bool)
     for axis in axes:
@@ -191,11 +191,11 @@ def _check_positions(operator: AttentionHeads, tensors: Mapping[str, Tensor], to
 
 
 OPERATOR = ".operator."
-_WRAPPED = "operator."  # of heads within heads, which are adapted by themselves
+_WRAPPED = "operator."  # parameters of heads within heads, which are adapted separately
 
 
 def spread_operator(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights with an operator for each layer, if they hold one for all layers, in the first of them.
+    """Return weights with an operator for each layer, if they hold a shared one in the first layer only.
 
     A folder of `karat export` stores shared operators once.
     """
@@ -215,7 +215,7 @@ def operators_for(
     """Return the operators' tensors for a model's grids and prefix tokens, and the other grids that they came from.
 
     Args:
-        model: its operators give the initial values of prefix tokens that only it has.
+        model: the model, whose operators give initial values to prefix tokens that the weights lack.
         weights: a state dict with operators.
         there: the prefix tokens of the weights, as `prefix_tokens` names them.
 
@@ -291,7 +291,7 @@ def _check_kinds(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _keys(state: Mapping[str, Tensor], prefix: str, heads: int) -> tuple[str, ...]:
-    """Return the keys of the recipe that an operator's parameters show, of a layer with this many heads."""
+    """Return the keys of the recipe that an operator's parameters show, for a layer with `heads` heads."""
     names = [name.removeprefix(prefix) for name in state]
     own = {name.rpartition(".")[2] for name in names}
     residual, content, bounded, centred = (name in own for name in ("gate", "psi_constant", "tau_logit", "left"))
@@ -327,14 +327,15 @@ def take_weights(
 
     Position embeddings, the patch embedding and the attention operators are interpolated. Prefix tokens that the model
     does not have are left out; those that only the model has keep their values. The operators of a KArAt model keep
-    theirs if the weights are a softmax model's, and with `new_head` so does a classifier of another number of classes.
+    their values if the weights are a softmax model's. With `new_head`, so does a classifier for another number of
+    classes.
 
     Args:
-        model: freshly initialised, not partitioned.
+        model: a freshly initialised model, not partitioned.
         weights: a state dict of timm's or ours, by parameter name.
         new_head: True if the classes may differ, and computed positions may replace learned ones; else the
             weights are of this model at another image size.
-        attention: what the weights were trained with; None, or softmax, if that is not known.
+        attention: the attention that the weights were trained with; None, or softmax, if that is not known.
 
     Returns:
         A log line: what was interpolated, and what keeps its values.

@@ -24,7 +24,7 @@ from karat_scale.recipe import ModelConfig
 
 # Every class of attention in timm that this project supports.
 KNOWN: tuple[type[nn.Module], ...] = (Attention, GPSA, MHSA, WindowAttention)
-# Those that add a learned position bias to the scores.
+# The classes that add a learned position bias to the scores.
 BIASED: tuple[type[nn.Module], ...] = (WindowAttention,)
 
 
@@ -110,14 +110,14 @@ def measure_layers(model: nn.Module, image_size: int | tuple[int, int]) -> tuple
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the model's blocks if they are of one or two kinds, so that what one compiles serves many; else []."""
+    """Return the model's blocks if they are of one or two kinds, so that one's compiled code serves many; else []."""
     blocks = blocks_of(model)
     kinds = len({_kind(block) for block in blocks})
     return blocks if kinds <= 2 and kinds < len(blocks) else []
 
 
 def _kind(block: nn.Module) -> tuple[Any, ...]:
-    """What the compiler takes for constant: classes, shapes, and plain attributes such as the rate of a drop path."""
+    """Return what the compiler takes for constant: classes, shapes, and plain attributes such as a drop path's rate."""
     modules = tuple(
         (name, type(module), tuple((key, repr(value)) for key, value in vars(module).items() if _is_plain(key, value)))
         for name, module in block.named_modules()
@@ -169,8 +169,8 @@ def fit_prefix(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[st
     Tokens that only the model has keep their values; those that only the weights have are left out.
 
     Args:
-        model: one whose positions are [1, tokens, D]; for any other, the weights do not change.
-        weights: by timm's names.
+        model: a model; if its positions are not [1, tokens, D], the weights do not change.
+        weights: a state dict with timm's names.
 
     Returns:
         The weights, and what was left out or is new.
@@ -206,7 +206,7 @@ def fit_prefix(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[st
     fitted = {name: x for name, x in weights.items() if name not in _TOKENS}
     fitted |= {name: torch.cat(parts, 1) for name, parts in vectors.items()}
     fitted["pos_embed"] = torch.cat((*prefix, patches), 1)
-    # The distillation token has a classifier of its own, where the model has one.
+    # If the model has a distillation token, this token has a separate classifier.
     fitted = {name: x for name, x in fitted.items() if not name.startswith(_HEAD_DIST) or name in own}
     fitted |= {name: x for name, x in own.items() if name.startswith(_HEAD_DIST) and name not in fitted}
     notes = [f"without its {name}" for name in _named(set(there) - set(here))]
@@ -232,7 +232,7 @@ def _named(tokens: set[str]) -> list[str]:
 def sincos_2d(height: int, width: int, dim: int, temperature: float = 10_000.0) -> Tensor:
     """Return sines and cosines of a grid's coordinates, float32 [height * width, dim], row by row.
 
-    Of column x and row y: sin(x w_k), cos(x w_k), sin(y w_k), cos(y w_k) with w_k = temperature^(-k / (K - 1)),
+    For column x and row y: sin(x w_k), cos(x w_k), sin(y w_k), cos(y w_k) with w_k = temperature^(-k / (K - 1)),
     k = 0 .. K - 1, K = dim / 4 (MoCo v3, arXiv 2104.02057; so in arXiv 2205.01580). Raises ValueError unless dim is a
     multiple of 4 and at least 8.
     """
@@ -249,7 +249,7 @@ def sincos_2d(height: int, width: int, dim: int, temperature: float = 10_000.0) 
 
 
 def is_sincos_2d(positions: Tensor) -> bool:
-    """True if the last positions of [1, N, D], those of a square of patches, are these, also if rounded to bfloat16."""
+    """Return True if the last positions of [1, N, D], a square of patches, are `sincos_2d`'s, also in bfloat16."""
     side, dim = math.isqrt(positions.shape[1]), positions.shape[2]
     if dim % 4 or dim < 8:
         return False

@@ -1,18 +1,19 @@
 """Fits new attention to the output of the attention that it replaces, block by block.
 
-The original's attention and the new one get the same query, key and value: those that the original model has there. So
-all blocks are independent of each other, and no error of one block reaches the next. Two ways bring O = S V closer:
+The original's attention and the new one get the same query, key and value: those of the original model. So all blocks
+are independent of each other, and no error of one block reaches the next. Two ways bring O = S V closer:
 
 Least squares, in float64, for heads with O = F C W^T V, where F are features of the scores or of the query, and C the
 coefficients. O is linear in C for a given W, and in W for a given C, so the two are solved for alternately. W starts
-with the directions in which the original's S has most of its energy. More is linear, too:
+with the directions in which the original's S has most of its energy. Other heads are linear, too:
 
 - A base activation adds b 1^T to F C, where b[k] = sum_q b(A[k, q]). Gains are 1, so C has all of the functions' size.
-- `content` adds psi(A) V / N, linear in the 2 G + 1 coefficients of psi. It takes turns with C and W.
-- `centred` has F without its mean over queries, and adds L R^T V, the same with a feature of each position.
-- A constant S needs one solution. What is added to softmax is solved for what softmax lacks.
+- `content` adds psi(A) V / N, linear in the 2 G + 1 coefficients of psi. psi is solved for in turn with C and W.
+- `centred` has F without its mean over queries, and adds L R^T V, which has the same form with a feature for each
+  position.
+- A constant S needs one solution. Heads that are added to softmax are solved for what softmax lacks.
 
-Where pairs are masked, tokens that see each other are a problem of their own with the same C and W.
+Where pairs are masked, each set of tokens that see each other is a separate problem with the same C and W.
 
 Gradient descent, for all parameters of any heads.
 """
@@ -34,8 +35,8 @@ from karat_scale.attention.softmax import softmax_attention, softmax_scores
 from karat_scale.attention.variants import ContentOperator, SmoothOperator, StaticHeads, WithoutScores
 from karat_scale.models.layers import attention_layers
 
-# Of the mean of the diagonal of a normal matrix. The harmonics of small scores are nearly dependent; without it their
-# coefficients would be large and cancel.
+# The ridge, as a part of the mean of a normal matrix's diagonal. The harmonics of small scores are nearly dependent;
+# without a ridge, their coefficients would be large and cancel.
 RIDGE = 1e-7
 # Unknowns that are solved for at once: their matrix has 8 bytes for each pair of them.
 MOST_UNKNOWNS = 2500
@@ -44,7 +45,7 @@ CHUNK = 16
 
 
 class Call(NamedTuple):
-    """What a layer gave its attention, and the output O that the original made of it."""
+    """The inputs that a layer gave its attention, and the original's output O."""
 
     query: Tensor
     key: Tensor
@@ -55,7 +56,7 @@ class Call(NamedTuple):
     output: Tensor
     original: "Original"
     keep: Tensor | None = None
-    """Of a region, 1 for its tokens and 0 for others [B, N, 1], in float64."""
+    """For a region: 1 for its tokens and 0 for others [B, N, 1], in float64."""
 
     def of_heads(self, heads: slice) -> "Call":
         """Return the call of some of the heads."""
@@ -67,7 +68,7 @@ class Call(NamedTuple):
         return Call(query, key, value, bias, mask, self.x, output, self.original)
 
     def parts(self, images: int) -> Iterator["Call"]:
-        """Yield the same call of so many images each."""
+        """Yield the call in parts of at most `images` images."""
         for start in range(0, len(self.query), images):
             part = slice(start, start + images)
             query, key, value, output = (tensor[part] for tensor in (self.query, self.key, self.value, self.output))
@@ -82,7 +83,7 @@ class Call(NamedTuple):
         if self.mask is None:
             yield self
             return
-        first = self.mask[:, 0].int().argmax(-1)  # that each token sees [B, N]
+        first = self.mask[:, 0].int().argmax(-1)  # the first token that each token sees [B, N]
         for number in first.unique().tolist():
             keep = first == number
             some = keep.any(1)
@@ -91,7 +92,7 @@ class Call(NamedTuple):
             yield Call(query, key, value, self.bias, None, None, output, self.original, keep)
 
     def kept(self, rows: Tensor) -> Tensor:
-        """Return rows [B, N, d] in float64, those of other tokens 0."""
+        """Return rows [B, N, d] in float64, with 0 for tokens outside the region."""
         return rows.double() if self.keep is None else rows.double() * self.keep
 
     def answer(self, heads: Any) -> Tensor:
@@ -101,14 +102,14 @@ class Call(NamedTuple):
         return output
 
     def matrix(self, heads: Any) -> Tensor:
-        """Return their S."""
+        """Return S of other heads for the same call."""
         given = layer_input(heads, self.x)
         matrix: Tensor = heads.scores(self.query, self.key, bias=self.bias, mask=self.mask, **given)
         return matrix
 
 
 class Original(nn.Module):
-    """In the place of a layer's operator: the original's attention, softmax or an operator. It keeps the last call."""
+    """The original's attention, softmax or an operator, in place of a layer's operator. It keeps the last call."""
 
     sees_input = True
 
@@ -151,10 +152,10 @@ class Original(nn.Module):
 
 
 class Conversion:
-    """A model of which each block in `originals` has its new attention or the original's.
+    """A model in which each block of `originals` has its new attention or the original's.
 
     Args:
-        model: with the new attention.
+        model: the model with the new attention.
         originals: the operators of the original, None for softmax, by the numbers of the blocks.
     """
 
@@ -169,7 +170,7 @@ class Conversion:
         return [*self.new]
 
     def groups(self) -> list[list[int]]:
-        """Return the blocks that share an operator: one each, but where the attention is universal."""
+        """Return the blocks that share an operator: one block each, unless the attention is universal."""
         by_operator: dict[int, list[int]] = {}
         for number, operator in self.new.items():
             by_operator.setdefault(id(operator), []).append(number)
@@ -184,7 +185,7 @@ class Conversion:
 
     @torch.no_grad()
     def calls(self, images: Tensor, blocks: Collection[int]) -> dict[int, Call]:
-        """Return what these blocks of the original compute for normalised images; `use(())` was called before."""
+        """Return what these blocks of the original compute for normalised images; call `use(())` before."""
         self.model(images)
         return {number: call for number in blocks if (call := self.originals[number].call) is not None}
 
@@ -212,12 +213,12 @@ def descend(
     of_scores: float,
     on_step: Callable[[int], None],
 ) -> None:
-    """Lower the errors of these blocks by `steps` of Adam, one for each batch of normalised images.
+    """Lower the errors of these blocks by `steps` steps of Adam, one for each batch of normalised images.
 
     Args:
-        lr: of the first step; a cosine takes it to 0.
+        lr: the learning rate of the first step; a cosine takes it to 0.
         of_scores: the weight of the same error of S.
-        on_step: called with the number of each finished step.
+        on_step: a function to call with the number of each finished step.
     """
     learned = list(dict.fromkeys(p for number in blocks for p in conversion.new[number].parameters()))
     optimizer = torch.optim.Adam(learned, lr=lr) if learned else None
@@ -227,7 +228,7 @@ def descend(
             loss = _share(call.answer(heads), call.output)
             if of_scores:
                 loss = loss + of_scores * _share(call.matrix(heads), call.matrix(call.original))
-            if loss.requires_grad:  # it learns anything
+            if loss.requires_grad:  # the heads have trainable parameters
                 loss.backward()
         if optimizer is not None:
             for group in optimizer.param_groups:
@@ -255,8 +256,8 @@ class _Series(NamedTuple):
     Attributes:
         coefs: C as [h, r, K] for each feature; they are parts of parameters.
         proj: W [h, K, r].
-        basis: whose features they are; None for one of each position.
-        modes: the columns that the parameters are expanded by, if they are.
+        basis: the basis of the features F; None for one feature for each position.
+        modes: the columns by which the parameters are expanded, or None.
         base: the base activation; F has its sum over keys as one more column, and C a row of ones for it.
     """
 
@@ -292,7 +293,7 @@ class _Series(NamedTuple):
         return call.kept(features - features.mean(1, keepdim=True)) if self.is_centred else features
 
     def values(self, call: Call, head: int) -> Tensor:
-        """Return what W^T acts on, [B, K, d], in float64."""
+        """Return the values that W^T multiplies, [B, K, d], in float64."""
         value = call.kept(call.value[:, head])
         return value if self.modes is None else self.modes.double().mT @ value
 
@@ -405,7 +406,7 @@ def _solve(heads: Any, calls: Sequence[Call], rounds: int, energy: Callable[[], 
 
 
 def _less(calls: Sequence[Call], parts: Sequence[Tensor]) -> list[Call]:
-    """Return calls with the rest of their outputs."""
+    """Return calls with `parts` subtracted from their outputs."""
     return [call._replace(output=call.output - part) for call, part in zip(calls, parts, strict=True)]
 
 
@@ -438,7 +439,7 @@ def _solve_series(terms: Sequence[_Series], calls: Sequence[Call], rounds: int, 
 
 def _solve_head(terms: Sequence[_Series], head: int, calls: Sequence[Call], rounds: int, energy: Tensor | None) -> None:
     coefs, projs = [one.coefficients(head) for one in terms], [one.proj[head].double() for one in terms]
-    # Of a new W the norm is about 1, where it is not 0.
+    # The norm of a new W is about 1, unless it is 0.
     ratios = [coef.norm() / (proj.norm() or 1) for coef, proj in zip(coefs, projs, strict=True)]
     if energy is not None:
         for one, coef, proj in zip(terms, coefs, projs, strict=True):
@@ -470,15 +471,15 @@ def _solve_head(terms: Sequence[_Series], head: int, calls: Sequence[Call], roun
         # Only the product of a unit's coefficients and its column of W counts; their sizes start as in a new operator.
         share = (ratio * proj.norm(dim=0) / coef.norm(dim=0).clamp(min=1e-30)).sqrt()
         share = share.where(coef.any(0), 1)  # a unit that gives nothing must still be able to learn
-        share = share if one.base is None else torch.ones_like(share)  # b has a size of its own
+        share = share if one.base is None else torch.ones_like(share)  # b has a fixed size
         one.set(head, coef * share, proj / share)
 
 
 def least_squares(parts: Iterable[tuple[Tensor, Tensor | None, Tensor]]) -> Tensor:
     """Return the D [a, b] for which the sum of |R - L D V|^2 over all parts (L, V, R) is least.
 
-    L is [B, n, a], V [B, b, d] and R [B, n, d], all float64. Without V it is |R - L D|^2, for R [B, n, b]. By normal
-    equations, with a ridge of `RIDGE`.
+    L is [B, n, a], V [B, b, d] and R [B, n, d], all float64. Without V it is |R - L D|^2, for R [B, n, b]. It is found
+    by normal equations, with a ridge of `RIDGE`.
     """
     blocks: Any = 0
     right_side: Any = 0

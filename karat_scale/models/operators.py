@@ -43,7 +43,7 @@ def operator_of(attention: nn.Module) -> KaratOperator | None:
 
 
 def heads_of(attention: nn.Module) -> AttentionHeads | None:
-    """Return what learns in an attention layer, also beside softmax heads or a softmax part; None for softmax alone."""
+    """Return the learned heads of an attention layer, also if combined with softmax; None for plain softmax."""
     found: Any = getattr(attention, "operator", None)
     while isinstance(found, HybridHeads | ResidualHeads):
         found = found.operator
@@ -62,9 +62,9 @@ def check_implementation(model: nn.Module, device: torch.device) -> None:
 
 
 def describe_implementation(model: nn.Module, device: torch.device) -> str | None:
-    """One line that says by what implementation learned attention runs on a device, and why not by a faster one.
+    """Return a line on the implementation by which learned attention runs on a device, and why not by a faster one.
 
-    None where no layer is learned. `check_implementation` must have passed.
+    It is None if no layer is learned. `check_implementation` must have passed.
     """
     layers = Counter(operator.chosen(layer) for operator, layer in _operators_and_layers(model, device))
     if not layers:
@@ -77,7 +77,7 @@ def describe_implementation(model: nn.Module, device: torch.device) -> str | Non
 
 
 def _operators_and_layers(model: nn.Module, device: torch.device) -> Iterator[tuple[AttentionHeads, LayerCall]]:
-    """What learns in each attention layer where something does, and what the layer gives it."""
+    """Yield the learned heads of each attention layer that has some, and the layer's call of them."""
     for layer in attention_layers(model):
         if (operator := heads_of(layer.attention)) is not None:
             width = round(layer.attention.scale**-2)  # d: timm scales scores by d^-1/2
@@ -93,7 +93,7 @@ def gates(model: nn.Module) -> list[nn.Parameter | None]:
 
 
 def head_parameters(model: nn.Module) -> Iterator[tuple[str, int, nn.Parameter]]:
-    """Yield (name, block, parameter [h, ...]) of all that an attention learns by head; the projector is "W".
+    """Yield (name, block, parameter [h, ...]) of all parameters that attention learns by head; the projector is "W".
 
     A universal operator counts as that of block 0.
     """
@@ -115,7 +115,7 @@ def operator_maker(attention: AttentionConfig) -> Callable[[int, int, int], nn.M
     parameters are counted and stepped once (paper, the modular operator).
 
     Raises:
-        RecipeError: the basis cannot be built, or by the returned function, the operator.
+        RecipeError: the basis cannot be built. The returned function raises it if the operator cannot be built.
     """
     try:
         make_heads = _karat_maker(attention) if attention.kind == "karat" else _maker_of_kind(attention)
@@ -146,9 +146,9 @@ _Maker = Callable[[int, int, int, int], AttentionHeads]
 
 
 def _maker_of_kind(attention: AttentionConfig) -> _Maker:
-    """Build a kind's class with those of its sizes and of the recipe's settings that its constructor names.
+    """Return a maker of a kind's class, with the sizes and the recipe's settings that its constructor names.
 
-    Raises ValueError, here and there, if there is no such class, or it refuses them.
+    This function and the maker raise ValueError if there is no such class, or if it refuses these arguments.
     """
     kind = attention.kind
     of_user = kind not in ATTENTIONS
@@ -208,7 +208,7 @@ def _karat_maker(attention: AttentionConfig) -> _Maker:
 
 
 Classes = Mapping[type[nn.Module], type[nn.Module]]
-"""Of attention layers of timm's, and of the learned layers in their places."""
+"""The classes of timm's attention layers, and of the learned layers in their places."""
 
 
 def learn(

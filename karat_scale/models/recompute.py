@@ -41,8 +41,8 @@ def recompute(model: nn.Module, choices: Sequence[Choice], by: Checkpoint | None
 def torch_checkpoint(function: Callable[..., Any], *tensors: Tensor) -> Any:
     """torch's non-reentrant checkpoint.
 
-    It stops recomputing at the last tensor that backward needs. ZeRO stage 3 relies on that: run to the end, the last
-    layer would release the weight that its backward pass needs next.
+    It stops recomputing at the last tensor that backward needs. ZeRO stage 3 relies on that: if it ran to the end, the
+    last layer would release the weight that its backward pass needs next.
     """
     return checkpoint(function, *tensors, use_reentrant=False)
 

@@ -1,4 +1,4 @@
-"""timm's entry `karat`: any model of a recipe, and what `karat export` wrote as a folder.
+"""timm's entry `karat`: any model of a recipe, and the folders that `karat export` wrote.
 
     import karat_scale.timm_models
     import timm
@@ -37,7 +37,7 @@ def karat(
     Args:
         pretrained: load the weights that timm's `pretrained_cfg` names.
         model, attention: a recipe's sections.
-        kwargs: timm's own; of a model's arguments `num_classes`, `img_size`, `in_chans`, `global_pool`,
+        kwargs: timm's own arguments; of a model's arguments `num_classes`, `img_size`, `in_chans`, `global_pool`,
             `drop_path_rate`, `proj_drop_rate`.
 
     Raises:
@@ -87,16 +87,16 @@ def _build(
 
 
 def _levels(sections: tuple[dict[str, Any], dict[str, Any]]) -> int:
-    """Return the number of feature maps of a model: that of its blocks or its stages."""
+    """Return the number of feature maps of a model: the number of its blocks or its stages."""
     with torch.device("meta"):
         built: Any = create_model(ModelConfig(**sections[0]), AttentionConfig(**sections[1]))
     return len(built.feature_info)
 
 
 def _fit(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Weights under every name the model has for them, interpolated where its images are of another size.
+    """Return weights under every name the model has for them, interpolated if its images have another size.
 
-    Those of another number of channels are left as they are, since timm converts them.
+    Weights for another number of channels are left as they are, since timm converts them.
     """
     own = model.state_dict()
     whole = spread_operator(model, weights)

@@ -2,7 +2,7 @@
 
 O = S_teacher V_student, block by block and head by head, on the same images (arXiv 2503.10632, "Attention transfer").
 S is not formed: the teacher's operator receives its own query and key and the student's value, O = H (W^T V). A student
-with more heads uses each of the teacher's several times.
+with more heads uses each of the teacher's heads several times.
 """
 
 import functools
@@ -76,7 +76,7 @@ class Teacher:
         self._passes = _passes(mix)
 
     def matrices(self, learned: Tensor) -> Tensor:
-        """Return the student's matrices [B, h, N, N] of the teacher's own, S or A."""
+        """Return the student's matrices [B, h, N, N] from the teacher's own, S or A."""
         return learned if self.mix is None else torch.einsum("ij,bjkq->bikq", self.mix.to(learned), learned)
 
     def attend(self, block: int, value: Tensor) -> Tensor:
@@ -135,11 +135,11 @@ def mix_of(how: str, theirs: int, ours: int) -> Tensor:
 
 
 def _passes(mix: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return passes through all heads of the teacher: the student's head of each, and its weight, [own heads] each."""
+    """Return passes through all heads of the teacher: for each head, a student's head and its weight."""
     users = [column.nonzero().flatten().tolist() for column in mix.mT]
     passes = []
     for number in range(max(map(len, users))):
-        # A head that has no more users computes for the first one again, with weight 0.
+        # A head that has no more users computes for its first user again, with weight 0.
         at = [
             (own[number], float(mix[own[number], j])) if number < len(own) else (own[0], 0.0)
             for j, own in enumerate(users)
@@ -156,7 +156,7 @@ def give_teacher(student: Any, teacher: Teacher, source: str, heads: str = "same
         heads: `attention.transfer_heads`.
 
     Raises:
-        RecipeError: its matrices do not have the student's shape.
+        RecipeError: the teacher's matrices do not have the student's shape.
     """
     for what, theirs, ours in zip(_SHAPE, _shape(teacher.model), _shape(student), strict=True):
         if what == _HEADS and heads != "same":

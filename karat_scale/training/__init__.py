@@ -1,1 +1,1 @@
-"""What a training run does from its start to its end."""
+"""A training run from its start to its end."""

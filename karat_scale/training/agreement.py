@@ -27,7 +27,7 @@ from karat_scale.foundation.errors import EXIT_INTERRUPTED
 from karat_scale.foundation.machine import LAUNCHER, STOP_SIGNALS, catch_stop_signals
 
 _POLL_SECONDS = 1.0
-# How long a rank that should stop waits for the others: one that waits for a rank which has gone would wait for long.
+# How long a rank that should stop waits for the others: to wait for a rank that has ended would take long.
 _MEETING_SECONDS = 5.0
 
 
@@ -110,11 +110,11 @@ Clock = Callable[[], float]
 
 
 class Agreement:
-    """Tells after which steps the ranks compare their wishes, and compares them.
+    """Decides after which steps the ranks compare their wishes, and compares them.
 
-    The next agreement is as many steps away as took SECONDS since the last one, at least one, and at most twice as many
-    as before: the first steps of a run tell little about the others. Several ranks take at most MOST_STEPS, as steps
-    may become slow all at once.
+    The next agreement comes after the number of steps that take SECONDS, at the speed since the last one. This is at
+    least one, and at most twice the number before: the first steps of a run say little about the others. With several
+    ranks it is at most MOST_STEPS, as steps may become slow all at once.
     """
 
     def __init__(self, world: World, clock: Clock = time.monotonic) -> None:
@@ -124,13 +124,13 @@ class Agreement:
         self._next = 0
 
     def is_due(self, step: int) -> bool:
-        """Whether the ranks compare their wishes after `step` finished steps; the same on all ranks."""
+        """Return whether the ranks compare their wishes after `step` finished steps; the same on all ranks."""
         return step >= self._next
 
     def maxima(self, step: int, *wishes: int) -> list[int] | None:
-        """The largest of all ranks' wishes for each, or None where no agreement is due. Collective where it is.
+        """Return the largest of all ranks' values of each wish, or None if no agreement is due. Collective if it is.
 
-        A rank that is alone hears its own wishes after each step.
+        A single rank gets its own wishes back after each step.
         """
         if not self.is_due(step):
             return list(wishes) if self._world.size == 1 else None
@@ -151,7 +151,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Decision:
-    """What all ranks do after a step. is_idle: all have said that they are not busy. save_near: only on each node."""
+    """The decision of all ranks after a step. `is_idle`: none of them is busy. `save_near`: save only on each node."""
 
     save: bool = False
     stop: bool = False
@@ -167,7 +167,7 @@ class SavePoints:
     """Decides after each step whether to save and whether to stop, the same on all ranks.
 
     A save each `every_steps` needs no agreement. Rank 0's clock says when `every_minutes` are over, and a stop signal
-    may reach any rank: both are heard at the next agreement. Saves on each node alone come NEAR times as often.
+    may reach any rank: both are noticed at the next agreement. Saves only on each node come NEAR times as often.
     """
 
     def __init__(
@@ -181,17 +181,17 @@ class SavePoints:
         self._world, self._signals, self._clock = world, signals, clock
         self._every_steps, self.every_minutes = every_steps, every_minutes
         self.agreement = Agreement(world, clock)
-        """Tells after which steps `decide` compares the ranks' wishes."""
+        """It decides after which steps `decide` compares the ranks' wishes."""
         self._saved_at = self._saved_near_at = clock()
 
     def note_save(self, near: bool = False) -> None:
-        """A save begins, so that one which fails is tried again an interval later, not after each step."""
+        """Note that a save begins, so that a failed one is retried an interval later, not after each step."""
         self._saved_near_at = self._clock()
         if not near:
             self._saved_at = self._saved_near_at
 
     def decide(self, step: int, is_busy: bool = False) -> Decision:
-        """What to do after `step` finished steps. `is_busy`: this rank still writes the last save."""
+        """Return what to do after `step` finished steps. `is_busy`: this rank still writes the last save."""
         every = self._every_steps
         save, near = (bool(every) and step % max((every or 1) // often, 1) == 0 for often in (1, NEAR))
         agreed = self.agreement.maxima(step, self._signals.received is not None, self._is_time_to_save, is_busy)
@@ -209,7 +209,7 @@ class SavePoints:
         return int(self._clock() - self._saved_near_at >= 60 * self.every_minutes / NEAR)
 
 
-# Before anything is measured, and the least.
+# The interval before anything is measured, and the least one.
 FIRST_MINUTES, LEAST_SECONDS = 1.0, 10.0
 # What is assumed before anything is observed: one failure in a day.
 _ASSUMED_SECONDS = 86400.0
@@ -228,10 +228,10 @@ class BestInterval:
         self._told = 0.0
 
     def choose(self, stall: float, seconds: float) -> tuple[float, str]:
-        """Return the minutes, and what to say if they are not as before.
+        """Return the minutes, and a line about them if they have changed.
 
         Args:
-            stall: how long training stood still for a save.
+            stall: how long training paused for a save.
             seconds: how long the save took.
         """
         between = (self._clock() - self._began + _ASSUMED_SECONDS) / (self._failures + 1)

@@ -1,4 +1,4 @@
-"""What a run leaves of its end and its failures: exit code, last event, `summary.json`, and the steps that went wrong.
+"""Records of a run's end and failures: exit code, last event, `summary.json`, and the steps that went wrong.
 
 RUN/incidents/step-00001234.json is such a step, so that `karat replay` can repeat it. It says which samples the step
 had, on which ranks, and from which checkpoint training reaches it. That checkpoint is kept.
@@ -45,7 +45,7 @@ from karat_scale.training.task import Task
 
 @dataclass
 class Outcome:
-    """How a run ended, for `summary.json`; an unforeseen exception until something better is known."""
+    """The end of a run, for `summary.json`; an unforeseen exception until something better is known."""
 
     recipe: RunRecipe
     world: World
@@ -95,9 +95,9 @@ class Outcome:
 def concluded(
     outcome: Outcome, directory: RunDirectory, signals: StopSignals, reporter: Reporter, copy: RunCopy | None
 ) -> Iterator[None]:
-    """Around a run: `outcome` learns how it ended, and so do the log, the person, `summary.json` and the run's copy.
+    """Record the end of the run inside the block: in `outcome`, the log, `summary.json` and the run's copy.
 
-    Those of a finished run stay as they are when a start in its directory fails before it has begun.
+    The records of a finished run stay as they are if a start in its directory fails before it has begun.
     """
     if outcome.world.is_main and directory.is_summary_damaged:
         reporter.warn(f"{directory.summary_file} is damaged; it will be written again")
@@ -127,7 +127,7 @@ def concluded(
 def _record(outcome: Outcome, directory: RunDirectory, reporter: Reporter, finish_copy: Callable[[int], None]) -> None:
     previous = directory.summary() if outcome.world.is_main else None
     is_told = outcome.begun or previous is None or previous.get("exit") != 0
-    with ExitStack() as last:  # calls all, the last first, whatever the disk says to one of them
+    with ExitStack() as last:  # calls all, the last first, even if the disk fails one of them
         # After the data workers, which have their pipes, and the summary, which they send.
         last.callback(reporter.finish_trackers, END_SECONDS if outcome.code == 0 else STOP_SECONDS)
         last.callback(reporter.close)
@@ -135,7 +135,7 @@ def _record(outcome: Outcome, directory: RunDirectory, reporter: Reporter, finis
             last.callback(finish_copy, outcome.code)
         if outcome.task is not None:
             last.callback(outcome.task.close)
-        # What has ended the run is told, not that the same disk does not take the news of it.
+        # Report what has ended the run, not that the same disk does not take the record of it.
         told = nullcontext() if outcome.code in (0, EXIT_STOPPED) else suppress(RunDirectoryError)
         # A start that trained nothing has another machine, and may have another recipe.
         is_kept = outcome.was_finished and previous is not None and previous.get("exit") == 0
@@ -147,19 +147,19 @@ def _record(outcome: Outcome, directory: RunDirectory, reporter: Reporter, finis
 
 
 def _write_summary(outcome: Outcome, directory: RunDirectory, previous: dict[str, Any] | None) -> None:
-    if previous is None and directory.store.names():  # what a start that fails knows is not the run's
+    if previous is None and directory.store.names():  # what a failed start knows is not the run's
         previous = {"name": outcome.recipe.run.name}
     spent = wall_time(read_events(directory.metrics_file))  # to the last event, which is there by now
     directory.write_summary(sealed(outcome.summary(previous, spent)))
 
 
-# Each keeps a checkpoint, so a run that goes wrong often must not fill the disk.
+# Each incident keeps a checkpoint, so a run that goes wrong often must not fill the disk.
 KEPT_CHECKPOINTS, MOST = 3, 50
 WINDOW, LEAST = 100, 20
 
 
 class Incidents:
-    """The directory `incidents` of a run. Rank 0 alone writes to it."""
+    """The directory `incidents` of a run. Only rank 0 writes to it."""
 
     def __init__(self, directory: Path, store: CheckpointStore, plan: TrainPlan, replays: bool) -> None:
         self._directory, self._store, self._plan, self._replays = directory, store, plan, replays
@@ -204,7 +204,7 @@ def checkpoints_before(store: CheckpointStore, step: int) -> list[str]:
 class Spikes:
     """Finds losses far above those of the steps before.
 
-    deviations: a loss is a spike if it is so many standard deviations above the mean of the last WINDOW finite losses.
+    A loss is a spike if it is `deviations` standard deviations above the mean of the last WINDOW finite losses.
     """
 
     def __init__(self, deviations: float) -> None:

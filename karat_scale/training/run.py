@@ -1,6 +1,6 @@
 """One run from a recipe to an exit code, whatever its task.
 
-`train` claims the directory, opens the data, builds the trainer and lets it train. Where the images grow, by
+`train` claims the directory, opens the data, builds the trainer and lets it train. If the images grow, by
 `schedule.image_sizes`, each size has its own trainer, which resumes from the previous one's checkpoint.
 """
 
@@ -85,7 +85,7 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
                 world.on_main(lambda: directory.begin(recipe, task.classes))
             reporter.start_trackers(directory.path, recipe.log.trackers, is_anew)
             reporter.begin(outcome.state.step, is_anew, directory.last_sign)
-            if outcome.state.restarts:  # only now, as the end of a start that was refused is not told
+            if outcome.state.restarts:  # only now, as the end of a refused start is not logged
                 state, name = outcome.state, checkpoint_name(outcome.state.step)
                 said = f"resumed from {name}: step {state.step}, {state.samples:,} samples seen"
                 figures = {"samples": state.samples, "name": name, "restarts": state.restarts}
@@ -124,7 +124,7 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
 def begin_or_go_on(
     task: Task, step: int, directory: RunDirectory, signals: StopSignals, outcome: Outcome, is_start: bool = True
 ) -> Trainer:
-    """Build the trainer that goes on from the newest intact checkpoint: probably of `step`, which `task` is for."""
+    """Build the trainer that resumes from the newest intact checkpoint, probably of `step`, which `task` is for."""
     while True:
         outcome.task = task
         trainer = Trainer(task, directory, signals, step)
@@ -138,9 +138,9 @@ def begin_or_go_on(
 
 
 def claim_directory(recipe: RunRecipe, world: World, signals: StopSignals) -> tuple[RunDirectory, RunCopy | None, str]:
-    """Rank 0 claims the run directory, and `checkpoint.url` if there is one; all ranks hear of a refusal.
+    """Claim the run directory, and `checkpoint.url` if there is one, on rank 0; a refusal is raised on all ranks.
 
-    Returns the directory, on rank 0 what copies it to the URL, and what the recipe changes on purpose.
+    Returns the directory, on rank 0 the `RunCopy` to the URL, and what the recipe changes on purpose.
     """
     directory = RunDirectory(recipe.run.dir)
 
@@ -164,10 +164,10 @@ def claim_directory(recipe: RunRecipe, world: World, signals: StopSignals) -> tu
 
 
 def open_reporter(recipe: RunRecipe, world: World, directory: RunDirectory) -> Reporter:
-    """The reporter of a run, with metrics on rank 0 and a heartbeat on each.
+    """Return the reporter of a run, with metrics on rank 0 and a heartbeat on each rank.
 
     Raises:
-        UserError: on all ranks, where a tracker is not installed or the disk does not take the metrics.
+        UserError: a tracker is not installed, or the disk does not take the metrics; on all ranks.
     """
     log: MetricsLog | None = None
     with world.together():
@@ -184,10 +184,10 @@ def open_reporter(recipe: RunRecipe, world: World, directory: RunDirectory) -> R
 
 
 def open_near(recipe: RunRecipe, directory: RunDirectory, world: World, reporter: Reporter) -> None:
-    """Let each node keep the newest checkpoints, too, and bring what the nodes have that is newer. Collective.
+    """Let each node also keep the newest checkpoints, and fetch the newest one that the nodes have. Collective.
 
     Raises:
-        RunDirectoryError: a node cannot write there, or the recipe cannot go on with what it has.
+        RunDirectoryError: a node cannot write there, or the recipe cannot resume from what it has.
     """
     world.on_main(lambda: keep_run_id(directory.path, run_id(directory.path) or secrets.token_hex(8)))
     nodes = sum(world.gather(world.local_rank == 0))
@@ -216,7 +216,7 @@ def open_near(recipe: RunRecipe, directory: RunDirectory, world: World, reporter
 
 
 def how_to_extend(trainer: Trainer) -> str:
-    """One line on a finished run: which keys say its length, and what trains it longer."""
+    """Return one line on a finished run: which keys set its length, and how to train it longer."""
     train = trainer.recipe.train
     of_epochs = train.epochs * trainer.plan.steps_per_epoch
     if train.max_steps is not None and train.max_steps < of_epochs:
@@ -226,7 +226,7 @@ def how_to_extend(trainer: Trainer) -> str:
 
 
 def headline(trainer: Trainer) -> str:
-    """One line on what is trained, on how much data and on what."""
+    """Return one line on the model, its data, its steps and its device."""
     world, plan, task = trainer.world, trainer.plan, trainer.task
     pieces = f"{plural(world.size, 'rank')} x {plan.accumulation} x {plan.micro_batch}"
     return (

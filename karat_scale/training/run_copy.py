@@ -48,20 +48,20 @@ _POLL_SECONDS = 1.0
 
 
 class Work(Protocol):
-    """What rank 0 does in a thread. `moved` grows while the store takes or gives something."""
+    """Work of rank 0 in a thread. `moved` grows while the store takes or gives something."""
 
     moved: int
 
     def wait(self, seconds: float) -> bool:
-        """Wait for its end; whether it has come."""
+        """Wait for its end; return whether it has come."""
 
 
 def follow(
     world: World, work: Work | None, beat: Callable[[], object], is_late: Callable[[], bool] = lambda: False
 ) -> bool:
-    """Wait until rank 0's work is done, or late; whether it is done. Collective.
+    """Wait until rank 0's work is done, or late; return whether it is done. Collective.
 
-    While it moves, each rank calls `beat`, so that nobody takes a slow store for a hang.
+    While the work moves, each rank calls `beat`, so that nobody takes a slow store for a hang.
     """
     seen = -1
     while True:
@@ -80,7 +80,7 @@ _OWNER_BYTES, _HEAD_BYTES = 65536, 2**20
 
 @dataclass(frozen=True)
 class Owner:
-    """Who writes at a URL. `start` is another one for each start of the run."""
+    """The run, and the start of it, that writes at a URL. `start` is different for each start of the run."""
 
     run: str
     name: str
@@ -113,7 +113,7 @@ class RunUrl:
             raise RunDirectoryError(f"{self._store.where(_OWNER)} is damaged; remove it, or use another URL") from None
 
     def take(self, run: str, name: str) -> None:
-        """Be the one who writes here from now on: an earlier start of the run copies nothing more."""
+        """Become the owner: an earlier start of the run copies nothing more."""
         self._mine = Owner(run, name, secrets.token_hex(8), socket.gethostname(), round(time.time(), 3))
         self._store.write(_OWNER, (json.dumps(asdict(self._mine)) + "\n").encode())
 
@@ -124,7 +124,7 @@ class RunUrl:
             raise RunDirectoryError(f"{self.url} belongs to another start by now: {who}")
 
     def upload_files(self, run: Path, on_bytes: OnBytes) -> None:
-        """Copy what has changed of the run's own files since the last call. Raises OSError, too."""
+        """Copy the run's own files that have changed since the last call. Raises OSError, too."""
         found = (path for pattern in COPIED for path in sorted(run.glob(pattern)) if path.is_file())
         for name, path in ((path.relative_to(run).as_posix(), path) for path in found):
             facts = path.stat()
@@ -152,7 +152,7 @@ class RunUrl:
                 commit_file(temporary, path)
 
     def read_recipe(self, to: Path) -> bool:
-        """Copy the recipe alone to a file; whether there is one."""
+        """Copy only the recipe to a file; return whether there is one."""
         try:
             data = self._store.read_small("recipe.yaml", 2**20)
         except MissingFileError:
@@ -161,7 +161,7 @@ class RunUrl:
         return True
 
     def _has(self, name: str, path: Path) -> bool:
-        """Whether the file there is like the one here in size and head, which has its recipe or digest."""
+        """Return whether the file there is like the one here in size and in its head, which has a recipe or digest."""
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
         try:
@@ -180,7 +180,7 @@ def run_id(run: Path) -> str:
 
 
 def keep_run_id(run: Path, name: str) -> None:
-    """Let a directory be of the run with this id. Raises OSError."""
+    """Record the id of a run in its directory. Raises OSError."""
     if run_id(run) != name:
         replace_file(run / _ID, f"{name}\n")
 
@@ -200,11 +200,11 @@ _SOON = 1.0
 
 
 class RunCopy:
-    """The thread; see above.
+    """The thread that copies; see the module.
 
     Args:
-        url: this start is the one that writes there.
-        notes: what `messages` returns first.
+        url: the URL, which this start owns.
+        notes: the first lines that `messages` returns.
     """
 
     def __init__(self, url: RunUrl, directory: RunDirectory, keep_last: int, notes: list[str]) -> None:
@@ -216,7 +216,7 @@ class RunCopy:
         self._copied: str | None = None
         self._notes = deque(notes)
         self.moved = 0
-        """Bytes that the store has taken."""
+        """The number of bytes that the store has taken."""
 
     def begin(self) -> None:
         """Start the thread, which first copies what is missing."""
@@ -225,25 +225,25 @@ class RunCopy:
         self.wake()
 
     def wake(self) -> None:
-        """Something has changed in the directory. Any thread may call it."""
+        """Copy again: something has changed in the directory. Any thread may call it."""
         with self._changed:
             self._asked += 1
             self._changed.notify_all()
 
     def wait(self, seconds: float) -> bool:
-        """Wait until the URL is like the directory, or cannot be; whether that is so."""
+        """Wait until the URL is like the directory, or the copy has failed; return whether that is so."""
         with self._changed:
             return self._changed.wait_for(lambda: self._handled == self._asked, seconds)
 
     def ask_last(self) -> None:
-        """Copy the end of the run; `end` tells of its failure."""
+        """Copy the end of the run; `end` reports its failure."""
         self._is_last = True
         self.wake()
         if not self.wait(_SOON):
             self._notes.append(f"waiting for the last copy to {self._url.url}")
 
     def end(self) -> None:
-        """Copy nothing more, and say in one line if something is missing. No save may be under way."""
+        """Copy nothing more, and report in one line if something is missing. No save may be under way."""
         with self._changed:
             if self._handled != self._asked:
                 self._problem = self._problem or "there was no time to finish it"
@@ -259,7 +259,7 @@ class RunCopy:
         self._notes.extend(f"warning: {problem}" for problem in self._directory.store.retain(self._keep_last))
 
     def messages(self) -> list[str]:
-        """What there is to tell since the last call."""
+        """Return the new lines since the last call."""
         return [self._notes.popleft() for _ in range(len(self._notes))]
 
     def _work(self) -> None:
@@ -316,7 +316,7 @@ class RunCopy:
         self.moved += size
 
     def _keep_outcome(self) -> None:
-        """For `karat status`."""
+        """Write the outcome for `karat status`."""
         outcome = {"url": self._url.url, "checkpoint": self._copied, "problem": self._problem, "time": time.time()}
         with suppress(OSError):
             replace_file(self._directory.copy_file, json.dumps(outcome) + "\n")
@@ -326,7 +326,7 @@ def finish_copy(copy: RunCopy | None, world: World, reporter: Reporter, signals:
     """Wait for the copy of a run's end, for as long as the run's exit code allows. Collective.
 
     Args:
-        copy: rank 0's.
+        copy: rank 0's copy; None on other ranks.
     """
     if copy is None and world.size == 1:  # another rank than 0, which is alone here
         return
@@ -350,7 +350,7 @@ def finish_copy(copy: RunCopy | None, world: World, reporter: Reporter, signals:
 def open_copy(recipe: RunRecipe, world: World, directory: RunDirectory, signals: StopSignals) -> RunCopy | None:
     """Take `checkpoint.url` for this start, and bring a newer checkpoint from there; the directory is claimed.
 
-    Collective. Returns what copies the run, on rank 0 alone, and None without `checkpoint.url`.
+    Collective. Returns the `RunCopy`, on rank 0 only; None without `checkpoint.url`.
 
     Raises:
         StoppedError: a signal asked to stop.
@@ -417,7 +417,10 @@ def _take(recipe: RunRecipe, directory: RunDirectory, url: RunUrl) -> None:
 
 
 def _difference(recipe: RunRecipe, directory: RunDirectory, url: RunUrl, owner: Owner, mine: str) -> str:
-    """Why the run at a URL is not this one; empty if it is. A directory without an id may be a new one of that run."""
+    """Return why the run at a URL is not this one; empty if it is.
+
+    A directory without an id may be a new one of that run.
+    """
     if mine:
         return "" if mine == owner.run else f"run.dir = {directory.path} has another run_id"
     if directory.store.names():
@@ -438,7 +441,7 @@ def _difference(recipe: RunRecipe, directory: RunDirectory, url: RunUrl, owner: 
 
 
 def _bring(recipe: RunRecipe, directory: RunDirectory, url: RunUrl, on_bytes: OnBytes) -> list[str]:
-    """Copy the newest intact checkpoint that is newer than the directory's, and the best one; returns what to tell."""
+    """Copy the newest intact checkpoint that is newer than the directory's, and the best one; returns lines."""
     store, remote = directory.store, url.checkpoints
     there = remote.names()
     newest = store.newest_intact(lambda *_: on_bytes(1)) if there else ""
@@ -467,7 +470,7 @@ def _bring(recipe: RunRecipe, directory: RunDirectory, url: RunUrl, on_bytes: On
 def _bring_best(directory: RunDirectory, url: RunUrl, on_bytes: OnBytes, has_newer: bool) -> list[str]:
     """Copy the best checkpoint of the newest state here, if only the URL has it: an earlier start was cut off.
 
-    Where newer ones came from there, also copy the one that `best` names there: a kill may have been between.
+    If newer ones came from there, also copy the one that `best` names there: a kill may have come in between.
     """
     store, remote, notes = directory.store, url.checkpoints, []
     with suppress(*(() if has_newer else (OSError,))):

@@ -1,4 +1,4 @@
-"""A run's directory: who may use it, what lies where, and the run in it opened to be read.
+"""A run's directory: who may use it, what lies where, and how the run in it is opened for reading.
 
 recipe.yaml      the resolved recipe; its presence means the run has begun
 classes.json     the names of the classes, in the order of the labels
@@ -65,7 +65,7 @@ from karat_scale.recipe.loading import (
 )
 
 _RECIPE = "recipe.yaml"
-# What two models with tensors of the same shapes may differ in.
+# The keys in which two models with tensors of the same shapes may differ.
 _UNSEEN = (
     *("model.num_heads", "attention.kind", "attention.basis", "attention.form", "attention.softmax_heads"),
     "attention.blocks",
@@ -75,8 +75,8 @@ _UNSEEN_IN_BRANCHES = tuple(dict.fromkeys((*_UNSEEN, *(f"attention.{key}" for ke
 _LOCK_SECONDS = 120.0
 # Of the keys that change the shapes of tensors, those for which init_from makes weights fit.
 _FITTED = ("model.image_size", "model.num_classes", "model.patch_size")
-# What a run needs elsewhere beside its checkpoints; the rest can be made again. A file of the suffix FIXED tells at its
-# head what made it.
+# The files that a run needs elsewhere besides its checkpoints; the rest can be made again. A file of the suffix FIXED
+# says at its head what made it.
 COPIED = (
     *("recipe.yaml", "classes.json", "metrics.jsonl", "summary.json", "*.safetensors", "trackers/*.json"),
     *("incidents/*.json", "snapshots/*.safetensors"),
@@ -99,7 +99,7 @@ class RunDirectory:
         self.snapshots = self.path / "snapshots"
         self.store = CheckpointStore(self.path / "checkpoints", falsehood)
         self.near: NearStore | None = None
-        """Where each node keeps the newest checkpoints, too."""
+        """The store in which each node also keeps the newest checkpoints."""
         self._lock: IO[str] | None = None
         self.last_sign: float | None = None
         """When an earlier start was last seen, in seconds since the epoch; known once the directory is claimed."""
@@ -108,7 +108,7 @@ class RunDirectory:
         """Claim the directory for `recipe`, creating it if need be.
 
         Args:
-            check: called while it waits for a lock; what it raises ends that.
+            check: a function to call while waiting for a lock; an exception of it ends the wait.
 
         Returns:
             What the recipe changes on purpose in the run that is here, as text; mostly nothing.
@@ -148,10 +148,10 @@ class RunDirectory:
             raise RunDirectoryError(f"run.dir = {self.path}: {error.strerror}; choose another run.dir") from None
 
     def _lock_alone(self, file: IO[str], check: Callable[[], object]) -> bool:
-        """Lock the directory, whether by its file or, where the file system has no locks, as nobody else trains here.
+        """Lock the directory by its file or, if the file system has no locks, if nobody else trains here.
 
-        A file server keeps the lock of a lost node for a while. So wait for one whose holder, which is always rank 0,
-        shows no life.
+        A file server keeps the lock of a lost node for a while. So wait for a lock whose holder, which is always rank
+        0, shows no life.
         """
         try:
             if lock(file, wait=False, without=None):
@@ -195,7 +195,7 @@ class RunDirectory:
         return describe_keys(old, recipe, [*differing_keys(old, recipe), *rounding_keys(old, recipe)])
 
     def begins_anew(self, recipe: RunRecipe) -> bool:
-        """Whether nothing of an earlier start here counts for `recipe`; asked before `begin`.
+        """Return whether nothing of an earlier start here counts for `recipe`; call it before `begin`.
 
         True if there is no checkpoint, and `resume.mode=never` is set, no recipe is there, or it is another recipe.
         """
@@ -238,7 +238,7 @@ class RunDirectory:
         _write(self.recipe_file, dump_recipe(recipe))
 
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes; none of a run that began before they were recorded.
+        """Return the names of the classes; none for a run that began before they were recorded.
 
         Raises:
             RunDirectoryError: the file is damaged.
@@ -263,7 +263,7 @@ class RunDirectory:
         return "detect" if "detector" in read_run_recipe(recipe_of_run(self.path)) else "train"
 
     def recipe(self, schema: type[R] = Recipe, overrides: Sequence[str] = ()) -> R:  # type: ignore[assignment]
-        """The recipe of an existing run, of the kind `schema`, with overrides of the user.
+        """Return the recipe of an existing run, of the kind `schema`, with the user's overrides.
 
         Raises:
             RunDirectoryError: this is not a run directory, or another kind of run's.
@@ -276,7 +276,7 @@ class RunDirectory:
         return load_run_recipe(self.recipe_file, overrides, schema)
 
     def summary(self) -> dict[str, Any] | None:
-        """`summary.json`, if the run has written one that is whole."""
+        """Return `summary.json`, if the run has written a whole one."""
         try:
             summary = parse_json(read_text(self.summary_file))
         except (OSError, ValueError):
@@ -285,7 +285,7 @@ class RunDirectory:
 
     @property
     def is_summary_damaged(self) -> bool:
-        """Whether there is a `summary.json` that says nothing."""
+        """Return whether there is a `summary.json` that cannot be read."""
         return self.summary_file.is_file() and self.summary() is None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -320,16 +320,17 @@ class RunDirectory:
         recipe: RunRecipe,
         is_branch: bool,
     ) -> str:
-        """Let `state` say which data it is of: its cursor counts their images, its labels number their classes.
+        """Record in `state` which data it is of: its cursor counts their images, its labels number their classes.
 
         Args:
-            images: of the training split; identity: what they are, see `Task.train_identity`.
-            classes: their names, in the order of the labels.
-            tested: images of the validation split; another number is told, not refused.
-            is_branch: the state is of another run, which may have had other data.
+            images: the number of training images.
+            identity: the identity of these images, see `Task.train_identity`.
+            classes: the class names, in the order of the labels.
+            tested: the number of validation images; another number is reported, not refused.
+            is_branch: whether the state is of another run, which may have had other data.
 
         Returns:
-            How the data differ from those the state had, where they may; else nothing.
+            How the data differ from those the state had, if they may; else an empty text.
 
         Raises:
             RunDirectoryError: they differ and `resume.allow` does not list data.path.
@@ -399,12 +400,12 @@ def _unseen(before: dict[str, Any], after: dict[str, Any], among: Sequence[str] 
 
 
 def leave_for(recipe: RunRecipe, *keys: str) -> str:
-    """How to let keys differ, beside those that the recipe lets differ already."""
+    """Return how to let keys differ, besides those that the recipe lets differ already."""
     return f"add 'resume.allow=[{','.join((*recipe.resume.allow, *keys))}]'"
 
 
 def _advice(path: Path, keys: list[str], fixed: list[str], before: dict[str, Any], recipe: RunRecipe) -> str:
-    """What to do about keys that differ in `recipe`, of which `fixed` may never differ."""
+    """Return what to do about keys that differ in `recipe`, of which `fixed` may never differ."""
     known = effects(type(recipe))
     if shaping := [key for key in keys if known[key] is Effect.SHAPES and key not in NEVER_ALLOWED]:
         fits = all(key in _FITTED for key in shaping)
@@ -429,7 +430,7 @@ class OpenRun(Generic[R]):
 
     Args:
         path: the run's directory.
-        recipe: its recipe, with what the user overrides.
+        recipe: the run's recipe, with the user's overrides.
         weights: "raw", "ema", or "auto", which is what the recipe evaluates.
         checkpoint: best, latest, or a name. Without a best one, "best" means "latest".
 
@@ -468,7 +469,7 @@ class OpenRun(Generic[R]):
 
     @cached_property
     def trained(self) -> R:
-        """The recipe as the run was trained with it."""
+        """The recipe that the run was trained with."""
         return self.directory.recipe(type(self.recipe))
 
     @cached_property
@@ -479,7 +480,7 @@ class OpenRun(Generic[R]):
         return self.store.find_intact(self.checkpoint)
 
     def choose(self, world: World) -> str:
-        """Return `chosen`, which rank 0 alone looks for. Collective; raises the same on all ranks."""
+        """Return `chosen`, which only rank 0 looks for. Collective; raises the same on all ranks."""
         self.chosen = world.on_main(lambda: self.chosen)
         return self.chosen
 
@@ -490,15 +491,15 @@ class OpenRun(Generic[R]):
 
     @property
     def weights_kind(self) -> str:
-        """Which weights of the checkpoint are meant, "raw" or "ema"."""
+        """Return which weights of the checkpoint are meant, "raw" or "ema"."""
         return "ema" if wants_ema(self.weights, self.recipe, self.saved) else "raw"
 
     def load(self, model: nn.Module, name: str | None = None, weights: str | None = None) -> None:
         """Copy a checkpoint's weights into a model like the run's.
 
         Args:
-            name: of an intact checkpoint, instead of the chosen one.
-            weights: instead of the run's choice.
+            name: the name of an intact checkpoint, instead of the chosen one.
+            weights: the kind of weights, instead of the run's choice.
 
         Raises:
             RunDirectoryError: it is of another model, or without averages.

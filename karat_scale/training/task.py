@@ -1,7 +1,7 @@
-"""What the run engine asks of a task.
+"""The interface of a task to the run engine.
 
-A task brings data, model, losses and scores. All else stands once in this package: directory, seeds, engine, loop,
-checkpoints, signals and outcome.
+A task provides data, model, losses and scores. Everything else is in this package, once: directory, seeds, engine,
+loop, checkpoints, signals and outcome.
 """
 
 from abc import ABC, abstractmethod
@@ -26,7 +26,7 @@ from karat_scale.training.weights_file import run_behind
 
 Waiting = Callable[[], AbstractContextManager[None]]
 OnBatch = Callable[[int, int], None]
-"""Hears how many batches of an evaluation are done, and of how many."""
+"""A function that is called with how many batches of an evaluation are done, and of how many."""
 
 
 class BeyondReach(NamedTuple):
@@ -57,7 +57,7 @@ class Schedule(Protocol):
 
 
 class AfterStep(Protocol):
-    """Something that is written after certain steps, beside the checkpoints."""
+    """Something that is written after certain steps, besides the checkpoints."""
 
     def due(self, step: int) -> bool:
         """Return whether there is something to write after `step` finished steps; the same on every rank."""
@@ -74,7 +74,7 @@ class Task(ABC):
     """
 
     kind: ClassVar[str]
-    """What it trains; checkpoints name it."""
+    """The kind of run; checkpoints name it."""
     reader: ClassVar[str] = "karat analyze"
     """The command that looks at a finished run."""
     replays: ClassVar[bool] = True
@@ -85,7 +85,7 @@ class Task(ABC):
     classes: tuple[str, ...]
     """Class names in the order of the labels."""
     stop_step: int | None = None
-    """Where another task follows this one, see `at`; None for the end of training."""
+    """The step at which another task follows this one, see `at`; None for the end of training."""
 
     def __init__(self, recipe: Any, world: World, reporter: Reporter) -> None:
         self.recipe, self.world, self.reporter = recipe, world, reporter
@@ -103,7 +103,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def train_identity(self) -> str:
-        """What the training images are in their order, `kind of files:digest`; of copies it is equal. "" if unknown."""
+        """The identity of the training images in order, `kind of files:digest`, equal for copies; "" if unknown."""
 
     @staticmethod
     @abstractmethod
@@ -129,7 +129,7 @@ class Task(ABC):
     def take_weights(self, backbone: nn.Module, weights: Mapping[str, Tensor], attention: AttentionConfig) -> str:
         """Copy the weights of `init_from` into the transformer; returns what was not simply copied.
 
-        `attention` is what they were trained with: softmax, unless they say another one.
+        `attention` is the attention that they were trained with: softmax, unless they name another one.
         """
 
     def convert(self, backbone: nn.Module, directory: RunDirectory, signals: StopSignals) -> None:  # noqa: B027
@@ -163,20 +163,20 @@ class Task(ABC):
 
     @property
     def counts(self) -> tuple[Any, ...]:
-        """What `losses` has counted of the data since the last `fold`. It can be set back."""
+        """The counts that `losses` has made of the data since the last `fold`. They can be set back."""
         return ()
 
     @counts.setter  # noqa: B027
     def counts(self, counts: tuple[Any, ...]) -> None:
-        """Set it back."""
+        """Set the counts back."""
 
     @abstractmethod
     def losses(self, forward: Callable[..., Any], batch: Any) -> Mapping[str, Tensor]:
         """Return the mean loss of a micro batch as `loss`, and parts of it, for the reports, by other names.
 
         Args:
-            forward: the engine's.
-            batch: from `train_batches`.
+            forward: the engine's forward pass.
+            batch: a batch from `train_batches`.
         """
 
     @abstractmethod
@@ -187,7 +187,7 @@ class Task(ABC):
         """
 
     def look_inside(self, engine: Engine) -> dict[str, Any]:
-        """Return what the event of an evaluation in training says of the model, beside its scores. Collective."""
+        """Return what the event of an evaluation in training says of the model, besides its scores. Collective."""
         return {}
 
     def look_at_scores(self, engine: Engine) -> dict[int, BeyondReach]:

@@ -9,8 +9,8 @@ an evaluation, a save, or an agreement of the ranks, about once a second. Only t
 (gradients that are not finite) and loss spikes found and noted; the recipe says when they end the run.
 
 On a CPU a stop may abandon a step between two micro batches, so that it need not wait for minutes. Weights change only
-at a step's end. What changes before is restored, and the resumed run repeats the step with the same bits. Gradients are
-not kept in a checkpoint.
+at a step's end. What changes earlier is restored, and the resumed run repeats the step with the same bits. Gradients
+are not kept in a checkpoint.
 """
 
 import math
@@ -48,15 +48,15 @@ from karat_scale.training.run_directory import RunDirectory, leave_for, refuse_a
 from karat_scale.training.task import AfterStep, OnBatch, Scores, Task, Waiting
 from karat_scale.training.weights_file import initialise
 
-# A block with a larger share of scores beyond the reach of its functions is one to warn of.
+# Warn of a block with a larger share of scores beyond the reach of its functions.
 MOST_BEYOND_REACH = 0.05
 
 
 class Trainer:
-    """Trains a task's recipe in a run's directory. As a context, it closes the task and lets go of the engine.
+    """Trains a task's recipe in a run's directory. As a context manager, it closes the task and releases the engine.
 
     Args:
-        step: from which it will probably train. Data workers make the batches from there while the model is built.
+        step: the step from which it will probably train. Data workers make its batches while the model is built.
 
     Raises:
         UserError: the recipe does not fit the data or the world.
@@ -73,7 +73,7 @@ class Trainer:
         self.total_steps = total_steps(plan.steps_per_epoch, recipe.train.epochs, recipe.train.max_steps)
         self.schedule = task.schedule(plan.steps_per_epoch)
         self._early: tuple[int, int, DeviceFeed[Any]] | None = None
-        if step is not None and not plan.lanes:  # where a stream goes on, its checkpoint says
+        if step is not None and not plan.lanes:  # a stream resumes where its checkpoint says
             end = self._last_step(task.stop_step)
             waiting = partial(Trainer._waiting_for_data, weakref.proxy(self))  # with self it would keep a failed run
             self._early = step, end, task.train_batches(plan.slices(step, end), waiting)
@@ -81,7 +81,7 @@ class Trainer:
         model = task.build_model(backbone)
         if recipe.train.freeze:
             reporter.info(freeze(model, recipe.train.freeze))
-        torch.manual_seed(recipe.run.seed + 1 + world.rank)  # but random numbers of its own on each rank in training
+        torch.manual_seed(recipe.run.seed + 1 + world.rank)  # but other random numbers on each rank in training
         if recomputed := apply_recompute(backbone, recipe):
             reporter.info(recomputed)
         self.engine = engine = Engine(model, recipe, world, plan.micro_batch, task.groups(model))
@@ -102,11 +102,11 @@ class Trainer:
         self.begin(task.state_type())
 
     def begin(self, state: RunState) -> None:
-        """Train from `state` on, which the weights are of."""
+        """Train from `state` on; the weights must be of this state."""
         recipe, world = self.recipe, self.world
         self.state = state
         self.grad_norm: float | None = None
-        """Of the last step that was looked at."""
+        """The gradient norm of the last step that was looked at."""
         deviations = recipe.train.detect_spikes
         self._spikes = Spikes(deviations) if deviations is not None else None
         self._beyond_reach: set[int] = set()
@@ -127,9 +127,9 @@ class Trainer:
             self.engine.set_lr(self.schedule.lr(state.step - 1))
 
     def resume(self, is_start: bool = True) -> RunState:
-        """Go on from the newest intact checkpoint; begin a new run if there is none. Returns the state.
+        """Resume from the newest intact checkpoint; begin a new run if there is none. Returns the state.
 
-        `resume.from` counts at a run's first start only: after that the run has checkpoints of its own.
+        `resume.from` counts only at a run's first start: after that the run has its own checkpoints.
 
         Args:
             is_start: false if the run only continues with another model.
@@ -195,7 +195,7 @@ class Trainer:
         return self.total_steps if stop_step is None else min(stop_step, self.total_steps)
 
     def feed(self, stop_step: int, waiting: Waiting | None = None) -> DeviceFeed[Any]:
-        """This rank's micro batches from the next step to `stop_step`, on its device; `waiting` as for DeviceFeed."""
+        """Return this rank's micro batches from the next step to `stop_step`; `waiting` is as for DeviceFeed."""
         early, self._early = self._early, None
         if early is not None and early[:2] == (self.state.step, stop_step) and waiting is None:
             return early[2]
@@ -213,7 +213,7 @@ class Trainer:
             self.reporter.beat("training")  # what comes next may be a wait for the device
 
     def micro_batches(self, batches: DeviceFeed[Any]) -> Iterator[Any]:
-        """Those of one step. The next batch is fetched when a step's work is launched, while the device does it.
+        """Yield one step's micro batches. The next is fetched when a step's work is launched, while the device does it.
 
         Raises StoppedError between them if a signal asks to stop and the step can be given up.
         """
@@ -252,7 +252,7 @@ class Trainer:
         return norm
 
     def _pass_through(self, batch: Any) -> torch.Tensor | None:
-        """Forward and backward; after the last micro batch of a step the step, whose gradient norm is returned."""
+        """Run forward and backward; after the last micro batch of a step, step and return the gradient norm."""
         accumulation = self.plan.accumulation
         self.reporter.beat("compiling" if self._compiles else "forward")
         with self._own_time.forward():
@@ -302,7 +302,7 @@ class Trainer:
         return {"beyond_reach": max(shares.values()), "beyond_reach_by_block": shares} if shares else {}
 
     def _fold_interval(self) -> float | None:
-        """Add what the interval counted to the state, on all ranks; returns images a second in it."""
+        """Add what the interval counted to the state, on all ranks; returns the interval's images per second."""
         world, state = self.world, self.state
         steps, seconds = self._interval.take_time()
         samples = steps * self.recipe.train.global_batch
@@ -348,7 +348,7 @@ class Trainer:
                     one.write(self.state.step)
 
     def save_or_stop(self) -> None:
-        """What the ranks agree to do after a step."""
+        """Do what the ranks agree to do after a step."""
         step, checkpoints = self.state.step, self.checkpoints
         if self._save_points.agreement.is_due(step):
             self.look()
@@ -365,7 +365,7 @@ class Trainer:
             self._save(near=True)
 
     def _choose_interval(self) -> None:
-        """With `checkpoint.every=auto`, choose the time until the next save by what the last one has cost."""
+        """With `checkpoint.every=auto`, choose the time until the next save by the cost of the last one."""
         cost = self.checkpoints.cost
         if cost is None or cost is self._cost:
             return
@@ -377,7 +377,7 @@ class Trainer:
             self.reporter.info(said)
 
     def _save(self, wait: bool = False, near: bool = False) -> bool:
-        """Save this state unless that is done; whether it is, or without `wait` will be unless a rank fails."""
+        """Save this state unless it is saved; return whether it is or, without `wait`, will be unless a rank fails."""
         self.look()
         self.reporter.beat("saving")
         with self._interval.paused():
@@ -471,12 +471,12 @@ def starting_model(task: Task, directory: RunDirectory, signals: StopSignals) ->
 
 
 def has_checkpoints(directory: RunDirectory, world: World) -> bool:
-    """Whether the run has checkpoints, by rank 0: a network file system may show other ranks older listings."""
+    """Return whether rank 0 sees checkpoints of the run: a network file system may show other ranks older listings."""
     return world.broadcast(bool(directory.store.names()))
 
 
 def silent_trainer(recipe: RunRecipe, world: World, task_type: type[Task]) -> Trainer:
-    """Return the trainer of `karat train`, which prints nothing here; `resume` lets it go on with what is there."""
+    """Return the trainer of `karat train`, which prints nothing here; `resume` lets it resume what is there."""
     directory = RunDirectory(recipe.run.dir)
     world.on_main(lambda: directory.store.root.mkdir(parents=True, exist_ok=True))
     task = task_type(recipe, world, Reporter(SilentDisplay(), None))

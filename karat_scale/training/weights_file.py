@@ -1,6 +1,6 @@
 """Whole fp32 weights outside of checkpoints: the file that `karat export` writes, and the sources of `init_from`.
 
-The file is one of safetensors, for timm and anything else, with what is needed to build the model. A new run may begin
+The file is a safetensors file, for timm and other programs, with what is needed to build the model. A new run may begin
 with the weights of a run, a file, a folder of `karat export`, or timm.
 """
 
@@ -69,7 +69,7 @@ class _OfRecipe(Record, extra="allow"):
 
 
 class Preprocessing(Record):
-    """What the images of a model look like; `input_size` is channels, height and width."""
+    """The format of a model's images; `input_size` is channels, height and width."""
 
     input_size: Sizes
     mean: Three
@@ -77,16 +77,16 @@ class Preprocessing(Record):
 
 
 class TimmNetwork(Record):
-    """Which of timm's models the weights are of."""
+    """The timm model that the weights are of."""
 
     name: str
     num_classes: Count
 
 
 class ExportFacts(Record):
-    """What `karat export` says of weights in the same file. `recipe` is the whole recipe, of any version.
+    """The facts that `karat export` writes into a file of weights. `recipe` is the whole recipe, of any version.
 
-    A file says what its author wants, so each value is of its type here, and what it means is checked where it is used.
+    A file may say anything, so here each value is of its type, and its meaning is checked where it is used.
     """
 
     karat_scale: str | None = None
@@ -103,10 +103,10 @@ class ExportFacts(Record):
 
 
 def read_facts(path: Path) -> ExportFacts:
-    """What is said of the weights in a safetensors file.
+    """Read the facts on the weights in a safetensors file.
 
     Raises:
-        RunDirectoryError: the file is missing or damaged, or says what `karat export` never does.
+        RunDirectoryError: the file is missing or damaged, or says what `karat export` never writes.
     """
     with _one_line(path):
         about = read_metadata(path)
@@ -126,7 +126,7 @@ def write_weights(run: OpenRun[Recipe], kind: str, path: Path) -> None:
 
 
 def write_model(model: nn.Module, path: Path, facts: dict[str, str]) -> None:
-    """Write a model's state and what is said of it.
+    """Write a model's state and the facts on it.
 
     Raises:
         RunDirectoryError: `path` cannot be written.
@@ -142,10 +142,10 @@ def write_model(model: nn.Module, path: Path, facts: dict[str, str]) -> None:
 
 
 def read_exported(path: Path, implementation: str = "auto") -> nn.Module:
-    """The model in a file of `karat export`, float32 on the CPU.
+    """Return the model in a file of `karat export`, float32 on the CPU.
 
     Args:
-        implementation: of KArAt's operator, whichever the model was trained with.
+        implementation: the implementation of KArAt's operator, whichever the model was trained with.
 
     Raises:
         RunDirectoryError: the file is missing or damaged, or holds something else.
@@ -209,16 +209,16 @@ _NO_STATE = "no state dict: expected tensors by parameter name"
 
 
 class Origin(NamedTuple):
-    """What weights were trained as, where that is known."""
+    """The model and attention that weights were trained with, if known."""
 
     model: ModelConfig
     attention: AttentionConfig
 
 
 class SourceWeights(NamedTuple):
-    """Whole weights by parameter name, their origin, and by what the images were normalised: mean and std.
+    """Whole weights by parameter name, their origin, and the mean and std by which the images were normalised.
 
-    heads: of each attention layer of a timm model.
+    `heads` has the number of heads of each attention layer of a timm model.
     """
 
     tensors: dict[str, Tensor]
@@ -231,10 +231,11 @@ def initialise(model: nn.Module, recipe: RunRecipe, world: World, take: Take | N
     """Give a recipe's freshly built model the weights of its `init_from` on every rank; returns a line. Collective.
 
     Args:
-        take: copies weights, trained with an attention, into the model and returns what was not simply copied.
+        take: a function that copies weights, trained with an attention, into the model and returns what was not simply
+            copied.
 
     Raises:
-        UserError: they cannot be had, or are of another model; on all ranks alike.
+        UserError: the weights cannot be read, or are of another model; on all ranks alike.
     """
     source = recipe.init_from
     try:
@@ -268,14 +269,14 @@ def heads_of_layers(model: nn.Module) -> tuple[int, ...]:
 
 
 def read_weights(source: str) -> SourceWeights:
-    """The weights of a source, averaged ones where there are any.
+    """Return the weights of a source, the averaged ones if there are any.
 
     Args:
         source: a run's directory (its best checkpoint), a checkpoint in one, a .safetensors file or a folder of `karat
             export`, a .safetensors or .pth file of timm, or `timm:NAME`.
 
     Raises:
-        UserError: there is no such thing, or it cannot be read.
+        UserError: there is no such source, or it cannot be read.
     """
     if source.startswith(TIMM):
         model: Any = timm_model(source.removeprefix(TIMM))
@@ -294,10 +295,10 @@ def read_weights(source: str) -> SourceWeights:
 
 
 def locate(source: str) -> tuple[Path, str]:
-    """A run's directory and which checkpoint of it, or a file and "", of a source that is no timm:NAME.
+    """Return a run's directory and one of its checkpoints, or a file and "", for a source that is not timm:NAME.
 
     Raises:
-        RecipeError: there is no such thing.
+        RecipeError: there is no such source.
     """
     path = trained_model(source)
     exported = path / "model.safetensors"
@@ -322,7 +323,7 @@ def _weights_of_file(path: Path) -> SourceWeights:
     except AttributeError:  # timm looks for a state dict's items
         raise RecipeError(_NO_STATE) from None
     except Exception as error:  # torch, timm and safetensors have many
-        # Theirs about a pickle advises to run what is in it.
+        # Their error about a pickle advises to run what is in it.
         is_pickle = any(isinstance(e, UnpicklingError) for e in (error, error.__cause__, error.__context__))
         reason = "it holds more than tensors and plain values, or is damaged" if is_pickle else one_line(error)
         raise RecipeError(f"not a file of weights that is safe to read: {reason}") from error
@@ -336,7 +337,7 @@ def _weights_of_file(path: Path) -> SourceWeights:
 
 
 def _check_kind(path: Path) -> None:
-    """Raises RecipeError for a file that no weights are in, by its first bytes, and for a program."""
+    """Raises RecipeError for a file that has no weights, by its first bytes, and for a program."""
     if path.suffix == ".safetensors":
         return
     with open_to_read(path) as file:
@@ -348,20 +349,20 @@ def _check_kind(path: Path) -> None:
 
 
 def export_facts(path: Path) -> ExportFacts:
-    """What `karat export` says of a file's weights in it; nothing where another program wrote it.
+    """Return the facts that `karat export` wrote into a file of weights; none if another program wrote it.
 
     Raises:
-        RunDirectoryError: it says what `karat export` never does.
+        RunDirectoryError: it says what `karat export` never writes.
     """
     is_ours = path.suffix == ".safetensors" and "karat_scale" in read_metadata(path)
     return read_facts(path) if is_ours else ExportFacts()
 
 
 def run_behind(source: str) -> dict[str, str]:
-    """`name` and `recipe_sha256` of the run that readable weights are of; nothing where they do not say.
+    """Return `name` and `recipe_sha256` of the run that readable weights are of; nothing if they do not say.
 
     Args:
-        source: as of `read_weights`.
+        source: a source as in `read_weights`.
 
     Raises:
         UserError: they are no longer readable.
@@ -379,7 +380,7 @@ def run_behind(source: str) -> dict[str, str]:
 
 
 def timm_model(name: str) -> nn.Module:
-    """timm's pretrained model of a name, float32 on the CPU.
+    """Return timm's pretrained model of a name, float32 on the CPU.
 
     Raises:
         RecipeError: timm has no weights of that name, or they cannot be fetched.
@@ -391,7 +392,7 @@ def timm_model(name: str) -> nn.Module:
         raise RecipeError(f"timm has no weights of that name; {hint}")
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
-    logger.setLevel(logging.CRITICAL)  # the hub's client announces each of its retries; the last one's error is told
+    logger.setLevel(logging.CRITICAL)  # the hub's client announces each retry; the last one's error is reported
     try:
         model: nn.Module = timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub and what carries it have many

@@ -44,7 +44,7 @@ class Basis(ABC):
 
     @cached_property
     def key(self) -> str:
-        """Its class and settings as text."""
+        """Return the class and its settings as text."""
         kind = type(self)
         # The text of a tensor is rounded, its list is not.
         settings = {name: x.tolist() if hasattr(x, "tolist") else x for name, x in vars(self).items()}
@@ -58,7 +58,7 @@ class Basis(ABC):
     def initialise(self, parameters: Mapping[str, Tensor], scheme: str) -> None:
         """Draw the parameters in place, by the scheme "paper" or "variance_preserving".
 
-        By the second, sum_q phi_pq(x_q) has variance 1 over standard normal scores x_q.
+        With the second, sum_q phi_pq(x_q) has variance 1 over standard normal scores x_q.
         """
 
     def pack(self, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -134,7 +134,7 @@ class ElementwiseBasis(Basis):
         return self.value(x, *theta).sum(-1)
 
     def pull_back(self, x: Tensor, upstream: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of x [rows, q] and theta [K, q], given that of phi, which broadcasts to x's shape.
+        """The gradients of x [rows, q] and theta [K, q], given the gradient of phi, which broadcasts to x's shape.
 
         Both methods use `value` and `derivative`; a basis whose parts share work may override them.
         """
@@ -143,7 +143,7 @@ class ElementwiseBasis(Basis):
 
 
 class _PlainFeatures:
-    """`BoundFeatures` made of a basis's own value and derivative."""
+    """`BoundFeatures` made of the `value` and `derivative` of a basis."""
 
     def __init__(self, basis: FeatureBasis, scores: Tensor, values: Tensor) -> None:
         self._basis, self._scores, self._values = basis, scores, values
@@ -167,8 +167,8 @@ def is_paper(scheme: str) -> bool:
 
 
 def normal_mean(function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the mean of a function over standard normal scores; it gets points [n] and returns values [n, ...]."""
-    with torch.device("cpu"):  # also where a model is built on the meta device, for what the basis creates itself
+    """Return the mean of a function over standard normal scores; the function maps points [n] to values [n, ...]."""
+    with torch.device("cpu"):  # also if a model is built on the meta device: the basis may create tensors
         points = torch.linspace(-6, 6, 97, dtype=torch.float64)
         density = (points.square() * -0.5).exp()
         values = function(points)
@@ -181,7 +181,7 @@ def initialise_projector(proj: Tensor, scheme: str, form: str = "modular") -> No
     """Draw W [h, N, r]; the paper does not define its initial values.
 
     "paper": truncated normal of std 0.02. "variance_preserving": N(0, 1 / (r N)), so that H W^T V has the values'
-    variance where H has variance 1, or, where W projects the scores, N(0, 1 / N), so that A W has the scores'.
+    variance where H has variance 1, or, where W projects the scores, N(0, 1 / N), so that A W has the scores' variance.
     """
     tokens, rank = proj.shape[1:]
     if is_paper(scheme):
@@ -218,7 +218,7 @@ BASE_ACTIVATIONS: dict[str, BaseActivation | None] = {
 }
 
 
-# By their keys: registered operations take strings, not objects.
+# The bases by key: registered operations take strings, not objects.
 _KNOWN: dict[str, Basis] = {}
 
 
@@ -237,7 +237,7 @@ def basis_class(name: str) -> type[Basis]:
 
 
 def make_basis(name: str, **settings: Any) -> Basis:
-    """Return a basis by name, built with those of the settings that its constructor takes.
+    """Return a basis by name, built with the settings that its constructor takes.
 
     Raises ValueError like `basis_class`, and if the constructor refuses the settings.
     """
@@ -260,8 +260,8 @@ def key_of(basis: Basis) -> str:
 
 
 def basis_of(key: str) -> Basis:
-    """Return the basis that `key_of` named, also in another process if it is one of the table's."""
-    for row in tables.BASES.values() if key not in _KNOWN else ():  # a program that was saved there names it
+    """Return the basis that `key_of` named; in another process only a basis of the table is found."""
+    for row in tables.BASES.values() if key not in _KNOWN else ():  # as a saved program names it
         kind = tables.load(row.place)
         start = f"{kind.__module__}.{kind.__qualname__}("
         if key.startswith(start):

@@ -19,7 +19,7 @@ class Fourier(FeatureBasis):
 
     Parameters `cos_coef` and `sin_coef` [h, p, q, G]; the features are all cosines, then all sines. With `gains`, there
     are KAN's two gains for each function as well, `gain` and `base_gain` [h, p, q], which start at 1:
-    phi(x) = w_b b(x) + w_s (the series), with b = 0. So w_b has no effect; it only counts.
+    phi(x) = w_b b(x) + w_s (the series), with b = 0. So w_b has no effect except on the number of parameters.
     """
 
     amplitudes = ("cos_coef", "sin_coef")
@@ -52,7 +52,7 @@ class Fourier(FeatureBasis):
         return series | dict.fromkeys(GAINS, (heads, units, keys)) if self.gains else series
 
     def initialise(self, parameters: Mapping[str, Tensor], scheme: str) -> None:
-        """N(0, 1), the paper's, or N(0, 1 / (q G)), with which H has variance near 1."""
+        """Draw from N(0, 1), as the paper does, or from N(0, 1 / (q G)), with which H has variance near 1."""
         for coef in (parameters["cos_coef"], parameters["sin_coef"]):
             nn.init.normal_(coef, std=1.0 if is_paper(scheme) else (coef.shape[2] * coef.shape[3]) ** -0.5)
         for name in GAINS if self.gains else ():
@@ -80,7 +80,7 @@ class Fourier(FeatureBasis):
 
 
 class FourierFeatures:
-    """The harmonics of one tile: one cosine and one sine an element, the rest by angle addition."""
+    """The harmonics of one tile: one cosine and one sine per element, the rest by angle addition."""
 
     def __init__(self, scores: Tensor, values: Tensor) -> None:
         grid = values.shape[0] // 2
@@ -92,7 +92,7 @@ class FourierFeatures:
     def evaluate(self) -> None:
         """exp(i m x) = exp(i (a - b) x) + 2i sin(b x) exp(i a x), where a + b = m and a - b is 0 or 1.
 
-        Its errors grow with log m where those of the recurrence from m - 1 and m - 2 grow with m^2 near x = 0.
+        Its errors grow with log m; those of the recurrence from m - 1 and m - 2 grow with m^2 near x = 0.
         """
         cos, sin = self._cos, self._sin
         torch.cos(self._scores, out=cos[1])

@@ -106,14 +106,14 @@ class Rational(ElementwiseBasis):
         return above / below.abs().add_(1)
 
     def derivative(self, x: Tensor, *theta: Tensor) -> Sequence[Tensor]:
-        """By x, then by a_0..a_m and b_1..b_n."""
+        """Return the derivatives with respect to x, to a_0..a_m and to b_1..b_n."""
         by_above, by_below, slope = self._partial(x, theta)
         m, n = self.orders
         powers = [x.pow(i) for i in range(max(m, n) + 1)]
         return [slope, *(by_above * powers[i] for i in range(m + 1)), *(by_below * powers[j + 1] for j in range(n))]
 
     def pull_back(self, x: Tensor, upstream: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """As `derivative`, by running products with x in place of its powers."""
+        """Like `derivative`, but running products with x replace the powers of x."""
         by_above, by_below, slope = self._partial(x, theta.unbind())
         moments = [by_above.mul_(upstream).sum(0)]
         moments += [by_above.mul_(x).sum(0) for _ in range(self.orders[0])]
@@ -122,7 +122,7 @@ class Rational(ElementwiseBasis):
         return slope.mul_(upstream), torch.stack(moments)
 
     def _partial(self, x: Tensor, theta: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The derivatives of phi by the two polynomials, and by x."""
+        """Return the derivatives of phi with respect to the two polynomials and to x."""
         m, n = self.orders
         above, below = self._polynomials(x, theta)
         by_above = (below.abs() + 1).reciprocal_()
@@ -137,7 +137,7 @@ class Rational(ElementwiseBasis):
 
 
 def _horner(x: Tensor, coef: Sequence[Tensor]) -> Tensor:
-    """coef_0 + coef_1 x + ..., in memory of its own."""
+    """Return coef_0 + coef_1 x + ..., in new memory."""
     *rest, last = coef
     total = last.expand(torch.broadcast_shapes(x.shape, last.shape))
     for c in reversed(rest):
@@ -166,12 +166,12 @@ class BSpline(FeatureBasis):
 
     @property
     def reach(self) -> float:
-        """I: outside, the splines end one after the other, and SiLU is left."""
+        """Return I: outside [-I, I] the splines end one after the other, and only SiLU is left."""
         return self.range
 
     @property
     def step(self) -> float:
-        """The distance of two knots."""
+        """The distance between two knots."""
         return 2 * self.range / self.grid
 
     def value(self, x: Tensor) -> Sequence[Tensor]:
@@ -204,7 +204,7 @@ class BSpline(FeatureBasis):
         return SplineFeatures(self, scores, values)
 
     def centre(self, number: int, degree: int) -> float:
-        """Of a spline of any degree, in steps; number 0 begins where the extended grid does."""
+        """Return the centre of a spline of any degree, in steps; spline 0 begins where the extended grid does."""
         return number - self.grid / 2 - self.degree + (degree + 1) / 2
 
     def _bells(self, x: Tensor, degree: int, count: int) -> list[Tensor]:
@@ -212,10 +212,10 @@ class BSpline(FeatureBasis):
 
 
 class SplineFeatures:
-    """The splines of one tile, in arrays that are used again.
+    """The splines of one tile, in arrays that are reused.
 
-    The derivative of a spline is a difference of splines of one degree less, so the coefficients' differences say
-    how these add up.
+    The derivative of a spline is a difference of splines of one degree less, so the gradient is a sum of these splines
+    weighted by differences of coefficients.
     """
 
     def __init__(self, basis: BSpline, scores: Tensor, values: Tensor) -> None:
@@ -248,7 +248,7 @@ class SplineFeatures:
         torch.mul(self._scores, self._unit / self._basis.step, out=self._scaled)
 
     def _write_bell(self, number: int, degree: int, out: Tensor) -> None:
-        """As `_cardinal`."""
+        """Write one spline, computed as in `_cardinal`."""
         v, w, power = self._v, self._w, self._power
         torch.sub(self._scaled, self._unit * self._basis.centre(number, degree), out=v)
         v.abs_().neg_().add_(self._unit * (degree + 1) / 2).clamp_(min=0)
@@ -269,7 +269,7 @@ class SplineFeatures:
 def _cardinal(distance: Tensor, degree: int) -> Tensor:
     """The B-spline of unit steps at a distance from its centre.
 
-    sum_j (-1)^j C(k + 1, j) max(v - j, 0)^k / k! over the half with v = (k + 1) / 2 - distance.
+    This is sum_j (-1)^j C(k + 1, j) max(v - j, 0)^k / k! over j <= k / 2, where v = (k + 1) / 2 - distance.
     """
     v = (degree + 1) / 2 - distance
     if degree == 0:

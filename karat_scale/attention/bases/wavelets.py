@@ -1,4 +1,4 @@
-"""Wavelets w psi((x - tau) / s) with a weight, a translation and a scale of each function's own."""
+"""Wavelets w psi((x - tau) / s); each function has its own weight, translation and scale."""
 
 import math
 from abc import abstractmethod
@@ -29,7 +29,7 @@ class Wavelet(ElementwiseBasis):
 
     @abstractmethod
     def mother_and_slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """psi(t) and psi'(t), in memory of their own."""
+        """Return psi(t) and psi'(t), in new memory."""
 
     def shapes(self, heads: int, units: int, keys: int) -> dict[str, Shape]:
         """See `Basis`."""
@@ -38,7 +38,7 @@ class Wavelet(ElementwiseBasis):
     def initialise(self, parameters: Mapping[str, Tensor], scheme: str) -> None:
         """w ~ N(0, 1), or N(0, 1 / (q E psi(x)^2)), with which H has variance 1; tau = 0 and s = 1.
 
-        By "wav_kan", w is uniform in +-1 / sqrt(q), as in the public code of Wav-KAN (arXiv 2405.12832).
+        With "wav_kan", w is uniform in +-1 / sqrt(q), as in the public code of Wav-KAN (arXiv 2405.12832).
         """
         weight = parameters["weight"]
         if scheme == WAV_KAN:
@@ -62,7 +62,7 @@ class Wavelet(ElementwiseBasis):
         return self.mother((x - translation) * rate) * weight
 
     def derivative(self, x: Tensor, *theta: Tensor) -> Sequence[Tensor]:
-        """By x, w, tau and rate = 1 / s."""
+        """Return the derivatives with respect to x, w, tau and rate = 1 / s."""
         weight, translation, rate = theta
         shifted = x - translation
         mother, slope = self.mother_and_slope(shifted * rate)
@@ -70,13 +70,13 @@ class Wavelet(ElementwiseBasis):
         return by_x, mother, -by_x, slope * shifted * weight
 
     def sum_over_keys(self, x: Tensor, theta: Tensor) -> Tensor:
-        """As a matrix product with w."""
+        """Compute the sum as a matrix product with w."""
         weight, translation, rate = theta
         hidden: Tensor = self.mother(torch.addcmul(-translation * rate, x, rate)) @ weight
         return hidden
 
     def pull_back(self, x: Tensor, upstream: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """As `derivative`, with w, tau and rate applied after the sums over rows."""
+        """Like `derivative`, with w, tau and rate applied after the sums over rows."""
         weight, translation, rate = theta
         mother, slope = self.mother_and_slope(torch.addcmul(-translation * rate, x, rate))
         by_weight, by_argument = mother.mul_(upstream).sum(0), slope.mul_(upstream).sum(0)
@@ -163,14 +163,14 @@ class Shannon(Wavelet):
     """psi(t) = sin(t) / t, times a symmetric Hamming window over the keys."""
 
     def initialise(self, parameters: Mapping[str, Tensor], scheme: str) -> None:
-        """As `Wavelet`, divided by the window's root mean square."""
+        """Like `Wavelet`, divided by the window's root mean square."""
         super().initialise(parameters, scheme)
         if scheme == "variance_preserving":
             weight = parameters["weight"]
             weight.div_(_hamming(weight).square().mean().sqrt())
 
     def pack(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """As `Wavelet`, with the window inside w."""
+        """Like `Wavelet`, with the window inside w."""
         weight = parameters["weight"]
         return super().pack({**parameters, "weight": weight * _hamming(weight)})
 
@@ -200,7 +200,8 @@ _HAT = 2 / (math.pi**0.25 * math.sqrt(3))
 def _hamming(weight: Tensor) -> Tensor:
     """The window over the keys of `weight` [h, p, q].
 
-    Written out, for exporters do not know `hamming_window`; from the centre, so that one key has weight 1.
+    The formula is written out because exporters do not support `hamming_window`, and centred so that a single key has
+    weight 1.
     """
     keys = weight.shape[2]
     places = torch.arange(keys, dtype=weight.dtype, device=weight.device) - (keys - 1) / 2

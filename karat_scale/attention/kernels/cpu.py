@@ -2,9 +2,9 @@
 
 Scores, harmonics and sums are float32 whatever the inputs. Where the CPU multiplies bfloat16 (AMX or AVX-512) and the
 inputs are bfloat16 (N >= 32, r >= 4, no bias and no mask), features and coefficients are rounded to it as operands. A
-mask acts on entries of S, which are then formed tile by tile. Beside inputs and outputs only H is kept, and the
-features of one tile per thread; backward recomputes scores and features. Results do not depend on the number of
-threads. Forward and backward are registered with torch.library: torch.compile takes each as one opaque operation.
+mask acts on entries of S, which are then formed tile by tile. Besides inputs and outputs, only H and the features of
+one tile per thread are stored; backward recomputes scores and features. Results do not depend on the number of threads.
+Forward and backward are registered with torch.library: torch.compile takes each as one opaque operation.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ SOURCE = Path(__file__).parent / "cpu" / "attention.cpp"
 
 
 def refusal(call: FourierCall) -> str | None:
-    """Why this implementation cannot take the call, or None where it can. Builds the kernel at first use."""
+    """Return why this implementation cannot take the call, or None. Builds the kernel at first use."""
     query, _, value, cos_coef, _, proj, _, _, base = call
     if query.device.type != "cpu":
         return f"the tensors are on {query.device}"
@@ -52,17 +52,17 @@ def _machine_refusal() -> str | None:
     return None
 
 
-# What torch.compiler.assume_constant_result does, without the second that importing the compiler takes.
+# The same as torch.compiler.assume_constant_result, without the second that importing the compiler takes.
 _machine_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attend(call: FourierCall, psi: Tensor | None = None) -> Tensor:
-    """O [B, h, N, d], for what `refusal` lets pass; differentiable once in all tensors.
+    """Return O [B, h, N, dv] of a call that `refusal` accepts; differentiable once in all but the mask.
 
     Its dtype is the one that query, key and value promote to.
 
     Args:
-        psi: adds psi(A) V to O, for a function of each head: its constant, its G cosines and its G sines [h, 2 G + 1].
+        psi: a function of each head, given by its constant, G cosines and G sines [h, 2 G + 1]; psi(A) V is added to O.
             Only for calls without bias and mask.
     """
     query, key, value, cos_coef, sin_coef, proj, bias, mask, _ = call
@@ -166,7 +166,7 @@ def _fake_backward(grad_output: Tensor, hidden: Tensor, *inputs_and_choice: Any)
     batch, heads, _, _ = query.shape
     like_heads = (empty_output(x, x) for x in (query, key, value))
     grad_psi = projector.new_empty(0) if psi is None else psi.new_empty(batch, *psi.shape)
-    # Threads work on different heads, so that each has its own.
+    # Threads work on different heads, so each head has its own gradient.
     has_bias = needs_bias and bias is not None
     grad_bias = bias.new_zeros(bias.shape[0], heads, *bias.shape[2:]) if has_bias else projector.new_empty(0)
     return (*like_heads, *(torch.empty_like(x) for x in (cosines, sines, projector)), grad_psi, grad_bias)

@@ -44,10 +44,10 @@ def _grad_scores(
     dh, pointers, apart, sin, cos,
     KEYS_FIRST: tl.constexpr, GRID: tl.constexpr, UNROLL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dA of a tile of dH and of the coefficients at `pointers`, `apart` from feature to feature, for sin(A) and cos(A)
-    of keys and queries if KEYS_FIRST, else of queries and keys. A pair with zeros for both has zero.
+    """Return dA of a tile of dH and of the coefficients at `pointers`, given sin(A) and cos(A).
 
-    UNROLL writes all harmonics out, else a loop keeps the code short.
+    These are of keys and queries if KEYS_FIRST, else of queries and keys; a pair where both are 0 has dA = 0. `apart`
+    is the distance between features. UNROLL writes all harmonics out, else a loop keeps the code short.
     """
     real = tl.zeros(sin.shape, tl.float32)
     imag = tl.zeros(sin.shape, tl.float32)
@@ -73,8 +73,7 @@ def grad_query_kernel(
     BLOCK_WIDTH: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr, SCALED_FIRST: tl.constexpr,
     FAST: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one query tile of one head of one image; the arguments are those of `forward_kernel` and
-    `readout_kernel`."""
+    """dQ of one query tile of one head of one image; arguments as in `forward_kernel` and `readout_kernel`."""
     tile, _, item, batch, head = place(tokens, heads, BLOCK_QUERY)
     dtype = query.dtype.element_ty
     query += batch * query_b + head * query_h
@@ -133,10 +132,11 @@ def grad_key_kernel(
     BLOCK_WIDTH: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr, SCALED_FIRST: tl.constexpr,
     FAST: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK (if KEY), dC of one of GROUPS groups of GROUP harmonics (if not 0) and, unless None, the bias's gradient, of
-    one key tile of one head, for one part of the batch.
+    """Gradients of one key tile of one head, for one part of the batch.
 
-    partial is dC [parts, h, GROUPS, 2 GROUP, padded N, RANK] in float32, cosine and sine by turns. grad_bias is
+    These are dK (if KEY), dC of one of GROUPS groups of GROUP harmonics (if not 0) and, unless None, the bias's.
+
+    partial is dC [parts, h, GROUPS, 2 GROUP, padded N, RANK] in float32, cosine and sine alternating. grad_bias is
     [parts, h, N, N] in float32, summed over one part of the batch.
     """
     tiles = tl.cdiv(tokens, BLOCK_KEY)

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: tiles in and out, and the functions of scores with their derivatives.
+"""Functions that the Triton kernels share: loads and stores of tiles, functions of scores and their derivatives.
 
 FAST is for products of 16 bits, or of TF32, which keep 11 bits at most: sine and cosine come from the
 special-function unit, features are float16.
@@ -18,8 +18,10 @@ _ROUNDER = tl.constexpr(12582912.0)
 
 @triton.jit
 def place(tokens, heads, BLOCK: tl.constexpr):
-    """Of a program that takes one tile of BLOCK tokens of one head of one image: its tile, the number of tiles, its
-    place among all heads of all images, its image and its head."""
+    """Return the place of a program that takes one tile of BLOCK tokens of one head of one image.
+
+    This is its tile, the number of tiles, its place among all heads of all images, its image and its head.
+    """
     tiles = tl.cdiv(tokens, BLOCK)
     item = (tl.program_id(0) // tiles).to(tl.int64)
     return tl.program_id(0) % tiles, tiles, item, item // heads, item % heads
@@ -63,15 +65,17 @@ def load_pairs(base, queries, keys, query_stride, key_stride, tokens):
 
 @triton.jit
 def load_kept(bits, rows, first, tokens, WALKED: tl.constexpr):
-    """Whether each pair of a row with the WALKED columns from `first` on takes part, by words [N / 32, N] of 32 columns
-    each. WALKED divides 32."""
+    """Return whether each pair of a row with one of the WALKED columns from `first` on takes part.
+
+    `bits` are words [N / 32, N] of 32 columns each. WALKED divides 32.
+    """
     words = tl.load(bits + first // 32 * tokens + rows, mask=rows < tokens, other=0) >> (first % 32)
     return ((words[:, None] >> tl.arange(0, WALKED)[None, :]) & 1) != 0
 
 
 @triton.jit
 def scaled(rows, scale, SCALED_FIRST: tl.constexpr):
-    """The rows, times the scale where SCALED_FIRST says that `pair_scores` leaves it out."""
+    """Return the rows, multiplied by the scale if SCALED_FIRST: then `pair_scores` leaves it out."""
     if SCALED_FIRST:
         rows = (rows.to(tl.float32) * scale).to(rows.dtype)
     return rows
@@ -88,7 +92,7 @@ def pair_scores(left, right, scale, SCALED_FIRST: tl.constexpr, SCORES: tl.const
 
 @triton.jit
 def add_product(total, left, right, PRECISION: tl.constexpr):
-    """total + left right, with left in right's dtype. float16 holds rows of any size in units of their own."""
+    """total + left right, with left in right's dtype. For float16, each row of left is scaled by a power of two."""
     if right.dtype == tl.float16:
         unit = power_of_two_above(tl.max(tl.abs(left), 1))
         units = (left / unit[:, None]).to(tl.float16)
@@ -120,7 +124,7 @@ def rotate(sin, cos, sin_step, cos_step):
 
 @triton.jit
 def half_harmonic_step(sin):
-    """What `next_half_harmonic` is given of the first harmonic: 2 sin(x) in float16."""
+    """Return the step of `next_half_harmonic`, 2 sin(x) in float16, from the first harmonic."""
     return sin + sin
 
 
@@ -156,7 +160,7 @@ def _half_fma_negative(a, b, c):
 
 @triton.jit
 def _sine_cosine_fast(x):
-    # The unit takes turns: x / 2 pi, cut to float32, which is good to 2^-23 of x.
+    # The unit works on turns, x / 2 pi rounded to float32, which is good to 2^-23 of x.
     if _HARDWARE:
         sin = tl.inline_asm_elementwise(
             "sin.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -172,7 +176,7 @@ def _sine_cosine_fast(x):
 
 @triton.jit
 def _sine_cosine_exact(x):
-    # pi / 2 in three parts of few enough bits that a quarter's multiples are exact up to |x| of about 10^4.
+    # pi / 2 in three parts of so few bits that their products with `quarters` are exact up to |x| of about 10^4.
     shifted = x * 0.6366197723675814 + _ROUNDER
     quarters = shifted - _ROUNDER
     x = ((x - quarters * 1.5703125) - quarters * 0.0004837512969970703) - quarters * 7.549789948768648e-08

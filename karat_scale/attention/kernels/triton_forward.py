@@ -1,4 +1,4 @@
-"""The Triton kernels of H = sum_f f(A) C_f^T and its output O, forward, and of the way back from O to H, V and W.
+"""The Triton kernels of H = sum_f f(A) C_f^T and its output O, forward, and of the backward pass from O to H, V and W.
 
 The forward kernel goes through the keys tile by tile. O = H U with U = W^T V or, under a mask, O = S V. The readout
 kernel is the backward pass of this last step: one launch gives dH, dV and parts of dW.
@@ -39,11 +39,11 @@ def forward_kernel(
 ):  # fmt: skip
     """One program computes a query tile of one head of one image.
 
-    coef, coef_scale, narrow and bits are `prepare_kernel`'s; hidden is H [B, h, N, RANK]. With bits, those of a mask, S
-    is cut: narrow is None, and proj and value are read. Strides are those of batch (_b), head (_h), token (_n) and, of
-    the bias [B, h, N, N] or None, key (_m). HALF computes harmonics in float16. SCALED_FIRST multiplies the
-    query by the scale in place of the scores, which is exact for powers of two. SCORES and PRECISION are the input
-    precisions of A = Q K^T and of all other products.
+    coef, coef_scale, narrow and bits are `prepare_kernel`'s; hidden is H [B, h, N, RANK]. The bits of a mask cut S:
+    then narrow is None, and proj and value are read. Strides are those of batch (_b), head (_h), token (_n) and, of the
+    bias [B, h, N, N] or None, key (_m). HALF computes harmonics in float16. SCALED_FIRST multiplies the query by the
+    scale in place of the scores, which is exact for powers of two. SCORES and PRECISION are the input precisions of
+    A = Q K^T and of all other products.
     """
     tile, _, item, batch, head = place(tokens, heads, BLOCK_QUERY)
     query += batch * query_b + head * query_h

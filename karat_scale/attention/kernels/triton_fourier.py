@@ -1,11 +1,11 @@
 """Fourier-KArAt attention on NVIDIA GPUs: Triton kernels behind operations registered with torch.library.
 
-Two kernels are a forward pass, four or five a backward pass. Beside inputs and outputs the forward pass keeps H,
+A forward pass runs two kernels, a backward pass four or five. Besides inputs and outputs, the forward pass keeps H,
 U = W^T V and the coefficients as the tensor cores read them; the backward pass recomputes scores and harmonics. Nothing
-of N x N is stored but the gradient of a bias and, in place of U, the bits of a mask. Triton itself is imported at the
-first call.
+of size N x N is stored except the gradient of a bias and, in place of U, the bits of a mask. Triton itself is imported
+at the first call.
 
-The part of the content form that is a function of each score, psi(A) V, has operations and kernels of its own.
+The part of the content form that is a function of each score, psi(A) V, has separate operations and kernels.
 """
 
 import functools
@@ -23,20 +23,20 @@ from karat_scale.attention.call import FourierCall, empty_output, refuse_second_
 from karat_scale.attention.kernels.triton_tiles import MASK_WORD, block, padded_tokens, products_of
 from karat_scale.attention.kernels.triton_toolchain import launch_problem
 
-# What one program holds in registers; `attend` cuts longer ranks and wider values into such pieces.
+# The most that one program holds in registers; `attend` splits longer ranks and wider values.
 LARGEST_RANK = 32
 LARGEST_WIDTH = 128
 LARGEST_GRID = 16
 # Triton's own switch: kernels run on the CPU, element by element, to check their values.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _OLDEST_CAPABILITY = (8, 0)
-# The first whose loops carry tuples.
+# The first version whose loops carry tuples.
 _OLDEST_TRITON = (3, 3)
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _missing_triton() -> str | None:
-    """What is wrong with the installed Triton, asked without importing it."""
+    """Return what is wrong with the installed Triton, or None, without importing it."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     for distribution in ("triton", "pytorch-triton"):
@@ -51,7 +51,7 @@ _MISSING_TRITON = _missing_triton()
 
 
 def refusal(call: FourierCall) -> str | None:
-    """Why `attend` cannot take the call, or None."""
+    """Return why `attend` cannot take the call, or None."""
     device = call.query.device
     if _MISSING_TRITON is not None:
         return _MISSING_TRITON
@@ -63,7 +63,7 @@ def refusal(call: FourierCall) -> str | None:
 
 
 def call_refusal(call: FourierCall) -> str | None:
-    """Why `attend` cannot take the call on any machine, or None."""
+    """Return why `attend` cannot take the call on any machine, or None."""
     query, cos_coef = call.query, call.cos_coef
     if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in call):
         return "it computes in float32 and an argument is float64"
@@ -75,11 +75,11 @@ def call_refusal(call: FourierCall) -> str | None:
 
 
 def attend(call: FourierCall) -> Tensor:
-    """O [B, h, N, dv] in the value's dtype; differentiable once. `refusal` must have said None.
+    """O [B, h, N, dv] in the value's dtype; differentiable once. `refusal` must have returned None.
 
-    Products are those of 16-bit tensor cores where query, key and value are of one 16-bit dtype. Else they are
-    float32's, of three passes of TF32 or, where `torch.backends.cuda.matmul.allow_tf32` is set, of one. Scores and sums
-    are float32 in every case.
+    Products run on 16-bit tensor cores if query, key and value share a 16-bit dtype. Otherwise they are float32, in
+    three passes of TF32, or in one if `torch.backends.cuda.matmul.allow_tf32` is set. Scores and sums are always
+    float32.
     """
     operation = _attend_eagerly if is_eager(call.query, call.cos_coef) else _attend_by_operation
     if call.value.shape[-1] <= LARGEST_WIDTH and call.proj.shape[-1] <= LARGEST_RANK:
@@ -95,7 +95,7 @@ def attend(call: FourierCall) -> Tensor:
 
 
 def is_eager(query: Tensor, parameter: Tensor) -> bool:
-    """Whether nobody watches: no compiler, no fake tensors, no mode or transform that wants to see operations.
+    """Return whether nothing traces operations: no compiler, no fake tensors, no mode or transform of PyTorch.
 
     Then the kernels can be launched without PyTorch's dispatcher, which takes longer than they do.
     """
@@ -119,7 +119,7 @@ def _attend_eagerly(*arguments: Any) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """What `torch.ops.karat_scale.triton_forward` is to autograd, without PyTorch's dispatcher."""
+    """The autograd function of `torch.ops.karat_scale.triton_forward`, without PyTorch's dispatcher."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -140,7 +140,7 @@ def _kernels() -> Any:
 
 
 def _forward(*arguments: Any) -> Outputs:
-    """O [B, h, N, dv], and what the backward pass is given; see `_fake_forward`. The arguments are a `FourierCall`."""
+    """O [B, h, N, dv], and what the backward pass needs; see `_fake_forward`. The arguments are a `FourierCall`."""
     outputs = _fake_forward(*arguments)
     if outputs[0].numel() > 0:
         _kernels().forward(outputs, FourierCall(*arguments))
@@ -148,9 +148,12 @@ def _forward(*arguments: Any) -> Outputs:
 
 
 def _fake_forward(*arguments: Any) -> Outputs:
-    """Room for O [B, h, N, dv], stored token by token as the layers around attention hold it, for H [B, h, N, R] with R
-    the padded rank, for U [B, h, R, dv] or, under a mask, for its bits [B or 1, h or 1, 2, N / 32, N] in int32, for the
-    packed coefficients [h, 2G, padded N, R] and their scale [h]."""
+    """Return empty tensors for O, H, U or a mask's bits, the packed coefficients and their scale.
+
+    O [B, h, N, dv] is stored token by token, as the layers around attention hold it. H is [B, h, N, R] with R the
+    padded rank, U [B, h, R, dv], the bits [B or 1, h or 1, 2, N / 32, N] in int32, the coefficients
+    [h, 2G, padded N, R], the scale [h].
+    """
     query, key, value, cos_coef, *_, mask, _ = arguments
     batch, heads, tokens, width = value.shape
     _, rank, _, grid = cos_coef.shape
@@ -186,7 +189,7 @@ def _pull_back(grad_output: Tensor, *arguments: Any) -> tuple[Tensor | None, ...
 
 
 def _backward(*arguments: Any) -> tuple[Any, ...]:
-    """`_pull_back` as an operation, whose results must be tensors: the bias's is empty where it is not learned."""
+    """`_pull_back` as an operation; its results must be tensors, so a bias that is not learned has an empty one."""
     *grads, by_bias = _pull_back(*arguments)
     return *grads, arguments[0].new_empty(0) if by_bias is None else by_bias
 
@@ -241,8 +244,8 @@ torch.library.register_autograd(
 def attend_psi(query: Tensor, key: Tensor, value: Tensor, psi: Tensor) -> Tensor:
     """O [B, h, N, dv] = psi(A) V, A = Q K^T / sqrt(d), in the value's dtype; differentiable once.
 
-    `refusal` must have said None of a call with these tensors, and it must have no bias. Precision is as
-    in `attend`.
+    `refusal` must have returned None for a call with these tensors, and the call must have no bias. Precision is as in
+    `attend`.
 
     Args:
         psi: float32 [h, 2 G + 1], c, a_1 to a_G and b_1 to b_G of psi(x) = c + sum_m a_m cos(m x) + b_m sin(m x).
@@ -259,7 +262,7 @@ def _attend_psi_eagerly(*arguments: Tensor) -> Tensor:
 
 
 class _PsiAttention(torch.autograd.Function):
-    """What `torch.ops.karat_scale.triton_psi_forward` is to autograd, without PyTorch's dispatcher."""
+    """The autograd function of `torch.ops.karat_scale.triton_psi_forward`, without PyTorch's dispatcher."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Tensor) -> Tensor:

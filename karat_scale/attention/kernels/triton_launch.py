@@ -1,9 +1,9 @@
-"""Runs forward and backward passes by the Triton kernels: finds the launches, makes room, launches.
+"""Runs forward and backward passes by the Triton kernels: finds the launches, allocates tensors, launches.
 
-Tensors reach the kernels with contiguous rows, at addresses that are known, on the current device. O = psi(A) V has
-kernels of its own: one for a forward pass, two for a backward pass.
+Tensors reach the kernels with contiguous rows, at addresses of known alignment, on the current device. O = psi(A) V has
+separate kernels: one for a forward pass, two for a backward pass.
 
-Everything of a launch but the tensors follows from shapes, strides, dtypes and the device. It is worked out once for
+Everything in a launch except the tensors follows from shapes, strides, dtypes and the device. It is worked out once for
 each such signature and kept with the compiled kernel: Triton's own launch takes longer than these kernels do.
 """
 
@@ -54,8 +54,8 @@ _NO_STRIDES = (0, 0, 0, 0)
 class Launch:
     """A kernel with its grid and all arguments but the tensors, which come first.
 
-    Called with the tensors, and with whether the addresses of all of them are multiples of 16, for which there is a
-    kernel of its own.
+    Call it with the tensors, and with whether all their addresses are multiples of 16: for that case Triton compiles a
+    separate kernel.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Launch:
             return
         try:
             compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
-        except OutOfResources:  # without loads ahead of need it takes about half of the shared memory
+        except OutOfResources:  # without prefetching it needs about half of the shared memory
             self.options = {**self.options, "num_stages": 1}
             compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
         if aligned and compiled is not None:
@@ -86,8 +86,8 @@ class Launch:
 class ForwardPlan:
     """The launches of the forward pass for one signature.
 
-    `strides` are those of query, key, value, bias, mask, the mask's bits and output, None for what is not there.
-    `matrices` are the images and heads of U or, under a mask, of the mask.
+    `strides` are those of query, key, value, bias, mask, the mask's bits and output, None for an absent tensor.
+    `matrices` are the numbers of images and heads of U or, under a mask, of the mask.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class ForwardPlan:
 
 
 class BackwardPlan:
-    """The launches of the backward pass for one signature, and how the batch is cut.
+    """The launches of the backward pass for one signature, and how the batch is split.
 
     `strides` are those of query, key, value, bias, a mask's bits and the gradients of output, query, key and value.
     """
@@ -240,7 +240,7 @@ def _values(sizes: Sizes) -> dict[str, Any]:
 
 
 def _scores(sizes: Sizes, products: Products) -> dict[str, Any]:
-    """The constants of the kernels that score."""
+    """The constants of the kernels that compute scores."""
     return {
         "GRID": sizes.grid,
         "WIDTH": sizes.width,
@@ -261,22 +261,22 @@ def rows_in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def room_for_rows(grad: Tensor) -> Tensor:
-    """The gradient itself, or where its rows are not contiguous, room for one whose rows are."""
+    """Return the gradient if its rows are contiguous, else an empty tensor like it with contiguous rows."""
     return grad if _has_rows(grad) else torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
 def _has_rows(tensor: Tensor) -> bool:
-    """Whether rows are contiguous, and near enough for the kernels' offsets of 32 bits."""
+    """Return whether rows are contiguous, and near enough for the kernels' offsets of 32 bits."""
     return tensor.stride(-1) == 1 and tensor.shape[-2] * tensor.stride(-2) < 2**31
 
 
 def room(grad: Tensor) -> Tensor:
-    """The gradient itself, or where it is not contiguous, room for one that is."""
+    """Return the gradient if it is contiguous, else an empty contiguous tensor like it."""
     return grad if grad.is_contiguous() else torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
 def are_aligned(*tensors: Tensor | None) -> bool:
-    """Whether all addresses are multiples of 16."""
+    """Return whether all addresses are multiples of 16."""
     addresses = 0
     for tensor in tensors:
         if tensor is not None:
@@ -291,14 +291,13 @@ def device_of(tensor: Tensor) -> Any:
     return nullcontext()
 
 
-# By all that launches depend on; a model has a handful.
+# Plans by everything that launches depend on; a model has a handful.
 _forward_plans: dict[Any, ForwardPlan] = {}
 _backward_plans: dict[Any, BackwardPlan] = {}
 
 
 def forward(outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], call: FourierCall) -> None:
-    """Fills O, H, U or the mask's bits, the packed coefficients and their scale, as `triton_fourier` makes room for
-    them."""
+    """Fills O, H, U or the mask's bits, the packed coefficients and their scale, which `triton_fourier` allocates."""
     output, hidden, reader, coef, coef_scale = outputs
     bias, mask, base = call[6:]
     dtype = hidden.dtype
@@ -323,7 +322,7 @@ def forward(outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], call: Fourie
 def backward(
     grad_output: Tensor, kept: Sequence[Tensor], call: FourierCall, bias_is_learned: bool
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the call's tensors, that of the bias or None the last, laid out as `torch.empty_like` does.
+    """Return the gradients of the call's tensors, laid out as `torch.empty_like` does; the last is the bias's or None.
 
     `kept` is H, U or the mask's bits, the packed coefficients and their scale.
     """
@@ -431,7 +430,7 @@ def psi_forward(output: Tensor, query: Tensor, key: Tensor, value: Tensor, psi: 
 
 
 def psi_backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, psi: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of the four, laid out as `torch.empty_like` does."""
+    """Return the gradients of query, key, value and psi, laid out as `torch.empty_like` does."""
     products = products_of(query.dtype, key.dtype, value.dtype)
     heads = [rows_in(x, products.dtype) for x in (query, key, value)]
     upstream = rows_in(grad_output, products.dtype)
@@ -452,7 +451,7 @@ def psi_backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor,
 
 
 def _psi_launch(kernel: str, heads: list[Tensor], others: list[Tensor], psi: Tensor, products: Products) -> Launch:
-    """The launch of a kernel, a program for each tile; `others` are the other tensors of rows that it is given."""
+    """The launch of a kernel, a program for each tile; `others` are the other tensors of rows that the kernel takes."""
     tensors = (*heads, *others)
     kinds = tuple((x.stride(), x.dtype) for x in tensors)
     signature = (kernel, heads[0].shape, heads[2].shape[3], psi.shape, kinds, products, heads[0].device)

@@ -1,6 +1,6 @@
 """The Triton kernels of O = psi(A) V, and the first and the last kernel of the modular operator's passes.
 
-psi(x) = c + sum_m a_m cos(m x) + b_m sin(m x) is a function of each score alone. Its kernels walk along tiles as
+psi(x) = c + sum_m a_m cos(m x) + b_m sin(m x) is a function of one score. Its kernels walk along tiles as
 FlashAttention-2 does (arXiv 2307.08691), without its softmax. They store nothing of N x N, and the backward pass
 computes scores and harmonics again. No sum runs across programs.
 
@@ -176,11 +176,13 @@ def prepare_kernel(
     GRID: tl.constexpr, BLOCK_GRID: tl.constexpr, RANK: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_VALUE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """h RANK programs pack the coefficients of one rank each, B h more compute U of one head of one image. With a mask,
-    which leaves no use for U, one more for each of its matrices packs its bits instead.
+    """Packs the coefficients, and computes U or, with a mask, packs the mask's bits.
 
-    coef is C [h, 2G, padded N, RANK], cosine and sine by turns, zero in its padding, in units of coef_scale [h]. FAST
-    makes these powers of two so that no coefficient exceeds 1 and float16 holds it; else they are 1. narrow is U
+    h RANK programs pack the coefficients of one rank each. Without a mask, B h more programs compute U of one head of
+    one image each. With a mask, U is not used, and one more program for each of the mask's matrices packs its bits.
+
+    coef is C [h, 2G, padded N, RANK], cosine and sine alternating, zero in its padding, in units of coef_scale [h].
+    FAST makes these powers of two so that no coefficient exceeds 1 and float16 holds it; else they are 1. narrow is U
     [B, h, RANK, dv]. bits are those of mask [B or 1, mask_heads, N, N] in int32, [.., .., 2, N / 32, N]: words of 32
     keys for each query, then words of 32 queries for each key.
     """

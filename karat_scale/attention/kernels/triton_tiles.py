@@ -1,4 +1,4 @@
-"""How the Triton kernels are cut: tiles, harmonics in one launch, parts of the batch, and the dtypes of products."""
+"""How the Triton kernels divide their work: tiles, groups of harmonics, parts of the batch; the dtypes of products."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 
 # Rows to which coefficients are padded: a multiple of every tile.
 TOKEN_MULTIPLE = 128
-# Harmonics that packed float16 arithmetic computes from float16 sine and cosine within the error these have.
+# Harmonics that packed float16 arithmetic computes within the error of their float16 sine and cosine.
 LARGEST_HALF = 4
 # Harmonics whose coefficients' gradients one program can hold in registers, at a rank of 16.
 COEF_GROUP = 3
@@ -19,7 +19,7 @@ PROGRAMS_WANTED = 528
 
 
 class Sizes(NamedTuple):
-    """Of a call: O is [batch, heads, tokens, value_width], query's heads are `width` wide."""
+    """The sizes of a call: O is [batch, heads, tokens, value_width], query's heads are `width` wide."""
 
     batch: int
     heads: int
@@ -58,7 +58,7 @@ def products_of(query: torch.dtype, key: torch.dtype, value: torch.dtype) -> Pro
 
 
 def tf32_is_allowed() -> bool:
-    """Return torch's switch for products in float32. Once the newer one was set, torch refuses to read the older."""
+    """Return whether torch allows TF32 in products. Once its newer setting is used, torch refuses to read the older."""
     everywhere: Any = torch.backends
     precision = getattr(everywhere.cuda.matmul, "fp32_precision", None)
     if precision is None:
@@ -67,8 +67,11 @@ def tf32_is_allowed() -> bool:
 
 
 def products(dtype: torch.dtype, fast: bool) -> Products:
-    """TF32 keeps 11 bits, as float16 does, so where it is allowed features may be float16. Scores are never rounded to
-    11 bits: the phase of a harmonic must be exact to more than that."""
+    """Return the products of a dtype.
+
+    TF32 keeps 11 bits, as float16 does, so where it is allowed features may be float16. Scores are never rounded to 11
+    bits: the phase of a harmonic must be exact to more than that.
+    """
     if dtype != torch.float32:
         return Products(dtype, True, "tf32", "tf32")
     return Products(dtype, fast, "tf32x3", "tf32" if fast else "tf32x3")
@@ -85,8 +88,10 @@ def padded_tokens(tokens: int) -> int:
 
 
 def parts_of(batch: int, programs: int) -> tuple[int, int]:
-    """Images in a part and the number of parts, such that there are enough programs. By shapes alone: the order of
-    sums, and so their bits, must not depend on the device."""
+    """Return the images in a part and the number of parts, such that there are enough programs.
+
+    Both depend only on shapes: the order of sums, and so their bits, must not depend on the device.
+    """
     wanted = min(batch, -(-PROGRAMS_WANTED // programs))
     images = -(-batch // wanted)
     return images, -(-batch // images)
@@ -99,26 +104,26 @@ def coef_groups(grid: int) -> tuple[int, int]:
 
 
 def is_fused(sizes: Sizes, products: Products) -> bool:
-    """Whether one launch has room for dK and dC."""
+    """Return whether one launch has room for dK and dC."""
     narrow = block(sizes.rank) * sizes.grid <= 16 * COEF_GROUP and block(sizes.width) <= 64
     return narrow and products.dtype != torch.float32
 
 
 def choose_tiles(kernel: str, sizes: Sizes, products: Products, architecture: int, paired: bool = False) -> Tiles:
-    """The tiles of "forward", "grad_query", "grad_key" (with dC), "grad_key_alone" or "grad_coef" on compute capability
-    8.0 (80), 9.0 (90) and so on.
+    """Return the tiles of a kernel on compute capability 8.0 (80), 9.0 (90) and so on.
 
-    Tiles are so narrow that no register spills: tests compile the kernels for each architecture and count spills.
-    `paired` calls have a bias or a mask, whose addresses take registers too.
+    The kernels are "forward", "grad_query", "grad_key" (with dC), "grad_key_alone" and "grad_coef". Tiles are so narrow
+    that no register spills: tests compile the kernels for each architecture and count spills. `paired` calls have a
+    bias or a mask, whose addresses take registers too.
     """
-    # With a limit of its own ptxas does not spill a register or two to raise occupancy.
+    # With an explicit limit, ptxas does not spill a register or two to raise occupancy.
     spacious = {"maxnreg": 255}
     if products.dtype == torch.float32:
         own = 64 if block(sizes.width) <= 64 and block(sizes.rank) == 16 else 32
         return Tiles(own, 16, compile_options(4, 1, **spacious))
     easy = block(sizes.width) <= 64 and block(sizes.rank) == 16
     if kernel == "grad_key_alone" and block(sizes.width) > 64:
-        # Two warp groups share the sums of a wide head; one alone spills at many harmonics.
+        # Two warp groups share the sums of a wide head; a single one spills at many harmonics.
         return Tiles(64, 16, compile_options(8, 2, **spacious))
     if architecture // 10 == 10:
         # From 64 rows on, Triton keeps sums in tensor memory: dQ would take all of it, and Horner's sums would pass
@@ -160,11 +165,11 @@ def readout_rows(sizes: Sizes, products: Products, masked: bool) -> int:
 
 
 def _covers(tokens: int, rows: int) -> bool:
-    """Whether tiles of so many rows leave no more room unused than tiles of 64."""
+    """Return whether tiles of `rows` rows leave no more room unused than tiles of 64."""
     return -(-tokens // rows) * rows == -(-tokens // 64) * 64
 
 
 def compile_options(warps: int, stages: int, **more: int) -> dict[str, Any]:
     """Triton's options for a kernel."""
-    # Triton fuses a product and a sum into one instruction by default up to 3.9 only.
+    # By default, Triton fuses a product and a sum into one instruction only up to version 3.9.
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, **more}

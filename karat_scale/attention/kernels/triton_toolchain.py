@@ -25,15 +25,15 @@ _EXTENSION = "#include <Python.h>\n#include <dlfcn.h>\n"
 
 
 def launch_problem() -> str | None:
-    """Why Triton cannot launch a kernel here and what to do about it, or None; found out once a process.
+    """Return why Triton cannot launch a kernel here and what to do about it, or None; found out once per process.
 
-    None in Triton's interpreter, which compiles nothing. Without a GPU the driver is not asked, so that kernels can
-    be traced and compiled for one.
+    Triton's interpreter compiles nothing, so there it is None. Without a GPU the driver is not checked, so that kernels
+    can be traced and compiled for one.
     """
     return _launch_problem()
 
 
-# What torch.compiler.assume_constant_result does, without the second that importing the compiler takes.
+# The same as torch.compiler.assume_constant_result, without the second that importing the compiler takes.
 launch_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -48,12 +48,12 @@ def _launch_problem() -> str | None:
         functions = _driver_functions()
     except Exception as error:  # of any kind: an assertion, a compiler's exit code, a library that is missing
         return problem or f"Triton's driver does not start: {_first_line(error)}"
-    # With such a function newer versions launch all kernels; others still build a launcher for each signature.
+    # Newer versions launch all kernels with this function; others still build a launcher for each signature.
     return None if hasattr(functions, "launch") else problem
 
 
 def _compiler_problem() -> str | None:
-    """Why no C extension can be built in the way Triton builds its own; asked by building an empty one."""
+    """Return why no C extension can be built as Triton builds its own, or None; builds an empty one to find out."""
     compiler = os.environ.get("CC", next(filter(None, map(shutil.which, COMPILERS)), None))
     if compiler is None:
         return f"Triton needs a C compiler, and none of {', '.join(COMPILERS)} is on PATH; install gcc or set CC"

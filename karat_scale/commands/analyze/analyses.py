@@ -8,10 +8,10 @@ from karat_scale.foundation.tables import load
 
 
 class Analysis(NamedTuple):
-    """An analysis of each run or, `of_all`, of all runs together.
+    """An analysis of each run or, if `of_all`, of all runs together.
 
-    place: of a function below `commands/analyze`. It takes (run, settings) or, `of_all`, the runs by their labels, and
-    returns a `Result`.
+    place: the place of a function below `commands/analyze`. It takes (run, settings) or, if `of_all`, the runs by their
+    labels, and returns a `Result`.
     """
 
     title: str
@@ -42,10 +42,10 @@ ANALYSES = {
 
 @dataclass(frozen=True)
 class Options:
-    """The size of each analysis. Counts are of validation images."""
+    """The size of each analysis. Images are those of the validation split."""
 
     images: int = 64
-    """Images for spectrum and functions."""
+    """Images for spectrum, content and functions."""
     image_ids: Sequence[int] | None = None
     """The images of the attention maps; None spreads four over the split."""
     block: int = -1
@@ -55,9 +55,9 @@ class Options:
     grid: int = 15
     """Points per side of the loss landscape."""
     range: float = 1.0
-    """Extent of the landscape: the random grid is +- this, in filter norms; it scales the path's margin."""
+    """Extent of the landscape: the random grid is +- this, in filter norms; the path's margin is proportional to it."""
     samples: int = 128
     """Images for each loss of the landscape."""
     hessian_samples: int = 32
-    """Images of the sharpness."""
+    """Images for the sharpness."""
     seed: int = 0

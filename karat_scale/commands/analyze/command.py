@@ -51,15 +51,15 @@ PASSES = 20
 FIGURE = 0.8
 """Seconds to draw a figure and to write it as PNG and SVG."""
 _SUMMARISED = {"content": 2, "functions": 1}
-"""How many of an analysis's findings are in the summary."""
+"""The number of an analysis's findings in the summary."""
 _KINDS = ("figure", "gallery", "table")
 _EMPTY = dict.fromkeys(_KINDS)
 
 
 Show = Callable[[str, float, float], None]
 Problems = dict[tuple[str, str, bool], list[str]]
-"""The titles of analyses of a run that were not possible for one reason, by the run's label, the reason, and whether
-that is harmless: they do not apply to the run.
+"""The titles of the analyses that were not possible, by the run's label, the reason, and whether the reason is harmless
+(the analyses do not apply to the run).
 """
 
 
@@ -73,9 +73,9 @@ def write_report(
     """Write the report.
 
     Args:
-        runs: of each its `label`, its `score` in large letters, `facts` by name, and in `summary` sentences, each with
-            the analysis that found it, or with "".
-        written: by analysis, then by the run's label; "" is of all runs together.
+        runs: for each run its `label`, its `score` in large letters, `facts` by name, and in `summary` sentences, each
+            with the analysis that found it, or with "".
+        written: the results by analysis, then by the run's label; "" stands for all runs together.
         summary: sentences about all runs.
     """
     page = render_page(
@@ -92,7 +92,7 @@ def write_report(
 
 
 def linked(text: str, glossary: Mapping[str, str]) -> Markup:
-    """Return escaped text in which the first mention of each term leads to its place in the glossary, and shows it."""
+    """Return escaped text in which the first mention of each term links to the glossary and shows its entry."""
     terms = sorted(glossary, key=len, reverse=True)
     any_form = [f"{term[:-1]}(?:y|ies)" if term.endswith("y") else f"{re.escape(term)}s?" for term in terms]
     pattern = "|".join(f"({form})" if len(form) == 3 else f"((?i:{form}))" for form in any_form)
@@ -109,10 +109,10 @@ def linked(text: str, glossary: Mapping[str, str]) -> Markup:
 
 
 def _rows(by_run: Mapping[str, Result]) -> list[dict[str, Any]]:
-    """Return rows of the same figure, table or gallery of several runs, in the order of the run that has most."""
+    """Return rows of the same figure, table or gallery of several runs, in the order of the run with most figures."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for label, made in sorted(by_run.items(), key=lambda item: -len(item[1].svgs)):
-        # One figure has all runs, so different figures stand side by side.
+        # Figures of all runs together stand side by side in one row.
         parts: list[tuple[str, str, Any]] = [("figure", one.name if label else "", one) for one in made.svgs]
         parts += [("gallery", title, tiles) for title, tiles in made.galleries.items()]
         parts += [("table", table.title, table) for table in made.tables]
@@ -144,8 +144,8 @@ def analyze_paths(
 
     OUT/<analysis>/<run>/ holds figures and numbers. The report also shows what an earlier command wrote there for the
     same models. The exit code is 0 if any analysis ran; else it is 2 and no report is written. Ctrl-C leaves a report
-    of what was finished. Under torchrun, the ranks share the landscape. It comes first, so that they need not wait for
-    rank 0, which does the rest.
+    of the finished analyses. Under torchrun, the ranks share the landscape. The landscape comes first, so that the
+    other ranks need not wait for rank 0, which does the rest.
 
     Raises:
         UserError: the run does not exist, or OUT cannot be written.
@@ -188,7 +188,7 @@ def analyze_paths(
 
 @torch.no_grad()
 def _expected(run: TrainedRun, names: Sequence[str], settings: Settings) -> dict[tuple[str, str], float]:
-    """Return seconds by analysis and by the name under which the work progresses, from random weights and images."""
+    """Return the expected seconds by analysis and by the name of its work, timed on random weights and images."""
     model, side, sizes = run.new_model(), run.recipe.model.image_size, layer_sizes(run.recipe.model)
     pictures = torch.rand(settings.batch, 3, side, side, device=run.device)
     matrices = torch.rand(2 * sizes[-1].heads * sizes[-1].sets, sizes[-1].tokens, sizes[-1].tokens, device=run.device)
@@ -226,7 +226,8 @@ def _seconds(call: Callable[[], Tensor]) -> float:
 class _Work:
     """Makes one analysis after the other for all runs, and remembers what could not be made.
 
-    runs: by their labels. written: the analyses that were made, with the run's label; "" is of all runs together.
+    runs: the runs by their labels. written: the analyses that were made, with the run's label; "" stands for all runs
+    together.
     """
 
     def __init__(
@@ -236,13 +237,13 @@ class _Work:
         self.written: set[tuple[str, str]] = set()
         self.problems: Problems = {}
         self._settings, self._out, self._show = settings, out, show
-        # Of each piece of work: expected seconds and the share that is done.
+        # For each piece of work: the expected seconds and the share that is done.
         self._seconds: dict[tuple[str, str, str], float] = {}
         if "training" in names:
             self._seconds["training", "", "draw figures"] = 5 * FIGURE
         own = [name for name in names if not ANALYSES[name].of_all]
         for label, run in self.runs.items() if own and settings.world.is_main else ():  # to time a model takes seconds
-            with suppress(UserError):  # which its analyses will tell
+            with suppress(UserError):  # its analyses will report the error
                 costs = _expected(run, own, settings)
                 self._seconds |= {(name, label, what): cost for (name, what), cost in costs.items()}
         self._done = dict.fromkeys(self._seconds, 0.0)
@@ -253,7 +254,7 @@ class _Work:
             print(f"note: up to about {duration(total)} in all{longest}", file=sys.stderr, flush=True)
 
     def make(self, name: str) -> None:
-        """Make an analysis. It is written when all runs have it, since their figures get the same axes."""
+        """Make an analysis. Results are written when all runs have theirs, since their figures get the same axes."""
         results: dict[str, Result] = {}
         for label in self._labels(name):
             with self._told_if_impossible(name, label):
@@ -306,9 +307,9 @@ class _Work:
         write_report(path, cards, shown, self.problems, together if several else ())
 
     def _together(self, has_other_tests: bool) -> list[str]:
-        """Return what several runs say by their last evaluations, and what all of them cannot say."""
+        """Return sentences that compare several runs by their last evaluations, and one on what they cannot show."""
         sections = [run.recipe.attention for run in self.runs.values()]
-        kinds = {one.kind for one in sections if not (one.blocks or one.transfer_from)}  # else it is none alone
+        kinds = {one.kind for one in sections if not (one.blocks or one.transfer_from)}  # else it is not a single kind
         seeds = {(json_sha256(separating(run.recipe)), run.recipe.run.seed) for run in self.runs.values()}
         absent = not_shown(kinds, len({recipe for recipe, _ in seeds}) < len(seeds), has_other_tests)
         if len(self.runs) > 1:
@@ -331,12 +332,12 @@ class _Work:
 
     @contextmanager
     def _told_if_impossible(self, name: str, label: str) -> Iterator[None]:
-        """Add a problem, and print it, unless it was printed for another analysis of this run."""
+        """Catch an error, add it to the problems, and print it unless another analysis of this run has printed it."""
         try:
             yield
         except (UserError, OSError) as error:
             message, harmless = " ".join(str(error).split()), isinstance(error, NothingToShowError)
-            if message.startswith("data.path = "):  # which is no option here
+            if message.startswith("data.path = "):  # which is not an option of this command
                 message = f"{message.partition(';')[0]}; give the directory of the data by --data"
             if (label, message, harmless) not in self.problems:
                 told = f"{'note' if harmless else 'error'}: {_named(name, label)}: {message}"
@@ -347,7 +348,7 @@ class _Work:
         return self.runs[label].fingerprint if label else " ".join(run.fingerprint for run in self.runs.values())
 
     def _settings_of(self, name: str, label: str) -> Settings:
-        """Return the settings with the directory of the analysis, and with a progress that names the run."""
+        """Return the settings with the directory of the analysis, and with functions that name the run."""
 
         def tell(text: str) -> None:
             if self._settings.world.is_main:
@@ -368,7 +369,7 @@ class _Work:
         self._show(shown, 100 * work / (sum(self._seconds.values()) or 1), 100)
 
     def _expect(self, name: str, label: str, seconds: float) -> None:
-        """Scale the expected seconds of an analysis of a run to what was measured."""
+        """Scale the expected seconds of an analysis of a run to the measured ones."""
         own = {key: cost for key, cost in self._seconds.items() if key[:2] == (name, label)}
         self._seconds |= {key: cost * seconds / (sum(own.values()) or 1) for key, cost in own.items()}
 
@@ -378,7 +379,7 @@ def _named(name: str, label: str) -> str:
 
 
 def unique_labels(runs: Sequence[TrainedRun]) -> list[str]:
-    """Return the names of the run directories, with numbers added to names that are equal, also in `safe_name`."""
+    """Return the names of the run directories, with numbers added to names that have the same `safe_name`."""
     labels: dict[str, str] = {}
     for run in runs:
         names = chain([run.label], (f"{run.label} ({number})" for number in count(2)))

@@ -1,7 +1,7 @@
-"""What a run has learned: the functions of its heads over the scores that occur, and how its weights are distributed.
+"""The learned functions of a run's heads over the scores that occur, and the distributions of its weights.
 
-The functions are phi_pq, or psi of `form: content`. With them come the energy per frequency and the distance from
-softmax. Distributions are those of the first, middle and last checkpoint, with tail indexes (paper, section 5.3).
+The functions are phi_pq, or psi for `form: content`. They come with the energy per frequency and the distance from
+softmax. The distributions are those of the first, middle and last checkpoint, with tail indexes (paper, section 5.3).
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -146,21 +146,21 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
 
 
 def _left_out(blocks: Collection[int], shown: Collection[int]) -> str:
-    """Say which of the blocks are not shown, unless none is."""
+    """Return a text that names the blocks that are not shown; empty if none is shown."""
     others = [str(block) for block in blocks if block not in shown]
     return f", so not for block{'s' * (len(others) > 1)} {', '.join(others)}" if shown else ""
 
 
 Draw = Callable[[Any, Any, int, Tensor, Tensor], dict[str, Any] | None]
-"""Draws the curves of one head over scores [n] into axes, given how often each occurs [n]; returns arrays of them by
-name, or None where it has none.
+"""Draws the curves of one head over scores [n] into axes, given how often each score occurs [n]; returns the arrays of
+the curves by name, or None if the head has no curves.
 """
 
 
 def _draw_heads_of_blocks(
     result: Result, name: str, heads: Mapping[int, Any], histogram: ScoreHistogram, draw: Draw, caption: str
 ) -> None:
-    """Add a figure of each block with curves over the scores that occur, and how often these do, for each head."""
+    """Add a figure for each block, with each head's curves over the scores that occur, and how often these occur."""
     for block, own in heads.items():
         figure = new_figure(max(2.2 * own.num_heads, 3.2), 2.6)
         for head, axes in enumerate(figure.subplots(1, own.num_heads, squeeze=False)[0]):
@@ -209,9 +209,9 @@ def _draw_curves(axes: Any, operator: KaratOperator, head: int, x: Tensor, weigh
 
 
 def energy_parts(x: Tensor, curves: Tensor, weights: Tensor) -> Shares:
-    """Return the energy of curves [n, functions] over scores x [n]: of their constant, line and rest, [3].
+    """Return the energy of the constant, line and rest of curves [n, functions] over scores x [n], as [3].
 
-    They are those of the best straight line. weights: how often each score occurs [n], with the sum 1.
+    Constant and line are those of the best straight line. weights: how often each score occurs [n], with the sum 1.
     """
     mean, centred = weights @ curves, x - weights @ x
     constant = mean.square().sum()
@@ -330,7 +330,7 @@ def describe(values: npt.NDArray[Any]) -> dict[str, float | None]:
     flat = values.ravel()
     mean = float(flat.mean(dtype=np.float64))
     second = fourth = 0.0
-    for start in range(0, len(flat), CHUNK):  # a float64 copy of the whole model would not fit beside it
+    for start in range(0, len(flat), CHUNK):  # a float64 copy of the whole model might not fit in memory
         squares = (flat[start : start + CHUNK].astype(np.float64) - mean) ** 2
         second += float(squares.sum()) / len(flat)
         fourth += float((squares**2).sum()) / len(flat)
@@ -344,7 +344,7 @@ def describe(values: npt.NDArray[Any]) -> dict[str, float | None]:
 
 
 def moments(names: list[str], step: Callable[[str], int]) -> list[str]:
-    """Return the first and the last of the available checkpoints, and the one nearest to the middle step of these."""
+    """Return the first and the last of the available checkpoints, and the one nearest to the middle of their steps."""
     middle = (step(names[0]) + step(names[-1])) / 2
     return list(dict.fromkeys((names[0], min(names, key=lambda name: abs(step(name) - middle)), names[-1])))
 
@@ -393,7 +393,7 @@ def analyze_distributions(run: TrainedRun, settings: Settings) -> Result:
 def _at_moments(run: TrainedRun, result: Result, settings: Settings) -> dict[int, tuple[Values, Groups]]:
     """Return the weights, by step, of the checkpoints that load; the others are noted.
 
-    The weights of the whole model are without biases and norms, whose values of about 1 would dominate the tail.
+    The weights of the whole model exclude biases and norms, as the norms' values of about 1 would dominate the tail.
     """
     model, names = run.new_model(), run.in_order
     found: dict[str, tuple[Values, Groups]] = {}

@@ -1,8 +1,8 @@
-"""What runs' own files say: the curves of training, what was achieved, and the results on other test sets.
+"""Results from the runs' own files: the curves of training, the scores, and the results on other test sets.
 
 The curves are losses, accuracy, learning rate, gradient norm and speed of `metrics.jsonl`, of all runs in one figure.
 The results are those of `karat eval --on`, `--labels` and `--corrupt`, of all runs in one table. For a converted model,
-they also say how closely its new attention reproduces the original's output.
+tables also show how closely its new attention reproduces the original's output.
 """
 
 import math
@@ -38,21 +38,21 @@ _FIGURES = (
 
 @dataclass
 class History:
-    """The events of training and of evaluation by step, as plain figures; one that is undefined is nan."""
+    """The events of training and of evaluation by step, as plain numbers; undefined ones are nan."""
 
     train: list[Point] = field(default_factory=list)
     evaluations: list[Point] = field(default_factory=list)
     damaged_lines: int = 0
     weights: str = ""
-    """Of the evaluations: raw or ema; empty in the files of an early version."""
+    """The evaluated weights: raw or ema; empty in the files of an early version."""
     changes: list[str] = field(default_factory=list)
-    """What resumed runs changed in the recipe."""
+    """The changes that resumed runs made in the recipe."""
     has_ended: bool = False
-    """Whether the last start has told its end; else the summary is of an earlier one."""
+    """Whether the last start has logged its end; else the summary is that of an earlier start."""
 
 
 def read_history(run: TrainedRun) -> History:
-    """Read the run's events. A file that is missing has none."""
+    """Read the run's events. A missing file has none."""
     history = History()
     damaged: list[str] = []
     for event in read_events(run.directory.metrics_file, damaged.append):
@@ -81,7 +81,7 @@ def read_history(run: TrainedRun) -> History:
 
 
 def achieved(run: TrainedRun) -> tuple[str, dict[str, str], str]:
-    """Return a run's score in one line, facts by name: what it is, and what it cost; and a sentence about the score.
+    """Return a run's score in one line, facts about the score and its cost by name, and a sentence about the score.
 
     The score is that of the analysed weights if they were evaluated in training, else the last one.
     """
@@ -135,7 +135,7 @@ def achieved(run: TrainedRun) -> tuple[str, dict[str, str], str]:
 
 
 def described(run: TrainedRun) -> dict[str, str]:
-    """Return facts by name of what a run's model is, and which of its weights are analysed."""
+    """Return facts by name about a run's model, and which of its weights are analysed."""
     facts = {"attention": describe_attention(run.recipe.attention), "model": run.recipe.model.described}
     try:
         kept = len(run.in_order)
@@ -155,10 +155,10 @@ _COURSE = {
     "images_per_second": "images a second",
     "beyond_reach": "scores beyond the functions' reach,\nshare in the worst block",
 }
-# Evaluations and a rise of their loss from which training is said to learn its images by heart.
+# The number of evaluations, and the rise of their loss, from which the report says that images are learned by heart.
 _FEWEST, _RISEN = 4, 1.1
 _MARKED = {"marker": "o", "markersize": 3.5}
-# Of each figure: the events, their value and the style of a curve, whose label tells the curves of one run apart.
+# For each figure its curves: the events, their value and the style. Its label tells the curves of one run apart.
 _CURVES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     "loss": [("train", "loss", {"label": "training"}), ("evaluations", "loss", {**_MARKED, "label": "validation"})],
     "accuracy": [
@@ -170,7 +170,7 @@ _CURVES: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
 
 
 def analyze_training(runs: Mapping[str, TrainedRun]) -> Result:
-    """Plot what `metrics.jsonl` of each run holds. What has no curve of two points is no figure.
+    """Plot the values in each run's `metrics.jsonl`. A value without a curve of two points gets no figure.
 
     Raises:
         NothingToShowError: none of the runs has logged that much.
@@ -258,12 +258,12 @@ def _draw(name: str, curves: Sequence[tuple[str, str, dict[str, Any]]], historie
     axes.set(xlabel="images seen", ylabel={"loss": "loss", "accuracy": "accuracy, %", **_COURSE}[name])
     if name in _COURSE:
         axes.set_ylim(0)
-    axes.set_xlim(left=0)  # also of one point, which matplotlib shows in a window of its own
+    axes.set_xlim(left=0)  # also for a single point, around which matplotlib would choose other limits
     return _with_legend(figure, histories, is_needed=len(axes.lines) > 1)
 
 
 def _with_legend(figure: Figure, runs: Mapping[str, object], is_needed: bool = False) -> Figure:
-    """Return the figure, with the names of the runs if there are several, or if a legend is needed."""
+    """Return the figure, with a legend if there are several runs or if one is needed."""
     if len(runs) > 1 or is_needed:
         figure.legend(loc="outside lower center", ncols=2)
     return figure
@@ -276,7 +276,7 @@ def analyze_robustness(runs: Mapping[str, TrainedRun]) -> Result:
     """Compare the runs on the other test sets on which they were evaluated.
 
     Raises:
-        NothingToShowError: none was.
+        NothingToShowError: no run was evaluated on another test set.
         UserError: the file of an evaluation is damaged.
     """
     found = {label: read_evaluations(run.path) for label, run in runs.items()}
@@ -325,7 +325,7 @@ def _add_corruptions(result: Result, name: str, of_runs: Corrupted) -> None:
 
 
 def _draw_means(result: Result, name: str, of_runs: Corrupted, cells: Sequence[tuple[str, int]]) -> None:
-    """Draw the means over corruptions by severity, and those over severities by corruption, both of `cells` alone."""
+    """Draw the means over corruptions by severity, and those over severities by corruption, both only over `cells`."""
     severities, kinds = sorted({severity for _, severity in cells}), [*dict.fromkeys(kind for kind, _ in cells)]
     lines, line_axes = new_axes(5, 3 + 0.16 * len(of_runs))
     bars, bar_axes = new_axes(6, 3.6 + 0.16 * len(of_runs))

@@ -46,8 +46,8 @@ class Plane:
     """Two orthonormal directions through a point of weight space.
 
     names: the checkpoints, oldest first; the last is the origin. coordinates: [n, 2], their positions in the plane.
-    shares: [2], the share along each of the squared distances from the last checkpoint (the changes are not centred, so
-    this is not variance). directions: [2, P], float32.
+    shares: [2], each direction's share of the squared distances from the last checkpoint (the changes are not centred,
+    so this is not variance). directions: [2, P], float32.
     """
 
     names: list[str]
@@ -101,7 +101,7 @@ def plane_of_run(
 
     Args:
         notes: receives a line for each damaged checkpoint that is left out.
-        progress: hears how many checkpoints are read, and of how many.
+        progress: called with the number of checkpoints read and the total number.
     """
     names = []
     model = run.new_model()
@@ -195,8 +195,8 @@ def loss_grid(
 def filter_normalised(model: nn.Module, seed: int) -> Directions:
     """Return two random directions [2, P] whose filters have the norms of the model's own (Li et al., 2018).
 
-    A filter is the weights of one output. In KArAt's parameters an output is a unit p of a head, whose filter is all
-    its functions phi_pq, or the token of a row of W. Biases and norms do not move.
+    A filter is the weights of one output. In KArAt's parameters an output is a unit p of a head (its filter is all its
+    functions phi_pq) or the token of a row of W. Biases and norms do not move.
     """
     units = {  # the axis of the units p of each parameter of the operators' functions
         f"{prefix}.{before}{name}": shape.index(-1)
@@ -358,13 +358,13 @@ def largest_eigenvalues(
 ) -> tuple[list[float], bool]:
     """Return the `count` eigenvalues largest in size, with sign, largest first, and whether all have converged.
 
-    That is to say that ||H v - value v|| is at most TOLERANCE |value| for the unit vector v of each; else a larger one
-    may be missing. Of fewer than `count`, all are returned; those that were not found are NaN. One more is computed: of
-    two equal eigenvalues, the last would often be missed.
+    Converged means that ||H v - value v|| is at most TOLERANCE |value| for the unit vector v of each; else a larger one
+    may be missing. If there are fewer than `count`, all are returned; values that were not found are NaN. One more than
+    `count` is computed, as otherwise the last of two equal ones would often be missed.
 
     Args:
         times: returns H v for v [length].
-        products: most products.
+        products: the largest number of products.
     """
     count = min(count, length)
     rows = min(ROWS * (count + 1), length)
@@ -376,7 +376,7 @@ def largest_eigenvalues(
         return found
 
     values, converged = np.zeros(0), False
-    restarts = (products - 1 - rows) // max(rows - count - 1, 1)  # ARPACK begins with a product more than rows
+    restarts = (products - 1 - rows) // max(rows - count - 1, 1)  # ARPACK begins with rows + 1 products
     try:
         if rows == length <= products:  # the whole matrix takes no more products
             matrix = np.stack([product(row) for row in np.eye(length, dtype=np.float32)])
@@ -399,8 +399,8 @@ class Hessian:
 
     Args:
         parameters: the parameters of the derivative.
-        losses: called for each product. It yields parts whose sum is the loss, so that one part's graph at a time is in
-            memory. The graph must be differentiable twice (the operator's "reference").
+        losses: called for each product. It yields parts whose sum is the loss, so that only one part's graph is in
+            memory at a time. The graph must be differentiable twice (the operator's "reference").
     """
 
     def __init__(self, parameters: Sequence[Tensor], losses: Callable[[], Any]) -> None:
@@ -417,7 +417,7 @@ class Hessian:
                 assert isinstance(inner, Tensor)
                 parts = torch.autograd.grad(inner, self._parameters, materialize_grads=True)
                 torch._foreach_add_(total, list(parts))
-                del loss, grads, inner, parts  # as large as the model, beside the next part's graph
+                del loss, grads, inner, parts  # as large as the model; freed before the next part's graph
         return total
 
     def top_eigenvalues(self, count: int, products: int, seed: int) -> tuple[list[float], bool]:
@@ -481,7 +481,7 @@ def analyze_sharpness(run: TrainedRun, settings: Settings) -> Result:
     shorter = "less if its eigenvalues converge early; --hessian-samples makes it shorter"
     say_cost(settings, "sharpness", most, time.perf_counter() - started, shorter)
     values, converged = hessian.top_eigenvalues(settings.eigenvalues, PRODUCTS * settings.eigenvalues, settings.seed)
-    products, done = done + PROBES, max(done, most - PROBES)  # what converged early is done
+    products, done = done + PROBES, max(done, most - PROBES)  # products that early convergence saved count as done
     trace, error = hessian.trace(PROBES, settings.seed)
     result.numbers = {
         "checkpoint": run.chosen,

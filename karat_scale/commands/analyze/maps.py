@@ -1,7 +1,7 @@
-"""Where a model looks in an image: attention maps, the regions of the dominant head, and rollout (paper, section 5.4).
+"""Attention maps of images, the regions of the dominant head, and attention rollout (paper, section 5.4).
 
-Maps and rollout are those of the class token. `LastBlock` watches a batch: it holds what the patches of the last block
-get, in the dominant head.
+Maps and rollout are those of the class token. `LastBlock` keeps the attention that the patches of a batch get in the
+last block, and shows that of the dominant head.
 """
 
 import math
@@ -50,7 +50,7 @@ def _with_prefix(joint: Tensor, tokens: int) -> Tensor:
 def dominant_head(scores: Tensor) -> int:
     """Return the head whose scores of the patches [h, patches] have the largest positive sum.
 
-    Scores, as in the paper: learned weights of different heads have no common scale.
+    It compares scores, as the paper does: learned weights of different heads have no common scale.
     """
     return int(scores.clamp(min=0).sum(-1).argmax())
 

@@ -2,10 +2,10 @@
 
 Spectra are the singular values before and after the operator (paper, section 5.5).
 
-The distance from softmax is that of a head from the best fit of softmax by an operator of the same kind. On the scores
-that occur, S is linear in the features f(A[k, q]) of a row: S = X Theta, where a row of X holds all F N features and
-Theta = coefficients x W. The best fit of softmax is the Theta of rank r that is nearest to softmax(A) in least squares.
-It follows from X^T X and X^T softmax(A), so the rows need not be kept.
+The distance from softmax is the distance of a head from the best fit of softmax by an operator of the same kind. On the
+scores that occur, S is linear in the features f(A[k, q]) of a row: S = X Theta, where a row of X holds all F N features
+and Theta = coefficients x W. The best fit of softmax is the Theta of rank r that is nearest to softmax(A) in least
+squares. It follows from X^T X and X^T softmax(A), so the rows need not be kept.
 """
 
 from collections.abc import Callable
@@ -79,12 +79,12 @@ def analyze_content(run: TrainedRun, settings: Settings) -> Result:
 def _right_with_means(
     run: TrainedRun, settings: Settings, model: nn.Module, images: ValidationImages, content: Content
 ) -> dict[str, list[bool]] | None:
-    """Return on which images a model is right, as trained, and with each S its mean over queries or over images.
+    """Return whether a model is right on each image: as trained, and with a mean over queries or images for each S.
 
-    None if that is not known of its attention.
+    None if the matrices of its attention cannot be replaced.
     """
     means = [torch.as_tensor(mean) for mean in content.means()]
-    # A mean of several sets of tokens is one for each: windows, or the patch sets of a MobileViT.
+    # Several sets of tokens have a mean each: windows, or the patch sets of a MobileViT.
     if not can_be_replaced(model) or any(len(mean) > 1 for mean in means):
         return None
     changes: dict[str, Callable[[], AbstractContextManager[None]]] = {
@@ -106,7 +106,9 @@ RIDGE = 1e-8
 
 
 class Distance(NamedTuple):
-    """`fit_error` is |softmax - fit| / |softmax|: how well the operator can fit softmax. `to_fit` and `to_softmax` are
+    """The distances between S, softmax and the best fit of softmax.
+
+    `fit_error` is |softmax - fit| / |softmax|: how well the operator can fit softmax. `to_fit` and `to_softmax` are
     |S - c fit| / |S| and |S - c softmax| / |S| at the best factor c, between 0 (the same) and 1 (nothing in common).
     """
 
@@ -162,7 +164,7 @@ class SoftmaxFit:
         theta: Tensor = torch.linalg.solve(self._xx + ridge, self._xy)
         if self._operator.proj is None:
             return theta
-        # Reduced-rank regression: the fit's rows onto their main directions.
+        # Reduced-rank regression: project the fit's rows onto their main directions.
         _, directions = torch.linalg.eigh(theta.mT @ self._xx @ theta)
         main = directions[:, -self._operator.rank :]
         projected: Tensor = theta @ main @ main.mT
@@ -203,10 +205,10 @@ ROUNDING = float(torch.finfo(torch.float32).eps)
 class Spectrum:
     """Running minimum, mean and maximum over heads and images; no matrix is kept.
 
-    `logs` are three of [L, 2, N]: the natural logarithms of the smallest, the mean and the largest
-    singular value at each index, by block and before / after, as in the paper. N is the largest of all blocks. nan
-    where a block has fewer values, or where they are 0, which has no logarithm. Values within the rounding error of
-    float32, sqrt(N) eps times the largest of a matrix, count as 0.
+    `logs` are three arrays [L, 2, N]: the natural logarithms of the smallest, the mean and the largest singular value
+    at each index, by block and before / after, as in the paper. N is the largest of all blocks. They are nan where a
+    block has fewer values, or where a value is 0, which has no logarithm. Values within the rounding error of float32,
+    sqrt(N) eps times the largest of a matrix, count as 0.
     """
 
     def __init__(self, blocks: int, tokens: int) -> None:

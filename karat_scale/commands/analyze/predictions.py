@@ -1,8 +1,8 @@
-"""How well a run predicts its whole validation split: accuracy, calibration, and pictures of mistakes and close calls.
+"""A run's predictions of its whole validation split: accuracy, calibration, pictures of mistakes and close calls.
 
-Accuracy is in total and of each class, with the classes that are taken for others. Calibration says whether the model
-is right as often as its probabilities say. The pictures are the most confident mistakes and the least certain hits,
-with the attention of the last block on them. Predictions are computed once, and kept in RUN/predictions.npz.
+Accuracy is that of all images and of each class, with the classes that are taken for others. Calibration says whether
+the model is right as often as its probabilities say. The pictures are the most confident mistakes and the least certain
+hits, with the attention of the last block on them. Predictions are computed once, and kept in RUN/predictions.npz.
 """
 
 import io
@@ -40,7 +40,7 @@ PREDICT = "predict the validation split"
 def predictions_of(run: TrainedRun, settings: Settings, result: Result) -> Predictions:
     """Return the predictions of the analysed weights, as `karat eval` computes them.
 
-    If the run's directory cannot be written, a note in `result` says so, and another command computes them again.
+    If the run's directory cannot be written, a note in `result` says so, and the next command computes them again.
 
     Raises:
         UserError: the run has no checkpoint, or its data cannot be read.
@@ -125,7 +125,7 @@ def confusion(predictions: Predictions) -> Counts:
 
 
 def class_figures(predictions: Predictions, matrix: Counts) -> list[list[Any]]:
-    """Return name, images, accuracy and precision in percent (None if undefined) and the commonest error by class."""
+    """Return each class's name, images, accuracy and precision in percent (None if undefined) and commonest error."""
     right, images, answers = np.diag(matrix), matrix.sum(1), matrix.sum(0)
     wrong = matrix - np.diag(right)
     rows: list[list[Any]] = []
@@ -158,7 +158,7 @@ def _draw_confusion(predictions: Predictions, matrix: Counts) -> Figure:
 
 BINS = 15
 FITS = 0.02
-"""The difference of mean probability and accuracy up to which a model counts as calibrated."""
+"""The difference between mean probability and accuracy up to which a model counts as calibrated."""
 Floats = npt.NDArray[np.float64]
 
 
@@ -166,7 +166,7 @@ class Reliability(NamedTuple):
     """The images in bins of equal width by the probability of their most probable class.
 
     counts, confidence and accuracy: [bins]; the means of a bin without images are nan. error: the expected calibration
-    error, from 0 to 1 (Guo et al., 2017): the mean gap, weighted by images. largest_gap: of a bin.
+    error, from 0 to 1 (Guo et al., 2017): the mean gap, weighted by images. largest_gap: the largest gap of a bin.
     """
 
     edges: Floats
@@ -251,7 +251,7 @@ def _draw(found: Reliability) -> Figure:
 
 SHOWN = 12
 STRENGTH = 0.55
-"""Of the attention over the picture."""
+"""The opacity of the attention over the picture."""
 
 
 def analyze_mistakes(run: TrainedRun, settings: Settings) -> Result:
@@ -279,7 +279,7 @@ def analyze_mistakes(run: TrainedRun, settings: Settings) -> Result:
 
 
 def most_telling(predictions: Predictions, hits: bool, count: int = SHOWN) -> Any:
-    """Return the places of the most confident mistakes, or of the least certain hits, in this order."""
+    """Return the places of the most confident mistakes, or of the least certain hits, the most telling one first."""
     places = np.flatnonzero(predictions.correct == hits)
     confidence = predictions.confidence[places]
     return places[np.argsort(confidence if hits else -confidence, kind="stable")[:count]]

@@ -1,4 +1,4 @@
-"""What every analysis takes and returns: settings, a visit of images by the model, and figures, numbers and tables.
+"""The settings and the result of every analysis, and the pass of its images through the model.
 
 The files of a result are figures as PNG and SVG, numbers as JSON, and arrays as npz. Each is written atomically.
 `shown.json` holds the other contents of the report, so that a later report can show them again.
@@ -35,7 +35,7 @@ class NothingToShowError(UserError):
 
 
 WORTH_TELLING = 5.0
-"""Seconds of work from which its cost is told."""
+"""From this many seconds on, the cost of work is printed."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class Settings(Options):
     """The options of `karat analyze`, and where an analysis works."""
 
     directory: Path = Path()
-    """The directory of the analysis, for what is not finished."""
+    """The directory of the analysis, for its result and for unfinished work."""
     eigenvalues: int = 3
     world: World = ALONE
     """The ranks that share the points of the landscape."""
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
     """Called with the current work, the steps done and the total number of steps."""
     tell: Callable[[str], None] = lambda text: None
-    """Called with what work will cost, before it starts."""
+    """Called with a text on the cost of the work, before it starts."""
     expect: Callable[[float], None] = lambda seconds: None
     """Called with the measured seconds of an analysis."""
 
@@ -85,11 +85,11 @@ class Drawn(NamedTuple):
 class Result:
     """One analysis of one run, or of all runs together.
 
-    numbers: values of JSON's types. arrays: the data of the figures, for npz. figures: by file name, each with a
-    caption; a figure that is a function is drawn when it is written, since very many would not fit in memory.
+    numbers: values of JSON's types. arrays: the data of the figures, for npz. figures: the figures by file name, each
+    with a caption; a figure that is a function is drawn when it is written, since very many would not fit in memory.
     galleries: pictures by title. notes: what the reader must know about this run, such as images that could not be
-    read. findings: sentences for the top of the report. svgs: of a result that was written, instead of the figures.
-    is_earlier: another command wrote it.
+    read. findings: sentences for the top of the report. svgs: the figures of a result that was read back. is_earlier:
+    whether another command wrote it.
     """
 
     numbers: dict[str, Any] = field(default_factory=dict)
@@ -103,7 +103,7 @@ class Result:
     is_earlier: bool = False
 
     def add_records(self, name: str, rows: list[list[Any]], title: str, columns: Mapping[str, str]) -> None:
-        """Add numbers, an object for each row, and a table of the same if there are rows.
+        """Add rows as numbers, with an object for each row, and as a table if there are any.
 
         columns: the names of the objects' fields, each with the head of its column.
         """
@@ -113,9 +113,9 @@ class Result:
 
 
 def say_cost(settings: Settings, what: str, count: int, seconds: float, shorter: str) -> None:
-    """Tell what work of `count` equal units costs, from the measured time of one, if it is long enough to wonder.
+    """Report what `count` equal units of work cost, from the measured time of one, if the work is long.
 
-    shorter: the options that make it shorter.
+    shorter: a text on the options that make it shorter.
     """
     settings.expect(count * seconds)
     if count * seconds > WORTH_TELLING:
@@ -149,7 +149,7 @@ SHOWN = "shown.json"
 def write_result(result: Result, fingerprint: str, settings: Settings) -> None:
     """Write NAME.png, NAME.svg, numbers.json, arrays.npz and shown.json into the directory of the settings.
 
-    fingerprint: of the analysed run; `read_written` requires the same one.
+    fingerprint: the fingerprint of the analysed run; `read_written` requires the same one.
     """
     directory = settings.directory
     make_folder(directory)

@@ -1,4 +1,4 @@
-"""The sentences at the top of the report. Each is computed from a run's figures, and says no more than they carry.
+"""The sentences at the top of the report. Each is computed from a run's figures, and says no more than they support.
 
 Intervals are at 95 %.
 """
@@ -8,9 +8,9 @@ from collections.abc import Collection, Sequence
 
 Z = 1.96
 LITTLE, MOSTLY = 0.1, 0.5
-"""Shares below the first are called little, and from the second on mostly."""
+"""Shares below the first are called "little", and shares from the second on "mostly"."""
 BENT = 0.25
-"""The share of curves in what is not constant, from which functions do more than straight lines."""
+"""From this share of curves in the energy that is not constant, functions count as more than straight lines."""
 AS_WELL = 1.0
 """Points of top-1 up to which a change of the model counts as none."""
 
@@ -21,9 +21,9 @@ def percent(share: float) -> str:
 
 
 def accuracy_sentence(top1: float, images: int, classes: int, evaluations: int = 1) -> str:
-    """Say how often a model is right, and what a test set of this size can tell (the interval of Wilson, 1927).
+    """Return a sentence on how often a model is right, with the interval for this size of test set (Wilson, 1927).
 
-    evaluations: of how many this is the chosen best one.
+    evaluations: the number of evaluations of which this is the chosen best one.
     """
     share, extra = top1 / 100, Z**2 / images
     middle = share + extra / 2
@@ -39,7 +39,7 @@ def accuracy_sentence(top1: float, images: int, classes: int, evaluations: int =
 
 
 def content_sentence(by_query: Sequence[float], by_image: Sequence[float]) -> str:
-    """Say how much of S depends on the query and on the image, from the share of its energy in each block."""
+    """Return a sentence on how much of S depends on the query and the image, from the shares of its energy by block."""
     parts = []
     for what, shares in (("query", by_query), ("image", by_image)):
         mean = sum(shares) / len(shares)
@@ -51,7 +51,7 @@ def content_sentence(by_query: Sequence[float], by_image: Sequence[float]) -> st
 
 
 def lost_points(right: Sequence[bool], changed: Sequence[bool]) -> tuple[float, float, float]:
-    """Return the loss of top-1 in points and its interval, from whether a model and a changed one are right on images.
+    """Return the loss of top-1 in points and its interval, from the hits of a model and a changed one on images.
 
     The interval is that of Agresti and Min (2005) for pairs, which also holds where the change makes no difference.
     """
@@ -63,9 +63,10 @@ def lost_points(right: Sequence[bool], changed: Sequence[bool]) -> tuple[float, 
 
 
 def constant_sentence(right: Sequence[bool], changed: Sequence[bool], by_image: float, is_all: bool = False) -> str:
-    """Say whether a constant matrix would do as well: on which images a model is right, and with each S its mean.
+    """Return a sentence on whether a constant matrix would do as well as S.
 
-    by_image: the largest share of a block's energy that depends on the image. is_all: there are no other images.
+    right: whether the model is right on each image. changed: the same with the mean in place of each S. by_image: the
+    largest share of a block's energy that depends on the image. is_all: whether these are all images of the split.
     """
     images = len(right)
     if by_image < 1e-6 and images > 1:
@@ -88,7 +89,7 @@ def constant_sentence(right: Sequence[bool], changed: Sequence[bool], by_image: 
 
 
 def functions_sentence(constant: float, line: float, curve: float) -> str:
-    """Say what the functions look like, from the parts of their energy over the scores that occur."""
+    """Return a sentence on what the functions look like, from the parts of their energy over the scores that occur."""
     total = constant + line + curve
     if line + curve < LITTLE * total:
         judged = "they hardly read the scores"
@@ -104,7 +105,7 @@ def functions_sentence(constant: float, line: float, curve: float) -> str:
 
 
 def not_shown(kinds: Collection[str], repeats_seeds: bool, has_other_tests: bool) -> list[str]:
-    """Return a sentence on what the runs cannot say, from their kinds of attention; none if there is nothing."""
+    """Return a sentence on what the runs cannot show, from their kinds of attention; none if nothing is missing."""
     absent = {
         "how much another seed would change": not repeats_seeds,
         "how softmax would do, trained the same way": "softmax" not in kinds,

@@ -1,6 +1,6 @@
 """A trained run as the analyses read it: recipe, checkpoints in order, the model at any of them, and its images.
 
-Images are chosen ones of the run's validation split, read through the run's own backend.
+Images are a selection of the run's validation split, read through the run's own backend.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,7 +35,7 @@ from karat_scale.training.weights_file import load_exported
 class ValidationImages:
     """The same images in the same order in each pass, in batches, so that memory does not grow with their number.
 
-    `bad` counts the images that could not be read, in the last pass; `total` those of the split.
+    `bad` is the number of images that could not be read in the last pass; `total` is the number of images of the split.
     """
 
     def __init__(self, recipe: Recipe, count: int, ids: Sequence[int] | None = None) -> None:
@@ -66,7 +66,7 @@ class ValidationImages:
         slices = [replace(part, sample_ids=ids[part.sample_ids]) for part in parts]
         with closing(open_backend(self._spec)) as backend:
             for batch in backend.eval_batches(slices):
-                # DALI and nvJPEG leave them on the GPU, and pictures are drawn on the host.
+                # DALI and nvJPEG leave images on the GPU, and pictures are drawn on the host.
                 batch = batch.to("cpu", non_blocking=False)
                 self.bad += len(batch.bad)
                 keep = batch.valid
@@ -95,7 +95,7 @@ class TrainedRun(OpenRun[Recipe]):
 
     @cached_property
     def shared(self) -> dict[str, Any]:
-        """What one analysis has computed for others."""
+        """Results that one analysis has computed and others use."""
         return {}
 
     @property
@@ -127,7 +127,7 @@ class TrainedRun(OpenRun[Recipe]):
 
     @property
     def data_identity(self) -> dict[str, Any]:
-        """What decides which validation images there are, and what their pixels are."""
+        """The settings that decide which validation images there are, and what their pixels are."""
         data = self.recipe.data
         facts = {key: getattr(data, key) for key in ("backend", "val_split", "decoder")}
         return {**facts, "path": absolute_path(data.path)}
@@ -136,7 +136,7 @@ class TrainedRun(OpenRun[Recipe]):
     def data_digest(self) -> str:
         """A digest that changes if the files of the validation images do; empty where there are none.
 
-        Of images that lie in no shards, it is one of the files' names, sizes and times.
+        For images that are not in shards, it covers the files' names, sizes and times.
         """
         data = self.recipe.data
         directory = dataset_directory(data.path)
@@ -161,8 +161,8 @@ class TrainedRun(OpenRun[Recipe]):
         """Return the model at a checkpoint (default: the chosen one), float32, on `device`, in evaluation mode.
 
         Args:
-            weights: instead of the run's choice.
-            implementation: of KArAt's operator, instead of the one it was trained with.
+            weights: the weights to load instead of the run's choice.
+            implementation: the implementation of KArAt's operator, instead of the one it was trained with.
 
         Raises:
             RunDirectoryError: the checkpoint is missing, damaged, of another model, without averages or not finite.
@@ -179,7 +179,7 @@ class TrainedRun(OpenRun[Recipe]):
         return model
 
     def refuse_other_classes(self, classes: Sequence[str]) -> None:
-        """Raise DataError for data whose labels number other classes than the run's, if it recorded those."""
+        """Raise DataError if the data's classes differ from those that the run recorded."""
         own = self.directory.classes()
         if own and own != tuple(classes):
             raise DataError(
@@ -226,7 +226,7 @@ class TrainedRun(OpenRun[Recipe]):
 
     @property
     def matrix_name(self) -> str:
-        """What figures call the attention matrices: "softmax", or "S" where they are learned, perhaps by a teacher."""
+        """Name of the attention matrices in figures: "softmax", or "S" if they are learned, perhaps by a teacher."""
         attention = self.recipe.attention
         return "S" if attention.learns or attention.transfer_from else "softmax"
 

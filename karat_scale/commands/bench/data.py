@@ -2,8 +2,8 @@
 
 A core's second is a second of processor time, of this process and its workers, so other processes on the machine do not
 count. Contenders run in turn over the same images: some of yours, or photo-like ones made here, in each backend's
-layout. 1.0 is a whole decode by libjpeg-turbo, with no crop, resize or batch. `python -m benchmarks.loaders` measures
-the loaders of other libraries.
+layout. A ratio of 1.0 is a whole decode by libjpeg-turbo, with no crop, resize or batch. `python -m benchmarks.loaders`
+measures the loaders of other libraries.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from karat_scale.foundation.machine import usable_cores
 from karat_scale.foundation.tables import BACKENDS, DECODERS, Files
 from karat_scale.recipe import AugmentConfig, DataConfig
 
-# How often a loader goes over the images in one go: training starts its workers once, not for each few hundred images.
+# Passes of a loader over the images in one measurement: training starts its workers once, not every few hundred images.
 PASSES = 4
-# The same where two workers are compared with one: seconds of decoding beside the tenth of a second that a start takes.
+# The same for two workers against one: they decode for seconds, and starting a worker takes a tenth of a second.
 SCALING_PASSES, SCALING_ROUNDS = 20, 2
 DESCRIPTIONS = {
     "crop": "random resized crop and flip",

@@ -5,9 +5,8 @@ trains the same model from the same weights on the same in-memory batch with the
 attention, each implementation of an operator is measured against softmax, in time and memory. Contenders run in turn,
 and ratios are medians over rounds.
 
-Interruptions are those of whole processes, as a job has them. Each round starts a new run, stops its ranks by a signal
-as a job's batch script does, starts it again, which resumes, and stops it again. Times are read from the run's own
-events.
+Interruptions stop whole processes, as in a job. Each round starts a new run, stops its ranks by a signal as a job's
+batch script does, resumes the run, and stops it again. Times are read from the run's own events.
 """
 
 import argparse
@@ -108,7 +107,7 @@ def seconds_to_first_step(model: dict[str, Any], batch: int, run_dir: Path) -> f
 
 
 def case_of(options: argparse.Namespace, tokens: int) -> Case:
-    """Return the case of the options of `add_attention_options`. One of a CPU has as many threads as they say."""
+    """Return the case of the options of `add_attention_options`. On a CPU, also set the number of threads."""
     if options.device == "cpu":
         torch.set_num_threads(options.threads)
     own = {field.name: getattr(options, field.name) for field in fields(Case) if field.name != "tokens"}
@@ -139,7 +138,7 @@ def bench_attention(options: argparse.Namespace) -> int:
 
 POLL_SECONDS = 0.05
 LIMIT_SECONDS = 600
-# Of one start of the run and its end, in seconds; the save is a part of the time before it.
+# The figures of one start of the run and its end, in seconds; the save is a part of the figure before it.
 FIGURES = {
     "to_resumed": "start to resumed",
     "to_first_step": "start to first step",
@@ -160,7 +159,7 @@ def bench_resume(options: argparse.Namespace) -> int:
     ranks, batch, recipe, overrides = options.ranks, options.batch, options.recipe, options.overrides
     fixed = ["data.backend=synthetic", f"data.synthetic_samples={64 * ranks * batch}", "log.trackers=[]"]
     fixed += ["log.every_steps=1", "checkpoint.every_minutes=null", f"train.global_batch={ranks * batch}"]
-    fixed += ["checkpoint.url=", "checkpoint.local=", "resume.from="]  # which are the user's own
+    fixed += ["checkpoint.url=", "checkpoint.local=", "resume.from="]  # so the user's own checkpoints stay as they are
     starts: dict[str, list[Start]] = {"fresh": [], "resumed": []}
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as scratch:
@@ -200,10 +199,10 @@ def bench_resume(options: argparse.Namespace) -> int:
 def start_and_stop(command: Sequence[str], directory: Path, ranks: int) -> Start:
     """Start the ranks of a run, wait for the first step, signal, and wait for the end.
 
-    Returns FIGURES; `to_resumed` of a run that is new is None, and `processor` is what all ranks used.
+    Returns FIGURES; `to_resumed` is None for a new run, and `processor` is the time that all ranks used.
 
     Raises:
-        UserError: a rank ended too early, or with another exit code than that of a save.
+        UserError: a rank ended too early, or with an exit code other than that of a save.
     """
     environment, log = dict(os.environ), directory.parent / "log"
     if ranks > 1:

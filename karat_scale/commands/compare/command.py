@@ -21,10 +21,10 @@ from karat_scale.foundation.errors import UserError, on_one_line
 from karat_scale.foundation.files import write_atomically
 
 AXES = ("steps", "samples", "hours")
-_STYLES = ("-", "--", ":")  # tell groups apart whose colours are the same
+_STYLES = ("-", "--", ":")  # for groups with the same colour
 _LONGEST = 60  # characters of a label in a legend
 Array = npt.NDArray[np.float64]
-_SHOWN_KEYS = 3  # of those that differ, on a terminal
+_SHOWN_KEYS = 3  # of the differing keys, on a terminal
 
 
 def compare_runs(
@@ -37,8 +37,8 @@ def compare_runs(
     """Compare runs over their seeds; returns the exit code.
 
     Args:
-        runs: their directories. The group of the first usable one is what the others are compared with.
-        metric: what the groups are compared by; None is top-1, or box AP of detectors.
+        runs: the runs' directories. The other groups are compared with the group of the first usable run.
+        metric: the score to compare the groups by; None is top-1, or box AP for detectors.
         match: one of MEASURES; groups that differ in it from the first one are left out.
         out: a directory for Markdown, CSV, HTML and figures.
         json_file: a file for all figures.
@@ -74,7 +74,7 @@ def compare_runs(
 
 
 def _read(paths: Sequence[str]) -> tuple[list[FinishedRun], list[str]]:
-    """Return the usable runs, each once, and a line for what is left out."""
+    """Return the usable runs, each once, and a line for each run that is left out or damaged."""
     runs: dict[Path, FinishedRun] = {}
     notes = []
     for path in paths:
@@ -173,8 +173,8 @@ def draw_curves(groups: Sequence[Group], score: str) -> dict[str, bytes]:
 def mean_and_spread(group: Group, score: str, axis: str) -> tuple[Array, Array, Array] | None:
     """Return x, mean and standard deviation (0 of a single run); None if the runs share no range of steps.
 
-    Runs are compared at equal steps, over all steps at which one of them was evaluated; a run that was not is
-    interpolated. Over hours, x is the mean of the runs' hours at those steps.
+    Runs are compared at equal steps, over all steps at which any of them was evaluated; the others are interpolated.
+    Over hours, x is the mean of the runs' hours at those steps.
     """
     evaluated = [[point for point in run.curve if score in point.scores] for run in group.runs]
     curves = [np.array([(p.step, p.samples, p.hours, p.scores[score]) for p in own]) for own in evaluated if own]

@@ -1,7 +1,7 @@
-"""The comparison of groups of runs that differ by their seed alone, as tables and as plain data.
+"""The comparison of groups of runs that differ only by their seed, as tables and as plain data.
 
-Each group has a spread over seeds, and differences from the first group. These are paired by seed, and come with the
-keys in which the groups differ and with what may be said.
+Each group has a spread over seeds, and differences from the first group. Differences are paired by seed, and come with
+the keys in which the groups differ and with a verdict.
 """
 
 import json
@@ -23,7 +23,7 @@ from karat_scale.recipe.loading import effects, flatten, setting_text
 _MOST_KEYS = 3  # in a label
 _SEED = re.compile(r"[-_.]?seed[-_=]?\d+$")  # at the end of a directory's name
 _SAME_RESULT = (Effect.NOTHING, Effect.SPEED)
-_PLACES = ("data.path", "resume.from")  # mostly of the same data, or of a start with the same seed
+_PLACES = ("data.path", "resume.from")  # mostly other paths of the same data, or of a start with the same seed
 _BUDGET_NAMES = {
     "steps": "steps",
     "epochs": "epochs",
@@ -60,8 +60,8 @@ class Group:
 def group_runs(runs: Sequence[FinishedRun]) -> tuple[list[Group], list[str]]:
     """Return the groups in the order of their first runs, and a line for each run that repeats another's seed.
 
-    Runs with one recipe but another budget, such as another `train.max_steps` or other data, are other groups. Where
-    runs of one recipe and seed differ in one of `_PLACES`, it is of something else, and separates all runs.
+    Runs with the same recipe but another budget, such as another `train.max_steps` or other data, form other groups. If
+    runs with the same recipe and seed differ in one of `_PLACES`, that key separates all runs.
     """
     alike: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
@@ -83,7 +83,7 @@ def group_runs(runs: Sequence[FinishedRun]) -> tuple[list[Group], list[str]]:
 
 
 def separating(recipe: RunRecipe, also: Collection[str] = ()) -> dict[str, Any]:
-    """Return the keys of a recipe that put runs into different groups: what changes the model, and `also`."""
+    """Return the keys of a recipe that put runs into different groups: those that change the model, and `also`."""
     known = effects(type(recipe))
     return {
         key: value
@@ -114,7 +114,7 @@ def _number(value: Any) -> str:
 
 
 def _labels(groups: Sequence[Group]) -> list[str]:
-    """Return a name for each group: the first that differs in all groups, of those that its first run offers."""
+    """Return a name for each group: the first kind of name of its first run that differs in all groups."""
     keys = dict.fromkeys(key for group in groups for key in differing_settings(groups[0], group))
     names = [group.runs[0].recipe.run.name for group in groups]
     if len(groups) == len(groups[0].runs) == 1:
@@ -130,7 +130,7 @@ def _labels(groups: Sequence[Group]) -> list[str]:
 
 
 def _seeds(numbers: Collection[int]) -> str:
-    """The seeds of some runs, so that seed 0 does not look like none."""
+    """Return the seeds of some runs as text, in which seed 0 does not look like none."""
     return f"{'seed' if len(numbers) == 1 else 'seeds'} {', '.join(map(str, numbers))}" if numbers else "none"
 
 
@@ -148,7 +148,7 @@ _SAME = 1e-9  # differences of figures with a few decimal places are equal withi
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean, standard deviation (of a sample) and t interval of the mean; of one value there is only the mean."""
+    """Mean, standard deviation (of a sample) and t interval of the mean; for one value there is only the mean."""
 
     count: int
     mean: float
@@ -162,10 +162,10 @@ class Difference:
     """Another group minus the first one, paired by seed.
 
     Attributes:
-        seeds: those that both groups have.
-        p: of the two-sided paired t-test.
+        seeds: the seeds that both groups have.
+        p: the p-value of the two-sided paired t-test.
         adjusted: p after Holm's correction for all groups that are compared with the first.
-        verdict: what may be said.
+        verdict: the statement that the runs support.
         is_shown: whether the runs support that there is a difference.
     """
 
@@ -250,14 +250,14 @@ class Pair:
 
     @property
     def verdict(self) -> str:
-        """What may be said of the difference."""
+        """The verdict on the difference, with a remark if the budgets differ."""
         verdict = self.difference.verdict
         return f"{verdict}, but the budgets differ" if self.difference.is_shown and self.budgets else verdict
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups of runs, compared by the last value of one score; `match` names what is about equal in all of them."""
+    """Groups of runs, compared by the last value of one score; `match` names the measure that is about equal in all."""
 
     score: str
     groups: list[Group]
@@ -266,12 +266,12 @@ class Comparison:
 
     @property
     def measure(self) -> str:
-        """What the pairs are compared by."""
+        """The measure that the pairs are compared by."""
         return f"last_{self.score}"
 
     @property
     def warnings(self) -> list[str]:
-        """A line for each group whose budget is not the first one's."""
+        """A line for each group whose budget differs from the first one's."""
         first = self.groups[0].label
         return [f"{first} and {pair.group.label}: {'; '.join(pair.budgets)}" for pair in self.pairs if pair.budgets]
 
@@ -322,7 +322,7 @@ class Comparison:
     def tables(self, keys: int | None = None) -> list[Table]:
         """Return the tables, with at most `keys` of the differing keys of a pair.
 
-        What single runs do not have, such as intervals over seeds, is no column.
+        Columns that are empty for single runs, such as intervals over seeds, are left out.
         """
         tables = []
         for table in (self._groups(), *([self._differences(keys)] if self.pairs else [])):
@@ -441,7 +441,7 @@ def compare_groups(
 
 
 def _shown(title: str, values: Sequence[float]) -> Spread:
-    """Return the spread of a measure with this title. An interval of percent ends at 0 and 100."""
+    """Return the spread of a measure with this title. An interval of percentages is cut at 0 and 100."""
     one = spread(values)
     if "%" in title and one.low is not None and one.high is not None:
         one = replace(one, low=max(one.low, 0.0), high=min(one.high, 100.0))

@@ -1,4 +1,4 @@
-"""A finished run as `karat compare` sees it: its recipe, its budget, its scores and how they rose."""
+"""A finished run as `karat compare` sees it: its recipe, its budget, its scores and their curves."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +72,7 @@ SCORES = {
     "box_ap": Measure("box AP, %", 2),
     "mask_ap": Measure("mask AP, %", 2),
 }
-CHOOSING = ("top1", "mask_ap")  # the best evaluation is that with the highest
+CHOOSING = ("top1", "mask_ap")  # the best evaluation has the highest of these
 MEASURES = {
     **{
         f"{which}_{name}": Measure(title.format(row.title), row.digits)
@@ -87,7 +87,7 @@ MEASURES = {
 
 
 class Budget(NamedTuple):
-    """How long a run trained, on which data, and on how many test images it was evaluated."""
+    """The length of a run's training, its data, and the number of test images."""
 
     steps: int
     epochs: float | None
@@ -113,8 +113,8 @@ class FinishedRun:
     Attributes:
         values: a figure for each of `MEASURES` that the run has.
         curve: the evaluations, by step.
-        machine: what it trained on, last.
-        damage: what was skipped in the run's files; empty if nothing was.
+        machine: the machine that it trained on last.
+        damage: a line on what was skipped in the run's files; empty if nothing was.
     """
 
     path: Path
@@ -170,7 +170,7 @@ def read_run(path: str) -> FinishedRun:
     """Read a run from its own files.
 
     Raises:
-        UserError: it is no run, or an unfinished, a damaged or a changed one.
+        UserError: it is not a run, or it is unfinished, damaged or changed.
     """
     directory = RunDirectory(path)
     is_detector = directory.command == "detect"
@@ -215,7 +215,7 @@ def read_run(path: str) -> FinishedRun:
 def _last_and_best(path: str, curve: tuple[Point, ...], best_step: int, summary: dict[str, Any]) -> dict[str, float]:
     """Return the scores of the last and of the best evaluation, after checking that the summary agrees.
 
-    The best one of a run that branched from another may be the other's: then it has no loss here.
+    If a run branched from another, the best evaluation may be the other run's: then it has no loss here.
     """
     if not curve:
         raise RunDirectoryError(f"{path}: metrics.jsonl has no evaluation of this run; put back the file")
@@ -235,8 +235,8 @@ def _last_and_best(path: str, curve: tuple[Point, ...], best_step: int, summary:
 def _curve(events: list[_Event], scores: tuple[str, ...]) -> tuple[tuple[Point, ...], float]:
     """Return the evaluations and the hours of work.
 
-    A start that went back to an earlier step takes back what came after that step. The time between two starts is no
-    work; the steps that were repeated are.
+    A start that went back to an earlier step drops the evaluations after that step. The time between two starts does
+    not count as work; repeated steps do.
     """
     points: dict[int, Point] = {}
     seconds = 0.0

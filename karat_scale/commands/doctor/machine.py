@@ -1,7 +1,7 @@
-"""What this machine has: Python and its libraries, GPUs, cores, memory, limits; and how to get what is missing.
+"""Checks of this machine: Python and its libraries, GPUs, cores, memory, limits; and how to get what is missing.
 
-It includes a trial of each part: each implementation of KArAt attends over a few tokens, and each decoder reads a JPEG.
-This module imports no library at its top: a missing one is a finding, not a crash.
+They include trials: each implementation of KArAt attends over a few tokens, and each decoder reads a JPEG. This module
+imports no library at its top: a missing one is a finding, not a crash.
 """
 
 import importlib
@@ -75,7 +75,7 @@ def driver_version() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):  # it is not there, or hangs as a card does
+    except (OSError, subprocess.TimeoutExpired):  # it is not installed, or hangs because of a card
         return None
     lines = done.stdout.split()
     return lines[0] if done.returncode == 0 and lines else None
@@ -85,7 +85,7 @@ def no_gpu(driver: str | None, cuda: str | None) -> Finding:
     """Return why torch sees no GPU, and what helps.
 
     Args:
-        driver: its version, or None where there is none.
+        driver: the driver's version, or None if there is none.
         cuda: the version that torch is built for, or None in a build for CPUs.
     """
     if not driver:
@@ -113,7 +113,7 @@ def no_gpu(driver: str | None, cuda: str | None) -> Finding:
 
 DISTRIBUTION = "karat-scale"
 
-# In a bare clone, whose needs are not recorded.
+# The libraries needed in a bare clone, which has no record of them.
 LIBRARIES = ("torch", "torchvision", "timm", "deepspeed", "numpy", "pillow", "pydantic", "pyyaml", "webdataset")
 
 
@@ -253,7 +253,7 @@ def _examine_cores() -> Finding:
 
 
 def examine_cache(directory: Path) -> Finding:
-    """Check that compiled kernels can be stored there."""
+    """Check that compiled kernels can be stored in a directory."""
     fix = "compiled kernels cannot be stored: set KARAT_CACHE_DIR to a writable directory"
     if not is_writable(directory):
         return found("cache", f"{directory} cannot be written", fix, path=str(directory), writable=False)
@@ -335,7 +335,7 @@ def examine_decoders() -> Iterator[Finding]:
 
 
 def examine_machine() -> list[Finding]:
-    """Yield the findings about software, GPUs and resources. Raises nothing, whatever is missing."""
+    """Return the findings about software, GPUs and resources. Raises nothing, whatever is missing."""
     examinations = {
         "libraries": examine_libraries,
         "extras": examine_extras,

@@ -1,4 +1,4 @@
-"""Train a recipe on the machine: whether it fits, then a short timed run that shows what limits its speed."""
+"""Check whether a recipe fits the machine, then find what limits its speed in a short timed run."""
 
 import os
 import shutil
@@ -46,7 +46,7 @@ from karat_scale.training.trainer import silent_trainer
 class Subject:
     """The subject of the checks: the recipe, this rank's world, its micro batch, and the model's trainable scalars.
 
-    frozen: its other scalars.
+    frozen: the number of the model's other scalars.
     """
 
     recipe: Recipe
@@ -86,7 +86,7 @@ def examine_data(subject: Subject, backend: Backend) -> Iterator[Finding]:
 
 
 def stays_cached(files: loading.DataFiles | None) -> bool:
-    """Report whether the available memory holds all the data."""
+    """Return whether the available memory holds all the data."""
     return files is None or files.total_bytes < machine.cache_memory()
 
 
@@ -147,7 +147,7 @@ def examine_run_directory(subject: Subject) -> Iterator[Finding]:
         return
     yield _occupied(recipe, directory)
     checkpoint = recipe.checkpoint
-    kept = checkpoint.keep_last + checkpoint.keep_best + 1 + bool(checkpoint.url)  # one that is copied may stay longer
+    kept = checkpoint.keep_last + checkpoint.keep_best + 1 + bool(checkpoint.url)  # a copied checkpoint may stay longer
     one = subject.checkpoint_bytes
     free = shutil.disk_usage(machine.nearest_existing(directory.path)).free
     text = f"{kept} checkpoints of {gigabytes(one)} (one of them while it is written)"
@@ -200,8 +200,10 @@ STEP_SHARE = 1 / 12
 
 @dataclass(frozen=True)
 class Figures:
-    """The measurements. micro_batch and global_batch: the timed ones, smaller than the recipe's if a step would have
-    taken too long. transfer, model: seconds of one micro batch. optimizer: of one step.
+    """The measurements.
+
+    micro_batch, global_batch: the timed batches, smaller than the recipe's if a step would have taken too long.
+    transfer, model: seconds of one micro batch. optimizer: seconds of one step.
     """
 
     subject: Subject
@@ -242,7 +244,7 @@ class Figures:
         return rates
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain data."""
         return {
             "stages": {stage: {"images_per_second": round(rate, 2)} for stage, rate in self.rates.items()},
             "storage": asdict(self.storage) if self.storage else None,
@@ -269,7 +271,7 @@ def time_recipe(subject: Subject, model: nn.Module, num_train: int, seconds: flo
             found_here = loading.measure_storage(paths, block, readers, budget["storage"], world.rank)
             storage = min(world.gather(found_here), key=lambda speed: speed.random)
     with report.busy("timing decoding and augmentation"):
-        # A stream's samples have no ids, and it may say that there are very many.
+        # A stream's samples have no ids, and their stated number may be very large.
         ids = np.arange(1) if recipe.data.is_stream else loading.sampled_ids(num_train, recipe.run.seed)
         if files is not None and not files.paths:  # at a URL, consecutive images need few requests
             ids = np.arange(len(ids))
@@ -302,8 +304,8 @@ def timed_batch(
 ) -> tuple[int, int]:
     """Return (global batch, micro batch) of which several steps fit into `seconds`: the given ones, or smaller ones.
 
-    image_seconds: of forward and backward over one image on one rank. A micro batch that shrinks stays even, as mixing
-    needs it.
+    image_seconds: the seconds of forward and backward over one image on one rank. A micro batch that shrinks stays
+    even, as mixing needs pairs.
     """
     part, images = global_batch // world_size, int(STEP_SHARE * seconds / image_seconds)
     if images >= part:
@@ -356,7 +358,7 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def _fit(subject: Subject, report: Report) -> int | None:
-    """Report whether the recipe fits; return the number of training images, or None if there is no use in timing."""
+    """Report whether the recipe fits; return the number of training images, or None if it cannot be timed."""
     backend: Backend | None = None
 
     def data() -> Iterable[Finding]:

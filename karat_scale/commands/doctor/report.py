@@ -129,9 +129,9 @@ WORTH_A_WORKER = 0.15
 class Setting:
     """The settings on which the advice depends.
 
-    workers: that make the images, none of generated ones. worker_rate: images a second of one worker process on a core
-    of its own. cores: that one rank may use. has_bf16: whether the device computes in bf16.
-    stays_cached: whether all data stays in the page cache after the first epoch.
+    workers: the number of workers that make the images, 0 for generated images. worker_rate: images a second of one
+    worker process on a core of its own. cores: the number of cores that one rank may use. has_bf16: whether the device
+    computes in bf16. stays_cached: whether all data stays in the page cache after the first epoch.
     """
 
     recipe: "Recipe"
@@ -153,7 +153,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Verdict:
-    """bound: the stage for which training waits. data_rate and device_rate: images per second of the two sides."""
+    """The stage `bound` that training waits for, and the images per second of its two sides, data and device."""
 
     bound: Stage
     data_rate: float
@@ -163,7 +163,7 @@ class Verdict:
 
 
 def judge(rates: Mapping[Stage, float], setting: Setting) -> Verdict:
-    """Decide from the images per second of each stage by itself, over all ranks.
+    """Find the stage that limits training, from the images per second of each stage by itself, over all ranks.
 
     Reading runs at the same time as decoding and, if there are workers, as the device. A worker decodes and augments in
     turn, and the device's stages run in turn. Without workers, all of them run in turn.

@@ -1,7 +1,7 @@
-"""`karat eval`: a checkpoint on its run's validation split or on another test set, on any number of processes.
+"""`karat eval`: evaluate a checkpoint on its run's validation split or another test set, on any number of processes.
 
 `--on DIR`, `--labels FILE` and `--corrupt` name other test sets; their results are kept with the run. Each image counts
-once on any number of ranks. The validation split is evaluated whatever the run's task is.
+once on any number of ranks. The validation split can be evaluated for any task.
 """
 
 import hashlib
@@ -123,10 +123,10 @@ class Request:
 
     Args:
         on: a directory or a URL; None is the run's own validation split.
-        split: of the directory; "" chooses.
+        split: the split of the directory; "" chooses one.
         labels: a file of other labels.
-        corrupt: names of corruptions, "all", or None. severity: of them; None for all.
-        name: under which the result is kept; "" takes the directory's.
+        corrupt: names of corruptions, "all", or None. severity: the severities of the corruptions; None for all.
+        name: the name under which the result is kept; "" takes the directory's.
     """
 
     on: str | None
@@ -143,7 +143,7 @@ def evaluate_on(
     """Evaluate a checkpoint on another test set, print its scores and keep them; returns the exit code.
 
     Raises:
-        UserError: no such run, checkpoint or test set, or one that does not fit the run.
+        UserError: no such run, checkpoint or test set, or a test set that does not fit the run.
     """
     run = OpenRun.at(run_dir, Recipe, overrides, weights, checkpoint)
     recipe, classes = run.recipe, run.directory.classes()
@@ -185,7 +185,7 @@ def evaluate_on(
     if world.is_main:
         try:
             keep_evaluation(run.path, done)
-        finally:  # a directory that takes nothing must not cost the scores
+        finally:  # the scores are printed even if the directory cannot be written
             print(printable(f"{run.path} {run.chosen} ({done.weights} weights) on {done.name}: {done.text}"))
             write_json(json_file, {"run": str(run.path), **done.model_dump()})
         print(f"kept in {evaluation_file(run.path, done.name)}")
@@ -194,7 +194,7 @@ def evaluate_on(
 
 @dataclass(frozen=True)
 class _Work:
-    """What a pass over the test set needs."""
+    """The parts that a pass over the test set needs."""
 
     run: OpenRun[Recipe]
     forward: Callable[[Tensor], Tensor]
@@ -207,8 +207,9 @@ class _Work:
         """Return the predictions for the images, each changed by `change`. Collective.
 
         Args:
-            what: names the progress.
-            passes: the number of passes, of which this is the first; their total time is told after two batches.
+            what: the name of the work in the progress.
+            passes: the number of passes, of which this is the first; their expected total time is printed after two
+                batches.
         """
         among, images = self.test_set.among, len(self.test_set)
         load = load_test_set(self.test_set, self.run.recipe, change)
@@ -239,7 +240,7 @@ def _plain(work: _Work, empty: Evaluation, labels_file: str | None) -> Evaluatio
 
 
 def _corrupted(work: _Work, run: Path, empty: Evaluation, request: Request) -> Evaluation:
-    """Evaluate each corruption at each severity. Each result is kept at once, so a stopped command goes on there."""
+    """Evaluate each corruption at each severity. Each result is kept at once, so a stopped command resumes there."""
     names = chosen_corruptions(request.corrupt or ())
     earlier = work.world.on_main(lambda: read_evaluation(evaluation_file(run, empty.name)))
     found = dict(earlier.corruptions) if earlier and earlier.identity == empty.identity else {}
@@ -302,7 +303,7 @@ def _begun(run: OpenRun[Recipe], request: Request, where: Path | str, split: str
 
 
 def _name_of(place: str, request: Request, split: str) -> str:
-    """Return the name of an evaluation: its place's, "" for the run's own data, and what is done with it."""
+    """Return the name of an evaluation, from its place ("" for the run's own data) and the options."""
     base = "val"
     if place:
         whole = Path(place)

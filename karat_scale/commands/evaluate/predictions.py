@@ -1,4 +1,4 @@
-"""What evaluations leave on disk: the predictions for each image of a set, and the results on other test sets.
+"""The files that evaluations write: the predictions for each image of a set, and the results on other test sets.
 
 Predictions are one npz file, with all that scores and reports need of them. Results are in the run's directory, as
 evaluations/NAME.json. `karat status` reads these, too, so this module imports nothing heavy.
@@ -21,7 +21,7 @@ from karat_scale.foundation.files import make_folder, open_to_read, parse_json, 
 from karat_scale.foundation.tables import CORRUPTIONS
 
 KEPT = 10
-"""The most probable classes of an image that are kept."""
+"""The number of an image's most probable classes that are kept."""
 _ARRAYS = ("ids", "labels", "top_labels", "top_probabilities", "losses")
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
@@ -31,9 +31,10 @@ Integers = npt.NDArray[np.int64]
 class Predictions:
     """The predictions for the n images of a set that could be read, in the order of their ids.
 
-    ids, labels: [n]. top_labels, top_probabilities: [n, k], the most probable classes, the first one first. losses:
-    [n], minus the logarithm of the label's probability. bad: the images that could not be read. classes: names in the
-    order of the labels. identity: of the weights, the preprocessing and the data; equal texts mean equal predictions.
+    ids, labels: [n]. top_labels, top_probabilities: [n, k], the most probable classes, the most probable first. losses:
+    [n], minus the logarithm of the label's probability. bad: the number of images that could not be read. classes:
+    names in the order of the labels. identity: a digest of the weights, the preprocessing and the data; equal texts
+    mean equal predictions.
     """
 
     ids: Integers
@@ -91,7 +92,7 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
 
 
 def read_predictions(path: Path, identity: str) -> Predictions | None:
-    """Read what was kept with an identity that begins so. None if it is missing, damaged or of another identity."""
+    """Read predictions whose identity begins with `identity`. None if missing, damaged or of another identity."""
     try:
         with open_to_read(path) as file, np.load(file, allow_pickle=False) as content:
             facts = json.loads(str(content["facts"]))
@@ -111,13 +112,14 @@ class Evaluation(BaseModel):
     """The scores of one checkpoint on one test set.
 
     Args:
-        name: of the set; its file has this name.
+        name: the name of the evaluation and of its file.
         source: the directory, and the file of other labels if there is one.
-        identity: of the weights, the preprocessing and the data; equal texts mean equal scores.
-        images: counted, each once. unreadable: could not be read. unmatched: classes that the run does not have, and
-            left_out: their images.
-        among: the number of classes between which the model chose, of classes.
-        top1: percent; of corrupted copies the mean over all corruptions and severities, and None while one is missing.
+        identity: a digest of the weights, the preprocessing and the data; equal texts mean equal scores.
+        images: the number of images, each counted once. unreadable: the number that could not be read. unmatched: the
+            classes that the run does not have. left_out: the number of their images.
+        among: the number of classes between which the model chose, out of `classes`.
+        top1: in percent; for corrupted copies the mean over all corruptions and severities, or None while one is
+            missing.
         corruptions: top-1 by corruption and severity.
     """
 

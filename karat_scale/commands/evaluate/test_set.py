@@ -44,11 +44,11 @@ _WNID = re.compile(r"n\d{8}")
 
 
 def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None]:
-    """Return the label of each of their classes among ours; None of one that is not there.
+    """Return the label of each of their classes among ours; None for a class that we do not have.
 
-    Equal names match first. Others are compared without case, with accents spelled alike and underscores as spaces,
-    where that names one class alone on both sides. WordNet ids and the names of ImageNet-1K's classes stand for each
-    other. Where all of their names are numbers, as in ImageNet-V2, they are the labels themselves, unless ours are
+    Equal names match first. Other names are compared without case, with one spelling of accents and underscores as
+    spaces, if that names only one class on both sides. WordNet ids and the names of ImageNet-1K's classes stand for
+    each other. If all of their names are numbers, as in ImageNet-V2, they are the labels themselves, unless ours are
     numbers, too.
     """
     if list(theirs) == list(ours):
@@ -65,7 +65,7 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None
 
 
 def wnid_of(name: str) -> str:
-    """Return the WordNet id of a class of ImageNet-1K, given that id or a name; "" of another class."""
+    """Return the WordNet id of a class of ImageNet-1K, given that id or a name; "" for another class."""
     return name if _WNID.fullmatch(name) else _wnids_by_name().get(_plain(name), "")
 
 
@@ -106,15 +106,16 @@ Split = ShardSplit | BetonSplit | FolderSplit
 SPLITS = ("val", "test", "validation", "valid", "train")
 """The names of splits, in the order in which one is chosen."""
 Change = Callable[[Pixels, int], Pixels]
-"""Takes the pixels [H, W, 3] that the model would see of a sample, and its id; returns others."""
+"""Takes a sample's pixels [H, W, 3], as the model would see them, and its id; returns the changed pixels."""
 
 
 @dataclass(frozen=True)
 class TestSet(ImageSource):
     """Images whose labels are the run's. See ImageSource.
 
-    classes: the run's. among: the run's labels of the set's classes. unmatched: the set's classes that the run does not
-    know, and left_out: the number of their images, which are not in the set. turns: pictures are turned upright.
+    classes: the run's classes. among: the run's labels of the set's classes. unmatched: the set's classes that the run
+    does not know. left_out: the number of their images, which are not in the set. turns: whether pictures are turned
+    upright.
     """
 
     __test__ = False  # pytest would take the class for tests
@@ -166,9 +167,9 @@ def open_test_set(
     """Open a directory, or shards at a URL, for a run with these classes.
 
     Args:
-        split: "" chooses the first of val, test, validation, valid and train that is there.
+        split: the split; "" chooses the first of val, test, validation, valid and train that is there.
         use: how samples at a URL are used; a directory's file system must answer within its timeout, too.
-        as_stored: pictures in folders are not turned, as in training; else they are, as data_prep turns them.
+        as_stored: whether pictures in folders stay as stored, as in training; else they are turned as by data_prep.
 
     Raises:
         DataError: there are no images, or the run knows none of their classes.
@@ -196,7 +197,7 @@ def open_test_set(
 
 
 def packed_splits(directory: Path | str, use: RemoteUse) -> dict[str, Callable[[], Split]] | None:
-    """Return what opens each split of shards or of betons; None where neither is. Raises DataError."""
+    """Return functions that open each split of shards or of betons; None if there are neither. Raises DataError."""
     if isinstance(directory, str) or (directory / DATASET_FILE).is_file():
         splits = read_dataset_record(directory, use.timeout).splits
         names = [name for name, split in splits.items() if split.samples]
@@ -228,7 +229,7 @@ def _open(directory: Path | str, split: str, use: RemoteUse) -> Split:
 def load_test_set(
     test_set: ImageSource, recipe: Recipe, change: Change | None = None
 ) -> Callable[[Iterable[BatchSlice]], OrderedLoader]:
-    """Return what makes batches of slices of a test set, as evaluation does, with each image changed by `change`."""
+    """Return a function that makes evaluation batches of slices of a test set, with each image changed by `change`."""
     data = recipe.data
     decoder = make_decoder(data, recipe.augment.interpolation)
     if change is not None:  # what it compiles at its first call is then there in each worker
@@ -259,14 +260,14 @@ Accepted = frozenset[int]
 
 
 class OtherLabels:
-    """For each image a set of labels that count as right. An image without any does not count.
+    """A set of labels that count as right, for each image. An image without labels does not count.
 
     The file is a JSON list, as ReaL's: the labels of ILSVRC2012_val_00000001 first, numbered as in ImageNet-1K. Or it
     is an object from an image's name, without its suffix, to a class or a list of classes: names, WordNet ids or
     numbers of the run's labels.
 
     Raises:
-        DataError: the file is not like that.
+        DataError: the file is neither of these.
     """
 
     def __init__(self, file: Path, classes: Sequence[str]) -> None:
@@ -288,7 +289,7 @@ class OtherLabels:
             labels = dict(zip(names, match_classes(names, classes), strict=True)) | dict(enumerate(range(len(classes))))
         self._accepted: dict[int | str, Accepted] = {}
         self.unknown: list[str] = []
-        """Its labels that the run does not have; not of a list, which has ImageNet's."""
+        """The file's labels that the run does not have; empty for a list, which has ImageNet's labels."""
         for key, entry in entries.items():
             if not isinstance(entry, list) or not all(isinstance(one, int | str) for one in entry):
                 raise DataError(f"--labels {file}: {str(entry)[:60]!r} should be a list of labels")
@@ -356,7 +357,7 @@ class Corruption:
         """Return the corrupted pixels [H, W, 3] of a sample."""
         library = _library()
         seed = zlib.crc32(f"{self.name} {self.severity} {sample_id}".encode())
-        before = np.random.get_state()  # the library draws from it, where it takes no seed
+        before = np.random.get_state()  # corruptions that take no seed draw from it
         np.random.seed(seed)
         try:
             corruption = library.corruption_dict[self.name]

@@ -1,4 +1,4 @@
-"""`karat export`: choose the weights, the format and the output path, and write what others load.
+"""`karat export`: choose the weights, the format and the output path, and write files that other tools load.
 
 timm loads folders: one is minimal, the other is for a model hub, with a README.md that says what the model is, how it
 was trained, and how to load and check it. That folder is uploaded to the Hugging Face hub, or to the server that
@@ -53,7 +53,7 @@ class Source:
 
     @cached_property
     def model(self) -> Any:
-        """Return the model with its weights, fp32, in evaluation mode; of a student, without its teacher."""
+        """Return the model with its weights, fp32, in evaluation mode; a student comes without its teacher."""
         return self._with_weights(create_model(self.run.recipe.model, self.run.recipe.attention))
 
     @cached_property
@@ -108,7 +108,7 @@ def push_folder(folder: Path, repository: str, private: bool) -> str:
     """Upload all files in one commit. Returns the repository's address.
 
     Args:
-        private: make it private if there is none yet; else it is as its owner's are.
+        private: whether a new repository is private; else its owner's default applies.
 
     Raises:
         UserError: the hub refuses it or cannot be reached; the same command tries again.
@@ -316,8 +316,8 @@ def export_run(
         weights: raw, ema, or both. For both, a run without EMA exports only raw.
         out: for one kind of weights, the file with its format's suffix, or the folder; else a directory. A directory
             has no suffix, exists already, or ends with a slash. The default is the run's own.
-        push: USER/NAME of a repository on the hub, which gets the folder for it; without `out` it stays there alone.
-        private: a repository that is made for it is not public.
+        push: USER/NAME of a repository on the hub, to which a hub-folder is uploaded; without `out`, it is only there.
+        private: whether a new repository is private.
 
     Raises:
         UserError: the run or checkpoint is missing or damaged, has no EMA, or the output cannot be written.
@@ -381,7 +381,7 @@ _NEEDS = ("onnx", "onnxscript", "onnxruntime")
 
 
 def write_onnx(source: Source, path: Path) -> str:
-    """Write float32 `images` [batch, 3, S, S], normalised, to `logits` [batch, classes] for any batch.
+    """Write a graph from float32 `images` [batch, 3, S, S], normalised, to `logits` [batch, classes], for any batch.
 
     The metadata is in its `metadata_props`. Returns a note on what was checked with onnxruntime.
 

@@ -1,7 +1,7 @@
-"""Look at data: `karat show` draws one global batch as training sees it, `karat data` what a data set holds.
+"""Look at data: `karat show` draws one global batch as training sees it, `karat data` shows what a data set holds.
 
-Counts of a data set are of all images; sizes, kinds, colours and oddities are of a sample of them. What cannot be
-decoded is found among all images of a small data set. Its page opens offline and escapes every text.
+Counts cover all images of a data set; sizes, kinds, colours and oddities cover a sample. In a small data set, all
+images are decoded to find those that cannot be. The page opens offline and escapes every text.
 """
 
 import io
@@ -53,7 +53,7 @@ class ShownBatch:
         targets: float [b, classes].
         places: where each image is stored.
         bad: images that could not be read, and were replaced.
-        least: what label smoothing gives to every class.
+        least: the weight that label smoothing gives to every class.
     """
 
     images: npt.NDArray[np.uint8]
@@ -65,7 +65,7 @@ class ShownBatch:
 
     @classmethod
     def of(cls, task: ClassificationTask, micro_batches: Iterable[tuple[Batch, Tensor, Tensor]]) -> "ShownBatch":
-        """Return micro batches, each with its normalised images [b, 3, H, W] and its targets."""
+        """Return the batch of these micro batches, each with its normalised images [b, 3, H, W] and its targets."""
         augment = task.recipe.augment
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (augment.mean, augment.std))
         locate = getattr(task.backend, "locate", None)
@@ -103,9 +103,9 @@ def show_batch(recipe: str, overrides: Sequence[str], step: int, images: int, ou
     """Draw the images of a training step into a PNG, and list them; returns the exit code.
 
     Args:
-        step: counted from 1; what `karat train` logs as this step.
-        images: at most this many.
-        out: the PNG; beside the run's directory if None.
+        step: the step, counted from 1 as `karat train` logs it.
+        images: the largest number of images.
+        out: the PNG; next to the run's directory if None.
 
     Raises:
         UserError: the recipe, its data or the step is not right, or the file cannot be written.
@@ -163,7 +163,7 @@ def draw(shown: ShownBatch) -> bytes:
 
 @dataclass
 class SplitFacts:
-    """What a split holds."""
+    """The contents of a split."""
 
     name: str
     images: int
@@ -179,7 +179,7 @@ class SplitFacts:
 
     @property
     def per_each(self) -> str:
-        """The numbers of images that a class has."""
+        """The number of images of a class, or the range of these numbers."""
         fewest, most = min(self.per_class.values()), max(self.per_class.values())
         return str(most) if fewest == most else f"{fewest} to {most}"
 
@@ -215,9 +215,9 @@ _AT_ONCE = 32  # encoded images in memory
 
 
 def examine(name: str, split: Split, most: int, decodes_all: bool) -> SplitFacts:
-    """Return what a split holds, from all labels, a sample of at most `most` images, and these or all decoded.
+    """Return the contents of a split, from all labels and from a sample of at most `most` images.
 
-    Raises DataError.
+    It decodes the sample, or all images if `decodes_all`. Raises DataError.
     """
     counts = np.bincount(split.labels, minlength=len(split.classes)).tolist()
     per_class = dict(zip(map(printable, split.classes), counts, strict=True))
@@ -295,8 +295,8 @@ def look_at_data(path: str, images: int, classes: int, out: str, json_file: str 
     """Print what a data set holds and write an HTML page; returns the exit code.
 
     Args:
-        images: of each split whose sizes are read; in a small data set, all are decoded.
-        classes: of which the page has pictures.
+        images: the number of images of each split whose sizes are read; in a small data set, all are decoded.
+        classes: the number of classes of which the page has pictures.
 
     Raises:
         DataError: there is no data set at the path, or it is damaged.
@@ -328,7 +328,7 @@ def look_at_data(path: str, images: int, classes: int, out: str, json_file: str 
 
 
 def open_splits(directory: Path | str) -> dict[str, Callable[[], Split]]:
-    """Return what opens each split of shards, betons or an image folder. Raises DataError."""
+    """Return functions that open each split of shards, betons or an image folder. Raises DataError."""
     if (packed := packed_splits(directory, RemoteUse())) is not None:
         return packed
     directory = Path(directory)

@@ -1,1 +1,1 @@
-"""What `karat bench`, `karat doctor` and `karat plan` measure, each in one place."""
+"""The measurements of `karat bench`, `karat doctor` and `karat plan`, each in one place."""

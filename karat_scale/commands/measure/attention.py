@@ -28,7 +28,7 @@ TOKENS, HEAD_WIDTH = 197, 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SDPA, SOFTMAX = "sdpa", "softmax"
 
-# Of query, key and value. A module has parameters, too.
+# A function of query, key and value. A module has parameters, too.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -107,7 +107,7 @@ def passes(attend: Attend, inputs: Sequence[Tensor]) -> tuple[Callable[[], None]
 
 
 def waiting(run: Callable[[], None], device: str) -> Callable[[], None]:
-    """Return `run`, after which the device is waited for."""
+    """Return a function that calls `run` and then waits for the device."""
 
     def waited() -> None:
         run()
@@ -124,8 +124,8 @@ def forward_backward(name: str, case: Case) -> Callable[[], None]:
 def peak_memory(name: str, case: Case) -> float:
     """Return the peak of extra megabytes of a contender's call, in a process of its own.
 
-    A small call before loads and builds all it needs. On CUDA this is the allocator's peak; on the CPU the peak of the
-    resident set (Linux).
+    A small call beforehand loads and builds all that it needs. On CUDA this is the allocator's peak; on the CPU the
+    peak of the resident set (Linux).
     """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_memory, (name, case))

@@ -1,4 +1,4 @@
-"""Times of several contenders in turn, so that a machine's drift falls on all alike; time and memory of one call."""
+"""Times of several contenders in turn, so that a machine's drift affects all alike; time and memory of one call."""
 
 import functools
 import resource
@@ -10,15 +10,16 @@ import torch
 
 from karat_scale.engine.distributed import wait_for
 
-# Of one measurement: long enough for events, and few enough launches for the device's queue, which holds about 1,024.
+# One measurement is long enough for events, and has few enough launches for the device's queue, which holds about
+# 1,024.
 SECONDS, MOST_CALLS = 0.01, 8
-# The device is held back by cycles; no known card runs faster than this.
+# The device is kept busy for a number of cycles; no known card runs faster than this.
 CYCLES_PER_SECOND = 3e9
 LONGEST_HOLD = 0.2
 
 
 class Rounds(dict[str, list[float]]):
-    """What each contender measured of itself in each round, by name."""
+    """The figures of each contender in each round, by name."""
 
     def median(self, name: str) -> float:
         return statistics.median(self[name])
@@ -29,7 +30,7 @@ class Rounds(dict[str, list[float]]):
 
 
 def interleaved(measures: Mapping[str, Callable[[], float]], rounds: int) -> Rounds:
-    """Return what each contender measures of itself in each of `rounds` rounds, after a warm-up round.
+    """Return the figure of each contender in each of `rounds` rounds, after a warm-up round.
 
     Every other round runs in reverse order, so that it does not matter which contender follows which.
     """
@@ -64,7 +65,7 @@ def calls_for(run: Callable[[], object], device: str) -> int:
 
 
 def wall_seconds(run: Callable[[], object], calls: int, device: str | torch.device) -> float:
-    """Return the seconds of a call by the clock, from a device that is idle to one that is idle again."""
+    """Return the seconds of a call by the clock, from an idle device to an idle device."""
     wait_for(device)
     begun = time.perf_counter()
     for _ in range(calls):

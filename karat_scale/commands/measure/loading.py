@@ -1,4 +1,4 @@
-"""How fast data come: reads of the disk without the page cache, images to load, and the rate of a loader.
+"""The speed of data: reads of the disk without the page cache, images to load, and the rate of a loader.
 
 The images are photo-like or the user's, in each backend's layout.
 """
@@ -116,7 +116,7 @@ def _give_up(spans: list[Span]) -> None:
 
 
 def _cached_share(spans: list[Span]) -> float | None:
-    """Return the share whose first page is in memory: only then does a read that may not wait succeed.
+    """Return the share of spans whose first page is in memory: only then does a read that may not wait succeed.
 
     None if the file system does not support that.
     """
@@ -155,9 +155,10 @@ SAMPLED_IMAGES = 256
 
 @dataclass(frozen=True)
 class DataFiles:
-    """paths: some files that hold training images; none for data at a URL. total_bytes: of both splits.
+    """The files of a recipe's data.
 
-    image_bytes: of a training image.
+    paths: some files that hold training images; none for data at a URL. total_bytes: the bytes of both splits.
+    image_bytes: the mean bytes of a training image.
     """
 
     paths: tuple[Path, ...]
@@ -217,7 +218,7 @@ OCTAVES, NOISE = 7, 12.0
 JPEG_ENDINGS = (".jpg", ".jpeg")
 SIZE, BATCH = 224, 64
 AUGMENTS = {
-    # What every peer has too, as torchvision's reference recipe draws it.
+    # The augmentation that every peer has too, as torchvision's reference recipe draws it.
     "crop": AugmentConfig(ratio=(3 / 4, 4 / 3), color_jitter=0, randaugment="", interpolation="bilinear"),
     "paper": AugmentConfig(),
     "device": AugmentConfig(run_on="device"),
@@ -230,9 +231,10 @@ def images_per_second(
     """Time training batches for about `seconds`, once all workers have started. Raises UserError as the backend does.
 
     Args:
-        workers: instead of `data.workers`; 0 reads, decodes and augments in this process, on one core.
-        ids: of the samples, again and again; all of them in random order if None.
-        ready: called before the time runs.
+        workers: the number of workers, instead of `data.workers`; 0 reads, decodes and augments in this process, on one
+            core.
+        ids: the ids of the samples, which are read again and again; None is all of them in random order.
+        ready: called before the timing begins.
     """
     lanes, threads = max(1, workers), torch.get_num_threads()
     torch.set_num_threads(1)
@@ -253,9 +255,9 @@ def images_per_second(
 
 
 def rate(batches: Iterator[int], seconds: float, warm_up: int, ready: Callable[[], object] = tuple) -> float:
-    """Return images a second of a loader that yields how many each batch holds, after so many batches.
+    """Return images a second of a loader that yields the size of each batch, after `warm_up` batches.
 
-    `ready` is called before the time runs.
+    `ready` is called before the timing begins.
     """
     for _ in range(warm_up):
         next(batches)
@@ -324,14 +326,14 @@ class SampleImages:
 
     @property
     def mean_kb(self) -> float:
-        """The size of an image."""
+        """The mean size of an image in KB."""
         return round(sum(map(len, self.encoded)) / len(self.encoded) / 1e3, 1)
 
 
 def prepare_images(scratch: Path, count: int, shards: str | None, tar: str | None) -> SampleImages:
-    """Up to `count` images of a directory of shards, of a tar, or made here, laid out under `scratch`.
+    """Return up to `count` images of a directory of shards, of a tar, or made here, laid out under `scratch`.
 
-    Only grey and colour JPEGs that are whole, which every contender can read. Raises DataError where there are none.
+    They are whole grey or colour JPEGs, which every contender can read. Raises DataError if there are none.
     """
     source = shards or tar or "made here"
     encoded = list(itertools.islice(filter(_is_ordinary, encoded_images(shards, tar)), count))
@@ -385,7 +387,7 @@ def _is_ordinary(data: bytes) -> bool:
 
 
 def encoded_images(shards: str | None, tar: str | None) -> Iterator[bytes]:
-    """Yield the images of shards, or else of a tar, or else ever new ones. Raises DataError."""
+    """Yield the images of shards, or else of a tar, or else new ones without end. Raises DataError."""
     if shards:
         with closing(ShardSplit(shards, "train", num_classes=1 << 30)) as split:
             yield from map(split.read, range(len(split)))

@@ -1,4 +1,4 @@
-"""A training step: by our loop, as `karat train` takes it, by a bare PyTorch loop, and each of its stages by itself.
+"""A training step by our loop, as `karat train` takes it, by a bare PyTorch loop, and each of its stages by itself.
 
 The stages are transfer, model, optimizer and communication. All ranks measure together.
 """
@@ -46,7 +46,7 @@ WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize
 
 
 def synthetic_recipe(directory: str | Path, source: str, **sections: dict[str, Any]) -> Recipe:
-    """Return a recipe of these sections on synthetic images, which saves and tells nothing unless they say so."""
+    """Return a recipe of these sections on synthetic images, which saves and reports nothing unless they ask for it."""
     tree: dict[str, dict[str, Any]] = {
         "run": {"name": "bench", "dir": str(directory)},
         "data": {"backend": "synthetic"},
@@ -72,7 +72,7 @@ def held_batch(spec: ImageSpec, size: int) -> Batch:
 
 
 class HeldBatches(SyntheticBackend):
-    """Yields one batch again and again: to make one takes longer than a step may."""
+    """Yields one batch again and again: making a batch may take longer than a step."""
 
     def train_batches(self, slices: Iterable[BatchSlice]) -> Iterator[Batch]:
         """Yield a batch as large as the first slice."""
@@ -83,7 +83,7 @@ class HeldBatches(SyntheticBackend):
 
 
 class OurLoop:
-    """A run's trainer, fed with one batch again and again. On a card it counts what steps take there."""
+    """A run's trainer, fed with one batch again and again. On a card it also measures a step's memory and launches."""
 
     def __init__(self, recipe: Recipe, world: World, on_card: bool = False) -> None:
         self._device, self._on_card = world.device, on_card
@@ -99,7 +99,7 @@ class OurLoop:
         self._memory = torch.cuda.memory_allocated() - before if on_card else 0
 
     def launch(self, steps: int) -> None:
-        """Steps as `Trainer.run` takes them, without waiting for the device."""
+        """Take steps as `Trainer.run` does, without waiting for the device."""
         for _ in range(steps):
             self.trainer.step(self.trainer.micro_batches(self._batches))
             self.trainer.save_or_stop()
@@ -110,9 +110,9 @@ class OurLoop:
         wait_for(self._device)
 
     def work(self) -> dict[str, float | None]:
-        """Return the most memory that training needs on a card, without what other loops keep there.
+        """Return the peak memory of training on a card, without what other loops keep there.
 
-        With it, from torch's profiler, one step's kernels and launches, and how often the host waits for the device.
+        With it, torch's profiler gives one step's kernels and launches, and how often the host waits for the device.
         """
         if not self._on_card:
             return {"peak_mb": None}
@@ -132,7 +132,7 @@ class OurLoop:
 
 
 def bare_step(recipe: Recipe, world: World, shared: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a step in plain PyTorch: it takes images and targets, and returns the loss. shared: between all ranks."""
+    """Return a plain PyTorch step that takes images and targets and returns the loss. shared: whether ranks use DDP."""
     torch.manual_seed(recipe.run.seed)
     model: Any = create_model(recipe.model, recipe.attention).to(world.device)
     optimizer, precision = build_optimizer(model, recipe.optim, world.device), PRECISIONS[recipe.train.precision]
@@ -152,7 +152,7 @@ def bare_step(recipe: Recipe, world: World, shared: bool = False) -> Callable[[T
 
 
 def bare_loop(recipe: Recipe, steps: int, world: World) -> Callable[[], None]:
-    """Return so many steps in plain PyTorch, each with the batch of `OurLoop`, which is on the device."""
+    """Return a function that takes `steps` steps in plain PyTorch, on the batch of `OurLoop`, held on the device."""
     step, prepare = bare_step(recipe, world), preparation(recipe, world.device)
     held = held_batch(ImageSpec.of(recipe), recipe.train.global_batch).to(world.device)
 
@@ -166,8 +166,10 @@ def bare_loop(recipe: Recipe, steps: int, world: World) -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class LoopSpeed:
-    """images_per_second: over all ranks. waiting_share: the share of time spent waiting for data, on the slowest rank.
-    steps: the number of timed steps. unreadable: samples of rank 0 that could not be decoded.
+    """The speed of a training loop.
+
+    images_per_second: the rate of all ranks. waiting_share: the share of time spent waiting for data, on the slowest
+    rank. steps: the number of timed steps. unreadable: the samples of rank 0 that could not be decoded.
     """
 
     images_per_second: float
@@ -209,7 +211,7 @@ class LoopSpeed:
 
 
 def repeated(measure: Callable[[], float], seconds: float, world: World) -> float:
-    """Return the median of `measure` over about `seconds`; of the slowest rank, with the same count on each.
+    """Return the median of `measure` over about `seconds`, that of the slowest rank; all ranks measure equally often.
 
     The first call is the warm-up and does not count.
     """
@@ -222,7 +224,7 @@ def repeated(measure: Callable[[], float], seconds: float, world: World) -> floa
 
 
 def preparation(recipe: Recipe, device: torch.device) -> Finish:
-    """Return what makes images and soft targets, as the model takes them, of a batch on the device."""
+    """Return a function that makes the model's images and soft targets of a batch on the device."""
     finish = Finish(ImageSpec.of(recipe), pixel_dtype(recipe.train, device), recipe.model.num_classes)
     finish.soft = True
     return finish

@@ -225,7 +225,7 @@ def _choose_schema(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> int:
     if options.gpu:
-        known_gpu(options.gpu)  # before torch is imported, as the recipes
+        known_gpu(options.gpu)  # before torch is imported, as with the recipes
     from karat_scale.recipe.loading import load_recipe
 
     keys = [text for text in options.overrides if "=" in text]

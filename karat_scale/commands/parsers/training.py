@@ -61,7 +61,7 @@ _SBATCH: dict[str, tuple[Callable[[str], Any], str]] = {
 }
 """The options of sbatch, with the types of their values and their meaning.
 
-Their numbers are those in the scripts of slurm/.
+Their default numbers are those in the scripts of slurm/.
 """
 _SETTINGS = {
     "venv": "a virtual environment for the nodes",
@@ -277,7 +277,7 @@ def _add_sbatch_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_run(options: argparse.Namespace) -> None:
-    """Refuse what is no run. Raises RunDirectoryError or RecipeError."""
+    """Refuse a path that is not a run. Raises RunDirectoryError or RecipeError."""
     from karat_scale.recipe.files import recipe_of_run
 
     recipe_of_run(Path(options.run_dir))
@@ -295,7 +295,7 @@ def _trains(parsed: argparse.Namespace) -> bool:
 
 
 def trained_directory(parsed: argparse.Namespace) -> Path | None:
-    """Return the directory of the run that a command line trains; None of one that does not train. Raises UserError."""
+    """Return the directory of the run that a command line trains; None if it does not train. Raises UserError."""
     if not _trains(parsed):
         return None
     from karat_scale.recipe.loading import load_recipe
@@ -366,7 +366,7 @@ def _train_or_print(recipe: "Recipe", only_print: bool) -> int:
 
     try:
         return train(ClassificationTask, recipe)
-    except RunDirectoryError:  # a recipe that is wrong in itself has no right directory
+    except RunDirectoryError:  # a mistake in the recipe itself is reported first
         _check_recipe(recipe)
         raise
 
@@ -441,7 +441,7 @@ def _check_submit(options: argparse.Namespace) -> None:
 
 
 def _job(options: argparse.Namespace) -> "Job":
-    """Return how the options of a command line submit a job."""
+    """Return the job that the options of a command line describe."""
     from karat_scale.commands.submit.sbatch import Job
 
     values = {name: getattr(options, name.replace("-", "_")) for name in (*_SBATCH, *_SETTINGS)}
@@ -475,7 +475,7 @@ def _check_runs(options: argparse.Namespace) -> None:
 
     for run in options.runs:
         if not Path(run).expanduser().exists():
-            recipe_of_run(Path(run))  # what is no run is left out of a comparison
+            recipe_of_run(Path(run))  # a path that is not a run is left out of a comparison
 
 
 def _check_tracked(options: argparse.Namespace) -> None:
@@ -508,7 +508,7 @@ def _check_export(options: argparse.Namespace) -> None:
 
 def _is_missing(model: str) -> bool:
     path = trained_model(model)
-    return not path.exists() and path.parent.name != "checkpoints"  # a wrong checkpoint is told with those there are
+    return not path.exists() and path.parent.name != "checkpoints"  # a later error lists the checkpoints that there are
 
 
 def _check_model(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`karat plan`: will it fit, on which stage, how long will it take, and what is wrong with it.
+"""`karat plan`: will a recipe fit, on which stage, how long will it take, and what is wrong with it.
 
 A dry run finds what would stop a run of any world size, in one process, before the queue.
 """
@@ -29,7 +29,7 @@ from karat_scale.recipe import Recipe
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for: `gpu` a key of the table, `memory` GB of a rank, `step_time` seconds."""
+    """The options of the command line: `gpu` is a key of the table, `memory` GB of a rank, `step_time` seconds."""
 
     gpus: int = 1
     gpus_per_node: int = 8
@@ -43,9 +43,9 @@ class Request:
 
 
 def plan_recipes(recipes: Sequence[Recipe], request: Request) -> int:
-    """Plan recipes and print the plans, or only check them; returns 0, or 1 where one fits nowhere.
+    """Plan recipes and print the plans, or only check them; returns 0, or 1 if a recipe fits nowhere.
 
-    What sets several plans apart is printed side by side.
+    Several plans are printed side by side.
 
     Raises:
         UserError: a recipe does not fit its data or the world, or a GPU is unknown.
@@ -69,7 +69,7 @@ def plan_recipes(recipes: Sequence[Recipe], request: Request) -> int:
 
 
 def make_plan(recipe: Recipe, request: Request) -> Plan:
-    """The whole plan, nothing printed. Raises UserError as `plan_recipes`."""
+    """Return the whole plan, and print nothing. Raises UserError as `plan_recipes`."""
     gpu = known_gpu(request.gpu) if request.gpu else None
     machine = _machine(recipe, request, gpu)
     has_time = gpu is not None or request.step_time is not None
@@ -129,7 +129,7 @@ PROBED = 2  # images, a pair for mixup
 
 
 def dry_run(recipe: Recipe, world: int) -> Iterator[str]:
-    """Build what a run of `world` ranks is made of, and check it; yields a line on each part that is right.
+    """Build and check the parts of a run of `world` ranks; yields a line on each part that is right.
 
     Every rank's part of the first and the last global batch is cut and put together again, two images are read, and
     one goes through the model on the CPU.
@@ -158,7 +158,7 @@ def dry_run(recipe: Recipe, world: int) -> Iterator[str]:
 
 
 def _check_batches(recipe: Recipe, world: int, backend: Backend) -> str:
-    """The first and the last global batch, cut by every rank."""
+    """Check the first and the last global batch, cut by every rank; returns a line on all batches."""
     plan = backend.plan(recipe.train.global_batch, micro_batch_of(recipe, world), 0, world, recipe.data.lanes)
     total = total_steps(plan.steps_per_epoch, recipe.train.epochs, recipe.train.max_steps)
     for step in () if plan.lanes else {0, total - 1}:
@@ -179,7 +179,7 @@ def _check_batches(recipe: Recipe, world: int, backend: Backend) -> str:
 
 
 def _check_model(recipe: Recipe, images: torch.Tensor) -> str:
-    """A forward pass on the CPU; what only a GPU can run is replaced by `streaming`, which computes the same."""
+    """Check a forward pass on the CPU; `streaming` replaces `triton`, which needs a GPU, and computes the same."""
     attention = recipe.attention
     if attention.implementation == "triton":
         attention = attention.changed(implementation="streaming")

@@ -1,11 +1,11 @@
 """A rank's memory at the worst moment of training or of an evaluation, by parts, and the way to train that fits.
 
-What a micro batch of any size allocates and launches follows from traces of two sizes, by a straight line through each
-pair of figures. A trace does not see the tiles of attention, so their memory and traffic are counted here. The tiles of
-`streaming` stay within an operation. Those of query rows (`attend_rows`) are not traced, as their number follows from
-the batch.
+The allocations and launches of a micro batch of any size follow from traces of two sizes, by a straight line through
+each pair of figures. A trace does not see the tiles of attention, so their memory and traffic are counted here. The
+tiles of `streaming` stay within an operation. The tiles of query rows (`attend_rows`) are not traced, as their number
+follows from the batch.
 
-It recommends the lowest ZeRO stage that fits, with its largest micro batch: higher stages and small batches cost time.
+The choice is the lowest ZeRO stage that fits, with its largest micro batch: higher stages and small batches cost time.
 """
 
 import itertools
@@ -42,8 +42,9 @@ Bytes = npt.NDArray[np.float64]
 class Footprint:
     """The allocations of one forward and backward pass for b images: `constant` + b `slope` bytes each, in order.
 
-    All [n]: died: int64, n for what stays; part: int64, as in `Allocation`; gradient: bool. The first `forward` are the
-    forward pass's. An event is the birth of one of them. launches: the kernels, as many for every b.
+    All arrays are [n]. died: int64, n for allocations that stay. part: int64, as in `Allocation`. gradient: bool. The
+    first `forward` allocations are those of the forward pass. An event is the birth of an allocation. launches: the
+    kernels, the same number for every b.
     """
 
     constant: Bytes
@@ -56,7 +57,7 @@ class Footprint:
 
     @classmethod
     def through(cls, traces: Mapping[int, Trace]) -> "Footprint":
-        """The line through traces of two batch sizes. Raises ValueError where they do not correspond."""
+        """Return the line through traces of two batch sizes. Raises ValueError if the traces do not correspond."""
         (small, first), (large, second) = sorted(traces.items())
         a, b = first.allocations, second.allocations
         if [(x.died, x.part) for x in a] != [(x.died, x.part) for x in b]:
@@ -74,7 +75,7 @@ class Footprint:
         )
 
     def live(self, batch: int) -> Bytes:
-        """Bytes alive after each event, parameters' gradients left out."""
+        """Return the bytes alive after each event, without parameters' gradients."""
         bytes_ = self.constant + batch * self.slope
         changes = np.append(np.where(self.gradient, 0.0, bytes_), 0.0)
         np.add.at(changes, self.died[~self.gradient], -bytes_[~self.gradient])
@@ -86,7 +87,7 @@ class Footprint:
         return np.cumsum(np.where(self.gradient, self.constant, 0.0))
 
     def saved_by_part(self, batch: int, event: int) -> dict[int, int]:
-        """Bytes from the forward pass alive after `event`, by part."""
+        """Return the bytes of the forward pass that are alive after `event`, by part."""
         born = np.arange(len(self.died))
         alive = (born < self.forward) & (born <= event) & (self.died > event)
         bytes_ = self.constant + batch * self.slope
@@ -94,7 +95,7 @@ class Footprint:
         return {part: round(bytes_[alive & (self.part == part)].sum()) for part in parts}
 
     def written(self, batch: int) -> float:
-        """Bytes of all that is ever allocated: what a step writes, at least."""
+        """Return the bytes of all allocations, the least that a step writes."""
         return float(np.sum(self.constant + batch * self.slope))
 
 
@@ -103,7 +104,7 @@ TRACED_BATCHES = (2, 4)
 
 
 class Subject:
-    """What is planned: a recipe's model as it would run on a GPU, or on this machine's CPU, on fake tensors.
+    """The subject of a plan: a recipe's model as it would run on a GPU, or on this machine's CPU, on fake tensors.
 
     Raises RecipeError where the model cannot be built.
     """
@@ -122,7 +123,7 @@ class Subject:
 
     @cached_property
     def footprint(self) -> Footprint:
-        """What a micro batch allocates and launches, at every ZeRO stage.
+        """The allocations and launches of a micro batch, at every ZeRO stage.
 
         Raises RecipeError where the model cannot run as the recipe says.
         """
@@ -130,7 +131,7 @@ class Subject:
 
     @cached_property
     def evaluation(self) -> Footprint:
-        """As `footprint`, of a batch of an evaluation, which recomputes nothing."""
+        """The same as `footprint` for a batch of an evaluation, which recomputes nothing."""
         return self._trace(trains=False)
 
     def _trace(self, trains: bool) -> Footprint:
@@ -169,7 +170,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class Batch:
-    """b images that pass at once: `held` bytes are there all through it, `inside` are what operations take."""
+    """A batch of images: `held` bytes are alive during the whole pass, `inside` bytes are what operations take."""
 
     images: int
     held: int
@@ -177,7 +178,7 @@ class Batch:
 
 
 def peak(state: Kept, footprint: Footprint, batch: Batch) -> Peak:
-    """The worst of the moments of training."""
+    """Return the worst moment of training."""
     moments = (
         Peak("start", {"parameters": state.starting}, {}),
         _backward(state, footprint, batch),
@@ -188,7 +189,7 @@ def peak(state: Kept, footprint: Footprint, batch: Batch) -> Peak:
 
 
 def evaluation(state: Kept, footprint: Footprint, batch: Batch) -> Peak:
-    """The worst moment of an evaluation: a forward pass that saves nothing, beside all that rests between steps."""
+    """Return the worst moment of an evaluation: a forward pass that saves nothing, and all that stays between steps."""
     live = footprint.live(batch.images)
     event = int(np.argmax(live))
     made = footprint.saved_by_part(batch.images, event)
@@ -219,14 +220,14 @@ def _steady(state: Kept) -> dict[str, int]:
 
 
 def _backward(state: Kept, footprint: Footprint, batch: Batch) -> Peak:
-    """Forward, too: its own worst moment is its end, where backward begins."""
+    """Return the worst moment of forward and backward; that of forward is its end, where backward begins."""
     live = footprint.live(batch.images)
     made = footprint.gradients_made
     gradients = state.keeps_gradients * made + state.partition * (made > 0) * (made > state.flush_after)
     if state.passing:
         gradients = gradients + np.minimum((1 - state.keeps_gradients) * made, state.passing)
     elif state.keeps_gradients != 1:
-        gradients = gradients + np.diff(made, prepend=0.0)  # that which is made at an event
+        gradients = gradients + np.diff(made, prepend=0.0)  # the gradient that is made at an event
     share_left = 1 - made / max(made[-1], 1)
     in_backward = np.arange(len(live)) >= footprint.forward
     # DeepSpeed keeps the flat buffer of weights that it gathers together until the last of them is used.
@@ -247,10 +248,10 @@ def _backward(state: Kept, footprint: Footprint, batch: Batch) -> Peak:
     return Peak("backward", parts, {part: size for part, size in saved.items() if size or part != OUTSIDE})
 
 
-# Beside a tile's features, its scores and their gradients, and products of them that live for a moment.
+# The arrays besides a tile's features: its scores, their gradients, and short-lived products of them.
 ARRAYS_OF_A_TILE = 3
-# Of a tile of query rows, in arrays of the size of its scores: what is alive at the worst moment of its backward pass,
-# and all that is ever allocated. Of each harmonic, and beside them; counted on traces of one tile.
+# For a tile of query rows, in arrays of the size of its scores: those alive at the worst moment of its backward pass,
+# and all that are ever allocated; for each harmonic, and besides these. Counted on traces of one tile.
 HELD_BY_A_HARMONIC, HELD_BY_ROWS = 3, 6
 WRITTEN_BY_A_HARMONIC, WRITTEN_BY_ROWS = 28, 14
 
@@ -301,7 +302,7 @@ def _tiles_rows(attention: AttentionConfig, size: LayerSize, on_gpu: bool) -> bo
 
 
 def _streams(attention: AttentionConfig, size: LayerSize, on_gpu: bool) -> bool:
-    """Whether `streaming` runs, or `flex`, which has its backward pass.
+    """Return whether `streaming` runs, or `flex`, which has the same backward pass.
 
     With `auto`, a GPU takes Triton for the modular Fourier form with any base, up to a head's largest width, and a CPU
     takes its kernel without a base.
@@ -317,7 +318,7 @@ STAGES = ("zero0", "zero1", "zero2", "zero3")
 # On a GPU: CUDA's context, cuBLAS's and NCCL's buffers. On a CPU: Python with torch, timm and DeepSpeed, which were
 # measured at 0.50 to 0.53 GB beyond the live tensors.
 GPU_OVERHEAD, CPU_OVERHEAD = 1_000_000_000, 600_000_000
-# What the allocator holds beyond live tensors.
+# The share that the allocator holds beyond live tensors.
 FRAGMENTATION = 0.06
 
 
@@ -325,10 +326,10 @@ FRAGMENTATION = 0.06
 class Choice:
     """One way to train a recipe, and what it needs on a rank.
 
-    config: of DeepSpeed, by name or path. recompute: the policy of `train.recompute`. eval_batch: the recipe's, or a
-    smaller one where that is too large beside training. peak: live tensors at the worst moment. margin: bytes for all
-    else. host: bytes of the peak's that offload moves to the CPU. available: of the GPU, or of this rank's share of
-    the RAM.
+    config: the DeepSpeed configuration, by name or path. recompute: the policy of `train.recompute`. eval_batch: the
+    recipe's, or a smaller one if that is too large. peak: the live tensors at the worst moment. margin: the bytes for
+    all else. host: the bytes of the peak that offload moves to the CPU. available: the bytes of the GPU, or of this
+    rank's share of the RAM.
     """
 
     config: str
@@ -354,7 +355,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a rank gets: `memory` bytes, on a GPU or of a node's RAM; `world` ranks in all."""
+    """The resources of a rank: `memory` bytes, on a GPU or of a node's RAM; `world` ranks in all."""
 
     world: int
     memory: int
@@ -364,9 +365,9 @@ class Machine:
 def choose(recipe: Recipe, machine: Machine, configs: Sequence[str] = STAGES) -> Choice:
     """The recommended way to train `recipe` on a machine.
 
-    `train.micro_batch` of the recipe is kept if it is set, and so is a policy of recomputation; where nothing fits
-    without one, one is tried. Where nothing fits at all, the way that needs least; its `fits` is false. `configs` are
-    the DeepSpeed configurations to choose from, the best first.
+    The recipe's `train.micro_batch` is kept if it is set, and so is its policy of recomputation. If nothing fits
+    without a policy, policies are tried. If nothing fits at all, the result is the way that needs least, and its `fits`
+    is false. `configs` are the DeepSpeed configurations to choose from, the best first.
 
     Raises:
         RecipeError: the global batch does not divide over the ranks, or the model cannot be built.
@@ -381,7 +382,7 @@ def choose(recipe: Recipe, machine: Machine, configs: Sequence[str] = STAGES) ->
 
 
 def search(subject: Subject, machine: Machine) -> tuple[dict[str, list[Choice]], Choice]:
-    """Each configuration's choices by micro batch, and the recommended one, as `choose`. Shows how far it is."""
+    """Return each configuration's choices by micro batch, and the recommended one, as `choose`. Shows its progress."""
     own, grid = subject.recipe.deepspeed.config, dict[str, list[Choice]]()
     configs = usable(subject.recipe, STAGES if own in STAGES else [own])
     sizes = list(micro_batches(subject.recipe, machine.world))
@@ -394,19 +395,19 @@ def search(subject: Subject, machine: Machine) -> tuple[dict[str, list[Choice]],
 
 
 def usable(recipe: Recipe, configs: Sequence[str]) -> list[str]:
-    """Those of `configs` that the recipe can train under; a single one is not judged here, but refused when read."""
+    """Return the `configs` that can train the recipe; a single one is not judged here, but refused when it is read."""
     refused = refused_stages(recipe)
     return [config for config in configs if config not in refused or len(configs) == 1]
 
 
 def refused_stages(recipe: Recipe) -> dict[str, str]:
-    """Those of STAGES that cannot train the recipe, and why."""
+    """Return the STAGES that cannot train the recipe, and why."""
     refusals = {config: stage_refusal(recipe, stage) for stage, config in enumerate(STAGES)}
     return {config: refusal for config, refusal in refusals.items() if refusal}
 
 
 def recommended(candidates: Iterable[Choice]) -> Choice:
-    """The first that fits, else the one that needs least."""
+    """Return the first choice that fits, else the one that needs least."""
     considered = []
     for choice in candidates:
         if choice.fits:
@@ -416,7 +417,7 @@ def recommended(candidates: Iterable[Choice]) -> Choice:
 
 
 def preferred(choices: Iterable[Choice]) -> Choice:
-    """The first that fits, else the last: of micro batches from the largest on, the smallest."""
+    """Return the first choice that fits, else the last one: that of the smallest micro batch."""
     for choice in choices:
         if choice.fits:
             break
@@ -424,12 +425,12 @@ def preferred(choices: Iterable[Choice]) -> Choice:
 
 
 def best(subject: Subject, machine: Machine, config: str) -> Choice:
-    """Under one DeepSpeed configuration the largest micro batch that fits, else the smallest there is."""
+    """Return the choice of the largest micro batch that fits under a DeepSpeed configuration, else of the smallest."""
     return preferred(consider(subject, machine, config, m) for m in micro_batches(subject.recipe, machine.world))
 
 
 def micro_batches(recipe: Recipe, world: int) -> Iterator[int]:
-    """The micro batches that the recipe allows on `world` ranks, the largest first; just its own where it names one.
+    """Yield the micro batches that the recipe allows on `world` ranks, the largest first; only its own if it names one.
 
     CUDA graphs do not accumulate gradients, so a recipe that records them has only the largest.
 
@@ -444,9 +445,9 @@ def micro_batches(recipe: Recipe, world: int) -> Iterator[int]:
 
 
 def consider(subject: Subject, machine: Machine, config: str, micro_batch: int) -> Choice:
-    """What training needs under one configuration with one micro batch.
+    """Return what training needs under one configuration with one micro batch.
 
-    Evaluations take the recipe's batch, or halve it until they fit, or need no more than training does.
+    Evaluations take the recipe's batch, or halve it until they fit or need no more than training does.
     """
     recipe = subject.recipe.changed(deepspeed__config=config)
     filled = load_ds_config(recipe, machine.world, micro_batch)
@@ -476,7 +477,7 @@ def consider(subject: Subject, machine: Machine, config: str, micro_batch: int) 
 
 
 def _batch(subject: Subject, images: int, accumulation: int) -> Batch:
-    """uint8 images of a whole step on the CPU, of a micro batch on a GPU, and of both what the model sees."""
+    """Return a batch that holds uint8 images (a step's on the CPU, a micro batch's on a GPU) and the model's input."""
     recipe = subject.recipe
     pixels = images * 3 * recipe.model.image_size**2
     raw = pixels * (1 if subject.on_gpu else accumulation)

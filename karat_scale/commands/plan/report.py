@@ -1,4 +1,4 @@
-"""What a plan says: how each way to train fits, what the recommended one needs, and how long it takes."""
+"""The text of a plan: how each way to train fits, what the recommended one needs, and how long it takes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,10 +20,10 @@ _TIME_UNKNOWN = "unknown; karat doctor RECIPE times a step here, --gpu estimates
 
 @dataclass(frozen=True)
 class Plan:
-    """All that was found. `grid` holds each configuration's choices by micro batch, `choice` the recommended one.
+    """The results of a plan. `grid` holds each configuration's choices by micro batch, `choice` the recommended one.
 
-    parameters: those that learn; frozen: the others. refused: configurations that cannot train the recipe, and why.
-    not_measured: why a run's log was of no use, or "".
+    parameters: the number of those that learn. frozen: the number of the others. refused: the configurations that
+    cannot train the recipe, and why. not_measured: why a run's log could not be used, or "".
     """
 
     recipe: Recipe
@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
+        """Steps of the whole run."""
         return total_steps(self.steps_per_epoch, self.recipe.train.epochs, self.recipe.train.max_steps)
 
     def to_json(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _to_json(choice: Choice) -> dict[str, Any]:
 def show(plan: Plan) -> None:
     """Print the plan's tables, at most a hundred columns wide."""
     choice, recipe, world = plan.choice, plan.recipe, plan.machine.world
-    # Some micro batches: from one above the largest that fits anywhere, if there are so many.
+    # Some micro batches: from one above the largest that fits anywhere, if there are enough.
     count = len(next(iter(plan.grid.values())))
     fitting = [number for choices in plan.grid.values() for number, choice in enumerate(choices) if choice.fits]
     first = max(0, min(min(fitting, default=count) - 1, count - SHOWN_MICRO_BATCHES))
@@ -143,7 +143,7 @@ def show(plan: Plan) -> None:
     rows = [
         ["outside blocks" if block < 0 else f"block {block}", _gb(size)]
         for number, (block, size) in enumerate(blocks)
-        if not number or size != blocks[number - 1][1]  # of several alike the first alone
+        if not number or size != blocks[number - 1][1]  # only the first of several alike
     ]
     if rows:
         print_table("activations at that moment", ["", "GB each"], rows)
@@ -164,7 +164,7 @@ def _gb(size: float) -> str:
 
 
 def show_side_by_side(plans: Sequence[Plan]) -> None:
-    """Print a table with a column for each plan. In brackets stands each figure in units of the first plan's."""
+    """Print a table with a column for each plan. The numbers in brackets are ratios to the first plan."""
     figures: list[tuple[str, Callable[[Plan], float | None], Callable[[float], str]]] = [
         ("parameters", lambda plan: plan.parameters, lambda count: f"{count:,.0f}"),
         ("GFLOPs of an image, forward", lambda plan: plan.flops.forward / 1e9, lambda count: f"{count:.2f}"),
@@ -191,7 +191,7 @@ def show_side_by_side(plans: Sequence[Plan]) -> None:
 
 
 def line(choice: Choice, recipe: Recipe) -> str:
-    """The recommendation in a line, and in another what evaluations need changed."""
+    """Return the recommendation in a line, and in a second one what evaluations need changed."""
     how = f"deepspeed.config={choice.config} train.micro_batch={choice.micro_batch}"
     if choice.recompute != "none":
         how += f" train.recompute.policy={choice.recompute}"
@@ -229,7 +229,7 @@ def _show_time(plan: Plan) -> None:
 
 
 def launch_note(plan: Plan) -> str:
-    """What to change where the GPU waits for launches; "" where it does not."""
+    """Return what to change if the GPU waits for launches, else ""."""
     micro_batch, accumulation = plan.choice.micro_batch, plan.choice.accumulation
     if plan.time is None or not plan.time.is_bound_by_launches(micro_batch, accumulation):
         return ""

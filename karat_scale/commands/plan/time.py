@@ -1,11 +1,11 @@
-"""How long a step takes on 1 to 1,024 GPUs, on paper: docs/scaling.md explains the model and what it misses.
+"""An estimate of a step's time on 1 to 1,024 GPUs: docs/scaling.md explains the model and what it misses.
 
 The time of one GPU and its host is estimated from operations, bytes and kernels. Or it is taken from the log of a run
-whose recipe is the same where speed is concerned. Traffic between GPUs is what a step sends at their bandwidths. For
-the data path one core of this machine is timed, and the others are counted.
+whose recipe is the same in all keys that set the speed. Communication takes the bytes that a step sends, over the
+bandwidths between GPUs. For the data path one core of this machine is timed, and the others are counted.
 
-Bandwidths are bytes a second in one direction. Data sheets print NVLink in both directions together: half of that is
-here.
+Bandwidths are bytes a second in one direction. Data sheets give NVLink's for both directions together; half of that is
+used here.
 
 Ring all-reduce: each rank sends 2 (W - 1) / W of the bytes in 2 (W - 1) steps; an all-gather or a reduce-scatter half.
 A tree sends as much in 2 log2(W) steps (Thakur et al., "Optimization of Collective Communication Operations in MPICH",
@@ -44,24 +44,24 @@ BANDWIDTH_EFFICIENCY = 0.75
 # Python, and the driver's launch (1.3 us: meta-pytorch/tritonbench pull request 1016). Public accounts of the whole
 # range from 5 to 25 us; a slow or busy CPU is at the upper end.
 EAGER_LAUNCH = 10e-6
-# Of a kernel in torch.compile's code, and of entering one of its graphs: the same pull request.
+# The seconds of a kernel in torch.compile's code, and of entering one of its graphs: the same pull request.
 COMPILED_LAUNCH, GRAPH_ENTRY = 6.5e-6, 33e-6
 # Seconds between the end of one kernel and the work of the next on the GPU, launched ahead or in a CUDA graph. NVIDIA's
 # introduction to CUDA graphs has 3.4 to 3.8 us a kernel of 2.9 us; the rest is filling and draining the GPU.
 KERNEL_GAP = 1.5e-6
-# Kernels of a step beside the model's, as counted on our engine: clipping, the fused AdamW, the EMA; at stage 0 that is
-# all. From stage 1 on there are DeepSpeed's casts of masters and its clipping of each parameter group too, and each
+# Kernels of a step besides the model's, as counted on our engine: clipping, the fused AdamW, the EMA; at stage 0 that
+# is all. From stage 1 on there are DeepSpeed's casts of masters and its clipping of each parameter group too, and each
 # bucket is put together, divided and taken apart.
 STEP_KERNELS, STEP_KERNELS_FROM_STAGE_1, PER_BUCKET = 40, 50, 3
-# With `contiguous_gradients`, DeepSpeed copies each gradient into a bucket, and where it is kept once more; 16-bit ones
-# of stages 1 and 2 it widens one by one. With offload it also takes norms one by one. At stage 3 it puts each weight
-# together that it gathers.
+# With `contiguous_gradients`, DeepSpeed copies each gradient into a bucket, and once more where it is kept. At stages 1
+# and 2 it widens 16-bit gradients one by one. With offload it also takes norms one by one. At stage 3 it assembles each
+# weight that it gathers.
 PER_GRADIENT, PER_OFFLOADED, PER_GATHERED = 1.5, 4.5, 1.0
 
 
 @dataclass(frozen=True)
 class StepLaunches:
-    """Kernels of a micro batch and, beside those, of a step; and the host's seconds for each."""
+    """Kernels of a micro batch, further kernels of a step, and the host's seconds for both."""
 
     micro_batch: int
     step: int
@@ -72,7 +72,7 @@ class StepLaunches:
     def of(
         cls, launches: Launches, train: TrainConfig, config: Mapping[str, Any], sizes: Sequence[int], blocks: int
     ) -> "StepLaunches":
-        """Under `train.compile` and a DeepSpeed config, of parameter tensors of so many elements and so many blocks."""
+        """Return the launches under `train.compile` and a DeepSpeed config. sizes: the elements of each parameter."""
         model = launches.kernels(bool(train.compile))
         stage, zero = zero_stage(config), config.get("zero_optimization", {})
         reductions = gathers = 0.0
@@ -106,10 +106,10 @@ class StepLaunches:
 
 @dataclass(frozen=True)
 class ComputeTime:
-    """What a rank spends on a step beside collectives, and where the figures come from.
+    """The time of a rank's step without collectives, and where the figures come from.
 
-    image: seconds of the GPU's work on an image, forward and backward. launches: none where `image` is measured, and
-    holds what they cost.
+    image: seconds of the GPU's work on an image, forward and backward. launches: none if `image` is measured, which
+    then includes their cost.
     """
 
     image: float
@@ -125,7 +125,7 @@ class ComputeTime:
         return self.launches.host(accumulation)
 
     def seconds(self, images: int, accumulation: int) -> float:
-        """Of a step: host and GPU work at once, and the slower of them sets the time."""
+        """Return the seconds of a step: host and GPU work at once, and the slower of them sets the time."""
         return max(self.device(images, accumulation), self.host(accumulation))
 
     def is_bound_by_launches(self, images: int, accumulation: int) -> bool:
@@ -146,11 +146,11 @@ def estimate(
     parameters: Sequence[int],
     teacher_flops: int = 0,
 ) -> ComputeTime:
-    """Matrix products at a share of the peak, all else at a share of the memory's bandwidth, and launches.
+    """Estimate matrix products at a share of the peak, all else at a share of the memory's bandwidth, and launches.
 
-    Each byte that a pass allocates is written once and read about twice. The GPU has the recipe's precision.
-    footprint: of a training step. config: DeepSpeed's, filled. parameters: elements of each tensor that learns.
-    teacher_flops: of a teacher's forward pass for an image, of which only matrix products count.
+    Each byte that a pass allocates is written once and read about twice. The GPU must have the recipe's precision.
+    footprint: that of a training step. config: DeepSpeed's, filled. parameters: the elements of each tensor that
+    learns. teacher_flops: the operations of a teacher's forward pass for an image, of which only matrix products count.
     """
     peak = matrix_peak(recipe.train, gpu.peaks)
     assert peak is not None
@@ -200,7 +200,7 @@ _PLAIN = Links(PCIE_4, 3.1 * GB)
 
 
 def links_of(key: str) -> Links:
-    """The links of the GPU whose key this is, in the servers it is usually sold in."""
+    """Return the links of the GPU with this key, in the servers in which it is usually sold."""
     return _BY_FAMILY.get(key.rpartition("-")[0], _PLAIN)
 
 
@@ -208,8 +208,9 @@ def links_of(key: str) -> Links:
 class Traffic:
     """Bytes that go through collectives in a step, and in how many calls.
 
-    all_reduced: gradients. gathered: weights, each rank its share. scattered: gradients, to each rank its share.
-    hidden: the share that runs beside backward passes (DeepSpeed's `overlap_comm`). passes: the share of these.
+    all_reduced: gradients. gathered: weights, of which each rank has its share. scattered: gradients, of which each
+    rank gets its share. hidden: the share of traffic that runs during backward passes (DeepSpeed's `overlap_comm`).
+    passes: the share of backward passes that have such traffic.
     """
 
     all_reduced: float
@@ -225,12 +226,12 @@ class Traffic:
 
 
 def traffic(parameters: int, config: Mapping[str, Any], accumulation: int, precision: str) -> Traffic:
-    """What DeepSpeed 0.19 sends in a step of `accumulation` micro batches, under a filled config.
+    """Return what DeepSpeed 0.19 sends in a step of `accumulation` micro batches, under a filled config.
 
-    Gradients and weights travel in the dtype of the weights: fp32, but for `bf16_weights` and `fp16`. Stages 0 and 1
-    all-reduce gradients once a step. Stage 2 all-reduces
-    each micro batch's (its `reduce_scatter` is an all-reduce of whole buckets), stage 3 scatters them and gathers the
-    weights once for each micro batch. Stages 1 and 2 gather the stepped weights once, after the step.
+    Gradients and weights travel in the dtype of the weights: fp32, except for `bf16_weights` and `fp16`. Stages 0 and 1
+    all-reduce gradients once a step. Stage 2 all-reduces each micro batch's (its `reduce_scatter` is an all-reduce of
+    whole buckets), stage 3 scatters them and gathers the weights once for each micro batch. Stages 1 and 2 gather the
+    stepped weights once, after the step.
     """
     stage, zero = zero_stage(config), config.get("zero_optimization", {})
     size = PRECISIONS[precision].weights.itemsize * parameters
@@ -247,11 +248,11 @@ def traffic(parameters: int, config: Mapping[str, Any], accumulation: int, preci
 
 
 def seconds(load: Traffic, world: int, per_node: int, links: Links) -> float:
-    """How long a step's collectives take on `world` GPUs, `per_node` on a node, if nothing else runs."""
+    """Return the seconds of a step's collectives on `world` GPUs, `per_node` on a node, if nothing else runs."""
     if world == 1:
         return 0.0
     across = world > per_node
-    # The ring of each network port goes through the whole node: what leaves it is the sum of all ports.
+    # The ring of each network port goes through the whole node, so the node sends over all ports at once.
     bandwidth = min(links.within, per_node * links.between) if across else links.within
     latency = LATENCY_BETWEEN if across else LATENCY_WITHIN
     nodes = math.ceil(world / per_node)
@@ -261,12 +262,12 @@ def seconds(load: Traffic, world: int, per_node: int, links: Links) -> float:
 
 
 def step_seconds(compute: float, load: Traffic, communication: float) -> float:
-    """A step: its computation, of which two thirds are backward passes, and the collectives that these do not hide."""
+    """Return a step's seconds: computation, two thirds of it backward passes, and collectives that they do not hide."""
     return compute + max((1 - load.hidden) * communication, communication - 2 / 3 * load.passes * compute)
 
 
 def compute_seconds(step: float, load: Traffic, communication: float) -> float:
-    """The computation in a step of so many seconds: `step_seconds` undone, and not below 0."""
+    """Return the seconds of computation in a step of `step` seconds: the inverse of `step_seconds`, never below 0."""
     compute = step - (1 - load.hidden) * communication  # all that can be is hidden
     if load.hidden * communication > 2 / 3 * load.passes * compute:
         compute = (step - communication) / (1 - 2 / 3 * load.passes)
@@ -278,7 +279,7 @@ GPUS = tuple(2**power for power in range(11))
 
 @dataclass(frozen=True)
 class Node:
-    """How many GPUs a node has, and the links between GPUs."""
+    """The number of GPUs of a node, and the links between GPUs."""
 
     gpus: int
     links: Links
@@ -288,8 +289,9 @@ class Node:
 class Point:
     """A number of GPUs, and images a second.
 
-    weak: each GPU has the same micro batch, and so the global batch grows. efficiency: of that, over as many times one
-    GPU. strong: the recipe's global batch is shared by all; None where it does not divide, or into too large parts.
+    weak: the rate if each GPU has the same micro batch, so that the global batch grows. efficiency: that rate over
+    `gpus` times the rate of one GPU. strong: the rate if all share the recipe's global batch; None if it does not
+    divide, or only into parts that are too large.
     """
 
     gpus: int
@@ -301,7 +303,7 @@ class Point:
 def curve(
     recipe: Recipe, parameters: int, config: Mapping[str, Any], micro_batch: int, time: ComputeTime, node: Node
 ) -> list[Point]:
-    """A point for each of GPUS. config: DeepSpeed's, filled. time: of one GPU, on a micro batch."""
+    """Return a point for each of GPUS. config: DeepSpeed's, filled. time: the time of one GPU on a micro batch."""
 
     def rate(gpus: int, images: int, accumulation: int) -> float:
         load = traffic(parameters, config, accumulation, recipe.train.precision)
@@ -318,7 +320,7 @@ def curve(
     return [Point(gpus, weak[gpus], weak[gpus] / (gpus * weak[1]), strong(gpus)) for gpus in GPUS]
 
 
-# One core reads, decodes and augments batches of so many images for about so long.
+# One core reads, decodes and augments batches of _BATCH images for about _SECONDS.
 _BATCH, _SECONDS = 16, 2.0
 # Cores that trainers, their loaders and the system use themselves, for each GPU.
 _OTHER_CORES = 1
@@ -326,14 +328,14 @@ _OTHER_CORES = 1
 
 @dataclass(frozen=True)
 class DataNeed:
-    """What the GPUs take and what cores give, in images a second.
+    """The images a second that the GPUs take and that cores make.
 
     Attributes:
-        needed: by all GPUs together.
-        per_core: of one core of this machine; None if it could not be timed.
-        cores: of all GPUs together, without those that are busy otherwise.
+        needed: the rate that all GPUs together take.
+        per_core: the rate of one core of this machine; None if it could not be timed.
+        cores: the cores of all GPUs together, without those that other work needs.
         why: the reason where nothing was timed.
-        on_device: the GPU augments already.
+        on_device: whether the GPU augments already.
     """
 
     needed: float
@@ -378,7 +380,7 @@ def data_need(recipe: Recipe, needed: float, gpus: int, cores_per_gpu: int) -> D
     return DataNeed(needed, rate, cores, on_device=on_device)
 
 
-# What sets the speed of a rank: keys, or sections that stand for all their keys.
+# The keys that set the speed of a rank; a section stands for all its keys.
 SPEED_KEYS = (
     *("model", "attention", "optim.name", "augment.run_on", "distill.from"),
     *("train.precision", "train.compile", "train.freeze", "train.recompute"),
@@ -396,9 +398,9 @@ class Measured:
     source: str
 
     def compute_time(self, parameters: int, node: Node) -> ComputeTime:
-        """Seconds of an image without the collectives that the run's own world took, as the plan counts them.
+        """Return the seconds of an image without the collectives of the run's own world, as the plan counts them.
 
-        A plan for that world adds them again, and comes to what was measured; one for another adds its own.
+        A plan for that world adds them again, and arrives at the measured time; a plan for another world adds its own.
         """
         train = self.recipe.train
         load = traffic(parameters, self.config, self.config["gradient_accumulation_steps"], train.precision)
@@ -408,9 +410,9 @@ class Measured:
 
 
 def find_measured(recipe: Recipe, gpu: Gpu | None) -> Measured | str | None:
-    """The rate of the run in the recipe's own directory on this GPU (None: a CPU): the median of its last hundred.
+    """Return the run in the recipe's own directory on this GPU (None: a CPU), with the median of its last 100 rates.
 
-    None where there is no such run; where there is one that says nothing about this recipe, why, in a line.
+    Returns None if there is no such run; if the run says nothing about this recipe, a line with the reason.
     """
     directory = RunDirectory(recipe.run.dir)
     events = (event for event in read_events(directory.metrics_file) if event.get("event") == "train")
@@ -443,7 +445,7 @@ def find_measured(recipe: Recipe, gpu: Gpu | None) -> Measured | str | None:
 def find_time(
     recipe: Recipe, subject: Subject, gpu: Gpu | None, config: Mapping[str, Any], step_time: float | None, node: Node
 ) -> tuple[ComputeTime | None, str]:
-    """What `step_time` says, else what the recipe's run measured, else an estimate; and why no run was of use, or "".
+    """Return the time by `step_time`, else by the recipe's run, else an estimate; and why no run could be used, or "".
 
     recipe, config: the way to train that the plan recommends. step_time: seconds of a micro batch.
     """

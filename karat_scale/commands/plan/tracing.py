@@ -1,11 +1,11 @@
-"""What a plan reads from a recipe before training: allocations and kernels of its passes, and the number of images.
+"""The figures of a recipe before training: allocations and kernels of its passes, and the number of images.
 
 The model runs forward and backward on fake tensors, which have shapes, dtypes and storages but no memory
-(`torch._subclasses.fake_tensor`). So a trace takes about a second for any model and batch, and what a GPU would run is
-traced on a machine that has none. A trace does not see memory that an operation takes and gives back within itself;
+(`torch._subclasses.fake_tensor`). So a trace takes about a second for any model and batch, and a GPU's operations are
+traced on a machine without one. A trace does not see memory that an operation takes and gives back within itself;
 `memory.attention_workspace` counts that of attention.
 
-Images are counted from the data's records alone: no image, decoder or hash is touched.
+Images are counted only from the data's records: no image, decoder or hash is touched.
 """
 
 import gc
@@ -38,18 +38,18 @@ _aten = torch.ops.aten
 # Operations that make a tensor and write nothing.
 _ALLOCATE = (_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided)
 
-# Kernels of an operation, where they are not one. A norm's backward pass reduces its weights' gradients apart;
-# attention's multiplies O by its gradient before, and rounds the query's gradient after.
+# Kernels of operations that have more than one. A norm's backward pass reduces its weights' gradients separately;
+# attention's first multiplies O by its gradient, and last rounds the query's gradient.
 _KERNELS = {
     "native_layer_norm_backward": 2,
     "_scaled_dot_product_flash_attention_for_cpu_backward": 3,
     "convolution_backward": 3,
 }
-# Of KArAt's own operations, which have one name each for the forward and the backward pass. The backward pass of
-# psi(A) V, of the content form, ends with a sum.
+# Kernels of KArAt's own operations, which have one name each for the forward and the backward pass. The backward pass
+# of psi(A) V, of the content form, ends with a sum.
 OPERATOR_FORWARD, OPERATOR_BACKWARD = 2, 5
 PSI_FORWARD, PSI_BACKWARD = 1, 3
-# What torch.compile leaves as kernels of their own.
+# Operations that torch.compile leaves as separate kernels.
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 _ATTENTION = "_scaled_dot_product"
 
@@ -63,7 +63,7 @@ class Launches:
 
     @classmethod
     def of(cls, operations: Iterable[Any]) -> "Launches":
-        """Of operations of the dispatcher (`OpOverload`) that each launch something."""
+        """Return the launches of operations of the dispatcher (`OpOverload`) that each launch something."""
         products = others = 0
         for operation in operations:
             name = operation._schema.name.partition("::")[2]
@@ -77,16 +77,16 @@ class Launches:
         return cls(products, others)
 
     def kernels(self, compiled: bool) -> int:
-        """How many run: compiled, what lies between two products becomes one kernel."""
+        """Return how many kernels run: compiled, all operations between two products become one kernel."""
         return self.products + (min(self.others, self.products) if compiled else self.others)
 
 
 @dataclass
 class Allocation:
-    """A storage of `bytes`, which is let go before the `died`-th is made, or never.
+    """A storage of `bytes`, which is freed before the `died`-th storage is made, or never.
 
-    Time is counted in births: several that die between two of them do so in no order, as when autocast lets go of
-    its casts. `part` is the block whose forward pass made it, or OUTSIDE. `gradient`: a parameter keeps it.
+    Time is counted in births: storages that die between two births have no order, as when autocast frees its casts.
+    `part` is the block whose forward pass made it, or OUTSIDE. `gradient`: whether a parameter keeps it.
     """
 
     bytes: int
@@ -131,10 +131,10 @@ def fake_copy(model: nn.Module, dtype: torch.dtype | None = None) -> FakeTensorM
 def trace_step(
     model: Any, mode: FakeTensorMode, batch: int, size: int, autocast: bool, pixels: torch.dtype | None, trains: bool
 ) -> Trace:
-    """Forward, soft-target cross-entropy and backward of `batch` images [3, size, size] on a `fake_copy`.
+    """Trace forward, soft-target cross-entropy and backward of `batch` images [3, size, size] on a `fake_copy`.
 
-    The images are in the dtype `pixels`, or that of the weights. They and the targets are there before and do not
-    count. Parameters have no gradients before. Without `trains` it is the forward pass of an evaluation.
+    The images are in the dtype `pixels`, or that of the weights. They and the targets exist before the trace and do not
+    count. Parameters have no gradients before it. Without `trains`, only the forward pass of an evaluation is traced.
     """
     parameters = list(model.parameters())
     model.train(trains)
@@ -165,7 +165,7 @@ def trace_step(
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Keep the collector from letting go of tensors at moments of its own."""
+    """Keep the garbage collector from freeing tensors at arbitrary moments."""
     gc.collect()
     gc.disable()
     try:
@@ -175,7 +175,7 @@ def _no_collection() -> Iterator[None]:
 
 
 class _Tracker(TorchDispatchMode):
-    """Notes each new storage that an operation returns, and when it is let go."""
+    """Notes each new storage that an operation returns, and when it is freed."""
 
     def __init__(self, there: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -205,7 +205,7 @@ class _Tracker(TorchDispatchMode):
         return [block.register_forward_pre_hook(note(number)), block.register_forward_hook(note(OUTSIDE))]
 
     def trace(self, forward: int, gradients: Iterable[Tensor]) -> Trace:
-        """What was noted so far; later deaths are not."""
+        """Return what was noted so far, without later deaths."""
         for gradient in gradients:
             allocation = self._living[_key(gradient)]
             assert allocation is not None
@@ -214,7 +214,7 @@ class _Tracker(TorchDispatchMode):
         return Trace(tuple(self._allocations), forward, tuple(self._launching))
 
     def _note(self, tensor: Tensor) -> bool:
-        """Whether its storage is new."""
+        """Note a tensor's storage; returns whether it is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._living:
@@ -242,7 +242,7 @@ _PATIENCE = 10.0
 
 
 def count_samples(data: DataConfig) -> tuple[int, str]:
-    """Training images, and where the number comes from; ImageNet-1K's where the recipe's data is not here."""
+    """Return the number of training images, and its source; ImageNet-1K's if the recipe's data is not here."""
     try:
         return _recorded(data), "of the recipe's data"
     except _AbsentError:
@@ -254,7 +254,7 @@ class _AbsentError(DataError):
 
 
 def _recorded(data: DataConfig) -> int:
-    """The number in the records of the data's format; a folder of images is listed. Raises DataError, _AbsentError."""
+    """Return the number in the data's records, or in a listing of an image folder. Raises DataError, _AbsentError."""
     if data.row.files is None:
         return data.synthetic_samples
     if data.stream_samples is not None:

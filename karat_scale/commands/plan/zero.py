@@ -1,7 +1,7 @@
-"""What DeepSpeed and this project's engine keep on a rank, stage by stage, read from their code and measured.
+"""The memory that DeepSpeed and this project's engine keep on a rank, by stage, read from their code and measured.
 
-P is the model's parameters, W the ranks. Sizes are bytes. DeepSpeed 0.19: `runtime/zero/stage_1_and_2.py`, `stage3.py`
-and `runtime/bf16_optimizer.py`, which is stage 1 with bf16 weights; stage 1 in fp16 is the first file's. DeepSpeed
+Sizes are bytes. The code is DeepSpeed 0.19's `runtime/zero/stage_1_and_2.py`, `stage3.py` and
+`runtime/bf16_optimizer.py`. The last file is stage 1 with bf16 weights; stage 1 in fp16 is in the first file. DeepSpeed
 takes autocast (`train.precision: bf16`) for fp32, because weights and gradients are fp32.
 """
 
@@ -24,21 +24,21 @@ BUCKET, ALL_REDUCE, MAX_LIVE, PERSISTENT, PREFETCH = 500_000_000, 500_000_000, 1
 
 @dataclass(frozen=True)
 class Kept:
-    """What a rank holds, in bytes.
+    """The bytes that a rank holds.
 
-    weights: what the forward pass reads; masters: fp32 weights beside them. moments: of the optimizer. ema: fp32.
+    weights: read by the forward pass. masters: fp32 copies of the weights. moments: the optimizer's. ema: fp32.
     held_gradients: alive before a backward pass begins, in the worst micro batch of a step.
-    keeps_gradients: how many times the bytes of each gradient that backward makes stay: 1 where it stays itself, 2
-    where it is widened to fp32, 0 where it is copied away at once, a rank's share where the others' are freed.
-    passing: at most so many bytes of those are there at once, until they are freed.
-    bucket: DeepSpeed's buffers while gradients come. gathered: stage 3's whole weights between forward and backward.
+    keeps_gradients: how many times the bytes of a gradient stay after backward has made it: 1 if it stays itself, 2 if
+    it is widened to fp32, 0 if it is copied away at once, a rank's share if the other ranks' shares are freed.
+    passing: at most this many bytes of the gradients that do not stay are alive at once, until they are freed.
+    bucket: DeepSpeed's buffers while gradients arrive. gathered: stage 3's whole weights between forward and backward.
     fetched: stage 3's weights that have been fetched ahead, in one buffer and each by itself.
-    partition: allocated for gradients when `flush_after` bytes of them have come, once or again and again.
-    final_gradients: alive when the step begins. reducing: more than that, at its most, between backward and step.
-    resting: gradients and their buffers that are kept when no step is under way.
+    partition: allocated for gradients when `flush_after` bytes of them have arrived, once or repeatedly.
+    final_gradients: alive when the step begins. reducing: the most beyond that between backward and step.
+    resting: gradients and their buffers that are kept between steps.
     stepping: temporaries of the step. starting: all that is alive at the worst moment of `deepspeed.initialize`.
-    teacher: of distillation, which is not partitioned.
-    host: of it all, what offload moves to the CPU's memory beside a GPU.
+    teacher: the teacher of distillation, which is not partitioned.
+    host: the part of all these that offload moves from a GPU to the CPU's memory.
     """
 
     weights: int
@@ -64,9 +64,9 @@ class Kept:
 
 @dataclass(frozen=True)
 class ParameterSizes:
-    """Elements: of all that learns, of each optimizer group, of each parameter, and of all that is frozen.
+    """The elements of all trainable parameters, of each optimizer group, of each parameter, and of frozen ones.
 
-    `matrices`: of each parameter that has the optimizer's `matrix_states`.
+    `matrices`: the elements of each parameter that has the optimizer's `matrix_states`.
     """
 
     total: int
@@ -77,7 +77,7 @@ class ParameterSizes:
 
     @classmethod
     def of(cls, model: nn.Module, optim: OptimConfig) -> "ParameterSizes":
-        """Of a model, in the groups of the engine's optimizer."""
+        """Return the sizes of a model, in the groups of the engine's optimizer."""
         learned = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
         own = own_matrices(model, optim)
         return cls(
@@ -112,16 +112,16 @@ class Case:
         self.optimizer = recipe.optim.row
         self.accumulates = self.accumulation > 1
         self.offloads = on_gpu and offloads_optimizer(config)
-        # Of a parameter that the module holds. Beside one of 16 bits there is an fp32 master.
+        # The bytes of an element of the module's parameters. A 16-bit parameter also has an fp32 master.
         self.width = PRECISIONS[recipe.train.precision].weights.itemsize
         self.is_16_bit = self.width < FP32
         self.low = self.width * sizes.total
-        # fp32 of all parameters, of a rank's share, and of its share of the larger optimizer group.
+        # The fp32 bytes of all parameters, of a rank's share, and of its share of the larger optimizer group.
         self.whole = FP32 * sizes.total
         self.shard = -(-self.whole // world)
         self.largest_group = -(-FP32 * max(sizes.groups) // world)
         self.whole_ema = self.whole if recipe.train.ema_decay else 0
-        # What does not learn: with the weights, and beside a CPU's in fp32, as the engine's copy.
+        # Frozen parameters: with the weights, and on a CPU also in fp32, as the engine's copy.
         self.frozen = sizes.frozen * (self.width + (0 if on_gpu else FP32))
         moments = len(self.optimizer.states) * self.shard
         self.shared = {"masters": self.shard, "moments": moments, "ema": -(-self.whole_ema // world)}
@@ -133,12 +133,12 @@ class Case:
         self.is_contiguous = is_forced or bool(self.zero.get("contiguous_gradients", True))
 
     def temporaries(self, tensor_bytes: int, more: int = 0) -> int:
-        """Bytes of a step on a tensor. Fused optimizers, of CUDA and DeepSpeed's for CPUs, have none."""
+        """Return the bytes of a step's temporaries for a tensor. Fused optimizers (CUDA's, DeepSpeed's) have none."""
         return 0 if self.on_gpu else (self.optimizer.temporaries + more) * tensor_bytes
 
 
 def kept(case: Case) -> Kept:
-    """What a rank keeps."""
+    """Return what a rank keeps."""
     stage_1 = _bf16_stage_1 if case.recipe.train.precision == "bf16_weights" else _stages_1_and_2
     return {0: _stage_0, 1: stage_1, 2: _stages_1_and_2, 3: _stage_3}[case.stage](case)
 
@@ -179,12 +179,12 @@ def _bf16_stage_1(case: Case) -> Kept:
 
 
 def _stages_1_and_2(case: Case) -> Kept:
-    """Flat weights, fp32 masters of a share beside them, and a bucket through which gradients go.
+    """Flat weights, fp32 masters of a share next to them, and a bucket through which gradients go.
 
     Stage 1 (fp32, fp16) keeps all gradients in fp32 until the step; fp16's are cast back to be sent. Stage 2 keeps a
-    share; in fp32 that of a later micro batch is a second one, until the two are added. Without `contiguous_gradients`
-    a flat copy of those of a bucket is made when it is full, and what stage 2 does not keep is freed then, or with
-    `overlap_comm` when the next one is full.
+    share; in fp32, a later micro batch has a second share until the two are added. Without `contiguous_gradients`, a
+    bucket's gradients are copied flat when it is full. Gradients that stage 2 does not keep are freed then, or with
+    `overlap_comm` when the next bucket is full.
     """
     weights = case.low
     is_2 = case.stage == 2
@@ -221,9 +221,9 @@ def _stages_1_and_2(case: Case) -> Kept:
         bucket=0,
         partition=flat + (state.partition if case.is_16_bit else 0),
         flush_after=case.bucket * case.width // FP32 if widened else case.bucket,
-        # Except where stage 2 casts them, what the step takes are these gradients, so they count once.
+        # The step takes these gradients, so they count once, except where stage 2 casts them.
         reducing=own + min(made - own, passing) + flat + second + cast - (0 if case.is_16_bit and is_2 else case.shard),
-        # Gradients of a group are freed once they are flat, where in a buffer those of the other group would hold it.
+        # A group's gradients are freed once they are flat; in a buffer, the other group's would keep it alive.
         stepping=state.stepping if case.is_16_bit else max(case.temporaries(case.largest_group), case.largest_group),
     )
 
@@ -231,7 +231,7 @@ def _stages_1_and_2(case: Case) -> Kept:
 def _stage_3(case: Case) -> Kept:
     """A share of everything, buffers that stay, and the weights whole from their first use to their last.
 
-    DeepSpeed keeps what is used again within `stage3_max_reuse_distance` elements, so a model of less than 1e9
+    DeepSpeed keeps weights that are used again within `stage3_max_reuse_distance` elements, so a model of less than 1e9
     parameters is whole on each rank between forward and backward.
     """
     share = -(-case.low // case.world)

@@ -76,11 +76,11 @@ def open_classifier(source: str, checkpoint: str, weights: str) -> Classifier:
     """Open a run's directory, a folder of `karat export` or its safetensors file.
 
     Args:
-        checkpoint: of a run: best, latest, or a name.
+        checkpoint: the checkpoint of a run: best, latest, or a name.
         weights: raw, ema, or auto, which is the choice of `karat eval`. An exported folder holds one kind.
 
     Raises:
-        UserError: there is nothing like that, it is damaged, or it has no such weights.
+        UserError: there is no such model, it is damaged, or it has no such weights.
     """
     try:
         path, inside = locate(source)
@@ -115,12 +115,12 @@ def open_classifier(source: str, checkpoint: str, weights: str) -> Classifier:
 
 @dataclass
 class Found:
-    """Image files in the order of the arguments, each once; what could not be listed, with the reason."""
+    """Image files in the order of the arguments, each once; and places that could not be listed, with the reason."""
 
     files: list[str] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
     others: int = 0
-    """Files in folders whose names have no image suffix."""
+    """The number of files in folders whose names have no image suffix."""
 
 
 def find_images(arguments: Sequence[str]) -> Found:
@@ -213,7 +213,7 @@ COLUMNS = ("image", "rank", "label", "class", "probability", "error")
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of an image, the first one first; or the reason why it has none.
+    """The most probable classes of an image, the most probable first; or the reason why it has none.
 
     guesses: each with its `label`, `class` and `probability` from 0 to 1.
     """
@@ -289,7 +289,7 @@ def predict(
     Args:
         model: a run's directory or what `karat export` wrote.
         images: files, folders and globs.
-        top: classes of each image.
+        top: the number of classes for each image.
         attention: a directory for overlays.
 
     Raises:
@@ -304,12 +304,12 @@ def predict(
     predictions += [Prediction(name, error=reason) for name, reason in found.bad]
     bad = [one for one in predictions if one.error]
     good = len(predictions) - len(bad)
-    try:  # before what is printed, which nobody may read to its end
+    try:  # before printing, which a closed pipe may stop
         if json_file:
             write_atomically(Path(json_file), json_lines(predictions))
         if csv_file:
             write_atomically(Path(csv_file), csv_lines(predictions))
-    finally:  # a disk that takes nothing must not cost the predictions
+    finally:  # the predictions are printed even if the disk is full
         if good:
             which = f"{model} {classifier.checkpoint} ({classifier.weights} weights)"
             print_predictions(printable(f"{which} on {device_name(classifier.device)}"), predictions)
@@ -324,7 +324,7 @@ def logits_of(
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Yield batches of the files in order with their float32 logits [b, classes] on the CPU.
 
-    maps: what the last block computes is kept there until the next batch.
+    maps: keeps what the last block computes until the next batch.
     """
     recipe, device = classifier.recipe, classifier.device
     forward = forward_for_evaluation(classifier.model, recipe.train, device)
@@ -391,7 +391,7 @@ def serve(model: str, checkpoint: str, weights: str, port: int) -> int:
 
     Args:
         model: a run's directory or what `karat export` wrote.
-        port: 0 for any free one.
+        port: the port of the page; 0 for any free one.
 
     Raises:
         UserError: gradio is not installed, there is no such model, or the port is taken.
@@ -415,7 +415,7 @@ def open_page(page: Any, port: int) -> str:
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    # A page of another site, whose name was let point to this machine, comes with that name.
+    # A page of another site, whose name was made to point to this machine, asks for that name.
     only_here = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     try:
         _, url, _ = page.launch(
@@ -458,14 +458,14 @@ def build_page(classifier: Classifier, title: str) -> Any:
             if prediction.overlay:
                 with Image.open(prediction.overlay) as image:  # whose file is about to be removed
                     overlay = image.convert("RGB").copy()
-        # Of classes with one name the most probable, which comes first.
+        # Of classes with the same name, the most probable counts, which comes first.
         return {guess["class"]: guess["probability"] for guess in reversed(prediction.guesses)}, overlay
 
     with gradio.Blocks(title=f"karat demo: {title}", analytics_enabled=False) as page:
         gradio.Markdown(f"### {title}")
         with gradio.Row():
             picture: Any = gradio.Image(type="filepath", label="picture", elem_id="picture")
-            # Its own would let Pillow open any format, also those that start another program.
+            # Gradio's own would let Pillow open any format, also those that start another program.
             picture.preprocess = lambda upload: None if upload is None else upload.path
             answers = gradio.Label(num_top_classes=_SHOWN, label="classes", elem_id="classes")
         overlay = gradio.Image(label="where the last block looks", elem_id="overlay", visible=shows_attention)

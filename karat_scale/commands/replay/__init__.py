@@ -1,1 +1,1 @@
-"""`karat replay` and `karat verify`: a part of a run again, with a look at every tensor, or compared with the run."""
+"""`karat replay` and `karat verify`: train a part of a run again, and look at every tensor or compare with the run."""

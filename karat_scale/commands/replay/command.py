@@ -3,10 +3,10 @@
 A replay takes one step, bit for bit, and finds the first module and tensor that is not finite, in the forward pass and
 in the backward pass. It shows the step's images.
 
-A verification trains between two checkpoints, and compares data, losses and weights. On as many ranks, and a processor
-and versions as the run had, all must be the same bits. Elsewhere rounding differs, so losses and weights may differ
-within a tolerance: LOSSES of a loss, and WEIGHTS of the way that the weights moved. The optimizer's states and a
-network's buffers follow the weights: they may differ by STATES of their size, or of the way they moved.
+A verification trains between two checkpoints, and compares data, losses and weights. With the run's number of ranks,
+processor and versions, all bits must be the same. Elsewhere rounding differs, so losses and weights may differ within a
+tolerance: LOSSES of a loss, and WEIGHTS of the way that the weights moved. The optimizer's states and a network's
+buffers follow the weights: they may differ by STATES of their size, or of the way they moved.
 """
 
 import math
@@ -65,9 +65,9 @@ class Findings:
     _before: dict[str, str] = field(default_factory=dict)
 
     def look(self, which: str, what: str, values: Tensor) -> None:
-        """Look at what a pass has computed, unless it has found something before.
+        """Look at what a pass has computed, unless something was found in that pass before.
 
-        What it found ends with what the pass had computed just before, and the largest finite magnitude in that.
+        A finding ends with the tensor that the pass had computed just before, and its largest finite magnitude.
         """
         if which not in self.found:
             if finding := not_finite(what, values):
@@ -104,7 +104,7 @@ def watched(network: nn.Module) -> Iterator[Findings]:
 
 
 def not_finite(what: str, values: Tensor) -> str:
-    """Say how many of a tensor's values are not finite; "" if all are."""
+    """Return how many of a tensor's values are not finite, as text; "" if all are finite."""
     bad = int((~torch.isfinite(values.detach())).sum())
     return f"{what}: {bad:,} of {values.numel():,} values" if bad else ""
 
@@ -115,9 +115,9 @@ class Replayed:
 
     Attributes:
         findings: what was not finite in each pass.
-        losses: of each of its samples.
-        weights: what was not finite before the step; None if all were.
-        shown: the images with the largest losses, of which the first one has the largest.
+        losses: the loss of each of its samples.
+        weights: the first weight that was not finite before the step; None if all were finite.
+        shown: the images with the largest losses, the largest first.
     """
 
     findings: dict[str, str]
@@ -130,8 +130,8 @@ def replay(run_dir: str, step: int, images: int, out: str | None, json_file: str
     """Take a step again and print what was found; returns the exit code.
 
     Args:
-        step: counted from 1, as `karat train` logs it.
-        images: at most this many are drawn.
+        step: the step, counted from 1 as `karat train` logs it.
+        images: the largest number of images to draw.
 
     Raises:
         UserError: no such run, no intact checkpoint before the step, or data that do not fit.
@@ -159,7 +159,7 @@ def replay(run_dir: str, step: int, images: int, out: str | None, json_file: str
 
 
 def refuse_other_files(directory: RunDirectory, recipe: Recipe, from_start: int) -> None:
-    """Refuse data that have moved, and what would be read in place of the run's own files. Raises UserError."""
+    """Refuse data that have moved, and files that would be read in place of the run's own. Raises UserError."""
     try:
         check_data_path(recipe.data)
     except DataError as error:
@@ -178,7 +178,7 @@ def _checkpoint(store: CheckpointStore, step: int) -> str:
     """Return the newest intact checkpoint before a step; "" if training reaches it only from the start.
 
     Raises:
-        RunDirectoryError: there are some, and all are damaged.
+        RunDirectoryError: there are such checkpoints, and all are damaged.
     """
     names = [*checkpoints_before(store, step)]
     for name in names:
@@ -206,7 +206,7 @@ def scratch_recipe(directory: RunDirectory, recipe: Recipe, begin: str, world: W
     own = recipe.changed(
         run__dir=str(path),
         init_from=recipe.init_from if not begin else "",
-        convert=recipe.convert if not begin else type(recipe.convert)(),  # which init_from belongs to
+        convert=recipe.convert if not begin else type(recipe.convert)(),  # it belongs to init_from
         resume__mode="auto",
         resume__from_=str(directory.store.root / begin) if begin else recipe.resume.from_,
         log__histogram_every_steps=None,
@@ -234,7 +234,7 @@ def scratch_recipe(directory: RunDirectory, recipe: Recipe, begin: str, world: W
 def trained_again(
     recipe: Recipe, step: int, world: World, log: MetricsLog | None = None
 ) -> Iterator[tuple[ClassificationTask, Trainer]]:
-    """Yield task and trainer of a scratch recipe, resumed before a step to take. Raises UserError if that cannot be."""
+    """Yield task and trainer of a scratch recipe, resumed before the step to take. Raises UserError if not possible."""
     task: ClassificationTask | None = None
     reporter = Reporter(PlainDisplay() if world.is_main and log is None else SilentDisplay(), log, world.rank)
     try:
@@ -289,7 +289,8 @@ def _worst(losses: list[float], count: int) -> list[int]:
 def _report(ranks: list[Replayed], norm: float, name: str) -> dict[str, Any]:
     """Print what was found; returns the same as plain data.
 
-    name: of the loss in the run's log; a student has another one, from its teacher, which is not of single images.
+    name: the name of the loss in the run's log. A student also logs a loss from its teacher, which is not of single
+    images.
     """
     losses = [loss for rank in ranks for loss in rank.losses]
     bad = sum(not math.isfinite(loss) for loss in losses)
@@ -333,7 +334,7 @@ def verify(run_dir: str, begin: int | None, end: int | None, json_file: str | No
     """Train from one checkpoint to another again, and print what differs; returns the exit code, 1 if something does.
 
     Args:
-        begin: the step of the first checkpoint; the one before the second when None. 0: from the start.
+        begin: the step of the first checkpoint; 0 is the start, and None the checkpoint before the second.
         end: the step of the second checkpoint; the newest when None.
 
     Raises:
@@ -378,7 +379,7 @@ def verify(run_dir: str, begin: int | None, end: int | None, json_file: str | No
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of what the run has with what was trained again. `is_close`: within the tolerance."""
+    """A comparison of the run with what was trained again. `is_close`: whether it is within the tolerance."""
 
     what: str
     is_same: bool
@@ -438,13 +439,13 @@ def _train(
     data = Comparison("data", same, same, "the same digest" if same else "another digest: not the same samples")
     kept, starts = _lines(directory.metrics_file, began, saved["step"])
     again, _ = _lines(scratch / "metrics.jsonl", began, saved["step"])
-    # A start before may have had another recipe, which asked for other lines.
+    # An earlier start may have had another recipe, which asked for other lines.
     missing = set() if _has_other_recipe(directory, saved) else (again.keys() ^ kept.keys()) - starts
     return [data, _compare_losses(kept, again, missing), *_compare_weights(*states)]
 
 
 class _Line(NamedTuple):
-    """The mean of the steps after `begin`."""
+    """A line of the log: the mean of the steps after `begin`."""
 
     begin: int
     loss: Any
@@ -452,7 +453,7 @@ class _Line(NamedTuple):
 
 
 def _lines(log: Path, begin: int, end: int) -> tuple[dict[int, _Line], set[int]]:
-    """What a log has of the steps after `begin` up to `end`, by the last step of a line; and where training started."""
+    """Return a log's lines on the steps after `begin` up to `end`, by their last step; and where training started."""
     found: dict[int, _Line] = {}
     before, starts = begin, set()
     for event in read_events(log):
@@ -518,7 +519,7 @@ def _pieces(tensors: Mapping[str, torch.Tensor]) -> Pieces:
 
 
 def _counts(state: SavedState) -> dict[str, Any]:
-    """What must be the same on any machine, by name."""
+    """Return the values that must be the same on any machine, by name."""
     scalars = {f"{key} of {name}": value for key, values in state.scalars.items() for name, value in values.items()}
     buffers = {name: value.tolist() for name, value in state.buffers.items() if not value.is_floating_point()}
     return {**state.counters, **scalars, **buffers}
@@ -527,7 +528,7 @@ def _counts(state: SavedState) -> dict[str, Any]:
 def _compare_pieces(
     what: str, shapes: Mapping[str, Iterable[int]], before: Pieces | None, kept: Pieces, again: Pieces, tolerance: float
 ) -> Comparison:
-    """Compare tensors by name; where rounding differs, by the way from `before`, or their size without it."""
+    """Compare tensors by name; a difference is relative to the way from `before`, or without it to their size."""
     others, far, way = [], 0.0, 0.0
     for name, shape in shapes.items():
         if name not in kept and name not in again:

@@ -1,1 +1,1 @@
-"""Runs as jobs of a cluster: what they are doing, and which rank hangs."""
+"""`karat status`: what a run is doing, and which rank the others wait for."""

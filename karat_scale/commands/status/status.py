@@ -27,7 +27,7 @@ from karat_scale.foundation.files import parse_json, read_text
 from karat_scale.foundation.machine import ask_squeue, this_node
 from karat_scale.recipe.files import recipe_of_run
 
-# Heartbeats are written every two seconds. Without its process, one that is a little old is the last.
+# Heartbeats are written every two seconds. If its process is gone, a slightly old heartbeat is the last one.
 SILENT_SECONDS, LATE_SECONDS = 30.0, 6.0
 _FIGURES = ("total_steps", "epoch", "images_per_second", "peak_memory_mb", "beyond_reach")
 _NUMBERS = (*_FIGURES, "step", "samples", "loss", "top1", "mask_ap", "restarts", "exit")
@@ -65,7 +65,7 @@ class Standing:
     """A line for each test set of `karat eval --on`."""
     wall_time: WallTime = field(default_factory=WallTime)
     damaged_lines: int = 0
-    """Of `metrics.jsonl`: what a disk that was full has cut off, and what is no event."""
+    """The number of lines of `metrics.jsonl` that a full disk has cut off, or that are no events."""
 
     @property
     def losses(self) -> list[float]:
@@ -74,7 +74,7 @@ class Standing:
 
     @property
     def is_silent(self) -> bool:
-        """True if the run says nothing any more and has not ended: it was killed, or all its nodes are gone."""
+        """True if the run writes nothing any more and has not ended: it was killed, or all its nodes are gone."""
         if self.ended is not None or self.silent_seconds is None:
             return False
         mine = [sign.pid for sign in self.signs if sign.host == this_node()]
@@ -122,7 +122,7 @@ def read_standing(run: Path, now: float | None = None) -> Standing:
         standing.slow = slow_ranks(standing.signs, slow_factor(run))
         standing.silent_seconds = max(now - newest.written, 0.0)
         standing.wall_time.reach(newest.written, standing.signs[0].doing)
-    # Of each start there is a directory: the launch wrapper names it JOB-RESTART; JOB of an array is ARRAY_ELEMENT.
+    # Each start has a directory, which the launch wrapper names JOB-RESTART; in an array, JOB is ARRAY_ELEMENT.
     starts = [path for path in (run / "logs").glob("*-*") if path.is_dir()]
     newest_start = max(starts, key=lambda path: path.stat().st_mtime, default=None)
     standing.job = newest_start.name.rpartition("-")[0] if newest_start else None
@@ -131,7 +131,7 @@ def read_standing(run: Path, now: float | None = None) -> Standing:
 
 
 def _apply_event(standing: Standing, event: dict[str, Any]) -> None:
-    """Take in an event. Raises ValueError, TypeError, KeyError or OverflowError for one that is none."""
+    """Apply an event. Raises ValueError, TypeError, KeyError or OverflowError if it is not valid."""
     standing.wall_time.add(event)
     kind = event.get("event")
     for key in _NUMBERS:  # the trainer writes null for what is not finite
@@ -150,12 +150,12 @@ def _apply_event(standing: Standing, event: dict[str, Any]) -> None:
     elif kind == "eval" and (score := event.get("top1", event.get("mask_ap"))) is not None:
         standing.tested.append((event["step"], score))
         standing.score = "top-1" if "top1" in event else "mask AP"
-    elif kind in ("start", "resume"):  # what an earlier start logged of later steps is taken back
+    elif kind in ("start", "resume"):  # what an earlier start logged of later steps is dropped
         standing.step, standing.ended = event["step"], None
         if kind == "start":  # which may have another length; the first report says it
             standing.seconds_left = None
             standing.known = {} if event["anew"] else {k: v for k, v in standing.known.items() if k != "total_steps"}
-        standing.restarts = event["restarts"] if kind == "resume" else 0  # one that resumes says so next
+        standing.restarts = event["restarts"] if kind == "resume" else 0  # a resume event follows if it resumes
         standing.trained = [one for one in standing.trained if one[0] <= standing.step]
         standing.tested = [one for one in standing.tested if one[0] <= standing.step]
     elif kind == "end":

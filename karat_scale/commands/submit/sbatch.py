@@ -34,8 +34,8 @@ def slurm_home() -> Path:
 class Job:
     """How a job is submitted.
 
-    options: of sbatch, by their long names. settings: variables of the script, such as VENV. at_once: at most so many
-    elements of an array run at a time.
+    options: the options of sbatch, by their long names. settings: the variables of the script, such as VENV. at_once:
+    the largest number of an array's elements that run at a time.
     """
 
     options: Mapping[str, str]
@@ -46,9 +46,9 @@ class Job:
     def script(
         self, name: str, options: Mapping[str, str], settings: Mapping[str, str], overrides: Sequence[str]
     ) -> str:
-        """Return a script that runs one of slurm/ with these settings and overrides. The job's own come before them.
+        """Return a script that runs one of slurm/ with these settings and overrides. The job's own take precedence.
 
-        What it does not name is as in that script, or as in the environment.
+        Anything else is as in that script, or as in the environment.
         """
         directives = {**_directives(name), **options, **self.options}
         spares = {}
@@ -70,8 +70,8 @@ class Job:
     def submit(self, script: Path, text: str, files: Mapping[Path, str], refused: str) -> str | None:
         """Show the script and, unless it is only shown, write it and other files, and submit it if the user agrees.
 
-        refused: what the error names if a file cannot be written, such as `--out DIR`. Returns the number of the job if
-        it was submitted.
+        refused: the option that the error names if a file cannot be written, such as `--out DIR`. Returns the number of
+        the job if it was submitted.
         """
         print(text, end="" if self.decision == "print" else "\n")
         if self.decision == "print":

@@ -44,7 +44,7 @@ class Seen:
 
 
 class Watch:
-    """Remembers when each rank made progress; `verdict` names the rank that the others wait for."""
+    """Remembers when each rank made progress; a verdict names the rank that the others wait for."""
 
     def __init__(self, ranks: int, limits: heartbeat.StallLimits, now: float) -> None:
         self._ranks = ranks
@@ -53,7 +53,7 @@ class Watch:
         self._seen: dict[int, Seen] = {}
 
     def look(self, signs: list[heartbeat.Sign], now: float) -> str | None:
-        """Add the ranks' heartbeats at time `now` in seconds. Return a verdict, or None while one makes progress."""
+        """Add the ranks' heartbeats at time `now` in seconds. Return a verdict, or None while a rank makes progress."""
         for sign in signs:
             seen = self._seen.get(sign.rank)
             if seen is None or (sign.beats, sign.moves) != (seen.sign.beats, seen.sign.moves):
@@ -78,7 +78,7 @@ class Watch:
 
     @property
     def deadline(self) -> float:
-        """When the verdict comes, should no rank make progress until then."""
+        """The time at which the verdict comes, if no rank makes progress until then."""
         ends = (seen.got_on + self._limits.of(seen.sign.doing) for seen in self._seen.values())
         return max(ends, default=math.inf)
 

@@ -157,7 +157,7 @@ class PlannedRun:
     """A run of a sweep.
 
     Attributes:
-        overrides: all of the run's, with its directory and its checkpoint.url.
+        overrides: all overrides of the run, with its directory and its checkpoint.url.
     """
 
     point: Point
@@ -167,7 +167,7 @@ class PlannedRun:
 
     @property
     def state(self) -> State:
-        """What stands in the directory now."""
+        """The present state of the run in the directory."""
         from karat_scale.training.run_directory import RunDirectory  # imports torch
 
         directory = RunDirectory(self.directory)
@@ -176,10 +176,10 @@ class PlannedRun:
         standing = read_standing(self.directory)
         if standing.signs and standing.ended is None and not standing.is_silent:
             return State.RUNNING
-        # Without the second, the run was killed after it began again, and the summary is of its earlier end.
+        # If `ended` is None, the run was killed after it began again, and the summary is of its earlier end.
         if (directory.summary() or {}).get("exit") != 0 or standing.ended is None:
             return State.UNFINISHED
-        # Of another recipe, or a shorter one, karat train goes on or says why not.
+        # If it has another recipe, or another length, karat train goes on or says why not.
         recorded = directory.recipe(type(self.recipe))
         is_as_long = recorded.train.max_steps == self.recipe.train.max_steps  # which changes nothing that is learned
         return State.FINISHED if is_as_long and not differing_keys(recorded, self.recipe) else State.UNFINISHED
@@ -248,9 +248,9 @@ def _refuse_idle_keys(runs: Sequence[PlannedRun]) -> None:
 
 
 def _without_twins(runs: Sequence[PlannedRun]) -> tuple[PlannedRun, ...]:
-    """Return the runs without those of softmax that differ from one before only in keys of KArAt, and say so.
+    """Return the runs without those of softmax that differ from an earlier one only in keys of KArAt; prints a note.
 
-    Raises UserError for two points whose values are written differently, and are the same.
+    Raises UserError for two points whose values are written differently, but are the same.
     """
     first: dict[str, PlannedRun] = {}
     twins = []
@@ -276,7 +276,7 @@ def _digest(recipe: RunRecipe, without: Collection[str] = ()) -> str:
 
 
 def _schema(recipe: str) -> type[RunRecipe]:
-    """Return the kind of a recipe: of `karat detect` if it has a detector."""
+    """Return the schema of a recipe: that of `karat detect` if it has a detector."""
     try:
         _, tree = read_recipe(recipe, DetectionRecipe.shipped)
     except RecipeError:
@@ -290,7 +290,7 @@ _TAIL_BYTES = 65536
 
 
 def run_sweep(sweep: Sweep, ranks: int = 1) -> dict[str, str]:
-    """Train what has not finished, each run on so many ranks; returns why each run that failed did, by its name.
+    """Train the runs that have not finished, each on `ranks` ranks; returns why runs failed, by the run's name.
 
     Raises:
         StoppedSweepError: a signal stopped it.
@@ -340,7 +340,7 @@ def make_logs(sweep: Sweep) -> Path:
 
 
 class StoppedSweepError(Exception):
-    """A signal stopped the sweep after `done` of `total` runs; `saved`: the last run can go on where it was."""
+    """A signal stopped the sweep after `done` of `total` runs; `saved`: the last run can resume where it was."""
 
     def __init__(self, done: int, total: int, saved: bool) -> None:
         super().__init__(f"stopped after {done} of {plural(total, 'run')}; run the same command to resume")
@@ -348,9 +348,9 @@ class StoppedSweepError(Exception):
 
 
 def _run(command: Sequence[str], log: Path, told: Sequence[int], look: Callable[[], None]) -> int:
-    """Run a command to its end and return its exit code. About once a second it gets what has been `told`.
+    """Run a command to its end and return its exit code. About once a second, it gets the new signals in `told`.
 
-    look: called as often.
+    look: called about once a second, too.
     """
     with log.open("ab") as output:
         # In a session of its own, so that a terminal's Ctrl-C reaches it once, through us.
@@ -392,7 +392,7 @@ def last_step(directory: Path) -> tuple[int, int] | None:
 
 
 def _why(code: int, log: Path, begin: int) -> str:
-    """Return the last line of a run that says what went wrong, and where the others are; its log begins at a byte."""
+    """Return the last line of a run that says what went wrong, and its log's path. Its log begins at byte `begin`."""
     text = log.read_bytes()[begin:].decode("utf-8", "replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
@@ -455,14 +455,14 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def sweep(recipe: str, overrides: Sequence[str], out: str | None, only_print: bool, ranks: int, job: Job | None) -> int:
-    """Train what has not finished, here or by SLURM, and compare what has; returns the exit code.
+    """Train the runs that have not finished, here or by SLURM, and compare the finished ones; returns the exit code.
 
     Args:
         recipe: a shipped recipe's name or the path of a YAML file.
         overrides: `key=value`, or `key=value,value` for a key that varies.
         out: the directory around the runs; None is `runs/sweep_RECIPE`.
-        only_print: show the runs and how far they are, and do nothing.
-        ranks: of each run on this machine.
+        only_print: whether to only show the runs and how far they are.
+        ranks: the ranks of each run on this machine.
         job: how to submit a job array instead.
 
     Raises:

@@ -1,1 +1,1 @@
-"""What is done to images and batches: drawn first, from seeds, then done by workers or on the device."""
+"""Augmentation of images and batches: drawn first, from seeds, then applied by workers or on the device."""

@@ -1,10 +1,10 @@
-"""The transforms of training and evaluation: what is drawn for a sample, which view of the image, what is done to it.
+"""The transforms of training and evaluation: a sample's draws, the view of its image, and the operations on it.
 
 A training transform first draws what it will do, then does it. Two backends must agree on the record of draws. Every
 draw comes from the sample's own seed, through `random.Random`, whose stream Python keeps stable.
 
 RandAugment is timm's, with every choice drawn before anything is done. Its operations are in C++: they give the
-bits of Pillow, which needs several times as long.
+same bits as Pillow, which takes several times as long.
 """
 
 import ctypes
@@ -59,7 +59,7 @@ class Compiled:
         return self._run("karat_flip", planes)
 
     def enhance(self, planes: Planes, name: str, factor: float) -> Planes:
-        """Do what Pillow's ImageEnhance has under this name."""
+        """Do the operation of Pillow's ImageEnhance that has this name."""
         if name in ("Color", "Sharpness"):
             return self._run(f"karat_{name.lower()}", planes, ctypes.c_float(factor))
         level = 0
@@ -145,7 +145,7 @@ def _fill_of(augment: AugmentConfig) -> tuple[int, ...]:
 
 
 def find_compiled(augment: AugmentConfig) -> Compiled | None:
-    """Return the operations in C++; None if they cannot be compiled, or if this machine's Pillow has other bits."""
+    """Return the operations in C++; None if they cannot be compiled, or if this machine's Pillow gives other bits."""
     return _find_compiled(augment.interpolation, _fill_of(augment))
 
 
@@ -274,7 +274,7 @@ class RandAugment:
         return tuple(self._ops)
 
     def draw(self, rng: random.Random) -> tuple[Operation, ...]:
-        """The operations that one image gets, in order, with their strengths."""
+        """Draw the operations that one image gets, in order, with their strengths."""
         seed = rng.getrandbits(64)
         names = self._draw_names(rng)
         _RANDOM.seed(seed)
@@ -305,7 +305,7 @@ class RandAugment:
         return [names[i] for i in best]
 
     def _arguments(self, name: str) -> tuple[float, ...] | None:
-        """The arguments of one use of an operation, or None where it is left out this time."""
+        """Draw the arguments of one use of an operation; None if it is left out this time."""
         op = self._ops[name]
         if op.prob < 1 and _RANDOM.random() > op.prob:
             return None
@@ -326,7 +326,7 @@ def _posterize(image: Any, bits_to_keep: int, **_: Any) -> Any:
 
 
 JITTERS = {"brightness": "Brightness", "contrast": "Contrast", "saturation": "Color"}
-"""Pillow's enhancement for each, which is what torchvision's jitter uses too."""
+"""Pillow's enhancement for each kind of jitter. torchvision's jitter uses the same."""
 CROP_TRIES, TENSORFLOW_CROP_TRIES = 10, 100
 # Random erasing, arXiv 1708.04896 with timm's settings: share of the area, and height over width.
 ERASE_AREA, ERASE_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
@@ -335,8 +335,8 @@ ERASE_AREA, ERASE_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 class TrainTransform:
     """Random resized crop, flip, RandAugment, colour jitter, erasing, in timm's order.
 
-    Both RandAugment and jitter act when both are set, as the recipe says; timm itself lets RandAugment
-    silence the jitter. Raises RecipeError for a RandAugment string timm cannot read.
+    If RandAugment and jitter are both set, both act; timm itself turns the jitter off then. Raises RecipeError for a
+    RandAugment string that timm cannot read.
     """
 
     def __init__(self, augment: AugmentConfig, image_size: int) -> None:
@@ -351,7 +351,7 @@ class TrainTransform:
         self._std = 255 * np.array(augment.std, dtype=np.float32)
 
     def draw(self, seed: int, width: int, height: int) -> Draw:
-        """What happens to a sample of this seed and these source dimensions in pixels."""
+        """Return the draw for a sample of this seed and these source dimensions in pixels."""
         rng = random.Random(seed)
         augment = self._augment
         box = self._draw_box(rng, width, height)
@@ -390,7 +390,7 @@ class TrainTransform:
         return None
 
     def view(self, draw: Draw) -> View:
-        """The part of the image that the draw asks for."""
+        """Return the part of the image that the draw asks for."""
         return crop_view(draw.box, self._size)
 
     def choose(self, seed: int, width: int, height: int) -> tuple[View, Draw]:
@@ -399,9 +399,9 @@ class TrainTransform:
         return self.view(draw), draw
 
     def finish(self, pixels: Pixels, draw: Draw | None) -> Pixels:
-        """Do to the view, uint8 [size, size, 3], what workers do of the draw; returns uint8 [3, size, size].
+        """Apply the workers' part of the draw to the view, uint8 [size, size, 3]; returns uint8 [3, size, size].
 
-        The view is left as it is.
+        The view itself does not change.
         """
         assert draw is not None
         planes: Planes = pixels.transpose(2, 0, 1)
@@ -439,7 +439,7 @@ class EvalTransform:
         self._short_side = math.floor(image_size / augment.eval_crop)
 
     def view(self, width: int, height: int) -> View:
-        """The part of an image of these dimensions that is evaluated."""
+        """Return the part of an image of these dimensions that is evaluated."""
         return centre_view(width, height, self._short_side, self._size)
 
     def choose(self, _seed: int, width: int, height: int) -> tuple[View, None]:
@@ -455,7 +455,7 @@ class EvalTransform:
 def _draw_sides(
     rng: random.Random, area: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int]:
-    """Width and height of a box: a share of the area within `scale`, width over height within `ratio`."""
+    """Draw width and height of a box: a share of the area within `scale`, width over height within `ratio`."""
     share = area * (scale[0] + (scale[1] - scale[0]) * rng.random())
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = math.exp(low + (high - low) * rng.random())
@@ -467,9 +467,9 @@ def _draw_tensorflow_box(
 ) -> tuple[int, int, int, int]:
     """Draw left, top, width and height as TensorFlow's sample_distorted_bounding_box does, which big_vision uses.
 
-    Uniform are the aspect ratio, not its logarithm, and the height, not the area, so there are more small crops than in
-    torchvision. The last column and the last row belong to no crop narrower or lower than the image. After 100 tries
-    without a box, it is the whole image, of whatever ratio.
+    The aspect ratio is uniform, not its logarithm, and the height, not the area, so there are more small crops than in
+    torchvision. A crop narrower than the image never has its last column, and one lower never its last row. After 100
+    tries without a box, the box is the whole image, whatever its ratio.
     """
     least, most = (share * width * height for share in scale)
     for _ in range(TENSORFLOW_CROP_TRIES):

@@ -1,8 +1,8 @@
-"""What a device does to a whole batch of images: resize, RandAugment, colour jitter, erasing, and the model's input.
+"""The work of a device on a whole batch of images: resize, RandAugment, jitter, erasing, and the model's input.
 
 A sample's operations are drawn with its crop, so they are those that workers would apply, though some pixels differ by
 a grey level. Where Triton runs, a turn is at most two kernels for all images (`device_fused`). Elsewhere each operation
-is done at once to all images that get it at the same turn. Only the noise of erased boxes is the device's own.
+is done at once to all images that get it at the same turn. Only the noise of erased boxes differs from the workers'.
 
 The operations are Pillow's, on batches of uint8 images. All integers are Pillow's, and floats are float32 or better.
 The resize of a part of an image is Pillow's too: antialiased, with a box whose ends may lie within pixels. At the
@@ -26,7 +26,7 @@ from karat_scale.data.decoders.decode import View
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import AugmentConfig
 
-# uint8 [n, 3, H, W] and one float32 argument of each to the images' successors.
+# Takes images, uint8 [n, 3, H, W], and one float32 argument for each; returns the new images.
 Batched = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 LEVELS = 256
@@ -35,10 +35,10 @@ LEVELS = 256
 def transformed(
     images: torch.Tensor, matrices: torch.Tensor, fill: tuple[int, ...], cubic: bool, cut: int = 64
 ) -> torch.Tensor:
-    """Image.transform by AFFINE: uint8 [n, 3, H, W] and float64 [n, 6] to uint8 [n, 3, H, W].
+    """Return images, uint8 [n, 3, H, W], after Image.transform by AFFINE matrices, float64 [n, 6].
 
-    A matrix (a, b, c, d, e, f) says that output (x, y) looks at input (a x + b y + c, d x + e y + f). Pillow's cubic
-    is Keys' with -1. Of `cut` images at a time, for what it works in is many times their size.
+    A matrix (a, b, c, d, e, f) says that output (x, y) reads input (a x + b y + c, d x + e y + f). Pillow's cubic
+    is Keys' with -1. It does `cut` images at a time, since its temporary tensors are many times their size.
     """
     if len(images) > cut:
         parts = zip(images.split(cut), matrices.split(cut), strict=True)
@@ -65,14 +65,14 @@ def transformed(
 
 
 def _taps(at: torch.Tensor, length: int, cubic: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The pixels that places look at, int64, and how far they are beyond the middle one; along one axis."""
+    """Return, along one axis, the pixels that each place reads, int64, and its distance from the pixel before it."""
     before = torch.floor(at - 0.5)
     taps = [(before.long() + i).clamp(0, length - 1) for i in ((-1, 0, 1, 2) if cubic else (0, 1))]
     return taps, (at - 0.5 - before).float()[:, None]
 
 
 def _between(values: list[torch.Tensor], part: torch.Tensor) -> torch.Tensor:
-    """In Pillow's order of operations, in which a flat colour stays what it is."""
+    """Interpolate in Pillow's order of operations, which does not change a flat colour."""
     if len(values) == 2:
         return values[0] + part * (values[1] - values[0])
     one, two, three, four = values
@@ -80,13 +80,13 @@ def _between(values: list[torch.Tensor], part: torch.Tensor) -> torch.Tensor:
 
 
 def _blended(plain: torch.Tensor, images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """ImageEnhance: from what lacks a property, int or [n, 1 or 3, ...], to the images and beyond."""
+    """Return ImageEnhance's blend: from `plain`, which lacks a property, to the images and beyond."""
     plain = plain.float()
     return (plain + factors.view(-1, 1, 1, 1) * (images.float() - plain)).clamp_(0, 255).to(torch.uint8)
 
 
 def _grey(images: torch.Tensor) -> torch.Tensor:
-    """Pillow's luma, int32 [n, 1, H, W]."""
+    """Return Pillow's luma, int32 [n, 1, H, W]."""
     red, green, blue = images.int().split(1, dim=1)
     grey: torch.Tensor = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
     return grey
@@ -99,7 +99,7 @@ def _mean_grey(images: torch.Tensor) -> torch.Tensor:
 
 
 def _smooth(images: torch.Tensor) -> torch.Tensor:
-    """ImageFilter.SMOOTH, int32 [n, 3, H, W]: a mean of 3 x 3 with the centre five times; the border stays."""
+    """Return ImageFilter.SMOOTH, int32 [n, 3, H, W]: a mean of 3 x 3 with the centre five times; the border stays."""
     result = images.int()
     height, width = images.shape[-2:]
     if min(height, width) < 3:
@@ -112,7 +112,7 @@ def _smooth(images: torch.Tensor) -> torch.Tensor:
 
 
 def _looked_up(images: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """Each pixel's entry in the table of its image and channel, [n, 1 or 3, 256]."""
+    """Return each pixel's entry in the table of its image and channel, [n, 1 or 3, 256]."""
     at = images.flatten(2).long()
     return tables.to(torch.uint8).expand(-1, 3, -1).gather(2, at).view_as(images)
 
@@ -122,7 +122,7 @@ def _levels(arguments: torch.Tensor) -> torch.Tensor:
 
 
 def _by_level(table: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Batched:
-    """An operation from its table of levels, int64 [n, 1, 256], and arguments, int64 [n, 1, 1]."""
+    """Return the operation whose table `table` makes from levels, int64 [n, 1, 256], and arguments, int64 [n, 1, 1]."""
     return lambda images, arguments: _looked_up(images, table(_levels(arguments), arguments.long().view(-1, 1, 1)))
 
 
@@ -167,7 +167,7 @@ BATCHED: dict[Kind, Batched] = {
 
 
 class DeviceAugment:
-    """Does what `augment.run_on = device` leaves to it; nothing where that is `workers`.
+    """Does the part of the augmentation that `augment.run_on = device` leaves to a device; nothing with `workers`.
 
     Raises RecipeError for an operation that only Pillow does.
     """
@@ -185,9 +185,9 @@ class DeviceAugment:
             )
 
     def __call__(self, images: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-        """uint8 [b, 3, H, W], cropped and flipped, to the same with the rest of the draws done to it.
+        """Return cropped and flipped images, uint8 [b, 3, H, W], after the rest of their draws.
 
-        Images without draws, of a backend that augments nothing, come back as they are.
+        Images without draws, from a backend that augments nothing, come back as they are.
         """
         if not self._active or not draws:
             return images
@@ -201,7 +201,7 @@ class DeviceAugment:
         return images
 
     def _take_turn(self, images: torch.Tensor, turn: Turn, numbers: torch.Tensor) -> None:
-        """By `device_ops`, which run on any device. numbers: the turn's part of the program, on the images' device."""
+        """Do a turn in PyTorch, on any device. numbers: the turn's part of the program, on the images' device."""
         found: defaultdict[Kind, list[int]] = defaultdict(list)
         for row, operation in enumerate(turn):
             if operation is not None:
@@ -285,7 +285,7 @@ def _filter_weights(
 
 
 def _weighted(weights: Tensor, levels: Tensor) -> Tensor:
-    """Return weights @ levels, whole levels, as exactly as in float32 if products are rounded to TF32 (11 bits)."""
+    """Return weights @ levels, for whole levels, as exact as in float32 even if torch multiplies in TF32 (11 bits)."""
     coarse = (weights * 1024).round() / 1024
     return coarse @ levels + (weights - coarse) @ levels
 
@@ -306,7 +306,7 @@ def _whole_levels(pixels: Tensor) -> Tensor:
 
 
 class Normalize:
-    """uint8 [b, 3, H, W] to (images / 255 - mean) / std in `dtype`; mean and std are fractions of 1.
+    """Turns uint8 [b, 3, H, W] into (images / 255 - mean) / std in `dtype`; mean and std are fractions of 1.
 
     Where Triton runs, one kernel reads the bytes and writes the result. Elsewhere torch computes it in passes. Both
     compute in float32, with the same operations in the same order, and round once to `dtype`: the bits are the same.
@@ -320,7 +320,7 @@ class Normalize:
         self._dtype = dtype
 
     def __call__(self, images: torch.Tensor, mix: MixParams | None = None) -> torch.Tensor:
-        """Normalise images, and mix their pairs as `mix` says. Raises ValueError if an odd number shall mix."""
+        """Normalise images, and mix their pairs as `mix` says. Raises ValueError for an odd number of images to mix."""
         mix = mix or MixParams("none")
         if mix.kind != "none" and len(images) % 2:
             raise ValueError(f"cannot mix pairs of an odd batch of {len(images)}")

@@ -18,15 +18,15 @@ from karat_scale.data.decoders.decode import View
 
 # Pixels that a program works on at a time; more would not fit the registers of the kernel that interpolates.
 TURN_BLOCK, TABLE_BLOCK, INPUT_BLOCK = 256, 1024, 1024
-# Of a view, a thread has one column.
+# Each thread has one column of a view.
 VIEW_ROWS, VIEW_WIDTH = 8, 128
 MIXES = ("none", "mixup", "cutmix")
-# The results of `device_ops` to the bit: a fused multiply-add rounds once where Pillow rounds twice.
+# The results of `device_augment` to the bit: a fused multiply-add rounds once where Pillow rounds twice.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 def can_run(device: torch.device) -> bool:
-    """Whether Triton launches kernels on the device."""
+    """Return whether Triton launches kernels on the device."""
     if device.type == "meta":
         return True
     if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
@@ -43,9 +43,9 @@ def augment(
     std: Sequence[float],
     cubic: bool,
 ) -> Tensor:
-    """All turns of `program` (see `pack`), uint8 [b, 3, H, W] to new images.
+    """Return images, uint8 [b, 3, H, W], after all turns of `program` (see `pack`).
 
-    fill: a colour, in levels. mean, std: of erased boxes, in fractions of the range.
+    fill: a colour, in levels. mean, std: those of the noise in erased boxes, in fractions of the range.
     """
     device = images.device
     program = (program.pin_memory() if device.type == "cuda" else program).to(device, non_blocking=True)
@@ -61,9 +61,9 @@ def augment(
 def resized_views(
     images: Sequence[Tensor], views: Sequence[View], flips: Sequence[bool], size: int, cubic: bool
 ) -> Tensor:
-    """The views of whole images, uint8 [3, h, w] each, mirrored where `flips` says so: uint8 [b, 3, size, size].
+    """Return the views of whole images, uint8 [3, h, w] each, mirrored where `flips` says so: uint8 [b, 3, size, size].
 
-    One kernel, and one copy of a table.
+    It takes one kernel, and one copy of a table.
     """
     table = pack_views(images, views, flips)
     device = images[0].device
@@ -75,7 +75,7 @@ def resized_views(
 def model_input(
     images: Tensor, scale: Sequence[float], shift: Sequence[float], mix: MixParams, dtype: torch.dtype
 ) -> Tensor:
-    """uint8 [b, 3, H, W] times `scale` plus `shift` of each channel, mixed, in `dtype`; one kernel."""
+    """Return uint8 [b, 3, H, W] times `scale` plus `shift` of each channel, mixed, in `dtype`; by one kernel."""
     kind, box = MIXES.index(mix.kind), list(mix.box)
     made: Tensor = torch.ops.karat_scale.model_input(
         images.contiguous(), list(scale), list(shift), kind, mix.lam, box, dtype
@@ -132,7 +132,7 @@ def _input(
 
 
 _library = torch.library.Library("karat_scale", "FRAGMENT")
-# Of each operation its signature, what launches it, and what it returns on `meta` tensors.
+# For each operation its signature, the function that launches it, and its result on `meta` tensors.
 for _signature, _launch, _on_meta in (
     (
         "augment_tables(Tensor images, Tensor turn) -> Tensor",

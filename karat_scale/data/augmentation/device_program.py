@@ -1,4 +1,4 @@
-"""What is done to each image of a batch, as one table of numbers that goes to the device in one copy."""
+"""The operations on each image of a batch, as one table of numbers that goes to the device in one copy."""
 
 from collections.abc import Sequence
 from enum import IntEnum
@@ -23,7 +23,7 @@ Turn = tuple[Operation | None, ...]
 
 
 class Kind(IntEnum):
-    """What the kernels tell apart. From BRIGHTNESS on, a channel's new level depends on its old one alone."""
+    """The kinds of operation in the kernels. From BRIGHTNESS on, a channel's new level depends only on its old one."""
 
     NONE = 0
     AFFINE = 1
@@ -64,7 +64,10 @@ KINDS: dict[str, Kind] = {
 
 
 def turns(draws: Sequence[Draw]) -> list[Turn]:
-    """The operations of all images, the first of each, then the second, and so on: RandAugment, jitter, erasing."""
+    """Return the operations in turns: the first of each image, then the second, and so on.
+
+    An image's operations are those of RandAugment, jitter and erasing, in this order.
+    """
     return list(zip_longest(*map(_operations, draws)))
 
 
@@ -74,10 +77,10 @@ def _operations(draw: Draw) -> tuple[Operation, ...]:
 
 
 def pack(all_turns: Sequence[Turn], width: int, height: int) -> tuple[Tensor, list[bool]]:
-    """float64 [turns, images, COLUMNS] for images of these dimensions in pixels, and which turns need tables of levels.
+    """Return the table, float64 [turns, images, COLUMNS], and whether each turn needs tables of levels.
 
-    A row is the Kind and its arguments: the six of a matrix of MATRICES; left, top, width, height and seed of a box;
-    else one number.
+    The images have these dimensions in pixels. A row is the Kind and its arguments: the six of a matrix of MATRICES;
+    left, top, width, height and seed of a box; else one number.
     """
     images = len(all_turns[0]) if all_turns else 0
     numbers = [0.0] * (len(all_turns) * images * COLUMNS)
@@ -99,7 +102,7 @@ def pack(all_turns: Sequence[Turn], width: int, height: int) -> tuple[Tensor, li
 
 
 def pack_views(images: Sequence[Tensor], views: Sequence[View], flips: Sequence[bool]) -> Tensor:
-    """int64 [images, VIEW_COLUMNS] of the views of whole images, uint8 [3, h, w] each, of any strides.
+    """Return the table, int64 [images, VIEW_COLUMNS], of views of whole images, uint8 [3, h, w] each with any strides.
 
     A row is the image's address and strides, the ends of the view's region, and whether to mirror it; from VIEW_BOX on,
     the bits of the ends of its box in float64.

@@ -1,6 +1,6 @@
 """Triton kernels for all images of a batch: their crops resized, a turn of augmentation, and the model's input.
 
-In a turn, a program reads the Kind of its image and does that operation of `device_ops` and no other. Triton is
+In a turn, a program reads the Kind of its image and does only that operation, as `device_augment` does it. Triton is
 imported here, so this module is imported at the first launch.
 """
 
@@ -24,7 +24,7 @@ MIXUP, CUTMIX = tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def tables_kernel(images, program, tables, pixels, BLOCK: tl.constexpr):
-    """Levels to levels, uint8 [b, 3, 256], where an image's operation is such a table. One program for each table."""
+    """Write tables of levels, uint8 [b, 3, 256], for images whose operation is a table. A program does one table."""
     image, channel = tl.program_id(0) // 3, tl.program_id(0) % 3
     kind = tl.load(program + image * STEP).to(tl.int32)
     if kind >= BRIGHTNESS:
@@ -74,9 +74,9 @@ def turn_kernel(
     CUBIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One turn, uint8 [b, 3, height, width] to the same. A program does BLOCK pixels of an image, all channels.
+    """Do one turn on uint8 [b, 3, height, width]. A program does BLOCK pixels of an image, all channels.
 
-    mean, std: of the noise in erased boxes, in levels.
+    mean, std: those of the noise in erased boxes, in levels.
     """
     image = tl.program_id(1)
     pixels = height * width
@@ -241,10 +241,10 @@ def _cubic(one, two, three, four, part):
 
 @triton.jit
 def views_kernel(table, result, size, CUBIC: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """The views of `table` (see `pack_views`), uint8 [b, 3, size, size]. A program does ROWS x WIDTH of an image.
+    """Write the views of `table` (see `pack_views`), uint8 [b, 3, size, size]. A program does ROWS x WIDTH of a view.
 
-    It resizes the rows of pixels that it needs along the rows, rounds them, and adds each to the results below and
-    above, as `resize_on_device` does.
+    It resizes each source row that it needs horizontally, rounds it, and adds it to the result rows that it is part of,
+    as `resize_on_device` does.
     """
     image = tl.program_id(2).to(tl.int64)
     view = table + image * VIEW_STEP
@@ -344,7 +344,7 @@ def input_kernel(
     MIX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """uint8 [b, 3, H, W] to what the model sees: scaled, shifted, mixed with the neighbour, in the result's type.
+    """Turn uint8 [b, 3, H, W] into the model's input: scaled, shifted, mixed with the neighbour, in the result's type.
 
     The operations and their order are those of `Normalize` and `mixed` in float32. A program does BLOCK pixels of one
     channel.

@@ -19,7 +19,7 @@ from karat_scale.recipe import AugmentConfig
 
 @dataclass(frozen=True)
 class MixParams:
-    """How a global batch is mixed. lam: the sample's own share. box: top, bottom, left, right in pixels."""
+    """How a global batch is mixed. lam: the share of the sample itself. box: top, bottom, left, right in pixels."""
 
     kind: Literal["none", "mixup", "cutmix"]
     lam: float = 1.0
@@ -39,7 +39,7 @@ class Mixer:
         self._seed = seed
 
     def params(self, epoch: int, batch: int, height: int, width: int) -> MixParams:
-        """What global batch `batch` of `epoch` does to images of this size."""
+        """Return how global batch `batch` of `epoch` mixes images of this size."""
         augment = self._augment
         if not augment.mixes:
             return MixParams("none")
@@ -51,7 +51,7 @@ class Mixer:
         cut = augment.cutmix > 0 and (augment.mixup == 0 or switch < augment.mix_switch_prob)
         if not cut:
             return MixParams("mixup", float(rng.beta(augment.mixup, augment.mixup)))
-        from timm.data.mixup import cutmix_bbox_and_lam  # takes seconds, and the loader alone does not need it
+        from timm.data.mixup import cutmix_bbox_and_lam  # takes seconds, and only cutmix needs it
 
         lam = float(rng.beta(augment.cutmix, augment.cutmix))
         with _seeded_global_numpy(int(rng.randint(2**31))):
@@ -59,7 +59,7 @@ class Mixer:
         return MixParams("cutmix", float(lam), (int(top), int(bottom), int(left), int(right)))
 
     def targets(self, labels: torch.Tensor, mix: MixParams) -> torch.Tensor:
-        """int64 [b] to smoothed and mixed float32 targets [b, classes]."""
+        """Return smoothed and mixed targets, float32 [b, classes], of labels, int64 [b]."""
         smoothing = self._augment.label_smoothing
         off = smoothing / self._num_classes
         targets = torch.full((len(labels), self._num_classes), off, dtype=torch.float32, device=labels.device)
@@ -68,7 +68,7 @@ class Mixer:
 
 
 def mixed(images: torch.Tensor, mix: MixParams) -> torch.Tensor:
-    """Float [b, 3, H, W], mixed in pairs, so b is even; the input is left as it is."""
+    """Return float [b, 3, H, W] mixed in pairs, so b must be even; the input does not change."""
     if mix.kind == "none":
         return images
     if mix.kind == "mixup":
@@ -80,7 +80,7 @@ def mixed(images: torch.Tensor, mix: MixParams) -> torch.Tensor:
 
 
 def _partners(rows: torch.Tensor) -> torch.Tensor:
-    """Rows 1, 0, 3, 2, ...: what each row mixes with."""
+    """Return the row that each row mixes with: rows 1, 0, 3, 2, ..."""
     partners: torch.Tensor = rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     return partners
 

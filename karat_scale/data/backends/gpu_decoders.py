@@ -1,4 +1,4 @@
-"""Backends of a library that decodes images together: DALI, or nvJPEG on the GPU through torchcodec or torchvision.
+"""Backends of a library that decodes whole batches: DALI, or nvJPEG on the GPU through torchcodec or torchvision.
 
 Such a library gets our bytes, our order and our crops. It decodes; the rest is the code of the other backends. The
 encoded images of a batch are read by threads, with the operations to apply to each. On a GPU where only a flip follows
@@ -80,7 +80,7 @@ class RowReader:
         """Return the rows of a slice, None for padding; None instead of the list if one cannot be read or decoded.
 
         Raises:
-            DataError: they are at a URL, and cannot be fetched.
+            DataError: the samples are at a URL, and cannot be fetched.
         """
         self._source.prepare(part.ids)
         ids = part.sample_ids.tolist()
@@ -158,7 +158,7 @@ BLANK = np.frombuffer(blank_jpeg(8), dtype=np.uint8), View((0, 0, 1, 1), (0, 0, 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """JPEGs and the view of each that is wanted, mirrored where `flips` says so."""
+    """JPEGs and the wanted view of each, mirrored where `flips` says so."""
 
     data: list[Pixels]
     views: list[View]
@@ -184,10 +184,10 @@ class BatchDecoder(Protocol):
 
 
 class BatchDecodingBackend(SplitBackend):
-    """See Backend. `data.workers` is the number of threads that read, and again of those that resize and augment.
+    """See Backend. `data.workers` is the number of threads that read, and also of those that resize and augment.
 
-    stream: what the library works on, on a GPU. make_decoder: returns the library for batches of which only crop and
-    flip are wanted (True), or for others.
+    stream: the CUDA stream of the library, on a GPU. make_decoder: returns the library for batches that need only crop
+    and flip (True), or for others.
     """
 
     def __init__(
@@ -290,9 +290,9 @@ class BatchDecodingBackend(SplitBackend):
 
 @contextmanager
 def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Work on a stream of its own, which does not wait for training; done on the device at the end of the block.
+    """Work on a separate stream, which does not wait for training; at the end of the block the device has done it.
 
-    Only the calling thread waits. Then other streams may read the results, and the library may have its memory back.
+    Only the calling thread waits. After that, other streams may read the results, and the library may reuse its memory.
     Without a stream the block is run as it is.
     """
     with torch.cuda.stream(stream):  # type: ignore[no-untyped-call, unused-ignore]
@@ -317,7 +317,7 @@ def gpu_in_use() -> int | None:
 QUEUE_DEPTH = 2
 INTERPOLATIONS = {"bilinear": "INTERP_LINEAR", "bicubic": "INTERP_CUBIC"}
 
-# What DALI says where CUDA or an allocation failed. nvImageCodec's failures are 3 and 4 for a bad image; 5 to 7 are an
+# DALI's words where CUDA or an allocation failed. nvImageCodec's failures are 3 and 4 for a bad image; 5 to 7 are an
 # allocation, an execution, and a GPU that is not supported.
 _GPU_FAILURE = re.compile(r"CUDA|\bcuda[A-Z]|[Cc]an't allocate|out of memory|nvImageCodec failure: '#[567]'")
 
@@ -337,11 +337,12 @@ class DaliDecoder:
     stream: torch.cuda.Stream | None = None
 
     def decoded(self, requests: Iterable[Request]) -> Generator["torch.Tensor | list[Pixels] | None", None, None]:
-        """For each request, in order: uint8 [b, 3, size, size] where there is a size, on the GPU where there is one;
-        else the regions, uint8 [h, w, 3] each; None where DALI cannot decode one of the images.
+        """Yield the result of each request, in order; see BatchDecoder.
 
-        The regions are DALI's memory, and lent until the next is asked for. Raises DataError where DALI does not start,
-        and RuntimeError where it fails for another reason than an image.
+        With a size it is uint8 [b, 3, size, size], on the GPU if there is one; else the regions, uint8 [h, w, 3] each.
+        It is None if DALI cannot decode one of the images. The regions are DALI's memory, and valid until the next
+        result is asked for. Raises DataError if DALI does not start, and RuntimeError if it fails for another reason
+        than an image.
         """
         upcoming = iter(requests)
         waiting: deque[Request] = deque()
@@ -358,9 +359,9 @@ class DaliDecoder:
     def _until_failure(
         self, waiting: deque[Request], upcoming: Iterator[Request], errors: list[Exception]
     ) -> Generator["torch.Tensor | list[Pixels] | None", None, None]:
-        """One pipeline's life: until the requests end, one is larger than the first, or a batch fails.
+        """Run one pipeline until the requests end, one is larger than the first, or a batch fails.
 
-        What was fed and not decoded is put back into `waiting`.
+        Requests that were fed and not decoded are put back into `waiting`.
         """
         largest = len(waiting[0])
         under_way: deque[Request] = deque()
@@ -455,7 +456,7 @@ class DaliDecoder:
 
 
 def _raise_unless_of_an_image(error: Exception, stream: torch.cuda.Stream | None) -> None:
-    """Raise RuntimeError where DALI's error is not one of an image: the next batch would fail in the same way."""
+    """Raise RuntimeError unless DALI's error is about an image: the next batch would fail in the same way."""
     # Before that DALI quotes where in which file the operator was made.
     met = str(error).rpartition("encountered:")[2]
     lines = [line for line in met.splitlines() if _GPU_FAILURE.search(line)]
@@ -536,7 +537,7 @@ class NvjpegDecoder:
     def decoded(self, requests: Iterable[Request]) -> Generator[torch.Tensor | None, None, None]:
         """Yield the finished views of each request, uint8 [b, 3, size, size]; see BatchDecoder."""
         for request in requests:
-            # Training and evaluation have a thread each. Whoever has the lock leaves with the device done: a decoder
+            # Training and evaluation have a thread each. A thread keeps the lock until the device is done: a decoder
             # works on a stream of its own, and would write to memory that a resize of the other still reads.
             with self._alone:
                 views = self._decoded(request)
@@ -555,7 +556,7 @@ class NvjpegDecoder:
         return None if images is None else for_training(images)
 
     def _views(self, request: Request) -> torch.Tensor | None:
-        """None if the library reads other dimensions than the header has."""
+        """Return the views; None if the library reads other dimensions than the header has."""
         encoded = [bytearray(data) for data in request.data]
         for data in encoded:
             hide_exif(data)

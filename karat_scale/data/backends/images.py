@@ -1,4 +1,4 @@
-"""The backends whose batches data workers make: of folders, indexed shards and betons; and generated images.
+"""The backends whose batches are made by data workers, from folders, indexed shards and betons; generated images.
 
 Samples are read by their place, since a reader that streams (webdataset's own, FFCV's Loader) keeps no exact order.
 
@@ -40,8 +40,8 @@ class Backend:
 
     Attributes:
         num_train, num_val: the number of training and of evaluation samples.
-        classes: their names in the order of the labels; the model may have more.
-        notices: a line each on what the data lacks, and on files that are left out.
+        classes: the names of the classes in the order of the labels; the model may have more.
+        notices: lines on what the data lacks, and on files that are left out.
     """
 
     notices: Sequence[str] = ()
@@ -57,15 +57,15 @@ class Backend:
 
     @property
     def identity(self) -> object:
-        """What the training samples are, as plain data; of copies it is equal. At least their number and classes."""
+        """The training samples' identity as plain data, equal for copies; by default their number and classes."""
         return [self.num_train, *self.classes]
 
     def plan(
         self, global_batch: int, micro_batch: int, rank: int, world_size: int, lanes: int | None = None
     ) -> TrainPlan:
-        """Return the training batches of one of `world_size` ranks, in a stream with the backend's own lanes or others.
+        """Return the plan of the training batches of one of `world_size` ranks. Raises DataError and RecipeError.
 
-        Raises DataError and RecipeError.
+        lanes: for a stream, the number of lanes of each rank; by default the recipe's.
         """
         data = self.spec.data
         order = data.order, data.block_samples, data.window_blocks, data.lanes if lanes is None else lanes
@@ -98,7 +98,7 @@ class SplitBackend(Backend):
         self._train, self._val, self._data = train, val, spec.data
         notices = [found for found in dict.fromkeys((train.notice, val.notice)) if found]
         trained, tested = (np.bincount(split.labels, minlength=self.num_classes) for split in (train, val))
-        if spec.data.is_stream:  # what it trains on, nobody knows
+        if spec.data.is_stream:  # the classes of its samples are not known
             trained = np.ones_like(tested)
         empty = [name for name, images in zip(train.classes, trained, strict=False) if not images]
         untested = [
@@ -130,7 +130,7 @@ class SplitBackend(Backend):
 class ImageBackend(SplitBackend):
     """Two sources of encoded images, one for each split. See Backend.
 
-    decoder: instead of the one in `data.decoder`.
+    decoder: the decoder to use instead of the one in `data.decoder`.
     """
 
     def __init__(self, train: ImageSource, val: ImageSource, spec: ImageSpec, decoder: Decoder | None = None) -> None:

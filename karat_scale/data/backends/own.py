@@ -1,4 +1,4 @@
-"""The samples of the user's own map-style dataset, in our order: any samples, such as all files beside an image.
+"""The samples of the user's own map-style dataset, in our order: of any kind, such as all files beside an image.
 
 A sample may use random numbers: its own generator, or those of Python, NumPy and torch. All of them are seeded for each
 sample, so it is the same on any rank, in any worker, and after a resume.
@@ -42,9 +42,9 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Collated:
-    """A micro batch. content: what `collate` makes of its samples. sample_ids: int64 [b], without padding.
+    """A micro batch. content: the result of `collate`. sample_ids: int64 [b], without padding.
 
-    digest: of the global batch, number and seed of each sample, as `karat_scale.data.batch` sums them.
+    digest: the digest sum of each sample's global batch, number and seed, as in `karat_scale.data.batch`.
     """
 
     content: Any
@@ -70,8 +70,8 @@ class Collated:
 class OwnSamples(Backend):
     """The batches of a dataset. See Backend; training and evaluation have the same samples, and there are no classes.
 
-    transform: what is done to each sample, in the worker; it may take a second argument, `generator`. collate: makes a
-    batch of a list of samples.
+    transform: a function of each sample, called in the worker; it may take a second argument, `generator`. collate: the
+    function that makes a batch from a list of samples.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class OwnSamples(Backend):
 
     @property
     def identity(self) -> str:
-        """What a checkpoint says of the data: the dataset's own `identity`, if it has one, or its class and length."""
+        """The data's identity in a checkpoint: the dataset's `identity` if it has one, else its class and length."""
         own = getattr(self._dataset, "identity", None)
         return str(own) if own is not None else f"{type(self._dataset).__name__} of {self.num_train} samples"
 
@@ -151,7 +151,7 @@ def _takes_generator(function: Callable[..., Any]) -> bool:
 
 @contextmanager
 def _random_numbers_kept() -> Iterator[None]:
-    """Give the process of training its own random numbers back; a worker needs none."""
+    """Restore the training process's random state after the block; in a worker, do nothing."""
     if worker_number() is not None:
         yield
         return
@@ -196,11 +196,11 @@ class SampleFiles:
     "__label__", its class. The members of a sample must follow each other in the tar, as everywhere in WebDataset.
 
     Args:
-        path: of shards, or of the index of tars, also at a URL.
+        path: the directory or the URL of shards, or of the index of tars.
         split: the name of the split.
 
     Raises:
-        DataError: there are no such samples. Also by `[]`, where a tar has changed.
+        DataError: there are no such samples. `[]` raises it, too, if a tar has changed.
     """
 
     def __init__(self, path: str | Path, split: str = "train") -> None:
@@ -210,7 +210,7 @@ class SampleFiles:
             raise DataError(re.sub(r"data\.(?:val_|train_)?(?=path|split)", "", str(error))) from None
         self._rule = LabelRule.parse(self._split.made.get("label", "cls"))  # says what of a member's name is the key
         self._repeats: dict[int, set[int]] = {}
-        """By the number of a tar, its samples whose key is that of the sample before."""
+        """For each number of a tar, the samples that have the same key as the sample before them."""
 
     def __len__(self) -> int:
         return len(self._split)
@@ -222,7 +222,7 @@ class SampleFiles:
 
     @property
     def identity(self) -> object:
-        """What a loader's state says of the data; equal for copies of them."""
+        """The identity of the data in a loader's state; equal for copies of the data."""
         return self._split.identity
 
     def __getitem__(self, sample_id: int) -> dict[str, Any]:
@@ -248,7 +248,7 @@ class SampleFiles:
         return {"__key__": found, "__label__": int(self._split.labels[sample_id]), **by_key[found]}
 
     def _members(self, sample_id: int) -> Iterator[tuple[str, str, int, bytes]]:
-        """Yield key, suffix, offset and content of the files from the image before to the image after a sample's."""
+        """Yield key, suffix, offset and content of the files between the images before and after a sample's."""
         begin, part = self._split.around(sample_id)
         what = self._split.file_of(sample_id)
         for member in scan_members(lambda at, size: part[at : at + size], sys.maxsize, what) if part else ():

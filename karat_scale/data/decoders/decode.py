@@ -32,13 +32,13 @@ class UndecodableImageError(Exception):
 
 
 def open_image(data: bytes) -> Image.Image:
-    """An image of one of `FORMATS`, its header read. Raises what Pillow raises."""
+    """Open an image of one of `FORMATS` and read its header. Raises what Pillow raises."""
     return Image.open(io.BytesIO(data), formats=_available_formats())
 
 
 @functools.cache
 def _available_formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow was built with."""
+    """Return those of `FORMATS` that this Pillow was built with."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -141,7 +141,7 @@ def centre_view(width: int, height: int, short_side: int, size: int) -> View:
 
 
 def _centre(length: int, scaled: int, size: int) -> tuple[float, float, int, int]:
-    """Along one axis: the box's ends, and those of the pixels that the filter uses."""
+    """Return, along one axis, the ends of the box, and those of the pixels that the filter uses."""
     step = length / scaled
     start = round((scaled - size) / 2.0)
     low, high = start * step, min((start + size) * step, length)  # rounding must not take it beyond the image
@@ -158,7 +158,7 @@ class Decoder(Protocol):
 
     @property
     def name(self) -> str:
-        """Its name in `data.decoder`."""
+        """The decoder's name in `data.decoder`."""
 
     def read(self, data: bytes, choose: ChooseView) -> npt.NDArray[np.uint8]:
         """Return the view that `choose(width, height)` asks for, uint8 [height, width, 3], RGB.
@@ -170,7 +170,7 @@ class Decoder(Protocol):
 def read_chosen(
     decoder: Decoder, data: bytes, choose: Callable[[int, int], tuple[View, Drawn]]
 ) -> tuple[npt.NDArray[np.uint8], View, Drawn]:
-    """Return the pixels of the view that `choose(width, height)` asks for, and what it returned.
+    """Return the pixels of the view that `choose(width, height)` asks for, and what `choose` returned.
 
     Raises UndecodableImageError.
     """

@@ -71,7 +71,7 @@ class Frame:
 def read_frame(data: bytes) -> Frame | None:
     """Return the frame of a grey or colour JPEG, which all decoders read equally; None for other data.
 
-    That is also more than 8 bits per sample, CMYK, YCCK, and junk between segments.
+    Other data includes more than 8 bits per sample, CMYK, YCCK, and junk between segments.
     """
     for marker, at, end in _segments(data):
         if marker in FRAMES and at + 10 <= len(data):
@@ -85,9 +85,9 @@ def read_frame(data: bytes) -> Frame | None:
 
 
 def hide_exif(data: bytearray) -> bool:
-    """Rename the segments that hold EXIF, so that no decoder turns the image; its pixels stay what they are.
+    """Rename the segments that hold EXIF, so that no decoder turns the image; its pixels do not change.
 
-    Returns False if junk before the pixels leaves it open where the segments are.
+    Returns False if junk before the pixels hides where the segments are.
     """
     for marker, at, _ in _segments(data):
         if marker == START_OF_SCAN:
@@ -167,7 +167,7 @@ def upright(data: bytes) -> bytes:
 
 
 def upright_jpeg(data: bytes, orientation: int) -> bytes:
-    """Return the image turned as its EXIF orientation asks, as a JPEG with its own subsampling, grey if it is.
+    """Return the image turned as its EXIF orientation asks, as a JPEG with its own subsampling, grey if it was.
 
     Raises UndecodableImageError.
     """
@@ -179,13 +179,13 @@ def upright_jpeg(data: bytes, orientation: int) -> bytes:
 
 
 def to_jpeg(image: Image.Image, quality: int, subsampling: int = -1) -> bytes:
-    """Encode with Pillow, by default with its own subsampling."""
+    """Return an image encoded by Pillow, by default with Pillow's subsampling."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling=subsampling)
     return buffer.getvalue()
 
 
 def turned_by_default(classes: Sequence[str]) -> bool:
-    """Return whether pictures of these classes are turned unless the user says; results on ImageNet are without it."""
+    """Return whether pictures of these classes are turned by default; published results on ImageNet are without it."""
     # Parquet files have the hub's names of ImageNet's classes.
     return not all(map(_WNID.fullmatch, classes)) and classes[0] != "tench, Tinca tinca"

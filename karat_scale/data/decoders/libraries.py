@@ -194,7 +194,7 @@ def require_ffcv() -> None:
 
 
 class FfcvDecoder(WholeDecoder):
-    """Decodes with FFCV's library, and PPM, the form of raw pixels.
+    """Decodes JPEGs with FFCV's library, and reads PPM, the form of raw pixels.
 
     FFCV's only resize, OpenCV's INTER_AREA, is slower and repeats pixels when a crop is enlarged; it is not used. If
     the library reports a problem with a JPEG, Pillow reads it. Raises RecipeError if FFCV is not installed.

@@ -1,4 +1,4 @@
-"""JPEGs by C++ on libjpeg: a part decoded and resized in one call, or a whole one shrunk."""
+"""Decode and resize a part of a JPEG in one call, or shrink a whole one, by C++ on libjpeg."""
 
 import ctypes
 import warnings
@@ -131,7 +131,7 @@ class NativeRecoder:
 
 
 def _declared(library: Any, **functions: tuple[Any, ...]) -> Any:
-    """Return the library, whose functions have these types: of the result, and of the arguments."""
+    """Set the types of a library's functions, of the result and then of the arguments; returns the library."""
     for name, (result, *arguments) in functions.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

@@ -1,4 +1,4 @@
-"""How batches are made from their ids: read, decoded and transformed, from any source, here or by worker processes.
+"""Make batches from sample ids: read, decode and transform images of any source, here or in worker processes.
 
 Forked workers leave the images of their batches in shared memory that is reused. torch would give each tensor a new
 file in /dev/shm, whose pages must be mapped again in both processes. For an image of 224 px that costs 0.2 ms, up to a
@@ -33,7 +33,7 @@ from karat_scale.recipe import AugmentConfig, DataConfig, Recipe
 class ImageSpec:
     """The images that a run asks a backend for: square, `image_size` pixels wide, of at most `num_classes` classes.
 
-    trains: if not, the training split is not read, and that of the evaluation takes its place.
+    trains: whether the run trains. If not, the training split is not read, and the evaluation's takes its place.
     """
 
     data: DataConfig
@@ -45,7 +45,7 @@ class ImageSpec:
 
     @classmethod
     def of(cls, recipe: Recipe, trains: bool = True) -> "ImageSpec":
-        """Return what a recipe asks for."""
+        """Return the spec of a recipe's images."""
         size, classes = recipe.model.image_size, recipe.model.num_classes
         return cls(recipe.data, recipe.augment, size, classes, recipe.run.seed, trains)
 
@@ -60,7 +60,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 class Sample(NamedTuple):
-    """A sample that may fill a row of a batch. epoch: whose seed its augmentation is drawn from."""
+    """A sample that may fill a row of a batch. epoch: the epoch whose seed its augmentation is drawn from."""
 
     id: int
     label: int
@@ -70,11 +70,11 @@ class Sample(NamedTuple):
 
 
 class Assembler(ABC):
-    """Makes a Batch from a BatchSlice: samples are drawn for, decoded, viewed, and finished.
+    """Makes a Batch from a BatchSlice: draws each sample's augmentation, decodes its view, and finishes it.
 
-    If the recipe says skip, the next candidate replaces a training sample that cannot be used. It is augmented by its
-    own seed, so it looks as it does at its own place. In an evaluation, padding and unreadable samples are zeros with
-    valid = False.
+    If `on_bad_sample` is skip, the next candidate replaces a training sample that cannot be used. It is augmented with
+    its own seed, so it looks the same as at its own place. In an evaluation, padding and unreadable samples are zeros
+    with valid = False.
     """
 
     def __init__(self, spec: ImageSpec, decoder: Decoder, training: bool) -> None:
@@ -94,14 +94,14 @@ class Assembler(ABC):
 
     @abstractmethod
     def _candidates(self, part: BatchSlice) -> Iterator[Iterator[Sample]]:
-        """For each row the samples that may fill it, the best first; none for padding. Raises DataError."""
+        """Return for each row the samples that may fill it, the best first; none for padding. Raises DataError."""
 
     @abstractmethod
     def whereabouts(self, workers: int) -> str:
         """Return where each worker was last, for the message of a loader that gets no batch."""
 
     def _streamed(self, part: BatchSlice) -> Streamed | None:
-        """Return what the batch that was just filled says of its stream."""
+        """Return the position in the stream of the batch that was just filled; None without a stream."""
         return None
 
     def fill(self, part: BatchSlice, images: torch.Tensor) -> Batch:
@@ -136,7 +136,7 @@ class Assembler(ABC):
         return Batch.of(replace(part, sample_ids=ids), images, labels, valid, **more)
 
     def choose(self, epoch: int, sample_id: int, width: int, height: int) -> tuple[View, Draw | None]:
-        """What is looked at of a sample of these dimensions in pixels, and what was drawn."""
+        """Return the view of a sample of these dimensions in pixels, and what was drawn."""
         return self.transform.choose(sample_seed(self._seed, epoch, sample_id), width, height)
 
 
@@ -202,7 +202,7 @@ class ImageSlots:
         return self._at(slot * self._room, shape)
 
     def pack(self, batch: Batch) -> Packed:
-        """Return a batch with images in a slot as something that is small when it is pickled."""
+        """Return a batch, whose images are in a slot, in a form that is small when it is pickled."""
         images = batch.images
         return int(images.storage_offset()), tuple(images.shape), replace(batch, images=torch.empty(0))
 
@@ -217,7 +217,7 @@ class ImageSlots:
 
 
 class OrderedLoader(OrderedResults[Batch]):
-    """Return the batches of `slices`, none of which is larger than the first. See OrderedResults."""
+    """Iterates over the batches of `slices`, none of which is larger than the first. See OrderedResults."""
 
     def __init__(
         self, make: Assembler, slices: Iterable[BatchSlice], workers: int, prefetch: int, timeout: float

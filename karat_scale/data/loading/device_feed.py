@@ -1,7 +1,7 @@
 """Make batches ahead of their reader, and copy them to the device before they are needed.
 
-A thread makes a limited number of batches ahead. The copy runs beside what the device computes: on a stream of its
-own, from page-locked memory. Events order the two streams; the host waits for neither.
+A thread makes a limited number of batches ahead. The copy overlaps with the device's computation: it runs on a separate
+stream, from page-locked memory. Events order the two streams; the host waits for neither.
 """
 
 import queue
@@ -28,7 +28,7 @@ B = TypeVar("B")
 class DeviceFeed(Iterator[B], Generic[B]):
     """Yields `batches`, in their order, on `device`.
 
-    On a CPU it hands each batch on as it comes, of whatever type. On a GPU the batches are `Batch`es; call
+    On a CPU it passes on each batch as it comes, of any type. On a GPU the batches are `Batch`es; call
     `fetch_ahead` when the work on a batch is launched: it fetches the next one and begins to copy it. An error of
     `batches` is raised by the `next` that would have met it without fetching ahead. `waiting()` is a context in which
     this process waits for the next of `batches`.
@@ -62,7 +62,7 @@ class DeviceFeed(Iterator[B], Generic[B]):
     def fetch_ahead(self) -> None:
         """Begin to copy the next batch, if there is one and its copy has not begun.
 
-        First the device must have done all but the last LAUNCHED_AHEAD batches that were launched.
+        First it waits until the device has done all launched batches except the last LAUNCHED_AHEAD.
         """
         if self._copies is None or self._ahead is not None:
             return

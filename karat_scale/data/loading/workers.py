@@ -1,7 +1,7 @@
 """Processes that work for the trainer: data workers, whose results come in order, and one that fetches samples ahead.
 
-They ignore the signals that the trainer handles, and end when it ends. They share no lock, so none of them can be
-killed with one that another waits for.
+They ignore the signals that the trainer handles, and end when it ends. They share no lock, so killing one cannot leave
+a lock that another waits for.
 """
 
 import copyreg
@@ -39,7 +39,7 @@ from karat_scale.foundation.machine import be_killed_with_parent, usable_cores
 
 POLL_SECONDS = 1.0
 MAX_WORKERS = 1024
-# How long a worker gets to begin in, at each try.
+# How long a worker may take to begin, at each try.
 _PATIENCE = (2.0, 4.0, 8.0, 16.0, 32.0)
 # More would wait for each other, and each takes memory. The extra ones are for slow file systems.
 _WORKERS_PER_CORE, _MORE_WORKERS = 4, 32
@@ -52,7 +52,7 @@ T = TypeVar("T")
 
 
 def worker_number() -> int | None:
-    """Return the number of the calling data worker, None if this process is none."""
+    """Return the number of the calling data worker; None in any other process."""
     return _number
 
 
@@ -70,9 +70,9 @@ def check_worker_count(workers: int) -> None:
 def start_worker(number: int, run: Callable[..., None], *arguments: Any) -> ForkProcess:
     """Fork a process that calls `run`, and that ends when this one ends. Raises OSError.
 
-    A fork while another thread, such as one of gloo's, holds CPython's lock of its threads leaves that lock held for
-    ever in the child, which hangs before its first line. So a child that does not begin is killed, and the fork is
-    tried again.
+    If another thread, such as one of gloo's, holds CPython's lock of its threads during the fork, that lock stays held
+    in the child, which hangs before its first line. So a child that does not begin is killed, and the fork is tried
+    again.
     """
     of_main_thread = threading.current_thread() is threading.main_thread()
     for patience in _PATIENCE:
@@ -136,7 +136,7 @@ def _leave_with(parent: int) -> None:
 
 
 def kill_workers(processes: list[ForkProcess], parent: int) -> None:
-    """Kill workers of process `parent`; those that lead a group of processes, with all of these. They tidy up nothing.
+    """Kill workers of process `parent`, and the whole group of one that leads a group. They tidy up nothing.
 
     In a worker, which has a copy of the list, do nothing.
     """
@@ -173,7 +173,7 @@ class Whereabouts:
         self._samples = np.frombuffer(mmap.mmap(-1, 8 * MAX_WORKERS), dtype=np.int64)
 
     def tell(self, sample_id: int) -> None:
-        """The calling worker is at this sample now."""
+        """Note that the calling worker is at this sample now."""
         # Counted from one: the memory starts as zeros.
         self._samples[worker_number() or 0] = sample_id + 1
 
@@ -280,7 +280,7 @@ class OrderedResults(Iterator[T], Generic[T]):
         return result
 
     def _received(self, answer: Any) -> T:
-        """Return the result, given what a worker sent; it is asked for more after this."""
+        """Return the result from a worker's answer; the worker is asked for more after this."""
         result: T = answer
         return result
 
@@ -338,9 +338,9 @@ _LOOK_SECONDS, _PAUSE_AFTER_ERROR = 0.05, 1.0
 class FetchedAhead(Iterator[BatchSlice]):
     """Yields `slices` unchanged, while a process fetches the samples of the next ones into the node's cache.
 
-    It stays at most `ahead` samples before what was yielded, and ends with the slices, with `close`, or with this
-    process, however that ends. It is only a hint: training does not wait for it or notice its errors, since a worker
-    fetches what is not there.
+    The process is at most `ahead` samples ahead of what was yielded. It ends with the slices, with `close`, or with the
+    calling process, however that ends. It is only a hint: training does not wait for it or notice its errors, since a
+    worker fetches what is not there.
     """
 
     def __init__(self, source: ImageSource, slices: Iterable[BatchSlice], ahead: int) -> None:

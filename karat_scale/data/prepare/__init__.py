@@ -12,4 +12,4 @@ SCRIPTS = {
 """The scripts by the names that `karat prepare` has for them."""
 
 DECODED_BELOW = 100_000
-"""Images of a data set that are all decoded by default: it takes a minute, and finds a truncated photograph."""
+"""Below this number, all images are decoded by default: it takes a minute, and finds truncated photographs."""

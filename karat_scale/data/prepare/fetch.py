@@ -34,7 +34,7 @@ _MB = 1_000_000
 class RemoteFile:
     """A file, its published MD5, and its addresses, in the order to try.
 
-    shape: of the array in an IDX file that Debian has packed again, so that its hash differs.
+    shape: the shape of the array in an IDX file that Debian has packed again, so that its hash differs.
     """
 
     name: str
@@ -153,7 +153,7 @@ Way = Callable[[list[RemoteFile]], None]
 
 
 def data_sets() -> dict[str, list[RemoteFile]]:
-    """The files of each data set, by its name."""
+    """Return the files of each data set, by its name."""
     svhn = {split: RemoteFile(name, md5, (url,)) for split, (url, name, md5) in SVHN.split_list.items()}
     flowers = Flowers102._download_url_prefix
     shapes = {"train-images-idx3": (60000, SIDE, SIDE), "train-labels-idx1": (60000,)}

@@ -1,4 +1,4 @@
-"""What is done with finished shards: copied to a local disk, verified, joined, and indexed for DALI.
+"""Scripts for finished shards: copy them to a local disk, verify them, join them, and index them for DALI.
 
     python data_prep/stage.py --src DIR --out LOCAL_DIR      # DIR is a directory, or a URL
     python data_prep/verify.py --src DIR [--imagenet]        # DIR is a directory, or a URL
@@ -67,7 +67,7 @@ Splits = dict[str, shard_format.SplitRecord]
 
 
 def is_staged(out: Path, record: shard_format.FileRecord) -> bool:
-    """True if a file exists, byte for byte; by its size and its index if `karat index` left out its hash."""
+    """True if a file is complete and correct: by its hash, or, without one, by its size and its index."""
     try:
         shard_format.check_file(out / record.name, record, by_hash=bool(record.sha256))
     except (DataError, OSError):
@@ -138,7 +138,7 @@ def list_splits(out: Path, source: shard_format.DatasetRecord, splits: Splits) -
 
 
 def _has_others(out: Path, source: shard_format.DatasetRecord) -> bool:
-    """Whether `out` has indexed tars that are not the source's."""
+    """Return whether `out` has indexed tars that are not the source's."""
     try:
         found = shard_format.read_dataset_record(out)
     except DataError:
@@ -206,9 +206,9 @@ IMAGENET = {"train": (1_281_167, 732, 1300), "val": (50_000, 50, 50)}
 def verify_shard(
     directory: Path | str, record: shard_format.DatasetRecord, rule: LabelRule | None, shard: shard_format.ShardRecord
 ) -> tuple[list[str], list[int]]:
-    """Return the problems of one shard, and its number of samples of each class. One at a URL is fetched first.
+    """Return a shard's problems, and its number of samples of each class. A shard at a URL is fetched first.
 
-    rule: where the labels are in a tar that `karat index` has indexed; None for our own shards.
+    rule: the rule for the labels in a tar that `karat index` has indexed; None for our own shards.
     """
     tars = record.tars_of(directory)
     if not isinstance(directory, Path) or not isinstance(tars, Path):

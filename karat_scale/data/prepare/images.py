@@ -52,8 +52,8 @@ END_OF_IMAGE = b"\xff\xd9"
 class ImageFacts:
     """An image file's suffix by content, and what is odd about it.
 
-    orientation: EXIF's, from 2 if viewers turn or mirror the picture; corrupt_exif: no orientation can be read;
-    odd: other oddities; undecodable: why it has no complete pixels.
+    orientation: the EXIF orientation, above 1 if viewers turn or mirror the picture; corrupt_exif: whether no
+    orientation can be read; odd: other oddities; undecodable: why it has no complete pixels.
     """
 
     extension: str
@@ -154,7 +154,7 @@ def resized_jpeg(
 ) -> bytes:
     """Return the image as RGB JPEG with at most this short side. Raises UndecodableImageError.
 
-    orientation: turn it as this EXIF orientation asks, which the native recoder cannot.
+    orientation: the EXIF orientation by which to turn the image, which the native recoder cannot do.
     """
     if encoder == "native" and orientation is None:
         encoded = native_recoder().shrink(data, short_side, quality, DRAFT_MARGIN)

@@ -12,8 +12,8 @@ that beton again and says so. The script needs FFCV: in the clone, pip install -
 
 Images are read, checked and packed in parallel, and one process writes them in order. They are packed so that every
 reader gets the same pixels as from the shards. A JPEG that FFCV's decoder reads is stored byte for byte. An image it
-cannot read (PNG, CMYK, ...) is stored as raw RGB pixels. A file that nothing reads is stored unchanged, and every
-reader of this project then treats it as a bad sample.
+cannot read (PNG, CMYK, ...) is stored as raw RGB pixels or, if these exceed a page (at least 8 MiB), as a JPEG with a
+loss. A file that nothing reads is stored unchanged, and every reader of this project then treats it as a bad sample.
 """
 
 import argparse
@@ -50,9 +50,9 @@ class Packing:
     """The storage of images.
 
     mode: `jpg`; `raw`, decoded; `proportion`, a share `jpeg_share` of the samples, drawn by `seed`, as JPEG and the
-    rest raw; `smart`, as JPEG if the pixels take more than `raw_below` bytes. max_resolution: longer side limited
-    to this many pixels. quality: of the JPEGs that are re-encoded, the resized ones. page: the most bytes of a stored
-    image; larger raw ones become JPEGs.
+    rest raw; `smart`, as JPEG if the pixels take more than `raw_below` bytes. max_resolution: the most pixels of the
+    longer side. quality: the quality of JPEGs that are encoded here. page: the most bytes of a stored image; larger raw
+    ones become JPEGs.
     """
 
     mode: str
@@ -64,7 +64,7 @@ class Packing:
     page: int
 
     def pack(self, data: bytes, index: int, name: str) -> tuple[StoredImage, str]:
-        """Return what to store of an image, and, if it cannot be decoded, the reason.
+        """Return the image to store, and the reason if it cannot be decoded.
 
         Raises DataError if FFCV's format cannot hold it.
         """
@@ -83,7 +83,7 @@ class Packing:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         if max(image.size) > MAX_SIDE:
             raise DataError(f"{name}: {image.width} x {image.height} pixels do not fit FFCV's format; {FIX}")
-        # Only pixels that come from a JPEG, or are resized anyway, may be encoded with a loss.
+        # Pixels are encoded with a loss only if they are resized anyway or exceed a page.
         small = 3 * image.width * image.height <= self.page
         if small and not (resized and self._as_jpeg(index, *image.size)):
             return StoredImage("raw", *image.size, image.tobytes()), ""
@@ -116,7 +116,7 @@ class BetonJob(making.Job):
 
     @property
     def path(self) -> Path:
-        """The beton."""
+        """The path of the beton."""
         return shard_format.beton_path(self.out, self.split)
 
     @property

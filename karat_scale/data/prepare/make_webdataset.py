@@ -16,10 +16,9 @@ Samples are shuffled over the shards by a seed. The bytes of image files are cop
 The same source and options give the same shards. A run that was killed resumes with the shard it was writing. Run on a
 finished output, the script checks every byte and makes damaged shards again. A shard that is finished has a hidden file
 beside it, `.train-000000.made.json`, with its record and the settings it was made with; dataset.json replaces it when
-the split is complete. dataset.json lists odd files with what
-was done about them (--on-odd, --exif). If there are fewer than 100,000 images, each is decoded (--check), and those
-that cannot be, such as truncated photographs, are skipped. --val-fraction or --val-count divides a source without a
-validation split.
+the split is complete. dataset.json lists odd files with what was done about them (--on-odd, --exif). If there are fewer
+than 100,000 images, each is decoded (--check), and those that cannot be, such as truncated photographs, are skipped.
+--val-fraction or --val-count divides a source without a validation split.
 """
 
 import argparse
@@ -134,7 +133,7 @@ def remove_leftovers(job: ShardJob, kept: list[MadeShard]) -> None:
 
 
 def plan_job(split: str, source: Source, options: argparse.Namespace, found: Mapping[str, Any]) -> ShardJob:
-    """Return the job of one split, from the command line. found: what a split is made with that exists."""
+    """Return the job of one split, from the command line. found: the settings that an existing split was made with."""
     order = making.shuffled(source, options.seed, options.subset)
     quality = options.quality or DEFAULT_QUALITY
     encoder = choose_encoder(options.encoder) if options.resize else "pillow"

@@ -1,4 +1,4 @@
-"""What the scripts that make shards and betons share.
+"""The code that the scripts for shards and betons share.
 
 The images of a split and the notes about them, worker processes, the division of a source into train and val, options.
 """
@@ -186,7 +186,7 @@ def made_by(
 
 
 def shuffled(source: Source, seed: int, subset: int | None) -> npt.NDArray[np.int64]:
-    """Return the samples in an order drawn from the seed; with `subset`, only the first so many of each class.
+    """Return the samples in an order drawn from the seed; with `subset`, only the first `subset` of each class.
 
     A source that is read in blocks is shuffled within windows of blocks.
     """
@@ -253,7 +253,7 @@ def open_chosen(options: argparse.Namespace, known_classes: list[str] | None) ->
 def held_out(
     labels: npt.NDArray[np.int32], fraction: float | None, count: int | None, seed: int
 ) -> npt.NDArray[np.bool_]:
-    """Return which samples are for validation: so many, each class in proportion, drawn by the seed.
+    """Return which samples are for validation: a fraction or a count, in proportion to classes, drawn by the seed.
 
     Each class keeps an image for training. Raises DataError if no image or too many are asked for.
     """
@@ -290,7 +290,7 @@ _work: Callable[[Any], Any] | None = None
 
 
 def _start_worker(work: Callable[[Any], Any]) -> None:
-    """Ignore Ctrl-C, since the main process handles it, and end with the main process: it must not write on."""
+    """Ignore Ctrl-C, which the main process handles, and end with that process, so as not to write after its end."""
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -304,9 +304,9 @@ def _do(item: Any) -> Any:
 
 @contextmanager
 def alone_in(folder: Path, made: bool = False) -> Iterator[None]:
-    """Let one of the processes that want to write into a folder into the block at a time; a line says that it waits.
+    """Let only one process at a time run the block, which writes into a folder; a line says when it waits.
 
-    made: the folder is for this alone. It is made before, and removed after the block.
+    made: whether the folder serves only as this lock. Then it is made before the block and removed after it.
     """
     while True:
         if made:
@@ -336,7 +336,7 @@ def alone_in(folder: Path, made: bool = False) -> Iterator[None]:
 
 
 def run_in_processes(work: Callable[[Any], T], items: Iterable[Any], workers: int) -> Generator[T, None, None]:
-    """Yield `work` of each item, in order. Processes are forked, so `work` may hold much; items should be small.
+    """Yield `work` of each item, in order. Processes are forked, so `work` may hold large data; items should be small.
 
     Raises DataError if a process dies.
     """
@@ -357,7 +357,7 @@ def run_in_processes(work: Callable[[Any], T], items: Iterable[Any], workers: in
 
 
 def user_path(text: str) -> Path:
-    """Return the path that an option names. A shell leaves a ~ that follows a =, as in --out=~/data."""
+    """Return the path that an option names, with ~ expanded: a shell leaves it after a =, as in --out=~/data."""
     return Path(os.path.expanduser(text))  # noqa: PTH111  # Path's refuses the name of an unknown user
 
 
@@ -370,7 +370,7 @@ def output_directory(text: str) -> Path:
 
 
 def make_parser(description: str, writes: bool = True) -> OneLineParser:
-    """Return a parser with the options of every script, or of every script that writes."""
+    """Return a parser with the options of every script; with `writes`, also those of every script that writes."""
     parser = OneLineParser(Path(sys.argv[0]).name, description=description, allow_abbrev=False)
     if not writes:
         return parser
@@ -457,19 +457,19 @@ def check_source_options(options: argparse.Namespace) -> None:
 
 
 def check_of(options: argparse.Namespace, source: Source, made: Mapping[str, Any]) -> Check:
-    """Return `--check`; without it, what a split is `made` with that exists, or what its number of images asks for."""
+    """Return `--check`; without it, the one that an existing split was `made` with, or one by the number of images."""
     chosen: Check = options.check or made.get("check") or ("decode" if len(source) < DECODED_BELOW else "header")
     return chosen
 
 
 def settle(options: argparse.Namespace, sources: Mapping[str, Source]) -> None:
-    """Choose `--exif` by the classes, where the command line does not."""
+    """Choose `--exif` by the classes if the command line does not."""
     classes = next(iter(sources.values())).classes
     options.exif = options.exif or ("turn" if turned_by_default(classes) else "keep")
 
 
 def shard_parser(description: str, writes: bool = True) -> OneLineParser:
-    """Return a parser with the options of scripts that read finished shards, and perhaps of those that write."""
+    """Return a parser with the options of scripts on finished shards; with `writes`, also of those that write."""
     parser = make_parser(description, writes)
     parser.add_argument("--src", type=dataset_directory, required=True, metavar="DIR", help="shards, also at a URL")
     parser.add_argument("--split", metavar="NAME", help="use only this split (default: all)")

@@ -6,14 +6,14 @@ All processes of the node share the cache. Its entries are files, its size is bo
     <directory>/ab/abcdef....part   an entry in the making; its lock says whether a process still makes it
     <directory>/total               the bytes of all entries
 
-An entry's modification time is that of its last use. When the total is over the limit, the entries that were not used
-for the longest are removed. A process that has an entry open can still read it then.
+An entry's modification time is that of its last use. When the total is over the limit, the least recently used entries
+are removed. A process that has an entry open can still read it then.
 
-A recipe's use says what is fetched together, how far ahead, and what the cache must hold.
+`RemoteUse` says what is fetched together, how far ahead, and what the cache must hold.
 
-An extent is consecutive samples, fetched by one request and kept in the cache. Its entry there is its bytes. If the
-index does not know the CRC-32 of its samples, these follow, as uint32. So each sample is checked when it is read from
-the cache.
+An extent is consecutive samples, fetched by one request and kept in the cache. Its entry there holds its bytes. If the
+index lacks the CRC-32s of its samples, the entry has them at its end, as uint32. So each sample is checked when it is
+read from the cache.
 """
 
 import errno
@@ -111,8 +111,8 @@ class NodeCache:
 
         Args:
             make: writes the entry's content, if it is not there.
-            deadline: of time.monotonic; until then, it waits for another process that makes the entry.
-            waits: if not, it returns None at once where another process makes the entry.
+            deadline: the time, by time.monotonic, until which it waits for another process that makes the entry.
+            waits: whether it waits. If not, it returns None at once if another process makes the entry.
 
         Raises:
             DataError: the entry cannot be stored, or another process did not finish it in time.
@@ -151,7 +151,7 @@ class NodeCache:
             self._path(key).unlink()
 
     def keeps_nothing(self) -> DataError:
-        """Return the error where an entry that was made twice is wrong each time."""
+        """Return the error for an entry that was made twice and is wrong each time."""
         return DataError(f"the cache {self.directory} does not keep what is written to it; check its disk")
 
     def _path(self, key: str) -> Path:
@@ -196,14 +196,14 @@ class NodeCache:
 
     @contextmanager
     def _total(self) -> Iterator[tuple[int, Callable[[int], object]]]:
-        """The bytes of all entries, with what writes another number; one process at a time."""
+        """Yield the bytes of all entries, and a function that writes a new total; one process at a time."""
         with locked(self.directory / "total") as handle:
             assert handle is not None
             text = os.pread(handle, 32, 0)
             yield int(text) if text.strip().isdigit() else 0, lambda number: os.pwrite(handle, b"%-32d" % number, 0)
 
     def _make_room(self) -> None:
-        """Remove the entries that were not used for the longest. One process does so at a time; the others go on."""
+        """Remove the least recently used entries. One process does so at a time; the others do not wait for it."""
         total = math.inf
         while total > self._limit:  # others add entries meanwhile, and leave it to this one to make room
             with locked(self.directory / "making_room", wait=False) as held:
@@ -288,7 +288,7 @@ def _remove_if_left(part: Path) -> None:
 
 # Samples that are fetched together, and ahead, where the order does not say it.
 _TOGETHER, _AHEAD = 64, 1024
-# Of each rank, in `order: full`: those ahead, those that workers were given, and as many that were used lately.
+# The samples of a rank, in `order: full`: those ahead, those that workers have, and as many that were used lately.
 _HELD = 8 * _AHEAD
 
 
@@ -312,7 +312,7 @@ class RemoteUse:
 
     @classmethod
     def of(cls, data: DataConfig, training: bool) -> "RemoteUse":
-        """Return how a recipe uses a split, on each of the ranks that the environment tells of."""
+        """Return how a recipe uses a split, given the numbers of ranks in the environment."""
         ranks, on_this_node = _ranks(os.environ)
         if training and data.order == "block":
             # All ranks use one window at a time, while the next is fetched.
@@ -322,7 +322,7 @@ class RemoteUse:
 
 
 def _ranks(environ: Mapping[str, str]) -> tuple[int, int]:
-    """Return the ranks of the run and those of this node, as torchrun or srun tells them."""
+    """Return the numbers of ranks of the run and of this node, as torchrun or srun set them."""
     if "WORLD_SIZE" in environ:
         ranks = int(environ["WORLD_SIZE"])
         return ranks, int(environ.get("LOCAL_WORLD_SIZE", ranks))
@@ -385,7 +385,7 @@ class RemoteShardFiles:
         raise self._cache.keeps_nothing()
 
     def span(self, sample_id: int, begin: int, end: int) -> bytes:
-        """The cache has images alone."""
+        """See LocalShardFiles. It reads the store, since the cache has only images."""
         shard = self._places.shards[self._places.shard_of(sample_id)]
         return self._store.read(shard.name, begin, end, shard.etag or "")
 
@@ -460,7 +460,7 @@ class RemoteShardFiles:
         return self._cache.open(self._key(extent), extent.entry_bytes, fetch, deadline, waits)
 
     def _key(self, extent: Extent) -> str:
-        """Return the key of an extent: its file, the content of that, and the place of each of its samples."""
+        """Return the key of an extent: its file, the file's content, and the place of each of its samples."""
         shard, ids = self._places.shards[extent.shard], slice(extent.first, extent.last)
         places = self._places.offsets[ids].tobytes() + self._places.sizes[ids].tobytes()
         content = shard.sha256 or shard.etag or f"{shard.bytes} {shard.index.sha256}"
@@ -491,7 +491,7 @@ _CHANGED = "has changed since it was indexed"
 
 
 class RemotePlace:
-    """The files of a data set below a URL, like those of LocalPlace. The use says what is fetched together."""
+    """The files of a data set below a URL. See LocalPlace. `use` says what is fetched together."""
 
     fix = "upload the shards again, or run karat index again"
 

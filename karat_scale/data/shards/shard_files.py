@@ -1,4 +1,4 @@
-"""The bytes of samples by their id: the interface of all sources, and of tars anywhere; tars on a file system.
+"""The bytes of samples by their id: the interface of all sources, the places of samples, tars on a file system.
 
 If the order uses few blocks of samples at a time, whole blocks are read ahead.
 """
@@ -22,8 +22,8 @@ from karat_scale.data.shards.shard_format import ShardRecord
 class ImageSource:
     """Encoded images by sample id, 0 .. len - 1. A copy has its own open files.
 
-    labels: int32 [len]. classes: their names in the order of the labels. ahead: the samples of a rank to fetch before
-    they are needed; 0 on a file system.
+    labels: int32 [len]. classes: the names of the classes in the order of the labels. ahead: the number of samples of a
+    rank to fetch before they are needed; 0 on a file system.
     """
 
     labels: npt.NDArray[np.int32]
@@ -35,7 +35,7 @@ class ImageSource:
 
     @property
     def identity(self) -> object:
-        """What the samples are, as plain data; of copies it is equal. At least their labels."""
+        """The samples' identity as plain data, equal for copies; by default a hash of their labels."""
         return sha256(self.labels.tobytes()).hexdigest()
 
     @property
@@ -66,7 +66,7 @@ class ImageSource:
 
 
 class Blocks(NamedTuple):
-    """An order that uses few blocks at a time. samples: of each block; 0 for another order. window: so many blocks."""
+    """An order that uses `window` blocks at a time. samples: the samples of each block; 0 for another order."""
 
     samples: int = 0
     window: int = 0
@@ -80,10 +80,10 @@ MAX_OPEN_SHARDS = 256
 
 @dataclass(frozen=True, eq=False)
 class SamplePlaces:
-    """Where the samples of a split are: shard after shard.
+    """The places of a split's samples, shard after shard.
 
-    starts: int64 [shards + 1], the first sample of each shard. offsets, sizes: int64 [samples], of the bytes in its
-    shard. crcs: uint32 [samples]; meaningless for a shard without a SHA-256, which was indexed by its headers alone.
+    starts: int64 [shards + 1], the first sample of each shard. offsets, sizes: int64 [samples], the place of a sample's
+    bytes in its shard. crcs: uint32 [samples]; meaningless for a shard without a SHA-256: only its headers were read.
     """
 
     shards: Sequence[ShardRecord]
@@ -120,7 +120,7 @@ class LocalShardFiles:
 
         Raises:
             OSError: the file cannot be read.
-            ChangedSampleError: they are others than when they were indexed, or fewer.
+            ChangedSampleError: the bytes differ from those that were indexed, or are fewer.
             DataError: the store or the cache fails.
         """
         places, size = self._places, int(self._places.sizes[sample_id])
@@ -152,8 +152,8 @@ class LocalShardFiles:
     def _read_ahead(self, number: int, sample_id: int) -> None:
         """Request the part of a sample's block that is in the open shard of this number.
 
-        It remembers little more than a window: a part of a block at its start, and blocks that files cut, are more
-        parts. So it has forgotten a block when the next epoch comes to it.
+        It remembers the parts of little more than a window of blocks, since a window may begin inside a block, and
+        files may cut blocks. So it has forgotten a block by the time the next epoch comes to it.
         """
         places, (samples, window) = self._places, self._readahead
         if not samples or not hasattr(os, "posix_fadvise"):  # not on every system, and only a hint

@@ -43,7 +43,7 @@ _FIX = "make it with karat prepare webdataset"
 DATASET_FILE, TIMM_FILE = "dataset.json", "info.json"
 # A record lists each file of a source that is skipped or odd: of ImageNet-21k, that may be millions.
 LARGEST_RECORD = 2**30
-# Of numbered classes. Larger numbers are those of images, say.
+# The most numbered classes. Larger numbers are probably those of images.
 MOST_CLASSES = 1_000_000
 # A name in dataset.json must not point outside of its directory.
 FileName = Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$")
@@ -72,8 +72,8 @@ def file_record(name: str, content: bytes) -> FileRecord:
 class ShardRecord(FileRecord):
     """A tar shard and its index.
 
-    `karat index` reads headers alone, unless it is asked for hashes: then `sha256` is empty, and the index has 0 for
-    each crc32. Of a tar at a URL, `etag` is what its server said of its content.
+    Unless `karat index` is asked for hashes, it reads only headers: then `sha256` is empty, and the index has 0 for
+    each crc32. For a tar at a URL, `etag` is its server's tag of the content.
     """
 
     sha256: str = ""
@@ -100,7 +100,7 @@ class OddRecord(BaseModel):
 class SplitRecord(BaseModel):
     """One split. `made`: the source and the settings. `per_class`: the number of samples of each class.
 
-    `empty_classes`: the names of those without a sample.
+    `empty_classes`: the names of the classes without a sample.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -185,12 +185,12 @@ def _record_text(directory: Path | str, timeout: float, what: str) -> str:
 
 
 def not_a_directory(path: Path) -> str:
-    """Return what to say of a path that is no directory: also where it was looked for, if it is relative."""
+    """Return the message for a path that is no directory; for a relative path, also where it was looked for."""
     return f"{path} is not a directory{'' if path.is_absolute() else f' in {Path.cwd()}'}"
 
 
 def require_directory(path: Path, files: Files, what: str = "data.path") -> None:
-    """Raise DataError unless the path in the key or option `what` is a directory. files: what it should have."""
+    """Raise DataError unless the path in the key or option `what` is a directory. files: what it should contain."""
     if not path.is_dir():
         raise DataError(f"{what} = {not_a_directory(path)}; set it to {files.value}")
 
@@ -213,7 +213,7 @@ def check_has_record(directory: Path, what: str = "data.path") -> None:
 
 
 def read_record_text(path: Path) -> str:
-    """Return the text of a data set's record, as `read_text`. Memory is asked for by its size, not by the limit."""
+    """Return the text of a data set's record, like `read_text`. Memory is allocated by its size, not by the limit."""
     return read_text(path, min(path.stat().st_size, LARGEST_RECORD))
 
 
@@ -227,7 +227,7 @@ def chosen_splits(directory: Path | str, record: DatasetRecord, split: str | Non
 
 
 def write_dataset_record(directory: Path, record: DatasetRecord) -> None:
-    """Write dataset.json atomically; before it, for shards of ours, info.json, which timm's own reader needs."""
+    """Write dataset.json atomically; before it, for our own shards, write info.json, which timm's reader needs."""
     if not record.root and not any("by" in split.made for split in record.splits.values()):
         splits = {
             name: {
@@ -246,7 +246,7 @@ def write_dataset_record(directory: Path, record: DatasetRecord) -> None:
 class BetonRecord(ShardRecord):
     """The content of a beton's JSON file.
 
-    made: the source and the settings. modes: samples by their storage mode. odd: images on which decoders
+    made: the source and the settings. modes: sample counts by storage mode. odd: images on which decoders
     disagree, and those that no decoder reads.
     """
 
@@ -418,7 +418,7 @@ def must_answer(path: Path, timeout: float) -> None:
 
 
 def check_data_path(data: DataConfig) -> None:
-    """Refuse a `data.path` where there is nothing. It costs nothing, so that commands ask before they import torch.
+    """Refuse a `data.path` without data. The check is cheap, so commands make it before they import torch.
 
     Raises:
         DataError: it does not exist, has no dataset.json though it should, or does not answer.

@@ -35,7 +35,7 @@ from karat_scale.recipe import DataConfig
 
 
 class LocalPlace:
-    """The files of a data set in a directory. All methods raise DataError. fix: what to do if one is not as it was."""
+    """The files of a data set in a directory. All methods raise DataError. fix: what to do if a file has changed."""
 
     def __init__(self, directory: Path, wording: shard_format.Wording = shard_format.SHARD_WORDING) -> None:
         self._directory, self._wording, self.fix = directory, wording, wording.fix
@@ -58,7 +58,7 @@ class LocalPlace:
         return map(self.read_checked, records)
 
     def files(self, places: SamplePlaces, readahead: Blocks) -> LocalShardFiles:
-        """Return what reads samples. readahead: the blocks that a file system reads ahead."""
+        """Return the reader of samples. readahead: the blocks that a file system reads ahead."""
         return LocalShardFiles(self._directory, places, readahead)
 
 
@@ -77,8 +77,8 @@ class IndexedSplit(ImageSource):
     missing, cut short, changed or out of range.
 
     shards: the files. indexes, tars: the places of the indexes and of the files. kinds: the dtypes of an index's
-    columns. listed_in: what lists the classes, for messages. readahead: the blocks that the system reads ahead when one
-    of their samples is read.
+    columns. listed_in: the file that lists the classes, for messages. readahead: the blocks that the system reads ahead
+    when one of their samples is read.
     """
 
     kinds: Mapping[str, Any] = shard_format.INDEX_FIELDS
@@ -127,7 +127,7 @@ class IndexedSplit(ImageSource):
 
     @property
     def identity(self) -> list[tuple[int, str]]:
-        """The size of each file and the hash of its index, in which a copy agrees."""
+        """The size of each file and the hash of its index; equal for copies."""
         return [(shard.bytes, shard.index.sha256) for shard in self._shards]
 
     def read(self, sample_id: int) -> bytes:
@@ -153,7 +153,7 @@ class IndexedSplit(ImageSource):
         return [key for place in range(len(self._shards)) for key in self.keys_of(place)]
 
     def keys_of(self, place: int) -> list[str]:
-        """Return the keys of the samples in one file, of which `places` says the number. Raises DataError likewise."""
+        """Return the keys of the samples in one file, by its number. Raises DataError if its index has changed."""
         return shard_format.keys_of(self._indexes.read_checked(self._shards[place].index))
 
     def file_of(self, sample_id: int) -> str:
@@ -170,7 +170,7 @@ class IndexedSplit(ImageSource):
 class ShardSplit(IndexedSplit):
     """The samples of one split of shards. See IndexedSplit.
 
-    directory: of dataset.json, also as a URL. remote: how the samples of shards at a URL are used.
+    directory: the directory or the URL of dataset.json. remote: how the samples of shards at a URL are used.
     """
 
     def __init__(
@@ -203,9 +203,10 @@ class ShardSplit(IndexedSplit):
         self.ahead = self._remote.ahead if isinstance(self._files, RemoteShardFiles) else 0
 
     def around(self, sample_id: int) -> tuple[int, bytes]:
-        """Return what is between the sample before and the one after, with the latter's header, and where it begins.
+        """Return where the bytes between the samples before and after this one begin, and the bytes.
 
-        It is nothing where the samples are not in the order of their numbers. Raises DataError.
+        They end with the header of the sample after. There are none if samples are not stored in the order of their
+        numbers. Raises DataError.
         """
         places, number = self.places, self.places.shard_of(sample_id)
         begin, end = 0, self._shards[number].bytes
@@ -310,7 +311,7 @@ class FolderSplit(ImageSource):
 
     @property
     def identity(self) -> str:
-        """A hash of the images' paths and labels, in which a copy agrees."""
+        """A hash of the images' paths and labels; equal for copies."""
         return sha256(self._paths.tobytes() + self.labels.tobytes()).hexdigest()
 
     def read(self, sample_id: int) -> bytes:
@@ -337,7 +338,7 @@ def composed(name: str) -> str:
 
 
 def refuse_two_spellings(place: Path, names: Iterable[str]) -> None:
-    """Raise DataError for names that differ in nothing that one can see, as those of a Mac and of other systems do."""
+    """Raise DataError for names that look the same but differ, as those of a Mac and of other systems do."""
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(composed(name), name)
@@ -351,12 +352,12 @@ def is_image_name(file: str) -> bool:
 
 
 def is_hidden_folder(name: str) -> bool:
-    """True for a folder that holds no images of its own: thumbnails, copies of editors, and what macOS packs beside."""
+    """True for a folder that holds no original images: thumbnails, editors' copies, and what macOS adds to archives."""
     return (name.startswith(".") and name not in (".", "..")) or name in ("__MACOSX", "@eaDir")
 
 
 def refuse_broken_link(path: Path) -> None:
-    """Raise DataError for a link that leads nowhere: what it is to may be on a disk that is not there now."""
+    """Raise DataError for a broken link: its target may be on a disk that is not mounted now."""
     if path.is_symlink() and not path.exists():
         raise DataError(f"{path} is a link to {path.readlink()}, where nothing is; fix the link, or remove it")
 
@@ -373,7 +374,7 @@ def folders_in(folder: Path) -> list[str]:
 
 
 def images_under(folder: Path, name: str) -> tuple[list[str], list[str]]:
-    """Return the paths from `folder` of a class's images, sorted by their bytes, and of other files. Raises OSError.
+    """Return the paths, below `folder`, of a class's images and of its other files, sorted by bytes. Raises OSError.
 
     As text, names that are not UTF-8 would be sorted differently.
     """
@@ -389,7 +390,7 @@ def images_under(folder: Path, name: str) -> tuple[list[str], list[str]]:
 
 SPLIT_FOLDERS = ("train", "val", "test", "valid", "validation")
 MOST_SPLITS = 5
-"""More folders beside a split that is missing are probably classes."""
+"""If a missing split has more folders than this beside it, they are probably classes."""
 
 
 def class_folders(folder: Path) -> list[str]:

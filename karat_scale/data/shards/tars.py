@@ -1,8 +1,8 @@
-"""Uncompressed tars: the members of any, from its headers alone, and the writer of shards.
+"""Uncompressed tars: the members of any tar, read only from its headers, and the writer of shards.
 
 ustar, GNU tar and pax headers are understood, as POSIX.1-2017 (pax) and GNU tar's manual describe them.
 
-Shards are written one tar and its index at a time, with the same bytes as webdataset's own writer. That one streams
+Shards are written one tar and its index at a time, with the same bytes as webdataset's own writer. The latter streams
 through buffers of a few kilobytes and copies an image a dozen times. Here the headers come from tarfile, and the images
 go to the file directly. The same samples give the same bytes. Every file is written atomically; the caller writes
 dataset.json last.
@@ -172,7 +172,7 @@ def _extended(kind: int, data: bytes, everywhere: dict[str, str]) -> dict[str, s
 
 
 def _number(digits: str | bytes) -> int:
-    """Return a number in decimal digits. Python refuses thousands of them, and no file is as large as 20 say."""
+    """Return a number in decimal digits. Python refuses thousands of digits, and no file's size has 20."""
     return int(digits) if len(digits) < 20 else 10**20
 
 

@@ -1,1 +1,1 @@
-"""What a run says of itself: lines and bars, figures, histograms, traces."""
+"""The reports of a run: lines and bars, figures, histograms, traces."""

@@ -1,8 +1,8 @@
 """How a run's wall time was spent, over all its starts.
 
 Rank 0's time is divided wherever its heartbeat reports a new activity. So the parts of a start add up to
-its wall time, and each event of `metrics.jsonl` has them as `spent`. What a start did after the checkpoint that the
-next start resumes from was lost. A job is in the queue from when SLURM takes it to when it starts. The time without a
+its wall time, and each event of `metrics.jsonl` has them as `spent`. The work of a start after the checkpoint that the
+next start resumes from is lost. A job is in the queue from when SLURM takes it to when it starts. The time without a
 job does not count.
 """
 
@@ -22,7 +22,7 @@ from karat_scale.foundation.machine import ask_squeue
 
 _WORK = ("training", "waiting for data", "evaluating", "saving")
 PARTS = (*_WORK, "compiling", "starting", "lost", "queue")
-# What heartbeats say; everything else is training.
+# The part of each activity that heartbeats name; every other activity is training.
 _PART_OF = {**{part: part for part in PARTS}, "fetching": "starting", "snapshot": "saving", "copying": "saving"}
 
 
@@ -36,7 +36,7 @@ class Stopwatch:
         self._spent: dict[str, float] = {}
 
     def begin(self, doing: str) -> None:
-        """From now on this process does what its heartbeat says."""
+        """Count the time from now on as `doing`, the activity that the heartbeat names."""
         now = time.monotonic()
         self._spent[self._part] = self._spent.get(self._part, 0.0) + now - self._since
         self._since, self._part = now, _PART_OF.get(doing, "training")
@@ -48,7 +48,7 @@ class Stopwatch:
 
 
 def queued() -> tuple[float, float] | None:
-    """When SLURM was given this job and when it started it, in seconds since the epoch; None where nobody knows."""
+    """Return when SLURM received this job and when it started it, in seconds since the epoch; None if unknown."""
     job = os.environ.get("SLURM_JOB_ID")
     told = ask_squeue(job, "%V,%S") if job else None
     try:
@@ -60,23 +60,23 @@ def queued() -> tuple[float, float] | None:
 
 @dataclass
 class WallTime:
-    """Adds up the events of a run. Events without `spent`, of earlier versions, say nothing here."""
+    """Adds up the events of a run. Events without `spent`, of earlier versions, do not count."""
 
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     seconds: float = 0.0
-    """From the first start, or its submission, to the last event, without the time in which there was no job."""
+    """The time from the first start, or its submission, to the last event, except the time without a job."""
     failures: int = 0
-    """Starts that ended without a word, or by an error that is not the user's."""
+    """The number of starts that ended without an event, or by an error that is not the user's."""
 
     def __post_init__(self) -> None:
         self._until: float | None = None
         self._of_start: dict[str, float] = {}
         self._end: int | None = None
         self._marks: list[tuple[int, dict[str, float]]] = []
-        """The parts after finished steps: what is kept where training resumes there."""
+        """The parts after finished steps, which are kept if training resumes there."""
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Take in the next event. Raises ValueError, TypeError or KeyError for one that is none."""
+        """Take in the next event. Raises ValueError, TypeError or KeyError if it is not an event."""
         if event.get("event") == "start":
             self._start(event)
         if not isinstance(event.get("spent"), dict) or self._until is None:
@@ -97,17 +97,17 @@ class WallTime:
             self._marks.append((event["step"], kept))
 
     def reach(self, now: float, doing: str) -> None:
-        """The last start has done this from its last event until now, in seconds since the epoch."""
+        """Count the time from the last event until now, in seconds since the epoch, as the last start's `doing`."""
         if self._until is not None and self._end is None and now > self._until:
             self.parts[_PART_OF.get(doing, "training")] += now - self._until
             self._move(now)
 
     def to_json(self) -> dict[str, float]:
-        """The seconds, of all and of each part."""
+        """Return the seconds, in total and of each part."""
         return {"total": round(self.seconds, 3), **{part: round(self.parts[part], 3) for part in PARTS}}
 
     def __str__(self) -> str:
-        """One line, or nothing where nothing is known."""
+        """Return one line, or an empty text if nothing is known."""
         if not self.seconds:
             return ""
         shares = {part: 100 * seconds / self.seconds for part, seconds in self.parts.items()}
@@ -134,7 +134,7 @@ class WallTime:
         self._of_start, self._end = {}, None
 
     def _lose(self, step: int) -> None:
-        """Training goes on after `step`: the work after that is lost."""
+        """Count the work after `step` as lost: training resumes there."""
         self._marks = [mark for mark in self._marks if mark[0] <= step]
         kept = max(reversed(self._marks), key=lambda mark: mark[0])[1] if self._marks else dict.fromkeys(PARTS, 0.0)
         for part in _WORK:
@@ -148,7 +148,7 @@ class WallTime:
 
 
 def wall_time(events: Iterable[Mapping[str, Any]]) -> WallTime:
-    """How the time of a run with these events was spent. What is no event is skipped."""
+    """Return how the time of a run with these events was spent; skip what is not an event."""
     found = WallTime()
     for event in events:
         try:

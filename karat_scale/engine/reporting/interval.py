@@ -1,8 +1,8 @@
-"""What is measured of a run while it trains: figures between two reports, histograms of heads, and traces of steps.
+"""Measurements of a run while it trains: figures between two reports, histograms of heads, and traces of steps.
 
 A rank's own time is the part of a step in which it waits for no other: for its data, and in its forward pass.
 Efficiency is how much of a device's arithmetic training uses: FLOP/s of the model's equations, and MFU where the peak
-is known. Histograms are for the trackers: of each head's coefficients and its projector W.
+is known. Histograms, for the trackers, are of each head's coefficients and its projector W.
 
 Traces are by torch's profiler, for Perfetto, chrome://tracing or TensorBoard:
 
@@ -35,10 +35,10 @@ from karat_scale.recipe import LogConfig, Recipe, TrainConfig
 
 
 class Interval:
-    """Sums and a stopwatch. What the device computes is added up there, and read when it is taken.
+    """Sums and a stopwatch. The device's results are added up on the device, and read when they are taken.
 
     The stopwatch starts after this process's first step, which pays for warm-up. Starting and stopping it waits for the
-    device, so that the time of a step is not counted to what follows it.
+    device, so that the time of a step does not count for what follows it.
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
@@ -64,7 +64,7 @@ class Interval:
         self._loss_so_far = share if self._loss_so_far is None else self._loss_so_far + share
 
     def take_step_losses(self) -> torch.Tensor:
-        """The loss of each step since they were last taken, [steps], on the device."""
+        """Return the loss of each step since the last call, [steps], on the device."""
         taken, self._step_losses = self._step_losses, []
         return torch.stack(taken) if taken else torch.empty(0, device=self._device)
 
@@ -73,7 +73,7 @@ class Interval:
         self._norms.append(norm.detach().to(torch.float32, copy=True))  # its memory may hold the next one soon
 
     def take_norms(self) -> list[float]:
-        """The norms since they were last taken, in the order of the steps; one read for all."""
+        """Return the norms since the last call, in the order of the steps; one read for all."""
         taken, self._norms = self._norms, []
         return torch.stack(taken).tolist() if taken else []
 
@@ -90,19 +90,19 @@ class Interval:
             self._since = self._now()
 
     def stand(self) -> tuple[float, dict[str, torch.Tensor], torch.Tensor | None]:
-        """What a step changes before it is finished, for `go_back`."""
+        """Return the state that a step changes before it is finished, for `go_back`."""
         with self.paused():
             return self._seconds, dict(self._losses), self._loss_so_far
 
     def go_back(self, stand: tuple[float, dict[str, torch.Tensor], torch.Tensor | None]) -> None:
-        """Forget what has been added since."""
+        """Forget what has been added since `stand`."""
         self._seconds, self._losses, self._loss_so_far = stand
         if self._since is not None:
             self._since = self._now()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside is not training. Pauses nest."""
+        """Do not count the time inside the block as training. Pauses nest."""
         running = self._since is not None
         if self._since is not None:
             self._seconds += self._now() - self._since
@@ -114,26 +114,26 @@ class Interval:
                 self._since = self._now()
 
     def take_time(self) -> tuple[int, float]:
-        """(timed steps, their seconds) since they were last taken."""
+        """Return (timed steps, their seconds) since the last call."""
         with self.paused():
             taken = self._timed_steps, self._seconds
             self._timed_steps, self._seconds = 0, 0.0
         return taken
 
     def losses_of_ranks(self, world: World) -> tuple[int, dict[str, list[int]]]:
-        """Steps since the losses were last taken, and each rank's sums, as the bits of float32. Collective."""
+        """Return the steps since the last `take_losses`, and each rank's sums, as the bits of float32. Collective."""
         ranks = world.gather({name: int(loss.view(torch.int32)) for name, loss in self._losses.items()})
         return self._steps, {name: [rank[name] for rank in ranks] for name in self._losses}
 
     def resume_losses(self, steps: int, losses: Mapping[str, Sequence[int]], world: World) -> None:
-        """Go on from what `losses_of_ranks` returned; another number of ranks begins with the mean of the sums."""
+        """Resume from the result of `losses_of_ranks`; another world size begins with the mean of the sums."""
         self._steps = steps
         for name, bits in losses.items():
             sums = torch.tensor(bits, dtype=torch.int32, device=self._device).view(torch.float32)
             self._losses[name] = sums[world.rank] if len(sums) == world.size else sums.mean()
 
     def take_losses(self) -> tuple[dict[str, torch.Tensor], int]:
-        """(summed losses by name, steps) since they were last taken."""
+        """Return (summed losses by name, steps) since the last call."""
         taken = self._losses, self._steps
         self._losses, self._steps = {}, 0
         return taken
@@ -152,7 +152,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def resident_memory_mb() -> float:
-    """What this process, its data workers and trackers hold in RAM now, in MB. Pages that they share count for each."""
+    """Return the RAM of this process, its data workers and trackers now, in MB. Shared pages count for each."""
     process = psutil.Process()
     total = process.memory_info().rss
     for child in process.children(recursive=True):
@@ -161,14 +161,14 @@ def resident_memory_mb() -> float:
     return total / 1e6
 
 
-# Forward passes on a GPU that may wait to be added up; those that are done are added before there are more.
+# The number of forward passes on a GPU that may wait to be added up; beyond it, the finished ones are added.
 MOST_WAITING = 64
 
 _Pass = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
 class OwnTime:
-    """Adds up this rank's own seconds. At ZeRO 3 the forward pass gathers weights, so there it is not all its own.
+    """Adds up this rank's own seconds. At ZeRO stage 3 the forward pass also waits for other ranks' weights.
 
     A GPU's forward pass is timed by the device, whose clock is read when the sum is taken: nothing waits for it before.
     """
@@ -181,14 +181,14 @@ class OwnTime:
 
     @contextmanager
     def data(self) -> Iterator[None]:
-        """What is inside waits for data."""
+        """Count the time inside the block as waiting for data."""
         begun = self._clock()
         yield
         self._seconds += self._clock() - begun
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """What is inside is a forward pass."""
+        """Count the time inside the block as a forward pass."""
         if not self._on_gpu:
             with self.data():  # by the host's clock, too
                 yield
@@ -202,7 +202,7 @@ class OwnTime:
             self._add_up([one for one in self._waiting if one[1].query()])
 
     def take(self) -> float:
-        """The seconds since they were last taken."""
+        """Return the seconds since the last call."""
         for _, end in self._waiting:
             end.synchronize()
         self._add_up(self._waiting)
@@ -234,7 +234,7 @@ class Efficiency:
         self._recipe, self._devices, self._peak = recipe, devices, peak
 
     def figures(self, images_per_second: float | None) -> dict[str, float | None]:
-        """`tflops`, 1e12 FLOP/s a device, and `mfu`, a fraction of the peak if that is known."""
+        """Return `tflops`, 1e12 FLOP/s per device, and `mfu`, a fraction of the peak, if that is known."""
         achieved = self._flops * images_per_second / self._devices if images_per_second else None
         figures = {"tflops": achieved / 1e12 if achieved else None}
         if self._peak:
@@ -248,7 +248,7 @@ class Efficiency:
 
 
 class HeadHistograms:
-    """Written each `log.histogram_every_steps`; rank 0 writes, and at stage 3 all ranks bring their parts."""
+    """Histograms each `log.histogram_every_steps`; rank 0 writes them, and at stage 3 all ranks bring their parts."""
 
     def __init__(self, engine: Engine, log: LogConfig, reporter: Reporter) -> None:
         self._engine, self._reporter = engine, reporter
@@ -256,7 +256,7 @@ class HeadHistograms:
         self._parameters = list(head_parameters(engine.module))
 
     def due(self, step: int) -> bool:
-        """Whether there is something to write after `step` finished steps; the same on every rank."""
+        """Return whether there is something to write after `step` finished steps; the same on every rank."""
         return bool(self._every and self._parameters) and step > 0 and step % (self._every or 1) == 0
 
     def write(self, step: int) -> None:
@@ -285,7 +285,7 @@ def _histogram(values: torch.Tensor) -> dict[str, Any]:
 
 
 class StepProfiler:
-    """Traces steps `steps[0]` to `steps[1]`, both included, on each rank; the results are the same with and without.
+    """Traces steps `steps[0]` to `steps[1]`, both included, on each rank; training's results do not change.
 
     A run that stops in between leaves no trace.
     """
@@ -297,7 +297,7 @@ class StepProfiler:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Step `number`, counted from 1, is done inside."""
+        """Run step `number`, counted from 1, inside the block."""
         inside = self._first <= number <= self._last
         if inside and self._profile is None:
             self._first = number  # a resumed run may begin in the middle

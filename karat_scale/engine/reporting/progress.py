@@ -1,4 +1,4 @@
-"""Where a run's progress goes: to the person, as a live bar or plain lines, and to files that the trackers follow.
+"""Reports a run's progress to the person, as a live bar or plain lines, and to files that the trackers follow.
 
 The bar is for a terminal, the lines are for elsewhere. The files are `metrics.jsonl`, one event a line, and
 `histograms.jsonl`.
@@ -46,7 +46,7 @@ class MetricsLog:
         self._begins_line = not _ends_with_newline(file)
 
     def write(self, event: str, step: int, **figures: Any) -> None:
-        """One event. A figure that is not finite is written as null: JSON has no NaN.
+        """Append one event. A figure that is not finite is written as null: JSON has no NaN.
 
         Raises RunDirectoryError when the disk does not take it.
         """
@@ -81,7 +81,7 @@ def _line(event: str, step: int, figures: Mapping[str, Any]) -> str:
 def read_events(path: Path, damaged: Callable[[str], None] = lambda line: None) -> Iterator[dict[str, Any]]:
     """Yield the events of a run's `metrics.jsonl`. Other lines are skipped, and `damaged` is called with each.
 
-    A last line without its end may be one that is being written: it is skipped, and it is not damaged.
+    A last line without its end may be one that is being written: it is skipped, but does not count as damaged.
     """
     if not path.is_file():
         return
@@ -115,19 +115,19 @@ _LARGE = 10**8
 _STDOUT = 1
 
 
-# Without a bar, nobody should wait longer for a word.
+# Without a bar, the longest time without a line.
 _QUIET_SECONDS = 60.0
 
 
 class PlainDisplay:
-    """Prints one line per report, with the time of day, and how far work is if there has been none for a minute."""
+    """Prints one line per report, with the time of day, and the progress if no line was printed for a minute."""
 
     def __init__(self) -> None:
         self._told = time.monotonic()
         self._first: tuple[int, float] | None = None
 
     def line(self, text: str) -> None:
-        """Print a line that stays. A run goes on where nobody reads it any more, or its disk is full."""
+        """Print a line that stays. A run continues if nobody reads its output any more, or its disk is full."""
         self._told = time.monotonic()
         try:
             print(f"{time.strftime('%H:%M:%S')} {printable(text)}", flush=True)
@@ -136,7 +136,7 @@ class PlainDisplay:
             say_in_one_write(f"warning: standard output cannot be written ({error.strerror}), so printing stops")
 
     def advance(self, done: int, total: int) -> None:
-        """A training step without a report is done."""
+        """Take note of a finished training step without a report."""
         now = time.monotonic()
         first, begun = self._first = self._first or (done, now)  # the first step also pays for the start
         if now - self._told >= _QUIET_SECONDS:
@@ -178,7 +178,7 @@ class TerminalDisplay(PlainDisplay):
         self._bars.move(self._title, done, total, keep=True)
 
     def train(self, done: int, total: int, text: str, left: float | None = None) -> None:
-        """Show beside the training bar what was measured; the bar has its own time left."""
+        """Show next to the training bar what was measured; the bar shows the time left itself."""
         self._bars.move(self._title, done, total, text, keep=True)
 
     def evaluate(self, done: int, total: int) -> None:
@@ -191,7 +191,7 @@ class TerminalDisplay(PlainDisplay):
             self._bars.move(_VERIFY, done // 10**6, total // 10**6)
 
     def close(self) -> None:
-        """Leave the training bar where it is. What was cut off goes."""
+        """Leave the training bar where it is; remove unfinished other bars."""
         for name in (_EVALUATE, _VERIFY):
             self._bars.remove(name)
         self._bars.stop()
@@ -226,24 +226,24 @@ class Reporter:
 
     @property
     def is_recording(self) -> bool:
-        """Whether figures go to files here; True on rank 0 alone."""
+        """Return whether figures go to files here; True only on rank 0."""
         return self._log is not None
 
     def start_trackers(self, run: Path, names: Sequence[str], anew: bool) -> None:
-        """Start what shows the run elsewhere, on rank 0. `anew`: it is not the run that they know."""
+        """Start the trackers, on rank 0. `anew`: this is not the run that they know."""
         if self._log is not None:
             self._trackers = Trackers(run, names, anew)
             self.hear(self._trackers.messages)
 
     def hear(self, messages: Callable[[], list[str]]) -> None:
-        """Now and after each event, tell the person what `messages` returns: lines of what runs beside training."""
+        """Print the lines that `messages` returns, now and after each event; they come from work besides training."""
         self._others.append(messages)
         self.tell_of_others()
 
     def begin(self, step: int, anew: bool, last_sign: float | None) -> None:
-        """Training begins after `step`. `anew`: it is not the run whose events are there.
+        """Log that training begins after `step`. `anew`: this is not the run of the earlier events.
 
-        last_sign: when the start before was last seen, in seconds since the epoch.
+        `last_sign` is when the previous start was last seen, in seconds since the epoch.
         """
         if self._log is not None:
             self._stopwatch = Stopwatch()
@@ -252,47 +252,47 @@ class Reporter:
             self._write("start", step, began=self._stopwatch.began, anew=anew, **more)
 
     def beat(self, doing: str, step: int = 0) -> None:
-        """This rank got on: it begins with `doing` now, for whoever watches for hangs."""
+        """Record that this rank begins `doing` now, for whoever watches for hangs."""
         if self._stopwatch is not None:
             self._stopwatch.begin(doing)
         if self._heartbeat is not None:
             self._heartbeat.beat(doing, step)
 
     def move(self, doing: str) -> None:
-        """This rank makes progress within `doing`, which others may not do."""
+        """Record that this rank makes progress within `doing`, which other ranks may not do."""
         if self._stopwatch is not None:
             self._stopwatch.begin(doing)
         if self._heartbeat is not None:
             self._heartbeat.move(doing)
 
     def verify(self, done: int, total: int) -> None:
-        """So many bytes of a checkpoint are verified."""
+        """Show how many bytes of a checkpoint are verified."""
         self.move("starting")
         self.display.verify(done, total)
 
     def pace(self, own_seconds: float) -> None:
-        """What a step takes this rank of its own, for whoever watches for slow ones."""
+        """Record this rank's own seconds in a step, for whoever watches for slow ranks."""
         if self._heartbeat is not None:
             self._heartbeat.pace(own_seconds)
 
     def info(self, text: str) -> None:
-        """A line for the person."""
+        """Print a line for the person."""
         self.display.line(text)
 
     def warn(self, text: str) -> None:
-        """A warning, from whichever rank has it."""
+        """Print a warning, on any rank."""
         if isinstance(self.display, SilentDisplay):
             say_in_one_write(f"[rank {self._rank}] warning: {text}")
         else:
             self.display.line(f"warning: {text}")
 
     def bad_samples(self, samples: Sequence["BadSample"]) -> None:
-        """Samples that could not be read, by their places."""
+        """Warn of samples that could not be read, with their places."""
         for sample in samples:
             self.warn(f"unreadable image {sample.key} in {sample.shard}: {sample.reason}")
 
     def train(self, step: int, total: int, figures: dict[str, Any]) -> None:
-        """Figures of the steps since the last report."""
+        """Report the figures of the steps since the last report."""
         rate = figures["images_per_second"]
         text = f"epoch {figures['epoch'] + 1} loss {figures['loss']:.4f} lr {figures['lr']:.2e}"
         text += f" {per_second(rate)} img/s" if rate else ""
@@ -302,30 +302,30 @@ class Reporter:
         self._write("train", step, **figures)
 
     def event(self, event: str, step: int, text: str, figures: Mapping[str, Any]) -> None:
-        """What has happened, in words, and as figures for the log."""
+        """Report an event, in words, and as figures for the log."""
         self.info(text)
         self._write(event, step, **figures)
 
     def histograms(self, step: int, histograms: Mapping[str, Mapping[str, Any]]) -> None:
-        """Distributions of weights, by name."""
+        """Log distributions of weights, by name."""
         if self._log is not None and self._has_histograms and (problem := self._log.histograms(step, histograms)):
             self._has_histograms = False
             self.warn(f"{problem}; no further histograms are written")
 
     def checkpoint(self, state: RunState, name: str, seconds: float, stall: float, near: bool = False) -> None:
-        """A checkpoint is complete; training stood still for `stall` of its seconds. `near`: only on each node."""
+        """Report a complete checkpoint; training paused for `stall` of its seconds. `near`: it is only on each node."""
         if not near:  # there are too many of these to print
             self.info(f"saved {name} in {seconds:.1f} s, of which training paused {stall:.1f} s")
         figures = {"seconds": round(seconds, 3), "stall_seconds": round(stall, 3), **({"near": True} if near else {})}
         self._write("checkpoint", state.step, samples=state.samples, name=name, **figures)
 
     def spike(self, step: int, loss: float, limit: float, advice: str) -> None:
-        """The loss of a step is far above those before."""
+        """Report that the loss of a step is far above those before."""
         self.warn(f"step {step} has a loss of {loss:.4g}, above the limit of {limit:.4g} for a spike; {advice}")
         self._write("spike", step, loss=loss, limit=limit)
 
     def beyond_reach(self, step: int, block: int, share: float, reach: float) -> None:
-        """The scores of a block have grown beyond what its functions tell apart."""
+        """Report that the scores of a block have grown beyond what its functions tell apart."""
         if self.is_recording:
             self.warn(
                 f"{share:.0%} of the scores of block {block} lie beyond +-{reach:.3g}, where its functions repeat or "
@@ -335,7 +335,7 @@ class Reporter:
         self._write("beyond_reach", step, block=block, share=share, reach=reach)
 
     def end(self, state: RunState, exit_code: int, reason: str) -> None:
-        """The last event of this process."""
+        """Log the last event of this process."""
         self._write("end", state.step, samples=state.samples, exit=exit_code, reason=reason)
 
     def close(self) -> None:
@@ -354,13 +354,13 @@ class Reporter:
             self.tell_of_others()
 
     def finish_trackers(self, seconds: float) -> None:
-        """Let the trackers send what is left, for at most so long; one line for each that has not got everything."""
+        """Let the trackers send the rest, for at most `seconds`; print a line for each that has not received it all."""
         if self._trackers is not None:
             self._trackers.finish(seconds)
             self.tell_of_others()
 
     def tell_of_others(self) -> None:
-        """Tell at once what runs beside training has to say."""
+        """Print now what the functions given to `hear` return."""
         for messages in self._others:
             for message in messages():
                 self.info(message)

@@ -1,14 +1,14 @@
-"""Trackers beside training: how far each has got, the process that follows a run's files, the trainer's side.
+"""Trackers during training: how far each has got, the process that follows a run's files, the trainer's side.
 
 The trainer starts a process for each tracker (`Trackers`), and so does `karat track`. The process follows the run's
-files and tells one tracker what is new (`Follower`). How far the tracker has got is in `RUN/trackers/NAME.json`
+files and sends one tracker what is new (`Follower`). How far the tracker has got is in `RUN/trackers/NAME.json`
 (`Cursor`), which is replaced after each piece that was sent. A restart may go back to an older checkpoint, and then
-writes the steps after it once more. They are sent once, as they were first: of each kind of event, only steps above the
-last sent one are new.
+writes the steps after it once more. Only the first events of a step are sent: of each kind of event, only steps above
+the last sent one are new.
 
-The process's standard input is a pipe. When that ends, the trainer has ended, however it did: what is left is sent, and
-the process ends. Lines on its standard output are for the person. What libraries print goes nowhere. Exit code 0: the
-tracker has everything. 1: it has not. The last line is `FAREWELL`: a library may end the process, too.
+The process's standard input is a pipe. When that ends, the trainer has ended, for any reason: the process sends what is
+left and ends. Lines on its standard output are for the person. The output of libraries is discarded. Exit code 0: the
+tracker has everything. 1: it has not. The last line is `FAREWELL`, because a library may end the process, too.
 """
 
 import json
@@ -46,12 +46,12 @@ FAREWELL = "\x04\n"
 POLL_SECONDS = 1.0
 _FIRST_RETRY, _LAST_RETRY = 5.0, 300.0
 _PROGRESS_SECONDS = 10.0
-# Sent when they are there: of the run, and of `karat analyze`.
+# Files that are sent if they exist: the run's, and those of `karat analyze`.
 _DOCUMENTS = ("recipe.yaml", "summary.json", "analysis/**/*.html", "analysis/**/*.png", "analysis/**/*.json")
 
-# What the trainer waits for its trackers at its end; less where somebody wants it to stop.
+# How long the trainer waits for its trackers at its end; less if somebody wants it to stop.
 END_SECONDS, STOP_SECONDS = 60.0, 5.0
-# How long a process may go on alone after a trainer that was killed.
+# How long a process may go on after its trainer was killed.
 _ORPHAN_SECONDS = 60.0
 # The path comes first: a module of that name in the working directory must not be imported in place of one of ours.
 _PROGRAM = (
@@ -64,14 +64,14 @@ Say = Callable[[str], None]
 
 @dataclass
 class Cursor:
-    """What a tracker has.
+    """A record of what a tracker has.
 
     Attributes:
-        id: of the run, at the tracker.
-        begin: where this run begins in each of `FILES`, in bytes; mostly at 0.
-        offsets: up to where each of them was sent.
-        steps: the last step of each kind of event.
-        sent: size and time of change of each uploaded file.
+        id: the id of the run at the tracker.
+        begin: the byte at which this run begins in each of `FILES`; mostly 0.
+        offsets: the byte up to which each of them was sent.
+        steps: the last sent step of each kind of event.
+        sent: the size and time of change of each uploaded file.
     """
 
     id: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -96,7 +96,7 @@ class Cursor:
     def take(self, file: Path) -> tuple[list[Event], "Cursor"]:
         """Return the next events of one of `FILES` that were not sent, and the cursor after them.
 
-        A last line without its end is still being written. Lines that are no events are passed over.
+        A last line without its end is still being written. Lines that are no events are skipped.
         """
         lines, offset = _next_lines(file, self.offsets.get(file.name, 0))
         steps = dict(self.steps)
@@ -110,7 +110,7 @@ def cursor_file(run: Path, name: str) -> Path:
 
 
 def how_to_send(run: Path, name: str) -> str:
-    """Return what sends a tracker the rest of a run, for messages."""
+    """Return the command that sends a tracker the rest of a run, for messages."""
     return f"`karat track {shlex.quote(str(run))} --to {name}` sends the rest"
 
 
@@ -147,7 +147,7 @@ def _is_new(event: Event, steps: dict[str, int]) -> bool:
 
 
 class Follower:
-    """Brings one tracker up to date. Where it fails, the next call goes on after the last piece that was sent."""
+    """Brings one tracker up to date. If it fails, the next call goes on after the last piece that was sent."""
 
     def __init__(self, run: Path, name: str, place: str, say: Say) -> None:
         self._run, self._place, self._say = run, place, say
@@ -198,7 +198,7 @@ class Follower:
             tracker: Tracker = load(self._place)(_tracked(self._run, self._cursor.id))
             self._tracker = tracker
             arrived = getattr(tracker, "steps", None)
-            if arrived is not None:  # read from the start, and pass over what has arrived
+            if arrived is not None:  # read from the start, and skip what has arrived
                 self._keep(replace(self._cursor, offsets=dict(self._cursor.begin), steps=dict(arrived)))
             if tracker.url:
                 self._say(f"the run is at {tracker.url}")
@@ -245,7 +245,7 @@ def _documents(run: Path, with_checkpoints: bool) -> list[Path]:
 def follow(follower: Follower, ended: threading.Event, say: Say, hint: str) -> int:
     """Keep the tracker up to date until the trainer has ended; returns the exit code.
 
-    A failure is told once, and tried again after a while. After the trainer's end there is one more try; `hint` says
+    A failure is reported once, and retried after a while. After the trainer's end there is one more try; `hint` says
     what to do if it fails.
     """
     problem, retry = "", _FIRST_RETRY
@@ -277,7 +277,10 @@ def follow(follower: Follower, ended: threading.Event, say: Say, hint: str) -> i
 
 @contextmanager
 def alone(run: Path, name: str, ended: threading.Event) -> Iterator[bool]:
-    """Hold the tracker's lock, so that two processes never send the same. False: another one has it, and we ended."""
+    """Hold the tracker's lock, so that two processes never send the same.
+
+    Yields False if the trainer ends while another process has the lock.
+    """
     file = cursor_file(run, name).with_suffix(".lock")
     make_folder(file.parent)
     with append_to(file) as handle:
@@ -287,7 +290,7 @@ def alone(run: Path, name: str, ended: threading.Event) -> Iterator[bool]:
 
 
 def _wait_for_trainer(ended: threading.Event, seconds: float) -> None:
-    """Set `ended` at the first byte or the end of standard input; unless `seconds` is 0, end so long after it."""
+    """Set `ended` at the first byte or the end of standard input; unless `seconds` is 0, exit `seconds` later."""
     os.read(0, 1)
     ended.set()
     if seconds:
@@ -296,7 +299,7 @@ def _wait_for_trainer(ended: threading.Event, seconds: float) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Follow `RUN NAME PLACE SECONDS`; 0 seconds after the trainer's end are any number."""
+    """Follow `RUN NAME PLACE SECONDS`; SECONDS limits the time after the trainer's end, and 0 is no limit."""
     run, name, place, seconds = Path(arguments[0]), arguments[1], arguments[2], float(arguments[3])
     messages, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
@@ -341,7 +344,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """One process for each tracker of a run. A process that cannot be started is told in `messages`."""
+    """One process for each tracker of a run. A process that cannot be started is reported in `messages`."""
 
     def __init__(
         self, run: Path, names: Sequence[str], anew: bool = False, patient: bool = False, say: Say | None = None
@@ -350,22 +353,22 @@ class Trackers:
 
         Args:
             run: a directory with recipe.yaml.
-            names: of the table, or places of classes.
-            anew: the run begins again from its start, so it is another run to its trackers.
-            patient: a process may take as long as it needs, once `finish` is called.
-            say: is called with each message at once, by another thread; without it, `messages` returns them.
+            names: names from the table, or places of classes.
+            anew: whether the run begins again from step 0, so that it is another run to its trackers.
+            patient: whether a process may take as long as it needs, once `finish` is called.
+            say: a function that another thread calls with each message at once; without it, `messages` returns them.
         """
         self._run = run
         self._messages: deque[str] = deque()
         self._say = say or self._messages.append
         self._processes: dict[str, subprocess.Popen[str]] = {}
         self._listeners: list[threading.Thread] = []
-        self._ended: dict[str, bool] = {}  # those of which it is known how they ended, and whether it was in good order
+        self._ended: dict[str, bool] = {}  # whether each process that has ended did so in good order
         self._lock = threading.Lock()
         self._never_began: list[str] = []
         for name in names:
             try:
-                if anew:  # it begins at what comes from now on
+                if anew:  # it begins with what comes from now on
                     sizes = {file: (run / file).stat().st_size for file in FILES if (run / file).is_file()}
                     Cursor(begin=sizes, offsets=sizes).save(cursor_file(run, name))
                 self._processes[name] = self._start(run, name, 0.0 if patient else _ORPHAN_SECONDS)
@@ -378,7 +381,7 @@ class Trackers:
         return [self._messages.popleft() for _ in range(len(self._messages))]
 
     def finish(self, seconds: float | None) -> list[str]:
-        """Let all send what is left, for at most so long. Return the trackers that have not got everything."""
+        """Let all send what is left, for at most `seconds`. Return the trackers that have not received everything."""
         for process in self._processes.values():
             assert process.stdin is not None
             with suppress(OSError):
@@ -429,14 +432,14 @@ class Trackers:
         self._tell_of_death(name, process)
 
     def _note_end(self, name: str, in_order: bool) -> bool:
-        """Note how a process ended; whether that is new."""
+        """Note how a process ended; return whether that is new."""
         with self._lock:
             is_new = name not in self._ended
             self._ended.setdefault(name, in_order)
             return is_new
 
     def _tell_of_death(self, name: str, process: subprocess.Popen[str]) -> None:
-        """Wait for the end of a process, and say if it has ended without a word."""
+        """Wait for the end of a process, and report it if nobody has noted how the process ended."""
         code = process.wait()
         if self._note_end(name, in_order=False):
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"

@@ -1,7 +1,7 @@
-"""What a tracker is, what it is told of a run, and the trackers: TensorBoard, Weights & Biases, MLflow and trackio.
+"""The interface of a tracker, what it gets of a run, and the trackers: TensorBoard, W&B, MLflow and trackio.
 
-This package imports no torch: it works in processes of its own beside the training. Each process has one tracker, and
-imports its library alone.
+This package imports no torch: it works in separate processes during training. Each process has one tracker, and imports
+only the library of this tracker.
 """
 
 import errno
@@ -24,7 +24,7 @@ Event = Mapping[str, Any]
 T = TypeVar("T")
 
 KINDS = ("train", "eval", "histograms")
-"""The kinds of events that have figures; of each kind, a step has one."""
+"""The kinds of events that have figures; a step has one event of each kind."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class TrackedRun:
     """A run as a tracker sees it.
 
     Attributes:
-        id: made at the run's first start and kept in its directory. The tracker continues what it began under this id.
-        name: for people.
+        id: an id, made at the run's first start and kept in its directory. The tracker continues what it began under
+            it.
+        name: a name for people.
         project: the project or experiment that the recipe names; empty if it names none.
         directory: the run's directory.
         settings: the keys of the recipe, dotted, and the versions of the libraries.
@@ -50,11 +51,12 @@ class Tracker(Protocol):
     """Shows a run's figures elsewhere. Its class takes a `TrackedRun`.
 
     Any error means: try again later, with a new tracker. A tracker that knows what has arrived may have an attribute
-    `steps`, the last step of each of `KINDS`. Then everything after these steps is sent again. None: it does not know.
+    `steps`, the last step of each of `KINDS`. Then everything after these steps is sent again. None means that it does
+    not know.
     """
 
     url: str
-    """Where a person finds the run; empty if there is no such place."""
+    """The address where a person finds the run; empty if there is none."""
 
     def write(self, events: Sequence[Event]) -> None:
         """Take events of `metrics.jsonl` and `histograms.jsonl`. They are sent, or safe on disk, when this returns."""
@@ -79,7 +81,7 @@ def figures(event: Event) -> dict[str, float]:
 
 
 def _with_histograms(event: Event, histogram: Any) -> dict[str, Any]:
-    """Return its figures, and its histograms by the library's class of them, which W&B and trackio have alike."""
+    """Return an event's figures, and its histograms as the library's class, which is alike in W&B and trackio."""
     found: dict[str, Any] = dict(figures(event))
     for name, one in event.get("histograms", {}).items():
         found[f"{event['event']}/{name}"] = histogram(np_histogram=(one["counts"], one["edges"]))
@@ -121,7 +123,7 @@ class TensorBoard:
         self._append(records)
 
     def upload(self, file: Path, name: str) -> None:
-        """Do nothing: the event file lies beside the run's files."""
+        """Do nothing: the event file lies next to the run's files."""
 
     def close(self, summary: Event) -> None:
         """Close the event file."""
@@ -151,8 +153,8 @@ class TensorBoard:
 class WandB:
     """A run in the user's account, or files of WANDB_MODE=offline in `wandb/` of the run's directory. See Tracker.
 
-    It writes to the run with this id, over all starts. W&B writes what it is given to `wandb/` first, and sends it from
-    there by a process of its own. So the cursor says what was given; what has arrived is known from W&B's own summary
+    It writes to the run with this id, over all starts. W&B writes what it is given to `wandb/` first, and a separate
+    process sends it from there. So the cursor says what was given; what has arrived is known from W&B's own summary
     when a later start resumes the run.
     """
 
@@ -177,7 +179,7 @@ class WandB:
         self.steps = None if self._run.offline else self._arrived()
 
     def _arrived(self) -> dict[str, int]:
-        """Return the last step of each kind that W&B has; nothing of a run that it does not know yet."""
+        """Return the last step of each kind that W&B has; none for a run that W&B does not know yet."""
         if not self._run.resumed:
             return {}
         return {kind: int(self._run.summary.get(f"{kind}/step", -1)) for kind in KINDS}
@@ -199,20 +201,20 @@ class WandB:
         self._run.finish(exit_code=0 if code == EXIT_STOPPED else code)
 
 
-# Of one request, by the rules of MLflow's server.
+# The limits of one request to MLflow's server.
 _MOST_METRICS, _MOST_PARAMETERS, _LONGEST_VALUE = 1000, 100, 500
 _STATES = {0: "FINISHED", EXIT_STOPPED: "KILLED"}
 _TAG = "karat.id"
 
 
 class MLflow:
-    """A run of an experiment, on the server that MLFLOW_TRACKING_URI names, which has the id as a tag. See Tracker.
+    """A run of an experiment, with the id as a tag, on the server that MLFLOW_TRACKING_URI names. See Tracker.
 
-    A metric is sent with the time of its event, so a server takes one that is sent twice as the same.
+    A metric is sent with the time of its event, so the server recognises a metric that is sent twice.
     """
 
     def __init__(self, run: TrackedRun) -> None:
-        # Of MLflow itself. The follower tries again, too, and at the end of a run somebody waits.
+        # MLflow's own retries. The follower retries, too, and at the end of a run somebody waits.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         import mlflow
@@ -284,9 +286,9 @@ def _pieces(items: Sequence[T], size: int) -> Iterator[list[T]]:
 class Trackio:
     """A project in its database on this machine (TRACKIO_DIR), on a server or in a Space, as its variables say.
 
-    It writes to the run whose name ends in the first digits of the id. trackio writes in a thread of its own and drops
-    what that fails to write. So with the database on this machine, it is asked what has arrived: at the start of a
-    process, and at its end. See Tracker.
+    It writes to the run whose name ends in the first digits of the id. trackio writes in a separate thread and drops
+    what that thread fails to write. So a database on this machine is asked what has arrived, at the start of a process
+    and at its end. See Tracker.
     """
 
     url = ""

@@ -1,1 +1,1 @@
-"""What a run can train: forward pass, losses and scores of each task."""
+"""The tasks that a run can train: forward pass, losses and scores of each."""

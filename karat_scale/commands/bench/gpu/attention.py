@@ -28,7 +28,7 @@ OPERATORS = {"KArAt G1": (1, "modular"), "KArAt G3": (3, "modular"), "KArAt cont
 # Baselines of the operator itself, in float32.
 FLEX = {"KArAt G3 by FlexAttention": (3, "modular"), "KArAt content, G3, by FlexAttention": (3, "content")}
 BATCH, ROUNDS, TOY_TOKENS = 256, 7, 32
-# Model and dtype, what training meets first.
+# Model and dtype; the most common in training come first.
 CASES = (("small", "bf16"), ("tiny", "bf16"), ("base", "bf16"), ("small", "tf32"), ("small", "fp16"), ("small", "fp32"))
 GUESS = 30.0
 
@@ -60,7 +60,7 @@ class Timed:
         return None
 
     def measure(self, way: str, clock: Callable[..., float], device: str) -> Callable[[], float]:
-        """Return what measures the seconds of a call."""
+        """Return a function that measures the seconds of a call."""
         run = getattr(self, way)
         with self.setting():
             calls = timing.calls_for(run, device)
@@ -73,7 +73,7 @@ class Timed:
 
 
 def measure(task: Task) -> None:
-    """Rows for each case that the time allows."""
+    """Report rows for each case that the time allows."""
     cases, tokens = (CASES[:1], TOY_TOKENS) if task.toy else (CASES, TOKENS)
     _compile(task, sorted({_plain(dtype) for _, dtype in cases}), tokens)
     for model, dtype in cases:
@@ -92,7 +92,7 @@ def _plain(dtype: str) -> str:
 
 
 def _compile(task: Task, dtypes: list[str], tokens: int) -> None:
-    """Compile the Triton kernels before they are timed; a failure here repeats there and is reported then."""
+    """Compile the Triton kernels before they are timed; a failure here repeats in the timing and is reported there."""
 
     def once(dtype: str, grid: int, form: str) -> None:
         Timed.of(task.implementation, Case("tiny", 2, grid, 12, dtype, task.device, tokens, form=form)).both()
@@ -135,7 +135,7 @@ def _compare(task: Task, case: Case, what: str) -> None:
 
 
 def _contenders(task: Task, case: Case, what: str) -> Iterator[tuple[str, Timed]]:
-    """Those that run: torch has not every backend for every card and dtype, but KArAt should."""
+    """Yield the contenders that run: torch lacks some backends on some cards and dtypes, but KArAt should run."""
     yield CHOSEN, Timed.of(SDPA, case)
     others = {name: Timed.of(SDPA, case, partial(sdpa_kernel, backend)) for name, backend in BACKENDS.items()}
     for implementation, operators in (("flex", FLEX), (task.implementation, OPERATORS)):

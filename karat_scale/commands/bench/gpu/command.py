@@ -25,11 +25,11 @@ from karat_scale.commands.bench.gpu.worker import HUNG_SECONDS, late
 from karat_scale.commands.doctor.machine import driver_version, no_gpu
 from karat_scale.foundation.errors import UserError
 
-# Seconds that a section may overrun: what it has begun is to end.
+# Seconds that a section may overrun, to finish the part that it has begun.
 LONGEST_OVERRUN = 60.0
 RANKS_ON_A_CPU = 2
 WORKER = "karat_scale.commands.bench.gpu.worker"
-# torchrun ends its ranks on SIGTERM, which are in sessions of their own.
+# On SIGTERM, torchrun ends its ranks, which are in sessions of their own.
 GRACE = 10.0
 LINES_OF_LOG = 12
 _POLL_SECONDS = 0.2
@@ -39,11 +39,11 @@ _STACK = "(most recent call first):"
 def bench_gpu(options: argparse.Namespace) -> int:
     """Run the sections, print each figure as it comes, and keep JSON and Markdown up to date.
 
-    A section stops when its share of `--minutes` is used, and is ended when it overruns that. The Markdown goes beside
-    the JSON, with the suffix `.md`.
+    A section stops when its share of `--minutes` is used, and is killed if it overruns that for too long. The Markdown
+    goes next to the JSON, with the suffix `.md`.
 
     Returns:
-        0, or 1 where something is wrong or failed. What the time did not suffice for is neither.
+        0, or 1 if something is wrong, failed or was interrupted. Parts left out for lack of time do not count.
 
     Raises:
         UserError: there is no CUDA device, or the files cannot be written.
@@ -98,7 +98,7 @@ def _run_all(chosen: Sequence[Section], device: str, minutes: float, report: Rep
 
 
 def _run(section: Section, device: str, ranks: int, seconds: float, limit: float, report: Report) -> None:
-    """Run a section in a process; again with a smaller batch, as long as it asks for that."""
+    """Run a section in a process, and again with a smaller batch as long as it asks for that."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if section.ranks else []
     ends, batch = time.monotonic() + limit, None
     while True:
@@ -134,11 +134,11 @@ def run_process(
 ) -> str | None:
     """Run `command` for at most `seconds`; `receive` gets the kind and the content of each event as it comes.
 
-    Returns why it ended badly, with the last lines of its standard error; None where it ended well. One that said once
-    that it moves, and for `hung` seconds not again, is ended, and its stack is told.
+    Returns why it failed, with the last lines of its standard error; None if it ended well. A process that has reported
+    progress, but not for the last `hung` seconds, is killed, and the reason has its stack.
 
     Raises:
-        TimeoutError: it was ended, as the time was up.
+        TimeoutError: it was killed, as the time was up.
     """
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
@@ -174,7 +174,7 @@ def run_process(
 
 
 def _events(line: bytes) -> Iterable[tuple[str, Any]]:
-    """Return what a line tells; nothing where a library wrote it."""
+    """Return the events of a line; none if a library wrote it."""
     try:
         event = json.loads(line)
     except ValueError:

@@ -1,8 +1,8 @@
 """Values and every gradient of the kernels against the float64 reference and a plain formula.
 
 The calls differ in dtype, shapes, strides, size of the scores, and options. The formula is KArAt's equations in plain
-PyTorch, with autograd's derivatives: an oracle that shares no line with the package. Some calls ask the same of
-FlexAttention, PyTorch's own way to such an operator.
+PyTorch, with autograd's derivatives: an oracle that shares no line with the package. Some calls check FlexAttention,
+PyTorch's own way to compute the operator.
 """
 
 import itertools
@@ -25,7 +25,7 @@ from karat_scale.attention.kernels.triton_tiles import tf32_is_allowed
 from karat_scale.attention.variants import ContentOperator
 from karat_scale.commands.bench.gpu.worker import CompilerThreads, Task, is_fatal
 
-# What a refusal of `fourier_karat_attention` says.
+# A part of the error with which `fourier_karat_attention` refuses a call.
 REFUSAL = "cannot take this call: "
 
 FP32, TF32, BF16, FP16 = "fp32", "tf32", "bf16", "fp16"
@@ -38,8 +38,8 @@ class Call:
     """One call of `fourier_karat_attention`, or with `content` of the content form.
 
     Args:
-        dtype: of query, key and value; "tf32" is float32 with torch's switch on.
-        topic: what this call is in the list for.
+        dtype: the dtype of query, key and value; "tf32" is float32 with torch's switch on.
+        topic: the reason why this call is in the list.
         score_std: standard deviation of the scores.
         layout: a key of LAYOUTS.
         compiled: whether torch.compile compiles it.
@@ -72,7 +72,7 @@ class Call:
         return f"{self.dtype}: {', '.join([shape, *more])}"
 
     def tolerance(self, largest_score: float) -> float:
-        """The relative L2 error allowed of the output and of each gradient.
+        """Return the relative L2 error allowed for the output and for each gradient.
 
         TF32 keeps 10 bits of each factor. Cutting the rest off in every product of the operator, in float64, gave 3e-3,
         4e-3 and 1.1e-2 at G = 1, 3 and 16, and 0.85e-2, 2.1e-2 and 1e-1 with scores of std 10.
@@ -80,7 +80,7 @@ class Call:
         if self.dtype == FP32:
             # The gradient of psi is a sum over all pairs, which cancel.
             limit = max(1e-5 if self.content else 2e-6, 5e-8 * self.grid * largest_score)
-            # FlexAttention has the backward pass of `streaming`: at G = 16 and d = 160 a CPU errs by 0.99 of that.
+            # FlexAttention has the backward pass of `streaming`: at G = 16 and d = 160 a CPU's error is 0.99 of that.
             return 2 * limit if self.flex else limit
         if self.dtype == TF32:
             return 4e-3 + 1e-3 * self.grid * self.score_std
@@ -96,7 +96,7 @@ class Inputs(NamedTuple):
 
 
 def core_calls(dtypes: tuple[str, ...]) -> Iterator[Call]:
-    """Yield the calls of training, first the ViT's in each dtype."""
+    """Yield the calls that training makes, first the ViT's in each dtype."""
     yield from (Call(dtype) for dtype in dtypes)
     variations: list[dict[str, Any]] = [
         *({"topic": "strides", "layout": layout} for layout in LAYOUTS if layout != "contiguous"),
@@ -189,7 +189,7 @@ def _packed(x: Tensor) -> Tensor:
 
 
 def _unaligned(x: Tensor) -> Tensor:
-    """Begins one element behind an allocation's start."""
+    """Return a copy that begins one element after an allocation's start."""
     storage = x.new_zeros(x.numel() + 1)
     storage[1:] = x.flatten()
     return storage[1:].view(x.shape)
@@ -206,7 +206,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "unaligned": _unaligned,
     "same for the batch": lambda x: x[:1].expand(x.shape),
 }
-# As the layers behind pass gradients back: with the heads merged, or of a sum.
+# The layouts in which later layers pass gradients back, such as with merged heads, or from a sum.
 GRADIENT_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "packed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     "by columns": _by_columns,
@@ -258,13 +258,13 @@ def plain_attention(
 
 
 def measure(task: Task) -> None:
-    """A row for each call, in an order in which what training needs comes first."""
+    """Report a row for each call; the calls that training makes come first."""
     sized: Callable[[Iterable[Call]], Iterable[Call]] = toy if task.toy else iter
     dtypes = (BF16, FP16, FP32)
     first, *core = sized(core_calls(dtypes))
     _check_all(task, [first])  # alone: Triton sets itself up
     _check_all(task, core)
-    with tf32():  # the switch is the process's, so these calls wait for the others
+    with tf32():  # the switch is for the whole process, so these calls wait for the others
         _check_all(task, list(sized(core_calls((TF32,)))))
     _check_all(task, list(sized(itertools.chain(compiled_calls((BF16, FP32)), flex_calls()))), threads=1)
     if not task.toy:
@@ -275,7 +275,7 @@ def measure(task: Task) -> None:
 
 @contextmanager
 def tf32() -> Iterator[None]:
-    """torch's switch on, which the kernels read too."""
+    """Turn torch's switch on, which the kernels read too."""
     before = tf32_is_allowed()
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
@@ -285,7 +285,7 @@ def tf32() -> Iterator[None]:
 
 
 def check(call: Call, task: Task) -> dict[str, Any]:
-    """The call's row. Raises ValueError where the implementation does not take it."""
+    """Return the call's row. Raises ValueError if the implementation does not take the call."""
     inputs = make_inputs(call, task.device)
     attend: Callable[..., Tensor] = content_attention if call.content else fourier_karat_attention
     if call.compiled:
@@ -318,7 +318,7 @@ def check(call: Call, task: Task) -> dict[str, Any]:
 def content_attention(
     query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, base: str, implementation: str, **learned: Tensor
 ) -> Tensor:
-    """Return O of the content form, whose module takes the parameters that are given."""
+    """Return O of the content form, with the given parameters in its module."""
     heads, rank, tokens, grid = learned["cos_coef"].shape
     module = ContentOperator(FourierKaratOperator(tokens, heads, rank, grid, base=base, implementation=implementation))
     named = {name if name in psi_shapes(grid) else f"operator.{name}": x for name, x in learned.items()}
@@ -341,7 +341,7 @@ def _check_all(task: Task, calls: list[Call], threads: int | None = None) -> Non
 
 
 def _reported(task: Task, call: Call, future: "Future[dict[str, Any]]") -> bool:
-    """Report the call's outcome; False if it is not there in time."""
+    """Report the call's outcome; returns False if it does not come in time."""
     try:
         task.channel.row(**future.result(timeout=task.budget.left))
     except (NotInTimeError, CancelledError):
@@ -365,6 +365,6 @@ def _results(attend: Callable[..., Tensor], inputs: Inputs, **settings: str) -> 
 
 
 def _errors(ours: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
-    """The relative L2 error of each; infinite where a number is not finite."""
+    """Return the relative L2 error of each tensor; infinite if a number is not finite."""
     found = {name: float((x.double() - true[name]).norm() / true[name].norm()) for name, x in ours.items()}
     return {name: error if math.isfinite(error) else math.inf for name, error in found.items()}

@@ -27,7 +27,7 @@ MANY = 10**6
 
 
 def measure(task: Task) -> None:
-    """A row for each loader. They run one after another, since each takes all cores."""
+    """Report a row for each loader. Loaders run one after another, since each takes all cores."""
     images = loading.prepare_images(task.scratch, TOY_IMAGES if task.toy else IMAGES, None, None)
     ours, first = our_loaders(task, images), None
     rounds, seconds, warm_up = (1, 0.0, 1) if task.toy else (ROUNDS, SECONDS, WARM_UP)

@@ -1,7 +1,7 @@
-"""Whether training is right on this machine: the losses of each mode of the trainer against those of fp32 on the CPU.
+"""A check that training is right on this machine: the losses of each mode of the trainer against fp32 on the CPU.
 
 A small KArAt ViT trains from one seed on the same images in every mode, by the trainer and the checkpoints of
-`karat train`. Nothing reads the device between the steps, so a missing wait shows as it would in a run.
+`karat train`. Nothing reads the device between the steps, so a missing wait shows up as it would in a run.
 """
 
 import json
@@ -37,24 +37,24 @@ from karat_scale.training.tasks.classification.task import ClassificationTask, E
 from karat_scale.training.trainer import silent_trainer
 
 Losses = dict[int | str, float]
-# The losses of STEPS steps are compared. That of step NAN_STEP is NaN on one rank, and training goes on to step LAST.
+# The losses of STEPS steps are compared. The loss of NAN_STEP is NaN on one rank, and training goes on to step LAST.
 STEPS, NAN_STEP, LAST = 20, 21, 24
 # A second run of the mode stops here, and is resumed from its checkpoint.
 STOP = 10
 EVALUATION = "the evaluation"
-# fp32: what the design promises of the same training in another order of sums; CPUs differ by 2e-7 here, and noise of
-# 2e-6 in all that goes into and comes out of the operator, which is what kernels may err by, moves them by 7e-7.
+# fp32: the design's promise for the same training with another order of sums. CPUs differ by 2e-7 here. Noise of 2e-6
+# in all inputs and outputs of the operator, which is the error that kernels may have, changes the losses by 7e-7.
 # bf16: each rounding is at most 2^-9 of a number. About 16 of them follow one another from the image to the loss, eight
-# in each of the two blocks. Independent ones add up to their root, 4 x 2^-9. CPUs differ by 5e-4 here.
+# in each of the two blocks. Independent roundings add up to the root of their number, 4 x 2^-9. CPUs differ by 5e-4.
 ALLOWED = {"fp32": 1e-5, "bf16": 2.0**-7}
 MODEL = {"name": "vit_tiny_patch16_224", "image_size": 112, "depth": 2, "embed_dim": 128, "num_heads": 2}
 TOY_MODEL = {**MODEL, "image_size": 32, "patch_size": 8, "embed_dim": 64}
 CLASSES, STEPS_AN_EPOCH = 10, 4
-# Seconds that a mode takes at first, before one of its kind was measured.
+# Expected seconds of a mode, until one of its kind was measured.
 GUESSES = {"eager": 15.0, "compiled": 60.0}
 LINEAR, OPERATOR = "linear_dtype", "operator_dtype"
 WORDS = {LINEAR: "linear layers compute", OPERATOR: "the operator computes"}
-# Of DeepSpeed's files. With the values that are shipped, a model so small is in one bucket, and whole at stage 3.
+# Values for DeepSpeed's files. With the shipped values, this small model is in one bucket, and whole at stage 3.
 SMALL = {
     **dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"), 100_000),
     "stage3_param_persistence_threshold": 0,
@@ -80,7 +80,7 @@ COMPILED = tuple(Mode(precision, 0, mode) for mode in ("reduce-overhead", "defau
 
 @dataclass
 class Seen:
-    """What a run shows: mean losses over the ranks by step, skipped steps, and the dtypes that layers compute in."""
+    """Results of a run: mean losses over the ranks by step, skipped steps, and the dtypes that layers compute in."""
 
     losses: Losses = field(default_factory=dict)
     skipped: int = 0
@@ -88,7 +88,7 @@ class Seen:
 
 
 class WatchedTask(ClassificationTask):
-    """Keeps losses on the device until the trainer reads it, and makes one loss of the last rank NaN."""
+    """Keeps losses on the device until the trainer reads the device, and makes one loss of the last rank NaN."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -153,7 +153,7 @@ def dtype_of_hidden(output: Tensor) -> torch.dtype:
 
 
 def measure(task: Task) -> None:
-    """A row for each mode that the time allows: on one rank all of them, on several those without torch.compile."""
+    """Report a row for each mode that the time allows: on one rank all, on several those without torch.compile."""
     world = distributed.start(task.device)
     expected = world.broadcast(_losses_on_the_cpu(task, world.size) if world.is_main else {})
     for mode in EAGER if world.size > 1 else EAGER + COMPILED:
@@ -173,7 +173,7 @@ def _losses_on_the_cpu(task: Task, ranks: int) -> Losses:
 def _train_alone(recipe: Recipe) -> Losses:
     for name in ("RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the card may be one process's alone
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # another process may hold the card exclusively
     return train(recipe, distributed.start("cpu")).losses
 
 
@@ -246,14 +246,14 @@ def _not_skipped(seen: Seen, expected: Losses, allowed: float) -> list[str]:
 
 
 def _other_bits(whole: Recipe, cut: Recipe, step: int, how: str) -> list[str]:
-    """Return a sentence if the checkpoints of a step of two runs differ in a bit of a tensor."""
+    """Return a sentence if two runs' checkpoints of a step differ in a bit of a tensor."""
     ours, theirs = (_tensors_of(recipe, step) for recipe in (whole, cut))
     other = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     return [f"{how}, it has other bits after step {step}: in {len(other)} tensors, first {other[0]}"] if other else []
 
 
 def _tensors_of(recipe: Recipe, step: int) -> dict[str, Tensor]:
-    """Return weights, optimizer states and averages of all ranks, each parameter's flattened."""
+    """Return weights, optimizer states and averages of all ranks, flattened for each parameter."""
     store = RunDirectory(recipe.run.dir).store
     name = checkpoint_name(step)
     content = read_state(store.root / name, store.state(name))

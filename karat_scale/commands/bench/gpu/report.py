@@ -1,4 +1,4 @@
-"""The report of `karat bench gpu`: its sections, and what they found, on the terminal, as JSON and as Markdown.
+"""The report of `karat bench gpu`: its sections and their results, on the terminal, as JSON and as Markdown.
 
 A section has a place in the order, a share of the time, needs and tables. The Markdown is a section of
 docs/benchmarks.md. The command's options are here, too. This module imports no torch.
@@ -23,12 +23,12 @@ class Section:
     """One part of the report; its figures come from `place`, a function of this package.
 
     Args:
-        title: of its table.
-        share: of the time that is left, beside those of the later sections that can run.
-        table: the columns, each as the key of a row, and its heading where that is another.
-        packages: what has to be installed beside torch.
+        title: the title of its table.
+        share: its share of the time that is left, relative to those of the later sections that can run.
+        table: the columns, each as the key of a row, and its heading if that differs.
+        packages: the packages that it needs besides torch.
         ranks: whether a process runs on each card.
-        decides: whether it answers if training is right.
+        decides: whether it decides if training is right.
     """
 
     name: str
@@ -86,7 +86,7 @@ RANKS = Section(
     packages=_TRAINER,
     ranks=True,
 )
-# What decides whether to trust the card comes first, then what decides how fast it is.
+# Sections on whether the card can be trusted come first, then sections on how fast it is.
 _ORDER = (
     LOSSES,
     replace(LOSSES, name="rank_losses", title=f"{LOSSES.title}, a rank a card", share=4.0, ranks=True),
@@ -126,7 +126,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 TOPIC = "topic"
-# As many wrong checks are named in the verdict.
+# The number of wrong checks that the verdict names.
 NAMED = 3
 
 
@@ -169,7 +169,7 @@ def cell(value: Any) -> str:
 
 
 def verdict_of(sections: Mapping[str, Mapping[str, Any]]) -> tuple[bool | None, str]:
-    """Return whether training is right, None where nobody knows, and the same in words."""
+    """Return whether training is right (None if that is unknown), and the same in words."""
     checks = [
         (f"{name}: {row[SECTIONS[name].columns[0][0]]}", row["right"])
         for name, found in sections.items()
@@ -222,7 +222,7 @@ def _remarks(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 class Report:
-    """Keeps the JSON file `path` and the Markdown beside it up to date."""
+    """Keeps the JSON file `path` and the Markdown next to it up to date."""
 
     def __init__(self, path: Path, command: str) -> None:
         self._path = path
@@ -247,7 +247,7 @@ class Report:
     def begin(self, section: Section) -> None:
         """Start a section; the events that follow belong to it."""
         self._section, self._section_begun = section, time.monotonic()
-        self.running = "the section"  # what its process does now, as far as it said
+        self.running = "the section"  # the part that its process runs now, as reported
         self._now: dict[str, Any] = {"rows": [], "notices": [], "left_out": [], "failed": []}
         self._data["sections"][section.name] = self._now
 

@@ -1,6 +1,6 @@
-"""Training steps: of each kind of attention through our own loop, and of each ZeRO stage against PyTorch's DDP.
+"""Training steps of each kind of attention through our own loop, and of each ZeRO stage against PyTorch's DDP.
 
-Softmax stands beside KArAt, eager, compiled and as graphs. For the stages, ranks of one machine train the same model
+Softmax is compared with KArAt, eager, compiled and as graphs. For the stages, ranks of one machine train the same model
 from the same weights on the same images, so their first losses must agree, too. Contenders take turns in the same
 processes, and ratios are medians over rounds.
 """
@@ -26,7 +26,7 @@ from karat_scale.foundation.errors import is_out_of_memory
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 
-# The values of train.compile, by what they are called here.
+# The values of train.compile, by their names here.
 MODES = {"eager": False, "compiled": "default", "graphs": "reduce-overhead"}
 SOFTMAX = "softmax"
 GRIDS = {"KArAt G1": 1, "KArAt G3": 3}
@@ -47,19 +47,19 @@ class Group:
 
 
 BATCHES, TOY_BATCH = {"small": 256, "tiny": 256, "base": 128}, 4
-# First one row for each mode, then what compares more: compiling takes long.
+# First one group for each mode, then the other comparisons: compiling takes long.
 GROUPS = (
     Group("eager", "small"),
     *(Group(mode, "small", ("KArAt G3",)) for mode in ("graphs", "compiled")),
     *(Group("eager", model) for model in ("tiny", "base")),
     *(Group(mode, model) for model in ("small", "base", "tiny") for mode in ("graphs", "compiled")),
 )
-# Seconds that an attention takes in a mode at first, before one was measured.
+# Expected seconds of an attention in a mode, until one was measured.
 GUESSES = {"eager": 7.0, "compiled": 50.0, "graphs": 50.0}
 
 
 def measure_attention(task: Task) -> None:
-    """Rows for each group that the time allows."""
+    """Report rows for each group that the time allows."""
     world = distributed.start(task.device)
     for group in GROUPS[:3] if task.toy else GROUPS:
         batch = TOY_BATCH if task.toy else BATCHES[group.model]
@@ -69,7 +69,7 @@ def measure_attention(task: Task) -> None:
 
 
 def compare_attention(task: Task, world: World, group: Group, batch: int) -> None:
-    """Tell a row for each attention. Raises what says that memory ran out."""
+    """Report a row for each attention. Raises errors that are fatal or say that memory ran out."""
     loops: dict[str, OurLoop] = {}
     try:
         for name in group.attentions:
@@ -129,15 +129,16 @@ STAGES = ("zero0", "zero1", "zero2", "zero3")
 BATCH = 128
 CASES, TOY_CASE = (("small", "softmax"), ("small", "karat"), ("base", "softmax")), ("tiny", "karat")
 GUESS = 40.0
-# Losses that must be those of DDP: weights that overfit one batch for longer take rounding far.
+# The number of losses that must equal DDP's: with more steps on one batch, rounding errors grow large.
 COMPARED = 3
 
 
 @dataclass(frozen=True)
 class StagesCase:
-    """What to measure. `batch` is of one rank; `attention` is a recipe's `attention.kind`, `precision` its train's.
+    """The case to measure.
 
-    `depth` is the model's own by default.
+    `batch` is that of one rank, `attention` a recipe's `attention.kind`, and `precision` its `train.precision`. `depth`
+    is the model's own by default.
     """
 
     model: str = "vit_tiny_patch16_224"
@@ -163,11 +164,11 @@ class StagesCase:
 
 
 def measure_stages(task: Task) -> None:
-    """Rows for each case that the time allows, all of them agreed by all ranks.
+    """Report rows for each case that the time allows, on which all ranks agree.
 
     Raises:
-        RuntimeError, MemoryError: a rank failed. Where memory ran out the section asks to run again with half the
-            batch: the other ranks wait within a collective, and end with this process.
+        RuntimeError, MemoryError: a rank failed. If memory ran out, the section asks to run again with half the batch:
+            the other ranks wait within a collective, and end with this process.
     """
     world = distributed.start(task.device)
     batch = 2 if task.toy else task.largest_batch or BATCH
@@ -202,7 +203,7 @@ def compare_stages(case: StagesCase, world: World) -> list[dict[str, Any]]:
 
     def repeated(name: str) -> Callable[[], None]:
         step = bare_step(case.recipe("zero0"), world, True) if name == DDP else _engine(case, name, world)
-        # Building a stage 3 engine replaces it for the whole process: each contender has its own.
+        # Building a stage 3 engine replaces `linear` for the whole process, so each contender keeps its own.
         linear = nn.functional.linear
 
         def run() -> None:
@@ -216,7 +217,7 @@ def compare_stages(case: StagesCase, world: World) -> list[dict[str, Any]]:
 
     contenders = {name: repeated(name) for name in losses}
     seconds = interleaved_seconds(contenders, case.rounds)
-    # This rank's over all threads: a step without the waits for other ranks.
+    # This rank's processor time over all threads: a step without the waits for other ranks.
     processor = {name: timed(run, time.process_time) for name, run in contenders.items()}
     means = {name: world.sum(torch.stack(of[:COMPARED])) / world.size for name, of in losses.items()}
     differences = {name: float((of / means[DDP] - 1).abs().max()) for name, of in means.items()}

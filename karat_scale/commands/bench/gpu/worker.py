@@ -1,4 +1,4 @@
-"""A section's own process, alone or a rank of torchrun's, and what the section works with.
+"""The process of a section, single or a rank of torchrun's, and the objects that a section works with.
 
     python -m karat_scale.commands.bench.gpu.worker SECTION SETTINGS
 
@@ -38,12 +38,12 @@ from karat_scale.foundation.tables import load
 if TYPE_CHECKING:
     from karat_scale.engine.distributed import World
 
-# Nothing that ends takes so long without moving. What overruns may take more.
+# A section that is not hung makes progress more often than this, even if it overruns for longer.
 HUNG_SECONDS = 45.0
 _TICK = 1.0
-# Of the seconds after which the command ends the process.
+# Stacks are printed after this share of the seconds after which the command kills the process.
 _SHOWN_AFTER = 0.8
-# Of a core, more than the watch takes.
+# The share of a core that counts as progress: more than the watch takes.
 _BUSY = 0.05
 T = TypeVar("T")
 MOST_THREADS = 16
@@ -51,19 +51,19 @@ PACKAGES = ("torch", "triton", "deepspeed", "timm", "torchvision", "nvidia-dali-
 
 
 class Channel:
-    """Tells the command what happens, one JSON object a line, through a file descriptor.
+    """Reports events to the command, one JSON object a line, through a file descriptor.
 
-    "machine" is about card and software; "begin" says what runs from here on, which is left out if the time ends, and
-    failed if the process does; "notice" is about the figures; "again" asks to run the section again with at most this
-    batch; "moved" says that the process still moves, which counts as hung when that is long ago; "ended" says why it
-    ends before its section does.
+    "machine" is about card and software. "begin" names the part that runs now: it is left out if the time ends, and has
+    failed if the process ends. "notice" is about the figures. "again" asks to run the section again with at most this
+    batch. "moved" reports progress: a process whose last one is long ago counts as hung. "ended" has the reason why the
+    process ends before its section does.
     """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
     def send(self, kind: str, content: Any = None) -> None:
-        """Tell one thing. Figures that are not finite become None, which JSON can hold."""
+        """Send one event. Figures that are not finite become None, which JSON can hold."""
         os.write(self._descriptor, (json.dumps({kind: _finite(content)}) + "\n").encode())
 
     def row(self, **figures: Any) -> None:
@@ -71,19 +71,19 @@ class Channel:
         self.send("row", figures)
 
     def left_out(self, what: str, why: str) -> None:
-        """Report what was not measured although nothing is wrong."""
+        """Report a part that was not measured although nothing is wrong."""
         self.send("left_out", {"what": what, "why": why})
 
     def late(self, what: str) -> None:
-        """Report what was left out as there was no time for it."""
+        """Report a part that was left out for lack of time."""
         self.send("left_out", late(what, "there was no time for it"))
 
     def failed(self, what: str, why: str) -> None:
-        """Report what should have run and did not."""
+        """Report a part that should have run and did not."""
         self.send("failed", {"what": what, "why": why})
 
     def raised(self, what: str, error: Exception) -> None:
-        """Report a check that raised: it failed, or if memory ran out, nobody knows if it is right."""
+        """Report a check that raised: it failed, or if memory ran out, its result is unknown."""
         if is_out_of_memory(error):
             self.send("left_out", {"what": what, "why": "memory ran out", "late": True})
         else:
@@ -97,7 +97,7 @@ def _finite(content: Any) -> Any:
 
 
 def late(what: str, why: str) -> dict[str, Any]:
-    """Return the content of an event on what the time did not suffice for."""
+    """Return the content of an event on a part that was left out for lack of time."""
     return {"what": what, "why": f"{why}; give more by --minutes", "late": True}
 
 
@@ -142,11 +142,11 @@ class Budget:
         return max(0.0, self._ends - time.monotonic())
 
     def allows(self, kind: str, guess: float, count: int = 1) -> bool:
-        """True if there is time for work of a kind; each of `count` takes as the last did, or `guess` seconds."""
+        """True if there is time for work of a kind; each of `count` takes as long as the last, or `guess` seconds."""
         return self.left >= count * self._took.get(kind, guess)
 
     def note(self, kind: str, begun: float, count: int = 1) -> None:
-        """Remember work on `count` of a kind that began at `begun` of `time.monotonic` and ends now."""
+        """Remember the time of `count` of a kind, which began at `begun` (`time.monotonic`) and end now."""
         self._took[kind] = (time.monotonic() - begun) / count
 
 
@@ -170,7 +170,7 @@ class Task:
 
     @property
     def implementation(self) -> str:
-        """The operator's implementation: on a card that is too old for the kernels, what a run takes there."""
+        """The operator's implementation: on a card that is too old for the kernels, the one that a run takes."""
         if self.toy:
             return "streaming"
         return "triton" if torch.cuda.get_device_capability() >= OLDEST_CAPABILITY else "auto"
@@ -220,7 +220,7 @@ class Task:
 
 
 def machine_facts(device: str) -> dict[str, Any]:
-    """Card, driver, CUDA and versions. On CUDA this process takes the card up."""
+    """Return card, driver, CUDA and versions. On CUDA, this process then holds the card."""
     versions = {name: installed for name in PACKAGES if (installed := installed_version(name))}
     versions["torch"] = torch.__version__  # a build's own version says more, such as 2.13.0+cu130
     facts = {"cores": usable_cores(), "python": platform.python_version(), "versions": versions}
@@ -241,7 +241,7 @@ def machine_facts(device: str) -> dict[str, Any]:
 
 
 def watch(channel: Channel, device: str, hung: float = HUNG_SECONDS) -> None:
-    """Tell about once a second if this process moves, from a thread; print its stacks before it counts as hung."""
+    """Report progress about once a second, from a thread; print this process's stacks before it counts as hung."""
 
     def run() -> None:
         places, has_moved = _places(), True
@@ -263,7 +263,7 @@ def watch(channel: Channel, device: str, hung: float = HUNG_SECONDS) -> None:
 
 
 def _places() -> tuple[object, ...]:
-    """Return where all threads but this one are, and how many tensors the device has been asked for."""
+    """Return where all threads but this one are, and how many tensors were allocated on the device."""
     frames: dict[int, list[tuple[int, int]]] = {}
     for thread, innermost in sys._current_frames().items():
         frame = None if thread == threading.get_ident() else innermost
@@ -289,7 +289,7 @@ def main(section: str, settings: str) -> None:
     """Measure; on a failure, report it and exit with code 1."""
     be_killed_with_parent()
     channel = Channel(os.dup(1))
-    os.dup2(2, 1)  # libraries talk on standard output
+    os.dup2(2, 1)  # libraries print to standard output
     given = json.loads(settings)
     task = Task(given["device"], Budget(given["seconds"]), channel, Path(given["scratch"]), given["batch"])
     watch(channel, task.device)
@@ -303,7 +303,7 @@ def main(section: str, settings: str) -> None:
         channel.send("ended", one_line(error))
         code = 1
     sys.stderr.flush()
-    os._exit(code)  # what CUDA and NCCL do on the way out may wait for ever
+    os._exit(code)  # the shutdown of CUDA and NCCL may hang
 
 
 if __name__ == "__main__":

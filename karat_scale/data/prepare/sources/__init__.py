@@ -19,7 +19,7 @@ from karat_scale.foundation.errors import DataError
 
 __all__ = ["Source", "SourceOptions", "open_splits"]
 
-# Each looks for the official files of its data set and returns splits and classes. With it, the options it uses.
+# Each looks for its data set's official files and returns splits and classes. The value has the options it uses.
 DATA_SETS: dict[Callable[[Path, SourceOptions], tuple[Openers, list[str]]], set[str]] = {
     partial(cifar_splits, "cifar10"): {"encoding", "any_hash"},
     partial(cifar_splits, "cifar100"): {"encoding", "any_hash"},
@@ -35,7 +35,7 @@ def open_splits(
 ) -> dict[str, Source]:
     """Return the requested splits of `src`, a directory, a tar of an ImageFolder or a Parquet file, by output names.
 
-    split: one output name, or None for all; of several validation splits only the first is taken then, and a line
+    split: one output name, or None for all; then only the first of several validation splits is taken, and a line
     names the others. known_classes: the classes that earlier splits were labelled with. A source without split folders
     is one split, called `split` or train. Raises DataError.
     """

@@ -1,6 +1,6 @@
 """The interface of a source of images, its options, the names of samples, and the choice of splits.
 
-Some of the chosen splits say what the classes are.
+The classes are those of some of the splits; see `labelling_splits`.
 """
 
 import argparse
@@ -33,9 +33,10 @@ class UnreadableSampleError(Exception):
 
 
 def cannot_read(path: Path, error: OSError, whole: bool = True) -> DataError | UnreadableSampleError:
-    """Return what ends the run, as a file or folder cannot be read; it may be readable the next time.
+    """Return the error that ends the run because a file or folder cannot be read; it may be readable the next time.
 
-    whole: the source must be readable. If not, an error that one file has, such as a lack of permission, ends nothing.
+    whole: whether each file must be readable. If not, an error of one file, such as a lack of permission, concerns only
+    that sample.
     """
     if not whole and error.errno in _OF_ONE_FILE:
         return UnreadableSampleError(error.strerror or str(error))
@@ -61,9 +62,10 @@ def lines_of(path: Path) -> list[str]:
 class SourceOptions:
     """Options for reading a source.
 
-    val_labels, synsets: files with ImageNet's validation labels, as in tars.py. encoding: of images that a
-    source holds as raw pixels; None uses the source's own. any_hash: accept files of a published data set with
-    another hash than the published one, or without some files. image_column, label_column: of Parquet files.
+    val_labels, synsets: files with ImageNet's validation labels, as in tars.py. encoding: the encoding of images that a
+    source holds as raw pixels; None uses the source's default. any_hash: whether to accept files of a published data
+    set with another hash than the published one, or without some files. image_column, label_column: the columns of
+    Parquet files.
     """
 
     val_labels: Path | None = None
@@ -82,11 +84,11 @@ class SourceOptions:
 class Source(ABC):
     """One split of a source, in a fixed order.
 
-    classes: which the labels number. labels: int32 [n], the class number of each sample. sizes: int64 [n], bytes of
-    each sample; if not `exact_sizes`, means of several samples. skipped: files that are known not to be images, and
-    why. facts: additional facts about the source for dataset.json. blocks: int64 [n], the number of the block that each
-    sample is read with, of which `window` can be held; None if any order is as fast. grey: how many are grey, if the
-    images were prepared before.
+    classes: the classes that the labels number. labels: int32 [n], the class number of each sample. sizes: int64 [n],
+    the bytes of each sample; if not `exact_sizes`, means of several samples. skipped: files that are known not to be
+    images, and why. facts: additional facts about the source for dataset.json. blocks: int64 [n], the number of the
+    block that each sample is read with, of which `window` fit in memory; None if any order is as fast. grey: the number
+    of grey images, if they were prepared before.
     """
 
     exact_sizes = True
@@ -149,8 +151,8 @@ class ListedSource(Source):
 def unique_keys(paths: list[str]) -> list[str]:
     """Return a key for each path. Keys are unique and short enough for a tar.
 
-    The key is the path without its suffix. Its last part has no dot, and it has no blank and no part that points
-    outside of a directory; other characters become `_`, or the whole key becomes a hash.
+    The key is the path without its suffix and without parts that point outside of a directory. Dots in its last part,
+    blanks and control characters become `_`. A key that is empty, too long or taken becomes a hash.
     """
     keys: list[str] = []
     taken: set[str] = set()
@@ -196,8 +198,9 @@ def choose_splits(src: Path, found: Collection[str], split: str | None) -> dict[
 def labelling_splits(src: Path, found: Collection[str], split: str | None) -> set[str]:
     """Return the source's names of the splits whose classes are numbered. Raises DataError if there is no such split.
 
-    They are those that are made without --split, and `split`. So a split that is made alone has the labels that it has
-    beside the others. A split that is left out adds no class: all images of `test` are often in one folder.
+    They are the splits that are made without --split, and `split`. So a split that is made by itself has the same
+    labels as when it is made with the others. A split that is left out adds no class: all images of `test` are often in
+    one folder.
     """
     return {*choose_splits(src, found, None).values(), *choose_splits(src, found, split).values()}
 
@@ -205,8 +208,8 @@ def labelling_splits(src: Path, found: Collection[str], split: str | None) -> se
 def names_of_classes(src: Path, by_split: Mapping[str, Collection[str]], split: str | None) -> list[str]:
     """Return the classes of these splits, sorted. See `labelling_splits`.
 
-    Raises DataError for a name that is not UTF-8, and for two that differ in nothing that one can see, as those of a
-    Mac and of other systems do.
+    Raises DataError for a name that is not UTF-8, and for two that look the same but differ, as those of a Mac and of
+    other systems do.
     """
     names = sorted({name for origin in labelling_splits(src, by_split, split) for name in by_split[origin]})
     for name in names:

@@ -101,7 +101,7 @@ def _sizes(folder: Path, paths: list[str]) -> list[int]:
 
 
 def _size(path: Path) -> int:
-    """Return the bytes of a file; 0 if it cannot be read, which its reading reports. Raises DataError."""
+    """Return the bytes of a file; 0 if it cannot be read, which `read` reports later. Raises DataError."""
     try:
         return path.stat().st_size
     except OSError as error:

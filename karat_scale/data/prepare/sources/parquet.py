@@ -34,7 +34,7 @@ class Columns:
     """Columns of images and labels.
 
     image_bytes, image_path: the columns inside of `image`; without paths, image_path is None. classes: the names that
-    the labels number; empty if the files do not say.
+    the labels number; empty if the files have none.
     """
 
     image: str
@@ -45,7 +45,7 @@ class Columns:
 
 
 def find_columns(src: Path, schemas: list[Any], options: base.SourceOptions) -> Columns:
-    """Return the columns of files with these Arrow schemas. Raises DataError if they are not clear, or differ."""
+    """Return the columns of files with these Arrow schemas. Raises DataError if they are unclear or if files differ."""
     schema = schemas[0]
     features = _features(schema)
     images = [field.name for field in schema if "bytes" in _content(field.type)]
@@ -80,8 +80,8 @@ def _features(schema: Any) -> dict[str, Any]:
 def _content(kind: Any) -> set[str]:
     """Return what a column of this type holds, which must be the same in all files: bytes, text, integers, or others.
 
-    A struct has the `bytes` of an image and perhaps its path. True and false are integers. What pandas calls categories
-    hold what their values are if these may be labels; of bytes, they are no images.
+    A struct has the `bytes` of an image and perhaps its path. True and false are integers. A column of what pandas
+    calls categories holds its values if these may be labels; categories of bytes are no images.
     """
     import pyarrow.types as types
 
@@ -181,7 +181,7 @@ def parquet_splits(
 class ParquetSource(base.ListedSource):
     """The rows of some Parquet files, in order. See Source. Raises DataError for a label that is no class.
 
-    own: the source's classes, which the labels number; `classes`, the shards', may have them in another order.
+    own: the source's classes, which the labels number. classes: the shards' classes, maybe in another order.
     """
 
     exact_sizes = False  # they would take reading all images
@@ -261,7 +261,7 @@ def _split_of(path: Path, src: Path) -> str:
 
 
 def _missing(src: Path, paths: list[Path]) -> list[str]:
-    """Return the files that the names of others promise; raise DataError if a split has files of two sets."""
+    """Return the missing files, by the names of the others. Raises DataError if a split has files of two sets."""
     matches = [match for path in paths if (match := _NAME.fullmatch(path.name))]
     sets = Counter((match["split"], match["count"]) for match in matches)
     repeated = len({match["number"] for match in matches}) < len(matches)
@@ -285,7 +285,7 @@ def _column(path: Path, name: str) -> list[Any]:
 
 
 def _paths(path: Path, columns: Columns, rows: int) -> list[str]:
-    """Return the path of each image, by its column; else the file and the row."""
+    """Return the path of each image from its column, or else the file and the row."""
     numbered = [f"{path.stem}/{row:06d}" for row in range(rows)]
     if columns.image_path is None:
         return numbered

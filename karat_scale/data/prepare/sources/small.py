@@ -13,8 +13,8 @@ Oxford Flowers-102:
 imagelabels.mat    the class of each image, from 1
 setid.mat          which images train, validate and test
 
-As in the transfer experiments of DeiT and others, the split train is the official training and validation images
-together, 2,040. The split test, 6,149, is val to recipes.
+As in the transfer experiments of DeiT and others, the split train has the 2,040 official training and validation
+images. The split test has 6,149 images, and recipes call it val.
 
 IDX files, the format of MNIST and Fashion-MNIST, hold grey images.
 
@@ -76,9 +76,9 @@ class PublishedFiles:
                 raise DataError(f"{place} has no {missing[0]}; {self._fix}")
 
     def read(self, any_hash: bool) -> dict[str, bytes]:
-        """Return each file's bytes, by name; `facts` says in dataset.json which are not the published ones.
+        """Return each file's bytes, by name; `facts` lists those that are not as published, for dataset.json.
 
-        Raises DataError if one is missing, the archive is damaged or, unless `any_hash` is set, a hash is another one.
+        Raises DataError if one is missing, the archive is damaged or, unless `any_hash` is set, a hash differs.
         """
         assert self.place is not None
         if self.place.is_file():
@@ -151,9 +151,8 @@ _CHUNK = 4096
 class PixelSource(Source):
     """Images uint8 [n, H, W] or [n, H, W, 3] with their class numbers. See Source.
 
-    file: their file, for reports. own: the source's classes, which the labels number; `classes`, the shards',
-    may have them in another order. facts: additional facts for dataset.json. Raises DataError if images and
-    labels do not fit.
+    file: their file, for reports. own: the source's classes, which the labels number. classes: the shards' classes,
+    maybe in another order. facts: additional facts for dataset.json. Raises DataError if images and labels do not fit.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ Shards keep the order, keys and labels of their samples. ImageNet's tars are
 ILSVRC2012_img_train.tar    one tar per class: n01440764.tar, ...
 ILSVRC2012_img_val.tar      ILSVRC2012_val_00000001.JPEG, ...
 
-The classes of the latter come from one of these files beside it:
+The classes of the validation images come from one of these files beside their tar:
 
     LOC_val_solution.csv                          Kaggle: `ILSVRC2012_val_00048981,n03995372 85 1 499 272`
     any text or CSV file                          lines `filename wnid`, separated by blank or comma, suffix optional
@@ -50,10 +50,10 @@ class Member:
 
 
 def scan_tar(path: Path, within: Member | None = None, folders: list[str] | None = None) -> Iterator[Member]:
-    """Return the files of a tar, or of the tar that is member `within` of it. Raises DataError if damaged.
+    """Yield the files of a tar, or of the tar that is member `within` of it. Raises DataError if damaged.
 
     A hard link has the bytes of its target. An image that is no plain file, such as a symbolic link, is `unusable`.
-    folders: the names of its folders are added to it.
+    folders: a list to which the names of the tar's folders are added.
     """
     files: dict[str, Member] = {}
     with open_to_read(path) as file:
@@ -156,9 +156,9 @@ _Placed = list[tuple[_Place, Member]]
 def folder_tar_splits(path: Path, split: str | None) -> tuple[base.Openers, list[str]]:
     """Return splits and classes of a tar of an ImageFolder: [<anything>/][train|val/]<class>/<image>.
 
-    split: the requested one, or None for all; the name of the only split of a tar that names none.
+    split: the requested split, or None for all; if the tar names no split, the name of its only one.
 
-    What is in hidden folders or beside the classes is among what a source skipped. Raises DataError if an image is in
+    Files in hidden folders or beside the classes are among a source's skipped files. Raises DataError if an image is in
     no class folder, or if the paths do not tell which folders are the classes.
     """
     names: list[str] = []
@@ -217,7 +217,7 @@ def _below(place: _Place) -> _Place:
 def _are_in_a_folder(path: Path, members: _Placed, folders: list[_Place]) -> bool:
     """Return whether the classes of a tar without splits are in one folder. Raises DataError if that leaves one class.
 
-    One class by paths that are longer than <class>/<image> is probably no class.
+    If paths that are longer than <class>/<image> give only one class, it is probably no class.
     """
     images = [(place, member) for place, member in members if place.is_image]
     if not images or any(len(place.inside) < 3 for place, _ in images):

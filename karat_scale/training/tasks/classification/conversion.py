@@ -1,8 +1,8 @@
-"""Converting a trained model: what happens before the first step of a run with `convert.images`, and the survey.
+"""The conversion of a trained model before the first step of a run with `convert.images`, and the survey.
 
 The model begins with the weights of `init_from`, but the attention of its blocks is new. From training images, each
 block learns to reproduce the output of the original's attention, all blocks at once. This matching depends only on
-recipe, data and start weights: a run that is killed during it repeats it with the same bits. RUN/matched.safetensors
+recipe, data and initial weights: a run that is killed during it repeats it with the same bits. RUN/matched.safetensors
 keeps the result until the run has a checkpoint, and the report on it for good. Then training continues as usual.
 
 The ranks share the blocks, and each reads all the images.
@@ -57,24 +57,24 @@ from karat_scale.training.weights_file import write_model
 
 FILE = "matched.safetensors"
 SURVEY = "survey.json"
-# Images of a step of gradient descent, of the least squares, of the errors in the report, and of the survey's timing.
+# Numbers of images: in a step of gradient descent, for least squares, for the report's errors, for the survey's timing.
 BATCH, SOLVED, MEASURED, TIMED = 64, 500, 256, 16
 # Losses of accuracy, in points of top-1, for which the survey proposes what to convert.
 LOSSES = (0.5, 1.0, 2.0, 5.0)
 REPORTS = 10  # lines on a descent
-REPEATS = 3  # of what is timed
+REPEATS = 3  # of each timing
 
 Report = dict[str, Any]
 
 
 def take_original(model: nn.Module, recipe: Recipe, weights: Mapping[str, Tensor], attention: AttentionConfig) -> str:
-    """Copy a trained model's weights into one with other attention, without its operators in the blocks that differ.
+    """Copy a trained model's weights into one with other attention, except the operators of blocks that differ.
 
     Args:
-        attention: the trained model's.
+        attention: the trained model's attention.
 
     Returns:
-        What was not simply copied.
+        A line on what was not simply copied.
     """
     own, kept = model.state_dict(), dict(weights)
     for number, layer in enumerate(attention_layers(model)):
@@ -138,15 +138,15 @@ def spread_ids(images: int) -> npt.NDArray[np.int64]:
 
 
 class Stage:
-    """What happens before the first step, on one rank. Raises StoppedError if a signal asks to stop.
+    """The conversion before the first step, on one rank. Raises StoppedError if a signal asks to stop.
 
     Args:
-        task: that is trained, by a `Recipe`; its images are those of `backend`.
+        task: the task, with a `Recipe`; its images are those of `backend`.
     """
 
     report: Report
     from_softmax: bool
-    """Whether all that is replaced was softmax."""
+    """Whether all replaced attention was softmax."""
 
     def __init__(
         self, task: Task, backend: Backend, conversion: Conversion, directory: RunDirectory, signals: StopSignals
@@ -260,7 +260,7 @@ class Stage:
                 calls += [found[number] for number in group]
             if solve(conversion.new[group[0]], calls, self._recipe.convert.rounds):
                 solved += group
-            if self._world.size == 1:  # others would not hear of it
+            if self._world.size == 1:  # other ranks would not notice
                 self._stop_if_asked(self._signals.received is not None)
             self._reporter.beat("matching")
         return solved
@@ -293,7 +293,7 @@ class Stage:
             yield images
 
     def _identity(self) -> str:
-        """What the result depends on, as a digest."""
+        """Return a digest of what the result depends on."""
         recipe, conversion = self._recipe, self._conversion
         effect_of, sections = effects(type(recipe)), ("convert", "model", "attention", "augment", "data")
         keys = {
@@ -330,7 +330,7 @@ def _copied(heads: nn.Module) -> dict[str, Tensor]:
 def read_report(run: Path, identity: str | None = None) -> Report | None:
     """Return the report of a run that was converted; None for others, or if the file is damaged.
 
-    identity: the digest of what the result depends on; None accepts any.
+    `identity` is the digest of what the result depends on; None accepts any.
     """
     with suppress(OSError, SafetensorError, KeyError, ValueError):
         facts = read_metadata(run / FILE)
@@ -349,7 +349,7 @@ def read_survey(run: Path) -> Report | None:
 
 
 def _drop_survey_of_another(run: Path, recipe: Recipe) -> None:
-    """Remove what a survey found of another original or attention. That other blocks convert is what it proposes."""
+    """Remove the survey of another original or attention. Other blocks may be converted: a survey proposes them."""
     found = read_survey(run)
     if found is not None and (found["from"], found["attention"]) != (recipe.init_from, _surveyed_attention(recipe)):
         (run / SURVEY).unlink(missing_ok=True)
@@ -379,7 +379,7 @@ def told(report: Report) -> str:
 
 
 def survey(task_type: type[Task], recipe: Recipe) -> int:
-    """Find which blocks pay: convert each alone, then one more after the other; return the exit code.
+    """Find which blocks to convert: try each by itself, then one more after the other; return the exit code.
 
     RUN/survey.json has the result, which `karat analyze` shows. A run of the same recipe goes on from here.
 

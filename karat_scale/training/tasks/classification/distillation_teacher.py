@@ -7,7 +7,7 @@ is soft (Hinton, Vinyals and Dean, arXiv 1503.02531) or hard, also with the dist
 arXiv 2012.12877). The teacher is frozen.
 
 RUN/teacher.safetensors is the model that the run's attention is transferred from. It is a file of `karat export`:
-weights, and the sections that build their model. A checkpoint resumes with no other.
+weights, and the sections that build their model. A checkpoint resumes only with the same one.
 """
 
 import json
@@ -40,13 +40,13 @@ FILE = "distill.safetensors"
 
 @dataclass(frozen=True)
 class DistillationTeacher:
-    """A frozen network, and what its images look like.
+    """A frozen network, and the format of its images.
 
     Attributes:
-        network: float32 on the CPU, until `Distillation` moves it.
+        network: the network, in float32 on the CPU until `Distillation` moves it.
         image_size: the side of its square input, in pixels.
-        mean, std: of its normalisation, per channel.
-        digest: of its weights.
+        mean, std: the mean and standard deviation of its normalisation, per channel.
+        digest: the digest of its weights.
     """
 
     network: nn.Module
@@ -92,11 +92,11 @@ def read_distillation_teacher(recipe: Recipe, classes: Sequence[str], run: Path)
     """Return the teacher that a run keeps.
 
     Args:
-        classes: the student's, in the order of the labels.
+        classes: the student's classes, in the order of the labels.
 
     Raises:
-        RunDirectoryError: its file is missing or damaged.
-        RecipeError: it has other classes.
+        RunDirectoryError: the teacher's file is missing or damaged.
+        RecipeError: the teacher has other classes.
     """
     path = run / FILE
     if not path.is_file():
@@ -118,7 +118,7 @@ def read_distillation_teacher(recipe: Recipe, classes: Sequence[str], run: Path)
 
 
 class TeacherCost(NamedTuple):
-    """What a teacher adds to a run: weights on each rank, and operations for each training image."""
+    """The cost that a teacher adds to a run: weights on each rank, and operations for each training image."""
 
     parameters: int
     flops: int
@@ -155,7 +155,7 @@ def planned_cost(recipe: Recipe) -> TeacherCost:
 
 
 def describe_teacher(recipe: Recipe, teacher: DistillationTeacher) -> str:
-    """Return one line on a teacher and on what its forward pass costs beside the student's training."""
+    """Return one line on a teacher and on what its forward pass adds to the student's training."""
     cost = cost_of(teacher.network, teacher.image_size)
     return (
         f"learns from {recipe.distill.from_} ({cost.parameters:,} parameters): its forward pass adds "
@@ -168,7 +168,7 @@ def _keep_file(recipe: Recipe, path: Path, kept: Path) -> None:
         _refuse_student(weights_file.exported_sections(path)[1])
         weights_file.write_model(weights_file.read_exported(path), kept, read_metadata(path))
         return
-    # Weights by timm's names, without a word on their model: that of the recipe, with softmax.
+    # Weights by timm's names, whose model is not known: it is taken to be the recipe's, with softmax.
     attention = AttentionConfig()
     network = create_model(recipe.model, attention)
     take_weights(network, weights_file.read_weights(str(path)).tensors, new_head=False)
@@ -179,7 +179,7 @@ def _keep_file(recipe: Recipe, path: Path, kept: Path) -> None:
 
 
 def _named(recipe: Recipe) -> str:
-    """The teacher as the user gave it: a key of the recipe, or the SOURCE of `karat convert`."""
+    """Return the teacher as the user named it: a key of the recipe, or the SOURCE of `karat convert`."""
     source = recipe.distill.from_
     return f"SOURCE {source}" if recipe.convert.images and source == recipe.init_from else f"distill.from = {source}"
 
@@ -226,8 +226,8 @@ class Distillation:
         Args:
             output: the student's logits [b, classes], or those of the class token and of the distillation token.
             images: float [b, 3, H, W], as the student sees them.
-            targets: float [b, classes], of the labels.
-            of_labels: the loss of logits and targets.
+            targets: the targets of the labels, float [b, classes].
+            of_labels: a function that returns the loss of logits and targets.
         """
         logits, distilled = (part.float() for part in (output if isinstance(output, tuple) else (output, output)))
         label_loss = of_labels(logits, targets)
@@ -277,7 +277,7 @@ def keep_teacher(recipe: Recipe, into: Path) -> None:
     A run keeps the teacher that it began with.
 
     Raises:
-        RecipeError: no such run, none of its checkpoints will do, or it sees images otherwise than this recipe.
+        RecipeError: there is no such run, it has no checkpoint to use, or it normalises images unlike this recipe.
     """
     source, kept = recipe.attention.transfer_from, into / TEACHER_FILE
     if not source or (kept.is_file() and not RunDirectory(into).begins_anew(recipe)):
@@ -298,10 +298,10 @@ def keep_teacher(recipe: Recipe, into: Path) -> None:
 
 
 def build_model(recipe: Recipe, run: Path) -> nn.Module:
-    """The recipe's model, freshly initialised, with the teacher that the run keeps, if it needs one.
+    """Return the recipe's model, freshly initialised, with the teacher that the run keeps, if it needs one.
 
     Raises:
-        RecipeError: the model cannot be built, or the teacher's matrices are not of its shape.
+        RecipeError: the model cannot be built, or the teacher's matrices do not have its shape.
         RunDirectoryError: the teacher's file is missing or damaged.
     """
     model = create_model(recipe.model, recipe.attention)

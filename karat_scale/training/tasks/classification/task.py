@@ -54,7 +54,7 @@ from karat_scale.training.tasks.classification import distillation_teacher as te
 from karat_scale.training.tasks.classification.conversion import Stage, begin_conversion, take_original
 from karat_scale.training.weights_file import run_behind
 
-# How long a rank reads before it meets the others: far less than any of them waits for a hang.
+# How long a rank reads before it meets the others: far less than the time after which a wait counts as a hang.
 _TURN_SECONDS = 2.0
 
 
@@ -62,10 +62,10 @@ def open_images(recipe: Recipe, world: World, reporter: Reporter, is_verified: b
     """Return the backend of a recipe. Collective.
 
     Args:
-        is_verified: this run has compared the files with their hashes before, so their sizes are enough.
+        is_verified: whether this run has compared the files with their hashes before, so that their sizes are enough.
 
     Raises:
-        DataError, RecipeError: as `open_backend`.
+        DataError, RecipeError: as in `open_backend`.
     """
     spec = ImageSpec.of(recipe)
     shares = is_hashed(spec.data)
@@ -87,13 +87,13 @@ def open_images(recipe: Recipe, world: World, reporter: Reporter, is_verified: b
 
 
 def hash_together(data: DataConfig, world: World, beat: Callable[[], object]) -> None:
-    """Compare the files of a data set that can be opened with their hashes. Collective.
+    """Compare the files of a data set, which can be opened, with their hashes. Collective.
 
-    The ranks of a node share its files, not all ranks: each node may have a copy of its own. Each rank calls `beat`
-    while all get on.
+    Only the ranks of one node share its files: each node may have its own copy. Each rank calls `beat` while all make
+    progress.
 
     Raises:
-        DataError: on all ranks, if a file differs on one.
+        DataError: a file differs on one rank; raised on all.
     """
     nodes = world.gather(_this_node())
     here = [rank for rank, node in enumerate(nodes) if node == nodes[world.rank]]
@@ -108,7 +108,7 @@ def hash_together(data: DataConfig, world: World, beat: Callable[[], object]) ->
 
 
 def _this_node() -> str:
-    """Return what differs between nodes, also if they have the same name."""
+    """Return a text that differs between nodes, even if they have the same name."""
     kernel = Path("/proc/sys/kernel/random/boot_id")
     return socket.gethostname() + (kernel.read_text() if kernel.exists() else "")
 
@@ -117,7 +117,7 @@ def _this_node() -> str:
 class EvalResult(Scores):
     """Percentages over `images` samples; `bad` samples could not be read and are not among them.
 
-    nonfinite: those of `images` for which the model's output was not finite. They count as wrong.
+    `nonfinite` is the number of `images` for which the model's output was not finite. They count as wrong.
     """
 
     top1: float
@@ -136,9 +136,9 @@ class EvalResult(Scores):
 
 
 Forward = Callable[[Tensor], Tensor]
-"""From normalised images [b, 3, H, W] to logits [b, classes]."""
+"""A function from normalised images [b, 3, H, W] to logits [b, classes]."""
 OnEvalBatch = Callable[[int, int, tuple[BadSample, ...]], None]
-"""Hears how many batches of an evaluation are done, of how many, and what could not be read in the last one."""
+"""A function that gets how many batches are done, of how many, and the unreadable samples of the last one."""
 
 
 @torch.no_grad()
@@ -152,12 +152,12 @@ def evaluate_batches(
     take: Callable[[Tensor, Batch], None],
     on_batch: OnEvalBatch,
 ) -> int:
-    """Compute the logits of `images` images, each on one rank; returns how many could not be read on this one.
+    """Compute the logits of `images` images, each on one rank; returns how many this rank could not read.
 
     Args:
-        load: from slices of the ids 0 to images - 1 to batches, as a backend's `eval_batches`.
-        take: gets the logits of each batch, float32, and the batch.
-        on_batch: called after each batch, equally often on every rank; it may raise to stop.
+        load: a function from slices of the ids 0 to images - 1 to batches, such as a backend's `eval_batches`.
+        take: a function that gets the logits of each batch, float32, and the batch.
+        on_batch: a function to call after each batch, equally often on every rank; it may raise to stop.
 
     Raises:
         UserError: memory ran out.
@@ -211,7 +211,7 @@ def evaluate(
 
 @dataclass
 class TrainState(RunState):
-    """Of a run that trains a classifier. Scores are in percent."""
+    """The state of a run that trains a classifier. Scores are in percent."""
 
     scores = ("top1", "top5")
 
@@ -224,14 +224,14 @@ class TrainState(RunState):
     distilled_from: str = ""
     """The digest of the weights of `distill.from`."""
     image_size: int = 0
-    """Of the model in the checkpoint, in a run with `schedule.image_sizes`."""
+    """The image size of the model in the checkpoint, in a run with `schedule.image_sizes`."""
     stream: StreamState | None = None
-    """Where the lanes stand, in a run with `data.order: stream`."""
+    """The positions of the lanes, in a run with `data.order: stream`."""
 
 
-# Of an evaluation, to measure what S depends on: as many images as keep a block's matrices below this many entries.
+# To measure what S depends on: the most images of an evaluation, and the most entries of a block's matrices.
 IMAGES_TO_LOOK_AT, ENTRIES_TO_LOOK_AT = 16, 2**24
-# Of a micro batch, to see at each report of training how far its scores reach.
+# The images of a micro batch of which each report of training checks how far their scores reach.
 IMAGES_OF_A_BATCH = 2
 
 
@@ -254,11 +254,11 @@ class ClassificationTask(Task):
         self.efficiency = Efficiency(recipe, world.size, device_peak(world.device, recipe.train))
         self._digest = self._bad = 0
         self.stream_differs = ""
-        """Why a resumed run does not go on with the next samples of its stream; mostly empty."""
+        """The reason why a resumed run does not go on with the next samples of its stream; mostly empty."""
         self._distillation: teachers.Distillation | None = None
         self._conversion: Conversion | None = None
         self.stage: Stage | None = None
-        """What a start with `convert.images` did before the first step."""
+        """The conversion of a start with `convert.images` before the first step."""
         self._to_look_at: Tensor | None = None
         self._last_images: Tensor | None = None
         self._learns_attention = recipe.attention.learns
@@ -276,7 +276,7 @@ class ClassificationTask(Task):
 
     @property
     def train_identity(self) -> str:
-        """What the training images are; of a stream, nobody knows."""
+        """The identity of the training images; empty for a stream."""
         data = self.recipe.data
         if data.is_stream:
             return ""
@@ -339,7 +339,7 @@ class ClassificationTask(Task):
     def prepare(self, directory: RunDirectory) -> None:
         """Copy the teachers of `attention.transfer_from` and `distill.from`, if any, into the run's directory."""
         for _, size in self.recipe.schedule.image_sizes:
-            layer_sizes(self.recipe.model.changed(image_size=size))  # else it ends in the middle, at a size that is no
+            layer_sizes(self.recipe.model.changed(image_size=size))  # else a wrong size would end the run midway
         self.world.on_main(lambda: teachers.keep_teacher(self.recipe, directory.path))
         self.world.on_main(lambda: teachers.keep_distillation_teacher(self.recipe, directory.path))
         if self.recipe.distill.from_:
@@ -428,7 +428,7 @@ class ClassificationTask(Task):
             return {"content": content_of(engine.module, engine.forward, self._to_look_at)}
 
     def look_at_scores(self, engine: Engine) -> dict[int, BeyondReach]:
-        """Return it of the first images of each rank's last micro batch."""
+        """Return the shares for the first images of each rank's last micro batch."""
         model = engine.module
         blocks = reaches(model)
         if self._last_images is None or not blocks:
@@ -455,7 +455,7 @@ class ClassificationTask(Task):
             self._stream.places = places
 
     def fold(self, state: TrainState) -> None:
-        """Add the digest of the data and the number of unreadable samples, and note where a stream stands."""
+        """Add the digest of the data and the number of unreadable samples, and note the places in a stream."""
         counts = torch.tensor([self._digest, self._bad], dtype=torch.float64)
         self._digest = self._bad = 0
         digest, bad = self.world.sum(counts).tolist()
@@ -466,7 +466,7 @@ class ClassificationTask(Task):
             state.stream = self._stream.state(place for rank in places for place in rank)
 
     def figures(self, state: TrainState, images_per_second: float | None) -> dict[str, Any]:
-        """Return how well the device is used, and what the data are so far."""
+        """Return how well the device is used, and the digest and unreadable samples of the data so far."""
         efficiency = self.efficiency.figures(images_per_second)
         return {**efficiency, "bad_samples": state.bad_samples, "data_digest": state.data_digest}
 
@@ -479,10 +479,10 @@ class ClassificationTask(Task):
         )
 
     def check_resumed(self, state: TrainState) -> None:
-        """Go on in the stream, if there is one, and check that the teacher is the one of the checkpoint's run.
+        """Resume the stream, if there is one, and check that the teacher is the one of the checkpoint's run.
 
         Raises:
-            RunDirectoryError: it is another.
+            RunDirectoryError: it is another teacher.
         """
         state.image_size = self._growing_size
         if self._stream is not None:

@@ -2,12 +2,12 @@
 
 Backbone and heads are ViTDet's (arXiv 2203.16527). In its simple feature pyramid every level is made only of the last
 map. KArAt's N is fixed, so tokens attend within windows of the size of the operators. At 224 px the 14 x 14 patches are
-one window: N = 196 and no class token. In a larger image, some blocks see all of it, by softmax. The optimizer's groups
-have layer-wise learning rates in the backbone, and a schedule of their own.
+one window: N = 196 and no class token. In a larger image, some blocks attend to all of it, by softmax. The optimizer's
+groups have layer-wise learning rates in the backbone, and a separate schedule.
 
 Some of torchvision's parts differ here, as a plain ViT at low precision needs. Their strides come from the patch size.
-torchvision infers them from the first batch and from rounded quotients, which an image that does not fill the padded
-input, or a patch of 14 px, makes wrong. Boxes are float32 whatever the precision: bfloat16 has steps of 2 px from
+torchvision infers them from the first batch and from rounded quotients. These are wrong for an image that does not fill
+the padded input, and for a patch of 14 px. Boxes are float32 whatever the precision: bfloat16 has steps of 2 px from
 256 px on.
 """
 
@@ -114,7 +114,8 @@ class ViTBackbone(nn.Module):
     """Maps images [B, 3, S, S] to the maps of a pyramid.
 
     Args:
-        vit: from `build_vit`. Its attention stays that of one window; its positions are interpolated to the image.
+        vit: a ViT from `build_vit`. Its attention stays that of one window; its positions are interpolated to the
+            image.
 
     Raises:
         RecipeError: `global_blocks` exceeds the number of blocks, or leaves none to KArAt.
@@ -246,8 +247,9 @@ class RoIAlign(MultiScaleRoIAlign):
     """Features of regions, each from the map on which it spans about 14 cells (Lin et al., arXiv 1612.03144, eq. 1).
 
     Args:
-        names: of the maps, finest first; strides: theirs in pixels, each twice the one before it.
-        output_size: side of the features.
+        names: the names of the maps, finest first.
+        strides: the strides of the maps in pixels, each twice the one before it.
+        output_size: the side of the features.
     """
 
     def __init__(self, names: Sequence[str], strides: Sequence[float], output_size: int) -> None:
@@ -259,10 +261,10 @@ class RoIAlign(MultiScaleRoIAlign):
 
 
 class Transform(GeneralizedRCNNTransform):
-    """Normalises and pads to a square. In evaluation, it first resizes as training's jitter does: it averages."""
+    """Normalises and pads to a square. In evaluation, it first resizes with averaging, as training's jitter does."""
 
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
-        """Return an image [3, h, w] whose longer side fits; in training, as it is."""
+        """Return an image [3, h, w] whose longer side fits; in training, the image unchanged."""
         if self.training:
             return image, target
         scale = self.max_size / max(image.shape[-2:])

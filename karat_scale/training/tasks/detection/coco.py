@@ -51,7 +51,7 @@ class CocoSplit:
         root: the data set's directory.
         images: the images' directory below it.
         annotations: the JSON file below it.
-        for_training: leave out images without an object to learn, which is not a crowd and has an area. Else
+        for_training: leave out images without an object to learn; such an object is not a crowd and has an area. Else
             pycocotools' index is kept as `index`.
 
     Raises:
@@ -66,7 +66,7 @@ class CocoSplit:
         categories = sorted(index.cats)
         self._labels = {category: label for label, category in enumerate(categories, start=1)}
         self.classes = tuple(str(index.cats[category].get("name", category)) for category in categories)
-        """The category names in the order of the labels 1, 2, ..., which is that of the category ids."""
+        """The category names in the order of the labels 1, 2, ..., which is the order of the category ids."""
         self.category_ids = tuple(categories)
         records = {image: self._record(index, image) for image in sorted(index.imgs)}
         if not any(record.objects for record in records.values()):
@@ -74,10 +74,10 @@ class CocoSplit:
         self.image_ids = [image for image, record in records.items() if record.objects or not for_training]
         flat = sum(self._area(one) <= 0 for image in index.imgs for one in index.imgToAnns.get(image, ()))
         self.notices = _left_out(index, len(records) - len(self.image_ids), flat)
-        """A line each on what the annotations have and nothing is done with."""
+        """One line on each part of the annotations that is not used."""
         named = [(image, records[image].file_name, len(records[image].objects)) for image in self.image_ids]
         self.identity = hashlib.sha256(json.dumps(named).encode()).hexdigest()
-        """A hash of the images' ids and names and of the numbers of their objects, in which a copy agrees."""
+        """A hash of the images' ids and names and of the numbers of their objects; it is equal for a copy."""
         self._records = _Packed([records[image] for image in self.image_ids])
         self.index: Any = None if for_training else self._completed(index)
 
@@ -116,7 +116,7 @@ class CocoSplit:
         A mask is made when its turn comes: all of a large photograph may not fit into memory.
 
         Raises:
-            DataError: an annotation has no readable segmentation; when its mask is made.
+            DataError: an annotation has no readable segmentation; raised when its mask is made.
         """
         labels = [self._labels[category] for _, category, _ in self._records[sample].objects]
         return np.array(labels, np.int64), self._masks(self._records[sample])
@@ -209,7 +209,7 @@ class CocoSplit:
 
 
 def _left_out(index: Any, images: int, flat: int) -> list[str]:
-    """Return what to say of images without an object to learn, and of annotations without an area or an image."""
+    """Return notices on images without an object to learn, and on annotations without an area or an image."""
     strangers = [image for image in index.imgToAnns if image not in index.imgs]
     annotations = sum(len(index.imgToAnns[image]) for image in strangers)
     notices = [f"{plural(images, 'image')} of {len(index.imgs):,} left out: no object to learn"] if images else []
@@ -221,7 +221,7 @@ def _left_out(index: Any, images: int, flat: int) -> list[str]:
 
 
 class _Packed:
-    """Records as one array of bytes: of a million objects, each worker would copy those that it touches."""
+    """Records as one array of bytes: if they were a million objects, each worker would copy those that it touches."""
 
     def __init__(self, records: Sequence[ImageRecord]) -> None:
         packed = [pickle.dumps(record) for record in records]
@@ -254,7 +254,7 @@ def require_pycocotools() -> None:
 def _runs(segmentation: Any, height: int, width: int) -> Any:
     """Return polygons, or run lengths, compressed or not, as the compressed run lengths of the whole image.
 
-    Raises ValueError for others: pycocotools reads memory that nobody wrote, and compares without an end.
+    Raises ValueError for others: with these, pycocotools reads uninitialised memory, and compares without an end.
     """
     from pycocotools import mask as coco_mask
 
@@ -272,7 +272,8 @@ def _runs(segmentation: Any, height: int, width: int) -> Any:
 def _lengths(compressed: str | bytes) -> list[int]:
     """Return the run lengths that pycocotools wrote as text.
 
-    Five bits a character, the lowest first; from the fourth on, a length less the one two before it.
+    Each character has five bits, the lowest first. From the fourth length on, the text has its difference from the
+    length two before it.
     """
     lengths: list[int] = []
     number = shift = 0
@@ -386,8 +387,8 @@ Target = dict[str, npt.NDArray[np.float32] | npt.NDArray[np.int64] | npt.NDArray
 class DetectionBatch:
     """Images of different sizes, as arrays, since workers pickle these without /dev/shm.
 
-    images: uint8 [3, h, w] each. targets: only in training, `boxes` float32 [n, 4] in pixels, `labels` int64 [n] from
-    1, `masks` uint8 [n, h, w]. samples: their numbers in the split.
+    `images` are uint8 [3, h, w] each. `targets`, only in training, are `boxes` float32 [n, 4] in pixels, `labels` int64
+    [n] from 1 and `masks` uint8 [n, h, w]. `samples` are the images' numbers in the split.
     """
 
     images: list[npt.NDArray[np.uint8]]

@@ -33,7 +33,7 @@ from karat_scale.training.tasks.detection import coco
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 
 Predictions = list[dict[str, Tensor]]
-"""torchvision's, of each image."""
+"""torchvision's predictions for each image."""
 _KINDS = {"box": "bbox", "mask": "segm"}
 
 
@@ -134,7 +134,7 @@ def score(split: coco.CocoSplit, results: list[dict[str, Any]]) -> DetectionScor
 
 @dataclass
 class DetectionState(RunState):
-    """Of a run that trains a detector. Scores are COCO's averages in percent; the best is the best of masks."""
+    """The state of a run that trains a detector. Scores are COCO's averages in percent; masks decide which is best."""
 
     scores = ("mask_ap", "box_ap")
 
@@ -194,7 +194,7 @@ class DetectionTask(Task):
 
     @property
     def train_identity(self) -> str:
-        """What the training images and their objects are."""
+        """The identity of the training images and their objects."""
         return f"COCO:{self.train.identity}"
 
     @staticmethod
