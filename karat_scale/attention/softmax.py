@@ -117,7 +117,8 @@ def smooth_modes(tokens: int, count: int) -> Tensor:
     """
     if count >= tokens:
         raise ValueError(
-            f"rank = {count + 1} is more than N = {tokens} tokens, which init = 'softmax_like' cannot fill"
+            f"rank = {count + 1} is more than N = {tokens} tokens, which init = 'softmax_like' cannot fill; "
+            "use a lower rank"
         )
     side = math.isqrt(tokens)
     prefix = tokens - side * side

@@ -325,7 +325,7 @@ def _tile(pairs: Tensor, items: slice, rows: slice) -> Tensor:
 def mode_columns(tokens: int, count: int) -> Tensor:
     """M [N, K], float64: orthonormal columns. Raises ValueError when there are fewer than K modes."""
     if count > tokens:
-        raise ValueError(f"modes = {count} is more than N = {tokens} tokens")
+        raise ValueError(f"modes = {count} is more than N = {tokens} tokens; use fewer")
     constant = torch.full((tokens, 1), tokens**-0.5, dtype=torch.float64, device="cpu")
     return torch.cat((constant, smooth_modes(tokens, count - 1)), 1)
 

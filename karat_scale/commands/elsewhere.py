@@ -29,7 +29,7 @@ def track_runs(runs: Sequence[str], to: Sequence[str] | None) -> int:
     """
     chosen = {Path(path): to or _trackers_in_recipe(recipe_of_run(Path(path))) for path in runs}
     for trackers in chosen.values():
-        check_trackers(trackers)
+        check_trackers(trackers, "--to" if to else "log.trackers =")
     code = 0
     for run, trackers in chosen.items():
 

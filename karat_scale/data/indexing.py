@@ -469,6 +469,9 @@ def index_tars(request: IndexRequest) -> int:
     source = Store(request.source) if isinstance(request.source, str) else request.source.expanduser().resolve()
     if isinstance(source, Store) and request.out is None:
         raise DataError(f"add --out DIR, a directory for the indexes of {source.url}")
+    known = _lines(request.classes, "--classes {} cannot be read: {}") if request.classes else None
+    if known is not None and (not known or len(set(known)) < len(known) or not all(known)):
+        raise DataError(f"--classes {request.classes}: should have one name on each line, and no name twice")
     names = find_tars(source)
     out = _output(source, request.out)
     splits = into_splits(names, request.splits)
@@ -478,7 +481,7 @@ def index_tars(request: IndexRequest) -> int:
     usual: list[str] = []
     if not request.classes and isinstance(source, Path) and (source / "classnames.txt").exists():
         usual = _lines(source / "classnames.txt", "{} cannot be read: {}; give the names by --classes FILE")
-    classes = _classes(tars, rule, request.classes, usual)
+    classes = _classes(tars, rule, request.classes, known, usual)
     numbers = {name: number for number, name in enumerate(classes)}
     root = source.url if isinstance(source, Store) else "" if out == source else str(source)
     record = shard_format.DatasetRecord(classes=classes, root=root)
@@ -556,11 +559,14 @@ def _read_one(source: Path | Store, rule: LabelRule, with_hashes: bool, name: st
         return samples
 
 
-def _classes(tars: dict[str, TarSamples], rule: LabelRule, file: Path | None, usual: list[str]) -> list[str]:
+def _classes(
+    tars: dict[str, TarSamples], rule: LabelRule, file: Path | None, known: list[str] | None, usual: list[str]
+) -> list[str]:
     """Return the names of the classes, in order.
 
     Args:
         file: the user's file of names.
+        known: the names in this file; None without one.
         usual: the names in the file that open_clip's data sets have beside their tars; empty if there is none.
 
     Raises:
@@ -575,9 +581,6 @@ def _classes(tars: dict[str, TarSamples], rule: LabelRule, file: Path | None, us
     numbers = sorted(label for label in labels if not isinstance(label, str))
     if names and numbers:
         raise DataError(f"labels are names, such as {names[0]!r}, and numbers, such as {numbers[0]}; choose --label")
-    known = _lines(file, "--classes {} cannot be read: {}") if file else None
-    if known is not None and (not known or len(set(known)) < len(known) or not all(known)):
-        raise DataError(f"--classes {file}: should have one name on each line, and no name twice")
     if rule.kind == "txt" and known is None and len(names) > sum(len(tar.labels) for tar in tars.values()) / 2:
         fix = "give --classes FILE or choose another --label"
         raise DataError(f".txt has {len(names)} different texts, such as {names[0][:60]!r}, no classes; {fix}")
@@ -608,7 +611,7 @@ def _lines(path: Path, otherwise: str) -> list[str]:
     try:
         return read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(otherwise.format(path, error)) from error
+        raise DataError(otherwise.format(path, getattr(error, "strerror", None) or error)) from error
 
 
 def _write_split(

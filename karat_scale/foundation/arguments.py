@@ -1,6 +1,7 @@
 """Argument parsing that all our commands share: one-line errors, numbers with bounds, overrides between options."""
 
 import argparse
+import difflib
 import inspect
 import math
 import os
@@ -30,7 +31,8 @@ class OneLineParser(argparse.ArgumentParser):
             name = first.partition("=")[0]
             key = name.strip("-").replace("-", "_")
             hint = f"a recipe's key is written key=value, and `karat explain {key}` finds it" if takes_overrides else ""
-            hint = _OTHER_OPTIONS.get(name) or did_you_mean(name, self._option_string_actions, hint, likeness=0.8)
+            close = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.8)
+            hint = _OTHER_OPTIONS.get(name) or (f"did you mean {close[0]}?" if close else hint)
             self.error(f"unknown option {name}{'; ' if hint else ''}{hint}")
         if left:
             options.overrides = [*options.overrides, *left]
@@ -47,8 +49,9 @@ class OneLineParser(argparse.ArgumentParser):
             choices = f"choose from {', '.join(names)}"
             if action.option_strings and action.nargs and value and os.path.exists(str(value)):  # noqa: PTH110  # any length
                 raise argparse.ArgumentError(action, f"{value!r} is none of its values; name it before the option")
-            hint = did_you_mean(str(value), names, choices, likeness=0.5)  # options are short
-            if action.dest == "command":
+            is_command = action.dest == "command"
+            hint = did_you_mean(str(value), names, choices, likeness=0.66 if is_command else 0.5)  # values are short
+            if is_command:
                 is_recipe = "_" in str(value) or str(value).endswith((".yaml", ".yml"))
                 hint = _OTHER_COMMANDS.get(str(value), f"did you mean karat train {value}?" if is_recipe else hint)
             raise argparse.ArgumentError(action, f"unknown value {value!r}; {hint}")
@@ -56,11 +59,20 @@ class OneLineParser(argparse.ArgumentParser):
 
 # What people type as a command, and the command that does it.
 _OTHER_COMMANDS = {
+    "download": "use karat prepare fetch",
     "evaluate": "use karat eval RUN",
     "finetune": "use karat train RECIPE init_from=WEIGHTS",
     "fit": "use karat train RECIPE",
+    "help": "use karat --help",
+    "infer": "use karat predict",
+    "inference": "use karat predict",
+    "list": "use karat recipes",
+    "ls": "use karat recipes",
     "resume": "run the same karat train command again, and it resumes",
+    "serve": "use karat demo",
     "test": "use karat eval RUN --on DIR",
+    "validate": "use karat eval RUN",
+    "version": "use karat --version",
 }
 
 

@@ -166,9 +166,15 @@ class ProgressBars:
     def __init__(self, console: "Console") -> None:
         from rich import progress
         from rich.table import Column
+        from rich.text import Text
 
         def whole() -> Column:
             return Column(no_wrap=True)
+
+        class TimeLeft(progress.TimeRemainingColumn):
+            def render(self, task: progress.Task) -> Text:
+                time = super().render(task)  # empty for work without a total
+                return time.append(" left") if time.plain.strip() else time
 
         is_wide = console.width >= _WIDE
         bar, gone = 24 if is_wide else 8, (progress.TimeElapsedColumn(whole()), progress.TextColumn("gone,"))
@@ -178,8 +184,7 @@ class ProgressBars:
             progress.MofNCompleteColumn(table_column=whole()),
             progress.TextColumn("{task.fields[text]}", markup=False),
             *(gone if is_wide else ()),
-            progress.TimeRemainingColumn(table_column=whole()),
-            progress.TextColumn("left"),
+            TimeLeft(table_column=whole()),
             console=console,
             speed_estimate_period=120,
         )

@@ -98,6 +98,8 @@ def _status(error: BaseException) -> int | None:
 
 
 DEFAULT_TIMEOUT = 300.0
+QUIET = 10.0
+"""Seconds of failing tries after which a store tells of them."""
 # The share of the timeout after which a store has failed, so that its error comes before that of a waiting loader.
 _PATIENCE = 0.8
 # The share of that time that one try may take.
@@ -216,7 +218,8 @@ _KEPT: dict[int, Any] = {}
 class Store:
     """The files below a URL. It may be used by any process and thread; each process has its own connections.
 
-    timeout: a request, with all its tries, is given up after most of these seconds.
+    timeout: a request, with all its tries, is given up after most of these seconds; None if no recipe sets them.
+    tell: a function that is called once with a line if tries fail for `QUIET` seconds.
 
     Raises:
         StoreError: the URL cannot be used, the library of its protocol is not installed, or a file cannot be read.
@@ -225,12 +228,12 @@ class Store:
     setting = "data.timeout"
     """The recipe's key for the timeout."""
 
-    def __init__(self, url: str, timeout: float = DEFAULT_TIMEOUT) -> None:
+    def __init__(self, url: str, timeout: float | None = None, tell: Callable[[str], object] | None = None) -> None:
         try:
             self.url = check_url(url)
         except ValueError as error:
             raise StoreError(str(error)) from None
-        self._timeout, self._patience = timeout, _PATIENCE * timeout
+        self._timeout, self._patience, self._tell = timeout, _PATIENCE * (timeout or DEFAULT_TIMEOUT), tell
         self._protocol = urlsplit(url).scheme
         self._is_web = self._protocol in ("http", "https")
         self._opened: tuple[int, Any] | None = None
@@ -378,10 +381,13 @@ class Store:
             wait = pause * (0.5 + jitter.random())
             if time.monotonic() + wait >= deadline:
                 spent = time.monotonic() - begun
-                raise StoreError(
-                    f"{self.where(name)}: {reason}, {tries} times in {spent:.0f} s; check the store, or raise "
-                    f"{self.setting} (now {self._timeout:g} s) if it is only slow"
-                )
+                fix = "check the URL and the store"
+                if self._timeout:
+                    fix += f", or raise {self.setting} (now {self._timeout:g} s) if it is only slow"
+                raise StoreError(f"{self.where(name)}: {reason}, {tries} times in {spent:.0f} s; {fix}")
+            if self._tell is not None and time.monotonic() - begun > QUIET:
+                self._tell(f"{self.where(name)}: {reason}; trying for up to {deadline - begun:.0f} s")
+                self._tell = None
             time.sleep(wait)
 
     def _path(self, name: str) -> str:

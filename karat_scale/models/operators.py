@@ -128,7 +128,7 @@ def operator_maker(attention: AttentionConfig) -> Callable[[int, int, int], nn.M
         softmax_heads = attention.softmax_heads
         if softmax_heads >= num_heads:
             none = f"attention.softmax_heads = {softmax_heads} leaves none of {num_heads} heads for KArAt"
-            raise ValueError(f"{none}; set at most {num_heads - 1}")
+            raise RecipeError(f"{none}; set at most {num_heads - 1}")
         try:
             operator = make_heads(num_tokens, num_heads - softmax_heads, width, width * num_heads)
         except ValueError as error:

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import nearest
 from karat_scale.foundation.tables import ATTENTIONS, BASES, AttentionRow
-from karat_scale.recipe.base import Count, Effect, OneOf, Positive, Section
+from karat_scale.recipe.base import Count, Effect, OneOf, Positive, Section, wanted_by
 
 # Forms of ours, beside the paper's.
 VARIANTS = ("content", "smooth")
@@ -222,7 +222,8 @@ class AttentionConfig(Section):
             except ValidationError as error:
                 first_error = error.errors()[0]
                 at = ".".join(["", *map(str, first_error["loc"])])
-                yield f"{key}{at}: {first_error['msg'].removeprefix('Value error, ')}"
+                given = f" = {first_error['input']!r}" if at else ""
+                yield f"{key}{at}{given}: {wanted_by(first_error)}"
 
         if self.transfer_heads != "same" and not self.transfer_from:
             yield f"attention.transfer_heads = {self.transfer_heads} has no effect without transfer_from; remove it"

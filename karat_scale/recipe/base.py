@@ -3,6 +3,7 @@
 The sections are `checkpoint`, `resume` and `log`: what a run saves, resumes from and reports.
 """
 
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from enum import Enum
@@ -87,6 +88,20 @@ Count = Annotated[int, Field(ge=1)]
 Triple = tuple[float, float, float]
 # Of a tuple: a text alone is a list of it.
 ONE_IS_A_LIST = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+
+
+_IN_YAML = {"tuple_type": "should be a list, such as [a, b]", "dict_type": "should be a section of keys"}
+
+
+def wanted_by(error: Any) -> str:
+    """Return the values that a key may have, after a pydantic error of it: `should be ...`, perhaps with a hint."""
+    message: str = error["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to")[0]
+    if error["type"] == "literal_error" and isinstance(error["input"], str) and "did you mean" not in message:
+        names = re.findall(r"'([^']*)'", message)
+        is_cuda = error["input"] == "gpu" and "cuda" in names
+        meant = "did you mean cuda?" if is_cuda else did_you_mean(error["input"], names)
+        message += f"; {meant}" if meant else ""
+    return _IN_YAML.get(error["type"], message)
 
 
 class Section(BaseModel):

@@ -198,6 +198,8 @@ def recipe_of_run(run: Path) -> Path:
 
 def _why_missing(source: str, folder: Path) -> str:
     path = Path(source)
+    if "=" in source and not path.suffix.startswith(".y"):
+        return "an override; name the recipe before it"
     if path.is_dir():
         own = path / "recipe.yaml"
         return f"a run's directory; name its {own}" if own.is_file() else "a directory; name a YAML file in it"

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -18,9 +18,9 @@ from pydantic.fields import FieldInfo
 from typing_extensions import TypeVar
 
 from karat_scale.foundation.console import plural
-from karat_scale.foundation.errors import RecipeError, did_you_mean
+from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import Recipe, RunRecipe
-from karat_scale.recipe.base import Effect
+from karat_scale.recipe.base import Effect, wanted_by
 from karat_scale.recipe.files import lay_over, mapped, parse, read_recipe, read_run_recipe
 from karat_scale.recipe.synonyms import elsewhere, keys_called
 
@@ -235,9 +235,10 @@ def _mistakes(error: ValidationError, schema: type[BaseModel]) -> list[str]:
     return lines if left <= 0 else [*lines[:MOST_MISTAKES], plural(left, "more mistake")]
 
 
-_IN_YAML = {
-    "tuple_type": "should be a list, such as [a, b]",
-    "dict_type": "should be a section of keys",
+# The shape of the values of these keys.
+_SHAPES = {
+    "attention.blocks": "should be a section for each range of blocks, such as {8-11: {kind: karat}}",
+    "schedule.image_sizes": "should be pairs of epoch and size, such as [[0, 128], [34, 224]]",
 }
 
 
@@ -254,20 +255,12 @@ def _key_of(error: Any) -> str:
 def _descriptions(key: str, errors: Sequence[Any], schema: type[BaseModel]) -> list[str]:
     """Return a line for each error of a key; one, if the value has none of the types that the key may have."""
     lines = [_describe(key, one, schema) for one in errors]
-    wanted = [_wanted(one) for one in errors]
+    wanted = [wanted_by(one) for one in errors]
     if len({*wanted}) < 2 or not all(text.startswith("should be ") for text in wanted):
         return lines
     others = [text.removeprefix("should be ") for text in wanted[1:]]
     given = repr(errors[0]["input"])[:_LONGEST]
     return [f"{key} = {given}: {' or '.join([wanted[0], *others])}{_default_of(key, schema)}"]
-
-
-def _wanted(error: Any) -> str:
-    message: str = error["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to")[0]
-    if error["type"] == "literal_error" and isinstance(error["input"], str) and "did you mean" not in message:
-        names = re.findall(r"'([^']*)'", message)
-        message += f"; {hint}" if (hint := did_you_mean(error["input"], names)) else ""
-    return _IN_YAML.get(error["type"], message)
 
 
 def _describe(key: str, error: Any, schema: type[BaseModel]) -> str:
@@ -284,7 +277,13 @@ def _describe(key: str, error: Any, schema: type[BaseModel]) -> str:
         named: str = error["msg"].removeprefix("Value error, ")
         return named  # a validator of several fields names them itself
     given = "null" if error["input"] is None else repr(error["input"])[:_LONGEST]
-    return f"{key} = {given}: {_wanted(error)}{_default_of(key, schema)}"
+    wanted, separator, hint = wanted_by(error).partition(";")
+    if error["type"] in ("tuple_type", "dict_type"):  # also of an item of a list
+        wanted = _SHAPES.get(key.rstrip(".0123456789") if error["type"] == "tuple_type" else key, wanted)
+    field = _field_of(key, schema)
+    if field and type(None) in get_args(field.annotation) and wanted.startswith("should be "):
+        wanted += " or null"
+    return f"{key} = {given}: {wanted}{separator}{hint}{_default_of(key, schema)}"
 
 
 def _nearest(key: str, schema: type[BaseModel]) -> str:
@@ -314,8 +313,12 @@ def keys_like(key: str, schema: type[BaseModel] = Recipe) -> list[str]:
     return close or longer[:1] or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
 
 
+def _field_of(key: str, schema: type[BaseModel]) -> FieldInfo | None:
+    return next((field for known, field, _ in _fields(schema) if known == key), None)
+
+
 def _default_of(key: str, schema: type[BaseModel]) -> str:
-    field = next((field for known, field, _ in _fields(schema) if known == key), None)
+    field = _field_of(key, schema)
     if field is None or field.is_required() or field.default in (None, ""):
         return ""
     default = json.dumps(field.default) if isinstance(field.default, tuple) else field.default

@@ -230,7 +230,7 @@ def test_a_fault_that_ends_is_not_noticed(fault, store, s3, s3_port, tmp_path) -
         pytest.param("503", r"it failed|the connection failed|no answer came in time", marks=pytest.mark.slow),
         pytest.param(
             "stall",
-            r"no answer came in time, \d+ times in \d+ s; check the store, or raise checkpoint\.timeout",
+            r"no answer came in time, \d+ times in \d+ s; check the URL and the store, or raise checkpoint\.timeout",
             marks=pytest.mark.slow,
         ),
     ],

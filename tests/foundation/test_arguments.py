@@ -56,6 +56,10 @@ def test_an_option_between_overrides_keeps_its_value_and_those_of_a_bench_stand_
     [
         (["trian"], "unknown value 'trian'; did you mean train?"),
         (["xyz"], "choose from prepare, "),
+        (["stop"], "choose from prepare, "),
+        (["help"], "unknown value 'help'; use karat --help"),
+        (["eval", "r", "--wights", "x"], "unknown option --wights; did you mean --weights?"),
+        (["eval", "r", "--run", "x"], "unknown option --run; a recipe's key is written key=value"),
         (["resume", "r"], "run the same karat train command again, and it resumes"),
         (["photos.yaml"], "unknown value 'photos.yaml'; did you mean karat train photos.yaml?"),
         (["bench", "stpe"], "unknown value 'stpe'; did you mean step?"),

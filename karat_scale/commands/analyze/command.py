@@ -40,6 +40,7 @@ from karat_scale.commands.compare.finished import read_run
 from karat_scale.commands.figures import share_axes, themed
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import ALONE
+from karat_scale.engine.memory import one_line_out_of_memory
 from karat_scale.foundation.console import duration, printable, render_page, work_display
 from karat_scale.foundation.errors import RunDirectoryError, UserError
 from karat_scale.foundation.files import json_sha256, make_folder, replace_file
@@ -327,7 +328,9 @@ class _Work:
         settings = self._settings_of(name, label)
         if label:
             make_folder(settings.directory)
-        found: Result = ANALYSES[name](self.runs[label], settings) if label else ANALYSES[name](self.runs)
+        shares = name == SHARED and settings.world.size > 1  # then one rank must not give up alone
+        with nullcontext() if shares else one_line_out_of_memory(lambda: f"lower --batch (now {settings.batch})"):
+            found: Result = ANALYSES[name](self.runs[label], settings) if label else ANALYSES[name](self.runs)
         return found
 
     @contextmanager
@@ -337,7 +340,9 @@ class _Work:
             yield
         except (UserError, OSError) as error:
             message, harmless = " ".join(str(error).split()), isinstance(error, NothingToShowError)
-            if message.startswith("data.path = "):  # which is not an option of this command
+            # These keys are not options of this command.
+            message = re.sub(r"set data\.path=(.+), which has it$", r"use --data \1, which has it", message)
+            if "data.path" in message or "data.backend" in message:
                 message = f"{message.partition(';')[0]}; give the directory of the data by --data"
             if (label, message, harmless) not in self.problems:
                 told = f"{'note' if harmless else 'error'}: {_named(name, label)}: {message}"

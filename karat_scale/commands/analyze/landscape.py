@@ -31,6 +31,7 @@ from karat_scale.commands.analyze.result import Result, Settings, Table, note_ba
 from karat_scale.commands.analyze.trained_run import TrainedRun
 from karat_scale.commands.figures import OWN_LIMITS, new_axes, new_figure
 from karat_scale.engine.distributed import ALONE, World
+from karat_scale.engine.memory import one_line_out_of_memory
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.foundation.files import open_to_read, replace_file
 from karat_scale.models.factory import layer_sizes
@@ -261,15 +262,18 @@ def analyze_landscape(run: TrainedRun, settings: Settings) -> Result:
 
     @torch.no_grad()
     def loss() -> float:
-        batches = images.batches(kept, run.device)
-        return sum(float(cross_entropy(model(x), y, reduction="sum")) for x, y in batches) / count
+        with one_line_out_of_memory(lambda: f"lower --batch (now {settings.batch})"):
+            batches = images.batches(kept, run.device)
+            return sum(float(cross_entropy(model(x), y, reduction="sum")) for x, y in batches) / count
 
     count = len(images) - images.bad
-    loss()  # warms up
-    started = time.perf_counter()
-    loss()
+    with settings.world.together():
+        loss()  # warms up
+        started = time.perf_counter()
+        loss()
+        seconds = time.perf_counter() - started
     points = -(-(1 if plane is None else 2) * settings.grid**2 // settings.world.size)
-    say_cost(settings, "landscape", points, time.perf_counter() - started, "--grid and --samples make it shorter")
+    say_cost(settings, "landscape", points, seconds, "--grid and --samples make it shorter")
     identity = f"{last} {images.ids} {run.data_identity} {run.data_digest}"
     result.numbers["checkpoint"], result.numbers["images"] = last, count
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from karat_scale.commands.compare.comparison import Comparison, Group, compare_groups
 from karat_scale.commands.compare.finished import MEASURES, SCORES, FinishedRun, read_run
 from karat_scale.commands.figures import COLOURS, new_axes, rendered
-from karat_scale.foundation.console import print_table, printable, render_page, write_json
+from karat_scale.foundation.console import print_table, printable, render_page, wrapped, write_json
 from karat_scale.foundation.errors import UserError, on_one_line
 from karat_scale.foundation.files import write_atomically
 
@@ -62,7 +62,7 @@ def compare_runs(
         print(line, file=sys.stderr)
     for table in comparison.tables(_SHOWN_KEYS):
         print_table(*table)
-    print(f"\n{on_one_line(' '.join(comparison.summary))}")
+    print(f"\n{wrapped(on_one_line(' '.join(comparison.summary)), '')}")
     for line in comparison.warnings:
         print(f"\nwarning: budgets differ: {on_one_line(line)}", file=sys.stderr)
     write_json(json_file, {**comparison.to_json(), "notes": notes})

@@ -35,7 +35,7 @@ def add_commands(commands: Any) -> None:
     index.add_argument("source", metavar="SRC", help="a directory or a URL with .tar files, also below it")
     where = "directory for the indexes and dataset.json (default: SRC)"
     index.add_argument("--out", type=Path, metavar="DIR", help=where)
-    rule = "where the class is: cls, json:FIELD, txt, path or auto"
+    rule = "where the class is: cls, json:FIELD, txt, path or auto (default: auto)"
     index.add_argument("--label", default="auto", metavar="RULE", help=rule)
     by_name = "tars of a split (default: by their names)"
     index.add_argument("--split", dest="splits", action="append", default=[], metavar="NAME=GLOB", help=by_name)

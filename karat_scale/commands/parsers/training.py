@@ -107,7 +107,11 @@ def add_commands(commands: Any) -> None:
     )
     quick.set_defaults(run=command("karat_scale.commands.quickstart:quickstart"))
 
-    several = commands.add_parser("launch", help="run a command on several ranks of this machine, such as its GPUs")
+    several = commands.add_parser(
+        "launch",
+        help="run a command on several ranks of this machine, such as its GPUs",
+        usage="karat launch [-h] [--ranks N] COMMAND ...",
+    )
     several.add_argument("--ranks", type=count, metavar="N", help="processes (default: one for each GPU)")
     such_as = "a command of karat with its arguments, such as train RECIPE"
     several.add_argument("arguments", nargs=argparse.REMAINDER, metavar="COMMAND ...", help=such_as)
@@ -119,7 +123,9 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
     add_checkpoint(evaluate)
     add_weights(evaluate)
-    evaluate.add_argument("--on", metavar="DIR", help="another test set: shards, or a folder of classes")
+    evaluate.add_argument(
+        "--on", metavar="DIR", help="another test set: shards (also at a URL), betons, or a folder of classes"
+    )
     split = "split of DIR (default: the first of val, test, validation, valid, train)"
     evaluate.add_argument("--split", default="", metavar="NAME", help=split)
     evaluate.add_argument("--labels", metavar="FILE", help="count other labels as right, such as ReaL's real.json")

@@ -32,6 +32,7 @@ from karat_scale.data.loading.device_feed import DeviceFeed
 from karat_scale.data.shards.shard_format import check_data_path
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World, device_name
+from karat_scale.engine.memory import one_line_out_of_memory
 from karat_scale.engine.reporting.progress import MetricsLog, PlainDisplay, Reporter, SilentDisplay, read_events
 from karat_scale.engine.shards import Fragment, Pieces
 from karat_scale.foundation.console import plural, print_table, printable, progress, write_json
@@ -237,17 +238,19 @@ def trained_again(
     """Yield task and trainer of a scratch recipe, resumed before the step to take. Raises UserError if not possible."""
     task: ClassificationTask | None = None
     reporter = Reporter(PlainDisplay() if world.is_main and log is None else SilentDisplay(), log, world.rank)
+    fix = "use as many ranks as the run had (karat launch --ranks N ...), each with as much memory"
     try:
-        task = ClassificationTask(recipe, world, reporter).at(step - 1)
-        trainer = Trainer(task, RunDirectory(recipe.run.dir))
-        state = trainer.resume()
-        if task.stream_differs:
-            raise UserError(f"step {step}: {task.stream_differs}; take it again on as many ranks as the run had")
-        if not state.step < step <= trainer.total_steps:
-            raise UserError(f"step {step}: the run has steps 1 to {trainer.total_steps:,}")
-        if task.size_at(state.step) != task.size_at(step - 1):
-            raise UserError(f"step {step}: no checkpoint of its image size is left before it; take a later step")
-        yield task, trainer
+        with one_line_out_of_memory(lambda: fix):
+            task = ClassificationTask(recipe, world, reporter).at(step - 1)
+            trainer = Trainer(task, RunDirectory(recipe.run.dir))
+            state = trainer.resume()
+            if task.stream_differs:
+                raise UserError(f"step {step}: {task.stream_differs}; take it again on as many ranks as the run had")
+            if not state.step < step <= trainer.total_steps:
+                raise UserError(f"step {step}: the run has steps 1 to {trainer.total_steps:,}")
+            if task.size_at(state.step) != task.size_at(step - 1):
+                raise UserError(f"step {step}: no checkpoint of its image size is left before it; take a later step")
+            yield task, trainer
     finally:
         if task is not None:
             task.close()
@@ -349,7 +352,7 @@ def verify(run_dir: str, begin: int | None, end: int | None, json_file: str | No
             ranks = saved["world_size"]
             raise UserError(
                 f"{last} was written by {plural(ranks, 'rank')}, and here {plural(world.size, 'rank')} would train; "
-                f"use karat launch --ranks {ranks} verify, or a job of as many"
+                f"use karat launch --ranks {ranks} verify {run_dir}, or a job of as many"
             )
         refuse_other_files(directory, recipe, 0 if first else 1)
         with scratch_recipe(directory, recipe, first, world) as again:
@@ -406,7 +409,7 @@ def _segment(store: CheckpointStore, begin: int | None, end: int | None) -> tupl
     else:
         first = checkpoint_name(begin) if begin else ""
     if first >= last:
-        raise UserError(f"--from {begin} should be before {last}")
+        raise UserError(f"--from {begin} should be before {last}; name an earlier step, or 0 for the start")
     return (store.find_intact(first) if first else ""), last
 
 

@@ -28,7 +28,7 @@ import yaml
 
 from karat_scale.commands.status.status import read_standing
 from karat_scale.commands.submit.sbatch import Job
-from karat_scale.data.shards.shard_format import absolute_path
+from karat_scale.data.shards.shard_format import absolute_path, check_data_path
 from karat_scale.foundation.console import few, plural, print_table, printable, work_display
 from karat_scale.foundation.errors import EXIT_STOPPED, RecipeError, UserError, on_one_line
 from karat_scale.foundation.files import json_sha256, open_to_read, parse_json, run_around
@@ -224,6 +224,7 @@ def plan_sweep(recipe: str, overrides: Sequence[str], out: str | None) -> Sweep:
                 checked = load_recipe(recipe, own, schema)
             runs.append(PlannedRun(point, directory, own, checked))
         except RecipeError as error:
+            load_recipe(recipe, shared, schema)  # raises if the mistake is not the point's
             raise RecipeError(f"{' '.join(point.settings)}: {error}") from None
     _refuse_idle_keys(runs)
     return Sweep(COMMANDS[schema.shipped], named, tuple(shared), root, _without_twins(runs))
@@ -472,14 +473,16 @@ def sweep(recipe: str, overrides: Sequence[str], out: str | None, only_print: bo
     states = {run.point.name: run.state for run in planned.runs}
     if only_print or job:
         _show(planned, states)
-    is_left = any(state in (State.NEW, State.UNFINISHED) for state in states.values())
+    left = [run for run in planned.runs if states[run.point.name] in (State.NEW, State.UNFINISHED)]
     failures: dict[str, str] = {}
-    if job and is_left:
+    if job and left:
         submit_sweep(planned, job)
         return 0
     if only_print:
         return 0
-    if is_left and not job:
+    if left and not job:
+        for data in {run.recipe.data: None for run in left if isinstance(run.recipe, Recipe)}:
+            check_data_path(data)
         try:
             failures = run_sweep(planned, ranks)
         except StoppedSweepError as stopped:

@@ -323,7 +323,8 @@ def verify(arguments: list[str] | None = None) -> None:
         raise DataError(f"{problems[0]} ({plural(len(problems), 'problem')} in total)")
     for name, split in splits.items():
         print(
-            f"{name}: {split.samples} samples of {len(record.classes)} classes in {len(split.shards)} shards are right"
+            f"{name}: right: {plural(split.samples, 'sample')} of {len(record.classes)} classes in "
+            f"{plural(len(split.shards), 'shard')}"
         )
 
 

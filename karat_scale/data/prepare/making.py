@@ -35,6 +35,7 @@ from karat_scale.foundation.arguments import OneLineParser, count
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import lock, unlock
 from karat_scale.foundation.machine import be_killed_with_parent, usable_cores
+from karat_scale.foundation.stores import is_url
 
 # These may differ between two runs that make the same bytes.
 FREE_SETTINGS = ("version", "source")
@@ -379,11 +380,18 @@ def make_parser(description: str, writes: bool = True) -> OneLineParser:
     return parser
 
 
+def source_path(text: str) -> Path:
+    """Return the path of images to convert. Raises DataError for a URL."""
+    if is_url(text):
+        raise DataError(f"--src {text} is a URL; for tars there use karat index, else download it first")
+    return user_path(text)
+
+
 def source_parser(description: str) -> OneLineParser:
     """Return a parser with the options of scripts that convert a source: where it is, its images, and odd ones."""
     parser = make_parser(description)
     images = "the images: a directory, a tar that is not compressed, or a Parquet file"
-    parser.add_argument("--src", type=user_path, required=True, metavar="DIR", help=images)
+    parser.add_argument("--src", type=source_path, required=True, metavar="DIR", help=images)
     parser.add_argument("--split", metavar="NAME", help="make only this split (default: all)")
     _add_workers(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the order in the output (default 0)")

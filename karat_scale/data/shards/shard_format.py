@@ -20,6 +20,7 @@ import io
 import json
 import os
 import stat
+import sys
 import threading
 import zipfile
 import zlib
@@ -33,9 +34,11 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from karat_scale.foundation.console import printable
 from karat_scale.foundation.errors import DataError, nearest
 from karat_scale.foundation.files import read_text, write_atomically
-from karat_scale.foundation.stores import DEFAULT_TIMEOUT, Store, is_url
+from karat_scale.foundation.machine import launch_environment
+from karat_scale.foundation.stores import Store, is_url
 from karat_scale.foundation.tables import Files
 from karat_scale.recipe import DataConfig
 
@@ -146,13 +149,11 @@ def absolute_path(path: str) -> str:
     return directory if isinstance(directory, str) else str(directory.absolute())
 
 
-def read_dataset_record(
-    directory: Path | str, timeout: float = DEFAULT_TIMEOUT, what: str = "data.path"
-) -> DatasetRecord:
+def read_dataset_record(directory: Path | str, timeout: float | None = None, what: str = "data.path") -> DatasetRecord:
     """Read dataset.json of a directory or at a URL.
 
     Args:
-        timeout: data.timeout, for a URL.
+        timeout: data.timeout, for a URL; None if no recipe sets it.
         what: the key or the option that names the directory, for messages.
 
     Raises:
@@ -177,9 +178,15 @@ def _validated(kind: type[M], path: object, read: Callable[[], str], fix: str) -
         raise DataError(f"{path} is damaged or of another version ({where}: {first['msg']}); {fix}") from error
 
 
-def _record_text(directory: Path | str, timeout: float, what: str) -> str:
+def _record_text(directory: Path | str, timeout: float | None, what: str) -> str:
     if isinstance(directory, str):
-        return Store(directory, timeout).read_small(DATASET_FILE, LARGEST_RECORD).decode("utf-8")
+
+        def tell(text: str) -> None:
+            if launch_environment(os.environ)[0] == 0:
+                print(printable(f"note: {text}"), file=sys.stderr, flush=True)
+
+        store = Store(directory, timeout, tell)
+        return store.read_small(DATASET_FILE, LARGEST_RECORD).decode("utf-8")
     check_has_record(directory, what)
     return read_record_text(directory / DATASET_FILE)
 
@@ -466,7 +473,7 @@ def unused_classes(classes: int, num_classes: int) -> str:
         return ""
     return (
         f"the data has {classes} classes, but model.num_classes = {num_classes}: the other outputs stay unused; "
-        f"set model.num_classes={classes} unless that is intended"
+        f"unless that is intended, begin a run with model.num_classes={classes}"
     )
 
 

@@ -258,7 +258,7 @@ def hash_files(data: DataConfig, part: int, parts: int) -> Iterator[None]:
 
 # As torchvision's ImageFolder has them.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-FOLDER_FIX = "correct data.path, or make shards with karat prepare webdataset and use data.backend=webdataset"
+FOLDER_FIX = "correct the path, or put images there, into a folder for each class"
 
 
 class FolderSplit(ImageSource):
@@ -406,6 +406,8 @@ def class_folders(folder: Path) -> list[str]:
             fix = f" and {more:,} more; if these are classes, move them into {folder}"
         else:
             fix = shard_format.split_fix(folder.name, beside) or f"; {FOLDER_FIX}"
+        if (folder.parent / shard_format.DATASET_FILE).is_file():
+            fix = f"; it has a {shard_format.DATASET_FILE}, so use data.backend=webdataset"
         listed = ", ".join(beside[:MOST_SPLITS]) or "none"
         raise DataError(f"{folder} does not exist; the folders there: {listed}{fix}") from None
     except OSError as error:

@@ -330,17 +330,17 @@ def main(arguments: Sequence[str]) -> int:
     os._exit(code)  # a library's threads and exit handlers must not keep this process
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Raise UserError for the first tracker of a recipe whose package or module is not installed."""
+def check_trackers(names: Sequence[str], what: str = "log.trackers =") -> None:
+    """Raise UserError for the first tracker whose package or module is not installed. what: the key or option."""
     for name in names:
         row, module = TRACKERS.get(name), name.partition(":")[0]
         if row is not None and row.extra and not is_installed(EXTRAS[row.extra].module):
-            raise UserError(f"log.trackers = {name}: {name} is not installed; {how_to_install(row.extra)}")
+            raise UserError(f"{what} {name}: {name} is not installed; {how_to_install(row.extra)}")
         if row is None:
             with suppress(ModuleNotFoundError):  # of its parent package
                 if find_spec(module) is not None:
                     continue
-            raise UserError(f"log.trackers = {name}: no module {module}; put its directory on PYTHONPATH")
+            raise UserError(f"{what} {name}: no module {module}; put its directory on PYTHONPATH")
 
 
 class Trackers:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from karat_scale.commands.analyze.analyses import ANALYSES
 from karat_scale.commands.analyze.command import unique_labels
 from karat_scale.commands.analyze.trained_run import TrainedRun
 from karat_scale.commands.cli import main
+from karat_scale.recipe.loading import dump_recipe
 from tests.commands.analyze.browser import Browser
 from tests.conftest import karat, karat_done
 
@@ -49,6 +51,28 @@ def test_missing_images_leave_what_needs_none(karat_run: TrainedRun, tmp_path: P
     (tmp_path / "out" / "report.html").unlink()
     assert main([*arguments, "--only", "maps"]) == 2
     assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_an_analysis_that_does_not_fit_into_memory_leaves_the_others(karat_run, tmp_path, monkeypatch, capsys) -> None:
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1")
+
+    monkeypatch.setattr("karat_scale.commands.analyze.maps.analyze_maps", too_large)
+    arguments = ["analyze", str(karat_run.path), *QUICK, "--out", str(tmp_path), "--only", "maps", "distributions"]
+    assert main([*arguments, "--batch", "64"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert lines == [
+        "error: maps of karat: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB; lower --batch (now 64)"
+    ]
+    assert 'data-figure="distributions/' in (tmp_path / "report.html").read_text()
+
+
+def test_a_split_in_place_of_its_data_set_is_told_in_words_of_this_command(own_run, image_folder, capsys) -> None:
+    folder = own_run.recipe.changed(data__backend="folder", data__path=str(image_folder))
+    (own_run.path / "recipe.yaml").write_text(dump_recipe(folder))
+    arguments = ["analyze", str(own_run.path), *QUICK, "--only", "maps", "--data", str(image_folder / "val")]
+    assert main(arguments) == 2
+    assert f"does not exist; use --data {image_folder}, which has it" in capsys.readouterr().err
 
 
 def test_a_later_command_keeps_what_an_earlier_one_made(karat_run: TrainedRun, tmp_path: Path, capsys) -> None:

@@ -77,6 +77,15 @@ def test_a_step_without_a_checkpoint_and_data_that_have_moved_are_told(trained, 
     assert said in capsys.readouterr().err
 
 
+def test_a_machine_with_less_memory_is_told_in_one_line(trained, monkeypatch, capsys) -> None:
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1")
+
+    monkeypatch.setattr("karat_scale.training.trainer.Trainer.resume", too_large)
+    assert karat_here("verify", str(trained)) == 2
+    assert "Tried to allocate 2.00 GiB; use as many ranks as the run had (karat launch" in capsys.readouterr().err
+
+
 def test_a_changed_recipe_is_found(run, verify) -> None:
     recipe = run / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("drop_path: 0.3", "drop_path: 0.2"))

@@ -296,3 +296,10 @@ def test_data_that_vary_are_those_of_the_points(tmp_path: Path, capsys: pytest.C
     assert "data.path=/b" in (points / "1").read_text().splitlines()
     assert karat_here(*command, "--slurm", "--stage=/disk", "--out", str(tmp_path)) == 2
     assert "--stage /disk copies one data set, but data.path varies" in capsys.readouterr().err
+
+
+def test_data_that_are_nowhere_start_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert karat_here("sweep", "cifar10_vit_tiny", "run.seed=0,1", "data.path=/nowhere", "--out", str(out)) == 2
+    assert capsys.readouterr().err.startswith("error: data.path = /nowhere is not a directory; set it to a directory")
+    assert not out.exists()

@@ -159,7 +159,7 @@ NO_CLASSES = [
     ([("a.cls", b"1")], [], "no sample has an image and a label, by --label cls"),
     (GOOD, ["--label", "csv"], "should be one of auto, cls"),
     (GOOD, ["--split", "train=b*.tar"], "no tar that is left has such a path"),
-    (GOOD, ["--classes", "/nowhere"], "cannot be read"),
+    ([("a.cls", b"1")], ["--classes", "/nowhere"], "--classes /nowhere cannot be read: No such file or directory"),
 ]
 
 

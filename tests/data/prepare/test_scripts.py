@@ -90,8 +90,9 @@ MISTAKES = {
     "--src SRC/train --val-fraction 0.01": r"^--val-fraction 0.01 is 0 of 18 images; choose a fraction that makes 1",
     "--src SRC/train --val-count 16": r"^--val-count 16 is 16 of 18 images; choose 1 to 15",
     "--src SRC/nowhere": r"--src .*/nowhere is not a directory, a tar or a Parquet file",
+    "--src https://a.test/b": "--src https://a.test/b is a URL; for tars there use karat index, else download it first",
     "--src SRC/bare": "has no class folders",
-    "--src SRC/empty": "has no images in its class folders",
+    "--src SRC/empty": "has no images in its class folders; put them there, or correct --src",
     "--src SRC/text/ant/a.jpg": r"a.jpg is no tar, or damaged from its first byte; name another file",
     "--src SRC/text": r"no image of split train is usable; first: ant/a.jpg",
 }

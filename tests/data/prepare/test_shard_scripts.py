@@ -42,7 +42,7 @@ def check(directory, *options):
 
 def test_problems_are_counted_and_the_first_is_named(shards, capsys):
     check(shards)
-    assert "train: 18 samples of 3 classes in 3 shards are right" in capsys.readouterr().out
+    assert "train: right: 18 samples of 3 classes in 3 shards" in capsys.readouterr().out
     flip(shards / "train-000001.tar", 3000)
     (shards / "train-000002.tar").unlink()
     with pytest.raises(DataError, match=r"train-000001.tar has changed .*\(2 problems in total\)") as caught:
@@ -306,7 +306,7 @@ def test_own_and_indexed_splits_of_one_data_set_are_verified(shards, tmp_path, c
     assert karat_here("index", str(tmp_path / "val"), "--split", "other=*.tar", *classes) == 0
     finished.join(tmp_path / "val", shards)
     check(shards)
-    assert "other: 1 samples of 3 classes in 1 shards are right" in capsys.readouterr().out
+    assert "other: right: 1 sample of 3 classes in 1 shard\n" in capsys.readouterr().out
 
 
 def test_a_damaged_tar_without_a_hash_hides_no_other_problem(tmp_path, capsys):

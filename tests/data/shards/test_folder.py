@@ -71,13 +71,14 @@ def test_the_folder_of_a_split_is_not_the_data_set(folder):
 @pytest.mark.parametrize(
     ("split", "files", "message"),
     [
-        ("train", [], "train does not exist; the folders there: none; correct data.path"),
+        ("train", [], "train does not exist; the folders there: none; correct the path"),
         ("train", ["training/ant/x.jpg"], "the folders there: training; set data.train_split to one"),
         (
             "train",
             [f"{name}/x.jpg" for name in "gfedcba"],
             "the folders there: a, b, c, d, e and 2 more; if these are classes, move them into ",
         ),
+        ("val", ["dataset.json"], "it has a dataset.json, so use data.backend=webdataset"),
         ("train", ["train/x.jpg"], "train has no class folders; put the images of each class into a folder"),
         ("train", ["train/ant/x.txt"], "train/ant/x.txt: no suffix of .jpg, "),
         ("train", [f"train/{name}/x.jpg" for name in "abc"], "has 3 classes, but model.num_classes = 2"),

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from karat_scale.data.shards.shard_format import read_dataset_record
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.stores import ChangedFileError, FileFacts, Store, StoreError, check_url, is_url
@@ -82,7 +83,7 @@ def test_a_fault_that_ends_is_not_noticed(fault, files, nginx):
 
 
 STAYS = {
-    "503": r"it failed \(HTTP 503\), \d+ times in \d+ s; check the store, or raise data.timeout \(now 3 s\)",
+    "503": r"it failed \(HTTP 503\), \d+ times in \d+ s; check the URL and the store, or raise data.timeout \(now 3 s",
     "stall": r"no answer came in time, \d times in",
     "cut": r"the connection failed \(\w+\), \d+ times in",
 }
@@ -99,6 +100,17 @@ def test_a_fault_that_stays_is_one_line_in_time(files, nginx):
 
     with ThreadPoolExecutor(len(STAYS)) as pool:
         list(pool.map(stays, STAYS, STAYS.values()))
+
+
+def test_tries_that_take_long_are_told_once(files, nginx, monkeypatch, capsys):
+    monkeypatch.setattr("karat_scale.foundation.stores.QUIET", 0.5)
+    with (
+        FaultyProxy(nginx(files), spoil=lambda number, asked: "503") as proxy,
+        pytest.raises(DataError, match=r"it failed \(HTTP 503\)"),
+    ):
+        read_dataset_record(proxy.url, 5)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"note: {proxy.url}/dataset.json: it failed (HTTP 503); trying for up to 4 s"
 
 
 def test_a_folder_that_cannot_be_listed_is_no_empty_one(files, nginx):

@@ -71,8 +71,9 @@ class ImageFolderSource(ListedSource):
             labels += [numbers[name]] * len(found)
         if not paths:
             parquet = next((path for path, _ in skipped if path.endswith(".parquet")), "")
-            fix = f"; it has Parquet files: give {folder / parquet.partition('/')[0]} as --src" if parquet else ""
-            raise DataError(f"{folder} has no images in its class folders{fix}")
+            given = f"it has Parquet files: give {folder / parquet.partition('/')[0]} as --src"
+            fix = given if parquet else "put them there, or correct --src"
+            raise DataError(f"{folder} has no images in its class folders; {fix}")
         if len(classes) == 1 and all(path.count("/") > 1 for path in paths):  # as in a tar
             raise DataError(
                 f"{folder}: by paths such as {paths[0]}, all images would be of one class, {classes[0]!r}; give the "

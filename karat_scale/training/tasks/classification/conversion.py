@@ -37,6 +37,7 @@ from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import wait_for
 from karat_scale.engine.engine import allow_tf32
+from karat_scale.engine.memory import one_line_out_of_memory
 from karat_scale.engine.reporting.progress import Reporter, choose_display
 from karat_scale.foundation.console import plural, print_table
 from karat_scale.foundation.errors import EXIT_STOPPED, RunDirectoryError, UserError
@@ -405,8 +406,9 @@ def survey(task_type: type[Task], recipe: Recipe) -> int:
         reporter = Reporter(choose_display(world.is_main, recipe.run.name), None, world.rank)
         task: Any = task_type(recipe, world, reporter).at(0)
         try:
-            model = starting_model(task, directory, signals)
-            found = _surveyed(task.stage, model, world.device, reporter)
+            with one_line_out_of_memory(partial(task_type.less_memory, recipe, world.size)):
+                model = starting_model(task, directory, signals)
+                found = _surveyed(task.stage, model, world.device, reporter)
         except StoppedError:
             reporter.info("stopped; run the same command to go on")
             raise
