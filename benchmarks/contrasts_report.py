@@ -23,7 +23,7 @@ from benchmarks.contrasts import (
     REPLACED,
     REPORTED,
     SEEDS,
-    checked_rates,
+    best_rate,
     chosen_rate,
     results,
 )
@@ -34,6 +34,15 @@ HEAD = """# Results of the second experiment
 
 The protocol is [contrasts.md](contrasts.md), which says when it was amended. This page is written by
 `python -m benchmarks.contrasts report` from the records in `docs/experiments/contrasts/`. Top-1 is in percent.
+"""
+COLUMNS = f"""## How to read the tables
+
+- **Arms** have the [measures of the protocol](contrasts.md#evaluation): the training loss of the last 200 steps; the
+  shares of S's energy on 16 test images, a mean over blocks; top-1 of {REPLACED:,} test images with each S as it is, or
+  replaced by its mean; the largest share of a block's scores beyond pi at the end; the gradient's norm before clipping.
+- **Contrasts** have the mean difference with its 95 % t interval over seeds, its error by the choice of the test
+  images (1.96 standard errors), and Holm's p once all seeds have run.
+- **Images that only one arm gets right** are counted over all seeds that both have. **By epoch** is a mean over seeds.
 """
 OTHERS = """## Other attention after 4 epochs
 
@@ -57,7 +66,7 @@ def render() -> str:
     Raises ValueError if runs of one table are not of one code, those of a seed saw other images or another order, or S
     was replaced on another number of images.
     """
-    parts = [HEAD, rates()]
+    parts = [HEAD, rates(), COLUMNS]
     for stage in COMPARED:
         records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob(f"{stage}-*.json"))]
         if len({(record["seed"], record["data_digest"]) for record in records}) > len({r["seed"] for r in records}):
@@ -84,17 +93,16 @@ def of_arms(records: list[dict[str, Any]], arms: Iterable[str]) -> ByArm:
 
 def rates() -> str:
     """Return the tables of learning rates, with what has run."""
-    text = "## Learning rates\n\nOn the 5,000 held-out images, seed 99 (-: not needed).\n\n"
+    text = "## Learning rates\n\nOn the 5,000 held-out images, seed 99, after 4 and then after 22 epochs.\n\n"
+    arms = [arm for arm in (*ARMS, *LATER) if arm not in ONE_CHANGE]
+    found = {arm: (results(arm, "rate"), results(arm, "check")) for arm in arms}
+    tried = sorted({rate for both in found.values() for own in both for rate in own})
     rows = []
-    for arm in (arm for arm in (*ARMS, *LATER) if arm not in ONE_CHANGE):
-        short, long = results(arm, "rate"), results(arm, "check")
-        cells = [", ".join(f"{rate:g}:{top1:.2f}" for rate, top1 in found.items()) for found in (short, long)]
-        if arm in LATER or len(checked_rates(arm)) == 1:
-            cells[1] = "-"
-        elif long and chosen_rate(arm) is None:
-            cells[1] += " (not finished)"
-        rows.append([arm, *cells])
-    return text + table(["arm", "4 epochs", "22 epochs"], rows)
+    for arm, both in found.items():
+        chosen = best_rate(arm) if arm in LATER else chosen_rate(arm)
+        cells = [f"{own[rate]:.2f}" if rate in own else "" for own in both for rate in tried]
+        rows.append([arm, *cells, f"{chosen:g}" if chosen else ""])
+    return text + table(["arm", *(f"{rate:g}" for rate in tried * 2), "chosen"], rows)
 
 
 def compared(by_arm: ByArm) -> str:
@@ -114,7 +122,8 @@ def compared(by_arm: ByArm) -> str:
                 f"{own[0]['rate']:g}",
                 len(own),
                 f"{statistics.mean(ends):.2f}",
-                f"{min(ends):.2f} to {max(ends):.2f}",
+                f"{min(ends):.2f}",
+                f"{max(ends):.2f}",
                 f"{loss:.3f}",
                 *(f"{max(0.0, x):.2f}" for x in content),
                 *(f"{x:.1f}" for x in replaced),
@@ -122,16 +131,9 @@ def compared(by_arm: ByArm) -> str:
                 f"{norm:.1f}",
             ]
         )
-    columns = ["arm", "rate", "seeds", "top-1", "range", "training loss", "by the query", "by the image"]
+    columns = ["arm", "rate", "seeds", "top-1", "lowest", "highest", "training loss", "by the query", "by the image"]
     columns += [*REPLACEMENTS, "beyond pi", "norm"]
-    text = (
-        "On the 10,000 test images; the training loss of the last 200 steps; the shares of S's energy that depend on "
-        "the query and on the image, of 16 test images, a mean over blocks; top-1 of "
-        f"{REPLACED:,} test images with each S as it is, or replaced by its mean over queries or over images; the "
-        "largest share of a block's scores beyond pi at the end; and the largest norm of the gradient among those of "
-        "every tenth step, before clipping.\n\n"
-    )
-    return text + table(columns, rows)
+    return table(columns, rows)
 
 
 def contrasts(by_arm: ByArm, epochs: int) -> str:
@@ -147,17 +149,14 @@ def contrasts(by_arm: ByArm, epochs: int) -> str:
         p = f"{corrected[name]:.3f}" if name in corrected else ""
         said = [difference(own), f"+-{error_of_images(by_arm, *pair):.2f}"] if len(own) > 1 else ["not yet run", ""]
         rows.append([name, len(own), *said, p])
-    text = (
-        f"### Contrasts after {epochs} epochs\n\nThe mean difference by seed with its 95 % t interval over seeds; "
-        "its error by the choice of the test images, 1.96 standard errors; and p of a paired t test, corrected by Holm "
-        "for the three contrasts of the protocol, once all their seeds have run."
-        + (f" The softmax to beat is `{others[0]}`." if len(others) > 1 else "")
-        + "\n\n"
-    )
-    pairs = [[a, b, disagreement(by_arm, a, b)] for a, b in itertools.combinations(by_arm, 2)]
-    only = f"\n### Images that one arm alone gets right after {epochs} epochs\n\nOver all seeds that both have.\n\n"
-    columns = ["arm", "other arm", "only the first, only the second"]
-    return text + table(["contrast", "seeds", "points", "test images", "p"], rows) + only + table(columns, pairs)
+    text = f"### Contrasts after {epochs} epochs\n\n"
+    text += f"The softmax to beat is `{others[0]}`.\n\n" if len(others) > 1 else ""
+    text += table(["contrast", "seeds", "points", "test images", "p"], rows)
+    if len(by_arm) == 1:
+        return text
+    pairs = [[a, b, *disagreement(by_arm, a, b)] for a, b in itertools.combinations(by_arm, 2)]
+    text += f"\n### Images that only one arm gets right after {epochs} epochs\n\n"
+    return text + table(["arm", "other arm", "the arm", "the other arm"], pairs)
 
 
 def beside_smooth(by_arm: ByArm) -> str:
@@ -198,14 +197,14 @@ def error_of_images(by_arm: ByArm, arm: str, other: str) -> float:
     return float(196 * by_image.std(ddof=1) / len(by_image) ** 0.5)
 
 
-def disagreement(by_arm: ByArm, arm: str, other: str) -> str:
+def disagreement(by_arm: ByArm, arm: str, other: str) -> tuple[str, str]:
     """Return the numbers of images, over all seeds that both have, that only one of two arms gets right."""
     first = second = 0
     for seed in by_arm.get(arm, {}).keys() & by_arm.get(other, {}).keys():
         right = [correct(by_arm[name][seed]) for name in (arm, other)]
         first += int((right[0] & ~right[1]).sum())
         second += int((right[1] & ~right[0]).sum())
-    return f"{first:,}, {second:,}"
+    return f"{first:,}", f"{second:,}"
 
 
 def correct(record: dict[str, Any]) -> npt.NDArray[np.bool_]:
@@ -222,5 +221,5 @@ def curves(by_arm: ByArm, epochs: int) -> str:
     for arm, found in by_arm.items():
         means = np.mean([[top1 for _, top1, _ in record["curve"]] for record in found.values()], 0)
         rows.append([arm, *(f"{x:.1f}" for x in means)])
-    text = f"### By epoch of {epochs}\n\nTop-1 on the test images at each evaluation, a mean over seeds.\n\n"
-    return text + table(["arm", *(f"{round(step / steps[-1] * epochs)}" for step in steps)], rows)
+    columns = ["arm", *(f"{round(step / steps[-1] * epochs)}" for step in steps)]
+    return f"### By epoch of {epochs}\n\n{table(columns, rows)}"

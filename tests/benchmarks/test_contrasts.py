@@ -105,7 +105,7 @@ def test_the_page_has_paired_differences_and_images_that_one_arm_alone_gets_righ
     # One of two images is right in one arm alone: 1.96 * 0.7071 / sqrt(2).
     assert "|smooth - without_scores|5|+2.80 (+1.76 to +3.84)|+-98.00|0.005|" in page
     assert "|smooth - biased_softmax|0|not yet run||" in page
-    assert "|smooth|static|5, 0|" in page
+    assert "|smooth|static|5|0|" in page
     keep(Trial(stage, "static", 1e-3, 5), 70.0, "94")
     changed = json.loads(Trial(stage, "static", 1e-3, 5).record.read_text()) | {"seed": 0, "data_digest": "another"}
     Trial(stage, "static", 1e-3, 5).record.write_text(json.dumps(changed))
@@ -133,7 +133,7 @@ def test_other_attention_runs_last_and_has_its_own_table() -> None:
         keep(Trial("short", "gated", 1e-3, seed), top1, "34", commit="0123456789")
     page = contrasts_report.render()
     assert "`smooth` is of commit a, the others are of 01234567." in page
-    assert "|gated|0.001|2|72.50|72.00 to 73.00|" in page.partition("## Other attention")[2]
+    assert "|gated|0.001|2|72.50|72.00|73.00|" in page.partition("## Other attention")[2]
     assert "|gated - smooth|2|+2.50 (-3.85 to +8.85)|" in page
 
 
