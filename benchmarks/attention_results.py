@@ -104,7 +104,7 @@ def leads(by_arm: ByArm) -> str:
 def intervals(by_arm: ByArm) -> str:
     """Return the paired differences of each variant from the baselines, and whether it is at least softmax."""
     gaps = {arm: gaps_of(arm, by_arm) for arm in VARIANTS if arm in by_arm}
-    # Against both: the larger of the two probabilities that a mean at the margin gives so much.
+    # Against both baselines: the larger of the two probabilities of such a lead if its true mean is the margin.
     chances = {
         arm: max(chance(own[baseline]) for baseline in BASELINES[:2])
         for arm, own in gaps.items()

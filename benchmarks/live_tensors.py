@@ -20,7 +20,7 @@ SECONDS_TO_LET_GO = 0.003
 
 
 def live_tensor_peak(recipe: Recipe, world: int, steps: int = 2, evaluates: bool = False) -> int:
-    """Bytes of live tensors at their peak on the rank with the most, from the model's birth to the last step.
+    """Return the peak bytes of live tensors on the rank with the most, from building the model to the last step.
 
     With `evaluates` an evaluation follows.
     """

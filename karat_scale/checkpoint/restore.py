@@ -72,7 +72,7 @@ def saved_layout(sidecar: records.Sidecar) -> Layout:
 
 
 def falsehood(checkpoint: Path) -> str | None:
-    """Return what cannot be true in a checkpoint's files, in a few words; None if they fit each other.
+    """Return a contradiction in a checkpoint's files, in a few words; None if they are consistent.
 
     The hashes are right: the files were written like this. All files are opened, and no tensor is read. Raises OSError
     like `damage_of`.

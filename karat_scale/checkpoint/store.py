@@ -157,7 +157,7 @@ def holding(checkpoint: Path) -> Iterator[bool]:
 
 @contextmanager
 def alone(checkpoint: Path) -> Iterator[None]:
-    """Let nobody begin to read a checkpoint inside the block. Raises BlockingIOError if somebody reads it."""
+    """Keep others from starting to read a checkpoint inside the block. Raises BlockingIOError if somebody reads it."""
     with ExitStack() as stack:
         with suppress(FileNotFoundError):  # a damaged one has no manifest
             path = checkpoint / MANIFEST
@@ -175,7 +175,7 @@ _UNFINISHED = ".saving-"
 _REPLACED = f"{_UNFINISHED}replaced-"
 POINTERS = ("best", "latest")
 Falsehood = Callable[[Path], str | None]
-"""A function that returns what cannot be true in a checkpoint's files, though each is as it was written."""
+"""A function that returns a contradiction in a checkpoint's files, although their hashes are right; or None."""
 
 
 def checkpoint_name(step: int) -> str:

@@ -318,8 +318,8 @@ def start_writer() -> Writer:
 class DurableStorage:
     """Replaces DeepSpeed's `CheckpointEngine`: it only collects checkpoint files, and `write` puts them on the disk.
 
-    So nothing that a disk does can raise inside DeepSpeed's collective save, where the other ranks would wait for this
-    one for ever. What still fails there is kept in `error`, and the caller lets all ranks agree on the outcome.
+    So no disk error is raised inside DeepSpeed's collective save, where the other ranks would wait for this one
+    forever. What still fails there is kept in `error`, and the caller lets all ranks agree on the outcome.
     """
 
     def __init__(self) -> None:

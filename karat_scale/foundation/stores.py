@@ -1,8 +1,8 @@
 """Files by URL, in object stores and on web servers, by fsspec: listings, ranged reads, and writes, all retried.
 
 Credentials and endpoints come from the usual places of the library of each protocol. They are in no URL of ours, and no
-message repeats what a library says, since that may hold a signed URL. An error that may pass is tried again, with
-longer and longer pauses, until a deadline. A write leaves the whole new file, or the old one.
+message repeats what a library says, since that may hold a signed URL. A request that fails with a temporary error is
+tried again, with longer and longer pauses, until a deadline. A write leaves the whole new file, or the old one.
 """
 
 import functools

@@ -5,7 +5,7 @@ other than its own: what it then loses shows what it used them for.
 
 The measures say what S depends on: how much of it changes with the query and with the image, and how large it is.
 Attention that gives each query the same row, or each image the same matrix, mixes positions as a constant would. So
-these shares say how far a comparison with softmax is about learned functions of the scores at all.
+these shares show whether a comparison with softmax can say anything about learned functions of the scores.
 """
 
 import math

@@ -27,13 +27,14 @@ class AttentionConfig(Section):
 
     kind: Annotated[str, OneOf(ATTENTIONS, places=True), Effect.SHAPES] = "softmax"
     """`softmax`. `karat`: a KArAt operator. Controls without learned functions: `static`, where S is a learned
-    constant matrix of each head; `static_softmax`, softmax plus a gate of each head, which starts at 1, times such a
-    matrix; `scaled_softmax`, softmax times a gain of each head, which starts at the square root of the number of
+    constant matrix of each head; `static_softmax`, softmax plus such a matrix times each head's learned gate, which
+    starts at 1; `scaled_softmax`, softmax times a gain of each head, which starts at the square root of the number of
     tokens; and `softmax_bias`, softmax(A + B) with a learned bias B of each pair of positions, which starts at 0.
     Published rivals: `sigmoid`, sigmoid(A - log N) (arXiv 2409.04431); `polynomial`, A^3 / sqrt(N) (2410.18613);
     `gated`, softmax with a sigmoid gate of each head and token (2505.06708); and `differential`, the difference of two
-    softmaxes (2410.05258). Ours: `query_only`, functions of the query alone, without scores; and `centred`, KArAt less
-    what all queries share, plus a constant matrix of rank r. `package.module:Class` is your own (CONTRIBUTING.md)."""
+    softmaxes (2410.05258). Ours: `query_only`, functions of the query alone, without scores; and `centred`, KArAt
+    without the part that all queries share, plus a constant matrix of rank r. `package.module:Class` is your own
+    (CONTRIBUTING.md)."""
     basis: Annotated[str, OneOf(BASES, places=True), Effect.SHAPES] = "fourier"
     """The basis of the functions phi: a name, or `package.module:Class` for your own."""
     form: Annotated[
@@ -42,14 +43,14 @@ class AttentionConfig(Section):
     """`modular` is the paper's S = Phi(A) W^T. `content` adds a learned function of each score, and `smooth`
     makes the functions vary smoothly over the image; docs/attention.md describes all forms."""
     scores: bool = True
-    """False replaces the scores A by 0, so that the operator sees neither queries nor keys: a control."""
+    """False replaces the scores A with 0, so that the operator sees neither queries nor keys: a control."""
     bound: Annotated[Positive | None, Effect.SHAPES] = None
     """The largest |A|. Each head learns a tau below it, and A = tau cos(q, k), for every form and basis. Null: no
     bound, A = q k / sqrt(d)."""
     mode: Annotated[Literal["blockwise", "universal"], Effect.SHAPES] = "blockwise"
     """`blockwise`: each block has its own functions. `universal`: all blocks share them."""
     softmax_heads: Annotated[int, Field(ge=0), Effect.SHAPES] = 0
-    """The first heads of each block that use softmax instead of KArAt."""
+    """Number of heads of each block, the first ones, that use softmax instead of KArAt."""
     residual: Annotated[bool, Effect.SHAPES] = False
     """S is softmax(A) plus the learned S times a gate of each head. The gate starts at 0, so the model starts as
     softmax. It costs the time and memory of both."""
@@ -86,8 +87,8 @@ class AttentionConfig(Section):
     """The implementation of the operator. `auto` uses the fastest that supports the operator, the device and the
     precision. `flex` is PyTorch's FlexAttention, to check and to compare with; also for `sigmoid` and `polynomial`."""
     blocks: Annotated[dict[str, dict[str, Any]], Effect.SHAPES] = Field(default={})
-    """Blocks that differ from the section, by their numbers from 0, such as `{8-11: {kind: karat, grid: 5}}`. A range
-    may have any key of the section but mode, implementation, transfer_from and transfer_heads."""
+    """Blocks that differ from the section, by their numbers, counted from 0, such as `{8-11: {kind: karat, grid: 5}}`.
+    A range may have any key of the section but mode, implementation, transfer_from and transfer_heads."""
     transfer_from: Annotated[str, Effect.SHAPES] = ""
     """The directory of a trained run whose attention matrices this model uses (the paper's attention transfer). The
     model then has no query and key, and learns only what to do with the values. Needs `kind: softmax`."""

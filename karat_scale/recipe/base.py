@@ -86,7 +86,7 @@ Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Triple = tuple[float, float, float]
-# Of a tuple: a text alone is a list of it.
+# For a tuple: a single text counts as a list of one.
 ONE_IS_A_LIST = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 
 
@@ -118,11 +118,11 @@ class Section(BaseModel):
 
     @property
     def found_in(self) -> str:
-        """The file of somebody else's that says this section; empty for what the user says."""
+        """The file of somebody else that this section comes from; empty if it comes from the user."""
         return self._found_in
 
     def of(self, file: object) -> Self:
-        """Return the same as a file says it that somebody else may have written."""
+        """Return a copy that is marked as coming from a file that somebody else may have written."""
         copied = self.model_copy()
         copied._found_in = str(file)
         return copied
@@ -136,7 +136,7 @@ class Section(BaseModel):
         return self.model_copy(update=update)
 
     def _refusals(self) -> Iterator[str]:
-        """Yield a line on each of the values that do not fit together, of which the first is told."""
+        """Yield a line for each combination of values that do not fit together; only the first is reported."""
         yield from ()
 
     @model_validator(mode="after")
@@ -188,12 +188,12 @@ class SaveConfig(Section):
     """Also keep the checkpoint with the best top-1 (mask AP for detection) of `train.eval_weights`."""
     local: str = ""
     """A directory on a disk of each node, or below /dev/shm, that gets the newest state ten times as often, so that a
-    start on the same nodes loses less. The state is removed when the run finishes."""
+    restart on the same nodes loses less work. The state is removed when the run finishes."""
     asynchronous: bool = True
     """Training pauses only for a copy to host memory, and continues while the copy is written."""
     url: str = ""
-    """A URL of this run alone, s3:// or gs://, where its checkpoints and log are copied. A start with an older
-    checkpoint in its run directory, or none, resumes from there."""
+    """A URL of this run alone, s3:// or gs://, where its checkpoints and log are copied. A start resumes from there if
+    the run directory has an older checkpoint or none."""
     timeout: Positive = 300.0
     """Seconds that the store at `checkpoint.url` may take for a request or a part of a file."""
 
@@ -241,7 +241,7 @@ class LogConfig(Section):
     every_steps: Count = 50
     """Print and record the metrics every this many steps, and after the first step."""
     trackers: Annotated[tuple[Annotated[str, OneOf(TRACKERS, places=True)], ...], ONE_IS_A_LIST] = ("tensorboard",)
-    """What shows the metrics, beside `metrics.jsonl`: names, or `package.module:Class` for your own. `[]` is none."""
+    """Trackers that show the metrics: names, or `package.module:Class` for your own. `[]` is none."""
     project: str = ""
     """The project of W&B and trackio, and the experiment of MLflow. Empty: what the library's own variable names, or
     else `karat`."""
@@ -253,8 +253,8 @@ class LogConfig(Section):
     """The first and the last step to trace into the run's `profile/`. Null traces nothing."""
 
     memory_history: bool = False
-    """Record where each allocation on the GPU was made, for the snapshot that a run out of memory leaves. It costs some
-    speed."""
+    """Record where each allocation on the GPU was made, for the snapshot that a run leaves when it runs out of memory.
+    It costs some speed."""
 
     @field_validator("profile_steps")
     @classmethod

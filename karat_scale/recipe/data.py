@@ -1,6 +1,6 @@
 """The `data` and `augment` sections of a recipe.
 
-Of a stream (`data.order: stream`) it says how its tars are spelled, and where the class is.
+For a stream (`data.order: stream`), `data` also says how the tars are named, and where a sample's class is.
 """
 
 import re
@@ -47,20 +47,21 @@ class DataConfig(Section):
     """The split to evaluate on."""
     order: Literal["full", "block", "stream"] = "full"
     """`full` permutes all samples. `block` permutes blocks of samples, for disks with slow seeks. `stream` trains on
-    `stream`, tars that are read once from their start, instead of a split of `path`."""
+    the tars of `stream`, each read from start to end, instead of a split of `path`."""
     block_samples: Count = 256
     """Consecutive samples in a block, for `order: block`."""
     window_blocks: Count = 32
     """Blocks in the window in which samples are shuffled, for `order: block`."""
     stream: str = ""
-    """The tars of `order: stream`, as the webdataset library spells them: paths, https://, or `pipe:` and a command,
+    """The tars of `order: stream`, in the webdataset library's notation: paths, https://, or `pipe:` and a command,
     with {000..146} for numbers and :: between several."""
     stream_samples: Count | None = None
     """Images that count as one epoch of `order: stream`."""
     stream_label: str = "cls"
     """The place of a sample's class in `stream`: cls, json:FIELD, txt or path, as for `karat index`."""
     stream_buffer: Count = 1000
-    """Images among which each data worker shuffles `stream`. It holds them as they are stored."""
+    """Number of images in the buffer in which each data worker shuffles `stream`. They are held as stored, not
+    decoded."""
     decoder: Annotated[str, OneOf(DECODERS, "auto"), Effect.ROUNDING] = "auto"
     """The decoder of the folder, webdataset and ffcv backends. `auto` uses the fastest that runs; with ffcv it is
     FFCV's own."""
@@ -69,7 +70,7 @@ class DataConfig(Section):
     workers: Annotated[int, Field(ge=0), Effect.SPEED] = 2
     """Data workers of each rank. 0 reads in the trainer itself."""
     prefetch: Annotated[Count, Effect.SPEED] = 4
-    """Batches that each worker holds ready."""
+    """Number of batches that each worker prepares ahead."""
     timeout: Annotated[Positive, Effect.NOTHING] = 300.0
     """Seconds a batch may take. After that, the run ends with an error that names what it waited for."""
     cache_gb: Annotated[Positive, Effect.SPEED] = 20.0
@@ -161,7 +162,7 @@ class AugmentConfig(Section):
     """Probability of a horizontal flip."""
     color_jitter: NonNegative = 0.0
     """Strength of the random change of brightness, contrast and colour; 0 turns it off. timm and DeiT leave it out
-    where RandAugment is set, so the paper most likely trained without its 0.4 (Swin 0.3)."""
+    where RandAugment is set, so the paper most likely trained without the 0.4 that it states (0.3 for Swin)."""
     randaugment: str = "rand-m15-n2-mstd1.0-inc1"
     """timm's RandAugment string. Empty turns it off."""
     erasing: Fraction = 0.0
@@ -187,7 +188,7 @@ class AugmentConfig(Section):
     mean: Triple = (0.485, 0.456, 0.406)
     """Mean of the RGB channels, subtracted from pixels in 0 to 1."""
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
-    """Standard deviation of the RGB channels, by which they are divided."""
+    """Standard deviation of the RGB channels, by which the result is divided."""
 
     @property
     def mixes(self) -> bool:

@@ -110,8 +110,8 @@ class Shipped:
     """What the name of a shipped recipe stands for.
 
     Args:
-        files: that it is made of. A later one overrides the keys of an earlier one.
-        words: of the name. The files may use them in their values, as in `runs/imagenet_{model}{attention}`.
+        files: the files that it is made of. A later one overrides the keys of an earlier one.
+        words: the words of the name. The files may use them in their values, as in `runs/imagenet_{model}{attention}`.
     """
 
     files: tuple[Path, ...]

@@ -49,7 +49,7 @@ class RunConfig(Section):
     """The device to train on. `auto` uses CUDA if there is a GPU."""
 
     peer_timeout_minutes: Annotated[Positive, Effect.NOTHING] = 30.0
-    """How long a rank waits for another one, at the start and in training, before the run ends."""
+    """Minutes that a rank waits for another one, at the start and in training, before the run ends."""
 
     @field_validator("name")
     @classmethod

@@ -1,6 +1,7 @@
 """The sections `optim`, `schedule`, `train` and `deepspeed`: how the weights are trained.
 
-And what a run learns from a trained classifier: `distill`, beside the labels, and `convert`, before the first step.
+Two more say what a run learns from a trained classifier: `distill`, in addition to the labels, and `convert`, before
+the first step.
 """
 
 from collections.abc import Iterator
@@ -31,14 +32,14 @@ class OptimConfig(Section):
     weight_decay: NonNegative = 0.05
     """Weight decay of weights with two or more dimensions; norms, biases, and class tokens and positions have none."""
     karat_weight_decay: bool | Literal["all"] = False
-    """Weight decay of KArAt's parameters. `true`: of those with two or more dimensions, which is timm's and DeiT's rule
-    for all parameters. `all`: of its gates with one dimension too."""
+    """Whether KArAt's parameters have weight decay. `true`: those with two or more dimensions, as in timm and DeiT for
+    all parameters. `all`: also its gates with one dimension."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's beta 1 and beta 2."""
     eps: Positive = 1e-6
     """AdamW's epsilon."""
     clip_grad: NonNegative = 1.0
-    """Greatest norm of all gradients together. 0 does not clip."""
+    """Gradients whose joint norm is larger are scaled down to this norm. 0 does not clip."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """The learning rate of the layer that is n layers below the head is multiplied by layer_decay^n."""
 
@@ -49,7 +50,8 @@ class OptimConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """A linear warm-up, then a cosine to `min_lr`, per step. `optim.lr_batch` scales neither end."""
+    """A linear warm-up, then a cosine to `min_lr`, per step. `optim.lr_batch` scales neither `warmup_lr` nor
+    `min_lr`."""
 
     warmup_epochs: NonNegative = 5.0
     """Length of the warm-up in epochs."""
@@ -115,7 +117,7 @@ class TrainConfig(Section):
     ema_warmup: bool = True
     """Use a smaller EMA decay at first: at most 1 - step^(-2/3)."""
     eval_every_epochs: Annotated[Count, Effect.NOTHING] = 1
-    """Evaluate every this many epochs."""
+    """Number of epochs from one evaluation to the next."""
     eval_batch: Annotated[Count, Effect.SPEED] = 128
     """Images in one forward pass of evaluation."""
     eval_weights: Literal["auto", "raw", "ema"] = "auto"
@@ -130,7 +132,7 @@ class TrainConfig(Section):
     """Stop the run after this many skipped steps in a row."""
     detect_spikes: Annotated[Positive | None, Effect.NOTHING] = None
     """Note a step whose loss is this many standard deviations above the mean of the last 100, such as 6, so that
-    `karat replay` can look into it. Null does not look."""
+    `karat replay` can look into it. Null turns this off."""
 
     @property
     def is_16_bit(self) -> bool:
@@ -192,7 +194,7 @@ class DistillConfig(Section):
     temperature: Positive = 3.0
     """The logits are divided by it before the soft probabilities are taken."""
     weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
-    """The teacher's part of the loss; the labels have the rest."""
+    """The teacher's share of the loss; the labels have the rest."""
 
 
 class ConvertConfig(Section):
@@ -204,7 +206,8 @@ class ConvertConfig(Section):
     """
 
     images: Annotated[int, Field(ge=0)] = 0
-    """Number of training images for this, the first in the order of training. 0 keeps the attention of `init_from`."""
+    """Number of training images to learn from, the first ones in the order of training. 0 converts nothing: attention
+    that `init_from` lacks keeps its initial values."""
     rounds: Annotated[int, Field(ge=0)] = 2
     """Rounds of least squares; each solves for the coefficients, and then for W."""
     steps: Annotated[int, Field(ge=0)] = 500
@@ -212,4 +215,4 @@ class ConvertConfig(Section):
     rate: Rate = 1e-3
     """Learning rate of the first of these steps; a cosine takes it to 0."""
     scores: NonNegative = 0.0
-    """In these steps, the weight of the difference between the matrices S, beside that between the outputs O."""
+    """Weight of the error of the matrices S in these steps; the error of the outputs O has weight 1."""

@@ -1,4 +1,4 @@
-"""One thread: on small tensors threads that wait for each other cost more than they bring."""
+"""Tests use one thread: on small tensors, several threads cost more time in waiting than they save."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Lies in a checkpoint's files, under hashes that are right."""
+"""Writes wrong content into a checkpoint's files, and hashes that match it."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def put(content: Any, place: str, value: Any) -> None:
 
 
 def tell(checkpoint: Path, file: str, place: str, value: Any) -> None:
-    """Put a lie into a file of a checkpoint and hash it."""
+    """Put wrong content into a file of a checkpoint, and update its hash."""
     path = checkpoint / file
     if file == STATE:
         content = json.loads(path.read_text())

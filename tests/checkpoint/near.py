@@ -1,7 +1,7 @@
 """Runs of two ranks, each on a node of its own, that are killed between two checkpoints of the run's directory.
 
-`python -m tests.checkpoint.near SCRATCH CASE ...` writes outcomes.json: where each run went on, and in what it ended
-otherwise than one that nobody killed.
+`python -m tests.checkpoint.near SCRATCH CASE ...` writes outcomes.json: the step from which each run resumed, and how
+its result differs from that of an undisturbed run.
 """
 
 import json

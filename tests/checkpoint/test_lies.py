@@ -1,4 +1,4 @@
-"""A checkpoint whose hashes are right and whose content lies is damaged: it is named in one line, and not used."""
+"""A checkpoint with wrong content but matching hashes counts as damaged: one line names it, and it is not used."""
 
 import pickle
 import shutil

@@ -1,4 +1,4 @@
-"""`checkpoint.local`: the newest state on a disk of each node, and what a start makes of it."""
+"""`checkpoint.local`: the newest state on a disk of each node, and how a start uses it."""
 
 import json
 from hashlib import sha256

@@ -1,4 +1,4 @@
-"""Copies of checkpoints in a real object store: complete or not there, whatever ends or hinders the copying."""
+"""Copies of checkpoints in a real object store: each is complete or absent, whatever interrupts the copying."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Saving beside training, and what happens when the disk will not have it."""
+"""Saving during training, and what happens when the disk refuses to write."""
 
 import re
 import shutil

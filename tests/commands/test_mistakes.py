@@ -1,4 +1,4 @@
-"""What a user gets wrong in a call is one line with exit code 2, and nothing is written."""
+"""A user's mistake in a call gives one line and exit code 2, and nothing is written."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's private corners are where we look for them: a new release that moves one fails here first."""
+"""DeepSpeed's private attributes are where we expect them: a new release that moves one fails here first."""
 
 import pytest
 import torch

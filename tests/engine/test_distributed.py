@@ -1,4 +1,4 @@
-"""How ranks meet, which GPU each takes, and what it had entered when it stalled."""
+"""How ranks meet, which GPU each takes, and which collective a rank had entered when it stalled."""
 
 import json
 import os

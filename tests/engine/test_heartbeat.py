@@ -1,4 +1,4 @@
-"""A rank's sign of life, and what it tells: who stalls, by the limits of each phase, and who is slow."""
+"""A rank's heartbeat, and what it shows: which rank stalls, by the limits of each phase, and which is slow."""
 
 import itertools
 import math

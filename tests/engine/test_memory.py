@@ -1,4 +1,4 @@
-"""Memory: what is freed is kept for the next step, and where it runs out one line says what to change."""
+"""Memory: freed memory is kept for the next step, and if memory runs out, one line says what to change."""
 
 import platform
 import sys

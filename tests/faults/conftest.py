@@ -56,7 +56,7 @@ def share(pytestconfig) -> Share:
 
 @pytest.fixture
 def record(share, request) -> Callable[[dict[str, Any]], None]:
-    """Keep what was tried, where all of it was: build/faults/TEST.json."""
+    """Write what was tried to build/faults/TEST.json, if all faults were tried."""
 
     def keep(tried: dict[str, Any]) -> None:
         if share.is_all:

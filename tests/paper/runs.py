@@ -1,4 +1,4 @@
-"""What the tests of the ledger make of a finished run."""
+"""Changes that the tests of the ledger make to a finished run."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ DATA_SETS: dict[str, DataSet] = data_sets()
 
 
 def copy_run(trained: Path, copy: Path) -> Path:
-    """Copy of a finished run what the ledger reads; returns the copy."""
+    """Copy what the ledger reads of a finished run; returns the copy."""
     copy.mkdir()
     for name in ("recipe.yaml", "metrics.jsonl", "summary.json"):
         shutil.copy(trained / name, copy)
@@ -36,7 +36,7 @@ def change(run: Path, **fields: Any) -> None:
 
 
 def pretend(run: Path, name: str, data: str, images: int, *overrides: str, **fields: Any) -> None:
-    """Make of a run one of a shipped recipe over so many images of a data set, in all its files."""
+    """Turn a run, in all its files, into one of a shipped recipe over so many images of a data set."""
     schema = DetectionRecipe if data == "coco" else Recipe
     recipe = load_recipe(name, [f"run.dir={run}", "data.path=/somewhere", *overrides], schema)
     (run / "recipe.yaml").write_text(dump_recipe(recipe))

@@ -1,4 +1,4 @@
-"""Told to stop at any moment, a job saves, comes back, and ends in the weights of one that nobody disturbed."""
+"""A job that is told to stop at any moment saves, resumes, and ends with the weights of an undisturbed one."""
 
 import shutil
 import sys

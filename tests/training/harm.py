@@ -1,4 +1,4 @@
-"""What can befall a file of a checkpoint, and the pointer to one."""
+"""Ways to damage a file of a checkpoint, and the pointer to a checkpoint."""
 
 from collections.abc import Callable
 from pathlib import Path

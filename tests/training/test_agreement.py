@@ -1,4 +1,4 @@
-"""One rank's trouble is every rank's: all go on from the same checkpoint, or give up together."""
+"""If one rank fails, all ranks resume from the same checkpoint, or end together."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Wherever a run is stopped, at every stage, it ends in the bits of one that was not.
+"""Wherever a run is stopped, at every stage, it ends with the same bits as one that was not.
 
 A sample runs by default, the whole matrix by `pytest --slow=all tests/training/test_save_points.py`.
 """

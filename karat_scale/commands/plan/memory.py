@@ -1,4 +1,4 @@
-"""A rank's memory at the worst moment of training or of an evaluation, by parts, and the way to train that fits.
+"""A rank's peak memory in training and in an evaluation, by parts, and the choice of settings that fit.
 
 The allocations and launches of a micro batch of any size follow from traces of two sizes, by a straight line through
 each pair of figures. A trace does not see the tiles of attention, so their memory and traffic are counted here. The

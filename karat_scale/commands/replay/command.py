@@ -5,8 +5,9 @@ in the backward pass. It shows the step's images.
 
 A verification trains between two checkpoints, and compares data, losses and weights. With the run's number of ranks,
 processor and versions, all bits must be the same. Elsewhere rounding differs, so losses and weights may differ within a
-tolerance: LOSSES of a loss, and WEIGHTS of the way that the weights moved. The optimizer's states and a network's
-buffers follow the weights: they may differ by STATES of their size, or of the way they moved.
+tolerance: by a share LOSSES of a loss, and by a share WEIGHTS of the distance that the weights moved. The optimizer's
+states and a network's buffers follow the weights: they may differ by a share STATES of their size, or of the distance
+they moved.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The instruction sets that the CPU kernel is built for, and how often the content form does without a kernel."""
+"""The instruction sets of the CPU kernel, and a count of the calls in which the content form has no kernel."""
 
 import pytest
 

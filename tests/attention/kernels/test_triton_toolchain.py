@@ -1,4 +1,4 @@
-"""A machine with a GPU on which Triton cannot build what it launches kernels by: another implementation is taken."""
+"""If Triton cannot build its launcher on a machine with a GPU, another implementation is used."""
 
 import os
 import re

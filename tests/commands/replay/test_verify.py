@@ -1,4 +1,4 @@
-"""`karat verify`: what a run was not trained with is found, and rounding is told from it."""
+"""`karat verify` finds what a run was not trained with, and distinguishes it from rounding."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Batches of a stream: the same from the same lanes, ended when a source is silent, and bad samples told of."""
+"""Batches of a stream: the same from the same lanes; a silent source ends them, and bad samples are reported."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The official files of the small data sets in small: few images, whose brightness is the class."""
+"""Small imitations of the official files of the small data sets: few images, whose brightness is the class."""
 
 import gzip
 import io

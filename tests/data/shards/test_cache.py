@@ -1,4 +1,4 @@
-"""The node's cache: one process fetches, all read; bounded, kept, and clear about a disk that fails."""
+"""The node's cache: one process fetches, all read; it is bounded and kept, and its errors name a disk that fails."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Indexes whose hashes are right and whose content lies: one line that names the file, never another error."""
+"""An index with wrong content but a matching hash gives one line that names the file, and no other error."""
 
 import hashlib
 import io

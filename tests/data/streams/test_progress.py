@@ -1,4 +1,4 @@
-"""The places of lanes in a checkpoint: exact where the lanes are the same, else a stated beginning."""
+"""The places of lanes in a checkpoint: exact if the lanes are the same, else from a stated place."""
 
 import pytest
 

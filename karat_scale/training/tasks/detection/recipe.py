@@ -32,7 +32,7 @@ class CocoConfig(Section):
     workers: Annotated[int, Field(ge=0), Effect.SPEED] = 4
     """Data workers of each rank. 0 reads in the trainer itself."""
     prefetch: Annotated[Count, Effect.SPEED] = 2
-    """Batches that each worker holds ready."""
+    """Number of batches that each worker prepares ahead."""
     timeout: Annotated[Positive, Effect.NOTHING] = 300.0
     """Seconds a batch may take. After that, the run ends with an error that names what it waited for."""
 
@@ -57,7 +57,7 @@ class JitterConfig(Section):
     mean: Triple = (0.485, 0.456, 0.406)
     """Mean of the RGB channels, subtracted from pixels in 0 to 1."""
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
-    """Standard deviation of the RGB channels, by which they are divided."""
+    """Standard deviation of the RGB channels, by which the result is divided."""
 
     @field_validator("scale")
     @classmethod
@@ -98,7 +98,7 @@ class DetectorConfig(Section):
     min_score: Fraction = 0.05
     """Detections with a lower score are dropped."""
     detections: Count = 100
-    """Most detections per image."""
+    """Largest number of detections per image."""
 
 
 class AdamWConfig(OptimConfig):
@@ -115,7 +115,7 @@ class AdamWConfig(OptimConfig):
     eps: Positive = 1e-8
     """AdamW's epsilon."""
     clip_grad: NonNegative = 0.0
-    """Greatest norm of all gradients together. 0 does not clip."""
+    """Gradients whose joint norm is larger are scaled down to this norm. 0 does not clip."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
     """The learning rate of the block that is n blocks below the pyramid is multiplied by layer_decay^n."""
 
@@ -147,7 +147,7 @@ class DetectionTrainConfig(TrainConfig):
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Decay of the exponential moving average (EMA) of the weights. 0 turns it off."""
     eval_every_epochs: Annotated[Count, Effect.NOTHING] = 5
-    """Evaluate every this many epochs."""
+    """Number of epochs from one evaluation to the next."""
     eval_batch: Annotated[Count, Effect.SPEED] = 8
     """Images in one forward pass of evaluation."""
 

@@ -18,7 +18,7 @@ class Kept(Channel):
 
 
 class FullSizeTask(Task):
-    """Goes the way of a card, on a CPU."""
+    """Takes a card's code path on a CPU."""
 
     @property
     def toy(self) -> bool:

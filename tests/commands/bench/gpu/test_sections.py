@@ -1,4 +1,4 @@
-"""The ways that a card's sizes take, gone on a CPU with a small model: peaks, steps a round, the profiler."""
+"""The code paths for a card's sizes, run on a CPU with a small model: peaks, steps per round, the profiler."""
 
 from dataclasses import replace
 from pathlib import Path
