@@ -5,7 +5,8 @@ set -eu
 kind=$1
 packages="python3 python3-venv ca-certificates"
 case $kind in
-  cpu) torch=cpu dali= extras=parquet,remote,export ;;
+  # In a job the clone's code runs, whose kernels are compiled there.
+  cpu) torch=cpu dali= extras=parquet,remote,export packages="$packages g++ libjpeg-dev" ;;
   # Triton compiles its launchers with gcc and Python's headers.
   cuda12) torch=cu126 dali=nvidia-dali-cuda120 ;;
   cuda13) torch=cu130 dali=nvidia-dali-cuda130 ;;

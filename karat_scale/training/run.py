@@ -4,12 +4,15 @@
 `schedule.image_sizes`, each size has its own trainer, which resumes from the previous one's checkpoint.
 """
 
+import os
 import secrets
 import shlex
 from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
+
+import torch
 
 from karat_scale.checkpoint.restore import bring_near
 from karat_scale.checkpoint.store import NearStore, checkpoint_name
@@ -22,8 +25,8 @@ from karat_scale.engine.peers import explaining
 from karat_scale.engine.reporting.progress import MetricsLog, Reporter, choose_display
 from karat_scale.engine.tracking.follow import check_trackers
 from karat_scale.foundation.console import plural
-from karat_scale.foundation.errors import EXIT_STOPPED, RunDirectoryError
-from karat_scale.foundation.machine import gpu_faults, this_node
+from karat_scale.foundation.errors import EXIT_STOPPED, RunDirectoryError, UserError
+from karat_scale.foundation.machine import gpu_faults, may_have_gpu, this_node
 from karat_scale.recipe import RunRecipe
 from karat_scale.training.agreement import StoppedError, StopSignals
 from karat_scale.training.outcome import Outcome, concluded
@@ -39,6 +42,12 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
     Raises:
         UserError: the recipe does not fit the data, the run directory or the machine.
     """
+    may_choose = recipe.run.device == "auto" and not torch.cuda.is_available()
+    if may_choose and os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0":
+        raise UserError(
+            f"run.device = auto: the job has GPUs, but torch on {this_node()} sees none; run karat doctor there, or "
+            "set run.device=cpu"
+        )
     signals = StopSignals().install()
     with (
         suppress(StoppedError),
@@ -102,6 +111,10 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
                 reporter.info(f"nothing is left to do: {how_to_extend(trainer)}")
             elif slow := slow_precision(recipe.train.precision, world.device):
                 reporter.warn(slow)
+            elif may_choose and may_have_gpu():
+                reporter.warn(
+                    "torch sees no GPU, though there is a driver, so this trains on the CPU; see karat doctor"
+                )
             while trainer.run(trainer.task.stop_step):
                 reporter.beat("starting")
                 task = trainer.task

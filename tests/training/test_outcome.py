@@ -6,12 +6,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
-from karat_scale.foundation.errors import PeerError, RunDirectoryError
+from karat_scale.foundation.errors import PeerError, RunDirectoryError, UserError
+from karat_scale.foundation.machine import this_node
 from karat_scale.training.outcome import Outcome, concluded
+from karat_scale.training.run import train
 from karat_scale.training.run_directory import RunDirectory
-from karat_scale.training.tasks.classification.task import TrainState
+from karat_scale.training.tasks.classification.task import ClassificationTask, TrainState
 from tests.conftest import events, karat_here, karat_says, summary
 from tests.small_engines import make_trainer
 
@@ -82,6 +85,15 @@ def test_a_start_that_fails_leaves_the_outcome_of_a_finished_run(train_recipe, s
     shown = karat_says("status", str(run), "--once")
     assert "finished (exit 0)" in shown
     assert "'starting'" not in shown
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
+def test_a_job_with_gpus_that_torch_does_not_see_is_refused(small_recipe, monkeypatch) -> None:
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    recipe = small_recipe()
+    with pytest.raises(UserError, match=rf"the job has GPUs, but torch on {this_node()} sees none; run karat doctor"):
+        train(ClassificationTask, recipe)
+    assert not Path(recipe.run.dir).exists()
 
 
 def test_a_start_that_fails_is_told_of_a_run_that_is_not_finished(train_recipe, tmp_path) -> None:
