@@ -255,8 +255,8 @@ GPUS = (
 )
 
 
-def gpu_faults() -> list[str]:
-    """Return a line on each GPU of this node that is not sound, by NVML; none without nvidia-ml-py or a driver.
+def gpu_faults() -> list[str] | None:
+    """Return a line on each GPU of this node that is not sound, by NVML; None if NVML does not answer.
 
     NVML reports errors that the memory could not correct, rows of memory that wait for a reset to be replaced, clocks
     that are lowered by heat or a lack of power, and missing lanes and links.
@@ -265,12 +265,12 @@ def gpu_faults() -> list[str]:
         nvml: Any = importlib.import_module("pynvml")
         nvml.nvmlInit()
     except Exception:  # of a kind that only the library has
-        return []
+        return None
     try:
         gpus = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())]
         found = [", ".join(filter(None, _gpu_faults(nvml, gpu))) for gpu in gpus]
     except nvml.NVMLError:
-        return []
+        return None
     finally:
         nvml.nvmlShutdown()
     return [f"GPU {number} on {this_node()}: {faults}" for number, faults in enumerate(found) if faults]

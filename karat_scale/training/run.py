@@ -42,8 +42,8 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
     Raises:
         UserError: the recipe does not fit the data, the run directory or the machine.
     """
-    may_choose = recipe.run.device == "auto" and not torch.cuda.is_available()
-    if may_choose and os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0":
+    falls_back = recipe.run.device == "auto" and not torch.cuda.is_available()
+    if falls_back and os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0":
         raise UserError(
             f"run.device = auto: the job has GPUs, but torch on {this_node()} sees none; run karat doctor there, or "
             "set run.device=cpu"
@@ -104,14 +104,14 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             outcome.begun = True
             reporter.info(headline(trainer))
             if world.device.type == "cuda":
-                for fault in chain(*world.gather(gpu_faults() if world.local_rank == 0 else [])):
+                for fault in chain(*world.gather((gpu_faults() if world.local_rank == 0 else None) or [])):
                     if world.is_main:
                         reporter.warn(fault)
             if was_finished:
                 reporter.info(f"nothing is left to do: {how_to_extend(trainer)}")
             elif slow := slow_precision(recipe.train.precision, world.device):
                 reporter.warn(slow)
-            elif may_choose and may_have_gpu():
+            elif falls_back and may_have_gpu():
                 reporter.warn(
                     "torch sees no GPU, though there is a driver, so this trains on the CPU; see karat doctor"
                 )

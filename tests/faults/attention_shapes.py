@@ -16,7 +16,7 @@ import torch
 
 from tests.attention.calls import Call, make_call, output_and_gradients, relative_error
 
-# Of a result's L2 norm, where few terms do not cancel.
+# The error that a result may have, as a share of its L2 norm, apart from what rounding moves it.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
 LAYOUTS = ("contiguous", "one projection", "tokens last", "expanded")
 
@@ -49,10 +49,10 @@ def on_scores(chosen: random.Random, call: Call, generator: torch.Generator) -> 
 
 
 def reach_of_rounding(call: Call, upstream: torch.Tensor, exact: list[torch.Tensor], **options) -> list[float]:
-    """How far (L2 norm) the float64 results move where each input moves by about its dtype's rounding error.
+    """Return how far (L2 norm) the float64 results move if each input moves by about its dtype's rounding error.
 
-    That is far in a sum of few terms that cancel, and for the angles m A of a large grid G and large scores. Query and
-    key move by float32's error in every dtype, as scores are float32 in all kernels.
+    They move far in a sum of few terms that cancel, and for the angles m A of a large grid G and large scores. Query
+    and key move by float32's error in every dtype, as scores are float32 in all kernels.
     """
     generator = torch.Generator().manual_seed(0)
     farthest = [0.0] * len(exact)

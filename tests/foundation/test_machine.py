@@ -11,7 +11,15 @@ from karat_scale.commands import cli
 from karat_scale.commands.parsers import preparing
 from karat_scale.engine.engine import slow_precision
 from karat_scale.foundation.errors import UserError
-from karat_scale.foundation.machine import cpu_quota, is_local, known_gpu, memory_limit, use_local_caches
+from karat_scale.foundation.machine import (
+    cpu_quota,
+    gpu_faults,
+    is_local,
+    known_gpu,
+    may_have_gpu,
+    memory_limit,
+    use_local_caches,
+)
 from tests.conftest import output_of
 from tests.nvml import nvml_environment
 
@@ -184,3 +192,8 @@ def test_a_gpu_that_is_not_sound_is_named_with_its_node(tmp_path: Path, fault: s
     environment = os.environ | nvml_environment(tmp_path, fault) | {"SLURMD_NODENAME": "node7"}
     found = output_of(sys.executable, "-c", program, env=environment)
     assert found.strip() == (f"GPU 1 on node7: {said}" if said else "")
+
+
+@pytest.mark.skipif(may_have_gpu(), reason="there may be a driver with NVML")
+def test_gpus_without_nvml_are_not_called_sound() -> None:
+    assert gpu_faults() is None

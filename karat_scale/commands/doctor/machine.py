@@ -57,10 +57,10 @@ def examine_gpus() -> Iterator[Finding]:
             fix = "another process uses a part of its memory; see nvidia-smi"
         figures: dict[str, Any] = {"total_bytes": total, "free_bytes": free, "capability": capability}
         yield found(f"GPU {number}", text, fix, model=properties.name, **figures)
-    if installed_version("nvidia-ml-py") is None:
-        yield found("GPU health", "not known", "install nvidia-ml-py", faults=None)
-        return
     faults = gpu_faults()
+    if faults is None:
+        yield found("GPU health", "not known: NVML does not answer", faults=None)
+        return
     fix = "do not train on this node until the GPU is reset or replaced" if faults else ""
     for line in faults or ["no errors of memory or links, no throttling"]:
         yield found("GPU health", line, fix, faults=faults)

@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     questions.add_parser("faults", help="print what is not sound about this node's GPUs")
     options = parser.parse_args(arguments)
     if options.question == "faults":
-        for line in gpu_faults():
+        for line in gpu_faults() or ():
             print(line)
         return 0
     if options.question == "watch":
