@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.recipe import Recipe, RunRecipe
 
@@ -153,7 +154,7 @@ def check_one_batch(num_samples: int, global_batch: int) -> None:
         raise DataError("the training split has no samples; correct data.path or data.train_split")
     if num_samples < global_batch:
         raise DataError(
-            f"an epoch has {num_samples} samples, fewer than train.global_batch = {global_batch}; "
+            f"an epoch has {plural(num_samples, 'sample')}, fewer than train.global_batch = {global_batch}; "
             f"set train.global_batch to at most {num_samples}"
         )
 

@@ -385,7 +385,10 @@ class Convit(Host):
             heads = model.num_heads or own.blocks[0].attn.num_heads
             width = model.embed_dim or own.embed_dim
             if width % heads:
-                raise RecipeError(f"model.embed_dim = {width} is not a multiple of the {heads} heads")
+                raise RecipeError(
+                    f"model.embed_dim = {width} is not a multiple of model.num_heads = {heads}; set "
+                    f"model.embed_dim={max(width // heads, 1) * heads}"
+                )
             sizes |= {"num_heads": heads, "embed_dim": width // heads}  # timm's is the width of a head
         network = build_timm(model, model.name, **usual_settings(model), **sizes, **options)
         for layer in layers.attention_layers(network):

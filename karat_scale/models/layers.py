@@ -74,6 +74,11 @@ def cannot_be_built(model: ModelConfig, error: Exception) -> RecipeError:
         return RecipeError(
             f"model.num_heads = {model.num_heads} does not divide the model's width; use a divisor of it"
         )
+    if model.embed_dim and "divisible by num_heads" in reason:
+        return RecipeError(
+            f"model.embed_dim = {model.embed_dim} is not a multiple of the heads of {model.name}; use a multiple, or "
+            "set model.num_heads, too"
+        )
     return RecipeError(f"model.name = {model.name!r} cannot be built with these sizes: {reason}")
 
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from karat_scale.foundation.console import plural
-from karat_scale.foundation.errors import nearest
+from karat_scale.foundation.errors import did_you_mean
 from karat_scale.foundation.tables import ATTENTIONS, BASES, AttentionRow
-from karat_scale.recipe.base import Count, Effect, OneOf, Positive, Section, wanted_by
+from karat_scale.recipe.base import Count, Effect, OneOf, Positive, Section, as_written, wanted_by
 
 # Forms of ours, beside the paper's.
 VARIANTS = ("content", "smooth")
@@ -208,7 +208,7 @@ class AttentionConfig(Section):
                 yield f"{key}: should be the number of a block, such as 8, or a range, such as 8-11"
             numbers = _numbers(text)
             if not numbers or not own:
-                yield f"{key}: {'has no keys' if numbers else 'its last block is before its first'}"
+                yield f"{key}: {'has no keys; give it some' if numbers else 'its last block is before its first'}"
             if both := [number for number in numbers if number in taken]:
                 yield f"{key}: block {both[0]} is also in {taken[both[0]]}; leave it in one of them"
             taken |= dict.fromkeys(numbers, text)
@@ -216,14 +216,14 @@ class AttentionConfig(Section):
                 if name in _OF_ALL and name != "blocks":
                     yield f"{key}.{name}: holds for all blocks; set attention.{name}"
                 if name not in own_keys:
-                    hint = f"; did you mean {close[0]}?" if (close := nearest(name, own_keys)) else ""
-                    yield f"{key}.{name}: unknown key{hint}"
+                    hint = did_you_mean(name, own_keys, f"the keys are {', '.join(own_keys)}")
+                    yield f"{key}.{name}: unknown key; {hint}"
             try:
                 self._with(own)
             except ValidationError as error:
                 first_error = error.errors()[0]
                 at = ".".join(["", *map(str, first_error["loc"])])
-                given = f" = {first_error['input']!r}" if at else ""
+                given = f" = {as_written(first_error['input'])}" if at else ""
                 yield f"{key}{at}{given}: {wanted_by(first_error)}"
 
         if self.transfer_heads != "same" and not self.transfer_from:

@@ -104,6 +104,14 @@ def wanted_by(error: Any) -> str:
     return _IN_YAML.get(error["type"], message)
 
 
+LONGEST = 200  # characters of a value in a message
+
+
+def as_written(value: Any) -> str:
+    """Return a value as a recipe has it, cut to `LONGEST` characters."""
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)[:LONGEST]
+
+
 class Section(BaseModel):
     """A part of a recipe. It refuses unknown keys and numbers that are not finite, and it is immutable.
 

@@ -206,6 +206,8 @@ def _why_missing(source: str, folder: Path) -> str:
     if path.exists() or path.is_symlink():
         return "not a regular file, or a link to nothing; name a YAML file"
     if path.suffix.startswith(".y") or "/" in source:
+        if source.endswith(".yaml") and path.stem in shipped_recipes(folder):
+            return f"no such file; the shipped recipe is {path.stem}, without .yaml"
         close = nearest(path.name, [file.name for file in path.parent.glob("*.y*ml")])
         return f"no such file; did you mean {path.parent / close[0]}?" if close else "no such file; correct the path"
     for other, command in COMMANDS.items():

@@ -12,8 +12,8 @@ from karat_scale.foundation.console import print_table, wrapped
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import RunRecipe
 from karat_scale.recipe.base import NEVER_ALLOWED, Effect
-from karat_scale.recipe.loading import effects, keys_like
-from karat_scale.recipe.synonyms import elsewhere, keys_called
+from karat_scale.recipe.loading import effects, key_hint
+from karat_scale.recipe.synonyms import keys_called
 
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
@@ -134,12 +134,8 @@ def _explain(name: str, sections: Sequence[KeySection], schema: type[RunRecipe])
     known = [*keys, *by_name]
     leaves = [key for key in known if key.rpartition(".")[2] == name]
     found = [name] if name in known else leaves or keys_called(name, known)
-    if not found and (said := elsewhere(name)):
-        raise RecipeError(f"karat explain {name}: no such key; {said}")
     if not found:
-        close = keys_like(name, schema)
-        hint = f"did you mean {close[0]}?" if close else "`karat explain` lists the sections"
-        raise RecipeError(f"karat explain {name}: no such key; {hint}")
+        raise RecipeError(f"karat explain {name}: no such key; {key_hint(name, schema)}")
     if name not in found:
         print(f"{name} is {' or '.join(found)} here.")
     for one in found:

@@ -20,7 +20,7 @@ from typing_extensions import TypeVar
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import Recipe, RunRecipe
-from karat_scale.recipe.base import Effect, wanted_by
+from karat_scale.recipe.base import LONGEST, Effect, as_written, wanted_by
 from karat_scale.recipe.files import lay_over, mapped, parse, read_recipe, read_run_recipe
 from karat_scale.recipe.synonyms import elsewhere, keys_called
 
@@ -44,7 +44,6 @@ def _portable(value: Any) -> Any:
 
 R = TypeVar("R", bound=RunRecipe, default=Recipe)
 S = TypeVar("S", bound=BaseModel)
-_LONGEST = 200
 MOST_MISTAKES = 10  # that are said; of the others their number
 
 
@@ -83,7 +82,7 @@ def _whole(tree: dict[str, Any], name: str, source: str, overrides: Sequence[str
     for key, value in leaves(tree):
         if isinstance(value, str) and (left := re.search(r"\{(base|model|attention)\}", value)):
             raise RecipeError(
-                f"{source}: {key} = {value[:_LONGEST]!r}: only a shipped recipe's name fills in {left[0]}; set {key}"
+                f"{source}: {key} = {value[:LONGEST]!r}: only a shipped recipe's name fills in {left[0]}; set {key}"
             )
     run = tree.setdefault("run", {})
     if isinstance(run, dict):
@@ -118,7 +117,8 @@ def validate_recipe(
         lines = _mistakes(error, schema)
         raise RecipeError(*(line if is_own(line) else f"{source}: {line}" for line in lines)) from None
     if unknown := [key for key in recipe.resume.allow if key not in schema_keys(schema)]:
-        raise RecipeError(f"{source}: resume.allow = {unknown[0]}: no such key{_nearest(unknown[0], schema)}")
+        said = f"resume.allow = {unknown[0]}: no such key; {key_hint(unknown[0], schema)}"
+        raise RecipeError(said if "resume.allow" in overridden else f"{source}: {said}")
     return recipe
 
 
@@ -194,21 +194,21 @@ def _changed(old: RunRecipe, new: RunRecipe, *kinds: Effect) -> list[str]:
 def _apply_override(tree: dict[str, Any], override: str, schema: type[RunRecipe]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise RecipeError(f"override {override[:_LONGEST]!r}: should be key=value, such as optim.lr=1e-3")
+        raise RecipeError(f"override {override[:LONGEST]!r}: should be key=value, such as optim.lr=1e-3")
     try:
         value = parse(text)
     except yaml.YAMLError as error:
         syntax = "the value is not valid YAML; quote it, or close its brackets"
         why = error.problem if isinstance(error, yaml.constructor.ConstructorError) else syntax
-        raise RecipeError(f"override {override[:_LONGEST]!r}: {why}") from None
+        raise RecipeError(f"override {override[:LONGEST]!r}: {why}") from None
     if re.search(r"(^|\s)#", text) and "#" not in str(value):
-        raise RecipeError(f"override {override[:_LONGEST]!r}: `#` begins a comment in YAML; quote the value")
+        raise RecipeError(f"override {override[:LONGEST]!r}: `#` begins a comment in YAML; quote the value")
     node = tree
     *parents, leaf = key.split(".")
     for name in parents:
         child = node.setdefault(name, {})
         if not isinstance(child, dict):
-            raise RecipeError(f"override {override[:_LONGEST]!r}: {name} is not a section{_nearest(key, schema)}")
+            raise RecipeError(f"override {override[:LONGEST]!r}: {name} is not a section; {key_hint(key, schema)}")
         node = child
     if value:
         lay_over(node, {leaf: value})
@@ -259,38 +259,49 @@ def _descriptions(key: str, errors: Sequence[Any], schema: type[BaseModel]) -> l
     if len({*wanted}) < 2 or not all(text.startswith("should be ") for text in wanted):
         return lines
     others = [text.removeprefix("should be ") for text in wanted[1:]]
-    given = repr(errors[0]["input"])[:_LONGEST]
+    given = as_written(errors[0]["input"])
     return [f"{key} = {given}: {' or '.join([wanted[0], *others])}{_default_of(key, schema)}"]
 
 
 def _describe(key: str, error: Any, schema: type[BaseModel]) -> str:
     if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_nearest(key, schema)}"
+        return f"{key}: unknown key; {key_hint(key, schema)}"
     if error["type"] == "missing":
         if isinstance(error["loc"][-1], int):
-            return f"{key.rpartition('.')[0]} = {error['input']!r}: too few values"
+            whole = key.rpartition(".")[0]
+            return f"{whole} = {error['input']!r}: too few values{_default_of(whole, schema)}"
         return f"{key}: missing; every recipe needs it, or begins with `extends: RECIPE`"
+    if error["type"] == "too_long":
+        return f"{key} = {error['input']!r}: too many values{_default_of(key, schema)}"
     if error["type"] == "model_type":
         keys = [own.rpartition(".")[2] for own in schema_keys(schema) if own.rpartition(".")[0] == key]
-        return f"{key} = {error['input']!r}: is a section: the keys are {', '.join(keys)}"
+        return f"{key} = {as_written(error['input'])}: is a section: the keys are {', '.join(keys)}"
     if error["type"] == "value_error" and not isinstance(error["input"], (str, int, float, bool, list)):
         named: str = error["msg"].removeprefix("Value error, ")
         return named  # a validator of several fields names them itself
-    given = "null" if error["input"] is None else repr(error["input"])[:_LONGEST]
+    given = as_written(error["input"])
     wanted, separator, hint = wanted_by(error).partition(";")
     if error["type"] in ("tuple_type", "dict_type"):  # also of an item of a list
         wanted = _SHAPES.get(key.rstrip(".0123456789") if error["type"] == "tuple_type" else key, wanted)
+        wanted += ", such as {kind: karat}" if key.startswith("attention.blocks.") else ""
     field = _field_of(key, schema)
     if field and type(None) in get_args(field.annotation) and wanted.startswith("should be "):
         wanted += " or null"
     return f"{key} = {given}: {wanted}{separator}{hint}{_default_of(key, schema)}"
 
 
-def _nearest(key: str, schema: type[BaseModel]) -> str:
+def key_hint(key: str, schema: type[BaseModel]) -> str:
+    """Return what to do about an unknown key: the keys that it most likely means, or what lists all keys."""
     if said := elsewhere(key):
-        return f"; {said}"
-    near = keys_like(key, schema)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+        return said
+    if near := keys_like(key, schema):
+        return f"did you mean {' or '.join(near)}?"
+    if not issubclass(schema, RunRecipe):
+        return f"the keys are {', '.join(schema_keys(schema))}"
+    command = "karat explain" if issubclass(schema, Recipe) else "karat explain --detection"
+    section = key.rpartition(".")[0]
+    is_section = any(known.startswith(f"{section}.") for known in schema_keys(schema))
+    return f"`{command} {section}` lists its keys" if is_section else f"`{command}` lists the sections"
 
 
 def keys_like(key: str, schema: type[BaseModel] = Recipe) -> list[str]:
@@ -305,12 +316,14 @@ def keys_like(key: str, schema: type[BaseModel] = Recipe) -> list[str]:
     same_leaf = [k for k in keys if k.rpartition(".")[2] == leaf]
     if len(same_leaf) == 1:
         return same_leaf
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.7) or same_leaf[:1]
+    # Within a section that exists, its name would make any two keys alike.
+    close = [] if beside else difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
+    close = close or same_leaf[:1]
     if not close and key == leaf:
         alike = difflib.get_close_matches(key, [k.rpartition(".")[2] for k in keys], n=1, cutoff=0.7)
         close = [k for k in keys if k.rpartition(".")[2] in alike][:1]
     longer = [k for k in keys if k.rpartition(".")[2].startswith(f"{leaf}_")]
-    return close or longer[:1] or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    return close or longer[:1] or ([] if beside else difflib.get_close_matches(key, keys, n=1, cutoff=0.6))
 
 
 def _field_of(key: str, schema: type[BaseModel]) -> FieldInfo | None:

@@ -14,7 +14,7 @@ _CALLED = {
     "checkpoint.keep_last": "save_total_limit",
     "data.path": "data_dir dataset",
     "data.workers": "num_workers",
-    "deepspeed.config": "zero_stage",
+    "deepspeed.config": "stage zero_stage",
     "init_from": "pretrained",
     "log.every_steps": "logging_steps",
     "log.trackers": "wandb",

@@ -117,6 +117,7 @@ def test_keys_are_explained_and_what_does_not_exist_is_one_line(capsys: pytest.C
         "explain detector.windw": "did you mean detector.window?",
         "explain optim.lrr": "did you mean optim.lr?",
         "explain lrr": "did you mean optim.lr?",
+        "explain optim.foo": "no such key; `karat explain optim` lists its keys",
         "explain nonsense": "no such key; `karat explain` lists the sections",
     }.items():
         assert main(arguments.split()) == 2

@@ -63,7 +63,7 @@ def message(path: Path | str, *overrides: str) -> str:
         ("train.gpus=2", ["`karat launch --ranks N` sets the number of processes"]),
         ("train.batchsize=8", ["did you mean train.global_batch or train.micro_batch?"]),
         ("train.resume=true", ["did you mean resume?"]),
-        ("resume=true", ["resume = True: is a section: the keys are mode, from, allow"]),
+        ("resume=true", ["resume = true: is a section: the keys are mode, from, allow"]),
         ("modl.name=x", ["modl", "did you mean model"]),
         ("data.backend=webdatset", ["'synthetic'; did you mean webdataset? (default: webdataset)"]),
         ("optim.lr=fast", ["optim.lr = 'fast'", "number", "0.0005"]),
@@ -75,7 +75,7 @@ def message(path: Path | str, *overrides: str) -> str:
         ("checkpoint.every_minutes=.inf", ["checkpoint.every_minutes = inf", "finite"]),
         ("schedule.min_lr=5", ["schedule.min_lr = 5", "optim.lr = 0.0005", "lower it"]),
         ("schedule.warmup_lr=0.1", ["schedule.warmup_lr = 0.1", "optim.lr = 0.0005", "lower it"]),
-        ("attention.grid=true", ["attention.grid = True", "not true or false"]),
+        ("attention.grid=true", ["attention.grid = true: should be a number, not true or false"]),
         ("attention.grid=99", ["attention.grid = 99", "16"]),
         (
             "attention.kind=soft",
@@ -99,7 +99,12 @@ def message(path: Path | str, *overrides: str) -> str:
             "optim.karat_weight_decay=some",
             ["optim.karat_weight_decay = 'some': should be a valid boolean or 'all' (def"],
         ),
-        ("none=1", ["none: unknown key"]),
+        ("none=1", ["none: unknown key; `karat explain` lists the sections"]),
+        ("data.foo=1", ["data.foo: unknown key; `karat explain data` lists its keys"]),
+        ("train.recompute.foo=1", ["unknown key; `karat explain train.recompute` lists its keys"]),
+        ("deepspeed.stage=3", ["deepspeed.stage: unknown key; did you mean deepspeed.config?"]),
+        ("optim.betas=[0.9, 0.99, 0.9]", ["optim.betas = [0.9, 0.99, 0.9]: too many values (default: [0.9, 0.999])"]),
+        ("optim.betas=[0.9]", ["optim.betas = [0.9]: too few values (default: [0.9, 0.999])"]),
         ("run.device=gpu", ["run.device = 'gpu': should be 'auto', 'cpu' or 'cuda'; did you mean cuda? (def"]),
         ("train.max_steps=None", ["train.max_steps = 'None': should be a valid integer or null"]),
         ("attention.blocks=8-11", ["attention.blocks = '8-11': should be a section", "such as {8-11: {kind: karat}}"]),
@@ -125,9 +130,9 @@ def message(path: Path | str, *overrides: str) -> str:
         ("data.path=", ["data.path"]),
         ("optim=3", ["optim = 3", "weight_decay"]),
         ("optim.lr.peak=3", ["optim.lr"]),
-        ("train.max_steps=true", ["train.max_steps = True", "a number, not true or false"]),
+        ("train.max_steps=true", ["train.max_steps = true", "a number, not true or false"]),
         ("optim.betas=[true, 0.9]", ["optim.betas", "a number, not true or false"]),
-        ("resume.allow=optim.rl", ["resume.allow = optim.rl", "did you mean optim.lr?"]),
+        ("resume.allow=optim.lrr", ["resume.allow = optim.lrr: no such key; did you mean optim.lr?"]),
         ("nonsense", ["nonsense", "key=value"]),
         ("a=[", ["a=[", "YAML"]),
         # Muon needs ZeRO stage 0, and such weights a higher one.
@@ -150,6 +155,7 @@ def test_a_mistake_is_one_line_with_field_value_and_fix(recipe: Path, override: 
 
 def test_a_mistake_of_the_command_line_does_not_blame_the_file(recipe: Path) -> None:
     assert message(recipe, "batch_size=64").startswith("batch_size: unknown key")
+    assert message(recipe, "resume.allow=optim.lrr").startswith("resume.allow = optim.lrr: no such key")
     recipe.write_text(recipe.read_text() + "\nbatch_size: 64\n")
     assert message(recipe, "optim.lr=1").startswith(f"{recipe}: batch_size: unknown key")
 
@@ -163,7 +169,7 @@ def test_each_mistake_is_a_line_and_a_misspelt_key_comes_before_what_is_missing(
         f"{file}: optim.lrr: unknown key; did you mean optim.lr?",
         "train.freeze = 5: should be a list, such as [a, b] (default: [])",
         f"{file}: modle: unknown key; did you mean model?",
-        "foo: unknown key",
+        "foo: unknown key; `karat explain` lists the sections",
         f"{file}: data: missing; every recipe needs it, or begins with `extends: RECIPE`",
     )
     file.write_text("".join(f"key{number}: 1\n" for number in range(11)) + "data: {path: a}\n")

@@ -214,15 +214,19 @@ def _open(directory: Path | str, split: str, use: RemoteUse) -> Split:
         directory = Path(directory)
         folders = [path for path in directory.iterdir() if path.is_dir()] if directory.is_dir() else []
         if not folders:
-            raise DataError(f"{directory} is no test set: no {DATASET_FILE}, no *.beton and no folders of classes")
+            raise DataError(
+                f"{directory} is no test set: no {DATASET_FILE}, no *.beton and no folders of classes; correct the path"
+            )
         around = [path.name for path in folders if any(entry.is_dir() for entry in path.iterdir())]
         if not split and not {*around} & {*SPLITS}:
             whole = directory.resolve()
             return FolderSplit(whole.parent, whole.name, MOST_CLASSES)
         splits = {name: partial(FolderSplit, directory, name, MOST_CLASSES) for name in around}
     wanted = [split] if split else [name for name in (*SPLITS, *[*splits][:1]) if name in splits]
-    if not wanted or wanted[0] not in splits:
-        raise DataError(f"{directory} has no split {split!r}; the splits there: {', '.join(sorted(splits)) or 'none'}")
+    if not splits:
+        raise DataError(f"{directory} has no samples; prepare it again")
+    if wanted[0] not in splits:
+        raise DataError(f"{directory} has no split {split!r}; the splits there: {', '.join(sorted(splits))}")
     return splits[wanted[0]]()
 
 

@@ -118,7 +118,7 @@ def show_batch(recipe: str, overrides: Sequence[str], step: int, images: int, ou
             path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, draw(shown))
     except OSError as error:
-        raise UserError(f"--out {path} cannot be written: {error.strerror}") from error
+        raise UserError(f"{path} cannot be written: {error.strerror}; choose another place by --out") from error
     rows = [[str(number), shown.label(number), place] for number, place in enumerate(shown.places)]
     print_table(f"{loaded.run.name}, step {step}: {len(rows)} images", ["", "target", "from"], rows, (1, 2))
     for bad in shown.bad:

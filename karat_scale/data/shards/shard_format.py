@@ -449,6 +449,8 @@ def split_fix(split: str, there: Collection[str]) -> str:
     usual = ("val", "validation", "valid", "test")
     if split not in usual and (close := nearest(split, there)):
         return f"; did you mean {close[0]}?"
+    if split not in usual:
+        return "; set data.train_split or data.val_split to one of them"
     others = [name for name in usual if name in there]
     if others:
         return f"; set data.val_split={others[0]}"

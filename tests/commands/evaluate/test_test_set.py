@@ -111,7 +111,7 @@ def test_files_without_an_images_suffix_are_told(tmp_path: Path) -> None:
 
 
 def test_what_is_no_test_set_is_one_line(tmp_path: Path, image_folder: Path) -> None:
-    with pytest.raises(DataError, match="is no test set"):
+    with pytest.raises(DataError, match=r"is no test set: .*; correct the path"):
         open_test_set(tmp_path, "", OURS, RemoteUse())
     with pytest.raises(DataError, match="knows none of its 4 classes; the first ones are class0, class1, class2"):
         open_test_set(image_folder, "", ("owl", "cat"), RemoteUse())
