@@ -3,8 +3,8 @@
 Which tests run (tests/selection.py):
 
 - `pytest` runs all tests except those marked `slow` (more than about five seconds, or one of many alike) or `night`
-  (many minutes). What the
-  README promises first, ImageNet in three steps and resume, is not marked slow, however long it takes.
+  (many minutes). What the README promises first, ImageNet in three steps and resume, is not marked slow, however long
+  it takes.
 - `pytest --slow=all` runs every test.
 - `pytest --turn=N` runs only a twelfth of the slow tests: those whose hashed name is N modulo 12. So twelve turns in a
   row run each slow test once. `.ci/run` takes the number of the CI run for N. Night tests do not fit into CI's 40
@@ -47,15 +47,16 @@ os.environ["OMP_NUM_THREADS"] = "1"
 settings.register_profile("karat", deadline=None, derandomize=True)
 settings.load_profile("karat")
 
-# What a test starts would inherit that nohup ignores it.
+# Under nohup SIGHUP is ignored, which the processes that tests start would inherit.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
 def nothing_blocked() -> Iterator[None]:
-    """What a test starts must not inherit the signal that a run in the tests' own process blocks.
+    """Unblock SIGUSR2, which a run in the tests' own process blocks, before and after each test.
 
-    Nor what a fixture of the session starts before the next test, such as SLURM: no job would hear it.
+    Otherwise the processes that tests and fixtures start would inherit the block. Jobs of a SLURM that a fixture of the
+    session starts would then never receive the signal.
     """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
     yield
@@ -90,7 +91,7 @@ SMALL = (
 
 
 def make_image_folder(root: Path, per_class: dict[str, int], seed: int = 0) -> Path:
-    """An ImageFolder of noisy JPEGs whose brightness tells the class."""
+    """Write an ImageFolder of noisy JPEGs, where the brightness shows the class."""
     rng = np.random.default_rng(seed)
     for split, count in per_class.items():
         for label in range(CLASSES):
@@ -103,14 +104,14 @@ def make_image_folder(root: Path, per_class: dict[str, int], seed: int = 0) -> P
 
 
 def run_script(script: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """A script of the project, as `python SCRIPT ...` from the clone."""
+    """Run a script of the project, as `python SCRIPT ...` does in the clone."""
     done = run_program(str(ROOT / script), arguments, [karat_environment()], timeout=300, directory=ROOT)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A directory that all test processes read: the first one makes it, the others wait."""
+    """Return a directory that all test processes read: the first one makes it, and the others wait."""
     base = factory.getbasetemp()
     directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     done = directory.with_suffix(".done")
@@ -131,7 +132,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 training and 28 validation images in tar shards."""
+    """Return tar shards of 64 training and 28 validation images."""
 
     def make(out: Path) -> None:
         source = ("--src", str(image_folder), "--out", str(out), "--shard-samples", "20")
@@ -150,7 +151,7 @@ def _leaves_at_the_end() -> Iterator[None]:
 
 @pytest.fixture
 def world(_leaves_at_the_end: None) -> Iterator[Any]:
-    """This process alone, on the CPU. A command that ran in this process may have left the group; it joins again.
+    """Yield the world of this process alone, on the CPU. If a command in this process has left the group, join again.
 
     A stage 3 engine replaces `torch.nn.functional.linear`; the tests after this one get torch's own back.
     """
@@ -162,7 +163,10 @@ def world(_leaves_at_the_end: None) -> Iterator[Any]:
 
 
 def karat_environment() -> dict[str, str]:
-    """One thread a process: the same sums in the same order, and no fight over cores."""
+    """Return this environment without a launcher's variables, and with one thread for each process.
+
+    So sums always have the same order, and processes do not compete for cores.
+    """
     kept = {
         key: value for key, value in os.environ.items() if not key.startswith(("RANK", "LOCAL_", "WORLD_", "MASTER_"))
     }
@@ -171,7 +175,7 @@ def karat_environment() -> dict[str, str]:
 
 @pytest.fixture
 def locks_of_nfs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NFS refuses an exclusive lock on a file, not a folder, that is not open for writing (flock(2))."""
+    """Refuse an exclusive lock on a file (not a folder) that is not open for writing, as NFS does (flock(2))."""
 
     def flock(file: Any, kind: int, locked: Callable[[Any, int], None] = fcntl.flock) -> None:
         descriptor = file if isinstance(file, int) else file.fileno()
@@ -184,11 +188,11 @@ def locks_of_nfs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 _PORTS = 200  # of each worker of pytest-xdist
-_probed = itertools.count(os.getpid())  # where another session of tests hardly is
+_probed = itertools.count(os.getpid())  # another session of tests rarely probes the same ports
 
 
 def free_port() -> int:
-    """A port that nothing uses, nor takes before the test does: kernels hand out those from 32,768 on."""
+    """Return a free port that the kernel gives to no other process meanwhile: it hands out ports from 32,768 on."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 13
     for number in itertools.islice(_probed, _PORTS):
         port = 30_000 + _PORTS * worker + number % _PORTS
@@ -199,7 +203,7 @@ def free_port() -> int:
 
 
 def karat_command(arguments: Sequence[str], processes: int = 1) -> list[str]:
-    """The command line of `karat`, alone or under torchrun."""
+    """Return the command line of `karat`, alone or under torchrun."""
     if processes == 1:
         return [sys.executable, "-m", "karat_scale", *arguments]
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
@@ -207,7 +211,7 @@ def karat_command(arguments: Sequence[str], processes: int = 1) -> list[str]:
 
 
 def rank_environments(processes: int) -> list[dict[str, str]]:
-    """What a launcher tells each rank of one node."""
+    """Return the variables that a launcher sets for each rank of one node."""
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
     return [
@@ -223,21 +227,21 @@ def karat(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[st
 
 
 def karat_done(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    """The same, where it must end well."""
+    """Run `karat` like `karat()`; it must succeed."""
     done = karat(*arguments, processes=processes)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
 def karat_run_here(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    """The same as `karat`, but alone in this process."""
+    """Run `karat` in this process, or like `karat()` if there are several ranks."""
     if processes > 1:
         return karat(*arguments, processes=processes)
     from karat_scale.engine.deepspeed_internals import use_torchs_own_linear
 
     with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()) as complained:
         code = karat_here(*arguments)
-    # As a process of its own would begin with, and without the lock of a run whose start failed.
+    # A new process would begin with torch's linear. Collecting releases the lock of a run that failed to start.
     use_torchs_own_linear()
     if code:
         gc.collect()
@@ -245,7 +249,7 @@ def karat_run_here(*arguments: str, processes: int = 1) -> subprocess.CompletedP
 
 
 def karat_here(*arguments: str) -> int:
-    """Run `karat` in this process, for what needs no process of its own, such as a one-line error; its exit code."""
+    """Run `karat` in this process and return its exit code; an error line, for example, needs no new process."""
     from karat_scale.commands.cli import main
 
     with signals_restored():
@@ -256,14 +260,14 @@ def karat_here(*arguments: str) -> int:
 
 
 def karat_says(*arguments: str) -> str:
-    """What `karat`, in this process, prints where it must end well."""
+    """Run `karat` in this process, where it must succeed; return what it prints."""
     with redirect_stdout(io.StringIO()) as said:
         assert karat_here(*arguments) == 0
     return said.getvalue()
 
 
 def karat_refuses(*arguments: str) -> str:
-    """The one line with which `karat`, in this process, refuses what it is given; before it is what it was doing."""
+    """Run `karat` in this process, where it must refuse its arguments; return the error, which is the last line."""
     with redirect_stderr(io.StringIO()) as said:
         assert karat_here(*arguments) == 2
     *before, line = said.getvalue().splitlines()
@@ -288,13 +292,13 @@ def signals_restored() -> Iterator[None]:
 
 
 def run_to_end(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Any program at its end, and what it has said; started in the clone and its environment, unless told otherwise."""
+    """Run any program to its end; return its result. By default it runs in the clone, with `karat_environment()`."""
     given: dict[str, Any] = {"cwd": ROOT, "env": karat_environment(), "timeout": 600, **options}
     return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, **given)
 
 
 def output_of(*command: object, **options: Any) -> str:
-    """What a program prints that must end well."""
+    """Run a program that must succeed; return what it prints."""
     done = run_to_end(*command, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -310,9 +314,9 @@ TrainOnce = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def train_once(tmp_path_factory: pytest.TempPathFactory) -> TrainOnce:
-    """Train the small model under a name, on the data of a section `data`, with overrides; the run's directory.
+    """Return a function that trains the small model once for each name and returns the run's directory.
 
-    Do not write into it.
+    Its argument `data` is the content of the recipe's section `data`. Tests must not write into the directory.
     """
 
     def train_once(name: str, data: str, *overrides: str) -> Path:
@@ -329,7 +333,7 @@ def train_once(tmp_path_factory: pytest.TempPathFactory) -> TrainOnce:
 
 @pytest.fixture
 def recipe_file(tmp_path: Path, shards: Path) -> Path:
-    """A small KArAt recipe over the shards, with its run below tmp_path."""
+    """Write a small KArAt recipe over the shards, with its run below tmp_path."""
     from karat_scale.recipe.loading import dump_recipe, load_recipe
 
     base = tmp_path / "small.yaml"
@@ -340,20 +344,20 @@ def recipe_file(tmp_path: Path, shards: Path) -> Path:
 
 
 def events(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The events of a run's metrics.jsonl."""
+    """Return the events of a run's metrics.jsonl, of all kinds or of one."""
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     whole = (line for line in lines if line.endswith("\n"))  # a run that goes on may be writing the last one
     return [event for event in map(json.loads, whole) if kind in (None, event["event"])]
 
 
 def summary(run: Path) -> dict[str, Any]:
-    """A run's summary.json."""
+    """Return the content of a run's summary.json."""
     return json.loads((run / "summary.json").read_text())
 
 
 @contextmanager
 def disk_of(size: str, place: Path) -> Iterator[Path]:
-    """Inside the block, a file system of that size at a place."""
+    """Mount a file system of this size at `place` inside the block; skip the test where that is not allowed."""
     place.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True)
     if done.returncode:
@@ -366,14 +370,14 @@ def disk_of(size: str, place: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB: enough for some small checkpoints."""
+    """Yield a file system of 2 MB, which is enough for some small checkpoints."""
     with disk_of("2m", tmp_path / "disk") as disk:
         yield disk
 
 
 @pytest.fixture
 def train_recipe(recipe_file: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`karat train` of the small recipe with overrides."""
+    """Return a function that runs `karat train` on the small recipe with overrides."""
 
     def run(*overrides: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
         return karat_run_here("train", str(recipe_file), *overrides, processes=processes)

@@ -1,6 +1,6 @@
-"""What a small run imports, without the trackers that libraries would import too.
+"""The imports of a small run, without the trackers that libraries would import too.
 
-DeepSpeed is among it where there is no GPU: it is imported for one kind of device, which a run may choose.
+DeepSpeed is imported here only on a machine without a GPU: an import is for one kind of device, which a run may choose.
 """
 
 import importlib
@@ -10,7 +10,7 @@ from pathlib import Path
 from karat_scale.engine.distributed import tell_deepspeed
 from karat_scale.foundation.tables import trackers_hidden
 
-# A run in the tests' own process blocks one, which this process would inherit.
+# A run in the tests' own process blocks a signal, which this process would inherit.
 signal.pthread_sigmask(signal.SIG_SETMASK, [])
 modules = [
     "karat_scale.commands.evaluate.command",

@@ -11,9 +11,9 @@ SOURCE = Path(__file__).parent / "emulated_nvml.c"
 
 
 def nvml_environment(directory: Path, fault: str, node: str = "") -> dict[str, str]:
-    """Build the library there; return the variables by which it is found and has this fault, on `node` alone if named.
+    """Build the library in `directory`; return the variables that let a process find it, with a fault.
 
-    Skips the test without a C compiler or nvidia-ml-py.
+    If `node` is given, only that node has the fault. Without a C compiler or nvidia-ml-py the test is skipped.
     """
     pytest.importorskip("pynvml")
     if shutil.which("cc") is None:

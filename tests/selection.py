@@ -1,4 +1,4 @@
-"""Which tests run, and how they are dealt out to several processes. The rule is in tests/conftest.py."""
+"""The choice of the tests that run, and their distribution to processes. tests/conftest.py has the rules."""
 
 import zlib
 from collections import Counter
@@ -12,7 +12,7 @@ TRAINS = {"multiprocess", "recipe_file", "train_recipe"}  # a marker and fixture
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--slow` and `--turn`, and the two of tests/faults."""
+    """Add `--slow` and `--turn`, and the two options of tests/faults."""
     parser.addoption("--slow", choices=("none", "all"), default="none", help="whether slow tests run beside all others")
     parser.addoption("--turn", type=int, metavar="N", help="run only the slow tests whose turn is N")
     parser.addoption("--faults", choices=("few", "all"), default="few", help="how many faults tests/faults tries")
@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)  # after conftests that mark tests slow
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what was not asked for. A test that is named by `file::test` runs."""
+    """Deselect the tests that were not asked for, unless the command line names a test by `file::test`."""
     slow, turn = config.getoption("--slow"), config.getoption("--turn")
     if any("::" in argument for argument in config.args):
         return
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def runs(item: pytest.Item, everything: bool, turn: int | None) -> bool:
-    """Whether these options select a test."""
+    """Return whether these options select a test."""
     slow, night = (item.get_closest_marker(name) is not None for name in ("slow", "night"))
     if turn is not None:
         return slow and not night and turn_of(item) == turn % TURNS
@@ -44,7 +44,7 @@ def runs(item: pytest.Item, everything: bool, turn: int | None) -> bool:
 
 
 def turn_of(item: pytest.Item) -> int:
-    """Return a slow test's turn. Those with `slow(together=True)` in a file share a fixture, and so a turn."""
+    """Return a slow test's turn. Tests of a file with `slow(together=True)` share a fixture, so they share a turn."""
     together = any(marker.kwargs.get("together") for marker in item.iter_markers("slow"))
     name = scope(item.nodeid) if together else item.nodeid
     # A hash and not a position: a test keeps its turn when others are added, removed or renamed.
@@ -52,7 +52,7 @@ def turn_of(item: pytest.Item) -> int:
 
 
 def longest_files_first(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Return the tests with the files first that train most often: short files fill up what is left at the end."""
+    """Return the tests with the files first that train most often, so that short files fill the gaps at the end."""
     trains = Counter(scope(item.nodeid) for item in items if TRAINS & {*item.keywords, *item.fixturenames})
     return sorted(items, key=lambda item: -trains[scope(item.nodeid)])
 
@@ -64,7 +64,7 @@ def scope(nodeid: str) -> str:
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist's, which need not be installed
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file's tests stay together, so that its fixtures are made once; so do the tests that share a cluster."""
+    """Keep the tests of a file together, so that its fixtures are made once, and the tests that share a cluster."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):

@@ -1,4 +1,4 @@
-"""Servers on loopback: one that answers as a test says, a proxy that spoils answers; as fixtures nginx, S3, Google."""
+"""Servers on loopback: one that a test programs, a proxy that spoils answers, and nginx, S3 and Google's storage."""
 
 import http.client
 import json
@@ -23,7 +23,7 @@ from tests.conftest import free_port
 
 
 class Answering(BaseHTTPRequestHandler):
-    """The base of a handler, with a method `get`, `put`, ... for each that it answers, and nothing printed."""
+    """The base of a handler that prints nothing. It has a method `get`, `put`, ... for each method that it answers."""
 
     protocol_version = "HTTP/1.1"
 
@@ -63,7 +63,7 @@ class Answering(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(handler: type[Answering], **attributes: Any) -> Iterator[str]:
-    """Run a server, whose handlers have these attributes; yields its address."""
+    """Run a server with handlers that have these attributes; yield its address."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler,), attributes))
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -91,9 +91,12 @@ class Asked:
 
 @dataclass
 class FaultyProxy:
-    """Passes requests on to a server on this machine.
+    """A proxy that passes requests on to a server on this machine.
 
-    spoil: from the request's number and itself to what is done to its answer. latency: seconds before each answer.
+    Attributes:
+        upstream: the port of the server.
+        latency: the seconds before each answer.
+        spoil: a function that takes a request's number and the request, and returns the fault of the answer, if any.
     """
 
     upstream: int
@@ -114,7 +117,7 @@ class FaultyProxy:
         self._running.__exit__(None, None, None)
 
     def gets(self, suffix: str = ".tar") -> list[Asked]:
-        """The requests for parts of files with this suffix."""
+        """Return the GET requests for files with this suffix."""
         return [asked for asked in self.requests if asked.method == "GET" and asked.path.endswith(suffix)]
 
     def answer(self, client: Answering) -> None:
@@ -177,7 +180,10 @@ BUCKET = "images"
 
 @pytest.fixture
 def nginx(tmp_path: Path) -> Iterator[Callable[[Path], int]]:
-    """Serves a directory by nginx, with pages that list it; returns the port. `certificate`: of https, with its key."""
+    """Yield a function that serves a directory by nginx, with pages that list it, and returns the port.
+
+    If `certificate` is given, a file with the certificate and its key, nginx serves https.
+    """
     program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
     if program is None:
         pytest.skip("nginx is not installed: apt-get install nginx-light")
@@ -209,7 +215,7 @@ http {{ access_log off; {paths}
 
 
 def wait_for(port: int) -> None:
-    """Until a server listens."""
+    """Wait until a server listens."""
     deadline = time.monotonic() + 20
     while True:
         try:
@@ -222,7 +228,7 @@ def wait_for(port: int) -> None:
 
 @pytest.fixture(scope="session")
 def s3_port() -> Iterator[int]:
-    """The port of an S3 server for the session."""
+    """Run an S3 server for the session; yield its port."""
     pytest.importorskip("s3fs", reason="s3fs is not installed: pip install -e '.[remote]'")
     server = pytest.importorskip("moto.server", reason="moto is not installed: pip install -e '.[dev]'")
     running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -233,7 +239,10 @@ def s3_port() -> Iterator[int]:
 
 @pytest.fixture
 def s3(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Puts a directory into a bucket of its own; returns its URL. `port`: of the server that clients are to use."""
+    """Return a function that puts a directory into a bucket of its own and returns its URL.
+
+    If `port` is given, clients use the server at that port, such as a proxy.
+    """
     for name, value in {
         "AWS_ACCESS_KEY_ID": "key-of-the-test",
         "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
@@ -263,7 +272,7 @@ def s3(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 
 @pytest.fixture
 def gs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], str]]:
-    """Puts a directory into a bucket of a server that speaks Google's protocol; returns its URL."""
+    """Yield a function that puts a directory into a bucket of an emulator of Google's storage and returns its URL."""
     pytest.importorskip("gcsfs", reason="gcsfs is not installed: pip install -e '.[remote]'")
     emulator = pytest.importorskip("gcp_storage_emulator.server", reason="pip install -e '.[dev]'")
     port = free_port()

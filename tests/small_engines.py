@@ -30,7 +30,7 @@ CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload",
 
 
 def _cells(quick: set[tuple[str, str]]) -> list[Any]:
-    """Each file with each precision; those that are not quick where the slow tests run."""
+    """Return each file with each precision; the cells that are not in `quick` are slow tests."""
     cells = itertools.product(CONFIGS, ("fp32", "bf16"))
     return [pytest.param(*cell, marks=() if cell in quick else pytest.mark.slow) for cell in cells]
 
@@ -64,7 +64,7 @@ SWIN = (
 
 @pytest.fixture
 def small_recipe(tmp_path: Path) -> Callable[..., Recipe]:
-    """The small recipe on synthetic data, with overrides."""
+    """Return a function that loads the small recipe on synthetic data, with overrides."""
     path = tmp_path / "small.yaml"
     path.write_text("data: {backend: synthetic, synthetic_samples: 32}\nattention: {kind: karat}\n")
 
@@ -85,7 +85,7 @@ def make_trainer(
     task_type: type[Task] = ClassificationTask,
     kind: Callable[..., T] = Trainer,
 ) -> T:
-    """The trainer of a run, in the directory of the recipe."""
+    """Return the trainer of a run, in the directory of the recipe."""
     directory = RunDirectory(recipe.run.dir)
     directory.store.root.mkdir(parents=True, exist_ok=True)
     task = task_type(recipe, world, reporter or Reporter(PlainDisplay(), None))
@@ -94,7 +94,7 @@ def make_trainer(
 
 @pytest.fixture
 def make_engine(world: World) -> Callable[[Recipe], Engine]:
-    """An engine over a freshly initialised model, the same one each time."""
+    """Return a function that makes an engine over a freshly initialised model, the same one each time."""
 
     def make(recipe: Recipe) -> Engine:
         torch.manual_seed(0)
@@ -109,7 +109,7 @@ def make_engine(world: World) -> Callable[[Recipe], Engine]:
 
 @pytest.fixture
 def whole_zero3(tmp_path: Path) -> str:
-    """Stage 3 that partitions the smallest parameters too; as shipped it would leave those of a small model whole."""
+    """Return a stage 3 file that also partitions the smallest parameters, which the shipped file leaves whole."""
     config = json.loads((config_directory() / "zero3.json").read_text())
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     path = tmp_path / "whole_zero3.json"
@@ -119,7 +119,7 @@ def whole_zero3(tmp_path: Path) -> str:
 
 @pytest.fixture
 def make_checkpoints(world: World, make_engine: Callable[[Recipe], Engine]) -> Callable[..., Checkpoints]:
-    """Checkpoints of a new engine in a directory."""
+    """Return a function that makes the checkpoints of a new engine in a directory."""
 
     def make(recipe: Recipe, root: Path) -> Checkpoints:
         return checkpoints_of(make_engine(recipe), recipe, world, root)
@@ -128,27 +128,27 @@ def make_checkpoints(world: World, make_engine: Callable[[Recipe], Engine]) -> C
 
 
 def checkpoints_of(engine: Engine, recipe: Recipe, world: World, root: Path) -> Checkpoints:
-    """Checkpoints of an engine and its average."""
+    """Return the checkpoints of an engine and its average."""
     ema = Ema(engine.deepspeed, recipe.train) if recipe.train.ema_decay else None
     reporter, kind = Reporter(PlainDisplay(), None), (ClassificationTask.kind, TrainState)
     return Checkpoints(CheckpointStore(root, falsehood), engine, ema, world, recipe, reporter, *kind)
 
 
 def train_steps(checkpoints: Checkpoints, *steps: int) -> None:
-    """Steps of the engine and its average behind `checkpoints`."""
+    """Train these steps with the engine and the average of `checkpoints`."""
     for step in steps:
         train_once(checkpoints.engine, step)
         checkpoints.ema.update(step)
 
 
 def random_batch(seed: int, size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eight images and their labels."""
+    """Return eight images and their labels."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(8, 3, size, size, generator=generator), torch.randint(0, 4, (8,), generator=generator)
 
 
 def train_once(engine: Engine, seed: int, lr: float = 1e-2, size: int = 16) -> float | None:
-    """One step on random images; returns the gradient norm."""
+    """Take one step on random images; return the gradient norm."""
     images, labels = random_batch(seed, size)
     engine.set_lr(lr)
     engine.backward(torch.nn.functional.cross_entropy(engine.forward(images), labels))
@@ -157,7 +157,7 @@ def train_once(engine: Engine, seed: int, lr: float = 1e-2, size: int = 16) -> f
 
 
 def weights(engine: Engine) -> list[torch.Tensor]:
-    """Copies of the module's parameters, whole at every stage."""
+    """Return copies of the module's parameters, whole at every stage."""
     from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters(list(engine.module.parameters()), enabled=engine.stage == 3):
@@ -165,7 +165,7 @@ def weights(engine: Engine) -> list[torch.Tensor]:
 
 
 def equal(left: object, right: object) -> bool:
-    """Bit for bit, through nested containers."""
+    """Return whether two values are equal bit for bit, through nested containers."""
     if isinstance(left, torch.Tensor):
         return isinstance(right, torch.Tensor) and torch.equal(left, right)
     if isinstance(left, dict):

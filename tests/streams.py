@@ -1,4 +1,4 @@
-"""CUDA's streams and events as far as we use them, on a machine without a GPU: they note what they are told."""
+"""Stand-ins for CUDA's streams and events, for a machine without a GPU: they note what they are told."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import torch
 
 
 class Streams:
-    """`notes` has what was told to them, in order. `is_done` is what events say about the work before them."""
+    """The stand-ins. `notes` has what they were told, in order. `is_done` is what an event's `query` returns."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.notes: list[str] = []

@@ -1,4 +1,4 @@
-"""`karat train` on shards that are damaged in the ways that happen: each is one line, or counted."""
+"""Tests of `karat train` on bad data: each kind of damage is reported in one line, or counted."""
 
 import io
 import os
@@ -19,13 +19,13 @@ Train = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def damaged(shards: Path, tmp_path: Path) -> Path:
-    """A copy of the shards to damage."""
+    """Return a copy of the shards, which a test may damage."""
     return Path(shutil.copytree(shards, tmp_path / "damaged"))
 
 
 @pytest.fixture(scope="module")
 def shards_with_a_bad_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards in which one training and one validation image end in the middle."""
+    """Return shards in which one training image and one validation image are cut off in the middle."""
     root = make_image_folder(tmp_path_factory.mktemp("bad"), {"train": 16, "val": 7})
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
     encoded = io.BytesIO()

@@ -66,7 +66,7 @@ def drawn_boxes(augment: AugmentConfig, width: int, height: int, count: int) -> 
 
 
 def test_big_visions_crop_has_uniform_heights_and_aspect_ratios() -> None:
-    """Where no side binds, h = sqrt(area / aspect) times a uniform number, so the root of a crop's share is uniform."""
+    """Unless a side limits it, a crop's height is uniform at each aspect, and so is the root of its share of area."""
     side, count = 100_000, 4_000
     left, top, w, h = drawn_boxes(BIG, side, side, count).T
     low, high = np.sqrt(BIG.scale)
@@ -78,14 +78,14 @@ def test_big_visions_crop_has_uniform_heights_and_aspect_ratios() -> None:
     ):
         assert stats.kstest(values, stats.uniform(start, end - start).cdf).pvalue > 1e-3
     assert abs(stats.spearmanr(w / h, w * h).statistic) < 0.05
-    # torchvision's does not pass for it: its areas are uniform.
+    # torchvision's crop differs: its areas are uniform.
     _, _, w, h = drawn_boxes(BIG.changed(crop="pytorch"), side, side, count).T
     assert stats.kstest(np.sqrt(w * h) / side, stats.uniform(low, high - low).cdf).pvalue < 1e-12
     assert stats.kstest(w * h / side**2, stats.uniform(0.05, 0.45).cdf).pvalue > 1e-3
 
 
 def test_big_visions_crop_of_a_small_image_has_tensorflows_frequencies() -> None:
-    """By enumeration: for each of many aspect ratios all heights of TensorFlow's range are as likely as each other."""
+    """An enumeration gives the frequencies: for each of many aspect ratios, all heights in range are equally likely."""
     width, height, count = 9, 6, 40_000
     least, most = 0.2 * width * height, 0.9 * width * height
     expected: Counter[tuple[int, int]] = Counter()

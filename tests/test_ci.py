@@ -1,6 +1,6 @@
-"""`.ci/run` itself, in a clone whose `make` and Python only write down how they were called; the hooks of a commit.
+"""Tests of `.ci/run`, in a clone where `make` and Python only write down how they were called.
 
-Also GitHub's workflows that run `.ci/run` and `.ci/newest`.
+The hooks of a commit are tested, too, and GitHub's workflows that run `.ci/run` and `.ci/newest`.
 """
 
 import os
@@ -23,7 +23,7 @@ STUB = '#!/bin/sh\necho "$(basename "$0") $*" >> "$CALLS"\n'
 
 @pytest.fixture
 def ci(tmp_path: Path):
-    """Runs the script; what it called."""
+    """Return a function that runs the script and returns the calls that it made."""
     clone, calls = tmp_path / "clone", tmp_path / "calls"
     for name in ("bin/make", ".venv/bin/python"):
         stub = clone / name

@@ -61,7 +61,7 @@ def test_an_image_runs_the_script_with_the_wheels(name: str) -> None:
 
 
 def test_apptainer_keeps_nothing_in_tmp() -> None:
-    """In %post, the host's /tmp lies over the image's."""
+    """In %post, the host's /tmp hides the image's."""
     lines = (ROOT / "containers" / "karat.def").read_text().splitlines()
     assert not [line for line in lines if "/tmp" in line and not line.startswith("#")]
 

@@ -27,7 +27,7 @@ IN_TURN = (
 
 
 def blocks(section: str, language: str) -> list[tuple[str, str]]:
-    """The title and the text of a section's code blocks in a language."""
+    """Return the title and the text of each of a section's code blocks in a language."""
     return re.findall(rf'^```{language}(?: title="(.*?)")?\n(.*?)^```', section, flags=re.DOTALL | re.MULTILINE)
 
 
@@ -53,7 +53,7 @@ def png(brightness: int) -> bytes:
 
 
 def make_data(data: Path) -> None:
-    """What the examples read: zip files of images, and a small file like MedMNIST's."""
+    """Write what the examples read: zip files of images, and a small file like MedMNIST's."""
     (data / "zipped").mkdir(parents=True)
     for split in ("train", "val"):
         with zipfile.ZipFile(data / "zipped" / f"{split}.zip", "w") as archive:
@@ -68,7 +68,7 @@ def make_data(data: Path) -> None:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the package with all examples, after all their commands."""
+    """Return a copy of the package with all examples applied, after all their commands have run."""
     copy = tmp_path_factory.mktemp("contributing")
     for name in ("karat_scale", "data_prep", "ds_configs"):
         shutil.copytree(ROOT / name, copy / name)

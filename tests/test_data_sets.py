@@ -1,4 +1,4 @@
-"""From each data set's official files to a trained model, by the commands a user types, on a few images."""
+"""Tests that a user's commands lead from a data set's official files to a trained model, on a few images."""
 
 import functools
 from collections.abc import Callable

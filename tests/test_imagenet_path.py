@@ -33,12 +33,12 @@ SMALL_MODEL = (
     "log.every_steps=1",
     "log.trackers=[]",
 )
-pytestmark = pytest.mark.slow  # test_readme has the path of each day
+pytestmark = pytest.mark.slow  # test_readme has a shorter path that is not slow
 LIBRARY = {"ffcv": "ffcv", "dali": "nvidia.dali"}
 
 
 def generated_images() -> dict[str, list[bytes]]:
-    """40 classes of three photo-like images of different sizes, by wnid."""
+    """Return 40 classes of three photo-like images of different sizes, by wnid."""
     return {
         f"n{1000 + c:08d}": [jpeg(10 * c + i, 60 + 7 * (c % 9), 50 + 5 * (c % 7), quality=95) for i in range(3)]
         for c in range(40)
@@ -46,14 +46,14 @@ def generated_images() -> dict[str, list[bytes]]:
 
 
 def real_images() -> dict[str, list[bytes]]:
-    """One real image of each of ImageNet's thousand classes."""
+    """Return one real image of each of ImageNet's thousand classes, by wnid."""
     with tarfile.open(sample_file("imagenet_sample_1000.tar")) as tar:
         files = [(member.name.split("/")[-2], tar.extractfile(member)) for member in tar if member.isfile()]
         return {wnid: [file.read()] for wnid, file in files if file is not None}
 
 
 def write_imagenet(root: Path, images: dict[str, list[bytes]]) -> None:
-    """ImageNet's official tars with Kaggle's labels, and the same unpacked into folders. Both splits are alike."""
+    """Write ImageNet's official tars with Kaggle's labels, and the same images in folders. Both splits are alike."""
     inner = {}
     for wnid, found in images.items():
         files = {f"{wnid}_{number}.JPEG": data for number, data in enumerate(found)}

@@ -34,7 +34,7 @@ def test_every_package_it_imports_is_installed_with_it_or_by_an_extra_for_users(
 
 
 def imported_modules() -> set[str]:
-    """The modules outside of the standard library and of the package that its code imports."""
+    """Return the modules that the package imports, without its own and those of the standard library."""
     found = set()
     for path in (ROOT / "karat_scale").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -46,7 +46,7 @@ def imported_modules() -> set[str]:
 
 
 def installed_by(requirements: list[str], seen: set[str] | None = None) -> Iterator[str]:
-    """The distributions that a list of requirements installs here, with those that these need."""
+    """Yield the distributions that a list of requirements installs here, and those that these need in turn."""
     seen = set() if seen is None else seen
     for requirement in map(Requirement, requirements):
         name = canonical(requirement.name)

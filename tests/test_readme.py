@@ -1,4 +1,4 @@
-"""The README's commands, run as they stand on data small enough for a test."""
+"""Tests that run the README's commands as they stand, on data that is small enough for a test."""
 
 import itertools
 import re
@@ -23,7 +23,7 @@ OURS = ("eval", "train", "launch", "plan", "export", "prepare", "recipes", "expl
 
 
 def blocks(language: str) -> list[str]:
-    """The README's code in a language."""
+    """Return the README's code blocks in a language."""
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -31,7 +31,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.strip().splitline
 
 
 def run(command: str, cwd: Path, *more: str) -> "subprocess.CompletedProcess[str]":
-    """Run a command to its good end."""
+    """Run a `karat` command with more arguments, on two ranks where it has `--ranks`; it must succeed."""
     words = shlex.split(command, comments=True)
     arguments = ["2" if before == "--ranks" else word for before, word in itertools.pairwise(words)]
     done = run_program("karat_scale", [*arguments, *more], [karat_environment()], timeout=300, directory=cwd)

@@ -1,4 +1,4 @@
-"""Which tests the options select: twelve turns run every slow test once."""
+"""Tests of which tests the options select: twelve turns run every slow test once."""
 
 import os
 import sys
@@ -36,7 +36,7 @@ SLOW = TOGETHER | {f"test_slow[{number}]" for number in range(20)}
 
 @pytest.fixture
 def select(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The tests that pytest selects with these arguments."""
+    """Return a function that lets pytest collect tests, and returns the selected and the deselected ones."""
     (tmp_path / "conftest.py").write_text("from tests.selection import pytest_addoption, pytest_collection_modifyitems")
     (tmp_path / "pytest.ini").write_text(
         "[pytest]\nmarkers =\n  slow:\n  night:\n  multiprocess:\naddopts = --import-mode=importlib\n"

@@ -38,7 +38,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 def described_keys(schema: type) -> set[str]:
-    """The keys of a recipe that hold a value."""
+    """Return the keys of a recipe that hold a value."""
     keys = set(schema_keys(schema))
     return {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
 

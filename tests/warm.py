@@ -1,7 +1,7 @@
-"""`python -m MODULE` or `python SCRIPT` in processes forked from one that has imported what `karat` needs.
+"""Run `python -m MODULE` or `python SCRIPT` in processes forked from one that has imported what `karat` needs.
 
-Imports are most of a small run's time. The process that others are forked from begins anew, does nothing but import,
-and has one thread.
+Imports take most of a small run's time. The process that is forked from is a new one, does nothing but import, and has
+one thread.
 """
 
 import atexit
@@ -20,7 +20,7 @@ from pathlib import Path
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.imported"])
-# What ranks get to end in after one of them has failed.
+# The time that ranks have to end after one of them has failed.
 GRACE_SECONDS = 30.0
 
 
@@ -29,8 +29,8 @@ def run_program(
 ) -> subprocess.CompletedProcess[str]:
     """Run a module, or a script whose name ends in .py, once in each environment, all at the same time, to their ends.
 
-    When one process fails the others are told to end, and the return code is 1, as with torchrun; that of a single
-    process is its own. Raises TimeoutError, and kills them all, after `timeout` seconds.
+    When one process fails, the others are terminated, and the return code is 1, as with torchrun. A single process
+    keeps its own return code. Raises TimeoutError after `timeout` seconds, and kills all processes.
     """
     with tempfile.TemporaryDirectory() as scratch:
         outs, errs = ([Path(scratch, f"{kind}{n}") for n in range(len(environments))] for kind in ("out", "err"))
@@ -61,7 +61,7 @@ def start(
     err: Path,
     leads: bool = False,
 ) -> ForkServerProcess:
-    """Start one process, with files for what it writes; it may lead a group of its own."""
+    """Start one process that writes to these files; with `leads`, it leads a process group of its own."""
     process = PROCESSES.Process(
         target=_run, args=(program, tuple(arguments), dict(environment), str(directory), str(out), str(err), leads)
     )
@@ -72,7 +72,7 @@ def start(
 def run_code(
     code: str, *arguments: object, environments: Sequence[Mapping[str, str]], directory: Path, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """The same for the text of a program."""
+    """Run the text of a program, as `run_program` does."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "code.py")
         file.write_text(code)
@@ -80,7 +80,10 @@ def run_code(
 
 
 def _wait(processes: Sequence[ForkServerProcess], deadline: float) -> bool:
-    """Until all have ended. False: one had not at the deadline."""
+    """Wait until all processes have ended. Return False if one still runs at the deadline and none has failed.
+
+    When one fails, terminate the others and wait GRACE_SECONDS for them at most.
+    """
     told = False
     while running := [process for process in processes if process.exitcode is None]:
         wait([process.sentinel for process in running], max(0.0, deadline - time.monotonic()))
@@ -94,9 +97,9 @@ def _wait(processes: Sequence[ForkServerProcess], deadline: float) -> bool:
 
 
 class Started:
-    """A program that runs in each environment, all of them with one output; a part of what `subprocess.Popen` offers.
+    """A program that runs once in each environment, with some of the methods of `subprocess.Popen`.
 
-    Each process leads a group of its own.
+    All processes write to one file, and each leads a process group of its own.
     """
 
     def __init__(self, program: str, arguments: Sequence[str], environments: Sequence[Mapping[str, str]]) -> None:
@@ -107,7 +110,7 @@ class Started:
             start(program, arguments, environment, Path.cwd(), self._out, self._out, leads=True)
             for environment in environments
         ]
-        atexit.register(self.send_signal, signal.SIGKILL)  # or a failed test's would be waited for
+        atexit.register(self.send_signal, signal.SIGKILL)  # otherwise a failed test's processes would be waited for
 
     @property
     def pids(self) -> list[int]:
@@ -115,17 +118,17 @@ class Started:
 
     @property
     def pid(self) -> int:
-        """Of the only process."""
+        """Return the process id of the only process."""
         (pid,) = self.pids
         return pid
 
     @property
     def returncode(self) -> int | None:
-        """Of the first process."""
+        """Return the exit code of the first process."""
         return self.processes[0].exitcode
 
     def poll(self) -> int | None:
-        """None while all processes run."""
+        """Return the exit code of a process that has ended; None while all run."""
         return next((one.exitcode for one in self.processes if one.exitcode is not None), None)
 
     def send_signal(self, number: int) -> None:
@@ -134,11 +137,11 @@ class Started:
                 os.kill(process.pid, number)
 
     def said(self) -> str:
-        """What was said until now."""
+        """Return the output so far."""
         return self._out.read_text()
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
-        """All that was said, once the processes have ended; kills them if they do not in time."""
+        """Return all output once the processes have ended; if they do not end in time, kill them and fail."""
         deadline = None if timeout is None else time.monotonic() + timeout
         for process in self.processes:
             process.join(None if deadline is None else max(0.0, deadline - time.monotonic()))

@@ -24,12 +24,12 @@ class Call(NamedTuple):
     proj: Tensor
 
     def to(self, dtype: torch.dtype) -> "Call":
-        """The call in another dtype, as leaves of a new graph."""
+        """Return the call in another dtype, with its tensors as leaves of a new graph."""
         return Call(*(x.detach().to(dtype).requires_grad_() for x in self))
 
     @property
     def largest_score(self) -> float:
-        """max|A|, the largest phase the harmonics must resolve."""
+        """Return max|A|. The phases of the harmonics reach G times that."""
         scores = self.query.double() @ self.key.double().mT / self.query.shape[-1] ** 0.5
         return scores.abs().max().item()
 
@@ -37,7 +37,7 @@ class Call(NamedTuple):
 def make_call(
     batch: int, heads: int, tokens: int, width: int, rank: int, grid: int, *, logits: float = 1.0, seed: int = 0
 ) -> Call:
-    """A float64 call with scores of standard deviation `logits` and variance-preserving parameters."""
+    """Return a float64 call with scores of standard deviation `logits` and variance-preserving parameters."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, std: float = 1.0) -> Tensor:
@@ -58,14 +58,14 @@ def make_call(
 def output_and_gradients(
     call: Call, upstream: Tensor, *, bias: Tensor | None = None, attend: Callable[..., Tensor] | None = None, **options
 ) -> list[Tensor]:
-    """O and the gradients of the call's tensors, and of the bias where there is one."""
+    """Return O, the gradients of the call's tensors and, if there is a bias, that of the bias."""
     output = (attend or fourier_karat_attention)(*call, bias=bias, **options)
     leaves = [*call, *([] if bias is None else [bias])]
     return [output.detach(), *torch.autograd.grad(output, leaves, upstream.to(output.dtype))]
 
 
 def gradients_of(attend: Callable[..., Tensor], tensors: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
-    """O and the gradients of any tensors that attention is given and, of a module, those of its parameters."""
+    """Return O, the gradients of the tensors and, if `attend` is a module, those of its parameters."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     output = attend(*leaves)
     own = attend.parameters() if isinstance(attend, torch.nn.Module) else ()
@@ -75,7 +75,7 @@ def gradients_of(attend: Callable[..., Tensor], tensors: Sequence[Tensor], upstr
 def content_module(
     tokens: int, heads: int = 2, rank: int = 4, grid: int = 3, implementation: str = "auto"
 ) -> ContentOperator:
-    """A module away from its start, where W is 0."""
+    """Return a module with parameters away from their start, where W is 0."""
     torch.manual_seed(tokens)
     made = ContentOperator(FourierKaratOperator(tokens, heads, rank, grid, implementation=implementation))
     with torch.no_grad():
@@ -85,7 +85,7 @@ def content_module(
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """The L2 norm of the difference over that of `expected`, or where that is zero the norm itself."""
+    """Return the L2 norm of the difference divided by that of `expected`, or undivided if `expected` is 0."""
     difference = (actual.double() - expected.double()).norm().item()
     return difference / (expected.double().norm().item() or 1.0)
 
@@ -94,14 +94,14 @@ NAMES = ("output", "query", "key", "value", "cos_coef", "sin_coef", "proj", "bia
 
 
 def assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
-    """Every result within the tolerance, and of the same shape."""
+    """Assert that every result has the expected shape and lies within the tolerance."""
     for name, a, e in zip(NAMES, actual, expected, strict=False):
         assert a.shape == e.shape, name
         assert relative_error(a, e) <= tolerance, f"{name}: {relative_error(a, e):.2e} > {tolerance:.2e}"
 
 
 class LargestTensor(TorchDispatchMode):
-    """The largest storage any operation made, in elements."""
+    """A dispatch mode that records the largest storage any operation makes, in elements."""
 
     elements = 0
 

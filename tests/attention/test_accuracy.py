@@ -10,7 +10,7 @@ from karat_scale.attention import BASES, routes
 from karat_scale.attention.forms import FORMS
 from tests.attention.test_forms import Case, assert_agree, make_case, upstream_of
 
-# How fast a basis's functions vary where G does not say: the slope, over the size, of what `make_case` draws.
+# How fast the functions of a basis vary if G does not say: the slope of what `make_case` draws, divided by its size.
 STEEPNESS = {"bspline": 4, "mexican_hat": 4, "morlet": 8, "dog": 4, "meyer": 8, "shannon": 4}
 # |b_1 x + ...| has a kink, which moves with the rounding of x.
 KINKED = ("rational",)
@@ -21,7 +21,7 @@ def settings_of(name: str, grid: int) -> dict[str, object]:
 
 
 def drawn(name: str, form: str, grid: int, largest: float | None = None, **shape: int) -> Case:
-    """A case whose tensors float32 holds exactly, with scores up to `largest`."""
+    """Return a case with tensors that float32 holds exactly, and with scores up to `largest`."""
     case = make_case(name, form, **shape, **settings_of(name, grid))
     query, key, *rest = case.tensors
     if largest:
@@ -35,7 +35,10 @@ def raw_scores(case: Case) -> Tensor:
 
 
 def tolerance(case: Case, steepness: float) -> float:
-    """max(2e-6, 5e-8 G max|A|), where A are the scores that enter a function; two operators multiply."""
+    """Return max(2e-6, 5e-8 G max|A|), where A are the scores that enter a function.
+
+    With two operators, it allows for the larger scores that enter the second one.
+    """
     scores = raw_scores(case)
     largest = scores.abs().max().item()
     if case.form == "project_first":
@@ -95,7 +98,7 @@ def test_sixteen_bits_match_the_oracle(name, form):
 @pytest.mark.parametrize("name", ["fourier", "bspline", "chebyshev"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_full_rank_with_narrow_heads(name, dtype, monkeypatch):
-    """Where the values are spread over the keys and no row of S is formed."""
+    """Full rank is right on the route of narrow heads, which spreads the values over the keys and forms no row of S."""
     monkeypatch.setattr(routes, "workspace_budget", lambda _: 1)
     monkeypatch.setattr(routes, "MIN_ROWS", 4)
     case = make_case(name, "full_rank", batch=3, tokens=11, width=4)

@@ -1,4 +1,4 @@
-"""Bases: values, derivatives and starts."""
+"""Tests of the bases: their values, derivatives and starts."""
 
 import math
 
@@ -21,7 +21,7 @@ from karat_scale.attention.bases.wavelets import SMALLEST_SCALE
 
 
 class Steps(FeatureBasis):
-    """f(x) = x > knot, whose knots are a tensor."""
+    """The functions x > knot, with the knots in a tensor."""
 
     num_features = 2
 
@@ -90,7 +90,7 @@ POINTS = [-60.0, -3.2, -1.0, -0.9, -0.5, -0.3, -1e-7, 0.0, 1e-4, 0.2, 0.5, 0.6, 
 
 
 def units_of(basis, parameters, points):
-    """phi(x) of one function at each point, by the reference's route."""
+    """Return phi(x) of one function at each point, computed as the reference does."""
     coef = basis.pack(parameters)
     x = torch.tensor(points, dtype=torch.float64).view(1, 1, -1, 1)
     return reference._units(x, torch.ones_like(x), coef, basis).flatten().tolist()
@@ -232,7 +232,7 @@ def test_a_basis_is_known_by_its_settings():
 
 
 def test_a_class_that_is_defined_again_is_another_basis():
-    """As in a notebook: of equal name and settings, but with other functions."""
+    """A class may have the same name and settings but other functions, as when a notebook's cell runs again."""
     knots = torch.tensor([0.0, 0.5])
     again = type("Steps", (Steps,), {"value": lambda self, x: [3 * f for f in Steps.value(self, x)]})
     again.__module__, again.__qualname__ = Steps.__module__, Steps.__qualname__

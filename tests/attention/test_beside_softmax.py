@@ -1,5 +1,8 @@
-"""Heads beside softmax. Hybrid: each part is what it would be alone. Residual: softmax at the start, and the learned
-part in proportion to the gate."""
+"""Tests of heads beside softmax.
+
+Each part of hybrid heads is what it would be alone. Residual heads start as softmax, and add the learned part in
+proportion to the gate.
+"""
 
 import pytest
 import torch
@@ -52,7 +55,7 @@ def test_both_parts_have_the_bias_and_the_mask(shape):
     heads, inputs = make_residual()
     torch.nn.init.normal_(heads.gate)
     bias, mask = torch.randn(shape, dtype=torch.float64), torch.rand(shape) > 0.3
-    mask[..., -1] = False  # where the mask has a column each, one that nobody sees
+    mask[..., -1] = False  # no query sees the last key, or any key if the mask has one column
     joined = torch.where(mask, bias, -torch.inf).expand(2, 3, 6, 6)
     softmax = scaled_dot_product_attention(*inputs, attn_mask=joined)
     learned = heads.operator(*inputs, bias, mask)

@@ -1,4 +1,4 @@
-"""What torch may ask of attention, of each implementation that runs here."""
+"""What torch may ask of attention, tested on each implementation that runs here."""
 
 import pytest
 import torch

@@ -20,7 +20,7 @@ def pointwise(request):
 
 
 def random_case(seed):
-    """A call of random sizes, with a bias in every second one."""
+    """Return a call of random sizes, a gradient of its output and, for every second seed, a bias."""
     draw = random.Random(seed)
     heads, tokens = draw.randint(1, 4), draw.randint(2, 70)
     sizes = draw.randint(1, 3), heads, tokens, draw.randint(1, 64), draw.randint(1, 20), draw.randint(1, 7)

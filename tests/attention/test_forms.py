@@ -16,7 +16,7 @@ SETTINGS = {"bspline": {"grid": 4, "range": 2.0}, "chebyshev": {"grid": 4}, "rat
 
 
 class Case(NamedTuple):
-    """A call of `karat_attention`, flat enough for autograd."""
+    """A call of `karat_attention`, with its tensors in one tuple for autograd."""
 
     basis: Basis
     form: str
@@ -30,7 +30,7 @@ class Case(NamedTuple):
         return function(query, key, value, self.basis, parameters, proj, form=self.form, **options)
 
     def results(self, upstream: Tensor, dtype: torch.dtype = torch.float64, **options) -> list[Tensor]:
-        """O and the gradient of every tensor, and of a bias that wants one."""
+        """Return O, the gradient of every tensor and, if there is a bias, that of the bias."""
         leaves = [x.detach().to(dtype).requires_grad_() for x in self.tensors]
         bias = options.get("bias")
         if bias is not None:
@@ -43,7 +43,7 @@ class Case(NamedTuple):
 def make_case(
     name: str, form: str = "modular", batch=2, heads=2, tokens=7, width=5, rank=3, logits=1.0, seed=0, **settings
 ) -> Case:
-    """A float64 case with every parameter away from its start."""
+    """Return a float64 case with every parameter away from its start."""
     torch.manual_seed(seed)
     basis = make_basis(name, **(settings or SETTINGS.get(name, {})))
     shapes = parameter_shapes(basis, form, heads, tokens, rank)
@@ -96,7 +96,7 @@ def test_streaming_is_the_oracle(name, form, simplex, masked, small_tiles):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("implementation", ["reference", "streaming"])
 def test_a_masked_pair_is_in_no_sum(form, implementation):
-    """The forms as the paper writes them, pair by pair, with the sums over kept pairs alone."""
+    """Each form agrees with the paper's sums, written out pair by pair over the kept pairs alone."""
     case = make_case("dog", form)
     query, key, value, *rest = case.tensors
     mask = torch.rand(7, 7) > 0.4

@@ -1,4 +1,4 @@
-"""The public functions: agreement of the two, and a clear refusal of every bad call."""
+"""Tests of the public functions: they agree, and they refuse every bad call clearly."""
 
 import re
 import sys

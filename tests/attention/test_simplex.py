@@ -13,7 +13,7 @@ def test_it_is_the_nearest_point_of_the_simplex(width, spread, seed):
     nearest = call.project(rows)
     assert (nearest >= 0).all()
     torch.testing.assert_close(nearest.sum(-1), torch.ones(5, dtype=torch.float64))
-    # Of a convex set: the way to the point makes no acute angle with a way on to any corner.
+    # The set is convex, so no corner lies at an acute angle to the line from the nearest point to the row.
     to_corners = torch.eye(width, dtype=torch.float64) - nearest.unsqueeze(1)
     assert ((rows - nearest).unsqueeze(1) * to_corners).sum(-1).max() < 1e-9 * spread
 

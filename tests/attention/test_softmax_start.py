@@ -1,4 +1,4 @@
-"""The start near softmax, against softmax itself, on scores of a ViT that has learned nothing."""
+"""The start near softmax, against softmax itself, on the scores of an untrained ViT."""
 
 import pytest
 import torch
@@ -54,7 +54,10 @@ def test_modes_do_not_depend_on_the_linear_algebra_library(tokens, monkeypatch):
 
 @pytest.mark.parametrize(("form", "rank"), [("modular", 12), ("modular", 65), ("full_rank", 12)])
 def test_a_vit_starts_with_softmax_as_far_as_its_rank_goes(form, rank):
-    """Of rank N, or full rank, all of softmax; below it, softmax of the modes. The rest is of second order in A."""
+    """At rank N or full rank it starts as softmax, at a lower rank as softmax projected onto the modes.
+
+    The error is of second order in A.
+    """
     torch.manual_seed(0)
     size = ModelConfig(name="vit_tiny_patch16_224", image_size=32, patch_size=4, num_classes=10, depth=2)
     model = create_model(size, AttentionConfig(kind="karat", form=form, rank=rank, init="softmax_like")).double()
@@ -70,12 +73,12 @@ def test_a_vit_starts_with_softmax_as_far_as_its_rank_goes(form, rank):
     with watched(model, visit), torch.no_grad():
         model(torch.randn(4, 3, 32, 32, dtype=torch.float64))
     assert len(errors) == 2
-    assert max(errors) < 0.02  # of what is left when the constant, which is nearly all of softmax, is taken away
+    assert max(errors) < 0.02  # relative to softmax without its constant, which is nearly all of it
     assert 0.05 < min(spreads) < max(spreads) < 0.1
 
 
 def test_it_learns_softmax_no_worse_than_it_began():
-    """The start is no dead end: every parameter but sines of the constant gets a gradient, and units part ways."""
+    """The start is no dead end: every parameter gets a gradient, the loss falls, and heads become different."""
     torch.manual_seed(0)
     operator = KaratOperator(17, 2, init="softmax_like")
     inputs = [torch.randn(4, 2, 17, 8) for _ in range(3)]

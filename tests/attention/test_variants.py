@@ -1,5 +1,7 @@
-"""Each variant and rival against its equation in float64, written out whole: values and gradients, plain and with bias
-and mask."""
+"""Tests of each variant and rival against its equation in float64.
+
+Values and gradients are compared, without and with a bias and a mask.
+"""
 
 import math
 
@@ -49,7 +51,7 @@ MAKERS = {**VARIANTS, **RIVALS}
 
 
 def make(name, dtype=torch.float64):
-    """A module away from its start, where a factor of 0 or 1 would hide mistakes."""
+    """Return a module with parameters away from their start, where a factor of 0 or 1 would hide mistakes."""
     torch.manual_seed(1)
     module = MAKERS[name](dtype)
     with torch.no_grad():
@@ -59,7 +61,7 @@ def make(name, dtype=torch.float64):
 
 
 def inputs(dtype=torch.float64, batch=BATCH):
-    """Query, key and value, and the layer's input."""
+    """Return query, key and value, and the layer's input."""
     generator = torch.Generator().manual_seed(2)
     heads = [torch.randn(batch, HEADS, TOKENS, WIDTH, dtype=dtype, generator=generator) for _ in range(3)]
     return heads, torch.randn(batch, TOKENS, EMBED, dtype=dtype, generator=generator)
@@ -74,13 +76,13 @@ def call(module, heads, x, bias=None, mask=None):
 
 
 def series(x, cos, sin):
-    """sum_m cos_m cos(m x) + sin_m sin(m x), for coefficients [..., G]."""
+    """Return sum_m cos_m cos(m x) + sin_m sin(m x) for coefficients [..., G]."""
     orders = torch.arange(1, GRID + 1, dtype=x.dtype)
     return (cos * (x[..., None] * orders).cos() + sin * (x[..., None] * orders).sin()).sum(-1)
 
 
 def units(scores, cos_coef, sin_coef, keep):
-    """The sums over the keys of functions [h, p, q, G] of the scores: H [B, h, N, r]."""
+    """Return H [B, h, N, r], the sums over the keys of functions [h, p, q, G] of the scores."""
     each = series(scores[..., None, :], cos_coef[:, None], sin_coef[:, None])
     return (each * keep[..., None, :]).sum(-1)
 
@@ -99,7 +101,7 @@ def test_a_tracer_records_a_large_matrix_for_any_batch(kind, implementation):
 
 
 def matrix_by_equation(name, module, query, key, x, bias, keep):
-    """S [B, h, N, N]; `keep` is 1 where a pair takes part."""
+    """Return S [B, h, N, N]; `keep` is 1 where a pair takes part."""
     scores = query @ key.mT / WIDTH**0.5 + bias
     if name == "bounded":
         tau = BOUND / (1 + (-module.tau_logit).exp())
@@ -151,7 +153,7 @@ def matrix_by_equation(name, module, query, key, x, bias, keep):
 
 
 def by_equation(name, module, heads, x, bias, keep):
-    """S, and O [B, h, N, d]."""
+    """Return S, and O [B, h, N, d]."""
     matrix = matrix_by_equation(name, module, *heads[:2], x, bias, keep)
     output = matrix @ heads[2]
     if name == "differential":
@@ -189,7 +191,7 @@ def test_it_is_its_equation(name, masked):
 
 
 def test_gradients_are_those_of_the_parameters_that_were_given():
-    """A backward pass that computes rows again must not read the module's own."""
+    """A backward pass that computes rows again must not read the module's own parameters."""
     module = make("content")
     names, own = zip(*module.named_parameters(), strict=True)
     parameters = [(x.detach() + 0.1).requires_grad_() for x in own]
@@ -268,7 +270,7 @@ def test_others_start_with_the_variance_of_the_values(name):
     }
     query, key, value = (torch.randn(4, many, tokens, 16) for _ in range(3))
     if name == "scaled_softmax":
-        query = query * 0.1  # large scores leave a row of softmax fewer tokens
+        query = query * 0.1  # with large scores, few tokens have weight in a row of softmax
     output = makers[name]()(query, key, value)
     assert 0.6 < float(output.detach().std() / value.std()) < 1.5
 

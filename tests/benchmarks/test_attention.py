@@ -1,4 +1,4 @@
-"""The experiment's page follows its records; its statistics, against numbers from elsewhere."""
+"""Tests of the attention experiment: its page follows from its records, and statistics match numbers from elsewhere."""
 
 from typing import Any
 

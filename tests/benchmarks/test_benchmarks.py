@@ -1,4 +1,4 @@
-"""Each benchmark at a small size: what it prints, and the figures in its file."""
+"""Tests of each benchmark at a small size: what it prints, and the figures in its file."""
 
 import json
 import re
@@ -19,7 +19,10 @@ SLOW = pytest.mark.slow
 
 @pytest.fixture
 def measure(tmp_path: Path) -> Measure:
-    """Runs a benchmark, in this process or by its name in one of its own; returns the content of its file."""
+    """Return a function that runs a benchmark and returns its figures.
+
+    A `main` function runs in this process, and a benchmark given by its name in a new one.
+    """
     out = tmp_path / "figures.json"
 
     def run(main: Any, *arguments: str) -> dict[str, Any]:
@@ -59,7 +62,7 @@ def test_the_loaders_of_other_libraries_are_measured_beside_ours(measure: Measur
     assert list(result["not_measured"]) == left_out
     assert all(row["per_processor_second"] > 0 for row in rows.values())
     assert [rows[ours][f"{what}_{more}"] for what in ("lost", "repeated") for more in (0, 1)] == [0, 0, 0, 0]
-    assert rows[theirs]["repeated_0"] == 4  # it has no state: the epoch begins anew, of which half had been seen
+    assert rows[theirs]["repeated_0"] == 4  # it has no state, so it begins the epoch again after one half
     assert rows[ours]["memory_mb"] > 0
     assert rows[ours]["prepare_mb"] > 0 == rows[theirs]["prepare_mb"]
 

@@ -24,7 +24,7 @@ from karat_scale.recipe.loading import load_recipe
 
 @pytest.fixture
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder of records, with two images to test on."""
+    """Use an empty folder of records and the labels of two test images; return the folder."""
     for module in (contrasts, contrasts_report):
         monkeypatch.setattr(module, "RECORDS", tmp_path)
     monkeypatch.setattr(contrasts_report, "LABELS", tmp_path / "labels.txt")

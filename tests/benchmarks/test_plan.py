@@ -1,4 +1,4 @@
-"""The plan is within a tenth of what is measured. The first case of each kind on one rank is not slow."""
+"""Tests that the plan's memory is within a tenth of what is measured."""
 
 import multiprocessing
 from pathlib import Path

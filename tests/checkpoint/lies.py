@@ -1,4 +1,4 @@
-"""Writes wrong content into a checkpoint's files, and hashes that match it."""
+"""Functions that write wrong content into a checkpoint's files, and hashes that match it."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ LOST = object()
 
 
 def rehash(checkpoint: Path) -> None:
-    """Let the manifest agree with the files, as that of a save does."""
+    """Write a manifest that agrees with the files, as a save does."""
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(checkpoint.iterdir())
@@ -24,7 +24,7 @@ def rehash(checkpoint: Path) -> None:
 
 
 def put(content: Any, place: str, value: Any) -> None:
-    """Set, change or lose the value at a dotted place of nested dictionaries and lists."""
+    """Set, change or remove the value at a dotted place of nested dictionaries and lists."""
     *path, last = [int(key) if key.isdigit() else key for key in place.split(".")]
     for key in path:
         content = content[key]

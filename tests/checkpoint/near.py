@@ -26,7 +26,7 @@ WITHIN = 240.0
 def train(
     scratch: Path, name: str, *overrides: str, prepare: Callable[[int], object] = lambda rank: None
 ) -> tuple[Path, list[int], str]:
-    """One start of a run, whose ranks are on nodes a and b; its directory, the exit codes, and what it says."""
+    """Run one start of a run to its end, with ranks on nodes a and b; return its directory, exit codes and output."""
 
     def on_a_node(rank: int) -> None:
         os.environ.update(LOCAL_RANK="0", SLURMD_NODENAME="ab"[rank])
@@ -40,7 +40,7 @@ def train(
 
 
 def killed(rank: int) -> None:
-    """Let a rank be killed when the checkpoint after KILLED steps is on all nodes."""
+    """Let this rank kill itself when the checkpoint after KILLED steps is on all nodes."""
     told = Reporter.checkpoint
 
     def tell(self, state, *arguments) -> None:
@@ -52,16 +52,16 @@ def killed(rank: int) -> None:
 
 
 def back(scratch: Path, folders: list[Path]) -> None:
-    """Both nodes come back."""
+    """Change nothing: both nodes come back."""
 
 
 def without_a_node(scratch: Path, folders: list[Path]) -> None:
-    """Another node takes the place of b."""
+    """Remove the files of node b, as if another node had taken its place."""
     shutil.rmtree(folders[1])
 
 
 def damaged(scratch: Path, folders: list[Path]) -> None:
-    """A disk has lost a bit."""
+    """Flip a bit in the newest checkpoint on node b."""
     file = max(max(folders[1].glob("step-*")).glob("*.pt"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -69,13 +69,13 @@ def damaged(scratch: Path, folders: list[Path]) -> None:
 
 
 def damaged_later(scratch: Path, folders: list[Path]) -> None:
-    """The run's directory has a newer one, which is damaged."""
+    """Add a newer, damaged checkpoint to the run's directory."""
     store = scratch / "damaged_later/checkpoints"
     shutil.copytree(store / f"step-{SHARED:08d}", store / f"step-{KILLED + 1:08d}")
 
 
 def anew(scratch: Path, folders: list[Path]) -> None:
-    """The run's directory is removed, and another run begins there."""
+    """Remove the run's directory, so that another run begins there."""
     shutil.rmtree(scratch / "anew")
 
 
@@ -83,7 +83,7 @@ CASES = {case.__name__: case for case in (back, without_a_node, damaged, damaged
 
 
 def main(scratch: Path, names: Sequence[str]) -> None:
-    """Play some of the cases, one after the other."""
+    """Run the named cases, one after the other."""
     own = (f"checkpoint.every_steps={SHARED}", "checkpoint.snapshots=0", "checkpoint.asynchronous=false")
     tiny_recipe(scratch, "1", *own, "train.epochs=10")
     imported()

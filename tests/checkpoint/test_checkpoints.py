@@ -1,4 +1,4 @@
-"""A saved state is loaded to the bits, at the same stage and at another."""
+"""A state is loaded with the bits that were saved, at the same stage and at another."""
 
 import itertools
 import json
@@ -194,7 +194,7 @@ def test_a_checkpoint_of_another_run_or_format_is_one_line(small_recipe, make_ch
     ):
         with pytest.raises(RunDirectoryError, match=said):
             make_checkpoints(small_recipe(override), tmp_path / "c").load()
-    shutil.rmtree(tmp_path / "c" / "step-00000001")  # to which a run would go back
+    shutil.rmtree(tmp_path / "c" / "step-00000001")  # otherwise a run would fall back to it
     state = {"format": 1, "zero_stage": 0, "world_size": 1, "step": 2, "samples": 16}
     checkpoints.store.commit(checkpoints.store.begin(2), state, {})
     with pytest.raises(RunDirectoryError, match="has format 1, this version reads format 2"):
@@ -202,7 +202,7 @@ def test_a_checkpoint_of_another_run_or_format_is_one_line(small_recipe, make_ch
 
 
 class ReadMeanwhile(TrainState):
-    """Is read while the run that it is of trains on."""
+    """A state that lets its run train on while it is read."""
 
     train_on: Callable[..., None]
 
@@ -235,7 +235,7 @@ def test_a_run_that_trains_on_leaves_the_checkpoint_that_another_branches_from(
 
 
 class Killed(BaseException):
-    """In place of a kill."""
+    """An exception in place of a kill."""
 
 
 def state(step: int, top1: float, best_step: int, best_top1: float) -> TrainState:
@@ -262,7 +262,7 @@ def test_a_kill_before_a_pointer_moves_loses_no_best(
     with pytest.raises(Killed):
         first.save(state(2, 50.0, 2, 50.0), is_best=True)
     resumed = second.load()
-    assert resumed.step == (1 if earlier else 2)  # where `latest` is, or the newest one where nothing is
+    assert resumed.step == (1 if earlier else 2)  # what `latest` names, or the newest without `latest`
     best = second.store.pointed("best")
     assert best == ("step-00000001" if earlier and killed_at == "best" else "step-00000002")
     assert second.store.find_intact("best") == best
@@ -390,7 +390,7 @@ def test_frozen_weights_stay_and_come_back(small_recipe, world, config, precisio
     assert set(engine.frozen) == {
         name for name in moved if name.startswith(("patch_embed.", "blocks.0.attn.operator."))
     }
-    if precision == "fp32":  # AdamW's first step is the rate, whatever the gradient
+    if precision == "fp32":  # AdamW's first step has the size of the rate
         assert moved["head.weight"] == pytest.approx(1e-2, rel=1e-2)
         assert moved["blocks.1.mlp.fc1.weight"] == pytest.approx(0.5e-2, rel=1e-2)
         assert moved["blocks.0.mlp.fc1.weight"] == pytest.approx(0.25e-2, rel=1e-2)

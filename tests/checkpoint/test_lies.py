@@ -24,7 +24,7 @@ _made: dict[str, Path] = {}
 
 @pytest.fixture
 def checkpoint(request, small_recipe, make_checkpoints, tmp_path_factory, tmp_path) -> Path:
-    """A copy of a real checkpoint of the stage that the test names."""
+    """Return a copy of a real checkpoint of the stage that the test names."""
     config = getattr(request, "param", "zero1")
     if config not in _made:
         _made[config] = tmp_path_factory.mktemp(config)
@@ -38,7 +38,7 @@ def checkpoint(request, small_recipe, make_checkpoints, tmp_path_factory, tmp_pa
 
 @pytest.mark.parametrize("config", ["zero1", "zero2"])
 def test_the_padding_of_a_part_is_not_taken_for_damage(small_recipe, make_checkpoints, tmp_path, config) -> None:
-    """An odd number of biases: DeepSpeed pads the states of the optimizer, and the weights in the file are unpadded."""
+    """Padding is no damage: for an odd number of biases, DeepSpeed pads the optimizer's states, but not the weights."""
     saved = make_checkpoints(small_recipe(f"deepspeed.config={config}", "model.num_classes=5"), tmp_path)
     train_steps(saved, 1, 2)
     assert saved.save(TrainState(step=2, samples=16))
@@ -150,7 +150,7 @@ class _Tripwire:
 
 
 def _beyond_its_storage(path: Path) -> None:
-    """A tensor of more elements than its storage has, in the pickle of an archive of torch."""
+    """Write a file of torch in which a tensor has more elements than its storage."""
     torch.save({"rng": torch.arange(7.0)}, path)
     archive = path.read_bytes()
     assert archive.count(b"K\x07\x85") == 1  # the pickled shape (7,)

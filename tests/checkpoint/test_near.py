@@ -15,7 +15,10 @@ from tests.warm import run_program
 
 
 def outcomes(scratch: Path, *cases: str) -> dict[str, dict[str, Any]]:
-    """By case, how a run of two nodes went on after a kill. Each ended in the same bits, and left nothing there."""
+    """Return how runs of two nodes resumed after a kill, by case.
+
+    Assert that each run ended in the same bits as an undisturbed one, and left no files on the nodes.
+    """
     environment = [karat_environment()]
     done = run_program("tests.checkpoint.near", [str(scratch), *cases], environment, timeout=300, directory=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -59,7 +62,7 @@ def test_a_node_needs_room_for_its_own_files_alone(tmp_path: Path) -> None:
     (unfinished / "rank-00000.pt").write_bytes(bytes(1000))
     files = {f"rank-{rank:05d}.pt": Fingerprint(1000, sha256(bytes(1000)).hexdigest()) for rank in range(8)}
     near.commit(unfinished, {"step": 1}, files)
-    assert 1000 < near.newest_bytes() < 1100  # and what it says of the state
+    assert 1000 < near.newest_bytes() < 1100  # with the small file of the state
 
 
 def test_another_run_in_the_same_directory_finds_nothing(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Checkpoints and exported folders of released versions still work: docs/compatibility.md promises it.
+"""Checkpoints and exported folders of released versions still work, as docs/compatibility.md promises.
 
-`of_0_2_0` was made by 0.2.0: a run of 10 of 16 steps at ZeRO stage 1 on one rank, one at stage 3 on two, both on
-synthetic data, and the first one's hub folder. LOSSES and DIGEST are those of a run of all 16 steps by 0.2.0.
+0.2.0 made `of_0_2_0`. It has a run of 10 of 16 steps at ZeRO stage 1 on one rank, one at stage 3 on two ranks, and the
+hub folder of the first. Both trained on synthetic data. LOSSES and DIGEST are those of a run of all 16 steps by 0.2.0.
 """
 
 import shutil

@@ -49,7 +49,7 @@ def upload(remote: RemoteCheckpoints, store: CheckpointStore, name: str) -> None
 
 
 def fetched(url: str, name: str, scratch: Path) -> CheckpointStore:
-    """The store of a new directory, with an intact copy of the checkpoint at the URL."""
+    """Download the checkpoint at the URL into a new directory, assert that it is intact, and return its store."""
     other = CheckpointStore(scratch / "other" / "checkpoints")
     assert opened(url).download(name, other, lambda size: None) is None
     assert other.damage(name) is None
@@ -58,13 +58,13 @@ def fetched(url: str, name: str, scratch: Path) -> CheckpointStore:
 
 @pytest.fixture
 def url(s3, tmp_path) -> str:
-    """A place on the server where nothing is."""
+    """Return the URL of an empty place on the server."""
     return s3(tmp_path / "nothing")
 
 
 @pytest.fixture(params=["s3", "gs"])
 def url_of_each(request, tmp_path) -> str:
-    """The same on each kind of server."""
+    """Return the URL of an empty place on each kind of server."""
     return request.getfixturevalue(request.param)(tmp_path / "nothing")
 
 
@@ -87,7 +87,7 @@ def test_a_copy_is_the_checkpoint(url_of_each, store, tmp_path) -> None:
     newer = save(store, 1300)
     upload(again, store, newer)
     again.retain(keep_last=1)
-    assert again.names() == [newer, name]  # which `latest` names
+    assert again.names() == [newer, name]  # `latest` names the older one
     again.point("latest", [newer])
     again.retain(keep_last=1)
     assert opened(url).names() == [newer]
@@ -101,12 +101,12 @@ def test_a_large_file_goes_in_parts(url_of_each, store, tmp_path) -> None:
 
 
 class Killed(BaseException):
-    """Ends the process, as far as the code under test can tell."""
+    """An exception in place of a kill."""
 
 
 @pytest.fixture
 def kill_at() -> Iterator[Callable[[int], None]]:
-    """Ends the process before the change of this number to the store."""
+    """Yield a function that lets so many changes to the store succeed, and raises `Killed` at the next one."""
     patch = pytest.MonkeyPatch()
 
     def arrange(number: int) -> None:
@@ -149,7 +149,7 @@ def test_a_kill_at_any_removal_leaves_no_incomplete_checkpoint(store, url, kill_
     left = opened(url)
     assert left.names() == [checkpoint_name(2)]
     kill_at(100)
-    left.retain(keep_last=1)  # and what the kill left
+    left.retain(keep_last=1)  # this also removes what the kill left
     assert {name.split("/")[1] for name in WritableStore(url).files()} == {checkpoint_name(2)}
 
 
@@ -179,7 +179,7 @@ def test_retention_is_that_of_the_directory(store, url) -> None:
     remote.point("best", [names[5]])
     remote.point("pinned", ["step-00000099"])
     remote.look()
-    remote.retain(keep_last=2, damaged=[names[4]])  # which does not count
+    remote.retain(keep_last=2, damaged=[names[4]])  # a damaged one does not count
     assert remote.names() == [names[5], names[1]]
     upload(remote, store, names[0])
     remote.point("pinned", [names[0]])
@@ -249,7 +249,7 @@ def test_a_store_that_takes_nothing_is_one_line_in_time(fault, line, store, s3, 
 
 @pytest.mark.slow
 def test_sigkill_at_any_moment_leaves_no_incomplete_checkpoint(store, s3, s3_port, tmp_path) -> None:
-    """A process that copies and removes without end is killed at moments spread over its requests."""
+    """A SIGKILL leaves no incomplete checkpoint, at 12 moments of a process that copies and removes in a loop."""
     program = f"""
 from tests.checkpoint.test_remote import *
 store, remote = CheckpointStore(Path({str(store.root)!r})), opened(sys.argv[1])

@@ -25,7 +25,7 @@ from tests.small_engines import FEW_CELLS, equal, train_steps
 
 @pytest.fixture
 def slow_disk(monkeypatch) -> Iterator[Event]:
-    """A disk that takes nothing until the event is set. What is written then is written as ever."""
+    """Yield an event; the disk writes nothing until it is set, and writes normally after that."""
     let_go = get_context("fork").Event()  # for the process that writes, too
     save_tensors = tensor_storage.save_tensors
 
@@ -34,7 +34,7 @@ def slow_disk(monkeypatch) -> Iterator[Event]:
         return save_tensors(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(tensor_storage, "save_tensors", save_later)
-    monkeypatch.setattr(tensor_storage, "_writer", None)  # the next one knows it
+    monkeypatch.setattr(tensor_storage, "_writer", None)  # the next one has the slow function
     yield let_go
     let_go.set()
 
@@ -46,7 +46,7 @@ def _tensors(checkpoints: Checkpoints, step: int) -> dict[str, object]:
 
 
 def _to_the_end(checkpoints: Checkpoints) -> bool:
-    """As a loop's step boundaries do."""
+    """Advance a save to its end, as the training loop does between steps; return whether it is good."""
     good = True
     while checkpoints.is_under_way:
         if not checkpoints.is_busy:
@@ -77,7 +77,7 @@ def test_a_save_beside_training_is_of_its_step(small_recipe, make_checkpoints, s
 
 
 class CopiesOfAGpu(TorchFunctionMode):
-    """Copies as a GPU makes them: those that wait, and those into page-locked memory, which arrive by the next wait."""
+    """Copies as a GPU makes them: some wait, and those into page-locked memory arrive only at the next wait."""
 
     def __init__(self) -> None:
         super().__init__()

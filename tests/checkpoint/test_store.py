@@ -122,10 +122,10 @@ def test_every_kind_of_damage_is_named(store, victim) -> None:
         name = save(store, 1)
         harm(store.root / name / victim)
         damage = store.damage(name) or ""
-        assert victim in damage or (victim == MANIFEST and damage), harm  # a flipped hash speaks of another file
+        assert victim in damage or (victim == MANIFEST and damage), harm  # a bit flipped in a hash blames another file
     if victim != "weights.pt":
         (store.root / name / victim).unlink(missing_ok=True)
-        (store.root / name / victim).symlink_to("/dev/zero")  # without end
+        (store.root / name / victim).symlink_to("/dev/zero")  # a file without end
         assert store.damage(name) is not None
 
 
@@ -133,7 +133,7 @@ def test_no_bit_of_a_checkpoint_flips_unnoticed(store) -> None:
     name = save(store, 1)
     for path in (store.root / name).iterdir():
         whole = path.read_bytes()
-        every = range(0, 8 * len(whole), 7)  # in each byte one, and each of the eight in turn
+        every = range(0, 8 * len(whole), 7)  # one bit in each byte, each of the eight in turn
         for bit in every if path.name != "weights.pt" else (0, 5 * len(whole), 8 * len(whole) - 1):
             data = bytearray(whole)
             data[bit // 8] ^= 1 << bit % 8

@@ -1,4 +1,4 @@
-"""Whole weights: what is said of them, and the snapshots of a run."""
+"""Whole weights: their description, and the snapshots of a run."""
 
 import pytest
 import torch

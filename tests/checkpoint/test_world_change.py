@@ -1,4 +1,4 @@
-"""A run goes on at another world size and ZeRO stage as if nothing had happened."""
+"""A run that resumes at another world size or ZeRO stage has the results of an uninterrupted one."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ SAMPLE = [
 
 
 def hand_over(tmp_path: Path, worlds: tuple[int, int], pairs: list[tuple[str, str]], last: int) -> None:
-    """Each of two numbers of ranks to itself and to the other, for each pair of configurations."""
+    """Assert that runs resume from each of two world sizes at each of them, for each pair of configurations."""
     configs = list(dict.fromkeys(before for before, _ in pairs))
     places = {n: {config: str(tmp_path / f"{n}-{config}") for config in configs} for n in worlds}
     whole = {}
@@ -72,7 +72,10 @@ def test_two_ranks_resume_to_the_same_bits_at_every_stage(tmp_path, precision) -
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_copies_within_a_node_follow_a_resume_and_the_average(tmp_path) -> None:
-    """DeepSpeed's hpZ gathers from these copies, which nothing but a step made anew."""
+    """A resume and the average reach the copies within a node, from which DeepSpeed's hpZ gathers the weights.
+
+    Before the fix, only a step renewed these copies.
+    """
     config = json.loads((ROOT / "ds_configs/zero3.json").read_text())
     config["zero_optimization"]["zero_hpz_partition_size"] = 2
     (tmp_path / "hpz.json").write_text(json.dumps(config))
@@ -88,7 +91,7 @@ def test_two_ranks_resume_every_variant_of_attention_to_the_same_bits(tmp_path, 
 
 
 def _check_same_bits(tmp_path: Path, jobs: dict[str, Job]) -> None:
-    """Two ranks that resume each job end as two that did it without a break."""
+    """Assert that two ranks that resume each job end with the same bits as two that were not interrupted."""
     whole = [replace(job, save=str(tmp_path / name), save_at=SAVED) for name, job in jobs.items()]
     resumed = [replace(job, first=SAVED + 1, load=str(tmp_path / name)) for name, job in jobs.items()]
     answers = launch_jobs([*whole, *resumed], 2, tmp_path / "together")

@@ -80,7 +80,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 
 def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> None:
-    """The import takes seconds."""
+    """A command says that something is missing before it imports torch, because that import takes seconds."""
     (tmp_path / "photos" / "train").mkdir(parents=True)
     refusals = {
         "eval nowhere": "nowhere: there is no such directory",

@@ -27,7 +27,7 @@ done
 
 
 def completed(tmp_path: Path, *lines: str) -> list[list[str]]:
-    """What bash offers for each line."""
+    """Return what bash offers for each line."""
     command = tmp_path / "karat"
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m karat_scale "$@"\n')
     command.chmod(0o755)

@@ -155,7 +155,7 @@ def test_a_wrong_limit_of_stalls_is_one_line(recipe: Path, monkeypatch: pytest.M
 
 
 def node_of_two(number: int, port: int) -> dict[str, str]:
-    """What a step of srun tells one of its two nodes, and where they meet."""
+    """Return the variables of one of two nodes in a step of srun, and those that say where the nodes meet."""
     node = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3"}
     return {**node, "SLURM_PROCID": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
@@ -247,7 +247,7 @@ def test_a_killed_and_then_a_stopped_rank_change_nothing_but_the_time(recipe: Pa
     own = ("train.epochs=60", "checkpoint.every_steps=8", "train.eval_every_epochs=60")
     code, error = ended(start(recipe, *own, f"run.dir={whole}"))
     assert code == 0, error
-    recipe.write_text(f"{recipe.read_text()}resume: {{mode: never}}\n")  # it is for the first start alone
+    recipe.write_text(f"{recipe.read_text()}resume: {{mode: never}}\n")  # applies to the first start only
     process = start(recipe, *own, KARAT_STALL_SECONDS="60,step=20", IDLE_RESTARTS="2")
     for number, hurt in enumerate((signal.SIGKILL, signal.SIGSTOP)):
         wait_until(lambda number=number: read(run, "resume") == number and read(run, "checkpoint") > number, 200)

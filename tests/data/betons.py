@@ -1,4 +1,4 @@
-"""Betons for tests, made by the project's script; a skipped test where FFCV is not installed."""
+"""Betons for tests, made by the project's script. Where FFCV is not installed, the test is skipped."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def need_ffcv() -> None:
 
 
 def make_betons(src: Path, *options: str) -> Path:
-    """The betons of a source, in a directory beside it."""
+    """Make the betons of a source in a directory beside it, and return that directory."""
     need_ffcv()
     out = src.parent / f"{src.name}-betons"
     main(["--src", str(src), "--out", str(out), "--workers", "1", *options])

@@ -31,7 +31,7 @@ def exif(orientation: int) -> bytes:
 
 
 def photo(seed: int, width: int = 24, height: int = 20) -> np.ndarray:
-    """A smooth colour image that JPEG keeps well, different for every seed."""
+    """Return a smooth colour image that JPEG keeps well, different for every seed."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
@@ -54,7 +54,7 @@ def write_split(directory: Path, split: str, samples: list[EncodedSample], per_s
 
 @pytest.fixture
 def make_shards(tmp_path: Path) -> Callable[..., Path]:
-    """A directory of shards with a train and a val split of these samples."""
+    """Return a function that writes shards of a train and a val split, and returns their directory."""
 
     def make(train: list[EncodedSample] | None = None, val: list[EncodedSample] | None = None) -> Path:
         directory = tmp_path / "shards"
@@ -88,7 +88,7 @@ def cheap_augment() -> AugmentConfig:
 
 @pytest.fixture
 def sample_data() -> Path:
-    """The directory of real images, where there is one."""
+    """Return the directory of real images, or skip the test if there is none."""
     folder = Path(os.environ.get("KARAT_SAMPLE_DATA", "../shared/data"))
     if not folder.is_dir():
         pytest.skip(f"no sample images in {folder}; set KARAT_SAMPLE_DATA")
@@ -97,7 +97,10 @@ def sample_data() -> Path:
 
 @pytest.fixture
 def opened(data_config) -> Iterator[Callable[..., Backend]]:
-    """Opens a backend over a directory or of a data section, by default with the paper's augmentation."""
+    """Yield a function that opens a backend over a directory or of a data section.
+
+    The default augmentation is the paper's. The backends are closed after the test.
+    """
     backends = []
 
     def make(data, augment=None, seed=5, size=16, classes=3, **fields):
@@ -112,13 +115,13 @@ def opened(data_config) -> Iterator[Callable[..., Backend]]:
 
 @pytest.fixture
 def tars(tmp_path: Path) -> Path:
-    """Four tars of 5, 9, 3 and 7 samples, numbered through."""
+    """Return the directory of four tars of 5, 9, 3 and 7 samples, numbered consecutively."""
     return write_stream(tmp_path / "tars", (5, 9, 3, 7))
 
 
 @pytest.fixture
 def stream_config(make_shards, data_config) -> Callable[..., DataConfig]:
-    """A recipe's data section over tars, as they are spelled, with an indexed split to evaluate on."""
+    """Return a function that makes a data section with `stream` as given and an indexed split to evaluate on."""
     given = {"order": "stream", "stream_samples": 24, "stream_buffer": 4}
     directory = make_shards()
     return lambda stream, **fields: data_config(directory, **{**given, "stream": str(stream), **fields})

@@ -33,13 +33,13 @@ def write_tar(path: Path, members: Members) -> None:
 
 
 def tar_files(path: Path) -> dict[str, bytes]:
-    """What is in a tar's files, by their names."""
+    """Return the contents of a tar's files by name."""
     with tarfile.open(path) as tar:
         return {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
 
 
 def tar_of(folder: Path, name: str = ".") -> Path:
-    """A tar of a folder, beside it, under a name."""
+    """Write a tar beside a folder, which is called `name` in the tar; return its path."""
     path = folder.with_name(f"{folder.name}.tar")
     with tarfile.open(path, "w") as tar:
         tar.add(folder, name)
@@ -47,12 +47,12 @@ def tar_of(folder: Path, name: str = ".") -> Path:
 
 
 def sample(number: int, label: object = 0) -> list[tuple[str, bytes]]:
-    """The members of a sample with its class in .cls."""
+    """Return the members of a sample with its class in .cls."""
     return [(f"s{number}.jpg", image(number)), (f"s{number}.cls", str(label).encode())]
 
 
 def write_stream(directory: Path, sizes: Iterable[int], classes: int = 3) -> Path:
-    """Tars 0.tar, 1.tar, ... of so many samples; returns their directory."""
+    """Write tars 0.tar, 1.tar, ... with these numbers of samples; return their directory."""
     number = 0
     for shard, size in enumerate(sizes):
         members: list[tuple[str, bytes]] = []

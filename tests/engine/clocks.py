@@ -1,13 +1,13 @@
-"""Whether the streams of a training step are in order: CUDA's streams and NCCL's, on a CPU, with vector clocks.
+"""A check on a CPU, with vector clocks, that the CUDA streams and the NCCL stream of a training step are in order.
 
 DeepSpeed's own code runs on fake streams as one rank of several, with torch's fake process group. Each operation of the
-dispatcher is work of the current stream. It notes what memory it reads and writes. Two works race if they touch the
-same bytes, one of them writes, and no wait orders one before the other (Lamport, "Time, clocks, and the ordering of
-events", 1978; Mattern, "Virtual time and global states", 1989). Memory that is freed goes back to the stream that it
-was allocated on, as in CUDA's caching allocator: what other streams do with it must be ordered before the first work on
-what is allocated there next, or be told by `record_stream`.
+dispatcher is work of the current stream, and the emulation notes which memory it reads and writes. Two pieces of work
+race if they touch the same bytes, at least one of them writes, and no wait orders one before the other (Lamport, "Time,
+clocks, and the ordering of events", 1978; Mattern, "Virtual time and global states", 1989). As in CUDA's caching
+allocator, freed memory goes back to the stream that it was allocated on. The work of other streams on it must be
+ordered before the first work on the next allocation there, or be announced by `record_stream`.
 
-`python -m tests.engine.clocks CASES OUT WORLD RANK`: trains each case of a JSON file (a recipe's overrides, a DeepSpeed
+`python -m tests.engine.clocks CASES OUT WORLD RANK` trains each case of a JSON file (a recipe's overrides, a DeepSpeed
 file, and whether hooks run apart), and writes the races of each.
 """
 
@@ -51,7 +51,7 @@ def _join(clock: Clock, other: Clock) -> None:
 
 
 class Stream:
-    """Stands for a CUDA stream."""
+    """A stand-in for a CUDA stream."""
 
     emulation: "Emulation"
 
@@ -62,67 +62,67 @@ class Stream:
         own.append(self)
 
     def work(self) -> None:
-        """A piece of work begins on it, after all that it waits for and all that the host has waited for."""
+        """Begin a piece of work, after everything that this stream and the host have waited for."""
         _join(self.clock, self.emulation.host)
         self.clock[self.name] += 1
 
     def wait_stream(self, other: "Stream") -> None:
-        """Its next work comes after what `other` has to do now."""
+        """Order this stream's next work after all work that `other` has now."""
         _join(self.clock, other.clock)
 
     def wait_event(self, event: "Event") -> None:
-        """Its next work comes after the event."""
+        """Order this stream's next work after the event."""
         _join(self.clock, event.clock)
 
     def record_event(self, event: "Event | None" = None) -> "Event":
-        """An event after what it has to do now."""
+        """Return an event that comes after all work that this stream has now."""
         event = event or Event()
         event.record(self)
         return event
 
     def synchronize(self) -> None:
-        """The host waits for it."""
+        """Let the host wait for this stream."""
         _join(self.emulation.host, self.clock)
 
 
 class Event:
-    """Stands for a CUDA event, which comes as late as it can."""
+    """A stand-in for a CUDA event that never looks complete to the host."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.clock: Clock = Counter()
 
     def record(self, stream: Stream | None = None) -> None:
-        """It comes after what the stream has to do now."""
+        """Place the event after all work that the stream has now."""
         self.clock = Counter((stream or Stream.emulation.current).clock)
 
     def wait(self, stream: Stream | None = None) -> None:
-        """The stream's next work comes after it."""
+        """Order the stream's next work after the event."""
         (stream or Stream.emulation.current).wait_event(self)
 
     def query(self) -> bool:
-        """It has not come."""
+        """Return False: the event is not complete."""
         return False
 
     def synchronize(self) -> None:
-        """The host waits for it."""
+        """Let the host wait for the event."""
         _join(Stream.emulation.host, self.clock)
 
 
 class Work:
-    """Of a collective that runs on NCCL's stream. Until somebody waits for it, NCCL keeps its tensors."""
+    """A handle of a collective. It keeps an asynchronous collective's tensors until `wait` is called, as NCCL does."""
 
     def __init__(self, event: Event, kept: Any) -> None:
         self._event, self._kept = event, kept
         Stream.emulation.pending.append(self)
 
     def wait(self, *_: Any) -> bool:
-        """The current stream waits; the host does not."""
+        """Let the current stream wait for the collective; the host goes on."""
         self._event.wait()
         self._kept = None
         return True
 
     def is_completed(self) -> bool:
-        """As far as the host knows."""
+        """Return False: the host does not know whether the collective is complete."""
         return False
 
 
@@ -141,7 +141,7 @@ class _Access:
 
 @dataclass
 class _Memory:
-    """What has touched a storage, and which stream's it is."""
+    """The accesses to a storage, and the stream that it was allocated on."""
 
     storage: StorageWeakRef
     owner: Stream
@@ -168,12 +168,12 @@ class Emulation(TorchDispatchMode):
 
     @property
     def current(self) -> Stream:
-        """The stream that work goes to now."""
+        """Return the stream that new work goes to."""
         return self._inside[-1]
 
     @contextmanager
     def on(self, stream: Stream | None) -> Iterator[None]:
-        """Work inside the block goes to this stream."""
+        """Send the work inside the block to this stream."""
         self._inside.append(stream or self.current)
         try:
             yield
@@ -181,7 +181,7 @@ class Emulation(TorchDispatchMode):
             self._inside.pop()
 
     def synchronize(self, *_: Any) -> None:
-        """The host waits for the device."""
+        """Let the host wait for the device."""
         for stream in self.streams:
             stream.synchronize()
 
@@ -189,7 +189,7 @@ class Emulation(TorchDispatchMode):
         name, kwargs = str(func), kwargs or {}
         if func.is_view or name.startswith(_TOUCH_NOTHING):
             out = func(*args, **kwargs)
-            for tensor in _tensors(out):  # also of memory that is not written yet: it has an owner
+            for tensor in _tensors(out):  # memory that is not written yet has an owner, too
                 self._of(tensor)
             return out
         self._look_for_freed_memory()
@@ -220,7 +220,7 @@ class Emulation(TorchDispatchMode):
         return out
 
     def record_stream(self, tensor: torch.Tensor, stream: Stream) -> None:
-        """As torch's: the memory is not given to others before what this stream has to do at its end."""
+        """Note, as torch does, that `stream` uses the memory: after it is freed, its reuse waits for that stream."""
         self._of(tensor).recorded.add(stream.name)
 
     def _of(self, tensor: torch.Tensor) -> _Memory:
@@ -268,7 +268,7 @@ class Emulation(TorchDispatchMode):
         self._freed[memory.owner] += [access for access in memory.accesses if access.stream not in memory.recorded]
 
     def _reuse(self, owner: Stream, stream: Stream) -> None:
-        """The first work on newly allocated memory, which may be any that was freed."""
+        """Check the first work on newly allocated memory, which may be any memory that `owner` got back."""
         for access in self._freed[owner]:
             if not access.is_before(stream.clock):
                 self.races[f"memory of {owner.name} is used again while {access.by} on {access.stream} needs it"] += 1
@@ -281,7 +281,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 @contextmanager
 def emulated() -> Iterator[Emulation]:
-    """Inside the block DeepSpeed's accelerator has streams, and collectives run on one of their own."""
+    """Yield an emulation. Inside the block DeepSpeed's accelerator has streams, and collectives have their own."""
     from deepspeed.accelerator import get_accelerator
 
     emulation = Emulation()
@@ -323,10 +323,11 @@ def _returning_clocked_work(collective: Callable[..., Any], emulation: Emulation
 
 
 def _run_some_hooks_apart(emulation: Emulation, model: torch.nn.Module) -> Callable[[], None]:
-    """Let hooks of every second gradient run on a stream of their own, as torch.compile may.
+    """Let the hooks of every second gradient run on a stream of their own, as torch.compile may.
 
-    Called before DeepSpeed adds its hooks, it returns what is to be called after. torch's engine lets a stream wait for
-    what it gets from another, tells the allocator, and at the end of a backward pass joins all streams.
+    Call it before DeepSpeed adds its hooks, and call the function that it returns after that. The hooks do what torch's
+    autograd engine does: a stream waits for what it gets from another, the allocator is told, and at the end of a
+    backward pass all streams are joined.
     """
     side, apart = Stream(), list(model.parameters())[1::2]
 
@@ -358,7 +359,7 @@ def _run_some_hooks_apart(emulation: Emulation, model: torch.nn.Module) -> Calla
 def races(
     world: World, scratch: Path, overrides: list[str], config: dict[str, Any], hooks_apart: bool = False
 ) -> dict[str, Any]:
-    """The races in three steps of a case, and how much work each stream had."""
+    """Train a case for three steps; return its most frequent races and how much work each stream had."""
     file, base = scratch / "case.json", scratch / "case.yaml"
     file.write_text(json.dumps(config))
     base.write_text("data: {backend: synthetic, synthetic_samples: 32}\nattention: {kind: softmax}\n")

@@ -1,4 +1,4 @@
-"""What a training step asks of a device, counted on a CPU: operations, scalars that the host reads, and waits."""
+"""Counters, on a CPU, of what a training step asks of a device: operations, scalars that the host reads, and waits."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_fill_.
 
 
 class Counting(TorchDispatchMode):
-    """Counts kernels, scalar reads, and copies between devices. What an operation does inside itself does not count."""
+    """Counts kernels, scalar reads and copies between devices, but not what an operation does inside itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Counting(TorchDispatchMode):
 
     @contextmanager
     def without_kernels(self) -> Iterator[None]:
-        """Inside the block kernels do not count, as those of a model that is not the subject."""
+        """Do not count kernels inside the block, such as those of a model that is not under test."""
         self._counts_kernels = False
         yield
         self._counts_kernels = True
@@ -49,7 +49,7 @@ class Counting(TorchDispatchMode):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch) -> None:
-    """AdamW steps fused, and lists of tensors go through torch's foreach operations, as on CUDA."""
+    """Let AdamW step fused and lists of tensors go through torch's foreach operations, as on CUDA."""
     import torch.nn.utils.clip_grad as clipping
 
     monkeypatch.setattr(optimizers, "averages_one_by_one", lambda device: False)
@@ -58,7 +58,7 @@ def as_on_a_gpu(monkeypatch) -> None:
 
 
 class Stream:
-    """Stands for a CUDA stream."""
+    """A stand-in for a CUDA stream."""
 
     waits: Callable[[], None]
 
@@ -66,25 +66,25 @@ class Stream:
         self.waited_for: list[Any] = []
 
     def wait_stream(self, other: Any) -> None:
-        """The device waits; the host goes on."""
+        """Note the stream: the device waits for it, and the host goes on."""
         self.waited_for.append(other)
 
     def wait_event(self, other: Any) -> None:
-        """The same."""
+        """Do nothing: the device waits, and the host goes on."""
 
     def synchronize(self) -> None:
-        """The host waits."""
+        """Count a wait of the host."""
         type(self).waits()
 
 
 class Event:
-    """Stands for a CUDA event that has come."""
+    """A stand-in for a CUDA event that is complete."""
 
     def record(self, *_: Any) -> None:
-        """Nothing runs."""
+        """Do nothing."""
 
     def query(self) -> bool:
-        """It has come."""
+        """Return True: the event is complete."""
         return True
 
 
@@ -95,7 +95,7 @@ def _inside(stream: Any) -> Iterator[None]:
 
 @pytest.fixture
 def waits(monkeypatch) -> Counter[str]:
-    """Counts under "host" how often DeepSpeed would stop the host until a device that runs beside it is done."""
+    """Return a counter; "host" counts how often DeepSpeed would make the host wait for an asynchronous device."""
     from deepspeed.accelerator import get_accelerator
 
     counted: Counter[str] = Counter()
@@ -117,7 +117,7 @@ def waits(monkeypatch) -> Counter[str]:
     make_tensor = torch.tensor
 
     def copied(*args: Any, device: Any = None, **options: Any) -> torch.Tensor:
-        """A number that goes to the device; the host waits until it is there."""
+        """Count a wait of the host for a number that is copied to a device."""
         counted["host"] += device is not None
         return make_tensor(*args, device=device, **options)
 

@@ -1,4 +1,4 @@
-"""fp16 on a CPU: DeepSpeed can do its arithmetic there, but neither it nor we say so."""
+"""fp16 on a CPU: DeepSpeed can compute in it there, but its accelerator and our check refuse it."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,6 +1,6 @@
 """Short trainings at chosen stages, as one or several ranks: `python -m tests.engine.stage_jobs JOBS OUT`.
 
-One launch runs many jobs, because starting processes is what takes the time.
+One launch runs many jobs, because starting processes takes most of the time.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ GLOBAL_BATCH = 8
 
 @dataclass(frozen=True)
 class Job:
-    """Train from step `first` to `last`; load before if `load` says so, save after step `save_at` into `save`."""
+    """A training of steps `first` to `last` that resumes from the folder `load`, or saves to `save` after `save_at`."""
 
     config: str
     first: int = 1
@@ -42,7 +42,7 @@ class Job:
 
 
 def run_job(job: Job, world: World, scratch: Path) -> dict[str, Any]:
-    """Losses of the global batches by step, and hashes of the final weights, raw and averaged."""
+    """Run a job; return its losses by step, hashes of the final raw and averaged weights, and the average's norm."""
     base = scratch / "jobs.yaml"
     if world.is_main:
         base.write_text("data: {backend: synthetic, synthetic_samples: 32}\nattention: {kind: karat}\n")
@@ -101,7 +101,7 @@ def main(jobs_file: str, out_file: str) -> None:
 
 
 def launch_jobs(jobs: list[Job], processes: int, directory: Path) -> list[dict[str, Any]]:
-    """The outcomes of jobs on several ranks of one launch, with files in a new directory."""
+    """Run jobs on several ranks in one launch, with files in a new directory; return their outcomes."""
     directory.mkdir()
     (directory / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
     files = [str(directory / "jobs.json"), str(directory / "out.json")]

@@ -1,4 +1,4 @@
-"""torch.compile is a switch for speed: the same training at every ZeRO stage, or a refusal in one line."""
+"""torch.compile changes only the speed: training is the same at every ZeRO stage, or is refused in one line."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ def test_a_compiled_model_trains_as_one_that_is_not(small_recipe, make_engine, c
         outcomes.append((norms, torch.cat([weight.flatten() for weight in weights(engine)])))
     (norms, plain), (compiled_norms, compiled_weights) = outcomes
     assert compiled_norms == pytest.approx(norms, rel=1e-4)
-    near = 1e-4 if attention == "kind=polynomial" else 1e-5  # whose gradients are almost 0, which Adam scales up
+    near = 1e-4 if attention == "kind=polynomial" else 1e-5  # its gradients are almost 0, and Adam scales them up
     torch.testing.assert_close(compiled_weights, plain, rtol=1e-4, atol=near)
 
 
@@ -87,7 +87,7 @@ def test_the_model_with_its_autocast_is_one_graph(small_recipe, make_engine, con
 
 @pytest.fixture
 def quick_compiler(monkeypatch) -> None:
-    """Traces what is compiled and runs the operations as they are."""
+    """Let `compile` trace a module but run its operations eagerly, which is quick."""
 
     def compile_quickly(module: torch.nn.Module, **_: Any) -> None:
         module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager")
@@ -131,7 +131,7 @@ def test_one_block_is_compiled_for_all(small_recipe, make_engine, quick_compiler
 
 def test_the_whole_model_is_compiled_where_blocks_differ(small_recipe, make_engine, quick_compiler):
     for own in (
-        ("train.compile=reduce-overhead",),  # graphs of the whole
+        ("train.compile=reduce-overhead",),  # CUDA graphs are of the whole model
         ("deepspeed.config=zero3",),
         ("model.drop_path=0.1", "model.depth=3"),  # a rate for each block
     ):

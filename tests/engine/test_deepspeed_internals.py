@@ -57,7 +57,7 @@ def _masters(engine) -> list[torch.Tensor]:
 
 
 def test_an_engine_does_not_depend_on_those_built_before(small_recipe, make_engine) -> None:
-    """A stage 3 engine replaces torch.nn.functional.linear for the rest of the process."""
+    """A stage 3 engine replaces torch.nn.functional.linear, which the next engine or `stop` must undo."""
     make_engine(small_recipe())
     own = torch.nn.functional.linear
     make_engine(small_recipe("deepspeed.config=zero3"))

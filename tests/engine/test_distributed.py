@@ -1,4 +1,4 @@
-"""How ranks meet, which GPU each takes, and which collective a rank had entered when it stalled."""
+"""Tests of how ranks meet, which GPU each takes, and which collective a rank had entered when it stalled."""
 
 import json
 import os
@@ -38,7 +38,7 @@ from tests.warm import run_code
 
 
 def test_a_rank_that_fails_on_a_gpu_leaves_nccl_as_it_is(monkeypatch) -> None:
-    """NCCL would wait for the ranks that wait for this one; they notice the end of the process."""
+    """Leaving NCCL's group would wait for the other ranks, which wait for this one until its process ends."""
     left: list[str] = []
     monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append("left"))
@@ -82,7 +82,7 @@ def test_only_a_lost_connection_between_ranks_is_the_end_of_another(error: Excep
 
 
 def two_ranks(script: str, *arguments: object, **environment: str) -> list[str]:
-    """The lines that a script prints as two ranks, which meet on this machine, those of rank 0 first."""
+    """Run a script as two ranks on this machine; return the lines that they print, those of rank 0 first."""
     given = {**karat_environment(), "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", **environment}
     ranks = [{**given, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
     done = run_code(script, *arguments, environments=ranks, directory=ROOT, timeout=120)
@@ -123,7 +123,7 @@ def test_one_process_agrees_with_itself(world) -> None:
 
 
 def test_the_first_host_is_that_of_the_step(tmp_path, monkeypatch) -> None:
-    scontrol = tmp_path / "scontrol"  # SLURM's, which prints a host a line
+    scontrol = tmp_path / "scontrol"  # as SLURM's, it prints one host per line
     scontrol.write_text('#!/bin/sh\necho "$3" | tr , "\\n"\n')
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -141,7 +141,7 @@ def is_free(port: int) -> bool:
 
 @pytest.mark.multiprocess
 def test_an_address_without_a_port_is_enough_to_meet() -> None:
-    # As srun without the launch wrapper, the port is that of the job: of one whose port is free.
+    # With srun and without the launch wrapper, the port follows from the job's number. This job's port is free.
     job = next(str(port - 20000) for port in random.sample(range(20000, 30000), 100) if is_free(port))
     assert int(default_port({"SLURM_JOB_ID": job})) == int(job) + 20000
     script = "from karat_scale.engine import distributed as d; print(d.start('cpu').gather('here')); d.stop()"
@@ -161,7 +161,7 @@ with joined("cpu", 7) as world:
 
 @pytest.mark.multiprocess
 def test_deepspeed_waits_as_long_as_the_recipe_says() -> None:
-    """Gradients are reduced in a group of DeepSpeed's own."""
+    """DeepSpeed reduces gradients in a group of its own, which gets the recipe's timeout, too."""
     assert two_ranks(OWN_GROUP, MASTER_PORT=str(free_port())) == ["0:07:00"] * 2
 
 
@@ -243,7 +243,7 @@ def test_every_rank_hears_that_two_have_one_gpu() -> None:
         store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
         try:
             if rank == 2:
-                time.sleep(0.5)  # rank 0, which keeps the store, must not leave before
+                time.sleep(0.5)  # rank 0, which keeps the store, must not leave before the others have read it
             have_a_gpu_each(dist.PrefixStore("cards", store), rank, 3, f"A100 GPU-{rank % 2}")
         finally:
             del store
@@ -289,7 +289,7 @@ def test_another_device_than_deepspeed_was_imported_for_is_one_line(world) -> No
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_nccl_is_told_its_gpu_if_it_has_peers(monkeypatch, size) -> None:
-    """Alone it connects to nobody; bound to its GPU, it would split its communicator for each group of DeepSpeed's."""
+    """A single rank leaves NCCL unbound: bound to a GPU, it would split its communicator for each DeepSpeed group."""
     told: list[dict[str, Any]] = []
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: told.append({"backend": backend, **how}))
@@ -306,7 +306,7 @@ def test_nccl_is_told_its_gpu_if_it_has_peers(monkeypatch, size) -> None:
 
 @pytest.mark.parametrize(("nccl", "gloo", "newer"), [(5, 3, "nccl"), (3, 5, "fr"), (None, 3, "fr"), (3, None, "nccl")])
 def test_of_two_records_the_newer_is_written(nccl, gloo, newer) -> None:
-    """What torch for CUDA has; the one for CPUs has no record of NCCL's."""
+    """The newer record is written. A torch for CUDA has both records, and one for CPUs lacks NCCL's."""
 
     def record(last: int | None) -> bytes:
         times = [] if last is None else [0, last]
@@ -380,7 +380,7 @@ def test_all_ranks_evaluate_with_the_statistics_of_the_first(tmp_path) -> None:
     assert done.stdout.count("[[0.0, 0.0], [0.0, 0.0]]") == 2, done.stdout + done.stderr
 
 
-# Root has no such limit. Another user has, who may read all that the tests read.
+# Root has no limit on threads. This user has one, and may read all files that the tests read.
 AS_ANOTHER = (
     *("setpriv", "--reuid=12345", "--regid=12345", "--clear-groups"),
     *("--inh-caps=+dac_override,+dac_read_search", "--ambient-caps=+dac_override,+dac_read_search"),

@@ -34,7 +34,7 @@ def test_steps_equal_plain_pytorch(small_recipe, make_engine, config, clip) -> N
 
 
 def _mixed_precision_norms(recipe, clip: float) -> list[float]:
-    """Gradient norms of plain mixed precision: a bf16 model, fp32 masters, gradients taken to fp32."""
+    """Return the gradient norms of plain mixed precision: a bf16 model, fp32 masters, and gradients cast to fp32."""
     torch.manual_seed(0)
     model = create_model(recipe.model, recipe.attention)
     optimizer = build_optimizer(model, recipe.optim, torch.device("cpu"))
@@ -58,7 +58,7 @@ def _mixed_precision_norms(recipe, clip: float) -> list[float]:
     return norms
 
 
-# Each of DeepSpeed's optimizers; the other stages by turns.
+# One file for each of DeepSpeed's optimizers is quick; the others are slow tests.
 _OTHERS = (pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3_offload", "zero3_offload_params"))
 
 
@@ -73,7 +73,7 @@ def test_16_bit_weights_step_as_fp32_masters_do(small_recipe, make_engine, confi
 
 @pytest.mark.parametrize("config", [CONFIGS[1], *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS[2:])])
 def test_bf16_gradients_add_up_in_fp32(small_recipe, world, make_engine, config) -> None:
-    """Many micro batches, one of them large: in bf16 the small ones would be lost in the sum."""
+    """One micro batch has a large gradient: in bf16, the sum would lose the small gradients of the others."""
     bf16 = (f"deepspeed.config={config}", "train.precision=bf16_weights", "optim.clip_grad=0")
     recipe = small_recipe(*bf16, "train.global_batch=64")
     torch.manual_seed(0)

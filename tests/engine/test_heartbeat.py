@@ -1,4 +1,4 @@
-"""A rank's heartbeat, and what it shows: which rank stalls, by the limits of each phase, and which is slow."""
+"""Tests of a rank's heartbeat and what it shows: which rank stalls, by the limit of each phase, and which is slow."""
 
 import itertools
 import math
@@ -67,7 +67,7 @@ def test_a_rank_that_stalls_shows_its_stack(tmp_path) -> None:
 
 
 def signs(*own_seconds: float) -> list[Sign]:
-    """Signs of ranks 0, 1, ..., each on a node of its own."""
+    """Return the signs of ranks 0, 1, ..., each on a node of its own."""
     return [Sign(rank, f"node{rank}", 1, "", own_seconds=s) for rank, s in enumerate(own_seconds)]
 
 

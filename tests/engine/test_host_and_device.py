@@ -1,4 +1,4 @@
-"""On a GPU the host must run ahead of the device: how much each step makes it wait, counted without a GPU."""
+"""On a GPU the host must run ahead of the device. These tests count, without a GPU, how often a step makes it wait."""
 
 import copy
 import math
@@ -31,7 +31,7 @@ CASES = [
 
 
 class Trainer:
-    """An engine and its average, which decide on the device."""
+    """An engine and its average of the weights, which decide on the device whether to skip a step."""
 
     def __init__(self, recipe: Recipe, world: Any) -> None:
         torch.manual_seed(0)
@@ -40,7 +40,7 @@ class Trainer:
         self._micro_batches = recipe.train.global_batch // 4
 
     def step(self, number: int, factor: float = 1.0) -> torch.Tensor:
-        """A step as the loop takes it, which reads nothing; `factor` is for the first micro batch's loss."""
+        """Take a step as the training loop does, reading no scalar. `factor` scales the first micro batch's loss."""
         for micro in range(self._micro_batches):
             images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(10 * number + micro))
             loss = torch.nn.functional.cross_entropy(self.engine.forward(images), torch.arange(4))
@@ -52,7 +52,7 @@ class Trainer:
         return norm
 
     def learned(self) -> Any:
-        """Copies of masters, optimizer states and averages."""
+        """Return copies of the master weights, optimizer states and averages."""
         states = [dict(state) for state in self.engine.deepspeed.basic_optimizer.state.values()]
         return copy.deepcopy([master_weights(self.engine.deepspeed), states, self.ema.shards])
 
@@ -65,14 +65,14 @@ def test_a_step_neither_stops_the_host_nor_reads_a_scalar(small_recipe, world, a
         waits.clear()
         with Counting() as counting:
             norm = trainer.step(number)
-    # At stage 3 a rank that is alone has nothing to gather, and waits for the copy that it makes instead.
+    # At stage 3 a single rank has nothing to gather. It makes a copy instead, and waits for it.
     assert (waits["host"], counting.reads) == (config == "zero3", 0)
     assert norm.ndim == 0
     assert norm.isfinite()
 
 
 def test_weights_are_gathered_after_they_are_written(small_recipe, world, as_on_a_gpu, waits) -> None:
-    """By DeepSpeed's own order of streams alone, the next forward pass could gather the weights before the step."""
+    """With DeepSpeed's own waits alone, the next forward pass could gather the weights before the step writes them."""
     trainer = Trainer(small_recipe("deepspeed.config=zero3", "train.micro_batch=4"), world)
     gathers = trainer.engine.deepspeed.optimizer.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
     for change in (lambda: trainer.step(1), lambda: refresh_module(trainer.engine.deepspeed)):
@@ -122,7 +122,7 @@ def test_steps_on_the_device_are_those_of_the_loop_over_parameters(small_recipe,
 
 @pytest.mark.parametrize(("config", "most"), [("zero0", 40), *((stage, 60) for stage in STAGES[1:])])
 def test_a_step_runs_few_kernels_beside_the_model(small_recipe, world, as_on_a_gpu, config, most) -> None:
-    """188 parameters, at the shipped recipes' precision; and a plan counts as many."""
+    """With 188 parameters in bf16, a step runs few kernels besides the model's, and the plan predicts their number."""
     own = ("model.depth=12", "attention.mode=blockwise", "train.precision=bf16", "train.global_batch=4")
     recipe = small_recipe(*own, f"deepspeed.config={config}")
     model = create_model(recipe.model, recipe.attention)

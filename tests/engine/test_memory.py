@@ -32,7 +32,7 @@ print(faults() - before)
 
 
 def steps(**settings: str) -> tuple[bool, int]:
-    """Whether memory is kept, and the page faults of 20 steps that write 64 MB each."""
+    """Return whether memory is kept, and the page faults of 20 steps that write 64 MB each."""
     environment = {name: value for name, value in karat_environment().items() if not name.startswith("MALLOC_")}
     kept, faults = output_of(sys.executable, "-c", STEPS, env={**environment, **settings}).split()
     return kept == "True", int(faults)
@@ -91,7 +91,7 @@ def test_every_kind_is_known_and_other_errors_pass(small_recipe) -> None:
 
 
 def test_a_gpu_leaves_a_snapshot(tmp_path, monkeypatch) -> None:
-    """torch's own functions need a GPU; these take their places."""
+    """An allocation that fails on a GPU leaves a snapshot. Stand-ins replace torch's functions, which need a GPU."""
     recorded: list[int] = []
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda max_entries: recorded.append(max_entries))
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_bytes(b"snapshot"))

@@ -166,7 +166,7 @@ def test_the_papers_rates_and_a_warm_up_counted_in_steps(small_recipe):
     assert (schedule.warmup_steps, schedule.cosine_from, schedule.total_steps) == (30, 30, 40)
     with pytest.raises(RecipeError, match=r"schedule.warmup_steps = 30 are more than the 20 steps of train.epochs = 2"):
         build_schedule(recipe, steps_per_epoch=10)
-    # Without a batch that it is for, the rate is as it is.
+    # Without `optim.lr_batch` the rate is not scaled.
     assert build_schedule(small_recipe("optim.lr_batch=null", "optim.lr=0.5"), 10).peak_lr == 0.5
 
 
@@ -248,7 +248,7 @@ def test_the_average_is_the_plain_formulas_and_what_evaluation_sees(small_recipe
 
 
 def _whole_masters(engine) -> list[torch.Tensor]:
-    """fp32 weights by parameter, through DeepSpeed's own public call."""
+    """Return the fp32 weights by parameter; at stages 1 to 3 DeepSpeed's public function reads them."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     if engine.stage == 0:

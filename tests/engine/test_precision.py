@@ -1,4 +1,4 @@
-"""What train.precision means at each stage. On a CPU, fp16 and CUDA's own autocast flag are emulated."""
+"""Tests of train.precision at each stage. On a CPU, they emulate fp16 and CUDA's autocast flag."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def test_the_table_and_what_images_are_made_in():
 
 @pytest.fixture
 def cudas_flag(monkeypatch) -> None:
-    """DeepSpeed asks for CUDA's autocast flag without naming a device; let it see this device's, as it would there."""
+    """Let DeepSpeed see the CPU's autocast flag: it asks without naming a device, which means CUDA's flag."""
     import deepspeed.runtime.torch_autocast as theirs
 
     names = ("autocast", "float16", "bfloat16", "float32", "is_tensor")
@@ -89,7 +89,7 @@ def test_tf32_is_torchs_own_switch_and_cudnn_keeps_to_a_fixed_order(small_recipe
 
 
 def test_an_evaluation_leaves_torchs_switches_as_they_were(small_recipe) -> None:
-    """Else the figures of later analyses would depend on whether the predictions were there already."""
+    """An evaluation restores the switches, so that later figures do not depend on whether predictions existed."""
     switches = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [switch.allow_tf32 for switch in switches]
     seen = []
@@ -108,7 +108,7 @@ def test_an_evaluation_leaves_torchs_switches_as_they_were(small_recipe) -> None
 
 @pytest.mark.parametrize("config", ["zero1", "zero3"])
 def test_a_run_with_16_bit_weights_resumes_under_autocast(small_recipe, make_checkpoints, tmp_path, config) -> None:
-    """So do runs that began when `bf16` meant 16-bit weights."""
+    """A run with 16-bit weights resumes as `bf16`. Runs from before `bf16` meant autocast have such weights, too."""
     before = make_checkpoints(small_recipe(f"deepspeed.config={config}", "train.precision=bf16_weights"), tmp_path)
     train_steps(before, 1, 2)
     assert before.save(TrainState(step=2, samples=16))
@@ -120,7 +120,7 @@ def test_a_run_with_16_bit_weights_resumes_under_autocast(small_recipe, make_che
 
 
 def _by_name(engine: Any) -> dict[str, list[float]]:
-    """Masters by parameter: the two lay them out with other padding."""
+    """Return the master weights by parameter, because the two precisions lay them out with different padding."""
     flat = {}
     for fragments, master in zip(shard_layout(engine), master_weights(engine), strict=True):
         for name, _, start, length in fragments:
@@ -128,7 +128,7 @@ def _by_name(engine: Any) -> dict[str, list[float]]:
     return flat
 
 
-# From the documentation of torch.use_deterministic_algorithms: on CUDA they add in no fixed order. Convolutions do
+# From the documentation of torch.use_deterministic_algorithms: on CUDA these add in no fixed order. So do convolutions
 # without `cudnn.deterministic`.
 IN_NO_ORDER = re.compile(
     r"aten\.(upsample_(linear|bilinear|bicubic|trilinear).*backward|adaptive_.*pool.*backward|avg_pool3d_backward|"
@@ -178,14 +178,14 @@ def test_on_a_gpu_a_step_adds_in_a_fixed_order(small_recipe, make_engine, host) 
 @pytest.mark.parametrize(("kind", "config"), [("softmax", "zero1"), ("karat", "zero0"), ("karat", "zero3")])
 @pytest.mark.parametrize("host", ["ConViT", "Swin"])
 def test_a_step_in_bf16_where_positions_and_masks_are_buffers(small_recipe, make_engine, host, kind, config) -> None:
-    """DeepSpeed's own cast leaves buffers in float32."""
+    """A step under autocast to bf16 also takes float32 buffers, such as ConViT's positions and Swin's masks."""
     settings = (f"attention.kind={kind}", f"deepspeed.config={config}", "train.precision=bf16")
     recipe = small_recipe(*HOSTS[host], *settings)
     assert train_once(make_engine(recipe), 0, size=recipe.model.image_size) > 0
 
 
 FP16 = ("train.precision=fp16", "deepspeed.cpu_adam=torch")
-# Stages 1 and 2 have one optimizer; the others by turns.
+# Stages 1 and 2 share one optimizer; the other files are slow tests.
 FP16_STAGES = ["zero1", *(pytest.param(config, marks=pytest.mark.slow) for config in CONFIGS[2:])]
 
 

@@ -1,4 +1,4 @@
-"""Recomputing under DeepSpeed: by its checkpoint or torch's, at each stage and on two ranks, results are bit-equal."""
+"""Recomputing under DeepSpeed is bit-equal, by its checkpoint or torch's, at each stage and on two ranks."""
 
 import itertools
 
@@ -23,7 +23,7 @@ POLICIES = {
 
 
 def train_with(recipe: Recipe, world) -> tuple[str, list[object]]:
-    """What is recomputed; gradient norms of three steps, final weights and the random state."""
+    """Train three steps; return what is recomputed, and the gradient norms, final weights and random state."""
     torch.manual_seed(0)
     model = create_model(recipe.model, recipe.attention)
     torch.manual_seed(1)
@@ -64,7 +64,7 @@ def test_training_is_bit_equal(small_recipe, world, whole_zero3, config, precisi
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_stage_3_gives_weights_to_what_ends_in_a_layer(small_recipe, world, whole_zero3, method) -> None:
-    """Without dropout a linear layer comes last: recomputed to the end, it would give its weight back too soon."""
+    """Without dropout a linear layer comes last. If recomputing ran to the end, its weight would be released early."""
     fixed = (DEPTH, f"deepspeed.config={whole_zero3}")
     _, plain = train_with(small_recipe(*fixed), world)
     _, outcome = train_with(small_recipe(*fixed, *METHODS[method], *POLICIES["all"]), world)

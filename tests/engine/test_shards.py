@@ -1,4 +1,4 @@
-"""Any layout to any other: what was put in comes out, and nothing else."""
+"""Tests of shards: a change from any layout to another keeps every element and adds none."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from karat_scale.engine.shards import Fragment, Pieces, zero_padding
 
 
 def _flat_shards(sizes: list[int], ranks: int, padding: int) -> list[tuple[list[Fragment], int]]:
-    """All parameters end to end, cut into equal shards, as stages 1 and 2 do it."""
+    """Return all parameters end to end, cut into equal shards, as stages 1 and 2 do."""
     length = -(-(sum(sizes) + padding) // ranks)
     shards = []
     for rank in range(ranks):
@@ -24,7 +24,7 @@ def _flat_shards(sizes: list[int], ranks: int, padding: int) -> list[tuple[list[
 
 
 def _cut_parameters(sizes: list[int], ranks: int) -> list[tuple[list[Fragment], int]]:
-    """Each parameter cut into equal parts, a shard being one part of each, as stage 3 does it."""
+    """Return each parameter cut into equal parts, where a shard has one part of each, as stage 3 does."""
     shards = []
     for rank in range(ranks):
         fragments, offset = [], 0

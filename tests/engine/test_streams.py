@@ -27,7 +27,7 @@ Case = tuple[list[str], dict[str, Any]]
 
 
 def case(zero: Mapping[str, Any], precision: str = "fp32", accumulation: int = 1, world: int = 2) -> Case:
-    """Overrides of a recipe, and a DeepSpeed file."""
+    """Return the overrides of a recipe, and a DeepSpeed file."""
     overrides = [f"train.global_batch={2 * world * accumulation}"]
     if precision == "bf16_weights":
         overrides.append("train.precision=bf16_weights")
@@ -36,7 +36,7 @@ def case(zero: Mapping[str, Any], precision: str = "fp32", accumulation: int = 1
 
 
 def switches() -> Iterator[dict[str, Any]]:
-    """Every combination of the switches of each stage that has an effect."""
+    """Yield each stage's combinations of switches, without those where a switch has no effect."""
     names = ("overlap_comm", "contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce")
     for stage, values in itertools.product((1, 2), itertools.product(BOTH, repeat=4)):
         zero = dict(zip(names, values, strict=True))
@@ -49,7 +49,10 @@ def switches() -> Iterator[dict[str, Any]]:
 
 
 def all_cases() -> list[Case]:
-    """With each precision, with and without accumulation, buckets smaller than a parameter and larger than all."""
+    """Return all switches with each precision, with and without accumulation, and with two bucket sizes.
+
+    One bucket is smaller than a parameter, and the other is larger than all parameters together.
+    """
     others = itertools.product(PRECISIONS, (1, 2), (3000, 5_000_000))
     found = []
     for number, (zero, (precision, accumulation, bucket)) in enumerate(itertools.product(switches(), list(others))):
@@ -59,13 +62,13 @@ def all_cases() -> list[Case]:
 
 
 def shipped() -> list[Case]:
-    """The files of ds_configs, with two micro batches a step."""
+    """Return the files of ds_configs without offload, with two micro batches a step."""
     files = sorted(config_directory().glob("*.json"))
     return [(["train.global_batch=8"], json.loads(file.read_text())) for file in files if "offload" not in file.name]
 
 
 def trained(cases: Sequence[Any], directory: Path, world: int, rank: int) -> list[dict[str, Any]]:
-    """What the emulation finds in each case."""
+    """Run the cases as one rank; return what the emulation finds in each."""
     directory.mkdir()
     (directory / "cases.json").write_text(json.dumps(cases))
     arguments = [str(directory / "cases.json"), str(directory / "out.json"), str(world), str(rank)]
@@ -119,7 +122,7 @@ def test_an_event_orders_what_came_before_it() -> None:
 
 @pytest.mark.slow
 def test_streams_are_in_order(tmp_path) -> None:
-    """The shipped files, what was wrong once, and of all combinations a part."""
+    """The shipped files, the settings that raced before a fix, and every 41st combination have no races."""
     once_wrong = [
         case({"stage": stage, "overlap_comm": True, "contiguous_gradients": contiguous, "reduce_scatter": scatter,
               "reduce_bucket_size": 3000}, "sent in bf16")
@@ -131,7 +134,7 @@ def test_streams_are_in_order(tmp_path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "rank"), [(1, 0), (2, 1), (3, 2), (8, 0), (8, 3)])
 def test_the_shipped_files_keep_streams_in_order_on_any_rank_with_any_bucket(world, rank, tmp_path) -> None:
-    """Buckets smaller than every parameter, than some, and larger than all together."""
+    """The bucket is smaller than every parameter, smaller than some, or larger than all together."""
     cases: list[Case] = []
     stages = (1, 2) if rank else (1, 2, 3)  # at stage 3 each rank compares itself with rank 0, which is not there
     for stage, bucket, accumulation in itertools.product(stages, (1, 3000, 5_000_000), (1, 2)):

@@ -22,7 +22,7 @@ EPOCH_END = 11, 10
 
 
 def run(command: list[str], ranks: int) -> tuple[list[int], str]:
-    """Run an example on so many ranks; how each ended, and all that they printed."""
+    """Run an example on so many ranks; return their exit codes, and all that they printed."""
     environments = rank_environments(ranks)
     first: subprocess.Popen[str] | None = None
     processes = []

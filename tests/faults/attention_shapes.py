@@ -1,9 +1,9 @@
-"""The compiled attention on random shapes, layouts and numbers of threads, against the float64 equations.
+"""The compiled attention on random shapes, layouts and numbers of threads, compared with the float64 equations.
 
     python -m tests.faults.attention_shapes COUNT SEED LAST
 
-Meant for a process that has the C++ built with sanitizers, like tests/faults/jpegs.py. LAST is the file that holds the
-call under way.
+It is meant for a process that has the C++ built with sanitizers, like tests/faults/jpegs.py. LAST is the file that
+holds the current call.
 """
 
 import json
@@ -16,13 +16,13 @@ import torch
 
 from tests.attention.calls import Call, make_call, output_and_gradients, relative_error
 
-# The error that a result may have, as a share of its L2 norm, apart from what rounding moves it.
+# The error that a result may have as a share of its L2 norm, in addition to what rounding moves it by.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
 LAYOUTS = ("contiguous", "one projection", "tokens last", "expanded")
 
 
 def laid_out(call: Call, layout: str) -> Call:
-    """Query, key and value as layers may hand them over."""
+    """Return a call with query, key and value in one of the layouts in which layers may pass them."""
     if layout == "one projection":
         fused = torch.stack([x.detach().transpose(1, 2) for x in call[:3]], dim=2).permute(2, 0, 3, 1, 4)
         heads = list(fused.unbind())
@@ -36,7 +36,7 @@ def laid_out(call: Call, layout: str) -> Call:
 
 
 def on_scores(chosen: random.Random, call: Call, generator: torch.Generator) -> torch.Tensor:
-    """Numbers that broadcast to the scores of a call: contiguous, transposed or every second of more."""
+    """Return random numbers that broadcast to a call's scores: contiguous, transposed or every second of more."""
     batch, heads, tokens, _ = call.query.shape
     whole = (batch, heads, tokens, tokens)
     shape = [chosen.choice((1, size)) for size in whole][chosen.randrange(4) :]
@@ -51,7 +51,7 @@ def on_scores(chosen: random.Random, call: Call, generator: torch.Generator) -> 
 def reach_of_rounding(call: Call, upstream: torch.Tensor, exact: list[torch.Tensor], **options) -> list[float]:
     """Return how far (L2 norm) the float64 results move if each input moves by about its dtype's rounding error.
 
-    They move far in a sum of few terms that cancel, and for the angles m A of a large grid G and large scores. Query
+    They move far if few terms of a sum cancel, and for the angles m A of a large grid G and large scores. Query
     and key move by float32's error in every dtype, as scores are float32 in all kernels.
     """
     generator = torch.Generator().manual_seed(0)
@@ -70,7 +70,7 @@ def reach_of_rounding(call: Call, upstream: torch.Tensor, exact: list[torch.Tens
 
 
 def look(chosen: random.Random, last: Path) -> str:
-    """One call; what is wrong with its output or gradients, or nothing."""
+    """Make one call; return what is wrong with its output or gradients, or an empty text."""
     sizes = {
         "batch": chosen.randrange(4),
         "heads": chosen.randint(1, 4),
@@ -106,7 +106,7 @@ def look(chosen: random.Random, last: Path) -> str:
 
 
 def main(count: int, seed: int, last: Path) -> None:
-    """Try `count` calls."""
+    """Try `count` calls, and print the counts and problems as JSON."""
     problems, counts = [], Counter[str]()
     for number in range(count):
         problem = look(random.Random(f"{seed} {number}"), last)

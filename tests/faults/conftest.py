@@ -1,4 +1,4 @@
-"""How many faults these tests try: a few that differ by CI run, or with `--faults=all` (`make faults`) all of them."""
+"""These tests try a few faults that differ by CI run, or all of them with `--faults=all` (`make faults`)."""
 
 import json
 import signal
@@ -24,17 +24,17 @@ class Share:
     """Of random choices: a CI run has that of its turn, so that one after another they try all kinds of faults."""
 
     def of(self, few: int, full: int) -> int:
-        """How many to try."""
+        """Return how many faults to try."""
         return full if self.is_all else few
 
 
 class TooLongError(BaseException):
-    """Raised in what takes too long; not an error that code would handle."""
+    """Raised in code that takes too long. It is a BaseException, so that the code does not handle it."""
 
 
 @contextmanager
 def no_longer_than(seconds: float) -> Iterator[None]:
-    """Raise TooLongError in what is still at work, or waits at a pipe."""
+    """Raise TooLongError in the block if it still works, or waits at a pipe, after `seconds`."""
 
     def give_up(*_: object) -> None:
         raise TooLongError(f"it still works or waits after {seconds:g} s")
@@ -56,7 +56,7 @@ def share(pytestconfig) -> Share:
 
 @pytest.fixture
 def record(share, request) -> Callable[[dict[str, Any]], None]:
-    """Write what was tried to build/faults/TEST.json, if all faults were tried."""
+    """Return a function that writes what was tried to build/faults/TEST.json, if all faults were tried."""
 
     def keep(tried: dict[str, Any]) -> None:
         if share.is_all:

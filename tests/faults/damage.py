@@ -1,4 +1,4 @@
-"""What can happen to the bytes of a file, or to which file has them, drawn by hypothesis."""
+"""Damage to the files of a directory, drawn by hypothesis: changed, swapped, replaced or removed."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from tests.faults.conftest import Share
 
 @dataclass(frozen=True)
 class Damage:
-    """One harm to one of the files of a directory. Fractions, since it is drawn before the files are known."""
+    """One harm to one file of a directory. File and place are fractions: they are drawn before the files are known."""
 
     file: float
     harm: str
@@ -22,7 +22,7 @@ class Damage:
     more: bytes
 
     def apply(self, files: Sequence[Path]) -> Path | None:
-        """Harm one of `files`; returns it, or None where its bytes are what they were."""
+        """Harm one of `files`; return it, or None if its bytes have not changed."""
         path, other = files[int(self.file * len(files))], files[self.position(len(files))]
         before, theirs = path.read_bytes(), other.read_bytes()
         if self.harm in CHANGES:
@@ -37,15 +37,15 @@ class Damage:
         return None if path.is_file() and path.read_bytes() == before else path
 
     def position(self, length: int) -> int:
-        """A place in so many bytes."""
+        """Return a place in `length` bytes."""
         return min(int(self.place * length), max(length - 1, 0))
 
     def flipped(self, data: bytes, at: int) -> bytes:
-        """The bytes with another bit at a place."""
+        """Return the bytes with one bit flipped at a place."""
         return data[:at] + bytes([data[at] ^ 1 << self.bit]) + data[at + 1 :] if data else data
 
 
-# What becomes of a file's bytes, by a place in them and the bytes of another file.
+# How each harm changes a file's bytes, given a place in them and the bytes of another file.
 CHANGES: dict[str, Callable[[Damage, bytes, int, bytes], bytes]] = {
     "one bit flipped": lambda damage, data, at, other: damage.flipped(data, at),
     "cut": lambda damage, data, at, other: data[:at],
@@ -72,7 +72,7 @@ DAMAGES = st.builds(
 def try_damages(
     share: Share, counts: tuple[int, int], whole: Path, work: Path, look: Callable[[Path, Damage], None]
 ) -> None:
-    """Call `look` with a fresh copy of the directory `whole` and a damage, few or many times."""
+    """Call `look` few or many times, each time with a fresh copy of the directory `whole` and a damage."""
 
     @seed(share.seed)
     @settings(max_examples=share.of(*counts), database=None)

@@ -1,8 +1,8 @@
-"""Somebody else's run: hostile values for each key of its recipe, and what notices that one of them had an effect.
+"""Hostile values for each key in the recipe of somebody else's run, and a detector that notices their effects.
 
-A command may read what the recipe names as data, and nothing else: it starts nothing, and opens nothing in the folder
-`outside`, where the module of a hostile class lies, too. Files are watched by inotify, which also sees what C++ and
-other processes open.
+A command may read what the recipe names as data, and nothing else. It must start nothing, and open nothing in the
+folder `outside`, which also has the module of a hostile class. The files are watched by inotify, which also sees what
+C++ and other processes open.
 """
 
 import ctypes
@@ -19,14 +19,14 @@ from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import flatten
 
 MODULE = "foreign_class"
-# Their values say where the data are: reading that is what the user asks for.
+# These keys say where the data are, and the user asks for these to be read.
 DATA = ("data.path", "data.stream", "data.train_split", "data.val_split")
 _OPEN, _MODIFY, _CREATE, _IS_FOLDER = 0x20, 0x2, 0x100, 0x40000000
 _STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "pty.spawn")
 
 
 def hostile_values(outside: Path) -> list[str]:
-    """Spellings of a command, of a class, and of files in `outside`, for any key."""
+    """Return spellings of a command, of a class, and of files in `outside`, for any key."""
     command = f"touch {outside}/pwned"
     commands = [
         *(f"{spelled}:{command}" for spelled in ("pipe", "{p,p}ipe", "{p..p}ipe", r"p\ipe", " pipe", "PIPE", "\tpipe")),
@@ -46,7 +46,7 @@ def hostile_values(outside: Path) -> list[str]:
 
 
 def text_keys(recipe: Recipe) -> list[str]:
-    """The keys of a recipe that a text can be given for, alone or in a list."""
+    """Return the keys of a recipe that accept text, alone or in a list."""
     return [key for key in flatten(recipe) if _takes_text(_annotation(type(recipe), key))]
 
 
@@ -61,7 +61,7 @@ def _takes_text(kind: Any) -> bool:
 
 
 def as_value(recipe: Recipe, key: str, text: str) -> Any:
-    """A text as the value of a key."""
+    """Return a text as the value of a key, in a list if the key has one."""
     return [text] if isinstance(flatten(recipe)[key], list) else text
 
 
@@ -75,7 +75,7 @@ class Effects:
         self.written: set[str] = set()
 
     def found(self, may_read: bool = False) -> list[str]:
-        """What must not have happened, in words."""
+        """Return in words what must not have happened; with `may_read`, files may have been opened."""
         opened = self.written if may_read else self.opened | self.written
         return [*(f"started {text}" for text in self.started), *(f"opened {name}" for name in sorted(opened))]
 
@@ -116,7 +116,7 @@ def watched(outside: Path) -> Iterator[Effects]:
 
 
 def _read(notes: int) -> Iterator[tuple[int, int, str]]:
-    """The events of inotify(7): a watch, a mask, and the name of a file in the watched folder."""
+    """Yield the events of inotify(7): a watch, a mask, and the name of a file in the watched folder."""
     while True:
         try:
             data = os.read(notes, 1 << 16)

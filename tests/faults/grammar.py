@@ -1,4 +1,4 @@
-"""Recipes as YAML text by a grammar: keys of the schema and others, with values that fit, that do not, and odd YAML."""
+"""A grammar of random recipes in YAML: keys of the schema and others, with right and wrong values and odd YAML."""
 
 import json
 import random
@@ -44,14 +44,14 @@ class Grammar:
 
     def __init__(self, schema: type[RunRecipe], random_numbers: random.Random) -> None:
         self._random, self._schema = random_numbers, schema
-        # Few odd things in most recipes: the first one that is refused hides the others.
+        # Most recipes have few odd things, because the first one that is refused hides the others.
         self._oddness = self._random.choice((0.01, 0.05, 0.3))
         self._base = self._random.choice(sorted(shipped_recipes(schema.shipped)))
         self._fitting = _fitting(schema, self._base)
         self._sections = {key.partition(".")[0] for key in self._fitting if "." in key}
 
     def recipe(self) -> bytes:
-        """A file."""
+        """Return the bytes of a recipe's file."""
         lines = [] if self._is_odd() else [f"extends: {self._base}"]
         lines += [self._line("", self._random.choice(KEYS)) for _ in range(3) if self._is_odd()]
         lines += map(self._section, self._random.sample(sorted(self._sections), self._random.randrange(6)))
@@ -63,7 +63,7 @@ class Grammar:
         return data[:9] + b"\xff\xfe" + data[9:] if self._random.random() < 0.01 else data
 
     def override(self) -> str:
-        """An argument `key=value`."""
+        """Return an argument `key=value`."""
         key = self._random.choice(list(self._fitting))
         if self._is_odd():
             key = self._random.choice((*KEYS, "", "a" * 10_000, "model..depth", "run.name.x", f"{key} ", "data"))
@@ -122,7 +122,7 @@ class Grammar:
 
 @cache
 def _fitting(schema: type[RunRecipe], name: str) -> dict[str, str]:
-    """The values of a shipped recipe by key, as YAML; also those of its sections."""
+    """Return the values of a shipped recipe as YAML, by dotted key."""
     recipe = load_recipe(name, (), schema)
     values = {key: json.dumps(value) for key, value in flatten(recipe).items() if key not in ("run.name", "run.dir")}
     return values | {"run.name": "x", "run.dir": "/tmp/x"}

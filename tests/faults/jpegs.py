@@ -1,9 +1,9 @@
-"""JPEGs that are damaged as bytes and as segments, through the native decoder and recoder.
+"""JPEGs with damaged bytes and segments, which the native decoder and recoder read.
 
     python -m tests.faults.jpegs COUNT SEED LAST
 
-Meant for a process that has the C++ built with sanitizers (tests/faults/test_sanitizers.py), which end it at the first
-fault. LAST is the file that then holds the JPEG. The last line of the output is the counts, as JSON.
+It is meant for a process that has the C++ built with sanitizers (tests/faults/test_sanitizers.py), which end it at the
+first fault. The file LAST then holds the JPEG. The last line of the output has the counts as JSON.
 """
 
 import json
@@ -35,7 +35,7 @@ HEADERS = {0xC0, 0xC1, 0xC2}
 
 
 def segments(data: bytes) -> list[bytes]:
-    """A JPEG's marker segments; what follows the first scan's header is one piece."""
+    """Return a JPEG's marker segments; the last piece is everything from the first scan's header on."""
     pieces, at = [data[:2]], 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
@@ -45,7 +45,7 @@ def segments(data: bytes) -> list[bytes]:
 
 
 def mutated(chosen: random.Random, photos: list[bytes]) -> bytes:
-    """One photo with its structure and its bytes changed a little."""
+    """Return one photo with its structure and its bytes changed a little."""
     pieces = segments(chosen.choice(photos))
     for _ in range(chosen.choice((0, 1, 1, 2))):
         at = chosen.randrange(1, len(pieces))
@@ -62,13 +62,13 @@ def mutated(chosen: random.Random, photos: list[bytes]) -> bytes:
 
 
 def _foreign(chosen: random.Random, pieces: list[bytes], at: int, photos: list[bytes]) -> list[bytes]:
-    """A segment of another photo: other tables, other sampling, another image's scan."""
+    """Replace a segment by one of another photo: other tables, other sampling, another image's scan."""
     others = segments(chosen.choice(photos))
     return [*pieces[:at], others[min(at, len(others) - 1)], *pieces[at + 1 :]]
 
 
 def _resized(chosen: random.Random, pieces: list[bytes], at: int, photos: list[bytes]) -> list[bytes]:
-    """Another height, width or sampling in the frame's header."""
+    """Change the height and width in the frame's header, or a byte that describes its components."""
     frame = next((i for i, piece in enumerate(pieces) if len(piece) > 11 and piece[1] in HEADERS), None)
     if frame is None:
         return pieces
@@ -93,7 +93,7 @@ MUTATIONS: tuple[Callable[[random.Random, list[bytes], int, list[bytes]], list[b
 
 
 def view_of(chosen: random.Random, width: int, height: int) -> View:
-    """Any part of the image at any size, as training and evaluation ask for."""
+    """Return any part of the image at any size, as training and evaluation request."""
     if chosen.random() < 0.3:
         size = chosen.randrange(1, 40)
         return centre_view(width, height, size + chosen.randrange(8), size)

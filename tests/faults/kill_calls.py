@@ -1,10 +1,10 @@
-"""Kill a run before each call by which it renames, flushes or removes a file, and see that it ends in the same bits.
+"""Kill a run before each call that renames, flushes or removes a file, and check that it ends in the same bits.
 
     LD_PRELOAD=calls.so python -m tests.faults.kill_calls --ranks 2 --stage 1 [--tries N] [--seed S] --json FILE
 
 An undisturbed run counts the calls of each rank. Then one rank is killed before its k-th call, for each k, or for
-`--tries` of them. After each kill no checkpoint that `latest` or `best` names may be torn; the same command must
-finish the run, and leave what the undisturbed one left.
+`--tries` of them. After each kill, no checkpoint that `latest` or `best` names may be torn. The same command must then
+finish the run, and leave what the undisturbed run left.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SURVIVORS_END_WITHIN = 1.0
 
 @dataclass
 class Outcome(runs.Outcome):
-    """With what was tried."""
+    """The outcome of a campaign of kills, with what was tried."""
 
     calls: list[int] = field(default_factory=list)
     """Of each rank in an undisturbed run."""
@@ -50,14 +50,14 @@ class Kills(Campaign):
             yield
 
     def _kill(self, rank: int, call: int) -> None:
-        """Kill `rank` before its `call`-th call, look, and run the same command again."""
+        """Kill `rank` before its `call`-th call, look for torn checkpoints, and run the same command again."""
         run = self.directory / f"rank{rank}-call{call}"
         self._victim, self._call = rank, call
         ranks = self.start(run)
         self._call = 0
         while ranks.all_run():
             time.sleep(0.002)
-        ranks.wait(SURVIVORS_END_WITHIN)  # one that waits for the dead is ended, as by a launcher
+        ranks.wait(SURVIVORS_END_WITHIN)  # a rank that waits for the killed one is ended, as a launcher would end it
         trace = self._trace(run.name, rank)
         if len(trace) < call:
             self.outcome.not_reached += 1
@@ -69,7 +69,7 @@ class Kills(Campaign):
         return super().start(run, lambda rank: self._arm(run, rank))
 
     def _arm(self, run: Path, rank: int) -> None:
-        """In the rank: its own count from now on, and the call before which it dies."""
+        """In a rank, count its calls from now on, and set the call before which it is killed."""
         log = self._trace_file(run.name, rank)
         log.unlink(missing_ok=True)
         arm = ctypes.CDLL(None).karat_faults_arm

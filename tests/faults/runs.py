@@ -1,6 +1,6 @@
-"""A training run of milliseconds a step that saves after each of them, and campaigns that disturb it.
+"""A training run that takes milliseconds a step and saves after each, and campaigns that disturb it.
 
-`imported()` first: the runs are forks of a process that has imported everything.
+Call `imported()` first, because the runs are forks of a process that has imported everything.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from tests.training.runs import last_tensors, losses
 TINY = (
     "model.embed_dim=16",
     "model.depth=1",
-    "model.proj_drop=0.1",  # so that the ranks' random generators count
+    "model.proj_drop=0.1",  # so that the ranks' random generators have an effect
     "data.workers=0",
     "data.prefetch=1",
     "schedule.warmup_epochs=0",
@@ -41,7 +41,7 @@ _SCORES = ("exit", "steps", "samples", "best_top1", "best_step", "last_top1", "d
 
 
 def imported() -> None:
-    """Import and prepare once what each start of a run would."""
+    """Import and prepare once what each start of a run needs."""
     import tests.imported  # noqa: F401
     from karat_scale.engine.deepspeed_internals import quieten_and_skip_builds
 
@@ -51,7 +51,10 @@ def imported() -> None:
 def tiny_recipe(
     directory: Path, stage: str, *overrides: str, data: str = "backend: synthetic, synthetic_samples: 16"
 ) -> Path:
-    """The recipe of a run of `STEPS` steps, on images that need no files unless `data` says otherwise."""
+    """Write the recipe of a run of `STEPS` steps; return its path.
+
+    Its images need no files unless `data` says otherwise.
+    """
     path = directory / "tiny.yaml"
     path.write_text(f"data: {{{data}}}\nattention: {{kind: karat}}\n")
     path.write_text(dump_recipe(load_recipe(path, [*SMALL, *TINY, f"deepspeed.config=zero{stage}", *overrides])))
@@ -59,7 +62,10 @@ def tiny_recipe(
 
 
 def left_by(run: Path) -> dict[str, object]:
-    """What a finished run leaves that no fault may change: all bits of its checkpoint, losses, scores, snapshots."""
+    """Return what a finished run leaves that no fault may change.
+
+    These are all bits of its checkpoint, its losses, scores and snapshots, and parts of its summary.
+    """
     summary = json.loads((run / "summary.json").read_text())
     return {
         "tensors": last_tensors(run),
@@ -72,7 +78,7 @@ def left_by(run: Path) -> dict[str, object]:
 
 
 def torn(run: Path) -> list[str]:
-    """What a reader would find wrong now: a checkpoint that `latest` or `best` names and that is not whole."""
+    """Return what is wrong with the checkpoints that `latest` and `best` name, if one is not whole."""
     store = CheckpointStore(run / "checkpoints")
     named = {pointer: store.pointed(pointer) for pointer in ("latest", "best")} if store.root.is_dir() else {}
     damage = {pointer: store.damage(name) for pointer, name in named.items() if name is not None}
@@ -95,7 +101,7 @@ class Outcome:
 
 
 class Campaign(ABC):
-    """Runs of one recipe in one directory: each is disturbed, and must then end as the one that is left alone."""
+    """Runs of one recipe in one directory: each is disturbed, and must then end like the undisturbed one."""
 
     def __init__(self, recipe: Path, directory: Path, outcome: Outcome) -> None:
         self.recipe, self.directory, self.outcome = recipe, directory, outcome
@@ -107,7 +113,7 @@ class Campaign(ABC):
 
     @abstractmethod
     def play(self, options: argparse.Namespace) -> Iterator[None]:
-        """Disturb runs; yields after each of them."""
+        """Disturb runs, and yield after each of them."""
 
     def start(self, run: Path, prepare: Callable[[int], object] = lambda rank: None) -> ForkedRanks:
         return ForkedRanks(["train", str(self.recipe), f"run.dir={run}"], self.outcome.ranks, self.log(run), prepare)
@@ -116,7 +122,10 @@ class Campaign(ABC):
         return self.directory / f"{run.name}.log"
 
     def end(self, run: Path, disturbed: str, problems: list[str]) -> None:
-        """Run the same command again, and note what is wrong with what it leaves, and what was before."""
+        """Note the problems of a disturbed run, and remove it.
+
+        Without problems so far, run the same command again, and note what differs from the undisturbed run.
+        """
         problems = problems or self._finish(run)
         if not problems:
             left = left_by(run)
@@ -140,7 +149,7 @@ def command_line(
     outcome_type: type[Outcome],
     make_recipe: Callable[[Path, str], Path],
 ) -> int:
-    """Play a campaign with the options that all have, and the parser's own."""
+    """Play a campaign with the options that all campaigns have, and the parser's own; return the exit code."""
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--stage", default="0", help="a file of ds_configs, such as 3_offload")
     parser.add_argument("--seed", type=int, default=0, help="of all that is chosen")

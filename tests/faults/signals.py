@@ -1,4 +1,4 @@
-"""Signals to any process of a run, in any phase of it: the same command must end in the bits of an undisturbed run.
+"""Send signals to any process of a run, in any phase. The same command must end in the bits of an undisturbed run.
 
     python -m tests.faults.signals --ranks 2 --stage 1 --signals 100 [--only SIGKILL] [--seed S] --json FILE
 
@@ -30,7 +30,7 @@ from tests.faults import runs
 from tests.faults.runs import FINISHES_WITHIN, Campaign, command_line, tiny_recipe, torn
 from tests.training.forked_ranks import ForkedRanks
 
-# What the ranks' heartbeats say in each phase; the others have none.
+# What the ranks' heartbeats say in each phase; some phases have no heartbeats.
 PHASES = {
     "start": (),
     "data": ("waiting for data",),
@@ -48,7 +48,7 @@ SURVIVORS_END_WITHIN = 5.0
 
 @dataclass
 class Outcome(runs.Outcome):
-    """With what was tried."""
+    """The outcome of a campaign of signals, with what was tried."""
 
     signals: int = 0
     by_kind: Counter[str] = field(default_factory=Counter)
@@ -77,7 +77,7 @@ class Signals(Campaign):
             yield
 
     def _disturb(self, run: Path) -> None:
-        """One start and one signal."""
+        """Start the run, send one signal, and note how the start ended."""
         outcome = self.outcome
         phase, name = self._random.choice(list(PHASES)), self._random.choice(self._names)
         read, write = os.pipe()
@@ -102,13 +102,13 @@ class Signals(Campaign):
             outcome.tracebacks[kind] += "Traceback" in log.read()
         if not ended and not deadly:
             outcome.problems.append(f"{kind} in {phase}: a start did not end in {FINISHES_WITHIN} s")
-        # A worker that is killed is one line of its rank, and the others lose that rank.
+        # A rank with a killed worker ends with one line, and the other ranks lose that rank.
         allowed = {0, EXIT_STOPPED, *((EXIT_USAGE, EXIT_LOST_PEER) if "worker" in kind else ())}
         if not deadly and not set(codes) <= allowed:
             outcome.problems.append(f"{kind} in {phase}: exit codes {codes}")
 
     def _wait(self, ranks: ForkedRanks) -> tuple[bool, bool]:
-        """Until all have ended. Returns whether a signal ended a rank at once, and whether the others ended in time."""
+        """Wait until all have ended. Return whether a signal ended one at once, and whether the others were in time."""
         deadline, deadly = time.monotonic() + FINISHES_WITHIN, False
         while ranks.running() and time.monotonic() < deadline:
             if not deadly and any(map(_is_deadly, ranks.codes.values())):
@@ -118,7 +118,10 @@ class Signals(Campaign):
         return deadly, ranks.wait(0)
 
     def _send(self, ranks: ForkedRanks, name: str) -> str:
-        """Send a signal to one process of the tree, or to all ranks; returns its name and whom it went to."""
+        """Send a signal to one process of the tree, or to all ranks.
+
+        Return its name and where it went, or an empty text if the process had ended.
+        """
         running, choice = ranks.running(), self._random.random()
         try:
             victims = [psutil.Process(self._random.choice(running or [0]))]
@@ -140,12 +143,12 @@ class Signals(Campaign):
 
 
 def _is_deadly(code: int) -> bool:
-    """Whether a signal ended a rank at once: it was killed, or interrupted early. A launcher ends the others then."""
+    """Return whether a signal killed a rank or interrupted it early. A launcher then ends the others."""
     return code < 0 or code == EXIT_INTERRUPTED
 
 
 def _tell(phase: str, times: int, pipe: int) -> None:
-    """In a rank: write to the pipe when the phase has begun so many times."""
+    """In a rank, write to the pipe when the phase has begun `times` times. A phase without heartbeats begins once."""
     faulthandler.unregister(signal.SIGUSR1)
     left = [times if PHASES[phase] else 1]
 
@@ -171,7 +174,7 @@ def _tell(phase: str, times: int, pipe: int) -> None:
 
 
 def sharded_recipe(directory: Path, stage: str) -> Path:
-    """A tiny run with a data worker, which reads shards."""
+    """Write the recipe of a tiny run with a data worker that reads shards; return its path."""
     images, shards = make_image_folder(directory / "images", {"train": 16, "val": 4}), directory / "shards"
     run_script("data_prep/make_webdataset.py", "--src", str(images), "--out", str(shards), "--shard-samples", "20")
     own = ("data.workers=1", "train.global_batch=32", "train.eval_batch=8")

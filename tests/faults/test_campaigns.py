@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
 @pytest.fixture(scope="session")
 def calls_library(tmp_path_factory) -> Path:
-    """calls.c, compiled."""
+    """Compile calls.c, and return the library."""
     library = tmp_path_factory.mktemp("calls") / "calls.so"
     source = Path(__file__).with_name("calls.c")
     compiler = os.environ.get("CC", "cc")
@@ -26,7 +26,10 @@ def calls_library(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def campaign(share, record, tmp_path):
-    """Play a campaign of this directory; returns its outcome."""
+    """Return a function that plays a campaign of this directory, and returns its outcome.
+
+    It asserts that there are no problems.
+    """
 
     def play(program: str, *options: str, **environment: str) -> dict[str, Any]:
         out = tmp_path / "out.json"

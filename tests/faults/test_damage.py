@@ -1,4 +1,4 @@
-"""Damaged files of checkpoints, shards and runs: named by one line, passed by, or read as they were written."""
+"""Damaged files of checkpoints, shards and runs are named in one line, skipped, or read as they were written."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ COUNTS = 40, 2000
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A finished run with two checkpoints, snapshots and an exported file of weights."""
+    """Return a finished run with two checkpoints, snapshots and an exported file of weights."""
     directory = tmp_path_factory.mktemp("run")
     recipe = tiny_recipe(directory, "0")
     for arguments in (
@@ -37,7 +37,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def one_line(error: UserError, *names: str) -> None:
-    """The message is one line, and names one of the files."""
+    """Assert that the message is one line and names one of the files."""
     assert "\n" not in str(error)
     assert any(name in str(error) for name in names), str(error)
 
@@ -101,7 +101,7 @@ def test_a_damaged_shard_is_named_or_gives_what_was_written(share, tmp_path, ver
             one_line(error, str(directory))
             return
         train = harmed is not None and harmed.name.startswith("train")
-        # What the hash has seen besides samples: padding and headers of the tar.
+        # The hash also finds damage in the padding and the headers of the tar.
         assert not train or verify == "size", harmed
 
     try_damages(share, COUNTS, whole, tmp_path / "work", look)
@@ -119,7 +119,7 @@ def test_a_damaged_log_is_read_as_far_as_it_goes(run, share, tmp_path):
     try_damages(share, COUNTS, whole, tmp_path / "work", look)
     log = whole / "metrics.jsonl"
     log.write_text(log.read_text().replace('"step"', '"stfp"', 1))
-    read_standing(whole)  # nor does an event without its fields end it
+    read_standing(whole)  # an event without its fields must not end it either
 
 
 def test_a_damaged_file_of_a_run_is_one_line_or_what_it_was(run, share, tmp_path):
@@ -153,7 +153,7 @@ def test_damaged_exported_weights_are_refused(run, share, tmp_path):
     whole.mkdir()
     for path in (exported, *(run / "snapshots").iterdir()):
         (whole / path.name).write_bytes(path.read_bytes())
-    # A snapshot under the export's name is a whole file of a model's weights, too.
+    # A snapshot under the export's name is also a complete file of a model's weights.
     digests = {weights_digest(read_exported(path)) for path in whole.iterdir()}
 
     def look(directory, damage):

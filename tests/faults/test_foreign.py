@@ -1,4 +1,4 @@
-"""No command that reads a run, a checkpoint, weights or data of somebody else does what these say, without --trust."""
+"""Without --trust, no command runs or opens what somebody else's run, checkpoint, weights or data name."""
 
 import io
 import itertools
@@ -30,7 +30,7 @@ PLAIN = ("data.backend=synthetic", "data.synthetic_samples=16", "data.workers=0"
 
 
 def demo(run: Path, here: Path) -> int:
-    """What `karat demo` does before it waits for pictures."""
+    """Do what `karat demo` does before it waits for pictures; return the exit code."""
     from karat_scale.commands.predict.command import open_classifier
 
     try:
@@ -49,7 +49,7 @@ def _plain(here: Path, *overrides: str) -> list[str]:
     return [str(here / "plain.yaml"), *SMALL, *PLAIN, f"run.dir={here / 'own'}", "train.max_steps=1", *overrides]
 
 
-# What each command is given, by the run and an empty directory with a recipe of the user's.
+# The arguments of each command, given the run and a directory with the user's own recipe.
 LOOKS: dict[str, Callable[[Path, Path], list[str]] | Callable[[Path, Path], int]] = {
     "eval": lambda run, here: ["eval", str(run)],
     "eval on": lambda run, here: ["eval", str(run), "--on", str(here / "images" / "val"), "--name", "other"],
@@ -76,7 +76,7 @@ LOOKS: dict[str, Callable[[Path, Path], list[str]] | Callable[[Path, Path], int]
     "resume.from": begins_with("resume.from"),
     "train in its directory": begins_with("run.dir"),
 }
-# They read nothing of a run that somebody else wrote, or, such as `doctor`, the recipe on the command line.
+# These read no run that somebody else wrote. Some, such as `doctor`, read the recipe on the command line.
 OTHERS = {"prepare", "index", "show", "data", "doctor", "submit", "recipes", "explain", "detect", "launch", "fetch"}
 OTHERS |= {"bench", "completion", "quickstart"}
 
@@ -88,7 +88,7 @@ def test_each_command_is_here_or_reads_no_run() -> None:
 
 
 class Attack:
-    """A run whose recipe is made hostile, the folder `outside` that nothing may touch, and the user's directory."""
+    """A run with a hostile recipe, the folder `outside` that nothing may touch, and the user's directory."""
 
     def __init__(self, root: Path, trained: Path, shards: Path) -> None:
         self.outside, self.here, self.runs = root / "outside", root / "here", root / "runs"
@@ -108,7 +108,7 @@ class Attack:
         (self.here / "plain.yaml").write_text("data: {path: x}\nattention: {kind: karat}\n")
 
     def run(self, name: str, change: Callable[[Path], object]) -> tuple[int, Effects, str]:
-        """The exit code of a command on a run that `change` made hostile, its effects and its errors."""
+        """Run a command on a run that `change` made hostile; return its exit code, its effects and its errors."""
         for folder in (self.runs, self.here / "own"):
             shutil.rmtree(folder, ignore_errors=True)
         run = self.runs / "run"
@@ -123,7 +123,7 @@ class Attack:
 
 @pytest.fixture(scope="module")
 def trained(shards, tmp_path_factory) -> Path:
-    """A run of three steps on a stream of tars, with a checkpoint of each."""
+    """Return a run of three steps on a stream of tars, with a checkpoint of each step."""
 
     def train(root: Path) -> None:
         tars = write_stream(root / "tars", (9, 11), classes=4)
@@ -146,7 +146,7 @@ def attack(trained, shards, image_folder, tmp_path, monkeypatch) -> Attack:
 
 
 def set_variables(monkeypatch: pytest.MonkeyPatch, outside: Path) -> None:
-    """Set what the hostile values name."""
+    """Set the environment variables that the hostile values name."""
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setenv("HOME", str(outside))
     command = f"pipe:touch {outside}/pwned"
@@ -161,7 +161,7 @@ def set_variables(monkeypatch: pytest.MonkeyPatch, outside: Path) -> None:
 
 
 def with_recipe(attack: Attack, values: dict[str, str]) -> Callable[[Path], object]:
-    """Write hostile values into the recipe of a run, whatever the schema says."""
+    """Return a change that writes hostile values into the recipe of a run, whatever the schema says."""
 
     def change(run: Path) -> None:
         tree = yaml.safe_load((run / "recipe.yaml").read_text())
@@ -177,7 +177,7 @@ def with_recipe(attack: Attack, values: dict[str, str]) -> Callable[[Path], obje
 
 
 def tried(attack: Attack, name: str, values: dict[str, str]) -> str:
-    """What is wrong with how a command took a hostile recipe."""
+    """Return what is wrong with how a command handled a hostile recipe."""
     code, effects, errors = attack.run(name, with_recipe(attack, values))
     may_read = any(key in DATA for key in values)
     found = effects.found(may_read)
@@ -187,7 +187,7 @@ def tried(attack: Attack, name: str, values: dict[str, str]) -> str:
 
 
 def product(attack: Attack) -> list[dict[str, str]]:
-    """Each key with each value."""
+    """Return each key with each value."""
     values = hostile_values(attack.outside)
     return [{key: value} for key, value in itertools.product(text_keys(attack.recipe), values)]
 
@@ -209,14 +209,14 @@ def test_a_few_recipes_start_import_and_open_nothing(name, attack, share) -> Non
 
 
 def spellings(outside: Path) -> list[str]:
-    """Of commands."""
+    """Return the hostile values that name a command or a class, and no file."""
     values = [value for value in hostile_values(outside) if "secret" not in value and "/run" not in value]
     assert len(values) > 30
     return values
 
 
 def read_stream(value: str, found_in: str) -> None:
-    """Open all that a stream spells, as data workers do."""
+    """Open everything that a stream names, as data workers do."""
     data = DataConfig.model_validate({"path": ".", "order": "stream", "stream": value, "stream_samples": 1})
     shards = StreamShards(data.of(found_in), seed=0)
     for url, name in zip(shards.urls, shards.names, strict=True):
@@ -232,7 +232,7 @@ def test_no_spelling_of_a_stream_starts_a_command(tmp_path, monkeypatch) -> None
             with suppress(UserError, ValueError):  # refused
                 read_stream(value, "theirs/recipe.yaml")
     assert not effects.opened | effects.written  # curl may be started, with the URL as an argument
-    with watched(tmp_path) as effects:  # without this, a detector that sees nothing would find nothing
+    with watched(tmp_path) as effects:  # this shows that the detector sees something
         read_stream(values[0], "")
     assert effects.opened | effects.written
 
@@ -246,7 +246,7 @@ def test_no_spelling_of_a_stream_in_a_run_starts_a_command(attack) -> None:
 
 @pytest.mark.parametrize("key", ["data.stream", "attention.basis", "init_from", "deepspeed.config"])
 def test_what_is_trusted_is_noticed_here(key, attack, monkeypatch) -> None:
-    """Without this, a detector that sees nothing would find nothing."""
+    """With KARAT_TRUST=1 the detector notices an effect, so it would notice one in the other tests."""
     monkeypatch.setenv(VARIABLE, "1")
     text, name, seen = {
         "data.stream": (f"{{p,p}}ipe:touch {attack.outside}/pwned", "replay", "started"),
@@ -266,7 +266,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LOOKS if name != "train in its directory"])
 def test_nothing_is_written_where_a_link_in_a_run_leads(name: str, attack: Attack) -> None:
-    # What a command of an earlier version may have left there.
+    # Files that a command of an earlier version may have left there.
     left = ("evaluations/other.json", "predictions.npz", "trackers/tensorboard.json", "analysis/report.html")
 
     def change(run: Path) -> None:

@@ -1,4 +1,4 @@
-"""A named pipe in place of any file: whoever opens it waits for ever, so each command names it in one line instead."""
+"""A command that finds a named pipe in place of a file says so in one line; opening the pipe would wait for ever."""
 
 import io
 import os
@@ -27,7 +27,7 @@ def replaced(file: Path) -> None:
 
 
 def said_by(*arguments: str) -> tuple[int, list[str]]:
-    """The exit code of a command, and the lines that it wrote."""
+    """Run a command; return its exit code and the lines that it wrote."""
     said = io.StringIO()
     with no_longer_than(SECONDS), redirect_stderr(said), redirect_stdout(said):
         code = karat_here(*arguments)
@@ -36,7 +36,7 @@ def said_by(*arguments: str) -> tuple[int, list[str]]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, image_folder) -> Path:
-    """A finished run, what was exported from it, and an image."""
+    """Return a directory with a finished run, what was exported from it, and an image."""
 
     def make(root: Path) -> None:
         recipe = tiny_recipe(root, "0", "log.trackers=[tensorboard]", "checkpoint.keep_last=2")
@@ -87,14 +87,14 @@ READS = {
 
 
 def files_of(name: str, root: Path) -> list[Path]:
-    """All files that a command may read."""
+    """Return all files that a command may read, relative to `root`."""
     places = [root / place for place in READS.get(name, ("run",))]
     found = [path for place in places for path in ([place] if place.is_file() else sorted(place.rglob("*")))]
     return [path.relative_to(root) for path in found if path.is_file()]
 
 
 def with_pipe(made: Path, root: Path, file: Path, name: str) -> tuple[int, list[str]]:
-    """What a command says of a copy in which a pipe is in the place of this file."""
+    """Run a command on a copy with a pipe in place of this file; return its exit code and lines."""
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(made, root)
     replaced(root / file)
@@ -121,7 +121,7 @@ def test_a_pipe_in_place_of_a_file_is_named(name, made, tmp_path) -> None:
 
 
 def test_a_checkpoint_with_a_pipe_is_damaged(made, tmp_path) -> None:
-    """It is named, and the command takes another one or ends."""
+    """The checkpoint is reported as damaged, and the command falls back to another one or ends."""
     checkpoint = made / "run" / "checkpoints" / (made / "run" / "checkpoints" / "best").read_text().strip()
     for file in sorted(checkpoint.iterdir()):
         code, lines = with_pipe(made, tmp_path / "work", file.relative_to(made), "predict")
@@ -169,4 +169,4 @@ def test_a_pipe_in_place_of_a_tar_that_others_made_or_a_file_that_the_user_names
             pass
         with pytest.raises(UserError, match=r"labels\.json"):
             OtherLabels(tmp_path / "labels.json", ("cat",))
-        assert last_step(tmp_path) is None  # of a run of a sweep that has logged nothing yet
+        assert last_step(tmp_path) is None  # as for a run of a sweep that has logged nothing yet

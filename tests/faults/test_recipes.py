@@ -18,13 +18,13 @@ from tests.faults.grammar import Grammar
 
 SECONDS = 60.0  # most take milliseconds; a large one on a busy machine takes more
 COMMANDS = {"train": Recipe, "detect": DetectionRecipe}
-# What a terminal acts on.
+# Characters that a terminal acts on.
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
 def tried(command: str, recipe: Path, overrides: list[str]) -> tuple[int, str]:
-    """The exit code of `karat COMMAND RECIPE OVERRIDES --print`, and what is wrong with how it ended."""
-    # As Python opens them: an error can always be printed, output may fail.
+    """Run `karat COMMAND RECIPE OVERRIDES --print`; return its exit code, and what is wrong with how it ended."""
+    # As Python opens them: printing to stderr never fails, and printing to stdout may fail.
     out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
     try:
         with no_longer_than(SECONDS), redirect_stdout(out), redirect_stderr(err):

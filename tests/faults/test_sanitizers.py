@@ -1,4 +1,4 @@
-"""The C++ built with AddressSanitizer and UBSan, as `KARAT_SANITIZE` builds it, on damaged JPEGs and random calls."""
+"""Tests of the C++ built with AddressSanitizer and UBSan by `KARAT_SANITIZE`, on damaged JPEGs and random calls."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from karat_scale.foundation import native_build
 from tests.conftest import karat_environment, run_to_end
 
 SETS = (*native_build._available_instruction_sets(), native_build.PLAIN)
-# A fault ends the process. Python's own memory is malloc's, so that a read beyond a JPEG's end is seen.
+# A fault ends the process. Python allocates by malloc, so that a read beyond a JPEG's end is seen.
 OPTIONS = {
     "KARAT_SANITIZE": "address,undefined",
     "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
@@ -23,7 +23,7 @@ OPTIONS = {
 
 
 def _runtime(name: str) -> str:
-    """A library of the compiler's, to preload."""
+    """Return the path of one of the compiler's libraries, or an empty text without it."""
     try:
         done = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True)
     except FileNotFoundError:
@@ -39,13 +39,13 @@ pytestmark = [
 
 
 def sanitized(*arguments: str, isa: str) -> "subprocess.CompletedProcess[str]":
-    """A Python program that has the C++ built with sanitizers."""
+    """Run a Python program that has the C++ built with sanitizers."""
     environment = {**karat_environment(), **OPTIONS, "LD_PRELOAD": " ".join(RUNTIMES), "KARAT_CPU_ISA": isa}
     return run_to_end(sys.executable, *arguments, env=environment, timeout=None)
 
 
 def tried(program: str, count: int, seed: int, isa: str, last: Path) -> dict[str, int]:
-    """What a program of this directory counted; a sanitizer's report is a failure."""
+    """Run a program of this directory; return what it counted. A sanitizer's report fails the test."""
     done = sanitized("-m", f"tests.faults.{program}", str(count), str(seed), str(last), isa=isa)
     fault = re.search(r"runtime error|AddressSanitizer|Traceback", done.stderr)
     kept = Path(last).read_bytes()[:2000] if last.is_file() else b""
@@ -65,7 +65,7 @@ extern "C" int find(const uint8_t* data, int at, int by) { return data[at] + at 
     ("at", "by", "said"), [(1, 1, ""), (64, 1, "heap-buffer-overflow"), (3, 2**30, "signed integer overflow")]
 )
 def test_a_fault_is_seen(at, by, said, tmp_path):
-    """What the other tests rely on."""
+    """The sanitizers report a fault in compiled code, which the other tests rely on."""
     (tmp_path / "fault.cpp").write_text(FAULT)
     code = (
         "import ctypes, pathlib\n"
@@ -81,7 +81,7 @@ def test_a_fault_is_seen(at, by, said, tmp_path):
 @pytest.mark.parametrize("isa", SETS)
 def test_damaged_jpegs(isa, share, record, tmp_path):
     count = share.of(1000, 100_000 // len(SETS) + 1)
-    # Other files for each instruction set; tests/data/decoders has that all of them give the same pixels.
+    # Each instruction set gets other files; tests/data/decoders checks that all of them give the same pixels.
     counts = tried("jpegs", count, share.seed * len(SETS) + SETS.index(isa), isa, tmp_path / "last.jpg")
     record(counts)
     assert min(counts["decoded"], counts["refused"], counts["recoded"], counts["not recoded"]) > count // 20

@@ -1,4 +1,4 @@
-"""What every command line of ours takes and refuses."""
+"""Tests of what the project's command lines accept and refuse."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""What a machine lacks, or its file system refuses, is one line and an exit code; which name is suggested."""
+"""Tests of a machine's errors, which are one line and an exit code, and of the names that are suggested."""
 
 import io
 import os
@@ -62,7 +62,7 @@ def test_too_few_file_descriptors_are_one_line(tmp_path) -> None:
 
 
 def test_a_ranks_error_is_one_write_where_python_does_not_buffer(monkeypatch) -> None:
-    """Two ranks with one standard error: the end of a line, written by itself, would come after the other's line."""
+    """Ranks share standard error: a line's end that is written by itself could come after another rank's line."""
     reader, writer = os.pipe2(os.O_DIRECT)  # a packet for each write
     monkeypatch.setenv("RANK", "1")
     with os.fdopen(writer, "wb", 0) as raw, io.TextIOWrapper(raw, write_through=True) as unbuffered:

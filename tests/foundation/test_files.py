@@ -1,4 +1,4 @@
-"""Writing files: whole under their name, nothing replaced that is not a file, and nothing left by a kill."""
+"""Tests of writing files: a file is replaced as a whole, a pipe or device is written to, and leftovers are removed."""
 
 import os
 import signal
@@ -78,7 +78,7 @@ def test_standard_output_by_its_name_takes_the_text(tmp_path, to) -> None:
 
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="there is no /dev/shm")
 def test_a_file_in_shared_memory_is_replaced_whole() -> None:
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:  # as of shards that are staged there
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:  # as for shards that are staged there
         file, before = Path(folder, "dataset.json"), Path(folder, "before")
         write_atomically(file, "old")
         os.link(file, before)
@@ -172,7 +172,7 @@ def test_a_killed_writers_files_go_on_nfs(tmp_path) -> None:
 
 
 def test_a_file_that_another_writer_takes_for_a_leftover_is_not_used(tmp_path, monkeypatch) -> None:
-    """It locks the file before its own writer does, and removes it once that has begun to write."""
+    """Another writer may lock the new file before its own writer does, and would remove it later."""
     make, taken = Path.touch, []
 
     def touch(path, *arguments, **options):

@@ -1,4 +1,4 @@
-"""The limits of a machine, its caches, and the versions that a run records."""
+"""Tests of a machine's limits, its caches, its GPUs, and the versions that a run records."""
 
 import os
 import sys
@@ -86,7 +86,7 @@ BOTH = {"TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"}
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A function that says which folders are mounted how, and tells what the environment becomes."""
+    """Return a function that mounts folders as given file systems and returns the resulting environment."""
     for folder in ("home", "tmp"):
         (tmp_path / folder).mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))

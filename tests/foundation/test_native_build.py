@@ -1,4 +1,4 @@
-"""Building the CPU kernel: once for all processes, and a plain answer where it cannot be built."""
+"""Tests of building the CPU kernel: once for all processes, and a plain answer where it cannot be built."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ call = [normal(*shape) for shape in (heads, heads, heads, coefficients, coeffici
 
 
 def run(code, cache, processes=1, **environment):
-    """What the program says with this at its end, as so many processes at the same time."""
+    """Run PROGRAM followed by `code` in `processes` processes at once; return their output and standard error."""
     inherited = {k: v for k, v in karat_environment().items() if k not in ("KARAT_CPU_ISA", "CXX")}
     environments = processes * [{**inherited, "KARAT_CACHE_DIR": str(cache), **environment}]
     done = run_code(PROGRAM + code, environments=environments, directory=ROOT)
@@ -35,7 +35,7 @@ def run(code, cache, processes=1, **environment):
 
 
 def write_compiler(path, script):
-    """A program in place of the compiler; returns its path."""
+    """Write a program that stands in for the compiler; return its path."""
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
     return str(path)
@@ -43,14 +43,14 @@ def write_compiler(path, script):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A cache of this test's own, and in the folder above a source."""
+    """Return a cache for this test alone; a source file is in the folder above it."""
     monkeypatch.setenv("KARAT_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "source.cpp").write_text('// Build with: portable\nextern "C" int answer() { return 1; }\n')
     return tmp_path / "cache"
 
 
 def loaded(cache):
-    """Build, or find, the library of the source; returns it and its file."""
+    """Build or find the library of the source; return it and its file."""
     library = native_build._load(cache.parent / "source.cpp", native_build._available_instruction_sets()[0])
     (file,) = cache.glob("*.so")
     return library, file
@@ -266,7 +266,7 @@ begun.wait()
 
 
 def test_what_a_thread_may_be_using_is_not_freed_at_the_end():
-    # Not a fork, which ends without what Python does at its end.
+    # Not in a fork, which skips what Python does at its end.
     done = run_to_end(sys.executable, "-c", ENDS_DURING_A_CALL)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

@@ -1,4 +1,4 @@
-"""The tables of parts: a row leads to its code, a part is one module and one row, and another's part needs trust."""
+"""The tables of parts: a row leads to its code, a part is one module and one row, and foreign parts need trust."""
 
 import importlib
 import os
@@ -65,7 +65,7 @@ def test_libraries_do_not_find_trackers_while_a_command_runs_but_we_do(monkeypat
 
 @pytest.fixture
 def with_sgd(tmp_path, monkeypatch) -> list[str]:
-    """A row for an optimizer in a module; the path of a recipe that names it, and overrides that make it small."""
+    """Add an optimizer's module and row; return a recipe's path that names it, and overrides that make it small."""
     (tmp_path / "parts_of_mine.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "parts_of_mine", raising=False)
@@ -81,7 +81,7 @@ def with_sgd(tmp_path, monkeypatch) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["zero0", "zero2", "zero3"])
 def test_a_run_trains_and_resumes_with_an_optimizer_that_is_one_module_and_one_row(tmp_path, with_sgd, config) -> None:
-    """Parts of other kinds: tests/test_contributing.py."""
+    """An added optimizer trains and resumes; tests/test_contributing.py has the other kinds of parts."""
     for steps in (2, 4):
         done = karat_run_here("train", *with_sgd, f"train.max_steps={steps}", f"deepspeed.config={config}")
         assert done.returncode == 0, done.stderr
@@ -112,7 +112,7 @@ class Foreign(fourier.Fourier):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A run whose basis is a class of a module beside it, as if it had been downloaded."""
+    """Return a run with a basis from a module beside it, as if the run had been downloaded."""
     folder = tmp_path_factory.mktemp("foreign")
     (folder / "foreign_basis.py").write_text(BASIS)
     data = "data: {backend: synthetic, synthetic_samples: 16}\nschedule: {warmup_epochs: 0}\n"
@@ -127,7 +127,7 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def foreign_run(trained, monkeypatch) -> Path:
-    """The same, with its module on the path and not loaded."""
+    """Return the trained run, with its module on the path and not loaded."""
     monkeypatch.syspath_prepend(str(trained.parent))
     monkeypatch.delenv(VARIABLE, raising=False)
     forget(trained.parent)

@@ -7,7 +7,7 @@ from karat_scale.attention import KaratOperator
 
 
 def learned_attention(operator: KaratOperator, scores: Tensor, keep: Tensor | None = None) -> Tensor:
-    """S [B, h, N, N] of A [B, h, N, N], in A's dtype; pairs that are not kept take no part."""
+    """Return S [B, h, N, N] of A [B, h, N, N], in A's dtype; pairs that are not kept take no part."""
     cos_coef, sin_coef, proj = (x.detach().to(scores) for x in (operator.cos_coef, operator.sin_coef, operator.proj))
     kept = torch.ones_like(scores) if keep is None else keep.to(scores)
     angles = scores.unsqueeze(-1) * torch.arange(1, cos_coef.shape[-1] + 1).to(scores)

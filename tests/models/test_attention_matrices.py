@@ -17,7 +17,7 @@ SWIN = ModelConfig(name="swin_mini_patch2_window4_32", image_size=32, num_classe
 
 
 def _watch(attention: AttentionConfig) -> None:
-    """S V, projected, must be what the block's attention gives."""
+    """Assert that S V, projected, is the output of each block's attention."""
     torch.manual_seed(0)
     model = create_model(SIZE, attention).eval()
     seen, outputs = [], []
@@ -63,7 +63,7 @@ def test_scores_keep_to_their_bound_and_a_swins_bias_comes_on_top(host: ModelCon
 @pytest.mark.parametrize("kind", ["softmax", "karat"])
 @pytest.mark.parametrize("host", [CONVIT, SWIN], ids=["convit", "swin"])
 def test_the_matrices_of_other_hosts_are_those_they_use(host: ModelConfig, kind: str) -> None:
-    """Each layer's S V, projected, is what it gives; masked pairs are 0 in A and S."""
+    """S V, projected, is the output of each layer's attention, and masked pairs are 0 in A and S."""
     torch.manual_seed(0)
     model = create_model(host, AttentionConfig(kind=kind, grid=2)).eval()
     seen, calls = [], []
@@ -117,7 +117,10 @@ def test_its_own_matrices_change_nothing(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", KINDS)
 def test_averages_change_what_depends_on_more(name: str) -> None:
-    """A constant matrix is its mean over images, and equal rows are their mean."""
+    """An average changes the output only if S depends on what is averaged over.
+
+    A constant matrix is its mean over images, and equal rows are their mean over queries.
+    """
     model, images = model_of(name), torch.randn(4, 3, 16, 16)
     expected = model(images)
     changed = []

@@ -1,4 +1,4 @@
-"""A ViT of every basis and form takes a training step, and what a recipe cannot mean is one line."""
+"""A ViT of every basis and form learns, and settings that do not go together are refused in one line."""
 
 import sys
 

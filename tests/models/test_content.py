@@ -1,4 +1,4 @@
-"""What S depends on, of matrices whose shares are known."""
+"""Tests of what S depends on, with matrices of known shares."""
 
 import math
 from pathlib import Path
@@ -118,7 +118,7 @@ def test_controls_depend_on_what_they_see(section, expected):
 @pytest.mark.parametrize("transferred", [False, True], ids=["own", "transferred"])
 @pytest.mark.parametrize("form", ["modular", "content", "smooth"])
 def test_a_kernel_that_cannot_give_s_leaves_it_to_another(form: str, transferred: bool) -> None:
-    """The CPU kernel takes no values wider than the heads, and S needs N of them."""
+    """Another implementation gives S where the CPU kernel cannot: S needs values of width N, wider than the heads."""
     figures = []
     for implementation in ("cpu", "streaming"):
         torch.manual_seed(0)
@@ -133,7 +133,7 @@ def test_a_kernel_that_cannot_give_s_leaves_it_to_another(form: str, transferred
 
 
 def test_windows_that_see_unlike_parts_do_not_make_s_depend_on_the_image() -> None:
-    """In a shifted block, the windows at the edge mask some of the pairs that others keep."""
+    """A static S does not depend on the image, although in a shifted block windows at the edge mask more pairs."""
     torch.manual_seed(0)
     model = create_model(SWIN, AttentionConfig(kind="static")).eval()
     figures = content_of(model, model, torch.randn(3, 3, 32, 32))
@@ -147,7 +147,7 @@ def test_windows_that_see_unlike_parts_do_not_make_s_depend_on_the_image() -> No
 
 @pytest.mark.parametrize("stage", [pytest.param("zero0", marks=pytest.mark.slow), "zero3"])
 def test_an_evaluation_in_training_reports_it(tmp_path: Path, stage: str) -> None:
-    """The figures are those of the evaluated weights on the first images, and TensorBoard shows them."""
+    """An evaluation reports the figures of the evaluated weights on the first images, and TensorBoard shows them."""
     recipe, run = tmp_path / "r.yaml", tmp_path / "run"
     recipe.write_text(
         "data: {backend: synthetic, synthetic_samples: 32}\nattention: {kind: karat}\nschedule: {warmup_epochs: 0}\n"

@@ -69,7 +69,10 @@ def test_weights_of_another_image_size_interpolate_positions_and_operators() -> 
 
 
 def test_positions_are_there_before_the_first_pass() -> None:
-    """Made in it, they could be an inference tensor, and the first batch would allocate more than the next."""
+    """Positions are there before the first pass.
+
+    If the first pass made them, they could be an inference tensor, and its batch would allocate more than the next.
+    """
     index = convit().blocks[0].attn.rel_indices
     assert index.shape == (1, 16, 16, 3)
     assert index[0, 0, 5].tolist() == [1, 1, 2]

@@ -123,7 +123,7 @@ def test_the_outline_of_a_deep_model_computes_nothing_for_each_block() -> None:
         return counting.count
 
     operations(1)  # also measures a block
-    assert (operations(20) - operations(10)) / 10 < 40  # of them 33 make tensors
+    assert (operations(20) - operations(10)) / 10 < 40  # 33 of them make tensors
 
 
 def test_the_words_of_a_recipes_name_go_together_but_for_those_that_karat_recipes_names() -> None:

@@ -47,7 +47,7 @@ def test_what_the_reference_computes_is_counted_or_is_the_detour_it_takes(basis:
     query = torch.randn(1, heads, n, d)
     with FlopCounterMode(display=False) as counter:
         operator(query, query, query)
-    # Modular: S is formed, so O = (H W^T) V in place of H (W^T V). Two operators: H meets the identity three times.
+    # Modular: S is formed, so O = (H W^T) V in place of H (W^T V). Two operators: three products of H with identities.
     detour = {"modular": 2 * n * n * (rank + d) - 4 * n * rank * d, "two_operators": 6 * n * rank * rank}.get(form, 0)
     assert counter.get_total_flops() == operator.flops(n, d) + heads * detour
 

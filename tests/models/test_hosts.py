@@ -1,4 +1,4 @@
-"""What any host answers, whatever its architecture."""
+"""What every host supports or refuses, whatever its architecture."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_every_layer_has_functions_for_its_own_number_of_tokens(name: str, image
 
 @pytest.mark.parametrize("name", ["convit_tiny", "swin_tiny_patch4_window7_224"])
 def test_operations_are_counted_by_the_papers_algebra(name: str) -> None:
-    """Layer by layer; in shifted windows, whose pairs are masked, S is formed."""
+    """Operations are counted layer by layer; in shifted windows, where pairs are masked, S is formed."""
     config, d, r, grid = ModelConfig(name=name), 48 if "convit" in name else 32, 12, 3
     softmax, karat = (flops_per_image(config, attention) for attention in (AttentionConfig(), KARAT))
     more = 0

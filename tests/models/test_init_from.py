@@ -115,7 +115,7 @@ def test_a_model_without_class_token_leaves_out_theirs(image_size: int) -> None:
     assert take_weights(target, source.state_dict()).startswith("without its class token")
     before, after = source.blocks[0].attn.operator, target.blocks[0].attn.operator
     assert after.num_tokens == (image_size // 4) ** 2
-    if image_size == 16:  # the same patches: the same numbers
+    if image_size == 16:  # the same patches, so the same numbers
         assert torch.equal(after.cos_coef, before.cos_coef[:, :, 1:])
         assert torch.equal(after.proj, before.proj[:, 1:])
         assert torch.equal(target.pos_embed, source.pos_embed[:, 1:])
@@ -200,7 +200,10 @@ def test_positions_and_operators_of_a_pit_go_to_another_size(kind: str) -> None:
 
 
 def test_positions_of_prefix_tokens_may_be_in_the_tokens_themselves() -> None:
-    """Some models embed the patches alone; what reaches the first block is the same."""
+    """Weights go both ways between models with positions for all tokens and with positions for patches alone.
+
+    The first block gets the same input.
+    """
 
     def registers(**options: object) -> VisionTransformer:
         torch.manual_seed(0)
@@ -258,7 +261,7 @@ def test_positions_that_are_computed_stay(image_size: int) -> None:
     assert "position embedding is left out, since the model's is fixed" in take_weights(target, learned.state_dict())
     assert torch.equal(target.pos_embed, start)
     assert torch.equal(target.blocks[0].mlp.fc1.weight, learned.blocks[0].mlp.fc1.weight)
-    source = model(0, sizes=fixed)  # computed there too: the same image at another size
+    source = model(0, sizes=fixed)  # its positions are computed, too, so they are interpolated
     assert "left out" not in take_weights(target, source.state_dict())
     assert torch.equal(target.pos_embed, resample_abs_pos_embed(source.pos_embed, [image_size // 4] * 2))
 

@@ -1,4 +1,4 @@
-"""An operator on another grid does what it did, as far as images are smooth."""
+"""An operator on another grid gives nearly the same as before, as far as images are smooth."""
 
 import math
 
@@ -24,7 +24,7 @@ def operator(grid: TokenGrid, basis: str = "fourier", form: str = "modular") -> 
 
 
 def smooth(shape: tuple[int, ...], axis: int, grid: TokenGrid, seed: int) -> Tensor:
-    """A few slow waves over the image at each place of `shape`, whose `axis` is of tokens."""
+    """Return a tensor of `shape` with slow waves over the image along `axis`, which is one of tokens."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [size for number, size in enumerate(shape) if number != axis]
     weight, phase = torch.randn(*sizes, 2, generator=generator), 6 * torch.rand(*sizes, 2, 1, 1, generator=generator)
@@ -36,7 +36,7 @@ def smooth(shape: tuple[int, ...], axis: int, grid: TokenGrid, seed: int) -> Ten
 
 
 def smooth_parameters(module: KaratOperator, grid: TokenGrid) -> dict[str, Tensor]:
-    """Smooth in the first axis of tokens; where there are two, equal along the second but for the prefix."""
+    """Return parameters that are smooth along the last axis of tokens; along one before it, all patches are equal."""
     tensors = {}
     for seed, (name, tensor) in enumerate(module.state_dict().items()):
         axes = [axis for axis, size in enumerate(tensor.shape) if size == grid.tokens]
@@ -45,7 +45,7 @@ def smooth_parameters(module: KaratOperator, grid: TokenGrid) -> dict[str, Tenso
             one = tensors[name].narrow(axis, grid.prefix, 1)
             tensors[name] = torch.cat((tensors[name].narrow(axis, 0, grid.prefix), *[one] * grid.patches), axis)
         amplitude = name == "proj" or name.removeprefix(SECOND) in module.basis.amplitudes
-        # Sums over N are near 1, and no wavelet's scale nor denominator passes 0.
+        # Sums over N are near 1, and no scale of a wavelet and no denominator crosses 0.
         tensors[name] = tensors[name] / grid.tokens ** len(axes) if amplitude else 1 + 0.2 * tensors[name]
     return tensors
 

@@ -9,7 +9,7 @@ from tests.models.test_init_from import model
 
 
 def formula(height: int, width: int, dim: int) -> np.ndarray:
-    """arXiv 2205.01580's, in float64, one position at a time."""
+    """Return the positions by the formula of arXiv 2205.01580, in float64, one at a time."""
     frequencies = [10_000.0 ** (-k / (dim // 4 - 1)) for k in range(dim // 4)]
     rows = []
     for y in range(height):

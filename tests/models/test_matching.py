@@ -25,7 +25,7 @@ def fourier() -> FourierKaratOperator:
 
 
 def with_gains() -> FourierKaratOperator:
-    """An operator that has trained: its gains are no longer 1."""
+    """Return an operator as it is after training, with gains other than 1."""
     heads = FourierKaratOperator(TOKENS, HEADS, RANK, GRID, gains=True)
     heads.load_state_dict({**heads.state_dict(), "gain": torch.full_like(heads.gain, 0.5)})
     return heads
@@ -42,7 +42,7 @@ LINEAR: dict[str, Callable[[], Any]] = {
     "gains": with_gains,
     "static beside softmax": lambda: ResidualHeads(StaticHeads(TOKENS, HEADS), 0.5),
 }
-# Of more parts than C and W.
+# These have more parts than C and W.
 IN_TURN: dict[str, Callable[[], Any]] = {
     "content": lambda: ContentOperator(fourier()),
     "bounded content": lambda: BoundedHeads(ContentOperator(fourier()), 3.0),
@@ -58,18 +58,18 @@ OTHERS: dict[str, Callable[[], Any]] = {
 }
 
 
-# As of a window with patches of three parts of the image.
+# The regions of a window with patches of three parts of the image.
 REGIONS = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 2, 2])
 
 
 def windows(images: int) -> Tensor:
-    """Masks [B, 1, N, N] of windows, of which every other one is whole."""
+    """Return masks [B, 1, N, N] of windows; every second one masks no pair."""
     parted = REGIONS[:, None] == REGIONS
     return torch.stack([parted, torch.ones_like(parted)]).repeat(images // 2, 1, 1)[:, None]
 
 
 def calls_of(original: Original, images: int = 40, heads: int = HEADS, mask: Tensor | None = None) -> list[Call]:
-    """What an original makes of random queries, keys and values, in two batches."""
+    """Return the calls of an original with random queries, keys and values, in two batches."""
     calls = []
     for _ in range(2):
         query, key, value = (torch.randn(images // 2, heads, TOKENS, WIDTH) for _ in range(3))
@@ -92,7 +92,10 @@ def seed() -> None:
 
 
 def test_least_squares_are_those_of_torch() -> None:
-    """R = L D V row by row is a system whose matrix is the Kronecker product of L and V transposed."""
+    """`least_squares` agrees with torch.linalg.lstsq on R = L D V, written as one system for the entries of D.
+
+    The matrix of this system is the Kronecker product of L and V transposed.
+    """
     left, right, rest = (torch.randn(7, *shape, dtype=torch.float64) for shape in ((6, 4), (3, 5), (6, 5)))
     system = torch.cat([torch.kron(own, other.mT.contiguous()) for own, other in zip(left, right, strict=True)])
     expected = torch.linalg.lstsq(system, rest.reshape(-1, 1)).solution.view(4, 3)
@@ -104,7 +107,7 @@ def test_least_squares_are_those_of_torch() -> None:
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_a_teacher_of_the_same_kind_is_recovered(name) -> None:
-    """W gives the directions of its S. So one solution for the coefficients is exact, and W stays as it is."""
+    """A teacher of the same kind is recovered: W starts with the directions of its S, so C is exact at once."""
     original = Original(LINEAR[name]())
     calls, heads = calls_of(original), LINEAR[name]()
     assert error(heads, calls) > 0.1
@@ -114,7 +117,7 @@ def test_a_teacher_of_the_same_kind_is_recovered(name) -> None:
 
 @pytest.mark.parametrize("name", ["karat", "bound", "without scores", "smooth", "query only"])
 def test_a_teacher_with_masked_pairs_is_recovered(name) -> None:
-    """Its S is not of the rank of W, so the directions of S are only where W starts."""
+    """A teacher with masked pairs is recovered in some rounds: its S has another rank than W, so W must change, too."""
     original = Original(LINEAR[name]())
     calls, heads = calls_of(original, mask=windows(20)), LINEAR[name]()
     assert solve(heads, calls, rounds=6)
@@ -218,7 +221,7 @@ MODEL = ModelConfig(
 
 
 def conversion_of(attention: AttentionConfig) -> tuple[Conversion, Tensor]:
-    """A model with softmax and another attention, and the logits of the softmax model for some images."""
+    """Return the conversion of a softmax model to another attention, and the softmax model's logits for some images."""
     softmax, model = create_model(MODEL, AttentionConfig()).eval(), create_model(MODEL, attention).eval()
     model.load_state_dict(softmax.state_dict(), strict=False)
     return Conversion(model, dict.fromkeys(range(2))), softmax(images()).detach()
@@ -267,7 +270,7 @@ def test_blocks_that_share_an_operator_are_one_group() -> None:
 
 
 def test_the_start_of_a_shared_operator_takes_s_of_each_block_from_its_own_original() -> None:
-    """So the order of the blocks does not matter."""
+    """A shared operator starts from S of each block's own original, so the order of the blocks does not matter."""
     calls = [calls_of(Original(StaticHeads(TOKENS, HEADS)))[0] for _ in range(2)]
     found = [fourier(), fourier()]
     for heads, ordered in zip(found, (calls, calls[::-1]), strict=True):

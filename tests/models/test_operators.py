@@ -30,13 +30,13 @@ def test_gates_by_block() -> None:
     model = create_model(SIZE, AttentionConfig(kind="karat", residual=True, softmax_heads=1))
     assert [gate.tolist() for gate in gates(model)] == [[0.0] * 3] * 3
     assert gates(create_model(SIZE, AttentionConfig(kind="karat"))) == [None] * 3
-    # A control that hardly opens its gate would not be one.
+    # A control with a nearly closed gate would be softmax alone.
     control = create_model(SIZE, AttentionConfig(kind="static_softmax"))
     assert [gate.tolist() for gate in gates(control)] == [[1.0] * 4] * 3
 
 
 def test_parameters_by_name_and_block() -> None:
-    """Of what is shared once, and of softmax nothing."""
+    """`head_parameters` yields shared parameters once, and none of softmax."""
     blockwise = create_model(SIZE, AttentionConfig(kind="karat", softmax_heads=1))
     found = list(head_parameters(blockwise))
     assert [(name, block) for name, block, _ in found] == [

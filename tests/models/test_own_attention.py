@@ -1,4 +1,4 @@
-"""An attention of the user's, named in a recipe by the place of its class."""
+"""Attention that a user wrote, named in a recipe by the place of its class."""
 
 import re
 import sys

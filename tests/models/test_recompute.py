@@ -1,4 +1,4 @@
-"""Recomputing changes what is kept, and nothing else: losses and gradients are equal bit for bit."""
+"""Recomputing changes only what is kept in memory: losses and gradients are equal bit for bit."""
 
 import copy
 
@@ -48,7 +48,7 @@ def build(attention: AttentionConfig, choices: tuple[Choice, ...] = (), by=None)
 
 
 def loss_and_gradients(model, autocast: bool = False) -> dict[str, torch.Tensor]:
-    """Of two micro batches, so that gradients add up, and the random state after them."""
+    """Return the losses and the summed gradients of two micro batches, and the random state after them."""
     torch.manual_seed(1)
     outcome = {}
     for number in range(2):

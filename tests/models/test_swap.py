@@ -80,7 +80,7 @@ def test_dropout_of_the_matrix_is_refused_and_nothing_has_changed(host: str) -> 
 def test_a_section_that_a_later_block_refuses_changes_none() -> None:
     network = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=45, num_heads=3)
     classes = [type(module) for module in network.modules()]
-    section = AttentionConfig(kind="karat", blocks={"2": {"kind": "differential"}})  # whose heads have an even width
+    section = AttentionConfig(kind="karat", blocks={"2": {"kind": "differential"}})  # needs heads of an even width
     with pytest.raises(RecipeError, match="differential"):
         swap_attention(network, section, 32)
     assert [type(module) for module in network.modules()] == classes

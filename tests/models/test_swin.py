@@ -83,7 +83,7 @@ def test_a_window_that_shrinks_to_its_stage_has_an_n_of_its_own(image_size: int,
 
 @pytest.mark.parametrize("image_size", [48, 8])
 def test_weights_of_another_image_size(image_size: int) -> None:
-    """At 8 px the second stage's windows are 2 x 2."""
+    """Weights fit another image size; only 8 px, where windows of the second stage are 2 x 2, needs interpolation."""
     source, target = mini(), mini(image_size=image_size, num_classes=3)
     notes = take_weights(target, source.state_dict())
     assert "the head is new: the weights have 4 classes, the model 3" in notes

@@ -42,7 +42,7 @@ def split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def plain(student, teacher, images: Tensor) -> Tensor:
-    """The student's logits with every S of the teacher written out, and both models gone through step by step."""
+    """Return the student's logits, computed step by step in both models with every S of the teacher written out."""
     x, y = (model._pos_embed(model.patch_embed(images)) for model in (student, teacher.model))
     for block, guide in zip(student.blocks, teacher.model.blocks, strict=True):
         query, key, value = split(guide.attn.qkv(guide.norm1(y)))
@@ -92,7 +92,7 @@ def test_a_copy_has_a_copy_of_the_teacher() -> None:
 
 
 def test_blocks_may_be_recomputed() -> None:
-    """The same gradients whatever is computed twice."""
+    """A student has the same gradients whatever is recomputed."""
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     for choices in (("attention", "attention"), ("block", "nothing")):
         plain_student, _ = pair(TEACHERS["fourier"])
@@ -105,7 +105,7 @@ def test_blocks_may_be_recomputed() -> None:
 
 
 def test_the_products_of_a_student_are_counted() -> None:
-    """Against softmax it has neither query and key, 2 N D^2 each, nor scores, 2 N^2 D, in each block."""
+    """In each block a student saves query and key, 2 N D^2 operations each, and scores, 2 N^2 D, against softmax."""
     student, softmax = (flops_per_image(SIZE, attention).forward for attention in (STUDENT, TEACHERS["softmax"]))
     assert softmax - student == 2 * (2 * 2 * 17 * 32**2 + 2 * 17**2 * 32)
 
@@ -121,7 +121,7 @@ SERVED = {
     ("how", "kind", "heads", "more"),
     [
         *((how, kind, 2, 4) for how in SERVED for kind in ("softmax", "fourier", "universal", "spline")),
-        ("interpolate", "softmax", 3, 9),  # some serve more than others
+        ("interpolate", "softmax", 3, 9),  # some heads serve more than others
     ],
 )
 def test_fewer_heads_serve_more(how: str, kind: str, heads: int, more: int) -> None:
@@ -155,7 +155,7 @@ def test_three_heads_serve_twelve(how: str) -> None:
 
 
 def test_a_teacher_keeps_its_bits_for_images_that_autocast_would_round() -> None:
-    """As they come on a GPU, where bytes become what the model computes in."""
+    """Under autocast, bfloat16 images leave a teacher's weights in float32; on a GPU, images come in bfloat16."""
     student, teacher = pair(TEACHERS["fourier"], torch.float32)
     images = torch.randn(2, 3, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -168,7 +168,7 @@ def test_a_teacher_keeps_its_bits_for_images_that_autocast_would_round() -> None
 
 
 class Copies(TorchDispatchMode):
-    """Counts copies from the host to `meta` tensors: on a GPU each of them stops the host."""
+    """A mode that counts copies from the host to `meta` tensors: on a GPU, the host waits for each of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ def test_a_batch_copies_nothing_to_the_device_to_serve_more_heads() -> None:
     teacher = Teacher(create_model(SIZE.changed(num_heads=2, embed_dim=16), AttentionConfig()))
     teacher.mix_heads(mix_of("repeat", 2, 4))
     images, value = torch.empty(2, 3, 16, 16, device="meta"), torch.empty(2, 4, 17, 8, device="meta")
-    teacher.look(images)  # which moves it
+    teacher.look(images)  # this moves the teacher
     with Copies() as copies:
         teacher.look(images)
         assert teacher.attend(1, value).shape == value.shape
@@ -206,7 +206,7 @@ def test_heads_that_cannot_serve_are_refused() -> None:
 
 
 def test_training_mode_does_not_reach_the_teacher() -> None:
-    """Its matrices are those of evaluation, whatever drops out of the student."""
+    """The teacher stays in evaluation mode while the student trains, so that nothing drops out of its matrices."""
     student, teacher = pair(TEACHERS["softmax"], torch.float32)
     student.train()
     assert not teacher.model.training

@@ -1,4 +1,4 @@
-"""Controls and variants by recipe: any host, counted, and trained."""
+"""Controls and variants of attention by recipe: every host takes them, they learn, and their operations are counted."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def make(host, **section):
 @pytest.mark.parametrize(("name", "host"), BUILT)
 def test_all_that_it_learns_has_a_gradient(name, host):
     model = make(host, **SECTIONS[name])
-    for parameter in model.parameters():  # away from starts at zero, which stop gradients behind them
+    for parameter in model.parameters():  # parameters that start at zero stop the gradients behind them
         torch.nn.init.normal_(parameter, std=0.1)
     model.train()
     size = HOSTS[host]["image_size"]
@@ -77,7 +77,7 @@ def test_smooth_changes_its_image_size_in_hosts_without_positions(host, size):
     target = create_model(sized, AttentionConfig(rank=3, grid=2, **SECTIONS["smooth"]))
     assert "interpolated from" in take_weights(target, source.state_dict())
     for before, after in zip(operators(source), operators(target), strict=True):
-        # A sum over the keys, at a score of 0, stays.
+        # At a score of 0, the sum over the keys stays the same.
         torch.testing.assert_close(after.cos_coef.sum(2), before.cos_coef.sum(2), rtol=0.1, atol=0.05)
 
 

@@ -90,8 +90,8 @@ def test_the_mimetic_start_is_its_formula(attention: AttentionConfig) -> None:
     if not is_student:
         query, key, _ = layer.qkv.weight.chunk(3)
         for q, k in zip(query.chunk(heads), key.chunk(heads), strict=True):
-            torch.testing.assert_close(q @ q.mT, k @ k.mT, rtol=1e-3, atol=1e-4)  # both take the singular values' roots
-            # The largest quarter of 0.7 (Z + I)'s singular values, of which the largest is about 2 for Z alone.
+            torch.testing.assert_close(q @ q.mT, k @ k.mT, rtol=1e-3, atol=1e-4)  # both have the singular values' roots
+            # The product has the largest quarter of the singular values of 0.7 (Z + I). The largest of Z is about 2.
             product = (q.mT @ k).double()
             assert 0.9 < torch.linalg.matrix_norm(product, 2) < 0.7 * 3
             assert product.trace() > 0.2 * width * 0.7
@@ -108,7 +108,10 @@ def test_what_is_not_asked_for_is_timms_own() -> None:
 
 
 class AutocastAsOnCuda(TorchFunctionMode):
-    """CUDA's autocast computes norms in float32, a CPU's leaves their inputs' dtype (ATen/autocast_mode.h)."""
+    """A mode in which the CPU's autocast computes norms in float32, as CUDA's does (ATen/autocast_mode.h).
+
+    Otherwise the CPU's autocast leaves the dtype of their inputs.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not functional.layer_norm or not torch.is_autocast_enabled("cpu"):
@@ -132,5 +135,5 @@ def test_normed_queries_and_keys_have_the_values_dtype_under_cudas_autocast() ->
 
 def test_a_float_mask_is_not_read_on_the_host() -> None:
     layer = build().blocks[0].attn
-    with FakeTensorMode(allow_non_fake_inputs=True):  # which refuses to be read
+    with FakeTensorMode(allow_non_fake_inputs=True):  # a fake tensor cannot be read
         assert layer(torch.randn(2, 17, 64), attn_mask=torch.zeros(17, 17)).shape == (2, 17, 64)

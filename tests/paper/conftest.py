@@ -1,4 +1,4 @@
-"""A docs folder, and `python -m paper` on it."""
+"""Fixtures of a docs folder, and of `python -m paper` on it."""
 
 from collections.abc import Callable
 from pathlib import Path

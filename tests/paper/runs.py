@@ -17,7 +17,7 @@ DATA_SETS: dict[str, DataSet] = data_sets()
 
 
 def copy_run(trained: Path, copy: Path) -> Path:
-    """Copy what the ledger reads of a finished run; returns the copy."""
+    """Copy what the ledger reads of a finished run; return the copy."""
     copy.mkdir()
     for name in ("recipe.yaml", "metrics.jsonl", "summary.json"):
         shutil.copy(trained / name, copy)
@@ -29,14 +29,14 @@ def copy_run(trained: Path, copy: Path) -> Path:
 
 
 def change(run: Path, **fields: Any) -> None:
-    """Set fields of a summary, or with None remove them; as the run would have written it."""
+    """Set fields of a summary, or remove those that are None, and seal it as the run would."""
     changed = {**summary(run), **fields}
     kept = {key: x for key, x in changed.items() if x is not None}
     (run / "summary.json").write_text(json.dumps(sealed(kept)))
 
 
 def pretend(run: Path, name: str, data: str, images: int, *overrides: str, **fields: Any) -> None:
-    """Turn a run, in all its files, into one of a shipped recipe over so many images of a data set."""
+    """Turn a run, in all its files, into one of a shipped recipe on `images` images of a data set."""
     schema = DetectionRecipe if data == "coco" else Recipe
     recipe = load_recipe(name, [f"run.dir={run}", "data.path=/somewhere", *overrides], schema)
     (run / "recipe.yaml").write_text(dump_recipe(recipe))

@@ -26,13 +26,13 @@ QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes
 
 @pytest.fixture(scope="session")
 def trained(shards: Path, train_once: TrainOnce) -> Path:
-    """A run of 8 steps over 64 images."""
+    """Return a run of 8 steps over 64 images."""
     return train_once("ledger", f"path: {shards}", *QUICK)
 
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """Of a finished run, what the ledger reads."""
+    """Return a copy of what the ledger reads of a finished run."""
     return copy_run(trained, tmp_path / "run")
 
 
@@ -52,7 +52,7 @@ def test_another_recipes_run_is_told_from_the_papers(run: Path, docs: Path, ledg
     assert ledger(run) == 2
     assert "is in the ledger already, as" in capsys.readouterr().err
     before = (docs / "reproduction.md").read_text()
-    assert ledger() == 0  # writes the page anew
+    assert ledger() == 0  # writes the page again
     assert (docs / "reproduction.md").read_text() == before
 
 
@@ -179,7 +179,7 @@ def remove(name: str) -> Callable[[Path], None]:
 
 
 def write(name: str, content: Callable[[str], str]) -> Callable[[Path], None]:
-    """Replace a file of the run by what `content` makes of it."""
+    """Return a harm that replaces a file of the run by what `content` makes of it."""
     return lambda run: (run / name).write_text(content((run / name).read_text()))
 
 

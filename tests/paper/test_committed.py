@@ -27,7 +27,7 @@ def test_no_row_is_written_by_hand() -> None:
     for record in records:
         result = "; ".join("/".join(f"{figure:.2f}" for figure in part) for part in record.result)
         figure = f"[{result}](ledger/{record.name}.json)"
-        rows = [line for line in page.splitlines() if figure in line]  # of the paper's, one may be in two tables
+        rows = [line for line in page.splitlines() if figure in line]  # a row of the paper's may be in two tables
         assert rows
         assert all(f"`{record.recipe_sha256[:12]}`" in row for row in rows)
         assert not re.search(r"(?<![\w.:/])[/~]\w", record.to_text()), "a path of one machine"

@@ -16,7 +16,7 @@ AVERAGES = {"box_ap": 11.0, "box_ap50": 20.0, "box_ap75": 10.5, "mask_ap": 9.5, 
 
 @pytest.fixture(scope="module")
 def trained(coco_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one step."""
+    """Return a run of one step."""
     root = tmp_path_factory.mktemp("detector")
     recipe = write_small(root / "small.yaml", coco_set)
     karat_says("detect", str(recipe), f"run.dir={root / 'run'}", "train.max_steps=1")
@@ -25,7 +25,7 @@ def trained(coco_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """Of a finished run, what the ledger reads."""
+    """Return a copy of what the ledger reads of a finished run."""
     return copy_run(trained, tmp_path / "run")
 
 

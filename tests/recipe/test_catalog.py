@@ -87,7 +87,7 @@ def test_a_base_that_was_not_run_is_listed_and_what_adds_words_to_one_is_counted
 
 
 def in_a_file_and_on_a_terminal(columns, capsys, monkeypatch, *arguments: str) -> tuple[str, str]:
-    """What a command prints in both places, which is the same words."""
+    """Return what a command prints in a file and on a terminal; assert that the words are the same."""
     assert main([*arguments]) == 0
     plain = capsys.readouterr().out
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -109,7 +109,7 @@ def test_a_name_that_is_no_recipe_is_one_short_line(source: str, part: str) -> N
 
 
 def test_a_name_is_data_model_attention_and_change(tmp_path, monkeypatch):
-    recipe = load_recipe("cifar100_swin_tiny_g3b_1024")  # nobody wrote this one down
+    recipe = load_recipe("cifar100_swin_tiny_g3b_1024")  # no file has this name
     assert (recipe.model.name, recipe.model.num_classes) == ("swin_tiny_patch4_window7_224", 100)
     assert (recipe.attention.kind, recipe.attention.grid, recipe.train.global_batch) == ("karat", 3, 1024)
     assert recipe.run.dir == "runs/cifar100_swin_tiny_g3b_1024"
@@ -131,7 +131,10 @@ def test_every_name_is_a_valid_recipe(schema: type[RunRecipe], step: int) -> Non
 
 
 def test_a_name_means_what_it_meant_when_each_had_a_file() -> None:
-    """`meaning.json` has a digest of the keys that a recipe of 0.2.0 sets to another value than the default."""
+    """A recipe's name has its meaning of 0.2.0, where each recipe had a file.
+
+    `meaning.json` has, for each name, a digest of the keys that differed from their defaults.
+    """
     meaning = json.loads((Path(__file__).parent / "meaning.json").read_text())
     assert len(meaning) == 90
     found = {}

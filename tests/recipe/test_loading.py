@@ -135,7 +135,7 @@ def message(path: Path | str, *overrides: str) -> str:
         ("resume.allow=optim.lrr", ["resume.allow = optim.lrr: no such key; did you mean optim.lr?"]),
         ("nonsense", ["nonsense", "key=value"]),
         ("a=[", ["a=[", "YAML"]),
-        # Muon needs ZeRO stage 0, and such weights a higher one.
+        # Muon needs ZeRO stage 0, but weights in bf16 need a higher stage.
         ("optim.name=muon && train.precision=bf16_weights", ["precision = bf16_weights", "use train.precision=bf16"]),
         (
             "train.precision=fp16 && train.on_nonfinite=stop",

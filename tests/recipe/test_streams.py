@@ -1,4 +1,4 @@
-"""What a recipe may say of a stream."""
+"""What a recipe may say about a stream."""
 
 from pathlib import Path
 

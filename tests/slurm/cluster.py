@@ -23,7 +23,7 @@ from tests.slurm.packages import find
 
 CPUS, GPUS = 64, 4
 FIRST_PORT, PORTS, PLACES = 11_000, 300, 26
-# A requeued job waits until its old credentials are void: two minutes by default.
+# A requeued job waits until its old credentials expire, which takes two minutes by default.
 CREDENTIAL_SECONDS = 5  # the least that SLURM takes
 
 CONFIGURATION = """
@@ -69,7 +69,7 @@ PartitionName=urgent Nodes={nodes} MaxTime=INFINITE State=UP PriorityTier=2
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    """Poll until `condition` holds; AssertionError after `seconds`."""
+    """Wait until `condition` holds; raise AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not in {seconds:g} s"
@@ -77,7 +77,7 @@ def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None
 
 
 class Cluster:
-    """A SLURM cluster of `nodes` nodes. Use it as a context manager: nothing is left behind."""
+    """A SLURM cluster of `nodes` nodes. Use it as a context manager, which leaves nothing behind."""
 
     def __init__(self, nodes: int = 2) -> None:
         self.nodes = [f"127.0.0.{number}" for number in range(1, nodes + 1)]
@@ -85,13 +85,13 @@ class Cluster:
         self.configuration = self.root / "etc" / "slurm.conf"
         self._place, self._lock = _claim_place()
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
-        # Our end of its pipe closes when we do, however we end.
+        # Its standard input closes when this process ends, however that happens.
         command = [sys.executable, "-m", "tests.slurm.janitor", str(self.root), *self.nodes]
         self._janitor = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True)
 
     @property
     def environment(self) -> dict[str, str]:
-        """What SLURM's commands need to find this cluster. Settings of a job around us are left out."""
+        """Return the environment in which SLURM's commands find this cluster, without settings of a surrounding job."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "RANK", "MASTER_"))}
         return {**kept, "SLURM_CONF": str(self.configuration)}
 
@@ -122,7 +122,7 @@ class Cluster:
         os.close(self._lock)
 
     def command(self, *arguments: str, check: bool = True, **options: object) -> str:
-        """Run one of SLURM's commands; returns what it printed."""
+        """Run one of SLURM's commands; return what it printed."""
         done = subprocess.run(
             arguments, env=self.environment, capture_output=True, text=True, timeout=30, check=False, **options
         )
@@ -131,19 +131,19 @@ class Cluster:
         return done.stdout + done.stderr
 
     def logs(self) -> str:
-        """The end of the daemons' logs."""
+        """Return the last lines of the daemons' logs."""
         ends = [
             f"{path.name}: {line}" for path in self.root.glob("log/*") for line in path.read_text().splitlines()[-8:]
         ]
         return "\n".join(ends)
 
     def start_node(self, node: str) -> None:
-        """Bring a node up."""
+        """Start a node's daemon."""
         (self.root / "spool" / node).mkdir(parents=True, exist_ok=True)
         self._start(node, "slurmd", "-D", "-N", node, "-c")
 
     def kill_node(self, node: str) -> None:
-        """Cut a node's power: its daemon, its steps and their tasks are gone at once."""
+        """Kill a node's daemon, its steps and their tasks at once, as a power cut does."""
         self._daemons[node].kill()
         self._daemons[node].wait()
         kill_processes(self.root, [node])
@@ -180,7 +180,7 @@ class Cluster:
             root=self.root,
             nodes=",".join(self.nodes),
             credential_seconds=CREDENTIAL_SECONDS,
-            # A rendezvous' port is made of the job's last four digits: another cluster's are others.
+            # A rendezvous port is made of the job's last four digits, so another cluster begins at other digits.
             first_job=random.SystemRandom().randrange(1, 100) * 10_000 + self._place * (10_000 // PLACES),
             gres_types="gpu" if gpus else "",
         )
@@ -188,7 +188,7 @@ class Cluster:
         (self.root / "etc" / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
 
     def _make_gpus(self) -> int:
-        """slurmd takes for a GPU what is a character device: a second /dev/null. Returns how many there are."""
+        """Make copies of /dev/null, which slurmd takes for GPUs as character devices; return their number."""
         devices = self.root / "dev" / "nvidia"
         try:
             for number in range(GPUS):
@@ -206,7 +206,7 @@ class Cluster:
         socket_file = self.root / "run" / "munge"
         here = self.root / "munge"
         options = [f"--{name}-file={here / name}" for name in ("key", "pid", "log", "seed")]
-        options += ["--force", "--origin=127.0.0.1", f"--socket={socket_file}"]  # /tmp is everyone's: munged is wary
+        options += ["--force", "--origin=127.0.0.1", f"--socket={socket_file}"]  # everyone may write to /tmp
         self._start("munged", "munged", "--foreground", *options)
         wait_until(socket_file.exists, 10, "munged's socket")
 
@@ -231,7 +231,7 @@ class Cluster:
 
 
 def _claim_place() -> tuple[int, int]:
-    """A number that no other cluster on this machine has, for its ports; and the lock that says so."""
+    """Return a number for the ports that no other cluster on this machine has, and the lock that reserves it."""
     for place in random.SystemRandom().sample(range(PLACES), PLACES):
         name = f"{tempfile.gettempdir()}/karat-slurm-{os.geteuid()}-{place}.lock"
         lock = os.open(name, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)

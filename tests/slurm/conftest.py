@@ -1,4 +1,4 @@
-"""Most of this runs on a real SLURM; all tests that do are marked slow."""
+"""Most of these tests run on a real SLURM; all that do are marked slow."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes, up once for all tests."""
+    """Yield a cluster of two nodes, which is started once for all tests."""
     reason = missing_reason(SLURM)
     if reason:
         pytest.skip(reason)
@@ -38,13 +38,13 @@ def recipe(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def uninterrupted(recipe, shards, tmp_path_factory) -> Path:
-    """The run that all others must equal, in one process and without SLURM."""
+    """Return the run that all others must equal. One process trains it without SLURM."""
     return train_alone(recipe, shards, tmp_path_factory.mktemp("uninterrupted") / "run")
 
 
 @pytest.fixture(scope="session")
 def on_two_nodes(cluster, recipe, shards, tmp_path_factory) -> Path:
-    """The same by a job of two nodes that nobody disturbs."""
+    """Return the same run, trained by an undisturbed job on two nodes."""
     cwd = tmp_path_factory.mktemp("two")
     settings = {"RECIPE": recipe, "SHARDS": shards, "RUN": cwd / "run"}
     job = submit(cluster, SCRIPT, *OVERRIDES, options=("--nodes=2",), cwd=cwd, **settings)
@@ -54,7 +54,7 @@ def on_two_nodes(cluster, recipe, shards, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def train(cluster, recipe, shards, tmp_path) -> Train:
-    """Submit the training script with the small recipe; the run is tmp_path/run."""
+    """Return a function that submits the training script with the small recipe; the run is tmp_path/run."""
 
     def start(*overrides: str, options: tuple[str, ...] = (), **settings: str | Path) -> Job:
         chosen = {"RECIPE": recipe, "SHARDS": shards, "RUN": tmp_path / "run", **settings}

@@ -1,7 +1,7 @@
-"""Cleans up after a cluster: python -m tests.slurm.janitor ROOT NODE...
+"""Clean up after a cluster: python -m tests.slurm.janitor ROOT NODE...
 
-Waits until its standard input closes, which it does when the process that has the cluster ends, even by SIGKILL. After
-that no daemon, step or task is left, and no file.
+The janitor waits until its standard input closes. This happens when the process that has the cluster ends, even by
+SIGKILL; that process's daemons end with it. The janitor then kills all steps and tasks, and removes all files.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import psutil
 
 
 def kill_processes(root: Path, nodes: Sequence[str]) -> None:
-    """Kill what runs on these nodes: steps hold their node's log open, tasks have its name in their environment."""
+    """Kill these nodes' steps, which hold a node's log open, and tasks, which have its name in their environment."""
     logs = {str(root / "log" / node) for node in nodes}
     configuration = str(root / "etc" / "slurm.conf")
     for process in psutil.process_iter():

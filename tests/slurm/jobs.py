@@ -1,4 +1,4 @@
-"""The shipped scripts as a user submits them, and what became of the job."""
+"""Helpers that submit the shipped scripts as a user does, and show what became of the job."""
 
 import re
 import subprocess
@@ -23,7 +23,7 @@ def submission(
     settings: Mapping[str, str],
     cwd: Path,
 ) -> subprocess.CompletedProcess[str]:
-    """`SETTINGS sbatch OPTIONS slurm/SCRIPT ARGUMENTS` from directory `cwd`."""
+    """Run `SETTINGS sbatch OPTIONS slurm/SCRIPT ARGUMENTS` in the directory `cwd`."""
     environment = {**cluster.environment, **settings}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     environment.pop("PYTHONPATH", None)
@@ -41,18 +41,18 @@ class Job:
 
     @property
     def log(self) -> str:
-        """What the job has printed so far, over all its starts."""
+        """Return what the job has printed so far, over all its starts."""
         return self.output.read_text() if self.output.is_file() else ""
 
     def fields(self, name: str) -> list[str]:
-        """A field of `scontrol show job`, for each task of an array."""
+        """Return a field of `scontrol show job` for each task of an array."""
         shown = self.cluster.command("scontrol", "show", "job", self.id)
         found = re.findall(rf"\b{name}=(\S*)", shown)
         assert found, shown
         return found
 
     def field(self, name: str) -> str:
-        """A field of `scontrol show job`; one value for all tasks of an array."""
+        """Return a field of `scontrol show job`; of an array, each different value once."""
         values = sorted(set(self.fields(name)))
         return " ".join(values)
 
@@ -66,7 +66,7 @@ class Job:
         return int(self.field("Restarts")) + 1
 
     def wait(self, seconds: float = END_SECONDS) -> str:
-        """Wait for the end; returns "STATE code"."""
+        """Wait until the job has ended; return "STATE code"."""
         try:
             wait_until(lambda: self.ended, seconds, f"job {self.id} at its end")
         except AssertionError as error:
@@ -75,7 +75,7 @@ class Job:
         return f"{self.field('JobState')} {self.field('ExitCode').partition(':')[0]}"
 
     def signal_batch(self) -> None:
-        """USR2 to the batch script, as SLURM sends it before preemption or the time limit."""
+        """Send USR2 to the batch script, as SLURM does before preemption or the time limit."""
         self.cluster.command("scancel", "--batch", "--signal=USR2", self.id)
 
 

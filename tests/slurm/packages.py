@@ -12,12 +12,12 @@ INSTALL_SECONDS = 240
 
 
 def find(program: str) -> str | None:
-    """Where a program is; daemons lie where a user's PATH does not look."""
+    """Return where a program is; daemons are in folders that a user's PATH lacks."""
     return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
 def missing_reason(programs: dict[str, str]) -> str | None:
-    """Install the packages of these programs if need be; why they are not there, or None if they are.
+    """Install the packages of these programs if need be; return why they are missing, or None.
 
     `programs` maps each program to its Debian package.
     """
@@ -34,14 +34,14 @@ def missing_reason(programs: dict[str, str]) -> str | None:
 
 
 def _install(packages: list[str]) -> str | None:
-    """Run apt-get; its last line of complaint, or None."""
+    """Run apt-get; return its last error line, or None."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    # An archive directory of its own: another apt-get's clean-up hook would empty the shared one.
+    # It has its own archive directory, because another apt-get's clean-up hook would empty the shared one.
     with tempfile.TemporaryDirectory() as archives:
         Path(archives, "partial").mkdir()
         options = ["-qq", "-y", "--no-install-recommends", "-o", f"Dir::Cache::Archives={archives}"]
         options += ["-o", "DPkg::Lock::Timeout=120"]
-        # A mirror that is half in step is no reason to stop: the installation decides.
+        # An update may fail, as with a mirror that is half in step; only the installation decides.
         for command in (["update", "-qq"], ["install", *options, *packages]):
             try:
                 done = subprocess.run(

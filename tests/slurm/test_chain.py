@@ -1,4 +1,4 @@
-"""Jobs that depend on each other, and the sweep: from images to an evaluated model."""
+"""Tests of jobs that depend on each other, from images to an evaluated model, and of sweeps."""
 
 import json
 import re
@@ -52,7 +52,7 @@ def test_prepare_train_finetune_evaluate_follow_each_other(cluster, image_folder
 def submit_sweep(
     cluster: Cluster, shards: Path, recipe: Path, tmp_path: Path, *arguments: str
 ) -> subprocess.CompletedProcess[str]:
-    """`karat sweep --slurm`, below tmp_path, for CPU nodes."""
+    """Run `karat sweep --slurm` below tmp_path, for CPU nodes."""
     options = ("--slurm", "--yes", "--nodes=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10")
     data = (f"data.path={shards}", "schedule.warmup_epochs=0", "--out", str(tmp_path / "sweep"))
     return karat(cluster, "sweep", str(recipe), *SMALL, *arguments, *data, *options)

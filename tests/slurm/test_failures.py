@@ -15,7 +15,7 @@ from tests.slurm.training import Train, assert_ends_like, process_of, run_of, wa
 
 
 def test_restarts_that_save_nothing_new_end_the_job(train: Train, cluster: Cluster) -> None:
-    # Ranks that run when SLURM requeues a job have KillWait to save; this model takes longer to build.
+    # When SLURM requeues a job, running ranks have KillWait to save. This model takes longer to build.
     job = train("model.embed_dim=768", "model.depth=24", IDLE_RESTARTS="1")
     for start in (1, 2):
         wait_until(lambda start=start: f"start {start}:" in job.log, 90, f"start {start}")
@@ -27,7 +27,7 @@ def test_restarts_that_save_nothing_new_end_the_job(train: Train, cluster: Clust
 
 @pytest.mark.parametrize("victim", ["rank", "agent"])
 def test_a_killed_rank_or_agent_starts_again_in_the_job(train: Train, on_two_nodes: Path, victim: str) -> None:
-    job = train("resume.mode=never", options=("--nodes=2",))  # it is for the first start alone
+    job = train("resume.mode=never", options=("--nodes=2",))  # this applies only to the first start
     wait_for(job, "checkpoint", 2)
     rank = process_of(job, rank=1)
     if victim == "agent":
@@ -80,21 +80,21 @@ def test_a_first_checkpoint_that_cannot_be_saved_ends_the_job(train) -> None:
 def test_a_rank_that_hangs_is_named_and_ends_the_job(train) -> None:
     own = ("train.epochs=200", "train.eval_every_epochs=200", "checkpoint.every_steps=null")
     job = train(*own, options=("--nodes=2",), STALL_SECONDS="20,start=600", IDLE_RESTARTS="0")
-    # One that starts has 600 s.
+    # A rank that starts has 600 s, so both must train first.
     wait_until(lambda: [sign.step > 0 for sign in read_signs(run_of(job))] == [True] * 2, 120, "signs of steps")
     process_of(job, rank=1).suspend()
     assert job.wait() == "FAILED 1", job.log
     last = job.log.splitlines()[-1]
     assert last.startswith("error: rank 1 on 127.0.0.2 (process "), job.log
     assert "stopped or gone, no stacks" in last
-    # The rank that waited shows where it did.
+    # The rank that waited shows where it waited.
     assert "Timeout (0:00:20)!" in job.log
     assert 'training/trainer.py", line' in job.log
 
 
 def test_a_rank_that_hangs_in_a_read_is_named_with_its_stacks(train, tmp_path) -> None:
     pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)  # who reads it waits for a writer, as for a file system that does not answer
+    os.mkfifo(pipe)  # a reader waits for a writer, as for a file system that does not answer
     (tmp_path / "stuck_basis.py").write_text(
         "import os\n"
         "from karat_scale.attention.bases.polynomials import Chebyshev\n\n\n"
@@ -140,5 +140,5 @@ def hold_up(process: psutil.Process, ended: threading.Event) -> None:
 
 
 def path_with(folder: Path) -> str:
-    """The import path with a folder of modules before all others."""
+    """Return the import path with a folder of modules before all others."""
     return f"{folder}:{os.environ.get('PYTHONPATH', '')}"

@@ -1,4 +1,4 @@
-"""Functions of slurm/launch.sh by themselves, beside commands of SLURM that say what they were asked."""
+"""Tests of the functions of slurm/launch.sh without SLURM, with stubs of its commands."""
 
 import os
 import re
@@ -34,12 +34,12 @@ def test_a_copy_of_a_script_finds_its_clone(script, arguments, tmp_path) -> None
     kept = {key: value for key, value in os.environ.items() if key != "KARAT_HOME"}
     environment = {**kept, "PATH": f"{commands}:{kept['PATH']}", "SLURM_JOB_ID": "812", "VENV": "/nowhere"}
     done = run_to_end("bash", spool / "slurm_script", cwd=tmp_path, env=environment)
-    # It is launch.sh that says so.
+    # This is an error of launch.sh, so the copy has found it.
     assert (done.returncode, done.stderr) == (2, "error: VENV = /nowhere: no bin/activate there\n")
 
 
 def run(script: str, *arguments: str, **settings: str) -> "subprocess.CompletedProcess[str]":
-    """A script as in a job, but without SLURM. What it accepts ends at the environment, which does not exist."""
+    """Run a script as in a job, but without SLURM. If it accepts its arguments, it ends at the missing environment."""
     kept = {key: value for key, value in os.environ.items() if key not in ("RUN", "SHARDS", "STAGE", "KARAT_HOME")}
     environment = {**kept, "SLURM_JOB_ID": "812", "VENV": "/nowhere", **settings}
     return run_to_end("bash", ROOT / "slurm" / script, *arguments, env=environment)
@@ -97,12 +97,12 @@ def test_modules_may_read_variables_that_are_unset(tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", ["base", "base/"])
 def test_a_fine_tuned_run_is_beside_its_source(source, tmp_path) -> None:
     (tmp_path / "base" / "checkpoints").mkdir(parents=True)
-    # In place of a container: notes what would run in it, and the check of the recipe ends the script.
+    # A stub of a container notes what would run in it. It fails at the check of the recipe, which ends the script.
     stub(tmp_path, "note", f'echo "$@" >>{tmp_path}/noted; case $* in *--version) ;; *) exit 2 ;; esac')
     run("finetune.sh", VENV="", CONTAINER=str(tmp_path / "note"), FROM=f"{tmp_path}/{source}")
     noted = (tmp_path / "noted").read_text()
     assert f" run.dir={tmp_path}/base-finetune " in noted
-    assert " checkpoint.url= " in noted  # where the source is copied to, which is in its recipe
+    assert " checkpoint.url= " in noted  # not the source's own, which is in its recipe
     run("finetune.sh", VENV="", CONTAINER=str(tmp_path / "note"), FROM=f"{tmp_path}/{source}", RECIPE="own.yaml")
     assert "checkpoint.url" not in (tmp_path / "noted").read_text().splitlines()[-1]
 
@@ -113,7 +113,7 @@ def test_a_fine_tuned_run_is_beside_its_source(source, tmp_path) -> None:
     ids=["job", "element"],
 )
 def test_a_job_and_an_element_of_an_array_requeue_themselves(element: dict[str, str], job: str, tmp_path: Path) -> None:
-    # To the array's own id squeue answers with every element, and for a heterogeneous job with each part. It is busy.
+    # For the array's own id squeue lists every element, and for a heterogeneous job each part. Its first call fails.
     stub(
         tmp_path,
         "squeue",
@@ -130,7 +130,7 @@ def test_a_job_and_an_element_of_an_array_requeue_themselves(element: dict[str, 
 
 
 def in_a_job(commands: Path, run: Path, script: str, **settings: str) -> "subprocess.CompletedProcess[str]":
-    """A script that sources launch.sh in a job of one node, beside an srun that runs its command here."""
+    """Run a script that sources launch.sh in a job of one node. A stub of srun runs its command here."""
     stub(commands, "squeue", "echo RUNNING")
     stub(commands, "srun", 'while [ $# != 0 ] && [ "$1" != bash ]; do shift; done\nexec "$@"')
     environment = {
@@ -144,7 +144,7 @@ def in_a_job(commands: Path, run: Path, script: str, **settings: str) -> "subpro
 
 @pytest.mark.parametrize("call", [1, 4], ids=["the first", "another"])
 def test_a_signal_before_a_step_begins_requeues_the_job(call: int, tmp_path: Path) -> None:
-    # The signal comes while a start asks for its nodes. The ranks of the first start fail, those of the next are done.
+    # The signal comes while a start asks for its nodes. The ranks of the first start fail, those of the next succeed.
     stub(
         tmp_path,
         "scontrol",
@@ -174,7 +174,7 @@ def test_another_start_of_the_ranks_has_another_port(tmp_path: Path) -> None:
     )
     done = in_a_job(tmp_path, tmp_path / "run", "KARAT=(agent); launch train recipe", SLURM_CPUS_PER_TASK="2")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "ports").read_text() == "20812\n21812\n"  # and srun need not warn of the agent's cores
+    assert (tmp_path / "ports").read_text() == "20812\n21812\n"  # unset, or srun would warn of the agent's cores
 
 
 def test_a_signal_while_the_nodes_wait_for_each_other_requeues_the_job(tmp_path: Path) -> None:
@@ -204,12 +204,15 @@ def test_ranks_find_a_run_with_a_name_that_is_not_ascii(tmp_path: Path) -> None:
 
 
 def with_three_nodes(script: str, second: str, third: str, directory: Path) -> str:
-    """What a script prints that sources launch.sh in a job of three nodes: what srun does on the second and third."""
+    """Run a script that sources launch.sh in a job of three nodes; return what it prints.
+
+    `second` and `third` are what srun does on these nodes.
+    """
     stub(directory, "scontrol", r"printf 'n1\nn2\nn3\n'")
     stub(directory, "srun", f"case $* in *=n2\\ *) {second} ;; *=n3\\ *) {third} ;; esac")
     environment = {**os.environ, "PATH": f"{directory}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n[1-3]"}
     script = f"source slurm/launch.sh; PYTHON=(python) LOGS={directory} NODES=$'n1\\nn2'; {script}"
-    # Its standard error is not waited for: a silent node's command holds it.
+    # Its standard error is not captured, since a silent node's command keeps it open.
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, stdout=-1, text=True, check=False)
     return done.stdout
 
@@ -233,7 +236,7 @@ def test_a_silent_node_is_waited_for_only_if_it_is_needed(
 
 @pytest.mark.parametrize("silent", ["n2", "n3"])
 def test_a_step_is_left_when_only_a_lost_node_holds_it_up(silent: str, tmp_path: Path) -> None:
-    # One of two ranks has failed, and n3 is a spare: without n2, there is none to wait for.
+    # One of two ranks has failed, and n3 is a spare: without n2, there is no rank to wait for.
     (tmp_path / "rank-00000.exit").write_text("76 n1 1.0 0\n")
     script = (
         f'sleep() {{ touch {tmp_path}/waits; command sleep "$@"; }}; '  # it waits for the nodes that answer
@@ -250,9 +253,9 @@ def test_only_codes_of_signals_are_told_as_signals(code: int, said: str, tmp_pat
 
 
 def test_a_split_is_joined_without_locks_and_the_users_workers_count(image_folder: Path, tmp_path: Path) -> None:
-    # As on a shared file system that has no locks.
+    # As on a shared file system without locks.
     stub(tmp_path, "flock", "echo 'flock: .lock: Function not implemented' >&2; exit 65")
-    # In place of a container: notes what runs in it.
+    # A stub of a container notes what runs in it.
     stub(tmp_path, "note", f'echo "$@" >>{tmp_path}/noted; exec "$@"')
     kept = {key: value for key, value in os.environ.items() if key not in ("SPLITS", "KARAT_HOME")}
     shards = tmp_path / "shards"

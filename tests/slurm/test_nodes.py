@@ -1,4 +1,4 @@
-"""More nodes, fewer nodes, and a node that is gone: the run stays the same."""
+"""A run stays the same on more nodes, on fewer nodes, and after a node is lost."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def test_two_nodes_train_what_one_process_trains(on_two_nodes, uninterrupted) ->
 def test_a_killed_node_brings_the_job_back(train, on_two_nodes, cluster, keeps) -> None:
     job = train(options=("--nodes=2", *keeps))
     wait_for(job, "checkpoint", 3)
-    process_of(job, 1).suspend()  # or the run may end before its node does
+    process_of(job, 1).suspend()  # otherwise the run may end before its node does
     cluster.kill_node(cluster.nodes[1])
     if not keeps:  # SLURM takes seconds to notice, and the script may be first
         cluster.command("scontrol", "update", f"NodeName={cluster.nodes[1]}", "State=DOWN", "Reason=power")
@@ -51,8 +51,8 @@ def test_a_spare_node_takes_the_place_of_a_lost_one(
         job = submit(three, SCRIPT, *OVERRIDES, options=("--nodes=3", "--no-kill"), cwd=tmp_path, **settings)
         wait_for(job, "checkpoint", 1)
         rank = process_of(job, 1)
-        rank.suspend()  # or the run may end before its node does
-        lost = rank.environ()["SLURMD_NODENAME"]  # srun chooses
+        rank.suspend()  # otherwise the run may end before its node does
+        lost = rank.environ()["SLURMD_NODENAME"]  # srun chooses the node
         three.kill_node(lost)
         assert_ends_like(job, on_two_nodes)
         assert job.starts == 1
@@ -77,7 +77,7 @@ def test_a_spare_node_takes_the_place_of_one_with_a_bad_gpu(
 def test_it_continues_with_the_remaining_nodes(train, uninterrupted, cluster) -> None:
     job = train(options=("--nodes=1-2",))
     wait_for(job, "checkpoint", 3)
-    process_of(job, 1).suspend()  # or the run may end before its node does
+    process_of(job, 1).suspend()  # otherwise the run may end before its node does
     cluster.kill_node(cluster.nodes[1])
     try:
         assert job.wait() == "COMPLETED 0", job.log

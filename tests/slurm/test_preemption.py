@@ -51,7 +51,7 @@ def test_told_while_it_compiles_it_loses_no_compiler(train, uninterrupted, tmp_p
 
 
 def compiles(job_id: str) -> bool:
-    """Whether a C++ compiler is at work in the job."""
+    """Return whether a C++ compiler is at work in the job."""
     for process in psutil.process_iter(["name", "environ"]):
         environment = process.info["environ"] or {}
         if process.info["name"] == "cc1plus" and environment.get("SLURM_JOB_ID") == job_id:
@@ -74,7 +74,7 @@ def test_a_job_of_higher_priority_preempts_it(train, recipe, shards, cluster, tm
 def test_a_time_limit_saves_and_the_job_comes_back(
     train: Train, recipe: Path, shards: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    # A minute is the shortest limit, and SLURM looks at it each half minute: as many epochs as last longer here.
+    # A minute is the shortest limit, and SLURM checks it each half minute, so the epochs must last longer here.
     epochs = round(LIMIT_OUTLASTED * summary(uninterrupted)["images_per_second"] / 64)
     long = (f"train.epochs={epochs}", "train.eval_every_epochs=50", "checkpoint.every_steps=64")
     whole = train_alone(recipe, shards, tmp_path / "whole", *long)
@@ -96,7 +96,7 @@ def test_a_signal_before_the_ranks_run_brings_the_job_back(train, uninterrupted)
 def test_ranks_that_see_no_scontrol_are_requeued_by_the_batch_step(
     train: Train, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    # What a container without SLURM is to the ranks: all programs but SLURM's.
+    # As in a container without SLURM, the ranks find all programs but SLURM's.
     (tmp_path / "bin").mkdir()
     for program in Path("/usr/bin").iterdir():
         if program.name not in SLURM_COMMANDS:

@@ -1,4 +1,4 @@
-"""What cannot work ends at once, with one line that says why, and is not requeued."""
+"""A job that cannot work ends at once with one line that says why, and is not requeued."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Shards on the nodes' own disks: copied once, found again, and done without where there is no room."""
+"""Shards are copied once to the nodes' own disks and found again; without room, the shared ones are read."""
 
 import shutil
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_shards_are_staged_once_and_read_from_there(cluster, recipe, shards, tmp
     assert RunDirectory(tmp_path / "run1").recipe().data.path == str(shared)
 
     for tar in shared.glob("*.tar"):
-        tar.unlink()  # so that only the copy can be what is read
+        tar.unlink()  # so that only the copy can be read
     second = train_staged(cluster, recipe, shared, tmp_path / "run2", stage)
     assert "0 were copied" in second.log, second.log
     assert summary(tmp_path / "run1")["data_digest"] == summary(tmp_path / "run2")["data_digest"]

@@ -1,4 +1,4 @@
-"""`karat submit` and `karat status` beside a real SLURM."""
+"""Tests of `karat submit` and `karat status` with a real SLURM."""
 
 import re
 import subprocess

@@ -16,14 +16,14 @@ from tests.training.runs import assert_same_run, last_tensors
 
 SCRIPT = "imagenet_fourier_karat.sh"
 RECIPE = "attention: {kind: karat}\nschedule: {warmup_epochs: 0.5}\ndata: {path: set by the script}\n"
-# Evaluation in batches of one and a save after each step: signals find them under way.
+# Evaluation in batches of one and a save after each step, so that signals arrive during both.
 OVERRIDES = (*SMALL, "train.eval_batch=1", "checkpoint.every_steps=1")
 
 Train = Callable[..., Job]
 
 
 def train_alone(recipe: Path, shards: Path, run: Path, *overrides: str) -> Path:
-    """Train to the end in one process, without SLURM; returns the run."""
+    """Train to the end in one process, without SLURM; return the run."""
     karat_done("train", str(recipe), *OVERRIDES, *overrides, f"data.path={shards}", f"run.dir={run}")
     return run
 
@@ -33,14 +33,14 @@ def run_of(job: Job) -> Path:
 
 
 def weights(run: Path) -> torch.Tensor:
-    """All weights after the last step, as one vector."""
+    """Return all weights after the last step as one vector."""
     (states,) = [states for name, states in last_tensors(run).items() if "/mp_rank_00" in name]
     module = states["module"]  # type: ignore[index]
     return torch.cat([module[key].double().flatten() for key in sorted(module)])
 
 
 def relative_distance(run: Path, reference: Path) -> float:
-    """The L2 norm of the difference of all last weights, over that of the reference's."""
+    """Return the L2 norm of the difference of all last weights, divided by the norm of the reference's."""
     expected = weights(reference)
     return float((weights(run) - expected).norm() / expected.norm())
 
@@ -51,7 +51,7 @@ def has_event(job: Job, kind: str, step: int) -> bool:
 
 
 def wait_for(job: Job, kind: str, step: int) -> None:
-    """Until the run has reported an event of that step or a later one."""
+    """Wait until the run has reported an event of this step or a later one."""
 
     def reported() -> bool:
         assert not job.ended, job.log
@@ -61,7 +61,7 @@ def wait_for(job: Job, kind: str, step: int) -> None:
 
 
 def process_of(job: Job, rank: int) -> psutil.Process:
-    """The trainer of a rank: a child of its wrapper."""
+    """Return the trainer of a rank, which is a child of the rank's wrapper."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             environment = process.environ()
@@ -74,7 +74,7 @@ def process_of(job: Job, rank: int) -> psutil.Process:
 
 
 def signal_held(job: Job) -> None:
-    """USR2 to the batch script while rank 0 stands still: small steps may take less time than the signal."""
+    """Send USR2 to the batch script while rank 0 is suspended, since small steps may take less time than the signal."""
     rank = process_of(job, rank=0)
     rank.suspend()
     job.signal_batch()
@@ -83,13 +83,13 @@ def signal_held(job: Job) -> None:
 
 
 def is_pending(process: psutil.Process, number: signal.Signals) -> bool:
-    """Whether the signal was sent to the process, which is stopped."""
+    """Return whether the signal is pending for the process, which is stopped."""
     (mask,) = re.findall(r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def assert_ends_like(job: Job, whole: Path, seconds: float = END_SECONDS) -> None:
-    """The job comes to its end, and the run equals the uninterrupted one bit for bit."""
+    """Assert that the job resumes and completes, and that the run equals the uninterrupted one bit for bit."""
     assert job.wait(seconds) == "COMPLETED 0", job.log
     assert events(run_of(job), "resume"), job.log
     assert_same_run(run_of(job), whole)

@@ -1,7 +1,7 @@
-"""What ranks must agree on when one of them, or the disk, goes wrong.
+"""A program that records what ranks agree on when one of them, or the disk, fails.
 
-`torchrun -m tests.training.agreement SCRATCH [LOOK ...]`
-One launch looks at everything, because starting processes is what takes the time. Rank 0 writes outcomes.json.
+It is started by `torchrun -m tests.training.agreement SCRATCH [LOOK ...]`. One launch runs all looks, because starting
+processes takes most of the time. Rank 0 writes outcomes.json.
 """
 
 import itertools
@@ -53,7 +53,7 @@ def _recipe(world: World, scratch: Path, name: str, *overrides: str) -> Recipe:
 
 
 def _loaded(checkpoints: Checkpoints) -> int | str:
-    """The step that this rank goes on from, or why it does not."""
+    """Return the step from which this rank resumes, "nothing" without a checkpoint, or the error."""
     try:
         state = checkpoints.load()
     except RunDirectoryError as error:
@@ -62,7 +62,7 @@ def _loaded(checkpoints: Checkpoints) -> int | str:
 
 
 def damage(world: World, scratch: Path) -> dict[str, Any]:
-    """A harm to each file of the newest checkpoint: the steps that the ranks go on from, and what is said."""
+    """Return the steps from which the ranks resume, and what they print, for each damage of the newest checkpoint."""
     trainer = make_trainer(_recipe(world, scratch, "damage", "deepspeed.config=zero2"), world)
     checkpoints, root = trainer.checkpoints, trainer.checkpoints.store.root
     for step in (1, 2):
@@ -84,13 +84,13 @@ def damage(world: World, scratch: Path) -> dict[str, Any]:
 
     newest = root / "step-00000002"
     files = sorted(path.name for path in newest.iterdir())
-    for file, harm in zip(files, itertools.cycle(HARMS), strict=False):  # test_store has each harm to each
+    for file, harm in zip(files, itertools.cycle(HARMS), strict=False):  # test_store does every harm to every file
         look(f"{file} {harm}", lambda file=file, harm=harm: HARMS[harm](newest / file))  # type: ignore[misc]
     for what, content in POINTERS.items():
         look(f"latest {what}", lambda content=content: point(root / "latest", content))  # type: ignore[misc]
 
     def put_code() -> None:
-        """Into rank 1's file of a checkpoint that is intact all the same."""
+        """Save a checkpoint that is intact by its hashes, but whose file of rank 1 holds code."""
         store = checkpoints.store
         again, state = store.begin(3), {**store.state(newest.name), "step": 3, "samples": 24}
         for file in set(files) - {MANIFEST, STATE}:
@@ -104,14 +104,14 @@ def damage(world: World, scratch: Path) -> dict[str, Any]:
 
 
 class RunsCode:
-    """Reading its pickle would end the process."""
+    """An object whose pickle ends the process that reads it."""
 
     def __reduce__(self) -> tuple[Any, tuple[int]]:
         return os._exit, (1,)
 
 
 def failing_rank(world: World, scratch: Path) -> dict[str, Any]:
-    """Rank 1 alone may not write large files: what becomes of a save, by stage and way of saving."""
+    """Return the results of saves for which rank 1 alone cannot write large files, by stage and way of saving."""
     outcomes = {}
     for config in ("zero1", "zero3"):
         trainer = make_trainer(_recipe(world, scratch, f"failing-{config}", f"deepspeed.config={config}"), world)
@@ -140,7 +140,7 @@ def failing_rank(world: World, scratch: Path) -> dict[str, Any]:
 
 
 def nonfinite_rank(world: World, scratch: Path) -> dict[str, Any]:
-    """Rank 1 alone has what is not finite: whether any rank learned from it, by stage and precision."""
+    """Return whether each rank skips a step that is not finite on rank 1 alone, keeps its state, and trains on."""
     outcomes = {}
     for config in CONFIGS:
         for precision in ("fp32", "bf16"):
@@ -166,7 +166,7 @@ def nonfinite_rank(world: World, scratch: Path) -> dict[str, Any]:
 
 
 def snapshots(world: World, scratch: Path) -> dict[str, Any]:
-    """Whole parameters on rank 0 against those that a checkpoint of the same moment holds."""
+    """Return, by stage, whether a snapshot has all parameters, with the values in a checkpoint of the same step."""
     outcomes = {}
     for config in CONFIGS:
         own = (f"deepspeed.config={config}", "attention.mode=universal", "train.precision=bf16")
@@ -188,10 +188,10 @@ def snapshots(world: World, scratch: Path) -> dict[str, Any]:
 
 
 def stops(world: World, scratch: Path) -> dict[str, Any]:
-    """By clocks of their own: where two ranks save and stop, and how often they asked each other.
+    """Return where two ranks with separate clocks save and stop, and how often they compare their wishes.
 
-    Rank 1 alone gets a signal, in step 150. A step takes as many seconds as the outcome's name says; "slower" ones take
-    0.01 s until step 100 and then 3 s. Rank 1's clock is wrong.
+    Rank 1 alone gets a signal, in step 150. The name of an outcome gives the seconds that a step takes. In "slower",
+    steps take 0.01 s before step 100 and 3 s from then on. Rank 1's clock runs seven times too fast.
     """
     outcomes = {}
     paces: dict[str, Callable[[int], float]] = {
@@ -223,7 +223,7 @@ LOOKS: dict[str, Callable[[World, Path], dict[str, Any]]] = {
 
 
 def main(scratch: str, *looks: str) -> None:
-    """Take the looks that are named, on all ranks; all when none is."""
+    """Run the named looks on all ranks, or all looks if none is named."""
     world = distributed.start("cpu")
     outcomes = {name: LOOKS[name](world, Path(scratch)) for name in looks or LOOKS}
     if world.is_main:

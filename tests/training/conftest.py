@@ -13,7 +13,7 @@ __all__ = ["make_checkpoints", "make_engine", "small_recipe"]
 
 @pytest.fixture
 def trained(recipe_file: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Train by the small recipe in the directory of a name, to the end; returns the run."""
+    """Return a function that trains by the small recipe to the end, in the directory of a name, and returns the run."""
 
     def train(name: str, *overrides: str, processes: int = 1) -> Path:
         arguments = ("train", str(recipe_file), f"run.dir={tmp_path / name}", *overrides)

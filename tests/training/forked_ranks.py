@@ -1,4 +1,4 @@
-"""Ranks of a training run as forks of a process that has imported everything: real processes, started in moments."""
+"""Ranks of a training run as forks of a process that has imported everything: real processes that start fast."""
 
 import faulthandler
 import os
@@ -14,7 +14,7 @@ from tests.conftest import free_port
 
 
 class ForkedRanks:
-    """`karat train ARGUMENTS` on `count` ranks, which talk through gloo; each leads a process group of its own.
+    """`karat ARGUMENTS` on `count` ranks, which communicate through gloo; each leads its own process group.
 
     Each rank first calls `prepare` with its number. Rank `absent` is not started.
     """
@@ -37,7 +37,7 @@ class ForkedRanks:
             self.ranks.append(pid)
 
     def running(self) -> list[int]:
-        """Process ids of the ranks that have not ended."""
+        """Return the process ids of the ranks that have not ended."""
         for pid in self.ranks:
             if pid not in self.codes:
                 ended, status = os.waitpid(pid, os.WNOHANG)
@@ -46,22 +46,22 @@ class ForkedRanks:
         return [pid for pid in self.ranks if pid not in self.codes]
 
     def all_run(self) -> bool:
-        """Whether no rank has ended."""
+        """Return whether no rank has ended."""
         return len(self.running()) == len(self.ranks)
 
     def kill(self, pids: Sequence[int]) -> None:
-        """SIGKILL."""
+        """Send SIGKILL to the processes."""
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
 
     def wait(self, seconds: float) -> bool:
-        """Wait for the ranks to end by themselves, then end them and what they have started; whether all did end."""
+        """Wait for the ranks to end, then kill the rest and their children; return whether all ranks ended in time."""
         deadline = time.monotonic() + seconds
         while self.running() and time.monotonic() < deadline:
             time.sleep(0.005)
         left = self.running()
         for pid in left:
-            os.kill(pid, signal.SIGUSR1)  # says in the log where it hangs
+            os.kill(pid, signal.SIGUSR1)  # writes into the log where the rank hangs
         time.sleep(0.1 if left else 0.0)
         self.kill(left)
         while self.running():
@@ -77,7 +77,7 @@ def _be_a_rank(
 ) -> None:
     code = 1
     try:
-        be_killed_with_parent()  # when a test's time is over, nothing stays
+        be_killed_with_parent()  # no rank outlives a test that runs out of time
         os.setpgid(0, 0)
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)
@@ -88,14 +88,14 @@ def _be_a_rank(
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         prepare(rank)
         code = main(arguments)
-    except KeyboardInterrupt:  # before it could catch one
+    except KeyboardInterrupt:  # before the run catches signals
         code = EXIT_INTERRUPTED
     finally:
         os._exit(code)
 
 
 def _signal_group(group: int, number: signal.Signals) -> bool:
-    """Whether the process group had a member to signal."""
+    """Signal a process group; return whether it had a member."""
     try:
         os.killpg(group, number)
     except ProcessLookupError:

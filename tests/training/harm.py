@@ -42,7 +42,7 @@ POINTERS: dict[str, bytes | None] = {
 
 
 def point(pointer: Path, content: bytes | None) -> None:
-    """Let `latest` or `best` hold what it should not; None removes it."""
+    """Write wrong content into a pointer, `latest` or `best`; None removes the pointer."""
     if content is None:
         pointer.unlink()
     else:

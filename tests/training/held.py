@@ -1,4 +1,4 @@
-"""`karat` in a process that stops itself, by SIGSTOP, when it says what HELD_AT has."""
+"""`karat` in a process that sends itself SIGSTOP when it prints the text in HELD_AT."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A trainer into which a test puts what is not finite."""
+"""A trainer in which a test makes values of a step non-finite."""
 
 import math
 from typing import Any
@@ -10,12 +10,15 @@ from karat_scale.data.batch import Batch
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.trainer import Trainer
 
-# "offset": the loss is infinite and its gradients are as finite as ever.
+# "offset": the loss is infinite, but its gradients are finite.
 KINDS = ("data", "loss", "offset", "gradient")
 
 
 class NonfiniteTrainer(Trainer):
-    """Puts `inject` into the next micro batch of this rank, or "loss" into the first of each of `bad_steps`."""
+    """A trainer that spoils this rank's next micro batch by `inject`, or the loss at the start of each of `bad_steps`.
+
+    `inject` is one of KINDS. In each of `bad_steps`, the first micro batch has a loss that is NaN.
+    """
 
     inject = ""
     bad_steps = range(0)

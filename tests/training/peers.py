@@ -1,7 +1,6 @@
-"""What each of two ranks says and returns when one of them, its disk or its launcher fails.
+"""A program that records how two ranks end when one is killed, stopped or missing, or when its data or disk fails.
 
-`python -m tests.training.peers SCRATCH` writes outcomes.json: by case, the exit codes of the ranks and what all have
-said.
+`python -m tests.training.peers SCRATCH` writes outcomes.json: by case, the exit codes of the ranks and their output.
 """
 
 import json
@@ -46,14 +45,14 @@ def _outcome(ranks: ForkedRanks, log: Path) -> dict[str, Any]:
 
 
 def full_disk(scratch: Path, kilobytes: int, *overrides: str) -> dict[str, Any]:
-    """A run on a file system of that size."""
+    """Return the outcome of a run on a file system of that size."""
     log = scratch / f"disk-{kilobytes}.log"
     with disk_of(f"{kilobytes}k", scratch / f"disk-{kilobytes}") as disk:
         return _outcome(ForkedRanks(_arguments(scratch, disk / "run", *overrides), 2, log), log)
 
 
 def disk_that_fills(scratch: Path) -> dict[str, Any]:
-    """In training, the disk takes no more metrics, which rank 0 alone writes."""
+    """Return the outcome of a run whose disk fills during training; only rank 0 writes metrics."""
     log = scratch / "filled.log"
     with disk_of("2m", scratch / "filled") as disk:
         endless = ("train.epochs=100000", "checkpoint.every_minutes=null", "train.eval_every_epochs=100000")
@@ -66,7 +65,7 @@ def disk_that_fills(scratch: Path) -> dict[str, Any]:
 
 
 def killed(scratch: Path, victim: int) -> dict[str, Any]:
-    """One rank is killed while both train."""
+    """Return the outcome of a run in which one rank is killed while both train."""
     run, log = scratch / f"killed-{victim}", scratch / f"killed-{victim}.log"
     ranks = ForkedRanks(_arguments(scratch, run, "train.epochs=100000", "checkpoint.every_steps=5"), 2, log)
     _wait_for(run / "checkpoints" / "latest")
@@ -75,7 +74,7 @@ def killed(scratch: Path, victim: int) -> dict[str, Any]:
 
 
 def failed_evaluation(scratch: Path, stage: int) -> dict[str, Any]:
-    """Rank 1 alone cannot read a batch of an evaluation of averaged weights."""
+    """Return the outcome of a run in which rank 1 alone cannot read a batch of an evaluation of averaged weights."""
     log = scratch / f"evaluation-{stage}.log"
     arguments = _arguments(scratch, scratch / f"evaluation-{stage}", f"deepspeed.config=zero{stage}")
 
@@ -95,7 +94,7 @@ def _break_at_the_second(self: SyntheticBackend, slices: Iterable[BatchSlice]) -
 
 
 def absent(scratch: Path, rank: int) -> dict[str, Any]:
-    """One of two ranks never comes."""
+    """Return the outcome of a run of two ranks, one of which never starts."""
     log = scratch / f"absent-{rank}.log"
     arguments = _arguments(scratch, scratch / f"absent-{rank}", "run.peer_timeout_minutes=0.2")
 
@@ -107,7 +106,7 @@ def absent(scratch: Path, rank: int) -> dict[str, Any]:
 
 
 def stopped(scratch: Path) -> dict[str, Any]:
-    """A rank is told to stop while it waits for another."""
+    """Return the outcome of a rank that gets a stop signal while it waits for another."""
     log = scratch / "stopped.log"
     ranks = ForkedRanks(_arguments(scratch, scratch / "stopped"), 2, log, absent=1)
     deadline = time.monotonic() + WITHIN
@@ -118,7 +117,7 @@ def stopped(scratch: Path) -> dict[str, Any]:
 
 
 def stopped_alone(scratch: Path, rank: int) -> dict[str, Any]:
-    """One of two ranks is told to stop before the other has come."""
+    """Return the outcome of a run in which one of two ranks gets a stop signal before the other has come."""
     log, go = scratch / f"stopped-alone-{rank}.log", scratch / f"go-{rank}"
     arguments = _arguments(scratch, scratch / f"stopped-alone-{rank}")
 
@@ -150,7 +149,7 @@ def _wait_for(path: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Play all cases, one after the other."""
+    """Run all cases, one after the other."""
     scratch = Path(arguments[0])
     outcomes = {f"killed {victim}": killed(scratch, victim) for victim in (0, 1)}
     outcomes |= {f"absent {rank}": absent(scratch, rank) for rank in (0, 1)}

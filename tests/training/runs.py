@@ -1,4 +1,4 @@
-"""Runs as a user starts them, stopped where a test wants, and what they leave to compare."""
+"""Functions that start runs as a user does, stop them where a test wants, and compare what they leave."""
 
 import math
 import signal
@@ -21,13 +21,16 @@ STEPS = 16  # 2 epochs of 64 samples in batches of 8
 
 
 def start(recipe: Path, run: Path, *overrides: str, processes: int = 1, by: str = "train") -> Started:
-    """A run on so many ranks, without a launcher."""
+    """Start a run on `processes` ranks, without a launcher."""
     environments = rank_environments(processes) if processes > 1 else [karat_environment()]
     return Started("karat_scale", [by, str(recipe), f"run.dir={run}", *overrides], environments)
 
 
 def start_held(recipe: Path, run: Path, text: str, *overrides: str, processes: int = 1, by: str = "train") -> Started:
-    """A run whose rank 0 stands still once it has said the text, so that it does nothing more before a signal."""
+    """Start a run whose rank 0 pauses once it has printed the text, and wait until it pauses.
+
+    So the run does nothing more before a signal.
+    """
     environments = rank_environments(processes) if processes > 1 else [karat_environment()]
     environments = [{**one, "HELD_AT": "no text" if rank else text} for rank, one in enumerate(environments)]
     process = Started(str(HELD), [by, str(recipe), f"run.dir={run}", *overrides], environments)
@@ -36,7 +39,7 @@ def start_held(recipe: Path, run: Path, text: str, *overrides: str, processes: i
 
 
 def start_torchrun(recipe: Path, run: Path, *overrides: str) -> subprocess.Popen[str]:
-    """A run on two ranks under torchrun."""
+    """Start a run on two ranks under torchrun."""
     line = karat_command(["train", str(recipe), f"run.dir={run}", *overrides], 2)
     pipe = subprocess.PIPE
     return subprocess.Popen(
@@ -45,8 +48,8 @@ def start_torchrun(recipe: Path, run: Path, *overrides: str) -> subprocess.Popen
 
 
 def kill_all(process: Started) -> None:
-    """SIGKILL to the ranks and their workers."""
-    process.send_signal(signal.SIGSTOP)  # else it may end before all of its processes are found
+    """Send SIGKILL to the ranks and their workers."""
+    process.send_signal(signal.SIGSTOP)  # otherwise it may end before all of its processes are found
     ranks = [psutil.Process(pid) for pid in process.pids]
     family = [*(worker for rank in ranks for worker in rank.children(recursive=True)), *ranks]
     for member in family:
@@ -57,7 +60,7 @@ def kill_all(process: Started) -> None:
 
 
 def stopped_by(process: Started, number: signal.Signals) -> str:
-    """Send a signal to a run, which then saves and stops; returns all that it has said."""
+    """Send a signal to a run, assert that it stops with exit code 75, and return all that it printed."""
     process.send_signal(signal.SIGSTOP)  # small steps may take less time than the signal takes to all ranks
     process.send_signal(number)
     process.send_signal(signal.SIGCONT)
@@ -67,7 +70,7 @@ def stopped_by(process: Started, number: signal.Signals) -> str:
 
 
 def wait_until(condition: Callable[[], bool], process: Started | subprocess.Popen[str]) -> None:
-    """Until a run has done something, while it runs."""
+    """Wait until the condition holds; fail if the run ends before that, or after two minutes."""
     deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, process.communicate()[0]
@@ -76,7 +79,7 @@ def wait_until(condition: Callable[[], bool], process: Started | subprocess.Pope
 
 
 def wait_for_checkpoint(run: Path, step: int, process: Started | subprocess.Popen[str]) -> None:
-    """Until the run has saved `step` or a later one."""
+    """Wait until the run has saved `step` or a later one."""
     store = CheckpointStore(run / "checkpoints")
 
     def is_saved() -> bool:
@@ -87,13 +90,13 @@ def wait_for_checkpoint(run: Path, step: int, process: Started | subprocess.Pope
 
 
 def wait_for_step(run: Path, step: int, process: Started) -> None:
-    """Until the run has reported training step `step`."""
+    """Wait until the run has reported training step `step`."""
     log = run / "metrics.jsonl"
     wait_until(lambda: log.is_file() and any(event["step"] == step for event in events(run, "train")), process)
 
 
 def last_tensors(run: Path) -> dict[str, object]:
-    """All tensor files of the checkpoint that `latest` names: weights, optimizer, averages and random generators."""
+    """Return the tensors of the checkpoint that `latest` names: weights, optimizer, averages and random generators."""
     store = CheckpointStore(run / "checkpoints")
     name = store.pointed("latest")
     assert name is not None, f"{run} has no last checkpoint"
@@ -105,15 +108,15 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def assert_same_run(run: Path, whole: Path) -> None:
-    """The same losses, the same samples, and the same bits in the last checkpoint."""
+    """Assert that two runs have the same losses, the same samples, and the same bits in the last checkpoint."""
     assert losses(run) == losses(whole)
-    digest, expected = (summary(one).get("data_digest") for one in (run, whole))  # of detection there is none
+    digest, expected = (summary(one).get("data_digest") for one in (run, whole))  # detection has none
     assert digest == expected != 0
     assert equal(last_tensors(run), last_tensors(whole))
 
 
 def assert_a_kill_changes_nothing(recipe: Path, scratch: Path, *overrides: str, processes: int = 1) -> None:
-    """A run that is killed after its third step ends by the same command as one that nobody disturbs."""
+    """Assert that a run that is killed after its third step and started again ends as an undisturbed run does."""
     whole, cut = scratch / "whole", scratch / "cut"
     own = ("checkpoint.every_steps=1", "checkpoint.keep_last=2", *overrides)
     karat_done("train", str(recipe), f"run.dir={whole}", *own, processes=processes)

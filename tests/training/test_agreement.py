@@ -1,4 +1,4 @@
-"""If one rank fails, all ranks resume from the same checkpoint, or end together."""
+"""Tests that all ranks decide alike when one of them fails, meets a step that is not finite, or gets a signal."""
 
 import json
 from typing import Any
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow(together=True)  # one launch of two ranks serves a
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict[str, Any]:
-    """What two ranks met, from one launch."""
+    """Return the outcomes of all looks by name, from one launch of two ranks."""
     scratch = tmp_path_factory.mktemp("agreement")
     done = run_program("tests.training.agreement", [str(scratch)], rank_environments(2), timeout=600, directory=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -69,10 +69,10 @@ def test_ranks_ask_each_other_once_a_second_and_stop_at_the_same_step(outcomes) 
         assert first["saves"][:2] == [70, 140]
     fast, middle, slow, slower = (found[name][0] for name in ("0.01", "0.3", "5", "slower"))
     assert 150 <= fast["step"] <= 150 + 100
-    assert fast["asked"] <= 2.5 + 8  # seconds, and once for each doubling from 1 to 100 steps
+    assert fast["asked"] <= 2.5 + 8  # 2.5 s of steps, and one for each doubling of the distance
     assert 150 <= middle["step"] <= 150 + 3
     assert middle["asked"] <= 150 / 3 + 3
     assert slow["step"] == slow["asked"] == 150
-    # What was agreed at the fast pace is run at the slow one; then each step is asked about.
+    # The distance that was agreed at the fast pace holds until the next agreement; then each step has one.
     assert slower["step"] == 150
     assert slower["asked"] <= 50

@@ -45,7 +45,7 @@ def test_looking_changes_no_bit_of_training(small_recipe, tmp_path, world, own) 
         )
         for every in (1, 100)
     ]
-    assert equal(*({**end, "losses": {}} for end in ends))  # each line of the log is of other steps
+    assert equal(*({**end, "losses": {}} for end in ends))  # the lines of the two logs cover different steps
 
 
 def test_a_model_of_softmax_has_nothing_to_report(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Batches that are fetched ahead change nothing: not the order, a stop, a resume, a bad sample or a data error."""
+"""Fetching batches ahead changes neither their order, nor a stop, a resume, a bad sample or a data error."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -38,8 +38,8 @@ class FeedAhead(device_feed.DeviceFeed):
 
 
 def feed_ahead(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the test ends."""
-    del streams  # only to say that they must be there
+    """Fetch batches ahead until the test ends."""
+    del streams  # the argument only says that the fixture is needed
     monkeypatch.setattr(exact, "DeviceFeed", FeedAhead)
 
 
@@ -74,7 +74,7 @@ def test_a_wait_for_the_device_after_the_next_batch_came_is_training(run, stream
 
 
 class BadBackend(SyntheticBackend):
-    """Meets a bad sample in each batch, and cannot read the micro batch of number `broken`."""
+    """A backend that meets a bad sample in each micro batch, and cannot read micro batch `broken`, counted from 0."""
 
     broken = 5
 
@@ -104,11 +104,11 @@ def test_an_error_ends_the_run_after_the_steps_before_it(run, world, streams, mo
     assert trainer.state.step == 2  # of two micro batches each
     assert directory.store.pointed("latest") == "step-00000002"
     assert trainer.state.bad_samples == 4
-    assert capsys.readouterr().out.count("unreadable image key in shard: torn") == 5  # the last of a step not finished
+    assert capsys.readouterr().out.count("unreadable image key in shard: torn") == 5  # the last in an unfinished step
 
 
 class _UnbuiltTask(ClassificationTask):
-    """Its model cannot be built; notes the data workers that there were then."""
+    """A task whose model cannot be built. It notes the data workers that run at that moment."""
 
     workers: set[int | None]
 
@@ -130,7 +130,7 @@ def test_data_workers_start_before_the_model_is_built_and_end_if_it_cannot_be(sm
     assert not _workers() - others
 
 
-@pytest.mark.parametrize("resumed", [3, 4])  # 4: the newest checkpoint was not the one to go on from
+@pytest.mark.parametrize("resumed", [3, 4])  # 4: training resumes from another step than expected
 def test_the_batches_made_beside_the_model_are_used_where_training_goes_on(
     small_recipe, world, shards, resumed
 ) -> None:

@@ -26,7 +26,7 @@ SIZES = ("patch_size", "embed_dim", "depth", "num_heads")
 
 @pytest.fixture(scope="module")
 def command(shards, tmp_path_factory) -> Command:
-    """The arguments that train 8 steps at each of 8, 12 and 16 pixels."""
+    """Return a function that gives the arguments to train 8 steps at each of 8, 12 and 16 pixels."""
     recipe = tmp_path_factory.mktemp("recipes") / "small.yaml"
     recipe.write_text(f"data: {{path: {shards}}}\n")
 
@@ -38,7 +38,7 @@ def command(shards, tmp_path_factory) -> Command:
 
 @pytest.fixture(scope="module")
 def whole(command, tmp_path_factory) -> Path:
-    """A run that was never stopped, with a checkpoint each third step."""
+    """Return a run that was never stopped. It saves every third step, and at the end of each epoch."""
     run = tmp_path_factory.mktemp("runs") / "whole"
     assert karat_here(*command(run, *ALL)) == 0
     return run
@@ -52,7 +52,7 @@ def test_a_run_grows_and_sees_the_same_samples(command, whole, tmp_path) -> None
     assert len(losses(whole)) == 24
     assert [event["step"] for event in events(whole, "eval")] == [8, 16, 24]
     states = {name: CheckpointStore(whole / "checkpoints").state(name) for name in names(whole)}
-    assert found["seconds_to_first_step"] == states["step-00000003"]["seconds_to_first_step"]  # of the start
+    assert found["seconds_to_first_step"] == states["step-00000003"]["seconds_to_first_step"]  # measured once
     assert [states[f"step-{step:08d}"]["image_size"] for step in (3, 8, 9, 16, 18, 24)] == [8, 8, 12, 12, 16, 16]
 
 
@@ -61,7 +61,7 @@ def names(run: Path) -> list[str]:
 
 
 def cut_after(whole: Path, step: int, run: Path) -> Path:
-    """A copy of the run as it was after a step."""
+    """Return a copy of the run without the checkpoints after a step."""
     shutil.copytree(whole, run)
     for name in names(run):
         if name > f"step-{step:08d}":

@@ -1,4 +1,4 @@
-"""A new run begins with the weights of another run, of a file, or of timm, and says which run is behind them."""
+"""A new run begins with the weights of another run, of a file, or of timm, and names the run that they come from."""
 
 import json
 import logging
@@ -134,7 +134,7 @@ def test_what_is_not_weights_is_one_line(world, tmp_path, capfd) -> None:
 
 
 def put_into_cache(cache: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
-    """Let the hub's cache, without a network, have timm's model of this name; returns the model."""
+    """Put timm's model of this name into the hub's cache, and cut off the network; return the model."""
     snapshot = cache / f"models--timm--{name}" / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
     (snapshot.parents[1] / "refs").mkdir()
@@ -191,7 +191,7 @@ def test_a_run_trained_at_one_size_is_evaluated_and_tuned_at_another(recipe_file
     done = karat_done(*command)
     assert f"begins with the weights of {base}; interpolated from 4 x 4 patches" in done.stdout
     assert summary(tuned)["steps"] == 3
-    shutil.rmtree(base)  # a run that goes on needs it no more
+    shutil.rmtree(base)  # a resumed run does not need it
     karat_done(*command[:-1], "train.max_steps=5")
     assert events(tuned, "resume")[0]["step"] == 3
 
@@ -226,12 +226,12 @@ def exported(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("number", range(3))
 def test_a_lie_beside_weights_is_one_line_before_training(number, exported, tmp_path) -> None:
-    """Whoever reads the weights: a third of the lies each."""
+    """Wrong metadata of weights end in one line before training; three readers each get a third of the cases."""
     lie, image = tmp_path / "lie.safetensors", str(tmp_path / "*.jpg")
     quick = ("train", str(exported.with_name("base.yaml")), *SMALL, "train.max_steps=1", "schedule.warmup_epochs=0")
     for place, (key, text) in enumerate(LIES[number::3]):
         save_file(load_file(exported), lie, {**read_metadata(exported), key: text})
-        run = tmp_path / str(place)  # this process holds the one before
+        run = tmp_path / str(place)  # this process still holds the one before
         for source in ("init_from", "distill.from")[number : number + 1]:
             line = karat_refuses(*quick, f"run.dir={run}", f"{source}={lie}")
             assert line.startswith(f"error: {source} = {lie}: {key}"), text[:40]

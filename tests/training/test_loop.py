@@ -15,7 +15,7 @@ from tests.training.nonfinite import KINDS, NonfiniteTrainer
 
 
 def _learned(trainer: Trainer) -> list[object]:
-    """Masters, optimizer states and averages."""
+    """Return copies of masters, optimizer states and averages."""
     engine = trainer.engine.deepspeed
     assert trainer.ema is not None
     states = [dict(state) for state in engine.basic_optimizer.state.values()]

@@ -1,4 +1,4 @@
-"""Under a fixed cap of memory, the materialised attention trains with a policy and fails in one line without."""
+"""Under a fixed memory limit, materialised attention trains if it is recomputed, and otherwise fails in one line."""
 
 import resource
 import subprocess
@@ -12,14 +12,14 @@ CAP = 1000 << 20
 
 
 def train_capped(run: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """`karat train` with at most so many bytes of data, as `ulimit -d` sets it."""
+    """Run `karat train` with at most CAP bytes of data, the limit that `ulimit -d` sets."""
     command = karat_command(["train", *arguments, f"run.dir={run}"])
     return run_to_end(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (CAP, CAP)))
 
 
 @pytest.mark.slow
 def test_a_small_model_fits_with_its_attention_recomputed(tmp_path) -> None:
-    """Without recomputing attention the run ends in one line that says what to change; with it, it ends well."""
+    """Without recomputing attention the run ends in one line that says what to change; with recomputing it succeeds."""
     recipe, none, run = tmp_path / "small.yaml", tmp_path / "none", tmp_path / "attention"
     recipe.write_text(
         "data: {backend: synthetic, synthetic_samples: 8}\nattention: {kind: karat, implementation: reference}\n"

@@ -1,4 +1,4 @@
-"""What a run says of its end, and leaves in summary.json."""
+"""What a run prints at its end, and leaves in summary.json."""
 
 import errno
 import shutil

@@ -1,4 +1,4 @@
-"""A rank that fails, is killed or never comes: the other one ends soon, with one line that says so."""
+"""When a rank fails, is killed or never starts, the other one ends soon, with one line that says so."""
 
 import json
 import os
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict[str, Any]:
-    """The exit codes and the words of two ranks, by case."""
+    """Return the exit codes and the output of two ranks, by case."""
     scratch = tmp_path_factory.mktemp("peers")
     environment = {**karat_environment(), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     output_of(sys.executable, "-m", "tests.training.peers", scratch, env=environment, timeout=900)
@@ -26,7 +26,7 @@ def outcomes(tmp_path_factory) -> dict[str, Any]:
 
 
 def errors(said: str) -> list[str]:
-    """The lines with which ranks end, without the name of the rank."""
+    """Return the error lines of ranks, without the names of the ranks."""
     assert "Traceback" not in said, said
     assert "frame #" not in said, said
     return [line.partition("error: ")[2] for line in said.splitlines() if "error: " in line]

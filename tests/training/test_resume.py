@@ -1,4 +1,4 @@
-"""The same run, in one piece or in many, ends in the same weights."""
+"""A run that is stopped and resumed ends with the same weights as one that is not."""
 
 import fcntl
 import json

@@ -54,7 +54,7 @@ def test_a_process_that_outlives_the_run_does_not_hold_its_directory(small_recip
     worker = context.Process(target=_outlive, args=(begun,))
     worker.start()
     assert begun.wait(30)  # a fork is not yet at its first line when start() returns
-    del directory  # as by a kill
+    del directory  # as a kill does
     RunDirectory(tmp_path / "run").open(small_recipe())
     assert worker.is_alive()
     worker.kill()
@@ -63,7 +63,7 @@ def test_a_process_that_outlives_the_run_does_not_hold_its_directory(small_recip
 
 @pytest.fixture
 def begun(small_recipe, tmp_path) -> RunDirectory:
-    """The directory of a run that has begun, with a checkpoint."""
+    """Return the directory of a run that has begun, with a checkpoint."""
     directory = RunDirectory(tmp_path / "run")
     (directory.store.root / "step-00000008").mkdir(parents=True)
     directory.begin(small_recipe())
@@ -86,7 +86,7 @@ REFUSED = [
     (["init_from=runs/a"], r"init_from \('' -> runs/a\)"),
     (["optim.lr=1", "schedule.min_lr=1e-6", "resume.allow=optim.lr"], r"resume.allow=\[optim.lr,schedule.min_lr\]'"),
     ([*AUGMENT, "augment.color_jitter=0.1", "optim.lr=1"], "and 1 more"),
-    # No leave is advised for another model, and none helps.
+    # resume.allow is not advised for another model, and does not help.
     *(
         ([change, "optim.lr=1"], r"another model cannot .*: choose another run.dir$")
         for change in ("attention.rank=3", "model.depth=3", "attention.basis=bspline")
@@ -117,7 +117,7 @@ def test_no_run_begins_within_another(begun, small_recipe) -> None:
         RunDirectory(begun.path / "checkpoints" / "new").open(small_recipe())
     RunDirectory(begun.path / ".." / "beside").open(small_recipe())
     inside = shutil.copytree(begun.path, begun.path / "moved here")
-    RunDirectory(inside).open(small_recipe())  # nothing is lost
+    RunDirectory(inside).open(small_recipe())  # a run that was moved into another
 
 
 def test_a_branch_is_of_the_same_model(small_recipe, tmp_path) -> None:
@@ -140,7 +140,7 @@ def test_a_branch_is_of_the_same_model(small_recipe, tmp_path) -> None:
 
 
 def hold(path: Path, held: Event, ended: Event, beats: bool) -> None:
-    """Claim a directory, with heartbeats that stop at once if not `beats`."""
+    """Claim a directory until `ended` is set; without `beats`, its heartbeats stop at once."""
     directory = RunDirectory(path)
     directory.claim()
     heartbeat = Heartbeat(path, 0).start()
@@ -171,7 +171,7 @@ def test_a_lock_whose_holder_shows_no_life_is_waited_for(tmp_path, monkeypatch, 
 
         def tell(*texts: object, **options: bool) -> None:
             print(*texts, **options)
-            Heartbeat(tmp_path / "run", 1).start().stop()  # of another node, which tells nothing of rank 0
+            Heartbeat(tmp_path / "run", 1).start().stop()  # of another rank, which says nothing about rank 0
             ended.set()
 
         monkeypatch.setattr(run_directory, "print", tell, raising=False)
@@ -201,7 +201,7 @@ def test_a_start_that_left_no_checkpoint_does_not_hold_the_directory(small_recip
     assert directory.begins_anew(other)
     (directory.store.root / "step-00000001").mkdir(parents=True)
     assert not directory.begins_anew(other)
-    assert not directory.begins_anew(small_recipe("resume.mode=never"))  # at the next of its image sizes
+    assert not directory.begins_anew(small_recipe("resume.mode=never"))  # as at the next image size of a run
     with pytest.raises(RunDirectoryError, match=r"attention.grid \(2 -> 5\)"):
         RunDirectory(directory.path).admit(other)
 
@@ -266,15 +266,18 @@ def test_a_state_resumes_only_with_its_own_data(small_recipe) -> None:
     allowed = small_recipe("resume.allow=data.path")
     assert keep_data(state, 40, *dogs, recipe=allowed) == changed
     assert keep_data(state, 40, *dogs) == ""
-    assert keep_data(state, 40, "SHARDS:3", dogs[1]) == ""  # of a folder and of its shards, nobody can tell
-    assert keep_data(TrainState(train_images=40), 40, *dogs) == ""  # of a version that did not say
+    assert keep_data(state, 40, "SHARDS:3", dogs[1]) == ""  # a folder and its shards cannot be compared
+    assert keep_data(TrainState(train_images=40), 40, *dogs) == ""  # saved by a version that did not note it
     other = "9 validation images where it had 10, so its scores are of other images than before"
     assert keep_data(state, 40, *dogs, tested=9) == other
     assert keep_data(state, 40, *dogs, tested=9) == ""
 
 
 def test_an_image_in_place_of_another_is_other_data(recipe_file, image_folder, tmp_path, capsys) -> None:
-    """As many images of the same classes, but others in each batch: some twice in an epoch, and some never."""
+    """As many images of the same classes may be other data, because a renamed image changes the order.
+
+    A resumed epoch would then see some images twice, and others never.
+    """
     shutil.copytree(image_folder, tmp_path / "images")
     folder = ("data.backend=folder", f"data.path={tmp_path / 'images'}", "data.workers=0")
     train = partial(karat_here, "train", str(recipe_file), *folder)

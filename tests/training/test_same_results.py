@@ -1,4 +1,4 @@
-"""A short run gives what it gave before the loop stopped waiting for the device, recorded then."""
+"""A short run has the results that were recorded before the loop stopped waiting for the device."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
-"""Wherever a run is stopped, at every stage, it ends with the same bits as one that was not.
+"""A run that is stopped at any point, at any stage, ends with the same bits as one that was not stopped.
 
-A sample runs by default, the whole matrix by `pytest --slow=all tests/training/test_save_points.py`.
+A sample of the cases runs by default; `pytest --slow=all tests/training/test_save_points.py` runs all of them.
 """
 
 import signal
@@ -22,8 +22,8 @@ from tests.training.runs import last_tensors, losses
 
 STEPS_PER_EPOCH = 4  # 32 samples in batches of 8; two epochs
 
-# Where the signal comes: (step, moment). "in evaluation" leaves the epoch's evaluation to the resumed run; "in a step",
-# between two micro batches, gives the step up: the resumed run takes it again.
+# Where the signal comes: (step, moment). At "in evaluation", the resumed run does the epoch's evaluation. At "in a
+# step", between two micro batches, the step is given up, and the resumed run takes it again.
 POINTS = {
     "inside the first step": (0, "in a step"),
     "inside a step": (5, "in a step"),
@@ -69,7 +69,7 @@ class StoppingTrainer(Trainer):
 
 
 def train_to_the_end(recipe: Recipe, world: World, stop: tuple[int, str] | None = None) -> dict[str, object]:
-    """Train, or go on, in the recipe's directory; returns all that its last checkpoint holds, and the losses so far."""
+    """Train or resume in the recipe's directory; return what its last checkpoint holds, and the losses so far."""
     run = Path(recipe.run.dir)
     run.mkdir(exist_ok=True)
     reporter = Reporter(PlainDisplay(), MetricsLog(run / "metrics.jsonl"))
@@ -86,7 +86,7 @@ def train_to_the_end(recipe: Recipe, world: World, stop: tuple[int, str] | None 
 
 @pytest.mark.parametrize(("config", "precision", "point"), MATRIX)
 def test_resume_is_bit_equal(small_recipe, world, tmp_path, config, precision, point) -> None:
-    # Dropout needs each rank's generator to go on where it stood.
+    # Dropout needs each rank's generator to resume in its saved state.
     own = [f"deepspeed.config={config}", f"train.precision={precision}", "model.proj_drop=0.1", "data.workers=0"]
     own.append("log.every_steps=3")  # so that most stops are between two lines of the log
     if POINTS[point][1] == "in a step":

@@ -69,7 +69,7 @@ def test_the_chosen_interval_costs_less_than_shorter_and_longer_ones() -> None:
         minutes, said = interval.choose(stall, 3 * stall)
 
         def cost(seconds: float, stall: float = stall) -> float:
-            """The share of time for saves and for work that is done again, if failures come at random."""
+            """Return the time spent for a second of training, with saves and repeated work, if failures are random."""
             share = (seconds + stall) / between
             return between * math.expm1(share) / seconds
 
@@ -129,7 +129,7 @@ def test_a_pause_makes_the_next_stretch_short_and_no_later_one() -> None:
 
 
 class _Two(World):
-    """Rank 0 of two; the other wishes nothing."""
+    """The world of rank 0 of two ranks, where the other has no wishes."""
 
     def maxima(self, *values: int) -> list[int]:
         return list(values)
@@ -179,7 +179,7 @@ def test_signals_are_remembered_spare_a_compiler_and_a_second_ctrl_c_quits_in_a_
     process.stdin.close()  # the compiler has nothing more to do
     assert process.stdout.readline() == "0\n"
     process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGINT)  # is answered also where another signal was the first
+    process.send_signal(signal.SIGINT)  # is answered although another signal came first
     told = "\nstopping: the state is saved first; Ctrl-C again quits at once\n"
     assert "".join(process.stderr.readline() for _ in range(2)) == told
     assert process.poll() is None
@@ -241,7 +241,7 @@ def test_ranks_stop_with_a_checkpoint_when_their_launcher_is_killed(recipe_file,
         rank.kill()
     output, _ = process.communicate()
     assert not alive, output
-    assert "the launcher has ended; this rank stops, too" in output  # of one rank, the other may hear it sooner
+    assert "the launcher has ended; this rank stops, too" in output  # of one rank; the other may stop sooner
     assert "Traceback" not in output
     assert summary(run)["exit"] == 75
     steps = summary(run)["steps"]

@@ -26,7 +26,7 @@ Command = Callable[..., list[str]]
 
 @pytest.fixture(scope="module")
 def recipe(shards, tmp_path_factory) -> Path:
-    """A recipe whose epochs are 64 images of a stream of six tars with 58."""
+    """Return a recipe with epochs of 64 images, from a stream of six tars with 58 images."""
     root = tmp_path_factory.mktemp("stream")
     tars = write_stream(root / "tars", (9, 11, 8, 12, 4, 14), classes=4)
     data = {"path": str(shards), "order": "stream", "stream": f"pipe:cat {tars}/{{0..5}}.tar", "stream_samples": 64}
@@ -58,7 +58,10 @@ def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(recipe, tmp_pa
 
 @pytest.mark.slow
 def test_ctrl_c_reaches_no_command_and_leaves_none(recipe, tmp_path) -> None:
-    """The signal goes to the whole group of the trainer, which needs the output of its commands until it has saved."""
+    """Ctrl-C does not end the stream's commands, because the trainer needs their output until it has saved.
+
+    The signal goes to the whole group of the trainer. No command is left when the trainer has ended.
+    """
     tars = recipe.parent / "tars"
     stream = f"data.stream=pipe:cat {tars}/{{0..5}}.tar; sleep 0.1; true {tmp_path}"
     run = tmp_path / "run"

@@ -36,13 +36,13 @@ def names(url: str) -> list[str]:
 
 @pytest.fixture
 def url(s3, tmp_path) -> str:
-    """A place on the server where nothing is."""
+    """Return the URL of an empty place on the server."""
     return s3(tmp_path / "nothing")
 
 
 @pytest.fixture
 def train(recipe_file, url, tmp_path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
-    """Train the small recipe, with its copy at the URL, in the directory of a name."""
+    """Return a function that trains the small recipe in the directory of a name, with a copy at the URL."""
 
     def run(name: str, *overrides: str, code: int = 0, processes: int = 1) -> "subprocess.CompletedProcess[str]":
         arguments = ("train", str(recipe_file), f"run.dir={tmp_path / name}", f"checkpoint.url={url}", *overrides)
@@ -55,7 +55,7 @@ def train(recipe_file, url, tmp_path) -> Callable[..., "subprocess.CompletedProc
 
 @contextmanager
 def spoiling(port: int, spoil: Callable[[int, Asked], Fault | None]) -> Iterator[None]:
-    """Inside the block clients ask a proxy of the server, which spoils answers."""
+    """Inside the block, let clients ask a proxy of the server, which spoils answers."""
     with FaultyProxy(port, spoil=spoil) as proxy, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
         yield
@@ -102,7 +102,7 @@ def test_what_was_cut_off_is_fetched_again(s3, tmp_path) -> None:
     (there / "owner.json").write_text(json.dumps(owner))
     url = s3(there)
     run.mkdir()
-    (run / "snapshots").touch()  # a file where a directory must be: the disk does not take the second file
+    (run / "snapshots").touch()  # a file in place of the directory, so the second file cannot be written
     with pytest.raises(FileExistsError):
         fetch_run(url, str(run), ["latest"])
     assert (run / "recipe.yaml").is_file()
@@ -134,7 +134,7 @@ def test_ranks_beat_while_a_store_moves() -> None:
 
     beats: list[str] = []
     assert follow(ALONE, Slow(), lambda: beats.append("beat"))
-    assert len(beats) == 3  # at first, and when something came
+    assert len(beats) == 3  # at first, and when data came
     assert not follow(ALONE, Slow(), lambda: None, lambda: True)
 
 
@@ -204,7 +204,7 @@ def test_weights_of_the_same_size_are_sent_where_another_recipe_made_them(url, t
     run.mkdir()
     for recipe, bytes_sent in ((b"lr 1", 4), (b"lr 2", 8), (b"lr 2", 8)):
         (run / "teacher.safetensors").write_bytes(recipe)
-        RunUrl(url).upload_files(run, count)  # by a start of its own
+        RunUrl(url).upload_files(run, count)  # as a new start does
         assert WritableStore(url).read_small("teacher.safetensors", 99) == recipe
         assert sent == bytes_sent
 
@@ -231,7 +231,7 @@ def test_a_run_is_copied_and_fetched(train, url, tmp_path) -> None:
     assert "top-1" in there
     # A directory that has this run keeps what it has; another run's is refused.
     karat_done("fetch", url, str(again))
-    # What it has beyond the copy stays, its log and pointer too.
+    # What it has beyond the copy stays, also its log and pointer.
     newer = again / "checkpoints" / "step-99999999"
     shutil.copytree(again / "checkpoints" / fetched.names()[0], newer)
     (again / "checkpoints" / "latest").write_text(f"{newer.name}\n")
@@ -268,13 +268,13 @@ def test_a_run_goes_on_elsewhere_with_the_same_bits(recipe_file, trained, train,
 def test_the_best_checkpoint_comes_along(train, url, tmp_path) -> None:
     train("run", "checkpoint.every_steps=2")
     best = f"step-{summary(tmp_path / 'run')['best_step']:08d}"
-    WritableStore(f"{url}/checkpoints").remove(["best"])  # as if a kill had been before it
+    WritableStore(f"{url}/checkpoints").remove(["best"])  # as if a kill had come before it
     shutil.rmtree(tmp_path / "run")
     store = CheckpointStore(tmp_path / "elsewhere" / "checkpoints")
     assert "is missing" not in train("elsewhere", "checkpoint.every_steps=2").stdout
     assert set(store.names()) == {best, f"step-{STEPS:08d}"}
     assert store.pointed("best") == best
-    # A start that is cut off after the newest one, before the best.
+    # As after a start that was killed between the newest checkpoint and the best.
     shutil.rmtree(store.root / best)
     (store.root / "best").unlink()
     assert "is missing" not in train("elsewhere", "checkpoint.every_steps=2").stdout
@@ -289,7 +289,7 @@ def test_damage_at_the_url_is_named_and_the_one_before_is_taken(train, url, tmp_
     done = train("elsewhere", "checkpoint.every_steps=3")
     assert f"warning: checkpoint {newest} at {url} is damaged: " in done.stdout
     assert f"resumed from {before}" in done.stdout
-    # The run has written it anew.
+    # The run has written the damaged checkpoint again.
     karat_done("fetch", url, str(tmp_path / "fetched"), "--checkpoint", "latest")
 
     for name in names(url):
@@ -371,7 +371,7 @@ def test_a_stopped_run_has_its_last_checkpoint_at_the_url(recipe_file, url, tmp_
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_kills_at_many_moments_of_the_copy(recipe_file, s3, s3_port, tmp_path) -> None:
-    """A run that saves at each step is killed again and again, each time in a new directory: what is there is whole."""
+    """Kills of a run that saves at each step leave whole checkpoints at the URL; each start has a new directory."""
     with FaultyProxy(s3_port, latency=0.01) as proxy:
         url, seen = s3(tmp_path / "nothing", proxy.port), ""
         for number in range(4):
@@ -388,7 +388,7 @@ def test_kills_at_many_moments_of_the_copy(recipe_file, s3, s3_port, tmp_path) -
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_later_start_takes_the_url_over(recipe_file, train, url, tmp_path) -> None:
-    """A run that goes on elsewhere while the first still trains: the first copies nothing more, and says so."""
+    """When a second start resumes the run while the first still trains, the first copies nothing more and says so."""
     own = ("train.epochs=500", "checkpoint.every_steps=2")
     first = start(recipe_file, tmp_path / "first", *own, f"checkpoint.url={url}")
     wait_for_checkpoint(tmp_path / "first", 4, first)

@@ -27,7 +27,7 @@ KERNELS = 40
 def test_a_step_reads_nothing(small_recipe, world, as_on_a_gpu, precision) -> None:
     trainer = make_trainer(small_recipe(*QUIET, f"train.precision={precision}", "deepspeed.config=zero0"), world)
     batches = trainer.feed(100)
-    for _ in range(20):  # now the ranks have agreed on when to agree next
+    for _ in range(20):  # until the next agreement is more than a step away
         trainer.step(trainer.micro_batches(batches))
         trainer.save_or_stop()
     trainer._save_points.agreement._next = 1000
@@ -40,7 +40,7 @@ def test_a_step_reads_nothing(small_recipe, world, as_on_a_gpu, precision) -> No
 
 
 class EmulatedEngine:
-    """A model on a device that computes nothing, whose values cannot be read; what it launches is not counted."""
+    """An engine on a device that computes nothing, so its values cannot be read; its own kernels are not counted."""
 
     loss_scale = None
 
@@ -118,7 +118,7 @@ def test_an_evaluation_stays_on_the_device_until_its_end(small_recipe, world, mo
 
 
 class Plain:
-    """Batches that are there already."""
+    """A feed of batches that are ready."""
 
     def __init__(self, batches: list[Batch], device: torch.device) -> None:
         self._batches = iter(batches)

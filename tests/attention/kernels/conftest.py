@@ -1,4 +1,4 @@
-"""The instruction sets of the CPU kernel, and a count of the calls in which the content form has no kernel."""
+"""Fixtures: the instruction sets of the CPU kernel, and a count of calls that are computed by rows."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from karat_scale.foundation import native_build
 
 @pytest.fixture
 def by_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How often the rows of psi were computed one after another."""
+    """Return a list that gains an item each time `attend_rows` computes a call in place of a kernel."""
     counted, attend = [], variants.attend_rows
     monkeypatch.setattr(variants, "attend_rows", lambda *call: counted.append(1) or attend(*call))
     return counted
@@ -16,7 +16,7 @@ def by_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture(params=native_build.INSTRUCTION_SETS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An instruction set of this machine, which the CPU kernel now uses."""
+    """Make the CPU kernel use an instruction set and return its name; skip the test if this CPU lacks it."""
     name: str = request.param
     if name not in native_build._available_instruction_sets():
         pytest.skip(f"this CPU has no {name}")

@@ -1,4 +1,4 @@
-"""A CUDA driver that loads and launches nothing, so that Triton compiles and binds kernels for any GPU without one."""
+"""A CUDA driver that loads and launches nothing, so that Triton compiles and binds kernels for absent GPUs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,10 +32,10 @@ class Launched(NamedTuple):
 
 
 class FakeDriver:
-    """What Triton asks of a driver, for one architecture.
+    """What Triton needs of a driver, for one architecture.
 
-    `launches` are all launches in order; `binaries` the cubin of each kernel that was loaded, by name, with its
-    metadata.
+    `launches` holds all launches in order. `binaries` holds the name, cubin and metadata of each kernel that was
+    loaded.
     """
 
     def __init__(self, architecture: int) -> None:
@@ -44,7 +44,7 @@ class FakeDriver:
         self.binaries: list[tuple[str, bytes, Any]] = []
         self.utils = self
 
-    # As `driver.active`.
+    # The methods of `driver.active`.
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.architecture, 32)
 
@@ -67,7 +67,7 @@ class FakeDriver:
         return name
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        """A launcher of one compiled kernel."""
+        """Return a launcher of one compiled kernel, which only records its launches."""
         self._metadata = metadata
         launches, name = self.launches, metadata.name
 
@@ -76,7 +76,7 @@ class FakeDriver:
 
         return launch
 
-    # As `driver.active.utils`.
+    # The methods of `driver.active.utils`.
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         self.binaries.append((name, binary, self._metadata))
         return 1, 2, 0, 0, 1024
@@ -90,7 +90,7 @@ class FakeDriver:
 
 @contextmanager
 def fake_driver(architecture: int) -> Iterator[FakeDriver]:
-    """Lets Triton believe in a GPU of a compute capability, 90 for 9.0."""
+    """Yield a driver that makes Triton compile for a compute capability, such as 90 for 9.0."""
     from karat_scale.attention.kernels import triton_backward, triton_forward, triton_launch, triton_psi
 
     kernels = [
@@ -104,7 +104,7 @@ def fake_driver(architecture: int) -> Iterator[FakeDriver]:
     ]
 
     def forget() -> None:
-        max_shared_mem.cache_clear()  # or the next architecture would have this one's limit
+        max_shared_mem.cache_clear()  # otherwise the next architecture gets this one's limit
         triton_launch._forward_plans.clear()
         triton_launch._backward_plans.clear()
         triton_launch._psi_launches.clear()
@@ -117,6 +117,6 @@ def fake_driver(architecture: int) -> Iterator[FakeDriver]:
     try:
         yield fake
     finally:
-        # Kernels unload themselves by the active driver.
+        # Kernels unload themselves through the active driver, so they are forgotten before it changes.
         forget()
         driver._active = before

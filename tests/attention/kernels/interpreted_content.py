@@ -1,4 +1,4 @@
-"""What the Triton kernels of the content form compute, by Triton's interpreter; `test_triton_content.py` runs this."""
+"""Tests of the content form's Triton kernels in Triton's interpreter; `test_triton_content.py` runs this file."""
 
 import copy
 
@@ -30,7 +30,7 @@ def drawn(*shape, seed=0, scale=1.0):
 
 
 def plain(query, key, value, psi):
-    """psi(A) V as the equation says it."""
+    """Return psi(A) V, computed as the equation says."""
     scores = query @ key.mT / query.shape[-1] ** 0.5
     grid = psi.shape[1] // 2
     constant, cos, sin = (x[..., None, None] for x in psi.split((1, grid, grid), 1))
@@ -41,7 +41,7 @@ def plain(query, key, value, psi):
 
 
 def compare(dtype, shape, *, logits=1.0, scale=1.0, tolerance=None, attend=triton_fourier.attend_psi):
-    """Values and every gradient against the equation in float64, of the same rounded inputs."""
+    """Assert that values and every gradient agree with the equation in float64 on the same rounded inputs."""
     batch, heads, tokens, width, value_width, grid = shape
     qk = [drawn(batch, heads, tokens, width, seed=n, scale=logits**0.5).to(dtype) for n in (1, 2)]
     value = drawn(batch, heads, tokens, value_width, seed=3).to(dtype)

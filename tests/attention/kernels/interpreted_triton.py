@@ -1,4 +1,4 @@
-"""What the Triton kernels compute, by Triton's interpreter on the CPU.
+"""Tests of what the Triton kernels compute, in Triton's interpreter on the CPU.
 
 The interpreter must be chosen before Triton is imported, so `test_triton_fourier.py` runs this file in a process of
 its own.
@@ -39,7 +39,7 @@ def draw(shape, dtype, seed=0, scale=1.0):
 
 
 def compare(dtype, shape, *, logits=1.0, seed=0, tolerance=None, scale=1.0, **options):
-    """Values and every gradient against the float64 reference on the same, rounded inputs."""
+    """Assert that values and every gradient agree with the float64 reference on the same rounded inputs."""
     call = make_call(*shape, logits=logits, seed=seed).to(dtype)
     upstream = draw(call.value.shape, dtype, seed, scale)
     tolerance = tolerance or max(TOLERANCE[dtype], 5e-8 * shape[5] * call.largest_score)
@@ -115,7 +115,7 @@ def test_a_base_activation_and_a_bias_agree_with_the_oracle():
 
 
 def draw_mask(shape, seed=0):
-    """Three pairs of five, and one query that takes part in none."""
+    """Return a mask that keeps about three pairs in five and, if there is a query 3, none of its pairs."""
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.6
     if shape[-2] > 3:
         mask[..., 3, :] = False
@@ -184,7 +184,7 @@ def test_masked_long_ranks_are_cut_and_batches_summed_in_parts(monkeypatch):
     ],
 )
 def test_an_infinite_input_shows_wherever_it_does_in_the_equation(dtype, masked, names):
-    """So that a guard against NaN sees it."""
+    """An infinite input must not vanish in a kernel, because a guard against NaN would then miss it."""
     mask = torch.ones(20, 20, dtype=torch.bool).triu() if masked else None
     for name in names:
         call = make_call(1, 1, 20, 16, 4, 1).to(dtype)
@@ -226,7 +226,7 @@ def tf32():
 def test_tf32_where_torch_allows_it(tf32):
     compare(torch.float32, (1, 1, 20, 16, 4, 2), tolerance=1e-3)
     call = make_call(1, 1, 20, 16, 4, 2).to(torch.float32)
-    # Features are rounded, so that the switch is seen to do something; scores are not.
+    # The switch has an effect, because features are rounded. Scores are not.
     assert triton_launch.products(torch.float32, True).scores == "tf32x3"
     exact = fourier_karat_attention(*call.to(torch.float64), implementation="reference")
     assert relative_error(fourier_karat_attention(*call, implementation="triton"), exact) > 2e-6
@@ -257,7 +257,7 @@ def test_units_of_16_bits_are_within_a_thousandth(grid, largest):
     plan = ForwardPlan(sizes, products, "zero", (*strides, None, None, None, value.stride()), (1, 1))
     coef, scale = torch.empty(1, 2 * grid, 128, 16, dtype=torch.float16), torch.empty(1)
     narrow, output = torch.empty(1, 1, 16, 64, dtype=torch.bfloat16), torch.empty_like(value)
-    hidden = torch.empty(1, 1, 40, 16)  # not rounded to 16 bits, which would hide the error that is asked for
+    hidden = torch.empty(1, 1, 40, 16)  # in float32, because rounding to 16 bits would hide the error under test
     plan.prepare(cos, sin, proj, value, None, coef, scale, narrow, None)
     plan.forward(query, key, None, None, coef, scale, narrow, proj, value, output, hidden)
     scores = query.double() @ key.double().mT / 8

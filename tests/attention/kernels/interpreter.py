@@ -1,6 +1,6 @@
 """Triton's interpreter with the bfloat16 arithmetic of the hardware.
 
-It keeps bfloat16 as raw uint16: its products multiply the raw bits, and its casts cut where the hardware rounds.
+Triton keeps bfloat16 as raw uint16: its products multiply the raw bits, and its casts truncate where hardware rounds.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def install_bfloat16() -> None:
-    """Mends products and casts of bfloat16 for this process."""
+    """Correct the products and casts of bfloat16 in this process."""
     create_dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def mended_dot(self, a, b, *rest):

@@ -1,4 +1,4 @@
-"""Runs the Triton operator's forward and backward pass by a fake driver, and reads what was compiled."""
+"""Run the Triton operator's forward and backward pass with a fake driver, and read what was compiled."""
 
 import re
 import subprocess
@@ -19,9 +19,13 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Compiled(NamedTuple):
-    """One kernel: registers and bytes of stack of a thread (0 where nothing spills), bytes of shared memory, columns of
-    tensor memory (a multiprocessor of compute capability 10 has 512), and the instructions of the main loop for each
-    score that a thread computes (None where a kernel computes none)."""
+    """A compiled kernel.
+
+    `registers` and `stack` are those of a thread; the stack, in bytes, is 0 where nothing spills. `shared` is in bytes.
+    `tensor_memory` is in columns; a multiprocessor of compute capability 10 has 512. `tensor_core` is the number of
+    matrix instructions. `loop_per_score` is the number of instructions in the main loop for each score that a thread
+    computes, or None for a kernel that computes none.
+    """
 
     name: str
     registers: int
@@ -41,7 +45,10 @@ def arguments(
     mask: tuple[int, ...] | None = None,
     strided: bool = True,
 ) -> tuple[Tensor | None, ...]:
-    """query, key and value as views of one projection's output, float32 parameters, a bias and a mask."""
+    """Return query, key and value, float32 parameters, a bias and a mask.
+
+    If `strided`, query, key and value are views of one projection's output.
+    """
     batch, heads, tokens, width = sizes[:4]
     fused = torch.zeros(batch, tokens, 3, heads, width, dtype=dtype).permute(2, 0, 3, 1, 4)
     query, key, value = fused.unbind() if strided else fused.contiguous().unbind()
@@ -59,7 +66,7 @@ def launch(
     bias: tuple[int, ...] | None = None,
     mask: tuple[int, ...] | None = None,
 ) -> tuple[list[Launched], list[Launched], FakeDriver]:
-    """The launches of a forward and of a backward pass on a GPU of `architecture`."""
+    """Return the launches of a forward and of a backward pass on a GPU of `architecture`, and the driver."""
     given = arguments(sizes, dtype, bias, mask)
     with fake_driver(architecture) as driver:
         output, *kept = triton_fourier._forward(*given, base)
@@ -71,7 +78,7 @@ def launch(
 def compiled(
     driver: FakeDriver, sizes: Sizes, dtype: torch.dtype = torch.bfloat16, paired: bool = False
 ) -> list[Compiled]:
-    """What ptxas made of the kernels that were launched, in order."""
+    """Return what ptxas made of the kernels, in the order in which they were loaded."""
     tiles = {"forward_kernel": "forward", "grad_query_kernel": "grad_query", "grad_key_kernel": "grad_key"}
     products = products_of(dtype, dtype, dtype)
     found = []
@@ -91,19 +98,19 @@ def compiled(
 
 
 def count_instructions(code: Sequence[str]) -> int:
-    """The lines that are no labels."""
+    """Return the number of lines that are not labels."""
     return sum(not line.endswith(":") for line in code)
 
 
 def innermost_loops(code: Sequence[str]) -> list[Sequence[str]]:
-    """The bodies of loops that hold a matrix product and no other such loop."""
+    """Return the bodies of the loops that hold a matrix product and no other such loop."""
     spans = [span for span in loops(code) if any("MMA" in line for line in code[slice(*span)])]
     inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
     return [code[slice(*span)] for span in inner]
 
 
 def loops(code: Sequence[str]) -> list[tuple[int, int]]:
-    """First and last line + 1 of each backward branch's body."""
+    """Return for each backward branch the first line of its body and the line after its last."""
     labels = {line[:-1]: i for i, line in enumerate(code) if line.endswith(":")}
     found = []
     for i, line in enumerate(code):
@@ -114,7 +121,7 @@ def loops(code: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def _disassemble(binary: bytes) -> tuple[str, list[str]]:
-    """cuobjdump's resource usage, and the instructions and labels."""
+    """Return the resource usage that cuobjdump prints, and the instructions and labels of nvdisasm."""
     with TemporaryDirectory() as directory:
         cubin = Path(directory, "kernel.cubin")
         cubin.write_bytes(binary)

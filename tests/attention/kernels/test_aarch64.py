@@ -1,6 +1,7 @@
-"""The CPU kernel, built for aarch64 and run by an emulator, in the place of this machine's own.
+"""Tests of the CPU kernel, built for aarch64 and run by an emulator in place of this machine's own.
 
-`make test-aarch64` installs what it needs. CI runs it each time. An emulator says nothing of speed.
+`make test-aarch64` installs the compiler and the emulator and runs these tests, as CI does. An emulator shows nothing
+of the kernel's speed.
 """
 
 import ctypes
@@ -31,7 +32,7 @@ pytestmark = [
 
 
 class Emulated:
-    """The kernel's library, as ctypes would load it: each call is sent to the emulator with all that it points to."""
+    """The kernel's library as ctypes would load it. Each call goes to the emulator with the tensors it points to."""
 
     def __init__(self, program: Path) -> None:
         self._program = program
@@ -60,7 +61,7 @@ class Emulated:
 
 
 def tensors(call: Any):
-    """Where each tensor's address is in the call, the address, and its bytes up to its last element."""
+    """Yield where each tensor's address is in the call, the address, and the number of bytes up to its last element."""
     heads, items = (call.batch, call.heads, call.tokens, call.width), (call.batch, call.heads, call.tokens, call.rank)
     coefficients, projector = (call.heads, call.rank, call.tokens, call.grid), (call.heads, call.tokens, call.rank)
     psi = (call.heads, 2 * call.grid + 1)
@@ -79,7 +80,7 @@ def tensors(call: Any):
 
 
 def extent(shape, strides) -> int:
-    """From the first to the last element, in elements."""
+    """Return how many elements of memory lie from the first to the last element, both included."""
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
@@ -127,7 +128,7 @@ def test_bias_and_mask(dtype, bias, mask):
     assert_close(test_cpu.fast(call, upstream, **options), expected, 2e-5 if dtype == torch.float32 else 1e-2)
 
 
-# Those of the kernel's other tests that an emulator runs in seconds.
+# The other tests of the kernel that an emulator runs in seconds.
 test_a_handful_of_tokens = test_cpu.test_a_handful_of_tokens
 test_rounding = test_cpu.test_sixteen_bits_are_rounded_as_pytorch_rounds_them
 test_large_scores = test_cpu.test_scores_up_to_sixty_keep_their_phase

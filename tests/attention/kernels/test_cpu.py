@@ -29,7 +29,7 @@ def normal(shape, seed, dtype=torch.float32):
 
 
 def as_one_projection(call):
-    """Query, key and value as timm's layers hold them: views of one projection's output."""
+    """Return query, key and value as timm's layers hold them, as views of one projection's output."""
     fused = torch.stack([x.detach().transpose(1, 2) for x in call[:3]], dim=2).permute(2, 0, 3, 1, 4)
     return [x.requires_grad_() for x in fused.unbind()]
 
@@ -71,7 +71,7 @@ def test_a_handful_of_tokens():
     for tokens in range(1, 20):
         call = make_call(2, 2, tokens, 5, 3, 3, logits=0.1, seed=tokens).to(torch.float32)
         upstream = normal(call.value.shape, tokens)
-        # Over so few numbers a sum may cancel, and a relative bound with it.
+        # A sum of so few numbers may cancel, which makes its relative error large.
         assert_close(fast(call, upstream), oracle(call, upstream), 2e-5)
 
 
@@ -173,19 +173,19 @@ def test_bias_and_mask_match_the_oracle(dtype, batch, heads, tokens, width, rank
     actual = fast(call, upstream, **options)
     expected, tolerance = oracle(call, upstream, **options), 2e-5 if dtype == torch.float32 else 1e-2
     assert_close(actual[:7], expected[:7], tolerance)
-    # A number for all pairs has the sum of their gradients, of which most cancel.
+    # A bias of one number for all pairs gets the sum of their gradients, and most of these cancel.
     assert actual[7].shape == bias_shape
     assert relative_error(actual[7], expected[7]) < 50 * tolerance
 
 
 def broadcast(sizes, whole):
-    """A shape that broadcasts to `sizes`."""
+    """Return a shape that broadcasts to `sizes`, with 1 where `whole` is false."""
     return tuple(size if chosen else 1 for size, chosen in zip(sizes, whole, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shifted_windows(dtype):
-    """What Swin hands over: a bias for each head, a mask for each window, and pairs in groups that see their own."""
+    """The calls of Swin are right: they have a bias for each head, and for each window a mask by groups of tokens."""
     call = make_call(8, 3, 49, 32, 12, 3).to(dtype)
     upstream = normal(call.value.shape, 1, dtype)
     bias = normal((1, 3, 49, 49), 2, dtype).requires_grad_()
@@ -267,7 +267,7 @@ def test_the_same_bits_for_any_number_of_threads(dtype):
 
 @pytest.mark.slow
 def test_backward_takes_little_memory_beside_its_results(isa):
-    """At small batches the sums of threads and parts of the batch would otherwise be as large as the results."""
+    """A small batch needs less than 0.8 MB beside its results, because its parts are added to one sum per head."""
     case = Case("tiny", batch=4, grid=3, rank=12, dtype="fp32", device="cpu")
     results = 4 * 4 * 3 * 197 * (4 * 64 + 12) + 4 * 3 * 197 * 12 * 7  # O, dQ, dK, dV, H; those of the parameters
     assert peak_memory("cpu", case) < results / 1e6 + 0.8

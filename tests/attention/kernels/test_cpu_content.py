@@ -1,4 +1,4 @@
-"""The content form by one kernel, with each instruction set, against the same module in float64, which takes rows."""
+"""The content form's CPU kernel, with each instruction set, against the same module in float64, computed by rows."""
 
 import copy
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("isa")
 
 
 def split(heads):
-    """Query, key and value, and the gradient of the output."""
+    """Split the heads into query, key and value, and the gradient of the output."""
     return heads[:3], heads[3]
 
 

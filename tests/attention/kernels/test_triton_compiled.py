@@ -13,8 +13,8 @@ from tests.attention.kernels.operator_launches import TOOLS, arguments, compiled
 
 pytestmark = pytest.mark.skipif(not (TOOLS / "nvdisasm").exists(), reason="this build of triton brings no nvdisasm")
 
-# KiB of shared memory of a multiprocessor, of which the system keeps one for each program; its registers; and columns
-# of tensor memory, which those of compute capability 10 have.
+# A multiprocessor's KiB of shared memory (the system keeps one KiB for each program), its registers, and its columns of
+# tensor memory, which only compute capability 10 has.
 SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 103: 228, 120: 100, 121: 100}
 REGISTERS = 65536
 TENSOR_MEMORY = 512
@@ -32,7 +32,7 @@ def warps_per_multiprocessor(kernel, architecture):
 
 
 def check(architecture, sizes, dtype=torch.bfloat16, stack=0, **options):
-    """The kernels by name: they fit, and spill at most so many bytes."""
+    """Assert that the kernels fit and spill at most `stack` bytes, and return them by name."""
     *_, driver = launch(architecture, sizes, dtype, **options)
     kernels = compiled(driver, sizes, dtype, bool(options))
     for kernel in kernels:
@@ -44,7 +44,8 @@ def check(architecture, sizes, dtype=torch.bfloat16, stack=0, **options):
 
 
 # Instructions of the main loop for each score, of the forward kernel, dQ, and dK with dC, by the number of harmonics:
-# with the asynchronous products of an H100, and with those that all others have (compute capability 10 has its own).
+# with the asynchronous products of an H100, and with those that all GPUs have. (These kernels do not use the products
+# that only compute capability 10 has.)
 HOPPER = {1: (9, 11, 13), 3: (16, 22, 32)}
 OTHERS = {1: (12, 15, 19), 3: (19, 26, 36)}
 
@@ -63,7 +64,7 @@ def test_instructions_a_score_on_hopper(grid):
     check_budget(90, grid)
 
 
-# Of Swin: windows of 49 tokens with a position bias, every second layer with a mask.
+# Swin's windows: 49 tokens with a position bias, and in every second layer a mask.
 WINDOWS = Sizes(batch=2, heads=2, tokens=49, width=32, value_width=32, rank=12, grid=3)
 BIAS, MASK = (1, 2, 49, 49), (2, 1, 49, 49)
 
@@ -86,7 +87,7 @@ def test_every_pairing_of_bias_and_mask_spills_nothing_on_hopper():
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations that would launch a kernel: all but views and new memory."""
+    """A dispatch mode that keeps the names of operations that would launch a kernel: all but views and new memory."""
 
     def __init__(self):
         super().__init__()
@@ -99,7 +100,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# A bias's gradient takes a sum and a copy; more harmonics than one program holds sums of, a kernel of their own.
+# The gradient of a bias takes a sum and a copy. More harmonics than one program holds sums of take another kernel.
 HARD = sizes_of(16, 4, 5, tokens=20)
 
 
@@ -162,7 +163,7 @@ def test_the_papers_operator_fits_each_architecture(architecture):
     for grid in (1, 3):
         check_budget(architecture, grid)
     check(architecture, PAPER, torch.float16)
-    # A few bytes where a mask's words are one value more than there are registers.
+    # With a mask there is one value more than there are registers, so a few bytes spill.
     check(architecture, WINDOWS, stack=16, bias=BIAS, mask=MASK)
     # The error function, and three passes of TF32, spill some.
     launch(architecture, PAPER, torch.float16, base="gelu", bias=(2, 197, 197))

@@ -19,7 +19,7 @@ def test_interpreted_kernels_agree_with_the_equation(share):
 
 
 def launch(architecture, dtype, width=64, grid=3, tokens=197):
-    """The driver after a forward and a backward pass."""
+    """Run a forward and a backward pass, and return the driver."""
     heads = torch.zeros(2, tokens, 3, 2, width, dtype=dtype).permute(2, 0, 3, 1, 4).unbind()
     psi = torch.zeros(2, 2 * grid + 1)
     with fake_driver(architecture) as driver:

@@ -61,7 +61,7 @@ def test_an_old_triton_is_named(version, answer, monkeypatch):
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    """Fake tensors on a CUDA device of capability 9.0, which this machine need not have."""
+    """Yield a CUDA device of capability 9.0 for fake tensors, which needs no GPU."""
     pytest.importorskip("triton")
     device = types.SimpleNamespace(major=9, minor=0, name="fake", multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _=None: device)
@@ -74,7 +74,7 @@ def fake_cuda(monkeypatch):
     ("base", "bias", "mask"), [("zero", None, None), ("gelu", (1, 3, 197, 197), None), ("zero", None, (2, 1, 197, 197))]
 )
 def test_dynamo_makes_one_graph_of_one_operation(fake_cuda, base, bias, mask):
-    # Without gradients, which need CUDA's library even on fake tensors; those are compiled by the interpreted tests.
+    # No gradients, because they need CUDA's library even on fake tensors. The interpreted tests compile them.
     heads = [torch.empty(2, 3, 197, 64, device=fake_cuda, dtype=torch.bfloat16) for _ in range(3)]
     parameters = [torch.empty(x, device=fake_cuda) for x in ((3, 12, 197, 3), (3, 12, 197, 3), (3, 197, 12))]
     added = None if bias is None else torch.empty(bias, device=fake_cuda)
@@ -85,7 +85,7 @@ def test_dynamo_makes_one_graph_of_one_operation(fake_cuda, base, bias, mask):
         graphs.append(graph)
         return graph.forward
 
-    torch._dynamo.reset()  # or what earlier tests compiled would make sizes dynamic, or not
+    torch._dynamo.reset()  # otherwise earlier tests decide whether sizes are dynamic
     compiled = torch.compile(fourier_karat_attention, backend=backend, fullgraph=True)
     output = compiled(*heads, *parameters, base=base, bias=added, mask=keep, implementation="triton")
     assert (output.shape, output.dtype, output.device.type) == ((2, 3, 197, 64), torch.bfloat16, "cuda")

@@ -1,4 +1,4 @@
-"""What the Triton kernels are given, on a machine without a GPU."""
+"""Tests of what is decided for the Triton kernels before they run, on a machine without a GPU."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def switches():
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32
     yield matmul
-    matmul.allow_tf32 = before  # after the newer switch, torch does not let others read this one
+    matmul.allow_tf32 = before  # once the newer switch is set, torch refuses to read this one
 
 
 @pytest.mark.skipif(not HAS_BOTH, reason="torch has the older switch alone")
@@ -28,7 +28,7 @@ def test_both_switches_of_tf32_are_read(switches) -> None:
 
 
 def test_rows_too_far_apart_for_32_bits_are_copied() -> None:
-    """As in tokens [N, B, 3, h, d] of very large batches, whose heads are views."""
+    """Heads that are views of tokens [N, B, 3, h, d] are copied if the batch is too large for 32-bit offsets."""
     for tokens, is_kept in ((512, True), (1024, False)):
         apart = torch.empty(tokens, 1024, 3, 12, 64, device="meta")[:, :, 0].permute(1, 2, 0, 3)
         assert (rows_in(apart, apart.dtype) is apart) is is_kept

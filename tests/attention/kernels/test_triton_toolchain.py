@@ -16,7 +16,7 @@ LACKS_COMPILER = "Triton needs a C compiler, and none of gcc, clang is on PATH; 
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch, tmp_path):
-    """A machine where nothing is wrong, and nothing is remembered."""
+    """Set up a machine where nothing is wrong and no answer is remembered."""
     for name in ("CC", "TRITON_INTERPRET", "TRITON_CACHE_MANAGER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
@@ -61,7 +61,7 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
 
 
 def test_tritons_own_driver_has_the_last_word(monkeypatch):
-    """Where there is a GPU. Here there is none, and Triton says so."""
+    """Where torch reports a GPU, Triton's own driver is started too. Here that fails, because there is no GPU."""
     pytest.importorskip("triton")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("triton.runtime.driver._active", None)
@@ -71,7 +71,10 @@ def test_tritons_own_driver_has_the_last_word(monkeypatch):
 
 @pytest.mark.parametrize(("functions", "problem"), [({"launch": print}, None), ({}, LACKS_COMPILER)])
 def test_what_is_built_already_needs_no_compiler(monkeypatch, functions, problem):
-    """Where one function launches every kernel. Older versions of Triton build a launcher for each signature."""
+    """No compiler is needed if one function of the driver launches every kernel.
+
+    Older versions of Triton lack it: they build a launcher for each signature.
+    """
     pytest.importorskip("triton")
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -79,7 +82,7 @@ def test_what_is_built_already_needs_no_compiler(monkeypatch, functions, problem
     assert triton_toolchain.launch_problem() == problem
 
 
-# A GPU as far as attention looks at it: its tensors have shapes, and it has a compute capability.
+# As much of a GPU as attention looks at: tensors with shapes, and a compute capability.
 SLIM_IMAGE = """
 import os
 import re
@@ -119,7 +122,7 @@ with FakeTensorMode():
 
 @pytest.mark.slow
 def test_auto_falls_back_with_its_reason_where_there_is_no_compiler(tmp_path):
-    """And takes the kernels where there is one; compiled into one graph in either case."""
+    """With a compiler, auto takes the kernels. In both cases it compiles into one graph."""
     pytest.importorskip("triton")
     ours = {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "PATH": ""}
     environment = {**os.environ, **ours, "PATH_WITH_COMPILER": os.environ["PATH"]}

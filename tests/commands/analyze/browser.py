@@ -11,7 +11,7 @@ QUIET = (
     "--headless=new",
     "--no-sandbox",
     "--disable-gpu",
-    "--disable-dev-shm-usage",  # which containers often have too little of
+    "--disable-dev-shm-usage",  # as containers often have too little shared memory
     "--disable-quic",
     "--disable-sync",
     "--no-first-run",
@@ -22,7 +22,7 @@ QUIET = (
 
 
 class Browser:
-    """One page at a time."""
+    """A browser that shows one page at a time."""
 
     def __init__(self, driver) -> None:
         self._driver = driver
@@ -36,11 +36,11 @@ class Browser:
         self._driver.get(url)
 
     def count(self, selector: str) -> int:
-        """How many such elements there are."""
+        """Return how many elements match."""
         return len(self._driver.find_elements("css selector", selector))
 
     def text(self, selector: str) -> str:
-        """What the first such element shows."""
+        """Return the text of the first element that matches."""
         return self._driver.find_element("css selector", selector).text
 
     def choose_file(self, selector: str, file: Path) -> None:
@@ -48,17 +48,17 @@ class Browser:
         self._driver.find_element("css selector", selector).send_keys(str(file))
 
     def run(self, script: str, *arguments: object):
-        """What a script returns."""
+        """Run a script and return its result."""
         return self._driver.execute_script(script, *arguments)
 
     def click(self, selector: str, number: int = 0) -> None:
-        """Click where a person would, on the element in sight."""
+        """Scroll to an element and click on it, as a person would."""
         element = self._driver.find_elements("css selector", selector)[number]
         self.run("arguments[0].scrollIntoView({block: 'center'})", element)
         element.click()
 
     def shown(self, selector: str) -> bool:
-        """Whether the first such element can be seen."""
+        """Return whether the first element that matches can be seen."""
         return self._driver.find_element("css selector", selector).is_displayed()
 
     def press_escape(self) -> None:
@@ -68,17 +68,17 @@ class Browser:
         self._driver.switch_to.active_element.send_keys(Keys.ESCAPE)
 
     def resize(self, width: int, height: int) -> None:
-        """Give the page another width, also one that a window cannot have."""
+        """Give the page another size, even one that a window cannot have."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
     def prefer(self, scheme: str) -> None:
-        """As the reader's system does, "dark" or "light"."""
+        """Set the colour scheme that the reader's system prefers, "dark" or "light"."""
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self._driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
 
     def screenshot(self, path: Path) -> None:
-        """The whole page, not only what is in the window."""
+        """Save a picture of the whole page, not only of what is in the window."""
         width, height = self.run("return [innerWidth, document.documentElement.scrollHeight]")
         before = width, self.run("return innerHeight")
         self.resize(width, min(height, 16_000))
@@ -86,13 +86,13 @@ class Browser:
         self.resize(*before)
 
     def messages(self) -> list[str]:
-        """What the console has shown since it was last asked."""
+        """Return what the console has shown since the last call."""
         return [entry["message"] for entry in self._driver.get_log("browser")]
 
 
 @contextmanager
 def open_browser(profile: Path) -> Iterator[Browser]:
-    """A fresh browser; the test is skipped where Debian's packages are not installed."""
+    """Yield a fresh browser, or skip the test if Chromium or its driver is not installed."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or driver is None:
         pytest.skip("needs chromium and chromium-driver: as root, apt-get install chromium chromium-driver")

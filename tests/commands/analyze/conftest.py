@@ -28,9 +28,9 @@ KEEP_ALL = (
 
 @pytest.fixture(scope="session")
 def trained(shards: Path, train_once: TrainOnce) -> Callable[[str], Path]:
-    """The directory of a run of 16 steps with a checkpoint each 4, and snapshots of the weights at the start and end.
+    """Return a function that gives the directory of a run of a kind of attention, and trains it at its first call.
 
-    By kind of attention; trained at first use.
+    The run has 16 steps, a checkpoint every 4 steps, and snapshots of the weights at the start and the end.
     """
     return lambda kind: train_once(kind, f"path: {shards}", *KEEP_ALL, f"attention.kind={kind}")
 
@@ -52,6 +52,6 @@ def softmax_run(trained: Callable[[str], Path]) -> TrainedRun:
 
 @pytest.fixture
 def own_run(karat_run: TrainedRun, tmp_path: Path) -> TrainedRun:
-    """A copy of the KArAt run, which a test may change."""
+    """Return a copy of the KArAt run, which a test may change."""
     shutil.copytree(karat_run.path, tmp_path / "karat", ignore=shutil.ignore_patterns(FILE, "analysis"))
     return open_run(tmp_path / "karat")

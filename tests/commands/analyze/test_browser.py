@@ -1,4 +1,4 @@
-"""The report's own behaviour in Chromium, on a page whose names try to break out of it."""
+"""Tests of the report's behaviour in Chromium, on a page with names that are markup and scripts."""
 
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def test_a_figure_opens_enlarges_and_closes(page: Browser) -> None:
 
 
 def ink(browser: Browser, tmp_path: Path) -> int:
-    """The brightness of the ink of the figure: of its darkest pixel on a light page, its brightest on a dark one."""
+    """Return the brightness of the figure's ink: of its darkest pixel on a light page, its brightest on a dark one."""
     browser.screenshot(tmp_path / "page.png")
     box = browser.run(
         "const r = document.querySelector('figure img').getBoundingClientRect();"

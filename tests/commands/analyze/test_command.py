@@ -25,7 +25,7 @@ def test_ranks_share_the_landscape(karat_run: TrainedRun, tmp_path: Path) -> Non
     arguments = ["analyze", str(karat_run.path), *QUICK, "--only", "spectrum", "landscape"]
     assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
     done = karat_done(*arguments, "--out", str(tmp_path / "two"), processes=2)
-    assert done.stderr.splitlines().count("karat: landscape, random ...") == 1  # of rank 0 alone
+    assert done.stderr.splitlines().count("karat: landscape, random ...") == 1  # only rank 0 says it
     one, two = (np.load(tmp_path / name / "landscape" / "karat" / "arrays.npz") for name in ("one", "two"))
     for name in one.files:
         np.testing.assert_allclose(one[name], two[name], rtol=1e-5, atol=1e-6)
@@ -122,13 +122,13 @@ def test_runs_of_one_name_are_told_apart(karat_run: TrainedRun) -> None:
     numbered = dataclasses.replace(karat_run, path=karat_run.path.with_name("karat (2)"))
     assert unique_labels([numbered, karat_run, karat_run]) == ["karat (2)", "karat", "karat (3)"]
     alike = [dataclasses.replace(karat_run, path=karat_run.path.with_name(name)) for name in ("a b", "a_b")]
-    assert unique_labels(alike) == ["a b", "a_b (2)"]  # whose files would replace the other's
+    assert unique_labels(alike) == ["a b", "a_b (2)"]  # otherwise its files would replace the other's
 
 
 def test_off_a_terminal_it_prints_what_it_does_and_nothing_of_others(karat_run: TrainedRun, tmp_path: Path) -> None:
     done = karat_done("analyze", str(karat_run.path), *QUICK, "--only", "accuracy", "--out", str(tmp_path))
     assert done.stdout.splitlines() == [f"report: {tmp_path / 'report.html'}"]
-    slow = re.compile(r" about |: \d+ of \d+")  # of a slow machine
+    slow = re.compile(r" about |: \d+ of \d+")  # printed only by a slow machine
     lines = {line for line in done.stderr.splitlines() if not slow.search(line)}
     assert lines <= {"karat: predict the validation split ...", "karat: draw figures ..."}
 
@@ -182,7 +182,7 @@ def test_what_runs_together_cannot_say_is_said(softmax_run: TrainedRun, own_run:
         assert (said in page.read_text()) == bool(others)
 
 
-HAS_NAN = {"calibration", "spectrum"}  # of bins without an image; of singular values that are 0
+HAS_NAN = {"calibration", "spectrum"}  # for bins without an image, and for singular values of 0
 
 
 @pytest.mark.slow
@@ -198,7 +198,7 @@ def test_every_figure_number_and_section_of_two_runs(trained, tmp_path: Path, br
     drawn = {path.with_suffix("").as_posix() for path in pictures}
     assert {path.relative_to(out).with_suffix("").as_posix() for path in out.rglob("*.svg")} == drawn
     places = {name.rpartition("/")[0] for name in drawn} - {"training"}
-    # Have no figures, no results here, or one of all runs.
+    # These have no figures, no results here, or one result for all runs.
     alone = {"mistakes", "robustness", "conversion", "sharpness", "training"}
     of_each = {f"{analysis}/{kind}" for analysis in ANALYSES.keys() - alone for kind in runs}
     assert places == of_each - {"functions/softmax"}

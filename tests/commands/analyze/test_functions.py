@@ -48,7 +48,7 @@ def test_images_that_cannot_be_read_are_counted(karat_run: TrainedRun, tmp_path:
 @pytest.mark.parametrize("name", sorted(BASES))
 @pytest.mark.parametrize("base", ["zero", "silu"])
 def test_curves_summed_over_keys_are_the_operators_own_hidden_rows(name: str, base: str) -> None:
-    """With W the identity, S[k, p] = sum_q phi_pq(A[k, q]); here all scores of a row are equal."""
+    """If W is the identity, S[k, p] is sum_q phi_pq(A[k, q]). Here all scores of a row are equal."""
     torch.manual_seed(0)
     operator = KaratOperator(4, 1, make_basis(name), rank=4, base=base).double()
     with torch.no_grad():

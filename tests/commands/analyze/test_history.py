@@ -98,7 +98,7 @@ def test_what_has_no_curve_is_no_figure(karat_run: TrainedRun, tmp_path: Path) -
     point, curve, mark = axes.lines
     assert (point.get_marker(), len(point.get_xdata()), len(curve.get_xdata())) == (".", 1, 3)
     assert [line.get_label() for line in (point, curve)] == ["alone", "one"]
-    assert point.get_linestyle() != curve.get_linestyle() == mark.get_linestyle()  # equal curves lie on each other
+    assert point.get_linestyle() != curve.get_linestyle() == mark.get_linestyle()  # so equal curves stay visible
     (top1,) = (
         analyze_training({"a": with_events(karat_run, tmp_path / "a", tested, {**tested, "step": 4, "samples": 32})})
         .figures["accuracy"][0]
@@ -129,7 +129,7 @@ def test_the_card_says_what_the_run_achieved(karat_run: TrainedRun) -> None:
     for shown, other in (evaluations, evaluations[::-1]):
         score, facts, sentence = achieved(open_run(karat_run.path, checkpoint=f"step-{shown['step']:08.0f}"))
         assert score == f"{shown['top1']:.2f} % top-1"
-        assert f" images after step {shown['step']:.0f}: loss " in facts["evaluation"]  # of three classes
+        assert f" images after step {shown['step']:.0f}: loss " in facts["evaluation"]  # no top-5 with four classes
         named = {name: fact for name, fact in facts.items() if name in ("best", "last")}
         assert set(named.values()) <= {f"top-1 {other['top1']:.2f} % after step {other['step']:.0f}"}
         assert ("last" in named) == (other is evaluations[-1])

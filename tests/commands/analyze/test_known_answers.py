@@ -21,7 +21,7 @@ SEEN = {0: 7, 1: 3}
 
 
 class PlantedRun(TrainedRun):
-    """Every score is 0, cos(0) = 1, and so S[k, :] is 1 at SEEN[head] (in head 1 one half), in every block."""
+    """A run in which every score is 0, so that S[k, :] is 1 (in head 1, one half) at SEEN[head], in every block."""
 
     def model(self, *arguments: Any, **named: Any) -> Any:
         model: Any = super().model(*arguments, **named)
@@ -39,7 +39,7 @@ class PlantedRun(TrainedRun):
 
 
 class CosineRun(TrainedRun):
-    """Every function of head 1 is 3 cos(2 x), every other 0."""
+    """A run in which every function of head 1 is 3 cos(2 x) and every other function is 0."""
 
     def model(self, *arguments: Any, **named: Any) -> Any:
         model: Any = super().model(*arguments, **named)
@@ -63,7 +63,7 @@ def test_one_hot_attention_is_drawn_where_it_looks(karat_run: TrainedRun) -> Non
         np.testing.assert_allclose(learned[:, head], np.broadcast_to(expected, (2, 16)), atol=1e-6)
     assert not result.arrays["raw"].any()
     assert [image["dominant_head"] for image in result.numbers["images"]] == [0, 0]
-    # Two of 17 tokens share what two blocks move: a half of what was left, twice, two thirds of it to the first.
+    # Each of two blocks moves half of what is left, so 0.75 in all. The first head's token gets two thirds of it.
     np.testing.assert_allclose(result.arrays["rollout"][:, 6], 0.75 * 2 / 3, atol=1e-6)
     np.testing.assert_allclose(result.arrays["rollout"].sum(-1), 0.75, atol=1e-6)
 
@@ -116,7 +116,7 @@ BY_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class RandomRun(TrainedRun):
-    """A run's recipe and images, with the weights of another kind of attention far from their start."""
+    """A run on the same images with another kind of attention, and with weights far from their start."""
 
     def model(self, name: str | None = None, weights: str | None = None, implementation: str = "auto") -> nn.Module:
         torch.manual_seed(3)
@@ -141,7 +141,7 @@ def test_every_kind_has_a_spectrum_and_maps_of_s(name: str, softmax_run: Trained
     run = random_run(softmax_run, name)
     spectrum = analyze_spectrum(run, Settings(images=IMAGES))
     assert "effective rank, S" in spectrum.tables[0].columns
-    assert np.isfinite(spectrum.arrays["ln_max"][..., 0]).all()  # those after the rank have no logarithm
+    assert np.isfinite(spectrum.arrays["ln_max"][..., 0]).all()  # the values after the rank are 0 and have no logarithm
     assert np.isfinite(analyze_maps(run, Settings(images=1)).arrays["learned"]).all()
 
 

@@ -118,7 +118,7 @@ def test_the_last_checkpoint_of_a_run_is_the_origin(karat_run: TrainedRun) -> No
 
 
 class Bowl(nn.Module):
-    """loss = 3 x^2 + y^2 / 2 + 1, at its minimum."""
+    """A model with the loss 3 x^2 + y^2 / 2 + 1, at its minimum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ def test_a_quadratic_bowl(tmp_path: Path) -> None:
 
 
 class Cliff(Bowl):
-    """Its loss is not a number."""
+    """A bowl with a loss that is not a number."""
 
     def loss(self) -> float:
         return math.nan * super().loss()
@@ -188,7 +188,7 @@ def test_what_several_ranks_wrote_down_is_used_by_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("basis", ["fourier", "chebyshev", "bspline", "rational", "dog"])
 def test_random_directions_have_the_norms_of_the_models_filters(basis: str) -> None:
-    """A filter of an operator is all functions of one unit."""
+    """In an operator, all functions of one unit are a filter."""
     model = create_model(SIZE, AttentionConfig(kind="karat", basis=basis))
     direction = torch.from_numpy(filter_normalised(model, 0))[0]
     start = 0

@@ -1,4 +1,4 @@
-"""ViT-Base over 1,000 images: every analysis in a process of less than 4 GiB. Hours on a few cores."""
+"""Analyses of ViT-Base over up to 1,000 images need less than 4 GiB. These tests take hours on a few cores."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ train: {epochs: 1, max_steps: 3, global_batch: 2, ema_decay: 0.0, eval_batch: 8}
 checkpoint: {every_steps: 1, keep_last: 5, every_minutes: null}
 log: {trackers: []}
 """
-# Six products an eigenvalue need what forty need: the basis is full by then.
+# Six products for each eigenvalue need as much memory as forty, because the basis is full by then.
 MEASURE = """
 import json, resource, sys
 from karat_scale.commands.analyze import landscape as sharpness
@@ -31,7 +31,7 @@ print(json.dumps([code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**
 
 @pytest.fixture(scope="module")
 def base_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three steps of ViT-Base on 16 made-up images; its recipe then names 1,000 of them."""
+    """Train ViT-Base for three steps on 16 synthetic images, let its recipe name 1,000, and return the run."""
     root = tmp_path_factory.mktemp("base")
     (root / "base.yaml").write_text(RECIPE)
     karat_done("train", str(root / "base.yaml"), f"run.dir={root / 'run'}")

@@ -1,4 +1,4 @@
-"""Accuracy, calibration and the choice of pictures, against figures that can be counted by hand; and of a real run."""
+"""Accuracy, calibration and the choice of pictures, against figures counted by hand and on a real run."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ from tests.conftest import CLASSES, VAL_PER_CLASS
 
 
 def predictions_from(rows: list[tuple[int, int, float]]) -> Predictions:
-    """Of (label, predicted, probability)."""
+    """Return predictions made of rows of (label, predicted, probability)."""
     labels, predicted, chances = (np.array(column) for column in zip(*rows, strict=True))
     losses = np.where(labels == predicted, -np.log(chances), 3.0).astype(np.float32)
     tops = predicted[:, None], chances.astype(np.float32)[:, None]

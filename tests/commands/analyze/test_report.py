@@ -18,7 +18,7 @@ NASTY = "<script>alert('x')</script>&\"'"
 
 
 def make_page(tmp_path: Path) -> Path:
-    """A report of one figure and one table, with names that are markup."""
+    """Write a report of one figure, one table and one picture, with names that are markup, and return its path."""
     figure = new_figure(2, 2)
     figure.subplots().plot([1, 2])
     result = Result(numbers={"x": float("nan")}, notes=[NASTY], findings=[NASTY])

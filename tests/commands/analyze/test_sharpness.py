@@ -96,7 +96,7 @@ LONG_TAIL = (20 * np.arange(1, 300) ** -0.2 * np.where(np.arange(299) % 3, 1, -1
 
 
 def turned(values: list[float]) -> np.ndarray:
-    """A symmetric matrix with these eigenvalues, whose eigenvectors are no axes."""
+    """Return a symmetric matrix with these eigenvalues and with eigenvectors that are not axes."""
     basis = np.linalg.qr(np.random.default_rng(0).standard_normal((len(values), len(values))))[0]
     return (basis * values) @ basis.T
 

@@ -1,4 +1,4 @@
-"""Each sentence on made-up figures, at both sides of each threshold."""
+"""Tests of each sentence of the summary on made-up figures, on both sides of each threshold."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_s_depends_little_partly_or_mostly(share: float, degree: str) -> None:
 
 
 def right(images: int, lost: int, gained: int) -> tuple[list[bool], list[bool]]:
-    """Whether a model and a changed one are right, where the change loses and gains so many images."""
+    """Return for each image whether a model is right, and whether it is after a change that loses and gains some."""
     same = [True] * (images - lost - gained)
     return [True] * lost + [False] * gained + same, [False] * lost + [True] * gained + same
 

@@ -19,7 +19,7 @@ from karat_scale.recipe import Recipe
 
 
 def test_checkpoints_and_snapshots_come_in_order_with_their_steps(any_run: TrainedRun) -> None:
-    """A checkpoint goes before a snapshot of its step."""
+    """A step that has both is read from its checkpoint, not from its snapshot."""
     assert [any_run.step(name) for name in any_run.in_order] == [0, 4, 8, 12, 16]
     assert [name.endswith(".safetensors") for name in any_run.in_order] == [True, False, False, False, False]
     assert any_run.chosen in any_run.in_order
@@ -35,7 +35,7 @@ def test_raw_and_averaged_weights_differ_and_auto_takes_the_averages(karat_run: 
 
 
 def test_the_model_scores_what_the_run_recorded(any_run: TrainedRun) -> None:
-    """Loss over the whole split, against the run's own last evaluation."""
+    """The loss over the whole split is that of the run's own last evaluation."""
     name = any_run.in_order[-1]
     images = any_run.images(10**6)
     model = any_run.model(name, weights="ema")
@@ -58,7 +58,7 @@ def test_chosen_images_are_the_same_in_any_batch_size(karat_run: TrainedRun) -> 
 
 
 class OnAGpu(torch.Tensor):
-    """Bytes on a device: a copy to the host that nobody waits for would be read too early."""
+    """A tensor that stands for one on a GPU. A non-blocking copy to the host could be read too early."""
 
     def to(self, device: str, non_blocking: bool = False) -> torch.Tensor:  # type: ignore[override]
         assert (device, non_blocking) == ("cpu", False)

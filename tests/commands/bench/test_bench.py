@@ -109,7 +109,7 @@ def test_every_way_to_load_data_is_measured_or_named(tmp_path: Path, augment: st
 def test_images_of_ones_own(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     photos = [photo_like(number) for number in range(4)]
-    photos[3] = photos[3][:-2000]  # is cut short, and no contender shall meet it
+    photos[3] = photos[3][:-2000]  # cut short, so no contender may get it
     write_tar(tmp_path / "photos.tar", [(f"photo-{number}.JPEG", data) for number, data in enumerate(photos)])
     (tmp_path / "scratch").mkdir()
     shards = prepare_images(tmp_path / "scratch", 3, None, None).shards
@@ -133,7 +133,7 @@ def test_made_images_are_alike_in_size_and_the_same_each_time() -> None:
 def test_a_loop_on_the_cpu_leaves_a_card_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     spec = ImageSpec(DataConfig(backend="synthetic"), AUGMENTS["crop"], 32, 10, 0)
-    assert not held_batch(spec, 2).images.is_pinned()  # page-locked memory would take it up
+    assert not held_batch(spec, 2).images.is_pinned()  # page-locked memory would occupy the card
 
 
 @SLOW

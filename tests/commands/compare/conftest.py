@@ -1,4 +1,4 @@
-"""Runs of a small recipe, and copies of one as another seed or recipe would have left them."""
+"""Fixtures: runs of a small recipe, and copies that look like runs of another seed or recipe."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ Copy = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def trained(shards: Path, train_once: TrainOnce, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two trained runs, `seed0` and `seed1`; each has three evaluations."""
+    """Return a folder with two trained runs, `seed0` and `seed1`, of three evaluations each."""
     root = tmp_path_factory.mktemp("compared")
     for name in ("seed0", "seed1"):
         (root / name).symlink_to(train_once(name, f"path: {shards}", *QUICK, f"run.seed={name[-1]}"))
@@ -27,9 +27,9 @@ def trained(shards: Path, train_once: TrainOnce, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture
 def copy(trained: Path, tmp_path: Path) -> Copy:
-    """Copy a run with other overrides and, where given, other top-1 of its evaluations and other summary fields.
+    """Return a function that copies a run with other overrides and, if given, other top-1 and other summary fields.
 
-    What the run's files say of each other stays true.
+    The files of a copy agree with each other.
     """
 
     def make(name: str, *overrides: str, top1: list[float] | None = None, **fields: Any) -> Path:

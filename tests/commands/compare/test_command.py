@@ -26,7 +26,7 @@ BETTER = [[50.0, 63.0, 72.0], [50.0, 64.0, 72.5], [50.0, 66.0, 73.5]]
 
 @pytest.fixture
 def six(copy: Copy) -> list[Path]:
-    """Three seeds of two recipes."""
+    """Return six runs: three seeds of each of two recipes."""
     keys = ("run.name=<b>better $x$", "optim.lr=0.002")
     base = [copy(f"base-seed{seed}", f"run.seed={seed}", top1=top1) for seed, top1 in enumerate(BASE)]
     better = [copy(f"better-seed{seed}", f"run.seed={seed}", *keys, top1=top1) for seed, top1 in enumerate(BETTER)]

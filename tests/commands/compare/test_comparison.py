@@ -158,7 +158,7 @@ def test_a_path_separates_only_where_one_seed_has_several(trained: Path, copy: C
 
 
 def made_up(name: str, lr: float, scores: list[float], images: int | None = 10000, steps: int = 9) -> list[FinishedRun]:
-    """Runs of one recipe with these scores in the last evaluation."""
+    """Return runs of one recipe with these scores in the last evaluation."""
     recipes = [
         load_recipe("cifar10_vit_nano_32px", [f"optim.lr={lr}", f"run.name={name}", f"run.seed={seed}"])
         for seed in range(len(scores))

@@ -59,7 +59,7 @@ def test_a_start_from_the_beginning_that_repeats_the_first_line_is_no_work_betwe
 
 
 def rewrite(run: Path, **fields: object) -> None:
-    """Leave the summary that a run would have left with other fields."""
+    """Write the summary that the run would have written with other fields."""
     (run / "summary.json").write_text(json.dumps(sealed({**summary(run), **fields})))
 
 

@@ -1,6 +1,6 @@
-"""`karat doctor RECIPE` from outside: every stage is timed, and the verdict is that of these times.
+"""`karat doctor RECIPE` from outside: every stage is timed, and the verdict follows from these times.
 
-Which verdict follows from given times: test_verdict.
+test_verdict checks which verdict follows from given times.
 """
 
 import json
@@ -49,7 +49,7 @@ def test_shards_give_every_figure(doctor: Doctor, recipe_file: Path, tmp_path: P
     assert "  ok       torch: " in done.stdout
     assert "\x1b" not in done.stdout
     names = {"storage", "decode", "augmentation", "transfer", "model", "optimizer"}
-    assert set(report["stages"]) | {"augmentation"} == names  # which a loaded machine's noise may hide
+    assert set(report["stages"]) | {"augmentation"} == names  # on a loaded machine, noise may hide it
     assert all(stage["images_per_second"] > 0 for stage in report["stages"].values())
     assert report["bound"] in report["stages"]
     assert report["storage"]["random"] > 0

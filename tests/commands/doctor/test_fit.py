@@ -1,4 +1,4 @@
-"""Recipes against the machine, examined in place."""
+"""Tests of whether recipes fit the machine, run in this process."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The machine's part, on this machine and on ones that lack something."""
+"""What `karat doctor` says of a machine, on this one and on ones that lack something."""
 
 import os
 import sys
@@ -46,7 +46,7 @@ def test_missing_extras_are_notes_and_the_command_that_installs_them_is_said_onc
 ) -> None:
     (tmp_path / "hidden_library.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(sys.modules, "hidden_library", None)  # as W&B is from timm
+    monkeypatch.setitem(sys.modules, "hidden_library", None)  # hidden, as W&B is from timm
     rows = {"wandb": "hidden_library", "ffcv": "no_such_library", "dali": "nor_this"}
     monkeypatch.setattr(machine_checks, "EXTRAS", {name: Extra(module, (), name) for name, module in rows.items()})
     wandb, ffcv, dali, how, _ = machine_checks.examine_extras()

@@ -1,4 +1,4 @@
-"""How long a recipe is timed, and the judgement on given rates; test_checkup judges measured ones."""
+"""Tests of how long a recipe is timed, and of the verdict on given rates. test_checkup has measured ones."""
 
 import dataclasses
 from typing import get_args

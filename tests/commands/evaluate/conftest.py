@@ -9,7 +9,7 @@ from tests.conftest import TrainOnce
 
 @pytest.fixture
 def run(shards: Path, train_once: TrainOnce, tmp_path: Path) -> Path:
-    """A run of a test's own; its large files are links."""
+    """Return a directory of links to the files of a trained run, to which a test may add files."""
     trained = train_once("evaluated", f"path: {shards}", "attention.kind=karat", "model.image_size=32")
     copy = tmp_path / "run"
     copy.mkdir()

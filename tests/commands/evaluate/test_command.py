@@ -216,7 +216,7 @@ def test_another_split_of_as_many_images_is_corrupted_anew(run: Path, image_fold
 
 
 def test_a_set_with_another_image_is_corrupted_anew(run: Path, image_folder: Path, tmp_path: Path) -> None:
-    """A mean of scores on different images was kept."""
+    """Before the fix, a mean of scores on different images was kept."""
     pytest.importorskip("imagecorruptions", reason="needs the extra corruptions")
     shutil.copytree(image_folder / "val", tmp_path / "data")
     for is_new in (True, False, True):

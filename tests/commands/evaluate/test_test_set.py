@@ -171,7 +171,7 @@ def predicted(*labels: int) -> Predictions:
 
 @pytest.fixture
 def labels_of(tmp_path: Path) -> Callable[..., OtherLabels]:
-    """A file of labels, as classes understand it."""
+    """Return a function that writes a file of labels and reads it with the names of classes."""
 
     def make(content: object, classes: Sequence[str]) -> OtherLabels:
         (tmp_path / "labels.json").write_text(content if isinstance(content, str) else json.dumps(content))

@@ -17,7 +17,7 @@ CLASSES = ("cat", "dog", "owl", "fish")
 
 @pytest.fixture
 def make_run(world, make_engine):
-    """A run directory with one checkpoint, as training leaves it, and the parts it came from."""
+    """Return a function that makes a run with one checkpoint, and returns its directory, engine and averages."""
 
     def make(recipe: Recipe, keep_ema: bool = True):
         directory = RunDirectory(recipe.run.dir)

@@ -1,4 +1,4 @@
-"""A server with the part of the Hugging Face hub's API that an upload and a download of a model use, in memory."""
+"""A server in memory with the part of the Hugging Face hub's API that uploads and downloads of a model use."""
 
 import base64
 import hashlib
@@ -14,7 +14,7 @@ TOKEN = "hf_owls"
 
 
 class Hub:
-    """What the server holds: files by "USER/NAME/path", what was asked of new repositories, messages of commits."""
+    """What the server holds: files by "USER/NAME/path", requests for new repositories, and messages of commits."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}

@@ -71,7 +71,7 @@ def test_a_run_without_averages_whose_classes_were_not_recorded(small_recipe, ma
     karat_says("export", str(run), "--format", "timm")
     config = json.loads((run / "step-00000003-raw" / "config.json").read_text())
     assert "label_names" not in config["pretrained_cfg"]
-    for directory in (f"{tmp_path}/v1.bin/", f"{tmp_path}/v1.bin", f"{tmp_path}/models"):  # the second is there by then
+    for directory in (f"{tmp_path}/v1.bin/", f"{tmp_path}/v1.bin", f"{tmp_path}/models"):  # the second exists by then
         karat_says("export", str(run), "--out", directory)
         (file,) = Path(directory).iterdir()
         assert file.name == "step-00000003-raw.safetensors"

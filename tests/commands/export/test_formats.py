@@ -1,4 +1,4 @@
-"""What is exported and loaded again gives the logits of the trained model, and says what it is."""
+"""An export gives the logits of the trained model when it is loaded again, and says what it is."""
 
 import hashlib
 import json
@@ -44,13 +44,17 @@ MODELS = {
 
 
 def mostly_slow(*quick: str) -> list[Any]:
-    """All models, of which these are no slow tests."""
+    """Return all models, with all but the `quick` ones marked as slow tests."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 
 
 @pytest.fixture
 def exported(small_recipe, make_run, tmp_path: Path):
-    """Export a run in a format; the file or folder, the run, and the logits of its averaged weights."""
+    """Return a function that exports a run in a format.
+
+    It returns the file or folder, the run with its averaged weights, and the logits of the model and of its traceable
+    form.
+    """
 
     def export(name: str, path: str, *overrides: str):
         run, *_ = make_run(small_recipe(*overrides))
@@ -70,7 +74,7 @@ def images(source: Source, batch: int = 5) -> torch.Tensor:
 
 
 def scalars(model: torch.nn.Module) -> int:
-    """Parameters and buffers, what is shared once."""
+    """Return the number of values in parameters and buffers, where shared ones count once."""
     return sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
 
 
@@ -80,7 +84,7 @@ def check_facts(facts: dict[str, str], source: Source) -> None:
     assert facts["recipe_sha256"] == text_digest(facts["recipe"])
     assert (facts["weights"], facts["step"], facts["top1"]) == ("ema", "3", "62.5")
     assert json.loads(facts["preprocessing"])["crop_pct"] == source.run.recipe.augment.eval_crop
-    assert str(source.run.path.parent) not in json.dumps(facts)  # of this machine
+    assert str(source.run.path.parent) not in json.dumps(facts)  # a path of this machine
 
 
 @pytest.mark.parametrize(

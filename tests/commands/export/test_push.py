@@ -1,4 +1,4 @@
-"""`karat export --push` against a server with the hub's API, and timm, which loads what it holds."""
+"""`karat export --push` to a server with the hub's API, from which timm loads the model."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ def hub() -> Iterator[Hub]:
 
 
 def here(hub: Hub, home: Path, *arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
-    """Run Python where the hub is the server, as the variables say when its client is imported."""
+    """Run Python with variables that make the hub's client use this server."""
     own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token}
     return run_to_end(sys.executable, *arguments, env={**karat_environment(), **own})
 
@@ -55,7 +55,7 @@ def test_timm_loads_what_was_pushed_and_what_the_hub_refuses_is_one_line(small_r
     names = {path.removeprefix("jane/owls/") for path in hub.files}
     assert names == {"README.md", "SHA256SUMS", "config.json", "model.safetensors", "recipe.yaml"}
     assert TOKEN.encode() not in b"".join(hub.files.values())
-    assert not list(run.glob("*hub*"))  # nor what it was made in
+    assert not list(run.glob("*hub*"))  # the folder that was uploaded is gone
 
     done = here(hub, tmp_path, "-c", LOAD, str(tmp_path / "logits.pt"))
     assert done.returncode == 0, done.stderr

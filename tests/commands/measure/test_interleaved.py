@@ -1,4 +1,4 @@
-"""Times in turn, and by a device's events; the device is only written down, as there is none here."""
+"""Tests of contenders that are timed in turn, and of how many calls a measurement takes."""
 
 from karat_scale.commands.measure.interleaved import Rounds, calls_for, interleaved_seconds
 

@@ -26,7 +26,7 @@ def test_a_plan_for_gpus_names_stage_and_micro_batch(tmp_path: Path, capsys: Cap
     assert plan("--gpus", "8", "--gpu", "h100-80", "--curve", "--json", str(file)) == 0
     printed = capsys.readouterr().out
     assert "recommended: deepspeed.config=zero0 train.micro_batch=32 (1 a step)" in printed
-    ours = [line for line in printed.splitlines() if "real_accelerator.py" not in line]  # DeepSpeed says its piece once
+    ours = [line for line in printed.splitlines() if "real_accelerator.py" not in line]  # DeepSpeed prints it once
     assert all(len(line) <= 100 for line in ours)
     found = json.loads(file.read_text())
     assert found["fits"]

@@ -191,7 +191,7 @@ RATE = 80_000.0
 
 
 def leave_a_run(recipe: Recipe, world: int, device: str = H100, rate: float = RATE) -> None:
-    """What a finished run of `recipe` leaves in its directory, of what the plan reads."""
+    """Write the files of a finished run of `recipe` that the plan reads."""
     run = Path(recipe.run.dir)
     run.mkdir()
     (run / "recipe.yaml").write_text(dump_recipe(recipe))
@@ -225,7 +225,7 @@ def test_a_measured_rate_holds_its_own_collectives_already(small_recipe: Load, c
     ("keys", "reason"),
     [
         ((), ""),
-        (("optim.lr=1e-4", "data.synthetic_samples=64"), ""),  # do not set the speed
+        (("optim.lr=1e-4", "data.synthetic_samples=64"), ""),  # these do not set the speed
         (("model.depth=3",), "it ran with model.depth = 2"),
         (("attention.implementation=streaming",), "it ran with attention.implementation = auto"),
         (("train.precision=bf16",), "it ran with train.precision = fp32"),

@@ -23,7 +23,7 @@ SIZE = 16
 
 @pytest.fixture
 def small_recipe(small_recipe: Load) -> Load:
-    """A block is enough."""
+    """Return a function that loads a small recipe with one block, which is enough here."""
     return lambda *overrides: small_recipe("model.depth=1", *overrides)
 
 
@@ -33,7 +33,7 @@ def trace_of(recipe: Recipe, batch: int, dtype: torch.dtype | None = None, autoc
 
 
 def really_allocated(recipe: Recipe, batch: int) -> tuple[int, int]:
-    """Bytes alive after the forward pass and the loss, and at the worst moment, by torch's profiler."""
+    """Return the bytes in use after the forward pass and the loss, and at the peak, by torch's profiler."""
     model = create_model(recipe.model, recipe.attention)
     images, targets = torch.randn(batch, 3, SIZE, SIZE), torch.rand(batch, 4)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -116,7 +116,7 @@ def test_tiles_of_rows_hold_what_is_planned(small_recipe: Load, monkeypatch: pyt
         monkeypatch.setattr(module, "workspace_budget", lambda _: 2 * variants.HELD * 2 * 65**2)
     footprint = Subject(recipe, on_gpu=False).footprint
     planned = (footprint.live(8) + footprint.gradients_made).max() + attention_workspace(recipe, 8, on_gpu=False)
-    # The worst moments of tiles and of all else need not be the same.
+    # The peak of the tiles and that of all else need not coincide.
     assert 1 <= planned / really_allocated(recipe, 8)[1] <= 1.2
 
 
@@ -126,7 +126,7 @@ def test_tiles_of_rows_write_what_is_planned(small_recipe: Load, keys: tuple[str
     recipe = small_recipe(*keys)
     model = create_model(recipe.model, recipe.attention)
     size = recipe.model.image_size
-    # Of one tile each.
+    # Each of these traces has one tile.
     traces = {batch: trace_step(model, fake_copy(model), batch, size, False, None, True) for batch in (2, 4)}
     planned, traced = Subject(recipe, on_gpu=False).footprint, Footprint.through(traces)
     tiles = (traced.written(4) - traced.written(2) - planned.written(4) + planned.written(2)) / 2

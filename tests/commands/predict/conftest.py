@@ -12,5 +12,5 @@ __all__ = ["make_engine", "make_run", "small_recipe"]
 
 @pytest.fixture(scope="session")
 def run(image_folder: Path, train_once: TrainOnce) -> Path:
-    """The directory of a KArAt run of 16 steps."""
+    """Return the directory of a KArAt run of 16 steps."""
     return train_once("predicting", f"path: {image_folder}, backend: folder", "attention.kind=karat")

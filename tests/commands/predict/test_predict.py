@@ -37,7 +37,7 @@ def lines_of(file: Path) -> list[dict]:
 
 
 def evaluated_logits(run: Path, weights: str, batch: int, world) -> tuple[list[str], torch.Tensor]:
-    """The validation images and their logits, as `karat eval` computes them."""
+    """Return the files of the validation images and their logits, as `karat eval` computes them."""
     opened = OpenRun.at(run, Recipe, [f"train.eval_batch={batch}", "data.workers=0"], weights)
     recipe = opened.recipe
     task = ClassificationTask(recipe, world, Reporter(SilentDisplay(), None))

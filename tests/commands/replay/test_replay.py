@@ -29,7 +29,10 @@ Train = Callable[..., tuple[Path, int]]
 
 @pytest.fixture(scope="module")
 def train(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Train a small model on real shards, in this process; the run's directory and the exit code."""
+    """Return a function that trains a small model on real shards in this process.
+
+    It returns the run's directory and the exit code.
+    """
     recipe = tmp_path_factory.mktemp("recipes") / "small.yaml"
     recipe.write_text(f"data: {{path: {shards}}}\nattention: {{kind: karat}}\n")
 
@@ -42,7 +45,7 @@ def train(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
 
 @pytest.fixture(scope="module")
 def exploded(train: Train) -> Path:
-    """A run that skips steps because its learning rate is far too large."""
+    """Return a run that skips steps because its learning rate is far too large."""
     run, code = train(*EXPLODES, "checkpoint.every_steps=1", "train.max_skipped_steps=1000")
     assert code == 0
     return run
@@ -102,7 +105,7 @@ def test_a_step_that_went_well_is_taken_bit_for_bit(train: Train, tmp_path: Path
     assert code == 0
     figures = tmp_path / "found.json"
     for step, checkpoint in ((7, checkpoint_name(5)), (3, None)):
-        if checkpoint is None:  # training reaches it from the start alone
+        if checkpoint is None:  # training can reach it only from the start
             for name in CheckpointStore(run / "checkpoints").names():
                 (run / "checkpoints" / name).rename(tmp_path / name)
         assert karat_here("replay", str(run), str(step), "--out", str(tmp_path / "x.png"), "--json", str(figures)) == 0
@@ -185,14 +188,14 @@ def test_a_run_that_often_goes_wrong_does_not_fill_the_disk(tmp_path: Path) -> N
 
 
 class Division(nn.Module):
-    """Divides by 0 in one place."""
+    """A module that divides by 0 in one place."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x / torch.tensor([1.0, 1.0, 0.0, 1.0])
 
 
 class Root(nn.Module):
-    """The gradient of its square root is infinite in one place."""
+    """A module that takes a square root with an infinite gradient in one place."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (x * torch.tensor([1.0, 1.0, 0.0, 1.0])).abs().sqrt()

@@ -1,4 +1,4 @@
-"""`karat verify` finds what a run was not trained with, and distinguishes it from rounding."""
+"""`karat verify` finds what differs from a run's training, and distinguishes it from rounding."""
 
 import json
 import re
@@ -19,7 +19,7 @@ QUICK = ("schedule.warmup_epochs=0", "data.workers=0", "log.every_steps=2", "mod
 
 @pytest.fixture(scope="module")
 def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with checkpoints after 3, 6 and 8 steps."""
+    """Return a run with checkpoints after 3, 6 and 8 steps."""
     root = tmp_path_factory.mktemp("verify")
     (root / "small.yaml").write_text(f"data: {{path: {shards}}}\nattention: {{kind: karat}}\n")
     kept = ("checkpoint.every_steps=3", "checkpoint.keep_last=9", f"run.dir={root / 'run'}")
@@ -29,7 +29,7 @@ def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be changed."""
+    """Return a copy of the run, which a test may change."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
@@ -38,7 +38,7 @@ Verify = Callable[..., tuple[int, str, dict[str, dict[str, object]]]]
 
 @pytest.fixture
 def verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Verify:
-    """Exit code, output and figures of `karat verify`."""
+    """Return a function that runs `karat verify` and returns its exit code, output and figures."""
 
     def call(run: Path, *arguments: str) -> tuple[int, str, dict[str, dict[str, object]]]:
         file = tmp_path / "found.json"
@@ -96,7 +96,7 @@ def test_a_changed_recipe_is_found(run, verify) -> None:
 
 
 def change(run: Path, step: int, how: Callable[[dict[str, Any]], object]) -> None:
-    """Change what a checkpoint has, and write hashes that are right."""
+    """Change the content of a checkpoint, and write the hashes that fit it."""
     checkpoint = run / "checkpoints" / checkpoint_name(step)
     (file,) = checkpoint.glob("*model_states.pt")
     content = load_tensors(file)

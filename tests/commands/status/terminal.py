@@ -1,4 +1,4 @@
-"""`karat` on a terminal, as a person sees it and types to it."""
+"""`karat` on a terminal, as a person sees it and types into it."""
 
 import os
 import pty

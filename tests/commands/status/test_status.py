@@ -114,7 +114,7 @@ def test_the_job_is_that_of_the_newest_start(tmp_path: Path, monkeypatch: pytest
 
 
 def write_signs(run: Path, *fields: dict[str, object]) -> None:
-    """Signs of life of ranks 0, 1, ..., each with some fields of its own."""
+    """Write the signs of life of ranks 0, 1, ..., each with its own values of some fields."""
     shutil.rmtree(run / "heartbeats", ignore_errors=True)
     (run / "heartbeats").mkdir()
     for rank, own in enumerate(fields):
@@ -149,7 +149,7 @@ def test_memory_slow_ranks_and_silence_are_shown(tmp_path: Path) -> None:
     shown = shown_text(read_standing(run, now=400.0))
     assert "GPU memory  peak 40,321 MB" in shown
     assert "slow        rank 1 on node1 takes 0.4 s of its own per step" in shown
-    (run / "slow_factor").write_text("5\n")  # of a run that trains on
+    (run / "slow_factor").write_text("5\n")  # may be written while the run trains
     assert "slow  " not in shown_text(read_standing(run, now=400.0))
     assert "outcome     not running: no sign of life for 5 min" in shown
     assert "time left" not in shown
@@ -203,7 +203,7 @@ def test_on_a_terminal_it_follows_the_run_to_its_end(tmp_path: Path) -> None:
 
 
 def test_what_events_hold_is_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Another's run may hold rich's markup and a terminal's commands in its names."""
+    """The run of another user may contain rich's markup or commands to a terminal, which must have no effect."""
     run = tmp_path / "[red]run"
     (run / "checkpoints").mkdir(parents=True)
     (run / "metrics.jsonl").write_text(
@@ -233,7 +233,7 @@ STALL = StallLimits(60.0)
 
 
 def signs(*beats: int, written: float = 0.0) -> list[Sign]:
-    """Signs of ranks 0, 1, ..., each on a node of its own."""
+    """Return signs of ranks 0, 1, ..., each on a node of its own."""
     return [Sign(rank, f"node{rank}", 100 + rank, "", n, "backward", 7, written) for rank, n in enumerate(beats)]
 
 

@@ -103,7 +103,7 @@ def test_an_option_the_script_does_not_have_is_added_to_the_others() -> None:
     assert directives[-1] == "#SBATCH --qos=debug"
     assert [line for line in directives if "nodes" in line] == ["#SBATCH --nodes=3"]
     assert "#SBATCH --requeue" in directives
-    assert "set --" in lines  # sourced, a script would get the arguments of a caller
+    assert "set --" in lines  # without it, a sourced script would get its caller's arguments
 
 
 Capture = pytest.CaptureFixture[str]

@@ -40,7 +40,7 @@ def test_commas_in_brackets_and_quotes_do_not_separate(text: str, values: list[s
             "seed-0",
         ),
         (["optim.lr=1,2", "run.seed=5", "optim.lr=3", "run.seed=0,1"], ["optim.lr=3"], "seed-0"),  # the last one counts
-        (["optim.name=adamw,muon", "model.name=a,b"], [], "optim.name-adamw_model.name-a"),  # both are a name
+        (["optim.name=adamw,muon", "model.name=a,b"], [], "optim.name-adamw_model.name-a"),  # both keys end in `name`
     ],
 )
 def test_what_does_not_vary_is_shared(overrides: list[str], shared: list[str], first: str) -> None:

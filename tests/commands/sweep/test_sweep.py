@@ -1,4 +1,4 @@
-"""A sweep on this machine: runs in processes of their own, which fail, stop and go on."""
+"""A sweep on this machine: its runs are processes of their own, which fail, stop and resume."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_each_run_is_copied_to_a_url_of_its_own(recipe: Path) -> None:
 
 
 def end(run: PlannedRun) -> None:
-    """Leave in the run's directory what a finished run leaves."""
+    """Write to the run's directory what a finished run leaves there."""
     run.directory.mkdir(parents=True)
     (run.directory / "recipe.yaml").write_text(dump_recipe(run.recipe))
     (run.directory / "metrics.jsonl").write_text('{"event": "end", "exit": 0, "reason": "finished"}\n')
@@ -198,7 +198,7 @@ def test_a_failed_run_is_named_the_rest_goes_on_and_the_same_command_finishes_it
 
 
 def until_it_trains(recipe: Path, *arguments: str) -> "subprocess.Popen[str]":
-    """Start a sweep over two seeds, and wait until its first run logs steps."""
+    """Start a sweep over seeds, wait until its first run logs steps, and return the sweep's process."""
     command = karat_command(["sweep", str(recipe), *SMALL, *QUICK, *arguments])
     process = subprocess.Popen(command, env=karat_environment(), stderr=subprocess.PIPE, text=True)
     metrics = recipe.parent / "out" / "seed-0" / "metrics.jsonl"
@@ -255,7 +255,7 @@ def test_a_signal_saves_the_run_and_the_same_command_resumes_it(recipe: Path) ->
 
 
 def submit(out: Path, *grid: str) -> Path:
-    """Write the script for a grid without submitting it; returns the folder that the script names."""
+    """Write the script for a grid without submitting it, and return the folder that the script names."""
     data = ("data.backend=synthetic", "data.path=", "attention.kind=karat", "schedule.warmup_epochs=0")
     assert karat_here("sweep", "cifar10_vit_tiny", *SMALL, *data, *grid, "--slurm", "--out", str(out)) == 0
     found = re.search(r"^POINTS=(.*)$", (out / "sweep.sh").read_text(), flags=re.MULTILINE)

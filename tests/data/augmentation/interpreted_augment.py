@@ -1,4 +1,4 @@
-"""What the Triton kernels of augmentation do, by Triton's interpreter on the CPU.
+"""Tests of the Triton kernels of augmentation, run by Triton's interpreter on the CPU.
 
 The interpreter must be chosen before Triton is imported, so `test_device_fused.py` runs this file in a process of its
 own.
@@ -27,7 +27,7 @@ from tests.data.conftest import photo
 
 install_bfloat16()
 
-WIDTH, HEIGHT = 43, 37  # several programs, the last of which is not full
+WIDTH, HEIGHT = 43, 37  # several programs, and the last one is not full
 STRENGTHS = {
     "Rotate": (-30, 30),
     "ShearX": (-0.3, 0.3),
@@ -49,7 +49,7 @@ def by_torch(augment: DeviceAugment, images: torch.Tensor, draws: list[Draw]) ->
 
 
 def some_images() -> torch.Tensor:
-    """Photos, noise, one colour, few levels, one pixel of another level."""
+    """Return photos, and images of noise, of one colour, of few levels and of one bright pixel on black."""
     rng = np.random.default_rng(0)
     images = [photo(i, WIDTH, HEIGHT) for i in range(4)]
     images += [rng.integers(0, 256, (HEIGHT, WIDTH, 3)), np.full((HEIGHT, WIDTH, 3), (7, 200, 255))]

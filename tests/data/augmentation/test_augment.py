@@ -33,7 +33,7 @@ def image(width: int = 40, height: int = 30) -> Image.Image:
 
 
 def pixels_of(transform, source, draw):
-    """The transform on a whole image."""
+    """Return the result of the transform on a whole image."""
     view = resized(source, transform.view(draw), Image.Resampling.BICUBIC)
     return transform.finish(np.asarray(view), draw)
 
@@ -133,7 +133,7 @@ def test_what_is_off_is_a_plain_resize_and_an_unreadable_randaugment_string_is_r
 @pytest.mark.parametrize("crop", [0.875, 0.9, 1.0])
 def test_evaluation_is_resize_and_centre_crop(crop):
     for size in ((40, 30), (30, 40), (28, 28), (7, 90)):
-        # Smooth, for Pillow chooses by the sizes which axis it resizes first, and clips in between.
+        # A smooth image: Pillow clips between its two passes, and the sizes decide which axis it resizes first.
         source = image(5, 5).point(lambda value: 64 + value // 2).resize(size, Image.Resampling.BICUBIC)
         expected = Compose([Resize(int(28 / crop), InterpolationMode.BICUBIC), CenterCrop(28)])(source)
         view = EvalTransform(AugmentConfig(eval_crop=crop), 28).view(*size)
@@ -163,7 +163,7 @@ def test_erasing_fills_a_box_of_the_drawn_size_with_noise_around_the_mean_and_le
     assert replace(erasing, erase=None) == plain
 
 
-# The C++ against Pillow, bit for bit, on each instruction set of this machine.
+# The C++ is compared with Pillow bit for bit, on each instruction set of this machine.
 FILL = (124, 116, 104)
 
 
@@ -171,14 +171,14 @@ def pictures() -> list[Image.Image]:
     rng = np.random.default_rng(1)
     sizes = [(1, 1), (2, 5), (31, 7), (64, 64), (57, 90)]
     images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
-    # Values between which single precision often does not tell the byte.
+    # Between these values, single precision is often too coarse to tell the byte.
     few = [Image.fromarray((rng.integers(0, 3, (33, 17, 3)) * 127).astype(np.uint8)), images[1].resize((40, 50))]
     return [*images, *few, Image.new("RGB", (40, 30), (255, 0, 255))]
 
 
 @pytest.fixture(params=[*_available_instruction_sets(), "plain"])
 def compiled(request, monkeypatch):
-    """Makes the operations for an interpolation."""
+    """Yield a function that returns the compiled operations of an interpolation, for each instruction set."""
     monkeypatch.setenv("KARAT_CPU_ISA", request.param)
     _find_compiled.cache_clear()
     yield partial(_find_compiled, fill=FILL)

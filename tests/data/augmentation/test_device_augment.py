@@ -1,4 +1,4 @@
-"""RandAugment, jitter and erasing on the device do to a batch what workers would."""
+"""RandAugment, jitter and erasing on the device change a batch as workers would."""
 
 from dataclasses import replace
 
@@ -37,7 +37,10 @@ DEVICE = AugmentConfig(color_jitter=0.4, run_on="device")
     ],
 )
 def test_a_batch_comes_out_as_from_workers(randaugment, interpolation):
-    """docs/data.md states 0.05 levels on average. A level that one operation is off may be stretched by the next."""
+    """The pixels differ by less than 0.05 levels on average, as docs/data.md states.
+
+    One image may differ more, because an operation may amplify the difference that the one before left.
+    """
     settings = {"randaugment": randaugment, "interpolation": interpolation}
     workers = TrainTransform(AugmentConfig.model_validate(settings), SIDE)
     device = AugmentConfig.model_validate({**settings, "run_on": "device"})
@@ -51,11 +54,11 @@ def test_a_batch_comes_out_as_from_workers(randaugment, interpolation):
     found = np.abs(ours.numpy().astype(int) - reference).mean(axis=(1, 2, 3))
     assert found.mean() < 0.05, found
     assert found.max() < 1
-    assert torch.equal(images, before)  # which may be another's memory
+    assert torch.equal(images, before)  # which may be memory that somebody else uses
 
 
 def test_an_image_comes_out_alike_in_any_batch():
-    """So for any world size, and after a resume."""
+    """An image is augmented alike in any batch, and therefore for any world size and after a resume."""
     transform, augment = TrainTransform(DEVICE, SIDE), DeviceAugment(DEVICE, SIDE)
     draws = [transform.draw(i, SIDE, SIDE) for i in range(IMAGES)]
     draws = [replace(draw, erase=(2, 3, 9, 7, i)) for i, draw in enumerate(draws)]
@@ -109,7 +112,7 @@ def test_every_backend_leaves_it_to_the_device_on_any_number_of_ranks(make_shard
     assert sum(batch_digest(batch) for batch, _ in ranks) % 2**BITS == batch_digest(device)
 
 
-# Each operation against timm's on Pillow, for strengths that hypothesis draws.
+# Each operation is compared with timm's on Pillow, for strengths that hypothesis draws.
 FILL = (124, 116, 104)
 FEW = settings(max_examples=15)
 
@@ -143,7 +146,7 @@ def test_operations_without_a_strength_and_posterizing_are_pillows():
     for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
         for bits in range(9):
             assert torch.equal(batched(name, bits), by_pillow(name, bits)), (name, bits)
-    # 255 * (1 / 234) is another number than 255 / 234, and level 255 came out as 255 where Pillow has 254.
+    # 255 * (1 / 234) differs from 255 / 234: before the fix, level 255 stayed 255, and Pillow gives 254.
     image = np.tile(np.arange(21, 256, dtype=np.uint8)[:, None, None], (1, 2, 3))
     pillow = np.asarray(NAME_TO_OP["AutoContrast"](Image.fromarray(image)))
     ours = BATCHED[Kind.AUTO_CONTRAST](torch.from_numpy(image.transpose(2, 0, 1).copy())[None], torch.zeros(1))
@@ -198,7 +201,7 @@ assert STRENGTHS.keys() == MATRICES.keys()
 @given(data=st.data())
 @FEW
 def test_moves_are_within_one_level_of_pillows(name, interpolation, data):
-    # A shift of next to nothing takes a level from every second pixel of Pillow's, for it cuts off.
+    # Pillow truncates, so a tiny shift takes a level from every second of its pixels. Rounded strengths avoid that.
     strength = round(data.draw(STRENGTHS[name]), 3)
     reference = by_pillow(name, strength, resample=RESAMPLE[interpolation], fillcolor=FILL)
     matrix = torch.tensor([MATRICES[name](strength, SIDE, SIDE)] * len(BATCH), dtype=torch.float64)

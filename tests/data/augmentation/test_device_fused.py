@@ -1,4 +1,4 @@
-"""The kernels of augmentation: what they compute, how many they are, and that ptxas takes them."""
+"""Tests of the kernels of augmentation: what they compute, how many they are, and that ptxas compiles them."""
 
 import re
 import sys
@@ -26,7 +26,7 @@ from tests.conftest import karat_environment, output_of
 
 @pytest.mark.slow
 def test_the_kernels_compute_what_torch_does():
-    """By Triton's interpreter, in a process of its own."""
+    """In Triton's interpreter the kernels give torch's results; the interpreter needs a process of its own."""
     pytest.importorskip("triton")
     file = Path(__file__).with_name("interpreted_augment.py")
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file)
@@ -52,7 +52,7 @@ def test_the_kernels_keep_their_numbers_in_registers(architecture):
 
 
 def resources(kernel: Any, constants: dict[str, Any], architecture: int) -> tuple[int, int]:
-    """Registers of a thread and its bytes of stack, as ptxas compiles a launch with these constants."""
+    """Return the registers of a thread and its bytes of stack, as ptxas compiles a launch with these constants."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -73,7 +73,7 @@ def resources(kernel: Any, constants: dict[str, Any], architecture: int) -> tupl
 
 @pytest.mark.slow
 def test_tritons_own_binder_takes_the_launches(monkeypatch):
-    """It specialises the arguments and compiles; only the card is missing."""
+    """Triton's own binder specialises the arguments and compiles the kernels; only the GPU is a stand-in."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
@@ -99,7 +99,7 @@ def test_tritons_own_binder_takes_the_launches(monkeypatch):
     assert launched == ["tables_kernel", "turn_kernel", "turn_kernel"]
     device_fused.resized_views([images[0], images[1]], [crop_view((0, 0, 5, 5), 8)] * 2, [True, False], 8, True)
     assert launched[3:] == ["views_kernel"]
-    # No two boxes are alike, and a kernel for each kind of number would be compiled in the middle of training.
+    # Each batch has another box. A kernel specialised for the box would be compiled in the middle of training.
     normalize = Normalize(recipe.mean, recipe.std, torch.bfloat16)
     with monkeypatch.context() as patched:
         patched.setattr(device_fused, "can_run", lambda _: True)
@@ -110,7 +110,7 @@ def test_tritons_own_binder_takes_the_launches(monkeypatch):
 
 
 class Launches(TorchDispatchMode):
-    """Counts what would be launched for `meta` tensors: operations that are no views, and copies from the host."""
+    """Counts what would be launched for `meta` tensors: operations that are not views, and copies from the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Launches(TorchDispatchMode):
 
 
 def test_a_batch_takes_few_kernels_and_one_copy():
-    """1,218 kernels and 74 copies while each operation had its own."""
+    """A batch takes at most 12 kernels and one copy; with a kernel for each operation it took 1,218 and 74."""
     for augment in (AugmentConfig(run_on="device"), AugmentConfig(run_on="device", erasing=0.25)):
         transform = TrainTransform(augment, 224)
         draws = [transform.draw(seed, 500, 375) for seed in range(256)]
@@ -142,7 +142,7 @@ def test_a_batch_takes_few_kernels_and_one_copy():
 
 
 def test_all_crops_of_a_batch_are_resized_by_one_kernel():
-    """2,000 where one is resized after another."""
+    """One kernel resizes all crops of a batch; resizing one crop after another took 2,000."""
     images = [torch.empty(3, 375, 500, dtype=torch.uint8, device="meta") for _ in range(256)]
     views = [crop_view((10 + number % 50, 20, 300, 200), 224) for number in range(256)]
     flips = [number % 2 == 0 for number in range(256)]
@@ -152,7 +152,7 @@ def test_all_crops_of_a_batch_are_resized_by_one_kernel():
 
 
 class Bytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations read and write, each once an operation."""
+    """Counts the bytes of the tensors that operations read and write, once for each operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,5 +175,5 @@ def test_the_models_input_is_read_and_written_once(mix):
     with Bytes() as counted, Launches() as launches:
         made = normalize(images, mix)
     assert (made.dtype, made.shape) == (torch.bfloat16, images.shape)
-    assert counted.moved == 3 * images.numel()  # a byte, and two of bf16
+    assert counted.moved == 3 * images.numel()  # one byte read, and two of bf16 written
     assert (launches.copies, launches.kernels.total()) == (0, 1)

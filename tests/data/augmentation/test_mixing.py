@@ -42,7 +42,7 @@ def test_mixup_is_the_formula():
     params = mixer.params(2, 3, 12, 10)
     assert params.kind == "mixup"
     torch.testing.assert_close(images, params.lam * IMAGES + (1 - params.lam) * pairs_exchanged(IMAGES))
-    # timm pairs the first row with the last: for two rows the pairing is ours.
+    # timm pairs the first row with the last, which is our pairing if there are two rows.
     for i in range(0, 16, 2):
         expected = mixup_target(LABELS[i : i + 2], CLASSES, params.lam, 0.1)
         torch.testing.assert_close(targets[i : i + 2], expected)

@@ -1,4 +1,4 @@
-"""Backends over shards or betons of these samples."""
+"""Fixtures of backends over shards or betons of small samples."""
 
 from functools import partial
 
@@ -15,12 +15,12 @@ def dali(opened):
 
 @pytest.fixture
 def webdataset(opened):
-    """What DALI's batches are compared with: the same shards, decoded by torchvision."""
+    """Return a function that opens the backend with which DALI is compared: webdataset, decoded by torchvision."""
     return partial(opened, decoder="torchvision")
 
 
 @pytest.fixture
 def betons(make_shards):
-    """Makes betons of the shards of these samples; returns their directory."""
+    """Return a function that makes betons of the shards of these samples, and returns their directory."""
     need_ffcv()
     return lambda train=None, val=None, options=(): make_betons(make_shards(train, val), *options)

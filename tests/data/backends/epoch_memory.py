@@ -1,7 +1,7 @@
 """Prints the memory of a loader and its workers after each epoch.
 
-`python -m tests.data.backends.epoch_memory CONFIG EPOCHS`, where CONFIG is a data section in JSON.
-A process of its own: the memory of a test process also changes with what the tests before left behind.
+Run `python -m tests.data.backends.epoch_memory CONFIG EPOCHS`, where CONFIG is a data section in JSON. It is a process
+of its own, because the memory of a test process also changes with what earlier tests left behind.
 """
 
 import gc
@@ -18,7 +18,10 @@ from karat_scale.recipe import AugmentConfig, DataConfig
 
 
 def resident_mb() -> float:
-    """Memory of this process and its workers that is no file's: pages of libraries come and go with other programs."""
+    """Return the memory of this process and its workers in MB.
+
+    Pages of files are left out, since pages of libraries come and go with other programs.
+    """
     gc.collect()
     process = psutil.Process()
     lines = [

@@ -1,4 +1,4 @@
-"""What the backends' tests have in common."""
+"""Helpers that the tests of the backends share."""
 
 import os
 import time
@@ -21,7 +21,7 @@ def broken(number: int) -> EncodedSample:
 
 
 def contents(batches):
-    """All that batches hold, as something that compares."""
+    """Return all that batches hold, in a form that `==` compares."""
     return [
         (
             b.epoch,
@@ -38,13 +38,13 @@ def contents(batches):
 
 
 def children() -> set[int]:
-    """This process's children, of which another test may have left some that end by themselves."""
+    """Return this process's children. An earlier test may have left some that end by themselves."""
     me = os.getpid()
     return {int(pid) for pid in Path(f"/proc/self/task/{me}/children").read_text().split()}
 
 
 def running(pid: int) -> bool:
-    """Whether a process is there and has not ended."""
+    """Return whether a process exists and has not ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -59,7 +59,7 @@ def flip(path: Path, at: int, by: int = 0xFF) -> None:
 
 
 def all_ended_since(before: set[int]) -> bool:
-    """Whether all children have ended that were not there before; one may not be waited for yet."""
+    """Return whether all children that were not there before have ended; one may still be a zombie."""
     return not any(map(running, children() - before))
 
 
@@ -96,7 +96,7 @@ def odd_samples() -> Iterator[EncodedSample]:
 
 
 def hollow(number: int) -> EncodedSample:
-    """A JPEG whose ends are in place and whose middle is not: only decoding shows it."""
+    """Return a JPEG that is damaged only in the header of its scan, so that only decoding shows it."""
     data = encode(noise(number))
-    start = data.index(b"\xff\xda") + 2  # of the scan, whose header is spoilt
+    start = data.index(b"\xff\xda") + 2  # of the scan's header
     return EncodedSample(f"hollow-{number}", "jpg", data[:start] + b"\0\2" + data[start + 2 :], number % 3)

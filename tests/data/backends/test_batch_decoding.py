@@ -56,7 +56,7 @@ def test_what_is_no_plain_complete_jpeg_is_decoded_at_once(make_shards):
     whole, *odd = read(directory, range(4))[1]
     assert whole.pixels is None
     assert all(row.data is None and row.pixels.shape == (8, 8, 3) for row in odd)
-    assert read(directory, [0, 4])[1] is None  # though it is cut below the wanted part
+    assert read(directory, [0, 4])[1] is None  # although it is cut below the wanted part
 
 
 def test_too_many_pixels_are_refused_from_the_header_and_files_are_closed_with_the_reader(make_shards):
@@ -78,7 +78,7 @@ def test_too_many_pixels_are_refused_from_the_header_and_files_are_closed_with_t
 
 @pytest.fixture
 def few_files():
-    """This process may open 1,024 files, as is usual, until it asks for more."""
+    """Let this process open 1,024 files, which is the usual limit, until it asks for more."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limits[1] != resource.RLIM_INFINITY and limits[1] < 17 * 256:
         pytest.skip(f"the hard limit of open files is {limits[1]}")
@@ -91,7 +91,7 @@ def test_all_threads_read_though_few_files_may_be_open(make_shards, few_files):
     together = threading.Barrier(8)
 
     def choose(epoch, sample_id, width, height):
-        together.wait(timeout=60)  # fewer threads would never get on
+        together.wait(timeout=60)  # fewer threads would wait here in vain
         return crop_view((0, 0, width, height), 8), None
 
     reader = RowReader(ShardSplit(make_shards(), "train", 3), PillowDecoder("bicubic", 10**6), choose, 10**6, 8)

@@ -1,4 +1,4 @@
-"""The dali backend: DALI decodes, and all else is as elsewhere."""
+"""Tests of the dali backend: DALI decodes, and the rest is the same as in the other backends."""
 
 import gc
 from contextlib import contextmanager
@@ -39,7 +39,7 @@ def test_batches_are_those_of_webdataset_and_torchvision_to_the_bit(make_shards,
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_batches_that_dali_finishes_hold_the_same_samples(make_shards, data_config, webdataset, interpolation):
-    # As on a GPU, but on the CPU: DALI resizes and flips, and rows that it was not given are put in.
+    # On the CPU here, as on a GPU, DALI resizes and flips, and rows that it was not given are filled in.
     pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install -e '.[dali]'")
     samples = list(odd_samples())
     directory, augment = make_shards(train=samples, val=samples), CROP_AND_FLIP.changed(interpolation=interpolation)
@@ -65,7 +65,7 @@ def test_batches_that_dali_finishes_hold_the_same_samples(make_shards, data_conf
 
 
 def damaged(number: int) -> EncodedSample:
-    """A JPEG with bytes changed, cut out or zeroed, anywhere."""
+    """Return a JPEG with bytes changed, cut out or zeroed, anywhere."""
     rng = np.random.default_rng(number)
     data = bytearray(encode(noise(number), quality=90))
     at = int(rng.integers(2, len(data) - 300))
@@ -116,7 +116,7 @@ def test_bad_images_are_judged_and_replaced_as_elsewhere(make_shards, make_sampl
 
 
 def crops(numbers) -> Request:
-    """Requests for parts of photos."""
+    """Return a request for parts of photos."""
     views = [crop_view((number % 5, number % 3, 30, 20), SIZE) for number in numbers]
     datas = [encode(photo(number, 40 + number % 9, 38 + number % 7), quality=95) for number in numbers]
     return Request([np.frombuffer(data, dtype=np.uint8) for data in datas], views, [False] * len(datas))
@@ -142,7 +142,7 @@ def test_an_error_in_what_feeds_it_comes_after_the_batches_before_it(decoder):
         next(decoded)
 
 
-# As DALI 2.4 words them: what was met is the last paragraph but one.
+# The wording of DALI 2.4, which has the cause in the last paragraph but one.
 MET = """Critical error in pipeline:
 Error in {where} operator `nvidia.dali.fn.decoders.image_slice`,
 which was used in the pipeline definition with the following traceback:
@@ -157,7 +157,7 @@ Current pipeline object is no longer valid."""
 
 
 def test_an_error_of_the_gpu_is_not_taken_for_a_bad_image(decoder, monkeypatch):
-    """Before, every batch was read again on the CPU, for the rest of the run."""
+    """An error of the GPU stops the run. Before the fix, all later batches were read again on the CPU."""
 
     class Failing:
         def run(self):
@@ -174,7 +174,7 @@ def test_an_error_of_the_gpu_is_not_taken_for_a_bad_image(decoder, monkeypatch):
             list(decoder.decoded([crops([0, 1])]))
         assert str(caught.value).endswith(met.splitlines()[0])
 
-    class Broken:  # a stream that tells of an error of CUDA that DALI does not word
+    class Broken:  # a stream with an error of CUDA that DALI's message does not contain
         def synchronize(self):
             raise RuntimeError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA")
 
@@ -192,7 +192,10 @@ def test_a_gpu_that_is_not_there_is_said_before_any_image(decoder):
 
 
 def test_results_are_taken_over_on_a_stream_of_their_own(monkeypatch, decoder):
-    """Before, the thread that reads waited for the default stream, so for the training step under way."""
+    """Results are taken over on their own stream.
+
+    Before the fix, the reading thread waited for the default stream, and so for the current training step.
+    """
     seen: list[str] = []
 
     class Stream:
@@ -218,7 +221,7 @@ def test_results_are_taken_over_on_a_stream_of_their_own(monkeypatch, decoder):
 
 def test_an_error_of_the_requests_is_raised_although_an_image_fails_before(decoder, monkeypatch):
     class FailsAtTheSecond:
-        """Asks for two batches more than it has decoded, as DALI does."""
+        """Fails at the second batch. Like DALI, it asks for two batches more than it has decoded."""
 
         def __init__(self, inputs):
             self.inputs, self.ahead, self.done = inputs, [], 0
@@ -280,5 +283,5 @@ def test_eighty_bad_batches_leave_nothing_behind(make_shards, make_sample, dali,
             gc.collect()
             after.append((tasks(), psutil.Process().num_fds()))
     (threads_then, files), (threads_now, files_now) = after
-    assert threads_now <= threads_then + 4  # one pipeline's, which may be on its way out
+    assert threads_now <= threads_then + 4  # those of one pipeline, which may still be ending
     assert files_now <= files

@@ -1,9 +1,9 @@
-"""What each backend does alike, whatever library reads and decodes.
+"""Tests of what all backends do alike, whatever library reads and decodes.
 
-The libraries' own readers pad with duplicates (FFCV), vary an epoch's length (DALI), give each rank the same shards in
-each epoch, epochs of other lengths to other ranks and none to workers without a shard (webdataset), and refuse another
-order under several ranks (FFCV, webdataset). FFCV's batches are views of a ring buffer. Its Loader changes torch's
-threads and draws from global generators.
+The libraries' own readers behave differently. FFCV's pads with duplicates, and DALI's varies an epoch's length.
+webdataset's gives each rank the same shards in each epoch. It gives ranks epochs of different lengths, and workers
+without a shard no samples. FFCV's and webdataset's refuse other orders under several ranks. FFCV's batches are views of
+a ring buffer, and its Loader changes torch's threads and draws from global generators.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from tests.data.betons import make_betons
 from tests.training.runs import assert_a_kill_changes_nothing
 from tests.warm import run_code
 
-SAMPLES, SHARDS = 43, 6  # whose last holds three
+SAMPLES, SHARDS = 43, 6  # the last one holds three
 WORLD, EPOCHS, WORKERS = 3, 2, 7  # more workers than shards, and than cores
 
 
@@ -39,7 +39,10 @@ def backend(request) -> str:
 
 @pytest.fixture
 def lay_out(backend, make_shards, opened):
-    """Writes samples as the backend reads them; returns their directory, and what opens the backend over it."""
+    """Return a function that writes samples as the backend reads them.
+
+    It returns their directory, and a function that opens the backend over it.
+    """
 
     def make(train=None, val=None):
         directory = make_shards(train, val)
@@ -202,13 +205,13 @@ def test_a_file_system_that_stalls_is_an_error_that_names_the_file(backend, lay_
     reader = "reading" if backend == "dali" else "worker 0 at"
     assert str(caught.value).startswith(f"no batch came for data.timeout = 1 s: {reader} sample 0 in {path}")
     assert next(batches, None) is None
-    if backend != "dali":  # which reads in threads
+    if backend != "dali":  # DALI reads in threads
         stack = capfd.readouterr().err
         assert "(most recent call first)" in stack
         assert "in _serve" in stack
     opened.close()
     wait_until(lambda: all_ended_since(before))
-    with contextlib.suppress(OSError):  # let go of threads that wait
+    with contextlib.suppress(OSError):  # release threads that wait
         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
 
 
@@ -236,7 +239,7 @@ def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(backend, recip
     assert_a_kill_changes_nothing(recipe_file, tmp_path, f"data.backend={backend}", f"data.path={directory}")
 
 
-# Without the extras' libraries: none is loaded before it is asked for, and one line names what to install.
+# The libraries of the extras are missing: none is imported before it is needed, and one line names what to install.
 WITHOUT = """
 import sys
 import karat_scale.data.backends.gpu_decoders, karat_scale.data.backends.images

@@ -33,7 +33,7 @@ def test_samples_draws_and_pixels_are_those_of_the_shards(betons, opened):
 
 
 def test_pixels_of_photos_are_within_the_stated_tolerance_of_pillow(sample_data, tmp_path, opened):
-    """docs/data.md states it: on average 1.5 of 255, in no image more than 3."""
+    """The mean difference is below 1.5 levels of 255, as docs/data.md states, and below 3 in each image."""
     need_ffcv()
     with tarfile.open(sample_data / "imagenet_sample_1000.tar") as tar:
         for _ in range(40):

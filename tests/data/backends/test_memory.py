@@ -1,4 +1,4 @@
-"""Nothing grows over ten epochs."""
+"""The memory of a loader and its workers does not grow over ten epochs."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from tests.conftest import output_of
 from tests.data.betons import make_betons, need_ffcv
 
 EPOCHS, SETTLED = 10, 3
-# Each backend and each decoder once, and all of them together where the slow tests run.
+# SAMPLED has each backend and each decoder once, and REST the other pairs.
 SAMPLED = [("folder", "pillow"), ("webdataset", "auto"), ("ffcv", "auto"), ("dali", "auto")]
 REST = [("folder", "auto"), ("webdataset", "pillow"), ("ffcv", "pillow")]
 
@@ -33,5 +33,5 @@ def test_ten_epochs_take_no_more_memory_than_three(image_folder, shards, tmp_pat
     said = output_of(sys.executable, "-m", "tests.data.backends.epoch_memory", config, EPOCHS)
     after = json.loads(said.splitlines()[-1])
     assert len(after) == EPOCHS
-    # An epoch of decoded images is 3 MB: 22 MB more than at the third epoch if they stayed.
+    # An epoch of decoded images is 3 MB. If they stayed, the memory would grow by 22 MB after the third epoch.
     assert after[-1] - after[SETTLED - 1] < 7, after

@@ -1,4 +1,4 @@
-"""The nvjpeg backend on the CPU: libjpeg-turbo decodes in place of nvJPEG, and all else is what runs on a GPU."""
+"""The nvjpeg backend on the CPU: libjpeg-turbo decodes in place of nvJPEG, and the rest is the code for a GPU."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +50,7 @@ def test_a_view_differs_from_pillows_by_one_level_at_most(interpolation):
 
 
 def tf32(x):
-    """What tensor cores read of float32: 11 bits."""
+    """Return what tensor cores read of float32 numbers: 11 bits."""
     mantissa, exponent = torch.frexp(x)
     return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
 
@@ -102,7 +102,10 @@ def test_a_bad_image_is_skipped_or_stops_the_run(make_shards, data_config, webda
 
 
 class BusyStream:
-    """A stream that has work from a decoder's end until somebody waits for it, which takes as long as others come."""
+    """A stream that is busy from the end of a decode until `synchronize` returns.
+
+    That waits up to 0.3 s for another thread to decode on the busy stream.
+    """
 
     def __init__(self):
         self.is_busy, self.others = False, threading.Event()
@@ -116,7 +119,7 @@ class BusyStream:
 
 
 def test_no_thread_decodes_into_memory_that_another_still_reads(make_shards):
-    """The decoder writes on a stream of its own, and what a thread has let go of may be allocated anew."""
+    """The decoder writes on its own stream, where memory that another thread has just freed may be allocated again."""
     stream, decode, met = BusyStream(), find_jpeg_decoder(torch.device("cpu")), []
 
     def noting(encoded, device):

@@ -1,4 +1,4 @@
-"""Batches of a stream: the same from the same lanes; a silent source ends them, and bad samples are reported."""
+"""Tests of a stream's batches: they depend on the lanes alone, and a silent source and bad samples are reported."""
 
 import os
 import subprocess
@@ -79,7 +79,7 @@ def test_a_sample_is_augmented_anew_in_each_cycle(streamed, tars: Path) -> None:
 
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_ranks_and_workers_resume_exactly_and_read_each_sample_once(streamed, tars: Path, lanes: int) -> None:
-    """What was prefetched and not trained on is read again: the place is that of the last batch that was noted."""
+    """Samples that were prefetched but not trained on are read again: a resume begins after the last noted batch."""
     for rank in range(2):
         backend = streamed(f"{tars}/{{0..3}}.tar", workers=lanes, prefetch=3)
         sizes = {"rank": rank, "ranks": 2, "lanes": lanes}

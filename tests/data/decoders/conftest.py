@@ -16,7 +16,7 @@ EncodeJpeg = Callable[..., bytes]
 
 
 def encode_photo(width: int, height: int, seed: int = 0, mode: str = "RGB", **options: object) -> bytes:
-    """A JPEG of coarse shapes under fine noise, different for every seed."""
+    """Return a JPEG of coarse shapes under fine noise, different for every seed."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
     pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
@@ -33,7 +33,7 @@ def encode_jpeg() -> EncodeJpeg:
 
 @pytest.fixture(scope="session")
 def encode_flat() -> EncodeJpeg:
-    """A JPEG of one grey, 119."""
+    """Return a function that encodes a JPEG of one grey, 119."""
 
     def encode(width: int, height: int) -> bytes:
         buffer = io.BytesIO()
@@ -56,7 +56,7 @@ def decoder_of(request) -> Callable[..., Decoder]:
     def make(name: str, interpolation: str = "bicubic", max_pixels: int = 80_000_000) -> Decoder:
         if name == "native":
             request.getfixturevalue("native_runs")
-        if name == "ffcv":  # no name in a recipe: its backend uses it
+        if name == "ffcv":  # a recipe cannot name it, only its backend uses it
             need_ffcv()
             return FfcvDecoder(interpolation, max_pixels)
         return make_decoder(DataConfig(path="-", decoder=name, max_pixels=max_pixels), interpolation)
@@ -66,5 +66,5 @@ def decoder_of(request) -> Callable[..., Decoder]:
 
 @pytest.fixture
 def odd_images(sample_data) -> list[tuple[str, bytes]]:
-    """The awkward files by name."""
+    """Return the names and bytes of the unusual files."""
     return [*tar_files(sample_data / "odd_jpegs.tar").items()]

@@ -1,6 +1,6 @@
-"""The native decoder, the recoder and the warps, built for aarch64 and run by an emulator: the same bits as here.
+"""The native decoder, the recoder and the warps, built for aarch64 and run by an emulator, give the same bits as here.
 
-`make test-aarch64` installs what it needs. CI runs it each time.
+`make test-aarch64` installs what these tests need. CI runs them each time.
 """
 
 import io

@@ -29,7 +29,7 @@ def test_every_mode_becomes_rgb_as_imagefolder_reads_it(tmp_path, mode, kind):
 
 
 def test_a_postscript_file_starts_no_interpreter(tmp_path, monkeypatch):
-    """Pillow would run Ghostscript on it."""
+    """A PostScript file is refused; Pillow by itself would run Ghostscript on it."""
     interpreter = tmp_path / "gs"
     interpreter.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     interpreter.chmod(0o755)

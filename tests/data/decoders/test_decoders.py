@@ -1,4 +1,4 @@
-"""What every decoder must do alike, Pillow being the reference."""
+"""Tests of what every decoder must do alike, with Pillow as the reference."""
 
 import io
 import random
@@ -28,7 +28,7 @@ FAST = ["native", "torchvision"]
 # FFCV's DCT is fast and less exact.
 OTHERS = [*FAST, "ffcv"]
 MEAN = {"native": 1, "torchvision": 1, "ffcv": 4}
-# Where bicubic weights overshoot, an 8-bit pass clips, and Pillow may resize down before across.
+# Bicubic weights overshoot, so that an 8-bit pass clips, and Pillow may resize vertically first.
 LARGEST = {"bilinear": 2, "bicubic": 24}
 
 
@@ -51,7 +51,7 @@ def difference(one, other):
 
 @st.composite
 def photos(draw):
-    """A JPEG's dimensions and how it is encoded."""
+    """Draw a JPEG's dimensions and the options of its encoding."""
     width, height = draw(st.integers(1, 150)), draw(st.integers(1, 150))
     options = {
         "mode": draw(st.sampled_from(["RGB", "RGB", "L"])),
@@ -135,7 +135,7 @@ def test_other_formats_and_refusals_of_truncated_files_are_pillows(encode_jpeg, 
 
 @pytest.mark.parametrize("name", ["pillow", *OTHERS])
 def test_grey_of_no_certain_range_is_refused(decoder_of, name):
-    """It became black, or white, in silence."""
+    """Such an image is refused. Before the fix, it became black or white without a message."""
     decoder, ramp = decoder_of(name), np.linspace(0, 1, 40 * 30).reshape(30, 40)
     for pixels, said in ((ramp.astype(np.float32), "floating-point"), ((ramp * 2**20).astype(np.int32), "16 bits")):
         assert said in outcome(decoder, encode(Image.fromarray(pixels), "TIFF"))
@@ -144,7 +144,7 @@ def test_grey_of_no_certain_range_is_refused(decoder_of, name):
 
 
 def bomb(width, height):
-    """A small PNG of many pixels."""
+    """Return a small PNG whose header claims this many pixels."""
 
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -181,7 +181,7 @@ def test_the_recipe_names_the_decoder_and_auto_takes_the_fastest(decoder_of):
 
 @pytest.fixture(params=[*torchvision.LIBRARIES, "neither"])
 def library(request, monkeypatch):
-    """The library that the decoder `torchvision` finds."""
+    """Let the decoder `torchvision` find only one library, or none."""
     found = {name: module for name, module in torchvision.LIBRARIES.items() if name == request.param}
     monkeypatch.setattr(torchvision, "LIBRARIES", found)
     if found:
@@ -230,7 +230,7 @@ def test_without_a_library_the_reason_says_what_to_install(monkeypatch):
 
 
 def damaged(rng, photos, first=0):
-    """A photo with bytes changed, cut off or put in, from byte `first` on."""
+    """Return a photo with bytes changed, cut off or inserted, from byte `first` on."""
     data = bytearray(rng.choice(photos))
     for _ in range(rng.choice([1, 1, 2, 8])):
         data[rng.randrange(first, len(data))] = rng.choice([rng.randrange(256), 0xFF, 0x00, 0xD9, 0xDA])
@@ -244,7 +244,7 @@ def damaged(rng, photos, first=0):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_damaged_files_are_read_or_refused_as_pillow_does(encode_jpeg, decoder_of, name):
-    """libjpeg warns of much that it can read all the same, and some libraries ignore that."""
+    """A decoder refuses what Pillow refuses; libjpeg only warns of some damage, and some libraries ignore that."""
     rng = random.Random(0)
     kinds = [{}, {"progressive": True}, {"restart_marker_blocks": 1}, {"subsampling": "4:4:4"}, {"mode": "L"}]
     photos = [encode_jpeg(90, 70, seed, **options) for seed, options in enumerate(kinds)]
@@ -257,7 +257,7 @@ def test_damaged_files_are_read_or_refused_as_pillow_does(encode_jpeg, decoder_o
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about EXIF
         for _ in range(800 if name == "native" else 200):
-            data = damaged(rng, photos, 700 if name == "ffcv" else 0)  # it reads other colours from a damaged header
+            data = damaged(rng, photos, 700 if name == "ffcv" else 0)  # FFCV reads other colours from a damaged header
             expected, found = outcome(pillow, data, choose), outcome(ours, data, choose)
             assert isinstance(found, str) == isinstance(expected, str)
             if not isinstance(expected, str):
@@ -330,7 +330,7 @@ def test_a_centre_is_resized_as_pillow_does_to_the_bit(dimensions, interpolation
 
 @pytest.mark.parametrize("size", [28, 112, 224, 240, 299, 336, 448])
 def test_a_centre_crop_of_the_whole_short_side_stays_within_the_image(size: int) -> None:
-    """Rounding took it beyond, and another decoder then read such images as a whole."""
+    """Before the fix, rounding moved the box outside the image, and another decoder then read the whole image."""
     for short in range(size, 4 * size):
         left, top, right, bottom = centre_view(short, short + 3, size, size).box
         assert 0 <= left < right <= short

@@ -27,7 +27,7 @@ VIEWS = [
 
 
 def pixels_of(decoder, encode_jpeg):
-    """The views of a few photos, as one row of bytes."""
+    """Return the views of a few photos as one string of bytes."""
     return b"".join(
         decoder.read(encode_jpeg(150, 110, seed, progressive=seed == 2), lambda *_, view=view: view).tobytes()
         for seed in range(3)
@@ -144,7 +144,7 @@ def test_the_image_and_the_file_are_as_pillows(encode_jpeg, size):
                 opened(found) for found in (NativeRecoder().shrink(data, 48, quality, 2), pillow(data, 48, quality))
             )
             assert (ours.size, ours.quantization, ours.layer) == (theirs.size, theirs.quantization, theirs.layer)
-        # Where nothing is resized ours keeps the stored colours; Pillow's smooths them on its way through RGB.
+        # Without a resize, ours keeps the stored colours, and Pillow smooths them on the way through RGB.
         if min(size) > 48:
             assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).mean() < 3
 

@@ -1,4 +1,4 @@
-"""Tars that others wrote: what is found in them, and that training reads them like our shards."""
+"""Tests of tars that others wrote: what the index finds in them, and that training reads them like our shards."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Path:
-    """Tars as the hub's imagenet-1k-wds has them: .jpg, .cls and .json, by number."""
+    """Write tars like those of the hub's imagenet-1k-wds, with .jpg, .cls and .json; return their directory."""
     source = tmp_path / "hub"
     number = 0
     for split, count in (("train", 2), ("validation", 1)):
@@ -77,7 +77,7 @@ def test_hashes_notice_a_change_and_their_absence_is_told(hub: Path, tmp_path: P
 
 
 def test_a_run_on_the_index_sees_what_a_run_on_our_shards_sees(shards: Path, tmp_path: Path) -> None:
-    """The same images in the same order: equal losses and digests."""
+    """Losses and digests are equal, so the runs see the same images in the same order."""
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     for tar in shards.glob("*.tar"):
@@ -339,7 +339,7 @@ def test_a_number_of_thousands_of_digits_is_told_in_a_line(where, tmp_path, caps
 
 
 def test_what_macos_packs_beside_files_is_no_sample(tmp_path: Path) -> None:
-    """With the class in the path, names may have dots. Training stopped at the first such file."""
+    """macOS's `._` files are skipped. Before the fix, with the class in the path, training stopped at the first one."""
     names = ("./cat/a.1.jpg", "./cat/._a.1.jpg", "./._cat", "__MACOSX/cat/a.jpg", "./cat/.thumbs/a.jpg")
     write_tar(tmp_path / "train.tar", [(name, image(0)) for name in names])
     assert index(tmp_path, "--label", "path") == 0
@@ -349,7 +349,7 @@ def test_what_macos_packs_beside_files_is_no_sample(tmp_path: Path) -> None:
 
 
 def test_tars_behind_links_are_found_and_none_is_left_out_in_silence(tmp_path: Path, capsys) -> None:
-    """Clusters and caches of the hub are full of links."""
+    """Clusters and caches of the hub use many links, so links are followed, and tars that are left out are named."""
     source = tmp_path / "source"
     write_tar(source / "train" / "0.tar", sample(0))
     write_tar(tmp_path / "elsewhere" / "1.tar", sample(1))
@@ -375,7 +375,7 @@ def test_tars_behind_links_are_found_and_none_is_left_out_in_silence(tmp_path: P
 
 
 def test_tars_that_others_made_are_never_made_again(image_folder: Path, tmp_path: Path) -> None:
-    """Those of our names, beside which is an index, were taken for leftovers of ours and removed."""
+    """Before the fix, indexed tars with names like ours were taken for leftovers of our own and removed."""
     source = tmp_path / "source"
     write_tar(source / "train-000000.tar", sample(0))
     assert index(source) == 0

@@ -1,4 +1,4 @@
-"""Batches come to the device in their order, ahead of need, and errors in their turn."""
+"""Batches come to the device in order and ahead of need, and an error comes after the batches before it."""
 
 import gc
 import threading
@@ -24,9 +24,9 @@ def batch(number: int) -> Batch:
 
 
 class Source:
-    """Batches 0 .. count - 1, then an error if there is one; `made` are those that were asked for.
+    """Yields batches 0 .. count - 1, then raises the error if there is one. `made` has the batches so far.
 
-    `asked`: what a reader has asked for, which it counts itself; `ahead`: how many more than that were made at most.
+    A reader counts in `asked` the batches that it has asked for. `ahead` is how many more than these were made at most.
     """
 
     def __init__(self, count: int, error: Exception | None = None) -> None:
@@ -62,7 +62,7 @@ def test_the_next_batch_is_copied_while_the_device_works(streams: Streams) -> No
     feed = DeviceFeed(source, EMULATED)
     first = next(feed)
     assert first.images.device == first.labels.device == first.valid.device == EMULATED
-    assert first.sample_ids.tolist() == [0]  # stay on the host
+    assert first.sample_ids.tolist() == [0]  # these stay on the host
     streams.notes.clear()
     streams.notes.append("work on batch 0 is launched")
     feed.fetch_ahead()
@@ -170,7 +170,7 @@ def test_closing_and_forgetting_end_the_thread():
 
 @pytest.mark.timeout(60)
 def test_a_batch_that_does_not_come_is_an_error_that_says_what_is_waited_for(monkeypatch):
-    monkeypatch.setattr(device_feed, "CLOSE_SECONDS", None)  # who waits for the thread waits for ever
+    monkeypatch.setattr(device_feed, "CLOSE_SECONDS", None)  # waiting for the thread would never end
     held = threading.Event()
 
     def batches():

@@ -1,4 +1,4 @@
-"""The loaders for any training loop: one order on any number of ranks and workers, from any step, or a refusal."""
+"""Tests of the loaders for any training loop: one order on any ranks and workers, from any step, and clear refusals."""
 
 import gc
 import random
@@ -33,7 +33,7 @@ GLOBAL, SEED = 8, 3
 
 
 class Numbers:
-    """Twenty samples that show their number, and what was drawn for them by every kind of random numbers."""
+    """Twenty samples. Each has its number, and a sum of random numbers of all global generators."""
 
     def __len__(self) -> int:
         return 20
@@ -98,7 +98,7 @@ def test_a_step_is_the_same_on_any_ranks_workers_and_micro_batches(ranks: int, w
 
 @pytest.mark.parametrize("taken", [1, 2, 3])  # in the first epoch, at its end, and in the second
 def test_a_state_goes_on_with_the_next_batch_on_other_ranks_and_workers(taken: int) -> None:
-    # Others began at 0 (mosaicml/streaming#880), or in the first epoch's order (huggingface/accelerate#2016).
+    # Other loaders began at 0 (mosaicml/streaming#880), or in the first epoch's order (huggingface/accelerate#2016).
     whole = of_numbers(epochs=3)
     expected = indices(batch for _ in range(3) for batch in whole)
     loader, seen = of_numbers(epochs=3), []
@@ -281,7 +281,7 @@ def test_an_evaluation_has_each_sample_once_with_its_id(make_shards: Make, ranks
 def test_an_evaluation_of_a_dataset_of_ones_own_has_each_sample_once() -> None:
     ids: list[int] = []
     batches = []
-    for rank in range(8):  # of three samples, and the last one of none
+    for rank in range(8):  # up to three samples each, and none for the last rank
         loader = EvalLoader(Numbers(), batch=2, rank=rank, world_size=8, workers=0, drop_empty=False)
         found = list(loader)
         batches.append(len(found))
@@ -303,7 +303,7 @@ def test_labels_of_a_folder_are_those_of_its_training_split_also_where_a_class_i
     assert labels() == [0, 2, 3]
     (folder / "train").rename(folder / "training")
     assert labels(train_split="training") == [0, 2, 3]
-    assert labels() == [0, 1, 2]  # nothing tells of the other
+    assert labels() == [0, 1, 2]  # nothing shows that there is another class
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -425,7 +425,7 @@ def test_captions_and_labels_beside_images_come_through(tmp_path: Path) -> None:
 
 
 def test_the_members_of_a_sample_are_those_that_the_index_took_together(tmp_path: Path) -> None:
-    """With the class in the path, a name may have dots."""
+    """With the class in the path, a name may have dots, so cat/a.1 and cat/a.2 are two samples."""
     tars = tmp_path / "tars"
     for number, name in enumerate(("cat/a.1", "cat/a.2", "dog/b.1")):
         caption = (f"{name}.txt", name.encode())
@@ -457,7 +457,7 @@ def test_samples_in_a_row_with_the_same_key_keep_their_own_parts(order: str, tmp
 
 
 def test_samples_are_read_without_their_tars_whole_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its hash alone took ten times as long as a sample."""
+    """Each index is read once. Before the fix, it was hashed for each sample, which was ten times slower."""
     for tar in range(2):
         members = [
             (f"{n}.{suffix}", encode(photo(ord(n))) if suffix == "jpg" else b"0")
@@ -490,7 +490,7 @@ def test_files_that_are_left_out_are_a_warning(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("names", ["a.cls b.jpg b.cls a.jpg", "a.cls b.cls c.cls c.jpg b.jpg a.jpg"])
 def test_samples_whose_members_stand_apart_are_read_in_each_order(names: str, tmp_path: Path) -> None:
-    """The first image lies behind the last one."""
+    """Samples are read even if the image of the first one lies behind that of the last one."""
     label = {"a": b"0", "b": b"1", "c": b"2"}
     members = [(name, encode(photo(1)) if "jpg" in name else label[name[0]]) for name in names.split()]
     write_tar(tmp_path / "train-0.tar", members)
@@ -597,7 +597,7 @@ def test_synthetic_images_need_a_number_of_classes() -> None:
 
 
 def test_a_bad_image_is_told_of_in_the_loaders_words(make_shards: Make, make_sample: Callable[..., Any]) -> None:
-    """Nobody heard of those that were skipped."""
+    """Errors and warnings use the loader's own argument. Before the fix, skipped images were not reported."""
     samples = [make_sample(number) for number in range(12)]
     samples[5] = replace(samples[5], data=b"no image")
     shards = make_shards(samples, samples[:6])
@@ -678,7 +678,7 @@ def test_a_state_of_nothing_and_a_digest_without_a_group_are_one_line(monkeypatc
 
 
 def test_a_rank_is_the_launchers_also_under_srun_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Each task took itself for rank 0 of 1, and so had all samples.
+    # Before the fix, each task took itself for rank 0 of 1, and so had all samples.
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # an earlier test may have joined a group
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

@@ -1,4 +1,4 @@
-"""Images of workers' batches travel through memory that is used again, and each batch has a digest."""
+"""Workers hand over images in memory that is used again, and each batch has a digest."""
 
 import pickle
 from dataclasses import replace
@@ -18,7 +18,7 @@ SIZE, IMAGES, PREFETCH = 32, 4, 3
 
 
 class Numbered:
-    """Batches whose pixels are their number."""
+    """Makes batches with pixels that are their number."""
 
     def shape(self, part: BatchSlice) -> tuple[int, ...]:
         return len(part.sample_ids), 3, SIZE, SIZE
@@ -56,7 +56,7 @@ def test_a_batch_without_its_slot_is_small():
     batch = Numbered().fill(slices(1)[0], slots._at(0, (IMAGES, 3, SIZE, SIZE)))
     sent = pickle.dumps(slots.pack(batch))
     assert len(sent) < IMAGES * 3 * SIZE * SIZE
-    batch.images.fill_(77)  # it is taken when it is received
+    batch.images.fill_(77)  # the images are copied when the batch is received
     received = slots.unpack(pickle.loads(sent))
     assert received.images.eq(77).all()
     assert received.images.data_ptr() != batch.images.data_ptr()
@@ -106,5 +106,5 @@ def test_whoever_makes_a_batch_takes_its_digest(workers):
     (ahead,) = RunAhead((one for one in [replace(made, digest=None)]), 1, 60.0, str)
     assert ahead.digest == made.digest
     assert with_digest(ahead) is ahead
-    # Nobody asks for the labels of a batch that is on the device.
+    # The digest of a batch on the device is known without its labels.
     assert batch_digest(made.to("meta")) == made.digest

@@ -1,4 +1,4 @@
-"""What workers do when they, their trainer or all of them are signalled or killed."""
+"""Tests of what workers do when they, their trainer or all of them are signalled or killed."""
 
 import ctypes
 import gc
@@ -37,7 +37,7 @@ from tests.warm import PROCESSES
 
 @pytest.fixture
 def begun(opened, make_shards, cheap_augment):
-    """A backend, its batches, of which one was taken, and its workers."""
+    """Return a function that starts a backend; it returns the backend, its batches after the first, and its workers."""
 
     def begin(workers):
         before = children()
@@ -55,12 +55,12 @@ def test_a_worker_that_nothing_ends_does_not_keep_its_trainer(monkeypatch):
         patch.setattr(type(worker._popen), "_send_signal", lambda *_: None)
         kill_workers([worker], os.getpid())
     assert worker.is_alive()
-    assert worker not in multiprocessing.active_children()  # for which Python waits at its end
+    assert worker not in multiprocessing.active_children()  # Python waits for these at its end
     worker.kill()
     worker.join()
 
 
-# As a thread of gloo, which has no state in Python until it drops a tensor that has one.
+# It acts like a thread of gloo, which has no state in Python until it frees a tensor that Python knows.
 FOREIGN_THREAD = """
 typedef struct _ts state;
 extern state *PyThreadState_New(void *);
@@ -114,7 +114,7 @@ def test_a_killed_worker_is_one_clear_error(begun):
 
 
 class Finalized:
-    """An object that only a search for unused ones finds, and that says in which process it was found."""
+    """An object that only the garbage collector frees, and that notes in which process this happened."""
 
     def __init__(self) -> None:
         self.itself, self.found_in = self, FOUND_IN
@@ -132,7 +132,10 @@ def collected(part: BatchSlice) -> int:
 
 
 def test_a_worker_does_not_finalize_objects_of_the_trainer():
-    """One of a library with threads of its own, which a fork does not have, ended the worker by SIGSEGV."""
+    """Before the fix, a worker that finalized an object of a library with its own threads ended by SIGSEGV.
+
+    The fork does not have these threads.
+    """
     gc.collect()
     gc.disable()
     try:
@@ -211,7 +214,7 @@ def test_an_error_in_a_worker_is_raised_with_its_stack_after_the_results_before_
 
 @pytest.mark.timeout(60)
 def test_neither_long_slices_nor_long_results_keep_a_worker_from_working_ahead(tmp_path: Path) -> None:
-    """Each is longer than what a pipe holds."""
+    """The slices and the results are longer than what a pipe holds, and still four are made ahead."""
 
     def work(part: bytes) -> bytes:
         with (tmp_path / "made").open("ab") as made:
@@ -235,7 +238,7 @@ def test_far_more_workers_than_cores_of_the_control_group_are_refused_before_one
 
 
 def train_until_told(directory: str, line: Connection) -> None:
-    """Train with two workers, and tell of signals."""
+    """Train with two workers, and report each signal through `line`."""
     os.setpgid(0, 0)
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: line.send("signal"))
@@ -249,7 +252,7 @@ def train_until_told(directory: str, line: Connection) -> None:
 
 
 def is_prepared(pid: int) -> bool:
-    """Whether a worker blocks SIGTERM, which is the last of the signals that it sets."""
+    """Return whether a worker blocks SIGTERM, which it does after it has set up the other signals."""
     blocked = re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
     return blocked is not None and bool(int(blocked[1], 16) >> (signal.SIGTERM - 1) & 1)
 
@@ -261,14 +264,14 @@ def test_workers_ignore_signals_to_the_process_group_and_exit_when_the_parent_is
     process.start()
     workers = line.recv()
     assert len(workers) == 2
-    wait_until(lambda: all(map(is_prepared, workers)))  # the first batch is of one of them
+    wait_until(lambda: all(map(is_prepared, workers)))  # only one of them has made the first batch
     for number in STOP_SIGNALS:
         os.killpg(process.pid, number)
         assert line.recv() == "signal"
     line.send("go on")
     assert line.recv() == 40
     assert all(running(pid) for pid in workers)
-    os.kill(workers[0], signal.SIGSTOP)  # nor does a stopped one outlive it
+    os.kill(workers[0], signal.SIGSTOP)  # a stopped worker must end, too
     process.kill()
     process.join()
     wait_until(lambda: not any(running(pid) for pid in workers))
@@ -297,7 +300,7 @@ FOUR = """
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another view of /dev/shm needs root")
 def test_workers_need_no_dev_shm_and_say_nothing_of_their_number() -> None:
-    """`karat doctor` says in one line that there are more workers than cores."""
+    """Workers print nothing if there are more of them than cores, because `karat doctor` reports that."""
     mount = 'mount -t tmpfs -o ro tmpfs /dev/shm && exec "$0" -c "$1"'
     done = run_to_end("unshare", "-m", "sh", "-c", mount, sys.executable, textwrap.dedent(FOUR))
     if "unshare" in done.stderr or "mount" in done.stderr:

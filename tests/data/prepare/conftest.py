@@ -1,4 +1,4 @@
-"""Where the scripts are, and files as MNIST has them."""
+"""The folder of the scripts, and files in MNIST's format."""
 
 import gzip
 import struct
@@ -20,14 +20,14 @@ def idx_bytes(array: np.ndarray) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small ImageNet in folders."""
+    """Write a small ImageNet in folders; return their directory."""
     write_folders(tmp_path / "src")
     return tmp_path / "src"
 
 
 @pytest.fixture
 def write_idx() -> Callable[..., None]:
-    """Write an images and a labels file as MNIST has them."""
+    """Return a function that writes an images and a labels file in MNIST's format, and returns the images."""
 
     def write(folder: Path, split: str, count: int, classes: int = 10, packed: bool = True) -> np.ndarray:
         rng = np.random.default_rng(count)

@@ -15,12 +15,12 @@ WNIDS = ("n01440764", "n01443537", "n02119789")
 def jpeg(
     seed: int, width: int = 24, height: int = 20, kind: str = "JPEG", mode: str = "RGB", **options: object
 ) -> bytes:
-    """A smooth image, different for each seed."""
+    """Return a smooth image, different for each seed."""
     return encode(Image.fromarray(photo(seed, width, height)).convert(mode), kind, **options)
 
 
 def train_files(per_class: int = 6) -> dict[str, dict[str, bytes]]:
-    """Training images by class and file name."""
+    """Return training images by class and file name."""
     return {
         wnid: {f"{wnid}_{number}.JPEG": jpeg(100 * label + number) for number in range(per_class)}
         for label, wnid in enumerate(WNIDS)
@@ -28,12 +28,12 @@ def train_files(per_class: int = 6) -> dict[str, dict[str, bytes]]:
 
 
 def val_files(count: int = 9) -> dict[str, tuple[str, bytes]]:
-    """Validation images by file name: (class, bytes)."""
+    """Return the class and the bytes of validation images by file name."""
     return {f"ILSVRC2012_val_{n:08d}.JPEG": (WNIDS[(n * 2) % 3], jpeg(1000 + n)) for n in range(1, count + 1)}
 
 
 def write_official(src: Path, per_class: int = 6) -> None:
-    """ImageNet's tars in small, with Kaggle's labels."""
+    """Write small versions of ImageNet's tars, with Kaggle's labels."""
     src.mkdir(parents=True, exist_ok=True)
     inner = {f"{wnid}.tar": tar_bytes(files) for wnid, files in train_files(per_class).items()}
     (src / "ILSVRC2012_img_train.tar").write_bytes(tar_bytes(inner))
@@ -44,7 +44,7 @@ def write_official(src: Path, per_class: int = 6) -> None:
 
 
 def write_folders(src: Path, per_class: int = 6) -> None:
-    """The same images as an ImageFolder."""
+    """Write the same images as an ImageFolder."""
     for wnid, files in train_files(per_class).items():
         for name, data in files.items():
             write(src / "train" / wnid / name, data)
@@ -62,7 +62,7 @@ def contents(directory: Path, pattern: str = "*") -> dict[str, bytes]:
 
 
 def sample_file(name: str) -> Path:
-    """A file of real images, or a skipped test."""
+    """Return a file of real images, or skip the test if there is none."""
     path = Path(os.environ.get("KARAT_SAMPLE_DATA", "../shared/data")) / name
     if not path.is_file():
         pytest.skip(f"{path} is not there; set KARAT_SAMPLE_DATA")

@@ -1,4 +1,4 @@
-"""Runs of the scripts that convert a source, in this process, and what is in their results."""
+"""Helpers that run the scripts that convert a source in this process, and read the results."""
 
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +24,7 @@ def make_betons(src: Path, out: Path, *options: str) -> None:
 
 
 def samples(split: IndexedSplit) -> list[tuple[str, int, bytes]]:
-    """Key, label and bytes of each sample."""
+    """Return key, label and bytes of each sample."""
     return [(split.locate(i)[0], int(split.labels[i]), split.read(i)) for i in range(len(split))]
 
 
@@ -37,5 +37,5 @@ def beton_samples(out: Path, split: str = "train") -> list[tuple[str, int, bytes
 
 
 def prepared(data: bytes) -> bytes:
-    """The bytes of an image in a shard, by the scripts' defaults."""
+    """Return the bytes of an image in a shard, by the scripts' defaults."""
     return Preparation().prepare(data, "a.jpg").data

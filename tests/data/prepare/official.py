@@ -1,4 +1,7 @@
-"""Small imitations of the official files of the small data sets: few images, whose brightness is the class."""
+"""Small imitations of the official files of the small data sets.
+
+They have few images. Except in Flowers-102, the brightness of an image shows its class.
+"""
 
 import gzip
 import io
@@ -17,7 +20,7 @@ CIFAR10_FILES = [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]
 
 
 def pixels(count: int, classes: int, side: int, seed: int = 0) -> Split:
-    """Images [n, side, side, 3] and labels from 0."""
+    """Return images [n, side, side, 3] and labels from 0."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % classes
     noise = rng.integers(0, 40, (count, side, side, 3))
@@ -25,7 +28,7 @@ def pixels(count: int, classes: int, side: int, seed: int = 0) -> Split:
 
 
 class Python2Pickler(pickle._Pickler):
-    """Writes texts and bytes as Python 2 does, which made CIFAR's files."""
+    """Writes texts and bytes like Python 2, which made CIFAR's files."""
 
     def save_string(self, text: str | bytes) -> None:
         data = text.encode("latin1") if isinstance(text, str) else text
@@ -42,7 +45,7 @@ def pickled(value: object, by_python2: bool) -> bytes:
 
 
 def write_cifar(src: Path, fine: bool, each: int = 8, packed: bool = True, by_python2: bool = True) -> dict[str, Split]:
-    """CIFAR-10, or CIFAR-100 if `fine`."""
+    """Write CIFAR-10, or CIFAR-100 if `fine`; return images and labels by split."""
     folder, key = ("cifar-100-python", "fine_labels") if fine else ("cifar-10-batches-py", "labels")
     classes = 100 if fine else 10
     listed = [f"class {n}" for n in range(classes)]
@@ -59,7 +62,7 @@ def write_cifar(src: Path, fine: bool, each: int = 8, packed: bool = True, by_py
 
 
 def write_svhn(src: Path, each: int = 12, splits: tuple[str, ...] = ("train", "test")) -> dict[str, Split]:
-    """SVHN's cropped digits; the digit 0 has the label 10."""
+    """Write SVHN's cropped digits, where the digit 0 has the label 10; return images and digits by split."""
     src.mkdir(parents=True, exist_ok=True)
     made = {split: pixels(each, 10, 32, number) for number, split in enumerate(splits)}
     for split, (images, digits) in made.items():
@@ -70,7 +73,7 @@ def write_svhn(src: Path, each: int = 12, splits: tuple[str, ...] = ("train", "t
 
 
 def write_stl10(src: Path, each: int = 10, packed: bool = True) -> dict[str, Split]:
-    """STL-10's binary version: planes, column by column, and labels from 1."""
+    """Write STL-10's binary version: planes, column by column, and labels from 1. Return images and labels from 0."""
     files = {"class_names.txt": b"airplane\nbird\ncar\ncat\ndeer\ndog\nhorse\nmonkey\nship\ntruck\n"}
     made = {split: pixels(each, 10, 96, number) for number, split in enumerate(("train", "test"))}
     for split, (images, labels) in made.items():
@@ -82,7 +85,10 @@ def write_stl10(src: Path, each: int = 10, packed: bool = True) -> dict[str, Spl
 
 
 def write_flowers(src: Path, count: int = 12) -> dict[int, bytes]:
-    """Flowers-102; image n, counted from 1, has class n. Two of six train, one validates, three test."""
+    """Write Flowers-102, where image n, counted from 1, has class n; return the images by number.
+
+    Of six images, two are for training, one for validation and three for testing.
+    """
     src.mkdir(parents=True, exist_ok=True)
     images = {number: jpeg(number, 40, 30) for number in range(1, count + 1)}
     tgz = gzip.compress(tar_bytes({f"jpg/image_{number:05d}.jpg": data for number, data in images.items()}))
@@ -96,7 +102,7 @@ def write_flowers(src: Path, count: int = 12) -> dict[int, bytes]:
 
 
 def write_files(src: Path, archive: str | None, folder: str, files: dict[str, bytes]) -> None:
-    """As members of `folder` in a packed archive, or as files in that folder."""
+    """Write files as members of `folder` in a packed archive, or into that folder."""
     if archive is None:
         (src / folder).mkdir(parents=True, exist_ok=True)
         for name, data in files.items():

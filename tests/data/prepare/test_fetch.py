@@ -19,7 +19,10 @@ BIG = bytes(range(256)) * 10_000
 
 
 class Files(Answering):
-    """Serves a folder, from the middle where asked; /cut/ ends the connection half way."""
+    """Serves a folder, from the offset that is requested.
+
+    Below /cut/ the connection ends halfway, and below /whole/ the offset is ignored.
+    """
 
     folder: Path
     asked: list
@@ -42,7 +45,7 @@ class Files(Answering):
 
 @pytest.fixture
 def served(tmp_path):
-    """A web server on this machine: what it was asked for, its address and its folder."""
+    """Yield what a web server on this machine was asked for, its address and its folder."""
     folder, asked = tmp_path / "served", []
     folder.mkdir()
     with serving(Files, folder=folder, asked=asked) as address:
@@ -63,7 +66,7 @@ def test_a_stopped_download_resumes(served, tmp_path):
     assert (tmp_path / "big.tar").read_bytes() == BIG
     assert asked[-1] == ("/big.tar", len(BIG) // 2)
     assert not (tmp_path / ".big.tar.part").exists()
-    # What is whole but has not its name yet is not fetched again; a server without ranges sends all of it.
+    # A complete file without its final name is not fetched again. A server without ranges sends all of a file.
     (tmp_path / ".big.tar.part").write_bytes(BIG)
     download(remote(folder, "big.tar", f"{address}/big.tar"), tmp_path)
     (tmp_path / ".big.tar.part").write_bytes(BIG[:1000])

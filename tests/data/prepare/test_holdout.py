@@ -1,4 +1,4 @@
-"""Validation images held out from a source with one split, and classes without an image."""
+"""Tests of validation images held out from a source with one split, and of classes without an image."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ SIZES = {"ant": 20, "bee": 10, "cat": 5, "dog": 1}
 
 @pytest.fixture
 def source(tmp_path):
-    """Folders of classes of these sizes, without splits; returns the folder and its files by key."""
+    """Write class folders of these sizes, without splits; return the folder and its files by key."""
     files = {}
     for name, size in SIZES.items():
         for number in range(size):

@@ -99,7 +99,7 @@ def test_a_beton_of_shards_says_nothing_of_checks_and_counts_grey_images(folder,
         assert [read_record(made / f"{split}.beton").grey for split in ("train", "val")] == [2, 0]
     made = read_record(out / "train.beton").made
     assert (made["check"], made["on_odd"]) == (None, None)
-    # Records that still say so are no hindrance to checking what they stand for.
+    # A record that still names a check and a policy does not keep its beton from being verified.
     record = json.loads((out / "train.beton.json").read_text())
     record["made"] |= {"check": "header", "on_odd": "keep"}
     (out / "train.beton.json").write_text(json.dumps(record))
@@ -108,7 +108,7 @@ def test_a_beton_of_shards_says_nothing_of_checks_and_counts_grey_images(folder,
 
 
 def make_and_die(folder, out, step):
-    """Make a beton, and be killed at its tenth image, or after this one of the steps that give it its files."""
+    """Make a beton, and kill this process after the tenth image, or after step `step` of writing its files."""
     steps = []
 
     def then_die(do):
@@ -221,7 +221,7 @@ def test_unusable_files_are_skipped_and_a_truncated_one_only_if_it_is_decoded(fo
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_an_image_that_does_not_fit_is_an_error_and_no_hang(folder, tmp_path, workers):
-    """FFCV's own writer waits for ever when a sample raises."""
+    """An image that does not fit is an error; FFCV's own writer waits for ever when a sample raises."""
     Image.new("RGB", (70_000, 1)).save(folder / "train" / WNIDS[0] / "wide.png")
     with pytest.raises(DataError, match=r"wide.png: 70000 x 1 pixels do not fit FFCV's format; use --max-resolution"):
         make_betons(folder, tmp_path / "out", "--workers", workers)

@@ -29,7 +29,7 @@ def save(path: Path, seed: int) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path):
-    """train/ and test/ of three classes; the bytes of each file by its path."""
+    """Write train/ and test/ of three classes; return the folder, and the bytes of each file by its split and key."""
     src = tmp_path / "src"
     files = {}
     for split, count in (("train", 7), ("test", 3)):

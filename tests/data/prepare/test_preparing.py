@@ -55,7 +55,7 @@ def test_policies_and_conversion_to_ordinary_jpegs_of_the_same_pixels(what):
 
 
 def test_a_picture_with_an_orientation_is_stored_upright():
-    """Its pixels: tests/data/decoders/test_decode.py."""
+    """Every policy stores the picture upright; tests/data/decoders/test_decode.py checks its pixels."""
     data = jpeg(3, 64, 48, quality=95, subsampling=1, exif=exif(6))
     for policy in ("convert", "keep", "skip", "stop"):
         done = Preparation(on_odd=policy).prepare(data, "a.jpg")
@@ -110,7 +110,7 @@ def test_the_choice_is_said_and_recorded_and_imagenet_keeps_its_bytes(tmp_path, 
 
 
 def test_what_cannot_be_decoded_is_left_out_or_stops():
-    """Training stops at one, hours later."""
+    """Training would stop at such an image, perhaps hours later."""
     for preparation in (Preparation(), Preparation(on_odd="convert"), Preparation(resize=16), AUTO):
         with pytest.raises(OddImageSkippedError, match="truncated"):
             preparation.prepare(TRUNCATED, "a.JPEG")
@@ -128,7 +128,7 @@ def test_a_file_that_is_no_image_stops(tmp_path):
 
 
 def test_all_images_of_a_small_source_are_decoded_and_of_a_large_one_the_headers(tmp_path, monkeypatch, capsys):
-    """The header of a truncated BMP says nothing."""
+    """The header of a truncated BMP does not show the damage, so only decoding finds it."""
     write(tmp_path / "src/ant/a.jpg", jpeg(1))
     write(tmp_path / "src/ant/b.bmp", jpeg(2, kind="BMP")[:-400])
     record = make_shards(tmp_path / "src", tmp_path / "small").splits["train"]
@@ -155,7 +155,7 @@ def test_the_check_of_a_split_does_not_depend_on_the_others(tmp_path, monkeypatc
 
 
 def test_a_png_keeps_an_exif_block_that_cannot_be_read_or_removed():
-    """Pillow decodes it, so training and prediction read it."""
+    """Pillow decodes such a PNG, so training and prediction read it."""
     corrupt = jpeg(1, kind="PNG", exif=b"garbage-" * 4)
     kept = Preparation().prepare(corrupt, "a.png")
     assert (kept.data, kept.odd, kept.done) == (corrupt, "corrupt EXIF", "kept")
@@ -194,7 +194,7 @@ def test_scan_agrees_with_pillow_and_a_decompression_bomb_is_refused():
 
 
 def test_an_image_at_which_training_stops_is_told_and_kept():
-    """A telephone takes it; only a recipe with a higher data.max_pixels reads it."""
+    """Phones take such images, but training reads them only with a higher data.max_pixels."""
     data = encode(Image.new("1", (9001, 9000)), "PNG")
     for policy in ("keep", "convert"):
         made = Preparation(on_odd=policy).prepare(data, "a.png")

@@ -1,4 +1,4 @@
-"""What make_webdataset.py and make_ffcv.py share: the same bytes, checks of what is there, mistakes as one line."""
+"""Tests of what make_webdataset.py and make_ffcv.py share: equal bytes, checks of existing files, one-line errors."""
 
 import sys
 

@@ -46,7 +46,7 @@ def test_a_killed_run_resumes_at_the_same_shard(folders, tmp_path, workers):
     at_work = psutil.Process(run.pid).children(recursive=True)
     run.send_signal(signal.SIGKILL)
     run.communicate()
-    assert not psutil.wait_procs(at_work, timeout=30)[1]  # no worker writes on
+    assert not psutil.wait_procs(at_work, timeout=30)[1]  # no worker is left to write
     assert not (out / "dataset.json").exists()
     before = contents(out, ".*.made.json").keys()
     finished = {name[1:].split(".")[0] for name in before}
@@ -60,7 +60,7 @@ def test_a_killed_run_resumes_at_the_same_shard(folders, tmp_path, workers):
 
 
 def interrupted(folders, out, monkeypatch, after=3):
-    """A run that ends after some shards."""
+    """Make shards, and interrupt the run when it has written `after` of them."""
     real, counter = make_webdataset.write_shard, itertools.count()
 
     def write(*arguments):
@@ -90,7 +90,7 @@ def test_a_finished_shard_that_was_damaged_since_is_made_again(folders, tmp_path
 
 @pytest.fixture
 def hashed_together(monkeypatch):
-    """Waits at each tar until two are hashed at the same time; False if only one ever is."""
+    """Let each tar wait until two are hashed at the same time; return a list of the names for which that happened."""
     real, both, met = shard_format.check_file, threading.Barrier(2), []
 
     def check(path, record, **more):

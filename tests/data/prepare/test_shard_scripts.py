@@ -1,4 +1,4 @@
-"""verify.py, stage.py, join_splits.py and make_dali_index.py on shards that make_webdataset.py made."""
+"""Tests of verify.py, stage.py, join_splits.py and make_dali_index.py on shards of make_webdataset.py."""
 
 import json
 import os
@@ -214,10 +214,10 @@ def test_dali_indexes_of_tars_of_one_name_are_in_their_folders(shards, tmp_path)
     assert len(list(out.rglob("*.idx"))) == 2
 
 
-# join_splits.py: runs for one data set take turns, on any file system, and a killed one keeps nobody out.
+# join_splits.py: runs for one data set take turns, on any file system, and a killed one does not block the others.
 @pytest.fixture
 def parts(tmp_path: Path) -> tuple[Path, Path]:
-    """A split each, as the elements of an array make them."""
+    """Return two directories with a split each, as the elements of a job array make them."""
     write_folders(tmp_path / "src")
     for split in ("train", "val"):
         make_shards(tmp_path / "src", tmp_path / split, "--split", split)
@@ -271,7 +271,7 @@ def test_a_join_resumes_after_its_last_step_but_one_and_leaves_other_files(parts
     left = (train / "dataset.json").read_bytes()
     assert finished.join(train, out) == ["train"]
     assert [path.name for path in train.iterdir()] == ["job.log"]
-    (train / "dataset.json").write_bytes(left)  # killed before it went
+    (train / "dataset.json").write_bytes(left)  # as if killed before this was removed
     shutil.copytree(val, tmp_path / "again")
     for src in (train, val):
         finished.join(src, out)
@@ -324,7 +324,7 @@ def test_a_copy_never_takes_the_place_of_tars_that_were_indexed_where_they_are(t
     for name in ("theirs", "source"):
         write_tar(tmp_path / name / "train-0.tar", sample(name == "source"))
         assert karat_here("index", str(tmp_path / name)) == 0
-    for _ in range(2):  # a copy may be made again, also that of a version which did not mark it
+    for _ in range(2):  # a copy may be made again, also one of a version that did not mark copies
         finished.stage(["--src", str(tmp_path / "source"), "--out", str(tmp_path / "copy")])
         (tmp_path / "copy/.staged").unlink()
     before = (tmp_path / "theirs/train-0.tar").read_bytes()

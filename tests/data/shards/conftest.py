@@ -1,4 +1,4 @@
-"""The servers of tests/servers.py. Each test has a cache of its own."""
+"""The servers of tests/servers.py, and a cache of its own for each test."""
 
 from pathlib import Path
 

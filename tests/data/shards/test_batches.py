@@ -1,4 +1,4 @@
-"""Batches from a URL are those from disk, whatever the order, the workers, the server and its faults."""
+"""Batches from a URL equal those from disk, whatever the order, the workers, the server and its faults."""
 
 import dataclasses
 import os
@@ -35,7 +35,7 @@ pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install -e 
 BLOCKS = {"order": "block", "block_samples": 4, "window_blocks": 2}
 # Shards end within some of these blocks.
 ORDERS = {"full": {}, "block": {"order": "block", "block_samples": 5, "window_blocks": 3}}
-# All of them where the slow tests run.
+# The other cells run with the slow tests.
 SAMPLED = {("nginx", "block", 2), ("s3", "block", 2), ("gs", "full", 0)}
 CELLS = [
     pytest.param(kind, order, workers, marks=() if (kind, order, workers) in SAMPLED else pytest.mark.slow)
@@ -48,7 +48,7 @@ SLOW = pytest.mark.slow
 
 @pytest.fixture
 def remote(opened) -> Callable[..., Backend]:
-    """Opens data, also at a URL."""
+    """Return a function that opens data, also at a URL."""
     return lambda path, **fields: opened(path, CROP_AND_FLIP, **{"timeout": 30, "cache_gb": 0.5, **fields})
 
 
@@ -149,15 +149,15 @@ def test_a_store_that_stalls_is_named_in_time(workers, make_shards, remote, ngin
     with FaultyProxy(nginx(make_shards()), spoil=lambda number, asked: "stall" if stalls else None) as proxy:
         backend = remote(proxy.url, workers=workers)
         store = backend._train._files._store
-        store._timeout, store._patience = 3, 2.4  # only now: to open it may take longer
-        # Else the process that fetches ahead may be the one that waits, and the trainer waits for that.
+        store._timeout, store._patience = 3, 2.4  # not earlier, since opening it may take longer
+        # Otherwise the process that fetches ahead may be the one that waits, and the trainer waits for that process.
         monkeypatch.setattr(SplitBackend, "_fetched_ahead", lambda self, source, slices: slices)
         stalls.append(True)
         begun = time.monotonic()
         line = rf"^{re.escape(proxy.url)}/train-00000\d\.tar: no answer came in time, .*data.timeout \(now 3 s\)"
         with pytest.raises(DataError, match=line):
             epochs(backend)
-        assert time.monotonic() - begun < 30  # not when the server would answer
+        assert time.monotonic() - begun < 30  # the error does not wait for the server's answer
 
 
 def test_the_cache_must_hold_what_the_order_needs_and_hashes_are_not_fetched(make_shards, remote, nginx, data_config):
@@ -181,7 +181,7 @@ def test_a_cache_that_loses_bytes_fetches_them_again(make_shards, remote, nginx,
 
 
 class Recorder:
-    """Tells what it was asked to fetch, through a file."""
+    """Writes what it was asked to fetch to a file."""
 
     def __init__(self, path):
         self.path = path
@@ -272,7 +272,7 @@ def test_dali_reads_a_url(make_shards, remote, nginx):
 
 
 def test_a_stream_of_a_web_server_is_that_of_the_files_and_its_refusals_are_named(nginx, opened, stream_config, tars):
-    """By the webdataset library's own curl."""
+    """The webdataset library reads a URL with curl, and the error has curl's exit code."""
 
     def train(stream: str):
         plan = TrainPlan(5, 24, 4, 2, 0, 1, "stream", lanes=1)
@@ -280,7 +280,7 @@ def test_a_stream_of_a_web_server_is_that_of_the_files_and_its_refusals_are_name
 
     place = f"http://127.0.0.1:{nginx(tars)}"
     found, of_files = (train(f"{where}/{{0..3}}.tar") for where in (place, tars))
-    # The same images; the name of a tar is part of a sample's id, which seeds its augmentation.
+    # Only labels are compared: the name of a tar is part of a sample's id, which seeds its augmentation.
     assert sorted(label for one in found for label in one[3]) == sorted(label for one in of_files for label in one[3])
     assert found == train(f"{place}/{{0..3}}.tar")
     for stream, code in ((f"{place}/no.tar", 22), (f"pipe:curl -s http://127.0.0.1:{free_port()}/0.tar", 7)):

@@ -1,4 +1,4 @@
-"""The node's cache: one process fetches, all read; it is bounded and kept, and its errors name a disk that fails."""
+"""Tests of the node's cache: one process fetches and all read, it is bounded and kept, and a failing disk is named."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ def later(seconds: float = 20.0) -> float:
 
 
 def made(cache: NodeCache, key: str, content: bytes = b"x" * SIZE, calls: list[str] | None = None) -> bytes:
-    """The content of an entry, which is made if it is not there."""
+    """Return the content of an entry, which is made if it is not there."""
 
     def make(part):
         if calls is not None:

@@ -1,4 +1,4 @@
-"""What a user types for a data set at a URL: index, verify, stage, data, show, plan, doctor, train and resume."""
+"""Tests of the commands for a data set at a URL: index, verify, stage, data, show, plan, doctor, train and resume."""
 
 import shutil
 import subprocess
@@ -20,7 +20,7 @@ pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install -e 
 
 @pytest.fixture
 def tars(shards, tmp_path):
-    """The tars of our shards alone, as others would have made them."""
+    """Return a directory with only the tars of our shards, as others would have made them."""
     directory = tmp_path / "tars"
     directory.mkdir()
     for tar in shards.glob("*.tar"):
@@ -59,7 +59,7 @@ def test_indexing_asks_for_large_parts_and_forks_no_process(tars, tmp_path, ngin
     with FaultyProxy(nginx(tars)) as proxy:
         monkeypatch.delattr("os.fork")
         assert main(["index", proxy.url, "--out", str(tmp_path / "index")]) == 0
-        assert len(proxy.gets()) == len(list(tars.glob("*.tar"))) + 1  # the first one also for the rule
+        assert len(proxy.gets()) == len(list(tars.glob("*.tar"))) + 1  # the first tar is also read for the label rule
         assert main(["index", proxy.url, "--out", str(tmp_path / "hashed"), "--hash"]) == 0
 
 
@@ -140,7 +140,7 @@ def test_plan_show_and_doctor(recipe_file, tmp_path, shards, nginx, capsys):
 def test_a_run_that_is_killed_and_resumed_saw_what_a_run_from_disk_saw(
     order, recipe_file, shards, tmp_path, s3, s3_port
 ):
-    """With faults of the store before and after; the second start has another number of ranks."""
+    """The store has faults before and after the kill, and the second start has another number of ranks."""
     settings = [f"data.order={order}", "data.block_samples=8", "data.window_blocks=2", "checkpoint.every_steps=2"]
     karat_done("train", str(recipe_file), f"run.dir={tmp_path / 'disk'}", *settings)
     spoilt = {3: "503", 7: "cut", 11: "short", 13: "slow", 17: "cut", 29: "503"}

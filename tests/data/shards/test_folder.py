@@ -1,4 +1,4 @@
-"""An ImageFolder as a source: labels, ids, and one line for what is not right."""
+"""Tests of an ImageFolder as a source: labels, ids, and one line for each mistake."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""hf://: a data set of the hub, read through huggingface_hub from a server that speaks the hub's API."""
+"""Test of hf://: huggingface_hub reads a data set from a server that speaks the hub's API."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ NAME, REVISION = "jane/birds", "main"
 
 
 class Hub(Answering):
-    """The part of the hub's API by which a data set is listed and read, over a directory."""
+    """Serves a directory by the part of the hub's API that lists and reads a data set."""
 
     directory: Path
 
@@ -67,7 +67,7 @@ class Hub(Answering):
 
 
 URL = f"hf://datasets/{NAME}@{REVISION}"
-# In a process of its own: the library reads its endpoint when it is imported.
+# This runs in a process of its own, because the library reads its endpoint when it is imported.
 READ = """
 import json, sys
 from karat_scale.foundation.stores import ChangedFileError, Store, StoreError

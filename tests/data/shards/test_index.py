@@ -20,7 +20,7 @@ Change = Callable[[dict[str, Any]], Any]
 
 
 def put(name: str, number: int, value: Any, kind: Any = None) -> Change:
-    """Change one number of a column, perhaps to another kind."""
+    """Return a change of one number in a column, and of the column's dtype if `kind` is given."""
 
     def change(columns: dict[str, Any]) -> None:
         column = columns[name].astype(kind or columns[name].dtype)
@@ -31,7 +31,7 @@ def put(name: str, number: int, value: Any, kind: Any = None) -> Change:
 
 
 def swap(name: str, make: Callable[[Any], Any]) -> Change:
-    """Change a column."""
+    """Return a change of a column."""
     return lambda columns: columns.update({name: make(columns[name])})
 
 
@@ -85,7 +85,7 @@ def _array(values: Any) -> bytes:
 
 
 def rewrite(path: Path, change: Change | Callable[[bytes], bytes], of_bytes: bool) -> FileRecord:
-    """Change an index, and return what a record must say of it."""
+    """Change an index, and return the record that fits it."""
     data = path.read_bytes()
     if of_bytes:
         data = change(data)  # type: ignore[arg-type]
@@ -101,7 +101,7 @@ CASES = [*((change, False) for change in LIES.values()), *((change, True) for ch
 
 
 def lies(directory: Path, change: Change | Callable[[bytes], bytes], of_bytes: bool) -> None:
-    """Change the index of the second shard, and let the record agree with it."""
+    """Change the index of the second shard, and make the record agree with it."""
     record = rewrite(directory / "train-000001.index.npz", change, of_bytes)
     dataset = json.loads((directory / DATASET_FILE).read_text())
     dataset["splits"]["train"]["shards"][1]["index"] = record.model_dump()
@@ -123,7 +123,10 @@ def test_an_index_of_a_shard_that_lies_is_one_line(make_shards) -> None:
 
 @pytest.fixture
 def beton(tmp_path: Path) -> Path:
-    """A file as a beton's for reading without FFCV: four JPEGs, here of any bytes, and four images of raw pixels."""
+    """Return the directory of a beton that is made without FFCV and can be read without it.
+
+    It holds four JPEGs, here of any bytes, and four images of raw pixels.
+    """
     sizes = [100, 120, 140, 160, *[3 * 4 * 4] * 4]
     content = np.random.default_rng(0).integers(0, 256, sum(sizes), dtype=np.uint8).tobytes()
     path = tmp_path / "train.beton"
@@ -145,7 +148,7 @@ def beton(tmp_path: Path) -> Path:
 
 
 def seal(directory: Path, **changes: Any) -> None:
-    """Write the record of a beton and its index as they are."""
+    """Write the record that fits a beton and its index, apart from `changes`."""
     index, path = (directory / name for name in ("train.beton.index.npz", "train.beton"))
     files = [
         {"name": file.name, "bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}

@@ -34,11 +34,11 @@ from tests.data.betons import make_betons
 
 
 def test_every_sample_reads_back_from_where_it_lies(make_shards, make_sample):
-    """wids copies the tars to a cache of its own first."""
+    """Samples are read from the tars where they are; wids first copies the tars to its own cache."""
     directory = make_shards()
     split = ShardSplit(directory, "train", 3, "hash")
     assert len(split) == 40
-    before = {file.path for file in psutil.Process().open_files()}  # not their positions: another writes to the log
+    before = {file.path for file in psutil.Process().open_files()}  # paths alone, since another writes to the log
     for number in np.random.default_rng(0).permutation(40).tolist():
         sample = make_sample(number)
         assert split.read(number) == sample.data
@@ -202,7 +202,7 @@ BLOCKS = Blocks(samples=4, window=3)
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The requests of this process, which are passed on."""
+    """Return the list of this process's requests to read ahead, which are also passed on."""
     requests, real = [], os.posix_fadvise
 
     def ask(file, begin, length, advice):
@@ -223,7 +223,7 @@ def test_each_epoch_asks_for_each_block_once(make_shards, asked, kind):
         order = epoch_order(0, epoch, 40, "block", BLOCKS.samples, BLOCKS.window)
         for sample_id in order.tolist():
             split.read(sample_id)
-        # Blocks that end one epoch and begin the next are still there.
+        # Blocks that end one epoch and begin the next are not asked for again.
         assert len(asked) == len(set(asked)) >= 10 - 2 * BLOCKS.window
         if epoch == 0:
             assert len(asked) == 10
@@ -232,7 +232,7 @@ def test_each_epoch_asks_for_each_block_once(make_shards, asked, kind):
 
 
 def test_a_block_that_files_cut_is_asked_for_once(make_shards, asked):
-    blocks = Blocks(samples=3, window=6)  # 13 blocks and a part, of which shards cut three
+    blocks = Blocks(samples=3, window=6)  # 13 blocks and a part; shards cut three of them
     directory = make_shards()
     split = ShardSplit(directory, "train", 3, readahead=blocks)
     asked.clear()

@@ -1,4 +1,4 @@
-"""Files by URL: what servers answer, and what they do not."""
+"""Tests of files at a URL: how the answers and the faults of servers are handled."""
 
 import re
 import time
@@ -20,7 +20,7 @@ pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install -e 
 
 @pytest.fixture
 def files(tmp_path):
-    """A directory with a few files."""
+    """Return a directory with a few files."""
     directory = tmp_path / "served"
     (directory / "below").mkdir(parents=True)
     (directory / "a.tar").write_bytes(bytes(range(256)) * 40)
@@ -125,11 +125,11 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(files, nginx):
 
 
 def test_a_try_that_was_given_up_writes_nothing_more(files, nginx):
-    """Its library may go on with it, while the next try writes to the same place."""
+    """The library may continue a try that was given up, while the next try writes to the same place."""
     content = (files / "a.tar").read_bytes()
 
     class Slow:
-        """Takes so long for its first piece that the try is given up."""
+        """A sink that takes so long for the first piece that the try is given up."""
 
         def __init__(self):
             self.pieces, self.tries = [], 0
@@ -205,7 +205,7 @@ def test_the_cache_tells_tars_of_one_size_apart_where_a_server_gives_no_etag(tmp
             assert [(int(split.labels[at]), split.read(at)) for at in range(2)] == [(n, bitmap(n)) for n in numbers]
 
 
-# In a process of its own: collecting the garbage of all that earlier tests have loaded is not safe after a fork.
+# It has its own process: to collect the garbage of all that earlier tests have loaded is not safe after a fork.
 FORKED = """
 import gc, os, sys, time
 from karat_scale.foundation.stores import Store
@@ -225,7 +225,7 @@ print(time.monotonic() - begun)
 
 
 def test_another_process_closes_no_connection_of_its_parent(files, nginx):
-    """It has a copy of the parent's, and both share the epoll that watches their sockets."""
+    """A fork has copies of its parent's connections, and both processes share the epoll that watches the sockets."""
     url = f"http://127.0.0.1:{nginx(files)}"
     done = run_code(FORKED, url, environments=[karat_environment()], directory=files)
     assert done.returncode == 0, done.stderr

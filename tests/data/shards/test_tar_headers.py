@@ -1,4 +1,4 @@
-"""The headers of tars in every format that tarfile and GNU tar write, against tarfile itself."""
+"""Tests of tar headers in every format that tarfile and GNU tar write, with tarfile as the reference."""
 
 import io
 import os
@@ -111,7 +111,7 @@ def test_a_changed_header_is_damage_or_has_no_meaning(tmp_path_factory, place: i
     before = scan(path)
     content[place] = (content[place] + by) % 256
     path.write_bytes(content)
-    if 148 <= place < 156:  # the checksum itself, whose last bytes end it in several ways
+    if 148 <= place < 156:  # the checksum itself, which may end in several ways
         with suppress(DataError):
             assert scan(path) == before
     else:

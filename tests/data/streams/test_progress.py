@@ -1,4 +1,4 @@
-"""The places of lanes in a checkpoint: exact if the lanes are the same, else from a stated place."""
+"""Tests of the lanes' places in a checkpoint: a resume with the same lanes is exact, others begin at a stated place."""
 
 import pytest
 

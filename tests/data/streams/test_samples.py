@@ -1,4 +1,4 @@
-"""Shards and samples of lanes: which, in which order, from any place on, and what cannot be used."""
+"""Tests of the lanes' shards and samples: which come in which order, from any place on, and which are unusable."""
 
 from itertools import islice
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How the wall time of a run was spent."""
+"""Tests of how the wall time of a run is divided."""
 
 import pytest
 

@@ -207,7 +207,7 @@ def test_two_ranks_at_stage_3(recipe_file, tmp_path) -> None:
 
 @pytest.fixture
 def train_three(make_engine, small_recipe, world):
-    """Weights after three steps, in each of which a profiler may look on."""
+    """Return a function that trains up to step 3 under a profiler and returns the weights."""
 
     def train(profiler: StepProfiler, first: int = 1):
         engine = make_engine(small_recipe())

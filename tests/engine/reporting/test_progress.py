@@ -111,7 +111,7 @@ def test_each_event_is_a_line_on_disk_at_once(tmp_path) -> None:
 
 
 def test_an_event_does_not_join_half_a_line(tmp_path) -> None:
-    """What a disk leaves that was full for a while."""
+    """An event begins a new line after the half line that a full disk has left."""
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"event": "train", "step": 1}\n{"event": "tra')
     for step in (2, 3):

@@ -1,4 +1,4 @@
-"""A run's directory whose metrics a test writes, and a tracker that writes lines, whose server may be away."""
+"""A run directory for metrics that a test writes, and a tracker that writes lines and can lose its server."""
 
 import json
 import os
@@ -47,7 +47,7 @@ PLACE = "lines_of_mine:Lines"
 
 
 class WrittenRun:
-    """A run's directory."""
+    """A run directory for metrics that a test writes."""
 
     def __init__(self, path: Path, *overrides: str) -> None:
         self.path = path
@@ -58,7 +58,7 @@ class WrittenRun:
         (path / "recipe.yaml").write_text(dump_recipe(recipe))
 
     def train(self, *steps: int, evaluate: tuple[int, ...] = ()) -> None:
-        """Log steps as a start of the run would; after some of them an evaluation."""
+        """Log steps as a start of the run would, with an evaluation after those in `evaluate`."""
         log = MetricsLog(self.path / "metrics.jsonl")
         for step in steps:
             log.write("train", step, loss=1 / step, lr=0.1, epoch=0, grad_norm=None)
@@ -80,13 +80,13 @@ class WrittenRun:
         (self.path / "summary.json").write_text(json.dumps({"exit": code, "best_top1": 61.5}))
 
     def send(self, *names: str, seconds: float = 60, anew: bool = False) -> tuple[list[str], list[str]]:
-        """Start the trackers, let them end, and return those that are late, and what they said."""
+        """Start the trackers and let them end; return the names of the late ones, and all messages."""
         trackers = Trackers(self.path, names, anew=anew)
         late = trackers.finish(seconds)
         return late, trackers.messages()
 
     def send_two_starts(self, tracker: str) -> list[str]:
-        """Steps 1 to 3, of which the second start, from a checkpoint of step 2, repeats one; returns what is said."""
+        """Send a start of steps 1 to 3 and a second one that resumes after step 2; return the messages of the first."""
         self.train(1, 2, 3, evaluate=(3,))
         self.histogram(3)
         late, said = self.send(tracker)
@@ -105,7 +105,7 @@ def written(tmp_path) -> WrittenRun:
 
 @pytest.fixture
 def lines(tmp_path, monkeypatch) -> Callable[[], list[dict[str, Any]]]:
-    """Puts the tracker `PLACE` on the path; returns a function for what it was told so far."""
+    """Put the tracker `PLACE` on the path; return a function that returns what it was told so far."""
     (tmp_path / "lines_of_mine.py").write_text(LINES)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))

@@ -162,7 +162,7 @@ def test_what_a_killed_trainer_has_written_is_sent(written, lines) -> None:
     trackers = Trackers(written.path, [PLACE])
     written.train(1, 2)
     (process,) = trackers._processes.values()
-    process.stdin.close()  # the end of the trainer, as its kill would bring it
+    process.stdin.close()  # the tracker sees the same when the trainer is killed
     assert process.wait(60) == 0
     assert steps(lines()) == [1, 2]
 

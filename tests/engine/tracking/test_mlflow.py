@@ -1,4 +1,4 @@
-"""A real MLflow server on this machine, which is also down for a while."""
+"""Tests with a real MLflow server on this machine, which is also down for a while."""
 
 import os
 import signal
@@ -68,7 +68,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
 
 @pytest.fixture
 def client(server, monkeypatch):
-    """MLflow's client; the trackers' processes find the server by the same variable."""
+    """Return MLflow's client; the trackers' processes find the server by the same variable."""
     from mlflow import MlflowClient
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
@@ -77,7 +77,7 @@ def client(server, monkeypatch):
 
 
 def the_run(client):
-    """The only run of the test's experiment."""
+    """Return the only run of the test's experiment."""
     experiment = client.get_experiment_by_name(os.environ["MLFLOW_EXPERIMENT_NAME"])
     (run,) = client.search_runs([experiment.experiment_id])
     return run

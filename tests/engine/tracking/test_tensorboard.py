@@ -23,7 +23,7 @@ def board_of(run: Path) -> EventAccumulator:
 def test_scalars_of_two_starts(written) -> None:
     assert written.send_two_starts("tensorboard") == []
     board = board_of(written.path)
-    # Sorted: the files of one second and process are read in no certain order.
+    # Sorted, because files that one process writes in one second are read in any order.
     found = sorted((event.step, round(event.value, 4)) for event in board.Scalars("train/loss"))
     assert found == [(1, 1.0), (2, 0.5), (3, 0.3333), (4, 0.25)]
     assert board.Scalars("eval/top1")[0].value == 3.0

@@ -39,7 +39,7 @@ def test_two_starts_are_one_run_without_gap_or_repetition(written, tmp_path) -> 
 
 
 def test_what_was_given_and_has_not_arrived_is_sent_again(written) -> None:
-    """As after a kill between the cursor's step and trackio's own thread."""
+    """A kill may come after the cursor is written and before trackio's own thread has stored the figures."""
     written.train(1, 2)
     written.send("trackio")
     file = cursor_file(written.path, "trackio")

@@ -17,7 +17,7 @@ class Account:
         summaries: the last values.
         configs: the settings.
         files: the names of uploaded files.
-        lost: answer nothing that was sent: the figures never arrive.
+        lost: whether the server refuses all figures, so that they never arrive.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Account:
         self.url = ""
 
     def history(self, run: str, kind: str) -> list[dict[str, Any]]:
-        """The rows of one kind of event, in order."""
+        """Return the rows of one kind of event, in order."""
         rows = self.rows.get(run, {})
         return [rows[line] for line in sorted(rows) if f"{kind}/step" in rows[line]]
 
@@ -116,7 +116,7 @@ class _Handler(Answering):
 
 @contextmanager
 def serve() -> Iterator[Account]:
-    """Run the server on a port of this machine."""
+    """Run the server on a port of this machine; yield its account."""
     account = Account()
     with serving(_Handler, account=account) as account.url:
         yield account

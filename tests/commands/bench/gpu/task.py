@@ -1,4 +1,4 @@
-"""A section's task whose events stay here."""
+"""A section's task that keeps its events in this process."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,7 @@ from karat_scale.commands.bench.gpu.worker import Budget, Channel, Task
 
 @dataclass
 class Kept(Channel):
-    """Keeps what was sent, by kind."""
+    """A channel that keeps what was sent, by kind."""
 
     events: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -18,7 +18,7 @@ class Kept(Channel):
 
 
 class FullSizeTask(Task):
-    """Takes a card's code path on a CPU."""
+    """A task that takes a card's code path on a CPU."""
 
     @property
     def toy(self) -> bool:

@@ -70,7 +70,7 @@ Run = Callable[..., tuple[int, dict[str, Any]]]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs sections whose worker is another program; returns the exit code and the report."""
+    """Return a function that runs sections with another program as worker, and returns exit code and report."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(command, "WORKER", "other_worker")
 
@@ -152,7 +152,7 @@ def test_no_process_is_left_by_a_command_that_is_ended(number: signal.Signals, t
         karat_command(arguments), stdout=subprocess.PIPE, text=True, env=karat_environment()
     ) as bench:
         assert bench.stdout is not None
-        assert bench.stdout.readline().startswith("CPU with")  # which its process told
+        assert bench.stdout.readline().startswith("CPU with")  # told by its process
         (worker,) = psutil.Process(bench.pid).children()
         bench.send_signal(number)
         said = bench.stdout.read()

@@ -1,4 +1,4 @@
-"""Both oracles agree with the package's implementations, and a wrong one is found out."""
+"""Both oracles agree with the package's implementations, and a wrong one is found."""
 
 import functools
 import math
@@ -29,7 +29,7 @@ from tests.commands.bench.gpu.task import make_task
 
 @pytest.fixture(autouse=True)
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile traces the operations and their derivatives, and generates no code."""
+    """Make torch.compile trace the operations and their derivatives without generating code."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 

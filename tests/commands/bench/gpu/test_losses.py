@@ -1,4 +1,4 @@
-"""The check of training: every mode is right here, and each thing that can be wrong is found out and named."""
+"""The check of training: every mode is right here, and each possible fault is found and named."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ CHECKS = ("losses", "skips", "twice", "resumes", "dtypes")
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Losses:
-    """The losses of fp32 on this CPU, without the command's process."""
+    """Return the losses of fp32 on this CPU, trained in this process."""
     from karat_scale.engine import distributed
 
     directory = tmp_path_factory.mktemp("losses")
@@ -40,7 +40,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Losses:
 
 @pytest.fixture
 def compared(tmp_path: Path, world: World, expected: Losses) -> Any:
-    """What is found in a mode."""
+    """Return a function that compares a mode with the expected losses."""
     task, _ = make_task(scratch=tmp_path)
     return lambda mode: compare(task, world, mode, expected)
 
@@ -77,7 +77,7 @@ def _corrupted_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _skipped_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last row of pixels is not there yet when the model reads the batch."""
+    """Let the model read a batch before its last row of pixels has arrived."""
     real = ClassificationTask.as_trained
 
     def as_trained(self: ClassificationTask, batch: Batch) -> Any:
@@ -88,7 +88,7 @@ def _skipped_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _taken_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A NaN becomes a step without gradients, which Adam's momentum takes."""
+    """Turn a NaN into gradients of 0, so that the step is taken with Adam's momentum."""
     real = Engine.backward
 
     def backward(self: Engine, loss: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from tests.commands.bench.gpu.task import FullSizeTask, make_task
 
 @pytest.fixture(autouse=True)
 def memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The allocator of a card: 5 MB now, 9 MB at the peak."""
+    """Make torch report the allocator of a card, with 5 MB now and 9 MB at the peak."""
     for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5_000_000)

@@ -1,4 +1,4 @@
-"""Running out of memory and of time."""
+"""Tests of a task that runs out of memory or time, or fails."""
 
 import time
 from pathlib import Path

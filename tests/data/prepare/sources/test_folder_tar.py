@@ -17,14 +17,14 @@ HIDDEN = "it is in a hidden folder, or hidden"
 
 
 def made(source: Path) -> tuple[list[str], list[tuple[str, int, bytes]], dict[str, str]]:
-    """The classes, the samples by key, and the skipped files with their reasons."""
+    """Make shards of a source; return the classes, the samples by key, and the skipped files with their reasons."""
     out = source.parent / f"{source.name}-shards"
     record = make_shards(source, out)
     return record.classes, sorted(shard_samples(out)), {i.path: i.reason for i in record.splits["train"].skipped}
 
 
 def a_tar(path: Path, names: Iterable[str]) -> Path:
-    """Images of these names, and other files."""
+    """Write a tar of files with these names, where .jpg files are images; return its path."""
     named = list(names)
     path.write_bytes(tar_bytes({name: jpeg(n) if name.endswith("jpg") else b"text" for n, name in enumerate(named)}))
     return path
@@ -48,7 +48,7 @@ def test_a_folder_around_the_classes_is_no_class(tmp_path: Path) -> None:
 
 
 def test_a_file_that_was_updated_is_its_last_version(tmp_path: Path) -> None:
-    """As unpacking has it: `tar -u` appends."""
+    """The last version of a file counts, as in unpacking, because `tar -u` appends."""
     members = [("ant/1.jpg", jpeg(0)), ("bee/1.jpg", jpeg(1)), ("ant/1.jpg", jpeg(2))]
     (tmp_path / "a.tar").write_bytes(tar_bytes(members))
     _, samples, skipped = made(tmp_path / "a.tar")

@@ -20,7 +20,7 @@ from tests.data.tars import tar_of
 
 @pytest.fixture
 def kaggle(tmp_path):
-    """As Kaggle has ImageNet: train/<class>/*.JPEG, val/*.JPEG, test/*.JPEG."""
+    """Return ImageNet in Kaggle's folders: train/<class>/*.JPEG, val/*.JPEG, test/*.JPEG."""
     write_folders(tmp_path / "kag", per_class=1)
     for split in ("val", "test"):
         shutil.rmtree(tmp_path / "kag" / split, ignore_errors=True)
@@ -41,7 +41,7 @@ def test_a_split_without_class_folders_is_not_left_out_in_silence_unless_another
         make_shards(tmp_path / "kag.tar", tmp_path / "out")
     shutil.rmtree(kaggle / "val")
     write(kaggle / "val" / WNIDS[0] / "0.JPEG", jpeg(2))
-    # test/ stays flat: its labels nobody has
+    # test/ stays flat, since nobody has its labels
     assert list(make_shards(kaggle, tmp_path / "all").splits) == ["train", "val"]
     assert "the split test is left out; its images are in no class folders" in capsys.readouterr().out
     for number, name in enumerate(("bus", "train")):  # a class may have the name of a split
@@ -189,7 +189,7 @@ def test_a_pipe_and_a_terabyte_are_listed_and_not_read(ants):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_split_by_another_name_is_no_class(tmp_path, packed):
-    """As data sets of scans come: all images would be of the classes Testing and Training."""
+    """Data sets of scans have the folders Testing and Training, which would become the only classes."""
 
     def refused(*options):
         source = tar_of(tmp_path / "src", "scans") if packed else tmp_path / "src"
@@ -234,7 +234,7 @@ def test_thumbnails_in_hidden_folders_are_no_images_of_a_class(tmp_path, packed)
 
 
 def test_links_that_lead_back_add_no_image_and_broken_ones_take_no_class(ants, tmp_path):
-    """The first has no end, and the second is mostly to a disk that is not mounted."""
+    """A link that leads back could be followed for ever; a broken link mostly leads to a disk that is not mounted."""
     (ants / "ant" / "all").symlink_to(ants / "ant")
     (ants / "ant" / "up").symlink_to("..")
     write(tmp_path / "bees" / "0.jpg", jpeg(9))
@@ -256,7 +256,7 @@ def test_links_that_lead_back_add_no_image_and_broken_ones_take_no_class(ants, t
 
 
 def test_two_spellings_of_a_class_are_told(tmp_path):
-    """macOS writes an accent as a character of its own; nobody can see it."""
+    """macOS writes an accent as a separate character, so two spellings may look the same."""
     mac, other = "cafe\u0301", "caf\xe9"
     write(tmp_path / "src" / "train" / mac / "0.jpg", jpeg(0))
     write(tmp_path / "src" / "val" / other / "0.jpg", jpeg(1))
@@ -283,7 +283,7 @@ def test_images_beside_the_classes_are_listed(ants, tmp_path, capsys):
 
 
 def test_the_output_is_not_among_the_classes(ants, tmp_path):
-    """A run that was killed before it listed its shards would be gone on with one class more."""
+    """The output may not be among the classes, since the run after a killed one would take it for one of them."""
     for out in (ants / "shards", ants / "ant" / "shards"):
         with pytest.raises(DataError, match=rf"--out {out} is among the classes in {ants}, and the next run would"):
             make_shards(ants, out)

@@ -1,4 +1,4 @@
-"""Parquet files as the Hugging Face hub ships image sets."""
+"""Tests of Parquet files, in which the Hugging Face hub ships image sets."""
 
 import json
 
@@ -27,7 +27,7 @@ def hub(**features):
 
 
 def write(path, images, labels, metadata=None, group=4, names=("image", "label"), **more):
-    """images: (bytes, path) of each row."""
+    """Write a Parquet file; `images` has the bytes and the path of each row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = arrow.array([{"bytes": data, "path": name} for data, name in images], type=IMAGE)
     table = arrow.table({names[0]: rows, names[1]: labels, **more})
@@ -40,7 +40,10 @@ def photos(start, count, paths=True):
 
 @pytest.fixture
 def images(tmp_path):
-    """Two files of train with groups of four rows, and one of validation; the images' bytes and labels by key."""
+    """Return a folder, and the bytes and label of each image by key.
+
+    The folder has two training files with groups of four rows, and one validation file.
+    """
     src, known = tmp_path / "src", {}
     for name, start, count in (
         ("train-00000-of-00002", 0, 10),
@@ -203,7 +206,7 @@ def test_files_of_two_data_sets_are_not_mixed(images, tmp_path):
 @pytest.mark.parametrize("options", [(), ("--val-count", "1")])
 def test_one_large_image_among_small_ones_fits_into_a_beton(tmp_path, options):
     need_ffcv()
-    large = jpeg(9) + bytes(9 << 20)  # more than FFCV's page, and the mean of its group of rows is less
+    large = jpeg(9) + bytes(9 << 20)  # larger than FFCV's page, and the mean of its group of rows is smaller
     rows, labels = [*photos(0, 4), (large, "large.JPEG")], arrow.array([0, 1, 0, 1, 2], arrow.int64())
     write(tmp_path / "src/data/train-00000-of-00001.parquet", rows, labels, group=5)
     make_betons(tmp_path / "src", tmp_path / "out", *options)
@@ -211,7 +214,7 @@ def test_one_large_image_among_small_ones_fits_into_a_beton(tmp_path, options):
 
 
 def test_a_split_that_is_left_out_needs_no_labels_and_no_other_files(tmp_path):
-    """As a test set whose labels nobody may know."""
+    """A test set, for example, may be published without labels."""
     src = tmp_path / "src"
     for split in ("train", "val"):
         write(src / f"{split}.parquet", photos(0, 2), [0, 1])
@@ -226,7 +229,7 @@ def test_a_split_that_is_left_out_needs_no_labels_and_no_other_files(tmp_path):
 
 
 def test_the_split_may_be_a_word_of_a_name(tmp_path):
-    """As the hub called files once; test images were trained on."""
+    """The hub used to name files so. Before the fix, their test images were trained on."""
     src = tmp_path / "src"
     for number, name in enumerate(("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001")):
         write(src / f"my-pets-{name}.parquet", photos(4 * number, 3), [0, 1, 2])

@@ -13,7 +13,7 @@ __all__ = ["make_checkpoints", "make_engine", "small_recipe"]
 
 @pytest.fixture(scope="module")
 def recipe(shards, tmp_path_factory) -> Path:
-    """A recipe file whose data are the small shards."""
+    """Return a recipe file whose data are the small shards."""
     path = tmp_path_factory.mktemp("recipes") / "small.yaml"
     path.write_text(f"data: {{path: {shards}}}\n")
     return path
@@ -21,6 +21,6 @@ def recipe(shards, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(recipe: Path) -> Callable[..., list[str]]:
-    """The arguments of `karat` that train by the recipe for 8 steps in a directory."""
+    """Return a function that gives the arguments of `karat` to train by the recipe for 8 steps in a directory."""
     quick = (*SMALL, "train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null")
     return lambda run, *overrides: ["train", str(recipe), *quick, f"run.dir={run}", *overrides]

@@ -1,6 +1,6 @@
-"""One rank of a check by `data.verify: hash`: it says what it hashed, how often it beat, and what it raised.
+"""One rank of a check by `data.verify: hash`: it prints which files it hashed, how often it beat, and its error.
 
-Its arguments are the directory of the shards, and whether `each` rank is a node of its own.
+Its arguments are the directory of the shards, and `each` if every rank is a node of its own, otherwise `one`.
 """
 
 import json

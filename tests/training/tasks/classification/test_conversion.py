@@ -48,7 +48,7 @@ Command = Callable[..., list[str]]
 
 @pytest.fixture(scope="module")
 def original(command, recipe) -> Path:
-    """A softmax run of 24 steps."""
+    """Return a softmax run of 24 steps."""
     run = recipe.parent / "original"
     assert karat_here(*command(run, "train.epochs=3")) == 0
     return run
@@ -56,7 +56,7 @@ def original(command, recipe) -> Path:
 
 @pytest.fixture(scope="module")
 def convert(command, original) -> Command:
-    """The arguments of `karat` that convert the run in a directory."""
+    """Return a function that gives the arguments of `karat` to convert a source, by default the original."""
 
     def arguments(run: Path, *overrides: str, source: Path | str = original) -> list[str]:
         _, recipe, *own = command(run, *overrides)
@@ -91,11 +91,11 @@ def test_the_new_attention_gives_what_the_original_gave_and_then_trains(original
 
 
 def test_a_start_after_stage_1_takes_what_is_there_and_another_recipe_does_not(convert, converted, tmp_path) -> None:
-    """The file is all that a start needs which was killed before its first checkpoint; a damaged one is made again."""
+    """A start reuses the file of stage 1 if it is whole and of the same recipe; otherwise it runs stage 1 again."""
     run = tmp_path / "run"
     run.mkdir()
     (run / FILE).write_bytes((converted / FILE).read_bytes())
-    says = karat_says(*convert(run, *KARAT, "data.prefetch=2", "data.timeout=99"))  # which change nothing
+    says = karat_says(*convert(run, *KARAT, "data.prefetch=2", "data.timeout=99"))  # keys that change nothing
     assert "matching the attention" not in says
     assert equal(last_tensors(run), last_tensors(converted))
     for name, overrides, content in (("other", ("run.seed=1",), run / FILE), ("torn", (), None)):
@@ -123,7 +123,7 @@ def test_the_survey_says_what_each_block_costs_and_how_many_pay(convert, origina
         assert found["curve"][0]["top1"] - found["curve"][count]["top1"] <= float(loss)
     assert says.count("for a loss of at most") == 4
     assert not (run / "recipe.yaml").exists()
-    # The run of the same recipe goes on from there.
+    # A run of the same recipe reuses the survey's matching.
     own = convert(run, *KARAT, "convert.steps=2", "train.max_steps=1")
     assert "matching the attention" not in karat_says(*own)
     assert "has checkpoints" in karat_refuses(*own, "--survey")
@@ -134,7 +134,7 @@ def test_the_survey_says_what_each_block_costs_and_how_many_pay(convert, origina
 
 
 def test_only_blocks_that_differ_are_converted(convert, converted, tmp_path) -> None:
-    """From a run that is converted already: block 0 stays, and block 1 gets another attention from its own."""
+    """Converting a converted run changes only blocks whose attention differs: here block 1 becomes static."""
     static = "attention.blocks={1: {kind: static}}"
     assert karat_here(*convert(tmp_path / "run", *KARAT, static, "train.max_steps=1", source=converted)) == 0
     report = read_report(tmp_path / "run")
@@ -158,14 +158,14 @@ def test_keys_that_do_not_change_the_attention_keep_a_block(recipe) -> None:
 
 
 def test_learned_attention_cannot_become_softmax(convert, converted, tmp_path) -> None:
-    """It would be lost: there is nothing to match it with."""
+    """Learned attention is not converted to softmax, which has no parameters to match it with."""
     own = ("attention.kind=static", "attention.blocks={0: {kind: softmax}}", "convert.images=8")
     line = karat_refuses(*convert(tmp_path, *own, source=converted))
     assert "its block 0 has attention.kind = karat, which cannot be converted to softmax" in line
 
 
 def test_learned_attention_without_its_recipe_is_refused(recipe) -> None:
-    """It would be taken for softmax."""
+    """Weights of learned attention without their recipe are refused; otherwise they would count as softmax."""
     of = load_recipe(recipe, [*SMALL, "schedule.warmup_epochs=0", "attention.kind=karat"])
     weights = create_model(of.model, of.attention).state_dict()
     new = of.changed(attention__kind="static")
@@ -184,7 +184,7 @@ def test_an_original_of_kernels_that_are_not_here_is_computed_by_others(recipe) 
 
 
 def test_a_survey_from_learned_attention_on_few_images_and_what_becomes_of_it(convert, converted, tmp_path) -> None:
-    """With fewer images than those that time a step. A run that matches anew does not keep what was found before."""
+    """A survey works on fewer images than its timing takes, and a run that matches again drops the earlier survey."""
     make_image_folder(tmp_path / "few", {"train": 3, "val": 2})
     run = tmp_path / "run"
     few = ("data.backend=folder", f"data.path={tmp_path / 'few'}", "schedule.image_sizes=[[0, 8], [1, 16]]")
@@ -192,7 +192,7 @@ def test_a_survey_from_learned_attention_on_few_images_and_what_becomes_of_it(co
     says = karat_says(*static, "--survey")
     assert read_report(run)["images"] == 12
     assert "for a loss of at most" in says
-    assert "kind: softmax" not in says  # which the blocks that are not converted do not have
+    assert "kind: softmax" not in says  # blocks that are not converted keep karat
     assert "matching the attention" not in karat_says(*static, "train.max_steps=1")
     shutil.rmtree(run / "checkpoints")
     (run / FILE).unlink()
@@ -213,15 +213,18 @@ def test_the_run_that_a_survey_proposes_keeps_it(convert, tmp_path) -> None:
 
 
 def test_a_block_keeps_the_best_that_was_found(convert, recipe, tmp_path) -> None:
-    """Least squares of one image say little about others, and a high rate leads away from what was there."""
+    """A block keeps the best attention that was found, at once or by least squares, when a later step is worse.
+
+    Here least squares see one image only, and the rate of gradient descent is too high.
+    """
     torch.manual_seed(0)
     model = create_model(load_recipe(recipe, [*SMALL, "schedule.warmup_epochs=0"]).model, AttentionConfig())
     for block in model.blocks:
-        block.attn.qkv.weight.data[:64] *= 6  # of query and key: attention that one image does not tell
+        block.attn.qkv.weight.data[:64] *= 6  # query and key, so that attention differs between images
     save_file(model.state_dict(), tmp_path / "plain.safetensors")
     own = ("attention.init=softmax_like", "convert.images=1", "convert.rate=10", "train.max_steps=1")
     assert karat_here(*convert(tmp_path / "run", *KARAT, *own, source=tmp_path / "plain.safetensors")) == 0
-    assert karat_here("plan", str(tmp_path / "run/recipe.yaml")) == 0  # of weights without a word on their model
+    assert karat_here("plan", str(tmp_path / "run/recipe.yaml")) == 0  # the weights do not name their model
     blocks = read_report(tmp_path / "run")["blocks"]
     assert [block["matched"] for block in blocks] == [
         min(block["at_once"], block["least_squares"], key=sum) for block in blocks
@@ -326,7 +329,7 @@ def test_print_shows_the_whole_recipe(convert, original, tmp_path) -> None:
 
 
 def test_a_conversion_is_taken_again_where_its_source_is_gone(convert, original, tmp_path) -> None:
-    """The run has kept its teacher."""
+    """`karat replay` works without the run's source, because the run keeps a copy of its teacher."""
     source = shutil.copytree(original, tmp_path / "source")
     assert karat_here(*convert(tmp_path / "run", *KARAT, "checkpoint.every_steps=2", source=source)) == 0
     shutil.rmtree(source)

@@ -37,7 +37,7 @@ Command = Callable[..., list[str]]
 
 @pytest.fixture(scope="module")
 def teacher(command, recipe) -> Path:
-    """A softmax run of 8 steps, at a larger image size and with a normalisation of its own."""
+    """Return a softmax run of 8 steps, at a larger image size and with another normalisation."""
     run = recipe.parent / "teacher"
     assert karat_here(*command(run, "model.image_size=20", "augment.mean=[0.5, 0.5, 0.5]")) == 0
     return run
@@ -45,7 +45,7 @@ def teacher(command, recipe) -> Path:
 
 @pytest.fixture(scope="module")
 def student(command, teacher) -> Command:
-    """The arguments of `karat` that train a KArAt student."""
+    """Return a function that gives the arguments of `karat` to train a KArAt student."""
     return lambda run, *overrides: command(run, "attention.kind=karat", f"distill.from={teacher}", *overrides)
 
 
@@ -68,7 +68,7 @@ def test_the_losses_are_those_of_the_equations() -> None:
 
 
 class Recorder(nn.Module):
-    """A teacher that keeps what it sees; its logits are the channels' means."""
+    """A teacher that keeps the images that it gets. Its logits are the means of their channels."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         self.seen = images

@@ -53,7 +53,7 @@ def test_an_output_that_is_not_finite_is_no_prediction_and_is_counted(small_reci
     recipe = small_recipe("data.synthetic_samples=24")
     backend = open_backend(ImageSpec(recipe.data, recipe.augment, 16, CLASSES, 0))
     logits = 20.0 * torch.nn.functional.one_hot(torch.arange(24) % CLASSES, CLASSES)
-    logits[4, 0] = logits[8] = torch.nan  # the first is of class 0, which `topk` would name
+    logits[4, 0] = logits[8] = torch.nan  # sample 4 is of class 0, which `topk` would predict
     logits[9, 2] = torch.inf
     normalize = Normalize(recipe.augment.mean, recipe.augment.std)
     result = evaluate(lambda images: logits, backend, normalize, 24, world, lambda *_: None)
@@ -70,6 +70,6 @@ def test_running_out_of_memory_names_the_batch_of_the_evaluation(small_recipe, w
 
 
 def test_top5_of_few_classes_is_not_told() -> None:
-    """It is 100 % of any model with five classes."""
+    """A top-5 accuracy of 100 % is not printed, because any model with five classes has it."""
     assert str(EvalResult(60.0, 100.0, 1.0, 10, 0)) == "top-1 60.00 % loss 1.0000 on 10 images"
     assert "top-5 90.00 %" in str(EvalResult(60.0, 90.0, 1.0, 10, 0))

@@ -1,4 +1,4 @@
-"""`data.verify: hash`: who hashes what, how often, and that it is no hang."""
+"""`data.verify: hash`: which rank hashes which files, how often, and that ranks show progress meanwhile."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from tests.warm import run_program
 
 
 def two_ranks(directory: Path, nodes: str = "one") -> list[dict[str, Any]]:
-    """What each of two ranks has to say."""
+    """Return what each of two ranks reports."""
     script = Path(__file__).with_name("hashing_rank.py")
     done = run_program(str(script), [str(directory), nodes], rank_environments(2), timeout=120, directory=ROOT)
     assert done.returncode == 0, done.stderr

@@ -25,7 +25,7 @@ from tests.training.runs import losses
 
 @pytest.fixture(scope="module")
 def teacher(command, recipe) -> Path:
-    """A KArAt run of 8 steps."""
+    """Return a KArAt run of 8 steps."""
     run = recipe.parent / "teacher"
     karat_says(*command(run, "attention.kind=karat"))
     return run
@@ -33,13 +33,13 @@ def teacher(command, recipe) -> Path:
 
 @pytest.fixture(scope="module")
 def student_command(command, teacher) -> Callable[..., list[str]]:
-    """The arguments of `karat` that train a student."""
+    """Return a function that gives the arguments of `karat` to train a student."""
     return lambda run, *overrides: command(run, f"attention.transfer_from={teacher}", *overrides)
 
 
 @pytest.fixture(scope="module")
 def stopped(student_command, tmp_path_factory) -> Path:
-    """A student's run after 3 of its 8 steps; to be copied."""
+    """Return a student's run after 3 of its 8 steps; tests copy it before they change it."""
     run = tmp_path_factory.mktemp("students") / "stopped"
     karat_says(*student_command(run, "train.max_steps=3"))
     return run
@@ -88,7 +88,7 @@ def test_every_stage_and_world_gives_the_same_losses(student_command, tmp_path) 
     alone, ranks, bf16 = tmp_path / "alone", tmp_path / "ranks", tmp_path / "bf16"
     own = "deepspeed.config=zero3"
     karat_says(*student_command(alone))
-    for steps in ("4", "null"):  # stopped and gone on
+    for steps in ("4", "null"):  # stopped and resumed
         karat_done(*student_command(ranks, own, f"train.max_steps={steps}"), processes=2)
     assert losses(ranks) == pytest.approx(losses(alone), rel=1e-5)
     karat_says(*student_command(bf16, own, "train.precision=bf16"))
@@ -130,7 +130,7 @@ def test_what_cannot_be_transferred_is_one_line(stopped, student_command, tmp_pa
 
 
 def test_a_run_that_has_not_begun_takes_its_teacher_anew(stopped, tmp_path) -> None:
-    """What an attempt that was refused left behind may be of another teacher."""
+    """A run that has not begun with its recipe copies the teacher again: a refused start may have left another."""
     recipe = load_recipe(stopped / "recipe.yaml")
     for began_with in (None, recipe.changed(optim__lr=1.0)):
         if began_with is not None:

@@ -39,13 +39,13 @@ SMALL = {
 
 @pytest.fixture(scope="session")
 def coco_set(tmp_path_factory) -> Path:
-    """48 training and 12 validation images."""
+    """Return a set of 48 training and 12 validation images."""
     return made_once(tmp_path_factory, "coco", lambda root: make_set(root, {"train": 48, "val": 12}))
 
 
 @pytest.fixture
 def small(coco_set, tmp_path) -> Callable[..., DetectionRecipe]:
-    """The small recipe with sections' keys replaced: `small(model={"image_size": 128})`."""
+    """Return a function that makes the small recipe with other keys in sections: `small(model={"image_size": 128})`."""
 
     def make(**sections: dict[str, object]) -> DetectionRecipe:
         data = {key.partition(".")[2]: value for key, value in LAYOUT.items()}
@@ -63,12 +63,12 @@ def small(coco_set, tmp_path) -> Callable[..., DetectionRecipe]:
 
 @pytest.fixture
 def small_file(coco_set, tmp_path) -> Path:
-    """The small recipe as a file, for `karat detect`."""
+    """Return the small recipe as a file, for `karat detect`."""
     return write_small(tmp_path / "small.yaml", coco_set)
 
 
 def write_small(path: Path, data_set: Path) -> Path:
-    """Write the small recipe over a data set; returns its path."""
+    """Write the small recipe for a data set; return its path."""
     data = {key.partition(".")[2]: value for key, value in LAYOUT.items()}
     path.write_text(yaml.safe_dump({**SMALL, "data": {"path": str(data_set), "workers": 1, **data}}))
     return path

@@ -11,7 +11,7 @@ import skimage.data
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-# Ids with gaps, as COCO's are.
+# The ids have gaps, as COCO's have.
 CATEGORIES = {3: "cat", 7: "cup", 8: "face"}
 LAYOUT = {
     "data.train_images": "train",
@@ -22,7 +22,7 @@ LAYOUT = {
 
 
 def cut_outs() -> dict[int, tuple[Image.Image, Image.Image]]:
-    """Each category's photograph and the mask of its object, cropped to the object."""
+    """Return each category's photograph and the mask of its object, both cropped to the object."""
     cat, cup, face = skimage.data.chelsea(), skimage.data.coffee(), skimage.data.astronaut()
     outline = [(35, 20), (75, 0), (330, 0), (355, 60), (365, 130), (340, 220), (300, 280), (230, 285), (120, 270)]
     outlines = {

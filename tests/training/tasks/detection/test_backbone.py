@@ -55,7 +55,7 @@ def test_what_no_detector_can_be_made_of_is_one_line(small) -> None:
         recipe = small(model={"image_size": 128}, detector={"global_blocks": count}, attention={"kind": kind})
         return ViTBackbone(build_vit(recipe), recipe)
 
-    assert blocks(2, "softmax").global_blocks == {0, 1}  # which may see the whole image in every block
+    assert blocks(2, "softmax").global_blocks == {0, 1}  # softmax may see the whole image in every block
     wide = create_model(small(model={"embed_dim": 96}).window_model, KARAT)
     for make, message in (
         (lambda: blocks(5, "karat"), "detector.global_blocks = 5, but the model has 2 blocks, .* use 1 at most"),
@@ -87,7 +87,7 @@ def test_n_is_that_of_a_window_whatever_the_image(small, global_blocks) -> None:
     before, after = (backbone.vit.patch_embed(x) for x in (images, changed))
     maps = [[level[..., 0, 0] for level in backbone(x).values()] for x in (images, changed)]
     assert not torch.equal(before, after)
-    # Without a block that sees all, what happens in one window stays there, but for the pyramid's 3 x 3 convolutions.
+    # Without a global block, a change in one window stays there, except for the pyramid's 3 x 3 convolutions.
     alone = all(torch.equal(a, b) for a, b in zip(*maps, strict=True))
     assert alone == (global_blocks == 0)
 
@@ -156,7 +156,7 @@ def test_a_level_is_normalised_over_channels_and_local() -> None:
     x = torch.randn(1, 16, 14, 14)
     maps = pyramid(x)
     torch.testing.assert_close(maps["2"].mean(1), torch.zeros(1, 14, 14), atol=1e-5, rtol=0)
-    x[:, :, 13, 13] += 1.0  # one corner reaches the same corner of every map, and not the other
+    x[:, :, 13, 13] += 1.0  # a change in one corner reaches the same corner of every map, and not the other
     for name, level in pyramid(x).items():
         assert torch.equal(level[..., 0, 0], maps[name][..., 0, 0])
         assert not torch.equal(level[..., -1, -1], maps[name][..., -1, -1])
@@ -202,7 +202,7 @@ def test_every_parameter_learns_also_where_nothing_is_seen(detector, targets) ->
     assert set(losses) == {"loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg"}
     loss = sum(losses.values())
     assert math.isfinite(loss.item())
-    loss.backward()  # DistributedDataParallel waits for all of them
+    loss.backward()  # DistributedDataParallel waits for all gradients
     assert [name for name, parameter in detector.named_parameters() if parameter.grad is None] == []
 
 
@@ -229,7 +229,7 @@ NAMES, STRIDES = ("0", "1", "2", "3"), (4.0, 8.0, 16.0, 32.0)
 
 
 def maps_of(patch: int, side: int = 14) -> dict[str, torch.Tensor]:
-    """Maps of 14 x 14 patches whose two channels are each cell's place in pixels, to torchvision its upper left."""
+    """Return maps of `side` x `side` patches; their channels are the y and x of each cell's upper left, in pixels."""
     found = {}
     for name, patches in zip(NAMES, (0.25, 0.5, 1.0, 2.0), strict=True):
         places = torch.arange(int(side / patches)) * patch * patches
@@ -267,7 +267,7 @@ def test_anchors_lie_on_the_cells_of_their_map() -> None:
     own = Anchors(sizes, (0.5, 1.0, 2.0), (*STRIDES, 64.0))(images, maps)
     theirs = AnchorGenerator(tuple((size,) for size in sizes), ((0.5, 1.0, 2.0),) * 5)(images, maps)
     assert own[0].dtype == torch.float32
-    torch.testing.assert_close(own[0][:-48], theirs[0][:-48].float())  # but those of the last map
+    torch.testing.assert_close(own[0][:-48], theirs[0][:-48].float())  # all but those of the last map
     middles = (own[1][-48:, :2] + own[1][-48:, 2:]) / 2
     assert sorted(set(middles[:, 0].tolist())) == [0, 64, 128, 192]
 
@@ -286,7 +286,7 @@ def test_an_evaluation_shrinks_as_training_does() -> None:
 
 
 def test_boxes_are_float32_at_bf16(detector) -> None:
-    """torchvision separates classes by an offset that bfloat16 would round away."""
+    """Boxes stay float32 at bf16: torchvision adds an offset for each class, and bfloat16 would round the sums."""
     proposals = []
     detector.roi_heads.register_forward_pre_hook(lambda _, args: proposals.extend(args[1]))
     with torch.autocast("cpu", torch.bfloat16):

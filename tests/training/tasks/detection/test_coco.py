@@ -1,4 +1,4 @@
-"""Annotations in COCO's format, and their jitter."""
+"""Tests of annotations in COCO's format, and of the jitter of images and masks."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ SQUARE = [10.0, 10.0, 20.0, 10.0, 20.0, 20.0, 10.0, 20.0]
 
 @pytest.fixture
 def own(tmp_path) -> dict:
-    """Annotations of two images; the second has a crowd only."""
+    """Write two images, and return their annotations; the second image has only a crowd."""
     for name in ("a.jpg", "b.jpg"):
         Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / name)
     return {
@@ -82,7 +82,7 @@ def test_what_is_left_out_is_told_and_other_images_have_another_identity(own, tm
 
 
 def test_an_evaluation_has_what_exporters_leave_out(own, tmp_path) -> None:
-    """Area, bounding box and crowd are made up for; an object without area is none; no annotation has number 0."""
+    """An evaluation adds missing areas, boxes and crowd flags, drops objects without area, and numbers none 0."""
     square, nothing, crowd = own["annotations"]
     del square["area"]
     square |= {"id": 0, "bbox": [], "iscrowd": None}
@@ -159,7 +159,7 @@ def test_bad_files_are_one_line_that_names_them(own, tmp_path, monkeypatch) -> N
         ({**own, "images": [{**image, "width": 30, "height": 40}]}, "says 30 x 40; turn its pixels as its EXIF says"),
     ):
         assert said in refused(content)
-    # An evaluation reads all of them at its start: pycocotools would not end, or not say which one is wrong.
+    # An evaluation checks all of them at its start: pycocotools would hang, or not name the wrong one.
     for bad in ([], None, ""):
         for for_training in (True, False):
             assert boxes_alone in refused({**own, "annotations": [{**first, "segmentation": bad}]}, for_training)
@@ -234,4 +234,4 @@ def test_masks_of_a_large_photograph_are_made_one_by_one(own, tmp_path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(masks) == count
-    assert peak < 10 * side * side  # of one byte each; all masks at once are 40
+    assert peak < 10 * side * side  # bytes; all 40 masks at once take four times that

@@ -19,7 +19,7 @@ from tests.training.tasks.detection.cut_outs import LAYOUT, make_set
 
 @pytest.fixture(scope="module")
 def whole(coco_set, tmp_path_factory) -> Path:
-    """A run that nothing stopped."""
+    """Return a run that nothing stopped."""
     root = tmp_path_factory.mktemp("whole")
     karat_done("detect", str(write_small(root / "small.yaml", coco_set)), f"run.dir={root / 'run'}")
     return root / "run"
@@ -100,7 +100,7 @@ def test_two_ranks_score_each_image_once_and_one_rank_resumes_from_them(small_fi
     karat_done("detect", str(small_file), f"run.dir={run}", *options, processes=2)
     (scores,) = events(run, "eval")
     assert scores["images"] == 12
-    # Another world, at another ZeRO stage, resumes from it.
+    # A run at another world size and ZeRO stage resumes from it.
     karat_done("detect", str(small_file), f"run.dir={run}", *options[1:], "train.max_steps=5", "deepspeed.config=zero2")
     assert events(run, "resume")[0]["step"] == 3
 
@@ -108,7 +108,10 @@ def test_two_ranks_score_each_image_once_and_one_rank_resumes_from_them(small_fi
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_rank_without_an_image_evaluates_with_the_others_at_stage_3(small_file, tmp_path, whole_zero3) -> None:
-    """Each forward pass gathers the weights from all ranks: the second of 4 + 4 + 4 images has no fourth batch."""
+    """A rank without an image joins the forward pass, because at stage 3 each pass gathers weights from all ranks.
+
+    Here 12 images make three batches of 4, so the second rank has none in the last pass.
+    """
     run = tmp_path / "run"
     options = ("train.max_steps=1", "train.micro_batch=2", "train.eval_batch=4", "run.peer_timeout_minutes=2")
     karat_done("detect", str(small_file), f"run.dir={run}", *options, f"deepspeed.config={whole_zero3}", processes=2)
@@ -124,6 +127,6 @@ def test_it_learns_to_find_objects_in_images_it_has_not_seen(kind, small_file, t
     options = (f"attention.kind={kind}", f"data.path={data}", "train.global_batch=8", "train.epochs=40")
     karat_done("detect", str(small_file), f"run.dir={run}", *options)
     (scores,) = events(run, "eval")
-    # One box drawn at random around one of three categories has an AP below 1.
+    # Random boxes with random categories have an AP below 1.
     assert scores["box_ap50"] > 50
     assert scores["mask_ap50"] > 50

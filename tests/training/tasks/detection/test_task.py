@@ -24,7 +24,7 @@ Small = Callable[..., DetectionRecipe]
 
 @pytest.fixture
 def begin(world) -> Iterator[Callable[[DetectionRecipe], Trainer]]:
-    """Parts of a recipe's run, closed after the test."""
+    """Yield a function that makes a recipe's trainer; all trainers are closed after the test."""
     made: list[Trainer] = []
 
     def make(recipe: DetectionRecipe) -> Trainer:
@@ -37,7 +37,7 @@ def begin(world) -> Iterator[Callable[[DetectionRecipe], Trainer]]:
 
 
 def learned(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Copies of the weights and of AdamW's states."""
+    """Return copies of the weights and of AdamW's states."""
     engine = trainer.engine.deepspeed
     both = engine.module.state_dict(), engine.basic_optimizer.state_dict()["state"]
     return torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), both)
@@ -145,7 +145,7 @@ def split(coco_set) -> CocoSplit:
 
 
 def predictions(split: CocoSplit, sample: int, keep: int | None = None) -> dict[str, torch.Tensor]:
-    """The truth, as a detector would say it."""
+    """Return the first `keep` objects of an image, by default all, as if a detector had predicted them."""
     labels, made = split.objects(sample)
     masks = np.stack([*made])
     return {
