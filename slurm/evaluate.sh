@@ -13,6 +13,9 @@
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
+# Many sites need these two options. Remove one # from each line to set them:
+##SBATCH --account=
+##SBATCH --partition=
 
 # sbatch runs a copy of this file. SLURM knows the path of the original, in the clone (22.05 adds the arguments).
 SCRIPT=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///;s/\.sh .*/.sh/;p;q}')

@@ -3,7 +3,8 @@
 #
 #   IMAGES=/data/ILSVRC sbatch --account=A --partition=cpu slurm/prepare_imagenet.sh [options of make_webdataset.py ...]
 #
-# IMAGES has the official tars, or train/<class>/* and val/<class>/*. Run on finished shards, it checks every byte.
+# IMAGES has the official tars and LOC_val_solution.csv, or train/<class>/* and val/<class>/*. Run on finished shards,
+# it checks every byte.
 
 #SBATCH --job-name=prepare_imagenet
 #SBATCH --nodes=1
@@ -15,6 +16,9 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:USR2@60
+# Many sites need these two options. Remove one # from each line to set them:
+##SBATCH --account=
+##SBATCH --partition=
 
 # sbatch runs a copy of this file. SLURM knows the path of the original, in the clone (22.05 adds the arguments).
 SCRIPT=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///;s/\.sh .*/.sh/;p;q}')
