@@ -13,19 +13,9 @@ from tests.conftest import free_port
 from tests.engine.fp16_on_cpu import allow_fp16
 
 
-def kind(case: Case) -> tuple[str, bool]:
-    return case.keys.get("attention.kind", "karat"), case.evaluates
-
-
-FIRST = {kind(case): case for case in reversed(CASES) if case.world == 1}
-
-
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=() if FIRST[kind(case)] is case else pytest.mark.slow, id=case.name) for case in CASES],
-)
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_live_tensors_peak_where_the_plan_says(case: Case) -> None:
     assert abs(compare(case)["error"]) < 0.1
 

@@ -272,7 +272,7 @@ def script(name: str, *arguments: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hashes", [pytest.param(False, marks=pytest.mark.slow), True], ids=["headers", "hashes"])
+@pytest.mark.parametrize("hashes", [False, True], ids=["headers", "hashes"])
 def test_the_scripts_take_an_index_like_shards(hub: Path, tmp_path: Path, hashes: bool) -> None:
     out, staged = tmp_path / "index", tmp_path / "staged"
     assert index(hub, "--out", str(out), *(["--hash"] if hashes else [])) == 0

@@ -36,7 +36,7 @@ def start(src, out, *options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
+@pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_killed_run_resumes_at_the_same_shard(folders, tmp_path, workers):
     options = ("--split", "train", "--shard-samples", "2", "--workers", workers)
     make(folders, tmp_path / "whole", "--shard-samples", "2")
