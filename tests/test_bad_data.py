@@ -102,7 +102,7 @@ def test_files_that_are_left_out_and_classes_without_images_are_said(recipe_file
     said = karat_says("train", str(recipe_file), *folder, f"run.dir={tmp_path / 'untested'}")
     assert "notice: 1 of 4 classes without validation images: class1; top-1 is over the others" in said
     said = karat_says("train", str(recipe_file), *folder, f"run.dir={tmp_path / 'same'}", "data.val_split=train")
-    assert "notice: data.val_split is data.train_split, so top-1 is of the images that are trained on" in said
+    assert "notice: data.val_split is also data.train_split, so top-1 is of training images" in said
 
 
 @pytest.mark.slow

@@ -188,13 +188,15 @@ def _add_rank(
 
 def _check_whole(state: SavedState, has_ema: bool) -> None:
     if has_ema != (state.ema is not None):
-        raise RunDirectoryError(f"{STATE}: averages {'missing' if has_ema else 'that it does not know of'}")
+        raise RunDirectoryError(
+            f"{STATE} has has_ema = {str(has_ema).lower()}, but averages are {'missing' if has_ema else 'there'}"
+        )
     for name, shape in state.shapes.items():
         size = math.prod(shape)
         if not all(pieces.covers(name, size) for pieces in (state.masters, state.ema) if pieces is not None):
-            raise RunDirectoryError(f"{name} is not whole in it")
+            raise RunDirectoryError(f"parts of {name} are missing")
         if not all(pieces.covers(name, size) for pieces in state.elementwise.values() if name in pieces):
-            raise RunDirectoryError(f"the optimizer's states of {name} are not whole in it")
+            raise RunDirectoryError(f"parts of {name}'s optimizer states are missing")
 
 
 def restore(engine: Engine, ema: Ema | None, saved: SavedState, world: World) -> None:
@@ -221,8 +223,10 @@ def _fill(engine: Engine, ema: Ema | None, saved: SavedState) -> list[dict[str, 
     check_shapes(engine.all_shapes, saved.shapes)
     check_buffers(engine.module, saved.buffers)
     for name in sorted(saved.frozen ^ engine.frozen.keys()):
-        where = "there and not here" if name in saved.frozen else "here and not there"
-        raise RunDirectoryError(f"{name} is frozen {where} (train.freeze); use its list, or init_from to begin with it")
+        where = "in it but not here" if name in saved.frozen else "here but not in it"
+        raise RunDirectoryError(
+            f"{name} is frozen {where} (train.freeze); use its train.freeze, or init_from instead of resume.from"
+        )
     if saved.elementwise and saved.elementwise.keys() != engine.optimizer_states:
         known = {name: {*row.states, *(row.matrix_states or ())} for name, row in OPTIMIZERS.items()}
         kept = [name for name, theirs in known.items() if saved.elementwise.keys() == theirs]
@@ -456,12 +460,12 @@ def _choose(store: CheckpointStore, state_of: str, reporter: Reporter, check: Ch
         return _newest_intact(store, reporter, check, fix)
     path = Path(state_of).expanduser()
     if not path.is_dir():
-        raise RunDirectoryError(f"resume.from = {state_of} is no directory; name a checkpoint's or a run's")
+        raise RunDirectoryError(f"resume.from = {state_of} is not a directory; name a run's or a checkpoint's")
     fix = "name another run or checkpoint"
     if (path / "checkpoints").is_dir() or (path / "recipe.yaml").is_file():
         found = _newest_intact(CheckpointStore(path / "checkpoints", falsehood), reporter, check, fix)
         if found is None:
-            raise RunDirectoryError(f"resume.from = {state_of}: this run has no checkpoints yet")
+            raise RunDirectoryError(f"resume.from = {state_of}: this run has no checkpoints yet; {fix}")
         return found
     if damage := _damage(CheckpointStore(path.parent, falsehood), path.name, reporter, check):
         raise RunDirectoryError(f"resume.from = {state_of}: {damage}; name a complete checkpoint or a run's directory")
@@ -476,9 +480,9 @@ def _newest_intact(store: CheckpointStore, reporter: Reporter, check: Check, fix
         damage = _damage(store, name, reporter, check)
         if damage is None:
             return store.root, name
-        reporter.warn(f"checkpoint {name} is damaged: {damage}; trying the one before")
+        reporter.warn(f"checkpoint {name} cannot be used: {damage}; trying the one before")
     if names:
-        raise RunDirectoryError(f"{store.root}: none of {len(names)} checkpoints is intact ({damage}); {fix}")
+        raise RunDirectoryError(f"{store.root}: none of {len(names)} checkpoints can be used ({damage}); {fix}")
     return None
 
 

@@ -359,7 +359,7 @@ class CheckpointStore:
         damage = self.damage(name)
         if damage is None:
             return name
-        problem = f"checkpoint {self.root / name} is damaged: {damage}"
+        problem = f"checkpoint {self.root / name} cannot be used: {damage}"
         for other in self.names() if wanted in POINTERS else ():
             if other != name and self._hold(other) and self.damage(other) is None:
                 print(f"note: {printable(problem)}; {other} is taken instead", file=sys.stderr)

@@ -113,7 +113,7 @@ def fetch_run(url: str, directory: str, checkpoint: Sequence[str]) -> int:
             )
         others = ", ".join(other for other in remote.names() if other not in damaged)
         there = f"--checkpoint NAME takes another one: {others}" if others else "there is no other"
-        raise RunDirectoryError(f"{copy.url}: checkpoint {name} is damaged: {damage}; {there}")
+        raise RunDirectoryError(f"{copy.url}: checkpoint {name} cannot be used: {damage}; {there}")
     return 0
 
 

@@ -279,7 +279,7 @@ def _group(members: Iterator[Member], rule: LabelRule, found: TarSamples) -> lis
         if member.kind == "directory":
             continue
         if member.kind != "file":
-            found.skipped.append((member.name, f"it is no plain file but a {member.kind} member"))
+            found.skipped.append((member.name, f"a {member.kind} member, not a regular file"))
         elif not key:
             found.skipped.append((member.name, "a hidden file, or one without a suffix"))
         elif suffix == "tar":
@@ -422,7 +422,7 @@ def into_splits(names: Sequence[str], rules: Sequence[str]) -> dict[str, list[st
         splits.setdefault(split, []).extend(fitting)
         left = [name for name in left if name not in set(fitting)]
     if left:
-        raise DataError(f"{left[0]} and {len(left) - 1} more tars are in no split; add --split SPLIT=PATTERN for them")
+        raise DataError(f"{plural(len(left), 'tar')} in no split, such as {left[0]}; add --split SPLIT=PATTERN")
     return splits
 
 
@@ -586,7 +586,7 @@ def _classes(
         raise DataError(f".txt has {len(names)} different texts, such as {names[0][:60]!r}, no classes; {fix}")
     if names:
         if known is not None and (unknown := sorted(set(names) - set(known))):
-            raise DataError(f"--classes {file} does not list {unknown[0]!r}")
+            raise DataError(f"--classes {file} does not list {unknown[0]!r}; add it")
         return known or names
     limit = len(known) if known else shard_format.MOST_CLASSES
     wrong = numbers[0] if numbers[0] < 0 else numbers[-1]

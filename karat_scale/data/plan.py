@@ -121,7 +121,7 @@ def choose_micro_batch(global_batch: int, world_size: int, wanted: int | None, e
         pairs = " in even parts, as mixup and cutmix need" if even else ""
         raise RecipeError(
             f"train.global_batch = {global_batch} does not divide over {world_size} ranks{pairs}; "
-            f"use other ranks, or a multiple of {unit}, such as {max(1, math.ceil(global_batch / unit)) * unit}"
+            f"use another number of ranks, or train.global_batch={max(1, math.ceil(global_batch / unit)) * unit}"
         )
     micro = part if wanted is None else min(wanted, part)
     if micro < 1 or part % micro or (even and micro % 2):

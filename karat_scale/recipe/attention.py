@@ -58,9 +58,9 @@ class AttentionConfig(Section):
     """Project onto the probability simplex. `true`: each row of S (the paper's section 3). `hidden`: each row of H,
     before W (its Algorithm 2)."""
     grid: Annotated[int, Field(ge=1, le=16), Effect.SHAPES] = 3
-    """G: the harmonics of a Fourier series, or the grid size of another basis."""
+    """G: harmonics of a Fourier series, intervals of a B-spline, or the Chebyshev degree."""
     degree: Annotated[int, Field(ge=1, le=5), Effect.SHAPES] = 3
-    """Degree k of a B-spline or polynomial."""
+    """Degree k of a B-spline."""
     range: Positive = 3.0
     """I: a B-spline has its knots in [-I, I]."""
     orders: Annotated[tuple[Annotated[int, Field(ge=1, le=8)], Annotated[int, Field(ge=1, le=8)]], Effect.SHAPES] = (

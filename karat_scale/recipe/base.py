@@ -196,7 +196,7 @@ class SaveConfig(Section):
     """Also keep the checkpoint with the best top-1 (mask AP for detection) of `train.eval_weights`."""
     local: str = ""
     """A directory on a disk of each node, or below /dev/shm, that gets the newest state ten times as often, so that a
-    restart on the same nodes loses less work. The state is removed when the run finishes."""
+    restart on the same nodes loses less work. The state is removed once the run has ended in order."""
     asynchronous: bool = True
     """Training pauses only for a copy to host memory, and continues while the copy is written."""
     url: str = ""
@@ -236,7 +236,7 @@ class ResumeConfig(Section):
     model_config = ConfigDict(populate_by_name=True)
 
     mode: Literal["auto", "never"] = "auto"
-    """`auto` resumes from the last intact checkpoint of the run. `never` starts from the beginning."""
+    """`auto` resumes from the last intact checkpoint of the run. `never` refuses to start if there is one."""
     from_: str = Field("", alias="from")
     """The run directory or the checkpoint that a new run branches from. It is used only at the first start."""
     allow: Annotated[tuple[str, ...], ONE_IS_A_LIST] = ()
@@ -247,7 +247,7 @@ class LogConfig(Section):
     """What to report, and how often."""
 
     every_steps: Count = 50
-    """Print and record the metrics every this many steps, and after the first step."""
+    """Print and record the metrics every this many steps, and after the first and the last step."""
     trackers: Annotated[tuple[Annotated[str, OneOf(TRACKERS, places=True)], ...], ONE_IS_A_LIST] = ("tensorboard",)
     """Trackers that show the metrics: names, or `package.module:Class` for your own. `[]` is none."""
     project: str = ""

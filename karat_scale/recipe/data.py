@@ -68,16 +68,16 @@ class DataConfig(Section):
     max_pixels: Count = 80_000_000
     """An image with more pixels is refused before it is decoded."""
     workers: Annotated[int, Field(ge=0), Effect.SPEED] = 2
-    """Data workers of each rank. 0 reads in the trainer itself."""
+    """Data workers of each rank; threads for dali and nvjpeg, at least 1. 0 reads in the trainer itself."""
     prefetch: Annotated[Count, Effect.SPEED] = 4
-    """Number of batches that each worker prepares ahead."""
+    """Batches that each worker (dali, nvjpeg: each rank) prepares ahead."""
     timeout: Annotated[Positive, Effect.NOTHING] = 300.0
     """Seconds a batch may take. After that, the run ends with an error that names what it waited for."""
     cache_gb: Annotated[Positive, Effect.SPEED] = 20.0
     """Gigabytes that a node keeps of a data set at a URL. docs/data.md says where, and how much is needed."""
     on_bad_sample: Annotated[Literal["skip", "stop"], Effect.NOTHING] = "stop"
-    """`stop` ends the run at an image that cannot be read. `skip` uses the next image instead, and counts the bad
-    one. Both see the same images until the first bad one."""
+    """`stop` ends the run at an image that cannot be read. `skip` counts it, and trains on the next image
+    instead. Both see the same images until the first bad one."""
     verify: Annotated[Literal["size", "hash"], Effect.NOTHING] = "size"
     """The check against the data set's record when the data is opened: the `size` of each file, or also its
     `hash`."""
@@ -169,8 +169,8 @@ class AugmentConfig(Section):
     """Probability of random erasing."""
     run_on: Literal["workers", "device"] = "workers"
     """The place where RandAugment, jitter and erasing run, with the same random draws: in the data workers (Pillow), or
-    on the training device, batch by batch. Crop and flip always run in the workers, mixup and cutmix always on the
-    device."""
+    on the training device, batch by batch. Crop and flip run in the workers (dali, nvjpeg: where they decode), mixup
+    and cutmix on the device."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """Interpolation of the resize."""
     mixup: NonNegative = 0.8

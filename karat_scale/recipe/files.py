@@ -267,7 +267,7 @@ def _read_shipped(name: str, folder: Path, extended_by: tuple[Path, ...]) -> dic
 
 def read_run_recipe(path: Path) -> dict[str, Any]:
     """Read the recipe of a run, which may be somebody else's. So it may name no other file. Raises RecipeError."""
-    tree, fix = _read_yaml(path), "the recipe of a run is whole; put back the one that training wrote"
+    tree, fix = _read_yaml(path), "a run's recipe must be complete; restore the one that training wrote"
     if EXTENDS in tree:
         raise RecipeError(f"{path}: extends: {fix}")
     if not tree:

@@ -275,7 +275,7 @@ def _describe(key: str, error: Any, schema: type[BaseModel]) -> str:
         return f"{key} = {error['input']!r}: too many values{_default_of(key, schema)}"
     if error["type"] == "model_type":
         keys = [own.rpartition(".")[2] for own in schema_keys(schema) if own.rpartition(".")[0] == key]
-        return f"{key} = {as_written(error['input'])}: is a section: the keys are {', '.join(keys)}"
+        return f"{key} = {as_written(error['input'])}: should be a section with the keys {', '.join(keys)}"
     if error["type"] == "value_error" and not isinstance(error["input"], (str, int, float, bool, list)):
         named: str = error["msg"].removeprefix("Value error, ")
         return named  # a validator of several fields names them itself

@@ -220,14 +220,14 @@ class Recipe(RunRecipe):
         if sizes := self.schedule.image_sizes:
             name, (last, largest) = "schedule.image_sizes", sizes[-1]
             if largest != self.model.image_size:
-                yield f"{name} ends with {largest}, but model.image_size = {self.model.image_size}; set both alike"
+                yield f"{name} ends with {largest}, but model.image_size = {self.model.image_size}; make them equal"
             if last >= self.train.epochs:
                 yield (
                     f"{name}: the last size begins at epoch {last}, but train.epochs = {self.train.epochs}; begin it "
                     "earlier, or train longer"
                 )
             if self.checkpoint.snapshots:
-                yield f"checkpoint.snapshots needs one image size, and {name} has several; set it to 0"
+                yield f"checkpoint.snapshots needs one image size, but {name} has several; use checkpoint.snapshots=0"
             if self.attention.transfer_from:
                 yield f"attention.transfer_from needs one image size, and {name} has several; remove one of the two"
             for _, size in sizes:

@@ -193,7 +193,7 @@ class Incidents:
             return f"{self._directory} cannot be written: {error.strerror}"
         if not self._replays:
             return f"{path} has its samples"
-        return f"karat replay {shlex.quote(str(self._directory.parent))} {step} looks into it"
+        return f"find the cause with karat replay {shlex.quote(str(self._directory.parent))} {step}"
 
 
 def checkpoints_before(store: CheckpointStore, step: int) -> list[str]:

@@ -224,7 +224,7 @@ def open_near(recipe: RunRecipe, directory: RunDirectory, world: World, reporter
     for problem in problems:
         reporter.warn(problem)
     if name is not None:
-        reporter.info(f"{name} was saved on each node after the last one in the run's directory, and copied there")
+        reporter.info(f"{name} was copied to run.dir from checkpoint.local, which had a newer state")
         world.on_main(lambda: directory.admit(recipe))
 
 

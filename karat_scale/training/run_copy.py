@@ -401,7 +401,9 @@ def _take(recipe: RunRecipe, directory: RunDirectory, url: RunUrl) -> None:
     url.checkpoints.look()
     there = url.checkpoints.names()
     if owner is None and there:
-        raise RunDirectoryError(f"checkpoint.url = {url.url} has checkpoints of an unknown run; choose another one")
+        raise RunDirectoryError(
+            f"checkpoint.url = {url.url} has an unknown run's checkpoints; use another checkpoint.url"
+        )
     if owner is not None and (other := _difference(recipe, directory, url, owner, mine)):
         raise RunDirectoryError(
             f"checkpoint.url = {url.url} belongs to another run, {owner.name} ({other}); use another checkpoint.url"
@@ -455,11 +457,11 @@ def _bring(recipe: RunRecipe, directory: RunDirectory, url: RunUrl, on_bytes: On
             store.point("latest", name)
             notes.append(f"{name} and the log were fetched from {url.url}")
             break
-        notes.append(f"warning: checkpoint {name} at {url.url} is damaged: {damage}; trying the one before")
+        notes.append(f"warning: checkpoint {name} at {url.url} cannot be used: {damage}; trying the one before")
     else:
         if newer and not store.names():
             raise RunDirectoryError(
-                f"checkpoint.url = {url.url}: none of {len(newer)} checkpoints is intact ({damage}); choose another "
+                f"checkpoint.url = {url.url}: none of {len(newer)} checkpoints can be used ({damage}); choose another "
                 "checkpoint.url to start from the beginning"
             )
     if recipe.checkpoint.keep_best:
@@ -478,7 +480,7 @@ def _bring_best(directory: RunDirectory, url: RunUrl, on_bytes: OnBytes, has_new
         best = {pointed, store.best_by_state()}
         for name in [name for name in remote.names() if name in best and name not in store.names()]:
             if (damage := remote.download(name, store, on_bytes)) is not None:
-                notes.append(f"warning: the best checkpoint, {name}, is damaged at {url.url}: {damage}")
+                notes.append(f"warning: the best checkpoint, {name}, cannot be used at {url.url}: {damage}")
             elif not has_newer:
                 store.point("best", name)
                 notes.append(f"{name}, the best checkpoint, was fetched from {url.url}")

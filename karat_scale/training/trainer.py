@@ -442,12 +442,12 @@ class Trainer:
                 self.reporter.warn(f"{what}; skipped{advice}")
             return
         self.checkpoints.finish()
-        allowed = f"the last of {state.skipped_in_row} in a row (train.max_skipped_steps = {train.max_skipped_steps})"
-        rule = "train.on_nonfinite = stop" if stop else allowed
+        allowed = f", the last of {state.skipped_in_row} in a row (train.max_skipped_steps = {train.max_skipped_steps})"
+        rule = " and train.on_nonfinite = stop" if stop else allowed
         last = self.checkpoints.store.pointed("latest")
         kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
         leave = f" ({leave_for(self.recipe, 'optim.lr')})" if last else ""
-        raise DivergedError(f"{what}, {rule}; {kept}; lower optim.lr{leave} or look into the data{advice}")
+        raise DivergedError(f"{what}{rule}; {kept}; lower optim.lr{leave} or look into the data{advice}")
 
 
 def starting_model(task: Task, directory: RunDirectory, signals: StopSignals) -> nn.Module:

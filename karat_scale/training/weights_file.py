@@ -197,7 +197,7 @@ def _one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise RunDirectoryError(f"{path} is missing; put it back, nothing can be computed without it") from None
+        raise RunDirectoryError(f"{path} is missing; restore it from a copy") from None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise RunDirectoryError(f"{path}: not a whole file of karat export: {reason}; put a whole copy back") from None
@@ -256,7 +256,7 @@ def initialise(model: nn.Module, recipe: RunRecipe, world: World, take: Take | N
             for key, theirs in zip(("mean", "std"), normalised or (), strict=False):
                 if tuple(theirs) != tuple(ours := getattr(here, key)):
                     both = f"{list(theirs)}, not {list(ours)}"
-                    notes.append(f"the weights are of images with augment.{key} = {both}; best use the same")
+                    notes.append(f"the weights were trained with augment.{key} = {both}; set the same")
     except UserError as error:
         raise RecipeError(f"init_from = {source}: {str(error).removeprefix(f'{source}: ')}") from error
     return "; ".join([f"begins with the weights of {source}", *notes])
@@ -310,7 +310,7 @@ def locate(source: str) -> tuple[Path, str]:
         return path.parent.parent, path.name
     if path.is_file():
         return path, ""
-    raise RecipeError("neither a run's directory, nor a checkpoint in one, nor a file, nor timm:NAME")
+    raise RecipeError("neither a run's directory, a checkpoint in one, a file nor timm:NAME; name one")
 
 
 def _weights_of_file(path: Path) -> SourceWeights:

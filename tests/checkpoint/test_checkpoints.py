@@ -439,5 +439,5 @@ def test_another_stage_takes_over_and_another_list_is_refused(small_recipe, worl
     others.load()
     assert all(torch.equal(a, b) for a, b in zip(weights(other), weights(engine), strict=True))
     _, unfrozen = build(small_recipe(), world, seed=0)
-    with pytest.raises(RunDirectoryError, match=r"operator.* is frozen there and not here \(train.freeze\)"):
+    with pytest.raises(RunDirectoryError, match=r"operator.* is frozen in it but not here \(train.freeze\)"):
         unfrozen.load()

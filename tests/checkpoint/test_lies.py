@@ -223,9 +223,9 @@ def test_a_run_goes_on_from_the_one_before(small_recipe, make_checkpoints, tmp_p
         tell(tmp_path / "c" / NAME, *lie)
         second.store.point("latest", NAME)  # a load that passes it over repairs the pointer
         assert second.load().step == 1, lie
-        assert f"checkpoint {NAME} is damaged: " in "".join(capsys.readouterr()), lie
+        assert f"checkpoint {NAME} cannot be used: " in "".join(capsys.readouterr()), lie
     tell(tmp_path / "c" / "step-00000001", STATE, "step", "one")
-    with pytest.raises(RunDirectoryError, match="none of 2 checkpoints is intact"):
+    with pytest.raises(RunDirectoryError, match="none of 2 checkpoints can be used"):
         second.load()
 
 
@@ -241,8 +241,8 @@ def test_a_reader_takes_the_newest_that_does_not_lie(small_recipe, make_checkpoi
         assert note.startswith("note: ")
         assert "step-00000001 is taken instead" in note
         assert note.count("\n") == 1
-    with pytest.raises(RunDirectoryError, match=f"{NAME} is damaged: .*choose another"):
+    with pytest.raises(RunDirectoryError, match=f"{NAME} cannot be used: .*choose another"):
         store.find_intact(NAME)
     tell(tmp_path / "c" / "step-00000001", STATE, "step", "one")
-    with pytest.raises(RunDirectoryError, match=f"{NAME} is damaged: .*choose another"):
+    with pytest.raises(RunDirectoryError, match=f"{NAME} cannot be used: .*choose another"):
         store.find_intact("best")

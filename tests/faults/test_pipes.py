@@ -126,7 +126,7 @@ def test_a_checkpoint_with_a_pipe_is_damaged(made, tmp_path) -> None:
     for file in sorted(checkpoint.iterdir()):
         code, lines = with_pipe(made, tmp_path / "work", file.relative_to(made), "predict")
         assert code in (0, 2), (file, lines)
-        assert any(f"{checkpoint.name} is damaged: {file.name} " in line for line in lines), lines
+        assert any(f"{checkpoint.name} cannot be used: {file.name} " in line for line in lines), lines
 
 
 def test_a_tracker_names_a_pipe_in_place_of_its_lock(made, tmp_path) -> None:

@@ -35,7 +35,7 @@ def test_damage_is_named_and_both_ranks_take_the_checkpoint_before(outcomes) -> 
     assert len(damage) == 7  # files
     for name, outcome in damage.items():
         assert outcome["steps"] == [1, 1], name
-        assert f"step-00000002 is damaged: {name.split()[0]}" in outcome["said"]
+        assert f"step-00000002 cannot be used: {name.split()[0]}" in outcome["said"]
 
 
 @pytest.mark.multiprocess

@@ -94,7 +94,7 @@ def test_images_normalised_in_another_way_are_told(run, world) -> None:
     recipe = RunDirectory(run).recipe().changed(init_from=str(run), augment__mean=(0.5, 0.5, 0.5))
     line = initialise(create_model(recipe.model, recipe.attention), recipe, world)
     assert line.endswith(
-        "the weights are of images with augment.mean = [0.485, 0.456, 0.406], not [0.5, 0.5, 0.5]; best use the same"
+        "the weights were trained with augment.mean = [0.485, 0.456, 0.406], not [0.5, 0.5, 0.5]; set the same"
     )
 
 

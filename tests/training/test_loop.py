@@ -52,7 +52,7 @@ def test_the_recipe_may_say_to_stop(small_recipe, world, log_every) -> None:
     trainer.bad_steps = range(3, 4)
     with pytest.raises(
         DivergedError,
-        match=r"step 3 has a loss .*, train.on_nonfinite = stop; the last checkpoint is step-00000002; lower",
+        match=r"step 3 has a loss .* and train.on_nonfinite = stop; the last checkpoint is step-00000002; lower",
     ):
         trainer.run()
     trainer.task.close()

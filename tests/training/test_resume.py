@@ -174,14 +174,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(train_recipe, 
     run = trained("run", *own)
     HARMS["one bit flipped"](run / "checkpoints" / "step-00000006" / "mp_rank_00_model_states.pt")
     again = train_recipe(*own)
-    assert "step-00000006 is damaged: mp_rank_00_model_states.pt has changed" in again.stdout
+    assert "step-00000006 cannot be used: mp_rank_00_model_states.pt has changed" in again.stdout
     assert events(run, "resume")[0]["step"] == 4
     assert CheckpointStore(run / "checkpoints").damage("step-00000006") is None  # written anew
     for manifest in (run / "checkpoints").glob("*/manifest.json"):
         manifest.unlink()
     again = train_recipe(*own)  # an error, not a fresh start
     assert again.returncode == 2
-    assert "none of 3 checkpoints is intact" in again.stderr
+    assert "none of 3 checkpoints can be used" in again.stderr
     assert "Traceback" not in again.stderr
     branch = train_recipe(*own, f"run.dir={run}-branch", f"resume.from={run}")
     assert branch.stderr.endswith("; name another run or checkpoint\n")
@@ -229,7 +229,7 @@ def test_a_branch_of_another_image_size_or_from_nowhere_is_one_line(recipe_file,
     line = karat_refuses(*branch, f"resume.from={trunk}", "model.image_size=24")
     assert line.startswith(f"error: checkpoint {trunk / 'checkpoints/step-00000001'}: ")
     line = karat_refuses(*branch, "resume.from=~/nowhere")
-    assert line == "error: resume.from = ~/nowhere is no directory; name a checkpoint's or a run's"
+    assert line == "error: resume.from = ~/nowhere is not a directory; name a run's or a checkpoint's"
 
 
 @pytest.mark.slow

@@ -241,7 +241,7 @@ def test_a_pipe_in_a_run_keeps_nobody_waiting(name, recipe_file, tmp_path, capsy
 
 def test_the_recipe_of_a_run_extends_nothing(recipe_file, tmp_path) -> None:
     (tmp_path / "recipe.yaml").write_text(f"extends: {recipe_file}\n")
-    with pytest.raises(RecipeError, match=r"recipe.yaml: extends: the recipe of a run is whole"):
+    with pytest.raises(RecipeError, match=r"recipe.yaml: extends: a run's recipe must be complete"):
         RunDirectory(tmp_path).recipe()
     (tmp_path / "recipe.yaml").write_text("")
     with pytest.raises(RecipeError, match=r"recipe.yaml: empty; .* or remove the file and run the same karat train"):

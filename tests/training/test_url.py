@@ -287,7 +287,7 @@ def test_damage_at_the_url_is_named_and_the_one_before_is_taken(train, url, tmp_
     newest, before = names(url)[:2]
     WritableStore(f"{url}/checkpoints/{newest}").write("rank-00000.pt", b"damaged")
     done = train("elsewhere", "checkpoint.every_steps=3")
-    assert f"warning: checkpoint {newest} at {url} is damaged: " in done.stdout
+    assert f"warning: checkpoint {newest} at {url} cannot be used: " in done.stdout
     assert f"resumed from {before}" in done.stdout
     # The run has written the damaged checkpoint again.
     karat_done("fetch", url, str(tmp_path / "fetched"), "--checkpoint", "latest")
@@ -295,7 +295,7 @@ def test_damage_at_the_url_is_named_and_the_one_before_is_taken(train, url, tmp_
     for name in names(url):
         WritableStore(f"{url}/checkpoints/{name}").write("state.json", b"{}")
     refused = train("third", "checkpoint.every_steps=3", code=2)
-    assert re.search(r"error: checkpoint\.url = \S+: none of \d checkpoints is intact", refused.stderr)
+    assert re.search(r"error: checkpoint\.url = \S+: none of \d checkpoints can be used", refused.stderr)
     assert refused.stderr.count("error:") == 1
 
 

@@ -198,7 +198,7 @@ class TrainedRun(OpenRun[Recipe]):
         else:
             path = self.store.root / name
             if damage := self.store.damage(name):
-                raise RunDirectoryError(f"checkpoint {path} is damaged: {damage}; choose another")
+                raise RunDirectoryError(f"checkpoint {path} cannot be used: {damage}; choose another")
             super().load(model, name, weights)
         bad = next((n for n, parameter in model.named_parameters() if not parameter.isfinite().all()), None)
         if bad is not None:

@@ -48,7 +48,7 @@ class Predictions:
 
     def __post_init__(self) -> None:
         if not len(self.ids):
-            raise DataError(f"none of the {self.bad} images can be read; data.on_bad_sample=stop says why")
+            raise DataError(f"none of the {self.bad} images can be read; set data.on_bad_sample=stop to see why")
 
     def __len__(self) -> int:
         return len(self.ids)

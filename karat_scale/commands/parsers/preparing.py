@@ -31,7 +31,7 @@ def add_commands(commands: Any) -> None:
     prepare.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own options")
     prepare.set_defaults(run=_prepare)
 
-    index = commands.add_parser("index", help="make tars that others wrote readable like our shards, without a copy")
+    index = commands.add_parser("index", help="index tars that others wrote, to train from them without a copy")
     index.add_argument("source", metavar="SRC", help="a directory or a URL with .tar files, also below it")
     where = "directory for the indexes and dataset.json (default: SRC)"
     index.add_argument("--out", type=Path, metavar="DIR", help=where)
@@ -79,7 +79,7 @@ def add_commands(commands: Any) -> None:
     plan.add_argument("overrides", nargs="*", default=[], metavar="RECIPE or key=value", help=overrides)
     add_number(plan, "--gpus", 1, "total number of ranks")
     plan.add_argument("--gpu", metavar="NAME", help="the GPU, such as h100-80 (default: plan for this machine's RAM)")
-    memory = "memory of a GPU that --gpu does not know, or RAM of each rank"
+    memory = "memory of the GPU, or RAM of each rank with run.device=cpu"
     plan.add_argument("--memory", type=positive, metavar="GB", help=memory)
     add_number(plan, "--gpus-per-node", 8, "GPUs of a node", metavar="N")
     add_number(plan, "--cores-per-gpu", 12, "CPU cores that decode for a GPU", metavar="N")
@@ -172,11 +172,11 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     images.add_argument("--path", metavar="DIR", help="a directory of shards (default: photo-like images made here)")
     images.add_argument("--tar", metavar="FILE", help="a tar of JPEGs")
     parser.add_argument("--ffcv", metavar="DIR", help="made by karat prepare ffcv, to measure that backend")
-    repeated = "may be repeated (default: all)"
+    repeated = "a backend to measure; may be repeated (default: all)"
     parser.add_argument("--backend", metavar="NAME", choices=BACKENDS, action="append", help=repeated)
     as_in = "crop: crop and flip; paper: the paper's, on the CPU; device: that on the device (default: %(default)s)"
     parser.add_argument("--augment", choices=("crop", "paper", "device"), default="crop", help=as_in)
-    add_number(parser, "--workers", 1, "0 for none", whole(0))
+    add_number(parser, "--workers", 1, "data workers; 0 for none", whole(0))
     add_number(parser, "--images", 512, "images to measure on")
     _add_output(parser, 7)
 

@@ -137,7 +137,7 @@ def add_commands(commands: Any) -> None:
     add_json(evaluate, "write the result to this file")
     evaluate.set_defaults(run=_eval)
 
-    replay = commands.add_parser("replay", help="take one step of a run again, and find what in it is not finite")
+    replay = commands.add_parser("replay", help="repeat one step of a run, and find what in it is not finite")
     add_run(replay)
     replay.add_argument("step", metavar="STEP", type=count, help="the step as the run logs it, counted from 1")
     add_number(replay, "--images", 16, "number of images to draw, those with the largest losses")
@@ -227,7 +227,7 @@ def _add_results(commands: Any) -> None:
     _add_runs(compare, "a run's directory; the first one's group is the base")
     metric = "what the groups are compared by (default: top1; box_ap of detectors)"
     compare.add_argument("--metric", choices=SCORES, help=metric)
-    match = "leave out groups that differ by more than 5 %% from the first one in this"
+    match = "leave out groups more than 5 %% away from the first one in this measure"
     compare.add_argument("--match", choices=MATCHES, help=match)
     compare.add_argument("--out", metavar="DIR", help="write compare.md, compare.csv, compare.html and the curves here")
     add_json(compare)
@@ -332,7 +332,7 @@ def _converted(options: argparse.Namespace) -> "Recipe":
         raise UserError(f"SOURCE {options.source}: {what}")
     source = json.dumps(options.source)  # a text in YAML, whatever it has in it
     if any(text.partition("=")[0].strip() == "init_from" for text in options.overrides):
-        raise UserError("init_from: SOURCE is that; remove the override")
+        raise UserError("init_from: SOURCE sets it; remove the override")
     section = read_recipe(options.recipe)[1].get("convert")
     has_images = isinstance(section, dict) and section.get("images")
     images = [] if has_images else [f"convert.images={IMAGES}"]

@@ -112,7 +112,7 @@ APT_OPTIONS = (
 def take_files(package: str, names: list[str], out: Path) -> None:
     """Download a package and write the files of these names into `out`. Raises DataError."""
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        raise DataError("this system has no apt-get and dpkg-deb")
+        raise DataError("this system lacks apt-get or dpkg-deb")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         print(f"downloading {package} with apt-get")

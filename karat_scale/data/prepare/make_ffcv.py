@@ -42,7 +42,7 @@ from karat_scale.foundation.console import progress
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import commit_file, file_sha256, flush_to_disk, write_atomically
 
-FIX = "use --max-resolution, or remove it"
+FIX = "use --max-resolution, or remove the image"
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     making.check_source_options(options)
     if options.quality > 100:
-        raise DataError(f"--quality {options.quality} is more than 100")
+        raise DataError(f"--quality {options.quality} is more than 100; use 90, for example")
     for mode, name in (("smart", "smart_threshold"), ("proportion", "compress_probability")):
         if getattr(options, name) is not None and options.write_mode != mode:
             raise DataError(f"--{name.replace('_', '-')} needs --write-mode {mode}")
@@ -258,7 +258,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.write_mode == "smart" and options.smart_threshold is None:
         raise DataError("--write-mode smart needs --smart-threshold BYTES, such as 150528 for 224 x 224 pixels")
     if options.compress_probability is not None and not 0 <= options.compress_probability <= 1:
-        raise DataError(f"--compress-probability {options.compress_probability} is not between 0 and 1")
+        raise DataError(
+            f"--compress-probability {options.compress_probability} is not between 0 and 1; use 0.5, for example"
+        )
     if has_shards(options.src):
         heeded = {"src", "out", "dry_run", "split", "workers"}
         if options.write_mode == "proportion":  # which also draws by the seed

@@ -401,7 +401,7 @@ def source_parser(description: str) -> OneLineParser:
         "--val-fraction",
         type=float,
         metavar="F",
-        help="divide the only split into train and val, this share of each class",
+        help="move this share of each class from the only split into val",
     )
     by_number = "like --val-fraction, but N images over all classes"
     held_out.add_argument("--val-count", type=count, metavar="N", help=by_number)

@@ -128,7 +128,7 @@ class NodeCache:
             if not waits:
                 return None
             if time.monotonic() > deadline:
-                raise DataError(f"another process did not finish to fetch {key.partition(' ')[0]} in time")
+                raise DataError(f"another process has not fetched {key.partition(' ')[0]} in time; raise data.timeout")
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 

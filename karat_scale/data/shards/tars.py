@@ -86,7 +86,9 @@ def scan_members(read: Read, size: int, what: str) -> Iterator[Member]:
         offset += BLOCK
         if kind in _EXTENDED:
             if length > _LONGEST_NAME or offset + length > size:
-                raise DataError(f"{what} is damaged at byte {offset}: an extended header of {length} bytes")
+                raise DataError(
+                    f"{what} is damaged at byte {offset}: an extended header of {length} bytes; fetch it again"
+                )
             text = window[place + BLOCK : place + BLOCK + length]
             changes |= _extended(kind, text if len(text) == length else read(offset, length), everywhere)
         else:
@@ -133,10 +135,10 @@ def _no_header(header: bytes, offset: int, what: str) -> DataError:
     if header.startswith((b"\x1f\x8b", b"BZ", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")) and offset == 0:
         return DataError(f"{what} is compressed; decompress it first, for example with gunzip")
     if offset == 0 and header:
-        return DataError(f"{what} is no tar, or damaged from its first byte; name another file, or fetch it again")
+        return DataError(f"{what} is not a tar, or damaged from its first byte; name another file, or fetch it again")
     if len(header) < BLOCK:
         return DataError(f"{what} is cut short: it has no end mark; fetch it again")
-    return DataError(f"{what} is damaged, or no tar: at byte {offset} is no tar header; fetch it again")
+    return DataError(f"{what} has no tar header at byte {offset}: damaged, or not a tar; fetch it again")
 
 
 def _name(header: bytes) -> str:

@@ -121,8 +121,8 @@ def test_what_is_damaged_is_named_and_the_next_one_taken(own_run: TrainedRun) ->
     assert [row["step"] for row in result.numbers["model"]] == [4, 12, 16]
     assert len(result.notes) == 2
     assert f"{first}: not a whole file" in result.notes[0]
-    assert f"{middle} is damaged" in result.notes[1]
+    assert f"{middle} cannot be used" in result.notes[1]
     for name in run.store.names():
         (run.store.root / name / "state.json").write_text("{}")
-    with pytest.raises(RunDirectoryError, match="is damaged"):
+    with pytest.raises(RunDirectoryError, match="cannot be used"):
         analyze_distributions(run, Settings())

@@ -95,7 +95,7 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_takes_its_plac
     assert result.numbers["path"]["steps"] == [0, 4, 8, 12]
     assert f"({before})" in result.figures["random_surface"][1]
     (note,) = result.notes
-    assert f"{last} is damaged" in note
+    assert f"{last} cannot be used" in note
 
 
 def test_a_path_in_a_plane_is_found_with_its_coordinates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

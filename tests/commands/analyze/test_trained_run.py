@@ -121,7 +121,7 @@ def test_no_run_no_checkpoint_and_a_damaged_one(own_run: TrainedRun, tmp_path: P
     with pytest.raises(RunDirectoryError, match="no checkpoint 'step-9'; there are: step-00000016"):
         open_run(own_run.path, checkpoint="step-9")
     (own_run.store.root / own_run.in_order[1] / "state.json").write_text("{}")
-    with pytest.raises(RunDirectoryError, match=r"is damaged: state\.json"):
+    with pytest.raises(RunDirectoryError, match=r"cannot be used: state\.json"):
         own_run.model(own_run.in_order[1])
 
 

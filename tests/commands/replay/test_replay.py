@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_before_the_step_is_named_and_an_older_one_serves(t
     (run / "checkpoints" / checkpoint_name(4) / "state.json").write_text("{}")
     figures = tmp_path / "found.json"
     assert karat_here("replay", str(run), "6", "--out", str(tmp_path / "x.png"), "--json", str(figures)) == 0
-    assert f"{checkpoint_name(4)} is damaged" in capsys.readouterr().err
+    assert f"{checkpoint_name(4)} cannot be used" in capsys.readouterr().err
     assert json.loads(figures.read_text())["checkpoint"] == checkpoint_name(2)
 
 

@@ -93,7 +93,7 @@ MISTAKES = {
     "--src https://a.test/b": "--src https://a.test/b is a URL; for tars there use karat index, else download it first",
     "--src SRC/bare": "has no class folders",
     "--src SRC/empty": "has no images in its class folders; put them there, or correct --src",
-    "--src SRC/text/ant/a.jpg": r"a.jpg is no tar, or damaged from its first byte; name another file",
+    "--src SRC/text/ant/a.jpg": r"a.jpg is not a tar, or damaged from its first byte; name another file",
     "--src SRC/text": r"no image of split train is usable; first: ant/a.jpg",
 }
 OF_SHARDS = {
@@ -139,4 +139,5 @@ def test_the_script_ends_as_promised(kind, folder, tmp_path):
         command = (sys.executable, SCRIPTS / script, "--src", src, "--out", tmp_path / "out")
         done = run_to_end(*command, env={"PYTHONPATH": str(ROOT), "PATH": ""})
         assert (done.returncode, said in done.stdout) == (code, True)
-        assert done.stderr == ("error: --src nowhere is not a directory, a tar or a Parquet file\n" if code else "")
+        refusal = "error: --src nowhere is not a directory, a tar or a Parquet file; correct the path\n"
+        assert done.stderr == (refusal if code else "")

@@ -94,7 +94,7 @@ def test_one_of_many_processes_makes_an_entry_and_a_killed_one_blocks_nobody(tmp
         os._exit(0)
     wait_until(begun.exists)
     assert cache.open("url a", SIZE, slow, later(), waits=False) is None
-    with pytest.raises(DataError, match="another process did not finish to fetch url in time"):
+    with pytest.raises(DataError, match=r"another process has not fetched url in time; raise data\.timeout"):
         cache.open("url a", SIZE, slow, later(0.1))
 
     def quick(part: Part) -> None:

@@ -40,7 +40,7 @@ def open_splits(
     is one split, called `split` or train. Raises DataError.
     """
     if not src.is_dir() and not src.is_file():
-        raise DataError(f"--src {src} is not a directory, a tar or a Parquet file")
+        raise DataError(f"--src {src} is not a directory, a tar or a Parquet file; correct the path")
     found, own_classes = _find(src, split, options or SourceOptions(), known_classes)
     chosen = choose_splits(src, found, split)
     for name, origin in chosen.items():

@@ -209,7 +209,7 @@ class ParquetSource(base.ListedSource):
                 sizes.append(size // max(rows, 1))
                 weights.append(size)
         if not paths:
-            raise DataError(f"{files[0]} has no rows")
+            raise DataError(f"{files[0]} has no rows; fetch it again")
         super().__init__(classes, paths, np.concatenate(numbers), np.repeat(sizes, counts))
         self.facts = facts
         self.blocks = np.repeat(np.arange(len(counts)), counts)

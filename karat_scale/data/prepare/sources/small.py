@@ -168,7 +168,7 @@ class PixelSource(Source):
         if images.ndim not in (3, 4) or labels.ndim != 1 or len(images) != len(labels):
             raise DataError(f"{file} holds {images.shape} values, its labels {labels.shape}; fetch both again")
         if len(images) == 0:
-            raise DataError(f"{file} holds no images")
+            raise DataError(f"{file} holds no images; fetch it again")
         # Sizes are unknown before encoding; the pixels are about the upper limit.
         sizes = np.full(len(images), images[0].size)
         super().__init__(classes, renumbered(file, labels, own, classes), sizes)

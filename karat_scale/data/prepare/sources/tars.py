@@ -35,6 +35,7 @@ from karat_scale.data.prepare.sources.imagefolder import NO_IMAGE_NAME, SPLIT_FO
 from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.shards import ShardSplit, is_hidden_folder, is_image_name
 from karat_scale.data.shards.tars import scan_members
+from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import open_to_read
 
@@ -52,7 +53,7 @@ class Member:
 def scan_tar(path: Path, within: Member | None = None, folders: list[str] | None = None) -> Iterator[Member]:
     """Yield the files of a tar, or of the tar that is member `within` of it. Raises DataError if damaged.
 
-    A hard link has the bytes of its target. An image that is no plain file, such as a symbolic link, is `unusable`.
+    A hard link has the bytes of its target. An image that is no regular file, such as a symbolic link, is `unusable`.
     folders: a list to which the names of the tar's folders are added.
     """
     files: dict[str, Member] = {}
@@ -75,7 +76,7 @@ def scan_tar(path: Path, within: Member | None = None, folders: list[str] | None
                 files[place] = replace(target, name=found.name)
                 yield files[place]
             elif is_image_name(posixpath.basename(place)):
-                why = f"it is no plain file but a {found.kind} member"
+                why = f"a {found.kind} member, not a regular file"
                 if found.target:
                     why = f"a hard link to {found.target!r}, which is not before it in the tar"
                 yield Member(found.name, 0, 0, why)
@@ -324,7 +325,7 @@ def read_val_labels(path: Path, stems: list[str], wnids: list[str] | None, synse
             named = _from_sorted(path, named, wnids)
     missing = [stem for stem in stems if stem not in named]
     if missing:
-        raise DataError(f"{path} has no label for {missing[0]} and {len(missing) - 1} other images; add them")
+        raise DataError(f"{path} has no label for {plural(len(missing), 'image')}, such as {missing[0]}; add them")
     wrong = next((stem for stem in stems if not base.WNID.fullmatch(named[stem])), None)
     if wrong:
         raise DataError(f"{path}: the label of {wrong} is {named[wrong]!r}; expected a wnid such as n01440764")

@@ -196,7 +196,7 @@ class Stage:
     def _match(self) -> Report:
         conversion, config, world = self._conversion, self._recipe.convert, self._world
         everything = conversion.blocks
-        self._reporter.info("evaluating the original, and the new attention at once")
+        self._reporter.info("evaluating the original, and the unmatched new attention")
         top1 = {"original": self.evaluate(()), "at_once": self.evaluate(everything)}
         conversion.use(())
         mine = [group for number, group in enumerate(conversion.groups()) if number % world.size == world.rank]
@@ -374,8 +374,8 @@ def told(report: Report) -> str:
     )
     return (
         f"matched the attention of {plural(len(blocks), 'block')} with that of {report['from']} on "
-        f"{plural(report['images'], 'image')}: error {before:.3f}, then {after:.3f} of O; top-1 "
-        f"{top1['original']:.2f} % of the original, {top1['at_once']:.2f} % at once, {top1['matched']:.2f} % matched"
+        f"{plural(report['images'], 'image')}: error of O {before:.3f} before, {after:.3f} after; top-1 "
+        f"{top1['original']:.2f} % originally, {top1['at_once']:.2f} % unmatched, {top1['matched']:.2f} % matched"
     )
 
 

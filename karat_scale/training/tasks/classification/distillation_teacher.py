@@ -100,7 +100,7 @@ def read_distillation_teacher(recipe: Recipe, classes: Sequence[str], run: Path)
     """
     path = run / FILE
     if not path.is_file():
-        raise RunDirectoryError(f"{path} is missing; put it back, the run cannot go on without its teacher")
+        raise RunDirectoryError(f"{path} is missing; restore it, since the run needs its teacher")
     facts = weights_file.read_facts(path)
     seen, digest = facts.preprocessing, facts.weights_sha256
     if seen is None or digest is None:

@@ -78,7 +78,7 @@ def open_images(recipe: Recipe, world: World, reporter: Reporter, is_verified: b
             raise
     if copy := staged_copy(recipe.data.path):
         reporter.info(f"the images are read from {copy}, this node's copy")
-    seen = "data.val_split is data.train_split, so top-1 is of the images that are trained on"
+    seen = "data.val_split is also data.train_split, so top-1 is of training images"
     same = seen if recipe.data.val_split == recipe.data.train_split else ""
     for notice in (*backend.notices, same, unused_classes(backend.num_classes, recipe.model.num_classes)):
         if notice:
@@ -205,7 +205,7 @@ def evaluate(
     top1, top5, loss, images, nonfinite = world.sum(totals).tolist()
     bad = int(world.sum(torch.tensor(bad)))
     if not images:
-        raise DataError(f"none of the {number} validation samples can be read; data.on_bad_sample=stop says why")
+        raise DataError(f"none of the {number} validation samples can be read; set data.on_bad_sample=stop to see why")
     return EvalResult(100 * top1 / images, 100 * top5 / images, loss / images, int(images), bad, int(nonfinite))
 
 

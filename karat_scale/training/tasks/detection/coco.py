@@ -30,7 +30,7 @@ from karat_scale.foundation.files import read_image
 from karat_scale.foundation.tables import how_to_install
 from karat_scale.training.tasks.detection.recipe import CocoConfig, DetectionRecipe, JitterConfig
 
-FIX = "correct data.path or the names below it"
+FIX = "correct data.path, or the keys of images and annotations in data"
 _IMAGE_FIELDS = {"file_name": (str, "a name"), "width": (int, "pixels"), "height": (int, "pixels")}
 
 

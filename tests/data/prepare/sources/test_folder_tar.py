@@ -119,7 +119,7 @@ def test_hard_links_are_images_and_other_links_are_listed(tmp_path: Path) -> Non
     _, with_links, skipped = made(tmp_path / "more.tar")
     assert with_links == samples
     assert skipped == {
-        "bee/3.jpg": "it is no plain file but a link member",
+        "bee/3.jpg": "a link member, not a regular file",
         "ant/0.jpg": "a hard link to 'gone.jpg', which is not before it in the tar",
     }
 
@@ -132,7 +132,7 @@ def test_a_sparse_image_is_listed(tmp_path: Path) -> None:
     subprocess.run(command, cwd=tmp_path, check=True)
     _, samples, skipped = made(tmp_path / "src.tar")
     assert [key for key, _, _ in samples] == ["ant/1"]
-    assert skipped == {"ant/2.jpg": "it is no plain file but a sparse member"}
+    assert skipped == {"ant/2.jpg": "a sparse member, not a regular file"}
 
 
 def test_a_tar_without_images_is_one_line(tmp_path: Path) -> None:

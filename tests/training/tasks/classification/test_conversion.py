@@ -325,7 +325,7 @@ def test_print_shows_the_whole_recipe(convert, original, tmp_path) -> None:
     section = karat_says(*convert(tmp_path, "attention.kind=static", "distill={from: elsewhere}"), "--print")
     assert "from: elsewhere" in section
     line = karat_refuses(*convert(tmp_path, "attention.kind=static", "init_from=other"), "--print")
-    assert "init_from: SOURCE is that; remove the override" in line
+    assert "init_from: SOURCE sets it; remove the override" in line
 
 
 def test_a_conversion_is_taken_again_where_its_source_is_gone(convert, original, tmp_path) -> None:
