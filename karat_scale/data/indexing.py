@@ -485,6 +485,8 @@ def index_tars(request: IndexRequest) -> int:
     numbers = {name: number for number, name in enumerate(classes)}
     root = source.url if isinstance(source, Store) else "" if out == source else str(source)
     record = shard_format.DatasetRecord(classes=classes, root=root)
+    if out == source:
+        (out / shard_format.OTHERS_FILE).touch()
     for split, members in splits.items():
         record.splits[split] = _write_split(out, members, tars, numbers, {"by": MADE_BY, "label": str(rule)})
     shard_format.write_dataset_record(out, record)
@@ -609,7 +611,7 @@ def _classes(
 
 def _lines(path: Path, otherwise: str) -> list[str]:
     try:
-        return read_text(path).splitlines()
+        return read_text(path).removeprefix("\ufeff").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(otherwise.format(path, getattr(error, "strerror", None) or error)) from error
 

@@ -244,6 +244,8 @@ class Engine:
     def release(self) -> None:
         """Let go of weights, gradients and optimizer states; the engine cannot be used afterwards."""
         self.deepspeed.destroy()
+        for parameter in self.module.parameters():  # DeepSpeed's attributes of it would keep the optimizer alive
+            vars(parameter).clear()
         del self.deepspeed, self.module
         if self._is_compiled:  # its graphs would count against the next model's, of which there may be few
             torch.compiler.reset()

@@ -202,15 +202,24 @@ def build_cpu_adam() -> None:
     builder = CPUAdamBuilder()
     directory = Path(_get_build_directory(builder.name, verbose=False))
     with locked(directory / "karat.lock"):
-        remove_stale_mark(directory)
+        wait_for_mark(directory)
         builder.load(verbose=False)
 
 
-def remove_stale_mark(directory: Path) -> None:
-    """Remove torch's mark of a build in `directory` if nothing there has changed for QUIET_SECONDS."""
-    newest = max((file.stat().st_mtime for file in directory.iterdir() if file.name != "karat.lock"), default=0.0)
-    if time.time() - newest > QUIET_SECONDS:
-        (directory / "lock").unlink(missing_ok=True)
+def wait_for_mark(directory: Path) -> None:
+    """Wait until torch's mark of a build in `directory` is gone. If nothing there changes for QUIET_SECONDS, remove it.
+
+    The time since a change is that of the files or, as their server may have another clock, that of this wait.
+    """
+    seen, since = 0.0, time.monotonic()
+    while (directory / "lock").exists():
+        newest = max((file.stat().st_mtime for file in directory.iterdir() if file.name != "karat.lock"), default=0.0)
+        if newest != seen:
+            seen, since = newest, time.monotonic()
+        if max(time.time() - newest, time.monotonic() - since) > QUIET_SECONDS:
+            (directory / "lock").unlink(missing_ok=True)
+        else:
+            time.sleep(0.2)
 
 
 @dataclass(frozen=True)

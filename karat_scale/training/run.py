@@ -117,12 +117,12 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
                 )
             while trainer.run(trainer.task.stop_step):
                 reporter.beat("starting")
-                task = trainer.task
-                trainer.engine.release()
                 directory.near = trainer.checkpoints.near  # none, if a disk failed
-                del trainer  # and all that it holds, before the next one is built
                 step = outcome.state.step
-                trainer = begin_or_go_on(task.at(step), step, directory, signals, outcome, is_start=False)
+                trainer.release()
+                task = outcome.task = trainer.task.at(step)
+                del trainer  # and all that it holds, such as a teacher, before the next one is built
+                trainer = begin_or_go_on(task, step, directory, signals, outcome, is_start=False)
             if not was_finished:
                 state, name = outcome.state, outcome.state.scores[0]
                 best = getattr(state, f"best_{name}")
@@ -147,7 +147,7 @@ def begin_or_go_on(
         task = task.at(step)
         if task is trainer.task:
             return trainer
-        trainer.engine.release()  # the newest checkpoint was damaged, or it is of another run
+        trainer.release()  # the newest checkpoint was damaged, or it is of another run
 
 
 def claim_directory(recipe: RunRecipe, world: World, signals: StopSignals) -> tuple[RunDirectory, RunCopy | None, str]:

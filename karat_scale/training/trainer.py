@@ -95,8 +95,12 @@ class Trainer:
         histograms = interval.HeadHistograms(engine, recipe.log, reporter)
         self.after_step: list[AfterStep] = [histograms, *task.after_step(engine, directory, self.total_steps)]
         window = recipe.log.profile_steps
-        if window is not None and window[1] > self.total_steps and world.is_main:
-            reporter.warn(f"log.profile_steps = {[*window]}: training has {self.total_steps} steps, so none is traced")
+        if window is not None and window[1] > self.total_steps:
+            if world.is_main:
+                reporter.warn(
+                    f"log.profile_steps = {[*window]}: training has {self.total_steps} steps, so none is traced"
+                )
+            window = None
         self._profiler = interval.StepProfiler(window, directory.profile, world, reporter)
         self._incidents = Incidents(directory.path / "incidents", directory.store, plan, task.replays)
         self.begin(task.state_type())
@@ -155,7 +159,7 @@ class Trainer:
 
     def __exit__(self, *error: object) -> None:
         self.task.close()
-        self.engine.release()
+        self.release()
 
     def run(self, stop_step: int | None = None) -> bool:
         """Train to the end, or to `stop_step`; evaluate if that is due, and save. Returns whether training goes on.
@@ -189,7 +193,13 @@ class Trainer:
             raise checkpoints.store.not_saved(checkpoints.problem)
         if stop_step == self.total_steps:
             checkpoints.remove_near()
+        self._profiler.close(state.step)  # before another image size
         return stop_step < self.total_steps
+
+    def release(self) -> None:
+        """Let go of weights, averages and optimizer states; the trainer cannot be used afterwards."""
+        self.ema = self.checkpoints.ema = None
+        self.engine.release()
 
     def _last_step(self, stop_step: int | None) -> int:
         return self.total_steps if stop_step is None else min(stop_step, self.total_steps)

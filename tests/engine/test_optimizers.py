@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+import threading
 import time
 
 import pytest
@@ -15,6 +16,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch.utils.cpp_extension import is_ninja_available
 
+from karat_scale.engine import optimizers
 from karat_scale.engine.optimizers import (
     QUIET_SECONDS,
     CosineSchedule,
@@ -27,7 +29,7 @@ from karat_scale.engine.optimizers import (
     hidden_matrices,
     layer_scales,
     parameter_groups,
-    remove_stale_mark,
+    wait_for_mark,
 )
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError
 from karat_scale.models import create_model, no_weight_decay_names
@@ -185,15 +187,27 @@ def test_without_a_compiler_it_cannot_be_built(monkeypatch) -> None:
     assert not cpu_adam_can_be_built()
 
 
-@pytest.mark.parametrize(("age", "stays"), [(QUIET_SECONDS - 30, True), (QUIET_SECONDS + 30, False)])
-def test_the_mark_of_a_build_goes_when_nothing_has_changed_for_a_while(tmp_path, age, stays) -> None:
+def test_a_wait_ends_with_another_build(tmp_path) -> None:
+    (tmp_path / "lock").touch()
+    ends = threading.Timer(0.5, (tmp_path / "lock").unlink)
+    ends.start()
+    wait_for_mark(tmp_path)
+    assert not ends.is_alive() or not (tmp_path / "lock").exists()
+    ends.join()
+
+
+@pytest.mark.parametrize("age", [QUIET_SECONDS + 30, 0, -1000], ids=["old", "young", "by another clock"])
+def test_the_mark_of_a_killed_build_goes_when_nothing_has_changed_for_a_while(tmp_path, monkeypatch, age) -> None:
+    """Before the fix, a start within a minute of the kill waited for ever."""
     then = time.time() - age
     for name, time_of_change in {"lock": then - 1000, "cpu_adam.o": then}.items():
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time_of_change, time_of_change))
     (tmp_path / "karat.lock").touch()
-    remove_stale_mark(tmp_path)
-    assert (tmp_path / "lock").exists() == stays
+    if age < QUIET_SECONDS:
+        monkeypatch.setattr(optimizers, "QUIET_SECONDS", 1.0)
+    wait_for_mark(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu_adam.o", "karat.lock"]
 
 
 @pytest.mark.slow

@@ -112,6 +112,13 @@ def test_a_disk_of_the_node_that_fails_is_left_alone_at_the_next_size(command, t
     assert list(near.iterdir()) == []
 
 
+@pytest.mark.parametrize(("window", "traced"), [([7, 10], ["7-8", "9-10"]), ([23, 99], [])], ids=["border", "beyond"])
+def test_a_profile_ends_at_a_border_and_the_next_size_goes_on_with_it(command, tmp_path, window, traced) -> None:
+    """Before the fix, the second size's profiler could not start, and steps beyond the end were traced into memory."""
+    assert karat_here(*command(tmp_path / "run", f"log.profile_steps={window}")) == 0
+    assert [path.stem.partition("steps-")[2] for path in sorted((tmp_path / "run").glob("profile/*.txt"))] == traced
+
+
 @pytest.mark.slow
 def test_shared_functions_grow(command, tmp_path) -> None:
     assert karat_here(*command(tmp_path / "run", "attention.mode=universal")) == 0

@@ -2,6 +2,7 @@
 
 import math
 import time
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -43,6 +44,19 @@ def test_nothing_is_learned_from_what_is_not_finite(small_recipe, world, config,
         assert trainer.state.step == 1 + 2 * len(KINDS)  # the cursor and with it the schedule went on
     finally:
         trainer.task.close()
+
+
+# At stage 3, DeepSpeed's own hooks keep its engine.
+@pytest.mark.parametrize(("config", "precision"), [cell for cell in FEW_CELLS if cell.values[0] != "zero3"])
+def test_what_is_released_is_freed_while_the_trainer_is_still_there(small_recipe, world, config, precision) -> None:
+    """Before the fix, the averages kept the weights and the optimizer's states of an image size beside the next."""
+    own = (f"deepspeed.config={config}", f"train.precision={precision}", "data.workers=0")
+    trainer = make_trainer(small_recipe(*own), world)
+    assert trainer.ema is not None
+    held = [weakref.ref(trainer.engine.deepspeed), weakref.ref(trainer.engine.module), weakref.ref(trainer.ema)]
+    trainer.release()
+    assert [ref() for ref in held] == [None] * 3
+    trainer.task.close()
 
 
 @pytest.mark.parametrize("log_every", [1, 1000])

@@ -36,7 +36,7 @@ from pathlib import Path
 import numpy as np
 
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
-from karat_scale.data.indexing import MADE_BY, LabelRule, is_indexed, open_tar, read_samples
+from karat_scale.data.indexing import MADE_BY, LabelRule, open_tar, read_samples
 from karat_scale.data.prepare.making import (
     alone_in,
     make_parser,
@@ -138,16 +138,16 @@ def list_splits(out: Path, source: shard_format.DatasetRecord, splits: Splits) -
 
 
 def _has_others(out: Path, source: shard_format.DatasetRecord) -> bool:
-    """Return whether `out` has indexed tars that are not the source's."""
+    """Return whether `out` has shards that are not the source's."""
     try:
         found = shard_format.read_dataset_record(out)
     except DataError:
         return False
     own = {name: split.shards for name, split in source.splits.items()}
-    return is_indexed(found) and any(own.get(name) != split.shards for name, split in found.splits.items())
+    return any(own.get(name) != split.shards for name, split in found.splits.items())
 
 
-_STAGED = ".staged"  # in a directory with copies of others' tars, which may go
+_STAGED = ".staged"  # in a directory with copies, which may go
 
 
 def stage(arguments: list[str] | None = None) -> None:
@@ -157,15 +157,17 @@ def stage(arguments: list[str] | None = None) -> None:
         raise DataError(f"--out {out} is --src; use a directory on the local disk")
     record = shard_format.read_dataset_record(src, what="--src")
     wanted = shard_format.chosen_splits(src, record, options.split)
-    if not (out / _STAGED).exists() and _has_others(out, record):  # which may be the only ones
-        raise DataError(f"--out {out} has tars that karat index has indexed there; use another directory")
-    files = files_of(wanted)
+    files, tars = files_of(wanted), record.tars_of(src)
+    if isinstance(tars, Path) and tars.resolve() == out.resolve():
+        raise DataError(f"--out {out} has the tars of --src itself; use a directory on the local disk")
+    is_ours = (out / _STAGED).exists() or ((out / shard_format.DATASET_FILE).exists() and not _has_others(out, record))
+    if not is_ours and any((out / file.name).exists() for file in files):  # which may be the only ones
+        raise DataError(f"--out {out} has files of these names that are no copies; use another directory")
     if options.dry_run:
         print(f"would copy {len(files)} files, {sum(file.bytes for file in files) / 1e6:,.1f} MB, to {out}")
         return
     out.mkdir(parents=True, exist_ok=True)
-    if is_indexed(record):
-        (out / _STAGED).touch()
+    (out / _STAGED).touch()
     with alone_in(out):
         copied, absent = _stage(src, out, record, wanted, options.workers)
     then = f"Stage {absent} too before you train from it" if absent else f"Train with {shlex.quote(f'data.path={out}')}"
@@ -365,7 +367,7 @@ def join(src: Path, out: Path) -> list[str]:
     """Move the splits of `src` into `out`; returns their names. Raises DataError if the two do not fit together."""
     shard_format.read_dataset_record(src, what="--src")  # else there may be no directory
     out.mkdir(parents=True, exist_ok=True)
-    with alone_in(src), _turn(src, out):
+    with alone_in(src), _turn(src, out), alone_in(out):  # another run may make a split in `out`
         record = shard_format.read_dataset_record(src, what="--src")  # another run may have joined it meanwhile
         _join(src, record, out)
     return list(record.splits)
@@ -426,6 +428,8 @@ def dali_index(tar_path: Path) -> str:
                 raise DataError(f"{tar_path}: the name {member.name!r} has a blank; make the shards again")
             folder, slash, file = member.name.rpartition("/")
             stem, _, ending = file.partition(".")
+            if not stem or not ending:  # a hidden file, or one without a suffix, is in no sample
+                continue
             part = f"{ending} {member.offset} {member.size} {member.name}"
             samples.setdefault(folder + slash + stem, []).append(part)
     return "\n".join([f"v1.2 {len(samples)}", *(" ".join(parts) for parts in samples.values())]) + "\n"

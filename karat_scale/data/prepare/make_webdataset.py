@@ -260,10 +260,9 @@ def main(arguments: list[str] | None = None) -> None:
     out: Path = options.out
     has_record = (out / shard_format.DATASET_FILE).exists()
     dataset = shard_format.read_dataset_record(out, what="--out") if has_record else None
-    if dataset and is_indexed(dataset):  # to make it again might remove tars that nobody has a copy of
-        raise DataError(
-            f"{out} has a {shard_format.DATASET_FILE} of karat index, of tars that others made; use another --out"
-        )
+    # To make it again might remove tars that nobody has a copy of.
+    if (dataset and is_indexed(dataset)) or (out / shard_format.OTHERS_FILE).exists():
+        raise DataError(f"{out} has tars that others made, and karat index has indexed; use another --out")
     known = dataset.classes if dataset else None
     sources = making.open_chosen(options, known)
     making.settle(options, sources)

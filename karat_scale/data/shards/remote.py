@@ -19,6 +19,7 @@ read from the cache.
 import errno
 import math
 import os
+import re
 import stat
 import time
 import zlib
@@ -48,6 +49,7 @@ _KEPT = 0.9
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.05
 _PART = ".part"
 _NAME_LENGTH = 40
+_ENTRY = re.compile(rf"[0-9a-f]{{{_NAME_LENGTH}}}({re.escape(_PART)})?")
 
 
 def data_cache_directory() -> Path:
@@ -98,11 +100,11 @@ class NodeCache:
         with _named_errors(self.directory):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             found = directory.stat()
+        fix = f"set {VARIABLE} to a directory of yours"
         if found.st_uid != os.getuid():
-            raise DataError(f"the cache {directory} belongs to another user; set {VARIABLE} to a directory of yours")
+            raise DataError(f"the cache {directory} belongs to another user; {fix}")
         if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            with _named_errors(self.directory):
-                directory.chmod(0o700)
+            raise DataError(f"other users may write to the cache {directory}; chmod go-w {directory}, or {fix}")
 
     def open(
         self, key: str, size: int, make: Callable[[Part], None], deadline: float, waits: bool = True
@@ -225,11 +227,16 @@ class NodeCache:
                 pass
 
     def _entries(self) -> Iterator[tuple[int, int, str]]:
-        """Yield the time of the last use, the bytes and the path of each entry; parts without a maker are removed."""
+        """Yield the time of the last use, the bytes and the path of each entry; parts without a maker are removed.
+
+        The user may have chosen a directory with other files in it, so only names that we give count.
+        """
         for folder in os.scandir(self.directory):
-            if not folder.is_dir(follow_symlinks=False):
+            if not (re.fullmatch(r"[0-9a-f]{2}", folder.name) and folder.is_dir(follow_symlinks=False)):
                 continue
             for file in os.scandir(folder):
+                if not (_ENTRY.fullmatch(file.name) and file.is_file(follow_symlinks=False)):
+                    continue
                 with suppress(FileNotFoundError):
                     if file.name.endswith(_PART):
                         _remove_if_left(Path(file.path))
@@ -417,6 +424,10 @@ class RemoteShardFiles:
     def close(self) -> None:
         while self._open:
             os.close(self._open.popitem()[1])
+
+    def __del__(self) -> None:
+        if hasattr(self, "_open"):
+            self.close()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}

@@ -182,6 +182,10 @@ class LocalShardFiles:
         while self._files:
             os.close(self._files.popitem()[1])
 
+    def __del__(self) -> None:
+        if hasattr(self, "_files"):
+            self.close()
+
     def __getstate__(self) -> dict[str, Any]:
         # Descriptors have no meaning in a process that was not forked.
         return {**self.__dict__, "_files": OrderedDict()}

@@ -44,6 +44,7 @@ from karat_scale.recipe import DataConfig
 
 _FIX = "make it with karat prepare webdataset"
 DATASET_FILE, TIMM_FILE = "dataset.json", "info.json"
+OTHERS_FILE = ".indexed"  # beside tars that others made, from the first index that karat index writes there
 # A record lists each file of a source that is skipped or odd: of ImageNet-21k, that may be millions.
 LARGEST_RECORD = 2**30
 # The most numbered classes. Larger numbers are probably those of images.

@@ -98,6 +98,10 @@ def scan_members(read: Read, size: int, what: str) -> Iterator[Member]:
                 length = _number(changes["size"]) if changes.get("size", "").isdecimal() else length
                 name, target = changes.get("path", name), changes.get("linkpath", target)
             length = 0 if kind in _WITHOUT_DATA else length
+            more = kind == _SPARSE and header[482]
+            while more:  # old GNU tar: the rest of the map of its data, which `length` does not count
+                block = read(offset, BLOCK)
+                more, offset = len(block) == BLOCK and block[504], offset + BLOCK
             if offset + length > size:
                 raise DataError(f"{what} is cut short at {name!r}; fetch it again")
             sort: Kind = "directory" if kind == _FOLDER or name[-1:] == "/" else _kind(kind, changes)

@@ -287,7 +287,7 @@ def _histogram(values: torch.Tensor) -> dict[str, Any]:
 class StepProfiler:
     """Traces steps `steps[0]` to `steps[1]`, both included, on each rank; training's results do not change.
 
-    A run that stops in between leaves no trace.
+    A run that a signal stops in between leaves no trace.
     """
 
     def __init__(self, steps: tuple[int, int] | None, directory: Path, world: World, reporter: Reporter) -> None:
@@ -305,6 +305,12 @@ class StepProfiler:
             self._profile.start()
         yield
         if inside and number == self._last:
+            self.close(number)
+
+    def close(self, step: int) -> None:
+        """Write what has been traced up to `step`, if anything is being traced."""
+        if self._profile is not None:
+            self._last = step
             self._profile.stop()
             self._write()
             self._profile = None

@@ -422,6 +422,10 @@ def test_captions_and_labels_beside_images_come_through(tmp_path: Path) -> None:
     assert sorted(texts) == [f"caption {number}" for number in range(6)]
     assert labels.tolist() == classes.tolist() == [int(text[-1]) % 2 for text in texts]
     assert samples[3]["__key__"] == f"3{long}"
+    before = len([*Path("/proc/self/fd").iterdir()])
+    for _ in range(5):  # before the fix, the tars that each had read stayed open
+        SampleFiles(tars)[0]
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
 
 
 def test_the_members_of_a_sample_are_those_that_the_index_took_together(tmp_path: Path) -> None:

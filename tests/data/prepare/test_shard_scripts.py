@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.data.prepare import finished
+from karat_scale.data.prepare import finished, make_webdataset
 from karat_scale.data.prepare.making import alone_in
+from karat_scale.data.prepare.sources.tars import ShardSource
 from karat_scale.data.shards.shard_format import SplitRecord, read_dataset_record, write_dataset_record
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.data.shards.tars import EncodedSample, write_shard
@@ -101,13 +102,13 @@ def test_a_label_in_the_tar_that_differs_from_the_index(shards):
 def test_staging_copies_and_resumes(shards, tmp_path, capsys):
     local = tmp_path / "local"
     finished.stage(["--src", str(shards), "--out", str(local)])
-    assert contents(local) == contents(shards)
+    assert contents(local) == contents(shards) | {".staged": b""}
     flip(local / "train-000001.tar", 2000)
     (local / "val-000000.tar").unlink()
     kept = (local / "train-000000.tar").stat().st_mtime_ns
     finished.stage(["--src", str(shards), "--out", str(local)])
     assert "2 were copied" in capsys.readouterr().out
-    assert contents(local) == contents(shards)
+    assert contents(local) == contents(shards) | {".staged": b""}
     assert (local / "train-000000.tar").stat().st_mtime_ns == kept
 
 
@@ -131,7 +132,7 @@ def test_splits_staged_in_turn_are_one_data_set_and_one_that_fails_spares_the_ot
     assert "Stage val too before you train from it" in capsys.readouterr().out
     stage_split(shards, local, "val")
     assert f"Train with data.path={local}" in capsys.readouterr().out
-    assert contents(local) == contents(shards)
+    assert contents(local) == contents(shards) | {".staged": b""}
     for directory in (local, shards):
         flip(directory / "val-000000.tar", 2000)
     with pytest.raises(DataError, match=r"val-000000.tar has changed"):
@@ -328,9 +329,56 @@ def test_a_copy_never_takes_the_place_of_tars_that_were_indexed_where_they_are(t
         finished.stage(["--src", str(tmp_path / "source"), "--out", str(tmp_path / "copy")])
         (tmp_path / "copy/.staged").unlink()
     before = (tmp_path / "theirs/train-0.tar").read_bytes()
-    with pytest.raises(DataError, match="has tars that karat index has indexed there; use another directory"):
-        finished.stage(["--src", str(tmp_path / "source"), "--out", str(tmp_path / "theirs")])
-    assert (tmp_path / "theirs/train-0.tar").read_bytes() == before
+    (tmp_path / "theirs/dataset.json").unlink()
+    for place in ("theirs", "unindexed"):
+        write_tar(tmp_path / "unindexed/train-0.tar", sample(False))
+        with pytest.raises(DataError, match="has files of these names that are no copies; use another directory"):
+            finished.stage(["--src", str(tmp_path / "source"), "--out", str(tmp_path / place)])
+        assert (tmp_path / place / "train-0.tar").read_bytes() == before
+
+
+def test_a_copy_beside_the_tars_that_were_indexed_from_elsewhere_is_refused(tmp_path):
+    """Before the fix, all tars were removed, as copies without an index, and then could not be copied."""
+    write_tar(tmp_path / "tars/train-0.tar", sample(0))
+    before = (tmp_path / "tars/train-0.tar").read_bytes()
+    assert karat_here("index", str(tmp_path / "tars"), "--out", str(tmp_path / "index")) == 0
+    with pytest.raises(DataError, match="has the tars of --src itself; use a directory on the local disk"):
+        finished.stage(["--src", str(tmp_path / "index"), "--out", str(tmp_path / "tars")])
+    assert (tmp_path / "tars/train-0.tar").read_bytes() == before
+
+
+def test_tars_of_others_stay_where_karat_index_was_cut_off(tmp_path, image_folder):
+    """Before the fix, a tar with an index counted as made by the script, and was removed."""
+    write_tar(tmp_path / "train-000000.tar", sample(0))
+    before = (tmp_path / "train-000000.tar").read_bytes()
+    assert karat_here("index", str(tmp_path)) == 0
+    (tmp_path / "dataset.json").unlink()
+    with pytest.raises(DataError, match="has tars that others made, and karat index has indexed; use another --out"):
+        make_webdataset.main(["--src", str(image_folder), "--out", str(tmp_path)])
+    assert (tmp_path / "train-000000.tar").read_bytes() == before
+
+
+def test_the_fingerprint_of_indexed_tars_is_also_that_of_their_labels(tmp_path):
+    """Before the fix, a beton with the labels of an earlier index was called complete and correct."""
+    members = [("a.cls", b"1"), ("a.jpg", jpeg(1)), ("a.txt", b"dog"), ("b.cls", b"0"), ("b.jpg", jpeg(2))]
+    write_tar(tmp_path / "train-0.tar", [*members, ("b.txt", b"dog")])
+    (tmp_path / "classes.txt").write_text("cat\ndog\nowl\n")
+    found = []
+    names = ("--classes", str(tmp_path / "classes.txt"))
+    for rule in (["cls"], ["txt", *names], ["cls", *names]):
+        assert karat_here("index", str(tmp_path), "--label", *rule) == 0
+        record = read_dataset_record(tmp_path)
+        found += [ShardSource(tmp_path, "train", record).fingerprint() for _ in range(2)]
+    assert found[::2] == found[1::2]
+    assert len(set(found)) == 3
+
+
+def test_dalis_index_leaves_out_hidden_files_and_those_without_a_suffix(tmp_path):
+    others = [("._a.jpg", b"x"), ("README", b"x")]
+    write_tar(tmp_path / "train-0.tar", [("a.jpg", jpeg(1)), ("a.cls", b"1"), *others])
+    lines = finished.dali_index(tmp_path / "train-0.tar").splitlines()
+    assert lines[0] == "v1.2 1"
+    assert [part.partition(" ")[0] for part in lines[1:]] == ["jpg"]
 
 
 def test_a_directory_without_a_record_is_named_by_its_option(tmp_path):

@@ -79,6 +79,27 @@ def test_the_entries_used_last_are_kept(tmp_path):
         assert sum(path.stat().st_size for path in entries(tmp_path / "cache")) <= 10 * SIZE
 
 
+def test_files_of_the_users_own_in_the_directory_stay(tmp_path):
+    """Before the fix, the oldest files of every folder in it were removed, whoever had made them."""
+    own = [tmp_path / "results/model.pt", tmp_path / "ab/notes.txt", tmp_path / "ab/x.part"]
+    for path in own:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x" * 3 * SIZE)
+        os.utime(path, (0, 0))
+    tmp_path.chmod(0o755)
+    for number in range(20):
+        made(NodeCache(tmp_path, 5 * SIZE), f"url {number}")
+    assert all(path.read_bytes() == b"x" * 3 * SIZE for path in own)
+    assert sum(path.stat().st_size for path in tmp_path.glob("??/" + "?" * 40)) <= 5 * SIZE
+
+
+def test_a_directory_that_others_may_write_to_is_refused_and_stays_as_it_is(tmp_path):
+    tmp_path.chmod(0o777)
+    with pytest.raises(DataError, match=rf"other users may write to the cache {tmp_path}; chmod go-w {tmp_path}, or "):
+        NodeCache(tmp_path, 1e6)
+    assert tmp_path.stat().st_mode & 0o777 == 0o777
+
+
 def test_one_of_many_processes_makes_an_entry_and_a_killed_one_blocks_nobody(tmp_path):
     cache, log = NodeCache(tmp_path / "cache", 1e6), tmp_path / "log"
     begun = tmp_path / "begun"

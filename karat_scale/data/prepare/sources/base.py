@@ -51,7 +51,7 @@ def find_file(src: Path, names: tuple[str, ...]) -> Path | None:
 def lines_of(path: Path) -> list[str]:
     """Return the lines of a text file that are not blank, without blanks around them. Raises DataError."""
     try:
-        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; correct the path") from error
     except UnicodeDecodeError as error:

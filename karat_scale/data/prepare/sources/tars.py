@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from karat_scale.data.indexing import MADE_BY
 from karat_scale.data.prepare.sources import base
 from karat_scale.data.prepare.sources.imagefolder import NO_IMAGE_NAME, SPLIT_FOLDERS, refuse_like_splits
 from karat_scale.data.shards import shard_format
@@ -190,6 +191,14 @@ def folder_tar_splits(path: Path, split: str | None) -> tuple[base.Openers, list
             )
         else:
             others.append((place.split, ("", inside or member.name, member)))
+    parents: dict[str, set[str]] = {}
+    for place, _ in members:
+        if place.split and place.is_image:
+            parents.setdefault(place.split, set()).add("/".join(place.above))
+    for name, above in parents.items():
+        if len(above) > 1:  # images of one name would take each other's place
+            two = " and ".join(map(repr, sorted(above)[:2]))
+            raise DataError(f"{path} has a split {name} in several folders, such as {two}; make a tar of one of them")
     if not by_split:
         raise DataError(f"{path} has no images; expected {_FORM}")
     classes = {name: {member_class for member_class, _, _ in items} for name, items in by_split.items()}
@@ -384,7 +393,10 @@ class ShardSource(base.Source):
         super().__init__(record.classes, self._split.labels, sizes)
         self.grey = record.splits[split].grey
         self._keys = np.concatenate([shard_format.read_column(index, shard_format.KEY) for index in indexes])
-        self._hashes = [shard.sha256 for shard in record.splits[split].shards]
+        shards = record.splits[split].shards
+        self._hashes = [shard.sha256 for shard in shards]
+        if record.splits[split].made.get("by") == MADE_BY:  # then the labels and classes are not those of the tars
+            self._hashes += [shard.index.sha256 for shard in shards] + record.classes
 
     def name(self, index: int) -> str:
         return self.key(index)

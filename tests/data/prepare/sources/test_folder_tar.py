@@ -47,6 +47,16 @@ def test_a_folder_around_the_classes_is_no_class(tmp_path: Path) -> None:
     assert contents(tmp_path / "flowers.tar-shards", parts) == contents(tmp_path / "flowers-shards", parts)
 
 
+def test_splits_in_several_folders_are_one_line(tmp_path: Path) -> None:
+    """Before the fix, an image of the second folder was lost, as if it replaced that of the first."""
+    members = [(f"{domain}/train/cat/1.jpg", jpeg(number)) for number, domain in enumerate(("Art", "Clipart"))]
+    (tmp_path / "a.tar").write_bytes(tar_bytes(members))
+    with pytest.raises(
+        DataError, match="has a split train in several folders, such as 'Art' and 'Clipart'; make a tar"
+    ):
+        made(tmp_path / "a.tar")
+
+
 def test_a_file_that_was_updated_is_its_last_version(tmp_path: Path) -> None:
     """The last version of a file counts, as in unpacking, because `tar -u` appends."""
     members = [("ant/1.jpg", jpeg(0)), ("bee/1.jpg", jpeg(1)), ("ant/1.jpg", jpeg(2))]
