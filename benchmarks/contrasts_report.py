@@ -147,7 +147,10 @@ def contrasts(by_arm: ByArm, epochs: int) -> str:
     for pair, own in gaps.items():
         name = " - ".join(pair)
         p = f"{corrected[name]:.3f}" if name in corrected else ""
-        said = [difference(own), f"+-{error_of_images(by_arm, *pair):.2f}"] if len(own) > 1 else ["not yet run", ""]
+        said = ["not yet run", ""]
+        if own:  # a single seed has no interval
+            points = difference(own) if len(own) > 1 else f"{own[0]:+.2f}"
+            said = [points, f"+-{error_of_images(by_arm, *pair):.2f}"]
         rows.append([name, len(own), *said, p])
     text = f"### Contrasts after {epochs} epochs\n\n"
     text += f"The softmax to beat is `{others[0]}`.\n\n" if len(others) > 1 else ""

@@ -247,7 +247,7 @@ def share_world_group(size: int, patience: timedelta) -> None:
         is_gloo = dist.get_backend() == "gloo"
         if is_gloo:  # all are here then, so the others need not wait long for one that is killed while they connect
             dist.barrier()
-        group = dist.new_group(list(range(size)), timeout=min(patience, CONNECTING) if is_gloo else patience)
+        group: Any = dist.new_group(list(range(size)), timeout=min(patience, CONNECTING) if is_gloo else patience)
         distributed_c10d._set_pg_timeout(patience, group)
         groups._WORLD_GROUP = group
 

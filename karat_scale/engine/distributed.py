@@ -213,7 +213,9 @@ def _join(
     # With its device NCCL connects now, where a fault is seen, and each barrier knows which GPU is meant.
     device_id = device if device.type == "cuda" else None
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=device_id)
-    return dist.new_group(backend="gloo", timeout=patience) if device.type == "cuda" else None
+    group: Any = dist.new_group(backend="gloo", timeout=patience) if device.type == "cuda" else None
+    found: dist.ProcessGroup | None = group  # torch 2.15's type has a number, too, for ranks outside a group
+    return found
 
 
 def meeting_place() -> tuple[str, int]:

@@ -94,6 +94,8 @@ def test_the_grid_widens_until_the_best_rate_is_inside() -> None:
 @pytest.mark.usefixtures("records")
 def test_the_page_has_paired_differences_and_images_that_one_arm_alone_gets_right(stage: str, epochs: int) -> None:
     for seed, (own, other) in enumerate([(72.0, 70.0), (73.0, 70.0), (74.0, 70.0), (72.0, 70.0), (73.0, 70.0)]):
+        if seed == 1:  # no interval
+            assert "|smooth - static|1|+2.00|+-" in contrasts_report.render()
         if seed == 2:  # no p before all seeds have run
             assert "|smooth - static|2|+2.50 (-3.85 to +8.85)|+-98.00||" in contrasts_report.render()
         keep(Trial(stage, "smooth", 1e-3, seed), own, "34")

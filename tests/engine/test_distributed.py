@@ -208,6 +208,10 @@ if rank == 0:
     time.sleep(12)  # longer than one call to the store may take while the ranks meet
     store.set("late", "here")
 print(store.get("late").decode())
+if rank == 0:
+    store.get("read")  # rank 0 keeps the store, so it must not end before the other has read it
+else:
+    store.set("read", "yes")
 """
 
 

@@ -379,7 +379,8 @@ def largest_eigenvalues(
             raise FloatingPointError
         return found
 
-    values, converged = np.zeros(0), False
+    values: npt.NDArray[Any] = np.zeros(0)
+    converged = False
     restarts = (products - 1 - rows) // max(rows - count - 1, 1)  # ARPACK begins with rows + 1 products
     try:
         if rows == length <= products:  # the whole matrix takes no more products

@@ -380,9 +380,7 @@ def test_tars_that_others_made_are_never_made_again(image_folder: Path, tmp_path
     write_tar(source / "train-000000.tar", sample(0))
     assert index(source) == 0
     content = (source / "train-000000.tar").read_bytes()
-    with pytest.raises(
-        DataError, match=r"has a dataset.json of karat index, of tars that others made; use another --o"
-    ):
+    with pytest.raises(DataError, match="has tars that others made, and karat index has indexed; use another --out"):
         make_webdataset.main(["--src", str(image_folder), "--out", str(source)])
     assert (source / "train-000000.tar").read_bytes() == content
 
