@@ -141,7 +141,7 @@ class Checkpoints(Generic[S]):
 
     def saves_near(self, state: RunState) -> bool:
         """Return whether `save_near` would save `state`; the same on all ranks."""
-        return self.near is not None and self._under_way is None and not self.holds(state)
+        return self.near is not None and self.near.works and self._under_way is None and not self.holds(state)
 
     def save_near(self, state: S) -> bool:
         """Save `state` on a disk of each node, or begin to; return whether that worked. Collective."""
@@ -229,6 +229,8 @@ class Checkpoints(Generic[S]):
             stall = save.seconds if save.stall is None else save.stall
             if not is_near:
                 self._saved, self.cost = _identity(save.state), (stall, save.seconds)
+                if self.near is not None and not self.near.works:
+                    self.remove_near()  # what it kept is older now
             self.reporter.checkpoint(save.state, checkpoint_name(save.state.step), save.seconds, stall, is_near)
             return True
         files = {name: written for one in everyone for name, written in (one.files or {}).items()}
@@ -239,9 +241,10 @@ class Checkpoints(Generic[S]):
     def _void(self, store: CheckpointStore, step: int, problem: str, is_best: bool) -> None:
         self._storage.begin(copies=False)  # lets go of what was not written
         if store is self.near:
-            self.near = None
+            self.near.works = False
             if self._owns(store):
-                store.remove()
+                with suppress(OSError):
+                    store.discard_unfinished()
             if self.world.is_main:
                 self.reporter.warn(f"checkpoint.local: {problem}; this start saves nothing there any more")
             return

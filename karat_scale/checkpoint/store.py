@@ -473,7 +473,12 @@ class NearStore(CheckpointStore):
         run: the run's directory.
         run_id: the id of the run: another run may have been in this directory.
         nodes: the number of the run's nodes.
+
+    Attributes:
+        works: false after a save that failed; this start tries no other.
     """
+
+    works = True
 
     def __init__(self, place: Path, run: Path, run_id: str, nodes: int = 1) -> None:
         digest = sha256(os.fsencode(run.resolve())).hexdigest()[:12]

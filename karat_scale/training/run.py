@@ -117,7 +117,6 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
                 )
             while trainer.run(trainer.task.stop_step):
                 reporter.beat("starting")
-                directory.near = trainer.checkpoints.near  # none, if a disk failed
                 step = outcome.state.step
                 trainer.release()
                 task = outcome.task = trainer.task.at(step)
@@ -144,10 +143,10 @@ def begin_or_go_on(
         outcome.parameters = trainer.engine.parameters
         outcome.state = trainer.resume(is_start)
         step = outcome.state.step
-        task = task.at(step)
+        task = task.at(step - trainer.owes_evaluation)  # a stop during an evaluation may have been at the last size
         if task is trainer.task:
             return trainer
-        trainer.release()  # the newest checkpoint was damaged, or it is of another run
+        trainer.release()  # the newest checkpoint was damaged, or of another run, or of the size before
 
 
 def claim_directory(recipe: RunRecipe, world: World, signals: StopSignals) -> tuple[RunDirectory, RunCopy | None, str]:

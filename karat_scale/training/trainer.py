@@ -323,11 +323,17 @@ class Trainer:
         self.task.fold(state)
         return samples / seconds if samples else None
 
-    def _evaluate_if_due(self) -> None:
+    @property
+    def owes_evaluation(self) -> bool:
+        """Whether the model of the current step is due to be evaluated, and was not yet."""
         state = self.state
         every = self.recipe.train.eval_every_epochs * self.plan.steps_per_epoch
         due = state.step > 0 and (state.step % every == 0 or state.step == self.total_steps)
-        if not due or state.evaluated_step == state.step:
+        return due and state.evaluated_step != state.step
+
+    def _evaluate_if_due(self) -> None:
+        state = self.state
+        if not self.owes_evaluation:
             return
         self.look()
         self._evaluating = Agreement(self.world)

@@ -1,16 +1,19 @@
 """`checkpoint.local`: the newest state on a disk of each node, and how a start uses it."""
 
 import json
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from karat_scale.checkpoint.checkpoints import Checkpoints
 from karat_scale.checkpoint.store import NearStore
 from karat_scale.foundation.files import Fingerprint
 from tests.checkpoint.near import KILLED, SHARED
 from tests.conftest import ROOT, karat_environment, karat_refuses
+from tests.small_engines import make_trainer
 from tests.warm import run_program
 
 
@@ -63,6 +66,27 @@ def test_a_node_needs_room_for_its_own_files_alone(tmp_path: Path) -> None:
     files = {f"rank-{rank:05d}.pt": Fingerprint(1000, sha256(bytes(1000)).hexdigest()) for rank in range(8)}
     near.commit(unfinished, {"step": 1}, files)
     assert 1000 < near.newest_bytes() < 1100  # with the small file of the state
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_save_that_fails_leaves_the_one_before_until_the_runs_directory_has_a_newer(
+    small_recipe, world, tmp_path, monkeypatch, step
+) -> None:
+    recipe = small_recipe(f"run.dir={tmp_path / 'run'}", "data.workers=0", "checkpoint.asynchronous=false")
+    near = NearStore(tmp_path, tmp_path / "run", "id")
+    near.open()
+    with make_trainer(recipe, world) as trainer:
+        checkpoints = trainer.checkpoints
+        checkpoints.near = near
+        if step == 2:
+            assert checkpoints.save_near(replace(trainer.state, step=1))
+        with monkeypatch.context() as patched:
+            patched.setattr(Checkpoints, "_lack", lambda self, store: "no room")
+            assert not checkpoints.save_near(replace(trainer.state, step=step))
+        assert near.names() == [f"step-{kept:08d}" for kept in range(1, step)]
+        assert not checkpoints.saves_near(replace(trainer.state, step=3))
+        assert checkpoints.save(replace(trainer.state, step=4))
+    assert not near.root.exists()
 
 
 def test_another_run_in_the_same_directory_finds_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from karat_scale.checkpoint.weights import fit_state
 from karat_scale.foundation.files import file_sha256
 from karat_scale.models import create_model
 from karat_scale.recipe.loading import load_recipe
+from karat_scale.training.agreement import StoppedError
+from karat_scale.training.trainer import Trainer
 from tests.conftest import SMALL, events, karat_done, karat_here, karat_refuses, summary
 from tests.training.runs import assert_same_run, losses
 
@@ -82,6 +85,25 @@ def test_a_damaged_checkpoint_at_the_border_falls_back_to_the_size_before(comman
     for name in ("step-00000009", "step-00000008"):
         (run / "checkpoints" / name / "state.json").write_text("{}")
     assert karat_here(*command(run, *ALL)) == 0
+    assert_same_run(run, whole)
+
+
+def test_a_stop_in_the_evaluation_at_a_border_is_evaluated_at_the_size_before(
+    command, whole, tmp_path, monkeypatch
+) -> None:
+    run = tmp_path / "run"
+
+    def stop(trainer: Trainer, done: int, total: int) -> None:
+        trainer.signals.received = signal.SIGTERM
+        raise StoppedError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_during_evaluation", stop)
+        assert karat_here(*command(run, *ALL)) == 75
+    assert (names(run)[-1], events(run, "eval")) == ("step-00000008", [])
+    assert karat_here(*command(run, *ALL)) == 0
+    found, expected = ([(one["step"], one["loss"]) for one in events(each, "eval")] for each in (run, whole))
+    assert found == expected
     assert_same_run(run, whole)
 
 
