@@ -134,7 +134,7 @@ launch() {
   if [[ $1 != eval ]] && ((nodes > 1)); then
     most=$("${PYTHON[@]}" -m karat_scale.commands.submit.within_job nodes "$nodes" "$per_node" "$@") || exit 2
     ((most == nodes)) ||
-      say "takes $most of $nodes nodes, over whose ranks the global batch divides; the rest stay idle"
+      say "takes $most of $nodes nodes; train.global_batch does not divide over the ranks of more"
     nodes=$most
   fi
   ((nodes == SLURM_JOB_NUM_NODES)) || leave_out_nodes "$nodes"

@@ -48,7 +48,7 @@ def test_what_skypilot_runs_is_accepted() -> None:
         "HOME": "/root",
     }
     command = re.sub(r"\$(\w+)", lambda name: given[name[1]], task["run"])
-    check_training(shlex.split(command)[1:])
+    check_training(shlex.split(command.replace("\\\n", ""))[1:])
     left_out = [line for line in (ROOT / ".skyignore").read_text().splitlines() if not line.startswith("#")]
     assert "ls dist/karat_scale-" in task["setup"]
     assert not {"dist", "dist/", "/dist", "/dist/"} & {*left_out}

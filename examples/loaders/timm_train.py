@@ -1,18 +1,42 @@
-"""The exact loader in timm's train.py. These are the changes:
+"""The exact loader in timm's train.py. These are the changes, for updates of one batch (--grad-accum-steps 1):
 
 -   dataset_train = create_dataset(...)
--   mixup_fn = Mixup(...)
+-   collate_fn = FastCollateMixup(**mixup_args)
+-   mixup_fn = Mixup(**mixup_args)
 -   loader_train = create_loader(dataset_train, ...)
-+   loader_train = ExactLoader(args.data_dir, global_batch=GLOBAL_BATCH, workers=args.workers, epochs=num_epochs,
-+                              augment={"randaugment": args.aa, "mixup": args.mixup, "cutmix": args.cutmix,
-+                                       "label_smoothing": args.smoothing}, device=device)
-    if args.resume: resume_checkpoint(model, args.resume, optimizer, ...)
-+   loader_train.load_state_dict(torch.load(args.resume)["loader"]); start_epoch = loader_train.epoch
++   loader_train = ExactLoader(
++       args.data_dir, global_batch=GLOBAL_BATCH, workers=args.workers, device=device,
++       image_size=data_config["input_size"][-1], num_classes=args.num_classes,
++       augment={"randaugment": args.aa or "", "mixup": args.mixup, "cutmix": args.cutmix,
++                "label_smoothing": args.smoothing if mixup_active else 0,  # else timm's loss smooths
++                "mean": data_config["mean"], "std": data_config["std"]})
+    if args.resume:
+        resume_epoch = resume_task_checkpoint(...)
++       saved = torch.load(args.resume, map_location="cpu", weights_only=False)  # it holds timm's args, a Namespace
++       loader_train.load_state_dict(saved["loader"])
++       resume_epoch = loader_train.epoch
+    saver = utils.CheckpointSaver(...)
++   saver.loader = loader_train
+-   if lr_scheduler is not None and start_epoch > 0:
++   if lr_scheduler is not None and loader_train.step > 0:
+        if args.sched_on_updates:
+-           lr_scheduler.step_update(start_epoch * updates_per_epoch)
++           lr_scheduler.step_update(loader_train.step)
     for epoch in range(start_epoch, num_epochs):
--       loader_train.sampler.set_epoch(epoch)
-        for batch_idx, (input, target) in enumerate(loader_train):
+-       _set_loader_epoch(loader_train, epoch)
 
-and each checkpoint gets "loader": loader_train.state_dict(). This is the loop with them, shortened:
+In train_one_epoch, which may begin in the middle of an epoch:
+
+-   num_updates = epoch * updates_per_epoch
++   num_updates = loader.step
+-   for batch_idx, (input, target) in enumerate(loader):
++   for batch_idx, (input, target) in enumerate(loader, loader.step % len(loader)):
+
+In CheckpointSaver._save, before torch.save:
+
++   save_state["loader"] = self.loader.state_dict()
+
+This is the loop with them, shortened:
 
 torchrun --nproc-per-node 2 examples/loaders/timm_train.py DATA RUN WORKERS
 """

@@ -44,7 +44,7 @@ def refusal(call: FourierCall) -> str | None:
     """Return why `attend` cannot take the call, or None."""
     device = call.query.device
     if device.type == "cpu":
-        return _base_or_mask(call)
+        return _base_or_mask(call) or device_refusal(device)
     return (call_refusal(call) if device.type == "cuda" else None) or device_refusal(device)
 
 
@@ -52,7 +52,17 @@ def device_refusal(device: torch.device) -> str | None:
     """Return why FlexAttention does not run on a device, or None."""
     if device.type not in ("cpu", "cuda"):
         return f"it needs tensors on a GPU or a CPU and these are on {device.type}"
-    return problem() if device.type == "cuda" else None
+    return _missing_name() or (problem() if device.type == "cuda" else None)
+
+
+def _missing_name() -> str | None:
+    from torch.nn.attention import flex_attention
+
+    return None if hasattr(flex_attention, "AuxRequest") else "it needs torch 2.9 or newer"
+
+
+# The same as torch.compiler.assume_constant_result, without the second that importing the compiler takes.
+_missing_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def call_refusal(call: FourierCall) -> str | None:
@@ -80,7 +90,6 @@ def problem() -> str | None:
     return _problem()
 
 
-# The same as torch.compiler.assume_constant_result, without the second that importing the compiler takes.
 problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

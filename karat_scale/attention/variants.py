@@ -491,7 +491,7 @@ class ContentOperator(WrappedHeads):
     def chosen(self, layer: LayerCall) -> tuple[str, str | None]:
         """See `AttentionHeads`."""
         name, why = super().chosen(layer)
-        streams_psi = name in ("triton", "flex") and (layer.biased or layer.masked)
+        streams_psi = name in ("cpu", "triton", "flex") and (layer.biased or layer.masked)
         return f"{name}, psi by streaming" if streams_psi else name, why
 
     def _psi(self) -> Tensor:

@@ -254,8 +254,11 @@ class Checkpoints(Generic[S]):
         if self.world.is_main:
             with suppress(OSError):  # on this rank alone
                 self.store.discard_unfinished()
-            kept = self.store.pointed("latest")
-            good = f"the last good one is {kept}" if kept else "there is no good one yet"
+            try:
+                kept = self.store.pointed("latest")
+                good = f"the last good one is {kept}" if kept else "there is no good one yet"
+            except OSError as error:
+                good = f"{self.store.root} cannot be read: {error.strerror}"
             if step != self._told_of:  # a run may try the same step again at an evaluation and at its end
                 self.reporter.warn(f"checkpoint {checkpoint_name(step)} not saved: {problem}; {good}")
             self._told_of = step
@@ -382,9 +385,10 @@ class Checkpoints(Generic[S]):
             changes = {**state.without_best(), **own}
         else:
             self._saved = _identity(state)
-            if self.world.is_main:
-                restore.repair_latest(self.store, name, self.reporter)
-                self.store.passed_over = {other for other in self.store.names() if other > name}
+            with self.world.together():
+                if self.world.is_main:
+                    restore.repair_latest(self.store, name, self.reporter)
+                    self.store.passed_over = {other for other in self.store.names() if other > name}
             if self.recipe.checkpoint.keep_best:
                 changes = self.world.on_main(lambda: restore.repair_best(self.store, state, self.reporter))
         for field, value in changes.items():

@@ -25,6 +25,8 @@ class RemoteCheckpoints:
         self._store = store
         self._files: dict[str, FileFacts] = {}
         self._manifests: dict[str, str] = {}
+        self.damaged: set[str] = set()
+        """The checkpoints that a download found damaged and that were not uploaded since."""
 
     def look(self) -> None:
         """List the files. Raises StoreError."""
@@ -52,12 +54,12 @@ class RemoteCheckpoints:
 
         Raises:
             StoreError: the store does not take it.
-            OSError: the checkpoint is not there any more, or a file is not as it was written.
+            OSError: the checkpoint is not there any more or was saved again, or a file is not as it was written.
         """
         directory = local.root / name
         text = read_text(directory / MANIFEST)
         files = parse_manifest(text)
-        if self.is_same(name, directory / MANIFEST):
+        if name not in self.damaged and self.is_same(name, directory / MANIFEST):
             return
         for file, written in files.items():
             if (size := (directory / file).stat().st_size) != written.bytes:
@@ -71,8 +73,11 @@ class RemoteCheckpoints:
             if not self._has(name, file) or self._files[_path(name, file)].bytes != written.bytes:
                 raise OSError(f"{self._store.where(_path(name, file))} is not as it was written")
         before_commit()
+        if read_text(directory / MANIFEST) != text:
+            raise OSError(f"{name} was saved again meanwhile")
         self._store.write(_path(name, MANIFEST), text.encode())
         self._manifests[name] = text
+        self.damaged.discard(name)
         self.look()
 
     def is_same(self, name: str, manifest: Path) -> bool:
@@ -92,6 +97,11 @@ class RemoteCheckpoints:
             StoreError: the store does not answer.
             OSError: the disk does not take it.
         """
+        if (damage := self._download(name, local, on_bytes)) is not None:
+            self.damaged.add(name)
+        return damage
+
+    def _download(self, name: str, local: CheckpointStore, on_bytes: OnBytes) -> str | None:
         try:
             text = self._manifest(name)
             files = parse_manifest(text)
@@ -113,6 +123,7 @@ class RemoteCheckpoints:
         text = "".join(f"{name}\n" for name in sorted(names))
         if text and self._text(pointer) != text:
             self._store.write(_path(pointer), text.encode())
+            self._files[_path(pointer)] = FileFacts(len(text), "")
 
     def retain(self, keep_last: int, damaged: Collection[str] = ()) -> None:
         """Remove all checkpoints but the newest, those that pointers name, and pinned ones. Raises StoreError.

@@ -345,10 +345,11 @@ def repair_best(store: CheckpointStore, state: RunState, reporter: Reporter) -> 
     """
     if state.best_step is None:
         return {}
-    name, pointed = checkpoint_name(state.best_step), store.pointed("best")
-    if pointed == name or (pointed is not None and pointed > checkpoint_name(state.step)):
-        return {}  # a later one is evaluated again when training comes to it
+    name = checkpoint_name(state.best_step)
     try:
+        pointed = store.pointed("best")
+        if pointed == name or (pointed is not None and pointed > checkpoint_name(state.step)):
+            return {}  # a later one is evaluated again when training comes to it
         if name in store.names() and store.damage(name, reporter.verify) is None:
             store.point("best", name)
             reporter.warn(f"best now names {name}: the run ended before this was written")
@@ -480,7 +481,7 @@ def _newest_intact(store: CheckpointStore, reporter: Reporter, check: Check, fix
         damage = _damage(store, name, reporter, check)
         if damage is None:
             return store.root, name
-        reporter.warn(f"checkpoint {name} cannot be used: {damage}; trying the one before")
+        reporter.warn(f"checkpoint {name} cannot be used: {damage}; trying another one, if there is one")
     if names:
         raise RunDirectoryError(f"{store.root}: none of {len(names)} checkpoints can be used ({damage}); {fix}")
     return None

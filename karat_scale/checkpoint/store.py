@@ -35,6 +35,7 @@ from karat_scale.foundation.files import (
     file_sha256,
     flush_to_disk,
     lock,
+    name_in_errors,
     open_regular,
     open_to_read,
     parse_json,
@@ -279,12 +280,20 @@ class CheckpointStore:
         replace_file(self.root / pointer, f"{name}\n")
 
     def pointed(self, pointer: str) -> str | None:
-        """The name in `latest` or `best`, if the file is there and names an existing checkpoint."""
-        try:
-            name = read_text(self.root / pointer, 4096).strip()
-        except (OSError, UnicodeDecodeError):
-            return None
+        """The name in `latest` or `best`, if that can be read and names a checkpoint. Raises OSError as `names`."""
+        name = ""
+        with suppress(OSError):
+            name = self._text(pointer).strip()
         return name if name in self.names() else None
+
+    def _text(self, file: str) -> str:
+        """The text of `latest`, `best` or `pinned`; empty if there is none. Raises OSError if it cannot be read now."""
+        path = self.root / file
+        try:
+            with name_in_errors(path):
+                return read_text(path)
+        except (FileNotFoundError, UnicodeDecodeError):
+            return ""
 
     def not_saved(self, problem: str) -> RunDirectoryError:
         """Return the error to raise if a run ends without its last checkpoint, or without any."""
@@ -301,15 +310,21 @@ class CheckpointStore:
         return RunDirectoryError(f"{self.root}: no checkpoint; train the run first")
 
     def names(self) -> list[str]:
-        """Names of the checkpoints here, newest first, complete or damaged."""
-        own = (path for path in self.root.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name))
-        return sorted((path.name for path in own if path.is_dir()), reverse=True)
+        """Names of the checkpoints here, newest first, complete or damaged. Raises OSError if they cannot be listed."""
+        try:
+            with os.scandir(self.root) as entries:
+                own = (entry for entry in entries if CHECKPOINT_NAME.fullmatch(entry.name))
+                return sorted((entry.name for entry in own if entry.is_dir()), reverse=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def beside(self, name: str) -> str:
         """Return what to add, for a person, to the name of a checkpoint that is not the newest; else an empty text."""
-        newest = self.names()[:1]
-        which = "the best one" if name == self.pointed("best") else "an earlier one"
-        return f", {which} (the newest is {newest[0]})" if newest and newest[0] != name else ""
+        with suppress(OSError):  # the rest of the line may be the result of hours
+            newest = self.names()[:1]
+            which = "the best one" if name == self.pointed("best") else "an earlier one"
+            return f", {which} (the newest is {newest[0]})" if newest and newest[0] != name else ""
+        return ""
 
     def state(self, name: str) -> dict[str, Any]:
         """A checkpoint's `state.json`."""
@@ -364,7 +379,7 @@ class CheckpointStore:
             if other != name and self._hold(other) and self.damage(other) is None:
                 print(f"note: {printable(problem)}; {other} is taken instead", file=sys.stderr)
                 return other
-        raise RunDirectoryError(f"{problem}; choose another")
+        raise RunDirectoryError(f"{problem}; restore it from a copy, or choose another")
 
     def _find_held(self, wanted: str) -> str | None:
         """Return the name of a checkpoint that exists and stays. A run that trains meanwhile may move a pointer."""
@@ -400,22 +415,25 @@ class CheckpointStore:
         self.on_change()
 
     def pinned(self) -> list[str]:
-        """Return the names of the pinned checkpoints that exist."""
-        try:
-            listed = read_text(self.root / PINNED).split()
-        except (OSError, UnicodeDecodeError):
-            return []
+        """Return the names of the pinned checkpoints that exist. Raises OSError."""
+        listed = self._text(PINNED).split()
         return [name for name in self.names() if name in listed]
 
     def retain(self, keep_last: int) -> list[str]:
         """Remove all but the newest `keep_last` checkpoints, those that `latest` and `best` name, and pinned ones.
 
-        Returns one line for each that cannot be removed: an old checkpoint must never prevent a new one.
+        Returns one line for each that cannot be removed: an old checkpoint must never prevent a new one. It removes
+        none while it cannot read which ones to keep.
         """
-        kept = {self.pointed("latest"), self.pointed("best"), *self.pinned()}
-        last = [name for name in self.names() if name not in self.passed_over][:keep_last]
+        try:
+            kept = {name for file in (*POINTERS, PINNED) for name in self._text(file).split()}
+            names = self.names()
+        except OSError as error:
+            why = error.strerror or error
+            return [f"no old checkpoint is removed: {error.filename} cannot be read: {why}; the next save tries again"]
+        last = [name for name in names if name not in self.passed_over][:keep_last]
         problems = []
-        for name in self.names():
+        for name in names:
             if name in kept or name >= min(last, default=""):
                 continue
             try:
@@ -459,7 +477,8 @@ class CheckpointStore:
             try:
                 shutil.rmtree(path)
             except OSError as error:
-                problems.append(f"{path} is left over and cannot be removed: {error.strerror or error}; do it by hand")
+                why = error.strerror or error
+                problems.append(f"{path} is left over and cannot be removed: {why}; remove it by hand")
         return problems
 
 
@@ -471,7 +490,7 @@ class NearStore(CheckpointStore):
     Args:
         place: a directory of each node, such as /dev/shm.
         run: the run's directory.
-        run_id: the id of the run: another run may have been in this directory.
+        start: the name of the last start that saved here: those of earlier ones, or of other runs, do not count.
         nodes: the number of the run's nodes.
 
     Attributes:
@@ -480,18 +499,18 @@ class NearStore(CheckpointStore):
 
     works = True
 
-    def __init__(self, place: Path, run: Path, run_id: str, nodes: int = 1) -> None:
+    def __init__(self, place: Path, run: Path, start: str, nodes: int = 1) -> None:
         digest = sha256(os.fsencode(run.resolve())).hexdigest()[:12]
         super().__init__(place / f"karat-{run.name}-{digest}-{this_node()}")
-        self._id, self.nodes = run_id, nodes
+        self.start, self.nodes = start, nodes
 
     def open(self) -> None:
-        """Make the directory, or empty it if it is another run's. Raises OSError, also if it is another user's."""
+        """Make the directory, or empty it if it is another start's. Raises OSError, also if it is another user's."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self.root.is_symlink() or self.root.stat().st_uid != os.getuid():
             raise PermissionError(errno.EPERM, "belongs to another user", str(self.root))
-        file = self.root / "run_id"
-        if not file.is_file() or read_text(file, 256) != self._id:
+        file = self.root / "start"
+        if not file.is_file() or read_text(file, 256) != self.start:
             self.empty()
         self.put_back()
 
@@ -499,7 +518,7 @@ class NearStore(CheckpointStore):
         """Remove all checkpoints. Raises OSError."""
         self.remove()
         self.root.mkdir(mode=0o700)
-        replace_file(self.root / "run_id", self._id)
+        replace_file(self.root / "start", self.start)
 
     def remove(self) -> None:
         """Remove the directory."""

@@ -12,6 +12,7 @@ snapshots/
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,9 @@ class Snapshots:
         """
         self.reporter.beat("snapshot")
         path = self.directory / f"{checkpoint_name(step)}.safetensors"
-        is_kept = path.is_file() and self.store.pointed("latest") == path.stem
+        is_kept = False
+        with suppress(OSError):  # then it is written again
+            is_kept = path.is_file() and self.store.pointed("latest") == path.stem
         if self.world.broadcast(is_kept):
             return
         whole = {}

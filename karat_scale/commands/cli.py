@@ -32,6 +32,8 @@ GROUPS = {
     "on a cluster": ("submit", "fetch", "track"),
     "check training": ("replay", "verify", "bench"),
 }
+# The commands whose work the ranks of `karat launch` share. Of another, each rank would do all.
+SHARED = ("train", "convert", "detect", "eval", "analyze", "doctor", "replay", "verify")
 # The commands that may read files that others wrote.
 TRUSTING = {
     *("plan", "doctor", "train", "convert", "eval", "replay", "verify", "detect", "submit", "sweep"),
@@ -43,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser with all commands and their options."""
     parser = OneLineParser(
         prog="karat",
-        description="Train Kolmogorov-Arnold Attention ViTs.",
+        description="Train vision transformers with Kolmogorov-Arnold Attention (KArAt), and analyse and use them.",
         epilog="Begin with `karat quickstart`. `karat doctor` says what this machine lacks.",
     )
     parser.add_argument("--version", action="version", version=f"karat_scale {__version__}")
@@ -78,6 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--ranks" in options.arguments and options.arguments[0] not in ("sweep", "bench"):
             parser.error("--ranks comes before the command: karat launch --ranks N COMMAND ...")
         options.parsed = parser.parse_args(options.arguments)
+        if (name := options.parsed.command) not in SHARED:
+            fix = "sweep --ranks N" if name == "sweep" else f"{name} without launch"
+            parser.error(f"launch {name}: ranks share the work of {', '.join(SHARED)} only; use karat {fix}")
     # When a rank is lost, torch's C++ prints a stack trace. We report the loss in one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not may_have_gpu():  # without this, DeepSpeed warns that it guessed the CPU

@@ -69,7 +69,8 @@ def fetch_run(url: str, directory: str, checkpoint: Sequence[str]) -> int:
 
     Raises:
         StoreError: the store does not answer.
-        RunDirectoryError: there is no run, the directory has another run, or a wanted checkpoint is missing or damaged.
+        RunDirectoryError: there is no run, the directory has another run or other files, or a wanted checkpoint is
+            missing or damaged.
     """
     copy, run = RunUrl(url), RunDirectory(directory)
     owner, remote = copy.owner(), copy.checkpoints
@@ -77,6 +78,9 @@ def fetch_run(url: str, directory: str, checkpoint: Sequence[str]) -> int:
         raise RunDirectoryError(f"{copy.url} has no run (it has no owner.json); name the checkpoint.url of one")
     remote.look()
     names = _chosen(remote, checkpoint, copy.url)
+    is_run = run_id(run.path) or run.recipe_file.is_file()
+    if not is_run and run.path.is_dir() and any(run.path.iterdir()):
+        raise RunDirectoryError(f"{directory} has files, but no run; name a new directory")
     run.claim()
     mine = run_id(run.path)
     if mine != owner.run and (mine or run.recipe_file.is_file() or run.store.names()):

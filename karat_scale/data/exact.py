@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from typing_extensions import Self
 
 from karat_scale.data.backends import Backend, ImageSpec, open_backend
@@ -259,18 +260,19 @@ class ExactLoader(_Loader):
             try:
                 with named_as_arguments():
                     batch = next(self._ahead)
-            except BaseException:
+                if isinstance(self._source, OwnSamples):
+                    finished = batch.content
+                else:
+                    _warn_of(batch, "the next one takes its place")
+                    finished = self.finish(batch)
+            except BaseException:  # also Ctrl-C: the batch comes again
                 self._stop()
                 raise
             self._taken += 1
             self.digest = (self.digest + batch.digest) % 2**BITS
             if self._taken % self.plan.accumulation == 0:
                 self._digest_of_steps = self.digest
-            if isinstance(self._source, OwnSamples):
-                yield batch.content
-            else:
-                _warn_of(batch, "the next one takes its place")
-                yield self.finish(batch)
+            yield finished
 
     def feed(self, slices: Iterable[BatchSlice], waiting: Waiting = nullcontext) -> DeviceFeed[Any]:
         """Return the micro batches of `slices` on the device, before `finish`; it waits for each inside `waiting()`."""
@@ -346,12 +348,14 @@ class EvalLoader(_Loader):
     def of(cls, load: Load, plan: EvalPlan, device: torch.device) -> "EvalLoader":
         """Return the loader of the batches that `load` makes from slices, as a backend's `eval_batches` does."""
         loader = cls.__new__(cls)
-        loader._load, loader.plan, loader._device = load, plan, device
+        loader._load, loader.plan, loader._device, loader._drop_empty = load, plan, device, False
         return loader
 
     def __len__(self) -> int:
-        """The number of batches of this rank."""
-        return self.plan.num_batches
+        """The number of batches of this rank; one whose images all cannot be read counts, too."""
+        if not self._drop_empty:
+            return self.plan.num_batches
+        return sum(bool((part.sample_ids != PADDING).any()) for part in self.plan.slices())
 
     def feed(self) -> DeviceFeed[Any]:
         """Return all of this rank's batches on the device, padded and not normalised."""
@@ -387,8 +391,9 @@ class Finish:
         from karat_scale.data.augmentation.mixing import Mixer
 
         augment, raw = spec.augment, dtype == torch.uint8
-        if not (raw or dtype.is_floating_point):
-            raise RecipeError(f"dtype = {dtype}: expected a floating point type, or torch.uint8")
+        if not (isinstance(dtype, torch.dtype) and (raw or dtype.is_floating_point)):
+            fix = "use a floating point type of torch, such as torch.float16, or torch.uint8"
+            raise RecipeError(f"dtype = {dtype!r}: {fix}")
         if raw and augment.mixes and spec.trains:
             raise RecipeError("dtype = torch.uint8: augment mixes images, which are float32 then; use mix_prob=0")
         self.soft = augment.mixes or augment.label_smoothing > 0
@@ -446,10 +451,14 @@ def _warn_of_notices(source: Backend, rank: int) -> None:
 
 
 def _usable(device: torch.device | str) -> torch.device:
-    device = torch.device(device)
-    if device.type != "cpu" and not (device.type == "cuda" and torch.cuda.is_available()):
+    found: torch.device | None
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or (found.type != "cpu" and not (found.type == "cuda" and torch.cuda.is_available())):
         raise RecipeError(f"device = {device}: use cpu, or cuda where torch finds a GPU")
-    return device
+    return found
 
 
 # The keys of `data` that have an argument, and those that also apply to a dataset of one's own.
@@ -507,10 +516,11 @@ def open_source(
         if key in options and (trains or key != "train_split"):
             raise RecipeError(f"{key} = {options[key]}: use the argument {argument} instead")
     is_own = not isinstance(data, str | Path)
-    if is_own and not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+    has_numbers = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if is_own and (isinstance(data, IterableDataset) or not has_numbers):  # an iterable one has __getitem__, too
         raise RecipeError(
-            f"data is a {type(data).__name__}: expected a path, or a dataset with __len__ and __getitem__; give a "
-            "DataLoader's dataset, and no iterable one"
+            f"data is a {type(data).__name__}: expected a path, or a dataset with __len__ and __getitem__; pass a "
+            "DataLoader's dataset, not the loader; an iterable dataset cannot be used"
         )
     if is_own:
         defaults = inspect.signature(ExactLoader).parameters
@@ -525,6 +535,9 @@ def open_source(
         settings["train_split"] = split
     augment = images["augment"]
     if not isinstance(augment, AugmentConfig):
+        if augment and not isinstance(augment, Mapping):
+            fix = "use a dict of settings, such as {'randaugment': 'rand-m9-mstd0.5-inc1'}"
+            raise RecipeError(f"augment = {augment!r}: {fix}")
         augment = section_of(AugmentConfig, {**PLAIN, **(augment or {})})
     given = images.get("num_classes")
     config, num_classes = section_of(DataConfig, settings), sys.maxsize if given is None else given

@@ -365,9 +365,9 @@ def find_tars(source: Path | Store) -> list[str]:
     if not names:
         found = "and nothing to index; name the directory that holds the tars"
         if renamed:
-            found = f"only such as {renamed[0]}; rename them to .tar"
+            found = f"only files such as {renamed[0]}; rename them to .tar"
         elif packed:
-            found = f"only such as {packed[0]}; unpack their compression first"
+            found = f"only compressed ones such as {packed[0]}; decompress them first, for example with gunzip"
         raise DataError(f"{where} has no *.tar, {found}")
     for left_out, what in ((packed, "compressed tar"), (renamed, "misnamed tar")):
         if left_out:
@@ -418,7 +418,8 @@ def into_splits(names: Sequence[str], rules: Sequence[str]) -> dict[str, list[st
             raise DataError(f"--split {rule}: should be SPLIT=PATTERN, such as train=train-*.tar")
         fitting = [name for name in left if fnmatchcase(name, pattern)]
         if not fitting:
-            raise DataError(f"--split {rule}: no tar that is left has such a path; the first is {names[0]}")
+            first = left[0] if left else "none"
+            raise DataError(f"--split {rule}: no tar that is left has such a path; the first of these is {first}")
         splits.setdefault(split, []).extend(fitting)
         left = [name for name in left if name not in set(fitting)]
     if left:
@@ -518,7 +519,7 @@ def _output(source: Path | Store, out: Path | None) -> Path:
         write_atomically(out / ".karat-index", "")
         (out / ".karat-index").unlink(missing_ok=True)  # another run may have done it
     except OSError as error:
-        fix = "add --out DIR, for tars that nobody may change" if out == source else "choose another --out"
+        fix = "add --out DIR, where the indexes go instead" if out == source else "choose another --out"
         raise DataError(f"{out} cannot be written: {error.strerror}; {fix}") from error
     return out
 
@@ -578,14 +579,17 @@ def _classes(
     if not labels:
         reasons = Counter(reason for tar in tars.values() for _, reason in tar.skipped)
         most = reasons.most_common(1)[0][0] if reasons else "the tars are empty"
-        raise DataError(f"no sample has an image and a label, by --label {rule}: {most}")
+        fix = "choose another --label, or correct the tars"
+        raise DataError(f"no sample has an image and a label, by --label {rule}: {most}; {fix}")
     names = sorted(label for label in labels if isinstance(label, str))
     numbers = sorted(label for label in labels if not isinstance(label, str))
     if names and numbers:
-        raise DataError(f"labels are names, such as {names[0]!r}, and numbers, such as {numbers[0]}; choose --label")
+        kinds = f"labels are names, such as {names[0]!r}, and numbers, such as {numbers[0]}"
+        raise DataError(f"{kinds}; choose --label from {RULES}, so that all are of one kind")
     if rule.kind == "txt" and known is None and len(names) > sum(len(tar.labels) for tar in tars.values()) / 2:
         fix = "give --classes FILE or choose another --label"
-        raise DataError(f".txt has {len(names)} different texts, such as {names[0][:60]!r}, no classes; {fix}")
+        texts = f"{len(names)} different texts, such as {names[0][:60]!r}"
+        raise DataError(f".txt has {texts}, so it holds captions and no classes; {fix}")
     if names:
         if known is not None and (unknown := sorted(set(names) - set(known))):
             raise DataError(f"--classes {file} does not list {unknown[0]!r}; add it")
@@ -596,7 +600,7 @@ def _classes(
         which = f"--classes {file} lists {limit} classes" if known else f"classes are numbered from 0 to {limit - 1}"
         name, tar = next((name, tar) for name, tar in tars.items() if wrong in tar.labels)
         key = tar.keys[tar.labels.index(wrong)]
-        raise DataError(f"{name}: sample {key} has label {wrong}, but {which}")
+        raise DataError(f"{name}: sample {key} has label {wrong}, but {which}; correct it, or choose another --label")
     if known:
         return known
     classes = [str(number) for number in range(numbers[-1] + 1)]

@@ -528,7 +528,7 @@ class StreamProgress:
         cycle = max(entry for entry, _ in saved.lanes) // saved.shards + 1
         self.places = {lane: LanePlace(cycle * self._shards + lane) for lane in self._mine}
         now, then = _described(self._shards, self._all), _described(saved.shards, len(saved.lanes))
-        return f"the stream now has {now}, and {then} in the checkpoint: each lane begins at cycle {cycle}"
+        return f"the stream now has {now}, and {then} in the checkpoint: a new pass over all tars begins"
 
 
 def _described(shards: int, lanes: int) -> str:

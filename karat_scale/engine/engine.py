@@ -211,6 +211,10 @@ class Engine:
             for buffer in self.module.buffers():  # DeepSpeed casts only parameters, which meet these
                 if buffer.is_floating_point():
                     buffer.data = buffer.to(self._precision.weights)
+        norms = [one for one in self.module.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
+        self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
+        """The running statistics of BatchNorm, which forward passes in training change."""
+        self._statistics_before: list[torch.Tensor] = []
         self._device = world.device
         self._skipped_steps = torch.zeros((), device=world.device)
         self._clip = recipe.optim.clip_grad
@@ -236,13 +240,12 @@ class Engine:
         """Give all ranks rank 0's running statistics of BatchNorm, which checkpoints hold. Collective."""
         if not dist.is_initialized():
             return
-        for module in self.module.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                for buffer in module.buffers():
-                    dist.broadcast(buffer, 0)
+        for buffer in self.statistics:
+            dist.broadcast(buffer, 0)
 
     def release(self) -> None:
         """Let go of weights, gradients and optimizer states; the engine cannot be used afterwards."""
+        self.statistics = self._statistics_before = []
         self.deepspeed.destroy()
         for parameter in self.module.parameters():  # DeepSpeed's attributes of it would keep the optimizer alive
             vars(parameter).clear()
@@ -276,6 +279,8 @@ class Engine:
         """
         if self._records_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # what the last graph returned is not needed any more
+        if self.module.training and not self._statistics_before:  # the first micro batch of a step
+            self._statistics_before = [buffer.clone() for buffer in self.statistics]
         output = self.deepspeed(cast_images(images, self._precision), *targets)
         return output.float() if isinstance(output, torch.Tensor) else output
 
@@ -293,12 +298,17 @@ class Engine:
 
         The norm is a 0-dim tensor on the device, which is not read. A step whose gradients are not finite is skipped
         and counted, and its norm is not finite: the same on all ranks. Fused AdamW skips on the device; for other
-        optimizers, for fp16's loss scale and with offload, the norm is read once.
+        optimizers, for fp16's loss scale and with offload, the norm is read once. A skipped step leaves the statistics
+        of BatchNorm as they were before it.
         """
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()
             return None
-        return self._step_at_stage_0() if self.stage == 0 else self._step_at_stages_1_to_3()
+        norm = self._step_at_stage_0() if self.stage == 0 else self._step_at_stages_1_to_3()
+        for buffer, before in zip(self.statistics, self._statistics_before, strict=True):
+            buffer.copy_(torch.where(norm < math.inf, buffer, before))
+        self._statistics_before = []
+        return norm
 
     @property
     def loss_scale(self) -> float | None:

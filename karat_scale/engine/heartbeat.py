@@ -139,6 +139,11 @@ def this_start() -> str:
     return os.environ.get(START, of_slurm)
 
 
+def is_restart() -> bool:
+    """Return whether SLURM or a launcher has started the run again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0 or "." in os.environ.get(START, "")
+
+
 class Heartbeat:
     """Writes this rank's file. If no beat comes for too long, it dumps all Python stacks to standard error.
 

@@ -54,7 +54,10 @@ class PeerError(Exception):
 
 
 def not_written(file: str | Path, error: OSError) -> RunDirectoryError:
-    """Return the error for a file of a run that could not be written."""
+    """Return the error for a file of a run that could not be written; raise that of a file server, which may pass."""
+    if error.errno in FAULTS_OF_SERVERS:
+        error.filename = error.filename or str(file)
+        raise error
     return RunDirectoryError(f"{file}: {error.strerror or error}; fix that and run the same command to resume")
 
 
@@ -82,6 +85,9 @@ _WORDS = {
     "Cannot allocate memory": errno.ENOMEM,
     "can't allocate memory": errno.ENOMEM,
 }
+# What CUDA's driver, its libraries and cuDNN 9 say if a GPU's memory is full.
+_SIGNS_OF_GPU = ("out of memory", "_STATUS_ALLOC_FAILED", "_ALLOCATION_FAILED")
+_GPU_LACKS = "out of GPU memory; end what else uses it, choose another GPU by CUDA_VISIBLE_DEVICES, or lower the batch"
 
 
 FAULTS_OF_SERVERS = {errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN}
@@ -102,11 +108,13 @@ def of_the_machine(error: BaseException) -> tuple[str, int] | None:
     """Return a line and an exit code for what a machine lacks or its file system refuses; None for any other error.
 
     The code is 1 where the machine lacks something or a file server has a fault, and 2 where a file is not what the
-    user thought.
+    user thought, or where a GPU's memory is full.
     """
     for cause in causes(error):
         if isinstance(cause, MemoryError):
             return _LACKS[errno.ENOMEM], 1
+        if isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in _SIGNS_OF_GPU):
+            return _GPU_LACKS, 2
         number = cause.errno if isinstance(cause, OSError) else None
         if number is None:  # also an OSError of a data worker, which torch makes anew of its text
             number = next((number for words, number in _WORDS.items() if words in str(cause)), None)
@@ -169,8 +177,8 @@ def _described(error: OSError) -> str:
     return f"{error.filename or 'the system'}: {reason}"
 
 
-# Beside the exceptions' own classes: torch's CPU allocator, CUDA's driver, its libraries, cuDNN 9, C++.
-_SIGNS = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED", "_ALLOCATION_FAILED", "std::bad_alloc")
+# Beside the exceptions' own classes: torch's CPU allocator, a GPU, C++.
+_SIGNS = ("can't allocate memory", *_SIGNS_OF_GPU, "std::bad_alloc")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -53,6 +53,7 @@ def _temporary(path: Path, make: Callable[[Path], None], remove: Callable[[Path]
                     remove(temporary)
                 return
         finally:
+            unlock(handle)
             os.close(handle)
 
 
@@ -366,4 +367,5 @@ def locked(path: Path, wait: bool = True) -> Iterator[int | None]:
             raise OSError(errno.EINVAL, "not a regular file; remove it", str(path))
         yield handle if lock(handle, wait=wait) else None
     finally:
+        unlock(handle)
         os.close(handle)

@@ -28,6 +28,7 @@ from karat_scale.foundation.tables import how_to_install, load
 T = TypeVar("T")
 # The codes of a server's answers that may change later; all others from 400 to 499 are final.
 _PASSING = (408, 425, 429)
+_NO_SUCH_RANGE = 416
 # Libraries' errors that no second try changes, by name, since these libraries may not be installed.
 _FINAL = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError", "NoSuchBucket")
 
@@ -266,15 +267,19 @@ class Store:
         """
 
         def ask(seconds: float) -> None:
-            one_try = _OneTry(sink)
+            one_try, is_outside = _OneTry(sink), False
             try:
                 self._range(name, start, stop, one_try, etag, seconds)
+            except Exception as error:
+                is_outside = any(_status(cause) == _NO_SUCH_RANGE for cause in causes(error))
+                if not is_outside:
+                    raise
             finally:
                 one_try.end()
             if one_try.size == stop - start:
                 return
-            # Of a file that is shorter now, servers send what there is.
-            if 0 <= self._facts(name, seconds).bytes < stop:
+            # Of a file that is shorter now, servers send what there is, or answer that there is nothing.
+            if is_outside or 0 <= self._facts(name, seconds).bytes < stop:
                 raise ChangedFileError(f"{self.where(name)} is cut short, or has changed since it was indexed")
             raise EOFError(f"{one_try.size} of {stop - start} bytes came")
 
@@ -353,8 +358,16 @@ class Store:
         if etag and found != etag:
             raise ChangedFileError(f"{self.where(name)} has changed since it was indexed; run karat index again")
 
-    def _persist(self, name: str, ask: Callable[[float], T], deadline: float | None = None) -> T:
+    def _persist(
+        self,
+        name: str,
+        ask: Callable[[float], T],
+        deadline: float | None = None,
+        got_further: Callable[[], bool] = lambda: False,
+    ) -> T:
         """Return the result of `ask`, which takes the seconds of one try; try again until the deadline.
+
+        After a try that failed, but `got_further` than all before it, the time begins anew.
 
         Raises:
             StoreError: no try succeeded, or one met an error that is final.
@@ -377,6 +390,8 @@ class Store:
             if is_final:
                 kind = MissingFileError if reason.startswith(_MISSING) else StoreError
                 raise kind(f"{self.where(name)}: {reason}")
+            if got_further():
+                deadline = self.deadline()
             pause = min(2 * pause, _LONGEST_PAUSE)
             wait = pause * (0.5 + jitter.random())
             if time.monotonic() + wait >= deadline:
@@ -481,16 +496,30 @@ class WritableStore(Store):
             OSError: there is no such file.
         """
         part = max(_PART, -(-file.stat().st_size // _MOST_PARTS // _PART) * _PART)
-        self._send(name, functools.partial(self._put, file, name, part, on_bytes))
+        taken: list[int] = []  # by each try
+
+        def ask(seconds: float) -> None:
+            taken.append(0)
+            self._put(file, name, part, count, seconds)
+
+        def count(size: int) -> None:
+            taken[-1] += size
+            on_bytes(size)
+
+        try:
+            self._send(name, ask, lambda: taken[-1] > max(taken[:-1], default=0))
+        except StoreError:
+            file.stat()  # if it has gone, that is the reason
+            raise
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files, one after another. Raises StoreError."""
         for name in names:
             self._persist(name, functools.partial(self._remove, name))
 
-    def _send(self, name: str, ask: Callable[[float], object]) -> None:
+    def _send(self, name: str, ask: Callable[[float], object], got_further: Callable[[], bool] = lambda: False) -> None:
         try:
-            self._persist(name, ask)
+            self._persist(name, ask, got_further=got_further)
         except MissingFileError:
             raise StoreError(f"{self.where(name)} cannot be written: there is no such bucket") from None
 

@@ -163,7 +163,7 @@ def mean_over_queries(_: int, learned: Tensor) -> Tensor:
 
 FIGURES = ("by_query", "by_image", "beyond_pi", "frobenius_norm")
 """The figures of a block: the shares of S's energy that depend on the query and on the image, the share of scores with
-|A| > pi, and the mean Frobenius norm of S."""
+|A| > pi among those that are not masked, and the mean Frobenius norm of S."""
 
 
 class Content:
@@ -171,9 +171,8 @@ class Content:
 
     def __init__(self, blocks: int) -> None:
         self._matrices: list[Tensor | float] = [0.0] * blocks
-        self._sums = np.zeros((blocks, 4))
+        self._sums = np.zeros((blocks, 5))
         self._images, self._count = np.zeros(blocks), np.zeros(blocks)
-        self._pairs = np.zeros(blocks)
 
     def add(self, block: int, raw: Tensor, learned: Tensor, images: int | None = None) -> None:
         """Add A and S [B, h, N, N] of one block.
@@ -188,11 +187,10 @@ class Content:
         # The part of each column of S that all queries share.
         shared = queries * learned.mean(2).square().sum()
         norms = torch.linalg.matrix_norm(learned).sum()
-        beyond = (raw.abs() > math.pi).sum()
-        self._sums[block] += torch.stack((energy, shared, norms, beyond.double())).cpu().numpy()
+        beyond, pairs = (raw.abs() > math.pi).sum(), raw.count_nonzero()  # masked pairs are 0
+        self._sums[block] += torch.stack((energy, shared, norms, beyond.double(), pairs.double())).cpu().numpy()
         self._images[block] += images
         self._count[block] += learned.shape[:2].numel()
-        self._pairs[block] += raw.numel()
 
     def means(self) -> list[Tensor | float]:
         """Return the mean of S over images [B / images, h, N, N] of each block, float64."""
@@ -200,10 +198,10 @@ class Content:
 
     def figures(self) -> npt.NDArray[np.float64]:
         """Return `FIGURES` of each block [L, 4]."""
-        energy, shared, norms, beyond = self._sums.T
+        energy, shared, norms, beyond, pairs = self._sums.T
         same = [float(torch.as_tensor(x).square().sum()) / n for x, n in zip(self._matrices, self._images, strict=True)]
         depends = ((1 - part / energy).round(12) + 0.0 for part in (shared, np.array(same)))  # no -2e-16, no -0
-        return np.stack((*depends, beyond / self._pairs, norms / self._count), 1)
+        return np.stack((*depends, beyond / np.maximum(pairs, 1), norms / self._count), 1)
 
 
 @torch.no_grad()

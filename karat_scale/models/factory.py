@@ -29,7 +29,7 @@ def swap_attention(network: Any, attention: AttentionConfig, image_size: int | t
 
     Raises:
         RecipeError: the section names softmax, the model has none of these attention layers,
-            it does not take images of this size, or as `learn`.
+            it does not take images of this size, the section needs square images, or as `learn`.
     """
     if not attention.learns:  # the default
         raise RecipeError("attention.kind = softmax is what the model has; use karat, or another kind that learns")
@@ -38,16 +38,29 @@ def swap_attention(network: Any, attention: AttentionConfig, image_size: int | t
     hosts.check_attention(network, model)
     if not any(type(module) in _CLASSES for module in network.modules()):
         raise RecipeError(f"this {name} has learned attention already")
+    if not isinstance(image_size, int) and image_size[0] != image_size[1]:
+        _refuse_modes(attention, image_size)
     try:
         sizes = measure_layers(copy.deepcopy(network).to("meta", torch.float32).eval(), image_size)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise RecipeError(
-            f"image_size = {image_size} does not fit {name}: {one_line(error)}; pass image_size="
+            f"image_size = {image_size} does not fit {name}: {one_line(error)}; pass the model's own image_size"
         ) from error
     learn(network, model, attention, sizes, _CLASSES)
     for _, _, layer in attention_layers(network):
         if hasattr(layer, "operator"):
             layer.operator.to(layer.qkv.weight.device, layer.qkv.weight.dtype)
+
+
+def _refuse_modes(attention: AttentionConfig, image_size: tuple[int, int]) -> None:
+    """Raise RecipeError if a section makes its operators from the modes of a square of patches."""
+    for section in attention.sections:
+        for name, value, other in (("form", "smooth", "modular"), ("init", "softmax_like", "variance_preserving")):
+            if getattr(section, name) == value and section.form != "full_rank":
+                raise RecipeError(
+                    f"attention.{name} = {value} needs square images, but image_size = {image_size}; use "
+                    f"attention.{name}={other}"
+                )
 
 
 def create_model(model: ModelConfig, attention: AttentionConfig, **options: Any) -> nn.Module:

@@ -28,7 +28,7 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.pit import ConvEmbedding
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import embedding, interpolate
 from torch.overrides import TorchFunctionMode
 
 from karat_scale.attention.operator import layer_input
@@ -422,7 +422,16 @@ SWIN_SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-class KaratWindowAttention(WindowAttention):
+class SteadyWindowAttention(WindowAttention):
+    """timm's attention layer of Swin, whose gradients have the same bits each time on a CPU with several threads."""
+
+    def _get_rel_pos_bias(self) -> Tensor:
+        """The bias [1, h, N, N]. The backward pass of timm's, which indexes the table, adds in no fixed order."""
+        index: Any = self.relative_position_index
+        return embedding(index, self.relative_position_bias_table).permute(2, 0, 1).contiguous().unsqueeze(0)
+
+
+class KaratWindowAttention(SteadyWindowAttention):
     """Swin's attention layer with softmax(A) V replaced by a learnable operator on the rows of A, bias included."""
 
     operator: nn.Module
@@ -453,14 +462,17 @@ def parts_of(
 class Swin(Host):
     """timm's Swins, whose stages differ in size."""
 
-    classes: ClassVar = {WindowAttention: KaratWindowAttention}
+    classes: ClassVar = dict.fromkeys((WindowAttention, SteadyWindowAttention), KaratWindowAttention)
 
     def build(self, model: ModelConfig, **options: Any) -> nn.Module:
         """See `Host`."""
         own = SWIN_SIZES.get(model.name, {})
         refuse_fields(model, "patch_size", "embed_dim", "depth", "num_heads", why="whose stages have their own sizes")
         name = SWIN_BASE if own else model.name
-        return build_timm(model, name, **usual_settings(model), **own, **options)
+        network = build_timm(model, name, **usual_settings(model), **own, **options)
+        for layer in layers.attention_layers(network):
+            layer.attention.__class__ = SteadyWindowAttention
+        return network
 
     def fit(self, weights: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
         """See `Host`."""

@@ -236,7 +236,7 @@ def operators_for(
         first, shared = taken.setdefault(id(operator), (prefix, tensors))
         if any(not torch.equal(shared[name], x) for name, x in tensors.items() if name in shared):
             raise RecipeError(
-                f"{first} and {prefix} differ in the weights, but the model has one (attention.mode = universal); "
+                f"the operators {first} and {prefix} differ in the weights, but attention.mode = universal has one; "
                 "use attention.mode=blockwise"
             )
         try:
@@ -286,7 +286,8 @@ def _check_kinds(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         for trained, built in zip(_keys(there, prefix, heads), _keys(here, prefix, heads), strict=True):
             if trained != built:
                 raise RecipeError(
-                    f"{prefix.removesuffix('.')} was trained with {trained}, but the recipe differs; use that"
+                    f"{prefix.removesuffix('.')} was trained with {trained}, but the recipe has {built}; use the "
+                    "attention section it was trained with"
                 )
 
 

@@ -17,6 +17,7 @@ import torch
 from timm.layers import Attention
 from timm.models.convit import GPSA, MHSA
 from timm.models.swin_transformer import WindowAttention
+from timm.models.vision_transformer import ParallelThingsBlock
 from torch import Tensor, nn
 
 from karat_scale.foundation.errors import RecipeError
@@ -29,7 +30,7 @@ BIASED: tuple[type[nn.Module], ...] = (WindowAttention,)
 
 
 class AttentionLayer(NamedTuple):
-    """An attention layer, its path in the model, and the block whose `attn` it is."""
+    """An attention layer, its path in the model, and the block that it is in, which may have several."""
 
     name: str
     block: nn.Module
@@ -57,8 +58,13 @@ class LayerSize:
 
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     """Return all attention layers, learned or not, in order."""
-    blocks = ((name, block, getattr(block, "attn", None)) for name, block in model.named_modules())
-    return [AttentionLayer(f"{name}.attn", block, attn) for name, block, attn in blocks if isinstance(attn, KNOWN)]
+    modules, found = dict(model.named_modules()), []
+    for name, module in modules.items():
+        if isinstance(attn := getattr(module, "attn", None), KNOWN):
+            around = modules[name.rpartition(".attns.")[0]]  # of two branches of one block
+            block = around if isinstance(around, ParallelThingsBlock) else module
+            found.append(AttentionLayer(f"{name}.attn", block, attn))
+    return found
 
 
 def refuse_dropout(attention: Any) -> None:
@@ -83,8 +89,8 @@ def cannot_be_built(model: ModelConfig, error: Exception) -> RecipeError:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the block of each attention layer, in order."""
-    return [layer.block for layer in attention_layers(model)]
+    """Return the blocks with attention layers, in order."""
+    return list(dict.fromkeys(layer.block for layer in attention_layers(model)))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from karat_scale.models.layers import attention_layers
+from karat_scale.models.layers import attention_layers, blocks_of
 from karat_scale.recipe import RecomputeConfig
 
 # The part of a block that is recomputed.
@@ -31,9 +31,11 @@ def choices_by_rule(config: RecomputeConfig, depth: int) -> tuple[Choice, ...]:
 
 def recompute(model: nn.Module, choices: Sequence[Choice], by: Checkpoint | None = None) -> None:
     """Make each block recompute its choice, with `by` (default: `torch_checkpoint`). Call it once for a model."""
-    for layer, choice in zip(attention_layers(model), choices, strict=True):
-        if choice != "nothing":
-            part: Any = layer.attention if choice == "attention" else layer.block
+    layers = attention_layers(model)
+    for block, choice in zip(blocks_of(model), choices, strict=True):
+        attentions = [layer.attention for layer in layers if layer.block is block]
+        parts: dict[Choice, list[Any]] = {"nothing": [], "attention": attentions, "block": [block]}
+        for part in parts[choice]:
             # A new class, as in torch's parametrizations: unlike a new attribute, it is also right for a copy.
             part.__class__ = _recomputing(type(part), by or torch_checkpoint)  # type: ignore[arg-type]  # a class has a hash
 

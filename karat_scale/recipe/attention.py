@@ -162,7 +162,8 @@ class AttentionConfig(Section):
             value = getattr(self, key)
             if key not in taken and value != type(self).model_fields[key].default:
                 raise ValueError(
-                    f"attention.{key} = {value} has no effect with attention.kind = {self.kind}; remove one of them"
+                    f"attention.{key} = {value} has no effect with attention.kind = {self.kind}; remove it, or use "
+                    "attention.kind=karat"
                 )
 
     def _refusals(self) -> Iterator[str]:
@@ -171,8 +172,8 @@ class AttentionConfig(Section):
 
         if not self.is_modular_series and self.implementation not in ("auto", "reference", "streaming"):
             yield (
-                f"attention.implementation = {self.implementation} supports only the modular Fourier operator without "
-                "simplex; use auto"
+                f"attention.implementation = {self.implementation} needs attention.basis=fourier, "
+                "attention.form=modular, content or smooth, and attention.simplex=false; use auto"
             )
 
         near = self.is_series and self.form in ("modular", "full_rank") and self.base == "zero"

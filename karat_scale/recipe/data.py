@@ -68,7 +68,8 @@ class DataConfig(Section):
     max_pixels: Count = 80_000_000
     """An image with more pixels is refused before it is decoded."""
     workers: Annotated[int, Field(ge=0), Effect.SPEED] = 2
-    """Data workers of each rank; threads for dali and nvjpeg, at least 1. 0 reads in the trainer itself."""
+    """Data workers of each rank; threads for dali and nvjpeg, at least 1. 0 reads in the trainer itself. With
+    `order: stream`, a run that resumes with another number begins a new pass over the tars."""
     prefetch: Annotated[Count, Effect.SPEED] = 4
     """Batches that each worker (dali, nvjpeg: each rank) prepares ahead."""
     timeout: Annotated[Positive, Effect.NOTHING] = 300.0

@@ -50,7 +50,7 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             key = str(key) if type(key) is int else key  # as below
             if not isinstance(key, Hashable):
-                raise _error("a key is a list or a map", key_node)
+                raise _error("a key should be a name, not a list or a map", key_node)
             if key in seen:
                 raise _error(f"key {key!r} appears twice", key_node)
             seen.add(key)
@@ -60,7 +60,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         if str(node.tag).endswith((":int", ":float")) and re.fullmatch(r"[-+]?0[\d_]+|.*:.*", str(node.value)):
-            raise _error(f"{node.value} is another number in YAML; write it without 0 in front and without :", node)
+            raise _error(f"YAML reads {node.value} as another number; remove the leading 0 or the :, or quote it", node)
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, ArithmeticError):
@@ -295,7 +295,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         fix = "; indent by spaces, not tabs" if "\\t" in str(error.problem) else ""
         raise RecipeError(f"{path}{where}: not valid YAML: {error.problem}{fix}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not a text file in YAML: {str(error).splitlines()[0]}") from None
+        raise RecipeError(f"{path}: not a recipe in YAML: {str(error).splitlines()[0]}") from None
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):

@@ -93,7 +93,7 @@ def choices_of(schema: Mapping[str, Any]) -> list[str]:
 _ON_RESUME = {
     Effect.NOTHING: "A run may resume with another value.",
     Effect.SPEED: "A run may resume with another value.",
-    Effect.ROUNDING: "A run may resume with another value, and notes it.",
+    Effect.ROUNDING: "A run may resume with another value, and its log says so.",
     Effect.MODEL: "A run resumes with another value only if resume.allow names the key.",
     Effect.SHAPES: "A run cannot resume with another value.",
 }
@@ -103,6 +103,11 @@ _SAID_OF = {
         "Another path changes nothing that is learned, if the same data are there. A run may resume with it. With "
         "other training images or classes it resumes only if resume.allow names the key."
     ),
+    "run.dir": (
+        "Another directory is another run, which starts from the beginning, unless this run was moved there or "
+        "checkpoint.url has its copy."
+    ),
+    "run.name": "Without run.dir, another name is another directory, so another run. With run.dir, a run may resume.",
     "resume.from": "Another value starts from other weights. It is used at the first start only.",
     "train.max_steps": "Another value trains for more or fewer steps. A run may resume with another value.",
     "train.epochs": (

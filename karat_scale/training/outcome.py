@@ -136,7 +136,7 @@ def _record(outcome: Outcome, directory: RunDirectory, reporter: Reporter, finis
         if outcome.task is not None:
             last.callback(outcome.task.close)
         # Report what has ended the run, not that the same disk does not take the record of it.
-        told = nullcontext() if outcome.code in (0, EXIT_STOPPED) else suppress(RunDirectoryError)
+        told = nullcontext() if outcome.code in (0, EXIT_STOPPED) else suppress(RunDirectoryError, OSError)
         # A start that trained nothing has another machine, and may have another recipe.
         is_kept = outcome.was_finished and previous is not None and previous.get("exit") == 0
         if outcome.world.is_main and is_told and not is_kept:
@@ -168,9 +168,13 @@ class Incidents:
     def note(self, step: int, kind: str, **figures: float) -> str:
         """Write down what happened in a step, counted from 1; returns how to look into it, or what prevented that."""
         if self._noted >= MOST:
-            return f"this start has noted {MOST} others already"
+            return f"nothing is kept for karat replay, as this start has noted {MOST} such steps already"
         self._noted += 1
-        checkpoint, plan = next(iter(checkpoints_before(self._store, step)), None), self._plan
+        try:
+            checkpoint = next(iter(checkpoints_before(self._store, step)), None)
+        except OSError as error:
+            return f"{self._store.root} cannot be read: {error.strerror}"
+        plan = self._plan
         epoch, batch = divmod(step - 1, plan.steps_per_epoch)
         samples = None  # only the ranks that have read them know the samples of a stream
         if not plan.lanes:  # in the order of the ranks and of their micro batches

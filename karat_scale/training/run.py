@@ -5,8 +5,8 @@
 """
 
 import os
-import secrets
 import shlex
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -21,6 +21,7 @@ from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World, device_name
 from karat_scale.engine.engine import slow_precision
 from karat_scale.engine.memory import keep_freed_memory, memory_snapshot, one_line_out_of_memory, record_memory
+from karat_scale.engine.optimizers import CosineSchedule
 from karat_scale.engine.peers import explaining
 from karat_scale.engine.reporting.progress import MetricsLog, Reporter, choose_display
 from karat_scale.engine.tracking.follow import check_trackers
@@ -30,10 +31,10 @@ from karat_scale.foundation.machine import gpu_faults, may_have_gpu, this_node
 from karat_scale.recipe import RunRecipe
 from karat_scale.training.agreement import StoppedError, StopSignals
 from karat_scale.training.outcome import Outcome, concluded
-from karat_scale.training.run_copy import RunCopy, keep_run_id, open_copy, run_id
+from karat_scale.training.run_copy import RunCopy, open_copy
 from karat_scale.training.run_directory import RunDirectory, leave_for
 from karat_scale.training.task import Task
-from karat_scale.training.trainer import Trainer
+from karat_scale.training.trainer import Trainer, has_checkpoints
 
 
 def train(task_type: type[Task], recipe: RunRecipe) -> int:
@@ -78,14 +79,16 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
         ):
             if recipe.checkpoint.local:
                 open_near(recipe, directory, world, reporter)
+            else:  # what nodes have of earlier starts is not to come back at a later one
+                world.on_main(lambda: directory.local_start_file.unlink(missing_ok=True))
             if recipe.checkpoint.asynchronous:
                 with suppress(OSError):  # the first save tries again
                     start_writer()
             task = outcome.task = task_type(recipe, world, reporter)
             if changes:
-                left = "" if directory.store.names() else ", which left no checkpoint"
+                left = "" if has_checkpoints(directory, world) else ", which left no checkpoint"
                 reporter.info(f"the recipe differs from that of the earlier start{left}: {changes}")
-            step = world.broadcast(directory.store.newest_step())
+            step = world.on_main(directory.store.newest_step)
             trainer = begin_or_go_on(task.at(step), step, directory, signals, outcome)
             trainer.checkpoints.check_room()
             was_finished = outcome.was_finished = outcome.state.step >= trainer.total_steps
@@ -115,6 +118,9 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
                 reporter.warn(
                     "torch sees no GPU, though there is a driver, so this trains on the CPU; see karat doctor"
                 )
+            if world.is_main and not was_finished:
+                for doubt in doubts(trainer):
+                    reporter.warn(doubt)
             while trainer.run(trainer.task.stop_step):
                 reporter.beat("starting")
                 step = outcome.state.step
@@ -201,9 +207,9 @@ def open_near(recipe: RunRecipe, directory: RunDirectory, world: World, reporter
     Raises:
         RunDirectoryError: a node cannot write there, or the recipe cannot resume from what it has.
     """
-    world.on_main(lambda: keep_run_id(directory.path, run_id(directory.path) or secrets.token_hex(8)))
+    last = world.on_main(directory.local_start)
     nodes = sum(world.gather(world.local_rank == 0))
-    near = NearStore(Path(recipe.checkpoint.local).expanduser(), directory.path, run_id(directory.path), nodes)
+    near = NearStore(Path(recipe.checkpoint.local).expanduser(), directory.path, last, nodes)
     with world.together():
         if world.local_rank == 0:
             try:
@@ -216,6 +222,7 @@ def open_near(recipe: RunRecipe, directory: RunDirectory, world: World, reporter
             if recipe.resume.mode == "never":
                 near.empty()
     name, problems = bring_near(directory.store, near, world, reporter)
+    near.start = world.on_main(directory.renew_local_start)
     with world.together():
         if world.local_rank == 0:
             near.empty()  # the run's directory has all of it that is whole
@@ -235,6 +242,21 @@ def how_to_extend(trainer: Trainer) -> str:
         return f"the run has taken its train.max_steps = {train.max_steps:,} steps; raise it to go on"
     more = f" and {leave_for(trainer.recipe, 'train.epochs')}" if train.max_steps is not None else ""
     return f"the run has trained its train.epochs = {train.epochs}; for more, raise it{more}"
+
+
+def doubts(trainer: Trainer) -> Iterator[str]:
+    """Yield a line for each setting that is allowed, but that hardly anybody means."""
+    schedule, train = trainer.schedule, trainer.recipe.train
+    if isinstance(schedule, CosineSchedule) and schedule.min_lr > schedule.peak_lr:
+        yield (
+            f"schedule.min_lr = {schedule.min_lr:g} is above the peak learning rate, {schedule.peak_lr:.3g}, so the "
+            "rate rises to the end; set schedule.min_lr=0, or optim.lr_batch=null, which uses optim.lr as it is"
+        )
+    if trainer.engine.statistics and train.ema_decay and train.eval_weights != "raw":
+        yield (
+            f"train.ema_decay = {train.ema_decay:g}: the averaged weights are evaluated with the BatchNorm statistics "
+            "of the raw ones; set train.eval_weights=raw or train.ema_decay=0"
+        )
 
 
 def headline(trainer: Trainer) -> str:

@@ -120,8 +120,8 @@ class RunUrl:
     def check_mine(self) -> None:
         """Raise RunDirectoryError if another start writes here by now."""
         if (owner := self.owner()) != self._mine:
-            who = f"run {owner.name} on {owner.host}" if owner else "nobody"
-            raise RunDirectoryError(f"{self.url} belongs to another start by now: {who}")
+            who = f"run {owner.name} on {owner.host}" if owner else "its owner.json is gone"
+            raise RunDirectoryError(f"{self.url} was taken over by another start ({who}); stop one of the two starts")
 
     def upload_files(self, run: Path, on_bytes: OnBytes) -> None:
         """Copy the run's own files that have changed since the last call. Raises OSError, too."""
@@ -294,13 +294,16 @@ class RunCopy:
                 with holding(store.root / name) as is_there:
                     if is_there and (problem := self._upload(name)):
                         problems.append(problem)
+                    elif not is_there and name in store.names():
+                        problems.append(f"{store.root / name} cannot be read")
             for pointer in ("best", "latest"):
                 if (pointed := store.pointed(pointer)) is not None and pointed in remote.names():
                     remote.point(pointer, [pointed])
             remote.point(PINNED, remote.pinned() | set(store.pinned()))
             self._url.check_mine()
-            remote.retain(self._keep_last, store.passed_over)
-            self._copied = next((name for name in remote.names() if name not in store.passed_over), None)
+            damaged = store.passed_over | remote.damaged
+            remote.retain(self._keep_last, damaged)
+            self._copied = next((name for name in remote.names() if name not in damaged), None)
         except Exception as error:  # whatever it is, training goes on
             problems.append(one_line(error))
         return "; ".join(problems)

@@ -5,6 +5,7 @@ classes.json     the names of the classes, in the order of the labels
 metrics.jsonl    one event a line
 summary.json     the outcome
 run_id           names the run at `checkpoint.url`
+local_start      names the last start with `checkpoint.local`
 copy.json        how far it is copied there
 histograms.jsonl distributions for the trackers
 predictions.npz  for each validation image, of the weights that were analysed last
@@ -19,6 +20,7 @@ snapshots/       see checkpoint/weights.py
 
 import json
 import os
+import secrets
 import socket
 import time
 import weakref
@@ -37,9 +39,9 @@ from karat_scale.checkpoint.store import CheckpointStore, NearStore, checkpoint_
 from karat_scale.checkpoint.weights import load_weights, wants_ema
 from karat_scale.data.batch import class_order_digest
 from karat_scale.engine.distributed import World, device_name, write_flight_record
-from karat_scale.engine.heartbeat import WRITE_SECONDS, Heartbeat, Sign, heartbeat_file, read_signs
+from karat_scale.engine.heartbeat import WRITE_SECONDS, Heartbeat, Sign, heartbeat_file, is_restart, read_signs
 from karat_scale.engine.run_state import RunState
-from karat_scale.foundation.errors import RunDirectoryError, UserError, not_written
+from karat_scale.foundation.errors import PeerError, RunDirectoryError, UserError, not_written
 from karat_scale.foundation.files import (
     lock,
     open_regular,
@@ -49,6 +51,7 @@ from karat_scale.foundation.files import (
     replace_file,
     run_around,
 )
+from karat_scale.foundation.machine import this_node
 from karat_scale.foundation.tables import require_trust
 from karat_scale.models.init_from import KEYS_OF_OPERATORS
 from karat_scale.recipe import Recipe, RunRecipe
@@ -95,6 +98,7 @@ class RunDirectory:
         self.metrics_file = self.path / "metrics.jsonl"
         self.summary_file = self.path / "summary.json"
         self.copy_file = self.path / "copy.json"
+        self.local_start_file = self.path / "local_start"
         self.profile = self.path / "profile"
         self.snapshots = self.path / "snapshots"
         self.store = CheckpointStore(self.path / "checkpoints", falsehood)
@@ -121,7 +125,12 @@ class RunDirectory:
         return self.admit(recipe)
 
     def claim(self, check: Callable[[], object] = lambda: None) -> None:
-        """Create the directory if need be, and keep other processes out. Raises RunDirectoryError."""
+        """Create the directory if need be, and keep other processes out.
+
+        Raises:
+            RunDirectoryError: it is in use, or cannot be written.
+            PeerError: this start comes after a failed one, whose rank 0 shows no life and still has the lock.
+        """
         is_new = not self.recipe_file.is_file() and not self.store.names()
         if is_new and (around := run_around(self.path)):
             raise RunDirectoryError(f"run.dir = {self.path} lies in {around}, another run; choose another run.dir")
@@ -151,29 +160,48 @@ class RunDirectory:
         """Lock the directory by its file or, if the file system has no locks, if nobody else trains here.
 
         A file server keeps the lock of a lost node for a while. So wait for a lock whose holder, which is always rank
-        0, shows no life.
+        0, shows no life. Some file systems lock on each node alone (BeeGFS, Lustre with `localflock`). So see whether
+        rank 0 of a start on another node shows life.
         """
         try:
-            if lock(file, wait=False, without=None):
-                return True
-            has_locks = True
+            is_locked, has_locks = lock(file, wait=False, without=None), True
         except OSError:
-            has_locks = False
-        two_beats = 2 * WRITE_SECONDS
-        if not (before := self._signs_of_holder()):
-            return not has_locks
+            is_locked = has_locks = False
+        before = self._signs_of_holder()
+        if is_locked:
+            since = time.time() - _LOCK_SECONDS
+            before = [sign for sign in before if sign.host != this_node() and sign.written > since]
+        if not before:
+            return is_locked or not has_locks
+        must_wait, two_beats = has_locks and not is_locked, 2 * WRITE_SECONDS
         begun, is_told = time.monotonic(), False
-        while (passed := time.monotonic() - begun) < (_LOCK_SECONDS if has_locks else two_beats):
+        while (passed := time.monotonic() - begun) < (_LOCK_SECONDS if must_wait else two_beats):
             time.sleep(0.2)
             check()
             if (now := self._signs_of_holder()) and now != before:
                 return False
-            if has_locks and lock(file, wait=False):
+            if must_wait and lock(file, wait=False):
                 return True
             if passed > two_beats and not is_told:
                 is_told = True
-                print(f"{self.path / '.lock'}: waiting, as its holder shows no life", flush=True)
-        return not has_locks
+                what = f"waiting, as its holder shows no life; at most {_LOCK_SECONDS:.0f} s"
+                print(f"{self.path / '.lock'}: {what}", flush=True)
+        if must_wait and is_restart():
+            raise PeerError(f"{self.path / '.lock'}: held since the last start by a process that shows no life")
+        return not must_wait
+
+    def local_start(self) -> str:
+        """Return the name of the last start, if it had `checkpoint.local`; else an empty text. Raises OSError."""
+        try:
+            return read_text(self.local_start_file, 256).strip()
+        except FileNotFoundError:
+            return ""
+
+    def renew_local_start(self) -> str:
+        """Record a new name for this start, and return it. Raises RunDirectoryError."""
+        name = secrets.token_hex(8)
+        _write(self.local_start_file, f"{name}\n")
+        return name
 
     def _signs_of_holder(self) -> list[Sign]:
         return [sign for sign in read_signs(self.path) if sign.rank == 0]
@@ -381,7 +409,8 @@ def refuse_another_model(source: Path, recipe: RunRecipe) -> None:
         return
     command, wanted = RunDirectory(file.parent).command, COMMANDS[type(recipe).shipped]
     if command != wanted:
-        raise RunDirectoryError(f"resume.from = {source} is of a run of karat {command}, not of karat {wanted}")
+        what = f"is of a run of karat {command}, not of karat {wanted}"
+        raise RunDirectoryError(f"resume.from = {source} {what}; name a run of karat {wanted}")
     theirs = load_run_recipe(file, (), type(recipe))
     before, after = flatten(theirs), flatten(recipe)
     allowed = {*recipe.resume.allow}.difference(_UNSEEN)

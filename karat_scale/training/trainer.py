@@ -124,9 +124,8 @@ class Trainer:
         self._evaluating = Agreement(world)
         self._compiles = self._compiles_evaluation = bool(recipe.train.compile)
         # A step can be given up where this rank is alone, on a CPU, and a forward pass changes no statistics.
-        has_norms = any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in self.engine.module.modules())
         is_alone = world.size == 1 and world.device.type == "cpu"
-        self._can_give_up = self.plan.accumulation > 1 and is_alone and not has_norms
+        self._can_give_up = self.plan.accumulation > 1 and is_alone and not self.engine.statistics
         if state.step > 0:  # so that a checkpoint of this very step has the rate that an undisturbed run has there
             self.engine.set_lr(self.schedule.lr(state.step - 1))
 
@@ -150,7 +149,7 @@ class Trainer:
         task.check_resumed(state)
         data = task.num_train, task.train_identity, task.classes, task.num_val
         if other := directory.keep_data(state, *data, recipe, is_branch=bool(branch)):
-            self.reporter.info(f"it continues with other data: {other}")
+            self.reporter.info(f"the run continues with other data: {other}")
         self.begin(state)
         return state
 
@@ -488,7 +487,7 @@ def starting_model(task: Task, directory: RunDirectory, signals: StopSignals) ->
 
 def has_checkpoints(directory: RunDirectory, world: World) -> bool:
     """Return whether rank 0 sees checkpoints of the run: a network file system may show other ranks older listings."""
-    return world.broadcast(bool(directory.store.names()))
+    return world.on_main(lambda: bool(directory.store.names()))
 
 
 def silent_trainer(recipe: RunRecipe, world: World, task_type: type[Task]) -> Trainer:

@@ -205,7 +205,7 @@ def _one_line(path: Path) -> Iterator[None]:
 
 Take = Callable[[nn.Module, Mapping[str, Tensor], AttentionConfig], str]
 TIMM = "timm:"
-_NO_STATE = "no state dict: expected tensors by parameter name"
+_NO_STATE = "not a state dict (tensors by parameter name); write one by torch.save(model.state_dict(), FILE)"
 
 
 class Origin(NamedTuple):
@@ -325,7 +325,8 @@ def _weights_of_file(path: Path) -> SourceWeights:
     except Exception as error:  # torch, timm and safetensors have many
         # Their error about a pickle advises to run what is in it.
         is_pickle = any(isinstance(e, UnpicklingError) for e in (error, error.__cause__, error.__context__))
-        reason = "it holds more than tensors and plain values, or is damaged" if is_pickle else one_line(error)
+        more = "it holds more than tensors and plain values, or is damaged; save its state dict alone"
+        reason = more if is_pickle else one_line(error)
         raise RecipeError(f"not a file of weights that is safe to read: {reason}") from error
     if not (isinstance(weights, dict) and all(isinstance(x, Tensor) for x in weights.values())):
         raise RecipeError(_NO_STATE)

@@ -10,7 +10,9 @@ import pytest
 
 from karat_scale.checkpoint.checkpoints import Checkpoints
 from karat_scale.checkpoint.store import NearStore
+from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
 from karat_scale.foundation.files import Fingerprint
+from karat_scale.training.run import open_near
 from tests.checkpoint.near import KILLED, SHARED
 from tests.conftest import ROOT, karat_environment, karat_refuses
 from tests.small_engines import make_trainer
@@ -87,6 +89,29 @@ def test_a_save_that_fails_leaves_the_one_before_until_the_runs_directory_has_a_
         assert not checkpoints.saves_near(replace(trainer.state, step=3))
         assert checkpoints.save(replace(trainer.state, step=4))
     assert not near.root.exists()
+
+
+@pytest.mark.parametrize("comes_between", ["nothing", "a start elsewhere", "a start without checkpoint.local"])
+def test_what_a_node_has_of_an_earlier_start_than_the_last_does_not_count(
+    small_recipe, world, tmp_path, comes_between
+) -> None:
+    recipe = small_recipe(f"run.dir={tmp_path / 'run'}", "data.workers=0", f"checkpoint.local={tmp_path / 'near'}")
+    reporter = Reporter(PlainDisplay(), None)
+    with make_trainer(recipe, world, reporter) as trainer:
+        directory = trainer.directory
+        open_near(recipe, directory, world, reporter)
+        trainer.checkpoints.near = near = directory.near
+        assert near is not None
+        state = replace(trainer.state, step=9, samples=9 * recipe.train.global_batch)
+        assert trainer.checkpoints.save_near(state)
+        assert trainer.checkpoints.finish()
+    if comes_between == "a start elsewhere":
+        directory.renew_local_start()
+    elif comes_between == "a start without checkpoint.local":
+        directory.local_start_file.unlink()
+    open_near(recipe, directory, world, reporter)
+    assert directory.store.names() == (["step-00000009"] if comes_between == "nothing" else [])
+    assert near.names() == []
 
 
 def test_another_run_in_the_same_directory_finds_nothing(tmp_path: Path) -> None:

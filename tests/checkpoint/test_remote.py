@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ from karat_scale.checkpoint.remote import RemoteCheckpoints
 from karat_scale.checkpoint.store import MANIFEST, CheckpointStore, checkpoint_name
 from karat_scale.foundation.files import Fingerprint
 from karat_scale.foundation.stores import StoreError, WritableStore
+from tests.clock import Clock
 from tests.conftest import ROOT, karat_environment
 from tests.servers import FaultyProxy, gs, s3, s3_port
 
@@ -173,22 +176,60 @@ def test_retention_is_that_of_the_directory(store, url) -> None:
     remote.point("best", [names[1]])
     remote.point("latest", [names[5]])
     remote.point("pinned", [names[0], "step-00000099"])
-    remote.look()
     remote.retain(keep_last=2)
     assert remote.names() == [names[5], names[4], names[1], names[0]]
     remote.point("best", [names[5]])
     remote.point("pinned", ["step-00000099"])
-    remote.look()
     remote.retain(keep_last=2, damaged=[names[4]])  # a damaged one does not count
     assert remote.names() == [names[5], names[1]]
     upload(remote, store, names[0])
     remote.point("pinned", [names[0]])
-    remote.look()
     (store.root / names[0] / "b.pt").write_bytes(b"b")  # a local file that is cut is not copied
     empty = opened(f"{url}/other")
     with pytest.raises(OSError, match=r"b\.pt of step-00000001 has 1 bytes, not 5000"):
         upload(empty, store, names[0])
     assert empty.names() == []
+
+
+def test_a_step_that_is_saved_again_while_it_is_copied_is_never_a_mixture(store, url, tmp_path) -> None:
+    name, remote = save(store, 1), opened(url)
+    with pytest.raises(OSError, match="step-00000001 was saved again meanwhile"):
+        remote.upload(store, name, lambda size: None, lambda: save(store, 1, other=b"another"))
+    assert opened(url).names() == []
+    upload(remote, store, name)
+    fetched(url, name, tmp_path)
+
+
+def test_a_local_file_that_goes_meanwhile_is_no_missing_bucket(store, url, monkeypatch) -> None:
+    name, put = save(store, 1), WritableStore._put
+
+    def put_too_late(self: WritableStore, file: Path, *arguments: Any) -> None:
+        file.unlink(missing_ok=True)
+        put(self, file, *arguments)
+
+    monkeypatch.setattr(WritableStore, "_put", put_too_late)
+    with pytest.raises(FileNotFoundError, match=re.escape(str(store.root / name))):
+        upload(opened(url), store, name)
+
+
+def test_an_upload_that_got_further_has_its_whole_time_again(url, tmp_path, monkeypatch) -> None:
+    clock, parts = Clock(), [3, 5, 8]
+
+    def put(self: WritableStore, file: Path, name: str, part: int, on_bytes: Callable[[int], None], _: float) -> None:
+        clock.go(1000)  # longer than all tries may take that come to nothing
+        on_bytes(parts.pop(0))
+        if parts:
+            raise ConnectionError
+
+    monkeypatch.setattr("karat_scale.foundation.stores.time", SimpleNamespace(monotonic=clock, sleep=clock.go))
+    monkeypatch.setattr(WritableStore, "_put", put)
+    file, seen = tmp_path / "large", []
+    file.touch()
+    WritableStore(url).put("large", file, seen.append)
+    assert seen == [3, 5, 8]
+    parts += [3, 3, 8]
+    with pytest.raises(StoreError, match=r"the connection failed \(ConnectionError\), 2 times in 200\d s"):
+        WritableStore(url).put("large", file, seen.append)
 
 
 HARMS: dict[str, Callable[[WritableStore], object]] = {

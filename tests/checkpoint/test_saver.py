@@ -1,5 +1,7 @@
 """Saving during training, and what happens when the disk refuses to write."""
 
+import errno
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +21,7 @@ from karat_scale.checkpoint import checkpoints as saving
 from karat_scale.checkpoint import tensor_storage
 from karat_scale.checkpoint.checkpoints import Checkpoints
 from karat_scale.checkpoint.tensor_storage import load_tensors
+from karat_scale.foundation.files import read_text
 from karat_scale.training.tasks.classification.task import TrainState
 from tests.small_engines import FEW_CELLS, equal, train_steps
 
@@ -223,6 +226,30 @@ def test_a_directory_that_became_read_only_voids_the_save(small_recipe, make_che
     assert checkpoints.store.damage("step-00000001") is None
     remount("rw")
     assert checkpoints.save(TrainState(step=3, samples=24))
+
+
+def test_a_directory_that_cannot_be_read_voids_only_what_needs_it(
+    small_recipe, make_checkpoints, tmp_path, monkeypatch, capsys, unlisted
+) -> None:
+    checkpoints = make_checkpoints(small_recipe(), tmp_path / "c")
+    assert checkpoints.save(TrainState(step=1, samples=8), is_best=True)
+    with unlisted(tmp_path / "c"):
+        assert not checkpoints.save(TrainState(step=2, samples=16))
+    said = f"step-00000002 not saved: Permission denied ({tmp_path / 'c'}); {tmp_path / 'c'} cannot be read: Permission"
+    assert said in capsys.readouterr().out
+
+    def unreadable(path: Path, *most: int) -> str:
+        if path.name == "best":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read_text(path, *most)
+
+    monkeypatch.setattr("karat_scale.checkpoint.store.read_text", unreadable)
+    for step in (3, 4, 5):
+        assert checkpoints.save(TrainState(step=step, samples=8 * step))
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(warnings) == 3
+    assert f"no old checkpoint is removed: {tmp_path / 'c' / 'best'} cannot be read: Input/output" in warnings[0]
+    assert "step-00000001" in checkpoints.store.names()
 
 
 def test_a_directory_that_goes_meanwhile_voids_the_save(small_recipe, make_checkpoints, slow_disk, tmp_path):

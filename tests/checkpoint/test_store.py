@@ -11,10 +11,13 @@ import pytest
 
 from karat_scale.checkpoint.restore import agree_on_checkpoint
 from karat_scale.checkpoint.store import MANIFEST, STATE, CheckpointStore, alone, checkpoint_name, holding
+from karat_scale.data.plan import TrainPlan
 from karat_scale.engine.heartbeat import Heartbeat, read_signs
 from karat_scale.engine.reporting.progress import PlainDisplay, Reporter
 from karat_scale.foundation.errors import RunDirectoryError, of_the_machine
-from karat_scale.foundation.files import Fingerprint
+from karat_scale.foundation.files import Fingerprint, read_text
+from karat_scale.training.outcome import Incidents
+from karat_scale.training.run_directory import RunDirectory
 from tests.conftest import ROOT
 from tests.training.harm import HARMS
 
@@ -226,6 +229,48 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_line_and_stays(store, tmp
     assert problem.startswith(f"old checkpoint {checkpoint_name(1)} cannot be removed: ")
     assert store.names() == [checkpoint_name(3), checkpoint_name(1)]
     assert store.retain(keep_last=1) == [problem]
+
+
+@pytest.mark.parametrize("number", [errno.ETIMEDOUT, errno.EIO])
+@pytest.mark.parametrize("file", ["best", "pinned"])
+def test_nothing_is_removed_while_it_is_not_known_what_to_keep(store, monkeypatch, file, number) -> None:
+    names = [save(store, step) for step in range(1, 5)]
+    store.point("best", names[0])
+    store.pin(names[1])
+    read = read_text
+
+    def fail(path: Path, *most: int) -> str:
+        if path.name == file:
+            raise OSError(number, os.strerror(number))
+        return read(path, *most)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("karat_scale.checkpoint.store.read_text", fail)
+        (problem,) = store.retain(keep_last=1)
+        assert problem.startswith(f"no old checkpoint is removed: {store.root / file} cannot be read: ")
+        assert store.names() == names[::-1]
+        if file == "pinned":
+            with pytest.raises(OSError, match=os.strerror(number)):
+                store.pin(names[2])
+    assert store.retain(keep_last=1) == []
+    assert store.names() == [names[3], names[1], names[0]]
+
+
+def test_a_listing_that_fails_is_not_taken_for_an_empty_directory(tmp_path, unlisted) -> None:
+    assert CheckpointStore(tmp_path / "none").names() == []
+    directory = RunDirectory(tmp_path / "run")
+    store = directory.store
+    name = save(store, 1)
+    with unlisted(store.root), pytest.raises(PermissionError) as caught:
+        directory.claim()
+    assert of_the_machine(caught.value) == (f"{store.root}: Permission denied", 2)
+    with unlisted(store.root):
+        (problem,) = store.retain(keep_last=1)
+        assert problem.startswith(f"no old checkpoint is removed: {store.root} cannot be read: Permission denied; ")
+        assert store.beside("step-00000000") == ""
+        incidents = Incidents(tmp_path / "incidents", store, TrainPlan(0, 64, 8, 8, 0, 1), replays=True)
+        assert incidents.note(2, "not finite") == f"{store.root} cannot be read: Permission denied"
+    assert store.names() == [name]
 
 
 def test_what_was_held_goes_although_a_process_was_forked_meanwhile(store) -> None:

@@ -79,6 +79,10 @@ PUSH = "export kept --push"
         ("eval kept/checkpoints/step-00000001", "there is no such directory; did you mean kept?"),
         ("my_recipe", "unknown value 'my_recipe'; did you mean karat train my_recipe?"),
         ("launch train fashion_mnist_demo --ranks 2", "--ranks comes before the command: karat launch --ranks N"),
+        ("launch sweep fashion_mnist_demo run.seed=0,1 --print", "launch sweep: ranks share the work of train,"),
+        ("launch sweep fashion_mnist_demo run.seed=0,1 --print --ranks 2", "use karat sweep --ranks N"),
+        ("launch recipes", "use karat recipes without launch"),
+        ("launch launch recipes", "use karat launch without launch"),
         ("train fashion_mnist_demo --epochs 5", "`karat explain epochs` finds it"),
     ],
 )

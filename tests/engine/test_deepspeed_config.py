@@ -73,7 +73,7 @@ def test_a_users_own_file_works_and_what_only_deepspeed_knows_is_passed_on(small
         ('{"bf16": {"check_grad_overflow": false}}', "bf16.check_grad_overflow = False: it would step on NaN"),
         (
             '{"zero_optimization": {"stage": 1, "round_robin_gradients": true}}',
-            "round_robin_gradients = True: DeepSpeed names the parts of other parameters then; remove it",
+            "round_robin_gradients = True: DeepSpeed would save parts under the names of others; remove it",
         ),
         ('{"zero_optimization": {"stage": 1, "elastic_checkpoint": true}}', "checkpoints would have another layout"),
         (

@@ -375,7 +375,7 @@ def test_all_ranks_evaluate_with_the_statistics_of_the_first(tmp_path) -> None:
         world = distributed.start("cpu")
         norm = nn.BatchNorm2d(2)
         norm.running_mean += world.rank
-        Engine.share_statistics(SimpleNamespace(module=nn.Sequential(norm)))
+        Engine.share_statistics(SimpleNamespace(statistics=[*norm.buffers()]))
         print(world.gather(norm.running_mean.tolist()))
         distributed.stop()
         """

@@ -107,6 +107,36 @@ def test_a_step_skipped_on_the_device_changes_nothing(small_recipe, world, as_on
     assert not any(map(torch.equal, master_weights(trainer.engine.deepspeed), before[0]))
 
 
+@pytest.mark.parametrize("config", ["zero0", "zero1"])
+def test_a_skipped_step_leaves_the_statistics_of_batch_norm(small_recipe, world, as_on_a_gpu, config) -> None:
+    """Before the fix, they were not finite from that step on."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 4))
+    groups = [{"params": list(model.parameters()), "weight_decay": 0.0, "lr_scale": 1.0}]
+    engine = Engine(model, small_recipe(f"deepspeed.config={config}"), world, 4, groups)
+
+    def step(images: torch.Tensor) -> torch.Tensor | None:
+        for micro in images.split(4):
+            engine.backward(torch.nn.functional.cross_entropy(engine.forward(micro), torch.arange(4)))
+            norm = engine.step()
+        return norm
+
+    def statistics() -> list[torch.Tensor]:
+        return [buffer.clone() for buffer in engine.module.buffers()]
+
+    images, started = torch.randn(8, 3, 16, 16), statistics()
+    assert step(images).isfinite()
+    before = statistics()
+    assert not any(map(torch.equal, before, started))
+    with Counting() as counting:
+        assert step(images.index_fill(0, torch.tensor(1), math.nan)) is not None
+    assert counting.reads == 0
+    assert engine.take_skipped_steps() == 1
+    assert equal(statistics(), before)
+    assert step(images).isfinite()
+    assert not any(map(torch.equal, statistics(), before))
+
+
 @pytest.mark.parametrize("clip", [pytest.param(0.0, marks=pytest.mark.slow), 0.05])
 @pytest.mark.parametrize("config", STAGES)
 def test_steps_on_the_device_are_those_of_the_loop_over_parameters(small_recipe, world, request, config, clip) -> None:

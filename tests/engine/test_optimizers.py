@@ -33,7 +33,7 @@ from karat_scale.engine.optimizers import (
 )
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError
 from karat_scale.models import create_model, no_weight_decay_names
-from karat_scale.recipe import OptimConfig
+from karat_scale.recipe import ModelConfig, OptimConfig
 from karat_scale.training.tasks.classification.task import TrainState
 from tests.models.test_init_from import model
 from tests.small_engines import FEW_CELLS, equal, train_once, train_steps, weights
@@ -47,6 +47,11 @@ def test_hidden_matrices_are_the_blocks_linear_weights(small_recipe) -> None:
     hidden = hidden_matrices(create_model(recipe.model, recipe.attention))
     layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     assert hidden == {f"blocks.{block}.{layer}.weight" for block in (0, 1) for layer in layers}
+    with torch.device("meta"):
+        parallel = create_model(ModelConfig(name="vit_small_patch16_18x2_224", depth=1), recipe.attention)
+    layers = ("attns.{}.attn.qkv", "attns.{}.attn.proj", "ffns.{}.mlp.fc1", "ffns.{}.mlp.fc2")
+    of_block = {f"blocks.0.{layer.format(branch)}.weight" for branch in (0, 1) for layer in layers}
+    assert hidden_matrices(parallel) == of_block
 
 
 def test_muon_alone_trains_where_all_else_is_frozen(small_recipe) -> None:

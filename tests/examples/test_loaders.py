@@ -6,11 +6,18 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
+from argparse import Namespace
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from examples.loaders.torchtitan_loader import ExactTokens, Tokens
 from karat_scale.data import ExactLoader
@@ -90,6 +97,41 @@ def test_a_killed_run_goes_on_with_the_next_sample_on_other_ranks(
     assert codes == [0] * after, said
     assert steps(said) == list(range(saved_at + 1, whole.step + 1))
     assert f"digest {whole.digest}\n" in said
+
+
+def test_the_changes_to_timms_train_py_work_with_its_defaults(image_folder, tmp_path):
+    """The added lines of the list run one after another, as in timm's functions."""
+    text = ast.get_docstring(ast.parse((ROOT / "examples/loaders/timm_train.py").read_text())) or ""
+    lines = [(line[:1], line[1:]) for line in text.splitlines()]
+    added = ["\n".join(line for _, line in part) for sign, part in groupby(lines, itemgetter(0)) if sign == "+"]
+    make, resume, keep, _, update, count, loop, save = map(textwrap.dedent, added)
+    names: dict[str, Any] = {
+        "args": Namespace(
+            data_dir=image_folder, workers=0, num_classes=4, aa=None, mixup=0.0, cutmix=0.0, smoothing=0.1
+        ),
+        "data_config": {"input_size": (3, 32, 32), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+        "mixup_active": False,
+        "device": torch.device("cpu"),
+        "GLOBAL_BATCH": GLOBAL,
+        "ExactLoader": ExactLoader,
+        "torch": torch,
+        "saver": SimpleNamespace(),
+        "lr_scheduler": SimpleNamespace(step_update=lambda number: told.append(number)),
+        "save_state": {},
+    }
+    told: list[int] = []
+    exec(make, names)
+    length = len(names["loader_train"])
+    for _ in range(2):
+        exec(keep, names)
+        names |= {"self": names["saver"], "loader": names["loader_train"]}
+        exec(f"{count}\n{loop}\n    if loader.step == {length + 2}:\n        break", names)
+    assert names["target"].dtype == torch.int64  # for LabelSmoothingCrossEntropy
+    exec(save, names)
+    names["args"].resume = tmp_path / "last.pth.tar"
+    torch.save({**names["save_state"], "args": names["args"]}, names["args"].resume)
+    exec(f"{make}\n{resume}\n{update}\nloader = loader_train\n{count}\n{loop}\n    break", names)
+    assert (names["resume_epoch"], told, names["num_updates"], names["batch_idx"]) == (1, [length + 2], length + 2, 2)
 
 
 def test_torchtitans_trainer_builds_the_loader_of_its_example(tmp_path):

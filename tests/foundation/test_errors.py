@@ -1,5 +1,6 @@
 """Tests of a machine's errors, which are one line and an exit code, and of the names that are suggested."""
 
+import errno
 import io
 import os
 import resource
@@ -10,7 +11,7 @@ import pytest
 
 from karat_scale.commands.cli import main
 from karat_scale.foundation import native_build
-from karat_scale.foundation.errors import nearest, of_the_machine
+from karat_scale.foundation.errors import RunDirectoryError, nearest, not_written, of_the_machine
 from tests.conftest import karat_command, run_to_end
 
 
@@ -22,6 +23,8 @@ from tests.conftest import karat_command, run_to_end
         (BlockingIOError(11, "Resource temporarily unavailable"), "no more processes or threads", 1),
         (MemoryError(), "out of memory", 1),
         (OSError(12, "Cannot allocate memory"), "out of memory", 1),
+        (RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), "out of GPU memory; end what", 2),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "out of GPU memory; end what", 2),
         (PermissionError(13, "Permission denied", "/x/y"), "/x/y: Permission denied", 2),
         (OSError(36, "File name too long", "a" * 10_000), "a" * 200 + ": File name too long", 2),
         (RuntimeError("Could not determine home directory."), "write paths without ~, or set HOME", 2),
@@ -36,6 +39,15 @@ def test_the_machines_errors_are_one_line(error, line, code) -> None:
     outer.__cause__ = error
     if code == 1:
         assert of_the_machine(outer) == found
+
+
+def test_a_file_server_that_fails_while_a_file_is_written_is_not_the_users_mistake() -> None:
+    passing = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    with pytest.raises(OSError, match="Stale file handle") as caught:
+        raise not_written("run/metrics.jsonl", passing)
+    assert of_the_machine(caught.value) == ("run/metrics.jsonl: Stale file handle", 1)
+    full = not_written("run/metrics.jsonl", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    assert isinstance(full, RunDirectoryError)
 
 
 def test_a_bug_keeps_its_traceback() -> None:

@@ -1,5 +1,6 @@
 """Tests of writing files: a file is replaced as a whole, a pipe or device is written to, and leftovers are removed."""
 
+import multiprocessing
 import os
 import signal
 import stat
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from karat_scale.engine.heartbeat import heartbeat_file
 from karat_scale.foundation.files import (
     append_to,
     lock,
+    locked,
     make_folder,
     read_image,
     read_text,
@@ -162,6 +165,20 @@ def test_a_killed_writers_files_go_and_a_living_ones_stay(tmp_path) -> None:
     assert hidden(tmp_path) == []
 
 
+def test_what_was_written_is_not_locked_by_a_process_that_was_forked_meanwhile(tmp_path) -> None:
+    ends, end = os.pipe()
+    with temporary_file(tmp_path / "x") as temporary:
+        temporary.replace(tmp_path / "x")
+        if (child := os.fork()) == 0:  # as a data worker
+            os.close(end)
+            os.read(ends, 1)
+            os._exit(0)
+    with (tmp_path / "x").open("rb") as file:
+        assert lock(file, wait=False)
+    os.close(end)
+    os.waitpid(child, 0)
+
+
 @pytest.mark.usefixtures("locks_of_nfs")
 def test_a_killed_writers_files_go_on_nfs(tmp_path) -> None:
     left = tmp_path / ".summary.json.abcd_123.unfinished"
@@ -169,6 +186,18 @@ def test_a_killed_writers_files_go_on_nfs(tmp_path) -> None:
     with temporary_file(tmp_path / "other.json") as mine:
         assert remove_leftovers(tmp_path) == []
         assert hidden(tmp_path) == [mine.name]
+
+
+def test_a_process_that_was_forked_meanwhile_keeps_no_lock(tmp_path) -> None:
+    with locked(tmp_path / "lock"):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+        child.start()
+    try:
+        with locked(tmp_path / "lock", wait=False) as held:
+            assert held is not None
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_a_file_that_another_writer_takes_for_a_leftover_is_not_used(tmp_path, monkeypatch) -> None:

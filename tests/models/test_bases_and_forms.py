@@ -126,8 +126,8 @@ def test_operators_of_any_kind_go_without_weight_decay():
     [
         ({"basis": "furier"}, "'fourier', 'bspline', .* or package.module:Class"),
         ({"basis": "pack age:Class"}, "package.module:Class"),
-        ({"basis": "dog", "implementation": "cpu"}, "only the modular Fourier operator"),
-        ({"simplex": True, "implementation": "triton"}, "only the modular Fourier operator"),
+        ({"basis": "dog", "implementation": "cpu"}, "needs attention.basis=fourier, attention.form=modular"),
+        ({"simplex": True, "implementation": "triton"}, "needs attention.basis=fourier, attention.form=modular"),
         ({"simplex": "hidden", "form": "full_rank"}, "hidden needs attention.form=modular, not full_rank"),
         ({"orders": (0, 4)}, "orders"),
         ({"degree": 0}, "degree"),

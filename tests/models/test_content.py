@@ -56,6 +56,25 @@ CONVIT = SIZE.model_copy(update={"name": "convit_tiny", "depth": 4})
 SWIN = ModelConfig(name="swin_mini_patch2_window4_32", image_size=32, num_classes=3)
 
 
+def test_masked_pairs_do_not_lower_the_share_beyond_pi():
+    torch.manual_seed(0)
+    model = create_model(SWIN, AttentionConfig()).eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=1.0 if "qkv.weight" in name else 0.3)
+    images, expected, masked = torch.randn(2, 3, 32, 32), [], []
+
+    def count(block: int, raw: torch.Tensor, _: torch.Tensor) -> None:
+        mask = attention_layers(model)[block].block.attn_mask
+        kept = raw if mask is None else raw[(mask == 0).repeat(len(images), 1, 1).unsqueeze(1).expand_as(raw)]
+        expected.append(float((kept.abs() > math.pi).float().mean()))
+        masked.append(kept.numel() < raw.numel())
+
+    with watched(model, count), torch.no_grad():
+        model(images)
+    assert any(masked)
+    assert content_of(model, model, images)["beyond_pi"] == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize("host", [SIZE, CONVIT, SWIN], ids=["vit", "convit", "swin"])
 @pytest.mark.parametrize(
     "section",

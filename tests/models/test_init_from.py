@@ -319,7 +319,7 @@ def test_operators_of_other_blocks_are_refused(there: dict[str, object], here: d
     ],
 )
 def test_what_wraps_an_operator_is_told_by_its_field(there, here, field) -> None:
-    with pytest.raises(RecipeError, match=f"blocks.0.attn.operator was trained with {field}, but the recipe differs"):
+    with pytest.raises(RecipeError, match=f"blocks.0.attn.operator was trained with {field}, but the recipe has "):
         take_weights(model(1, **here), model(0, **there).state_dict())
 
 

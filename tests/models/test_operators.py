@@ -74,7 +74,10 @@ def test_the_implementation_is_named_with_what_kept_a_faster_one_away() -> None:
     model = create_model(SIZE, AttentionConfig(kind="karat", base="silu"))
     line = "learned attention: 3 layers by streaming (cpu cannot: base = 'silu'; it has no base activation)"
     assert describe_implementation(model, cpu) == line
-    model = create_model(ModelConfig(name="swin_mini_patch2_window4_32", image_size=32), AttentionConfig(kind="karat"))
+    swin = ModelConfig(name="swin_mini_patch2_window4_32", image_size=32)
+    content = create_model(swin, AttentionConfig(kind="karat", form="content"))  # its scores have a bias
+    assert describe_implementation(content, cpu) == "learned attention: 4 layers by cpu, psi by streaming"
+    model = create_model(swin, AttentionConfig(kind="karat"))
     assert describe_implementation(model, cpu) == "learned attention: 4 layers by cpu"
     with choosing_as_on_a_gpu():  # two layers have window masks
         line = "learned attention: 4 layers by triton"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from karat_scale.models import create_model
+from karat_scale.models.layers import blocks_of
 from karat_scale.models.recompute import Choice, choices_by_rule, recompute
 from karat_scale.recipe import AttentionConfig, ModelConfig, RecomputeConfig
 
@@ -110,3 +111,18 @@ def test_evaluation_recomputes_nothing() -> None:
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(model(images), build(karat()).eval()(images))
+
+
+def test_a_block_of_parallel_branches_is_recomputed_whole() -> None:
+    name, sizes = "vit_small_patch16_18x2_224", {"patch_size": 4, "image_size": 16, "embed_dim": 12, "num_heads": 2}
+    config, found = ModelConfig(name=name, depth=2, num_classes=4, **sizes), []
+    for choices in ((), ("block", "attention")):
+        torch.manual_seed(0)
+        model = create_model(config, karat("reference"))
+        assert blocks_of(model) == list(model.blocks)
+        if choices:
+            recompute(model, choices)
+            recomputing = [name for name, module in model.named_modules() if hasattr(module, "checkpoint")]
+            assert recomputing == ["blocks.0", "blocks.1.attns.0.attn", "blocks.1.attns.1.attn"]
+        found.append(loss_and_gradients(model))
+    assert_equal(*found)

@@ -93,6 +93,19 @@ def test_images_that_are_not_square() -> None:
     assert network.blocks[0].attn.operator.num_tokens == 9
 
 
+@pytest.mark.parametrize(("key", "value"), [("form", "smooth"), ("init", "softmax_like")])
+def test_modes_of_a_square_are_refused_for_other_images(key: str, value: str) -> None:
+    own = {"kind": "karat", key: value}
+    for section in (own, {"blocks": {"0": own}}):
+        network = timm.create_model("vit_tiny_patch16_224", img_size=(32, 64), depth=1, num_classes=3)
+        said = rf"attention.{key} = {value} needs square images, but image_size = \(32, 64\); use attention.{key}="
+        with pytest.raises(RecipeError, match=said):
+            swap_attention(network, AttentionConfig(**section), (32, 64))
+    swap_attention(network, AttentionConfig(kind="karat", form="full_rank", init="softmax_like"), (32, 64))
+    square = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
+    swap_attention(square, AttentionConfig(**own, rank=3, **({"modes": 4} if key == "form" else {})), (32, 32))
+
+
 def test_a_model_of_other_channels() -> None:
     network = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, in_chans=1, num_classes=3)
     swap_attention(network, AttentionConfig(kind="karat"), image_size=32)

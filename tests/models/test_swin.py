@@ -6,7 +6,7 @@ from timm.models.swin_transformer import WindowAttention
 
 from karat_scale.models import create_model, parameter_count
 from karat_scale.models.factory import layer_sizes
-from karat_scale.models.hosts import KaratWindowAttention
+from karat_scale.models.hosts import KaratWindowAttention, SteadyWindowAttention
 from karat_scale.models.init_from import take_weights
 from karat_scale.models.layers import attention_layers
 from karat_scale.models.operators import operators
@@ -66,7 +66,7 @@ def test_parameter_counts_are_the_equations(kind: str) -> None:
     heads = 2 * 3 + 2 * 6 + 6 * 12 + 2 * 24
     learned = 7 * 12 * 49 * heads if kind == "karat" else 0  # (2 G + 1) r N
     assert parameter_count(model) == 28_288_354 + learned
-    expected = KaratWindowAttention if kind == "karat" else WindowAttention
+    expected = KaratWindowAttention if kind == "karat" else SteadyWindowAttention
     assert {type(layer.attention) for layer in attention_layers(model)} == {expected}
 
 
@@ -97,3 +97,17 @@ def test_weights_of_another_image_size(image_size: int) -> None:
 def test_softmaxs_weights_begin_a_karat_swin() -> None:
     model = mini()
     assert "operators keep their initial values" in take_weights(model, mini(AttentionConfig()).state_dict())
+
+
+@pytest.mark.parametrize("of", [SteadyWindowAttention, KaratWindowAttention])
+def test_the_gradient_of_a_bias_has_the_same_bits_with_several_threads(of: type[SteadyWindowAttention]) -> None:
+    layer, upstream, found = of(32, 16, window_size=7), torch.randn(1, 16, 49, 49), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, *[3] * 20):  # three would share a head's 2,401 entries
+            torch.set_num_threads(threads)
+            found += torch.autograd.grad(layer._get_rel_pos_bias(), layer.relative_position_bias_table, upstream)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(grad, found[0]) for grad in found)
+    assert torch.equal(layer._get_rel_pos_bias(), WindowAttention._get_rel_pos_bias(layer))

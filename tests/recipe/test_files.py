@@ -166,7 +166,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         (BOMB, "more than 10,000 values, aliases written out"),
         ("a: " + "[" * 1000, "nested too deeply"),
         ("#" * (2**20 + 1), "larger than 1.04858 MB"),
-        ("a: \x00", "not a text file in YAML"),
+        ("a: \x00", "not a recipe in YAML"),
     ],
     ids=["bomb", "deep", "large", "control character"],
 )
@@ -193,7 +193,7 @@ def test_a_value_that_yaml_cannot_hold_is_one_line(tmp_path: Path) -> None:
             with pytest.raises(RecipeError, match=rf"override .model\.depth=.*({said.split('.*')[-1]}|quote it)"):
                 load_recipe("fashion_mnist_demo", [f"model.depth={value}"])
     for key in ("[1, 2]", "{a: 1}"):
-        with pytest.raises(RecipeError, match=r"x\.yaml, line 2: not valid YAML: a key is a list or a map"):
+        with pytest.raises(RecipeError, match=r"x\.yaml, line 2: not valid YAML: a key should be a name, not a list"):
             load_recipe(write(tmp_path / "x.yaml", f"model:\n  ? {key}\n  : 1\n"))
     with pytest.raises(RecipeError, match="is not valid YAML"):
         load_recipe("fashion_mnist_demo", ["model.depth=" + "[" * 1000])

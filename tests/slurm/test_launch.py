@@ -198,9 +198,9 @@ def test_a_signal_between_two_commands_requeues_the_job(tmp_path: Path) -> None:
 def test_ranks_find_a_run_with_a_name_that_is_not_ascii(tmp_path: Path) -> None:
     stub(tmp_path, "scontrol", "echo n1")
     run = tmp_path / "Müller's $run"
-    done = in_a_job(tmp_path, run, "KARAT=(python -m karat_scale); launch recipes", LC_ALL="C")
+    done = in_a_job(tmp_path, run, "KARAT=(python -m karat_scale); launch train imagenet_vit_tiny --print", LC_ALL="C")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "imagenet_vit_tiny" in (run / "logs" / "812-0" / "rank-00000.log").read_text()
+    assert "name: imagenet_vit_tiny" in (run / "logs" / "812-0" / "rank-00000.log").read_text()
 
 
 def with_three_nodes(script: str, second: str, third: str, directory: Path) -> str:

@@ -119,7 +119,7 @@ def test_what_is_not_weights_is_one_line(world, tmp_path, capfd) -> None:
         (tmp_path / "model.onnx", "not a file of weights; expected .safetensors, or .pth"),
         (tmp_path / "empty.pth", "not a file of weights; expected .safetensors, or .pth"),
         (tmp_path / "harmful.pth", "not a file of weights that is safe to read: it holds more than tensors"),
-        (tmp_path / "list.pth", "no state dict: expected tensors by parameter name"),
+        (tmp_path / "list.pth", "not a state dict .tensors by parameter name.; write one by "),
         (tmp_path / "cut.pth", "not a file of weights that is safe to read: .*zip"),
         (tmp_path / "program.pt", "a TorchScript program, .*; use the run, or --format safetensors of it"),
         ("timm:vit_tiny_patch16_225", "did you mean timm:vit_tiny_patch16_224"),

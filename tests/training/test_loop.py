@@ -47,7 +47,7 @@ def test_nothing_is_learned_from_what_is_not_finite(small_recipe, world, config,
 
 
 # At stage 3, DeepSpeed's own hooks keep its engine.
-@pytest.mark.parametrize(("config", "precision"), [cell for cell in FEW_CELLS if cell.values[0] != "zero3"])
+@pytest.mark.parametrize(("config", "precision"), [one for one in FEW_CELLS if not one.values[0].startswith("zero3")])
 def test_what_is_released_is_freed_while_the_trainer_is_still_there(small_recipe, world, config, precision) -> None:
     """Before the fix, the averages kept the weights and the optimizer's states of an image size beside the next."""
     own = (f"deepspeed.config={config}", f"train.precision={precision}", "data.workers=0")

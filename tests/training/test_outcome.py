@@ -121,6 +121,19 @@ def test_the_summary_has_the_exit_code_of_the_command(small_recipe, world, tmp_p
     assert summary(directory.path)["exit"] == code
 
 
+def test_a_file_server_that_fails_at_the_end_does_not_hide_what_ended_the_run(
+    small_recipe, world, tmp_path, monkeypatch
+) -> None:
+    def fail(path: Path, text: str) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr("karat_scale.training.run_directory.replace_file", fail)
+    directory, reporter = RunDirectory(tmp_path / "run"), Reporter(PlainDisplay(), None)
+    outcome = Outcome(small_recipe(), world, TrainState(), begun=True)
+    with pytest.raises(PeerError), concluded(outcome, directory, SimpleNamespace(received=None), reporter, None):
+        raise PeerError("rank 1 is gone")
+
+
 def test_notices_are_told_once_and_a_damaged_summary_is_written_anew(train_recipe, tmp_path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/summary.json").write_text("")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.engine.heartbeat import Heartbeat
-from karat_scale.foundation.errors import RecipeError, RunDirectoryError
+from karat_scale.foundation.errors import PeerError, RecipeError, RunDirectoryError
 from karat_scale.recipe.loading import dump_recipe
 from karat_scale.training import run_directory
 from karat_scale.training.run_directory import RunDirectory, refuse_another_model
@@ -181,9 +181,33 @@ def test_a_lock_whose_holder_shows_no_life_is_waited_for(tmp_path, monkeypatch, 
         if beats:
             with pytest.raises(RunDirectoryError, match=rf"is in use by process {holder.pid} on "):
                 RunDirectory(tmp_path / "run").claim()
+            monkeypatch.setenv("SLURMD_NODENAME", "elsewhere")
+            monkeypatch.setattr(run_directory, "lock", lambda *_, **__: True)  # of a file system with locks for a node
+            with pytest.raises(RunDirectoryError, match=rf"is in use by process {holder.pid} on "):
+                RunDirectory(tmp_path / "run").claim()
         else:
             RunDirectory(tmp_path / "run").claim()
             assert ("waiting, as its holder shows no life" in capsys.readouterr().out) == has_locks
+    finally:
+        ended.set()
+        holder.join()
+
+
+@pytest.mark.parametrize("variables", [{"SLURM_RESTART_COUNT": "1"}, {"KARAT_START": "7-0.1"}], ids=str)
+def test_a_restart_that_finds_the_lock_of_a_lost_rank_is_tried_again(tmp_path, monkeypatch, variables) -> None:
+    context = multiprocessing.get_context("fork")
+    held, ended = context.Event(), context.Event()
+    holder = context.Process(target=hold, args=(tmp_path / "run", held, ended, False))
+    holder.start()
+    monkeypatch.setattr(run_directory, "_LOCK_SECONDS", 0.5)
+    try:
+        assert held.wait(30)
+        with pytest.raises(RunDirectoryError, match=f"in use by process {holder.pid} on "):
+            RunDirectory(tmp_path / "run").claim()
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(PeerError, match="held since the last start by a process that shows no life"):
+            RunDirectory(tmp_path / "run").claim()
     finally:
         ended.set()
         holder.join()

@@ -85,7 +85,7 @@ def test_other_workers_begin_at_the_next_cycle_and_say_so(command, tmp_path, cap
     assert karat_here(*command(run, "data.workers=2", "train.max_steps=5")) == 0
     own = ("data.workers=1", "train.max_steps=9", "resume.allow=[train.max_steps]")
     assert karat_here(*command(run, *own)) == 0
-    assert "in the checkpoint: each lane begins at cycle 1" in " ".join(capsys.readouterr().out.split())
+    assert "in the checkpoint: a new pass over all tars begins" in " ".join(capsys.readouterr().out.split())
     state = CheckpointStore(run / "checkpoints").state("step-00000009")["stream"]
     assert (state["shards"], len(state["lanes"])) == (6, 1)
     assert state["lanes"][0][0] >= 6

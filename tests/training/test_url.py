@@ -1,6 +1,8 @@
 """Runs whose checkpoints are copied to an S3 server, and runs that go on from there."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import signal
@@ -8,6 +10,8 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -17,8 +21,9 @@ from karat_scale.commands.elsewhere import fetch_run
 from karat_scale.engine.distributed import ALONE
 from karat_scale.engine.reporting.progress import MetricsLog
 from karat_scale.foundation.errors import RecipeError
+from karat_scale.foundation.files import open_to_read
 from karat_scale.foundation.stores import WritableStore
-from karat_scale.training.run_copy import RunCopy, RunUrl, follow
+from karat_scale.training.run_copy import RunCopy, RunUrl, _bring, follow
 from karat_scale.training.run_directory import RunDirectory
 from tests.conftest import events, karat, karat_done, karat_refuses, summary
 from tests.servers import Asked, Fault, FaultyProxy, s3, s3_port
@@ -100,15 +105,31 @@ def test_what_was_cut_off_is_fetched_again(s3, tmp_path) -> None:
     for name in ("recipe.yaml", "snapshots/step-00000000.safetensors"):
         (there / name).write_text("{}")
     (there / "owner.json").write_text(json.dumps(owner))
+    too_long = f"snapshots/{'s' * 240}.safetensors"  # for the name of a temporary file
+    (there / too_long).touch()
     url = s3(there)
-    run.mkdir()
-    (run / "snapshots").touch()  # a file in place of the directory, so the second file cannot be written
-    with pytest.raises(FileExistsError):
+    with pytest.raises(OSError, match="File name too long"):
         fetch_run(url, str(run), ["latest"])
     assert (run / "recipe.yaml").is_file()
-    (run / "snapshots").unlink()
+    WritableStore(url).remove([too_long])
     assert fetch_run(url, str(run), ["latest"]) == 0
     assert (run / "snapshots" / "step-00000000.safetensors").read_text() == "{}"
+
+
+def test_a_directory_of_other_files_is_left_as_it_is(s3, tmp_path) -> None:
+    there, mine = tmp_path / "there", tmp_path / "mine"
+    there.mkdir()
+    mine.mkdir()
+    owner = {"run": "id", "name": "tiny", "start": "s", "host": "h", "time": 0.0}
+    (there / "owner.json").write_text(json.dumps(owner))
+    for directory in (there, mine):
+        (directory / "summary.json").write_text(json.dumps(directory.name))
+    said = f"{mine} has files, but no run; name a new directory"
+    assert said in karat_refuses("fetch", s3(there), str(mine))
+    assert [path.name for path in mine.iterdir()] == ["summary.json"]
+    assert (mine / "summary.json").read_text() == '"mine"'
+    (mine / "summary.json").unlink()
+    assert fetch_run(s3(there), str(mine), ["latest"]) == 0
 
 
 def test_a_damaged_recipe_at_a_url_is_named_by_its_place(recipe_file, s3, tmp_path) -> None:
@@ -194,6 +215,61 @@ def test_no_checkpoint_at_the_url_is_newer_than_the_log_there(small_recipe, url,
     assert names(url) == ["step-00000001"]
 
 
+@pytest.fixture
+def begun(small_recipe, tmp_path) -> Callable[..., RunDirectory]:
+    """Return a function that begins a run in a directory of a name, with a checkpoint of nothing for each step."""
+
+    def begin(name: str, *steps: int) -> RunDirectory:
+        directory = RunDirectory(tmp_path / name)
+        directory.store = CheckpointStore(directory.store.root)  # which looks at hashes alone
+        directory.open(small_recipe())
+        directory.begin(small_recipe())
+        for step in steps:
+            directory.store.commit(directory.store.begin(step), {"step": step}, {})
+        return directory
+
+    return begin
+
+
+def copied(url: RunUrl, directory: RunDirectory, keep_last: int) -> list[str]:
+    """Copy a run once, and return the lines."""
+    url.take("run", "run")
+    copy = RunCopy(url, directory, keep_last, [])
+    copy.begin()
+    assert copy.wait(60)
+    copy.end()
+    return copy.messages()
+
+
+def test_a_checkpoint_that_cannot_be_opened_counts_as_not_copied(begun, url, monkeypatch) -> None:
+    def unreadable(path: Path) -> BinaryIO:
+        if path.parent.name == "step-00000001":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return open_to_read(path)
+
+    directory = begun("run", 1, 2)
+    monkeypatch.setattr("karat_scale.checkpoint.store.open_to_read", unreadable)
+    said = f"warning: not copied: {directory.store.root / 'step-00000001'} cannot be read; the next save tries again"
+    assert said in copied(RunUrl(url), directory, keep_last=2)
+    assert names(url) == ["step-00000002"]
+
+
+def test_a_checkpoint_that_is_damaged_at_the_url_does_not_count_there(begun, small_recipe, url) -> None:
+    assert copied(RunUrl(url), begun("run", 1, 2, 3), keep_last=3) == []
+    WritableStore(f"{url}/checkpoints/step-00000003").write("state.json", b"{}")
+    there, directory = RunUrl(url), begun("elsewhere")
+    there.checkpoints.look()
+    assert len(_bring(small_recipe(), directory, there, lambda size: None)) == 2
+    assert directory.store.names() == ["step-00000002"]
+    assert copied(there, directory, keep_last=2) == []
+    assert names(url) == ["step-00000002", "step-00000001"]
+    assert json.loads(directory.copy_file.read_text())["checkpoint"] == "step-00000002"
+    directory.store.commit(directory.store.begin(3), {"step": 3}, {})  # the same as before
+    assert copied(there, directory, keep_last=2) == []
+    assert names(url) == ["step-00000003", "step-00000002"]
+    assert there.checkpoints.download("step-00000003", begun("third").store, lambda size: None) is None
+
+
 def test_weights_of_the_same_size_are_sent_where_another_recipe_made_them(url, tmp_path) -> None:
     run, sent = tmp_path / "run", 0
 
@@ -212,7 +288,7 @@ def test_weights_of_the_same_size_are_sent_where_another_recipe_made_them(url, t
 @pytest.mark.slow
 def test_a_run_is_copied_and_fetched(train, url, tmp_path) -> None:
     run, again = tmp_path / "run", tmp_path / "again"
-    assert "warning" not in train("run", "checkpoint.every_steps=3").stdout
+    assert "warning" not in train("run", "checkpoint.every_steps=3", "schedule.min_lr=0").stdout
     store, fetched = (CheckpointStore(place / "checkpoints") for place in (run, again))
     assert names(url) == store.names()
     copy = json.loads((run / "copy.json").read_text())
@@ -394,5 +470,5 @@ def test_a_later_start_takes_the_url_over(recipe_file, train, url, tmp_path) -> 
     wait_for_checkpoint(tmp_path / "first", 4, first)
     wait_until(lambda: bool(names(url)), first)
     train("second", *own, "train.max_steps=400")
-    assert f"{url} belongs to another start by now" in stopped_by(first, signal.SIGTERM)
+    assert f"{url} was taken over by another start" in stopped_by(first, signal.SIGTERM)
     assert names(url) == CheckpointStore(tmp_path / "second" / "checkpoints").names()

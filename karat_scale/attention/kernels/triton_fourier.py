@@ -95,12 +95,13 @@ def attend(call: FourierCall) -> Tensor:
 
 
 def is_eager(query: Tensor, parameter: Tensor) -> bool:
-    """Return whether nothing traces operations: no compiler, no fake tensors, no mode or transform of PyTorch.
+    """Return whether nothing traces operations: no compiler, tracer, fake tensor, mode or transform of PyTorch.
 
     Then the kernels can be launched without PyTorch's dispatcher, which takes longer than they do.
     """
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and type(query) is Tensor
         and type(parameter) in (Tensor, torch.nn.Parameter)
         and torch._C._len_torch_dispatch_stack() == 0

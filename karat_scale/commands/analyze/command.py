@@ -244,7 +244,7 @@ class _Work:
             self._seconds["training", "", "draw figures"] = 5 * FIGURE
         own = [name for name in names if not ANALYSES[name].of_all]
         for label, run in self.runs.items() if own and settings.world.is_main else ():  # to time a model takes seconds
-            with suppress(UserError):  # its analyses will report the error
+            with suppress(UserError), one_line_out_of_memory(str):  # its analyses will report the error
                 costs = _expected(run, own, settings)
                 self._seconds |= {(name, label, what): cost for (name, what), cost in costs.items()}
         self._done = dict.fromkeys(self._seconds, 0.0)

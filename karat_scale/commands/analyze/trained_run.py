@@ -51,7 +51,7 @@ class ValidationImages:
         outside = [i for i in ids if not 0 <= i < total]
         if outside or not ids:
             raise DataError(
-                f"image {outside[0] if outside else 'list'}: the validation split has images 0 to {total - 1}"
+                f"--image {outside[0] if outside else '(none)'}: the validation split has images 0 to {total - 1}"
             )
         self.ids = tuple(ids)
 

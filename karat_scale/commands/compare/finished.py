@@ -226,7 +226,7 @@ def _last_and_best(path: str, curve: tuple[Point, ...], best_step: int, summary:
         if summary.get(name, value) != value:
             raise RunDirectoryError(
                 f"{path}: {name} is {summary[name]} in summary.json and {value} in metrics.jsonl: the run goes on, or "
-                "a file was changed"
+                "a file was changed; wait for the end of the run, or put the file back"
             )
     kept = {name: summary.get(name) for name in MEASURES if name.startswith("best_")}
     return values | {name: float(value) for name, value in kept.items() if isinstance(value, int | float)}

@@ -453,7 +453,7 @@ def _rows(figures: Figures) -> list[tuple[str, str, str]]:
 def _remarks(figures: Figures, verdict: Verdict) -> Iterable[Finding]:
     loop = figures.loop
     if loop.unreadable:
-        yield found("samples", f"{loop.unreadable} could not be decoded", "`karat data DIR` lists them")
+        yield found("samples", f"{loop.unreadable} could not be decoded", "`karat data DIR --images N` lists them")
     wanted = figures.subject.recipe.train.global_batch
     if figures.global_batch != wanted:
         yield found("timed batch", f"{figures.global_batch} instead of {wanted}, to save time; see --seconds")

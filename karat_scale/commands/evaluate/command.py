@@ -25,9 +25,7 @@ from karat_scale.commands.evaluate.predictions import (
     Evaluation,
     Predictions,
     evaluation_file,
-    is_complete,
     keep_evaluation,
-    mean_over,
     read_evaluation,
 )
 from karat_scale.commands.evaluate.test_set import (
@@ -47,6 +45,7 @@ from karat_scale.data.batch import BadSample, Batch
 from karat_scale.data.plan import BatchSlice
 from karat_scale.data.shards.remote import RemoteUse
 from karat_scale.data.shards.shard_format import dataset_directory
+from karat_scale.data.shards.shards import FolderSplit
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
 from karat_scale.engine.engine import forward_for_evaluation
@@ -172,7 +171,8 @@ def evaluate_on(
         with closing(test_set):
             if test_set.notice:
                 reporter.info(f"note: {test_set.notice}")
-            empty = _begun(run, request, where, split, test_set)
+            # Another node may see other times of the files, and all ranks need the same identity.
+            empty = world.on_main(lambda: _begun(run, request, where, split, test_set))
             world.on_main(partial(_refuse_another, run.path, empty))
             model = trained_classifier(run)
             check_implementation(model, world.device)
@@ -184,7 +184,7 @@ def evaluate_on(
                 done = _plain(work, empty, request.labels)
     if world.is_main:
         try:
-            keep_evaluation(run.path, done)
+            done = keep_evaluation(run.path, done)
         finally:  # the scores are printed even if the directory cannot be written
             print(printable(f"{run.path} {run.chosen} ({done.weights} weights) on {done.name}: {done.text}"))
             write_json(json_file, {"run": str(run.path), **done.model_dump()})
@@ -251,14 +251,14 @@ def _corrupted(work: _Work, run: Path, empty: Evaluation, request: Request) -> E
         started = time.monotonic()
         passes = len(left) if number == 0 else 1
         predictions = work.predictions(f"{name} {severity}", Corruption(name, severity), passes)
-        found[name] = {**found.get(name, {}), severity: predictions.scores["top1"]}
-        counted = {"images": len(predictions), "unreadable": predictions.bad, "corruptions": found}
-        top1 = mean_over(found) if is_complete(found) else None
-        done = empty.model_copy(update={**counted, "top1": top1})
-        work.world.on_main(partial(keep_evaluation, run, done))
+        top1 = predictions.scores["top1"]
+        counted = {"images": len(predictions), "unreadable": predictions.bad}
+        scored = empty.model_copy(update=counted).with_more({**found, name: {**found.get(name, {}), severity: top1}})
+        done = work.world.on_main(partial(keep_evaluation, run, scored))
+        found = done.corruptions
         seconds = time.monotonic() - started
         rest = f", {number + 1} of {len(left)}, about {duration(seconds * (len(left) - number - 1))} left"
-        work.reporter.info(f"{name} {severity}: top-1 {found[name][severity]:.2f} % in {duration(seconds)}{rest}")
+        work.reporter.info(f"{name} {severity}: top-1 {top1:.2f} % in {duration(seconds)}{rest}")
     return done
 
 
@@ -285,7 +285,9 @@ def _begun(run: OpenRun[Recipe], request: Request, where: Path | str, split: str
     source += f", labels of {Path(request.labels).resolve()}" if request.labels else ""
     source += ", corrupted" if request.corrupt is not None else ""
     labels = hashlib.sha256(test_set.labels.tobytes()).hexdigest()
-    images = {"images": test_set.source.identity, "labels": labels, "turned": test_set.turns}
+    images: dict[str, Any] = {"images": test_set.source.identity, "labels": labels, "turned": test_set.turns}
+    if isinstance(test_set.source, FolderSplit):  # of which `identity` knows only the paths
+        images["files"] = [_stamp(test_set.file_of(sample_id)) for sample_id in range(len(test_set))]
     data = {"decoder": run.recipe.data.decoder, "source": source, **images}
     return Evaluation(
         name=request.name or _name_of(place if request.on is not None else "", request, asked),
@@ -293,6 +295,7 @@ def _begun(run: OpenRun[Recipe], request: Request, where: Path | str, split: str
         checkpoint=run.chosen,
         weights=run.weights_kind,
         identity=identity_of(run, **data),
+        model=identity_of(run, decoder=run.recipe.data.decoder),
         date=time.strftime("%Y-%m-%d %H:%M"),
         images=len(test_set),
         unmatched=list(test_set.unmatched),
@@ -300,6 +303,15 @@ def _begun(run: OpenRun[Recipe], request: Request, where: Path | str, split: str
         among=len(test_set.among),
         classes=len(test_set.classes),
     )
+
+
+def _stamp(file: str) -> tuple[int, int] | None:
+    """Return a file's size and the time of its last change; None if it cannot be read."""
+    try:
+        found = Path(file).stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def _name_of(place: str, request: Request, split: str) -> str:
@@ -314,13 +326,22 @@ def _name_of(place: str, request: Request, split: str) -> str:
 
 
 def _refuse_another(run: Path, evaluation: Evaluation) -> None:
-    """Refuse to replace the result of another test set of the same name."""
+    """Refuse to replace the result on another test set, or of another model, of the same name."""
     if "/" in evaluation.name or evaluation.name.startswith("."):
-        raise UserError(f"--name {evaluation.name}: should be a file's name")
+        raise UserError(f"--name {evaluation.name}: should be a file's name, without / and with no . at its beginning")
     earlier = read_evaluation(evaluation_file(run, evaluation.name))
-    if earlier is not None and earlier.source != evaluation.source:
+    if earlier is None:
+        return
+    file = evaluation_file(run, evaluation.name)
+    if earlier.source != evaluation.source:
+        raise UserError(f"{file} holds the result on {earlier.source}; choose another --name")
+    is_same = (earlier.checkpoint, earlier.weights) == (evaluation.checkpoint, evaluation.weights)
+    if not is_same or earlier.model != evaluation.model:
+        this = f"not of {evaluation.checkpoint} ({evaluation.weights} weights)"
         raise UserError(
-            f"{evaluation_file(run, evaluation.name)} holds the result on {earlier.source}; choose another --name"
+            f"{file} holds the result of {earlier.checkpoint} ({earlier.weights} weights), "
+            f"{'with other settings, such as model.image_size' if is_same else this}; "
+            "choose another --name, or remove the file"
         )
 
 

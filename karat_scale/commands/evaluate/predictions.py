@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from karat_scale.foundation.errors import DataError, RunDirectoryError, not_written
-from karat_scale.foundation.files import make_folder, open_to_read, parse_json, read_text, replace_file
+from karat_scale.foundation.files import locked, make_folder, open_to_read, parse_json, read_text, replace_file
 from karat_scale.foundation.tables import CORRUPTIONS
 
 KEPT = 10
@@ -115,6 +115,7 @@ class Evaluation(BaseModel):
         name: the name of the evaluation and of its file.
         source: the directory, and the file of other labels if there is one.
         identity: a digest of the weights, the preprocessing and the data; equal texts mean equal scores.
+        model: a digest of the weights and the preprocessing alone.
         images: the number of images, each counted once. unreadable: the number that could not be read. unmatched: the
             classes that the run does not have. left_out: the number of their images.
         among: the number of classes between which the model chose, out of `classes`.
@@ -130,6 +131,7 @@ class Evaluation(BaseModel):
     checkpoint: str
     weights: str
     identity: str
+    model: str
     date: str
     images: int
     unreadable: int = 0
@@ -144,7 +146,13 @@ class Evaluation(BaseModel):
 
     def portable(self) -> dict[str, Any]:
         """Return plain data without this machine's directories."""
-        return self.model_dump(mode="json", exclude={"source", "identity"}, exclude_none=True)
+        return self.model_dump(mode="json", exclude={"source", "identity", "model"}, exclude_none=True)
+
+    def with_more(self, corruptions: Mapping[str, Mapping[int, float]]) -> "Evaluation":
+        """Return the evaluation with other scores on corrupted copies, besides its own, and their mean."""
+        names = [*corruptions, *(name for name in self.corruptions if name not in corruptions)]
+        whole = {name: {**corruptions.get(name, {}), **self.corruptions.get(name, {})} for name in names}
+        return self.model_copy(update={"corruptions": whole, "top1": mean_over(whole) if is_complete(whole) else None})
 
     @property
     def text(self) -> str:
@@ -177,14 +185,23 @@ def evaluation_file(run: Path, name: str) -> Path:
     return run / FOLDER / f"{name}.json"
 
 
-def keep_evaluation(run: Path, evaluation: Evaluation) -> None:
-    """Write an evaluation into the run's directory, atomically. Raises RunDirectoryError if the disk refuses it."""
+def keep_evaluation(run: Path, evaluation: Evaluation) -> Evaluation:
+    """Write an evaluation into the run's directory, atomically, and return it.
+
+    It gets the corruptions that other processes have kept of the same identity. Raises RunDirectoryError if the disk
+    refuses it, or the file there is damaged.
+    """
     path = evaluation_file(run, evaluation.name)
     try:
         make_folder(path.parent)
-        replace_file(path, evaluation.model_dump_json(indent=2) + "\n")
+        with locked(path.with_name(f".{path.name}.lock")):
+            kept = read_evaluation(path)
+            if evaluation.corruptions and kept is not None and kept.identity == evaluation.identity:
+                evaluation = evaluation.with_more(kept.corruptions)
+            replace_file(path, evaluation.model_dump_json(indent=2) + "\n")
     except OSError as error:
         raise not_written(path, error) from error
+    return evaluation
 
 
 def read_evaluation(path: Path) -> Evaluation | None:

@@ -120,7 +120,7 @@ def push_folder(folder: Path, repository: str, private: bool) -> str:
         url = api.create_repo(repository, private=private or None, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by karat export")
     except Exception as error:  # of the hub's client, and of the HTTP library below it
-        raise UserError(f"--push {repository}: {one_line(error)}; nothing else is lost, try again") from error
+        raise UserError(f"--push {repository}: {one_line(error)}; run the same command again") from error
     return str(url)
 
 

@@ -112,7 +112,7 @@ def show_batch(recipe: str, overrides: Sequence[str], step: int, images: int, ou
     """
     loaded = load_recipe(recipe, overrides)
     shown = read_batch(loaded, step, images)
-    path = Path(out or f"{Path(loaded.run.dir).expanduser()}-step-{step}.png")
+    path = Path(out or f"{Path(loaded.run.dir).expanduser().resolve()}-step-{step}.png")
     try:
         if not out:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -387,4 +387,4 @@ def _print_split(facts: SplitFacts) -> None:
     for what, keys in itertools.islice(alike.items(), 10):
         print(printable(f"  odd: {keys[0]}{f' and {len(keys) - 1:,} more' if len(keys) > 1 else ''}: {what}"))
     if len(alike) > 10:
-        print(f"  and {sum(map(len, alike.values())) - 10:,} more; the page lists all")
+        print(f"  and {sum(map(len, [*alike.values()][10:])):,} more; the page lists all")

@@ -22,7 +22,7 @@ def add_commands(commands: Any) -> None:
     """Add the parsers of these commands."""
     prepare = commands.add_parser(
         "prepare",
-        help="make, check and copy data sets with the scripts of data_prep",
+        help="download, make, check and copy data sets",
         epilog="fetch downloads a data set, and webdataset makes shards of a folder, of ImageNet's tars or of Parquet; "
         "ffcv makes betons. verify checks shards, stage copies them to a local disk, join adds splits of another set, "
         "and dali-index writes what DALI reads them with.",

@@ -328,7 +328,7 @@ def _converted(options: argparse.Namespace) -> "Recipe":
     if "convert.images=0" in options.overrides:
         raise UserError("convert.images = 0 matches nothing; use 1 or more, or karat train RECIPE init_from=SOURCE")
     if not options.source.startswith("timm:") and _is_missing(options.source):
-        what = "neither a run's directory, nor a folder or file of weights; name one"
+        what = "neither a run's directory, nor a folder or file of weights; name one, or timm:NAME"
         raise UserError(f"SOURCE {options.source}: {what}")
     source = json.dumps(options.source)  # a text in YAML, whatever it has in it
     if any(text.partition("=")[0].strip() == "init_from" for text in options.overrides):

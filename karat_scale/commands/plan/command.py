@@ -74,7 +74,7 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
     machine = _machine(recipe, request, gpu)
     has_time = gpu is not None or request.step_time is not None
     if request.with_curve and not has_time and isinstance(find_measured(recipe, None), str | None):
-        raise UserError("--curve needs --gpu with a name that the table has, or --step-time")
+        raise UserError("--curve needs the time of a step; add --gpu NAME, such as h100-80, or --step-time S")
     samples, samples_from = count_samples(recipe.data)
     check_one_batch(samples, recipe.train.global_batch)
     subject = Subject(recipe, machine.on_gpu)

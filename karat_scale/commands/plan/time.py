@@ -454,7 +454,13 @@ def find_time(
         return ComputeTime(step_time / micro_batch, f"from --step-time, of {micro_batch} images"), ""
     found = find_measured(recipe, gpu)
     if isinstance(found, Measured):
-        return found.compute_time(subject.sizes.total, node), ""
+        time = found.compute_time(subject.sizes.total, node)
+        if time.image > 0:
+            return time, ""
+        found = (
+            f"what {RunDirectory(recipe.run.dir).path} measured is not used: with --gpus-per-node {node.gpus}, its "
+            "collectives alone would take longer than its steps did; if a node of that run had more, give their number"
+        )
     if gpu is None:
         return None, found or ""
     if subject.recipe.train.recompute != recipe.train.recompute:

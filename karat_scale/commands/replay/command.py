@@ -140,7 +140,7 @@ def replay(run_dir: str, step: int, images: int, out: str | None, json_file: str
     """
     opened = OpenRun.at(run_dir, Recipe)
     directory, recipe = opened.directory, opened.recipe
-    drawn = Path(out or f"{directory.path}-replay-{step}.png")
+    drawn = Path(out or f"{directory.path.resolve()}-replay-{step}.png")
     if not os.access(drawn.parent, os.W_OK):
         raise UserError(f"{drawn.parent} is not writable; choose another --out")
     with distributed.joined(recipe.run.device, recipe.run.peer_timeout_minutes) as world:
@@ -187,7 +187,8 @@ def _checkpoint(store: CheckpointStore, step: int) -> str:
         try:
             return store.find_intact(name)
         except RunDirectoryError as error:
-            print(printable(f"note: {str(error).removesuffix('; choose another')}"), file=sys.stderr)
+            said = str(error).removesuffix("; restore it from a copy, or choose another")
+            print(printable(f"note: {said}"), file=sys.stderr)
     if names:
         raise RunDirectoryError(f"{store.root}: none before step {step} is intact; take a step after an intact one")
     return ""
@@ -559,9 +560,14 @@ def _whole(name: str, shape: Iterable[int], pieces: Pieces) -> torch.Tensor:
 
 def _other_machine(summary: Mapping[str, Any], recipe: Recipe, world: World) -> list[str]:
     """Return why rounding may differ from that of the machine that trained last; empty if it may not."""
-    has_softmax = any(one.kind == "softmax" or one.softmax_heads for one in recipe.attention.sections)
-    if world.device.type != "cpu" and has_softmax:
-        return ["softmax attention adds in no fixed order on a GPU"]
+    sections, name, side = recipe.attention.sections, recipe.model.name, recipe.model.image_size
+    unordered = {
+        "softmax attention": any(one.kind == "softmax" or one.softmax_heads for one in sections),
+        "attention.simplex": any(one.simplex for one in sections),
+        f"{name} at {side} px": name.startswith("mobilevit") and side % 64 > 0,  # it resizes maps of an odd side
+    }
+    if world.device.type != "cpu" and any(unordered.values()):
+        return [f"{what} adds in no fixed order on a GPU" for what, is_so in unordered.items() if is_so]
     here = {"device": device_name(world.device), "processor": processor_name(), "versions": library_versions()}
     if not summary:
         return ["the run has no summary.json, which names its machine"]

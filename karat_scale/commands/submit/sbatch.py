@@ -55,7 +55,10 @@ class Job:
         if count := spare_nodes(name):
             directives["no-kill"], spares = "", {"SPARES": str(count)}  # else SLURM ends a job that loses a node
         environment = {} if {"VENV", "CONDA_ENV", "CONTAINER"} & self.settings.keys() else _this_environment()
-        filled = {"KARAT_HOME": str(slurm_home()), **settings, **spares, **environment, **self.settings}
+        chosen = {**environment, **self.settings}
+        if {"VENV", "CONDA_ENV"} & chosen.keys():  # the other may be set where sbatch runs
+            chosen = {"VENV": "", "CONDA_ENV": "", **chosen}
+        filled = {"KARAT_HOME": str(slurm_home()), **settings, **spares, **chosen}
         lines = ["#!/usr/bin/env bash", "# Written by karat. To resume after a failure, submit it again.", ""]
         for key, value in directives.items():
             quoted = f'"{value}"' if " " in value else value  # sbatch splits a line at other blanks
@@ -83,10 +86,19 @@ class Job:
         except OSError as error:
             raise UserError(f"{refused}: {error.strerror}; choose another {refused.partition(' ')[0]}") from None
         is_asked = self.decision == "ask" and sys.stdin.isatty()
-        if self.decision == "yes" or (is_asked and input("submit this? [y/N] ").strip().lower() in ("y", "yes")):
+        if self.decision == "yes" or (is_asked and _is_agreed()):
             return sbatch(script)
         print(f"not submitted; when you want to: sbatch {script}")
         return None
+
+
+def _is_agreed() -> bool:
+    """Ask on the terminal; Ctrl-D is a no."""
+    try:
+        return input("submit this? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        print()
+        return False
 
 
 def submit(recipe: str, overrides: Sequence[str], job: Job, gpu: str | None) -> int:
@@ -117,7 +129,7 @@ def submit(recipe: str, overrides: Sequence[str], job: Job, gpu: str | None) -> 
         raise UserError(f"SPARES = {most - nodes} leaves none of --nodes={most} to train on; set fewer SPARES")
     taken = most_nodes(resolved, nodes, on_a_node)  # as launch.sh chooses
     if taken < nodes:
-        said = f"note: takes {taken} of {nodes} nodes, over whose ranks the global batch divides; the rest stay idle"
+        said = f"note: takes {taken} of {nodes} nodes; train.global_batch does not divide over the ranks of more"
         print(said, file=sys.stderr)
     with redirect_stdout(sys.stderr if job.decision == "print" else sys.stdout):
         kept += planned_overrides(resolved, overrides, taken * on_a_node, gpu)

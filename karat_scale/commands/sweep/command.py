@@ -28,11 +28,12 @@ import yaml
 
 from karat_scale.commands.status.status import read_standing
 from karat_scale.commands.submit.sbatch import Job
+from karat_scale.data.plan import total_steps
 from karat_scale.data.shards.shard_format import absolute_path, check_data_path
 from karat_scale.foundation.console import few, plural, print_table, printable, work_display
 from karat_scale.foundation.errors import EXIT_STOPPED, RecipeError, UserError, on_one_line
 from karat_scale.foundation.files import json_sha256, open_to_read, parse_json, run_around
-from karat_scale.foundation.machine import LAUNCHED, stop_signals
+from karat_scale.foundation.machine import LAUNCHED, STOP_SIGNALS, stop_signals
 from karat_scale.recipe import Recipe, RunRecipe
 from karat_scale.recipe.files import COMMANDS, parse, read_recipe, shipped_recipes
 from karat_scale.recipe.loading import differing_keys, flatten, load_recipe, text_digest
@@ -176,12 +177,17 @@ class PlannedRun:
         standing = read_standing(self.directory)
         if standing.signs and standing.ended is None and not standing.is_silent:
             return State.RUNNING
+        summary = directory.summary() or {}
         # If `ended` is None, the run was killed after it began again, and the summary is of its earlier end.
-        if (directory.summary() or {}).get("exit") != 0 or standing.ended is None:
+        if summary.get("exit") != 0 or standing.ended is None:
             return State.UNFINISHED
-        # If it has another recipe, or another length, karat train goes on or says why not.
-        recorded = directory.recipe(type(self.recipe))
-        is_as_long = recorded.train.max_steps == self.recipe.train.max_steps  # which changes nothing that is learned
+        # If it has another recipe, or too few steps, karat train goes on or says why not.
+        recorded, train = directory.recipe(type(self.recipe)), self.recipe.train
+        steps, images = summary.get("steps"), summary.get("train_images")
+        if steps is None or images is None:
+            is_as_long = recorded.train.max_steps == train.max_steps
+        else:
+            is_as_long = steps >= total_steps(images // train.global_batch, train.epochs, train.max_steps)
         return State.FINISHED if is_as_long and not differing_keys(recorded, self.recipe) else State.UNFINISHED
 
 
@@ -288,6 +294,8 @@ def _schema(recipe: str) -> type[RunRecipe]:
 _POLL_SECONDS = 1.0
 _LINE_SECONDS = 60.0
 _TAIL_BYTES = 65536
+# The exit codes of a run that was told to stop; the last ones, as a shell gives them, are of one that had just started.
+_STOPPED = (0, EXIT_STOPPED, *(128 + number for number in STOP_SIGNALS))
 
 
 def run_sweep(sweep: Sweep, ranks: int = 1) -> dict[str, str]:
@@ -305,7 +313,7 @@ def run_sweep(sweep: Sweep, ranks: int = 1) -> dict[str, str]:
     with work_display("sweep", _LINE_SECONDS) as show, stop_signals() as told:
         for number, run in enumerate(waiting):
             if told:
-                raise StoppedSweepError(number, len(waiting), saved=True)
+                raise StoppedSweepError(number, len(waiting), can_resume=True)
             if run.state not in (State.NEW, State.UNFINISHED):  # another process has begun it since
                 continue
 
@@ -319,7 +327,8 @@ def run_sweep(sweep: Sweep, ranks: int = 1) -> dict[str, str]:
             earlier = log.stat().st_size if log.exists() else 0
             code = _run([*karat, sweep.command, sweep.recipe, *run.overrides], log, told, look)
             if told:
-                raise StoppedSweepError(number + (code == 0), len(waiting), saved=code in (0, EXIT_STOPPED))
+                can_resume = code < 0 or code in _STOPPED
+                raise StoppedSweepError(number + (code == 0), len(waiting), can_resume)
             if code != 0:
                 failures[run.point.name] = _why(code, log, earlier)
             _say(f"{run.point.name}: {f'failed: {failures[run.point.name]}' if code else 'finished'}")
@@ -341,11 +350,11 @@ def make_logs(sweep: Sweep) -> Path:
 
 
 class StoppedSweepError(Exception):
-    """A signal stopped the sweep after `done` of `total` runs; `saved`: the last run can resume where it was."""
+    """A signal stopped the sweep after `done` of `total` runs; `can_resume`: the last run has not failed."""
 
-    def __init__(self, done: int, total: int, saved: bool) -> None:
+    def __init__(self, done: int, total: int, can_resume: bool) -> None:
         super().__init__(f"stopped after {done} of {plural(total, 'run')}; run the same command to resume")
-        self.saved = saved
+        self.can_resume = can_resume
 
 
 def _run(command: Sequence[str], log: Path, told: Sequence[int], look: Callable[[], None]) -> int:
@@ -487,7 +496,7 @@ def sweep(recipe: str, overrides: Sequence[str], out: str | None, only_print: bo
             failures = run_sweep(planned, ranks)
         except StoppedSweepError as stopped:
             print(stopped, file=sys.stderr)
-            return EXIT_STOPPED if stopped.saved else 1
+            return EXIT_STOPPED if stopped.can_resume else 1
     return _conclude(planned, failures)
 
 

@@ -240,7 +240,8 @@ class SyntheticBackend(Backend):
     def _batch(self, part: BatchSlice, stream: int) -> Batch:
         valid = part.sample_ids != PADDING
         labels = np.where(valid, part.sample_ids % self.num_classes, 0)
-        images = torch.zeros(len(valid), 3, self.spec.image_size, self.spec.image_size, dtype=torch.uint8)
+        shape = len(valid), 3, self.spec.image_size, self.spec.image_size
+        images = torch.zeros(shape, dtype=torch.uint8, device="cpu")
         pixels = images.numpy()
         for row in np.flatnonzero(valid):
             pixels[row] = self._image(int(part.sample_ids[row]), int(labels[row]), stream)

@@ -52,19 +52,36 @@ class Collated:
     digest: int
 
     @property
-    def tensors(self) -> list[torch.Tensor]:
-        """The tensors that move to the device."""
-        found: list[torch.Tensor] = []
-        _each_tensor(self.content, found.append)
+    def tensors(self) -> list[Any]:
+        """The tensors, and objects of other classes with a method `record_stream`, that move to the device."""
+        found: list[Any] = []
+
+        def note(x: Any) -> Any:
+            if hasattr(x, "record_stream"):
+                found.append(x)
+            else:  # some of its tensors may stay on the host, as in a PackedSequence
+                parts = x if isinstance(x, tuple) else getattr(x, "__dict__", {}).values()
+                found.extend(part for part in parts if isinstance(part, torch.Tensor) and part.is_cuda)
+            return x
+
+        _each_tensor(self.content, note)
         return found
 
     def to(self, device: torch.device, non_blocking: bool = True) -> "Collated":
         """Return the same batch on `device`; `sample_ids` stay on the host."""
-        return replace(self, content=_each_tensor(self.content, lambda x: x.to(device, non_blocking=non_blocking)))
+
+        def moved(x: Any) -> Any:  # the `to` of other classes may take nothing but a device
+            return x.to(device, non_blocking=non_blocking) if isinstance(x, torch.Tensor) else x.to(device)
+
+        return replace(self, content=_each_tensor(self.content, moved))
 
     def pin_memory(self) -> "Collated":
         """Return the same batch in page-locked memory, except what is on a device."""
-        return replace(self, content=_each_tensor(self.content, lambda x: x if x.is_cuda else x.pin_memory()))
+
+        def pinned(x: Any) -> Any:
+            return x if getattr(x, "is_cuda", False) or not hasattr(x, "pin_memory") else x.pin_memory()
+
+        return replace(self, content=_each_tensor(self.content, pinned))
 
 
 class OwnSamples(Backend):
@@ -164,8 +181,8 @@ def _random_numbers_kept() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def _each_tensor(content: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """Return the content of a batch with each tensor in it changed."""
+def _each_tensor(content: Any, change: Callable[[Any], Any]) -> Any:
+    """Return the content of a batch with each tensor in it changed, and each object of a class with a method `to`."""
     if isinstance(content, torch.Tensor):
         return change(content)
     changed: Any
@@ -182,6 +199,8 @@ def _each_tensor(content: Any, change: Callable[[torch.Tensor], Any]) -> Any:
             value = getattr(content, field.name)
             object.__setattr__(changed, field.name, _each_tensor(value, change))  # it may be frozen
         return changed
+    if callable(getattr(content, "to", None)) and not isinstance(content, type):  # such as torch's PackedSequence
+        return change(content)
     if isinstance(content, tuple) and hasattr(content, "_fields"):
         return type(content)(*(_each_tensor(value, change) for value in content))
     if isinstance(content, list | tuple):

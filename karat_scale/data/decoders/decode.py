@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT
 
 from karat_scale.foundation.errors import one_line
 
@@ -68,7 +69,7 @@ def decode_rgb(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Im
         return to_rgb(image)
 
 
-_MOST_IN_16_BITS = 2**16 - 1
+_UNSIGNED = 1  # TIFF's number for whole numbers without a sign
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -77,10 +78,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image.load()
         return image.copy() if image.readonly else image
     if image.mode.startswith("I"):
-        grey = np.asarray(image, dtype=np.int64)
-        if grey.max(initial=0) > _MOST_IN_16_BITS:
-            raise ValueError("it has more than 16 bits of grey; store it with 8 or 16")
-        return Image.fromarray(np.clip(grey >> 8, 0, 255).astype(np.uint8)).convert("RGB")
+        tags = getattr(image, "tag_v2", {})  # of a TIFF; other formats have 16 bits, or Pillow scales them to 16
+        (bits, *_), (sample_format, *_) = tags.get(BITSPERSAMPLE, (16,)), tags.get(SAMPLEFORMAT, (_UNSIGNED,))
+        if bits > 16 or sample_format != _UNSIGNED:
+            raise ValueError("its pixels are signed or 32-bit numbers of no certain range; store it with 8 or 16 bits")
+        return Image.fromarray((np.asarray(image, dtype=np.int64) >> (bits - 8)).astype(np.uint8)).convert("RGB")
     if image.mode == "F":  # Pillow would make all of it black where white is 1
         raise ValueError("its pixels are floating-point numbers of no certain range; store it with 8 or 16 bits")
     if image.mode == "P" and "transparency" in image.info:

@@ -204,7 +204,7 @@ class ImageSlots:
     def pack(self, batch: Batch) -> Packed:
         """Return a batch, whose images are in a slot, in a form that is small when it is pickled."""
         images = batch.images
-        return int(images.storage_offset()), tuple(images.shape), replace(batch, images=torch.empty(0))
+        return int(images.storage_offset()), tuple(images.shape), replace(batch, images=torch.empty(0, device="cpu"))
 
     def unpack(self, packed: Packed) -> Batch:
         """Return the batch with a copy of its images, page-locked if this process uses a GPU."""

@@ -132,6 +132,13 @@ def test_a_bias_or_a_mask_goes_by_rows(by_rows):
     assert len(by_rows) == 2
 
 
+def test_a_traced_module_is_saved_and_loaded(tmp_path, by_rows):
+    made, heads = content_module(5), [drawn(1, 2, 5, 16, seed=n).float() for n in range(3)]
+    torch.jit.save(torch.jit.trace(made, heads), tmp_path / "traced.pt")
+    assert torch.equal(torch.jit.load(tmp_path / "traced.pt")(*heads), made(*heads))
+    assert by_rows == []
+
+
 def test_checkpointed_and_compiled_modules_give_the_same_bits():
     made, heads = content_module(17), [drawn(2, 2, 17, 16, seed=n).float().requires_grad_() for n in range(3)]
     compiled = torch.compile(made, backend="aot_eager", fullgraph=True)

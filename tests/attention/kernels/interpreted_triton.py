@@ -12,7 +12,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from karat_scale.attention import fourier_karat_attention, fourier_karat_scores
+from karat_scale.attention import FourierKaratOperator, fourier_karat_attention, fourier_karat_scores
 from karat_scale.attention.kernels import triton_launch, triton_tiles
 from karat_scale.attention.kernels.triton_features import sine_cosine
 from karat_scale.attention.kernels.triton_launch import ForwardPlan
@@ -383,6 +383,13 @@ def test_registered_operations_are_well_behaved(rank, bias, mask, dtype):
     tests = ("test_schema", "test_faketensor")
     arguments = (*kept, *detached, added, mask, base, added is not None)
     torch.library.opcheck(torch.ops.karat_scale.triton_backward.default, arguments, test_utils=tests)
+
+
+def test_a_traced_operator_is_saved_and_loaded(tmp_path):
+    operator = FourierKaratOperator(5, 1, 2, 1, implementation="triton")
+    inputs = [draw((1, 1, 5, 16), torch.float32, seed) for seed in range(3)]
+    torch.jit.save(torch.jit.trace(operator, inputs), tmp_path / "traced.pt")
+    assert torch.equal(torch.jit.load(tmp_path / "traced.pt")(*inputs), operator(*inputs))
 
 
 def test_a_second_gradient_is_refused():

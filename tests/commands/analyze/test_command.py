@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from karat_scale.commands.analyze import command
 from karat_scale.commands.analyze.analyses import ANALYSES
 from karat_scale.commands.analyze.command import unique_labels
 from karat_scale.commands.analyze.trained_run import TrainedRun
@@ -64,6 +65,16 @@ def test_an_analysis_that_does_not_fit_into_memory_leaves_the_others(karat_run, 
     assert lines == [
         "error: maps of karat: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB; lower --batch (now 64)"
     ]
+    assert 'data-figure="distributions/' in (tmp_path / "report.html").read_text()
+
+
+def test_a_gpu_too_full_to_time_the_model_leaves_the_analyses(karat_run, tmp_path, monkeypatch) -> None:
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1")
+
+    monkeypatch.setattr(command, "_expected", too_large)
+    arguments = ["analyze", str(karat_run.path), *QUICK, "--out", str(tmp_path), "--only", "distributions"]
+    assert main(arguments) == 0
     assert 'data-figure="distributions/' in (tmp_path / "report.html").read_text()
 
 

@@ -140,7 +140,8 @@ def corrupted(run: TrainedRun, directory: Path, corruptions: dict[str, dict[int,
     """Return the run in another directory, with what `karat eval --corrupt` would have kept there."""
     directory.mkdir()
     top1 = 50.0 if is_complete(corruptions) else None
-    facts = {"source": "", "checkpoint": "step-00000016", "weights": "raw", "identity": "", "date": "2026-11-28 12:00"}
+    facts = {"source": "", "checkpoint": "step-00000016", "weights": "raw", "date": "2026-11-28 12:00"}
+    facts |= {"identity": "", "model": ""}
     keep_evaluation(
         directory,
         Evaluation(name="val-corrupted", images=9, among=3, classes=3, top1=top1, corruptions=corruptions, **facts),

@@ -1,14 +1,22 @@
 """`karat eval --on`, `--labels` and `--corrupt` on real runs and images."""
 
+import itertools
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from karat_scale.commands.evaluate.predictions import SEVERITIES, is_complete, read_evaluations
+from karat_scale.commands.evaluate.predictions import (
+    SEVERITIES,
+    Evaluation,
+    is_complete,
+    keep_evaluation,
+    read_evaluations,
+)
 from karat_scale.commands.evaluate.test_set import SPLITS
 from karat_scale.commands.status.status import read_standing
 from karat_scale.data.shards.shard_format import read_dataset_record, write_dataset_record
@@ -224,6 +232,51 @@ def test_a_set_with_another_image_is_corrupted_anew(run: Path, image_folder: Pat
         assert ("contrast 1:" in said) == is_new
         if not is_new:
             (tmp_path / "data/class0/000.jpg").rename(tmp_path / "data/class0/new.jpg")
+
+
+def test_a_set_with_an_image_replaced_in_place_has_another_identity(run: Path, image_folder, tmp_path: Path) -> None:
+    shutil.copytree(image_folder / "val", tmp_path / "data")
+    found = []
+    for _ in range(3):
+        karat_says("eval", str(run), "--on", str(tmp_path / "data"))
+        found += [kept.identity for kept in read_evaluations(run)]
+        if len(found) == 2:
+            shutil.copyfile(tmp_path / "data/class0/000.jpg", tmp_path / "data/class1/000.jpg")
+    first, again, replaced = found
+    assert first == again != replaced
+
+
+def test_a_kept_result_is_not_replaced_by_that_of_another_model(run: Path, image_folder: Path) -> None:
+    on = ("eval", str(run), "--on", str(image_folder))
+    karat_says(*on)
+    (kept,) = read_evaluations(run)
+    holds = f"images.json holds the result of {kept.checkpoint} (ema weights), "
+    for other, said in (
+        (("--weights", "raw"), f"not of {kept.checkpoint} (raw weights); choose another --name, or remove the file"),
+        (("model.image_size=48",), "with other settings, such as model.image_size; choose another --name"),
+    ):
+        assert f"{holds}{said}" in karat_refuses(*on, *other)
+        assert read_evaluations(run) == [kept]
+        karat_says("eval", str(run), *other)  # which keeps nothing
+    karat_says(*on, "--weights", "raw", "--name", "raw")
+    assert read_evaluations(run)[0] == kept
+
+
+def test_processes_that_corrupt_at_once_keep_each_others_scores(tmp_path: Path) -> None:
+    facts = {"source": "", "checkpoint": "step-00000016", "weights": "raw", "model": "m", "date": "2026-11-28 12:00"}
+    empty = Evaluation(name="val-corrupted", identity="a", images=9, among=3, classes=3, **facts)
+
+    def keep(one: tuple[str, int]) -> None:
+        keep_evaluation(tmp_path, empty.model_copy(update={"corruptions": {one[0]: {one[1]: 50.0}}}))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(keep, itertools.product(CORRUPTIONS, SEVERITIES)))
+    (kept,) = read_evaluations(tmp_path)
+    assert is_complete(kept.corruptions)
+    assert kept.top1 == 50
+    keep_evaluation(tmp_path, empty.model_copy(update={"identity": "b", "corruptions": {"fog": {1: 20.0}}}))
+    (other,) = read_evaluations(tmp_path)
+    assert (other.corruptions, other.top1) == ({"fog": {1: 20.0}}, None)
 
 
 def test_only_all_corruptions_at_all_severities_are_complete() -> None:

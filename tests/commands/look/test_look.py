@@ -122,6 +122,17 @@ def test_odd_images_are_named(tmp_path: Path) -> None:
     assert "<b>cat</b>" not in (tmp_path / "p.html").read_text()
 
 
+def test_the_odd_images_that_are_not_listed_are_counted(tmp_path: Path) -> None:
+    for number in range(14):  # three of the first kind, which is listed, and one of each of eleven others
+        width = 10 + max(number - 2, 0)
+        write(tmp_path / "d/train/ant" / f"{number:02}.jpg", jpeg(number, width=width, height=20))
+    said = karat_says("data", str(tmp_path / "d"), "--out", str(tmp_path / "p.html"))
+    listed = [line for line in said.splitlines() if line.startswith("  odd: ")]
+    assert len(listed) == 10
+    assert any(line.endswith(" and 2 more: it is small: 10 x 20") for line in listed)
+    assert "  and 2 more; the page lists all\n" in said
+
+
 def test_a_library_says_nothing_of_exif_data_that_are_cut_short(tmp_path: Path) -> None:
     cut = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"
     plain = jpeg(0, width=64, height=64)

@@ -15,7 +15,7 @@ import torch
 from karat_scale.commands.cli import main
 from karat_scale.commands.plan.command import Request, make_plan
 from karat_scale.commands.plan.memory import Subject
-from karat_scale.commands.plan.report import launch_note
+from karat_scale.commands.plan.report import launch_note, show
 from karat_scale.commands.plan.time import (
     LATENCY_BETWEEN,
     LATENCY_WITHIN,
@@ -239,6 +239,18 @@ def test_a_run_of_another_speed_is_not_used_and_the_plan_says_why(small_recipe, 
     found = find_measured(small_recipe(*keys), find_gpu("h100-80"))
     assert isinstance(found, str if reason else Measured)
     assert not reason or f"is not used: {reason}" in str(found)
+
+
+def test_a_run_faster_than_its_collectives_would_be_is_not_used(small_recipe: Load, capsys) -> None:
+    """Two ranks of one node were faster than two nodes of one GPU could be, as which the plan counts them."""
+    leave_a_run(small_recipe(), 2, "Tesla V100-SXM2-32GB", rate=1e9)
+    plan = make_plan(small_recipe(), Request(gpu="v100-32", gpus_per_node=1))
+    assert plan.step is not None
+    assert plan.step > 0
+    show(plan)
+    out = capsys.readouterr().out
+    assert f"what {small_recipe().run.dir} measured is not used: with --gpus-per-node 1, its collectives" in out
+    assert "(estimated from operations, bytes and launches)" in out
 
 
 @pytest.mark.slow

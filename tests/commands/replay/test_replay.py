@@ -98,6 +98,15 @@ def test_a_step_that_was_skipped_is_found_again(exploded: Path, tmp_path: Path, 
     assert Image.open(picture).size[0] > 200
 
 
+def test_the_picture_of_a_run_in_the_working_directory_is_beside_it(train: Train, monkeypatch) -> None:
+    run, _ = train("train.max_steps=1")
+    monkeypatch.chdir(run)
+    before = {path.name for path in run.iterdir()}
+    assert karat_here("replay", ".", "1") == 0
+    assert (run.parent / "run-replay-1.png").is_file()
+    assert {path.name for path in run.iterdir()} == before
+
+
 def test_a_step_that_went_well_is_taken_bit_for_bit(train: Train, tmp_path: Path) -> None:
     run, code = train(
         "checkpoint.every_steps=5", "checkpoint.keep_last=9", "model.drop_path=0.3", "train.micro_batch=4"
@@ -182,7 +191,7 @@ def test_a_run_that_often_goes_wrong_does_not_fill_the_disk(tmp_path: Path) -> N
     said = [incidents.note(step, "not finite", grad_norm=math.inf) for step in range(2, 80)]
     assert len(list((tmp_path / "incidents").iterdir())) == MOST
     assert len(store.pinned()) == KEPT_CHECKPOINTS
-    assert "50 others" in said[-1]
+    assert "50 such steps" in said[-1]
     assert not store.retain(2)
     assert set(store.names()) == {*store.pinned(), checkpoint_name(79), checkpoint_name(78)}
 

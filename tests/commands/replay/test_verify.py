@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 
 from karat_scale.checkpoint.store import MANIFEST, CheckpointStore, checkpoint_name, manifest_text, read_manifest
 from karat_scale.checkpoint.tensor_storage import load_tensors, save_tensors
+from karat_scale.commands.replay.command import _other_machine
+from karat_scale.recipe import AttentionConfig, DataConfig, ModelConfig, Recipe
 from tests.conftest import SMALL, karat, karat_done, karat_here
 
 QUICK = ("schedule.warmup_epochs=0", "data.workers=0", "log.every_steps=2", "model.drop_path=0.3", "train.max_steps=8")
@@ -174,6 +177,22 @@ def test_a_manipulated_step_is_found_even_where_hashes_are_right_and_the_machine
     code, said, found = verify(run, "--to", "8")  # trained from there, the next checkpoint is another one
     assert code == 1
     assert not found["losses"]["is_same"]
+
+
+@pytest.mark.parametrize(
+    ("attention", "model", "whats"),
+    [
+        ({}, {}, ["softmax attention"]),
+        ({"kind": "karat", "softmax_heads": 1, "simplex": True}, {}, ["softmax attention", "attention.simplex"]),
+        ({"kind": "karat", "simplex": "hidden"}, {}, ["attention.simplex"]),
+        ({"kind": "karat"}, {"name": "mobilevit_xs"}, ["mobilevit_xs at 224 px"]),
+    ],
+)
+def test_what_adds_in_no_fixed_order_on_a_gpu_may_round(attention, model, whats) -> None:
+    data = DataConfig(backend="synthetic")
+    recipe = Recipe(data=data, attention=AttentionConfig(**attention), model=ModelConfig(**model))
+    found = _other_machine({}, recipe, SimpleNamespace(device=torch.device("cuda")))
+    assert found == [f"{what} adds in no fixed order on a GPU" for what in whats]
 
 
 def test_a_changed_image_is_found(image_folder, tmp_path, verify, shards) -> None:

@@ -40,13 +40,14 @@ def test_the_script_has_everything_filled_in(tmp_path: Path) -> None:
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
 
 
-def test_on_a_terminal_it_asks_and_a_no_submits_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("answer", ["n\n", "\x04"], ids=["no", "Ctrl-D"])
+def test_on_a_terminal_it_asks_and_a_no_submits_nothing(answer: str, tmp_path: Path) -> None:
     options = (f"run.dir={tmp_path / 'run'}", f"data.path={tmp_path}", "--qos=debug", "--constraint=gpu")
     with on_a_terminal("submit", "imagenet_vit_tiny_g3b", *options) as terminal:
         terminal.wait_for("submit this? [y/N]")
         assert "#SBATCH --qos=debug" in terminal.shown
         assert "#SBATCH --constraint=gpu" in terminal.shown
-        terminal.type("n\n")
+        terminal.type(answer)
         terminal.wait_for("not submitted; when you want to: sbatch")
         assert terminal.process.wait(60) == 0
 
@@ -63,13 +64,14 @@ def test_print_shows_the_script_and_writes_nothing(tmp_path: Path, capsys: pytes
     for option in more:
         assert f"#SBATCH {option}" in lines
     assert f"VENV={sys.prefix}" in lines  # the tests run in one
+    assert "CONDA_ENV=''" in lines  # the shell of sbatch may export it
     assert "absent is not on this machine; the job needs it" in notes
     assert "Many sites" not in shown
     assert "key=value" not in shown
     assert main([*command, "--conda-env=other"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "CONDA_ENV=other" in lines
-    assert not any(line.startswith("VENV=") for line in lines)
+    assert [line for line in lines if line.startswith("VENV=")] == ["VENV=''"]
 
 
 @pytest.mark.parametrize("command", ["submit", "sweep"])

@@ -76,6 +76,16 @@ def test_a_finished_run_of_fewer_steps_or_that_began_again_trains_on(recipe: Pat
     assert run.state is State.UNFINISHED
 
 
+def test_a_run_that_has_trained_all_its_epochs_is_finished_with_any_limit_of_steps(recipe: Path) -> None:
+    run, _ = planned(recipe, "run.seed=0,1", "train.max_steps=8")  # of the 8 steps of an epoch
+    end(run)
+    for steps, unfinished in ((8, []), (4, ["train.max_steps=5", "train.max_steps=1000", "train.max_steps=null"])):
+        (run.directory / "summary.json").write_text(f'{{"exit": 0, "steps": {steps}, "train_images": 71}}')
+        for limit in ("train.max_steps=3", "train.max_steps=5", "train.max_steps=1000", "train.max_steps=null"):
+            again, _ = planned(recipe, "run.seed=0,1", limit)
+            assert again.state is (State.UNFINISHED if limit in unfinished else State.FINISHED), (steps, limit)
+
+
 def test_a_run_whose_process_is_gone_is_unfinished(recipe: Path) -> None:
     run, _ = planned(recipe, "run.seed=0,1")
     end(run)
@@ -101,6 +111,17 @@ def test_a_run_that_another_process_begins_meanwhile_is_left_alone(recipe: Path,
     assert run_sweep(plan_sweep(str(recipe), [*SMALL, *QUICK, "run.seed=0,1"], str(first.directory.parent))) == {}
     assert f"run.dir={first.directory}" in started.read_text()
     assert len(started.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("ends", ["kill -TERM $$", "exit 130", "exit 143"])
+def test_a_signal_before_the_run_listens_counts_as_a_stop(recipe: Path, monkeypatch, capsys, ends: str) -> None:
+    karat = recipe.parent / "karat"  # as a run that a signal ends while it imports, alone and by karat launch
+    karat.write_text(f"#!/bin/sh\nkill -TERM $PPID\n{ends}\n")
+    karat.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(karat))
+    out = ("--out", str(recipe.parent / "out"))
+    assert karat_here("sweep", str(recipe), *SMALL, *QUICK, "run.seed=0,1", *out) == 75
+    assert "stopped after 0 of 2 runs; run the same command to resume" in capsys.readouterr().err
 
 
 def test_how_much_of_all_runs_is_done_is_said(recipe: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:

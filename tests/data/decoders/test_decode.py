@@ -1,5 +1,6 @@
 import io
 import os
+import struct
 import warnings
 
 import numpy as np
@@ -48,6 +49,27 @@ def test_sixteen_bits_are_scaled_not_clipped_and_a_palette_with_transparency_giv
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert decode_rgb(data).mode == "RGB"
+
+
+def grey_tiff(pixels: bytes, bits: int, sample_format: int) -> bytes:
+    """Return a TIFF of 8 x 8 pixels of so many bits: whole numbers without a sign (1), or with a sign (2)."""
+    entries = [(256, 8), (257, 8), (258, bits), (259, 1), (262, 1), (273, 8), (277, 1), (278, 8), (279, len(pixels))]
+    entries.append((339, sample_format))
+    folder = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    begin = struct.pack("<2sHI", b"II", 42, 8 + len(pixels))
+    return begin + pixels + struct.pack("<H", len(entries)) + folder + bytes(4)
+
+
+def test_twelve_bits_are_scaled_and_grey_of_no_certain_range_is_refused():
+    pairs = RAMP.reshape(-1, 2).astype(np.uint16) << 4
+    packed = [(a >> 4, (a & 15) << 4 | b >> 8, b & 255) for a, b in pairs.tolist()]
+    image = decode_rgb(grey_tiff(bytes(sum(packed, ())), 12, 1))
+    assert np.array_equal(np.asarray(image)[..., 0], RAMP)
+    image = decode_rgb(grey_tiff((RAMP.astype(np.uint16) * 257).tobytes(), 16, 1))
+    assert np.array_equal(np.asarray(image)[..., 0], RAMP)
+    for dtype, bits, sample_format in ((np.int16, 16, 2), (np.int32, 32, 2), (np.uint32, 32, 1)):
+        with pytest.raises(UndecodableImageError, match="signed or 32-bit numbers of no certain range; store it with"):
+            decode_rgb(grey_tiff(RAMP.astype(dtype).tobytes(), bits, sample_format))
 
 
 def test_damaged_bytes_raise_with_a_reason():

@@ -241,7 +241,7 @@ def test_no_tars_damaged_ones_and_our_own_shards_are_one_line(shards, tmp_path, 
     (tmp_path / "empty").mkdir()
     assert index(tmp_path / "empty") == 2
     assert "has no *.tar" in refused(capsys)
-    for name, data, said in (("a.tar.gz", b"x", "unpack their compression"), ("a.tar", b"x" * 2000, "not a tar")):
+    for name, data, said in (("a.tar.gz", b"x", "decompress them first"), ("a.tar", b"x" * 2000, "not a tar")):
         (tmp_path / "empty" / name).write_bytes(data)
         assert index(tmp_path / "empty") == 2
         assert said in refused(capsys)

@@ -7,7 +7,7 @@ import sys
 import traceback
 import warnings
 from collections import UserDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from karat_scale.data import EvalLoader, ExactLoader, SampleFiles
 from karat_scale.data.backends.own import Collated
@@ -267,15 +268,14 @@ def test_the_trainer_sees_what_the_loader_gives(shards: Path, tmp_path: Path, re
 def test_an_evaluation_has_each_sample_once_with_its_id(make_shards: Make, ranks: int) -> None:
     shards = make_shards()
     found: list[tuple[int, int]] = []
-    counts = []
     for rank in range(ranks):
         with EvalLoader(shards, batch=3, rank=rank, world_size=ranks, workers=1, image_size=16) as loader:
-            for images, labels, ids in loader:
+            batches = list(loader)
+            assert len(loader) == len(batches)  # the last of three ranks has one batch, the others two
+            for images, labels, ids in batches:
                 assert len(images) == len(labels) == len(ids) > 0
                 found += zip(ids.tolist(), labels.tolist(), strict=True)
-            counts.append(len(loader))
     assert sorted(found) == [(number, (100 + number) % 3) for number in range(11)]
-    assert len(set(counts)) == 1
 
 
 def test_an_evaluation_of_a_dataset_of_ones_own_has_each_sample_once() -> None:
@@ -285,6 +285,7 @@ def test_an_evaluation_of_a_dataset_of_ones_own_has_each_sample_once() -> None:
         loader = EvalLoader(Numbers(), batch=2, rank=rank, world_size=8, workers=0, drop_empty=False)
         found = list(loader)
         batches.append(len(found))
+        assert len(loader) == len(found)
         for content, own in found:
             assert (content is None) == (len(own) == 0)
             ids += own.tolist()
@@ -354,6 +355,29 @@ def test_a_loop_goes_on_with_the_batch_in_which_it_was_interrupted() -> None:
     assert seen + indices(loader) == indices(of_numbers(global_batch=5, epochs=1))
 
 
+def test_a_batch_whose_finish_is_interrupted_comes_again(make_shards: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = make_shards()
+    whole = of_images(shards, epochs=1)
+    expected = list(whole)
+    loader, left = of_images(shards, epochs=1), [2]
+    finish = loader.finish
+
+    def interrupted(batch: Any) -> Any:
+        if batch.batch in left:
+            left.remove(batch.batch)
+            raise KeyboardInterrupt
+        return finish(batch)
+
+    monkeypatch.setattr(loader, "finish", interrupted)
+    seen: list[Any] = []
+    with pytest.raises(KeyboardInterrupt):
+        seen.extend(loader)
+    assert loader.step == 2
+    for found, batch in zip([*seen, *loader], expected, strict=True):
+        assert all(map(torch.equal, found, batch))
+    assert loader.digest == whole.digest
+
+
 def test_workers_end_with_a_loop_that_is_left_and_with_their_loader() -> None:
     before = children()
     gc.disable()
@@ -399,6 +423,23 @@ def test_what_collate_returns_is_of_the_same_type_on_a_device() -> None:
     assert (type(names), type(pair), pair.number) == (UserDict, Pair, 3)
     assert {names["x"].device.type, pair.first.device.type, last["y"].device.type} == {"meta"}
     assert batch.content[1].first is one
+
+
+def test_batches_of_other_classes_move_by_their_own_methods() -> None:
+    class Graph:
+        def __init__(self, edges: torch.Tensor) -> None:
+            self.edges = edges
+
+        def to(self, device: torch.device) -> "Graph":
+            return Graph(self.edges.to(device))
+
+    rows = pack_sequence([torch.ones(3), torch.ones(2)])
+    batch = Collated({"graph": Graph(torch.ones(1)), "rows": rows, "size": torch.Size([2])}, torch.zeros(1), 0)
+    assert batch.tensors == []  # they are on the host
+    moved = batch.to(torch.device("meta")).content
+    assert {moved["graph"].edges.device.type, moved["rows"].data.device.type} == {"meta"}
+    assert (type(moved["rows"]), moved["rows"].batch_sizes.device.type) == (PackedSequence, "cpu")
+    assert moved["size"] == (2,)
 
 
 def test_captions_and_labels_beside_images_come_through(tmp_path: Path) -> None:
@@ -539,7 +580,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
         ({"num_classes": 0}, "num_classes = 0: expected 1 or more"),
         ({"num_classes": "10"}, "num_classes = '10': expected a whole number"),
         ({"num_classes": 2}, r"but num_classes = 2; use other data, or train with num_classes=3"),
-        ({"dtype": torch.int32}, r"dtype = torch.int32: expected a floating point type, or torch.uint8"),
+        ({"dtype": torch.int32}, r"dtype = torch.int32: use a floating point type .*, or torch.uint8"),
         ({"split": "trian"}, "did you mean train"),
     ],
 )
@@ -635,6 +676,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"seed": 2**63}, "seed = 9223372036854775808: expected"),
     ({"epochs": -3}, "epochs = -3: expected 0 or more"),
     ({"device": "mps"}, "device = mps: "),
+    ({"device": "gpu"}, "device = gpu: use cpu, or cuda where torch finds a GPU"),
+    ({"dtype": "float16"}, "dtype = 'float16': use a floating point type of torch, such as torch.float16"),
+    ({"augment": "rand-m9"}, "augment = 'rand-m9': use a dict of settings, such as {'randaugment': 'rand-m9"),
     ({"order": "stream"}, "order = stream: only `karat train`"),
 ]
 REFUSED_OF_ONES_OWN: list[tuple[dict[str, Any], str]] = [
@@ -651,12 +695,23 @@ REFUSED_OF_AN_EVALUATION: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+class Iterated(IterableDataset[int]):
+    """It has a length; torch gives it a `__getitem__` that raises."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(20))
+
+
 def test_a_mistake_is_one_line(make_shards: Make) -> None:
     shards = make_shards()
     cases = [
         *((lambda changed: of_images(shards, **changed), *row) for row in REFUSED),
         (lambda changed: of_images(Path("photoss")), {}, f"data = photoss is not a directory in {Path.cwd()}; "),
         (lambda changed: of_images(DataLoader(Numbers())), {}, "data is a DataLoader: expected a path, or a dataset"),
+        (lambda changed: ExactLoader(Iterated(), global_batch=8), {}, "data is a Iterated: expected a path"),
         (lambda changed: ExactLoader([], global_batch=8), {}, "the training split has no samples"),
         *((lambda changed: of_numbers(**changed), *row) for row in REFUSED_OF_ONES_OWN),
         *((lambda changed: EvalLoader(shards, workers=0, **changed), *row) for row in REFUSED_OF_AN_EVALUATION),

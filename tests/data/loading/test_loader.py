@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from karat_scale.data import ExactLoader
 from karat_scale.data.batch import Batch, Draw, batch_digest, with_digest
 from karat_scale.data.loading.assemble import ImageSlots, OrderedLoader
 from karat_scale.data.loading.device_feed import RunAhead
@@ -60,6 +61,19 @@ def test_a_batch_without_its_slot_is_small():
     received = slots.unpack(pickle.loads(sent))
     assert received.images.eq(77).all()
     assert received.images.data_ptr() != batch.images.data_ptr()
+
+
+def test_images_stay_on_the_host_whatever_torchs_default_device_is():
+    slots = ImageSlots(1, 1, (IMAGES, 3, SIZE, SIZE))
+    batch = Numbered().fill(slices(1)[0], slots._at(0, (IMAGES, 3, SIZE, SIZE)))
+    synthetic = ExactLoader("any", backend="synthetic", num_classes=2, global_batch=2, workers=0, dtype=torch.uint8)
+    torch.set_default_device("meta")
+    try:
+        sent = slots.pack(batch)[2].images
+        images, _ = next(iter(synthetic))
+    finally:
+        torch.set_default_device(None)
+    assert sent.device.type == images.device.type == "cpu"
 
 
 def test_a_smaller_batch_fits_and_a_larger_one_and_what_memory_does_not_hold_are_refused():

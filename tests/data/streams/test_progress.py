@@ -23,7 +23,7 @@ def test_a_run_begins_at_the_first_shards_and_the_same_lanes_go_on_where_they_st
 def test_other_lanes_or_tars_begin_at_the_next_cycle(lanes: int, shards: int) -> None:
     progress = StreamProgress(1, 2, lanes, shards)
     said = progress.resume(StreamState(5, [(9, 1), (4, 2), (11, 3), (2, 4)]))
-    assert said.endswith("and 5 tars and 4 lanes (ranks x data workers) in the checkpoint: each lane begins at cycle 3")
+    assert said.endswith("4 lanes (ranks x data workers) in the checkpoint: a new pass over all tars begins")
     assert list(progress.places.values()) == [LanePlace(3 * shards + lane) for lane in range(lanes, 2 * lanes)]
 
 

@@ -52,7 +52,7 @@ def open_splits(
     classes = own_classes if known_classes is None else known_classes
     if known_classes is not None and not set(own_classes) <= set(known_classes):
         new = sorted(set(own_classes) - set(known_classes))
-        raise DataError(f"{src} has the class {new[0]!r}, which the shards in --out do not; use another --out")
+        raise DataError(f"{src} has the class {new[0]!r}, which the shards in --out do not have; use another --out")
     return {name: found[origin](classes) for name, origin in chosen.items()}
 
 

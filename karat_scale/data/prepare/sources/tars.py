@@ -367,18 +367,18 @@ def _from_devkit(path: Path, numbers: dict[str, str], synsets: Path | None) -> d
         if list(order.values()) == sorted(order.values()):
             raise DataError(f"{synsets} is sorted by wnid, which is not the devkit's order; use lines `number wnid`")
     if (wrong := next((number for number in map(int, numbers.values()) if number not in order), None)) is not None:
-        raise DataError(f"{path} has the class number {wrong}, but the mapping has {len(order)} classes")
+        raise DataError(f"{path} has the class number {wrong}, which {synsets} does not list; use the whole list")
     return {stem: order[int(number)] for stem, number in numbers.items()}
 
 
 def _from_sorted(path: Path, numbers: dict[str, str], wnids: list[str] | None) -> dict[str, str]:
     if not wnids:
-        raise DataError(f"{path} numbers the classes, but their wnids are unknown; make the train split with it")
+        raise DataError(f"{path} numbers the classes, but their wnids are unknown; make train, too, without --split")
     order = dict(enumerate(sorted(wnids)))
     if max(map(int, numbers.values())) >= len(order):
         raise DataError(
             f"{path} has class numbers up to {max(map(int, numbers.values()))}; counted from 0 over "
-            f"{len(order)} sorted wnids they end at {len(order) - 1}"
+            f"{len(order)} sorted wnids they end at {len(order) - 1}; use lines `filename wnid`"
         )
     return {stem: order[int(number)] for stem, number in numbers.items()}
 

@@ -500,8 +500,8 @@ class ClassificationTask(Task):
                     "the checkpoint learned from a teacher; set distill.from to it, or start another run with init_from"
                 )
             raise RunDirectoryError(
-                f"the run's checkpoint learned from another teacher than {teachers.FILE} holds; put that "
-                "file back, or start another run"
+                f"the checkpoint learned from another teacher than {teachers.FILE} holds; put that file back or, with "
+                "resume.from, set distill.from to its teacher"
             )
 
     def _teachers_digest(self) -> str:

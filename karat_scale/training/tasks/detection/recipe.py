@@ -198,8 +198,7 @@ class DetectionRecipe(RunRecipe):
             nearest = max(round(self.model.image_size / window), 1) * window
             yield (
                 f"model.image_size = {self.model.image_size} is not a multiple of the attention window, {window} px: "
-                f"detector.window = {self.detector.window} patches of {self.patch_size} px, since N is fixed; "
-                f"use {nearest}"
+                f"detector.window = {self.detector.window} patches of {self.patch_size} px; use {nearest}"
             )
         if self.attention.blocks:
             yield "attention.blocks is not supported in detection; use detector.global_blocks for softmax"
