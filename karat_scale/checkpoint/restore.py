@@ -384,9 +384,11 @@ def bring_near(
     Returns its name, if there is one, and lines on those that are damaged.
 
     Raises:
-        OSError: it cannot be copied; on all ranks.
+        OSError: a node's cannot be listed, or it cannot be copied; on all ranks.
     """
-    offers = world.gather(near.offers() if world.local_rank == 0 else {})
+    with world.together():
+        offer = near.offers() if world.local_rank == 0 else {}
+    offers = world.gather(offer)
     names = {name for offer in offers for name in offer}
     newest = world.on_main(lambda: store.newest_intact(reporter.verify) if names else "")
     problems: list[str] = []

@@ -83,7 +83,7 @@ def fetch_run(url: str, directory: str, checkpoint: Sequence[str]) -> int:
         raise RunDirectoryError(f"{directory} has files, but no run; name a new directory")
     run.claim()
     mine = run_id(run.path)
-    if mine != owner.run and (mine or run.recipe_file.is_file() or run.store.names()):
+    if mine != owner.run and (mine or run.recipe_file.is_file()):
         raise RunDirectoryError(f"{directory} has another run than {copy.url}; name a new directory")
     is_behind = max(run.store.names(), default="") > max(remote.names(), default="")
     if is_behind:

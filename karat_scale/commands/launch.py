@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from karat_scale.engine.heartbeat import START
+from karat_scale.engine.heartbeat import START, is_restart
 from karat_scale.foundation.errors import EXIT_LOST_PEER, EXIT_STOPPED, PeerError, UserError, say_in_one_write
 from karat_scale.foundation.files import write_atomically
 from karat_scale.foundation.machine import LAUNCHED, LAUNCHER, stop_signals, usable_cores
@@ -63,8 +63,7 @@ def launch(arguments: Sequence[str], ranks: int, trains: bool, trained: Path | N
     with _signals_forwarded() as told:
         for attempt in count():
             begun = time.time()
-            again = int(os.environ.get("SLURM_RESTART_COUNT") or 0) or (wrapper and "." in os.environ.get(START, ""))
-            if trains and (attempt or again):  # a recipe's `never` was for the first start
+            if trains and (attempt or is_restart()):  # a recipe's `never` was for the first start
                 command = [*(word for word in command if not word.startswith("resume.mode=")), "resume.mode=auto"]
             # This reference keeps the store and its port until this launcher ends.
             code, line, _store = _run(command, ranks, attempt, trained, told)

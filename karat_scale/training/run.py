@@ -92,7 +92,7 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             trainer = begin_or_go_on(task.at(step), step, directory, signals, outcome)
             trainer.checkpoints.check_room()
             was_finished = outcome.was_finished = outcome.state.step >= trainer.total_steps
-            is_anew = world.is_main and directory.begins_anew(recipe)
+            is_anew = world.on_main(lambda: directory.begins_anew(recipe)) and world.is_main
             if not (was_finished and world.broadcast(directory.recipe_file.is_file())):  # it keeps its own recipe
                 world.on_main(lambda: directory.begin(recipe, task.classes))
             reporter.start_trackers(directory.path, recipe.log.trackers, is_anew)

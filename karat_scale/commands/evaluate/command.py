@@ -329,14 +329,14 @@ def _refuse_another(run: Path, evaluation: Evaluation) -> None:
     """Refuse to replace the result on another test set, or of another model, of the same name."""
     if "/" in evaluation.name or evaluation.name.startswith("."):
         raise UserError(f"--name {evaluation.name}: should be a file's name, without / and with no . at its beginning")
-    earlier = read_evaluation(evaluation_file(run, evaluation.name))
+    file = evaluation_file(run, evaluation.name)
+    earlier = read_evaluation(file)
     if earlier is None:
         return
-    file = evaluation_file(run, evaluation.name)
     if earlier.source != evaluation.source:
         raise UserError(f"{file} holds the result on {earlier.source}; choose another --name")
-    is_same = (earlier.checkpoint, earlier.weights) == (evaluation.checkpoint, evaluation.weights)
-    if not is_same or earlier.model != evaluation.model:
+    if earlier.model != evaluation.model:
+        is_same = (earlier.checkpoint, earlier.weights) == (evaluation.checkpoint, evaluation.weights)
         this = f"not of {evaluation.checkpoint} ({evaluation.weights} weights)"
         raise UserError(
             f"{file} holds the result of {earlier.checkpoint} ({earlier.weights} weights), "
