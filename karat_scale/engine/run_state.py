@@ -29,6 +29,8 @@ class RunState:
     skipped_in_row: int = 0
     timed_samples: int = 0
     timed_seconds: float = 0.0
+    timed_on: str = ""
+    """The number of ranks and the device that these two are of; on others they begin again."""
     peak_memory_mb: float = 0.0
     restarts: int = 0
     seconds_to_first_step: float | None = None
@@ -49,7 +51,7 @@ class RunState:
 
     @property
     def images_per_second(self) -> float | None:
-        """Training images per second over all restarts, without evaluation, saving and each start's first step."""
+        """Training images per second on the last machine, without evaluation, saving and each start's first step."""
         return self.timed_samples / self.timed_seconds if self.timed_seconds else None
 
     def record(self, evaluation: Mapping[str, Any]) -> bool:

@@ -30,7 +30,7 @@ from typing_extensions import Self
 from karat_scale.checkpoint.checkpoints import Checkpoints
 from karat_scale.data.loading.device_feed import DeviceFeed
 from karat_scale.data.plan import total_steps
-from karat_scale.engine.distributed import World
+from karat_scale.engine.distributed import World, device_name
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.memory import apply_recompute
 from karat_scale.engine.optimizers import Ema
@@ -315,6 +315,9 @@ class Trainer:
         world, state = self.world, self.state
         steps, seconds = self._interval.take_time()
         samples = steps * self.recipe.train.global_batch
+        machine = f"{world.size} x {device_name(world.device)}"
+        if state.timed_on != machine:
+            state.timed_on, state.timed_samples, state.timed_seconds = machine, 0, 0.0
         state.timed_samples += samples
         state.timed_seconds += seconds
         state.skipped_steps += self.engine.take_skipped_steps()

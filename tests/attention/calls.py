@@ -95,6 +95,7 @@ NAMES = ("output", "query", "key", "value", "cos_coef", "sin_coef", "proj", "bia
 
 def assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
     """Assert that every result has the expected shape and lies within the tolerance."""
+    assert 0 < len(actual) == len(expected)
     for name, a, e in zip(NAMES, actual, expected, strict=False):
         assert a.shape == e.shape, name
         assert relative_error(a, e) <= tolerance, f"{name}: {relative_error(a, e):.2e} > {tolerance:.2e}"

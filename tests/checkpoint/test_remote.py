@@ -302,19 +302,22 @@ while True:
         remote.retain(keep_last=1)
 """
     names = [save(store, step) for step in range(1, 5)]
+    met = set()
     with FaultyProxy(s3_port, latency=0.005) as proxy:
         url = s3(tmp_path / "nothing", proxy.port)
         for number in range(12):
             command = [sys.executable, "-c", program, url]
             with subprocess.Popen(command, env=karat_environment(), stdout=subprocess.PIPE, cwd=ROOT) as process:
                 assert process.stdout is not None
-                process.stdout.readline()
+                assert process.stdout.readline() == b"begins\n"
                 time.sleep(0.037 * number)
                 process.send_signal(signal.SIGKILL)
             remote = opened(url)
             for name in remote.names():
                 fetched(url, name, tmp_path / str(number))
+                met.add(name)
             assert remote.pointed("latest") in {None, *names}
+    assert met
 
 
 @pytest.mark.parametrize("kind", ["s3", "gs"])

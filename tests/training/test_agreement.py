@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, rank_environments
-from tests.training.agreement import LOOKS
+from tests.training.agreement import CONFIGS, LOOKS
 from tests.training.harm import POINTERS
 from tests.warm import run_program
 
@@ -40,6 +40,7 @@ def test_damage_is_named_and_both_ranks_take_the_checkpoint_before(outcomes) -> 
 
 @pytest.mark.multiprocess
 def test_a_save_that_one_rank_cannot_write_is_void_on_all(outcomes) -> None:
+    assert len(outcomes["failing_rank"]) == 2 * 4  # stages, ways of saving and the save after them
     for name, outcome in outcomes["failing_rank"].items():
         assert outcome["good"], name
         if not name.endswith("after"):
@@ -58,7 +59,7 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_no_rank(outcomes) -> None
 
 @pytest.mark.multiprocess
 def test_snapshots_of_every_stage_are_the_weights_of_the_checkpoint(outcomes) -> None:
-    assert outcomes["snapshots"] == dict.fromkeys(outcomes["snapshots"], True)
+    assert outcomes["snapshots"] == dict.fromkeys(CONFIGS, True)
 
 
 @pytest.mark.multiprocess

@@ -104,6 +104,15 @@ def test_a_step_that_is_not_finite_is_found_between_log_lines(small_recipe, worl
     assert trainer.state.skipped_in_row == 0  # step 3 was good
 
 
+def test_the_speed_is_that_of_the_last_machine(small_recipe, world) -> None:
+    trainer = make_trainer(small_recipe("data.workers=0", "train.max_steps=3"), world)
+    trainer.state.timed_on, trainer.state.timed_samples, trainer.state.timed_seconds = "8 x H100", 8_000_000, 1.0
+    trainer.run()
+    assert trainer.state.timed_on.startswith("1 x CPU")
+    assert trainer.state.timed_samples == 2 * 8  # the first step is not timed
+    trainer.task.close()
+
+
 def test_a_clock_that_jumps_neither_hastens_nor_stops_saving(small_recipe, world, monkeypatch, tmp_path) -> None:
     trainer = make_trainer(
         small_recipe("checkpoint.every_minutes=1000", "checkpoint.every_steps=2", "data.workers=0"), world

@@ -59,6 +59,9 @@ def read_history(run: TrainedRun) -> History:
         kind = event.get("event")
         if kind in ("start", "train", "end"):
             history.has_ended = kind == "end"
+        if kind == "start" and event.get("anew"):
+            for earlier in (history.train, history.evaluations, history.changes):
+                earlier.clear()
         if kind not in ("train", "eval", "resume"):
             continue
         if kind == "resume" and event.get("changed"):

@@ -1,5 +1,6 @@
 """A finished run as `karat compare` sees it: its recipe, its budget, its scores and their curves."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -15,7 +16,7 @@ from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 
 # A checkpoint's event may come after those of later steps.
-_KINDS = ("train", "eval", "resume")
+_KINDS = ("start", "train", "eval", "resume")
 CLASSIFICATION, DETECTION = ("top1", "top5", "loss"), ("box_ap", "mask_ap")
 
 
@@ -156,6 +157,7 @@ class _Event(Figures):
     event: str
     step: Number
     time: float
+    anew: bool = False
     samples: Number | None = None
     images_per_second: float | None = None
     images: Count | None = None
@@ -235,19 +237,29 @@ def _last_and_best(path: str, curve: tuple[Point, ...], best_step: int, summary:
 def _curve(events: list[_Event], scores: tuple[str, ...]) -> tuple[tuple[Point, ...], float]:
     """Return the evaluations and the hours of work.
 
-    A start that went back to an earlier step drops the evaluations after that step. The time between two starts does
-    not count as work; repeated steps do.
+    A start that went back to an earlier step drops the evaluations after that step, one that began anew drops all.
+    The time between two starts does not count as work; repeated steps do.
     """
     points: dict[int, Point] = {}
     seconds = 0.0
     before: _Event | None = None
+    began = math.inf
     for event in events:
+        if event.event == "start":
+            before, began = None, event.time
+            if event.anew:
+                points.clear()
+                seconds = 0.0
+            continue
         # An evaluation may follow its training step.
         is_start = before is None or (
             event.step < before.step or (event.event == before.event == "train" and event.step == before.step)
         )
         if before is None or (is_start and event.event != "resume"):
-            seconds += (event.samples or 0) / event.images_per_second if event.images_per_second else 0.0
+            if event.images_per_second:
+                seconds += (event.samples or 0) / event.images_per_second
+            elif event.event == "eval":
+                seconds += max(event.time - began, 0.0)
         elif event.event != "resume":
             seconds += max(event.time - before.time, 0.0)
         while points and next(reversed(points)) > event.step:

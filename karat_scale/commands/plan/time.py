@@ -383,7 +383,7 @@ def data_need(recipe: Recipe, needed: float, gpus: int, cores_per_gpu: int) -> D
 # The keys that set the speed of a rank; a section stands for all its keys.
 SPEED_KEYS = (
     *("model", "attention", "optim.name", "augment.run_on", "distill.from"),
-    *("train.precision", "train.compile", "train.freeze", "train.recompute"),
+    *("train.precision", "train.tf32", "train.compile", "train.freeze", "train.recompute"),
 )
 
 
@@ -412,12 +412,18 @@ class Measured:
 def find_measured(recipe: Recipe, gpu: Gpu | None) -> Measured | str | None:
     """Return the run in the recipe's own directory on this GPU (None: a CPU), with the median of its last 100 rates.
 
-    Returns None if there is no such run; if the run says nothing about this recipe, a line with the reason.
+    The rates are of one start, the last that has any. Returns None if there is no such run; if the run says nothing
+    about this recipe, a line with the reason.
     """
     directory = RunDirectory(recipe.run.dir)
-    events = (event for event in read_events(directory.metrics_file) if event.get("event") == "train")
-    rates = [float(rate) for event in events if (rate := event.get("images_per_second"))]
-    if not rates:
+    starts: list[list[float]] = [[]]
+    for event in read_events(directory.metrics_file):
+        if event.get("event") == "start":
+            starts.append([])
+        elif event.get("event") == "train" and (rate := event.get("images_per_second")):
+            starts[-1].append(float(rate))
+    rates = next((own for own in reversed(starts) if own), None)
+    if rates is None:
         return None
     refused = f"what {directory.path} measured is not used: "
     summary = directory.summary() or {}
@@ -435,6 +441,8 @@ def find_measured(recipe: Recipe, gpu: Gpu | None) -> Measured | str | None:
         if keys := [key for key in after if before.get(key) != after[key] and f"{key}.".startswith(speed)]:
             value, more = before.get(keys[0]), f", and {len(keys) - 1} more" if keys[1:] else ""
             return f"{refused}it ran with {keys[0]} = {'(empty)' if value == '' else value}{more}"
+        if old.schedule.image_sizes:
+            return f"{refused}its images grew (schedule.image_sizes), and its rates with them"
         config = load_ds_config(old, int(world), micro_batch_of(old, int(world)))
         source = f"measured in {directory.path} on {device}"
         return Measured(old, int(world), config, statistics.median(rates[-100:]), source)

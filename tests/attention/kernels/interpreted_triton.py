@@ -146,7 +146,7 @@ def test_a_cut_pair_may_have_an_infinite_score():
     upstream = draw(call.value.shape, torch.float32)
     bias = torch.zeros(20, 20).masked_fill(~mask, -torch.inf).requires_grad_()
     found = kernels(call, upstream, mask=mask, bias=bias)
-    assert_close(found, oracle(call, upstream, mask=mask), 2e-6)
+    assert_close(found[:7], oracle(call, upstream, mask=mask), 2e-6)
     assert not any(x[:, :, 3].any() for x in found[:2])  # of the query without pairs
 
 

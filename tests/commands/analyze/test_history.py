@@ -38,6 +38,15 @@ def test_a_resumed_run_keeps_what_it_went_on_from(karat_run: TrainedRun, tmp_pat
     assert result.notes == ["run: 1 damaged line of metrics.jsonl skipped"]
 
 
+def test_a_start_anew_leaves_nothing_of_the_abandoned_recipe(karat_run: TrainedRun, tmp_path: Path) -> None:
+    evaluated = {"event": "eval", "step": 3, "samples": 24, "top1": 90.0, "top5": 99.0, "loss": 1.0}
+    begun = {"event": "start", "step": 0, "anew": True}
+    events = (begun, train(1, 7.0), train(3, 7.0), evaluated, begun, train(50, 2.0))
+    history = read_history(with_events(karat_run, tmp_path / "run", *events))
+    assert [point["loss"] for point in history.train] == [2]
+    assert history.evaluations == []
+
+
 def test_runs_are_drawn_together(karat_run: TrainedRun, softmax_run: TrainedRun) -> None:
     result = analyze_training({"karat": karat_run, "softmax": softmax_run})
     assert set(result.figures) == {"loss", "accuracy", "lr", "grad_norm", "images_per_second"}

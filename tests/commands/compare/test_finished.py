@@ -58,6 +58,23 @@ def test_a_start_from_the_beginning_that_repeats_the_first_line_is_no_work_betwe
     assert _curve(lines, ())[1] * 3600 == pytest.approx(10)
 
 
+def test_a_start_is_known_by_its_event_although_its_first_line_is_a_later_step() -> None:
+    """Two minutes of work with a weekend between them, after an abandoned start with an evaluation."""
+    lines = [
+        _Event(event="start", step=0, time=0.0, anew=True),
+        _Event(event="train", step=30, time=3e5, samples=240, images_per_second=0.001),
+        _Event(event="eval", step=40, time=3e5 + 5, samples=320, top1=5.0),
+        _Event(event="start", step=0, time=4e5, anew=True),
+        _Event(event="eval", step=15, time=4e5 + 60, samples=120, top1=7.0),
+        _Event(event="start", step=0, time=6e5),
+        _Event(event="train", step=50, time=6e5 + 9, samples=400, images_per_second=10.0),
+        _Event(event="eval", step=100, time=6e5 + 29, samples=800, top1=50.0),
+    ]
+    curve, hours = _curve(lines, ("top1",))
+    assert [(point.step, point.scores["top1"]) for point in curve] == [(15, 7.0), (100, 50.0)]
+    assert hours * 3600 == pytest.approx(60 + 40 + 20)
+
+
 def rewrite(run: Path, **fields: object) -> None:
     """Write the summary that the run would have written with other fields."""
     (run / "summary.json").write_text(json.dumps(sealed({**summary(run), **fields})))

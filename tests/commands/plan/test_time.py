@@ -206,6 +206,22 @@ def test_another_device_and_a_damaged_recipe_are_told(small_recipe: Load) -> Non
     assert "model = 3" in str(find_measured(small_recipe(), find_gpu("h100-80")))
 
 
+def test_rates_are_those_of_the_last_start_that_has_any(small_recipe: Load) -> None:
+    leave_a_run(small_recipe("train.global_batch=32"), 16)
+    kinds = ["start", *["train"] * 60, "start", *["train"] * 40, "start"]  # a finished run that is called again
+    rates = [None, *[RATE / 2] * 60, None, *[RATE] * 40, None]
+    lines = [json.dumps({"event": k, "images_per_second": r}) for k, r in zip(kinds, rates, strict=True)]
+    (Path(small_recipe().run.dir) / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    found = find_measured(small_recipe(), find_gpu("h100-80"))
+    assert isinstance(found, Measured)
+    assert (found.rate, found.world) == (RATE, 16)
+
+
+def test_a_run_whose_images_grew_is_not_used(small_recipe: Load) -> None:
+    leave_a_run(small_recipe("schedule.image_sizes=[[0,8],[1,16]]", "train.epochs=2"), 1)
+    assert "its images grew" in str(find_measured(small_recipe(), find_gpu("h100-80")))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["zero0", "zero3"])
 def test_a_measured_rate_holds_its_own_collectives_already(small_recipe: Load, config: str, tmp_path: Path) -> None:
@@ -229,6 +245,7 @@ def test_a_measured_rate_holds_its_own_collectives_already(small_recipe: Load, c
         (("model.depth=3",), "it ran with model.depth = 2"),
         (("attention.implementation=streaming",), "it ran with attention.implementation = auto"),
         (("train.precision=bf16",), "it ran with train.precision = fp32"),
+        (("train.tf32=false",), "it ran with train.tf32 = True"),
         (("distill.from=timm:vit_tiny_patch16_224",), "it ran with distill.from = (empty)"),
         (("train.recompute.policy=all", "augment.run_on=device"), "it ran with augment.run_on = workers, and 1 more"),
     ],
