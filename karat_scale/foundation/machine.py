@@ -181,6 +181,11 @@ class Gpu:
     """Bandwidth of its memory, in bytes per second."""
     peaks: dict[str, float]
 
+    @property
+    def has_triton(self) -> bool:
+        """Whether our Triton kernels run on it: from Ampere on, whose matrix units have bf16."""
+        return "bf16" in self.peaks
+
 
 def find_gpu(name: str) -> Gpu | None:
     """Return the GPU with a key such as "h100-80" or with a name that CUDA reports; None if it is not in the table.

@@ -115,6 +115,7 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
 
     visit_images(model, run, images, settings, "scores", visit)
     result = Result()
+    _note_softmax_heads(result, run)
     if len(learned) < len(found):
         result.notes.append(f"attention.scores = false has constants phi_pq(0) alone{_left_out(found, learned)}")
     seen = "over the scores that occur (grey: how often)."
@@ -145,6 +146,13 @@ def analyze_functions(run: TrainedRun, settings: Settings) -> Result:
     return result
 
 
+def _note_softmax_heads(result: Result, run: TrainedRun) -> None:
+    if any(section.softmax_heads for section in run.recipe.attention.sections):
+        result.notes.append(
+            "heads are numbered here without those of attention.softmax_heads, which come first in the attention maps"
+        )
+
+
 def _left_out(blocks: Collection[int], shown: Collection[int]) -> str:
     """Return a text that names the blocks that are not shown; empty if none is shown."""
     others = [str(block) for block in blocks if block not in shown]
@@ -162,6 +170,7 @@ def _draw_heads_of_blocks(
 ) -> None:
     """Add a figure for each block, with each head's curves over the scores that occur, and how often these occur."""
     for block, own in heads.items():
+        read = "entry of A W" if getattr(own, "form", "") == "project_first" else "score"
         figure = new_figure(max(2.2 * own.num_heads, 3.2), 2.6)
         for head, axes in enumerate(figure.subplots(1, own.num_heads, squeeze=False)[0]):
             low, high = histogram.span(block, head)
@@ -178,7 +187,7 @@ def _draw_heads_of_blocks(
             behind.set(yticks=[], ylim=(0, None))
             axes.set_zorder(behind.get_zorder() + 1)
             axes.patch.set_visible(False)
-            axes.set(title=f"head {head}", xlabel="score", xlim=(low, high), label=OWN_X)
+            axes.set(title=f"head {head}", xlabel=read, xlim=(low, high), label=OWN_X)
             result.arrays |= {f"block{block}_head{head}_{key}": values for key, values in drawn.items()}
         else:
             result.figures[f"{name}_block_{block}"] = figure, f"Block {block}: {caption}"
@@ -358,6 +367,7 @@ def analyze_distributions(run: TrainedRun, settings: Settings) -> Result:
         RunDirectoryError: the run has no checkpoint, or only damaged ones.
     """
     result = Result()
+    _note_softmax_heads(result, run)
     weights = _at_moments(run, result, settings)
     if len(weights) < 3:
         kept = f"{len(weights)} checkpoints and snapshots"

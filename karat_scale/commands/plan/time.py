@@ -30,6 +30,7 @@ from karat_scale.foundation.errors import UserError
 from karat_scale.foundation.machine import Gpu, find_gpu
 from karat_scale.models.factory import layer_sizes
 from karat_scale.models.flops import flops_per_image
+from karat_scale.models.recompute import choices_by_rule
 from karat_scale.recipe import Recipe, TrainConfig
 from karat_scale.recipe.loading import flatten
 from karat_scale.training.run_directory import RunDirectory
@@ -150,15 +151,19 @@ def estimate(
 
     Each byte that a pass allocates is written once and read about twice. The GPU must have the recipe's precision.
     footprint: that of a training step. config: DeepSpeed's, filled. parameters: the elements of each tensor that
-    learns. teacher_flops: the operations of a teacher's forward pass for an image, of which only matrix products count.
+    learns. Blocks that recompute take their forward pass's products twice; recomputed attention alone counts once.
+    teacher_flops: the operations of a teacher's forward pass for an image, of which only matrix products count.
     """
     peak = matrix_peak(recipe.train, gpu.peaks)
     assert peak is not None
-    flops = flops_per_image(recipe.model, recipe.attention, recipe.train.freeze).training + teacher_flops
+    depth = len(layer_sizes(recipe.model))
+    again = choices_by_rule(recipe.train.recompute, depth).count("block") / depth
+    model = flops_per_image(recipe.model, recipe.attention, recipe.train.freeze)
+    flops = model.training + again * model.forward + teacher_flops
     products = flops / (MATRIX_EFFICIENCY * peak)
     written = footprint.written(2) - footprint.written(1) + written_by_rows(recipe, on_gpu=True)
     moved = TRAFFIC_PER_BYTE * written / (BANDWIDTH_EFFICIENCY * gpu.bandwidth)
-    launches = StepLaunches.of(footprint.launches, recipe.train, config, parameters, len(layer_sizes(recipe.model)))
+    launches = StepLaunches.of(footprint.launches, recipe.train, config, parameters, depth)
     return ComputeTime(products + moved, "estimated from operations, bytes and launches", launches)
 
 

@@ -268,7 +268,7 @@ def write_overlay(path: Path, picture: Tensor, maps: LastBlock, row: int, title:
     pixels = picture.permute(1, 2, 0).numpy()
     show_map(axes[0], pixels, "image")
     show_map(axes[1], pixels, f"block {maps.block}, head {head}")
-    show_map(axes[1], weights.numpy(), f"block {maps.block}, head {head}", alpha=0.55, cmap="magma")
+    show_map(axes[1], weights.numpy(), f"block {maps.block}, head {head}", vmin=0, alpha=0.55, cmap="magma")
     figure.suptitle(printable(title).replace("$", r"\$"))
     write_atomically(path, rendered(figure, dpi=100))
 

@@ -108,6 +108,7 @@ BY_SETTINGS: dict[str, dict[str, Any]] = {
     "without scores": {"kind": "karat", "scores": False},
     "content": {"kind": "karat", "form": "content", "softmax_heads": 1},
     "smooth": {"kind": "karat", "form": "smooth", "modes": 4},
+    "project first": {"kind": "karat", "form": "project_first"},
     "another grid": {"kind": "karat", "blocks": {"0": {"grid": 4}}},
     "another basis": {"kind": "karat", "blocks": {"0": {"basis": "mexican_hat"}}},
     "another form": {"kind": "karat", "blocks": {"0": {"form": "content"}}},
@@ -167,6 +168,13 @@ def test_content_shows_both_kinds_of_functions(softmax_run: TrainedRun) -> None:
     psi = sum(cos[m] * np.cos((m + 1) * x) + sin[m] * np.sin((m + 1) * x) for m in range(len(cos)))
     assert result.arrays["block0_head0_of_score"] == pytest.approx(psi + layer.psi_constant[0].item(), abs=1e-4)
     assert any("distance from softmax: only for S = H W^T" in note for note in result.notes)
+    assert any("heads are numbered here without those of attention.softmax_heads" in note for note in result.notes)
+
+
+def test_the_axis_of_the_functions_says_what_they_read(softmax_run: TrainedRun) -> None:
+    for name, read in (("project first", "entry of A W"), ("smooth", "score")):
+        figure, _ = functions_of(softmax_run, name).figures["functions_block_0"]
+        assert {axes.get_xlabel() for axes in figure.axes if axes.get_xlabel()} == {read}
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,14 @@ def test_stages_that_the_recipe_cannot_use_are_told(tmp_path: Path, capsys: Capt
     assert f"checkpoint.url: each checkpoint copies about {gigabytes(found['checkpoint_bytes'])} there" in printed
 
 
+def test_a_card_older_than_ampere_has_no_triton_kernels(capsys: Capture) -> None:
+    v100 = ("train.precision=fp32", "--gpu", "v100-32")
+    assert plan(*v100, "attention.kind=karat", "attention.implementation=triton") == 2
+    assert "attention.implementation = triton: v100-32 is older than Ampere" in capsys.readouterr().err
+    assert plan(*v100, "attention.kind=karat") == 0
+    assert "v100-32 is older than Ampere and cannot run the Triton kernels" in capsys.readouterr().out
+
+
 def test_too_few_images_for_one_batch_are_refused(capsys: Capture) -> None:
     assert plan("data.backend=synthetic", "data.synthetic_samples=40", "train.global_batch=64") == 2
     assert "an epoch has 40 samples, fewer than train.global_batch = 64;" in capsys.readouterr().err

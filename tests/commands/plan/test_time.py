@@ -19,6 +19,7 @@ from karat_scale.commands.plan.report import launch_note, show
 from karat_scale.commands.plan.time import (
     LATENCY_BETWEEN,
     LATENCY_WITHIN,
+    MATRIX_EFFICIENCY,
     REACHED,
     ComputeTime,
     DataNeed,
@@ -29,6 +30,7 @@ from karat_scale.commands.plan.time import (
     Traffic,
     compute_seconds,
     curve,
+    estimate,
     find_measured,
     seconds,
     step_seconds,
@@ -36,6 +38,7 @@ from karat_scale.commands.plan.time import (
 )
 from karat_scale.commands.plan.tracing import OPERATOR_BACKWARD, OPERATOR_FORWARD, PSI_BACKWARD, PSI_FORWARD, Launches
 from karat_scale.foundation.machine import find_gpu
+from karat_scale.models.flops import flops_per_image
 from karat_scale.recipe import Recipe, TrainConfig
 from karat_scale.recipe.loading import dump_recipe, load_recipe
 from tests.conftest import SMALL
@@ -220,6 +223,18 @@ def test_rates_are_those_of_the_last_start_that_has_any(small_recipe: Load) -> N
 def test_a_run_whose_images_grew_is_not_used(small_recipe: Load) -> None:
     leave_a_run(small_recipe("schedule.image_sizes=[[0,8],[1,16]]", "train.epochs=2"), 1)
     assert "its images grew" in str(find_measured(small_recipe(), find_gpu("h100-80")))
+
+
+def test_blocks_that_recompute_take_their_products_twice(small_recipe: Load) -> None:
+    gpu, footprint = find_gpu("h100-80"), Subject(small_recipe(), on_gpu=True).footprint
+    assert gpu is not None
+    none, every, whole = (
+        estimate(small_recipe(f"train.recompute.policy={policy}"), gpu, footprint, STAGE_0, SIZES).image
+        for policy in ("none", "every", "all")
+    )
+    flops = flops_per_image(small_recipe().model, small_recipe().attention)
+    assert whole - none == pytest.approx(flops.forward / (MATRIX_EFFICIENCY * gpu.peaks["tf32"]))
+    assert every - none == pytest.approx((whole - none) / 2)
 
 
 @pytest.mark.slow
