@@ -64,7 +64,7 @@ class Outcome:
         rate, task = self.state.images_per_second, self.task
         data: dict[str, Any] = {}
         scores = [f"{which}_{name}" for which in ("best", "last") for name in self.state.scores]
-        if task is not None:
+        if task is not None and self.parameters:  # else its data may be why this start failed
             classes = {"classes": len(task.classes), "classes_sha256": classes_digest(task.classes)}
             data = {"train_images": task.num_train, **classes, **task.facts(self.state)}
         return {

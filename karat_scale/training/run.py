@@ -91,7 +91,8 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             step = world.on_main(directory.store.newest_step)
             trainer = begin_or_go_on(task.at(step), step, directory, signals, outcome)
             trainer.checkpoints.check_room()
-            was_finished = outcome.was_finished = outcome.state.step >= trainer.total_steps
+            was_finished = outcome.state.step >= trainer.total_steps and not trainer.owes_evaluation
+            outcome.was_finished = was_finished
             is_anew = world.on_main(lambda: directory.begins_anew(recipe)) and world.is_main
             if not (was_finished and world.broadcast(directory.recipe_file.is_file())):  # it keeps its own recipe
                 world.on_main(lambda: directory.begin(recipe, task.classes))

@@ -354,8 +354,12 @@ def export_facts(path: Path) -> ExportFacts:
 
     Raises:
         RunDirectoryError: it says what `karat export` never writes.
+        RecipeError: it is damaged.
     """
-    is_ours = path.suffix == ".safetensors" and "karat_scale" in read_metadata(path)
+    try:
+        is_ours = path.suffix == ".safetensors" and "karat_scale" in read_metadata(path)
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(f"not a file of weights that is safe to read: {one_line(error)}") from error
     return read_facts(path) if is_ours else ExportFacts()
 
 

@@ -17,6 +17,7 @@ from karat_scale.models import create_model
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.agreement import StoppedError
 from karat_scale.training.trainer import Trainer
+from karat_scale.training.weights_file import read_facts
 from tests.conftest import SMALL, events, karat_done, karat_here, karat_refuses, summary
 from tests.training.runs import assert_same_run, losses
 
@@ -105,6 +106,33 @@ def test_a_stop_in_the_evaluation_at_a_border_is_evaluated_at_the_size_before(
     found, expected = ([(one["step"], one["loss"]) for one in events(each, "eval")] for each in (run, whole))
     assert found == expected
     assert_same_run(run, whole)
+
+
+def test_a_stop_in_the_last_evaluation_is_not_the_end(command, tmp_path, monkeypatch, capsys) -> None:
+    def stop(trainer: Trainer, done: int, total: int) -> None:
+        if trainer.state.step == 24:
+            trainer.signals.received = signal.SIGTERM
+            raise StoppedError
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_during_evaluation", stop)
+        assert karat_here(*command(run)) == 75
+    capsys.readouterr()
+    assert karat_here(*command(run)) == 0
+    said = capsys.readouterr().out
+    assert "nothing is left to do" not in said
+    assert "finished, best top-1 " in said
+
+
+def test_a_teacher_of_plain_weights_has_the_last_size(command, tmp_path) -> None:
+    whole = load_recipe(command(tmp_path / "run")[1], [*SMALL, *QUICK, "attention.kind=softmax"])
+    torch.save(create_model(whole.model, whole.attention).state_dict(), tmp_path / "softmax.pth")
+    given = (f"distill.from={tmp_path / 'softmax.pth'}", "train.max_steps=1")
+    assert karat_here(*command(tmp_path / "run", *given)) == 0
+    seen = read_facts(tmp_path / "run" / "distill.safetensors").preprocessing
+    assert seen is not None
+    assert seen.input_size[-1] == 16
 
 
 @pytest.mark.slow

@@ -169,6 +169,8 @@ class Follower:
                 if events:
                     tracker.write(events)
                 self._keep(after)
+                if not file.is_file():  # it did not come along with the cursor
+                    break
                 left, now = file.stat().st_size - after.offsets[name], time.monotonic()
                 if left > 0 and now - self._told > _PROGRESS_SECONDS:
                     self._told = now

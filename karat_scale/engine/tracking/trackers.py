@@ -107,6 +107,8 @@ class TensorBoard:
         self._event, self._values, self._writer = event_pb2.Event, summary_pb2.Summary, RecordWriter
         directory = run.directory / "tensorboard"
         make_folder(directory)
+        # The cursor may have come with a copy of the run without these files: then everything is sent again.
+        self.steps: dict[str, int] | None = None if any(directory.glob("events.out.tfevents.*")) else {}
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
         # Without a buffer: what a full disk refused must not come later.
         self._file = (directory / name).open("wb", buffering=0)
@@ -197,7 +199,7 @@ class WandB:
     def close(self, summary: Event) -> None:
         """Set the numbers of the summary, and wait until W&B has got everything."""
         self._run.summary.update(dict(numbers(summary)))
-        code = summary.get("exit", 0)
+        code = summary.get("exit", 1)  # a run without a summary was killed
         self._run.finish(exit_code=0 if code == EXIT_STOPPED else code)
 
 

@@ -48,6 +48,16 @@ def test_everything_is_sent_once_over_several_starts(written, lines) -> None:
     assert [one["close"] for one in told if "close" in one] == [None, 0]
 
 
+def test_a_copied_run_without_its_histograms_goes_on(written, lines) -> None:
+    written.train(1)
+    written.histogram(1)
+    written.send(PLACE)
+    (written.path / "histograms.jsonl").unlink()
+    written.train(2)
+    assert written.send(PLACE) == ([], [f"{PLACE}: the run is at file://here"])
+    assert steps(lines()) == [1, 2]
+
+
 def test_a_restart_at_an_older_checkpoint_repeats_nothing_and_a_run_that_begins_anew_is_another(written, lines) -> None:
     written.train(1, 2, 3, 4, evaluate=(2, 4))
     written.send(PLACE)

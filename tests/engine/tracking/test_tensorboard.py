@@ -1,6 +1,7 @@
 """TensorBoard's event files, read back with its own reader."""
 
 import contextlib
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -29,6 +30,15 @@ def test_scalars_of_two_starts(written) -> None:
     assert board.Scalars("eval/top1")[0].value == 3.0
     assert board.Scalars("content, by_query/block 2")[0].value == 0.25
     assert "train/grad_norm" not in board.Tags()["scalars"]
+
+
+def test_a_copied_run_without_its_event_files_gets_all_figures_again(written) -> None:
+    written.train(1, 2)
+    assert written.send("tensorboard")[0] == []
+    shutil.rmtree(written.path / "tensorboard")
+    written.train(3)
+    assert written.send("tensorboard")[0] == []
+    assert [event.step for event in board_of(written.path).Scalars("train/loss")] == [1, 2, 3]
 
 
 def test_histograms(written) -> None:

@@ -54,6 +54,15 @@ def test_two_starts_are_one_run_without_gap_or_repetition(written, account) -> N
     assert [file for file in files if KEY.encode() in file.read_bytes()] == []
 
 
+def test_a_killed_run_has_not_finished(written, account) -> None:
+    written.train(1)
+    assert written.send("wandb")[0] == []
+    assert account.ended == [1]
+    written.finish()
+    assert written.send("wandb")[0] == []
+    assert account.ended == [1, 0]
+
+
 def test_figures_that_never_arrived_are_sent_by_the_next_start(written, account) -> None:
     written.train(1, 2)
     assert written.send("wandb")[0] == []

@@ -17,6 +17,7 @@ class Account:
         summaries: the last values.
         configs: the settings.
         files: the names of uploaded files.
+        ended: the exit codes of runs that have ended.
         lost: whether the server refuses all figures, so that they never arrive.
     """
 
@@ -25,6 +26,7 @@ class Account:
         self.summaries: dict[str, str] = {}
         self.configs: dict[str, str] = {}
         self.files: set[str] = set()
+        self.ended: list[int] = []
         self.lost = False
         self.url = ""
 
@@ -70,6 +72,8 @@ class _Handler(Answering):
         if self.account.lost:
             self._answer({}, 503)
             return
+        if sent.get("complete"):
+            self.account.ended.append(sent["exitcode"])
         files = sent.get("files", {})
         if history := files.get("wandb-history.jsonl"):
             rows = self.account.rows.setdefault(run, {})

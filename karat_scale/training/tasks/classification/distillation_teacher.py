@@ -166,7 +166,9 @@ def describe_teacher(recipe: Recipe, teacher: DistillationTeacher) -> str:
 def _keep_file(recipe: Recipe, path: Path, kept: Path) -> None:
     if weights_file.export_facts(path).preprocessing is not None:
         _refuse_student(weights_file.exported_sections(path)[1])
-        weights_file.write_model(weights_file.read_exported(path), kept, read_metadata(path))
+        network = weights_file.read_exported(path)
+        # A snapshot has no digest.
+        weights_file.write_model(network, kept, {**read_metadata(path), "weights_sha256": weights_digest(network)})
         return
     # Weights by timm's names, whose model is not known: it is taken to be the recipe's, with softmax.
     attention = AttentionConfig()

@@ -340,8 +340,10 @@ class ClassificationTask(Task):
         """Copy the teachers of `attention.transfer_from` and `distill.from`, if any, into the run's directory."""
         for _, size in self.recipe.schedule.image_sizes:
             layer_sizes(self.recipe.model.changed(image_size=size))  # else a wrong size would end the run midway
-        self.world.on_main(lambda: teachers.keep_teacher(self.recipe, directory.path))
-        self.world.on_main(lambda: teachers.keep_distillation_teacher(self.recipe, directory.path))
+        sizes = self.recipe.schedule.image_sizes
+        whole = self.recipe.changed(model__image_size=sizes[-1][1]) if sizes else self.recipe  # the user's
+        self.world.on_main(lambda: teachers.keep_teacher(whole, directory.path))
+        self.world.on_main(lambda: teachers.keep_distillation_teacher(whole, directory.path))
         if self.recipe.distill.from_:
             with self.world.together():
                 teacher = teachers.read_distillation_teacher(self.recipe, self.classes, directory.path)

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from karat_scale.foundation.errors import RecipeError
@@ -144,6 +144,12 @@ def test_an_exported_file_and_a_timm_model_are_teachers(recipe, teacher, tmp_pat
     keep_distillation_teacher(own, tmp_path)
     read = read_distillation_teacher(own, [], tmp_path)
     assert (read.image_size, read.mean) == (20, (0.5, 0.5, 0.5))
+    snapshot = tmp_path / "step-00000001.safetensors"  # it has no digest
+    with safe_open(exported, "pt") as file:
+        facts = {name: text for name, text in file.metadata().items() if name != "weights_sha256"}
+    save_file(load_file(exported), snapshot, facts)
+    keep_distillation_teacher(own.changed(distill__from_=str(snapshot)), tmp_path)
+    assert read_distillation_teacher(own, [], tmp_path).digest == read.digest
     kept = put_into_cache(tmp_path / "hub", "test_vit.r160_in1k", monkeypatch)
     of_timm = own.changed(distill__from_="timm:test_vit.r160_in1k", model__num_classes=1000)
     keep_distillation_teacher(of_timm, tmp_path)
@@ -192,6 +198,7 @@ def test_a_branch_of_a_run_without_a_teacher_learns_from_none(student, teacher, 
 
 def test_what_nobody_can_learn_from_is_one_line(student, tmp_path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes(b"hello")
     about = {
         "model": '{"name": "vit_tiny_patch16_224"}',
         "attention": '{"transfer_from": "run"}',
@@ -202,6 +209,7 @@ def test_what_nobody_can_learn_from_is_one_line(student, tmp_path) -> None:
     cases = {
         "distill.from=nowhere": "distill.from = nowhere: neither a run's directory",
         f"distill.from={tmp_path / 'weights.safetensors'}": "the weights lack ",
+        f"distill.from={tmp_path / 'damaged.safetensors'}": "not a file of weights that is safe to read: ",
         f"distill.from={tmp_path / 'student.safetensors'}": "its attention comes from a teacher of its own",
         "distill.from=timm:vit_tiny_patch16_225": "timm has no weights of that name",
         "model.num_classes=5": "has 4 classes, but model.num_classes = 5",

@@ -77,6 +77,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path) -> None:
     assert "there is no such directory" in karat_refuses("detect", "--eval", str(tmp_path / "nothing"))
 
 
+def test_a_start_without_its_annotations_leaves_a_summary(small_file, tmp_path) -> None:
+    error = karat_refuses("detect", str(small_file), f"run.dir={tmp_path / 'run'}", "data.train_annotations=nowhere.json")
+    assert "nowhere.json" in error
+    assert summary(tmp_path / "run")["exit"] == 2
+
+
 def test_a_run_of_another_kind_is_called_so(small, tmp_path) -> None:
     detector, classifier = tmp_path / "detector", tmp_path / "classifier"
     detector.mkdir()
