@@ -42,7 +42,7 @@ enter_environment
 [[ -d $FROM/checkpoints ]] || refuse "FROM = $FROM is not a run's directory: it has no checkpoints; karat fetch makes one from a URL"
 NAME=$(cat "$FROM/checkpoints/$CHECKPOINT" 2>/dev/null || echo "$CHECKPOINT")
 BEGIN=(${SHARDS:+"data.path=$SHARDS"} "run.dir=$RUN" "resume.from=" "init_from=$FROM/checkpoints/$NAME")
-[[ $RECIPE != "$FROM/recipe.yaml" ]] || BEGIN+=("checkpoint.url=") # which belongs to that run
+[[ $RECIPE != "$FROM/recipe.yaml" ]] || BEGIN+=("checkpoint.url=" "convert={}") # which belong to that run
 check_recipe train "$RECIPE" "${BEGIN[@]}" "$@"
 count_restart
 stage_shards "$SHARDS"

@@ -198,9 +198,10 @@ ask_to_save() {
 finish() {
   local ranks=$1 codes first
   [[ -z $WATCH ]] || kill "$WATCH" 2>/dev/null
+  : >"$LOGS/ended" # so that NFS lists the files of other nodes anew
   codes=$(cut -d ' ' -f 1 "$LOGS"/rank-*.exit 2>/dev/null)
   # The first rank that ended, by the clock, has the cause. Those with code 76 lost another one.
-  first=$(sort -k 3,3n "$LOGS"/rank-*.exit 2>/dev/null | awk '$1 != 0 && $1 != 75 && $1 != 76' | head -n 1)
+  first=$(LC_ALL=C sort -k 3,3n "$LOGS"/rank-*.exit 2>/dev/null | awk '$1 != 0 && $1 != 75 && $1 != 76' | head -n 1)
   [[ -n $first ]] || first=$(grep -h '^76 ' "$LOGS"/rank-*.exit 2>/dev/null | head -n 1)
   if [[ -s $LOGS/verdict ]]; then
     FAILURE=$(cat "$LOGS/verdict")

@@ -52,17 +52,7 @@ def device_refusal(device: torch.device) -> str | None:
     """Return why FlexAttention does not run on a device, or None."""
     if device.type not in ("cpu", "cuda"):
         return f"it needs tensors on a GPU or a CPU and these are on {device.type}"
-    return _missing_name() or (problem() if device.type == "cuda" else None)
-
-
-def _missing_name() -> str | None:
-    from torch.nn.attention import flex_attention
-
-    return None if hasattr(flex_attention, "AuxRequest") else "it needs torch 2.9 or newer"
-
-
-# The same as torch.compiler.assume_constant_result, without the second that importing the compiler takes.
-_missing_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return problem() if device.type == "cuda" else None
 
 
 def call_refusal(call: FourierCall) -> str | None:

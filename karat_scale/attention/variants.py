@@ -244,10 +244,6 @@ def planning() -> Iterator[None]:
         _plans = before
 
 
-# torch 2.6 cannot tell an export from compiling, in which one tile is right, too.
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-
-
 def attend_rows(
     rule: Rule,
     query: Tensor,
@@ -267,7 +263,7 @@ def attend_rows(
     batch, heads, tokens, _ = query.shape
     with full_precision(query.device):
         q, k, v = (x.to(dtype) for x in (query, key, value))
-        if whole or batch == 0 or torch.jit.is_tracing() or _is_exporting():  # keeps the number of tiles
+        if whole or batch == 0 or torch.jit.is_tracing() or torch.compiler.is_exporting():  # keeps the number of tiles
             tiling = Tiling([slice(None)], [slice(None)])
         elif _plans:
             tiling = Tiling([slice(0, 1)], [slice(0, 1)])

@@ -138,7 +138,8 @@ def _run(
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
         os.environ[LAUNCHED] = "1"
         if WRAPPER not in os.environ:
-            os.environ |= {STOPPED: str(stopped), START: stopped.parent.name if nodes == 1 else _step(attempt)}
+            start = stopped.parent.name if nodes == 1 else _step()
+            os.environ |= {STOPPED: str(stopped), START: f"{start}.{attempt}" if attempt else start}
         try:
             endpoint, store = _meet(node, nodes, told)
         except (StoppedError, PeerError):
@@ -201,10 +202,10 @@ def _meet(node: int, nodes: int, told: Sequence[int]) -> tuple[str, Any]:
     return f"{host}:{store.underlying_store.port}", store
 
 
-def _step(attempt: int) -> str:
-    """Return the name of a start in a step of srun. It is the same on all nodes of the step."""
+def _step() -> str:
+    """Return the name of the first start in a step of srun. It is the same on all nodes of the step."""
     job, restart, step = (os.environ.get(f"SLURM_{what}", "0") for what in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
-    return f"{job}-{restart}.{step}.{attempt}"
+    return f"{job}-{restart}-{step}"
 
 
 def _first_failure(failures: "Mapping[int, ProcessFailure]") -> tuple[int, str]:

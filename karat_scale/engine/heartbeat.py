@@ -129,7 +129,9 @@ def heartbeat_file(directory: Path, rank: int) -> Path:
 
 
 START = "KARAT_START"
-"""The environment variable with a name, chosen by the launcher, that no other start of the run has."""
+"""The environment variable with a name, chosen by the launcher, that no other start of the run has.
+
+Only the name of a start that a launcher repeats has a dot."""
 
 
 def this_start() -> str:

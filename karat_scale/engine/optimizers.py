@@ -145,7 +145,7 @@ def build_muon(
     """Return Muon and AdamW as one optimizer; only AdamW if no matrix is trainable.
 
     Raises:
-        RecipeError: this torch has no Muon, or the task has its own groups.
+        RecipeError: the task has its own groups.
     """
     if groups is not None:
         raise RecipeError("optim.name = muon: this task groups its parameters in another way; use optim.name=adamw")
@@ -155,8 +155,6 @@ def build_muon(
     adamw = [build_adamw(model, optim, device, others)] if others else []
     if not matrices:
         return adamw[0]
-    if not hasattr(torch.optim, "Muon"):
-        raise RecipeError(f"optim.name = muon: torch {torch.__version__} has no Muon; install torch 2.9 or newer")
     # Updates of the size of AdamW's (arXiv 2502.16982): one learning rate and one weight decay are right for both.
     return MuonWithAdamW(torch.optim.Muon(matrices, lr=optim.lr, adjust_lr_fn="match_rms_adamw"), *adamw)
 

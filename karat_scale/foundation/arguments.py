@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from karat_scale.foundation.errors import ctrl_c_quits, did_you_mean, on_one_line
+from karat_scale.foundation.files import is_written_in_place
 from karat_scale.foundation.stores import is_url
 from karat_scale.foundation.tables import TRACKERS, load
 
@@ -122,6 +123,8 @@ def new_file(text: str) -> str:
     path = Path(text).absolute()
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a directory; name a file in it")
+    if is_written_in_place(path):
+        return text
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r}: its directory does not exist; create it or name another file")
     if not os.access(path.parent, os.W_OK):

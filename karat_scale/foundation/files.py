@@ -146,14 +146,19 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
     A link's target is replaced, not the link. A device, a pipe or a socket is written to as it is.
     """
-    is_other = path.exists() and not path.is_file() and not path.is_dir()
-    # What a rename must not replace: devices, pipes, and a standard stream by its name in /dev; /dev/shm has files.
-    top = path.absolute().parts[1:3]
-    if is_other or (top[:1] in (("dev",), ("proc",)) and top != ("dev", "shm") and path.exists()):
+    if is_written_in_place(path):
         with name_in_errors(path), path.open("wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
         return
     replace_file(Path(os.path.realpath(path)), content)
+
+
+def is_written_in_place(path: Path) -> bool:
+    """Whether a rename must not replace `path`: a device, a pipe, or a standard stream by its name in /dev."""
+    if not path.exists():
+        return False
+    top = path.absolute().parts[1:3]  # /dev/shm has files
+    return not (path.is_file() or path.is_dir()) or (top[:1] in (("dev",), ("proc",)) and top != ("dev", "shm"))
 
 
 def replace_file(path: Path, content: bytes | str) -> None:

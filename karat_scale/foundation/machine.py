@@ -358,7 +358,8 @@ def use_local_caches(environ: MutableMapping[str, str] = os.environ, mounts: Pat
     defaults = {"TRITON_CACHE_DIR": base / ".triton" / "cache", "TORCHINDUCTOR_CACHE_DIR": Path(tempfile.gettempdir())}
     poor = []
     for name, directory in defaults.items():
-        there = next(parent for parent in (directory, *directory.parents) if parent.exists())
+        # Not Path.exists, which raises where a folder above may not be searched.
+        there = next(parent for parent in (directory, *directory.parents) if os.access(parent, os.F_OK))
         can_be_written = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
         if not environ.get(name) and not (can_be_written and is_local(directory, mounts)):
             poor.append(name)

@@ -108,14 +108,6 @@ def test_what_it_cannot_take_is_named(options, why):
         fourier_karat_attention(*make_call(1, 2, 6, 4, 3, 2), implementation="flex", **options)
 
 
-def test_a_torch_that_is_too_old_is_named(monkeypatch):
-    monkeypatch.delattr("torch.nn.attention.flex_attention.AuxRequest")
-    why = "implementation = 'flex' cannot take this call: it needs torch 2.9 or newer"
-    with pytest.raises(ValueError, match=why):
-        fourier_karat_attention(*make_call(1, 2, 6, 4, 3, 2), implementation="flex")
-    assert SigmoidHeads(6, 2, "flex").refusal(LayerCall(4, torch.device("cpu"))) == "it needs torch 2.9 or newer"
-
-
 @pytest.mark.parametrize(
     ("width", "dtype", "chosen"),
     [(64, torch.float32, "triton"), (160, torch.float32, "flex"), (160, torch.float64, "streaming")],

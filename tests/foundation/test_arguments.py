@@ -108,12 +108,15 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(command, tmp_p
     nowhere = tmp_path / "nowhere" / "x.json"
     assert f"--json: '{nowhere}': its directory does not exist" in refusal(capsys, *command, "--json", str(nowhere))
     assert "is a directory" in refusal(capsys, *command, "--json", str(tmp_path))
-    if os.getuid():
-        tmp_path.chmod(0o500)
-        assert "not writable" in refusal(capsys, *command, "--json", str(tmp_path / "x.json"))
-        tmp_path.chmod(0o700)
     options = vars(parser().parse_args([*command, "--json", str(tmp_path / "x.json")]))
     assert str(tmp_path / "x.json") in options.values()
+
+
+def test_a_directory_that_is_not_writable_is_refused_but_standard_output_is_not(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as for a user who is not root
+    assert "not writable" in refusal(capsys, "plan", "r", "--json", str(tmp_path / "x.json"))
+    for file in ("/dev/stdout", "/dev/null"):
+        assert file in vars(parser().parse_args(["plan", "r", "--json", file])).values()
 
 
 def test_a_time_limit_is_any_that_sbatch_takes(capsys) -> None:

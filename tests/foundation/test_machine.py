@@ -1,5 +1,6 @@
 """Tests of a machine's limits, its caches, its GPUs, and the versions that a run records."""
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -141,6 +142,14 @@ def test_the_deepest_and_latest_mount_counts(tmp_path):
     found = {path: is_local(Path(path), mounts) for path in ("/a", "/disk 1/b", "/disk 11", "/later/c")}
     assert found == {"/a": False, "/disk 1/b": True, "/disk 11": False, "/later/c": True}
     assert is_local(Path("/a"), tmp_path / "none")
+
+
+def test_a_home_that_may_not_be_searched_is_left(machine, monkeypatch) -> None:
+    def forbidden(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    assert machine() == {}
 
 
 def test_every_command_sets_them_before_it_imports_anything(monkeypatch):

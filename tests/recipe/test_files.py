@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from karat_scale.engine.optimizers import build_schedule
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import Recipe, RunRecipe
-from karat_scale.recipe.files import RECIPES, shipped_recipes
+from karat_scale.recipe.files import RECIPES, part_names, shipped_recipes
 from karat_scale.recipe.loading import dump_recipe, flatten, load_recipe
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 from tests.conftest import ROOT, karat_here, karat_says
@@ -73,6 +74,17 @@ def test_parts_are_no_recipes_and_are_all_used() -> None:
     for part in sorted((RECIPES / "parts").rglob("*.yaml")):
         assert part.stem not in shipped_recipes()
         assert f"parts/{part.stem}" in texts or part in used
+
+
+def test_every_model_can_be_fine_tuned_by_one_schedule_and_has_the_form_of_its_name() -> None:
+    for name in (
+        f"{data_set}_{model}" for data_set in ("svhn", "flowers102", "stl10") for model in part_names("model")
+    ):
+        recipe = load_recipe(name, ["data.path=x"])
+        build_schedule(recipe, 2040 // recipe.train.global_batch)  # Flowers-102 has the fewest images
+        assert (recipe.optim.lr, recipe.optim.lr_batch, recipe.augment.mixup) == (5e-5, 512, 0.8), name
+        if "swin" not in name:
+            assert load_recipe(f"{name}_g3b", ["data.path=x"]).attention.form == "modular", name
 
 
 @pytest.mark.parametrize("data_set", ["svhn", "flowers102", "stl10"])

@@ -102,7 +102,7 @@ def test_a_fine_tuned_run_is_beside_its_source(source, tmp_path) -> None:
     run("finetune.sh", VENV="", CONTAINER=str(tmp_path / "note"), FROM=f"{tmp_path}/{source}")
     noted = (tmp_path / "noted").read_text()
     assert f" run.dir={tmp_path}/base-finetune " in noted
-    assert " checkpoint.url= " in noted  # not the source's own, which is in its recipe
+    assert " checkpoint.url= convert={} " in f"{noted.strip()} "  # not the source's own, which are in its recipe
     run("finetune.sh", VENV="", CONTAINER=str(tmp_path / "note"), FROM=f"{tmp_path}/{source}", RECIPE="own.yaml")
     assert "checkpoint.url" not in (tmp_path / "noted").read_text().splitlines()[-1]
 

@@ -58,7 +58,9 @@ class Subject:
     @property
     def local_ranks(self) -> int:
         """The number of ranks on this node."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or self.world.size)
+        # One process in a batch script has the variables of its job, too.
+        of_slurm = os.environ.get("SLURM_NTASKS_PER_NODE") if self.world.size > 1 else None
+        return int(os.environ.get("LOCAL_WORLD_SIZE") or of_slurm or self.world.size)
 
     @property
     def checkpoint_bytes(self) -> int:

@@ -94,7 +94,8 @@ def read_standing(run: Path, now: float | None = None) -> Standing:
     Raises:
         RunDirectoryError: `run` is neither a run nor the logs of a run that is about to start.
     """
-    if not any((run / name).exists() for name in ("metrics.jsonl", "logs")):
+    # A sweep has `logs`, too, but no folder of a start in it.
+    if not (run / "metrics.jsonl").exists() and not any(path.is_dir() for path in (run / "logs").glob("*-*")):
         recipe_of_run(run)  # says what was meant
     name = run.name or run.resolve().name  # of the working directory
     standing = Standing(name if name != "run" else run.resolve().parent.name)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from karat_scale.engine import heartbeat
-from karat_scale.foundation.arguments import add_trust
+from karat_scale.foundation.arguments import OneLineParser, add_trust
 from karat_scale.foundation.errors import run_script
 from karat_scale.foundation.machine import gpu_faults
 
@@ -115,7 +115,7 @@ def most_nodes(recipe: "RunRecipe", nodes: int, ranks_per_node: int) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Answer the question; returns the exit code. Raises RecipeError as `load_recipe`."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     questions = parser.add_subparsers(dest="question", required=True)
     hang = questions.add_parser("watch", help="end with a named rank when a job hangs")
     hang.add_argument("run", type=Path, help="the run's directory")

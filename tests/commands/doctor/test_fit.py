@@ -33,6 +33,11 @@ def by_name(findings: object) -> dict[str, Finding]:
     return {finding.name: finding for finding in findings}
 
 
+def test_one_process_in_a_job_of_more_tasks_is_one_rank(subject: MakeSubject, monkeypatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
+    assert subject().local_ranks == 1
+
+
 def test_the_data_is_measured_against_memory(subject: MakeSubject, shards: Path) -> None:
     one = subject()
     backend = open_backend(ImageSpec(one.recipe.data, one.recipe.augment, 16, 4, 0))

@@ -14,6 +14,7 @@ from rich.console import Console
 from karat_scale.commands.status.status import Standing, read_standing, render, show_status
 from karat_scale.commands.submit.within_job import Watch
 from karat_scale.engine.heartbeat import Sign, StallLimits
+from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.foundation.machine import this_node
 from tests.commands.status.terminal import on_a_terminal
 from tests.conftest import SMALL, karat_refuses, karat_says
@@ -126,8 +127,15 @@ def test_ranks_of_an_earlier_start_and_lies_are_not_shown(tmp_path: Path) -> Non
     starts = [{"start": start, "written": written} for start, written in (("9-1", 20.0), ("9-1", 21.0), ("9-0", 10.0))]
     lies: list[dict[str, object]] = [{"written": "now"}, {"beats": None}, {"host": 3}, {"more": 1}]
     write_signs(tmp_path, *starts, *lies)
-    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "9-1").mkdir(parents=True)
     assert [sign.rank for sign in read_standing(tmp_path).signs] == [0, 1]
+
+
+def test_a_sweep_is_no_run_although_it_has_logs(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "lr=1e-3.log").touch()
+    with pytest.raises(RunDirectoryError):
+        read_standing(tmp_path)
 
 
 def test_a_run_that_saved_on_a_signal_is_over_only_without_its_job(tmp_path: Path, monkeypatch) -> None:

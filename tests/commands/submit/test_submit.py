@@ -228,5 +228,5 @@ def test_the_largest_number_of_nodes_that_the_batch_divides(overrides: tuple[str
 @pytest.mark.parametrize("recipe", [("train", *RECIPE), ("detect", "coco_mask_rcnn_vit_base", "data.path=/coco")])
 def test_the_launch_wrapper_gets_a_number(recipe: tuple[str, ...]) -> None:
     module = ("-m", "karat_scale.commands.submit.within_job")
-    command = (sys.executable, *module, "nodes", "3", "4", *recipe, "train.global_batch=96", "--trust")
+    command = (sys.executable, *module, "nodes", "3", "4", *recipe, "--trust", "train.global_batch=96")
     assert output_of(*command) == "3\n"

@@ -78,7 +78,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path) -> None:
 
 
 def test_a_start_without_its_annotations_leaves_a_summary(small_file, tmp_path) -> None:
-    error = karat_refuses("detect", str(small_file), f"run.dir={tmp_path / 'run'}", "data.train_annotations=nowhere.json")
+    error = karat_refuses(
+        "detect", str(small_file), f"run.dir={tmp_path / 'run'}", "data.train_annotations=nowhere.json"
+    )
     assert "nowhere.json" in error
     assert summary(tmp_path / "run")["exit"] == 2
 
