@@ -68,7 +68,7 @@ def test_each_arm_is_a_valid_recipe(arm: str) -> None:
 def test_the_original_starts_alone_and_softmax_learns_from_it_as_long_as_the_others() -> None:
     assert next_trials() == [ORIGINAL]
     recipe = load_recipe(RECIPE, settings(ORIGINAL, Path(), Path()))
-    assert (recipe.attention.kind, recipe.model.weight_init, recipe.train.epochs) == ("softmax", "mimetic", 45)
+    assert (recipe.attention.kind, recipe.model.weight_init, recipe.train.epochs) == ("softmax", "mimetic", 40)
     recipe = load_recipe(RECIPE, settings(Trial("convert"), Path(), Path()))
     assert (recipe.attention.kind, recipe.convert.images, recipe.train.epochs) == ("softmax", 0, 5)
     assert recipe.init_from == recipe.distill.from_ == str(conversions.weights())
@@ -79,7 +79,7 @@ def test_an_original_that_is_too_weak_is_trained_on_and_both_are_reported() -> N
     weak = conversions.weights()
     assert next_trials() == [LONGER]
     recipe = load_recipe(RECIPE, settings(LONGER, Path(), Path()))
-    assert (recipe.init_from, recipe.distill.from_, recipe.train.epochs) == (str(weak), "", 45)
+    assert (recipe.init_from, recipe.distill.from_, recipe.train.epochs) == (str(weak), "", 40)
     keep(LONGER, 77.5)
     with pytest.raises(SystemExit, match=r"the original has 79.50 % of 80 %: amend the protocol"):
         next_trials()
@@ -87,9 +87,9 @@ def test_an_original_that_is_too_weak_is_trained_on_and_both_are_reported() -> N
     assert conversions.weights() != weak
     for trial in next_trials():
         keep(trial, 60.0, original="b")
-    assert Trial("whole", "static").epochs == 95
+    assert Trial("whole", "static").epochs == 85
     assert (
-        "The original: 79.00 % of the test images after 45 epochs, 82.00 % after 45 more, which started from its"
+        "The original: 79.00 % of the test images after 40 epochs, 82.00 % after 40 more, which started from its"
     ) in conversions.render()
 
 
@@ -99,7 +99,7 @@ def test_arms_with_functions_wait_for_the_rate_of_the_control() -> None:
     for rate in RATES:
         Trial("rate", "static", 45000, rate, 99).record.unlink()
     for arm in ("smooth", "bound", "hybrid"):
-        keep(Trial("convert", arm, 45000, 5e-4), 70.0)
+        keep(Trial("convert", arm, 45000, 1e-3), 70.0)
     assert stages(next_trials()) == [("rate", "static", 45000, 99)] * 3 + [("convert", "softmax", 45000, 0)]
 
 
@@ -107,10 +107,10 @@ def test_the_grid_of_rates_widens_until_the_best_is_inside() -> None:
     keep(ORIGINAL, 81.0)
     assert [trial.rate for trial in next_trials()] == [*RATES, *RATES]
     keep_rates((60.0, 61.0, 62.0))
-    assert (chosen_rate("static"), chosen_rate("smooth"), chosen_rate("bound")) == (5e-4, None, None)
-    assert [trial.rate for trial in next_trials() if trial.stage == "rate"] == [2e-3]
-    keep(Trial("rate", "smooth", 45000, 2e-3, 99), 61.5)
-    assert chosen_rate("smooth") == chosen_rate("hybrid") == chosen_rate("softmax") == 1e-3
+    assert (chosen_rate("static"), chosen_rate("smooth"), chosen_rate("bound")) == (1e-3, None, None)
+    assert [trial.rate for trial in next_trials() if trial.stage == "rate"] == [4e-3]
+    keep(Trial("rate", "smooth", 45000, 4e-3, 99), 61.5)
+    assert chosen_rate("smooth") == chosen_rate("hybrid") == chosen_rate("softmax") == 2e-3
 
 
 def test_one_run_follows_from_the_others() -> None:
@@ -133,15 +133,15 @@ def test_one_run_follows_from_the_others() -> None:
         keep(trial, 75.0)
     assert next_trials() is None
     page = conversions.render()
-    assert "The original: 83.00 % of the test images after 45 epochs." in page
+    assert "The original: 83.00 % of the test images after 40 epochs." in page
     assert "|hybrid|45,000|0.300, 0.500|10.00|50.00|70.33|74.33|75.00, 77.00, 77.00|3|" in page
     assert "|softmax|1,000||||71.00|75.00|77.00|1|" in page
     assert "|hybrid - static|3|+0.67 (-2.20 to +3.54)|" in page
-    assert "|whole|hybrid|50|75.00|77.00|" in page
-    keep(Trial("unmatched", "static", 45000, 5e-4), 70.0, original="b")
+    assert "|whole|hybrid|45|75.00|77.00|" in page
+    keep(Trial("unmatched", "static", 45000, 1e-3), 70.0, original="b")
     with pytest.raises(ValueError, match="the runs are not from one original"):
         conversions.render()
-    keep(Trial("unmatched", "static", 45000, 5e-4), 70.0, commit="d")
+    keep(Trial("unmatched", "static", 45000, 1e-3), 70.0, commit="d")
     with pytest.raises(ValueError, match="the runs are not of one commit"):
         conversions.render()
 
