@@ -353,7 +353,7 @@ class Checkpoints(Generic[S]):
             RunDirectoryError: no checkpoint is intact, or it is of another model, global batch, version or kind of run.
         """
         check = self._refuse_another_kind if state_of else self._refuse_another_run
-        found = restore.agree_on_checkpoint(self.store, state_of, self.world, self.reporter, check)
+        found = self.world.on_main(lambda: restore.choose_checkpoint(self.store, state_of, self.reporter, check))
         if found is None:
             return None
         root, name = found

@@ -440,10 +440,10 @@ Check = Callable[[Path, dict[str, Any]], object]
 """A function that checks the state in a checkpoint's directory; it raises RunDirectoryError to refuse it."""
 
 
-def agree_on_checkpoint(
-    store: CheckpointStore, state_of: str, world: World, reporter: Reporter, check: Check = lambda path, state: None
+def choose_checkpoint(
+    store: CheckpointStore, state_of: str, reporter: Reporter, check: Check = lambda path, state: None
 ) -> tuple[Path, str] | None:
-    """Return the newest intact checkpoint of a run, or the one in `state_of`, as store's root and name. Collective.
+    """Return the newest intact checkpoint of a run, or the one in `state_of`, as store's root and name.
 
     Args:
         state_of: a run's directory or a checkpoint in one, for a run that branches from it; empty for `store`'s own.
@@ -452,12 +452,8 @@ def agree_on_checkpoint(
         None if there is none yet.
 
     Raises:
-        RunDirectoryError: no checkpoint is intact; on all ranks alike.
+        RunDirectoryError: no checkpoint is intact.
     """
-    return world.on_main(lambda: _choose(store, state_of, reporter, check))
-
-
-def _choose(store: CheckpointStore, state_of: str, reporter: Reporter, check: Check) -> tuple[Path, str] | None:
     if not state_of:
         fix = "choose another run.dir to start from the beginning, or restore a checkpoint from a copy"
         return _newest_intact(store, reporter, check, fix)

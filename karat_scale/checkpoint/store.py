@@ -281,10 +281,16 @@ class CheckpointStore:
 
     def pointed(self, pointer: str) -> str | None:
         """The name in `latest` or `best`, if that can be read and names a checkpoint. Raises OSError as `names`."""
-        name = ""
-        with suppress(OSError):
-            name = self._text(pointer).strip()
-        return name if name in self.names() else None
+        before = ""
+        while True:
+            name = ""
+            with suppress(OSError):
+                name = self._text(pointer).strip()
+            if name in self.names():
+                return name
+            if name == before:  # else a run that trains meanwhile may have moved the pointer and removed that one
+                return None
+            before = name
 
     def _text(self, file: str) -> str:
         """The text of `latest`, `best` or `pinned`; empty if there is none. Raises OSError if it cannot be read now."""

@@ -35,7 +35,6 @@ from karat_scale.recipe.loading import section_of
 # The default augmentation: a random resized crop and a flip.
 PLAIN = {"randaugment": "", "mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0}
 Waiting = Callable[[], AbstractContextManager[None]]
-Load = Callable[[Iterable[BatchSlice]], Iterator[Any]]
 
 
 class _Loader:
@@ -339,17 +338,9 @@ class EvalLoader(_Loader):
         with named_as_arguments():
             spec, source = open_source(data, split, False, 0, workers, images_only, transform, collate, options)
         _warn_of_notices(source, rank)
-        self._load: Load = source.eval_batches
         self.plan = EvalPlan(source.num_val, batch, rank, world_size)
         self._source, self._device, self._drop_empty = source, _usable(device), drop_empty
         self._finish = None if isinstance(source, OwnSamples) else Finish(spec, dtype, source.num_classes)
-
-    @classmethod
-    def of(cls, load: Load, plan: EvalPlan, device: torch.device) -> "EvalLoader":
-        """Return the loader of the batches that `load` makes from slices, as a backend's `eval_batches` does."""
-        loader = cls.__new__(cls)
-        loader._load, loader.plan, loader._device, loader._drop_empty = load, plan, device, False
-        return loader
 
     def __len__(self) -> int:
         """The number of batches of this rank; one whose images all cannot be read counts, too."""
@@ -357,13 +348,9 @@ class EvalLoader(_Loader):
             return self.plan.num_batches
         return sum(bool((part.sample_ids != PADDING).any()) for part in self.plan.slices())
 
-    def feed(self) -> DeviceFeed[Any]:
-        """Return all of this rank's batches on the device, padded and not normalised."""
-        return DeviceFeed(self._load(self.plan.slices()), self._device)
-
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         """Yield all of this rank's batches."""
-        batches = self.feed()
+        batches: DeviceFeed[Any] = DeviceFeed(self._source.eval_batches(self.plan.slices()), self._device)
         while True:
             with named_as_arguments():
                 batch = next(batches, None)

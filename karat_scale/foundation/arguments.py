@@ -19,7 +19,13 @@ T = TypeVar("T")
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line with exit code 2. A command's `overrides` may be between its options."""
+    """A parser whose errors are one line with exit code 2. A command's `overrides` may be between its options.
+
+    Options are not abbreviated: `karat submit --gpus 8` would set --gpus-per-node.
+    """
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **more})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse like argparse. Some versions leave positionals after an option unparsed; here they become overrides."""
@@ -80,7 +86,7 @@ _OTHER_COMMANDS = {
 # What people give to another command, and what does it.
 _OTHER_OPTIONS = {
     "--dry-run": "use karat plan RECIPE --dry-run, or the option --print where there is one",
-    "--gpus": "use karat launch --ranks N COMMAND ...",
+    "--gpus": "use karat launch --ranks N COMMAND ..., or --gpus-per-node N of karat submit",
     "--resume": _OTHER_COMMANDS["resume"],
 }
 

@@ -226,7 +226,7 @@ class Recipe(RunRecipe):
                     f"{name}: the last size begins at epoch {last}, but train.epochs = {self.train.epochs}; begin it "
                     "earlier, or train longer"
                 )
-            if self.checkpoint.snapshots:
+            if self.checkpoint.snapshots and len(sizes) > 1:
                 yield f"checkpoint.snapshots needs one image size, but {name} has several; use checkpoint.snapshots=0"
             if self.attention.transfer_from:
                 yield f"attention.transfer_from needs one image size, and {name} has several; remove one of the two"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from karat_scale.checkpoint.restore import agree_on_checkpoint
+from karat_scale.checkpoint.restore import choose_checkpoint
 from karat_scale.checkpoint.store import MANIFEST, STATE, CheckpointStore, alone, checkpoint_name, holding
 from karat_scale.data.plan import TrainPlan
 from karat_scale.engine.heartbeat import Heartbeat, read_signs
@@ -64,9 +64,9 @@ def test_a_committed_checkpoint_is_complete_and_latest(store) -> None:
     assert set(files) == {"weights.pt", STATE}
 
 
-def test_a_rank_gets_on_while_it_verifies(store, world, tmp_path) -> None:
+def test_a_rank_gets_on_while_it_verifies(store, tmp_path) -> None:
     name, heartbeat = save(store, 3), Heartbeat(tmp_path, 0)
-    found = agree_on_checkpoint(store, "", world, Reporter(PlainDisplay(), None, 0, heartbeat))
+    found = choose_checkpoint(store, "", Reporter(PlainDisplay(), None, 0, heartbeat))
     heartbeat.start().stop()
     assert found == (store.root, name)
     assert [(sign.beats, sign.moves) for sign in read_signs(tmp_path)] == [(1, 4)]  # each file, its end, and the start
@@ -341,6 +341,22 @@ def test_a_reader_never_loses_its_checkpoint_to_a_run_that_saves(store) -> None:
         out, error = reader.communicate(timeout=60)
     assert reader.returncode == 0, error
     assert int(out) > 0
+
+
+def test_a_pointer_that_moves_while_it_is_read_is_read_again(store, monkeypatch) -> None:
+    save(store, 1)
+    names = store.names
+
+    def names_after_a_save() -> list[str]:
+        monkeypatch.undo()
+        save(store, 2)
+        store.retain(keep_last=1)
+        return names()
+
+    monkeypatch.setattr(store, "names", names_after_a_save)
+    assert store.pointed("latest") == checkpoint_name(2)
+    store.point("latest", checkpoint_name(7))
+    assert store.pointed("latest") is None
 
 
 def test_a_pipe_in_place_of_a_manifest_is_damage_and_keeps_nobody_waiting(tmp_path) -> None:

@@ -35,7 +35,7 @@ PUSH = "export kept --push"
         ("doctor vit_tinny", "neither a file nor a shipped recipe"),
         (f"{DOCTOR} model.name=vit_tinny_patch16_224", "vit_tiny_patch16_224"),
         (f"{DOCTOR} deepspeed.config=zero9", "zero9"),
-        (f"plan {SMALL_VIT} --gpu v100-32", "no such matrix units"),
+        (f"plan {SMALL_VIT} --gpu v100-32", "no matrix units for it"),
         (f"plan {SMALL_VIT} --curve", "--step-time"),
         (f"plan {SMALL_VIT} train.precision=fp16", "needs a GPU; name it by --gpu"),
         (f"plan {SMALL_VIT} --gpus 3", "does not divide over 3 ranks"),

@@ -1,11 +1,12 @@
 """Damaged files of checkpoints, shards and runs are named in one line, skipped, or read as they were written."""
 
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from karat_scale.checkpoint.restore import agree_on_checkpoint
+from karat_scale.checkpoint.restore import choose_checkpoint
 from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.commands.status.status import read_standing
 from karat_scale.data.shards.shard_format import DatasetRecord, write_dataset_record
@@ -46,7 +47,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() if path.is_file() else b"" for path in directory.iterdir()}
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, world, share, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, share, tmp_path, capsys):
     whole = run / "checkpoints"
     names = CheckpointStore(whole).names()
 
@@ -59,7 +60,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, world, s
             said = store.damage(name)
             assert (said is not None) == (name in hurt), (harmed, said)
         try:
-            found = agree_on_checkpoint(store, "", world, Reporter(PlainDisplay(), None))
+            found = choose_checkpoint(store, "", Reporter(PlainDisplay(), None))
         except RunDirectoryError as error:
             one_line(error, "checkpoints")
             assert hurt == set(names)
@@ -108,11 +109,16 @@ def test_a_damaged_shard_is_named_or_gives_what_was_written(share, tmp_path, ver
 
 
 def test_a_damaged_log_is_read_as_far_as_it_goes(run, share, tmp_path):
-    events = list(read_events(run / "metrics.jsonl"))
+    events, written = list(read_events(run / "metrics.jsonl")), (run / "metrics.jsonl").read_bytes()
 
     def look(directory, damage):
         damage.apply([directory / "metrics.jsonl", directory / "summary.json"])
-        assert len(list(read_events(directory / "metrics.jsonl"))) <= len(events) + 1
+        path = directory / "metrics.jsonl"
+        found, log = list(read_events(path)), path.read_bytes() if path.is_file() else b""
+        lines = zip(written.split(b"\n")[:-1], log.split(b"\n")[:-1], strict=False)
+        kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], lines))
+        assert found[:kept] == events[:kept]
+        assert len(found) <= len(events) + 1
         read_standing(directory)
 
     whole = _small_files_of(run, tmp_path)

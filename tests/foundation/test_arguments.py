@@ -170,3 +170,8 @@ def test_a_command_gets_the_options_that_its_parameters_name() -> None:
 
     assert call(command, Namespace(run_dir="r", images=5, other=9)) == ("r", Size(5), 1)
     assert call(command, Namespace(run_dir="r", images=5, block=0, world=2)) == ("r", Size(5, 0), 2)
+
+
+def test_options_are_not_abbreviated(capsys) -> None:
+    line = refusal(capsys, "submit", "imagenet_vit_tiny", "--gpus", "8")
+    assert "unknown option --gpus; use karat launch --ranks N COMMAND ..., or --gpus-per-node N of karat submit" in line

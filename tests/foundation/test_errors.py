@@ -69,8 +69,9 @@ def test_too_few_file_descriptors_are_one_line(tmp_path) -> None:
     own = ("data.backend=synthetic", f"run.dir={tmp_path / 'run'}", "train.max_steps=1", "data.workers=2")
     command = karat_command(["train", "fashion_mnist_demo", *own])
     done = run_to_end(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (9, 9)))
-    assert done.returncode != 0
+    assert done.returncode > 0, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
+    assert "Too many open files" in done.stderr.splitlines()[-1]
 
 
 def test_a_ranks_error_is_one_write_where_python_does_not_buffer(monkeypatch) -> None:

@@ -91,6 +91,7 @@ def test_a_full_disk_ends_both_ranks_with_the_same_line_and_code(outcomes, case)
     lines = errors(found["said"])
     assert len(lines) == 2
     assert lines[0] == lines[1]
+    assert re.search("No space left|no room", lines[0]), lines
 
 
 @pytest.mark.multiprocess

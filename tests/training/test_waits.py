@@ -105,7 +105,7 @@ def test_an_evaluation_stays_on_the_device_until_its_end(small_recipe, world, mo
     trainer = _emulated(recipe, world)
     batches = [_batch(number) for number in range(4)]
     monkeypatch.setattr(trainer.task.backend, "eval_batches", lambda slices: batches)
-    monkeypatch.setattr("karat_scale.data.exact.DeviceFeed", Plain)
+    monkeypatch.setattr("karat_scale.training.tasks.classification.task.DeviceFeed", Plain)
     done: list[int] = []
     task: Any = trainer.task
     forward, counts = trainer.engine.forward, Counting()

@@ -24,7 +24,7 @@ def add_commands(commands: Any) -> None:
         "prepare",
         help="download, make, check and copy data sets",
         epilog="fetch downloads a data set, and webdataset makes shards of a folder, of ImageNet's tars or of Parquet; "
-        "ffcv makes betons. verify checks shards, stage copies them to a local disk, join adds splits of another set, "
+        "ffcv makes betons. verify checks shards, stage copies them to a local disk, join moves splits of another set, "
         "and dali-index writes what DALI reads them with.",
     )
     prepare.add_argument("script", choices=SCRIPTS, help="the script; `karat prepare SCRIPT --help` lists its options")

@@ -112,7 +112,7 @@ def _machine(recipe: Recipe, request: Request, gpu: Gpu | None) -> Machine:
     if gpu is not None and recipe.run.device == "cpu":
         raise UserError(f"--gpu {gpu.key} has no effect with run.device = cpu; remove one of them")
     if gpu is not None and matrix_peak(recipe.train, gpu.peaks) is None:
-        raise UserError(f"train.precision = {recipe.train.precision}: {gpu.key} has no such matrix units; use fp32")
+        raise UserError(f"train.precision = {recipe.train.precision}: {gpu.key} has no matrix units for it; use fp32")
     if gpu is not None and not gpu.has_triton and recipe.attention.implementation == "triton":
         raise UserError(
             f"attention.implementation = triton: {gpu.key} is older than Ampere, which the kernels need; use auto"

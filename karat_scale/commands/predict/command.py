@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from karat_scale.commands.analyze.maps import LastBlock, NoMapError
 from karat_scale.commands.analyze.trained_run import device_of, open_run
@@ -37,7 +36,7 @@ from karat_scale.data.decoders.jpeg_header import upright
 from karat_scale.data.loading.assemble import OrderedLoader
 from karat_scale.data.plan import BatchSlice
 from karat_scale.data.shards.shard_files import ImageSource
-from karat_scale.data.shards.shards import is_hidden_folder
+from karat_scale.data.shards.shards import IMAGE_SUFFIXES, is_hidden_folder, is_image_name
 from karat_scale.engine.distributed import device_name
 from karat_scale.engine.engine import forward_for_evaluation
 from karat_scale.engine.memory import one_line_out_of_memory
@@ -155,7 +154,7 @@ def _in_folder(folder: Path, found: Found) -> Iterator[Path]:
         visited.add(real)
         below[:] = sorted(name for name in below if not is_hidden_folder(name))
         for name in sorted(name for name in files if name[0] != "."):
-            if name.lower().endswith(IMG_EXTENSIONS):
+            if is_image_name(name):
                 images += 1
                 yield Path(directory, name)
             else:
@@ -298,7 +297,7 @@ def predict(
     classifier = open_classifier(model, checkpoint, weights)
     found = find_images(images)
     if found.others:
-        suffixes = ", ".join(IMG_EXTENSIONS)
+        suffixes = ", ".join(IMAGE_SUFFIXES)
         print(f"note: {plural(found.others, 'file')} in folders left out: no suffix of {suffixes}", file=sys.stderr)
     predictions = list(predict_files(classifier, found.files, top, batch, attention)) if found.files else []
     predictions += [Prediction(name, error=reason) for name, reason in found.bad]

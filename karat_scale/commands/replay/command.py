@@ -404,7 +404,7 @@ def _segment(store: CheckpointStore, begin: int | None, end: int | None) -> tupl
     for option, step in (("--from", begin), ("--to", end)):
         if step and checkpoint_name(step) not in names:
             there = ", ".join(str(step_of(name)) for name in reversed(names))
-            raise UserError(f"{option} {step}: no checkpoint is of this step; there are {there}")
+            raise UserError(f"{option} {step}: no checkpoint has this step; choose {there}")
     last = store.find_intact(names[0] if end is None else checkpoint_name(end))
     if begin is None:
         first = next((name for name in names if name < last), "")

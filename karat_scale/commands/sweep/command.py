@@ -489,7 +489,7 @@ def sweep(recipe: str, overrides: Sequence[str], out: str | None, only_print: bo
         return 0
     if only_print:
         return 0
-    if left and not job:
+    if left:
         for data in {run.recipe.data: None for run in left if isinstance(run.recipe, Recipe)}:
             check_data_path(data)
         try:

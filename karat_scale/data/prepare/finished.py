@@ -406,15 +406,18 @@ def _join(src: Path, record: shard_format.DatasetRecord, out: Path) -> None:
 
 
 def join_splits(arguments: list[str] | None = None) -> None:
-    parser = make_parser("Join splits that were made separately into one data set.", writes=False)
-    parser.add_argument(
-        "--src", type=user_path, required=True, metavar="DIR", help="the directory of the splits to add"
+    parser = make_parser(
+        "Move splits into another data set; --src is removed if nothing else is in it.",
+        writes=False,
     )
     parser.add_argument(
-        "--out", type=output_directory, required=True, metavar="DIR", help="the data set to add them to"
+        "--src", type=user_path, required=True, metavar="DIR", help="the directory whose splits are moved"
+    )
+    parser.add_argument(
+        "--out", type=output_directory, required=True, metavar="DIR", help="the data set that gets them"
     )
     options = parser.parse_args(arguments)
-    print(f"{options.out} has {', '.join(join(options.src, options.out))} now")
+    print(f"moved the splits of {options.src}; {options.out} has {', '.join(join(options.src, options.out))} now")
 
 
 def dali_index(tar_path: Path) -> str:

@@ -372,7 +372,7 @@ def output_directory(text: str) -> Path:
 
 def make_parser(description: str, writes: bool = True) -> OneLineParser:
     """Return a parser with the options of every script; with `writes`, also those of every script that writes."""
-    parser = OneLineParser(Path(sys.argv[0]).name, description=description, allow_abbrev=False)
+    parser = OneLineParser(Path(sys.argv[0]).name, description=description)
     if not writes:
         return parser
     parser.add_argument("--out", type=output_directory, required=True, metavar="DIR", help="directory to write to")

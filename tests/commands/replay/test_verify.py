@@ -72,7 +72,7 @@ def test_an_honest_run_has_the_same_bits(trained, verify, arguments, segment, li
 def test_a_step_without_a_checkpoint_and_data_that_have_moved_are_told(trained, run, capsys) -> None:
     for option in ("--from", "--to"):
         assert karat_here("verify", str(trained), option, "4") == 2
-        assert f"error: {option} 4: no checkpoint is of this step; there are 3, 6, 8\n" in capsys.readouterr().err
+        assert f"error: {option} 4: no checkpoint has this step; choose 3, 6, 8\n" in capsys.readouterr().err
     recipe = run / "recipe.yaml"
     recipe.write_text(re.sub(r" path: \S+,", " path: /nowhere,", recipe.read_text(), count=1))
     assert karat_here("verify", str(run)) == 2

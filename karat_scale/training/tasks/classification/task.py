@@ -25,7 +25,7 @@ from karat_scale.checkpoint.weights import Snapshots, snapshot_steps
 from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.backends import Backend, ImageSpec, open_backend
 from karat_scale.data.batch import BITS, BadSample, Batch, batch_digest
-from karat_scale.data.exact import EvalLoader, ExactLoader
+from karat_scale.data.exact import ExactLoader
 from karat_scale.data.loading.device_feed import DeviceFeed
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan, micro_batch_of
 from karat_scale.data.shards.shard_format import staged_copy, unused_classes
@@ -162,8 +162,8 @@ def evaluate_batches(
     Raises:
         UserError: memory ran out.
     """
-    loader = EvalLoader.of(load, EvalPlan(images, batch_size, world.rank, world.size), world.device)
-    batches = loader.feed()
+    plan = EvalPlan(images, batch_size, world.rank, world.size)
+    batches = DeviceFeed(load(plan.slices()), world.device)
     bad = 0
     for done in itertools.count(1):
         with one_line_out_of_memory(lambda: f"lower train.eval_batch (now {batch_size})"):
@@ -174,7 +174,7 @@ def evaluate_batches(
             batches.fetch_ahead()
             take(logits, batch)
         bad += len(batch.bad)
-        on_batch(done, len(loader), batch.bad)
+        on_batch(done, plan.num_batches, batch.bad)
     return bad
 
 
