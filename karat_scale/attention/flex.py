@@ -44,7 +44,7 @@ def refusal(call: FourierCall) -> str | None:
     """Return why `attend` cannot take the call, or None."""
     device = call.query.device
     if device.type == "cpu":
-        return _base_or_mask(call) or device_refusal(device)
+        return _base_or_mask(call)
     return (call_refusal(call) if device.type == "cuda" else None) or device_refusal(device)
 
 
@@ -80,6 +80,7 @@ def problem() -> str | None:
     return _problem()
 
 
+# The same as torch.compiler.assume_constant_result, without the second that importing the compiler takes.
 problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

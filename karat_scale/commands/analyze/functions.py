@@ -170,7 +170,7 @@ def _draw_heads_of_blocks(
 ) -> None:
     """Add a figure for each block, with each head's curves over the scores that occur, and how often these occur."""
     for block, own in heads.items():
-        read = "entry of A W" if getattr(own, "form", "") == "project_first" else "score"
+        argument = "entry of A W" if getattr(own, "form", "") == "project_first" else "score"
         figure = new_figure(max(2.2 * own.num_heads, 3.2), 2.6)
         for head, axes in enumerate(figure.subplots(1, own.num_heads, squeeze=False)[0]):
             low, high = histogram.span(block, head)
@@ -187,7 +187,7 @@ def _draw_heads_of_blocks(
             behind.set(yticks=[], ylim=(0, None))
             axes.set_zorder(behind.get_zorder() + 1)
             axes.patch.set_visible(False)
-            axes.set(title=f"head {head}", xlabel=read, xlim=(low, high), label=OWN_X)
+            axes.set(title=f"head {head}", xlabel=argument, xlim=(low, high), label=OWN_X)
             result.arrays |= {f"block{block}_head{head}_{key}": values for key, values in drawn.items()}
         else:
             result.figures[f"{name}_block_{block}"] = figure, f"Block {block}: {caption}"

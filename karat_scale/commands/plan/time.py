@@ -157,9 +157,9 @@ def estimate(
     peak = matrix_peak(recipe.train, gpu.peaks)
     assert peak is not None
     depth = len(layer_sizes(recipe.model))
-    again = choices_by_rule(recipe.train.recompute, depth).count("block") / depth
+    recomputed = choices_by_rule(recipe.train.recompute, depth).count("block") / depth
     model = flops_per_image(recipe.model, recipe.attention, recipe.train.freeze)
-    flops = model.training + again * model.forward + teacher_flops
+    flops = model.training + recomputed * model.forward + teacher_flops
     products = flops / (MATRIX_EFFICIENCY * peak)
     written = footprint.written(2) - footprint.written(1) + written_by_rows(recipe, on_gpu=True)
     moved = TRAFFIC_PER_BYTE * written / (BANDWIDTH_EFFICIENCY * gpu.bandwidth)

@@ -406,10 +406,7 @@ def _join(src: Path, record: shard_format.DatasetRecord, out: Path) -> None:
 
 
 def join_splits(arguments: list[str] | None = None) -> None:
-    parser = make_parser(
-        "Move splits into another data set; --src is removed if nothing else is in it.",
-        writes=False,
-    )
+    parser = make_parser("Move splits into another data set; --src is removed if nothing else is in it.", writes=False)
     parser.add_argument(
         "--src", type=user_path, required=True, metavar="DIR", help="the directory whose splits are moved"
     )
