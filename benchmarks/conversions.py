@@ -278,7 +278,8 @@ def render() -> str:
         "test",
         "seeds",
     ]
-    parts.append("## Converted\n\n" + table(head, rows))
+    if rows:
+        parts.append("## Converted\n\n" + table(head, rows))
     own = {arm: {r["seed"]: r["tested"] for r in groups.get((-ALL, arm), ())} for arm in ARMS}
     pairs = [
         (arm, [own[arm][seed] - own["static"][seed] for seed in own[arm].keys() & own["static"].keys()]) for arm in ARMS
@@ -290,7 +291,8 @@ def render() -> str:
         parts.append("By seed, with its 95 % t interval:\n\n" + table(["difference", "seeds", "points"], differences))
     others = [r for stage in ("unmatched", "scratch", "whole") for r in by_stage.get(stage, ())]
     rows = [[r["stage"], r["arm"], str(r["epochs"]), f"{r['held_out']:.2f}", f"{r['tested']:.2f}"] for r in others]
-    parts.append("## Not matched, and from scratch\n\n" + table(["stage", "arm", "epochs", "held-out", "test"], rows))
+    if rows:
+        parts.append("## Not matched, and from scratch\n\n" + table(["stage", "arm", "epochs", "held-out", "test"], rows))
     return "\n".join(parts)
 
 
