@@ -15,12 +15,12 @@ This page has every figure in the tables of [arXiv 2503.10632](https://arxiv.org
 and our runs. `python -m paper RUN` generates it from `paper/paper.yaml` and the runs' summaries in `docs/ledger/`; do
 not edit it. Table 14 is not here: its models are KANs without attention.
 
-To repeat a row, pass its last column to `karat train` (`karat detect` for COCO), with `data.path=DIR` for the directory
-of the data and, if the row has settings, a `run.dir` of its own. DATA stands for the column's data set, as in
-`cifar10`. `karat launch` before the command uses more GPUs.
+To repeat a row, pass its last column, and what every row has, to `karat train` (`karat detect` for COCO), with
+`data.path=DIR` for the directory of the data and, if the row has settings, a `run.dir` of its own. DATA stands for the
+column's data set, as in `cifar10`. `karat launch train` uses more GPUs.
 
-Accuracies are top-1/top-5 in percent. A figure marked ! is at odds with another place of the paper, as the lines
-below its table say. {found} of the {rows} figures have a run of ours.
+Accuracies are top-1/top-5 in percent. A figure marked ! disagrees with another place of the paper; lines below
+its table say how. {found} of the {rows} figures have a run of ours.
 """
 _RUNS = """## Runs
 

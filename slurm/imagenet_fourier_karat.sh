@@ -5,8 +5,8 @@
 #
 # key=value are overrides of the recipe, such as optim.lr=1e-3; another model is another recipe, such as
 # RECIPE=imagenet_vit_small_g3b. Options of sbatch on the command line override the #SBATCH lines, and variables in the
-# environment override the defaults below. To train longer, or to resume after a failure, submit the same line again: the
-# run resumes from its last checkpoint.
+# environment override the defaults below. To resume after a failure, submit the same line again: the run resumes from its
+# last checkpoint.
 
 #SBATCH --job-name=fourier_karat
 #SBATCH --nodes=1

@@ -1,4 +1,4 @@
-"""The exact loader in a loop of Hugging Face accelerate: killed anywhere, the run goes on with the next sample.
+"""The exact loader in a loop of Hugging Face accelerate: a killed run continues with the next sample.
 
 accelerate launch --num_processes 2 examples/loaders/accelerate_loop.py DATA RUN WORKERS
 """

@@ -1,4 +1,4 @@
-"""The exact loader in bare PyTorch: killed anywhere, the run goes on with the next sample, on any number of ranks.
+"""The exact loader in bare PyTorch: a killed run continues with the next sample, on any number of ranks.
 
 torchrun --nproc-per-node 2 examples/loaders/ddp.py DATA RUN WORKERS
 """

@@ -1,4 +1,4 @@
-"""The exact loader in Lightning: killed anywhere, the run goes on with the next sample, on any number of ranks.
+"""The exact loader in Lightning: a killed run continues with the next sample, on any number of ranks.
 
 torchrun --nproc-per-node 2 examples/loaders/lightning_loop.py DATA RUN WORKERS
 """

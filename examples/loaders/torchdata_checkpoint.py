@@ -1,4 +1,4 @@
-"""The exact loader is a Stateful, as torchdata and torch.distributed.checkpoint (DCP) know it: DCP saves and loads it.
+"""The exact loader is a torchdata Stateful: torch.distributed.checkpoint (DCP) saves and loads it.
 
 torchrun --nproc-per-node 2 examples/loaders/torchdata_checkpoint.py DATA RUN WORKERS
 """
