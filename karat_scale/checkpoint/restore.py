@@ -20,6 +20,7 @@ from karat_scale.checkpoint.store import (
     STATE,
     CheckpointStore,
     NearStore,
+    branch_point,
     checkpoint_name,
     holding,
     not_readable,
@@ -34,7 +35,7 @@ from karat_scale.engine.optimizers import Ema
 from karat_scale.engine.reporting.progress import Reporter
 from karat_scale.engine.run_state import RunState
 from karat_scale.engine.shards import Fragment, Layout, Pieces
-from karat_scale.foundation.errors import RunDirectoryError
+from karat_scale.foundation.errors import OtherModelError, RunDirectoryError
 from karat_scale.foundation.files import file_sha256, flush_to_disk
 from karat_scale.foundation.tables import OPTIMIZERS
 from karat_scale.models.transfer import teacher_of
@@ -150,7 +151,7 @@ def read_state(checkpoint: Path, saved: Mapping[str, Any], ranks: Iterable[int] 
     for name, value in frozen.items():
         for pieces in (state.masters, state.ema):
             if pieces is not None:
-                pieces.add([Fragment(name, 0, 0, value.numel())], value)
+                pieces.add([Fragment.whole(name, value)], value)
     return state
 
 
@@ -239,7 +240,7 @@ def _fill(engine: Engine, ema: Ema | None, saved: SavedState) -> list[dict[str, 
             saved.masters.fill(fragments, master.data)
             states.append(_optimizer_state(fragments, master, saved))
         for name, frozen in engine.frozen.items():
-            saved.masters.fill([Fragment(name, 0, 0, frozen.numel())], frozen)
+            saved.masters.fill([Fragment.whole(name, frozen)], frozen)
         if ema is not None:
             for fragments, shard in zip(layout, ema.shards, strict=True):
                 (saved.ema or saved.masters).fill(fragments, shard)
@@ -252,13 +253,13 @@ def check_shapes(here: dict[str, tuple[int, ...]], there: dict[str, tuple[int, .
     """Refuse a checkpoint whose parameters are not this model's.
 
     Raises:
-        RunDirectoryError: a parameter differs; the message names the first one.
+        OtherModelError: a parameter differs.
     """
     for name in [*here, *there]:
         if here.get(name) != (tuple(there[name]) if name in there else None):
             sizes = [f"[{', '.join(map(str, s[name]))}]" if name in s else "not" for s in (there, here)]
             fix = "use the model and the attention of its recipe"
-            raise RunDirectoryError(f"it holds another model: {name} is {sizes[0]} there and {sizes[1]} here; {fix}")
+            raise OtherModelError(f"it holds another model: {name} is {sizes[0]} there and {sizes[1]} here; {fix}")
 
 
 _MODES = ".operator.modes"
@@ -456,22 +457,22 @@ def choose_checkpoint(
     """
     if not state_of:
         fix = "choose another run.dir to start from the beginning, or restore a checkpoint from a copy"
-        return _newest_intact(store, reporter, check, fix)
-    path = Path(state_of).expanduser()
-    if not path.is_dir():
-        raise RunDirectoryError(f"resume.from = {state_of} is not a directory; name a run's or a checkpoint's")
-    fix = "name another run or checkpoint"
-    if (path / "checkpoints").is_dir() or (path / "recipe.yaml").is_file():
-        found = _newest_intact(CheckpointStore(path / "checkpoints", falsehood), reporter, check, fix)
+        return _newest_intact(store, reporter, check, f"run.dir = {store.root.parent}", fix)
+    root, name = branch_point(state_of)
+    store, key, fix = CheckpointStore(root, falsehood), f"resume.from = {state_of}", "name another run or checkpoint"
+    if name is None:
+        found = _newest_intact(store, reporter, check, key, fix)
         if found is None:
-            raise RunDirectoryError(f"resume.from = {state_of}: this run has no checkpoints yet; {fix}")
+            raise RunDirectoryError(f"{key}: this run has no checkpoints yet; {fix}")
         return found
-    if damage := _damage(CheckpointStore(path.parent, falsehood), path.name, reporter, check):
-        raise RunDirectoryError(f"resume.from = {state_of}: {damage}; name a complete checkpoint or a run's directory")
-    return path.parent, path.name
+    if damage := _damage(store, name, reporter, check):
+        raise RunDirectoryError(f"{key}: {damage}; name a complete checkpoint or a run's directory")
+    return root, name
 
 
-def _newest_intact(store: CheckpointStore, reporter: Reporter, check: Check, fix: str) -> tuple[Path, str] | None:
+def _newest_intact(
+    store: CheckpointStore, reporter: Reporter, check: Check, key: str, fix: str
+) -> tuple[Path, str] | None:
     names = store.names()
     latest = store.pointed("latest")
     damage = None
@@ -481,7 +482,7 @@ def _newest_intact(store: CheckpointStore, reporter: Reporter, check: Check, fix
             return store.root, name
         reporter.warn(f"checkpoint {name} cannot be used: {damage}; trying another one, if there is one")
     if names:
-        raise RunDirectoryError(f"{store.root}: none of {len(names)} checkpoints can be used ({damage}); {fix}")
+        raise RunDirectoryError(f"{key} has no checkpoint that can be used ({damage}); {fix}")
     return None
 
 

@@ -84,7 +84,7 @@ def _fit(pieces: Pieces, saved: restore.SavedState, model: nn.Module, power: flo
     for name, parameter in model.named_parameters():
         if name in pieces:  # an optimizer has no states of frozen parameters, or other ones for some
             value = parameter.detach().float().clone() ** (1 / power)
-            fitted.add([Fragment(name, 0, 0, value.numel())], value)
+            fitted.add([Fragment.whole(name, value)], value)
     return fitted
 
 
@@ -121,7 +121,7 @@ def load_weights(model: nn.Module, checkpoint: Path, saved: Mapping[str, Any], e
         restore.check_buffers(model, state.buffers)
         pieces = state.ema if ema and state.ema is not None else state.masters
         for name, parameter in parameters.items():
-            pieces.fill([Fragment(name, 0, 0, parameter.numel())], parameter)
+            pieces.fill([Fragment.whole(name, parameter)], parameter)
     except (RunDirectoryError, KeyError) as error:
         raise RunDirectoryError(f"checkpoint {checkpoint}: {error.args[0]}") from error
     restore.copy_buffers(model, state.buffers)

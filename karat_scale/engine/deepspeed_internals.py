@@ -293,7 +293,7 @@ def shard_layout(engine: Any) -> Layout:
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     stage = engine.zero_optimization_stage()
     if stage == 0:
-        return [[Fragment(names[p], 0, 0, p.numel())] for p in master_weights(engine)]
+        return [[Fragment.whole(names[p], p)] for p in master_weights(engine)]
     if stage == 3:
         return [_stage_3_fragments(group, names, engine.global_rank) for group in optimizer.fp16_groups]
     groups = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups

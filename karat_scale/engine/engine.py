@@ -192,7 +192,7 @@ class Engine:
         internals.use_torchs_own_linear()
         initial = Pieces()
         for name, p in model.named_parameters():
-            initial.add([Fragment(name, 0, 0, p.numel())], p.detach().to("cpu", torch.float32, copy=True))
+            initial.add([Fragment.whole(name, p)], p.detach().to("cpu", torch.float32, copy=True))
         model = model.to(world.device)
         autocast_inside(model, self._precision, world.device.type)
         if cpu_adam:

@@ -19,6 +19,11 @@ class Fragment(NamedTuple):
     master_start: int
     length: int
 
+    @classmethod
+    def whole(cls, name: str, parameter: torch.Tensor) -> "Fragment":
+        """Return the only fragment of a tensor that holds one whole parameter and nothing else."""
+        return cls(name, 0, 0, parameter.numel())
+
 
 Layout = list[list[Fragment]]
 """The fragments of each master tensor of a rank."""

@@ -47,33 +47,28 @@ def bench_step(options: argparse.Namespace) -> int:
     model, batch, steps = {"name": options.model, "image_size": options.image_size}, options.batch, options.steps
     if batch % 2:
         raise UserError(f"--batch {batch} is odd, but mixup and cutmix mix pairs; use an even number")
-    world = distributed.start("auto")
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
+    with distributed.joined("auto") as world, tempfile.TemporaryDirectory() as scratch:
 
-            def recipe(kind: str) -> Recipe:
-                return synthetic_recipe(
-                    f"{scratch}/{kind}",
-                    "bench step",
-                    model=model,
-                    attention={"kind": kind},
-                    data={"synthetic_samples": batch},
-                    train={"global_batch": batch, "ema_decay": 0.0, "epochs": MANY},
-                    log={"every_steps": 50},
-                )
-
-            contenders: dict[str, Callable[[], object]] = {
-                BARE: bare_loop(recipe("softmax"), steps, world),
-                OURS: partial(OurLoop(recipe("softmax"), world).run, steps),
-                KARAT: partial(OurLoop(recipe("karat"), world).run, steps),
-            }
-            seconds = interleaved_seconds(contenders, options.rounds)
-            first_step = statistics.median(
-                seconds_to_first_step(model, batch, Path(scratch) / f"first-{number}")
-                for number in range(FIRST_STEP_RUNS)
+        def recipe(kind: str) -> Recipe:
+            return synthetic_recipe(
+                f"{scratch}/{kind}",
+                "bench step",
+                model=model,
+                attention={"kind": kind},
+                data={"synthetic_samples": batch},
+                train={"global_batch": batch, "ema_decay": 0.0, "epochs": MANY},
+                log={"every_steps": 50},
             )
-    finally:
-        distributed.stop()
+
+        contenders: dict[str, Callable[[], object]] = {
+            BARE: bare_loop(recipe("softmax"), steps, world),
+            OURS: partial(OurLoop(recipe("softmax"), world).run, steps),
+            KARAT: partial(OurLoop(recipe("karat"), world).run, steps),
+        }
+        seconds = interleaved_seconds(contenders, options.rounds)
+        first_step = statistics.median(
+            seconds_to_first_step(model, batch, Path(scratch) / f"first-{number}") for number in range(FIRST_STEP_RUNS)
+        )
     rows = [
         {
             "loop": name,
