@@ -128,6 +128,14 @@ def _next_lines(file: Path, offset: int) -> tuple[Sequence[bytes], int]:
     return (whole.split(b"\n"), offset + len(whole) + 1) if end else ([], offset)
 
 
+def _ended_in_order(run: Path) -> bool:
+    """Return whether the last event of the log is the end of a start."""
+    file = run / FILES[0]
+    size = file.stat().st_size if file.is_file() else 0
+    last = [_parsed(line) for line in _next_lines(file, max(size - 2**16, 0))[0][-1:]]
+    return any(event is not None and event.get("event") == "end" for event in last)
+
+
 def _parsed(line: bytes) -> Event | None:
     try:
         event: Any = parse_json(line)
@@ -180,9 +188,10 @@ class Follower:
         """Send what the run has left, once it has ended."""
         self.advance()
         summary: Event = {}
-        with suppress(OSError, ValueError):
-            content = parse_json(read_text(self._run / "summary.json"))
-            summary = content if isinstance(content, dict) else {}
+        if _ended_in_order(self._run):  # else it is the summary of an earlier start
+            with suppress(OSError, ValueError):
+                content = parse_json(read_text(self._run / "summary.json"))
+                summary = content if isinstance(content, dict) else {}
         self._upload(_documents(self._run, with_checkpoints=summary.get("exit") == 0))
         self._open().close(summary)
         self._tracker = None

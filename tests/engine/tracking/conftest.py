@@ -77,6 +77,7 @@ class WrittenRun:
         log.close()
 
     def finish(self, code: int = 0) -> None:
+        self.event("end", 0, exit=code)
         (self.path / "summary.json").write_text(json.dumps({"exit": code, "best_top1": 61.5}))
 
     def send(self, *names: str, seconds: float = 60, anew: bool = False) -> tuple[list[str], list[str]]:

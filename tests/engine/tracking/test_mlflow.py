@@ -13,8 +13,7 @@ from urllib.error import URLError
 import pytest
 
 from karat_scale.engine.tracking.follow import Trackers
-from tests.conftest import free_port
-from tests.data.backends.helpers import wait_until
+from tests.conftest import free_port, wait_until
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("mlflow")

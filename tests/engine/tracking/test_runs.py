@@ -94,3 +94,6 @@ def test_mistakes_are_one_line(written, capsys) -> None:
     assert "log.trackers is empty; name the trackers with --to" in capsys.readouterr().err
     assert karat_here("track", str(written.path), "--to", "wandbb") == 2
     assert "unknown tracker 'wandbb'; did you mean wandb?" in capsys.readouterr().err
+    (written.path / "recipe.yaml").write_text("log: {trackers: [wandb, 3]}\n")
+    assert karat_here("track", str(written.path)) == 2
+    assert "recipe.yaml: log.trackers[1]: should be 'tensorboard', 'wandb'" in capsys.readouterr().err
