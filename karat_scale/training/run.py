@@ -4,6 +4,7 @@
 `schedule.image_sizes`, each size has its own trainer, which resumes from the previous one's checkpoint.
 """
 
+import errno
 import os
 import shlex
 from collections.abc import Iterator
@@ -35,6 +36,9 @@ from karat_scale.training.run_copy import RunCopy, open_copy
 from karat_scale.training.run_directory import RunDirectory, leave_for
 from karat_scale.training.task import Task
 from karat_scale.training.trainer import Trainer, has_checkpoints
+
+# What the system says of a disk that is broken or full; of a path that is wrong it says something else.
+_DISK_FAULTS = {errno.EIO, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 
 def train(task_type: type[Task], recipe: RunRecipe) -> int:
@@ -205,23 +209,33 @@ def open_reporter(recipe: RunRecipe, world: World, directory: RunDirectory) -> R
 def open_near(recipe: RunRecipe, directory: RunDirectory, world: World, reporter: Reporter) -> None:
     """Let each node also keep the newest checkpoints, and fetch the newest one that the nodes have. Collective.
 
+    If the disk of a node is broken or full, this start does without them on all nodes.
+
     Raises:
         RunDirectoryError: a node cannot write there, or the recipe cannot resume from what it has.
     """
     last = world.on_main(directory.local_start)
     nodes = sum(world.gather(world.local_rank == 0))
     near = NearStore(Path(recipe.checkpoint.local).expanduser(), directory.path, last, nodes)
+    fault = ""
     with world.together():
         if world.local_rank == 0:
             try:
                 near.open()
+                if recipe.resume.mode == "never":
+                    near.empty()
             except OSError as error:
-                raise RunDirectoryError(
-                    f"checkpoint.local = {recipe.checkpoint.local}: {near.root} on {this_node()}: {error.strerror}; "
-                    "choose another directory"
-                ) from None
-            if recipe.resume.mode == "never":
-                near.empty()
+                problem = (
+                    f"checkpoint.local = {recipe.checkpoint.local}: {near.root} on {this_node()}: {error.strerror}"
+                )
+                if error.errno not in _DISK_FAULTS:
+                    raise RunDirectoryError(f"{problem}; choose another directory") from None
+                fault = f"{problem}; this start saves no local checkpoints"
+    if faults := [one for one in world.gather(fault) if one]:
+        world.on_main(lambda: directory.local_start_file.unlink(missing_ok=True))
+        for one in faults:
+            reporter.warn(one)
+        return
     name, problems = bring_near(directory.store, near, world, reporter)
     near.start = world.on_main(directory.renew_local_start)
     with world.together():

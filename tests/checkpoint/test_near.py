@@ -1,6 +1,8 @@
 """`checkpoint.local`: the newest state on a disk of each node, and how a start uses it."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -89,6 +91,24 @@ def test_a_save_that_fails_leaves_the_one_before_until_the_runs_directory_has_a_
         assert not checkpoints.saves_near(replace(trainer.state, step=3))
         assert checkpoints.save(replace(trainer.state, step=4))
     assert not near.root.exists()
+
+
+def test_a_start_does_without_a_disk_that_is_broken(small_recipe, world, tmp_path, monkeypatch, capsys) -> None:
+    recipe = small_recipe(f"run.dir={tmp_path / 'run'}", "data.workers=0", f"checkpoint.local={tmp_path / 'near'}")
+    reporter = Reporter(PlainDisplay(), None)
+    with make_trainer(recipe, world, reporter) as trainer:
+        directory = trainer.directory
+        directory.renew_local_start()
+
+        def broken(store: NearStore) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(store.root))
+
+        monkeypatch.setattr(NearStore, "open", broken)
+        open_near(recipe, directory, world, reporter)
+        assert directory.near is None
+        assert directory.local_start() == ""  # what other nodes have is not to come back at a later start
+    said = capsys.readouterr()
+    assert "Input/output error; this start saves no local checkpoints" in said.out + said.err
 
 
 @pytest.mark.parametrize("comes_between", ["nothing", "a start elsewhere", "a start without checkpoint.local"])
