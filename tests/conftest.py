@@ -24,10 +24,12 @@ import socket
 import stat
 import subprocess
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -200,6 +202,39 @@ def free_port() -> int:
             probe.bind(("127.0.0.1", port))
             return port
     raise AssertionError(f"none of {_PORTS} ports is free")
+
+
+Found = TypeVar("Found")
+
+
+def wait_until(find: Callable[[], Found], seconds: float = 60.0, what: object = "it") -> Found:
+    """Wait until `find` returns something true, and return it. The time only ends a test that would hang."""
+    deadline = time.monotonic() + seconds
+    while not (found := find()):
+        assert time.monotonic() < deadline, f"{what}: not in {seconds:g} s"
+        time.sleep(0.02)
+    return found
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Call `work` in a forked process and return its id; its exit code is 0, or 1 if `work` raises.
+
+    A bare `os.fork()` would go on as a second pytest after an error.
+    """
+    from karat_scale.foundation.machine import be_killed_with_parent
+
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        be_killed_with_parent()
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def karat_command(arguments: Sequence[str], processes: int = 1) -> list[str]:

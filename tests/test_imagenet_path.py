@@ -13,7 +13,7 @@ from karat_scale.engine.heartbeat import read_signs
 from tests.conftest import events, karat_done, karat_environment, rank_environments, run_script, summary
 from tests.data.prepare.images import jpeg, sample_file, write
 from tests.data.tars import tar_bytes
-from tests.training.runs import stopped_by, wait_until
+from tests.training.runs import stopped_by, wait_in_run
 from tests.warm import Started
 
 STEPS = 8  # two epochs of four
@@ -113,7 +113,7 @@ def stopped_in_the_middle(command: list[str], run: Path, processes: int) -> None
     """Start a run and stop it by SIGTERM before its end."""
     environments = rank_environments(processes) if processes > 1 else [karat_environment()]
     process = Started("karat_scale", command, environments)
-    wait_until(lambda: len(read_signs(run)) == processes, process)  # it takes a step before it stops
+    wait_in_run(lambda: len(read_signs(run)) == processes, process)  # it takes a step before it stops
     stopped_by(process, signal.SIGTERM)
     assert summary(run)["exit"] == 75
     assert 0 < summary(run)["steps"] < STEPS

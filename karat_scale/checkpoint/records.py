@@ -18,6 +18,7 @@ from karat_scale.checkpoint.store import STATE
 from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.foundation.files import read_text
+from karat_scale.recipe.base import wanted_by
 
 FORMAT = 2
 _LONGEST = 200
@@ -185,8 +186,8 @@ def validated(file: str, read: Callable[[], R]) -> R:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
-        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        raise RunDirectoryError(f"{file}: {place[:_LONGEST]}{': ' if place else ''}{message[:_LONGEST]}") from None
+        wanted = wanted_by(first)[:_LONGEST]
+        raise RunDirectoryError(f"{file}: {place[:_LONGEST]}{': ' if place else ''}{wanted}") from None
 
 
 def generator_states(device: torch.device) -> dict[str, Any]:

@@ -189,6 +189,19 @@ def step_of(name: str) -> int:
     return int(name.removeprefix("step-"))
 
 
+def branch_point(source: str) -> tuple[Path, str | None]:
+    """Return the directory of checkpoints that `resume.from` names, and one of them; None if it names a whole run.
+
+    Raises RunDirectoryError if it names neither.
+    """
+    path = Path(source).expanduser()
+    if (path / "checkpoints").is_dir() or (path / "recipe.yaml").is_file():
+        return path / "checkpoints", None
+    if path.is_dir() and (CHECKPOINT_NAME.fullmatch(path.name) or (path / MANIFEST).is_file()):
+        return path.parent, path.name
+    raise RunDirectoryError(f"resume.from = {source}: neither a run's directory nor a checkpoint in one; name one")
+
+
 class CheckpointStore:
     """The `checkpoints` directory of one run; only rank 0 changes it.
 
@@ -375,8 +388,8 @@ class CheckpointStore:
         """
         name = self._find_held(wanted) if "/" not in wanted else None  # a path may be of another run
         if name is None:
-            there = ", ".join(self.names()) or "none"
-            raise RunDirectoryError(f"{self.root}: no checkpoint {wanted!r}; there are: {there}")
+            there = ", ".join([*POINTERS, *self.names()])
+            raise RunDirectoryError(f"--checkpoint {wanted}: {self.root} has no such checkpoint; name one of {there}")
         damage = self.damage(name)
         if damage is None:
             return name

@@ -11,7 +11,7 @@ from karat_scale.engine.tracking.follow import Trackers, check_trackers
 from karat_scale.foundation.console import plural, printable, work_display
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError, UserError
 from karat_scale.foundation.tables import TRACKERS, require_trust
-from karat_scale.recipe.base import LogConfig
+from karat_scale.recipe.base import LogConfig, key_of, wanted_by
 from karat_scale.recipe.files import read_run_recipe, recipe_of_run
 from karat_scale.training.run_copy import RunUrl, keep_run_id, run_id
 from karat_scale.training.run_directory import RunDirectory
@@ -53,7 +53,9 @@ def _trackers_in_recipe(file: Path) -> Sequence[str]:
     try:
         trackers = LogConfig.model_validate(tree.get("log", {})).trackers
     except ValidationError as error:
-        raise RecipeError(f"{file}: log: {error.errors()[0]['msg']}; name the trackers with --to") from None
+        first = error.errors()[0]
+        key = f"log.{key_of(first)}".rstrip(".")
+        raise RecipeError(f"{file}: {key}: {wanted_by(first)}; name the trackers with --to") from None
     if not trackers:
         raise UserError(f"{file}: log.trackers is empty; name the trackers with --to, such as --to {[*TRACKERS][-1]}")
     for name in trackers:
@@ -133,5 +135,6 @@ def _chosen(remote: RemoteCheckpoints, wanted: Sequence[str], url: str) -> list[
         elif one in there:
             chosen.add(one)
         else:
-            raise RunDirectoryError(f"{url}: no checkpoint {one!r}; there are: {', '.join(there) or 'none'}")
+            fix = f"name one of {', '.join([*POINTERS, 'all', *there])}"
+            raise RunDirectoryError(f"--checkpoint {one}: {url} has no such checkpoint; {fix}")
     return [name for name in there if name in chosen]

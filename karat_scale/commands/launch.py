@@ -26,7 +26,7 @@ import psutil
 from karat_scale.engine.heartbeat import START, is_restart
 from karat_scale.foundation.errors import EXIT_LOST_PEER, EXIT_STOPPED, PeerError, UserError, say_in_one_write
 from karat_scale.foundation.files import write_atomically
-from karat_scale.foundation.machine import LAUNCHED, LAUNCHER, stop_signals, usable_cores
+from karat_scale.foundation.machine import LAUNCHED, LAUNCHER, number_in, stop_signals, usable_cores
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -172,10 +172,10 @@ def _run(
 
 def _node_of_step(environ: Mapping[str, str]) -> tuple[int, int]:
     """Return this node's number and the number of nodes. Raises UserError."""
-    nodes, tasks = (int(environ.get(f"SLURM_STEP_NUM_{what}", "1")) for what in ("NODES", "TASKS"))
+    nodes, tasks = (number_in(environ, f"SLURM_STEP_NUM_{what}", "1") for what in ("NODES", "TASKS"))
     if tasks > nodes:
         raise UserError(f"srun started {tasks} of these on {nodes} nodes; start one on each: --ntasks-per-node=1")
-    return (int(environ["SLURM_PROCID"]) if nodes > 1 else 0), nodes
+    return (number_in(environ, "SLURM_PROCID") if nodes > 1 else 0), nodes
 
 
 def _meet(node: int, nodes: int, told: Sequence[int]) -> tuple[str, Any]:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from karat_scale.foundation.console import print_table
 from karat_scale.foundation.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+from karat_scale.foundation.tables import EXTRAS, is_installed
 
 # Relative to the current directory, so that printed commands can be typed.
 RAW, SHARDS = Path("data/fashion_mnist_raw"), Path("data/fashion_mnist_quick")
@@ -113,9 +114,10 @@ def _print_results(console: Console) -> None:
     # Narrow enough for a terminal of 80 columns.
     print_table(title, ("attention", "top-1 %", "top-5 %", "peak MB", "params"), rows)
     run = CONTENDERS[0][1]
+    page = f", or karat demo {run} for a page" if is_installed(EXTRAS["demo"].module) else ""
     hints = {
         "see what they learned": f"open {REPORT}/report.html in a browser",
-        "classify a picture": f"karat predict {run} PICTURE, or karat demo {run} for a page",
+        "classify a picture": f"karat predict {run} PICTURE{page}",
         "train longer": f"karat train {RECIPE} data.path={SHARDS} train.epochs=5 run.dir=runs/longer",
         "evaluate again": f"karat eval {run}",
         "other models": "karat recipes",

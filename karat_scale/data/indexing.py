@@ -99,7 +99,7 @@ class LabelRule:
         try:
             text = content.decode().strip()
         except UnicodeDecodeError:
-            raise NoLabelError(f"no label: .{self.kind} is no UTF-8") from None
+            raise NoLabelError(f"no label: .{self.kind} is not UTF-8") from None
         value = self._field_of(text) if self.kind == "json" else text
         if isinstance(value, str) and value.removeprefix("-").isdecimal():
             if len(value) > _MOST_DIGITS:
@@ -127,7 +127,7 @@ def _named(name: str, otherwise: str) -> str:
     if not name:
         raise NoLabelError(f"no label: {otherwise}")
     if not _is_utf8(name):
-        raise NoLabelError("no label: the name of the class is no UTF-8")
+        raise NoLabelError("no label: the name of the class is not UTF-8")
     return name
 
 
@@ -367,7 +367,7 @@ def find_tars(source: Path | Store) -> list[str]:
         if renamed:
             found = f"only files such as {renamed[0]}; rename them to .tar"
         elif packed:
-            found = f"only compressed ones such as {packed[0]}; decompress them first, for example with gunzip"
+            found = f"only compressed ones such as {packed[0]}; decompress them first"
         raise DataError(f"{where} has no *.tar, {found}")
     for left_out, what in ((packed, "compressed tar"), (renamed, "misnamed tar")):
         if left_out:
@@ -400,7 +400,7 @@ def into_splits(names: Sequence[str], rules: Sequence[str]) -> dict[str, list[st
 
     Args:
         names: paths of tars.
-        rules: `SPLIT=PATTERN` each, such as `train=shard-0*.tar`; without any, the word train, val, validation or
+        rules: `NAME=GLOB` each, such as `train=shard-0*.tar`; without any, the word train, val, validation or
             test in a path decides, and tars without such a word are for training.
 
     Raises:
@@ -415,15 +415,17 @@ def into_splits(names: Sequence[str], rules: Sequence[str]) -> dict[str, list[st
     for rule in rules:
         split, equals, pattern = rule.partition("=")
         if not equals or not re.fullmatch(r"\w+", split):
-            raise DataError(f"--split {rule}: should be SPLIT=PATTERN, such as train=train-*.tar")
+            raise DataError(f"--split {rule}: should be NAME=GLOB, such as train=train-*.tar")
         fitting = [name for name in left if fnmatchcase(name, pattern)]
         if not fitting:
-            first = left[0] if left else "none"
-            raise DataError(f"--split {rule}: no tar that is left has such a path; the first of these is {first}")
+            why = "an earlier --split has all tars; put this one first"
+            if left:
+                why = f"no tar that is left has such a path; the first of these is {left[0]}"
+            raise DataError(f"--split {rule}: {why}")
         splits.setdefault(split, []).extend(fitting)
         left = [name for name in left if name not in set(fitting)]
     if left:
-        raise DataError(f"{plural(len(left), 'tar')} in no split, such as {left[0]}; add --split SPLIT=PATTERN")
+        raise DataError(f"{plural(len(left), 'tar')} in no split, such as {left[0]}; add --split NAME=GLOB")
     return splits
 
 
@@ -656,10 +658,10 @@ def _print_result(record: shard_format.DatasetRecord, out: Path, rule: LabelRule
     for name, split in record.splits.items():
         empty = len(split.empty_classes)
         counts = (
-            f"{name}: {split.samples:,} samples of {len(record.classes)} classes in "
+            f"{name}: {plural(split.samples, 'sample')} of {plural(len(record.classes), 'class')} in "
             f"{plural(len(split.shards), 'tar')}; {len(split.skipped)} skipped"
         )
-        print(printable(counts + (f"; {empty} classes have no sample" if empty else "")))
+        print(printable(counts + (f"; {plural(empty, 'class')} without a sample" if empty else "")))
         for reason, count in Counter(skipped.reason for skipped in split.skipped).most_common():
             first = next(skipped.path for skipped in split.skipped if skipped.reason == reason)
             print(printable(f"  skipped {count}: {reason} (first: {first})"))

@@ -129,7 +129,7 @@ def _check_can_be_opened(url: str, name: str) -> str:
         opened = rewrite_url(url)  # as GOPEN_REWRITE of the environment says
         scheme: str = urlparse(opened).scheme
     except ValueError as error:
-        raise DataError(f"data.stream: {name} is no URL: {error}") from None
+        raise DataError(f"data.stream: {name} is not a URL: {error}") from None
     if opened == "-":
         raise DataError("data.stream: - is the standard input, which data workers cannot share; use a pipe: or a file")
     if scheme not in (*_FILES, *gopen_schemes):

@@ -17,6 +17,7 @@ from karat_scale.foundation.errors import RecipeError, did_you_mean
 from karat_scale.foundation.files import read_text, shipped_directory
 from karat_scale.foundation.tables import importing, refuse_untrusted
 from karat_scale.recipe import RunRecipe
+from karat_scale.recipe.base import as_written, wanted_by
 from karat_scale.recipe.train import DeepSpeedConfig
 
 # Sections that would repeat or contradict the recipe.
@@ -64,14 +65,14 @@ def _check(config: Mapping[str, Any], values: Mapping[str, Any], source: str) ->
             raise RecipeError(f"{source}: {key}: unknown key; {hint}")
     for key in _SECTIONS:
         if not isinstance(config.get(key, {}), Mapping):
-            raise RecipeError(f"{source}: {key} = {config[key]!r}: should be an object")
+            raise RecipeError(f"{source}: {key} = {as_written(config[key])}: should be an object")
     _check_by_deepspeed(config, source)
     for path, key, accepted, why in _ACCEPTED:
         section: Mapping[str, Any] = config
         for name in path.split("."):
             section = section.get(name) or {}
         if section.get(key, accepted[0]) not in accepted:
-            raise RecipeError(f"{source}: {path}.{key} = {section[key]!r}: {why}; remove it")
+            raise RecipeError(f"{source}: {path}.{key} = {as_written(section[key])}: {why}; remove it")
 
 
 def _check_by_deepspeed(config: Mapping[str, Any], source: str) -> None:
@@ -85,11 +86,11 @@ def _check_by_deepspeed(config: Mapping[str, Any], source: str) -> None:
         Parsed({**plain, "train_micro_batch_size_per_gpu": 1})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-        given = "" if isinstance(first["input"], Mapping) else f" = {first['input']!r}"
+        key = ".".join(map(str, first["loc"]))
+        given = "" if isinstance(first["input"], Mapping) else f" = {as_written(first['input'])}"
         section = "zero_optimization." if error.title == "DeepSpeedZeroConfig" else ""
-        wanted = "should be 0, 1, 2 or 3" if f"{section}{key}" == "zero_optimization.stage" else message
-        raise RecipeError(f"{source}: {section}{key}{given}: {wanted.removeprefix('Input ')}") from None
+        wanted = "should be 0, 1, 2 or 3" if f"{section}{key}" == "zero_optimization.stage" else wanted_by(first)
+        raise RecipeError(f"{source}: {section}{key}{given}: {wanted}") from None
     except Exception as error:  # it raises nearly anything
         message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise RecipeError(f"{source}: DeepSpeed cannot read it: {message}") from None
@@ -128,7 +129,7 @@ def check_ds_config(recipe: RunRecipe) -> None:
     """
     values = _recipe_values(recipe)
     any_batch = _batch_values(recipe, world_size=1, micro_batch=1)
-    own = config_directory() != _find(recipe.deepspeed).parent
+    own = config_directory() != find_ds_config(recipe.deepspeed).parent
     logging.disable(logging.WARNING)  # DeepSpeed prints to standard output when it is imported
     try:
         config, source = _read(recipe, {**values, **any_batch}, with_keys=own)
@@ -160,7 +161,8 @@ def offloads_optimizer(config: Mapping[str, Any]) -> bool:
     return zero_stage(config) > 0 and bool(device != "none" or zero.get("cpu_offload"))
 
 
-def _find(section: DeepSpeedConfig) -> Path:
+def find_ds_config(section: DeepSpeedConfig) -> Path:
+    """Return the file that `deepspeed.config` names. Raises RecipeError."""
     name, directory = section.config, config_directory()
     for candidate in (directory / f"{name}.json", Path(name).expanduser()):
         if candidate.is_file():
@@ -174,7 +176,7 @@ def _find(section: DeepSpeedConfig) -> Path:
 
 def _read(recipe: RunRecipe, values: dict[str, Any], with_keys: bool) -> tuple[dict[str, Any], str]:
     """Return the file's content with every "auto" filled from `values`, and the beginning of its errors."""
-    path = _find(recipe.deepspeed)
+    path = find_ds_config(recipe.deepspeed)
     source = f"deepspeed.config = {path}"
 
     def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # `dict` would keep the last
@@ -244,7 +246,8 @@ def _settle(config: dict[str, Any], values: dict[str, Any], source: str) -> None
             node = node.setdefault(parent, {})
         if node.setdefault(leaf, value) != value:
             fix = 'set it to "auto"' if name != "bf16.enabled" else 'set it to "auto", or train.precision=bf16_weights'
-            raise RecipeError(f"{source}: {name} = {node[leaf]!r}, but the recipe makes it {value!r}; {fix}")
+            given, right = as_written(node[leaf]), as_written(value)
+            raise RecipeError(f"{source}: {name} = {given}, but the recipe makes it {right}; {fix}")
     config.setdefault("steps_per_print", 10**9)
     # It would stop the host at each micro batch until the device is done.
     config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)

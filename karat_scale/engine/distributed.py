@@ -31,7 +31,7 @@ from karat_scale.engine.peers import Place, explaining, meet
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import UserError
 from karat_scale.foundation.files import replace_file
-from karat_scale.foundation.machine import launch_environment
+from karat_scale.foundation.machine import launch_environment, number_in
 
 T = TypeVar("T")
 PATIENCE_MINUTES = 30.0
@@ -244,7 +244,7 @@ def _need_threads() -> None:
 
 def default_port(environ: Mapping[str, str]) -> str:
     """Return the default port of the rendezvous: by SLURM's job, so that two jobs on a node seldom collide."""
-    return str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 10000)  # below the ports that kernels hand out
+    return str(20000 + number_in(environ, "SLURM_JOB_ID", "0") % 10000)  # below the ports that kernels hand out
 
 
 def have_a_gpu_each(store: dist.Store, rank: int, size: int, mine: str) -> None:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from karat_scale.foundation.files import parse_json, read_text
-from karat_scale.foundation.machine import this_node
+from karat_scale.foundation.machine import number_in, this_node
 
 PHASES = ("start", "compile", "data", "step", "save")
 # The phase of each activity that heartbeats name; every other activity is part of a step.
@@ -57,7 +57,7 @@ class StallLimits:
         for number, part in enumerate(text.split(",") if text else ()):
             phase, equals, seconds = part.strip().rpartition("=")
             if equals and phase not in PHASES:
-                raise ValueError(f"{phase!r} is no phase; use {', '.join(PHASES)}")
+                raise ValueError(f"{phase!r} is not a phase; use {', '.join(PHASES)}")
             try:
                 value = float(seconds)
             except ValueError:
@@ -143,7 +143,7 @@ def this_start() -> str:
 
 def is_restart() -> bool:
     """Return whether SLURM or a launcher has started the run again."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0 or "." in os.environ.get(START, "")
+    return number_in(os.environ, "SLURM_RESTART_COUNT", "0") > 0 or "." in os.environ.get(START, "")
 
 
 class Heartbeat:

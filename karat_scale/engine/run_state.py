@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from karat_scale.recipe.base import wanted_by
+
 S = TypeVar("S", bound="RunState")
 
 
@@ -87,4 +89,4 @@ class RunState:
             return TypeAdapter(cls).validate_json(json.dumps(known), strict=True)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            raise ValueError(f"{first['loc'][0]}: {first['msg'].removeprefix('Input ')}") from None
+            raise ValueError(f"{first['loc'][0]}: {wanted_by(first)}") from None

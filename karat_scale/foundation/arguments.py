@@ -34,10 +34,10 @@ class OneLineParser(argparse.ArgumentParser):
         if strange := [text for text in left if text.startswith("-") or "=" not in text or not takes_overrides]:
             first = next((text for text in strange if text.startswith("-")), strange[0])
             if not first.startswith("-"):
-                self.error(f"unexpected argument {first!r}" + ("; overrides are key=value" if takes_overrides else ""))
+                fix = "; overrides are key=value, without blanks" if takes_overrides else ""
+                self.error(f"unexpected argument {first!r}{fix}")
             name = first.partition("=")[0]
-            key = name.strip("-").replace("-", "_")
-            hint = f"a recipe's key is written key=value, and `karat explain {key}` finds it" if takes_overrides else ""
+            hint = load("karat_scale.recipe.loading:option_hint")(name) if takes_overrides else ""
             close = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.8)
             hint = _OTHER_OPTIONS.get(name) or (f"did you mean {close[0]}?" if close else hint)
             self.error(f"unknown option {name}{'; ' if hint else ''}{hint}")
@@ -46,7 +46,12 @@ class OneLineParser(argparse.ArgumentParser):
         return options, []
 
     def error(self, message: str) -> NoReturn:
-        """Print `message` to standard error and exit."""
+        """Print `message` to standard error and exit. Of arguments that are missing, say what the first one is."""
+        if message.startswith(_MISSING):
+            name = message.removeprefix(_MISSING).partition(", ")[0]
+            first = next(one for one in self._actions if name in (one.metavar, one.dest, "/".join(one.option_strings)))
+            what = f"choose from {', '.join(first.choices)}" if first.choices else first.help
+            message = f"{name} is missing" + (f": {what}" if what else "")
         self.exit(2, f"error: {on_one_line(message)} ({self.prog} --help lists the options)\n")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -57,12 +62,15 @@ class OneLineParser(argparse.ArgumentParser):
             if action.option_strings and action.nargs and value and os.path.exists(str(value)):  # noqa: PTH110  # any length
                 raise argparse.ArgumentError(action, f"{value!r} is none of its values; name it before the option")
             is_command = action.dest == "command"
-            hint = did_you_mean(str(value), names, choices, likeness=0.66 if is_command else 0.5)  # values are short
+            hint = did_you_mean(str(value), names, choices, likeness=0.66 if is_command else 0.6)
             if is_command:
                 is_recipe = "_" in str(value) or str(value).endswith((".yaml", ".yml"))
                 hint = _OTHER_COMMANDS.get(str(value), f"did you mean karat train {value}?" if is_recipe else hint)
             raise argparse.ArgumentError(action, f"unknown value {value!r}; {hint}")
 
+
+# The words of argparse about arguments that are missing.
+_MISSING = "the following arguments are required: "
 
 # What people type as a command, and the command that does it.
 _OTHER_COMMANDS = {
@@ -109,14 +117,17 @@ def whole(least: int) -> Callable[[str], int]:
 count = whole(1)
 
 
+_MOST = 10**9  # beyond it are typing errors
+
+
 def positive(text: str) -> float:
-    """Parse a finite number above 0. Raises argparse.ArgumentTypeError."""
+    """Parse a number above 0 that is not absurd. Raises argparse.ArgumentTypeError."""
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not (math.isfinite(number) and number > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    if not 0 < number <= _MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to {_MOST:,}")
     return number
 
 
@@ -138,6 +149,13 @@ def new_file(text: str) -> str:
     return text
 
 
+def new_directory(text: str) -> str:
+    """Refuse a file where a directory is wanted. Raises argparse.ArgumentTypeError."""
+    if os.path.isfile(text):  # noqa: PTH113  # any length
+        raise argparse.ArgumentTypeError(f"{text!r} is a file; choose another directory")
+    return text
+
+
 def run_directory(text: str) -> str:
     """Refuse the URL of a run's copy where a directory is wanted. Raises argparse.ArgumentTypeError."""
     if is_url(text):
@@ -156,7 +174,7 @@ def tracker(text: str) -> str:
     """Check the name of a tracker, or the place of a class. Raises argparse.ArgumentTypeError."""
     if text not in TRACKERS and ":" not in text:
         choices = f"choose from {', '.join(TRACKERS)} or package.module:Class"
-        hint = did_you_mean(text, TRACKERS, choices, likeness=0.5)
+        hint = did_you_mean(text, TRACKERS, choices)
         raise argparse.ArgumentTypeError(f"unknown tracker {text!r}; {hint}")
     return text
 

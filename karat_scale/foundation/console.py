@@ -131,7 +131,8 @@ def duration(seconds: float) -> str:
 
 def plural(number: int, noun: str) -> str:
     """Return a count with its noun."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}"
 
 
 def few(names: Sequence[str], most: int = 5) -> str:

@@ -49,6 +49,10 @@ class RunDirectoryError(UserError):
     """The run directory or one of its checkpoints does not fit the command."""
 
 
+class OtherModelError(RecipeError, RunDirectoryError):
+    """Tensors are not those of the recipe's model; the message names the first one that differs."""
+
+
 class PeerError(Exception):
     """Another rank has failed or is gone, so this one ends too: one line and exit code 76."""
 
@@ -123,7 +127,7 @@ def of_the_machine(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{str(error.filename)[:200]}: {error.strerror}", 1 if error.errno in FAULTS_OF_SERVERS else 2
     if isinstance(error, RuntimeError) and "home directory" in str(error):
-        return f"{one_line(error)}; write paths without ~, or set HOME", 2
+        return "a path begins with ~, but its home directory is not known; write it without ~, or set HOME", 2
     return None
 
 
@@ -202,7 +206,8 @@ def nearest(name: str, names: Iterable[str], count: int = 1, likeness: float = 0
 
 def did_you_mean(name: str, names: Iterable[str], otherwise: str = "", likeness: float = 0.6) -> str:
     """Return a hint for an unknown name: the nearest of `names`, or `otherwise` if none is similar enough."""
-    close = nearest(name, names, likeness=likeness)
+    names = [*names]
+    close = ["cuda"] if name == "gpu" and "cuda" in names else nearest(name, names, likeness=likeness)
     return f"did you mean {close[0]}?" if close else otherwise
 
 

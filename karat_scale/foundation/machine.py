@@ -29,6 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -313,18 +314,20 @@ NETWORK_FILE_SYSTEMS = (
 )
 
 
+def number_in(environ: Mapping[str, str], name: str, default: str = "") -> int:
+    """Return a whole number of the launcher. Raises UserError if it is no number."""
+    text = environ.get(name) or default
+    if not text.isdecimal():
+        raise UserError(f"{name} = {text!r}: should be a whole number; unset it, or correct the launcher")
+    return int(text)
+
+
 def launch_environment(environ: Mapping[str, str]) -> tuple[int, int, int]:
     """Return (rank, world size, local rank) as torchrun or srun set them; (0, 1, 0) for a process on its own.
 
     Raises UserError if one of them is no number, or if the rank is not below the world size.
     """
-
-    def number(name: str, default: str = "") -> int:
-        text = environ.get(name, default)
-        if not text.isdecimal():
-            raise UserError(f"{name} = {text!r}: should be a whole number; unset it, or correct the launcher")
-        return int(text)
-
+    number = partial(number_in, environ)
     if "RANK" in environ and "WORLD_SIZE" in environ:
         rank, size = number("RANK"), number("WORLD_SIZE")
         if rank >= size:

@@ -125,9 +125,10 @@ def check_url(url: str) -> str:
     """
     parts = urlsplit(url)
     if not is_url(url):
-        raise ValueError(f"{url[:100]!r} is no URL; use one that begins with s3:// or gs://")
+        raise ValueError(f"{url[:100]!r} is not a URL; use one that begins with s3:// or gs://")
     if parts.scheme not in PROTOCOLS:
-        raise ValueError(f"{parts.scheme}:// is not supported; use {', '.join(f'{name}://' for name in PROTOCOLS)}")
+        *others, last = [f"{name}://" for name in PROTOCOLS]
+        raise ValueError(f"{parts.scheme}:// is not supported; use {', '.join(others)} or {last}")
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError(
@@ -135,7 +136,7 @@ def check_url(url: str) -> str:
             "credentials to the store's library (docs/data.md)"
         )
     if not parts.netloc:
-        raise ValueError(f"{shown} names no bucket or server")
+        raise ValueError(f"{shown} names no bucket or server; write it after the //")
     return url.rstrip("/")
 
 
@@ -143,7 +144,8 @@ def check_writable(url: str) -> None:
     """Raise ValueError if files at a URL cannot be written."""
     scheme = urlsplit(url).scheme
     if is_url(url) and scheme not in _WRITABLE:
-        raise ValueError(f"{scheme}:// is no place for a run; use {' or '.join(f'{name}://' for name in _WRITABLE)}")
+        use = " or ".join(f"{name}://" for name in _WRITABLE)
+        raise ValueError(f"nothing can be written to {scheme}://; use {use}")
 
 
 class FileFacts(NamedTuple):

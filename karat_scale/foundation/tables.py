@@ -341,12 +341,13 @@ class FormatRow:
     suffix: str = ""
 
 
+HUB = "hub-folder"
 EXPORT_FORMATS = {
     "safetensors": FormatRow("karat_scale.commands.export.command:write_safetensors", ".safetensors"),
     "timm": FormatRow("karat_scale.commands.export.command:write_timm_folder"),
     "onnx": FormatRow("karat_scale.commands.export.command:write_onnx", ".onnx"),
     "torch-export": FormatRow("karat_scale.commands.export.command:write_torch_export", ".pt2"),
-    "hub-folder": FormatRow("karat_scale.commands.export.command:write_hub_folder"),
+    HUB: FormatRow("karat_scale.commands.export.command:write_hub_folder"),
 }
 
 

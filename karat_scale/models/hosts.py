@@ -257,12 +257,36 @@ def build_vit(model: ModelConfig, attn_layer: type[Attention] | None = None, **o
     if attn_layer is not None:
         settings["attn_layer"] = attn_layer
     name = VIT_BASE if own else model.name
-    network = build_timm(model, name, **usual_settings(model), **{**settings, **options})
+    try:
+        network = build_timm(model, name, **usual_settings(model), **{**settings, **options})
+    except RecipeError:
+        if model.num_heads is not None or model.embed_dim is not None:
+            with torch.device("meta"):
+                plain: Any = timm.create_model(name)
+            heads = next(module.num_heads for module in plain.modules() if hasattr(module, "num_heads"))
+            _refuse_remainder(model, settings.get("embed_dim", plain.embed_dim), settings.get("num_heads", heads))
+        raise
     try:
         _start(network, model)
     except ValueError as error:
         raise layers.cannot_be_built(model, error) from error
     return network
+
+
+def _refuse_remainder(model: ModelConfig, width: int, heads: int) -> None:
+    """Raise RecipeError if the heads do not divide the width; the recipe sets one of the two."""
+    if width % heads == 0:
+        return
+    if model.num_heads is None:
+        raise RecipeError(
+            f"model.embed_dim = {width} is not a multiple of the {heads} heads of {model.name}; set "
+            f"model.embed_dim={max(width // heads, 1) * heads}, or model.num_heads too"
+        )
+    divisors = [number for number in range(1, width + 1) if width % number == 0]
+    near = sorted(divisors, key=lambda number: abs(number - heads))[:2]
+    raise RecipeError(
+        f"model.num_heads = {heads} does not divide the width {width} of {model.name}; use {min(near)} or {max(near)}"
+    )
 
 
 @torch.no_grad()
@@ -384,11 +408,7 @@ class Convit(Host):
                 own: Any = timm.create_model(model.name)
             heads = model.num_heads or own.blocks[0].attn.num_heads
             width = model.embed_dim or own.embed_dim
-            if width % heads:
-                raise RecipeError(
-                    f"model.embed_dim = {width} is not a multiple of model.num_heads = {heads}; set "
-                    f"model.embed_dim={max(width // heads, 1) * heads}"
-                )
+            _refuse_remainder(model, width, heads)
             sizes |= {"num_heads": heads, "embed_dim": width // heads}  # timm's is the width of a head
         network = build_timm(model, model.name, **usual_settings(model), **sizes, **options)
         for layer in layers.attention_layers(network):

@@ -25,7 +25,7 @@ from torch.nn import functional
 from karat_scale.attention import AttentionHeads, KaratOperator
 from karat_scale.attention.forms import SECOND, parameter_shapes
 from karat_scale.attention.variants import SmoothOperator, mode_columns
-from karat_scale.foundation.errors import RecipeError, one_line
+from karat_scale.foundation.errors import OtherModelError, RecipeError, one_line
 from karat_scale.models.factory import layer_sizes
 from karat_scale.models.hosts import host_of
 from karat_scale.models.layers import attention_layers, fit_prefix, is_sincos_2d, prefix_tokens
@@ -244,7 +244,7 @@ def operators_for(
             old = square_grid(tokens_of(operator, tensors), len(there))
             tensors = resize_operator(operator, tensors, old, new, places)
         except ValueError as error:
-            raise RecipeError(
+            raise OtherModelError(
                 f"{prefix.removesuffix('.')}: {error}; use the model and attention sections it was trained with"
             ) from error
         resized |= {prefix + name: x for name, x in tensors.items()}
@@ -269,7 +269,7 @@ def _check_layers(there: set[str], here: set[str]) -> None:
     for layers, what, model in ((here - there, "no operator", "has one"), (there - here, "an operator", "has none")):
         if layers:
             more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
-            raise RecipeError(
+            raise OtherModelError(
                 f"the weights have {what} for {min(layers)}{more}, but the model {model}; "
                 "use the model.name, model.depth and attention.blocks they were trained with"
             )
@@ -390,7 +390,7 @@ def _fit(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return host_of(model).fit(weights, model)
     except Exception as error:  # timm's conversions expect complete weights, and can raise anything
         reason = one_line(error)
-        raise RecipeError(f"the weights cannot be adapted to a {type(model).__name__}: {reason}; {_FIX}") from error
+        raise OtherModelError(f"the weights cannot be adapted to a {type(model).__name__}: {reason}; {_FIX}") from error
 
 
 def _classifiers(model: Any) -> list[str]:
@@ -434,14 +434,14 @@ def _check(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Non
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             other = "which the model has" if what == "lack" else "which the model lacks"
-            raise RecipeError(f"the weights {what} {min(names)}{more}, {other}; {_FIX}")
+            raise OtherModelError(f"the weights {what} {min(names)}{more}, {other}; {_FIX}")
     for name, tensor in expected.items():
         if weights[name].shape != tensor.shape:
             raise _other_shape(name, weights[name], tensor)
 
 
-def _other_shape(name: str, there: Tensor, here: Tensor) -> RecipeError:
-    return RecipeError(f"{name} is {list(there.shape)} in the weights and {list(here.shape)} in the model; {_FIX}")
+def _other_shape(name: str, there: Tensor, here: Tensor) -> OtherModelError:
+    return OtherModelError(f"{name} is {list(there.shape)} in the weights and {list(here.shape)} in the model; {_FIX}")
 
 
 def check_heads(there: ModelConfig, here: ModelConfig) -> None:

@@ -76,15 +76,6 @@ def refuse_dropout(attention: Any) -> None:
 def cannot_be_built(model: ModelConfig, error: Exception) -> RecipeError:
     """Return one line about an error of timm or of the model."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if model.num_heads and "divisible by num_heads" in reason:
-        return RecipeError(
-            f"model.num_heads = {model.num_heads} does not divide the model's width; use a divisor of it"
-        )
-    if model.embed_dim and "divisible by num_heads" in reason:
-        return RecipeError(
-            f"model.embed_dim = {model.embed_dim} is not a multiple of the heads of {model.name}; use a multiple, or "
-            "set model.num_heads, too"
-        )
     return RecipeError(f"model.name = {model.name!r} cannot be built with these sizes: {reason}")
 
 

@@ -176,8 +176,8 @@ def give_teacher(student: Any, teacher: Teacher, source: str, heads: str = "same
     layers = attention_layers(student)
     if any(heads and (heads.sees_input or not heads.is_linear) for heads in map(heads_of, teacher.attentions)):
         raise RecipeError(
-            f"attention.transfer_from = {source}: its attention is no matrix of queries and keys times the values, so "
-            "it cannot be given to another model; use a run of another attention.kind"
+            f"attention.transfer_from = {source}: its attention is not a matrix of queries and keys times the values, "
+            "so it cannot be given to another model; use a run of another attention.kind"
         )
     for number, layer in enumerate(layers):
         layer.attention.teacher, layer.attention.block = teacher, number

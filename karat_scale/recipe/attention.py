@@ -5,11 +5,12 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
+from pydantic_core import InitErrorDetails
 
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import did_you_mean
 from karat_scale.foundation.tables import ATTENTIONS, BASES, AttentionRow
-from karat_scale.recipe.base import Count, Effect, OneOf, Positive, Section, as_written, wanted_by
+from karat_scale.recipe.base import Count, Effect, OneOf, Positive, Section, setting_text
 
 # Forms of ours, beside the paper's.
 VARIANTS = ("content", "smooth")
@@ -162,8 +163,8 @@ class AttentionConfig(Section):
             value = getattr(self, key)
             if key not in taken and value != type(self).model_fields[key].default:
                 raise ValueError(
-                    f"attention.{key} = {value} has no effect with attention.kind = {self.kind}; remove it, or use "
-                    "attention.kind=karat"
+                    f"attention.{key} = {setting_text(value)} has no effect with attention.kind = {self.kind}; remove "
+                    "it, or use attention.kind=karat"
                 )
 
     def _refusals(self) -> Iterator[str]:
@@ -194,7 +195,10 @@ class AttentionConfig(Section):
             plain = {"basis": "fourier", "simplex": False, "base": "zero", "gains": False}
             for key, only in {**plain, "init": "variance_preserving"}.items():
                 if (value := getattr(self, key)) != only:
-                    yield f"attention.{key} = {value} does not work with attention.form = {self.form}; use {only}"
+                    yield (
+                        f"attention.{key} = {setting_text(value)} does not work with attention.form = {self.form}; "
+                        f"use {setting_text(only)}"
+                    )
 
         if self.bound is not None and not self.scores:
             yield f"attention.bound = {self.bound:g} has no effect with attention.scores = false; remove one of them"
@@ -209,7 +213,8 @@ class AttentionConfig(Section):
                 yield f"{key}: should be the number of a block, such as 8, or a range, such as 8-11"
             numbers = _numbers(text)
             if not numbers or not own:
-                yield f"{key}: {'has no keys; give it some' if numbers else 'its last block is before its first'}"
+                fix = "has no keys; give it some, such as {kind: karat}"
+                yield f"{key}: {fix if numbers else 'its last block is before its first; swap the two'}"
             if both := [number for number in numbers if number in taken]:
                 yield f"{key}: block {both[0]} is also in {taken[both[0]]}; leave it in one of them"
             taken |= dict.fromkeys(numbers, text)
@@ -222,10 +227,16 @@ class AttentionConfig(Section):
             try:
                 self._with(own)
             except ValidationError as error:
-                first_error = error.errors()[0]
-                at = ".".join(["", *map(str, first_error["loc"])])
-                given = f" = {as_written(first_error['input'])}" if at else ""
-                yield f"{key}{at}{given}: {wanted_by(first_error)}"
+                found = error.errors()
+                if not found[0]["loc"]:  # the keys do not fit together
+                    yield f"{key}: {found[0]['msg'].removeprefix('Value error, ')}"
+                details = [
+                    InitErrorDetails(
+                        type=one["type"], loc=("blocks", text, *one["loc"]), input=one["input"], ctx=one.get("ctx", {})
+                    )
+                    for one in found
+                ]
+                raise ValidationError.from_exception_data(error.title, details) from None
 
         if self.transfer_heads != "same" and not self.transfer_from:
             yield f"attention.transfer_heads = {self.transfer_heads} has no effect without transfer_from; remove it"

@@ -3,6 +3,7 @@
 The sections are `checkpoint`, `resume` and `log`: what a run saves, resumes from and reports.
 """
 
+import json
 import re
 import typing
 from collections.abc import Iterator, Mapping
@@ -78,7 +79,7 @@ class OneOf:
         text = f"{', '.join(others)} or {last}" if others else last
         if isinstance(value, str) and (hint := did_you_mean(value, self.names)):
             text += f"; {hint}"
-        raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": text})
+        raise PydanticCustomError("literal_error", "should be {expected}", {"expected": text})
 
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -90,18 +91,55 @@ Triple = tuple[float, float, float]
 ONE_IS_A_LIST = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 
 
-_IN_YAML = {"tuple_type": "should be a list, such as [a, b]", "dict_type": "should be a section of keys"}
+# What a pydantic error of a type wants, in our words.
+_WANTED = {
+    **dict.fromkeys(("bool_type", "bool_parsing"), "should be true or false"),
+    **dict.fromkeys(
+        ("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "should be a whole number, such as 12"
+    ),
+    **dict.fromkeys(("float_type", "float_parsing"), "should be a number"),
+    "greater_than": "should be above {gt:.12g}",
+    "greater_than_equal": "should be at least {ge:.12g}",
+    "less_than": "should be below {lt:.12g}",
+    "less_than_equal": "should be at most {le:.12g}",
+    "literal_error": "should be {expected}",
+    "string_too_long": "should have at most {max_length} characters",
+    "string_too_short": "should not be empty",
+    "string_type": "should be a text; put it in quotes, on a command line in two pairs: \"'...'\"",
+    **dict.fromkeys(("list_type", "tuple_type"), "should be a list, such as [a, b]"),
+    **dict.fromkeys(("dict_type", "model_type"), "should be a section of keys"),
+    "missing": "is missing",
+    "extra_forbidden": "unknown key; remove it",
+}
 
 
 def wanted_by(error: Any) -> str:
     """Return the values that a key may have, after a pydantic error of it: `should be ...`, perhaps with a hint."""
-    message: str = error["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to")[0]
-    if error["type"] == "literal_error" and isinstance(error["input"], str) and "did you mean" not in message:
+    kind, given = error["type"], error.get("input")
+    if kind not in _WANTED:
+        text: str = error["msg"]
+        return text.removeprefix("Value error, ").removeprefix("Input ")
+    message = _WANTED[kind].format(**error.get("ctx", {}))
+    if kind == "string_type" and isinstance(given, bool):
+        message += " (YAML reads yes, no, on and off as true or false)"
+    if kind == "literal_error":
+        message = message.replace("False", "false")
         names = re.findall(r"'([^']*)'", message)
-        is_cuda = error["input"] == "gpu" and "cuda" in names
-        meant = "did you mean cuda?" if is_cuda else did_you_mean(error["input"], names)
-        message += f"; {meant}" if meant else ""
-    return _IN_YAML.get(error["type"], message)
+        if isinstance(given, str) and "did you mean" not in message and (meant := did_you_mean(given, names)):
+            message += f"; {meant}"
+    return message
+
+
+def key_of(error: Any) -> str:
+    """Return the key of a pydantic error, with the number of an item as in `log.trackers[0]`."""
+    parts = [*error["loc"]]
+    unknown = [parts.pop()] if error["type"] == "extra_forbidden" else []  # as it was written
+    named = [*(part for part in parts if not _TYPE.fullmatch(str(part))), *unknown]
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in named).removeprefix(".")
+
+
+# What pydantic adds to a key for a type among several that the key may have.
+_TYPE = re.compile(r"function-.*|bool|int|float|str|none|(literal|constrained|tuple|list|dict)\W.*")
 
 
 LONGEST = 200  # characters of a value in a message
@@ -109,7 +147,13 @@ LONGEST = 200  # characters of a value in a message
 
 def as_written(value: Any) -> str:
     """Return a value as a recipe has it, cut to `LONGEST` characters."""
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)[:LONGEST]
+    is_plain = isinstance(value, str | float)
+    return (repr(value) if is_plain else json.dumps(value, default=str, ensure_ascii=False))[:LONGEST]
+
+
+def setting_text(value: Any) -> str:
+    """Return the value of a leaf as a recipe has it."""
+    return value or "''" if isinstance(value, str) else json.dumps(value)
 
 
 class Section(BaseModel):
@@ -214,7 +258,7 @@ class SaveConfig(Section):
 
     def _refusals(self) -> Iterator[str]:
         if self.url and not is_url(self.url):
-            yield f"checkpoint.url = {self.url} is no URL; use s3:// or gs://, or run.dir for a directory"
+            yield f"checkpoint.url = {self.url} is not a URL; use s3:// or gs://, or run.dir for a directory"
         elif self.url:
             try:
                 check_writable(check_url(self.url))

@@ -51,9 +51,9 @@ def catalog() -> list[Entry]:
 def list_recipes(words: Sequence[str], json_file: str | None) -> int:
     """Print recipes, and return the exit code.
 
-    One that is named is shown whole. Otherwise it is those with all words in their name, or if there are none, in
-    their command or header. Of these, those with an attention or a change but no result, of the paper or ours, are
-    shown only if no other is.
+    One that is named is shown whole. Otherwise it is those with all words in their name, as whole words if there are
+    any, or if there are none, in their command or header. Of these, those with an attention or a change but no result,
+    of the paper or ours, are shown only if no other is.
 
     Raises:
         RecipeError: no recipe has these words.
@@ -64,10 +64,11 @@ def list_recipes(words: Sequence[str], json_file: str | None) -> int:
         _show(named[0])
         return 0
     wanted = [word.lower() for word in words]
-    by_name = [entry for entry in entries if all(word in entry.name.lower() for word in wanted)]
+    by_word = [entry for entry in entries if all(f"_{word}_" in f"_{entry.name}_" for word in wanted)]
+    by_name = [entry for entry in entries if all(word in entry.name for word in wanted)]
     texts = {entry.name: f"{entry.command} {entry.name} {entry.trains}".lower() for entry in entries}
     by_header = [entry for entry in entries if all(word in texts[entry.name] for word in wanted)]
-    having = by_name or by_header
+    having = by_word or by_name or by_header
     if not having:
         unknown = next((one for one in wanted if not any(one in entry.name for entry in entries)), wanted[0])
         parts = [part for parts in _parts().values() for part in parts]

@@ -120,7 +120,7 @@ class DataConfig(Section):
         else:
             if not self.row.streams:
                 those = " or ".join(name for name, row in BACKENDS.items() if row.streams)
-                yield f"data.order = stream needs data.backend={those}, and not {self.backend}"
+                yield f"data.order = stream needs data.backend={those}, not {self.backend}"
             if not self.stream:
                 yield (
                     "data.order = stream: data.stream is empty; set it to the tars to train on, such as "
@@ -128,13 +128,13 @@ class DataConfig(Section):
                 )
             if self.stream_samples is None:
                 yield (
-                    "data.order = stream: nothing says how long an epoch is; set data.stream_samples to the images "
-                    "that count as one"
+                    "data.order = stream: data.stream_samples is not set; set it to the number of images that count "
+                    "as an epoch"
                 )
             check_tars(self.stream)
             kind, _, field = self.stream_label.partition(":")
             if self.stream_label not in _LABELS and not (kind == "json" and field):
-                yield f"data.stream_label = {self.stream_label}: should be one of cls, json:FIELD, txt, path"
+                yield f"data.stream_label = {self.stream_label}: should be cls, json:FIELD, txt or path"
         if self.row.files is not None and not self.path:
             yield f"data.path is empty; set it to {self.row.files.value}"
         if self.row.files is not None and is_url(self.path):

@@ -22,7 +22,8 @@ from typing import Any
 import yaml
 
 from karat_scale.foundation.errors import RecipeError, RunDirectoryError, did_you_mean, nearest
-from karat_scale.foundation.files import read_text
+from karat_scale.foundation.files import read_text, trained_model
+from karat_scale.recipe.base import as_written
 
 _MOST_NODES = 10_000  # values in a recipe
 
@@ -85,7 +86,7 @@ def _check_nodes(tree: object) -> None:
         seen += 1
         for key in node if isinstance(node, dict) else ():
             if not isinstance(key, str):
-                raise yaml.YAMLError(f"key {str(key)[:100]} should be a name")
+                raise yaml.YAMLError(f"key {as_written(key)} should be a name")
         if seen > _MOST_NODES:
             raise yaml.YAMLError(f"more than {_MOST_NODES:,} values, aliases written out")
         left += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
@@ -196,6 +197,28 @@ def recipe_of_run(run: Path) -> Path:
     return path
 
 
+TIMM = "timm:"
+
+
+def locate(source: str) -> tuple[Path, str]:
+    """Return a run's directory and one of its checkpoints, or a file and "", for a source that is not timm:NAME.
+
+    Raises:
+        RecipeError: there is no such source.
+    """
+    path = trained_model(source)
+    exported = path / "model.safetensors"
+    if exported.exists() and (path / "config.json").exists():  # as a hub has it, perhaps with a recipe
+        return exported, ""
+    if (path / "recipe.yaml").exists():
+        return path, "best"
+    if path.parent.name == "checkpoints" and (path.is_dir() or path.name in ("best", "latest")):
+        return path.parent.parent, path.name
+    if path.is_file():
+        return path, ""
+    raise RecipeError("neither a run's directory, a checkpoint in one, a file nor timm:NAME; name one")
+
+
 def _why_missing(source: str, folder: Path) -> str:
     path = Path(source)
     if "=" in source and not path.suffix.startswith(".y"):
@@ -285,21 +308,41 @@ def lay_over(tree: dict[str, Any], upper: Mapping[str, Any]) -> None:
             tree[key] = value
 
 
+# PyYAML's words for a mistake, the first that fit, and ours.
+_SYNTAX = {
+    r"\\t": "a tab; indent by spaces",
+    "cannot start any token|undefined alias|constructor for the tag": "a value with a special character; quote it",
+    "unknown escape": "a backslash in double quotes; use single quotes",
+    "values are not allowed": "an unexpected `: `; check the line's blanks and quotes, and the line before it",
+    "<block end>.*'[]}]'": "a bracket without its beginning; remove it",
+    "<block end>.*'<scalar>'": "a text after a value; quote all of it",
+    "<block end>": "wrong blanks at the line's start; align it with the keys of its section",
+    "expected ',' or|stream end|end of stream": "a bracket or a quote without its end; close it",
+    "expected ':'": "a key without its value; write it as key: value",
+    "another document": "a second recipe; remove the ---",
+}
+
+
+def _syntax(error: yaml.MarkedYAMLError) -> str:
+    """Return what is wrong with a text that is not YAML, and its line."""
+    problem = str(error.problem)
+    said = next((words for pattern, words in _SYNTAX.items() if re.search(pattern, problem)), problem)
+    mark = (said.startswith(("a bracket or", "a key")) and error.context_mark) or error.problem_mark
+    return f"{f', line {mark.line + 1}' if mark else ''}: not valid YAML: {said}"
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = parse(read_text(path, _LARGEST))
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}; name a recipe's YAML file") from None
     except yaml.MarkedYAMLError as error:
-        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        fix = "; indent by spaces, not tabs" if "\\t" in str(error.problem) else ""
-        raise RecipeError(f"{path}{where}: not valid YAML: {error.problem}{fix}") from None
+        raise RecipeError(f"{path}{_syntax(error)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not a recipe in YAML: {str(error).splitlines()[0]}") from None
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
-        kind = type(tree).__name__
-        raise RecipeError(f"{path}: should be sections such as `model:` and `data:`, not a {kind}")
+        raise RecipeError(f"{path}: {as_written(tree)}: should be sections such as `model:` and `data:`")
     # `data:` without anything below it is an empty section.
     return {key: {} if value is None else value for key, value in tree.items()}

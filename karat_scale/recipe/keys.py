@@ -121,15 +121,21 @@ def explain(names: Sequence[str], schema: type[RunRecipe]) -> int:
     """Print what each key or section means, or all sections if there is no name; returns the exit code.
 
     Raises:
-        RecipeError: there is no such key.
+        RecipeError: there are no such keys; a line for each.
     """
-    sections = sections_of(schema)
+    top, *sections = sections_of(schema)
     if not names:
-        rows = [[section.name or "(top)", " ".join(section.meaning.split())] for section in sections if section.keys]
-        title = "Sections of a recipe. `karat explain SECTION` lists its keys."
-        print_table(title, ["section", "meaning"], rows, (0, 1))
+        shown: list[Key | KeySection] = [*top.keys, *(section for section in sections if section.keys)]
+        title = "Sections of a recipe, and the key outside them. `karat explain SECTION` lists a section's keys."
+        print_table(title, ["section", "meaning"], [[one.name, " ".join(one.meaning.split())] for one in shown], (0, 1))
+    mistakes: list[str] = []
     for name in names:
-        _explain(name, sections, schema)
+        try:
+            _explain(name, [top, *sections], schema)
+        except RecipeError as error:
+            mistakes += error.mistakes
+    if mistakes:
+        raise RecipeError(*mistakes)
     return 0
 
 
@@ -146,6 +152,8 @@ def _explain(name: str, sections: Sequence[KeySection], schema: type[RunRecipe])
     for one in found:
         if section := by_name.get(one):
             rows = [[key.name, "required" if key.default is None else key.default, key.meaning] for key in section.keys]
+            below = [inner for inner in sections if inner.name.startswith(f"{one}.")]
+            rows += [[inner.name, "a section", " ".join(inner.meaning.split())] for inner in below]
             title = f"{section.name}: {' '.join(section.meaning.split())}"
             print_table(title, ["key", "default", "meaning"], rows, (0, 1, 2))
         else:

@@ -5,7 +5,6 @@ A portable recipe is without the directories of the machine it ran on.
 
 import difflib
 import hashlib
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,7 +19,7 @@ from typing_extensions import TypeVar
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import Recipe, RunRecipe
-from karat_scale.recipe.base import LONGEST, Effect, as_written, wanted_by
+from karat_scale.recipe.base import LONGEST, Effect, as_written, key_of, setting_text, wanted_by
 from karat_scale.recipe.files import lay_over, mapped, parse, read_recipe, read_run_recipe
 from karat_scale.recipe.synonyms import elsewhere, keys_called
 
@@ -117,7 +116,8 @@ def validate_recipe(
         lines = _mistakes(error, schema)
         raise RecipeError(*(line if is_own(line) else f"{source}: {line}" for line in lines)) from None
     if unknown := [key for key in recipe.resume.allow if key not in schema_keys(schema)]:
-        said = f"resume.allow = {unknown[0]}: no such key; {key_hint(unknown[0], schema)}"
+        hint = f"write several as a list, [{unknown[0]}]" if "," in unknown[0] else key_hint(unknown[0], schema)
+        said = f"resume.allow = {unknown[0]}: no such key; {hint}"
         raise RecipeError(said if "resume.allow" in overridden else f"{source}: {said}")
     return recipe
 
@@ -139,11 +139,6 @@ def dump_recipe(recipe: RunRecipe) -> str:
 def flatten(recipe: RunRecipe) -> dict[str, Any]:
     """Return every leaf of a recipe by its dotted key."""
     return dict(leaves(recipe.model_dump(mode="json", by_alias=True), whole=effects(type(recipe))))
-
-
-def setting_text(value: Any) -> str:
-    """Return the value of a leaf as a recipe has it."""
-    return value or "''" if isinstance(value, str) else json.dumps(value)
 
 
 def differing_keys(old: RunRecipe, new: RunRecipe, allowed: Sequence[str] = ()) -> list[str]:
@@ -193,13 +188,14 @@ def _changed(old: RunRecipe, new: RunRecipe, *kinds: Effect) -> list[str]:
 
 def _apply_override(tree: dict[str, Any], override: str, schema: type[RunRecipe]) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"override {override[:LONGEST]!r}: should be key=value, such as optim.lr=1e-3")
+    if not equals or key.split() != [key]:
+        raise RecipeError(f"override {override[:LONGEST]!r}: should be key=value without blanks, such as optim.lr=1e-3")
     try:
         value = parse(text)
     except yaml.YAMLError as error:
-        syntax = "the value is not valid YAML; quote it, or close its brackets"
-        why = error.problem if isinstance(error, yaml.constructor.ConstructorError) else syntax
+        why = "the value is not valid YAML; quote it, or close its brackets"
+        if isinstance(error, yaml.constructor.ConstructorError) and "for the tag" not in str(error.problem):
+            why = str(error.problem)
         raise RecipeError(f"override {override[:LONGEST]!r}: {why}") from None
     if re.search(r"(^|\s)#", text) and "#" not in str(value):
         raise RecipeError(f"override {override[:LONGEST]!r}: `#` begins a comment in YAML; quote the value")
@@ -229,27 +225,18 @@ def _mistakes(error: ValidationError, schema: type[BaseModel]) -> list[str]:
     errors = sorted(error.errors(), key=lambda one: one["type"] == "missing")  # misspelt keys are why
     by_key: dict[str, list[Any]] = {}
     for one in errors:
-        by_key.setdefault(_key_of(one), []).append(one)
+        by_key.setdefault(key_of(one), []).append(one)
     lines = [*dict.fromkeys(line for key, own in by_key.items() for line in _descriptions(key, own, schema))]
     left = len(lines) - MOST_MISTAKES
     return lines if left <= 0 else [*lines[:MOST_MISTAKES], plural(left, "more mistake")]
 
 
-# The shape of the values of these keys.
+# What these keys want, where the type of their value does not say it.
 _SHAPES = {
     "attention.blocks": "should be a section for each range of blocks, such as {8-11: {kind: karat}}",
+    "checkpoint.every": "should be auto; for a number, set checkpoint.every_minutes or checkpoint.every_steps",
     "schedule.image_sizes": "should be pairs of epoch and size, such as [[0, 128], [34, 224]]",
 }
-
-
-# What pydantic adds to a key for a type among several that the key may have.
-_TYPE = re.compile(r"function-.*|bool|int|float|str|none|(literal|constrained|tuple|list|dict)\W.*")
-
-
-def _key_of(error: Any) -> str:
-    parts = [*map(str, error["loc"])]
-    unknown = parts[-1:] if error["type"] == "extra_forbidden" else []  # as it was written
-    return ".".join([*(part for part in parts[: len(parts) - len(unknown)] if not _TYPE.fullmatch(part)), *unknown])
 
 
 def _descriptions(key: str, errors: Sequence[Any], schema: type[BaseModel]) -> list[str]:
@@ -258,35 +245,35 @@ def _descriptions(key: str, errors: Sequence[Any], schema: type[BaseModel]) -> l
     wanted = [wanted_by(one) for one in errors]
     if len({*wanted}) < 2 or not all(text.startswith("should be ") for text in wanted):
         return lines
-    others = [text.removeprefix("should be ") for text in wanted[1:]]
-    given = as_written(errors[0]["input"])
-    return [f"{key} = {given}: {' or '.join([wanted[0], *others])}{_default_of(key, schema)}"]
+    first, *others = wanted
+    either = " or ".join([first.replace(" or ", ", "), *(text.removeprefix("should be ") for text in others)])
+    return [f"{key} = {as_written(errors[0]['input'])}: {either}{_default_of(key, schema)}"]
 
 
 def _describe(key: str, error: Any, schema: type[BaseModel]) -> str:
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key; {key_hint(key, schema)}"
+    shape = _SHAPES.get(key.partition("[")[0])
+    given = as_written(error["input"])
     if error["type"] == "missing":
         if isinstance(error["loc"][-1], int):
-            whole = key.rpartition(".")[0]
-            return f"{whole} = {error['input']!r}: too few values{_default_of(whole, schema)}"
+            return f"{key.rpartition('[')[0]} = {given}: {shape or 'too few values'}{_default_of(key, schema)}"
         return f"{key}: missing; every recipe needs it, or begins with `extends: RECIPE`"
     if error["type"] == "too_long":
-        return f"{key} = {error['input']!r}: too many values{_default_of(key, schema)}"
+        return f"{key} = {given}: {shape or 'too many values'}{_default_of(key, schema)}"
     if error["type"] == "model_type":
         keys = [own.rpartition(".")[2] for own in schema_keys(schema) if own.rpartition(".")[0] == key]
-        return f"{key} = {as_written(error['input'])}: should be a section with the keys {', '.join(keys)}"
+        return f"{key} = {given}: should be a section with the keys {', '.join(keys)}"
     if error["type"] == "value_error" and not isinstance(error["input"], (str, int, float, bool, list)):
         named: str = error["msg"].removeprefix("Value error, ")
         return named  # a validator of several fields names them itself
-    given = as_written(error["input"])
-    wanted, separator, hint = wanted_by(error).partition(";")
-    if error["type"] in ("tuple_type", "dict_type"):  # also of an item of a list
-        wanted = _SHAPES.get(key.rstrip(".0123456789") if error["type"] == "tuple_type" else key, wanted)
-        wanted += ", such as {kind: karat}" if key.startswith("attention.blocks.") else ""
+    takes_shape = error["type"] in ("tuple_type", "dict_type", "literal_error")
+    wanted, separator, hint = (shape if shape and takes_shape else wanted_by(error)).partition(";")
+    if error["type"] == "dict_type" and key.startswith("attention.blocks."):
+        wanted += ", such as {kind: karat}"
     field = _field_of(key, schema)
     if field and type(None) in get_args(field.annotation) and wanted.startswith("should be "):
-        wanted += " or null"
+        wanted += ", or null" if "," in wanted else " or null"
     return f"{key} = {given}: {wanted}{separator}{hint}{_default_of(key, schema)}"
 
 
@@ -304,6 +291,15 @@ def key_hint(key: str, schema: type[BaseModel]) -> str:
     return f"`{command} {section}` lists its keys" if is_section else f"`{command}` lists the sections"
 
 
+def option_hint(option: str) -> str:
+    """Return how to set what was given as an option to a command that takes overrides."""
+    name = option.strip("-").replace("-", "_")
+    keys = [key for key in schema_keys() if key.endswith(f".{name}")] or keys_called(name, schema_keys())
+    written = " or ".join(f"{key}=VALUE" for key in keys if "." in key)
+    otherwise = f"a recipe's key is written key=value, and `karat explain {name}` finds it"
+    return elsewhere(name) or (f"write {written}" if written else otherwise)
+
+
 def keys_like(key: str, schema: type[BaseModel] = Recipe) -> list[str]:
     """Return the valid keys that an unknown key most likely means: by another tool's name, or by its spelling."""
     keys = list(schema_keys(schema))
@@ -318,7 +314,7 @@ def keys_like(key: str, schema: type[BaseModel] = Recipe) -> list[str]:
         return same_leaf
     # Within a section that exists, its name would make any two keys alike.
     close = [] if beside else difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
-    close = close or same_leaf[:1]
+    close = close or ([] if section else same_leaf[:1])
     if not close and key == leaf:
         alike = difflib.get_close_matches(key, [k.rpartition(".")[2] for k in keys], n=1, cutoff=0.7)
         close = [k for k in keys if k.rpartition(".")[2] in alike][:1]
@@ -331,8 +327,7 @@ def _field_of(key: str, schema: type[BaseModel]) -> FieldInfo | None:
 
 
 def _default_of(key: str, schema: type[BaseModel]) -> str:
-    field = _field_of(key, schema)
+    field = _field_of(key.partition("[")[0], schema)
     if field is None or field.is_required() or field.default in (None, ""):
         return ""
-    default = json.dumps(field.default) if isinstance(field.default, tuple) else field.default
-    return f" (default: {default})"
+    return f" (default: {setting_text(field.default)})"

@@ -253,6 +253,6 @@ class Recipe(RunRecipe):
         for name, rate in (("warmup_lr", self.schedule.warmup_lr), ("min_lr", self.schedule.min_lr)):
             if rate > highest:
                 yield (
-                    f"schedule.{name} = {rate:g} is above the peak that optim.lr = {self.optim.lr:g} gives, "
-                    f"{self.optim.lr * scale:g}; lower it, such as schedule.{name}=0"
+                    f"schedule.{name} = {rate:g} is above the peak learning rate, {self.optim.lr * scale:g}, which "
+                    f"follows from optim.lr = {self.optim.lr:g}; set schedule.{name}=0, or raise optim.lr"
                 )

@@ -280,6 +280,6 @@ def headline(trainer: Trainer) -> str:
     pieces = f"{plural(world.size, 'rank')} x {plan.accumulation} x {plan.micro_batch}"
     return (
         f"{trainer.recipe.run.name}: {trainer.engine.parameters:,} parameters, {task.num_train:,} training images of "
-        f"{len(task.classes):,} classes, {plural(trainer.total_steps, 'step')} of {plan.global_batch} ({pieces}), "
-        f"learning rate up to {trainer.schedule.peak_lr:.3g}, on {device_name(world.device)}"
+        f"{plural(len(task.classes), 'class')}, {plural(trainer.total_steps, 'step')} of {plan.global_batch} "
+        f"({pieces}), learning rate up to {trainer.schedule.peak_lr:.3g}, on {device_name(world.device)}"
     )

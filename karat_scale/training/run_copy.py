@@ -391,9 +391,9 @@ def _begin(recipe: RunRecipe, directory: RunDirectory, on_bytes: OnBytes) -> Run
         notes = _bring(recipe, directory, url, on_bytes)
     except StoreError as error:
         kept = directory.store.pointed("latest")
+        way = f"resume from {kept}, the newest in run.dir," if kept else "train from the beginning"
         raise RunDirectoryError(
-            f"checkpoint.url: {error}; fix that, or resume without a copy by checkpoint.url= "
-            f"(from {f'{kept}, the newest in run.dir' if kept else 'the beginning: run.dir has no checkpoint'})"
+            f"checkpoint.url: {error}; fix that, or {way} without a copy by checkpoint.url="
         ) from None
     return RunCopy(url, directory, checkpoint.keep_last, notes)
 
@@ -464,7 +464,7 @@ def _bring(recipe: RunRecipe, directory: RunDirectory, url: RunUrl, on_bytes: On
     else:
         if newer and not store.names():
             raise RunDirectoryError(
-                f"checkpoint.url = {url.url}: none of {len(newer)} checkpoints can be used ({damage}); choose another "
+                f"checkpoint.url = {url.url} has no checkpoint that can be used ({damage}); choose another "
                 "checkpoint.url to start from the beginning"
             )
     if recipe.checkpoint.keep_best:

@@ -55,7 +55,7 @@ from karat_scale.foundation.machine import this_node
 from karat_scale.foundation.tables import require_trust
 from karat_scale.models.init_from import KEYS_OF_OPERATORS
 from karat_scale.recipe import Recipe, RunRecipe
-from karat_scale.recipe.base import NEVER_ALLOWED, Effect
+from karat_scale.recipe.base import NEVER_ALLOWED, Effect, setting_text
 from karat_scale.recipe.files import COMMANDS, read_run_recipe, recipe_of_run
 from karat_scale.recipe.loading import (
     differing_keys,
@@ -64,7 +64,6 @@ from karat_scale.recipe.loading import (
     flatten,
     load_run_recipe,
     rounding_keys,
-    setting_text,
 )
 
 _RECIPE = "recipe.yaml"
@@ -77,7 +76,7 @@ _UNSEEN_IN_BRANCHES = tuple(dict.fromkeys((*_UNSEEN, *(f"attention.{key}" for ke
 # How long a file server may keep the lock of a node that is gone: NFS 4 does for 90 seconds.
 _LOCK_SECONDS = 120.0
 # Of the keys that change the shapes of tensors, those for which init_from makes weights fit.
-_FITTED = ("model.image_size", "model.num_classes", "model.patch_size")
+FITTED = ("model.image_size", "model.num_classes", "model.patch_size")
 # The files that a run needs elsewhere besides its checkpoints; the rest can be made again. A file of the suffix FIXED
 # says at its head what made it.
 COPIED = (
@@ -399,10 +398,11 @@ def _close(file: IO[str] | None) -> None:
         file.close()
 
 
-def refuse_another_model(source: Path, recipe: RunRecipe) -> None:
+def refuse_another_model(source: Path, recipe: RunRecipe, by_shapes: bool = False) -> None:
     """Raise RunDirectoryError if a run, or the run of a checkpoint, is of another command or model than a recipe.
 
-    Models are compared only in what the shapes of tensors do not show: the number of heads and the kind of functions.
+    Models are compared in what the shapes of tensors do not show: the number of heads and the kind of functions. If the
+    shapes are known to differ, `by_shapes`, they are compared in the keys that may be why.
     """
     file = next((path for path in (source / _RECIPE, source.parent.parent / _RECIPE) if path.is_file()), None)
     if file is None:
@@ -412,13 +412,20 @@ def refuse_another_model(source: Path, recipe: RunRecipe) -> None:
         what = f"is of a run of karat {command}, not of karat {wanted}"
         raise RunDirectoryError(f"resume.from = {source} {what}; name a run of karat {wanted}")
     theirs = load_run_recipe(file, (), type(recipe))
-    before, after = flatten(theirs), flatten(recipe)
     allowed = {*recipe.resume.allow}.difference(_UNSEEN)
-    if keys := [key for key in _unseen(before, after, _UNSEEN_IN_BRANCHES) if key not in allowed]:
+    unseen = _unseen(flatten(theirs), flatten(recipe), _UNSEEN_IN_BRANCHES)
+    if keys := shaping_keys(theirs, recipe) if by_shapes else [key for key in unseen if key not in allowed]:
         raise RunDirectoryError(
             f"resume.from = {source} is of another model: {describe_keys(theirs, recipe, keys)}; "
             "set the keys as it has them"
         )
+
+
+def shaping_keys(old: RunRecipe, new: RunRecipe) -> list[str]:
+    """Return the keys that differ and may change shapes; none of `attention` if `old` learns no attention."""
+    known = effects(type(new))
+    keys = [key for key in differing_keys(old, new) if known[key] is Effect.SHAPES]
+    return [key for key in keys if old.attention.learns or not key.startswith("attention.")]
 
 
 def _unseen(before: dict[str, Any], after: dict[str, Any], among: Sequence[str] = _UNSEEN) -> list[str]:
@@ -437,7 +444,7 @@ def _advice(path: Path, keys: list[str], fixed: list[str], before: dict[str, Any
     """Return what to do about keys that differ in `recipe`, of which `fixed` may never differ."""
     known = effects(type(recipe))
     if shaping := [key for key in keys if known[key] is Effect.SHAPES and key not in NEVER_ALLOWED]:
-        fits = all(key in _FITTED for key in shaping)
+        fits = all(key in FITTED for key in shaping)
         weights = f", with init_from={path} to start from its weights" if fits else ""
         return f"another model cannot resume from its checkpoints: choose another run.dir{weights}"
     advice = [f"use {key}={before[key]}" for key in fixed]

@@ -38,7 +38,7 @@ from karat_scale.engine.reporting import interval
 from karat_scale.engine.reporting.goodput import wall_time
 from karat_scale.engine.reporting.progress import Reporter, SilentDisplay, read_events
 from karat_scale.engine.run_state import RunState
-from karat_scale.foundation.errors import DivergedError
+from karat_scale.foundation.errors import DivergedError, OtherModelError, RunDirectoryError
 from karat_scale.models.layers import freeze
 from karat_scale.models.operators import check_implementation, describe_implementation
 from karat_scale.recipe import RunRecipe
@@ -145,7 +145,12 @@ class Trainer:
         if branch:
             refuse_another_model(Path(branch).expanduser(), recipe)
         fresh = partial(task.build_fresh, directory)
-        state: RunState = self.checkpoints.load(branch, fresh, is_start) or task.begin()
+        try:
+            state: RunState = self.checkpoints.load(branch, fresh, is_start) or task.begin()
+        except RunDirectoryError as error:
+            if branch and isinstance(error.__cause__, OtherModelError):
+                refuse_another_model(Path(branch).expanduser(), recipe, by_shapes=True)
+            raise
         task.check_resumed(state)
         data = task.num_train, task.train_identity, task.classes, task.num_val
         if other := directory.keep_data(state, *data, recipe, is_branch=bool(branch)):

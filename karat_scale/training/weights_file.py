@@ -28,8 +28,8 @@ from karat_scale.checkpoint.restore import check_shapes
 from karat_scale.checkpoint.tensor_storage import read_metadata, save_safetensors
 from karat_scale.checkpoint.weights import describe_weights
 from karat_scale.engine.distributed import World
-from karat_scale.foundation.errors import RecipeError, RunDirectoryError, UserError, nearest, one_line
-from karat_scale.foundation.files import open_regular, open_to_read, parse_json, trained_model
+from karat_scale.foundation.errors import OtherModelError, RecipeError, RunDirectoryError, UserError, nearest, one_line
+from karat_scale.foundation.files import open_regular, open_to_read, parse_json
 from karat_scale.foundation.tables import require_trust
 from karat_scale.models import create_model
 from karat_scale.models.init_from import check_heads, differences, spread_operator, take_weights
@@ -37,9 +37,9 @@ from karat_scale.models.layers import attention_layers
 from karat_scale.models.transfer import weights_digest
 from karat_scale.recipe import AttentionConfig, ModelConfig, Recipe, RunRecipe
 from karat_scale.recipe.base import Triple
-from karat_scale.recipe.files import parse
+from karat_scale.recipe.files import TIMM, locate, parse
 from karat_scale.recipe.loading import portable_recipe, text_digest
-from karat_scale.training.run_directory import OpenRun, RunDirectory
+from karat_scale.training.run_directory import FITTED, OpenRun, RunDirectory, describe_keys, shaping_keys
 
 
 def _parse_recipe(text: Any) -> Any:
@@ -204,7 +204,6 @@ def _one_line(path: Path) -> Iterator[None]:
 
 
 Take = Callable[[nn.Module, Mapping[str, Tensor], AttentionConfig], str]
-TIMM = "timm:"
 _NO_STATE = "not a state dict (tensors by parameter name); write one by torch.save(model.state_dict(), FILE)"
 
 
@@ -244,7 +243,16 @@ def initialise(model: nn.Module, recipe: RunRecipe, world: World, take: Take | N
             if origin is not None:
                 check_heads(origin.model, recipe.model)
             attention = AttentionConfig() if origin is None else origin.attention
-            note = take(model, weights, attention) if take else take_weights(model, weights, attention=attention)
+            try:
+                note = take(model, weights, attention) if take else take_weights(model, weights, attention=attention)
+            except OtherModelError:
+                if origin is None:
+                    raise
+                trained = recipe.changed(model=recipe.model.changed(**dict(origin.model)), attention=attention)
+                if not (keys := [key for key in shaping_keys(trained, recipe) if key not in FITTED]):
+                    raise
+                differ = describe_keys(trained, recipe, keys)
+                raise RecipeError(f"it is of another model: {differ}; set the keys as it has them") from None
             # The tensors fit, also where another number of heads shares their width.
             for there, own in zip(heads, heads_of_layers(model), strict=False):
                 if there != own:
@@ -292,25 +300,6 @@ def read_weights(source: str) -> SourceWeights:
     run.load(trained, weights="ema" if run.saved["has_ema"] else "raw")
     normalised = recipe.augment.mean, recipe.augment.std
     return SourceWeights(trained.state_dict(), Origin(recipe.model, recipe.attention), normalised)
-
-
-def locate(source: str) -> tuple[Path, str]:
-    """Return a run's directory and one of its checkpoints, or a file and "", for a source that is not timm:NAME.
-
-    Raises:
-        RecipeError: there is no such source.
-    """
-    path = trained_model(source)
-    exported = path / "model.safetensors"
-    if exported.exists() and (path / "config.json").exists():  # as a hub has it, perhaps with a recipe
-        return exported, ""
-    if (path / "recipe.yaml").exists():
-        return path, "best"
-    if path.parent.name == "checkpoints" and (path.is_dir() or path.name in ("best", "latest")):
-        return path.parent.parent, path.name
-    if path.is_file():
-        return path, ""
-    raise RecipeError("neither a run's directory, a checkpoint in one, a file nor timm:NAME; name one")
 
 
 def _weights_of_file(path: Path) -> SourceWeights:

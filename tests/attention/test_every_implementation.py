@@ -5,10 +5,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from karat_scale.attention import fourier_karat_attention
-from karat_scale.foundation import native_build
 from tests.attention.calls import assert_close, make_call, output_and_gradients
+from tests.compilers import instruction_sets
 
-HERE = ["streaming", "flex", *(["cpu"] if native_build._available_instruction_sets() else [])]
+HERE = ["streaming", "flex", *(["cpu"] if instruction_sets() else [])]
 pytestmark = pytest.mark.parametrize("implementation", HERE)
 
 

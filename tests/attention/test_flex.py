@@ -10,8 +10,8 @@ from karat_scale.attention.call import FourierCall
 from karat_scale.attention.functional import automatic, choosing_as_on_a_gpu
 from karat_scale.attention.operator import LayerCall
 from karat_scale.attention.rivals import PolynomialHeads, SigmoidHeads
-from karat_scale.foundation import native_build
 from tests.attention.calls import content_module, gradients_of, make_call, output_and_gradients, relative_error
+from tests.compilers import instruction_sets
 
 
 @pytest.fixture(params=[SigmoidHeads, PolynomialHeads])
@@ -41,7 +41,7 @@ def test_it_agrees_with_the_reference_and_with_the_kernel_for_random_shapes(seed
     exact = output_and_gradients(narrow.to(torch.float64), upstream, bias=learned(small, torch.float64))
     rounding = 5e-8 * call.cos_coef.shape[-1] * call.largest_score  # of the largest phase
     assert max(relative_errors(actual, exact)) < 1e-6 + rounding
-    if native_build._available_instruction_sets():
+    if instruction_sets():
         kernels = output_and_gradients(narrow, upstream, bias=learned(small), implementation="cpu")
         assert max(relative_errors(actual, kernels)) < 2e-6 + rounding
 

@@ -27,6 +27,7 @@ from karat_scale.models import create_model
 from karat_scale.models.layers import freeze
 from karat_scale.recipe import Recipe
 from karat_scale.training.tasks.classification.task import TrainState
+from tests.conftest import karat_environment
 from tests.small_engines import (
     CELLS,
     CONFIGS,
@@ -39,6 +40,7 @@ from tests.small_engines import (
     weights,
 )
 from tests.training.harm import POINTERS, point
+from tests.warm import run_program
 
 
 @pytest.mark.parametrize(("config", "precision"), CELLS)
@@ -441,3 +443,18 @@ def test_another_stage_takes_over_and_another_list_is_refused(small_recipe, worl
     _, unfrozen = build(small_recipe(), world, seed=0)
     with pytest.raises(RunDirectoryError, match=r"operator.* is frozen in it but not here \(train.freeze\)"):
         unfrozen.load()
+
+
+@pytest.mark.parametrize("config", ["zero1", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
+def test_deepspeeds_own_script_converts_a_checkpoint(small_recipe, make_checkpoints, tmp_path, config) -> None:
+    checkpoints = make_checkpoints(small_recipe(f"deepspeed.config={config}"), tmp_path / "c")
+    train_steps(checkpoints, 1, 2)
+    assert checkpoints.save(TrainState(step=2, samples=16))
+    ends = ("--input_folder", str(tmp_path / "c" / "step-00000002"), "--output_folder", str(tmp_path / "universal"))
+    script = "deepspeed.checkpoint.ds_to_universal"
+    done = run_program(script, (*ends, "--inject_missing_state"), [karat_environment()], 300, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {file.parent.name: torch.load(file) for file in tmp_path.glob("universal/zero/*/fp32.pt")}
+    found = {name: (of["param"] if config != "zero3" else of).flatten() for name, of in found.items()}
+    names = [name for name, _ in checkpoints.engine.module.named_parameters()]
+    assert equal(found, dict(zip(names, [one.flatten() for one in weights(checkpoints.engine)], strict=True)))

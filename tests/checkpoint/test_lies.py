@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from karat_scale.checkpoint.records import StateRecord, validated
 from karat_scale.checkpoint.restore import falsehood
 from karat_scale.checkpoint.store import MANIFEST, STATE, CheckpointStore
 from karat_scale.checkpoint.tensor_storage import load_tensors
@@ -34,6 +35,13 @@ def checkpoint(request, small_recipe, make_checkpoints, tmp_path_factory, tmp_pa
         assert CheckpointStore(_made[config], falsehood).damage(NAME) is None
     shutil.copytree(_made[config] / NAME, tmp_path / "c" / NAME)
     return tmp_path / "c" / NAME
+
+
+def test_what_is_wrong_in_a_state_is_said_in_our_words() -> None:
+    with pytest.raises(ValueError, match=r"^step: should be a whole number, such as 12$"):
+        TrainState.from_json({"step": "two"})
+    with pytest.raises(RunDirectoryError, match=r"^state.json: format: is missing$"):
+        validated(STATE, lambda: StateRecord.model_validate_json("{}"))
 
 
 @pytest.mark.parametrize("config", ["zero1", "zero2"])
@@ -225,7 +233,7 @@ def test_a_run_goes_on_from_the_one_before(small_recipe, make_checkpoints, tmp_p
         assert second.load().step == 1, lie
         assert f"checkpoint {NAME} cannot be used: " in "".join(capsys.readouterr()), lie
     tell(tmp_path / "c" / "step-00000001", STATE, "step", "one")
-    with pytest.raises(RunDirectoryError, match="none of 2 checkpoints can be used"):
+    with pytest.raises(RunDirectoryError, match="has no checkpoint that can be used"):
         second.load()
 
 

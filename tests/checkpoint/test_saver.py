@@ -23,6 +23,7 @@ from karat_scale.checkpoint.checkpoints import Checkpoints
 from karat_scale.checkpoint.tensor_storage import load_tensors
 from karat_scale.foundation.files import read_text
 from karat_scale.training.tasks.classification.task import TrainState
+from tests.conftest import wait_until
 from tests.small_engines import FEW_CELLS, equal, train_steps
 
 
@@ -149,8 +150,7 @@ def test_what_a_finished_save_waits_for_training_does_not_count(
     checkpoints = make_checkpoints(small_recipe(), tmp_path / "c")
     assert checkpoints.save(TrainState(step=1, samples=8), wait=False)
     slow_disk.set()
-    while checkpoints.is_busy:
-        time.sleep(0.01)
+    wait_until(lambda: not checkpoints.is_busy)
     now = time.monotonic
     monkeypatch.setattr(time, "monotonic", lambda: now() + 1e6)  # a long evaluation
     assert checkpoints.finish()

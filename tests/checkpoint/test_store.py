@@ -18,7 +18,7 @@ from karat_scale.foundation.errors import RunDirectoryError, of_the_machine
 from karat_scale.foundation.files import Fingerprint, read_text
 from karat_scale.training.outcome import Incidents
 from karat_scale.training.run_directory import RunDirectory
-from tests.conftest import ROOT
+from tests.conftest import ROOT, forked
 from tests.training.harm import HARMS
 
 
@@ -46,7 +46,7 @@ def test_a_checkpoint_is_chosen_by_its_name_and_not_by_a_path(store) -> None:
     name = save(store, 1)
     assert store.find_intact(name) == name
     for path in (f"{name}/", f"../checkpoints/{name}", str(store.root.absolute() / name)):
-        with pytest.raises(RunDirectoryError, match=f"no checkpoint '{path}'; there are: {name}"):
+        with pytest.raises(RunDirectoryError, match=f"--checkpoint {path}: .*; name one of best, latest, {name}$"):
             store.find_intact(path)
 
 
@@ -280,10 +280,7 @@ def test_what_was_held_goes_although_a_process_was_forked_meanwhile(store) -> No
         assert is_there
         store.retain(keep_last=1)
         assert store.names() == [new, old]
-        if (child := os.fork()) == 0:  # as a data worker
-            os.close(end)
-            os.read(ends, 1)
-            os._exit(0)
+        child = forked(lambda: (os.close(end), os.read(ends, 1)))  # as a data worker
     store.retain(keep_last=1)
     assert store.names() == [new]
     os.close(end)

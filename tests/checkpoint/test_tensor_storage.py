@@ -16,6 +16,7 @@ from karat_scale.checkpoint.tensor_storage import (
     save_tensors,
 )
 from karat_scale.foundation.files import commit_file, file_sha256, remove_leftovers
+from tests.conftest import forked
 
 
 def test_tensors_survive_the_round_trip(tmp_path) -> None:
@@ -96,10 +97,11 @@ def test_nobody_waits_at_a_pipe_in_place_of_tensors(read, tmp_path) -> None:
 
 
 def test_what_is_being_written_is_no_leftover_to_others_until_its_writer_is_gone(tmp_path, monkeypatch) -> None:
+    def clean() -> None:
+        assert remove_leftovers(tmp_path) == []
+
     def commit(temporary: Path, path: Path) -> None:
-        if not (other := os.fork()):  # a second writer while the first still writes
-            os._exit(len(remove_leftovers(tmp_path)))
-        assert os.waitpid(other, 0)[1] == 0
+        assert os.waitpid(forked(clean), 0)[1] == 0  # a second writer while the first still writes
         assert temporary.is_file()
         commit_file(temporary, path)
 
@@ -108,8 +110,8 @@ def test_what_is_being_written_is_no_leftover_to_others_until_its_writer_is_gone
     assert read_metadata(tmp_path / "at.safetensors") == {"step": "1"}
 
     monkeypatch.setattr(tensor_storage, "commit_file", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    if not (writer := os.fork()):
-        save_safetensors({"weight": torch.zeros(3)}, tmp_path / "at.safetensors", {"step": "2"})
+    weights = {"weight": torch.zeros(3)}
+    writer = forked(lambda: save_safetensors(weights, tmp_path / "at.safetensors", {"step": "2"}))
     assert os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]) == -signal.SIGKILL
     assert len([*tmp_path.iterdir()]) == 2
     assert remove_leftovers(tmp_path) == []

@@ -62,7 +62,7 @@ def test_all_mistakes_of_a_recipe_are_said_a_line_each(capsys: pytest.CaptureFix
     assert karat_here("train", "fashion_mnist_demo", "optim.lrr=1", "train.epochs=x") == 2
     assert capsys.readouterr().err.splitlines() == [
         "error: optim.lrr: unknown key; did you mean optim.lr?",
-        "error: train.epochs = 'x': should be a valid integer (default: 100)",
+        "error: train.epochs = 'x': should be a whole number, such as 12 (default: 100)",
     ]
 
 
@@ -82,7 +82,21 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> None:
     """A command says that something is missing before it imports torch, because that import takes seconds."""
     (tmp_path / "photos" / "train").mkdir(parents=True)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "recipe.yaml").touch()
+    synthetic = "train fashion_mnist_demo data.backend=synthetic data.path="
+    source = "neither a run's directory, a checkpoint in one, a file nor timm:NAME; name one"
     refusals = {
+        f"{synthetic} init_from=nowhere": f"init_from = nowhere: {source}",
+        f"{synthetic} distill.from=nowhere": f"distill.from = nowhere: {source}",
+        f"{synthetic} resume.from=photos": "resume.from = photos: neither a run's directory nor a checkpoint in one",
+        f"{synthetic} deepspeed.config=zero9": "deepspeed.config = 'zero9': no such file; use one of zero0, ",
+        f"{synthetic} attention.kind=softmax attention.transfer_from=nowhere": "attention.transfer_from = nowhere: ",
+        "eval kept photos": "unexpected argument 'photos'; karat eval takes one RUN, and overrides are key=value",
+        "analyze kept --data nowhere": f"--data nowhere is not a directory in {tmp_path}; name shards, betons or a fol",
+        "export kept --push owls": "--push owls: should be USER/NAME",
+        "detect kept --eval": "karat detect needs pycocotools",
+        "fetch somewhere run": "'somewhere' is not a URL; use one that begins with s3:// or gs://",
         "eval nowhere": "nowhere: there is no such directory",
         "export nowhere": "nowhere: there is no such directory",
         "replay nowhere 3": "nowhere: there is no such directory",
@@ -97,7 +111,7 @@ def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> N
         "detect nowhere --eval": "nowhere: there is no such directory",
         "sweep nowhere optim.lr=1,2": "recipe 'nowhere': neither a file nor a shipped recipe",
         "plan fashion_mnist_demo nowhere": "recipe 'nowhere': neither a file nor a shipped recipe",
-        "sweep fashion_mnist_demo optim.lr=-1,2": "optim.lr=-1: optim.lr = -1: should be greater than 0",
+        "sweep fashion_mnist_demo optim.lr=-1,2": "optim.lr=-1: optim.lr = -1: should be above 0",
         "train data.path=x fashion_mnist_demo": "recipe 'data.path=x': an override; name the recipe before it",
         "doctor nowhere": "recipe 'nowhere': neither a file nor a shipped recipe",
         "launch --ranks 2 train nowhere": "recipe 'nowhere': neither a file nor a shipped recipe",
@@ -114,10 +128,12 @@ def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> N
     }
     code = (
         "import sys\nfrom karat_scale.commands.cli import main\n"
+        "sys.modules['pycocotools.coco'] = None\n"
         "for line in sys.argv[1:]:\n"
         "    try: code = main(line.split())\n"
         "    except SystemExit as error: code = error.code\n"
         "    assert (code, 'torch' in sys.modules) == (2, False), line\n"
+        "assert (main('sweep fashion_mnist_demo run.seed=0,1 --print'.split()), 'torch' in sys.modules) == (0, False)\n"
     )
     done = run_to_end(sys.executable, "-c", code, *refusals, cwd=tmp_path)
     lines = done.stderr.splitlines()

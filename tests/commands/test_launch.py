@@ -19,8 +19,8 @@ from karat_scale.commands.launch import default_ranks, say_to_launcher
 from karat_scale.commands.parsers.training import trained_directory
 from karat_scale.engine.heartbeat import read_signs
 from karat_scale.foundation.errors import EXIT_LOST_PEER, UserError
-from tests.conftest import SMALL, events, free_port, karat_command, karat_environment, run_to_end, summary
-from tests.data.backends.helpers import running, wait_until
+from tests.conftest import SMALL, events, free_port, karat_command, karat_environment, run_to_end, summary, wait_until
+from tests.data.backends.helpers import running
 from tests.training.runs import assert_same_run
 
 LAUNCH = (sys.executable, "-m", "karat_scale", "launch", "--ranks")
@@ -128,6 +128,8 @@ def test_a_step_of_srun_has_one_agent_on_each_node() -> None:
     step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}
     with pytest.raises(UserError, match="8 of these on 2 nodes; start one on each: --ntasks-per-node=1"):
         launch._node_of_step(step)
+    with pytest.raises(UserError, match="SLURM_STEP_NUM_NODES = 'two': should be a whole number; unset it, or correct"):
+        launch._node_of_step(step | {"SLURM_STEP_NUM_NODES": "two"})
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`karat quickstart` answers Ctrl-C as training does, and ends with a report and with commands that run."""
 
+import json
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from karat_scale.commands import quickstart
 from karat_scale.commands.quickstart import CONTENDERS, SHARDS
@@ -64,6 +66,20 @@ def test_a_signal_waits_until_the_run_has_saved(
         assert [shell.stdout.readline() for _ in range(2)] == ["$ karat train\n", "trains\n"]
         send(shell.pid, number)  # a terminal tells the whole group, docker stop only the command itself
         assert shell.stdout.read() == "saved\n75\n"
+
+
+@pytest.mark.parametrize("has_gradio", [True, False])
+def test_a_page_is_recommended_only_where_it_can_be_served(tmp_path, monkeypatch, capsys, has_gradio) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart, "is_installed", lambda module: has_gradio)
+    for _, run, _ in CONTENDERS:
+        run.mkdir(parents=True)
+        figures = dict.fromkeys(("last_top1", "last_top5", "peak_memory_mb", "parameters"), 1)
+        (run / "summary.json").write_text(json.dumps(figures))
+    quickstart._print_results(Console())
+    said = capsys.readouterr().out
+    assert "karat predict " in said
+    assert ("karat demo " in said) == has_gradio
 
 
 @pytest.mark.slow

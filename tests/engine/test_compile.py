@@ -7,6 +7,7 @@ import torch
 
 from karat_scale.engine.deepspeed_config import load_ds_config
 from karat_scale.foundation.errors import RecipeError
+from tests.compilers import needs_compiler, needs_kernels
 from tests.small_engines import train_once, weights
 
 
@@ -17,13 +18,17 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+@needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "attention"),
     [
         ("zero0", "implementation=streaming"),
         ("zero1", "implementation=reference"),
-        *((config, "implementation=cpu") for config in ("zero0", "zero2", "zero3", "zero3_offload_params")),
+        *(
+            pytest.param(config, "implementation=cpu", marks=needs_kernels)
+            for config in ("zero0", "zero2", "zero3", "zero3_offload_params")
+        ),
         ("zero3", "form=content"),
         ("zero0", "bound=3.0"),
         *(
@@ -45,6 +50,7 @@ def test_a_compiled_model_trains_as_one_that_is_not(small_recipe, make_engine, c
     torch.testing.assert_close(compiled_weights, plain, rtol=1e-4, atol=near)
 
 
+@needs_compiler
 @pytest.mark.slow
 def test_models_of_growing_images_do_not_use_up_the_compilers_limit(small_recipe, make_engine) -> None:
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
@@ -54,6 +60,7 @@ def test_models_of_growing_images_do_not_use_up_the_compilers_limit(small_recipe
             engine.release()
 
 
+@needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "precision", "mode"),

@@ -111,6 +111,8 @@ def test_what_a_launcher_got_wrong_is_named() -> None:
     ):
         with pytest.raises(UserError, match=f"^{said}"):
             launch_environment(environ)
+    with pytest.raises(UserError, match=r"^SLURM_JOB_ID = '7a': should be a whole number"):
+        default_port({"SLURM_JOB_ID": "7a"})
 
 
 def test_one_process_agrees_with_itself(world) -> None:
@@ -166,7 +168,7 @@ def test_deepspeed_waits_as_long_as_the_recipe_says() -> None:
 
 
 KILLED = """
-import os, signal, time
+import os, signal
 import torch.distributed as dist
 from datetime import timedelta
 from karat_scale.engine import deepspeed_internals
@@ -177,10 +179,9 @@ try:
     with joined("cpu", 7) as world:
         if world.rank == 1:
             deepspeed_internals.dist.new_group = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-        began = time.monotonic()
         deepspeed_internals.share_world_group(world.size, world.patience)
 except PeerError:
-    print(time.monotonic() - began < 60, flush=True)
+    print("lost", flush=True)
 os._exit(0)
 """
 
@@ -193,8 +194,8 @@ def test_a_rank_that_is_killed_while_a_group_is_made_is_not_awaited_as_long_as_a
         subprocess.Popen(command, env={**given, "RANK": rank, "LOCAL_RANK": rank}, cwd=ROOT, stdout=subprocess.PIPE)
         for rank in "01"
     ]
-    left, killed = (rank.communicate(timeout=120)[0] for rank in ranks)
-    assert (left, killed) == (b"True\n", b"")
+    left, killed = (rank.communicate(timeout=300)[0] for rank in ranks)  # less than the 7 minutes for a slow one
+    assert (left, killed) == (b"lost\n", b"")
     assert [rank.returncode for rank in ranks] == [0, -signal.SIGKILL]
 
 

@@ -7,6 +7,7 @@ from karat_scale.engine.deepspeed_internals import master_weights
 from karat_scale.engine.engine import Engine
 from karat_scale.engine.optimizers import build_optimizer
 from karat_scale.models import create_model, no_weight_decay_names
+from tests.compilers import needs_compiler
 from tests.small_engines import CONFIGS, random_batch, train_once, weights
 
 CLIPPED = [(config, 0.05) for config in (*CONFIGS, "zero3_large")]
@@ -114,6 +115,7 @@ def test_the_initial_weights_are_the_models_own(small_recipe, make_engine, confi
     assert train_once(engine, 0) > 0
 
 
+@needs_compiler
 @pytest.mark.slow  # compiles for minutes where it is not in the cache
 def test_deepspeeds_cpu_adam_steps_as_torchs(small_recipe, make_engine) -> None:
     norms = []

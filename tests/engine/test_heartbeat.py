@@ -116,7 +116,7 @@ def test_one_number_holds_for_all_phases_that_are_not_named() -> None:
     assert limits
     assert (limits.of("waiting for data"), limits.of("backward")) == (60, math.inf)
     for text in ("x", "900,800", "900,compil=3", "-1", "900,save=", "nan", "inf"):
-        with pytest.raises(ValueError, match=r"should be seconds|is no phase"):
+        with pytest.raises(ValueError, match=r"should be seconds|is not a phase"):
             StallLimits.parse(text)
 
 

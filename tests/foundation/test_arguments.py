@@ -63,12 +63,24 @@ def test_an_option_between_overrides_keeps_its_value_and_those_of_a_bench_stand_
         (["resume", "r"], "run the same karat train command again, and it resumes"),
         (["photos.yaml"], "unknown value 'photos.yaml'; did you mean karat train photos.yaml?"),
         (["bench", "stpe"], "unknown value 'stpe'; did you mean step?"),
-        (["eval", "r", "--weights", "rw"], "--weights: unknown value 'rw'; did you mean raw?"),
-        (["train"], "required: RECIPE (karat train"),
+        (["eval", "r", "--weights", "eam"], "--weights: unknown value 'eam'; did you mean ema?"),
+        (["eval", "r", "--weights", "last"], "--weights: unknown value 'last'; choose from auto, raw, ema"),
+        (["track", "r", "--to", "tb"], "unknown tracker 'tb'; choose from tensorboard, "),
+        (["bench", "attention", "--device", "gpu"], "--device: unknown value 'gpu'; did you mean cuda?"),
+        (["train"], "RECIPE is missing: a shipped recipe's name, which `karat recipes` lists, or a YAML file ("),
+        (["fetch"], "URL is missing: the run's checkpoint.url (karat fetch"),
+        (["prepare"], "script is missing: choose from webdataset, ffcv, "),
+        (["completion"], "shell is missing: choose from bash, zsh, fish ("),
+        (["bench"], "BENCH is missing: choose from step, "),
         (
             ["eval", "r", "--foo", "a=1"],
             "unknown option --foo; a recipe's key is written key=value, and `karat explain foo` finds it (karat eval",
         ),
+        (["train", "r", "--lr", "1"], "unknown option --lr; write optim.lr=VALUE (karat train"),
+        (["train", "r", "--batch-size=8"], "; write train.global_batch=VALUE or train.micro_batch=VALUE ("),
+        (["train", "r", "--num_gpus", "2"], "unknown option --num_gpus; `karat launch --ranks N` sets the number"),
+        (["train", "r", "--nodes", "2"], "unknown option --nodes; `karat submit --nodes=N` sets the number of nodes"),
+        (["train", "r", "--print", "optim.lr", "=", "1"], "'optim.lr'; overrides are key=value, without blanks ("),
         (
             ["train", "r", "--dry-run"],
             "unknown option --dry-run; use karat plan RECIPE --dry-run, or the option",
@@ -91,7 +103,7 @@ COUNTS = (
 
 def test_a_measure_is_finite_and_above_zero_and_a_count_is_one_or_more(capsys) -> None:
     for options, values, wanted in (
-        (MEASURES, ("nan", "inf", "0", "-3", "much"), "a number above 0"),
+        (MEASURES, ("nan", "inf", "0", "-3", "much", "1e300"), "a number above 0 and up to 1,000,000,000"),
         (COUNTS, ("0", "-1", "1.5"), "an integer of at least 1"),
     ):
         for option, value in itertools.product(options, values):

@@ -20,6 +20,7 @@ from karat_scale.foundation.console import (
     work_display,
     write_json,
 )
+from tests.conftest import forked
 
 DURATIONS = {
     **{0: "0 s", 0.0123: "12.3 ms", 4.5: "4.5 s", 59.4: "59.4 s", 59.9: "1 min", 125: "2 min 5 s"},
@@ -31,6 +32,7 @@ def test_units() -> None:
     assert {seconds: duration(seconds) for seconds in DURATIONS} == DURATIONS
     assert (gigabytes(1.5e9), gigabytes(1.234e7), gigabytes(9e6)) == ("1.50 GB", "0.01 GB", "9.00 MB")
     assert (plural(1, "core"), plural(0, "core"), plural(2, "core")) == ("1 core", "0 cores", "2 cores")
+    assert (plural(1, "class"), plural(1000, "class")) == ("1 class", "1,000 classes")
 
 
 def test_a_table_in_a_file_is_aligned_lines_and_progress_a_last_line(capsys):
@@ -134,11 +136,8 @@ def test_a_process_that_is_forked_while_the_bars_are_drawn_can_warn(capsys, monk
     drawing = threading.Thread(target=draw)
     drawing.start()
     held.wait()
-    child = os.fork()
-    if child == 0:
-        signal.alarm(10)
-        print("corrupt EXIF data", file=sys.stderr)
-        os._exit(0)
+    # The alarm only ends what would hang.
+    child = forked(lambda: (signal.alarm(60), print("corrupt EXIF data", file=sys.stderr)))
     done.set()
     assert os.waitpid(child, 0)[1] == 0
     drawing.join()

@@ -27,7 +27,11 @@ from tests.conftest import karat_command, run_to_end
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "out of GPU memory; end what", 2),
         (PermissionError(13, "Permission denied", "/x/y"), "/x/y: Permission denied", 2),
         (OSError(36, "File name too long", "a" * 10_000), "a" * 200 + ": File name too long", 2),
-        (RuntimeError("Could not determine home directory."), "write paths without ~, or set HOME", 2),
+        (
+            RuntimeError("Could not determine home directory."),
+            "a path begins with ~, but its home directory is not known; write it without ~",
+            2,
+        ),
     ],
 )
 def test_the_machines_errors_are_one_line(error, line, code) -> None:

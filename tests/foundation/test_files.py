@@ -29,7 +29,7 @@ from karat_scale.foundation.files import (
 )
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.run_directory import RunDirectory
-from tests.conftest import ROOT
+from tests.conftest import ROOT, forked
 
 
 def test_a_link_stays_and_its_target_is_replaced(tmp_path) -> None:
@@ -169,10 +169,7 @@ def test_what_was_written_is_not_locked_by_a_process_that_was_forked_meanwhile(t
     ends, end = os.pipe()
     with temporary_file(tmp_path / "x") as temporary:
         temporary.replace(tmp_path / "x")
-        if (child := os.fork()) == 0:  # as a data worker
-            os.close(end)
-            os.read(ends, 1)
-            os._exit(0)
+        child = forked(lambda: (os.close(end), os.read(ends, 1)))  # as a data worker
     with (tmp_path / "x").open("rb") as file:
         assert lock(file, wait=False)
     os.close(end)

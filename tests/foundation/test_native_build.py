@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from karat_scale.foundation import native_build
+from tests.compilers import needs_kernels
 from tests.conftest import ROOT, karat_environment, output_of, run_to_end
 from tests.warm import run_code
 
-pytestmark = pytest.mark.skipif(not native_build._available_instruction_sets(), reason="no AVX2 on this machine")
+pytestmark = needs_kernels
 
 PROGRAM = """
 import warnings, torch

@@ -10,12 +10,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from karat_scale.commands.analyze.trained_run import ValidationImages, open_run
 from karat_scale.commands.cli import main
-from karat_scale.foundation import native_build
 from karat_scale.models import create_model
 from karat_scale.models.attention_matrices import Content, beyond_reach, content_of, reaches, watched
 from karat_scale.models.layers import attention_layers
 from karat_scale.models.transfer import Teacher, give_teacher
 from karat_scale.recipe import AttentionConfig, ModelConfig
+from tests.compilers import needs_kernels
 from tests.conftest import SMALL, events
 from tests.models.test_attention_matrices import SIZE
 
@@ -133,7 +133,7 @@ def test_controls_depend_on_what_they_see(section, expected):
     assert ((content.figures()[:, :2] > 1e-6) == expected).all()
 
 
-@pytest.mark.skipif(not native_build._available_instruction_sets(), reason="the CPU kernel does not run here")
+@needs_kernels
 @pytest.mark.parametrize("transferred", [False, True], ids=["own", "transferred"])
 @pytest.mark.parametrize("form", ["modular", "content", "smooth"])
 def test_a_kernel_that_cannot_give_s_leaves_it_to_another(form: str, transferred: bool) -> None:

@@ -77,9 +77,10 @@ REFUSED: list[tuple[dict[str, object], dict[str, object], str]] = [
     (
         {"name": "vit_tiny_patch16_224", "num_heads": 5},
         {"kind": "karat"},
-        "model.num_heads = 5 does not divide the model's width",
+        "model.num_heads = 5 does not divide the width 192 of vit_tiny_patch16_224; use 4 or 6",
     ),
-    ({"name": "deit_tiny_patch16_224", "embed_dim": 100}, {}, "= 100 is not a multiple of the heads of deit_tiny_pa"),
+    ({**VIT, "num_heads": 7}, {}, "model.num_heads = 7 does not divide the width"),
+    ({"name": "deit_tiny_patch16_224", "embed_dim": 100}, {}, "= 100 is not a multiple of the 3 heads of deit_tin"),
     ({"name": "vit_tiny_patch16_224", "image_size": 100}, {}, "model.image_size = 100 is not a multiple of the patch"),
     ({**VIT, "pos_embed": "sincos2d", "embed_dim": 6}, {}, "positions need a width of 8, 12"),
     (VIT, {"kind": "karat", "softmax_heads": 2}, "attention.softmax_heads = 2 leaves none of 2 heads for KArAt"),
@@ -92,7 +93,7 @@ REFUSED: list[tuple[dict[str, object], dict[str, object], str]] = [
     (
         {"name": "convit_tiny", "embed_dim": 33},
         {},
-        "model.embed_dim = 33 is not a multiple of model.num_heads = 4; set model.embed_dim=32",
+        "model.embed_dim = 33 is not a multiple of the 4 heads of convit_tiny; set model.embed_dim=32, or model.num_he",
     ),
     ({"name": "convit_tiny", "image_size": 18}, {}, "= 18 is not a multiple of the patch size of convit_tiny, 16; use"),
     (CONVIT, {"kind": "karat", "softmax_heads": 2}, f"{NONE_LEFT} head for KArAt in a layer of convit_tiny with 2"),

@@ -13,6 +13,7 @@ from karat_scale.models.operators import (
     operators,
 )
 from karat_scale.recipe import AttentionConfig, ModelConfig
+from tests.compilers import needs_kernels
 from tests.models.test_attention_matrices import SIZE
 
 
@@ -63,6 +64,7 @@ def test_an_implementation_that_cannot_run_is_refused_with_its_reason(nested: di
     check_implementation(create_model(SIZE, AttentionConfig()), cpu)
 
 
+@needs_kernels
 def test_the_implementation_is_named_with_what_kept_a_faster_one_away() -> None:
     cpu = torch.device("cpu")
     assert describe_implementation(create_model(SIZE, AttentionConfig()), cpu) is None

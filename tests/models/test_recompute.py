@@ -9,6 +9,7 @@ from karat_scale.models import create_model
 from karat_scale.models.layers import blocks_of
 from karat_scale.models.recompute import Choice, choices_by_rule, recompute
 from karat_scale.recipe import AttentionConfig, ModelConfig, RecomputeConfig
+from tests.compilers import needs_kernels
 
 MODEL = ModelConfig(
     name="vit_mini_patch4_28",
@@ -38,6 +39,10 @@ ATTENTIONS = {
     "hybrid": karat("streaming", softmax_heads=1),
     "residual": karat("cpu", residual=True),
 }
+ATTENTIONS_HERE = [
+    pytest.param(name, marks=needs_kernels if attention.implementation == "cpu" else ())
+    for name, attention in ATTENTIONS.items()
+]
 
 
 def build(attention: AttentionConfig, choices: tuple[Choice, ...] = (), by=None):
@@ -70,7 +75,7 @@ def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", ATTENTIONS_HERE)
 def test_losses_and_gradients_are_bit_equal(attention: str, autocast: bool) -> None:
     plain = loss_and_gradients(build(ATTENTIONS[attention]), autocast)
     for policy in POLICIES:

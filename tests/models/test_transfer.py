@@ -249,6 +249,6 @@ def test_a_student_without_a_teacher_says_so() -> None:
 @pytest.mark.parametrize("kind", ["gated", "differential"])
 @pytest.mark.parametrize("softmax_heads", [0, 1])
 def test_attention_that_is_no_matrix_of_queries_and_keys_is_refused(softmax_heads: int, kind: str) -> None:
-    message = r"attention.transfer_from = runs/teacher: its attention is no matrix of queries and keys times the values"
+    message = r"attention.transfer_from = runs/teacher: its attention is not a matrix of queries and keys times the"
     with pytest.raises(RecipeError, match=message):
         pair(AttentionConfig(kind=kind, softmax_heads=softmax_heads))

@@ -61,6 +61,9 @@ def test_words_filter_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "cifar100_swin_tiny_g3b " in capsys.readouterr().out
     assert main(["recipes", "detect", "--json", str(file)]) == 0
     assert {one["command"] for one in json.loads(file.read_text())} == {"detect"}
+    for word, data in {"cifar10": {"cifar10"}, "cifar1": {"cifar10", "cifar100"}}.items():
+        assert main(["recipes", word, "--json", str(file)]) == 0
+        assert {one["name"].partition("_")[0] for one in json.loads(file.read_text())} == data
 
 
 def test_a_name_shows_how_to_start_it_and_the_run_that_it_starts_from(capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,11 +135,20 @@ def test_keys_are_explained_and_what_does_not_exist_is_one_line(capsys: pytest.C
         "batch_size": ["batch_size is train.global_batch or train.micro_batch here", "train.micro_batch: integer"],
         "train.recompute": ["train.recompute.every", "being kept"],
         "--detection detector.window": ["detector.window: integer", "cannot resume"],
-        "": ["train.recompute", "Sections of a recipe"],
+        "train": ["train.epochs", "\n  train.recompute ", "being kept"],
+        "": ["\n  init_from ", "train.recompute", "Sections of a recipe"],
     }.items():
         assert main(["explain", *keys.split()]) == 0
         out = capsys.readouterr().out
         assert [text for text in texts if text not in out] == []
+        assert "(top)" not in out
+    assert main(["explain", "lrr", "lr", "nonsense"]) == 2
+    said = capsys.readouterr()
+    assert "optim.lr: number" in said.out
+    assert [line.partition(": no")[0] for line in said.err.splitlines()] == [
+        "error: karat explain lrr",
+        "error: karat explain nonsense",
+    ]
 
 
 def test_the_help_of_train_names_what_lists_explains_and_completes(capsys: pytest.CaptureFixture[str]):

@@ -12,12 +12,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from karat_scale.foundation.machine import be_killed_with_parent
-from tests.conftest import ROOT
+from tests.conftest import ROOT, wait_until
 from tests.slurm.janitor import kill_processes
 from tests.slurm.packages import find
 
@@ -66,14 +64,6 @@ PreemptMode=REQUEUE
 {node_lines}PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE State=UP GraceTime=60
 PartitionName=urgent Nodes={nodes} MaxTime=INFINITE State=UP PriorityTier=2
 """
-
-
-def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    """Wait until `condition` holds; raise AssertionError after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not in {seconds:g} s"
-        time.sleep(0.1)
 
 
 class Cluster:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.conftest import ROOT, run_to_end
-from tests.slurm.cluster import Cluster, wait_until
+from tests.conftest import ROOT, run_to_end, wait_until
+from tests.slurm.cluster import Cluster
 
 SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh") if "#SBATCH" in path.read_text())
 ON_CPU = ("--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from karat_scale.commands.status.status import read_standing
 from karat_scale.data.shards.shard_format import read_dataset_record
-from tests.conftest import SMALL, events, summary
+from tests.conftest import SMALL, events, summary, wait_until
 from tests.data.prepare.images import write_official
-from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job, submit
 from tests.slurm.test_submit import karat
 

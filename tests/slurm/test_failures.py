@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from karat_scale.engine.heartbeat import read_signs
-from tests.slurm.cluster import Cluster, wait_until
+from tests.conftest import wait_until
+from tests.slurm.cluster import Cluster
 from tests.slurm.training import Train, assert_ends_like, process_of, run_of, wait_for
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import events, summary
+from tests.conftest import events, summary, wait_until
 from tests.nvml import nvml_environment
-from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import submit
 from tests.slurm.training import (
     OVERRIDES,

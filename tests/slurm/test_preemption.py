@@ -8,8 +8,7 @@ import psutil
 import pytest
 
 from karat_scale.engine.heartbeat import read_signs
-from tests.conftest import events, summary
-from tests.slurm.cluster import wait_until
+from tests.conftest import events, summary, wait_until
 from tests.slurm.training import Train, assert_ends_like, process_of, run_of, signal_held, train_alone, wait_for
 from tests.training.runs import assert_same_run
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from tests.conftest import SMALL, events, karat_done
-from tests.slurm.cluster import wait_until
+from tests.conftest import SMALL, events, karat_done, wait_until
 from tests.slurm.jobs import END_SECONDS, Job
 from tests.training.runs import assert_same_run, last_tensors
 

@@ -24,7 +24,7 @@ from karat_scale.data.backends.images import SyntheticBackend
 from karat_scale.data.batch import Batch
 from karat_scale.data.plan import BatchSlice
 from karat_scale.foundation.errors import DataError
-from tests.conftest import SMALL, disk_of
+from tests.conftest import SMALL, disk_of, wait_until
 from tests.training.forked_ranks import ForkedRanks
 
 DISKS = (4, 40, 100, 200, 400, 700)
@@ -57,7 +57,7 @@ def disk_that_fills(scratch: Path) -> dict[str, Any]:
     with disk_of("2m", scratch / "filled") as disk:
         endless = ("train.epochs=100000", "checkpoint.every_minutes=null", "train.eval_every_epochs=100000")
         ranks = ForkedRanks(_arguments(scratch, disk / "run", *endless), 2, log)
-        _wait_for(disk / "run" / "metrics.jsonl")
+        wait_until((disk / "run" / "metrics.jsonl").exists, WITHIN, log)
         with suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
             while filler.write(bytes(4096)):
                 pass
@@ -68,7 +68,7 @@ def killed(scratch: Path, victim: int) -> dict[str, Any]:
     """Return the outcome of a run in which one rank is killed while both train."""
     run, log = scratch / f"killed-{victim}", scratch / f"killed-{victim}.log"
     ranks = ForkedRanks(_arguments(scratch, run, "train.epochs=100000", "checkpoint.every_steps=5"), 2, log)
-    _wait_for(run / "checkpoints" / "latest")
+    wait_until((run / "checkpoints" / "latest").exists, WITHIN, log)
     ranks.kill([ranks.ranks[victim]])
     return _outcome(ranks, log)
 
@@ -109,9 +109,7 @@ def stopped(scratch: Path) -> dict[str, Any]:
     """Return the outcome of a rank that gets a stop signal while it waits for another."""
     log = scratch / "stopped.log"
     ranks = ForkedRanks(_arguments(scratch, scratch / "stopped"), 2, log, absent=1)
-    deadline = time.monotonic() + WITHIN
-    while "has waited" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_until(lambda: log.exists() and "has waited" in log.read_text(), WITHIN, log)
     os.kill(ranks.ranks[0], signal.SIGUSR2)
     return _outcome(ranks, log)
 
@@ -125,12 +123,10 @@ def stopped_alone(scratch: Path, rank: int) -> dict[str, Any]:
         if other == rank:
             karat_scale.training.agreement._MEETING_SECONDS = WITHIN  # a loaded machine is slow
         else:
-            _wait_for(go)
+            wait_until(go.exists, 2 * WITHIN, log)
 
     ranks = ForkedRanks(arguments, 2, log, prepare)
-    deadline = time.monotonic() + WITHIN
-    while not _catches(ranks.ranks[rank], signal.SIGTERM) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: _catches(ranks.ranks[rank], signal.SIGTERM), WITHIN, log)
     os.kill(ranks.ranks[rank], signal.SIGTERM)
     time.sleep(0.5)
     go.touch()
@@ -140,12 +136,6 @@ def stopped_alone(scratch: Path, rank: int) -> dict[str, Any]:
 def _catches(pid: int, number: int) -> bool:
     (caught,) = re.findall(r"SigCgt:\t(\w+)", Path(f"/proc/{pid}/status").read_text())
     return bool(int(caught, 16) >> (number - 1) & 1)
-
-
-def _wait_for(path: Path) -> None:
-    deadline = time.monotonic() + WITHIN
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
 
 
 def main(arguments: Sequence[str]) -> None:

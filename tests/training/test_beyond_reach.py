@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from karat_scale.commands.cli import main
+from tests.compilers import needs_compiler
 from tests.conftest import SMALL, events
 from tests.small_engines import equal, whole_zero3
 from tests.training.test_save_points import train_to_the_end
@@ -35,7 +36,11 @@ def test_scores_that_grow_too_large_are_reported_and_warned_of_once(tmp_path, wh
 
 @pytest.mark.parametrize(
     "own",
-    [(), *(pytest.param((one,), marks=pytest.mark.slow) for one in ("train.compile=true", "deepspeed.config=zero2"))],
+    [
+        (),
+        pytest.param(("train.compile=true",), marks=(pytest.mark.slow, needs_compiler)),
+        pytest.param(("deepspeed.config=zero2",), marks=pytest.mark.slow),
+    ],
 )
 def test_looking_changes_no_bit_of_training(small_recipe, tmp_path, world, own) -> None:
     ends = [

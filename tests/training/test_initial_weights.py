@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import time
 from pathlib import Path
@@ -84,6 +85,9 @@ def test_what_weights_do_not_tell_is_compared(run, world) -> None:
 
     with pytest.raises(RecipeError, match=r"with 2 heads per layer, the model has 4; use model.num_heads=2"):
         begin({"num_heads": 4}, {"kind": "softmax"})
+    differ = re.escape("attention.grid (2 -> 3), attention.rank (4 -> 5); set the keys as it has them")
+    with pytest.raises(RecipeError, match=f"^init_from = {run}: it is of another model: {differ}$"):
+        begin({"num_classes": 7}, {"rank": 5, "grid": 3})
     line = begin({}, {"base": "silu", "simplex": True})
     assert line.endswith(
         f"{run}; attention.simplex = false in the weights, true here; attention.base = zero in the weights, silu here"
@@ -248,7 +252,7 @@ def test_the_operator_of_one_block_is_not_that_of_all(exported, tmp_path) -> Non
     write_model(create_model(sizes, one), source, {"karat_scale": "", **facts})
     base, run = str(exported.with_name("base.yaml")), f"run.dir={tmp_path / 'run'}"
     line = karat_refuses("train", base, *SMALL, "schedule.warmup_epochs=0", run, f"init_from={source}")
-    assert "the weights have no operator for blocks.1.attn, but the model has one" in line
+    assert line.endswith('attention.blocks ({"0": {"kind": "karat"}} -> {}); set the keys as it has them')
 
 
 def test_a_teacher_of_timm_has_a_name_of_timm(exported, tmp_path) -> None:

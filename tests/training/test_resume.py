@@ -9,6 +9,7 @@ import subprocess
 import termios
 from pathlib import Path
 
+import psutil
 import pytest
 
 from karat_scale.checkpoint.store import CheckpointStore
@@ -30,7 +31,7 @@ from tests.training.runs import (
     start_torchrun,
     stopped_by,
     wait_for_checkpoint,
-    wait_until,
+    wait_in_run,
 )
 
 ON_DEVICE = ("augment.run_on=device", "augment.erasing=0.5")
@@ -71,6 +72,21 @@ def test_a_signal_saves_at_the_next_step_and_exits_75(recipe_file, tmp_path, num
     assert store.damage(latest) is None
     assert summary(run)["exit"] == 75
     assert summary(run)["steps"] == store.state(latest)["step"]
+
+
+def test_a_killed_data_worker_ends_the_run_with_one_line_and_exit_code_2(recipe_file, tmp_path) -> None:
+    run = tmp_path / "run"
+    process = start(recipe_file, run, *ENDLESS, "checkpoint.asynchronous=false")  # so the worker is the only child
+    wait_for_checkpoint(run, 4, process)
+    (worker,) = psutil.Process(process.pid).children()
+    worker.kill()
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == summary(run)["exit"] == 2, output
+    *_, line = output.splitlines()
+    assert line.startswith("error: a data worker died"), output
+    assert "Traceback" not in output
+    latest = CheckpointStore(run / "checkpoints").pointed("latest")
+    assert CheckpointStore(run / "checkpoints").damage(latest) is None
 
 
 @pytest.mark.slow
@@ -123,7 +139,7 @@ def test_a_signal_during_evaluation_evaluates_after_the_resume(recipe_file, trai
             os.link(image, image.with_stem(f"{image.stem}-{copy}"))
     folder = ("data.backend=folder", f"data.path={images}", "train.eval_batch=1", "train.epochs=1")
     process = start(recipe_file, run, *folder)
-    wait_until(lambda: any(sign.doing == "evaluating" for sign in read_signs(run)), process)
+    wait_in_run(lambda: any(sign.doing == "evaluating" for sign in read_signs(run)), process)
     stopped_by(process, signal.SIGTERM)
     assert events(run, "eval") == []
     trained("run", *folder)
@@ -181,10 +197,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(train_recipe, 
         manifest.unlink()
     again = train_recipe(*own)  # an error, not a fresh start
     assert again.returncode == 2
-    assert "none of 3 checkpoints can be used" in again.stderr
+    assert f"error: run.dir = {run} has no checkpoint that can be used (manifest.json is missing); " in again.stderr
     assert "Traceback" not in again.stderr
     branch = train_recipe(*own, f"run.dir={run}-branch", f"resume.from={run}")
-    assert branch.stderr.endswith("; name another run or checkpoint\n")
+    why = "has no checkpoint that can be used (manifest.json is missing); name another run or checkpoint"
+    assert branch.stderr == f"error: resume.from = {run} {why}\n"
 
 
 @pytest.mark.slow
@@ -226,10 +243,13 @@ def test_a_branch_of_another_image_size_or_from_nowhere_is_one_line(recipe_file,
     recipe, trunk = str(recipe_file), tmp_path / "trunk"
     karat_here("train", recipe, f"run.dir={trunk}", "train.max_steps=1")
     branch = ("train", recipe, f"run.dir={tmp_path / 'branch'}")
-    line = karat_refuses(*branch, f"resume.from={trunk}", "model.image_size=24")
-    assert line.startswith(f"error: checkpoint {trunk / 'checkpoints/step-00000001'}: ")
-    line = karat_refuses(*branch, "resume.from=~/nowhere")
-    assert line == "error: resume.from = ~/nowhere is not a directory; name a run's or a checkpoint's"
+    for source in (trunk, trunk / "checkpoints" / "step-00000001"):
+        line = karat_refuses(*branch, f"resume.from={source}", "model.image_size=24", "attention.rank=5")
+        differ = "model.image_size (16 -> 24), attention.rank (4 -> 5); set the keys as it has them"
+        assert line == f"error: resume.from = {source} is of another model: {differ}"
+    for source in ("~/nowhere", tmp_path, trunk / "checkpoints"):
+        line = karat_refuses(*branch, f"resume.from={source}")
+        assert line == f"error: resume.from = {source}: neither a run's directory nor a checkpoint in one; name one"
 
 
 @pytest.mark.slow

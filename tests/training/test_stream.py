@@ -13,8 +13,7 @@ from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.commands.plan.command import dry_run
 from karat_scale.foundation.errors import DataError
 from karat_scale.recipe.loading import load_recipe
-from tests.conftest import SMALL, events, karat, karat_done, karat_here, karat_refuses, summary
-from tests.data.backends.helpers import wait_until
+from tests.conftest import SMALL, events, karat, karat_done, karat_here, karat_refuses, summary, wait_until
 from tests.data.tars import sample, write_stream, write_tar
 from tests.small_engines import equal
 from tests.training.runs import assert_a_kill_changes_nothing, losses, start, wait_for_step

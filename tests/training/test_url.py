@@ -2,15 +2,18 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO
 
 import pytest
@@ -19,15 +22,16 @@ from karat_scale.checkpoint.remote import RemoteCheckpoints
 from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.commands.elsewhere import fetch_run
 from karat_scale.engine.distributed import ALONE
-from karat_scale.engine.reporting.progress import MetricsLog
-from karat_scale.foundation.errors import RecipeError
+from karat_scale.engine.reporting.progress import MetricsLog, Reporter, SilentDisplay
+from karat_scale.foundation.errors import EXIT_LOST_PEER, EXIT_STOPPED, RecipeError
 from karat_scale.foundation.files import open_to_read
 from karat_scale.foundation.stores import WritableStore
-from karat_scale.training.run_copy import RunCopy, RunUrl, _bring, follow
+from karat_scale.training.run_copy import RunCopy, RunUrl, _bring, finish_copy, follow
 from karat_scale.training.run_directory import RunDirectory
+from tests.clock import Clock
 from tests.conftest import events, karat, karat_done, karat_refuses, summary
 from tests.servers import Asked, Fault, FaultyProxy, s3, s3_port
-from tests.training.runs import STEPS, assert_same_run, kill_all, start, stopped_by, wait_for_checkpoint, wait_until
+from tests.training.runs import STEPS, assert_same_run, kill_all, start, stopped_by, wait_for_checkpoint, wait_in_run
 
 __all__ = ["s3", "s3_port"]
 EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.keep_last=2", "deepspeed.config=zero1")
@@ -68,11 +72,11 @@ def spoiling(port: int, spoil: Callable[[int, Asked], Fault | None]) -> Iterator
 
 def test_what_cannot_be_a_url_of_checkpoints(small_recipe) -> None:
     for value, line in {
-        "https://host/run": "https:// is no place for a run; use s3:// or gs://",
-        "hf://datasets/user/set": "hf:// is no place for a run; use s3:// or gs://",
+        "https://host/run": "nothing can be written to https://; use s3:// or gs://",
+        "hf://datasets/user/set": "nothing can be written to hf://; use s3:// or gs://",
         "ftp://host/run": "ftp:// is not supported",
         "s3://key:secret@bucket/run": "s3://bucket/run has a user",
-        "/scratch/run": "is no URL; use s3:// or gs://, or run.dir for a directory",
+        "/scratch/run": "is not a URL; use s3:// or gs://, or run.dir for a directory",
     }.items():
         with pytest.raises(RecipeError, match=re.escape(line)) as error:
             small_recipe(f"checkpoint.url={value}")
@@ -91,8 +95,8 @@ def test_a_url_in_place_of_a_run_names_the_command_that_fetches_it(command) -> N
 def test_what_cannot_be_fetched_is_one_line(url, tmp_path) -> None:
     for place, line in {
         url: f"{url} has no run (it has no owner.json)",
-        "https://host/run": "https:// is no place for a run; use s3:// or gs://",
-        "file:///scratch/run": "file:// is no place for a run; use s3:// or gs://",
+        "https://host/run": "nothing can be written to https://; use s3:// or gs://",
+        "file:///scratch/run": "nothing can be written to file://; use s3:// or gs://",
     }.items():
         assert line in karat_refuses("fetch", place, str(tmp_path / "run"))
         assert not (tmp_path / "run").exists()
@@ -157,6 +161,40 @@ def test_ranks_beat_while_a_store_moves() -> None:
     assert follow(ALONE, Slow(), lambda: beats.append("beat"))
     assert len(beats) == 3  # at first, and when data came
     assert not follow(ALONE, Slow(), lambda: None, lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("code", "signal_after", "seconds"),
+    [
+        (0, 1000, 1060),  # a run that has finished waits, until a signal
+        (EXIT_STOPPED, 0, 60),
+        (2, math.inf, 20),
+        (1, math.inf, 5),
+        (EXIT_LOST_PEER, math.inf, 5),
+        (2, 1, 20),  # a signal gives no more time
+    ],
+)
+def test_the_last_copy_may_take_as_long_as_the_exit_code_allows(
+    code, signal_after, seconds, tmp_path, monkeypatch
+) -> None:
+    clock = Clock()
+    begun, signals = clock.now, SimpleNamespace(received=None)
+    monkeypatch.setattr("karat_scale.training.run_copy.time", SimpleNamespace(monotonic=clock, time=time.time))
+
+    class Stuck(RunCopy):
+        def wait(self, seconds: float) -> bool:
+            clock.go(seconds)
+            if clock.now - begun > signal_after:
+                signals.received = signal.SIGTERM
+            return False
+
+    (tmp_path / "run").mkdir()
+    copy = Stuck(SimpleNamespace(url="s3://bucket/run"), RunDirectory(tmp_path / "run"), 1, [])
+    finish_copy(copy, ALONE, Reporter(SilentDisplay(), None), signals, code)
+    assert seconds < clock.now - begun < seconds + 3
+    waiting, warning = copy.messages()
+    assert waiting == "waiting for the last copy to s3://bucket/run"
+    assert "the last copy to s3://bucket/run is not complete: there was no time to finish it; the next start" in warning
 
 
 @pytest.mark.slow
@@ -327,7 +365,7 @@ def test_a_run_goes_on_elsewhere_with_the_same_bits(recipe_file, trained, train,
     cut, own = tmp_path / "cut", (*EVERY_STEP, "model.proj_drop=0.1")
     killed = start(recipe_file, cut, *own, f"checkpoint.url={url}", processes=processes)
     wait_for_checkpoint(cut, 3, killed)
-    wait_until(lambda: bool(names(url)), killed)
+    wait_in_run(lambda: bool(names(url)), killed)
     kill_all(killed)
     there = names(url)[0]
     shutil.rmtree(cut)
@@ -371,7 +409,7 @@ def test_damage_at_the_url_is_named_and_the_one_before_is_taken(train, url, tmp_
     for name in names(url):
         WritableStore(f"{url}/checkpoints/{name}").write("state.json", b"{}")
     refused = train("third", "checkpoint.every_steps=3", code=2)
-    assert re.search(r"error: checkpoint\.url = \S+: none of \d checkpoints can be used", refused.stderr)
+    assert re.search(r"error: checkpoint\.url = \S+ has no checkpoint that can be used", refused.stderr)
     assert refused.stderr.count("error:") == 1
 
 
@@ -411,7 +449,7 @@ def test_a_store_that_is_down_at_the_start_is_one_line(train, s3_port, tmp_path)
     with spoiling(s3_port, lambda number, asked: "503"):
         (line,) = train("run", "checkpoint.timeout=3", code=2).stderr.splitlines()
     assert re.match(
-        r"error: checkpoint\.url: s3://\S+: .* or resume without a copy by checkpoint\.url= \(from the b", line
+        r"error: checkpoint\.url: s3://\S+: .* or train from the beginning without a copy by checkpoint\.url=$", line
     )
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -454,7 +492,7 @@ def test_kills_at_many_moments_of_the_copy(recipe_file, s3, s3_port, tmp_path) -
             run = tmp_path / f"run-{number}"
             process = start(recipe_file, run, "train.epochs=50", *EVERY_STEP, f"checkpoint.url={url}")
             reached = len(proxy.requests) + 60 + 17 * number
-            wait_until(lambda: len(proxy.requests) >= reached and (names(url) or [""])[0] > seen, process)  # noqa: B023
+            wait_in_run(lambda: len(proxy.requests) >= reached and (names(url) or [""])[0] > seen, process)  # noqa: B023
             kill_all(process)
             seen = names(url)[0]
             karat_done("fetch", url, str(tmp_path / f"fetched-{number}"), "--checkpoint", "all")
@@ -468,7 +506,7 @@ def test_a_later_start_takes_the_url_over(recipe_file, train, url, tmp_path) -> 
     own = ("train.epochs=500", "checkpoint.every_steps=2")
     first = start(recipe_file, tmp_path / "first", *own, f"checkpoint.url={url}")
     wait_for_checkpoint(tmp_path / "first", 4, first)
-    wait_until(lambda: bool(names(url)), first)
+    wait_in_run(lambda: bool(names(url)), first)
     train("second", *own, "train.max_steps=400")
     assert f"{url} was taken over by another start" in stopped_by(first, signal.SIGTERM)
     assert names(url) == CheckpointStore(tmp_path / "second" / "checkpoints").names()

@@ -201,7 +201,7 @@ class LastBlock:
         if prefix < 0 or prefix != getattr(model, "num_prefix_tokens", 0):
             side = math.isqrt(last.tokens)  # of the last of several stages
             if side**2 != last.tokens:
-                raise NoMapError(f"the {last.tokens} tokens of {config.name}'s last block are no square grid")
+                raise NoMapError(f"the {last.tokens} tokens of {config.name}'s last block are not a square grid")
             prefix, grid = 0, (side, side)
         has_class_token = prefix > 0 and getattr(model, "cls_token", None) is not None
         return cls(len(sizes) - 1, prefix, grid, has_class_token)

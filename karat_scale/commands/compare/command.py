@@ -25,6 +25,7 @@ _STYLES = ("-", "--", ":")  # for groups with the same colour
 _LONGEST = 60  # characters of a label in a legend
 Array = npt.NDArray[np.float64]
 _SHOWN_KEYS = 3  # of the differing keys, on a terminal
+_LEFT_OUT = "left out: "
 
 
 def compare_runs(
@@ -51,9 +52,9 @@ def compare_runs(
         for line in notes if len(notes) > 1 else ():
             print(on_one_line(line), file=sys.stderr)
         several = f"none of the {len(notes)} is finished and whole; the lines above say why"
-        raise UserError(f"no run to compare: {notes[0] if len(notes) == 1 else several}")
+        raise UserError(f"no run to compare: {several if len(notes) > 1 else notes[0].removeprefix(_LEFT_OUT)}")
     comparison, left_out = compare_groups(usable, metric, match)
-    notes += [f"left out: {line}" for line in left_out]
+    notes += [f"{_LEFT_OUT}{line}" for line in left_out]
     machines = dict.fromkeys(run.machine for run in usable)
     if len(machines) > 1:
         notes.append(f"note: images a second and hours are of different machines: {'; '.join(machines)}")
@@ -80,12 +81,12 @@ def _read(paths: Sequence[str]) -> tuple[list[FinishedRun], list[str]]:
     for path in paths:
         place = Path(path).expanduser().resolve()
         if place in runs:
-            notes.append(f"left out: {path} is named twice")
+            notes.append(f"{_LEFT_OUT}{path} is named twice")
             continue
         try:
             runs[place] = read_run(path)
         except UserError as error:
-            notes.append(f"left out: {error}")
+            notes.append(f"{_LEFT_OUT}{error}")
             continue
         if note := runs[place].damage:
             notes.append(f"note: {note}")

@@ -17,8 +17,8 @@ from karat_scale.commands.compare.finished import MEASURES, SCORES, Budget, Fini
 from karat_scale.foundation.console import plural, printable
 from karat_scale.foundation.errors import UserError
 from karat_scale.recipe import RunRecipe
-from karat_scale.recipe.base import Effect
-from karat_scale.recipe.loading import effects, flatten, setting_text
+from karat_scale.recipe.base import Effect, setting_text
+from karat_scale.recipe.loading import effects, flatten
 
 _MOST_KEYS = 3  # in a label
 _SEED = re.compile(r"[-_.]?seed[-_=]?\d+$")  # at the end of a directory's name

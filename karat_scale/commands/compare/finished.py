@@ -12,6 +12,7 @@ from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.foundation.files import file_sha256, sealed
 from karat_scale.recipe import Recipe, RunRecipe
+from karat_scale.recipe.base import wanted_by
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 
@@ -40,8 +41,9 @@ class Figures(BaseModel):
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "its content"
             value = "" if first["type"] == "missing" else f" = {str(first['input'])[:40]!r}"
-            what = first["msg"].removeprefix("Input ")
-            raise RunDirectoryError(f"{where}: damaged: {field}{value}: {what}; put back what the run wrote") from None
+            raise RunDirectoryError(
+                f"{where}: damaged: {field}{value}: {wanted_by(first)}; put back what the run wrote"
+            ) from None
 
 
 def read_summary(directory: RunDirectory) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def examine_data(subject: Subject, backend: Backend) -> Iterator[Finding]:
     recipe = subject.recipe
     source = recipe.data.stream or recipe.data.path or "generated in memory"
     train, val, classes = backend.num_train, backend.num_val, backend.num_classes
-    counts = f"{train:,} training and {val:,} validation images, {classes} classes"
+    counts = f"{train:,} training and {val:,} validation images, {plural(classes, 'class')}"
     yield found("data", f"{recipe.data.backend}, {source}: {counts}", train=train, val=val, classes=classes)
     files = loading.find_data_files(recipe, backend.num_train)
     if files is not None:
@@ -331,8 +331,7 @@ def check_up(recipe: Recipe, seconds: float, report: Report, before: Callable[[]
     Raises:
         UserError: the recipe is wrong or does not fit the world.
     """
-    world = distributed.start(recipe.run.device)
-    try:
+    with distributed.joined(recipe.run.device) as world:
         micro_batch = micro_batch_of(recipe, world.size)
         load_ds_config(recipe, world.size, micro_batch)
         with tempfile.TemporaryDirectory(prefix="karat-doctor-") as scratch:
@@ -349,8 +348,6 @@ def check_up(recipe: Recipe, seconds: float, report: Report, before: Callable[[]
             timed = partial(time_recipe, subject, model, num_train, seconds, report)
             verdict = _examined(subject, "timed run", lambda: _judge(timed(), report))
             report.add("verdict", "what bounds training", verdict)
-    finally:
-        distributed.stop()
 
 
 def _has_bf16(device: torch.device) -> bool:

@@ -44,7 +44,7 @@ from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.batch import BadSample, Batch
 from karat_scale.data.plan import BatchSlice
 from karat_scale.data.shards.remote import RemoteUse
-from karat_scale.data.shards.shard_format import dataset_directory
+from karat_scale.data.shards.shard_format import dataset_directory, require_directory
 from karat_scale.data.shards.shards import FolderSplit
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import World
@@ -162,9 +162,13 @@ def evaluate_on(
         run.choose(world)
         with world.together():
             use = RemoteUse.of(recipe.data, training=False)
-            if request.on is None and recipe.data.row.files is None:
-                raise UserError(f"data.backend = {recipe.data.backend} has no files; name a directory by --on")
             where = dataset_directory(recipe.data.path if request.on is None else request.on)
+            if request.on is None:
+                if (files := recipe.data.row.files) is None:
+                    why = f"need files, and data.backend = {recipe.data.backend} has none; name a directory by --on"
+                    raise UserError(f"--split, --labels, --corrupt and --name {why}")
+                if isinstance(where, Path):
+                    require_directory(where, files)
             split = request.split or ("" if request.on is not None else recipe.data.val_split)
             as_stored = request.on is None  # as plain `karat eval` sees them
             test_set = open_test_set(where, split, classes, use, as_stored)

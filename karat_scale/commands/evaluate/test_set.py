@@ -156,9 +156,9 @@ class TestSet(ImageSource):
         if not self.unmatched:
             return self.source.notice
         names = few(self.unmatched, 8)
-        images, classes = plural(self.left_out, "image"), "class" if len(self.unmatched) == 1 else "classes"
+        images, classes = plural(self.left_out, "image"), plural(len(self.unmatched), "class")
         others = f"; {self.source.notice}" if self.source.notice else ""
-        return f"{len(self.unmatched)} {classes} that the run does not have, with {images}, left out: {names}{others}"
+        return f"{classes} that the run does not have, with {images}, left out: {names}{others}"
 
 
 def open_test_set(
@@ -215,7 +215,7 @@ def _open(directory: Path | str, split: str, use: RemoteUse) -> Split:
         folders = [path for path in directory.iterdir() if path.is_dir()] if directory.is_dir() else []
         if not folders:
             raise DataError(
-                f"{directory} is no test set: no {DATASET_FILE}, no *.beton and no folders of classes; correct the path"
+                f"{directory} is not a test set: no {DATASET_FILE}, no *.beton, no folders of classes; correct the path"
             )
         around = [path.name for path in folders if any(entry.is_dir() for entry in path.iterdir())]
         if not split and not {*around} & {*SPLITS}:
@@ -278,7 +278,7 @@ class OtherLabels:
         try:
             content = parse_json(read_bytes(file, LARGEST_TEXT))
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no JSON"
+            reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
             raise DataError(f"--labels {file}: {reason}; name a JSON file such as ReaL's real.json") from None
         if not isinstance(content, list | dict) or not content:
             raise DataError(f"--labels {file}: should be a JSON list or object of labels")

@@ -11,7 +11,6 @@ import importlib.util
 import io
 import json
 import logging
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from karat_scale.checkpoint.weights import describe_weights, preprocessing
 from karat_scale.foundation.console import plural, work_display
 from karat_scale.foundation.errors import RunDirectoryError, UserError, one_line
 from karat_scale.foundation.files import flush_to_disk, replace_file, temporary_folder, write_atomically
-from karat_scale.foundation.tables import ATTENTIONS, EXPORT_FORMATS, FormatRow, how_to_install, load
+from karat_scale.foundation.tables import ATTENTIONS, EXPORT_FORMATS, HUB, FormatRow, how_to_install, load
 from karat_scale.models import create_model, parameter_count
 from karat_scale.models.transfer import teacher_of, weights_digest
 from karat_scale.recipe import AttentionConfig, ModelConfig, Recipe
@@ -92,16 +91,6 @@ class _WithTeacher(nn.Module):
         """Return the logits of normalised images."""
         logits: Tensor = self.student(images)
         return logits
-
-
-def check_push(repository: str) -> None:
-    """Raise UserError if the name is no USER/NAME, or nobody is logged in; before anything is exported."""
-    from huggingface_hub import get_token
-
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repository):
-        raise UserError(f"--push {repository}: should be USER/NAME, such as jane/owls")
-    if get_token() is None:
-        raise UserError(f"--push {repository}: not logged in to the hub; run `hf auth login`, or set HF_TOKEN")
 
 
 def push_folder(folder: Path, repository: str, private: bool) -> str:
@@ -296,9 +285,6 @@ def check_likeness(model: nn.Module, exported: Callable[[Tensor], Tensor], image
     return worst
 
 
-HUB = "hub-folder"
-
-
 def export_run(
     run_dir: str,
     format: str | None,
@@ -322,10 +308,6 @@ def export_run(
     Raises:
         UserError: the run or checkpoint is missing or damaged, has no EMA, or the output cannot be written.
     """
-    if push is not None:
-        if format not in (None, HUB):
-            raise UserError(f"--format {format}: --push uploads a {HUB}; remove --format")
-        check_push(push)
     run = OpenRun.at(run_dir, Recipe, checkpoint=checkpoint)
     kinds: Sequence[str] = [weights] if weights != "both" else ["raw", "ema"] if run.saved["has_ema"] else ["raw"]
     row = EXPORT_FORMATS[format or "safetensors"]

@@ -335,8 +335,8 @@ def open_splits(directory: Path | str) -> dict[str, Callable[[], Split]]:
     folders = [name for name in SPLIT_FOLDERS if (directory / name).is_dir()]
     if not folders:
         raise DataError(
-            f"{directory} is no data set: no {DATASET_FILE}, no *.beton, no folder {' or '.join(SPLIT_FOLDERS)}; name "
-            "the directory that has one"
+            f"{directory} is not a data set: no {DATASET_FILE}, no *.beton, no folder {' or '.join(SPLIT_FOLDERS)}; "
+            "name the directory that has one"
         )
     return {name: partial(FolderSplit, directory, name, MOST_CLASSES) for name in folders}
 
@@ -364,8 +364,8 @@ def _pictures(split: Split, classes_shown: int, each: int = 6) -> dict[str, list
 def _print_split(facts: SplitFacts) -> None:
     numbers = facts.numbers()
     empty = numbers["empty_classes"]
-    classes = "1 class" if numbers["classes"] == 1 else f"{numbers['classes']} classes"
-    counts = f"\n{facts.name}: {plural(facts.images, 'image')} of {classes}, {facts.per_each} each"
+    counts = f"\n{facts.name}: {plural(facts.images, 'image')} of {plural(numbers['classes'], 'class')}, "
+    counts += f"{facts.per_each} each"
     print(printable(counts + (f"; without images: {', '.join(empty[:5])}" if empty else "")))
     if facts.notice:
         print(printable(f"  {facts.notice}"))

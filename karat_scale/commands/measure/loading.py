@@ -389,6 +389,8 @@ def _is_ordinary(data: bytes) -> bool:
 def encoded_images(shards: str | None, tar: str | None) -> Iterator[bytes]:
     """Yield the images of shards, or else of a tar, or else new ones without end. Raises DataError."""
     if shards:
+        if isinstance(directory := shard_format.dataset_directory(shards), Path):
+            shard_format.check_has_record(directory, "--path")
         with closing(ShardSplit(shards, "train", num_classes=1 << 30)) as split:
             yield from map(split.read, range(len(split)))
     elif tar:

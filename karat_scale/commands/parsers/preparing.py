@@ -49,7 +49,7 @@ def add_commands(commands: Any) -> None:
     add_recipe(show, "data.path=DIR")
     add_number(show, "--step", 1, "the training step")
     add_number(show, "--images", 32, "at most this many")
-    show.add_argument("--out", metavar="FILE", help="a PNG (default: RUN.DIR-step-N.png)")
+    show.add_argument("--out", type=new_file, metavar="FILE", help="a PNG (default: RUN.DIR-step-N.png)")
     show.set_defaults(run=command("karat_scale.commands.look.command:show_batch", _check_data))
 
     data = commands.add_parser("data", help="look at a data set: counts, sizes, odd files, and a page of samples")

@@ -4,6 +4,7 @@ import argparse
 import glob
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +21,7 @@ from karat_scale.foundation.arguments import (
     call,
     command,
     count,
+    new_directory,
     new_file,
     positive,
     run_directory,
@@ -28,15 +30,15 @@ from karat_scale.foundation.arguments import (
     virtual_environment,
     whole,
 )
-from karat_scale.foundation.errors import DataError, RunDirectoryError, UserError
+from karat_scale.foundation.errors import DataError, RecipeError, RunDirectoryError, UserError
 from karat_scale.foundation.files import trained_model
 from karat_scale.foundation.machine import known_gpu
-from karat_scale.foundation.stores import is_url
-from karat_scale.foundation.tables import CORRUPTIONS, EXPORT_FORMATS, SCHEMAS, TRACKERS, importing, load
+from karat_scale.foundation.stores import check_url, check_writable, is_url
+from karat_scale.foundation.tables import CORRUPTIONS, EXPORT_FORMATS, HUB, SCHEMAS, TRACKERS, importing, load
 
 if TYPE_CHECKING:
     from karat_scale.commands.submit.sbatch import Job
-    from karat_scale.recipe import Recipe
+    from karat_scale.recipe import Recipe, RunRecipe
 
 SHIPPED = "cifar10_karat"  # in examples/weights
 SCORES = ("top1", "top5", "loss", "box_ap", "mask_ap")
@@ -159,7 +161,7 @@ def add_commands(commands: Any) -> None:
     fetch.add_argument("directory", metavar="DIR", help="a new directory, or one of this run")
     names = "checkpoints to fetch: best, latest, all, or names (default: best latest)"
     fetch.add_argument("--checkpoint", nargs="+", default=("best", "latest"), metavar="NAME", help=names)
-    fetch.set_defaults(run=command("karat_scale.commands.elsewhere:fetch_run"))
+    fetch.set_defaults(run=command("karat_scale.commands.elsewhere:fetch_run", _check_fetch))
 
     detect = commands.add_parser("detect", help="train or evaluate Mask R-CNN on a ViT, with data in COCO's format")
     add_recipe(detect, "data.path=DIR", "a detection recipe's name or a YAML file; with --eval, a run")
@@ -206,7 +208,8 @@ def _add_results(commands: Any) -> None:
     names = tuple(ANALYSES)
     only = f"run only these analyses: {', '.join(names)}"
     analyze.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=only)
-    analyze.add_argument("--out", metavar="DIR", help="output (default: `analysis` in the first run's directory)")
+    out = "output (default: `analysis` in the first run's directory)"
+    analyze.add_argument("--out", type=new_directory, metavar="DIR", help=out)
     analyze.add_argument("--data", metavar="DIR", help="the data, instead of the runs' data.path")
     add_checkpoint(analyze)
     add_weights(analyze)
@@ -221,7 +224,7 @@ def _add_results(commands: Any) -> None:
     add_number(analyze, "--batch", Options.batch, "images per batch")
     seed = "seed of the landscape's directions and the sharpness's probes"
     add_number(analyze, "--seed", Options.seed, seed, whole(0))
-    analyze.set_defaults(run=command("karat_scale.commands.analyze.command:analyze_paths", _check_runs))
+    analyze.set_defaults(run=command("karat_scale.commands.analyze.command:analyze_paths", _check_analyzed))
 
     compare = commands.add_parser("compare", help="compare finished runs over their seeds: spread, differences, curves")
     _add_runs(compare, "a run's directory; the first one's group is the base")
@@ -229,7 +232,8 @@ def _add_results(commands: Any) -> None:
     compare.add_argument("--metric", choices=SCORES, help=metric)
     match = "leave out groups more than 5 %% away from the first one in this measure"
     compare.add_argument("--match", choices=MATCHES, help=match)
-    compare.add_argument("--out", metavar="DIR", help="write compare.md, compare.csv, compare.html and the curves here")
+    out = "write compare.md, compare.csv, compare.html and the curves here"
+    compare.add_argument("--out", type=new_directory, metavar="DIR", help=out)
     add_json(compare)
     compare.set_defaults(run=command("karat_scale.commands.compare.command:compare_runs", _check_runs))
 
@@ -262,7 +266,8 @@ def _add_results(commands: Any) -> None:
     add_json(predict, "write a line of JSON for each image")
     rows = "also write a row of CSV for each class"
     predict.add_argument("--csv", dest="csv_file", type=new_file, metavar="FILE", help=rows)
-    predict.add_argument("--attention", metavar="DIR", help="also draw where the model looks: a PNG for each image")
+    drawn = "also draw where the model looks: a PNG for each image"
+    predict.add_argument("--attention", type=new_directory, metavar="DIR", help=drawn)
     predict.set_defaults(run=command("karat_scale.commands.predict.command:predict", _check_images))
 
     demo = commands.add_parser("demo", help="serve a page on this machine that classifies pictures dropped into it")
@@ -366,6 +371,7 @@ def _train_or_print(recipe: "Recipe", only_print: bool) -> int:
         print(dump_recipe(recipe), end="")
         return 0
     check_data_path(recipe.data)
+    _check_sources(recipe)
     with importing(for_good=True):
         from karat_scale.training.run import train
         from karat_scale.training.tasks.classification.task import ClassificationTask
@@ -375,6 +381,30 @@ def _train_or_print(recipe: "Recipe", only_print: bool) -> int:
     except RunDirectoryError:  # a mistake in the recipe itself is reported first
         _check_recipe(recipe)
         raise
+
+
+def _check_sources(recipe: "RunRecipe") -> None:
+    """Raise UserError if what a recipe begins with is not there. A run that has begun needs only the DeepSpeed file."""
+    from karat_scale.checkpoint.store import branch_point
+    from karat_scale.engine.deepspeed_config import find_ds_config
+    from karat_scale.recipe.files import TIMM, locate, recipe_of_run
+    from karat_scale.recipe.loading import flatten
+
+    find_ds_config(recipe.deepspeed)
+    # What is at the URL may have begun elsewhere.
+    if recipe.checkpoint.url or (Path(recipe.run.dir).expanduser() / "recipe.yaml").is_file():
+        return
+    if recipe.resume.from_:
+        branch_point(recipe.resume.from_)
+    values = flatten(recipe)
+    try:
+        for key in ("init_from", "distill.from"):
+            if (source := values.get(key)) and not source.startswith(TIMM):
+                locate(source)
+        if source := values.get(key := "attention.transfer_from"):
+            recipe_of_run(Path(source))
+    except UserError as error:
+        raise RecipeError(f"{key} = {source}: {error}") from None
 
 
 def _check_recipe(recipe: "Recipe") -> None:
@@ -391,10 +421,9 @@ def _check_recipe(recipe: "Recipe") -> None:
 
 def _eval(options: argparse.Namespace) -> int:
     check_run(options)
-    from karat_scale.data.shards.shard_format import not_a_directory
-
-    if options.on is not None and not is_url(options.on) and not (test_set := Path(options.on).expanduser()).is_dir():
-        raise DataError(f"--on {not_a_directory(test_set)}; name shards, betons or a folder of images")
+    _check_directory("--on", options.on)
+    if strange := [text for text in options.overrides if "=" not in text]:
+        raise UserError(f"unexpected argument {strange[0]!r}; karat eval takes one RUN, and overrides are key=value")
     if options.severity and options.corrupt is None:
         raise UserError("--severity has no effect without --corrupt; add that, or remove --severity")
     from karat_scale.commands.evaluate.command import evaluate_on, evaluate_run
@@ -410,12 +439,10 @@ def _eval(options: argparse.Namespace) -> int:
 def _detect(options: argparse.Namespace) -> int:
     from karat_scale.recipe.files import recipe_of_run
     from karat_scale.recipe.loading import dump_recipe, load_recipe
-    from karat_scale.training.tasks.detection.recipe import DetectionRecipe
+    from karat_scale.training.tasks.detection.recipe import DetectionRecipe, require_pycocotools
 
     if options.eval:
         recipe_of_run(Path(options.recipe))
-        from karat_scale.training.tasks.detection.coco import require_pycocotools
-
         require_pycocotools()
         from karat_scale.commands.evaluate.command import evaluate_run
         from karat_scale.training.tasks.detection.task import DetectionTask
@@ -430,9 +457,8 @@ def _detect(options: argparse.Namespace) -> int:
     if options.print:
         print(dump_recipe(recipe), end="")
         return 0
-    from karat_scale.training.tasks.detection.coco import require_pycocotools
-
     require_pycocotools()
+    _check_sources(recipe)
     with importing(for_good=True):
         from karat_scale.training.run import train
         from karat_scale.training.tasks.detection.task import DetectionTask
@@ -484,6 +510,19 @@ def _check_runs(options: argparse.Namespace) -> None:
             recipe_of_run(Path(run))  # a path that is not a run is left out of a comparison
 
 
+def _check_analyzed(options: argparse.Namespace) -> None:
+    _check_runs(options)
+    _check_directory("--data", options.data)
+
+
+def _check_directory(option: str, data: str | None) -> None:
+    """Raise DataError if an option names images that are not there."""
+    from karat_scale.data.shards.shard_format import not_a_directory
+
+    if data is not None and not is_url(data) and not (directory := Path(data).expanduser()).is_dir():
+        raise DataError(f"{option} {not_a_directory(directory)}; name shards, betons or a folder of images")
+
+
 def _check_tracked(options: argparse.Namespace) -> None:
     from karat_scale.recipe.files import recipe_of_run
 
@@ -506,9 +545,26 @@ def _check_images(options: argparse.Namespace) -> None:
     raise UserError(f"{options.images[0]}: no such file; name images, folders or quoted globs")
 
 
+def _check_fetch(options: argparse.Namespace) -> None:
+    try:
+        check_writable(options.url)
+        check_url(options.url)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def _check_export(options: argparse.Namespace) -> None:
     if options.private and not options.push:
         raise UserError("--private has no effect without --push; add that, or remove --private")
+    if options.push is not None:
+        from huggingface_hub import get_token
+
+        if options.format not in (None, HUB):
+            raise UserError(f"--format {options.format}: --push uploads a {HUB}; remove --format")
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", options.push):
+            raise UserError(f"--push {options.push}: should be USER/NAME, such as jane/owls")
+        if get_token() is None:
+            raise UserError(f"--push {options.push}: not logged in to the hub; run `hf auth login`, or set HF_TOKEN")
     check_run(options)
 
 

@@ -195,13 +195,13 @@ def line(choice: Choice, recipe: Recipe) -> str:
     how = f"deepspeed.config={choice.config} train.micro_batch={choice.micro_batch}"
     if choice.recompute != "none":
         how += f" train.recompute.policy={choice.recompute}"
-    needs, asked, note = f"{gigabytes(choice.needed)} of {gigabytes(choice.available)}", recipe.train.eval_batch, ""
+    needed, available, asked, note = gigabytes(choice.needed), gigabytes(choice.available), recipe.train.eval_batch, ""
     if not choice.fits:
-        return f"nothing fits; {how} needs least: {needs}"
+        return f"nothing fits into {available}; the least is {needed}, with {how}"
     if choice.eval_batch < asked:
         how += f" train.eval_batch={choice.eval_batch}"
         note = f"\nan evaluation with train.eval_batch = {asked} does not fit; {choice.eval_batch} does"
-    return f"recommended: {how} ({choice.accumulation} a step): {needs}{note}"
+    return f"recommended: {how} ({choice.accumulation} a step): {needed} of {available}{note}"
 
 
 def _show_time(plan: Plan) -> None:

@@ -47,8 +47,9 @@ from karat_scale.foundation.machine import usable_cores
 from karat_scale.foundation.tables import EXTRAS, how_to_install, is_installed
 from karat_scale.models.attention_matrices import watched
 from karat_scale.recipe import Recipe
+from karat_scale.recipe.files import locate
 from karat_scale.recipe.loading import validate_recipe
-from karat_scale.training.weights_file import locate, read_exported, read_facts
+from karat_scale.training.weights_file import read_exported, read_facts
 
 
 @dataclass(frozen=True)

@@ -519,7 +519,7 @@ def _compare_weights(before: SavedState, kept: SavedState, again: SavedState) ->
 def _pieces(tensors: Mapping[str, torch.Tensor]) -> Pieces:
     pieces = Pieces()
     for name, tensor in tensors.items():
-        pieces.add([Fragment(name, 0, 0, tensor.numel())], tensor)
+        pieces.add([Fragment.whole(name, tensor)], tensor)
     return pieces
 
 

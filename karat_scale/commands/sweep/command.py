@@ -169,11 +169,11 @@ class PlannedRun:
     @property
     def state(self) -> State:
         """The present state of the run in the directory."""
+        if not (self.directory / "recipe.yaml").is_file():
+            return State.NEW
         from karat_scale.training.run_directory import RunDirectory  # imports torch
 
         directory = RunDirectory(self.directory)
-        if not directory.recipe_file.is_file():
-            return State.NEW
         standing = read_standing(self.directory)
         if standing.signs and standing.ended is None and not standing.is_silent:
             return State.RUNNING

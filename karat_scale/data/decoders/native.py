@@ -46,7 +46,7 @@ class NativeDecoder:
         self._decoders = PerThread(self._library.karat_decoder_new, self._library.karat_decoder_free)
         if self._decoded(blank_jpeg(1), lambda *_: crop_view((0, 0, 1, 1), 1)) is None:
             # Pillow would do all the work: correct, but slow.
-            reason = "it reads no JPEG: the loaded libjpeg does not match the header it was compiled with"
+            reason = "it cannot read JPEGs: the loaded libjpeg does not match the header it was compiled with"
             warnings.warn(f"the native JPEG decoder is not available: {reason}", stacklevel=2)
             raise RecipeError(f"data.decoder = native cannot run: {reason}; set data.decoder=auto")
 
@@ -111,7 +111,7 @@ class NativeRecoder:
         )
         self._recoders = PerThread(self._library.karat_recoder_new, self._library.karat_recoder_free)
         if self.shrink(blank_jpeg(1), 1, 90, 1) is None:
-            raise LoadError("it reads no JPEG: the loaded libjpeg does not match the header it was compiled with")
+            raise LoadError("it cannot read JPEGs: the loaded libjpeg does not match the header it was compiled with")
 
     def shrink(self, data: bytes, short_side: int, quality: int, margin: int) -> bytes | None:
         """Return a JPEG of at most this short side in pixels; None if the image is doubtful or not for libjpeg.

@@ -162,7 +162,7 @@ def stage(arguments: list[str] | None = None) -> None:
         raise DataError(f"--out {out} has the tars of --src itself; use a directory on the local disk")
     is_ours = (out / _STAGED).exists() or ((out / shard_format.DATASET_FILE).exists() and not _has_others(out, record))
     if not is_ours and any((out / file.name).exists() for file in files):  # which may be the only ones
-        raise DataError(f"--out {out} has files of these names that are no copies; use another directory")
+        raise DataError(f"--out {out} has files of these names that are not copies; use another directory")
     if options.dry_run:
         print(f"would copy {len(files)} files, {sum(file.bytes for file in files) / 1e6:,.1f} MB, to {out}")
         return
@@ -325,7 +325,7 @@ def verify(arguments: list[str] | None = None) -> None:
         raise DataError(f"{problems[0]} ({plural(len(problems), 'problem')} in total)")
     for name, split in splits.items():
         print(
-            f"{name}: right: {plural(split.samples, 'sample')} of {len(record.classes)} classes in "
+            f"{name}: right: {plural(split.samples, 'sample')} of {plural(len(record.classes), 'class')} in "
             f"{plural(len(split.shards), 'shard')}"
         )
 

@@ -32,6 +32,7 @@ from karat_scale.data.prepare.sources.base import UnreadableSampleError, find_fi
 from karat_scale.data.prepare.sources.imagefolder import NAME_FILES, ImageFolderSource, read_synset_names
 from karat_scale.data.shards.shard_format import BetonRecord, OddRecord, SkippedRecord, SplitRecord, dataset_directory
 from karat_scale.foundation.arguments import OneLineParser, count
+from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import lock, unlock
 from karat_scale.foundation.machine import be_killed_with_parent, usable_cores
@@ -132,16 +133,15 @@ class Job:
         """Print what --dry-run promises."""
         size = int(self.source.sizes[indices].sum())
         print(
-            f"{self.split}: {len(indices)} images of {len(self.source.classes)} classes, about {size / 1e6:,.1f} MB, "
-            f"would be written to {where}"
+            f"{self.split}: {plural(len(indices), 'image')} of {plural(len(self.source.classes), 'class')}, about "
+            f"{size / 1e6:,.1f} MB, would be written to {where}"
         )
 
     def print_result(self, record: SplitRecord | BetonRecord, where: str, listed_in: str) -> None:
         """Print what was made, and the first images that were skipped or are odd."""
         print(
-            f"{self.split}: {record.samples} samples of {len(self.source.classes)} classes {where}, "
-            f"{record.bytes / 1e6:,.1f} MB, "
-            f"{len(record.skipped)} skipped, {len(record.odd)} odd"
+            f"{self.split}: {plural(record.samples, 'sample')} of {plural(len(self.source.classes), 'class')} {where}, "
+            f"{record.bytes / 1e6:,.1f} MB, {len(record.skipped)} skipped, {len(record.odd)} odd"
         )
         lines = [f"skipped {item.path}: {item.reason}" for item in record.skipped]
         lines += [f"{item.done} {item.path}: {item.what}" for item in record.odd if item.done != "skipped"]

@@ -38,7 +38,7 @@ from karat_scale.data.shards.shard_files import CHANGED, Blocks, ChangedSampleEr
 from karat_scale.data.shards.shard_format import DATASET_FILE, FileRecord, ShardRecord
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import lock, locked
-from karat_scale.foundation.machine import is_local, local_directory
+from karat_scale.foundation.machine import is_local, local_directory, number_in
 from karat_scale.foundation.native_build import cache_directory
 from karat_scale.foundation.stores import DEFAULT_TIMEOUT, NO_SIZE, Store
 from karat_scale.recipe import DataConfig
@@ -331,10 +331,10 @@ class RemoteUse:
 def _ranks(environ: Mapping[str, str]) -> tuple[int, int]:
     """Return the numbers of ranks of the run and of this node, as torchrun or srun set them."""
     if "WORLD_SIZE" in environ:
-        ranks = int(environ["WORLD_SIZE"])
-        return ranks, int(environ.get("LOCAL_WORLD_SIZE", ranks))
-    ranks = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    return ranks, -(-ranks // int(environ.get("SLURM_STEP_NUM_NODES", "1")))
+        ranks = number_in(environ, "WORLD_SIZE")
+        return ranks, number_in(environ, "LOCAL_WORLD_SIZE", str(ranks))
+    ranks = number_in(environ, "SLURM_STEP_NUM_TASKS", "1")
+    return ranks, -(-ranks // number_in(environ, "SLURM_STEP_NUM_NODES", "1"))
 
 
 # Descriptors of extents; one that the cache has removed takes space on the disk until it is closed.

@@ -41,6 +41,7 @@ from karat_scale.foundation.machine import launch_environment
 from karat_scale.foundation.stores import Store, is_url
 from karat_scale.foundation.tables import Files
 from karat_scale.recipe import DataConfig
+from karat_scale.recipe.base import wanted_by
 
 _FIX = "make it with karat prepare webdataset"
 DATASET_FILE, TIMM_FILE = "dataset.json", "info.json"
@@ -176,7 +177,7 @@ def _validated(kind: type[M], path: object, read: Callable[[], str], fix: str) -
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "JSON"
         fix = f"remove it and {fix}" if fix == _FIX else fix
-        raise DataError(f"{path} is damaged or of another version ({where}: {first['msg']}); {fix}") from error
+        raise DataError(f"{path} is damaged or of another version ({where}: {wanted_by(first)}); {fix}") from error
 
 
 def _record_text(directory: Path | str, timeout: float | None, what: str) -> str:
@@ -337,7 +338,7 @@ def read_columns(data: bytes, kinds: Mapping[str, Any], samples: int, file_bytes
     columns = {name: _numbers(read_column(data, name), name, kind) for name, kind in kinds.items()}
     keys = read_column(data, KEY)
     if keys.dtype.kind != "S":
-        raise ValueError(f"column {KEY} holds no names")
+        raise ValueError(f"column {KEY} does not hold names")
     for name, column in (*columns.items(), (KEY, keys)):
         if column.shape != (samples,):
             raise ValueError(f"column {name} has the shape {column.shape}, and there are {samples} samples")
@@ -354,15 +355,12 @@ def read_column(data: bytes, name: str) -> Column:
         ValueError: there is none, or it cannot be read.
     """
     try:
-        archive = np.load(io.BytesIO(data), allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it is no npz file")
-        with archive:
+        with np.lib.npyio.NpzFile(io.BytesIO(data), allow_pickle=False) as archive:
             return np.asarray(archive[name])
     except KeyError:
         raise ValueError(f"it has no column {name}") from None
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError, NotImplementedError, SyntaxError) as error:
-        raise ValueError(f"it is no npz file: {str(error)[:100] or type(error).__name__}") from None
+        raise ValueError(f"it is not an npz file: {str(error)[:100] or type(error).__name__}") from None
 
 
 def key_of(data: bytes, sample: int) -> str:
@@ -378,7 +376,7 @@ def keys_of(data: bytes) -> list[str]:
 
 def _numbers(column: Column, name: str, kind: Any) -> Column:
     if column.dtype.kind not in "iu":
-        raise ValueError(f"column {name} holds no whole numbers")
+        raise ValueError(f"column {name} does not hold whole numbers")
     limits = np.iinfo(kind)
     if column.size and (int(column.min()) < limits.min or int(column.max()) > limits.max):
         raise ValueError(f"column {name} has numbers that are out of range")
@@ -433,7 +431,10 @@ def check_data_path(data: DataConfig) -> None:
     """
     if data.row.files is None or is_url(data.path) or staged_copy(data.path):
         return
-    directory = Path(data.path).expanduser()
+    try:
+        directory = Path(data.path).expanduser()
+    except RuntimeError:
+        raise DataError(f"data.path = {data.path}: the user after ~ is not known here; write the whole path") from None
     must_answer(directory, data.timeout)
     if data.row.files is Files.SHARDS:
         check_has_record(directory)
@@ -449,7 +450,7 @@ def split_fix(split: str, there: Collection[str]) -> str:
         return "; set data.train_split to one of them"
     usual = ("val", "validation", "valid", "test")
     if split not in usual and (close := nearest(split, there)):
-        return f"; did you mean {close[0]}?"
+        return f"; did you mean data.{'train' if close[0] == 'train' else 'val'}_split={close[0]}?"
     if split not in usual:
         return "; set data.train_split or data.val_split to one of them"
     others = [name for name in usual if name in there]

@@ -135,9 +135,13 @@ def _checked_size(header: bytes, offset: int, what: str) -> int:
         raise _no_header(header, offset, what) from None
 
 
+# The first bytes of compressed files, and what decompresses them.
+_UNPACKED_BY = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+
+
 def _no_header(header: bytes, offset: int, what: str) -> DataError:
-    if header.startswith((b"\x1f\x8b", b"BZ", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")) and offset == 0:
-        return DataError(f"{what} is compressed; decompress it first, for example with gunzip")
+    if offset == 0 and (tool := next((tool for start, tool in _UNPACKED_BY.items() if header.startswith(start)), "")):
+        return DataError(f"{what} is compressed; decompress it first, for example with {tool}")
     if offset == 0 and header:
         return DataError(f"{what} is not a tar, or damaged from its first byte; name another file, or fetch it again")
     if len(header) < BLOCK:

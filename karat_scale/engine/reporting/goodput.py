@@ -160,5 +160,5 @@ def wall_time(events: Iterable[Mapping[str, Any]]) -> WallTime:
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is no time")
+        raise ValueError(f"{value!r} is not a time")
     return float(value)

@@ -4,6 +4,7 @@ import pytest
 
 from karat_scale.attention import variants
 from karat_scale.foundation import native_build
+from tests.compilers import needs_compiler
 
 
 @pytest.fixture
@@ -14,7 +15,7 @@ def by_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counted
 
 
-@pytest.fixture(params=native_build.INSTRUCTION_SETS)
+@pytest.fixture(params=[pytest.param(name, marks=needs_compiler) for name in native_build.INSTRUCTION_SETS])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Make the CPU kernel use an instruction set and return its name; skip the test if this CPU lacks it."""
     name: str = request.param

@@ -12,6 +12,7 @@ from karat_scale.attention import fourier_karat_attention, functional
 from karat_scale.attention.kernels import triton_fourier
 from tests.attention.calls import make_call, relative_error
 from tests.attention.kernels.in_interpreter import run_interpreted
+from tests.compilers import needs_c_compiler
 from tests.conftest import output_of
 
 
@@ -70,6 +71,7 @@ def fake_cuda(monkeypatch):
         yield torch.device("cuda", 0)
 
 
+@needs_c_compiler
 @pytest.mark.parametrize(
     ("base", "bias", "mask"), [("zero", None, None), ("gelu", (1, 3, 197, 197), None), ("zero", None, (2, 1, 197, 197))]
 )

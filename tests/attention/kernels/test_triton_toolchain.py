@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from karat_scale.attention.kernels import triton_toolchain
+from tests.compilers import needs_c_compiler
 from tests.conftest import ROOT, output_of
 
 LACKS_COMPILER = "Triton needs a C compiler, and none of gcc, clang is on PATH; install gcc or set CC"
@@ -25,12 +26,14 @@ def here(monkeypatch, tmp_path):
     triton_toolchain._launch_problem.cache_clear()
 
 
+@needs_c_compiler
 def test_the_answer_is_found_once(monkeypatch):
     assert triton_toolchain.launch_problem() is None
     monkeypatch.setenv("PATH", "")
     assert triton_toolchain.launch_problem() is None
 
 
+@needs_c_compiler
 def test_what_is_missing_is_named(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     cache = tmp_path / "file" / "cache"
@@ -60,6 +63,7 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     assert str(triton_toolchain.launch_problem()).endswith("builds no extension of Python: cannot find crti.o")
 
 
+@needs_c_compiler
 def test_tritons_own_driver_has_the_last_word(monkeypatch):
     """Where torch reports a GPU, Triton's own driver is started too. Here that fails, because there is no GPU."""
     pytest.importorskip("triton")
@@ -120,6 +124,7 @@ with FakeTensorMode():
 """
 
 
+@needs_c_compiler
 @pytest.mark.slow
 def test_auto_falls_back_with_its_reason_where_there_is_no_compiler(tmp_path):
     """With a compiler, auto takes the kernels. In both cases it compiles into one graph."""

@@ -33,19 +33,20 @@ def test_ranks_share_the_landscape(karat_run: TrainedRun, tmp_path: Path) -> Non
     files = {path.relative_to(tmp_path / "two").as_posix() for path in (tmp_path / "two").rglob("*.*")}
     assert {"report.html", "spectrum/karat/last_block.png", "landscape/karat/optimizer_path.png"} <= files
     assert not any("/.landscape" in name for name in files)
-    refused = karat(*arguments, "--out", str(tmp_path / "none"), "--data", str(tmp_path / "nowhere"), processes=2)
+    refused = karat(*arguments, "--out", str(tmp_path / "none"), "--data", str(tmp_path / "one"), processes=2)
     assert refused.returncode != 0
     assert len([line for line in refused.stderr.splitlines() if line.startswith("error: landscape of karat")]) == 1
 
 
 def test_missing_images_leave_what_needs_none(karat_run: TrainedRun, tmp_path: Path, capsys) -> None:
-    out, nowhere = str(tmp_path / "out"), str(tmp_path / "nowhere")
-    arguments = ["analyze", str(karat_run.path), *QUICK, "--out", out, "--data", nowhere]
+    out, empty = str(tmp_path / "out"), tmp_path / "empty"
+    empty.mkdir()
+    arguments = ["analyze", str(karat_run.path), *QUICK, "--out", out, "--data", str(empty)]
     names = ("accuracy", "calibration", "spectrum", "maps", "distributions")
     assert main([*arguments, "--only", *names]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1  # although four analyses need the images
-    assert nowhere in lines[0]
+    assert str(empty) in lines[0]
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count('class="problem"') == 1
     assert "missing for it: Accuracy, Calibration, Spectral behaviour, Attention maps" in page
@@ -92,7 +93,8 @@ def test_a_later_command_keeps_what_an_earlier_one_made(karat_run: TrainedRun, t
     before = (tmp_path / "report.html").read_text()
     assert 'data-figure="maps/' in before
     assert "earlier command" not in before
-    assert main([*arguments, "--only", "maps", "--data", str(tmp_path / "nowhere")]) == 2
+    (tmp_path / "empty").mkdir()
+    assert main([*arguments, "--only", "maps", "--data", str(tmp_path / "empty")]) == 2
     assert (tmp_path / "report.html").read_text() == before
     assert "no analysis was possible, so" in capsys.readouterr().err.splitlines()[-1]
     assert main([*arguments, "--only", "distributions"]) == 0

@@ -118,7 +118,7 @@ def test_what_was_frozen_is_frozen(karat_run: TrainedRun) -> None:
 def test_no_run_no_checkpoint_and_a_damaged_one(own_run: TrainedRun, tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="not a run directory"):
         open_run(tmp_path)
-    with pytest.raises(RunDirectoryError, match="no checkpoint 'step-9'; there are: step-00000016"):
+    with pytest.raises(RunDirectoryError, match=r"--checkpoint step-9: .*; name one of best, latest, step-00000016"):
         open_run(own_run.path, checkpoint="step-9")
     (own_run.store.root / own_run.in_order[1] / "state.json").write_text("{}")
     with pytest.raises(RunDirectoryError, match=r"cannot be used: state\.json"):

@@ -85,6 +85,7 @@ def rewrite(run: Path, **fields: object) -> None:
     [
         (lambda run: (run / "summary.json").unlink(), "has no summary.json"),
         (lambda run: (run / "summary.json").write_text("{"), "damaged"),
+        (lambda run: rewrite(run, train_images="x"), "damaged: train_images = 'x': should be a whole number"),
         (lambda run: (run / "recipe.yaml").unlink(), "not a run directory"),
         (lambda run: rewrite(run, exit=75, reason="stopped by SIGTERM"), r"has not finished \(stopped by SIGTERM\)"),
         (lambda run: rewrite(run, best_step=None), "was never evaluated"),

@@ -175,6 +175,8 @@ def test_a_mistake_is_one_line(run: Path, image_folder: Path, tmp_path: Path) ->
         (("--on", str(tmp_path / "copy"), "--name", "a"), "choose another --name"),
         (("--on", str(tmp_path / "copy"), "--name", "../a"), "should be a file's name"),
         (("--on", str(tmp_path / "nowhere")), "nowhere is not a directory; name shards"),
+        (("data.path=nowhere", "--split", "val"), "data.path = nowhere is not a directory"),
+        (("data.backend=synthetic", "data.path=", "--labels", "x"), "data.backend = synthetic has none; name a dir"),
         (("--severity", "3"), "--severity has no effect without --corrupt"),
         (("--severity", "6", "--corrupt"), "unknown value 6"),
         (("--corrupt", "fogg"), "did you mean fog?"),

@@ -111,7 +111,7 @@ def test_files_without_an_images_suffix_are_told(tmp_path: Path) -> None:
 
 
 def test_what_is_no_test_set_is_one_line(tmp_path: Path, image_folder: Path) -> None:
-    with pytest.raises(DataError, match=r"is no test set: .*; correct the path"):
+    with pytest.raises(DataError, match=r"is not a test set: .*; correct the path"):
         open_test_set(tmp_path, "", OURS, RemoteUse())
     with pytest.raises(DataError, match="knows none of its 4 classes; the first ones are class0, class1, class2"):
         open_test_set(image_folder, "", ("owl", "cat"), RemoteUse())
@@ -206,7 +206,7 @@ def test_labels_that_the_run_does_not_have_are_told(labels_of) -> None:
 
 
 def test_a_wrong_file_is_one_line(labels_of, tmp_path: Path) -> None:
-    for content, words in (("[", "it is no JSON"), ("{}", "JSON list or object"), ("[3]", "'3' should be a list")):
+    for content, words in (("[", "it is not JSON"), ("{}", "JSON list or object"), ("[3]", "'3' should be a list")):
         with pytest.raises(DataError, match=words):
             labels_of(content, ("cat",))
     with pytest.raises(DataError, match="No such file"):

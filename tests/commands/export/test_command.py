@@ -53,7 +53,7 @@ def test_what_cannot_be_exported_is_one_line(small_recipe, make_run, tmp_path: P
     for arguments, said in (
         (("--out", str(tmp_path / "one.safetensors")), "add --weights raw or ema"),
         (("--out", str(tmp_path / "one.onnx")), "one.onnx is a file of another format; add --format onnx"),
-        (("--checkpoint", "step-00000009"), "no checkpoint 'step-00000009'"),
+        (("--checkpoint", "step-00000009"), "--checkpoint step-00000009: "),
         ((*raw, "/proc/nowhere"), "/proc/nowhere"),
         ((*raw, str(full), "--format", "timm"), f"{full} exists already; remove it or choose another --out"),
         ((*raw, f"{full}/v1.bin"), f"use {full}/v1.safetensors, or {full}/v1.bin/ for a directory"),

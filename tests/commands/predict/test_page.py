@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -11,17 +10,9 @@ import pytest
 
 from karat_scale.foundation.tables import is_installed
 from tests.commands.analyze.browser import open_browser
-from tests.conftest import karat_environment, karat_here
+from tests.conftest import karat_environment, karat_here, wait_until
 
 needs_gradio = pytest.mark.skipif(not is_installed("gradio"), reason="the extra demo is not installed")
-
-
-def wait_for(found, seconds: float = 60.0):
-    deadline = time.monotonic() + seconds
-    while not (result := found()):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    return result
 
 
 @needs_gradio
@@ -42,11 +33,11 @@ def test_a_picture_is_classified_on_a_page_of_this_machine_alone_that_keeps_no_u
                 answer = httpx.get(f"{url}/config", headers={"Host": host, "Origin": f"http://{host}"}, timeout=None)
                 assert answer.status_code == code
             browser.go(url)
-            wait_for(lambda: browser.count("#picture input[type=file]"))
+            wait_until(lambda: browser.count("#picture input[type=file]"))
             browser.choose_file("#picture input[type=file]", picture)
-            text = wait_for(lambda: "%" in browser.text("#classes") and browser.text("#classes"))
+            text = wait_until(lambda: "%" in browser.text("#classes") and browser.text("#classes"))
             assert "class" in text
-            wait_for(lambda: browser.count("#overlay img"))
+            wait_until(lambda: browser.count("#overlay img"))
             client = Client(url, verbose=False, download_files=False)
             top, _ = client.predict(handle_file(picture), api_name="/classify")
             assert top["label"].startswith("class")

@@ -20,9 +20,9 @@ from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
 from karat_scale.models import create_model
 from karat_scale.models.attention_matrices import watched
 from karat_scale.recipe import Recipe
+from karat_scale.recipe.files import locate
 from karat_scale.training.run_directory import OpenRun
 from karat_scale.training.tasks.classification.task import ClassificationTask
-from karat_scale.training.weights_file import locate
 from tests.conftest import CLASSES, SMALL, VAL_PER_CLASS, karat, karat_done, karat_here, karat_refuses, karat_says
 from tests.data.conftest import exif
 from tests.data.prepare.making import prepared
@@ -205,8 +205,8 @@ def test_what_is_no_model_is_one_line(run: Path, image_folder: Path, tmp_path: P
         ),
         (out, ("--weights", "ema"), "holds raw only; leave out --weights, or name the run"),
         (out, ("--checkpoint", "latest"), "leave out --checkpoint"),
-        (run, ("--checkpoint", "step-00000099"), "no checkpoint 'step-00000099'"),
-        (run, ("--attention", image), "File exists; name another directory"),
+        (run, ("--checkpoint", "step-00000099"), "--checkpoint step-00000099: "),
+        (run, ("--attention", image), "is a file; choose another directory"),
         (damaged, (), "not a whole file of karat export"),
         (image, (), "not a .safetensors file; name the run, or what karat export wrote as safetensors, timm or hub-"),
     ):

@@ -5,12 +5,11 @@ import pty
 import re
 import select
 import subprocess
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tests.conftest import karat_command, karat_environment
+from tests.conftest import karat_command, karat_environment, wait_until
 
 SECONDS = 120
 _ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
@@ -26,11 +25,13 @@ class Terminal:
 
     def wait_for(self, text: str) -> None:
         """Read what the process shows until `text` is there; colours and movements of the cursor are left out."""
-        deadline = time.monotonic() + SECONDS
-        while text not in self.shown:
-            assert time.monotonic() < deadline, f"no {text!r} in: {self.shown}"
-            if select.select([self.keyboard], [], [], 0.1)[0]:
+
+        def is_there() -> bool:
+            if select.select([self.keyboard], [], [], 0)[0]:
                 self.shown += self._read()
+            return text in self.shown
+
+        wait_until(is_there, SECONDS, self)
 
     def type(self, text: str) -> None:
         os.write(self.keyboard, text.encode())

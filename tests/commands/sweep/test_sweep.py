@@ -20,7 +20,7 @@ from karat_scale.engine.heartbeat import Sign, heartbeat_file
 from karat_scale.foundation.errors import UserError
 from karat_scale.foundation.machine import this_node
 from karat_scale.recipe.loading import dump_recipe
-from tests.conftest import SMALL, karat_command, karat_environment, karat_here, run_to_end, summary
+from tests.conftest import SMALL, karat_command, karat_environment, karat_here, run_to_end, summary, wait_until
 
 QUICK = ("train.epochs=1", "schedule.warmup_epochs=0", "checkpoint.every_minutes=null")
 
@@ -223,11 +223,12 @@ def until_it_trains(recipe: Path, *arguments: str) -> "subprocess.Popen[str]":
     command = karat_command(["sweep", str(recipe), *SMALL, *QUICK, *arguments])
     process = subprocess.Popen(command, env=karat_environment(), stderr=subprocess.PIPE, text=True)
     metrics = recipe.parent / "out" / "seed-0" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.is_file() and '"train"' in metrics.read_text()):
+
+    def trains() -> bool:
         assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+        return metrics.is_file() and '"train"' in metrics.read_text()
+
+    wait_until(trains, 120)
     return process
 
 

@@ -26,6 +26,7 @@ from karat_scale.data.decoders.libraries import RESAMPLE, resized
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.foundation.native_build import _available_instruction_sets
 from karat_scale.recipe import AugmentConfig
+from tests.compilers import needs_compiler
 
 
 def image(width: int = 40, height: int = 30) -> Image.Image:
@@ -176,7 +177,7 @@ def pictures() -> list[Image.Image]:
     return [*images, *few, Image.new("RGB", (40, 30), (255, 0, 255))]
 
 
-@pytest.fixture(params=[*_available_instruction_sets(), "plain"])
+@pytest.fixture(params=[pytest.param(name, marks=needs_compiler) for name in (*_available_instruction_sets(), "plain")])
 def compiled(request, monkeypatch):
     """Yield a function that returns the compiled operations of an interpolation, for each instruction set."""
     monkeypatch.setenv("KARAT_CPU_ISA", request.param)
@@ -234,6 +235,7 @@ def test_every_operation_of_a_policy_is_timms(policy, interpolation):
     assert seen == set(ours.names)
 
 
+@needs_compiler
 def test_flips_and_jitter_are_the_same_without_a_compiler():
     augment = AugmentConfig(scale=(1, 1), ratio=(1, 1), hflip=0.5, color_jitter=0.4, randaugment="rand-m9")
     compiled, plain = TrainTransform(augment, 40), TrainTransform(augment, 40)

@@ -1,7 +1,6 @@
 """Helpers that the tests of the backends share."""
 
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,13 +60,6 @@ def flip(path: Path, at: int, by: int = 0xFF) -> None:
 def all_ended_since(before: set[int]) -> bool:
     """Return whether all children that were not there before have ended; one may still be a zombie."""
     return not any(map(running, children() - before))
-
-
-def wait_until(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def noise(number: int, size: int = 64) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import gc
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -15,7 +16,8 @@ from karat_scale.data.decoders.decode import crop_view
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
 from karat_scale.data.shards.tars import EncodedSample
 from karat_scale.foundation.errors import DataError
-from tests.data.backends.helpers import CROP_AND_FLIP, SIZE, contents, hollow, noise, odd_samples, wait_until
+from tests.conftest import wait_until
+from tests.data.backends.helpers import CROP_AND_FLIP, SIZE, contents, hollow, noise, odd_samples
 from tests.data.conftest import encode, photo
 from tests.data.tars import tar_files
 
@@ -220,33 +222,23 @@ def test_results_are_taken_over_on_a_stream_of_their_own(monkeypatch, decoder):
 
 
 def test_an_error_of_the_requests_is_raised_although_an_image_fails_before(decoder, monkeypatch):
-    class FailsAtTheSecond:
-        """Fails at the second batch. Like DALI, it asks for two batches more than it has decoded."""
-
-        def __init__(self, inputs):
-            self.inputs, self.ahead, self.done = inputs, [], 0
-
-        def run(self):
-            while len(self.ahead) < self.done + 3 and (one := next(self.inputs, None)) is not None:
-                self.ahead.append(one)
-            if self.done == len(self.ahead):
-                raise StopIteration
-            self.done += 1
-            if self.done == 2:
-                raise RuntimeError(MET.format(where="CPU", met="Failed to decode sample #0 :"))
-            return ("decoded",)
+    """With a deeper queue, DALI has met the error and holds the third request when the second one's image fails."""
+    monkeypatch.setattr(gpu_decoders, "QUEUE_DEPTH", 3)
+    asked = []
 
     def requests():
         for number in range(3):
-            yield crops([number])
+            asked.append(number)
+            one = crops([number])
+            yield one if number != 1 else replace(one, data=[np.frombuffer(hollow(number).data, dtype=np.uint8)])
+        asked.append("all")
         raise DataError("the store does not answer")
 
-    monkeypatch.setattr(DaliDecoder, "_build", lambda self, source, _: FailsAtTheSecond(source))
-    monkeypatch.setattr(DaliDecoder, "_result", lambda self, output: output)
-    found = []
+    decoded = decoder.decoded(requests())
+    found = [(one and len(one), asked[-1]) for one in (next(decoded), next(decoded), next(decoded))]
+    assert found == [(1, "all"), (None, "all"), (1, "all")]
     with pytest.raises(DataError, match="the store does not answer"):
-        found += iter(decoder.decoded(requests()))
-    assert found == ["decoded", None, "decoded"]
+        next(decoded)
 
 
 def tasks() -> int:

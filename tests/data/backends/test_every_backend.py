@@ -20,8 +20,8 @@ from karat_scale.data.backends import ImageSpec, open_backend
 from karat_scale.data.plan import PADDING, BatchSlice, EvalPlan, TrainPlan
 from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import AugmentConfig
-from tests.conftest import ROOT, karat_environment
-from tests.data.backends.helpers import SIZE, all_ended_since, broken, children, contents, flip, wait_until
+from tests.conftest import ROOT, karat_environment, wait_until
+from tests.data.backends.helpers import SIZE, all_ended_since, broken, children, contents, flip
 from tests.data.betons import make_betons
 from tests.training.runs import assert_a_kill_changes_nothing
 from tests.warm import run_code

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +15,8 @@ from karat_scale.data.batch import Batch
 from karat_scale.data.plan import TrainPlan
 from karat_scale.data.streams import StreamProgress
 from karat_scale.foundation.errors import DataError
-from tests.data.backends.helpers import SIZE, all_ended_since, children, contents, wait_until
+from tests.conftest import wait_until
+from tests.data.backends.helpers import SIZE, all_ended_since, children, contents
 from tests.data.tars import image, sample, write_tar
 
 ENDLESS = """
@@ -96,11 +96,9 @@ def test_a_silent_source_is_named_in_time_and_nothing_is_left(streamed, tars: Pa
     seconds = str(10**6 + os.getpid())
     command = f"cat {tars}/0.tar; sleep {seconds}"
     backend = streamed(f"pipe:{command}", workers=1, timeout=1.5)
-    begun = time.monotonic()
     said = r"no batch came for data.timeout = 1.5 s: worker 0 reads pipe:cat .*sleep 1"
     with pytest.raises(DataError, match=said):
         train(backend, 50)
-    assert time.monotonic() - begun < 60
     wait_until(lambda: all_ended_since(before))
     wait_until(lambda: not [p for p in psutil.process_iter(["cmdline"]) if seconds in (p.info["cmdline"] or [])])
 

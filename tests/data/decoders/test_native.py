@@ -13,7 +13,7 @@ from karat_scale.data.decoders.native import NativeDecoder, NativeRecoder, resul
 from karat_scale.foundation import native_build
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import DataConfig
-from tests.conftest import karat_environment
+from tests.conftest import forked, karat_environment
 from tests.warm import run_code
 
 pytestmark = pytest.mark.usefixtures("native_runs")
@@ -63,10 +63,11 @@ def test_a_decoder_serves_threads_and_a_forked_process(encode_jpeg):
     assert set(found) == {expected}
     decoder = NativeDecoder("bicubic", 10**6)
     expected = pixels_of(decoder, encode_jpeg)
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if pixels_of(decoder, encode_jpeg) == expected else 1)
-    assert os.waitpid(child, 0)[1] == 0
+
+    def read() -> None:
+        assert pixels_of(decoder, encode_jpeg) == expected
+
+    assert os.waitpid(forked(read), 0)[1] == 0
 
 
 def test_a_progressive_file_without_its_last_scans_is_left_to_pillow(encode_jpeg):

@@ -159,6 +159,8 @@ NO_CLASSES = [
     ([("a.cls", b"1")], [], "no sample has an image and a label, by --label cls"),
     (GOOD, ["--label", "csv"], "should be one of auto, cls"),
     (GOOD, ["--split", "train=b*.tar"], "no tar that is left has such a path"),
+    (GOOD, ["--split", "train"], "--split train: should be NAME=GLOB, such as train=train-*.tar"),
+    (GOOD, ["--split", "train=*", "--split", "val=*"], "--split val=*: an earlier --split has all tars; put this"),
     ([("a.cls", b"1")], ["--classes", "/nowhere"], "--classes /nowhere cannot be read: No such file or directory"),
 ]
 
@@ -182,7 +184,7 @@ def test_class_names_come_from_a_file_or_a_folder_in_the_path(tmp_path: Path, ca
     assert index(tmp_path / "t", "--classes", str(names)) == 0
     assert read_dataset_record(tmp_path / "t").classes == ["cat", "dog"]
     assert read_dataset_record(tmp_path / "t").splits["train"].empty_classes == ["cat"]
-    assert "1 classes have no sample" in capsys.readouterr().out
+    assert "1 class without a sample" in capsys.readouterr().out
 
 
 def test_numbered_classes_have_the_names_that_timm_and_open_clip_wrote(tmp_path: Path) -> None:
@@ -259,7 +261,7 @@ def test_a_class_whose_name_is_no_utf8_is_skipped_and_a_worker_that_dies_is_one_
         write_tar(tmp_path / name / "train.tar", members)
         assert index(tmp_path / name, "--label", rule) == 0
         skipped = read_dataset_record(tmp_path / name).splits["train"].skipped
-        said = "no label: the name of the class is no UTF-8"
+        said = "no label: the name of the class is not UTF-8"
         assert (said in [one.reason for one in skipped]) == (name != "name")
     monkeypatch.setattr(indexing, "read_samples", lambda *arguments, **more: os._exit(9))
     capsys.readouterr()

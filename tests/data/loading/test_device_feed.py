@@ -12,7 +12,7 @@ from karat_scale.data.batch import Batch
 from karat_scale.data.loading import device_feed
 from karat_scale.data.loading.device_feed import LAUNCHED_AHEAD, DeviceFeed, RunAhead
 from karat_scale.foundation.errors import DataError
-from tests.data.backends.helpers import wait_until
+from tests.conftest import wait_until
 from tests.streams import Streams, streams
 
 __all__ = ["streams"]

@@ -24,8 +24,8 @@ from karat_scale.data.backends.own import Collated
 from karat_scale.data.shards.shards import LocalPlace
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.recipe.loading import load_recipe
-from tests.conftest import karat_done, make_image_folder, output_of, summary
-from tests.data.backends.helpers import all_ended_since, children, running, wait_until
+from tests.conftest import karat_done, make_image_folder, output_of, summary, wait_until
+from tests.data.backends.helpers import all_ended_since, children, running
 from tests.data.conftest import encode, photo
 from tests.data.tars import write_tar
 
@@ -581,7 +581,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
         ({"num_classes": "10"}, "num_classes = '10': expected a whole number"),
         ({"num_classes": 2}, r"but num_classes = 2; use other data, or train with num_classes=3"),
         ({"dtype": torch.int32}, r"dtype = torch.int32: use a floating point type .*, or torch.uint8"),
-        ({"split": "trian"}, "did you mean train"),
+        ({"split": "trian"}, "did you mean split=train"),
     ],
 )
 def test_what_images_cannot_be_is_one_line(options: dict[str, Any], message: str, make_shards: Make) -> None:
@@ -770,3 +770,44 @@ print([name for name in ("deepspeed", "timm", "torchvision", "webdataset", "trit
 
 def test_reading_a_recipe_needs_no_torch_and_importing_the_loaders_neither_deepspeed_nor_timm() -> None:
     assert output_of(sys.executable, "-c", IMPORTS) == "[]\n[]\n"
+
+
+# With the argument "alone", Python finds nothing but what docs/loader.md names, and what that needs.
+ALONE = """
+import sys
+from hashlib import sha256
+from importlib.machinery import PathFinder
+
+NAMED = {"karat_scale", "torch", "numpy", "PIL", "pydantic", "yaml"}
+OF_TORCH = {"torchgen", "functorch", "typing_extensions", "sympy", "mpmath", "networkx", "filelock", "fsspec", "jinja2"}
+OF_PYDANTIC = {"pydantic_core", "annotated_types", "typing_inspection"}
+FOUND = NAMED | OF_TORCH | OF_PYDANTIC | {"markupsafe", *sys.stdlib_module_names}
+path, how = sys.argv[1:]
+if how == "alone":
+    find = PathFinder.find_spec
+    is_found = lambda top: top in FOUND or top.startswith("_sysconfigdata")
+    PathFinder.find_spec = lambda name, *rest: find(name, *rest) if is_found(name.partition(".")[0]) else None
+
+from karat_scale.data import EvalLoader, ExactLoader, SampleFiles
+
+def show(loader):
+    with loader:
+        batches = [[part.numpy().tobytes() for part in batch] for batch in loader]
+    print(len(batches), sha256(repr(batches).encode()).hexdigest())
+
+given = {"global_batch": 8, "image_size": 16, "epochs": 1}
+show(ExactLoader(path, **given))
+show(ExactLoader(path, **given, order="block", block_samples=4, window_blocks=2, decoder="pillow"))
+show(ExactLoader(path, **given, augment={"mixup": 0.8, "mix_prob": 1.0, "label_smoothing": 0.1, "color_jitter": 0.4}))
+show(ExactLoader(path, **given, augment={"run_on": "device", "erasing": 0.5}))
+show(EvalLoader(path, batch=8, workers=1, image_size=16))
+show(ExactLoader(SampleFiles(path), global_batch=8, epochs=1, transform=lambda sample: (len(sample["jpg"]),)))
+assert how != "alone" or not {"deepspeed", "timm", "torchvision", "psutil", "triton"} & {*sys.modules}
+"""
+
+
+def test_the_loaders_give_the_same_batches_without_deepspeed_timm_and_all_else(make_shards: Make) -> None:
+    shards = make_shards()
+    alone, beside = (output_of(sys.executable, "-c", ALONE, shards, how) for how in ("alone", "beside"))
+    assert [line.split()[0] for line in alone.splitlines()] == ["5", "5", "5", "5", "2", "5"]
+    assert alone == beside

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,8 +29,9 @@ from karat_scale.data.plan import BatchSlice, TrainPlan
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.foundation.machine import STOP_SIGNALS
 from karat_scale.recipe import AugmentConfig, DataConfig
-from tests.conftest import run_to_end
-from tests.data.backends.helpers import all_ended_since, children, running, wait_until
+from tests.compilers import needs_c_compiler
+from tests.conftest import run_to_end, wait_until
+from tests.data.backends.helpers import all_ended_since, children, running
 from tests.warm import PROCESSES
 
 
@@ -72,7 +72,7 @@ void come_and_go(void *interpreter, volatile int *ended) {
 """
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@needs_c_compiler
 def test_a_worker_that_hangs_in_its_fork_is_replaced(monkeypatch, tmp_path):
     (tmp_path / "foreign.c").write_text(FOREIGN_THREAD)
     subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", tmp_path / "foreign.so", tmp_path / "foreign.c"], check=True)

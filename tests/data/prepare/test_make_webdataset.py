@@ -13,8 +13,7 @@ from karat_scale.data.prepare.images import choose_encoder
 from karat_scale.data.prepare.make_webdataset import main, make_split
 from karat_scale.data.shards.shard_format import read_dataset_record
 from karat_scale.foundation.errors import DataError, run_script
-from tests.conftest import ROOT
-from tests.data.backends.helpers import wait_until
+from tests.conftest import ROOT, wait_until
 from tests.data.prepare.images import contents
 from tests.data.prepare.making import make_shards, run, shard_samples
 from tests.warm import run_code

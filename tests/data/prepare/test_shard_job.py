@@ -12,7 +12,8 @@ import pytest
 from karat_scale.data.prepare import make_webdataset
 from karat_scale.data.shards import shard_format
 from karat_scale.foundation.errors import DataError
-from tests.data.backends.helpers import flip, wait_until
+from tests.conftest import wait_until
+from tests.data.backends.helpers import flip
 from tests.data.prepare.conftest import SCRIPTS
 from tests.data.prepare.images import contents, write_folders
 from tests.data.prepare.making import make_shards, shard_samples

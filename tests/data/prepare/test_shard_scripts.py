@@ -16,8 +16,8 @@ from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.data.shards.tars import EncodedSample, write_shard
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import file_sha256
-from tests.conftest import ROOT, karat_done, karat_environment, karat_here, run_script
-from tests.data.backends.helpers import flip, wait_until
+from tests.conftest import ROOT, karat_done, karat_environment, karat_here, run_script, wait_until
+from tests.data.backends.helpers import flip
 from tests.data.prepare.images import contents, jpeg, write_folders
 from tests.data.prepare.making import make_shards
 from tests.data.tars import image, sample, write_tar
@@ -332,7 +332,7 @@ def test_a_copy_never_takes_the_place_of_tars_that_were_indexed_where_they_are(t
     (tmp_path / "theirs/dataset.json").unlink()
     for place in ("theirs", "unindexed"):
         write_tar(tmp_path / "unindexed/train-0.tar", sample(False))
-        with pytest.raises(DataError, match="has files of these names that are no copies; use another directory"):
+        with pytest.raises(DataError, match="has files of these names that are not copies; use another directory"):
             finished.stage(["--src", str(tmp_path / "source"), "--out", str(tmp_path / place)])
         assert (tmp_path / place / "train-0.tar").read_bytes() == before
 

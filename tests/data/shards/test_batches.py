@@ -4,8 +4,8 @@ import dataclasses
 import os
 import re
 import signal
-import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -18,16 +18,8 @@ from karat_scale.data.shards.shard_format import read_dataset_record, write_data
 from karat_scale.data.shards.shards import hash_files
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.stores import Store
-from tests.conftest import free_port
-from tests.data.backends.helpers import (
-    CROP_AND_FLIP,
-    all_ended_since,
-    children,
-    contents,
-    flip,
-    running,
-    wait_until,
-)
+from tests.conftest import forked, free_port, wait_until
+from tests.data.backends.helpers import CROP_AND_FLIP, all_ended_since, children, contents, flip, running
 from tests.servers import FaultyProxy
 
 pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install -e '.[remote]'")
@@ -153,11 +145,9 @@ def test_a_store_that_stalls_is_named_in_time(workers, make_shards, remote, ngin
         # Otherwise the process that fetches ahead may be the one that waits, and the trainer waits for that process.
         monkeypatch.setattr(SplitBackend, "_fetched_ahead", lambda self, source, slices: slices)
         stalls.append(True)
-        begun = time.monotonic()
         line = rf"^{re.escape(proxy.url)}/train-00000\d\.tar: no answer came in time, .*data.timeout \(now 3 s\)"
         with pytest.raises(DataError, match=line):
-            epochs(backend)
-        assert time.monotonic() - begun < 30  # the error does not wait for the server's answer
+            epochs(backend)  # the server's answer would come only at the end of the block
 
 
 def test_the_cache_must_hold_what_the_order_needs_and_hashes_are_not_fetched(make_shards, remote, nginx, data_config):
@@ -206,13 +196,15 @@ def test_the_fetching_process_stays_ahead_and_ends_with_its_slices(tmp_path):
 
 def test_the_fetching_process_ends_with_a_trainer_that_is_killed(tmp_path):
     told, pids = tmp_path / "told", tmp_path / "pids"
-    trainer = os.fork()
-    if trainer == 0:
+
+    def train() -> None:
         before = children()
         ahead = FetchedAhead(Recorder(told), TrainPlan(5, 40, 4, 4, 0, 1).slices(0, 10), 8)
         pids.write_text(str((children() - before).pop()))
         signal.pause()
         ahead.close()
+
+    trainer = forked(train)
     wait_until(lambda: pids.exists() and pids.read_text() and told.exists())
     os.kill(trainer, signal.SIGKILL)
     os.waitpid(trainer, 0)
@@ -222,14 +214,13 @@ def test_the_fetching_process_ends_with_a_trainer_that_is_killed(tmp_path):
 def test_ranks_of_a_node_fetch_each_block_once(make_shards, remote, nginx):
     plans = [TrainPlan(5, 40, 8, 4, rank, 2, **BLOCKS) for rank in range(2)]
     with FaultyProxy(nginx(make_shards()), latency=0.02) as proxy:
-        ranks = []
-        for plan in plans:
-            ranks.append(os.fork())
-            if ranks[-1] == 0:
-                backend = remote(proxy.url, workers=1, **BLOCKS)
-                seen = sum(len(batch.labels) for batch in backend.train_batches(plan.slices(0, 10)))
-                backend.close()
-                os._exit(0 if seen == 40 else 1)
+
+        def read(plan: TrainPlan) -> None:
+            backend = remote(proxy.url, workers=1, **BLOCKS)
+            assert sum(len(batch.labels) for batch in backend.train_batches(plan.slices(0, 10))) == 40
+            backend.close()
+
+        ranks = [forked(partial(read, plan)) for plan in plans]
         assert [os.waitpid(rank, 0)[1] for rank in ranks] == [0, 0]
         assert len(proxy.gets()) == 10
 

@@ -11,7 +11,7 @@ import pytest
 from karat_scale.data.shards.remote import NodeCache, Part, RemoteUse, data_cache_directory
 from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import DataConfig
-from tests.data.backends.helpers import wait_until
+from tests.conftest import forked, wait_until
 
 SIZE = 1000
 
@@ -109,10 +109,7 @@ def test_one_of_many_processes_makes_an_entry_and_a_killed_one_blocks_nobody(tmp
         begun.touch()
         time.sleep(60)
 
-    holder = os.fork()
-    if holder == 0:
-        cache.open("url a", SIZE, slow, later())
-        os._exit(0)
+    holder = forked(lambda: cache.open("url a", SIZE, slow, later()))
     wait_until(begun.exists)
     assert cache.open("url a", SIZE, slow, later(), waits=False) is None
     with pytest.raises(DataError, match=r"another process has not fetched url in time; raise data\.timeout"):
@@ -124,12 +121,10 @@ def test_one_of_many_processes_makes_an_entry_and_a_killed_one_blocks_nobody(tmp
         time.sleep(0.2)
         part.write(b"y" * SIZE)
 
-    readers = []
-    for _ in range(6):
-        readers.append(os.fork())
-        if readers[-1] == 0:
-            entry = cache.open("url a", SIZE, quick, later())
-            os._exit(0 if os.pread(entry, SIZE, 0) == b"y" * SIZE else 1)
+    def read() -> None:
+        assert os.pread(cache.open("url a", SIZE, quick, later()), SIZE, 0) == b"y" * SIZE
+
+    readers = [forked(read) for _ in range(6)]
     time.sleep(0.2)
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)

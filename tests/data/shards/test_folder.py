@@ -87,6 +87,8 @@ def test_the_folder_of_a_split_is_not_the_data_set(folder):
         ("val", ["train/ant/1.jpg"], "there: train; make one by karat prepare webdataset --val-fraction 0.1"),
         ("val", ["train/ant/1.jpg", "new/ant/1.jpg"], "; set data.val_split to one of them, or make one by karat "),
         ("mine", ["train/ant/1.jpg", "val/ant/1.jpg"], "; set data.train_split or data.val_split to one of them"),
+        ("trian", ["train/ant/1.jpg", "val/ant/1.jpg"], "; did you mean data.train_split=train?"),
+        ("vall", ["train/ant/1.jpg", "val/ant/1.jpg"], "; did you mean data.val_split=val?"),
         ("val", ["val/ant/1.jpg", "val/wasp/1.jpg"], "val/wasp is a class that the training split does not have"),
     ],
 )

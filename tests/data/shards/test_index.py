@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from karat_scale.data.shards.beton import COLUMNS, BetonSplit, index_bytes
-from karat_scale.data.shards.shard_format import DATASET_FILE, BetonRecord, FileRecord
+from karat_scale.data.shards.shard_format import DATASET_FILE, BetonRecord, FileRecord, read_columns
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError
 
@@ -106,6 +106,18 @@ def lies(directory: Path, change: Change | Callable[[bytes], bytes], of_bytes: b
     dataset = json.loads((directory / DATASET_FILE).read_text())
     dataset["splits"]["train"]["shards"][1]["index"] = record.model_dump()
     (directory / DATASET_FILE).write_text(json.dumps(dataset))
+
+
+def test_what_is_no_index_is_told_as_such() -> None:
+    one = io.BytesIO()
+    np.save(one, np.ones(1))
+    for data, said in (
+        (b"x", "it is not an npz file"),
+        (one.getvalue(), "it is not an npz file"),
+        (_saved({"size": np.ones(1)}), "column size does not hold whole numbers"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            read_columns(data, {"size": np.int64}, 1, 1)
 
 
 def test_an_index_of_a_shard_that_lies_is_one_line(make_shards) -> None:

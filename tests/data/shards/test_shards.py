@@ -17,6 +17,7 @@ from karat_scale.data.shards.beton import BetonSplit
 from karat_scale.data.shards.shard_files import Blocks
 from karat_scale.data.shards.shard_format import (
     SkippedRecord,
+    check_data_path,
     read_dataset_record,
     staged_copy,
     unused_classes,
@@ -26,7 +27,7 @@ from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.data.shards.tars import EncodedSample, write_shard
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import LARGEST_TEXT
-from karat_scale.recipe import AugmentConfig
+from karat_scale.recipe import AugmentConfig, DataConfig
 from karat_scale.training.run_directory import RunDirectory
 from tests.conftest import karat_here, karat_says
 from tests.data.backends.helpers import flip
@@ -113,6 +114,13 @@ def test_what_is_no_data_set_is_one_line(tmp_path):
     for text in ("", "{", '{"classes": 3}', '{"classes": [], "version": 9}'):
         (tmp_path / "dataset.json").write_text(text)
         assert "dataset.json is damaged or of another version" in refusal(tmp_path)
+    (tmp_path / "dataset.json").write_text('{"classes": 3}')
+    assert "(classes: should be a list, such as [a, b])" in refusal(tmp_path)
+
+
+def test_a_path_of_an_unknown_user_is_one_line() -> None:
+    with pytest.raises(DataError, match=r"^data.path = ~nobody-here/x: the user after ~ is not known here; "):
+        check_data_path(DataConfig(path="~nobody-here/x"))
 
 
 # What is said, which file is damaged, and how.

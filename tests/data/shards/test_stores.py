@@ -33,8 +33,8 @@ def test_urls():
     assert [is_url(text) for text in ("s3://a/b", "HTTPS://a", "data/a", "/a//b", "a:b", None)] == [1, 1, 0, 0, 0, 0]
     assert check_url("hf://datasets/user/set@main/train/") == "hf://datasets/user/set@main/train"
     for wrong, line in {
-        "ftp://a/b": "ftp:// is not supported; use s3://, gs://, https://, http://, hf://",
-        "s3://": "names no bucket or server",
+        "ftp://a/b": "ftp:// is not supported; use s3://, gs://, https://, http:// or hf://",
+        "s3://": "s3:// names no bucket or server; write it after the //",
         "https://me:word@host/a": "https://host/a has a user, a query or a fragment, which may be a credential",
         "https://host/a?sig=word": "https://host/a has a user, a query or a fragment",
     }.items():
@@ -62,16 +62,15 @@ def test_a_real_server(kind, files, request):
         store.read_small("a.tar", 100)
     with pytest.raises(ChangedFileError, match=r"a\.tar has changed since it was indexed"):
         store.read("a.tar", 0, 10, "another")
-    begun = time.monotonic()
-    with pytest.raises(ChangedFileError, match="is cut short, or has changed"):
+    # None of these is tried again: the lines end without "... times in ...".
+    with pytest.raises(ChangedFileError, match=r"is cut short, or has changed since it was indexed$"):
         store.read("a.tar", 10_000, 11_000)
-    with pytest.raises(ChangedFileError, match="is cut short, or has changed"):  # the server answers 416
+    with pytest.raises(ChangedFileError, match=r"is cut short, or has changed since it was indexed$"):  # an answer 416
         store.read("a.tar", 11_000, 12_000)
-    with pytest.raises(StoreError, match=r"none\.tar: it is missing"):
+    with pytest.raises(StoreError, match=r"none\.tar: it is missing( \(HTTP 404\))?$"):
         store.read("none.tar", 0, 10)
-    with pytest.raises(StoreError, match=r"none\.tar.* is missing"):
+    with pytest.raises(StoreError, match=r"none\.tar.* is missing( \(HTTP 404\))?$"):
         store.facts_of(["none.tar"])
-    assert time.monotonic() - begun < 20  # none of these is tried for long
 
 
 @pytest.mark.parametrize("fault", ["503", "cut", "short", pytest.param("slow", marks=pytest.mark.slow)])
@@ -209,7 +208,7 @@ def test_the_cache_tells_tars_of_one_size_apart_where_a_server_gives_no_etag(tmp
 
 # It has its own process: to collect the garbage of all that earlier tests have loaded is not safe after a fork.
 FORKED = """
-import gc, os, sys, time
+import gc, os, sys
 from karat_scale.foundation.stores import Store
 
 store = Store(sys.argv[1], timeout=60)
@@ -220,15 +219,13 @@ if child == 0:
     gc.collect()
     os._exit(0 if other == facts else 1)
 assert os.waitpid(child, 0)[1] == 0
-begun = time.monotonic()
 assert store.facts("a.tar") == facts
-print(time.monotonic() - begun)
 """
 
 
 def test_another_process_closes_no_connection_of_its_parent(files, nginx):
     """A fork has copies of its parent's connections, and both processes share the epoll that watches the sockets."""
-    url = f"http://127.0.0.1:{nginx(files)}"
-    done = run_code(FORKED, url, environments=[karat_environment()], directory=files)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 12  # a try that gets no answer takes 16 s
+    with FaultyProxy(nginx(files)) as proxy:
+        done = run_code(FORKED, proxy.url, environments=[karat_environment()], directory=files)
+        assert done.returncode == 0, done.stderr
+        assert len(proxy.requests) == 3  # no try was without an answer

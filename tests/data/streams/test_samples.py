@@ -64,7 +64,7 @@ def test_what_the_library_cannot_open_and_fewer_shards_than_lanes_are_one_line(s
         "a-{0..3.tar": "has a { without its }",
         "a.tar::": "an empty name between two ::",
         "-": "the standard input",
-        "https://[host/a.tar": "https://[host/a.tar is no URL: ",
+        "https://[host/a.tar": "https://[host/a.tar is not a URL: ",
         "s3://bucket/a.tar": "the webdataset library opens no s3:; use pipe:",
     }.items():
         assert said in refused(stream_config, stream)

@@ -7,7 +7,8 @@ import pytest
 
 from karat_scale.data.streams import DOUBLED, read_tar
 from karat_scale.foundation.errors import DataError
-from tests.data.backends.helpers import flip, running, wait_until
+from tests.conftest import wait_until
+from tests.data.backends.helpers import flip, running
 from tests.data.tars import image, sample, write_tar
 
 LONG = [member for number in range(40) for member in sample(number, number % 3)]

@@ -31,6 +31,7 @@ from karat_scale.models.flops import forward_flops
 from karat_scale.models.init_from import take_weights
 from karat_scale.models.transfer import Teacher, give_teacher, weights_digest
 from karat_scale.recipe import AttentionConfig, Recipe
+from karat_scale.recipe.files import TIMM, locate
 from karat_scale.recipe.train import DistillConfig
 from karat_scale.training import weights_file
 from karat_scale.training.run_directory import OpenRun, RunDirectory
@@ -68,8 +69,8 @@ def keep_distillation_teacher(recipe: Recipe, into: Path) -> None:
     if not source or (kept.is_file() and not RunDirectory(into).begins_anew(recipe)):
         return
     try:
-        if source.startswith(weights_file.TIMM):
-            name = source.removeprefix(weights_file.TIMM)
+        if source.startswith(TIMM):
+            name = source.removeprefix(TIMM)
             network: Any = weights_file.timm_model(name)
             known = network.pretrained_cfg
             seen = {"input_size": list(known["input_size"]), "mean": list(known["mean"]), "std": list(known["std"])}
@@ -77,7 +78,7 @@ def keep_distillation_teacher(recipe: Recipe, into: Path) -> None:
             facts = {"timm": json.dumps(made), "preprocessing": json.dumps(seen)}
             weights_file.write_model(network, kept, {**facts, "weights_sha256": weights_digest(network)})
             return
-        path, checkpoint = weights_file.locate(source)
+        path, checkpoint = locate(source)
         if checkpoint:
             run = OpenRun.at(path, Recipe, checkpoint=checkpoint)
             _refuse_student(run.recipe.attention)
@@ -140,10 +141,10 @@ def planned_cost(recipe: Recipe) -> TeacherCost:
         return TeacherCost(0, 0)
     try:
         with torch.device("meta"):
-            if source.startswith(weights_file.TIMM):
-                network: Any = timm.create_model(source.removeprefix(weights_file.TIMM))
+            if source.startswith(TIMM):
+                network: Any = timm.create_model(source.removeprefix(TIMM))
                 return cost_of(network, network.pretrained_cfg["input_size"][-1])
-            path, checkpoint = weights_file.locate(source)
+            path, checkpoint = locate(source)
             theirs = OpenRun.at(path, Recipe).recipe if checkpoint else None
             if theirs is None and weights_file.export_facts(path).preprocessing is None:
                 theirs = recipe.changed(attention=AttentionConfig())

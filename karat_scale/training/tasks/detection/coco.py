@@ -25,10 +25,9 @@ from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.loading.workers import OrderedResults, Whereabouts
 from karat_scale.data.plan import PADDING, BatchSlice, sample_seed
 from karat_scale.foundation.console import plural
-from karat_scale.foundation.errors import DataError, RecipeError
+from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import read_image
-from karat_scale.foundation.tables import how_to_install
-from karat_scale.training.tasks.detection.recipe import CocoConfig, DetectionRecipe, JitterConfig
+from karat_scale.training.tasks.detection.recipe import CocoConfig, DetectionRecipe, JitterConfig, require_pycocotools
 
 FIX = "correct data.path, or the keys of images and annotations in data"
 _IMAGE_FIELDS = {"file_name": (str, "a name"), "width": (int, "pixels"), "height": (int, "pixels")}
@@ -241,14 +240,6 @@ def check_classes(split: CocoSplit, num_classes: int) -> None:
             f"{split.file} has {len(split.classes)} categories, but model.num_classes = {num_classes}; "
             f"set model.num_classes={len(split.classes)}"
         )
-
-
-def require_pycocotools() -> None:
-    """Raise RecipeError, with the command that installs it, if pycocotools is missing."""
-    try:
-        import pycocotools.coco  # noqa: F401
-    except ImportError as error:
-        raise RecipeError(f"karat detect needs pycocotools ({error}); {how_to_install('detection')}") from error
 
 
 def _runs(segmentation: Any, height: int, width: int) -> Any:

@@ -11,9 +11,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from karat_scale.foundation.errors import RecipeError
+from karat_scale.foundation.tables import how_to_install
 from karat_scale.recipe import ModelConfig, OptimConfig, RunRecipe, TrainConfig
 from karat_scale.recipe.base import Count, Effect, Fraction, NonNegative, Positive, Section, Triple
 from karat_scale.recipe.train import Rate
+
+
+def require_pycocotools() -> None:
+    """Raise RecipeError, with the command that installs it, if pycocotools is missing."""
+    try:
+        import pycocotools.coco  # noqa: F401
+    except ImportError as error:
+        raise RecipeError(f"karat detect needs pycocotools ({error}); {how_to_install('detection')}") from error
 
 
 class CocoConfig(Section):

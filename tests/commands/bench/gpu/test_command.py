@@ -19,8 +19,8 @@ import torch
 from karat_scale.commands.bench.gpu import command
 from karat_scale.commands.bench.gpu.report import SECTIONS
 from karat_scale.commands.doctor.machine import driver_version, no_gpu
-from tests.conftest import ROOT, karat_command, karat_environment, karat_refuses, output_of
-from tests.data.backends.helpers import running, wait_until
+from tests.conftest import ROOT, karat_command, karat_environment, karat_refuses, output_of, wait_until
+from tests.data.backends.helpers import running
 
 HEAVY = ("timm", "rich", "deepspeed", "torchvision", "pydantic", "yaml", "psutil", "webdataset")
 

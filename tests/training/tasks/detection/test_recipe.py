@@ -44,6 +44,7 @@ def test_a_mistake_is_one_line_with_its_fix() -> None:
         (BASE, "detector.anchor_sizes=[8, 16]", r"detector.anchor_sizes = \[8, 16\]: too few values"),
         (BASE, "augment.scale=[2, 1]", r"augment.scale.*is not in ascending order; swap the two"),
         (BASE, "augment.mixup=0.8", r"augment.mixup: unknown key"),
+        (BASE, "data.path=", r"data.path = '': should not be empty"),
         (BASE, "detector.windows=14", r"did you mean detector.window\?"),
         (BASE, "model.patch_size=null", r"model.patch_size is unset"),
         (BASE, "model.pool=avg", r"model.pool = avg has no meaning in detection"),
