@@ -292,7 +292,9 @@ def render() -> str:
     others = [r for stage in ("unmatched", "scratch", "whole") for r in by_stage.get(stage, ())]
     rows = [[r["stage"], r["arm"], str(r["epochs"]), f"{r['held_out']:.2f}", f"{r['tested']:.2f}"] for r in others]
     if rows:
-        parts.append("## Not matched, and from scratch\n\n" + table(["stage", "arm", "epochs", "held-out", "test"], rows))
+        parts.append(
+            "## Not matched, and from scratch\n\n" + table(["stage", "arm", "epochs", "held-out", "test"], rows)
+        )
     return "\n".join(parts)
 
 
