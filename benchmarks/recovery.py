@@ -17,8 +17,8 @@ from karat_scale.engine.heartbeat import read_signs
 from karat_scale.foundation.arguments import OneLineParser, count, new_file
 from karat_scale.foundation.console import print_table, write_json
 from karat_scale.foundation.errors import UserError, run_script
-from tests.conftest import SMALL, events
-from tests.slurm.cluster import Cluster, wait_until
+from tests.conftest import SMALL, events, wait_until
+from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Job, submit
 from tests.slurm.packages import SLURM, missing_reason
 from tests.slurm.training import RECIPE, SCRIPT, process_of, run_of, wait_for
