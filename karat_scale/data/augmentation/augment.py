@@ -254,6 +254,10 @@ class RandAugment:
         }
         try:
             policy = _timm().rand_augment_transform(augment.randaugment, hparams)
+        except ModuleNotFoundError as error:
+            raise RecipeError(
+                f"augment.randaugment = {augment.randaugment!r}: RandAugment needs timm; install it"
+            ) from error
         except (AssertionError, ValueError, KeyError) as error:
             raise RecipeError(
                 f"augment.randaugment = {augment.randaugment!r} is not a policy timm reads; "

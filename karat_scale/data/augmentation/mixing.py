@@ -5,8 +5,7 @@ and 2i + 1 mix, and kind, lambda and box come from (seed, epoch, global batch): 
 as it does inside the whole.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,12 +50,8 @@ class Mixer:
         cut = augment.cutmix > 0 and (augment.mixup == 0 or switch < augment.mix_switch_prob)
         if not cut:
             return MixParams("mixup", float(rng.beta(augment.mixup, augment.mixup)))
-        from timm.data.mixup import cutmix_bbox_and_lam  # takes seconds, and only cutmix needs it
-
         lam = float(rng.beta(augment.cutmix, augment.cutmix))
-        with _seeded_global_numpy(int(rng.randint(2**31))):
-            (top, bottom, left, right), lam = cutmix_bbox_and_lam((height, width), lam)
-        return MixParams("cutmix", float(lam), (int(top), int(bottom), int(left), int(right)))
+        return cut_box(lam, height, width, np.random.RandomState(rng.randint(2**31)))
 
     def targets(self, labels: torch.Tensor, mix: MixParams) -> torch.Tensor:
         """Return smoothed and mixed targets, float32 [b, classes], of labels, int64 [b]."""
@@ -65,6 +60,17 @@ class Mixer:
         targets = torch.full((len(labels), self._num_classes), off, dtype=torch.float32, device=labels.device)
         targets.scatter_(1, labels[:, None], 1 - smoothing + off)
         return targets if mix.kind == "none" else targets * mix.lam + _partners(targets) * (1 - mix.lam)
+
+
+def cut_box(lam: float, height: int, width: int, rng: np.random.RandomState) -> MixParams:
+    """Draw the box of cutmix around a random pixel: a share 1 - lam of the image, less what the border cuts off."""
+    side = math.sqrt(1 - lam)
+    rows, columns = int(height * side), int(width * side)
+    y, x = int(rng.randint(height)), int(rng.randint(width))
+    top, bottom = max(y - rows // 2, 0), min(y + (rows + 1) // 2, height)
+    left, right = max(x - columns // 2, 0), min(x + (columns + 1) // 2, width)
+    share = (bottom - top) * (right - left) / (height * width)
+    return MixParams("cutmix", 1 - share, (top, bottom, left, right))
 
 
 def mixed(images: torch.Tensor, mix: MixParams) -> torch.Tensor:
@@ -83,14 +89,3 @@ def _partners(rows: torch.Tensor) -> torch.Tensor:
     """Return the row that each row mixes with: rows 1, 0, 3, 2, ..."""
     partners: torch.Tensor = rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     return partners
-
-
-@contextmanager
-def _seeded_global_numpy(seed: int) -> Iterator[None]:
-    # timm draws its box from numpy's global generator.
-    state = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)

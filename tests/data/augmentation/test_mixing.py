@@ -3,10 +3,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from timm.data.mixup import mixup_target
+from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
 
 from karat_scale.data.augmentation.device_augment import Normalize
-from karat_scale.data.augmentation.mixing import Mixer, mixed
+from karat_scale.data.augmentation.mixing import Mixer, cut_box, mixed
 from karat_scale.recipe import AugmentConfig
 
 CLASSES = 5
@@ -33,6 +33,14 @@ def test_an_even_slice_mixes_as_inside_the_whole(seed, epoch, batch, first, last
     part_images, part_targets = mix(mixer, IMAGES[rows], LABELS[rows], epoch, batch)
     assert torch.equal(images[rows], part_images)
     assert torch.equal(targets[rows], part_targets)
+
+
+@given(st.integers(0, 2**31 - 1), st.floats(0, 1), st.integers(1, 300), st.integers(1, 300))
+def test_the_box_of_cutmix_is_timms(seed, lam, height, width):
+    np.random.seed(seed)
+    box, share = cutmix_bbox_and_lam((height, width), lam)
+    ours = cut_box(lam, height, width, np.random.RandomState(seed))
+    assert (ours.box, ours.lam) == (box, share)
 
 
 def test_mixup_is_the_formula():

@@ -789,6 +789,7 @@ if how == "alone":
     PathFinder.find_spec = lambda name, *rest: find(name, *rest) if is_found(name.partition(".")[0]) else None
 
 from karat_scale.data import EvalLoader, ExactLoader, SampleFiles
+from karat_scale.foundation.errors import RecipeError
 
 def show(loader):
     with loader:
@@ -799,9 +800,16 @@ given = {"global_batch": 8, "image_size": 16, "epochs": 1}
 show(ExactLoader(path, **given))
 show(ExactLoader(path, **given, order="block", block_samples=4, window_blocks=2, decoder="pillow"))
 show(ExactLoader(path, **given, augment={"mixup": 0.8, "mix_prob": 1.0, "label_smoothing": 0.1, "color_jitter": 0.4}))
-show(ExactLoader(path, **given, augment={"run_on": "device", "erasing": 0.5}))
+show(ExactLoader(path, **given, augment={"run_on": "device", "erasing": 0.5, "cutmix": 1.0, "mix_prob": 1.0}))
 show(EvalLoader(path, batch=8, workers=1, image_size=16))
 show(ExactLoader(SampleFiles(path), global_batch=8, epochs=1, transform=lambda sample: (len(sample["jpg"]),)))
+if how == "alone":
+    try:
+        ExactLoader(path, **given, augment={"randaugment": "rand-m9"})
+    except RecipeError as error:
+        assert "RandAugment needs timm" in str(error)
+    else:
+        sys.exit("no error")
 assert how != "alone" or not {"deepspeed", "timm", "torchvision", "psutil", "triton"} & {*sys.modules}
 """
 
