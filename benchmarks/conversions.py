@@ -261,6 +261,9 @@ def render() -> str:
     if original() == LONGER:
         reached += f", {LONGER.found('tested'):.2f} % after {ORIGINAL_EPOCHS} more, which started from its weights"
     parts = [HEAD, f"The original: {reached}.\n"]
+    rows = [[arm, f"{rate:g}", f"{top1:.2f}"] for arm in TUNED for rate, top1 in sorted(rate_results(arm).items())]
+    if rows:
+        parts.append("## Rates, one epoch after matching\n\n" + table(["arm", "rate", "held-out"], rows))
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for record in by_stage.get("convert", ()):
         groups.setdefault((-record["images"], record["arm"]), []).append(record)

@@ -134,6 +134,7 @@ def test_one_run_follows_from_the_others() -> None:
     assert next_trials() is None
     page = conversions.render()
     assert "The original: 83.00 % of the test images after 40 epochs." in page
+    assert "|static|0.001|59.50|" in page
     assert "|hybrid|45,000|0.300, 0.500|10.00|50.00|70.33|74.33|75.00, 77.00, 77.00|3|" in page
     assert "|softmax|1,000||||71.00|75.00|77.00|1|" in page
     assert "|hybrid - static|3|+0.67 (-2.20 to +3.54)|" in page
