@@ -26,8 +26,7 @@ from PIL import Image
 from karat_scale.commands.bench.data import Contender, decode_whole, decode_whole_by_simplejpeg, each_of
 from karat_scale.commands.measure.interleaved import interleaved_seconds, processor_seconds
 from karat_scale.commands.measure.loading import CLASSES, prepare_images
-from karat_scale.data.decoders.decode import decode_rgb
-from karat_scale.data.decoders.native import result_size
+from karat_scale.data.decoders.decode import decode_rgb, result_size
 from karat_scale.data.prepare.make_webdataset import main as make_webdataset
 from karat_scale.foundation.arguments import OneLineParser, count, new_file
 from karat_scale.foundation.console import print_table, write_json

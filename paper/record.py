@@ -13,6 +13,7 @@ from karat_scale.commands.evaluate.predictions import read_evaluations
 from karat_scale.foundation.errors import RunDirectoryError, UserError
 from karat_scale.foundation.files import parse_json, sealed
 from karat_scale.recipe import RunRecipe
+from karat_scale.recipe.base import first_mistake
 from karat_scale.recipe.loading import portable_recipe, text_digest, validate_recipe
 from karat_scale.training.run_directory import RunDirectory
 from paper.agreement import check_agreement, read_events
@@ -133,7 +134,7 @@ def _read_record(path: Path) -> Record:
         record = Record.model_validate({key: value for key, value in content.items() if key != "sha256"})
         name, _ = record.name, record.figures
     except (ValueError, AttributeError, ValidationError, UserError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_mistake(error) if isinstance(error, ValidationError) else str(error).splitlines()[0]
         raise UserError(f"{path}: not a record of the ledger: {reason}; put it back or remove it") from None
     if content != sealed(content) or record.recipe_sha256 != text_digest(record.recipe) or name != path.stem:
         raise UserError(f"{path}: was changed since it was written; put it back or remove it")

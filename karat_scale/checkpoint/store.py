@@ -199,7 +199,9 @@ def branch_point(source: str) -> tuple[Path, str | None]:
         return path / "checkpoints", None
     if path.is_dir() and (CHECKPOINT_NAME.fullmatch(path.name) or (path / MANIFEST).is_file()):
         return path.parent, path.name
-    raise RunDirectoryError(f"resume.from = {source}: neither a run's directory nor a checkpoint in one; name one")
+    there = CheckpointStore(path if path.name == "checkpoints" else path.parent).names()
+    fix = f"name one of {', '.join(there)} there" if there else "name one"
+    raise RunDirectoryError(f"resume.from = {source}: neither a run's directory nor a checkpoint in one; {fix}")
 
 
 class CheckpointStore:

@@ -75,7 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from karat_scale.commands.completion import complete
 
         complete(parser)
-    options = parser.parse_args(arguments)
+    words = [*(sys.argv[1:] if arguments is None else arguments)]
+    if not words:
+        parser.print_help(sys.stderr)
+        return EXIT_USAGE
+    if words[0] == "help":  # `karat help train`, as with git
+        words = [*words[1:], "--help"]
+    options = parser.parse_args(words)
     if options.command == "launch":  # a mistake is reported once, not by each rank
         if "--ranks" in options.arguments and options.arguments[0] not in ("sweep", "bench"):
             parser.error("--ranks comes before the command: karat launch --ranks N COMMAND ...")

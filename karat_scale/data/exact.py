@@ -122,6 +122,7 @@ class ExactLoader(_Loader):
         rank, world_size, *rest = _whole(may_be_none=True, rank=rank, world_size=world_size, **counts)
         micro_batch, epochs, num_classes = rest
         rank, world_size = place(rank, world_size)
+        device = _usable(device)
         if epochs is not None and epochs < 0:
             raise RecipeError(f"epochs = {epochs}: expected 0 or more")
         if num_classes is not None and num_classes < 1:
@@ -130,12 +131,14 @@ class ExactLoader(_Loader):
             raise RecipeError("order = stream: only `karat train` reads a stream; use full or block")
         images_only = {"image_size": image_size, "augment": augment, "dtype": dtype, "num_classes": num_classes}
         with named_as_arguments():
-            spec, source = open_source(data, split, True, seed, workers, images_only, transform, collate, options)
+            spec, source = open_source(
+                data, split, True, seed, workers, device, world_size, images_only, transform, collate, options
+            )
             mixes = not isinstance(source, OwnSamples) and spec.augment.mixes
             micro = choose_micro_batch(global_batch, world_size, micro_batch, even=mixes)
             plan = source.plan(global_batch, micro, rank, world_size)
         _warn_of_notices(source, rank)
-        self._set_up(spec, plan, source, _usable(device), dtype)
+        self._set_up(spec, plan, source, device, dtype)
         self._steps, self._total_digest = sys.maxsize if epochs is None else epochs * plan.steps_per_epoch, total_digest
 
     @classmethod
@@ -226,6 +229,8 @@ class ExactLoader(_Loader):
                 key = next(key for key in there | here if there.get(key) != here.get(key))
                 name, there, here = f"{name}.{key}", there.get(key), here.get(key)
             if there != here:
+                if name == "data":
+                    there, here = str(there)[:12], here[:12]
                 what = f"{name}: the state is of a loader with {there!r}, and this one has {here!r}"
                 raise DataError(f"{what}; use the same, or start from the beginning")
         try:
@@ -332,14 +337,17 @@ class EvalLoader(_Loader):
         batch, image_size = _whole(batch=batch, image_size=image_size)
         rank, world_size = _whole(may_be_none=True, rank=rank, world_size=world_size)
         rank, world_size = place(rank, world_size)
+        device = _usable(device)
         if batch < 1:
             raise RecipeError(f"batch = {batch}: expected 1 or more")
         images_only = {"image_size": image_size, "augment": augment, "dtype": dtype}
         with named_as_arguments():
-            spec, source = open_source(data, split, False, 0, workers, images_only, transform, collate, options)
+            spec, source = open_source(
+                data, split, False, 0, workers, device, world_size, images_only, transform, collate, options
+            )
         _warn_of_notices(source, rank)
         self.plan = EvalPlan(source.num_val, batch, rank, world_size)
-        self._source, self._device, self._drop_empty = source, _usable(device), drop_empty
+        self._source, self._device, self._drop_empty = source, device, drop_empty
         self._finish = None if isinstance(source, OwnSamples) else Finish(spec, dtype, source.num_classes)
 
     def __len__(self) -> int:
@@ -454,6 +462,7 @@ _OF_KEYS = {
     "train.global_batch": "global_batch",
     "train.micro_batch": "micro_batch",
     "model.num_classes": "num_classes",
+    "run.device": "device",
     **{f"data.{key}": _ARGUMENTS.get(key, key) for key in DataConfig.model_fields},
 }
 _FOR_ALL = ("order", "block_samples", "window_blocks", "prefetch", "timeout")
@@ -478,6 +487,8 @@ def open_source(
     trains: bool,
     seed: int,
     workers: int,
+    device: torch.device,
+    ranks: int,
     images: Mapping[str, Any],
     transform: Any,
     collate: Any,
@@ -486,6 +497,7 @@ def open_source(
     """Open the images at a path, or the user's own dataset; return the spec and the backend.
 
     Args:
+        device, ranks: those of `ImageSpec`.
         images: the arguments that apply only to images.
 
     Raises:
@@ -531,7 +543,7 @@ def open_source(
     if backend == "synthetic" and not is_own and num_classes == sys.maxsize:
         fix = "pass num_classes" if trains else "evaluate on a data set"
         raise RecipeError(f"backend = synthetic has no classes of its own; {fix}")
-    spec = ImageSpec(config, augment, image_size, num_classes, seed, trains)
+    spec = ImageSpec(config, augment, image_size, num_classes, seed, trains, device, ranks)
     if is_own:
         return spec, OwnSamples(data, spec, transform, collate)
     if transform is not None or collate is not None:

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import sys
 import tempfile
 import zlib
 from collections import Counter
@@ -469,7 +470,12 @@ def index_tars(request: IndexRequest) -> int:
     Raises:
         DataError: there are no tars, one is damaged, a label is not of a class, or the output cannot be written.
     """
-    source = Store(request.source) if isinstance(request.source, str) else request.source.expanduser().resolve()
+
+    def tell(text: str) -> None:
+        print(printable(f"note: {text}"), file=sys.stderr, flush=True)
+
+    place = request.source
+    source = Store(place, tell=tell) if isinstance(place, str) else place.expanduser().resolve()
     if isinstance(source, Store) and request.out is None:
         raise DataError(f"add --out DIR, a directory for the indexes of {source.url}")
     known = _lines(request.classes, "--classes {} cannot be read: {}") if request.classes else None

@@ -187,8 +187,13 @@ def _read(recipe: RunRecipe, values: dict[str, Any], with_keys: bool) -> tuple[d
 
     try:
         config = json.loads(read_text(path), object_pairs_hook=once_each)
-    except ValueError as error:  # of JSON, of its text, or of a number with thousands of digits
-        raise RecipeError(f"{source}: not valid JSON: {str(error).partition('; ')[0]}") from None
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise RecipeError(f"{source}: not valid JSON at {place}; correct it, or name a JSON file") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{source}: not a text file; name a JSON file") from None
+    except ValueError:
+        raise RecipeError(f"{source}: not valid JSON: a number has thousands of digits; shorten it") from None
     except OSError as error:
         raise RecipeError(f"{source}: cannot be read: {error.strerror}") from None
     except RecursionError:

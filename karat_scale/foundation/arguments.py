@@ -78,7 +78,6 @@ _OTHER_COMMANDS = {
     "evaluate": "use karat eval RUN",
     "finetune": "use karat train RECIPE init_from=WEIGHTS",
     "fit": "use karat train RECIPE",
-    "help": "use karat --help",
     "infer": "use karat predict",
     "inference": "use karat predict",
     "list": "use karat recipes",

@@ -325,7 +325,7 @@ def number_in(environ: Mapping[str, str], name: str, default: str = "") -> int:
 def launch_environment(environ: Mapping[str, str]) -> tuple[int, int, int]:
     """Return (rank, world size, local rank) as torchrun or srun set them; (0, 1, 0) for a process on its own.
 
-    Raises UserError if one of them is no number, or if the rank is not below the world size.
+    Raises UserError if one of them is no number, if the rank is not below the world size, or if it is not set.
     """
     number = partial(number_in, environ)
     if "RANK" in environ and "WORLD_SIZE" in environ:
@@ -336,6 +336,9 @@ def launch_environment(environ: Mapping[str, str]) -> tuple[int, int, int]:
     # Only a step started by srun has this; the batch script and `salloc` shells do not.
     if (tasks := number("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return number("SLURM_PROCID"), tasks, number("SLURM_LOCALID")
+    if (size := number("WORLD_SIZE", "1")) > 1:
+        fix = f"use karat launch --ranks {size} COMMAND, torchrun or srun, which set it, or unset WORLD_SIZE"
+        raise UserError(f"WORLD_SIZE = {size}, but RANK is not set; {fix}")
     return 0, 1, 0
 
 

@@ -8,9 +8,11 @@ tried again, with longer and longer pauses, until a deadline. A write leaves the
 import functools
 import importlib
 import io
+import logging
 import os
 import random
 import re
+import socket
 import ssl
 import threading
 import time
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
+from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import DataError, causes
 from karat_scale.foundation.machine import Background
 from karat_scale.foundation.tables import how_to_install, load
@@ -76,8 +79,14 @@ def judged(error: BaseException) -> tuple[str, bool]:
         return _NO_ANSWER, False
     if isinstance(error, EOFError):
         return f"the answer was cut short: {error}", False
-    words = next((cause.strerror for cause in causes(error) if isinstance(cause, OSError) and cause.strerror), "")
+    failed = next((cause for cause in causes(error) if isinstance(cause, OSError) and cause.strerror), None)
+    # asyncio has its own words for an error of the system; one of a name's resolution is below 0.
+    words = failed and (os.strerror(failed.errno) if failed.errno and failed.errno > 0 else failed.strerror)
     return f"the connection failed ({words or type(error).__name__})", False
+
+
+# The server refuses to connect, or its name is unknown.
+_NOWHERE = (ConnectionRefusedError, socket.gaierror)
 
 
 def _is_of_connection(error: BaseException) -> bool:
@@ -101,6 +110,9 @@ def _status(error: BaseException) -> int | None:
 DEFAULT_TIMEOUT = 300.0
 QUIET = 10.0
 """Seconds of failing tries after which a store tells of them."""
+FIRST_CONTACT = 20.0
+"""Seconds after which a command without a timeout gives up a server that it has never reached, if the server's name is
+unknown or it refuses to connect: the URL is probably wrong."""
 # The share of the timeout after which a store has failed, so that its error comes before that of a waiting loader.
 _PATIENCE = 0.8
 # The share of that time that one try may take.
@@ -222,7 +234,7 @@ class Store:
     """The files below a URL. It may be used by any process and thread; each process has its own connections.
 
     timeout: a request, with all its tries, is given up after most of these seconds; None if no recipe sets them.
-    tell: a function that is called once with a line if tries fail for `QUIET` seconds.
+    tell: a function that is called once with a line if tries fail for `QUIET` seconds, or if there is no such server.
 
     Raises:
         StoreError: the URL cannot be used, the library of its protocol is not installed, or a file cannot be read.
@@ -237,7 +249,7 @@ class Store:
         except ValueError as error:
             raise StoreError(str(error)) from None
         self._timeout, self._patience, self._tell = timeout, _PATIENCE * (timeout or DEFAULT_TIMEOUT), tell
-        self._protocol = urlsplit(url).scheme
+        self._protocol, self._is_reached = urlsplit(url).scheme, False
         self._is_web = self._protocol in ("http", "https")
         self._opened: tuple[int, Any] | None = None
         self._system()
@@ -381,7 +393,9 @@ class Store:
         while True:
             seconds = max(0.01, min(deadline - time.monotonic(), whole))
             try:
-                return ask(seconds)
+                result = ask(seconds)
+                self._is_reached = True
+                return result
             except DataError:  # final, or of the sink
                 raise
             except Exception as error:
@@ -389,11 +403,15 @@ class Store:
                 found, is_final = judged(error)
                 if not reason or seconds == whole or found != _NO_ANSWER:  # one that was cut short says nothing
                     reason = found
+                is_nowhere = not self._is_reached and any(isinstance(cause, _NOWHERE) for cause in causes(error))
+                self._is_reached = not is_nowhere
             if is_final:
                 kind = MissingFileError if reason.startswith(_MISSING) else StoreError
                 raise kind(f"{self.where(name)}: {reason}")
             if got_further():
                 deadline = self.deadline()
+            if is_nowhere and not self._timeout:  # a run waits longer: its network may be late
+                deadline = min(deadline, begun + FIRST_CONTACT)
             pause = min(2 * pause, _LONGEST_PAUSE)
             wait = pause * (0.5 + jitter.random())
             if time.monotonic() + wait >= deadline:
@@ -401,8 +419,8 @@ class Store:
                 fix = "check the URL and the store"
                 if self._timeout:
                     fix += f", or raise {self.setting} (now {self._timeout:g} s) if it is only slow"
-                raise StoreError(f"{self.where(name)}: {reason}, {tries} times in {spent:.0f} s; {fix}")
-            if self._tell is not None and time.monotonic() - begun > QUIET:
+                raise StoreError(f"{self.where(name)}: {reason}, {plural(tries, 'time')} in {spent:.0f} s; {fix}")
+            if self._tell is not None and (is_nowhere or time.monotonic() - begun > QUIET):
                 self._tell(f"{self.where(name)}: {reason}; trying for up to {deadline - begun:.0f} s")
                 self._tell = None
             time.sleep(wait)
@@ -446,6 +464,7 @@ def _file_system(protocol: str) -> Any:
     except ImportError:
         needed = PROTOCOLS[protocol]
         raise StoreError(f"{protocol}:// needs {needed}, which is not installed; {how_to_install('remote')}") from None
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints tracebacks of errors that are tried again
     # A cached listing would hide that a file has changed.
     return kind(use_listings_cache=False)
 

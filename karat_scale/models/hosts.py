@@ -36,6 +36,7 @@ from karat_scale.foundation.errors import RecipeError, nearest
 from karat_scale.models import layers
 from karat_scale.models.operators import learn, operator_maker
 from karat_scale.recipe import AttentionConfig, ModelConfig
+from karat_scale.recipe.schema import fitting
 
 # Attention that pools patches into the classifier's input once, after all blocks, so it is not between tokens.
 _POOLS = ("AttentionPoolLatent", "AttentionPool2d")
@@ -277,16 +278,13 @@ def _refuse_remainder(model: ModelConfig, width: int, heads: int) -> None:
     """Raise RecipeError if the heads do not divide the width; the recipe sets one of the two."""
     if width % heads == 0:
         return
+    near, fits = fitting(heads, width)
     if model.num_heads is None:
         raise RecipeError(
             f"model.embed_dim = {width} is not a multiple of the {heads} heads of {model.name}; set "
-            f"model.embed_dim={max(width // heads, 1) * heads}, or model.num_heads too"
+            f"model.embed_dim={fits}, or model.num_heads too"
         )
-    divisors = [number for number in range(1, width + 1) if width % number == 0]
-    near = sorted(divisors, key=lambda number: abs(number - heads))[:2]
-    raise RecipeError(
-        f"model.num_heads = {heads} does not divide the width {width} of {model.name}; use {min(near)} or {max(near)}"
-    )
+    raise RecipeError(f"model.num_heads = {heads} does not divide the width {width} of {model.name}; use {near}")
 
 
 @torch.no_grad()

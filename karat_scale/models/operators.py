@@ -18,6 +18,7 @@ from karat_scale.attention.bound import BoundedHeads
 from karat_scale.attention.functional import KERNELS_OF
 from karat_scale.attention.operator import AttentionHeads, LayerCall
 from karat_scale.attention.variants import ContentOperator, SmoothOperator, WithoutScores
+from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.foundation.tables import ATTENTIONS, load, load_class
 from karat_scale.models.layers import BIASED, LayerSize, attention_layers, cannot_be_built, refuse_dropout
@@ -70,10 +71,11 @@ def describe_implementation(model: nn.Module, device: torch.device) -> str | Non
     if not layers:
         return None
     parts = [
-        f"{count} layer{'s' * (count > 1)} by {name}" + (f" ({KERNELS_OF[device.type]} cannot: {why})" if why else "")
+        f"{plural(count, 'learned layer')}, implementation {name}"
+        + (f" ({KERNELS_OF[device.type]} cannot: {why})" if why else "")
         for (name, why), count in layers.items()
     ]
-    return f"learned attention: {', '.join(parts)}"
+    return f"attention: {'; '.join(parts)}"
 
 
 def _operators_and_layers(model: nn.Module, device: torch.device) -> Iterator[tuple[AttentionHeads, LayerCall]]:

@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    ValidationError,
     field_validator,
     model_validator,
 )
@@ -136,6 +137,12 @@ def key_of(error: Any) -> str:
     unknown = [parts.pop()] if error["type"] == "extra_forbidden" else []  # as it was written
     named = [*(part for part in parts if not _TYPE.fullmatch(str(part))), *unknown]
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in named).removeprefix(".")
+
+
+def first_mistake(error: ValidationError) -> str:
+    """Return the first mistake in a file of our own: its key, if it has one, and what its value should be."""
+    first = error.errors()[0]
+    return f"{key_of(first)}: {wanted_by(first)}".removeprefix(": ")
 
 
 # What pydantic adds to a key for a type among several that the key may have.

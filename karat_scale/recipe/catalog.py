@@ -16,6 +16,8 @@ from karat_scale.foundation.files import shipped_directory
 from karat_scale.recipe.files import COMMANDS, RECIPES, Shipped, part_names, read_recipe, shipped_recipes
 
 _NOT_RUN = "not yet run"
+# Swin's layers differ in tokens and heads, so they share no functions. Attention is transferred between plain ViTs.
+_CANNOT_TRAIN = r"\w+_swin_\w+u(_\w+)?|\w+_(swin|convit)_\w+_transfer(_\w+)?"
 _DATA = {
     "train": "shards made by karat prepare webdataset",
     "detect": "train2017/, val2017/ and annotations/ as COCO has them",
@@ -40,11 +42,12 @@ class Entry:
 
 
 def catalog() -> list[Entry]:
-    """Return all shipped recipes, those of `karat train` first."""
+    """Return all shipped recipes that can be trained, those of `karat train` first."""
     return [
         _entry(name, shipped, command)
         for folder, command in COMMANDS.items()
         for name, shipped in shipped_recipes(folder).items()
+        if not re.fullmatch(_CANNOT_TRAIN, name)
     ]
 
 
@@ -52,8 +55,8 @@ def list_recipes(words: Sequence[str], json_file: str | None) -> int:
     """Print recipes, and return the exit code.
 
     One that is named is shown whole. Otherwise it is those with all words in their name, as whole words if there are
-    any, or if there are none, in their command or header. Of these, those with an attention or a change but no result,
-    of the paper or ours, are shown only if no other is.
+    any, or if there are none, as whole words in their command or header. Of these, those with an attention or a change
+    but no result, of the paper or ours, are shown only if no other is.
 
     Raises:
         RecipeError: no recipe has these words.
@@ -67,7 +70,8 @@ def list_recipes(words: Sequence[str], json_file: str | None) -> int:
     by_word = [entry for entry in entries if all(f"_{word}_" in f"_{entry.name}_" for word in wanted)]
     by_name = [entry for entry in entries if all(word in entry.name for word in wanted)]
     texts = {entry.name: f"{entry.command} {entry.name} {entry.trains}".lower() for entry in entries}
-    by_header = [entry for entry in entries if all(word in texts[entry.name] for word in wanted)]
+    whole = [re.compile(rf"(?<!\w){re.escape(word)}(?!\w)") for word in wanted]
+    by_header = [entry for entry in entries if all(word.search(texts[entry.name]) for word in whole)]
     having = by_word or by_name or by_header
     if not having:
         unknown = next((one for one in wanted if not any(one in entry.name for entry in entries)), wanted[0])

@@ -236,6 +236,11 @@ def _why_missing(source: str, folder: Path) -> str:
     for other, command in COMMANDS.items():
         if source in shipped_recipes(other):
             return f"only `karat {command}` takes this recipe: karat {command} {source}"
+    if source.startswith(TIMM) or re.search(r"_(patch|window)\d", source):
+        key = "init_from" if source.startswith(TIMM) else "model.name"
+        models = [part for part in part_names("model") if source.removeprefix(TIMM).startswith(part)]
+        example = f"imagenet_{[*models, 'vit_tiny'][0]} {key}={source}"
+        return f"a model of timm, not a recipe; name a recipe before it, as in {example}"
     shipped = shipped_recipes(folder)
     hint = "recipes train vision transformers (ViT, DeiT, Swin, ConViT); `karat recipes` lists them"
     if any(source in name for name in shipped):
@@ -311,7 +316,8 @@ def lay_over(tree: dict[str, Any], upper: Mapping[str, Any]) -> None:
 # PyYAML's words for a mistake, the first that fit, and ours.
 _SYNTAX = {
     r"\\t": "a tab; indent by spaces",
-    "cannot start any token|undefined alias|constructor for the tag": "a value with a special character; quote it",
+    "constructor for the tag": "a tag, which is a word after !; remove it, or quote the value if it is a text",
+    "cannot start any token|undefined alias": "a value with a special character; quote it",
     "unknown escape": "a backslash in double quotes; use single quotes",
     "values are not allowed": "an unexpected `: `; check the line's blanks and quotes, and the line before it",
     "<block end>.*'[]}]'": "a bracket without its beginning; remove it",
@@ -338,7 +344,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: {error.strerror}; name a recipe's YAML file") from None
     except yaml.MarkedYAMLError as error:
         raise RecipeError(f"{path}{_syntax(error)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (UnicodeDecodeError, yaml.reader.ReaderError):
+        raise RecipeError(f"{path}: not a recipe in YAML: it holds bytes that are no text; name another file") from None
+    except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not a recipe in YAML: {str(error).splitlines()[0]}") from None
     if tree is None:
         tree = {}

@@ -143,8 +143,9 @@ def _explain(name: str, sections: Sequence[KeySection], schema: type[RunRecipe])
     keys = {key.name: key for section in sections for key in section.keys}
     by_name = {section.name: section for section in sections if section.name}
     known = [*keys, *by_name]
-    leaves = [key for key in known if key.rpartition(".")[2] == name]
-    found = [name] if name in known else leaves or keys_called(name, known)
+    lower = name.lower()  # as all keys are
+    leaves = [key for key in known if key.rpartition(".")[2] == lower]
+    found = [lower] if lower in known else leaves or keys_called(name, known)
     if not found:
         raise RecipeError(f"karat explain {name}: no such key; {key_hint(name, schema)}")
     if name not in found:

@@ -233,6 +233,7 @@ def _mistakes(error: ValidationError, schema: type[BaseModel]) -> list[str]:
 
 # What these keys want, where the type of their value does not say it.
 _SHAPES = {
+    **dict.fromkeys(("augment.mean", "augment.std"), "should be three numbers, of red, green and blue"),
     "attention.blocks": "should be a section for each range of blocks, such as {8-11: {kind: karat}}",
     "checkpoint.every": "should be auto; for a number, set checkpoint.every_minutes or checkpoint.every_steps",
     "schedule.image_sizes": "should be pairs of epoch and size, such as [[0, 128], [34, 224]]",
@@ -251,10 +252,13 @@ def _descriptions(key: str, errors: Sequence[Any], schema: type[BaseModel]) -> l
 
 
 def _describe(key: str, error: Any, schema: type[BaseModel]) -> str:
-    if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key; {key_hint(key, schema)}"
     shape = _SHAPES.get(key.partition("[")[0])
     given = as_written(error["input"])
+    if error["type"] == "extra_forbidden":
+        if key in schema_keys(schema):  # so a part of it was written with a dot
+            nested = f"{key.replace('.', ': {')}: {given}{'}' * key.count('.')}"
+            return f"{key}: a key with a dot works on the command line only; write {nested}"
+        return f"{key}: unknown key; {key_hint(key, schema)}"
     if error["type"] == "missing":
         if isinstance(error["loc"][-1], int):
             return f"{key.rpartition('[')[0]} = {given}: {shape or 'too few values'}{_default_of(key, schema)}"
@@ -296,13 +300,13 @@ def option_hint(option: str) -> str:
     name = option.strip("-").replace("-", "_")
     keys = [key for key in schema_keys() if key.endswith(f".{name}")] or keys_called(name, schema_keys())
     written = " or ".join(f"{key}=VALUE" for key in keys if "." in key)
-    otherwise = f"a recipe's key is written key=value, and `karat explain {name}` finds it"
+    otherwise = "a recipe's key is written key=value, and `karat explain` lists the sections"
     return elsewhere(name) or (f"write {written}" if written else otherwise)
 
 
 def keys_like(key: str, schema: type[BaseModel] = Recipe) -> list[str]:
     """Return the valid keys that an unknown key most likely means: by another tool's name, or by its spelling."""
-    keys = list(schema_keys(schema))
+    keys, key = list(schema_keys(schema)), key.lower()  # as all keys are
     if called := keys_called(key, keys):
         return called
     section, _, leaf = key.rpartition(".")

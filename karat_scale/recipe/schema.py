@@ -109,11 +109,18 @@ class ModelConfig(Section):
                 f"{self.patch_size}; set model.image_size={nearest}"
             )
         if self.embed_dim and self.num_heads and self.embed_dim % self.num_heads:
-            fits = self.embed_dim // self.num_heads * self.num_heads or self.num_heads
+            heads, width = fitting(self.num_heads, self.embed_dim)
             yield (
                 f"model.embed_dim = {self.embed_dim} is not a multiple of model.num_heads = {self.num_heads}; "
-                f"set model.embed_dim={fits}"
+                f"set model.num_heads={heads}, or model.embed_dim={width}"
             )
+
+
+def fitting(heads: int, width: int) -> tuple[str, int]:
+    """Return numbers of heads near `heads` that divide a width, and the nearest width of as many heads, each even."""
+    divisors = [number for number in range(1, width + 1) if width % number == 0]
+    near = sorted(sorted(divisors, key=lambda number: abs(number - heads))[:2])
+    return " or ".join(map(str, near)), max(round(width / (2 * heads)), 1) * 2 * heads
 
 
 class RunRecipe(Section):

@@ -110,22 +110,7 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             if copy is not None:
                 copy.begin()
             outcome.begun = True
-            reporter.info(headline(trainer))
-            if world.device.type == "cuda":
-                for fault in chain(*world.gather((gpu_faults() if world.local_rank == 0 else None) or [])):
-                    if world.is_main:
-                        reporter.warn(fault)
-            if was_finished:
-                reporter.info(f"nothing is left to do: {how_to_extend(trainer)}")
-            elif slow := slow_precision(recipe.train.precision, world.device):
-                reporter.warn(slow)
-            elif falls_back and may_have_gpu():
-                reporter.warn(
-                    "torch sees no GPU, though there is a driver, so this trains on the CPU; see karat doctor"
-                )
-            if world.is_main and not was_finished:
-                for doubt in doubts(trainer):
-                    reporter.warn(doubt)
+            report_start(trainer, reporter, was_finished, falls_back)
             while trainer.run(trainer.task.stop_step):
                 reporter.beat("starting")
                 step = outcome.state.step
@@ -249,11 +234,42 @@ def open_near(recipe: RunRecipe, directory: RunDirectory, world: World, reporter
         world.on_main(lambda: directory.admit(recipe))
 
 
+def report_start(trainer: Trainer, reporter: Reporter, was_finished: bool, falls_back: bool) -> None:
+    """Report the model, its data, its steps and its device, and what is doubtful about them. Collective."""
+    world, plan, task, train = trainer.world, trainer.plan, trainer.task, trainer.recipe.train
+    pieces = f"{plural(world.size, 'rank')} x {plan.accumulation} x {plan.micro_batch}"
+    reporter.info(
+        f"{trainer.recipe.run.name}: {trainer.engine.parameters:,} parameters, {task.num_train:,} training images of "
+        f"{plural(len(task.classes), 'class')}, {plural(trainer.total_steps, 'step')} of {plan.global_batch} "
+        f"({pieces}), learning rate up to {trainer.schedule.peak_lr:.3g}, on {device_name(world.device)}"
+    )
+    if world.device.type == "cuda":
+        for fault in chain(*world.gather((gpu_faults() if world.local_rank == 0 else None) or [])):
+            if world.is_main:
+                reporter.warn(fault)
+    if was_finished:
+        reporter.info(f"nothing is left to do: {how_to_extend(trainer)}")
+        return
+    if slow := slow_precision(train.precision, world.device):
+        reporter.warn(slow)
+    elif falls_back and may_have_gpu():
+        reporter.warn("torch sees no GPU, though there is a driver, so this trains on the CPU; see karat doctor")
+    if world.is_main:
+        for doubt in doubts(trainer):
+            reporter.warn(doubt)
+
+
 def how_to_extend(trainer: Trainer) -> str:
     """Return one line on a finished run: which keys set its length, and how to train it longer."""
-    train = trainer.recipe.train
+    train, step = trainer.recipe.train, trainer.state.step
     of_epochs = train.epochs * trainer.plan.steps_per_epoch
-    if train.max_steps is not None and train.max_steps < of_epochs:
+    is_by_steps = train.max_steps is not None and train.max_steps < of_epochs
+    if step > trainer.total_steps:  # the run was longer than this start asks for
+        of_recipe = f"the {trainer.total_steps:,} of train.epochs = {train.epochs}"
+        if is_by_steps:
+            of_recipe = f"train.max_steps = {train.max_steps:,}"
+        return f"the run has taken {step:,} steps, more than {of_recipe}; raise it to go on"
+    if is_by_steps:
         return f"the run has taken its train.max_steps = {train.max_steps:,} steps; raise it to go on"
     more = f" and {leave_for(trainer.recipe, 'train.epochs')}" if train.max_steps is not None else ""
     return f"the run has trained its train.epochs = {train.epochs}; for more, raise it{more}"
@@ -272,14 +288,3 @@ def doubts(trainer: Trainer) -> Iterator[str]:
             f"train.ema_decay = {train.ema_decay:g}: the averaged weights are evaluated with the BatchNorm statistics "
             "of the raw ones; set train.eval_weights=raw or train.ema_decay=0"
         )
-
-
-def headline(trainer: Trainer) -> str:
-    """Return one line on the model, its data, its steps and its device."""
-    world, plan, task = trainer.world, trainer.plan, trainer.task
-    pieces = f"{plural(world.size, 'rank')} x {plan.accumulation} x {plan.micro_batch}"
-    return (
-        f"{trainer.recipe.run.name}: {trainer.engine.parameters:,} parameters, {task.num_train:,} training images of "
-        f"{plural(len(task.classes), 'class')}, {plural(trainer.total_steps, 'step')} of {plan.global_batch} "
-        f"({pieces}), learning rate up to {trainer.schedule.peak_lr:.3g}, on {device_name(world.device)}"
-    )

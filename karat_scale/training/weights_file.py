@@ -7,6 +7,7 @@ with the weights of a run, a file, a folder of `karat export`, or timm.
 import errno
 import logging
 import os
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -302,6 +303,9 @@ def read_weights(source: str) -> SourceWeights:
     return SourceWeights(trained.state_dict(), Origin(recipe.model, recipe.attention), normalised)
 
 
+_DAMAGED = "it is damaged, cut short or of another kind; copy it again, or name another file"
+
+
 def _weights_of_file(path: Path) -> SourceWeights:
     try:
         _check_kind(path)
@@ -315,7 +319,9 @@ def _weights_of_file(path: Path) -> SourceWeights:
         # Their error about a pickle advises to run what is in it.
         is_pickle = any(isinstance(e, UnpicklingError) for e in (error, error.__cause__, error.__context__))
         more = "it holds more than tensors and plain values, or is damaged; save its state dict alone"
-        reason = more if is_pickle else one_line(error)
+        is_damaged = isinstance(error, SafetensorError | zipfile.BadZipFile | EOFError)
+        is_damaged = is_damaged or re.search("StreamReader failed|hasRecord", str(error)) is not None
+        reason = more if is_pickle else _DAMAGED if is_damaged else one_line(error)
         raise RecipeError(f"not a file of weights that is safe to read: {reason}") from error
     if not (isinstance(weights, dict) and all(isinstance(x, Tensor) for x in weights.values())):
         raise RecipeError(_NO_STATE)
@@ -347,8 +353,10 @@ def export_facts(path: Path) -> ExportFacts:
     """
     try:
         is_ours = path.suffix == ".safetensors" and "karat_scale" in read_metadata(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise RecipeError(f"not a file of weights that is safe to read: {one_line(error)}") from error
+    except SafetensorError as error:
+        raise RecipeError(f"not a file of weights that is safe to read: {_DAMAGED}") from error
     return read_facts(path) if is_ours else ExportFacts()
 
 

@@ -14,6 +14,7 @@ import yaml
 
 from karat_scale import __version__
 from karat_scale.commands.cli import GROUPS, build_parser
+from karat_scale.data.shards.shard_format import DatasetRecord, SplitRecord, write_dataset_record
 from karat_scale.recipe.loading import load_recipe
 from tests.conftest import (
     events,
@@ -44,6 +45,15 @@ def test_print_shows_the_resolved_recipe_and_nothing_else_and_trains_nothing(rec
 def test_version_and_help() -> None:
     shown = karat_says("--version") + karat_says("--help")
     assert all(part in shown for part in (__version__, "train", "eval", "bench"))
+
+
+def test_help_is_a_word_too_and_is_shown_without_any(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ("", "train", "bench gpu"):
+        shown = [karat_says(*line.split()) for line in (f"help {words}", f"{words} --help")]
+        assert shown[0] == shown[1]
+    assert karat_here() == 2
+    assert capsys.readouterr() == ("", karat_says("--help"))
+    assert "unknown value 'trian'; did you mean train?" in karat_refuses("help", "trian")
 
 
 def test_help_lists_each_command_once_by_what_a_user_wants() -> None:
@@ -77,11 +87,23 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     heavy = "('torch', 'timm', 'deepspeed', 'pydantic', 'sklearn', 'matplotlib')"
     code = f"import sys, karat_scale, karat_scale.commands.cli; print([m for m in {heavy} if m in sys.modules])"
     assert output_of(sys.executable, "-c", code) == "[]\n"
+    prepare = "from karat_scale.data.prepare import finished, make_webdataset"
+    assert output_of(sys.executable, "-c", f"import sys; {prepare}; print('torch' in sys.modules)") == "False\n"
 
 
 def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> None:
     """A command says that something is missing before it imports torch, because that import takes seconds."""
     (tmp_path / "photos" / "train").mkdir(parents=True)
+    for image in ("flat/ant/1.jpg", "flat/bee/1.jpg", *(f"one/train/{name}/1.jpg" for name in ("ant", "bee", "cow"))):
+        (tmp_path / image).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / image).touch()
+    (tmp_path / "shards").mkdir()
+    train = SplitRecord(samples=1, bytes=1, shards=[])
+    write_dataset_record(tmp_path / "shards", DatasetRecord(classes=["ant", "bee", "cow"], splits={"train": train}))
+    classes = (
+        "for a folder of classes, run karat prepare webdataset --src flat --out SHARDS --val-fraction 0.1, or move "
+    )
+    folder = "train fashion_mnist_demo data.backend=folder data.path="
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "recipe.yaml").touch()
     synthetic = "train fashion_mnist_demo data.backend=synthetic data.path="
@@ -93,6 +115,8 @@ def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> N
         f"{synthetic} deepspeed.config=zero9": "deepspeed.config = 'zero9': no such file; use one of zero0, ",
         f"{synthetic} attention.kind=softmax attention.transfer_from=nowhere": "attention.transfer_from = nowhere: ",
         "eval kept photos": "unexpected argument 'photos'; karat eval takes one RUN, and overrides are key=value",
+        "eval kept data.path=photos optim.lr=3": "optim.lr=3: only training reads optim.lr; remove it from the",
+        "detect kept --eval init_from=x": "init_from=x: only training reads init_from; remove it from the evaluation",
         "analyze kept --data nowhere": f"--data nowhere is not a directory in {tmp_path}; name shards, betons or a fol",
         "export kept --push owls": "--push owls: should be USER/NAME",
         "detect kept --eval": "karat detect needs pycocotools",
@@ -120,6 +144,15 @@ def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> N
         "it to a directory made by karat prepare webdataset",
         "show fashion_mnist_demo data.path=photos": "data.path = photos has no dataset.json; make it with karat "
         "prepare webdataset, set data.backend=folder for a folder of images, or correct the path",
+        f"{folder}flat": f"flat/train does not exist; the folders there: ant, bee; {classes}the classes into ",
+        "train fashion_mnist_demo data.path=flat": f"data.path = flat has no dataset.json; {classes}the classes into ",
+        f"{folder}one": "one/val does not exist; the folders there: train; make one by karat prepare webdataset --val",
+        f"{folder}one model.num_classes=2": "one/train has 3 classes, but model.num_classes = 2; use other data, or ",
+        f"{folder}photos": "photos/train has no class folders; put the images of each class into a folder of their own",
+        "train fashion_mnist_demo data.path=shards": "shards has no samples of split 'val'; the splits there: train; ",
+        "show fashion_mnist_demo data.path=shards data.val_split=train model.num_classes=2": "shards has 3 classes",
+        "prepare webdataset flat out": "flat out: name paths by options: karat prepare webdataset --src flat --out out",
+        "prepare verify shards": "shards: name paths by options: karat prepare verify --src shards",
         "train fashion_mnist_demo data.backend=folder data.path=nowhere": "data.path = nowhere is not a directory "
         f"in {tmp_path}; set it to a directory of train/<class>/<image> and val/<class>/<image>",
         "plan fashion_mnist_demo --gpu h1000": "--gpu h1000: not in the table",

@@ -52,8 +52,10 @@ def test_a_users_own_file_works_and_what_only_deepspeed_knows_is_passed_on(small
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        ("{", "not valid JSON"),
-        ('{"a": ' + "9" * 5000 + "}", "not valid JSON: Exceeds the limit"),
+        ("{\n", "own.json: not valid JSON at line 2, column 1; correct it, or name a JSON file"),
+        ("zero: {stage: 1}", "not valid JSON at line 1, column 1; correct it"),
+        ("\x89PNG\udcff", "not a text file; name a JSON file"),
+        ('{"a": ' + "9" * 5000 + "}", "not valid JSON: a number has thousands of digits; shorten it"),
         ("[]", "should be a JSON object"),
         ('{"zero_optimization": {"stage": 1, "stage": 2}}', "stage is given twice; remove one of them"),
         ('{"bf16": 3}', "bf16 = 3: should be an object"),
@@ -84,7 +86,7 @@ def test_a_users_own_file_works_and_what_only_deepspeed_knows_is_passed_on(small
 )
 def test_a_file_that_cannot_be_used_is_one_line_for_any_ranks(small_recipe, tmp_path, content, part):
     own = tmp_path / "own.json"
-    own.write_text(content)
+    own.write_text(content, errors="surrogateescape")
     recipe = small_recipe(f"deepspeed.config={own}")
     for check in (check_ds_config, lambda recipe: load_ds_config(recipe, 1, 8)):
         with pytest.raises(RecipeError, match=r"^deepspeed\.config = .*own\.json: ") as caught:

@@ -98,6 +98,9 @@ def test_ranks_are_read_from_the_launcher() -> None:
         # The batch script and an salloc shell know the job's tasks, yet are one process.
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, (0, 1, 0)),
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, (0, 1, 0)),
+        # A job's script may export the size for other trainers.
+        ({"WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, (3, 4, 1)),
+        ({"WORLD_SIZE": "1"}, (0, 1, 0)),
     ):
         assert launch_environment(environ) == expected
 
@@ -107,6 +110,10 @@ def test_what_a_launcher_got_wrong_is_named() -> None:
         ({"RANK": "", "WORLD_SIZE": "2"}, "RANK = '': should be a whole number"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK = '-1': should be a whole number"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK = 2: should be less than WORLD_SIZE = 2"),
+        (
+            {"WORLD_SIZE": "2"},
+            "WORLD_SIZE = 2, but RANK is not set; use karat launch --ranks 2 COMMAND, torchrun or srun",
+        ),
         ({"SLURM_STEP_NUM_TASKS": "x"}, "SLURM_STEP_NUM_TASKS = 'x': should be a whole number"),
     ):
         with pytest.raises(UserError, match=f"^{said}"):

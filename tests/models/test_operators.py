@@ -70,17 +70,18 @@ def test_the_implementation_is_named_with_what_kept_a_faster_one_away() -> None:
     assert describe_implementation(create_model(SIZE, AttentionConfig()), cpu) is None
     for settings in ({"implementation": "streaming", "softmax_heads": 1}, {"basis": "bspline"}):
         model = create_model(SIZE, AttentionConfig(kind="karat", **settings))
-        assert describe_implementation(model, cpu) == "learned attention: 3 layers by streaming"
+        assert describe_implementation(model, cpu) == "attention: 3 learned layers, implementation streaming"
     model = create_model(SIZE, AttentionConfig(kind="static"))
-    assert describe_implementation(model, cpu) == "learned attention: 3 layers by PyTorch"
+    assert describe_implementation(model, cpu) == "attention: 3 learned layers, implementation PyTorch"
     model = create_model(SIZE, AttentionConfig(kind="karat", base="silu"))
-    line = "learned attention: 3 layers by streaming (cpu cannot: base = 'silu'; it has no base activation)"
+    why = "(cpu cannot: base = 'silu'; it has no base activation)"
+    line = f"attention: 3 learned layers, implementation streaming {why}"
     assert describe_implementation(model, cpu) == line
     swin = ModelConfig(name="swin_mini_patch2_window4_32", image_size=32)
     content = create_model(swin, AttentionConfig(kind="karat", form="content"))  # its scores have a bias
-    assert describe_implementation(content, cpu) == "learned attention: 4 layers by cpu, psi by streaming"
+    assert describe_implementation(content, cpu) == "attention: 4 learned layers, implementation cpu, psi by streaming"
     model = create_model(swin, AttentionConfig(kind="karat"))
-    assert describe_implementation(model, cpu) == "learned attention: 4 layers by cpu"
+    assert describe_implementation(model, cpu) == "attention: 4 learned layers, implementation cpu"
     with choosing_as_on_a_gpu():  # two layers have window masks
-        line = "learned attention: 4 layers by triton"
+        line = "attention: 4 learned layers, implementation triton"
         assert describe_implementation(model, torch.device("meta")) == line

@@ -237,7 +237,7 @@ def test_a_record_that_someone_changed_is_refused(run, docs, ledger, capsys) -> 
         assert f"{file}: was changed since it was written" in capsys.readouterr().err
     file.write_text("{}")
     assert ledger() == 2
-    assert "not a record of the ledger" in capsys.readouterr().err
+    assert "not a record of the ledger: summary: is missing; put it back or remove it" in capsys.readouterr().err
 
 
 def test_results_on_other_test_sets_are_taken_without_paths(run, docs, ledger, trained, image_folder) -> None:

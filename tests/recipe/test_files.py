@@ -105,6 +105,15 @@ def test_fine_tuning_differs_from_training_where_its_parts_say(data_set: str) ->
         ("imagenet_vit", "did you mean imagenet_vit_base?"),
         ("imagnet_vit_tiny_g3b", "did you mean imagenet_vit_tiny_g3b?"),
         ("resnet50", "recipes train vision transformers (ViT, DeiT, Swin, ConViT); `karat recipes` lists them"),
+        *(
+            (name, f"a model of timm, not a recipe; name a recipe before it, as in {fix}={name}")
+            for name, fix in {
+                "vit_small_patch16_224": "imagenet_vit_small model.name",
+                "deit_tiny_patch16_224": "imagenet_vit_tiny model.name",
+                "swin_tiny_patch4_window7_224": "imagenet_swin_tiny model.name",
+                "timm:vit_tiny_patch16_224": "imagenet_vit_tiny init_from",
+            }.items()
+        ),
         ("vit_tiny", "`karat recipes vit_tiny` lists those with this in their name"),
         (
             "coco_mask_rcnn_vit_base",
@@ -178,7 +187,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         (BOMB, "more than 10,000 values, aliases written out"),
         ("a: " + "[" * 1000, "nested too deeply"),
         ("#" * (2**20 + 1), "larger than 1.04858 MB"),
-        ("a: \x00", "not a recipe in YAML"),
+        ("a: \x00", "not a recipe in YAML: it holds bytes that are no text"),
     ],
     ids=["bomb", "deep", "large", "control character"],
 )

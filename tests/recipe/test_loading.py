@@ -58,6 +58,9 @@ def message(path: Path | str, *overrides: str) -> str:
         ("attention.grdi=3", ["attention.grdi", "did you mean attention.grid?"]),
         ("lr=3", ["lr: unknown key", "did you mean optim.lr?"]),
         ("batch_size=64", ["batch_size: unknown key", "did you mean train.global_batch or train.micro_batch?"]),
+        ("schedule.warmup=3", ["did you mean schedule.warmup_epochs or schedule.warmup_steps?"]),
+        ("Optim.lr=3", ["Optim: unknown key; did you mean optim?"]),
+        ("LR=3", ["LR: unknown key; did you mean optim.lr?"]),
         ("optim.learning_rate=1", ["did you mean optim.lr?"]),
         ("num-epochs=3", ["did you mean train.epochs?"]),
         ("train.gpus=2", ["`karat launch --ranks N` sets the number of processes"]),
@@ -94,13 +97,23 @@ def message(path: Path | str, *overrides: str) -> str:
                 " or package.module:Class",
             ],
         ),
-        ("augment.mean=[1, 2]", ["augment.mean", "too few"]),
+        *(
+            (f"augment.mean={value}", [f"augment.mean = {value}: should be three numbers, of red, green and blue (def"])
+            for value in ("[1, 2]", "[1, 2, 3, 4]", "0.5", "[]")
+        ),
         ("augment.scale=[1.0, 0.5]", ["augment.scale", "ascending"]),
         *(
             (f"augment.randaugment={policy}", ["augment.randaugment", "rand-m9-mstd0.5-inc1"])
             for policy in ("auto", "rand-", "rand-foo", "rand-m9-x")
         ),
         ("model.patch_size=15", ["model.image_size = 224", "model.patch_size = 15", "set model.image_size=210"]),
+        *(
+            (
+                f"model.num_heads={heads} && model.embed_dim={width}",
+                [f"set model.num_heads={near}, or model.embed_dim={fits}"],
+            )
+            for heads, width, near, fits in ((5, 96, "4 or 6", 100), (3, 100, "2 or 4", 102), (4, 33, "1 or 3", 32))
+        ),
         ("train.global_batch=127", ["train.global_batch = 127", "odd", "augment.mix_prob=0"]),
         ("train.micro_batch=6", ["train.global_batch = 128", "train.micro_batch = 6", "set train.micro_batch=4"]),
         ("train.epochs=3", ["schedule.warmup_epochs = 5", "train.epochs = 3"]),
@@ -268,6 +281,9 @@ def test_a_pipe_and_a_link_to_nothing_are_no_recipe_files(tmp_path: Path) -> Non
         ("extends: parts/data/stl10\n", "init_from = 'runs/imagenet_{model}{attention}': only a shipped recipe's name"),
         ("- 1\n", "mine.yaml: [1]: should be sections such as `model:` and `data:`"),
         ("on: 1\n", "key true should be a name"),
+        ("optim.lr: 3\n", "mine.yaml: optim.lr: a key with a dot works on the command line only; write optim: {lr: 3}"),
+        ("train: {recompute.every: 2}\n", "; write train: {recompute: {every: 2}}"),
+        ("optim.lrr: 3\n", "mine.yaml: optim.lrr: unknown key; did you mean optim.lr?"),
         ("data:\n  path: [\n", "not valid YAML: a bracket or a quote without its end; close it"),
         (
             "data: {path: x\nmodel: {depth: 3}\n",
@@ -281,13 +297,16 @@ def test_a_pipe_and_a_link_to_nothing_are_no_recipe_files(tmp_path: Path) -> Non
         ("data: path: x\n", "line 1: not valid YAML: an unexpected `: `; check the line's blanks and quotes, and"),
         ("data:\n  path: x\n  workers 3\n  timeout: 3\n", "line 3: not valid YAML: a key without its value; write it"),
         ("data: {path: @x}\n", "line 1: not valid YAML: a value with a special character; quote it"),
-        ("data: {path: !x y}\n", "line 1: not valid YAML: a value with a special character; quote it"),
+        *(
+            (f"data:\n  path: {tag} y\n", "mine.yaml, line 2: not valid YAML: a tag, which is a word after !; remove")
+            for tag in ("!x", "!!python/object:os.system", "!!python/name:os.system")
+        ),
         ('data: {path: "C:\\data"}\n', "line 1: not valid YAML: a backslash in double quotes; use single quotes"),
         ("data: {path: x}\n---\nmodel: {}\n", "line 2: not valid YAML: a second recipe; remove the ---"),
         ("", "data: missing"),
         ("data:\n", "data.path is empty"),
         ("data: 3\n", "data = 3"),
-        ("\x89PNG\xff\xfe\x00", "YAML"),
+        ("\x89PNG\xff\xfe\x00", "mine.yaml: not a recipe in YAML: it holds bytes that are no text; name another file"),
     ],
 )
 def test_a_broken_file_is_one_line(recipe: Path, body: str, part: str) -> None:

@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -115,16 +116,23 @@ def test_what_is_not_weights_is_one_line(world, tmp_path, capfd) -> None:
     torch.save({"model": {"a": torch.ones(1)}, "epoch": Harmful()}, tmp_path / "harmful.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "list.pth").read_bytes()[:200])
+    save_file({"a": torch.ones(1000)}, tmp_path / "whole.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:1000])
+    with zipfile.ZipFile(tmp_path / "other.pth", "w") as archive:
+        archive.writestr("a/b.txt", "no weights")
+    damaged = "not a file of weights that is safe to read: it is damaged, cut short or of another kind; copy it"
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "program.pt")
     for source, message in (
         (tmp_path / "nothing", "neither a run's directory"),
-        (tmp_path / "text.safetensors", "not a file of weights that is safe to read: .*header"),
+        (tmp_path / "text.safetensors", damaged),
+        (tmp_path / "cut.safetensors", damaged),
+        (tmp_path / "other.pth", damaged),
         (tmp_path / "recipe.yaml", "not a file of weights; expected .safetensors, or .pth"),
         (tmp_path / "model.onnx", "not a file of weights; expected .safetensors, or .pth"),
         (tmp_path / "empty.pth", "not a file of weights; expected .safetensors, or .pth"),
         (tmp_path / "harmful.pth", "not a file of weights that is safe to read: it holds more than tensors"),
         (tmp_path / "list.pth", "not a state dict .tensors by parameter name.; write one by "),
-        (tmp_path / "cut.pth", "not a file of weights that is safe to read: .*zip"),
+        (tmp_path / "cut.pth", damaged),
         (tmp_path / "program.pt", "a TorchScript program, .*; use the run, or --format safetensors of it"),
         ("timm:vit_tiny_patch16_225", "did you mean timm:vit_tiny_patch16_224"),
     ):

@@ -1,6 +1,7 @@
 """What a run prints at its end, and leaves in summary.json."""
 
 import errno
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,11 +97,14 @@ def test_a_job_with_gpus_that_torch_does_not_see_is_refused(small_recipe, monkey
     assert not Path(recipe.run.dir).exists()
 
 
-def test_a_start_that_fails_is_told_of_a_run_that_is_not_finished(train_recipe, tmp_path) -> None:
-    assert train_recipe("model.num_classes=3").returncode == 2
+def test_a_start_that_fails_is_told_of_a_run_that_is_not_finished(train_recipe, shards, tmp_path) -> None:
+    damaged = Path(shutil.copytree(shards, tmp_path / "damaged"))
+    os.truncate(damaged / "train-000001.tar", 1000)
+    assert train_recipe(f"data.path={damaged}").returncode == 2
     assert summary(tmp_path / "run")["exit"] == 2
-    assert train_recipe("model.num_classes=2").returncode == 2
-    assert "model.num_classes = 2" in summary(tmp_path / "run")["reason"]
+    (damaged / "train-000001.tar").unlink()
+    assert train_recipe(f"data.path={damaged}").returncode == 2
+    assert "train-000001.tar is missing" in summary(tmp_path / "run")["reason"]
 
 
 @pytest.mark.parametrize(

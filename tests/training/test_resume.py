@@ -175,6 +175,8 @@ def test_a_finished_run_stays_finished(train_recipe, trained) -> None:
     assert "nothing is left to do: the run has trained its train.epochs = 1" in again.stdout
     assert len(events(run, "eval")) == 1
     assert summary(run) == before
+    shorter = train_recipe("train.epochs=1", "train.max_steps=3")
+    assert "the run has taken 8 steps, more than train.max_steps = 3; raise it to go on" in shorter.stdout
     recipe = (run / "recipe.yaml").read_bytes()
     train_recipe("train.epochs=1", "optim.lr=1", "resume.allow=optim.lr")
     assert (run / "recipe.yaml").read_bytes() == recipe  # nothing was trained at that rate
@@ -247,9 +249,12 @@ def test_a_branch_of_another_image_size_or_from_nowhere_is_one_line(recipe_file,
         line = karat_refuses(*branch, f"resume.from={source}", "model.image_size=24", "attention.rank=5")
         differ = "model.image_size (16 -> 24), attention.rank (4 -> 5); set the keys as it has them"
         assert line == f"error: resume.from = {source} is of another model: {differ}"
-    for source in ("~/nowhere", tmp_path, trunk / "checkpoints"):
+    there = " of step-00000001 there"
+    checkpoints = trunk / "checkpoints"
+    for source, names in {"~/nowhere": "", tmp_path: "", checkpoints: there, checkpoints / "nosuch": there}.items():
         line = karat_refuses(*branch, f"resume.from={source}")
-        assert line == f"error: resume.from = {source}: neither a run's directory nor a checkpoint in one; name one"
+        what = f"neither a run's directory nor a checkpoint in one; name one{names}"
+        assert line == f"error: resume.from = {source}: {what}"
 
 
 @pytest.mark.slow

@@ -177,7 +177,7 @@ def evaluate_on(
                 reporter.info(f"note: {test_set.notice}")
             # Another node may see other times of the files, and all ranks need the same identity.
             empty = world.on_main(lambda: _begun(run, request, where, split, test_set))
-            world.on_main(partial(_refuse_another, run.path, empty))
+            world.on_main(partial(_refuse_another, run.path, empty, reporter))
             model = trained_classifier(run)
             check_implementation(model, world.device)
             forward = forward_for_evaluation(model, recipe.train, world.device)
@@ -329,8 +329,11 @@ def _name_of(place: str, request: Request, split: str) -> str:
     return base + ("-corrupted" if request.corrupt is not None else "")
 
 
-def _refuse_another(run: Path, evaluation: Evaluation) -> None:
-    """Refuse to replace the result on another test set, or of another model, of the same name."""
+def _refuse_another(run: Path, evaluation: Evaluation, reporter: Reporter) -> None:
+    """Refuse to replace the result of the same name on another test set, or of another model.
+
+    The result of an earlier checkpoint is replaced: the run has trained further.
+    """
     if "/" in evaluation.name or evaluation.name.startswith("."):
         raise UserError(f"--name {evaluation.name}: should be a file's name, without / and with no . at its beginning")
     file = evaluation_file(run, evaluation.name)
@@ -339,7 +342,9 @@ def _refuse_another(run: Path, evaluation: Evaluation) -> None:
         return
     if earlier.source != evaluation.source:
         raise UserError(f"{file} holds the result on {earlier.source}; choose another --name")
-    if earlier.model != evaluation.model:
+    if earlier.checkpoint < evaluation.checkpoint and earlier.weights == evaluation.weights:
+        reporter.info(f"note: this replaces the result of {earlier.checkpoint}")
+    elif earlier.model != evaluation.model:
         is_same = (earlier.checkpoint, earlier.weights) == (evaluation.checkpoint, evaluation.weights)
         this = f"not of {evaluation.checkpoint} ({evaluation.weights} weights)"
         raise UserError(

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from karat_scale.foundation.errors import DataError, RunDirectoryError, not_written
 from karat_scale.foundation.files import locked, make_folder, open_to_read, parse_json, read_text, replace_file
 from karat_scale.foundation.tables import CORRUPTIONS
+from karat_scale.recipe.base import first_mistake
 
 KEPT = 10
 """The number of an image's most probable classes that are kept."""
@@ -215,11 +216,11 @@ def read_evaluation(path: Path) -> Evaluation | None:
         return Evaluation.model_validate(content)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, ValidationError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise RunDirectoryError(
-            f"{path}: not an evaluation of karat eval: {reason}; remove it and evaluate again"
-        ) from None
+    except ValidationError as error:
+        reason = first_mistake(error)
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or "it is not JSON"
+    raise RunDirectoryError(f"{path}: not an evaluation of karat eval: {reason}; remove it and evaluate again")
 
 
 def read_evaluations(run: Path) -> list[Evaluation]:

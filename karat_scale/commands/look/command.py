@@ -28,7 +28,7 @@ from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb, 
 from karat_scale.data.plan import micro_batch_of
 from karat_scale.data.prepare import DECODED_BELOW
 from karat_scale.data.shards.remote import RemoteUse
-from karat_scale.data.shards.shard_format import DATASET_FILE, dataset_directory
+from karat_scale.data.shards.shard_format import DATASET_FILE, dataset_directory, flat_fix
 from karat_scale.data.shards.shards import SPLIT_FOLDERS, FolderSplit
 from karat_scale.engine import distributed
 from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
@@ -334,9 +334,10 @@ def open_splits(directory: Path | str) -> dict[str, Callable[[], Split]]:
     directory = Path(directory)
     folders = [name for name in SPLIT_FOLDERS if (directory / name).is_dir()]
     if not folders:
+        flat = f", or {flat_fix(directory)}" if any(directory.glob("*/")) else ""
         raise DataError(
             f"{directory} is not a data set: no {DATASET_FILE}, no *.beton, no folder {' or '.join(SPLIT_FOLDERS)}; "
-            "name the directory that has one"
+            f"name the directory that has one{flat}"
         )
     return {name: partial(FolderSplit, directory, name, MOST_CLASSES) for name in folders}
 

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,11 @@ def _add_output(parser: argparse.ArgumentParser, rounds: int | None = None) -> N
 
 def _prepare(options: argparse.Namespace) -> int:
     """Become the script: its output, signals and exit code are those of this process."""
+    paths = [*itertools.takewhile(lambda text: not text.startswith("-"), options.arguments)]
+    if paths and options.script != "fetch":  # the data set that it fetches has no option
+        given = zip(("--src", "--out"), map(shlex.quote, paths), strict=False)
+        named = " ".join(itertools.chain.from_iterable(given))
+        raise UserError(f"{' '.join(paths)}: name paths by options: karat prepare {options.script} {named}")
     for option, value in itertools.pairwise([word for text in options.arguments for word in text.split("=", 1)]):
         # The script would say so, too, after seconds of imports.
         if option == "--src" and not is_url(value) and not Path(value).expanduser().exists():
@@ -205,9 +211,12 @@ def _read_source(options: argparse.Namespace) -> None:
 
 def _check_data(options: argparse.Namespace) -> None:
     from karat_scale.data.shards.shard_format import check_data_path
+    from karat_scale.data.shards.shards import check_splits
     from karat_scale.recipe.loading import load_recipe
 
-    check_data_path(load_recipe(options.recipe, options.overrides).data)
+    recipe = load_recipe(options.recipe, options.overrides)
+    check_data_path(recipe.data)
+    check_splits(recipe.data, recipe.model.num_classes)
 
 
 def _check_path(options: argparse.Namespace) -> None:

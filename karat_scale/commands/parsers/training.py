@@ -5,7 +5,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -122,7 +122,8 @@ def add_commands(commands: Any) -> None:
     evaluates = "evaluate a run's checkpoint, on its validation split or another test set"
     evaluate = commands.add_parser("eval", help=evaluates)
     add_run(evaluate)
-    evaluate.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as data.path=DIR")
+    such_as = "such as data.path=DIR; keys of training alone, such as optim.lr, are refused"
+    evaluate.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=such_as)
     add_checkpoint(evaluate)
     add_weights(evaluate)
     evaluate.add_argument(
@@ -364,6 +365,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _train_or_print(recipe: "Recipe", only_print: bool) -> int:
     from karat_scale.data.shards.shard_format import check_data_path
+    from karat_scale.data.shards.shards import check_splits
     from karat_scale.recipe.loading import dump_recipe
 
     if only_print:
@@ -371,6 +373,7 @@ def _train_or_print(recipe: "Recipe", only_print: bool) -> int:
         print(dump_recipe(recipe), end="")
         return 0
     check_data_path(recipe.data)
+    check_splits(recipe.data, recipe.model.num_classes)
     _check_sources(recipe)
     with importing(for_good=True):
         from karat_scale.training.run import train
@@ -419,11 +422,25 @@ def _check_recipe(recipe: "Recipe") -> None:
         StreamShards(recipe.data, recipe.run.seed)
 
 
+# The sections of a recipe that only training reads, and the key outside them.
+_OF_TRAINING = ("init_from", "resume", "optim", "schedule", "deepspeed", "checkpoint", "log", "distill", "convert")
+
+
+def _check_overrides_of_eval(overrides: Sequence[str]) -> None:
+    """Raise UserError for an override that changes nothing in an evaluation."""
+    for text in overrides:
+        key = text.partition("=")[0]
+        # Another model.image_size must be the last of the schedule, too.
+        if key.partition(".")[0] in _OF_TRAINING and key != "schedule.image_sizes":
+            raise UserError(f"{text}: only training reads {key}; remove it from the evaluation")
+
+
 def _eval(options: argparse.Namespace) -> int:
     check_run(options)
     _check_directory("--on", options.on)
     if strange := [text for text in options.overrides if "=" not in text]:
         raise UserError(f"unexpected argument {strange[0]!r}; karat eval takes one RUN, and overrides are key=value")
+    _check_overrides_of_eval(options.overrides)
     if options.severity and options.corrupt is None:
         raise UserError("--severity has no effect without --corrupt; add that, or remove --severity")
     from karat_scale.commands.evaluate.command import evaluate_on, evaluate_run
@@ -443,6 +460,7 @@ def _detect(options: argparse.Namespace) -> int:
 
     if options.eval:
         recipe_of_run(Path(options.recipe))
+        _check_overrides_of_eval(options.overrides)
         require_pycocotools()
         from karat_scale.commands.evaluate.command import evaluate_run
         from karat_scale.training.tasks.detection.task import DetectionTask

@@ -308,9 +308,13 @@ def for_training(images: torch.Tensor) -> torch.Tensor:
     return images
 
 
-def gpu_in_use() -> int | None:
-    """Return the number of the GPU that this process uses. A run on the CPU of a machine with GPUs uses none."""
-    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+def gpu_of(spec: ImageSpec) -> int | None:
+    """Return the number of the GPU that the batches are for. A run on the CPU of a machine with GPUs uses none."""
+    uses_one = torch.cuda.is_initialized() if spec.device is None else spec.device.type == "cuda"
+    if not uses_one:
+        return None
+    number = spec.device.index if spec.device else None
+    return torch.cuda.current_device() if number is None else number
 
 
 # Batches that DALI works on at a time: one is decoded while the next is read.
@@ -479,7 +483,7 @@ def open_dali(spec: ImageSpec) -> BatchDecodingBackend:
         importlib.import_module(EXTRAS["dali"].module)
     except (ImportError, OSError) as error:
         raise RecipeError(f"data.backend = dali needs DALI ({one_line(error)}); {how_to_install('dali')}") from error
-    gpu = gpu_in_use()
+    gpu = gpu_of(spec)
     stream = None if gpu is None else torch.cuda.Stream(gpu)
     threads, interpolation = max(1, spec.data.workers), spec.augment.interpolation
 
@@ -507,10 +511,11 @@ def open_nvjpeg(spec: ImageSpec) -> BatchDecodingBackend:
             "data.backend = nvjpeg makes its batches on the GPU, but augment.run_on = workers augments on the CPU; set "
             "augment.run_on=device"
         )
-    gpu = gpu_in_use()
+    gpu = gpu_of(spec)
     if gpu is None:
         raise RecipeError(
-            "data.backend = nvjpeg decodes on a CUDA GPU, and this run uses none; use data.backend=webdataset"
+            "data.backend = nvjpeg decodes on a CUDA GPU, and this run uses none; set run.device=cuda, or "
+            "data.backend=webdataset"
         )
     stream = torch.cuda.Stream(gpu)
     try:

@@ -174,13 +174,14 @@ def open_shards(spec: ImageSpec) -> tuple[ShardSplit, ShardSplit]:
     """Open the training and the validation split of shards. Raises DataError if they are not right."""
     data = spec.data
     common = spec.num_classes, data.verify
+    of_train, of_val = (RemoteUse.of(data, training, spec.ranks) for training in (True, False))
     if not spec.trains:
-        val = ShardSplit(data.path, data.val_split, *common, remote=RemoteUse.of(data, training=False))
+        val = ShardSplit(data.path, data.val_split, *common, remote=of_val)
         return val, val
-    train = ShardSplit(data.path, data.train_split, *common, spec.readahead, RemoteUse.of(data, training=True))
+    train = ShardSplit(data.path, data.train_split, *common, spec.readahead, of_train)
     if data.val_split == data.train_split:
         return train, train
-    return train, ShardSplit(data.path, data.val_split, *common, remote=RemoteUse.of(data, training=False))
+    return train, ShardSplit(data.path, data.val_split, *common, remote=of_val)
 
 
 def open_webdataset(spec: ImageSpec) -> ImageBackend:

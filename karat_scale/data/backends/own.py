@@ -248,7 +248,6 @@ class SampleFiles:
         if not -len(self) <= sample_id < len(self):
             raise IndexError(f"sample {sample_id} of {len(self)}")
         sample_id %= len(self)
-        self._split.read(sample_id)  # checks it
         by_key, found = dict[str, dict[str, bytes]](), None
         for number in range(self._first_of_its_key(sample_id), sample_id + 1):
             for key, suffix, offset, content in self._members(number):

@@ -189,3 +189,11 @@ def check_pixels(width: int, height: int, max_pixels: int) -> None:
     """Refuse an image of more than `max_pixels`. Raises UndecodableImageError."""
     if width * height > max_pixels:
         raise UndecodableImageError(f"it has {width} x {height} pixels, more than data.max_pixels = {max_pixels}")
+
+
+def result_size(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """Return width and height with a short side of at most this many pixels, in proportion."""
+    scale = short_side / min(width, height)
+    if scale >= 1:
+        return width, height
+    return max(short_side, round(width * scale)), max(short_side, round(height * scale))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from karat_scale.data.decoders.decode import ChooseView, blank_jpeg, check_pixels, crop_view
+from karat_scale.data.decoders.decode import ChooseView, blank_jpeg, check_pixels, crop_view, result_size
 from karat_scale.data.decoders.libraries import PillowDecoder
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.foundation.native_build import PACKAGES, LoadError, PerThread, load
@@ -83,14 +83,6 @@ class _View(ctypes.Structure):
 
 # The scales at which libjpeg decodes with a smaller DCT.
 SHRINKS = (8, 4, 2, 1)
-
-
-def result_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """Return width and height with a short side of at most this many pixels, in proportion."""
-    scale = short_side / min(width, height)
-    if scale >= 1:
-        return width, height
-    return max(short_side, round(width * scale)), max(short_side, round(height * scale))
 
 
 class NativeRecoder:

@@ -34,6 +34,8 @@ class ImageSpec:
     """The images that a run asks a backend for: square, `image_size` pixels wide, of at most `num_classes` classes.
 
     trains: whether the run trains. If not, the training split is not read, and the evaluation's takes its place.
+    device: where the batches go; None for the device that this process uses. ranks: the number of ranks that share the
+    batches; None for the launcher's.
     """
 
     data: DataConfig
@@ -42,6 +44,8 @@ class ImageSpec:
     num_classes: int
     seed: int
     trains: bool = True
+    device: torch.device | None = None
+    ranks: int | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, trains: bool = True) -> "ImageSpec":

@@ -7,11 +7,11 @@ ordinary images if it runs; Pillow shrinks the others.
 import functools
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
 
-from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb, opened
+from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb, opened, result_size
 from karat_scale.data.decoders.jpeg_header import (
     CONVERT_QUALITY,
     TRANSPOSES,
@@ -22,11 +22,13 @@ from karat_scale.data.decoders.jpeg_header import (
     to_jpeg,
     upright_jpeg,
 )
-from karat_scale.data.decoders.native import NativeRecoder, result_size
 from karat_scale.data.prepare.sources.base import UnreadableSampleError
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.native_build import PACKAGES, LoadError
 from karat_scale.recipe import DataConfig
+
+if TYPE_CHECKING:
+    from karat_scale.data.decoders.native import NativeRecoder
 
 # The same as Pillow's limit against decompression bombs.
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
@@ -130,9 +132,16 @@ def _inspect_by_pillow(data: bytes, name: str) -> ImageFacts:
 
 
 Encoder = Literal["native", "pillow"]
-native_recoder = functools.cache(NativeRecoder)  # one in each process; raises LoadError if it cannot be compiled
 # A JPEG that is scaled while decoding stays larger than its result by this factor, so that the resize is good.
 DRAFT_MARGIN = 2
+
+
+@functools.cache
+def native_recoder() -> "NativeRecoder":
+    """Return this process's recoder. Raises LoadError if it cannot be compiled."""
+    from karat_scale.data.decoders.native import NativeRecoder  # imports torch, which nothing else here needs
+
+    return NativeRecoder()
 
 
 def choose_encoder(asked: Literal["auto", "native", "pillow"]) -> Encoder:

@@ -95,6 +95,8 @@ class Job:
         for key, value in self.made_with().items():
             found = made.get(key)
             if found != value:
+                if key == "source_sha256":
+                    found, value = str(found)[:12], f"{value[:12]}, since --src has other images"
                 raise DataError(
                     f"{what} made with {key} = {found}, now {value}; use another --out, or delete {delete} "
                     "to make all that is in it again"
@@ -230,6 +232,8 @@ class PartOfSource(Source):
 
 def open_chosen(options: argparse.Namespace, known_classes: list[str] | None) -> dict[str, Source]:
     """Return the splits that the command line asks for. Raises DataError."""
+    if options.out.resolve() == options.src.resolve():
+        raise DataError(f"--out {options.out} is also --src; use another directory")
     sources = open_splits(options.src, options.split, known_classes, SourceOptions.of(options))
     for folder in (source.folder for source in sources.values() if isinstance(source, ImageFolderSource)):
         if folder.resolve() in options.out.resolve().parents:
@@ -238,6 +242,8 @@ def open_chosen(options: argparse.Namespace, known_classes: list[str] | None) ->
                 "another directory"
             )
     if options.val_fraction is None and options.val_count is None:
+        if [*sources] == ["train"] and options.split is None:
+            print(f"{options.src}: it has no val split; to make one of a tenth of its images, add --val-fraction 0.1")
         return sources
     option = "--val-fraction" if options.val_count is None else "--val-count"
     if "val" in sources:

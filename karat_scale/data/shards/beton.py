@@ -69,7 +69,7 @@ class BetonFiles(LocalShardFiles):
     def read(self, sample_id: int) -> bytes:
         if self._modes[sample_id] != RAW:
             return super().read(sample_id)
-        _, file = self._opened(sample_id)
+        file = self._opened(sample_id)
         size, offset = int(self._places.sizes[sample_id]), int(self._places.offsets[sample_id])
         header = b"P6 %d %d 255\n" % (self._widths[sample_id], self._heights[sample_id])
         end = len(header) + size

@@ -318,9 +318,11 @@ class RemoteUse:
     working_set: int = 0
 
     @classmethod
-    def of(cls, data: DataConfig, training: bool) -> "RemoteUse":
-        """Return how a recipe uses a split, given the numbers of ranks in the environment."""
+    def of(cls, data: DataConfig, training: bool, world_size: int | None = None) -> "RemoteUse":
+        """Return how a recipe uses a split, by the ranks in the environment, or by their number `world_size`."""
         ranks, on_this_node = _ranks(os.environ)
+        if world_size is not None:  # the ranks of a launcher may share batches; without one, all may be on this node
+            ranks, on_this_node = world_size, min(on_this_node, world_size) if ranks > 1 else world_size
         if training and data.order == "block":
             # All ranks use one window at a time, while the next is fetched.
             window = data.block_samples * data.window_blocks

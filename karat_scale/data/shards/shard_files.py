@@ -96,6 +96,13 @@ class SamplePlaces:
         """Return the number of the shard that holds a sample."""
         return int(np.searchsorted(self.starts, sample_id, side="right")) - 1
 
+    def check(self, sample_id: int, data: bytes | memoryview) -> None:
+        """Raise ChangedSampleError unless these are the bytes that were indexed, by their CRC if that is known."""
+        if len(data) != self.sizes[sample_id]:
+            raise ChangedSampleError(CUT_SHORT)
+        if self.shards[self.shard_of(sample_id)].sha256 and zlib.crc32(data) != self.crcs[sample_id]:
+            raise ChangedSampleError(CHANGED)
+
 
 class ChangedSampleError(Exception):
     """The bytes of a sample are not those that were indexed; the message says what is wrong with its shard."""
@@ -123,21 +130,17 @@ class LocalShardFiles:
             ChangedSampleError: the bytes differ from those that were indexed, or are fewer.
             DataError: the store or the cache fails.
         """
-        places, size = self._places, int(self._places.sizes[sample_id])
-        number, file = self._opened(sample_id)
-        data = os.pread(file, size, int(places.offsets[sample_id]))
-        if len(data) != size:
-            raise ChangedSampleError(CUT_SHORT)
-        if places.shards[number].sha256 and zlib.crc32(data) != places.crcs[sample_id]:
-            raise ChangedSampleError(CHANGED)
+        places = self._places
+        data = os.pread(self._opened(sample_id), int(places.sizes[sample_id]), int(places.offsets[sample_id]))
+        places.check(sample_id, data)
         return data
 
     def span(self, sample_id: int, begin: int, end: int) -> bytes:
         """Return these bytes of the file that holds a sample. Raises OSError, DataError."""
-        return os.pread(self._opened(sample_id)[1], end - begin, begin)
+        return os.pread(self._opened(sample_id), end - begin, begin)
 
-    def _opened(self, sample_id: int) -> tuple[int, int]:
-        """Return the number and a descriptor of the shard that holds a sample; its block is read ahead."""
+    def _opened(self, sample_id: int) -> int:
+        """Return a descriptor of the shard that holds a sample; its block is read ahead."""
         places, number = self._places, self._places.shard_of(sample_id)
         if number in self._files:
             self._files.move_to_end(number)
@@ -147,7 +150,7 @@ class LocalShardFiles:
             path = self._directory / places.shards[number].name
             self._files[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._read_ahead(number, sample_id)
-        return number, self._files[number]
+        return self._files[number]
 
     def _read_ahead(self, number: int, sample_id: int) -> None:
         """Request the part of a sample's block that is in the open shard of this number.

@@ -19,6 +19,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import stat
 import sys
 import threading
@@ -37,7 +38,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from karat_scale.foundation.console import printable
 from karat_scale.foundation.errors import DataError, nearest
 from karat_scale.foundation.files import read_text, write_atomically
-from karat_scale.foundation.machine import launch_environment
 from karat_scale.foundation.stores import Store, is_url
 from karat_scale.foundation.tables import Files
 from karat_scale.recipe import DataConfig
@@ -184,7 +184,7 @@ def _record_text(directory: Path | str, timeout: float | None, what: str) -> str
     if isinstance(directory, str):
 
         def tell(text: str) -> None:
-            if launch_environment(os.environ)[0] == 0:
+            if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
                 print(printable(f"note: {text}"), file=sys.stderr, flush=True)
 
         store = Store(directory, timeout, tell)
@@ -211,14 +211,17 @@ def check_has_record(directory: Path, what: str = "data.path") -> None:
         return
     inside = list(directory.iterdir())
     found = f"has no {DATASET_FILE}" if inside else "is empty"
-    has_folders = what == "data.path" and any(path.is_dir() and not path.name.startswith(".") for path in inside)
-    folders = ", set data.backend=folder for a folder of images," if has_folders else ""
+    folders = {path.name for path in inside if path.is_dir() and not path.name.startswith(".")}
     fix = _FIX
     if any(path.name.endswith(".index.npz") for path in inside):
         fix = "finish it with the command that began it"
     elif any(path.suffix == ".tar" for path in inside):
         fix = "index its tars with karat index"
-    raise DataError(f"{what} = {directory} {found}; {fix}{folders} or correct the path")
+    elif what == "data.path" and folders & {"train", "training", "val", "valid", "validation", "test"}:
+        fix = f"{_FIX}, set data.backend=folder for a folder of images,"
+    elif what == "data.path" and folders:
+        fix = f"{flat_fix(directory)},"
+    raise DataError(f"{what} = {directory} {found}; {fix} or correct the path")
 
 
 def read_record_text(path: Path) -> str:
@@ -440,6 +443,24 @@ def check_data_path(data: DataConfig) -> None:
         check_has_record(directory)
     else:
         require_directory(directory, data.row.files)
+
+
+def split_of(directory: Path | str, record: DatasetRecord, split: str, num_classes: int) -> SplitRecord:
+    """Return a split that a model of these classes can use. Raises DataError if there is none."""
+    if split not in record.splits or record.splits[split].samples == 0:
+        there = [name for name, found in record.splits.items() if found.samples]
+        raise DataError(
+            f"{directory} has no samples of split {split!r}; the splits there: {', '.join(there) or 'none'}"
+            + split_fix(split, there)
+        )
+    check_class_count(directory, len(record.classes), num_classes)
+    return record.splits[split]
+
+
+def flat_fix(directory: Path) -> str:
+    """Return what to do with a folder of classes that has no splits."""
+    prepare = f"karat prepare webdataset --src {shlex.quote(str(directory))} --out SHARDS --val-fraction 0.1"
+    return f"for a folder of classes, run {prepare}, or move the classes into {directory / 'train'}"
 
 
 def split_fix(split: str, there: Collection[str]) -> str:

@@ -8,6 +8,7 @@ import itertools
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from karat_scale.data.shards.tars import BLOCK
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import read_image, walk
+from karat_scale.foundation.stores import is_url
 from karat_scale.foundation.tables import Files
 from karat_scale.recipe import DataConfig
 
@@ -131,8 +133,14 @@ class IndexedSplit(ImageSource):
         return [(shard.bytes, shard.index.sha256) for shard in self._shards]
 
     def read(self, sample_id: int) -> bytes:
-        try:
+        with self._errors_named(sample_id):
             return self._files.read(sample_id)
+
+    @contextmanager
+    def _errors_named(self, sample_id: int) -> Iterator[None]:
+        """Make a DataError that names the file of a sample of what its files raise."""
+        try:
+            yield
         except OSError as error:
             raise DataError(f"{self.file_of(sample_id)} cannot be read: {error.strerror}; {self._tars.fix}") from error
         except ChangedSampleError as error:
@@ -185,18 +193,11 @@ class ShardSplit(IndexedSplit):
         self.directory = shard_format.dataset_directory(directory)
         self._remote = remote or RemoteUse()
         record = shard_format.read_dataset_record(self.directory, self._remote.timeout)
-        if split not in record.splits or record.splits[split].samples == 0:
-            there = [name for name, found in record.splits.items() if found.samples]
-            raise DataError(
-                f"{self.directory} has no samples of split {split!r}; the splits there: {', '.join(there) or 'none'}"
-                + shard_format.split_fix(split, there)
-            )
-        found = record.splits[split]
+        found = shard_format.split_of(self.directory, record, split, num_classes)
         if found.samples != sum(shard.samples for shard in found.shards):
             place, fix = f"{self.directory}/{shard_format.DATASET_FILE}", shard_format.SHARD_WORDING.fix
             raise DataError(f"{place}: {split} has not as many samples as its shards; {fix}")
         self.made = found.made
-        shard_format.check_class_count(self.directory, len(record.classes), num_classes)
         indexes = open_place(self.directory, self._remote)
         tars = open_place(record.tars_of(self.directory), self._remote) if record.root else indexes
         super().__init__(record.classes, found.shards, indexes, tars, verify, readahead)
@@ -206,7 +207,7 @@ class ShardSplit(IndexedSplit):
         """Return where the bytes between the samples before and after this one begin, and the bytes.
 
         They end with the header of the sample after. There are none if samples are not stored in the order of their
-        numbers. Raises DataError.
+        numbers. Raises DataError, also if the sample's own bytes have changed.
         """
         places, number = self.places, self.places.shard_of(sample_id)
         begin, end = 0, self._shards[number].bytes
@@ -214,10 +215,12 @@ class ShardSplit(IndexedSplit):
             begin = -(-int(places.offsets[sample_id - 1] + places.sizes[sample_id - 1]) // BLOCK) * BLOCK
         if sample_id + 1 < places.starts[number + 1]:
             end = int(places.offsets[sample_id + 1])
-        try:
-            return begin, self._files.span(sample_id, begin, max(begin, end))
-        except OSError as error:
-            raise DataError(f"{self.file_of(sample_id)} cannot be read: {error.strerror}; {self._tars.fix}") from error
+        first, size = int(places.offsets[sample_id]) - begin, int(places.sizes[sample_id])
+        with self._errors_named(sample_id):
+            part = self._files.span(sample_id, begin, max(begin, end))
+            if 0 <= first <= end - begin - size:
+                places.check(sample_id, memoryview(part)[first : first + size])
+        return begin, part
 
     def prepare(self, sample_ids: Iterable[int]) -> None:
         self._files.prepare(sample_ids)
@@ -389,8 +392,7 @@ def images_under(folder: Path, name: str) -> tuple[list[str], list[str]]:
 
 
 SPLIT_FOLDERS = ("train", "val", "test", "valid", "validation")
-MOST_SPLITS = 5
-"""If a missing split has more folders than this beside it, they are probably classes."""
+_LISTED = 5  # folders beside a split that is missing
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -402,17 +404,36 @@ def class_folders(folder: Path) -> list[str]:
         beside = sorted(path.name for path in folder.parent.glob("*/"))
         if folder.parent.name in SPLIT_FOLDERS and folder.parent.with_name(folder.name).is_dir():
             raise DataError(f"{folder} does not exist; set data.path={folder.parent.parent}, which has it") from None
-        if more := len(beside[MOST_SPLITS:]):
-            fix = f" and {more:,} more; if these are classes, move them into {folder}"
-        else:
-            fix = shard_format.split_fix(folder.name, beside) or f"; {FOLDER_FIX}"
+        more = len(beside[_LISTED:])
+        listed = ", ".join(beside[:_LISTED]) + (f" and {more:,} more" if more else "")
+        fix = shard_format.split_fix(folder.name, beside) or f"; {FOLDER_FIX}"
+        if more or any(is_image_name(file.name) for file in folder.parent.glob("*/*")):
+            fix = f"; {shard_format.flat_fix(folder.parent)}"
         if (folder.parent / shard_format.DATASET_FILE).is_file():
             fix = f"; it has a {shard_format.DATASET_FILE}, so use data.backend=webdataset"
-        listed = ", ".join(beside[:MOST_SPLITS]) or "none"
-        raise DataError(f"{folder} does not exist; the folders there: {listed}{fix}") from None
+        raise DataError(f"{folder} does not exist; the folders there: {listed or 'none'}{fix}") from None
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror}; {FOLDER_FIX}") from error
     if not names:
         each = f"put the images of each class into a folder of their own, such as {folder / 'CLASS'}"
         raise DataError(f"{folder} has no class folders; {each}")
     return names
+
+
+def check_splits(data: DataConfig, num_classes: int) -> None:
+    """Refuse a `data.path` that lacks a split, or has more classes than the model, by dataset.json or the folders.
+
+    The check is cheap, so commands make it after `check_data_path`, before they import torch. It leaves URLs, copies on
+    this node and betons to training. Raises DataError.
+    """
+    if is_url(data.path) or shard_format.staged_copy(data.path):
+        return
+    directory = Path(data.path).expanduser()
+    splits = dict.fromkeys([data.val_split] if data.is_stream else [data.train_split, data.val_split])
+    if data.row.files is Files.IMAGES:
+        for folder in (directory / split for split in splits):
+            shard_format.check_class_count(folder, len(class_folders(folder)), num_classes)
+    elif data.row.files is Files.SHARDS:
+        record = shard_format.read_dataset_record(directory)
+        for split in splits:
+            shard_format.split_of(directory, record, split, num_classes)

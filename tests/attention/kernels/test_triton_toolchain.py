@@ -133,9 +133,9 @@ def test_auto_falls_back_with_its_reason_where_there_is_no_compiler(tmp_path):
     environment = {**os.environ, **ours, "PATH_WITH_COMPILER": os.environ["PATH"]}
     said = output_of(sys.executable, "-c", SLIM_IMAGE, env=environment)
     without, its_graph, with_one, other_graph = said.splitlines()
-    assert without == f"learned attention: 2 layers by streaming (triton cannot: {LACKS_COMPILER})"
+    assert without == f"attention: 2 learned layers, implementation streaming (triton cannot: {LACKS_COMPILER})"
     assert "karat_scale.streaming" in its_graph
-    assert with_one == "learned attention: 2 layers by triton"
+    assert with_one == "attention: 2 learned layers, implementation triton"
     assert "karat_scale.triton_forward" in other_graph
 
 

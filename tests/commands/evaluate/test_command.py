@@ -20,6 +20,7 @@ from karat_scale.commands.evaluate.predictions import (
 from karat_scale.commands.evaluate.test_set import SPLITS
 from karat_scale.commands.status.status import read_standing
 from karat_scale.data.shards.shard_format import read_dataset_record, write_dataset_record
+from karat_scale.foundation.errors import RunDirectoryError
 from karat_scale.foundation.tables import CORRUPTIONS
 from tests.conftest import CLASSES, ROOT, VAL_PER_CLASS, karat_done, karat_here, karat_refuses, karat_says
 from tests.data.conftest import exif
@@ -262,6 +263,31 @@ def test_a_kept_result_is_not_replaced_by_that_of_another_model(run: Path, image
         karat_says("eval", str(run), *other)  # which keeps nothing
     karat_says(*on, "--weights", "raw", "--name", "raw")
     assert read_evaluations(run)[0] == kept
+
+
+def test_the_result_of_an_earlier_checkpoint_is_replaced(run: Path, image_folder: Path) -> None:
+    on = ("eval", str(run), "--on", str(image_folder), "--checkpoint")
+    *_, first, last = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    karat_says(*on, first)
+    assert f"note: this replaces the result of {first}\n" in karat_says(*on, last)
+    (kept,) = read_evaluations(run)
+    assert kept.checkpoint == last
+    assert f"holds the result of {last} (ema weights), not of {first}" in karat_refuses(*on, first)
+
+
+def test_a_damaged_result_is_named_in_our_words(tmp_path: Path) -> None:
+    file = tmp_path / "evaluations" / "owls.json"
+    file.parent.mkdir()
+    facts = dict.fromkeys(("name", "source", "checkpoint", "weights", "identity", "model", "date"), "x")
+    for content, said in (
+        (json.dumps({**facts, "images": "many"}), "images: should be a whole number, such as 12; remove it and"),
+        (json.dumps(facts), "images: is missing; remove it and evaluate again"),
+        ("[1]", "should be a section of keys; remove it"),
+        ('{"name": ', "it is not JSON; remove it"),
+    ):
+        file.write_text(content)
+        with pytest.raises(RunDirectoryError, match=rf"owls\.json: not an evaluation of karat eval: {re.escape(said)}"):
+            read_evaluations(tmp_path)
 
 
 def test_processes_that_corrupt_at_once_keep_each_others_scores(tmp_path: Path) -> None:

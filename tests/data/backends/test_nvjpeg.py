@@ -9,16 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
+from karat_scale.data import ExactLoader
 from karat_scale.data.augmentation.device_augment import resize_on_device
 from karat_scale.data.backends import ImageSpec, open_backend
-from karat_scale.data.backends.gpu_decoders import BatchDecodingBackend, NvjpegDecoder, Request, _is_of_an_image
+from karat_scale.data.backends.gpu_decoders import BatchDecodingBackend, NvjpegDecoder, Request, _is_of_an_image, gpu_of
 from karat_scale.data.backends.images import open_shards
 from karat_scale.data.decoders.decode import centre_view, crop_view
 from karat_scale.data.decoders.libraries import RESAMPLE, find_jpeg_decoder, resized
 from karat_scale.data.plan import BatchSlice, EvalPlan, TrainPlan
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError, RecipeError
-from karat_scale.recipe import AugmentConfig
+from karat_scale.recipe import AugmentConfig, DataConfig
 from tests.conftest import karat_here
 from tests.data.backends.helpers import CROP_AND_FLIP, SIZE, broken, hollow, odd_samples
 from tests.data.conftest import photo
@@ -158,12 +159,24 @@ def test_only_an_error_of_an_image_is_passed_to_the_reference_decoder():
 
 def test_without_a_gpu_or_with_augmentation_on_the_cpu_it_is_refused(make_shards, data_config, recipe_file, capsys):
     config = data_config(make_shards(), backend="nvjpeg")
-    with pytest.raises(RecipeError, match=r"uses none; use data\.backend=webdataset"):
+    with pytest.raises(RecipeError, match=r"uses none; set run\.device=cuda, or data\.backend=webdataset"):
         open_backend(ImageSpec(config, ON_THE_DEVICE, SIZE, 3, 5))
     with pytest.raises(RecipeError, match=r"set augment\.run_on=device"):
         open_backend(ImageSpec(config, AugmentConfig(), SIZE, 3, 5))
     assert karat_here("train", str(recipe_file), "data.backend=nvjpeg", "augment.run_on=device") == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_gpu_is_that_of_the_loaders_device(make_shards):
+    """Before the fix, it was the process's current one, even for a loader on the CPU."""
+    own = {"global_batch": 8, "image_size": SIZE, "workers": 0, "backend": "nvjpeg", "augment": {"run_on": "device"}}
+    with pytest.raises(
+        RecipeError, match=r"^backend = nvjpeg decodes .* uses none; set device=cuda, or backend=webdat"
+    ):
+        ExactLoader(make_shards(), **own)
+    for device, number in {"cuda:1": 1, "cuda:0": 0, "cpu": None, "cpu:0": None}.items():
+        spec = ImageSpec(DataConfig(path="x"), ON_THE_DEVICE, SIZE, 3, 5, device=torch.device(device))
+        assert gpu_of(spec) == number
 
 
 @pytest.mark.slow

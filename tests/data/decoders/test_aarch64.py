@@ -15,7 +15,7 @@ from PIL import Image
 
 from karat_scale.data.augmentation import augment
 from karat_scale.data.decoders import native
-from karat_scale.data.decoders.decode import View, centre_view, crop_view
+from karat_scale.data.decoders.decode import View, centre_view, crop_view, result_size
 from karat_scale.data.decoders.libraries import RESAMPLE
 from karat_scale.foundation.native_build import FLAGS
 from tests.conftest import output_of
@@ -93,7 +93,7 @@ def test_the_recoder_gives_the_same_bytes(program: Path) -> None:
     here, requests, expected = native.NativeRecoder(), [], []
     for data, width, height in jpegs():
         for side in (32, 100):
-            size = native.result_size(width, height, side)
+            size = result_size(width, height, side)
             shrink = next((part for part in native.SHRINKS if min(width, height) >= part * 2 * side), 1)
             requests.append(b"s" + sized(data) + struct.pack("<4i", 8 // shrink, *size, 90))
             expected.append(here.shrink(data, side, 90, 2))

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from karat_scale.data.decoders import make_decoder
-from karat_scale.data.decoders.decode import UndecodableImageError, View, crop_view
-from karat_scale.data.decoders.native import NativeDecoder, NativeRecoder, result_size
+from karat_scale.data.decoders.decode import UndecodableImageError, View, crop_view, result_size
+from karat_scale.data.decoders.native import NativeDecoder, NativeRecoder
 from karat_scale.foundation import native_build
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import DataConfig

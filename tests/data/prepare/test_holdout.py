@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from karat_scale.data.prepare import make_webdataset
 from karat_scale.data.prepare.making import held_out
 from karat_scale.foundation.errors import DataError
 from tests.data.prepare.images import contents, jpeg, write
-from tests.data.prepare.making import make_shards, shard_samples
+from tests.data.prepare.making import make_shards, run, shard_samples
 from tests.data.tars import tar_of
 
 SIZES = {"ant": 20, "bee": 10, "cat": 5, "dog": 1}
@@ -50,6 +51,18 @@ def test_the_seed_draws_them_and_a_source_with_a_validation_split_is_refused(sou
     with pytest.raises(DataError, match=r"split already has a validation split; remove --val-fraction$"):
         make_shards(tmp_path / "split", tmp_path / "out", "--val-fraction", "0.5")
     assert make_shards(tmp_path / "split/train", tmp_path / "out", "--val-count", "1").splits["val"].samples == 1
+
+
+def test_a_source_without_a_validation_split_is_told_so(source, tmp_path, capsys):
+    note = f"{source[0]}: it has no val split; to make one of a tenth of its images, add --val-fraction 0.1\n"
+    for options, is_told in (
+        ([], True),
+        (["--dry-run"], True),
+        (["--split", "train"], False),
+        (["--val-count", "3"], False),
+    ):
+        run(make_webdataset, source[0], tmp_path / "-".join(["out", *options]), *options)
+        assert (note in capsys.readouterr().out) == is_told
 
 
 def test_any_count_is_shared_in_proportion():

@@ -60,8 +60,19 @@ def test_other_settings_or_another_source_are_refused(kind, folder, tmp_path):
     with pytest.raises(DataError, match=r"made with seed = 0, now 3; use another --out"):
         make(kind, folder, out, "--seed", "3")
     write(folder / "train" / WNIDS[0] / "new.jpg", jpeg(77))
-    with pytest.raises(DataError, match="made with source_sha256"):
+    said = r"made with source_sha256 = \w{12}, now \w{12}, since --src has other images; use another --out"
+    with pytest.raises(DataError, match=said):
         make(kind, folder, out)
+
+
+def test_an_output_that_is_the_source_and_an_empty_source_are_refused(kind, folder, tmp_path):
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(DataError, match=rf"^--out {folder} is also --src; use another directory$"):
+        make(kind, folder, folder)
+    assert sorted(folder.rglob("*")) == before
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=rf"^--src {tmp_path}/empty is empty; correct the path$"):
+        make(kind, tmp_path / "empty", tmp_path / "out")
 
 
 def test_a_dry_run_writes_nothing_and_a_file_of_unknown_origin_stays(kind, folder, tmp_path, capsys):
@@ -91,7 +102,7 @@ MISTAKES = {
     "--src SRC/train --val-count 16": r"^--val-count 16 is 16 of 18 images; choose 1 to 15",
     "--src SRC/nowhere": r"--src .*/nowhere is not a directory, a tar or a Parquet file",
     "--src https://a.test/b": "--src https://a.test/b is a URL; for tars there use karat index, else download it first",
-    "--src SRC/bare": "has no class folders",
+    "--src SRC/bare": "bare is empty; correct the path",
     "--src SRC/empty": "has no images in its class folders; put them there, or correct --src",
     "--src SRC/text/ant/a.jpg": r"a.jpg is not a tar, or damaged from its first byte; name another file",
     "--src SRC/text": r"no image of split train is usable; first: ant/a.jpg",

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from karat_scale.data import EvalLoader
+from karat_scale.data import EvalLoader, SampleFiles
 from karat_scale.data.backends import Backend
 from karat_scale.data.backends.images import SplitBackend
 from karat_scale.data.loading.workers import FetchedAhead
@@ -80,6 +80,22 @@ def test_an_evaluation_fetches_samples_together(make_shards, nginx):
     with FaultyProxy(nginx(make_shards())) as proxy, EvalLoader(proxy.url, workers=0, image_size=16) as loader:
         assert sum(len(ids) for _, _, ids in loader) == 11
         assert len(proxy.gets()) == 2  # one for each tar
+
+
+def test_the_parts_of_a_sample_are_fetched_by_one_request(make_shards, nginx):
+    directory = make_shards()
+    local = SampleFiles(directory)
+    with FaultyProxy(nginx(directory)) as proxy:
+        distant = SampleFiles(proxy.url)
+        assert [distant[number] for number in range(9)] == [local[number] for number in range(9)]
+        assert len(proxy.gets()) == 9  # before the fix, an image came twice
+        flip(directory / "train-000000.tar", 1600)  # in the first image
+        for samples in (local, distant):
+            with pytest.raises(
+                DataError, match=r"train-000000.tar has changed since its index .*: sample 0000 differs"
+            ):
+                samples[0]
+        assert distant[1]["__key__"] == "0001"
 
 
 def test_an_object_that_changed_is_noticed(make_shards, remote, nginx, make_sample):

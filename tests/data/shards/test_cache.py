@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from karat_scale.data import ExactLoader
 from karat_scale.data.shards.remote import NodeCache, Part, RemoteUse, data_cache_directory
 from karat_scale.foundation.errors import DataError
 from karat_scale.recipe import DataConfig
@@ -205,3 +206,19 @@ def test_a_window_is_fetched_ahead_by_all_ranks_together(environ, ahead, full, m
     one = RemoteUse.of(data.changed(order="full"), training=True)
     assert (one.together, one.ahead, one.working_set) == (1, 1024, full)
     assert RemoteUse.of(data, training=False).together == 64
+
+
+@pytest.mark.parametrize(
+    ("environ", "full"),
+    [({}, 4), ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, 4), ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "2"}, 2)],
+)
+def test_a_loaders_own_number_of_ranks_counts(environ, full, monkeypatch, make_shards, nginx):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    url = f"http://127.0.0.1:{nginx(make_shards())}"
+    own = {"global_batch": 8, "rank": 1, "world_size": 4, "workers": 0, "image_size": 16}
+    with ExactLoader(url, order="block", block_samples=4, window_blocks=2, **own) as loader:
+        assert loader._source._train.ahead == 2
+    assert RemoteUse.of(DataConfig(path=url), training=True, world_size=4).working_set == 8192 * full

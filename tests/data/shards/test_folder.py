@@ -76,7 +76,7 @@ def test_the_folder_of_a_split_is_not_the_data_set(folder):
         (
             "train",
             [f"{name}/x.jpg" for name in "gfedcba"],
-            "the folders there: a, b, c, d, e and 2 more; if these are classes, move them into ",
+            "the folders there: a, b, c, d, e and 2 more; for a folder of classes, run karat prepare webdataset --src ",
         ),
         ("val", ["dataset.json"], "it has a dataset.json, so use data.backend=webdataset"),
         ("train", ["train/x.jpg"], "train has no class folders; put the images of each class into a folder"),

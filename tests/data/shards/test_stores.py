@@ -156,6 +156,42 @@ def test_a_server_that_is_not_there_is_not_a_missing_file():
         Store(f"http://127.0.0.1:{free_port()}", timeout=1).facts("a.tar")
 
 
+@pytest.mark.parametrize(
+    ("host", "why"), [("127.0.0.1:{}", "Connection refused"), ("nowhere.invalid", r"[\w -]*[Nn]ame[\w -]*")]
+)
+def test_a_server_that_was_never_reached_is_told_at_once(host, why, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("karat_scale.foundation.stores.FIRST_CONTACT", 1.5)
+    url = f"http://{host.format(free_port())}/set"
+    trying = rf"{url}(/dataset\.json)?: the connection failed \({why}\)"
+    end = r", \d times? in \d s; check the URL and the store"
+    run = ("train", "fashion_mnist_demo", f"data.path={url}", "data.backend=webdataset", f"run.dir={tmp_path / 'run'}")
+    for command, fix in (
+        (("index", url, "--out", str(tmp_path / "out")), end),
+        ((*run, "data.timeout=2"), end + r", or raise data\.timeout \(now 2 s\) if it is only slow"),
+    ):
+        assert karat_here(*command) == 2
+        note, error = [line for line in capsys.readouterr().err.splitlines() if "connection failed" in line]
+        assert re.fullmatch(rf"note: {trying}; trying for up to 2 s", note)
+        assert re.fullmatch(rf"error: {trying}{fix}", error)
+
+
+def test_a_server_that_was_reached_is_tried_for_longer_than_one_that_never_was(monkeypatch):
+    class Once(Answering):
+        protocol_version = "HTTP/1.0"  # which closes the connection
+
+        def get(self):
+            self._answer(b"here")
+
+    monkeypatch.setattr("karat_scale.foundation.stores.FIRST_CONTACT", 0.1)
+    monkeypatch.setattr("karat_scale.foundation.stores.DEFAULT_TIMEOUT", 2)
+    with serving(Once) as url:
+        reached = Store(url)
+        reached.facts("a")
+    for store, tries in ((reached, r"[2-9] times in [12] s"), (Store(url), "1 time in 0 s")):
+        with pytest.raises(StoreError, match=tries):
+            store.facts("a")
+
+
 def test_a_server_that_states_no_size_is_named(monkeypatch):
     monkeypatch.setattr(Store, "facts", lambda self, name: FileFacts(-1, ""))
     with pytest.raises(StoreError, match=r"dataset\.json: the server does not say how large the file is"):

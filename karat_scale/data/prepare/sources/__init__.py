@@ -41,6 +41,8 @@ def open_splits(
     """
     if not src.is_dir() and not src.is_file():
         raise DataError(f"--src {src} is not a directory, a tar or a Parquet file; correct the path")
+    if src.is_dir() and not any(src.iterdir()):
+        raise DataError(f"--src {src} is empty; correct the path")
     found, own_classes = _find(src, split, options or SourceOptions(), known_classes)
     chosen = choose_splits(src, found, split)
     for name, origin in chosen.items():

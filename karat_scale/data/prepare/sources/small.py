@@ -43,7 +43,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from scipy.io import loadmat
-from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN, Flowers102
 
 from karat_scale.data.prepare.sources.base import Encoding, ListedSource, Openers, Source, SourceOptions, lines_of
 from karat_scale.foundation.console import progress
@@ -209,7 +208,6 @@ def renumbered(file: str, labels: npt.NDArray[Any], own: list[str], classes: lis
 
 
 CIFAR_SIDE = 32
-_NAMES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 # All names that NumPy's arrays in a pickle need, in its versions 1 and 2.
 _HARMLESS = {
     ("numpy", "ndarray"),
@@ -225,7 +223,9 @@ def cifar_splits(name: str, src: Path, options: SourceOptions) -> tuple[Openers,
 
     Raises DataError.
     """
-    data_set = _NAMES[name]
+    from torchvision.datasets import CIFAR10, CIFAR100  # imports torch, for which a user's mistake should not wait
+
+    data_set = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     lists = {"train": data_set.train_list, "test": data_set.test_list}
     md5 = {data_set.meta["filename"]: data_set.meta["md5"]}
     md5 |= {file: md5 for files in lists.values() for file, md5 in files}
@@ -272,18 +272,20 @@ class _PlainUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-IMAGES, LABELS, SETS = (Flowers102._file_dict[part][0] for part in ("image", "label", "setid"))
+IMAGES, LABELS, SETS = "102flowers.tgz", "imagelabels.mat", "setid.mat"
 FOLDER = "flowers-102"  # torchvision's folder
 _SPLITS = {"train": ("trnid", "valid"), "test": ("tstid",)}
-# Older torchvision does not have the readable names of the classes.
-CLASSES: list[str] = getattr(Flowers102, "classes", None) or [str(number) for number in range(1, 103)]
 
 
 def flowers_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str]]:
     """Return the splits of the Flowers-102 in `src`, and its classes; both empty if there is none. Raises DataError."""
+    from torchvision.datasets import Flowers102
+
     files = PublishedFiles(src, "flowers102", dict(Flowers102._file_dict.values()), folder=FOLDER)
     if files.place is None:
         return {}, []
+    # Older torchvision does not have the readable names of the classes.
+    own = getattr(Flowers102, "classes", None) or [str(number) for number in range(1, 103)]
     contents = files.read(options.any_hash)
     try:
         with tarfile.open(fileobj=io.BytesIO(contents[IMAGES]), mode="r:gz") as tar:
@@ -294,8 +296,8 @@ def flowers_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str
     found: Openers = {}
     for split, parts in _SPLITS.items():
         ids = np.concatenate([mat_array(SETS, contents[SETS], part).reshape(-1) for part in parts])
-        found[split] = partial(FlowersSource, images, labels, ids, files.facts)
-    return found, CLASSES
+        found[split] = partial(FlowersSource, images, labels, ids, own, files.facts)
+    return found, own
 
 
 class FlowersSource(ListedSource):
@@ -306,6 +308,7 @@ class FlowersSource(ListedSource):
         images: dict[str, bytes],
         labels: npt.NDArray[Any],
         ids: npt.NDArray[Any],
+        own: list[str],
         facts: dict[str, Any],
         classes: list[str],
     ) -> None:
@@ -313,8 +316,8 @@ class FlowersSource(ListedSource):
         missing = next((path for path in paths if path not in images), None)
         if missing is not None or ids.max(initial=0) > len(labels):
             raise DataError(f"{SETS} names {missing or paths[-1]}, which has no image or label; fetch all again")
-        own = renumbered(LABELS, labels[ids.astype(np.int64) - 1].astype(np.int64) - 1, CLASSES, classes)
-        super().__init__(classes, paths, own, [len(images[path]) for path in paths])
+        numbers = renumbered(LABELS, labels[ids.astype(np.int64) - 1].astype(np.int64) - 1, own, classes)
+        super().__init__(classes, paths, numbers, [len(images[path]) for path in paths])
         self._images, self.facts = images, facts
 
     def read(self, index: int) -> bytes:
@@ -379,6 +382,8 @@ STL10_SIDE = 96
 
 def stl10_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str]]:
     """Return the splits of the STL-10 in `src`, and its classes; both empty if there is none. Raises DataError."""
+    from torchvision.datasets import STL10
+
     md5: dict[str, str | None] = {STL10.class_names_file: None}
     md5 |= {file: md5 for file, md5 in (*STL10.train_list, *STL10.test_list) if not file.startswith("unlabeled")}
     files = PublishedFiles(src, "stl10", md5, STL10.filename, STL10.base_folder)
@@ -406,6 +411,8 @@ _LABEL_OF_ZERO = 10
 
 def svhn_splits(src: Path, options: SourceOptions) -> tuple[Openers, list[str]]:
     """Return the splits whose files are in `src`, and the classes; both empty if there is none."""
+    from torchvision.datasets import SVHN
+
     found: Openers = {}
     for split, (_, file, md5) in SVHN.split_list.items():
         files = PublishedFiles(src, "svhn_extra" if split == "extra" else "svhn", {file: md5})
