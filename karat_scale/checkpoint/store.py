@@ -45,6 +45,7 @@ from karat_scale.foundation.files import (
     unlock,
 )
 from karat_scale.foundation.machine import this_node, usable_cores
+from karat_scale.recipe.files import name_one
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -199,9 +200,8 @@ def branch_point(source: str) -> tuple[Path, str | None]:
         return path / "checkpoints", None
     if path.is_dir() and (CHECKPOINT_NAME.fullmatch(path.name) or (path / MANIFEST).is_file()):
         return path.parent, path.name
-    there = CheckpointStore(path if path.name == "checkpoints" else path.parent).names()
-    fix = f"name one of {', '.join(there)} there" if there else "name one"
-    raise RunDirectoryError(f"resume.from = {source}: neither a run's directory nor a checkpoint in one; {fix}")
+    what = "neither a run's directory nor a checkpoint in one"
+    raise RunDirectoryError(f"resume.from = {source}: {what}; {name_one(path)}")
 
 
 class CheckpointStore:

@@ -3,18 +3,17 @@
 Each part is a command that a user could type. A finished part is skipped, and a run that was stopped resumes.
 """
 
-import json
 import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from karat_scale.foundation.console import print_table
 from karat_scale.foundation.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+from karat_scale.foundation.files import read_object
 from karat_scale.foundation.tables import EXTRAS, is_installed
 
 # Relative to the current directory, so that printed commands can be typed.
@@ -43,7 +42,7 @@ def quickstart() -> int:
             subset = ("--subset", str(IMAGES_OF_A_CLASS))
             _run("prepare", "webdataset", "--src", str(RAW), "--out", str(SHARDS), *subset)
         for number, (title, run, overrides) in enumerate(CONTENDERS, 1):
-            if _summary(run).get("exit") == 0:
+            if read_object(run / "summary.json").get("exit") == 0:
                 console.print(f"{title}: finished before, in {run}")
                 continue
             console.rule(f"run {number} of {len(CONTENDERS)}: {title}")
@@ -94,19 +93,10 @@ def _run(*arguments: str) -> None:
         raise subprocess.CalledProcessError(process.returncode, process.args)
 
 
-def _summary(run: Path) -> dict[str, Any]:
-    path = run / "summary.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none yet, or damaged: training writes it again
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _print_results(console: Console) -> None:
     rows = []
     for attention, run, _ in CONTENDERS:
-        summary = _summary(run)
+        summary = read_object(run / "summary.json")
         scores = [f"{summary[score]:.2f}" for score in ("last_top1", "last_top5")]
         size = [f"{summary['peak_memory_mb']:.0f}", f"{summary['parameters'] / 1e6:.2f} M"]
         rows.append([attention, *scores, *size])

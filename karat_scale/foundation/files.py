@@ -267,6 +267,15 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a regular file; an empty one if the file is missing or damaged, or is no object."""
+    try:
+        found = parse_json(read_text(path))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 @contextmanager
 def name_in_errors(path: Path) -> Iterator[None]:
     """Add this file name to an OSError without one, such as that of a full disk."""

@@ -216,7 +216,14 @@ def locate(source: str) -> tuple[Path, str]:
         return path.parent.parent, path.name
     if path.is_file():
         return path, ""
-    raise RecipeError("neither a run's directory, a checkpoint in one, a file nor timm:NAME; name one")
+    raise RecipeError(f"neither a run's directory, a checkpoint in one, a file nor timm:NAME; {name_one(path)}")
+
+
+def name_one(path: Path) -> str:
+    """Return what to do about the path of a run or of a checkpoint that is not there."""
+    folder = path if path.name == "checkpoints" else path.parent
+    there = sorted(own.name for own in folder.glob("step-*")) if folder.name == "checkpoints" else []
+    return f"name one of {', '.join(there)} in {folder}" if there else "name one"
 
 
 def _why_missing(source: str, folder: Path) -> str:

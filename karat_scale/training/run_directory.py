@@ -46,6 +46,7 @@ from karat_scale.foundation.files import (
     lock,
     open_regular,
     parse_json,
+    read_object,
     read_text,
     remove_leftovers,
     replace_file,
@@ -304,11 +305,7 @@ class RunDirectory:
 
     def summary(self) -> dict[str, Any] | None:
         """Return `summary.json`, if the run has written a whole one."""
-        try:
-            summary = parse_json(read_text(self.summary_file))
-        except (OSError, ValueError):
-            return None
-        return summary if isinstance(summary, dict) else None
+        return read_object(self.summary_file) or None
 
     @property
     def is_summary_damaged(self) -> bool:

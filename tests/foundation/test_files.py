@@ -20,6 +20,7 @@ from karat_scale.foundation.files import (
     locked,
     make_folder,
     read_image,
+    read_object,
     read_text,
     remove_leftovers,
     replace_file,
@@ -87,6 +88,14 @@ def test_a_file_in_shared_memory_is_replaced_whole() -> None:
         os.link(file, before)
         write_atomically(file, "new")
         assert (file.read_text(), before.read_text()) == ("new", "old")
+
+
+def test_a_json_object_is_read_and_all_else_is_none(tmp_path) -> None:
+    file = tmp_path / "summary.json"
+    for content, found in {'{"a": 1}': {"a": 1}, "[1]": {}, '{"a": ': {}, "[" * 10**5: {}}.items():
+        file.write_text(content)
+        assert read_object(file) == found
+    assert read_object(tmp_path) == read_object(tmp_path / "nothing") == {}
 
 
 def test_what_is_no_small_text_file_is_refused_at_once(tmp_path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from karat_scale.engine.optimizers import build_schedule
 from karat_scale.foundation.errors import RecipeError
 from karat_scale.recipe import Recipe, RunRecipe
-from karat_scale.recipe.files import RECIPES, part_names, shipped_recipes
+from karat_scale.recipe.files import RECIPES, locate, part_names, shipped_recipes
 from karat_scale.recipe.loading import dump_recipe, flatten, load_recipe
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
 from tests.conftest import ROOT, karat_here, karat_says
@@ -164,6 +164,16 @@ def test_a_name_means_what_it_meant_when_each_had_a_file() -> None:
         keys = load_recipe(name, (), schema).model_dump(mode="json", by_alias=True, exclude_defaults=True)
         found[name] = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
     assert found == meaning
+
+
+def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
+    there = tmp_path / "checkpoints"
+    (there / "step-00000008").mkdir(parents=True)
+    for source in (there / "step-00000016", there):
+        with pytest.raises(RecipeError, match=rf"; name one of step-00000008 in {there}$"):
+            locate(str(source))
+    with pytest.raises(RecipeError, match=r"timm:NAME; name one$"):
+        locate(str(tmp_path / "step-00000008"))
 
 
 def test_a_directory_is_told_from_a_file_that_is_missing(tmp_path: Path) -> None:

@@ -249,8 +249,8 @@ def test_a_branch_of_another_image_size_or_from_nowhere_is_one_line(recipe_file,
         line = karat_refuses(*branch, f"resume.from={source}", "model.image_size=24", "attention.rank=5")
         differ = "model.image_size (16 -> 24), attention.rank (4 -> 5); set the keys as it has them"
         assert line == f"error: resume.from = {source} is of another model: {differ}"
-    there = " of step-00000001 there"
     checkpoints = trunk / "checkpoints"
+    there = f" of step-00000001 in {checkpoints}"
     for source, names in {"~/nowhere": "", tmp_path: "", checkpoints: there, checkpoints / "nosuch": there}.items():
         line = karat_refuses(*branch, f"resume.from={source}")
         what = f"neither a run's directory nor a checkpoint in one; name one{names}"

@@ -26,7 +26,7 @@ import torch
 from karat_scale.commands.evaluate.predictions import Predictions
 from karat_scale.data.batch import Batch
 from karat_scale.data.decoders import Decoder, make_decoder
-from karat_scale.data.decoders.jpeg_header import turned_by_default, upright
+from karat_scale.data.decoders.jpeg_header import WNID, turned_by_default, upright
 from karat_scale.data.loading.assemble import ImageAssembler, ImageSpec, OrderedLoader, Pixels
 from karat_scale.data.plan import BatchSlice
 from karat_scale.data.shards.beton import BetonSplit
@@ -39,8 +39,6 @@ from karat_scale.foundation.errors import DataError, RecipeError, UserError
 from karat_scale.foundation.files import LARGEST_TEXT, parse_json, read_bytes
 from karat_scale.foundation.tables import CORRUPTIONS, how_to_install
 from karat_scale.recipe import Recipe
-
-_WNID = re.compile(r"n\d{8}")
 
 
 def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None]:
@@ -66,7 +64,7 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> list[int | None
 
 def wnid_of(name: str) -> str:
     """Return the WordNet id of a class of ImageNet-1K, given that id or a name; "" for another class."""
-    return name if _WNID.fullmatch(name) else _wnids_by_name().get(_plain(name), "")
+    return name if WNID.fullmatch(name) else _wnids_by_name().get(_plain(name), "")
 
 
 def imagenet_wnids() -> list[str]:

@@ -47,7 +47,7 @@ from karat_scale.foundation.machine import usable_cores
 from karat_scale.foundation.tables import EXTRAS, how_to_install, is_installed
 from karat_scale.models.attention_matrices import watched
 from karat_scale.recipe import Recipe
-from karat_scale.recipe.files import locate
+from karat_scale.recipe.files import locate, name_one
 from karat_scale.recipe.loading import validate_recipe
 from karat_scale.training.weights_file import read_exported, read_facts
 
@@ -86,10 +86,8 @@ def open_classifier(source: str, checkpoint: str, weights: str) -> Classifier:
         path, inside = locate(source)
     except UserError:
         below = sorted(path.parent for path in Path(source).expanduser().glob("*/model.safetensors"))
-        one = f"one in it, such as {below[0]}" if below else "one"
-        raise RunDirectoryError(
-            f"{source}: neither a run's directory nor a folder of karat export; name {one}"
-        ) from None
+        fix = f"name one in it, such as {below[0]}" if below else name_one(Path(source).expanduser())
+        raise RunDirectoryError(f"{source}: neither a run's directory nor a folder of karat export; {fix}") from None
     if inside:
         run = open_run(path, weights=weights, checkpoint=checkpoint if checkpoint != "best" else inside)
         return Classifier(run.model(), run.recipe, run.directory.classes(), run.chosen, run.weights_kind)

@@ -23,7 +23,7 @@ from karat_scale.engine.reporting.goodput import WallTime
 from karat_scale.engine.reporting.progress import read_events
 from karat_scale.foundation.console import duration, per_second, plural, printable
 from karat_scale.foundation.errors import EXIT_STOPPED, RunDirectoryError
-from karat_scale.foundation.files import parse_json, read_text
+from karat_scale.foundation.files import parse_json, read_object, read_text
 from karat_scale.foundation.machine import ask_squeue, this_node
 from karat_scale.recipe.files import recipe_of_run
 
@@ -174,15 +174,14 @@ def _read_checkpoints(standing: Standing, root: Path, now: float) -> None:
     try:
         name = read_text(root / "latest", 4096).strip()
         manifest = (root / name / "manifest.json").stat()
-        state = parse_json(read_text(root / name / "state.json"))
     except (OSError, ValueError):
         return
     standing.checkpoint, standing.checkpoint_age = name, max(now - manifest.st_mtime, 0.0)
-    if isinstance(state, dict):
-        if isinstance(step := state.get("step"), int):  # which may not have been logged yet
-            standing.step = max(standing.step, step)
-        if _is_number(peak := state.get("peak_memory_mb", 0)):
-            standing.known["peak_memory_mb"] = standing.known.get("peak_memory_mb") or peak
+    state = read_object(root / name / "state.json")
+    if isinstance(step := state.get("step"), int):  # which may not have been logged yet
+        standing.step = max(standing.step, step)
+    if _is_number(peak := state.get("peak_memory_mb", 0)):
+        standing.known["peak_memory_mb"] = standing.known.get("peak_memory_mb") or peak
 
 
 REFRESH_SECONDS = 2.0

@@ -37,7 +37,8 @@ TRANSPOSES = {
 }
 # Odd files are few, so their pixels may take some bytes.
 CONVERT_QUALITY = 95
-_WNID = re.compile(r"n\d{8}")
+WNID = re.compile(r"n\d{8}")
+"""The WordNet id of a class."""
 
 
 def _segments(data: bytes | bytearray) -> Iterator[tuple[int, int, int]]:
@@ -188,4 +189,4 @@ def to_jpeg(image: Image.Image, quality: int, subsampling: int = -1) -> bytes:
 def turned_by_default(classes: Sequence[str]) -> bool:
     """Return whether pictures of these classes are turned by default; published results on ImageNet are without it."""
     # Parquet files have the hub's names of ImageNet's classes.
-    return not all(map(_WNID.fullmatch, classes)) and classes[0] != "tench, Tinca tinca"
+    return not all(map(WNID.fullmatch, classes)) and classes[0] != "tench, Tinca tinca"

@@ -109,7 +109,8 @@ def _run(
     A signal to the whole process group (Ctrl-C, SLURM) must not end the workers, since the trainer still
     needs its batches until it has written a checkpoint. So SIGTERM ends a worker only when the parent itself sends it:
     Python does so at its end, and then waits for the worker. Programs that a transform starts ignore the same signals,
-    for a batch may need their output. A handler in Python would write to the trainer's pipe, too.
+    for a batch may need their output, and SIGTERM is blocked in them: only SIGKILL ends them. A handler in Python would
+    write to the trainer's pipe, too.
     """
     global _number
     _number = number

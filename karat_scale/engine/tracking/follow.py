@@ -33,7 +33,16 @@ from pydantic import TypeAdapter
 
 from karat_scale.engine.tracking.trackers import KINDS, Event, TrackedRun, Tracker
 from karat_scale.foundation.errors import UserError, on_one_line, one_line
-from karat_scale.foundation.files import append_to, lock, make_folder, open_to_read, parse_json, read_text, replace_file
+from karat_scale.foundation.files import (
+    append_to,
+    lock,
+    make_folder,
+    open_to_read,
+    parse_json,
+    read_object,
+    read_text,
+    replace_file,
+)
 from karat_scale.foundation.machine import library_versions
 from karat_scale.foundation.tables import EXTRAS, TRACKERS, how_to_install, is_installed, load
 from karat_scale.recipe.files import read_run_recipe
@@ -189,9 +198,7 @@ class Follower:
         self.advance()
         summary: Event = {}
         if _ended_in_order(self._run):  # else it is the summary of an earlier start
-            with suppress(OSError, ValueError):
-                content = parse_json(read_text(self._run / "summary.json"))
-                summary = content if isinstance(content, dict) else {}
+            summary = read_object(self._run / "summary.json")
         self._upload(_documents(self._run, with_checkpoints=summary.get("exit") == 0))
         self._open().close(summary)
         self._tracker = None

@@ -22,7 +22,6 @@ from karat_scale.foundation.errors import DataError
 
 Encoding = Literal["png", "jpeg"]
 MAX_KEY_BYTES = 90  # a tar name holds 100
-WNID = re.compile(r"n\d{8}")
 _UNFIT = re.compile(r"[\x00-\x20\x7f\s]")
 _OF_ONE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM}
 _OF_ONE_FILE |= {errno.EINVAL, errno.EFBIG}  # no regular file, or larger than an image can be

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from karat_scale.data.prepare.sources.base import WNID, ListedSource, UnreadableSampleError, cannot_read, lines_of
+from karat_scale.data.decoders.jpeg_header import WNID
+from karat_scale.data.prepare.sources.base import ListedSource, UnreadableSampleError, cannot_read, lines_of
 from karat_scale.data.shards.shards import folders_in, images_under, is_hidden_folder, is_image_name, refuse_broken_link
 from karat_scale.foundation.console import progress
 from karat_scale.foundation.errors import DataError

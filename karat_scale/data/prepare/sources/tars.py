@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from karat_scale.data.decoders.jpeg_header import WNID
 from karat_scale.data.indexing import MADE_BY
 from karat_scale.data.prepare.sources import base
 from karat_scale.data.prepare.sources.imagefolder import NO_IMAGE_NAME, SPLIT_FOLDERS, refuse_like_splits
@@ -335,7 +336,7 @@ def read_val_labels(path: Path, stems: list[str], wnids: list[str] | None, synse
     missing = [stem for stem in stems if stem not in named]
     if missing:
         raise DataError(f"{path} has no label for {plural(len(missing), 'image')}, such as {missing[0]}; add them")
-    wrong = next((stem for stem in stems if not base.WNID.fullmatch(named[stem])), None)
+    wrong = next((stem for stem in stems if not WNID.fullmatch(named[stem])), None)
     if wrong:
         raise DataError(f"{path}: the label of {wrong} is {named[wrong]!r}; expected a wnid such as n01440764")
     return named

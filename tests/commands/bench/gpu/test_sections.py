@@ -62,5 +62,5 @@ def test_a_loader_whose_library_is_missing_is_left_out(tmp_path: Path, monkeypat
     loader.measure(task)  # nvJPEG needs a GPU, and there is none
     left_out = [one for one in told["left_out"] if one["what"].startswith("nvjpeg")]
     assert len(left_out) == 2
-    assert all("use data.backend=webdataset" in one["why"] for one in left_out)
+    assert all("set run.device=cuda, or data.backend=webdataset" in one["why"] for one in left_out)
     assert "failed" not in told
