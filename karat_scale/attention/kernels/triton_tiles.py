@@ -129,8 +129,11 @@ def choose_tiles(kernel: str, sizes: Sizes, products: Products, architecture: in
         # From 64 rows on, Triton keeps sums in tensor memory: dQ would take all of it, and Horner's sums would pass
         # through registers for each harmonic.
         walked = 32 if easy and not kernel.startswith("grad_key") else 16
-        return Tiles(32, walked, compile_options(2 if easy else 4, 2, **spacious))
+        own = 16 if easy and paired and kernel == "grad_key" else 32
+        return Tiles(own, walked, compile_options(2 if easy else 4, 2, **spacious))
     if paired:
+        if easy and kernel == "grad_key" and architecture not in (80, 90):  # those have room for more
+            return Tiles(32, 16, compile_options(4, 2, **spacious))
         return Tiles(64, 32 if easy and not kernel.startswith("grad_key") else 16, compile_options(4, 2, **spacious))
     if architecture == 90:
         if kernel == "forward" and easy and sizes.grid <= LARGEST_HALF and _covers(sizes.tokens, 128):

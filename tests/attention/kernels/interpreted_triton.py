@@ -130,6 +130,16 @@ def test_a_mask_and_a_bias_agree_with_the_oracle(dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("architecture", [100, 120])
+def test_the_smaller_tiles_of_biased_and_masked_calls_agree_with_the_oracle(architecture, monkeypatch):
+    monkeypatch.setattr(triton_launch, "architecture", lambda: architecture)
+    for plans in ("_forward_plans", "_backward_plans"):
+        monkeypatch.setattr(triton_launch, plans, {})
+    bias = draw((1, 2, 20, 20), torch.bfloat16).requires_grad_()
+    compare(torch.bfloat16, (2, 2, 20, 32, 12, 3), bias=bias, mask=draw_mask((2, 1, 20, 20)))
+
+
+@pytest.mark.slow
 def test_a_query_without_pairs_has_no_output_and_no_gradient():
     call = make_call(1, 2, 20, 16, 4, 2).to(torch.bfloat16)
     mask = draw_mask((20, 20))
