@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import re
 import shlex
-import sys
 import tempfile
 import zlib
 from collections import Counter
@@ -470,12 +469,8 @@ def index_tars(request: IndexRequest) -> int:
     Raises:
         DataError: there are no tars, one is damaged, a label is not of a class, or the output cannot be written.
     """
-
-    def tell(text: str) -> None:
-        print(printable(f"note: {text}"), file=sys.stderr, flush=True)
-
     place = request.source
-    source = Store(place, tell=tell) if isinstance(place, str) else place.expanduser().resolve()
+    source = Store(place, tell=shard_format.tell_of_store) if isinstance(place, str) else place.expanduser().resolve()
     if isinstance(source, Store) and request.out is None:
         raise DataError(f"add --out DIR, a directory for the indexes of {source.url}")
     known = _lines(request.classes, "--classes {} cannot be read: {}") if request.classes else None

@@ -132,7 +132,7 @@ def choose_tiles(kernel: str, sizes: Sizes, products: Products, architecture: in
         own = 16 if easy and paired and kernel == "grad_key" else 32
         return Tiles(own, walked, compile_options(2 if easy else 4, 2, **spacious))
     if paired:
-        if easy and kernel == "grad_key" and architecture not in (80, 90):  # those have room for more
+        if easy and kernel == "grad_key" and architecture not in (80, 90):  # there, 64 rows do not spill
             return Tiles(32, 16, compile_options(4, 2, **spacious))
         return Tiles(64, 32 if easy and not kernel.startswith("grad_key") else 16, compile_options(4, 2, **spacious))
     if architecture == 90:

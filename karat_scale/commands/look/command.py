@@ -28,8 +28,8 @@ from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb, 
 from karat_scale.data.plan import micro_batch_of
 from karat_scale.data.prepare import DECODED_BELOW
 from karat_scale.data.shards.remote import RemoteUse
-from karat_scale.data.shards.shard_format import DATASET_FILE, dataset_directory, flat_fix
-from karat_scale.data.shards.shards import SPLIT_FOLDERS, FolderSplit
+from karat_scale.data.shards.shard_format import DATASET_FILE, SPLIT_FOLDERS, dataset_directory, flat_fix
+from karat_scale.data.shards.shards import FolderSplit
 from karat_scale.engine import distributed
 from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
 from karat_scale.foundation.console import plural, print_table, printable, progress, render_page, write_json

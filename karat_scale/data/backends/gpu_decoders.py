@@ -310,11 +310,10 @@ def for_training(images: torch.Tensor) -> torch.Tensor:
 
 def gpu_of(spec: ImageSpec) -> int | None:
     """Return the number of the GPU that the batches are for. A run on the CPU of a machine with GPUs uses none."""
-    uses_one = torch.cuda.is_initialized() if spec.device is None else spec.device.type == "cuda"
-    if not uses_one:
+    device = spec.device
+    if not (torch.cuda.is_initialized() if device is None else device.type == "cuda"):
         return None
-    number = spec.device.index if spec.device else None
-    return torch.cuda.current_device() if number is None else number
+    return torch.cuda.current_device() if device is None or device.index is None else device.index
 
 
 # Batches that DALI works on at a time: one is decoded while the next is read.

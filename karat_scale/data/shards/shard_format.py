@@ -180,14 +180,15 @@ def _validated(kind: type[M], path: object, read: Callable[[], str], fix: str) -
         raise DataError(f"{path} is damaged or of another version ({where}: {wanted_by(first)}); {fix}") from error
 
 
+def tell_of_store(text: str) -> None:
+    """Print a note of a store that fails for long, on the first rank of a launcher."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(printable(f"note: {text}"), file=sys.stderr, flush=True)
+
+
 def _record_text(directory: Path | str, timeout: float | None, what: str) -> str:
     if isinstance(directory, str):
-
-        def tell(text: str) -> None:
-            if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-                print(printable(f"note: {text}"), file=sys.stderr, flush=True)
-
-        store = Store(directory, timeout, tell)
+        store = Store(directory, timeout, tell_of_store)
         return store.read_small(DATASET_FILE, LARGEST_RECORD).decode("utf-8")
     check_has_record(directory, what)
     return read_record_text(directory / DATASET_FILE)
@@ -204,6 +205,9 @@ def require_directory(path: Path, files: Files, what: str = "data.path") -> None
         raise DataError(f"{what} = {not_a_directory(path)}; set it to {files.value}")
 
 
+SPLIT_FOLDERS = ("train", "val", "test", "valid", "validation")
+
+
 def check_has_record(directory: Path, what: str = "data.path") -> None:
     """Raise DataError unless a directory, which the key or option `what` names, exists and has a dataset.json."""
     require_directory(directory, Files.SHARDS, what)
@@ -217,7 +221,7 @@ def check_has_record(directory: Path, what: str = "data.path") -> None:
         fix = "finish it with the command that began it"
     elif any(path.suffix == ".tar" for path in inside):
         fix = "index its tars with karat index"
-    elif what == "data.path" and folders & {"train", "training", "val", "valid", "validation", "test"}:
+    elif what == "data.path" and folders & {*SPLIT_FOLDERS, "training"}:
         fix = f"{_FIX}, set data.backend=folder for a folder of images,"
     elif what == "data.path" and folders:
         fix = f"{flat_fix(directory)},"

@@ -391,7 +391,6 @@ def images_under(folder: Path, name: str) -> tuple[list[str], list[str]]:
     return sorted(images, key=os.fsencode), sorted(others, key=os.fsencode)
 
 
-SPLIT_FOLDERS = ("train", "val", "test", "valid", "validation")
 _LISTED = 5  # folders beside a split that is missing
 
 
@@ -402,7 +401,7 @@ def class_folders(folder: Path) -> list[str]:
     except FileNotFoundError:
         shard_format.require_directory(folder.parent, Files.IMAGES)
         beside = sorted(path.name for path in folder.parent.glob("*/"))
-        if folder.parent.name in SPLIT_FOLDERS and folder.parent.with_name(folder.name).is_dir():
+        if folder.parent.name in shard_format.SPLIT_FOLDERS and folder.parent.with_name(folder.name).is_dir():
             raise DataError(f"{folder} does not exist; set data.path={folder.parent.parent}, which has it") from None
         more = len(beside[_LISTED:])
         listed = ", ".join(beside[:_LISTED]) + (f" and {more:,} more" if more else "")
