@@ -15,10 +15,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from karat_scale.engine.peers import CONNECTING
 from karat_scale.engine.shards import Fragment, Layout
+from karat_scale.foundation.machine import Background
 
-# The longest time that ranks need to connect over gloo once all of them are there.
-CONNECTING = timedelta(minutes=1)
+# Seconds between two looks at whether all ranks have connected.
+_POLL_SECONDS = 1.0
 
 
 def average_gradients_in_few_copies(engine: Any) -> None:
@@ -244,10 +246,17 @@ def share_world_group(size: int, patience: timedelta) -> None:
     from deepspeed.utils import groups
 
     if size > 1 and groups._WORLD_GROUP is None:
-        is_gloo = dist.get_backend() == "gloo"
-        if is_gloo:  # all are here then, so the others need not wait long for one that is killed while they connect
-            dist.barrier()
-        group: Any = dist.new_group(list(range(size)), timeout=min(patience, CONNECTING) if is_gloo else patience)
+        make: Callable[..., Any] = functools.partial(dist.new_group, list(range(size)))
+        if dist.get_backend() == "gloo":
+            dist.barrier()  # all are here then, so the others need not wait long for one that is stopped
+            making = Background(functools.partial(make, timeout=min(patience, CONNECTING)))
+            is_made = torch.tensor(0)
+            while not is_made:
+                is_made.fill_(making.wait(_POLL_SECONDS))
+                dist.all_reduce(is_made, dist.ReduceOp.MIN)  # raises at once if a rank is killed; new_group would wait
+            group = making.result()
+        else:
+            group = make(timeout=patience)
         distributed_c10d._set_pg_timeout(patience, group)
         groups._WORLD_GROUP = group
 

@@ -27,7 +27,7 @@ import torch
 import torch.distributed
 import torch.distributed as dist
 
-from karat_scale.engine.peers import Place, explaining, meet
+from karat_scale.engine.peers import CONNECTING, Place, explaining, meet
 from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import UserError
 from karat_scale.foundation.files import replace_file
@@ -212,7 +212,11 @@ def _join(
     store = dist.PrefixStore("group", met)
     # With its device NCCL connects now, where a fault is seen, and each barrier knows which GPU is meant.
     device_id = device if device.type == "cuda" else None
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience, device_id=device_id)
+    # All are here: who keeps the others waiting for longer was killed.
+    limit = min(patience, CONNECTING) if backend == "gloo" else patience
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit, device_id=device_id)
+    if backend == "gloo":
+        dist.distributed_c10d._set_pg_timeout(patience)
     group: Any = dist.new_group(backend="gloo", timeout=patience) if device.type == "cuda" else None
     found: dist.ProcessGroup | None = group  # torch 2.15's type has a number, too, for ranks outside a group
     return found

@@ -23,6 +23,8 @@ _FIRST_NOTICE_SECONDS = 10.0
 _CALL = timedelta(seconds=10)
 _POLL_SECONDS = 0.2
 _ARRIVED = "arrived"
+CONNECTING = timedelta(minutes=1)
+"""The longest time that ranks need to connect over gloo once all of them are there."""
 
 
 class Place(NamedTuple):

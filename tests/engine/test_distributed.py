@@ -164,28 +164,28 @@ from karat_scale.engine.deepspeed_internals import share_world_group
 from karat_scale.engine.distributed import joined
 with joined("cpu", 7) as world:
     share_world_group(world.size, world.patience)
-    print(groups._WORLD_GROUP._get_backend(world.device).options._timeout)
+    for group in (torch.distributed.group.WORLD, groups._WORLD_GROUP):
+        print(group._get_backend(world.device).options._timeout)
 """
 
 
 @pytest.mark.multiprocess
 def test_deepspeed_waits_as_long_as_the_recipe_says() -> None:
     """DeepSpeed reduces gradients in a group of its own, which gets the recipe's timeout, too."""
-    assert two_ranks(OWN_GROUP, MASTER_PORT=str(free_port())) == ["0:07:00"] * 2
+    assert two_ranks(OWN_GROUP, MASTER_PORT=str(free_port())) == ["0:07:00"] * 4
 
 
 KILLED = """
-import os, signal
+import os, signal, sys
 import torch.distributed as dist
 from datetime import timedelta
-from karat_scale.engine import deepspeed_internals
-from karat_scale.engine.distributed import joined
+from karat_scale.engine import deepspeed_internals, distributed
 from karat_scale.foundation.errors import PeerError
-deepspeed_internals.CONNECTING = timedelta(seconds=2)
+distributed.CONNECTING, deepspeed_internals.CONNECTING = timedelta(seconds=2), timedelta(minutes=7)
+if os.environ["RANK"] == "1":
+    setattr(dist, sys.argv[1], lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
 try:
-    with joined("cpu", 7) as world:
-        if world.rank == 1:
-            deepspeed_internals.dist.new_group = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    with distributed.joined("cpu", 7) as world:
         deepspeed_internals.share_world_group(world.size, world.patience)
 except PeerError:
     print("lost", flush=True)
@@ -194,9 +194,11 @@ os._exit(0)
 
 
 @pytest.mark.multiprocess
-def test_a_rank_that_is_killed_while_a_group_is_made_is_not_awaited_as_long_as_a_slow_one() -> None:
+@pytest.mark.parametrize("maker", ["init_process_group", "new_group"])
+def test_a_rank_that_is_killed_while_a_group_is_made_is_not_awaited_as_long_as_a_slow_one(maker) -> None:
+    """While the second group is made, the first one's connections tell of it at once."""
     given = {**karat_environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-c", KILLED]  # alone: a launcher would end both
+    command = [sys.executable, "-c", KILLED, maker]  # alone: a launcher would end both
     ranks = [
         subprocess.Popen(command, env={**given, "RANK": rank, "LOCAL_RANK": rank}, cwd=ROOT, stdout=subprocess.PIPE)
         for rank in "01"
