@@ -379,19 +379,31 @@ class CheckpointStore:
         self.verified = next((n for n in names if n == self.verified or self.damage(n, progress) is None), "")
         return self.verified
 
-    def find_intact(self, wanted: str) -> str:
+    def find(self, wanted: str) -> str:
         """Return the name of the checkpoint `wanted`: best, latest or a name; `best` falls back to `latest`.
 
-        If `best` or `latest` is damaged, a line says so and the newest intact one is taken. A run that trains meanwhile
-        does not remove the checkpoint as long as this store exists.
+        A run that trains meanwhile does not remove it as long as this store exists.
 
         Raises:
-            RunDirectoryError: it is not there, or damaged, and so are the others.
+            RunDirectoryError: it is not there.
         """
+        if not self.names():
+            raise self.nothing_saved()
         name = self._find_held(wanted) if "/" not in wanted else None  # a path may be of another run
         if name is None:
             there = ", ".join([*POINTERS, *self.names()])
             raise RunDirectoryError(f"--checkpoint {wanted}: {self.root} has no such checkpoint; name one of {there}")
+        return name
+
+    def find_intact(self, wanted: str) -> str:
+        """Return the name of the checkpoint `wanted`, as `find` does, if it is not damaged.
+
+        If `best` or `latest` is damaged, a line says so and the newest intact one is taken.
+
+        Raises:
+            RunDirectoryError: it is not there, or damaged, and so are the others.
+        """
+        name = self.find(wanted)
         damage = self.damage(name)
         if damage is None:
             return name

@@ -508,8 +508,6 @@ class OpenRun(Generic[R]):
     @cached_property
     def chosen(self) -> str:
         """The checkpoint's name; it is intact. Raises RunDirectoryError if there is none."""
-        if not self.store.names():
-            raise self.store.nothing_saved()
         return self.store.find_intact(self.checkpoint)
 
     def choose(self, world: World) -> str:

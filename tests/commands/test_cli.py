@@ -87,7 +87,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     heavy = "('torch', 'timm', 'deepspeed', 'pydantic', 'sklearn', 'matplotlib')"
     code = f"import sys, karat_scale, karat_scale.commands.cli; print([m for m in {heavy} if m in sys.modules])"
     assert output_of(sys.executable, "-c", code) == "[]\n"
-    prepare = "from karat_scale.data.prepare import finished, make_webdataset"
+    prepare = "from karat_scale.data.prepare import fetch, finished, make_ffcv, make_webdataset"
     assert output_of(sys.executable, "-c", f"import sys; {prepare}; print('torch' in sys.modules)") == "False\n"
 
 
@@ -104,7 +104,7 @@ def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> N
         "for a folder of classes, run karat prepare webdataset --src flat --out SHARDS --val-fraction 0.1, or move "
     )
     folder = "train fashion_mnist_demo data.backend=folder data.path="
-    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "checkpoints" / "step-00000002").mkdir(parents=True)
     (tmp_path / "kept" / "recipe.yaml").touch()
     synthetic = "train fashion_mnist_demo data.backend=synthetic data.path="
     source = "neither a run's directory, a checkpoint in one, a file nor timm:NAME; name one"
@@ -116,7 +116,11 @@ def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> N
         f"{synthetic} attention.kind=softmax attention.transfer_from=nowhere": "attention.transfer_from = nowhere: ",
         "eval kept photos": "unexpected argument 'photos'; karat eval takes one RUN, and overrides are key=value",
         "eval kept data.path=photos optim.lr=3": "optim.lr=3: only training reads optim.lr; remove it from the",
+        "eval kept train.epochs=5": "train.epochs=5: only training reads train.epochs; remove it from the evaluation",
+        "eval kept train.recompute.policy=all": "train.recompute.policy=all: only training reads train.recompute",
         "detect kept --eval init_from=x": "init_from=x: only training reads init_from; remove it from the evaluation",
+        "eval kept --checkpoint foo": "--checkpoint foo: kept/checkpoints has no such checkpoint; name one of best, ",
+        "convert kept/checkpoints/step-00000001 fashion_mnist_demo": "SOURCE kept/checkpoints/step-00000001: neither",
         "analyze kept --data nowhere": f"--data nowhere is not a directory in {tmp_path}; name shards, betons or a fol",
         "export kept --push owls": "--push owls: should be USER/NAME",
         "detect kept --eval": "karat detect needs pycocotools",

@@ -81,6 +81,8 @@ PUSH = "export kept --push"
         ("train fashion_mnist_demo deepspeed.config=own.json --print", "did you mean gradient_clipping?"),
         ("eval .", ".: not a run directory (it has no recipe.yaml); did you mean kept?"),
         ("eval kept/checkpoints/step-00000001", "there is no such directory; did you mean kept?"),
+        ("eval kept/checkpoints/step-00000002", "not a run's directory; write kept --checkpoint step-00000002"),
+        ("export kept --checkpoint foo", "no such checkpoint; name one of best, latest, step-00000002"),
         ("my_recipe", "unknown value 'my_recipe'; did you mean karat train my_recipe?"),
         ("launch train fashion_mnist_demo --ranks 2", "--ranks comes before the command: karat launch --ranks N"),
         ("launch sweep fashion_mnist_demo run.seed=0,1 --print", "launch sweep: ranks share the work of train,"),
@@ -98,7 +100,7 @@ def test_a_mistake_is_one_line(command: str, said: str, tmp_path: Path, monkeypa
     (tmp_path / "own.json").write_text('{"gradient_cliping": 1.0}')
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "recipe.yaml").touch()
-    (tmp_path / "kept" / "checkpoints").mkdir()
+    (tmp_path / "kept" / "checkpoints" / "step-00000002").mkdir(parents=True)
     (tmp_path / "kept" / "seven.yaml").write_text("extends: cifar10_vit_tiny\nmodel: {num_heads: 7}\n")
     line = karat_refuses(*command.split(" "))
     assert said in line

@@ -289,10 +289,17 @@ def _add_sbatch_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_run(options: argparse.Namespace) -> None:
-    """Refuse a path that is not a run. Raises RunDirectoryError or RecipeError."""
+    """Refuse a path that is not a run, and a checkpoint that it lacks. Raises RunDirectoryError or RecipeError."""
+    from karat_scale.checkpoint.store import POINTERS, CheckpointStore
     from karat_scale.recipe.files import recipe_of_run
 
-    recipe_of_run(Path(options.run_dir))
+    run, wanted = Path(options.run_dir).expanduser(), getattr(options, "checkpoint", None)
+    if wanted and run.parent.name == "checkpoints" and run.exists() and (run.parents[1] / "recipe.yaml").exists():
+        fix = f"write {run.parents[1]} --checkpoint {run.name}"
+        raise RunDirectoryError(f"{run}: a checkpoint, not a run's directory; {fix}")
+    recipe_of_run(run)
+    if wanted and wanted not in POINTERS:
+        CheckpointStore(run / "checkpoints").find(wanted)
 
 
 def _launch(options: argparse.Namespace) -> int:
@@ -328,14 +335,11 @@ IMAGES = 1000
 
 
 def _converted(options: argparse.Namespace) -> "Recipe":
-    from karat_scale.recipe.files import read_recipe, read_run_recipe
+    from karat_scale.recipe.files import TIMM, locate, read_recipe, read_run_recipe
     from karat_scale.recipe.loading import load_recipe
 
     if "convert.images=0" in options.overrides:
         raise UserError("convert.images = 0 matches nothing; use 1 or more, or karat train RECIPE init_from=SOURCE")
-    if not options.source.startswith("timm:") and _is_missing(options.source):
-        what = "neither a run's directory, nor a folder or file of weights; name one, or timm:NAME"
-        raise UserError(f"SOURCE {options.source}: {what}")
     source = json.dumps(options.source)  # a text in YAML, whatever it has in it
     if any(text.partition("=")[0].strip() == "init_from" for text in options.overrides):
         raise UserError("init_from: SOURCE sets it; remove the override")
@@ -345,6 +349,11 @@ def _converted(options: argparse.Namespace) -> "Recipe":
     own = [f"init_from={source}", f"distill.from={source}", *images, *options.overrides]
     recipe = load_recipe(options.recipe, own)
     here = Path(recipe.run.dir).expanduser()
+    if not (options.source.startswith(TIMM) or recipe.checkpoint.url or (here / "recipe.yaml").is_file()):
+        try:
+            locate(options.source)
+        except RecipeError as error:
+            raise UserError(f"SOURCE {options.source}: {error}") from None
     if (here / "checkpoints" / "latest").is_file() and read_run_recipe(here / "recipe.yaml").get("init_from") == "":
         raise RunDirectoryError(f"run.dir = {here} holds a run that began without SOURCE; add run.dir=DIR, a new one")
     return recipe
@@ -424,14 +433,20 @@ def _check_recipe(recipe: "Recipe") -> None:
 
 # The sections of a recipe that only training reads, and the key outside them.
 _OF_TRAINING = ("init_from", "resume", "optim", "schedule", "deepspeed", "checkpoint", "log", "distill", "convert")
+# The keys of the section `train` that an evaluation reads. fp16 is refused beside train.on_nonfinite = stop.
+_OF_EVALUATION = {"precision", "tf32", "eval_batch", "eval_weights", "on_nonfinite"}
 
 
 def _check_overrides_of_eval(overrides: Sequence[str]) -> None:
     """Raise UserError for an override that changes nothing in an evaluation."""
+    from karat_scale.recipe.train import TrainConfig
+
+    trains = {("train", name) for name in TrainConfig.model_fields.keys() - _OF_EVALUATION}
     for text in overrides:
         key = text.partition("=")[0]
+        section, *names = key.split(".")
         # Another model.image_size must be the last of the schedule, too.
-        if key.partition(".")[0] in _OF_TRAINING and key != "schedule.image_sizes":
+        if (section in _OF_TRAINING and key != "schedule.image_sizes") or (section, *names[:1]) in trains:
             raise UserError(f"{text}: only training reads {key}; remove it from the evaluation")
 
 

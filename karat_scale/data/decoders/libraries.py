@@ -175,7 +175,7 @@ def find_jpeg_decoder(device: torch.device) -> JpegDecoder:
     where = "the GPU" if device.type == "cuda" else "the CPU"
     raise RecipeError(
         f"no library decodes JPEGs on {where} ({'; '.join(reasons)}); install torchcodec for this torch, "
-        "`pip install 'torchcodec>=0.16'`"
+        "`pip install 'torchcodec>=0.16'`, with the --index-url that torch came from"
     )
 
 

@@ -17,9 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN, FashionMNIST, Flowers102
-from torchvision.datasets.utils import calculate_md5, check_integrity
-
 from karat_scale.data.prepare.making import alone_in, make_parser
 from karat_scale.data.prepare.sources.small import CLASSES_FILE, read_idx
 from karat_scale.foundation.console import progress
@@ -44,6 +41,8 @@ class RemoteFile:
 
     def is_in(self, folder: Path) -> bool:
         """True if the file is there, as published or, with a shape, complete; gzip's checksum protects its content."""
+        from torchvision.datasets.utils import check_integrity
+
         path = folder / self.name
         if self.shape is None or not path.is_file():
             return bool(check_integrity(path, self.md5))
@@ -58,6 +57,8 @@ def download(remote: RemoteFile, out: Path) -> None:
 
     An incomplete file is `.<name>.part`; it gets its name only once the hash is right.
     """
+    from torchvision.datasets.utils import calculate_md5
+
     part = out / f".{remote.name}.part"
     failures = []
     for url in remote.urls:
@@ -146,6 +147,8 @@ def _command(words: list[str], cwd: Path) -> None:
         raise DataError(f"{words[0]} {words[1]}: {lines[-1]}") from error
 
 
+# torchvision has their files. Its import takes seconds, for which no mistake should wait.
+DATA_SETS = ("cifar10", "cifar100", "svhn", "svhn_extra", "stl10", "flowers102", "fashion_mnist")
 FASHION_MNIST, PACKAGE = "fashion_mnist", "dataset-fashion-mnist"
 SIDE = 28
 
@@ -153,7 +156,9 @@ Way = Callable[[list[RemoteFile]], None]
 
 
 def data_sets() -> dict[str, list[RemoteFile]]:
-    """Return the files of each data set, by its name."""
+    """Return the files of each of DATA_SETS, by its name."""
+    from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN, FashionMNIST, Flowers102
+
     svhn = {split: RemoteFile(name, md5, (url,)) for split, (url, name, md5) in SVHN.split_list.items()}
     flowers = Flowers102._download_url_prefix
     shapes = {"train-images-idx3": (60000, SIDE, SIDE), "train-labels-idx1": (60000,)}
@@ -204,9 +209,8 @@ def fetch(missing: list[RemoteFile], out: Path, ways: dict[str, Way]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    known = data_sets()
     parser = make_parser("Download a data set's official files.")
-    parser.add_argument("data_set", choices=list(known), help="the data set to download")
+    parser.add_argument("data_set", choices=DATA_SETS, help="the data set to download")
     parser.add_argument("--source", choices=("web", "debian"), help="use only this one; debian has fashion_mnist")
     options = parser.parse_args(arguments)
     out: Path = options.out
@@ -218,7 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.source not in ways:
             raise DataError(f"--source {options.source} has only {FASHION_MNIST}; remove it")
         ways = {options.source: ways[options.source]}
-    wanted, complete = known[options.data_set], f"{options.data_set} is complete and correct in {out}"
+    wanted, complete = data_sets()[options.data_set], f"{options.data_set} is complete and correct in {out}"
     if options.dry_run:
         names = ", ".join(remote.name for remote in missing_of(wanted, out))
         print(f"would fetch {names} into {out}, trying {', then '.join(ways)}" if names else complete)
@@ -226,6 +230,8 @@ def main(arguments: list[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out):
         if fashion and not (out / CLASSES_FILE).is_file():
+            from torchvision.datasets import FashionMNIST
+
             # The order of the classes is that of the labels; without this file their names would be 0 to 9.
             write_atomically(out / CLASSES_FILE, "".join(f"{name}\n" for name in FashionMNIST.classes).encode())
         missing = missing_of(wanted, out)

@@ -23,6 +23,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,6 @@ from PIL import Image
 
 from karat_scale.data.decoders.decode import UndecodableImageError, decode_rgb
 from karat_scale.data.decoders.jpeg_header import read_frame, to_jpeg
-from karat_scale.data.decoders.libraries import FfcvJpegs, require_ffcv
 from karat_scale.data.prepare import making
 from karat_scale.data.prepare.images import Preparation
 from karat_scale.data.prepare.sources import Source
@@ -41,6 +41,9 @@ from karat_scale.foundation.arguments import count
 from karat_scale.foundation.console import progress
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import commit_file, file_sha256, flush_to_disk, write_atomically
+
+if TYPE_CHECKING:
+    from karat_scale.data.decoders.libraries import FfcvJpegs
 
 FIX = "use --max-resolution, or remove the image"
 
@@ -125,7 +128,12 @@ class BetonJob(making.Job):
         return self.out / f".{self.path.name}.unfinished"
 
 
-decoder = functools.cache(FfcvJpegs)  # one in each process
+@functools.cache
+def decoder() -> "FfcvJpegs":
+    """Return FFCV's decoder, one in each process."""
+    from karat_scale.data.decoders.libraries import FfcvJpegs
+
+    return FfcvJpegs()
 
 
 def pack_images(job: BetonJob, indices: list[int]) -> tuple[list[tuple[int, StoredImage]], making.Notes]:
@@ -284,6 +292,8 @@ def open_source(options: argparse.Namespace) -> tuple[dict[str, Source], list[st
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    from karat_scale.data.decoders.libraries import require_ffcv  # imports torch, for which no mistake should wait
+
     require_ffcv()
     sources, names = open_source(options)
     making.settle(options, sources)

@@ -206,6 +206,17 @@ def test_the_pixels_of_whole_decodes_do_not_depend_on_the_library(library, encod
         assert ours == reference if isinstance(reference, str) else difference(ours, reference).mean() <= 1, file
 
 
+def test_a_library_for_another_torch_is_passed_over(encode_jpeg, decoder_of, monkeypatch, tmp_path):
+    """torchcodec for CUDA raises this beside a torch for CPUs, or for another CUDA."""
+    (tmp_path / "foreign.py").write_text("raise OSError('Could not load this library: libtorchcodec_image.so')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torchvision, "LIBRARIES", {"torchcodec": "foreign"})
+    with pytest.raises(RecipeError, match=r"CPU \(torchcodec: Could not load this library: libtorchcodec_image\.so\);"):
+        torchvision.find_jpeg_decoder(torch.device("cpu"))
+    data = encode_jpeg(50, 40)
+    assert difference(*(decoder_of(name).read(data, whole) for name in ("torchvision", "pillow"))).max() <= 2
+
+
 def test_exif_is_hidden_and_pixels_stay(encode_jpeg):
     data = encode_jpeg(50, 40, exif=exif(6))
     copy = bytearray(data)

@@ -116,6 +116,7 @@ def test_when_every_way_fails_one_line_says_what_to_do(tmp_path):
 
 
 def test_every_data_set_is_told_by_a_dry_run_that_writes_nothing(tmp_path, capsys):
+    assert tuple(script.data_sets()) == script.DATA_SETS
     for name, files in script.data_sets().items():
         script.main([name, "--out", str(tmp_path / "out"), "--dry-run"])
         said = capsys.readouterr().out

@@ -6,7 +6,7 @@ import pytest
 
 from karat_scale.data.prepare import finished, make_ffcv, make_webdataset
 from karat_scale.foundation.errors import DataError, run_script
-from tests.conftest import ROOT, run_to_end
+from tests.conftest import ROOT, output_of, run_to_end
 from tests.data.backends.helpers import flip
 from tests.data.betons import need_ffcv
 from tests.data.prepare.conftest import SCRIPTS
@@ -141,6 +141,24 @@ def test_a_mistake_ends_the_script_with_one_line(tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             run_script(lambda script=script: script(["--src", ".", "--out", __file__]))
         assert "test_scripts.py is a file; name a directory" in capsys.readouterr().err
+
+
+def test_folders_are_read_without_torch(folder, tmp_path):
+    """A source of folders, right or wrong, does not wait for torch, whose import takes seconds."""
+    write(tmp_path / "flat/1.jpg", jpeg(1))
+    (tmp_path / "bare/ant").mkdir(parents=True)
+    code = (
+        "import sys\nfrom karat_scale.data.prepare import make_webdataset\n"
+        "for src in sys.argv[1:]:\n"
+        "    try: make_webdataset.main(['--src', src, '--out', 'out', '--workers', '1'])\n"
+        "    except Exception as error: print(error)\n"
+        "    assert 'torch' not in sys.modules, src\n"
+    )
+    out = output_of(sys.executable, "-c", code, "flat", "bare", folder, cwd=tmp_path)
+    flat, bare = out.splitlines()[:2]
+    assert flat == "flat has no class folders; expected flat/<class>/<image>"
+    assert bare == "bare has no images in its class folders; put them there, or correct --src"
+    assert (tmp_path / "out/dataset.json").exists()
 
 
 @pytest.mark.slow

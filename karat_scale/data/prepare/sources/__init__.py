@@ -13,20 +13,29 @@ from karat_scale.data.prepare.sources.imagefolder import (
     split_folders,
 )
 from karat_scale.data.prepare.sources.parquet import parquet_files, parquet_splits
-from karat_scale.data.prepare.sources.small import cifar_splits, flowers_splits, idx_splits, stl10_splits, svhn_splits
+from karat_scale.data.prepare.sources.small import (
+    KNOWN_TO_TORCHVISION,
+    cifar_splits,
+    flowers_splits,
+    idx_splits,
+    stl10_splits,
+    svhn_splits,
+)
 from karat_scale.data.prepare.sources.tars import folder_tar_splits, has_imagenet_tars, imagenet_splits
 from karat_scale.foundation.errors import DataError
 
 __all__ = ["Source", "SourceOptions", "open_splits"]
 
 # Each looks for its data set's official files and returns splits and classes. The value has the options it uses.
-DATA_SETS: dict[Callable[[Path, SourceOptions], tuple[Openers, list[str]]], set[str]] = {
+DataSets = dict[Callable[[Path, SourceOptions], tuple[Openers, list[str]]], set[str]]
+IDX: DataSets = {idx_splits: {"encoding"}}
+DATA_SETS: DataSets = {
     partial(cifar_splits, "cifar10"): {"encoding", "any_hash"},
     partial(cifar_splits, "cifar100"): {"encoding", "any_hash"},
     svhn_splits: {"encoding", "any_hash"},
     stl10_splits: {"encoding", "any_hash"},
     flowers_splits: {"any_hash"},
-    idx_splits: {"encoding"},
+    **IDX,
 }
 
 
@@ -71,7 +80,8 @@ def _find(
     if has_imagenet_tars(src):
         _refuse_unheeded(src, options, "ImageNet's tars", {"val_labels", "synsets"})
         return imagenet_splits(src, split, options, known_classes)
-    official = [(heeded, *found) for look_for, heeded in DATA_SETS.items() if (found := look_for(src, options))[0]]
+    possible = DATA_SETS if any((src / name).exists() for name in KNOWN_TO_TORCHVISION) else IDX
+    official = [(heeded, *found) for look_for, heeded in possible.items() if (found := look_for(src, options))[0]]
     if len(official) > 1:
         raise DataError(f"{src} has the official files of several data sets; give each a directory of its own")
     for heeded, known, names in official:

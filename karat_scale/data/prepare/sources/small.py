@@ -49,6 +49,14 @@ from karat_scale.foundation.console import progress
 from karat_scale.foundation.errors import DataError
 
 _MB = 1_000_000
+# One of these is in a directory that has official files which torchvision knows. Its import takes seconds.
+KNOWN_TO_TORCHVISION = (
+    *("cifar-10-python.tar.gz", "cifar-10-batches-py", "batches.meta"),
+    *("cifar-100-python.tar.gz", "cifar-100-python", "meta"),
+    *("train_32x32.mat", "test_32x32.mat", "extra_32x32.mat"),
+    *("stl10_binary.tar.gz", "stl10_binary", "train_X.bin"),
+    *("flowers-102", "102flowers.tgz", "imagelabels.mat", "setid.mat"),
+)
 
 
 class PublishedFiles:
@@ -223,7 +231,7 @@ def cifar_splits(name: str, src: Path, options: SourceOptions) -> tuple[Openers,
 
     Raises DataError.
     """
-    from torchvision.datasets import CIFAR10, CIFAR100  # imports torch, for which a user's mistake should not wait
+    from torchvision.datasets import CIFAR10, CIFAR100
 
     data_set = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     lists = {"train": data_set.train_list, "test": data_set.test_list}

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN
+from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN, Flowers102
 
 from karat_scale.data.prepare.sources import SourceOptions, open_splits
+from karat_scale.data.prepare.sources.small import FOLDER, KNOWN_TO_TORCHVISION
 from karat_scale.foundation.errors import DataError
 from tests.data.prepare import official
 from tests.data.prepare.images import jpeg, write
@@ -197,6 +198,13 @@ def test_plain_names_that_cifar_has_too_are_no_cifar(tmp_path):
     write(tmp_path / "test/cat/2.jpg", jpeg(2))
     write(tmp_path / "meta", b"about these cats")
     assert list(open_splits(tmp_path, None, None)) == ["train", "val"]
+
+
+def test_the_names_that_lead_to_torchvision_are_its_own():
+    names = {file for _, file, _ in SVHN.split_list.values()} | {file for file, _ in Flowers102._file_dict.values()}
+    names |= {name for data_set in (CIFAR10, CIFAR100, STL10) for name in (data_set.filename, data_set.base_folder)}
+    names |= {CIFAR10.meta["filename"], CIFAR100.meta["filename"], STL10.train_list[0][0]}
+    assert {*names, FOLDER} == set(KNOWN_TO_TORCHVISION)
 
 
 @pytest.mark.parametrize("packed", [True, False])
